@@ -1,4 +1,4 @@
-"""Doors in: a module, a Hugging Face folder, a .pt2, a factory -> a captured program."""
+"""Capture: a module, Hugging Face folder, .pt2 file or factory becomes a captured program."""
 
 from moec.capture.capture import Captured, capture
 

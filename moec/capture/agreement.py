@@ -1,4 +1,4 @@
-"""Whether a captured graph computes what its module does, at sizes that were not exported."""
+"""Compares a captured graph with its module, at sizes other than those of the export too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Eager: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def agree(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the graph computes what the module does, up to rounding."""
+    """Whether graph and module compute the same results from `tensors`, up to rounding."""
     return _equals(program, tensors, eager(*tensors))
 
 
@@ -38,7 +38,7 @@ def _equals(
 def matches(
     program: Program, tensors: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
 ) -> bool:
-    """Whether the graph gives `expected` up to rounding; not where it cannot be evaluated."""
+    """Whether the graph computes `expected`, up to rounding; False where it cannot be evaluated."""
     try:
         return _equals(program, tensors, expected)
     except (RuntimeError, IRError, IndexError, ValueError):
@@ -46,11 +46,11 @@ def matches(
 
 
 def agree_at(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool | None:
-    """Whether graph and module agree at the sizes of `tensors`, on one draw of them at least;
-    None where the module does not run.
+    """Whether graph and module agree at the sizes of `tensors`, on at least one set of values.
+    Returns None where the module does not run at these sizes.
 
-    In 16 bits a near tie may send the few tokens of one draw to other experts, which says
-    nothing about the size.
+    One set of values that agrees is enough, because in 16 bits a near tie may route a few tokens to
+    other experts, which has nothing to do with the size.
     """
     runs = False
     for draw in _draws(program, tensors):
@@ -76,7 +76,7 @@ def _draws(program: Program, tensors: Sequence[torch.Tensor]) -> Iterator[Sequen
 
 
 def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0) -> torch.Tensor:
-    """`tensor` with the element at `index` alone of each of `axes`."""
+    """`tensor` with each of `axes` narrowed to the one element at `index`."""
     for axis in axes:
         if tensor.shape[axis]:
             tensor = tensor.narrow(axis, index % tensor.shape[axis], 1)
@@ -89,12 +89,13 @@ def allow_one(
     eager: Eager,
     examples: Sequence[Sequence[torch.Tensor]],
 ) -> Program:
-    """The program with lower bounds of 1 where it agrees with the module at size 1, else of 2.
+    """The program with a lower bound of 1 for each size at which graph and module agree at 1, else
+    2.
 
-    A bound of 2 comes from torch.export, which treats 1 apart, or from a branch of the module's
-    own (`if length > 1`); a branch may as well leave none. Sizes in `fixed_bounds` keep their
-    bounds, and so does a size at which the module does not run with 1. A size is tried at 1 alone,
-    and together with the sizes lowered before it, in the first of `examples` that the module runs.
+    A bound of 2 comes from torch.export, which treats 1 specially, or from a branch of the module
+    (`if length > 1`); a branch may also leave no bound. Sizes in `fixed_bounds` keep their bounds,
+    and so does a size at which the module does not run with 1. Each size is tried at 1 alone and
+    together with the sizes lowered before it, in the first of `examples` that the module runs.
     """
     graph = program.graph
     bounds = dict(graph.bounds)
@@ -128,10 +129,10 @@ def _at_one(
 def refuted(
     program: Program, eager: Eager, example: Sequence[torch.Tensor], widened: Widened
 ) -> tuple[AxisGroup, ...]:
-    """Groups that have another length in the example, at which the graph does not hold.
+    """The groups of axes whose exported length makes the graph wrong at the example's length.
 
-    None where graph and module agree on the example. Else those that are wrong with their own
-    group alone at the example's length, or all.
+    Empty where graph and module agree on the example. Otherwise the groups that disagree when they
+    alone have the example's length, or all moved groups if none does.
     """
     if not widened.moved or agree_at(program, eager, example):
         return ()

@@ -1,10 +1,10 @@
-"""What a traced graph computes of sizes with Python's floats, in the order of Python.
+"""Exact expressions for sizes that a module computes with Python floats.
 
     n * 0.3 * 0.7        torch's expression: 0.21*ToFloat(s0)
-                         its nodes: sym_float, mul by 0.3, mul by 0.7, which is what Python rounds
+                         nodes of the graph: sym_float, mul by 0.3, mul by 0.7
 
-Sympy joins constants, so an expression of torch does not tell what was rounded in between; the
-nodes of the graph do.
+Python rounds after each operation, in the order of the nodes. torch's own expression loses that
+order, because sympy merges constants; so the expression is built from the nodes instead.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FLOAT: Mapping[Any, Callable[..., sympy.Expr]] = {
     torch.sym_max: sympy.Max,
     torch.sym_min: sympy.Min,
 }
-"""Operations whose result is a float; the operands are whole numbers or floats."""
+"""Operations whose result is a float; the operands are integers or floats."""
 
 _WHOLE: Mapping[Any, Callable[..., sympy.Expr]] = {
     torch.sym_int: trunc,
@@ -41,11 +41,11 @@ _WHOLE: Mapping[Any, Callable[..., sympy.Expr]] = {
     math.ceil: ceil,
     builtins.round: lambda a, digits=None: round_half_even(a),
 }
-"""Operations that make a whole number of a float."""
+"""Operations that convert a float to an integer."""
 
 
 def number(value: float) -> sympy.Expr:
-    """A Python number, exactly. Raises ValueError for infinities and NaN."""
+    """A finite Python number as an exact sympy number. Raises ValueError for infinities and NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is no size")
     fraction = Fraction(value)
@@ -53,12 +53,12 @@ def number(value: float) -> sympy.Expr:
 
 
 def float_of(target: Any, arguments: list[Any]) -> sympy.Expr | None:
-    """The float that a node makes of sizes and floats; None where it cannot be told."""
+    """The float that a node computes of sizes and floats; None for an unsupported operation."""
     return _apply(_FLOAT, target, arguments)
 
 
 def whole_of(target: Any, arguments: list[Any]) -> sympy.Expr | None:
-    """The whole number that a node makes of a float; None where it cannot be told."""
+    """The integer that a node computes of a float; None for an unsupported operation."""
     if target is builtins.round and arguments[1:] not in ([], [None]):
         return None
     return _apply(_WHOLE, target, arguments[:1])

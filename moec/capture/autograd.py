@@ -1,4 +1,4 @@
-"""Gradients inside an operator: PyTorch switches autograd off while one runs."""
+"""Gradients inside a custom operator, where PyTorch switches autograd off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def autograd_inside() -> Iterator[None]:
-    """While open, what is computed is recorded, although an operator is running."""
+    """While open, operations are recorded for autograd, even inside a custom operator."""
     key = torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for name in (key.AutogradFunctionality, key.AutogradOther, key.ADInplaceOrView):

@@ -1,6 +1,6 @@
-"""One calling convention for every module: the tensors of its arguments, in order, by name.
+"""One calling convention for every module: the tensors of its arguments, flattened in order.
 
-Everything else in the arguments (flags, None, numbers) is fixed at the values of the example.
+All other arguments (flags, None, numbers) keep the values that they have in the example.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ PREFIX = "module"
 
 
 class ModuleCall(torch.nn.Module):
-    """`ModuleCall(...)(*tensors)`: `module(*args, **kwargs)` with its tensors replaced in order."""
+    """`ModuleCall(module, args, kwargs)(*tensors)`: calls the module with the tensors in its
+    arguments replaced by `tensors`, in order."""
 
     def __init__(
         self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -46,14 +47,15 @@ class ModuleCall(torch.nn.Module):
 
 @dataclass
 class _Returned:
-    """What the last forward of a `FlatCall` returned. No pytree: an export ignores it."""
+    """The structure of what the last forward of a `FlatCall` returned. It is no pytree, so that
+    torch.export ignores it."""
 
     structure: Structure | None = None
 
 
 class FlatCall(ModuleCall):
-    """A call that gives the tensors of its result, whatever they stand in: an export takes no
-    dataclass. Raises CaptureError for a result whose tensors are not found."""
+    """A call that returns the tensors of the module's result as a flat tuple, because torch.export
+    takes no dataclasses. Raises CaptureError for a result in which tensors cannot be found."""
 
     def __init__(self, call: ModuleCall) -> None:
         super().__init__(call.module, (), {})
@@ -62,7 +64,7 @@ class FlatCall(ModuleCall):
 
     @property
     def structure(self) -> Structure:
-        """The result of the last forward, without its tensors."""
+        """The structure of the result of the last forward, without its tensors."""
         assert self.returned.structure is not None
         return self.returned.structure
 
@@ -74,10 +76,10 @@ class FlatCall(ModuleCall):
 
 @contextmanager
 def casts_done() -> Iterator[None]:
-    """While open, `Module.to` of a module that is cast already does nothing.
+    """While open, `Module.to` does nothing for a module that already has the dtype and device.
 
-    For modules that cast a submodule in their own forward (Switch's router does):
-    torch.export cannot trace `Module.to`, even where it would change nothing.
+    Some modules cast a submodule in their forward (the router of Switch Transformers does).
+    torch.export cannot trace `Module.to`, even where it changes nothing.
     """
     original = torch.nn.Module.to
 
@@ -97,7 +99,7 @@ def casts_done() -> Iterator[None]:
 def named_arguments(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Each argument under the name of its parameter; an element of *args under name_0, name_1, …
+    """Each argument by the name of its parameter; elements of *args as name_0, name_1, …
 
     Raises CaptureError where the module does not take the arguments.
     """
@@ -119,7 +121,7 @@ def named_arguments(
 
 
 def tensor_names(arguments: Mapping[str, Any]) -> list[str]:
-    """A name for each tensor in the arguments: the parameter's, with its place where nested."""
+    """A name for each tensor in the arguments: its parameter, then its keys where it is nested."""
     names = []
     for name, value in arguments.items():
         for path, leaf in pytree.tree_flatten_with_path(value)[0]:

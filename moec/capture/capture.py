@@ -1,4 +1,4 @@
-"""A module and example arguments -> a program, and how to call it as the module is called."""
+"""Captures a module with example arguments as a program, with what is needed to call it."""
 
 from __future__ import annotations
 
@@ -59,26 +59,25 @@ from moec.ir.dims import Bounds
 from moec.ir.graph import Program
 
 EXPORTS = threading.RLock()
-"""Held while torch exports, and its modules and the standard streams are other ones meanwhile: all
-threads share those, so models that are compiled side by side are exported one after the other."""
+"""Held during an export, which replaces modules and the standard streams for all threads. Models
+that are compiled in parallel threads are therefore exported one after the other."""
 
 
 Way = Literal["traced", "speculated", "masked"]
-"""By torch.export as it is; with branches on data answered and proved; or with every row computed
-for every expert."""
+"""How a module was captured: "traced" by torch.export alone; "speculated", with branches on data
+answered and proved; or "masked", with every row computed for every expert."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A program as captured, and what ties it to the module it came from.
+    """A captured program, and how it relates to its source.
 
-    `eager(*tensors)` runs the source on the graph's own inputs in their order (states left
-    out) and gives the graph's outputs; `structure` rebuilds the source's own result from them.
-    `fixed` names axes that the caller may have expected to vary, but which the model fixes, and
-    what guards of the export came to. `is_graph` says that the source is the graph itself.
-    `described` names modules that were captured as what they do, and `notes` says so.
-    `other` captures the same in another form, for where this one cannot be compiled. `way` is how
-    the module was captured.
+    `eager(*tensors)` runs the source on the graph's inputs, without states, and returns the graph's
+    outputs; `structure` rebuilds the source's result from them. `fixed` are notes about axes that
+    cannot vary and about guards of the export. `is_graph` is True where the source is already a
+    graph. `described` names the modules that were replaced by a description of their behaviour, and
+    `notes` has the notes about them. `other` captures the same source in another form, for use
+    where this one cannot be compiled. `way` is how the module was captured.
     """
 
     program: Program
@@ -102,12 +101,12 @@ def capture(
     bounds: Mapping[str, Bounds] | None = None,
     allow_fixed: bool | str | Collection[str] = False,
 ) -> Captured:
-    """Export `model` with example arguments and convert it.
+    """Export `model` with example arguments and convert it to a program.
 
-    `dynamic_shapes` is torch.export's; None lets batch and sequence axes vary
-    (`moec.capture.shapes`). `bounds` limits named sizes. `allow_fixed` names inputs whose sizes
-    may be fixed at the example's. Raises CaptureError where the model cannot be exported, with
-    torch's reason, or where sizes of the example decide what is computed.
+    `dynamic_shapes` is that of torch.export; None lets batch and sequence axes vary
+    (`moec.capture.shapes`). `bounds` limits sizes by name. `allow_fixed` names inputs whose sizes
+    may be fixed at those of the example (True: all). Raises CaptureError, with torch's reason,
+    where the model cannot be exported, or where the example's sizes decide what is computed.
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
@@ -146,9 +145,12 @@ def capture(
 
 @dataclass(frozen=True)
 class _Request:
-    """What is captured: a call, which axes of its tensors vary and which vary only together with
-    others, the names of the tensors, the bounds that the user set, and which inputs may have
-    fixed sizes."""
+    """What is captured.
+
+    `wishes` has the axes of each tensor that may vary, `joining` the axes that vary only together
+    with axes of other tensors, `names` the names of the tensors, `bounds` the bounds that the user
+    set, and `allow_fixed` the inputs that may have fixed sizes.
+    """
 
     call: ModuleCall
     wishes: Sequence[Axes]
@@ -159,7 +161,7 @@ class _Request:
 
 
 def _traced(request: _Request) -> Captured:
-    """As torch.export takes it."""
+    """Capture with torch.export alone, widening the example until graph and module agree."""
     call, wrong = request.call, list[AxisGroup]()
     special = frozenset[int]()
     while True:
@@ -170,8 +172,8 @@ def _traced(request: _Request) -> Captured:
             exported = _export(flat, general)
             refuse_random(type(call.module).__name__, exported)
             converted = _converted(request, general, exported, flat.structure)
-        # A size that the module compares with a number, as view(2, ...) does, is asked once more,
-        # at another length.
+        # The module may compare a size with a constant that happens to be the widened length, as
+        # view(2, ...) does: export once more, at another length.
         lost = () if special else lost_axes(converted.program, general.wishes)
         if lost:
             special = frozenset(general.tensors[tensor].shape[axis] for tensor, axis in lost)
@@ -191,7 +193,7 @@ def _shapes(general: Widened) -> tuple[torch.Size, ...]:
 
 
 def _speculated(request: _Request) -> Captured:
-    """With branches on data answered and proved. Raises CaptureError where one is not."""
+    """Capture with branches on data answered and proved. Raises CaptureError where one is not."""
     call = request.call
     with EXPORTS, gc_paused():
         general = widen(call, request.wishes, request.joining)
@@ -213,7 +215,7 @@ def _speculated(request: _Request) -> Captured:
 def _converted(
     request: _Request, general: Widened, exported: ExportedProgram, structure: Structure
 ) -> ConvertedExport:
-    """The program of an export, which was not retraced yet: that adds guards of its own."""
+    """The program of an export. Reads the guards first, because decomposition adds more."""
     guards = guards_of(exported, _names(exported, general.wishes, general.groups))
     fixings = causes(exported)
     program = _convert(
@@ -231,8 +233,8 @@ def _captured(
     way: Way,
     other: Callable[[], Captured] | None = None,
 ) -> Captured:
-    """With the bounds that guards and sizes of 1 set. Raises CaptureError where the example's
-    sizes decide what is computed."""
+    """The captured form, with the bounds that guards and sizes of 1 set. Raises CaptureError where
+    the example's sizes decide what is computed."""
     converted, name = form.converted, type(request.call.module).__name__
     eager, tensors = converted.eager, general.tensors
     program, notes = settled(name, converted.program, converted.guards, eager, tensors)
@@ -253,8 +255,9 @@ def _check_device(name: str, tensor: torch.Tensor) -> None:
 
 
 def _from_start(states: States, run: Callable[..., Any], structure: Structure) -> Eager:
-    """`run` without gradients, each time from the first states; its results are not states. Raises
-    VaryingOutput where it returns other constants than `structure` has."""
+    """`run` without gradients, starting from the first states in each call. Its results share no
+    memory with the states. Raises VaryingOutput where the constants in its result differ from those
+    in `structure`."""
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), states.from_start():
@@ -266,7 +269,7 @@ def _from_start(states: States, run: Callable[..., Any], structure: Structure) -
 
 
 def _export(call: ModuleCall, general: Widened) -> ExportedProgram:
-    """torch.export. Raises CaptureError with torch's reason."""
+    """Export the call. Raises CaptureError with torch's reason."""
     attempt = partial(export_keeping_sizes, partial(_exported, general, call))
     with explained(type(call.module).__name__):
         try:
@@ -274,12 +277,12 @@ def _export(call: ModuleCall, general: Widened) -> ExportedProgram:
         except RuntimeError as error:
             if "Couldn't swap" not in str(error):
                 raise
-            call(*general.tensors)  # a module casts a submodule: let it, then export
+            call(*general.tensors)  # a module casts a submodule: run it once, then export
             return attempt()
 
 
 def _exported(general: Widened, module: torch.nn.Module) -> ExportedProgram:
-    """`module` with the tensors of `general`. Raises what torch.export does."""
+    """Export `module` with the tensors of `general`. Raises what torch.export raises."""
     with (
         torch.no_grad(),
         experts_as_ops(module),
@@ -309,10 +312,10 @@ def _from_export(
     kwargs: Mapping[str, Any],
     bounds: Mapping[str, Bounds] | None,
 ) -> Captured:
-    """The captured form of an ExportedProgram that the user made, with the sizes it declares.
+    """Capture an ExportedProgram of the user's, with the sizes that it declares.
 
-    Its stored example inputs are used where the caller gives no arguments; without either, the
-    example is empty. Raises CaptureError where the arguments have another structure.
+    Without arguments, the example inputs stored in it are used; without those, the example is
+    empty. Raises CaptureError where the arguments have another structure.
     """
     spec = exported.call_spec.in_spec
     if args or kwargs:
@@ -345,7 +348,8 @@ def _from_export(
 def _from_graph(
     model: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> Captured:
-    """A module that is a graph already: nothing is traced, its weights are as they are now."""
+    """Capture a module that is a graph already: nothing is traced, and its current weights are
+    used."""
     if dynamic_shapes is not None:
         raise CaptureError("the sizes of a transformed module are fixed: transform it anew")
     example = model.inputs(args, kwargs)
@@ -379,7 +383,7 @@ def _convert(
 def _names(
     exported: ExportedProgram, wishes: Sequence[Axes], groups: Iterable[AxisGroup] = ()
 ) -> dict[str, str]:
-    """torch's symbols in the inputs' shapes -> names of the IR."""
+    """torch's symbols in the inputs' shapes, each with its name in the IR."""
     input_names = exported.graph_signature.user_inputs
     held = [
         n.meta["val"]

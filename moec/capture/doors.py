@@ -1,6 +1,6 @@
-"""What a user may hand to moec: a module, an export, or the path of a checkpoint, .pt2 or factory.
+"""Opens a model: a module, an export, or the path of a checkpoint, a .pt2 file or a factory.
 
-Whatever it is becomes a module with example arguments, or an export.
+Each kind becomes a `Source`: a module or an export, with example arguments.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model with what is needed to call it. `files` travel with the artifact. Results of a model
-    that is `unnamed` are those of its artifact: the caller gave a folder, and named no class."""
+    """A model with what is needed to call it. `files` are copied into the artifact. `unnamed` is
+    True where the caller gave a folder and so named no class; the model's results then have the
+    type that the artifact gives them."""
 
     model: torch.nn.Module | ExportedProgram
     args: tuple[Any, ...] = ()
@@ -60,8 +61,11 @@ def capture_source(
     declared: Sequence[Declared] = (),
     observed: Sequence[Described] = (),
 ) -> Captured:
-    """`capture` of a source, whose own sizes hold unless there are other `dynamic_shapes`. What
-    is declared is proved, and what is observed stands for the modules that it was observed of."""
+    """`capture` of a source, with the sizes of the source unless `dynamic_shapes` is given.
+
+    Descriptions in `declared` are proved first; each one in `observed` replaces the modules that it
+    was observed of. Raises UsageError where a graph is to be described.
+    """
     run = partial(
         capture,
         source.model,
@@ -79,7 +83,7 @@ def capture_source(
 
 
 def traceable(source: Source) -> bool:
-    """Whether its modules are code yet, and not a graph."""
+    """Whether the modules of the source are Python code, and not a graph or an export."""
     return isinstance(source.model, torch.nn.Module) and not isinstance(source.model, GraphModule)
 
 
@@ -91,11 +95,10 @@ def example_of(source: Source) -> ModelExample:
 def open_source(
     model: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Source:
-    """The source behind any door. Example inputs take the place of those that a checkpoint or
-    an export brings along.
+    """The source for any model that moec accepts. Arguments given here replace the example inputs
+    of a checkpoint or an export.
 
-    Raises UsageError where `model` is none of the things that moec takes, CaptureError where
-    it is but cannot be loaded.
+    Raises UsageError where `model` is of no supported kind, CaptureError where it cannot be loaded.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     if isinstance(model, torch.nn.Module):
@@ -121,7 +124,8 @@ def open_source(
 
 
 def _module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
-    """A cache that nobody asked for is left out: it would be an output of dozens of tensors."""
+    """The source of a module. A Hugging Face model is called without a cache unless the caller
+    asked for one, since the cache would add dozens of output tensors."""
     name = type(model).__name__
     if isinstance(model, GraphModule) and not args and not kwargs:
         return Source(model, *model.example, name=name)
@@ -185,8 +189,9 @@ def _shown(error: Exception) -> str:
 
 
 def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
-    """A Hugging Face folder: config.json, safetensors, and a tokenizer where there is one."""
-    config = json.loads((folder / CONFIG).read_bytes())  # its files were checked by their kind
+    """The source of a Hugging Face folder: config.json, safetensors, and a tokenizer if present."""
+    # its files were checked when the kind of the path was determined
+    config = json.loads((folder / CONFIG).read_bytes())
     try:
         import transformers
     except ImportError:
@@ -222,12 +227,13 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not args and not kwargs:
         kwargs = example_tokens(model, seq2seq)
     source = _module(model, args, kwargs)
-    name = "/".join(folder.resolve().parts[-2:])  # the artifact need not know whose home it was in
+    # the last two folders only: the artifact does not record the user's home
+    name = "/".join(folder.resolve().parts[-2:])
     return replace(source, bounds=_limits(model.config), name=name, files=files, unnamed=True)
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises CaptureError where transformers knows no such model, or torch no such dtype."""
+    """Raises CaptureError for a model type that transformers lacks or a dtype that torch lacks."""
     import transformers
 
     model = config.get("model_type")
@@ -244,8 +250,8 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:
-    """Raises CaptureError, naming the first, where weights are missing or of other sizes:
-    transformers would draw them at random."""
+    """Raises CaptureError, naming the first, where weights are missing or have other shapes than
+    the configuration: transformers would fill them with random values."""
     others = sorted(loading["mismatched_keys"])
     if others:
         name, stored, expected = others[0]
@@ -264,7 +270,7 @@ def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:
 
 
 def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:
-    """Arguments of a language model: two sequences of seven tokens, no cache."""
+    """Example arguments of a language model: token ids [2, 7], without a cache."""
     count = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
 
@@ -284,7 +290,7 @@ def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:
 
 
 def stop_tokens(model: Any) -> tuple[int, ...]:
-    """The tokens that end a text, as the configuration of a Hugging Face model has them."""
+    """The ids of the tokens that end a text, from the configuration of a Hugging Face model."""
     for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         token_ids = getattr(config, "eos_token_id", None)
         if token_ids is not None:
@@ -293,7 +299,7 @@ def stop_tokens(model: Any) -> tuple[int, ...]:
 
 
 def _limits(config: Any) -> dict[str, Bounds]:
-    """The sequence may be as long as the model has positions for."""
+    """The sequence length S is limited to the model's max_position_embeddings, where it has one."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(text, "max_position_embeddings", None)
     return {"S": Bounds(1, longest)} if isinstance(longest, int) else {}

@@ -1,8 +1,7 @@
-"""torch.export program -> Graph in stage ATEN.
+"""Converts a torch.export program to a Graph in stage ATEN.
 
-Sizes are folded away: a node that computes a SymInt becomes an expression over named sizes,
-and never an op. Guards and assertions of the export are dropped; what they allow is kept in
-the bounds.
+A node that computes a SymInt becomes an expression over named sizes, never an op. Guards and
+assertions of the export are dropped here; the sizes that they allow are kept as bounds.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ def to_program(
 ) -> Program:
     """The graph and weights of a decomposed export.
 
-    `rename` maps torch's symbols to the names of the IR, `bounds` overrides what the export
-    found. Weights keep their names and their memory; a path loses `prefix`. Raises
-    CaptureError, naming the place, for what a graph cannot hold.
+    `rename` maps torch's symbols to names of the IR; `bounds` overrides the bounds of the export.
+    Weights keep their names, without `prefix`, and share memory with the export. Raises
+    CaptureError, naming the module path, for what a graph cannot represent.
     """
     rename = rename or {}
     converter = Converter(rename, exported.graph_module, prefix)
@@ -126,7 +125,7 @@ def _weight(exported: ExportedProgram, kind: InputKind, target: str) -> torch.Te
 
 
 def structure_of(exported: ExportedProgram) -> Structure:
-    """What the program returns: its tensors, and constants (None, numbers) where it has such.
+    """The structure of the program's result: slots for tensors, and constants (None, numbers).
 
     Raises CaptureError for a number that depends on sizes or data.
     """
@@ -148,10 +147,10 @@ def structure_of(exported: ExportedProgram) -> Structure:
 def _outputs(
     exported: ExportedProgram, converter: Converter, names: Sequence[str]
 ) -> tuple[tuple[Value, ...], dict[str, Value]]:
-    """The user's outputs and the new contents of each mutated buffer.
+    """The user's outputs, and the new contents of each mutated buffer by its name.
 
-    Results that are not computed (an input or a weight returned as it is) pass through an
-    alias, and so do outputs, so that each has the name that its reader knows.
+    Each output passes through an alias op, so that it has its own name even where it is an input or
+    a weight that is returned unchanged.
     """
     (node,) = [n for n in exported.graph.nodes if n.op == "output"]
     results = converter.argument(node.args[0])
@@ -165,7 +164,7 @@ def _outputs(
                 "it a buffer"
             )
         if not isinstance(result, Value):
-            continue  # a constant: it stands in the structure of the results
+            continue  # a constant, which is part of the result's structure
         if spec.kind is OutputKind.BUFFER_MUTATION:
             after[cast(str, spec.target)] = result
             continue

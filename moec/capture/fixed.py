@@ -1,8 +1,8 @@
-"""Sizes that an export fixed at the example's, though nobody asked for it.
+"""Finds axes that an export fixed at the example's size although they were to vary.
 
-An axis that should vary comes out fixed where the module asks for its number (a loop over
-range(n)), or where a weight has that size. In the second case the module runs at no other size,
-and there is nothing to refuse; in the first, other sizes would be lost.
+An export fixes an axis where the module needs its size as a Python number (a loop over range(n)),
+or where the axis must match a weight. In the second case the module runs at no other size, and the
+axis is only noted. In the first it does run at other sizes, so the capture is refused.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from moec.interpret.resized import resized_axes
 from moec.ir.graph import Program
 
 Axis = tuple[int, int]
-"""The number of an input, and of one of its axes."""
+"""An axis of an input: (number of the input, number of its axis)."""
 
 _INDEX = re.compile(r"\bidx=(\d+)")
 _TENSOR = re.compile(r"\bindex=(\d+)")
 
 
 def causes(exported: ExportedProgram) -> dict[Axis, Guard]:
-    """The guards that fixed an axis of an input, by axis."""
+    """For each axis of an input that the export fixed, the guard that fixed it."""
     env = shape_env(exported)
     guards: dict[Axis, Guard] = {}
     for guard in () if env is None else env.guards:
@@ -54,10 +54,11 @@ def fixed(
     allowed: bool | str | Collection[str],
     guards: Mapping[Axis, Guard],
 ) -> tuple[str, ...]:
-    """Notes for the report about axes that the export fixed, where `wishes` has them vary.
+    """Notes for the report about axes that have a fixed size.
 
-    Raises CaptureError for a fixed axis where the module itself runs with another size, unless
-    its input is `allowed` to have fixed sizes (True: every input).
+    Raises CaptureError for an axis that should vary according to `wishes`, is fixed in the program,
+    and at which the module itself runs with another size; not for the inputs in `allowed` (True:
+    every input). Raises UsageError where `allowed` names an input that does not exist.
     """
     inputs = program.graph.inputs[: len(example)]
     inputs_allowed = _allowed(allowed, [value.name for value in inputs])
@@ -76,7 +77,7 @@ def fixed(
 
 
 def lost_axes(program: Program, wishes: Sequence[Axes]) -> list[Axis]:
-    """The axes that were to vary, and have one size in the program."""
+    """The axes that were to vary, but have one fixed size in the program."""
     return [
         (index, axis)
         for index, (value, wish) in enumerate(zip(program.graph.inputs, wishes, strict=False))
@@ -86,7 +87,7 @@ def lost_axes(program: Program, wishes: Sequence[Axes]) -> list[Axis]:
 
 
 def _varies(wish: Any) -> bool:
-    """Whether an axis was meant to vary: a Dim, or a hint that is not Dim.STATIC."""
+    """Whether an axis was meant to vary: its wish is a Dim, or a hint other than Dim.STATIC."""
     return wish is not None and not isinstance(wish, int) and "STATIC" not in str(wish)
 
 
@@ -105,7 +106,8 @@ def _allowed(allowed: bool | str | Collection[str], names: Sequence[str]) -> set
 def _runs_at(
     eager: Eager, example: Sequence[torch.Tensor], groups: Sequence[Sequence[Axis]], size: int
 ) -> int | None:
-    """Another size of these axes at which the module runs. 0 and 1 are none: 1 broadcasts."""
+    """Another size of these axes at which the module runs, or None. Sizes 0 and 1 are not tried: an
+    axis of size 1 broadcasts."""
     for other in _others(size):
         for group in groups:
             try:
@@ -123,7 +125,7 @@ def _others(size: int) -> Iterator[int]:
 
 
 def notes(program: Program, inputs: int) -> tuple[str, ...]:
-    """The axes that a caller may have expected to vary."""
+    """A note for each fixed axis, except the last axis (features) of a float input."""
     return tuple(
         f"{value.name} axis {axis} is always {size}"
         for value in program.graph.inputs[:inputs]

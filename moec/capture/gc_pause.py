@@ -1,8 +1,8 @@
-"""Fewer looks for garbage while a model is compiled.
+"""Less frequent garbage collection while a model is compiled.
 
-Export and lowering make objects by the hundred thousand, and Python looks through all there are for
-unreachable ones each time that some more have been made: also through those of torch and
-transformers, which stay. They are set aside meanwhile, and it looks less often.
+Export and lowering create hundreds of thousands of objects. Each collection that this triggers
+would also traverse the permanent objects of torch and transformers. Objects that exist already are
+therefore frozen, and collections start less often.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _NEW = 20_000
-"""Objects made until those that are new are looked through."""
+"""New objects until the next collection of the youngest generation."""
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """As it was before, when left. Nothing changes where Python looks as seldom already, where
-    objects were set aside already, or where nothing is collected."""
+    """While open, collections are rarer; on leaving, the previous settings are restored.
+
+    Does nothing where the collector is disabled, is as rare already, or has frozen objects.
+    """
     thresholds = gc.get_threshold()
-    # Last, for it takes long: Python counts the objects one by one.
+    # Checked last, because it is slow: Python counts the frozen objects one by one.
     if not gc.isenabled() or thresholds[0] >= _NEW or gc.get_freeze_count():
         yield
         return

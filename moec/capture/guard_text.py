@@ -1,8 +1,8 @@
-"""Guards as an exported program keeps them in a .pt2: Python text over the sizes of its inputs.
+"""Reads the guards that a .pt2 file stores as Python text over the sizes of its inputs.
 
     math.trunc(((2.0*torch.sym_float(L['x'].size()[1])) / 8.0)) == 6
 
-The text is read and never run: the file may be a stranger's.
+The text is parsed and never executed, because the file may come from an untrusted source.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _RELATIONS: Mapping[type[ast.cmpop], type[sympy.Basic]] = {
 
 @dataclass(frozen=True)
 class _Number:
-    """A number of the text. A float is rounded after every operation."""
+    """A number in the text. A float is rounded after every operation."""
 
     expr: sympy.Expr
     is_float: bool = False
@@ -50,8 +50,8 @@ class _Number:
 def guards_in_text(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:
     """The guards of an exported program. `rename` maps torch's symbols to named sizes.
 
-    To be asked before torch decomposes or calls the program, which runs the text as Python.
-    Raises CaptureError for one that cannot be read.
+    Call it before torch decomposes or calls the program, which executes the text as Python. Raises
+    CaptureError for a guard that cannot be read.
     """
     shapes = _shapes(exported, rename)
     texts: Sequence[str] = getattr(exported, "_guards_code", None) or ()
@@ -71,7 +71,7 @@ def guards_in_text(exported: ExportedProgram, rename: Mapping[str, str]) -> tupl
 
 
 def _shapes(exported: ExportedProgram, rename: Mapping[str, str]) -> dict[str, Sequence[Dim]]:
-    """The shapes of the inputs by the names that the program has for them, in order."""
+    """The shapes of the tensor inputs, in order, by the names of their placeholders."""
     input_names = exported.graph_signature.user_inputs
     holders = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in input_names]
     return {
@@ -150,7 +150,7 @@ def _call(name: str, args: Sequence[_Number]) -> _Number:
 
 
 def _input(node: ast.expr, names: Sequence[str]) -> str:
-    """The input that L['x'], L['d']['a'][0] or L['flat_args'][1] names."""
+    """The placeholder name for an input written as L['x'], L['d']['a'][0] or L['flat_args'][1]."""
     keys: list[str | int] = []
     while isinstance(node, ast.Subscript):
         if not isinstance(node.slice, ast.Constant):

@@ -1,12 +1,12 @@
-"""Guards: what an export took for granted of the sizes of its inputs.
+"""Guards: the conditions on input sizes under which an export is valid.
 
-torch.export traces with the sizes of the example, and writes down each question about a size that
-it answered by them: `if n > 8`, `int(n * 2.0 / 8) == 6`. None is dropped unseen. A guard is
+torch.export traces with the sizes of the example and records each condition on a size that it
+evaluated with them: `if n > 8`, `int(n * 2.0 / 8) == 6`. Every guard is handled. It is one of
 
     implied    by the types of the inputs and the bounds of the sizes: nothing to do
     a bound    an inequality of one size: it limits that size
-    harmless   the module and the graph agree where it is false, which is tried
-    or refused, in the user's names, with the line that asked
+    harmless   module and graph agree at sizes where it is false, which is tested
+    or refused, in the user's names, with the line of code that evaluated it
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Agree = Callable[[Mapping[str, int]], bool | None]
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on named sizes, and the line of the user's code that asked."""
+    """A condition on named sizes, and the line of the user's code that evaluated it."""
 
     condition: sympy.Basic
     file: str = ""
@@ -59,21 +59,21 @@ class Guard:
 
 @dataclass(frozen=True)
 class Settled:
-    """The bounds of the sizes, and what is to be said about them."""
+    """The bounds of the sizes, and notes about them for the report."""
 
     bounds: Mapping[str, Bounds]
     notes: tuple[str, ...] = ()
 
 
 class _Internal:
-    """The files in which no user's line stands, for torch's search of the line that asked."""
+    """The set of files that hold no user code, in the form that torch's search for a line takes."""
 
     def __contains__(self, file: object) -> bool:
         return isinstance(file, str) and is_internal(file)
 
 
 def located() -> Any:
-    """While open, torch writes down the user's line for a guard, not one of its own or moec's."""
+    """While open, torch records the user's line for a guard, not one of torch's or moec's."""
     return mock.patch.object(symbolic_shapes, "uninteresting_files", _Internal)
 
 
@@ -117,13 +117,13 @@ def shape_env(exported: ExportedProgram) -> Any:
 
 
 def raw_guards(exported: ExportedProgram) -> list[Guard]:
-    """All guards of an export over torch's symbols, those that its shapes imply included."""
+    """All guards of an export over torch's symbols, including those that its shapes imply."""
     env = shape_env(exported)
     return [] if env is None else [guard_at(guard) for guard in env.guards]
 
 
 def guard_at(guard: Any) -> Guard:
-    """A guard of torch as it is, with the line that asked."""
+    """A guard of torch over torch's symbols, with the user's line that evaluated it."""
     return Guard(guard.expr, *_place(guard.sloc.framework_loc))
 
 
@@ -173,7 +173,7 @@ def settle(
             continue
         (size,) = guard.names
         if agree and limits.low == 2 and agree({**example, size: 1}):
-            limits = replace(limits, low=0)  # `if n > 1`, which changes nothing
+            limits = replace(limits, low=0)  # `if n > 1`, and the result is the same at 1
         bounds[size] = _both(bounds[size], limits)
         if limits.low > 1 or limits.high is not None:
             notes[f"{size} {_shown(bounds[size])}: {guard}"] = None
@@ -201,8 +201,8 @@ _INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.Ne)
 
 
 def _limits(guard: Guard, example: Mapping[str, int]) -> Bounds | None:
-    """The sizes for which an inequality of one size holds; None for any other guard, and where
-    they are not all sizes between two."""
+    """The range of sizes for which an inequality of one size holds; None for any other guard, and
+    where these sizes are no contiguous range."""
     if not isinstance(guard.condition, _INEQUALITIES):
         return None
     if isinstance(guard.condition, sympy.Ne):
@@ -212,7 +212,8 @@ def _limits(guard: Guard, example: Mapping[str, int]) -> Bounds | None:
 
 
 def _edges(guard: Guard, example: Mapping[str, int]) -> Mapping[str, Bounds]:
-    """The sizes about the example's for which a guard on one size holds, where those are all."""
+    """The contiguous range, around the example's size, in which a guard on one size holds; empty
+    for a guard on several sizes, or where it holds elsewhere too."""
     if len(guard.names) != 1:
         return {}
     (size,) = guard.names
@@ -233,7 +234,7 @@ _TRIED = 3
 def _false_at(
     guard: Guard, bounds: Mapping[str, Bounds], example: Mapping[str, int]
 ) -> list[Mapping[str, int]]:
-    """A few choices of all sizes, none of them 0, for which a guard is false: the smallest."""
+    """The smallest few assignments of sizes, none of them 0, for which a guard is false."""
     truth = truth_of(guard.condition)
     least = {name: replace(limits, low=max(limits.low, 1)) for name, limits in bounds.items()}
     false = (s for s in sizes_around([truth], least, example) if not truth.holds(s))
@@ -241,8 +242,8 @@ def _false_at(
 
 
 def _bakes_in(condition: sympy.Basic) -> bool:
-    """Whether a number computed of sizes was baked into the graph: that it makes no difference at
-    a few sizes says nothing about others."""
+    """Whether the guard says that a number computed of sizes became a constant of the graph. Then
+    agreement at a few other sizes proves nothing about the rest."""
     if not isinstance(condition, sympy.Eq):
         return False
     left, right = condition.args
@@ -251,7 +252,7 @@ def _bakes_in(condition: sympy.Basic) -> bool:
 
 
 def show(condition: sympy.Basic) -> str:
-    """A condition as a person writes it."""
+    """A condition as a person would write it."""
     if isinstance(condition, sympy.core.relational.Relational):
         left, right = condition.args
         return f"{show_dim(left)} {condition.rel_op} {show_dim(right)}"

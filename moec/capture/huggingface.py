@@ -1,10 +1,9 @@
-"""Hugging Face experts: one opaque op per MoE layer, carrying the body of one expert as text.
+"""Hugging Face experts: one opaque op per MoE layer, with the body of one expert as text.
 
-transformers looks its experts up by name; moec registers its own implementation, which calls
-`moec::experts(x[T, D], top_k_index[T, k], top_k_weights[T, k], params stacked over E, E, body)
--> y[T, D]`. The body is made before the export by tracing what the module itself does to the
-rows of one expert (its `_apply_gate`, activation, biases, norm), so that an unknown activation
-needs no case here.
+transformers looks up experts implementations by name, and moec registers its own. It calls
+`moec::experts(x[T, D], top_k_index[T, k], top_k_weights[T, k], params stacked over E, E, body) ->
+y[T, D]`. The body is traced before the export from what the module does to the rows of one expert
+(its `_apply_gate`, activation, biases, norm), so that a new activation needs no code here.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ def _experts(
     """
     graph = parse(body)
     total = torch.zeros_like(hidden)
-    slices = [p.unbind() for p in params]  # the gradient of a stack is then written once
+    # unbound once, so that the gradient of a stack is written once
+    slices = [p.unbind() for p in params]
     for expert in range(num_experts):
         token, slot = torch.where(top_k_index == expert)
         rows = run_graph(graph, [hidden[token], *(stack[expert] for stack in slices)])[0]
@@ -64,7 +64,7 @@ def experts_backward(
     num_experts: int,
     body: str,
 ) -> list[torch.Tensor]:
-    """The gradients of hidden, top_k_weights and each of params."""
+    """The gradients of hidden [T, D], top_k_weights [T, k], and each of params."""
     leaves = [t.detach().requires_grad_() for t in (hidden, top_k_weights, *params)]
     with autograd_inside():
         y = _experts(leaves[0], top_k_index, leaves[1], leaves[2:], num_experts, body)
@@ -99,7 +99,7 @@ experts_op.register_autograd(_backward, setup_context=_setup)
 
 
 class _OneExpert(torch.nn.Module):
-    """What an experts module does to the rows of one expert, given that expert's slices."""
+    """What an experts module computes for rows of one expert, given that expert's slices."""
 
     def __init__(self, experts: Any) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class _OneExpert(torch.nn.Module):
 
 
 def is_experts(module: torch.nn.Module) -> bool:
-    """Whether transformers decorated the module's class with `use_experts_implementation`."""
+    """Whether the module's class is decorated with `use_experts_implementation` of transformers."""
     return all(
         hasattr(module, name)
         for name in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "_apply_gate")
@@ -134,7 +134,7 @@ def is_experts(module: torch.nn.Module) -> bool:
 
 
 def stacked(experts: Any) -> list[torch.Tensor]:
-    """The params of an experts module in the order in which `_OneExpert` takes them."""
+    """The stacked params of an experts module, in the order in which `_OneExpert` takes them."""
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     names = [first, "down_proj"]
     if experts.has_bias:
@@ -151,7 +151,7 @@ def body_of(experts: Any, name: str) -> Graph:
     params = stacked(experts)
     width = params[0].shape[1 if experts.is_transposed else 2]
     rows = torch.empty(5, width, dtype=params[0].dtype)
-    # Values do not matter, and a stack may be spread over ranks (DTensor).
+    # Only shapes and strides matter; a stack may be distributed over ranks (DTensor).
     slices = [
         torch.empty_strided(p.shape[1:], p.stride()[1:], dtype=p.dtype, device=p.device)
         for p in params
@@ -178,7 +178,7 @@ def body_of(experts: Any, name: str) -> Graph:
 
 
 def _rows(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """The one free size of a body is called R."""
+    """Renames the one free size of a body to R."""
     return {str(name): "R" for name in exported.range_constraints}
 
 
@@ -204,10 +204,10 @@ def _forward(
 
 
 def switch_experts(model: torch.nn.Module) -> dict[int, tuple[Any, Any]]:
-    """Make every decorated experts module of the model one `moec::experts` call.
+    """Make each decorated experts module of the model compute by one `moec::experts` call.
 
-    Returns {id: (config, previous experts implementation)} of the configs that it changed.
-    Raises CaptureError for experts that cannot be traced.
+    Returns {id: (config, previous experts implementation)} for the configs that it changed. Raises
+    CaptureError for experts that cannot be traced.
     """
     modules = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not modules:
@@ -227,7 +227,7 @@ def switch_experts(model: torch.nn.Module) -> dict[int, tuple[Any, Any]]:
 
 @contextmanager
 def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
-    """As `switch_experts`, while open."""
+    """`switch_experts` while open; on leaving, the previous implementations are restored."""
     before = switch_experts(model)
     try:
         yield
@@ -237,7 +237,8 @@ def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _bodies(modules: dict[str, Any]) -> dict[int, str]:
-    """The body text of each experts module; modules of one kind and shape share one trace."""
+    """The body text by id of each experts module; modules of equal class and shapes share a
+    trace."""
     texts: dict[tuple[Any, ...], str] = {}
     bodies: dict[int, str] = {}
     for name, module in modules.items():

@@ -1,4 +1,4 @@
-"""Axes of a call's tensors that vary together, and tensors resized to other lengths of them."""
+"""Groups of axes that vary together, and tensors resized to other lengths of these axes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moec.capture.shapes import Axes, dim_name
 BATCH = (2, 3, 5, 7, 11)
 SEQUENCE = (16, 12, 20, 28, 36)
 SHORT = (3, 2, 4, 5, 6)
-"""Lengths for a first axis, for another axis, and for one that may not be long."""
+"""Lengths to try for a first axis, for another axis, and for an axis that must be short."""
 
 LONG = 64
 
@@ -28,9 +28,9 @@ class Axis(NamedTuple):
 
 @dataclass(frozen=True)
 class AxisGroup:
-    """Axes that are one size, of `length` in the tensors that are exported.
+    """Axes that always have one size, with the `length` that they are exported at.
 
-    `limits` are the least and greatest length that the user allows; `name` is the user's for
+    `limits` are the least and greatest length that the user allows; `name` is the user's name for
     axes that the user tied together.
     """
 
@@ -47,8 +47,8 @@ class AxisGroup:
 def groups_and_units(
     example: Sequence[torch.Tensor], wishes: Sequence[Axes], joining: Collection[Axis]
 ) -> tuple[tuple[AxisGroup, ...], tuple[AxisGroup, ...]]:
-    """(groups, units): the axes that may vary, grouped by equal length or equal name; and the
-    axes of length 1, grouped by the user's name for them, else one axis a group.
+    """(groups, units): the axes longer than 1 that may vary, grouped by name or else by length; and
+    the axes of length 1, grouped by name or else one axis a group.
 
     A group whose axes are all in `joining` is left out.
     """
@@ -79,8 +79,8 @@ def groups_and_units(
 
 
 def _varies(dim: Any) -> bool:
-    """Whether the length of the axis may be chosen here: not where it is a number, or made from
-    another size (2 * S), which stays as the example has it."""
+    """Whether the length of the axis can be chosen freely: not where it is a constant or an
+    expression of another size (2 * S)."""
     hints = (TorchDim.AUTO.type, TorchDim.DYNAMIC.type)
     return dim_name(dim) is not None or getattr(dim, "type", None) in hints
 
@@ -94,12 +94,13 @@ def _limits(dim: Any) -> tuple[int, int | None]:
 
 
 def longer_than_one(group: AxisGroup, short: bool) -> tuple[int, ...]:
-    """Lengths for a group of length 1."""
+    """Candidate lengths for a group of length 1."""
     return SHORT if short else BATCH if group.axes[0].axis == 0 else SEQUENCE
 
 
 def other_lengths(length: int) -> tuple[int, ...]:
-    """Multiples first, since a module may cut an axis into pieces; of a long one a part."""
+    """Candidate lengths other than `length`. Multiples come first, since a module may split the
+    axis into equal parts; for a long axis, half of it comes first."""
     if length > LONG:
         return (length // 2, length - 1, 2 * length, length + 1)
     shorter = (length // 2, length - 1) if length > 3 else ()
@@ -109,7 +110,7 @@ def other_lengths(length: int) -> tuple[int, ...]:
 def resized(
     tensors: Sequence[torch.Tensor], groups: Sequence[AxisGroup]
 ) -> tuple[torch.Tensor, ...]:
-    """The tensors with the axes of each group at its length."""
+    """The tensors with the axes of each group resized to the group's length."""
     lengths: list[dict[int, int]] = [{} for _ in tensors]
     for group in groups:
         for axis in group.axes:
@@ -118,7 +119,7 @@ def resized(
 
 
 def resize(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
-    """`tensor` repeated and cut to the given lengths of its axes; an empty axis stays empty."""
+    """`tensor` repeated and cut to the given length of each axis; an empty axis stays empty."""
     for axis, length in lengths.items():
         if length != tensor.shape[axis] and tensor.shape[axis]:
             index = torch.arange(length, device=tensor.device) % tensor.shape[axis]

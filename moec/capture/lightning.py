@@ -1,8 +1,9 @@
-"""Lightning attention of transformers: one op for all lengths, in place of an unrolled loop.
+"""Replaces the lightning attention of transformers by one op that is valid at all lengths.
 
-Its loop over blocks (arXiv 2401.04658) stands in the forward of a module, under no name that
-could be looked up. A class that holds what such a module is made of gets, while a model is
-exported, a forward with `moec::linear_attention`, if both agree on random rows.
+Its loop over blocks (arXiv 2401.04658) is written in the forward of a module, which cannot be
+looked up by name. So classes are recognised by their buffers, submodules and attributes. During an
+export, such a class gets a forward that calls `moec::linear_attention`, if it agrees with the
+original forward on random rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _NUMBERS = {"block_size", "head_dim", "num_attention_heads"}
 
 
 def is_lightning(module: torch.nn.Module) -> bool:
-    """Whether the module holds what lightning attention is made of."""
+    """Whether the module has the buffers, submodules and attributes of lightning attention."""
     return (
         _BUFFERS == {name for name, _ in module.named_buffers(recurse=False)}
         and _PARTS <= {name for name, _ in module.named_children()}
@@ -31,7 +32,7 @@ def is_lightning(module: torch.nn.Module) -> bool:
 
 
 def _spelled(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward with its loop as one op; with a cache it stays as it is."""
+    """The forward with its loop as one op; a call with a cache uses the original."""
 
     def forward(
         self: Any,
@@ -41,7 +42,7 @@ def _spelled(original: Callable[..., Any]) -> Callable[..., Any]:
         cache: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """hidden_states [B, S, D], attention_mask [B, S] of the tokens that count."""
+        """hidden_states [B, S, D]; attention_mask [B, S], 1 for tokens that are not padding."""
         if cache is not None:
             return original(
                 self, hidden_states, position_embeddings, attention_mask, cache=cache, **kwargs
@@ -61,8 +62,8 @@ def _spelled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _agrees(module: Any) -> bool:
-    """Whether the class's forward equals its form with the op on random input, over more than one
-    block of the recurrence."""
+    """Whether the original forward equals the one with the op on random input that is longer than
+    one block of the recurrence."""
     weight = module.qkv_proj.weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, module.block_size + 3, weight.shape[1], generator=generator)
@@ -81,7 +82,7 @@ def _agrees(module: Any) -> bool:
 
 @contextmanager
 def lightning_as_ops(model: torch.nn.Module) -> Iterator[None]:
-    """While open, the model's lightning attention is `moec::linear_attention`. A class whose
+    """While open, the model's lightning attention calls `moec::linear_attention`. A class whose
     forward computes something else is not patched."""
     modules = {type(module): module for module in model.modules() if is_lightning(module)}
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Nodes of an export -> ops of a graph: arguments into inputs and attributes, sizes folded away."""
+"""Converts nodes of an export to ops: arguments become inputs and attributes, sizes expressions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 @dataclass(frozen=True)
 class _Unknown:
-    """A float that depends on sizes or data. `value` is it where it is made of sizes alone."""
+    """A float that depends on sizes or data. `value` is its expression where it depends on sizes
+    alone."""
 
     where: str
     expr: str
@@ -87,7 +88,8 @@ class Converter:
             self.call(node, value)
 
     def size(self, node: torch.fx.Node, dim: Dim) -> None:
-        """A size that is read from data (`.item()`, `.tolist()`): an op binds its name."""
+        """A size read from data (`.item()`, `.tolist()`): emits a `moec.size` op that binds its
+        name."""
         if isinstance(dim, sympy.Symbol):
             source = self.values[cast(torch.fx.Node, node.args[0])]
             output = Value(self.fresh(node.name), source.type)
@@ -96,14 +98,16 @@ class Converter:
             )
 
     def dim(self, size: torch.SymInt | int, where: str) -> Dim:
-        """Raises CaptureError for a size that was computed in floats, where it is not known how."""
+        """A size as an IR expression. Raises CaptureError where it was computed in floats in a way
+        that cannot be repeated."""
         try:
             return from_torch(size, self.rename, self.computed)
         except IRError as error:
             raise CaptureError(f"{where}: the size {size} cannot be kept: {error}") from None
 
     def whole(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
-        """A size. One that is made of a float is what Python makes of that float, at every size."""
+        """A size. One that is computed of a float gets the expression that rounds as Python
+        does."""
         arguments = [self.argument(a) for a in node.args]
         if isinstance(value, int) or not any(isinstance(a, _Unknown) for a in arguments):
             return self.dim(value, self.where(node) or node.name)
@@ -111,8 +115,8 @@ class Converter:
         return canonical(self.remember(value.node.expr, result, node))
 
     def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float | _Unknown:
-        """A float; one that depends on sizes or data cannot stand in a graph, though a size
-        may be made from it (math.ceil)."""
+        """A float. One that depends on sizes or data cannot be represented in a graph, but a size
+        may be computed from it (math.ceil)."""
         if isinstance(value, float):
             return value
         expr = value.node.expr
@@ -126,7 +130,11 @@ class Converter:
     def remember(
         self, expr: sympy.Expr, value: sympy.Expr | None, node: torch.fx.Node
     ) -> sympy.Expr:
-        """`value` is what torch calls `expr`, of which two that round otherwise are one."""
+        """Records `value` as the exact form of torch's `expr` and returns it.
+
+        Raises CaptureError where there is no exact form, or where torch uses one `expr` for two
+        values that round differently.
+        """
         line, shown = user_line(node), named(expr, self.rename)
         if value is None:
             raise CaptureError(
@@ -174,14 +182,14 @@ class Converter:
                 cast("tuple[Dim, ...]", attrs["shape"]), inputs[0].shape, output.shape
             )
             outputs = (Value(output.name, TensorType(output.dtype, tuple(shape))),)
-        if target in OWN:  # its inputs stand in the order of the op's own
+        if target in OWN:  # its inputs have the order of the op
             target = OWN[target]
             attrs = {name: attr for name, attr in attrs.items() if attr is True}
         self.ops.append(Op(target, tuple(inputs), outputs, attrs, None, where))
         self.values[node] = outputs if isinstance(value, tuple | list) else outputs[0]
 
     def attributes(self, node: torch.fx.Node, inputs: list[Value]) -> dict[str, Attr]:
-        """The arguments that are not plain tensors; plain tensors are added to `inputs`."""
+        """The arguments that are not plain tensors; plain tensors are appended to `inputs`."""
         attrs: dict[str, Attr] = {}
         schema = cast(Any, node.target)._schema.arguments
         for index, argument in enumerate(schema):
@@ -197,7 +205,8 @@ class Converter:
             if isinstance(converted, Value):
                 inputs.append(converted)
             elif argument.has_default_value() and converted == argument.default_value:
-                # None would end the row of plain tensors early: later ones need its place.
+                # None would end the list of plain tensors early, and later ones would lose their
+                # position.
                 if converted is None and "Tensor" in str(argument.type):
                     attrs[argument.name] = None
             else:
@@ -235,7 +244,7 @@ class Converter:
         )
 
     def inline(self, node: torch.fx.Node) -> None:
-        """A region under no_grad or without autocast: its ops stand where the region stood."""
+        """Inlines a region under no_grad or without autocast: its ops replace the region."""
         position = next(
             i
             for i, a in enumerate(node.args)

@@ -1,10 +1,10 @@
-"""Sizes stay sizes in the user's Python: int(), float() and len() of one do not fix it.
+"""Keeps sizes symbolic where user code calls int(), float() or len() on them.
 
-Python insists that int() gives an int, so int(n * 2.0 / 8) asks torch for the number of the
-example, which torch writes down as a guard (floor(n/4) == 6) and bakes in. Where such a guard was
-made, the module is exported again with functions of these names in the globals of the file that
-asked, and with a one_hot that takes a symbolic number of classes, as a capacity is one.
-min(), max(), round() and the functions of math keep sizes by themselves.
+Python requires int() to return an int, so int(n * 2.0 / 8) makes torch evaluate the size in the
+example, record a guard (floor(n/4) == 6), and put the constant into the graph. Where a guard comes
+from such a line, the module is exported again with replacements of these functions in the globals
+of that file, and with a one_hot that accepts a symbolic number of classes (a capacity). min(),
+max(), round() and the functions of math keep sizes symbolic without help.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _ASKS = re.compile(r"\b(int|float|len|one_hot)\b")
 
 
 def asks(line: str) -> bool:
-    """Whether a line of code may ask for the number of a size. An unknown one may."""
+    """Whether a line of code may convert a size to a number; True where the text is not
+    available."""
     return not line or _ASKS.search(line) is not None
 
 
@@ -68,7 +69,7 @@ class _WholeType(type):
 
 
 class _Whole(builtins.int, metaclass=_WholeType):
-    """int, of which a symbolic size is one."""
+    """Replaces int: symbolic integers are instances of it, and are returned unchanged."""
 
 
 class _RealType(type):
@@ -85,7 +86,7 @@ class _RealType(type):
 
 
 class _Real(builtins.float, metaclass=_RealType):
-    """float, of which a symbolic one is one."""
+    """Replaces float: symbolic floats are instances of it."""
 
 
 def _length(x: Any) -> Any:
@@ -96,7 +97,7 @@ SHADOWS: Mapping[str, Any] = {"int": _Whole, "float": _Real, "len": _length}
 
 
 class _Sized(TorchFunctionMode):
-    """one_hot takes a symbolic number of classes."""
+    """Lets one_hot take a symbolic number of classes."""
 
     def __torch_function__(
         self,
@@ -118,10 +119,10 @@ def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> tuple[torch.Tensor,
 
 
 def export_keeping_sizes(export: Callable[[], ExportedProgram]) -> ExportedProgram:
-    """What `export` gives, again while a line that asks for the number of a size made a guard.
+    """The result of `export`, repeated while lines that convert a size to a number cause guards.
 
-    Where the module does not run with other functions of these names (dtype=int is no dtype then),
-    the export before stands, and its guards are refused by whoever settles them.
+    A module may fail with the replaced functions (dtype=int is no dtype then). In that case the
+    previous export is returned, and its guards are refused later, when they are settled.
     """
     files: set[str] = set()
     exported = export()

@@ -1,4 +1,5 @@
-"""A module that needs every hook of `moec.capture.speculate`: whether torch still calls them."""
+"""A module that uses every hook of `moec.capture.speculate`, to test that torch still calls
+them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import torch
 
 
 class SpeculationProbe(torch.nn.Module):
-    """Counts by tolist, a branch on one, rows between two, a float capacity, a custom function."""
+    """Has counts from tolist, a branch on a count, slices between counts, a capacity computed in
+    floats, and a custom autograd function."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ids = x.argmax(-1)

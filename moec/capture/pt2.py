@@ -1,8 +1,8 @@
-"""A .pt2 file looked at before torch reads it: it may hold tensors and a graph, and run nothing.
+"""Checks a .pt2 file before torch reads it: it may hold tensors and a graph, but no code.
 
-`torch.export.load` unpickles sample inputs and some weights, loads compiled libraries, evaluates
-the texts of sizes with sympy, and finds the targets of nodes by their names. So a file is read
-here first, without any of that, and refused where it needs more than:
+`torch.export.load` unpickles sample inputs and weights, loads compiled libraries, evaluates the
+texts of sizes with sympy, and looks up the targets of nodes by name. The file is therefore
+inspected first, without any of these steps, and refused where it needs more than:
 
     pickles            that torch.load(weights_only=True) reads: tensors and plain containers
     targets of nodes   operators under torch.ops, torch.sym_*, operator.* and math.*
@@ -48,11 +48,12 @@ _SYNTAX = (
 
 
 def check_archive(path: Path) -> None:
-    """Raises CaptureError, naming what it is, where reading the file could run code."""
+    """Raises CaptureError, naming the offending member, where reading the file could run code."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            # torch finds members whatever their case; which of two it takes is its own affair.
+            # torch ignores the case of member names; which of two equal ones it reads is not
+            # defined.
             if len({member.filename.lower() for member in members}) < len(members):
                 raise _refusal(path, "the archive", "two of its members have one name")
             for member in members:
@@ -124,7 +125,8 @@ def _is_arithmetic(text: str) -> bool:
 
 
 def _is_known(function: ast.expr) -> bool:
-    """A known function, one of math's or torch's for sizes, or `.size()` of an input."""
+    """Whether it is a known function, one of math, a sym_ function of torch, or a method such as
+    `.size()` of an input."""
     match function:
         case ast.Name(id=name):
             return name in _FUNCTIONS

@@ -1,10 +1,10 @@
-"""Linear attention of transformers: one op for all lengths, in place of an unrolled loop.
+"""Replaces the linear attention of transformers by one op that is valid at all lengths.
 
-The loops over chunks or positions that transformers falls back to run as often as the example
-is long, and a graph holds what they ran. transformers decorates these functions with the name
-of the kernel that stands for them where there is one (`use_kernel_func_from_hub_with_fallback`);
-while a model is exported, moec is such a kernel: each is spelled with `moec::linear_attention`.
-What has such a name is compared with what moec takes it for before it is replaced.
+transformers falls back to Python loops over chunks or positions; a graph would hold as many
+iterations as the example needs. It decorates these functions with the name of an optional kernel
+that may replace them (`use_kernel_func_from_hub_with_fallback`). During an export moec acts as that
+kernel: each function calls `moec::linear_attention`. A function is replaced only if it agrees on
+random inputs with what moec computes for its kernel name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moec.errors import CaptureError
 from moec.ops.linear_attention import recurrence
 
 OWN = {"moec.linear_attention.default": "nn.linear_attention"}
-"""Operators that the export holds, and the ops of the IR that they are."""
+"""Operators in the export, with the ops of the IR that they become."""
 
 
 @torch.library.custom_op("moec::linear_attention", mutates_args=())
@@ -36,7 +36,8 @@ def linear_attention_op(
     delta: bool,
     started: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """nn.linear_attention: q, k, v, decay and the rest that the flags name."""
+    """nn.linear_attention of [q, k, v, decay], with the optional tensors that the flags
+    announce."""
     flags = {"rates": rated, "beta": delta, "start": started}
     names = (name for name, flag in flags.items() if flag)
     return recurrence(*tensors, **dict(zip(names, rest, strict=True)))
@@ -61,7 +62,7 @@ def carry(
     beta: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """nn.linear_attention in float32, as an operator that an export holds: y, the last state."""
+    """nn.linear_attention in float32, as an operator that torch.export keeps: (y, last state)."""
     optional = (rates, beta, start)
     rest = [x.float() for x in optional if x is not None]
     required = [x.float() for x in (q, k, v, decay)]
@@ -115,8 +116,8 @@ def _mamba(a: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
 class _ScanKernel:
     """A linear-attention kernel of transformers, as moec computes it.
 
-    `state` is the argument that requests the last state; `example` maps each tensor argument to
-    its axes, one letter a size (`_SIZES`); `options` are the other arguments that `scan` reads.
+    `state` is the argument that requests the last state; `example` maps each tensor argument to its
+    axes, one letter a size (`_SIZES`); `options` are the other arguments that `scan` reads.
     """
 
     scan: Scan
@@ -169,17 +170,18 @@ _SCAN_KERNELS = {
     "selective_scan_fn": _MAMBA,
 }
 _IGNORED = {"chunk_size", "use_mambapy", "use_associative_scan"}
-"""Arguments that say how to compute, not what."""
+"""Arguments that affect how the result is computed, not its value."""
 _PACKED = ("cu_seqlens", "seq_idx")
-"""Where sequences are packed into one; other arguments without a parameter are not read."""
+"""Arguments for sequences packed into one, which are refused if given; other arguments that reach
+**kwargs are ignored."""
 _SIZES = {"b": 2, "s": 19, "g": 2, "h": 4, "k": 5, "v": 3}
 _LOGARITHMS = {"g", "A"}
 _DECORATED = {"torch_function", "func_name"}
-"""What a function decorated with a kernel's name holds."""
+"""The closure variables of a function that is decorated with a kernel's name."""
 
 
 def kernel_name(function: Any) -> str | None:
-    """The name of the kernel that transformers would use in the place of a function."""
+    """The name of the kernel that transformers would use instead of `function`, or None."""
     while function is not None:
         if inspect.isfunction(function) and _DECORATED <= {*function.__code__.co_freevars}:
             return str(inspect.getclosurevars(function).nonlocals["func_name"])
@@ -188,8 +190,8 @@ def kernel_name(function: Any) -> str | None:
 
 
 def _spelled(function: Any, kernel: _ScanKernel) -> Callable[..., Any]:
-    """The function with its loop as one op. The result raises CaptureError where it is called
-    with an argument that `kernel` does not read."""
+    """The function with its loop as one op. The result raises CaptureError where it is called with
+    an argument that `kernel` does not read."""
     signature = inspect.signature(function)
     readable = {*kernel.example, *kernel.options, kernel.state, *_IGNORED, "kwargs"}
 
@@ -232,9 +234,9 @@ def _agrees(function: Any, kernel: _ScanKernel) -> bool:
 
 @contextmanager
 def scans_as_ops(model: torch.nn.Module) -> Iterator[None]:
-    """While open, the linear attention of the model's classes is `moec::linear_attention`.
+    """While open, the linear attention of the model's classes calls `moec::linear_attention`.
 
-    A function that does not compute what the kernel of its name does is not patched.
+    A function that does not compute what the kernel of its name computes is not patched.
     """
     files = {c.__module__ for module in model.modules() for c in type(module).__mro__}
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Which axes of a call are one size, and at which lengths it runs: found by running it."""
+"""Finds, by running a call, which of its axes share a size and at which lengths it runs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ MOST_IN_ALL_SUBSETS = 5
 
 @dataclass(frozen=True)
 class Search:
-    """Questions to a call, all of which are runs on its example resized.
+    """Runs a call on its example resized, to find out which axes may vary.
 
-    Lengths that other axes have (`common`, of weights above all) come last, since a module may
-    compare them. `joining` and `refuted` are those of `moec.capture.widening.widen`.
+    Lengths in `common`, which other axes have (of weights above all), are tried last, since a
+    module may compare sizes with them. `joining` and `refuted` are those of
+    `moec.capture.widening.widen`.
     """
 
     trials: Trials
@@ -37,10 +38,10 @@ class Search:
     def groups(
         self, long: Sequence[AxisGroup], units: Sequence[AxisGroup]
     ) -> tuple[AxisGroup, ...]:
-        """The axes that vary, in groups that are one size, at lengths at which the call runs.
+        """The axes that vary, grouped by size, at lengths at which the call runs.
 
-        `units` are the axes of length 1. Tried first: all first axes are one size, and all others
-        are one. Then that one of either is of the other, and that fewer of them vary.
+        `units` are the axes of length 1. The first attempt gives all first axes one size and all
+        others another; then single axes change sides, and then fewer of them vary.
         """
         for assignment in self._running(long, units):
             groups = self._distinct(self._joined(self._split(assignment)))
@@ -60,7 +61,8 @@ class Search:
     def _running(
         self, long: Sequence[AxisGroup], units: Sequence[AxisGroup]
     ) -> Iterator[tuple[AxisGroup, ...]]:
-        """The groups with the axes of length 1 among them, at lengths of their own."""
+        """The groups extended by the axes of length 1, at other lengths, for each assignment that
+        runs."""
         for labels in _assignments(units, self.joining) if units else ():
             for short in (False, True):
                 groups = self._labelled(long, units, labels, short)
@@ -76,7 +78,7 @@ class Search:
         labels: Sequence[str],
         short: bool,
     ) -> tuple[AxisGroup, ...] | None:
-        """`long`, and a group for each label; None where there is no length for one."""
+        """`long`, and a group for each label; None where no length is left for a label."""
         groups = list(long)
         for label in dict.fromkeys(labels):
             if label == FIXED:
@@ -101,7 +103,7 @@ class Search:
     def _with_lone(
         self, groups: tuple[AxisGroup, ...], units: Sequence[AxisGroup]
     ) -> tuple[AxisGroup, ...]:
-        """Units that belong to no other may still be sizes of their own."""
+        """The groups, and each unit that runs at a length of its own."""
         for unit in units:
             longer = self._longer(unit, groups, short=True)
             if longer is None or self._refuted(longer):
@@ -111,7 +113,8 @@ class Search:
         return groups
 
     def _split(self, groups: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
-        """Each group whose parts may differ in length is one group a part."""
+        """The groups, with each one divided into parts for as long as the parts may differ in
+        length."""
         done: list[AxisGroup] = []
         waiting = list(groups)
         while waiting:
@@ -141,8 +144,8 @@ class Search:
     def _changeable(
         self, group: AxisGroup, others: Sequence[AxisGroup], lengths: Sequence[int]
     ) -> tuple[AxisGroup, ...]:
-        """The axes of a group that cannot change at once: most of them, which can, and the rest,
-        which has the same length by chance; or each alone."""
+        """Divides a group whose axes cannot all change at once: into the largest part that can
+        change and the rest, which has the same length by coincidence; or else into single axes."""
         for axes in reversed(list(_subsets(group.axes))):
             for part, rest in (_parted(group, axes)[::-1], _parted(group, axes)):
                 for length in lengths:
@@ -164,7 +167,7 @@ class Search:
         return tuple(joined)
 
     def _distinct(self, groups: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
-        """The groups at lengths that no other axis has, as far as the call runs so."""
+        """The groups at lengths that no other axis has, as far as the call runs at them."""
         done: list[AxisGroup] = []
         for index, group in enumerate(groups):
             rest = groups[index + 1 :]
@@ -193,9 +196,9 @@ def _parted(group: AxisGroup, axes: tuple[Axis, ...]) -> tuple[AxisGroup, AxisGr
 
 
 def _assignments(units: Sequence[AxisGroup], joining: frozenset[Axis]) -> Iterator[tuple[str, ...]]:
-    """A label for each unit, the plausible first: its name or kind, the other kind, FIXED.
+    """Labels for the units, most plausible first: its name or kind, the other kind, FIXED.
 
-    A unit in `joining` belongs to another before it has no size of its own.
+    A unit in `joining` gets the label of another unit if possible, and FIXED otherwise.
     """
     labels = sorted({_label(u) for u in units if not u.name and not joining.intersection(u.axes)})
     options: list[list[tuple[int, str]]] = []
@@ -221,12 +224,13 @@ def _assignments(units: Sequence[AxisGroup], joining: frozenset[Axis]) -> Iterat
 
 
 def _label(unit: AxisGroup) -> str:
-    """First axes are taken for batches, all others for sequences."""
+    """The name of a unit, else "batch" for a first axis and "sequence" for any other."""
     return unit.name or ("batch" if unit.axes[0].axis == 0 else "sequence")
 
 
 def _subsets(axes: tuple[Axis, ...]) -> Iterator[tuple[Axis, ...]]:
-    """Parts of the axes, each without what is left: all of them, or of many the contiguous."""
+    """Proper subsets of the axes, one of each complementary pair; single axes and prefixes alone
+    where there are many axes."""
     count = len(axes)
     if count <= MOST_IN_ALL_SUBSETS:
         for size in range(1, count // 2 + 1):

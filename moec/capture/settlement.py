@@ -1,4 +1,4 @@
-"""Guards of a captured program, settled by running it beside its module."""
+"""Settles the guards of a captured program by comparing it with its module at other sizes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def settled(
     eager: Eager,
     example: Sequence[torch.Tensor],
 ) -> tuple[Program, tuple[str, ...]]:
-    """The program with the bounds that its guards set, and what is to be said of them.
+    """The program with the bounds that its guards set, and notes about them.
 
-    Raises CaptureError for a guard that other sizes break.
+    Raises CaptureError for a guard at whose violation graph and module differ.
     """
 
     def agree(other: Mapping[str, int]) -> bool | None:
@@ -38,7 +38,7 @@ def settled(
 def required(
     name: str, program: Program, guards: Sequence[Guard], example: Sequence[torch.Tensor]
 ) -> tuple[Program, tuple[str, ...]]:
-    """As `settled`, for a source that holds only where its guards do."""
+    """As `settled`, for an exported program, which is valid only where its guards hold."""
     result = settle(name, program.graph, guards, _sizes(program, example), None)
     return replace(program, graph=replace(program.graph, bounds=result.bounds)), result.notes
 
@@ -53,9 +53,11 @@ def _sizes(program: Program, example: Sequence[torch.Tensor]) -> dict[str, int]:
 def _agree_at_sizes(
     program: Program, eager: Eager, example: Sequence[torch.Tensor], sizes: Mapping[str, int]
 ) -> bool | None:
-    """Whether graph and module agree on the example and on random inputs of these sizes. Where 16
-    bits are computed with, one of both suffices: a near tie may choose other experts in the other.
-    None where the module fails."""
+    """Whether graph and module agree on the example and on random inputs, both at `sizes`.
+
+    Where the graph computes in 16 bits, agreement on one of the two is enough, because a near tie
+    may route to other experts in the other. Returns None where the module fails.
+    """
     pairs = zip(example, program.graph.inputs, strict=False)
     resized_example = [with_sizes(tensor, value.shape, sizes) for tensor, value in pairs]
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
-"""Which sizes of the inputs may vary, and what they are called.
+"""Which sizes of the inputs may vary, and their names.
 
-Without a wish of the user's every axis of an integer input and every axis but the last of a
+Unless the user says otherwise, every axis of an integer input and every axis but the last of a
 float input may vary. Names: T for one free axis, B and S for two, then S1, S2 …
 """
 
@@ -27,9 +27,11 @@ def default_axes(tensor: torch.Tensor) -> Axes:
 def default_wishes(
     tensors: Sequence[torch.Tensor],
 ) -> tuple[list[Axes], list[tuple[int, int]]]:
-    """`default_axes` of each tensor; and the last axes of float ones, which may vary too where
-    they are a size of another tensor (an additive mask's), as pairs (number of the tensor, axis).
-    Whole numbers [.., k] beside floats of their shape are ids beside their weights: so do those.
+    """(wishes, last): `default_axes` of each tensor, and pairs (number of the tensor, axis) of last
+    axes that vary only where they share a size with another tensor.
+
+    These are the last axes of float tensors (an additive mask's is a sequence length), and of
+    integer tensors [.., k] of the same shape as a float tensor: expert ids with their weights.
     """
     wishes = [default_axes(tensor) for tensor in tensors]
     weights = {t.shape for t in tensors if t.ndim > 2 and t.is_floating_point()}
@@ -46,9 +48,9 @@ def default_wishes(
 def wished_axes(arguments: Mapping[str, Any], shapes: Any) -> list[Axes]:
     """The user's `dynamic_shapes` for each tensor in `arguments`, in order.
 
-    `shapes` is a dict by argument name, or a sequence in the order of the arguments; an entry
-    is None (nothing varies), a dict axis -> Dim, or a sequence with one Dim or None an axis.
-    Raises CaptureError where it names what is not there.
+    `shapes` is a dict by argument name, or a sequence in the order of the arguments; an entry is
+    None (nothing varies), a dict axis -> Dim, or a sequence with one Dim or None per axis. Raises
+    CaptureError where it names an argument or axis that does not exist.
     """
     if not isinstance(shapes, Mapping):
         tensors = [name for name, value in arguments.items() if _tensors(value)]
@@ -102,8 +104,8 @@ def name_symbols(
 ) -> dict[str, str]:
     """torch's symbols (s0, s72) in the inputs' shapes -> names of the IR.
 
-    A symbol that stands alone on an axis takes the name of the user's Dim, or the next free one.
-    Axes in one of `groups` (number of the tensor, axis) are one size, and have one name.
+    A symbol that is the size of an axis by itself takes the name of the user's Dim, or the next
+    free one. Axes in one of `groups` (number of the tensor, axis) share one name.
     """
     names: dict[str, str] = {}
     same = _equated(tensors, groups)
@@ -153,7 +155,7 @@ def dim_name(wish: Any) -> str | None:
 
 
 def wished_bounds(wishes: Sequence[Axes]) -> dict[str, Bounds]:
-    """The limits that the user's named Dims carry."""
+    """The limits of the user's named Dims."""
     bounds: dict[str, Bounds] = {}
     for wish in wishes:
         for dim in wish.values():

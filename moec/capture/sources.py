@@ -1,4 +1,4 @@
-"""Where in the user's code something stands, and sizes in the user's words."""
+"""The user's line of code for a node, and sizes under the user's names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _MOEC = str(Path(__file__).parent)
 
 
 def user_line(node: torch.fx.Node) -> str:
-    """The innermost line of the user's that made a node, as file.py:12, or the node's name."""
+    """The user's innermost line that created a node, as file.py:12, or else the node's name."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     user_frames = [f"{Path(file).name}:{line}" for file, line in frames if not is_internal(file)]
     return user_frames[-1] if user_frames else node.name
 
 
 def is_internal(file: str) -> bool:
-    """Whether code is torch's or moec's and not the user's."""
+    """Whether a file belongs to torch or moec and not to the user."""
     return file.startswith((_TORCH, _MOEC, "<"))
 
 
@@ -32,5 +32,5 @@ def text_of(file: str, line: int) -> str:
 
 
 def named(expr: Any, names: Mapping[str, str]) -> str:
-    """An expression of torch with each of its symbols under its name in `names`."""
+    """torch's expression as text, with each symbol replaced by its name in `names`."""
     return re.sub(r"\b[a-z]+\d+\b", lambda match: names.get(match[0], match[0]), str(expr))

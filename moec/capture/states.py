@@ -1,7 +1,7 @@
 """Tensors that a module writes into (a static key-value cache): the states of its program.
 
-Capturing and comparing leave them as they were, and always start from what they held when the
-module was captured.
+Capturing and comparing do not change them, and always start from the contents that they had when
+the module was captured.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from moec.ir.graph import Program
 def as_buffers(exported: ExportedProgram) -> ExportedProgram:
     """The program with its lifted tensor constants as buffers, which a model may write into.
 
-    torch.export lifts a tensor that is reached around the module (through a cache object) as a
-    constant, even where it is a parameter or buffer too; such a pair becomes one input again.
+    torch.export lifts a tensor that is reached outside the module (through a cache object) as a
+    constant, even where it is also a parameter or buffer; such a pair becomes one input again.
     """
     signature = exported.graph_signature
     if not any(spec.kind is InputKind.CONSTANT_TENSOR for spec in signature.input_specs):
@@ -59,14 +59,15 @@ def as_buffers(exported: ExportedProgram) -> ExportedProgram:
 
 @dataclass(frozen=True)
 class States:
-    """The tensors that a module writes into, where they live, and what they start from."""
+    """The tensors that a module writes into (`live`), and their first contents."""
 
     live: Sequence[torch.Tensor] = ()
     first: Sequence[torch.Tensor] = ()
 
     @contextmanager
     def from_start(self) -> Iterator[None]:
-        """While open, the module starts from its first states; afterwards all is as before."""
+        """While open, the module starts from its first states; on leaving, the contents are
+        restored."""
         before = [tensor.clone() for tensor in self.live]
         try:
             self._fill(self.first)
@@ -81,7 +82,7 @@ class States:
 
 
 def detached(program: Program) -> tuple[Program, States]:
-    """The program with copies of its states, so that running the module changes it no more."""
+    """The program with copies of its states, so that running the module no longer changes it."""
     names = [state.before.name for state in program.graph.states]
     live = [program.weights[name] for name in names]
     first: Mapping[str, torch.Tensor] = {

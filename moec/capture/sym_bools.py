@@ -1,10 +1,10 @@
-"""Conditions on sizes where torch takes a plain bool.
+"""Conditions on sizes that are passed to a function which requires a plain bool.
 
     is_causal = mask is None and length > 1
     scaled_dot_product_attention(q, k, v, is_causal=is_causal)
 
-While torch exports, `is_causal` is a SymBool, which the function refuses before any mode of
-torch's sees it. It is answered as an `if` on it would be, with a guard.
+During an export `is_causal` is a SymBool, which the function rejects before any torch function mode
+sees the call. It is converted to a bool with a guard, as an `if` would do.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _attention(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 @contextmanager
 def sym_bools_answered(model: torch.nn.Module) -> Iterator[None]:
-    """While open, attention takes a SymBool: under torch's name for it, and under each name that
-    it was imported as where a class of the model is defined."""
+    """While open, attention takes a SymBool: the function is replaced in torch, and under each name
+    by which a module that defines a class of the model imported it."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     spaces = {id(space): space for cls in classes if (space := _namespace(cls))}
     with ExitStack() as stack:

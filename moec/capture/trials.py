@@ -1,4 +1,4 @@
-"""Whether a module runs on tensors of other lengths, asked of the module itself."""
+"""Runs a module on tensors of other lengths, to learn whether it accepts them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from moec.capture.call import ModuleCall
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch.export prints the whole graph where it fails; the reason is in its exception."""
+    """Silences the standard streams: torch.export prints the whole graph where it fails, and its
+    exception has the reason."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
 
 @dataclass
 class Trials:
-    """Runs of a call on tensors of its interface; each set of lengths is run once.
+    """Runs of a call on given tensors; each combination of shapes is run once.
 
-    A run leaves every tensor as it was: caches and counters that the module writes into are
-    filled with what they held before.
+    A run changes no tensor: caches and counters that the module writes into are restored.
     """
 
     call: ModuleCall
@@ -43,8 +43,8 @@ class Trials:
 
     @cached_property
     def takes_padding(self) -> bool:
-        """Whether the call runs with a token masked. Masks of ones are skipped by some modules,
-        which run with those of any shape then, and not with others."""
+        """Whether the call runs with one token masked. Some modules skip masks of ones, and would
+        then appear to accept a mask of any shape."""
         padded = _padded(self.call.tensors)
         return padded is not None and self._run(padded)
 
@@ -59,8 +59,8 @@ class Trials:
 
 
 def _padded(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
-    """The tensors with a zero at the end of the last axis of each mask; None without a mask: whole
-    numbers or truth values that are all 1."""
+    """The tensors with a zero at the end of the last axis of each mask; None where there is no
+    mask. A mask is a tensor of integers or booleans that are all 1."""
     masks = [
         t.dim() > 0 and t.numel() > 0 and not t.is_floating_point() and bool((t == 1).all())
         for t in tensors
@@ -75,7 +75,8 @@ def _padded(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
 
 
 class _Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, what an operator is about to write into is copied; then it is put back."""
+    """Copies each storage before an operator writes into it, and restores all of them on
+    leaving."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The shape of a view that leaves one size open."""
+"""The shape of a view that leaves one size open (-1)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from moec.ir.dims import Dim, canonical, product
 
 
 def view_shape(size: Sequence[Dim], source: Sequence[Dim], torch_shape: Sequence[Dim]) -> list[Dim]:
-    """`torch_shape`, with the size that `size` gives as -1 as the quotient of what it views.
+    """`torch_shape`, with the size that is -1 in `size` replaced by an exact quotient.
 
-    torch writes view(2, B*S, -1) of [B, S, 8] at B = 4 with floor(8*floor(B/2)/B), which is 4 at
-    even B alone. Where the quotient is no polynomial, torch's own stays.
+    torch infers floor(8*floor(B/2)/B) for view(2, B*S, -1) of [B, S, 8] exported at B = 4. It
+    equals 4 only at even B; the quotient of all sizes by the other sizes is 4. torch's size is kept
+    where the quotient is no polynomial with integer coefficients.
     """
     if list(size).count(-1) != 1:
         return list(torch_shape)

@@ -1,9 +1,9 @@
-"""The lengths at which a module is exported: general ones, whatever those of the example are.
+"""Chooses the lengths at which a module is exported, so that the export holds for all lengths.
 
-torch.export answers a module's questions about a size (is it 1? is it that other size?) by the
-example, and the answer stands for every size. So the example is exported at lengths of which
-none is 1 and no two are equal for no reason, made by repeating what was given. Which axes are
-one size is asked of the module: those that it runs with only together.
+torch.export evaluates conditions on sizes (is it 1? does it equal that size?) with the example, and
+the outcome then applies to every size. So the example is resized, by repeating its elements, until
+no length is 1 and no two lengths are equal by coincidence. Axes share a size where the module runs
+only if they change together.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from moec.errors import CaptureError
 
 @dataclass(frozen=True)
 class Widened:
-    """The tensors to export, the axes that may vary in them, and which of these are one size.
+    """The tensors to export, the axes that may vary in them, and which of these share a size.
 
-    `moved` are the groups whose length is not the example's.
+    `moved` are the groups whose length differs from the example's.
     """
 
     tensors: tuple[torch.Tensor, ...]
@@ -44,12 +44,12 @@ def widen(
 ) -> Widened:
     """`call`'s example resized so that no axis has a special length.
 
-    Axes of length 1 are lengthened, a group at a time; where the module fails then, they keep 1
-    and may not vary. Axes of equal length become one group, unless the module runs with either
-    of them longer. Axes in `joining` vary only in a group with axes of other tensors. Groups of
-    the axes in `refuted` keep their length. Lengths in `avoided` are special: the module compares
-    sizes with them. Raises CaptureError where a size that the user named
-    can only be 1.
+    Axes of length 1 are lengthened, one group at a time; where the module then fails, they keep
+    length 1 and may not vary. Axes of equal length become one group, unless the module runs when
+    only one of them is longer. Axes in `joining` vary only in a group with axes of other tensors.
+    Groups with the axes in `refuted` keep their length. Lengths in `avoided` are special, because
+    the module compares sizes with them. Raises CaptureError where a size that the user named can
+    only be 1.
     """
     example = call.tensors
     groups, units = groups_and_units(example, wishes, joining)

@@ -1,4 +1,4 @@
-"""An export down to core ATen, operator by operator."""
+"""Decomposes an export to core ATen, operator by operator."""
 
 from moec.capture.decomposition.composite import decompositions
 from moec.capture.decomposition.expand import decompose

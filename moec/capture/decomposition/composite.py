@@ -1,4 +1,4 @@
-"""Which operators of torch are made of others, and which of them are left whole."""
+"""Which operators of torch are composed of others, and which of them are not decomposed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHOLE = frozenset(
         "aten.matmul.default",
     }
 )
-"""Composite operators that have kernels of their own."""
+"""Composite operators that are kept, because moec has kernels for them."""
 
 
 @cache
@@ -31,28 +31,28 @@ def _decompositions(composite: int) -> Mapping[Any, Callable[..., Any]]:
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """To core ATen, with the operators in `WHOLE` left as they are.
+    """The decompositions to core ATen, without those of the operators in `WHOLE`.
 
-    torch's table takes long to fill, and has more where more such operators are registered.
+    torch's table is slow to build, and grows where more composite operators are registered.
     """
     return dict(_decompositions(composite_count()))
 
 
 def composite_count() -> int:
-    """How many operators are registered, by torch and others, that are made of others."""
+    """The number of registered composite operators, torch's and others."""
     return len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
 
 
 def is_composite(node: fx.Node, table: Collection[Any]) -> bool:
-    """Whether `node` calls an operator that `table` or torch itself replaces by others."""
+    """Whether `node` calls an operator that is decomposed, by `table` or by torch itself."""
     if not isinstance(node.meta.get("val"), torch.Tensor | list | tuple):
         return False  # a size
     return str(node.target) not in WHOLE and (is_implicit(node.target) or node.target in table)
 
 
 def is_implicit(target: Any) -> bool:
-    """Whether an operator is made of others for every device. What it returns may be a view of an
-    operand, or the operand itself (dropout in eval), though its schema does not say so."""
+    """Whether an operator is composed of others on every device. Its result may be a view of an
+    operand, or the operand itself (dropout in eval), even if its schema does not say so."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     name = cast(Any, target).name()

@@ -1,9 +1,9 @@
-"""An export in core ATen, with the operators in `WHOLE` left as they are.
+"""Decomposes an export to core ATen, except for the operators in `WHOLE`.
 
-torch retraces the whole program for that, which takes longer than the export itself. Only some
-of the operators change, and layers repeat: here each operator that changes is traced alone, once
-for each kind of operands, and its nodes take its place. What writes into tensors or holds
-regions of its own is left to torch.
+torch would retrace the whole program, which takes longer than the export itself. Only some of the
+operators are composite, and layers repeat. So each composite operator is traced alone, once for
+each kind of operands, and the nodes of its trace replace it. Programs that write into memory with
+other aliases, or whose nodes have subgraphs, are left to torch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from moec.capture.states import as_buffers
 from moec.errors import CaptureError
 
 _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default)
-"""Composite operators that make a size of data: traced again they would make another one."""
+"""Composite operators whose result size depends on data; tracing them again would create a new
+symbol for it."""
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
@@ -48,7 +49,8 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
 
 def expand(program: ExportedProgram) -> ExportedProgram | None:
-    """`program` with each composite operator replaced by its parts, or None: torch must do it."""
+    """`program` with each composite operator replaced by its parts; None where only torch can do
+    it."""
     source = program.graph_module
     table = decompositions()
     writer = _Writer(fx.Graph())
@@ -92,8 +94,9 @@ def _named(signature: ExportGraphSignature, graph: fx.Graph) -> ExportGraphSigna
 
 @dataclass(frozen=True)
 class _Writer:
-    """The graph that is written, and what stands in it for each node of the source. A node that
-    writes is another name of the tensor that it writes: `tensors` has which."""
+    """The graph under construction, and for each node of the source its copy. A node that writes in
+    place has no copy of its own: `tensors` maps it to the node of the tensor that it writes
+    into."""
 
     graph: fx.Graph
     copies: dict[fx.Node, Any] = field(default_factory=dict)
@@ -103,7 +106,7 @@ class _Writer:
         return self.copies[self.tensors.get(node, node)]
 
     def copy(self, node: fx.Node) -> Any:
-        """What stands for a node that stays as it is."""
+        """The copy of a node that is not decomposed."""
         if node.target is operator.getitem:
             source, index = cast(fx.Node, node.args[0]), cast(int, node.args[1])
             results = self.of(source)
@@ -111,13 +114,15 @@ class _Writer:
                 return results[index]
         copy = self.graph.node_copy(node, self.of)
         if node.op == "placeholder":
-            copy.name = node.name  # the signature has it
-        if node.target is torch.ops.aten.item.default:  # its parts would read the number anew
+            copy.name = node.name  # the signature refers to it by name
+        # its decomposition would create a new symbol for the number
+        if node.target is torch.ops.aten.item.default:
             copy.target = torch.ops.aten._local_scalar_dense.default
         return copy
 
     def splice(self, node: fx.Node, parts: fx.Graph, operands: Sequence[Any] = ()) -> Any:
-        """`parts` in the place of `node`, with its operands or those given: their result."""
+        """Copies `parts` instead of `node`, applied to `operands` (default: the node's own), and
+        returns the copied result."""
         sources = iter(operands or [self.of(operand) for operand in operands_of(node)])
         inner: dict[fx.Node, Any] = {}
         about = {name: value for name, value in node.meta.items() if name != "val"}
@@ -132,7 +137,7 @@ class _Writer:
         raise AssertionError("a graph without an output")
 
     def positions(self, node: fx.Node, parts: Parts) -> Any:
-        """`torch.where(x)` with the sizes that the export gave it: columns of one nonzero."""
+        """`torch.where(x)` with the sizes that the export gave it, as columns of one nonzero."""
         columns, source = node.meta["val"], cast(fx.Node, node.args[0])
         copy = self.graph.call_function(torch.ops.aten.nonzero.default, (self.of(source),))
         copy.meta = {**node.meta, "val": columns[0].new_empty((*columns[0].shape, len(columns)))}
@@ -140,8 +145,8 @@ class _Writer:
         return self.splice(node, unbind, [copy])
 
     def write(self, node: fx.Node, views: Sequence[fx.Node], part: Any) -> None:
-        """Who reads the tensor that `node` writes through `views` reads from here on what has
-        `part` in its place. Raises Retrace where `part` is of another dtype or shape."""
+        """Makes later readers of the tensor that `node` writes, through `views`, read the updated
+        value. Raises Retrace where `part`, the new value, has another dtype or shape."""
         tensor, full = cast(fx.Node, node.args[0]), part
         before, after = tensor.meta["val"], part.meta["val"]
         if before.dtype != after.dtype or str(before.shape) != str(after.shape):

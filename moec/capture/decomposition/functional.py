@@ -1,8 +1,8 @@
-"""Operators that write into a tensor, as functions: `x.add_(y)` is `add(x, y)`, read in place of x.
+"""In-place operators as functions: `x.add_(y)` becomes `add(x, y)`, read from there on as x.
 
-That holds where nobody reads the memory of `x` under another name afterwards: `x` is computed by
-an operator that returns new memory, and no view of it is read later. What is written into a part
-of it, `x[:, :n] = y`, becomes a new `x` by the operator that is the inverse of the view.
+This is valid where the memory of `x` is not read under another name afterwards: `x` is the result
+of an operator that returns new memory, and no view of it is read later. A write into a part, `x[:,
+:n] = y`, becomes a new `x` by the scatter operator that is the inverse of the view.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ SCATTERS: dict[Any, Any] = {
     _aten.slice.Tensor: _aten.slice_scatter.default,
     _aten.select.int: _aten.select_scatter.default,
 }
-"""View -> what writes a part back: (tensor, part, the arguments of the view)."""
+"""View -> the operator that writes a part back: (tensor, part, arguments of the view)."""
 
 
 class Retrace(Exception):
-    """The program has a node that cannot be replaced by looking at it alone."""
+    """Raised where a node cannot be replaced alone, so that torch must retrace the program."""
 
 
 @dataclass(frozen=True)
 class Write:
-    """The function for a node that writes, and the views through which it writes, outermost
-    first: `x[0][:n].add_(y)` has a select and a slice."""
+    """The function for a node that writes, and the views through which it writes, outermost first:
+    `x[0][:n].add_(y)` has a select and a slice."""
 
     function: Callable[..., Any]
     views: tuple[fx.Node, ...]
@@ -44,7 +44,7 @@ def writes(node: fx.Node) -> bool:
 
 
 def is_function(node: fx.Node) -> bool:
-    """Whether a node is a function of its operands alone."""
+    """Whether a node is a pure function of its operands."""
     if node.op != "call_function":
         return node.op in ("placeholder", "output")
     return not isinstance(node.target, torch._ops.HigherOrderOperator) and not writes(node)
@@ -69,7 +69,8 @@ def write_of(node: fx.Node) -> Write:
 
 
 def _is_same_call(target: Any, overload: Any) -> bool:
-    """Whether `overload` takes what `target` does, writes nothing, and returns new memory."""
+    """Whether `overload` takes the arguments of `target`, writes nothing, and returns new
+    memory."""
     before, after = target._schema.arguments, overload._schema.arguments
     first, *others = (argument.alias_info for argument in before)
     return (
@@ -82,8 +83,8 @@ def _is_same_call(target: Any, overload: Any) -> bool:
 
 
 def _is_new(written: fx.Node, node: fx.Node) -> bool:
-    """Whether the memory of `written` is its own, and no view of it that was taken before `node`
-    is read after it."""
+    """Whether `written` has memory of its own, and no view of it taken before `node` is read
+    after."""
     source = written
     while writes(source):  # its result is its first operand
         source = source.args[0]  # type: ignore[assignment]
@@ -107,7 +108,7 @@ def _is_new(written: fx.Node, node: fx.Node) -> bool:
 
 def _is_written_again(node: fx.Node) -> bool:
     """Whether anything is written between `node`, whose result is a part of a tensor, and the last
-    that reads its result."""
+    reader of its result."""
     between = node.next
     readers = set(node.users)
     while readers:

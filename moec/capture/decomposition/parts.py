@@ -1,4 +1,4 @@
-"""The parts of one operator: traced on fake operands, once for each kind of them."""
+"""Traces one operator on fake operands into its parts, once for each kind of operands."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from moec.capture.decomposition.composite import composite_count, decompositions
 from moec.capture.decomposition.functional import Retrace, is_function
 
-_exports = cast(Any, exported_program)  # what is read of it is private
+_exports = cast(Any, exported_program)  # only private members of it are used
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Traces operators down to core ATen, by torch's rules. `traced`: what was traced before."""
+    """Traces operators down to core ATen by torch's rules. `traced` caches the traces."""
 
     rules: Mapping[Any, Callable[..., Any]]
     traced: dict[Any, fx.Graph] = field(default_factory=dict)
 
     def of(self, node: fx.Node, target: Callable[..., Any]) -> fx.Graph:
-        """Of `target` with the arguments of `node`, as a graph of the operands of `node`. Raises
-        Retrace where they write, make sizes of data, or cannot be traced alone."""
+        """The graph of `target` called with the arguments of `node`, as a function of its operands.
+        Raises Retrace where the parts write, create sizes from data, or cannot be traced alone."""
         operands = operands_of(node)
         values = [operand.meta["val"] for operand in operands]
         key = target, _arguments(node, operands), tuple(map(_kind, values))
@@ -42,7 +42,7 @@ class Parts:
         return self.traced[key]
 
     def trace(self, function: Callable[..., Any], operands: Sequence[Any]) -> fx.Graph:
-        """Of `function` on fake operands. Raises Retrace where torch cannot."""
+        """The graph of `function` on fake operands. Raises Retrace where torch cannot trace it."""
         rules = cast(Any, self.rules)
         try:
             return make_fx(function, decomposition_table=rules)(*operands).graph
@@ -52,23 +52,23 @@ class Parts:
 
 @cache
 def _split(registrations: int) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """The rules of `decompositions` for composite operators that torch's dispatcher would not
-    follow by itself, and those for others. torch walks all of its operators for that: as often
-    as their number changes is enough."""
+    """(composite, others): the rules of `decompositions` for composite operators that the
+    dispatcher would not apply by itself, and those for other operators. Cached, because torch walks
+    all of its operators to split them."""
     composite, rules = _exports._split_decomp_table_to_cia_and_python_decomp(decompositions())
     return {op: rule for op, rule in composite.items() if not _is_kernel_of(op, rule)}, rules
 
 
 def _is_kernel_of(operator: Any, rule: Any) -> bool:
-    """Whether a rule calls the composite kernel of the operator, as the dispatcher does. Setting
-    and removing five hundred of these takes longer than tracing a layer."""
+    """Whether a rule only calls the composite kernel, as the dispatcher does anyway. Installing and
+    removing the five hundred rules of this kind would take longer than tracing a layer."""
     return isinstance(rule, partial) and rule.keywords == {"kernel": operator}
 
 
 @contextmanager
 def parts_in(source: fx.GraphModule) -> Iterator[Parts]:
-    """While open, operators of `source` can be traced. Raises Retrace for a torch that is not
-    known, and where nothing is fake."""
+    """While open, operators of `source` can be traced. Raises Retrace where torch lacks the private
+    functions that this needs, and where no tensor is fake."""
     try:
         detect = _exports._detect_fake_mode_from_gm
         composite, rules = _split(composite_count())
@@ -102,7 +102,7 @@ def _alone(
 
 @dataclass(frozen=True)
 class _Operand:
-    """What the parts of an operator can depend on, of a tensor."""
+    """The properties of a tensor on which the parts of an operator can depend."""
 
     dtype: torch.dtype
     shape: str
@@ -111,7 +111,7 @@ class _Operand:
 
 
 def _arguments(node: fx.Node, operands: Sequence[fx.Node]) -> str:
-    """The arguments of `node`, with operands as their positions."""
+    """The arguments of `node` as text, with operands as their positions."""
     positions = {operand: _Position(position) for position, operand in enumerate(operands)}
     return repr(fx.map_arg((node.args, node.kwargs), cast(Any, positions.__getitem__)))
 
@@ -132,7 +132,7 @@ def _kind(value: Any) -> Any:
 
 
 def _reads_data(graph: fx.Graph, values: Sequence[Any]) -> bool:
-    """Whether the parts make a size of data, which has a name of its own at each place."""
+    """Whether the parts create a size from data, whose symbol must be new at each use."""
     before = set().union(*(free_unbacked_symbols(v) for v in values if _has_sizes(v)))
     after = (node.meta.get("val") for node in graph.nodes)
     return any(free_unbacked_symbols(v) - before for v in after if _has_sizes(v))
