@@ -1,4 +1,4 @@
-"""How a module was called by the model it is part of, and how to call it with other tokens."""
+"""Records how a model calls a module, and builds such a call with other tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moec.errors import NoMatch
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of a module, in the run of the whole model on its example."""
+    """One call of a module, recorded while the whole model ran on its example."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -25,7 +25,7 @@ class RecordedCall:
 def record(
     run: Callable[[], Any], modules: Iterable[tuple[str, nn.Module]]
 ) -> dict[str, RecordedCall]:
-    """The last call of each of the modules in `run`, by name."""
+    """The last call of each of the modules during `run`, by name."""
     calls: dict[str, RecordedCall] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -48,8 +48,8 @@ def record(
 
 @dataclass(frozen=True)
 class Arguments:
-    """The tokens [.., D] among a call's arguments, and ids where the choice is an input; all
-    other arguments stay what they were."""
+    """The arguments of a call. `tokens` is the position of the tokens among `leaves`, `ids` that of
+    the expert ids where the caller chooses the experts; all other arguments are fixed."""
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
@@ -58,8 +58,11 @@ class Arguments:
 
     @staticmethod
     def of(args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
-        """Raises NoMatch where a call has no tokens [T, D] or [B, S, D] of floats, or has other
-        tensors beside them than ids, one a token."""
+        """The arguments of a recorded call.
+
+        Raises NoMatch where no argument is a float tensor of tokens [T, D] or [B, S, D], or where
+        there are tensors besides the tokens and one tensor of integer ids, one id a token.
+        """
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         tensors = {i: t for i, t in enumerate(leaves) if isinstance(t, torch.Tensor)}
         floats = [i for i, t in tensors.items() if t.is_floating_point() and t.dim() in (2, 3)]
@@ -87,7 +90,7 @@ class Arguments:
     def build(
         self, tokens: torch.Tensor, ids: torch.Tensor | None = None
     ) -> tuple[Sequence[Any], dict[str, Any]]:
-        """(args, kwargs) of the call with other tensors."""
+        """(args, kwargs) of the call with other tokens and ids."""
         leaves = list(self.leaves)
         leaves[self.tokens] = tokens
         if self.ids is not None:
@@ -98,7 +101,7 @@ class Arguments:
     def tensors(
         self, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens and ids of another call. Raises NoMatch where what stays differs."""
+        """The tokens and ids of another call. Raises NoMatch where any other argument differs."""
         leaves, spec = pytree.tree_flatten((tuple(args), kwargs))
         if spec != self.spec:
             raise NoMatch("it is called with other arguments than in the example")

@@ -1,4 +1,4 @@
-"""What a description is tried on: inputs that tell rules apart, of many sizes."""
+"""The inputs on which a description is tested: of many sizes, and chosen to distinguish rules."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LENGTHS = (3, 9, 16, 17, 20, 33, 41, 255, 1000)
 SCALES = (1.0, 0.01, 20.0, 1000.0)
 _SEEDS = 2
 _EXACT_LENGTHS = 40
-"""Lengths at which a capacity is a whole number before it is rounded: there a product of floats
-may round to the other side."""
+"""How many lengths to test at which the capacity is an integer before it is rounded: there a float
+product may round to the wrong side."""
 
 
 @dataclass(frozen=True)
 class BehaviourCase:
-    """Inputs, with logits to be given for the router's own; `size` is batch and length."""
+    """Inputs, and optionally logits that replace the router's; `size` is (batch, length)."""
 
     kind: str
     size: tuple[int, int]
@@ -35,8 +35,8 @@ class BehaviourCase:
 
 
 def cases(probe: Probe) -> Iterator[BehaviourCase]:
-    """Natural and steered routings of all kinds at small sizes, and long ones in which all
-    tokens choose one expert."""
+    """Natural and steered routings of all kinds at small sizes, and long inputs where every token
+    chooses the same expert."""
     generator = torch.Generator().manual_seed(11)
     for seed, size in itertools.product(range(_SEEDS), SIZES):
         for scale in SCALES:
@@ -59,7 +59,7 @@ def cases(probe: Probe) -> Iterator[BehaviourCase]:
 
 
 def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[BehaviourCase]:
-    """Tokens that are all alike, of two kinds, and zero: their routing is tied or all on one."""
+    """Tokens that are all equal, of two kinds, or zero, so that their routing is tied or equal."""
     x, *rest = probe.inputs(*size, seed=seed)
     rows = size[0] * size[1]
     first = x.reshape(-1, probe.width)[:1].expand(rows, -1)
@@ -74,7 +74,7 @@ def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[Behaviour
 
 
 def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Logits of every kind, where the module has a router that can be steered."""
+    """Logits of every kind, by name; empty where the router cannot be steered."""
     rule, columns = probe.description.routing, probe.columns
     if rule is None:
         return {}
@@ -86,7 +86,7 @@ def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, t
 
 
 def _exact_lengths(probe: Probe) -> list[int]:
-    """Lengths up to the longest at which n * factor / C is whole, evenly spread."""
+    """Up to `_EXACT_LENGTHS` evenly spaced lengths at which n * factor / C is an integer."""
     capacity = probe.description.capacity
     if capacity is None or not capacity.factor:
         return []

@@ -1,4 +1,5 @@
-"""Parts of the output that no choice decides, and columns of the router without a network."""
+"""Finds the parts of the output that do not depend on routing, and router columns without
+experts."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ from moec.capture.behaviour.rules import choose
 from moec.errors import NoMatch
 
 SAFE = 4
-"""The first rows of a long run: no capacity drops them."""
+"""The number of first rows of a long run that are examined: no capacity drops them."""
 
 
 def find_added(probe: Probe, inputs: Sequence[torch.Tensor], count: int) -> tuple[Added, ...]:
-    """The coefficients of submodules' results when all tokens are sent to one expert: fixed, or
-    the sigmoid of a column that a submodule gives.
+    """The terms that are added for every token, found with all tokens sent to one expert. Each is a
+    chain of submodules times a constant, or times the sigmoid of a one-column submodule (a gate).
 
-    Raises NoMatch where a coefficient varies by token and no gate gives it.
+    Raises NoMatch where a coefficient varies by token and no gate explains it.
     """
     rows = inputs[0].numel() // probe.width
     weights, _ = probe.solve(inputs, all_on(0, rows, probe.columns))
@@ -49,7 +50,7 @@ def find_no_network(
     count: int,
     added: tuple[Added, ...],
 ) -> tuple[NoNetwork, ...]:
-    """What stands behind each column beyond the experts: all tokens are sent there.
+    """What each router column beyond the experts computes, found by sending all tokens there.
 
     Raises NoMatch for a column that is neither zero, copy nor constant.
     """

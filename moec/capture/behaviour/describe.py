@@ -1,4 +1,4 @@
-"""`moec.describe`: what a user says of the modules of a class."""
+"""`moec.describe`: a user's description of what the modules of a class compute."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from moec.files.os_errors import reason
 def describe(
     kind: type[nn.Module] | str, *, forward: Forward | None = None, **description: Any
 ) -> Declared:
-    """What modules of the class `kind` do, for `moec.compile(descriptions=[...])`.
+    """Describe what modules of the class `kind` compute, for `moec.compile(descriptions=[...])`.
 
         moec.describe(MyMoE, router="gate", experts="experts", top_k=2, renormalise=True)
 
-    `router` is a submodule (several: one after the other) or a weight [C, D]; `experts` a list
-    of submodules, or stacked parameters with a `body`; `score` softmax, sigmoid, none, relu,
-    softplus, sqrtsoftplus or sparsemixer. Further: `renormalise`, `eps`, `scale`, `temperature`,
-    `correction`, `groups`, `threshold` with `threshold_on`, `capacity` (a mapping: factor, least,
-    per, round_up, dropped), `shared`, `source` and `weighs`. Or `forward(module, *args,
-    **kwargs)`, in plain PyTorch. With neither, modules of the class are recognised by their
-    behaviour even where they can be traced.
+    `router` is a submodule (several: applied one after the other) or a weight [C, D]; `experts` is
+    a list of submodules, or stacked parameters together with a `body`; `score` is one of softmax,
+    sigmoid, none, relu, softplus, sqrtsoftplus or sparsemixer. Further fields: `renormalise`,
+    `eps`, `scale`, `temperature`, `correction`, `groups`, `threshold` with `threshold_on`,
+    `capacity` (a mapping: factor, least, per, round_up, dropped), `shared`, `source` and `weighs`.
+    Instead of these, `forward(module, *args, **kwargs)` may be a function in plain PyTorch. With
+    neither, modules of the class are recognised by their behaviour even where they can be traced.
 
-    Each module of the class is run beside what is described on random inputs, and the compilation
-    raises CaptureError, with the input that shows it, where they differ. Raises UsageError for
-    what is no description.
+    Each module of the class is compared with its description on random inputs; where they differ,
+    the compilation raises CaptureError with the input. Raises UsageError for an invalid
+    description.
     """
     if not isinstance(kind, str) and not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UsageError(f"{kind!r} is no class of modules: give the class, or its name")
@@ -51,9 +51,9 @@ def describe(
 
 
 def read_descriptions(path: Path) -> tuple[Declared, ...]:
-    """The descriptions of a YAML file: a mapping from names of classes to what `describe` takes.
+    """The descriptions in a YAML file: a mapping from class names to the arguments of `describe`.
 
-    Raises UsageError for a file that cannot be read or is not of that form.
+    Raises UsageError for a file that cannot be read or does not have this form.
     """
     import yaml
 

@@ -1,7 +1,7 @@
-"""What a module does as a mixture of experts, in names and numbers alone.
+"""The data of a description: what a module computes as a mixture of experts.
 
-A report prints a description, a file holds it, and a `Replacement` is built from it. Fields that
-equal their defaults say nothing and are not printed.
+A report prints a description, a file stores it, and a `Replacement` is built from it. Fields that
+equal their defaults are not printed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 
 Path = tuple[str, ...]
-"""Submodules called one after the other, by name, beginning with the tokens; () is the tokens."""
+"""Names of submodules that are applied to the tokens one after the other; () is the tokens."""
 
 
 class _Shown:
@@ -39,12 +39,13 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True)
 class RoutingRule(_Shown):
-    """Logits[T, C] to choices: temperature, score, groups, top-k, renormalise, threshold, scale.
+    """From logits [T, C] to choices: temperature, score, groups, top-k, renormalise, threshold,
+    scale.
 
-    `correction` names a tensor [C] added to what is ranked and not to what weighs. `ranked_by`
-    is "score", or "logits" where a saturated score would tie. `groups` is (groups, groups kept,
-    best scores that rank a group). `threshold_on` is "weight" or "score" (choices above the
-    threshold are kept) or "mass" (kept while the scores before them sum to less). `ties` is
+    `correction` names a tensor [C] that is added for ranking but not for the weights. `ranked_by`
+    is "score", or "logits" where saturated scores would tie. `groups` is (groups, groups kept, best
+    scores that rank a group). `threshold_on` is "weight" or "score" (choices above the threshold
+    are kept) or "mass" (choices are kept while the scores of better ones sum to less). `ties` is
     "topk" (torch.topk's order among equals) or "first" (the lower id).
     """
 
@@ -66,11 +67,11 @@ class RoutingRule(_Shown):
 
 @dataclass(frozen=True)
 class Capacity(_Shown):
-    """First come, first served: an expert takes max(least, round(n * factor / C)) rows.
+    """How many rows an expert accepts: the first max(least, round(n * factor / C)).
 
-    n counts the tokens of a "sequence", or "all"; `round_up` rounds up rather than down. A
-    dropped choice gives "zero", the token itself ("pass"), or the token times the weight that
-    the choice would have had ("weighted").
+    n counts the tokens of a "sequence", or "all"; `round_up` rounds up rather than down. A dropped
+    choice contributes "zero", the token itself ("pass"), or the token times the weight that the
+    choice would have had ("weighted").
     """
 
     per: str = "all"
@@ -82,9 +83,9 @@ class Capacity(_Shown):
 
 @dataclass(frozen=True)
 class FeedForward(_Shown):
-    """What stacked parameters [E, ..] make of rows: "linear", "plain" (up, down), "gated" (gate,
-    down, up) or "packed" (gate and up in one, down); `transposed` says for each matrix whether
-    it is stored as [E, out, in]."""
+    """How stacked parameters [E, ..] form an expert: "linear", "plain" (up, down), "gated" (gate,
+    down, up) or "packed" (gate and up in one, down). `transposed` has for each matrix whether it is
+    stored as [E, out, in]."""
 
     kind: str = ""
     activation: str = "none"
@@ -93,8 +94,8 @@ class FeedForward(_Shown):
 
 @dataclass(frozen=True)
 class Router(_Shown):
-    """Where the logits come from: the last of a `path` of submodules, or a product of what the
-    path gives with `weight` and `bias`, both sides normalised first if `cosine`."""
+    """How the logits are computed: by a `path` of submodules, or by multiplying the result of the
+    path with `weight` and adding `bias`; with `cosine`, both factors are normalised first."""
 
     path: Path = ()
     weight: str = ""
@@ -104,8 +105,8 @@ class Router(_Shown):
 
 @dataclass(frozen=True)
 class Added(_Shown):
-    """What is added for every token, whatever its choice: a path times a number, or times the
-    sigmoid of the one column that `gate` gives."""
+    """A term added for every token regardless of routing: the result of `path` times `factor`, or
+    times the sigmoid of the one-column result of `gate`."""
 
     path: Path = ()
     factor: float = 1.0
@@ -114,8 +115,8 @@ class Added(_Shown):
 
 @dataclass(frozen=True)
 class NoNetwork(_Shown):
-    """A column of the router beyond the experts: "zero", "copy", or "constant": two shares, the
-    softmax of what `mix` gives, of the token and of row `row` of `constants`."""
+    """A router column beyond the experts: "zero", "copy" of the token, or "constant": the token and
+    row `row` of `constants`, weighted by the softmax of the two-column result of `mix`."""
 
     kind: str = "zero"
     constants: str = ""
@@ -125,10 +126,13 @@ class NoNetwork(_Shown):
 
 @dataclass(frozen=True)
 class Output(_Shown):
-    """A tensor that comes back: its name, its shape before the last axis ("tokens": as the input
-    has it; "rows": [T]; "token": the input's, without a last axis; "": neither), and its dtype as
-    torch names it when the module runs in float32. `cast` is its dtype in a module of other
-    floats, where that is not the tokens'."""
+    """A tensor in the module's result.
+
+    `leading` is the shape before its last axis ("tokens": that of the input; "rows": [T]; "token":
+    that of the input, without a last axis; "": none of these). `dtype` is torch's name of its dtype
+    when the module runs in float32. `cast` is its dtype when the module runs in its own float
+    dtype, where the two differ.
+    """
 
     name: str = "hidden"
     leading: str = "tokens"
@@ -148,15 +152,16 @@ PRECISIONS = ("", "scores", "logits")
 
 @dataclass(frozen=True)
 class Description(_Shown):
-    """`form`: "topk", "given" (the choice is an input), "two levels" (a router over groups, and
-    one in each) or "soft slots" (slots are mixtures of tokens).
+    """What a module computes.
 
-    `experts` are submodules or, with a `body`, stacked parameters; `source` is what they read.
-    `weighs` tells whether weights multiply the "output" of experts or their "input". `log_sum_exp`
-    is the logarithm of the weighted sum of exponentials, with `floor` for a sum of zero. `outputs`
-    names each leaf of what the module returns, or holds a constant. `precision` is what a module
-    of 16 bits computes in float32: nothing, the "scores" of the router and what follows, or its
-    "logits" too.
+    `form` is "topk", "given" (the expert ids are an input), "two levels" (a router over groups, and
+    one in each group) or "soft slots" (experts read slots, which are mixtures of tokens). `experts`
+    are submodules or, with a `body`, stacked parameters; `source` is the path whose result they
+    read. `weighs` is "output" where weights multiply the results of experts, "input" where they
+    multiply what experts read. With `log_sum_exp` the result is the logarithm of the weighted sum
+    of exponentials, and `floor` replaces a sum of zero. `outputs` has an entry for each leaf of the
+    module's result. `precision` is what a 16-bit module computes in float32: nothing, the "scores"
+    of the router and what follows, or its "logits" too.
     """
 
     form: str = "topk"

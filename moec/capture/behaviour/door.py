@@ -1,9 +1,9 @@
-"""Modules that cannot be traced are captured as what they were observed to do.
+"""Captures modules that cannot be traced by a description of their observed behaviour.
 
-Where a capture fails inside a module, that module, or the nearest around it that holds experts,
-is recognised by its behaviour; what a user describes is proved in the same way. For the time of
-the capture its forward is the replacement over the same parameters; the model is as it was
-afterwards.
+Where a capture fails inside a module, this module, or the innermost one around it that holds
+experts, is recognised by its behaviour. A user's description is proved in the same way. During the
+capture, the module's forward is a replacement with the same parameters; afterwards the model is
+unchanged.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from moec.errors import CaptureError, NoMatch, UsageError
 
 @dataclass(frozen=True)
 class Declared:
-    """What a user says of the modules of a class, named by the class or by its name: hints, or a
-    forward in plain PyTorch. Neither: they are to be recognised by their behaviour."""
+    """A user's description of the modules of a class, given as the class or its name: by hints, or
+    by a forward in plain PyTorch. Without either, the modules are recognised by their behaviour."""
 
     kind: type[nn.Module] | str
     hints: Hints | None = None
@@ -50,8 +50,8 @@ class Declared:
 
 @dataclass(frozen=True)
 class Described:
-    """A module of the model, what it does, how the model called it, and the forward that is
-    captured. `by` says who described it."""
+    """A module of the model, the proof of its description, and the forward that is captured instead
+    of its own. `by` names the author of the description."""
 
     name: str
     module: nn.Module
@@ -66,14 +66,15 @@ class Described:
 
 @dataclass(frozen=True)
 class ModelExample:
-    """A module and its example."""
+    """A module with its example arguments."""
 
     module: nn.Module
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
     def record(self, names: Sequence[str]) -> dict[str, RecordedCall]:
-        """How the example calls the modules of these names, as far as it does."""
+        """How the example calls the modules of these names; modules that it does not call are left
+        out."""
         modules = dict(self.module.named_modules())
         return record(
             lambda: self.module(*self.args, **self.kwargs), [(n, modules[n]) for n in names]
@@ -86,7 +87,7 @@ def capture_described(
     declared: Sequence[Declared] = (),
     observed: Sequence[Described] = (),
 ) -> Captured:
-    """What `capture` gives, modules in which it fails replaced by what they do.
+    """The result of `capture`, with modules in which it fails replaced by their descriptions.
 
     Raises CaptureError where a description is wrong, with the input that shows it, and where a
     module can be neither captured nor recognised.
@@ -106,7 +107,7 @@ def capture_described(
 
 @contextmanager
 def replaced(described: Sequence[Described]) -> Iterator[None]:
-    """While open, the forward of each module is what stands for it; one thread at a time."""
+    """While open, each described module has its replacement forward. One thread at a time."""
     with EXPORTS:
         for item in described:
             item.module.forward = item.forward
@@ -118,7 +119,8 @@ def replaced(described: Sequence[Described]) -> Iterator[None]:
 
 
 def observe(model: ModelExample, names: Sequence[str]) -> tuple[list[Described], dict[str, str]]:
-    """The modules of these names as they are recognised by behaviour, and why others are not."""
+    """(descriptions, refusals): the named modules that are recognised by their behaviour, and for
+    the others by name the reason; modules without experts are in neither."""
     described, refusals = [], {}
     modules = dict(model.module.named_modules())
     for name, call in model.record(names).items():
@@ -153,9 +155,9 @@ def _forward(
 def _describe(
     model: ModelExample, error: CaptureError, described: Sequence[Described]
 ) -> Described:
-    """The innermost module around the failure that can be described.
+    """Recognises the innermost module around the failure that has experts.
 
-    Raises CaptureError, with the module, the line and the reason, where none can.
+    Raises CaptureError, with the module, the line and the reason, where none is recognised.
     """
     failure = Failure.of(error, model.module)
     modules = dict(model.module.named_modules())
@@ -166,7 +168,7 @@ def _describe(
     ]
     try:
         calls = model.record(names) if names else {}
-    except Exception as eager:  # the user's code fails without a capture too: that is the message
+    except Exception as eager:  # the user's code fails in eager too, which is what to report
         raise error from eager
     refusals: dict[str, str] = {}
     for name in names:
@@ -180,7 +182,8 @@ def _describe(
 
 
 _MOST_LINES = 6
-"""Of a refusal: what fails and why, what the nearest modules are not, and what to do."""
+"""Lines of a refusal: what fails and why, why the nearest modules were not recognised, what to
+do."""
 
 
 def _refusal(

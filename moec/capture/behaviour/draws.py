@@ -1,4 +1,4 @@
-"""Logits that tell routing rules apart: natural ones never reach most of them."""
+"""Logits that distinguish routing rules, most of which natural logits do not exercise."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from moec.capture.behaviour.rules import choose
 
 
 def all_on(column: int, rows: int, columns: int, size: float = 50.0) -> torch.Tensor:
-    """Every token chooses one column."""
+    """Logits [rows, columns] by which every token chooses `column`."""
     return (F.one_hot(torch.full((rows,), column), columns) * 2.0 - 1) * size
 
 
 def draws(columns: int, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """[rows, columns] of each kind: usual, wide, nearly equal, saturated, one alone, sums near an
-    epsilon, all high."""
+    """Logits [rows, columns] of each kind: usual, wide, nearly equal, saturated, one alone, with
+    sums of scores near an epsilon, and all high."""
 
     def normal() -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator)
@@ -41,7 +41,8 @@ def ties(columns: int, rows: int, generator: torch.Generator) -> torch.Tensor:
 def near_threshold(
     rule: RoutingRule, columns: int, rows: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Logits for which something is just kept or just not: of many, those that come nearest."""
+    """Logits [rows, columns]; for a rule with a threshold, those of many draws that have a choice
+    nearest to it."""
     many = torch.randn(20000 if rule.threshold_on else rows, columns, generator=generator) * 2
     if not rule.threshold_on:
         return many

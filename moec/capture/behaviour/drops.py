@@ -1,4 +1,4 @@
-"""Capacities: all tokens are sent to one expert, at many lengths."""
+"""Finds the capacity of experts, by sending all tokens to one expert at many lengths."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _LENGTHS = (*range(1, 41), 64, 100, 128, 200, 255, 512, 1000, 2000)
 
 
 def find_capacity(probe: Probe, count: int) -> Capacity | None:
-    """How many rows an expert takes, which, and what the dropped become; None where it takes all.
+    """The capacity of the experts, and what dropped rows become; None where experts accept all
+    rows.
 
-    Raises NoMatch where rows are dropped by another rule than first come, first served, or by
-    no formula of the length that is tried.
+    Raises NoMatch where the rows that an expert drops are not the last ones, or where none of the
+    formulas that are tried gives their number.
     """
     served, weights = _served(probe, 2, probe.longest // 2 + 1)
     if served.all():
@@ -59,7 +60,8 @@ def _prefix(served: torch.Tensor) -> bool:
 
 
 def _dropped(served: torch.Tensor, weights: torch.Tensor, count: int) -> str:
-    """What takes a dropped row's place, by the token's own share of the output."""
+    """What replaces a dropped row ("zero", "weighted" or "pass"), by the token's share of the
+    output."""
     dropped_share = weights[~served, min(count, weights.shape[1] - 1)]
     usual = float(weights[served, 0].median())
     for kind, share in (("zero", 0.0), ("weighted", usual), ("pass", 1.0)):
@@ -69,7 +71,7 @@ def _dropped(served: torch.Tensor, weights: torch.Tensor, count: int) -> str:
 
 
 def _factor(table: Mapping[int, int], least: int, up: bool, columns: int) -> Fraction:
-    """The simplest factor whose capacities are those of the lengths that overflow."""
+    """The simplest factor that gives the observed capacity at each length that overflows."""
     rows = [(n, rows) for n, rows in table.items() if least < rows < n]
     low = max([Fraction((c - up) * columns, n) for n, c in rows], default=Fraction(0))
     high = min([Fraction((c + 1 - up) * columns, n) for n, c in rows], default=Fraction(0))

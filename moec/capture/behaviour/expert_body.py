@@ -1,4 +1,4 @@
-"""One expert as a graph: what `moec::experts` runs for the rows of each."""
+"""One expert as a graph, which `moec::experts` runs for the rows of each expert."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ OneExpert = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]
 
 
 def expert_tensors(expert: nn.Module) -> dict[str, torch.Tensor]:
-    """What an expert that is a module reads: its parameters and its floating-point buffers."""
+    """The tensors that an expert module reads: its parameters and its floating-point buffers."""
     buffers = {n: b for n, b in expert.named_buffers() if b.is_floating_point()}
     return {**dict(expert.named_parameters()), **buffers}
 
 
 def stacks(module: nn.Module, description: Description) -> list[torch.Tensor]:
-    """The experts' tensors, stacked over the experts: [E, ..] each."""
+    """The experts' tensors, each stacked over the experts to [E, ..]."""
     if description.body is not None:
         return [tensor(module, name) for name in description.experts]
     experts = [expert_tensors(module.get_submodule(name)) for name in description.experts]
@@ -37,7 +37,7 @@ def stacks(module: nn.Module, description: Description) -> list[torch.Tensor]:
 def expert_body(module: nn.Module, description: Description, width: int) -> str:
     """The text of the graph body(x[R, D]; one slice of each stack) -> y[R, D].
 
-    Raises NoMatch where an expert itself cannot be traced.
+    Raises NoMatch where an expert cannot be traced by itself.
     """
     one = _one_expert(module, description)
     slices = [stack.detach()[0] for stack in stacks(module, description)]
@@ -87,7 +87,8 @@ def _one_expert(module: nn.Module, description: Description) -> OneExpert:
 class _Body(nn.Module):
     def __init__(self, one: OneExpert) -> None:
         super().__init__()
-        self.one = [one]  # in a list: what it reads is not captured with it
+        # in a list, so that the tensors that it reads are not captured as parameters
+        self.one = [one]
 
     def forward(self, rows: torch.Tensor, slices: Sequence[torch.Tensor]) -> torch.Tensor:
         return self.one[0](rows, list(slices))

@@ -1,4 +1,4 @@
-"""Where an export failed: the modules whose code was running, and the user's line."""
+"""Locates a failed export: the modules whose code was running, and the user's line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FRAMEWORKS = tuple(str(Path(package.__file__ or "").parent) for package in (tor
 
 @dataclass(frozen=True)
 class Line:
-    """A line of somebody's code."""
+    """A line of source code."""
 
     file: str
     line: int
@@ -32,7 +32,7 @@ class Line:
 
 
 def shown(name: str, module: nn.Module) -> str:
-    """A module as a person finds it: its name, its class, and the line of its forward."""
+    """A module as it is named in messages: its name, its class, and the line of its forward."""
     kind = type(module)
     try:
         file = inspect.getsourcefile(kind.forward) or ""
@@ -44,8 +44,8 @@ def shown(name: str, module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """Names of the modules that were running, the innermost first; the last line of the user's;
-    and the error in one line."""
+    """Names of the modules that were running, innermost first; the user's last line; and the error
+    in one line."""
 
     modules: tuple[str, ...]
     line: Line | None
@@ -69,13 +69,14 @@ class Failure:
 
 
 def _is_library(file: str) -> bool:
-    """Whether code is torch's, moec's or the standard library's, which holds what is installed."""
+    """Whether a file belongs to torch, moec or the standard library. Installed packages are inside
+    the standard library's folder, but do not belong to it."""
     python = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
     return python or file.startswith((*_FRAMEWORKS, "<"))
 
 
 def _frames(error: BaseException) -> Iterator[tuple[types.FrameType, int]]:
-    """The frames of an error and of those that it was raised from, the oldest error first."""
+    """The frames of an error and of the errors that caused it, the earliest error first."""
     earlier = error.__cause__ or error.__context__
     if earlier is not None and earlier is not error:
         yield from _frames(earlier)

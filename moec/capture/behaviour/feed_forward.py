@@ -1,4 +1,4 @@
-"""Ways in which stacked parameters make a feed-forward network."""
+"""The feed-forward networks that stacked parameters can form."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def feed_forward(
     body: FeedForward, rows: torch.Tensor, weights: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """rows[.., T, D] by one expert's matrices and biases, or by stacks [E, ..] of them -> the
-    results [.., T, D]. Biases follow the matrices and are told apart by their lengths."""
+    """Applies experts to rows [.., T, D], with one expert's matrices and biases or stacks [E, ..]
+    of them; returns [.., T, D]. Biases follow the matrices and are distinguished by their
+    lengths."""
     matrices = [w.mT if turned else w for w, turned in zip(weights, body.transposed, strict=False)]
     vectors = weights[len(matrices) :]
     biases = {v.shape[-1]: v.unsqueeze(-2) if v.dim() > 1 else v for v in vectors}
@@ -52,7 +53,8 @@ def feed_forward(
 def feed_forwards(
     stacks: Mapping[str, torch.Tensor], width: int
 ) -> Iterator[tuple[FeedForward, tuple[str, ...]]]:
-    """The bodies that the shapes of stacked parameters allow, with the names that they read."""
+    """The feed-forward networks that the shapes of stacked parameters allow, each with the names of
+    its parameters in order."""
     shape = {name: tuple(p.shape[1:]) for name, p in stacks.items()}
     matrices = [name for name in shape if len(shape[name]) == 2]
     for count in (3, 2, 1):

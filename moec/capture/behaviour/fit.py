@@ -1,4 +1,4 @@
-"""Solved weights -> the routing rules that give them, simplest first."""
+"""Fits routing rules to solved expert weights, simplest rules first."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from moec.capture.behaviour.rules import SCORES, Choices, choose
 from moec.errors import NoMatch
 
 _SMALL = 1e-4
-"""A solved weight below this is none: what least squares leaves of zero is smaller."""
+"""Solved weights below this count as zero: least squares leaves smaller residues."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A rule, and where it has a threshold the interval that it lies in."""
+    """A rule and, where it has a threshold, the interval that contains the threshold."""
 
     rule: RoutingRule
     interval: tuple[float, float] | None = None
@@ -27,7 +27,7 @@ class Fitted:
 
 @dataclass
 class _Nearest:
-    """The rule that is right for most rows, for the refusal."""
+    """The rule that is right for the most rows so far, for the message of a refusal."""
 
     rows: int = -1
     text: str = "none comes near"
@@ -39,9 +39,9 @@ def fit(
     columns: int,
     corrections: Mapping[str, torch.Tensor],
 ) -> Iterator[Fitted]:
-    """The rules by which logits[T, C] give the weights[T, E] of the experts.
+    """The rules by which logits [T, C] give the experts the weights [T, E].
 
-    Raises NoMatch, with the nearest rule and a row that it has wrong, where none does.
+    Raises NoMatch where there is none, with the nearest rule and a row on which it is wrong.
     """
     nearest, count = _Nearest(), 0
     most = max(1, int((weights.abs() > _SMALL).sum(1).max()))
@@ -85,7 +85,8 @@ def _plain(ks: Iterable[int]) -> list[RoutingRule]:
 def _families(
     plain: list[RoutingRule], columns: int, logits: torch.Tensor, weights: torch.Tensor
 ) -> Iterator[list[RoutingRule]]:
-    """Rules without a threshold, in two steps: with an epsilon or a temperature, then in groups."""
+    """Rules without a threshold: first without groups, with and without an epsilon or a
+    temperature; then the same with groups."""
     normed = [r for r in plain if r.renormalise and r.score != "softmax"]
     usual = plain + [
         replace(r, eps=eps, eps_is_floor=floor)
@@ -110,7 +111,8 @@ def _families(
 
 
 def _temperature(logits: torch.Tensor, weights: torch.Tensor) -> float | None:
-    """What logits are multiplied by, if the two greatest weights are of a softmax."""
+    """The factor of the logits, if the two greatest weights come from a softmax; None if it cannot
+    be estimated."""
     if weights.shape[1] < 2:
         return None
     top, ids = weights.topk(2, -1)
@@ -127,7 +129,7 @@ def _scaled(
     correction: torch.Tensor | None,
     nearest: _Nearest,
 ) -> RoutingRule | None:
-    """The rule with the scale by which it gives the weights, if it gives them at all."""
+    """The rule with the scale by which it gives the weights; None if no scale does."""
     if nearest.rows >= 0 and not _may_fit(rule, logits, weights, correction):
         return None
     ruled = choose(rule, logits, correction).dense()[:, : weights.shape[1]]
@@ -160,7 +162,7 @@ def _may_fit(
     weights: torch.Tensor,
     correction: torch.Tensor | None,
 ) -> bool:
-    """Whether it chooses as was observed for a few rows of each kind of logits."""
+    """Whether the rule chooses the observed experts in a sample of rows of each kind of logits."""
     step = max(1, len(logits) // 40)
     few = weights[::step]
     ruled = choose(rule, logits[::step], correction).dense()[:, : weights.shape[1]]
@@ -171,7 +173,8 @@ def _may_fit(
 def _with_threshold(
     rule: RoutingRule, logits: torch.Tensor, weights: torch.Tensor, nearest: _Nearest
 ) -> Iterator[Fitted]:
-    """Where all that was dropped lies below all that was kept, a threshold between them."""
+    """The rule with a threshold between all dropped and all kept choices, if these are
+    separated."""
     choices = choose(rule, logits)
     assert choices.measure is not None
     assert choices.full_weights is not None
@@ -191,7 +194,7 @@ def _with_threshold(
 
 
 def shortest_number(low: float, high: float) -> float:
-    """The number with the fewest digits between two bounds."""
+    """The number with the fewest decimal digits between two bounds."""
     for digits in range(8):
         candidate = math.ceil(low * 10**digits)
         if candidate <= high * 10**digits:
@@ -202,8 +205,8 @@ def shortest_number(low: float, high: float) -> float:
 def served_and_measure(
     choices: Choices, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all choices among the experts that would weigh something: which were kept, and what
-    the threshold is compared with."""
+    """(kept, measure) of each choice of an expert with a weight that is not negligible: whether it
+    was kept, and the value that is compared with the threshold."""
     assert choices.measure is not None
     assert choices.full_weights is not None
     inside = (choices.ids < weights.shape[1]) & (choices.full_weights.abs() > 3e-4)

@@ -1,4 +1,4 @@
-"""A replacement forward that a user wrote, checked beside the module's own."""
+"""Proves a replacement forward that a user wrote against the module's own."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from moec.capture.behaviour.probe import Probe, affordable_length
 from moec.capture.behaviour.proof import Proof, prove_forward
 
 Forward = Callable[..., Any]
-"""Called as the module's own forward is, the module first."""
+"""Called with the module, then with the arguments of the module's own forward."""
 
 
 def proved_forward(
     module: nn.Module, arguments: Arguments, call: RecordedCall, forward: Forward
 ) -> tuple[Proof, Callable[..., Any]]:
-    """Raises NoMatch with the first input on which the two differ."""
+    """The proof and the forward bound to `module`. Raises NoMatch, with the first input on which
+    the two forwards differ."""
 
     probe = Probe(in_float32(module), arguments)
     probe.longest = affordable_length(probe)

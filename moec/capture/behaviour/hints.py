@@ -1,4 +1,4 @@
-"""A description in a user's words, completed with what the module itself shows, and proved."""
+"""Completes a user's hints with facts that the module itself shows, and proves the result."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ from moec.errors import NoMatch, UsageError
 
 @dataclass(frozen=True)
 class Hints:
-    """Names as the module has them. `experts` is a list of submodules, or the stacked parameters
-    that `body` reads; `router` a submodule, several one after the other, or a parameter;
-    `shared` submodules that are added, each with the submodule that gates it, or "". `rule` has
-    no order of ties: both are tried."""
+    """Names of parts of the module.
+
+    `experts` is a list of submodules, or the stacked parameters that `body` reads; `router` is a
+    submodule, several to apply in order, or a parameter; `shared` are submodules that are added,
+    each with the submodule that gates it, or "". The order of ties in `rule` is ignored: both are
+    tried.
+    """
 
     experts: tuple[str, ...]
     router: tuple[str, ...]
@@ -55,7 +58,8 @@ def as_hints(
     shared: str | Sequence[str] | Mapping[str, str] = (),
     **rule: Any,
 ) -> Hints:
-    """Raises UsageError for a field or a value that does not exist."""
+    """The hints for the arguments of `moec.describe`. Raises UsageError for a field or a value that
+    does not exist."""
     if score not in SCORES:
         raise UsageError(f"score={score!r} is none of {', '.join(SCORES)}")
     if weighs not in ("output", "input"):
@@ -82,7 +86,7 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fractions(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A factor is meant as it is written: 1.1 is 11/10."""
+    """A factor is exact as it is written: 1.1 is 11/10."""
     exact = {"factor": Fraction(str(values["factor"]))} if "factor" in values else {}
     return {**values, **exact}
 
@@ -96,8 +100,8 @@ def _filled(kind: type[Any], values: Mapping[str, Any]) -> Any:
 
 
 def describe_by_hints(module: nn.Module, arguments: Arguments, hints: Hints) -> Proof:
-    """The proved description. Raises NoMatch with the input that shows it wrong, and UsageError
-    for names that the module does not have."""
+    """The proved description. Raises NoMatch, with the input, where it is wrong, and UsageError for
+    names that the module does not have."""
     probe = Probe(shaken(module), arguments)
     probe.longest = affordable_length(probe)
     experts = _experts(module, hints)
@@ -136,7 +140,7 @@ def _experts(module: nn.Module, hints: Hints) -> tuple[str, ...]:
 
 
 def _router(module: nn.Module, hints: Hints) -> tuple[Router, str, int]:
-    """The router, the weight by which it is steered, and its columns."""
+    """The router, the name of the weight by which it is steered, and its number of columns."""
     last = hints.router[-1]
     parameters = dict(module.named_parameters())
     if last in parameters:

@@ -1,4 +1,4 @@
-"""A module's parts by name: parameters, stacks over a list of submodules, chains of submodules."""
+"""Parts of a module by name: parameters, stacks over a list of submodules, chains of submodules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CONVOLUTIONS = (
 
 
 def tensor(module: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or buffer; "list.*.weight" stacks those of a list's members."""
+    """A parameter or buffer; "list.*.weight" stacks the weights of a list's members."""
     if ".*." in name:
         head, rest = name.split(".*.")
         members = module.get_submodule(head).children()
@@ -35,7 +35,7 @@ def tensor(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def walk(module: nn.Module, path: Path, rows: torch.Tensor) -> torch.Tensor:
-    """What the submodules of `path` make of rows, one after the other."""
+    """The result of applying the submodules of `path` to rows, one after the other."""
     for name in path:
         part = module.get_submodule(name)
         rows = _batch_normed(part, rows) if _is_fixed_batch_norm(part) else part(rows)
@@ -47,7 +47,7 @@ def _is_fixed_batch_norm(part: nn.Module) -> TypeGuard[nn.BatchNorm1d]:
 
 
 def _batch_normed(part: nn.BatchNorm1d, rows: torch.Tensor) -> torch.Tensor:
-    """With the statistics that it holds: torch's own operator has no kernel."""
+    """Batch norm with the stored statistics, written out: torch's operator for it has no kernel."""
     assert part.running_mean is not None
     assert part.running_var is not None
     rows = (rows - part.running_mean) * (part.running_var + part.eps).rsqrt()
@@ -55,8 +55,8 @@ def _batch_normed(part: nn.BatchNorm1d, rows: torch.Tensor) -> torch.Tensor:
 
 
 def expert_groups(module: nn.Module, width: int) -> Iterator[tuple[str, ...]]:
-    """Lists of submodules with parameters of equal shapes that map [n, D] to [n, D], by name;
-    the largest first. A list of lists is flattened."""
+    """Lists of submodules that may be experts, by name, the largest first: their parameters have
+    equal shapes, and they map [n, D] to [n, D]. A list of lists is flattened."""
     lists = {
         name: part
         for name, part in module.named_modules()
@@ -86,13 +86,13 @@ def _keeps_width(expert: nn.Module, width: int) -> bool:
     try:
         with torch.no_grad():
             result = expert(torch.randn(3, width, dtype=dtype))
-    except Exception:  # whatever somebody's forward raises: it is no expert of this width
+    except Exception:  # whatever a forward raises: it is no expert of this width
         return False
     return isinstance(result, torch.Tensor) and result.shape == (3, width)
 
 
 def may_hold_experts(module: nn.Module) -> bool:
-    """Whether it has a list of submodules of its own, or stacked parameters [E, ..] anywhere."""
+    """Whether a direct child is a list of submodules, or any parameter has three axes [E, ..]."""
     for part in module.children():
         if isinstance(part, nn.ModuleList | nn.ModuleDict) and len(part) > 1:
             return True
@@ -100,8 +100,8 @@ def may_hold_experts(module: nn.Module) -> bool:
 
 
 def modules_without_block(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Names of modules that may hold experts, inside or at which no block of these names stands,
-    innermost first."""
+    """Names of modules, innermost first, that may hold experts but neither are nor contain one of
+    `blocks`."""
     names = []
     for name, module in reversed(list(model.named_modules())):
         if not may_hold_experts(module):
@@ -113,8 +113,8 @@ def modules_without_block(model: nn.Module, blocks: Sequence[str]) -> list[str]:
 
 
 def stacked_groups(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Parameters of one leading size [E, ..] that may be the experts, a group for each size;
-    those of a list's members count as stacked. Kernels of convolutions are no experts."""
+    """Parameters with an equal leading size [E, ..] that may be experts, a group for each size; the
+    parameters of a list's members count as stacked. Convolution kernels are no experts."""
     kernels = {
         id(p) for m in module.modules() if isinstance(m, _CONVOLUTIONS) for p in m.parameters()
     }
@@ -134,14 +134,14 @@ def stacked_groups(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of the first float that the module holds: its tokens have it too."""
+    """The dtype of the first float tensor of the module, which is taken for that of its tokens."""
     floats = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     return next((t.dtype for t in floats), torch.float32)
 
 
 def in_float32(module: nn.Module) -> nn.Module:
-    """The module, or a copy in float32 where it is not: what 16 bits round away tells no rules
-    apart."""
+    """The module if it is in float32, else a float32 copy: rounding to 16 bits hides differences
+    between rules."""
     floats = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
     if all(t.dtype is torch.float32 for t in floats):
         return module
@@ -149,8 +149,8 @@ def in_float32(module: nn.Module) -> nn.Module:
 
 
 def shaken(module: nn.Module) -> nn.Module:
-    """A float32 copy in which no tensor is constant: a bias of zeros that was never trained hides
-    what the module does with it."""
+    """A float32 copy in which no tensor is constant: untrained biases of zeros would hide how the
+    module uses them."""
     twin, generator = _copy(module).float(), torch.Generator().manual_seed(7)
     for t in itertools.chain(twin.parameters(), twin.buffers()):
         if not t.is_floating_point() or t.numel() < 2:
@@ -164,8 +164,8 @@ def shaken(module: nn.Module) -> nn.Module:
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy; of a tensor that the last training step left in an attribute, such as a balance
-    loss, only the numbers: torch refuses to copy one with a history."""
+    """A deep copy. Non-leaf tensors in attributes (a balance loss from the last training step) are
+    detached first, because torch refuses to copy them."""
     attributes = (value for part in module.modules() for value in vars(part).values())
     results = (t for t in attributes if isinstance(t, torch.Tensor) and not t.is_leaf)
     return copy.deepcopy(module, {id(t): t.detach().clone() for t in results})

@@ -1,7 +1,7 @@
-"""Which part of the routing a module of 16 bits computes in float32.
+"""Which part of the routing a 16-bit module computes in float32.
 
-Rules are found and proved in float32, where all three look alike. In 16 bits nearly equal scores
-become equal, and other experts are chosen than in float32: the module itself says which it does.
+Rules are found and proved in float32, where all variants agree. In 16 bits, nearly equal scores
+become equal and other experts are chosen. So each variant is compared with the module itself.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from moec.capture.behaviour.probe import Probe, result_leaves
 from moec.capture.behaviour.replacement import Replacement, outputs
 
 _SHAPE = (4, 128)
-"""Sequences and tokens of each: a few of them have scores that are equal in 16 bits alone."""
+"""(sequences, tokens of each): enough for some scores to be equal in 16 bits but not in float32."""
 
 
 def with_precision(module: nn.Module, probe: Probe, description: Description) -> Description:
-    """`description` with the precision at which its numbers come nearest to the module's own."""
+    """`description` with the precision whose results are nearest to the module's own."""
     dtype = float_dtype(module)
     if description.form != "topk" or dtype not in (torch.bfloat16, torch.float16):
         return description
@@ -46,7 +46,7 @@ def with_precision(module: nn.Module, probe: Probe, description: Description) ->
 
 
 def _distance(a: object, b: torch.Tensor) -> float:
-    """Between two results: the mean, as a share of the mean that is expected."""
+    """The mean absolute difference relative to the mean absolute value of `b`."""
     assert isinstance(a, torch.Tensor)
     difference = (a.double() - b.double()).abs().nan_to_num(0.0)
     return float(difference.mean() / (b.double().abs().nan_to_num(0.0).mean() + 1e-12))

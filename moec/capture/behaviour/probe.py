@@ -1,4 +1,4 @@
-"""A module under experiment: runs with chosen logits, what its submodules read, weights solved."""
+"""Experiments on a module: runs with chosen logits, records of submodules, solved weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from moec.capture.behaviour.steering import Steer
 from moec.errors import NoMatch
 
 TOLERANCE = 2e-5
-"""Of the greatest output: two float32 programs that sum in different orders come nearer."""
+"""Relative to the greatest output: float32 programs that sum in other orders differ by less."""
 
 
 _AFFORDABLE = ((0.15, 4097), (0.6, 1025))
-"""Seconds that 256 tokens take, and the longest run that is then made: some ten are."""
+"""(seconds that 256 tokens take, longest run that is then made); about ten such runs are made."""
 LONGEST = 4097
-"""Rows of one expert that are tried: a capacity beyond it is not seen."""
+"""The most rows of one expert that are tried; a greater capacity is not noticed."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class SubmoduleCall:
 
 @dataclass
 class Run:
-    """One run: the leaves of the result by name, its hidden rows[T, D], and the router's logits
-    as the module itself computed them."""
+    """One run: the leaves of the result by name, its hidden rows [T, D], and the logits that the
+    router itself computed."""
 
     leaves: list[tuple[str, Any]]
     hidden: torch.Tensor
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass
 class Probe:
-    """The module, how it is called, its router's weight, and what is known of it so far."""
+    """The module, its arguments, its router's weight, and what has been found out so far."""
 
     module: nn.Module
     arguments: Arguments
@@ -57,7 +57,7 @@ class Probe:
     longest: int = LONGEST
     constants: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     nodes: dict[Path, torch.Tensor] = field(default_factory=dict)
-    """What chains of submodules make of the tokens in the last run watched: [T, d] each."""
+    """Results [T, d] of chains of submodules on the tokens of the last run that `watch` made."""
 
     @property
     def width(self) -> int:
@@ -66,7 +66,8 @@ class Probe:
     def inputs(
         self, batch: int, length: int, scale: float = 1.0, seed: int = 0
     ) -> tuple[torch.Tensor, ...]:
-        """Random tokens, and random ids where the choice is an input."""
+        """Random tokens [B, S, D] or [B * S, D], and random expert ids where the module takes
+        them."""
         generator = torch.Generator().manual_seed(seed + 1000 * batch + length)
         flat = len(self.arguments.shape) == 2
         size = (batch * length,) if flat else (batch, length)
@@ -79,8 +80,9 @@ class Probe:
         return len(self.description.experts) or 1
 
     def run(self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None) -> Run:
-        """Raises NoMatch where no output has the size of the tokens, or the module takes none of
-        this size."""
+        """Run the module, with the router's logits replaced by `logits` if given. Raises NoMatch
+        where the module fails on inputs of this size, or where no output has the size of the
+        tokens."""
         copies = [t.clone() for t in inputs]
         args, kwargs = self.arguments.build(copies[0], copies[1] if len(copies) > 1 else None)
         with torch.no_grad(), self.steered(logits) as steer:
@@ -96,7 +98,8 @@ class Probe:
         return Run(leaves, self._hidden(leaves, inputs[0]), steer.observed)
 
     def steered(self, logits: torch.Tensor | None) -> Steer:
-        """A context in which the router gives `logits`: for what stands beside the module."""
+        """A context in which the router's logits are `logits`, also for a replacement of the
+        module."""
         weight = tensor(self.module, self.weight_name) if self.weight_name else None
         return Steer(weight, self.columns, logits)
 
@@ -110,7 +113,8 @@ class Probe:
     def watch(
         self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None
     ) -> list[SubmoduleCall]:
-        """The calls of submodules in one run; `nodes` holds what chains of them make of tokens."""
+        """The calls of submodules in one run. Sets `nodes` to the results of chains of
+        submodules."""
         calls: list[SubmoduleCall] = []
 
         def hook(name: str) -> Callable[..., None]:
@@ -138,8 +142,8 @@ class Probe:
     def _chains(
         self, calls: Sequence[SubmoduleCall], flat: torch.Tensor
     ) -> dict[Path, torch.Tensor]:
-        """Values that calls make of the tokens, by the shortest path of names; what experts are
-        made of is left out."""
+        """The results of calls that read only the tokens or another such result, by the shortest
+        path of names; submodules inside experts are left out."""
         nodes: dict[Path, torch.Tensor] = {(): flat}
         inside = tuple(name.split("*")[0].rstrip(".") + "." for name in self.description.experts)
         for call in calls:
@@ -153,23 +157,24 @@ class Probe:
             path = (*start, call.name)
             old = next((p for p, v in nodes.items() if torch.equal(v, call.result)), None)
             if old and len("".join(old)) > len("".join(path)):
-                del nodes[old]  # the last part of this one
+                del nodes[old]  # it only names the last part of this path
                 old = None
             if old is None:
                 nodes[path] = call.result
         return nodes
 
     def wide_paths(self) -> list[Path]:
-        """Chains that give rows as wide as the tokens."""
+        """Chains whose results are as wide as the tokens."""
         return [path for path, value in self.nodes.items() if value.shape[-1] == self.width]
 
     def solve(
         self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, float]:
-        """Weights [T, N] of every expert, then of what chains of submodules make of the tokens,
-        then of constants, whose sum comes nearest the output; and the share that is left.
+        """(weights, remainder): the least-squares weights [T, N] by which the output is a sum of
+        all experts' results, then of the results of `wide_paths`, then of constants; and the
+        greatest relative remainder of a row.
 
-        Raises NoMatch where there are more parts than the width can tell apart.
+        Raises NoMatch where there are more parts than the width, so that weights are not unique.
         """
         hidden = self.run(inputs, logits).hidden
         flat = inputs[0].reshape(-1, self.width)
@@ -196,8 +201,7 @@ class Probe:
 
 
 def affordable_length(probe: Probe) -> int:
-    """How long the longest runs may be: `LONGEST`, and less for a module that takes long. The
-    proof says how long they were."""
+    """The length of the longest runs: `LONGEST`, or less for a slow module. The proof states it."""
     inputs = probe.inputs(1, 256)
     probe.run(inputs)
     start = time.perf_counter()
@@ -207,7 +211,7 @@ def affordable_length(probe: Probe) -> int:
 
 
 def expert_results(module: nn.Module, description: Description, rows: torch.Tensor) -> torch.Tensor:
-    """What every expert makes of every row: [T, E, D]."""
+    """The results of every expert for every row: [T, E, D]."""
     if description.body is None:
         return torch.stack([module.get_submodule(n)(rows) for n in description.experts], 1)
     stacks = [tensor(module, name) for name in description.experts]
@@ -215,7 +219,7 @@ def expert_results(module: nn.Module, description: Description, rows: torch.Tens
 
 
 def result_leaves(result: Any, name: str = "output") -> list[tuple[str, Any]]:
-    """(name, value) of everything in a result: tensors, numbers, None."""
+    """(name, value) of every leaf of a result: tensors, numbers, None."""
     items: list[tuple[object, Any]]
     if isinstance(result, tuple | list):
         items = list(enumerate(result))
@@ -229,7 +233,8 @@ def result_leaves(result: Any, name: str = "output") -> list[tuple[str, Any]]:
 
 
 def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Equal to `tolerance` of the greatest of b; infinities and NaN in the same entries."""
+    """Whether a and b differ by at most `tolerance` of the greatest finite value of b, with
+    infinities and NaN in the same positions."""
     if a.shape != b.shape:
         return False
     finite = b.detach()[b.isfinite()].double().abs()

@@ -1,4 +1,5 @@
-"""A description is proved by running the module beside its replacement, outputs and all."""
+"""Proves a description by comparing all outputs of the module and its replacement on many
+inputs."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ from moec.errors import NoMatch
 
 @dataclass(frozen=True)
 class Proof:
-    """A description that held in all of `runs`, and what those reached; in `overflows` more,
-    eager's own results were not finite."""
+    """A description that held in all of `runs`, with their greatest length and tolerance. In
+    `overflows` further runs eager's own results were not finite."""
 
     description: Description | None
     runs: int
@@ -43,7 +44,7 @@ class Proof:
 
 
 class Differs(NoMatch):
-    """The module and what stands for it differ in this case."""
+    """The module and its replacement differ in this case."""
 
     def __init__(self, text: str, case: BehaviourCase) -> None:
         super().__init__(text)
@@ -53,10 +54,10 @@ class Differs(NoMatch):
 def prove(
     module: nn.Module, probe: Probe, description: Description, suspect: BehaviourCase | None = None
 ) -> Proof:
-    """Runs the replacement beside the probe's shaken copy and beside the module itself; a
-    `suspect`, which refused another description, comes first.
+    """Compare the replacement with the probe's shaken copy and with the module itself.
 
-    Raises NoMatch with the first input on which they differ.
+    `suspect`, a case that refuted another description, is tried first. Raises NoMatch, with the
+    first input on which they differ.
     """
     probe.description = description
     replacement = Replacement(probe.module, description, probe.width)
@@ -75,7 +76,7 @@ def prove(
 
 
 def _again(suspect: BehaviourCase | None, probe: Probe) -> list[BehaviourCase]:
-    """The case that refused another description, where it is one for this router too."""
+    """The case that refuted another description, if it applies to this router too."""
     if suspect is None:
         return []
     if suspect.logits is None:
@@ -85,10 +86,10 @@ def _again(suspect: BehaviourCase | None, probe: Probe) -> list[BehaviourCase]:
 
 
 def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
-    """As `prove`, of a forward that stands for the module's: the router, which is not known, is
-    not steered; tokens that are all alike send all to one expert.
+    """As `prove`, for a user's forward. The router is not known, so it is not steered; inputs of
+    equal tokens send all of them to one expert instead.
 
-    Raises NoMatch with the first input on which they differ.
+    Raises NoMatch, with the first input on which they differ.
     """
     runs, overflows = 0, 0
     for case in cases(probe):
@@ -112,7 +113,7 @@ def _overflows(run: Run, case: BehaviourCase) -> bool:
 
 
 def _compare(probe: Probe, block: Replacement, case: BehaviourCase) -> bool:
-    """False where there is nothing to compare with."""
+    """Compare one case; False where eager overflows and there is nothing to compare."""
     run = probe.run(case.inputs, case.logits)
     if _overflows(run, case):
         return False

@@ -1,8 +1,9 @@
-"""What an eager module does as a mixture of experts, found by experiments.
+"""Finds out by experiments what an eager module computes as a mixture of experts.
 
-Nothing is traced: the module runs as it is. A function mode gives it chosen logits for its
-router's, hooks show what submodules read, each expert's weight for each token is solved from the
-output, rules are fitted to the weights, and the replacement is proved beside the module.
+Nothing is traced; the module runs as it is. A function mode replaces its router's logits with
+chosen ones, hooks record what submodules read, and least squares solves each expert's weight for
+each token from the output. Rules are fitted to the weights, and the replacement is proved against
+the module.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from moec.errors import NoMatch
 _ROWS = 96
 """Tokens of one experiment."""
 _MOST_RULES = 6
-"""Rules that fit alike and are proved, before the module is refused."""
+"""The most rules that are proved, of those that fit equally well, before the module is refused."""
 
 
 class NoExperts(NoMatch):
-    """A module without anything that looks like experts: nobody needs to know."""
+    """A module has no parts that look like experts, which need not be reported."""
 
 
 def recognise(module: nn.Module, arguments: Arguments) -> Proof:
-    """The proved description of a module. Raises NoMatch, which says why there is none."""
+    """The proved description of a module. Raises NoMatch, with the reason, where there is none."""
     probe = Probe(module, arguments)
     if next(_groups(probe), None) is None:
         raise NoExperts("it has no group of like parts that may be experts")
@@ -121,7 +122,7 @@ def _descriptions(
 
 
 def _tensors(probe: Probe, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Parameters and buffers that are not of the experts."""
+    """Parameters and buffers that do not belong to experts."""
     every = {**dict(probe.module.named_parameters()), **dict(probe.module.named_buffers())}
     inside = tuple(f"{name}." for name in names)
     return {n: t for n, t in every.items() if not (inside and n.startswith(inside))}
@@ -165,7 +166,7 @@ def _agrees(
 
 
 def _routed(probe: Probe, stacks: Mapping[str, torch.Tensor], count: int) -> Iterator[Description]:
-    """Descriptions of a module whose logits are the product with `probe.weight_name`."""
+    """Descriptions of a module whose logits are a product with `probe.weight_name`."""
     columns, generator = probe.columns, torch.Generator().manual_seed(5)
     inputs, kinds = probe.inputs(1, _ROWS), draws(columns, _ROWS, generator)
     _check_steers(probe, inputs, kinds)
@@ -200,7 +201,7 @@ def _routed(probe: Probe, stacks: Mapping[str, torch.Tensor], count: int) -> Ite
 def _check_steers(
     probe: Probe, inputs: tuple[torch.Tensor, ...], kinds: Mapping[str, torch.Tensor]
 ) -> None:
-    """Logits matter, and with the routing held one token does not change another's output."""
+    """Checks that logits matter, and that with fixed routing no token changes another's output."""
     moved = (inputs[0].clone(),)
     moved[0].view(-1, probe.width)[-1] += 1
     one, usual = probe.run(inputs, kinds["one"]).hidden, probe.run(inputs, kinds["usual"]).hidden
@@ -216,7 +217,7 @@ def _check_steers(
 def _check_alone(
     probe: Probe, inputs: tuple[torch.Tensor, ...], logits: torch.Tensor, count: int
 ) -> None:
-    """What the first tokens choose is not changed by the logits of later ones."""
+    """Checks that the choices of the first tokens do not depend on the logits of later tokens."""
     later = torch.cat([logits[:SAFE], logits[SAFE:].roll(1, 1) * 3])
     first, second = (probe.solve(inputs, z)[0][:SAFE, :count] for z in (logits, later))
     if not same(first, second, 1e-3):
@@ -227,7 +228,7 @@ def _check_alone(
 
 
 def _constants(probe: Probe, count: int) -> list[tuple[str, torch.Tensor]]:
-    """Tensors [n, D] whose rows may be what columns beyond the experts give."""
+    """Tensors [n, D] whose rows may be the results of router columns beyond the experts."""
     if probe.columns <= count:
         return []
     return [
@@ -247,7 +248,8 @@ def _corrections(probe: Probe, router: Router) -> dict[str, torch.Tensor]:
 
 
 def _input_side(probe: Probe, kinds: Mapping[str, torch.Tensor]) -> Iterator[Description]:
-    """Rules for weights that experts read: tried whole, as nothing can be solved."""
+    """Rules whose weights scale what experts read. Each is tried as a whole, because weights cannot
+    be solved for."""
     rules = itertools.product(
         range(1, probe.columns + 1), SCORES, (False, True), ("score", "logits")
     )

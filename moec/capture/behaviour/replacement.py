@@ -1,9 +1,9 @@
-"""A description run in plain operators: what is captured in a module's stead.
+"""A description as a function of plain operators, which is captured instead of the module.
 
     x[.., D] -> logits[T, C] -> ids[T, k], weights[T, k] -> moe experts -> sum -> y[.., D]
 
-Experts are one call of `moec::experts`, in which an id beyond the experts adds nothing: that is
-what a choice becomes that a threshold or a capacity drops.
+Experts are one call of `moec::experts`, in which an id beyond the experts adds nothing. Choices
+that a threshold or a capacity drops get such an id.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def router_logits(module: nn.Module, description: Description, flat: torch.Tenso
 
 
 def _as_product(module: nn.Module, router: Router) -> Router:
-    """The linear layer at the end of a path as its weight and bias, which can be cast."""
+    """A router that ends in a linear layer, written with its weight and bias, which can be cast."""
     last = module.get_submodule(router.path[-1]) if router.path else None
     if router.weight or not isinstance(last, nn.Linear):
         return router
@@ -64,8 +64,8 @@ def choices(module: nn.Module, description: Description, logits: torch.Tensor) -
 
 
 class Replacement:
-    """Called as the module that it describes, with its tokens, and ids where the choice is an
-    input; gives the tensors of `description.outputs` by name."""
+    """Called with the tokens of the module that it describes, and with expert ids where the module
+    takes them; returns by name the tensors that `description.outputs` can refer to."""
 
     def __init__(
         self, module: nn.Module, description: Description, width: int, body: str = ""
@@ -76,7 +76,8 @@ class Replacement:
         self.count = 0 if first is None else first.shape[0]
 
     def experts(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """rows[T, D], ids[T, k], weights[T, k] -> the weighted sum of what experts give [T, D]."""
+        """rows[T, D], ids[T, k], weights[T, k] -> the weighted sum of the experts' results [T,
+        D]."""
         result: torch.Tensor = experts_op(
             rows, ids, weights, stacks(self.module, self.description), self.count, self.body
         )
@@ -148,14 +149,15 @@ class Replacement:
     def _input_side(
         self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Each choice has a row of its own, scaled before the expert reads it."""
+        """The sum of experts' results where each choice scales the row before its expert reads
+        it."""
         scaled = (rows[:, None] * weights[..., None]).reshape(-1, rows.shape[-1])
         single = ids.reshape(-1, 1)
         results = self.experts(scaled, single, torch.ones_like(single, dtype=rows.dtype))
         return results.reshape(-1, ids.shape[1], rows.shape[-1]).sum(1)
 
     def _fits(self, x: torch.Tensor, chosen: Choices, capacity: Capacity) -> torch.Tensor:
-        """bool[T, k]: whether earlier tokens leave a place in the chosen expert."""
+        """bool[T, k]: whether the chosen expert has capacity left after the tokens before."""
         size = x.shape[-2] if capacity.per == "sequence" else x.numel() // x.shape[-1]
         columns = chosen.scores.shape[-1]
         chosen_by_sequence = chosen.chosen().reshape(-1, size, columns)
@@ -180,7 +182,8 @@ class Replacement:
         return out
 
     def _side(self, logits: torch.Tensor, chosen: Choices) -> dict[str, torch.Tensor]:
-        """What else modules return; unused values leave the captured graph."""
+        """Other tensors that modules return, by name; those not used are not in the captured
+        graph."""
         rule = self.description.routing
         assert rule is not None
         picked, best = chosen.chosen(), chosen.first()
@@ -198,7 +201,8 @@ class Replacement:
         return side | losses | of_best
 
     def _soft(self, x: torch.Tensor) -> torch.Tensor:
-        """Slots are mixtures of a sequence's tokens; each expert reads its own slots."""
+        """The "soft slots" form: slots are mixtures of a sequence's tokens; each expert reads its
+        slots."""
         router = self.description.router
         assert router is not None
         z = torch.einsum("bnd,des->bnes", x, tensor(self.module, router.weight))
@@ -211,7 +215,7 @@ class Replacement:
 
 
 def capacity_rows(capacity: Capacity, size: int, columns: int) -> int:
-    """How many rows one expert takes of `size` tokens; symbolic where the size is."""
+    """How many of `size` tokens one expert accepts; symbolic where `size` is."""
     top = size * capacity.factor.numerator
     bottom = capacity.factor.denominator * columns
     rows: int = -(-top // bottom) if capacity.round_up else top // bottom
@@ -224,7 +228,7 @@ def capacity_rows(capacity: Capacity, size: int, columns: int) -> int:
 def outputs(
     replacement: Replacement, x: torch.Tensor, ids: torch.Tensor | None = None
 ) -> list[object]:
-    """The leaves of what the module returns, in its order: tensors and constants."""
+    """The leaves of the module's result, in its order: tensors and constants."""
     named = replacement(x, ids)
     return [
         item.value if isinstance(item, Constant) else shaped(named[item.name], item, x)
@@ -233,7 +237,8 @@ def outputs(
 
 
 def shaped(value: torch.Tensor, output: Output, x: torch.Tensor) -> torch.Tensor:
-    """A value as the module returns it. A float has the tokens' dtype, unless it is cast."""
+    """A tensor in the shape and dtype in which the module returns it. Floats have the tokens' dtype
+    unless `output.cast` names another."""
     if output.leading == "tokens":
         value = value.reshape(*x.shape[:-1], value.shape[-1])
     elif output.leading == "token":

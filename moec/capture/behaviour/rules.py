@@ -1,4 +1,4 @@
-"""Routing rules in plain PyTorch: logits[T, C] -> choices[T, k] and their weights."""
+"""Routing rules in plain PyTorch: logits [T, C] -> choices [T, k] and their weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moec.capture.behaviour.description import RoutingRule
 
 
 def _sparsemixer(logits: torch.Tensor, jitter: float = 0.01) -> torch.Tensor:
-    """PhiMoE's two choices at inference (arXiv 2310.00811): each weighs a softmax over the
-    logits near the greatest that is left."""
+    """The two choices of PhiMoE at inference (arXiv 2310.00811): the weight of each is a softmax
+    over the logits near the greatest that remains."""
     weights, remaining = torch.zeros_like(logits), logits
     for _ in range(2):
         top, ids = remaining.max(-1, keepdim=True)
@@ -38,9 +38,9 @@ SCORES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Choices:
-    """ids[T, k] and weights[T, k]; `mask` [T, k] is false for choices that a threshold drops, and
-    None where there is no threshold; `measure` and `full_weights` [T, k] are what the threshold
-    is compared with, and the weights before it."""
+    """ids [T, k], weights [T, k] and scores [T, C]. `mask` [T, k] is False for choices that a
+    threshold drops, and None without a threshold. `measure` [T, k] is what the threshold is
+    compared with, and `full_weights` [T, k] are the weights before it."""
 
     ids: torch.Tensor
     weights: torch.Tensor
@@ -50,23 +50,23 @@ class Choices:
     full_weights: torch.Tensor | None = None
 
     def dense(self) -> torch.Tensor:
-        """Weights[T, C], zero where a column was not chosen."""
+        """Weights [T, C], zero where a column was not chosen."""
         return torch.zeros_like(self.scores).scatter(1, self.ids, self.weights)
 
     def chosen(self) -> torch.Tensor:
-        """One for each column that was chosen and kept, else zero: [T, C]."""
+        """[T, C]: one for each column that was chosen and kept, else zero."""
         ones = torch.ones_like(self.weights) if self.mask is None else self.mask.to(self.scores)
         return torch.zeros_like(self.scores).scatter(1, self.ids, ones)
 
     def first(self) -> torch.Tensor:
-        """One for the best column of each row, which may be dropped, else zero: [T, C]."""
+        """[T, C]: one for the best column of each row, even if it is dropped, else zero."""
         return torch.zeros_like(self.scores).scatter(1, self.ids[:, :1], 1.0)
 
 
 def choose(
     rule: RoutingRule, logits: torch.Tensor, correction: torch.Tensor | None = None
 ) -> Choices:
-    """The choices that `rule` makes; `correction` [C] is the tensor that the rule names."""
+    """The choices of `rule`; `correction` [C] is the tensor that the rule names."""
     scaled = logits if rule.temperature == 1.0 else logits * rule.temperature
     scores = SCORES[rule.score](scaled)
     rank = scores if rule.ranked_by == "score" else logits
@@ -102,7 +102,7 @@ def _sum(weights: torch.Tensor, rule: RoutingRule) -> torch.Tensor:
 
 
 def _within_groups(rank: torch.Tensor, count: int, top: int, best: int) -> torch.Tensor:
-    """`rank` with the members of all groups but the `top` best at minus infinity."""
+    """`rank` with the members of all groups but the `top` best set to minus infinity."""
     parts = rank.reshape(-1, count, rank.shape[-1] // count)
     groups = parts.topk(best, -1).values.sum(-1).topk(top, -1).indices
     use = torch.zeros_like(parts[..., 0]).scatter(1, groups, 1.0)
@@ -112,7 +112,8 @@ def _within_groups(rank: torch.Tensor, count: int, top: int, best: int) -> torch
 def _measure(
     rule: RoutingRule, scores: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
 ) -> torch.Tensor:
-    """What grows with a choice's importance: its weight, its score, or minus the mass before."""
+    """A value that grows with a choice's importance: its weight, its score, or minus the sum of the
+    scores before it."""
     if rule.threshold_on == "weight":
         return weights
     if rule.threshold_on == "score":
@@ -125,5 +126,5 @@ LOSSES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "switch loss": lambda z, chosen: z.shape[-1] * (chosen.mean(0) * z.softmax(-1).mean(0)).sum(),
     "z loss": lambda z, chosen: z.logsumexp(-1).square().mean(),
 }
-"""Losses of logits[T, C] and choices[T, C] that modules return: Switch (arXiv 2101.03961, eq. 4)
+"""Losses of logits [T, C] and choices [T, C] that modules return: Switch (arXiv 2101.03961, eq. 4)
 and the router z-loss (arXiv 2202.08906, eq. 5)."""

@@ -1,4 +1,4 @@
-"""What else a module returns: every tensor is one of a few names, every number is constant."""
+"""Identifies everything that a module returns: tensors that a description has, or constants."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from moec.errors import NoMatch
 def find_outputs(probe: Probe, replacement: Replacement) -> tuple[Output | Constant, ...]:
     """What each leaf of the result is.
 
-    Raises NoMatch for a tensor that the description does not give, and for a number that
-    depends on the input.
+    Raises NoMatch for a tensor that the replacement does not compute, and for a number that depends
+    on the input.
     """
     inputs = probe.inputs(2, 12)
     first, other = probe.run(inputs), probe.run(probe.inputs(1, 5))
@@ -40,8 +40,8 @@ def find_outputs(probe: Probe, replacement: Replacement) -> tuple[Output | Const
 def cast_outputs(
     module: nn.Module, probe: Probe, items: Sequence[Output | Constant]
 ) -> tuple[Output | Constant, ...]:
-    """The outputs with the dtypes that the module itself gives them, which may be float32 in a
-    module of 16 bits, or the other way around."""
+    """The outputs with the dtypes that a 16-bit module gives them, where these are not its own
+    dtype."""
     dtype = float_dtype(module)
     if dtype is torch.float32:
         return tuple(items)
@@ -68,7 +68,7 @@ def _output(
             formed = shaped(tensor, output, x)
             if formed.dtype == value.dtype and same(formed, value):
                 return output
-    if value.numel() == x.numel() and leading:  # the proof says by how much it differs
+    if value.numel() == x.numel() and leading:  # accepted for now: the proof reports the difference
         return Output("hidden", leading, dtype)
     raise NoMatch(f"{name}, of shape {tuple(value.shape)}, is not reproduced")
 
@@ -83,7 +83,7 @@ def _leading(value: torch.Tensor, x: torch.Tensor) -> str:
 
 
 def result_like(result: Any, values: Sequence[Any]) -> Any:
-    """A result with the containers of `result` around other leaves."""
+    """The containers of `result` with the leaves `values`."""
     return _rebuilt(result, iter(values))
 
 

@@ -1,4 +1,4 @@
-"""What experts read, what stacked parameters make of it, and where the logits come from."""
+"""Finds what experts read, how stacked parameters form them, and how the logits are computed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moec.capture.behaviour.replacement import router_logits
 from moec.errors import NoMatch
 
 EXPLAINED = 1e-3
-"""The share of an output that may be left when it is a sum of its parts, in float32."""
+"""The greatest relative remainder, in float32, of an output that is a sum of the parts tried."""
 
 
 def find_experts(
@@ -27,10 +27,10 @@ def find_experts(
     one: torch.Tensor,
     usual: torch.Tensor,
 ) -> None:
-    """Completes the description with source, body, side of the weights, and how sums become the
-    output. `one` are logits that send each token to one expert.
+    """Completes the description: source, body, side of the weights, and whether the output is a
+    log-sum-exp. `one` are logits that send each token to one expert.
 
-    Raises NoMatch where the output is no weighted sum of what the experts give.
+    Raises NoMatch where the output is no weighted sum of the experts' results.
     """
     rows = [call.read for call in calls if call.name in probe.description.experts]
     if probe.description.experts and not rows:
@@ -46,7 +46,7 @@ def find_experts(
 
 
 def _find_rows(probe: Probe, rows: torch.Tensor) -> None:
-    """Every row that an expert read is a token of what some path gives, scaled or not."""
+    """Finds the path of whose result every row that an expert read is a token, scaled or not."""
     rows = rows[rows.norm(dim=1) > 0]
     for path, value in probe.nodes.items():
         if value.shape[-1] != rows.shape[-1] or not len(rows):
@@ -87,7 +87,8 @@ def _find_log_sum_exp(probe: Probe, inputs: Sequence[torch.Tensor], usual: torch
 
 
 def _floor(probe: Probe, inputs: Sequence[torch.Tensor]) -> float:
-    """What stands for a sum of zero: exponentials of results near -200 underflow to it."""
+    """What replaces a sum of zero, found by making every result -200, whose exponential
+    underflows."""
     handles = [
         probe.module.get_submodule(name).register_forward_hook(lambda m, i, o: o * 0 - 200)
         for name in probe.description.experts
@@ -101,9 +102,9 @@ def _floor(probe: Probe, inputs: Sequence[torch.Tensor]) -> float:
 
 
 def find_router(probe: Probe, logits: torch.Tensor, flat: torch.Tensor) -> Router:
-    """A chain of submodules that gives logits[T, C], or a product with the router's weight.
+    """The router: a chain of submodules that computes logits [T, C], or a product with its weight.
 
-    Raises NoMatch where neither gives them.
+    Raises NoMatch where neither does.
     """
     biases = [name for name, p in probe.module.named_parameters() if p.shape == (probe.columns,)]
     paths: list[Path] = [path for path in probe.nodes if path]

@@ -1,4 +1,4 @@
-"""A module whose router gives logits of our choice, while its code runs as it is."""
+"""Replaces the logits of a module's router while the module's own code runs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class Steer(TorchFunctionMode):
-    """Watches the product of activations with the router's `weight`, and replaces it.
+    """Observes the product of activations with the router's `weight`, and replaces it.
 
-    A weight is followed through views, casts and norms of its own. The first of its products
-    whose last axis has `columns` entries is the logits: `seen` holds them, and `logits` [T, C]
-    are given in their stead. With `weight` None nothing is watched.
+    The weight is followed through views, casts and norms of it alone. Each product with it whose
+    last axis has `columns` entries is taken for the logits: `observed` keeps the last of them, and
+    `logits` [T, C], if given, replace it. Nothing is observed where `weight` is None.
     """
 
     def __init__(
@@ -51,9 +51,11 @@ class Steer(TorchFunctionMode):
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts. It runs for each operation of an observed
-    forward; torch's own traversal, which knows every registered container, takes as long as the
-    operation."""
+    """The tensors in nested lists, tuples and dicts.
+
+    This runs for each operation of an observed forward. torch's own traversal, which supports every
+    registered container, would take as long as the operation itself.
+    """
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, Mapping):

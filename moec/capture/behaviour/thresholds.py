@@ -1,4 +1,5 @@
-"""Where a threshold lies: asked of the module between a row that was kept and one that was not."""
+"""Locates a threshold by runs of the module between a choice that is kept and one that is
+dropped."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from moec.capture.behaviour.probe import Probe
 from moec.capture.behaviour.rules import choose
 
 _ROUNDS = 4
-"""Each asks 96 rows between the two nearest: six digits in all."""
+"""Each round runs 96 rows between the two nearest choices; together they give six digits."""
 
 
 def narrowed(
@@ -24,7 +25,7 @@ def narrowed(
     inputs: Sequence[torch.Tensor],
     count: int,
 ) -> RoutingRule:
-    """`rule` with the shortest number that fits between what is dropped and what is kept."""
+    """`rule` with the shortest number between the dropped and the kept choices as its threshold."""
     low, high = interval
     rows = inputs[0].numel() // probe.width
     for _ in range(_ROUNDS):
