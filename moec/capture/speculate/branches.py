@@ -1,4 +1,4 @@
-"""Branches on data: how they are answered while a module is traced, and which those were."""
+"""Answers branches on data while a module is traced, and records the answers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _MACHINERY = ("sym_node.py", "symbolic_shapes.py", "recording.py", "_traceback.p
 
 @dataclass(frozen=True)
 class Question:
-    """A condition on data that was answered at `site`: a comparison of numbers, or a tensor that
-    was made a bool."""
+    """A condition on data that was answered at `site`: a comparison of numbers, or the truth value
+    of a tensor."""
 
     site: Site
     condition: Any = None
@@ -32,9 +32,12 @@ class Question:
 
 @dataclass
 class Branches:
-    """`answers` are those of the search, by branch; any other branch is answered as it comes out
-    with many rows, no two numbers of them alike. `met` are the answers of this trace, and
-    `questions` all that was asked there, in order."""
+    """Answers conditions on data during one trace.
+
+    `answers` are prescribed by the search, by branch; any other branch is answered as it comes out
+    when all counts are large and distinct. `met` are the answers that this trace used, and
+    `questions` all conditions that it evaluated, in order.
+    """
 
     foreign: Foreign
     answers: Mapping[Site, bool] = field(default_factory=dict)
@@ -53,11 +56,13 @@ class Branches:
         usual = bool(condition.subs(many).subs(hints))
         frame = _who_asks(sys._getframe(1), self.foreign)
         if frame is None:
-            return usual  # torch asks for itself, of a size that is as good as any
+            # torch itself evaluates the condition, for a purpose to which the exact size does not
+            # matter
+            return usual
         return self._answer(Question(site_of(frame), condition), usual)
 
     def ask(self, tensor: torch.Tensor, usual: bool) -> bool:
-        """The answer to a bool of a tensor."""
+        """The answer to the truth value of a tensor."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and _ours(frame):
             frame = frame.f_back
@@ -78,10 +83,10 @@ def _ours(frame: FrameType) -> bool:
 
 
 def _who_asks(frame: FrameType | None, foreign: Foreign) -> FrameType | None:
-    """The user's frame that made a number a bool; None where torch asks.
+    """The user's frame that converted a number to bool; None where torch itself evaluated it.
 
-    Python asks through `__bool__`, which is a function of torch's. Where there is none between
-    the symbolic machinery and the user's frame, C++ asks.
+    Python converts by `__bool__`, a Python function of torch. Where no such frame is between the
+    symbolic machinery and the user's frame, the evaluation came from C++.
     """
     python = False
     while frame is not None and (
@@ -95,6 +100,7 @@ def _who_asks(frame: FrameType | None, foreign: Foreign) -> FrameType | None:
 
 
 def is_condition(expression: Any) -> bool:
-    """A symbol is a Boolean for sympy too, and here a number."""
+    """Whether an expression is a condition. Sympy counts symbols as Boolean, which here are
+    numbers."""
     boolean = isinstance(expression, sympy.logic.boolalg.Boolean)
     return boolean and not isinstance(expression, sympy.Expr)

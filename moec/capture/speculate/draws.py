@@ -1,5 +1,5 @@
-"""Inputs on which a capture is proved: sizes on both sides of what it compares, and routings in
-which experts have all rows, none, and some."""
+"""Inputs on which a capture is proved: sizes on both sides of each number that a condition compares
+with, and routings in which an expert gets all rows, none, or some."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from moec.ir.dims import Bounds, symbols
 from moec.ir.graph import Graph, Value
 
 MOST_ROWS = 4096
-"""The most rows that a proof draws. A branch that needs more to come out both ways is refused."""
+"""The most rows that a proof draws. A branch that needs more rows to go both ways is refused."""
 
 _BEYOND = 2
-"""By how much integers go beyond the greatest of the example."""
+"""How far drawn integers exceed the greatest integer of the example."""
 
 _SHAPES: tuple[tuple[int, ...], ...] = ((1, 1), (3, 29), (1, 7), (5, 1), (4, 40), (2, 2))
 Case = list[torch.Tensor]
@@ -27,9 +27,9 @@ Case = list[torch.Tensor]
 def draws(
     graph: Graph, examples: Sequence[Sequence[torch.Tensor]], conditions: Iterable[Any]
 ) -> Iterator[Case]:
-    """The examples, then inputs of several sizes: random; all rows alike, so that one expert takes
-    all; zeros, so that scores tie; two kinds of rows; large. Integers also beyond those of the
-    examples, which eager may refuse."""
+    """The examples, then inputs of several sizes and kinds: random; all rows equal, so that one
+    expert gets all rows; zeros, so that scores tie; two kinds of rows; large values. Integer inputs
+    also get values beyond those of the examples, which eager may refuse."""
     yield from map(list, examples)
     example = examples[0]
     integers = any(not t.is_floating_point() and t.dtype != torch.bool for t in example)
@@ -44,8 +44,8 @@ def draws(
 def _assignments(
     graph: Graph, example: Sequence[torch.Tensor], conditions: Iterable[Any]
 ) -> list[dict[str, int]]:
-    """Sizes by name: those of the example, least ones, odd ones, and enough rows for each number
-    that a condition compares with."""
+    """Sizes by name: those of the example, small and odd ones, and one more than each number that a
+    condition compares with."""
     names = [str(name) for name in graph.bounds]
     if not names:
         return [{}]
@@ -74,7 +74,7 @@ def _of_example(graph: Graph, example: Sequence[torch.Tensor]) -> dict[str, int]
 
 
 def _numbers(conditions: Iterable[Any]) -> set[int]:
-    """The numbers in conditions on data: what a count is compared with."""
+    """The integers in conditions on data, with which counts are compared."""
     return {
         int(atom)
         for condition in conditions

@@ -1,4 +1,4 @@
-"""Hooks for what eval mode leaves of training: batch statistics, noise that comes to nothing."""
+"""Hooks for parts of training code that have no effect in eval mode: batch statistics and noise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def evaluation_hooks(trace: Trace) -> Hooks:
         return y if bias is None else y + bias.view(shape)
 
     def noise(func: Hook, *args: Any, **kwargs: Any) -> Any:
-        """Zeros in the place of random numbers: that those come to nothing is proved."""
+        """Zeros instead of random numbers; the proof then shows that they do not change the
+        result."""
         trace.noise[trace.at()] = None
         result = func(*args, **kwargs)
         return torch.zeros(result.shape, dtype=result.dtype)
@@ -42,12 +43,13 @@ def evaluation_hooks(trace: Trace) -> Hooks:
         return x.zero_()
 
     def dropped(func: Hook, *args: Any, **kwargs: Any) -> Any:
-        """Random numbers that do not come to nothing as zeros: they are refused, with this line."""
+        """Random numbers for which zeros are no substitute: recorded with this line, so that a
+        refusal can name it."""
         trace.noise[trace.at()] = None
         return NotImplemented
 
     def dropout(func: Hook, *args: Any, **kwargs: Any) -> Any:
-        """Draws nothing in eval mode, or where it drops none."""
+        """Dropout, which draws no numbers in eval mode or where p is 0."""
         named = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
         training = named.get("train", named.get("training", True))
         drops = training and named.get("p", 0.5)

@@ -1,4 +1,4 @@
-"""What is known of tensors beyond their types, while a module is traced."""
+"""Facts about tensors, beyond their types, that are known while a module is traced."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Truth = Literal["count", "some", "none"]
 
 @dataclass(eq=False)
 class ClassChoice:
-    """A choice among `classes`, such as the experts of all tokens.
+    """A choice among `classes`, such as each token's choice among the experts.
 
-    `sorted`: the flat ids whose sort order is used. `rows`: where those are each class, one list
-    a class.
+    `sorted` are the flat ids whose sort order is used. `rows` has, by class, the rows of the tokens
+    that chose it.
     """
 
     classes: int
@@ -29,7 +29,8 @@ class ClassChoice:
 
 @dataclass(frozen=True)
 class Order:
-    """A function of the order that sorts a choice: `recipe` makes its values from any places."""
+    """Marks a tensor as a function of the order that sorts a choice: `recipe` computes its values
+    from any positions."""
 
     choice: ClassChoice
     recipe: Recipe
@@ -37,7 +38,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Member:
-    """`ids == expert`, of a choice."""
+    """The mask `ids == expert`, where the ids are a choice."""
 
     ids: torch.Tensor
     expert: int
@@ -54,15 +55,25 @@ class Piece:
 
 @dataclass(frozen=True)
 class Fact:
-    """choice: the values are classes of it. high: none is greater. distinct: no two along the last
-    axis are equal. single: along this axis at most one is not 0. sums: what the values are sums of.
-    hot: along the last axis stand the classes of this choice, and over the others their sum is how
-    often each is chosen, of so many times. order: the values are rows in the order that sorts a
-    choice. size: a 0-d tensor that holds this number. truth: what a bool of it asks.
-    greatest: read into Python it is this upper bound. member: the values are `ids == expert`.
-    piece: which rows of a buffer these are. column: the rows that stand in a matrix of one column,
-    or are repeated along the features. elements: the same values, as Python has read them.
-    one_hot_of: the ids whose one-hot rows these are, of as many classes as the data say.
+    """What is known of one tensor.
+
+    choice: its values are classes of this choice.
+    high: no value is greater.
+    distinct: no two values along the last axis are equal.
+    single: along this axis, at most one value is not 0.
+    sums: its values are sums of counts.
+    hot: (choice, total). The last axis enumerates the classes of the choice, and the sum over all
+        other axes is how often each class is chosen, `total` times in all.
+    order: its values are rows in the order that sorts a choice.
+    size: it is a 0-d tensor of this number.
+    truth: a "count" of rows, or a condition on it: "some" is true where there are rows, "none"
+        where there are none.
+    greatest: read into Python, it becomes this upper bound.
+    member: it is the mask `ids == expert`.
+    piece: it is these rows of a buffer.
+    column: it has these row numbers [n] as a column, or repeated along the features.
+    elements: its values, as the numbers that Python has read.
+    one_hot_of: it has the one-hot rows of these ids, with as many classes as the data say.
     """
 
     choice: ClassChoice | None = None
@@ -86,7 +97,8 @@ NOTHING = Fact()
 
 
 class Facts:
-    """Facts by tensor. Tensors are held, lest another gets the id of one that is gone."""
+    """Facts by tensor. Holds the tensors, because a new tensor could reuse the id of one that was
+    freed."""
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[torch.Tensor, Fact]] = {}
@@ -95,14 +107,14 @@ class Facts:
         return self._held[id(value)][1] if id(value) in self._held else NOTHING
 
     def note(self, value: Any, **changes: Any) -> Any:
-        """`value`, of which `changes` are known from now on."""
+        """Returns `value`, with `changes` added to its facts."""
         if isinstance(value, torch.Tensor):
             self._held[id(value)] = (value, replace(self.of(value), **changes))
         return value
 
     def forget(self, value: Any) -> None:
-        """Nothing holds any longer of the values of a tensor that was written, nor of those of
-        views of its memory; which rows of a buffer they are stays so."""
+        """Removes the facts about the values of a tensor that is written in place, and of all views
+        of its memory. Which rows of a buffer they are does not change."""
         if not isinstance(value, torch.Tensor) or not self._held:
             return
         memory = value.untyped_storage()._cdata

@@ -1,4 +1,4 @@
-"""How facts about tensors go through the operations between a router and its experts."""
+"""Rules by which facts about tensors propagate through operations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _COLUMNS = "view reshape unsqueeze getitem expand expand_as repeat to long conti
 def follow(
     facts: Facts, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
 ) -> None:
-    """Note what is known of `result`, which `name` made of tensors of which `facts` tell."""
+    """Note the facts of `result`, which the function `name` computed from `args`."""
     rule = _RULES.get(name)
     if args and isinstance(args[0], torch.Tensor):
         if rule is not None:
@@ -48,7 +48,7 @@ def _dim(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, defaul
 
 
 def _chosen(position: int, default: int | None, distinct: bool) -> Rule:
-    """topk, sort, argmax along an axis: the indices are a choice among what the axis has."""
+    """The rule of topk, sort and argmax: the indices are a choice among the entries of the axis."""
 
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         index = result[1] if isinstance(result, tuple) else result
@@ -73,7 +73,7 @@ _along = _chosen(1, None, distinct=False)
 
 
 def _extreme(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-    """max along an axis is a choice; that of all values is no greater than each may be."""
+    """max along an axis yields a choice; max of all values keeps their upper bound."""
     high = facts.of(args[0]).high
     if isinstance(result, torch.Tensor) and high is not None and len(args) == 1:
         facts.note(result, high=high, greatest=high)
@@ -143,7 +143,7 @@ def _both(*rules: Rule) -> Rule:
 
 
 def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
-    """The greatest value of what is made of numbers of which none is less than 0."""
+    """The upper bound of the result of an operation on numbers that are not negative."""
 
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         other = args[1] if len(args) > 1 else 0
@@ -187,7 +187,7 @@ def _not(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
 
 
 def _part(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-    """Some values of a tensor, or all in another order: what holds of each holds of these."""
+    """A part of a tensor, or its values in another order: facts about every value still hold."""
     fact = facts.of(args[0])
     if fact.sums is not None:
         note_picked(facts, fact.sums, args, kwargs, result)
@@ -197,7 +197,7 @@ def _part(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
 
 
 def _ordered(op: Callable[[Any, Any], Any]) -> Rule:
-    """`order // k` and `order % k`: what is made of rows in an order follows that order."""
+    """`order // k` and `order % k`: functions of an order are marked with that order again."""
 
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         order, number = facts.of(args[0]).order, args[1]

@@ -1,4 +1,5 @@
-"""Lists of indices that data decide, as Python meets them."""
+"""Stand-ins for lists of indices whose length depends on data, as the user's Python code reads
+them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from moec.errors import CaptureError
 
 
 class HitIndex(int):
-    """A number that was read from a tensor, and still answers to a tensor's methods."""
+    """A number read from a tensor that still has the methods of a tensor."""
 
     def item(self) -> builtins.int:
         return builtins.int(self)
@@ -33,7 +34,7 @@ class HitIndex(int):
 
 
 class Row(list[Any]):
-    """One row of what nonzero gives of a mask with one axis: a list of one number."""
+    """One row of the nonzero of a mask with one axis: a list of one number."""
 
     def item(self) -> int:
         return int(self[0])
@@ -59,8 +60,8 @@ class Row(list[Any]):
 
 
 class Hits(list[Any]):
-    """Every index that a mask of a fixed length may be set at, in the place of those where it is:
-    iterating it unrolls the loop. `column`: each is a row of one number, as nonzero gives them."""
+    """All indices of a mask of fixed length, instead of those at which it is set: iterating over
+    them unrolls the loop. With `column`, each is a row of one number, as nonzero returns them."""
 
     def __init__(self, count: int, column: bool = False) -> None:
         indices = map(HitIndex, range(count))
@@ -100,7 +101,8 @@ class Hits(list[Any]):
 
 
 class HitRows(list[Any]):
-    """A Python list of row numbers, as many as data say; as an index it is its tensor."""
+    """A Python list of row numbers whose length depends on data; used as an index, it is its
+    tensor."""
 
     def __init__(self, tensor: torch.Tensor, asks: Callable[[Any], bool]) -> None:
         super().__init__()
@@ -121,10 +123,11 @@ class HitRows(list[Any]):
 
 
 def as_tensor(value: Any) -> Any:
-    """The tensor that a list of rows stands for; any other value as it is."""
+    """The tensor of a `HitRows`; any other value unchanged."""
     return value.tensor if isinstance(value, HitRows) else value
 
 
 def as_slice(value: Any) -> Any:
-    """What a row of one number selects, where it is an index: that one, with its axis."""
+    """A `Row` as an index: the slice that selects it and keeps its axis; any other value
+    unchanged."""
     return slice(value.item(), value.item() + 1) if isinstance(value, Row) else value

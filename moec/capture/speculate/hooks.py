@@ -1,8 +1,7 @@
-"""What the hooks of one trace share.
+"""The state that the hooks of one trace share.
 
-A hook stands for a function of torch, by the name that torch gives it. It takes the function and
-its arguments, and gives a result, or NotImplemented where it has nothing to say: then the function
-runs as ever.
+A hook replaces a function of torch, by the name of that function. It receives the function and its
+arguments and returns a result, or NotImplemented where the original function is to run.
 """
 
 from __future__ import annotations
@@ -26,13 +25,18 @@ Hooks = Mapping[str, Hook]
 
 @dataclass
 class Trace:
-    """sizes: the sizes of the inputs and their products, by expression. segments: which class of
-    which counts a number read from data is. totals: differences of numbers that are 0, such as
-    that of the sum of all counts and the number of rows. buffers: what a buffer that was filled
-    piece by piece is by now. listed: the rows of masks. noise: where random numbers were left out.
-    reads: where data were read. lengths: those of masks whose loops run for every index; of those
-    in `open` the last index stands for no expert. readouts: by symbol, a tensor that holds a number
-    read from data.
+    """The state of one trace.
+
+    sizes: the symbolic sizes of the inputs and their products, by expression.
+    segments: for a number read from data, its counts and which of them it is.
+    totals: expressions that are 0, such as the sum of all counts minus the number of rows.
+    buffers: by id, a buffer that was filled piece by piece, and its contents.
+    listed: the rows of masks, by the id of the mask.
+    noise: the lines where random numbers were left out.
+    reads: the lines where data were read into Python.
+    readouts: by symbol, a tensor that holds the number read from data.
+    lengths: the lengths of masks whose loops run for every index.
+    open: those lengths of which the last index belongs to no expert.
     """
 
     branches: Branches
@@ -49,7 +53,8 @@ class Trace:
     open: frozenset[int] = frozenset()
 
     def read(self, number: Any, tensor: torch.Tensor) -> Any:
-        """`number`, which Python has read of `tensor` or of the length that it counts."""
+        """Returns `number`, after recording that Python read it from `tensor`, or that it is the
+        length that `tensor` counts."""
         self.readouts.setdefault(expression(number), tensor)
         return number
 
@@ -60,20 +65,21 @@ class Trace:
         return "torch" if site is None else f"{site}: `{site.text}`"
 
     def written(self, tensor: Any) -> None:
-        """Forget what was known of a tensor that is written in place."""
+        """Removes what is known of a tensor that is written in place."""
         self.facts.forget(tensor)
         self.listed.pop(id(tensor), None)
 
     def rows_of(self, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The rows of a mask, listed once however often it is an index: two lists would have
-        lengths that nothing equates."""
+        """The rows of a mask, computed once even if it is used as an index repeatedly: each nonzero
+        would have a length of its own that is not known to be equal."""
         if id(mask) not in self.listed:
             self.listed[id(mask)] = (mask, self.counted(mask, mask.nonzero(as_tuple=True)))
         rows: tuple[torch.Tensor, ...] = self.listed[id(mask)][1]
         return rows
 
     def counted(self, mask: torch.Tensor, rows: Any) -> Any:
-        """`rows`, which nonzero gave of `mask`: as many as the mask has."""
+        """Returns `rows`, the nonzero of `mask`, after recording that their number is the mask's
+        sum."""
         first = rows[0] if isinstance(rows, tuple) else rows
         self.read(first.shape[0], (mask != 0).sum())
         return rows

@@ -1,4 +1,5 @@
-"""The hooks as a mode of torch: every function of torch that the user's code calls goes by it."""
+"""The hooks as a torch function mode, which intercepts each torch function the user's code
+calls."""
 
 from __future__ import annotations
 
@@ -21,14 +22,15 @@ from moec.capture.speculate.writing import writing_hooks
 _IN_PLACE = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
 )
-"""`x += y` and the like, which go by these names and write into x."""
+"""Function names of `x += y` and the like, which write into x."""
 
 _LIKE = frozenset("empty_like zeros_like ones_like new_empty new_zeros new_ones".split())
-"""What reads no value of its operand: a buffer that was filled has the length it always had."""
+"""Functions that read no values of their operand: they may receive the buffer before it was filled,
+which has a known length."""
 
 
 class Speculation(TorchFunctionMode):
-    """Runs the hooks of `trace`, and follows what is known of tensors through all other calls."""
+    """Runs the hooks of `trace`, and propagates facts through all other calls."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class Speculation(TorchFunctionMode):
         return result
 
     def latest(self, tree: Any) -> Any:
-        """`tree` with each buffer that was filled piece by piece as what it holds by now."""
+        """`tree` with each buffer that was filled piece by piece replaced by its contents."""
         buffers = self.trace.buffers
         if not buffers:
             return tree

@@ -1,4 +1,4 @@
-"""Values of tensors as the numbers that Python reads of them: the same ones each time."""
+"""Values of tensors as Python numbers; reading a value again gives the same number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.capture.speculate.symbols import expression
 
 
 def number(trace: Trace, tensor: torch.Tensor) -> Any:
-    """The value of a tensor of one value."""
+    """The value of a tensor of one element."""
     fact = trace.facts.of(tensor)
     if fact.size is not None:
         return fact.size
@@ -24,7 +24,7 @@ def number(trace: Trace, tensor: torch.Tensor) -> Any:
 
 
 def numbers(trace: Trace, tensor: torch.Tensor) -> list[Any]:
-    """The values of a tensor [n], n known."""
+    """The values of a tensor [n] of fixed length n."""
     sums = trace.facts.of(tensor).sums
     if sums is not None:
         values: list[Any] = _values(trace, sums)
@@ -33,7 +33,7 @@ def numbers(trace: Trace, tensor: torch.Tensor) -> list[Any]:
 
 
 def as_number(trace: Trace, value: Any) -> Any:
-    """The number in a tensor of one integer; any other value as it is."""
+    """The number in a 0-d integer tensor; any other value unchanged."""
     if not isinstance(value, torch.Tensor) or value.ndim or value.is_floating_point():
         return value
     trace.reads[trace.at()] = None
@@ -53,7 +53,8 @@ def _values(trace: Trace, sums: Sums) -> Any:
 
 
 def _elements(trace: Trace, tensor: torch.Tensor) -> list[Any]:
-    """The values as numbers: the same ones each time, lest nothing equates them."""
+    """The values as numbers. They are cached: a second reading would create other symbols, which
+    are not known to be equal."""
     already = trace.facts.of(tensor).elements
     if already is not None:
         return list(already)

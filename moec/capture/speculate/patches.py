@@ -1,6 +1,6 @@
-"""What of torch is another thing while a module is traced: the private parts that a capture needs.
+"""Replaces private functions of torch while a module is traced.
 
-Everything that this package knows of torch's inside stands here and in `branches.py`.
+All knowledge of torch's private code in this package is in this file and in `branches.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONTEXT = (
 
 @contextmanager
 def speculating(module: torch.nn.Module, trace: Trace) -> Iterator[Speculation]:
-    """While open, the code of `module` runs under the hooks of `trace`. Not for two threads."""
+    """While open, the code of `module` runs under the hooks of `trace`. One thread at a time."""
     mode = Speculation(trace)
     with ExitStack() as stack:
         for names in user_globals(module, trace.branches.foreign):
@@ -42,8 +42,8 @@ def speculating(module: torch.nn.Module, trace: Trace) -> Iterator[Speculation]:
 
 @contextmanager
 def scripts_as_python() -> Iterator[None]:
-    """While open, a scripted function is the Python that it was scripted from: TorchScript would
-    take sizes for the numbers of the example, and leave no guard."""
+    """While open, a scripted function runs as the Python function that it was compiled from.
+    TorchScript would use the example's numbers for sizes and record no guard."""
     with mock.patch.object(torch.jit.ScriptFunction, "__call__", _as_python):
         yield
 
@@ -58,7 +58,8 @@ def _functions(mode: Speculation, trace: Trace) -> Iterator[tuple[Any, str, Any]
 
 
 def _evaluate(original: Callable[..., Any], branches: Branches) -> Callable[..., Any]:
-    """Every question that torch or Python asks of a symbolic number comes through here."""
+    """Replaces the function by which torch and Python evaluate every condition on symbolic
+    numbers."""
 
     def evaluate_expr(env: ShapeEnv, condition: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -72,7 +73,7 @@ def _evaluate(original: Callable[..., Any], branches: Branches) -> Callable[...,
 
 
 def _forward_alone(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a custom autograd.Function; what it keeps for backward goes nowhere."""
+    """Runs the forward of a custom autograd.Function; what it saves for backward is discarded."""
     split = cls.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context
     if split:
         return cls.forward(*args, **kwargs)
@@ -82,7 +83,7 @@ def _forward_alone(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _as_python(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A scripted function as the Python that it was scripted from."""
+    """Calls the Python function that a scripted function was compiled from."""
     return function._torchdynamo_inline(*args, **kwargs)
 
 

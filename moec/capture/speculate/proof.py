@@ -1,4 +1,4 @@
-"""A capture beside eager, on draws in which every branch that was answered comes out both ways."""
+"""Proves a capture against eager, on inputs for which every answered branch goes both ways."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ Eager = Callable[..., tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """error: the greatest difference from eager, inputs: the sizes at which they are too far
-    apart. unproved: the branches that did not come out both ways. compared: how often eager ran."""
+    """The result of a proof.
+
+    error: the greatest difference from eager. inputs: the shapes of the inputs at which the
+    difference is too large, else empty. unproved: the branches that did not go both ways. compared:
+    how often eager ran.
+    """
 
     error: float
     inputs: str
@@ -43,12 +47,15 @@ def examine(
     assumed: Assumed,
     outputs: int,
 ) -> Verdict:
-    """Run both on draws until they differ. Where eager itself fails, as at a size that it does
-    not take, a draw says nothing. Raises VaryingOutput where eager returns other constants.
+    """Run the program and eager on drawn inputs until they differ.
 
-    The program has `outputs` outputs, and behind them the readouts of what was assumed. A branch
-    is proved where eager went both ways, or where all that was asked there came out both ways in
-    the program, which goes one way, while both agreed.
+    An input on which eager itself fails, such as a size that it refuses, is skipped. A branch is
+    proved where eager went both ways; or where each of its conditions, which the program evaluates
+    though it always goes one way, came out both ways while the results agreed. The first `outputs`
+    outputs of the program are the module's, the others the readouts of `assumed`.
+
+    Raises CaptureError where eager fails on the first example, and VaryingOutput where constants in
+    its result vary.
     """
     limit = default_tolerance(program.graph)
     conditions = [q.condition for q in assumed.questions if q.condition is not None]
@@ -85,7 +92,8 @@ def examine(
 def _outcomes(
     assumed: Assumed, case: Sequence[torch.Tensor], readouts: Sequence[torch.Tensor]
 ) -> Iterator[tuple[int, bool]]:
-    """How each question came out in the program, by its number, where the readouts tell."""
+    """The outcome of each question in the program, by its number; questions whose values are not
+    read out are left out."""
     values = dict(zip(assumed.readouts, (int(tensor) for tensor in readouts), strict=True))
     sizes = {s: case[number].shape[axis] for s, (number, axis) in assumed.sizes.items()}
     for number, question in enumerate(assumed.questions):
@@ -104,7 +112,7 @@ def _sized(cases: Iterable[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
 
 
 def _run(program: Program, case: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The program's results; none where it fails though eager does not."""
+    """The program's results; empty where it fails although eager does not."""
     states = [program.weights[state.before.name] for state in program.graph.states]
     try:
         with torch.no_grad():

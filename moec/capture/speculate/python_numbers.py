@@ -1,7 +1,7 @@
-"""int(), float(), len(), max() and min() as the user's code has them during a capture.
+"""Replacements of int(), float(), len(), max() and min() for the user's code during a capture.
 
-Python's own give plain numbers, which would fix a size at the example's. These leave a symbolic
-number symbolic and do what Python's do with every other.
+Python's own functions return plain numbers, which would fix a size at the example's. These keep
+symbolic numbers symbolic, and behave as Python's for all other values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moec.capture.speculate.symbols import is_symbolic
 
 
 class _Meta(type):
-    """For `isinstance(x, int)` and `type(x) == int`, which hold as ever."""
+    """Makes `isinstance(x, int)` and `type(x) == int` work as with Python's int."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, builtins.int | torch.SymInt)
@@ -45,7 +45,7 @@ class _Meta(type):
 
 
 class Integer(builtins.int, metaclass=_Meta):
-    """int, of which a symbolic size is an instance."""
+    """Replaces int: symbolic sizes are instances of it."""
 
 
 def _float(value: Any = 0.0) -> Any:
@@ -60,11 +60,11 @@ def _float(value: Any = 0.0) -> Any:
 
 
 _OF = "moec_integer"
-"""The attribute of a symbolic float that holds the integer which it was made of."""
+"""The attribute of a symbolic float that holds the integer it was converted from."""
 
 
 def integer_of(value: Any) -> Any:
-    """The integer that a symbolic float was made of by float(); any other value as it is."""
+    """The integer that float() converted to a symbolic float; any other value unchanged."""
     return getattr(value, _OF, value) if isinstance(value, torch.SymFloat) else value
 
 
@@ -84,7 +84,7 @@ def _extreme(two: Callable[[Any, Any], Any], plain: Callable[..., Any]) -> Calla
 
 
 def _len(value: Any) -> Any:
-    value = getattr(value, "tensor", value)  # a list of rows is as long as its tensor
+    value = getattr(value, "tensor", value)  # the length of a HitRows is that of its tensor
     return value.shape[0] if isinstance(value, torch.Tensor) else builtins.len(value)
 
 
@@ -98,19 +98,20 @@ SHADOWS: Mapping[str, Any] = {
 
 
 _TOOLS = frozenset({"moec", "pytest", "_pytest", "hypothesis"})
-"""Packages that a user's file may import and whose code no model runs."""
+"""Packages that a user's file may import but whose code is not part of a model."""
 
 
 def python_type(value: Any) -> Any:
-    """`value`, with Python's int where it is ours: torch takes it for a dtype."""
+    """`value`, or Python's own type where it is a replacement: torch takes int and float as
+    dtypes."""
     if value is Integer:
         return builtins.int
     return builtins.float if value is _float else value
 
 
 def user_globals(module: torch.nn.Module, foreign: Foreign) -> Iterator[dict[str, Any]]:
-    """The globals in which the code of `module` looks names up: those of its classes, of what its
-    parts hold, and of the functions and classes that these import from elsewhere."""
+    """The globals of all modules in which the code of `module` may look up names: those of its
+    classes, of values in their attributes, and of functions and classes that these import."""
     classes = {base.__module__ for part in module.modules() for base in type(part).__mro__}
     held = [value for part in module.modules() for value in vars(part).values()]
     classes |= {v.__module__ if isinstance(v, FunctionType) else type(v).__module__ for v in held}

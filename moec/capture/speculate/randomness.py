@@ -1,4 +1,4 @@
-"""Random numbers in an export: a compiled model has none."""
+"""Random numbers in an export, which a compiled model does not support."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from moec.errors import CaptureError
 
 
 def refuse_random(name: str, exported: ExportedProgram, lines: Sequence[str] = ()) -> None:
-    """Remove random numbers that nothing reads. Raises CaptureError for others; `lines` are those
-    of the user's that draw."""
+    """Remove random numbers that nothing reads. Raises CaptureError for any others; `lines` are the
+    user's lines that draw random numbers."""
     graph = exported.graph
     for node in reversed(list(graph.nodes)):
         if not _draws(node):
@@ -28,7 +28,7 @@ def refuse_random(name: str, exported: ExportedProgram, lines: Sequence[str] = (
 
 
 def _draws(node: torch.fx.Node) -> bool:
-    """Whether an op draws random numbers; dropout does not in eval mode, or where it drops none."""
+    """Whether an op draws random numbers. Dropout does not in eval mode or where p is 0."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False

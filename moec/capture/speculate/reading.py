@@ -26,8 +26,8 @@ def reading_hooks(trace: Trace) -> Hooks:
     def bincount(
         func: Hook, ids: torch.Tensor, weights: torch.Tensor | None = None, minlength: int = 0
     ) -> Any:
-        """As many counts as there are classes: how many else depends on data. Of ids that come from
-        elsewhere, as many as are asked for: that none is greater is tried."""
+        """As many counts as there are classes; the length would otherwise depend on data. For ids
+        of unknown origin, `minlength` counts: the proof tests that no id is greater."""
         choice = facts.of(ids).choice
         if choice is None and minlength > 0 and ids.ndim == 1:
             choice = ClassChoice(minlength)
@@ -48,14 +48,14 @@ def reading_hooks(trace: Trace) -> Hooks:
     def histc(
         func: Hook, ids: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0
     ) -> Any:
-        """Of classes, a bin for each."""
+        """A histogram of class ids with one bin for each class."""
         choice = facts.of(ids).choice
         if choice is None or ids.ndim != 1 or (min, max, bins) != (0, bins - 1, choice.classes):
             return NotImplemented
         return counted(ids, bins, ids.dtype)
 
     def unique(func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Every class: that those without rows add nothing is proved."""
+        """All classes; the proof shows that classes without rows add nothing."""
         choice = facts.of(ids).choice
         if choice is None or args or kwargs.get("return_counts") or kwargs.get("return_inverse"):
             return NotImplemented
@@ -80,7 +80,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         )
 
     def nonzero(func: Hook, mask: torch.Tensor, *, as_tuple: bool = False) -> Any:
-        """Where a mask over a fixed number of things is set: at each of them."""
+        """All indices of a mask of fixed length; otherwise the rows, whose number is recorded."""
         fact = facts.of(mask)
         if mask.ndim == 1 and type(mask.shape[0]) is int and fact.truth in ("some", "count"):
             trace.reads[trace.at()] = None
@@ -124,7 +124,8 @@ def reading_hooks(trace: Trace) -> Hooks:
         return trace.branches.ask(tensor, facts.of(tensor).truth != "none")
 
     def tensor(func: Hook, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """A size in a tensor stays known; a list of rows is the tensor that it came from."""
+        """Records the number in a tensor that is built from a size; a list of rows becomes its
+        tensor."""
         if isinstance(value, HitRows):
             return as_tensor(value).to(kwargs.get("dtype") or torch.int64)
         if is_symbolic(value):
@@ -143,7 +144,8 @@ def reading_hooks(trace: Trace) -> Hooks:
 
     def filled(value: int) -> Hook:
         def hook(func: Hook, *args: Any, **kwargs: Any) -> Any:
-            """A short row of one integer, which sums of counts may follow or be written into."""
+            """A short row of one integer, into which sums of counts may be written or
+            concatenated."""
             result = func(*args, **kwargs)
             length = result.shape[0] if result.ndim == 1 else None
             if type(length) is int and 0 < length <= MOST_NUMBERS:
@@ -153,7 +155,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         return hook
 
     def iterated(func: Hook, tensor: torch.Tensor) -> Any:
-        """What is known of a tensor's values, of each."""
+        """Iterates over a tensor, with the facts of each of its values."""
         if facts.of(tensor).sums is None:
             return NotImplemented
         parts = tensor.unbind(0)
@@ -167,7 +169,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         return facts.note(result, sums=joined(lists)) if len(lists) == len(sums) else result
 
     def pad(func: Hook, tensor: torch.Tensor, widths: Any, *args: Any, **kwargs: Any) -> Any:
-        """Zeros before and behind sums of counts."""
+        """Zeros before and after sums of counts."""
         result, sums = func(tensor, widths, *args, **kwargs), facts.of(tensor).sums
         plain = len(widths) == 2 and not kwargs.get("value") and args in ((), ("constant",))
         if sums is None or sums.matrix.ndim < 2 or not plain or min(widths) < 0:
@@ -176,13 +178,15 @@ def reading_hooks(trace: Trace) -> Hooks:
         return facts.note(result, sums=joined([first, sums, last]))
 
     def compared(func: Hook, a: Any, b: Any) -> Any:
-        """A float of an integer compares as that integer, which has an expression of its own."""
+        """Compares the integer that a symbolic float was made from: the integer's own expression is
+        known."""
         if integer_of(a) is a and integer_of(b) is b:
             return NotImplemented
         return func(integer_of(a), integer_of(b))
 
     def of_numbers(values: Sequence[Any], dtype: torch.dtype) -> Any:
-        """A tensor of numbers that Python has read, from the tensors that it read them of."""
+        """A tensor of numbers that Python has read, built from the tensors that they were read
+        from."""
         parts = [trace.readouts.get(expression(value)) for value in values]
         parts = [v if part is None else part for part, v in zip(parts, values, strict=True)]
         if any(map(reads_data, parts)):
@@ -215,7 +219,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         "tolist": tolist,
         "numpy": numpy,
         "item": item,
-        "__int__": item,  # not x.int() and x.bool(), which cast
+        "__int__": item,  # only the conversions to numbers: x.int() and x.bool() are casts
         "__bool__": truth,
         "is_nonzero": truth,
         "tensor": tensor,

@@ -1,4 +1,4 @@
-"""What a person reads where a module cannot be captured: at most six lines, with their own line."""
+"""Messages for modules that cannot be captured: at most six lines, with the user's line."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _REMEDY = "  compute both sides and choose with torch.where, or keep the numbers
 
 
 class Untraceable(CaptureError):
-    """The trace itself failed, or it assumed nothing: what refused the module before says why."""
+    """The trace failed, or assumed nothing. The error that led to this attempt is the better
+    reason."""
 
 
 def differs(name: str, assumed: Assumed, verdict: Verdict) -> CaptureError:
-    """Eager, where an assumption does not hold, gives something else."""
+    """The error where eager and the program differ because an assumption does not hold."""
     lines = [f"{name} cannot be captured: its result depends on what it reads from its data"]
     shown = [_branch(site, assumed) for site in assumed.branches]
     shown += [f"  {noise} draws random numbers, taken to change nothing" for noise in assumed.noise]
@@ -32,7 +33,7 @@ def differs(name: str, assumed: Assumed, verdict: Verdict) -> CaptureError:
 
 
 def unproved(name: str, assumed: Assumed, verdict: Verdict) -> str:
-    """Nothing shows what a branch does on its other side."""
+    """The message where no run shows what a branch does when it goes the other way."""
     lines = [
         f"{name} cannot be captured: a branch depends on data, and was seen to go one way only"
     ]
@@ -43,7 +44,7 @@ def unproved(name: str, assumed: Assumed, verdict: Verdict) -> str:
 
 
 def assumptions(assumed: Assumed, verdict: Verdict) -> tuple[str, ...]:
-    """What a report says of a capture whose assumptions are proved."""
+    """Notes for the report about proved assumptions."""
     branches = [f"{site} `{site.text}` as {answer}" for site, answer in assumed.branches.items()]
     lines = [
         f"branches on data were taken one way, and equal eager's both ways in {verdict.compared} "
@@ -60,7 +61,7 @@ def _branch(site: Site, assumed: Assumed) -> str:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Whatever the tracing of a module raises becomes a CaptureError with the user's line."""
+    """Converts any error of tracing to a CaptureError with the user's line."""
     try:
         yield
     except CaptureError as error:
@@ -87,19 +88,20 @@ def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what torch says, in one line."""
+    """The first sentence of torch's message, in one line."""
     text = " ".join(str(error).split("\n\n")[0].split())
     return text if len(text) <= 240 else f"{text[:237]}..."
 
 
 def _is_python(frame: FrameType) -> bool:
-    """Whether code is the standard library's; what is installed stands below the same folder."""
+    """Whether code belongs to the standard library; installed packages are below the same
+    folder."""
     file = frame.f_code.co_filename
     return file.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in file
 
 
 def _last_of_user(trace: TracebackType | None) -> Site | None:
-    """The innermost frame of the user's through which an error went."""
+    """The user's innermost frame in an error's traceback, as a site."""
     others = foreign(("torch", "numpy", "sympy", "moec.capture", "moec.interpret"))
     frame: FrameType | None = None
     last = 0

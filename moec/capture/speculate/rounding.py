@@ -1,7 +1,8 @@
-"""floor, ceil and trunc of a float that a size makes, as an integer division.
+"""floor, ceil and trunc of a float computed from a size, as an integer division.
 
-`int(tokens * 1.25 / 6)` is `tokens * 5 // 24` only where no rounding of the floats tells the two
-apart. That is computed for every size up to `LIMIT`; where they differ, the float stays.
+`int(tokens * 1.25 / 6)` equals `tokens * 5 // 24` only where the rounding of the floats never
+changes the result. Both are computed for every size below `LIMIT`; where they differ, the float is
+kept.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ _FLOATS = {
 
 
 def divided(value: torch.SymFloat, how: Rounding, sizes: dict[sympy.Expr, Any]) -> Any:
-    """`value` rounded, as an integer division of one of `sizes` (or of a product of them).
+    """`value` rounded, as an integer division of one of `sizes` (which include products).
 
-    None where the float is no multiple of such a size, or rounds otherwise than the integers do.
+    None where the float is no multiple of such a size, or rounds differently from the integers.
     """
     expr = expression(value)
     if not expr.free_symbols or free_unbacked_symbols(value):
@@ -51,7 +52,8 @@ def divided(value: torch.SymFloat, how: Rounding, sizes: dict[sympy.Expr, Any]) 
 
 
 def _ratio(expr: Any, tokens: sympy.Symbol, how: Rounding) -> tuple[int, int] | None:
-    """The ratio whose multiples round as the float does, for every number of tokens."""
+    """(numerator, denominator) whose multiples round as the float does for every number of tokens
+    below `LIMIT`; None where there is no such ratio."""
     value = sympy.lambdify([tokens], expr, [_FLOATS, "numpy"])
     counts = np.arange(1, LIMIT, dtype=np.float64)
     floats = value(counts) * np.ones_like(counts)

@@ -1,4 +1,5 @@
-"""Hooks for rows that are given as an index repeated along the features: index_add, said longer."""
+"""Hooks for scatter and gather whose index repeats row numbers along the features: they become
+index_add and indexing by rows."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from moec.capture.speculate.hooks import Hook, Hooks, Trace
 
 def scattering_hooks(trace: Trace) -> Hooks:
     def rows(x: torch.Tensor, dim: int, index: torch.Tensor, y: Any) -> torch.Tensor | None:
-        """The rows [n] of an index [n, D] into x [T, D], where y [n, D] has a row for each."""
+        """The rows [n] of an index [n, D] into x [T, D], for y [n, D]; None for any other index."""
         column = trace.facts.of(index).column
         matrices = x.ndim == index.ndim == 2 and isinstance(y, torch.Tensor) and y.ndim == 2
         if column is None or dim != 0 or not matrices:

@@ -1,4 +1,4 @@
-"""Capture by speculation: assume, export, prove beside eager, and refuse what is not proved."""
+"""Capture by speculation: assume outcomes of branches, export, prove against eager, or refuse."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moec.ir.graph import Program
 
 @dataclass(frozen=True)
 class ConvertedExport:
-    """The program of an export, the module in eager, and the export's guards: all of them, and
+    """The program of an export, the module in eager, and the guards of the export: all of them, and
     those that fixed an axis."""
 
     program: Program
@@ -39,7 +39,7 @@ class ConvertedExport:
 
 
 Convert = Callable[[ExportedProgram, Structure], ConvertedExport]
-"""From an export and what the module returns."""
+"""Converts an export, given the structure of the module's result."""
 Examples = Sequence[Sequence[torch.Tensor]]
 
 MOST_FLIPS = 8
@@ -48,7 +48,8 @@ MOST_FLIPS = 8
 
 @dataclass(frozen=True)
 class CaptureForm:
-    """One form of a capture: its program, what the module returns, and what a report says of it."""
+    """One form of a capture: its program, the structure of the module's result, and report
+    notes."""
 
     converted: ConvertedExport
     structure: Structure
@@ -66,10 +67,10 @@ def speculate(
     call: ModuleCall, export: Export, convert: Convert, examples: Examples
 ) -> tuple[CaptureForm, Traced]:
     """The program of `call`, with every assumption proved, and the trace that it comes from.
-    Raises CaptureError where an assumption is not proved.
 
-    Branches on data are answered as they come out with many rows; where eager differs, one after
-    the other is answered the other way.
+    Branches on data are answered as they come out with many rows; where eager differs, single
+    branches are answered the other way. Raises CaptureError where an assumption is not proved, and
+    Untraceable where the hooks do not work with the installed torch.
     """
     name = type(call.module).__name__
     if not hooks_fit():
@@ -111,9 +112,9 @@ def masked(
     convert: Convert,
     examples: Examples,
 ) -> CaptureForm:
-    """The masked form of a program that was captured and decomposed, proved as that was.
+    """The masked form of a program that was captured and decomposed, proved in the same way.
 
-    Raises CaptureError where a mask does not express what the program does with rows.
+    Raises CaptureError where masks cannot express what the program does with rows.
     """
     form, traced = index
     structure = form.structure
@@ -127,7 +128,7 @@ def masked(
 
 
 def _cut(program: Program, outputs: int) -> Program:
-    """The program with its first outputs alone, without what only the others need."""
+    """The program with its first `outputs` outputs, without ops that only the others need."""
     graph = program.graph
     results = graph.outputs[:outputs]
     needed = {*results, *(state.after for state in graph.states)}

@@ -1,4 +1,4 @@
-"""Whether the hooks fit the torch that is installed: tried once, on a small module."""
+"""Tests once, on a small module, whether the hooks work with the installed torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moec.capture.speculate.trace import trace
 
 @cache
 def hooks_fit() -> bool:
-    """Whether a probe is captured as it should be. Warns, once, where it is not."""
+    """Whether the probe module is captured correctly. Warns, once, where it is not."""
     reason = _misfit()
     if reason:
         warnings.warn(

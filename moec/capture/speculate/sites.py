@@ -1,4 +1,4 @@
-"""Where the user's code stands: the line that asks, and the instruction at which it asks."""
+"""Positions in the user's code: the line and the bytecode instruction of a condition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import CodeType, FrameType
 
 @dataclass(frozen=True)
 class Site:
-    """An instruction of somebody's code. Where it is a jump, a branch; else a call or the like."""
+    """A bytecode instruction. It is a branch where it is a jump, else a call or similar."""
 
     code: CodeType
     offset: int
@@ -30,7 +30,7 @@ class Site:
 
     @property
     def text(self) -> str:
-        """What stands on the line; empty where the source is not there."""
+        """The text of the line; empty where the source is not available."""
         return linecache.getline(self.file, self.line).strip()
 
     @property
@@ -43,7 +43,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Foreign:
-    """Files that are not the user's, by the beginnings of their paths."""
+    """Files that do not belong to the user, by the prefixes of their paths."""
 
     prefixes: tuple[str, ...]
 
@@ -51,22 +51,22 @@ class Foreign:
         return frame.f_code.co_filename.startswith(self.prefixes)
 
     def nearest(self, frame: FrameType | None) -> FrameType | None:
-        """The nearest frame that is the user's, from `frame` outwards."""
+        """The user's nearest frame, from `frame` outwards."""
         while frame is not None and self.holds(frame):
             frame = frame.f_back
         return frame
 
 
 def foreign(packages: Iterable[str]) -> Foreign:
-    """The files of the named packages, which must be imported, and this folder's."""
+    """The files of the named packages, which must be imported, and of this package."""
     paths = [str(Path(sys.modules[name].__file__ or "").parent) for name in packages]
     return Foreign((*paths, str(Path(__file__).parent), "<frozen", "<string>"))
 
 
 def site_of(frame: FrameType) -> Site:
-    """The branch that `frame` is about to take, or the instruction that it is at.
+    """The branch that `frame` is about to take, or the instruction that it executes.
 
-    A condition is made a bool, negated or copied by instructions of their own before the jump.
+    Before the jump, separate instructions may convert the condition to bool, negate or copy it.
     """
     code, offset = frame.f_code, frame.f_lasti
     names = _names(code)
@@ -79,5 +79,5 @@ def site_of(frame: FrameType) -> Site:
 
 @lru_cache(maxsize=256)
 def _names(code: CodeType) -> dict[int, str]:
-    """The names of the instructions by their offsets, without the caches between them."""
+    """The names of the instructions by offset, without inline caches."""
     return {step.offset: step.opname for step in dis.get_instructions(code)}

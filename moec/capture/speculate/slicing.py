@@ -1,4 +1,4 @@
-"""Hooks for rows: those between two numbers that were read from data, and those of a mask."""
+"""Hooks for selecting rows: between two numbers that were read from data, or by a mask."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return NotImplemented
 
     def first_columns(parts: tuple[Any, ...]) -> Any:
-        """n of x[..., :n], a number that reads no data."""
+        """n of x[..., :n], if n does not depend on data; else None."""
         if len(parts) != 2 or parts[0] is not Ellipsis or not isinstance(parts[1], slice):
             return None
         start, stop, step = parts[1].start, parts[1].stop, parts[1].step
@@ -49,11 +49,11 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return stop if plain and (is_symbolic(stop) or stop >= 0) else None
 
     def between(x: torch.Tensor, start: Any, stop: Any) -> torch.Tensor:
-        """Rows start to stop of x, which has exactly so many: a slice of torch's would have a
-        length of its own each time.
+        """Rows start to stop of x. The length is exactly stop - start: a slice by torch would get a
+        new symbol as its length each time.
 
-        Of what is sorted by a choice the rows between two sums of its counts are those of one
-        class.
+        If x is sorted by a choice, and start and stop are neighbouring sums of its counts, these
+        are the rows of one class.
         """
         length = x.shape[0]
         start, stop = 0 if start is None else start, length if stop is None else stop
@@ -87,7 +87,7 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return between(x, start, start + length)
 
     def split(func: Hook, x: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
-        """The last size is what the others leave: that they add up is known so."""
+        """The last size is computed as the remainder, so that the sizes are known to add up."""
         if isinstance(sizes, list | tuple) and not isinstance(sizes, HitRows):
             sizes = [as_number(trace, size) for size in sizes]
         if not isinstance(sizes, list) or not any(map(reads_data, sizes)):
@@ -102,7 +102,7 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return parts
 
     def tensor_split(func: Hook, x: torch.Tensor, ends: Any, dim: int = 0) -> Any:
-        """Cut at places, the last part to the end."""
+        """Split at positions; the last part extends to the end."""
         if isinstance(ends, torch.Tensor) and ends.ndim == 1 and type(ends.shape[0]) is int:
             trace.reads[trace.at()] = None
             ends = numbers(trace, ends)
@@ -121,7 +121,8 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return facts.note(result, member=Member(ids, expert))
 
     def both(func: Hook, a: Any, b: Any) -> Any:
-        """(ids == e) & other is where(other, ids, no expert) == e, which recognition reads."""
+        """(ids == e) & other as where(other, ids, no expert) == e, the form that recognition
+        matches."""
         for one, other in ((a, b), (b, a)):
             member = facts.of(one).member
             if member is None or not isinstance(other, torch.Tensor):
@@ -137,7 +138,8 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return NotImplemented
 
     def sort(func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Equal classes stay in the order of their rows, as the lists of their rows have it."""
+        """A stable sort: rows of equal classes keep their order, as in the lists of rows by
+        class."""
         if facts.of(ids).choice is None or ids.ndim != 1:
             return NotImplemented
         options = {**dict(zip(("dim", "descending"), args, strict=False)), **kwargs}

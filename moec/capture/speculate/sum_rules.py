@@ -1,4 +1,4 @@
-"""How sums of counts go through the operations on tensors that hold them."""
+"""Rules by which sums of counts propagate through operations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rule = Callable[[Facts, tuple[Any, ...], Mapping[str, Any], Any], None]
 def hot_sum(
     facts: Facts, hot: tuple[ClassChoice, Any], dims: Any, first: torch.Tensor, result: torch.Tensor
 ) -> None:
-    """Of one-hot rows: the sum over all axes but the last is how often each class is chosen."""
+    """For one-hot rows: the sum over all axes but the last is how often each class is chosen."""
     axes = [dims] if isinstance(dims, int) else list(dims or ())
     if not axes or any(axis % first.ndim == first.ndim - 1 for axis in axes):
         return
@@ -28,7 +28,8 @@ def hot_sum(
 
 
 def own_counts(tensor: torch.Tensor) -> Sums | None:
-    """Integers of which nothing is known, as many as are known, are counts of their own."""
+    """A short integer tensor of fixed length about which nothing is known counts as counts
+    itself."""
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         return None
     length = tensor.shape[0]
@@ -38,7 +39,7 @@ def own_counts(tensor: torch.Tensor) -> Sums | None:
 
 
 def sum_rule(factor: int) -> Rule:
-    """a + factor * b, where both are sums of counts or integers."""
+    """The rule of a + factor * b, where both are sums of counts or integers."""
 
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         if len(args) < 2 or kwargs:
@@ -80,7 +81,7 @@ _OPERATORS = {
 
 
 def usual_comparison(facts: Facts, name: str, args: tuple[Any, ...]) -> bool | None:
-    """How two sums of counts compare where every count is large."""
+    """The result of comparing two sums of counts where every count is large."""
     one, other = (_as_sums(facts, value) for value in (*args, None)[:2])
     difference = None if one is None or other is None else added(one, other, -1)
     if difference is None or difference.counts is None or difference.matrix.ndim > 1:

@@ -1,4 +1,4 @@
-"""Tensors whose values are sums of counts: ends and starts of sorted rows, as tensors hold them."""
+"""Tensors whose values are sums of counts, such as starts and ends of each expert's sorted rows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from moec.capture.speculate.facts import ClassChoice
 
 MOST_NUMBERS = 4096
-"""The longest tensor whose values are followed: one for each expert, and few more."""
+"""The longest tensor whose values are tracked; it has about one value for each expert."""
 
 
 @dataclass(eq=False)
 class Counts:
-    """The values of a tensor [n]; `numbers` are the same once Python has read them.
+    """The values of a tensor [n]; `numbers` are these values once Python has read them.
 
-    Of a `choice` they are how often each class is chosen, `total` times in all."""
+    With a `choice`, they are how often each of its classes is chosen, `total` times in all.
+    """
 
     tensor: torch.Tensor
     choice: ClassChoice | None = None
@@ -37,14 +38,14 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """`matrix @ [1, *counts]`, an integer matrix [n, 1 + counts]; a row of it for a 0-d tensor.
-    Without counts they are integers, the one column."""
+    """`matrix @ [1, *counts]` with an integer matrix [n, 1 + counts], or one row of it for a 0-d
+    tensor. Without counts, the matrix has one column and the values are constants."""
 
     counts: Counts | None
     matrix: npt.NDArray[np.int64]
 
     def values(self, numbers: Sequence[Any]) -> Any:
-        """The values, or that of a 0-d tensor, where the counts are these numbers."""
+        """The values (one number for a 0-d tensor) where the counts are `numbers`."""
         if self.matrix.ndim > 1:
             return [Sums(self.counts, row).values(numbers) for row in self.matrix]
         first, *factors = map(int, self.matrix)
@@ -54,11 +55,11 @@ class Sums:
         return sum(parts, first) if first else sum(parts[1:], parts[0])
 
     def usual(self) -> Any:
-        """The values where every count is large, and no two are alike."""
+        """The values where every count is large and no two are equal."""
         return self.values([_MANY + 1009 * i for i in range(self.matrix.shape[-1] - 1)])
 
     def picked(self, index: Any) -> Sums | None:
-        """Those at a place or in a slice of the first axis."""
+        """The sums at an index or slice of the first axis; None for any other index."""
         if self.matrix.ndim < 2 or not _is_plain(index):
             return None
         return Sums(self.counts, self.matrix[index])
@@ -67,7 +68,8 @@ class Sums:
         return Sums(self.counts, self.matrix.cumsum(0))
 
     def replaced(self, index: Any, other: Sums) -> Sums | None:
-        """With `other` at a place or in a slice of the first axis."""
+        """These sums with `other` written at an index or slice of the first axis; None where that
+        is not possible."""
         both = aligned([self, other])
         if both is None or self.matrix.ndim < 2 or not _is_plain(index):
             return None
@@ -83,7 +85,7 @@ def constants(values: int | Sequence[int]) -> Sums:
 
 
 def aligned(items: Sequence[Sums]) -> list[Sums] | None:
-    """The same, all of the same counts; None where they are sums of different ones."""
+    """The items over one common list of counts; None where they are sums of different counts."""
     counts = {id(item.counts): item.counts for item in items if item.counts is not None}
     if len(counts) > 1:
         return None
@@ -93,7 +95,7 @@ def aligned(items: Sequence[Sums]) -> list[Sums] | None:
 
 
 def joined(items: Sequence[Sums]) -> Sums | None:
-    """One behind the other."""
+    """The items concatenated."""
     lists = aligned(items)
     if lists is None or any(item.matrix.ndim < 2 for item in lists):
         return None
@@ -101,7 +103,7 @@ def joined(items: Sequence[Sums]) -> Sums | None:
 
 
 def added(one: Sums, other: Sums, factor: int) -> Sums | None:
-    """one + factor * other, value by value."""
+    """one + factor * other, element by element; None for different counts or shapes."""
     both = aligned([one, other])
     if both is None:
         return None

@@ -1,4 +1,4 @@
-"""Questions about torch's symbolic numbers."""
+"""Properties of torch's symbolic numbers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def is_symbolic(value: Any) -> TypeGuard[torch.SymInt | torch.SymFloat]:
 
 
 def reads_data(value: Any) -> bool:
-    """Whether a number depends on data, and not on sizes of the inputs alone."""
+    """Whether a number depends on data, and not only on sizes of the inputs."""
     return is_symbolic(value) and bool(free_unbacked_symbols(value))
 
 
 def expression(value: Any) -> Any:
-    """A number as a sympy expression, which two equal numbers share."""
+    """A number as a sympy expression; equal numbers have equal expressions."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         return value.node.expr
     return sympy.sympify(value)

@@ -1,4 +1,4 @@
-"""One export of a module under hooks, with what its capture took for granted."""
+"""Exports a module under hooks, and records the assumptions of the capture."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _ASSERTIONS = ("_assert", "sym_constrain")
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a capture took for granted: how each branch on data comes out, what was asked there,
-    where random numbers were left out, and where data were read into Python.
+    """The assumptions of a capture: the answer to each branch on data, the conditions evaluated
+    there, the lines where random numbers were left out, and those where data were read into Python.
 
-    The export gives what the questions are about behind its outputs: `readouts` are symbols of
-    the questions, or the numbers of questions about tensors, in that order. `sizes` says of which
-    input and axis a symbol is the size."""
+    After the module's outputs, the export returns the values on which the conditions depend:
+    `readouts` has for each the symbol, or the number of the question for a tensor. `sizes` has for
+    each symbol of a size its (input, axis).
+    """
 
     branches: Mapping[Site, bool] = field(default_factory=dict)
     questions: Sequence[Question] = ()
@@ -51,7 +52,8 @@ class Traced:
 
 @dataclass
 class _Record:
-    """What a forward under hooks leaves behind: attributes of a module that is exported go."""
+    """What a forward under hooks records. It is a separate object, because torch.export resets
+    attributes of the module."""
 
     trace: Trace
     readouts: tuple[Any, ...] = ()
@@ -84,8 +86,8 @@ def trace(
 ) -> Traced:
     """Export `call` with the given answers to branches on data. Raises what `export` raises.
 
-    A mask may have an index more than there are experts, for tokens of no expert. Where the body
-    of a loop has nothing at that index, the module cannot hold such tokens: it is left out.
+    A mask may have one index more than there are experts, for tokens without an expert. If the loop
+    body raises IndexError there, the module cannot hold such tokens, and the index is left out.
     """
     branches = Branches(foreign(("torch", "numpy", "sympy")), answers)
     record = _Record(Trace(branches, open=open_lengths))
@@ -104,7 +106,7 @@ def trace(
 
 
 def _readouts(trace: Trace) -> dict[Any, torch.Tensor]:
-    """What the questions are about: tensors, and those that hold the numbers of comparisons."""
+    """The tensors on which conditions depend, by symbol or by number of the question."""
     readouts: dict[Any, torch.Tensor] = {}
     for number, question in enumerate(trace.branches.questions):
         if question.tensor is not None:
@@ -125,7 +127,7 @@ def _axes(tensors: Sequence[torch.Tensor]) -> dict[Any, tuple[int, int]]:
 
 
 def _sizes(tensors: Sequence[torch.Tensor]) -> dict[Any, Any]:
-    """Each symbolic size of the inputs, and the products of those of one input, largest first."""
+    """Each symbolic size of the inputs, and the products of sizes of one input, largest first."""
     sizes: dict[Any, Any] = {}
     for tensor in tensors:
         symbolic = [size for size in tensor.shape if is_symbolic(size)]
@@ -137,7 +139,7 @@ def _sizes(tensors: Sequence[torch.Tensor]) -> dict[Any, Any]:
 
 
 def _without_assertions(exported: ExportedProgram) -> ExportedProgram:
-    """What was assumed is proved, and not asserted in the graph."""
+    """Removes assertions of the graph: what was assumed is proved instead."""
     graph = exported.graph
     for node in reversed(list(graph.nodes)):
         if any(part in str(node.target) for part in _ASSERTIONS) and not node.users:

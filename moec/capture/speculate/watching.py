@@ -1,7 +1,7 @@
-"""Which way eager goes at the branches that a capture answered.
+"""Records which way eager goes at the branches that a capture answered.
 
-Python 3.11 traces the instructions of the code that holds such a branch (sys.settrace); from 3.12
-on the interpreter reports branches itself (sys.monitoring). Needs no torch.
+On Python 3.11 the instructions of the code with such branches are traced (sys.settrace); from 3.12
+on the interpreter reports branches (sys.monitoring). Needs no torch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from moec.capture.speculate.sites import Site
 
 Ways = dict[Site, set[int]]
-"""For each branch the offsets at which the code went on after it; two where it went both ways."""
+"""For each branch, the offsets at which execution continued; two where it went both ways."""
 
 
 @contextmanager
 def watched(sites: Collection[Site]) -> Iterator[Ways]:
-    """While open, notes in the result how each branch among `sites` comes out in this thread."""
+    """While open, records in the result where each branch of `sites` continues in this thread."""
     ways: Ways = {}
     monitoring = getattr(sys, "monitoring", None)
     with _monitored(monitoring, sites, ways) if monitoring else _traced(sites, ways):
@@ -61,7 +61,7 @@ def _traced(sites: Collection[Site], ways: Ways) -> Iterator[None]:
 def _monitored(monitoring: Any, sites: Collection[Site], ways: Ways) -> Iterator[None]:
     tool = next(number for number in range(6) if monitoring.get_tool(number) is None)
     events = monitoring.events
-    # 3.14 reports the two ways as events of their own; BRANCH covers both before that.
+    # 3.14 reports the two ways as separate events; before, BRANCH covers both.
     kinds = [events.BRANCH_LEFT, events.BRANCH_RIGHT] if hasattr(events, "BRANCH_LEFT") else []
     kinds = kinds or [events.BRANCH]
     jumps = {(site.code, site.offset): site for site in sites}

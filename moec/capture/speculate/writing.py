@@ -1,4 +1,4 @@
-"""Hooks for results that are written: into rows of a mask, and piece by piece into a buffer."""
+"""Hooks for in-place writes: into the rows of a mask, and into a buffer piece by piece."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from moec.errors import CaptureError
 
 @dataclass
 class _Filling:
-    """A buffer that is being filled from its first row on: to where, and with what."""
+    """A buffer that is being filled from its first row on: the row reached, and the pieces so
+    far."""
 
     stop: Any = 0
     parts: list[torch.Tensor] = field(default_factory=list)
@@ -28,7 +29,7 @@ def writing_hooks(trace: Trace) -> Hooks:
     filling: dict[int, _Filling] = {}
 
     def fill(piece: Piece, values: torch.Tensor) -> torch.Tensor:
-        """Pieces that follow one another become the buffer once the last is there."""
+        """Records a piece. Once the last piece is written, the buffer is their concatenation."""
         buffer = piece.buffer
         state = filling.setdefault(id(buffer), _Filling())
         if expression(piece.start) != expression(state.stop):
@@ -70,7 +71,7 @@ def writing_hooks(trace: Trace) -> Hooks:
         return NotImplemented if piece is None else fill(piece, values)
 
     def out(func: Hook, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """`values` into the tensor that was given as out=."""
+        """Writes `values` into the tensor given as out=."""
         piece = trace.facts.of(x).piece
         trace.written(x)
         return x.copy_(values) if piece is None else fill(piece, values)
@@ -79,7 +80,8 @@ def writing_hooks(trace: Trace) -> Hooks:
 
 
 def _sums_written(trace: Trace, x: torch.Tensor, index: Any, values: Any) -> Sums | None:
-    """The sums of counts in x once those in `values` stand at `index`."""
+    """The sums of counts in x after `values` are written at `index`; None where they are not
+    known."""
     before, other = trace.facts.of(x).sums, trace.facts.of(values).sums
     if before is None or other is None:
         return None

@@ -1,4 +1,4 @@
-"""Runs a decomposed export with each axis of a length that depends on data at its full length."""
+"""Runs a decomposed export with each axis whose length depends on data at its full length."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _ROW_BY_ROW = ("select squeeze view alias clone slice reshape unsqueeze _to_copy
 
 
 class MaskedInterpreter(nn.Module):
-    """The first `outputs` outputs of `exported`, which is decomposed, as a module whose weights
-    keep their names.
+    """A module that computes the first `outputs` outputs of a decomposed export. Its weights keep
+    their names.
 
     Its forward takes the user's tensors and raises CaptureError for what a mask cannot express.
     """
@@ -72,7 +72,7 @@ def _result(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
     kwargs: Any = torch.fx.node.map_arg(node.kwargs, values.__getitem__)
     name = names_of(node)
     if "_assert" in name or "constrain" in name:
-        return None  # what was assumed is proved
+        return None  # the proof replaces the assertion
     if node.target is operator.getitem:
         return args[0][args[1]]
     if name in ("_local_scalar_dense", "item"):
@@ -94,7 +94,7 @@ def _result(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
 
 
 def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) -> Any:
-    """Each row by itself: all rows are computed."""
+    """Apply an op that treats each row separately to all rows."""
     target: Any = node.target
     if rows is None:
         return target(*full(args, None), **full(kwargs, None))
@@ -122,7 +122,7 @@ def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) 
 
 
 def _hold(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
-    """`tensor` as a buffer of `root` at a dotted path."""
+    """Registers `tensor` as a buffer of `root` at a dotted path."""
     *parents, name = path.split(".")
     for parent in parents:
         if not hasattr(root, parent):

@@ -1,7 +1,7 @@
-"""Ops of which some rows are a mask and all rows: one rule an op that needs more than each row.
+"""Rules for ops on masked rows that cannot be applied to each row separately.
 
-A rule takes the node and its arguments, and gives a result, or NotImplemented where all of its
-arguments are ordinary.
+A rule takes the node and its arguments, and returns a result, or NotImplemented where the op can be
+applied as usual.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def index_put(node: Any, x: Any, indices: Sequence[Any], y: Any, accumulate: boo
 
 @dataclass
 class Increment:
-    """x with what `more` makes, of the rows that are there, added at `indices`."""
+    """x with the result of `more` added at `indices`, for the rows in the mask."""
 
     x: Any
     indices: Sequence[Any]
@@ -118,7 +118,8 @@ def _mask(increment: Increment) -> torch.Tensor:
 
 
 def _increment(node: torch.fx.Node) -> torch.fx.Node | None:
-    """What `x[i] += y` adds, where index_put writes the sum of what it read there and of y."""
+    """The node that `x[i] += y` adds: index_put writes the sum of y and what was read at the same
+    indices. None for any other write."""
     x, indices, value = node.args[:3]
     if not isinstance(value, torch.fx.Node) or str(value.target) != "aten.add.Tensor":
         return None
@@ -167,7 +168,7 @@ def scatter_reduce(
 
 
 def cat(node: Any, parts: Sequence[Any], dim: int = 0) -> Any:
-    """Parts of all rows that follow one another: each row is in one of them."""
+    """Concatenation of consecutive parts of all rows: each row is in one of them."""
     if not all(isinstance(part, Rows) and part.axis == dim for part in parts):
         return NotImplemented
     total, mask = parts[0].zeroed(), parts[0].mask
@@ -184,7 +185,7 @@ def sum_(node: Any, x: Any, dim: Any = (), *rest: Any, **named: Any) -> Any:
 
 
 def along(node: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Ops along one axis: along that of the rows they would need to know which are there."""
+    """Ops along one axis, which are refused along the axis of masked rows."""
     if not isinstance(x, Rows):
         return NotImplemented
     names = [argument.name for argument in node.target._schema.arguments]

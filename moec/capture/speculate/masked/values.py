@@ -1,4 +1,4 @@
-"""What stands in the masked form for rows that data choose, and for numbers read from data."""
+"""Values of the masked form: rows that data select, and numbers read from data."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.utils import _pytree as pytree
 
 
 class Unmasked(Exception):
-    """The program does with rows what a mask cannot express. The message says what."""
+    """The program does something with rows that a mask cannot express. The message says what."""
 
 
 @dataclass
 class Rows:
-    """Of `tensor` along `axis` those rows that `mask` has, in order. `identity`: the values are
-    the places of all rows, so that reading by them leaves every row where it is."""
+    """The rows of `tensor` along `axis` that are set in `mask`, in order. With `identity`, the
+    values are the positions of all rows, so that indexing with them changes no row."""
 
     tensor: torch.Tensor
     mask: torch.Tensor
@@ -26,7 +26,7 @@ class Rows:
     identity: bool = False
 
     def zeroed(self) -> torch.Tensor:
-        """The tensor with zeros in the rows that are not there; whatever stood there."""
+        """The tensor with zeros in the rows that are not set in the mask."""
         shape = [1] * self.tensor.ndim
         shape[self.axis] = -1
         return torch.where(self.mask.view(shape), self.tensor, torch.zeros_like(self.tensor))
@@ -34,7 +34,7 @@ class Rows:
 
 @dataclass
 class Count:
-    """A number read from data, as a 0-d tensor; `full` is the length where all rows are there."""
+    """A number read from data, as a 0-d tensor; `full` is its value where all rows are selected."""
 
     tensor: torch.Tensor
     full: Any = None
@@ -49,7 +49,8 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def full(tree: Any, length: Any) -> Any:
-    """`tree` with all rows in the place of some, and `length` in that of numbers of rows."""
+    """`tree` with all rows instead of the selected ones, and `length` instead of numbers of
+    rows."""
 
     def one(value: Any) -> Any:
         if isinstance(value, Rows):
@@ -80,7 +81,7 @@ def count(op: Any, *arguments: Any) -> Count:
 
 
 def between(x: Any, dim: int, start: Any, stop: Any) -> Rows:
-    """Rows start to stop of x along dim, where those may be counts."""
+    """Rows start to stop of x along dim, where start and stop may be counts."""
     nested = isinstance(x, Rows) and x.axis == dim
     tensor = x.tensor if isinstance(x, Rows) else x
     if isinstance(x, Rows) and not nested:
