@@ -1,12 +1,13 @@
-"""The experts of two models of one architecture side by side, and one router over all of them.
+"""Combines the experts of two models of one architecture, with one router over all of them.
 
     logits = aten.linear(x, a[E, D])              logits = aten.linear(x, cat(a, b)[2*E, D])
     w, ids = moe.route(logits)                    w, ids = moe.route(logits)
     … = moe.dispatch(x, ids) <E>           ->     … = moe.dispatch(x, ids) <2*E>
     out = moe.experts(…, w1[E, H, D])             out = moe.experts(…, cat(w1, v1)[2*E, H, D])
 
-Aggregation of experts (arXiv 2109.10465): a larger model to train on from two that were trained
-apart. Each expert keeps its logit; every other weight is the mean of the two models'.
+Aggregation of experts (arXiv 2109.10465): two models that were trained separately become the start
+of a larger model's training. Each expert keeps its logit; every other weight is the mean of the two
+models'.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from moec.passes.core.runner import Kind, Log, Pass
 
 @dataclass(frozen=True)
 class AggregateExperts(Pass):
-    """Put the experts of another model of the same architecture beside the model's own.
+    """Add the experts of another model of the same architecture to the model's experts.
 
-    `other` is what `moec.compile` takes as a model, but an exported program, or its weights by
-    name. The result is another model than either, and checked against its own graph.
+    `other` is a model as `moec.compile` takes it (except an exported program), or its weights by
+    name. The result is checked against its own graph, since it equals neither model.
     """
 
     other: Model = field(

@@ -1,4 +1,5 @@
-"""The assignment problem: which column each row takes, so that the gains add up to the most."""
+"""The assignment problem: assigns each row a different column so that the sum of gains is
+greatest."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from moec.passes.core.inline import inline_body
 from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant
 from moec.passes.core.options import option, validate
 
-EPSILON = 1e-6  # what a router may add to the sum that it divides by, and still be called exact
+EPSILON = 1e-6  # the greatest epsilon in a router's normalising sum that still counts as exact
 
 
 @dataclass(frozen=True)

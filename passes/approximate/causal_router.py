@@ -1,9 +1,9 @@
 """One router for all layers of a model: from the tokens' embeddings to the logits of experts.
 
-One causal transformer layer, as in Read-ME (arXiv 2410.19123): RMSNorm, attention, SwiGLU, each
-token scored by what was read so far. Two things are smaller than there: it reads the model's own
-embeddings in place of its own, and attends without positions. It reads no layer of the model, so
-one call before the first of them serves all.
+One causal transformer layer, as in Read-ME (arXiv 2410.19123): RMSNorm, attention, SwiGLU. The
+scores of a token depend on the tokens up to it. It is smaller than Read-ME's in two ways: it reads
+the model's embeddings instead of its own, and its attention has no positions. It reads no layer of
+the model, so one call before the first layer serves all layers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moec.ir.text import parse
 
 HEADS = 4
 BATCH = 4
-"""Sequences that a step of training reads."""
+"""The number of sequences in a training step."""
 RATE = 3e-3
 
 

@@ -41,9 +41,9 @@ from moec.passes.core.options import option, validate
 from moec.passes.core.rewrite import drop_dead
 
 GROUP = 16
-"""Experts that are solved at a time."""
+"""How many experts are solved at a time."""
 REACHES = (1.0, 0.9, 0.8, 0.7)
-"""Shares of the grid that rows of two bits are tried with: they all take the same bits."""
+"""The shares of the full grid that are tried as the start for rows of two-bit codes."""
 MOST_ROWS = 4
 """The most rows of an expert that are used, as a multiple of the mean."""
 WIDE = VECTOR_DTYPES

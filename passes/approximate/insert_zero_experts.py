@@ -1,4 +1,4 @@
-"""Experts without a network beside those of a layer: tokens that choose them take no row.
+"""Adds experts without a network to a layer: a token that chooses one needs no row of a network.
 
     logits = aten.linear(x, w[8, D])               logits = aten.linear(x, w[12, D], b[12])
     w, ids = moe.route(logits)                     w, ids = moe.route(logits)
@@ -6,16 +6,18 @@
     y = moe.combine(…, w)                          z = moe.zero_experts(x, ids, w, mix, constants)
                                                    y = moe.combine(…, w) + z
 
-neutral: the new columns of the router have a bias of minus infinity and never win, so that all
-outputs keep their bits; a fine-tuning sets that bias to 0, and all there is to train is there.
+neutral: the new columns of the router have a bias of minus infinity and are never chosen, so all
+outputs keep their bits. Fine-tuning sets that bias to 0 and trains the new weights.
 
-calibrated: no training. A choice whose weight is below its expert's limit goes to the best
-stand-in for this expert on the calibration data: zero, the token itself, or the expert's mean.
+calibrated: no training. A choice whose weight is below the limit of its expert is redirected to the
+replacement with the smallest error on the calibration data: zero, the token itself, or the expert's
+mean output.
 
     ids = where(w < limits[ids], instead[ids], ids)
 
-The limits make the error that is expected of each choice, w * the root mean square of what the
-stand-in misses, the same for all experts, so that the chosen fraction costs the least.
+The expected error of a choice is w times the root mean square error of the replacement. Each
+expert's limit is the weight at which this error reaches one value, common to all experts. For the
+given fraction of redirected choices, this minimises the total error.
 """
 
 from __future__ import annotations
@@ -37,12 +39,13 @@ from moec.passes.core.moe_layer import Layer, Splice, constant
 from moec.passes.core.options import option, validate
 from moec.passes.core.router_columns import add_columns
 
-ROWS = 1024  # of an expert, on which its stand-in is chosen
+ROWS = 1024  # rows of an expert on which its replacement is chosen
 
 
 @dataclass(frozen=True)
 class InsertZeroExperts:
-    """Add experts without a network: untouched ones to train, or stand-ins for small choices."""
+    """Add experts without a network: neutral ones to be trained, or replacements for choices of
+    small weight."""
 
     way: str = option(
         "neutral",
@@ -75,7 +78,7 @@ class InsertZeroExperts:
 
 
 def _check(layer: Layer) -> None:
-    """Raises NoMatch where the layer's choices cannot go to experts without a row."""
+    """Raises NoMatch if the layer's choices cannot go to experts without a network."""
     if any(op.name == "moe.capacity" for op in layer.between):
         raise NoMatch("the router drops choices beyond a capacity, which counts its experts")
     if len(layer.dispatch.inputs) > 2:
@@ -94,7 +97,8 @@ def _insert_neutral(options: InsertZeroExperts, program: Program, layer: Layer) 
     kinds = ("zero",) * options.zero + ("copy",) * options.copy + ("constant",) * options.constant
     if not kinds:
         raise NoMatch("zero, copy and constant are all 0: there is nothing to insert")
-    # The name makes layers differ, whatever their order.
+    # The layer's name in the seed gives each layer other numbers, independent of the order of
+    # layers.
     generator = torch.Generator().manual_seed(options.seed + sum(layer.name.encode()))
     splice = Splice(program)
     add_columns(splice, layer, len(kinds), generator)
@@ -146,8 +150,8 @@ def _add_zero_experts(
 
 @dataclass(frozen=True, eq=False)
 class StandIn:
-    """What replaces an expert: a kind of moe.zero_experts, its vector [D], and the root mean
-    square over the rows of its error."""
+    """The replacement of an expert: a kind of moe.zero_experts, its vector [D], and the root mean
+    square of its error over the rows."""
 
     kind: str
     vector: torch.Tensor
@@ -191,8 +195,8 @@ def _insert_calibrated(
 def _limits(
     misses: torch.Tensor, costs: torch.Tensor, fraction: float
 ) -> tuple[torch.Tensor, float]:
-    """For each expert the weight below which its choices are redirected, f32[E], and the share of
-    all choices that is."""
+    """The weight per expert below which its choices are redirected, f32[E], and the share of all
+    choices that are redirected."""
     ordered = costs.flatten().sort().values
     count = min(round(fraction * ordered.numel()), ordered.numel())
     limit = float(ordered[count]) if count < ordered.numel() else torch.inf
@@ -202,7 +206,7 @@ def _limits(
 
 
 def choose_stand_ins(program: Program, layer: Layer, stats: LayerStats, by: str) -> list[StandIn]:
-    """For each expert the stand-in of the least error, among the kinds that `by` allows."""
+    """For each expert, the replacement with the smallest error among the kinds that `by` allows."""
     allowed = ("zero", "copy", "constant") if by == "best" else (by,)
     body = layer.experts.body
     assert body is not None
@@ -227,7 +231,7 @@ def choose_stand_ins(program: Program, layer: Layer, stats: LayerStats, by: str)
 def _redirect_choices(
     splice: Splice, layer: Layer, limits: torch.Tensor, table: torch.Tensor
 ) -> None:
-    """Gives choices whose weight is below the limit the id of their expert's stand-in."""
+    """Gives choices whose weight is below the limit the id of their expert's replacement."""
     route = layer.route
     weights, ids = route.outputs
     chosen = splice.value(ids.name, ids.type)

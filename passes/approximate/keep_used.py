@@ -1,10 +1,10 @@
-"""Experts that a task hardly uses are dropped, with their columns of the router.
+"""Drops experts that a task hardly uses, with their columns of the router.
 
     kept = the experts with usage > threshold / k, and no fewer than the k most used
 
-The usage is that on the calibration data (of the one task), or a table that was recorded before.
-Exact where no token of the task has a dropped expert among its k best, if the router renormalises:
-else the weights of the others grow by what the dropped ones had.
+The usage is counted on the calibration data (of the one task), or read from a recorded table. If
+the router renormalises, the result is exact as long as no token of the task has a dropped expert
+among its k best. Otherwise the remaining experts' weights grow by the weight of the dropped ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moec.passes.specialise.static_routing import restrict_experts
 
 @dataclass(frozen=True)
 class KeepUsed:
-    """Keep the experts of each layer that one task uses; for a model that is specialised on it."""
+    """Keep the experts of each layer that one task uses, to specialise a model for that task."""
 
     threshold: float = option(0.1, "times 1/k: the usage that an expert must have", low=0)
     usage: str = option(

@@ -1,4 +1,4 @@
-"""Experts that give similar results become one: their neurons aligned, then averaged.
+"""Merges experts with similar results: their neurons are aligned, then averaged.
 
     logits = aten.linear(x, w[8, D])            logits = aten.linear(x, w[8, D])
     w, ids = moe.route(logits)                  mass = aten.linear(softmax(logits), members[4, 8])
@@ -6,10 +6,10 @@
     out = moe.experts(…, w1[8, H, D], …)        … = moe.dispatch(x, ids) <4>
                                                 out = moe.experts(…, w1[4, H, D], …)
 
-A merged expert's score is the sum of its members' probabilities, so no routing mass is lost.
-Clusters are found from what all experts give for the same tokens (average linkage over the
-cosine distance of their outputs). Two experts may hold the same neurons in another order: they
-are matched by their weights before they are averaged.
+The score of a merged expert is the sum of its members' probabilities, so no routing probability is
+lost. Clusters are computed from all experts' outputs for the same tokens (average linkage over the
+cosine distance). Two experts may hold the same neurons in another order, so neurons are matched by
+their weights before they are averaged.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from moec.passes.core.moe_layer import Layer, Splice, constant, expert_outputs, 
 from moec.passes.core.options import option, validate
 from moec.passes.core.router_columns import merge_columns
 
-TOKENS = 256  # whose outputs are compared
+TOKENS = 256  # tokens whose outputs are compared
 
 
 @dataclass(frozen=True)
 class MergeExperts:
-    """Merge experts of similar results into one, neurons aligned, averaged by usage."""
+    """Merge experts of similar results into one: neurons are aligned, then averaged by usage."""
 
     keep: float = option(0.5, "share of each layer's experts that is left", low=0, high=1)
     name: ClassVar[str] = "merge-experts"

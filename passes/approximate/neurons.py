@@ -1,4 +1,4 @@
-"""Which axes of an expert's weights count its hidden neurons, whose order means nothing."""
+"""The axes of an expert's weights that count its hidden neurons, whose order is arbitrary."""
 
 from __future__ import annotations
 

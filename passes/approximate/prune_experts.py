@@ -1,15 +1,15 @@
-"""Experts that matter little are dropped, with their columns of the router.
+"""Drops the least important experts, with their columns of the router.
 
     logits = aten.linear(x, w[8, D])          logits = aten.linear(x, w[4, D])
     w, ids = moe.route(logits)                w, ids = moe.route(logits)
     … = moe.dispatch(x, ids) <8>         ->   … = moe.dispatch(x, ids) <4>
     out = moe.experts(…, w1[8, H, D], …)      out = moe.experts(…, w1[4, H, D], …)
 
-The same numbers as masking the dropped columns to minus infinity, and so exact where no token
-would have chosen a dropped expert; the memory of their weights is saved.
+The results are those of masking the dropped columns to minus infinity, so they are exact for tokens
+that would not have chosen a dropped expert. The memory of the dropped weights is freed.
 
-`keep` is the share of each layer, or of all layers: then the experts of all layers are ranked
-together, by their worth relative to the mean of their layer.
+`keep` is the share of experts to keep, of each layer or of all layers together. For all layers,
+experts are ranked by their worth relative to the mean of their layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moec.passes.core.router_columns import keep_columns
 
 @dataclass(frozen=True)
 class PruneExperts:
-    """Drop the experts that matter least, and their columns of the router."""
+    """Drop the least important experts and their columns of the router."""
 
     keep: float = option(0.5, "share of the experts that stays", low=0, high=1)
     by: str = option(
@@ -59,7 +59,8 @@ class PruneExperts:
         validate(self)
 
     def planned(self, program: Program, layers: Iterable[tuple[Layer, LayerStats]]) -> Approximate:
-        """The pass itself, or with scope=global the pass that knows what stays of each layer."""
+        """The pass itself; with scope=global, a pass that holds the experts to keep of each
+        layer."""
         if self.scope == "layer":
             return self
         reasons: dict[Value, str] = {}
@@ -77,10 +78,10 @@ class PruneExperts:
         )
 
     def experts_to_keep(self, layer: Layer, worth: torch.Tensor) -> list[int]:
-        """The experts of the greatest worth [E], in rising order: equally many of each of the
-        router's groups; of equals the lower id.
+        """The experts with the greatest worth [E], in rising order: equally many of each router
+        group. Of equal ones, the lower id is kept.
 
-        Raises NoMatch where the share is all experts, or the router needs more.
+        Raises NoMatch if all experts would be kept, or if too few would remain for the router.
         """
         routing, share = layer.routing, f"keep={self.keep:g} of {layer.count} experts is"
         count = round(self.keep * layer.count)
@@ -94,12 +95,13 @@ class PruneExperts:
         return best_experts(layer, worth, each)
 
     def worth(self, program: Program, layer: Layer, stats: LayerStats) -> torch.Tensor:
-        """The worth of each expert relative to the mean of its layer: f64[E]. (For by=error: the
-        error of the layer's output without it, relative to the output's norm.)"""
+        """The worth of each expert relative to the mean of its layer: f64[E]. For by=error, it is
+        the error of the layer's output without the expert, relative to the norm of the output."""
         if self.by == "error":
             return eliminate_experts(program, layer, stats)
         if self.by == "random":
-            # The name makes layers differ, whatever their order.
+            # The layer's name in the seed gives each layer other numbers, independent of the order
+            # of layers.
             generator = torch.Generator().manual_seed(self.seed + sum(layer.name.encode()))
             worth = torch.rand(layer.count, generator=generator)
         else:
@@ -110,7 +112,8 @@ class PruneExperts:
 
 @dataclass(frozen=True, eq=False)
 class PruneByPlan:
-    """The experts that stay, by the layer's output, or the reason why the layer is unchanged."""
+    """For each layer (by its output), the experts to keep, or the reason why the layer is
+    unchanged."""
 
     inner: PruneExperts
     plan: Mapping[Value, list[int] | str]
@@ -135,7 +138,7 @@ def drop_experts(program: Program, layer: Layer, experts: Sequence[int]) -> Chan
 
 
 def best_experts(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:
-    """The `each` experts of each group that are worth most, in rising order."""
+    """The `each` experts with the greatest worth of each group, in rising order."""
     worth = worth.reshape(layer.routing.groups, -1)
     order = torch.sort(worth, descending=True, stable=True).indices[:, :each]
     first = torch.arange(layer.routing.groups)[:, None] * worth.shape[1]
@@ -143,7 +146,7 @@ def best_experts(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:
 
 
 def shortage(layer: Layer, each: int) -> str:
-    """Why `each` experts in each group are too few for the router; empty where they are not."""
+    """The reason why `each` experts per group are too few for the router; empty if they suffice."""
     routing = layer.routing
     if each * min(routing.top_groups, routing.groups) < routing.k:
         where = "" if routing.groups == 1 else f" from {routing.top_groups} groups of {each}"
@@ -156,11 +159,11 @@ def shortage(layer: Layer, each: int) -> str:
 def rank_experts(
     keep: float, layers: Sequence[tuple[Layer, torch.Tensor]]
 ) -> dict[Value, list[int] | str]:
-    """The experts of each layer that stay if all layers' experts are ranked by worth, [E] each; or
-    the reason why all of a layer stay.
+    """The experts to keep of each layer if the experts of all layers are ranked by worth, [E] each;
+    or the reason why a layer keeps all.
 
-    Equally many of each of a router's groups stay: the n-th best experts of all groups are one
-    entry of the ranking, with their mean worth.
+    Each group of a router keeps equally many: the n-th best experts of all groups are one entry of
+    the ranking, with their mean worth.
     """
     total = sum(layer.count for layer, _ in layers)
     count = round(keep * total)

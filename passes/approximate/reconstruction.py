@@ -1,10 +1,11 @@
-"""The error of a layer's output where experts are masked, on the calibration rows.
+"""The error of a layer's output on the calibration rows if experts are masked.
 
-    y[t]              = sum_e c[t, e] f_e(x[t])       c: the weights of the chosen, else 0
+    y[t]              = sum_e c[t, e] f_e(x[t])       c: routing weights, 0 for unchosen experts
     |y'[t] - y[t]|^2  = d G d                         d = c'[t] - c[t]
     G[t, e, f]        = f_e(x[t]) . f_f(x[t])
 
-All experts run once on all rows; with the products G the error of any set needs only the routing.
+All experts run once on all rows. Given the products G, the error of any set of masked experts needs
+only the routing.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ HELD = 256 << 20
 def eliminate_experts(program: Program, layer: Layer, stats: LayerStats) -> torch.Tensor:
     """The worth of each expert by greedy backward elimination: f64[E], all different.
 
-    Each step masks the expert whose removal, with all masked before, changes the layer's output
-    least (of equals the higher id); tokens that chose it are routed anew. Its worth is the error
-    of the output after the step, relative to the norm; worths rise from step to step. The last k
+    Each step masks one more expert: the one whose removal changes the layer's output least (of
+    equal ones, the higher id). Tokens that chose it are routed again. Its worth is the error of the
+    output after the step, relative to the norm, so worths rise from step to step. The last k
     experts are never masked; their worth is infinity.
 
-    The error is that of arXiv 2402.14800, section 3.2, where all sets of experts are tried. Rows
-    are as many, evenly spread, as HELD allows. Raises NoMatch for a layer whose output is no sum
-    of its experts' by the router's weights.
+    The error is that of arXiv 2402.14800, section 3.2, where all sets of experts are tried. At most
+    as many rows as HELD allows are used, evenly spaced. Raises NoMatch unless the layer's output is
+    the sum of its experts' results by the router's weights.
     """
     _check(program, layer)
     x, logits = (_subsample(t, HELD // (4 * layer.count**2)) for t in (stats.x, stats.logits))

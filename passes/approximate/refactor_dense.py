@@ -8,10 +8,11 @@
     y = aten.linear(a, w2[D, H])            own = moe.combine(out, order)
                                             y = aten.add(own, …w1[P, D], w2[D, P]…)
 
-Calibration data come by domain, and each domain keeps the channels that count most on it. P of
-them are kept by all: the permanent expert, which every token uses. The C others of a domain are
-its expert; a token uses the one that the router chooses, the same in all layers. The router is
-trained on the masks: for each token, the expert that holds most of its strongest channels.
+The calibration data are grouped by domain, and each domain keeps the channels that are strongest on
+its data. P channels are kept by all domains: the permanent expert, which every token uses. The C
+others of a domain are its expert. A token uses the one expert that the router chooses, the same in
+all layers. The router is trained to choose, for each token, the expert that holds most of its
+strongest channels.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from moec.passes.core.options import option, validate
 from moec.passes.core.runner import Log
 
 FEWEST = 256
-"""Tokens of a domain on which its channels are chosen."""
+"""How many tokens of a domain its channels are chosen on."""
 HELD = 1 << 30
 """Bytes of channels that are in memory at once."""
 
@@ -145,8 +146,9 @@ class RefactorDense:
         self, ffn: FeedForwardOps, sizes: Sequence[torch.Tensor], of: Sequence[str]
     ) -> torch.Tensor:
         """The channels that each domain keeps, bool[E, H], by their `sizes` [T, H] in each case;
-        `of` is the domain of each case. Of equals the channel with the lower number."""
-        # The name makes layers differ, whatever their order.
+        `of` is the domain of each case. Of equal channels, the lower number is kept."""
+        # The layer's name in the seed gives each layer other numbers, independent of the order of
+        # layers.
         generator = torch.Generator().manual_seed(self.seed + sum(ffn.name.encode()))
         rows = []
         for domain in dict.fromkeys(of):
@@ -173,7 +175,7 @@ class RefactorDense:
         domains = tuple(dict.fromkeys(evaluator.calibration.domains))
         table, ids = constant(program, after.inputs[0]), program.graph.inputs.index(after.inputs[1])
         embedded = [table[case[ids].long()].float() for case in evaluator.calibration.cases]
-        # One scale for all tokens, so that those are learned most that some expert suits best.
+        # One scale for all tokens: tokens with a clearly best expert then have the most effect.
         spread = torch.cat([o - o.mean(-1, keepdim=True) for o in overlaps]).std().clamp(min=1e-6)
         targets = [(o / spread).softmax(-1) for o in overlaps]
         graph = causal_router(after.outputs[0], self.width, len(domains))
@@ -306,7 +308,7 @@ def _describe_choices(
     embedded: Sequence[torch.Tensor],
     of: Sequence[str],
 ) -> Iterator[str]:
-    """Which experts each domain's tokens are sent to, in words."""
+    """Text that says which experts each domain's tokens are sent to."""
     domains = tuple(dict.fromkeys(of))
     counts = torch.zeros(len(domains), len(domains))
     for e, domain in zip(embedded, of, strict=True):

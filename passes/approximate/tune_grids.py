@@ -1,13 +1,13 @@
-"""The grids of compressed weights are trained together, on the outputs of the whole model.
+"""Trains the grids of compressed weights together, on the outputs of the whole model.
 
     w = moe.decompress(stream, starts, grid)  ->  w = moe.decompress(stream, starts, grid')
 
-After compress-experts, which fits each matrix to its own results, and so ignores the errors of
-other layers. Here the codes stay, and with them all bytes; the two numbers of each row (of two
-bits: the step) are trained in all layers at once, so that the model's scores on the calibration
-data come closer to the original's (KL divergence; for other models the squared distance of the
-outputs). Each step runs forward and backward over the whole model in float32, with the weights of
-all compressed experts in memory.
+Runs after compress-experts, which fits each matrix separately and ignores the errors of other
+layers. The codes and the size in bytes do not change. The two numbers of each row (for two bits:
+the step) are trained in all layers at once, to minimise the KL divergence between the model's
+scores and the original's on the calibration data (for models without such scores, the squared
+distance of the outputs). Each step runs forward and backward over the whole model in float32, with
+the weights of all compressed experts in memory.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _grids(graph: Graph, experts: Op) -> list[Value]:
 def train_grids(
     program: Program, evaluator: Evaluator, steps: int, rate: float, seed: int
 ) -> Grids:
-    """All grids of the program, trained by Adam; rates fall to 0 as a cosine does."""
+    """All grids of the program, trained by Adam with cosine decay of the learning rate to 0."""
     outputs = tuple(program.graph.outputs[i] for i in evaluator.outputs)
     graph = widen(replace(program.graph, outputs=outputs, states=()))
     stacks = [op for op in graph.ops if op.name == "moe.decompress"]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 ROUNDS = 20
 SWEEPS = 4
-"""Over a row's weights in a round, at most: then its numbers are fitted anew."""
+"""The most changes in a row of weights per round; then the row's numbers are fitted again."""
 LEAST = 1e-6
 """Gains below this share of a change's own cost are rounding errors and ignored."""
 

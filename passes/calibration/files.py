@@ -1,6 +1,6 @@
-"""Which files calibration data come from, told before torch is imported.
+"""The files that calibration data come from, checked before torch is imported.
 
-They may come from several domains, each named: NAME=FILE,NAME=FILE or a mapping of names to data.
+Data may come from several named domains: NAME=FILE,NAME=FILE, or a mapping of names to data.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check(calib: Any) -> None:
 
 
 def data_label(name: str, data: Any) -> str:
-    """How data of a domain were given, for messages."""
+    """The data of a domain as the user wrote them, for messages."""
     if isinstance(data, str | Path):
         return f"--calib {name}={data}" if name else f"--calib {data}"
     return f"calib[{name!r}]" if name else "calib"

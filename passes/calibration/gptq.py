@@ -1,13 +1,13 @@
-"""Weights rounded to a grid so that a layer's results, not its weights, stay close.
+"""Rounds weights to a grid so that the error of a layer's results is small.
 
 For y = W x over inputs X with the Hessian H = X X^T, columns are rounded one after the other, and
 the error of a column is compensated by the columns that follow (GPTQ, arXiv 2210.17323, the
-Cholesky form of its section 3.3). Any number of matrices at once: experts that share a shape are
-solved as one batch (QMoE, arXiv 2310.16795, section 3.2).
+Cholesky form of its section 3.3). Matrices of one shape, such as experts, are solved as one batch
+(QMoE, arXiv 2310.16795, section 3.2).
 
     solved = solve(weight, hessian(rows), lambda column, k: column.round())
 
-Where earlier layers are rounded already, the inputs are X' instead of X: `aimed` gives the weight
+If earlier layers are already rounded, the inputs are X' instead of X: `retarget` returns the weight
 whose results on X' are closest to W X, which is then solved in place of W.
 """
 
@@ -91,10 +91,11 @@ def damp(hessian: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def retarget(weight: Tensor, cross: Tensor, hessian: Tensor, damping: float = DAMPING) -> Tensor:
-    """The weight V that makes |V X' - W X|^2 least, drawn to W by the damping: f32[.., N, K].
+    """The weight V that minimises |V X' - W X|^2, regularised towards W by the damping: f32[.., N,
+    K].
 
-    `cross` [.., K, K] is X X'^T, X the inputs as they were, and `hessian` X' X'^T. W itself where
-    the damped Hessian has no inverse. (The closed form for one layer, V = W X X'^T (X' X'^T)^-1.)
+    `cross` [.., K, K] is X X'^T, with X the original inputs, and `hessian` is X' X'^T. Returns W if
+    the damped Hessian has no inverse. (The closed form for one layer is V = W X X'^T (X' X'^T)^-1.)
     """
     hessian = hessian.float()
     damped_hessian = damp(hessian, damping)

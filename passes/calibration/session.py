@@ -46,7 +46,7 @@ class Change:
 
 @runtime_checkable
 class Approximate(Protocol):
-    """A pass that changes what a model computes. Never run unless asked for."""
+    """A pass that changes the results of a model. It runs only on request."""
 
     source: ClassVar[str]
 
@@ -67,7 +67,7 @@ class CustomCalibration(Protocol):
         self, program: Program, evaluator: Evaluator, log: Log
     ) -> tuple[Sequence[LayerRef], Iterator[Any]]:
         """The layers, and for each, in the same order, the `stats` of `change`. Raises UsageError
-        for data that do not suffice."""
+        for data that are not enough."""
         ...
 
 

@@ -28,12 +28,12 @@ class Distance:
 
 @dataclass(frozen=True)
 class LayerDamage:
-    """What a pass did to one layer. `says` is what it did, or why it was undone or declined.
+    """The effect of a pass on one layer. `says` describes it, or why it was undone or declined.
 
     `error` is the error of the layer's output given the inputs from before the pass; `changed` is
     the share of tokens whose experts changed in this layer; `after` is the distance of the model
     from the original with this layer, and the layers before it in the report, changed. A layer that
-    was undone saves nothing, and holds the values measured before that.
+    was undone saves nothing; its measurements are those from before it was undone.
     """
 
     layer: str
@@ -48,7 +48,7 @@ class LayerDamage:
 
 @dataclass(frozen=True)
 class Damage:
-    """What one approximate pass did, measured on `tokens` tokens of calibration data.
+    """The effect of one approximate pass, measured on `tokens` tokens of calibration data.
 
     `after` is the distance from the model before any approximate pass, and `original` that model's
     own measurements; bytes and FLOPs "before" are those before this pass.

@@ -1,6 +1,7 @@
-"""The names of all passes, and how they are asked for: "+prune-experts(keep=0.5),-fuse-gate".
+"""The names of all passes, and the syntax of --passes: "+prune-experts(keep=0.5),-fuse-gate".
 
-The passes themselves need torch, which takes seconds to import. A typo in --passes is told without.
+The passes themselves import torch, which takes seconds. This module reports a typo in --passes
+without it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ NAMES = (
     "aggregate-experts",
     "plan-parallelism",
 )
-"""In the order of moec/pipeline.py, those that are only run where they are asked for at the end."""
+"""In the order of moec/pipeline.py; passes that run only on request are at the end."""
 ON_REQUEST = ("quantise-experts", "quantise-linears")
 """The passes of --quant; --stop-after accepts them too."""
 
@@ -79,7 +80,8 @@ def split(text: str) -> list[str]:
 
 
 def sign_and_name(item: str) -> tuple[str, str]:
-    """Of "+name" and "-name(option=1)". Raises UsageError where there is no such pass."""
+    """The sign and the name of "+name" or "-name(option=1)". Raises UsageError for an unknown
+    pass."""
     sign, name = item[:1], item[1:].partition("(")[0].strip()
     bare = item.partition("(")[0].strip()
     if bare in NAMES:
@@ -92,7 +94,7 @@ def sign_and_name(item: str) -> tuple[str, str]:
 
 
 def check_last(stop_after: str) -> None:
-    """Raises UsageError where --stop-after names neither a pass nor the beginning of one's name."""
+    """Raises UsageError unless --stop-after is a pass or the beginning of a pass's name."""
     names = ("capture", *NAMES, *ON_REQUEST)
     if not any(name == stop_after or name.startswith(f"{stop_after}-") for name in names):
         near = did_you_mean(stop_after, names) or f"; there are {', '.join(names)}"

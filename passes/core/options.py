@@ -14,9 +14,9 @@ from moec.spelling import did_you_mean
 P = TypeVar("P")
 
 Given: TypeAlias = Mapping[str, Any]
-"""Values of inputs of the model by name: an option for each input that is bound."""
+"""Values of the model's inputs by name. As an option: one per bound input."""
 Model: TypeAlias = Any
-"""A model besides the one that is compiled: a module, or as text its path."""
+"""Another model than the compiled one: a module, or its path as text."""
 NUMBERS = "a number, or numbers with : between them"
 
 _WORDS = {float: "a number", int: "a whole number", str: "a word", bool: "true or false"}

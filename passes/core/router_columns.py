@@ -87,7 +87,7 @@ def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]])
     if len(layer.route.inputs) > 1 or routing.groups > 1:
         raise NoMatch("the router corrects its scores, or chooses among groups of experts")
     logits, route = layer.route.inputs[0], layer.route
-    members = torch.zeros(len(groups), layer.count, dtype=torch.bool)  # not to be trained
+    members = torch.zeros(len(groups), layer.count, dtype=torch.bool)  # a constant, not a parameter
     for row, group in enumerate(groups):
         members[row, list(group)] = True
     ops: list[Op] = []

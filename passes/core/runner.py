@@ -32,9 +32,9 @@ class Declined:
 
 @dataclass
 class Log:
-    """The record of a run of passes. `spend` is called before each rewrite, and fuel caps them.
-    `damage` is what an approximate pass did to the numbers, `fits` how well calibrated codes
-    reproduce weights, `says` the lines for the report."""
+    """The record of a run of passes. `spend` is called before each rewrite and counts it against
+    the fuel. `damage` is the loss of quality of an approximate pass, `fits` the rounding errors of
+    calibrated codes, `says` lines for the report."""
 
     fuel: int | None = None
     rewrites: int = 0

@@ -3,13 +3,13 @@
     logits[B, S, V]  ->  logits[B, 1, V] of the token in row rows[b] of the B*S tokens
 
 Values that the caches need are computed for all tokens. The other ops (the last layer's experts,
-the norm, the head) read one of their rows per sequence; `last[b]` is the position of that token in
-its sequence. Choices that layers share are sorted again, since the sorted order of all rows does
-not give that of the selected rows.
+the norm, the head) read one row per sequence; `last[b]` is the position of that token in its
+sequence. Choices that layers share are sorted again, because the selected rows have another order
+by expert than all rows.
 
-Greedy decoding writes logits too: an argmax in the head could save only numpy's argmax.
-On an AMD EPYC that is 3 of 190 µs a token at V = 1,024
-(tiny_moe, one thread) and 13 µs of 22 ms at V = 49,155 (a granite of 24 layers, two threads).
+Greedy decoding writes logits too: an argmax in the head could save only numpy's argmax. On an AMD
+EPYC, that is 3 of 190 µs per token at V = 1,024 (tiny_moe, one thread), and 13 µs of 22 ms at V =
+49,155 (a granite of 24 layers, two threads).
 """
 
 from __future__ import annotations

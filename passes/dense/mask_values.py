@@ -34,7 +34,7 @@ _ELEMENTWISE = (
 _STRETCHING = ("mul", "div", "floor_divide", "remainder", "fmod")
 FILLED = tuple(f"aten.{n}.default" for n in ("full", "full_like", "zeros_like", "ones_like"))
 _MOVED = ("reshape", "expand", "permute", "slice", "index", "tril", "triu")
-_WHOLE = ("arange", "scalar_tensor", "cat", "cumsum", "select")  # small wherever they are met
+_WHOLE = ("arange", "scalar_tensor", "cat", "cumsum", "select")  # small in all cases
 
 
 def _kind(op: Op) -> str:

@@ -34,7 +34,8 @@ MOST_TAPS = 32
 
 @dataclass(frozen=True)
 class ExpandConvolutions(Pass):
-    """Write out a convolution without groups as a linear layer over what its kernel covers."""
+    """Write a convolution without groups as a linear layer over the elements that its kernel
+    covers."""
 
     name: ClassVar[str] = "expand-convolutions"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -141,7 +142,7 @@ def _patches(x: Value, c: _Convolution, b: Builder) -> Value:
 
 
 def _windows(x: Value, c: _Convolution, b: Builder) -> Value:
-    """x[B, C, N...] as [B, N'..., K * C]: for each result what its kernel covers."""
+    """x[B, C, N...] as [B, N'..., K * C]: for each result, the elements that its kernel covers."""
     rows = b.permute(x, _channels_last(c.rank), like=c.op)
     rows = _pad(rows, c, b)
     pieces = [_tap(rows, tap, c, b) for tap in itertools.product(*map(range, c.kernel))]
@@ -165,7 +166,7 @@ def _pad(rows: Value, c: _Convolution, b: Builder) -> Value:
 
 
 def _tap(rows: Value, tap: tuple[int, ...], c: _Convolution, b: Builder) -> Value:
-    """What one position of the kernel reads for all results: [B, N'..., C]."""
+    """The elements that one position of the kernel reads, for all results: [B, N'..., C]."""
     for axis, position in enumerate(tap):
         start, step = position * c.dilation[axis], c.stride[axis]
         rows = _slice(rows, 1 + axis, start, step, c.sizes[axis], c.op, b)

@@ -116,8 +116,8 @@ class _Expansion:
         self.rows |= dict(zip(inner.outputs, outputs, strict=True))
 
     def layer_norm(self, inner: Op) -> None:
-        """A layer norm without weight and bias, then a product and a sum with those of each row's
-        expert."""
+        """A layer norm without weight and bias, followed by a product with the weight and a sum
+        with the bias of each row's expert."""
         x, *affine = inner.inputs
         (value,) = inner.outputs
         plain = replace(inner, inputs=(x,))

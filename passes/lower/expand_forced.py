@@ -1,4 +1,4 @@
-"""Forced choices are written out after the router's own.
+"""Writes out forced choices after the router's own choices.
 
     w', i' = moe.force(w, i, logits, forced) <k=2>
     ->
@@ -6,7 +6,7 @@
     i' = cat(i[:, :1], where(missing, forced, i[:, 1:]))
     w' = cat(w[:, :1], where(missing, gather(aten.softmax(logits), forced), w[:, 1:]))
 
-All of it is element by element, but for the softmax: T * k numbers beside T * D of the rows.
+All ops but the softmax are element-wise on T * k numbers, few compared with the T * D of the rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moec.passes.core.runner import Log, Pass
 
 @dataclass(frozen=True)
 class ExpandForced(Pass):
-    """Write out how a forced expert takes the place of a token's last choice."""
+    """Write out the replacement of a token's last choice by a forced expert."""
 
     name: ClassVar[str] = "expand-forced"
     takes: ClassVar[Stage] = Stage.GROUPED
@@ -56,7 +56,7 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def scores(routing: Routing, logits: Value, op: Op, b: Builder) -> Value:
-    """f32[T, E]: what the router's weights are, for all experts."""
+    """The scores f32[T, E] of all experts, from which the router takes its weights."""
     value = b.cast(logits, "f32", like=op)
     if routing.score == "softmax":
         attrs: dict[str, Attr] = {"dim": 1}
@@ -70,7 +70,7 @@ def scores(routing: Routing, logits: Value, op: Op, b: Builder) -> Value:
 
 
 def last_replaced(value: Value, missing: Value, column: Value, op: Op, b: Builder) -> Value:
-    """value[T, k] whose last column is `column` [T, 1] where `missing` [T, 1]."""
+    """value[T, k] with its last column replaced by `column` [T, 1] if `missing` [T, 1] is set."""
     tokens, k = value.shape
     assert isinstance(k, int)
     one = TensorType(value.dtype, (tokens, 1))

@@ -1,4 +1,4 @@
-"""Gates at two levels are one softmax over all groups, padded to one size.
+"""Gates at two levels become one softmax over all groups, padded to one size.
 
     y = moe.hierarchy(r, c, w) <groups=(2, 3)>
     ->
@@ -6,7 +6,7 @@
     r' = reshape(cat(r[:, 0:2], 0, r[:, 2:5]), [.., 2, 3])
     y = sum(w * sum(softmax(c') * r'))
 
-A softmax of each group of its own would be a loop a group. What is padded has a share of zero.
+A separate softmax per group would need one loop per group. Padded elements have a weight of zero.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _full(value: Value, shape: tuple[Dim, ...], fill: float, op: Op, b: Builder)
 
 
 def weighed(values: Value, weights: Value, op: Op, b: Builder) -> Value:
-    """The sum over the last axis of both."""
+    """The sum over the last axis of values * weights."""
     (product,) = b.emit("aten.mul.Tensor", [values, weights], [values.type], like=op)
     attrs: dict[str, Attr] = {"dim": (len(values.shape) - 1,)}
     total = TensorType(values.dtype, values.shape[:-1])

@@ -81,7 +81,7 @@ def combine_slots(op: Op, b: Builder) -> Sequence[Value] | None:
     if last is not None and last.name == "grouped.linear" and len(b.graph.readers[rows]) == 1:
         attrs = {**last.attrs, "dtype": DType("f32")}
         (rows,) = b.emit(last.name, last.inputs, like=last, attrs=attrs, body=last.body)
-    # The shapes differ where each choice counts as a token: rows are put back, not summed.
+    # The shapes differ if each choice counts as a token: rows are reordered, not summed.
     shape = (canonical(op.attrs["tokens"]), integer(op, "k"))
     slots = b.reshape(sort.outputs[1], shape, like=op)
     return b.emit("moe.combine", [rows, slots, *rest], like=op, attrs=op.attrs)

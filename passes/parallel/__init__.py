@@ -1,1 +1,1 @@
-"""A graph for each rank of a plan, with the exchange of rows between them."""
+"""Builds a graph for each rank of a plan, with the exchange of rows between ranks."""

@@ -1,4 +1,5 @@
-"""Attention by heads: each of A ranks has some heads of all texts of the A (arXiv 1909.08053).
+"""Attention split by heads: each of A ranks computes some heads for the texts of all A (arXiv
+1909.08053).
 
     q, k, v = linear(x, wq), …       counts = dist.all_gather(dist.row_count(x)) <group="tp.A">
     y = nn.attention(q, k, v)        all = dist.all_gather(x, counts) <group="tp.A">
@@ -7,10 +8,11 @@
                                      part = linear(y, wo[:, heads of this rank])
                                      out = dist.reduce_scatter(part, counts) <group="tp.A">
 
-Ranks keep texts of their own: what has an axis of texts is gathered, and each rank takes back the
-sums of its own (arXiv 2205.05198). Keys and values of cut heads stay on their rank, for the texts
-of all A; A divides the heads and the key-value heads, and sinks are cut with them. The degree is
-that of attention alone: the experts beside it have other ones.
+Each rank has its own texts. Values with an axis of texts are gathered from the group, and a
+reduce-scatter returns to each rank the sums of its own texts (arXiv 2205.05198). The keys and
+values of a head stay on the rank of that head, for the texts of all A ranks. A must divide the
+number of heads and of key-value heads; sinks are split with the heads. A applies to attention only:
+the experts of the same layer may be split differently.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from moec.plan.plan import Plan
 
 
 def cut_attention(program: Program, plan: Plan, rank: int, log: Log) -> Program:
-    """The program with this rank's heads; attention that cannot be cut as planned stays whole on
-    every rank, with the reason in the log."""
+    """The program with this rank's heads. Attention that cannot be split as planned is computed in
+    full on every rank, and the log has the reason."""
     graph = program.graph
     if all(layer.attention == 1 for layer in plan.layers):
         return program
@@ -129,11 +131,11 @@ class _Rewrite:
         return value
 
     def _summed(self, op: Op, heads: Heads, degree: int) -> None:
-        """The product with these heads' columns, and its sum over the ranks."""
+        """The product with this rank's columns of the weight, and its sum over the ranks."""
         x, weight, *bias = op.inputs
         columns = constant(self.program, weight).chunk(degree, 1)[self._at(degree)].contiguous()
         inputs = [self.new[x], self._weight(weight, columns)]
-        for value in bias:  # added once
+        for value in bias:  # only one rank adds the bias
             tensor = constant(self.program, value)
             first = self._at(degree) == 0
             inputs.append(self._weight(value, tensor if first else torch.zeros_like(tensor)))
@@ -145,7 +147,7 @@ class _Rewrite:
         self._emit("dist.reduce_scatter", scattered, op, degree, out, rows=heads.texts)
 
     def _gather(self, value: Value, degree: int, op: Op) -> Value:
-        """`value` of the texts of all ranks of the group."""
+        """The rows of `value` from all ranks of the group."""
         if (value, degree) not in self.gathered:
             if degree not in self.counts:
                 self._count(value, degree, op)
@@ -156,7 +158,8 @@ class _Rewrite:
         return self.gathered[value, degree]
 
     def _count(self, value: Value, degree: int, op: Op) -> None:
-        """The numbers of texts of the ranks; their sum is a size, where no cache has it."""
+        """Gathers the ranks' numbers of texts; if no cache has their sum as an axis, it becomes a
+        named size."""
         name = tp_texts(degree)
         count = self._emit("dist.row_count", (value,), op)
         self.counts[degree] = self._emit("dist.all_gather", (count,), op, degree, rows=degree)
@@ -185,7 +188,7 @@ class _Rewrite:
         return param
 
     def _at(self, degree: int) -> int:
-        """This rank's number in its group, and that of its heads."""
+        """This rank's position in its group, which is also that of its heads."""
         return self.rank % degree
 
 
@@ -198,7 +201,7 @@ def _with_texts(shape: tuple[Dim, ...], heads: Heads, degree: int) -> tuple[Dim,
 
 
 def _cut_type(value: Value, axis: int, heads: Heads, degree: int) -> TensorType:
-    """The type of this rank's heads of all texts of the group."""
+    """The type of `value` with this rank's heads and the texts of all ranks of the group."""
     shape = list(_with_texts(value.shape, heads, degree))
     size = shape[axis]
     assert isinstance(size, int)

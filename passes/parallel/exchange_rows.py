@@ -1,4 +1,4 @@
-"""The ops of one layer's exchange on one rank, from sorted rows to the experts and back."""
+"""Emits the exchange of one layer on one rank, from sorted rows to the experts and back."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from moec.plan.plan import LayerPlan, Plan
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to the ranks of a group: `total` rows leave by `send`, `arriving` come by `receive`;
-    back the other way round."""
+    """One exchange among the ranks of a group. Forward, `total` rows are sent by the counts `send`,
+    and `arriving` rows are received by the counts `receive`; backward, the roles are swapped."""
 
     group: str
     send: Value
@@ -30,7 +30,8 @@ class _Way:
 
 @dataclass
 class Exchanged:
-    """Builds the ops of rank `rank` into `splice`; `number` is part of the names of sizes."""
+    """Emits the ops of rank `rank` into `splice`; `number` makes the names of sizes unique per
+    layer."""
 
     splice: Splice
     plan: Plan
@@ -45,13 +46,13 @@ class Exchanged:
 
     @property
     def position(self) -> int:
-        """This rank's number among the ranks of its expert group."""
+        """This rank's index among the ranks of its expert group."""
         return self.rank // self.layer.slices % self.layer.ranks
 
     @property
     def order(self) -> list[int]:
-        """Expert ranks in the order in which their slots are numbered: where rows go through the
-        node first, by local rank, then by node."""
+        """The expert ranks in the order in which their slots are numbered. With staged exchange,
+        rows go through the node first, so the order is by local rank, then by node."""
         ranks = list(range(self.layer.ranks))
         if not self.staged:
             return ranks
@@ -63,7 +64,8 @@ class Exchanged:
         return self.layer.form in ("hierarchical", "rail")
 
     def build(self) -> dict[str, Bounds]:
-        """Replace dispatch and experts; the bounds of the sizes that are read from counts."""
+        """Replaces dispatch and experts. Returns the bounds of the sizes that are read from
+        counts."""
         rows, ends = self._dispatched()
         slot = self._op("dist.slot_of", (ends,), rows=rows.shape[0])
         local = self._looked_up("slot", self._local_slots(), slot)
@@ -81,7 +83,8 @@ class Exchanged:
     # ---- the parts ---------------------------------------------------------------------
 
     def _dispatched(self) -> tuple[Value, Value]:
-        """The dispatch to slots instead of experts: rows and the ends of the slots."""
+        """Dispatches to slots instead of experts: the rows sorted by slot, and the end of each
+        slot."""
         first, holders = slots_of(self.layer, self.order)
         tables = [self._table("first", first), self._table("holders", holders)]
         before: list[Op] = []
@@ -100,7 +103,8 @@ class Exchanged:
         return rows, new
 
     def _local_slots(self) -> torch.Tensor:
-        """The number of each slot on its rank; the row of no slot has 0."""
+        """The index of each slot on its rank, i64[slots + 1]; the last entry, for rows without a
+        slot, is 0."""
         return torch.tensor(
             [i for rank in self.order for i in range(len(self.layer.slots[rank]))] + [0]
         )
@@ -108,7 +112,8 @@ class Exchanged:
     def _two_stages(
         self, rows: Value, ends: Value, slot: Value, local: Value, sizes: list[int]
     ) -> Value:
-        """To the node's rank with the destination's number, then along the rail, and back."""
+        """Exchanges rows in two stages and back: within the node, to the rank with the local index
+        of the destination, then between nodes, along the rail."""
         here = near(self.layer, self.plan.node_size)
         nodes = self.layer.ranks // here
         parts = tuple(sum(sizes[i * nodes : (i + 1) * nodes]) for i in range(here))
@@ -124,7 +129,8 @@ class Exchanged:
         return self._back(inside, self._unsorted(self._back(across, result), order))
 
     def _way(self, kind: str, ends: Value, parts: tuple[int, ...], total: Dim) -> _Way:
-        """Counts to the ranks of a group; parts[i] slots of `ends` are those of rank i."""
+        """Exchanges counts within a group: rank i receives the rows of the next parts[i] slots of
+        `ends`."""
         group = f"{kind}.{suffix(self.layer)}"
         send = self._op("dist.counts", (ends,), parts=parts)
         receive = self._op("dist.all_to_all", (send,), group=group, rows=len(parts))
@@ -139,7 +145,8 @@ class Exchanged:
         return self._op("dist.all_to_all", inputs, group=way.group, rows=way.total)
 
     def _computed(self, rows: Value, slots: Value) -> Value:
-        """This rank's experts over rows in any order: [N, D], in the same order."""
+        """The results [N, D] of this rank's experts for rows [N, D] in any order, in the same
+        order."""
         gathered = counts = None
         if self.slices is not None:
             group = f"slice.{suffix(self.layer)}"
@@ -167,7 +174,7 @@ class Exchanged:
         return self._op("dist.reduce_scatter", (result, counts), group=group, rows=gathered)
 
     def _part(self, value: Value, index: int, held: tuple[int, ...]) -> torch.Tensor:
-        """The experts of this rank, of their slice where they are cut."""
+        """This rank's experts of a stack; if experts are sliced, this rank's slice of them."""
         stack = constant(self.splice.program, value)[list(held)]
         if self.slices is None:
             return stack
@@ -193,7 +200,7 @@ class Exchanged:
         return self.splice.weight(f"{self.experts.origin}.{name}", tensor)
 
     def _looked_up(self, name: str, table: torch.Tensor, slot: Value) -> Value:
-        """table[slot], i64."""
+        """table[slot]: i64."""
         type = TensorType("i64", slot.shape)
         param = self._table(name, table)
         return self.splice.emit(
@@ -225,7 +232,7 @@ class Exchanged:
         )  # fmt: skip
 
     def _sorted(self, rows: Value, keys: Value, count: int) -> tuple[Value, Value, Value]:
-        """A dispatch of rows by one key each."""
+        """Dispatches rows by one key per row. Returns the sorted rows, their order and the ends."""
         column = self._column(keys)
         draft = Op(
             "moe.dispatch", (rows, column), (), {"num_experts": count}, None, self.experts.origin
@@ -237,15 +244,15 @@ class Exchanged:
         return outputs[0], outputs[1], outputs[2]
 
     def _unsorted(self, rows: Value, order: Value) -> Value:
-        """Rows back in the order that they had before the dispatch."""
+        """The rows in the order from before the dispatch."""
         return self._op(
             "moe.combine", (rows, order), k=1, tokens=order.shape[0], dtype=DType(rows.dtype)
         )
 
 
 def slots_of(layer: LayerPlan, ranks: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`first` i64[E + 1] and `slots` i64[P] of dist.assign, where the slots of the expert ranks
-    stand in the order of `ranks`."""
+    """The tables `first` i64[E + 1] and `slots` i64[P] of dist.assign. The slots are numbered by
+    expert rank, in the order `ranks`."""
     holders: list[list[int]] = [[] for _ in range(layer.experts)]
     slot = 0
     for rank in ranks:

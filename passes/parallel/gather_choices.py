@@ -1,4 +1,4 @@
-"""A capacity is counted over the tokens of all ranks, as one process counts it.
+"""Applies a capacity to the tokens of all ranks together, as a single process does.
 
     kept = moe.capacity(ids) <capacity=C(T)>     count = dist.row_count(ids)
                                                  counts = dist.all_gather(count) <group="world">
@@ -6,7 +6,8 @@
                                                  limited = moe.capacity(all) <capacity=C(T')>
                                                  kept = dist.local_rows(limited, counts) <rows=T>
 
-T' is the sum of the counts. Choices are small (8 bytes each), and the ranks count alike.
+T' is the sum of the counts. Choices are small (8 bytes each), and every rank computes the same
+result from them.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from moec.plan.groups import WORLD
 
 
 def gather_choices(splice: Splice, ranks: int) -> dict[str, Bounds]:
-    """Replace every moe.capacity of the program; the bounds of the new sizes.
+    """Replaces every moe.capacity of the program. Returns the bounds of the new sizes.
 
-    Raises UnsupportedError where a capacity depends on more than the number of tokens.
+    Raises UnsupportedError if a capacity depends on more than the number of tokens.
     """
     bounds: dict[str, Bounds] = {}
     for number, op in enumerate(o for o in splice.program.graph.ops if o.name == "moe.capacity"):
@@ -62,7 +63,7 @@ def _counted_over_all(splice: Splice, op: Op, ranks: int, name: str) -> list[Op]
 
 
 def _capacity_of(op: Op, tokens: Dim, total: sympy.Symbol) -> Dim:
-    """The capacity for `total` tokens. Raises UnsupportedError."""
+    """The capacity for `total` tokens. Raises UnsupportedError if it depends on another size."""
     capacity = cast(Dim, op.attrs["capacity"])
     if isinstance(capacity, int):
         return capacity

@@ -1,4 +1,4 @@
-"""What of a graph is computed for each head of an attention, between its products q, k, v and out.
+"""Finds the ops that compute each head of an attention, between the products q, k, v and out.
 
 linear -> reshape [B, S, H, d] -> norm? -> permute -> rotary? -> (append to a cache)
        -> nn.attention -> permute -> reshape [B, S, H*d] -> linear
@@ -20,14 +20,15 @@ from moec.passes.core.moe_layer import constant
 _LINEAR = "aten.linear.default"
 _RESHAPE = "aten.reshape.default"
 _PERMUTE = "aten.permute.default"
-# Each row of a head by itself, whatever stands on the axis of heads; the head is input 0.
+# Ops that act on each head separately, whichever axis the heads are on; the heads are input 0.
 _BY_HEAD = ("nn.rotary", "nn.rms_norm", "aten._to_copy.default", "aten.alias.default")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """`ops` are the ops of the heads, with `output`, the product that sums over them. `axes` is the
-    axis of the heads in each value, `texts` the size of the first axis; `caches` are inputs."""
+    """The ops of the heads of one attention. `ops` includes `output`, the product that sums over
+    the heads. `axes` gives the axis of the heads in each value, `texts` is the size of the first
+    axis, and `caches` are inputs of the graph."""
 
     ops: frozenset[Op]
     output: Op
@@ -37,7 +38,8 @@ class Heads:
 
 
 def heads_of(program: Program, attention: Op, degree: int) -> Heads:
-    """Raises NoMatch with the reason why `degree` ranks cannot share its heads."""
+    """The heads of `attention`. Raises NoMatch with the reason if `degree` ranks cannot split
+    them."""
     a, graph = Attention.of(attention), program.graph
     if a.tokens_first:
         raise NoMatch("only attention [B, heads, S, d] is cut by heads")
@@ -75,7 +77,8 @@ class _Walk:
     caches: list[Value] = field(default_factory=list)
 
     def axis(self, value: Value) -> int:
-        """The axis of the heads in `value`. Records the ops that compute it. Raises NoMatch."""
+        """The axis of the heads in `value`, and records the ops that compute it. Raises NoMatch for
+        an op that does not keep heads separate."""
         if value in self.axes:
             return self.axes[value]
         op = self.program.graph.producers.get(value)
@@ -101,7 +104,8 @@ class _Walk:
         return axis
 
     def moved(self, op: Op, axis: int) -> int:
-        """The axis of the heads after an op whose first input has them at `axis`."""
+        """The axis of the heads after `op`, if the first input has them at `axis`. Raises NoMatch
+        for an op that does not keep heads separate."""
         x, out = op.inputs[0].shape, op.outputs[0].shape
         if op.name == _PERMUTE:
             return cast("tuple[int, ...]", op.attrs["dims"]).index(axis)
@@ -117,7 +121,8 @@ class _Walk:
         raise NoMatch(f"{op.name} at {op.origin} is not of each head by itself")
 
     def outside(self, value: Value, heads_axis: int | None = None) -> None:
-        """A value from outside that all heads read alike; texts stand first in it or nowhere."""
+        """Checks a value that all heads read in full: it may have texts only as its first axis, and
+        with `heads_axis` it must broadcast along the heads. Raises NoMatch otherwise."""
         sizes = [dim for dim in value.shape[1:] if not isinstance(dim, int)]
         if any(self.texts in dim.free_symbols for dim in sizes) or (
             value.shape and value.shape[0] != self.texts and _mentions(value.shape[0], self.texts)
@@ -128,7 +133,8 @@ class _Walk:
             raise NoMatch(f"{value.name} has numbers for each head")
 
     def forward(self, value: Value) -> Op:
-        """The product that adds the heads up; notes the ops before it. Raises NoMatch."""
+        """The product that sums over the heads of `value`, and records the ops before it. Raises
+        NoMatch if there is none."""
         while True:
             readers = self.program.graph.readers.get(value, ())
             if len(readers) != 1 or value in self.program.graph.results:
@@ -150,7 +156,7 @@ def _mentions(dim: object, texts: sympy.Symbol) -> bool:
 
 
 def _require_alone(graph: Graph, heads: Heads) -> None:
-    """Raises NoMatch where others read what is computed for each head."""
+    """Raises NoMatch if an op outside reads a value that is computed per head."""
     after = {state.after for state in graph.states}
     for op in heads.ops - {heads.output}:
         for value in op.outputs:

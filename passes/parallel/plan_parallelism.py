@@ -1,4 +1,4 @@
-"""The graph of one rank of a plan: it holds its part of the experts, and rows travel to them.
+"""The graph of one rank of a plan: the rank holds some of the experts, and rows are sent to them.
 
     rows, order, ends = moe.dispatch(x, ids)      slots = dist.assign(ids, first, holders)
     out = moe.experts(rows, ends, w1, …)          rows, order, ends = moe.dispatch(x, slots)
@@ -10,11 +10,11 @@
                                                   back = moe.combine(out, o)
                                                   out = dist.all_to_all(back, receive, send)
 
-Counts travel before rows, and how many rows arrive is read from what arrived. Every rank starts
-from tokens of its own (data parallel); the ranks' outputs together are those of the model on all
-tokens, up to the rounding of products over other numbers of rows: a capacity is counted over the
-tokens of all ranks. Staged forms go through the node
-first, then along the rail; slices of an expert gather the rows and scatter the sums.
+Counts are exchanged before rows, and give the number of rows that each rank receives. Every rank
+has its own tokens (data parallelism). The outputs of all ranks together are those of the model on
+all tokens, up to the rounding of products with other numbers of rows; a capacity is applied to the
+tokens of all ranks together. A staged exchange goes through the node first, then along the rail.
+For sliced experts, rows are gathered, and the sums are scattered.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class PlanParallelism(Pass):
 def rank_programs(
     program: Program, plan: Plan, log: Log | None = None, function: str = "main"
 ) -> Module:
-    """`rank.N.main`, or another function, for every rank of the plan. Raises UsageError where the
-    plan is of another model."""
+    """`rank.N.main`, or another function, for every rank of the plan. Raises UsageError if the plan
+    is for another model."""
     return Module(
         {
             f"rank.{rank}.{function}": parallelise(program, plan, rank, log or Log())
@@ -69,9 +69,9 @@ def rank_programs(
 
 
 def parallelise(program: Program, plan: Plan, rank: int, log: Log) -> Program:
-    """The program of one rank. A layer that cannot be cut as planned stays whole on every rank,
-    with the reason in the log. Raises UsageError where the plan is of another model, and
-    UnsupportedError for a capacity that cannot be counted over ranks."""
+    """The program of one rank. A layer that cannot be split as planned is computed in full on every
+    rank, and the log has the reason. Raises UsageError if the plan is for another model, and
+    UnsupportedError for a capacity that cannot be applied to the tokens of all ranks."""
     if rank >= plan.devices:
         raise UsageError(f"rank {rank}: the plan is for {plan.devices} devices")
     program = cut_attention(program, plan, rank, log)

@@ -3,7 +3,7 @@
     h = f(x @ w1.T, x @ w3.T)          h' = f(x @ w1[slice].T, x @ w3[slice].T)
     y = h @ w2.T + b             ->    y' = h' @ w2[:, slice].T (+ b on slice 0)
 
-The sum of y' over the slices is y: f is element-wise, and w2 adds over the hidden width.
+The sum of y' over the slices is y, because f is element-wise and w2 sums over the hidden width.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ _LINEAR = "aten.linear.default"
 
 @dataclass(frozen=True)
 class Sliced:
-    """A body of one slice, and which axis of each of its params is cut (None: on slice 0 alone
-    what it was, zeros on the others)."""
+    """The body of one slice, and the axis along which each of its params is cut. An axis of None:
+    slice 0 has the full param, the other slices have zeros."""
 
     body: Graph
     axes: Mapping[Value, int | None]
 
 
 def slice_body(body: Graph, slices: int) -> Sliced:
-    """Raises NoMatch where the body is not linear, element-wise, linear."""
+    """The body of one of `slices` slices. Raises NoMatch unless the body is linear layers,
+    element-wise ops, and a linear layer."""
     last = body.producers.get(body.outputs[0])
     if last is None or last.name != _LINEAR:
         raise NoMatch("an expert does not end in a linear layer, and cannot be cut into slices")

@@ -24,7 +24,8 @@ _BOUNDING = frozenset(
 )
 """Ops that change values beyond a bound and keep the others."""
 _GUARD = 1e-4
-"""A clamp from below at this or less only guards against division by zero: it need not bind."""
+"""A clamp from below at this value or less only guards against division by zero: no case has to
+reach it."""
 _LIMITS = ("other", "min", "max", "min_val", "max_val")
 _MASKS = frozenset({"aten.scatter.value", "aten.full.default"})
 

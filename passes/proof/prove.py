@@ -58,7 +58,7 @@ class Case:
 
 @dataclass
 class Cases:
-    """The cases of a region, each computed when it is first read: what is wrong mostly fails on
+    """The cases of a region, each computed when it is first read: most wrong replacements fail on
     the first."""
 
     source: Iterator[Case]
@@ -224,7 +224,7 @@ class Prover:
 
 @cache
 def _normal() -> torch.Tensor:
-    """Random numbers that all pools share, since drawing them takes longer than most proofs."""
+    """Random numbers that all pools share: drawing them would take longer than most proofs."""
     return torch.randn(_POOL, generator=torch.Generator().manual_seed(19))
 
 
@@ -251,7 +251,7 @@ def _limits(graph: Graph) -> Iterator[int]:
         other = op.attrs.get("other")
         if op.name not in _ORDERINGS or not isinstance(other, int | float):
             continue
-        if op.inputs[0].dtype in FLOATS:  # a threshold rather than a capacity where it is high
+        if op.inputs[0].dtype in FLOATS:  # if it is high: a threshold, not a capacity
             if 1 < other <= _MOST - 9 and float(other).is_integer():
                 yield int(other)
         elif type(other) is int and op.inputs[0].dtype != "bool":

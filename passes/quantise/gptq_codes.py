@@ -64,7 +64,7 @@ class CalibratedQuantisation(Pass):
                 try:
                     codes.check(matrix, format)
                 except NoMatch:
-                    continue  # the pass says so where it comes to it
+                    continue  # `quantised` logs the reason
                 weight = program.weights[matrix.name]
                 stacked = weight if weight.ndim == 3 else weight[None]
                 quantised, fit = calibrate(matrix.name, format, stacked, rows)

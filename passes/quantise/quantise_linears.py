@@ -57,7 +57,7 @@ class QuantiseLinears(QuantisingPass):
 
 
 def _routers(graph: Graph) -> set[Op]:
-    """The linear layers whose results, through ops that are no products, choose experts."""
+    """The linear layers whose results choose experts, through ops other than products."""
     chosen = [op.inputs[0] for op in graph.ops if op.name == "moe.route"]
     for op in graph.ops:
         if op.name in ("moe.sort", "moe.dispatch"):
@@ -77,7 +77,7 @@ def _reshapes(op: Op) -> bool:
 def _linears_behind(
     graph: Graph, values: Sequence[Value], through: Callable[[Op], bool]
 ) -> set[Op]:
-    """The linear layers that values come from by ATen ops that are no products."""
+    """The linear layers that `values` come from, through ATen ops other than products."""
     linears: set[Op] = set()
     visited: set[Value] = set()
     waiting = list(values)

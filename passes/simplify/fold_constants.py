@@ -40,7 +40,7 @@ _SHARING = (VIEWS - {"aten.clone.default"}) | {
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Compute what depends on weights alone; `limit` bytes bound what a result may add."""
+    """Compute values that depend on weights alone; a result may add at most `limit` bytes."""
 
     limit: int = 1 << 20
     name: ClassVar[str] = "fold-constants"
@@ -67,7 +67,7 @@ class FoldConstants(Pass):
                 constants[value] = tensor
                 params[value] = value
             uses.subtract(op.inputs)
-            for value in {*op.inputs} & lighter:  # large, and needed by nothing any more
+            for value in {*op.inputs} & lighter:  # large, and no longer read
                 if not uses[value]:
                     del constants[value]
         folded = rebuild(graph, ops, {}, params=list(params))

@@ -26,7 +26,8 @@ def index(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def put(op: Op, b: Builder) -> Sequence[Value] | None:
-    """x[mask] = y. One value for all rows is not rewritten, as the number of rows is not known."""
+    """Rewrites x[mask] = y. A single value for all rows is not rewritten, because the number of
+    rows is not known."""
     axis = _mask_axis(op, op.inputs[1:-1])
     x, values = op.inputs[0], op.inputs[-1]
     if axis is None or len(values.shape) != len(x.shape) - len(op.inputs[1].shape) + 1:
@@ -39,7 +40,7 @@ def put(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def scatter(op: Op, b: Builder) -> Sequence[Value] | None:
-    """Values [n, D] into the rows that a mask of all their features has, n of them."""
+    """Rewrites masked_scatter of values [n, D], where the mask sets all features of n rows."""
     x, mask, values = op.inputs
     rows = _mask_of_rows(mask, x.shape, b)
     if rows is None or len(values.shape) != 2 or values.shape[1:] != x.shape[-1:]:
@@ -70,7 +71,7 @@ def _mask_of_rows(mask: Value, shape: tuple[Dim, ...], b: Builder) -> Value | No
 
 
 def _mask_axis(op: Op, indices: Sequence[Value]) -> int | None:
-    """The axis from which a mask picks, where it is the only index."""
+    """The axis that a mask selects from, if it is the only index."""
     if len(indices) != 1 or indices[0].dtype != "bool":
         return None
     indices_attr = cast("tuple[Attr, ...]", op.attrs["indices"])
@@ -82,7 +83,7 @@ def _indices(axis: int, count: int) -> tuple[Attr, ...]:
 
 
 def _set_positions(mask: Value, count: Dim, op: Op, b: Builder) -> list[Value]:
-    """i64[count] for each axis of the mask: where it is set, in row-major order."""
+    """i64[count] for each axis of the mask: the positions where it is set, in row-major order."""
     rank = len(mask.shape)
     index_type = TensorType("i64", (count, rank))
     (index,) = b.emit("aten.nonzero.default", [mask], [index_type], like=op, named="nonzero")

@@ -22,7 +22,7 @@ from moec.passes.core.runner import Log, Pass
 
 @dataclass(frozen=True)
 class SplitPacked(Pass):
-    """Cut packed gate-and-up weights of experts into the parts that the body uses."""
+    """Split packed gate-and-up weights of experts into the parts that the body uses."""
 
     name: ClassVar[str] = "split-packed"
     takes: ClassVar[Stage] = Stage.MOE

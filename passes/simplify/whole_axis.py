@@ -1,11 +1,11 @@
-"""A scatter at all positions of an axis is a constant.
+"""A scatter to all positions of an axis becomes a constant.
 
     i = aten.topk(x) <k=T, dim=0>       of x[T, E]: each position of the axis once
     y = aten.scatter(z, i) <value=1>    ->   y = aten.full_like(z) <1>
     m = aten.mul(mask, y)               ->   mask        of integers
 
-This removes a limit on the tokens of an expert (random token selection, arXiv 2201.05596) that is
-at least the number of tokens.
+This removes a capacity (random token selection, arXiv 2201.05596) that is at least the number of
+tokens.
 """
 
 from __future__ import annotations

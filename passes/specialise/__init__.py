@@ -1,1 +1,1 @@
-"""Passes that bind inputs, adapters or architectures, and compute what then is constant."""
+"""Passes that bind inputs, adapters or architectures, and fold the values that become constant."""

@@ -38,7 +38,8 @@ from moec.passes.specialise.token_invariant import TokenInvariantAnalysis
 
 @dataclass(frozen=True)
 class Specialise(Pass):
-    """Bind inputs to constants: fold what depends on them alone, drop experts out of reach."""
+    """Bind inputs to constants: fold values that depend on these alone, drop unreachable
+    experts."""
 
     inputs: Given = field(
         default_factory=dict, metadata={"says": "an input of the model, and what it always is"}

@@ -97,7 +97,7 @@ def _slot(
     return splice.emit(ops, "aten.slice.Tensor", (weights,), type, like, **cut)
 
 
-# ---- experts out of reach --------------------------------------------------------------
+# ---- unreachable experts ---------------------------------------------------------------
 
 
 def restrict_experts(program: Program, layer: Layer, experts: list[int]) -> Program:
