@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA GPUs, and what makes CUDA C and cubins of them."""
+"""Kernels for NVIDIA GPUs, and their compilation to CUDA C and cubins."""

@@ -1,4 +1,4 @@
-"""What joins gate and up, or follows one product: scalars of float32."""
+"""Activations of gated and plain experts, as expressions of float32 scalars."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ def relu_squared(x: Expr) -> Expr:
 
 
 def gated(activation: Epilogue) -> Epilogue:
-    """activation(gate) * up: SwiGLU, GeGLU and their like (arXiv 2002.05202)."""
+    """activation(gate) * up: SwiGLU, GeGLU and similar (arXiv 2002.05202)."""
     return lambda gate, up: activation(gate) * up
 
 
 def clamped_swiglu(alpha: float, limit: float) -> Epilogue:
-    """As GPT-OSS: gate at most `limit`, up within it: (up + 1) * gate * sigmoid(alpha * gate)."""
+    """The activation of GPT-OSS: (up + 1) * gate * sigmoid(alpha * gate), with gate at most `limit`
+    and up clamped to ±`limit`."""
 
     def join(gate: Expr, up: Expr) -> Expr:
         bound = T.float32(limit)

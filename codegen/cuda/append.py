@@ -1,9 +1,9 @@
-"""New keys or values into a cache, in place: cache[b, h, first[b] + s] = rows[b, h, s].
+"""Writes new keys or values into a cache, in place: cache[b, h, first[b] + s] = rows[b, h, s].
 
     cache[B, H, L, D]  rows[B, H, S, D] or [B, S, H, D]  first[B]  cos?  sin?
 
-A thread moves one feature. With cos and sin it moves two, the pair (x, y) of the two halves of a
-row, turned in float32 and rounded once: x * cos - y * sin, y * cos + x * sin.
+One thread copies one feature. With cos and sin, it rotates two features, one from each half of a
+row: (x * cos - y * sin, y * cos + x * sin), computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ _THREADS = 256
 
 @dataclass(frozen=True)
 class _Angles:
-    """cos or sin, of every row and of both halves of it."""
+    """cos or sin of each row, for both halves of its features."""
 
     spec: AnglesSpec
     values: Buffer
 
     def of(self, row: tuple[Expr, Expr, Expr], feature: Expr) -> Expr:
-        """In float32; where both halves are turned alike there is one half of them."""
+        """The value for one feature, in float32. If both halves of the features share values, one
+        half is stored."""
         at = [i if full else T.int64(0) for i, full in zip(row, self.spec.full, strict=True)]
         value = self.values[(*at, feature % self.spec.width)]
         return T.bind(T.cast(value, "float32"))
 
 
 def append(spec: AppendSpec, target: CudaTarget, name: str = "append") -> PrimFunc:
-    """The kernel (cache, rows, first, cos?, sin?), all contiguous. first[b] + S must be at most L;
-    otherwise rows are written to the last slots, and never beyond the cache."""
+    """The kernel (cache, rows, first, cos?, sin?), all contiguous. Requires first[b] + S <= L; a
+    larger first[b] writes the rows to the last slots, never outside the cache."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
@@ -76,7 +77,8 @@ def append(spec: AppendSpec, target: CudaTarget, name: str = "append") -> PrimFu
 
 
 def _divided(number: Expr, by: Expr | int) -> tuple[Expr, Expr]:
-    """Quotient and rest. Neither is negative, so that CUDA's division is the right one."""
+    """Quotient and remainder. Both operands are nonnegative, so CUDA's truncating division is
+    exact."""
     size = T.int64(by) if isinstance(by, int) else by
     return T.bind(T.truncdiv(number, size)), T.bind(T.truncmod(number, size))
 
@@ -92,7 +94,7 @@ def _turn(
     turns: list[_Angles],
     at: _Row,
 ) -> None:
-    """The feature of the first half, and the one that it is a pair with."""
+    """Rotates one feature of the first half together with its partner in the second half."""
     (rows, row), (cache, slot) = source, to
     features = (feature, T.bind(feature + spec.width // 2))
     x, y = (T.bind(T.cast(rows[(*row, d)], "float32")) for d in features)

@@ -1,15 +1,15 @@
-"""softmax(q @ k.T * scale + mask) @ v: one warp a query, one key after the other.
+"""softmax(q @ k.T * scale + mask) @ v: one warp per query, one key after the other.
 
-Queries that are `placed` in a cache are few and see many keys: there the warps of a block share
-one query, each has every eighth key, and their sums are joined at the end (Dao et al.,
-Flash-Decoding, 2023, within a block).
+Queries with a position in a cache (`placed`) are few and attend to many keys. For them, all warps
+of a block share one query: each warp takes every eighth key, and their sums are combined at the end
+(Dao et al., Flash-Decoding, 2023, within a block).
 
     q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  first?[B]
     ->  out[B, Hq, S, Dv]
 
-Lane l has the features l, l + 32, ...; a score is a sum of the warp. The softmax is computed as
-keys come (Milakov and Gimelshein, arXiv 1805.02867): the greatest score so far, and sums that are
-rescaled where it grows. Right for all that an AttentionSpec says, and without tensor cores.
+Lane l holds the features l, l + 32, ...; a score is a sum over the warp. The softmax is computed
+online (Milakov and Gimelshein, arXiv 1805.02867): it keeps the greatest score so far, and rescales
+the sums when that grows. The kernel supports every AttentionSpec; it uses no tensor cores.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from moec.codegen.specs.attention import AttentionSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
 
-_WARPS = 4  # queries of a block
-_SHARING = 8  # warps of a block that share one query
+_WARPS = 4  # queries per block
+_SHARING = 8  # warps per block that share one query
 _LOWEST = float("-inf")
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """The arguments; sizes are int64."""
+    """The arguments of the kernel; sizes are int64."""
 
     spec: AttentionSpec
     batch: Expr
@@ -55,8 +55,8 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Query:
-    """What one warp computes; its lane; the place among the keys where the query stands; its
-    number among the warps that share the query."""
+    """The query that a warp computes: its indices, the lane, the query's position among the keys,
+    and the index of the warp among those that share the query."""
 
     b: Expr
     head: Expr
@@ -67,7 +67,8 @@ class _Query:
 
 
 def attention(spec: AttentionSpec, target: CudaTarget, name: str = "attention") -> PrimFunc:
-    """The kernel (q, k, v, mask?, sinks?, first?, out). A query that sees no key gives zeros."""
+    """The kernel (q, k, v, mask?, sinks?, first?, out). A query without visible keys gives
+    zeros."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
@@ -127,7 +128,7 @@ def _query(p: _Problem, number: Expr, lane: Expr, warp: Expr) -> _Query:
     b, head = T.bind(row // p.spec.q_heads), T.bind(row % p.spec.q_heads)
     key_position = position
     if p.first is not None:
-        # Such that every query has a key, whatever the argument holds.
+        # Clamped so that every query has at least one key, whatever `first` holds.
         start = T.max(T.min(p.first[b], p.keys - p.queries), T.int64(0))
         key_position = T.bind(position + start)
     return _Query(b, head, position, key_position, lane, warp)
@@ -135,7 +136,8 @@ def _query(p: _Problem, number: Expr, lane: Expr, warp: Expr) -> _Query:
 
 @dataclass(frozen=True)
 class _Part:
-    """Of one warp: the greatest score [1], the sum of the shares [1], of those times values."""
+    """The partial result of one warp: the greatest score [1], the sum of exp(score - greatest) [1],
+    and the sum of these weights times the values."""
 
     top: Buffer
     total: Buffer
@@ -143,7 +145,7 @@ class _Part:
 
 
 def _attend(p: _Problem, query: _Query, step: int) -> _Part:
-    """The keys of this warp: all, or each `step`-th where so many share the query."""
+    """Processes the keys of this warp: all, or every `step`-th if `step` warps share the query."""
     spec, zero = p.spec, T.float32(0)
     kv = T.bind(query.head // spec.group)
     q = _features(p.q, p.at("q", query.b, query.head, query.position, zero), query, spec.key_dim)
@@ -154,7 +156,7 @@ def _attend(p: _Problem, query: _Query, step: int) -> _Part:
         T.buffer_store(sums, zero, [i])
     if p.sinks is not None:
         sink = T.cast(p.sinks[query.head], "float32")
-        alone = query.warp == 0 if step > 1 else T.bool(True)  # one warp counts the sink
+        alone = query.warp == 0 if step > 1 else T.bool(True)  # count the sink once
         T.buffer_store(top, T.if_then_else(alone, sink, T.float32(_LOWEST)), [0])
         T.buffer_store(total, T.if_then_else(alone, T.float32(1), zero), [0])
     else:
@@ -180,7 +182,7 @@ def _attend(p: _Problem, query: _Query, step: int) -> _Part:
 
 
 def _divide(p: _Problem, query: _Query, part: _Part) -> None:
-    """The result of a query that this warp has alone."""
+    """Writes the result of a query that one warp computes alone."""
     divisor = _divisor(part.total[0])
     for i in range(-(-p.spec.value_dim // WARP)):
         d = T.bind(query.lane + i * WARP)
@@ -189,8 +191,8 @@ def _divide(p: _Problem, query: _Query, part: _Part) -> None:
 
 
 def _join(p: _Problem, query: _Query, part: _Part, thread: Expr) -> None:
-    """The result of a query that all warps of the block share, each part rescaled to the greatest
-    score of all. Parts are added in the order of the warps."""
+    """Writes the result of a query that all warps of the block share. Each warp's part is rescaled
+    to the greatest score of all. Parts are added in warp order, so the result is deterministic."""
     width = p.spec.value_dim
     tops, totals = (T.alloc_buffer((_SHARING,), "float32", scope="shared") for _ in range(2))
     sums = T.alloc_buffer((_SHARING, width), "float32", scope="shared")
@@ -234,7 +236,7 @@ def _store(p: _Problem, query: _Query, d: Expr, value: Expr) -> None:
 
 
 def _range(p: _Problem, query: _Query) -> tuple[Expr, Expr]:
-    """The keys that causality, window and chunk let a query see."""
+    """The range of keys that causality, window and chunk let a query attend to."""
     start, end = T.int64(0), p.keys
     if p.spec.is_causal:
         end = T.min(end, query.key_position + 1)
@@ -263,7 +265,7 @@ def _score(p: _Problem, query: _Query, kv: Expr, key: Expr, q: list[Expr]) -> Ex
 
 
 def _features(buffer: Buffer, at: tuple[Expr, ...], query: _Query, width: int) -> list[Expr]:
-    """This lane's features of the row at `at`, in float32; zeros behind the last."""
+    """This lane's features of the row at `at`, in float32; zero beyond the last feature."""
     features = []
     for i in range(-(-width // WARP)):
         d = query.lane + i * WARP

@@ -1,11 +1,12 @@
-"""A tile of a product with weights of few bits, by mma.sync: codes widened in registers.
+"""A tile of a product with weights of few bits, by mma.sync; codes are widened in registers.
 
     a stage     x f16[rows, depth] of each plane, then the codes of w[columns, depth]
-    a code      read by ldmatrix as it lies; `and`, `or`, and one fma for two of them
+    a code      loaded by ldmatrix without unpacking; `and`, `or`, and one fma widen two codes
 
-Codes of rows and weights are whole numbers, or of two bits behind the point, in float16, and their
-products are summed in float32, one block of k by itself; the sum is multiplied by the scales of its
-row and its column when the block ends. So the result is that of the integers, up to 2^24 exactly.
+The codes of rows and weights are integers, or fractions of two binary places, in float16. Their
+products are summed in float32, separately for each block of k. At the end of a block, the sum is
+multiplied by the scales of its row and its column. So the result is that of integer arithmetic,
+exact up to 2^24.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from moec.codegen.specs.products import QuantisedSpec
 
 
 def stage_of(shape: TileShape, spec: QuantisedSpec) -> int:
-    """Elements of 16 bits of a stage."""
+    """The size of a stage, in elements of 16 bits."""
     return shape.depth * (
         shape.rows * planes_of(spec.format.row_bits) + shape.columns * spec.format.bits // 16
     )
@@ -37,21 +38,22 @@ def stage_of(shape: TileShape, spec: QuantisedSpec) -> int:
 
 @dataclass(frozen=True)
 class CodeTile:
-    """Buffers of one block. `tile.sums` are those of a block of k; `totals` are scaled."""
+    """Buffers of one thread block. `tile.sums` are the sums of the current block of k, unscaled;
+    `totals` are scaled."""
 
     tile: MmaTile
     p: Product
     spec: QuantisedSpec
     codes: Codes
     totals: Buffer
-    rows: Buffer  # int32: those of x that this thread's sums belong to
+    rows: Buffer  # int32: the rows of x of this thread's sums
     words: Buffer  # codes of a stage that this lane multiplies
     zeros: Buffer
     scales: Buffer
 
     @property
     def size(self) -> int:
-        """Weights of one scale."""
+        """The number of weights that share one scale."""
         return self.spec.k // self.spec.format.blocks(self.spec.k)
 
     @property
@@ -60,11 +62,11 @@ class CodeTile:
 
     @property
     def result(self) -> MmaTile:
-        """The tile as what is stored."""
+        """The tile whose sums are the result, for storing."""
         return replace(self.tile, sums=self.totals) if self.in_blocks else self.tile
 
     def compute(self, owned: ExpertRows, column: Expr, copies: Buffer) -> None:
-        """result.sums = x @ w^T with all scales."""
+        """Computes result.sums = x @ w^T, with all scales applied."""
         tile, spec, depth = self.tile, self.spec, self.tile.shape.depth
         expert = T.bind(T.cast(owned.expert, "int64"))
         for t, half in itertools.product(range(tile.row_fragments), range(2)):
@@ -88,7 +90,7 @@ class CodeTile:
         size = min(self.size, depth) if self.in_blocks else depth
         for start in range(0, depth, size):
             if self.in_blocks:
-                k = T.min(step * depth + start, self.spec.k - 1)  # behind the end all is 0
+                k = T.min(step * depth + start, self.spec.k - 1)  # beyond the end all codes are 0
                 block = T.bind(k // self.size)
                 self._read_zeros(expert, first, block)
                 tile.clear(tile.sums)
@@ -101,7 +103,8 @@ class CodeTile:
                 self._scale(expert, first, block)
 
     def _read_codes(self, base: Expr) -> None:
-        """Pieces of a column follow each other; a matrix is a piece of eight columns."""
+        """Loads the codes: consecutive pieces of a column, where one matrix is one piece of eight
+        columns."""
         tile, width = self.tile, self.tile.shape.depth * self.spec.format.bits // 16
         pieces, lane = width // 8, tile.lane
         for first in range(0, tile.column_fragments * pieces, WORDS):
@@ -112,7 +115,7 @@ class CodeTile:
             load_fragments(words, tile.stages.pointer(base + at))
 
     def _widen(self, k: int) -> None:
-        """tile.b = the weights of the k-th 16 of the stage."""
+        """Writes to tile.b the weights of the k-th 16 of the stage."""
         format = self.spec.format
         steps = piece_of(format.bits) // STEP
         pieces = self.tile.shape.depth // STEP // steps
@@ -132,7 +135,8 @@ class CodeTile:
             T.buffer_store(self.zeros, zero_pair(self.spec.format.bits, zero), [u])
 
     def _scale(self, expert: Expr, first: Expr, block: Expr) -> None:
-        """totals += sums * the scales of this block, or the sums themselves by the only scale."""
+        """totals += sums * the scales of this block. With one scale for all of k, scales the sums
+        in place."""
         tile, kind = self.tile, self.spec.format.kind
         for u, i in itertools.product(range(tile.column_fragments), range(2)):
             column = self._within(first + u * 8 + tile.lane % 4 * 2 + i)
@@ -149,14 +153,15 @@ class CodeTile:
                     T.buffer_store(tile.sums, tile.sums[at] * scale, [at])
 
     def _within(self, column: Expr) -> Expr:
-        """Those behind the end are the last one again: read, and not stored."""
+        """The column, clamped to the last one: columns beyond the end are computed but not
+        stored."""
         if self.p.columns % self.tile.shape.columns:
             column = T.min(column, self.p.columns - 1)
         return T.bind(column)
 
 
 def code_tile(shape: TileShape, p: Product, codes: Codes, thread: Expr) -> CodeTile:
-    """Allocates the buffers of a block."""
+    """Allocates the buffers of one thread block."""
     spec = p.spec
     assert isinstance(spec, QuantisedSpec)
     tile = mma_tile(shape, "float16", spec.k, thread, stage_of(shape, spec))

@@ -1,16 +1,17 @@
-"""Weights of few bits: how they are packed, and what their codes mean in registers.
+"""Weights of few bits: how codes are packed, and how they are decoded in registers.
 
-    int8, int4   w = (code - zero) * scale          zero 2^(bits-1), or one a block
+    int8, int4   w = (code - zero) * scale          zero 2^(bits-1), or one per block
     fp8          w = e4m3(code) * scale             OCP 8-bit Floating Point 1.0
     mxfp4        w = e2m1(code) * 2^(scale - 127)   OCP Microscaling Formats 1.0
 
-    codes u8[E, columns, k * bits / 8]     16 bytes hold `piece` codes of k that follow each other
-    scales [E, columns, blocks]            bf16, or u8 of mxfp4; zeros u8 of the same shape
+    codes u8[E, columns, k * bits / 8]     16 bytes hold one `piece`: codes of consecutive k
+    scales [E, columns, blocks]            bf16, or u8 for mxfp4; zeros u8 of the same shape
 
-Word q of a piece holds what lane 4c + q of a warp multiplies in column c, step by step of
-`mma.m16n8k16`: of each 16 of k the codes 2q and 2q + 1, 2q + 8 and 2q + 9. Codes of two neighbours
-stand 16 bits apart, so that one `and` leaves both in the halves of a register; `ldmatrix` deals the
-words out. What a code stands for without its scale, a float16 holds exactly.
+Word q of a piece holds the codes that lane 4c + q of a warp multiplies in column c, one step of
+`mma.m16n8k16` after the other: of each 16 of k, the codes 2q, 2q + 1, 2q + 8 and 2q + 9. The two
+codes of a pair are 16 bits apart, so one `and` leaves them in the two halves of a register;
+`ldmatrix` distributes the words to the lanes. The decoded value without its scale is exact in
+float16.
 """
 
 from __future__ import annotations
@@ -31,25 +32,25 @@ from moec.codegen.specs.products import QuantisedSpec
 from moec.errors import NoMatch
 
 WORDS = 4
-"""Of 32 bits, in a piece of 16 bytes."""
+"""Words of 32 bits in a piece of 16 bytes."""
 STEP = 16
-"""Codes that one `mma` takes of a column."""
+"""The number of codes of one column that one `mma` multiplies."""
 _BLOCKS = (32, 64, 128)
-_ONE, _NO = 0x3C003C00, 0x80008000  # pairs of float16: 1, and -0, which changes nothing
-_THOUSAND = 0x6400  # 1024 as a float16: a whole number below it, added to its bits, is added
+_ONE, _NO = 0x3C003C00, 0x80008000  # pairs of float16: 1, and -0, the neutral addend
+_THOUSAND = 0x6400  # 1024 as float16: or-ing an integer below 1024 into its bits adds it
 _TWO_TO_8, _TWO_TO_14 = 0x5C005C00, 0x74007400
 
 
 @dataclass(frozen=True)
 class Codes:
-    """What belongs to the codes of weights, and the scales of rows."""
+    """The buffers that belong to the codes of weights, and the scales of rows."""
 
     scales: Buffer
     zeros: Buffer | None
     row_scales: Buffer
 
     def scale(self, kind: str, expert: Expr, column: Expr, block: Expr) -> Expr:
-        """float32."""
+        """One scale, as float32."""
         stored = self.scales[expert, column, block]
         if kind != "mxfp4":
             return T.cast(stored, "float32")
@@ -59,17 +60,17 @@ class Codes:
 
 
 def piece_of(bits: int) -> int:
-    """Codes in 16 bytes."""
+    """The number of codes in 16 bytes."""
     return 128 // bits
 
 
 def place(bits: int, step: int, half: int, second: int) -> int:
-    """Which code of a word is that of k = 16 step + 8 half + 2 q + second."""
+    """The index within a word of the code for k = 16 step + 8 half + 2 q + second."""
     return second * (16 // bits) + step * 2 + half
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """u8[.., k], one code each -> u8[.., k * bits / 8]."""
+    """u8[.., k], one code per byte -> u8[.., k * bits / 8], packed."""
     piece = piece_of(bits)
     steps = piece // STEP
     # step, half, q, second -> q, second, step, half
@@ -83,7 +84,7 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def check_codes(spec: QuantisedSpec, epilogue: Epilogue | None) -> None:
-    """Raises NoMatch for what the kernels cannot do."""
+    """Raises NoMatch for formats and epilogues that the kernels do not support."""
     piece, size = piece_of(spec.format.bits), spec.k // spec.format.blocks(spec.k)
     if spec.dtype not in (*HALVES, "float32"):
         raise NoMatch(f"its result is {spec.dtype}")
@@ -98,7 +99,8 @@ def check_codes(spec: QuantisedSpec, epilogue: Epilogue | None) -> None:
 
 
 def zero_pair(bits: int, zero: Expr | None) -> Expr:
-    """What `weight_pair` adds to two codes of int8 or int4 that stand behind 1024: uint32."""
+    """The uint32 pair that `weight_pair` adds to two int8 or int4 codes, which are offset by
+    1024."""
     if zero is None:
         number = 0x8000 | _THOUSAND | 1 << (bits - 1)
         return T.uint32(number << 16 | number)
@@ -107,18 +109,19 @@ def zero_pair(bits: int, zero: Expr | None) -> Expr:
 
 
 def weight_pair(kind: str, bits: int, word: Expr, index: int, zero: Expr, target: Expr) -> None:
-    """target = the weights of codes `index` and its neighbour, 16 bits on, as a pair of float16."""
+    """Writes to `target` a float16 pair: the weights of code `index` and of its partner, 16 bits
+    higher."""
     shifted = T.shift_right(word, T.uint32(bits * index)) if index else word
     if kind == "fp8":
         magnitude = T.shift_left(T.bitwise_and(shifted, T.uint32(0x007F007F)), T.uint32(7))
         sign = T.shift_left(T.bitwise_and(shifted, T.uint32(0x00800080)), T.uint32(8))
-        # As float16, whose bias is 8 larger.
+        # Read as float16, whose exponent bias is 8 greater.
         fma_pair(target, T.bitwise_or(magnitude, sign), T.uint32(_TWO_TO_8), T.uint32(_NO))
         return
     if kind == "mxfp4":
         magnitude = T.shift_left(T.bitwise_and(shifted, T.uint32(0x00070007)), T.uint32(9))
         sign = T.shift_left(T.bitwise_and(shifted, T.uint32(0x00080008)), T.uint32(12))
-        # As float16, whose bias is 14 larger.
+        # Read as float16, whose exponent bias is 14 greater.
         fma_pair(target, T.bitwise_or(magnitude, sign), T.uint32(_TWO_TO_14), T.uint32(_NO))
         return
     mask = T.uint32(((1 << bits) - 1) * 0x00010001)

@@ -1,4 +1,4 @@
-"""CUDA C -> cubins, by nvcc or NVRTC, once: later ones come from the cache."""
+"""Compiles CUDA C to cubins, by nvcc or NVRTC, and caches the results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _COMPILERS = {nvidia.NVCC: nvcc, nvidia.NVRTC: nvrtc}
 
 @dataclass(frozen=True)
 class Cubin:
-    """Machine code, and what ptxas says of it: registers of a thread, bytes that spill from them,
-    bytes of static shared memory; of several kernels the most that one of them has."""
+    """Machine code, and the resources that ptxas reports: registers per thread, bytes of spilled
+    registers, bytes of static shared memory. For several kernels, each is the maximum."""
 
     content: bytes
     registers: int
@@ -29,7 +29,7 @@ class Cubin:
 
 
 def compiler(target: CudaTarget) -> nvidia.Compiler:
-    """nvcc where there is one, else NVRTC. Raises TargetError where there is neither."""
+    """nvcc if it is installed, otherwise NVRTC. Raises TargetError if neither is."""
     chosen = nvidia.nvcc() or nvidia.nvrtc()
     if chosen is None:
         raise TargetError(
@@ -40,10 +40,10 @@ def compiler(target: CudaTarget) -> nvidia.Compiler:
 
 
 def cubins(source: str, target: CudaTarget, store: Store | None = None) -> dict[str, Cubin]:
-    """Kernels for each architecture of a target. `store` caches them; None means the
-    user's store.
+    """The cubin of the kernels for each architecture of a target. `store` caches them; None means
+    the user's store.
 
-    Raises TargetError where there is no compiler, or it fails.
+    Raises TargetError if there is no compiler, or if it fails.
     """
     one = partial(_cubin, source, chosen=compiler(target), store=store or default_store())
     with ThreadPoolExecutor(available()) as pool:
@@ -51,7 +51,7 @@ def cubins(source: str, target: CudaTarget, store: Store | None = None) -> dict[
 
 
 def cubin(source: str, target: CudaTarget, store: Store | None = None) -> Cubin:
-    """As `cubins`, for the oldest architecture of a target."""
+    """The cubin for the oldest architecture of a target; see `cubins`."""
     return _cubin(source, target.arch, compiler(target), store or default_store())
 
 

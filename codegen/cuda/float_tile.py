@@ -1,8 +1,8 @@
-"""A tile of a product of float32, by fused multiply-adds: no tensor core keeps all 24 bits.
+"""A tile of a float32 product, by fused multiply-adds: tensor cores do not keep all 24 bits.
 
-Stages, warps and who owns which sum are those of mma_tile.py: a thread has the rows lane / 4 + 8i
-of its warp and pairs of columns. It reads 16 bytes of a row or a column at once; the eight rows and
-the four columns that a warp reads at once lie in different banks.
+Stages, warps and the assignment of sums to threads are those of mma_tile.py: a thread has the rows
+lane / 4 + 8i of its warp, and pairs of columns. It loads 16 bytes of a row or a column at once; the
+eight rows and the four columns that a warp loads at once are in different banks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from moec.codegen.cuda.mma_tile import MmaTile
 from moec.codegen.cuda.stages import PIECE, Part
 
 _FLOATS = 4
-"""In a piece of 16 bytes."""
+"""Float32 elements in a piece of 16 bytes."""
 
 
 def multiply_floats(tile: MmaTile, x: Part, w: Part) -> None:
-    """tile.sums = x @ w^T. Nobody reads the stages any more when this ends."""
+    """Computes tile.sums = x @ w^T. No thread reads the stages after it returns."""
     rows = [(t, half) for t in range(tile.row_fragments) for half in range(2)]
     x_floats = T.alloc_buffer((len(rows) * _FLOATS,), "float32", scope="local")
     w_floats = T.alloc_buffer((_FLOATS,), "float32", scope="local")

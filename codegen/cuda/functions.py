@@ -1,7 +1,8 @@
-"""CUDA functions that generated loops call by name: memory, rounding, comparison, exactly rounded.
+"""CUDA functions that generated loops call: memory access, rounding, comparison, exact math
+functions.
 
-They are what `moec.codegen.cpu.llvm.scalar_text` has for CPUs, under the same names, so that one
-text of loops serves both.
+They have the names of the CPU functions in `moec.codegen.cpu.llvm.scalar_text`, so that the same
+generated loops call either.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from functools import cache
 
 START = "// ---- functions of moec"
-"""The line before them, where they stand in CUDA C."""
+"""The comment before the functions in the CUDA C."""
 
 _CALL = re.compile(r"\bmoec_\w+")
 _HALVES = {"bf16": "nv_bfloat16", "f16": "half"}
@@ -28,10 +29,10 @@ _MATH = {
     "roundeven": "rintf(a)",
 }
 
-# TVM writes the fast functions of CUDA, of a few digits, for those of float32.
+# TVM emits CUDA's fast, inexact functions for float32.
 _FAST = re.compile(r"\b__(exp|exp10|log|log2|log10|sin|cos|tan|pow)f\b")
 
-# TVM takes the address of what need not have one, to read its bits as those of a float.
+# TVM reads the bits of a float through the address of a value, which an rvalue does not have.
 _BITS = re.compile(r"\*\((\w+) \*\)\(&\(")
 
 _CAST = """template <class T, class F> static __forceinline__ __device__ T moec_bits(F from) {
@@ -41,7 +42,8 @@ _CAST = """template <class T, class F> static __forceinline__ __device__ T moec_
   return to;
 }"""
 
-# NVRTC leaves cuda.h out, which has the type of a tensor map: 128 bytes that only the driver reads.
+# NVRTC has no cuda.h, which declares the type of a tensor map: 128 bytes that only the driver
+# reads.
 _TENSOR_MAP = """
 #ifdef __CUDACC_RTC__
   struct alignas(64) CUtensorMap_st { unsigned long long opaque[16]; };
@@ -55,8 +57,8 @@ _HEADERS = """#include <cuda_bf16.h>
 
 
 def with_functions(source: str) -> str:
-    """CUDA C with the functions of moec that it calls before its first kernel, and with exact
-    functions in place of fast ones. Raises KeyError for a function that is not defined."""
+    """The CUDA C with definitions of the moec functions it calls before its first kernel, and with
+    exact functions in place of fast ones. Raises KeyError for an undefined function."""
     source = _FAST.sub(r"\1f", source)
     source = _BITS.sub(r"moec_bits<\1>((", source)
     if "CUtensorMap" in source:
@@ -72,7 +74,7 @@ def with_functions(source: str) -> str:
 
 @cache
 def _functions() -> dict[str, str]:
-    """The text of each function by its name."""
+    """The definition of each function, by name."""
     text = {
         "moec_bits": _CAST,
         "moec_fma_f32": _f("float", "moec_fma_f32", "float a, float b, float c", "fmaf(a, b, c)"),

@@ -2,11 +2,12 @@
 
     y[r, c] = sum over k of x[row of r, k] * w[e, c, k]      for c, c + 1 of the rows of a tile
 
-Lane l reads the 16 bytes l, l + 32, ... of a row of weights, multiplies them with the same of each
-row of x, and adds in float32; the sums of the lanes are added up at the end, by halves. So where an
-expert has at most four rows (two of float32) its weights are read once, in order, past the first
-cache, and the product takes as long as that. Columns run faster than rows: neighbouring warps read
-neighbouring weights. 16-bit weights are widened in registers.
+Lane l loads the pieces l, l + 32, ... of 16 bytes of a row of weights, multiplies them with the
+same pieces of each row of x, and accumulates in float32. At the end, the sums of the lanes are
+added in a butterfly reduction. An expert with at most four rows (two for float32) reads its weights
+once, in order, bypassing the L1 cache, so the product takes about as long as reading the weights.
+Consecutive warps have consecutive columns, so they read consecutive weights. 16-bit weights are
+widened in registers.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
 
 ROWS = 4
-"""Of one expert, that a warp multiplies with the 16-bit weights that it reads."""
-_ROWS_OF_FLOATS = 2  # more would not fit into 64 registers, and spill
+"""Rows of one expert that a warp multiplies with the 16-bit weights that it loads."""
+_ROWS_OF_FLOATS = 2  # more rows need over 64 registers, and spill
 _WARPS = 4
-_BLOCKS = 8  # on one SM: what hides the time until memory answers
-_WORDS = 4  # of 32 bits, in a piece of 16 bytes
+_BLOCKS = 8  # per SM: enough to hide the latency of memory
+_WORDS = 4  # of 32 bits in a piece of 16 bytes
 
 Accumulate: TypeAlias = Callable[[Product, ExpertRows, Expr, Expr, Buffer], None]
 """(product, rows of the tile, first packed column, lane, sums float32[rows * parts])"""
 
 
 def check_few_rows(spec: LinearSpec, epilogue: Epilogue | None) -> None:
-    """Raises NoMatch for what these products cannot do."""
+    """Raises NoMatch for products that these kernels do not support."""
     if spec.dtype not in (*HALVES, "float32"):
         raise NoMatch(f"products of {spec.dtype} have no CUDA kernel")
     if spec.y_dtype not in (spec.dtype, "float32"):
@@ -70,9 +71,9 @@ def gemv(
     blocks: int = 0,
     name: str = "gemv",
 ) -> PrimFunc:
-    """A kernel of the arguments of `grouped.grouped_linear`, or, `dense`, of `grouped.linear`.
+    """A kernel with the arguments of `grouped.grouped_linear` or, if `dense`, of `grouped.linear`.
 
-    Raises NoMatch for what these products cannot do.
+    Raises NoMatch for products that these kernels do not support.
     """
     check_few_rows(spec, epilogue)
     with IRBuilder() as builder:
@@ -91,10 +92,11 @@ def launch_few_rows(
     rows: int = 0,
     add: Accumulate | None = None,
 ) -> None:
-    """The launch, for any number of rows. `blocks` is the grid: 0 for what the GPU holds.
+    """Launches the product for any number of rows. `blocks` is the grid size; 0 means as many as
+    the GPU holds.
 
-    `add` adds up each lane's products of `rows` rows: those of 16-bit and float32 weights, unless
-    it is given.
+    `add` accumulates the products of one lane for `rows` rows; the default is that of 16-bit and
+    float32 weights.
     """
     pairs, rows, add = p.spec.n // 2, rows or _rows(p.spec), add or _accumulate
     tiles = (p.rows + (rows - 1)) // rows + (p.spec.groups - 1)
@@ -128,7 +130,7 @@ def launch_few_rows(
 
 def _accumulate(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: Buffer) -> None:
     parts, count = parts_of(p.spec), _rows(p.spec)
-    expert = T.bind(T.cast(owned.expert, "int64"))  # 32 bits do not hold E * n * k
+    expert = T.bind(T.cast(owned.expert, "int64"))  # E * n * k may exceed 32 bits
     rows = [row_of_x(p, owned, row) for row in range(count)]
     weights = T.alloc_buffer((parts * _WORDS,), "uint32", scope="local")
     words = T.alloc_buffer((_WORDS,), "uint32", scope="local")
@@ -155,25 +157,28 @@ def _add_products(sums: Buffer, index: int, x: Sequence[Expr], w: Sequence[Expr]
 
 
 def column_of(part: int, column: Expr) -> Expr:
-    """The packed column of a part: two of gate, the same two of up, from the first of gate."""
+    """The packed column of a part, given the first column of gate: parts 0 and 1 are columns of
+    gate, parts 2 and 3 the same columns of up."""
     return column + part // 2 * GROUP + part % 2
 
 
 def row_of_x(p: Product, owned: ExpertRows, row: Expr | int) -> Expr:
-    """Those behind the end are the last one again: read, and not stored."""
+    """The row of x, clamped to the expert's last row: rows beyond the end are computed but not
+    stored."""
     r = T.bind(T.min(owned.first + row, owned.end - 1))
     return T.bind(r if p.order is None else p.order[r] // p.top_k)
 
 
 def _column(spec: LinearSpec, pair: Expr) -> Expr:
-    """The packed column of the first of a pair; see layout for where gate and up lie."""
+    """The packed column of the first of a pair; layout.py describes how gate and up are
+    interleaved."""
     if not spec.gated:
         return pair * 2
     return pair * 2 // GROUP * (2 * GROUP) + pair * 2 % GROUP
 
 
 def parts_of(spec: LinearSpec) -> int:
-    """Rows of weights that a pair of columns needs."""
+    """The number of rows of weights that a pair of columns needs."""
     return 4 if spec.gated else 2
 
 
@@ -182,7 +187,7 @@ def _rows(spec: LinearSpec) -> int:
 
 
 def _elements(dtype: str) -> int:
-    """Of 16 bytes."""
+    """The number of elements in 16 bytes."""
     return 8 if dtype in HALVES else 4
 
 
@@ -192,7 +197,7 @@ def floats(words: Buffer, first: int, dtype: str) -> list[Expr]:
 
 
 def floats_of(word: Expr, dtype: str) -> list[Expr]:
-    """The elements of 32 bits, as float32."""
+    """The elements in one word of 32 bits, as float32."""
     if dtype == "float32":
         return [T.reinterpret("float32", word)]
     if dtype == "bfloat16":

@@ -1,8 +1,8 @@
-"""Products with weights of few bits for few rows: codes widened in registers, no tensor cores.
+"""Products with weights of few bits for few rows: codes are widened in registers; no tensor cores.
 
-A lane reads 16 bytes of codes, which one scale belongs to, and what the codes of two rows are
-there; their products are added, and that sum multiplied by both scales. The rest is that of
-gemv.py.
+A lane loads 16 bytes of codes, which share one scale, and the codes of two rows at the same
+positions. The products are summed, and the sum is multiplied by both scales. Everything else is as
+in gemv.py.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from moec.codegen.cuda.tiles import ExpertRows
 from moec.codegen.specs.products import QuantisedSpec
 
 ROWS = 2
-"""That a warp multiplies with the codes that it reads."""
-_ELEMENTS = 8  # of float16, that a lane reads at once
+"""Rows that a warp multiplies with the codes that it loads."""
+_ELEMENTS = 8  # float16 elements that a lane loads at once
 
 
 def add_codes(
     codes: Codes, p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: Buffer
 ) -> None:
-    """Each lane's products, as `gemv.launch_few_rows` asks for them."""
+    """Accumulates one lane's products; the `add` of `gemv.launch_few_rows`."""
     spec = p.spec
     assert isinstance(spec, QuantisedSpec)
     parts, format = parts_of(spec), spec.format
-    expert = T.bind(T.cast(owned.expert, "int64"))  # 32 bits do not hold E * n * k
+    expert = T.bind(T.cast(owned.expert, "int64"))  # E * n * k may exceed 32 bits
     rows = [row_of_x(p, owned, row) for row in range(ROWS)]
     words = T.alloc_buffer((parts * WORDS,), "uint32", scope="local")
     zeros = T.alloc_buffer((parts,), "uint32", scope="local")
@@ -71,7 +71,7 @@ def _add_eight(
     buffers: tuple[Buffer, Buffer, Buffer],
     eighth: int,
 ) -> None:
-    """products += eight codes of the rows, from the piece's k on, times those of the weights."""
+    """products += eight codes of the rows, from k on, times eight codes of the weights."""
     words, zeros, products = buffers
     parts, format = parts_of(spec), spec.format
     x = [_codes_of_row(p, spec, row, k + eighth * _ELEMENTS) for row in rows]
@@ -87,7 +87,7 @@ def _add_eight(
 
 
 def _codes_of_row(p: Product, spec: QuantisedSpec, row: Expr, k: Expr) -> list[Expr]:
-    """Eight codes of a row in float32, the sums of their planes."""
+    """Eight codes of a row in float32, each the sum of its planes."""
     words = T.alloc_buffer((WORDS,), "uint32", scope="local")
     total: list[Expr] = []
     for plane in range(planes_of(spec.format.row_bits)):

@@ -2,10 +2,10 @@
 
     y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
 
-A dense product (`linear`) is that of one expert that owns all rows. "row of r" is r itself, or,
-where the dispatch is folded in (`top_k`), the token order[r] // top_k: then the rows of x are read
-where they are and never copied. Rows of y that no expert owns are left as they are. Gated weights
-lie interleaved: see layout.
+A dense product (`linear`) is a grouped product with one expert that owns all rows. "row of r" is r
+itself, or, if the dispatch is fused (`top_k`), the token order[r] // top_k: the rows of x are then
+gathered on load, never copied. Rows of y without an expert are not written. Gated weights are
+interleaved: see layout.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from moec.target.cuda import CudaTarget
 
 
 def shapes_of(dtype: str) -> tuple[TileShape, TileShape]:
-    """The tiles for few and for many rows of an expert."""
+    """The tiles for few and for many rows per expert."""
     return SMALL, FLOATS if dtype == "float32" else LARGE
 
 
@@ -53,10 +53,11 @@ def grouped_linear(
 ) -> PrimFunc:
     """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]).
 
-    With `top_k` it takes `order`. `shape` is the tile: None for one that the number of rows
-    decides at the launch; for few rows that is no tile, but what gemv.py says. `blocks` is the
-    grid: 0 for at most one block on each SM.
-    Raises NoMatch for what the tile cannot do.
+    With `top_k` it has the argument `order`. `shape` is the tile. None selects one at launch, by
+    the number of rows; for few rows, that is the product of gemv.py. `blocks` is the grid size; 0
+    means at most one block per SM.
+
+    Raises NoMatch if the tile does not support the product.
     """
     shapes = shapes_of(spec.dtype) if shape is None else (shape,)
     for one in shapes:
@@ -72,7 +73,7 @@ def grouped_linear(
 def linear(
     spec: LinearSpec, target: CudaTarget, *, shape: TileShape | None = None, name: str = "linear"
 ) -> PrimFunc:
-    """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n]): all rows are those of one expert."""
+    """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n]) for one expert that owns all rows."""
     shapes = shapes_of(spec.dtype) if shape is None else (shape,)
     for one in shapes:
         check_product(spec, target, None, one.shared_memory)
@@ -97,7 +98,7 @@ def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], block
 def by_rows(
     p: Product, few: Callable[[], None], small: Callable[[], None], large: Callable[[], None]
 ) -> None:
-    """The launch by the rows that an expert has on average: the host decides."""
+    """Emits the host code that selects a launch by the average number of rows per expert."""
     with T.If(p.rows <= max(p.spec.groups, ROWS)):
         with T.Then():
             few()
@@ -115,9 +116,9 @@ def launch_tiles(
     blocks: int,
     compute: Callable[[int | Expr, Expr, Expr], None],
 ) -> None:
-    """Persistent blocks: compute(blocks, block, thread)."""
+    """Launches persistent blocks, each of which runs compute(blocks, block, thread)."""
     across = -(-p.columns // shape.columns)
-    # No routing has more tiles than this: whole ones, and a last one of each expert.
+    # The maximum over all routings: every full tile, plus one partial tile per expert.
     tiles = ((p.rows + (shape.rows - 1)) // shape.rows + (p.spec.groups - 1)) * across
     count = T.min(T.max(tiles, 1), target.sms) if not blocks else blocks
     grid = T.launch_thread("blockIdx.x", count)
@@ -148,8 +149,8 @@ def each_tile(
     launch: tuple[int | Expr, Expr, Expr],
     compute: Callable[[ExpertRows, Expr], None],
 ) -> None:
-    """compute(rows, first packed column) for each tile of this block. `launch` is the number of
-    blocks, this one, and the thread."""
+    """Runs compute(rows, first packed column) for each tile of this block. `launch` is the number
+    of blocks, the index of this block, and the thread."""
     blocks, block, thread = launch
     tiles = tiles_of(p, shape.rows, shape.threads, thread)
     across = -(-p.columns // shape.columns)
@@ -160,7 +161,7 @@ def each_tile(
 
 
 def store_tile(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, word: Buffer) -> None:
-    """The sums as rows of y."""
+    """Stores the sums as rows of y."""
     first = T.bind(column + tile.first_column + tile.lane % 4 * 2)
     for t in range(tile.row_fragments):
         for half in range(2):

@@ -1,8 +1,8 @@
-"""Products of each expert's rows with weights of few bits: see codes for what those are.
+"""Products of each expert's rows with weights of few bits; codes.py describes the formats.
 
-Up to a row an expert on average, codes are widened for a few rows as in gemv_codes.py; for more, by
-tensor cores, in tiles of 16 rows where an expert has few of them and of 64 else: the host decides.
-Both take rows that `round_rows` made.
+With at most one row per expert on average, codes are widened for a few rows, as in gemv_codes.py.
+With more, tensor cores are used, in tiles of 16 rows if experts have few rows, else of 64. The host
+decides at launch. Both take rows from `round_rows`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = (SMALL, CODES)
 
 
 def check_grouped_codes(spec: QuantisedSpec, target: CudaTarget, epilogue: Epilogue | None) -> None:
-    """Raises NoMatch for what the kernels cannot do."""
+    """Raises NoMatch for products that the kernels do not support."""
     check_codes(spec, epilogue)
     for shape in SHAPES:
         check_shared_memory(spec, target, _shared_memory(shape, spec))
@@ -57,11 +57,11 @@ def grouped_codes(
     blocks: int = 0,
     name: str = "codes",
 ) -> PrimFunc:
-    """A kernel (scales[, zeros], row scales f32[R or T, blocks], x f16[R or T, planes * k]
-    [, order], ends, codes[, bias], y[R, n]).
+    """A kernel (scales[, zeros], row scales f32[R or T, blocks], x f16[R or T, planes * k] [,
+    order], ends, codes[, bias], y[R, n]).
 
-    `spec.dtype` is that of bias and y. `shape` is the tile: None for what the number of rows
-    decides at the launch. Raises NoMatch for what it cannot do.
+    `spec.dtype` is the dtype of bias and y. `shape` is the tile; None selects one at launch, by the
+    number of rows. Raises NoMatch for products that the tile does not support.
     """
     check_codes(spec, epilogue)
     for one in SHAPES if shape is None else (shape,):
@@ -89,7 +89,7 @@ def gemv_codes(
     blocks: int = 0,
     name: str = "gemv_codes",
 ) -> PrimFunc:
-    """A kernel of the same arguments, for few rows alone."""
+    """A kernel with the same arguments as `grouped_codes`, for few rows only."""
     check_codes(spec, epilogue)
 
     def launch(codes: Codes, p: Product) -> None:

@@ -1,9 +1,10 @@
-"""Products of experts on sm_90a: as grouped, with rows that lie sorted, by TMA and wgmma.
+"""Products of experts on sm_90a: like grouped.py, for rows already sorted by expert, by TMA and
+wgmma.
 
     y[r] = f(x[r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
 
-Boxes may reach behind an expert's rows, and behind its weights: what is computed there is not
-stored, and outside of the tensors are zeros.
+Boxes may extend beyond an expert's rows or weights: results there are not stored. TMA fills
+elements outside the tensors with zeros.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
 
-_LOADING, _MULTIPLYING = 40, 232  # registers of a thread; the launch gives 168 to each
+_LOADING, _MULTIPLYING = 40, 232  # registers per thread; the launch allots 168 to all
 
 
 def grouped_linear_wgmma(
@@ -45,7 +46,8 @@ def grouped_linear_wgmma(
 ) -> PrimFunc:
     """A kernel (x[R, k], ends i32[E], w packed[, bias packed], y[R, n]).
 
-    `blocks` is the grid: 0 for one block on each SM. Raises NoMatch for what the tile cannot do.
+    `blocks` is the grid size; 0 means one block per SM. Raises NoMatch for products that the tile
+    does not support.
     """
     check_product(spec, target, epilogue, SHARED_MEMORY)
     if spec.dtype not in HALVES:
@@ -84,7 +86,7 @@ def _each_tile(
     block: Expr,
     body: Callable[[ExpertRows, Expr, Expr], None],
 ) -> None:
-    """body(rows, first column, stages before it) for each tile of this block, in order."""
+    """Runs body(rows, first column, stages before it) for each tile of this block, in order."""
     across = -(-p.columns // COLUMNS)
     with T.serial(0, (tiles.total * across - block + (blocks - 1)) // blocks) as turn:
         index = T.bind(block + turn * blocks)

@@ -1,7 +1,7 @@
-"""PTX instructions and CUDA functions that kernels use, by names and Python arguments.
+"""PTX instructions and CUDA functions that kernels use, as Python functions.
 
-TVM makes of each PTX instruction one function around one `asm volatile`. What stands here is all
-that kernels use, and all that the emulator of tests/cuda_emulator implements.
+TVM turns each PTX instruction into a function with one `asm volatile`. Kernels use only the
+instructions in this file, and the emulator in tests/cuda_emulator implements all of them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _MMA = {"bfloat16": "bf16", "float16": "f16"}
 
 
 def ptx(instruction: str, *operands: Expr | int) -> None:
-    """One PTX instruction, destinations first."""
+    """Emits one PTX instruction; destination operands come first."""
     T.evaluate(T.ptx[instruction](*operands))
 
 
 def barrier() -> None:
-    """All threads of the block arrive, and see each other's shared memory."""
+    """Synchronises the threads of the block, and makes their writes to shared memory visible."""
     T.evaluate(T.tvm_storage_sync("shared"))
 
 
@@ -35,28 +35,29 @@ def warp_barrier() -> None:
 
 
 def copy_async(to: Expr, source: Expr, size: Expr | None = None) -> None:
-    """16 bytes; where `size` is given only so many are read, and zeros follow them."""
+    """Copies 16 bytes. With `size`, only `size` bytes are read, and zeros fill the rest."""
     operands = (to, source, 16) if size is None else (to, source, 16, size)
     ptx("cp.async.cg.shared.global", *operands)
 
 
 def commit_copies() -> None:
-    """The copies since the last commit are one group."""
+    """Puts the copies since the last commit into one group."""
     ptx("cp.async.commit_group")
 
 
 def wait_copies(groups: int) -> None:
-    """Until at most `groups` of this thread's latest groups are still open."""
+    """Waits until at most `groups` of this thread's latest copy groups are pending."""
     ptx("cp.async.wait_group", groups)
 
 
 def load_past_cache(words: Sequence[Expr], source: Expr) -> None:
-    """Four uint32: 16 bytes that nobody writes meanwhile, not kept in the L1 cache."""
+    """Loads four uint32 (16 bytes) without caching them in L1. No thread may write them
+    meanwhile."""
     ptx("ld.global.nc.L1::no_allocate.v4.u32", *words, source)
 
 
 def load_shared(floats: Sequence[Expr], source: Expr) -> None:
-    """Four float32: 16 bytes of shared memory."""
+    """Loads four float32 (16 bytes) from shared memory."""
     ptx("ld.shared.v4.f32", *floats, source)
 
 
@@ -64,7 +65,8 @@ def load_shared(floats: Sequence[Expr], source: Expr) -> None:
 
 
 def load_fragments(registers: Sequence[Expr], row: Expr) -> None:
-    """Four matrices 8x8 of 16 bits; lane l gives the address of row l % 8 of matrix l / 8."""
+    """Loads four 8x8 matrices of 16-bit elements; lane l passes the address of row l % 8 of matrix
+    l / 8."""
     ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, row)
 
 
@@ -75,12 +77,12 @@ def multiply(dtype: str, sums: Sequence[Expr], a: Sequence[Expr], b: Sequence[Ex
 
 
 def round_pair(dtype: str, word: Expr, low: Expr, high: Expr) -> None:
-    """Two float32 -> a uint32 of two bfloat16 or float16."""
+    """Rounds two float32 to a uint32 of two bfloat16 or float16."""
     ptx(f"cvt.rn.{_MMA[dtype]}x2.f32", word, high, low)  # the high half comes first
 
 
 def fma_pair(target: Expr, a: Expr, b: Expr, c: Expr) -> None:
-    """target = a * b + c of two float16 in each uint32, rounded once."""
+    """target = a * b + c for the two float16 in each uint32, rounded once."""
     ptx("fma.rn.f16x2", target, a, b, c)
 
 
@@ -88,17 +90,18 @@ def fma_pair(target: Expr, a: Expr, b: Expr, c: Expr) -> None:
 
 
 def init_barrier(barrier: Expr, arrivals: int) -> None:
-    """A barrier in shared memory (uint64): a phase ends after so many arrivals, and all bytes."""
+    """Initialises a barrier in shared memory (uint64). A phase ends after `arrivals` arrivals and
+    all expected bytes."""
     ptx("mbarrier.init.shared.b64", barrier, T.uint32(arrivals))
 
 
 def publish_barriers() -> None:
-    """Barriers that were initialised are so for copies too."""
+    """Makes initialised barriers visible to asynchronous copies."""
     ptx("fence.mbarrier_init.release.cluster")
 
 
 def expect_bytes(barrier: Expr, size: int) -> None:
-    """Arrive, and have the phase wait for so many bytes."""
+    """Arrives, and adds `size` bytes to those that the phase waits for."""
     ptx("mbarrier.arrive.expect_tx.shared.b64", barrier, T.uint32(size))
 
 
@@ -107,18 +110,20 @@ def arrive(barrier: Expr) -> None:
 
 
 def wait_barrier(barrier: Expr, parity: Expr) -> None:
-    """Until the phase of this parity, the first of which is 0, has ended."""
+    """Waits for the end of the phase of this parity; the first phase has parity 0."""
     T.evaluate(T.cuda.mbarrier_wait(barrier, parity))
 
 
 def copy_box(to: Expr, tensor_map: Expr, column: Expr, row: Expr, barrier: Expr) -> None:
-    """The box of the map at (row, column), zeros outside of the tensor; completes the barrier."""
+    """Copies the box of the map at (row, column), with zeros outside the tensor, and reports its
+    bytes to the barrier."""
     form = "2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
     ptx(f"cp.async.bulk.tensor.{form}", to, T.address_of(tensor_map), column, row, barrier)
 
 
 def describe_matrix(descriptor: Expr, matrix: Expr) -> None:
-    """uint64: rows of 64 16-bit elements with the 128-byte swizzle, 1024 bytes for 8 of them."""
+    """A uint64 matrix descriptor: rows of 64 16-bit elements with the 128-byte swizzle, 1024 bytes
+    per 8 rows."""
     address = T.address_of(descriptor)
     T.evaluate(T.cuda.wgmma.encode_matrix_descriptor(address, matrix, 1, 64, 3))
 
@@ -141,12 +146,12 @@ def commit_products() -> None:
 
 
 def wait_products(groups: int) -> None:
-    """Until at most `groups` of the latest groups of products are still open."""
+    """Waits until at most `groups` of the latest groups of products are pending."""
     ptx("wgmma.wait_group.sync.aligned", groups)
 
 
 def give_registers(count: int) -> None:
-    """All threads of this warpgroup go down to so many."""
+    """Lowers the registers of every thread of this warpgroup to `count`."""
     ptx("setmaxnreg.dec.sync.aligned.u32", count)
 
 
@@ -158,41 +163,41 @@ def take_registers(count: int) -> None:
 
 
 def shuffle_xor(value: Expr, mask: int) -> Expr:
-    """The float32 value of the lane whose number differs in these bits."""
+    """The float32 value of the lane whose index differs in the bits of `mask`."""
     return T.bind(T.call_extern("float32", "__shfl_xor_sync", _ALL_LANES, value, T.int32(mask)))
 
 
 def warp_sum(value: Expr) -> Expr:
-    """The sum of all lanes' float32, by halves: the same order every time."""
+    """The sum of all lanes' float32, by a butterfly reduction: always in the same order."""
     for step in (16, 8, 4, 2, 1):
         value = T.bind(value + shuffle_xor(value, step))
     return value
 
 
 def warp_greatest(value: Expr) -> Expr:
-    """The greatest float32 of all lanes; NaN counts only where all are."""
+    """The greatest float32 of all lanes; NaN only if all are NaN."""
     for step in (16, 8, 4, 2, 1):
         value = T.bind(T.call_extern("float32", "fmaxf", value, shuffle_xor(value, step)))
     return value
 
 
 def warp_max(value: Expr) -> Expr:
-    """Of int32, by one instruction."""
+    """The maximum of all lanes' int32, by one instruction."""
     return T.bind(T.call_extern("int32", "__reduce_max_sync", _ALL_LANES, value))
 
 
 def warp_min(value: Expr) -> Expr:
-    """Of int32, by one instruction."""
+    """The minimum of all lanes' int32, by one instruction."""
     return T.bind(T.call_extern("int32", "__reduce_min_sync", _ALL_LANES, value))
 
 
 def ballot(condition: Expr) -> Expr:
-    """uint32: the lanes where the condition holds."""
+    """uint32: the mask of lanes for which the condition is true."""
     return T.bind(T.call_extern("uint32", "__ballot_sync", _ALL_LANES, condition))
 
 
 def match(value: Expr) -> Expr:
-    """uint32: the lanes that have the same int32."""
+    """uint32: the mask of lanes with the same int32."""
     return T.bind(T.call_extern("uint32", "__match_any_sync", _ALL_LANES, value))
 
 
@@ -208,7 +213,7 @@ def add_atomically(buffer: Buffer, index: Expr, value: int) -> None:
 
 
 def exp(x: Expr) -> Expr:
-    """To 2 ulp; TVM's own is `__expf`, which is not."""
+    """exp with an error of at most 2 ulp; TVM's own is `__expf`, which is less exact."""
     return T.call_extern("float32", "expf", x)
 
 

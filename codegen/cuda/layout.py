@@ -1,10 +1,10 @@
-"""Weights as the grouped products read them.
+"""The layout of weights for grouped products.
 
-    plain     w[E, n, k] as it is
+    plain     w[E, n, k], unchanged
     gated     gate[E, n, k], up[E, n, k] -> w[E, 2n, k]: 8 rows of gate, the same 8 of up, ...
 
-A fragment of mma.sync is 8 columns wide: so one thread holds a column of gate and the same one of
-up, and joins them in its registers.
+A fragment of mma.sync has 8 columns. With this layout, a thread holds a column of gate and the same
+column of up, and combines them in registers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ GROUP = 8  # rows of gate, then of up
 
 
 def interleave(gate: NDArray[np.generic], up: NDArray[np.generic]) -> NDArray[np.generic]:
-    """[E, n, ...] twice -> [E, 2n, ...]: matrices, or their biases.
+    """[E, n, ...] twice -> [E, 2n, ...], for matrices or biases.
 
-    Raises NoMatch where n is no multiple of 8.
+    Raises NoMatch if n is not a multiple of 8.
     """
     experts, n, *rest = gate.shape
     if n % GROUP:

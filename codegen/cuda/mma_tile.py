@@ -1,6 +1,6 @@
-"""A tile of a product by mma.sync: stages by cp.async, fragments by ldmatrix. sm_80 and later.
+"""A tile of a product by mma.sync: stages by cp.async, fragments by ldmatrix. For sm_80 and later.
 
-A stage holds x[rows, depth], then w[columns, depth]; see stages for how.
+A stage holds x[rows, depth], then w[columns, depth]; stages.py describes its layout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moec.codegen.cuda.tiles import TileShape
 
 @dataclass(frozen=True)
 class MmaTile:
-    """Stages of one block in shared memory, sums and fragments of a thread."""
+    """The stages of one block in shared memory, and the sums and fragments of one thread."""
 
     shape: TileShape
     dtype: str
@@ -28,7 +28,7 @@ class MmaTile:
     sums: Buffer
     a: Buffer
     b: Buffer
-    first_row: Expr  # of this warp in the tile
+    first_row: Expr  # of this warp within the tile
     first_column: Expr
 
     @property
@@ -44,7 +44,8 @@ class MmaTile:
         return self.thread % 32
 
     def sum_index(self, row_fragment: int, column_fragment: int, half: int) -> int:
-        """Of the first of two neighbours, in row `half` * 8 + lane / 4, column lane % 4 * 2."""
+        """The index of the first of two neighbouring sums, in row `half` * 8 + lane / 4, column
+        lane % 4 * 2."""
         return (row_fragment * self.column_fragments + column_fragment) * 4 + half * 2
 
     def clear(self, sums: Buffer) -> None:
@@ -52,7 +53,7 @@ class MmaTile:
             T.buffer_store(sums, T.float32(0), [i])
 
     def compute(self, x: Part, w: Part) -> None:
-        """sums = x @ w^T. Nobody reads the stages any more when this ends."""
+        """Computes sums = x @ w^T. No thread reads the stages after it returns."""
         self.clear(self.sums)
         self.stages.run([x, w], lambda base, step: self._multiply(base))
 
@@ -64,7 +65,7 @@ class MmaTile:
             self.multiply()
 
     def load_rows(self, base: Expr, k: int) -> None:
-        """a = 16 columns of x, from the k-th 16 on, of all rows of this warp."""
+        """Loads into a the k-th 16 columns of x, for all rows of this warp."""
         lane = self.lane
         for t in range(self.row_fragments):
             row = T.bind(self.first_row + t * 16 + lane % 16)
@@ -92,8 +93,9 @@ class MmaTile:
 def mma_tile(
     shape: TileShape, dtype: str, depth: int, thread: Expr, stage: int | None = None
 ) -> MmaTile:
-    """Allocates the buffers of a block that multiplies matrices of `depth` columns. A stage has
-    `stage` elements of 16 bits, unless that is what weights are stored in, or float32."""
+    """Allocates the buffers of a block that multiplies matrices of `depth` columns. `stage` is the
+    size of a stage in elements of 16 bits; the default is `shape.stage`, which suits weights of 16
+    bits or float32."""
     rows, columns = shape.rows // shape.warp_rows, shape.columns // shape.warp_columns
     warp = T.bind(thread // 32)
     size = shape.stage if stage is None else stage

@@ -1,9 +1,9 @@
-"""Normalisation of rows, with the addition of a residual where there is one: one block a row.
+"""Normalisation of rows, optionally after adding a residual: one block per row.
 
     rms_norm    x[T, D] (+ residual[T, D] -> sum[T, D])  weight?[D]            -> out[T, D]
     layer_norm  x[T, D] (+ residual[T, D] -> sum[T, D])  weight?[D]  bias?[D]  -> out[T, D]
 
-Neighbouring threads read neighbouring columns; sums run in one order, whatever the GPU.
+Consecutive threads read consecutive columns. Sums have one fixed order on every GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
 
 _MOST_THREADS = 256
-_COLUMNS = 4  # of a row for each thread, at least
+_COLUMNS = 4  # the least number of columns per thread
 
 
 @dataclass(frozen=True)
 class _Block:
-    """The threads of a block, and float32[warps] in shared memory for their sums."""
+    """The threads of a block, and float32[warps] in shared memory for their partial sums."""
 
     threads: int
     thread: Expr
@@ -40,7 +40,7 @@ class _Block:
         T.buffer_store(part, T.float32(0), [0])
         self.columns(width, lambda d: T.buffer_store(part, part[0] + of(d), [0]))
         warp_total = warp_sum(part[0])
-        barrier()  # the sums of before are read
+        barrier()  # all threads have read the previous sums
         with T.If(self.thread % WARP == 0), T.Then():
             T.buffer_store(self.sums, warp_total, [self.thread // WARP])
         barrier()
@@ -54,7 +54,8 @@ class _Block:
 
 
 def norm(spec: NormSpec, target: CudaTarget, name: str = "norm") -> PrimFunc:
-    """The kernel (x, residual?, weight?, bias?, sum?, out); the sum comes with a residual."""
+    """The kernel (x, residual?, weight?, bias?, sum?, out); `sum` is an argument if `residual`
+    is."""
     warps = -(-spec.width // (_COLUMNS * WARP))
     threads = min(_MOST_THREADS, warps * WARP)
     with IRBuilder() as builder:
@@ -82,7 +83,7 @@ def norm(spec: NormSpec, target: CudaTarget, name: str = "norm") -> PrimFunc:
                     source = x
                     if residual is not None and total is not None:
                         _add(spec, on, row, x, residual, total)
-                        source = total  # each thread reads what it wrote itself
+                        source = total  # each thread reads only what it wrote
                     _normalise(spec, on, row, source, weight, bias, out)
     return builder.get()
 
@@ -137,5 +138,5 @@ def _normalise(
 
 
 def _rounded(x: Expr, dtype: str) -> Expr:
-    """The float32 that memory of this dtype would give back."""
+    """The float32 value of x after rounding to `dtype`."""
     return T.cast(T.cast(x, LONG_NAMES[dtype]), "float32") if dtype != "f32" else x

@@ -1,4 +1,4 @@
-"""CUDA C -> a cubin, by nvcc of the CUDA toolkit."""
+"""Compiles CUDA C to a cubin by nvcc, the compiler of the CUDA toolkit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLAGS = ("-cubin", "-O3", "--ptxas-options=-v")
 
 
 def compiled(source: str, arch: str, nvcc: Compiler) -> tuple[bytes, bytes]:
-    """The cubin, and what ptxas says of it. Raises TargetError where nvcc fails."""
+    """The cubin and the output of ptxas. Raises TargetError if nvcc fails."""
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         path = Path(folder) / "kernel.cu"
         path.write_text(source)

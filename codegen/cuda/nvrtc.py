@@ -1,7 +1,8 @@
-"""CUDA C -> a cubin, by NVRTC: a library of NVIDIA's wheels, which needs no toolkit and no GPU.
+"""Compiles CUDA C to a cubin by NVRTC, a library in NVIDIA's wheels that needs no toolkit and no
+GPU.
 
-NVRTC API, 3. General Usage. Functions are device code where nothing else is said, as nvcc takes
-those that TVM writes before the first kernel for both.
+See "General Usage" in the NVRTC documentation. An option makes functions without a qualifier device
+code, as nvcc does for the functions that TVM emits before the first kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ FLAGS = ("-default-device", "--disable-warnings", "--ptxas-options=-v")
 
 
 def compiled(source: str, arch: str, nvrtc: Compiler) -> tuple[bytes, bytes]:
-    """The cubin, and what ptxas says of it. Raises TargetError where NVRTC fails."""
+    """The cubin and the output of ptxas. Raises TargetError if NVRTC fails."""
     library, program = _library(nvrtc.path), ctypes.c_void_p()
     includes = (f"-I{folder}" for folder in nvrtc.includes)
     words = [word.encode() for word in (f"--gpu-architecture={arch}", *FLAGS, *includes)]

@@ -14,7 +14,7 @@ from moec.codegen.cuda.tiles import ExpertRows, TileShape
 
 
 def rows_of_copies(shape: TileShape) -> Buffer:
-    """int32: the row of x of each copy of this thread."""
+    """int32: the row of x for each copy of this thread."""
     count = len(range(0, shape.rows * shape.depth // PIECE, shape.threads))
     return T.alloc_buffer((count,), "int32", scope="local")
 
@@ -22,8 +22,8 @@ def rows_of_copies(shape: TileShape) -> Buffer:
 def part_of_x(
     p: Product, tile: MmaTile, owned: ExpertRows, rows: Buffer, planes: int = 1
 ) -> tuple[Part, ...]:
-    """A part for each plane, k elements apart. Rows behind the end are the last one again: read,
-    and not stored."""
+    """One part per plane; planes are k elements apart in a row of x. Rows beyond the expert's end
+    are clamped to its last row: computed but not stored."""
     shape, dtype = tile.shape, str(p.x.dtype)
     for turn, (row, _) in enumerate(tile.stages.pieces(shape.rows, shape.depth)):
         T.buffer_store(rows, row_of_x(p, owned, row), [turn])
@@ -31,7 +31,7 @@ def part_of_x(
     def part(start: int) -> Part:
         def pointer(turn: int, column: Expr) -> Expr:
             k = elements(dtype, column)
-            # 32 bits do not hold rows * k.
+            # rows * k may exceed 32 bits.
             return p.x.ptr_to([T.cast(rows[turn], "int64"), k + start if start else k])
 
         return Part(shape.rows, shape.depth, halves(dtype, p.spec.k), pointer)
@@ -40,10 +40,10 @@ def part_of_x(
 
 
 def part_of_w(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, width: int = 0) -> Part:
-    """Rows of weights, `width` elements of 16 bits of each in a stage unless that is the depth of
-    the tile."""
+    """Rows of weights. `width` is how many elements of 16 bits of each row a stage holds; 0 means
+    the depth of the tile."""
     dtype = str(p.w.dtype)
-    expert = T.bind(T.cast(owned.expert, "int64"))  # 32 bits do not hold E * n * k
+    expert = T.bind(T.cast(owned.expert, "int64"))  # E * n * k may exceed 32 bits
     width = width or tile.shape.depth
     pieces = tile.stages.pieces(tile.shape.columns, width)
 

@@ -1,7 +1,7 @@
-"""TVM's passes for kernels that place barriers and shared memory themselves.
+"""TVM's pass pipeline for kernels that manage barriers and shared memory themselves.
 
-The default pipeline adds barriers of its own, moves buffers, and fails on a shared load inside a
-condition: ThreadSync, StorageRewrite and HoistIfThenElse are left out.
+The default pipeline inserts barriers, moves buffers, and fails on a shared load inside a condition.
+So ThreadSync, StorageRewrite and HoistIfThenElse are left out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tvm
 from tvm import s_tir, tirx
 
 PIPELINE = "moec_cuda"
-"""The name under which TVM finds it."""
+"""The name under which the pipeline is registered with TVM."""
 
 
 def _passes() -> list[tvm.transform.Pass]:

@@ -1,4 +1,4 @@
-"""What a product of experts reads and writes, whatever multiplies it.
+"""The arguments and results of a grouped product, independent of the kernel that computes it.
 
 y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
 """
@@ -24,13 +24,13 @@ from moec.target.cuda import CudaTarget
 HALVES = ("bfloat16", "float16")
 
 Pair: TypeAlias = tuple[Expr, Expr]
-"""float32 sums of two neighbouring columns, which one thread holds."""
+"""The float32 sums of two neighbouring columns, which one thread holds."""
 
 
 @dataclass(frozen=True)
 class Product:
-    """The arguments of a kernel. `order` is there where rows are gathered by it; without `ends`
-    the only expert owns all rows."""
+    """The arguments of a kernel. `order` gathers the rows of x, None if they are sorted already.
+    Without `ends`, the only expert owns all rows."""
 
     spec: LinearSpec
     epilogue: Epilogue | None
@@ -45,14 +45,14 @@ class Product:
 
     @property
     def columns(self) -> int:
-        """Of the packed weights."""
+        """The number of columns of the packed weights."""
         return self.spec.n * (2 if self.spec.gated else 1)
 
 
 def check_product(
     spec: LinearSpec, target: CudaTarget, epilogue: Epilogue | None, shared_memory: int
 ) -> None:
-    """Raises NoMatch where no tile computes it, in so many bytes."""
+    """Raises NoMatch if no tile with `shared_memory` bytes can compute the product."""
     if spec.dtype not in (*HALVES, "float32"):
         raise NoMatch(f"products of {spec.dtype} have no CUDA kernel, those of 16 bits have")
     if spec.y_dtype not in (spec.dtype, "float32"):
@@ -67,7 +67,8 @@ def check_product(
 
 
 def check_shared_memory(spec: LinearSpec, target: CudaTarget, shared_memory: int) -> None:
-    """Raises NoMatch where a block may not have so many bytes, and the counts of tiles."""
+    """Raises NoMatch if a block cannot have `shared_memory` bytes in addition to the counts of
+    tiles."""
     if shared_memory + 8 * (spec.groups + 1) > target.shared_memory:
         raise NoMatch(
             f"its tile needs {shared_memory} bytes of shared memory, and a block of "
@@ -85,8 +86,8 @@ def arguments(
 ) -> Product:
     """x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n].
 
-    `x` and `w` are what their rows are stored in, and how much of it, unless it is k elements of
-    the spec's dtype.
+    `x` and `w` are the dtype and the number of elements of a stored row; the default is k elements
+    of the spec's dtype.
     """
     x_dtype, x_width = x or (spec.dtype, spec.k)
     w_dtype, w_width = w or (spec.dtype, spec.k)
@@ -117,7 +118,7 @@ def dense_arguments(spec: LinearSpec) -> Product:
     w = argument("w", (spec.n, spec.k), spec.dtype)
     bias = argument("bias", (spec.n,), spec.dtype) if spec.bias else None
     y = argument("y", (rows, spec.n), spec.y_dtype)
-    # Seen as the stack of one expert.
+    # Viewed as the stack of one expert.
     w = T.decl_buffer((1, spec.n, spec.k), spec.dtype, data=w.data)
     if bias is not None:
         bias = T.decl_buffer((1, spec.n), spec.dtype, data=bias.data)
@@ -125,7 +126,8 @@ def dense_arguments(spec: LinearSpec) -> Product:
 
 
 def tiles_of(p: Product, rows: int, threads: int, thread: Expr) -> RowTiles | OneExpert:
-    """The tiles of so many rows, counted by the block; all threads may read them then."""
+    """The tiles of `rows` rows, counted by the block; all threads may read the counts
+    afterwards."""
     if p.ends is None:
         return OneExpert(rows, p.rows)
     return row_tiles(p.ends, p.spec.groups, rows, threads, thread)
@@ -140,8 +142,8 @@ def store_row(
     fragments: Sequence[Pair],
     word: Buffer,
 ) -> None:
-    """This thread's part of a row, where the expert owns it: pairs 8 packed columns apart, from
-    `column` on. word: uint32[1], for this function to write in."""
+    """Stores this thread's part of a row, if the expert owns the row: pairs 8 packed columns apart,
+    from `column` on. word: uint32[1], scratch space."""
     step = 2 if p.spec.gated else 1  # fragments that one result is made of
     with T.If(row < owned.end), T.Then():
         for u in range(0, len(fragments), step):
@@ -156,7 +158,7 @@ def store_row(
 def _store_pair(
     p: Product, owned: ExpertRows, row: Expr, column: Expr, parts: Sequence[Pair], word: Buffer
 ) -> None:
-    """Two neighbours of y, from one pair, or from those of gate and up."""
+    """Stores two neighbouring elements of y, from one pair or from the pairs of gate and up."""
     results = []
     for i in range(2):
         values = []
@@ -168,7 +170,7 @@ def _store_pair(
             values.append(T.bind(value))
         results.append(T.bind(p.epilogue(*values)) if p.epilogue else values[0])
     to = T.bind(column // (2 * GROUP) * GROUP + column % GROUP if p.spec.gated else column)
-    wide = T.cast(row, "int64")  # 32 bits do not hold rows * n
+    wide = T.cast(row, "int64")  # rows * n may exceed 32 bits
     if p.spec.y_dtype == "float32":
         for i, result in enumerate(results):
             T.buffer_store(p.y, result, [wide, to + i])

@@ -1,10 +1,10 @@
-"""The least time that a MoE layer's kernels could take on a GPU: a model, no measurement.
+"""The least time that the kernels of a MoE layer could take on a GPU: a model, not a measurement.
 
     time of a kernel = max(bytes / bandwidth, FLOPs / peak)        Williams et al., 2009
 
-Each tensor is read or written once; what stays in a cache between two kernels is counted twice.
-Routing is uniform: of E experts, E * (1 - (1 - k/E)^T) have rows. Launches, which take some
-microseconds each outside of a CUDA graph, are counted and not timed.
+Each kernel reads and writes each of its tensors once, from and to memory, so reuse through a cache
+between kernels is ignored. Routing is uniform: of E experts, E * (1 - (1 - k/E)^T) have rows.
+Launches are counted but add no time; outside a CUDA graph, each takes some microseconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _HALF, _FLOAT, _INT, _LONG = 2, 4, 4, 8  # bytes
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Gated experts in 16 bits: `width` of the model, `hidden` of an expert."""
+    """Gated experts in 16 bits: `width` is that of the model, `hidden` that of an expert."""
 
     experts: int
     top_k: int
@@ -27,17 +27,17 @@ class LayerShape:
 
     @property
     def expert_bytes(self) -> int:
-        """Of the three matrices of one expert."""
+        """Bytes of the three matrices of one expert."""
         return 3 * self.width * self.hidden * _HALF
 
     def active(self, tokens: int) -> float:
-        """How many experts are expected to have rows."""
+        """The expected number of experts that have rows."""
         return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel moves and computes."""
+    """The bytes that one kernel moves, and the FLOPs that it computes."""
 
     kernel: str
     bytes: float
@@ -48,7 +48,7 @@ class Work:
 
 
 def layer_work(layer: LayerShape, tokens: int) -> tuple[Work, ...]:
-    """The kernels of codegen/cuda for one layer, in their order."""
+    """The work of each kernel of codegen/cuda for one layer, in launch order."""
     rows, active = tokens * layer.top_k, layer.active(tokens)
     up, down = (part * layer.expert_bytes / 3 * active for part in (2, 1))
     x, hidden, y = tokens * layer.width, rows * layer.hidden, rows * layer.width

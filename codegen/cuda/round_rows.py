@@ -1,10 +1,10 @@
-"""Rows rounded to whole numbers of 8 or 16 bits, as products with weights of few bits take them.
+"""Rounds rows to integers of 8 or 16 bits, for products with weights of few bits.
 
     x[R, width] -> scales f32[R, blocks], codes f16[R, planes * width]
 
-A code times its scale is `formats.integer.round_rows` of x. float16 holds whole numbers up to 2048
-and multiples of 256 up to 65504: so codes of 8 bits (-127 .. 127) are one plane, and those of 16
-bits the sum of two, of the multiples of 256 and of what is left.
+A code times its scale is `formats.integer.round_rows` of x. float16 is exact for integers up to
+2048, and for multiples of 256 up to 65504. So codes of 8 bits (-127 .. 127) are one plane. Codes of
+16 bits are the sum of two planes: a multiple of 256 and the remainder.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from moec.target.cuda import CudaTarget
 
 
 def planes_of(bits: int) -> int:
-    """Elements of float16 that hold a code of 8 or 16 bits."""
+    """The number of float16 elements that hold a code of 8 or 16 bits."""
     return bits // 8
 
 
 def round_rows(
     width: int, blocks: int, bits: int, dtype: str, target: CudaTarget, name: str = "round_rows"
 ) -> PrimFunc:
-    """A kernel (x[R, width], scales f32[R, blocks], codes f16[R, planes * width]), a warp a
-    block."""
+    """A kernel (x[R, width], scales f32[R, blocks], codes f16[R, planes * width]), one warp per
+    block of a row."""
     size, warps = width // blocks, 4
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
@@ -80,8 +80,9 @@ def _whole(value: Expr) -> Expr:
 def _scale(
     x: Buffer, row: Expr, start: Expr, size: int, lane: Expr, most: float
 ) -> tuple[Expr, Expr]:
-    """What a block is multiplied with, and its scale: NaN where it holds a NaN or an infinity."""
-    greatest = T.alloc_buffer((2,), "float32", scope="local")  # and one that is not finite
+    """The factor that a block is multiplied by, and its scale: NaN if the block has a NaN or an
+    infinity."""
+    greatest = T.alloc_buffer((2,), "float32", scope="local")  # magnitude; a non-finite value
     T.buffer_store(greatest, T.float32(0), [0])
     T.buffer_store(greatest, T.float32(0), [1])
     with T.serial(0, -(-size // WARP)) as turn:

@@ -1,4 +1,4 @@
-"""Running sums by the threads of one block, in shared memory (Hillis and Steele, 1986)."""
+"""Inclusive prefix sums by the threads of one block, in shared memory (Hillis and Steele, 1986)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.codegen.cuda.instructions import barrier
 
 
 def each(size: int, threads: int, thread: Expr, body: Callable[[Expr], None]) -> None:
-    """body(i) for 0 <= i < size, each by one thread."""
+    """Runs body(i) for 0 <= i < size, each i by one thread."""
     for turn in range(-(-size // threads)):
         i = T.bind(thread + turn * threads)
         with T.If(i < size), T.Then():
@@ -20,9 +20,11 @@ def each(size: int, threads: int, thread: Expr, body: Callable[[Expr], None]) ->
 
 
 def running_sums(sums: Buffer, size: int, threads: int, thread: Expr) -> int:
-    """sums[0 : size] -> their sums up to each, whose first index this returns: 0 or `size`.
+    """Computes the inclusive prefix sums of sums[0 : size]. Returns the index of the first: 0 or
+    `size`.
 
-    sums: int32[2 * size] in shared memory, complete before this is called, as after it.
+    sums: int32[2 * size] in shared memory. The caller synchronises the block before the call; the
+    result is visible to all threads when it returns.
     """
     source, step = 0, 1
     while step < size:

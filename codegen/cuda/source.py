@@ -1,4 +1,4 @@
-"""Kernels -> their CUDA C, and the host functions that launch them."""
+"""Compiles kernels to CUDA C, and to the host functions that launch them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _build = importlib.import_module("tvm.tirx.build")  # tvm.tirx.build is a functi
 _COMPILE = "tvm_callback_cuda_compile"
 
 PART = "kernels.cu"
-"""The name of CUDA C among the parts of an artifact."""
+"""The name of the CUDA C among the parts of an artifact."""
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """`source` is CUDA C; `device` are its kernels after all passes, whose attributes give the
-    launch, and `host` what launches them."""
+    """`source` is CUDA C. `device` are the kernels after all passes, with the launch parameters as
+    attributes; `host` are the functions that launch them."""
 
     source: str
     device: tvm.IRModule
@@ -37,7 +37,7 @@ class Lowered:
 
     @property
     def launches(self) -> tuple[Launch, ...]:
-        """What a module of these kernels is opened with."""
+        """The launches with which a module of these kernels is opened."""
         return tuple(_launch(v.name_hint, f) for v, f in self.device.functions.items())
 
 
@@ -67,8 +67,9 @@ def lowered(*kernels: PrimFunc, target: CudaTarget) -> Lowered:
 
 @contextmanager
 def _left_as_source() -> Iterator[None]:
-    """Where there is a GPU, TVM compiles what it has written, its own way and by a package that may
-    be missing. Machine code is what `moec.codegen.cuda.cubin` makes of the text."""
+    """Keeps TVM from compiling the CUDA C. If there is a GPU, TVM would compile it with its own
+    options and a package that may be missing. `moec.codegen.cuda.cubin` compiles the text
+    instead."""
     compile = tvm.get_global_func(_COMPILE)
     tvm_ffi.register_global_func(_COMPILE, lambda code: code.encode(), override=True)
     try:
@@ -78,7 +79,7 @@ def _left_as_source() -> Iterator[None]:
 
 
 def launcher(lowered: Lowered) -> tvm.runtime.Module:
-    """The host functions in machine code. They take their kernels from the module imported into
-    it, and any device that tensors lie on."""
+    """The host functions as machine code. They call the kernels of the module imported into them,
+    on the device of their tensors."""
     with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
         return _build.codegen_build(lowered.host, tvm.target.Target("llvm"))

@@ -1,12 +1,12 @@
-"""Stages of a product in shared memory, loaded by cp.async while others are multiplied.
+"""Stages of a product in shared memory: some are loaded by cp.async while another is multiplied.
 
     shared memory   stage 0 | stage 1 | ...         each the parts of a step, one after the other
     a row           16-byte pieces, piece p at p ^ key(row): eight rows that ldmatrix reads at
                     once are in eight different banks
 
-All stages but one are on their way while that one is multiplied. Every thread waits for its copies
-before the barrier, so that after it the stage is complete for all; the stage that is loaded next
-is the one that all have multiplied before that barrier.
+While one stage is multiplied, all others are being loaded. Every thread waits for its own copies
+before the barrier, so after it the stage is complete for all threads. The stage that is loaded next
+is the one that all threads finished multiplying before that barrier.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from tvm.tirx import Buffer
 from moec.codegen.cuda.instructions import barrier, commit_copies, copy_async, wait_copies
 
 PIECE = 8
-"""Elements of 16 bits in what one copy moves."""
+"""Elements of 16 bits in a piece, the 16 bytes that one copy moves."""
 
 
 def elements(dtype: str, count: Expr) -> Expr:
-    """How many of this type lie in so many elements of 16 bits."""
+    """The number of elements of `dtype` in the space of `count` elements of 16 bits."""
     return {8: count * 2, 16: count, 32: count // 2}[DataType(dtype).bits]
 
 
 def halves(dtype: str, count: int) -> int:
-    """In how many elements of 16 bits so many of this type lie."""
+    """The number of elements of 16 bits that occupy the space of `count` elements of `dtype`."""
     return count * int(DataType(dtype).bits) // 16
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a matrix, of which a stage holds `width` elements each: those of its step. Sizes are
-    in elements of 16 bits, whatever is stored; whole rows have `length`. pointer(turn of this
-    thread's copies, element of the row)."""
+    """Rows of a matrix, of which a stage holds the `width` elements of its step; whole rows have
+    `length`. Sizes are in elements of 16 bits, whatever the dtype. pointer(index of this thread's
+    copy, element of the row) is the address to copy from."""
 
     rows: int
     width: int
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stages:
-    """`count` stages of `size` elements, for `steps` steps of a product."""
+    """`count` stages of `size` elements, for the `steps` steps of a product."""
 
     buffer: Buffer
     count: int
@@ -59,14 +59,14 @@ class Stages:
     thread: Expr
 
     def pieces(self, rows: int, width: int) -> list[tuple[Expr, Expr]]:
-        """(row, piece) of each copy of this thread, of a part of a stage."""
+        """(row, piece) of each copy of this thread, for one part of a stage."""
         count = width // PIECE
         turns = range(rows * count // self.threads)
         indices = [T.bind(self.thread + turn * self.threads) for turn in turns]
         return [(T.bind(i // count), T.bind(i % count)) for i in indices]
 
     def offset(self, row: Expr, piece: Expr, width: int) -> Expr:
-        """Elements from the start of a part whose rows are 16, 32 or 64 elements wide."""
+        """The offset in elements from the start of a part whose rows have 16, 32 or 64 elements."""
         pieces = width // PIECE
         key = T.shift_right(row, T.int32((8 // pieces).bit_length() - 1)) % pieces
         return row * width + T.bitwise_xor(piece, row % 8 if pieces == 8 else key) * PIECE
@@ -75,8 +75,8 @@ class Stages:
         return self.buffer.ptr_to([elements(str(self.buffer.dtype), offset)])
 
     def run(self, parts: Sequence[Part], multiply: Callable[[Expr, Expr], None]) -> None:
-        """multiply(start of the stage, step) for each step, when its stage is complete. Nobody
-        reads the stages any more when this ends."""
+        """Runs multiply(start of the stage, step) for each step once its stage is complete. No
+        thread reads the stages after it returns."""
         ahead = self.count - 1
         for stage in range(ahead):
             if stage < self.steps:
@@ -87,7 +87,7 @@ class Stages:
             barrier()
             with T.If(step + ahead < self.steps), T.Then():
                 self._load((step + ahead) % self.count, step + ahead, parts)
-            commit_copies()  # also where it is empty: waiting counts groups
+            commit_copies()  # even an empty group: waiting counts groups
             multiply(T.bind(step % self.count * self.size), step)
         wait_copies(0)
         barrier()

@@ -1,10 +1,10 @@
-"""Which block computes which tile: persistent blocks, tiles of rows that one expert owns.
+"""The assignment of tiles to persistent blocks; each tile has rows of one expert.
 
     ends[e]      the rows of e are ends[e-1] .. ends[e]; it stays on the device
     block b      tiles b, b + blocks, b + 2 blocks, ...; columns run faster than rows
 
-A grid depends on nothing but the GPU, so that the launch is the same whatever the routing: it may
-be captured in a CUDA graph. An expert without rows has no tiles.
+The grid size depends only on the GPU, so the launch is the same for every routing and can be
+captured in a CUDA graph. An expert without rows has no tiles.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from moec.codegen.cuda.scan import each, running_sums
 
 @dataclass(frozen=True)
 class TileShape:
-    """What one block multiplies at once: [rows, depth] @ [columns, depth]^T, `stages` of which
-    lie in shared memory, by warps in a grid. `depth` counts elements of 16 bits."""
+    """The product that one block computes at once: [rows, depth] @ [columns, depth]^T, with
+    `stages` of them in shared memory, and its warps in a grid. `depth` counts elements of 16
+    bits."""
 
     rows: int
     columns: int
@@ -48,33 +49,35 @@ class TileShape:
 
     @property
     def stage(self) -> int:
-        """Elements of one stage."""
+        """Elements of 16 bits in one stage."""
         return (self.rows + self.columns) * self.depth
 
     @property
     def shared_memory(self) -> int:
-        """Bytes of the stages, of 16-bit elements."""
+        """Bytes of all stages."""
         return self.stages * self.stage * 2
 
 
 LARGE = TileShape(128, 128, 32, warp_rows=2, warp_columns=4, stages=4)
-"""From 64 rows an expert."""
+"""For 64 rows per expert and more."""
 MIDDLE = TileShape(64, 128, 64, warp_rows=2, warp_columns=2, stages=3)
 SMALL = TileShape(16, 128, 64, warp_rows=1, warp_columns=4, stages=4)
-"""For decoding: a few rows an expert."""
+"""For decoding: a few rows per expert."""
 FLOATS = TileShape(128, 64, 32, warp_rows=4, warp_columns=2, stages=3)
-"""Of float32: 16 of them deep. A thread has 32 sums."""
+"""For float32: 16 of them deep. A thread has 32 sums."""
 CODES = TileShape(64, 128, 64, warp_rows=2, warp_columns=4, stages=3)
-"""Of weights of few bits: what a thread sums twice, once with scales, fits into its registers."""
+"""For weights of few bits. A thread keeps each sum twice, unscaled and scaled; both fit into its
+registers."""
 
 
 FEW_ROWS = 32
-"""Rows an expert, on average, up to which a tile is a small one."""
+"""The average number of rows per expert up to which the small tile is used."""
 
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """int32: rows `first` .. `end` of an expert; the tile may end before, or behind."""
+    """int32: the first row of a tile and the end of its expert's rows. The tile may end before or
+    after `end`."""
 
     expert: Expr
     first: Expr
@@ -83,7 +86,7 @@ class ExpertRows:
 
 @dataclass(frozen=True)
 class RowTiles:
-    """How many tiles of `rows` rows all experts before each have: sums[base + e]."""
+    """The number of tiles of `rows` rows of all experts before e, as sums[base + e]."""
 
     ends: Buffer
     experts: int
@@ -96,7 +99,8 @@ class RowTiles:
         return self.sums[self.base + self.experts]
 
     def find(self, tile: Expr) -> ExpertRows:
-        """By binary search: the last expert that has no more tiles before it than `tile`."""
+        """The rows of `tile`, by binary search for the last expert with at most `tile` tiles before
+        it."""
         expert = T.alloc_buffer((1,), "int32", scope="local")
         T.buffer_store(expert, 0, [0])
         step = 1 << (self.experts.bit_length() - 1)
@@ -113,7 +117,7 @@ class RowTiles:
 
 @dataclass(frozen=True)
 class OneExpert:
-    """Tiles of `rows` rows, all `count` of which belong to one expert."""
+    """Tiles of `rows` rows, where one expert owns all `count` rows."""
 
     rows: int
     count: Expr
@@ -127,7 +131,8 @@ class OneExpert:
 
 
 def row_tiles(ends: Buffer, experts: int, rows: int, threads: int, thread: Expr) -> RowTiles:
-    """The tiles of all experts, counted by the block; all threads may read them then."""
+    """The tiles of all experts, counted by the block; all threads may read the counts
+    afterwards."""
     size = experts + 1
     sums = T.alloc_buffer((2 * size,), "int32", scope="shared")
 

@@ -1,4 +1,4 @@
-"""A tile of a product by wgmma, loaded by TMA. sm_90a alone.
+"""A tile of a product by wgmma, loaded by TMA. For sm_90a only.
 
     warpgroup 0     one thread copies boxes of x and w into stages as they become free
     warpgroup 1, 2  multiply 64 of the 128 rows each, and free a stage when its products are done
@@ -6,8 +6,8 @@
     full[s]   one arrival and the bytes of both boxes: stage s may be read
     empty[s]  two arrivals, of both groups: stage s may be written
 
-A wait names the parity of the phase it waits for; stage s has its n-th phase in round n. The first
-wait for an empty stage names the phase before the first, which has ended by definition.
+A wait is for the parity of a phase; the n-th use of stage s is its phase n. The first wait for an
+empty stage is for the phase before the first, which counts as ended.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from moec.codegen.cuda.instructions import (
 ROWS, COLUMNS, DEPTH = 128, 128, 64
 THREADS = 384
 STAGES = 4
-_PART = ROWS * DEPTH  # elements of a stage that are x; as many are w
+_PART = ROWS * DEPTH  # elements of x in a stage; w has as many
 SHARED_MEMORY = STAGES * 2 * _PART * 2 + STAGES * 16
-"""Bytes: the stages, of 16-bit elements, and the barriers."""
+"""Bytes of shared memory: the stages of 16-bit elements, and the barriers."""
 
 
 @dataclass(frozen=True)
 class WgmmaTile:
-    """Buffers of one block. `steps` is how many stages a tile takes."""
+    """Buffers of one block. `steps` is the number of stages that a tile takes."""
 
     dtype: str
     steps: int
@@ -60,7 +60,7 @@ class WgmmaTile:
         return self.barriers.ptr_to([STAGES + stage])
 
     def start(self) -> None:
-        """Before a barrier of the block."""
+        """Initialises the barriers; a barrier of the block must follow."""
         with T.If(self.thread == 0), T.Then():
             for stage in range(STAGES):
                 init_barrier(self.full(stage), 1)
@@ -68,7 +68,8 @@ class WgmmaTile:
             publish_barriers()
 
     def load(self, x: Expr, w: Expr, x_row: Expr, w_row: Expr, done: Expr) -> None:
-        """By one thread: the boxes of a tile, from maps x and w, after `done` stages before it."""
+        """Loads the boxes of a tile by the maps x and w, after `done` stages of earlier tiles. One
+        thread calls it."""
         with T.serial(0, self.steps) as step:
             stage, parity = _turn(done + step)
             wait_barrier(self.empty(stage), 1 - parity)
@@ -79,7 +80,8 @@ class WgmmaTile:
             copy_box(self.stages.ptr_to([base + _PART]), w, column, w_row, self.full(stage))
 
     def compute(self, done: Expr) -> None:
-        """sums = x @ w^T for the 64 rows of this warpgroup; one step's products run ahead."""
+        """Computes sums = x @ w^T for the 64 rows of this warpgroup; the products of one step stay
+        in flight."""
         with T.serial(0, self.steps) as step:
             stage, parity = _turn(done + step)
             wait_barrier(self.full(stage), parity)
@@ -130,8 +132,8 @@ def wgmma_tile(dtype: str, depth: int, thread: Expr) -> WgmmaTile:
 
 
 def tensor_map(buffer: Buffer, rows: Expr, columns: int, dtype: str) -> Expr:
-    """A CUtensorMap of buffer[rows, columns], encoded by the host at every launch: boxes of
-    [ROWS, DEPTH], 128-byte swizzle. The driver refuses a map of no rows."""
+    """A CUtensorMap of buffer[rows, columns] with boxes of [ROWS, DEPTH] and the 128-byte swizzle,
+    encoded by the host at every launch. The driver rejects a map without rows."""
     handle = T.Var("map", ty=T.handle("tensormap").ty)
     encoded = T.bind(T.tvm_stack_alloca("tensormap", 1), var=handle)
     sizes = (T.int64(columns), T.max(rows, T.int64(1)), T.int64(columns * 2), DEPTH, ROWS, 1, 1)

@@ -1,1 +1,1 @@
-"""Kernels that choose experts, sort the choices and bring rows back."""
+"""Kernels that choose experts, sort the choices by expert, and combine the results per token."""

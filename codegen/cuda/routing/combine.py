@@ -1,10 +1,10 @@
-"""Bringing the experts' rows back to their tokens.
+"""Combines the experts' rows per token.
 
     out[t] = sum over s of weights[t, s] * y[slots[t, s]]  (+ addend[t])
 
-The sum runs in the order of the slots, in float32, and is rounded once: no atomics, the same bits
-every time. Choices that no expert owns (their rows are after the last end) add nothing, whatever
-their weight. One block a token; neighbouring threads read neighbouring columns.
+The sum is in slot order, in float32, and rounded once. It uses no atomics, so the bits are the same
+in every run. Choices without an expert (their rows come after the last end) add nothing, even if
+their weight is not finite. One block per token; consecutive threads read consecutive columns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _MOST_THREADS = 256
 def combine(spec: CombineSpec, target: CudaTarget, name: str = "combine") -> PrimFunc:
     """A kernel (y[R, D], slots i32[T, k], ends i32[E][, weights[T, k]][, addend[T, D]], out[T, D]).
 
-    Without weights the rows are added as they are.
+    Without weights, the rows are added unscaled.
     """
     threads = min(_MOST_THREADS, -(-spec.width // WARP) * WARP)
     with IRBuilder() as builder:
@@ -42,9 +42,9 @@ def combine(spec: CombineSpec, target: CudaTarget, name: str = "combine") -> Pri
                 handle = T.arg("addend", T.handle())
                 addend = T.match_buffer(handle, (t, spec.width), spec.addend)
             out = T.match_buffer(T.arg("out", T.handle()), (t, spec.width), spec.out)
-            grid = T.launch_thread("blockIdx.x", T.max(t, 1))  # a grid of 0 is refused
+            grid = T.launch_thread("blockIdx.x", T.max(t, 1))  # a grid of 0 is an error
             with grid as block, T.launch_thread("threadIdx.x", threads) as thread:
-                # 32 bits do not hold rows * width.
+                # rows * width may exceed 32 bits.
                 token = T.bind(T.cast(block, "int64"))
                 total = T.alloc_buffer((1,), "float32", scope="local")
                 turns = -(-spec.width // threads)

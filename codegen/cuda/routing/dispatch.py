@@ -1,12 +1,13 @@
-"""Sorting the choices of all tokens by expert: a stable counting sort, by one block.
+"""Sorts the choices of all tokens by expert: a stable counting sort by one block.
 
     experts[T, k] -> order[r] = t * k + s       the choice at sorted row r
                      slots[t, s] = r            its inverse
                      ends[e]                    the rows of e are ends[e-1] .. ends[e]
 
-Ids outside 0 .. E-1 sort last and belong to nobody. Choices are counted, the counts summed up, and
-then written stretch by stretch: within a warp a choice stands behind the equal ones of lower
-lanes, within a block behind those of lower warps. So the order is that of the CPU's kernel.
+Ids outside 0 .. E-1 sort last and have no expert. Choices are counted, and prefix sums of the
+counts give each expert's first row. Then the choices are written in stretches of one per thread: an
+equal id in a lower lane or a lower warp comes first. The order is the same as that of the CPU
+kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from moec.codegen.cuda.scan import each, running_sums
 from moec.codegen.specs.routing import DispatchSpec
 from moec.target.cuda import CudaTarget
 
-_STATIC_SHARED = 48 * 1024  # bytes that a block may have without asking for more
+_STATIC_SHARED = 48 * 1024  # bytes that a block has without opting in to more
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class _Sort:
     warps: int
     thread: Expr
     chosen: Buffer
-    following: Buffer  # shared [E+1]: where the next row of each expert goes
+    following: Buffer  # shared [E+1]: the next free row of each expert
     rows: Buffer  # shared [warps * (E+1)]: the same for each warp of a stretch
 
     @property
@@ -42,11 +43,11 @@ class _Sort:
 
     @property
     def size(self) -> int:
-        """Owners: the experts, and nobody."""
+        """The number of owners: the experts, and one for choices without an expert."""
         return self.experts + 1
 
     def owner(self, choice: Expr) -> Expr:
-        """int32: the expert of a choice, or E."""
+        """int32: the expert of a choice, or E if it has none."""
         e = T.bind(self.chosen[choice // self.top_k, choice % self.top_k])
         owned = T.And(e >= T.int64(0), e < T.int64(self.experts))
         return T.bind(T.Select(owned, T.cast(e, "int32"), T.int32(self.experts)))
@@ -77,7 +78,7 @@ def dispatch(spec: DispatchSpec, target: CudaTarget, name: str = "dispatch") -> 
 
 
 def _starts(sort: _Sort, choices: Expr, ends: Buffer) -> None:
-    """ends, and the first row of each owner."""
+    """Computes `ends`, and the first row of each owner."""
     sums = T.alloc_buffer((2 * sort.size,), "int32", scope="shared")
     each(sort.size, sort.threads, sort.thread, lambda e: T.buffer_store(sums, T.int32(0), [e]))
     barrier()
@@ -124,11 +125,12 @@ def _write(sort: _Sort, choices: Expr, order: Buffer, slots: Buffer) -> None:
             row = T.bind(sort.rows[warp * sort.size + owner[0]] + before)
             T.buffer_store(order, choice, [row])
             T.buffer_store(slots, row, [choice // sort.top_k, choice % sort.top_k])
-        barrier()  # the next stretch clears what slower warps read
+        barrier()  # slower warps may still read what the next stretch clears
 
 
 def _first_rows(sort: _Sort, e: Expr) -> None:
-    """Counts of the warps -> the first row of each, and of the next stretch."""
+    """Turns the counts of the warps into each warp's first row, and advances to the next
+    stretch."""
     row = T.alloc_buffer((1,), "int32", scope="local")
     T.buffer_store(row, sort.following[e], [0])
     for warp in range(sort.warps):

@@ -1,4 +1,4 @@
-"""The order of floats as integers: NaN first, equals in order, as the CPU's kernel has it."""
+"""Maps floats to integers of the same order: NaN is greatest, as in the CPU kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from tvm.script.ir_builder import tirx as T
 
 LOWEST = -0x7F800001  # the rank of -infinity
 TAKEN = -(2**31 - 1)
-"""Below all ranks: chosen already, or no expert. TVM takes no int32 for -2^31 in a comparison."""
+"""Below all ranks: already chosen, or not an expert. (TVM rejects -2^31 as an int32 in a
+comparison.)"""
 
 _NO_SIGN, _INFINITY = 2**31 - 1, 0x7F800000
 
@@ -15,7 +16,7 @@ _NO_SIGN, _INFINITY = 2**31 - 1, 0x7F800000
 def rank_of(x: Expr) -> Expr:
     """float32 -> int32 of the same order, with -0.0 equal to 0.0 and NaN above infinity.
 
-    Integers decide: a compiler may take `x != x` for false, and x + 0.0 for x.
+    It works on the bits, because a compiler may fold `x != x` to false and x + 0.0 to x.
     """
     bits = T.bind(T.reinterpret("int32", x))
     size = T.bind(T.bitwise_and(bits, T.int32(_NO_SIGN)))
@@ -26,6 +27,6 @@ def rank_of(x: Expr) -> Expr:
 
 
 def float_of(rank: Expr) -> Expr:
-    """int32 -> the float32 that it ranks."""
+    """int32 rank -> the float32 of that rank."""
     flip = T.bitwise_and(T.shift_right(rank, T.int32(31)), T.int32(_NO_SIGN))
     return T.bind(T.reinterpret("float32", T.bitwise_xor(rank, flip)))

@@ -1,10 +1,10 @@
-"""moe.route on GPUs: logits to the chosen experts and their weights, one warp a token.
+"""moe.route on GPUs: logits to the chosen experts and their weights, one warp per token.
 
     logits[T, E]  correction?[E]  ->  weights[T, k]  experts[T, k] int64
 
-Lane l has the experts l, l + 32, ... in registers; a choice is two reductions of the warp: the
-greatest rank, then the lowest id that has it. The scores lie in shared memory as well, for the
-lane that a choice falls to, and for groups.
+Lane l holds the experts l, l + 32, ... in registers. A choice takes two reductions over the warp:
+the greatest rank, then the lowest id with that rank. The scores are also stored in shared memory,
+for the lane that stores the choice, and for groups.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from moec.errors import NoMatch
 from moec.ops.routing import Routing
 from moec.target.cuda import CudaTarget
 
-_WARPS = 4  # tokens of a block
+_WARPS = 4  # tokens per block
 _NOBODY = 2**31 - 1
 _INFINITY = float("inf")
 
 
 @dataclass(frozen=True)
 class _Router:
-    """One token's: scores and ranks of this lane's experts, and all of them in shared memory."""
+    """The state of one token: scores and ranks of this lane's experts, and those of all in shared
+    memory."""
 
     spec: RouteSpec
     lane: Expr
@@ -65,7 +66,7 @@ class _Router:
 
 
 def route(spec: RouteSpec, target: CudaTarget, name: str = "route") -> PrimFunc:
-    """The kernel (logits, correction?, weights, experts). Raises NoMatch: see `check`."""
+    """The kernel (logits, correction?, weights, experts). Raises NoMatch as `check` does."""
     check(spec)
     routing, experts = spec.routing, spec.num_experts
     with IRBuilder() as builder:
@@ -82,7 +83,7 @@ def route(spec: RouteSpec, target: CudaTarget, name: str = "route") -> PrimFunc:
             handle = T.arg("weights", T.handle())
             weights = T.match_buffer(handle, (t, routing.k), LONG_NAMES[routing.dtype])
             chosen = T.match_buffer(T.arg("experts", T.handle()), (t, routing.k), "int64")
-            blocks = T.max((t + (_WARPS - 1)) // _WARPS, 1)  # a grid of 0 is refused
+            blocks = T.max((t + (_WARPS - 1)) // _WARPS, 1)  # a grid of 0 is an error
             grid = T.launch_thread("blockIdx.x", blocks)
             with grid as block, T.launch_thread("threadIdx.x", _WARPS * WARP) as thread:
                 router = _router(spec, thread)
@@ -93,7 +94,7 @@ def route(spec: RouteSpec, target: CudaTarget, name: str = "route") -> PrimFunc:
 
 
 def check(spec: RouteSpec) -> None:
-    """Raises NoMatch for routers that no warp computes yet."""
+    """Raises NoMatch for routers that this kernel does not support."""
     if spec.routing.k > WARP:
         raise NoMatch(f"{spec.routing.k} choices of a token are more than the lanes of a warp")
     if spec.routing.groups > WARP:
@@ -169,7 +170,7 @@ def _store(
 
 
 def _score(values: Buffer, count: int, score: str) -> None:
-    """In place; -infinity, which stands where there is no value, becomes 0."""
+    """Applies the score function in place. Padding elements are -infinity, and become 0."""
     if score == "sigmoid":
         for i in range(count):
             T.buffer_store(values, sigmoid(values[i]), [i])
@@ -179,7 +180,7 @@ def _score(values: Buffer, count: int, score: str) -> None:
     for i in range(1, count):
         greatest = T.call_extern("float32", "fmaxf", greatest, values[i])
     top = warp_greatest(T.bind(greatest))
-    # Where all are -infinity, or one is infinity or NaN, all become NaN, as in torch.
+    # If all are -infinity, or one is infinity or NaN, all become NaN, as in torch.
     for i in range(count):
         T.buffer_store(values, exp(values[i] - top), [i])
     total = values[0]
@@ -191,7 +192,7 @@ def _score(values: Buffer, count: int, score: str) -> None:
 
 
 def _rank(r: _Router, correction: Buffer | None) -> None:
-    """Ranks of scores + correction; what is no expert ranks below all."""
+    """Computes the ranks of scores + correction; padding elements rank below all experts."""
     for turn in r.turns:
         e = r.expert(turn)
         x = r.scores[turn]
@@ -204,7 +205,7 @@ def _rank(r: _Router, correction: Buffer | None) -> None:
 
 
 def _take(r: _Router) -> Expr:
-    """int32: the expert of the greatest rank, the lowest id of equals, which becomes TAKEN."""
+    """int32: the expert of the greatest rank, the lowest id of equals. Its rank becomes TAKEN."""
     greatest = r.ranks[0]
     for turn in r.turns[1:]:
         greatest = T.max(greatest, r.ranks[turn])
@@ -220,7 +221,7 @@ def _take(r: _Router) -> Expr:
 
 
 def _keep_best_groups(r: _Router) -> None:
-    """Experts of all but the best groups rank as -infinity. Lane g has group g."""
+    """Gives the rank of -infinity to experts outside the best groups. Lane g handles group g."""
     routing, experts = r.spec.routing, r.spec.num_experts
     size = experts // routing.groups
     assert r.shared_ranks is not None

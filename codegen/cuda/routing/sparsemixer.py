@@ -1,7 +1,7 @@
 """PhiMoE's sampler at inference (arXiv 2310.00811), by one warp: one choice after the other.
 
-A choice is the greatest logit that is left; its weight is its share of a softmax over the logits
-that are left and within 2 * jitter, relatively, of it.
+A choice is the greatest remaining logit. Its weight is its share of a softmax over those remaining
+logits that are within a relative distance of 2 * jitter from it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _NOBODY = 2**31 - 1
 def sparsemixer(
     routing: Routing, logits: Buffer, ranks: Buffer, lane: Expr, experts: list[Expr], count: int
 ) -> tuple[Buffer, Buffer]:
-    """weight f32[1] and expert i32[1] of lane s: those of choice s.
+    """The weight f32[1] and the expert i32[1] of choice s, in lane s.
 
-    Lane l has the `experts` l, l + 32, ..., of which there are `count`: their logits, and ranks,
-    in which a choice becomes -infinity (it may be chosen again where nothing else is left).
+    Lane l holds the logits and ranks of the `experts` l, l + 32, ..., `count` in all. The rank of a
+    choice becomes that of -infinity (it may be chosen again if no other expert remains).
     """
     weight = T.alloc_buffer((1,), "float32", scope="local")
     expert = T.alloc_buffer((1,), "int32", scope="local")
