@@ -1,7 +1,7 @@
-"""`torch.compile(model, backend="moec")`.
+"""The backend of `torch.compile(model, backend="moec")`.
 
-torch finds the backend by its entry point. From a checkout that is not installed, importing
-this package registers it.
+torch finds it by its entry point. From a checkout that is not installed, importing this package
+registers it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A region -> code: the passes behind recognition, kernels, and how weights become arguments.
+"""Compiles a region: runs the passes after recognition, and generates and packs its kernels.
 
-Code knows no names and no weights of the model: layers with equal regions share it. What the
-passes computed from weights alone is kept as a small graph, so that it can be computed again
-when a weight changes.
+Code contains no names and no weights of the model, so that layers with equal regions share it. What
+passes compute from weights alone is kept as a graph, which is evaluated again when a weight
+changes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from moec.runtime.package import MAIN, BuiltLibrary, Package
 
 @dataclass(frozen=True)
 class Code:
-    """`graph` is the region in stage MOE; its inputs and params are the arguments of a call.
+    """The code of a region. `graph` is the region in stage MOE; its inputs and params are the
+    arguments of a call.
 
-    `expanded` is the same with the bodies of experts over all rows, for training. `folded` maps
-    those params to the weights that the kernels read. `package` holds no arrays.
+    `expanded` is the same graph with the bodies of experts applied to all rows, for training.
+    `folded` computes the weights that the kernels read from the params. `package` holds no arrays.
     """
 
     key: str
@@ -51,7 +52,8 @@ class Code:
 
     @cached_property
     def packing(self) -> str:
-        """Equal for codes that read the same arrays, such as those for other token counts."""
+        """A key of the packed arrays: equal for codes that read the same ones, such as codes for
+        other token counts."""
         arrays = [(param.name, param.type) for param in self.lowered.params[MAIN]]
         kernels = [kernel for _, kernel in self.package.kernels]
         return key_of(print_graph(self.folded), arrays, kernels, self.package.target)
@@ -111,7 +113,8 @@ def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) ->
 
 
 def is_constant(tensor: torch.Tensor) -> bool:
-    """Whether recognition may have relied on what the tensor holds."""
+    """Whether recognition may have relied on the values of the tensor: integers, booleans,
+    scalars."""
     return not tensor.is_floating_point() or not tensor.ndim
 
 

@@ -1,12 +1,12 @@
-"""The backend: Dynamo's graph -> MoE blocks on kernels of moec, the rest on Inductor or eager.
+"""The backend: replaces MoE blocks in Dynamo's graph; Inductor or eager runs the rest.
 
     Dynamo's graph ─ trace ─▶ ATen ─ convert ─▶ Graph[ATEN] ─ recognise ─▶ Graph[MOE]
                                │                                              │ regions
           rest (Inductor) ◀─ an operator in place of each region ◀─ code ◀─────┘
 
-Blocks are replaced before autograd sees the graph, where gradients are wanted by an operator that
-has one: the same path serves inference and training, and aot_autograd takes care of everything
-else. Where there is nothing else, `direct` calls the blocks.
+Blocks are replaced before autograd sees the graph. Where gradients are needed, the replacing
+operator defines its own, so that inference and training share one path, and aot_autograd handles
+everything else. A graph with nothing else is run by `direct`.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """What `torch.compile(model, backend="moec", options=...)` calls with each graph.
+    """The backend function, which `torch.compile(model, backend="moec", options=...)` calls with
+    each graph.
 
-    Raises UsageError for options that do not exist, FallbackError under `strict`.
+    Raises UsageError for options that do not exist, and FallbackError under `strict`.
     """
     settings = parse(options, mode)
     watch(backend)
@@ -75,7 +76,7 @@ def backend(
     run = (direct(module) if sites else None) or compile_rest(module, inputs, settings.rest)
     RECORDER.add(compilations=1, blocks=len(sites))
     RECORDER.fall_back(left, strict=settings.strict)
-    call = partial(with_parts(run, parts))  # which costs no call of Python's
+    call = partial(with_parts(run, parts))  # a partial adds no Python call
     call.sites = sites  # type: ignore[attr-defined]  # they live as long as the graph
     return call
 
@@ -83,11 +84,11 @@ def backend(
 def _replace_blocks(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options
 ) -> tuple[list[BlockSite], fx.GraphModule, list[Fallback]]:
-    """(sites, graph that calls them, blocks left to PyTorch with their reasons). Without sites
-    the graph is `module` itself, unchanged."""
+    """(sites, graph that calls them, blocks left to PyTorch with their reasons). Without sites the
+    graph is `module` itself, unchanged."""
     choices = _choices(module)
     if choices and all(_is_empty(node) for node in choices):
-        return [], module, []  # no token chooses, so there is nothing to leave to PyTorch
+        return [], module, []  # an example without tokens: there is nothing to leave to PyTorch
     devices = [_device(node) for node in choices]
     if devices and "cpu" not in devices:
         names = ", ".join(sorted(set(devices)))
@@ -102,7 +103,8 @@ def _replace_blocks(
         pass_results = run(converted.program, RECOGNITION)
     except NoMatch as why:
         return [], module, [Fallback("the graph", str(why))] if hint else []
-    # A router of no known form is not left to PyTorch: it becomes part of its block.
+    # An unrecognised router is no reason to leave its block to PyTorch: it becomes part of the
+    # block.
     left = [
         Fallback(d.where, d.reason)
         for pass_result in pass_results
@@ -148,8 +150,8 @@ def _insert(
     fixed: Sequence[fx.Node],
     training: bool,
 ) -> None:
-    """A call of the site in place of the node that the region makes. `fixed` are ids and masks
-    that are gone from the block, because it was recognised by what they hold."""
+    """Replaces the region's output by a call of the site. `fixed` are ids and masks that the block
+    was recognised by but that it does not read."""
     operators = torch.ops.moec
     with traced.graph.inserting_before(region.output):
         node = traced.graph.call_function(
@@ -161,7 +163,7 @@ def _insert(
 
 
 def _choices(module: fx.GraphModule) -> list[fx.Node]:
-    """The top-k nodes and experts calls: signs of a router."""
+    """The top-k nodes and experts calls, which indicate a router."""
     nodes = []
     for node in module.graph.nodes:
         name = str(getattr(node.target, "__name__", node.target))
@@ -176,14 +178,14 @@ def _device(node: fx.Node) -> str:
 
 
 def _example(node: fx.Node) -> Any:
-    """What Dynamo has computed of the node's first result: a fake tensor, mostly."""
+    """Dynamo's example of the node's first result, mostly a fake tensor."""
     example = node.meta.get("example_value")
     return example[0] if isinstance(example, tuple) else example
 
 
 def _is_empty(node: fx.Node) -> bool:
     first = _example(node)
-    # A size that is a symbol is not 0: Dynamo sets 0 apart.
+    # A symbolic size is not 0, because Dynamo specialises on 0.
     return isinstance(first, torch.Tensor) and any(
         isinstance(size, int) and size == 0 for size in first.shape
     )

@@ -1,9 +1,9 @@
-"""A traced ATen graph -> Graph[ATEN], whose values stay tied to the nodes that they came from.
+"""Converts a traced ATen graph to Graph[ATEN], and maps its values to the nodes they came from.
 
-Passes keep the order of a graph's outputs. So everything is spelled canonically once with every
-value as an output, which tells what each became; then the outputs are only what the world
-outside reads, as recognisers want it. A node that the IR has no words for (a random number, an
-operator of somebody else's) is an input of the graph.
+Passes keep the order of a graph's outputs. So the graph is canonicalised with every value as an
+output, which shows what each value became. Afterwards the outputs are only those that nodes outside
+the graph read, as recognisers expect. A node without an op in the IR (a random number, an unknown
+operator) becomes an input of the graph.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from moec.passes.simplify.share_common import ShareCommon
 
 @dataclass(frozen=True)
 class TracedProgram:
-    """`nodes` holds, for values of the program's graph, the first node that has their content."""
+    """`nodes` maps values of the program's graph to the first node with the same content."""
 
     program: Program
     nodes: Mapping[Value, fx.Node]
 
 
 def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> TracedProgram:
-    """The IR of a traced graph. `static` maps the inputs that become params to their tensors;
-    a node without an IR op becomes an input of the IR."""
+    """The IR of a traced graph. `static` maps the inputs that become params to their tensors; a
+    node without an IR op becomes an input of the IR."""
     converter = Converter({}, module, _prefix(module))
     inputs: list[Value] = []
     params: list[Value] = []
@@ -93,7 +93,8 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> T
 
 
 def _prefix(module: fx.GraphModule) -> str:
-    """Dynamo's name of the compiled module, such as L['self']; empty where no origin has one."""
+    """Dynamo's name of the compiled module, such as L['self']; empty where no node's origin has
+    one."""
     matches = (re.match(r"L\['\w+'\]", origin(node)) for node in module.graph.nodes)
     return next((match.group() for match in matches if match), "")
 
@@ -103,7 +104,7 @@ def _convertible(node: fx.Node, converter: Converter) -> bool:
     if any(source not in converter.values for source in node.all_input_nodes):
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
-        # Arithmetic of sizes; `getitem` takes a tuple apart.
+        # Arithmetic of sizes, or `getitem`, which unpacks a tuple.
         return node.target is operator.getitem or not isinstance(node.meta.get("val"), torch.Tensor)
     supported = node.target.namespace in ("aten", "moec") and not node.target._schema.is_mutable
     return supported and torch.Tag.nondeterministic_seeded not in node.target.tags

@@ -1,9 +1,9 @@
-"""A graph that holds blocks and nothing to compile: called as it is, without AOTAutograd.
+"""Calls a graph of blocks and views directly, without AOTAutograd.
 
-What AOTAutograd puts around a graph (gradients, writes into inputs, aliases) is of no use where
-no gradient is wanted and blocks and views are all there is. Its Python costs more than the
-kernels of a small layer, and for one token of a large one, whose weights have driven that Python
-out of the caches, a tenth of the whole.
+What AOTAutograd adds to a graph (gradients, writes into inputs, aliases) is not needed where there
+are no gradients and nothing but blocks and views. Its Python code takes longer than the kernels of
+a small layer, and a tenth of the time of one token in a large layer, whose weights have evicted
+that code from the caches.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ops of MoE blocks with gradients of their own: over sorted rows, each expert on its own alone.
+"""Ops of MoE blocks with their own gradients, computed on sorted rows, expert by expert.
 
 PyTorch differentiates `stack[expert]` into a gradient as large as the whole stack, once for each
 expert, and a gather into a scatter that adds row by row. Here
@@ -8,9 +8,9 @@ expert, and a gather into a scatter that adds row by row. Here
     z = combine(y, weights)   dy[r]  = weights[order[r]] * dz[order[r] // k]
                               dweights[t, s] = <dz[t], y[slots[t, s]]>
 
-so that a gradient is written once, where it stays, and experts that nobody chose cost nothing but
-their zeros. The last product and the combine are one op, whose gradient needs no y (_LastProduct).
-Sums over a token's choices are in float32, in the order of the slots; all is deterministic. The
+so that each gradient is written once, at its final address, and experts without rows cost only
+zeroing. The last product and the combine are one op, whose gradient needs no y (_LastProduct). Sums
+over a token's choices are in float32, in the order of the slots; everything is deterministic. The
 products are PyTorch's, or those of `moec.dynamo.products`.
 """
 
@@ -45,7 +45,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 def _sum_of_choices(rows: Tensor, slots: Tensor) -> Tensor:
-    """rows[R, D] -> [T, D]: the sum of each token's, in float32."""
+    """rows[R, D] -> [T, D]: the sum of each token's rows, in float32."""
     total = rows.index_select(0, slots[:, 0]).float()
     for s in range(1, slots.shape[1]):
         total += rows.index_select(0, slots[:, s])
@@ -53,7 +53,8 @@ def _sum_of_choices(rows: Tensor, slots: Tensor) -> Tensor:
 
 
 class Products(Protocol):
-    """Products of sorted rows with the stacks of all experts; rows of nobody become 0."""
+    """Products of sorted rows with the stacked weights of all experts. Rows behind the last
+    expert's end become 0."""
 
     def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         """rows[R, K], ends[E], w[E, N, K], b[E, N]? -> rows @ w[e]^T + b[e], [R, N]."""
@@ -64,13 +65,13 @@ class Products(Protocol):
         ...
 
     def outer(self, grad: Tensor, rows: Tensor, ends: Tensor, w: Tensor) -> Tensor:
-        """grad[R, N], rows[R, K], ends[E] -> grad^T @ rows of each expert, [E, N, K], lying as w
-        lies; 0 for those without rows."""
+        """grad[R, N], rows[R, K], ends[E] -> grad^T @ rows of each expert, [E, N, K], with the
+        strides of w; 0 for experts without rows."""
         ...
 
 
 class _InPyTorch:
-    """One product after another, of each expert that has rows."""
+    """One PyTorch product after another, for each expert that has rows."""
 
     def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         y = rows.new_empty(len(rows), w.shape[1])
@@ -131,13 +132,13 @@ class _Product(torch.autograd.Function):
 
 
 def _owned(ends: Sequence[int]) -> list[tuple[int, slice]]:
-    """The experts that have rows, and which."""
+    """(expert, its rows) for each expert that has rows."""
     pairs = zip([0, *ends], ends, strict=False)
     return [(expert, slice(*pair)) for expert, pair in enumerate(pairs) if pair[0] < pair[1]]
 
 
 def _sums(grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
-    """grad[R, N] -> the sum of each expert's rows, [E, N], as the bias of w[E, N, K]."""
+    """grad[R, N] -> the sum of each expert's rows, [E, N], with the dtype of w[E, N, K]."""
     db = grad.new_zeros(w.shape[:2], dtype=w.dtype)
     for expert, span in _owned(ends.tolist()):
         torch.sum(grad[span], 0, dtype=w.dtype, out=db[expert])
@@ -200,9 +201,9 @@ def _weighted_sum(
 class _LastProduct(torch.autograd.Function):
     """rows[R, K], ends, w[E, N, K], b[E, N]?, order[R], slots[T, k], weights[T, k]? -> z[T, N].
 
-    A product and _Combine. The gradient of weights is <dz[t], y[r]> = <dz[t] @ w[e], rows[r]> (and
-    the bias's share), of which the left one is made for drows as well: y itself is not needed.
-    Without `valued`, where the gradient alone is wanted, z is 0.
+    A product followed by a combine. The gradient of weights is <dz[t], y[r]> = <dz[t] @ w[e],
+    rows[r]>, plus the bias's share. Its left factor is computed for drows anyway, so y is not
+    needed. Without `valued`, where only the gradient is needed, z is 0.
     """
 
     @staticmethod
@@ -301,15 +302,15 @@ def _last_product(
 
 
 def _places(order: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """order[R], slots[T, k]: which choice each row is, and which row each choice."""
+    """order[R], slots[T, k]: the choice of each row, and the row of each choice."""
     order = order.long()
     slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     return order, slots.reshape(-1, k)
 
 
 def differentiable(products: Products, *, valued: bool = True) -> Mapping[str, Reference]:
-    """What the ops of an expanded region compute where their gradient is wanted: neither bodies
-    nor gathers are fused into them yet. Where nobody reads results, they need not be `valued`."""
+    """The ops of an expanded region with gradients, by name. The region has no bodies and gathers
+    fused into its ops yet. With `valued=False` the last product skips its value."""
     return {
         "moe.dispatch": _dispatch,
         "grouped.linear": partial(_linear, products),

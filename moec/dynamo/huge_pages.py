@@ -1,8 +1,8 @@
-"""Memory in large pages, for tensors that are made anew at every step.
+"""Memory in large pages, for tensors that are allocated anew at every step.
 
-A gradient as large as the weights is written to memory that the system has just given out, page
-by page: of 4 KiB each, that took longer than all products of a layer (537 MB: 130 ms, and 40 to
-give it back; in pages of 2 MiB, 30 and 1).
+A gradient as large as the weights is written to memory that the system has just allocated, page by
+page. With pages of 4 KiB that took longer than all products of a layer (537 MB: 130 ms, and 40 ms
+to free it; with pages of 2 MiB, 30 ms and 1 ms).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ LARGE = 2 * 2**20  # bytes
 
 
 def advise_huge_pages(tensor: Tensor) -> Tensor:
-    """The same tensor, nothing of which was written yet; the system is asked for large pages
-    where it can be, and may not give them."""
+    """Advise the system to use large pages for a tensor that was not written yet; return the
+    tensor. The system may ignore the advice, and platforms without it are left alone."""
     advise, start, size = _madvise(), tensor.data_ptr(), tensor.nbytes
     first = -(-start // LARGE) * LARGE
     last = (start + size) // LARGE * LARGE
@@ -30,7 +30,7 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
 
 @cache
 def _madvise() -> Any:
-    """The system's function, or None where it has none."""
+    """The system's madvise, or None where it has no advice for large pages."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     madvise = ctypes.CDLL(None).madvise

@@ -1,10 +1,11 @@
-"""Weights that are spread over ranks (DTensor), where a graph reads this rank's part alone.
+"""Weights that are distributed over ranks (DTensor), in a graph that reads only the local part.
 
     f(w: DTensor):  part = w.to_local()         f(part):
                     y = experts(x, part)   ->   y = experts(x, part)
 
-Expert parallelism of transformers does so. The caller of the graph takes the parts, and gradients
-flow through that. A graph that uses the whole tensor too stays as it is.
+Expert parallelism of transformers does this. The local parts become the graph's inputs; its caller
+takes them, and gradients flow through that step. A graph that also uses the complete tensor is not
+changed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Run = Callable[..., Any]
 def take_local_parts(
     module: fx.GraphModule, inputs: Sequence[Any]
 ) -> tuple[list[Any], tuple[int, ...]]:
-    """The inputs with parts in place of the tensors that the graph takes parts of, and the numbers
-    of these inputs. The graph is changed to take the parts."""
+    """(inputs, numbers): the inputs with local parts instead of tensors of which the graph takes
+    only the parts, and the positions of these inputs. The graph is changed accordingly."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     new, numbers = list(inputs), []
     for number, (node, value) in enumerate(zip(placeholders, inputs, strict=True)):
@@ -49,7 +50,7 @@ def take_local_parts(
 
 
 def _fix_sizes(part: torch.Tensor, name: str) -> None:
-    """The sizes of a weight are numbers, whatever `dynamic` says of inputs."""
+    """Marks the sizes of a weight as constant, even if `dynamic` makes those of inputs symbolic."""
     contexts: Any = TracingContext.get().tensor_to_context
     contexts[part] = StatefulSymbolicContext(
         dynamic_sizes=[DimDynamic.STATIC] * part.ndim, tensor_source=ConstantSource(name)
@@ -61,7 +62,7 @@ def _takes_part(node: fx.Node) -> bool:
 
 
 def with_parts(run: Run, numbers: tuple[int, ...]) -> Run:
-    """`run`, called with tensors whose parts it takes."""
+    """`run` with the inputs at `numbers` replaced by their local parts."""
     return partial(_with_parts, run, frozenset(numbers)) if numbers else run
 
 

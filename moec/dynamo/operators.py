@@ -1,4 +1,4 @@
-"""The operators of a block in a graph, and of its gradient.
+"""The operators that call a block and its gradient in a graph.
 
     moec::block_forward(inputs[], params[], site) -> y, where no gradient is wanted
     moec::block(inputs[], params[], site) -> y, with a gradient:
@@ -30,15 +30,15 @@ from moec.runtime.executor import Executor
 
 @dataclass(eq=False)
 class PackedParams:
-    """Weights as kernels read them. The tensors that they were packed from are held, so that
-    their memory is not taken by others."""
+    """Weights as kernels read them. The tensors that they were packed from are held, so that their
+    memory is not reused."""
 
     arrays: Mapping[str, Any]
     held: Sequence[torch.Tensor]
 
 
 PACKED: WeakValueDictionary[object, PackedParams] = WeakValueDictionary()
-"""By what was packed and how; they live as long as a site that runs with them."""
+"""By packing and state of the weights; entries live as long as a site that uses them."""
 _PACKING = threading.Lock()
 
 
@@ -46,9 +46,9 @@ _PACKING = threading.Lock()
 class BlockSite:
     """One block of one compiled graph, with its packed weights.
 
-    They are packed when it first runs, and again when a weight's version or memory differs.
-    Sites of the same layer (for one token and for many, with gradients and without) share them.
-    If experts are `trained`, weights change with every step, and are read without packing.
+    They are packed when it first runs, and again when a weight's version or memory differs. Sites
+    of the same layer (for one token and for many, with gradients and without) share them. If
+    experts are `trained`, weights change at every step and are read without packing.
     """
 
     name: str
@@ -61,13 +61,14 @@ class BlockSite:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The block's result."""
+        """The block's result. Raises RuntimeError where a constant that recognition relied on
+        changed."""
         if self.trained:
             with torch.no_grad():
                 return self.differentiable([*inputs, *params])
         executor = self._ready(params)
         main = self.code.package.main
-        if main.index_ranges:  # what an input holds; its type Dynamo guards
+        if main.index_ranges:  # values of inputs; their types are guarded by Dynamo
             names = (port.name for port in main.inputs)
             check_inputs(main, dict(zip(names, inputs, strict=True)))
         (result,) = executor.run(inputs).values()
@@ -99,14 +100,14 @@ class BlockSite:
     def differentiable(
         self, tensors: Sequence[torch.Tensor], *, valued: bool = True
     ) -> torch.Tensor:
-        """The block op by op with gradients, all rows at once. `valued=False` may skip work that
-        only the value needs, for a backward pass."""
+        """The block computed op by op with gradients, on all rows at once. `valued=False` may skip
+        work that only the value needs, for a backward pass."""
         graph = self.code.expanded
         operands = tensors[: len(graph.inputs) + len(graph.params)]
         return run_graph(graph, operands, meanings=differentiable(self.products, valued=valued))[0]
 
     def result(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """An empty tensor such as a call gives; the sizes may be symbols."""
+        """An empty tensor with the shape and dtype of the result; the sizes may be symbolic."""
         sizes: dict[str, Any] = {}
         for value, tensor in zip(self.code.graph.inputs, inputs, strict=True):
             for dim, size in zip(value.shape, tensor.shape, strict=True):
@@ -136,7 +137,7 @@ def _size(dim: Any, sizes: dict[str, Any]) -> Any:
 
 
 def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
-    """The key of unchanged weights: the address of each, and its version counter."""
+    """A key of the state of weights: the address, version, shape and strides of each."""
     return [
         (p.data_ptr(), None if p.is_inference() else p._version, p.shape, p.stride())
         for p in params
@@ -144,12 +145,12 @@ def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
 
 
 SITES: WeakValueDictionary[str, BlockSite] = WeakValueDictionary()
-"""By name; a site lives as long as the compiled graph that calls it."""
+"""Sites by name; a site lives as long as the compiled graph that calls it."""
 
 
 def register_site(where: str, code: Code, products: Products, *, trained: bool) -> BlockSite:
     """A new site. Its name is the same in every process that compiles the same model, so that
-    Inductor's own cache knows the graph again."""
+    Inductor's own cache recognises the graph."""
     stem, count = f"{where}/{code.key[:16]}", 1
     name = stem
     while name in SITES:
@@ -170,8 +171,8 @@ def _fake(inputs: list[torch.Tensor], params: list[torch.Tensor], site: str) -> 
 block = torch.library.custom_op("moec::block", _run, mutates_args=())
 block.register_fake(_fake)
 
-# As a plain kernel: what custom_op puts around one, for gradients and aliases, costs more than
-# the kernels of a small layer.
+# A plain kernel: what custom_op adds for gradients and aliases takes longer than the kernels of a
+# small layer.
 _library: Any = torch.library  # it has no types
 _LIBRARY = _library.Library("moec", "FRAGMENT")
 _LIBRARY.define("block_forward" + str(torch.ops.moec.block.default._schema).partition("block")[2])

@@ -1,4 +1,4 @@
-"""`torch.compile(..., backend="moec", options={...})`: what may be asked for, and its checks."""
+"""The options of `torch.compile(..., backend="moec", options={...})` and their checks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Options:
-    """`rest` compiles what is no MoE block. `target`, `opt_level` and `passes` are those of
-    `moec.compile`. `strict` raises FallbackError instead of leaving a block to `rest`. `cache`
-    is where kernels and blocks that were compiled are kept.
-    """
+    """`rest` is the compiler of everything that is no MoE block. `target`, `opt_level` and `passes`
+    are those of `moec.compile`. `strict` raises FallbackError instead of leaving a block to `rest`.
+    `cache` stores compiled kernels and blocks."""
 
     rest: str
     target: CpuTarget
@@ -42,7 +41,7 @@ class Options:
 def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     """The options with defaults filled in.
 
-    Raises UsageError for an unknown name or value, TargetError for a target that is unknown.
+    Raises UsageError for an unknown name or value, TargetError for an unknown target.
     """
     settings = dict(options or {})
     if mode not in (None, "default"):

@@ -1,12 +1,12 @@
-"""`moec.prepare(model)`: a model whose MoE layers reach the backend whole.
+"""`moec.prepare(model)`: changes a model so that the backend receives complete MoE layers.
 
-The experts of transformers loop over what their router chose, or call a grouped product of
-their own. Prepared, each experts module is one call of `moec::experts`, which the backend
-recognises, and which PyTorch runs and differentiates where nothing compiles it.
+The experts modules of transformers loop over the experts that their router chose, or call a grouped
+product. After preparation, each experts module is one call of `moec::experts`, which the backend
+recognises, and which PyTorch can run and differentiate without a compiler.
 
-Other models may ask `torch.where` for the tokens of each expert. Dynamo captures that under a
-setting alone, and skips the whole module without it, before any backend is called. Prepared, the
-model's forward opens the setting, for what runs inside it and for nothing else.
+Other models find the tokens of each expert with `torch.where`. Dynamo captures that only under a
+setting, and otherwise skips the whole module before it calls any backend. After preparation, the
+model's forward enables the setting for the code that it runs.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def prepare(model: Model) -> Model:
-    """The same model, changed in place. Its results stay as they are.
+    """Prepare the model in place and return it. Its results do not change.
 
-    Raises UsageError for what is no module, CaptureError where an expert cannot be traced.
+    Raises UsageError for anything but a module, CaptureError where an expert cannot be traced.
     """
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"a {type(model).__name__} is not a torch module: prepare the model")
     watch(backend)
     if not switch_experts(model):
-        model.forward = MethodType(_PREPARED, model)  # a copy of the model binds it to itself
+        # a copy of the model then binds it to the copy
+        model.forward = MethodType(_PREPARED, model)
     return model
 
 
@@ -43,4 +44,4 @@ def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 _disable: Any = torch._dynamo.disable  # it has no types
-_PREPARED = _disable(forward, recursive=False)  # not captured: what it calls is
+_PREPARED = _disable(forward, recursive=False)  # Dynamo does not capture it, but what it calls

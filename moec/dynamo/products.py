@@ -1,7 +1,7 @@
-"""The products of training on kernels that read the model's own weights, packed nowhere.
+"""Products for training by kernels that read the model's own weights, without packing.
 
-The kernels of a stack of matrices are compiled when the first product with one of its shape and
-type is made, and kept in the cache beside the compiled blocks.
+The kernels for stacked weights of one shape and dtype are compiled at the first product with them,
+and stored in the cache with the compiled blocks.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from moec.target.cpu import CpuTarget
 
 _DTYPES = {getattr(torch, name): name for name in MODEL_DTYPES}
 MANY = 32
-"""Rows of an expert from which tile registers pay: they fill two (chosen so, and not measured)."""
+"""Rows per expert from which tile registers pay: two tiles full (chosen, not measured)."""
 _OPENED: dict[tuple[Stack, CpuTarget], Any] = {}
-"""The kernels that this process has, for stacks of one shape and type each."""
+"""The kernels loaded in this process, by shape and dtype of the stack, and target."""
 _OPENING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ProductKernels(Products):
-    """Products by kernels for `target`, kept in `cache`.
+    """Products by kernels for `target`, stored in `cache`.
 
-    Other dtypes, and stacks that are neither [E, N, K] nor [E, K, N], multiply in PyTorch,
-    and so do many rows of bf16 where the target has tile registers: PyTorch uses those.
+    PyTorch computes them for other dtypes, for stacks that are contiguous neither as [E, N, K] nor
+    as [E, K, N], and for many bf16 rows where the target has tile registers, which PyTorch uses.
     """
 
     target: CpuTarget
@@ -73,8 +73,8 @@ class ProductKernels(Products):
         return dw.mT if transposed else dw
 
     def _kernels_for(self, rows: Tensor, w: Tensor) -> tuple[Any, Tensor, bool] | None:
-        """(kernels, contiguous stack, whether it is `w` transposed), or None where PyTorch is
-        used: another dtype or device, neither layout contiguous, or AMX tiles with many rows."""
+        """(kernels, contiguous stack, whether it is `w` transposed), or None where PyTorch is used:
+        another dtype or device, neither layout contiguous, or AMX tiles with many rows."""
         if w.dtype not in _DTYPES or rows.dtype != w.dtype or not w.is_cpu:
             return None
         if self.target.bf16_tiles and w.dtype is torch.bfloat16 and len(rows) >= MANY * len(w):
@@ -89,7 +89,7 @@ class ProductKernels(Products):
 
 
 def _opened(stack: Stack, target: CpuTarget, cache: Store) -> Any:
-    """The kernels for stacks of one shape and type, by name."""
+    """The kernels for stacks of one shape and dtype, by name."""
     with _OPENING:
         if (stack, target) not in _OPENED:
             _OPENED[stack, target] = open_kernels(_library(stack, target, cache))

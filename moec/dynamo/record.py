@@ -1,4 +1,4 @@
-"""What the backend has done in this process, counted and readable at any time."""
+"""Statistics of the backend in this process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from moec.errors import MoecError
 
 
 class FallbackWarning(UserWarning):
-    """Something that looked like MoE was left to PyTorch; the message says what and why."""
+    """Something that looked like MoE was left to PyTorch; the message has what and why."""
 
 
 class FallbackError(MoecError):
-    """As FallbackWarning, under `strict=True`."""
+    """Raised instead of a FallbackWarning under `strict=True`."""
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """A place that was left to PyTorch, and the reason."""
+    """A module or graph that was left to PyTorch, and the reason."""
 
     where: str
     reason: str
@@ -31,11 +31,13 @@ class Fallback:
 
 @dataclass(frozen=True)
 class Stats:
-    """`compilations` counts calls of the backend: one for each graph that Dynamo captures, or
-    captures again for other sizes. `blocks` are the MoE blocks replaced in them; the code of
-    `code_compiled` of them was generated, that of `cache_hits` came from the same process and
-    of `disk_hits` from the cache on disk. `packs` counts how often the weights of a block were
-    packed: once, and again after each change.
+    """Counts since the process began, or since the last reset.
+
+    `compilations` counts calls of the backend: one for each graph that Dynamo captures, or captures
+    again for other sizes. `blocks` are the MoE blocks replaced in them; the code of `code_compiled`
+    of them was generated, that of `cache_hits` came from this process and that of `disk_hits` from
+    the cache on disk. `packs` counts how often the weights of a block were packed: once, and again
+    after each change.
     """
 
     compilations: int = 0
@@ -57,7 +59,7 @@ class Stats:
 
 
 class StatsRecorder:
-    """The one count of the process; Dynamo may compile in several threads."""
+    """The counts of the process, with a lock because Dynamo may compile in several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -69,7 +71,7 @@ class StatsRecorder:
             self._stats = replace(self._stats, **now)
 
     def fall_back(self, fallbacks: Iterable[Fallback], *, strict: bool) -> None:
-        """Count places left to PyTorch, with one warning for all of them.
+        """Record what was left to PyTorch, with one warning for all of it.
 
         Raises FallbackError instead of the warning where `strict`.
         """

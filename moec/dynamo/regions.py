@@ -1,4 +1,4 @@
-"""Graph[MOE] -> the region of each block: what is computed from its input, its router included.
+"""Finds the region of each block in Graph[MOE]: the ops from its input to its result.
 
     logits = aten.linear(x, router)                 x ─▶ ┌─────────────────┐
     weights, experts = moe.route(logits)                 │ one region: the │
@@ -6,10 +6,10 @@
     out = moe.experts(rows, ends, stacks...)             │ kernel call     │
     y = moe.combine(out, order, weights)                 └─────────────────┘
 
-A region holds the ops between x and y, and ops on weights only. Anything that y
-needs and that does not come from x (the logits of a router that reads another value) is an
-input too. Inner values that others read, such as logits that the model returns, are computed
-again by their readers: they are small.
+A region holds the ops between x and y, and ops on weights only. A value that y needs but that does
+not depend on x (the logits of a router that reads another value) is also an input. Inner values
+that others read too, such as logits that the model returns, are computed again outside; they are
+small.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from moec.report.data import WHOLE
 
 @dataclass(frozen=True)
 class Region:
-    """`inputs` and `params` are nodes of the traced graph, `output` is the node that it makes."""
+    """`inputs` and `params` are nodes of the traced graph; `output` is the node that the region
+    computes."""
 
     where: str
     program: Program
@@ -54,7 +55,7 @@ class Region:
 def regions(
     converted: TracedProgram, recognised: Program
 ) -> Iterator[Region | tuple[str, NoMatch]]:
-    """For each block its region, or where it is and why it has none."""
+    """For each block its region, or its name and the reason why it has none."""
     graph = recognised.graph
     scope = Scope(graph, recognised.weights)
     nodes = dict(converted.nodes)
@@ -102,8 +103,8 @@ def _region(
 def _result(combine: Op, before: Graph, after: Graph) -> tuple[Value, Value]:
     """The block's result in `after`, and the value of `before` that it replaces.
 
-    Recognition changes the readers of a block only in their inputs. Raises NoMatch where nothing
-    reads the result.
+    Recognition changes only the inputs of ops that read a block. Raises NoMatch where nothing reads
+    the result.
     """
     readers = {value: op for op in before.ops for value in op.outputs}
     pending = [combine.outputs[0]]
@@ -122,8 +123,8 @@ def _result(combine: Op, before: Graph, after: Graph) -> tuple[Value, Value]:
 
 
 def _source(combine: Op, scope: Scope, nodes: Mapping[Value, fx.Node]) -> Value:
-    """The block's input before it was flattened, through as many views as have a node. Raises
-    NoMatch where none has."""
+    """The block's input before it was flattened: the value behind the most views that has a node.
+    Raises NoMatch where no such value has one."""
     value = combine.inputs[0]
     if combine.name == "moe.combine":
         experts = scope.graph.producers[value]
@@ -151,7 +152,7 @@ def _between(x: Value, y: Value, scope: Scope, nodes: Mapping[Value, fx.Node]) -
             inside.add(op)
             if not (fixed or free):
                 reached.update(op.outputs)
-    # What an op of the block reads from outside must have a node; new ops are taken in.
+    # Values that an op of the block reads from outside need a node; else their ops are included.
     pending = [value for op in inside for value in op.inputs]
     while pending:
         value = pending.pop()
@@ -171,7 +172,7 @@ def _free_sizes(graph: Graph) -> Graph:
     names = {str(dim) for dim in alone}
     free = [dim for dim in dict.fromkeys(dims) if dim in alone or not symbols(dim) <= names]
     new = {dim: symbol(f"T{index}") for index, dim in enumerate(free)}
-    products = sorted(new, key=lambda dim: dim in alone)  # before what they are made of
+    products = sorted(new, key=lambda dim: dim in alone)  # products before their factors
     renamed = _substituted(graph, [(dim, new[dim]) for dim in products])
     size_names = {str(name) for name in new.values()}
     for value in renamed.values():

@@ -1,4 +1,4 @@
-"""What is no MoE block: compiled by Inductor, or run operator by operator."""
+"""Everything that is no MoE block: compiled by Inductor, or run operator by operator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Callee = Callable[..., Any]
 
 
 def compile_rest(module: fx.GraphModule, inputs: Sequence[Any], how: str) -> Callee:
-    """Raises UsageError where Inductor has no C++ compiler."""
+    """A function for the graph, by `how`: "inductor" or "eager". Raises UsageError where Inductor
+    has no C++ compiler."""
     if how == "inductor":
         return _inductor(module, inputs)
     callee: Callee = aot_autograd(

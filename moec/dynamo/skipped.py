@@ -1,9 +1,9 @@
-"""What Dynamo skips before any backend is called, said by moec all the same.
+"""Reports functions that Dynamo skips before it calls any backend.
 
-A loop that asks `torch.where` for each expert's tokens makes results whose size depends on data.
-Without a setting that `moec.prepare` opens, Dynamo gives up on the whole function and runs it as
-Python; and so it does where a loop asks whether a mask is set. No graph reaches a backend then;
-but Dynamo reports the end of an attempt, with the reason, to listeners.
+A loop that finds each expert's tokens with `torch.where` creates sizes that depend on data. Without
+a setting that `moec.prepare` enables, Dynamo then gives up on the whole function and runs it as
+Python; likewise where a loop tests whether a mask is set. No backend is called in these cases, but
+Dynamo calls listeners at the end of each attempt, with its error in flight.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _SAID: Mapping[tuple[str, ...], str] = {
         "Face model needs moec.prepare(model)"
     ),
 }
-"""By what the reason for giving up names: what to say of it."""
+"""What to report, by words in Dynamo's reason."""
 
 
 def watch(backend: object) -> None:
-    """Tell of every function that is skipped so on its way to `backend`. Once is enough until
-    Dynamo is reset, which forgets every listener."""
+    """Report each function that Dynamo skips for one of these reasons instead of calling `backend`.
+    Needed once, and again after a reset of Dynamo, which removes listeners."""
     dynamo: Any = torch._dynamo  # it has no types
     handler, listener = dynamo.callback_handler, _listener(backend)
     if listener not in handler.end_callbacks:
@@ -45,8 +45,8 @@ def watch(backend: object) -> None:
 @cache
 def _listener(backend: object) -> Callable[[object], None]:
     def ended(_: object) -> None:
-        """Warns, also where `strict` or a filter asks for an error: Dynamo would never again tell
-        anybody of an end after a listener raised."""
+        """Warns even under `strict` or a filter that raises errors: Dynamo never calls its
+        listeners again after one has raised."""
         why = _why(sys.exc_info()[1])
         if why is None:
             return

@@ -1,9 +1,8 @@
-"""Dynamo's graph -> functional ATen, before autograd: the form that recognisers read.
+"""Traces Dynamo's graph to functional ATen operators, before autograd, for recognition.
 
-The operators are those of `moec.capture.decomposition`: a block looks the same behind either
-door. Tracing happens in the fake mode that Dynamo has open: sizes stay symbols, and nothing
-here asks for their values. Switches of the grad mode stay in the graph; writes into inputs
-become one `copy_` each, at the end.
+The operators are those of `moec.capture.decomposition`, so that a block looks the same as in a
+capture. Tracing uses Dynamo's own fake mode; sizes stay symbolic and are never evaluated here.
+Switches of the grad mode stay in the graph; writes into inputs become one `copy_` each, at the end.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> f
                 _functional(module), decomposition_table=decompositions(), pre_dispatch=True
             )(*fake)
     except Exception as error:
-        # What failed inside a vmap would leave it open, and Dynamo's guards would see it.
+        # A failure inside a vmap leaves the vmap open, and Dynamo's guards would see it.
         _torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         if any("vmap" in str(node.target) for node in module.graph.nodes):
             raise NoMatch("the graph has a vmap, which cannot be traced to ATen") from error
@@ -75,10 +74,10 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> f
 
 
 def _fix_numbers(module: fx.GraphModule) -> None:
-    """Have Dynamo capture again with the floats that the model itself holds as constants.
+    """Make Dynamo capture again with the floats of the model itself as constants.
 
-    With `dynamic=True` they are symbols, and no recogniser can tell what a router does whose
-    epsilon may be anything. Floats that the caller passes stay symbols.
+    With `dynamic=True` they are symbols, and a router with an unknown epsilon cannot be recognised.
+    Floats that the caller passes stay symbols.
     """
     restart = False
     for node in _placeholders(module):
@@ -96,8 +95,8 @@ def _passed(source: Any) -> bool:
 
 
 def _plain(traced: fx.GraphModule) -> None:
-    """Casts in one spelling, `detach` as it was (functionalisation makes an alias of it, through
-    which gradients flow), and no assertions about what the trace itself knows."""
+    """Normalises the trace: all casts are `_to_copy`; `detach` is restored (functionalisation makes
+    it an alias, through which gradients would flow); assertions about metadata are removed."""
     for node in list(traced.graph.nodes):
         name = str(node.target)
         if "_assert_tensor_metadata" in name or _says_a_size_is_one(node):
@@ -140,7 +139,8 @@ def _says_a_size_is_one(node: fx.Node) -> bool:
 
 
 def _written_over(node: fx.Node) -> None:
-    """`a.copy_(b)`, once functional, has no gradient in PyTorch: b in the shape and dtype of a."""
+    """Replaces a functional `a.copy_(b)`, which has no gradient in PyTorch, by b in the shape and
+    dtype of a."""
     destination, source = node.meta["val"], cast(fx.Node, node.args[1])
     with node.graph.inserting_before(node):
         new = node.graph.call_function(torch.ops.aten.expand_as.default, (source, node.args[0]))
@@ -155,8 +155,8 @@ def _written_over(node: fx.Node) -> None:
 
 
 def _fake(mode: FakeTensorMode, context: TracingContext, value: Any) -> Any:
-    """An input in Dynamo's fake mode, with the symbols that Dynamo gave its sizes, or for a
-    Python float its value."""
+    """An input in Dynamo's fake mode, with the symbols that Dynamo uses for its sizes; a Python
+    float unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     contexts: Any = context.tensor_to_context
@@ -190,7 +190,7 @@ def _writes(node: fx.Node) -> bool:
 
 
 class _Interpreter(fx.Interpreter):
-    """`x.data` is a `detach`: functionalisation would forget it."""
+    """Runs the graph with `x.data` as a `detach`, which functionalisation would lose."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _DATA in _name(target):
@@ -203,7 +203,7 @@ def _name(target: Any) -> str:
 
 
 def _detaches(node: fx.Node) -> bool:
-    """Whether a node of Dynamo's, or what was traced from it, stops gradients."""
+    """Whether a node of Dynamo's graph, or one traced from it, stops gradients."""
     stack = node.meta.get("source_fn_stack") or [("", "")]
     return any(word in _name(stack[-1][1]) for word in ("detach", _DATA))
 
@@ -236,7 +236,8 @@ def _synced(tensor: FunctionalTensor) -> torch.Tensor:
 
 
 def _written(argument: Any) -> torch.Tensor | None:
-    """What the graph left in an input, where it wrote into it."""
+    """The new contents of an input that the graph wrote into; None where it did not. Raises NoMatch
+    where its shape or strides changed."""
     if not isinstance(argument, FunctionalTensor):
         return None
     after = _synced(argument)

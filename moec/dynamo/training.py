@@ -1,7 +1,7 @@
-"""Which weights learn, and whether a block may be replaced where gradients are wanted.
+"""Which weights are trained, and whether a block may be replaced where gradients are needed.
 
-Inside its region a graph may stop gradients (`detach`, `no_grad`). The IR has no words for that:
-it describes values. Such a block is left to PyTorch.
+A graph may stop gradients inside the region of a block (`detach`, `no_grad`). The IR, which
+describes values only, cannot represent that, so such a block is left to PyTorch.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ def trainable_inputs(traced: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.No
 
 
 def mostly_trainable(params: Sequence[fx.Node], learning: set[fx.Node]) -> bool:
-    """Whether most elements of params are `learning`: a step of an optimiser changes those."""
+    """Whether most elements of `params` belong to `learning` ones, which an optimiser step
+    changes."""
     sizes: dict[fx.Node, int] = {node: node.meta["val"].numel() for node in params}
     return 2 * sum(sizes[node] for node in params if node in learning) > sum(sizes.values())
 
 
 def gradient_barrier(traced: fx.GraphModule, region: Region) -> str:
-    """Why the gradient of a region is not that of its values; empty where it is."""
+    """The reason why a region's gradient is not that of its values; empty where it is."""
     without = _without_gradient(traced)
     pending, visited = [region.output], {*region.inputs, *region.params}
-    while pending:  # along floats: choices carry no gradient
+    while pending:  # along floats only: integer choices carry no gradient
         node = pending.pop()
         if node in visited or not _floating(node):
             continue

@@ -1,1 +1,1 @@
-"""Models that are compiled: to call, to generate text, to save, load and rebuild."""
+"""Compiled models: to call, to generate text with, to save, load and rebuild."""

@@ -1,4 +1,4 @@
-"""A captured model some of whose inputs are bound to constants: what `specialise` starts from."""
+"""Binds inputs of a captured model to constants, for `specialise`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moec.passes.specialise.bind_inputs import bind, seeds
 
 
 def bound(captured: Captured, passes: Iterable[Pass]) -> Captured:
-    """`captured` without the inputs that passes bind: its program, its example, its eager meaning.
+    """`captured` without the inputs that passes bind: its program, example and eager function.
 
     Raises UsageError as `moec.passes.specialise.bind_inputs.bind` does.
     """

@@ -1,4 +1,4 @@
-"""A model with its passes done -> kernels, a package that is loaded, and compared with eager."""
+"""Builds a model after its passes: generates kernels, loads the package, compares with eager."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build_model(
     backend: Backend | None,
     tune: bool = False,
 ) -> CompiledModel:
-    """With code, and ready to run where this machine can run it."""
+    """The model with code, and with an executor where this machine can run it."""
     module, target = compiled.module, compiled.target
     tunings: dict[str, Values] = {}
     if tune:
@@ -83,8 +83,8 @@ def build_for_gpu(
     clock: Clock,
     backend: Backend | None,
 ) -> CompiledModel:
-    """With code for GPUs beside that for a CPU: of `main`, and of `decode` where all of it has
-    kernels."""
+    """The model with additional code for GPUs: for `main`, and for `decode` where all of its ops
+    have kernels."""
     from moec.codegen.backends import backend_for
     from moec.codegen.lower import supported
     from moec.codegen.package import build as generate
@@ -105,7 +105,8 @@ def build_for_gpu(
 
 @contextmanager
 def explained(compiled: CompiledModel) -> Iterator[None]:
-    """What is not supported may be experts that were not recognised."""
+    """While open, an UnsupportedError also lists experts that were not recognised, a likely
+    cause."""
     try:
         yield
     except UnsupportedError as error:
@@ -113,14 +114,14 @@ def explained(compiled: CompiledModel) -> Iterator[None]:
 
 
 def _not_recognised(declined: Sequence[Declined]) -> str:
-    """Experts that were not recognised: what they are written with may have no kernel."""
+    """Text about experts that were not recognised, whose ops may have no kernel; empty if none."""
     experts = [d for d in declined if d.rule == RecogniseExperts.name]
     lines = dict.fromkeys(f"\n  {d.where}: {d.reason}" for d in experts)
     return f"\nexperts were not recognised, which would compile:{''.join(lines)}" if lines else ""
 
 
 def verify_model(compiled: CompiledModel, limit: float | None, clock: Clock) -> CompiledModel:
-    """Compared with eager, see `moec.verify.check`. Raises VerificationError."""
+    """The model with the result of `moec.verify.check`. Raises VerificationError."""
     _, executor = compiled.ready()
 
     def run_afresh(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -147,7 +148,7 @@ def verify_model(compiled: CompiledModel, limit: float | None, clock: Clock) -> 
 
 
 def _by_parts(executor: Executor, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The model, its hoisted routers first."""
+    """Run the model in two parts: the hoisted routers first, then the rest with their choices."""
     executor.reset()
     ports = executor.package.functions[ROUTE].inputs
     choices = executor({port.name: inputs[port.name] for port in ports}, ROUTE)

@@ -1,4 +1,4 @@
-"""How long each phase of a compilation takes."""
+"""Times the phases of a compilation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass
 class Clock:
-    """Reports the phases, and records the seconds of each."""
+    """Reports each phase to `progress`, and records its seconds."""
 
     progress: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)

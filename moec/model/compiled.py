@@ -1,4 +1,4 @@
-"""What `moec.compile` gives: a model to call, to ask, to save and to export."""
+"""The result of `moec.compile`: a model to call, inspect, save and export."""
 
 from __future__ import annotations
 
@@ -44,17 +44,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class CompiledModel:
-    """A model compiled for one target; call it as the module it came from.
+    """A model compiled for one target; call it like the module that it was compiled from.
 
-    torch tensors in give torch tensors out, numpy arrays give numpy arrays. The result is what
-    the module returns: a tensor, a tuple, a dataclass, a ModelOutput, with None and numbers where
-    they stood in the example's result; that of a checkpoint's folder is what its artifact gives,
-    one tensor as it is, several as a dict by name. `programs` are the functions of the model beside
-    `main`, such as `decode` (see `moec.runtime.package`); `no_decode` says why that one is not
-    there. `package` and `executor` are None where
-    nothing was built (`stop_after`, `build=False`), `executor` also where this machine lacks what
-    the target needs: such a model can be saved and not called. `for_gpu` is the same for the GPUs
-    that the model is for `beside` a CPU; what is called here is the CPU's.
+    torch tensors as inputs give torch tensors as results, numpy arrays give numpy arrays. The
+    result has the module's type: a tensor, a tuple, a dataclass, a ModelOutput, with None and
+    numbers as in the example's result. A model from a checkpoint's folder returns what its artifact
+    does: a single tensor, or several in a dict by name.
+
+    `programs` are the functions of the model besides `main`, such as `decode` (see
+    `moec.runtime.package`); `no_decode` is the reason where there is no `decode`. `package` and
+    `executor` are None where nothing was built (`stop_after`, `build=False`); `executor` is also
+    None where this machine lacks features of the target, and the model can then be saved but not
+    called. `for_gpu` is a second package for the GPU target in `beside`; calls use the package for
+    the CPU.
     """
 
     source: Source
@@ -86,28 +88,31 @@ class CompiledModel:
         return structure.rebuild(list(executor(bind(names, args, kwargs)).values()))
 
     def generate(self, prompts: Prompts, **options: Any) -> Any:
-        """Continue texts: `prompts` are text, or a list of texts, where the model came with a
-        tokenizer; token ids [B, S], or a list of lists of them of any lengths.
+        """Continue texts. `prompts` are a string or a list of strings, where the model has a
+        tokenizer; or token ids [B, S], or a list of lists of ids of any lengths.
 
-        Gives the prompts with what continues them, of the kind that was given; a row that ended
-        early is filled up with its last token. Options: `max_new_tokens` (64), `temperature`
-        (0: the likeliest token), `top_p`, `top_k`, `seed`, and `stop`, the tokens that end a
-        text (those of the model's configuration) and, of text, the strings before which it ends.
-        Raises InputError where the model does not continue text, or an option or a prompt is out
-        of range, ArtifactError where text is given and there is no tokenizer.
+        Returns the prompts with their continuations, in the same form; a row that ended early is
+        filled up with its last token. Options: `max_new_tokens` (64), `temperature` (0: the
+        likeliest token), `top_p`, `top_k`, `seed`, and `stop`: the tokens that end a text (default:
+        those of the model's configuration) and, for text, strings that end it and are left out.
+
+        Raises InputError where the model does not continue text, or an option or a prompt is out of
+        range; ArtifactError for text without a tokenizer.
         """
         return continued(self._writer, prompts, **options)
 
     def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
-        """As `generate`: the next token of each text as it comes, None where a text has ended. The
-        pieces of one text as they come; of a list of texts, the next piece of each."""
+        """As `generate`, but yields as tokens are computed: the next token of each text, or None
+        where it has ended. For a string, yields its pieces; for a list of strings, the next piece
+        of each."""
         return stream(self._writer, prompts, **options)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Text to tokens and back: `encode`, `decode`, and `chat` by the model's chat template.
+        """Converts text to tokens and back: `encode`, `decode`, and `chat` by the model's chat
+        template.
 
-        Raises ArtifactError where the model came without a tokenizer.
+        Raises ArtifactError where the model has no tokenizer.
         """
         return load_tokenizer({n: path.read_bytes() for n, path in self.source.files.items()})
 
@@ -116,23 +121,24 @@ class CompiledModel:
         return Writer(self.ready()[1], lambda: self.tokenizer)
 
     def routers(self, *args: Any, **kwargs: Any) -> Choices:
-        """What routers that read no hidden state choose, before the model runs: for each of their
-        layers, by name, "experts" [T, k] and "weights" [T, k]. Takes the inputs that they read;
-        given some of these, those layers whose routers need no other: a loop over timesteps asks
-        for what the prompt decides once.
+        """The choices of routers that read no hidden state, before the model runs.
 
-        Needs `passes="+hoist-routers"`. Raises InputError where an input does not fit, or no
-        router could be hoisted.
+        Returns {layer: {"experts": [T, k], "weights": [T, k]}}. Takes the inputs that these routers
+        read. Given only some of them, returns the layers whose routers need no others, so that a
+        loop over timesteps computes choices that depend on the prompt only once.
+
+        Needs `passes="+hoist-routers"`. Raises InputError where an input does not fit, or no router
+        could be hoisted.
         """
         return routers(self.ready()[1], args, kwargs)
 
     def routed(self, choices: Choices, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the choices that `routers` gave: those routers are left out."""
+        """Run the model with choices from `routers`, without computing those routers."""
         return routed(self.ready()[1], choices, args, kwargs)
 
     def record_routing(self) -> AbstractContextManager[Recorder]:
-        """Record which experts are chosen: `with m.record_routing() as routing: m.generate(...)`,
-        then `routing.trace()` is a `RoutingTrace`, which `save_trace` writes for `moec plan`.
+        """Record which experts are chosen: `with m.record_routing() as routing: m.generate(...)`.
+        Afterwards `routing.trace()` is a `RoutingTrace`, which `save_trace` writes for `moec plan`.
 
         Needs `record_routing=True`. Raises InputError where the model was compiled without it.
         """
@@ -145,22 +151,22 @@ class CompiledModel:
 
     @property
     def target_name(self) -> str:
-        """All that the model is for: cpu,cuda:sm_80."""
+        """The names of all targets of the model, such as cpu,cuda:sm_80."""
         return ",".join(target.name for target in (self.target, self.beside) if target)
 
     def __reduce__(self) -> Never:
-        """Raises UsageError: neither pickle nor deepcopy can take machine code along."""
+        """Raises UsageError: machine code can be neither pickled nor copied."""
         raise UsageError(
             "a compiled model is machine code and memory of this process, so that it can neither "
             "be pickled nor copied: save it, and moec.load the artifact where it is needed"
         )
 
     def reset(self) -> None:
-        """Put the state (a static cache) back to what it starts from."""
+        """Reset the state (a static cache) to its first contents."""
         self.ready()[1].reset()
 
     def report(self) -> Report:
-        """What was recognised, declined, made and measured."""
+        """What was recognised, declined, generated and measured."""
         program = next(
             (
                 pass_result.program
@@ -245,7 +251,8 @@ class CompiledModel:
         )
 
     def picture(self) -> Picture:
-        """The model drawn: shown by notebooks, and saved by its `save` as .svg, .html or .dot."""
+        """A drawing of the model, which notebooks display; its `save` writes .svg, .html or
+        .dot."""
         from moec.report.picture import Picture, scene
 
         lines = tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined)
@@ -255,7 +262,7 @@ class CompiledModel:
         """Write the artifact, with the example inputs and their outputs as a sample.
 
         `native=False` leaves the compiled code out (see `moec run --rebuild`). Raises UsageError
-        where `path` holds something that is not an artifact, or anything unless `overwrite`.
+        where `path` holds something that is not an artifact, or, without `overwrite`, anything.
         """
         from moec.runtime import artifact
 
@@ -288,25 +295,25 @@ class CompiledModel:
     ) -> Exported:
         """Write the whole model as ONNX: `path` (.onnx), and its weights as `path` + ".data".
 
-        `ep` is what it is for: "cpu" and "cuda" (ONNX Runtime), or "portable" (standard operators
-        alone). `moe` chooses the form of the blocks: "rows" (sorted rows, one product per expert
-        and projection), "op" (com.microsoft.MoE, or QMoE for quantised experts) or "auto": what
-        was measured to be faster, the operator for "cuda" and for quantised experts on a CPU,
-        where it can express the block, else rows.
+        `ep` is the execution provider: "cpu" or "cuda" (ONNX Runtime), or "portable" (standard
+        operators only). `moe` chooses the form of the blocks: "rows" (sorted rows, one product per
+        expert and projection), "op" (com.microsoft.MoE, or QMoE for quantised experts), or "auto":
+        the one that was measured to be faster. That is the operator for "cuda", and for quantised
+        experts on a CPU, where it can express the block; else rows.
 
         `quant` rounds the weights of experts to a format of `moec.compile`, which also takes
         calibration data; leave it out where the model was compiled with one.
 
-        `cache` makes a file that takes the keys and values before and gives those after (inputs
-        attention_mask and past_key_values.N.key and .value, outputs present.N.key and .value; see
-        `moec.passes.decode.kv_inputs`), for texts of any lengths, padded anywhere. Left out, it is
-        what a model that continues text becomes where it can, and the report says where not.
+        With `cache` the file takes past keys and values and returns present ones (inputs
+        attention_mask, past_key_values.N.key and .value; outputs present.N.key and .value; see
+        `moec.passes.decode.kv_inputs`), for texts of any lengths, padded anywhere. By default a
+        model that continues text has a cache where possible; otherwise the report has the reason.
 
-        The file is run in ONNX Runtime and compared with eager before it gets its name, or with
-        the quantised weights in float32; `verify` is that of `moec.compile`. Nothing needs to be
-        built (`build=False`).
+        The file is run in ONNX Runtime and compared with eager before it is renamed to `path`; with
+        quantised weights, the reference is float32. `verify` is that of `moec.compile`. The model
+        need not be built (`build=False`).
 
-        Raises UnsupportedError (everything that has no ONNX form at once), VerificationError,
+        Raises UnsupportedError (listing everything without an ONNX form), VerificationError,
         TargetError for an `ep` that is unknown or does not compute in the model's dtype, and
         UsageError.
         """
@@ -320,8 +327,8 @@ class CompiledModel:
         )  # fmt: skip
 
     def _samples(self, package: Package) -> list[Sample]:
-        """The example and its outputs; none where there is no example, it cannot run here, or the
-        code is for a GPU: `moec run --check` runs on a CPU."""
+        """The example and its outputs; empty where there is no example, where this machine cannot
+        run the code, or where it is for a GPU, because `moec run --check` runs on a CPU."""
         from moec.runtime.artifact import Sample
         from moec.runtime.executor import Executor
 
@@ -329,7 +336,7 @@ class CompiledModel:
         example = dict(zip(names, self.captured.example, strict=False))
         if self.executor is None or len(example) < len(names) or package.gpu is not None:
             return []
-        # One's own executor may be in the middle of a text: its states stay as they are.
+        # The model's own executor may be in the middle of a text, whose states must not change.
         executor = Executor(package) if package.states else self.executor
         return [Sample(_arrays(example), _arrays(executor(example)))]
 

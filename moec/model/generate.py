@@ -1,4 +1,4 @@
-"""`generate` and `stream` of a compiled model, fresh or loaded."""
+"""`generate` and `stream` of a compiled or loaded model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from moec.runtime.write_text import new_texts, write
 from moec.spelling import did_you_mean
 
 Prompts: TypeAlias = Any
-"""Token ids: a tensor or array [B, S], or a list of them for each text, of any lengths; or text,
-or a list of texts."""
+"""Token ids: a tensor or array [B, S], or a list of ids for each text, of any lengths; or a string,
+or a list of strings."""
 
 
 OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
@@ -28,7 +28,7 @@ OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
 
 @dataclass(frozen=True)
 class Writer:
-    """What continues texts: the model, and its tokenizer where it has one."""
+    """What is needed to continue texts: the model, and a function that loads its tokenizer."""
 
     executor: Decoder
     tokenizer: Callable[[], Tokenizer]
@@ -44,8 +44,8 @@ def request_of(
     seed: int | None = None,
     stop: int | str | Sequence[int | str] | None = None,
 ) -> tuple[Request, tuple[str, ...]]:
-    """The request, and the strings that end a text. Raises InputError for an option that is of
-    another type, or out of range."""
+    """The request, and the strings that end a text. Raises InputError for an option of another type
+    or out of range."""
     stops: Any = (stop,) if _is_id(stop) or isinstance(stop, str) else stop
     if stops is not None and not isinstance(stops, Collection):
         raise InputError(f"stop is {stop!r}; it must be a token, a string, or a list of them")
@@ -53,7 +53,8 @@ def request_of(
     tokens = [item for item in stops or () if not isinstance(item, str)]
     if not all(map(_is_id, tokens)):
         raise InputError(f"stop is {stop!r}; it must be a token, a string, or a list of them")
-    if not tokens and (stops is None or strings):  # strings are beside the model's own tokens
+    # strings are used in addition to the model's own tokens
+    if not tokens and (stops is None or strings):
         generation = writer.executor.package.generation
         tokens = list(generation.stop) if generation is not None else []
     sampling = Sampling(temperature, top_p, top_k, seed)
@@ -61,9 +62,9 @@ def request_of(
 
 
 def continued(writer: Writer, prompts: Prompts, **options: Any) -> Any:
-    """The prompts with what continues them: text for text, a list of lists for lists, else a tensor
-    or array [B, S + N] of the kind that was given, where a text that ended is filled up with the
-    token that ended it (its last one, where the model took no more)."""
+    """The prompts with their continuations: text for text, lists for lists, else a tensor or array
+    [B, S + N] like the prompts. A row that ended early is filled up with the token that ended it,
+    or its last token."""
     if strings := _strings(prompts):
         additions = [""] * len(strings)
         for pieces in _written(writer, strings, options):
@@ -86,8 +87,8 @@ def continued(writer: Writer, prompts: Prompts, **options: Any) -> Any:
 
 
 def stream(writer: Writer, prompts: Prompts, **options: Any) -> Iterator[Any]:
-    """The next token of each text as it comes, None for a text that has ended; of prompts that are
-    text the next piece of each, of one text alone its pieces."""
+    """The next token of each text as it is computed, None for a text that has ended; for strings
+    the next piece of each, for one string its pieces."""
     if strings := _strings(prompts):
         pieces = _written(writer, strings, options)
         return (piece for (piece,) in pieces if piece) if isinstance(prompts, str) else pieces
@@ -108,7 +109,7 @@ def _checked(writer: Writer, options: Mapping[str, Any]) -> tuple[Request, tuple
 
 
 def _strings(prompts: Prompts) -> list[str]:
-    """The prompts where they are text; none where they are tokens."""
+    """The prompts where they are text; empty where they are tokens."""
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, list | tuple) and all(isinstance(p, str) for p in prompts):
@@ -128,7 +129,7 @@ def _written(
 
 
 def texts_of(prompts: Prompts) -> list[list[int]]:
-    """Raises InputError where `prompts` are not token ids."""
+    """The prompts as lists of token ids. Raises InputError where they are not token ids."""
     if isinstance(prompts, list | tuple):
         rows = list(prompts)
         if rows and all(_is_id(row) for row in rows):

@@ -21,7 +21,7 @@ from moec.runtime.recording import Recorder, record_routing
 
 @dataclass(frozen=True, repr=False)
 class LoadedModel:
-    """A compiled model from its artifact. Called as `moec.compile`'s result is."""
+    """A compiled model loaded from its artifact. Call it like the result of `moec.compile`."""
 
     path: Path
     artifact: Artifact
@@ -62,7 +62,7 @@ class LoadedModel:
         return record_routing(self.executor)
 
     def __reduce__(self) -> Never:
-        """Raises UsageError: neither pickle nor deepcopy can take machine code along."""
+        """Raises UsageError: machine code can be neither pickled nor copied."""
         raise UsageError(
             "a loaded model is machine code and memory of this process, so that it can neither be "
             f"pickled nor copied: moec.load({str(self.path)!r}) where it is needed"
@@ -74,11 +74,11 @@ class LoadedModel:
         return f"<{self.path.name} for {package.target_name}: takes {names}>"
 
     def reset(self) -> None:
-        """Put the state (a static cache) back to what it starts from."""
+        """Reset the state (a static cache) to its first contents."""
         self.executor.reset()
 
     def report(self) -> Any:
-        """What was recognised, declined, made and measured when the model was compiled."""
+        """What was recognised, declined, generated and measured when the model was compiled."""
         from moec.report.report import Report
 
         return Report.of_dict(self.artifact.manifest.extra["report"])
@@ -101,16 +101,16 @@ def load(
     copies: bool = False,
     signed_by: Path | str | None = None,
 ) -> LoadedModel:
-    """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. Left out, it
-    is the CPU, or the first GPU where the model was compiled for GPUs alone.
+    """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. The default is
+    the CPU, or the first GPU where the model was compiled for GPUs only.
 
-    A model on a GPU takes and returns torch tensors on it; with `copies`, arrays or tensors in CPU
-    memory. `signed_by` is the file of a public key that must
-    have signed it (`moec sign`); without one, nobody knows who made the code that it runs.
+    A model on a GPU takes and returns torch tensors on that GPU; with `copies`, arrays or tensors
+    in CPU memory. `signed_by` is the file of the public key by which the artifact must be signed
+    (`moec sign`); without one, the origin of the code that it runs is not checked.
 
     Raises UsageError where `path` is no path or the key cannot be used, ArtifactError where any
-    part of the artifact is damaged, not signed so, or has no code for the device, and TargetError
-    where this machine cannot run it.
+    part of the artifact is damaged, not signed with the key, or without code for the device, and
+    TargetError where this machine cannot run it.
     """
     if not isinstance(path, str | Path):
         raise UsageError(f"{path!r} is not the path of an artifact: give text or a Path")

@@ -1,8 +1,8 @@
-"""Compile an artifact's graph anew, to run it without the native code that it carries.
+"""Compiles an artifact's graph again, to run it without the native code in it.
 
-The weights stay as they are packed: the layout depends on the target only, so code made for
-the same target reads them. Kernels that were tuned get the values that were recorded. This is
-the one part of the runtime that needs the compiler, and with it torch.
+The packed weights are reused: their layout depends only on the target, so code for the same target
+can read them. Tuned kernels get the recorded values. This is the only part of the runtime that
+needs the compiler, and therefore torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def rebuild(opened: Artifact) -> Package:
-    """The package of the artifact with code that was compiled here and now.
+    """The package of the artifact with newly compiled code.
 
-    Raises ArtifactError where a graph of it is malformed or contradicts the manifest, or moec would
-    now pack its weights otherwise, and UnsupportedError where no kernel is known for an op.
+    Raises ArtifactError where a graph of it is malformed or contradicts the manifest, or where this
+    version of moec packs weights differently, and UnsupportedError where an op has no kernel.
     """
     from moec.codegen.backends import backend_for
     from moec.codegen.lower import lower
@@ -69,8 +69,9 @@ def rebuild(opened: Artifact) -> Package:
 
 
 def _check_signature(opened: Artifact, name: str, program: Program, function: Function) -> None:
-    """Inputs are checked by the manifest, and new code bounds what it reads by its graph alone: a
-    manifest that allows more than the graph would have it read outside of its tensors."""
+    """Raises ArtifactError where manifest and graph disagree. Inputs are checked against the
+    manifest, while new code relies on the graph; if the manifest allowed more, code would read out
+    of bounds."""
     from moec.codegen.package import generation_of, signature
 
     states = tuple(replace(state, initial="") for state in function.states)

@@ -1,4 +1,4 @@
-"""The graphs of an artifact, which may be a stranger's."""
+"""Reads the graphs of an artifact, which may come from an untrusted source."""
 
 from __future__ import annotations
 

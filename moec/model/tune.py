@@ -1,4 +1,4 @@
-"""`tune=True`: the kernels of one model measured on this machine, and what came of it in words."""
+"""`tune=True`: measures the kernels of one model on this machine, and reports the results."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def tune_kernels(
     opt_level: int,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, Values], tuple[TunedLine, ...]]:
-    """Values for the kernels of a module that could be measured, by key, and a line for each.
+    """Values for the kernels of a module that could be measured, by key, and a report line for
+    each.
 
     Raises UnsupportedError where an op has no kernel.
     """
     lowered = lower(module, target, backend or backend_for(target))
     size = sum(weight.nbytes for weight in module.main.weights.values())
-    # Rounded up to a power of two, so that models of nearly one size share what was measured.
+    # Rounded up to a power of two, so that models of similar size share measurements.
     footprint = min(1 << (size - 1).bit_length(), COLD * last_cache()) if size else 0
     tunings = tune(
         lowered.tunable,

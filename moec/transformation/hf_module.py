@@ -1,7 +1,7 @@
-"""A Hugging Face model of the same class with fewer experts.
+"""Builds a Hugging Face model of the same class with fewer experts.
 
-The class itself says which tensors have an axis of experts: those whose shapes change when the
-number in the configuration does. No family needs a case here.
+Which tensors have an axis of experts is found from the class: their shapes change when the number
+of experts in the configuration does. No model family needs its own code.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ COUNTS = (
     "num_routed_experts",
     "moe_num_experts",
 )
-"""What configurations call the number of experts of a layer."""
+"""The names by which configurations have the number of experts of a layer."""
 
 
 def resize_experts(model: Any, lineages: Mapping[Value, ExpertLineage]) -> nn.Module:
     """A copy of the model with only the experts that `lineages` names.
 
-    Raises NoMatch where the layers have other experts than the model, or not all as many, or
-    where the class makes other tensors of its configuration.
+    Raises NoMatch where experts are merged or new, where layers keep different numbers of experts,
+    or where the class has other tensors than the model.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "save_pretrained"):
         raise NoMatch("it is no model of transformers")
@@ -74,7 +74,7 @@ def _numbers(counts: set[int]) -> str:
 
 
 def _recounted(config: Any, before: int, after: int) -> Any:
-    """The configuration with `after` in the place of `before` experts."""
+    """A copy of the configuration with `after` instead of `before` experts."""
     config = copy.deepcopy(config)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = [name for name in COUNTS if getattr(text, name, None) == before]
@@ -86,7 +86,8 @@ def _recounted(config: Any, before: int, after: int) -> Any:
 
 
 def _fill(smaller: nn.Module, model: nn.Module, kept_experts: Mapping[str, Sequence[int]]) -> None:
-    """Copies of the model's tensors, cut along the axes that are shorter in the class."""
+    """Copies the model's tensors into `smaller`, with the kept experts only along axes of
+    experts."""
     shapes = {name: tensor.shape for name, tensor in _tensors(smaller).items()}
     held = _tensors(model)
     if set(held) != set(shapes):

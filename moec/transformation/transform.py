@@ -1,7 +1,7 @@
-"""`moec.transform`: passes that change a model, with a PyTorch module as their result.
+"""`moec.transform`: applies passes that change a model, and returns a PyTorch module.
 
-What compiling would make of the model can so be trained further, and compiled then. Where the
-changed model is still one of its Hugging Face class, it is that; else it is a `GraphModule`.
+The changed model can be trained further, and compiled then. Where it still fits its Hugging Face
+class, it is a model of this class; otherwise it is a `GraphModule`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ FORMS = ("auto", "class", "graph")
 
 @dataclass(frozen=True)
 class Transformation:
-    """What was done to a module: `form` is "class" or "graph", `why` says why it is not of the
-    source's class, `damage` and `declined` are those of a compilation's report."""
+    """What was done to a module: `form` is "class" or "graph", `why` is the reason where it is not
+    of the source's class, `damage` and `declined` are those of a compilation's report."""
 
     form: str
     why: str
@@ -61,18 +61,18 @@ def transform(
     form: str = "auto",
     verify: bool | float = True,
 ) -> torch.nn.Module:
-    """The model as passes that change it leave it, as a module that trains.
+    """Apply passes that change a model, and return the changed model as a trainable module.
 
     `model`, `args`, `kwargs`, `passes`, `calib`, `budget`, `strict`, `dtype`, `dynamic_shapes`,
-    `allow_fixed` and `verify` are those of `moec.compile`; the model itself is left as it is (but
-    for its dtype and eval mode). The result computes what `moec.compile` would with the same
-    passes, is called as the model is, and can be compiled, or transformed, again.
+    `allow_fixed` and `verify` are those of `moec.compile`; the model itself does not change, except
+    for its dtype and eval mode. The result computes what `moec.compile` would with the same passes,
+    is called like the model, and can be compiled, or transformed, again.
 
-    `form="class"` asks for a module of the model's own Hugging Face class, which can be saved
-    with save_pretrained: where experts were pruned to one number in all layers. "graph" asks for
-    a `moec.interpret.graph_module.GraphModule`, which holds every result; "auto" takes the
-    class where it fits. `module.transformation` says which it is and why, and holds the measured
-    damage.
+    `form="class"` requires a module of the model's own Hugging Face class, which can be saved with
+    save_pretrained. That is possible where experts were pruned to one number in all layers. "graph"
+    requires a `moec.interpret.graph_module.GraphModule`, which can represent every result; "auto"
+    uses the class where it fits. `module.transformation` has the form, the reason for it, and the
+    measured damage.
 
     Raises what `moec.compile` raises, and UsageError where `form="class"` does not fit.
     """
@@ -121,8 +121,8 @@ def transform(
 
 
 def _chosen(passes: PassChanges) -> tuple[PassSpec, ...]:
-    """What recognises blocks, and the passes that were asked for. Raises UsageError where none
-    of them changes the model, or one stores codes."""
+    """The passes that recognise blocks, and those requested. Raises UsageError where none of them
+    changes the model, or where one stores codes."""
     for item in [passes] if isinstance(passes, str) else passes:
         if item == "+quantise-experts" or isinstance(item, QuantisingPass):
             raise UsageError(
@@ -140,8 +140,8 @@ def _chosen(passes: PassChanges) -> tuple[PassSpec, ...]:
 
 
 def _trainable(source: Any, program: Program) -> dict[str, bool]:
-    """For each weight that is a parameter, whether it is trained: the source's parameters as they
-    were, and floats that a pass made, as what they were made of."""
+    """For each weight that is a parameter, whether it is trained: as in the source, and for floats
+    that a pass computed, as the weight that they came from."""
     if isinstance(source, torch.nn.Module):
         named = source.named_parameters(remove_duplicate=False)
         buffers = {name for name, _ in source.named_buffers(remove_duplicate=False)}

@@ -1,1 +1,1 @@
-"""Compiled models against eager PyTorch: tolerances, blame, bisection."""
+"""Compares compiled models with eager PyTorch, and finds the pass that changed the numbers."""

@@ -1,7 +1,7 @@
-"""Which rewrite changed the numbers: passes are run with less and less fuel until it is found.
+"""Finds the rewrite that changed the numbers, by running passes with less and less fuel.
 
-Graphs are compared in eager PyTorch with every bf16 and f16 widened to float32, so that a
-difference is one of meaning and not of rounding.
+Graphs are compared in eager PyTorch with bf16 and f16 widened to float32, so that a difference
+comes from the rewrite and not from rounding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Bisection:
-    """`errors` are those after each pass, as far as it went."""
+    """`errors` has the error after each pass, up to the first that exceeds `tolerance`."""
 
     tolerance: float
     rewrites: int
@@ -71,9 +71,9 @@ def bisect(
 ) -> Bisection:
     """The first rewrite of `passes` after which some case differs by more than `tolerance`.
 
-    `cases` are inputs of the program's graph (states' contents last). The search halves the
-    rewrites of the first pass that breaks, so it finds a rewrite with the numbers right before
-    it and wrong after it.
+    `cases` are inputs of the program's graph (with the states' contents last). The search halves
+    the rewrites of the first pass that breaks, until the results are right before a rewrite and
+    wrong after it.
     """
     expected = list(map(in_float32(program), cases))
     stage = stage_of(program.graph)

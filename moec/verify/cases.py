@@ -15,7 +15,7 @@ from moec.verify.turns import turns
 
 Case = tuple[torch.Tensor, ...]
 Reference = tuple[Case, tuple[torch.Tensor, ...]]
-"""Inputs, and what the module gives for them."""
+"""Inputs, and the module's results for them."""
 
 
 def cases(captured: Captured) -> list[Case]:
@@ -35,13 +35,14 @@ def cases(captured: Captured) -> list[Case]:
 
 
 def _odd(bounds: Bounds) -> int:
-    """Neither the example's size nor a multiple of any tile, within the bounds."""
+    """A size within the bounds that is usually neither the example's nor a multiple of a tile:
+    19."""
     high = bounds.high if bounds.high is not None else 19
     return max(bounds.low, min(high, 19 if bounds.low <= 19 else bounds.low))
 
 
 def _sizes(captured: Captured, choose: Callable[[Bounds], int]) -> dict[str, int]:
-    """A size for each name; only the last name of an input is odd, so that cases stay small."""
+    """A size for each name; B is at most 3, so that the cases stay small."""
     graph = captured.program.graph
     return {
         name: choose(bounds) if name != "B" else min(choose(bounds), 3)

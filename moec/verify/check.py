@@ -1,4 +1,4 @@
-"""A compiled model against the module it came from, on random inputs of several sizes."""
+"""Compares a compiled model with its module, on random inputs of several sizes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from moec.verify.first_bad_pass import first_bad_pass, with_states
 from moec.verify.stable_topk import FirstOfEquals
 
 Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
-"""The output that holds the logits, and a function that feeds token ids [B, S] in pieces: it
-gives the end of each piece and the logits [B, V] after it."""
+"""(name, feed): the output that holds the logits, and a function that feeds token ids [B, S] in
+pieces and yields the end of each piece and the logits [B, V] after it."""
 Exact = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 
@@ -34,12 +34,12 @@ Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 class Checked:
     """The result of a comparison over all cases.
 
-    `errors` are the greatest of each output, `strays` the number of the `rows` with a greater
-    error than `tolerance` (allowed in 16 bits alone, see `moec.interpret.tolerance.STRAYS`),
-    `ties` the number of rows that differ from eager's only in the choice among equal values (see
-    `moec.verify.stable_topk`). `skipped` has a sentence for each case that the module fails on.
-    `moved` is the distance of quantised outputs from the exact ones; `errors` are then those
-    against the quantised graph.
+    `errors` has the greatest error of each output; `strays` is the number of the `rows` with a
+    greater error than `tolerance` (allowed in 16 bits only, see `moec.interpret.tolerance.STRAYS`);
+    `ties` is the number of rows that differ from eager's only in the choice among equal values (see
+    `moec.verify.stable_topk`). `skipped` has a sentence for each case in which the module fails.
+    `moved` is the distance of quantised outputs from the exact ones; `errors` are then relative to
+    the quantised graph.
     """
 
     errors: Mapping[str, float]
@@ -60,8 +60,8 @@ def check(
 ) -> Checked:
     """Compare `run` with eager on every case, and `pieces` where a model continues text.
 
-    Where passes changed the model on purpose, the graph before the first of them is compared
-    with eager, and `run` with the graph after the last. Raises as `_check` does.
+    Where passes changed the model on purpose, the graph before the first of them is compared with
+    eager, and `run` with the graph after the last. Raises as `_check` does.
     """
     changes = [i for i, pass_result in enumerate(pass_results) if pass_result.changed]
     if not changes:
@@ -93,7 +93,7 @@ def check(
 
 
 def _in_eager(program: Program) -> Run:
-    """The program run op by op, by name as an executor is."""
+    """A function that evaluates the program op by op, with inputs and outputs by name."""
     names = [value.name for value in program.graph.inputs]
     states = {state.before.name for state in program.graph.states}
 
@@ -112,10 +112,10 @@ def _check(
     tolerance: float | None,
     pieces: Pieces | None,
 ) -> Checked:
-    """Compare `run` with eager on every case, and where a model continues text also `pieces`.
+    """Compare `run` with eager on every case, and `pieces` where a model continues text.
 
-    Raises VerificationError, naming the first pass that changed the numbers, where an output
-    is farther off than `tolerance`.
+    Raises VerificationError, naming the first pass that changed the numbers, where the error of an
+    output exceeds what the criterion allows.
     """
     graph = captured.program.graph
     criterion = Criterion.of(graph, tolerance)
@@ -144,7 +144,7 @@ def _check(
             owners.append(number)
     try:
         right_by = _matching(criterion, captured, answers, compared, owners)
-    except (IRError, RuntimeError):  # the captured graph does not run: first_bad_pass says so
+    except (IRError, RuntimeError):  # the captured graph does not run, which first_bad_pass reports
         right_by = None
     if right_by is None:
         error, name, case = farthest
@@ -165,7 +165,8 @@ def _check(
 
 
 def _check_no_nan(program: Program, answers: Sequence[Reference]) -> None:
-    """Raises VerificationError where eager itself gives NaN: code may give it elsewhere."""
+    """Raises VerificationError where eager itself returns NaN: the code may have it in other
+    elements."""
     for case, expected in answers:
         outputs = (tensor for tensor in expected if tensor.is_floating_point())
         if not any(tensor.isnan().any() for tensor in outputs):
@@ -193,8 +194,8 @@ def _matching(
     compared: Sequence[Comparison],
     owners: Sequence[int],
 ) -> Sequence[Comparison] | None:
-    """The comparisons with the references that they match: eager, or eager that chooses the first
-    of equal values. None if they match neither. The captured graph is no reference: it may be
+    """The comparisons with the references that they match: eager, or eager with the first of equal
+    values chosen. None if they match neither. The captured graph is no reference, because it may be
     wrong itself."""
 
     def beside(items: Sequence[Comparison], exact: Exact) -> list[Comparison]:
@@ -206,8 +207,8 @@ def _matching(
 
     if criterion.allows(compared):
         return compared
-    # In 16 bits a token that eager sends to the same experts in either precision is right, however
-    # near its scores are to a tie.
+    # A token that eager routes to the same experts in 16 bits and in float32 must be right, even if
+    # its scores are nearly tied.
     widened = _widened(captured) if criterion.share else None
     if widened is not None and criterion.allows(beside(compared, widened)):
         return compared

@@ -1,4 +1,4 @@
-"""Token ids that go through a compiled model in pieces, as when it generates text."""
+"""Feeds token ids to a compiled model in pieces, as text generation does."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moec.runtime.texts import Texts
 
 
 def feed_in_chunks(executor: Executor, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Feed token ids [B, S] in pieces: half of them, then one, then the rest. For each piece
-    its end, and the logits [B, V] after it, in the dtype of the model's."""
+    """Feed token ids [B, S] in pieces: half of them, then one, then the rest. Yields for each piece
+    its end and the logits [B, V] after it, in the dtype of the model's logits."""
     decode = executor.package.functions.get(DECODE)
     if decode is None or not ids.numel():
         return

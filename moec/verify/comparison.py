@@ -1,4 +1,4 @@
-"""When a result counts as right: its error, by row, and how many rows may be farther off."""
+"""The criterion for results: the error of each row, and how many rows may exceed the limit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from moec.ir.graph import Graph
 
 @dataclass(frozen=True)
 class Comparison:
-    """A result and its references, any of which is right, eager's first. It is output number
-    `output`, or, with `stop`, that output's token stop - 1."""
+    """A result and its references, each of which is right, eager's first. It is output number
+    `output`, or, with `stop`, that output at token stop - 1."""
 
     got: torch.Tensor
     right: tuple[torch.Tensor, ...]
@@ -38,7 +38,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Criterion:
-    """No error above `greatest`, and above `limit` no more than a `share` of the rows."""
+    """No error may exceed `greatest`, and at most a `share` of the rows may exceed `limit`."""
 
     limit: float
     greatest: float
@@ -65,7 +65,7 @@ class Criterion:
                 return False
         if not self.share:
             return True
-        # Chunks of a text have few rows, and would hide among those of complete texts.
+        # Counted apart, because pieces of a text have few rows compared with complete texts.
         groups: dict[tuple[int, bool], list[Comparison]] = {}
         for item in compared:
             groups.setdefault((item.output, item.stop is not None), []).append(item)

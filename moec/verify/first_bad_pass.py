@@ -1,4 +1,4 @@
-"""Which pass first changed what a model computes."""
+"""Finds the first pass that changed what a model computes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def first_bad_pass(
 ) -> str:
     """A sentence naming the first pass after which the graph differs, or the generated code.
 
-    The captured graph is compared with eager in the model's dtype, each later one with the
-    captured graph in float32: a pass may move a rounding, which is no error of its own.
+    The captured graph is compared with eager in the model's dtype, each later one with the captured
+    graph in float32, because a pass may move a rounding, which is no error.
     """
     if not pass_results:
         return "the generated code is wrong"
@@ -59,7 +59,7 @@ def first_bad_pass(
 def _pairs(
     results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """The outputs side by side; the states' new contents, which follow them, are not compared."""
+    """Pairs of outputs; the new contents of states, which follow the outputs, are not compared."""
     return zip(results, expected, strict=False)
 
 

@@ -1,8 +1,8 @@
-"""Eager PyTorch in which the first of equal values is chosen, as the kernels choose.
+"""Eager PyTorch that chooses the first of equal values, as the kernels do.
 
-torch.topk, torch.sort and torch.max promise no order among equal values. Scores that are exactly
-equal are no rarity where a ReLU makes them: the indexers of sparse attention give 0 to every key
-that no head asks for. Both choices are right, and their numbers differ.
+torch.topk, torch.sort and torch.max do not specify an order among equal values. Exactly equal
+scores are common after a ReLU: the indexers of sparse attention give 0 to every key that no head
+selects. Either choice is right, but the results differ.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ aten = torch.ops.aten
 
 
 class FirstOfEquals(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, whatever chooses among equal values chooses the first; `met` says that
-    something did choose."""
+    """While open, every choice among equal values takes the first; `met` is set once an op
+    chose."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The sizes at which a graph should be compared with eager, beside the example's."""
+"""The sizes, besides the example's, at which a graph should be compared with eager."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moec.ir.graph import Attr, Graph, Op, Value
 from moec.ir.thresholds import sizes_at_changes
 
 _CASES = 12
-"""So many at most, the smallest ones: a verification takes seconds, not minutes."""
+"""At most this many cases, the smallest ones, so that a verification takes seconds."""
 _ELEMENTS = 1 << 12
-"""So many rows at most, or as many as four examples have."""
+"""The product of all sizes may be this large, or four times the example's."""
 _KEEPS = (
     *(f"aten.{name}.default" for name in ("unsqueeze", "reshape", "expand", "_to_copy", "permute")),
     *("aten.slice.Tensor", "aten.sub.Tensor", "aten.add.Tensor"),
@@ -24,8 +24,8 @@ _COMPARISONS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge", 
 
 
 def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]:
-    """Sizes on both sides of each threshold of a size expression, of a mask over positions, and
-    of the bounds, few and small."""
+    """Sizes on both sides of each threshold of a size expression, of a mask over positions, and of
+    the bounds; only a few small ones."""
     sizes: dict[str, int] = {}
     for value, tensor in zip(graph.inputs, example, strict=False):
         bind_shape(value.shape, tuple(tensor.shape), sizes)
@@ -56,7 +56,7 @@ def _in_attr(attr: Attr) -> Iterator[sympy.Basic]:
 
 
 def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, int]]:
-    """Whole numbers with which positions are compared."""
+    """Sizes around integers with which positions are compared."""
     for op in graph.ops:
         number = op.attrs.get("other")
         if op.name not in _COMPARISONS or not isinstance(number, int):
@@ -70,7 +70,7 @@ def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, in
 
 
 def _is_position(graph: Graph, value: Value) -> bool:
-    """Whether a value counts along an axis: made of aten.arange, and of nothing that is data."""
+    """Whether a value is a position along an axis: computed from aten.arange, without data."""
     op = graph.producers.get(value)
     if op is None or value.dtype != "i64":
         return False
