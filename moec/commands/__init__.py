@@ -1,1 +1,1 @@
-"""The commands, one a file. Each imports what is heavy only when it runs."""
+"""The commands, one per file. Each imports heavy modules only when it runs."""

@@ -1,9 +1,9 @@
-"""Artifacts that were compiled before, from the same checkpoint in the same way.
+"""Caches artifacts, by checkpoint and options of their compilation.
 
-The key is the content of the checkpoint's files, the options, the target as this machine
-describes it, moec's source and the versions of what reads and compiles the model. Python that
-makes a model (file.py:factory) may read anything, so that nothing stands for it, and it is
-compiled each time; so is what is larger than a fraction of the cache.
+The key covers the content of the checkpoint's files, the options, the target on this machine,
+moec's source, and the versions of the packages that read and compile the model. Factories
+(file.py:factory) are compiled each time, because their code may depend on anything; so are
+checkpoints and artifacts that are larger than a fraction of the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moec.runtime.container import replaceable
 from moec.target import cpu
 
 _FRACTION = 8
-"""An artifact, or a checkpoint, may be as large as this part of the cache."""
+"""A checkpoint or an artifact may take up to one part in this many of the cache."""
 _PACKAGES = (
     *("apache-tvm", "torch", "transformers", "tokenizers", "safetensors"),
     *("numpy", "ml_dtypes", "sympy"),
@@ -30,7 +30,7 @@ _PACKAGES = (
 
 
 def key_for(model: str, options: Mapping[str, object], store: Store) -> str | None:
-    """The key of what a checkpoint's folder compiles to; None where it has none."""
+    """The key of a checkpoint's folder and options; None where it is not cached."""
     folder = Path(model)
     if store.folder is None or not (folder / "config.json").is_file():
         return None
@@ -38,15 +38,15 @@ def key_for(model: str, options: Mapping[str, object], store: Store) -> str | No
     if sum(path.stat().st_size for path in files) > store.limit // _FRACTION:
         return None
     contents = [(path.name, _digest(path)) for path in files]
-    name = folder.resolve().parts[-2:]  # the report and the artifact tell it
+    name = folder.resolve().parts[-2:]  # the report and the artifact contain it
     machine = (cpu.host(), cpu.processor())
     return key_of(name, contents, sorted(options.items()), machine, source_version(), _versions())
 
 
 def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> bool:
-    """Write the artifact that was kept under a key to the file `output`; whether that was done.
+    """Write the cached artifact of a key to the file `output`; returns whether that was done.
 
-    It is not where nothing was kept, and where something is lost that `overwrite` does not mean.
+    It is not done where nothing is cached, or where `output` exists and must not be replaced.
     Raises UsageError where `output` cannot be written.
     """
     if output.exists() and (not overwrite or output.is_dir() or not replaceable(output)):
@@ -71,7 +71,7 @@ def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> b
 
 
 def keep(store: Store, key: str, output: Path) -> None:
-    """Keep the artifact in `output`, unless it is too large."""
+    """Cache the artifact in `output`, unless it is too large."""
     if output.is_file() and output.stat().st_size <= store.limit // _FRACTION:
         save(store, ARTIFACTS, {key: output.read_bytes()})
 
@@ -86,7 +86,7 @@ def _versions() -> list[str]:
 
 
 def _version(name: str) -> str:
-    """Of an installed package; empty for one that is not."""
+    """The version of an installed package; empty for one that is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""`moec bench MODEL`: tokens a second, beside others and beside what the machine can do."""
+"""`moec bench MODEL`: tokens per second, compared with others and with the machine's limits."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _print_model(name: str) -> None:
 
 
 def _command() -> str:
-    """What was typed, with names of files and folders in place of their paths."""
+    """The command line, with the names of files and folders instead of their paths."""
     words = sys.argv[1:] if Path(sys.argv[0]).stem in ("moec", "__main__") else []
     named = [Path(word).name if "/" in word else word for word in words]
     return shlex.join(["moec", *named])
@@ -216,7 +216,7 @@ def _bench(
         progress("measure the machine")
         return limits.peak(kind), limits.bandwidth()
 
-    # Shared machines change from minute to minute: the limit is the better of before and after.
+    # The speed of shared machines varies: the limit is the better of one measured before and after.
     first = measure()
     times = race([ours, *others], load, rounds, progress)
     second = measure()

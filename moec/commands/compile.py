@@ -219,7 +219,7 @@ def command(
 
 
 def _estimated(compiled: CompiledModel, opt_level: int, weights: int) -> tuple[str, ...]:
-    """What a compilation would cost; nothing of a model that cannot be compiled."""
+    """The estimated cost of a compilation; empty for a model that cannot be compiled."""
     from moec.commands import estimate
 
     try:
@@ -249,7 +249,7 @@ def _tell(report: Report, output: Path | None, as_json: bool, quiet: bool, last:
 
 
 def _recorded(output: Path) -> Report:
-    """What was reported when an artifact was compiled."""
+    """The report that was stored when an artifact was compiled."""
     from moec.commands.inspect import of_artifact
 
     return of_artifact(output)[0]
@@ -259,7 +259,7 @@ _NOT_BUILT = "nothing was built; the packed size is an estimate, without padding
 
 
 def weight_bytes(program: Program) -> int:
-    """What the weights that a program reads take, as they are."""
+    """The bytes of the weights that a program reads, as stored."""
     read = (program.weights[param.name] for param in program.graph.params)
     return sum(tensor.numel() * tensor.element_size() for tensor in read)
 
@@ -281,7 +281,7 @@ class Dump:
 
 
 def _check_output(output: Path | None, builds: bool, force: bool, *, ranks: bool) -> None:
-    """What is wrong with the output is said before the minutes of work, not after."""
+    """Raises UsageError for an output that could not be written, before minutes of work."""
     if not builds:
         return
     if output is None:

@@ -1,7 +1,7 @@
-"""About how long a compilation takes, and how much memory: before it is done.
+"""Estimates how long a compilation takes and how much memory it needs.
 
-Both follow from what was measured of this model: the bytes of its weights, and the kernels that the
-cache does not have. The rates are those of one machine, so that a number is about right at best.
+Inputs are the bytes of the model's weights and the number of kernels that are not cached. The rates
+were measured on one machine, so the estimate is rough.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ if TYPE_CHECKING:
     from moec.model.compiled import CompiledModel
 
 COMPILER = 0.95e9
-"""Bytes that torch and TVM take: the greatest that `moec compile examples/tiny_moe/checkpoint` had
-resident was 972 MB, with 7 MB of weights."""
+"""Bytes that torch and TVM take: `moec compile examples/tiny_moe/checkpoint` had at most 972 MB
+resident, with 7 MB of weights."""
 COPIES = 2
-"""Times that weights are held: as they came, and packed."""
+"""How many times weights are in memory: as loaded, and packed."""
 KERNEL_SECONDS = 0.45
-"""A kernel through LLVM on two busy cores, where that compilation's kernels took 20.8 s with all 32
-missing from the cache and 6.1 s with none."""
+"""Seconds per kernel with LLVM on two busy cores: the kernels of that compilation took 20.8 s with
+all 32 missing from the cache and 6.1 s with none missing."""
 
 
 def memory(weights: int) -> str:
-    """Of weights of so many bytes."""
+    """Text with the estimated memory for this many bytes of weights."""
     return f"about {size(int(COMPILER + COPIES * weights))} of memory"
 
 
 def of_files(model: str) -> str:
-    """What the files of a checkpoint tell; empty for what is no folder of one."""
+    """An estimate from the files of a checkpoint; empty for anything else."""
     weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
     return f"{size(weights)} of weights: {memory(weights)}" if weights else ""
 
 
 def of_model(compiled: CompiledModel, opt_level: int, weights: int) -> str:
-    """What a model tells that is captured and not built; its program for one token after the other
-    is not counted. Raises UnsupportedError where it cannot be compiled."""
+    """An estimate for a model that is captured but not built, without its decode program. Raises
+    UnsupportedError where it cannot be compiled."""
     from moec.codegen.backends import backend_for
     from moec.codegen.build import kernels_to_compile
     from moec.codegen.lower import lower

@@ -114,7 +114,7 @@ def command(
 
 
 def render(exported: Exported) -> str:
-    """What was written, in a few lines."""
+    """A summary of what was written, in a few lines."""
     forms = list(exported.forms.values())
     blocks = len(forms)
     rows = [("for", f"{exported.ep}, opset {exported.opset}")]
@@ -147,7 +147,8 @@ def render(exported: Exported) -> str:
 
 
 def _output(output: Path | None, force: bool) -> Path:
-    """What is wrong with the output is said before the minutes of work, not after."""
+    """The output path. Raises UsageError for one that could not be written, before minutes of
+    work."""
     if output is None:
         raise UsageError("give the file a name with -o OUT.onnx")
     if output.suffix != ".onnx":

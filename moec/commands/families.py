@@ -1,4 +1,4 @@
-"""Which models moec is tested with: the one table behind `moec list models` and the README."""
+"""The models that moec is tested with, for `moec list models` and the README."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """A family of transformers. `what` says what is particular about its MoE blocks."""
+    """A family of transformers. `what` describes the peculiarities of its MoE blocks."""
 
     model_type: str
     architecture: str

@@ -1,4 +1,4 @@
-"""Files that are written, looked at before any work is done for them."""
+"""Output files, checked before any work is done for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moec.files.os_errors import reason
 
 
 class OutputFile(click.ParamType[Path]):
-    """A file to be written, in a folder that is there, with one of `suffixes` where there are any.
+    """A file to be written, in an existing folder, with one of `suffixes` if there are any.
 
     Raises UsageError, naming the option.
     """

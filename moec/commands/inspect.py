@@ -69,15 +69,15 @@ def command(
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether moec wrote it: a folder with a manifest, or a file that is neither code nor .pt2."""
+    """Whether it is an artifact: a folder with a manifest, or a .moec file."""
     if path.is_dir():
         return (path / "manifest.json").is_file()
     return path.is_file() and path.suffix == ".moec"
 
 
 def of_artifact(path: Path) -> tuple[Report, str]:
-    """What was recorded when it was compiled, and the text of its graph. Artifacts for other
-    machines can be read too, and without the compiler.
+    """The report stored in an artifact, and the text of its graph. Works without the compiler, and
+    for artifacts for other machines.
 
     Raises ArtifactError where the parts that are read here are missing or altered.
     """
@@ -120,7 +120,8 @@ def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str |
 
 
 def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Report, Graph]:
-    """Capture and recognise, `arguments` being those of `moec.compile`; no code is generated."""
+    """Capture a model and recognise its blocks, without generating code. `arguments` are those of
+    `moec.compile`."""
     from moec.commands.progress import Progress, hush
     from moec.commands.shapes import explained
 

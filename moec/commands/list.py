@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BRIEF = ("pass", "from", "kind", "what_it_does")
 _NAMES = {"pass", "gives", "target", "model", "class", "from", "kind"}
-"""Columns that stay whole: people copy and search what is in them."""
+"""Columns that are never wrapped, so that their values can be copied and searched."""
 
 
 @click.command("list", short_help="List passes, targets or models.")
@@ -70,7 +70,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 def _show_brief(rows: list[dict[str, Any]]) -> None:
-    """A line a pass, cut where the terminal ends."""
+    """One line per pass, cut at the terminal's width."""
     from moec.report.text import terminal_width
 
     widths = [max(len(row[column]) for row in rows) for column in _BRIEF]
@@ -88,7 +88,7 @@ def every_pass() -> list[dict[str, Any]]:
 
 
 def wanted() -> list[dict[str, Any]]:
-    """One row a pass that runs where it is asked for: what it does, its options, its source."""
+    """One row per pass that runs only on request: what it does, its options, its source."""
     from moec.passes.core.options import default, expected
     from moec.passes.core.runner import Kind
     from moec.pipeline import EXACT_OPT_IN, OPT_IN
@@ -113,7 +113,7 @@ def wanted() -> list[dict[str, Any]]:
 
 
 def passes() -> list[dict[str, Any]]:
-    """One row a pass: the first line of its class, what may be set."""
+    """One row per pass: the first line of its class's docstring, and its options."""
     from moec.passes.core.runner import Kind
     from moec.pipeline import DECODE, ON_REQUEST, PHASES
 

@@ -1,7 +1,7 @@
-"""Output of moec's loggers: on stderr with -v, to a file with --log-file.
+"""Output of moec's loggers: to stderr with -v, to a file with --log-file.
 
-The library itself installs no handler and stays quiet; a program that uses it configures the
-loggers below `moec` as any others.
+The library itself installs no handlers; a program that uses it configures the loggers below `moec`
+like any others.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ LOGGER = logging.getLogger("moec")
 
 
 class _Lines(logging.Formatter):
-    """A line a record, without control characters."""
+    """One line per record, without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 class _Stderr(logging.Handler):
-    """Lines to whatever stderr is at the time: a live list stands in for it while it is drawn."""
+    """Writes lines to the current sys.stderr, which a live display replaces while it is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(f"{self.format(record)}\n")
 
 
 class _File(logging.FileHandler):
-    """A file that may become unwritable: that costs the log, and one warning."""
+    """A log file. If it becomes unwritable, the log is lost, with one warning."""
 
     error: BaseException | None = None
 
@@ -51,7 +51,7 @@ class _File(logging.FileHandler):
 
 
 def log_options(command: F) -> F:
-    """The options -v and --log-file, which hold while the command runs."""
+    """Adds the options -v and --log-file, which apply while the command runs."""
 
     @functools.wraps(command)
     def logged(*args: Any, verbose: int, log_file: Path | None, **options: Any) -> Any:
@@ -75,8 +75,8 @@ def log_options(command: F) -> F:
 
 @contextmanager
 def logs(verbose: int, log_file: Path | None) -> Iterator[None]:
-    """What is logged in the block goes to stderr where `verbose` (1: INFO, 2: DEBUG), and to a
-    file. Raises UsageError where the file cannot be written."""
+    """While open, log records go to stderr if `verbose` (1: INFO, 2: DEBUG), and to a file if
+    given. Raises UsageError where the file cannot be written."""
     handlers: list[logging.Handler] = []
     if verbose:
         handlers.append(_Stderr(logging.INFO if verbose == 1 else logging.DEBUG))

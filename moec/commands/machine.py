@@ -1,4 +1,4 @@
-"""What this machine offers to moec, what is missing, and how to mend it."""
+"""Checks of this machine for moec: what is available, what is missing, and how to fix it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OK, NOTE, BAD = "ok", "note", "bad"
 
 @dataclass(frozen=True)
 class Check:
-    """One line. `mend` is what to do, where something is to be done."""
+    """One line of the result. `mend` is the remedy, empty where none is needed."""
 
     name: str
     state: str
@@ -36,7 +36,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Every check, in the order in which a person reads them."""
+    """All checks, in the order in which they are shown."""
     return [
         python(),
         *processor(Path("/proc/cpuinfo")),
@@ -57,7 +57,7 @@ def python() -> Check:
 
 
 def processor(cpuinfo: Path) -> list[Check]:
-    """The CPU's name, its cores and what of its features the kernels use."""
+    """The CPU's name, its cores, and those of its features that the kernels use."""
     try:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
@@ -149,7 +149,7 @@ def packages() -> list[Check]:
 
 
 def _belongs(marker: Any, extra: str) -> bool:
-    """Whether a requirement is that of an extra; of the base where there is no marker."""
+    """Whether a requirement belongs to an extra, or without a marker to the base."""
     if marker is None:
         return not extra
     return bool(extra) and bool(marker.evaluate({"extra": extra}))
@@ -179,8 +179,8 @@ def _version(name: str) -> str:
 
 
 def probe(programs: Mapping[str, str], seconds: float = 120) -> dict[str, str]:
-    """The last line of what each program said as it failed. Each runs in a process of its own,
-    because a broken native library does not raise, it crashes."""
+    """The last line of the output of each program that failed. Each runs in its own process,
+    because a broken native library may crash instead of raising an error."""
     running = {
         name: subprocess.Popen(
             [sys.executable, "-c", code],
@@ -211,7 +211,7 @@ def probe(programs: Mapping[str, str], seconds: float = 120) -> dict[str, str]:
 
 
 def linker(env: Mapping[str, str], which: Callable[[str], str | None]) -> Check:
-    """What links kernels into a library, here, and for the targets of other machines."""
+    """The linker for kernels on this machine, and for the targets of other machines."""
     try:
         says = " ".join(link.linker("", env, which))
     except TargetError as error:
@@ -246,7 +246,7 @@ def threads(env: Mapping[str, str]) -> list[Check]:
 
 
 def memory(meminfo: Path, cgroup: Path) -> Check:
-    """What is free, and what a container allows."""
+    """The free memory, and the limit of a container."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
@@ -282,7 +282,7 @@ def huge_pages(enabled: Path) -> Check:
 
 
 def scratch() -> Check:
-    """Where compilers write while they work."""
+    """The folder for temporary files of compilers, and its free space."""
     import tempfile
 
     folder = tempfile.gettempdir()
@@ -296,7 +296,7 @@ def scratch() -> Check:
 def gpus(
     driver: nvidia.Driver | None, nvcc: nvidia.Compiler | None, nvrtc: nvidia.Compiler | None
 ) -> list[Check]:
-    """NVIDIA's driver, GPUs and compilers. Where one is missing all is well: CPUs need none."""
+    """NVIDIA's driver, GPUs and compilers. None of them is required: CPUs need none."""
     if driver is None:
         text = "none; only cuda targets need one"
     else:

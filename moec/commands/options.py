@@ -1,4 +1,4 @@
-"""Options that several commands share, and how their values are read."""
+"""Options that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Tolerance(click.ParamType[Any]):
 
 
 class DTypeName(click.ParamType[Any]):
-    """A float dtype by torch's name, or a short one."""
+    """A float dtype by torch's name or a short one."""
 
     name = "dtype"
 
@@ -63,7 +63,7 @@ class DTypeName(click.ParamType[Any]):
 
 
 class OneOf(click.Choice[str]):
-    """One of some words, as click's, with the one that was probably meant."""
+    """A choice, like click's, with a suggestion for a misspelt value."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value not in self.choices:
@@ -76,7 +76,7 @@ class OneOf(click.Choice[str]):
 
 
 def model_options(command: F) -> F:
-    """What every command that captures a model takes."""
+    """Adds the options of every command that captures a model."""
     for decorator in (
         click.option(
             "--passes", default="", metavar="+a,-b", help="Add and leave out passes: +a(option=1)."
@@ -104,7 +104,7 @@ def model_options(command: F) -> F:
 
 
 def changing_options(command: F) -> F:
-    """What every command takes that may write a changed model: see `changing`."""
+    """Adds the options of every command that may write a changed model: see `check_changes`."""
     for decorator in (
         click.option("--strict", is_flag=True, help="Exit with 2 where a pass breaks the budget."),
         click.option(
@@ -129,10 +129,10 @@ def changing_options(command: F) -> F:
 
 
 def asked(shapes: tuple[str, ...], describe: str | None = None, **options: Any) -> dict[str, Any]:
-    """The options of `model_options` and `changing_options` as arguments of `moec.compile`, which
-    has them under the same names.
+    """The values of `model_options` and `changing_options` as arguments of `moec.compile`, which
+    have the same names.
 
-    Raises UsageError for options that cannot be read: for a typo before torch is imported.
+    Raises UsageError for values that cannot be read, before torch is imported.
     """
     from moec.commands.shapes import dynamic_shapes, parse
 
@@ -154,8 +154,8 @@ CHANGES = ("passes", "quant", "calib", "budget")
 def check_changes(
     passes: str = "", quant: str | None = None, calib: str | None = None, budget: str = ""
 ) -> None:
-    """Raises UsageError for a change of the model that cannot be meant, without importing torch:
-    what `moec.compile` would say seconds later."""
+    """Raises UsageError for invalid values of options that change the model. `moec.compile` would
+    raise it too, but seconds later, after importing torch."""
     from moec.formats.notation import parse_parts
     from moec.passes.calibration import files
     from moec.passes.calibration.budget import parse_budget

@@ -152,7 +152,7 @@ def cluster_of(source: str | None, measured: Path | None, ranks: int) -> Cluster
 
 
 def shares(text: str) -> tuple[float, ...]:
-    """The shares of --spare. Raises UsageError."""
+    """The shares in the value of --spare. Raises UsageError."""
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -172,7 +172,7 @@ def workload(
     send: str,
     latency: float | None,
 ) -> Workload:
-    """Raises UsageError for a dtype that cannot be sent."""
+    """The workload of the options. Raises UsageError for a dtype that cannot be sent."""
     from moec.plan.files import Quantity
     from moec.plan.workload import Workload
 
@@ -224,14 +224,14 @@ def planner_of(
 
 
 def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
-    """Counts of all experts, where the last ones were never chosen."""
+    """Counts of all experts, with zeros for the last ones, which were never chosen."""
     import numpy as np
 
     return np.pad(counts, (0, experts - len(counts)))
 
 
 def draw(plan: Plan, planner: Planner, path: Path) -> None:
-    """The predicted load of every rank of an expert group, a row for each layer."""
+    """Draw the predicted load of every rank of an expert group, one row per layer."""
     from moec.plan.heat_map import heat_map, save_picture
     from moec.plan.placement import rank_loads
 
@@ -242,7 +242,8 @@ def draw(plan: Plan, planner: Planner, path: Path) -> None:
 
 
 def export(plan: Plan, path: Path) -> None:
-    """The map that vLLM and SGLang read. Raises UsageError where they cannot express the plan."""
+    """Write the map that vLLM and SGLang read. Raises UsageError where it cannot express the
+    plan."""
     import json
 
     from moec.plan.plan import physical_to_logical

@@ -1,6 +1,6 @@
-"""What a person sees while a command works: a live list on a terminal, plain lines otherwise.
+"""Progress of a command: a live list on a terminal, plain lines otherwise.
 
-All of it goes to stderr, so that stdout holds only what was asked for.
+All of it goes to stderr, so that stdout has only the result.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 _MOEC = logging.getLogger("moec")
-_TOO_EARLY = 0.15  # of the plan; before, time left says nothing
-_MINUTES = 100.0  # seconds that are shown as such
+_TOO_EARLY = 0.15  # share of the plan; before, the remaining time cannot be estimated
+_MINUTES = 100.0  # beyond this many seconds, minutes are shown
 
 
 def hush() -> None:
-    """Keep the bars and warnings of other libraries out of the list; MOEC_DEBUG=1 lets them by."""
+    """Silence progress bars and warnings of other libraries, unless MOEC_DEBUG=1."""
     if os.environ.get("MOEC_DEBUG") == "1":
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -35,9 +35,9 @@ def hush() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.simplefilter("ignore")
     warnings.simplefilter("default", CacheWarning)
-    os.environ.setdefault("TORCH_LOGS", "-all")  # as of transformers: errors alone
+    os.environ.setdefault("TORCH_LOGS", "-all")  # errors only, as for transformers
     if not logging.root.handlers:
-        logging.root.addHandler(logging.NullHandler())  # else Python writes warnings to stderr
+        logging.root.addHandler(logging.NullHandler())  # otherwise Python writes warnings to stderr
 
 
 COMPILE = {
@@ -45,7 +45,7 @@ COMPILE = {
     "verify": 3.0, "save": 0.5,
 }  # fmt: skip
 """Seconds by phase of `moec compile examples/tiny_moe/checkpoint` with an empty cache, on two cores
-of a busy machine. What is shown scales with what the phases before have taken."""
+of a busy machine. The displayed estimate scales with the time of the phases that have ended."""
 BEFORE_CODE = ("start", "capture", "passes")
 
 
@@ -65,11 +65,11 @@ class ProgressPhase:
 class Progress:
     """Phases with their elapsed time; a context manager.
 
-    `phase("kernels")` ends the phase before and starts one; `phase("kernels 3/24")` while
-    kernels runs says how far it is. A plain line is written when a phase starts, so that a log
-    shows what is taking long; on a terminal the list is redrawn in place. With a `plan`, seconds
-    that are expected of each phase, it says how much is done and about how long the rest takes.
-    What loggers of moec say of a phase's share (`detail`, `share`) is part of it.
+    `phase("kernels")` ends the previous phase and starts one; `phase("kernels 3/24")` while kernels
+    runs sets its detail. A plain line is written when a phase starts, so that a log shows which
+    phase is running; on a terminal the list is redrawn in place. With a `plan`, the expected
+    seconds of each phase, it shows how much is done and about how long the rest takes. Log records
+    of moec with `detail` or `share` attributes update the running phase.
     """
 
     quiet: bool = False
@@ -120,7 +120,7 @@ class Progress:
         self._shares = _Shares(self)
 
     def fraction(self, now: float) -> float:
-        """How much of the plan is done, from 0 to 1."""
+        """The share of the plan that is done, from 0 to 1."""
         total = sum(self.plan.values())
         if not total or not self.phases:
             return 0.0
@@ -134,8 +134,8 @@ class Progress:
         return min((done + expected * (current.share or guess)) / total, 1.0)
 
     def outlook(self, now: float) -> str:
-        """`42 %, about 20 s left`; without the second where too little is known, empty without a
-        plan."""
+        """Text such as `42 %, about 20 s left`; only the percentage where too little is done, empty
+        without a plan."""
         fraction = self.fraction(now)
         if not self.plan:
             return ""
@@ -200,7 +200,7 @@ class Progress:
 
 
 def about(seconds: float) -> str:
-    """A duration that is not known better: 8 s, 3 min."""
+    """A rough duration: 8 s, 3 min."""
     return f"{seconds:.0f} s" if seconds < _MINUTES else f"{seconds / 60:.0f} min"
 
 

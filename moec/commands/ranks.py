@@ -1,4 +1,4 @@
-"""`moec compile --plan` and `moec run` for several ranks: what these commands do with a plan."""
+"""`moec compile --plan`, and `moec run` on several ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 def holds_ranks(path: Path) -> bool:
-    """Whether `moec compile --plan` wrote this folder."""
+    """Whether the folder was written by `moec compile --plan`."""
     return os.path.isfile(path / "ranks.json")  # False for a name that is too long
 
 
@@ -41,8 +41,8 @@ def compile_ranks(
     verify: bool | float,
     force: bool,
 ) -> None:
-    """Write the ranks' graphs and parts. Raises UsageError for a plan of another model, and
-    VerificationError where the ranks together do not give the model's numbers."""
+    """Write the graphs and weights of the ranks. Raises UsageError for a plan of another model, and
+    VerificationError where the ranks together do not compute the model's results."""
     from moec.api import compile as compile_model
     from moec.capture.doors import stop_tokens
     from moec.ir.graph import Module
@@ -93,9 +93,13 @@ def check(
     function: str = MAIN,
     of_rank: tuple[torch.Tensor, ...] | None = None,
 ) -> None:
-    """Every rank, simulated in this process on the example, gives what the model gives: where a
-    capacity is counted over the tokens of all ranks, on the examples of all. `of_rank` is the
-    example with the caches of a rank, which has some heads of the texts of several."""
+    """Simulate all ranks in this process on the example, and compare with the model. Raises
+    VerificationError where they differ.
+
+    A capacity that counts the tokens of all ranks is checked on the examples of all ranks.
+    `of_rank` is the example with the caches of one rank, which has some heads of the texts of
+    several ranks.
+    """
     import torch
 
     from moec.interpret.evaluate import evaluate
@@ -125,8 +129,8 @@ def check(
 def first_step(
     step: Program, plan: Plan, example: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """Inputs of `decode` for token ids [B, S] that nothing came before, with empty caches: of B
-    texts, or of all ranks' that share the heads."""
+    """Inputs of `decode` for token ids [B, S] without previous tokens, with empty caches: of B
+    texts, or of the texts of all ranks that share the heads."""
     import torch
 
     from moec.ir.aten import TORCH_DTYPES
@@ -161,7 +165,7 @@ def run_ranks(
     quiet: bool,
     signed_by: Path | None,
 ) -> None:
-    """Run all ranks on this host, or under torchrun this one. Raises RankError."""
+    """Run all ranks on this host, or, under torchrun, this rank. Raises RankError."""
     from moec.commands.run_text import read_prompts
     from moec.parallel.process import Job
     from moec.parallel.terminal import served
@@ -192,9 +196,10 @@ def run_ranks(
 def write_rank(
     job: Job, options: TextOptions, prompts: Sequence[str], as_json: bool, quiet: bool
 ) -> dict[str, Any]:
-    """Continue the prompts, or chat, on this process's rank with all others; what --json tells.
+    """Continue the prompts, or chat, on this process's rank together with all others; returns the
+    result for --json.
 
-    Raises RankError, ArtifactError, and as `write_texts`.
+    Raises RankError, ArtifactError, and the errors of `write_texts`.
     """
     from moec.commands.run_text import write_texts
     from moec.parallel.decoder import RankDecoder
@@ -203,7 +208,7 @@ def write_rank(
     from moec.parallel.terminal import agreed, terminal_of
 
     with joined(job, DECODE) as (ranks, files), terminal_of(job, ranks):
-        # Every rank draws every token: a seed that nobody gave is rank 0's.
+        # Every rank draws every token, so all use rank 0's seed if none was given.
         seed = secrets.randbits(32) if options.seed is None else options.seed
         prompts, seed = agreed(ranks, (prompts, seed))
         options = replace(options, seed=seed)
@@ -212,7 +217,7 @@ def write_rank(
 
 
 def on_ranks(job: Job, count: int | None, entry: Callable[..., T], *arguments: Any) -> T | None:
-    """What `entry` gives on rank 0; None on other ranks that torchrun started."""
+    """The result of `entry` on rank 0; None on other ranks that torchrun started."""
     from moec.parallel.launch import launch
 
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -23,7 +23,7 @@ def check_trace(path: Path) -> None:
 
 @contextmanager
 def recorded(executor: Executor, path: Path | None) -> Iterator[None]:
-    """Write what routers choose in the block to `path`; nothing is recorded without a path.
+    """While open, record the choices of routers, and write them to `path`; without a path, nothing.
 
     Raises InputError where the model was compiled without `--record-routing`. Nothing is written
     where the block raises.

@@ -1,4 +1,4 @@
-"""`moec routing FILE`: what a recorded routing shows."""
+"""`moec routing FILE`: statistics of recorded routing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moec run ARTIFACT`: numbers or text from a compiled model, without torch and the compiler."""
+"""`moec run ARTIFACT`: runs a compiled model on tensors or text, without torch and the compiler."""
 
 from __future__ import annotations
 
@@ -118,13 +118,13 @@ def command(
     opened = artifacts.read(artifact, native=not rebuild, signed_by=signed_by)
     on = on or default_device(opened.package, copies=True)
     opened = only_for(opened, on)
-    if rebuild:  # the compiler: slow to import, and seldom needed
+    if rebuild:  # imports the compiler, which is slow and rarely needed
         from moec.model.rebuild import rebuild as recompile
 
         opened = replace(opened, package=recompile(opened))
     executor = start(opened, on)
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
-    if check or (rebuild and opened.samples):  # new code has to show that it is right
+    if check or (rebuild and opened.samples):  # new code is always checked
         answer["check"] = _check(opened, executor, quiet or as_json)
     with recorded(executor, trace):
         if source is not None:
@@ -145,7 +145,7 @@ def _since(start: float) -> float:
 
 
 def _check(opened: Artifact, executor: Executor, quiet: bool) -> dict[str, Any]:
-    """Raises VerificationError naming the output that differs most."""
+    """Compare with the artifact's samples. Raises VerificationError, naming the worst output."""
     from moec.runtime.compare import difference
 
     if not opened.samples:

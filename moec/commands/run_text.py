@@ -1,4 +1,4 @@
-"""Text of `moec run`: one prompt as it comes, many from a file, or a chat."""
+"""Text of `moec run`: one prompt streamed, many prompts from a file, or a chat."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class TextOptions:
 
     @property
     def form(self) -> str:
-        """Which kind of text is asked for, by its option; empty where none is.
+        """The option that was used for input (--prompt, --prompts or --chat); empty for none.
 
-        Raises UsageError where more than one is.
+        Raises UsageError where several were used.
         """
         forms = {"--prompt": self.prompt, "--prompts": self.prompts, "--chat": self.chat or None}
         names = [name for name, value in forms.items() if value is not None]
@@ -95,7 +95,7 @@ def text_options(command: F) -> F:
 
 
 def read_prompts(options: TextOptions) -> list[str]:
-    """The prompts, those of a chat excepted. Raises UsageError where a file holds none."""
+    """The prompts; empty for a chat. Raises UsageError where a file has none."""
     if options.prompt == "-":
         return [_decoded("stdin", _read("stdin", sys.stdin.buffer))]
     if options.prompt is not None:
@@ -116,7 +116,7 @@ def read_prompts(options: TextOptions) -> list[str]:
 
 
 def _read(name: str, file: BinaryIO) -> bytes:
-    """All of it, where it ends: /dev/zero would fill the memory."""
+    """The whole file. Raises UsageError beyond a limit, because /dev/zero would fill the memory."""
     content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise UsageError(f"{name} holds more than {_MOST_BYTES // 10**6} MB: split it")
@@ -149,8 +149,8 @@ def write_texts(
     as_json: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Continue the prompts, or chat, with the tokenizer among an artifact's files; what --json
-    tells of it."""
+    """Continue the prompts, or chat, with the tokenizer among an artifact's files; returns the
+    result for --json."""
     from moec.runtime.generate import Request, slow
     from moec.runtime.prompt import load_tokenizer
     from moec.runtime.sampling import Sampling
@@ -221,7 +221,8 @@ def _many(
     options: TextOptions,
     prompts: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Each prompt with its text, some at once; in order, as soon as all of a batch have ended."""
+    """Each prompt with its text, in order, a batch at a time; yields a batch once all of it has
+    ended."""
     from moec.runtime.write_text import new_texts, write
 
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
@@ -246,7 +247,7 @@ def _chat(
     stops: Sequence[str],
     streamed: bool,
 ) -> list[dict[str, str]]:
-    """What was said, by whom. Each answer reads the whole chat again."""
+    """The messages of a chat with their roles. The model reads the whole chat for each answer."""
     from moec.runtime.write_text import new_texts, write
 
     messages: list[dict[str, str]] = []
@@ -262,7 +263,7 @@ def _chat(
 
 
 def _lines() -> Iterator[str]:
-    """The lines of stdin that say something, with a mark on a terminal."""
+    """The non-empty lines of stdin, with a prompt sign on a terminal."""
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)

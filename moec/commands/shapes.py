@@ -36,9 +36,9 @@ class AxisSize:
 
 
 def parse(texts: tuple[str, ...]) -> dict[str, tuple[AxisSize, ...]]:
-    """The axes of each input that the texts name.
+    """The axes of each input in the texts.
 
-    Raises UsageError where a text is not of the form above, an input is named twice, or one
+    Raises UsageError where a text does not have the form above, an input is named twice, or one
     name has two bounds.
     """
     shapes: dict[str, tuple[AxisSize, ...]] = {}
@@ -81,7 +81,7 @@ def _axis(spec: str, match: re.Match[str]) -> AxisSize:
 
 
 def _with_common_bounds(shapes: dict[str, tuple[AxisSize, ...]]) -> dict[str, tuple[AxisSize, ...]]:
-    """Bounds may be written once: every axis of that name gets them."""
+    """Copies bounds that are written once to every axis of that name."""
     bounds: dict[str, AxisSize] = {}
     for axis in (axis for axes in shapes.values() for axis in axes if axis.name):
         previous = bounds.get(axis.name)
@@ -97,7 +97,7 @@ def _with_common_bounds(shapes: dict[str, tuple[AxisSize, ...]]) -> dict[str, tu
 
 
 def dynamic_shapes(shapes: dict[str, tuple[AxisSize, ...]]) -> dict[str, dict[int, Any]] | None:
-    """As torch.export takes them: by input, by axis; None where nothing was asked."""
+    """The shapes in torch.export's form, by input and axis; None where no shapes were given."""
     if not shapes:
         return None
     from torch.export import Dim
@@ -137,11 +137,11 @@ _EXPLAINED = (
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """What torch.export says of the sizes that were asked for, in the words of `--shapes`."""
+    """While open, errors of torch.export about sizes are explained in terms of `--shapes`."""
     try:
         yield
     except CaptureError as error:
-        message = f"{error}\n{error.__cause__}"  # of which the error shows the beginning
+        message = f"{error}\n{error.__cause__}"  # the error itself shows only its beginning
         for pattern, words in _EXPLAINED:
             if match := re.search(pattern, message):
                 raise UsageError(words.format(*match.groups())) from error

@@ -41,8 +41,8 @@ def command(artifact: Path, key: Path, quiet: bool) -> None:
 
 
 def verified_manifest(path: Path) -> Buffer:
-    """The manifest of an artifact, or of the ranks of a plan, all of whose parts are as it says.
-    Raises ArtifactError."""
+    """The manifest of an artifact or of the ranks of a plan, after verifying all parts. Raises
+    ArtifactError."""
     if holds_ranks(path):
         from moec.parallel.store import verify_folder
 

@@ -80,7 +80,8 @@ def _verify_ranks(folder: Path, signed_by: Path | None, as_json: bool, quiet: bo
 
 
 def _check_graphs(opened: Artifact) -> bool:
-    """Whether the graphs could be read. Raises ArtifactError for one that is malformed."""
+    """Whether the graphs could be read; False without the compiler. Raises ArtifactError for a
+    malformed graph."""
     try:
         from moec.model.stored import stored_graph
     except ImportError:

@@ -1,1 +1,2 @@
-"""Plans for many devices: which rank holds what, which rows travel how, and what that costs."""
+"""Plans for many devices: the placement of experts, the exchange of rows, and the predicted
+cost."""

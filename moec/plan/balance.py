@@ -1,4 +1,4 @@
-"""What a recorded routing shows: balance, experts that nobody chose, drift, co-activation."""
+"""Statistics of recorded routing: balance, unused experts, drift, co-activation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from moec.runtime.routing_trace import RoutingTrace
 
 @dataclass(frozen=True)
 class LayerBalance:
-    """`busiest` is the most chosen expert's share over the mean, `entropy` of the shares over that
-    of equal ones; `drift` half the sum of differences between the shares of the first and of the
-    second half of the tokens (0 to 1), `pairs` how much more often than by chance the most frequent
-    pair of experts meets in a token. The last two need a trace."""
+    """Statistics of one layer. The last three need a trace.
+
+    `busiest` is the share of the most chosen expert over the mean share; `entropy` is the entropy
+    of the shares over that of equal shares; `unused` counts experts that were never chosen. `drift`
+    is half the sum of differences between the shares in the first and the second half of the tokens
+    (0 to 1). `pair` are the two experts that are most often chosen for one token, and `lift` how
+    many times more often than by chance.
+    """
 
     layer: int
     experts: int
@@ -34,7 +38,7 @@ class LayerBalance:
 
 
 def balance(routing: ImportedRouting) -> list[LayerBalance]:
-    """One entry a layer."""
+    """One entry per layer."""
     return [_balance(layer, count, routing.trace) for layer, count in enumerate(routing.counts)]
 
 
@@ -57,7 +61,8 @@ def _balance(layer: int, count: NDArray[np.float64], trace: RoutingTrace | None)
 
 
 def coactivation(trace: RoutingTrace, layer: int) -> NDArray[np.int64]:
-    """[E, E]: in how many tokens two experts were chosen together; the diagonal: each by itself."""
+    """[E, E]: the number of tokens for which both experts were chosen; on the diagonal, each
+    expert."""
     experts = int(trace.experts[layer])
     chosen = np.zeros((trace.tokens, experts + 1), np.float32)
     np.put_along_axis(chosen, trace.ids[:, layer].astype(np.int64) % (experts + 1), 1, axis=1)
@@ -66,8 +71,8 @@ def coactivation(trace: RoutingTrace, layer: int) -> NDArray[np.int64]:
 
 
 def strongest_pair(meets: NDArray[np.int64]) -> tuple[tuple[int, int] | None, float | None]:
-    """The pair that meets most often, and how many times as often as if choices were independent
-    (tokens are not fewer than the most chosen expert's)."""
+    """The pair that is most often chosen together, and how many times as often as by independent
+    choices (with the same number of pairs in total)."""
     experts = len(meets)
     off = np.triu(meets, 1)
     if experts < 2 or off.max() == 0:
@@ -80,5 +85,5 @@ def strongest_pair(meets: NDArray[np.int64]) -> tuple[tuple[int, int] | None, fl
 
 
 def _pair_norm(alone: NDArray[np.float64]) -> float:
-    """Sum of products over all pairs of different experts."""
+    """The sum of products over all pairs of different experts."""
     return float((alone.sum() ** 2 - (alone**2).sum()) / 2)

@@ -1,7 +1,7 @@
-"""Experts bound to groups: those of a modality, a task or a language on ranks of their own.
+"""Places groups of experts (of a modality, a task or a language) on ranks of their own.
 
-A rank that serves one group's requests then exchanges rows with that group's ranks alone, as where
-Uni-MoE's modalities are trained in parallel (arXiv 2405.11273, section 3).
+A rank that serves one group's requests then exchanges rows only with that group's ranks, as in the
+parallel training of Uni-MoE's modalities (arXiv 2405.11273, section 3).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from moec.plan.placement import Loads, Placement, place
 
 @dataclass(frozen=True)
 class BoundPlacement:
-    """`ranks[g]` are the ranks of group g, one after the other; `placement` is of all ranks."""
+    """`ranks[g]` are the consecutive ranks of group g; `placement` covers all ranks."""
 
     ranks: Mapping[str, range]
     placement: Placement
 
 
 def place_bound(loads: Loads, groups: Mapping[str, Sequence[int]], ranks: int) -> BoundPlacement:
-    """Place experts of these loads [E] on `ranks` ranks, each on a rank of its group's. Every group
-    has one rank, and those to spare go where the load of a rank is the greatest.
+    """Place experts with loads [E] on `ranks` ranks, each on a rank of its group. Every group has
+    at least one rank; each further rank goes to the group whose ranks have the greatest load.
 
-    Raises UsageError where an expert is in no group or in several, or groups outnumber ranks.
+    Raises UsageError where an expert is in no group or in several, or where groups outnumber ranks.
     """
     members = sorted(expert for group in groups.values() for expert in group)
     if members != list(range(len(loads))):

@@ -1,7 +1,7 @@
-"""A cluster: devices, and the levels of links that join them, as a file and as a link graph.
+"""A cluster: devices and the levels of links between them, read from a file.
 
-Level 0 joins devices into a node, level 1 nodes into a cluster or a part of one, and so on. Every
-device reaches every level over a link of its own, or over one that `devices_per_link` share.
+Level 0 joins devices to a node, level 1 joins nodes to a cluster or a part of one, and so on. Each
+device reaches each level over its own link, or over one that `devices_per_link` devices share.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from moec.plan.files import Positive, Quantity, Record, read_preset_or_file
 
 
 class Device(Record, frozen=True, kw_only=True):
-    """`flops` by dtype; `efficiency` is the share of FLOP/s and bytes/s that kernels reach;
-    `reserved` are bytes that libraries and the runtime need for themselves."""
+    """`memory` in bytes and `memory_bandwidth` in bytes/s. `flops` in FLOP/s by dtype. `efficiency`
+    is the share of FLOP/s and bytes/s that kernels reach. `reserved` are bytes for libraries and
+    the runtime."""
 
     name: str
     memory: Quantity
@@ -28,8 +29,8 @@ class Device(Record, frozen=True, kw_only=True):
 
 
 class Level(Record, frozen=True, kw_only=True):
-    """Links that join `joins` units of the level below; latency of one message from device to
-    device in seconds, bandwidth of one link one way in bytes/s."""
+    """Links that join `joins` units of the level below. `latency` of one message between devices in
+    seconds, `bandwidth` of one link in one direction in bytes/s."""
 
     name: str
     joins: Positive
@@ -38,7 +39,7 @@ class Level(Record, frozen=True, kw_only=True):
     devices_per_link: Positive = 1
 
     def share(self) -> float:
-        """Bytes/s of a device while all devices send."""
+        """The bytes/s of each device while all devices send."""
         return self.bandwidth.value / self.devices_per_link
 
 
@@ -66,11 +67,12 @@ class Cluster(Record, frozen=True, kw_only=True):
         return self.devices // self.node_size
 
     def span(self, level: int) -> int:
-        """How many devices a unit of this level holds."""
+        """The number of devices in a unit of this level."""
         return math.prod(entry.joins for entry in self.levels[: level + 1])
 
     def level_of(self, ranks: int) -> Level:
-        """The lowest level that joins so many neighbouring devices."""
+        """The lowest level that joins this many neighbouring devices. Raises UsageError for too
+        many."""
         for index, level in enumerate(self.levels):
             if self.span(index) >= ranks:
                 return level
@@ -104,7 +106,8 @@ def read_cluster(source: str) -> Cluster:
 
 
 def with_nodes(cluster: Cluster, nodes: int) -> Cluster:
-    """The same nodes, so many of them, all joined by the links of level 1."""
+    """The same cluster with another number of nodes, all joined by the links of level 1. Raises
+    UsageError where there are no such links."""
     inside, name = cluster.levels[0], f"{cluster.name}; resized to {nodes} nodes"
     if nodes == 1:
         return replace(cluster, name=name, levels=(inside,))
@@ -115,7 +118,7 @@ def with_nodes(cluster: Cluster, nodes: int) -> Cluster:
 
 
 def link_graph(cluster: Cluster) -> nx.Graph:
-    """Devices 0..p-1, ports and switches as nodes; edges have `latency` (s) and `bandwidth`."""
+    """Nodes are devices 0..p-1, ports and switches; edges have `latency` (s) and `bandwidth`."""
     graph = nx.Graph()
     for index, level in enumerate(cluster.levels):
         for device in range(cluster.devices):
@@ -128,7 +131,8 @@ def link_graph(cluster: Cluster) -> nx.Graph:
 
 
 def route(graph: nx.Graph, source: int, target: int) -> tuple[float, float]:
-    """Latency in s and bandwidth in bytes/s of the quickest way between two devices."""
+    """Latency in s and bandwidth in bytes/s of the path with the least latency between two
+    devices."""
     path = nx.shortest_path(graph, source, target, weight="latency")
     edges = [graph.edges[edge] for edge in nx.utils.pairwise(path)]
     return sum(edge["latency"] for edge in edges), min(edge["bandwidth"] for edge in edges)

@@ -1,7 +1,7 @@
-"""Seconds and bytes of one layer under some degrees: products, exchange, collectives.
+"""Predicts seconds and bytes of one layer for given degrees: products, exchange, collectives.
 
-A layer takes as long as its slowest rank: products and links are charged with the load of the
-busiest rank of the placement. T tokens a rank, k experts a token, D model width, H hidden width.
+A layer takes as long as its slowest rank, so products and links are computed for the busiest rank
+of the placement. T tokens a rank, k experts a token, D model width, H hidden width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ CACHE_BYTES = 2.0
 
 @dataclass(frozen=True)
 class LayerCost:
-    """`parts` are seconds by what takes them; those of `hidden` run while others do."""
+    """`parts` are seconds by part; `hidden` are seconds that overlap with other parts; `memory` in
+    bytes."""
 
     parts: Mapping[str, float]
     hidden: float
@@ -35,7 +36,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """`imbalance(layer, ranks, slots)` is the busiest rank's load over the mean."""
+    """Predicts costs. `imbalance(layer, ranks, slots)` is the busiest rank's load over the mean."""
 
     model: Model
     cluster: Cluster
@@ -55,8 +56,8 @@ class CostModel:
         return self.with_load(index, degrees, busiest, busiest)
 
     def with_load(self, index: int, degrees: Degrees, busiest: float, link: float) -> LayerCost:
-        """The cost of layer `index` where the busiest rank computes, and the busiest link carries,
-        so many times the mean."""
+        """The cost of layer `index` where the load of the busiest rank is `busiest` times the mean,
+        and the load of the busiest link is `link` times the mean."""
         layer = self.layers[index]
         parts = dict(self._common(index, degrees.attention))
         hidden = 0.0
@@ -69,7 +70,7 @@ class CostModel:
         return LayerCost(parts, hidden, self._memory(layer, degrees))
 
     def reshard(self, one: int, two: int) -> float:
-        """Seconds between layers of different attention degrees: activations are gathered."""
+        """Seconds to gather activations between layers with different attention degrees."""
         if one == two:
             return 0.0
         wide = max(one, two)
@@ -78,7 +79,7 @@ class CostModel:
 
     @property
     def memory_limit(self) -> float:
-        """Bytes a device has for weights and caches, after libraries, embedding and buffers."""
+        """Bytes of a device for weights and caches, without libraries, embedding and buffers."""
         device = self.cluster.device
         weights = self.workload.weight_bytes or self.model.bytes_per_weight
         ends = 2 * self.model.vocabulary * self.model.width * weights / self.cluster.node_size
@@ -86,13 +87,13 @@ class CostModel:
 
     @property
     def buffers(self) -> float:
-        """Bytes of rows in flight on a rank, both ways, with room for twice the mean."""
+        """Bytes of rows in transit on a rank in both directions, with room for twice the mean."""
         most = max((layer.k for layer in self.model.layers), default=0)
         rows = self.workload.tokens / self.cluster.devices * most
         return 2 * rows * self.model.width * sum(self.workload.row_bytes)
 
     def _common(self, index: int, degree: int) -> Mapping[str, float]:
-        """The parts that depend on the attention degree alone, computed once."""
+        """The parts that depend only on the attention degree, cached."""
         if (index, degree) not in self._parts:
             layer = self.layers[index]
             self._parts[index, degree] = {
@@ -116,7 +117,7 @@ class CostModel:
         return self._roofline(flop, size)
 
     def _cache(self, layer: Layers, degree: int) -> float:
-        """Bytes of a rank's share of the KV cache of a layer."""
+        """Bytes of a rank's share of a layer's KV cache."""
         numbers = self.workload.sequences * self.workload.context * layer.kv_values
         copies = degree / min(degree, layer.kv_heads)
         return numbers * CACHE_BYTES * copies / self.cluster.devices
@@ -146,7 +147,8 @@ class CostModel:
         return parts
 
     def _exchange(self, degrees: Degrees, volume: float) -> float:
-        """One way; rows reach all slices of an expert, or one and are gathered there."""
+        """Seconds in one direction. In a flat exchange rows are sent to all slices of an expert,
+        else to one of them, where the others gather them."""
         slices, span = degrees.slices, degrees.experts * degrees.slices
         if degrees.form == "flat":
             ranks, node, volume = span, self.cluster.node_size, volume * slices
@@ -157,7 +159,8 @@ class CostModel:
         return seconds(step, self.cluster, span) + shared
 
     def _collectives(self, layer: Layers, degree: int) -> float:
-        """Around attention and dense products: their sums, or scattered and gathered rows."""
+        """Collectives around attention and dense products: all-reduces, or reduce-scatter and
+        all-gather in layers with experts."""
         work, cluster = self.workload, self.cluster
         size = work.tokens / cluster.devices * degree * self.model.width * CACHE_BYTES
         kinds = ("reduce_scatter", "all_gather") if layer.experts else ("all_reduce",) * 2
@@ -165,7 +168,7 @@ class CostModel:
         return total * (2 if work.passes > 1 else 1)
 
     def _gradients(self, layer: Layers, degrees: Degrees) -> float:
-        """Training: the sum of gradients over the ranks that hold the same weights."""
+        """Training: seconds to sum gradients over the ranks that hold the same weights."""
         if self.workload.phase != "training":
             return 0.0
         cluster, devices = self.cluster, self.cluster.devices

@@ -1,7 +1,8 @@
 """The parallel degrees that a layer may have.
 
-p = attention degree (tensor) x data degree = experts degree (EP) x slices x expert-data degree.
-Slices of an expert, then ranks of an expert group, lie side by side; data copies lie farthest.
+p = attention degree (tensor) x data degree = experts degree (EP) x slices x expert-data degree. The
+slices of an expert are on neighbouring ranks, then the ranks of an expert group follow; copies for
+data parallelism are farthest apart.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SPARE = (0.0, 0.0625, 0.125, 0.25)
 @dataclass(frozen=True, order=True)
 class Degrees:
     """`attention` ranks share a layer's attention and dense products; `experts` ranks (EP) share
-    the experts, each cut into `slices`; `slots` copies of experts in all over these ranks."""
+    the experts, each of which is cut into `slices`; `slots` is the number of copies of experts on
+    these ranks in total."""
 
     attention: int
     experts: int = 1
@@ -29,7 +31,7 @@ class Degrees:
     form: Form = "flat"
 
     def copies(self, devices: int) -> int:
-        """How many expert groups hold the same experts: their data degree."""
+        """The number of expert groups that hold the same experts: their data degree."""
         return devices // (self.experts * self.slices)
 
 
@@ -38,7 +40,7 @@ def divisors(number: int) -> list[int]:
 
 
 def attention_degrees(layer: Layers, cluster: Cluster) -> list[int]:
-    """Those within a node that cut the heads evenly."""
+    """The attention degrees within a node that divide the heads evenly."""
     return [
         degree
         for degree in divisors(cluster.devices)
@@ -47,7 +49,7 @@ def attention_degrees(layer: Layers, cluster: Cluster) -> list[int]:
 
 
 def legal(layer: Layers, cluster: Cluster, spare: tuple[float, ...] = SPARE) -> Iterator[Degrees]:
-    """Every combination of degrees that a layer may have, in one order."""
+    """Every combination of degrees that a layer may have, in a fixed order."""
     for attention in attention_degrees(layer, cluster):
         if not layer.experts:
             yield Degrees(attention)
@@ -62,7 +64,7 @@ def legal(layer: Layers, cluster: Cluster, spare: tuple[float, ...] = SPARE) -> 
 
 
 def _slots(experts: int, ranks: int, spare: tuple[float, ...]) -> list[int]:
-    """Numbers of slots over the ranks of a group, at most a copy of each expert on each rank."""
+    """The numbers of slots to try, at most one copy of each expert on each rank."""
     least = max(experts, ranks)
     if ranks == 1:
         return [experts]
@@ -71,8 +73,8 @@ def _slots(experts: int, ranks: int, spare: tuple[float, ...]) -> list[int]:
 
 
 def _forms(experts: int, slices: int, node: int) -> list[Form]:
-    """With slices, rows reach one slice of an expert and are gathered there: the flat exchange is
-    then the coordinated one, which has fewer hops and bytes than rows for every slice."""
+    """The forms of exchange to try. With slices, rows are sent to one slice and gathered there;
+    this coordinated exchange has fewer hops and bytes than a flat one to every slice."""
     forms: list[Form] = ["flat" if slices == 1 else "coordinated"]
     near = max(1, node // slices)
     if experts > near and experts % near == 0 and near > 1:

@@ -1,7 +1,8 @@
-"""The placement of DeepSeek's expert-parallel load balancer (EPLB), to compare with and to export.
+"""The placement of DeepSeek's expert-parallel load balancer (EPLB), for comparison and export.
 
-Groups of experts go to nodes, hot experts get copies inside their node, copies go to devices, all
-with equal numbers of slots. Where groups do not divide by nodes there is one group and one node.
+Groups of experts are assigned to nodes, hot experts get copies inside their node, and copies are
+assigned to devices, always with equal numbers of slots. Where the number of groups is no multiple
+of that of nodes, there is one group and one node.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Ids = NDArray[np.int64]
 
 
 def rebalance(loads: NDArray[np.float64], slots: int, groups: int, nodes: int, ranks: int) -> Ids:
-    """physical_to_logical_map [L, slots] for loads [L, E]; slot q lies on rank q // (slots/ranks).
+    """physical_to_logical_map [L, slots] for loads [L, E]; slot q is on rank q // (slots/ranks).
 
     Raises UsageError where slots do not divide by ranks or ranks by nodes.
     """
@@ -46,7 +47,8 @@ def _layer(load: NDArray[np.float64], slots: int, groups: int, nodes: int, ranks
 
 
 def _pack(weight: NDArray[np.float64], bins: int) -> tuple[Ids, Ids]:
-    """Equal numbers in each bin, greatest first, each into the lightest bin with room."""
+    """(bin, position) of each weight, with equal numbers in each bin: the greatest weight first,
+    each into the lightest bin with room."""
     each = len(weight) // bins
     bin_of, index = np.zeros(len(weight), np.int64), np.zeros(len(weight), np.int64)
     load, filled = np.zeros(bins), np.zeros(bins, np.int64)

@@ -1,7 +1,7 @@
-"""What an exchange of rows between the ranks of a group costs: hops, bytes and seconds.
+"""The cost of an exchange of rows between the ranks of a group: hops, bytes and seconds.
 
-n ranks in a group, G of them in each node, N = n/G nodes, V bytes that a rank sends to all ranks
-together, its own share included. Bytes are those that leave a rank one way.
+n ranks in a group, G of them in each node, N = n/G nodes, V bytes that a rank sends to all ranks in
+total, including itself. Bytes are those that leave a rank in one direction.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ FORMS: tuple[Form, ...] = ("flat", "hierarchical", "rail", "coordinated")
 
 @dataclass(frozen=True)
 class Exchange:
-    """One way of an exchange: messages that a rank sends one after the other, bytes that it sends
-    inside its node and across nodes, and bytes that are copied in its own memory."""
+    """One direction of an exchange: the messages that a rank sends one after the other, the bytes
+    that it sends inside its node and across nodes, and the bytes that it copies in its own
+    memory."""
 
     hops_inside: int
     hops_across: int
@@ -30,7 +31,7 @@ class Exchange:
 
     @property
     def published_hops(self) -> int:
-        """Hops as DeepSpeed-MoE counts them: the message of a rank to itself is one."""
+        """Hops as DeepSpeed-MoE counts them, including the message of a rank to itself."""
         return self.hops_inside + self.hops_across + 1
 
 
@@ -42,7 +43,7 @@ def flat(ranks: int, node: int, volume: float) -> Exchange:
 
 
 def hierarchical(ranks: int, node: int, volume: float) -> Exchange:
-    """Inside the node first, then across, with a change of layout before each (DeepSpeed-MoE,
+    """Inside the node first, then across nodes, with a change of layout before each (DeepSpeed-MoE,
     arXiv 2201.05596, section 5.3): O(G + n/G) messages, twice the volume."""
     node = min(node, ranks)
     nodes = ranks // node
@@ -57,9 +58,9 @@ def hierarchical(ranks: int, node: int, volume: float) -> Exchange:
 
 
 def rail_aligned(ranks: int, node: int, volume: float, busiest_rail: float = 1.0) -> Exchange:
-    """Inside the node to the rank whose number is the destination's, then only among equal numbers
-    (SE-MoE, arXiv 2205.10034): the hops of `hierarchical`, and the busiest rail decides;
-    `busiest_rail` is its share of bytes over the mean."""
+    """Inside the node to the rank with the local number of the destination, then only between ranks
+    of equal local numbers (SE-MoE, arXiv 2205.10034): the hops of `hierarchical`, with the bytes of
+    the busiest rail, which has `busiest_rail` times the mean."""
     plain = hierarchical(ranks, node, volume)
     return Exchange(
         plain.hops_inside,
@@ -72,13 +73,13 @@ def rail_aligned(ranks: int, node: int, volume: float, busiest_rail: float = 1.0
 
 
 def coordinated(ranks: int, node: int, slices: int, volume: float) -> Exchange:
-    """Among the n/L ranks of equal slice only, where slicing of degree L has made the rows of L
-    ranks equal (DeepSpeed-MoE, section 5.3); `gather` on the way back is counted by itself."""
+    """Among the n/L ranks of equal slice only, where slicing of degree L makes the rows of L ranks
+    equal (DeepSpeed-MoE, section 5.3). The all-gather of the rows is counted separately."""
     return flat(ranks // slices, max(1, node // slices), volume)
 
 
 def exchange(form: Form, ranks: int, node: int, volume: float) -> Exchange:
-    """The exchange among `ranks` of which `node` share a node."""
+    """The exchange of a form among `ranks` ranks, `node` of which share a node."""
     match form:
         case "hierarchical":
             return hierarchical(ranks, node, volume)
@@ -89,7 +90,7 @@ def exchange(form: Form, ranks: int, node: int, volume: float) -> Exchange:
 
 
 def seconds(step: Exchange, cluster: Cluster, span: int) -> float:
-    """Of one way, where the group's ranks lie within `span` neighbouring devices."""
+    """Seconds of one direction, for a group whose ranks are among `span` neighbouring devices."""
     inside, across = cluster.levels[0], cluster.level_of(span)
     near = step.bytes_inside / inside.share()
     far = step.bytes_across / across.share()
@@ -99,8 +100,9 @@ def seconds(step: Exchange, cluster: Cluster, span: int) -> float:
 
 
 def collective_seconds(kind: str, size: float, ranks: int, span: int, cluster: Cluster) -> float:
-    """Of all_gather, reduce_scatter or all_reduce of `size` bytes in all on `ranks` ranks within
-    `span` devices: (n-1)/n of the bytes over the slowest link, twice that for all_reduce."""
+    """Seconds of an all_gather, reduce_scatter or all_reduce of `size` bytes in total on `ranks`
+    ranks within `span` devices: (n-1)/n of the bytes over the slowest link, twice that for
+    all_reduce."""
     if ranks == 1:
         return 0.0
     level = cluster.level_of(span)
@@ -110,7 +112,7 @@ def collective_seconds(kind: str, size: float, ranks: int, span: int, cluster: C
 
 
 def distinct_nodes(experts: int, k: int, nodes: int) -> float:
-    """How many of `nodes` a token's k experts lie on, where all choices are equally likely:
-    N (1 - C(E - E/N, k) / C(E, k))."""
+    """The expected number of `nodes` that hold a token's k experts, if all choices are equally
+    likely: N (1 - C(E - E/N, k) / C(E, k))."""
     each = experts // nodes
     return nodes * (1 - comb(experts - each, k) / comb(experts, k))

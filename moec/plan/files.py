@@ -1,4 +1,4 @@
-"""Numbers with their source, and how the planner's YAML and JSON files are read."""
+"""Numbers with their source, and the reader of the planner's YAML and JSON files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Quantity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is read from a file: a field that nobody knows is an error."""
+    """A record in a file; unknown fields are an error."""
 
 
 T = TypeVar("T", bound=Record)
@@ -42,7 +42,7 @@ def preset_names(folder: str) -> list[str]:
 def read_preset_or_file(source: str, kind: type[T], folder: str) -> T:
     """The preset of that name, or else the YAML or JSON file.
 
-    Raises UsageError that names the file and what its schema misses.
+    Raises UsageError with the file and the violation of its schema.
     """
     names = preset_names(folder)
     if source in names:
@@ -55,7 +55,7 @@ def read_preset_or_file(source: str, kind: type[T], folder: str) -> T:
 
 
 def decode(text: bytes, kind: type[T], source: str) -> T:
-    """The record that a YAML text (JSON is YAML) holds. Raises UsageError."""
+    """The record in a YAML text (JSON is YAML). Raises UsageError."""
     try:
         return msgspec.yaml.decode(text, type=kind, strict=False)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

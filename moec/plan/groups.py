@@ -1,4 +1,4 @@
-"""Which ranks a group of a layer's exchange has: parts of 0..p-1 by name.
+"""The ranks of each group of a layer's exchange: partitions of 0..p-1 by name.
 
 Rank = (copy * EP + expert rank) * slices + slice. A node holds consecutive ranks.
 """
@@ -14,24 +14,24 @@ WORLD = "world"
 
 
 def suffix(layer: LayerPlan) -> str:
-    """The suffix that distinguishes the groups of layers of different degrees."""
+    """The suffix that distinguishes the groups of layers with different degrees."""
     return f"{layer.ranks}x{layer.slices}"
 
 
 def tp_group(degree: int) -> str:
-    """The group of ranks that share the heads of an attention."""
+    """The name of the group of ranks that share the heads of an attention."""
     return f"tp.{degree}"
 
 
 def tp_texts(degree: int) -> str:
-    """The size that counts the texts of all ranks of such a group."""
+    """The name of the size that counts the texts of all ranks of such a group."""
     return f"tp{degree}_texts"
 
 
 def near(layer: LayerPlan, node_size: int) -> int:
-    """How many ranks of equal slice of an expert group share a node.
+    """The number of ranks of equal slice of an expert group that share a node.
 
-    Raises UsageError where a staged exchange cannot cut the group by nodes.
+    Raises UsageError where a staged exchange cannot divide the group by nodes.
     """
     ranks = min(layer.ranks, max(1, node_size // layer.slices))
     if layer.form in ("hierarchical", "rail") and layer.ranks % ranks:
@@ -44,7 +44,7 @@ def near(layer: LayerPlan, node_size: int) -> int:
 
 def groups_of(plan: Plan) -> dict[str, Parts]:
     """All groups that the layers of a plan name: `ep` (equal slice), `slice`, and the `node` and
-    `rail` parts of an `ep` group; `tp` of attention's degree; and the group of all ranks."""
+    `rail` parts of an `ep` group; `tp` of each attention degree; and the group of all ranks."""
     result: dict[str, Parts] = {WORLD: (tuple(range(plan.devices)),)}
     for layer in plan.layers:
         if layer.attention > 1:

@@ -1,4 +1,4 @@
-"""A table of numbers as a heat-map: SVG, or a page around it."""
+"""A table of numbers as a heat map, in SVG or HTML."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from moec.errors import UsageError
 
 _STOPS = ((247, 251, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107), (165, 15, 21))
-"""White over blue to the mean's multiples; red is the most loaded."""
+"""Colors of 0, 1, 2, 3 and 4 times the mean: from white over blue to red."""
 _LEFT, _TOP, _WIDTH = 90, 64, 900
 
 
 def heat_map(
     rows: Sequence[NDArray[np.float64]], title: str, row_name: str, column_name: str
 ) -> str:
-    """SVG of one row of cells for each array; each cell is coloured by its multiple of its row's
-    mean: white 0, light blue 1, dark blue 3, red where 4 and more."""
+    """An SVG with a row of cells for each array. The color of a cell is its multiple of the row's
+    mean: white 0, light blue 1, dark blue 3, red 4 and more."""
     columns = max((len(row) for row in rows), default=1)
     pitch = max(3.0, min(24.0, _WIDTH / columns))
     height = max(8.0, min(24.0, 640 / max(1, len(rows))))
@@ -76,7 +76,8 @@ def _colour(ratio: float) -> str:
 
 
 def save_picture(svg: str, path: Path, title: str) -> None:
-    """Raises UsageError for a name that ends in neither .svg nor .html."""
+    """Write the picture to `path`. Raises UsageError for a name that ends in neither .svg nor
+    .html."""
     if path.suffix == ".svg":
         path.write_text(svg)
     elif path.suffix == ".html":

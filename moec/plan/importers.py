@@ -1,6 +1,6 @@
-"""Routing as other tools record it: SGLang, vLLM and EPLB, MoE-Infinity, one record a line.
+"""Reads routing that other tools recorded: SGLang, vLLM and EPLB, MoE-Infinity, JSON lines.
 
-Counts say how often each expert was chosen; which experts a token chose together only traces say.
+Counts have how often each expert was chosen; only traces have the experts of each token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moec.runtime.routing_trace import RoutingTrace, load_trace, of_ids
 
 @dataclass(frozen=True)
 class ImportedRouting:
-    """`counts[l]` [E_l] of each MoE layer, and the trace where tokens were recorded."""
+    """`counts[l]` [E_l] of each MoE layer, and a trace if tokens were recorded."""
 
     counts: tuple[NDArray[np.float64], ...]
     trace: RoutingTrace | None
@@ -28,15 +28,16 @@ class ImportedRouting:
 
     @property
     def rows(self) -> int:
-        """How many choices there are in all."""
+        """The total number of choices."""
         return int(sum(count.sum() for count in self.counts))
 
 
 def read_routing(path: Path) -> ImportedRouting:
-    """By the kind of file: .npz of moec; .npy counts [L, E] or [requests, L, E] (MoE-Infinity);
-    .json with `logical_count`; .jsonl of {layer_idx, token_idx, selected_ids}; .pt of SGLang.
+    """Reads a file by its suffix: .npz of moec; .npy with counts [L, E] or [requests, L, E]
+    (MoE-Infinity); .json with `logical_count`; .jsonl of {layer_idx, token_idx, selected_ids}; .pt
+    of SGLang.
 
-    Raises InputError that says what the file lacks.
+    Raises InputError with what is missing in the file.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
@@ -66,7 +67,7 @@ def _array(path: Path) -> NDArray[Any]:
 
 
 def _of_counts(array: NDArray[Any], path: Path, source: str) -> ImportedRouting:
-    """[L, E], or [steps or requests, L, E] which are summed."""
+    """Counts [L, E], or [steps or requests, L, E], which are summed over the first axis."""
     if array.ndim == 3:
         array = array.sum(axis=0)
     if array.ndim != 2 or array.dtype.kind not in "iuf" or not array.size:
@@ -97,7 +98,7 @@ def _json(text: bytes, path: Path) -> Any:
 
 
 def _of_lines(path: Path) -> ImportedRouting:
-    """Every token of every layer once, with equal numbers of ids."""
+    """One record for every token and layer, all with equal numbers of ids."""
     chosen: dict[tuple[int, int], list[int]] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if not line.strip():
@@ -119,7 +120,8 @@ def _of_lines(path: Path) -> ImportedRouting:
 
 
 def _checked(ids: NDArray[Any], path: Path) -> RoutingTrace:
-    """Ids [T, L, K]; the number of experts is not recorded and taken from the greatest id."""
+    """A trace of ids [T, L, K]. The number of experts is not recorded and assumed to be the
+    greatest id + 1. Raises InputError for ids out of range."""
     if ids.size == 0 or int(ids.min()) < -1 or int(ids.max()) > np.iinfo(np.int16).max:
         most = np.iinfo(np.int16).max
         raise InputError(f"{path}: ids lie outside -1 to {most}, or there are none")
@@ -127,7 +129,7 @@ def _checked(ids: NDArray[Any], path: Path) -> RoutingTrace:
 
 
 def _of_sglang(path: Path) -> ImportedRouting:
-    """What its recorder dumps: `logical_count` (stat), or records with `topk_ids_of_layer`
+    """A dump of SGLang's recorder: `logical_count` (stat), or records with `topk_ids_of_layer`
     (per_token) or `global_physical_count` and a map (per_pass)."""
     import pickle
 
@@ -152,7 +154,7 @@ def _of_sglang(path: Path) -> ImportedRouting:
 
 
 def _logical(content: Mapping[str, Any], records: Sequence[Any], path: Path) -> NDArray[Any]:
-    """Counts of experts from those of slots."""
+    """Counts of experts from counts of slots."""
     try:
         slots = sum(np.asarray(record["global_physical_count"], float) for record in records)
         table = np.asarray(content["last_physical_to_logical_map"], np.int64)

@@ -1,4 +1,5 @@
-"""numba's compiler, typed: a function keeps its type, and its machine code is kept on disk."""
+"""numba's compiler with types: a function keeps its type, and its machine code is cached on
+disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model as the planner sees it: sizes of layers, without weights.
+"""The sizes of a model's layers, without weights.
 
 D model width, H hidden width of an expert, E experts, k experts a token.
 """
@@ -19,9 +19,10 @@ BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0
 
 
 class Layers(Record, frozen=True, kw_only=True):
-    """`repeat` equal layers. `attention` is a number of parameters, `kv_values` how many numbers a
-    token leaves in the cache, `dense_hidden` the width of the feed-forward that all tokens pass
-    (a dense one, shared experts, a residual MLP), `matrices` 3 with a gate and 2 without."""
+    """`repeat` equal layers. `attention` is a number of parameters, `kv_values` the number of
+    values that a token adds to the cache, `dense_hidden` the width of the feed-forward network that
+    all tokens pass (a dense one, shared experts, a residual MLP), `hidden` the width of an expert,
+    and `matrices` 3 with a gate or 2 without."""
 
     repeat: Positive = 1
     attention: Natural = 0
@@ -54,7 +55,7 @@ class Model(Record, frozen=True, kw_only=True):
 
     @property
     def each_layer(self) -> tuple[Layers, ...]:
-        """One entry a layer."""
+        """One entry per layer."""
         return tuple(group for group in self.layers for _ in range(group.repeat))
 
     @property
@@ -62,11 +63,11 @@ class Model(Record, frozen=True, kw_only=True):
         return BYTES[self.weights]
 
     def expert_parameters(self, layer: Layers) -> int:
-        """Of one expert."""
+        """The number of parameters of one expert."""
         return layer.matrices * self.width * layer.hidden
 
     def dense_parameters(self, layer: Layers) -> int:
-        """Of what every token passes in a layer."""
+        """The number of parameters in a layer that every token uses."""
         router = self.width * (layer.experts + layer.zero_experts)
         return layer.attention + layer.matrices * self.width * layer.dense_hidden + router
 
@@ -95,7 +96,7 @@ def read_model(source: str) -> Model:
 
 
 def of_config(config: Mapping[str, Any], source: str) -> Model:
-    """The sizes that a Hugging Face config gives. Raises UsageError where one is missing."""
+    """The sizes in a Hugging Face config. Raises UsageError where one is missing."""
     config = config.get("text_config", config)
 
     def first(*names: str, default: int | None = None) -> int:
@@ -155,8 +156,8 @@ def of_config(config: Mapping[str, Any], source: str) -> Model:
 
 
 def of_graph(graph: Graph, name: str = "model") -> Model:
-    """The sizes of the MoE blocks of a graph in stage MOE, one layer each; the ops between two
-    blocks count as attention. Raises UsageError where no block is recognised."""
+    """The sizes of the MoE blocks of a graph in stage MOE, one layer each; all other parameters
+    count as attention. Raises UsageError where no block is recognised."""
     blocks = [op for op in graph.ops if op.name == "moe.experts"]
     if not blocks:
         raise UsageError(f"{name} has no recognised MoE block: moec inspect says why")

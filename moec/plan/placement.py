@@ -1,7 +1,7 @@
-"""Which rank holds which experts: replicas of hot experts, ranks of unequal numbers of slots.
+"""Assigns experts to ranks, with copies of hot experts.
 
-A slot holds one copy of an expert; the copies of an expert share its load equally. The lower bound
-of the busiest rank's load is the mean load, or the load of the greatest copy.
+A slot holds one copy of an expert; the copies of an expert share its load equally. The greatest
+load of a rank is at least the mean load, and at least the load of the greatest copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Placement:
-    """`slots[r]` are the experts of rank r; loads are shares of all rows (they sum to 1)."""
+    """`slots[r]` are the experts of rank r. `busiest` is the load of the busiest rank and `bound`
+    its lower bound, as shares of all rows."""
 
     slots: tuple[tuple[int, ...], ...]
     busiest: float
@@ -33,20 +34,21 @@ class Placement:
 
     @property
     def imbalance(self) -> float:
-        """Load of the busiest rank over the mean."""
+        """The load of the busiest rank over the mean."""
         return self.busiest * self.ranks
 
     @property
     def bound_imbalance(self) -> float:
-        """What no placement with these numbers of copies goes below."""
+        """The least imbalance that any placement of these copies could have."""
         return self.bound * self.ranks
 
 
 def place(loads: Loads, ranks: int, slots: int | None = None, restarts: int = 0) -> Placement:
-    """Place experts of these loads [E] on `ranks` ranks with `slots` in all (default: as few as
-    possible): greedy, then moves and swaps until none helps; `restarts` disturbed repetitions.
+    """Place experts with loads [E] on `ranks` ranks with `slots` slots in total (default: the
+    fewest): greedily, then by swaps while they help, with `restarts` repetitions from a disturbed
+    result.
 
-    Raises UsageError where there are fewer slots than experts or ranks.
+    Raises UsageError for fewer slots than experts or ranks, or more than experts x ranks.
     """
     experts = len(loads)
     slots = max(experts, ranks) if slots is None else slots
@@ -71,15 +73,15 @@ def place(loads: Loads, ranks: int, slots: int | None = None, restarts: int = 0)
 
 
 def rank_loads(loads: Loads, slots: Sequence[Sequence[int]]) -> Loads:
-    """What each rank with these slots computes, as a share of all rows [ranks]."""
+    """The load of each rank with these slots, as a share of all rows [ranks]."""
     shares = loads / max(float(loads.sum()), 1e-300)
     copies = np.bincount([e for held in slots for e in held], minlength=len(loads))
     return np.array([sum(shares[e] / copies[e] for e in held) for held in slots])
 
 
 def replicate(shares: Loads, slots: int, most: int) -> Ids:
-    """Copies of each expert [E], at most `most`, that make the greatest copy smallest: each slot
-    to spare goes to the expert whose copies are the greatest."""
+    """The number of copies of each expert [E], at most `most`, that makes the greatest copy
+    smallest: each spare slot goes to the expert whose copies are the greatest."""
     copies: Ids = _replicate(shares, slots, most)
     return copies
 
@@ -98,7 +100,8 @@ def _replicate(shares: Loads, slots: int, most: int) -> Ids:
 
 @compiled
 def _pack(weight: Loads, owner: Ids, capacity: Ids) -> Ids:
-    """Greatest first, each on the least loaded rank that has room and no copy of its expert."""
+    """The rank of each slot: the greatest weight first, each on the least loaded rank that has room
+    and no copy of its expert."""
     ranks = len(capacity)
     load, room = np.zeros(ranks), capacity.copy()
     holds = np.zeros((ranks, owner.max() + 1), np.bool_)
@@ -122,7 +125,7 @@ def _pack(weight: Loads, owner: Ids, capacity: Ids) -> Ids:
 
 @compiled
 def _swap_until_still(weight: Loads, rank_of: Ids, load: Loads, bound: float) -> None:
-    """Swap a slot of the busiest rank with a lighter one elsewhere while that lowers the greater
+    """Swaps a slot of the busiest rank with a lighter one elsewhere, while that lowers the greater
     of the two loads."""
     for _ in range(len(weight) * 8):
         top = np.argmax(load)
@@ -151,7 +154,7 @@ def _swap_until_still(weight: Loads, rank_of: Ids, load: Loads, bound: float) ->
 def _improve(
     weight: Loads, owner: Ids, rank_of: Ids, ranks: int, bound: float, restarts: int
 ) -> Ids:
-    """The best of a descent from `rank_of` and of descents from disturbed results of it."""
+    """The best result of swapping from `rank_of`, and from `restarts` disturbed results."""
     np.random.seed(0)
     best = rank_of.copy()
     load = _loads(weight, best, ranks)

@@ -1,4 +1,4 @@
-"""A plan: degrees, exchange and placement of every layer, and what they are predicted to cost."""
+"""A plan: the degrees, exchange and placement of every layer, and their predicted cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Expert = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Number(Record, frozen=True, kw_only=True):
-    """A number that the plan rests on."""
+    """A number on which the plan is based."""
 
     name: str
     value: float
@@ -28,10 +28,13 @@ class Number(Record, frozen=True, kw_only=True):
 
 
 class LayerPlan(Record, frozen=True, kw_only=True):
-    """`attention` ranks share attention and dense products. `ranks` (EP) share the experts, each
-    cut into `slices`, in `copies` groups; `slots[r]` are the experts of rank r of a group.
-    Predicted: `seconds` by part, of which `hidden` run beside others; `memory` bytes a rank;
-    `imbalance` the busiest rank's load over the mean, and `bound` below which none can be."""
+    """The plan of one layer.
+
+    `attention` ranks share attention and dense products. `ranks` (EP) share the experts, each cut
+    into `slices`, in `copies` groups; `slots[r]` are the experts of rank r of a group. Predicted:
+    `seconds` by part, of which `hidden` overlap with others; `memory` in bytes a rank; `imbalance`,
+    the busiest rank's load over the mean, and `bound`, its lower bound.
+    """
 
     layer: Natural
     experts: Natural
@@ -87,14 +90,14 @@ class Plan(Record, frozen=True, kw_only=True):
 
 
 def write_plan(plan: Plan, path: Path) -> None:
-    """As JSON, in one step: a failure leaves no half of a file."""
+    """Write the plan as JSON. A failure leaves no partial file."""
     text = msgspec.json.format(msgspec.json.encode(plan), indent=1)
     with whole_file(path) as file:
         file.write(text + b"\n")
 
 
 def read_plan(path: Path) -> Plan:
-    """Raises UsageError that says what in the file is not a plan."""
+    """The plan in a file. Raises UsageError with what in the file is not a plan."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Plan)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -104,10 +107,10 @@ def read_plan(path: Path) -> Plan:
 
 
 def physical_to_logical(plan: Plan) -> NDArray[np.int64]:
-    """The placement as vLLM and SGLang read it: [L, P], slot q on rank q // (P / ranks).
+    """The placement in the form of vLLM and SGLang: [L, P], slot q on rank q // (P / ranks).
 
-    Raises UsageError where layers differ in their number of slots, or ranks of a layer do: those
-    engines know equal numbers only.
+    Raises UsageError where layers, or ranks of a layer, have different numbers of slots, which
+    those engines do not support.
     """
     rows = []
     for layer in plan.layers:

@@ -1,4 +1,4 @@
-"""From a model, a cluster, a workload and the experts' loads to a plan, and why it is that one."""
+"""Computes a plan from a model, a cluster, a workload and the loads of experts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Loads = NDArray[np.float64]
 
 
 LEVEL = 1.005
-"""Busiest over mean, below which copies of experts bring nothing."""
+"""Busiest over mean, below which copies of experts are not worth their slots."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CostedDegrees:
 @dataclass(frozen=True)
 class Planner:
     """`loads[l]` are the shares of rows of the experts of layer l (empty for a dense layer),
-    `routing` says in words where they are from, `spare` are the shares of slots for copies."""
+    `routing` describes where they come from, `spare` are the shares of slots for copies."""
 
     model: Model
     cluster: Cluster
@@ -81,14 +81,15 @@ class Planner:
         )
 
     def _spare_is_useless(self, index: int, experts: int, degrees: Degrees) -> bool:
-        """More slots than needed, where the ranks are level without them."""
+        """Whether there are more slots than needed although the ranks are balanced without them."""
         least = max(experts, degrees.experts)
         if degrees.slots <= least:
             return False
         return self.placement(index, degrees.experts, least).imbalance < LEVEL
 
     def best(self) -> Plan:
-        """Degrees that may differ from layer to layer. Raises UsageError where none fit."""
+        """The best plan, whose degrees may differ between layers. Raises UsageError where none
+        fits."""
         layers = [
             [LayerOption(c.degrees.attention, c.cost.seconds, c.cost.memory) for c in options]
             for options in self.candidates
@@ -100,8 +101,8 @@ class Planner:
         return self.plan([candidate.degrees for candidate in chosen], solution.seconds)
 
     def best_uniform(self) -> Plan:
-        """The best of the plans that have the same degrees, form and share of spare slots in all
-        layers: what a grid search finds. Raises UsageError where none fit."""
+        """The best plan with equal degrees, form and share of spare slots in all layers, as a grid
+        search would find it. Raises UsageError where none fits."""
         table: list[dict[Degrees, CostedDegrees]] = []
         for options in self.candidates:
             first: dict[Degrees, CostedDegrees] = {}
@@ -129,8 +130,8 @@ class Planner:
         return self.plan([candidate.degrees for candidate in best[1]], best[0])
 
     def with_eplb(self, plan: Plan) -> Plan:
-        """The degrees of `plan` with the placement of EPLB, which needs equal slots on all ranks:
-        their number is the next that divides."""
+        """The degrees of `plan` with the placement of EPLB, which needs equal numbers of slots on
+        all ranks: the greatest number of the plan's ranks."""
         layers = []
         for layer in plan.layers:
             if layer.experts:

@@ -16,7 +16,7 @@ _FORM = re.compile(r"(uniform|zipf|lognormal)(?::(\d+(?:\.\d+)?))?(?::(\d+))?")
 
 def of_distribution(text: str, experts: Sequence[int]) -> tuple[Loads, ...]:
     """Loads [E_l] of each layer, summing to 1: "uniform", "zipf:EXPONENT[:SEED]" or
-    "lognormal:SIGMA[:SEED]", in an order that is drawn anew for each layer.
+    "lognormal:SIGMA[:SEED]", in a random order for each layer.
 
     Raises UsageError for any other text.
     """
@@ -41,6 +41,6 @@ def of_distribution(text: str, experts: Sequence[int]) -> tuple[Loads, ...]:
 
 
 def normalised(load: Loads) -> Loads:
-    """Shares that sum to 1; equal ones where nothing was counted."""
+    """Shares that sum to 1; equal shares where the sum is 0."""
     total = float(load.sum())
     return load / total if total > 0 else np.full(len(load), 1 / max(1, len(load)))

@@ -1,9 +1,9 @@
-"""Serving with experts that are known ahead: what a cache of experts hits, and what batches hold.
+"""Simulates serving where the experts of queued tokens are known in advance: caches and batches.
 
-Where a router reads token ids alone, the experts of every queued token are known before any of them
+Where a router reads only token ids, the experts of every queued token are known before the model
 runs (`hoist-routers`; Read-ME, arXiv 2410.19123). A cache can then evict the expert whose next use
-is farthest (Belady, IBM Systems Journal 1966: no policy hits more often), and a batch can hold the
-tokens of few experts. Both are replayed here on a trace, a list of expert ids in the order of use.
+is farthest (Belady, IBM Systems Journal 1966: no policy hits more often), and a batch can be formed
+of tokens of few experts. A trace is a list of expert ids in the order of use.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ NEVER = float("inf")
 
 
 def cache_hits(trace: Sequence[int], size: int, policy: Policy, seed: int = 0) -> int:
-    """How many uses of `trace` find their expert in a cache of `size` experts, empty at first.
+    """The number of uses in `trace` that hit a cache of `size` experts, which is empty at first.
 
-    Raises UsageError for a cache without room, or another policy.
+    Raises UsageError for a cache without room or an unknown policy.
     """
     if size < 1:
         raise UsageError(f"a cache holds one expert or more, not {size}")
@@ -30,7 +30,7 @@ def cache_hits(trace: Sequence[int], size: int, policy: Policy, seed: int = 0) -
         raise UsageError(f"there is no policy {policy}: write belady, lru, fifo or random")
     following = next_uses(trace)
     generator = Random(seed)
-    cached: dict[int, float] = {}  # by expert: what the policy ranks by, the least is evicted
+    cached: dict[int, float] = {}  # by expert: its rank in the policy; the least is evicted
     hits = 0
     for time, expert in enumerate(trace):
         hit = expert in cached
@@ -45,7 +45,7 @@ def cache_hits(trace: Sequence[int], size: int, policy: Policy, seed: int = 0) -
 
 
 def next_uses(trace: Sequence[int]) -> list[float]:
-    """When the expert of each use is used again; `NEVER` for the last time."""
+    """For each use, the time of the next use of the same expert; `NEVER` if there is none."""
     later: dict[int, float] = {}
     following = []
     for time in reversed(range(len(trace))):
@@ -62,8 +62,8 @@ def batches_in_order(trace: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 
 def batches_by_expert(trace: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """The indices of `trace` in batches of `budget`: each takes the longest queue of one expert,
-    then the next longest, until it is full; of the last one as many as fit (Read-ME)."""
+    """The indices of `trace` in batches of `budget`. Each batch takes the longest queue of one
+    expert, then the next longest, until it is full; of the last queue as many as fit (Read-ME)."""
     _check_budget(budget)
     queues: dict[int, deque[int]] = defaultdict(deque)
     for index, expert in enumerate(trace):

@@ -1,8 +1,9 @@
-"""The quickest choice for each layer under a limit of memory: exact, by dynamic programming.
+"""Finds the quickest choice for each layer under a memory limit, exactly, by dynamic programming.
 
-A choice costs seconds and bytes; seconds between two layers depend on the states of their choices.
-Of partial plans with one last state only those stay that no other beats in seconds and in bytes,
-and that can still lead to a plan within the limit and ahead of the best plan known.
+A choice costs seconds and bytes; the seconds between two layers depend on the states of their
+choices. Among partial plans that end in one state, those are kept that no other beats in both
+seconds and bytes, and that can still become a plan within the limit and quicker than the best
+known.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class LayerOption:
-    """One option of a layer; `state` is what the next layer's cost depends on."""
+    """One option of a layer; the cost of the step to the next layer depends on `state`."""
 
     state: int
     seconds: float
@@ -28,7 +29,7 @@ class LayerOption:
 
 @dataclass(frozen=True)
 class Best:
-    """Index of the choice of each layer, and what they cost together."""
+    """The index of the choice of each layer, and their total cost."""
 
     indices: tuple[int, ...]
     seconds: float
@@ -37,11 +38,12 @@ class Best:
 
 @dataclass(frozen=True)
 class _Front:
-    """Partial plans that end in one state, none better than another in both."""
+    """Partial plans that end in one state, none of which beats another in both seconds and
+    bytes."""
 
     seconds: Numbers
     memory: Numbers
-    previous: NDArray[np.int64]  # [n, 3]: state before, its entry, choice
+    previous: NDArray[np.int64]  # [n, 3]: previous state, its entry, choice
 
 
 def search(
@@ -49,8 +51,8 @@ def search(
     between: Callable[[int, int], float],
     limit: float,
 ) -> Best | None:
-    """The quickest plan whose bytes stay within `limit`; None where there is none. Among equally
-    quick ones the one of fewer bytes."""
+    """The quickest plan whose bytes stay within `limit`, and among equally quick ones the one of
+    fewer bytes; None where there is none."""
     if not layers:
         return Best((), 0.0, 0.0)
     states = sorted({choice.state for layer in layers for choice in layer})
@@ -75,7 +77,7 @@ def search(
 
 
 def _useful(layer: Sequence[LayerOption], state: int) -> list[tuple[float, float, int]]:
-    """Seconds, bytes and index of the choices of a state that no other beats, quickest first."""
+    """(seconds, bytes, index) of the choices with a state that no other beats, quickest first."""
     entries = sorted(
         (choice.seconds, choice.memory, index)
         for index, choice in enumerate(layer)
@@ -94,7 +96,7 @@ def _to_go(
     time: float,
     memory: float,
 ) -> list[Numbers]:
-    """Least weighted cost from each layer to the end, by the state of the layer."""
+    """The least weighted cost from each layer to the end, by the state of the layer."""
     rows: list[Numbers] = []
     for layer in reversed(options):
         each = np.array(
@@ -109,7 +111,8 @@ def _to_go(
 def _feasible_seconds(
     options: Sequence[Sequence[Sequence[tuple[float, float, int]]]], steps: Numbers, limit: float
 ) -> float | None:
-    """Seconds of some plan within the limit, near the best: bytes are priced, the price halved."""
+    """Seconds of a plan within the limit, near the best, found by bisecting a price of bytes; None
+    where no plan is within the limit."""
     price, best = 0.0, None
     low, high = 0.0, None
     for _ in range(60):
@@ -131,7 +134,7 @@ def _feasible_seconds(
 def _priced(
     options: Sequence[Sequence[Sequence[tuple[float, float, int]]]], steps: Numbers, price: float
 ) -> tuple[float, float]:
-    """Seconds and bytes of the plan that is cheapest at a price of bytes."""
+    """Seconds and bytes of the cheapest plan at a price of bytes."""
     time, rate = (0.0, 1.0) if price == np.inf else (1.0, price)
     costs = _to_go(options, steps, time, rate)
     state = int(costs[0].argmin())

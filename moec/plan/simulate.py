@@ -1,7 +1,7 @@
-"""Replay routed tokens on the ranks of a plan: rows, bytes and seconds of each rank, node and link.
+"""Replays routed tokens on the ranks of a plan: rows, bytes and seconds of ranks, nodes and links.
 
-Tokens start on ranks in equal blocks. Counts are kept by rank, never by pair of ranks: memory is
-O(p) for p ranks, whatever the number of tokens.
+Tokens start on ranks in equal blocks. Counts are by rank, not by pair of ranks: memory is O(p) for
+p ranks, whatever the number of tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ Ids = NDArray[np.int16]
 
 @dataclass(frozen=True)
 class Traffic:
-    """Rows that each rank of an expert group computes [groups * EP]; rows that each device sends
-    and gets, inside its node and across nodes [p]; rows across nodes were each sent once a node."""
+    """`rows` that each rank of an expert group computes [groups * EP]; rows that each device sends
+    and receives inside its node and across nodes [p]; `rail_across`, rows across nodes by the
+    device that forwards them in a staged exchange [p]; `deduplicated`, rows across nodes if each
+    were sent once to a node."""
 
     rows: Counts
     sent_inside: Counts
@@ -45,7 +47,8 @@ class Traffic:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """`seconds` by part as the cost model has them, for the busiest rank and link."""
+    """`seconds` of the cost model for the busiest rank and link; `waits_for` is its slowest
+    part."""
 
     layer: int
     seconds: float
@@ -67,7 +70,8 @@ class SimulationResult:
 
 
 def tables(layer: LayerPlan) -> tuple[Counts, Counts]:
-    """Where the copies of each expert are: first [E + 1], and EP ranks in that order."""
+    """(first, holders): the EP ranks of the copies of all experts, and where those of each expert
+    begin in this list [E + 1]."""
     holders: list[list[int]] = [[] for _ in range(layer.experts)]
     for rank, slots in enumerate(layer.slots):
         for expert in slots:
@@ -77,7 +81,7 @@ def tables(layer: LayerPlan) -> tuple[Counts, Counts]:
 
 
 def traffic(ids: Ids, layer: LayerPlan, devices: int, node: int) -> Traffic:
-    """Count the rows of ids [T, K]; negative ids and those from E on are no expert's."""
+    """Count the rows of ids [T, K]. Negative ids and those from E on belong to no expert."""
     first, holder = tables(layer)
     rail = layer.form in ("hierarchical", "rail")
     arrays = _count(
@@ -98,7 +102,8 @@ def _count(
     spread: bool,
     staged: bool,
 ) -> tuple[Counts, Counts, Counts, Counts, Counts, Counts, Counts]:
-    """`spread`: every slice of an expert gets the row by itself; else the slice of the sender."""
+    """With `spread`, every slice of an expert receives the row; else only the sender's slice
+    does."""
     tokens, k = ids.shape
     span = ranks * slices
     rows = np.zeros(devices // slices, np.int64)
@@ -195,7 +200,8 @@ def _replay(layer: LayerPlan, plan: Plan, cost: CostModel, ids: Ids) -> LayerRes
 
 
 def link_imbalance(counts: Traffic) -> float:
-    """Busiest link over the mean: across nodes where rows leave the node, else inside."""
+    """The load of the busiest link over the mean: across nodes if rows leave the node, else
+    inside."""
     pairs = ((counts.sent_across, counts.got_across), (counts.sent_inside, counts.got_inside))
     for sent, got in pairs:
         mean = float(sent.mean())
@@ -213,8 +219,8 @@ def of_trace(trace: RoutingTrace) -> Iterator[Ids]:
 def drawn(
     loads: Iterable[NDArray[np.float64]], k: Iterable[int], tokens: int, seed: int = 0
 ) -> Iterator[Ids]:
-    """Ids [T, K] for each layer of loads: k different experts a token, each drawn by its share
-    among those not drawn yet."""
+    """Ids [T, K] for each layer of loads: k different experts a token, drawn by their shares
+    without replacement."""
     for index, (load, count) in enumerate(zip(loads, k, strict=True)):
         if len(load):
             threshold, other = _alias(load / load.sum())
@@ -222,7 +228,7 @@ def drawn(
 
 
 def _alias(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int16]]:
-    """Tables of the alias method: a draw takes one random place and one comparison."""
+    """Tables of the alias method, by which a draw takes one random index and one comparison."""
     size = len(shares)
     threshold, other = shares * size, np.arange(size, dtype=np.int16)
     small = [i for i in range(size) if threshold[i] < 1]
@@ -241,7 +247,7 @@ def _alias(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
 def _draw(
     threshold: NDArray[np.float64], other: NDArray[np.int16], tokens: int, k: int, seed: int
 ) -> Ids:
-    """xorshift64*; after many repetitions the next expert that is free is taken."""
+    """Draws by xorshift64*; after 64 duplicates the next free expert is taken."""
     state = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(1)
     size = len(threshold)
     ids = np.empty((tokens, k), np.int16)

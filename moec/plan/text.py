@@ -1,4 +1,4 @@
-"""A plan in words: a table of layers, why a layer has its degrees, and two plans side by side."""
+"""A plan as text: a table of layers, the reasons for a layer's degrees, and a comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEAD = (
 
 
 def show(plan: Plan) -> str:
-    """The plan as a table, with the numbers that it rests on."""
+    """The plan as a table, with the numbers on which it is based."""
     per_step = plan.workload.tokens / plan.seconds if plan.seconds else 0.0
     lines = [
         f"{plan.model} on {plan.cluster}: {plan.devices} devices",
@@ -103,7 +103,7 @@ def _mean(values: Iterable[float]) -> float:
 def explain(
     layer: LayerPlan, candidates: Sequence[CostedDegrees], limit: float, most: int = 8
 ) -> str:
-    """What was considered for a layer, quickest first, and what the chosen degrees cost."""
+    """The degrees considered for a layer, quickest first, and the costs of the chosen ones."""
     chosen = next(c for c in candidates if _same(c, layer))
     ranked = sorted(candidates, key=lambda c: (c.cost.seconds, c.cost.memory))
     at = ranked.index(chosen)

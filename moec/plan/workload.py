@@ -1,4 +1,5 @@
-"""What the cluster shall do: tokens a step, how long their contexts are, and what is sent."""
+"""The work of a cluster: tokens of a step, lengths of contexts, and dtypes of rows that are
+sent."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ from moec.plan.model import BYTES
 
 
 class Workload(Record, frozen=True, kw_only=True):
-    """`tokens` of one step over all ranks, `context` the tokens that each of `sequences` holds in
-    the cache, `send` and `back` the dtypes of rows on the way to the experts and back."""
+    """`tokens` of one step over all ranks; `context` is the number of tokens that each of
+    `sequences` has in the cache; `send` and `back` are the dtypes of rows to the experts and back;
+    `latency` is the target for a step in seconds."""
 
     tokens: Positive
     sequences: Natural
@@ -28,29 +30,29 @@ class Workload(Record, frozen=True, kw_only=True):
 
     @property
     def row_bytes(self) -> tuple[float, float]:
-        """Bytes a number of a row, to the experts and back."""
+        """Bytes per value of a row, to the experts and back."""
         return BYTES[self.send], BYTES[self.back]
 
     @property
     def weight_bytes(self) -> float | None:
-        """Bytes a parameter with gradients and optimiser states (SE-MoE, arXiv 2205.10034: 16);
-        None where weights are stored as the model has them."""
+        """Bytes per parameter with gradients and optimiser states (SE-MoE, arXiv 2205.10034: 16);
+        None where weights are stored as in the model."""
         return 16.0 if self.phase == "training" else None
 
     @property
     def passes(self) -> int:
-        """Products a weight takes part in: forward, and in training two backward."""
+        """The number of products per weight: one forward, and in training two more backward."""
         return 3 if self.phase == "training" else 1
 
 
 def training_memory(
     dense: float, sparse: float, activation: float, layers: int, devices: int
 ) -> dict[str, float]:
-    """Bytes that training needs on all GPUs, in CPU memory and on disks, with experts kept on disks
-    and the active ones in CPU memory.
+    """Bytes that training needs on all GPUs, in CPU memory and on disks, with experts stored on
+    disks and active ones in CPU memory.
 
     SE-MoE (arXiv 2205.10034): 16 D + 4 a S / L, 16 a S and 12 S, for D dense and S sparse
-    parameters, activation probability a and L MoE layers; each is spread over `devices`.
+    parameters, activation probability a and L MoE layers; each is divided by `devices`.
     """
     return {
         "gpu": (16 * dense + 4 * activation * sparse / layers) / devices,

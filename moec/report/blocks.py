@@ -23,7 +23,7 @@ _MOVES = (
 )
 _BEFORE_CHOICES = (*_MOVES, "moe.capacity", "moe.force", "aten.where.self", _PICKS)
 _CARRIER = {_PICKS: 0, "moe.force": 1}
-"""Which input holds the choices; the last, of other ops."""
+"""The index of the input with the choices; for other ops it is the last."""
 _SILENT = {
     "linear",
     "slice",
@@ -92,7 +92,8 @@ def _mixture(graph: Graph, op: Op) -> Block:
 
 
 def _hierarchy(graph: Graph, op: Op) -> Block:
-    """All experts are used; where one layer gives what they all say, it is their parameters."""
+    """A hierarchy, in which all experts are used. Where one linear layer computes the results of
+    all experts, its parameters count as theirs."""
     groups = groups_of(op)
     layer = graph.producers.get(op.inputs[0])
     linear = layer is not None and layer.name == "aten.linear.default"
