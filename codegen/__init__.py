@@ -1,1 +1,1 @@
-"""Graph -> code: lowering to TVM Relax, and the CPU kernels."""
+"""Graph -> code: lowering to TVM Relax, and the kernels of each kind of target."""

@@ -1,10 +1,10 @@
-"""What a target implements: rules for ops that have a kernel, loops for all others, a library.
+"""A backend: rules for ops that have a kernel, loops for all others, and a library builder.
 
     op of the graph ── rules in order, the first whose `check` does not refuse ── emit ──▶ a call
                     └─ no rule, or all refuse ──────────────── fusion ── loop ──▶ a group's kernel
 
-A backend is a value: `replace(CPU, rules=(mine, *CPU.rules))` is one that tries another kernel
-first. `moec.codegen.backends` finds the backend of a target by its kind.
+A backend is a value: `replace(CPU, rules=(mine, *CPU.rules))` is a backend that tries another
+kernel first. `moec.codegen.backends` finds the backend for a target by its kind.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from moec.codegen.module_builder import Lowering
 
 Maker: TypeAlias = Callable[[Any, Any, str], PrimFunc]
-"""(spec, target, name) -> the kernel that computes what the spec says."""
+"""(spec, target, name) -> the kernel that computes what `spec` describes."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One kernel for ops of these names.
+    """One kernel for the ops with the names `ops`.
 
-    `check` raises NoMatch, saying why, where the kernel cannot do this op of this graph; `emit`
-    gives the op's outputs by a call of the kernel. `name` is for people.
+    `check` raises NoMatch with the reason if the kernel does not support this op of this graph.
+    `emit` returns the op's outputs, from a call of the kernel. `name` appears in reports.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an op that a rule is for became a plain loop: what each rule said."""
+    """The reasons why an op with rules became a plain loop, one per rule."""
 
     origin: str
     op: str
@@ -55,7 +55,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rule of each op that has a kernel, and why others that a rule is for have none."""
+    """The rule of each op that has a kernel, and the refusals of ops whose rules all refused."""
 
     rules: Mapping[Op, Rule]
     refusals: tuple[Refusal, ...]
@@ -63,12 +63,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Backend:
-    """How code is made for targets of one `kind`.
+    """Code generation for targets of one `kind`.
 
-    `kernels` gives, by the type of a spec, what makes the kernel for it (`Lowering.kernel`).
-    `loop` makes one kernel of a group of ops without a rule. `library` compiles a module of Relax
-    functions and kernels, and links it.
-    `ready` raises TargetError where this machine lacks what `library` needs.
+    `kernels` maps the type of a spec to the generator of its kernel (`Lowering.kernel`). `loop`
+    makes one kernel of a group of ops without a rule. `library` compiles a module of Relax
+    functions and kernels, and links it. `ready` raises TargetError if this machine lacks what
+    `library` needs.
     """
 
     kind: str
@@ -79,7 +79,7 @@ class Backend:
     ready: Callable[[Any], object] = lambda target: None
 
     def select(self, graph: Graph) -> Selection:
-        """The first rule, in order, that does not refuse each op."""
+        """For each op, the first rule in order that does not refuse it."""
         by_name: dict[str, list[Rule]] = {}
         for rule in self.rules:
             for name in rule.ops:
@@ -104,10 +104,10 @@ class Backend:
 
 
 def always(op: Op, graph: Graph) -> None:
-    """The check of a rule that refuses nothing."""
+    """The check of a rule that accepts every op."""
 
 
 def require(condition: bool, reason: str) -> None:
-    """Raise NoMatch with the reason unless the condition holds."""
+    """Raises NoMatch with the reason unless the condition is true."""
     if not condition:
         raise NoMatch(reason)

@@ -1,4 +1,5 @@
-"""Relax, or kernels alone -> objects to be linked: memory planned by TVM, code made by LLVM."""
+"""Relax, or kernels alone -> object files to be linked. TVM plans memory, and LLVM makes the
+code."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from moec.temporary import temporary_folder
 
 @dataclass(frozen=True)
 class Objects:
-    """Object files that were compiled for `target`, one for each kernel, and the module whose
-    library they become part of: an executable that calls them, or one that holds nothing."""
+    """Object files compiled for `target`, one per kernel, and the module whose library they become
+    part of: an executable that calls them, or an empty module."""
 
     kernels: tuple[bytes, ...]
     frame: Exportable
@@ -42,7 +43,8 @@ class Objects:
         fcompile: Callable[[str, Sequence[str]], None],
         addons: list[str] | None = None,
     ) -> None:
-        """As TVM's: `fcompile` links object files into the library `file_name`."""
+        """The interface of TVM's modules: `fcompile` links object files into the library
+        `file_name`."""
         with temporary_folder(sum(map(len, self.kernels))) as folder:
             paths = list(addons or ())
             for number, content in enumerate(self.kernels):
@@ -54,7 +56,7 @@ class Objects:
     def __getitem__(self, name: str) -> Callable[..., None]:
         """The kernel of that name, ready to be called on this machine.
 
-        Raises TargetError where there is no linker, ArtifactError where it does not load.
+        Raises TargetError if there is no linker, and ArtifactError if the library cannot be loaded.
         """
         function: Callable[..., None] = self._opened[name]
         return function
@@ -67,9 +69,9 @@ class Objects:
 def compile_module(
     module: tvm.IRModule, target: CpuTarget, opt_level: int = 2, store: Store | None = None
 ) -> Objects:
-    """The executable of a module that `lower` made, and its kernels.
+    """The executable of a module from `lower`, and its kernels.
 
-    `store` has the kernels that were compiled before; None means the user's store.
+    `store` caches compiled kernels; None means the user's store.
     """
     options = options_of(target, opt_level)
     with context(), options:
@@ -81,8 +83,8 @@ def compile_module(
 def kernels_to_compile(
     module: tvm.IRModule, target: CpuTarget, opt_level: int = 2, store: Store | None = None
 ) -> tuple[int, int]:
-    """How many kernels a module that `lower` made has, and how many of them `compile_module` would
-    compile: the store has the others."""
+    """The number of kernels in a module from `lower`, and how many of them `compile_module` would
+    compile because the store lacks them."""
     options = options_of(target, opt_level)
     with context(), options:
         kernels, _ = executable(named_by_content(lowered_calls(module)), options)
@@ -93,9 +95,10 @@ def kernels_to_compile(
 def executable(
     module: tvm.IRModule, options: tvm.target.Target
 ) -> tuple[dict[str, PrimFunc], relax.VMExecutable]:
-    """Of a module whose calls are lowered: its kernels by name, and what calls them by name.
+    """For a module whose calls are lowered: its kernels by name, and the executable that calls them
+    by name.
 
-    Called in the context that kernels are compiled in.
+    Must be called in the PassContext in which the kernels are compiled.
     """
     builder = relax.ExecBuilder()
     module = _vmcodegen(builder, module)
@@ -111,9 +114,9 @@ def compile_kernels(
     checked: bool = False,
     store: Store | None = None,
 ) -> Objects:
-    """Kernels by their names, as those of a module are compiled.
+    """Compiles kernels by their names, in the way of a module's kernels.
 
-    They check the shapes of their arguments where they are `checked`. `store`: as above.
+    If `checked`, kernels check the shapes of their arguments. For `store`, see `compile_module`.
     """
     named = {str(kernel.attrs["global_symbol"]): kernel for kernel in kernels}
     options = options_of(target, opt_level)
@@ -123,7 +126,7 @@ def compile_kernels(
 
 
 def assembly(kernel: PrimFunc, target: CpuTarget) -> str:
-    """The text that LLVM gives a kernel for `target`."""
+    """The assembly text of a kernel for `target`."""
     options = options_of(target, 2)
     with context():
         (built,) = llvm_modules({"kernel": kernel}, options, checked=False).values()
@@ -136,7 +139,7 @@ def _empty(options: tvm.target.Target) -> tvm.runtime.Module:
 
 
 def options_of(target: CpuTarget, opt_level: int) -> tvm.target.Target:
-    """A target as TVM takes it."""
+    """A target in TVM's form."""
     options = target.tvm()
     if opt_level == 0:
         options["opt-level"] = 0
@@ -144,10 +147,10 @@ def options_of(target: CpuTarget, opt_level: int) -> tvm.target.Target:
 
 
 def context(checked: bool = False) -> tvm.transform.PassContext:
-    """What TVM is to do with kernels, which check the shapes of their arguments where they are
-    `checked`: those of `main` are checked where tensors enter it.
+    """TVM's options for compiling kernels. If `checked`, kernels check the shapes of their
+    arguments; those of `main` are checked where tensors enter it.
 
-    Buffers have the sizes that they need; to look for smaller ones would take most of the time.
+    Buffers get the sizes that they need: a search for smaller ones would take most of the time.
     """
     return tvm.transform.PassContext(
         opt_level=3,
@@ -157,7 +160,7 @@ def context(checked: bool = False) -> tvm.transform.PassContext:
 
 
 def lowered_calls(module: tvm.IRModule) -> tvm.IRModule:
-    """A module that `lower` made, with its memory planned. Every call is a kernel already."""
+    """A module from `lower` with its memory planned. Every call is already a kernel call."""
     t = relax.transform
     passes = tvm.transform.Sequential(
         [

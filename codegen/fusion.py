@@ -1,9 +1,9 @@
-"""Which ops share a loop: a cut of the graph into groups, each of which becomes one kernel.
+"""Partitions the graph into groups of ops that share a loop; each group becomes one kernel.
 
-Walked from the results backwards, so that the groups of all readers are known. A point joins
-its readers where they are one group and read it at few places; ops that only move elements
-are copied into every reader. Anything else becomes the root of a group of its own, and is
-stored. No path leaves a group and comes back, since all readers of a fused op are inside.
+Ops are visited from the results backwards, so the groups of all readers are known. A point op joins
+its readers if they are in one group and read it at few positions. Ops that only move elements are
+copied into every reader. Any other op becomes the root of its own group, and its result is stored.
+No path leaves a group and returns to it, because all readers of a fused op are in the group.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from moec.ir.aten import named
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Value
 
-# Bounds on what one loop takes: ops, stored inputs, and positions at which one op is computed.
+# Limits of one loop: ops, stored inputs, and positions at which one op is computed.
 MOST_OPS = 48
 MOST_INPUTS = 20
 MOST_PLACES = 4
-PIECES = 4  # of a concatenation, to be a choice inside a loop
+PIECES = 4  # most pieces of a concatenation that is fused as a choice inside a loop
 
 
 @dataclass(eq=False)
@@ -34,7 +34,8 @@ class FusionGroup:
 
 
 def partition(graph: Graph, own_kernel: Callable[[Op], bool]) -> list[FusionGroup]:
-    """Groups in an order in which they can run. `own_kernel` ops are groups by themselves."""
+    """Groups in an order in which they can run. Each op for which `own_kernel` is true is a
+    group."""
     results = set(graph.results)
     groups: dict[Op, list[FusionGroup]] = {}
     positions: dict[tuple[Op, FusionGroup], frozenset[object]] = {}
@@ -73,8 +74,8 @@ def _readers(
     cheap_chain: Mapping[Op, bool],
     own_kernel: Callable[[Op], bool],
 ) -> dict[FusionGroup, frozenset[object]] | None:
-    """The groups that would compute `op`, with the positions at which each reads it; None where
-    `op` must be stored."""
+    """The groups that would compute `op`, with the positions at which each reads it; None if the
+    result of `op` must be stored."""
     free = rule.cost == 0 or cheap_chain[op]
     if rule.view and not only_splits(op):
         return None
@@ -108,7 +109,7 @@ def _may_fuse(value: Value, reader: Op, own_kernel: Callable[[Op], bool]) -> boo
     if rule is None or own_kernel(reader):
         return False
     if rule.view and not only_splits(reader):
-        return False  # it costs nothing if what it reads is stored
+        return False  # a view of a stored value is free
     if rule.kernel is not None:
         if not rule.fuses:
             return False
@@ -121,7 +122,7 @@ def _may_fuse(value: Value, reader: Op, own_kernel: Callable[[Op], bool]) -> boo
 
 
 def _repeats(op: Op, group: FusionGroup) -> bool:
-    """Whether the group computes more elements than `op` has."""
+    """Whether the group would compute more elements than `op` has."""
     root = group.root
     domain = root.outputs[0].shape
     if EMIT[root.name].kernel is not None and EMIT[root.name].point is None and root.inputs:
@@ -139,7 +140,7 @@ def _live(shape: tuple[Dim, ...]) -> list[Dim]:
 
 
 def _cheap_to_repeat(graph: Graph) -> dict[Op, bool]:
-    """Ops of few additions on nothing but sizes and constants, such as a comparison of aranges."""
+    """Ops with few additions on sizes and constants only, such as a comparison of aranges."""
     costs: dict[Op, int] = {}
     cheap: dict[Op, bool] = {}
     for op in graph.ops:
@@ -155,8 +156,8 @@ def _cheap_to_repeat(graph: Graph) -> dict[Op, bool]:
 
 
 def _undo_free_views(graph: Graph, all_groups: list[FusionGroup]) -> None:
-    """Makes views of stored values groups of their own: they cost nothing, unlike a copy in a
-    loop. Changes `all_groups`."""
+    """Makes views of stored values separate groups: they are free, unlike a copy in a loop. Changes
+    `all_groups`."""
     stored = {v for v in (*graph.inputs, *graph.params)}
     for group in all_groups:
         stored.update(group.root.outputs)

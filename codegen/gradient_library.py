@@ -1,4 +1,5 @@
-"""A stack of matrices -> the library of its kernels, for gradients (training/grouped.py)."""
+"""Compiles the library of kernels for the gradients of a stack of matrices
+(training/grouped.py)."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from moec.target.cpu import CpuTarget
 
 
 def compile_products(stack: Stack, target: CpuTarget, store: Store) -> bytes:
-    """A shared library with `product`, `mixed`, both with `_biased` behind, and `outer`.
+    """A shared library with `product`, `mixed`, the same two with the suffix `_biased`, and
+    `outer`.
 
-    Raises TargetError where there is no linker.
+    Raises TargetError if there is no linker.
     """
     kernels = [outer(target, stack, "outer")]
     for kernel in (product, mixed):

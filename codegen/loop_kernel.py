@@ -1,4 +1,5 @@
-"""A group as one PrimFunc: arguments are its inputs, then sizes, then its outputs."""
+"""A group as one PrimFunc: its arguments are the group's inputs, sizes and outputs, in this
+order."""
 
 from __future__ import annotations
 
@@ -35,9 +36,9 @@ class LoopKernel:
 
 
 def describe(group: FusionGroup) -> tuple[str, tuple[str, ...]]:
-    """A text that two groups share if one kernel serves both, and the sizes in its order.
+    """A text that is equal for two groups if one kernel serves both, and the sizes in its order.
 
-    Values are numbered, and sizes renamed, in the order in which they come.
+    Values are numbered, and sizes renamed, in order of appearance.
     """
     numbers = {value: number for number, value in enumerate(group.inputs)}
     lines = [f"{v.dtype}{list(v.shape)}" for v in group.inputs]
@@ -91,8 +92,8 @@ def write(group: FusionGroup, name: str, target: CpuTarget) -> LoopKernel:
 
 
 def write_body(group: FusionGroup, make: Callable[..., Emission]) -> tuple[str, ...]:
-    """The arguments and the loops of a group, inside of the frame that is open; the named sizes
-    that it takes. `make` gives the emission that writes them."""
+    """Writes the arguments and the loops of a group into the open frame, with the emission that
+    `make` creates. Returns the named sizes that the kernel takes."""
     root = group.root
     order = sorted(sizes_of(group))
     variables = {size: T.int64() for size in order}
@@ -119,7 +120,7 @@ def _argument(name: str, value: Value, sizes: Sizes) -> Buffer:
 
 
 def _as_viewed(value: Value, buffer: Buffer, sizes: Sizes, flat: bool) -> Buffer:
-    """The buffer as expressions index it: bool as int8, one axis where that is enough."""
+    """The buffer in the form that expressions index: bool as int8, one axis if that is enough."""
     if not flat and value.dtype != "bool":
         return buffer
     shape = [sizes.expr(product(value.shape))] if flat else list(buffer.shape)
@@ -130,7 +131,7 @@ def _as_viewed(value: Value, buffer: Buffer, sizes: Sizes, flat: bool) -> Buffer
 
 
 def is_flat(group: FusionGroup) -> bool:
-    """Whether every op reads its inputs where it writes, so that one axis is enough."""
+    """Whether every op reads its inputs at the position it writes, so that one axis is enough."""
     shape = group.root.outputs[0].shape
     if len([dim for dim in shape if dim != 1]) < 2:
         return False
@@ -162,7 +163,7 @@ def _body(e: Emission, group: FusionGroup) -> None:
 
 
 def _find_cuts(e: Emission, out: Value, shape: tuple[Dim, ...]) -> None:
-    """Compute one element without writing it, to learn where concatenations change."""
+    """Computes one element without writing it, to find where concatenations change their source."""
     from moec.codegen.loops import index as ix
 
     at = tuple(

@@ -1,8 +1,8 @@
-"""Graph -> TVM Relax: one function, every group of ops a call to one kernel.
+"""Graph -> TVM Relax: one function, in which every group of ops is a call of one kernel.
 
-Ops that a rule of the backend takes become calls of its kernels; all others are fused into
-loops (loops/). Kernels are deduplicated by structure across layers and functions, and work for
-every size within the bounds.
+Ops with a rule of the backend become calls of its kernels; all others are fused into loops
+(loops/). Kernels are shared by structure across layers and functions, and work for every size
+within the bounds.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ from moec.ir.graph import Graph, Module
 from moec.target.base import Target
 
 BUILDERS = threading.Lock()
-"""Held while Relax is written: TVM keeps the open builders of all threads on one stack."""
+"""Held while Relax is built: TVM keeps the open builders of all threads on one stack."""
 
 
 @dataclass(frozen=True)
 class LoweredModule:
-    """`module` has a function for each program, which takes the caller's inputs, the states, then
-    its weights: `params`, by the function's name. `kernels` pairs the origin of each op of the
-    first program with the kernel that computes it, `refusals` say why others have none. `tunable`
-    are the kernels that another tuning would change.
-    """
+    """The Relax module of some programs. `module` has a function per program, whose arguments are
+    the caller's inputs, the states, then its weights: `params`, by the function's name. `kernels`
+    pairs the origin of each op of the first program with its kernel; `refusals` are the reasons of
+    ops without one. `tunable` are the kernels that tuning can change."""
 
     module: tvm.IRModule
     params: Mapping[str, tuple[Param, ...]]
@@ -48,12 +47,13 @@ class LoweredModule:
 def lower(
     module: Module, target: Target, backend: Backend, tunings: Tunings = MappingProxyType({})
 ) -> LoweredModule:
-    """`tunings` are values of kernels by their key; others have the default.
+    """The Relax module of `module`. `tunings` are values of kernels by their key; others have the
+    default.
 
-    Raises UnsupportedError, listing every op that has no kernel and every unknown size.
+    Raises UnsupportedError that lists every op without a kernel and every unknown size.
     """
     with BUILDERS:
-        # A kernel may not have the name of a function: `route` is the name of both.
+        # A kernel may not have the name of a function; `route` would be both.
         kernels = ModuleBuilder(
             relax.BlockBuilder(), backend, name_counts=Counter(module), tunings=tunings
         )
@@ -82,16 +82,16 @@ def supported(graph: Graph, backend: Backend) -> bool:
 def _function(
     name: str, graph: Graph, target: Target, kernels: ModuleBuilder, selection: Selection
 ) -> tuple[Param, ...]:
-    """Add the function of a graph; its params in their order."""
+    """Adds the function of a graph; returns its params in order."""
     rules = selection.rules
     reasons = {refusal.op: refusal.reason for refusal in selection.refusals}
     check(graph, rules.__contains__, reasons)
     shaped = {name for v in graph.values() for name in names(*v.shape)}
-    # A number that is read from data may be compared or multiplied, and be no tensor's size.
+    # A number read from data may be compared or multiplied without being the size of a tensor.
     read = {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
     sizes = Sizes({name: tirx.Var(name, "int64") for name in sorted(shaped | read)})
     low = Lowering(graph, target, kernels, sizes, selection)
-    # The caller's own inputs, then the states in their order.
+    # The caller's inputs first, then the states in order.
     before = [state.before for state in graph.states]
     ordered = [*(v for v in graph.inputs if v not in before), *before]
     inputs = [relax.Var(v.name, low.type(v)) for v in ordered]
@@ -101,7 +101,7 @@ def _function(
         with builder.dataflow():
             for group in partition(graph, rules.__contains__):
                 if all(value in low.values for value in group.root.outputs):
-                    continue  # made beside another op
+                    continue  # emitted together with another op
                 rule = rules.get(group.root)
                 results = low.group(group) if rule is None else rule.emit(low, group.root)
                 low.values |= dict(zip(group.root.outputs, results, strict=True))

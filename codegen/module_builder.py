@@ -1,4 +1,4 @@
-"""The Relax function while it is built: its values, its kernels, its weight arguments."""
+"""Builds Relax functions: their values, their kernels, their weight arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from moec.runtime.dtypes import Array
 
 @dataclass(frozen=True)
 class Param:
-    """A weight argument of `main`: what `pack` makes of values of the graph (None: the value)."""
+    """A weight argument of `main`: what `pack` computes from values of the graph (None: the
+    value)."""
 
     name: str
     type: TensorType
@@ -36,7 +37,7 @@ class Param:
 
 
 def as_array(tensor: torch.Tensor) -> Array:
-    """The same memory as a numpy array, where the tensor is contiguous."""
+    """The same memory as a numpy array, if the tensor is contiguous."""
     tensor = tensor.detach().contiguous()
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -45,8 +46,8 @@ def as_array(tensor: torch.Tensor) -> Array:
 
 @dataclass
 class ModuleBuilder:
-    """The kernels of a module, each made once, whichever function calls it. `tunings` are the
-    values of those that were tuned, by key, and `tunable` the kernels that could be."""
+    """The kernels of a module, each generated once for all functions that call it. `tunings` are
+    the values of tuned kernels, by key; `tunable` are the kernels that could be tuned."""
 
     builder: relax.BlockBuilder
     backend: Backend
@@ -63,10 +64,10 @@ class ModuleBuilder:
 
 @dataclass
 class Lowering:
-    """One Relax function while it is built; rules/ adds calls of kernels of our own."""
+    """One Relax function under construction; rules add calls of kernels to it."""
 
     graph: Graph
-    target: Any  # of the kind that the backend and its rules are for
+    target: Any  # of the kind that the backend and its rules support
     kernels: ModuleBuilder
     sizes: Sizes
     selection: Selection
@@ -89,32 +90,33 @@ class Lowering:
         return relax.TensorType(shape, sc.STORED[of.dtype])
 
     def value(self, value: Value) -> relax.Expr:
-        """What the graph's value became; a param becomes an argument when it is first read."""
+        """The Relax expression of a graph value; a param becomes an argument when it is first
+        read."""
         if value not in self.values:
             self.values[value] = self.param(value, Param(value.name, value.type, (value,)))
         return self.values[value]
 
     def param(self, key: object, param: Param) -> relax.Var:
-        """The weight argument of that key, made once."""
+        """The weight argument of that key, created once."""
         if key not in self.params:
             self.params[key] = (param, relax.Var(param.name, self.type(param.type)))
         return self.params[key][1]
 
     def rule(self, op: Op) -> Rule | None:
-        """The rule that was selected for an op; None for an op of a loop."""
+        """The rule that was selected for an op; None for an op in a loop."""
         return self.selection.rules.get(op)
 
     def kernel(self, spec: Any, name: str) -> Any:
-        """The backend's kernel for what a spec says, made once."""
+        """The backend's kernel for a spec, generated once."""
         maker = self.kernels.backend.kernels[type(spec)]
         return self.function(spec, name, lambda unique: maker(spec, self.target, unique))
 
     def note(self, op: Op, kernel: str) -> None:
-        """For the report: which kernel does an op."""
+        """Records for the report which kernel computes an op."""
         self.kernels.sites.append((op.origin or op.outputs[0].name, kernel))
 
     def function(self, key: object, name: str, make: Callable[[str], PrimFunc]) -> Any:
-        """The kernel of that key, made once."""
+        """The kernel of that key, generated once."""
         functions = self.kernels.functions
         if key not in functions:
             unique = self.kernels.unique(name)
@@ -122,7 +124,7 @@ class Lowering:
         return functions[key]
 
     def tuned(self, kernel: Tunable, name: str) -> Any:
-        """The kernel with the values that it was tuned to, made once."""
+        """The kernel with its tuned values, generated once."""
         if kernel.candidates:
             self.kernels.tunable.setdefault(kernel.key, kernel)
         values = self.kernels.tunings.get(kernel.key, {})
@@ -131,7 +133,7 @@ class Lowering:
     def call(
         self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]
     ) -> list[relax.Expr]:
-        """The outputs of one kernel; more than one come out of a tuple."""
+        """Calls one kernel and returns its outputs, taken from a tuple if there are several."""
         types = [self.type(t) for t in outputs]
         expression = relax.call_tir(
             function, list(arguments), types if len(types) > 1 else types[0]
@@ -144,7 +146,8 @@ class Lowering:
     def in_place(
         self, function: Any, arguments: Sequence[relax.Expr], output: TensorType
     ) -> relax.Expr:
-        """The first argument after a kernel wrote into it. Nobody may read it as it was."""
+        """The first argument after a kernel has written into it. No other op may read its old
+        content."""
         expression = relax.op.call_tir_inplace(
             function, relax.Tuple(arguments), 0, self.type(output)
         )
@@ -156,7 +159,7 @@ class Lowering:
         return source if value.type == to else self.reshaped(source, to)
 
     def reshaped(self, value: relax.Expr, to: TensorType) -> relax.Expr:
-        """The same memory in another shape; a shape that it had before is not made again."""
+        """The same memory in another shape; a shape that the value had before is reused."""
         base = self.bases.get(value, value)
         key = (base, to)
         if key not in self.views:
@@ -167,7 +170,7 @@ class Lowering:
         return self.views[key]
 
     def group(self, group: FusionGroup) -> list[relax.Expr]:
-        """The outputs of a group's root: one kernel, or a view."""
+        """The outputs of a group's root: a call of one kernel, or a view."""
         root = group.root
         rule = EMIT[root.name]
         if rule.view and len(group.ops) == 1:
@@ -182,7 +185,7 @@ class Lowering:
             written = (self.builder.add_func(kernel.function, name), kernel.sizes, order)
             self.kernels.functions[text] = written
         function, free, first_order = written
-        # The kernel may have been made for sizes of other names.
+        # The kernel may have been generated for sizes of other names.
         now = dict(zip(first_order, order, strict=True))
         arguments = [self.value(v) for v in group.inputs]
         arguments += [self.sizes.variables[now[size]] for size in free]
@@ -198,7 +201,7 @@ def _same_shape(value: relax.Expr, shape: relax.ShapeExpr) -> bool:
 
 
 def _name(group: FusionGroup) -> str:
-    """Named after what it does, for profiles: at most three different ops of the group."""
+    """A name for profiles: at most three different ops of the group."""
     words = dict.fromkeys(op.name.split(".")[1].strip("_") for op in group.ops)
     heavy = [w for w in words if EMIT.get(f"aten.{w}.default", EMIT[group.root.name]).cost] or list(
         words

@@ -1,16 +1,16 @@
-"""Kernels -> object files, one each, compiled once: later ones come from the cache.
+"""Compiles kernels to object files, one each, and caches them.
 
-The key is a hash of all that the machine code depends on:
+The key is a hash of everything that the machine code depends on:
 
     the kernel before TVM's passes: its text, the strings in it (LLVM functions that it imports,
         which TVM's text leaves out), and TVM's own structural hash
-    the target with its options, whether the arguments are checked, and the machine where the
-        target leaves it open
-    the versions of TVM and LLVM, and the source of moec that takes part from here on
+    the target with its options, whether the arguments are checked, and the machine if the
+        target does not fix it
+    the versions of TVM and LLVM, and the source of moec that is used from here on
 
-so a hit saves the passes as well as LLVM. Kernels do not call each other, so that nothing is lost
-where each is a module of its own; an LLVM function that two of them define is equal in both, and
-the linker keeps one.
+so a hit saves TVM's passes as well as LLVM. Kernels do not call each other, so each can be a
+separate module. An LLVM function that two of them define is equal in both, and the linker keeps
+one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/outline.py", "c
 A = TypeVar("A")
 B = TypeVar("B")
 _STAGES = 2
-_CONTENT = 16  # digits of a kernel's content in its name
+_CONTENT = 16  # digits of the content hash in a kernel's name
 
 
 def compiled_objects(
@@ -52,8 +52,8 @@ def compiled_objects(
 ) -> dict[str, bytes]:
     """The object file of each kernel, which defines it under its name.
 
-    Called in the PassContext that they are compiled in. Raises IRError where a kernel calls a
-    function of moec that nothing defines.
+    Must be called in the PassContext in which the kernels are compiled. Raises IRError if a kernel
+    calls an undefined function of moec.
     """
     keys = {name: _key(name, kernel, target, checked) for name, kernel in kernels.items()}
     objects = {}
@@ -81,7 +81,7 @@ def missing_objects(
 def llvm_modules(
     kernels: Mapping[str, PrimFunc], target: tvm.target.Target, checked: bool
 ) -> dict[str, tvm.runtime.Module]:
-    """Each kernel in a module of LLVM, as `tvm.tirx.build` makes one of all of them."""
+    """Each kernel in its own LLVM module; `tvm.tirx.build` makes one module of all."""
     if not kernels:
         return {}
     module = tirx.transform.BindTarget(target.with_host(target))(tvm.IRModule(dict(kernels)))
@@ -100,12 +100,12 @@ def llvm_modules(
 
 
 def _in_threads(function: Callable[[A], B], items: Sequence[A], what: str, stage: int) -> list[B]:
-    """The results for all items, in order, by as many threads as there are cores: TVM lets other
-    Python threads run while LLVM works. A PassContext belongs to a thread, so each enters it.
+    """The results for all items, in order, by as many threads as there are cores: TVM releases
+    Python's lock while LLVM works. A PassContext belongs to a thread, so each thread enters it.
 
-    `what` is made of them in the stage of that number: who shows progress reads `detail` and the
-    `share` of all stages in the records. Raises what the first item that failed raised, when all
-    are through.
+    `what` names the results, and `stage` the number of this stage, in progress records (`detail`,
+    and the `share` of all stages). Raises the exception of the first failed item after all items
+    are done.
     """
     context = tvm.transform.PassContext.current()
 
@@ -124,9 +124,9 @@ def _in_threads(function: Callable[[A], B], items: Sequence[A], what: str, stage
 
 
 def named_by_content(module: tvm.IRModule) -> tvm.IRModule:
-    """A module in which kernels are named by what they compute, and equal ones are merged.
+    """A module in which kernels are named by their content, and equal ones are merged.
 
-    So a kernel has the same object file whatever else its model consists of.
+    So a kernel has the same object file whatever else its model contains.
     """
     names: dict[str, GlobalVar] = {}
     shared: dict[str, GlobalVar] = {}
@@ -153,7 +153,8 @@ def _key(name: str, kernel: PrimFunc, target: tvm.target.Target, checked: bool) 
 
 
 def _content(kernel: PrimFunc) -> str:
-    """A hash of a kernel as text. TVM's own, of 64 bits, covers what its text may leave out."""
+    """A hash of a kernel as text, and of TVM's 64-bit hash, which covers what the text may leave
+    out."""
     strings: list[str] = []
     structural_walk(kernel.body, (StringImm, lambda string: strings.append(string.value)))
     return key_of(kernel.script(), tvm_ffi.structural_hash(kernel), *strings)
@@ -161,7 +162,7 @@ def _content(kernel: PrimFunc) -> str:
 
 @cache
 def _compiler() -> tuple[object, ...]:
-    """What makes machine code of a kernel, besides its target."""
+    """Everything but the target that the machine code of a kernel depends on."""
     folder = Path(__file__).parent
     sources = hashlib.sha256(b"\0".join((folder / name).read_bytes() for name in _SOURCES))
     llvm = tvm.get_global_func("target.llvm_version_major")()
@@ -172,7 +173,7 @@ def _compiler() -> tuple[object, ...]:
 def _emit(built: tvm.runtime.Module) -> bytes:
     text = built.inspect_source("ll")
     check_defined(text)
-    # Machine code is shorter than the text of it, and other threads write theirs meanwhile.
+    # The text is an upper bound of the code's size; other threads write files at the same time.
     with temporary_folder(len(text) * available()) as folder:
         path = folder / "kernel.o"
         built.write_to_file(str(path))
@@ -180,8 +181,8 @@ def _emit(built: tvm.runtime.Module) -> bytes:
 
 
 def check_defined(text: str) -> None:
-    """Raises IRError where LLVM text only declares a function of moec: a library that calls it
-    would end the process that loads it."""
+    """Raises IRError if LLVM text declares a function of moec without defining it: loading a
+    library with such a call would end the process."""
     missing = sorted(set(re.findall(r"^declare .*@(moec_\w+)", text, re.MULTILINE)))
     if missing:
         raise IRError(f"kernels call {', '.join(missing)}, which nothing defines")

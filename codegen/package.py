@@ -1,4 +1,4 @@
-"""Program -> Package: the library, and the weights as its kernels want them."""
+"""Program -> Package: the library, and the weights in the layouts of its kernels."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def build(
     tunings: Tunings = MappingProxyType({}),
     backend: Backend | None = None,
 ) -> Package:
-    """Compile programs of any stage that `lower` takes, each as a function of the library;
-    `moec.runtime.package` says what their names mean. `backend` is that of the target's kind
-    unless it is given.
+    """Compiles programs of any stage that `lower` takes, each as a function of the library;
+    `moec.runtime.package` documents the functions' names. `backend` defaults to that of the
+    target's kind.
 
-    Arrays that no kernel wants packed share the memory of the program's weights. `opt_level` 0
-    leaves LLVM's optimisation out. `tunings` are the values of kernels, by their key.
+    Arrays that no kernel packs share the memory of the program's weights. `opt_level` 0 disables
+    LLVM's optimisation. `tunings` are the values of kernels, by their key.
 
-    Raises UnsupportedError (everything that has no kernel at once) and TargetError (no linker).
+    Raises UnsupportedError (for everything without a kernel at once) and TargetError (no linker).
     """
     backend = backend or backend_for(target)
     lowered = lower(module, target, backend, tunings)
@@ -67,7 +67,7 @@ def package(
     *,
     weights: bool = True,
 ) -> Package:
-    """What `build` gives, for programs that were lowered and compiled before.
+    """The result of `build`, for programs that are already lowered and compiled.
 
     `weights=False` leaves the arrays to be bound later (`Executor.bind`).
     """
@@ -104,7 +104,7 @@ def ports(params: tuple[Param, ...]) -> tuple[Port, ...]:
 
 
 def signature(name: str, program: Program, params: tuple[Port, ...]) -> Function:
-    """What the function `name` of the library takes and gives, as its graph says."""
+    """The inputs and outputs of the library's function `name`, from its graph."""
     graph = program.graph
     held = [state.before for state in graph.states]
     caches = [value for value in held if name in WITH_CACHES or not _is_fixed(value)]
@@ -121,7 +121,7 @@ def signature(name: str, program: Program, params: tuple[Port, ...]) -> Function
 
 
 def _is_fixed(value: Value) -> bool:
-    """Whether every size is a number: only the caller knows the sizes of other states."""
+    """Whether every size is a number: the sizes of other states are known only to the caller."""
     return all(isinstance(dim, int) for dim in value.shape)
 
 
@@ -131,7 +131,7 @@ def _state(value: Value, weights: Mapping[str, torch.Tensor]) -> StatePort:
 
 
 def generation_of(decode: Function) -> Generation:
-    """What the signature of `decode` says about texts; it knows no tokens that end one."""
+    """What the signature of `decode` says about texts; it has no end-of-text tokens."""
     tokens, (logits,) = decode.inputs[0], decode.outputs
     ids = decode.index_ranges.get(tokens.name)
     vocabulary = logits.shape[-1] if ids is None else ids[1] + 1
@@ -141,7 +141,7 @@ def generation_of(decode: Function) -> Generation:
 
 
 def port(value: Value) -> Port:
-    """A value as a tensor that crosses the border of a function."""
+    """A value as a tensor that is passed into or out of a function."""
     return Port(value.name, value.dtype, _shape(value))
 
 
@@ -159,7 +159,7 @@ def _size(dim: object) -> Size:
 def packed_arrays(
     params: tuple[Param, ...], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Array]:
-    """The arrays of a package: weights by name, as the kernels want them."""
+    """The arrays of a package: weights by name, in the layouts of the kernels."""
     arrays = {}
     for param in params:
         tensors = [weights[value.name].detach() for value in param.values]
@@ -169,7 +169,8 @@ def packed_arrays(
 
 
 def _notes(params: tuple[Param, ...]) -> Iterator[str]:
-    """Weights that two kernels read in two layouts take their memory twice."""
+    """Notes on weights that two kernels read in two layouts, and that are therefore stored
+    twice."""
     forms: dict[Value, list[str]] = {}
     for param in params:
         for value in param.values:
@@ -179,7 +180,7 @@ def _notes(params: tuple[Param, ...]) -> Iterator[str]:
             yield f"weight {value.name} is stored {len(names)} times: {', '.join(names)}"
 
 
-# ---- inputs that look up rows ----------------------------------------------------------
+# ---- inputs that index tables ----------------------------------------------------------
 
 _LOOKUPS = {
     "aten.embedding.default": ("indices", "weight"),
@@ -188,7 +189,7 @@ _LOOKUPS = {
 
 
 def index_ranges(graph: Graph) -> dict[str, tuple[int, int]]:
-    """The values that an integer input may hold because it looks up rows of a table.
+    """The values that an integer input may hold because it indexes rows of a table.
 
     Followed through ops that only move or copy elements.
     """

@@ -1,4 +1,4 @@
-"""What cannot be compiled, found before anything is: all of it in one error."""
+"""Finds everything that cannot be compiled, before compilation, and reports it in one error."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
 
 
 def fixed(graph: Graph) -> Iterable[str]:
-    """Errors for sizes that an export fixed though they vary: code compiled from such a graph
+    """Errors for sizes that an export fixed although they vary: code compiled from such a graph
     would read and write outside of its tensors."""
     environments = _environments(graph)
     for op in graph.ops:
@@ -142,7 +142,7 @@ def _differ(size: Dim, out_size: Dim, environments: list[dict[str, int]], broadc
     for env in environments:
         try:
             a, b = evaluate_dim(size, env), evaluate_dim(out_size, env)
-        except IRError:  # a size that is only whole for some values
+        except IRError:  # a size that is an integer only for some values
             continue
         if a != b and not (broadcast and a == 1):
             return True

@@ -1,4 +1,4 @@
-"""How each kind of target makes code: the rules of its products, its kernels, its compiler."""
+"""Code generation for each kind of target: the rules of its products, its kernels, its compiler."""
 
 from moec.codegen.backends.registry import BACKENDS, backend_for
 

@@ -1,7 +1,7 @@
-"""A backend that compiles nothing: the rules of CPUs, their packed weights, and no code.
+"""A backend that compiles nothing: the rules and the packed weights of CPUs, but no code.
 
-What is recognised, which kernel takes which op and what an artifact would weigh is then known in
-a second. A model made with it cannot be run; `moec run --rebuild` compiles its graph.
+It shows within a second what is recognised, which kernel each op gets, and how large an artifact
+would be. A model made with it cannot be run; `moec run --rebuild` compiles its graph.
 """
 
 from __future__ import annotations

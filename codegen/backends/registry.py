@@ -1,6 +1,6 @@
-"""The backend of a target, by its kind: those of moec, then those that packages register.
+"""The backend of a target, by its kind: moec's own first, then those that packages register.
 
-A package registers one under the entry point group `moec.backends`; the name is the kind.
+A package registers a backend under the entry point group `moec.backends`; the name is the kind.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ BACKENDS = (CPU, NULL)
 
 
 def backend_for(target: Target) -> Backend:
-    """Raises TargetError where there is none for targets of its kind."""
+    """The backend for a target. Raises TargetError if there is none for its kind."""
     if target.kind == cuda.KIND:
-        # Whoever compiles for a CPU alone imports nothing of GPUs.
+        # Compiling for CPUs only must not import any GPU code.
         from moec.codegen.backends.cuda.backend import CUDA
 
         return CUDA

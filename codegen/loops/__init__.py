@@ -1,1 +1,1 @@
-"""ATen ops that need no kernel of their own: scalar expressions, fused into loops."""
+"""ATen ops without a kernel: scalar expressions, fused into loops."""

@@ -17,7 +17,7 @@ from moec.dtypes import FLOATS, INTS
 
 
 def operands(p: Point, first: str = "self", second: str = "other") -> tuple[Scalar, Scalar]:
-    """Both in the dtype that torch computes in."""
+    """Both operands in the dtype that torch computes in."""
     dtype = common_dtype(p[first], p[second])
     return p.get(p[first], dtype), p.get(p[second], dtype)
 
@@ -105,8 +105,9 @@ def lerp(p: Point) -> Scalar:
 def _whole(
     p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar, of_minus_one: Expr
 ) -> Scalar:
-    """A quotient or a rest of whole numbers, whose division never traps: where eager raises for 0,
-    any number will do, and the least number has no quotient by -1, which is told apart."""
+    """A quotient or remainder of integers, by a division that never traps. Eager raises for a
+    divisor of 0, so then any result will do. The least integer divided by -1 overflows, so -1 is
+    handled separately."""
     if isinstance(b.expr, tirx.IntImm):
         answer = {0: a.expr, -1: of_minus_one}.get(b.expr.value)
         return Scalar(a.dtype, divide(a.expr, b.expr) if answer is None else answer)
@@ -147,7 +148,7 @@ def floor_quotient(p: Point, a: Scalar, b: Scalar) -> Scalar:
 
 
 def remainder_of(p: Point, a: Scalar, b: Scalar) -> Scalar:
-    """With the sign of b."""
+    """The remainder, with the sign of b."""
     if a.dtype in INTS:
         return _rest(p, tirx.floormod, a, b)
     zero = sc.constant(0.0, a.dtype).expr
@@ -259,7 +260,7 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
 
 
 def larger(a: Scalar, b: Scalar, sign: int = 1) -> Scalar:
-    """The maximum (sign 1) or minimum (-1); a NaN on either side wins, as in torch."""
+    """The maximum (sign 1) or minimum (-1); NaN if either operand is, as in torch."""
     if sc.COMPUTE[a.dtype] == "float32":
         return Scalar(a.dtype, sc.f32("maximum" if sign > 0 else "minimum", a.expr, b.expr))
     if a.dtype == "bool":
@@ -309,8 +310,8 @@ _BITS = {"float32": "int32", "float64": "int64"}
 
 
 def _select(condition: Expr, a: Scalar, b: Scalar) -> Expr:
-    """Floats are chosen as integers of their bits: where a product holds a Select of floats, TVM's
-    bounds of it are integers that are floats, and it fails."""
+    """Selects floats through the integers of their bits: TVM's bounds analysis fails on a Select of
+    floats inside a product."""
     bits = _BITS.get(sc.COMPUTE[a.dtype])
     if bits is None:
         return T.Select(condition, a.expr, b.expr)

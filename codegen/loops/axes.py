@@ -1,4 +1,4 @@
-"""The position of an axis, and the start of a slice of it."""
+"""Positions of axes, and starts of slices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def wrap(axis: int, rank: int) -> int:
 
 
 def offset(p: Point, start: Any, size: Dim) -> Index:
-    """Where a slice starts: counted from the end where negative, at least 0."""
+    """The start of a slice: counted from the end if negative, and at least 0."""
     if start is None:
         return ix.const(0)
     if isinstance(start, int) and start >= 0:

@@ -1,4 +1,4 @@
-"""Ops that make elements from nothing."""
+"""Ops that create elements without reading a tensor."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One PrimFunc while it is written: its buffers, its loops, and the elements it computes.
+"""One PrimFunc under construction: its buffers, its loops, and the elements it computes.
 
-Loops are those of a CPU: rows in parallel, the last axis innermost. Another kind of target has a
-subclass that assigns iterations to threads and allocates scratch memory.
+The loops are those of a CPU: rows in parallel, the last axis innermost. For another kind of target,
+a subclass assigns iterations to threads and allocates scratch memory.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 from moec.target.cpu import CpuTarget
 
-# What an addition in a loop counts among the sums of tasks.shared: loops do not always become
+# How many additions of tasks.shared one addition in a loop counts as: loops are not always
+# vectorised, and their cost is estimated roughly.
 # vectors, and what they cost is estimated roughly.
 SUMS = 64
 CHUNK = 8192
 
 
 class Emission:
-    """Computes elements of values at positions, each once in a scope, and writes loops.
+    """Computes elements of values at positions, each once per scope, and writes loops.
 
     `producers` are the fused points; every other value that is read has a buffer. `vectors`:
-    whether kernels may compute with vectors of the target.
+    whether kernels may use vectors of the target.
     """
 
     vectors = True
@@ -91,12 +92,12 @@ class Emission:
         return scalar
 
     def store(self, value: Value, at: Position, x: Scalar) -> None:
-        """Write an element of an output; x has its dtype."""
+        """Writes an element of an output; x has its dtype."""
         assert x.dtype == value.dtype, (value, x.dtype)
         sc.store(self.outputs[value], [i.expr for i in at], x)
 
     def bind(self, x: Scalar) -> Scalar:
-        """x, computed here and once; inside `lazily`, as it is."""
+        """x, computed here and once; inside `lazily`, x unchanged."""
         if not self.binds:
             return x
         imag = None if x.imag is None else self.bind_expr(x.imag)
@@ -109,21 +110,21 @@ class Emission:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """What is computed inside is not known outside: the body of a loop."""
+        """A scope, such as the body of a loop: values computed inside are not reused outside."""
         self.memos.append({})
         yield
         self.memos.pop()
 
     @contextmanager
     def lazily(self) -> Iterator[None]:
-        """Expressions made inside are computed only where they are used: a branch of an if."""
+        """Expressions made inside are computed only where they are used, as in a branch."""
         before, self.binds = self.binds, False
         with self.scope():
             yield
         self.binds = before
 
     def split(self, at: Index, where: int) -> None:
-        """Ask for the loop behind `at` to be cut at a place where an expression changes."""
+        """Requests that the loop over `at` is split at a position where an expression changes."""
         if isinstance(at.key, str) and at.key.startswith("axis"):
             self.splits.setdefault(at.key, set()).add(where)
 
@@ -131,7 +132,8 @@ class Emission:
         return (product(value.shape),) if self.flat else value.shape
 
     def position(self, value: Value, at: Position, shape: Sequence[Dim]) -> Position:
-        """Where `value` is read when it is broadcast to `shape` and that is read at `at`."""
+        """The position of `value` that is read when it is broadcast to `shape`, at position `at` of
+        that."""
         value_shape = self.shape(value)
         lead = len(shape) - len(value_shape)
         return tuple(
@@ -141,21 +143,21 @@ class Emission:
     # ---- loops -------------------------------------------------------------------------
 
     def kernel(self, op: Op) -> Callable[[Any, Op], None] | None:
-        """What writes the loops of this op, where it has loops of its own."""
+        """The function that writes the loops of this op, if the op has its own loops."""
         return EMIT[op.name].kernel
 
     def scratch(self, shape: Sequence[Expr | int], dtype: str) -> Buffer:
-        """Memory of one task of the loops around it."""
+        """Scratch memory of one task of the enclosing loops."""
         return T.alloc_buffer(shape, dtype, scope="global")
 
     def alone(self) -> AbstractContextManager[None]:
-        """Around statements that run once, one after the other, outside of all loops."""
+        """A context for statements that run once, in order, outside of all loops."""
         return nullcontext()
 
     def elements(
         self, shape: Sequence[Dim], body: Callable[[Position], None], weight: int = 1
     ) -> None:
-        """`body` at every position: rows in parallel, the last axis innermost."""
+        """Runs `body` at every position: rows in parallel, the last axis innermost."""
         live = [axis for axis, dim in enumerate(shape) if dim != 1]
         if not live:
             self._once(shape, body)
@@ -168,7 +170,8 @@ class Emission:
         def row(at: dict[int, Index]) -> None:
             name = f"axis{inner}"
             size = shape[inner]
-            # Axes of one name may differ in size (the pieces of a cat): a cut may lie beyond.
+            # Axes of one name may differ in size (the pieces of a cat): a cut may be outside of
+            # one.
             cuts = [
                 c
                 for c in sorted(self.splits.get(name, ()))
@@ -186,7 +189,8 @@ class Emission:
     def rows(
         self, shape: Sequence[Dim], body: Callable[[Position], None], work: Dim, weight: int = 1
     ) -> None:
-        """`body` at every position of `shape`, in parallel; each does `work` elements."""
+        """Runs `body` at every position of `shape`, in parallel; each call processes `work`
+        elements."""
         live = [axis for axis, dim in enumerate(shape) if dim != 1]
         if not live:
             self._once(shape, body)
@@ -194,12 +198,12 @@ class Emission:
         self._rows(shape, live, lambda at: body(self._full(shape, at)), work, weight)
 
     def _once(self, shape: Sequence[Dim], body: Callable[[Position], None]) -> None:
-        """`body` at the only position of `shape`."""
+        """Runs `body` at the only position of `shape`."""
         with self.scope():
             body(tuple(ix.const(0) for _ in shape))
 
     def serially(self, shape: Sequence[Dim], body: Callable[[Position], None], name: str) -> None:
-        """Nested plain loops, the last axis innermost."""
+        """Nested sequential loops, the last axis innermost."""
 
         def nest(axis: int, at: dict[int, Index]) -> None:
             if axis == len(shape):
@@ -258,7 +262,8 @@ class Emission:
 
 @dataclass(frozen=True)
 class Point:
-    """One element of one op's output, for an emitter: `p["name"]` is an argument of the schema."""
+    """One element of an op's output, for an emitter: `p["name"]` is an argument of the op's
+    schema."""
 
     emission: Emission
     op: Op

@@ -1,4 +1,4 @@
-"""The table of all generic ops, filled."""
+"""The table of all generic ops; importing this module fills it."""
 
 from __future__ import annotations
 

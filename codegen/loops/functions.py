@@ -40,7 +40,7 @@ def sigmoid(x: Scalar) -> Expr:
 
 
 def log1p(p: Point, x: Scalar) -> Expr:
-    """log(1 + x), exact to rounding for small x: Kahan's correction of log."""
+    """log(1 + x), exact up to rounding for small x: Kahan's correction of log."""
     bind = p.emission.bind_expr
     one = number(1.0, x)
     u = bind(x.expr + one)
@@ -49,7 +49,7 @@ def log1p(p: Point, x: Scalar) -> Expr:
 
 
 def expm1(p: Point, x: Scalar) -> Expr:
-    """exp(x) - 1 by tanh(x/2), which keeps the digits of a small x."""
+    """exp(x) - 1 by tanh(x/2), which is accurate for small x."""
     half = p.emission.bind(Scalar(x.dtype, x.expr * number(0.5, x)))
     t = p.emission.bind_expr(tanh(half))
     small = tirx.div(t + t, number(1.0, x) - t)

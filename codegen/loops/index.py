@@ -1,8 +1,7 @@
-"""Positions inside tensors: int64 expressions that know when they are equal, and their range.
+"""Positions inside tensors: int64 expressions with a key for equality, and a range.
 
-`key` identifies the position (equal keys, equal values), so that an element that several ops
-read is computed once; `low` and `high` decide, where they can, which piece of a
-concatenation a position falls into.
+Equal keys mean equal positions, so an element that several ops read is computed once. `low` and
+`high` determine, if they suffice, which piece of a concatenation a position is in.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from moec.ir.float_sizes import f64, is_float, operation
 
 @dataclass(frozen=True)
 class Index:
-    """A position (never negative unless it says so) between low and high, both inclusive."""
+    """A position between low and high, both inclusive. Not negative unless low is."""
 
     expr: Expr
     key: Hashable
@@ -67,7 +66,7 @@ def sub(a: Index, b: Index) -> Index:
 
 
 def mul(a: Index, b: Index) -> Index:
-    """Of two positions that are not negative."""
+    """The product of two nonnegative positions."""
     if a.constant == 1:
         return b
     if b.constant == 1:
@@ -80,7 +79,7 @@ def mul(a: Index, b: Index) -> Index:
 
 
 def div(a: Index, b: Index) -> Index:
-    """a // b of a >= 0 and b > 0."""
+    """a // b for a >= 0 and b > 0."""
     if b.constant == 1:
         return a
     if a.constant is not None and b.constant is not None:
@@ -90,7 +89,7 @@ def div(a: Index, b: Index) -> Index:
 
 
 def mod(a: Index, b: Index) -> Index:
-    """a % b of a >= 0 and b > 0."""
+    """a % b for a >= 0 and b > 0."""
     if a.constant is not None and b.constant is not None:
         return const(a.constant % b.constant)
     if a.high is not None and b.low is not None and a.high < b.low:
@@ -100,16 +99,16 @@ def mod(a: Index, b: Index) -> Index:
 
 
 def wide(x: Expr) -> Expr:
-    """x as an argument of an int64 function: TVM makes arguments narrower where it knows that
-    they are small, but not what is added to a number that it knows nothing about (it is 0)."""
+    """x as an argument of an int64 function. TVM narrows arguments that it knows to be small;
+    adding an opaque number (which is 0) prevents that."""
     return x + T.call_extern("int64", "moec_zero_i64")
 
 
 def quotient(a: Expr, b: Expr) -> Expr:
-    """a // b of a >= 0.
+    """a // b for a >= 0.
 
-    Where b is a size that may be 0 nothing is ever divided, but TVM would conclude from the
-    division that it is not 0 and move it to where it is: so TVM does not see the division.
+    If b is a size that may be 0, the division is never executed. But TVM would conclude from it
+    that b is not 0, and might hoist it. A call of an LLVM function hides the division from TVM.
     """
     if isinstance(b, tirx.IntImm):
         return tirx.truncdiv(a, b)
@@ -117,7 +116,7 @@ def quotient(a: Expr, b: Expr) -> Expr:
 
 
 def rest(a: Expr, b: Expr) -> Expr:
-    """a % b of a >= 0; as `quotient`."""
+    """a % b for a >= 0, hidden from TVM like `quotient`."""
     if isinstance(b, tirx.IntImm):
         return tirx.truncmod(a, b)
     return T.call_extern("int64", "moec_rest_i64", wide(a), wide(b))
@@ -138,7 +137,7 @@ def _plus(a: int | None, b: int | None) -> int | None:
 
 
 class Sizes:
-    """Sizes of the IR as int64 expressions over one function's variables."""
+    """Converts sizes of the IR to int64 expressions over one function's variables."""
 
     def __init__(self, variables: Mapping[str, Var], inside_kernel: bool = False) -> None:
         self.variables = variables
@@ -153,7 +152,7 @@ class Sizes:
         return self.exprs[dim]
 
     def _divisor(self, dim: sympy.Expr) -> Expr:
-        """A size to divide by: 1 where it is 0, which only LLVM may know (see `quotient`)."""
+        """A size as a divisor, with 1 in place of 0; TVM must not see that (see `quotient`)."""
         expr = self._expr(dim)
         if not self.inside_kernel or isinstance(expr, tirx.IntImm):
             return expr
@@ -175,7 +174,7 @@ class Sizes:
         if is_float(dim) and type(dim).__name__ in ("floor", "ceiling", "rint"):
             return self._rounded(type(dim).__name__, dim.args[0])
         arguments = [self._expr(a) for a in dim.args]
-        # By name: torch has classes of its own for some of them.
+        # By name: torch has its own classes for some of them.
         match type(dim).__name__:
             case "Add":
                 return _fold(lambda a, b: a + b, arguments)
@@ -200,12 +199,12 @@ class Sizes:
         raise UnsupportedError(f"the size {dim} cannot be computed: it uses {dim.func.__name__}")
 
     def _rounded(self, kind: str, x: sympy.Expr) -> Expr:
-        """A double as a whole number."""
+        """A float64 rounded to an integer."""
         rounding = {"floor": tirx.floor, "ceiling": tirx.ceil, "rint": tirx.nearbyint}
         return tirx.Cast("int64", rounding[kind](self._double(x)))
 
     def _double(self, x: sympy.Expr) -> Expr:
-        """An operand of `float_sizes.operation`: what is no f64 is exact."""
+        """An operand of `float_sizes.operation`: the f64, or an exact integer."""
         if x.is_Rational:
             return tirx.const(float(x), "float64")
         sign, rest = x.as_coeff_Mul()

@@ -1,4 +1,4 @@
-"""Ops whose elements come from one of several sources."""
+"""Ops that take each element from one of several sources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moec.ir.graph import Op, Value
 
 
 def branch(p: Point, condition: Expr, yes: Any, no: Any) -> Scalar:
-    """Either, of which only one may be read."""
+    """One of two operands, of which only the selected one is read."""
     with p.emission.lazily():
         a: Scalar = yes()
     with p.emission.lazily():
@@ -30,7 +30,7 @@ def branch(p: Point, condition: Expr, yes: Any, no: Any) -> Scalar:
 
 
 def _joined(op: Op, arguments: Any) -> tuple[list[Value], int]:
-    """The pieces of a cat without those that torch ignores, and the axis."""
+    """The pieces of a cat without the empty ones that torch ignores, and the axis."""
     rank = len(op.outputs[0].shape)
     pieces = [v for v in arguments["tensors"] if len(v.shape) == rank or v.shape != (0,)]
     return pieces, wrap(arguments["dim"], rank)
@@ -66,7 +66,7 @@ def cat(p: Point) -> Scalar:
 
 
 def write_cat(e: Emission, op: Op) -> None:
-    """As a kernel: one nest of loops a piece."""
+    """A cat as a kernel: one loop nest per piece."""
     pieces, axis = _joined(op, e.named(op))
     start = ix.const(0)
     for value in pieces:

@@ -1,4 +1,4 @@
-"""Ops that read at computed positions. Every position is bounded before memory is read."""
+"""Ops that read at computed positions. Every position is clamped before memory is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moec.ir.graph import Value
 
 
 def looked_up(e: Emission, ids: Value, at: Position, size: Dim) -> Index:
-    """The position that `ids` holds: counted from the end where negative, kept inside."""
+    """The position in `ids`: counted from the end if negative, and clamped to the axis."""
     raw = e.bind_expr(sc.cast(e.read(ids, at), "i64").expr)
     limit = e.sizes.index(size)
     wrapped = e.bind_expr(T.Select(raw < 0, raw + limit.expr, raw))
@@ -78,7 +78,8 @@ def take_along(p: Point) -> Scalar:
 
 
 def indexed_axes(indices: Sequence[Value | None], rank: int) -> tuple[list[int], int, int]:
-    """Of x[indices]: the indexed axes, the position of their result's axes, and its rank."""
+    """For x[indices]: the indexed axes, the position of the axes that replace them, and their
+    number."""
     axes = [axis for axis, ids in enumerate(indices) if ids is not None]
     width = max(len(ids.shape) for ids in indices if ids is not None)
     together = axes == list(range(axes[0], axes[-1] + 1))

@@ -1,7 +1,7 @@
-"""Products of matrices that are both computed at run time, and convolutions.
+"""Products of two matrices that are computed at run time, and convolutions.
 
-Weights go through packed kernels (codegen/cpu); what is left here is small or rare: outer
-products of rotary embeddings, einsum dispatch, attention that was written out by hand.
+Products with weights use packed kernels (codegen/cpu). The remaining ones are small or rare: outer
+products of rotary embeddings, einsum dispatch, and attention in separate ops.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def product_of(
 
 
 def _lead(e: Emission, value: Value, out: Value, at: Position) -> Position:
-    """The leading axes of an operand that is broadcast to the batch of the output."""
+    """The position of the leading axes of an operand that is broadcast to the output's batch."""
     lead_shape, batch = value.shape[:-2], at[:-2]
     skip = len(batch) - len(lead_shape)
     return tuple(ix.const(0) if dim == 1 else batch[skip + i] for i, dim in enumerate(lead_shape))
@@ -208,8 +208,8 @@ def mv(e: Emission, op: Op) -> None:
 def _sums(
     e: Emission, out: Value, depth: Dim, factors: Callable[[Position, Index], tuple[Scalar, Scalar]]
 ) -> None:
-    """Each element of `out` the sum over k of a product, in the order of k: one operand is a
-    vector. In float32 for half types."""
+    """Each element of `out` is a sum over k of products, in the order of k; one operand is a
+    vector. Half types are summed in float32."""
     kind = "f32" if out.dtype in HALVES else out.dtype
 
     def body(at: Position) -> None:

@@ -1,4 +1,4 @@
-"""MoE ops in plain loops: bookkeeping of choices, and products that no fast kernel takes."""
+"""MoE ops in plain loops: capacities, counts, and products that no fast kernel supports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moec.ops.grouped import GroupedLinear
 
 @kernel("moe.capacity")
 def capacity(e: Emission, op: Op) -> None:
-    """Choices counted in order, by token or by slot; those beyond the capacity become E."""
+    """Counts choices in order, by token or by slot; choices beyond the capacity become E."""
     experts, out = op.inputs[0], op.outputs[0]
     tokens, k = experts.shape
     count = integer(op, "num_experts")
@@ -49,14 +49,15 @@ def capacity(e: Emission, op: Op) -> None:
 
 @point("moe.even_ends", cost=0, exact=True, same_position=False)
 def even_ends(p: Point) -> Scalar:
-    """Each expert owns as many rows: the end of expert e is (e + 1) * each."""
+    """Each expert owns equally many rows: the end of expert e is (e + 1) * each."""
     each = p.emission.sizes.expr(p.op.attrs["each"])
     return sc.cast(Scalar("i64", (p.at[0].expr + 1) * each), p.dtype)
 
 
 @kernel("grouped.expert_of")
 def expert_of(e: Emission, op: Op) -> None:
-    """How many experts end at or before a row; rows that nobody owns count as E - 1."""
+    """The number of experts that end at or before a row, at most E - 1 (also for rows without an
+    expert)."""
     ends, out = op.inputs[0], op.outputs[0]
     count = ends.shape[0]
     assert isinstance(count, int)
@@ -77,7 +78,7 @@ def expert_of(e: Emission, op: Op) -> None:
 
 @kernel("grouped.linear")
 def grouped_linear(e: Emission, op: Op) -> None:
-    """Element by element: for stacks that are computed, types and bodies without a kernel."""
+    """One element at a time: for computed stacks, and for dtypes and bodies without a kernel."""
     parts, out = GroupedLinear.of(op), op.outputs[0]
     experts = parts.matrices[0].shape[0]
     top_k = integer(op, "gather") if op.attrs.get("gather") else 0

@@ -31,7 +31,7 @@ from moec.ir.graph import Op, Value
 def moments(
     e: Emission, x: Value, at: Position, axes: Sequence[int], kind: str
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """The mean, the sum of squared distances from it, and how many there are."""
+    """The mean, the sum of squared deviations from it, and the number of elements."""
     total, squares = Cell(e, sc.constant(0.0, kind)), Cell(e, sc.constant(0.0, kind))
 
     def read(full: Position) -> Scalar:

@@ -1,4 +1,4 @@
-"""Ops that move elements: each says where an element comes from."""
+"""Ops that move elements: each returns the input element at the source position."""
 
 from __future__ import annotations
 

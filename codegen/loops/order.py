@@ -1,4 +1,4 @@
-"""Ops along one axis, one element after another: sort, top-k, running sums."""
+"""Ops along one axis that process elements in order: sort, top-k, cumulative sums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moec.dtypes import HALVES
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 
-FEW = 64  # up to this many of the best are kept by insertion
+FEW = 64  # up to this k, the best are kept by insertion
 
 
 def _put(at: Position, axis: int, by: Index) -> Position:
@@ -33,7 +33,7 @@ def _int(value: int) -> Expr:
 
 
 def _write(e: Emission, op: Op, at: Position, axis: int, x: Scalar | None, position: Expr) -> None:
-    """Into (values, indices), or into the indices alone."""
+    """Writes to (values, indices), or to the indices alone."""
     if len(op.outputs) > 1 and x is not None:
         e.store(op.outputs[0], at, Scalar(op.outputs[0].dtype, x.expr))
     e.store(op.outputs[-1], at, Scalar("i64", T.cast(position, "int64")))
@@ -67,7 +67,7 @@ def _keep_best(e: Emission, op: Op, axis: int, k: int, sign: int) -> None:
             last = _get(values, x, _int(k - 1))
             with T.If(tirx.Or(j < k, better(candidate, last, sign))), T.Then():
                 T.buffer_store(spot, tirx.min(j, _int(k - 1)), [zero])
-                # Equal ones stay behind those that came first.
+                # Equal elements stay behind those that came first.
                 above = tirx.max(spot[zero] - 1, zero)
                 with T.While(
                     tirx.And(spot[zero] > 0, better(candidate, _get(values, x, above), sign))
@@ -86,14 +86,15 @@ def _keep_best(e: Emission, op: Op, axis: int, k: int, sign: int) -> None:
 
 
 def _sorted(e: Emission, op: Op, axis: int, number: Dim, sign: int) -> None:
-    """The first `number` of a stable merge sort, from runs of one element upwards."""
+    """The first `number` results of a stable merge sort that starts from runs of one element."""
     x = op.inputs[0]
     size = x.shape[axis]
 
     def row(at: Position) -> None:
         n = e.sizes.expr(size)
         values = _cells(e, x, size)
-        # In 32 bits LLVM for AVX2 joins two stores and indexes with both halves: SIGBUS.
+        # int64, because LLVM for AVX2 merges two 32-bit stores into one with a wrong index
+        # (SIGBUS).
         order = e.scratch((2, n), "int64")
         zero = _int(0)
         state = e.scratch((5,), "int64")  # width, side, left, right, out
@@ -117,7 +118,8 @@ def _sorted(e: Emission, op: Op, axis: int, number: Dim, sign: int) -> None:
                 put(right, middle)
                 put(out, start)
                 with T.While(state[out] < stop):
-                    # Of an exhausted run any element may be compared: its answer is not used.
+                    # If a run is exhausted, the comparison may read any element: its result is not
+                    # used.
                     a = T.bind(order[state[side], tirx.min(state[left], n - 1)])
                     b = T.bind(order[state[side], tirx.min(state[right], n - 1)])
                     first, second = _get(values, x, a), _get(values, x, b)
@@ -212,7 +214,7 @@ def cummax(e: Emission, op: Op) -> None:
             here = _put(at, axis, loop(j, f"run{axis}", x.shape[axis]))
             candidate = Scalar(best.dtype, e.read(x, here).expr)
             joined = larger(best.get(), candidate, sign)
-            # The later of equals; a NaN stays, and later NaNs take its place.
+            # The later of equal elements wins; a NaN stays, and later NaNs replace it.
             same = tirx.Or(tirx.EQ(joined.expr, candidate.expr), sc.is_nan(candidate))
             with T.If(tirx.Or(tirx.EQ(j, _int(0)), same)), T.Then():
                 best.set(candidate)

@@ -1,4 +1,4 @@
-"""Ops that make one element of many: sums and extremes."""
+"""Ops that reduce many elements to one: sums and extremes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def count(shape: Sequence[Dim], axes: Sequence[int]) -> Dim:
 
 
 def target(value: Value, at: Position, axes: Sequence[int]) -> Position:
-    """Where the output holds what was reduced: with the reduced axes, or without them."""
+    """The position in the output of a reduced element: with or without the reduced axes."""
     if len(value.shape) == len(at):
         return at
     return tuple(i for a, i in enumerate(at) if a not in axes)
@@ -67,7 +67,7 @@ def over(
     axes: Sequence[int],
     body: Callable[[Position], None],
 ) -> None:
-    """`body` at every position of `axes`, the others as in `at`."""
+    """Runs `body` at every position along `axes`; the other axes are as in `at`."""
 
     def at_reduced(inner: Position) -> None:
         full = list(at)
@@ -173,7 +173,7 @@ def all_(e: Emission, op: Op) -> None:
 
 
 def better(a: Scalar, b: Scalar, sign: int) -> Expr:
-    """Whether a comes before b in falling (sign 1) or rising order; NaN is the greatest."""
+    """Whether a comes before b in descending (sign 1) or ascending order; NaN is the greatest."""
     ahead = sc.compare("gt" if sign > 0 else "lt", a, b)
     if a.dtype not in FLOATS:
         return ahead
@@ -182,7 +182,7 @@ def better(a: Scalar, b: Scalar, sign: int) -> Expr:
 
 
 def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> None:
-    """The extreme and its place; the first of equals, a NaN before all."""
+    """The extreme and its index: of equal elements the first, and NaN before all."""
     x = op.inputs[0]
     axes = axes_of(dims, len(x.shape))
     indices = op.outputs[-1]
@@ -198,7 +198,7 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
                 here = ix.add(ix.mul(here, e.sizes.index(x.shape[axis])), full[axis])
             candidate = e.read(x, full)
             candidate = Scalar(best.dtype, candidate.expr)
-            # A minimum stays at the first NaN; a maximum likewise.
+            # Once the best is NaN, it stays the first NaN, for minimum and maximum.
             now = best.get()
             nan_first = tirx.And(sc.is_nan(candidate), tirx.Not(sc.is_nan(now)))
             wins = tirx.Or(

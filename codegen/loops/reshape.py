@@ -14,7 +14,8 @@ from moec.ir.graph import Op
 
 
 def _parts(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:
-    """Runs of axes that hold the same elements: wherever the products so far agree."""
+    """Pairs of runs of axes that hold the same elements, split where the products of sizes
+    agree."""
 
     def prefixes(shape: Sequence[Dim]) -> list[Dim]:
         products: list[Dim] = [1]
@@ -41,7 +42,7 @@ def _parts(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int],
 
 
 def only_splits(op: Op) -> bool:
-    """Whether each axis before becomes whole axes after: positions then need no division."""
+    """Whether each old axis is split into new axes only: then positions need no division."""
     before, after = op.inputs[0].shape, op.outputs[0].shape
     return all(sum(before[a] != 1 for a in axes) <= 1 for axes, _ in _parts(before, after))
 

@@ -1,4 +1,4 @@
-"""Rotary embedding, as one op: pairs of features turned by the angles of a token."""
+"""Rotary embedding as one op: pairs of features rotated by the angles of a token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moec.codegen.loops.scalars import Scalar
 
 @point("nn.rotary", cost=4, same_position=False)
 def rotary(p: Point) -> Scalar:
-    """Either member of a pair (a, b): a * cos - b * sin, or b * cos + a * sin."""
+    """One member of a rotated pair (a, b): a * cos - b * sin, or b * cos + a * sin."""
     x, cos, sin = p.op.inputs
     half = ix.const(p.shape[-1] // 2)
     kind = "f64" if x.dtype == "f64" else "f32"

@@ -1,8 +1,8 @@
-"""How each generic op is computed: the table that emitters fill and that lowering reads.
+"""The table of generic ops: emitters fill it, and lowering reads it.
 
-A *point* gives one element of its output at a position, reading its inputs at positions: it is
-fused into whatever reads it. A *kernel* writes its outputs with loops of its own; points that
-feed it are fused into those inputs that it reads once. A *view* is its input with another shape.
+A *point* computes one element of its output from elements of its inputs; it is fused into its
+readers. A *kernel* writes its outputs with its own loops; points are fused into those inputs that
+it reads once. A *view* is its input with another shape.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from moec.codegen.loops.emission import Emission, Point
     from moec.codegen.loops.scalars import Scalar
 
-HEAVY = 8  # the cost of exp and its like
+HEAVY = 8  # the cost of exp and similar functions
 
 
 @dataclass(frozen=True)
 class LoopRule:
-    """`cost` is roughly in additions an element; 0 moves elements or makes them from nothing.
+    """`cost` is the approximate number of additions per element; 0 moves or creates elements.
 
-    `same_position` says that an output element needs only the input elements at its position
-    (after broadcasting). `exact` says that the result of half types needs no rounding.
+    `same_position`: an output element depends only on the input elements at its position (after
+    broadcasting). `exact`: a result of a half type needs no rounding.
     """
 
     point: Callable[[Point], Scalar] | None = None
@@ -38,12 +38,12 @@ class LoopRule:
     cost: int = 1
     same_position: bool = True
     exact: bool = False
-    fuses: tuple[str, ...] = ()  # of a kernel: the arguments that may be points
+    fuses: tuple[str, ...] = ()  # for a kernel: the arguments that may be points
 
 
 EMIT: dict[str, LoopRule] = {}
 
-# Arithmetic that knows pairs of numbers; ops that only move elements need not.
+# Arithmetic with support for complex numbers; ops that only move elements need none.
 COMPLEX = {
     f"aten.{name}"
     for name in (
@@ -78,7 +78,7 @@ def point(
 
 
 def moves(*names: str) -> Callable[[Callable[[Point], Scalar]], Callable[[Point], Scalar]]:
-    """A point that only picks an element of its input."""
+    """Registers a point that only selects an element of its input."""
     return point(*names, cost=0, same_position=False, exact=True)
 
 
@@ -94,7 +94,7 @@ def kernel(
 
 
 def _full(name: str) -> str:
-    """ "add.Tensor" -> "aten.add.Tensor", "exp" -> "aten.exp.default"; moec's own are whole."""
+    """ "add.Tensor" -> "aten.add.Tensor", "exp" -> "aten.exp.default"; names of moec's ops stay."""
     if name.startswith(("nn.", "moe.", "grouped.")):
         return name
     return f"aten.{name}" if "." in name else f"aten.{name}.default"
@@ -111,7 +111,7 @@ def _result_type(a: tuple[str, bool], b: tuple[str, bool] | type) -> str:
 
 
 def common_dtype(a: Any, b: Any) -> str:
-    """The dtype in which torch computes with two operands, of which one is a Value."""
+    """The dtype in which torch computes with two operands, at least one of them a Value."""
     if not isinstance(a, Value):
         a, b = b, a
     if not isinstance(b, Value):

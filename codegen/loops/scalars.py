@@ -25,14 +25,14 @@ COMPUTE = {
     if name != "c64"
 }
 STORED = LONG_NAMES | {"c64": "float32"}
-_MOST = 3.4028234663852886e38  # of float32; from halfway to the next power on it is infinity
+_MOST = 3.4028234663852886e38  # of float32; from halfway to the next power, rounding gives infinity
 _INFINITE = 3.4028235677973366e38
 _LIMITS = {"i64": 63, "i32": 31, "i16": 15, "i8": 7}
 
 
 @dataclass(frozen=True)
 class Scalar:
-    """One element: its dtype of the IR, and the expression; of c64, (real, imaginary)."""
+    """One element: its dtype in the IR, and its expression; for c64, (real, imaginary)."""
 
     dtype: str
     expr: Expr
@@ -55,7 +55,7 @@ def constant(value: bool | int | float, dtype: str) -> Scalar:
 
 
 def real(value: float, dtype: str = "float32") -> Expr:
-    """A constant; those that have no decimal form are made from their bits."""
+    """A constant; a value without a decimal form is made from its bits."""
     if dtype == "float32" and _MOST < abs(value) < _INFINITE:
         value = math.copysign(_MOST, value)
     if math.isfinite(value) and (dtype == "float64" or abs(value) <= _MOST):
@@ -70,7 +70,7 @@ def real(value: float, dtype: str = "float32") -> Expr:
 
 
 def lowest(dtype: str) -> Scalar:
-    """The least value: what a maximum starts from."""
+    """The least value: the start of a maximum."""
     if dtype in FLOATS:
         return constant(-math.inf, dtype)
     return constant(0 if dtype in ("u8", "bool") else -(1 << _LIMITS[dtype]), dtype)
@@ -84,7 +84,7 @@ def greatest(dtype: str) -> Scalar:
 
 
 def cast(x: Scalar, dtype: str) -> Scalar:
-    """As `Tensor.to`: floats are cut towards zero, integers wrap, anything but 0 is True."""
+    """Like `Tensor.to`: floats are truncated, integers wrap, and any nonzero value is True."""
     if x.dtype == dtype:
         return x
     if dtype == "c64":
@@ -99,7 +99,7 @@ def cast(x: Scalar, dtype: str) -> Scalar:
     elif dtype == "f32" and x.dtype == "f64":
         expr = T.cast(expr, "float32")
     elif dtype in FLOATS and x.dtype not in FLOATS:
-        # TVM's bounds analysis takes a cast from a whole number for a whole number.
+        # TVM's bounds analysis takes a float cast from an integer for an integer.
         integer = ix.wide(expr if x.dtype == "i64" else T.cast(expr, "int64"))
         width = "64" if dtype == "f64" else "32"
         expr = T.call_extern(COMPUTE[dtype], f"moec_from_i64_{width}", integer)
@@ -109,7 +109,7 @@ def cast(x: Scalar, dtype: str) -> Scalar:
 
 
 def rounded(x: Scalar) -> Scalar:
-    """Of a half type: the float32 that memory would give back."""
+    """For a half type, the float32 value after rounding to it."""
     if x.dtype not in HALVES:
         return x
     return Scalar(x.dtype, T.call_extern("float32", f"moec_round_{x.dtype}", x.expr))
@@ -126,7 +126,7 @@ def load(buffer: Buffer, index: list[Expr], dtype: str) -> Scalar:
 
 
 def store(buffer: Buffer, index: list[Expr], x: Scalar) -> None:
-    """x has the buffer's dtype; bool buffers are seen as int8."""
+    """x has the buffer's dtype; bool buffers are viewed as int8."""
     if x.dtype == "c64":
         T.buffer_store(buffer, x.expr, [*index, 0])
         T.buffer_store(buffer, x.imag, [*index, 1])
@@ -138,7 +138,7 @@ def store(buffer: Buffer, index: list[Expr], x: Scalar) -> None:
 
 
 def is_nan(x: Scalar) -> Expr:
-    """By LLVM's own comparison: TIR is free to think that x equals x."""
+    """By LLVM's comparison: TIR may assume that x equals x."""
     if x.dtype not in FLOATS:
         return tirx.const(False, "bool")
     width = "64" if x.dtype == "f64" else "32"
@@ -158,7 +158,7 @@ _COMPARE = {
 def compare(how: str, a: Scalar, b: Scalar) -> Expr:
     """eq, ne, lt, le, gt or ge of two elements of one dtype; NaN is not equal to anything.
 
-    Floats are compared by LLVM: TIR would turn "not a < b" into "a >= b".
+    Floats are compared by LLVM, because TIR would turn "not a < b" into "a >= b".
     """
     if a.dtype == "bool":
         a, b = cast(a, "i8"), cast(b, "i8")
@@ -186,12 +186,12 @@ def f32(name: str, *args: Expr) -> Expr:
 
 
 def fmod(a: Scalar, b: Scalar) -> Expr:
-    """The rest of a division, with the sign of a."""
+    """The remainder of a division, with the sign of a."""
     width = "64" if a.dtype == "f64" else "32"
     return T.call_extern(COMPUTE[a.dtype], f"moec_fmod_{width}", a.expr, b.expr)
 
 
 def add_in_any_order(a: Expr, b: Expr) -> Expr:
-    """a + b of a sum whose order LLVM may choose (once, when it compiles), to vectorise it."""
+    """a + b in a sum that LLVM may reorder at compile time, to vectorise it."""
     width = "64" if a.ty.dtype == "float64" else "32"
     return T.call_extern(a.ty.dtype, f"moec_reassociate_{width}", a, b)

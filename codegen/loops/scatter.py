@@ -1,7 +1,7 @@
-"""Ops that write at computed positions: a copy, then one write after another, in order.
+"""Ops that write at computed positions: a copy of the input, then the writes one after another.
 
-The order makes results repeatable: of two writes to one place the later wins, sums always
-run the same way. A position outside the output is not written.
+The fixed order makes results deterministic: of two writes to one position the later one wins, and
+sums always have the same order. Positions outside the output are not written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _copied(e: Emission, op: Op) -> None:
 
 
 def _target_position(e: Emission, ids: Value, at: Position, size: Dim) -> tuple[Index, Expr]:
-    """Where to write, and whether that is inside."""
+    """The position to write, and whether it is inside the output."""
     raw = e.bind_expr(sc.cast(e.read(ids, at), "i64").expr)
     limit = e.sizes.expr(size)
     position = e.bind_expr(T.Select(raw < 0, raw + limit, raw))
@@ -183,7 +183,7 @@ def bincount(e: Emission, op: Op) -> None:
 
 @kernel("histc")
 def histc(e: Emission, op: Op) -> None:
-    """Counts in equal bins between two given limits; the upper one belongs to the last bin."""
+    """Counts in bins of equal width between two limits; the upper limit belongs to the last bin."""
     named = e.named(op)
     out, x = op.outputs[0], named["self"]
     low, high, bins = float(named["min"]), float(named["max"]), int(named["bins"])

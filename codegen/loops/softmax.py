@@ -1,4 +1,4 @@
-"""Softmax and what is made of the same sums: its logarithm, log-sum-exp."""
+"""Softmax, log-softmax and log-sum-exp."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
         top = Cell(e, sc.lowest(kind))
         over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), element(f))))
         most = e.bind(top.get())
-        if safe:  # a row of -inf becomes zeros
+        if safe:  # a row of -inf gives zeros
             none = tirx.EQ(most.expr, sc.constant(-math.inf, kind).expr)
             most = e.bind(Scalar(kind, T.Select(none, sc.constant(0.0, kind).expr, most.expr)))
         total = Cell(e, sc.constant(0.0, kind))

@@ -1,4 +1,4 @@
-"""nn.attention: the standard's Attention where it means the same, else written out."""
+"""nn.attention: ONNX's Attention if it has the same meaning, otherwise separate ops."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def attention(c: Call) -> str:
 
 
 def _of_heads(c: Call, a: Attention, square: bool, plain: bool) -> str:
-    """[B, Hq, S, Dv]"""
+    """The result [B, Hq, S, Dv], before any permutation."""
     if c.w.opset >= FUSED and plain and a.q.dtype != "f64" and (square or not a.causal):
         if a.mask is None:
             return _fused(c, a, "", square)
@@ -41,23 +41,24 @@ def _fused(c: Call, a: Attention, mask: str, causal: bool) -> str:
 
 
 def _operand(c: Call, a: Attention, name: str, dtype: str | None = None) -> str:
-    """q, k or v with heads before tokens, as ONNX wants it."""
+    """q, k or v with the axis of heads before that of tokens, as ONNX requires."""
     read = c.read(getattr(a, name), dtype)
     return c.w("Transpose", read, perm=SWAP) if name in a.tokens_first else read
 
 
 @dataclass(frozen=True)
 class _Visibility:
-    """Which keys a query sees: `added` to the scores, minus infinity where it does not; `any`
-    is whether it sees any ([.., S, 1], bool), or empty where each sees one."""
+    """The keys that a query sees. `added` is added to the scores: minus infinity for a hidden key.
+    `any` says whether the query sees any key ([.., S, 1], bool); it is empty if every query
+    does."""
 
     added: str
     any: str
 
 
 def _visibility(w: NodeWriter, a: Attention) -> _Visibility:
-    """All limits of attention joined, broadcasting to [B, Hq, S, L]. The writer shares equal
-    nodes, so layers with the same limits have one."""
+    """All limits of attention combined, broadcastable to [B, Hq, S, L]. The writer shares equal
+    nodes, so layers with the same limits share one mask."""
     dtype = a.q.dtype
     low, zero = w.constant(float("-inf"), dtype), w.constant(0, dtype)
     rule = _rule(w, a)
@@ -76,7 +77,7 @@ def _visibility(w: NodeWriter, a: Attention) -> _Visibility:
 
 
 def _rule(w: NodeWriter, a: Attention) -> str:
-    """What causal, window and chunk allow, bool [S, L]; empty where there is none of them."""
+    """The keys that causal, window and chunk allow, bool [S, L]; empty if none of these is set."""
     zero, one = w.constant(0), w.constant(1)
     queries, keys = a.shape("q")[2], a.shape("k")[2]
     query = w("Unsqueeze", w("Range", zero, w.scalar(queries), one), w.constant([1]))

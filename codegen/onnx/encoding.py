@@ -1,11 +1,11 @@
-"""Codes, scales and zeros as ONNX Runtime's kernels store them.
+"""Codes, scales and zeros in the form of ONNX Runtime's kernels.
 
     w[n, k] = (code[n, k] - zero[n, k / block]) * scale[n, k / block]     no zero: 2^(bits-1)
 
-Every scale is float32 and belongs to a block: the kernels for a scale a row are many times slower
-(a layer of 64 experts at one token: 13 ms, 0.7 ms in blocks), so a row's one scale is written once
-for each block. There is no kernel for mxfp4 with float32 rows: its values are whole halves, so the
-codes become those of int8, with the same meaning.
+Every scale is float32 and belongs to a block. Kernels with one scale per row are many times slower
+(a layer of 64 experts at one token: 13 ms, against 0.7 ms with blocks), so the scale of a row is
+repeated for each block. No kernel supports mxfp4 with float32 rows. Twice an mxfp4 value is an
+integer, so mxfp4 codes are converted to equivalent int8 codes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from moec.formats.notation import Format
 from moec.ops.quantised import GroupedQuantised, Matrix
 
 ROW_BLOCKS = (256, 128, 64, 32, 16)
-"""For a scale a row: blocks of 256 took 10 to 15% less time than those of 128 from 64 tokens on,
-and those of 512, for which there is no fast kernel either, three to twenty times as long."""
+"""Block sizes for formats with one scale per row, the best first. From 64 tokens on, 256 took 10 to
+15% less time than 128. 512, which like one scale per row has no fast kernel, took three to twenty
+times as long."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """`bits` of a code, `block` weights to a scale, and the format that it is made from."""
+    """`bits` per code, `block` weights per scale, and the format that codes are converted from."""
 
     bits: int
     block: int
@@ -35,7 +36,8 @@ class Encoding:
 
     @staticmethod
     def of(parts: Sequence[GroupedQuantised]) -> Encoding:
-        """One block size for all weights of a node. Rows may end in half a block."""
+        """The encoding with one block size for all weights of a node. The last block of a row may
+        be partial."""
         format = parts[0].format
         widths = [_width(part.matrices[0]) for part in parts]
         fitting = (b for b in ROW_BLOCKS if all(width % b == 0 for width in widths))
@@ -46,21 +48,21 @@ class Encoding:
         return -(-width // self.block)
 
     def codes(self, codes: Tensor) -> Tensor:
-        """u8[.., N, K] of codes of `bits`."""
+        """u8[.., N, K]: one code of `bits` per element."""
         if self.format.kind != "mxfp4":
             return codes
         magnitudes = torch.tensor(E2M1_TWICE, dtype=torch.int16)
         return (torch.cat([magnitudes, -magnitudes])[codes.int()] + 128).byte()
 
     def scales(self, scales: Tensor, width: int) -> Tensor:
-        """f32[.., N, blocks]."""
+        """The scales, f32[.., N, blocks]."""
         if self.format.kind == "mxfp4":
             ones = torch.ones(scales.shape)
             return self._repeated(torch.ldexp(ones, scales.int() - 128), width)
         return self._repeated(scales.float(), width)
 
     def zeros(self, zeros: Tensor, width: int) -> Tensor:
-        """u8[.., N, blocks]."""
+        """The zeros, u8[.., N, blocks]."""
         return self._repeated(zeros, width)
 
     def _repeated(self, values: Tensor, width: int) -> Tensor:
@@ -68,7 +70,7 @@ class Encoding:
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
-    """Codes along the last axis in bytes, the first of two in the low bits."""
+    """Packs codes along the last axis into bytes; the first of two codes has the low bits."""
     if bits == 8:
         return codes
     if codes.shape[-1] % 2:

@@ -1,12 +1,12 @@
-"""Rows to their experts and back: sorted rows, one MatMul per expert and projection.
+"""Experts as sorted rows, with one MatMul per expert and projection.
 
     ids [T, k] -> order [R] -> rows [R, D] = x[order // k] -> Split by expert, E pieces
     piece_e @ W_e.T for each e -> Concat -> (activation over all rows) -> the next projection,
     with gate and up side by side in one W_e
     y [T, D] = weights [T, 1, k] @ rows[slots] [T, k, D]
 
-An expert multiplies the rows that chose it and no others; a MatMul of no rows costs the call
-alone. The number of nodes depends on the experts, never on the tokens.
+Each expert multiplies only the rows that chose it; a MatMul of no rows costs only the call. The
+number of nodes depends on the experts, not on the tokens.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ _PASS_ON = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")
 
 
 def sorted_choices(w: NodeWriter, ids: Value, count: int) -> tuple[str, str]:
-    """order[R] and the rows of each expert, i64[E], or [E+1] where some rows are nobody's.
+    """order[R] and the number of rows of each expert, i64[E], or i64[E+1] if some rows have no
+    expert.
 
-    TopK is a stable sort: among equals the lower position comes first.
+    TopK is a stable sort: of equal elements, the lower position comes first.
     """
     flat = w("Reshape", w.cast(w.read(ids), ids.dtype, "i64"), w.constant([-1]))
     every = all_chosen(w.graph, ids, count)
@@ -46,8 +47,8 @@ def sorted_choices(w: NodeWriter, ids: Value, count: int) -> tuple[str, str]:
 
 
 def all_chosen(graph: Graph, ids: Value, count: int) -> bool:
-    """Whether no id means "no expert": the choice, passed on as it is, of a router that
-    knows no more than these."""
+    """Whether every id is an expert: the ids come unchanged from a router over at most `count`
+    experts."""
     op = graph.producers.get(ids)
     while op is not None and op.name in _PASS_ON:
         op = graph.producers.get(op.inputs[0])
@@ -55,13 +56,13 @@ def all_chosen(graph: Graph, ids: Value, count: int) -> bool:
 
 
 def columns(router: Op) -> Dim:
-    """Among how many experts a router chooses, those without a network included."""
+    """The number of experts that a router chooses among, including those without a network."""
     return router.inputs[1].shape[0] if router.name == "moe.gate" else router.inputs[0].shape[1]
 
 
 def _positions(w: NodeWriter, values: Sequence[Value], names: Sequence[str]) -> list[str]:
-    """Positions are i32 in the IR and i64 in ONNX: the ops of this file read the i64 form, and
-    the casts are dropped unless something else reads them."""
+    """Positions are i32 in the IR and i64 in ONNX. The ops of this file read the i64 form; casts
+    are dropped unless another op reads them."""
     for value, name in zip(values, names, strict=True):
         w.memo["i64", value] = name
     return [w.cast(name, "i64", value.dtype) for value, name in zip(values, names, strict=True)]
@@ -73,7 +74,7 @@ def _read(w: NodeWriter, value: Value) -> str:
 
 
 def _ends(w: NodeWriter, ends: Value, counts: str, count: int) -> str:
-    """ends[E], and what is known of them."""
+    """ends[E], computed from the counts, which are recorded for `_counts`."""
     w.memo["counts", ends] = counts
     return w("CumSum", w("Slice", counts, w.constant([0]), w.constant([count])), w.constant(0))
 
@@ -155,8 +156,8 @@ def by_expert(
     widths: Sequence[int],
     product: Callable[[int, str], str],
 ) -> str:
-    """`rows` in `dtype` through `product` of each row's own expert, and through the body, whose
-    inputs of `widths` are adjacent columns of a product."""
+    """`rows`, cast to `dtype`, through `product` of each row's expert and through the body. The
+    body's inputs, of `widths`, are adjacent columns of a product."""
     w, op, out = c.w, c.op, c.out
     sums = _projected(w, parts.ends, rows, dtype, widths, product)
     if op.body is None:
@@ -179,7 +180,8 @@ def sorted_rows(c: Call, parts: GroupedLinear | GroupedQuantised) -> str:
 
 
 def _counts(w: NodeWriter, ends: Value) -> tuple[str, bool]:
-    """The rows of each expert, and whether the rows that nobody owns are counted last."""
+    """The number of rows of each expert, and whether a last count is that of rows without an
+    expert."""
     counts = w.memo.get(("counts", ends))
     if counts is None:
         raise NoMatch(f"the experts of the rows ({ends.name}) come from no sort of choices")
@@ -216,7 +218,7 @@ def _projected(
 
 
 def inlined(w: NodeWriter, body: Graph, inputs: Sequence[str], dtype: str, out: Value) -> str:
-    """The ops of a body over all rows: its own size becomes the number of rows."""
+    """The ops of a body over all rows: the body's size R becomes the number of rows."""
     for value, name in zip(body.inputs, inputs, strict=True):
         w.names[value] = w.cast(name, dtype, value.dtype)
     before = w.local
@@ -235,7 +237,7 @@ def inlined(w: NodeWriter, body: Graph, inputs: Sequence[str], dtype: str, out: 
 
 @build("grouped.expert_of")
 def expert_of(c: Call) -> str:
-    """How many experts end at or before a row; the last one where all do."""
+    """The number of experts that end at or before a row, at most E - 1."""
     w, (ends,) = c.w, c.op.inputs
     rows: Dim = c.out.shape[0]
     every = w("Range", w.constant(0), w.scalar(rows), w.constant(1))

@@ -1,6 +1,6 @@
-"""The file: an ONNX model, with its weights beside it in one file of data.
+"""Writes an ONNX model, with its weights in one data file beside it.
 
-Every weight is written as soon as it is computed, so that memory holds no second copy of the model.
+Every weight is written as soon as it is computed, so memory never holds a second copy of the model.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from moec.ir.graph import TensorType
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-ALIGNMENT = 4096  # so that a runtime can map each weight
-INLINE = 1024  # bytes; smaller weights stand in the model itself
+ALIGNMENT = 4096  # lets a runtime map each weight
+INLINE = 1024  # bytes; smaller weights are stored in the model itself
 IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11, 25: 12}
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """`nodes` in all, `moe_nodes` of them for MoE blocks; `bytes` of model and data together."""
+    """The number of all nodes, and of those for MoE blocks; `bytes` is the size of model and
+    data."""
 
     nodes: int
     moe_nodes: int
@@ -43,7 +44,7 @@ class OnnxFile:
 def write(
     lowered: OnnxGraph, weights: Mapping[str, torch.Tensor], path: Path, about: Mapping[str, Any]
 ) -> OnnxFile:
-    """Writes `path`, and `path` + ".data" where there are weights that are not small."""
+    """Writes `path`, and `path` + ".data" if there are weights of more than INLINE bytes."""
     data = path.with_name(f"{path.name}.data")
     nodes = lowered.nodes()
     read = {name for node in nodes for name in node.inputs}
@@ -63,7 +64,7 @@ def write(
 
 
 def debug(lowered: OnnxGraph, path: Path, about: Mapping[str, Any]) -> ModelProto:
-    """The model at `path` that also gives the ids of the experts, one output a block."""
+    """The model at `path` with the expert ids as additional outputs, one per block."""
     names = tuple(dict.fromkeys(name for _, name in lowered.choices))
     nodes = lowered.nodes(names)
     stored = onnx.load_model(path, load_external_data=False).graph.initializer

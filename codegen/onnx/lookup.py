@@ -1,4 +1,4 @@
-"""Ops that read and write at positions that data holds."""
+"""Ops that read and write at positions given by data."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def indexed(c: Call) -> tuple[list[int], list[Value]]:
 
 
 def together(c: Call, ids: Sequence[Value]) -> str:
-    """Positions that broadcast, side by side along a last axis."""
+    """The indices, broadcast to one shape and stacked along a last axis."""
     names = [positions(c, v) for v in ids]
     total = names[0]
-    for name in names[1:]:  # the shape that all of them broadcast to
+    for name in names[1:]:  # the common shape of all
         total = c.w("Add", total, name)
     shape = c.w("Shape", total)
     last = c.w.constant([-1])
@@ -106,7 +106,7 @@ REDUCTIONS |= {"amax": "max", "amin": "min"}
 
 @build("scatter.src", "scatter.value", "scatter_add", "scatter.reduce", "scatter_reduce.two")
 def scatter(c: Call) -> str:
-    """ONNX takes as many updates as positions; torch ignores the rest."""
+    """ONNX requires as many updates as positions; torch ignores extra updates, so they are cut."""
     value, ids = c["self"], c["index"]
     dim = axis(c["dim"], len(value.shape))
     how = {}

@@ -1,4 +1,4 @@
-"""Graph[GROUPED] -> the nodes of an ONNX graph, op by op by the table."""
+"""Graph[GROUPED] -> the nodes of an ONNX graph, op by op, by the table of builders."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FILLED_BY = (
     *(attention, experts, lookup, matrix, norm, pointwise),
     *(quantised, reduce, routing, shape, zero_experts),
 )
-"""What fills the table of builders when it is imported."""
+"""Modules that fill the table of builders when they are imported."""
 MOE_FORMS = ("auto", "op", "rows")
 
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """`choices` are the ids of the experts, one value of the graph a block, and what they became.
-    `forms` says of each block, by its module, whether it is "op" (MoE or QMoE) or "rows"."""
+    """`choices` are the expert ids of each block: the graph's value and its ONNX name. `forms` maps
+    each block's module to its form: "op" (MoE or QMoE) or "rows"."""
 
     graph: Graph
     writer: NodeWriter
@@ -50,7 +50,7 @@ class OnnxGraph:
 
 
 def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> OnnxGraph:
-    """Raises UnsupportedError, listing everything that has no ONNX form at once."""
+    """The ONNX graph. Raises UnsupportedError that lists every op without an ONNX form."""
     w = NodeWriter(graph, opset, profile.contrib)
     problems: dict[str, list[Op]] = {}
     if graph.states:
@@ -84,8 +84,8 @@ def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Onnx
 
 
 def _write(w: NodeWriter, op: Op, blocks: dict[Op, moe_op.Fused]) -> str:
-    """Writes the nodes of one op and returns "", or the reason why it has no ONNX form; its
-    outputs get names in either case, so that the next op can be tried."""
+    """Writes the nodes of one op and returns "", or the reason why it has no ONNX form. Its outputs
+    get names in both cases, so that later ops can still be checked."""
     w.where, w.by = op.origin, op.name
     reason = ""
     try:
@@ -149,8 +149,8 @@ def _choices(graph: Graph) -> list[Value]:
 def _blocks(
     graph: Graph, profile: Profile, moe: str
 ) -> tuple[dict[Op, moe_op.Fused], list[tuple[Op, str]]]:
-    """({last op of a block: its com.microsoft.MoE or QMoE}, [(last op, reason)] of the blocks
-    for which moe="op" was requested and the operator does not suffice)."""
+    """({last op of a block: its com.microsoft.MoE or QMoE}, [(last op, reason)] of the blocks for
+    which moe="op" was requested but the operator lacks a feature)."""
     fused: dict[Op, moe_op.Fused] = {}
     refused: list[tuple[Op, str]] = []
     for op in filter(_combines, graph.ops):
@@ -171,8 +171,8 @@ def _blocks(
 
 
 def _name_outputs(w: NodeWriter, graph: Graph, outputs: list[str]) -> None:
-    """A result that is an input, a weight or another result is passed on by an Identity; any
-    other takes the output's name where it is made."""
+    """Gives the outputs their names. A result that is an input, a weight or another result gets an
+    Identity; any other result is renamed at its node."""
     producers = {name: node for node in w.nodes for name in node.outputs}
     renames: dict[str, str] = {}
     w.where = w.by = ""

@@ -14,7 +14,7 @@ from moec.ir.graph import Value
 
 
 def transposed(w: NodeWriter, weight: Value) -> str:
-    """weight.T for a MatMul: stored so, where nothing reads the weight as it is."""
+    """weight.T for a MatMul: stored transposed, unless another op reads the weight itself."""
     only = all(
         op.name in ("aten.linear.default", "moe.gate") and weight is op.inputs[1]
         for op in w.graph.readers.get(weight, ())
@@ -27,8 +27,8 @@ def transposed(w: NodeWriter, weight: Value) -> str:
 
 
 def of_experts(w: NodeWriter, stacks: Sequence[Value]) -> list[str]:
-    """For each expert e, the rows of all stack[e] one below the other: [sum of N, K].T of stacks
-    [E, N, K] for a MatMul, [sum of N] of stacks [E, N]."""
+    """For each expert e, the rows of all stack[e] concatenated: [sum of N, K].T from stacks [E, N,
+    K], for a MatMul, or [sum of N] from stacks [E, N]."""
     return [_joined(w, stacks, e) for e in range(int(str(stacks[0].shape[0])))]
 
 

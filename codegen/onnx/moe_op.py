@@ -1,4 +1,4 @@
-"""com.microsoft.MoE: one node for a whole block, where ONNX Runtime's CPU kernel computes it.
+"""com.microsoft.MoE: one node for a whole block, if ONNX Runtime's CPU kernel supports it.
 
     weights, experts = moe.gate(x, …)
     order, slots, ends = moe.sort(experts)                 y = MoE(x, logits, fc1, b1, fc2, b2)
@@ -6,12 +6,13 @@
     d = grouped.linear(h, ends, down)
     y = moe.combine(d, slots, weights)
 
-The kernel takes gate and up interleaved (swiglu_fusion=1), ranks softmax(router_probs) itself and
-divides by the sum of the chosen (normalize_routing_weights=1). Any other router is brought to that
-form: router_probs = log(weights) at the chosen experts and minus infinity elsewhere, and the result
-times the sum of the weights. normalize_routing_weights=0 is never written: with it, the CPU kernel
-of ONNX Runtime 1.31 gives wrong numbers between two other nodes (microsoft/onnxruntime#33866);
-nor is use_sparse_mixer, which it ignores. What there is no attribute for is refused by name.
+The kernel takes gate and up interleaved (swiglu_fusion=1), ranks softmax(router_probs) itself, and
+divides by the sum of the chosen weights (normalize_routing_weights=1). Any other router is
+converted to that form: router_probs = log(weights) for the chosen experts and minus infinity for
+the others, and the result is multiplied by the sum of the weights. Two attributes are never
+written: normalize_routing_weights=0, with which the CPU kernel of ONNX Runtime 1.31 gives wrong
+numbers between two other nodes (microsoft/onnxruntime#33866), and use_sparse_mixer, which the
+kernel ignores. A feature without an attribute is refused by name.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from moec.ops.grouped import GroupedLinear
 from moec.ops.quantised import GroupedQuantised
 from moec.ops.routing import Routing
 
-SMALLEST = 1e-30  # a weight of zero has no logarithm
+SMALLEST = 1e-30  # replaces a weight of zero, which has no logarithm
 
 
 @dataclass(frozen=True)
 class Activation:
-    """`kind` is activation_type; alpha, beta and limit are those of swiglu:
-    g * sigmoid(alpha g) * (u + beta), with g at most limit and u within plus and minus limit."""
+    """`kind` is the attribute activation_type; alpha, beta and limit are those of swiglu: g *
+    sigmoid(alpha g) * (u + beta), with g at most limit and u between -limit and limit."""
 
     kind: str
     alpha: float = 1.0
@@ -64,8 +65,8 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class Fused:
-    """A block that one MoE node computes. `swapped` says that the second matrix is the gate,
-    `normal` that the router is softmax, top-k, division by the sum."""
+    """A block that one MoE node computes. `swapped`: the second matrix is the gate. `normal`: the
+    router is softmax, top-k, and division by the sum."""
 
     router: Op
     x: Value
@@ -94,7 +95,7 @@ _KINDS: dict[str, Callable[[Op], Grouped]] = {
 
 
 def is_quantised(graph: Graph, combine: Op) -> bool:
-    """Whether the block that ends in `combine` has experts in few bits."""
+    """Whether the experts of the block that ends in `combine` have weights of few bits."""
     last = graph.producers.get(combine.inputs[0])
     return last is not None and last.name == "grouped.quantised"
 
@@ -102,7 +103,7 @@ def is_quantised(graph: Graph, combine: Op) -> bool:
 def match(graph: Graph, combine: Op) -> Fused:
     """The block that ends in `combine`.
 
-    Raises NoMatch, naming the attribute or input that the operator lacks.
+    Raises NoMatch that names the attribute or input that the operator lacks.
     """
     last = graph.producers.get(combine.inputs[0])
     if last is None or last.name not in _KINDS:
@@ -152,8 +153,8 @@ def _router(graph: Graph, combine: Op, up: Grouped) -> tuple[Op, bool]:
 
 
 def _activation(first: Op, up: Grouped) -> tuple[Activation, bool]:
-    """(activation, whether the second matrix is the gate), found by comparing the body with each
-    activation of the kernel on random numbers. Raises NoMatch where none is equal."""
+    """(activation, whether the second matrix is the gate): the body is compared with each
+    activation of the kernel on random numbers. Raises NoMatch if none is equal."""
     count = len(up.matrices)
     if count > 2:
         raise NoMatch(f"{count} matrices feed the activation: the operator has fc1, or gate and up")
@@ -170,7 +171,7 @@ def _activation(first: Op, up: Grouped) -> tuple[Activation, bool]:
 
 
 def _candidates(body: Graph | None, matrices: int) -> Iterator[Activation]:
-    """The activation of the kernel, with the numbers of the body."""
+    """The activations of the kernel with the constants of the body."""
     if matrices == 1:
         yield from (Activation(kind) for kind in _FUNCTIONS)
         return
@@ -187,7 +188,7 @@ def _candidates(body: Graph | None, matrices: int) -> Iterator[Activation]:
 
 
 def write(w: NodeWriter, op: Op, block: Fused) -> str:
-    """The node, and the addend after it."""
+    """The node, followed by the addition of the addend."""
     up, down = block.up, block.down
     assert isinstance(up, GroupedLinear)
     assert isinstance(down, GroupedLinear)
@@ -204,12 +205,12 @@ def write(w: NodeWriter, op: Op, block: Fused) -> str:
 
 
 def ordered(block: Fused, stacks: Sequence[Value]) -> Sequence[Value]:
-    """Gate first."""
+    """The stacks with gate first."""
     return stacks[::-1] if block.swapped else stacks
 
 
 def attributes(block: Fused, normalize: int) -> dict[str, object]:
-    """What MoE and QMoE share."""
+    """The attributes that MoE and QMoE share."""
     attrs: dict[str, object] = {
         "k": block.k,
         "activation_type": block.activation.kind,
@@ -224,7 +225,7 @@ def attributes(block: Fused, normalize: int) -> dict[str, object]:
 
 
 def finished(w: NodeWriter, op: Op, block: Fused, output: str, dtype: str) -> str:
-    """The node's result in the dtype of the block's, and the addend."""
+    """The node's result in the dtype of the block's result, plus the addend."""
     output = w.cast(output, dtype, op.outputs[0].dtype)
     if block.addend is not None:
         addend = w.cast(w.read(block.addend), block.addend.dtype, op.outputs[0].dtype)
@@ -233,7 +234,7 @@ def finished(w: NodeWriter, op: Op, block: Fused, output: str, dtype: str) -> st
 
 
 def _router_probs(w: NodeWriter, block: Fused) -> tuple[str, str]:
-    """(router_probs input of the kernel, factor of its result or "")."""
+    """(the kernel's input router_probs, a factor of its result or "")."""
     dtype = block.x.dtype
     if block.normal:
         return w.cast(logits_of(w, block.router)[0], "f32", dtype), ""
@@ -248,7 +249,8 @@ def _router_probs(w: NodeWriter, block: Fused) -> tuple[str, str]:
 
 
 def _interleaved(w: NodeWriter, stacks: Sequence[Value]) -> str:
-    """Rows of gate and up in turn, [E, 2H, D] of two [E, H, D]; one stack as it is."""
+    """Alternating rows of gate and up, [E, 2H, D] from two [E, H, D]; a single stack is
+    unchanged."""
     if len(stacks) == 1:
         return w.read(stacks[0])
     for stack in stacks:
@@ -261,5 +263,5 @@ def _interleaved(w: NodeWriter, stacks: Sequence[Value]) -> str:
 
 
 def in_turn(*tensors: torch.Tensor) -> torch.Tensor:
-    """The rows of each expert in turn, [E, n*H, ..] of n tensors [E, H, ..]."""
+    """Alternating rows of each expert, [E, n*H, ..] from n tensors [E, H, ..]."""
     return torch.stack(tensors, dim=2).flatten(1, 2)

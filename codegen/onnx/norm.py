@@ -1,4 +1,4 @@
-"""nn.rms_norm, nn.add_norm and nn.rotary: the standard's own operators where they mean the same."""
+"""nn.rms_norm, nn.add_norm and nn.rotary: ONNX's operators if they have the same meaning."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_norm(c: Call) -> tuple[str, str]:
 
 
 def _rms(c: Call, name: str, x: Value, weight: Sequence[Value]) -> str:
-    """RMSNormalization normalises in float32; what it leaves out is written out in steps."""
+    """RMSNormalization in float32; a variant that it does not support becomes separate ops."""
     w, width = c.w, x.shape[-1]
     epsilon = float(str(c.op.attrs["epsilon"]))
     one_rounding = x.dtype == "f32" or bool(c.op.attrs.get("round_first"))
@@ -67,7 +67,7 @@ def rotary(c: Call) -> str:
 
 
 def _fits(w: NodeWriter, x: Value, cos: Value) -> bool:
-    """Whether RotaryEmbedding can express the angles: one of each pair for all heads."""
+    """Whether RotaryEmbedding supports the angles: one angle per pair, the same for all heads."""
     if w.opset < FUSED or len(x.shape) != 4 or cos.shape[1] != 1:
         return False
     same = cos.shape[0] in (1, x.shape[0]) and cos.shape[2] == x.shape[2]
@@ -75,7 +75,7 @@ def _fits(w: NodeWriter, x: Value, cos: Value) -> bool:
 
 
 def _cache(w: NodeWriter, value: Value, x: Value) -> str:
-    """[B, S, D/2] of cos or sin [1 or B, 1, S, D or D/2]."""
+    """[B, S, D/2] from cos or sin [1 or B, 1, S, D or D/2]."""
     batch, _, sequence, width = x.shape
     assert isinstance(width, int)
     name = w.read(value)
@@ -100,7 +100,7 @@ _KEEP_HALVES = (
 
 
 def all_equal_halves(graph: Graph, value: Value) -> bool:
-    """Whether the last axis holds the same twice: it comes from cat(a, a)."""
+    """Whether both halves of the last axis are equal: the value is a cat(a, a)."""
     op = graph.producers.get(value)
     while op is not None and len(op.inputs) == 1 and op.name in _KEEP_HALVES:
         if op.inputs[0].shape[-1:] != value.shape[-1:]:
@@ -119,7 +119,7 @@ def all_equal_halves(graph: Graph, value: Value) -> bool:
 def _written_out(
     c: Call, x: Value, cos: Value, sin: Value, from_halves: bool, to_halves: bool
 ) -> str:
-    """a cos - b sin and b cos + a sin of each pair (a, b)."""
+    """a cos - b sin and b cos + a sin for each pair (a, b)."""
     w, full = c.w, "f64" if x.dtype == "f64" else "f32"
     name, width = c.read(x, full), x.shape[-1]
     assert isinstance(width, int)

@@ -151,7 +151,7 @@ def hard(c: Call) -> str:
 
 
 def _binary(kind: str, c: Call) -> str:
-    """In the dtype that torch computes in, then cast to the result's."""
+    """Computed in the dtype that torch uses, then cast to that of the result."""
     dtype = common_dtype(c["self"], c["other"])
     if dtype == "bool" and kind in ("Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Mul"):
         dtype = "i32"
@@ -207,7 +207,7 @@ def div(c: Call) -> str:
 
 @build("div.Tensor_mode", "div.Scalar_mode", "floor_divide", "floor_divide.Scalar")
 def rounded(c: Call) -> str:
-    """ONNX divides integers towards zero, torch also towards minus infinity."""
+    """ONNX divides integers towards zero; torch also has rounding towards minus infinity."""
     dtype = c.out.dtype
     a, b = c.operand("self", dtype), c.operand("other", dtype)
     down = "floor_divide" in c.op.name or c["rounding_mode"] == "floor"
@@ -224,7 +224,7 @@ def rounded(c: Call) -> str:
 
 @build("remainder.Tensor", "remainder.Scalar")
 def remainder(c: Call) -> str:
-    """With the divisor's sign: what Mod means for integers, and x - floor(x/y) y for floats."""
+    """With the divisor's sign: Mod for integers, x - floor(x/y) y for floats."""
     dtype = c.out.dtype
     a, b = c.operand("self", dtype), c.operand("other", dtype)
     if dtype not in FLOATS:

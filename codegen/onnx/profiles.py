@@ -1,4 +1,4 @@
-"""What a file is made for: which operators and dtypes it may hold, and whether it runs here."""
+"""Profiles of ONNX files: which operators and dtypes one may contain, and whether it runs here."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from moec.interpret.tolerance import computed_dtypes
 from moec.ir.graph import Graph
 
 OPSETS = range(18, 26)
-"""From the first in which every reduction takes its axes as an input to the last that ONNX
-Runtime 1.31 runs whole models of."""
+"""From the first opset in which every reduction takes its axes as an input, to the last in which
+ONNX Runtime 1.31 can run whole models."""
 FUSED = 23
 """The first opset with Attention, RMSNormalization and RotaryEmbedding."""
 MICROSOFT = "com.microsoft"
@@ -18,14 +18,14 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class Profile:
-    """`contrib`: whether ONNX Runtime's own operators are allowed besides the standard's.
+    """`contrib`: whether operators of ONNX Runtime are allowed in addition to ONNX's.
 
-    `floats` are the dtypes that its kernels compute in. `op_by_default` says that an MoE block
-    becomes one com.microsoft.MoE wherever that can express it: not on a CPU, where sorted rows
-    were as fast or faster at 8, 64 and 512 tokens for experts of 128x64 and 1024x512, and within
-    0.1 ms a layer at one token. Experts in few bits are another matter, on a CPU too: one
-    com.microsoft.QMoE took 0.5 to 1.0 times as long as sorted rows with a MatMulNBits an expert,
-    for 64 experts of 2048x1024 and 1 to 512 tokens, int8 and int4.
+    `floats` are the dtypes that its kernels compute in. `op_by_default`: an MoE block becomes one
+    com.microsoft.MoE if that supports it. On a CPU it is off: sorted rows were as fast or faster at
+    8, 64 and 512 tokens for experts of 128x64 and 1024x512, and within 0.1 ms per layer at one
+    token. Experts of few bits use one com.microsoft.QMoE on CPUs too: for 64 experts of 2048x1024
+    and 1 to 512 tokens, int8 and int4, it took 0.5 to 1.0 times as long as sorted rows with a
+    MatMulNBits per expert.
     """
 
     name: str
@@ -48,16 +48,16 @@ PROFILES = {
 
 
 def profile_of(ep: str) -> Profile:
-    """Raises TargetError where there is none of that name."""
+    """The profile of that name. Raises TargetError if there is none."""
     if ep not in PROFILES:
         raise TargetError(f"there is no execution provider {ep!r}: choose {', '.join(PROFILES)}")
     return PROFILES[ep]
 
 
 def opset_of(opset: int | None) -> int:
-    """The opset that is asked for, or the first with the fused operators.
+    """The requested opset; None means the first opset with the fused operators.
 
-    Raises UsageError for one that cannot be written.
+    Raises UsageError for an opset that cannot be written.
     """
     if opset is None:
         return FUSED
@@ -69,7 +69,8 @@ def opset_of(opset: int | None) -> int:
 
 
 def check_dtypes(graph: Graph, profile: Profile) -> None:
-    """Raises TargetError where the model computes in floats that the profile has no kernels for."""
+    """Raises TargetError if the model computes in a float dtype that the profile has no kernels
+    for."""
     for dtype in sorted(computed_dtypes(graph) - set(profile.floats)):
         raise TargetError(
             f"the model computes in {dtype}, in which {profile.doc} do not compute (ep="

@@ -1,14 +1,14 @@
-"""com.microsoft.QMoE: one node for a whole block whose experts are in few bits.
+"""com.microsoft.QMoE: one node for a whole block whose experts have weights of few bits.
 
     y = QMoE(x, chosen, fc1, scales1, b1, fc2, scales2, b2, zeros1, zeros2, router_weights=chosen)
 
-`chosen` [T, E] holds the weights of a token's experts and 0 elsewhere: the kernel takes its k
-greatest, and weighs with them as they are. So the file chooses as the graph's own router does,
-whatever that is. What the kernel would do wrongly is never written:
-normalize_routing_weights=0 without router_weights, which ONNX Runtime 1.31 divides by the sum all
-the same; weights below zero, which it leaves out; rows without blocks (no block_size), many times
-slower; swiglu that is not interleaved (swiglu_fusion=1); and weights of 8 bits in blocks for
-rows of 16, since it rounds those to 8 for any accuracy_level.
+`chosen` [T, E] has the routing weights of a token's experts, and 0 for other experts. The kernel
+takes its k greatest, and uses them as weights unchanged, so every router of the graph is supported.
+Cases that the kernel computes wrongly or slowly are never written: normalize_routing_weights=0
+without router_weights, which ONNX Runtime 1.31 ignores (it still divides by the sum); negative
+weights, which it drops; one scale per row (no block_size), many times slower; swiglu that is not
+interleaved (swiglu_fusion=1); and 8-bit weights in blocks for rows of 16 bits, which it rounds to 8
+bits at any accuracy_level.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moec.ops.quantised import GroupedQuantised
 
 
 def check(block: Fused) -> None:
-    """Raises NoMatch for what QMoE lacks and MoE has, naming the attribute."""
+    """Raises NoMatch, naming the attribute, for what MoE supports and QMoE does not."""
     up, down = _parts(block)
     if up.format.kind == "fp8":
         raise NoMatch("expert_weight_bits are those of integers, and the weights are fp8")
@@ -42,7 +42,7 @@ def check(block: Fused) -> None:
 
 
 def write(w: NodeWriter, op: Op, block: Fused) -> str:
-    """The node, and the addend after it."""
+    """The node, followed by the addition of the addend."""
     up, down = _parts(block)
     code = Encoding.of([up, down])
     x = w.cast(w.read(block.x), block.x.dtype, "f32")
@@ -79,7 +79,7 @@ def _chosen(w: NodeWriter, block: Fused) -> str:
 
 
 def _layer(w: NodeWriter, block: Fused, code: Encoding, part: GroupedQuantised) -> Sequence[str]:
-    """Weights u8 [E, N, K * bits / 8], scales f32 [E, N, blocks], biases f32 [E, N] or nothing."""
+    """Weights u8 [E, N, K * bits / 8], scales f32 [E, N, blocks], and biases f32 [E, N] or ""."""
     width = int(str(part.matrices[0].codes.shape[-1]))
     codes = [m.codes for m in part.matrices]
     scales = [m.scales for m in part.matrices]
@@ -118,7 +118,7 @@ def _stacked(
     last: int,
     make: Callable[[Tensor], Tensor],
 ) -> str:
-    """[E, N, last] of all experts, the rows of gate and up in turn; [E, N] where `last` is 0."""
+    """[E, N, last] of all experts, with alternating rows of gate and up; [E, N] if `last` is 0."""
     for stack in stacks:
         if not w.is_param(stack):
             raise NoMatch(f"the weight {stack.name} is computed, so it cannot be interleaved")

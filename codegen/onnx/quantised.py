@@ -1,12 +1,12 @@
-"""Experts in few bits: sorted rows, and for each expert and projection one product with its codes.
+"""Experts of few bits as sorted rows, with one product of codes per expert and projection.
 
     piece_e -> MatMulNBits(codes_e, scales_e, zeros_e)               ONNX Runtime's own operator
     piece_e -> MatMul(DequantizeLinear(codes_e, scales_e, zeros_e))  standard operators, opset 21
 
-ONNX Runtime makes the first of the second when it opens a file. Both multiply rows that it rounds
-to 8 bits, a scale for each block (accuracy_level 4): rows in float32 take three to nine times as
-long, so only rows of 16 bits ask for those, there being nothing in between. Gate and up are stacked
-in one product.
+ONNX Runtime converts the second form to the first when it opens a file. Both round rows to 8 bits
+with a scale per block (accuracy_level 4). float32 rows take three to nine times as long, and there
+is no level in between, so they are requested only for formats with rows of 16 bits. Gate and up are
+stacked in one product.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from moec.ir.graph import Value
 from moec.ops.quantised import GroupedQuantised
 
 BLOCKED = 21
-"""The first opset whose DequantizeLinear takes blocks and four bits."""
+"""The first opset whose DequantizeLinear supports blocks and four bits."""
 ROUNDED, FLOAT32 = 4, 1
-"""The values of accuracy_level that round rows to 8 bits, and that leave them as they are."""
+"""The values of accuracy_level that round rows to 8 bits, and that do not round them."""
 
 
 def accuracy_level(format: Format) -> int:
@@ -107,7 +107,7 @@ def _standard(w: NodeWriter, parts: GroupedQuantised) -> Callable[[int, str], st
     middle = 1 << (code.bits - 1) if signed else 0
 
     def turned(stack: Tensor) -> Tensor:
-        """[K, N] in one row of bytes; code - 2^(bits-1) in two's complement where signed."""
+        """[K, N] as one row of bytes; code - 2^(bits-1) in two's complement if signed."""
         mask = (1 << code.bits) - 1
         flat = ((stack.int() - middle) & mask).byte().T.flatten()
         return packed(flat, code.bits)
@@ -128,7 +128,7 @@ def _standard(w: NodeWriter, parts: GroupedQuantised) -> Callable[[int, str], st
 
 
 class _Stored:
-    """The initializers of one expert: all its matrices one below the other, [rows, width]."""
+    """The initializers of one expert: the rows of all its matrices concatenated, [rows, width]."""
 
     def __init__(self, w: NodeWriter, parts: GroupedQuantised) -> None:
         self.w = w
@@ -154,7 +154,7 @@ class _Stored:
     def zeros(
         self, expert: int, dtype: str, shape: tuple[int, ...], last: Callable[[Tensor], Tensor]
     ) -> str:
-        """Empty where there are none."""
+        """The zeros; "" if there are none."""
         stacks = [m.zeros for m in self.matrices if m.zeros is not None]
         width = self.width
         if not stacks:

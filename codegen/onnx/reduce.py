@@ -1,4 +1,4 @@
-"""Sums, means, extremes, softmax, norms of layers, running sums, ranking."""
+"""Sums, means, extremes, softmax, layer norms, cumulative sums, ranking."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moec.ir.graph import Value
 
 
 def _axes(c: Call, dims: Any) -> list[int]:
-    """The axes that are reduced; none given means all."""
+    """The reduced axes; None or an empty list means all."""
     rank = len(c["self"].shape)
     if dims is None or (isinstance(dims, tuple | list) and not dims):
         return list(range(rank))
@@ -28,7 +28,7 @@ def _argument(c: Call, name: str, default: Any) -> Any:
 
 def _reduced(kind: str, c: Call, x: str) -> str:
     dims = _axes(c, _argument(c, "dim", None))
-    if not dims:  # a single number
+    if not dims:  # a tensor of one element
         return x
     keep = int(bool(_argument(c, "keepdim", False)))
     return c.w(kind, x, c.w.constant(dims), keepdims=keep)
@@ -51,7 +51,7 @@ for _kind, _names in {
 
 @build("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")
 def truth(c: Call) -> str:
-    """Over numbers: any is the greatest of 0 and 1, all the least."""
+    """With numbers: `any` is the maximum of 0 and 1, `all` the minimum."""
     value: Value = c["self"]
     x = c.w.cast(c.read(value, "bool"), "bool", "i32")
     kind = "ReduceMax" if ".any." in c.op.name else "ReduceMin"
@@ -117,7 +117,7 @@ def topk(c: Call) -> Sequence[str]:
 
 @build("sort", "sort.stable", "argsort", "argsort.stable")
 def sort(c: Call) -> Sequence[str]:
-    """TopK of everything: among equals the lower position comes first, as in a stable sort."""
+    """TopK of all elements: of equal ones the lower position comes first, as in a stable sort."""
     value: Value = c["self"]
     dim = axis(c["dim"], len(value.shape))
     dtype = value.dtype if value.dtype in ("f32", "f64", "i64", "i32") else "i32"

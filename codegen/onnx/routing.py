@@ -17,7 +17,8 @@ LOW = float("-inf")
 
 
 def logits_of(w: NodeWriter, op: Op) -> tuple[str, Value | None, tuple[Dim, Dim]]:
-    """What a router ranks, in f32; the correction that its choice alone sees; [T, E]."""
+    """The scores that a router ranks, in f32; the correction that affects only the choice; [T,
+    E]."""
     if op.name == "moe.route":
         value, correction = inputs_of(op).values()
         tokens, experts = value.shape
@@ -41,7 +42,7 @@ def _dtype(op: Op, name: str) -> str:
 
 @build("moe.gate", "moe.route")
 def route(c: Call) -> Sequence[str]:
-    """TopK prefers the lower id among equals, as the IR does."""
+    """Of equal scores, TopK prefers the lower id, as the IR does."""
     w, routing = c.w, Routing.of(c.op)
     logits, correction, shape = logits_of(w, c.op)
     if routing.score == "sparsemixer":
@@ -72,7 +73,7 @@ def route(c: Call) -> Sequence[str]:
 
 
 def _best_groups(w: NodeWriter, routing: Routing, choice: str, shape: tuple[Dim, Dim]) -> str:
-    """The choice with minus infinity outside of each token's best groups."""
+    """The scores for the choice, with minus infinity outside of each token's best groups."""
     tokens, experts = shape
     assert isinstance(experts, int)
     grouped_shape = (tokens, routing.groups, experts // routing.groups)
@@ -94,7 +95,8 @@ def _best_groups(w: NodeWriter, routing: Routing, choice: str, shape: tuple[Dim,
 
 
 def _sparsemixer(w: NodeWriter, routing: Routing, logits: str) -> Sequence[str]:
-    """See `moec.ops.routing`: one choice after the other, each from what the others left."""
+    """See `moec.ops.routing`: choices are made one after the other, each among the remaining
+    experts."""
     left, weights, experts = logits, [], []
     one = w.constant([1])
     size, low = w.constant(2 * routing.jitter, "f32"), w.constant(LOW, "f32")
@@ -114,7 +116,7 @@ def _sparsemixer(w: NodeWriter, routing: Routing, logits: str) -> Sequence[str]:
 
 @build("moe.capacity")
 def capacity(c: Call) -> str:
-    """The place of each choice among those of its expert is a running count."""
+    """The position of a choice among those of its expert is a cumulative count."""
     w, ids = c.w, c.op.inputs[0]
     count = c.op.attrs["num_experts"]
     assert isinstance(count, int)

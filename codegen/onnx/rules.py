@@ -1,4 +1,5 @@
-"""The table op -> builder. A builder writes the nodes of one op and names its results."""
+"""The table of builders by op. A builder writes the nodes of one op and returns the names of its
+results."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Call:
         return self.op.outputs[0]
 
     def read(self, value: Value, dtype: str | None = None) -> str:
-        """A value's name, cast to `dtype` where that is another."""
+        """A value's name, cast to `dtype` if its dtype differs."""
         return self.w.cast(self.w.read(value), value.dtype, dtype or value.dtype)
 
     def operand(self, name: str, dtype: str) -> str:
@@ -45,7 +46,7 @@ class Call:
         return reshaped(self.w, self.w.read(value), value.shape, shape)
 
     def expanded(self, name: str, have: Sequence[Dim], want: Sequence[Dim]) -> str:
-        """`name` repeated along axes of one, and along new axes before the first."""
+        """`name` repeated along axes of size 1, and along new leading axes."""
         if [self.w.bound(d) for d in have] == [self.w.bound(d) for d in want]:
             return name
         return self.w("Expand", name, self.w.shape(want))

@@ -1,4 +1,4 @@
-"""Ops that move elements or make them from nothing: shapes, slices, joins, constants."""
+"""Ops that move or create elements: shapes, slices, joins, constants."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def unbind(c: Call) -> Sequence[str]:
 
 @build("slice_scatter")
 def slice_scatter(c: Call) -> str:
-    """The source between what is left of the value before and after it."""
+    """The source between the parts of the value before and after it."""
     value, source = c["self"], c["src"]
     dim = axis(c["dim"], len(value.shape))
     start, end, step = _range(c, value.shape[dim])
@@ -170,11 +170,11 @@ def pad(c: Call) -> str:
     return c.w("Pad", c.read(c["self"]), c.w.shape([*before, *after]), value)
 
 
-# ---- from nothing ----------------------------------------------------------------------
+# ---- constants -------------------------------------------------------------------------
 
 
 def filled(c: Call, value: Any) -> str:
-    """The result's shape full of one number."""
+    """A tensor of the result's shape, filled with one number."""
     if not c.out.shape:
         return c.w.constant(value, c.out.dtype)
     if c.out.dtype == "bf16":

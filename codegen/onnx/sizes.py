@@ -1,4 +1,4 @@
-"""Sizes and shapes as tensors: expressions over named sizes, and reshapes that need none."""
+"""Sizes and shapes as tensors: expressions of named sizes, and reshapes that need none."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 _DOUBLE, _INT64 = 11, 7
-"""ONNX's numbers for the types."""
+"""ONNX's codes for the types."""
 
 
 def written(w: NodeWriter, dim: Any) -> str:
     """A size as i64[1].
 
-    Raises NoMatch for a size that no input gives, or a function that is not written.
+    Raises NoMatch for a size that no input has, or a function that is not supported.
     """
     if isinstance(dim, int) or dim.is_Integer:
         return w.constant([int(dim)])
@@ -55,7 +55,7 @@ def written(w: NodeWriter, dim: Any) -> str:
 
 
 def _double(w: NodeWriter, x: Any) -> str:
-    """An operand of `float_sizes.operation` as f64[1]: what is no f64 is exact."""
+    """An operand of `float_sizes.operation` as f64[1]: an f64, or an exact integer."""
     if x.is_Rational:
         return w.constant([float(x)], "f64")
     sign, rest = x.as_coeff_Mul()
@@ -74,15 +74,15 @@ def _folded(w: NodeWriter, kind: str, parts: Sequence[Any]) -> str:
 
 
 def _quotient(w: NodeWriter, ratio: Any) -> str:
-    """Rounded down; sizes are not negative."""
+    """The quotient rounded down; sizes are not negative."""
     top, bottom = sympy.fraction(sympy.together(ratio))
     top, bottom = sympy.expand(top), sympy.expand(bottom)
     return w("Div", written(w, top), written(w, bottom)) if bottom != 1 else written(w, top)
 
 
 def reshaped(w: NodeWriter, x: str, have: Sequence[Dim], want: Sequence[Dim]) -> str:
-    """`x` in another shape. One size that varies is left to Reshape (-1), one that stays where
-    it was is copied (0); only where that is not enough is the shape computed."""
+    """`x` in another shape. Reshape infers one varying size (-1) and copies a size that keeps its
+    axis (0). The shape is computed only if that is not enough."""
     have, want = [w.bound(d) for d in have], [w.bound(d) for d in want]
     if have == want:
         return x
@@ -100,5 +100,5 @@ def reshaped(w: NodeWriter, x: str, have: Sequence[Dim], want: Sequence[Dim]) ->
 
 
 def _may_be_zero(w: NodeWriter, dim: Any) -> bool:
-    """A size of which a copy would leave -1 with nothing to divide."""
+    """Whether the size may be 0: then Reshape cannot infer -1 beside a copy of it."""
     return any(w.graph.bounds.get(name, Bounds()).low < 1 for name in symbols(dim))

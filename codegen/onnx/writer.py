@@ -1,4 +1,4 @@
-"""The ONNX graph while it is written: nodes, constants, weights, and the name of each value."""
+"""The ONNX graph under construction: nodes, constants, weights, and the name of each value."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Node:
     name: str
     attrs: Mapping[str, Any]
     domain: str = ""
-    by: str = ""  # the op of the IR that it was written for
+    by: str = ""  # the IR op that it was written for
 
 
 @dataclass(frozen=True)
 class Weight:
-    """An initializer, made when the file is written: pieces of params of the graph.
+    """An initializer, computed from params of the graph when the file is written.
 
-    `make` takes the tensors of `params` and gives the contents; those of four bits (i4, u4) two
-    to a byte.
+    `make` maps the tensors of `params` to the content; 4-bit types (i4, u4) have two elements per
+    byte.
     """
 
     params: tuple[str, ...]
@@ -52,12 +52,12 @@ class Make(Protocol):
 
 @dataclass
 class NodeWriter:
-    """`names` says what a value of the graph became. Results of nodes are named after the module
-    that they come from: "model.layers.0.mlp/MatMul"."""
+    """`names` maps values of the graph to ONNX names. Results of nodes are named after their
+    module: "model.layers.0.mlp/MatMul"."""
 
     graph: Graph
     opset: int
-    contrib: bool = False  # whether ONNX Runtime's own operators may stand in the file
+    contrib: bool = False  # whether operators of ONNX Runtime are allowed
     nodes: list[Node] = field(default_factory=list)
     names: dict[Value, str] = field(default_factory=dict)
     constants: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
@@ -70,19 +70,19 @@ class NodeWriter:
     _taken: Counter[str] = field(default_factory=Counter)
 
     def reserve(self, name: str) -> str:
-        """A name that nothing else has, `name` itself where it is free."""
+        """A name that is not used yet: `name` itself if it is free."""
         self._taken[name] += 1
         count = self._taken[name]
         return name if count == 1 else self.reserve(f"{name}_{count}")
 
     def __call__(self, kind: str, *inputs: str, domain: str = "", **attrs: Any) -> str:
-        """A node with one output, whose name is returned."""
+        """Adds a node with one output, and returns its name."""
         return self.many(kind, inputs, 1, domain=domain, **attrs)[0]
 
     def many(
         self, kind: str, inputs: Sequence[str], count: int, domain: str = "", **attrs: Any
     ) -> list[str]:
-        """A node with `count` outputs. A node that was written before is not written again."""
+        """Adds a node with `count` outputs. An equal node is not written again."""
         key = ("node", kind, tuple(inputs), count, domain, repr(sorted(attrs.items())))
         if key not in self.memo:
             name = self.reserve(f"{self.where}/{kind}" if self.where else kind)
@@ -92,7 +92,7 @@ class NodeWriter:
         return list(self.memo[key])
 
     def constant(self, value: Any, dtype: str = "i64") -> str:
-        """A small tensor; equal ones are one."""
+        """A small tensor; equal constants share one."""
         array: np.ndarray[Any, Any] = np.asarray(
             value, dtype=NUMPY[dtype] if dtype != "bf16" else np.float32
         )
@@ -107,7 +107,7 @@ class NodeWriter:
         return str(self.memo[key])
 
     def weight(self, name: str, weight: Weight) -> str:
-        """The initializer of that name and those params, made once."""
+        """The initializer of that name and those params, created once."""
         key = ("weight", name, weight.params)
         if key not in self.memo:
             self.memo[key] = self.reserve(name)
@@ -150,7 +150,7 @@ class NodeWriter:
         return written(self, self.bound(dim))
 
     def bound(self, dim: Any) -> Any:
-        """`dim` with the sizes of a body replaced by what they are where it is called."""
+        """`dim` with the sizes of a body replaced by those of its call."""
         if isinstance(dim, int) or not symbols(dim) & self.local.keys():
             return dim
         return dim.subs({s: self.local[s.name] for s in dim.free_symbols if s.name in self.local})
@@ -162,7 +162,7 @@ class NodeWriter:
         return self("Squeeze", self.dim(dim), self.constant([0]))
 
     def shape(self, dims: Sequence[Any]) -> str:
-        """Sizes as i64[n]; runs of known ones are one constant."""
+        """Sizes as i64[n]; consecutive known sizes are one constant."""
         dims = [self.bound(d) for d in dims]
         if all(isinstance(d, int) for d in dims):
             return self.constant(np.array(dims, dtype=np.int64))
@@ -180,7 +180,7 @@ class NodeWriter:
             parts.append(self.constant(constants))
         return parts[0] if len(parts) == 1 else self("Concat", *parts, axis=0)
 
-    # ---- the end -----------------------------------------------------------------------
+    # ---- the result ------------------------------------------------------------------------
 
     def live(self, outputs: Sequence[str]) -> list[Node]:
         """The nodes that `outputs` depend on, in order."""
@@ -193,7 +193,7 @@ class NodeWriter:
 
 
 def onnx_type(dtype: str) -> int:
-    """ONNX's number for a dtype of the IR."""
+    """ONNX's code for a dtype of the IR."""
     from onnx import TensorProto
 
     return int(getattr(TensorProto, _ONNX_NAMES.get(dtype, LONG_NAMES.get(dtype, dtype).upper())))

@@ -1,6 +1,6 @@
 """moe.zero_experts: shares [T, 1] of the token and of each constant, and one product with each.
 
-What a token did not choose is left out by a Where, so that it cannot be 0 times infinity.
+A Where removes the terms that a token did not choose, so that there is no 0 times infinity.
 """
 
 from __future__ import annotations

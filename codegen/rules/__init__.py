@@ -1,7 +1,7 @@
-"""Ops with kernels, whatever the target: what a kernel is to compute, and how it is called.
+"""Rules for ops with kernels on every target: the spec of a kernel, and its call.
 
-The kernels come from the backend, by the type of their spec. Products with packed weights are
-not here: how weights are packed is the target's, and so are the rules.
+The backend provides the kernels, by the type of their spec. Products with packed weights are not
+here: the packing depends on the target, and so do their rules.
 """
 
 from moec.codegen.rules import (

@@ -1,4 +1,4 @@
-"""Attention, as torch spells it and as our own op."""
+"""Attention, as torch's op and as moec's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moec.ops.attention import Attention
 
 
 def _attention_inputs(op: Op) -> Attention:
-    """An attention of either spelling. Raises NoMatch where the kernel cannot do it."""
+    """An attention of either op. Raises NoMatch if the kernel does not support it."""
     if op.name == "nn.attention":
         attention = Attention.of(op)
     else:
@@ -55,7 +55,7 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
     a = _attention_inputs(op)
     _, heads, _, width = a.shape("q")
     mask, causal, window, chunk = a.mask, a.causal, a.window, a.chunk
-    # Beside a cache, a mask would be as long as the cache.
+    # With a cache, a mask would be as long as the cache.
     if a.first is None and (window is not None or chunk is not None):
         mask, causal, window, chunk = visible_mask(low, op, a), False, None, None
     shape = () if mask is None else (*(1,) * (4 - len(mask.shape)), *mask.shape)

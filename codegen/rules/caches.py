@@ -1,4 +1,4 @@
-"""Caches of keys and values, which live between calls and are written in place."""
+"""Caches of keys and values, which persist between calls and are written in place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moec.ops.cache import Append
 
 
 def _check(op: Op, graph: Graph) -> None:
-    """Nobody else may read what is written over: the cache is a state, and read here alone."""
+    """Raises NoMatch unless the cache is a state that only this op reads: it is overwritten."""
     a = Append.of(op)
     require(any(state.before is a.cache for state in graph.states), "its cache is no state")
     require(len(graph.readers[a.cache]) == 1, "another op reads its cache as it was")

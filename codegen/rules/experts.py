@@ -22,7 +22,7 @@ def _sort(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
-    """order, slots, ends of the choices; one sort for all ops that read the same experts."""
+    """order, slots and ends of the choices; one sort for all ops that read the same experts."""
     count, k = op.attrs["num_experts"], experts.shape[1]
     key = (experts, count)
     if key not in low.sorted:
@@ -41,7 +41,7 @@ def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
 
 
 def sorting_of(permutation: Value, graph: Graph) -> Op | None:
-    """The moe.sort or moe.dispatch that computes `permutation`, perhaps through a reshape."""
+    """The moe.sort or moe.dispatch that computes `permutation`, possibly through a reshape."""
     source = graph.producers.get(permutation)
     if source is not None and source.name == "aten.reshape.default":
         source = graph.producers.get(source.inputs[0])

@@ -63,7 +63,8 @@ def _add_norm(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def check_norm(op: Op, graph: Graph) -> None:
-    """One axis of a fixed width is normalised, in dtypes that vectors hold."""
+    """Raises NoMatch unless one axis of fixed width is normalised, in dtypes that vectors
+    support."""
     if op.name == "aten.layer_norm.default":
         axes = len(cast(tuple[Dim, ...], named(op)["normalized_shape"]))
         require(axes == 1, f"it normalises {axes} axes at once")
@@ -75,7 +76,7 @@ def check_norm(op: Op, graph: Graph) -> None:
 def _normed(
     low: Lowering, op: Op, spec: NormSpec, added: list[Value], weights: list[Value]
 ) -> list[relax.Expr]:
-    """`added` are one, or two whose sum is a result too."""
+    """`added` is one value, or two whose sum is a result too."""
     rows = (product(op.outputs[0].shape[:-1]), spec.width)
     name = f"add_{spec.kind}_norm" if spec.residual else f"{spec.kind}_norm"
     function = low.kernel(spec, name)

@@ -1,4 +1,4 @@
-"""Products with weights that are known when compiling: what they multiply, and how much of it."""
+"""Specs of products with weights that are known at compile time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ S = TypeVar("S", bound=LinearSpec)
 
 @dataclass(frozen=True)
 class Dense:
-    """y = x @ weight^T + bias: the weight [N, K] is a param, or one that was transposed."""
+    """y = x @ weight^T + bias, where the weight [N, K] is a param or a transposed param."""
 
     x: Value
     weight: Value
@@ -29,8 +29,8 @@ class Dense:
 
 
 def dense_of(op: Op, graph: Graph) -> Dense:
-    """The dense product that an op is. Raises NoMatch where its weight is not known when
-    compiling, or no kernel computes in its dtype."""
+    """The dense product that an op is. Raises NoMatch if its weight is not known at compile time,
+    or if no kernel supports its dtype."""
     arguments = named(op)
     x, weight, bias, straight = _operands(op, arguments)
     turned = not straight
@@ -72,7 +72,7 @@ def _operands(op: Op, arguments: Mapping[str, Any]) -> tuple[Value, Value, Value
 def spec_of(
     make: Callable[..., S], /, op: Op, parts: Grouped[Any], dtype: str = "float32", **more: object
 ) -> S:
-    """The sizes of a product, and `more` of its own."""
+    """The spec of a product: its sizes, and the fields in `more`."""
     out = op.outputs[0]
     return make(
         out.shape[1],
@@ -89,8 +89,8 @@ def spec_of(
 def only_owned_rows_read(
     rows: Value, graph: Graph, fits: Callable[[Op], bool], product: str = "grouped.linear"
 ) -> bool:
-    """Whether all who read these rows leave out those behind the last end: a combine, or another
-    `product`, where the kernel of products `fits`."""
+    """Whether all readers of these rows ignore rows after the last end: a combine, or another
+    `product` whose kernel `fits`."""
 
     def leaves_out(op: Op) -> bool:
         if op.name == "moe.combine":

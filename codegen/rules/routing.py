@@ -1,4 +1,4 @@
-"""Routers: logits, or what makes them, into choices."""
+"""Routers: from logits, or the inputs of a gate, to choices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moec.ops.routing import Routing
 
 
 def route_spec(op: Op) -> RouteSpec:
-    """What a moe.route computes."""
+    """The spec of a moe.route."""
     logits, correction = inputs_of(op).values()
     count = logits.shape[1]
     assert isinstance(count, int)

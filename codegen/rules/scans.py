@@ -1,4 +1,4 @@
-"""Attention without a softmax, whose state is carried over time."""
+"""Linear attention: attention without a softmax, with a recurrent state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moec.ops.linear_attention import LinearAttention
 
 
 def _spec(op: Op) -> LinearAttentionSpec:
-    """Raises NoMatch where the kernel cannot do it."""
+    """The spec of a linear attention. Raises NoMatch if the kernel does not support it."""
     a = LinearAttention.of(op)
     fixed = (*a.k.shape[2:3], *a.v.shape[2:3], a.k.shape[3], a.v.shape[3])
     sized = all(isinstance(d, int) and d > 0 for d in fixed)

@@ -14,7 +14,7 @@ from moec.ir.graph import DType, Op, TensorType, Value
 
 
 def _size(low: Lowering, op: Op) -> list[relax.Expr]:
-    """From here on the size has the value that was computed."""
+    """Binds a named size to the computed value, for all later ops."""
     name = cast(str, op.attrs["name"])
     source = op.inputs[0]
     scalar = low.value(source)

@@ -1,4 +1,4 @@
-"""Experts without a network of their own."""
+"""Experts without a network."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Specs: what kernels compute, for all targets. Sizes and dtypes, no layouts and no lanes."""
+"""Specs: what kernels compute, for all targets. Sizes and dtypes, but no layouts and no lanes."""

@@ -1,4 +1,4 @@
-"""Specs of products with weights that are constant."""
+"""Specs of products with constant weights."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class QuantisedSpec(LinearSpec):
-    """As LinearSpec, for weights of `format`. x is codes; `dtype` does not apply to it."""
+    """Like LinearSpec, for weights of `format`. x is codes; `dtype` does not apply to it."""
 
     format: Format = INT8
 
 
 @dataclass(frozen=True)
 class CompressedSpec(LinearSpec):
-    """As LinearSpec, for weights of `kind`. x is integers; `dtype` does not apply to it."""
+    """Like LinearSpec, for weights of `kind`. x is integers; `dtype` does not apply to it."""
 
     kind: str = "ternary"
     bytes_of_counts: tuple[int, ...] = (1, 1)
-    """In the starts of each stack of ternary weights."""
+    """The width in bytes of the counts in the starts of each stack of ternary weights."""

@@ -1,8 +1,9 @@
 """Random arguments of a product kernel, from the shapes of its buffers: shapes of weights are
 constant, all others vary.
 
-There are so many copies of the weights that a call finds none in the cache, and calls with the same
-rows route them to other experts. No number is denormal, as that would slow down arithmetic.
+There are enough copies of the weights that each call reads them from memory, not from the cache.
+Calls with the same rows route them to other experts. No number is denormal, because denormals slow
+down arithmetic.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from moec.runtime.memory_limit import free_in_groups
 from moec.target.cpu import last_cache
 
 _BLOCK = 1 << 20  # elements that are drawn; a larger tensor repeats them
-COLD = 4  # times the size of the last cache: the bytes read between two reads of one copy
+COLD = 4  # bytes read between two reads of one copy, as a multiple of the last cache
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> BenchArgu
                 drawn[i] = _random(dtypes[i], sizes)
 
         def call(copy: int) -> list[Any]:
-            # Other experts get the same rows, as the weights of the last call are in the cache.
+            # The same rows go to other experts, because the weights of the last call are in the
+            # cache.
             order, ends = sorted_by_expert(torch.randperm(experts)[chosen], experts)
             tensors = {**drawn, **weights[copy % copies]}
             for i, shape in enumerate(shapes):
@@ -115,7 +117,7 @@ def _random(kind: str, shape: Sequence[Any]) -> Tensor:
 
 
 def _free_memory() -> int:
-    """The free memory of this machine in bytes; 4 GB if the system does not tell."""
+    """The free memory of this machine in bytes; 4 GB if the system does not report it."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             fields = dict(line.split(":", 1) for line in lines)

@@ -27,7 +27,7 @@ def load(store: Store, key: str, kernel: Tunable) -> tuple[Values, Gain | None] 
 
 
 def save(store: Store, key: str, kernel: str, values: Values, gain: Gain | None) -> None:
-    """Store the values of a kernel. Its name is for people who read the file."""
+    """Stores the values of a kernel. Its name is for people who read the file."""
     text = {
         "kernel": kernel,
         "values": dict(values),

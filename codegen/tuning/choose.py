@@ -1,10 +1,11 @@
 """Decides which tuning is faster, from noisy times.
 
-Two tunings are compared round by round: in a round both have the same rows at nearly the same time,
-so that the median of the ratios varies little as the machine's speed does. The default stays unless
+Two tunings are compared in rounds. In a round, both process the same rows at nearly the same time,
+so the median of the ratios varies little when the machine's speed does. The default stays unless
 another tuning is faster by `LEAST` and by twice the error of the median, over all numbers of tokens
-together, and is not slower by as much at any of them. The best of several is measured against the
-default again, and these times decide and are reported: the minimum of noisy times is biased.
+together, and is not slower by as much at any of them. The best of several tunings is measured
+against the default again, and only these times decide and are reported, because the minimum of
+noisy times is biased.
 """
 
 from __future__ import annotations

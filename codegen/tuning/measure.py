@@ -20,8 +20,8 @@ SECONDS = 0.3  # the time for all calls of one number of tokens, within the limi
 FEWEST, MOST = 7, 31  # rounds
 
 Times = Mapping[int, Sequence[Sequence[float]]]
-"""By number of tokens, for each tuning, the seconds of each round. All calls of a round had the
-same rows and the same routing, one after the other."""
+"""For each number of tokens and each tuning, the seconds of each round. All calls of a round had
+the same rows and the same routing, one after the other."""
 
 Bench = Callable[[Sequence[Values]], Times]
 Measure = Callable[[Tunable], Bench]
@@ -30,7 +30,8 @@ Measure = Callable[[Tunable], Bench]
 
 @dataclass(frozen=True)
 class OnThisMachine:
-    """A `Measure` that runs kernels on this machine. `footprint` and errors: see `arguments`."""
+    """A `Measure` that runs kernels on this machine. For `footprint` and errors, see
+    `arguments`."""
 
     target: CpuTarget
     footprint: int

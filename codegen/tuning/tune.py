@@ -18,8 +18,8 @@ from moec.target.cpu import CpuTarget, processor
 
 @dataclass(frozen=True)
 class Tuned:
-    """The tuning values of a kernel; `gain` is None where the default is best. `from_cache`: an
-    earlier compilation measured them. `why`: the reason where the kernel was not measured."""
+    """The tuning values of a kernel; `gain` is None if the default is best. `from_cache`: an
+    earlier compilation measured them. `why`: the reason why the kernel was not measured."""
 
     kernel: Tunable
     values: Values = field(default_factory=dict)

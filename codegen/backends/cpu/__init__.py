@@ -1,1 +1,1 @@
-"""CPUs: products with weights that are packed as the kernels of codegen/cpu stream them."""
+"""CPUs: products with weights packed in the layouts that the kernels of codegen/cpu read."""

@@ -1,4 +1,4 @@
-"""CPUs as a backend: every kernel by the spec that it computes, LLVM, a C compiler that links."""
+"""The backend for CPUs: a kernel for each spec, compiled by LLVM and linked by a C compiler."""
 
 from __future__ import annotations
 

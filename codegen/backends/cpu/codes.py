@@ -1,4 +1,5 @@
-"""What kernels of few bits read: packed codes and scales of weights, and rows rounded to codes."""
+"""The operands of kernels with few bits: packed codes and scales of weights, and rows rounded to
+codes."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from moec.ir.graph import TensorType, Value
 
 
 def rounded(low: Lowering, x: Value, blocks: int = 1, form: RowCodes = BYTES) -> list[relax.Expr]:
-    """Codes, scales and sums of the rows of x[.., K], made once for all that read them."""
+    """Codes, scales and sums of the rows of x[.., K], computed once for all ops that read them."""
     width, rows = x.shape[-1], product(x.shape[:-1])
     assert isinstance(width, int)
     flat = low.shaped(x, TensorType(x.dtype, (rows, width)))
@@ -65,5 +66,5 @@ def _name(values: tuple[Value, ...]) -> str:
 
 
 def _stacked(tensor: torch.Tensor) -> torch.Tensor:
-    """A dense product has one group of weights."""
+    """The weights with an axis of groups in front; a dense product has one group."""
     return tensor if tensor.ndim == 3 else tensor[None]

@@ -1,4 +1,5 @@
-"""Products with compressed weights: rows rounded to 16 bits, weights decoded on the way."""
+"""Products with compressed weights: rows are rounded to 16 bits, and weights decoded in the
+kernel."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:
-    """In the starts of each stack, which are the second of its parts."""
+    """The width in bytes of the counts in the starts of each stack; the starts are its second
+    part."""
     if parts.kind != "ternary":
         return ()
     return tuple(
@@ -61,7 +63,7 @@ def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:
 
 
 def _dictionary(target: CpuTarget) -> Param:
-    """Once in a package."""
+    """The dictionary of the decoder, stored once per package."""
     dictionary = table(target)
     kind = {"int64": "i64", "int8": "i8"}[str(dictionary.dtype)]
     name = "ternary.signs" if kind == "i8" else "ternary.masks"

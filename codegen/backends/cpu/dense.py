@@ -1,4 +1,4 @@
-"""Products with a weight that is known when compiling: packed, then streamed."""
+"""Products with a weight that is known at compile time, packed in the order of reading."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def _check(op: Op, graph: Graph) -> None:
 
 
 def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
-    """With all that read the same rows: their results are then there when their turn comes."""
+    """Lowers all products of the same rows in one kernel; the results of the others are stored
+    until they are lowered."""
     together = _together(low, op)
     specs = tuple(_spec(low, one) for one in together)
     denses = [dense_of(one, low.graph) for one in together]
@@ -57,16 +58,16 @@ def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def dense_values(layouts: Sequence[Layout]) -> tuple[str, ...]:
-    """What of `Tuning` kernels of dense products read."""
+    """The names of the values of `Tuning` that kernels of dense products read."""
     return tuple(name for name in layouts[0].tuned if name in ("fetched", "worth"))
 
 
 MOST_TOGETHER = 4
-"""Products in one kernel."""
+"""The most products in one kernel."""
 
 
 def _together(low: Lowering, op: Op) -> list[Op]:
-    """The op, and other dense products of the same rows that nothing has lowered yet."""
+    """The op, and other dense products of the same rows that are not lowered yet."""
     dense = dense_of(op, low.graph)
     products = [op]
     for other in dict.fromkeys(low.graph.readers.get(dense.x, ())):

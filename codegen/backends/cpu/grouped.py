@@ -1,4 +1,4 @@
-"""Products of experts with plain weights, packed."""
+"""Products of experts with uncompressed, packed weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moec.ops.grouped import GroupedLinear
 
 
 def check_linears(op: Op, graph: Graph) -> None:
-    """A kernel takes stacks of one shape and of the rows' dtype."""
+    """Raises NoMatch unless the stacks have one shape and the rows' dtype."""
     parts = GroupedLinear.of(op)
     first = parts.matrices[0]
     if any((m.shape, m.dtype) != (first.shape, parts.x.dtype) for m in parts.matrices):

@@ -1,4 +1,4 @@
-"""Products with weights of few bits: the rows rounded to codes, then the codes multiplied."""
+"""Products with weights of few bits: rows are rounded to codes, then codes are multiplied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moec.ops.quantised import GroupedQuantised
 
 
 def check_format(format: Format) -> None:
-    """Raises NoMatch for weights that are no whole numbers: sums here are of integers."""
+    """Raises NoMatch for formats whose codes are not integers: these kernels sum integers."""
     require(
         format.kind != "fp8",
         "its weights are fp8, and CPUs have kernels for int8, int4 and mxfp4: choose one of those, "
@@ -29,7 +29,7 @@ def check_format(format: Format) -> None:
 
 
 def _check(op: Op, graph: Graph) -> None:
-    """A kernel takes rows rounded to codes, and stacks of one shape."""
+    """Raises NoMatch unless rows can be rounded to codes, and the stacks have one shape."""
     parts = GroupedQuantised.of(op)
     check_format(parts.format)
     require(not op.attrs.get("exact_rows"), "its rows are to be multiplied as they are")

@@ -1,4 +1,4 @@
-"""Linear layers with weights of few bits: those of the same rows are one kernel."""
+"""Linear layers with weights of few bits; layers that read the same rows share one kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moec.ops.quantised_linear import QuantisedLinear
 
 
 def _check(op: Op, graph: Graph) -> None:
-    """Weights and bias are params, and the rows of a dtype that vectors hold."""
+    """Raises NoMatch unless weights and bias are params, and vectors support the rows' dtype."""
     parts, params = QuantisedLinear.of(op), set(graph.params)
     check_format(parts.format)
     weights = (*parts.matrix.values, *((parts.bias,) if parts.bias is not None else ()))
@@ -35,7 +35,8 @@ def _check(op: Op, graph: Graph) -> None:
 
 
 def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
-    """With all that read the same rows: their results are then there when their turn comes."""
+    """Lowers all layers of the same rows in one kernel; the results of the others are stored until
+    they are lowered."""
     together = _together(low, op)
     every = [QuantisedLinear.of(one) for one in together]
     specs = tuple(_spec(parts) for parts in every)
@@ -69,7 +70,7 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _together(low: Lowering, op: Op) -> list[Op]:
-    """The op, and others of the same rows, rounded alike, that nothing has lowered yet."""
+    """The op, and others of the same rows and the same rounding that are not lowered yet."""
     parts, products = QuantisedLinear.of(op), [op]
     for other in dict.fromkeys(low.graph.readers.get(parts.x, ())):
         if len(products) == MOST_TOGETHER or other in products or other.outputs[0] in low.values:

@@ -1,4 +1,4 @@
-"""Products of sorted rows: what their kernels share, whatever their weights are stored as."""
+"""What the kernels of products of sorted rows share, for every format of weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Make = Callable[[int, Epilogue | None, str | None, str, Tuning], PrimFunc]
 
 
 def check_products(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[Value]) -> None:
-    """Raises NoMatch unless what is stored are params, and the body is one that vectors can do."""
+    """Raises NoMatch unless the values in `stored` are params, and vectors support every op of the
+    body."""
     params = set(graph.params)
     count = len(parts.matrices)
     require(count <= 2, f"it multiplies the rows by {count} stacks, and kernels take two")
@@ -53,8 +54,8 @@ def product(
     *choices: object,
     values: tuple[str, ...] = (),
 ) -> list[relax.Expr]:
-    """A call of the kernel that `make` makes, once for all products of this spec and `choices`,
-    with what holds the rows of x and the weights. `values` are what of it can be tuned."""
+    """Calls the kernel that `make` generates, once for all products of this spec and `choices`.
+    `rows` and `weights` are its operands; `values` are the names of its tuning values."""
     top_k = cast(int, op.attrs.get("gather", 0))
     scale = None if parts.scale is None else sc.STORED[parts.scale.dtype]
     body = None if op.body is None else vector_body(op.body)
@@ -82,7 +83,8 @@ def product(
 
 
 def _rows_a_token(parts: Grouped[Any], graph: Graph) -> int:
-    """How many experts each token chose, where the sort that these rows come from says so."""
+    """The number of experts per token, from the sort that the rows come from; 1 if it is
+    unknown."""
     source = graph.producers.get(parts.ends)
     if source is None or source.name not in ("moe.sort", "moe.dispatch"):
         return 1

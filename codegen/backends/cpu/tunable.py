@@ -1,4 +1,4 @@
-"""The kernels of products as kernels whose values can be tuned."""
+"""The kernels of products, in the form that tuning takes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def tunable(
     values: Sequence[str],
 ) -> Tunable:
     """`spec` is what the kernel is generated from, with a complete `repr`. `layouts` are those of
-    its weights: of experts, or of one or several dense products of the same rows.
-    """
+    its weights: of experts, or of one or more dense products of the same rows."""
     first = layouts[0].spec
     sizes = "x".join(map(str, (*((first.groups,) if first.groups > 1 else ()), first.n, first.k)))
     digest = hashlib.sha256(repr(spec).encode()).hexdigest()[:16]

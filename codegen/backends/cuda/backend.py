@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as a backend: kernels of MoE layers, loops on a grid for all else."""
+"""The backend for NVIDIA GPUs: kernels for MoE layers, and loops over a grid for all other ops."""
 
 from __future__ import annotations
 
@@ -79,4 +79,4 @@ CUDA = Backend(
 )
 
 CUDA_TEXT = replace(CUDA, library=_text, ready=lambda target: linker_for(HOST))
-"""As CUDA, up to the CUDA C of its kernels: for a machine that has neither nvcc nor NVRTC."""
+"""Like CUDA, but stops at the CUDA C of the kernels: for a machine without nvcc and NVRTC."""

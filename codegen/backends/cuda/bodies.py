@@ -1,4 +1,4 @@
-"""Bodies of experts as what follows a product: scalars of float32, as loops compute them."""
+"""Bodies of experts as epilogues of a product: float32 scalars, computed as loops compute them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from moec.target.cuda import HOST
 
 
 def check_body(body: Graph) -> None:
-    """Raises NoMatch unless an element of the result needs only those at its place."""
+    """Raises NoMatch unless an element of the result depends only on the inputs' elements at its
+    position."""
     if body.params or len(body.outputs) != 1:
         raise NoMatch("its body has weights, or several results")
     shapes = {v.shape for v in body.inputs}
@@ -34,7 +35,8 @@ def check_body(body: Graph) -> None:
 
 
 def epilogue(body: Graph) -> Epilogue:
-    """Results of half types are rounded after every op, as eager rounds them."""
+    """The body as a function of sums. Results of half types are rounded after every op, as in
+    eager."""
     producers: Mapping[Value, Op] = {v: op for op in body.ops for v in op.outputs}
 
     def join(*sums: Expr) -> Expr:
@@ -50,7 +52,7 @@ def epilogue(body: Graph) -> Epilogue:
 
 
 def text(body: Graph) -> str:
-    """The body with values numbered: layers with other names share a kernel."""
+    """The body as text with numbered values, so that layers with other names share a kernel."""
     numbers: dict[Value, int] = {}
     for value in body.values():
         numbers[value] = len(numbers)

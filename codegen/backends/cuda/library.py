@@ -1,7 +1,7 @@
-"""Relax and CUDA kernels -> a host library, and the CUDA C that it launches.
+"""Relax and CUDA kernels -> a host library, and the CUDA C of the kernels that it launches.
 
-The host library is machine code of a CPU like any other: what calls kernels, plans memory and
-computes sizes. It holds no kernel: what is imported into it when it is loaded has them, by name.
+The host library is CPU machine code: it calls kernels, plans memory and computes sizes. It contains
+no kernels; it finds them by name in the module that is imported into it when it is loaded.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from moec.target.cuda import HOST, CudaTarget
 
 @dataclass(frozen=True)
 class Launched:
-    """`host` is a shared library; `kernels` are what it launches."""
+    """`host` is a shared library; `kernels` are the kernels that it launches."""
 
     host: bytes
     kernels: Lowered
 
 
 def launched(module: tvm.IRModule, target: CudaTarget, store: Store | None = None) -> Launched:
-    """The code of a module that `lower` made. Needs a C linker, and neither CUDA nor a GPU.
+    """The code of a module from `lower`. Needs a C linker, but neither CUDA nor a GPU.
 
-    Raises TargetError where there is no linker.
+    Raises TargetError if there is no linker.
     """
     options = options_of(HOST, 2)
     with context(), options:
         functions, frame = executable(lowered_calls(module), options)
-        # Those that compute sizes run on the host; all others are kernels.
+        # Functions that compute sizes run on the host; all others are kernels.
         sizes = {n: f for n, f in functions.items() if "tirx.is_host_func" in f.attrs}
         kernels = [f for n, f in functions.items() if n not in sizes]
         objects = compiled_objects(sizes, options, store or default_store(), checked=False)

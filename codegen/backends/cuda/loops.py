@@ -1,10 +1,10 @@
-"""Generated loops on a GPU: an element, or a row, is what one thread computes.
+"""Generated loops on a GPU: one thread computes one element or one row.
 
     elements    thread i of the grid computes element i
-    rows        the same of rows: a row is reduced by its thread, in order
-    alone       one thread of one block: writes that must follow one another
+    rows        thread i computes row i, and reduces it in order
+    alone       one thread of one block: for writes that must follow one another
 
-Every nest of loops is a launch of its own, so that one sees what the nest before it wrote.
+Every nest of loops is a separate launch, so it sees the writes of the nest before it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moec.target.cuda import HOST, CudaTarget
 
 THREADS = 256
 _SCRATCH = 1 << 14
-"""Bytes of scratch memory of a thread, at most."""
+"""The most bytes of scratch memory per thread."""
 
 _OWN: Mapping[str, Callable[[Any, Op], None]] = {
     f"aten.{name}": ranked
@@ -43,7 +43,7 @@ _OWN: Mapping[str, Callable[[Any, Op], None]] = {
         "topk.default",
     )
 }
-"""Loops in place of those that need much scratch memory."""
+"""Replacements for loops that need much scratch memory."""
 
 
 def write(group: FusionGroup, name: str, target: CudaTarget) -> LoopKernel:
@@ -54,7 +54,7 @@ def write(group: FusionGroup, name: str, target: CudaTarget) -> LoopKernel:
 
 
 class GridEmission(Emission):
-    """Loops over a grid of threads. Nothing is computed outside of a launch but its size."""
+    """Loops over a grid of threads. Only the size of a launch is computed outside of it."""
 
     vectors = False
 
@@ -63,7 +63,8 @@ class GridEmission(Emission):
         return _OWN.get(op.name, rule.kernel)
 
     def scratch(self, shape: Sequence[Expr | int], dtype: str) -> Buffer:
-        """Registers, or local memory of a thread. Raises UnsupportedError where it is too much."""
+        """Registers or local memory of one thread. Raises UnsupportedError if it would be too
+        much."""
         sizes = [s.value if isinstance(s, tirx.IntImm) else s for s in shape]
         count = 1
         for size in sizes:
@@ -96,7 +97,7 @@ class GridEmission(Emission):
                 body(tuple(ix.const(0) for _ in shape))
             return
         count = self.sizes.expr(product(tuple(shape)))
-        blocks = tirx.max((count + (THREADS - 1)) // THREADS, _i(1))  # a grid of 0 is refused
+        blocks = tirx.max((count + (THREADS - 1)) // THREADS, _i(1))  # a grid of 0 is an error
         grid = T.launch_thread("blockIdx.x", T.cast(blocks, "int32"))
         with grid as block, T.launch_thread("threadIdx.x", THREADS) as thread:
             number = T.bind(T.cast(block, "int64") * THREADS + T.cast(thread, "int64"))

@@ -1,4 +1,5 @@
-"""Products of experts, and dense ones as one expert: of 16 bits on tensor cores, and of float32."""
+"""Products of experts, and dense products as those of one expert: 16 bits on tensor cores, and
+float32."""
 
 from __future__ import annotations
 
@@ -30,11 +31,11 @@ from moec.ops.grouped import GroupedLinear
 from moec.target.cuda import TARGETS
 
 LEAST = min(TARGETS.values(), key=lambda target: target.shared_memory)
-"""Tiles fit into the shared memory of every target."""
+"""A limit that lets tiles fit into the shared memory of every target."""
 
 
 def _parts(op: Op, graph: Graph) -> GroupedLinear:
-    """Of a product that the kernel computes. Raises NoMatch for others."""
+    """The parts of a product that the kernel supports. Raises NoMatch for others."""
     parts = GroupedLinear.of(op)
     first, params = parts.matrices[0], set(graph.params)
     count = len(parts.matrices)
@@ -97,7 +98,7 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def stack(low: Lowering, values: tuple[Value, ...]) -> relax.Expr:
-    """A weight [E, n, ...] as it is; gate and up interleaved."""
+    """A weight [E, n, ...] unchanged, or gate and up interleaved."""
     if len(values) == 1:
         return low.value(values[0])
     experts, n, *rest = values[0].shape
@@ -150,7 +151,7 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def logits_spec(linear: Op) -> LinearSpec | None:
-    """Of the linear layer of a gate, whose weight is [E, D]; None where no product takes it."""
+    """The spec of a gate's linear layer, whose weight is [E, D]; None if no kernel supports it."""
     x, weight, *bias = linear.inputs
     n, k = weight.shape
     if not (isinstance(n, int) and isinstance(k, int)):

@@ -1,4 +1,5 @@
-"""Products of experts with weights of few bits: rows rounded, then weights widened in registers."""
+"""Products of experts with weights of few bits: rows are rounded, and weights widened in
+registers."""
 
 from __future__ import annotations
 
@@ -91,7 +92,7 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _rounded(low: Lowering, x: Value, spec: QuantisedSpec) -> tuple[relax.Expr, ...]:
-    """Scales and codes of the rows, made once for all that read them."""
+    """Scales and codes of the rows, computed once for all ops that read them."""
     blocks, bits = spec.format.blocks(spec.k), spec.format.row_bits
     key = (x, blocks, bits)
     if key not in low.rounded:

@@ -1,7 +1,6 @@
-"""Sorting by ranks: a thread for each element counts how many come before it.
+"""Sorting by rank: a thread per element counts the elements that come before it.
 
-That is the square of the length in comparisons, and no memory: fit for rows of hundreds, which is
-what is sorted in models.
+This takes n^2 comparisons and no memory, which suits rows of hundreds of elements, as models sort.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from moec.ir.graph import Op
 
 
 def ranked(e: Emission, op: Op) -> None:
-    """sort, argsort, topk: a stable order, the first of which are results."""
+    """sort, argsort, topk: a stable order, whose first elements are the results."""
     named, x, out = e.named(op), op.inputs[0], op.outputs[-1]
     topk = op.name == "aten.topk.default"
     sign = 1 if named["largest" if topk else "descending"] else -1

@@ -1,5 +1,5 @@
-"""Routers on GPUs: logits into choices; where a gate holds its linear layer, that comes first, as
-the product of any linear layer where there is one that takes it, else as a loop."""
+"""Routers on GPUs: logits into choices. The linear layer of a gate comes first, as a product if a
+kernel supports it, otherwise as a loop."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _check_gate(op: Op, graph: Graph) -> None:
 
 
 def _split(op: Op) -> tuple[Op, list[Op]]:
-    """A gate as a route, and what makes its logits."""
+    """A gate as a moe.route and the ops that compute its logits."""
     x, weight, bias, correction = inputs_of(op).values()
     compute, dtype = (cast(DType, op.attrs[name]).name for name in ("compute", "logits"))
     name = op.outputs[0].name
@@ -65,7 +65,7 @@ def _gate(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _computed(low: Lowering, gate: Op, one: Op) -> relax.Expr:
-    """The result of one op of those before the choice. Weights are widened when they are packed."""
+    """The result of `one`, an op before the choice. Weights are widened when they are packed."""
     (source, *_), (out,) = one.inputs, one.outputs
     if source in low.graph.params:
         param = Param(f"{source.name}.{out.dtype}", out.type, (source,), partial(_cast, out.dtype))
