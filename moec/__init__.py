@@ -3,7 +3,7 @@
     model = moec.compile(module, (inputs,))
     model(inputs); model.report(); model.save("model.moec"); moec.load("model.moec")
 
-Names are imported when they are first used: `moec run` needs neither torch nor TVM's compiler.
+Names are imported on first use: `moec run` needs neither torch nor TVM's compiler.
 """
 
 from __future__ import annotations

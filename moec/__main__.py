@@ -1,8 +1,8 @@
-"""The command line: `moec COMMAND`. A command's module is imported when it is asked for.
+"""The command line: `moec COMMAND`. The module of a command is imported when the command runs.
 
-Exit codes: 0 done, 1 a mistake that the user can mend, 2 numbers differ by more than was allowed
-(verification failed, or a budget under --strict), 70 a defect of moec, 130 interrupted.
-MOEC_DEBUG=1 shows the traceback of whatever went wrong.
+Exit codes: 0 success, 1 an error that the user can correct, 2 numbers differ by more than allowed
+(verification failed, or a budget was exceeded under --strict), 70 a defect of moec, 130
+interrupted. MOEC_DEBUG=1 shows the traceback of any error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moec.files.os_errors import reason
 from moec.files.printable import printable
 from moec.spelling import did_you_mean
 
-# What each command is, so that `moec --help` and completion import none of them.
+# Short descriptions, so that `moec --help` and completion need not import the commands.
 COMMANDS = {
     "compile": ("moec.commands.compile", "Compile a model into an artifact."),
     "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
@@ -89,7 +89,7 @@ class LazyGroup(click.Group):
         return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
-        """As click's, with moec's exit codes."""
+        """Like click's `main`, with moec's exit codes."""
         if not extra.pop("standalone_mode", True):
             return super().main(args, prog_name, standalone_mode=False, **extra)
         try:
@@ -106,7 +106,7 @@ class LazyGroup(click.Group):
 
 
 def verdict(error: Exception) -> tuple[int, str]:
-    """The exit code and the message of an error, one line."""
+    """The exit code and the one-line message of an error."""
     match error:
         case MoecError():
             return error.exit_code, f"error: {error}"
@@ -131,12 +131,12 @@ def verdict(error: Exception) -> tuple[int, str]:
 
 
 def _is_users(filename: object) -> bool:
-    """Whether a file is none of moec's own."""
+    """Whether a file does not belong to moec."""
     return isinstance(filename, str) and not filename.startswith(os.path.dirname(__file__))
 
 
 def _shortened(message: str) -> str:
-    """With what is too long for a terminal cut in its middle."""
+    """The message with the middle of very long words cut."""
     return re.sub(r"(\S{100})\S{200,}(\S{50})", r"\1…\2", message)
 
 
@@ -153,7 +153,7 @@ def cli() -> None:
 
 def main() -> None:
     if threading.current_thread() is threading.main_thread():
-        # A polite kill unwinds like Ctrl-C does, so that nothing is left half-written.
+        # SIGTERM unwinds like Ctrl-C, so that no partial files are left.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = _show_warning
     _open_streams()
@@ -161,8 +161,9 @@ def main() -> None:
 
 
 def _open_streams() -> None:
-    """Closed streams lead nowhere: a file that is opened later would get their numbers, and be
-    written to by libraries that print. What a terminal's encoding lacks is written as escapes."""
+    """Opens closed standard streams on the null device: otherwise a file that is opened later would
+    get their numbers, and libraries would print into it. Characters that a terminal cannot encode
+    are written as escapes."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -182,7 +183,8 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning about the cache is one sentence, as errors are; others name their line of code."""
+    """Shows a warning about the cache in one sentence, like errors; others with their line of
+    code."""
     from moec.cache import CacheWarning
 
     if issubclass(category, CacheWarning):

@@ -1,4 +1,4 @@
-"""`moec.compile`: from any door to a model that is built and verified."""
+"""`moec.compile`: compiles a model of any supported form, and verifies the result."""
 
 from __future__ import annotations
 
@@ -108,37 +108,38 @@ def compile(
     progress: Callable[[str], None] = lambda phase: None,
     descriptions: Sequence[Declared] = (),
 ) -> CompiledModel:
-    """Compile a mixture-of-experts model, whole, for a CPU.
+    """Compile a complete mixture-of-experts model.
 
-    `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the
-    folder of a Hugging Face checkpoint, a .pt2 file, or "file.py:factory". Batch and sequence
-    vary unless `dynamic_shapes` (torch.export's) says otherwise; `allow_fixed` names inputs of
-    which the module may fix sizes at the example's (True: all), which else is an error. `dtype`
-    converts the weights first, in place; the module is left in eval mode. `passes` changes the
-    passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
-    greatest error allowed, as a share of the greatest value of an output. `fuel` caps the rewrites.
-    `stop_after` names the last pass to run; `build=False` stops before code generation.
-    `kv_cache=False` leaves out the code that `generate` runs for one token after the other.
+    `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the folder of
+    a Hugging Face checkpoint, a .pt2 file, or "file.py:factory". Batch and sequence sizes vary
+    unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names inputs whose sizes
+    the module may fix at the example's (True: all inputs); otherwise a fixed size is an error.
+    `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes
+    the passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
+    greatest error allowed, relative to the greatest value of an output. `fuel` limits the number of
+    rewrites. `stop_after` names the last pass to run; `build=False` stops before code generation.
+    `kv_cache=False` omits the code with which `generate` computes one token at a time.
     `record_routing` adds what `CompiledModel.record_routing` needs; other calls do not change.
-    `tune` measures kernels with other values than the defaults on this machine, and keeps what
-    it finds for the next compilation. `backend` is another than the target's, such as one with a
-    rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`. A `target` "cpu,cuda:sm_80,sm_90a"
-    makes code for both, and a CPU user needs nothing of CUDA; `backend` is then of either kind.
+    `tune` measures kernels with several parameter values on this machine, and stores the results
+    for later compilations. `backend` replaces the target's, for example with one that has a rule of
+    your own: `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as "cpu,cuda:sm_80,sm_90a"
+    generates code for CPUs and GPUs; users with a CPU need no CUDA. `backend` may then be of either
+    kind.
 
-    `quant` stores the weights of experts in few bits: "int8", "int4", each with a block (":32",
-    ":64", ":128") and ":asymmetric" if wished, or "mxfp4"; the last step of all. Rows that meet
-    them are rounded to 8 bits, with ":rows16" to 16. With "int8,linears=int8,head=int8" also other
-    linear layers, and the head. Codes are rounded to nearest or, where there is `calib`, chosen on
-    it (GPTQ).
+    `quant` stores the weights of experts in few bits: "int8" or "int4", each optionally with a
+    block size (":32", ":64", ":128") and ":asymmetric", or "mxfp4". It is the last step. Rows that
+    are multiplied with such weights are rounded to 8 bits, or with ":rows16" to 16. With
+    "int8,linears=int8,head=int8" other linear layers and the head are quantised too. Codes are
+    rounded to nearest, or with `calib` chosen by GPTQ on that data.
 
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
-    `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt. `budget`
-    ("kl<=0.02") bounds the damage that is measured there; what goes beyond it is undone layer by
-    layer or, where `strict`, fails. `verify` then compares with the changed graph. Exact passes
-    that are asked for, `[Specialise({"task_id": 3})]`, need neither.
+    `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt file. `budget`
+    ("kl<=0.02") limits the damage measured on it; changes beyond it are undone layer by layer, or
+    with `strict` raise an error. `verify` then compares with the changed graph. Exact opt-in
+    passes, `[Specialise({"task_id": 3})]`, need neither.
 
-    `descriptions` (`moec.describe`) say what modules do that cannot be traced or recognised; each
-    is proved beside the module.
+    `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
+    description is proved against its module.
 
     Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
     VerificationError, all of them MoecError.
@@ -162,7 +163,7 @@ def compile(
     made_for = target_of(target, run=builds and verify is not False)
     if builds:
         backend = backend or backend_for(made_for)
-        backend.ready(made_for)  # found missing now rather than after minutes
+        backend.ready(made_for)  # a missing tool is reported now rather than after minutes
         if beside is not None:
             of_gpu = of_gpu or backend_for(beside)
             of_gpu.ready(beside)
@@ -204,7 +205,7 @@ def compile(
             captured, pass_results = _in_supported_form(
                 captured, pass_results, passed, exact, rules
             )
-        # Of a form without blocks the reasons say little: those of the code as written come first.
+        # A form without blocks has uninformative reasons; those for the original code come first.
         earlier = () if pass_results is first or _blocks(pass_results) else first
         quantised = quantised_lines(pass_results)
     compiled = CompiledModel(
@@ -245,8 +246,9 @@ def _in_supported_form(
     exact: Sequence[Any],
     backend: Backend,
 ) -> tuple[Captured, tuple[PassResult, ...]]:
-    """The first form of the capture that has kernels for all that its passes leave, after those.
-    What came in is given back where there is none: its message is the one to read."""
+    """The first form of the capture for whose ops, after its passes, there are kernels, with the
+    results of the passes. Returns the arguments where there is none, because their error is the
+    best one."""
     form, after = captured, pass_results
     while not supported(after[-1].program.graph, backend):
         if form.other is None:
@@ -260,7 +262,7 @@ def _in_supported_form(
 
 
 def _elements(model: Any) -> int:
-    """Of the weights of what is captured."""
+    """The number of weights of a model or an export."""
     tensors = (
         model.state_dict.values()
         if isinstance(model, ExportedProgram)
@@ -272,9 +274,12 @@ def _elements(model: Any) -> int:
 def _modules_missed(
     source: Source, pass_results: Sequence[PassResult], captured: Captured, backend: Backend
 ) -> list[str]:
-    """Modules that may hold experts and were not recognised: all that have no block, where a rule
-    looked at some or there is none at all; all, where the graph cannot be compiled. A block without
-    its routing counts for none. Those that are described stay as they are."""
+    """Names of modules that may hold experts and were not recognised, described ones excepted.
+
+    If a rule declined a candidate, or nothing was recognised, these are all modules without a
+    block; if the graph cannot be compiled, all modules. A block that lacks its routing does not
+    count.
+    """
     if not traceable(source):
         return []
     looked = any(
@@ -293,7 +298,8 @@ def _modules_missed(
 def _with_decode(
     compiled: CompiledModel, passes: Sequence[Pass], backend: Backend
 ) -> CompiledModel:
-    """With a program that continues texts, after its passes, or why there is none."""
+    """The model with a program that continues texts, after its passes, or with the reason why there
+    is none."""
     program = compiled.module.main
     if not continues_text(program.graph):
         return compiled
@@ -313,7 +319,7 @@ def _with_decode(
 
 
 def _with_routers(compiled: CompiledModel) -> CompiledModel:
-    """With the hoisted routers as a program, and one of all that is left."""
+    """The model with the hoisted routers as one program, and the rest as another."""
     hoisted = split(compiled.module.main)
     if hoisted is None:
         return compiled
@@ -327,8 +333,9 @@ def _with_routers(compiled: CompiledModel) -> CompiledModel:
 
 
 def _with_recording(compiled: CompiledModel) -> CompiledModel:
-    """With `main` and `decode` once more, giving choices too. Raises UsageError where none of
-    the layers routes, or not one row a token."""
+    """The model with second versions of `main` and `decode` that also return the choices of
+    experts. Raises UsageError where no layer routes, or where routing is not by one row per
+    token."""
     programs = dict(compiled.programs)
     try:
         programs[RECORDED] = with_choices(compiled.module.main)
@@ -349,7 +356,8 @@ def _with_recording(compiled: CompiledModel) -> CompiledModel:
 def _allowed(
     requested: Sequence[PassSpec], chosen: Sequence[PassSpec], calib: Any, budget: str, strict: bool
 ) -> Budget:
-    """The budget, once it is known that the passes have what they need, and need what there is."""
+    """The budget. Raises UsageError where passes lack what they need, or where an option is given
+    that no pass uses."""
     for pass_ in chosen:
         if isinstance(pass_, Approximate) and calib is None:
             raise UsageError(
@@ -378,7 +386,7 @@ def _allowed(
 
 
 def _blocks(pass_results: Sequence[PassResult]) -> tuple[Block, ...]:
-    """The blocks of the last graph that still has bodies of experts in it."""
+    """The blocks of the last graph in which experts still have bodies."""
     last = [
         pass_result for pass_result in pass_results if pass_result.stage in (Stage.ATEN, Stage.MOE)
     ][-1]

@@ -1,4 +1,4 @@
-"""What `moec.compile` is asked for, checked before anything that takes time."""
+"""Checks the arguments of `moec.compile`, before anything that takes time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
 
 
 def example_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the named example inputs; one tensor counts as a tuple of one.
+    """The positional and the named example inputs; a single tensor counts as a tuple of one.
 
     Raises UsageError for anything but a tuple or list, a mapping by name, and torch tensors.
     """
@@ -47,7 +47,7 @@ def example_inputs(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, A
 
 
 def text(name: str, value: Any) -> str:
-    """`value`, where it is text. Raises UsageError where it is not."""
+    """`value`, if it is text. Raises UsageError otherwise."""
     if not isinstance(value, str):
         raise UsageError(f'{name} is a {type(value).__name__}: give text such as "+a,-b"')
     return value
@@ -73,15 +73,15 @@ def tolerance(verify: Any) -> float | None:
 
 
 def both_targets(target: Any) -> tuple[Any, CudaTarget | None]:
-    """The target, and the GPUs that it names beside a CPU (cpu,cuda:sm_80). Raises TargetError."""
+    """The target, and the GPU target combined with it (cpu,cuda:sm_80), or None. Raises
+    TargetError."""
     return parse_both(target) if isinstance(target, str) else (target, None)
 
 
 def target_of(target: Any, *, run: bool) -> AnyTarget:
-    """The target by name. `run` says that its code is to be run here, as verification does.
+    """The target by name. `run` is True if its code will run here, for example for verification.
 
-    Raises TargetError for an unknown name, UsageError where this machine cannot run
-    the code.
+    Raises TargetError for an unknown name, UsageError where this machine cannot run the code.
     """
     if not isinstance(target, str | CpuTarget | CudaTarget):
         raise UsageError(f"target is a {type(target).__name__}: give the name of a target")
@@ -117,9 +117,9 @@ def check_tuning(target: AnyTarget, builds: bool) -> None:
 
 
 def cast(source: Source, dtype: Any) -> Source:
-    """The source with the weights and the float inputs converted, the weights in place.
+    """The source with its weights (in place) and its float inputs converted to `dtype`.
 
-    Raises UsageError for a dtype that models are not computed in.
+    Raises UsageError for a dtype in which models are not computed.
     """
     if dtype is None:
         return source
@@ -159,7 +159,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_kinds(**values: Any) -> None:
-    """Raises UsageError, naming the argument, where one that is not None is of another kind."""
+    """Raises UsageError, naming the argument, for a value (other than None) of the wrong kind."""
     for name, value in values.items():
         fits, words = _KINDS[name]
         if value is not None and not fits(value):

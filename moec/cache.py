@@ -41,7 +41,7 @@ DEFAULT_LIMIT = 2 * 2**30  # bytes
 _MAGIC = b"moec cache 1\n"
 _HEADER = len(_MAGIC) + hashlib.sha256().digest_size
 _PARTIAL = ".partial-"
-_ABANDONED = 3600.0  # seconds after which a partial file has no writer any more
+_ABANDONED = 3600.0  # seconds after which a partial file is assumed to have no writer
 
 
 class CacheWarning(UserWarning):
@@ -136,7 +136,8 @@ def store_in(folder: Path | None) -> Store:
 
 
 def _make(folder: Path) -> None:
-    """Raises OSError where it cannot be made, UsageError where others may write it."""
+    """Create the folder. Raises OSError where that fails, UsageError where others may write to
+    it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _private(folder.stat()):
         raise UsageError(
@@ -146,7 +147,7 @@ def _make(folder: Path) -> None:
 
 
 def _private(state: os.stat_result) -> bool:
-    """Whether it belongs to the user, and nobody else may write it."""
+    """Whether it belongs to the user, and nobody else may write to it."""
     if not hasattr(os, "geteuid"):
         return True
     return state.st_uid == os.geteuid() and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
@@ -158,7 +159,7 @@ def _reason(error: Exception) -> str:
 
 @cache
 def _warn(folder: Path, reason: str) -> None:
-    """Warn once in a process of each reason why a folder cannot be used."""
+    """Warn once per process for each folder and reason."""
     warnings.warn(
         f"the cache {folder} is not used: {reason}. Everything is compiled",
         CacheWarning,
@@ -248,7 +249,8 @@ def _header(kind: str, key: str, payload: bytes) -> bytes:
 
 
 def _write(path: Path, *parts: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL)  # for this user alone
+    # accessible to this user only
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             for part in parts:

@@ -1,6 +1,6 @@
-"""The dtypes of the IR and the names that numpy, torch and TVM share for them.
+"""The dtypes of the IR, and their names in numpy, torch and TVM.
 
-Every other table of dtypes is made from this one.
+All other tables of dtypes are derived from this one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,6 @@ FLOATS = ("f32", "f16", "bf16", "f64")
 HALVES = ("bf16", "f16")
 INTS = ("i64", "i32", "i16", "i8", "u8")
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
-"""What the weights of a model may be converted to."""
+"""The dtypes to which the weights of a model may be converted."""
 VECTOR_DTYPES = ("f32", "bf16", "f16")
-"""What vectors of kernels hold."""
+"""The dtypes of the elements of vectors in kernels."""

@@ -1,4 +1,4 @@
-"""Errors, by whose mistake they are. A message names the thing, the rule, and the remedy."""
+"""Error classes. A message names the thing, the rule, and the remedy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class MoecError(Exception):
 
 
 class CaptureError(MoecError):
-    """The model cannot be captured; the message says where and what to change."""
+    """The model cannot be captured; the message has the reason, the place and the remedy."""
 
 
 class UnsupportedError(MoecError):
-    """The graph holds operators that no kernel or lowering covers; all are listed at once."""
+    """The graph has operators without a kernel or lowering; all of them are listed."""
 
 
 class VerificationError(MoecError):

@@ -1,4 +1,4 @@
-"""Which extra installs what a command lacks."""
+"""Which extra to install for a missing package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEEDED_FOR = {
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:
-    """What to install, in one sentence; empty where the module is no extra's."""
+    """What to install, in one sentence; empty where the module belongs to no extra."""
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:

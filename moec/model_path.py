@@ -1,4 +1,4 @@
-"""What the path of a model names, told without reading it: no torch is imported for a typo."""
+"""Classifies the path of a model without importing torch, so that a typo is reported at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Kind = Literal["factory", "checkpoint", "pt2"]
 
 
 def kind_of_model(text: str) -> Kind:
-    """Which door a path belongs to.
+    """The kind of a model's path.
 
-    Raises UsageError where there is no such file or folder, or moec reads no such thing, and
-    CaptureError where a checkpoint lacks a file, or has one that is damaged.
+    Raises UsageError where the file or folder does not exist or is of no supported kind, and
+    CaptureError where a checkpoint lacks a file, or has a damaged one.
     """
     if not text:
         raise UsageError("the path of the model is empty: give a folder or a file")

@@ -1,17 +1,17 @@
-"""The phases from a captured graph to one that code is generated from: read this first.
+"""The phases from a captured graph to the graph from which code is generated: read this first.
 
-    CANONICALISE  one spelling for each idea
-    DENSE         the dense part of a transformer as ops of its own: norms, attention, rotary
-    RECOGNISE     routers and experts found and proved: the graph has MoE blocks from here on
-    SIMPLIFY      what recognition left between and inside of the blocks
-    LOWER         gates fused, then all rows of all experts at once, in as few kernels as possible
-    DECODE        of the program that continues texts, which is derived from the lowered one
+    CANONICALISE  one form for each computation
+    DENSE         the dense part of a transformer as ops: norms, attention, rotary embeddings
+    RECOGNISE     routers and experts are found and proved; from here on the graph has MoE blocks
+    SIMPLIFY      cleans up between and inside the blocks
+    LOWER         fuses gates, then computes all rows of all experts at once, in few kernels
+    DECODE        for the program that continues texts, which is derived from the lowered one
 
-Every door runs these: `moec.compile` all, `moec.transform` up to the last pass that changes the
-model, `torch.compile` CANONICALISE and RECOGNISE on its graph and the rest on each block, ONNX
-all of a model's. Level 0 does what code generation needs; 1 adds the fusions of MoE blocks; 2
-those of the rest. OPT_IN passes change what a model computes (APPROXIMATE), or need to be told
-something (EXACT_OPT_IN): they run where they are asked for alone, at the stage that they take.
+`moec.compile` runs all phases, `moec.transform` those up to the last pass that changes the model,
+`torch.compile` CANONICALISE and RECOGNISE on its graph and the rest on each block, ONNX export all
+phases of a model. Level 0 has what code generation needs; 1 adds the fusions of MoE blocks, 2 those
+of the rest. OPT_IN passes change what a model computes (APPROXIMATE), or need additional
+information (EXACT_OPT_IN). They run only on request, at the stage that they take.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ EXACT_OPT_IN: tuple[type[OptInPass], ...] = (
 OPT_IN: tuple[type[Approximate] | type[OptInPass], ...] = (*APPROXIMATE, *EXACT_OPT_IN)
 LEVELS = (0, 1, 2)
 
-# What options of their own ask for; these run after all others.
+# Passes with command-line options of their own; they run after all others.
 ON_REQUEST: tuple[tuple[str, Pass], ...] = (
     ("--quant", QuantiseExperts(Format("int8"))),
     ("--quant", QuantiseLinears(Format("int8"))),
@@ -179,7 +179,7 @@ def all_passes() -> tuple[Pass, ...]:
 
 PassSpec = Pass | Approximate
 PassChanges = str | Sequence[str | Approximate | OptInPass]
-"""Such as "+fuse-gate,-fold-addend", or a list of such texts and of opt-in passes."""
+"""Text such as "+fuse-gate,-fold-addend", or a list of such texts and of opt-in passes."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,8 @@ class _Changes:
     opt_in: tuple[Approximate | OptInPass, ...]
 
     def taking(self, *stages: Stage) -> list[Approximate | OptInPass]:
-        """The opt-in passes of these stages; an approximate one takes recognised blocks."""
+        """The opt-in passes that take one of these stages; an approximate one takes recognised
+        blocks."""
         return [
             pass_
             for pass_ in self.opt_in
@@ -198,8 +199,8 @@ class _Changes:
 
 
 def choose(opt_level: int = 2, changes: PassChanges = "") -> tuple[PassSpec, ...]:
-    """The passes of a level, with `changes`. Opt-in passes come in the order given, in the stage
-    that they take: before blocks are recognised, after it, or when all else is done.
+    """The passes of a level, with `changes`. Opt-in passes run in the order given, at the stage
+    that they take: before blocks are recognised, after that, or at the end.
 
     Raises UsageError for a pass or a level that does not exist, one that cannot be left out, or
     options that a pass does not have.
@@ -257,7 +258,7 @@ def _parse(changes: PassChanges) -> _Changes:
 
 
 def exact(passes: Sequence[PassSpec], why: str) -> tuple[Pass, ...]:
-    """The passes, none of which changes the model. Raises UsageError, with `why`, for one."""
+    """The passes, none of which may change the model. Raises UsageError, with `why`, otherwise."""
     for pass_ in passes:
         if isinstance(pass_, Approximate) or pass_.kind is Kind.CHANGES:
             raise UsageError(f"{pass_.name} changes what the model computes: {why}")
@@ -265,8 +266,8 @@ def exact(passes: Sequence[PassSpec], why: str) -> tuple[Pass, ...]:
 
 
 def with_calibration(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pass, ...]:
-    """The passes as they run: the approximate ones measured and kept within the budget, those
-    that quantise with codes chosen on the calibration data, where there are any."""
+    """The passes in the form in which they run: approximate ones are measured and kept within the
+    budget, and quantising ones choose codes on the calibration data, if there is any."""
 
     def one(pass_: PassSpec) -> Pass:
         if isinstance(pass_, Approximate):
@@ -279,13 +280,13 @@ def with_calibration(passes: Sequence[PassSpec], session: CalibrationSession) ->
 
 
 def from_stage(passes: Sequence[Pass], stage: Stage) -> tuple[Pass, ...]:
-    """The passes without those whose work is done in a program of `stage`: a module that is a
-    graph already has its blocks recognised."""
+    """The passes without those whose work is already done in a program of `stage`: a module that is
+    a graph has its blocks recognised."""
     return tuple(pass_ for pass_ in passes if stage <= pass_.takes)
 
 
 def after_recognition(passes: Sequence[Pass]) -> tuple[Pass, ...]:
-    """What is left to do for a block that is recognised."""
+    """The passes that remain for a recognised block."""
     last = max(i for i, pass_ in enumerate(passes) if pass_ in RECOGNISE.passes)
     return tuple(passes[last + 1 :])
 
@@ -311,7 +312,7 @@ def truncate_after(passes: Sequence[PassSpec], stop_after: str | None) -> tuple[
 
 
 def without_effect(pass_results: Sequence[PassResult]) -> tuple[str, ...]:
-    """In words, the opt-in passes that changed nothing, and why."""
+    """Sentences about the opt-in passes that changed nothing, with the reasons."""
     names = {str(kind.name) for kind in OPT_IN}
     sentences = []
     for pass_result in pass_results:

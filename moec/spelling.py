@@ -1,4 +1,4 @@
-"""The word that was probably meant."""
+"""Suggestions for misspelt words."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def did_you_mean_file(path: Path) -> str:
-    """`; did you mean 'X'?` for a file or folder that is there with nearly the name of `path`."""
+    """`; did you mean 'X'?` for an existing file or folder with nearly the name of `path`."""
     try:
         entries = islice(path.parent.iterdir(), _MOST_NAMES)
         present = {entry.stem: entry for entry in entries if entry != path}
     except OSError:
         return ""
-    near = difflib.get_close_matches(path.stem, present, 1)  # endings are alike where names are not
+    # suffixes are similar even if names are not
+    near = difflib.get_close_matches(path.stem, present, 1)
     return f"; did you mean {str(present[near[0]])!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""Temporary folders with room: LLVM ends the process where a file that it writes does not fit."""
+"""Temporary folders with enough room: LLVM ends the process if a file does not fit on the disk."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from moec.errors import UsageError
 from moec.files.os_errors import reason
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_MARGIN = 1 << 20  # bytes, for what others write meanwhile
+_MARGIN = 1 << 20  # bytes, for other writers
 
 
 @contextmanager
 def temporary_folder(size: int) -> Iterator[Path]:
-    """A folder, readable by this user only, with room for files of `size` bytes; gone at the end.
+    """A folder for this user only, with room for files of `size` bytes; removed on leaving.
 
-    Raises UsageError where there is no such folder, no room, or the room has gone meanwhile.
+    Raises UsageError where there is no folder for temporary files, no room, or no room any more.
     """
     try:
         parent = Path(tempfile.gettempdir())

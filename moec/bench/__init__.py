@@ -1,1 +1,1 @@
-"""How fast a model reads and writes text, beside others and beside what the machine can do."""
+"""Benchmarks of reading and writing text, compared with other runtimes and the machine's limits."""

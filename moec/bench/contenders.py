@@ -1,4 +1,4 @@
-"""Those who race: each reads the same prompts, then writes the same tokens, one after the other."""
+"""The contenders of a benchmark. Each reads the same prompts, then writes the same tokens."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Tokens = Sequence[Sequence[int]]
 
 
 class Session(Protocol):
-    """Texts in the middle of being read and written."""
+    """Texts that are being read and written."""
 
     def feed(self, tokens: Tokens) -> Any:
-        """Add tokens to each text; the logits [texts, V] after the last of each."""
+        """Add tokens to each text; returns the logits [texts, V] after its last token."""
 
 
 @dataclass(frozen=True)
 class Contender:
     name: str
-    open: Callable[[int, int], Session]  # texts, room for how many tokens each
+    open: Callable[[int, int], Session]  # (number of texts, room for tokens of each)
 
 
 def compiled(executor: Executor) -> Contender:
-    """Raises UsageError for a model that cannot take tokens in pieces."""
+    """moec's contender. Raises UsageError for a model that cannot take tokens in pieces."""
     if executor.package.generation is None:
         raise UsageError(f"the model runs no tokens in pieces: {executor.package.no_generation}")
     return Contender("moec", lambda texts, room: Texts(executor, texts, room))
@@ -38,7 +38,7 @@ def compiled(executor: Executor) -> Contender:
 
 @dataclass
 class _Transformers:
-    """transformers' own forward with its own dynamic cache, in inference mode."""
+    """The forward of transformers with its dynamic cache, in inference mode."""
 
     forward: Any
     cache: Any = None
@@ -57,9 +57,9 @@ class _Transformers:
 
 
 def transformers(names: Sequence[str], load: Callable[[], Any]) -> list[Contender]:
-    """One contender for each name; all share the weights of one model that `load` gives.
+    """One contender for each name; all share the weights of the model that `load` returns.
 
-    Raises UsageError for a name that is none of BASELINES.
+    Raises UsageError for a name that is not in BASELINES.
     """
     check_names(names)
     if not names:

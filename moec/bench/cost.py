@@ -1,7 +1,7 @@
-"""What a call of a graph costs at least: the arithmetic of its products, and the bytes it reads.
+"""The least cost of a call of a graph: arithmetic of its products, and bytes that it reads.
 
-Counted are linear layers, experts and attention. An expert is read where some token chose it; of
-the T*k choices each falls on any expert alike, so E * (1 - (1 - k/E)^T) of E are read.
+Linear layers, experts and attention are counted. An expert is read if a token chose it. If each of
+the T*k choices is equally likely to be any expert, E * (1 - (1 - k/E)^T) of E experts are read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Cost:
 
 
 def cost(graph: Graph, env: Env, context: int) -> Cost:
-    """The cost of one call whose sizes are `env`, when `seen` keys of each cache are read."""
+    """The cost of one call with sizes `env`, when `context` keys of each cache are read."""
     params = set(graph.params)
     total = Cost()
     for op in graph.ops:
@@ -71,7 +71,7 @@ def _product(op: Op, env: Env, params: set[Value]) -> Cost:
 
 
 def _experts(op: Op, env: Env, params: set[Value]) -> Cost:
-    """Rows R = k*T by the matrices of their experts; params are stacked over E."""
+    """Rows R = k*T times the matrices of their experts; params are stacked over E."""
     rows = evaluate_dim(op.outputs[0].shape[0], env)
     stacked = [value for value in op.inputs if value in params and len(value.shape) == 3]
     flops = sum(2.0 * rows * _count(v, env) / evaluate_dim(v.shape[0], env) for v in stacked)
@@ -101,13 +101,14 @@ def _quantised_linear(op: Op, env: Env) -> Cost:
 
 
 def _stored(matrix: Matrix, format: Format, env: Env) -> float:
-    """In the graph each code takes a byte; kernels pack them."""
+    """The bytes of a matrix as kernels store it; in the graph each code takes one byte."""
     rest = sum(_bytes(value, env) for value in matrix.values if value is not matrix.codes)
     return _count(matrix.codes, env) * format.bits / 8 + rest
 
 
 def _compressed(op: Op, env: Env) -> Cost:
-    """Parts of stacks, of which experts that got rows are read; the dictionary is in the cache."""
+    """Compressed stacks, of which only experts with rows are read. The dictionary is in the CPU's
+    cache."""
     parts = GroupedCompressed.of(op)
     rows = evaluate_dim(op.outputs[0].shape[0], env)
     experts = evaluate_dim(parts.ends.shape[0], env)
@@ -118,7 +119,8 @@ def _compressed(op: Op, env: Env) -> Cost:
 
 
 def _attention(op: Op, env: Env, context: int) -> Cost:
-    """Query s of S sees the keys up to its own place: on average seen - S/2 of them."""
+    """Query s of S attends to the keys up to its own position: on average context - (S - 1)/2
+    keys."""
     a = Attention.of(op)
     queries = evaluate_dim(a.shape("q")[2], env)
     keys = context if a.first is not None else queries

@@ -1,11 +1,11 @@
-"""What a MoE layer is expected to take on a GPU: a roofline model, and nothing that was measured.
+"""A roofline model of the time of a MoE layer on a GPU. Nothing in it was measured by moec.
 
     expected = max(bytes / (bandwidth * 0.75), FLOPs / peak of mma.sync) + one launch      a kernel
     limit    = max(bytes / bandwidth, FLOPs / peak of tensor cores)
 
-The shares are what kernels of this form reach where people have measured them, as assumptions of
-ours: 75 % of a GPU's bandwidth; by mma.sync 60 % of the peak, and on GPUs whose peak needs wgmma or
-tcgen05 as many FLOPs an SM as on an H100, about 350 TFLOP/s in all.
+The shares are assumptions, based on published measurements of such kernels: 75 % of a GPU's
+bandwidth; with mma.sync 60 % of the peak, and on GPUs whose peak needs wgmma or tcgen05 as many
+FLOPs per SM as on an H100, about 350 TFLOP/s in total.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ LAUNCH = 3e-6
 
 @dataclass(frozen=True)
 class Published:
-    """A time of a whole layer of others: `gpu` is the target whose numbers hold for it, None where
-    the source does not name it."""
+    """A published time of a complete layer; `gpu` is the target it was measured on, None where the
+    source does not name it."""
 
     layer: str
     tokens: int
@@ -44,7 +44,7 @@ class Published:
 
     @property
     def share(self) -> float | None:
-        """Of the limit; None where that is not known."""
+        """The share of the limit; None where the GPU is not known."""
         if self.gpu is None:
             return None
         return layer_seconds(LAYERS[self.layer], self.tokens, self.gpu) / self.seconds
@@ -75,7 +75,7 @@ OTHER_RATES = (
 
 @dataclass(frozen=True)
 class Expected:
-    """One kernel, in seconds. `bound` is what limits it."""
+    """One kernel: expected seconds, their limit, and what limits them (`bound`)."""
 
     kernel: str
     expected: float
@@ -96,7 +96,7 @@ def _expected(work: Work, target: CudaTarget) -> Expected:
 
 
 def mma_peak(target: CudaTarget) -> float:
-    """FLOPs a second that products by mma.sync are expected to reach."""
+    """FLOP/s that products by mma.sync are expected to reach."""
     newer = set(target.tensor_cores) - {"mma"}
     return min(_PEAK * target.bf16_peak, _PER_SM * target.sms if newer else target.bf16_peak)
 

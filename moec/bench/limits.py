@@ -1,4 +1,4 @@
-"""What this machine can do: arithmetic on registers, and reading of memory, on all threads."""
+"""Measures this machine's limits: arithmetic on registers and reads of memory, with all threads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moec.runtime.threads import available
 from moec.target.cpu import host
 
 THREADS = available()
-AHEAD = 8192  # bytes: loads alone keep fewer lines under way than a core could
+AHEAD = 8192  # bytes; loads alone keep fewer cache lines in flight than a core could
 
 
 def _tvm(tensor: torch.Tensor) -> tvm.runtime.Tensor:
@@ -26,7 +26,7 @@ def _tvm(tensor: torch.Tensor) -> tvm.runtime.Tensor:
 
 
 def peak(dtype: str) -> float:
-    """FLOP/s of all threads on sums of products that never leave the registers."""
+    """FLOP/s of all threads on sums of products in registers."""
     target, steps = host(), 400_000
     v = Vector(target)
     bf16 = dtype == "bfloat16"
@@ -34,7 +34,7 @@ def peak(dtype: str) -> float:
         sums, flops = SUMS, TILE_ROWS * v.lanes * 2 * (TILE_BYTES // 2)
         body = _tile_sums
     else:
-        # As many sums as a product keeps in registers: more would be spilled to memory.
+        # As many sums as a product keeps in registers; more would be spilled to memory.
         sums = target.tile_rows * target.tile_vectors
         flops = v.lanes * (4 if bf16 and target.bf16_dot else 2)
         body = _pair_sums if bf16 and target.bf16_dot else _float_sums
@@ -84,14 +84,14 @@ def _sums(
 
 
 def bandwidth() -> float:
-    """Bytes/s of all threads that read 512 MiB in turn and keep a sum: the best of seven."""
+    """Bytes/s of all threads that read 512 MiB and sum it: the best of seven."""
     read = reading()
     return max(read() for _ in range(7))
 
 
 def reading() -> Callable[[], float]:
-    """A function that reads as `bandwidth` does, once, and says how fast it was: memory that is
-    shared with others is not equally fast from one minute to the next."""
+    """A function that reads once as `bandwidth` does and returns the bytes/s: the speed of memory
+    that is shared with others varies by the minute."""
     target, parts = host(), 64
     v = Vector(target)
     each = (1 << 27) // parts
@@ -120,8 +120,7 @@ def best(action: Callable[[], object], rounds: int = 7) -> float:
 
 
 def warm(run: Callable[[], object]) -> None:
-    """Runs for 20 ms: a processor that was idle gets back to its speed, which takes some calls
-    where each is short."""
+    """Calls `run` for 20 ms, in which an idle processor returns to its full clock speed."""
     start = time.perf_counter()
     while time.perf_counter() - start < 0.02:
         run()

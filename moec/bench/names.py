@@ -1,4 +1,4 @@
-"""What may be raced: names, and what each needs."""
+"""The names of benchmark baselines, and what each needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moec.errors import UsageError
 from moec.spelling import did_you_mean
 
 TRANSFORMERS = ("eager", "grouped_mm", "batched_mm")
-"""Ways of transformers to run experts."""
+"""Implementations of experts in transformers."""
 BASELINES = (*TRANSFORMERS, "inductor")
 PACKAGES = {
     "onnxruntime": "onnxruntime",
@@ -18,7 +18,7 @@ PACKAGES = {
 }
 """Baselines that run a file (of_files.py), and the package of each."""
 SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx", "llama.cpp": ".gguf"}
-"""What each of those reads."""
+"""The suffix of the file that each of those reads."""
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -31,9 +31,9 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def files_of(names: Sequence[str], files: Sequence[Path]) -> dict[str, Path]:
-    """The one file of the right kind for each name of PACKAGES.
+    """The file with the right suffix for each name in PACKAGES.
 
-    Raises UsageError where one is missing, or not needed.
+    Raises UsageError where one is missing or superfluous.
     """
     chosen = {}
     for name in names:

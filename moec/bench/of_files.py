@@ -1,5 +1,5 @@
-"""Those who race with a file of their own: ONNX Runtime and OpenVINO with an ONNX file that takes
-keys and values and gives them back, llama.cpp with a GGUF file."""
+"""Contenders that run a file: ONNX Runtime and OpenVINO with an ONNX file that has past keys and
+values as inputs and present ones as outputs, llama.cpp with a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ PAST, PRESENT = "past_key_values.", "present."
 
 
 def of_files(names: Sequence[str], files: Sequence[Path], threads: int) -> list[Contender]:
-    """A contender for each name of PACKAGES, with the one file of the right kind.
+    """A contender for each name in PACKAGES, with the file of the right kind.
 
-    Raises UsageError where a file or a package is missing, or a file is not needed.
+    Raises UsageError where a file or a package is missing, or a file is superfluous.
     """
     return [_MAKE[name](file, threads) for name, file in files_of(names, files).items()]
 
 
 @dataclass(frozen=True)
 class _Engine:
-    """What runs an ONNX file: its inputs by name, each with dtype and shape (None: any size)."""
+    """A runtime of an ONNX file: its inputs by name, each with dtype and shape (None: any size)."""
 
     inputs: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...]]]
-    run: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # gives logits and present.*
-    zeros: Callable[[np.ndarray[Any, Any]], Any]  # an array as the engine holds caches
+    run: Callable[[Mapping[str, Any]], Mapping[str, Any]]  # returns logits and present.*
+    zeros: Callable[[np.ndarray[Any, Any]], Any]  # an array in the engine's form of caches
     logits: Callable[[Any], np.ndarray[Any, Any]]
 
 
 @dataclass
 class _WithPast:
-    """Texts of one length; what the file gives as present is handed back as past, uncopied."""
+    """Texts of one length; the present keys and values are passed on as past ones without a
+    copy."""
 
     engine: _Engine
     texts: int
@@ -124,7 +125,7 @@ def _openvino(path: Path, threads: int) -> Contender:
 
 @dataclass
 class _Llama:
-    """llama.cpp's own cache and batching, one text."""
+    """One text, with llama.cpp's own cache and batching."""
 
     model: Any
 

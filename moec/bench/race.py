@@ -1,4 +1,4 @@
-"""The race: all contenders in one process, one after the other in every round."""
+"""Runs a benchmark: all contenders in one process, one after the other in every round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moec.bench.contenders import Contender
 
 @dataclass(frozen=True)
 class Load:
-    """`batch` prompts of `prompt` tokens each, then `new` tokens, one after the other."""
+    """`batch` prompts of `prompt` tokens each, then `new` tokens, one at a time."""
 
     batch: int
     prompt: int
@@ -24,7 +24,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each prefill (all prompts at once), and of each step (a token for each text)."""
+    """Seconds of each prefill (all prompts at once), and of each step (one token for each text)."""
 
     name: str
     prefill: tuple[float, ...]
@@ -33,7 +33,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Figure:
-    """A rate in tokens a second: the median, and the middle half of all measurements."""
+    """A rate in tokens/s: the median, and the middle half of all measurements."""
 
     median: float
     low: float
@@ -51,7 +51,8 @@ def race(
     rounds: int,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> list[Times]:
-    """Each contender once unmeasured, then `rounds` rounds of all of them in turn."""
+    """Times of all contenders: each runs once without measurement, then in each of `rounds`
+    rounds."""
     generator = np.random.default_rng(0)
     prompts = generator.integers(load.vocabulary, size=(load.batch, load.prompt)).tolist()
     follow = generator.integers(load.vocabulary, size=(load.new, load.batch, 1)).tolist()
@@ -76,10 +77,10 @@ def _timed(action: Callable[[], object]) -> float:
 
 
 def spread(figure: Figure) -> float:
-    """The middle half of the measurements as a share of the median."""
+    """The width of the middle half of the measurements relative to the median."""
     return (figure.high - figure.low) / figure.median if figure.median else 0.0
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """How many times as long the other's median is."""
+    """The median of `theirs` over that of `ours`."""
     return statistics.median(theirs) / statistics.median(ours)

@@ -1,4 +1,4 @@
-"""What a race gave, as numbers, as text and as a picture."""
+"""The results of a benchmark as numbers, text and a picture."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from moec.errors import UsageError
 
 @dataclass(frozen=True)
 class Limits:
-    """Measured in the same run: FLOP/s of all threads in `kind`, bytes/s of all threads; and the
-    seconds that a prefill and a step take at least at those rates."""
+    """Limits measured in the same run: FLOP/s of all threads in dtype `kind`, and bytes/s of all
+    threads; and the least seconds of a prefill and of a step at these rates."""
 
     kind: str
     peak: float
@@ -27,7 +27,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ContenderLine:
-    """One contender; `ahead` is how many times as long it takes as moec does."""
+    """One contender; `prefill_ahead` and `decode_ahead` are its times over moec's."""
 
     name: str
     prefill: Figure
@@ -38,7 +38,7 @@ class ContenderLine:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """`prefill_share` and `decode_share` are moec's shares of the limits."""
+    """All results; `prefill_share` and `decode_share` are moec's shares of the limits."""
 
     model: str
     dtype: str
@@ -56,7 +56,7 @@ class BenchResult:
         return asdict(self)
 
     def section(self, command: str) -> str:
-        """As a section of a Markdown file."""
+        """The results as a section of a Markdown file."""
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         title = f"{self.model}, {self.dtype}, {self.load.batch} x {self.load.prompt} tokens"
         body = f"    $ {command}\n\n" + textwrap.indent(str(self), "    ")
@@ -97,7 +97,7 @@ def result(
     times: list[Times],
     load_average: float,
 ) -> BenchResult:
-    """`times` begin with moec's."""
+    """The result of a run; `times` begins with moec's."""
     ours = times[0]
     lines = tuple(
         ContenderLine(
@@ -134,7 +134,7 @@ def _times(ahead: float) -> str:
 
 
 def plot(report: BenchResult, path: Path) -> None:
-    """Bars of both rates, with the limit. Raises UsageError where matplotlib is missing."""
+    """A bar chart of both rates with the limits. Raises UsageError where matplotlib is missing."""
     try:
         import matplotlib
 

@@ -1,1 +1,1 @@
-"""Compiled models as ONNX files, run and compared before they have their name."""
+"""Exports compiled models as ONNX files, which are run and compared before they are published."""

@@ -6,8 +6,8 @@
     exported(**inputs).logits
     exported.save_pretrained("exported")
 
-`AutoHfExporter` and `AutoExportConfig` find it by its export_format, "moec". An export is what
-`moec.compile` gives, verified against the model, and a saved one is the artifact of `moec.load`.
+`AutoHfExporter` and `AutoExportConfig` find it by its export_format, "moec". An export is the
+result of `moec.compile`, verified against the model; a saved export is an artifact for `moec.load`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class MoecConfig(ExportConfigMixin):  # type: ignore[misc]  # transformers is no
     passes: str = ""
     quant: str | None = None
     verify: bool | float = True
-    quantizer: None = None  # transformers looks for it in every config
+    quantizer: None = None  # transformers reads it from every config
 
 
 class MoecExporter(HfExporter):  # type: ignore[misc]
@@ -65,7 +65,7 @@ class MoecExporter(HfExporter):  # type: ignore[misc]
         return compiled, _metadata(model, sample_inputs)
 
     def export_for_generation(self, *args: Any, **options: Any) -> Any:
-        """Raises UsageError: one export generates text, and is not cut into stages."""
+        """Raises UsageError: a single export generates text, without separate stages."""
         raise UsageError(
             "moec does not cut a model into stages: export() it, and call .program.generate"
         )
@@ -82,7 +82,7 @@ class MoecExporter(HfExporter):  # type: ignore[misc]
 
 
 class MoecRunner(ModelRunner):  # type: ignore[misc]
-    """Gives what the model gives: its own output class, with the tensors that moec computes."""
+    """Runs the compiled model, and returns the model's own output class."""
 
     def __init__(self, program: Any, metadata: ExportMetadata) -> None:
         super().__init__(metadata)
@@ -94,7 +94,7 @@ class MoecRunner(ModelRunner):  # type: ignore[misc]
 
     @classmethod
     def from_program(cls, program: Any, metadata: ExportMetadata, device: Any = None) -> MoecRunner:
-        """Raises UsageError for any device but the CPU."""
+        """A runner on the CPU. Raises UsageError for any other device."""
         if device is not None and torch.device(device).type != "cpu":
             raise UsageError(f"device {device}: moec's code runs on a CPU")
         return cls(program, metadata)
@@ -107,7 +107,7 @@ class MoecRunner(ModelRunner):  # type: ignore[misc]
 
 
 def _metadata(model: Any, inputs: Mapping[str, Any]) -> ExportMetadata:
-    """What transformers needs to give the model's own outputs again."""
+    """The metadata from which transformers rebuilds the model's output class."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     metadata = ExportMetadata(
         architecture=type(model).__name__,

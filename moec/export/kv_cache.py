@@ -1,12 +1,11 @@
-"""Files with keys and values as inputs and outputs: their content, and how they are run for the
-comparison with eager.
+"""ONNX files with keys and values as inputs and outputs: their program, and how they are compared.
 
-com.microsoft.GroupQueryAttention could hold the attention too, with what is seen as its
+com.microsoft.GroupQueryAttention could represent the attention too, with the mask as its
 attention_bias. It is not used: on a CPU (ONNX Runtime 1.31, one thread, 32 and 8 heads of 128) it
 took 1.05 to 1.2 times as long for one token after 128 and 1024, 1.25 times for a prompt of 128 and
-0.87 times for one of 512; and it refuses several tokens of several texts after a past. Its CUDA
-kernels take such a bias on their unfused way alone, and only since ONNX Runtime's pull request
-29525; the standard Attention has fused CUDA kernels of its own (pull request 27542).
+0.87 times for one of 512; and it rejects several tokens of several texts after a past. Its CUDA
+kernels support such a bias only without fusion, and only since ONNX Runtime's pull request 29525;
+the standard Attention has fused CUDA kernels (pull request 27542).
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ if TYPE_CHECKING:
     from moec.model.compiled import CompiledModel
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
-DECODED = 3  # tokens that go through one by one when a file is compared
+DECODED = 3  # tokens that are fed one by one when a file is compared
 
 
 @dataclass(frozen=True)
 class Content:
-    """The program that is written, how many layers keep keys and values in it, and what to say
-    where it has none though it continues text."""
+    """The program to write, its number of layers with keys and values, and notes where it has none
+    although the model continues text."""
 
     program: Program
     caches: int = 0
@@ -43,9 +42,9 @@ class Content:
 
 
 def content(compiled: CompiledModel, cache: bool | None) -> Content:
-    """With a cache where it is asked for, or nothing is said and the model continues text.
+    """The program with a cache, where `cache` is True, or is None and the model continues text.
 
-    Raises UnsupportedError, with the reason, where a cache is asked for and cannot be.
+    Raises UnsupportedError, with the reason, where a cache is requested but not possible.
     """
     program = compiled.pass_results[-1].program
     if cache is False or (cache is None and not continues_text(program.graph)):
@@ -65,7 +64,7 @@ def content(compiled: CompiledModel, cache: bool | None) -> Content:
 
 
 class CachedTexts:
-    """Texts of one batch that go through `run` in pieces, as its user does it."""
+    """A batch of texts that is fed to `run` in pieces, as users of the file do."""
 
     def __init__(self, program: Program, run: Run, batch: int) -> None:
         self._graph, self._run = program.graph, run
@@ -73,7 +72,7 @@ class CachedTexts:
         self._past = empty(program, batch)
 
     def feed(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids [B, S], and where they are padding 0 in the mask -> logits [B, S, V]."""
+        """Feed token ids [B, S], with 0 in `mask` [B, S] for padding; returns logits [B, S, V]."""
         new = torch.ones_like(ids) if mask is None else mask
         self._mask = torch.cat([self._mask, new], 1)
         names = [value.name for value in self._graph.inputs]
@@ -83,7 +82,7 @@ class CachedTexts:
 
 
 def empty(program: Program, batch: int) -> list[torch.Tensor]:
-    """What a text starts with: no keys and no values."""
+    """The past keys and values of an empty text."""
     return [
         torch.zeros(batch, int(v.shape[1]), 0, int(v.shape[3]), dtype=TORCH_DTYPES[v.dtype])
         for v in program.graph.inputs[2:]
@@ -91,7 +90,7 @@ def empty(program: Program, batch: int) -> list[torch.Tensor]:
 
 
 def at_once(program: Program, run: Run) -> Run:
-    """The whole text in one call, as the model itself takes it."""
+    """A function that runs the complete text in one call, like the model itself."""
     tokens, logits = program.graph.inputs[0].name, program.graph.outputs[0].name
 
     def run_whole(inputs: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
@@ -104,9 +103,9 @@ def at_once(program: Program, run: Run) -> Run:
 def feed_in_chunks(
     program: Program, run: Run, ids: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Token ids [B, S]: half of them, some one by one, and the rest; then once more in two pieces
-    of which each text has another share, so that both are padded, the second amid the text.
-    For each piece its end, and the logits [B, V] after it."""
+    """Feed token ids [B, S]: half of them, a few one by one, then the rest. Then once more in two
+    pieces that are divided differently in each text, so that both are padded, the second in
+    mid-text. Yields for each piece its end, and the logits [B, V] after it."""
     batch, length = ids.shape
     if not ids.numel():
         return
@@ -124,7 +123,7 @@ def feed_in_chunks(
 
 
 def _padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """On the left, with token 0: ids and mask [B, S]."""
+    """Ids and mask [B, S] of rows padded on the left with token 0."""
     width = max(map(len, rows))
     ids = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
@@ -133,7 +132,7 @@ def _padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cases(program: Program, texts: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
-    """Inputs for the program: each text at once, and its last token after all others."""
+    """Inputs for the program: each complete text, and its last token after all others."""
     feeds: list[tuple[torch.Tensor, ...]] = []
     for ids in texts:
         ones, past = torch.ones_like(ids), empty(program, len(ids))
@@ -148,7 +147,8 @@ def cases(program: Program, texts: Sequence[torch.Tensor]) -> list[tuple[torch.T
 def logits_alone(
     captured: Captured, pass_results: Sequence[PassResult]
 ) -> tuple[Captured, tuple[PassResult, ...]]:
-    """What is compared where a file gives one of the model's outputs."""
+    """The capture and the results of passes with the logits as the only output, for comparison with
+    a file that returns them only."""
     graph = pass_results[-1].program.graph
     index = graph.outputs.index(logits_of(graph))
 

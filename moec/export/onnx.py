@@ -1,4 +1,5 @@
-"""A compiled model's graph as an ONNX file that was run and compared before it has its name."""
+"""Writes a compiled model's graph as an ONNX file, which is run and compared before it is
+published."""
 
 from __future__ import annotations
 
@@ -42,16 +43,16 @@ UNASKED = (
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and how it was checked.
+    """The result of an export.
 
-    `forms` says by block whether it is "rows" (sorted rows, one product per expert and
-    projection) or "op" (com.microsoft.MoE, or QMoE for experts in few bits). `errors` are those
-    of each output against eager, and `parity` the share of tokens by block that chose the same
-    experts; both are empty where the file was not run, and `notes` say why. Where `quant` names
-    a format, both compare with the quantised weights in float32, and `moved` says how far each
-    output is from the unquantised model's. `strays` of the compared `rows` are farther off than
-    `tolerance` (see `moec.interpret.tolerance.STRAYS`). `caches` is how many layers take their keys
-    and values before and give those after; 0 where the file is the whole forward alone.
+    `forms` has by block "rows" (sorted rows, one product per expert and projection) or "op"
+    (com.microsoft.MoE, or QMoE for quantised experts). `errors` has the error of each output
+    against eager, and `parity` by block the share of tokens that chose the same experts; both are
+    empty where the file was not run, and `notes` have the reason. If `quant` is a format, both
+    compare with the quantised weights in float32, and `moved` has the distance of each output from
+    that of the unquantised model. `strays` of the compared `rows` have a greater error than
+    `tolerance` (see `moec.interpret.tolerance.STRAYS`). `caches` is the number of layers with past
+    keys and values as inputs and present ones as outputs; 0 for a file without a cache.
     """
 
     path: str
@@ -123,7 +124,7 @@ def export(
         "caches": content.caches,
     }
     with tempfile.TemporaryDirectory(prefix=".moec-", dir=path.parent) as folder:
-        # Under its final name, since the model holds the name of its data.
+        # Under its final name, because the model contains the name of its data file.
         draft = Path(folder) / path.name
         progress("write")
         written = file.write(lowered, content.program.weights, draft, about)
@@ -143,7 +144,8 @@ def export(
 
 
 def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
-    """With its weights rounded to nearest, as `moec.compile(quant=...)` does without `calib`."""
+    """The model with weights rounded to nearest, as by `moec.compile(quant=...)` without
+    `calib`."""
     if compiled.quantised:
         raise UsageError(
             f"{compiled.source.name} was compiled with quant={compiled.quantised[0].format!r}: "
@@ -156,8 +158,8 @@ def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
 
 
 def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel:
-    """What a file with weights of few bits means: how rows are rounded as they meet them is the
-    business of the runtime that opens it."""
+    """The model as the reference for a file with quantised weights: rows are not rounded, because
+    the runtime that opens the file decides how to round them."""
     if profile.name == "cuda":
         raise TargetError(
             'quant: QMoE and MatMulNBits were not tried in CUDA kernels: with ep="cuda" leave out '
@@ -202,7 +204,8 @@ def _compared(
     exported: Exported,
     tolerance: float | None,
 ) -> Exported:
-    """Run on the CPU and compared with eager, whatever it was made for, where its kernels can.
+    """The result after running the file on the CPU and comparing it with eager, for any `ep` whose
+    operators have CPU kernels.
 
     Raises VerificationError where a number differs.
     """
@@ -245,7 +248,7 @@ def _compared(
 
 
 def _publish(draft: Path, path: Path) -> None:
-    """The data first: a model without its data is worse than data without a model."""
+    """Publishes the data first: a model without its data is worse than data without a model."""
     data = draft.with_name(f"{draft.name}.data")
     target = path.with_name(data.name)
     if data.exists():

@@ -18,9 +18,9 @@ Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 def routing_parity(
     lowered: OnnxGraph, program: Program, run: Run, cases: Sequence[Sequence[torch.Tensor]]
 ) -> dict[str, float]:
-    """By block, over all tokens of all cases. `run` gives the ids of the experts by the names of
-    `lowered.choices`; the other side is the graph's meaning in eager PyTorch. The order among a
-    token's experts does not count."""
+    """The parity by block, over all tokens of all cases. `run` returns the ids of experts by the
+    names in `lowered.choices`; they are compared with the graph in eager PyTorch. The order among a
+    token's experts is ignored."""
     graph = program.graph
     ids = tuple(dict.fromkeys(value for value, _ in lowered.choices))
     names = dict(lowered.choices)

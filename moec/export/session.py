@@ -1,4 +1,4 @@
-"""The file in ONNX Runtime: torch tensors in and out."""
+"""Runs an ONNX file in ONNX Runtime on torch tensors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Results = Mapping[str, torch.Tensor]
 
 
 def open_session(path: Path, model: ModelProto | None = None) -> Any:
-    """A session on the CPU of the file, or of `model`, whose weights are beside the file.
+    """A session on the CPU for the file, or for `model`, whose weights are next to the file.
 
-    Raises VerificationError where ONNX Runtime does not take it.
+    Raises VerificationError where ONNX Runtime rejects it.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -38,7 +38,7 @@ def open_session(path: Path, model: ModelProto | None = None) -> Any:
 
 
 def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:
-    """Takes inputs by name, and leaves out those that the file does not have.
+    """A function that takes inputs by name, ignoring those that the file does not have.
 
     Raises VerificationError where ONNX Runtime fails.
     """

@@ -1,4 +1,4 @@
-"""Errors of the system on files, in words that say what to do."""
+"""Explanations of system errors on files, with a remedy."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ _WORDS = {
 
 
 def reason(error: OSError) -> str:
-    """The reason of an OSError, in moec's words, or else in the system's."""
+    """The reason of an OSError, in moec's words if there are any, else in the system's."""
     return _WORDS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__

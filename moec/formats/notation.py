@@ -1,7 +1,7 @@
-"""How formats of weights are written: "int4:64:asymmetric", "int8,linears=int8,head=int8".
+"""The notation of weight formats: "int4:64:asymmetric", "int8,linears=int8,head=int8".
 
-What their codes and scales mean is in integer.py; this file needs no torch, so that a typo in
---quant is refused before torch is imported.
+The meaning of codes and scales is in integer.py. This file needs no torch, so that a typo in
+--quant is reported before torch is imported.
 """
 
 from __future__ import annotations

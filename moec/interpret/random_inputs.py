@@ -25,10 +25,10 @@ def random_like(
 ) -> list[torch.Tensor]:
     """Inputs of the example's sizes: random floats, and random ids within their table.
 
-    Ids whose row is all zero (padding) are left out: all router scores are equal for such a token,
+    Ids whose row is all zero (padding) are left out: all router scores of such a token are equal,
     and torch does not define which of equal scores its top-k chooses.
 
-    Integers that look up nothing (masks, positions) stay as in the example; states hold their
+    Integers that are no table ids (masks, positions) are those of the example; states have their
     initial contents.
     """
     inputs: list[torch.Tensor] = []

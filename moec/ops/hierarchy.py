@@ -1,4 +1,4 @@
-"""moe.hierarchy: experts that gates at two levels weigh, a softmax within each group of them.
+"""moe.hierarchy: experts weighted by gates at two levels, with a softmax within each group.
 
 Hierarchical mixtures of experts: Jordan and Jacobs, Neural Computation 6 (1994).
 """
@@ -15,7 +15,7 @@ from moec.ir.opdef import Runner, defop, require
 
 
 def groups_of(op: Op) -> tuple[int, ...]:
-    """How many experts each group has."""
+    """The number of experts of each group."""
     return cast("tuple[int, ...]", op.attrs["groups"])
 
 
@@ -36,7 +36,7 @@ def hierarchy(
     """values[.., E], logits[.., E], weights[.., G] -> the sum over groups g of
     weights[.., g] * sum over the experts e of g of softmax(logits of g)[.., e] * values[.., e].
 
-    `groups` says how many experts each group has: those of a group lie together.
+    `groups` has the number of experts of each group; the experts of a group are consecutive.
     """
     values, logits, weights = tensors
     groups = list(groups_of(op))

@@ -1,1 +1,1 @@
-"""Running the ranks of a plan as processes, on torch.distributed."""
+"""Runs the ranks of a plan as processes, with torch.distributed."""

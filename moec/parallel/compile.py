@@ -1,4 +1,4 @@
-"""The code of ranks: the segments of a rank's function in one library."""
+"""Compiles the segments of a rank's function into one library."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OPT_LEVEL = 2
 
 
 def compile_ranks(programs: Iterable[Program], function: str, target: Target) -> Iterator[RankCode]:
-    """Compile one function of each rank, in stage MOE. Ranks whose graphs are alike differ in
-    weights alone, and share one library.
+    """Compile one function of each rank, in stage MOE. Ranks whose graphs differ only in weights
+    share one library.
 
-    Raises UnsupportedError for an op without a kernel, and for a state that is no cache of keys
-    and values.
+    Raises UnsupportedError for an op without a kernel, and for a state that is no cache of keys and
+    values.
     """
     backend = backend_for(target)
     libraries: dict[str, tuple[LoweredModule, BuiltLibrary]] = {}
@@ -59,7 +59,7 @@ def _check_states(graph: Graph) -> None:
 
 
 def _segments(program: Program) -> tuple[Module, dict[str, Array]]:
-    """The segments, and the params that ops in torch read."""
+    """The segments as a module, and the params that ops in torch read."""
     parts: dict[str, Program] = {}
     tables: dict[str, Array] = {}
     for item in cut(program.graph):

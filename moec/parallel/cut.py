@@ -1,9 +1,9 @@
-"""A rank's graph as segments with exchanges between them.
+"""Cuts a rank's graph into segments, with exchanges between them.
 
     graph in stage GROUPED  ->  segment, dist.all_to_all, segment, dist.all_to_all, …
 
-A segment is the ops between two exchanges, as a function of a library. Exchanges,
-counts and the few ops that only look up or add counts run in torch.
+A segment has the ops between two exchanges, compiled as a function of a library. Exchanges, counts
+and the few ops that only look up or add counts run in torch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _SMALL = ("aten.index_select.default", "aten.sum.default", "aten.reshape.default
 
 @dataclass(frozen=True)
 class Segment:
-    """A function of the library, and the values of the rank's graph that it takes and gives."""
+    """A function of the library; its graph's inputs and outputs are values of the rank's graph."""
 
     name: str
     graph: Graph
 
 
 def cut(graph: Graph) -> tuple[Segment | Op, ...]:
-    """Ops that run in torch as they are, runs of others as segments, in order."""
+    """In order: ops that run in torch, and segments of consecutive other ops."""
     runs: list[list[Op]] = [[]]
     for op in graph.ops:
         if op.name.startswith("dist.") or op.name == "moec.size":
@@ -50,7 +50,8 @@ def cut(graph: Graph) -> tuple[Segment | Op, ...]:
 
 
 def _part(graph: Graph, ops: Sequence[Op], available: Sequence[Value]) -> Graph:
-    """The graph of some ops: what they read from outside goes in, what others read comes out."""
+    """The graph of some ops: values that they read from outside are inputs, values that others read
+    are outputs."""
     again = _sorts(ops, graph)
     outputs = tuple(
         value
@@ -74,8 +75,8 @@ def _part(graph: Graph, ops: Sequence[Op], available: Sequence[Value]) -> Graph:
 
 
 def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:
-    """The sorts outside of `ops` whose slots its sums read: the kernel of a sum wants the sort
-    beside it, and sorting again is cheaper than an exchange by far."""
+    """The sorts outside of `ops` whose slots a sum in `ops` reads. The kernel of a sum needs the
+    sort in its segment, and sorting again is much cheaper than an exchange."""
     sorts: dict[Op, None] = {}
     for op in ops:
         if op.name != "moe.combine":
@@ -92,7 +93,7 @@ def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:
 
 
 def _telling(ops: Sequence[Op], inputs: Sequence[Value], available: Sequence[Value]) -> list[Value]:
-    """Further values, read for their sizes alone: one for each size that no input has."""
+    """Additional values, read only for their sizes: one for each size that no input has."""
     used = {s for op in ops for v in (*op.inputs, *op.outputs) for d in v.shape for s in symbols(d)}
     told = {str(dim) for v in inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
     more: list[Value] = []

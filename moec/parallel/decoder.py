@@ -1,7 +1,7 @@
-"""Text generation on the ranks of a plan: each rank has some of the texts, and their caches.
+"""Generates text on the ranks of a plan; each rank has some of the texts, and their caches.
 
-Every rank draws every token, from the logits of all texts: all take the same number of steps, and
-a seed draws what it draws in one process. A rank without texts runs along, for its experts.
+Every rank draws every token from the logits of all texts, so all take the same number of steps, and
+a seed gives the same tokens as in one process. A rank without texts takes part with its experts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moec.runtime.package import DECODE, Package
 
 
 class RankDecoder:
-    """What `Texts` runs, on one rank of several (`moec.runtime.texts.Decoder`)."""
+    """The decoder of one of several ranks, for `Texts` (`moec.runtime.texts.Decoder`)."""
 
     def __init__(self, files: RankFiles, ranks: ProcessRanks) -> None:
         self._ranks, self._meanings = ranks, named_meanings(ranks)
@@ -40,8 +40,8 @@ class RankDecoder:
         return np.arange(first, first + count, dtype=np.int32)
 
     def new_caches(self, texts: int, room: int) -> list[Cache]:
-        """Caches for this rank's share of the texts; for all texts of a group where ranks share
-        the heads."""
+        """Caches for this rank's share of the texts, or, where ranks share the heads, for all texts
+        of their group."""
         counts, caches = [*map(len, self._shares(texts))], []
         for port in self.package.functions[DECODE].caches:
             group = self._groups.get(str(port.shape[0]))

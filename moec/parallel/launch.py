@@ -1,4 +1,4 @@
-"""All ranks of a plan on this host: start them, and say which one failed, where and why."""
+"""Starts all ranks of a plan on this host, and reports which one failed, where and why."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from moec.parallel.store import manifest_of
 
 T = TypeVar("T")
 
-# One process imports these, and the ranks are forks of it: what a rank is made of takes seconds to
-# import. It has no threads, and is kept for the next launch of this process.
+# One process imports these, which takes seconds, and ranks are forked from it. It has no threads,
+# and is kept for further launches.
 PRELOADED = ["moec.parallel.worker", "torch.distributed.elastic.multiprocessing"]
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 def launch(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
-    """Run `entry(job, *arguments)` in `count` ranks as processes; what it gives on rank 0.
+    """Run `entry(job, *arguments)` in `count` processes, one per rank; returns the result of rank
+    0.
 
-    Raises RankError naming the rank that failed first, how it ended, and where the others were.
+    Raises RankError with the rank that failed first, how it ended, and where the others were.
     """
     manifest, _ = manifest_of(job.folder, job.signed_by)
     if manifest.devices != count:
@@ -36,7 +37,7 @@ def launch(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
 
 
 def start(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
-    """As `launch`, for any work of ranks. Raises RankError."""
+    """As `launch`, without a plan's folder. Raises RankError."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -57,7 +58,7 @@ def start(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
         )
         marked = replace(job, marks=Path(folder))
         for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # the error says it in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the error has it in one line
         try:
             results: dict[int, T] = elastic_launch(config, entry)(marked, *arguments)
         except SignalException as stopped:  # the launcher has ended the ranks
@@ -79,8 +80,8 @@ def _marked(folder: Path, rank: int, kind: str) -> str | None:
 
 
 def _explained(folder: Path, count: int, rank: int, first: Any) -> str:
-    """The culprit is the first that a signal ended, or one that others found gone or silent; else
-    the first that failed by its own word."""
+    """The error message. It blames the first rank that a signal ended, or one that others found
+    gone or silent; otherwise the first rank that reported a failure."""
     failed = {r: text for r in range(count) if (text := _marked(folder, r, "failed")) is not None}
     gone = {r: text for r in range(count) if (text := _marked(folder, r, "gone")) is not None}
     waiting = "; ".join(failed[r] for r in sorted(failed) if r not in gone)

@@ -1,9 +1,9 @@
-"""This machine's numbers for the planner, measured by ranks that are all at work at once.
+"""Measures this machine's numbers for the planner, with all ranks working at once.
 
-A device is one rank with its threads: cores and memory that ranks share are shared here too. FLOP/s
-are those of a compiled layer of experts, its dispatch and sum included; latency is that of the
-exchanges that a layer makes on its way, see `_exchanges`. FLOP/s and bytes/s are achieved ones, and
-the efficiency beside them is 1.
+A device is one rank with its threads; ranks share cores and memory here as in a run. FLOP/s are
+those of a compiled layer of experts, including its dispatch and sum; latency is that of the
+exchanges of a layer, see `_exchanges`. FLOP/s and bytes/s are achieved ones, so the efficiency is
+1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moec.runtime.package import MAIN
 from moec.target import cpu
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-E, D, H, T = 4, 256, 512, 1024  # experts, width, hidden width, tokens of one expert each
+E, D, H, T = 4, 256, 512, 1024  # experts, width, hidden width, tokens of each expert
 FLOP = 2 * T * 3 * D * H
 LAYER = f"""
 graph main(x: DTYPE[T, {D}], i: i64[T, 1]; w1: DTYPE[{E}, {H}, {D}], w3: DTYPE[{E}, {H}, {D}],
@@ -53,15 +53,15 @@ graph main(x: DTYPE[T, {D}], i: i64[T, 1]; w1: DTYPE[{E}, {H}, {D}], w3: DTYPE[{
   y: DTYPE[T, {D}] = moe.combine(out, order) <k=1, tokens={{T}}, dtype=DTYPE>
   return y
 }}"""
-COPIED = 64 << 20  # bytes, beyond any cache
-SENT = 4 << 20  # bytes from each rank to all
+COPIED = 64 << 20  # bytes, larger than any cache
+SENT = 4 << 20  # bytes from each rank to all ranks
 REPEATS = 7
 
 
 @dataclass(frozen=True)
 class Numbers:
     """Medians on one rank: FLOP/s by dtype, bytes/s of memory and of an exchange, and seconds of
-    the smallest exchange; bytes that the process takes."""
+    the smallest exchange; and the bytes that the process takes."""
 
     flops: dict[str, float]
     memory_bandwidth: float
@@ -71,8 +71,8 @@ class Numbers:
 
 
 def measure(ranks: int, threads: int, timeout: float) -> Cluster:
-    """A cluster of one node with `ranks` devices of `threads` threads each, all numbers measured
-    but the memory of a device, which is its share. Raises RankError."""
+    """A cluster of one node with `ranks` devices of `threads` threads each. All numbers are
+    measured, except the memory of a device, which is its share. Raises RankError."""
     job = Job(Path(), None, None, timeout, threads)
     numbers = start(job, ranks, measure_rank)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -110,7 +110,7 @@ def measure_rank(job: Job) -> Numbers:
         target = torch.empty_like(source)
         copied = 2 * COPIED / _seconds(lambda: target.copy_(source))
         least = _seconds(_exchange(world, world))
-        latency = _seconds(_exchanges(world)) / 2 / max(1, world - 1)  # of one way
+        latency = _seconds(_exchanges(world)) / 2 / max(1, world - 1)  # in one direction
         seconds = _seconds(_exchange(world, SENT // 4 // world * world))
         away = SENT * (world - 1) / world  # what stays on the rank is not sent
         bandwidth = away / max(seconds - least, 1e-9)
@@ -119,7 +119,7 @@ def measure_rank(job: Job) -> Numbers:
 
 
 def _layer(dtype: str) -> Callable[[], object]:
-    """A compiled layer of experts that all have as many rows."""
+    """A compiled layer of experts with equal numbers of rows."""
     graph = parse(LAYER.replace("DTYPE", dtype))
     weights = {
         param.name: torch.full([int(dim) for dim in param.shape], 0.01, dtype=DTYPES[dtype])
@@ -132,8 +132,8 @@ def _layer(dtype: str) -> Callable[[], object]:
 
 
 def _exchanges(world: int) -> Callable[[], object]:
-    """What a layer sends, of the smallest size: counts, which are read, then rows and the slots of
-    their experts, and rows on the way back."""
+    """The exchanges of a layer at the smallest size: counts, which are read, then rows and the
+    slots of their experts, and the rows on the way back."""
     counts, arriving = (torch.ones(world, dtype=torch.int32) for _ in range(2))
     rows, slots = torch.ones(world, 1), torch.ones(world, dtype=torch.int64)
     result, result_slots = torch.empty_like(rows), torch.empty_like(slots)
@@ -154,7 +154,7 @@ def _exchange(world: int, count: int) -> Callable[[], object]:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The median of some runs after one that is not counted."""
+    """The median of several runs, after one that is not counted."""
     run()
     seconds = []
     for _ in range(REPEATS):

@@ -1,4 +1,4 @@
-"""A compiled plan in a script that torchrun starts: text from all ranks."""
+"""A compiled plan in a script that torchrun starts: generates text on all ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moec.runtime.prompt import load_tokenizer
 
 @dataclass(frozen=True)
 class RankWriter:
-    """This process's rank; all ranks call the same with the same arguments."""
+    """This process's rank. All ranks make the same calls with the same arguments."""
 
     writer: Writer
     ranks: ProcessRanks
@@ -35,7 +35,8 @@ class RankWriter:
         return stream(self.writer, prompts, **self._seeded(options))
 
     def _seeded(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Every rank draws every token: a seed that nobody gave is rank 0's."""
+        """The options with rank 0's seed if none was given, because every rank draws every
+        token."""
         if options.get("temperature") and options.get("seed") is None:
             return {**options, "seed": agreed(self.ranks, secrets.randbits(32))}
         return options
@@ -49,12 +50,13 @@ def open_rank(
     threads: int = 1,
     signed_by: Path | str | None = None,
 ) -> Iterator[RankWriter]:
-    """The rank of this process, of a folder that `moec compile --plan` wrote; `timeout` is how
-    many seconds a rank waits for the others, `signed_by` the file of a public key whose owner must
-    have signed the folder.
+    """The rank of this process in a folder that `moec compile --plan` wrote.
 
-    Raises UsageError where torchrun did not start this process, or as many as were planned,
-    ArtifactError, and RankError where another rank fails.
+    `timeout` is the number of seconds that a rank waits for the others; `signed_by` is the file of
+    the public key by which the folder must be signed.
+
+    Raises UsageError where torchrun did not start this process, or started another number of ranks
+    than planned, ArtifactError, and RankError where another rank fails.
     """
     path, key = Path(folder), None if signed_by is None else Path(signed_by)
     with joined(Job(path, None, None, timeout, threads, signed_by=key), DECODE) as (ranks, files):

@@ -1,4 +1,4 @@
-"""This process as one rank: it joins the others, and says of a failure who was gone or silent."""
+"""This process as one rank: it joins the others, and reports which of them are gone or silent."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ from moec.runtime.package import MAIN
 
 @dataclass(frozen=True)
 class Job:
-    """What the ranks of a run do: `source` are inputs for the model. `marks` is a folder of this
-    host in which ranks say how far they are: rank.N.pid, then rank.N.failed, rank.N.done, or by
-    others rank.N.gone. `signed_by` is the public key that must have signed, `terminal` the address
-    at which rank 0 reaches the launcher's."""
+    """The job of the ranks of a run.
+
+    `source` are inputs for the model. `marks` is a folder of this host in which ranks record their
+    state: rank.N.pid, then rank.N.failed or rank.N.done, or, written by others, rank.N.gone.
+    `signed_by` is the public key by which the folder must be signed, `terminal` the address at
+    which rank 0 reaches the launcher's terminal.
+    """
 
     folder: Path
     source: Path | None
@@ -39,7 +42,8 @@ class Job:
 
 
 def rank_of_process() -> tuple[int, int]:
-    """Rank and number of ranks, as torchrun says. Raises UsageError where it did not start this."""
+    """(rank, number of ranks) from torchrun. Raises UsageError where it did not start this
+    process."""
     try:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except KeyError:
@@ -48,9 +52,9 @@ def rank_of_process() -> tuple[int, int]:
 
 @contextmanager
 def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankFiles]]:
-    """This process among the ranks, and what it runs.
+    """While open, this process is one of the ranks; yields its communication and its files.
 
-    Raises RankError that names rank, layer and collective, and ArtifactError.
+    Raises RankError, naming rank, layer and collective, and ArtifactError.
     """
     rank, world = rank_of_process()
     manifest, _ = manifest_of(job.folder, job.signed_by)
@@ -67,8 +71,8 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
 
 @contextmanager
 def started(job: Job) -> Iterator[tuple[int, int]]:
-    """This process's rank and the number of ranks, in a group of torch.distributed. Raises
-    RankError where another rank fails, or what is raised inside."""
+    """While open, this process is in a group of torch.distributed; yields (rank, number of ranks).
+    Raises RankError where another rank fails, or what is raised inside."""
     from moec.runtime.threads import set_threads
 
     rank, world = rank_of_process()
@@ -106,7 +110,7 @@ def _group(job: Job, rank: int) -> Iterator[None]:
 
 @contextmanager
 def _failing(job: Job, rank: int) -> Iterator[None]:
-    """On a failure: say so, and which ranks of this host are gone or silent."""
+    """On a failure, records it, and which ranks of this host are gone or silent."""
     try:
         yield
     except BaseException as error:
@@ -120,11 +124,11 @@ def _failing(job: Job, rank: int) -> Iterator[None]:
 
 
 def _accuse(job: Job, marks: Path, timed_out: bool) -> None:
-    """Mark ranks whose process has ended without a word. After a time-out also those that are
-    still silent: a stopped process ignores the launcher's polite signal for 30 s, so it is killed.
-    """
+    """Mark ranks whose process has ended without a mark. After a time-out, also those that are
+    still silent; they are killed, because a stopped process ignores the launcher's SIGTERM for 30
+    s."""
     if timed_out:
-        time.sleep(1.0)  # the others' patience ends at about the same time
+        time.sleep(1.0)  # the time-outs of the others end at about the same time
     for file in marks.glob("rank.*.pid"):
         rank = int(file.name.split(".")[1])
         if any((marks / f"rank.{rank}.{end}").exists() for end in ("failed", "done", "gone")):
@@ -138,7 +142,7 @@ def _accuse(job: Job, marks: Path, timed_out: bool) -> None:
 
 
 def _has_ended(pid: int) -> bool:
-    """Also of a process that its parent has not looked at yet; False where there is no /proc."""
+    """Whether a process has ended, including zombies; False where there is no /proc."""
     if not Path("/proc/self/stat").exists():
         return False
     try:

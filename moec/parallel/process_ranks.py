@@ -1,4 +1,4 @@
-"""The ranks of a plan as processes: exchanges by torch.distributed, each with a name for errors."""
+"""The ranks of a plan as processes: exchanges by torch.distributed, with names for errors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ ENDED = "another rank ended"
 
 
 class RankError(MoecError):
-    """A rank ended, or an exchange between ranks failed: which rank, where and in what."""
+    """A rank ended, or an exchange between ranks failed. The message has rank, layer and
+    collective."""
 
 
 class ProcessRanks:
-    """This process among the others. Groups are made once, by all ranks in the same order; each
-    has `patience` of its own, which torch does not take from the first group."""
+    """This process among the ranks. All ranks create the groups once, in the same order, each with
+    its own time-out `patience`, which torch does not copy from the first group."""
 
     def __init__(self, rank: int, groups: Groups, patience: timedelta) -> None:
         self.rank = rank
@@ -63,7 +64,7 @@ class ProcessRanks:
         return self.exchange(group, torch.cat([rows] * size), [len(rows)] * size, counts)
 
     def sum(self, group: str, x: torch.Tensor) -> torch.Tensor:
-        """In float32, in the order of the ranks, so that every rank has the same bits."""
+        """The sum in float32, in the order of the ranks, so that every rank has the same bits."""
         count = self.size(group)
         rows = x.reshape(1, *x.shape)
         parts = self.exchange(group, torch.cat([rows] * count), [1] * count, [1] * count)
@@ -88,7 +89,8 @@ def named_meanings(ranks: ProcessRanks) -> Mapping[str, Reference]:
 
 @contextmanager
 def naming(ranks: ProcessRanks, where: str, collective: str) -> Iterator[None]:
-    """Raises RankError that names this rank, the place and the collective."""
+    """While open, a RuntimeError becomes a RankError with this rank, the layer and the
+    collective."""
     try:
         yield
     except RuntimeError as error:
@@ -96,7 +98,7 @@ def naming(ranks: ProcessRanks, where: str, collective: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What gloo says of a failure, in words."""
+    """gloo's error message in plain words."""
     text = str(error)
     if "EADDRINUSE" in text:
         port = re.search(r"port: (\d+)", text)

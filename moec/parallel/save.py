@@ -40,8 +40,8 @@ from moec.target.cpu import CpuTarget
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What text needs: the tokenizer's files by name, the tokens that end a text, and why there
-    is no generation where there is none."""
+    """The files and data for text: the tokenizer's files by name, the tokens that end a text, and
+    the reason if text cannot be generated."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     stop: tuple[int, ...] = ()
@@ -57,10 +57,10 @@ def save_ranks(
     replace: bool = False,
     target: CpuTarget | None = None,
 ) -> None:
-    """Compile `rank.N.main` of every rank, and `rank.N.decode` where the module has it, for
-    `target` (this machine's processor), and write them. The folder appears whole or not at all.
+    """Compile `rank.N.main` of every rank, and `rank.N.decode` if the module has it, for `target`
+    (this machine's processor), and write them. A failure leaves no partial folder.
 
-    Raises UsageError where it exists and shall not be replaced, and as `compile_ranks`.
+    Raises UsageError where the folder exists and must not be replaced, and as `compile_ranks`.
     """
     if path.exists() and not replace:
         raise UsageError(f"{path} exists; --force replaces it")
@@ -91,7 +91,7 @@ def rank_function(rank: int, function: str) -> str:
 
 
 def _written_code(folder: Path, rank: int, function: str, code: RankCode) -> bytes:
-    """Write the parts of a rank's function; its manifest."""
+    """Write the parts of a rank's function; returns its manifest."""
     files = {
         graph_file(rank, function): print_graph(code.graph).encode(),
         library_file(rank, function): code.package.library,
@@ -115,7 +115,7 @@ def _written_code(folder: Path, rank: int, function: str, code: RankCode) -> byt
 
 
 def _written_array(folder: Path, array: Array) -> tuple[Stored, Part]:
-    """Equal arrays of several ranks are one file, named by its content."""
+    """Write an array. Equal arrays of several ranks are one file, named by its content."""
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     part = Part(content.nbytes, hashlib.sha256(content).hexdigest())
     name = f"weights/{part.sha256}.bin"

@@ -1,4 +1,4 @@
-"""One rank's function: compiled segments, with exchanges by torch between them."""
+"""One rank's function: compiled segments, with exchanges in torch between them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from moec.runtime.tensors import from_numpy, to_caller
 
 @dataclass(frozen=True)
 class RankCode:
-    """What one rank runs as one function. `graph` is in stage GROUPED, `signature` is that of the
-    whole; `package` has its segments, and arrays also for the params that ops in torch read
+    """One function of one rank. `graph` is in stage GROUPED, `signature` is that of the complete
+    function. `package` has its segments, and arrays also for the params that ops in torch read
     (`table_name`). `generation` is that of `decode`."""
 
     graph: Graph
@@ -31,7 +31,7 @@ class RankCode:
 
 
 def table_name(param: Value) -> str:
-    """The array of a param as torch reads it; kernels may want the same one packed."""
+    """The name of a param's array for ops in torch; kernels may need the same param packed."""
     return f"tables/{param.name}"
 
 
@@ -56,8 +56,8 @@ class RankModel:
         meanings: Mapping[str, Reference],
         caches: Sequence[Cache] = (),
     ) -> tuple[torch.Tensor, ...]:
-        """The graph's outputs; writes `caches`, those of its states. Raises RankError where an
-        exchange fails."""
+        """The graph's outputs. Writes `caches`, the contents of its states. Raises RankError where
+        an exchange fails."""
         graph = self.graph
         states = [state.before for state in graph.states]
         held = dict(zip(states, caches, strict=True))

@@ -1,16 +1,16 @@
-"""The ranks of a plan in a folder: what several ranks hold is there once.
+"""The folder of a plan's ranks, in which data of several ranks is stored once.
 
     ranks.json            sizes and SHA-256 of the plan, the tokenizer and the ranks' manifests
     plan.json
-    rank.N/main.json      a manifest as an artifact's: sizes and SHA-256 of what rank N reads
-    rank.N/main.moec      its graph as it runs, as text
+    rank.N/main.json      a manifest as an artifact's: sizes and SHA-256 of the files of rank N
+    rank.N/main.moec      its graph as text
     rank.N/main.so        its compiled segments
-    rank.N/decode.*       the same of what continues text, where the model does
-    weights/SHA256.bin    one array each, as kernels want it, mapped where it lies
-    tokenizer/…           where the model came with one
+    rank.N/decode.*       the same for continuing text, if the model does
+    weights/SHA256.bin    one array each, packed for the kernels, memory-mapped
+    tokenizer/…           if the model has one
 
-A rank reads what its own manifest lists, and checks it before anything else looks at it. Ranks of
-one host have equal arrays in one memory.
+A rank reads the files in its own manifest, and checks each before using it. Ranks of one host share
+the memory of equal arrays.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class FolderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FolderManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`stop` are the tokens that end a text; `no_generation` says why there is no graph that
-    continues one."""
+    """`stop` are the tokens that end a text; `no_generation` is the reason if there is no graph
+    that continues text."""
 
     version: int
     devices: Annotated[int, msgspec.Meta(ge=1)]
@@ -58,7 +58,7 @@ class FolderManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CodeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a rank's whole function takes and gives; its package has those of the segments."""
+    """The signature of a rank's complete function; its package has those of the segments."""
 
     signature: Function
     generation: Generation | None
@@ -66,7 +66,8 @@ class CodeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class RankFiles:
-    """What one rank runs; `digest` is that of the manifest, equal on ranks of one plan."""
+    """What one rank runs; `digest` is that of the folder's manifest, equal on all ranks of a
+    plan."""
 
     code: RankCode
     plan: Plan
@@ -75,7 +76,7 @@ class RankFiles:
 
 
 def code_file(rank: int, function: str) -> str:
-    """The manifest of what a rank runs."""
+    """The manifest of a rank's function."""
     return f"rank.{rank}/{function}.json"
 
 
@@ -88,8 +89,8 @@ def library_file(rank: int, function: str) -> str:
 
 
 def manifest_of(path: Path, signed_by: Path | None = None) -> tuple[FolderManifest, bytes]:
-    """The manifest and its digest. `signed_by` is the file of a public key that must have signed
-    it. Raises ArtifactError."""
+    """The manifest and its digest. `signed_by` is the file of the public key by which it must be
+    signed. Raises ArtifactError."""
     content = _manifest_content(path, signed_by)
     return _decoded(path, content), hashlib.sha256(content).digest()
 
@@ -118,8 +119,8 @@ def _decoded(path: Path, content: bytes) -> FolderManifest:
 
 
 def verify_folder(path: Path, signed_by: Path | None = None) -> tuple[FolderManifest, bytes]:
-    """The manifest and its bytes, once all other files were compared with it and with those of
-    the ranks. Raises ArtifactError."""
+    """The manifest and its bytes, after all other files were compared with it and with the
+    manifests of the ranks. Raises ArtifactError."""
     content = _manifest_content(path, signed_by)
     manifest = _decoded(path, content)
     for name in manifest.parts:
@@ -140,9 +141,9 @@ def text_files(path: Path, signed_by: Path | None = None) -> dict[str, bytes]:
 def load_rank(
     path: Path, rank: int, function: str = MAIN, signed_by: Path | None = None
 ) -> RankFiles:
-    """Raises ArtifactError where a file that this rank reads is missing or altered, it is for
-    another processor, the model has no such function, or the owner of the public key in the file
-    `signed_by` has not signed the folder."""
+    """The files of one rank. Raises ArtifactError where one is missing or altered, where it is for
+    another processor, where the model has no such function, or where the folder is not signed by
+    the key in the file `signed_by`."""
     manifest, digest = manifest_of(path, signed_by)
     if rank >= manifest.devices:
         raise ArtifactError(f"{path} is for {manifest.devices} ranks, there is no rank {rank}")

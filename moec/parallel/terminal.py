@@ -1,9 +1,10 @@
-"""One terminal for all ranks of a run: rank 0 writes to it, and all read the same lines.
+"""One terminal for all ranks of a run: rank 0 writes to it, and all ranks read the same lines.
 
-    launcher's stdout  <-  rank 0 <- what it writes        rank 1 … write to nowhere
+    launcher's stdout  <-  rank 0 <- its output            the output of rank 1 … is discarded
     launcher's stdin   ->  rank 0 -> every rank's stdin
 
-So each rank runs the code that one process runs. Under torchrun the terminal is rank 0's own.
+Each rank can therefore run the same code as a single process. Under torchrun the terminal is rank
+0's own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def agreed(ranks: ProcessRanks, value: T) -> T:
 
 @contextmanager
 def served() -> Iterator[str]:
-    """The address (`Job.terminal`) at which this process's terminal is that of rank 0."""
+    """While open, rank 0 can use this process's terminal; yields the address (`Job.terminal`)."""
     with Listener() as listener:
         address = str(listener.address)
         thread = Thread(target=_serve, args=(listener,), daemon=True)
@@ -46,8 +47,8 @@ def served() -> Iterator[str]:
             yield address
         finally:
             with suppress(OSError):
-                Client(address).close()  # wakes the thread where no rank came
-            thread.join(1.0)  # it may wait for a line that nobody writes
+                Client(address).close()  # wakes the thread if no rank came
+            thread.join(1.0)  # it may wait for a line that is never typed
 
 
 def _serve(listener: Listener) -> None:
@@ -64,7 +65,7 @@ def _serve(listener: Listener) -> None:
 
 @contextmanager
 def terminal_of(job: Job, ranks: ProcessRanks) -> Iterator[None]:
-    """stdin, stdout and stderr of this rank inside the block."""
+    """While open, redirects stdin, stdout and stderr of this rank."""
     with ExitStack() as stack:
         out: TextIO = io.StringIO()
         err: TextIO = io.StringIO()
@@ -88,13 +89,13 @@ def _asked(connection: Connection) -> Callable[[], str]:
             connection.send((LINE, ""))
             return cast(str, connection.recv())
         except (EOFError, OSError):
-            return ""  # the launcher is gone: no more lines
+            return ""  # the launcher has ended: no more lines
 
     return ask
 
 
 class _Sent(io.TextIOBase):
-    """What is written goes to the launcher."""
+    """Sends everything that is written to the launcher."""
 
     encoding = "utf-8"
 
@@ -110,8 +111,8 @@ class _Sent(io.TextIOBase):
 
 
 class _Lines(io.TextIOBase):
-    """The lines of rank 0, on every rank. While people think, rank 0 says every `patience` seconds
-    that there is none yet: the others' exchange would end by time-out."""
+    """The lines of rank 0, on every rank. While the user types, rank 0 sends an empty message every
+    `patience` seconds, because the exchange of the others would time out."""
 
     def __init__(self, ranks: ProcessRanks, ask: Callable[[], str], patience: float) -> None:
         self._ranks, self._ask, self._patience = ranks, ask, patience

@@ -1,4 +1,4 @@
-"""What one rank does in a run: its part of the inputs."""
+"""One rank of `moec run`: runs on its part of the inputs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from moec.plan.groups import WORLD
 
 
 def run_rank(job: Job) -> dict[str, list[int]]:
-    """Run this process's rank on its share of `source`; the outputs' shapes on rank 0.
+    """Run this process's rank on its share of `source`; returns the outputs' shapes on rank 0.
 
-    Raises RankError that names rank, layer and collective, ArtifactError and UsageError.
+    Raises RankError, naming rank, layer and collective, ArtifactError and UsageError.
     """
     from moec.runtime.tensor_files import write_tensors
 
@@ -55,7 +55,7 @@ def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tenso
 
 
 def _on_first(ranks: ProcessRanks, tensor: torch.Tensor) -> torch.Tensor:
-    """All ranks' rows on rank 0, none on the others."""
+    """All ranks' rows on rank 0, no rows on the others."""
     world = ranks.size(WORLD)
     count = torch.full((world,), 0, dtype=torch.int64)
     count[0] = len(tensor)

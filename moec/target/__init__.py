@@ -1,1 +1,1 @@
-"""Descriptions of machines, for the generation of kernels and for the check of artifacts."""
+"""Descriptions of machines, for the generation of kernels and the check of artifacts."""

@@ -1,4 +1,4 @@
-"""What a CPU can do: the one description that kernels are generated from and artifacts checked by.
+"""Descriptions of CPUs, from which kernels are generated and by which artifacts are checked.
 
 A target is chosen by name. "cpu" is this machine; the others are the same everywhere:
 
@@ -9,11 +9,11 @@ A target is chosen by name. "cpu" is this machine; the others are the same every
     avx512-bf16   x86-64-v4 with dot products of bf16 pairs and of int8 quadruples
     amx           avx512-bf16 with products of whole tiles of bf16 and int8
     neon-dotprod  aarch64: 4 lanes, with dot products of int8 quadruples
-    null          makes no code: what would be compiled, in a second
-    llvm:OPTIONS  -mcpu=, -mattr= and -mtriple= as LLVM spells them
+    null          generates no code: shows what would be compiled, in a second
+    llvm:OPTIONS  -mcpu=, -mattr= and -mtriple= in LLVM's syntax
 
-Only the `llvm:` form needs TVM; all else, the check of an artifact's features included, needs
-neither TVM nor torch.
+Only the `llvm:` form needs TVM. Everything else, including the check of an artifact's features,
+needs neither TVM nor torch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from moec.spelling import did_you_mean
 from moec.target import amx
 
 NULL = "null"
-"""This machine, for which no code is made: see `moec.codegen.backends.null`."""
+"""The name of a target for this machine without code: see `moec.codegen.backends.null`."""
 
 _V3 = ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _AMX = ("amx-tile", "amx-bf16", "amx-int8")
-# Linux lists some features under other names than LLVM gives them.
+# Linux has other names than LLVM for some features.
 _LINUX_NAMES = {"abm": "lzcnt", "bmi1": "bmi", "asimd": "neon", "asimddp": "dotprod"}
 _INT8_DOT = {16: "avx512vnni", 8: "avxvnni", 4: "dotprod"}
 _BEYOND_V4 = (
@@ -46,22 +46,23 @@ _BEYOND_V4 = (
 
 @dataclass(frozen=True)
 class CpuNeeds:
-    """Which CPU a library was compiled for."""
+    """The CPU for which a library was compiled."""
 
     name: str
     mcpu: str = ""
     mattr: tuple[str, ...] = ()
     mtriple: str = ""
-    features: tuple[str, ...] = ()  # LLVM's names of what the code may use
+    features: tuple[str, ...] = ()  # LLVM's names of the features that the code may use
 
 
 @dataclass(frozen=True)
 class CpuTarget:
-    """One CPU, as kernels see it. `features` are LLVM's names of what the code may use."""
+    """A CPU from the view of kernels. `features` are LLVM's names of those that the code may
+    use."""
 
     name: str
     mcpu: str = ""  # empty: LLVM's default for the machine
-    mattr: tuple[str, ...] = ()  # what to add to or take from mcpu, with its sign
+    mattr: tuple[str, ...] = ()  # features to add to or remove from mcpu, with a sign
     mtriple: str = ""
     features: tuple[str, ...] = ()
     vector_lanes: int = 4  # of float32
@@ -71,7 +72,7 @@ class CpuTarget:
 
     @property
     def needs(self) -> CpuNeeds:
-        """What decides whether code runs on a machine, and how weights are packed."""
+        """The properties that decide whether code runs on a machine, and how weights are packed."""
         return CpuNeeds(self.name, self.mcpu, self.mattr, self.mtriple, self.features)
 
     @property
@@ -80,7 +81,7 @@ class CpuTarget:
 
     @property
     def f16_convert(self) -> bool:
-        """Whether the hardware converts half precision: every aarch64 does."""
+        """Whether the hardware converts half precision, as every aarch64 does."""
         return "f16c" in self.features or "neon" in self.features
 
     @property
@@ -105,7 +106,8 @@ class CpuTarget:
 
     @property
     def int8_signed(self) -> bool:
-        """Whether those multiply signed numbers alone, and not unsigned ones by signed ones."""
+        """Whether these instructions multiply signed by signed numbers, not unsigned by signed
+        ones."""
         return self.int8_dot and self.vector_lanes == 4 and "i8mm" not in self.features
 
     @property
@@ -209,10 +211,11 @@ def parse(name: str) -> CpuTarget:
 
 @cache
 def host_features() -> frozenset[str]:
-    """What this machine's CPU can do, in LLVM's names; empty where the system does not say.
+    """The features of this machine's CPU in LLVM's names; empty where the system does not list
+    them.
 
-    Linux grants a process the tile registers on request only, so this requests them. They do not
-    count if Linux refuses (an old kernel, a sandbox).
+    Linux grants the tile registers to a process only on request, so this requests them. They are
+    left out if Linux refuses (an old kernel, a sandbox).
     """
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -240,7 +243,7 @@ def _llvm_name(flag: str) -> str:
 
 @cache
 def host() -> CpuTarget:
-    """The best named target that this machine has the features of, with its cache size."""
+    """The named target with the most features that this machine can run, with its cache size."""
     usable = [t for t in TARGETS.values() if not missing(t)]
     best = max(usable, key=lambda t: len(t.features))
     return replace(best, l2=_host_l2() or best.l2)
@@ -253,7 +256,7 @@ def missing(target: CpuTarget, available: frozenset[str] | None = None) -> tuple
 
 
 def require(target: CpuTarget, available: frozenset[str] | None = None) -> None:
-    """Raise TargetError unless this machine can run code made for `target`."""
+    """Raises TargetError unless this machine can run code for `target`."""
     if lacking := missing(target, available):
         raise TargetError(
             f"target {target.name!r} needs {', '.join(lacking)}, which this CPU lacks; "
@@ -262,7 +265,7 @@ def require(target: CpuTarget, available: frozenset[str] | None = None) -> None:
 
 
 def processor() -> str:
-    """The name that the system gives this machine's processor."""
+    """The system's name of this machine's processor."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
@@ -272,7 +275,7 @@ def processor() -> str:
 
 
 def last_cache() -> int:
-    """Bytes of this machine's last cache; 32 MiB where the system does not say."""
+    """Bytes of this machine's last-level cache; 32 MiB where the system does not list it."""
     return max((size for _, size in _host_caches()), default=32 << 20)
 
 
@@ -281,7 +284,7 @@ def _host_l2() -> int:
 
 
 def _host_caches() -> Iterator[tuple[int, int]]:
-    """Level and bytes of each cache of the first core, where the system says so."""
+    """Level and bytes of each cache of the first core, where the system lists them."""
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
             level = int((index / "level").read_text())
@@ -302,7 +305,7 @@ def _from_llvm(name: str) -> CpuTarget:
             )
         options[key] = value
 
-    # TVM is slow to import and absent from run-only processes, which never come here.
+    # TVM is slow to import and absent from run-only processes, which do not get here.
     from tvm.target import Target as TvmTarget
     from tvm.target import codegen
 
@@ -312,7 +315,7 @@ def _from_llvm(name: str) -> CpuTarget:
         raise TargetError(f"target {name!r}: LLVM knows no CPU {plain.mcpu!r} on {_triple()}")
     features = {str(f) for f in codegen.llvm_get_cpu_features(TvmTarget(plain.tvm()))}
     wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= features
-    # Tuning hints are listed beside the features; an artifact may only ask for what a CPU reports.
+    # Tuning hints are listed with the features; an artifact may only require what a CPU reports.
     reported = {*_V4, *_LINUX_NAMES.values(), *_BEYOND_V4}
     return replace(
         plain,

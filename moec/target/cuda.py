@@ -1,4 +1,4 @@
-"""What an NVIDIA GPU can do: the description that CUDA kernels are generated from.
+"""Descriptions of NVIDIA GPUs, from which CUDA kernels are generated.
 
     cuda:sm_80    A100        mma.sync, cp.async
     cuda:sm_86    A40         as sm_80, less shared memory
@@ -8,11 +8,12 @@
     cuda:sm_120   RTX 5090    as sm_89, with TMA
     cuda          this machine's GPU
 
-Several, as in cuda:sm_80,sm_90a, are one target: kernels that all of them run, compiled for each.
+Several, as in cuda:sm_80,sm_90a, are one target: kernels that all of them can run, compiled for
+each.
 
 Limits of a block are those of the CUDA C++ Programming Guide (Compute Capabilities). SM counts,
-bandwidths and peaks are those of the data sheet of the GPU named as `example`: kernels are sized
-by them and times modelled, no result depends on them.
+bandwidths and peaks are from the data sheet of the GPU named as `example`. They determine the sizes
+of kernels and modelled times, never results.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from moec.target import cpu, nvidia
 
 KIND = "cuda"
 HOST = cpu.TARGETS["generic"]
-"""What the code that launches kernels is compiled for."""
+"""The CPU target of the code that launches kernels."""
 
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """One GPU architecture as kernels see it, or what several of them share."""
+    """One GPU architecture from the view of kernels, or the common subset of several."""
 
     name: str
     example: str
-    tensor_cores: tuple[str, ...]  # families of instructions, as PTX names them
-    shared_memory: int  # bytes that one block may have
+    tensor_cores: tuple[str, ...]  # families of instructions, by their names in PTX
+    shared_memory: int  # bytes available to one block
     sms: int
     bandwidth: float  # bytes a second
     bf16_peak: float  # FLOPs a second, dense, float32 sums
@@ -43,12 +44,12 @@ class CudaTarget:
 
     @property
     def archs(self) -> tuple[str, ...]:
-        """Those that code is compiled for, as nvcc spells them."""
+        """The architectures for which code is compiled, in nvcc's notation."""
         return tuple(self.name.partition(":")[2].split(","))
 
     @property
     def arch(self) -> str:
-        """The oldest of them: what kernels are written for."""
+        """The oldest architecture, for which kernels are written."""
         return self.archs[0]
 
     @property
@@ -57,7 +58,7 @@ class CudaTarget:
 
     @property
     def needs(self) -> cpu.CpuNeeds:
-        """Of the code that launches kernels."""
+        """The CPU that the launching code needs."""
         return HOST.needs
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
@@ -86,8 +87,8 @@ TARGETS: dict[str, CudaTarget] = {
 
 
 def parse(name: str) -> CudaTarget:
-    """The target of that name: one of TARGETS, "cuda:sm_80,sm_90a" for several of them, or
-    "cuda", which is this machine's first GPU.
+    """The target of that name: one of TARGETS, "cuda:sm_80,sm_90a" for several of them, or "cuda"
+    for this machine's first GPU.
 
     Raises TargetError for another name, and for "cuda" where there is no GPU.
     """
@@ -102,7 +103,7 @@ def parse(name: str) -> CudaTarget:
 
 
 def _together(targets: list[CudaTarget]) -> CudaTarget:
-    """What kernels for all of these may use; sizes are those of the oldest."""
+    """The target for kernels that all of these can run; sizes are those of the oldest."""
     targets = sorted(targets, key=lambda target: target.capability)
     first = targets[0]
     shared = [c for c in first.tensor_cores if all(c in t.tensor_cores for t in targets)]

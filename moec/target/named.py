@@ -1,4 +1,4 @@
-"""Targets by their names, of every kind."""
+"""Targets of every kind by their names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AnyTarget: TypeAlias = cpu.CpuTarget | cuda.CudaTarget
 
 
 def parse_both(name: str) -> tuple[AnyTarget, cuda.CudaTarget | None]:
-    """A target, and the GPUs that a model is for in addition to a CPU: cpu,cuda:sm_80,sm_90a.
+    """The first target, and the GPU target combined with it, or None: cpu,cuda:sm_80,sm_90a.
 
     Raises TargetError for an unknown name, and where the first is no CPU.
     """

@@ -1,4 +1,4 @@
-"""Training schemes, and layers to train, of mixture-of-experts models."""
+"""Training schemes and trainable layers for mixture-of-experts models."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
     loss = StagedDistillation(alpha=1.0, stop=400_000)
     for step, …: loss(student(ids), teacher(ids), targets, step).backward(); optimizer.step()
 
-A student that follows its teacher to the end of training loses accuracy, as it is too small for
-both aims: from a step on, only the targets count (DeepSpeed-MoE, arXiv 2201.05596, section 4.2).
+A student that follows its teacher until the end of training loses accuracy, because it is too small
+for both objectives. So from a certain step on, only the targets count (DeepSpeed-MoE, arXiv
+2201.05596, section 4.2).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from moec.errors import UsageError
 
 @dataclass(frozen=True)
 class StagedDistillation:
-    """Cross entropy + `alpha` KL(teacher | student), and from step number `stop` on the cross
-    entropy alone. Raises UsageError for a negative `alpha` or `stop`."""
+    """Cross entropy + `alpha` KL(teacher | student); from step `stop` on, the cross entropy alone.
+    Raises UsageError for a negative `alpha` or `stop`."""
 
     alpha: float
     stop: int
@@ -34,8 +35,8 @@ class StagedDistillation:
     def __call__(
         self, student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, step: int
     ) -> torch.Tensor:
-        """The loss of logits [.., V] of both for the targets [..], a mean over tokens in nats.
-        The teacher learns nothing."""
+        """The loss of logits [.., V] of both models for the targets [..], a mean over tokens in
+        nats. The teacher gets no gradient."""
         classes = student.flatten(0, -2)
         loss = F.cross_entropy(classes, targets.flatten())
         if step >= self.stop:

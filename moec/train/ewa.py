@@ -1,14 +1,14 @@
-"""Experts Weights Averaging: train FFNs as mixtures of experts, deploy them as they were.
+"""Experts Weights Averaging: trains FFNs as mixtures of experts, and deploys them as FFNs.
 
     ewa = EWA(model, experts=4, share=LinearRate(0, 0.3, steps))
     optimizer = …(model.parameters())          after EWA: the experts are new parameters
     for …: loss.backward(); optimizer.step(); ewa.step()
     model = ewa.fold()
 
-While the model trains, each FFN is N experts, and the tokens of a forward pass are split among
-them evenly at random: no router, no loss, no capacity, and the FLOPs of one FFN. After every
-step experts share their weights with the others; at the end each FFN is their mean.
-In eval mode the mean is what runs, so that what is validated is what will be deployed.
+During training each FFN consists of N experts, and the tokens of a forward pass are divided evenly
+among them at random: there is no router, no loss, no capacity, and the FLOPs are those of one FFN.
+After every step the experts share weights; at the end each FFN is their mean. In eval mode the mean
+is used, so that validation measures the model that will be deployed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class ConstantRate:
 
 @dataclass(frozen=True)
 class LinearRate:
-    """A share rate from `start` at step 0 to `stop` at step `steps`, and `stop` after it."""
+    """A share rate that changes linearly from `start` at step 0 to `stop` at step `steps`, and
+    stays there."""
 
     start: float
     stop: float
@@ -49,22 +50,23 @@ class LinearRate:
 def share(stack: torch.Tensor, rate: float) -> torch.Tensor:
     """W_i <- (1 - rate) W_i + rate / (N - 1) * (the sum of all other W_j), for a stack [N, …].
 
-    The mean over the experts stays what it was, and equal experts stay equal, bit by bit.
+    The mean over the experts does not change, and equal experts stay equal, bit by bit.
     """
     count = len(stack)
     return stack + rate * count / (count - 1) * (mean(stack) - stack)
 
 
 def mean(stack: torch.Tensor) -> torch.Tensor:
-    """The mean over the first axis; of equal rows, the row itself, bit by bit."""
+    """The mean over the first axis; for equal rows exactly that row, bit by bit."""
     return stack[0] + (stack - stack[0]).mean(0)
 
 
 class Partition:
-    """A random split of the tokens, the same for all linear layers of one FFN.
+    """A random partition of the tokens, shared by all linear layers of one FFN.
 
-    The first layer to be called draws it, from torch's own generator (so that activation
-    checkpointing, which restores that, repeats it); a layer that is called again draws anew.
+    The first layer that is called draws it with torch's generator, so that activation
+    checkpointing, which restores the generator, repeats it. A layer that is called again draws a
+    new one.
     """
 
     def __init__(self, count: int) -> None:
@@ -73,7 +75,7 @@ class Partition:
         self.used: set[int] = set()
 
     def of(self, layer: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-        """A permutation i64[T] of tokens [T, D]: the first T/N are expert 0's, and so on."""
+        """A permutation i64[T] of tokens [T, D]: the first T/N belong to expert 0, and so on."""
         if not self.used or id(layer) in self.used:
             self.order = torch.randperm(len(tokens), device=tokens.device)
             self.used = set()
@@ -87,12 +89,13 @@ class Partition:
 
 
 class ExpertLinear(nn.Module):
-    """The replacement of a linear layer: N layers, `weights` [N, out, in] and `biases`
-    [N, out], each for its part of the tokens. All start as the layer itself."""
+    """Replaces a linear layer by N layers, `weights` [N, out, in] and `biases` [N, out], each for
+    its part of the tokens. All of them start with the weights of the original layer."""
 
     def __init__(self, dense: nn.Linear, partition: Partition) -> None:
         super().__init__()
-        self.dense = [dense]  # in a list: its parameters are not the model's while it trains
+        # in a list, so that its parameters are not the model's during training
+        self.dense = [dense]
         self.partition = partition
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self.weights = self._stacked(dense.weight)
@@ -104,7 +107,7 @@ class ExpertLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out, in]: what the layer is in eval mode, and will be."""
+        """[out, in]: the weight in eval mode and after folding."""
         return mean(self.weights)
 
     @property
@@ -134,7 +137,7 @@ class ExpertLinear(nn.Module):
                 stack.copy_(share(stack, rate))
 
     def folded(self) -> nn.Linear:
-        """The linear layer again, with the experts' mean."""
+        """The original linear layer, with the experts' mean."""
         (dense,) = self.dense
         with torch.no_grad():
             dense.weight.copy_(self.weight)
@@ -144,11 +147,11 @@ class ExpertLinear(nn.Module):
 
 
 class EWA:
-    """Puts experts in the place of a model's FFNs, in place, until `fold`.
+    """Replaces a model's FFNs by experts, in place, until `fold`.
 
-    `ffns` names the modules that hold them, by a pattern or several ("blocks.*.mlp"); None finds
-    them. `share` is the share rate: a number, `ConstantRate`, `LinearRate(start, stop, steps)`, or
-    any function of the number of steps done. Make the optimizer after this, of the model's
+    `ffns` are patterns of the names of modules that contain them ("blocks.*.mlp"); None finds all
+    FFNs. `share` is the share rate: a number, `ConstantRate`, `LinearRate(start, stop, steps)`, or
+    a function of the number of steps done. Create the optimizer after this object, from the model's
     parameters.
 
     Source: Experts Weights Averaging, arXiv 2308.06093. Raises UsageError where no FFN is found.
@@ -182,14 +185,15 @@ class EWA:
             self.layers[name] = layer
 
     def rate_at(self, step: int) -> float:
-        """The share rate after step number `step`. Raises UsageError outside of 0 to 1."""
+        """The share rate after step number `step`. Raises UsageError if it is not between 0 and
+        1."""
         rate = self.rate(step)
         if not 0 <= rate <= 1:
             raise UsageError(f"the share rate is {rate:g} at step {step}, expected 0 to 1")
         return rate
 
     def step(self) -> None:
-        """Share weights among experts: once after each step of the optimizer."""
+        """Share weights among experts. Call it once after each step of the optimizer."""
         self._check_open()
         rate = self.rate_at(self.steps)
         self.steps += 1
@@ -198,8 +202,9 @@ class EWA:
                 layer.share(rate)
 
     def fold(self) -> nn.Module:
-        """The model, each FFN the mean of its experts: the layers, the names, the parameters and
-        the speed that it had. Raises UsageError where an optimizer never saw the experts."""
+        """The model with each FFN replaced by the mean of its experts; layers, names, parameters
+        and speed are those of the original. Raises UsageError where an optimizer never updated the
+        experts."""
         self._check_open()
         if self.steps and all(_untouched(layer) for layer in self.layers.values()):
             raise UsageError(

@@ -1,7 +1,7 @@
-"""Which linear layers of a module are its feed-forward networks.
+"""Finds the feed-forward networks among the linear layers of a module.
 
-An FFN is a run of linear layers from D to H, one after the other in the order of their names,
-and one from H to D after them: `fc1, act, fc2`, `gate, up, down`, `linear1, linear2`.
+An FFN consists of linear layers from D to H, consecutive in the order of their names, followed by
+one from H to D: `fc1, act, fc2`, `gate, up, down`, `linear1, linear2`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moec.errors import UsageError
 
 @dataclass(frozen=True)
 class NamedFFN:
-    """The linear layers of one FFN by their names in the model, the last from H to D."""
+    """The linear layers of one FFN by their names in the model; the last one is from H to D."""
 
     linears: tuple[tuple[str, nn.Linear], ...]
 
@@ -26,11 +26,11 @@ class NamedFFN:
 
 
 def feedforwards(model: nn.Module, named: str | Sequence[str] | None) -> tuple[NamedFFN, ...]:
-    """The FFNs of a model; those inside of modules that a pattern of `named` matches
-    ("blocks.*.mlp"), where it is given.
+    """The FFNs of a model, or those inside modules that match a pattern in `named`
+    ("blocks.*.mlp").
 
-    Without names an FFN widens (H > D). A module that is named may narrow, where it has no other
-    linear layers. Raises UsageError where there is none, for the model or for a pattern.
+    Without names, an FFN must widen (H > D). A named module may also narrow, if it has no other
+    linear layers. Raises UsageError where the model, or a pattern, has none.
     """
     ffns = tuple(_found(model, named))
     for ffn in ffns:
@@ -92,7 +92,7 @@ def _some(modules: dict[str, nn.Module]) -> str:
 
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Exact instances: what inherits from nn.Linear may compute something else."""
+    """Exact instances only: a subclass of nn.Linear may compute something else."""
     return [(name, m) for name, m in module.named_modules() if type(m) is nn.Linear]
 
 
@@ -111,7 +111,7 @@ def _widening(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[NamedFFN]:
 
 
 def _whole(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[NamedFFN]:
-    """All of a module's linear layers, where they are one FFN of any width."""
+    """All linear layers of a module as one FFN of any width, if they form one."""
     if len(linears) < 2:
         return
     *first, (_, last) = linears

@@ -1,7 +1,7 @@
-"""An MoE++ layer to train: experts without a network, their capacities and their balance loss.
+"""A trainable MoE++ layer: experts without a network, their capacities and their balance loss.
 
-MoE++ (arXiv 2410.07348). What the compiler recognises in other people's modules it recognises
-here too: a trained layer compiles as it is, and then no row is dispatched for these experts.
+MoE++ (arXiv 2410.07348). The compiler recognises this layer as it does those of others: a trained
+layer compiles without changes, and no rows are dispatched for experts without a network.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from moec.errors import UsageError
 def balance_loss(logits: Tensor, ids: Tensor, networks: int, tau: float) -> Tensor:
     """The heterogeneous balance loss, equation 8: sum over i of eta_i * f_i * P_i.
 
-    `logits` [T, N], `ids` [T, k]. f_i is the share of the tokens that chose expert i, P_i the
-    mean of its probability; eta_i is 1 for the first `networks` experts and `tau` for the
-    others, so that at its minimum (f and P alike) a network is chosen tau times as often.
+    `logits` [T, N], `ids` [T, k]. f_i is the share of the tokens that chose expert i, P_i the mean
+    of its probability; eta_i is 1 for the first `networks` experts and `tau` for the others, so
+    that at its minimum (with f equal to P) a network is chosen tau times as often.
     """
     count = logits.shape[-1]
     chosen = F.one_hot(ids, count).sum(-2).to(logits.dtype).mean(0)
@@ -31,17 +31,18 @@ def balance_loss(logits: Tensor, ids: Tensor, networks: int, tau: float) -> Tens
 
 
 def capacities(slots: int, networks: int, others: int, tau: float, gamma: float) -> tuple[int, int]:
-    """How many choices an expert with a network takes, and one without: equation 9.
+    """How many choices an expert with a network accepts, and one without: equation 9.
 
-    The paper's T is the number of choices here, k for each token, so that gamma = 1 holds them
-    all when they are spread as the balance loss wants.
+    The paper's T is the number of choices here, k per token, so that with gamma = 1 all choices fit
+    if they are distributed as at the minimum of the balance loss.
     """
     unit = gamma * slots / (tau * networks + others)
     return math.ceil(unit * tau), math.ceil(unit)
 
 
 def within(ids: Tensor, limits: Tensor) -> Tensor:
-    """Which choices [T, k] are among the first `limits`[N] of their expert, by token: bool."""
+    """bool[T, k]: whether a choice is among the first `limits`[N] choices of its expert, by
+    token."""
     hot = F.one_hot(ids.flatten(), len(limits))
     before = ((hot.cumsum(0) - hot) * hot).sum(-1)
     return (before < limits[ids.flatten()]).reshape(ids.shape)
@@ -83,12 +84,12 @@ class ConstantExpert(nn.Module):
 
 
 class MoEPlusPlus(nn.Module):
-    """x[T, D], the logits[T, N] of the layer before? -> y[T, D], logits[T, N].
+    """x[T, D], the logits[T, N] of the previous layer? -> y[T, D], logits[T, N].
 
-    N = networks + copy + constant + zero, in this order. The logits that come in join this
-    layer's by a linear map (gating residual, equation 6). While training, choices beyond an
-    expert's capacity add nothing, and `loss` holds the balance loss of the last call (its weight
-    in the paper is 0.01). Raises UsageError for sizes that make no layer.
+    N = networks + copy + constant + zero, in this order. The logits of the previous layer are added
+    to this layer's after a linear map (gating residual, equation 6). In training mode, choices
+    beyond an expert's capacity add nothing, and `loss` is the balance loss of the last call (its
+    weight in the paper is 0.01). Raises UsageError for invalid sizes.
     """
 
     def __init__(
