@@ -183,8 +183,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Shows a warning about the cache in one sentence, like errors; others with their line of
-    code."""
+    """Shows a warning about the cache in one sentence, like errors; others with their code line."""
     from moec.cache import CacheWarning
 
     if issubclass(category, CacheWarning):

@@ -298,8 +298,7 @@ def _modules_missed(
 def _with_decode(
     compiled: CompiledModel, passes: Sequence[Pass], backend: Backend
 ) -> CompiledModel:
-    """The model with a program that continues texts, after its passes, or with the reason why there
-    is none."""
+    """The model with a program that continues texts, after its passes, or the reason why not."""
     program = compiled.module.main
     if not continues_text(program.graph):
         return compiled

@@ -73,8 +73,7 @@ def tolerance(verify: Any) -> float | None:
 
 
 def both_targets(target: Any) -> tuple[Any, CudaTarget | None]:
-    """The target, and the GPU target combined with it (cpu,cuda:sm_80), or None. Raises
-    TargetError."""
+    """The target, and the GPU target beside it (cpu,cuda:sm_80), or None. Raises TargetError."""
     return parse_both(target) if isinstance(target, str) else (target, None)
 
 

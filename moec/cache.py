@@ -136,8 +136,7 @@ def store_in(folder: Path | None) -> Store:
 
 
 def _make(folder: Path) -> None:
-    """Create the folder. Raises OSError where that fails, UsageError where others may write to
-    it."""
+    """Create the folder. Raises OSError where that fails, UsageError where others may write it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _private(folder.stat()):
         raise UsageError(

@@ -189,7 +189,7 @@ class _Changes:
     opt_in: tuple[Approximate | OptInPass, ...]
 
     def taking(self, *stages: Stage) -> list[Approximate | OptInPass]:
-        """The opt-in passes that take one of these stages; an approximate one takes recognised
+        """The opt-in passes that take one of these stages; approximate ones take recognised
         blocks."""
         return [
             pass_

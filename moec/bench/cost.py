@@ -107,8 +107,7 @@ def _stored(matrix: Matrix, format: Format, env: Env) -> float:
 
 
 def _compressed(op: Op, env: Env) -> Cost:
-    """Compressed stacks, of which only experts with rows are read. The dictionary is in the CPU's
-    cache."""
+    """Compressed stacks, of which only experts with rows are read. The dictionary is cached."""
     parts = GroupedCompressed.of(op)
     rows = evaluate_dim(op.outputs[0].shape[0], env)
     experts = evaluate_dim(parts.ends.shape[0], env)
@@ -119,8 +118,7 @@ def _compressed(op: Op, env: Env) -> Cost:
 
 
 def _attention(op: Op, env: Env, context: int) -> Cost:
-    """Query s of S attends to the keys up to its own position: on average context - (S - 1)/2
-    keys."""
+    """Query s of S attends to the keys up to itself: on average context - (S - 1)/2 keys."""
     a = Attention.of(op)
     queries = evaluate_dim(a.shape("q")[2], env)
     keys = context if a.first is not None else queries

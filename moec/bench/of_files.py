@@ -37,8 +37,7 @@ class _Engine:
 
 @dataclass
 class _WithPast:
-    """Texts of one length; the present keys and values are passed on as past ones without a
-    copy."""
+    """Texts of one length; present keys and values are passed on as past ones without a copy."""
 
     engine: _Engine
     texts: int

@@ -51,8 +51,7 @@ def race(
     rounds: int,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> list[Times]:
-    """Times of all contenders: each runs once without measurement, then in each of `rounds`
-    rounds."""
+    """Times of all contenders: each runs once unmeasured, then in each of `rounds` rounds."""
     generator = np.random.default_rng(0)
     prompts = generator.integers(load.vocabulary, size=(load.batch, load.prompt)).tolist()
     follow = generator.integers(load.vocabulary, size=(load.new, load.batch, 1)).tolist()

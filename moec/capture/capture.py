@@ -348,8 +348,7 @@ def _from_export(
 def _from_graph(
     model: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any
 ) -> Captured:
-    """Capture a module that is a graph already: nothing is traced, and its current weights are
-    used."""
+    """Capture a module that is a graph already: nothing is traced; its current weights are used."""
     if dynamic_shapes is not None:
         raise CaptureError("the sizes of a transformed module are fixed: transform it anew")
     example = model.inputs(args, kwargs)

@@ -237,8 +237,7 @@ def experts_as_ops(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _bodies(modules: dict[str, Any]) -> dict[int, str]:
-    """The body text by id of each experts module; modules of equal class and shapes share a
-    trace."""
+    """The body text of each experts module by id; equal modules share a trace."""
     texts: dict[tuple[Any, ...], str] = {}
     bodies: dict[int, str] = {}
     for name, module in modules.items():

@@ -28,8 +28,7 @@ _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 @dataclass(frozen=True)
 class _Unknown:
-    """A float that depends on sizes or data. `value` is its expression where it depends on sizes
-    alone."""
+    """A float that depends on sizes or data. `value` is its expression if data are not involved."""
 
     where: str
     expr: str
@@ -88,8 +87,7 @@ class Converter:
             self.call(node, value)
 
     def size(self, node: torch.fx.Node, dim: Dim) -> None:
-        """A size read from data (`.item()`, `.tolist()`): emits a `moec.size` op that binds its
-        name."""
+        """A size read from data (`.item()`, `.tolist()`): emits a `moec.size` op that binds it."""
         if isinstance(dim, sympy.Symbol):
             source = self.values[cast(torch.fx.Node, node.args[0])]
             output = Value(self.fresh(node.name), source.type)
@@ -106,8 +104,7 @@ class Converter:
             raise CaptureError(f"{where}: the size {size} cannot be kept: {error}") from None
 
     def whole(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
-        """A size. One that is computed of a float gets the expression that rounds as Python
-        does."""
+        """A size. One that is computed of a float gets an expression that rounds like Python."""
         arguments = [self.argument(a) for a in node.args]
         if isinstance(value, int) or not any(isinstance(a, _Unknown) for a in arguments):
             return self.dim(value, self.where(node) or node.name)

@@ -28,8 +28,7 @@ _ASKS = re.compile(r"\b(int|float|len|one_hot)\b")
 
 
 def asks(line: str) -> bool:
-    """Whether a line of code may convert a size to a number; True where the text is not
-    available."""
+    """Whether a line of code may convert a size to a number; True if its text is missing."""
     return not line or _ASKS.search(line) is not None
 
 

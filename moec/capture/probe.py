@@ -1,5 +1,4 @@
-"""A module that uses every hook of `moec.capture.speculate`, to test that torch still calls
-them."""
+"""A module that uses every hook of `moec.capture.speculate`, to test torch's calls of them."""
 
 from __future__ import annotations
 

@@ -36,8 +36,7 @@ def linear_attention_op(
     delta: bool,
     started: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """nn.linear_attention of [q, k, v, decay], with the optional tensors that the flags
-    announce."""
+    """nn.linear_attention of [q, k, v, decay] and the optional tensors that the flags announce."""
     flags = {"rates": rated, "beta": delta, "start": started}
     names = (name for name, flag in flags.items() if flag)
     return recurrence(*tensors, **dict(zip(names, rest, strict=True)))

@@ -61,8 +61,8 @@ class Search:
     def _running(
         self, long: Sequence[AxisGroup], units: Sequence[AxisGroup]
     ) -> Iterator[tuple[AxisGroup, ...]]:
-        """The groups extended by the axes of length 1, at other lengths, for each assignment that
-        runs."""
+        """For each assignment that runs: the groups, extended by the axes of length 1 at new
+        lengths."""
         for labels in _assignments(units, self.joining) if units else ():
             for short in (False, True):
                 groups = self._labelled(long, units, labels, short)
@@ -113,8 +113,7 @@ class Search:
         return groups
 
     def _split(self, groups: Sequence[AxisGroup]) -> tuple[AxisGroup, ...]:
-        """The groups, with each one divided into parts for as long as the parts may differ in
-        length."""
+        """The groups, each divided into parts as long as the parts may differ in length."""
         done: list[AxisGroup] = []
         waiting = list(groups)
         while waiting:

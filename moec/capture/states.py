@@ -66,8 +66,7 @@ class States:
 
     @contextmanager
     def from_start(self) -> Iterator[None]:
-        """While open, the module starts from its first states; on leaving, the contents are
-        restored."""
+        """While open, the module starts from its first states; on leaving, its contents return."""
         before = [tensor.clone() for tensor in self.live]
         try:
             self._fill(self.first)

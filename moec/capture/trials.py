@@ -75,8 +75,7 @@ def _padded(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
 
 
 class _Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies each storage before an operator writes into it, and restores all of them on
-    leaving."""
+    """Copies each storage before an operator writes into it, and restores all on leaving."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

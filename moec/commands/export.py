@@ -147,8 +147,7 @@ def render(exported: Exported) -> str:
 
 
 def _output(output: Path | None, force: bool) -> Path:
-    """The output path. Raises UsageError for one that could not be written, before minutes of
-    work."""
+    """The output path. Raises UsageError, before minutes of work, if it could not be written."""
     if output is None:
         raise UsageError("give the file a name with -o OUT.onnx")
     if output.suffix != ".onnx":

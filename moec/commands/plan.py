@@ -242,8 +242,7 @@ def draw(plan: Plan, planner: Planner, path: Path) -> None:
 
 
 def export(plan: Plan, path: Path) -> None:
-    """Write the map that vLLM and SGLang read. Raises UsageError where it cannot express the
-    plan."""
+    """Write the map that vLLM and SGLang read. Raises UsageError if it cannot express the plan."""
     import json
 
     from moec.plan.plan import physical_to_logical

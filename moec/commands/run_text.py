@@ -221,8 +221,7 @@ def _many(
     options: TextOptions,
     prompts: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Each prompt with its text, in order, a batch at a time; yields a batch once all of it has
-    ended."""
+    """Each prompt with its text, in order; yields a batch once all of it has ended."""
     from moec.runtime.write_text import new_texts, write
 
     encoded = [tokenizer.encode(prompt) for prompt in prompts]

@@ -113,8 +113,7 @@ def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) ->
 
 
 def is_constant(tensor: torch.Tensor) -> bool:
-    """Whether recognition may have relied on the values of the tensor: integers, booleans,
-    scalars."""
+    """Whether recognition may have relied on the tensor's values: integers, booleans, scalars."""
     return not tensor.is_floating_point() or not tensor.ndim
 
 

@@ -93,7 +93,7 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> T
 
 
 def _prefix(module: fx.GraphModule) -> str:
-    """Dynamo's name of the compiled module, such as L['self']; empty where no node's origin has
+    """Dynamo's name of the compiled module, such as L['self']; empty if no node's origin has
     one."""
     matches = (re.match(r"L\['\w+'\]", origin(node)) for node in module.graph.nodes)
     return next((match.group() for match in matches if match), "")

@@ -61,8 +61,7 @@ class BlockSite:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The block's result. Raises RuntimeError where a constant that recognition relied on
-        changed."""
+        """The block's result. Raises RuntimeError if a constant used by recognition has changed."""
         if self.trained:
             with torch.no_grad():
                 return self.differentiable([*inputs, *params])

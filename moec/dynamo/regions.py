@@ -32,8 +32,7 @@ from moec.report.data import WHOLE
 
 @dataclass(frozen=True)
 class Region:
-    """`inputs` and `params` are nodes of the traced graph; `output` is the node that the region
-    computes."""
+    """`inputs` and `params` are nodes of the traced graph; the region computes `output`."""
 
     where: str
     program: Program

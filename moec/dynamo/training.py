@@ -31,8 +31,7 @@ def trainable_inputs(traced: fx.GraphModule, inputs: Sequence[Any]) -> set[fx.No
 
 
 def mostly_trainable(params: Sequence[fx.Node], learning: set[fx.Node]) -> bool:
-    """Whether most elements of `params` belong to `learning` ones, which an optimiser step
-    changes."""
+    """Whether most elements of `params` are `learning`: an optimiser step changes them."""
     sizes: dict[fx.Node, int] = {node: node.meta["val"].numel() for node in params}
     return 2 * sum(sizes[node] for node in params if node in learning) > sum(sizes.values())
 

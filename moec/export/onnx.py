@@ -1,5 +1,4 @@
-"""Writes a compiled model's graph as an ONNX file, which is run and compared before it is
-published."""
+"""Writes a compiled model as an ONNX file, which is run and compared before it is published."""
 
 from __future__ import annotations
 
@@ -144,8 +143,7 @@ def export(
 
 
 def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
-    """The model with weights rounded to nearest, as by `moec.compile(quant=...)` without
-    `calib`."""
+    """The model with weights rounded to nearest, as `moec.compile(quant=...)` without `calib`."""
     if compiled.quantised:
         raise UsageError(
             f"{compiled.source.name} was compiled with quant={compiled.quantised[0].format!r}: "

@@ -105,8 +105,7 @@ def build_for_gpu(
 
 @contextmanager
 def explained(compiled: CompiledModel) -> Iterator[None]:
-    """While open, an UnsupportedError also lists experts that were not recognised, a likely
-    cause."""
+    """While open, an UnsupportedError also lists experts that were not recognised."""
     try:
         yield
     except UnsupportedError as error:

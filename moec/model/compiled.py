@@ -251,7 +251,7 @@ class CompiledModel:
         )
 
     def picture(self) -> Picture:
-        """A drawing of the model, which notebooks display; its `save` writes .svg, .html or
+        """A drawing of the model, which notebooks display. Its `save` writes .svg, .html or
         .dot."""
         from moec.report.picture import Picture, scene
 

@@ -50,8 +50,7 @@ def cut(graph: Graph) -> tuple[Segment | Op, ...]:
 
 
 def _part(graph: Graph, ops: Sequence[Op], available: Sequence[Value]) -> Graph:
-    """The graph of some ops: values that they read from outside are inputs, values that others read
-    are outputs."""
+    """The graph of some ops: inputs are read from outside, outputs are read by others."""
     again = _sorts(ops, graph)
     outputs = tuple(
         value

@@ -35,8 +35,7 @@ class RankWriter:
         return stream(self.writer, prompts, **self._seeded(options))
 
     def _seeded(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options with rank 0's seed if none was given, because every rank draws every
-        token."""
+        """The options with rank 0's seed if none was given: every rank draws every token."""
         if options.get("temperature") and options.get("seed") is None:
             return {**options, "seed": agreed(self.ranks, secrets.randbits(32))}
         return options

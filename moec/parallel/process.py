@@ -42,8 +42,7 @@ class Job:
 
 
 def rank_of_process() -> tuple[int, int]:
-    """(rank, number of ranks) from torchrun. Raises UsageError where it did not start this
-    process."""
+    """(rank, number of ranks) from torchrun. Raises UsageError if it did not start this process."""
     try:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except KeyError:

@@ -22,8 +22,7 @@ ENDED = "another rank ended"
 
 
 class RankError(MoecError):
-    """A rank ended, or an exchange between ranks failed. The message has rank, layer and
-    collective."""
+    """A rank ended, or an exchange failed. The message has rank, layer and collective."""
 
 
 class ProcessRanks:
@@ -89,8 +88,7 @@ def named_meanings(ranks: ProcessRanks) -> Mapping[str, Reference]:
 
 @contextmanager
 def naming(ranks: ProcessRanks, where: str, collective: str) -> Iterator[None]:
-    """While open, a RuntimeError becomes a RankError with this rank, the layer and the
-    collective."""
+    """While open, a RuntimeError becomes a RankError with rank, layer and collective."""
     try:
         yield
     except RuntimeError as error:

@@ -66,8 +66,7 @@ class CodeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class RankFiles:
-    """What one rank runs; `digest` is that of the folder's manifest, equal on all ranks of a
-    plan."""
+    """What one rank runs; `digest`, of the folder's manifest, is equal on all ranks of a plan."""
 
     code: RankCode
     plan: Plan

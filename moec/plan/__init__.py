@@ -1,2 +1,1 @@
-"""Plans for many devices: the placement of experts, the exchange of rows, and the predicted
-cost."""
+"""Plans for many devices: placement of experts, exchange of rows, and predicted cost."""

@@ -61,8 +61,7 @@ def _balance(layer: int, count: NDArray[np.float64], trace: RoutingTrace | None)
 
 
 def coactivation(trace: RoutingTrace, layer: int) -> NDArray[np.int64]:
-    """[E, E]: the number of tokens for which both experts were chosen; on the diagonal, each
-    expert."""
+    """[E, E]: the number of tokens that chose both experts; on the diagonal, each expert."""
     experts = int(trace.experts[layer])
     chosen = np.zeros((trace.tokens, experts + 1), np.float32)
     np.put_along_axis(chosen, trace.ids[:, layer].astype(np.int64) % (experts + 1), 1, axis=1)

@@ -71,8 +71,7 @@ class Cluster(Record, frozen=True, kw_only=True):
         return math.prod(entry.joins for entry in self.levels[: level + 1])
 
     def level_of(self, ranks: int) -> Level:
-        """The lowest level that joins this many neighbouring devices. Raises UsageError for too
-        many."""
+        """The lowest level that joins this many neighbouring devices. Raises UsageError."""
         for index, level in enumerate(self.levels):
             if self.span(index) >= ranks:
                 return level
@@ -131,8 +130,7 @@ def link_graph(cluster: Cluster) -> nx.Graph:
 
 
 def route(graph: nx.Graph, source: int, target: int) -> tuple[float, float]:
-    """Latency in s and bandwidth in bytes/s of the path with the least latency between two
-    devices."""
+    """Latency in s and bandwidth in bytes/s of the path with the least latency."""
     path = nx.shortest_path(graph, source, target, weight="latency")
     edges = [graph.edges[edge] for edge in nx.utils.pairwise(path)]
     return sum(edge["latency"] for edge in edges), min(edge["bandwidth"] for edge in edges)

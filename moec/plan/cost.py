@@ -22,8 +22,7 @@ CACHE_BYTES = 2.0
 
 @dataclass(frozen=True)
 class LayerCost:
-    """`parts` are seconds by part; `hidden` are seconds that overlap with other parts; `memory` in
-    bytes."""
+    """`parts` are seconds by part, of which `hidden` overlap with others; `memory` in bytes."""
 
     parts: Mapping[str, float]
     hidden: float

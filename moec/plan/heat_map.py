@@ -76,8 +76,7 @@ def _colour(ratio: float) -> str:
 
 
 def save_picture(svg: str, path: Path, title: str) -> None:
-    """Write the picture to `path`. Raises UsageError for a name that ends in neither .svg nor
-    .html."""
+    """Write the picture to `path`. Raises UsageError unless its name ends in .svg or .html."""
     if path.suffix == ".svg":
         path.write_text(svg)
     elif path.suffix == ".html":

@@ -1,5 +1,4 @@
-"""numba's compiler with types: a function keeps its type, and its machine code is cached on
-disk."""
+"""numba's compiler, typed: functions keep their types; machine code is cached on disk."""
 
 from __future__ import annotations
 

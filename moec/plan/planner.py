@@ -88,7 +88,7 @@ class Planner:
         return self.placement(index, degrees.experts, least).imbalance < LEVEL
 
     def best(self) -> Plan:
-        """The best plan, whose degrees may differ between layers. Raises UsageError where none
+        """The best plan, whose degrees may differ between layers. Raises UsageError if none
         fits."""
         layers = [
             [LayerOption(c.degrees.attention, c.cost.seconds, c.cost.memory) for c in options]

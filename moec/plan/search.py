@@ -38,8 +38,7 @@ class Best:
 
 @dataclass(frozen=True)
 class _Front:
-    """Partial plans that end in one state, none of which beats another in both seconds and
-    bytes."""
+    """Partial plans that end in one state; none beats another in both seconds and bytes."""
 
     seconds: Numbers
     memory: Numbers

@@ -47,7 +47,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """`seconds` of the cost model for the busiest rank and link; `waits_for` is its slowest
+    """`seconds` of the cost model for the busiest rank and link; `waits_for` is the slowest
     part."""
 
     layer: int
@@ -102,8 +102,7 @@ def _count(
     spread: bool,
     staged: bool,
 ) -> tuple[Counts, Counts, Counts, Counts, Counts, Counts, Counts]:
-    """With `spread`, every slice of an expert receives the row; else only the sender's slice
-    does."""
+    """With `spread`, every slice of an expert receives the row; else only the sender's slice."""
     tokens, k = ids.shape
     span = ranks * slices
     rows = np.zeros(devices // slices, np.int64)
@@ -200,8 +199,7 @@ def _replay(layer: LayerPlan, plan: Plan, cost: CostModel, ids: Ids) -> LayerRes
 
 
 def link_imbalance(counts: Traffic) -> float:
-    """The load of the busiest link over the mean: across nodes if rows leave the node, else
-    inside."""
+    """The load of the busiest link over the mean: across nodes if rows leave it, else inside."""
     pairs = ((counts.sent_across, counts.got_across), (counts.sent_inside, counts.got_inside))
     for sent, got in pairs:
         mean = float(sent.mean())

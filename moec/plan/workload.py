@@ -1,5 +1,4 @@
-"""The work of a cluster: tokens of a step, lengths of contexts, and dtypes of rows that are
-sent."""
+"""The work of a cluster: tokens of a step, lengths of contexts, and dtypes of sent rows."""
 
 from __future__ import annotations
 

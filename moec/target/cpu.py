@@ -57,8 +57,7 @@ class CpuNeeds:
 
 @dataclass(frozen=True)
 class CpuTarget:
-    """A CPU from the view of kernels. `features` are LLVM's names of those that the code may
-    use."""
+    """A CPU for kernels. `features` are LLVM's names of those that the code may use."""
 
     name: str
     mcpu: str = ""  # empty: LLVM's default for the machine
@@ -106,8 +105,7 @@ class CpuTarget:
 
     @property
     def int8_signed(self) -> bool:
-        """Whether these instructions multiply signed by signed numbers, not unsigned by signed
-        ones."""
+        """Whether these instructions multiply signed numbers by signed ones, not unsigned ones."""
         return self.int8_dot and self.vector_lanes == 4 and "i8mm" not in self.features
 
     @property

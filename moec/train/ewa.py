@@ -35,8 +35,8 @@ class ConstantRate:
 
 @dataclass(frozen=True)
 class LinearRate:
-    """A share rate that changes linearly from `start` at step 0 to `stop` at step `steps`, and
-    stays there."""
+    """A share rate that is linear from `start` at step 0 to `stop` at step `steps`, then
+    constant."""
 
     start: float
     stop: float
@@ -185,8 +185,7 @@ class EWA:
             self.layers[name] = layer
 
     def rate_at(self, step: int) -> float:
-        """The share rate after step number `step`. Raises UsageError if it is not between 0 and
-        1."""
+        """The share rate after step number `step`. Raises UsageError outside of 0 to 1."""
         rate = self.rate(step)
         if not 0 <= rate <= 1:
             raise UsageError(f"the share rate is {rate:g} at step {step}, expected 0 to 1")

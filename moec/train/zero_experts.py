@@ -41,8 +41,7 @@ def capacities(slots: int, networks: int, others: int, tau: float, gamma: float)
 
 
 def within(ids: Tensor, limits: Tensor) -> Tensor:
-    """bool[T, k]: whether a choice is among the first `limits`[N] choices of its expert, by
-    token."""
+    """bool[T, k]: whether a choice is among its expert's first `limits`[N] choices, by token."""
     hot = F.one_hot(ids.flatten(), len(limits))
     before = ((hot.cumsum(0) - hot) * hot).sum(-1)
     return (before < limits[ids.flatten()]).reshape(ids.shape)

@@ -86,8 +86,7 @@ def _recounted(config: Any, before: int, after: int) -> Any:
 
 
 def _fill(smaller: nn.Module, model: nn.Module, kept_experts: Mapping[str, Sequence[int]]) -> None:
-    """Copies the model's tensors into `smaller`, with the kept experts only along axes of
-    experts."""
+    """Copies the model's tensors into `smaller`, with only the kept experts along their axes."""
     shapes = {name: tensor.shape for name, tensor in _tensors(smaller).items()}
     held = _tensors(model)
     if set(held) != set(shapes):

@@ -35,8 +35,7 @@ def cases(captured: Captured) -> list[Case]:
 
 
 def _odd(bounds: Bounds) -> int:
-    """A size within the bounds that is usually neither the example's nor a multiple of a tile:
-    19."""
+    """A size within the bounds, 19 if possible: no multiple of a tile."""
     high = bounds.high if bounds.high is not None else 19
     return max(bounds.low, min(high, 19 if bounds.low <= 19 else bounds.low))
 

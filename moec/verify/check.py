@@ -165,8 +165,7 @@ def _check(
 
 
 def _check_no_nan(program: Program, answers: Sequence[Reference]) -> None:
-    """Raises VerificationError where eager itself returns NaN: the code may have it in other
-    elements."""
+    """Raises VerificationError where eager itself returns NaN, which code may have elsewhere."""
     for case, expected in answers:
         outputs = (tensor for tensor in expected if tensor.is_floating_point())
         if not any(tensor.isnan().any() for tensor in outputs):

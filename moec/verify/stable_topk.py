@@ -17,8 +17,7 @@ aten = torch.ops.aten
 
 
 class FirstOfEquals(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, every choice among equal values takes the first; `met` is set once an op
-    chose."""
+    """While open, choices among equal values take the first; `met` is set once an op chose."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

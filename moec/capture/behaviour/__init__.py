@@ -1,1 +1,1 @@
-"""What a module does as a mixture of experts, found by watching it run, and proved."""
+"""Finds out what a module computes as a mixture of experts by running it, and proves it."""

@@ -1,5 +1,4 @@
-"""Finds the parts of the output that do not depend on routing, and router columns without
-experts."""
+"""Finds the parts of the output that do not depend on routing, and columns without experts."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class ModelExample:
     kwargs: Mapping[str, Any]
 
     def record(self, names: Sequence[str]) -> dict[str, RecordedCall]:
-        """How the example calls the modules of these names; modules that it does not call are left
+        """How the example calls the modules of these names; modules that are not called are left
         out."""
         modules = dict(self.module.named_modules())
         return record(
@@ -182,8 +182,7 @@ def _describe(
 
 
 _MOST_LINES = 6
-"""Lines of a refusal: what fails and why, why the nearest modules were not recognised, what to
-do."""
+"""The most lines of a refusal: what fails and why, which modules were not recognised, remedy."""
 
 
 def _refusal(

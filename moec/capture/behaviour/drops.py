@@ -60,8 +60,7 @@ def _prefix(served: torch.Tensor) -> bool:
 
 
 def _dropped(served: torch.Tensor, weights: torch.Tensor, count: int) -> str:
-    """What replaces a dropped row ("zero", "weighted" or "pass"), by the token's share of the
-    output."""
+    """What replaces a dropped row, by the token's share: "zero", "weighted" or "pass"."""
     dropped_share = weights[~served, min(count, weights.shape[1] - 1)]
     usual = float(weights[served, 0].median())
     for kind, share in (("zero", 0.0), ("weighted", usual), ("pass", 1.0)):

@@ -44,8 +44,8 @@ def shown(name: str, module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """Names of the modules that were running, innermost first; the user's last line; and the error
-    in one line."""
+    """Names of the running modules, innermost first; the user's last line; the error in one
+    line."""
 
     modules: tuple[str, ...]
     line: Line | None

@@ -173,8 +173,7 @@ def _may_fit(
 def _with_threshold(
     rule: RoutingRule, logits: torch.Tensor, weights: torch.Tensor, nearest: _Nearest
 ) -> Iterator[Fitted]:
-    """The rule with a threshold between all dropped and all kept choices, if these are
-    separated."""
+    """The rule with a threshold between dropped and kept choices, if these are separated."""
     choices = choose(rule, logits)
     assert choices.measure is not None
     assert choices.full_weights is not None

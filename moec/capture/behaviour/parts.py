@@ -100,8 +100,7 @@ def may_hold_experts(module: nn.Module) -> bool:
 
 
 def modules_without_block(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Names of modules, innermost first, that may hold experts but neither are nor contain one of
-    `blocks`."""
+    """Names of modules, innermost first, that may hold experts but are and contain no block."""
     names = []
     for name, module in reversed(list(model.named_modules())):
         if not may_hold_experts(module):

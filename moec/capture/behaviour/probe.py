@@ -66,8 +66,7 @@ class Probe:
     def inputs(
         self, batch: int, length: int, scale: float = 1.0, seed: int = 0
     ) -> tuple[torch.Tensor, ...]:
-        """Random tokens [B, S, D] or [B * S, D], and random expert ids where the module takes
-        them."""
+        """Random tokens [B, S, D] or [B * S, D], and random expert ids if the module takes them."""
         generator = torch.Generator().manual_seed(seed + 1000 * batch + length)
         flat = len(self.arguments.shape) == 2
         size = (batch * length,) if flat else (batch, length)
@@ -98,8 +97,7 @@ class Probe:
         return Run(leaves, self._hidden(leaves, inputs[0]), steer.observed)
 
     def steered(self, logits: torch.Tensor | None) -> Steer:
-        """A context in which the router's logits are `logits`, also for a replacement of the
-        module."""
+        """A context in which the router's logits are `logits`, also for a replacement."""
         weight = tensor(self.module, self.weight_name) if self.weight_name else None
         return Steer(weight, self.columns, logits)
 
@@ -113,8 +111,7 @@ class Probe:
     def watch(
         self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None
     ) -> list[SubmoduleCall]:
-        """The calls of submodules in one run. Sets `nodes` to the results of chains of
-        submodules."""
+        """The calls of submodules in one run. Sets `nodes` to the results of their chains."""
         calls: list[SubmoduleCall] = []
 
         def hook(name: str) -> Callable[..., None]:

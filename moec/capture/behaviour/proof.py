@@ -1,5 +1,4 @@
-"""Proves a description by comparing all outputs of the module and its replacement on many
-inputs."""
+"""Proves a description by comparing the outputs of a module and its replacement."""
 
 from __future__ import annotations
 

@@ -76,8 +76,7 @@ class Replacement:
         self.count = 0 if first is None else first.shape[0]
 
     def experts(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """rows[T, D], ids[T, k], weights[T, k] -> the weighted sum of the experts' results [T,
-        D]."""
+        """rows[T, D], ids[T, k], weights[T, k] -> weighted sum of the experts' results [T, D]."""
         result: torch.Tensor = experts_op(
             rows, ids, weights, stacks(self.module, self.description), self.count, self.body
         )
@@ -149,8 +148,7 @@ class Replacement:
     def _input_side(
         self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """The sum of experts' results where each choice scales the row before its expert reads
-        it."""
+        """The sum of experts' results, where each choice scales the row that its expert reads."""
         scaled = (rows[:, None] * weights[..., None]).reshape(-1, rows.shape[-1])
         single = ids.reshape(-1, 1)
         results = self.experts(scaled, single, torch.ones_like(single, dtype=rows.dtype))
@@ -182,8 +180,7 @@ class Replacement:
         return out
 
     def _side(self, logits: torch.Tensor, chosen: Choices) -> dict[str, torch.Tensor]:
-        """Other tensors that modules return, by name; those not used are not in the captured
-        graph."""
+        """Other tensors that modules return, by name; unused ones are not in the captured graph."""
         rule = self.description.routing
         assert rule is not None
         picked, best = chosen.chosen(), chosen.first()
@@ -201,8 +198,7 @@ class Replacement:
         return side | losses | of_best
 
     def _soft(self, x: torch.Tensor) -> torch.Tensor:
-        """The "soft slots" form: slots are mixtures of a sequence's tokens; each expert reads its
-        slots."""
+        """The "soft slots" form: slots are mixtures of a sequence's tokens; experts read slots."""
         router = self.description.router
         assert router is not None
         z = torch.einsum("bnd,des->bnes", x, tensor(self.module, router.weight))

@@ -40,8 +40,7 @@ def find_outputs(probe: Probe, replacement: Replacement) -> tuple[Output | Const
 def cast_outputs(
     module: nn.Module, probe: Probe, items: Sequence[Output | Constant]
 ) -> tuple[Output | Constant, ...]:
-    """The outputs with the dtypes that a 16-bit module gives them, where these are not its own
-    dtype."""
+    """The outputs with the dtypes that a 16-bit module returns, where these are not its own."""
     dtype = float_dtype(module)
     if dtype is torch.float32:
         return tuple(items)

@@ -87,8 +87,7 @@ def _find_log_sum_exp(probe: Probe, inputs: Sequence[torch.Tensor], usual: torch
 
 
 def _floor(probe: Probe, inputs: Sequence[torch.Tensor]) -> float:
-    """What replaces a sum of zero, found by making every result -200, whose exponential
-    underflows."""
+    """What replaces a sum of zero, found with results of -200, whose exponentials underflow."""
     handles = [
         probe.module.get_submodule(name).register_forward_hook(lambda m, i, o: o * 0 - 200)
         for name in probe.description.experts

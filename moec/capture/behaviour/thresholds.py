@@ -1,5 +1,4 @@
-"""Locates a threshold by runs of the module between a choice that is kept and one that is
-dropped."""
+"""Locates a threshold by running the module between a kept and a dropped choice."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
 
 
 def expand(program: ExportedProgram) -> ExportedProgram | None:
-    """`program` with each composite operator replaced by its parts; None where only torch can do
+    """`program` with each composite operator replaced by its parts; None if only torch can do
     it."""
     source = program.graph_module
     table = decompositions()

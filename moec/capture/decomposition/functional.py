@@ -69,8 +69,7 @@ def write_of(node: fx.Node) -> Write:
 
 
 def _is_same_call(target: Any, overload: Any) -> bool:
-    """Whether `overload` takes the arguments of `target`, writes nothing, and returns new
-    memory."""
+    """Whether `overload` takes the same arguments, writes nothing, and returns new memory."""
     before, after = target._schema.arguments, overload._schema.arguments
     first, *others = (argument.alias_info for argument in before)
     return (
@@ -83,8 +82,7 @@ def _is_same_call(target: Any, overload: Any) -> bool:
 
 
 def _is_new(written: fx.Node, node: fx.Node) -> bool:
-    """Whether `written` has memory of its own, and no view of it taken before `node` is read
-    after."""
+    """Whether `written` has its own memory, and no view of it from before `node` is read after."""
     source = written
     while writes(source):  # its result is its first operand
         source = source.args[0]  # type: ignore[assignment]

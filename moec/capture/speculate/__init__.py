@@ -1,8 +1,8 @@
-"""Capture by speculation: unmodified modules whose counts are read into Python.
+"""Capture by speculation: unmodified modules that read counts into Python.
 
-Data that Python reads become symbolic numbers, and a branch on them is answered as the body of a
-loop over experts needs it. What that takes for granted is proved by running eager beside the graph
-on routings in which every such branch comes out both ways; what is not proved is refused, with the
+Data that Python reads become symbolic numbers. A branch on them is answered so that the body of a
+loop over experts is traced. This assumption is proved by running eager beside the graph, on
+routings for which every such branch goes both ways. What cannot be proved is refused, with the
 user's line. Read `search.py` first.
 """
 

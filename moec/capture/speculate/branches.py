@@ -22,8 +22,7 @@ _MACHINERY = ("sym_node.py", "symbolic_shapes.py", "recording.py", "_traceback.p
 
 @dataclass(frozen=True)
 class Question:
-    """A condition on data that was answered at `site`: a comparison of numbers, or the truth value
-    of a tensor."""
+    """A condition on data that was answered at `site`: a comparison, or a tensor's truth value."""
 
     site: Site
     condition: Any = None
@@ -100,7 +99,6 @@ def _who_asks(frame: FrameType | None, foreign: Foreign) -> FrameType | None:
 
 
 def is_condition(expression: Any) -> bool:
-    """Whether an expression is a condition. Sympy counts symbols as Boolean, which here are
-    numbers."""
+    """Whether an expression is a condition. For sympy, symbols are too; here they are numbers."""
     boolean = isinstance(expression, sympy.logic.boolalg.Boolean)
     return boolean and not isinstance(expression, sympy.Expr)

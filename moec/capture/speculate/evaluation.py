@@ -30,8 +30,7 @@ def evaluation_hooks(trace: Trace) -> Hooks:
         return y if bias is None else y + bias.view(shape)
 
     def noise(func: Hook, *args: Any, **kwargs: Any) -> Any:
-        """Zeros instead of random numbers; the proof then shows that they do not change the
-        result."""
+        """Zeros instead of random numbers; the proof shows that they do not change the result."""
         trace.noise[trace.at()] = None
         result = func(*args, **kwargs)
         return torch.zeros(result.shape, dtype=result.dtype)

@@ -97,8 +97,7 @@ NOTHING = Fact()
 
 
 class Facts:
-    """Facts by tensor. Holds the tensors, because a new tensor could reuse the id of one that was
-    freed."""
+    """Facts by tensor. Holds the tensors, since a new one could reuse the id of a freed one."""
 
     def __init__(self) -> None:
         self._held: dict[int, tuple[torch.Tensor, Fact]] = {}

@@ -1,5 +1,4 @@
-"""Stand-ins for lists of indices whose length depends on data, as the user's Python code reads
-them."""
+"""Python lists that replace lists of indices whose length depends on data."""
 
 from __future__ import annotations
 
@@ -101,8 +100,7 @@ class Hits(list[Any]):
 
 
 class HitRows(list[Any]):
-    """A Python list of row numbers whose length depends on data; used as an index, it is its
-    tensor."""
+    """A Python list of row numbers whose length depends on data; as an index it is its tensor."""
 
     def __init__(self, tensor: torch.Tensor, asks: Callable[[Any], bool]) -> None:
         super().__init__()
@@ -128,6 +126,5 @@ def as_tensor(value: Any) -> Any:
 
 
 def as_slice(value: Any) -> Any:
-    """A `Row` as an index: the slice that selects it and keeps its axis; any other value
-    unchanged."""
+    """A `Row` as an index: the slice that selects it and keeps its axis; else the value itself."""
     return slice(value.item(), value.item() + 1) if isinstance(value, Row) else value

@@ -78,8 +78,8 @@ class Trace:
         return rows
 
     def counted(self, mask: torch.Tensor, rows: Any) -> Any:
-        """Returns `rows`, the nonzero of `mask`, after recording that their number is the mask's
-        sum."""
+        """Returns `rows`, the nonzero of `mask`, after recording that the mask's sum is their
+        number."""
         first = rows[0] if isinstance(rows, tuple) else rows
         self.read(first.shape[0], (mask != 0).sum())
         return rows

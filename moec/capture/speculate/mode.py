@@ -1,5 +1,4 @@
-"""The hooks as a torch function mode, which intercepts each torch function the user's code
-calls."""
+"""The hooks as a torch function mode, which intercepts the user's calls of torch functions."""
 
 from __future__ import annotations
 

@@ -58,8 +58,7 @@ def _functions(mode: Speculation, trace: Trace) -> Iterator[tuple[Any, str, Any]
 
 
 def _evaluate(original: Callable[..., Any], branches: Branches) -> Callable[..., Any]:
-    """Replaces the function by which torch and Python evaluate every condition on symbolic
-    numbers."""
+    """Replaces the function that evaluates every condition on symbolic numbers."""
 
     def evaluate_expr(env: ShapeEnv, condition: Any, *args: Any, **kwargs: Any) -> Any:
         try:

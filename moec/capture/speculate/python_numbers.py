@@ -102,8 +102,7 @@ _TOOLS = frozenset({"moec", "pytest", "_pytest", "hypothesis"})
 
 
 def python_type(value: Any) -> Any:
-    """`value`, or Python's own type where it is a replacement: torch takes int and float as
-    dtypes."""
+    """`value`, or Python's own type for a replacement: torch takes int and float as dtypes."""
     if value is Integer:
         return builtins.int
     return builtins.float if value is _float else value

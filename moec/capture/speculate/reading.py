@@ -124,8 +124,7 @@ def reading_hooks(trace: Trace) -> Hooks:
         return trace.branches.ask(tensor, facts.of(tensor).truth != "none")
 
     def tensor(func: Hook, value: Any, *args: Any, **kwargs: Any) -> Any:
-        """Records the number in a tensor that is built from a size; a list of rows becomes its
-        tensor."""
+        """Records the number in a tensor built from a size; a list of rows becomes its tensor."""
         if isinstance(value, HitRows):
             return as_tensor(value).to(kwargs.get("dtype") or torch.int64)
         if is_symbolic(value):
@@ -178,15 +177,13 @@ def reading_hooks(trace: Trace) -> Hooks:
         return facts.note(result, sums=joined([first, sums, last]))
 
     def compared(func: Hook, a: Any, b: Any) -> Any:
-        """Compares the integer that a symbolic float was made from: the integer's own expression is
-        known."""
+        """Compares the integer that a symbolic float was made from, whose expression is known."""
         if integer_of(a) is a and integer_of(b) is b:
             return NotImplemented
         return func(integer_of(a), integer_of(b))
 
     def of_numbers(values: Sequence[Any], dtype: torch.dtype) -> Any:
-        """A tensor of numbers that Python has read, built from the tensors that they were read
-        from."""
+        """A tensor of numbers that Python has read, built from the tensors that held them."""
         parts = [trace.readouts.get(expression(value)) for value in values]
         parts = [v if part is None else part for part, v in zip(parts, values, strict=True)]
         if any(map(reads_data, parts)):

@@ -17,8 +17,7 @@ _REMEDY = "  compute both sides and choose with torch.where, or keep the numbers
 
 
 class Untraceable(CaptureError):
-    """The trace failed, or assumed nothing. The error that led to this attempt is the better
-    reason."""
+    """The trace failed, or assumed nothing. The error that led to it is the better reason."""
 
 
 def differs(name: str, assumed: Assumed, verdict: Verdict) -> CaptureError:
@@ -94,8 +93,7 @@ def _reason(error: Exception) -> str:
 
 
 def _is_python(frame: FrameType) -> bool:
-    """Whether code belongs to the standard library; installed packages are below the same
-    folder."""
+    """Whether code is the standard library's; installed packages are below the same folder."""
     file = frame.f_code.co_filename
     return file.startswith(sysconfig.get_path("stdlib")) and "site-packages" not in file
 

@@ -48,8 +48,7 @@ MOST_FLIPS = 8
 
 @dataclass(frozen=True)
 class CaptureForm:
-    """One form of a capture: its program, the structure of the module's result, and report
-    notes."""
+    """One form of a capture: its program, the structure of the module's result, report notes."""
 
     converted: ConvertedExport
     structure: Structure

@@ -121,8 +121,7 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return facts.note(result, member=Member(ids, expert))
 
     def both(func: Hook, a: Any, b: Any) -> Any:
-        """(ids == e) & other as where(other, ids, no expert) == e, the form that recognition
-        matches."""
+        """(ids == e) & other as where(other, ids, no expert) == e, which recognition matches."""
         for one, other in ((a, b), (b, a)):
             member = facts.of(one).member
             if member is None or not isinstance(other, torch.Tensor):
@@ -138,8 +137,7 @@ def slicing_hooks(trace: Trace) -> Hooks:
         return NotImplemented
 
     def sort(func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A stable sort: rows of equal classes keep their order, as in the lists of rows by
-        class."""
+        """A stable sort: rows of equal classes keep their order, as in the lists of rows."""
         if facts.of(ids).choice is None or ids.ndim != 1:
             return NotImplemented
         options = {**dict(zip(("dim", "descending"), args, strict=False)), **kwargs}

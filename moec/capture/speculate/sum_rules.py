@@ -28,8 +28,7 @@ def hot_sum(
 
 
 def own_counts(tensor: torch.Tensor) -> Sums | None:
-    """A short integer tensor of fixed length about which nothing is known counts as counts
-    itself."""
+    """A short integer tensor of fixed length without facts is taken for counts of its own."""
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         return None
     length = tensor.shape[0]

@@ -18,8 +18,7 @@ from moec.errors import CaptureError
 
 @dataclass
 class _Filling:
-    """A buffer that is being filled from its first row on: the row reached, and the pieces so
-    far."""
+    """A buffer that is being filled from its first row on: the row reached, and its pieces."""
 
     stop: Any = 0
     parts: list[torch.Tensor] = field(default_factory=list)
@@ -80,8 +79,7 @@ def writing_hooks(trace: Trace) -> Hooks:
 
 
 def _sums_written(trace: Trace, x: torch.Tensor, index: Any, values: Any) -> Sums | None:
-    """The sums of counts in x after `values` are written at `index`; None where they are not
-    known."""
+    """The sums of counts in x after `values` are written at `index`; None if unknown."""
     before, other = trace.facts.of(x).sums, trace.facts.of(values).sums
     if before is None or other is None:
         return None

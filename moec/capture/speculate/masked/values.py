@@ -49,8 +49,7 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def full(tree: Any, length: Any) -> Any:
-    """`tree` with all rows instead of the selected ones, and `length` instead of numbers of
-    rows."""
+    """`tree` with all rows instead of selected ones, and `length` instead of numbers of rows."""
 
     def one(value: Any) -> Any:
         if isinstance(value, Rows):
