@@ -1,4 +1,4 @@
-"""What the measurements are about: one claim a table of docs/benchmarks.md."""
+"""The claims of the measurements: one claim per table of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Claim:
-    """`name` is the field of the records; `text` says what the columns mean and what was seen.
+    """`name` is the field of the records; `text` explains the columns and states the result.
 
-    `by_case`: each case has columns of its own, and so a table of its own.
+    `by_case`: each case has its own columns, and therefore its own table.
     """
 
     name: str

@@ -1,16 +1,16 @@
-"""What compressing trained experts costs: bits a weight, and perplexity of text not fitted to.
+"""The cost of compressing trained experts: bits per weight, and perplexity on held-out text.
 
     python benchmarks/compress.py [--models tiny_moe,switch,smollm2] [--tokens 4096]
                                   [--folder FOLDER] [--append FILE.md]
 
-tiny_moe is examples/tiny_moe, switch the Switch Transformer of benchmarks/switch.py (trained where
---folder holds none), smollm2 the upcycled model of benchmarks/upcycle.py: four of its 30 layers
-have experts, trained to give what the dense MLPs gave. Experts are fitted on --tokens tokens of
-Python's standard library, those of all layers on what they see in the model as it was; perplexity
-is that of --windows windows of files that no model was trained on here. "left" is the share of what
-rounding to nearest loses, in nats, that is lost too. Ways are those of compress-experts: "gptq
-alone" goes no further than GPTQ and numbers fitted to its codes, "gptq" descends from there, and
-"tuned" is followed by tune-grids.
+tiny_moe is examples/tiny_moe. switch is the Switch Transformer of benchmarks/switch.py (trained if
+--folder has none). smollm2 is the upcycled model of benchmarks/upcycle.py: four of its 30 layers
+have experts, trained to reproduce the dense MLPs. Experts are fitted on --tokens tokens of Python's
+standard library, those of every layer on its inputs in the original model. Perplexity is measured
+on --windows windows of files that no model was trained on here. "left" is the loss in nats, as a
+share of the loss by rounding to nearest. The ways are options of compress-experts: "gptq alone" is
+GPTQ, with numbers fitted to its codes; "gptq" continues with coordinate descent; "tuned" is
+followed by tune-grids.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BITS = {"f32": 32, "bf16": 16}
 
 @dataclass(frozen=True)
 class Case:
-    """A model as its blocks are recognised, its tokenizer, and what there is to say."""
+    """A model with its blocks recognised, its tokenizer, and notes for the table."""
 
     program: Program
     tokenizer: Any
@@ -88,7 +88,7 @@ MODELS: dict[str, Callable[[Path], Case]] = {
 
 
 def ways(kind: str, reach: float, steps: int) -> dict[str, tuple[CompressExperts, int]]:
-    """By name: the pass, and the steps of tuning behind it."""
+    """By name: the pass, and the number of steps of tune-grids after it."""
     result = {
         "nearest": (CompressExperts(kind=kind, by="nearest"), 0),
         "gptq alone": (CompressExperts(kind=kind, rounds=0), 0),

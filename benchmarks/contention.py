@@ -1,14 +1,14 @@
-"""Tokens a second of decode beside busy processes, by moec's pool of threads and by TVM's.
+"""Decode speed next to busy processes, with moec's thread pool and with TVM's.
 
     python -m benchmarks.contention [--artifact FILE] [--busy 0,1,2] [--rounds 7] [--tokens 40]
 
-The busy processes are started here, one of them for each core that is to be kept busy. Each pool
-has processes of its own, in which one artifact is loaded (two, since where memory happens to lie
-makes one a few percent faster than another); in every round all run by turns beside each number of
-busy processes. `fair` is the share of the machine that the threads of moec
-get where all threads get the same, and `kept` how much of it decode had: tokens a second, divided
-by `fair` and by the tokens a second of the faster pool beside no busy process. 1 is all of it.
-Without --artifact a Mixtral of 6 layers with random weights is compiled, which takes a minute.
+The script starts the busy processes, one per core that is to be kept busy. Each pool has two
+processes that load one artifact (the addresses of memory make one a few percent faster than
+another). In every round, all of them run in turn, next to each number of busy processes. `fair` is
+the share of the machine that the threads of moec would get if all threads got the same. `kept` is
+the share of `fair` that decode had: tokens per second, divided by `fair` and by the tokens per
+second of the faster pool without busy processes; 1 is the full share. Without --artifact, a Mixtral
+of 6 layers with random weights is compiled, which takes a minute.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.records import Cell, add_record_options, record_if_asked
 from moec.runtime.threads import available, set_threads
 
 POOLS = ("moec", "TVM")
-PROCESSES = 2  # of each pool
+PROCESSES = 2  # per pool
 PROMPT = tuple(range(16))
 SHAPE = {
     "vocab_size": 4096,
@@ -51,7 +51,7 @@ while os.getppid() == int(sys.argv[1]):  # for as long as there is a benchmark
 
 
 def build(path: Path) -> None:
-    """Write the artifact of a small model."""
+    """Writes the artifact of a small model."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -63,7 +63,8 @@ def build(path: Path) -> None:
 
 
 def serve(artifact: str, pool: str) -> None:
-    """Answer each number of tokens that is read with the tokens a second of writing so many."""
+    """Reads numbers of tokens, and answers each with the tokens per second of generating so
+    many."""
     import moec.runtime.pool as pools
     from moec.runtime.executor import load
     from moec.runtime.generate import Request, generate
@@ -74,7 +75,7 @@ def serve(artifact: str, pool: str) -> None:
 
     def speed(tokens: int) -> float:
         texts = generate(model, [PROMPT], Request(most=tokens))
-        next(texts)  # the prompt is read
+        next(texts)  # consumes the prompt
         start = time.perf_counter()
         written = sum(1 for _ in texts)
         return written / (time.perf_counter() - start)
@@ -88,7 +89,7 @@ def serve(artifact: str, pool: str) -> None:
 def busy(count: int) -> Iterator[None]:
     command = [sys.executable, "-c", BUSY, str(os.getpid())]
     processes = [subprocess.Popen(command) for _ in range(count)]
-    time.sleep(0.2)  # until they are
+    time.sleep(0.2)  # until all have started
     try:
         yield
     finally:
@@ -98,7 +99,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def measure(artifact: str, counts: list[int], rounds: int, tokens: int) -> dict[str, list[float]]:
-    """The median tokens a second of each pool, beside each number of busy processes."""
+    """The median tokens per second of each pool, next to each number of busy processes."""
     command = [sys.executable, "-m", "benchmarks.contention", "--serve", artifact]
     servers = [
         (pool, subprocess.Popen([*command, pool], stdin=PIPE, stdout=PIPE, text=True))

@@ -1,16 +1,17 @@
-"""Everything that a GPU is needed for, in one run: numbers first, then faults, then times.
+"""Everything that needs a GPU, in one run: results first, then memory errors, then times.
 
     python -m benchmarks.cuda --dry-run
     python -m benchmarks.cuda --record benchmarks/results/cuda.jsonl
 
-1. numbers    one MoE layer of each shape, bf16, against torch eager and grouped_mm
-2. faults     step 1 of the smallest layer under compute-sanitizer, where it is: memcheck, racecheck
-3. text       a model of two such layers in float32, against transformers' generate: the tokens, and
-              milliseconds for each
-4. times      microseconds beside torch eager, grouped_mm, torch.compile, and cuBLAS as equal
-              products of the same FLOPs; the share of the roofline, whose model needs no GPU
+  1. numbers    one MoE layer of each shape, bf16, against torch eager and grouped_mm
+  2. faults     step 1 of the smallest layer under compute-sanitizer (if installed): memcheck,
+                racecheck
+  3. text       a model of two such layers in float32 against transformers' generate: the tokens,
+                and milliseconds per token
+  4. times      microseconds of moec, torch eager, grouped_mm, torch.compile, and cuBLAS (equal
+                products with the same FLOPs); the share of the roofline, which needs no GPU
 
-A step that fails is reported, and the others go on: the time on a GPU is short.
+A failed step is reported, and the other steps still run, because time on a GPU is short.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from moec.target import cuda, nvidia
 
 NUMBERS, FAULTS, TEXT, TIMES = "numbers", "faults", "text", "times"
 TOOLS = ("memcheck", "racecheck")
-TOLERANCE = 2e-2  # of the greatest element: bf16 rows that eager rounds after each product
+TOLERANCE = 2e-2  # of the greatest element: eager rounds bf16 rows after each product
 ROUNDS, CONTENDERS = 20, ("moec", "eager", "grouped_mm", "inductor", "cublas")
 SMALLEST = "granite-1b-a400m"
 PROMPT, NEW = 8, 32  # tokens
@@ -41,7 +42,7 @@ PROMPT, NEW = 8, 32  # tokens
 
 @dataclass(frozen=True)
 class Step:
-    """`what` is one of the four kinds; `detail` names a layer, or a tool."""
+    """`what` is one of the four kinds; `detail` is the name of a layer or a tool."""
 
     what: str
     detail: str
@@ -52,7 +53,7 @@ class Step:
 
 
 def steps(layers: Sequence[str], tokens: Sequence[int], only: Sequence[str]) -> list[Step]:
-    """In the order in which they matter."""
+    """The steps, the most important first."""
     few = tuple(count for count in tokens if count <= 256)
     every = [
         *(Step(NUMBERS, name, few) for name in layers),
@@ -64,7 +65,7 @@ def steps(layers: Sequence[str], tokens: Sequence[int], only: Sequence[str]) -> 
 
 
 def lacking() -> str:
-    """Why nothing can be measured here, as a sentence; empty where it can."""
+    """The reason why nothing can be measured here, as a sentence; empty if it can."""
     driver = nvidia.driver()
     if driver is None or not driver.gpus:
         reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
@@ -82,7 +83,7 @@ Run = Callable[[Any], Any]  # x[1, T, D] -> [1, T, D]
 
 
 def block(layer: LayerShape) -> Any:
-    """OLMoE's block in this shape: softmax, top-k, SwiGLU; random weights of bf16."""
+    """OLMoE's block in this shape: softmax, top-k, SwiGLU; random weights in bf16."""
     import torch
     from transformers import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
@@ -101,7 +102,7 @@ def block(layer: LayerShape) -> Any:
 
 
 def with_experts(module: Any, implementation: str) -> Any:
-    """The same weights, and experts by one of transformers' implementations."""
+    """The module with the same weights, and its experts by one of transformers' implementations."""
     import copy
 
     twin = copy.copy(module)
@@ -115,7 +116,7 @@ def with_experts(module: Any, implementation: str) -> Any:
 
 @cache
 def subject(layer: LayerShape, device: str, target: str) -> tuple[Any, Run]:
-    """The block, and moec's code of it for any number of tokens: compiled once for all steps."""
+    """The block, and moec's code for any number of tokens, compiled once for all steps."""
     import torch
 
     import moec
@@ -127,7 +128,7 @@ def subject(layer: LayerShape, device: str, target: str) -> tuple[Any, Run]:
 
 
 def equal_products(layer: LayerShape, tokens: int, device: str) -> Run:
-    """cuBLAS at the same FLOPs, were the rows of all active experts equally many."""
+    """cuBLAS with the same FLOPs: the rows are split evenly over all active experts."""
     import torch
 
     active = round(layer.active(tokens))
@@ -143,19 +144,19 @@ def equal_products(layer: LayerShape, tokens: int, device: str) -> Run:
     return run
 
 
-# ---- what is measured ---------------------------------------------------------------------
+# ---- measurements -------------------------------------------------------------------------
 
 
 def difference(run: Run, eager: Run, x: Any) -> float:
-    """The share of rows of y[T, D] that differ by more than TOLERANCE of the greatest element:
-    in 16 bits nearly equal scores may choose other experts."""
+    """The share of rows of y[T, D] that differ by more than TOLERANCE of the greatest element: in
+    16 bits, nearly equal scores may choose other experts."""
     result, expected = run(x).float(), eager(x).float()
     rows = (result - expected).abs().flatten(0, -2).amax(-1)
     return float((rows > TOLERANCE * expected.abs().max()).float().mean())
 
 
 def microseconds(run: Run, x: Any, device: str) -> float:
-    """The median of ROUNDS calls, after three."""
+    """The median of ROUNDS calls, after three warm-up calls."""
     import torch
 
     def clock() -> float:
@@ -174,7 +175,7 @@ def microseconds(run: Run, x: Any, device: str) -> float:
 
 
 def numbers(layer: LayerShape, tokens: Sequence[int], device: str, target: str) -> Iterator[str]:
-    """A line a number of tokens. Raises SystemExit where a row is wrong."""
+    """One line per number of tokens. Raises SystemExit if a row is wrong."""
     import torch
 
     module, run = subject(layer, device, target)
@@ -197,7 +198,8 @@ def times(
     limit: cuda.CudaTarget,
     names: Sequence[str] = CONTENDERS,
 ) -> Iterator[dict[str, Cell]]:
-    """A row a number of tokens, in microseconds; contenders that fail are left out with a line."""
+    """One row per number of tokens, in microseconds. Contenders that fail are left out and
+    reported."""
     import torch
 
     module, run = subject(layer, device, target)
@@ -214,14 +216,14 @@ def times(
         for name in names:
             try:
                 row[name] = round(microseconds(ways[name](), x, device), 1)
-            except Exception as error:  # one contender must not cost the others their time
+            except Exception as error:  # a failing contender must not stop the others
                 print(f"  {name} failed: {str(error).splitlines()[0] if str(error) else error!r}")
         row["limit"] = round(layer_seconds(layer, count, limit) * 1e6, 1)
         yield row
 
 
 def text(layer: LayerShape, device: str, target: str, new: int = NEW) -> str:
-    """One line: milliseconds a token. Raises SystemExit where tokens differ from transformers'."""
+    """One line: milliseconds per token. Raises SystemExit if tokens differ from transformers'."""
     import numpy as np
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -261,7 +263,7 @@ def text(layer: LayerShape, device: str, target: str, new: int = NEW) -> str:
 
 
 def faults(tool: str, tokens: Sequence[int], device: str) -> str:
-    """One line: what compute-sanitizer says of step 1."""
+    """One line: the result of compute-sanitizer on step 1."""
     program = shutil.which("compute-sanitizer")
     if program is None:
         return "left out: there is no compute-sanitizer on PATH"

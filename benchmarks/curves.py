@@ -1,16 +1,16 @@
-"""Perplexity against memory of pruned, merged and averaged experts, by criterion, as a table.
+"""Perplexity against memory for pruned, merged and averaged experts, by criterion, as a table.
 
     python benchmarks/curves.py [--models tiny_moe,smollm2] [--budget "kl<=0.1"]
                                 [--plot FILE.png] [--append FILE.md]
 
 tiny_moe is examples/tiny_moe, smollm2 the upcycled model of benchmarks/upcycle.py (four of its 30
-layers have experts). Experts are chosen on one file of Python's standard library, perplexity is
-that of two others, which neither model was trained on here. Layers are changed one after the other
-by what each saw in the model as it was.
+layers have experts). Experts are chosen on one file of Python's standard library; perplexity is
+measured on two others, which neither model was trained on here. Layers are changed one after the
+other, by the statistics of each in the original model.
 
-The last columns: half of the experts asked for under a budget, which is checked layer by layer on
-the data that experts are chosen on; a layer that would break it stays as it was. The run fails
-where one ends outside of its budget. The picture needs matplotlib.
+The last columns keep half of the experts under a budget, which is checked layer by layer on the
+data that experts are chosen on; a layer that would exceed it is not changed. The run fails if a
+model exceeds its budget in the end. The plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from moec.passes.core.runner import run
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
 SEEN = ("argparse.py",)
-HELD_OUT = ("http/client.py", "urllib/parse.py")  # as examples/tiny_moe/train.py splits them
+HELD_OUT = ("http/client.py", "urllib/parse.py")  # as in the split of examples/tiny_moe/train.py
 KEPT = (0.75, 0.5, 0.375)
 ASKED = 0.5  # under the budget
 SCOPES = ("layer", "global")
@@ -68,7 +68,7 @@ Say = Callable[[str], None]
 
 @dataclass
 class Case:
-    """A model as its blocks are recognised, and the tokens that it is measured on."""
+    """A model with its blocks recognised, and the tokens that it is measured on."""
 
     name: str
     program: Program
@@ -119,7 +119,7 @@ def smollm2() -> Case:
 
 
 def changed(case: Case, pass_: Approximate, layers: Sequence[tuple[Layer, LayerStats]]) -> Program:
-    """The program after a pass without a budget; a layer of which nothing goes stays as it is."""
+    """The program after a pass without a budget; a layer that keeps all experts is unchanged."""
     inner = pass_.planned(case.program, layers) if isinstance(pass_, NeedsGlobalStats) else pass_
     program = case.program
     for layer, stats in layers:
@@ -141,7 +141,8 @@ def ways() -> dict[str, dict[float, Approximate]]:
 
 
 def measure(case: Case, limit: str, say: Say) -> bool:
-    """Say the table of one model; whether all budgeted runs ended inside their budget."""
+    """Prints the table of one model. Returns whether all budgeted runs stayed within their
+    budget."""
     start = time.perf_counter(), time.process_time()
     graph = case.program.graph
     layers = [layer_of(graph, op) for op in graph.ops if op.name == "moe.experts"]

@@ -1,13 +1,13 @@
-"""DeepSpeed-MoE's layer as einsums over [S, E, C] and as moec compiles it: latency by tokens.
+"""DeepSpeed-MoE's layer as einsums over [S, E, C], and compiled by moec: latency by tokens.
 
     python benchmarks/einsum_moe.py [--tokens 16] [--rounds 7] [--record FILE.jsonl]
 
 A top-1 layer of the 350M model with 32 experts (arXiv 2201.05596, table 1), float32, from
-examples/systems/02_deepspeed_moe.py. Einsums give every expert its C places, at least 4, whether
-tokens fill them or not; tables meet the chosen experts alone. All ways run in one process, one
-after the other in every round; printed is the least time of each in milliseconds, and the time of
-eager over moec's, which is the quantity of the paper's figure 11: there 7.3 at most, on 128 and
-more GPUs, with the exchanges between them.
+examples/systems/02_deepspeed_moe.py. The einsums compute all C slots of every expert, at least 4,
+filled or not; the tables of moec only contain the chosen experts. All ways run in one process, in
+turn in every round. The script prints the least time of each in milliseconds, and eager's time
+divided by moec's. That ratio corresponds to figure 11 of the paper: at most 7.3 there, on 128 and
+more GPUs, including the exchanges between them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXPERTS = 32
 
 
 def measure(example: Any, tokens: int, rounds: int) -> dict[str, Cell]:
-    """The row of one number of tokens. Raises SystemExit where moec's numbers are not eager's."""
+    """The row of one number of tokens. Raises SystemExit if moec's results differ from eager's."""
     config = replace(example.Config(width=1024, top_k=1), factor=1.25)
     module = example.MoE(config, EXPERTS).eval().requires_grad_(False)
     inputs = (torch.randn(1, tokens, config.width), torch.rand(tokens, EXPERTS))

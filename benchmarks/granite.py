@@ -1,9 +1,11 @@
-"""A model of Granite-3.0-1B-A400M's shape with random weights, for moec bench and its baselines.
+"""A model with the shape of Granite-3.0-1B-A400M and random weights, for moec bench and its
+baselines.
 
     $ python benchmarks/granite.py FOLDER          # FOLDER/model: a checkpoint, bf16
     $ python benchmarks/granite.py FOLDER --gguf   # and model-bf16.gguf, model-q8_0.gguf
 
-The GGUF files are llama.cpp's granitemoe without a vocabulary, written with the package gguf.
+The GGUF files are granitemoe models of llama.cpp without a vocabulary, written with the package
+gguf.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def model() -> GraniteMoeForCausalLM:
 
 
 def write_gguf(model: GraniteMoeForCausalLM, path: Path, kind: str) -> None:
-    """`kind` is BF16 or Q8_0, that of all matrices; vectors and routers are float32."""
+    """`kind`, BF16 or Q8_0, is the type of all matrices; vectors and routers are float32."""
     import gguf
 
     config = model.config

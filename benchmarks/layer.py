@@ -1,21 +1,21 @@
-"""One MoE layer, by moec and by the ways that transformers has to run it.
+"""One MoE layer, by moec and by the implementations of transformers.
 
     python benchmarks/layer.py [--shape olmoe] [--tokens 1,8,64,512] [--dtypes float32,bfloat16]
                                [--record FILE.jsonl --machine "AMD EPYC, Zen 4"]
     python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …]
 
-The layer is OLMoE's whole block in the sizes of some model, router included, compiled by
-`moec.compile` as any module is. Shared experts are one MLP beside it, as DeepSeek has them; they
-are left out with --quant, for QMoE has none. All contenders run in one process, one after
-the other in every round, on the same weights and inputs, so that whatever else the machine does
-falls on all of them. Printed are medians in milliseconds, how many times moec's median the best
-other one takes, and moec's share of what the machine can do: measured arithmetic peak or bandwidth,
-whichever binds (moec/bench/limits.py). The bandwidth is the median of what the same rounds read.
---onnx adds ONNX Runtime in float32, which alone its MoE has a kernel for.
+The layer is OLMoE's whole block with the sizes of a given model, router included, compiled by
+`moec.compile` like any module. Shared experts are one MLP next to it, as in DeepSeek; they are left
+out with --quant, because QMoE has none. All contenders run in one process, in turn in every round,
+with the same weights and inputs, so that other load on the machine affects all of them. The script
+prints medians in milliseconds, the best other median divided by moec's, and moec's share of the
+machine's limit: the measured arithmetic peak or bandwidth, whichever binds (moec/bench/limits.py).
+The bandwidth is the median of the measurements in the same rounds. --onnx adds ONNX Runtime in
+float32, the only dtype that its MoE has a kernel for.
 
-With --quant, moec's experts in few bits run beside its own in bfloat16 and beside ONNX Runtime's
-QMoE with the same codes (which is given the router's logits, and at its accuracy_level 4 rounds
-rows to 8 bits where weights are in blocks). Errors are shares of the norm.
+With --quant, moec's experts in few bits are compared with its own in bfloat16, and with ONNX
+Runtime's QMoE with the same codes (QMoE is given the router's logits; at its accuracy_level 4, it
+rounds rows to 8 bits if weights are in blocks). Errors are relative to the norm.
 """
 
 from __future__ import annotations
@@ -51,14 +51,15 @@ from moec.interpret.tolerance import strays  # noqa: E402
 from moec.target.cpu import host, processor  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BF16_LOGIT = 2**-5  # twice the spacing of bf16 numbers from 2 to 4, where chosen logits lie
+BF16_LOGIT = 2**-5  # twice the spacing of bf16 numbers from 2 to 4, the range of chosen logits
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
 Run = Callable[[Tensor], Tensor]  # x[1, T, D] -> [1, T, D]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths D of rows and H of experts, E experts, K a token, and those that each token meets."""
+    """Widths D of rows and H of experts, E experts, K per token, and the number of shared
+    experts."""
 
     D: int
     H: int
@@ -79,7 +80,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run the layer, and the most tokens that it is worth timing for."""
+    """A way to run the layer, and the most tokens that it is timed for."""
 
     name: str
     run: Run
@@ -87,7 +88,7 @@ class Contender:
 
 
 class Block(OlmoeSparseMoeBlock):
-    """OLMoE's, and DeepSeek's shared experts beside it, which are one MLP of their joint width."""
+    """OLMoE's block, and DeepSeek's shared experts next to it as one MLP of their joint width."""
 
     def __init__(self, config: OlmoeConfig, shared: int) -> None:
         super().__init__(config)
@@ -115,7 +116,7 @@ def block(dtype: torch.dtype, normalised: bool = False, shape: Shape = OLMOE) ->
 
 
 def way(layer: Block, implementation: str) -> Block:
-    """The same weights under a config of their own, which names one of transformers' ways."""
+    """The same weights with another config, which selects one of transformers' implementations."""
     twin = copy.copy(layer)
     twin._modules = dict(layer._modules)
     experts = copy.copy(layer.experts)
@@ -126,13 +127,13 @@ def way(layer: Block, implementation: str) -> Block:
 
 
 def contenders(layer: Block, inductor: bool, onnx: bool) -> list[Contender]:
-    """moec first. Each of transformers' ways has the same weights under a config of its own."""
+    """moec first. Each of transformers' implementations has the same weights and its own config."""
     first = layer.gate.weight
     x = torch.randn(1, 7, first.shape[1], dtype=first.dtype)
     compiled = moec.compile(layer, (x,))
     entries = [Contender("moec", compiled)]
     entries += [Contender(name, way(layer, name)) for name in ("eager", "grouped_mm")]
-    # It copies each token's weights: a way for one token, absurd for many.
+    # It copies each token's weights: suitable for one token, not for many.
     entries += [Contender("batched_mm", way(layer, "batched_mm"), most_tokens=8)]
     if inductor:
         entries += [Contender("inductor", torch.compile(way(layer, "grouped_mm"), dynamic=False))]
@@ -145,7 +146,7 @@ def contenders(layer: Block, inductor: bool, onnx: bool) -> list[Contender]:
 
 @dataclass(frozen=True)
 class Table:
-    """What was printed of one dtype or format, for benchmarks/results/layers.jsonl."""
+    """The printed results of one dtype or format, for benchmarks/results/layers.jsonl."""
 
     claim: str
     case: str
@@ -156,7 +157,7 @@ class Table:
 def compare(
     shape: Shape, dtype: str, tokens: list[int], rounds: int, inductor: bool, onnx: bool
 ) -> Table:
-    """Print the table of one dtype, and return it."""
+    """Prints the table of one dtype, and returns it."""
     layer = block(DTYPES[dtype], shape=shape)
     ways = contenders(layer, inductor, onnx)
     top, read = peak(dtype), reading()
@@ -170,7 +171,7 @@ def compare(
         expected = running[1].run(x)
         for c in running:
             astray, rows = strays(c.run(x)[0], expected[0], TOLERANCES[dtype])
-            # In bf16 near ties among 64 scores send some tokens to other experts than eager's.
+            # In bf16, near ties among 64 scores send some tokens to other experts than in eager.
             allowed = rows // 4 + 1 if dtype == "bfloat16" else 0
             if astray > allowed:
                 raise SystemExit(f"{c.name}: {astray} of {rows} rows differ from eager")
@@ -208,8 +209,9 @@ def compare(
 
 
 def clear_tokens(layer: Block, count: int) -> Tensor:
-    """x bf16[1, count, D], random, without near ties among the choices: rounding the router's
-    logits to bf16, as all do, would send those to any of the experts, and hide all other errors."""
+    """x bf16[1, count, D], random, without near ties among the choices. All contenders round the
+    router's logits to bf16, which would send tokens with near ties to arbitrary experts and hide
+    all other errors."""
     k = layer.gate.top_k
     rows = torch.randn(4 * count + 64, layer.gate.weight.shape[1]).bfloat16()
     best = torch.nn.functional.linear(rows.float(), layer.gate.weight).topk(k + 1).values
@@ -217,7 +219,7 @@ def clear_tokens(layer: Block, count: int) -> Tensor:
 
 
 def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -> Table:
-    """Print the table of one format, and return it: times, and errors against eager in float32
+    """Prints the table of one format, and returns it: times, and errors against eager in float32
     with the same weights, over tokens that go to the same experts everywhere."""
     from qmoe import qmoe
 
@@ -244,7 +246,7 @@ def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -
         for _ in range(rounds):
             streams.append(read())
             for c in ways:
-                time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
+                time.sleep(0.05)  # lets the threads of the previous contender go to sleep
                 warm(partial(c.run, x))
                 times[c.name].append(timed(partial(c.run, x)))
         median = {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -1,9 +1,9 @@
-"""`moec bench` with its result as a record.
+"""`moec bench`, with its result as a record.
 
     python -m benchmarks.models --machine "AMD EPYC, Zen 4" -- model --artifact bf16.moec \\
         --baseline eager,llama.cpp --file model-bf16.gguf --prompt-tokens 512
 
-What follows `--` are the arguments of `moec bench`; `benchmarks/granite.py` makes such a model.
+The arguments after `--` are those of `moec bench`; `benchmarks/granite.py` makes such a model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.records import RESULTS, Cell, Record, append_record, measured_no
 
 
 def rows_of(result: Mapping[str, Any]) -> list[dict[str, Cell]]:
-    """One row a runtime, moec first: rates with the middle half of them, and ratios to moec."""
+    """One row per runtime, moec first: rates with their interquartile range, and ratios to moec."""
     rows: list[dict[str, Cell]] = []
     for line in result["lines"]:
         row: dict[str, Cell] = {"runtime": line["name"]}
@@ -37,7 +37,8 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Cell]]:
 
 
 def record_of(result: Mapping[str, Any], case: str, machine: str, words: list[str]) -> Record:
-    """The record of what `moec bench WORDS --json` printed; `case` says what moec computes in."""
+    """The record of the output of `moec bench WORDS --json`; `case` is the format that moec
+    computes in."""
     rows, limits, load = rows_of(result), result["limits"], result["load"]
     others = ", ".join(str(row["runtime"]) for row in rows[1:])
     conditions = (

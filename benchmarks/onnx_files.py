@@ -1,11 +1,11 @@
-"""ONNX files of one model side by side in ONNX Runtime, one call of each in turn.
+"""Compares ONNX files of one model in ONNX Runtime, one call of each in turn.
 
     python benchmarks/onnx_files.py A.onnx B.onnx --tokens 1 8 64 512 --threads 2
 
-Every file takes `input_ids` [B, S]; further integer inputs get ones, and keys and values before
-are empty: each call is a whole text. Prints the median of each, and the first file's median as a
-multiple of it. Threads do not spin between calls, where they
-would take the time of the next file.
+Every file takes `input_ids` [B, S]. Other integer inputs are ones, and past keys and values are
+empty: each call processes a whole text. The script prints the median of each file, and the first
+file's median divided by it. Threads do not spin between calls, because spinning would slow down the
+next file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
             ids = random.integers(3, options.vocabulary, (1, tokens))
             for name, result in sessions.items():
                 times[name].append(seconds(result, ids))
-        medians = {name: median(rows[1:]) for name, rows in times.items()}  # the first warms up
+        medians = {name: median(rows[1:]) for name, rows in times.items()}  # no warm-up
         first = medians[options.files[0]]
         print(f"{tokens} tokens, {len(times[options.files[0]]) - 1} calls of each")
         for name, rows in medians.items():

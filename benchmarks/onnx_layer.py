@@ -16,10 +16,11 @@ FORMS = {"MoE op": "op", "ONNX rows": "rows"}
 
 
 def onnx_ways(compiled: CompiledModel, threads: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """By name, the compiled float32 layer x[1, T, D] -> [1, T, D] as one com.microsoft.MoE, and as
-    sorted rows with one product per expert and projection, which is the form of transformers' own
-    export. Each file is compared with eager as it is written, and gone when its session is made.
-    Threads do not spin between calls, where they would take the time of the next contender."""
+    """By name, the compiled float32 layer x[1, T, D] -> [1, T, D] in two forms: one
+    com.microsoft.MoE, and sorted rows with one product per expert and projection, the form of
+    transformers' own export. Each file is compared with eager when it is written, and deleted once
+    its session exists. Threads do not spin between calls, because spinning would slow down the next
+    contender."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

@@ -3,9 +3,9 @@
     python benchmarks/onnx_olmoe.py FOLDER [--only hf cpu int8 int4:32 …]
     python benchmarks/onnx_files.py FOLDER/hf.onnx FOLDER/cpu.onnx FOLDER/int8.onnx --threads 2
 
-Embedding, attention, 64 experts of 2048x1024 of which a token takes 8, and a head of 1000 tokens;
-random weights. Needs about 6 GiB of memory and 5 GB of disk, and transformers' export needs the
-package onnxscript.
+The model has an embedding, attention, 64 experts of 2048x1024 with 8 per token, and a head of 1000
+tokens, with random weights. The script needs about 6 GiB of memory and 5 GB of disk; transformers'
+export needs the package onnxscript.
 """
 
 from __future__ import annotations

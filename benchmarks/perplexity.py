@@ -1,9 +1,9 @@
-"""Perplexity of examples/tiny_moe in few bits, beside bfloat16, on text that nothing was fitted to.
+"""Perplexity of examples/tiny_moe in few bits and in bfloat16, on held-out text.
 
     python benchmarks/perplexity.py [--formats int8,int4,int4:32] [--windows 64]
 
-Each format is rounded to nearest and, where it has 4 bits, also fitted by GPTQ to as many windows
-of other files. All of it runs as compiled, rows in 8 bits where the format rounds them.
+Each format is rounded to nearest; 4-bit formats are also fitted by GPTQ, on as many windows of
+other files. All models run compiled, with rows in 8 bits if the format rounds them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def ways(formats: list[str], text: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def perplexity(compiled: moec.CompiledModel, held_out: torch.Tensor) -> float:
-    """Of each window's tokens [W, L] after its first."""
+    """The perplexity of each window's tokens [W, L] after its first."""
     total = 0.0
     for batch in held_out.split(8):
         logits = compiled(batch).float()

@@ -1,10 +1,10 @@
-"""The cost model's predictions beside measured steps, on 2 or 4 ranks of this machine.
+"""Predictions of the cost model and measured steps, on 2 or 4 ranks of this machine.
 
     python benchmarks/plan_measured.py --ranks 2
 
 The machine is measured first (`moec plan --measure`), then one MoE layer in float32 runs in each
-form of exchange; predicted are its experts and its exchange, for even routing. Four ranks are two
-nodes of two. Run it when nothing else runs.
+form of exchange. Predictions cover its experts and its exchange, for even routing. Four ranks are
+two nodes of two. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from moec.plan.planner import Planner
 from moec.plan.popularity import of_distribution
 from moec.plan.workload import Workload
 
-E, D, H, K, T = 8, 256, 512, 2, 512  # experts, width, hidden width, per token, tokens a rank
+E, D, H, K, T = 8, 256, 512, 2, 512  # experts, widths, per token, tokens per rank
 STEPS = 9
 FORMS = {
     2: (
@@ -78,7 +78,7 @@ graph main(x: f32[T, {D}]; router: f32[{E}, {D}], w1: f32[{E}, {H}, {D}], w3: f3
 
 
 def step_seconds(job: Job) -> dict[str, float]:
-    """The median step of every plan beside the job's folder."""
+    """The median step of every plan in the job's folder."""
     results = {}
     with joined(job) as (ranks, _):
         x = torch.randn(T, D, generator=torch.Generator().manual_seed(ranks.rank))

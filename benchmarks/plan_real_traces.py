@@ -1,9 +1,9 @@
-"""Plans made from one half of a real trace, replayed on the other half, beside even routing.
+"""Plans made from one half of a real trace, replayed on the other half, against even routing.
 
     python benchmarks/plan_real_traces.py
 
 Traces are recorded from examples/tiny_moe on code (the sources of this project) and on prose (its
-documents). Times are predicted by the simulator; the routing is measured.
+documentation). Times are predicted by the simulator; the routing is measured.
 """
 
 from __future__ import annotations

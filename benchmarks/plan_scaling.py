@@ -1,9 +1,10 @@
-"""The replay of DeepSeek-V3's MoE layers on 8 to 10,000 ranks, and how long it takes.
+"""Replays DeepSeek-V3's MoE layers on 8 to 10,000 ranks, and measures how long that takes.
 
     python benchmarks/plan_scaling.py
 
-Routing is log-normal with sigma 1 (assumed), 100 tokens a rank, EP over at most 256 ranks, flat up
-to a node and by rail beyond; nodes of 8 H100 with 400 Gb/s each (data sheet; latencies assumed).
+Routing is log-normal with sigma 1 (assumed), 100 tokens per rank. EP is over at most 256 ranks,
+flat within a node and by rail beyond. Nodes have 8 H100 with 400 Gb/s each (data sheet; latencies
+assumed).
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Plans of four models on three clusters, replayed on skewed routing beside two others.
+"""Plans of four models on three clusters, replayed on skewed routing, against two other plans.
 
     python benchmarks/plan_table.py
 
-Routing is log-normal with sigma 1 (assumed); half of the drawn tokens make the plan, the other half
-is replayed. `uniform`: the best plan with the same degrees in all layers; `EPLB`: its degrees with
-EPLB's placement. Times are predicted by the simulator from data-sheet and assumed numbers.
+Routing is log-normal with sigma 1 (assumed). The plan is made from half of the drawn tokens; the
+other half is replayed. `uniform`: the best plan with the same degrees in all layers; `EPLB`: the
+same degrees with EPLB's placement. Times are predicted by the simulator from data-sheet and assumed
+numbers.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ def qmoe(layer: Any, format: Format, threads: int) -> Callable[[Tensor], Tensor]
     """x[1, T, D] -> [1, T, D] for a block of OLMoE that normalises: symmetric codes, activations of
     8 bits.
 
-    QMoE's SwiGLU wants gate and up row by row in turn; `alpha` 1 and `beta` 0 make it the plain
-    one. Its scales are float32.
+    QMoE's SwiGLU takes alternating rows of gate and up; `alpha` 1 and `beta` 0 make it the usual
+    SwiGLU. Its scales are float32.
     """
     experts = layer.experts
     gate, up = experts.gate_up_proj.chunk(2, dim=1)
@@ -45,7 +45,7 @@ def qmoe(layer: Any, format: Format, threads: int) -> Callable[[Tensor], Tensor]
         activation_alpha=1.0,
         activation_beta=0.0,
         k=layer.gate.top_k,
-        normalize_routing_weights=1,  # 1.31 normalises in either case
+        normalize_routing_weights=1,  # 1.31 normalises with either value
         expert_weight_bits=format.bits,
         accuracy_level=4,
         **({"block_size": format.block} if format.block else {}),

@@ -1,11 +1,11 @@
-"""Read-ME's cache: how often a cache of experts that knows the routes ahead hits, by its size.
+"""Read-ME's cache: the hit rate of an expert cache that knows routes in advance, by its size.
 
     python benchmarks/read_me.py [--seeds 3] [--record FILE.jsonl]
 
-The model is the small one of examples/systems/23_read_me.py: five experts of five kinds of text,
-whose router is trained and hoisted. 48 requests of 12 tokens are decoded side by side; the trace
-of their experts is replayed, as in table 4 of arXiv 2410.19123 (seven experts, Chatbot Arena). No
-time is measured: the figures depend on the seeds alone.
+The model is the small one of examples/systems/23_read_me.py: five experts for five kinds of text,
+with a trained and hoisted router. 48 requests of 12 tokens are decoded in batches, and the trace of
+their experts is replayed, as in table 4 of arXiv 2410.19123 (seven experts, Chatbot Arena). No time
+is measured: the results depend only on the seeds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BUDGET = 8  # requests in a batch
 
 
 def routes(example: Any, seed: int) -> list[list[int]]:
-    """The expert of each request's tokens: one list a request."""
+    """The expert of each token, one list per request."""
     torch.manual_seed(seed)
     _, model, _ = example.build(example.SMALL, steps=40)
     windows, _ = example.corpus(example.SMALL, 32)

@@ -1,11 +1,11 @@
-"""Measurements as JSON lines: one record a run of one command on one machine.
+"""Measurements as JSON lines: one record per run of a command on a machine.
 
     {"claim": "layer-bf16", "case": "olmoe", "machine": "AMD EPYC, Zen 4", "date": "2026-11-26",
      "recorded": "5c9f335", "command": "python benchmarks/layer.py ...", "rows": [{...}, ...]}
 
-`rows` holds the figures, one object a row of the claim's table. `commit` is the one that was
-measured; older records have `recorded` instead, the commit that wrote the figures down. `versions`,
-`conditions` and `notes` are text for people.
+`rows` holds the figures, one object per row of the claim's table. `commit` is the measured commit.
+Older records have `recorded` instead, the commit that added the figures. `versions`, `conditions`
+and `notes` are text.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Record:
 
 
 def parse_record(line: str, where: str) -> Record:
-    """One line. Raises ValueError, naming `where`, for a field that a record does not have."""
+    """The record of one line. Raises ValueError, naming `where`, for a field that records do not
+    have."""
     entry = json.loads(line)
     unknown = set(entry) - {field.name for field in fields(Record)}
     missing = {"claim", "machine", "rows"} - set(entry)
@@ -64,7 +65,7 @@ def read_records(folder: Path = RESULTS) -> Iterator[Record]:
 def measured_now(
     claim: str, case: str, machine: str, rows: Sequence[Mapping[str, Cell]], conditions: str
 ) -> Record:
-    """The record of what this process measured: its command, today, the commit, the versions."""
+    """The record of this process's measurement: its command, the date, the commit, the versions."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=RESULTS.parent,
@@ -87,7 +88,7 @@ def measured_now(
 
 
 def _without_record(words: Sequence[str]) -> list[str]:
-    """A command without --record FILE and --machine NAME, which say where its figures go."""
+    """A command without --record FILE and --machine NAME, which only affect the record."""
     dropped = {
         i + offset
         for i, word in enumerate(words)
@@ -98,7 +99,8 @@ def _without_record(words: Sequence[str]) -> list[str]:
 
 
 def add_record_options(parser: argparse.ArgumentParser, machine: str) -> None:
-    """--record and --machine, whose default is the name of this machine's processor."""
+    """Adds --record and --machine; the default of --machine is the name of this machine's
+    processor."""
     parser.add_argument("--record", type=Path, help="add what is measured to this .jsonl file")
     parser.add_argument("--machine", default=machine, help="its kind, as in the other records")
 
@@ -110,14 +112,14 @@ def record_if_asked(
     rows: Sequence[Mapping[str, Cell]],
     conditions: str,
 ) -> None:
-    """Append what was measured to the file of --record, where there is one."""
+    """Appends the measurement to the file of --record, if the option is set."""
     if options.record is not None:
         record = measured_now(claim, case, options.machine, rows, conditions)
         append_record(record, options.record)
 
 
 def append_record(record: Record, path: Path) -> None:
-    """Write a record behind those of a file; empty fields are left out."""
+    """Appends a record to a file; empty fields are left out."""
     entry = {f.name: getattr(record, f.name) for f in fields(Record)}
     text = json.dumps({k: v for k, v in entry.items() if v}, ensure_ascii=False)
     with path.open("a", encoding="utf-8") as file:
@@ -125,9 +127,9 @@ def append_record(record: Record, path: Path) -> None:
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """For each machine and case the record with the latest date, the last line of equal dates.
+    """The latest record for each machine and case; of equal dates, the last line.
 
-    A record of an unrecorded machine is left out where its case has one of a recorded machine.
+    A record without a machine is left out if its case has one with a machine.
     """
     latest: dict[tuple[str, str], Record] = {}
     for record in records:

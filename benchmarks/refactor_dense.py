@@ -1,16 +1,16 @@
-"""SmolLM2-135M-Instruct as experts for code and prose: what refactor-dense makes of it.
+"""The effect of refactor-dense on SmolLM2-135M-Instruct, with experts for code and prose.
 
     python benchmarks/refactor_dense.py [--keep 0.3,0.5] [--train STEPS] [--compile]
         [--append FILE.md]
 
 Code is Python's standard library, prose the topics of its manual (pydoc). Channels are chosen on
-some files and topics; perplexity is that of others. "active" is the share of the dense model's
-parameters that a token meets: of its feed-forward layers, of all but the embeddings, and of all;
-the router counts, an expert that a token is not sent to does not. "to their own" is the share of
-held-out tokens that the router sends to the expert of the domain that they are of.
+some files and topics; perplexity is measured on others. "active" is the share of the dense model's
+parameters that a token uses: of feed-forward layers, of all but the embeddings, and of all. It
+includes the router, but not experts that the token is not sent to. "to their own" is the share of
+held-out tokens that the router sends to the expert of their domain.
 
-With --train, the last row is trained to give the dense model's own next-token distributions on
-the calibration text and measured again; with --compile it is timed beside the dense model.
+With --train, the last row is trained to reproduce the dense model's next-token distributions on the
+calibration text and measured again; with --compile, it is timed against the dense model.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ Texts = Mapping[str, Mapping[str, Tensor]]
 
 
 def texts(tokenizer: Any) -> tuple[Texts, Texts]:
-    """By domain i64[WINDOWS, LENGTH]: to choose on, and held out."""
+    """By domain, i64[WINDOWS, LENGTH]: texts to choose channels on, and held-out texts."""
     root, names = Path(sysconfig.get_path("stdlib")), sorted(topics)
 
     def windows(text: str) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ def texts(tokenizer: Any) -> tuple[Texts, Texts]:
 
 
 def active(program: Program) -> tuple[int, int, int]:
-    """How many parameters a token meets: of feed-forward layers, of all but embeddings, of all."""
+    """How many parameters a token uses: of feed-forward layers, of all but embeddings, of all."""
     shares = {value: 1.0 for value in program.graph.params}
     layers = set()
     for op in program.graph.ops:
@@ -99,7 +99,7 @@ def active(program: Program) -> tuple[int, int, int]:
 
 
 def refactored(program: Program, pass_: RefactorDense, evaluator: Evaluator) -> Program:
-    """All layers changed, without measuring each of them as `moec.compile` does."""
+    """The program with all layers changed, without the per-layer measurements of `moec.compile`."""
     layers, stats = pass_.observe(program, evaluator, Log())
     for layer, one in zip(layers, stats, strict=True):
         program = pass_.change(program, layer, one).program
@@ -107,7 +107,8 @@ def refactored(program: Program, pass_: RefactorDense, evaluator: Evaluator) -> 
 
 
 def perplexity(program: Program, evaluator: Evaluator) -> tuple[dict[str, float], float]:
-    """By domain, and the share of tokens that are sent to the expert of theirs."""
+    """The perplexity by domain, and the share of tokens that are sent to the expert of their
+    domain."""
     routes = [op for op in program.graph.ops if op.name in ("moe.route", "moe.gate")]
     domains = list(dict.fromkeys(evaluator.calibration.domains))
     nats, predicted = dict.fromkeys(domains, 0.0), dict.fromkeys(domains, 0)
@@ -126,7 +127,8 @@ def perplexity(program: Program, evaluator: Evaluator) -> tuple[dict[str, float]
 
 
 def trained(program: Program, dense: Any, data: Texts, structure: Any, steps: int) -> GraphModule:
-    """The module after some steps towards the dense model's next-token distributions."""
+    """The module after `steps` training steps towards the dense model's next-token
+    distributions."""
     example = ((), {"input_ids": next(iter(data.values()))["input_ids"][:1]})
     floats = {v.name: True for v in program.graph.params if v.dtype in FLOATS}
     module = GraphModule(program, floats, example, structure)
@@ -148,7 +150,7 @@ def trained(program: Program, dense: Any, data: Texts, structure: Any, steps: in
 
 
 def milliseconds(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median time of each, called in turn."""
+    """The median time of each call; the calls run in turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
@@ -207,7 +209,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def compare(model: Any, module: GraphModule, example: Mapping[str, Tensor], ids: Tensor) -> None:
-    """Compiled, beside the dense model."""
+    """Compares the compiled module with the dense model."""
     dense = moec.compile(model, kwargs=example, kv_cache=False)
     compiled_model = moec.compile(module, passes="+hoist-routers", kv_cache=False)
     choices = compiled_model.routers(ids[:1])

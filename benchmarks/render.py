@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from benchmarks/results/*.jsonl: one table a claim.
+"""Writes docs/benchmarks.md from benchmarks/results/*.jsonl: one table per claim.
 
 python -m benchmarks.render
 """
@@ -48,7 +48,7 @@ def show(cell: Cell, positions: int) -> str:
 
 
 def cells(records: Sequence[Record]) -> list[list[str]]:
-    """The rows of records in one table; of several, machine and case are columns too."""
+    """The rows of records in one table; for several records, with columns for machine and case."""
     columns = list(dict.fromkeys(name for r in records for row in r.rows for name in row))
     positions = {c: max(decimals(row.get(c)) for r in records for row in r.rows) for c in columns}
     about = ["machine", "case"] if len(records) > 1 else []

@@ -1,13 +1,13 @@
-"""Rows of 8 and of 16 bits that meet weights of few bits: one kernel's time, and a layer's error.
+"""Rows of 8 and of 16 bits in products with weights of few bits: kernel times, and a layer's error.
 
     python benchmarks/rows.py [--quant int8,int4:32]
 
-The kernel is the product of each of some experts (1024 x 2048) with as many rows, on one thread,
-whose own CPU time is taken: others on the machine only share its caches and memory with it.
-Printed are the least of many runs, the two kernels in turn. One row an expert reads weights from
-memory (48 experts, more than caches hold); more rows multiply what the caches hold (8 experts).
-Errors are those of the numbers alone, by their meaning in PyTorch: a layer of SwiGLU in OLMoE's
-sizes against float32, as shares of the norm; `exact` rows are not rounded.
+The kernel multiplies the rows of several experts (1024 x 2048), with equally many rows each, on one
+thread. Its own CPU time is measured, so other processes only affect it through caches and memory.
+The script prints the least time of many runs, with the two kernels in turn. With one row per
+expert, weights are read from memory (48 experts, more than the caches hold); with more rows, from
+the caches (8 experts). Errors are those of the arithmetic, computed in PyTorch: a SwiGLU layer with
+OLMoE's sizes against float32, relative to the norm. `exact` rows are not rounded.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from moec.formats.notation import Format, parse
 from moec.target.cpu import host, processor
 
 N, K = 1024, 2048
-CASES = {1: 48, 8: 8, 16: 8, 64: 8}  # rows of an expert: experts
+CASES = {1: 48, 8: 8, 16: 8, 64: 8}  # rows per expert: number of experts
 RUNS = 40
 
 
 def kernel(format: Format, experts: int) -> Callable[[int], Callable[[], None]]:
-    """Rows of an expert -> a call of the product; of random codes, which take as long as any."""
+    """Rows per expert -> a call of the product. Codes are random: the time does not depend on
+    them."""
     spec = QuantisedSpec(N, K, "float32", "float32", groups=experts, format=format)
     target, layout = host(), QuantisedLayout(spec, host())
     module = tvm.IRModule({"quantised": quantised_linear(target, spec)})

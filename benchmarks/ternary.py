@@ -1,13 +1,13 @@
-"""Compressed experts: bytes, encoding, and products with cold weights beside moec's own bf16.
+"""Compressed experts: bytes, encoding time, and products with cold weights against moec's own bf16.
 
     python benchmarks/ternary.py [--shapes 768x3072,…] [--kinds ternary,2bit] [--tokens 1]
                                  [--target cpu]
 
-Weights are independent, 88.5 % of them zero, as QMoE's dictionary takes them to be (two-bit codes
-are even). A row (or --tokens rows) meets one expert after the other, of more experts than twice
-the last-level cache holds: none is in it, as when text is generated. Both kernels take turns in one
-process; what is printed are medians, of the ratio too. Bytes of ternary weights include the start
-and the two bf16 numbers of each row.
+Weights are independent, and 88.5 % of them are zero, as QMoE's dictionary assumes (two-bit codes
+are uniform). A row (or --tokens rows) goes to one expert after the other, of so many experts that
+they exceed twice the last-level cache: no weights are cached, as during generation. Both kernels
+take turns in one process; the script prints medians, also of the ratio. Bytes of ternary weights
+include the start and the two bf16 numbers of each row.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ DISTINCT = 4  # experts whose weights differ
 
 
 def cache_bytes() -> int:
-    """The last-level cache of this machine."""
+    """The size of the last-level cache of this machine, in bytes."""
     result = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return int(result.read_text().strip().removesuffix("K")) * 1024 if result.exists() else 32 << 20
 
@@ -75,7 +75,7 @@ def bound(target: CpuTarget, kernel: Any) -> Any:
 
 
 def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
-    """The parts of a stack `times` over: other memory, the same weights."""
+    """`times` copies of the parts of a stack: equal weights in separate memory."""
     if kind == "2bit":
         return [part.repeat(times, 1, 1) for part in parts]
     stream, starts, grid = parts
@@ -87,7 +87,7 @@ def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
 def product(
     target: CpuTarget, kind: str, n: int, k: int, tokens: int, rounds: int
 ) -> dict[str, Cell]:
-    """Print the line of one shape, and return it."""
+    """Prints the line of one shape, and returns it."""
     codes = source(DISTINCT, n, k, kind)
     grid = torch.stack([-torch.rand(DISTINCT, n), torch.rand(DISTINCT, n)], -1).bfloat16()
     if kind == "2bit":

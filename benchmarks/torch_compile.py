@@ -1,12 +1,12 @@
-"""One MoE layer of OLMoE's shape behind torch.compile: moec's backend beside Inductor alone.
+"""One MoE layer with OLMoE's shape in torch.compile: moec's backend against Inductor alone.
 
     python benchmarks/torch_compile.py [--tokens 1,64,512] [--dtype bfloat16] [--rounds 15]
     python benchmarks/torch_compile.py --train [--tokens 64,512] [--rounds 5]
 
-Inference compares the artifact of `moec.compile`, `torch.compile(backend="moec")` with either
-rest, and Inductor alone on transformers' grouped_mm, which it can capture. Training times forward
-and backward together; eager's own experts are a loop. All run in one process, in turn, on the
-same weights. Printed are medians in milliseconds, then how many times moec's the others take.
+Inference compares the artifact of `moec.compile`, `torch.compile(backend="moec")` with either value
+of `rest`, and Inductor alone on transformers' grouped_mm, which it can capture. Training times
+forward and backward together; eager's experts are a loop. All run in one process, in turn, with the
+same weights. The script prints medians in milliseconds, then the other medians divided by moec's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def compiled(layer: nn.Module, rest: str) -> Run:
 
 
 def trained(run: Run, layer: nn.Module) -> Run:
-    """Forward and backward, from gradients that are None, as an optimiser leaves them."""
+    """Forward and backward, starting with gradients of None, as optimisers leave them."""
 
     def step(x: Tensor) -> Tensor:
         layer.zero_grad(set_to_none=True)
@@ -59,7 +59,8 @@ def trained(run: Run, layer: nn.Module) -> Run:
 
 
 def contenders(layer: nn.Module, names: list[str], train: bool) -> dict[str, tuple[Run, nn.Module]]:
-    """By name, what runs and the module whose gradients it makes. All share their weights."""
+    """By name, the function to run and the module whose gradients it computes. All share their
+    weights."""
     result: dict[str, tuple[Run, nn.Module]] = {}
     for name in names:
         if name == "artifact":
@@ -80,18 +81,18 @@ def contenders(layer: nn.Module, names: list[str], train: bool) -> dict[str, tup
 
 
 def compare(runs: dict[str, Run], x: Tensor, rounds: int) -> dict[str, float]:
-    """The medians in seconds. Exits where results differ from those of the last contender."""
+    """The medians in seconds. Exits if results differ from those of the last contender."""
     dtype = str(x.dtype).removeprefix("torch.")
     expected = list(runs.values())[-1](x)
     for name, run in runs.items():
         astray, rows = strays(run(x)[0], expected[0], TOLERANCES[dtype])
-        # In bf16 near ties among 64 scores send some tokens to other experts.
+        # In bf16, near ties among 64 scores send some tokens to other experts.
         if astray > (rows // 4 + 1 if dtype == "bfloat16" else 0):
             raise SystemExit(f"{name}: {astray} of {rows} rows differ")
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            time.sleep(0.05)  # the threads of the one before go to sleep meanwhile
+            time.sleep(0.05)  # lets the threads of the previous contender go to sleep
             warm(partial(run, x))
             times[name].append(timed(partial(run, x)))
     return {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -3,9 +3,9 @@
     python benchmarks/tune.py [--shape olmoe] [--dtype bfloat16] [--quant FORMAT]
                               [--tokens 1,8,64,512] [--rounds 21] [--append FILE.md]
 
-The layers of benchmarks/layer.py. Both run in one process, in turn, on the same new tokens in each
-round. Printed are medians in milliseconds, the median of the rounds' ratios with its error, and
-what tuning chose; where it is known, it comes from the cache.
+Uses the layers of benchmarks/layer.py. Both run in one process, in turn, on the same new tokens in
+each round. The script prints medians in milliseconds, the median of the rounds' ratios with its
+error, and the tuning values that were chosen (from the cache if they are known).
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""SmolLM2-135M-Instruct with experts: what benchmarks/curves.py prunes besides tiny_moe.
+"""SmolLM2-135M-Instruct with experts, as a second model for benchmarks/curves.py.
 
-The dense model is that of benchmarks/smollm2.py. In the layers LAYERS its MLP becomes EXPERTS
-copies of itself with a router that takes two of them (sparse upcycling, arXiv 2212.05055). Copies
-are all alike, and pruning such costs nothing; so
+The dense model is that of benchmarks/smollm2.py. In the layers LAYERS, its MLP is replaced by
+EXPERTS copies of it, with a router that chooses two of them (sparse upcycling, arXiv 2212.05055).
+Pruning equal copies would cost nothing, therefore:
 
-1. the router's rows are the centres of clusters of what enters the MLP (spherical k-means),
-2. of each copy those neurons that its own tokens use least are drawn anew, half of all (as many as
-   in arXiv 2502.19261, which draws at random),
-3. copies and router are trained, layer by layer, to give what the dense MLP gives (Adam, STEPS
-   steps of ROWS rows), on TOKENS tokens of Python's standard library.
+  1. The router's rows are the centres of clusters of the MLP's inputs (spherical k-means).
+  2. In each copy, the half of the neurons that its own tokens use least is reinitialised (as many
+     as in arXiv 2502.19261, which selects at random).
+  3. Copies and router are trained, layer by layer, to reproduce the dense MLP (Adam, STEPS steps of
+     ROWS rows), on TOKENS tokens of Python's standard library.
 
-The model as a whole is not trained: its perplexity is at best that of the dense one.
+The model as a whole is not trained: its perplexity is at best that of the dense model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TEXT = ("ast.py", "typing.py", "pathlib.py", "dataclasses.py", "shutil.py", "ema
 
 
 class Experts(nn.Module):
-    """x [B, S, D] -> [B, S, D]; copies of one MLP, of which each token takes K."""
+    """x [B, S, D] -> [B, S, D]: copies of one MLP, of which each token uses K."""
 
     def __init__(self, experts: Sequence[nn.Module], router: nn.Linear) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Experts(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SmolLM2's own: down(silu(gate x) * up x)."""
+    """SmolLM2's MLP: down(silu(gate x) * up x)."""
 
     def __init__(self, like: Any) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class Mlp(nn.Module):
 
 
 def upcycle(model: Any, tokenizer: Any) -> list[float]:
-    """Give the dense model experts, in place; for each layer the error of what it gives on text
-    that it was trained on, relative to what the dense MLP gives."""
+    """Gives the dense model experts, in place. Returns, for each layer, the relative error of its
+    output against the dense MLP's, on its training text."""
     root = Path(sysconfig.get_path("stdlib"))
     text = "\n".join((root / name).read_text(encoding="utf-8") for name in TEXT)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
@@ -90,7 +90,7 @@ def upcycle(model: Any, tokenizer: Any) -> list[float]:
 
 
 def _entering(model: Any, windows: Tensor) -> dict[int, Tensor]:
-    """What enters the MLP of each of LAYERS: [TOKENS, D]."""
+    """The inputs of the MLP of each of LAYERS: [TOKENS, D]."""
     result: dict[int, list[Tensor]] = {number: [] for number in LAYERS}
 
     def watch(number: int) -> Any:
@@ -109,8 +109,8 @@ def _entering(model: Any, windows: Tensor) -> dict[int, Tensor]:
 
 
 def _centres(x: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
-    """Spherical k-means of the rows x [N, D] without their mean: centres of length 1 [EXPERTS, D]
-    and the mean [D]."""
+    """Spherical k-means of the rows x [N, D] after subtracting their mean: centres of length 1
+    [EXPERTS, D], and the mean [D]."""
     mean = x.mean(0)
     unit = F.normalize(x - mean)
     centres = unit[torch.randperm(len(x))[:EXPERTS]]
@@ -121,7 +121,7 @@ def _centres(x: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
 
 
 def _trained(mlp: Any, x: Tensor) -> tuple[Experts, float]:
-    """The experts that stand for an MLP, and their error on its rows x [N, D]."""
+    """The experts that replace an MLP, and their error on its rows x [N, D]."""
     with torch.no_grad():
         expected = mlp(x)
         centres, mean = _centres(x)

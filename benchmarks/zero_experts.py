@@ -1,16 +1,16 @@
-"""MoE++ (arXiv 2410.07348): what zero-computation experts save of the time of the experts.
+"""MoE++ (arXiv 2410.07348): how much expert time zero-computation experts save.
 
     python benchmarks/zero_experts.py [--shapes 0.6B,1B,2B] [--tokens 2048] [--rounds 9]
 
-For each layer shape of the paper's Table 2 two layers are compiled by `moec.compile`: a vanilla
-MoE (N experts, top-2) and an MoE++ layer with the same N experts and zero, copy and constant
-experts beside them, as a user's own PyTorch modules, in bf16. Both take the router's logits as an
-input, so that the router's product is left out, as in the paper's "expert forward time". For
-each tau the logits choose each expert with a network tau times as often as one without, which
-is what training with the paper's balance loss aims at; the vanilla layer's load is even.
+For each layer shape of the paper's Table 2, two layers are compiled by `moec.compile`: a vanilla
+MoE (N experts, top-2), and an MoE++ layer with the same N experts plus zero, copy and constant
+experts, written as PyTorch modules, in bf16. Both take the router's logits as an input, so the
+router's product is left out, as in the paper's "expert forward time". For each tau, the logits
+choose each expert with a network tau times as often as one without, which training with the paper's
+balance loss aims at. The load of the vanilla layer is even.
 
-Contenders run in turn in one process. Printed: medians in milliseconds, their ratio, the ratio
-of what the paper measured (its Table 3) and that of theory, tau N / (tau N + Z).
+Contenders run in turn in one process. The script prints medians in milliseconds, their ratio, the
+ratio that the paper measured (its Table 3), and the theoretical ratio, tau N / (tau N + Z).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shape:
 
     @property
     def zero(self) -> int:
-        """One zero, one copy, and the constants."""
+        """The number of zero, copy and constant experts."""
         return 2 + self.constants
 
     def theory(self, tau: float) -> float:
@@ -113,11 +113,11 @@ class Layer(nn.Module):
 
 
 def logits(tokens: int, shares: Tensor) -> Tensor:
-    """Scores of which just `shares` (one for each column, sum 1) of the K * tokens choices fall
-    on each column, no column twice for a token."""
+    """Logits for which each column gets exactly `shares` (one per column, sum 1) of the K * tokens
+    choices, and no token chooses a column twice."""
     counts = (shares * K * tokens).floor().long()
     counts[torch.randperm(len(counts))[: K * tokens - int(counts.sum())]] += 1
-    # Sorted choices, dealt out in K strides: equal neighbours end up with different tokens.
+    # The sorted choices are dealt out in K strides, so equal neighbours go to different tokens.
     chosen = torch.repeat_interleave(torch.arange(len(shares)), counts).reshape(K, tokens).T
     if bool((chosen[:, 0] == chosen[:, 1]).any()):
         raise SystemExit("more than half of the choices would fall on one expert")
@@ -132,7 +132,8 @@ def shares(shape: Shape, tau: float) -> Tensor:
 
 
 def compare(name: str, options: argparse.Namespace, conditions: str) -> bool:
-    """Print the table of one shape; whether all ratios are nearer to theory than the paper's."""
+    """Prints the table of one shape. Returns whether all ratios are closer to theory than the
+    paper's."""
     tokens, rounds = options.tokens, options.rounds
     shape = SHAPES[name]
     networks = [Expert(shape) for _ in range(shape.networks)]
