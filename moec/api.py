@@ -246,9 +246,8 @@ def _in_supported_form(
     exact: Sequence[Any],
     backend: Backend,
 ) -> tuple[Captured, tuple[PassResult, ...]]:
-    """The first form of the capture for whose ops, after its passes, there are kernels, with the
-    results of the passes. Returns the arguments where there is none, because their error is the
-    best one."""
+    """The first form of the capture whose ops all have kernels after its passes, with the results
+    of the passes. Returns the arguments if there is none: their error is the most informative."""
     form, after = captured, pass_results
     while not supported(after[-1].program.graph, backend):
         if form.other is None:

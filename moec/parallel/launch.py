@@ -80,8 +80,9 @@ def _marked(folder: Path, rank: int, kind: str) -> str | None:
 
 
 def _explained(folder: Path, count: int, rank: int, first: Any) -> str:
-    """The error message. It blames the first rank that a signal ended, or one that others found
-    gone or silent; otherwise the first rank that reported a failure."""
+    """The error message: that of the first rank that failed for a reason of its own; else the ranks
+    that ended by a signal or that others found gone or silent, and the messages of those that
+    waited."""
     failed = {r: text for r in range(count) if (text := _marked(folder, r, "failed")) is not None}
     gone = {r: text for r in range(count) if (text := _marked(folder, r, "gone")) is not None}
     waiting = "; ".join(failed[r] for r in sorted(failed) if r not in gone)

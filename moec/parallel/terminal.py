@@ -111,7 +111,7 @@ class _Sent(io.TextIOBase):
 
 
 class _Lines(io.TextIOBase):
-    """The lines of rank 0, on every rank. While the user types, rank 0 sends an empty message every
+    """The lines of rank 0, on every rank. While the user types, rank 0 broadcasts None every
     `patience` seconds, because the exchange of the others would time out."""
 
     def __init__(self, ranks: ProcessRanks, ask: Callable[[], str], patience: float) -> None:
