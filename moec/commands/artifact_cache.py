@@ -62,7 +62,7 @@ def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> b
                 os.replace(path, output)
                 return True
             try:
-                os.link(path, output)  # which another process may have written meanwhile
+                os.link(path, output)  # fails if another process has written it meanwhile
             except OSError:
                 return False
     except OSError as error:

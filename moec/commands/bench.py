@@ -102,7 +102,7 @@ def command(
     if model is None:
         raise UsageError("name a model or an artifact to time")
     if plot:
-        importlib.import_module("matplotlib")  # a run takes minutes, and would be lost
+        importlib.import_module("matplotlib")  # fails now, not after a run of minutes
     check_changes(quant=quant)
     names = [name.strip() for name in baseline.split(",") if name.strip()]
     check_names(names)

@@ -176,7 +176,7 @@ def command(
         LOGGER.info(cost)
     silent = quiet or (as_json and not _on_terminal())
     with explained(), Progress(silent, plan=plan) as progress:
-        progress.phase("start")  # torch takes a moment to load, and options are looked at
+        progress.phase("start")  # imports torch, which takes a moment, and checks options
         from moec.api import compile as compile_model
 
         compiled = compile_model(

@@ -9,7 +9,7 @@ from typing import Any
 
 _CONTROLS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and newline, DEL, C1
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # those that reorder what follows
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # characters that reorder the text after them
     "\u2028\u2029]"
 )
 

@@ -132,7 +132,7 @@ def _mapped(tree: Any, change: Callable[[Any], Any], kind: type) -> Any:
     if fields is None:
         return tree
     parts = {key: _mapped(part, change, kind) for key, part in fields.items()}
-    record = copy.copy(tree)  # with what is no field, and without the constructor
+    record = copy.copy(tree)  # copies attributes that are no fields, and skips the constructor
     for key, part in parts.items():
         if isinstance(record, MutableMapping):
             record[key] = part

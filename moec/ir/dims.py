@@ -21,7 +21,7 @@ from moec.ir.float_sizes import ceil, f64, floor, rint, round_half_even, trunc
 Dim: TypeAlias = int | sympy.Expr
 
 _LONGEST = 1000  # characters of a size
-_MOST_TERMS = 1000  # of an expanded size: expanding an untrusted expression could take forever
+_MOST_TERMS = 1000  # of an expanded size; expanding an untrusted expression could take forever
 _FUNCTIONS = {
     "floor": sympy.floor,
     "ceiling": sympy.ceiling,

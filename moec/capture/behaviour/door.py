@@ -168,7 +168,7 @@ def _describe(
     ]
     try:
         calls = model.record(names) if names else {}
-    except Exception as eager:  # the user's code fails in eager too, which is what to report
+    except Exception as eager:  # the user's code fails in eager mode too: the capture's error stays
         raise error from eager
     refusals: dict[str, str] = {}
     for name in names:

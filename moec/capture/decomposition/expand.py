@@ -40,7 +40,7 @@ symbol for it."""
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """`program` in core ATen. Raises CaptureError where torch cannot decompose it."""
     with warnings.catch_warnings(), dynamo_config.patch(fake_tensor_cache_enabled=False):
-        warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own classes
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about its own classes
         try:
             program = as_buffers(program)
             return expand(program) or program.run_decompositions(decompositions())

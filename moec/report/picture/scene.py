@@ -239,7 +239,7 @@ def _flow(
     mine = {op for op in module.all_ops()}
     flow: list[ScenePart] = []
     index_of: dict[int, int] = {}
-    ends: dict[int, int] = {}  # of each child: the part that gives its results
+    ends: dict[int, int] = {}  # by child: the part that computes its results
     sources: dict[Value, int] = {}
     edges: list[tuple[int, int]] = []
     for op in graph.ops:
