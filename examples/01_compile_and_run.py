@@ -1,4 +1,4 @@
-"""Compile a checkpoint, see what was recognised, run it, save it, load it."""
+"""Compile a checkpoint, print what was recognised, run it, save it, and load it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ model = moec.compile(checkpoint)
 for block in model.blocks:
     print(f"{block.name}: {block.experts} experts, {block.top_k} for each token, {block.router}")
 
-# One compiled model takes every batch and every sequence length.
+# One compiled model supports every batch size and sequence length.
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 for text in ("import", "class Stack:\n    def push(self, item):\n        self.items."):
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     likeliest = model(ids)[0, -1].argmax()
     print(f"{text!r} goes on with {tokenizer.decode(likeliest)!r}")
 
-# The artifact needs neither torch nor a compiler. numpy goes in, numpy comes out.
+# The artifact needs neither torch nor a compiler. Inputs and outputs are numpy arrays.
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "tiny_moe.moec"
     model.save(path)

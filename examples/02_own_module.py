@@ -1,12 +1,13 @@
 """A module of your own: what moec recognises in it, and what it declines, with the reason.
 
-The first layer is mixture-of-experts code as people write it: a router, and a loop that gives every
-expert the tokens that chose it. The second mixes all of its experts for every token: a block too,
-in which nothing is chosen.
+The first layer is typical mixture-of-experts code: a router, and a loop that gives every expert the
+tokens that chose it. The second layer weights all of its experts for every token: also a block, but
+without a choice.
 
-Two more layers do what torch.export refuses, and show the other ways to take a module: one reads
-counts into Python, and its branches are speculated on and proved; one makes lists of tokens, as
-long as the data say, and is observed as it runs, or described by its author and proved.
+Two more layers do what torch.export refuses, and show other ways to capture a module. One reads
+counts into Python; its branches are speculated on, and the result is proved. The other makes Python
+lists of tokens whose lengths depend on the data; it is captured by observing it as it runs, or from
+a description by its author, which is proved.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def feed_forward(width: int, hidden: int) -> nn.Module:
 
 
 class Routed(nn.Module):
-    """Each token goes to the two experts that its router likes best."""
+    """Each token goes to the two experts with the highest router probability."""
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Routed(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Every token takes a little of every expert."""
+    """Every token is a weighted sum of all experts."""
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
@@ -70,7 +71,7 @@ class Counted(Routed):
 
 
 class Listed(Routed):
-    """A list of tokens for each expert, made by Python."""
+    """Python code makes a list of tokens for each expert."""
 
     def forward(self, x: Tensor) -> Tensor:  # [T, D] -> [T, D]
         weights, chosen = F.softmax(self.router(x), dim=-1).topk(2, dim=-1)
@@ -109,7 +110,7 @@ for candidate in compiled.declined:
     print(f"  {candidate.where}: {candidate.reason}")
 
 with torch.inference_mode():
-    for tokens in (0, 1, 33, 500):  # the number of tokens is free
+    for tokens in (0, 1, 33, 500):  # any number of tokens is allowed
         x = torch.randn(tokens, 64)
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 print("equal to eager for 0, 1, 33 and 500 tokens")

@@ -1,9 +1,9 @@
-"""Write a pass: a rule from a graph's text to the next graph's text, with a reason for declining.
+"""Write a pass: a rule that rewrites ops of a graph, or declines with a reason.
 
     a = clamp(x) <min=a, max=b>
     b = clamp(a) <min=c, max=d>      ->      b = clamp(x) <min=max(a, c), max=min(b, d)>
 
-Exact for every number, NaN and the infinities included, as long as the two ranges meet.
+The rule is exact for every number, including NaN and the infinities, if the two ranges overlap.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MergeClamps(runner.Pass):
 
 
 def merge_clamps(op: Op, builder: Builder) -> Sequence[Value] | None:
-    """The values that stand for `op`'s results from now on, or None to leave it alone."""
+    """The values that replace `op`'s results, or None to leave it unchanged."""
     if op.name != CLAMP:
         return None
     inner = builder.producers.get(op.inputs[0])

@@ -1,7 +1,7 @@
-"""What pruning, merging and averaging experts cost: perplexity against memory, by criterion.
+"""The cost of pruning, merging and averaging experts: perplexity against memory, by criterion.
 
-Text comes from Python's own standard library: the experts are chosen on one file that the model
-was trained on, and perplexity is measured on files that it never saw.
+The text is Python's standard library. Experts are chosen on one file that the model was trained on;
+perplexity is measured on files that it was not trained on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moec.passes.core.runner import run
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
 WINDOWS, LENGTH = 4, 256
 SEEN = ("argparse.py",)
-HELD_OUT = ("http/client.py", "urllib/parse.py")  # as examples/tiny_moe/train.py splits them
+HELD_OUT = ("http/client.py", "urllib/parse.py")  # as in the split of examples/tiny_moe/train.py
 KEPT = (0.75, 0.5, 0.25)
 
 tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
@@ -42,7 +42,7 @@ def windows(files: Sequence[str]) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.stack([ids[start : start + LENGTH] for start in starts])}
 
 
-# A budget keeps a compilation from doing too much damage: this is the whole interface.
+# A budget limits the loss of quality of a compilation; these options are the whole interface.
 compiled = moec.compile(
     CHECKPOINT,
     passes="+prune-experts(keep=0.75,by=reap)",
@@ -55,13 +55,13 @@ for line in damage.layers:
     print(f"{line.layer}: {line.says}")
 print(f"KL {damage.after.kl:.3f} of at most 0.45 nats a token\n")
 
-# The same passes by themselves, on the graph as recognised: no code is generated.
+# The same passes alone, on the recognised graph, without generating code.
 original = next(step for step in compiled.pass_results if step.name == "split-packed").program
 evaluator = Evaluator(original, load_calibration(windows(HELD_OUT), original, {}))
 
 
 def held_out(program: Program) -> float:
-    """Perplexity of the text that the model never saw."""
+    """Perplexity on text that the model was not trained on."""
     perplexity = evaluator.measure(program)[0].perplexity
     assert perplexity is not None
     return perplexity

@@ -1,9 +1,9 @@
-"""Files for ONNX Runtime: a module of your own at any number of tokens, and text from a model.
+"""Files for ONNX Runtime: a module of your own for any number of tokens, and text from a model.
 
-Each file is run and compared with eager before it gets its name; the report says how far apart they
-were, and what share of the tokens chose the same experts. A language model's file takes the keys
-and values of the tokens before and gives those after, so that one file serves prompts and single
-tokens; the text is written by ONNX Runtime and numpy alone.
+Before a file gets its final name, it is run and compared with eager. The report has the difference,
+and the share of tokens that chose the same experts. A language model's file takes past keys and
+values and returns the present ones, so one file serves prompts and single tokens. The text is
+generated with only ONNX Runtime and numpy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Expert(nn.Module):
-    """silu(gate(x)) * up(x), as most models have it."""
+    """silu(gate(x)) * up(x), as in most models."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Expert(nn.Module):
 
 
 class Routed(nn.Module):
-    """Each token goes to the two experts that its router likes best."""
+    """Each token goes to the two experts with the highest router probability."""
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Routed(nn.Module):
 
 
 def padded(prompts: list[list[int]]) -> tuple[Array, Array]:
-    """Token ids and mask [B, S]; the padding stands on the left, and is 0 in both."""
+    """Token ids and mask [B, S]; padding is on the left, and 0 in both."""
     width = max(map(len, prompts))
     ids, mask = np.zeros((2, len(prompts), width), np.int64)
     for row, prompt in enumerate(prompts):
@@ -69,7 +69,7 @@ def padded(prompts: list[list[int]]) -> tuple[Array, Array]:
 
 
 def generate(session: Any, prompts: list[list[int]], tokens: int) -> Array:
-    """The likeliest tokens after each prompt, [B, tokens]."""
+    """The most likely tokens after each prompt, [B, tokens]."""
     ids, mask = padded(prompts)
     past = {
         inputs.name: np.zeros((len(ids), inputs.shape[1], 0, inputs.shape[3]), np.float32)
@@ -101,7 +101,7 @@ with tempfile.TemporaryDirectory() as folder:
 
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         with torch.inference_mode():
-            for tokens in (1, 33, 500):  # the number of tokens is free
+            for tokens in (1, 33, 500):  # any number of tokens is allowed
                 x = torch.randn(tokens, 64)
                 (y,) = session.run(None, {"x": x.numpy()})
                 torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)

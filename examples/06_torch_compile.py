@@ -1,7 +1,7 @@
 """torch.compile with moec's kernels: inference at any length, then a few steps of training.
 
-The model is ordinary PyTorch. Its MoE block becomes one call of moec; `rest` says who runs what
-is left, here PyTorch as it is ("inductor", the default, needs a C++ compiler).
+The model is ordinary PyTorch. Its MoE block becomes one call of moec. `rest` selects what runs the
+other ops: here plain PyTorch ("inductor", the default, needs a C++ compiler).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moec
-import moec.dynamo  # needed only from a checkout: installed, torch finds the backend by itself
+import moec.dynamo  # only in a checkout; if moec is installed, torch finds the backend
 
 
 class Layer(nn.Module):
-    """Eight experts, of which each token asks two. x[T, D] -> [T, D]."""
+    """Eight experts, two per token. x[T, D] -> [T, D]."""
 
     def __init__(self, width: int, hidden: int, experts: int) -> None:
         super().__init__()

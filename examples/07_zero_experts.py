@@ -1,5 +1,5 @@
-"""Experts without a network: a small MoE++ model is trained and compiled, and tiny_moe, which was
-trained without such experts, gives them the choices that matter least.
+"""Experts without a network. A small MoE++ model is trained and compiled. Then such experts are
+added to tiny_moe, which was trained without them, for its least important choices.
 
     python examples/07_zero_experts.py [--plot FILE.png]    # the plot needs matplotlib
 """
@@ -30,7 +30,8 @@ LENGTH = 128
 
 
 class Model(nn.Module):
-    """Two layers; the router of the second also reads the first one's scores. x[T, D] -> [T, D]."""
+    """Two layers; the router of the second also reads the scores of the first. x[T, D] -> [T,
+    D]."""
 
     def __init__(self, tau: float) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
 
 
 def windows(files: Sequence[str]) -> dict[str, Tensor]:
-    """i64[4, LENGTH] token ids, evenly spaced over files of Python's own library."""
+    """i64[4, LENGTH] token ids, evenly spaced over files of Python's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     text = "\n".join((root / name).read_text(encoding="utf-8") for name in files)
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])

@@ -1,12 +1,12 @@
-"""Experts in under a byte, and under two bits: what they take, and what that costs in perplexity.
+"""Experts in less than a byte, and in less than two bits, per weight: memory and perplexity.
 
     python examples/08_compress.py [FILE.png]     the picture needs matplotlib
 
-Text comes from Python's own standard library: the weights are fitted on files that the model was
-trained on, and perplexity is measured on files that it never saw. The experts of this model are
-256 x 128: a row's start and its two numbers weigh a third of its codewords, and fewer of its
-weights are zero. In models as large as those of QMoE, whose format this is, rows are longer and
-88 % zero, and a weight takes 0.8 bits (benchmarks/ternary.py).
+The text is Python's standard library. Weights are fitted on files that the model was trained on;
+perplexity is measured on files that it was not trained on. The experts of this model are 256 x 128,
+so a row's start and its two numbers take a third of the space of its codewords, and fewer of its
+weights are zero. Models as large as those of QMoE, whose format this is, have longer rows with 88 %
+zeros, and take 0.8 bits per weight (benchmarks/ternary.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moec.passes.core.runner import run
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
 LENGTH = 256
 SEEN = ("argparse.py", "typing.py", "pathlib.py", "ast.py")
-HELD_OUT = ("http/client.py", "urllib/parse.py")  # as examples/tiny_moe/train.py splits them
+HELD_OUT = ("http/client.py", "urllib/parse.py")  # as in the split of examples/tiny_moe/train.py
 
 tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
 
@@ -46,7 +46,7 @@ def windows(files: Sequence[str], count: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.stack([ids[start : start + LENGTH] for start in starts])}
 
 
-# The whole interface: the code runs on the compressed weights, decoded as they are multiplied.
+# This is the whole interface. Kernels decode the compressed weights while they multiply.
 compiled = moec.compile(CHECKPOINT, passes="+compress-experts", calib=windows(SEEN, 4))
 (damage,) = compiled.report().damage
 for line in damage.layers:
@@ -54,7 +54,7 @@ for line in damage.layers:
 (text,) = compiled.generate([tokenizer("def read_lines(path):")["input_ids"]], max_new_tokens=16)
 print(f"it writes: {tokenizer.decode(text)!r}\n")
 
-# The same pass by itself, with each of its options: no code is generated.
+# The same pass alone, with each of its options, without generating code.
 original = next(step for step in compiled.pass_results if step.name == "split-packed").program
 evaluator = Evaluator(original, load_calibration(windows(HELD_OUT, 4), original, {}))
 dense = stored_bytes(original)
@@ -63,7 +63,7 @@ weights = sum(math.prod(int(d) for d in stack.shape) for stack in stacks)
 
 
 def held_out(program: Program) -> float:
-    """Perplexity of the text that the model never saw."""
+    """Perplexity on text that the model was not trained on."""
     perplexity = evaluator.measure(program)[0].perplexity
     assert perplexity is not None
     return perplexity

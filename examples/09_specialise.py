@@ -1,12 +1,12 @@
-"""One artifact a task: a model for several tasks is compiled for one of them, and its experts are
-known before it runs.
+"""One artifact per task: a multi-task model is compiled for one task, so its experts are known at
+compile time.
 
-The model has a gate for each task in half of its layers, and in the others experts that the task
-alone chooses, as a multi-task vision transformer may (arXiv 2306.17165). Compiled for one task, the
-latter are dense layers, and the gates and experts of other tasks are gone.
+Half of the model's layers have a gate for each task. In the others, the task alone chooses the
+experts, as in a multi-task vision transformer (arXiv 2306.17165). Compiled for one task, the latter
+become dense layers, and gates and experts of other tasks are removed.
 
-A router that reads token ids alone (Read-ME, arXiv 2410.19123) becomes a function of its own, so
-that whoever serves the model can fetch or sort by its experts ahead of time.
+A router that reads only token ids (Read-ME, arXiv 2410.19123) becomes a separate function, so that
+a server can prefetch experts or group requests by expert in advance.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ManyTasks(nn.Module):
 
 
 class PreGated(nn.Module):
-    """ids [T] -> scores [T, VOCABULARY]; one router for all layers, which reads ids alone."""
+    """ids [T] -> scores [T, VOCABULARY]; one router for all layers, which reads only ids."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,8 @@ class PreGated(nn.Module):
 
 
 def milliseconds(*calls: Callable[[], Any]) -> list[float]:
-    """The median time of each, called in turn so that all meet the same machine."""
+    """The median time of each call; calls run in turn, so that load on the machine affects all of
+    them."""
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(30):
         for entry, call in zip(times, calls, strict=True):

@@ -1,15 +1,17 @@
 """Experts Weights Averaging (arXiv 2308.06093) on real images, against dense training.
 
 A small vision transformer learns scikit-learn's handwritten digits (8 x 8 pixels, patches of 4):
-as it is, and with its FFNs as four experts each until they are folded back. Both train for the
-same steps from the same start with the same batches, and both are then the same dense model.
+once as it is, and once with each FFN as four experts until they are folded back. Both train for the
+same number of steps, from the same start, with the same batches, and result in the same dense
+architecture.
 
-Rate and decay are the best of nine pairs for the dense model, the share rate the best of five for
-EWA, by the loss on 300 of the training images, in runs of other seeds. The two are a tie.
+Learning rate and weight decay are the best of nine pairs for the dense model, and the share rate is
+the best of five for EWA, by the loss on 300 of the training images, in runs with other seeds. The
+results are a tie.
 
-With 100 images, all in each batch, gradients have no noise but that of the random partition: there
-EWA is ahead of dense training, and behind dense training with dropout. docs/benchmarks.md has
-both tables, benchmarks/results/ewa_search.txt the search that led there.
+With 100 images, all in each batch, the random partition is the only noise in the gradients. There
+EWA is better than dense training, and worse than dense training with dropout. docs/benchmarks.md
+has both tables, benchmarks/results/ewa_search.txt the search for the parameters.
 
     python examples/10_ewa.py           # a few steps of one seed, to see it run
     python examples/10_ewa.py --full    # twenty seeds, the means and their confidence intervals
@@ -38,7 +40,7 @@ EXPERTS, RATE = 4, 6e-3
 
 @dataclass(frozen=True)
 class Setting:
-    """How models are trained; in each batch `batch` of the images, or all where it is None."""
+    """How models are trained. `batch` is the number of images per batch; None means all images."""
 
     seeds: int
     steps: int
@@ -46,7 +48,7 @@ class Setting:
     share: Callable[[int], float]
     images: int
     batch: int | None
-    dropouts: tuple[float, ...]  # of the dense contenders
+    dropouts: tuple[float, ...]  # of the dense models
 
 
 FULL = Setting(20, 400, 0.05, ConstantRate(0.01), 899, 64, (0.0,))
@@ -91,7 +93,7 @@ class Data:
 
 
 def digits(count: int, seed: int) -> Data:
-    """1,797 images: `count` of the 899 even ones to train on, the odd ones to test on."""
+    """1,797 images: `count` of the 899 with even indices for training, the others for testing."""
     result = load_digits()
     images = torch.tensor(result.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(result.target)
@@ -102,7 +104,7 @@ def digits(count: int, seed: int) -> Data:
 def train(
     model: nn.Module, data: Data, setting: Setting, steps: int, seed: int, after: Callable[[], None]
 ) -> None:
-    """AdamW with a cosine; `after` runs after each of its steps."""
+    """AdamW with a cosine schedule; `after` runs after each step."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=RATE, weight_decay=setting.decay, fused=True
     )
@@ -130,14 +132,14 @@ def accuracy(model: nn.Module, data: Data) -> float:
 
 
 def cost(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and FLOPs for one image."""
+    """The number of parameters, and the FLOPs per image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 1, 8, 8))
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
 
 def contenders(seed: int, steps: int, data: Data, setting: Setting) -> dict[str, nn.Module]:
-    """Models trained as they are, and one from the same start trained as experts and folded."""
+    """Models trained densely, and one from the same start that is trained as experts and folded."""
     models: dict[str, nn.Module] = {}
     for dropout in setting.dropouts:
         torch.manual_seed(seed)
@@ -152,14 +154,14 @@ def contenders(seed: int, steps: int, data: Data, setting: Setting) -> dict[str,
 
 
 def interval(values: list[float]) -> str:
-    """The mean, and how far the 95 % confidence interval of Student's t goes from it."""
+    """The mean, and half the width of its 95 % confidence interval (Student's t)."""
     if len(values) < 2:
         return f"{values[0]:+.2f}"
     error = statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.mean(values):+.2f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.2f}"
 
 
-torch.set_num_threads(1)  # models too small for two
+torch.set_num_threads(1)  # the models are too small for two threads
 parser = argparse.ArgumentParser()
 parser.add_argument(
     "--full", action="store_true", help=f"{FULL.seeds} seeds, {FULL.steps} steps each"

@@ -1,14 +1,14 @@
-"""What goes out of a model before it is served, and how two become one: four passes, a line each.
+"""Four passes that change a model before it is served, with one line of results each.
 
-fold-lora       experts that are one layer with adapters of their own (Uni-MoE) become plain
-                experts, which are recognised and run by the kernels of such
+fold-lora       experts that share one layer and have separate adapters (Uni-MoE) become plain
+                experts, which are recognised and use the kernels of experts
 fold-supernet   a layer whose weights are mixed for an architecture (Mixture-of-Supernets) becomes
                 the dense layer of that architecture
-keep-used       a model that many tasks share, with the experts alone that one task uses (Mod-Squad)
-aggregate       the experts of two models in one, to train further (aggregation of experts)
+keep-used       a multi-task model keeps only the experts that one task uses (Mod-Squad) aggregate
+the experts of two models in one, for further training (aggregation of experts)
 
-After the megabytes of weights: how far the result is from what PyTorch makes of the same module,
-and for aggregate of one that was written with the experts of both.
+A line has the megabytes of weights, and the difference between the result and PyTorch's result for
+the same module; for aggregate, for a module written with the experts of both models.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ D, H, E, K, T = 64, 128, 4, 2, 128
 
 
 class Adapted(nn.Module):
-    """A frozen layer, and what one expert adds to it."""
+    """A frozen layer with the adapter of one expert."""
 
     def __init__(self, base: nn.Linear, rank: int = 4) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Adapted(nn.Module):
 
 
 class Layer(nn.Module):
-    """x [T, D] -> [T, D]; the experts are layers up and down."""
+    """x [T, D] -> [T, D]; experts have a layer up and a layer down."""
 
     def __init__(self, experts: int = E, lora: bool = False) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Layer(nn.Module):
 
 
 class Mixed(nn.Module):
-    """x [T, D], arch [2] -> [T, D]; of H neurons the architecture has the first half."""
+    """x [T, D], arch [2] -> [T, D]; the architecture has the first half of the H neurons."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Mixed(nn.Module):
 
 
 def joined(a: Layer, b: Layer) -> Layer:
-    """The layer that has all experts of both."""
+    """A layer that has all experts of both layers."""
     result = Layer(2 * E)
     result.up, result.down = nn.ModuleList([*a.up, *b.up]), nn.ModuleList([*a.down, *b.down])
     for name in ("weight", "bias"):
@@ -93,7 +93,7 @@ def joined(a: Layer, b: Layer) -> Layer:
 def line(
     name: str, model: nn.Module, inputs: tuple[Tensor, ...], expected: Tensor, **options: Any
 ) -> None:
-    """Run a pass, and print what it changed. (No code is generated: that takes longer.)"""
+    """Runs a pass, and prints what it changed. (No code is generated, to save time.)"""
     compiled_model = moec.compile(model, inputs, build=False, verify=False, **options)
     program = compiled_model.pass_results[-1].program
     before = sum(p.numel() for p in model.parameters()) * 4 / 1e6
@@ -120,7 +120,7 @@ with torch.no_grad():
     mixed, arch = Mixed(), torch.tensor([1.0, 0.5])
     line("fold-supernet", mixed, (x, arch), mixed(x, arch), passes="+fold-supernet(arch=1:0.5)")
 
-    # A task is where its tokens are: these lie between the router's rows of two or three experts.
+    # A task is a region of tokens: these are between the router's rows of two or three experts.
     shared, sample = Layer(), torch.randint(2, (T, 1))
     rows = shared.gate.weight
     task = 20 * (rows[1] + sample * rows[2] + (1 - sample) * rows[3]) + torch.randn(T, D) / 8

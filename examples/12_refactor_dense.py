@@ -1,14 +1,15 @@
 """A dense model becomes experts for code and for prose, with one router before all its layers.
 
-A small model learns the bytes of Python's standard library and of its manual. Channels are then
-chosen for both on calibration text (Read-ME, arXiv 2410.19123): those that both keep are met by
-every token, the others by tokens that the router sends to that domain. Perplexity is that of text
-that neither the model nor the calibration saw, beside channels chosen at random.
+A small model learns the bytes of Python's standard library and of its manual. Then channels are
+chosen for both domains on calibration text (Read-ME, arXiv 2410.19123). Channels that both domains
+keep are used by every token; the others are used by tokens that the router sends to their domain.
+Perplexity is measured on text that is neither training nor calibration data, also for channels
+chosen at random.
 
     python examples/12_refactor_dense.py             # seconds
     python examples/12_refactor_dense.py --train     # and some steps of training afterwards
 
-benchmarks/refactor_dense.py does the same to SmolLM2-135M.
+benchmarks/refactor_dense.py does the same with SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """ids [B, S] -> scores [B, S, 128]"""
+    """ids [B, S] -> scores [B, S, 128]."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""A plan for many devices: hot experts, what a trace is worth, and the cost of each choice.
+"""A plan for many devices: busy experts, the benefit of a trace, and the cost of each choice.
 
-Sizes alone: no weights, no devices. All times are predictions from the cluster's numbers.
+It needs only sizes: no weights and no devices. All times are predictions from the cluster's
+numbers.
 
     python examples/13_plan.py
 """

@@ -1,7 +1,7 @@
-"""A model on two ranks of this machine: planned, compiled for the plan, and text from both.
+"""A model on two ranks of this machine: planned, compiled for the plan, and run to generate text.
 
-Each rank holds its experts, and the keys and values of its own texts. On several hosts torchrun
-starts `python -m moec run` in place of --nproc.
+Each rank holds its experts, and the keys and values of its own texts. On several hosts, torchrun
+starts `python -m moec run` instead of --nproc.
 
     python examples/14_run_ranks.py
 """
@@ -18,7 +18,7 @@ PROMPTS = ("def main(", "import ", "for i in range(")
 
 
 def moec(*arguments: object) -> None:
-    """Run one command as a person would."""
+    """Runs a command as in a shell."""
     print("$ moec", *arguments, flush=True)
     subprocess.run([sys.executable, "-m", "moec", *map(str, arguments)], check=True)
 

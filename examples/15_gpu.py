@@ -1,8 +1,9 @@
-"""One artifact for a CPU and for GPUs, made on a machine without a GPU.
+"""One artifact for CPUs and GPUs, made on a machine without a GPU.
 
-The CPU runs it as any other artifact and needs nothing of CUDA. On a machine with an NVIDIA GPU the
-same file runs with device="cuda" (`moec run FILE --device cuda`); here it is refused in a sentence.
-nvcc or NVRTC makes the machine code; without both, `CUDA_TEXT` stops at the CUDA C.
+On a CPU it runs like any other artifact, without CUDA. On a machine with an NVIDIA GPU, the same
+file runs with device="cuda" (`moec run FILE --device cuda`); without a GPU, that fails with a
+one-sentence error. nvcc or NVRTC makes the machine code; without both, `CUDA_TEXT` stops at the
+CUDA C.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The whole way with a trained model: compile, verify, report, generate, time.
+"""All steps with a trained model: compile, verify, report, generate, time.
 
     make demo
 
-Everything is measured here and now. The times are medians of interleaved rounds, so that a busy
-machine slows both sides alike; the model and its dtype are the same on both sides.
+Everything is measured when it runs. Times are medians of interleaved rounds, so other load on the
+machine slows down both sides; both sides have the same model and dtype.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SHAPES = ((1, 1), (1, 16), (1, 128), (4, 128))  # (batch, sequence)
 def median_times(
     rivals: dict[str, Callable[[], object]], rounds: int, seconds: float
 ) -> dict[str, float]:
-    """Median seconds of a call. Each round calls one after the other for `seconds` each."""
+    """Median seconds per call. In each round, the calls run in turn, for `seconds` each."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for call in rivals.values():
         call()
     for _ in range(rounds):
         for name, call in rivals.items():
-            call()  # the threads of the one before have gone to sleep after this
+            call()  # lets the threads of the previous call go to sleep
             stop = time.perf_counter() + seconds
             while (start := time.perf_counter()) < stop:
                 call()
@@ -48,7 +48,7 @@ def median_times(
 
 
 def race(compiled: Callable[..., object], rounds: int, seconds: float) -> None:
-    """Print moec's times beside those of both ways that transformers has on a CPU."""
+    """Prints moec's times and those of both implementations that transformers has on CPUs."""
     models = {name: eager_model(name) for name in ("eager", "grouped_mm")}
     config, dtype = models["eager"].config, models["eager"].dtype
     click.echo(f"milliseconds a forward pass, {dtype}, {torch.get_num_threads()} threads")

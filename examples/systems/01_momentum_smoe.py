@@ -1,8 +1,8 @@
-"""1. MomentumSMoE: a state that travels from MoE layer to MoE layer (arXiv 2410.14574).
+"""1. MomentumSMoE: a state that is passed from MoE layer to MoE layer (arXiv 2410.14574).
 
-The output of an SMoE layer is read as a step of gradient descent, and the steps of the layers are
-given a momentum: heavy ball, Adam (in the first layer, as the authors' code does; heavy ball in the
-others), or robust momentum. The state goes through depth, never through tokens.
+The output of an SMoE layer is treated as a step of gradient descent, and momentum is added to the
+steps of the layers: heavy ball, Adam (in the first layer, as in the authors' code; heavy ball in
+the others), or robust momentum. The state is passed through layers, never between tokens.
 
     python examples/systems/01_momentum_smoe.py               # small, compiled, compared with eager
     python examples/systems/01_momentum_smoe.py --published   # parameters at the authors' sizes
@@ -25,7 +25,7 @@ import moec
 TOP_K = 2
 Method = Literal["plain", "heavy ball", "adam", "robust"]
 State = tuple[Tensor, ...]
-"""What goes from layer to layer: (m,), and (m, p, v) out of a layer of Adam. [B, S, D] each."""
+"""The state between layers: (m,), or (m, p, v) after an Adam layer. [B, S, D] each."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Config:
     gamma2: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.999
-    kappa: float = 2.0  # robust momentum: the condition number that is assumed
-    rho: float = 0.6  # and the rate of convergence that is asked for
+    kappa: float = 2.0  # robust momentum: the assumed condition number
+    rho: float = 0.6  # and the requested rate of convergence
 
 
 SMALL = Config(layers=6, width=16, heads=2, experts=3, vocabulary=50, context=32)
@@ -54,7 +54,7 @@ PUBLISHED = {"medium": MEDIUM, "large": LARGE}
 
 
 class Expert(nn.Module):
-    """A network of two layers, as wide inside as outside."""
+    """A network of two layers; the hidden width equals the model's width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,8 @@ class Expert(nn.Module):
 
 
 class SMoE(nn.Module):
-    """x [B, S, D] -> u [B, S, D]: the two best experts, weighted by a softmax over the two."""
+    """x [B, S, D] -> u [B, S, D]: the two best experts, weighted by a softmax over their two
+    logits."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class SMoE(nn.Module):
 
 
 class MomentumLayer(nn.Module):
-    """x, the state of the layer before -> y, the state; [B, S, D] each."""
+    """x and the state of the previous layer -> y and the new state; [B, S, D] each."""
 
     def __init__(self, config: Config, method: Method) -> None:
         super().__init__()
@@ -100,7 +101,8 @@ class MomentumLayer(nn.Module):
         if self.method == "plain":
             return self.norm(x - self.smoe(x)), state
         if self.method == "robust":
-            # Cyrus, Hu, Van Scoy and Lessard 2018: the gradient is taken ahead of the step.
+            # Cyrus, Hu, Van Scoy and Lessard 2018: the gradient is evaluated at a point ahead of
+            # the step.
             cube = c.rho**3
             ahead = cube / ((c.kappa - 1) * (1 - c.rho) ** 2 * (1 + c.rho))
             alpha = c.kappa * (1 - c.rho) ** 2 * (1 + c.rho)
@@ -138,7 +140,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """ "sm" of the authors' stacks: attention and a momentum layer ("sa": of Adam), post-norm."""
+    """ "sm" of the authors' stacks: attention and a momentum layer ("sa": with Adam), post-norm."""
 
     def __init__(self, config: Config, method: Method) -> None:
         super().__init__()
@@ -181,7 +183,8 @@ def balance_loss(logits: Tensor, chosen: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, ids: Tensor, steps: int) -> list[float]:
-    """Next-token losses [steps] on one batch of ids [B, S], the balance loss beside (0.01)."""
+    """Next-token losses [steps] on one batch of ids [B, S]; the balance loss is added (times
+    0.01)."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     model.train()
     losses = []
@@ -220,7 +223,8 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def published(name: str) -> tuple[int, int]:
-    """All parameters at a size of the authors' scripts, and those that a token meets."""
+    """The number of all parameters at a size of the authors' scripts, and of those that a token
+    uses."""
     with torch.device("meta"):
         model = MomentumSMoE(PUBLISHED[name])
     total = sum(p.numel() for p in model.parameters())

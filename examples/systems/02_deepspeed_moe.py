@@ -1,11 +1,11 @@
 """2. DeepSpeed-MoE: residual experts in a pyramid, gated by einsums (arXiv 2201.05596).
 
-A GPT in which every other layer has experts: y = c0 * MoE(x) + c1 * MLP(x), c = softmax(W x + b),
-and deeper layers have more of them (PR-MoE). The gate is written as the authors' code writes it:
-one-hot masks [S, E], slots by a running sum, dispatch and combine as einsums over [S, E, C]. An
-expert takes C tokens; with top-1 those are chosen at random (random token selection), with numbers
-that are an input here, so that a result can be repeated. A student of fewer layers learns from it
-(MoS).
+A GPT in which every other layer has experts, y = c0 * MoE(x) + c1 * MLP(x) with c = softmax(W x +
+b). Deeper layers have more experts (PR-MoE). The gate is written as in the authors' code: one-hot
+masks [S, E], slots by a cumulative sum, dispatch and combine as einsums over [S, E, C]. An expert
+takes C tokens. With top-1, they are chosen at random (random token selection); the random numbers
+are an input here, so that results are reproducible. A student with fewer layers is distilled from
+the model (MoS).
 
     python examples/systems/02_deepspeed_moe.py               # small, compiled, beside eager
     python examples/systems/02_deepspeed_moe.py --published   # parameters at the paper's sizes
@@ -31,7 +31,8 @@ from moec.train import StagedDistillation
 
 @dataclass(frozen=True)
 class Config:
-    """`experts` are those of each MoE layer (every other layer, from the second on)."""
+    """`experts` has the number of experts of each MoE layer (every other layer, from the second
+    on)."""
 
     layers: int = 24
     width: int = 2048
@@ -61,8 +62,8 @@ def capacity(tokens: int, experts: int, factor: float, least: int) -> int:
 
 
 def top1_gate(logits: Tensor, size: int, noise: Tensor | None) -> Tensor:
-    """logits [S, E] -> combine weights [S, E, C]; `noise` [S, E] in [0, 1) chooses which tokens an
-    expert keeps, None the first ones."""
+    """logits [S, E] -> combine weights [S, E, C]. `noise` [S, E] in [0, 1) determines which tokens
+    an expert keeps; None keeps the first ones."""
     gates = F.softmax(logits, dim=1)
     mask = F.one_hot(torch.argmax(gates, dim=1), logits.shape[1])
     if noise is not None:
@@ -75,8 +76,8 @@ def top1_gate(logits: Tensor, size: int, noise: Tensor | None) -> Tensor:
 
 
 def top2_gate(logits: Tensor, size: int) -> Tensor:
-    """logits [S, E] -> combine weights [S, E, C]: the two best, renormalised; second choices take
-    the slots behind all first ones."""
+    """logits [S, E] -> combine weights [S, E, C]: the two best, renormalised. Second choices take
+    the slots after those of all first choices."""
     gates = F.softmax(logits, dim=1)
     mask1 = F.one_hot(torch.argmax(gates, dim=1), logits.shape[1])
     rest = logits.masked_fill(mask1.bool(), float("-inf"))
@@ -178,7 +179,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids [B, S], noise a MoE layer [B * S, E]... -> logits [B, S, vocabulary]."""
+    """Token ids [B, S], noise [B * S, E] per MoE layer ... -> logits [B, S, vocabulary]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -197,8 +198,8 @@ class GPT(nn.Module):
 
 
 def distill(student: GPT, teacher: GPT, ids: Tensor, steps: int, stop: int) -> list[float]:
-    """Train a student of fewer layers on one batch [B, S], until step `stop` by its teacher too
-    (MoS); its cross entropies."""
+    """Trains a student with fewer layers on one batch [B, S], until step `stop` also on the
+    teacher's logits (MoS). Returns its cross entropies."""
     loss = StagedDistillation(1.0, stop)
     optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
     targets = ids[:, 1:]
@@ -217,12 +218,13 @@ def distill(student: GPT, teacher: GPT, ids: Tensor, steps: int, stop: int) -> l
 
 
 def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A residual MoE layer in a GPT of two, random weights; an expert takes its first tokens."""
+    """A GPT of two layers with a residual MoE layer and random weights; experts keep their first
+    tokens."""
     return GPT(SMALL).eval(), (torch.randint(SMALL.vocabulary, (2, 9)),)
 
 
 def one_layer(top_k: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """An MoE layer: of top-1 with random token selection, whose numbers are an input, or top-2."""
+    """An MoE layer: top-1 with random token selection, whose numbers are an input, or top-2."""
     module = MoE(replace(SMALL, top_k=top_k, factor=1.0), 4).eval()
     x = torch.randn(1, 33, SMALL.width)
     return module, (x, torch.rand(33, 4)) if top_k == 1 else (x,)
@@ -235,7 +237,7 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 @functools.cache
 def published(name: str) -> tuple[int, int]:
-    """All parameters at a size of the paper, and those that a token meets."""
+    """The number of all parameters at a size of the paper, and of those that a token uses."""
     config = PUBLISHED[name][0]
     with torch.device("meta"):
         total = sum(p.numel() for p in GPT(config).parameters())

@@ -1,8 +1,8 @@
-"""3. Uni-MoE: a language model of several modalities with mixtures of experts (arXiv 2405.11273).
+"""3. Uni-MoE: a language model for several modalities with mixtures of experts (arXiv 2405.11273).
 
-Connectors turn features of images (or of the frames of a video) and of audio into tokens before the
-text. Each layer's FFN is a MoE layer: top-2 of the logits, a softmax over the two. An expert is a
-frozen FFN, trained for a modality before, with low-rank adapters (LoRA).
+Connectors turn features of images (or of the frames of a video) and of audio into tokens, which
+precede the text. Each layer's FFN is an MoE layer: the top-2 logits, with a softmax over the two.
+An expert is a frozen FFN that was trained for one modality, with low-rank adapters (LoRA).
 
     python examples/systems/03_uni_moe.py               # small, compiled, compared with eager
     python examples/systems/03_uni_moe.py --published   # parameters of Table 1
@@ -27,8 +27,9 @@ TOP_K = 2
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are Vicuna-7B; every `interval`-th layer has experts. `alpha` / `rank` scales an
-    adapter; rank 0: none. `image`, `audio` are the widths of the encoders' features."""
+    """The defaults are Vicuna-7B; every `interval`-th layer has experts. An adapter is scaled by
+    `alpha` / `rank`; rank 0 means no adapters. `image` and `audio` are the widths of the encoders'
+    features."""
 
     layers: int = 32
     width: int = 4096
@@ -143,7 +144,7 @@ class Block(nn.Module):
 
 
 class QFormer(nn.Module):
-    """Features [B, A, F] of any length -> [B, queries, D]: learned queries read them."""
+    """Features [B, A, F] of any length -> [B, queries, D], by attention from learned queries."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -208,15 +209,15 @@ def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """An MoE layer over 64 tokens at half of Vicuna's width, its adapters merged (4 GB would be
-    needed at the full width), for benchmarks/systems.py."""
+    """An MoE layer over 64 tokens at half of Vicuna's width with merged adapters, for
+    benchmarks/systems.py (the full width would need 4 GB)."""
     config = Config(width=2048, hidden=5504, rank=0)
     return MoE(config).eval(), (torch.randn(1, 64, config.width),)
 
 
 def published(name: str) -> tuple[int, int]:
-    """All parameters of the language model, and those that a token meets; adapters, which merge,
-    and connectors are not counted."""
+    """The number of all parameters of the language model, and of those that a token uses. Adapters,
+    which are merged, and connectors are not counted."""
     config = replace(PUBLISHED[name][0], rank=0)
     with torch.device("meta"):
         total = sum(p.numel() for p in LanguageModel(config).parameters())

@@ -1,13 +1,13 @@
-"""4. Experts Weights Averaging: a ViT trained as experts, deployed as the ViT (arXiv 2308.06093).
+"""4. Experts Weights Averaging: a ViT trained as experts, deployed as a ViT (arXiv 2308.06093).
 
-While it trains, each FFN is N experts, and its tokens are split among them evenly at random: no
-router, no loss, no capacity. After each step of the optimizer an expert takes a share of the
-others: W_i <- (1 - b) W_i + b / (N - 1) * (the sum of the others). At the end each FFN is the
-experts' mean.
+During training, each FFN is N experts, and its tokens are split evenly among them at random: no
+router, no balance loss, no capacity. After each optimizer step, an expert takes a share of the
+others: W_i <- (1 - b) W_i + b / (N - 1) * (the sum of the others). After training, each FFN is
+replaced by the mean of its experts.
 
     python examples/systems/04_ewa_vit.py     # trained on digits for seconds, folded, compiled
 
-`moec.train.EWA` does the same to any model; examples/10_ewa.py measures what it gains.
+`moec.train.EWA` does the same for any model; examples/10_ewa.py measures the benefit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
 
 
 def partition(tokens: int, experts: int) -> Tensor:
-    """Random scores [T, N] of which each expert is the best for T / N tokens."""
+    """Random scores [T, N], where each expert has the greatest score for T / N tokens."""
     order = torch.randperm(tokens)
     return F.one_hot(order * experts // tokens, experts).float()
 
@@ -72,7 +72,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def share(self, rate: float) -> None:
-        """One step of weight averaging. The mean over the experts stays what it was."""
+        """One step of weight averaging. The mean over the experts does not change."""
         for weights in zip(*(expert.parameters() for expert in self.experts), strict=True):
             stack = torch.stack(weights)
             others = (stack.sum(0) - stack) / (len(weights) - 1)
@@ -92,7 +92,8 @@ class Experts(nn.Module):
 
 
 class Partitioned(nn.Module):
-    """x [B, S, D] -> [B, S, D] while training: experts with a new random partition each time."""
+    """x [B, S, D] -> [B, S, D] during training: experts with a new random partition in each
+    call."""
 
     def __init__(self, ffn: FeedForward, count: int) -> None:
         super().__init__()
@@ -139,7 +140,7 @@ class VisionTransformer(nn.Module):
 
 
 def with_experts(model: VisionTransformer, config: Config) -> VisionTransformer:
-    """The model with experts in the place of each FFN, all of which start as that."""
+    """The model with experts in place of each FFN; all experts start as copies of it."""
     model = copy.deepcopy(model)
     for block in model.blocks:
         block.ffn = Partitioned(block.ffn, config.experts)
@@ -147,7 +148,7 @@ def with_experts(model: VisionTransformer, config: Config) -> VisionTransformer:
 
 
 def folded(model: VisionTransformer) -> VisionTransformer:
-    """The plain ViT again, each FFN the mean of its experts."""
+    """The plain ViT, where each FFN is the mean of its experts."""
     model = copy.deepcopy(model)
     for block in model.blocks:
         block.ffn = block.ffn.moe.mean()
@@ -155,7 +156,8 @@ def folded(model: VisionTransformer) -> VisionTransformer:
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scikit-learn's 1,797 digits: images and labels to train on (even), to test on (odd)."""
+    """scikit-learn's 1,797 digits: images and labels for training (even indices) and testing
+    (odd)."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     labels = torch.tensor(data.target)

@@ -1,9 +1,9 @@
-"""5. OneRec: an encoder-decoder that writes what to recommend (arXiv 2502.18965).
+"""5. OneRec: an encoder-decoder that generates recommendations (arXiv 2502.18965).
 
-An item is three codes, one of each level of a residual K-means. The encoder reads the codes of the
-items that a user watched; the decoder, whose FFNs are MoE layers (24 experts, top-2 of a softmax,
-not renormalised), writes a session of items, by beam search over the codes. Then it is aligned with
-pairs of sessions that a reward model ranked (DPO).
+An item is three codes, one per level of a residual K-means. The encoder reads the codes of the
+items that a user watched. The decoder, whose FFNs are MoE layers (24 experts, top-2 of a softmax,
+not renormalised), generates a session of items by beam search over the codes. It is then aligned
+with pairs of sessions that a reward model ranked (DPO).
 
     python examples/systems/05_onerec.py     # small, compiled, searched with beams, beside eager
 """
@@ -30,8 +30,8 @@ Decode = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Config:
-    """24 experts, two of which are chosen, and 8192 codes a level are published. The other sizes
-    are not: those here add up to the 0.1B of the paper's smallest model."""
+    """24 experts with two chosen, and 8192 codes per level, are published. The other sizes are not;
+    those here add up to the 0.1B parameters of the paper's smallest model."""
 
     encoder_layers: int = 2
     decoder_layers: int = 6
@@ -44,7 +44,7 @@ class Config:
 
     @property
     def vocabulary(self) -> int:
-        """The codes of all levels, and what a session begins with."""
+        """The codes of all levels, and the start of a session."""
         return LEVELS * self.codes + 1
 
 
@@ -79,7 +79,8 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """h [B, S, D] -> the sum over i of g_i FFN_i(h), g the softmax where it is among the top k."""
+    """h [B, S, D] -> the sum over i of g_i FFN_i(h), where g is the softmax for the top k and else
+    0."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class Decoder(nn.Module):
         return self.scores(memory, session)[:, -1]
 
     def scores(self, memory: Tensor, session: Tensor) -> Tensor:
-        """After each code: [B, S, vocabulary]."""
+        """The scores after each code: [B, S, vocabulary]."""
         x = self.embedding(session)
         for block in self.blocks:
             x = block(x, memory)
@@ -163,8 +164,9 @@ class Decoder(nn.Module):
 def beam_search(
     encode: Encode, decode: Decode, history: Tensor, codes: int, items: int, beams: int
 ) -> tuple[Tensor, Tensor]:
-    """The best sessions for one user's history [1, H]: codes [beams, 3 * items], and their log
-    probabilities, the best first. All beams are one batch, so an expert meets the rows of all."""
+    """The best sessions for one user's history [1, H]: codes [beams, 3 * items] and their log
+    probabilities, the best first. All beams are in one batch, so an expert processes the rows of
+    all beams."""
     memory = encode(history)
     session = torch.full((1, 1), LEVELS * codes)
     total = torch.zeros(1)
@@ -179,7 +181,7 @@ def beam_search(
 
 
 def log_probability(decoder: Decoder, memory: Tensor, session: Tensor) -> Tensor:
-    """Of each session [B, 1 + 3 * items], which begins with its start: [B]."""
+    """The log probability of each session [B, 1 + 3 * items], which begins with its start: [B]."""
     scores = decoder.scores(memory, session[:, :-1]).log_softmax(-1)
     return scores.gather(-1, session[:, 1:, None]).sum((1, 2))
 
@@ -187,7 +189,8 @@ def log_probability(decoder: Decoder, memory: Tensor, session: Tensor) -> Tensor
 def dpo_loss(
     decoder: Decoder, reference: Decoder, memory: Tensor, better: Tensor, worse: Tensor, beta: float
 ) -> Tensor:
-    """-log sigmoid(beta * (how much more the better session gained on the reference))."""
+    """-log sigmoid(beta * (gain of the better session over the reference, minus that of the
+    worse))."""
     with torch.no_grad():
         before = log_probability(reference, memory, better) - log_probability(
             reference, memory, worse
@@ -199,7 +202,7 @@ def dpo_loss(
 def align(
     decoder: Decoder, memory: Tensor, better: Tensor, worse: Tensor, steps: int
 ) -> list[float]:
-    """DPO on one batch of pairs; the losses."""
+    """DPO on one batch of pairs. Returns the losses."""
     reference = copy.deepcopy(decoder)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=1e-3)
     losses = []
@@ -224,7 +227,8 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def published() -> tuple[int, int]:
-    """All parameters of encoder and decoder, and those that a code meets; nothing is allocated."""
+    """The number of all parameters of encoder and decoder, and of those that a code uses; nothing
+    is allocated."""
     config = Config()
     with torch.device("meta"):
         parts = (Encoder(config), Decoder(config))

@@ -1,10 +1,10 @@
-"""6. MoE++: experts without a network beside experts that have one (arXiv 2410.07348).
+"""6. MoE++: experts with and without a network (arXiv 2410.07348).
 
-A language model whose MoE layers choose two of N experts: N_F are feed-forward networks, the
-others are a zero expert (0), a copy expert (x) and constant experts (a mix of x and a vector). The
-router of a layer also reads the scores of the layer before (gating residuals). Two forms exist:
-that of the paper, and that of the authors' published code, which differs in router, weights and
-input scale.
+A language model whose MoE layers choose two of N experts: N_F are feed-forward networks, the others
+are a zero expert (0), a copy expert (x) and constant experts (a mix of x and a vector). The router
+of a layer also reads the scores of the previous layer (gating residuals). There are two forms: that
+of the paper, and that of the authors' published code, which differs in router, weights and input
+scale.
 
     python examples/systems/06_moe_plus_plus.py               # small, compiled, compared with eager
     python examples/systems/06_moe_plus_plus.py --published   # parameters at the paper's sizes
@@ -29,7 +29,7 @@ TOP_K = 2
 
 @dataclass(frozen=True)
 class Config:
-    """`published_code`: the layer of the authors' repository, instead of the paper's."""
+    """`published_code` selects the layer of the authors' repository instead of the paper's."""
 
     layers: int = 12
     width: int = 768
@@ -42,12 +42,13 @@ class Config:
 
     @property
     def experts(self) -> int:
-        """All that a token may choose: networks, constants, one copy, one zero."""
+        """The number of all experts that a token may choose: networks, constants, one copy, one
+        zero."""
         return self.networks + self.constants + 2
 
 
 SMALL = Config(layers=2, width=32, hidden=64, heads=4, networks=3, vocabulary=128)
-# Table 2 of the paper; the parameters as it names the models.
+# Table 2 of the paper; the names of the models are their parameter counts.
 PUBLISHED = {
     "0.6B/(8+4)": (Config(), "0.6B"),
     "1B/(16+4)": (Config(networks=16), "1B"),
@@ -95,7 +96,7 @@ class Zero(nn.Module):
 
 
 class Router(nn.Module):
-    """x [T, D], the scores of the layer before [T, N] -> scores [T, N]: equation 6."""
+    """x [T, D], scores of the previous layer [T, N] -> scores [T, N]: equation 6."""
 
     def __init__(self, config: Config, first: bool) -> None:
         super().__init__()
@@ -118,8 +119,8 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """x [T, D], scores before [T, N] -> y [T, D], scores [T, N]. Experts in the order of the code:
-    networks, constants, copy, zero."""
+    """x [T, D], previous scores [T, N] -> y [T, D], scores [T, N]. The order of experts is that of
+    the code: networks, constants, copy, zero."""
 
     def __init__(self, config: Config, first: bool) -> None:
         super().__init__()
@@ -138,7 +139,7 @@ class MoE(nn.Module):
         logits = self.router(x, before)
         weights, chosen = logits.softmax(-1).topk(TOP_K, dim=-1)
         if self.published_code:
-            # The zero expert takes no part in the sum that the weights are divided by.
+            # The zero expert is not included in the sum that the weights are divided by.
             weights = torch.where(chosen == len(self.experts) - 1, 0.0, weights)
             weights = weights / weights.sum(-1, keepdim=True)
             x = x * TOP_K
@@ -232,7 +233,8 @@ def layer(tokens: int = 512) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters, and those that one token can meet at most (two networks a layer)."""
+    """The number of all parameters, and the most that one token can use (two networks per
+    layer)."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for moe in (m for m in model.modules() if isinstance(m, MoE)):
@@ -243,7 +245,7 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def published(name: str) -> tuple[int, int]:
-    """Parameters at a size of the paper, counted without memory for them."""
+    """Parameters at a size of the paper, counted without allocating them."""
     with torch.device("meta"):
         return parameters(MoEPlusPlus(PUBLISHED[name][0]))
 

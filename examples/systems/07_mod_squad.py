@@ -1,10 +1,10 @@
-"""7. A vision transformer for several tasks, of which each takes its own experts (Mod-Squad).
+"""7. Mod-Squad: a vision transformer for several tasks, where each task uses its own experts.
 
 Multi-task heterogeneous training (arXiv 2306.17165), with the layers of Mod-Squad (2212.08066):
 even blocks have a mixture of attention heads (an expert is a query and an output projection; keys
 and values are shared), odd blocks a mixture of MLPs. Each task has its own gate in each layer. A
-loss on the mutual information of tasks and experts makes each task use few of them, so that a task
-can be cut out of the trained model.
+loss on the mutual information of tasks and experts makes each task use few experts, so that the
+part for one task can be extracted from the trained model.
 
     python examples/systems/07_mod_squad.py               # small, compiled, one task cut out
     python examples/systems/07_mod_squad.py --published   # parameters at the authors' base size
@@ -52,7 +52,7 @@ class Config:
 SMALL = Config(2, 16, 8, 3, 2, 16, 3, 2, tasks=2, patch=4, channels=1, side=8)
 PUBLISHED = {"base": (Config(), 195.8)}
 CLASSES = {"class_object": 1000, "class_scene": 365}
-# Taskonomy's maps that the authors train on, by the channels of a pixel.
+# Taskonomy's maps that the authors train on, with the number of channels per pixel.
 MAPS = {
     "depth_euclidean": 1,
     "depth_zbuffer": 1,
@@ -70,7 +70,7 @@ MAPS = {
 
 
 class Gate(nn.Module):
-    """x [T, D], a task [] -> probabilities [T, N]: one linear gate without bias a task."""
+    """x [T, D], a task [] -> probabilities [T, N]: one linear gate without bias per task."""
 
     def __init__(self, config: Config, experts: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Gate(nn.Module):
 
 
 class MoEAttention(nn.Module):
-    """x [B, S, D], task -> [B, S, D]: each token chooses its heads; all read the same keys."""
+    """x [B, S, D], task -> [B, S, D]: each token chooses its heads; all share keys and values."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP; the first is a mixture in even blocks, the second in odd ones."""
+    """Attention and MLP; in even blocks attention is a mixture, in odd blocks the MLP is."""
 
     def __init__(self, config: Config, index: int) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class MultiTask(nn.Module):
-    """Images [B, C, h, w], a task [] -> logits [B, classes], by one head for all tasks."""
+    """Images [B, C, h, w], a task [] -> logits [B, classes], with one head for all tasks."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -199,8 +199,8 @@ class MultiTask(nn.Module):
 
 
 class Heads(nn.Module):
-    """What the authors' model predicts for Taskonomy's 14 tasks: features [B, S, D] -> classes of
-    an image [B, n], or a map's pixels, patch by patch [B, S, patch * patch * channels]."""
+    """The heads of the authors' model for Taskonomy's 14 tasks: features [B, S, D] -> classes of an
+    image [B, n], or the pixels of a map, per patch [B, S, patch * patch * channels]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -222,8 +222,9 @@ class Heads(nn.Module):
 
 
 def mutual_information(model: nn.Module, images: Tensor) -> Tensor:
-    """I(task; expert), summed over the layers, in nats, of a model in training mode: the sum over
-    tasks and experts of P(t, e) log(P(t, e) / (P(t) P(e))). Training adds -0.005 times it."""
+    """I(task; expert) in nats, summed over the layers, for a model in training mode: the sum over
+    tasks and experts of P(t, e) log(P(t, e) / (P(t) P(e))). Training adds -0.005 times it to the
+    loss."""
     layers = [m for m in model.modules() if isinstance(m, MoEAttention | MoEMLP)]
     tasks = layers[0].gate.weights.shape[0]
     shares: list[list[Tensor]] = []
@@ -261,7 +262,7 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def published(name: str) -> int:
-    """The parameters with the heads of all tasks in place of the common one."""
+    """The number of parameters with the heads of all tasks instead of the common one."""
     config, _ = PUBLISHED[name]
     with torch.device("meta"):
         model = MultiTask(config)

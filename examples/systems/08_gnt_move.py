@@ -1,9 +1,9 @@
 """8. GNT-MOVE: a generalisable NeRF transformer with mixtures of view experts (arXiv 2308.11793).
 
-Points along rays are turned into colours: a view transformer attends, for each point, to the
-features of the source views (by their difference), a ray transformer to the other points of its
-ray. The feed-forward networks are MoE layers with a cosine gate and learned temperatures, and a
-permanent expert beside them: out = (MoE(x) + FFN(x)) / 2.
+The model computes colours of rays from points along them. For each point, a view transformer
+attends to the features of the source views (by their difference), and a ray transformer attends to
+the other points of the ray. The feed-forward networks are MoE layers with a cosine gate and learned
+temperatures, plus a permanent expert: out = (MoE(x) + FFN(x)) / 2.
 
     python examples/systems/08_gnt_move.py               # small, compiled, compared with eager
     python examples/systems/08_gnt_move.py --published   # parameters at the authors' depth
@@ -26,14 +26,15 @@ import moec
 
 @dataclass(frozen=True)
 class Config:
-    """Width of a point's features, of a source view's; `gate` is that of the cosine gate."""
+    """Widths of a point's features and of a source view's; `gate` is the width of the cosine
+    gate."""
 
     depth: int = 8
     width: int = 64
     view_width: int = 35
     experts: int = 4
     top_k: int = 2
-    noise: float = 1.0  # standard deviation times N of the gate's noise while training
+    noise: float = 1.0  # standard deviation, times N, of the gate's noise in training
 
     @property
     def gate(self) -> int:
@@ -54,8 +55,8 @@ class Expert(nn.Module):
 
 
 class CosineGate(nn.Module):
-    """x [T, D] -> probabilities [T, N]: the cosine of a projection with a column for each expert,
-    divided by its learned temperature; noise while training."""
+    """x [T, D] -> probabilities [T, N]: the cosine of a projection with one column per expert,
+    divided by a learned temperature, with noise in training."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -105,10 +106,11 @@ def squared_variation(x: Tensor) -> Tensor:
 
 
 def consistency_loss(gates: Tensor, others: Tensor, points: Tensor, other_points: Tensor) -> Tensor:
-    """Neighbouring rays should choose the same experts where they pass the same places.
+    """A loss that makes neighbouring rays choose the same experts at the same positions.
 
     `gates`, `others` [P, N] are the probabilities of the points [P, 3] of two rays. Each point is
-    matched with the nearest of the other ray; the divergences are weighted by softmax(-distance).
+    matched with the nearest point of the other ray; the divergences are weighted by
+    softmax(-distance).
     """
     distance, nearest = torch.cdist(points, other_points).min(-1)
     weight = (-distance.clamp(1e-2, 1e4)).softmax(-1)
@@ -141,7 +143,7 @@ class ViewAttention(nn.Module):
 
 
 class RayAttention(nn.Module):
-    """x [R, P, D] -> [R, P, D]: self-attention of a ray's points."""
+    """x [R, P, D] -> [R, P, D]: self-attention over the points of a ray."""
 
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
@@ -209,7 +211,7 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def published(name: str) -> tuple[int, int]:
-    """All parameters, and those that a point meets."""
+    """The number of all parameters, and of those that a point uses."""
     config = PUBLISHED[name]
     with torch.device("meta"):
         total = sum(p.numel() for p in GNTMove(config).parameters())

@@ -1,17 +1,17 @@
-"""System 9, SE-MoE: one model for several tasks whose batches differ in size, with Switch or GShard
-layers, trained elastically and deployed by a compiler, arXiv 2205.10034.
+"""System 9, SE-MoE: one model for several tasks with batches of different sizes, with Switch or
+GShard layers, elastic training, and deployment by a compiler, arXiv 2205.10034.
 
-As in UFO, tasks share a trunk; each has a head of its own, and its share of the batch: 512, 256,
-128 and 128 rows in the paper's measurement. One artifact serves any mixture of tasks: their rows
-meet in the same experts, and the batch of a task may be empty.
+As in UFO, tasks share a trunk. Each task has its own head and its part of the batch: 512, 256, 128
+and 128 rows in the paper's measurement. One artifact serves any mixture of tasks: their rows share
+the experts, and the batch of a task may be empty.
 
-    Switch   top-1; while training, U(1 - 0.1, 1 + 0.1) is added to the logits
-    GShard   top-2; while training the second choice is taken at random by its weight
-    both     C = ceil(1.2 T) rows an expert in training, 2.4 T in evaluation: it never binds, as the
-             authors do not divide by the experts, and moec's artifact has no place for it
+    Switch   top-1; in training, U(1 - 0.1, 1 + 0.1) is added to the logits
+    GShard   top-2; in training, the second choice is drawn at random by its weight
+    both     C = ceil(1.2 T) rows per expert in training, 2.4 T in evaluation; it is never reached,
+             as the authors do not divide by the number of experts; moec's artifact has no capacity
 
-`devices_of` is the elastic part: light tasks share a device, heavy ones are split over several.
-The paper's ring memory belongs to a runtime with an accelerator and is not here.
+`devices_of` is the elastic part: light tasks share a device, heavy ones are split over several. The
+paper's ring memory belongs to a runtime with an accelerator and is not included.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PUBLISHED_LOADS = (512, 256, 128, 128)
 
 @dataclass(frozen=True)
 class Sizes:
-    """`outputs` are the classes of each task's head."""
+    """`outputs` has the number of classes of each task's head."""
 
     inputs: int = 64
     width: int = 32
@@ -45,7 +45,7 @@ class Sizes:
 
 
 class Switch(nn.Module):
-    """logits[T, N] -> ids[T, 1], weights[T, 1], and the loss N * sum f P in training."""
+    """logits[T, N] -> ids[T, 1], weights[T, 1], and in training the loss N * sum f P."""
 
     choices = 1
 
@@ -59,7 +59,7 @@ class Switch(nn.Module):
 
 
 class GShard(nn.Module):
-    """As `Switch`, two choices, renormalised; the second by chance in training."""
+    """Like `Switch`, with two choices, renormalised; in training the second is drawn at random."""
 
     choices = 2
 
@@ -78,7 +78,7 @@ GATES = {"switch": Switch, "gshard": GShard}
 
 
 class Experts(nn.Module):
-    """x[T, D] -> [T, D]; an expert takes at most ceil(1.2 T) rows in training, 2.4 T else."""
+    """x[T, D] -> [T, D]; an expert takes at most ceil(1.2 T) rows in training, otherwise 2.4 T."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -131,8 +131,8 @@ class UFO(nn.Module):
 def devices_of(loads: Sequence[int], devices: int) -> list[list[Fraction]]:
     """The share of each task that each device takes, [devices][tasks].
 
-    Tasks stand in a row, a device after the other takes an equal share of all rows: light tasks
-    meet on one device, a heavy one is split, and every device has the same to do.
+    Tasks are lined up, and each device takes an equal part of all rows in order. So light tasks
+    share a device, a heavy one is split, and every device has equal work.
     """
     share = Fraction(sum(loads), devices)
     ends = [sum(loads[: i + 1]) for i in range(len(loads))]
@@ -148,7 +148,8 @@ def devices_of(loads: Sequence[int], devices: int) -> list[list[Fraction]]:
 
 
 def throughput(loads: Sequence[int], shares: Sequence[Sequence[Fraction]]) -> float:
-    """Rows a device and unit of time, where a row takes one unit: all wait for the slowest."""
+    """Rows per device and unit of time if a row takes one unit; all devices wait for the
+    slowest."""
     slowest = max(
         sum(part * load for part, load in zip(device, loads, strict=True)) for device in shares
     )
@@ -156,7 +157,8 @@ def throughput(loads: Sequence[int], shares: Sequence[Sequence[Fraction]]) -> fl
 
 
 def labels_of(digits: Tensor) -> tuple[Tensor, ...]:
-    """Four tasks over digits: which it is, is it even, is it above four, its rest by three."""
+    """Four tasks over digits: the digit, whether it is even, whether it is above four, and its
+    remainder modulo three."""
     return digits, digits % 2, (digits > 4).long(), digits % 3
 
 
@@ -174,7 +176,7 @@ def batches(loads: Sequence[int], seed: int = 0) -> tuple[tuple[Tensor, ...], tu
 
 
 def train(model: UFO, loads: Sequence[int], steps: int) -> list[float]:
-    """The loss of each step: of all tasks, and of the balance of the experts."""
+    """The loss of each step: that of all tasks, and the balance of the experts."""
     optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
     losses = []
     for step in range(steps):
@@ -193,14 +195,14 @@ def train(model: UFO, loads: Sequence[int], steps: int) -> list[float]:
 
 
 def compiled(model: UFO) -> moec.CompiledModel:
-    """One artifact for any mixture of tasks, each of which may be empty."""
+    """One artifact for any mixture of tasks; the batch of a task may be empty."""
     names = ("first", "second", "third", "fourth")
     shapes = {name: {0: torch.export.Dim(f"T{i}", min=0, max=4096)} for i, name in enumerate(names)}
     return moec.compile(model.eval(), batches((8, 4, 3, 2))[0], dynamic_shapes=shapes)
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The experts of a trunk as wide as ViT-Base, and the rows of the four tasks' batches."""
+    """The experts of a trunk with ViT-Base's width, and the rows of the four tasks' batches."""
     sizes = Sizes(width=768, hidden=3072, experts=8)
     return Experts(sizes).eval(), (torch.randn(sum(PUBLISHED_LOADS), sizes.width),)
 

@@ -1,15 +1,15 @@
 """System 10, the survey "Multi-Modal Generative AI" (arXiv 2409.14993), as its matrix of models.
 
-The survey sorts models by how they model probability (autoregressive, diffusion) and by their
-architecture (dense, MoE), for understanding and generation of texts, images and videos; hybrids are
-an autoregressive core with a diffusion decoder. Each of the six kinds is one small model here:
+The survey classifies models by how they model probability (autoregressive, diffusion) and by their
+architecture (dense, MoE), for understanding and generating text, images and videos. Hybrids are an
+autoregressive core with a diffusion decoder. Each of the six kinds is one small model here:
 
-    autoregressive   a causal transformer: the next token from those before it
-    diffusion        a transformer that sees every token, noisy, and tells the noise
+    autoregressive   a causal transformer: predicts the next token from those before it
+    diffusion        a transformer that attends to all noisy tokens and predicts the noise
     hybrid           the causal transformer, and a decoder that denoises the next token given it
 
-A model takes texts, images and videos at once, any of them of length 0. So one artifact fills a row
-of the matrix, and what it does with one modality is a call in which the others are empty.
+A model takes text, images and videos at once, each of any length including 0. So one artifact
+serves a row of the matrix, and a single modality is a call in which the others are empty.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Batch:
 
     @staticmethod
     def random(modality: str, sizes: Sizes, length: int = 5, count: int = 2) -> Batch:
-        """Of one modality, or of all three."""
+        """Inputs of one modality, or of all three."""
         lengths = {name: length if modality in (name, "multimodal") else 0 for name in MODALITIES}
         return Batch(
             torch.randint(sizes.vocabulary, (count, lengths["text"])),
@@ -88,7 +88,7 @@ class Dense(nn.Module):
 
 
 class Sparse(nn.Module):
-    """x[B, S, D] -> [B, S, D]: the top k of the experts, renormalised."""
+    """x[B, S, D] -> [B, S, D]: the top k experts, renormalised."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -127,7 +127,8 @@ class Block(nn.Module):
 
 
 class Autoregressive(nn.Module):
-    """text, image, video -> what follows each token: logits, a patch or a tube, side by side."""
+    """text, image, video -> predictions after each token: logits, a patch or a tube,
+    concatenated."""
 
     def __init__(self, sizes: Sizes, architecture: str) -> None:
         super().__init__()
@@ -139,8 +140,8 @@ class Autoregressive(nn.Module):
 
 
 class Diffusion(nn.Module):
-    """text, image, video, noise for each ([B, S, D], [B, P, D], [B, Q, D]), t[B] -> that noise,
-    as the model sees it in their vectors."""
+    """text, image, video, noise for each ([B, S, D], [B, P, D], [B, Q, D]), t[B] -> the predicted
+    noise, in the model's width."""
 
     def __init__(self, sizes: Sizes, architecture: str) -> None:
         super().__init__()
@@ -158,8 +159,8 @@ class Diffusion(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """As `Diffusion`, for the vector of each token given those before it: a decoder of few layers
-    denoises what the causal core expects."""
+    """Like `Diffusion`, for the vector of each token given those before it: a decoder of few layers
+    denoises the prediction of the causal core."""
 
     def __init__(self, sizes: Sizes, architecture: str) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ class Hybrid(nn.Module):
 
 
 def mixed(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """Clean at t = 0, noise alone at t = 1."""
+    """Linear interpolation: clean at t = 0, pure noise at t = 1."""
     share = t[:, None, None]
     return (1 - share).sqrt() * x + share.sqrt() * noise
 
@@ -196,7 +197,7 @@ def build(probability: str, architecture: str, sizes: Sizes) -> nn.Module:
 
 
 def inputs_of(probability: str, batch: Batch, sizes: Sizes) -> tuple[Tensor, ...]:
-    """What a model of this kind takes."""
+    """The inputs of a model of this kind."""
     if probability == "autoregressive":
         return batch.inputs
     noise = (torch.randn(*part.shape[:2], sizes.width) for part in batch.inputs)
@@ -204,7 +205,7 @@ def inputs_of(probability: str, batch: Batch, sizes: Sizes) -> tuple[Tensor, ...
 
 
 def compiled(model: nn.Module, probability: str, sizes: Sizes) -> moec.CompiledModel:
-    """One artifact for every modality: each may be absent."""
+    """One artifact for every modality; any of them may be absent."""
     rows, s, p, q = (torch.export.Dim(name, min=low, max=256) for name, low in
                      (("B", 1), ("S", 0), ("P", 0), ("Q", 0)))  # fmt: skip
     shapes: tuple[dict[int, object], ...] = ({0: rows, 1: s}, {0: rows, 1: p}, {0: rows, 1: q})
@@ -215,7 +216,7 @@ def compiled(model: nn.Module, probability: str, sizes: Sizes) -> moec.CompiledM
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The mixture of a cell, as wide as ViT-Base, over 256 tokens, for benchmarks/systems.py."""
+    """The mixture of a cell with ViT-Base's width, over 256 tokens, for benchmarks/systems.py."""
     sizes = Sizes(width=768, hidden=3072, experts=8)
     return Sparse(sizes).eval(), (torch.randn(1, 256, sizes.width),)
 

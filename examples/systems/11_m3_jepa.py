@@ -1,13 +1,14 @@
 """System 11, M3-JEPA (first published as Alt-MoE): a mixture-of-experts connector between frozen
-encoders of images and texts, arXiv 2409.05929.
+encoders of images and text, arXiv 2409.05929.
 
-A vector of one modality is brought to the connector's width, and the connector predicts that of the
-other. It has two objectives, to be near (L2) and to be the nearest (contrastive); each has an
-embedding that is added to the vector, and both share one MoE layer. Every expert is evaluated, then
-the chosen ones are gathered, as the authors' code does.
+A vector of one modality is projected to the connector's width, and the connector predicts the
+vector of the other modality. There are two objectives: a small distance (L2), and being the nearest
+(contrastive). Each objective has an embedding that is added to the vector, and both share one MoE
+layer. Every expert is evaluated, then the chosen ones are gathered, as in the authors' code.
 
-moec gives each vector to its K experts alone, and makes one layer over twice the rows of the two
-calls that share weights. Trained here on scikit-learn's digits: the "text" is a digit's name.
+moec evaluates only the K chosen experts of each vector, and merges the two calls that share weights
+into one layer over twice the rows. The example is trained on scikit-learn's digits: the "text" is a
+digit's name.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ DIRECTIONS = ("text_to_image", "image_to_text")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Widths of texts' and images' vectors and of the connector, whose experts keep its width."""
+    """Widths of text and image vectors and of the connector, whose experts keep its width."""
 
     text: int = 64
     image: int = 64
@@ -38,11 +39,12 @@ class Sizes:
 
 
 PUBLISHED = Sizes(text=4096, image=1024, hidden=2048)
-"""DINOv2-large gives 1024 numbers an image; 4096 are those of a language model of 7B or 8B."""
+"""DINOv2-large has 1024 features per image; 4096 is the width of a language model of 7B or 8B."""
 
 
 class Experts(nn.Module):
-    """h[B, H] -> [B, H]: all experts, then the K that softmax likes best, not renormalised."""
+    """h[B, H] -> [B, H]: all experts, then the K with the greatest softmax probability, not
+    renormalised."""
 
     def __init__(self, hidden: int, experts: int, top_k: int) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class Experts(nn.Module):
 
 
 class Connector(nn.Module):
-    """text[B, text], image[B, image] -> for each direction two predictions, one an objective."""
+    """text[B, text], image[B, image] -> for each direction two predictions, one per objective."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -81,8 +83,8 @@ class Connector(nn.Module):
 
 
 class Query(nn.Module):
-    """What the connector makes of stored vectors, text[B, text] -> predictions [B, image] for L2
-    and for the contrast. With an `encoder` it reads what that reads: the model from end to end."""
+    """Predictions from stored vectors, text[B, text] -> [B, image] for L2 and for the contrastive
+    objective. With an `encoder`, the inputs are those of the encoder: the model from end to end."""
 
     def __init__(self, connector: Connector, encoder: nn.Module | None = None) -> None:
         super().__init__()
@@ -109,13 +111,13 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def spelled(digits: Tensor) -> Tensor:
-    """The names of digits as the ids of their letters, i64[B, 5]; 0 fills up."""
+    """The names of digits as the ids of their letters, i64[B, 5], padded with 0."""
     rows = [[ord(letter) - 96 for letter in NAMES[int(d)].ljust(5, chr(96))] for d in digits]
     return torch.tensor(rows)
 
 
 def loss_of(connector: Connector, text: Tensor, image: Tensor, step: int) -> Tensor:
-    """Both objectives; directions alternate from step to step."""
+    """The loss of both objectives; the direction alternates from step to step."""
     direction = DIRECTIONS[step % 2]
     x, target = (text, image) if direction == "text_to_image" else (image, text)
     near, nearest = connector.predict(x, direction)
@@ -124,7 +126,7 @@ def loss_of(connector: Connector, text: Tensor, image: Tensor, step: int) -> Ten
 
 
 def train(connector: Connector, text: Tensor, image: Tensor, steps: int) -> list[float]:
-    """The loss of each step, over batches in which each digit is there once."""
+    """The loss of each step, over batches that contain each digit once."""
     optimiser = torch.optim.Adam(connector.parameters(), lr=3e-3)
     losses = []
     for step in range(steps):
@@ -138,7 +140,7 @@ def train(connector: Connector, text: Tensor, image: Tensor, steps: int) -> list
 
 
 def digits(count: int) -> tuple[Tensor, Tensor]:
-    """`count` of each digit of scikit-learn's images, 0 to 9 in turn: labels, images [N, 64]."""
+    """`count` images of each digit of scikit-learn, in the order 0 to 9: labels, images [N, 64]."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -148,13 +150,13 @@ def digits(count: int) -> tuple[Tensor, Tensor]:
 
 
 def recall(scores: Tensor) -> float:
-    """The share of queries [B, N] whose best image shows the digit that was named; images and
-    queries are 0 to 9 in turn."""
+    """The share of queries [B, N] whose best image shows the named digit; images and queries are in
+    the order 0 to 9."""
     return float((scores.argmax(-1) % 10 == torch.arange(len(scores)) % 10).float().mean())
 
 
 def layer(queries: int = 64) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The connector at the published sizes, and stored vectors of as many texts."""
+    """The connector at the published sizes, and stored vectors of `queries` texts."""
     return Query(Connector(PUBLISHED)).eval(), (torch.randn(queries, PUBLISHED.text),)
 
 

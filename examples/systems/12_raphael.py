@@ -3,12 +3,12 @@ by the words of the prompt, arXiv 2305.18295.
 
 A block is self-attention, cross-attention, time-MoE and space-MoE:
 
-    time    h' = te_r(h),  r = argmax softmax(G'(E'(t)))                  one expert a picture
+    time    h' = te_r(h),  r = argmax softmax(G'(E'(t)))                  one expert per image
     space   1/n sum_i se_route(y_i)(h' * M_i),  route(y_i) = argmax softmax(G(y_i))
 
-where M_i is 1 where the cross-attention map of token i is at least alpha times its maximum. The
-noise that the paper adds to the gates is for training. Sampling runs the U-Net once a step; a
-prompt's routes stay, and a step's are those of its time alone.
+where M_i is 1 if the cross-attention map of token i is at least alpha times its maximum. The noise
+that the paper adds to the gates is only for training. Sampling runs the U-Net once per step. The
+routes of a prompt are the same in all steps, and the routes of a step depend only on its time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ import moec
 
 @dataclass(frozen=True)
 class Sizes:
-    """`side` pixels of a latent with `channels`, a width for each level, text [n_y, d_y]."""
+    """`side` is the size of a latent with `channels`; there is a width per level, and text [n_y,
+    d_y]."""
 
     side: int = 8
     channels: int = 1
@@ -67,7 +68,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """h[B, N, W], text[B, n, d] -> h + attention, and the map M [B, n, N] that it looked with."""
+    """h[B, N, W], text[B, n, d] -> h + attention, and the attention map M [B, n, N]."""
 
     def __init__(self, width: int, text: int) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class CrossAttention(nn.Module):
 
 
 class TimeMoE(nn.Module):
-    """h[B, N, W], time[B, W'] -> [B, N, W]: each picture goes to the expert of its timestep."""
+    """h[B, N, W], time[B, W'] -> [B, N, W]: each image goes to the expert of its timestep."""
 
     def __init__(self, width: int, time: int, experts: int) -> None:
         super().__init__()
@@ -98,7 +99,8 @@ class TimeMoE(nn.Module):
 
 
 class SpaceMoE(nn.Module):
-    """h[B, N, W], text[B, n, d], map[B, n, N] -> [B, N, W]: each word's region to its expert."""
+    """h[B, N, W], text[B, n, d], map[B, n, N] -> [B, N, W]: the region of each word goes to its
+    expert."""
 
     def __init__(self, width: int, text: int, experts: int, alpha: float) -> None:
         super().__init__()
@@ -178,14 +180,14 @@ class UNet(nn.Module):
 
 
 def on_pixels(block: Block, h: Tensor, text: Tensor, time: Tensor) -> Tensor:
-    """A block over [B, W, side, side] as [B, side * side, W]."""
+    """Applies a block to [B, W, side, side], viewed as [B, side * side, W]."""
     pixels = block(h.flatten(2).transpose(1, 2), text, time)
     return pixels.transpose(1, 2).reshape(h.shape)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much of a picture is left at each step of the noising: f32[steps]."""
+    """The share of the image's signal at each step of the noising: f32[steps]."""
 
     left: Tensor
 
@@ -198,7 +200,7 @@ class Schedule:
         return share.sqrt() * x + (1 - share).sqrt() * noise
 
     def back(self, x: Tensor, noise: Tensor, t: int, before: int) -> Tensor:
-        """DDIM without noise, from step t to step `before` (-1: to the picture)."""
+        """A deterministic DDIM step, from step t to step `before` (-1: to the image)."""
         share = self.left[t]
         target = self.left[before] if before >= 0 else torch.ones(())
         picture = (x - (1 - share).sqrt() * noise) / share.sqrt()
@@ -206,13 +208,13 @@ class Schedule:
 
 
 def times(steps: int, count: int) -> list[tuple[int, int]]:
-    """`count` of the steps from the last to the first, each with the one after it."""
+    """`count` of the steps from the last to the first, each with its successor."""
     chosen = [round(i * (steps - 1) / max(count - 1, 1)) for i in range(count)][::-1]
     return list(zip(chosen, [*chosen[1:], -1], strict=True))
 
 
 def sample(model: UNet, x: Tensor, text: Tensor, schedule: Schedule, count: int) -> Tensor:
-    """Eager: gates are evaluated in every block of every step."""
+    """Eager sampling: gates are evaluated in every block of every step."""
     for t, before in times(len(schedule.left), count):
         x = schedule.back(x, model(x, text, torch.full((len(x),), t)), t, before)
     return x
@@ -220,7 +222,7 @@ def sample(model: UNet, x: Tensor, text: Tensor, schedule: Schedule, count: int)
 
 @dataclass
 class Calls:
-    """How often routers ran, by what they read."""
+    """The number of router calls, by what the routers read."""
 
     text: int = 0
     time: int = 0
@@ -229,7 +231,8 @@ class Calls:
 def sample_hoisted(
     artifact: moec.CompiledModel, x: Tensor, text: Tensor, schedule: Schedule, count: int
 ) -> tuple[Tensor, Calls]:
-    """The routes of the text once, those of a step's time once a step, the rest by the artifact."""
+    """Sampling with hoisted routers: the routes of the text once, those of the time once per step,
+    and the rest by the artifact."""
     calls = Calls()
     by_text = artifact.routers(text=text)
     calls.text += len(by_text)
@@ -243,7 +246,7 @@ def sample_hoisted(
 
 
 def compiled(model: UNet, sizes: Sizes) -> moec.CompiledModel:
-    """For any number of pictures, its routers functions of their own."""
+    """The artifact for any number of images, with its routers as separate functions."""
     pictures = {0: torch.export.Dim("B", min=1, max=64)}
     shape = (2, sizes.channels, sizes.side, sizes.side)
     example = (torch.randn(shape), torch.randn(2, sizes.tokens, sizes.text), torch.tensor([3, 500]))
@@ -253,8 +256,8 @@ def compiled(model: UNet, sizes: Sizes) -> moec.CompiledModel:
 
 
 def train(model: UNet, sizes: Sizes, schedule: Schedule, steps: int) -> list[float]:
-    """The loss of each step on scikit-learn's digits, whose prompts are learned vectors: what the
-    paper trains on as well (edges for the attention maps) is not here."""
+    """The loss of each step on scikit-learn's digits, with learned vectors as prompts. The paper's
+    other losses (edges for the attention maps) are not included."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -277,14 +280,14 @@ def train(model: UNet, sizes: Sizes, schedule: Schedule, steps: int) -> list[flo
 
 
 def prompts_of(sizes: Sizes) -> Tensor:
-    """A fixed random text of each digit, f32[10, n_y, d_y]: there is no text encoder here."""
+    """A fixed random text for each digit, f32[10, n_y, d_y]: there is no text encoder here."""
     chance = torch.Generator().manual_seed(1)
     return torch.randn(10, sizes.tokens, sizes.text, generator=chance)
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A space-MoE over 16 x 16 latents and the paper's 77 words of width 1024; the width of the
-    picture's features, which was not found, is that of Stable Diffusion's first level."""
+    """A space-MoE over 16 x 16 latents and the paper's 77 words of width 1024. We did not find the
+    width of the image features; it is that of Stable Diffusion's first level."""
     width, pixels, words = 320, 256, 77
     moe = SpaceMoE(width, 1024, experts=6, alpha=0.2).eval()
     attention = torch.randn(1, words, pixels).softmax(1)

@@ -1,16 +1,17 @@
 """System 13, Astrea: a vision-language model whose image goes to four experts of different kinds
 (detection, segmentation, classification, captioning), arXiv 2503.09445.
 
-The paper's abstract names the parts and gives no formula; the form here is
+The paper's abstract names the parts and gives no formula. The form here is
 
     y = sum_e a_e P_e(E_e(x)),   a = softmax(MLP(mean of x))
 
-with E_e of four different graphs and output shapes, P_e a projector to the language model's tokens,
-stochastic residual connections while training, and a contrast with an encoder that follows by
-momentum. At inference the experts, projectors and weights remain. moec makes one node of the four
-experts and their weights; the momentum encoder and the losses are not in its graph.
+with four different graphs and output shapes E_e, projectors P_e to the language model's tokens,
+stochastic residual connections in training, and a contrastive loss against a momentum encoder.
+Inference needs only the experts, projectors and weights. moec makes one node of the four experts
+and their weights; the momentum encoder and the losses are not in its graph.
 
-Trained here on scikit-learn's digits: to name the digit, and to be near its own momentum encoder.
+The example is trained on scikit-learn's digits: it predicts the digit, and matches its momentum
+encoder.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Sizes:
 
 
 class Detection(nn.Module):
-    """Patches [B, N, D] -> boxes [B, Q, 5]: Q learned queries look at the patches."""
+    """Patches [B, N, D] -> boxes [B, Q, 5], by attention from Q learned queries to the patches."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class Detection(nn.Module):
 
 
 class Segmentation(nn.Module):
-    """[B, N, D] -> [B, N, 2]: a class for each patch, after a look at its neighbours."""
+    """[B, N, D] -> [B, N, 2]: a class for each patch, from it and its neighbours."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Segmentation(nn.Module):
 
 
 class Classification(nn.Module):
-    """[B, N, D] -> [B, classes]"""
+    """[B, N, D] -> [B, classes]."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class Classification(nn.Module):
 
 
 class Captioning(nn.Module):
-    """[B, N, D] -> [B, tokens, D]: a recurrent state that is read after each token."""
+    """[B, N, D] -> [B, tokens, D]: a recurrent state that is output after each token."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -95,7 +96,7 @@ class Captioning(nn.Module):
 
 
 class Projector(nn.Module):
-    """What an expert gives, of any shape [B, ..], as tokens [B, tokens, D]."""
+    """Maps an expert's result of any shape [B, ..] to tokens [B, tokens, D]."""
 
     def __init__(self, count: int, sizes: Sizes) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class Vision(nn.Module):
         self.allocator = nn.Sequential(
             nn.Linear(sizes.width, sizes.hidden), nn.ReLU(), nn.Linear(sizes.hidden, len(EXPERTS))
         )
-        self.active = 0.8  # how often the residual connection of an expert is there in training
+        self.active = 0.8  # probability of an expert's residual connection in training
 
     def forward(self, x: Tensor) -> Tensor:
         shares = self.allocator(x.mean(1)).softmax(-1)
@@ -161,9 +162,9 @@ class Astrea(nn.Module):
 
 
 class Trainer:
-    """The model and an encoder that follows it by momentum. The losses are the cross-entropy of the
-    digits, and a contrast: an image is nearer to what the slow encoder makes of it than to that of
-    others. Nothing of this is in a compiled model."""
+    """The model and a momentum encoder that follows it. The losses are the cross entropy of the
+    digits, and a contrastive loss: an image must be closer to the momentum encoder's output for it
+    than to those for other images. A compiled model contains none of this."""
 
     def __init__(self, model: Astrea, momentum: float = 0.99) -> None:
         self.model, self.momentum = model.train(), momentum
@@ -206,7 +207,7 @@ def train(model: Astrea, steps: int) -> list[float]:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The four experts over the 196 patches of four images, the width chosen here, for
+    """The four experts over the 196 patches of four images, with a width chosen here, for
     benchmarks/systems.py."""
     sizes = Sizes(side=196, width=384, hidden=1536, tokens=16, boxes=32, classes=1000)
     return Vision(sizes).eval(), (torch.randn(4, sizes.side, sizes.width),)

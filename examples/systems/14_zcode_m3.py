@@ -1,14 +1,14 @@
-"""System 14, Z-code M3: a multitask multilingual encoder-decoder with Switch layers, its experts
-pruned, and two models' experts put side by side, arXiv 2109.10465.
+"""System 14, Z-code M3: a multitask multilingual encoder-decoder with Switch layers, with pruned
+experts, and with the experts of two models combined, arXiv 2109.10465.
 
-Every second layer has experts. A token goes to the one that softmax likes best, scaled by its
-probability; an expert takes C = max(ceil(T / N * factor), least) tokens. Which of them, where more
-come, random token selection says: each token's one-hot row is multiplied by a uniform number, and
-each expert keeps its C greatest, so that late positions are not the ones that suffer. The numbers
-are an input here, and no state of the module.
+Every second layer has experts. A token goes to the expert with the greatest softmax probability,
+and the result is scaled by the probability. An expert takes C = max(ceil(T / N * factor), least)
+tokens. If more tokens choose it, random token selection determines which it keeps: each token's
+one-hot row is multiplied by a uniform number, and each expert keeps its C greatest. So late
+positions are not at a disadvantage. The numbers are an input here, not a state of the module.
 
-Languages are told by the first token, as usual in multilingual translation. Two tasks share the
-model: translation, and restoring a sentence of which tokens are masked. Trained here on made-up
+The first token is the language, as usual in multilingual translation. Two tasks share the model:
+translation, and restoring a sentence with masked tokens. The example is trained on artificial
 languages, each a permutation of the vocabulary: weights and data are random, the loss is real.
 """
 
@@ -46,8 +46,8 @@ PUBLISHED = Sizes(
     vocabulary=250_000, languages=50, width=1024, hidden=4096, heads=16, encoder=24, decoder=12,
     experts=64, longest=512,
 )  # fmt: skip
-"""10 billion parameters and 50 languages are in the abstract; the widths are those of Transformer
-Big with a deep encoder, chosen here so that 64 experts in every second layer count 10 billion."""
+"""10 billion parameters and 50 languages are in the abstract. The widths are those of Transformer
+Big with a deep encoder, chosen so that 64 experts in every second layer give 10 billion."""
 
 
 def random_token_selection(mask: Tensor, priority: Tensor, capacity: int) -> Tensor:
@@ -75,7 +75,7 @@ class Switch(nn.Module):
         self.loss = torch.zeros(())
 
     def capacity(self, tokens: int) -> int:
-        """No tokens are dropped where there is no factor."""
+        """The capacity of an expert; without a factor, it is the number of tokens."""
         if self.sizes.factor is None:
             return tokens
         share = math.ceil(tokens / self.sizes.experts * self.sizes.factor)
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x[B, S, D], memory of the encoder? -> [B, S, D]"""
+    """x[B, S, D], memory of the encoder? -> [B, S, D]."""
 
     def __init__(self, sizes: Sizes, ffn: nn.Module, decodes: bool) -> None:
         super().__init__()
@@ -180,8 +180,9 @@ def languages(sizes: Sizes) -> Tensor:
 
 
 def sentences(sizes: Sizes, count: int, length: int, masked: float = 0.0) -> tuple[Tensor, ...]:
-    """Source and target ids [count, length + 1], each led by its language: translation or, with a
-    share of words `masked` by the word 0, the restoring of a sentence in its own language."""
+    """Source and target ids [count, length + 1], each starting with its language. They are a
+    translation or, with a share `masked` of words replaced by the word 0, a sentence to restore in
+    its own language."""
     words = languages(sizes)
     meaning = torch.randint(sizes.vocabulary, (count, length))
     origin = torch.randint(sizes.languages, (count, 1))
@@ -193,7 +194,7 @@ def sentences(sizes: Sizes, count: int, length: int, masked: float = 0.0) -> tup
 
 
 def priorities(sizes: Sizes, *tokens: int) -> Tensor:
-    """Uniform in (0, 1), [.., N]: the numbers of random token selection."""
+    """Random numbers for random token selection, uniform in (0, 1): [.., N]."""
     return torch.rand(*tokens, sizes.experts)
 
 
@@ -205,7 +206,7 @@ def example(sizes: Sizes, count: int = 3, length: int = 5) -> tuple[Tensor, ...]
 
 
 def train(model: ZCodeM3, steps: int) -> list[float]:
-    """The loss of each step; translation and restoring take turns."""
+    """The loss of each step; translation and restoring alternate."""
     sizes: Sizes = model.encoder[1].ffn.sizes  # type: ignore[assignment, union-attr]
     optimiser = torch.optim.Adam(model.train().parameters(), lr=1e-2)
     losses = []
@@ -226,7 +227,7 @@ def train(model: ZCodeM3, steps: int) -> list[float]:
 def compiled(
     model: ZCodeM3, sizes: Sizes, passes: object = "", **options: object
 ) -> moec.CompiledModel:
-    """For any number and lengths of sentences."""
+    """The artifact for any number and any lengths of sentences."""
     b, s, u = (torch.export.Dim(n, min=1, max=high) for n, high in
                (("B", 64), ("S", sizes.longest), ("U", sizes.longest)))  # fmt: skip
     shapes = ({0: b, 1: s}, {0: b, 1: u}, {0: b, 1: s}, {0: b, 1: u})
@@ -241,14 +242,13 @@ def compiled(
 
 
 def parameters(sizes: Sizes) -> int:
-    """Counted without memory for them."""
+    """The number of parameters, counted without allocating them."""
     with torch.device("meta"):
         return sum(p.numel() for p in ZCodeM3(sizes).parameters())
 
 
 def layer(tokens: int = 256) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A Switch layer of the width that is counted as published, with 16 of the 64 experts: all need
-    2 GB."""
+    """A Switch layer at the published width with 16 of the 64 experts: all of them need 2 GB."""
     sizes = replace(PUBLISHED, experts=16)
     return Switch(sizes).eval(), (torch.randn(tokens, sizes.width), priorities(sizes, tokens))
 

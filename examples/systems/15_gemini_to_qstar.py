@@ -1,16 +1,17 @@
-"""System 15, the survey "From Google Gemini to OpenAI Q*" (arXiv 2312.10868), a matrix of models.
+"""System 15, the survey "From Google Gemini to OpenAI Q*" (arXiv 2312.10868), as a matrix of
+models.
 
-Of the survey's taxonomy the domain of architectures is one axis (transformer, recurrent, MoE) and
-that of applications the other (text, image, audio and video, multimodal); each cell is trained and
-run. A small model stands for each architecture:
+One axis is the survey's domain of architectures (transformer, recurrent, MoE), the other its domain
+of applications (text, image, audio and video, multimodal). Each cell is trained and run. Each
+architecture is represented by a small model:
 
     transformer   one block, whose FFN is dense
     moe           the same block with experts
-    recurrent     a gated recurrent unit with experts behind its state, of which one call is a step:
-                  the loop over time is the caller's, so that every length is the same artifact
+    recurrent     a gated recurrent unit with experts after its state; one call is one step, and the
+                  caller loops over time, so one artifact serves every length
 
-Sequences of token ids, of rows of an image, and of frames of a sound or video are rows of one
-batch, and any kind may be absent: one artifact serves a line of the matrix.
+Sequences of token ids, of image rows, and of sound or video frames are rows of one batch, and any
+kind may be absent: one artifact serves a row of the matrix.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MODALITIES = ("text", "image", "audio-video", "multimodal")
 
 @dataclass(frozen=True)
 class Sizes:
-    """`row` numbers in a row of an image, `frame` in a frame."""
+    """`row` is the number of elements in an image row, `frame` that in a frame."""
 
     vocabulary: int = 32
     row: int = 4
@@ -84,7 +85,7 @@ class Sparse(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The three kinds of sequences -> [N, outputs], one answer a sequence."""
+    """The three kinds of sequences -> [N, outputs], one answer per sequence."""
 
     def __init__(self, sizes: Sizes, ffn: nn.Module) -> None:
         super().__init__()
@@ -138,7 +139,7 @@ def build(architecture: str, sizes: Sizes) -> nn.Module:
 
 
 def sequences(modality: str, sizes: Sizes, length: int = 6, count: int = 3) -> tuple[Tensor, ...]:
-    """`count` sequences of a modality, or of all three."""
+    """`count` sequences of one modality, or of all three."""
     counts = [count if modality in (name, "multimodal") else 0 for name in MODALITIES[:3]]
     return (
         torch.randint(sizes.vocabulary, (counts[0], length)),
@@ -148,7 +149,7 @@ def sequences(modality: str, sizes: Sizes, length: int = 6, count: int = 3) -> t
 
 
 def step_inputs(modality: str, sizes: Sizes) -> tuple[Tensor, ...]:
-    """What one step of a recurrent model takes."""
+    """The inputs of one step of a recurrent model."""
     inputs = sequences(modality, sizes, length=1)
     return (*inputs, *(torch.randn(len(part), sizes.width) for part in inputs))
 
@@ -164,7 +165,7 @@ def read(step: Callable[..., Any], inputs: tuple[Tensor, ...], sizes: Sizes) -> 
 
 
 def compiled(model: nn.Module, architecture: str, sizes: Sizes) -> moec.CompiledModel:
-    """One artifact for every modality: each may be absent."""
+    """One artifact for every modality; any of them may be absent."""
     a, b, c, s = (torch.export.Dim(name, min=low, max=256) for name, low in
                   (("A", 0), ("B", 0), ("C", 0), ("S", 2)))  # fmt: skip
     if architecture == "recurrent":
@@ -177,12 +178,12 @@ def compiled(model: nn.Module, architecture: str, sizes: Sizes) -> moec.Compiled
 def answers(
     model: Callable[..., Any], architecture: str, inputs: tuple[Tensor, ...], sizes: Sizes
 ) -> Tensor:
-    """Of a module or of what it was compiled to."""
+    """The answers of a module, or of its compiled model."""
     return read(model, inputs, sizes) if architecture == "recurrent" else model(*inputs)
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The mixture of a cell, as wide as BERT base, over 256 tokens, for benchmarks/systems.py."""
+    """The mixture of a cell with BERT base's width, over 256 tokens, for benchmarks/systems.py."""
     sizes = Sizes(width=768, hidden=3072, experts=8)
     return Sparse(sizes).eval(), (torch.randn(256, sizes.width),)
 

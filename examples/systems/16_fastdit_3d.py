@@ -1,13 +1,13 @@
 """System 16, FastDiT-3D: a diffusion transformer for voxels that is trained with nearly all patches
 masked, arXiv 2312.07231.
 
-The encoder sees the patches that are kept alone, with experts in the place of FFNs, so that
-categories take different ways; the decoder sees all patches, the masked ones as a learned vector,
-and attends within windows of voxels. Foreground and background are masked with rates of their own.
-Sampling keeps every patch. moec compiles the encoder once for any number of kept patches.
+The encoder sees only the patches that are kept. Its FFNs have experts, so different categories use
+different weights. The decoder sees all patches, with a learned vector for masked ones, and attends
+within windows of voxels. Foreground and background have separate masking rates. Sampling keeps
+every patch. moec compiles the encoder once for any number of kept patches.
 
-The authors' code and the counts of experts were not found: 4 experts and 2 a token are chosen here.
-Trained on categories of voxels made here (balls, boxes, crosses).
+We did not find the authors' code nor the numbers of experts; 4 experts with 2 per token are chosen
+here. The example is trained on categories of artificial voxels (balls, boxes, crosses).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import moec
 
 @dataclass(frozen=True)
 class Sizes:
-    """A cube of `side` voxels in patches of `patch`; windows of `window` patches a side."""
+    """A cube of `side` voxels with patches of `patch`, and windows of `window` patches per side."""
 
     side: int = 16
     patch: int = 4
@@ -52,7 +52,7 @@ class Sizes:
 PUBLISHED = Sizes(
     side=128, patch=4, window=4, width=384, heads=6, encoder=12, decoder=4, classes=55
 )
-"""128^3 voxels and 55 categories of ShapeNet are the paper's; widths and depths those of DiT-S."""
+"""128^3 voxels and 55 categories of ShapeNet are from the paper; widths and depths are DiT-S's."""
 
 
 class Attention(nn.Module):
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
 
 class SparseFFN(nn.Module):
-    """x[B, N, D] -> [B, N, D]: softmax over the experts, the K likeliest, not renormalised."""
+    """x[B, N, D] -> [B, N, D]: softmax over the experts, the K most likely, not renormalised."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class SparseFFN(nn.Module):
 
 
 class Block(nn.Module):
-    """A DiT block: shift, scale and gate of its norms follow the condition c[B, D]."""
+    """A DiT block: shift, scale and gate of its norms are computed from the condition c[B, D]."""
 
     def __init__(self, sizes: Sizes, ffn: nn.Module, window: int = 0) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Block(nn.Module):
         return x + gate2 * self.ffn(self.norms[1](x) * (1 + scale2) + shift2)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Over all patches or, in the decoder, within windows of the cube."""
+        """Attention over all patches or, in the decoder, within windows of the cube."""
         if not self.window:
             return self.attention(x)
         n, w, d = self.grid // self.window, self.window, x.shape[-1]
@@ -120,7 +120,7 @@ class Block(nn.Module):
 class FastDiT3D(nn.Module):
     """voxels[B, side, side, side], t[B], label[B], keep[B, K] -> the noise, as voxels.
 
-    `keep` are the patches that the encoder sees, by number.
+    `keep` has the indices of the patches that the encoder sees.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -175,8 +175,8 @@ def to_voxels(patches: Tensor, sizes: Sizes) -> Tensor:
 
 
 def draw_patches(voxels: Tensor, sizes: Sizes, foreground: float, background: float) -> Tensor:
-    """Which patches stay, i64[B, K], when these shares of the ones with and without an object do:
-    as many of each picture as of the first."""
+    """The indices of the kept patches, i64[B, K], for these shares of patches with and without an
+    object. Every sample keeps as many as the first one."""
     full = to_patches(voxels, sizes).amax(-1) > 0
     count = int(full[0].sum() * foreground + (~full[0]).sum() * background) or 1
     odds = torch.where(full, foreground, background)
@@ -184,7 +184,7 @@ def draw_patches(voxels: Tensor, sizes: Sizes, foreground: float, background: fl
 
 
 def shapes(count: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Voxels f32[count, side, side, side] in -1 to 1, and which are balls, boxes, crosses."""
+    """Voxels f32[count, side, side, side] in -1 to 1, and their categories (ball, box, cross)."""
     ticks = torch.linspace(-1, 1, sizes.side)
     x, y, z = torch.meshgrid(ticks, ticks, ticks, indexing="ij")
     label = torch.randint(3, (count,))
@@ -198,7 +198,7 @@ def shapes(count: int, sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 
 def shares(sizes: Sizes) -> Tensor:
-    """How much of the voxels is left at each step of the noising, f32[steps]."""
+    """The share of the signal at each step of the noising, f32[steps]."""
     return torch.cumprod(1 - torch.linspace(1e-4, 0.1, sizes.steps), 0)
 
 
@@ -208,7 +208,7 @@ def noised(voxels: Tensor, noise: Tensor, share: Tensor) -> Tensor:
 
 
 def train(model: FastDiT3D, steps: int, foreground: float, background: float) -> list[float]:
-    """The loss of each step, with these shares of the patches kept."""
+    """The loss of each step, with these shares of patches kept."""
     sizes = model.sizes
     optimiser = torch.optim.Adam(model.train().parameters(), lr=2e-3)
     losses = []
@@ -230,7 +230,7 @@ def train(model: FastDiT3D, steps: int, foreground: float, background: float) ->
 def sample(
     model: Callable[..., Any], start: Tensor, label: Tensor, sizes: Sizes, count: int
 ) -> Tensor:
-    """DDIM without noise, every patch kept; `model` is the module or what it was compiled to."""
+    """Deterministic DDIM with every patch kept; `model` is the module or its compiled model."""
     left, x = shares(sizes), start
     chosen = [round(i * (sizes.steps - 1) / max(count - 1, 1)) for i in range(count)][::-1]
     every = torch.arange(sizes.patches).expand(len(x), -1)
@@ -253,7 +253,7 @@ def example(sizes: Sizes, count: int, patches: int) -> tuple[Tensor, ...]:
 
 
 def compiled(model: FastDiT3D) -> moec.CompiledModel:
-    """One artifact for any share of the patches."""
+    """One artifact for any share of kept patches."""
     sizes = model.sizes
     b = torch.export.Dim("B", min=1, max=64)
     k = torch.export.Dim("K", min=1, max=sizes.patches)
@@ -265,13 +265,13 @@ def compiled(model: FastDiT3D) -> moec.CompiledModel:
 
 
 def work(sizes: Sizes, share: float) -> float:
-    """Multiplications of the encoder for a picture of which `share` of the patches is kept."""
+    """Multiplications of the encoder per sample if a `share` of the patches is kept."""
     n, d = share * sizes.patches, sizes.width
     return sizes.encoder * (n * d * d * (4 + 8 * sizes.top_k) + 2 * n * n * d)
 
 
 class EncoderBlock(nn.Module):
-    """x[B, K, D], c[B, D] -> [B, K, D]: a block of the encoder alone."""
+    """x[B, K, D], c[B, D] -> [B, K, D]: one block of the encoder."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -282,7 +282,7 @@ class EncoderBlock(nn.Module):
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A block of the encoder at the published sizes, 1 % of the patches kept."""
+    """A block of the encoder at the published sizes, with 1 % of the patches kept."""
     patches, width = PUBLISHED.patches // 100, PUBLISHED.width
     block = EncoderBlock(PUBLISHED).eval()
     return block, (torch.randn(1, patches, width), torch.randn(1, width))

@@ -1,14 +1,13 @@
 """MJ-VIDEO (arXiv 2502.01719): a reward model for generated videos, with a mixture on two levels.
 
-A vision-language model reads a video and the prompt that it was made from. A linear layer gives
-28 rewards, one a criterion, from the hidden state of the last token. A gate reads the hidden
-state at the end of the prompt: it weighs five aspects against each other, and within each aspect
-its criteria. The score is the sum of all rewards times both weights. Where the prompt ends is
-where five tokens stand that begin the answer; Python looks for them, and the position is an
-input.
+A vision-language model reads a video and the prompt that it was made from. A linear layer computes
+28 rewards, one per criterion, from the hidden state of the last token. A gate reads the hidden
+state at the end of the prompt: it weights five aspects, and the criteria within each aspect. The
+score is the sum of all rewards times both weights. The prompt ends where the five tokens that begin
+the answer are; Python code finds them, and the position is an input.
 
-The paper names the aspects. How its 28 criteria are shared out among them is not in what we have
-read: the sizes here are ours, and no result depends on them.
+The paper names the aspects. We did not find how its 28 criteria are assigned to them: the sizes
+here are ours, and no result depends on them.
 
     python examples/systems/17_mj_video.py
 """
@@ -110,7 +109,7 @@ class VisionLayer(nn.Module):
 
 class Vision(nn.Module):
     """frames [B, F, 3, side, side] -> tokens of the language model [B, F * S / 4, D]: four
-    neighbouring patches are one token."""
+    neighbouring patches become one token."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -154,7 +153,7 @@ class Layer(nn.Module):
 
 
 def gate(size: Size, outputs: int) -> nn.Sequential:
-    """Three hidden layers and ReLU."""
+    """Three hidden layers with ReLU."""
     layers: list[nn.Module] = []
     for inputs in (size.width, size.gate, size.gate):
         layers += [nn.Linear(inputs, size.gate), nn.ReLU()]
@@ -188,7 +187,7 @@ class Mixture(nn.Module):
 class RewardModel(nn.Module):
     """frames [B, F, 3, side, side], tokens [B, S], last [B], prompt [B] -> as `Mixture`.
 
-    `last` and `prompt` are positions in `tokens`, as `positions` finds them.
+    `last` and `prompt` are positions in `tokens`, as returned by `positions`.
     """
 
     def __init__(self, size: Size) -> None:
@@ -212,9 +211,10 @@ class RewardModel(nn.Module):
 
 
 def positions(tokens: Tensor, padding: int = 0) -> tuple[Tensor, Tensor]:
-    """tokens [B, S] -> the last one [B] that is no padding, and where the last `ANSWER` [B] begins.
+    """tokens [B, S] -> the last position [B] that is not padding, and the start of the last
+    `ANSWER` [B].
 
-    Raises ValueError for a text without it.
+    Raises ValueError for a text without `ANSWER`.
     """
     last, prompt = [], []
     for text in tokens.tolist():
@@ -230,7 +230,7 @@ Scores = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def rank(model: Scores, pair: tuple[Tensor, Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The scores [B] of two videos each for the same prompts; all of them in one batch."""
+    """The scores [B] of two videos for each prompt, all in one batch."""
     last, prompt = positions(tokens)
     both = [torch.cat([each, each]) for each in (tokens, last, prompt)]
     first, second = model(torch.cat(pair), *both)[0].chunk(2)
@@ -250,8 +250,8 @@ def videos(size: Size, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def losses(
     model: RewardModel, better: Tensor, worse: Tensor, tokens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bradley-Terry of the scores; the squared error of all rewards from 1 for the better video and
-    0 for the other one; and the squared weights of aspects that do not matter (the last two)."""
+    """The Bradley-Terry loss of the scores; the squared error of all rewards (1 for the better
+    video, 0 for the other one); and the squared weights of irrelevant aspects (the last two)."""
     last, prompt = positions(tokens)
     inputs = (torch.cat([each, each]) for each in (tokens, last, prompt))
     scores, weights, rewards = model(torch.cat([better, worse]), *inputs)
@@ -262,8 +262,8 @@ def losses(
 
 
 def train(model: RewardModel, size: Size, steps: int) -> list[list[float]]:
-    """Three stages: criteria, then aspects too, then all together; the losses of each. The brighter
-    video is the better one."""
+    """Three stages: the criteria, then also the aspects, then everything; the losses of each stage.
+    The brighter video is the better one."""
     adam = torch.optim.AdamW(model.parameters(), lr=2e-3)
     curves = []
     for stage, shares in enumerate(((0.0, 1.0, 0.0), (0.0, 1.0, 1.0), (1.0, 0.1, 0.1))):
@@ -281,7 +281,7 @@ def train(model: RewardModel, size: Size, steps: int) -> list[list[float]]:
 
 
 def accuracy(model: Scores, size: Size) -> float:
-    """How often the better video has the greater score."""
+    """The share of pairs in which the better video has the greater score."""
     bright, dark, tokens = videos(size, 64, seed=1_000_000)
     with torch.no_grad():
         first, second = rank(model, (bright, dark), tokens)
@@ -289,7 +289,7 @@ def accuracy(model: Scores, size: Size) -> float:
 
 
 def serve(model: RewardModel, size: Size) -> moec.CompiledModel:
-    """For any number of videos, of one length."""
+    """The artifact for any number of videos of one length."""
     bright, _, tokens = videos(size, 3, seed=0)
     batch = torch.export.Dim("B")
     inputs = (bright, tokens, *positions(tokens))
@@ -297,7 +297,7 @@ def serve(model: RewardModel, size: Size) -> moec.CompiledModel:
 
 
 def parameters(size: Size) -> int:
-    """Nothing is allocated."""
+    """The number of parameters; nothing is allocated."""
     with torch.device("meta"):
         return sum(p.numel() for p in RewardModel(size).parameters())
 

@@ -1,13 +1,14 @@
-"""MoE-LM (arXiv 2206.00059): a dialogue manager picks what one of several experts would say.
+"""MoE-LM (arXiv 2206.00059): a dialogue manager selects among the utterances of several experts.
 
-One language model encodes a conversation as a latent vector z. Each expert draws a latent of its
-own, z' ~ N(mu_i(z), sigma_i(z)^2), and one shared decoder says what it means. Expert 0 is the
-primitive one, trained as a variational autoencoder; others are tuned until labels of their skill
-reward what they say. The manager values each candidate in its conversation, and picks the best.
+A language model encodes a conversation as a latent vector z. Each expert draws its own latent, z' ~
+N(mu_i(z), sigma_i(z)^2), and one shared decoder turns it into an utterance. Expert 0 is the
+primitive one, trained as a variational autoencoder. The others are tuned to increase the reward of
+their utterances, by labels of their skill. The manager estimates the value of each candidate in its
+conversation, and selects the best.
 
-What the abstract confirms is these three parts; the formulas are our reading of the method. A
-model is served as all candidates of all conversations in one batch: one encoding, one product for
-the heads of all experts, one decoder.
+The abstract confirms these three parts; the formulas are our reading of the method. A model is
+served with all candidates of all conversations in one batch: one encoding, one product for the
+heads of all experts, one decoder.
 
     python examples/systems/18_moe_lm.py
 """
@@ -66,7 +67,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Tokens [B, S] -> latents [B, Z]: the mean of what the last layer says."""
+    """Tokens [B, S] -> latents [B, Z]: the mean of the last layer's outputs."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
 
 
 class Manager(nn.Module):
-    """z [B, Z], candidates [B, m, N] -> values [B, m] and the candidate of the greatest [B]."""
+    """z [B, Z], candidates [B, m, N] -> values [B, m], and the candidate of greatest value [B]."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -154,11 +155,11 @@ Parts = tuple[
     Callable[..., Tensor],
     Callable[..., tuple[Tensor, Tensor]],
 ]
-"""What makes latents, what decodes them, and what values utterances: modules, or compiled ones."""
+"""The functions for latents, decoding and values: modules or compiled models."""
 
 
 def converse(parts: Parts, size: Size, contexts: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates [B, m, N], decoded greedily in one batch, and the one that is picked [B]."""
+    """Candidates [B, m, N], decoded greedily in one batch, and the selected ones [B]."""
     candidates, decoder, manager = parts
     z, latents = candidates(contexts, noise)
     rows = latents.flatten(0, 1)
@@ -171,9 +172,9 @@ def converse(parts: Parts, size: Size, contexts: Tensor, noise: Tensor) -> tuple
 
 
 LAYER_PASSES = "+join-linears"
-"""What the encoder is served with: the heads of all experts are one product."""
+"""The passes for the encoder: the heads of all experts become one product."""
 SKILLS = 4
-"""What experts beside the primitive one are tuned for: to speak in the words of one topic."""
+"""What the experts other than the primitive one are tuned for: to use the words of one topic."""
 
 
 def topic(tokens: Tensor) -> Tensor:
@@ -182,20 +183,21 @@ def topic(tokens: Tensor) -> Tensor:
 
 
 def utterances(size: Size, topics: Tensor) -> Tensor:
-    """One for each topic [B]: random words of it [B, N]."""
+    """One utterance [B, N] for each topic [B]: random words of the topic."""
     words = 28 // SKILLS
     return 4 + topics[:, None] * words + torch.randint(words, (len(topics), size.length))
 
 
 def reward(tokens: Tensor, skill: Tensor | int) -> Tensor:
-    """The share of an utterance's words [.., N] that are of the topic: [..]."""
+    """The share of an utterance's words [.., N] that belong to the topic: [..]."""
     wished = torch.as_tensor(skill)
     return ((tokens >= 4) & (topic(tokens) == wished[..., None])).float().mean(dim=-1)
 
 
 def latent_loss(parts: tuple[Candidates, Decoder], tokens: Tensor, expert: int) -> Tensor:
-    """The negative evidence bound of utterances [B, N] under one expert: z of the utterance itself,
-    a sample of the expert's Gaussian, what the decoder makes of it, and the distance to N(0, I)."""
+    """The negative evidence bound of utterances [B, N] under one expert: z is encoded from the
+    utterance, a sample of the expert's Gaussian is decoded, and the distance to N(0, I) is
+    added."""
     candidates, decoder = parts
     head = candidates.experts[expert]
     z = candidates.encoder(tokens)
@@ -210,7 +212,8 @@ def latent_loss(parts: tuple[Candidates, Decoder], tokens: Tensor, expert: int) 
 def tuning_loss(
     parts: tuple[Candidates, Decoder], contexts: Tensor, expert: int, size: Size
 ) -> Tensor:
-    """An expert's latent of any conversation is to decode to words that its label rewards."""
+    """The loss that makes an expert's latent of any conversation decode to words that its label
+    rewards."""
     candidates, decoder = parts
     tokens = utterances(size, torch.randint(SKILLS, (len(contexts),)))
     z = candidates.encoder(contexts).detach()
@@ -223,7 +226,7 @@ def tuning_loss(
 
 
 def conversations(size: Size, count: int) -> tuple[Tensor, Tensor]:
-    """Contexts [B, N + 1] that begin with the topic that they ask for [B]."""
+    """Contexts [B, N + 1] that begin with the requested topic [B]."""
     wishes = torch.randint(SKILLS, (count,))
     words = utterances(size, torch.randint(SKILLS, (count,)))
     return torch.cat([wishes[:, None], words], dim=1), wishes
@@ -231,7 +234,7 @@ def conversations(size: Size, count: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Learned:
-    """Losses of the primitive expert, of the others, and of the manager's values."""
+    """The losses of the primitive expert, of the others, and of the manager's values."""
 
     primitive: list[float]
     tuned: list[float]
@@ -241,8 +244,8 @@ class Learned:
 def train(
     candidates: Candidates, decoder: Decoder, manager: Manager, size: Size, steps: int
 ) -> Learned:
-    """The three parts in turn: the primitive expert with encoder and decoder, the other experts
-    alone, and the manager, whose values are regressed on the rewards of what was said."""
+    """Trains the three parts in turn: the primitive expert with encoder and decoder, the other
+    experts alone, and the manager, whose values are regressed on the rewards of the utterances."""
     learned, parts = Learned([], [], []), (candidates, decoder)
     shared = [*candidates.encoder.parameters(), *candidates.experts[0].parameters()]
     first = torch.optim.Adam([*shared, *decoder.parameters()], lr=4e-3)
@@ -283,7 +286,7 @@ def build(size: Size, steps: int) -> tuple[Candidates, Decoder, Manager, Learned
 
 
 def chosen_reward(parts: Parts, size: Size, count: int = 256) -> tuple[float, float, float]:
-    """The mean reward of what the manager picks, of a random candidate, and of the best one."""
+    """The mean reward of the manager's selection, of a random candidate, and of the best one."""
     contexts, wishes = conversations(size, count)
     with torch.no_grad():
         sentence, pick = converse(parts, size, contexts, noise(size, count))
@@ -295,7 +298,7 @@ def chosen_reward(parts: Parts, size: Size, count: int = 256) -> tuple[float, fl
 def compiled_parts(
     parts: tuple[Candidates, Decoder, Manager], size: Size
 ) -> list[moec.CompiledModel]:
-    """Each part as an artifact: any number of conversations of any length."""
+    """Each part as an artifact for any number of conversations of any length."""
     batch, length = torch.export.Dim("B"), torch.export.Dim("S")
     contexts, _ = conversations(size, 3)
     rows = torch.randn(4, size.latent)
@@ -317,8 +320,8 @@ def compiled_parts(
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The encoder and the heads of ten experts over 16 conversations of 32 tokens, widths chosen
-    here, for benchmarks/systems.py."""
+    """The encoder and the heads of ten experts over 16 conversations of 32 tokens, with widths
+    chosen here, for benchmarks/systems.py."""
     size = Size(words=8192, width=256, heads=4, layers=2, latent=128, experts=10, length=16)
     contexts = torch.randint(size.words, (16, 32))
     return Candidates(size).eval(), (contexts, torch.randn(16, size.experts, size.latent))

@@ -1,16 +1,15 @@
-"""QMoE (arXiv 2310.16795): experts of a Switch transformer in under one bit a weight.
+"""QMoE (arXiv 2310.16795): experts of a Switch transformer in less than one bit per weight.
 
 A Switch transformer is an encoder and a decoder (T5's form) in which every second feed-forward
-layer, or every one, is replaced by many experts; a token goes to the one of greatest probability,
-and its result is scaled by that. Each expert's rows become ternary, {least, 0, greatest} of the
-row, solved on what the router sends the expert (GPTQ); some 88 % are zero. Codewords of 16 bits
-from one dictionary for all layers stand for 2 to 28 weights each, and products decode them as
-they go.
+layer, or every one, has many experts. A token goes to the expert with the greatest probability,
+which scales the result. The weights of experts become ternary, {min, 0, max} of their row, solved
+on the tokens that the router sends to the expert (GPTQ); about 88 % are zero. Codewords of 16 bits
+from one dictionary for all layers encode 2 to 28 weights each, and products decode them on the fly.
 
     python examples/systems/19_qmoe.py
     python examples/systems/19_qmoe.py --published    counts the models of the paper
 
-Times of the decoding products beside bf16, at the paper's shapes: benchmarks/ternary.py.
+benchmarks/ternary.py compares the decoding products with bf16, at the paper's shapes.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from torch import Tensor, nn
 import moec
 from moec.formats.ternary import decode, encode
 
-ZEROS = 0.885  # the share of zeros that the dictionary takes for granted
+ZEROS = 0.885  # the share of zeros that the dictionary assumes
 LENGTH = 10  # of the small texts
 SHAPES = ((768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2080, 6144), (6144, 2080))
 
 
 @dataclass(frozen=True)
 class Size:
-    layers: int  # of the encoder, and of the decoder
+    layers: int  # of the encoder and of the decoder each
     width: int
     heads: int
     head: int
     hidden: int
     experts: int
     words: int = 32_128
-    every: int = 2  # how many layers there are to one with experts
+    every: int = 2  # every n-th layer has experts
 
 
 SMALL = Size(layers=2, width=32, heads=2, head=16, hidden=64, experts=4, words=64)
@@ -82,7 +81,7 @@ class Switch(nn.Module):
 
 
 class Attention(nn.Module):
-    """T5's: queries are not scaled; `bias` [heads, Q, K] is added to their products with keys."""
+    """T5's attention: queries are not scaled; `bias` [heads, Q, K] is added to the scores."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -105,7 +104,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x [B, S, D], source [B, S2, D] for a decoder -> [B, S, D]."""
+    """x [B, S, D], and for a decoder source [B, S2, D] -> [B, S, D]."""
 
     def __init__(self, size: Size, decodes: bool, sparse: bool) -> None:
         super().__init__()
@@ -150,7 +149,7 @@ class Stack(nn.Module):
         return y
 
     def buckets(self, distance: Tensor) -> Tensor:
-        """Near distances each have a bucket, far ones share them, by their logarithm."""
+        """T5's buckets: one per near distance, and logarithmic ranges for far ones."""
         count = self.BUCKETS if self.decodes else self.BUCKETS // 2
         first = (distance > 0).long() * count if not self.decodes else 0
         distance = -distance.clamp(max=0) if self.decodes else distance.abs()
@@ -177,8 +176,9 @@ class SwitchTransformer(nn.Module):
 
 
 def parameters(size: Size) -> tuple[int, int]:
-    """All parameters, and those of experts; nothing is allocated. One layer of each kind is built:
-    a trillion parameters take many small modules even without memory."""
+    """The numbers of all parameters and of those of experts; nothing is allocated. Only one layer
+    of each kind is built, because even without memory a trillion parameters need many small
+    modules."""
     with torch.device("meta"):
         one = SwitchTransformer(Size(**{**vars(size), "layers": size.every, "experts": 1}))
     groups = size.layers // size.every
@@ -200,12 +200,13 @@ def independent(rows: int, width: int, seed: int = 0) -> Tensor:
 
 
 def times_smaller(codes: Tensor) -> float:
-    """Bytes in bf16 over those of the codewords, the starts of rows, and two bf16 numbers a row."""
+    """The bytes in bf16 divided by those of codewords, the starts of rows, and two bf16 numbers per
+    row."""
     return 2 * codes.numel() / (encode(codes).nbytes + 4 * len(codes))
 
 
 def batch(size: Size, count: int, length: int, seed: int) -> dict[str, Tensor]:
-    """Sequences that repeat: the decoder is to say what the encoder reads, a step later."""
+    """Repeating sequences: the decoder must output what the encoder reads, one step later."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, size.words // 2, (count, length), generator=generator) * 2
     start = torch.zeros(count, 1, dtype=torch.long)
@@ -213,7 +214,7 @@ def batch(size: Size, count: int, length: int, seed: int) -> dict[str, Tensor]:
 
 
 def train(model: SwitchTransformer, size: Size, steps: int) -> list[float]:
-    """Copying, so that weights are not random; the losses."""
+    """Trains the copying task, so that weights are not random. Returns the losses."""
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for step in range(steps):
@@ -228,8 +229,8 @@ def train(model: SwitchTransformer, size: Size, steps: int) -> list[float]:
 
 
 def compress(model: nn.Module, size: Size) -> moec.CompiledModel:
-    """The model with ternary experts, solved on a few batches, in code that runs on them.
-    Any number of texts of one length."""
+    """The model with ternary experts, solved on a few batches, compiled to code that multiplies
+    compressed weights, for any number of texts of one length."""
     texts = torch.export.Dim("B")
     return moec.compile(
         model,

@@ -1,13 +1,13 @@
 """ApolloMoE (arXiv 2410.10626): a multilingual medical language model, upcycled in its last layers.
 
-A dense decoder (Qwen2's form) becomes sparse in its last two layers alone, "Post-MoE": each of 12
-experts starts as a copy of the dense feed-forward layer. A token takes the two experts of
-greatest softmax probability, which are not renormalised. Each family of languages has an expert.
-In training, hybrid routing puts the expert of a token's language in the place of its second
-choice where it is not among the two; at inference, the router chooses alone.
+A dense decoder (Qwen2's form) becomes sparse in its last two layers only, "Post-MoE": each of 12
+experts starts as a copy of the dense feed-forward layer. A token uses the two experts of greatest
+softmax probability, which are not renormalised. Each language family has an expert. In training,
+hybrid routing replaces a token's second choice by the expert of its language if that is not among
+the two. At inference, only the router chooses.
 
-The languages of the small run are three kinds of text of Python's own library, byte by byte: source
-code, docstrings, and names of characters.
+The languages of the small run are three kinds of text of Python's standard library, as bytes:
+source code, docstrings, and names of characters.
 
     python examples/systems/20_apollo_moe.py
 """
@@ -36,7 +36,7 @@ class Size:
     words: int
     tied: bool = True
     experts: int = 12
-    sparse: int = 2  # the last layers, which have experts
+    sparse: int = 2  # the number of last layers that have experts
 
     @property
     def head_width(self) -> int:
@@ -63,8 +63,8 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """x [B, S, D], languages [B, S] or None -> [B, S, D]; `languages` are the experts that tokens
-    are forced to."""
+    """x [B, S, D], languages [B, S] or None -> [B, S, D]; `languages` has the expert that each
+    token is forced to use."""
 
     def __init__(self, dense: FeedForward, size: Size) -> None:
         super().__init__()
@@ -130,7 +130,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """input_ids [B, S], language_ids [B, S] or None -> logits [B, S, words]. Dense at first."""
+    """input_ids [B, S], language_ids [B, S] or None -> logits [B, S, words]. Dense until
+    upcycled."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -181,7 +182,8 @@ def corpus(length: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: Decoder, steps: int, hybrid: bool, length: int = 32) -> list[float]:
-    """Next bytes of the corpus, by hybrid routing or by the router alone; the losses."""
+    """Trains on the next bytes of the corpus, with hybrid routing or only the router. Returns the
+    losses."""
     windows, kinds = corpus(length)
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -198,7 +200,7 @@ def train(model: Decoder, steps: int, hybrid: bool, length: int = 32) -> list[fl
 
 
 def share_of_own_expert(model: Decoder, length: int = 32) -> float:
-    """How often, in inference, a token of the corpus takes the expert of its language."""
+    """The share of tokens of the corpus that use the expert of their language at inference."""
     windows, kinds = corpus(length)
     choices: list[Tensor] = []
 
@@ -217,7 +219,8 @@ def share_of_own_expert(model: Decoder, length: int = 32) -> float:
 
 
 def parameters(size: Size) -> tuple[int, int]:
-    """All parameters of the upcycled model, and those that one token uses; nothing is allocated."""
+    """The numbers of all parameters of the upcycled model, and of those that one token uses;
+    nothing is allocated."""
     with torch.device("meta"):
         dense = Decoder(size)
     total = sum(p.numel() for p in dense.parameters())
@@ -228,7 +231,7 @@ def parameters(size: Size) -> tuple[int, int]:
 
 
 def serve(model: Decoder, forced: bool = False) -> moec.CompiledModel:
-    """For inference, or with the experts that tokens are forced to as an input."""
+    """The artifact for inference, or one with the forced experts as an input."""
     inputs = (torch.randint(256, (2, 7)), torch.randint(4, (2, 7)))[: 1 + forced]
     axes = {0: torch.export.Dim("B"), 1: torch.export.Dim("S")}
     shapes = (axes,) * len(inputs)
@@ -236,7 +239,7 @@ def serve(model: Decoder, forced: bool = False) -> moec.CompiledModel:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The experts of a layer of the 0.5B model, as in inference."""
+    """The experts of a layer of the 0.5B model, for inference."""
     size = PUBLISHED["0.5B"]
     return Experts(FeedForward(size), size).eval(), (torch.randn(2, 128, size.width),)
 

@@ -1,14 +1,14 @@
 """DiT-MoE (arXiv 2407.11633): images by diffusion, with sparse feed-forward layers in every block.
 
-Each block normalises, shifts and scales its tokens by what the time step and the class say
-(adaLN-Zero), attends, and adds two of N SwiGLU experts, weighed by their softmax probabilities,
-which are not renormalised, and one shared expert. Experts are evaluated as the authors do it:
-choices sorted by expert, their counts read into Python, a loop, and a sum into the places of the
-tokens.
+Each block normalises its tokens, shifts and scales them by the time step and the class
+(adaLN-Zero), attends, and adds two of N SwiGLU experts and one shared expert. The experts are
+weighted by their softmax probabilities, which are not renormalised. They are evaluated as in the
+authors' code: choices are sorted by expert, their counts read into Python, then a loop runs the
+experts and adds the results to the tokens.
 
-Sampling runs the compiled denoiser once a step, for the classes and for none at a time
-(classifier-free guidance). What depends on the step and the class alone, the modulations of all
-blocks, is a program of its own, evaluated for all steps in one call before the first of them.
+Sampling runs the compiled denoiser once per step, for the classes and for no class together
+(classifier-free guidance). The modulations of all blocks depend only on the step and the class:
+they are a separate program, evaluated for all steps in one call before the first.
 
     python examples/systems/21_dit_moe.py
 """
@@ -71,7 +71,7 @@ class SwiGLU(nn.Module):
 
 
 class SparseFeedForward(nn.Module):
-    """x [B, S, D] -> [B, S, D]. In training, `balance` is the loss of the last call."""
+    """x [B, S, D] -> [B, S, D]. In training, `balance` is the balance loss of the last call."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -153,8 +153,8 @@ def frequencies(steps: Tensor, count: int = 256) -> Tensor:
 
 
 class Conditions(nn.Module):
-    """Time steps [B], classes [B] -> modulations of all blocks [B, L, 6 * D] and of the end
-    [B, 2 * D]. Class `classes` is none, as guidance needs it."""
+    """Time steps [B], classes [B] -> modulations of all blocks [B, L, 6 * D] and of the final layer
+    [B, 2 * D]. The class with id `classes` means no class, as guidance needs it."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -205,8 +205,8 @@ class Denoiser(nn.Module):
 class DiTMoE(nn.Module):
     """image [B, C, side, side], steps [B], classes [B] -> noise, variance [B, 2 * C, side, side].
 
-    The weights are random. Those that end residual branches are not zero, as those that training
-    starts with, since nothing would be left to compare.
+    The weights are random. Weights that end residual branches, zero at the start of training, are
+    random too: otherwise there would be nothing to compare.
     """
 
     def __init__(self, size: Size) -> None:
@@ -220,8 +220,8 @@ class DiTMoE(nn.Module):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Some of the 1000 time steps of training, from the noisiest on: `steps` [n], the shares of
-    signal that are left `signal` [n], and the noise that each step takes out `betas` [n]."""
+    """Some of the 1000 time steps of training, the noisiest first: `steps` [n], the remaining
+    shares of signal `signal` [n], and the noise that each step removes, `betas` [n]."""
 
     steps: Tensor
     signal: Tensor
@@ -250,8 +250,8 @@ def sample(
 ) -> Tensor:
     """Latent images [B, C, side, side] of `classes` [B], by ancestral sampling.
 
-    The modulations of all steps come from one call of `conditions`; then each step calls `denoiser`
-    once, with every image twice: for its class, and for none.
+    One call of `conditions` gives the modulations of all steps. Then each step calls `denoiser`
+    once, with every image twice: for its class, and for no class.
     """
     generator, count = torch.Generator().manual_seed(seed), len(classes)
     both = torch.cat([classes, torch.full_like(classes, size.classes)])
@@ -277,7 +277,7 @@ def sample(
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's images of digits, in [-1, 1], as latent ones [N, 1, 8, 8]; their classes."""
+    """scikit-learn's images of digits in [-1, 1], as latents [N, 1, 8, 8], and their classes."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -287,9 +287,10 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def train(model: DiTMoE, steps: int, alpha: float = 0.01) -> list[float]:
-    """Teach the model the noise in noisy digits; the losses of its steps.
+    """Trains the model to predict the noise in noisy digits. Returns the losses.
 
-    alpha weighs the balance of experts, sum_i f_i P_i: the paper has 0.005, the authors' code 0.01.
+    alpha weights the balance loss of the experts, sum_i f_i P_i: the paper has 0.005, the authors'
+    code 0.01.
     """
     images, classes = digits()
     size, signal = model.denoiser.size, torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), dim=0)
@@ -314,7 +315,7 @@ def train(model: DiTMoE, steps: int, alpha: float = 0.01) -> list[float]:
 
 
 def compiled_parts(model: DiTMoE) -> tuple[moec.CompiledModel, moec.CompiledModel]:
-    """The conditions and the denoiser as artifacts, for any number of images."""
+    """The conditions and the denoiser as artifacts for any number of images."""
     size, batch = model.denoiser.size, torch.export.Dim("B")
     steps, classes = torch.tensor([999, 500, 3]), torch.tensor([1, 7, size.classes])
     conditions = moec.compile(model.conditions, (steps, classes), dynamic_shapes=({0: batch},) * 2)
@@ -330,7 +331,7 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def gigaflops(size: Size) -> float:
-    """Multiply-adds of linear layers for one image, in billions: what table 1 counts."""
+    """Multiply-adds of linear layers per image, in billions, as counted in table 1."""
     width, tokens = size.width, size.tokens
     active = (4 + 12 * size.top_k + 6) * width**2 + width * size.experts
     ends = 3 * size.channels * size.patch**2 * width
@@ -339,7 +340,7 @@ def gigaflops(size: Size) -> float:
 
 
 def parameters(size: Size) -> tuple[int, int]:
-    """All parameters, and those that one token uses; nothing is allocated."""
+    """The numbers of all parameters, and of those that one token uses; nothing is allocated."""
     with torch.device("meta"):
         model = DiTMoE(size)
     total = sum(p.numel() for p in model.parameters())

@@ -1,10 +1,10 @@
-"""Mixture-of-Supernets (arXiv 2306.04845): sub-networks share weights that a mixture customises.
+"""Mixture-of-Supernets (arXiv 2306.04845): sub-networks share weights, customised by a mixture.
 
 A supernet holds two copies ("experts") of each feed-forward weight. A router reads the numbers of
-an architecture, and the weight of a layer is the mixture of the copies' first rows and columns:
-one share a copy (layer-wise), or one a copy and output neuron (neuron-wise). Every sub-network
-trains these, and the best one is searched for without training it again. Once it is chosen, its
-mixture is a constant, and `fold-supernet` leaves a dense network of its size.
+an architecture, and the weight of a layer is a mixture of the first rows and columns of the copies,
+with one share per copy (layer-wise), or one per copy and output neuron (neuron-wise). Training uses
+all sub-networks, and the best one is searched for without further training. Once it is chosen, its
+mixture is constant, and `fold-supernet` makes a dense network of its size.
 
 The small run learns scikit-learn's handwritten digits.
 
@@ -28,7 +28,7 @@ COPIES = 2
 
 @dataclass(frozen=True)
 class Size:
-    """The greatest sizes; `hidden` are those that a sub-network may choose for each layer."""
+    """The greatest sizes; `hidden` has the sizes that a sub-network may choose for each layer."""
 
     layers: int
     width: int
@@ -48,7 +48,7 @@ Architecture = tuple[int, ...]
 
 
 def numbers(size: Size, architecture: Architecture) -> Tensor:
-    """An architecture as routers read it, [1, layers]: each size as a share of the greatest."""
+    """The router's input for an architecture, [1, layers]: each size divided by the greatest."""
     return torch.tensor([[hidden / size.hidden[-1] for hidden in architecture]])
 
 
@@ -113,8 +113,8 @@ class Layer(nn.Module):
 
 
 class Supernet(nn.Module):
-    """x [B, tokens, features], numbers [1, layers] -> scores [B, classes], of the sub-network that
-    `architecture` says; the numbers are those of this architecture."""
+    """x [B, tokens, features], numbers [1, layers] -> scores [B, classes] of the sub-network
+    `architecture`; `numbers` must be those of this architecture."""
 
     def __init__(self, size: Size, mixture: type[LayerWise | NeuronWise]) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def train(model: Supernet, steps: int) -> list[float]:
-    """A random sub-network in each step; the losses."""
+    """Trains a random sub-network in each step. Returns the losses."""
     images, classes = digits()
     choices = torch.tensor(model.size.hidden)
     adam = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -163,7 +163,7 @@ def train(model: Supernet, steps: int) -> list[float]:
 
 
 def accuracy(model: Supernet, architecture: Architecture) -> float:
-    """On the images that training does not see."""
+    """The accuracy on images that are not used for training."""
     images, classes = digits()
     model.architecture = architecture
     with torch.no_grad():
@@ -172,7 +172,7 @@ def accuracy(model: Supernet, architecture: Architecture) -> float:
 
 
 def search(model: Supernet, most: int) -> Architecture:
-    """The most accurate sub-network whose hidden sizes add up to `most` or less."""
+    """The most accurate sub-network whose hidden sizes sum to at most `most`."""
     from itertools import product
 
     fitting = [a for a in product(model.size.hidden, repeat=model.size.layers) if sum(a) <= most]
@@ -180,7 +180,7 @@ def search(model: Supernet, most: int) -> Architecture:
 
 
 def fold(model: Supernet, architecture: Architecture) -> moec.CompiledModel:
-    """The dense network of one architecture: its inputs are images alone."""
+    """The dense network of one architecture, with images as its only input."""
     model.architecture = architecture
     description = numbers(model.size, architecture)
     values = ":".join(str(float(number)) for number in description[0])
@@ -207,7 +207,7 @@ class Folded(nn.Module):
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """For the tokens of one text."""
+    """The layer for the tokens of one text."""
     return Folded().eval(), (torch.randn(1, BERT_BASE.tokens, BERT_BASE.width),)
 
 

@@ -1,11 +1,10 @@
-"""Read-ME (arXiv 2410.19123): a dense language model becomes experts with one router ahead of them.
+"""Read-ME (arXiv 2410.19123): a dense language model becomes experts with one router before them.
 
-The channels of each feed-forward layer that a domain of text uses most become the domain's
-expert, and those that all domains use a part of every expert. One small transformer reads token
-ids alone and chooses one expert a token for all layers at once, before the first of them runs. So
-whoever serves the model knows the experts of every request in its queue: which to fetch ahead,
-which to evict (the one whose next use is farthest, Belady), and which requests share an expert
-and go into one batch.
+The channels of each feed-forward layer that a domain of text uses most become the expert of that
+domain; channels that all domains use are part of every expert. One small transformer reads only
+token ids and chooses one expert per token for all layers at once, before the first layer runs. So a
+server knows the experts of every request in its queue. It can prefetch experts, evict the one whose
+next use is farthest (Belady), and batch requests that share an expert.
 
     python examples/systems/23_read_me.py
 """
@@ -33,7 +32,7 @@ class Size:
     hidden: int
     words: int
     domains: int = 7
-    remain: float = 0.5  # of the channels, in an expert
+    remain: float = 0.5  # share of the channels in an expert
     router_width: int = 512
     router_heads: int = 4
 
@@ -80,7 +79,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def channels(self, x: Tensor) -> Tensor:
-        """What enters the down-projection."""
+        """The input of the down-projection."""
         return F.silu(self.gate(x)) * self.up(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +88,7 @@ class FeedForward(nn.Module):
 
 
 class Router(nn.Module):
-    """input_ids [B, S] -> logits [B, S, experts]: one layer of a transformer, of its own."""
+    """input_ids [B, S] -> logits [B, S, experts]: a separate transformer of one layer."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """x [B, S, D], expert [B, S] -> [B, S, D]: each token by the one expert that it has."""
+    """x [B, S, D], expert [B, S] -> [B, S, D]: each token uses its one expert."""
 
     def __init__(self, experts: list[FeedForward]) -> None:
         super().__init__()
@@ -139,7 +138,7 @@ class Layer(nn.Module):
 
 
 class ReadMe(nn.Module):
-    """input_ids [B, S] -> logits [B, S, words]. Dense as it is made, without a router."""
+    """input_ids [B, S] -> logits [B, S, words]. Dense and without a router until refactored."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -159,8 +158,8 @@ class ReadMe(nn.Module):
 
 
 def corpus(size: Size, length: int) -> tuple[Tensor, Tensor]:
-    """Windows [N, length] of bytes of Python's library, and their domains [N]: source code,
-    docstrings, names of characters, numbers, and messages of errors."""
+    """Windows [N, length] of bytes of Python's standard library, and their domains [N]: source
+    code, docstrings, names of characters, numbers, and error messages."""
     import inspect
     import json
     import math
@@ -187,7 +186,7 @@ def next_token_loss(model: ReadMe, windows: Tensor) -> Tensor:
 def train(
     model: nn.Module, loss: Callable[[Tensor], Tensor], steps: int, rate: float
 ) -> list[float]:
-    """AdamW on random batches, of which `loss` takes the numbers of windows; the losses."""
+    """Trains by AdamW on random batches; `loss` takes indices of windows. Returns the losses."""
     adam = torch.optim.AdamW(model.parameters(), lr=rate)
     losses = []
     for _ in range(steps):
@@ -200,8 +199,8 @@ def train(
 
 
 def masks(model: ReadMe, windows: Tensor, domains: Tensor) -> list[Tensor]:
-    """For each layer, which channels each domain keeps: bool [domains, H]. Those of the greatest
-    mean activation at the down-projection's input."""
+    """For each layer, the channels that each domain keeps: bool [domains, H]. They have the
+    greatest mean activation at the input of the down-projection."""
     size = model.size
     channels = round(size.remain * size.hidden)
     means: list[list[Tensor]] = [[] for _ in model.layers]
@@ -226,8 +225,9 @@ def masks(model: ReadMe, windows: Tensor, domains: Tensor) -> list[Tensor]:
 
 
 def expert(dense: FeedForward, channels: Tensor) -> FeedForward:
-    """The dense layer with some channels alone: rows of gate and up, columns of down. Those that
-    every domain keeps are in each expert: the permanent one, and the domain's own, in one."""
+    """The dense layer reduced to some channels: rows of gate and up, columns of down. Channels that
+    every domain keeps are in every expert, so the permanent expert and the domain's are one
+    layer."""
     width = dense.down.out_features
     module = FeedForward(width, int(channels.sum()))
     with torch.no_grad():
@@ -238,7 +238,7 @@ def expert(dense: FeedForward, channels: Tensor) -> FeedForward:
 
 
 def refactor(dense: ReadMe, channel_masks: Sequence[Tensor]) -> ReadMe:
-    """The dense model with experts for its feed-forward layers, and a router that is random."""
+    """The dense model with experts in place of its feed-forward layers, and a random router."""
     model = copy.deepcopy(dense)
     model.router = Router(dense.size)
     for layer, channels in zip(model.layers, channel_masks, strict=True):
@@ -247,21 +247,22 @@ def refactor(dense: ReadMe, channel_masks: Sequence[Tensor]) -> ReadMe:
 
 
 def router_targets(channel_masks: Sequence[Tensor], domains: Tensor) -> Tensor:
-    """softmax of how much the masks of each expert overlap those of a domain: [N, experts]."""
+    """The softmax of the overlap of each expert's masks with those of a domain: [N, experts]."""
     every = torch.cat([mask.float() for mask in channel_masks], dim=1)
     overlap = every @ every.T / every.sum(dim=1)
     return (10 * overlap).softmax(dim=-1)[domains]
 
 
 def router_loss(model: ReadMe, windows: Tensor, targets: Tensor) -> Tensor:
-    """KL of the router's choice at each token from the targets [N, experts] of its text."""
+    """The KL divergence of the router's distribution at each token from its text's targets [N,
+    experts]."""
     assert model.router is not None
     logits = model.router(windows).log_softmax(dim=-1)
     return F.kl_div(logits, targets[:, None].expand_as(logits), reduction="none").sum(-1).mean()
 
 
 def build(size: Size, steps: int) -> tuple[ReadMe, ReadMe, list[float]]:
-    """A dense model and what it becomes, both trained for a moment, and the router's losses."""
+    """A dense model and its refactored model, both trained briefly, and the router's losses."""
     windows, domains = corpus(size, 32)
 
     def some(share: Tensor) -> Tensor:
@@ -285,7 +286,7 @@ def build(size: Size, steps: int) -> tuple[ReadMe, ReadMe, list[float]]:
 
 
 def serve(model: ReadMe, ids: Tensor) -> moec.CompiledModel:
-    """With its router as a function of its own."""
+    """The artifact with its router as a separate function."""
     axes = {0: torch.export.Dim("B"), 1: torch.export.Dim("S")}
     return moec.compile(
         model, (ids,), dynamic_shapes=(axes,), passes="+hoist-routers", kv_cache=False
@@ -293,8 +294,9 @@ def serve(model: ReadMe, ids: Tensor) -> moec.CompiledModel:
 
 
 def parameters(size: Size) -> tuple[int, int, int]:
-    """Of the router, all, and those that one token uses, where the experts of all domains together
-    have `domains * remain` times the channels; nothing is allocated."""
+    """The numbers of parameters of the router, of all, and of those that one token uses, if the
+    experts of all domains together have `domains * remain` times the channels; nothing is
+    allocated."""
     with torch.device("meta"):
         router, dense = Router(size), ReadMe(size)
     total = sum(p.numel() for p in dense.parameters())
@@ -306,7 +308,7 @@ def parameters(size: Size) -> tuple[int, int, int]:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The experts of one layer of the published model over 32 tokens, whose experts are an input,
+    """The experts of one layer of the published model over 32 tokens, with the choices as an input,
     for benchmarks/systems.py."""
     size = LLAMA_2_7B
     hidden = int(size.remain * size.hidden)

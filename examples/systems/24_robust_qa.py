@@ -1,11 +1,11 @@
-"""24. Robust question answering: DistilBERT with experts behind it (arXiv 2204.09598).
+"""24. Robust question answering: DistilBERT followed by experts (arXiv 2204.09598).
 
-Two heads over the last hidden states. The MoE head gives each token two experts: the second is kept
-with a probability that grows with its gate, and an expert takes C tokens of each text, all others
-give zero. The Switch layer comes after DistilBERT as a layer of its own: one expert a token, at
-most C tokens an expert, chosen at random; the others pass through as they came, and all are scaled
-by their probability. The random numbers, which the authors' code draws while it runs (in evaluation
-too), are an input here, so that a result can be repeated.
+There are two heads over the last hidden states. The MoE head gives each token two experts. The
+second is kept with a probability that increases with its gate. An expert takes C tokens of each
+text; dropped choices give zero. The Switch head is an additional layer after DistilBERT with one
+expert per token and at most C tokens per expert, chosen at random. Other tokens pass through
+unchanged, and all are scaled by their probability. The authors' code draws random numbers at run
+time (also in evaluation); they are an input here, so that results are reproducible.
 
     python examples/systems/24_robust_qa.py               # small, compiled, beside eager
     python examples/systems/24_robust_qa.py --published   # parameters on DistilBERT's shape
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
 
 
 def before(mask: Tensor) -> Tensor:
-    """How many tokens of the text chose each expert before this one: [B, N, E]."""
+    """How many earlier tokens of the text chose each expert: [B, N, E]."""
     return mask.cumsum(1) - mask
 
 
@@ -113,7 +113,7 @@ class MoE(nn.Module):
         self.loss = torch.zeros(())
 
     def route(self, x: Tensor, numbers: Tensor) -> Tensor:
-        """Combine weights [B, N, E, C] of at most C tokens of a text for an expert."""
+        """Combine weights [B, N, E, C], with at most C tokens of a text per expert."""
         c, n = self.config, x.shape[1]
         size = max(min(n, int(n * c.factor / c.experts)), c.least)
         gates = self.gate(x).softmax(-1)
@@ -154,8 +154,8 @@ class MoE(nn.Module):
 
 
 class Switch(nn.Module):
-    """x [B, N, D], numbers [B, N] -> [B, N, D]. An expert takes the C of its tokens that have the
-    least numbers; the others pass through."""
+    """x [B, N, D], numbers [B, N] -> [B, N, D]. An expert takes the C of its tokens with the
+    smallest numbers; the others pass through unchanged."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Switch(nn.Module):
 
 
 class SwitchLayer(nn.Module):
-    """The layer after DistilBERT: attention and Switch experts, each behind a norm."""
+    """The layer after DistilBERT: attention and Switch experts, each preceded by a norm."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 @functools.cache
 def published(name: str) -> tuple[int, int, int]:
-    """Parameters of the encoder, and of the model with each head."""
+    """The numbers of parameters of the encoder, and of the model with each head."""
     config = PUBLISHED[name][0]
     with torch.device("meta"):
         encoder = Encoder(config)

@@ -2,13 +2,13 @@
 
     python examples/tiny_moe/train.py --minutes 14 --threads 2
 
-The text is on every machine that has Python, so nothing is downloaded. The result is an ordinary
-Hugging Face checkpoint folder, small enough for the repository, whose experts are really used:
-the test fixture for everything that needs trained weights instead of random ones.
+Every machine with Python has this text, so nothing is downloaded. The result is a Hugging Face
+checkpoint folder, small enough for the repository, in which all experts are used. It is the test
+fixture wherever trained weights are needed instead of random ones.
 
-The learning rate follows the clock, not a step count: whatever the machine, the run ends on time
-with a fully decayed rate. Two runs with the same seed therefore read the same batches in the same
-order but may stop at different steps.
+The learning rate depends on the time, not on the number of steps: on every machine, the run ends on
+time with a fully decayed rate. Two runs with the same seed therefore read the same batches in the
+same order, but may stop at different steps.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from transformers.utils import logging
 HERE = Path(__file__).resolve().parent
 END = "<|endoftext|>"
 TESTS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-TABLES = {"encodings", "pydoc_data"}  # an eighth of the bytes, and hardly any code
-HELD_OUT = 24  # one file in this many is never trained on
+TABLES = {"encodings", "pydoc_data"}  # an eighth of the bytes, with hardly any code
+HELD_OUT = 24  # one file in this many is held out
 BALANCE = 0.02  # weight of the load-balancing loss
 PROMPT = "def read_lines(path):\n"
 
@@ -54,15 +54,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a model makes of the held-out split."""
+    """The results of a model on the held-out split."""
 
-    loss: float  # nats a token
+    loss: float  # nats per token
     bits_per_byte: float
-    share: torch.Tensor  # f64[L, E]: of a layer's routed rows, the share that each expert gets
+    share: torch.Tensor  # f64[L, E]: each expert's share of the routed rows of a layer
 
 
 def standard_library() -> tuple[list[str], list[str]]:
-    """The library's source files, split by a hash of their names: train, held out."""
+    """The library's source files, split by a hash of their names: training, held out."""
     root = Path(sysconfig.get_path("stdlib"))
     splits: tuple[list[str], list[str]] = ([], [])
     for path in sorted(root.rglob("*.py")):
@@ -72,7 +72,7 @@ def standard_library() -> tuple[list[str], list[str]]:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a few sample files are deliberately in other encodings
+            continue  # a few sample files are in other encodings on purpose
         digest = hashlib.sha256(name.as_posix().encode()).digest()
         splits[int.from_bytes(digest[:4], "big") % HELD_OUT == 0].append(text)
     if not all(splits):
@@ -81,7 +81,7 @@ def standard_library() -> tuple[list[str], list[str]]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level pair encoding: every byte has a token, so any text comes back as it went in."""
+    """Byte-level pair encoding: every byte has a token, so decoding restores any text exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -134,7 +134,8 @@ def configuration(vocab_size: int, end: int) -> Qwen3MoeConfig:
 
 
 def batches(ids: np.ndarray, batch: int, length: int, seed: int) -> Iterator[torch.Tensor]:
-    """i64[batch, length] windows without end; each pass over the text shifts and reshuffles."""
+    """An endless sequence of i64[batch, length] windows; each pass over the text shifts and
+    reshuffles."""
     rng = np.random.default_rng(seed)
     while True:
         shift = int(rng.integers(length))
@@ -152,7 +153,8 @@ def optimizer(model: Qwen3MoeForCausalLM, rate: float) -> torch.optim.Optimizer:
 
 
 def rate_at(done: float) -> float:
-    """Share of the peak rate when `done` of the time is over: short warm-up, cosine to 3 %."""
+    """The share of the peak rate after a share `done` of the time: short warm-up, then cosine to 3
+    %."""
     warm = 0.03
     if done < warm:
         return max(done, 1e-4) / warm
@@ -160,18 +162,18 @@ def rate_at(done: float) -> float:
 
 
 def cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean loss, in nats, of predicting every token but the first."""
+    """The mean loss, in nats, of predicting every token but the first."""
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
     )
 
 
 def imbalance(config: Qwen3MoeConfig, router_logits: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Sum over layers of E * sum_e share_e * probability_e, which is 1 when experts share evenly.
+    """The sum over layers of E * sum_e share_e * probability_e, which is 1 if experts share evenly.
 
-    The loss in transformers adds the layers up before it multiplies, so that an expert that is
-    idle in one layer is made good by a busy one of the same number in another. This one is
-    layer by layer, as in Switch Transformer (Fedus et al., 2021, equations 4 to 6).
+    The loss in transformers sums the layers before it multiplies, so an expert that is idle in one
+    layer is compensated by a busy one with the same index in another. This loss is per layer, as in
+    Switch Transformer (Fedus et al., 2021, equations 4 to 6).
     """
     total = torch.zeros(())
     for logits in router_logits:
@@ -184,7 +186,8 @@ def imbalance(config: Qwen3MoeConfig, router_logits: tuple[torch.Tensor, ...]) -
 
 @torch.no_grad()
 def quality(model: Qwen3MoeForCausalLM, text: Text, length: int, windows: int) -> Quality:
-    """Mean loss over evenly spaced held-out windows, and how the router spread their tokens."""
+    """The mean loss over evenly spaced held-out windows, and the distribution of their tokens over
+    experts."""
     model.eval()
     count = min(windows, (len(text.held_out) - 1) // length)
     starts = np.linspace(0, len(text.held_out) - length, count).astype(int)
@@ -215,7 +218,7 @@ def train(
     seed: int,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[int, float]:
-    """Train in place until the time is over; returns steps and tokens a second."""
+    """Trains in place until the time is over. Returns the steps and the tokens per second."""
     adam = optimizer(model, rate)
     stream = batches(text.train, batch, length, seed)
     start = shown = clock()
@@ -258,7 +261,7 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def report(text: Text, out: Path, length: int) -> None:
-    """Reload what was saved, as its users will, and say how good it is."""
+    """Reloads the saved model, as its users will, and reports its quality."""
     model = Qwen3MoeForCausalLM.from_pretrained(out)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     result = quality(model, text, length, windows=512)
@@ -314,7 +317,7 @@ def main(
     out: Path,
 ) -> None:
     begun = time.monotonic()
-    logging.disable_progress_bar()  # bars of a single step, for a model of this size
+    logging.disable_progress_bar()  # bars of a single step each
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     train_texts, held_out_texts = standard_library()
