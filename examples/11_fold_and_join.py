@@ -4,8 +4,8 @@ fold-lora       experts that share one layer and have separate adapters (Uni-MoE
                 experts, which are recognised and use the kernels of experts
 fold-supernet   a layer whose weights are mixed for an architecture (Mixture-of-Supernets) becomes
                 the dense layer of that architecture
-keep-used       a multi-task model keeps only the experts that one task uses (Mod-Squad) aggregate
-the experts of two models in one, for further training (aggregation of experts)
+keep-used       a multi-task model keeps only the experts that one task uses (Mod-Squad)
+aggregate       the experts of two models in one, for further training (aggregation of experts)
 
 A line has the megabytes of weights, and the difference between the result and PyTorch's result for
 the same module; for aggregate, for a module written with the experts of both models.

@@ -1,4 +1,4 @@
-"""Entries that outlive a process: intact or absent, private, bounded; never a reason to fail."""
+"""Cache entries that outlive a process: intact or absent, private, bounded; never a failure."""
 
 from __future__ import annotations
 

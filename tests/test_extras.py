@@ -1,4 +1,4 @@
-"""Without the compiler an artifact runs, and every command that needs more says what to install."""
+"""Without the compiler an artifact runs, and commands that need more say what to install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every block of the README runs, in the order of its section, in a folder of the section's own:
+"""Every block of the README runs, in the order of its section, in a separate folder per section:
 python blocks and console blocks."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The layout that design and packaging rest on: three links, one import path, a whole wheel."""
+"""The layout that design and packaging rely on: three links, one import path, a complete wheel."""
 
 from __future__ import annotations
 

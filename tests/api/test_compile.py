@@ -1,4 +1,4 @@
-"""moec.compile: what it is asked, what it gives back, and how both can be wrong."""
+"""moec.compile: its arguments, its result, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts in few bits, from moec.compile to the artifact and back."""
+"""Experts with weights of few bits, from moec.compile to the artifact and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prompt and a notebook show of what moec gives: short, and in words."""
+"""The reprs of moec's objects in a prompt and a notebook are short and readable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A compiled model returns what its module returns; an artifact gives tensors by name."""
+"""A compiled model returns the same structure as its module; an artifact returns tensors by
+name."""
 
 from __future__ import annotations
 

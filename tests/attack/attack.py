@@ -1,5 +1,5 @@
-"""Runs the cases of a kind in workers, and notes which of them crash, hang, or end as they must
-not."""
+"""Runs the cases of a kind in worker processes, and records those that crash, hang, or end with a
+wrong exit."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The six kinds of attack. A case is one call of the command line, as a user would make it.
+"""The six kinds of attack. A case is one call of the command line, as by a user.
 
-artifacts   damaged bytes of artifacts: nothing of them is right but what was not touched
-forged      manifests and parts changed, with right digests
+artifacts   damaged bytes of artifacts: only untouched parts may be accepted
+forged      changed manifests and parts, with correct digests
 tensors     .npy, .npz and .safetensors, damaged or forged
-graphs      texts of graphs in an artifact with right digests
-rebuilt     the same of an artifact that is compiled anew and run
-commands    command lines of real and odd words
+graphs      texts of graphs in an artifact with correct digests
+rebuilt     the same, for an artifact that is recompiled and run
+commands    command lines of valid and odd words
 """
 
 from __future__ import annotations

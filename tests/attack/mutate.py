@@ -1,4 +1,4 @@
-"""Seeded damage: bytes, JSON and texts as accidents and forgers would leave them."""
+"""Seeded damage of bytes, JSON and texts, as by accidents and forgers."""
 
 from __future__ import annotations
 

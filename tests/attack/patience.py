@@ -1,9 +1,8 @@
-"""When a process hangs: told by what it does, never by the clock, since a busy machine may not run
-it for minutes.
+"""Detects hanging processes by their processor time, not by the clock: a busy machine may not run a
+process for minutes.
 
-A process hangs where it has used more time of a processor than it may, or where none of its
-threads could run, whenever one looked, for so long. (Where the system does not tell, the time that
-has passed counts as used.)
+A process hangs if it has used more processor time than allowed, or if none of its threads could run
+at any check for a given time. (If the system does not report that, elapsed time is used.)
 """
 
 from __future__ import annotations

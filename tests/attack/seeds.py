@@ -1,4 +1,4 @@
-"""What is damaged: two small models, the files of their inputs, and graphs of many forms."""
+"""The files to damage: two small models, files of their inputs, and graphs of many forms."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The short attack: no crash, no hang, no exit code 70, nothing done that was not asked for. The
-long one is `python -m tests.attack`. The tests after it show that it notices what it looks for."""
+"""The short attack: no crash, no hang, no exit code 70, and no unrequested action. The long one is
+`python -m tests.attack`. Further tests show that it detects each of these."""
 
 from __future__ import annotations
 

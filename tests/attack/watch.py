@@ -1,4 +1,4 @@
-"""What a process does that nobody asked for, by Python's audit hooks."""
+"""Detects unrequested actions of a process, by Python's audit hooks."""
 
 from __future__ import annotations
 

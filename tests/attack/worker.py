@@ -1,5 +1,5 @@
-"""Cases in a process of their own, which may crash: `python -m tests.attack.worker FOLDER KIND SEED
-FIRST LAST`. A line is written before a case, and one after it with what is wrong."""
+"""Runs cases in a separate process, which may crash: `python -m tests.attack.worker FOLDER KIND
+SEED FIRST LAST`. Prints a line before each case, and one after it with its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call costs at least, who is raced, and how the figures are made."""
+"""The lower bound of a call's time, the baselines, and the computation of the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines that run a file: what they are fed, and what is refused."""
+"""Baselines that run a file: their inputs, and the files that are refused."""
 
 from __future__ import annotations
 

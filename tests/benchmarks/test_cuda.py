@@ -1,4 +1,4 @@
-"""The script for a GPU, as far as it goes without one; its measurements run on the CPU here."""
+"""The benchmark script for GPUs, without a GPU; its measurements run on the CPU here."""
 
 from __future__ import annotations
 

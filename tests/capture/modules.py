@@ -1,4 +1,4 @@
-"""Small modules that a capture meets, each for one habit of the people who write them."""
+"""Small modules for captures, each with one common coding habit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions whose result depends on numbers that Python computes of sizes, as capacities are."""
+"""Functions whose result depends on numbers that Python computes from sizes, such as capacities."""
 
 from __future__ import annotations
 

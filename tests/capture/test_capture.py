@@ -1,4 +1,4 @@
-"""What a capture makes of a module: sizes, names, weights, and refusals with their reasons."""
+"""The result of a capture: sizes, names, weights, and refusals with their reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conditions on masks: left out where that is seen to change nothing, refused elsewhere."""
+"""Conditions on masks are removed if that provably changes nothing, and refused otherwise."""
 
 from __future__ import annotations
 

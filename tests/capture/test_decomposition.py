@@ -1,4 +1,4 @@
-"""Composite operators replaced one by one give what torch's own decomposition gives."""
+"""Composite operators replaced one by one give the result of torch's own decomposition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doors: a module, an export, a checkpoint, a .pt2, a factory; and what is none of them."""
+"""The inputs of moec: a module, an export, a checkpoint, a .pt2, a factory; and invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of Python's garbage collection changes while a model is compiled, and comes back."""
+"""Python's garbage collection is changed while a model is compiled, and restored afterwards."""
 
 from __future__ import annotations
 

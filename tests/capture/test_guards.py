@@ -1,4 +1,4 @@
-"""What an export takes for granted of sizes: symbolic, a bound, harmless, or refused."""
+"""An export's assumptions about sizes: symbolic, a bound, harmless, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lightning attention: one graph for all lengths, where the module computes what it looks like."""
+"""Lightning attention: one graph for all lengths, if the module computes the expected function."""
 
 from __future__ import annotations
 

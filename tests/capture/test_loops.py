@@ -1,4 +1,4 @@
-"""Loops over the experts that some token chose, in the spellings that people use."""
+"""Loops over the experts that at least one token chose, in common forms."""
 
 from __future__ import annotations
 

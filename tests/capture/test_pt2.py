@@ -1,4 +1,4 @@
-"""A .pt2 file is read where it holds tensors and a graph, and refused where it could run code."""
+"""A .pt2 file is read if it holds only tensors and a graph, and refused if it could run code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that transformers names after kernels: replaced where they compute what is known."""
+"""transformers' functions with kernel names are replaced if they compute the known function."""
 
 from __future__ import annotations
 

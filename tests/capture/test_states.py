@@ -1,4 +1,4 @@
-"""Modules that write into their buffers: their program has states, and they keep their own."""
+"""Modules that write to their buffers: their program has states, and the modules keep their own."""
 
 from __future__ import annotations
 

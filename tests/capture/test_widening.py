@@ -1,4 +1,4 @@
-"""An example of any size gives one graph, and what belongs together is one size of it."""
+"""An example of any size gives one graph, in which dependent dims are one size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building one kernel for one target, and calling it on torch tensors."""
+"""Builds one kernel for one target, to be called with torch tensors."""
 
 from __future__ import annotations
 

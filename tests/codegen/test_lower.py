@@ -1,4 +1,4 @@
-"""Lowering: fusion, sharing of kernels, errors that name everything, positions out of range."""
+"""Lowering: fusion, sharing of kernels, complete error messages, positions out of range."""
 
 from __future__ import annotations
 

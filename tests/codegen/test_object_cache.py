@@ -1,4 +1,4 @@
-"""Kernels are compiled once: what their key holds, and that a hit is the same code."""
+"""Kernels are compiled once: the parts of their key, and that a hit gives the same code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A compiler that compiles nothing, so that the commands are tested by themselves."""
+"""A fake compiler, so that commands are tested without compiling."""
 
 from __future__ import annotations
 

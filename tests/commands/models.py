@@ -1,4 +1,4 @@
-"""A small model as text and as a report, for what the command line shows of it."""
+"""A small model as text and as a report, for the output of the command line."""
 
 from __future__ import annotations
 

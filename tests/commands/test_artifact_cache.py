@@ -1,4 +1,4 @@
-"""A checkpoint that was compiled before in the same way: its artifact comes from the cache."""
+"""The artifact of a checkpoint that was already compiled with the same options is cached."""
 
 from __future__ import annotations
 

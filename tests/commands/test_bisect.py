@@ -1,4 +1,4 @@
-"""Bisection finds the rewrite at fault: pass, rule, op, and the error before and after."""
+"""Bisection finds the wrong rewrite: pass, rule, op, and the error before and after it."""
 
 from __future__ import annotations
 

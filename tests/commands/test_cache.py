@@ -1,4 +1,4 @@
-"""moec cache: what is kept, and its removal."""
+"""moec cache: its listing, and removal."""
 
 from __future__ import annotations
 

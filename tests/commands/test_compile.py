@@ -1,4 +1,4 @@
-"""moec compile: what reaches the compiler, what is printed where, and how it ends."""
+"""moec compile: the options that reach the compiler, the output, and the exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an approximate pass did, as text and as data."""
+"""The effect of an approximate pass, as text and as data."""
 
 from __future__ import annotations
 

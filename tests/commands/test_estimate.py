@@ -1,4 +1,4 @@
-"""What a compilation would cost is told from bytes and from kernels that are missing."""
+"""The cost of a compilation is estimated from bytes and from missing kernels."""
 
 from __future__ import annotations
 

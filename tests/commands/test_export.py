@@ -1,4 +1,4 @@
-"""moec export: what is asked for, what is printed where, and how it ends."""
+"""moec export: its options, the output, and the exit."""
 
 from __future__ import annotations
 

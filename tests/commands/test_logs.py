@@ -1,4 +1,4 @@
-"""What loggers say reaches stderr and a file where it is asked for, and nobody else."""
+"""Log messages go to stderr and a file on request, and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""moec doctor: what it reads, what it says, and how it ends."""
+"""moec doctor: its inputs, its output, and its exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The front door: help without imports, exit codes, one sentence for every mistake."""
+"""The command line: help without imports, exit codes, one sentence for every mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes of a user, of a file or of an environment: exit code 1, one sentence, never 70."""
+"""Mistakes of users, files or environments: exit code 1, one sentence, never 70."""
 
 from __future__ import annotations
 

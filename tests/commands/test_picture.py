@@ -1,4 +1,4 @@
-"""Pictures: what is drawn, that it is whole, and that names cannot break it."""
+"""Pictures: their content, their validity, and that names cannot break them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--shapes: what may vary, as people write it."""
+"""--shapes: the syntax for varying sizes."""
 
 from __future__ import annotations
 

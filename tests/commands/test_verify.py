@@ -1,4 +1,4 @@
-"""`moec verify`: what is intact, what is not, and nothing is run."""
+"""`moec verify` reports intact and damaged parts, and runs nothing."""
 
 from __future__ import annotations
 

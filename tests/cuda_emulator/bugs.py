@@ -1,4 +1,4 @@
-"""Bugs that are planted in the CUDA C of kernels, and the schedules under which they show."""
+"""Bugs to insert into the CUDA C of kernels, and the schedules under which they are found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stand-in for the driver (driver.c), and artifacts whose machine code it loads."""
+"""The fake driver (driver.c), and artifacts whose machine code it loads."""
 
 from __future__ import annotations
 

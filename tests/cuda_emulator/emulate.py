@@ -1,10 +1,10 @@
-"""CUDA kernels on the CPU: CUDA C compiled as C++, under the host code that would launch it.
+"""Emulates CUDA kernels on the CPU: CUDA C is compiled as C++ and run under its real host code.
 
     kernel --TVM--> CUDA C --g++ with kernel.hpp--> library --imported by--> TVM's host function
 
-So grids, shared memory and the order of arguments are those of the real launch. Tensors end where
-a page without access begins: a read or write behind the end is an EmulationError, as are threads
-that wait for each other for ever and warps that part. What is not emulated: docs/cuda.md.
+So grids, shared memory and the order of arguments are those of a real launch. A page without access
+follows each tensor: a read or write beyond the end is an EmulationError, and so are deadlocks and
+divergent warps. docs/cuda.md lists what is not emulated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole models on the CPU: their CUDA kernels emulated, under the host code that would run them."""
+"""Whole models on the CPU: emulated CUDA kernels under their real host code."""
 
 from __future__ import annotations
 

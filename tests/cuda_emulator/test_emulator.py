@@ -1,4 +1,4 @@
-"""The emulator finds what a GPU would not let pass: planted bugs, in the CUDA C of real kernels."""
+"""The emulator finds bugs that would fail on a GPU, inserted into the CUDA C of real kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages that are written from tables are up to date; the code of the others runs."""
+"""Generated pages are up to date, and the code of the other pages runs."""
 
 from __future__ import annotations
 

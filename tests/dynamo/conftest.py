@@ -1,4 +1,4 @@
-"""Each test starts with no block compiled and nothing counted."""
+"""Each test starts without compiled blocks and with counters at zero."""
 
 from __future__ import annotations
 

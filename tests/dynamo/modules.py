@@ -1,4 +1,4 @@
-"""Plain modules with MoE layers, as people write them for torch.compile."""
+"""Plain modules with MoE layers, as written for torch.compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled blocks on disk: found again by another process, private, and safe against damage."""
+"""Compiled blocks on disk: another process finds them; they are private and safe against damage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs whose tensors are not on a CPU: left as they are, in one sentence."""
+"""Graphs with tensors that are not on a CPU are left unchanged, with a one-sentence message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A graph of blocks and views is called without AOTAutograd, and means the same."""
+"""A graph of only blocks and views is called without AOTAutograd, with the same results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared Hugging Face models: eager's logits, nothing left to PyTorch, one compilation."""
+"""Prepared Hugging Face models: eager's logits, no op left to PyTorch, one compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients over sorted rows are those of the ops' meaning, for any body and any routing."""
+"""Gradients over sorted rows equal those of the ops' reference, for any body and routing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of plain modules run on moec's kernels, for all sizes, with the weights as they are."""
+"""Blocks of plain modules run on moec's kernels, for all sizes, with unpacked weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may be asked of the backend, and how it is found."""
+"""The options of the backend, and its registration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients through replaced blocks are eager's, and a model trained so learns the same."""
+"""Gradients through replaced blocks equal eager's, and so does a model trained with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every numbered example runs, as a person would run it. (`make demo` runs the demonstration.)"""
+"""Every numbered example runs as from a shell. (`make demo` runs the demonstration.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The committed checkpoint is what its README says: small, trained, all experts in use."""
+"""The committed checkpoint has the properties in its README: small, trained, all experts used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""moec through transformers' own interface for exports."""
+"""moec through transformers' interface for exporters."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Files with the keys and values before as inputs: what they take and give, padding, what is
-compared before they have their name, and what is refused."""
+"""ONNX files with past keys and values as inputs: inputs and outputs, padding, the comparison
+before a file is named, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door: what stands in the file, what is checked before it has its name, what is refused."""
+"""The ONNX export: the content of the file, the checks before it is named, and refusals."""
 
 from __future__ import annotations
 

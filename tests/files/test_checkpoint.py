@@ -1,4 +1,4 @@
-"""Files of checkpoints that are missing or damaged are named, before torch is imported."""
+"""Missing or damaged files of checkpoints are reported by name, before torch is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No control character of a name reaches a terminal, and the system's words become ours."""
+"""No control character of a name reaches a terminal, and system errors get our wording."""
 
 from __future__ import annotations
 

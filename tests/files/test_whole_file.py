@@ -1,4 +1,4 @@
-"""A file appears in one step, with the rights of any new file, or not at all."""
+"""A file appears in one step, with the permissions of a new file, or not at all."""
 
 from __future__ import annotations
 

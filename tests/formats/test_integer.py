@@ -1,4 +1,4 @@
-"""Numbers of few bits: what is spelled, what codes mean, how far they are from the weights."""
+"""Formats of few bits: their notation, the meaning of codes, and their rounding errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The format of ternary weights: its dictionary, and codes that come back bit by bit."""
+"""The format of ternary weights: its dictionary, and the exact round trip of codes."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Writes MoE layers as people do, and compiles them: how many come out right.
+"""Generates MoE layers in common styles, compiles them, and counts the outcomes.
 
     python -m tests.fuzz --count N --seed S        counts of outcomes, and each that is wrong
-    python -m tests.fuzz --seed S --only 17        one of them: its source and what came of it
+    python -m tests.fuzz --seed S --only 17        one of them: its source and its outcome
 
-The graph after all passes is interpreted; of every 20th layer machine code is made and run. The
-last line says how many those were.
+The graph after all passes is interpreted. Every 20th layer is also compiled to machine code and
+run; the last line has their number.
 
-Exit status: 1 where a layer was wrong, crashed, or does not run in eager.
+Exit status: 1 if a layer was wrong, crashed, or does not run in eager.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows to experts and back, as people write it: `flat`, `weights` and `ids` become `out` [T, D]."""
+"""Dispatch and combine in common styles: `flat`, `weights` and `ids` become `out` [T, D]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts as people write them: `self.run(e, rows)`, of stacks also `self.batched(rows)`."""
+"""Experts in common styles: `self.run(e, rows)`; for stacks also `self.batched(rows)`."""
 
 from __future__ import annotations
 

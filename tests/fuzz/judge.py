@@ -1,4 +1,4 @@
-"""What moec makes of a layer. Eager says what is right, at sizes on both sides of capacities."""
+"""Compares moec's results for a layer with eager, at sizes below and above capacities."""
 
 from __future__ import annotations
 

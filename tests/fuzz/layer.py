@@ -1,4 +1,4 @@
-"""One draw of all that a MoE layer may differ in, and its Python source."""
+"""One random choice of everything that MoE layers differ in, and its Python source."""
 
 from __future__ import annotations
 

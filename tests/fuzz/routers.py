@@ -1,8 +1,8 @@
-"""How people write gates, routers and capacities: lines of a forward.
+"""Gates, routers and capacities in common styles, as lines of a forward.
 
-Before them there is `flat` [T, D] and `tokens`; a gate makes `logits` [T, E], a router `probs`,
-`weights` and `ids` [T, K], a capacity changes `weights`. {E}, {K} and {D} stand for the
-numbers in the style of the layer.
+`flat` [T, D] and `tokens` are defined before them. A gate defines `logits` [T, E], a router
+`probs`, `weights` and `ids` [T, K], and a capacity changes `weights`. {E}, {K} and {D} are replaced
+by numbers in the style of the layer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A few layers of the fuzzer, and bugs that it must find: `python -m tests.fuzz` writes as many
-layers as one likes."""
+"""A few layers of the fuzzer, and bugs that it must find. `python -m tests.fuzz` generates any
+number of layers."""
 
 from __future__ import annotations
 

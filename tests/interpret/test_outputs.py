@@ -1,4 +1,4 @@
-"""What a module returns comes back as it was, whatever it is nested in."""
+"""The results of a module are returned with their original nesting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes: algebra, text, and what a stranger's text may hold."""
+"""Sizes: algebra, text, and which texts from untrusted files are accepted."""
 
 import math
 

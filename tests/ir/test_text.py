@@ -1,4 +1,4 @@
-"""Graphs as text: what is printed reads back, and what does not read names its line."""
+"""Graphs as text: printed text can be read back, and errors name the line."""
 
 import pytest
 from hypothesis import given

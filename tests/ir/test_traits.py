@@ -1,4 +1,4 @@
-"""What ATen ops do with elements."""
+"""Properties of ATen ops, such as which elements they combine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a long life of one process leaves behind: `python -m tests.lasting`.
+"""Finds leaks in a long-running process: `python -m tests.lasting`.
 
-Compiles, loads and forks, many of each, and prints the memory and the mappings of the process after
-each quarter. They are flat where the last quarter adds nothing.
+Compiles, loads and forks, many times each, and prints the memory and the mappings of the process
+after each quarter. They count as flat if the last quarter adds nothing.
 """
 
 from __future__ import annotations

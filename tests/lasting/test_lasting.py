@@ -1,4 +1,4 @@
-"""The short form of `python -m tests.lasting`: compiles, loads and forks leave nothing behind."""
+"""The short form of `python -m tests.lasting`: compiling, loading and forking leak nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from a compiled model, as a user asks for it: the tokens of Hugging Face, and more."""
+"""Text from a compiled model through the user interface: the tokens of Hugging Face, and more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`moec run --rebuild`: the stored graph compiled anew reads the stored, packed weights."""
+"""`moec run --rebuild`: the recompiled stored graph reads the stored, packed weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families whose attention is not, or not always, that of all tokens before: linear attention and
+"""Families whose attention is not always causal attention over all tokens: linear attention and
 convolutions, an indexer that chooses tokens, relative positions."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""More families of transformers, which nothing in moec was written for: tried as they are.
+"""More families of transformers, which moec has no special code for, unmodified.
 
-Text models only; of families that also see or hear, their text part.
+Text models only; of multimodal families, the text part.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A family captured from one text, or one token, is the graph of two texts of sixteen."""
+"""A family captured from one text, or one token, gives the graph of two texts of sixteen tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from models that carry a state beside their caches: convolutions, linear attention."""
+"""Text from models with states besides their caches: convolutions, linear attention."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The sparse layer of nllb_moe: transformers 5.24 reads its one-hot mask as the ids of experts, and
-so does the block."""
+"""The sparse layer of nllb_moe: transformers 5.24 uses its one-hot mask as the ids of experts, and
+the block does the same."""
 
 from __future__ import annotations
 

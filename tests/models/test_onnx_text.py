@@ -1,4 +1,4 @@
-"""Text through an ONNX file with its cache is Hugging Face's, token by token, in float32."""
+"""Text through an ONNX file with its cache equals Hugging Face's, token by token, in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Families that nothing was written for: recognised, and equal to eager after every pass."""
+"""Families without special code are recognised, and equal eager after every pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nn.attention, nn.rotary and nn.append: their meaning, and what their type rules refuse."""
+"""nn.attention, nn.rotary and nn.append: their reference, and the errors of their type rules."""
 
 from __future__ import annotations
 

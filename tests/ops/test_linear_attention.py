@@ -1,4 +1,5 @@
-"""nn.linear_attention: its meaning against attention written out, and what its rule refuses."""
+"""nn.linear_attention: its reference against explicit attention, and the errors of its type
+rule."""
 
 from __future__ import annotations
 

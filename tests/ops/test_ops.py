@@ -1,4 +1,4 @@
-"""The meaning of moec's ops, against sums written out by hand, over any routing."""
+"""The references of moec's ops against explicit sums, for any routing."""
 
 import pytest
 import torch

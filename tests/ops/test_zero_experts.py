@@ -1,4 +1,4 @@
-"""moe.zero_experts: its meaning against the paper's equations, and what it refuses."""
+"""moe.zero_experts: its reference against the paper's equations, and its errors."""
 
 from __future__ import annotations
 

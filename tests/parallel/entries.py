@@ -1,4 +1,4 @@
-"""Ranks that fail on purpose, for processes that are started by name."""
+"""Ranks that fail on purpose, for processes that import them by name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Two published systems compiled and run by the commands: a pyramid of residual layers, and experts
-of no network."""
+without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from two ranks: six families in one pair of processes, the tokens of one process."""
+"""Text from two ranks: six families in one pair of processes give the tokens of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks as processes over gloo: the numbers of one process, and failures that are explained."""
+"""Ranks as processes over gloo: the results of one process, and clear messages for failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This machine as a cluster of the planner: every number measured, and read back as written."""
+"""This machine as a cluster of the planner: every number is measured, and survives a round trip."""
 
 from __future__ import annotations
 

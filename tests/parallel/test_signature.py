@@ -1,4 +1,4 @@
-"""The ranks of a plan in a folder are signed as an artifact is, and each rank looks for itself."""
+"""The folder of a plan's ranks is signed like an artifact, and each rank checks it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that do not come together, and Ctrl-C: one message, and no process left."""
+"""Ranks that cannot connect, and Ctrl-C: one message, and no process left."""
 
 from __future__ import annotations
 

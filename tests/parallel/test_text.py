@@ -1,4 +1,4 @@
-"""`moec run` on two ranks that share the heads of attention: one process's text."""
+"""`moec run` on two ranks that split attention heads: the text of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs of a compilation, and whether they agree with the module that was compiled."""
+"""The programs of a compilation, and checks that they agree with the compiled module."""
 
 from __future__ import annotations
 

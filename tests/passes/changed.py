@@ -1,4 +1,4 @@
-"""A small language model of two MoE layers as a graph, for passes that change what it computes."""
+"""A small language model of two MoE layers as a graph, for approximate passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model whose routers have masked columns: what pruning must equal."""
+"""A model whose routers have masked columns: the expected result of pruning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The work of the passes grows with the graph, and no faster: counted in calls, not seconds."""
+"""The work of the passes grows linearly with the graph: counted in calls, not seconds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Exact passes on the trained model, over random routings: the same numbers as without them.
+"""Exact passes on the trained model, over random routings: unchanged results.
 
-Where tiny_moe has nothing that a pass could take away, its MoE layer is replaced by one of the
-same trained experts that has: adapters, a task, an architecture, a router of token ids.
+Where a pass would find nothing in tiny_moe, its MoE layer is replaced by one of the same trained
+experts with adapters, a task, an architecture, or a router of token ids.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which passes run unasked, and which where they are asked for alone."""
+"""Which passes run by default, and which only on request."""
 
 from __future__ import annotations
 

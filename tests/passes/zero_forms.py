@@ -1,4 +1,4 @@
-"""MoE++ layers (arXiv 2410.07348) as people write them; outputs are (y, logits)."""
+"""MoE++ layers (arXiv 2410.07348) in common forms; outputs are (y, logits)."""
 
 from __future__ import annotations
 

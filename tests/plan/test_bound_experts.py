@@ -1,4 +1,4 @@
-"""Experts of a group lie on ranks of their group."""
+"""Experts of a group are placed on ranks of their group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hop counts and volumes equal those that the papers print."""
+"""Hop counts and volumes equal those in the papers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clusters, models and plans as files: presets are right, faults are named."""
+"""Clusters, models and plans as files: presets are correct, and errors name the fault."""
 
 from __future__ import annotations
 

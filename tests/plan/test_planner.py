@@ -1,4 +1,4 @@
-"""Plans: within memory, never behind uniform degrees; pyramids get degrees of their own."""
+"""Plans: within memory, never worse than uniform degrees; pyramids get separate degrees."""
 
 from __future__ import annotations
 

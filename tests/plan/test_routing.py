@@ -1,4 +1,4 @@
-"""Recorded routing: the file, what other tools record, and what it shows."""
+"""Recorded routing: its file, the formats of other tools, and its display."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search over layers finds what brute force finds."""
+"""The search over layers finds the result of brute force."""
 
 from __future__ import annotations
 

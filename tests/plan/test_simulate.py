@@ -1,4 +1,4 @@
-"""The replay counts what a plain count of every row gives."""
+"""The replay gives the counts of a plain count of every row."""
 
 from __future__ import annotations
 

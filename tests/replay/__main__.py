@@ -1,4 +1,4 @@
-"""Runs the suite here and at another commit, and shows what passes and kernels differ.
+"""Runs the suite here and at another commit, and shows differences in passes and kernels.
 
     python -m tests.replay [--base COMMIT] [--jobs N] [arguments of pytest]
 

@@ -1,14 +1,15 @@
-"""A pytest plugin: every graph that passes make and every kernel that is compiled, as text.
+"""A pytest plugin that records every graph that a pass makes and every compiled kernel, as text.
 
     python -m pytest -p tests.replay.plugin --replay=FOLDER
 
-`graph`: what a pass made, and what it declined. `kernel`: the function as LLVM receives it, after
-all passes of TVM and moec, with its target and options; `llvm`: the functions that it imports.
-`program`: the calls of kernels and the memory that Relax planned.
+`graph`: the result of a pass, and what it declined. `kernel`: the function as LLVM receives it,
+after all passes of TVM and moec, with its target and options; `llvm`: the functions that it
+imports. `program`: the calls of kernels and the memory that Relax planned.
 
-Each owner of records starts with an empty cache of moec: what it finds there it would not make. Of
-a Hypothesis test the explicit examples run, and one generated example, the simplest: all others
-depend on the source of the tests. What runs in another process than the test is not recorded.
+Each owner of records starts with an empty cache of moec, since cached results would not be
+recorded. Of a Hypothesis test, the explicit examples run, and one generated example, the simplest:
+the others depend on the source of the tests. Work in processes other than the test's is not
+recorded.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the suite made, on disk: one copy of each text, and who made it.
+"""The records of the suite on disk: one copy of each text, and its owners.
 
     texts/<hash>.z         the text, compressed, under its hash
-    owners-<worker>.jsonl  one line an owner: its key, and [kind, name, hash] of each text, in order
+    owners-<worker>.jsonl  a line per owner: its key, and [kind, name, hash] of each text, in order
 
-An owner is a test, or what tests share (a fixture of a wider scope, a cached function). Its key is
-a name without a path, so files may move.
+An owner is a test, or an object that tests share (a fixture of a wider scope, a cached function).
+Its key is a name without a path, so files may move.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Replay shows a pass or a kernel that changes, and is silent where only places and names do."""
+"""Replay shows changed passes and kernels, and ignores changes of only places and names."""
 
 from __future__ import annotations
 

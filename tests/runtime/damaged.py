@@ -1,4 +1,4 @@
-"""Artifacts that somebody damaged or forged, and the words that refuse them."""
+"""Damaged or forged artifacts, and the messages that refuse them."""
 
 from __future__ import annotations
 

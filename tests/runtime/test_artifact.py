@@ -1,4 +1,4 @@
-"""What is written comes back, and nothing is written by half."""
+"""Written artifacts can be read back, and are never written in part."""
 
 from __future__ import annotations
 

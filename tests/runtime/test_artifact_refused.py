@@ -1,4 +1,4 @@
-"""What is damaged, foreign or forged is refused in one sentence."""
+"""Damaged, foreign and forged artifacts are refused in one sentence."""
 
 from __future__ import annotations
 

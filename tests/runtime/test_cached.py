@@ -1,4 +1,4 @@
-"""A language model that keeps its keys between calls: generated token by token as eager does."""
+"""A language model that keeps its keys between calls generates eager's tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each thing that can be wrong with an input has its sentence, and nothing right is refused."""
+"""Every kind of invalid input has its message, and valid inputs are accepted."""
 
 from __future__ import annotations
 

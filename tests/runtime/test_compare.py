@@ -1,4 +1,4 @@
-"""The one number that says how far two results lie apart."""
+"""The measure of the difference between two results."""
 
 from __future__ import annotations
 

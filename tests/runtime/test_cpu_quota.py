@@ -1,4 +1,4 @@
-"""A quota of processor time, as control groups of both versions tell it."""
+"""A quota of processor time, from control groups of both versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a compiled model, whatever memory its inputs come in and however it is called."""
+"""The results of a compiled model, for any memory layout of its inputs and any way to call it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Greedy generation: which models it takes, which tokens it gives, and where it stops."""
+"""Greedy generation: the supported models, the tokens, and the stop conditions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Models on GPUs, without one: a stand-in for the driver, and kernels that are emulated.
+"""Models on GPUs, without a GPU: a fake driver and emulated kernels.
 
-An artifact for a CPU and for GPUs is compiled once, by a stand-in for nvcc that leaves the CUDA C
-as the machine code; so the way from `moec run --device cuda:0` to the launch is the real one.
+An artifact for CPUs and GPUs is compiled once, by a fake nvcc that stores the CUDA C as machine
+code, so the path from `moec run --device cuda:0` to the launch is the real one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""TVM's own runtime for CUDA under a stand-in for the driver: memory, launches, streams, graphs.
+"""TVM's own CUDA runtime with a fake driver: memory, launches, streams, graphs.
 
-The process that runs finds libcuda and libcudart of tests/cuda_emulator/driver.c, whose GPU is
-the CPU; kernels are emulated.
+The test process loads libcuda and libcudart from tests/cuda_emulator/driver.c, whose GPU is the
+CPU; kernels are emulated.
 """
 
 from __future__ import annotations

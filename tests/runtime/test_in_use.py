@@ -1,4 +1,4 @@
-"""Models in use: the process is forked, the file under them is written to or replaced."""
+"""Models in use while the process is forked, or while their file is overwritten or replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A limit of memory, as control groups of both versions tell it."""
+"""A memory limit, from control groups of both versions."""
 
 from __future__ import annotations
 

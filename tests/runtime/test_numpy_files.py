@@ -1,4 +1,4 @@
-"""numpy's files: what numpy writes is read as numpy reads it, and all else is refused in words."""
+"""numpy's files: they are read as by numpy, and anything else is refused with a message."""
 
 from __future__ import annotations
 

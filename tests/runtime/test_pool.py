@@ -1,4 +1,4 @@
-"""Loaded libraries share one pool of threads, whose number changes no bit of a result."""
+"""Loaded libraries share one thread pool, whose size changes no bit of a result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recording holds what the routers of eager choose, token by token."""
+"""A recording contains the choices of eager's routers, token by token."""
 
 from __future__ import annotations
 

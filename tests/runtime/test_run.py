@@ -1,4 +1,4 @@
-"""`moec run`, as a person meets it: what it prints, its exit codes, and what it leaves behind."""
+"""`moec run` as a user sees it: its output, its exit codes, and the files it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawing the next token: the likeliest, or at random among those that are left."""
+"""Choosing the next token: the most likely, or at random among the remaining ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who signed an artifact: keys of openssl and ssh, what was changed, whose key it is."""
+"""Signatures of artifacts: keys of openssl and ssh, changed files, and the signer's key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes as text: the same values as sympy gives, and nothing else is ever evaluated."""
+"""Sizes as text: the same values as sympy, and no other text is ever evaluated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors in files: what is read and written, and what each mistake says."""
+"""Tensors in files: reading, writing, and the message for each mistake."""
 
 from __future__ import annotations
 

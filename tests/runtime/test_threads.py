@@ -1,4 +1,4 @@
-"""Threads: every processor by default, the user's settings kept, and in force in the runtime."""
+"""Threads: every processor by default; the user's settings are kept and take effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text from text: pieces as they come, strings that end it, many at once, chats."""
+"""Text from text: streamed pieces, stop strings, batches, chats."""
 
 from __future__ import annotations
 

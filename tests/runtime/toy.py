@@ -1,7 +1,6 @@
-"""A package made by hand: y = x @ w + b and top = the two greatest of y, count = count + 1.
+"""A handmade package: y = x @ w + b + table[ids], top = the two greatest of y, count = count + 1.
 
 x f32[T, 4]   ids i64[T]   w bf16[4, 3]   b f32[3]   table f32[5, 3]   state count f32[1]
-y = x @ w + b + table[ids]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What tests of the systems share: an example as a module, and the record of a compilation."""
+"""Shared by the tests of the systems: an example as a module, and the record of a compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the two surveys share: training compared with eager's, and the kept matrix."""
+"""Shared by the tests of the two surveys: training compared with eager's, and the stored matrix."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""MomentumSMoE: one state edge between consecutive MoE layers, whose update is part of the combine,
-and logits equal to eager's for stacks of heavy ball, of Adam and of robust momentum."""
+"""MomentumSMoE: one state value between consecutive MoE layers, updated by the combine, and eager's
+logits for stacks of heavy ball, Adam and robust momentum."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Uni-MoE: experts that are a frozen FFN with adapters are recognised once the adapters are folded
-into the weights, and give what they give unfolded; experts of a modality are placed on its ranks;
+into the weights, with the same results as unfolded; experts of a modality are placed on its ranks;
 Table 1's parameter counts."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""EWA: the pass average-experts gives one FFN with the mean of the experts' weights; with equal
-experts it is the MoE layer; a step of weight averaging leaves the mean as it is."""
+"""EWA: the pass average-experts makes one FFN with the mean of the experts' weights; for equal
+experts it equals the MoE layer; a step of weight averaging does not change the mean."""
 
 from __future__ import annotations
 

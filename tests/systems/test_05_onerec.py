@@ -1,5 +1,5 @@
-"""OneRec: a decoder of 24 experts compiles for any number of beams, all of whose rows meet in one
-dispatch; beam search writes the codes that eager writes."""
+"""OneRec: a decoder of 24 experts compiles for any number of beams, whose rows share one dispatch;
+beam search generates eager's codes."""
 
 from __future__ import annotations
 

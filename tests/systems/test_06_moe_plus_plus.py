@@ -1,5 +1,5 @@
-"""MoE++: both modes are recognised with all kinds of experts, no row of one without a network is
-dispatched, and results are eager's."""
+"""MoE++: both modes are recognised with all kinds of experts, no row is dispatched to an expert
+without a network, and results equal eager's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Mod-Squad: a task's model has its own gate and the experts that it uses, and gives what the whole
-model gives for the task."""
+"""Mod-Squad: the model of one task has only that task's gate and the experts that it uses, and
+gives the results of the whole model for the task."""
 
 from __future__ import annotations
 

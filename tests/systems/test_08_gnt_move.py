@@ -1,5 +1,5 @@
 """GNT-MOVE: the cosine gate is recognised, the permanent expert is a shared expert with weight one
-half, and colours are eager's with the noise off."""
+half, and colours equal eager's with the noise off."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""SE-MoE: tasks with batches of any sizes share one artifact, whose experts have no limit; devices
-are given to tasks by their loads."""
+"""SE-MoE: tasks with batches of any sizes share one artifact, whose experts have no capacity;
+devices are assigned to tasks by their loads."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """M3-JEPA: stack-then-gather becomes sparse dispatch, the two calls of the connector one block, and
-stored vectors give what the model from end to end gives."""
+stored vectors give the results of the end-to-end model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""RAPHAEL: time- and space-MoE are recognised, their routers leave blocks and step loop, and
-sampled latents are eager's."""
+"""RAPHAEL: time- and space-MoE are recognised, their routers are hoisted out of blocks and the step
+loop, and sampled latents equal eager's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Astrea: four experts of different graphs and output shapes are one node, nothing of the training
-is compiled, and results are eager's."""
+"""Astrea: four experts of different graphs and output shapes are one node, training parts are not
+compiled, and results equal eager's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Z-code M3: random token selection is an explicit op that goes where it cannot bind, pruning is
-masking, and two models' experts stand side by side."""
+"""Z-code M3: random token selection is an explicit op that is removed where it has no effect,
+pruning equals masking, and the experts of two models are combined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FastDiT-3D: one artifact serves 1 % to 100 % of the patches, and sampling is eager's."""
+"""FastDiT-3D: one artifact serves 1 % to 100 % of the patches, and sampling equals eager's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""MJ-VIDEO: the mixture on two levels is one node with one softmax of all aspects; where the prompt
-ends is an input; scores, and the ranks of pairs, are eager's."""
+"""MJ-VIDEO: the mixture on two levels is one node with one softmax over all aspects; the end of the
+prompt is an input; scores and rankings of pairs equal eager's."""
 
 from __future__ import annotations
 

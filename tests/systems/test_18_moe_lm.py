@@ -1,5 +1,5 @@
-"""MoE-LM: heads of all experts are one product, candidates are decoded in one batch, and what the
-manager picks is what eager picks."""
+"""MoE-LM: the heads of all experts are one product, candidates are decoded in one batch, and the
+manager selects as in eager."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ApolloMoE: experts in the last two layers alone; languages as an input force experts."""
+"""ApolloMoE: experts only in the last two layers; languages as an input force experts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""DiT-MoE: the authors' loop over sorted choices is recognised, the shared expert is added where
-rows are combined, and images are sampled as eager samples them."""
+"""DiT-MoE: the authors' loop over sorted choices is recognised, the shared expert is added by the
+combine, and sampled images equal eager's."""
 
 from __future__ import annotations
 

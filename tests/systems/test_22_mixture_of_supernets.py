@@ -1,4 +1,4 @@
-"""Mixture-of-Supernets: once an architecture is chosen, its mixture is one dense layer."""
+"""Mixture-of-Supernets: the mixture of a chosen architecture becomes one dense layer."""
 
 from __future__ import annotations
 

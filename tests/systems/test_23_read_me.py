@@ -1,4 +1,4 @@
-"""Read-ME: one router ahead of all layers, hoisted; caches and batches know what comes."""
+"""Read-ME: one router for all layers, hoisted; caches and batches use its choices in advance."""
 
 from __future__ import annotations
 

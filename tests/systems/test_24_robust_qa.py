@@ -1,5 +1,5 @@
-"""Robust QA: einsums over places in each text become tables, and what dropped rows give, zero or
-what they were, is an attribute."""
+"""Robust QA: einsums over slots per text become tables, and an attribute determines whether dropped
+rows give zero or their input."""
 
 from __future__ import annotations
 

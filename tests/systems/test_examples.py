@@ -1,5 +1,5 @@
-"""Every example of a system runs as a person would run it, in this process; and the page of the
-systems says what the records say."""
+"""Every example of a system runs as from a shell, in this process; the page of the systems matches
+the records."""
 
 from __future__ import annotations
 

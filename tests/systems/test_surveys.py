@@ -1,4 +1,4 @@
-"""The page of the surveys says what their tests kept, and every test that it names exists."""
+"""The page of the surveys matches the tests' records, and every test that it names exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Targets: their names, what they ask of a CPU, and that describing them needs no compiler."""
+"""Targets: their names, their CPU requirements, and that describing them needs no compiler."""
 
 from __future__ import annotations
 

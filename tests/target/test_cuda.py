@@ -1,4 +1,4 @@
-"""GPU targets: their names, which GPU runs which, and what is said where there is none."""
+"""GPU targets: their names, which GPUs run them, and the message if there is none."""
 
 from __future__ import annotations
 

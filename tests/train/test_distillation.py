@@ -1,4 +1,4 @@
-"""Staged distillation: the teacher counts until a step, and then only the targets."""
+"""Staged distillation: the teacher is used until a given step, then only the targets."""
 
 from __future__ import annotations
 

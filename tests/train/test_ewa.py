@@ -1,4 +1,4 @@
-"""moec.train.EWA: experts while a model trains, the model as it was when it is done."""
+"""moec.train.EWA: experts while a model trains, and the original architecture afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MoE++ to train: the loss and the capacities by hand, and a trained layer that compiles."""
+"""Training MoE++: the loss and the capacities by hand, and a trained layer that compiles."""
 
 from __future__ import annotations
 

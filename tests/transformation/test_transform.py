@@ -1,4 +1,4 @@
-"""moec.transform: what passes make of a model, as a module that trains and compiles."""
+"""moec.transform: the result of passes as a module that trains and compiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verification finds what is wrong, and says which part made it wrong."""
+"""Verification finds errors, and names the part that caused them."""
 
 from __future__ import annotations
 

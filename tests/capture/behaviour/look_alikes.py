@@ -1,4 +1,4 @@
-"""A plain top-2 layer with one thing that usual inputs do not show."""
+"""Plain top-2 layers that differ in one thing that usual inputs do not show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MoE layers whose loops read data into Python, in the ways of published code."""
+"""MoE layers whose loops read data into Python, in the style of published code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MoE layers that torch.export refuses, written in ways that research code has."""
+"""MoE layers that torch.export refuses, in the style of research code."""
 
 from __future__ import annotations
 

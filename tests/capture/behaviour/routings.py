@@ -1,6 +1,7 @@
-"""Routings that are no top-k of all tokens: bounds on weights, masses, masks, choices from outside.
+"""Routings other than a top-k per token: bounds on weights, probability masses, masks, external
+choices.
 
-Each is written in two or three ways. Inputs are f32[B, S, WIDTH], and what `inputs` adds.
+Each is written in two or three ways. Inputs are f32[B, S, WIDTH], and those that `inputs` adds.
 """
 
 from __future__ import annotations

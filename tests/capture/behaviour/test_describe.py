@@ -1,4 +1,4 @@
-"""What a user says of a module is proved beside it."""
+"""A user's description of a module is proved against the module."""
 
 from __future__ import annotations
 

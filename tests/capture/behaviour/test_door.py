@@ -1,4 +1,4 @@
-"""Modules that cannot be traced are captured as what they were observed to do."""
+"""Modules that cannot be traced are captured by their observed behaviour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that nearly are what they seem are refined or refused, with words that say why."""
+"""Modules that almost match a hypothesis are refined, or refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of the routing is float32 in a module of 16 bits, where near ties choose other experts."""
+"""Which parts of the routing are float32 in a 16-bit module, where near ties change the choice."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Bounds on weights, masses of probability, padding inside of the routing, choices from outside:
-each is one block, whose router stays the module's own code, and the report says why it does."""
+"""Bounds on weights, probability masses, padding in the routing, external choices: each is one
+block. Its router stays the module's own code, and the report has the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code with branches, and which of them are seen both ways. Loaded alone by other Pythons."""
+"""Code with branches, some of which are taken both ways. Other Pythons load this file alone."""
 
 from __future__ import annotations
 

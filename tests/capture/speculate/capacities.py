@@ -1,6 +1,6 @@
 """Dispatch with a capacity per expert, computed from floats or read from data.
 
-Each function takes a `Layer` and x [B, S, D] and gives y [B, S, D].
+Each function maps a `Layer` and x [B, S, D] to y [B, S, D].
 """
 
 from __future__ import annotations

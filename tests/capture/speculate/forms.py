@@ -1,7 +1,7 @@
-"""Dispatch as people write it where counts, sizes and lists are read into Python.
+"""Dispatch in common forms that read counts, sizes and lists into Python.
 
-Each function takes a `Layer` and x [B, S, D] and gives y [B, S, D]: top-2 of four experts, by the
-spelling that its docstring names.
+Each function maps a `Layer` and x [B, S, D] to y [B, S, D]: top-2 of four experts, in the form that
+its docstring names.
 """
 
 from __future__ import annotations

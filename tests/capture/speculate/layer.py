@@ -1,4 +1,4 @@
-"""The layer whose `form` each test replaces: a router and four experts."""
+"""A layer with a router and four experts, whose `form` each test replaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that nearly do what a capture takes for granted: each must be refused, with its line."""
+"""Modules that violate an assumption of the capture: each must be refused with the user's line."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Dispatch as people write it where ends and starts of sorted rows stay in tensors.
+"""Dispatch in common forms that keep the ends and starts of sorted rows in tensors.
 
-Each function takes a `Layer` and x [B, S, D] and gives y [B, S, D]: top-2 of four experts.
+Each function maps a `Layer` and x [B, S, D] to y [B, S, D]: top-2 of four experts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Spellings of dispatch that torch.export refuses: captured unmodified, and equal to eager."""
+"""Forms of dispatch that torch.export refuses are captured unmodified, and equal eager."""
 
 from __future__ import annotations
 

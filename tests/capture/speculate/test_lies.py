@@ -1,4 +1,4 @@
-"""What is assumed and does not hold, or cannot be proved, is refused with the user's line."""
+"""Assumptions that are false, or cannot be proved, are refused with the user's line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where torch is not what the hooks were written for, capture says so and goes on without them."""
+"""If torch differs from what the hooks expect, capture says so and continues without them."""
 
 from __future__ import annotations
 

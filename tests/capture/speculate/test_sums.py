@@ -1,4 +1,4 @@
-"""Sums of counts follow what tensors do, and come to the same numbers."""
+"""Sums of counts behave like tensors and give the same numbers."""
 
 from __future__ import annotations
 

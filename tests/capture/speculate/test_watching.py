@@ -1,4 +1,4 @@
-"""Which way branches go: on this Python, and on newer ones where they are installed."""
+"""The recorded directions of branches, on this Python and on newer ones if they are installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backends and rules from outside of the package, and the one that makes no code."""
+"""Backends and rules from outside the package, and the backend without code."""
 
 from __future__ import annotations
 

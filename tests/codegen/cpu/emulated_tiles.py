@@ -1,7 +1,7 @@
-"""The products of int8 on AMX's tile registers, on any CPU with AVX512-VNNI.
+"""The int8 products of AMX's tile registers, emulated on CPUs with AVX512-VNNI.
 
-Registers are memory, and instructions functions of LLVM's language that do what the manual says of
-them. All is on the calling thread: products in tests are too small to be shared.
+Registers are memory, and instructions are LLVM functions that follow the manual. All code runs on
+the calling thread: the products of the tests are too small for several threads.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which compiler links: this machine's, or one for the machine of the target."""
+"""The choice of the compiler that links: this machine's, or a cross compiler for the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that kernels bind: hidden from TVM's simplifier, but for those that sizes are made of."""
+"""Numbers that kernels bind are hidden from TVM's simplifier, except those in sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops of little work stay on the calling thread, with the same bits and no second body."""
+"""Loops with little work stay on the calling thread, with the same bits and no second body."""
 
 from __future__ import annotations
 

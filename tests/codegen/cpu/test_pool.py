@@ -1,4 +1,4 @@
-"""The pool of pool.c by itself. Tasks are functions of Python, so that tests decide who is late."""
+"""The thread pool of pool.c alone. Tasks are Python functions, so tests control their timing."""
 
 from __future__ import annotations
 

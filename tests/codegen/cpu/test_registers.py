@@ -1,4 +1,4 @@
-"""Sums stay in registers: a loop that keeps one in memory is as slow as its latency."""
+"""Sums stay in registers: a loop that stores one in memory is bound by memory latency."""
 
 from __future__ import annotations
 

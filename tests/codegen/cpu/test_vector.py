@@ -1,4 +1,4 @@
-"""Vectors: every float type in memory, tails that touch nothing beyond, and the functions."""
+"""Vectors: every float dtype in memory, tails that access nothing beyond, and the functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Appending to a cache on the emulator against the op's own meaning, and planted bugs."""
+"""Appending to a cache on the emulator against the op's reference, and inserted bugs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention on the emulator against torch, under all schedules, and planted bugs."""
+"""Attention on the emulator against torch, under all schedules, and inserted bugs."""
 
 from __future__ import annotations
 

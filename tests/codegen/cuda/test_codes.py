@@ -1,6 +1,6 @@
-"""Products with weights of few bits on the emulator against their meaning in torch.
+"""Products with weights of few bits on the emulator against their reference in torch.
 
-The meaning is in float32 as the kernel is: sums of k products in another order.
+Reference and kernel use float32; their sums of k products have different orders.
 """
 
 from __future__ import annotations

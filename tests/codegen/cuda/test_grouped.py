@@ -1,8 +1,8 @@
 """Grouped products on the emulator against torch: routings, shapes, tails, dtypes, schedules.
 
-Results are rounded once from float32 sums: half a unit in the last place of the result's type,
-and the error of summing k products of |x w| in another order, 2^-24 for each of log2(k) levels at
-best, k at worst.
+Results are rounded once from float32 sums: half a unit in the last place of the result's dtype,
+plus the error of summing k products of |x w| in another order, between 2^-24 * log2(k) at best and
+2^-24 * k at worst.
 """
 
 from __future__ import annotations

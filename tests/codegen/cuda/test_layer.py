@@ -1,4 +1,4 @@
-"""One MoE layer of emulated kernels alone, its router's linear included, against eager PyTorch."""
+"""One MoE layer of emulated kernels only, with its router's linear layer, against eager PyTorch."""
 
 from __future__ import annotations
 

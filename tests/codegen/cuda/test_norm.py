@@ -1,4 +1,4 @@
-"""Norms on the emulator against torch, under all schedules, and planted bugs."""
+"""Norms on the emulator against torch, under all schedules, and inserted bugs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NVRTC in place of nvcc: from wheels, without a toolkit and without a GPU."""
+"""NVRTC instead of nvcc: from wheels, without a toolkit and without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Router, sort and combine on the emulator against their eager meaning in moec.ops."""
+"""Router, sort and combine on the emulator against their eager reference in moec.ops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA C: what changes in a kernel is seen; a kernel needs neither CUDA nor a GPU to be written."""
+"""CUDA C: changes of kernels are visible in it; generating it needs neither CUDA nor a GPU."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What nvcc makes of the kernels, without a GPU: registers, spills, shared memory, instructions.
+"""The machine code of the kernels by nvcc, without a GPU: registers, spills, shared memory,
+instructions.
 
-A spill or a local array that is indexed by a variable goes to local memory, which is as slow as
-any: LDL and STL must not be there.
+Spills, and local arrays indexed by a variable, go to slow local memory: the code must not contain
+LDL or STL.
 """
 
 from __future__ import annotations

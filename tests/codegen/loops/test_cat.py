@@ -1,4 +1,4 @@
-"""Pieces of a cat that are narrower than where another piece is cut in two."""
+"""Pieces of a cat that are narrower than the position at which another piece is split."""
 
 from __future__ import annotations
 

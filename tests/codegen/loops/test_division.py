@@ -1,5 +1,5 @@
-"""Division of whole numbers: as eager's where it has an answer, and never a trap where it has none
-(by 0, and of the least number by -1), which would end the process."""
+"""Division of integers: like eager's where it is defined, and never a trap where it is not (by 0,
+and the least integer by -1), since a trap would end the process."""
 
 from __future__ import annotations
 

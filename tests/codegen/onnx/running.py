@@ -1,4 +1,4 @@
-"""Graphs and modules in ONNX Runtime, for the tests of this folder."""
+"""Runs graphs and modules in ONNX Runtime, for the tests of this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MoE block in ONNX Runtime: any routing, no expert on rows that did not choose it."""
+"""The MoE block in ONNX Runtime: any routing, and each expert only runs on rows that chose it."""
 
 from __future__ import annotations
 

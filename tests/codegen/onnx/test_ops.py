@@ -1,4 +1,4 @@
-"""ATen ops in ONNX Runtime against torch: the cases of the CPU kernels, and what is refused."""
+"""ATen ops in ONNX Runtime against torch: the cases of the CPU kernels, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts in few bits in ONNX Runtime: as QMoE, and as sorted rows with a product an expert."""
+"""Experts of few bits in ONNX Runtime: as QMoE, and as sorted rows with a product per expert."""
 
 from __future__ import annotations
 

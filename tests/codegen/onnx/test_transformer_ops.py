@@ -1,4 +1,4 @@
-"""nn.attention, norms and nn.rotary against their meaning, fused and written out."""
+"""nn.attention, norms and nn.rotary against their reference, fused and as separate ops."""
 
 from __future__ import annotations
 

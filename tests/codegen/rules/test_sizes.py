@@ -1,4 +1,4 @@
-"""Numbers that a model reads from its data."""
+"""Sizes that a model reads from its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of kernels: no bit depends on them, noise chooses none, a damaged cache none either."""
+"""Tuning values: no bit depends on them, and neither noise nor a damaged cache selects any."""
 
 from __future__ import annotations
 

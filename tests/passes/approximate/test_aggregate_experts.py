@@ -1,4 +1,4 @@
-"""aggregate-experts: the union of two models' experts, as one model would have them."""
+"""aggregate-experts: the experts of two models, as one model would have them."""
 
 from __future__ import annotations
 

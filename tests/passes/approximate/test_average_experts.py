@@ -1,4 +1,4 @@
-"""average-experts: one dense layer for all experts, exact where they agree."""
+"""average-experts: one dense layer for all experts, exact if they are equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compress-experts: ternary weights and weights of two bits, fitted to what experts see."""
+"""compress-experts: ternary weights and weights of two bits, fitted to the experts' inputs."""
 
 from __future__ import annotations
 

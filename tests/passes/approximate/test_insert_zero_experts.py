@@ -1,4 +1,4 @@
-"""insert-zero-experts: neutral columns change no bit, calibrated stand-ins stay in the budget."""
+"""insert-zero-experts: neutral columns change no bit, calibrated experts stay in the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""keep-used: the experts of one task, by a table or by the data."""
+"""keep-used: the experts of one task, from a table or from data."""
 
 from __future__ import annotations
 

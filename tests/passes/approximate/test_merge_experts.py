@@ -1,4 +1,4 @@
-"""merge-experts: clusters by outputs, neurons in one order, routing mass kept."""
+"""merge-experts: clusters by outputs, aligned neurons, preserved routing mass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prune-experts: fewer experts, the numbers of a router whose other columns are masked."""
+"""prune-experts: fewer experts, with the results of a router with masked columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which experts prune-experts keeps: by what they are worth, in a layer or in all."""
+"""The experts that prune-experts keeps, by worth, per layer or over all layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tune-grids: the numbers of compressed experts, trained for what the whole model gives."""
+"""tune-grids: the grids of compressed experts, trained on the outputs of the whole model."""
 
 from __future__ import annotations
 

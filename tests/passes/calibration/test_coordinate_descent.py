@@ -1,4 +1,4 @@
-"""Descent over codes: never worse than what it is given, and no single code that still helps."""
+"""Coordinate descent over codes never increases the error, and ends at a local minimum."""
 
 from __future__ import annotations
 

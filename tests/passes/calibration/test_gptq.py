@@ -1,4 +1,4 @@
-"""GPTQ: against the plain form of its recursion, and where there is nothing to solve with."""
+"""GPTQ against the plain form of its recursion, and for singular Hessians."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes that change the model: asked for, measured, within a budget, and compiled strictly."""
+"""Approximate passes: on request, measured, within a budget, and strict compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys that are turned on their way into the cache; those that cannot be stay, with a reason."""
+"""Keys rotated as they are written to the cache; others stay, with a reason."""
 
 from __future__ import annotations
 

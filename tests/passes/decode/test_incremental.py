@@ -1,4 +1,4 @@
-"""Tokens in pieces: the step of a small causal model, and why some models have none."""
+"""Tokens in chunks: the decode step of a small causal model, and why other models have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The keys and values before as inputs: pieces and padding give what the whole text gives."""
+"""Past keys and values as inputs: chunks and padding give the results of the whole text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dense passes find in each Hugging Face family, and that they keep its numbers."""
+"""The matches of the dense passes in each Hugging Face family, and unchanged results."""
 
 from __future__ import annotations
 

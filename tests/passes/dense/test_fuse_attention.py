@@ -1,4 +1,4 @@
-"""Attention in every spelling becomes nn.attention; what it cannot say stays, with a reason."""
+"""Every form of attention becomes nn.attention; unsupported ones stay, with a reason."""
 
 from __future__ import annotations
 

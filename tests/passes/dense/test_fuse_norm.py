@@ -1,4 +1,4 @@
-"""Norms as people write them become nn.rms_norm; what is not one stays, with a reason."""
+"""Norms in common forms become nn.rms_norm; other ops stay, with a reason."""
 
 from __future__ import annotations
 

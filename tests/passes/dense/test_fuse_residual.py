@@ -1,4 +1,4 @@
-"""A residual and the norm of the sum become nn.add_norm; what is not both stays, with a reason."""
+"""A residual and the norm of the sum become nn.add_norm; other ops stay, with a reason."""
 
 from __future__ import annotations
 

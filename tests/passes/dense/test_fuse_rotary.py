@@ -1,4 +1,4 @@
-"""Rotary embedding in each spelling becomes nn.rotary; what only resembles it stays."""
+"""Each form of rotary embedding becomes nn.rotary; look-alikes stay."""
 
 from __future__ import annotations
 

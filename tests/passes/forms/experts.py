@@ -1,4 +1,4 @@
-"""Experts in the forms in which people write them: rows [R, D] -> rows [R, D]."""
+"""Experts in common forms: rows [R, D] -> rows [R, D]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that look like MoE and are no block, or none that moe.* can say: x[T, D] -> y[T, D]."""
+"""Layers that look like MoE but are no block, or none that moe.* supports: x[T, D] -> y[T, D]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routers in the forms in which people write them.
+"""Routers in common forms.
 
 logits [T, E] -> weights [T, k], experts [T, k]
 """

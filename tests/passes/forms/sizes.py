@@ -1,3 +1,3 @@
-"""D model width, H hidden width, E experts, K choices a token."""
+"""D model width, H hidden width, E experts, K choices per token."""
 
 D, H, E, K = 8, 16, 4, 2

@@ -1,4 +1,4 @@
-"""Convolutions become linear layers: kernels side by side, kernels that overlap, any axes."""
+"""Convolutions become linear layers: disjoint and overlapping kernels, any number of axes."""
 
 from __future__ import annotations
 

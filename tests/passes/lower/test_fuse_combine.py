@@ -1,4 +1,4 @@
-"""The last product and the sum over choices become one op, where that is what they are."""
+"""The last product and the sum over choices become one op, if the ops match."""
 
 from __future__ import annotations
 

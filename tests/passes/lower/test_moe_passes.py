@@ -1,6 +1,6 @@
-"""From recognised blocks to grouped kernels: what each pass makes, declines, and that it is exact.
+"""From recognised blocks to grouped kernels: each pass's result, refusals, and exactness.
 
-One layer with everything in it, as recognition leaves it; each pass's text is a golden file.
+One layer with all features, as recognition returns it; the result of each pass is a golden file.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Attention of a degree: ranks that share heads compute what one process computes, with caches and
-without; what cannot be cut stays model, with the reason."""
+"""Attention of a degree: ranks that split heads compute the results of one process, with and
+without caches. Attention that cannot be split is not changed, with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""plan-parallelism: the ranks together compute what the model computes, in every form."""
+"""plan-parallelism: the ranks together compute the results of the model, in every form."""
 
 from __future__ import annotations
 

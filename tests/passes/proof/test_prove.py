@@ -1,4 +1,4 @@
-"""A proof must reach the sizes at which a fixed limit binds."""
+"""A proof must include sizes at which a fixed limit is reached."""
 
 from dataclasses import replace
 

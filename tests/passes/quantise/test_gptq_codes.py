@@ -1,4 +1,4 @@
-"""Codes chosen on calibration data: better than the nearest where they count, and counted."""
+"""Codes chosen on calibration data: smaller errors than rounding to nearest, and their report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights of experts in few bits: what the pass makes, declines, and leaves as it is."""
+"""The weights of experts in few bits: results of the pass, refusals, unchanged ops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers in few bits: which are rounded, what they then mean, and which are left alone."""
+"""Linear layers in few bits: which are rounded, their results, and which are unchanged."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Experts that take a limited number of rows, counted for each text or in a random order: the
-einsums over places are gone, and dropped choices are those of weight zero."""
+"""Experts with a limited number of rows, counted per text or in a random order: the einsums over
+slots are removed, and dropped choices have a weight of zero."""
 
 from __future__ import annotations
 

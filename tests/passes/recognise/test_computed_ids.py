@@ -1,4 +1,4 @@
-"""Ids that no choice gives: a one-hot mask that is read as the ids of k = E experts."""
+"""Ids that no op chooses: a one-hot mask used as the ids of k = E experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A router whose last choice an input of the model replaces is moe.route with moe.force."""
+"""A router whose last choice may be replaced by an input of the model: moe.route with moe.force."""
 
 from __future__ import annotations
 

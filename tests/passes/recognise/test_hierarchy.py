@@ -1,4 +1,4 @@
-"""Gates at two levels over the columns of one value are one node, and one softmax when lowered."""
+"""Gates at two levels over the columns of one value are one node, lowered to one softmax."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts of different kinds that a softmax weighs are one node, and are written out again."""
+"""Experts of different kinds weighted by a softmax are one node, and are expanded again later."""
 
 from __future__ import annotations
 

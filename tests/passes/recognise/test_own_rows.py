@@ -1,4 +1,4 @@
-"""Experts whose rows are their own by place, such as tokens that they choose; other choices."""
+"""Experts determined by the position of rows, such as tokens chosen by experts; other choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops in which experts write rows back, in the spellings of people's own modules."""
+"""Loops in which experts write rows back, in the forms of users' modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A choice for several rows: all pixels of a picture go to one expert."""
+"""One choice for several rows: all pixels of an image go to one expert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts of slots, which are weighed sums of all tokens, are one node; look-alikes are not."""
+"""Experts of slots, which are weighted sums of all tokens, are one node; look-alikes are not."""
 
 from __future__ import annotations
 

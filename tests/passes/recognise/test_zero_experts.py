@@ -1,4 +1,4 @@
-"""MoE++ layers of a user's own: recognised with their routers and gating residuals, and right."""
+"""MoE++ layers in a user's module: recognised with routers and gating residuals, and correct."""
 
 from __future__ import annotations
 

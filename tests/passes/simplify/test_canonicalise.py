@@ -1,4 +1,4 @@
-"""One spelling per idea."""
+"""Equivalent ops get one form."""
 
 import pytest
 import torch

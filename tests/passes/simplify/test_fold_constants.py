@@ -1,4 +1,4 @@
-"""What depends on weights alone becomes a weight, where that costs little."""
+"""Values that depend on weights alone become weights, if that costs little memory."""
 
 import torch
 

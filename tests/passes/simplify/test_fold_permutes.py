@@ -1,4 +1,4 @@
-"""Permutations around attention become its layout; those that others read stay, with a reason."""
+"""Permutations around attention become its layout; those with other readers stay, with a reason."""
 
 from __future__ import annotations
 

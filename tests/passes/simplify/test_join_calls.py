@@ -1,4 +1,4 @@
-"""Two calls of one bank of experts become one block over the rows of both."""
+"""Two calls of the same experts become one block over the rows of both."""
 
 from __future__ import annotations
 

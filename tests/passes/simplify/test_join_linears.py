@@ -1,4 +1,4 @@
-"""join-linears: layers that read one value become one layer, and its parts."""
+"""join-linears: layers that read one value become one layer and slices of its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A selection of everything is nothing; any other selection stays."""
+"""A selection of all elements is removed; any other selection stays."""
 
 from __future__ import annotations
 

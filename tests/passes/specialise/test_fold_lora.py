@@ -1,4 +1,4 @@
-"""fold-lora: adapters become part of the weights, and experts made of them are recognised."""
+"""fold-lora: adapters are merged into the weights, and experts with adapters are recognised."""
 
 from __future__ import annotations
 

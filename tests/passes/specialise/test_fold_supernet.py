@@ -1,4 +1,4 @@
-"""fold-supernet: mixtures of weights become the weight of the architecture that was chosen."""
+"""fold-supernet: mixtures of weights become the weight of the chosen architecture."""
 
 from __future__ import annotations
 

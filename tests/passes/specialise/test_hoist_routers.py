@@ -1,4 +1,4 @@
-"""hoist-routers: which routers may leave their layers, and that the parts give the whole."""
+"""hoist-routers: which routers can be hoisted, and that the parts give the results of the whole."""
 
 from __future__ import annotations
 

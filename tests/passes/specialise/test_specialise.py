@@ -1,4 +1,4 @@
-"""specialise: inputs that are constants, and the experts that are then out of reach."""
+"""specialise: constant inputs, and the experts that become unreachable."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Whole models for GPUs: all families become CUDA C, and four of them run, emulated; two of these
-continue text too."""
+"""Whole models for GPUs: all families become CUDA C. Four of them run on the emulator, and two of
+these also generate text."""
 
 from __future__ import annotations
 

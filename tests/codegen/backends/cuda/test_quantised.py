@@ -1,4 +1,4 @@
-"""Layers with experts of few bits, on emulated GPUs: equal to what their graph means."""
+"""Layers with experts of few bits on emulated GPUs equal the interpreted graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which CUDA kernel takes an op, and in words why none does."""
+"""Which CUDA kernel an op gets, and the reason if it gets none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys and values of new tokens, written into a cache in place."""
+"""Keys and values of new tokens are written to a cache in place."""
 
 from __future__ import annotations
 

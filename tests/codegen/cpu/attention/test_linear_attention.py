@@ -1,4 +1,4 @@
-"""The kernel of linear attention against its meaning, for each kind of decay."""
+"""The kernel of linear attention against the reference, for each kind of decay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products with compressed weights against their meaning, on every target, with any routing."""
+"""Products with compressed weights against the reference, on every target, with any routing."""
 
 from __future__ import annotations
 

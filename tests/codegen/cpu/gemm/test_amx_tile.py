@@ -1,8 +1,8 @@
 """Products on tile registers: every number of rows, gathered or not, tails of columns.
 
-Tolerances: a sum of K products of bf16 in float32, in any order, errs by less than (K + 2) half
-units in the last place of the sum of magnitudes; then the result is rounded. The unit takes
-subnormal numbers for 0, which those sums do not see.
+Tolerances: a sum of K products of bf16 in float32, in any order, has an error of less than (K + 2)
+half units in the last place of the sum of magnitudes; then the result is rounded. The unit flushes
+subnormal numbers to 0, which does not affect these sums.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packing: the place of every weight, padding, and the views it must read where they are."""
+"""Packing: the position of every weight, padding, and views that must be read without a copy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that are asked for ahead: all of them, and each step about as many."""
+"""Prefetching covers all weights, with about equally many in each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How rows fall into blocks: all of them once, and none in a shorter block without need."""
+"""The partition of rows into blocks: each row once, and no shorter block than needed."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Few bits on tile registers: to the bit what the register tile of dot products gives.
+"""Few bits on tile registers: the same bits as the register tile of dot products.
 
-That one is compared with the meaning in test_grouped.py; integers are exact, and floats are
-added in the same order, so nothing but equality will do. Where a CPU has no tile registers, they
-are emulated.
+test_grouped.py compares the latter with the reference. Integers are exact, and floats are added in
+the same order, so the results must be equal. On a CPU without tile registers, they are emulated.
 """
 
 from __future__ import annotations

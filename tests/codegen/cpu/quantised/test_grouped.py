@@ -1,4 +1,4 @@
-"""Products with weights of few bits against their meaning, on every target, with any routing."""
+"""Products with weights of few bits against the reference, on every target, with any routing."""
 
 from __future__ import annotations
 

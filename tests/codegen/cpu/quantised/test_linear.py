@@ -1,4 +1,4 @@
-"""Linear layers with weights of few bits, from the op to the kernel, against their meaning."""
+"""Linear layers with weights of few bits, from the op to the kernel, against the reference."""
 
 from __future__ import annotations
 

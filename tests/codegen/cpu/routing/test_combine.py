@@ -1,4 +1,4 @@
-"""Bringing rows back: order of the sum, choices of nobody, widths with tails, every type."""
+"""The combine: summation order, choices without an expert, widths with tails, every dtype."""
 
 from __future__ import annotations
 

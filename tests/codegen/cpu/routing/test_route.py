@@ -1,4 +1,4 @@
-"""The route and gate kernels against their eager meaning in moec.ops."""
+"""The route and gate kernels against their eager reference in moec.ops."""
 
 from __future__ import annotations
 

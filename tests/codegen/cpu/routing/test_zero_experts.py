@@ -1,4 +1,4 @@
-"""Experts without a network: every kind, types, tails, tokens that chose none of them."""
+"""Experts without a network: every kind, dtypes, tails, tokens that chose none of them."""
 
 from __future__ import annotations
 

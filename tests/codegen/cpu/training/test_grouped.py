@@ -1,4 +1,4 @@
-"""Products with weights as they lie, and their gradients, on any routing and target."""
+"""Products with unpacked weights, and their gradients, for any routing and target."""
 
 from __future__ import annotations
 
