@@ -230,7 +230,7 @@ def _compared(
         if content.caches:
             cases = kv_cache.cases(program, [ids for (ids,) in cases])
         parity = routing_parity(lowered, program, traced, cases)
-    notes = exported.notes + checked.skipped
+    notes = exported.notes + checked.notes
     if profile.name == "cuda":
         notes += ("made for CUDA, and run on the CPU: no CUDA kernel was tried",)
     return replace(

@@ -200,7 +200,7 @@ class CompiledModel:
             notes += tuple(f"on a GPU {r[1]} of {r[0]}: {r[2]}" for r in self.for_gpu.refusals)
         notes += (*unquantised_lines(self.pass_results), *without_effect(self.pass_results))
         if checked:
-            notes += checked.skipped
+            notes += checked.notes
         if checked and any(
             pass_result.kind is Kind.CHANGES and pass_result.rewrites
             for pass_result in self.pass_results

@@ -37,7 +37,8 @@ class Checked:
     `errors` has the greatest error of each output; `strays` is the number of the `rows` with a
     greater error than `tolerance` (allowed in 16 bits only, see `moec.interpret.tolerance.STRAYS`);
     `ties` is the number of rows that differ from eager's only in the choice among equal values (see
-    `moec.verify.stable_topk`). `skipped` has a sentence for each case in which the module fails.
+    `moec.verify.stable_topk`). `notes` has a sentence for each case in which the module fails,
+    and one where the module itself gives NaN.
     `moved` is the distance of quantised outputs from the exact ones; `errors` are then relative to
     the quantised graph.
     """
@@ -47,7 +48,7 @@ class Checked:
     strays: int = 0
     rows: int = 0
     ties: int = 0
-    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     moved: tuple[MovedLine, ...] = ()
 
 
@@ -148,7 +149,11 @@ def _check(
         right_by = None
     if right_by is None:
         error, name, case = farthest
-        _check_no_nan(captured.program, answers)
+        if reason := _nan_of_eager(captured.program, answers):
+            raise VerificationError(
+                f"{reason}, so that there is nothing to compare with: mend the model, or compile "
+                "it with verify=False (--verify off)"
+            )
         culprit = first_bad_pass(criterion, answers, pass_results)
         raise VerificationError(
             f"{name} differs from eager by {error:.1e} of its greatest value, allowed are "
@@ -161,11 +166,16 @@ def _check(
         for item in right_by:
             name = _name(names, item)
             worst[name] = max(worst[name], *nearest_errors(item).tolist(), 0.0)
-    return Checked(worst, criterion.limit, strays, rows, ties, skipped)
+    reason = _nan_of_eager(captured.program, answers)
+    notes = (*skipped, *([reason] if reason else []))
+    return Checked(worst, criterion.limit, strays, rows, ties, notes)
 
 
-def _check_no_nan(program: Program, answers: Sequence[Reference]) -> None:
-    """Raises VerificationError where eager itself returns NaN, which code may have elsewhere."""
+def _nan_of_eager(program: Program, answers: Sequence[Reference]) -> str:
+    """A sentence where eager itself returns NaN, which code may have elsewhere; otherwise "".
+
+    It names the first weight that holds NaN or infinity.
+    """
     for case, expected in answers:
         outputs = (tensor for tensor in expected if tensor.is_floating_point())
         if not any(tensor.isnan().any() for tensor in outputs):
@@ -176,10 +186,8 @@ def _check_no_nan(program: Program, answers: Sequence[Reference]) -> None:
             if tensor.is_floating_point() and not tensor.isfinite().all()
         ]
         cause = f": its weight {weights[0]} holds NaN or infinity" if weights else ""
-        raise VerificationError(
-            f"the model itself gives NaN (inputs {shapes(case)}){cause}, so that there is nothing "
-            "to compare with: mend the model, or compile it with verify=False (--verify off)"
-        )
+        return f"the model itself gives NaN (inputs {shapes(case)}){cause}"
+    return ""
 
 
 def _name(names: Sequence[str], item: Comparison) -> str:

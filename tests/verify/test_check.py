@@ -155,7 +155,7 @@ class Positions(nn.Module):
 def test_sizes_that_the_module_refuses_are_left_out_and_said() -> None:
     compiled = moec.compile(Positions(), (x,))
     assert compiled.checked is not None
-    (report,) = compiled.checked.skipped
+    (report,) = compiled.checked.notes
     assert report.startswith("inputs (19, 8) were not compared: the model fails: ")
     assert report in compiled.report().notes
 
@@ -247,3 +247,12 @@ def test_a_model_that_gives_nan_itself_is_named_first() -> None:
 
     with pytest.raises(VerificationError, match=r"gives NaN .*: its weight 0\.weight holds NaN"):
         check(captured, run, [])
+
+
+def test_a_model_that_gives_nan_in_the_same_entries_has_a_note() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].weight[1, 2] = float("nan")
+    report = str(moec.compile(model, (torch.randn(3, 4),)).report())
+    assert "note: the model itself gives NaN" in report
+    assert "its weight 0.weight holds NaN or infinity" in report
