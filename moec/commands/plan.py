@@ -99,16 +99,22 @@ def command(
     import msgspec
 
     from moec.plan import text
+    from moec.plan.heat_map import check_picture_name
     from moec.plan.model import read_model
     from moec.plan.plan import read_plan, write_plan
 
     for path in (output, placement, picture, measure):
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it")
+    if picture:
+        check_picture_name(picture)
+    compared = read_plan(other) if other else None
     machine = cluster_of(cluster, measure, nproc)
     work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
     planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare))
     plan = planner.best_uniform() if uniform else planner.best()
+    if explain is not None and explain >= len(plan.layers):
+        raise UsageError(f"--explain {explain}: the model has {len(plan.layers)} layers")
     if output:
         write_plan(plan, output)
     if placement:
@@ -121,15 +127,13 @@ def command(
         )
         return
     if explain is not None:
-        if explain >= len(plan.layers):
-            raise UsageError(f"--explain {explain}: the model has {len(plan.layers)} layers")
         options = planner.candidates[explain]
         echo(text.explain(plan.layers[explain], options, plan.memory_limit), nl=False)
         return
     echo(text.show(plan), nl=False)
-    if other:
+    if compared:
         click.echo()
-        echo(text.compare(plan, read_plan(other), ("this plan", str(other))), nl=False)
+        echo(text.compare(plan, compared, ("this plan", str(other))), nl=False)
     for path in (output, placement, picture, measure):
         if path:
             echo(f"wrote {path}")

@@ -75,12 +75,17 @@ def _colour(ratio: float) -> str:
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
+def check_picture_name(path: Path) -> None:
+    """Raises UsageError for a name that ends in neither .svg nor .html."""
+    if path.suffix not in (".svg", ".html"):
+        raise UsageError(f"{path}: a picture ends in .svg or .html")
+
+
 def save_picture(svg: str, path: Path, title: str) -> None:
     """Write the picture to `path`. Raises UsageError unless its name ends in .svg or .html."""
+    check_picture_name(path)
     if path.suffix == ".svg":
         path.write_text(svg)
-    elif path.suffix == ".html":
+    else:
         head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         path.write_text(f'{head}<body style="margin:2em">\n{svg}</body>\n')
-    else:
-        raise UsageError(f"{path}: a picture ends in .svg or .html")

@@ -91,12 +91,15 @@ def test_json_and_explanation(model: str) -> None:
         (["--cluster", "h100-8", "--compute", "int8"], "has no FLOP/s of int8"),
         (["--cluster", "h100-8", "--trace", "no.npz"], "no.npz does not exist"),
         (["--cluster", "h100-8", "--picture", "p.png"], "a picture ends in .svg or .html"),
+        (["--cluster", "h100-8", "--compare", "no.json"], "no.json"),
     ],
 )
-def test_refusals(model: str, arguments: list[str], message: str) -> None:
-    result = run("plan", model, *arguments)
+def test_refusals(model: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    output = tmp_path / "plan.json"
+    result = run("plan", model, *arguments, "-o", str(output))
     assert result.exit_code == 1, result.output
     assert message in result.stderr
+    assert not output.exists()
 
 
 def test_a_trace_of_another_model(trace: str) -> None:
