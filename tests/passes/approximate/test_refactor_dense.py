@@ -92,7 +92,9 @@ def test_one_router_comes_before_all_layers():
 
 def test_the_router_is_a_function_of_tokens_alone_and_gives_the_same_bits():
     changed = change(program(3)).program
-    lowered = run(changed, choose(2, "+hoist-routers")[-14:], stage=Stage.MOE)[-1].program
+    passes = choose(2, "+hoist-routers")
+    first = [each.name for each in passes].index("fold-addend")
+    lowered = run(changed, passes[first:], stage=Stage.MOE)[-1].program
     assert [op.name for op in lowered.graph.ops].count("moe.sort") == 1
     parts = split(lowered)
     assert [v.name for v in parts.route.graph.inputs] == ["ids"]
