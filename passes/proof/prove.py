@@ -146,6 +146,8 @@ class Prover:
                 if left not in self.runs:
                     cases = self._cases(before, feeds, counts, bind, decisions)
                     self.runs[left] = Cases(cases)
+                if decisions:  # one outcome refuses every replacement, and is the reason to report
+                    list(self.runs[left])
                 for case in self.runs[left]:
                     self._compare(case, before, after, compare or compare_results)
                 self.verdicts[key] = ""
