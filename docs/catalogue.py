@@ -1,4 +1,4 @@
-"""docs/ops.md and docs/passes.md, from the tables of ops and passes.
+"""Writes docs/ops.md and docs/passes.md from the tables of ops and passes.
 
 python -m docs.catalogue
 """
@@ -37,7 +37,7 @@ def family(name: str) -> str:
 
 
 def ops_page() -> str:
-    """One section a family of ops, with the docstring of each op's meaning."""
+    """One section per family of ops, with the docstring of each op's reference."""
     return "\n\n".join(_ops()) + "\n"
 
 
@@ -72,7 +72,7 @@ def _order(name: str) -> tuple[int, str]:
 
 
 def passes_page() -> str:
-    """The passes in the order in which they first run, then those that run when asked for."""
+    """The passes in the order in which they first run, then those that run only on request."""
     return "\n\n".join(_passes()) + "\n"
 
 
@@ -124,7 +124,7 @@ def _defaults() -> Iterator[Any]:
 
 
 def _file(module: str) -> str:
-    """moec.passes.core.x -> passes/core/x.py: the folders as they lie in the repository."""
+    """moec.passes.core.x -> passes/core/x.py: the path in the repository."""
     parts = module.split(".")
     linked = len(parts) > 1 and parts[1] in ("passes", "codegen", "runtime")
     return "/".join(parts[1:] if linked else parts) + ".py"

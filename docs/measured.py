@@ -1,6 +1,6 @@
-"""The papers' headline figures beside what our benchmarks measured, for docs/systems.md.
+"""The papers' headline figures next to our benchmarks' measurements, for docs/systems.md.
 
-Each is the same quantity as the paper's. A figure that a test can count is in the system's record
+Each is the same quantity as the paper's. Figures that a test can count are in the system's record
 (tests/systems); these need a machine or many seeds, and come from benchmarks/results/.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from benchmarks.records import Cell, Record, newest, read_records
 
 PREFERRED = "AMD EPYC, Zen 4"
-"""Of several machines the one whose record is shown; docs/benchmarks.md has all."""
+"""The machine whose records are shown if there are several; docs/benchmarks.md has all of them."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One quantity as counted or measured here, and as the paper has it."""
+    """One quantity as counted or measured here, and as published."""
 
     quantity: str
     ours: str
@@ -37,7 +37,7 @@ def measured() -> Mapping[int, tuple[Figure, ...]]:
 
 
 def of(records: Iterable[Record], claim: str) -> list[Record]:
-    """The newest record of each case, of one machine."""
+    """The newest record of each case, from one machine."""
     cases: dict[str, Record] = {}
     for record in newest(r for r in records if r.claim == claim):
         if record.case not in cases or record.machine == PREFERRED:
@@ -91,7 +91,7 @@ PAPER_HITS = {
     3: "50.14, 52.42, 61.82 %",
     4: "67.52, 66.95, 77.21 %",
 }
-"""Table 4 of arXiv 2410.19123, of seven experts: random, LRU, Belady."""
+"""Table 4 of arXiv 2410.19123, for seven experts: random, LRU, Belady."""
 
 
 def caches(records: Iterable[Record]) -> Iterator[Figure]:

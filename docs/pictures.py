@@ -1,4 +1,4 @@
-"""docs/images/pipeline.svg, drawn from the tables of moec/pipeline.py.
+"""Draws docs/images/pipeline.svg from the tables of moec/pipeline.py.
 
 python -m docs.pictures
 """
@@ -30,7 +30,7 @@ class Column:
 
 
 def columns() -> tuple[Column, ...]:
-    """The way of a model, left to right, then the second row."""
+    """The stages of a model, left to right, then the second row."""
     return (
         Column("capture", "module, checkpoint", _plain(("torch.export", "assumptions proved"))),
         Column(
@@ -56,12 +56,12 @@ def _plain(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _phase(phase: pipeline.Phase) -> Iterator[tuple[str, str]]:
-    """The passes in their order, in the colours of their levels."""
+    """The passes in order, in the colours of their levels."""
     yield from ((pass_.name, COLOURS[level]) for level, pass_ in phase.leveled)
 
 
 def _opt_in(stage: Stage) -> Iterator[tuple[str, str]]:
-    """The passes that run only when asked for; approximate ones take recognised blocks."""
+    """The passes that run only on request; approximate ones take recognised blocks."""
     for kind in pipeline.OPT_IN:
         if getattr(kind, "takes", Stage.MOE) is stage:
             yield str(kind.name), ASKED

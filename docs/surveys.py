@@ -1,10 +1,11 @@
-"""docs/surveys.md: the matrices of the two surveys among the systems, from what their tests kept.
+"""Writes docs/surveys.md: the matrices of the two surveys among the systems, from their tests'
+records.
 
 python -m docs.surveys
 
-tests/systems/test_10_… and test_15_… write a file each (tests/golden/systems/survey_NN.json,
-`--update-golden`): every cell names the test that passes, or says why there is no support. The same
-list parametrises those tests, so that a cell without its test cannot be written.
+tests/systems/test_10_… and test_15_… each write a file (tests/golden/systems/survey_NN.json,
+`--update-golden`). Every cell names the test that passes, or the reason why it is not supported.
+The same list parametrises the tests, so a cell without a test cannot be written.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ where it is trained, or says that there is no support, and why.
 
 @dataclass(frozen=True)
 class Cell:
-    """`line` and `column` of a matrix; `test` is the name of a test in the survey's file, with its
-    parameters; `unsupported` the reason where that test asserts that moec does nothing."""
+    """`line` and `column` are those of a matrix. `test` is the name of a test in the survey's file,
+    with its parameters. `unsupported` is the reason, if that test asserts that moec does
+    nothing."""
 
     line: str
     column: str
@@ -63,7 +65,7 @@ def parse(text: str) -> Survey:
 
 
 def read() -> list[Survey]:
-    """In the order of their numbers."""
+    """The surveys in the order of their numbers."""
     return [
         parse(path.read_text(encoding="utf-8")) for path in sorted(RECORDS.glob("survey_*.json"))
     ]

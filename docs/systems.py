@@ -1,9 +1,10 @@
-"""docs/systems.md from what the tests of the systems recorded and the benchmark measured.
+"""Writes docs/systems.md from the records of the systems' tests and from the benchmark's
+measurements.
 
 python -m docs.systems
 
-tests/systems/ writes a record a system (tests/golden/systems/NN.json, `--update-golden`), and fails
-where a record no longer says what happens. benchmarks/systems.py measures the times.
+tests/systems/ writes a record per system (tests/golden/systems/NN.json, `--update-golden`), and
+fails if a record is out of date. benchmarks/systems.py measures the times.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ Process = Literal["autoregressive", "diffusion", "hybrid", "encoder", "survey"]
 
 @dataclass(frozen=True)
 class Source:
-    """What a system is: written by its test, the rest of a record follows from the compilation.
+    """The description of a system, written by its test; the rest of a record follows from the
+    compilation.
 
-    `adds` says what moec does for it, in one sentence or two. `process` and `modalities` are the
-    axes of the surveys; `trained` whether a test trains a part of it.
+    `adds` describes in one or two sentences what moec does for it. `process` and `modalities` are
+    the axes of the surveys; `trained` is whether a test trains a part of it.
     """
 
     number: int
@@ -67,8 +69,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Record:
-    """`blocks` and `passes` are what recognition and the pipeline made of the small model, `bytes`
-    the size of its weights; `missing` what is not recognised or not supported, with the reason."""
+    """`blocks` and `passes` are the recognised blocks and the passes of the small model, `bytes`
+    the size of its weights; `missing` lists what is not recognised or not supported, with the
+    reason."""
 
     source: Source
     captured: str
@@ -100,7 +103,7 @@ def read() -> list[Record]:
 
 
 def times() -> dict[int, tuple[str, Mapping[str, Cell]]]:
-    """The newest row of each system, by its number, with the machine of it."""
+    """The newest row of each system, by its number, with its machine."""
     rows = {}
     for record in newest(r for r in read_records() if r.claim == CLAIM):
         for row in record.rows:
@@ -152,7 +155,7 @@ def _speed(row: tuple[str, Mapping[str, Cell]] | None) -> str:
 
 
 def anchor(source: Source) -> str:
-    """As the headings' own: lower case, spaces as hyphens, other signs left out."""
+    """The anchor of a heading: lower case, spaces as hyphens, other punctuation removed."""
     title = f"{source.number} {source.title}".lower()
     return "-".join("".join(c for c in title if c.isalnum() or c in " -").split())
 

@@ -39,7 +39,7 @@ class Exportable(Protocol):
 def linked(built: Exportable, target: CpuTarget) -> bytes:
     """The bytes of the shared library of a module that was compiled for `target`.
 
-    Raises TargetError where no C compiler links for the target, or it fails.
+    Raises TargetError if no C compiler links for the target, or it fails.
     """
     command = linker_for(target)
 
@@ -93,7 +93,7 @@ def linker(
     """The linker's command: for this machine $CC, or the first compiler found; for another machine,
     given by an LLVM `triple`, its GCC or zig.
 
-    Raises TargetError where there is none, or $CC does not exist.
+    Raises TargetError if there is none, or $CC does not exist.
     """
     machine = triple.partition("-")[0]
     native = machine in ("", platform.machine())

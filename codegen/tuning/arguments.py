@@ -41,7 +41,7 @@ def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> BenchArgu
     """Arguments for measurements. `footprint` is the bytes of all weights of the model: weights
     that fit the cache together are measured warm.
 
-    Raises NoMatch where the copies of the weights exceed the free memory.
+    Raises NoMatch if the copies of the weights exceed the free memory.
     """
     shapes = [tuple(buffer.shape) for buffer in prim_func.params]
     dtypes = [str(buffer.dtype) for buffer in prim_func.params]

@@ -48,7 +48,7 @@ class AggregateExperts(Pass):
         validate(self)
 
     def run(self, program: Program, log: Log) -> Program:
-        """Raises UsageError where the models, or any two of their layers, cannot be aggregated."""
+        """Raises UsageError if the models, or any two of their layers, cannot be aggregated."""
         other = Program(program.graph, _match_weights(program, _weights(self.other)))
         experts = [op for op in program.graph.ops if op.name == "moe.experts"]
         if not experts:
@@ -101,7 +101,7 @@ def _match_weights(
 ) -> dict[str, torch.Tensor]:
     """The other model's weights, with the names, shapes and dtypes of the program's.
 
-    Raises UsageError where one is missing, or has another shape or other integers.
+    Raises UsageError if one is missing, or has another shape or other integers.
     """
     weights: dict[str, torch.Tensor] = {}
     for name, tensor in program.weights.items():

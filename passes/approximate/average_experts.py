@@ -115,7 +115,7 @@ def _scale_by_router(
 
 
 def _sum_of_weights(program: Program, layer: Layer) -> float | None:
-    """The sum of each token's routing weights; None where that depends on the token."""
+    """The sum of each token's routing weights; None if that depends on the token."""
     if not layer.combine.attrs.get("weighted"):
         return float(layer.routing.k)
     value = layer.combine.inputs[2]

@@ -237,7 +237,7 @@ def _run(
 
 
 def _linears(body: Graph) -> list[tuple[Op, Value]]:
-    """The linear layers of a body with the params that are their weights. Raises NoMatch where
+    """The linear layers of a body with the params that are their weights. Raises NoMatch if
     there are none, or where a weight is used for something else too."""
     linears = [
         (op, op.inputs[1])

@@ -92,7 +92,7 @@ def _name(first: tuple[Op, ...], down: Op) -> str:
 
 
 def _check_channels(graph: Graph, ffn: FeedForwardOps) -> FeedForwardOps:
-    """Raises NoMatch where the network's channels have other readers, or differ in shape."""
+    """Raises NoMatch if the network's channels have other readers, or differ in shape."""
     ops = (*ffn.first, *ffn.inner, ffn.down)
     for op in (*ffn.first, ffn.down):
         if any(v not in graph.params for v in op.inputs[1:]):

@@ -13,7 +13,7 @@ def neuron_axes(body: Graph) -> Mapping[Value, int]:
     """The axis of the hidden neurons of each param that has one: 0 for a weight [H, D] or a bias
     [H] of the first layers, 1 for a weight [D, H] of the last.
 
-    Raises NoMatch where the body is not linear layers, functions of each element, and linear
+    Raises NoMatch if the body is not linear layers, functions of each element, and linear
     layers again, so that neurons cannot be put in another order.
     """
     axes: dict[Value, int] = {}

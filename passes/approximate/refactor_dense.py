@@ -92,7 +92,7 @@ class RefactorDense:
         self, program: Program, evaluator: Evaluator, log: Log
     ) -> tuple[Sequence[FeedForwardOps], Iterator[KeptChannels]]:
         """The layers that can be changed, and the channels that stay of each. Raises UsageError
-        where the data have fewer than two domains, or one of them is too short."""
+        if the data have fewer than two domains, or one of them is too short."""
         _check_domains(evaluator)
         try:
             after = _embedding(program.graph)

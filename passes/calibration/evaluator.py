@@ -110,7 +110,7 @@ class Evaluator:
         return max((len(ids) for ids in self.choices.values()), default=self.calibration.tokens)
 
     def check_size(self) -> None:
-        """Raises UsageError where an expert gets fewer than 16 tokens on average, or where the
+        """Raises UsageError if an expert gets fewer than 16 tokens on average, or if the
         model has no float output to compare."""
         if not self.outputs:
             raise UsageError("the model gives whole numbers alone: no distance can be measured")

@@ -47,7 +47,7 @@ def solve(
 ) -> Solved:
     """Round weight [.., N, K] to the grid, given its inputs' Hessian [.., K, K].
 
-    Raises ValueError where the shapes do not match.
+    Raises ValueError if the shapes do not match.
     """
     width = weight.shape[-1]
     if hessian.shape != (*weight.shape[:-2], width, width):

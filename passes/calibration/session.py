@@ -37,7 +37,7 @@ from moec.passes.core.runner import Kind, Log, Pass
 @dataclass(frozen=True, eq=False)
 class Change:
     """The change of one layer: the next program, for each new expert the layer's experts that it
-    replaces (None where no router is left), and a description for the report."""
+    replaces (None if no router is left), and a description for the report."""
 
     program: Program
     members: Members | None

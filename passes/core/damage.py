@@ -18,7 +18,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Distance:
-    """See METRICS; `kl` and `perplexity` are None where the model is no causal language model."""
+    """See METRICS; `kl` and `perplexity` are None if the model is no causal language model."""
 
     error: float
     changed: float

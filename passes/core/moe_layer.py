@@ -65,7 +65,7 @@ def name_of(experts: Op) -> str:
 
 
 def layer_of(graph: Graph, experts: Op) -> Layer:
-    """The block around a moe.experts. Raises NoMatch where an op is missing, or an op outside the
+    """The block around a moe.experts. Raises NoMatch if an op is missing, or an op outside the
     block reads its choices or rows."""
     dispatch = graph.producers[experts.inputs[1]]
     readers = graph.readers.get(experts.outputs[0], ())
@@ -151,7 +151,7 @@ class Splice:
         return value
 
     def cast(self, ops: list[Op], value: Value, dtype: str, like: Op) -> Value:
-        """`value` cast to a dtype; `value` itself where it has that dtype."""
+        """`value` cast to a dtype; `value` itself if it has that dtype."""
         if value.dtype == dtype:
             return value
         type = TensorType(dtype, value.shape)

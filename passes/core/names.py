@@ -66,7 +66,7 @@ _ITEM = re.compile(r"\s*([^,()]*(?:\([^()]*\))?[^,()]*)\s*(?:,|$)")
 def split(text: str) -> list[str]:
     """The items of "+a(b=1,c=2),-d", split at the commas outside parentheses.
 
-    Raises UsageError where a parenthesis has no partner.
+    Raises UsageError if a parenthesis has no partner.
     """
     items: list[str] = []
     at = 0

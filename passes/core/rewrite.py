@@ -85,7 +85,7 @@ class Builder:
     def reshape(
         self, x: Value, shape: Sequence[Dim], *, like: Op, named: str | None = None
     ) -> Value:
-        """x with another shape; x itself where it has that shape."""
+        """x with another shape; x itself if it has that shape."""
         target = TensorType(x.dtype, tuple(shape))
         if target == x.type:
             return x
@@ -97,7 +97,7 @@ class Builder:
     def permute(
         self, x: Value, dims: Sequence[int], *, like: Op, named: str | None = None
     ) -> Value:
-        """x with its axes in the order `dims`; x itself where that is theirs."""
+        """x with its axes in the order `dims`; x itself if that is theirs."""
         if list(dims) == list(range(len(x.shape))):
             return x
         target = TensorType(x.dtype, tuple(x.shape[dim] for dim in dims))
@@ -107,7 +107,7 @@ class Builder:
         )[0]
 
     def cast(self, x: Value, dtype: str, *, like: Op, named: str | None = None) -> Value:
-        """x cast to a dtype; x itself where it has that dtype."""
+        """x cast to a dtype; x itself if it has that dtype."""
         if x.dtype == dtype:
             return x
         target, attrs = TensorType(dtype, x.shape), {"dtype": DType(dtype)}

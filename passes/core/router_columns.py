@@ -102,7 +102,7 @@ def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]])
 
 
 def logits_linear(program: Program, logits: Value) -> tuple[Op, ...] | None:
-    """The linear layer of the logits and the data movements after it, in order; None where the
+    """The linear layer of the logits and the data movements after it, in order; None if the
     logits come from another op, or the weights are computed or not one row per expert."""
     chain: list[Op] = []
     op = program.graph.producers.get(logits)

@@ -141,7 +141,7 @@ def run(
     """Run passes in order. The first result holds the input program, the last the final one.
 
     `stage` is the stage of the input, `fuel` caps the rewrites of the run, `watch` is called with
-    each result after its pass. Raises IRError where a pass takes an earlier stage than the graph
+    each result after its pass. Raises IRError if a pass takes an earlier stage than the graph
     has, or returns an invalid graph (naming the pass).
     """
     verify(program.graph, stage)

@@ -52,7 +52,7 @@ Carry = Callable[[ChunkRewrite, Op], None]
 def tokens_of(graph: Graph) -> tuple[Value, sympy.Symbol, sympy.Symbol]:
     """The one input i64[B, S], its batch and its sequence.
 
-    Raises NoMatch where the graph has other inputs, or states.
+    Raises NoMatch if the graph has other inputs, or states.
     """
     if graph.states:
         raise NoMatch(f"the model keeps a state of its own, {graph.states[0].before.name}")

@@ -47,7 +47,7 @@ class Narrowing:
 def last_only(graph: Graph) -> Graph:
     """A graph of `with_caches` that takes rows i64[B] and last i64[B], and gives [B, 1, V].
 
-    Raises NoMatch where the logits are not of B by S tokens.
+    Raises NoMatch if the logits are not of B by S tokens.
     """
     batch, sequence = graph.inputs[0].shape
     assert isinstance(batch, sympy.Symbol)

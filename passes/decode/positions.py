@@ -74,7 +74,7 @@ class ResizedTokens:
 def broadcast_shape(op: Op, value: Value, batch: Dim, sequence: sympy.Symbol) -> tuple[Dim, ...]:
     """The shape that broadcasts a value of positions, with B*S tokens, in an op over B by S tokens.
 
-    Raises NoMatch where the op does more than broadcast it.
+    Raises NoMatch if the op does more than broadcast it.
     """
     if not (is_elementwise(op) or op.name == "nn.rotary"):
         raise NoMatch(f"{op.name} at {op.origin} reads where tokens stand")

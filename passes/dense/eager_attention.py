@@ -45,7 +45,7 @@ class _Scores:
 def eager_attention(
     op: Op, b: Builder, numbers: Mapping[Value, float]
 ) -> tuple[Attention, tuple[Value, ...]] | None:
-    """The attention that ends in this product, and its masks; None where it is another product.
+    """The attention that ends in this product, and its masks; None if it is another product.
 
     `numbers` holds the params of one element. Raises NoMatch for attention that nn.attention cannot
     express.
@@ -229,7 +229,7 @@ def constant(value: Value, b: Builder, numbers: Mapping[Value, float]) -> float 
 
 
 def _transposed(value: Value, op: Op, b: Builder) -> Value:
-    """`value` with its last two axes swapped: x itself where it is a permute of x."""
+    """`value` with its last two axes swapped: x itself if it is a permute of x."""
     source = value
     order: tuple[int, ...] = (0, 1, 3, 2)
     permute = b.producers.get(value)

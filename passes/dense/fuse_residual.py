@@ -94,7 +94,7 @@ def _match_scale(op: Op | None) -> tuple[Value, float] | None:
 
 
 def _norm(op: Op, graph: Graph) -> _Norm:
-    """The norm's weights and attributes. Raises NoMatch where no kernel adds and normalises so."""
+    """The norm's weights and attributes. Raises NoMatch if no kernel adds and normalises so."""
     x, *weights = op.inputs
     if x.dtype not in VECTOR_DTYPES or not isinstance(x.shape[-1], int):
         raise NoMatch(f"norms of {x.type} have no kernel that adds")

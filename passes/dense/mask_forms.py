@@ -48,7 +48,7 @@ class Form:
 def closed_form(
     parts: Sequence[Value], source: Cut, attention: Attention, bounds: Mapping[str, Bounds]
 ) -> Form:
-    """The closed form of the conjunction of `parts`. Raises NoMatch where there is none."""
+    """The closed form of the conjunction of `parts`. Raises NoMatch if there is none."""
     numbers = sorted(_numbers(source.ops))
     tables = [value for value, tensor in source.weights.items() if tensor.numel() > 1]
     forms = [Form(), Form(causal=True)]

@@ -57,7 +57,7 @@ def cut(
 ) -> Cut:
     """The ops and weights that `values` are computed from; `producers` has the op of each value.
 
-    Raises NoMatch where they depend on an input's data, or on an op outside the lists above.
+    Raises NoMatch if they depend on an input's data, or on an op outside the lists above.
     """
     inputs, params = set(graph.inputs), set(graph.params)
     ops: dict[Op, None] = {}

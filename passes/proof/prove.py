@@ -66,7 +66,7 @@ class Cases:
     failure: str = ""
 
     def __iter__(self) -> Iterator[Case]:
-        """Raises NoMatch where the region cannot be run, or a decision has one outcome."""
+        """Raises NoMatch if the region cannot be run, or a decision has one outcome."""
         for number in itertools.count():
             if number == len(self.computed) and not self._compute():
                 return

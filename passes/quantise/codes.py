@@ -41,7 +41,7 @@ class Codes:
     memo: dict[tuple[Value, Format], tuple[Value, ...]] = field(default_factory=dict)
 
     def check(self, matrix: Value, format: Format) -> None:
-        """Raises NoMatch where `format` cannot hold the weights [.., N, K]."""
+        """Raises NoMatch if `format` cannot hold the weights [.., N, K]."""
         weight, width = self.program.weights.get(matrix.name), matrix.shape[-1]
         if weight is None:
             raise NoMatch(f"the weights {matrix.name} are computed while the model runs")
@@ -99,7 +99,7 @@ class QuantisingPass(Pass, ABC):
 
     @abstractmethod
     def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
-        """Emits the quantised op. Raises NoMatch where `format` cannot hold its weights."""
+        """Emits the quantised op. Raises NoMatch if `format` cannot hold its weights."""
 
     def run(self, program: Program, log: Log) -> Program:
         return self.rounded(program, log, Codes(program))

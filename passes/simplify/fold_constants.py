@@ -79,7 +79,7 @@ class FoldConstants(Pass):
     def fold(
         self, op: Op, constants: Mapping[Value, torch.Tensor], *, always: bool
     ) -> tuple[torch.Tensor, ...] | None:
-        """The results of `op`, or None where they would add too much."""
+        """The results of `op`, or None if they would add too much."""
         operands = [constants[v] for v in op.inputs]
         results = run_op(op, operands, {})
         sources = {t.untyped_storage().data_ptr() for t in operands}

@@ -82,7 +82,7 @@ def _fold_output(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def other_reader(graph: Graph, value: Value, expected: Callable[[Op], bool]) -> str | None:
-    """The first reader of a value that is not `expected`, in words; None where there is none."""
+    """The first reader of a value that is not `expected`, in words; None if there is none."""
     for reader in graph.readers.get(value, ()):
         if not expected(reader):
             return f"{reader.name} at {reader.origin}" if reader.origin else reader.name

@@ -87,7 +87,7 @@ class ExpertCall:
 
 
 def call_of(graph: Graph, experts: Op) -> ExpertCall | None:
-    """The block of `experts`; None where ops outside it read its values, or it does more than
+    """The block of `experts`; None if ops outside it read its values, or it does more than
     dispatch, run the experts and combine."""
     dispatch = graph.producers[experts.inputs[1]]
     readers = graph.readers.get(experts.outputs[0], ())

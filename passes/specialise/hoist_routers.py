@@ -79,7 +79,7 @@ class Hoisted:
 
 
 def split(program: Program) -> Hoisted | None:
-    """The two functions of a program whose routers are hoisted; None where no router can be."""
+    """The two functions of a program whose routers are hoisted; None if no router can be."""
     graph = program.graph
     choices, chosen = [], _router_results(graph)
     route, parts = Cones(), dict[tuple[Value, ...], Cones]()

@@ -29,7 +29,7 @@ Constants = Mapping[Value, torch.Tensor]
 def densify(program: Program, experts: Op, chosen: list[int], constants: Constants) -> Program:
     """The program with a layer's experts as dense layers; `chosen` are the k experts of each token.
 
-    Raises NoMatch where the rows have other readers, or a choice is no expert.
+    Raises NoMatch if the rows have other readers, or a choice is no expert.
     """
     graph = program.graph
     dispatch, body = graph.producers[experts.inputs[1]], experts.body
@@ -112,7 +112,7 @@ def restrict_experts(program: Program, layer: Layer, experts: list[int]) -> Prog
 def reachable_experts(program: Program, layer: Layer, constants: Constants) -> list[int]:
     """The experts whose logits are not minus infinity for every token.
 
-    All other logits are assumed to be finite. Raises NoMatch where the router may choose an expert
+    All other logits are assumed to be finite. Raises NoMatch if the router may choose an expert
     whose logit is minus infinity.
     """
     columns = _columns(program, layer.route.inputs[0], constants)

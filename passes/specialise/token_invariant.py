@@ -40,7 +40,7 @@ _SHAPES = ("size", "shape")
 class TokenInvariantAnalysis:
     """The `constants` of a program, computed from those of its `seeds`.
 
-    Raises UsageError where an op fails on them."""
+    Raises UsageError if an op fails on them."""
 
     program: Program
     seeds: Mapping[Value, torch.Tensor]
@@ -86,7 +86,7 @@ class TokenInvariantAnalysis:
 def _run(
     op: Op, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]
 ) -> tuple[torch.Tensor, ...] | None:
-    """The results with size 1 for every other named size; None where they would not repeat."""
+    """The results with size 1 for every other named size; None if they would not repeat."""
     if not _acts_on_each(op, tensors, sizes):
         return None
     try:
