@@ -53,7 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that take long come first: what comes last is waited for by one process alone."""
+    """Slow tests come first, so that no process has to wait for one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

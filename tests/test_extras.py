@@ -89,7 +89,7 @@ def test_the_base_continues_tokens_and_says_what_text_needs(path: Path) -> None:
 
 
 def test_the_base_is_below_450_megabytes() -> None:
-    """What pip would install, by what lies here of it."""
+    """The size of a pip installation, from the sizes of the installed packages."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names: set[str] = set()
     for text in project["dependencies"]:
@@ -103,7 +103,7 @@ def test_the_base_is_below_450_megabytes() -> None:
 
 
 def add_needed(requirement: Requirement, names: set[str]) -> None:
-    """Adds a package that is needed without an extra, and what it needs itself."""
+    """Adds a package that is needed without an extra, and its own requirements."""
     name = canonicalize_name(requirement.name)
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
         return

@@ -60,7 +60,7 @@ def test_every_folder_of_code_is_a_package():
 
 
 def test_the_top_of_moec_is_short():
-    """What is about one thing has a folder; import-linter says what each may import."""
+    """Each topic has a folder; import-linter checks what each may import."""
     assert len(list((ROOT / "moec").glob("*.py"))) <= 12
 
 

@@ -1,4 +1,4 @@
-"""Form 9: the position of a row determines its expert; no op chooses among experts.
+"""Form 10: the position of a row determines its expert; no op chooses among experts.
 
     rows = x[scores.topk(C, over the tokens)]          [E, C, D], tokens that experts choose
     y = stack([expert_e(rows[e]) for e in range(E)])

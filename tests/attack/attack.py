@@ -22,7 +22,7 @@ MEMORY = 12 << 30  # bytes of addresses that a worker may have
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with one command of a case."""
+    """One error of a command of a case."""
 
     kind: str
     seed: int

@@ -28,9 +28,9 @@ Words = list[str]
 
 @dataclass(frozen=True)
 class Kind:
-    """`seeds` writes what is damaged; `case(folder, draw)` writes what a case needs, and gives the
-    words of its commands. `acts` are what those may do though others may not. In the suite there
-    are `short` cases."""
+    """`seeds` writes the files to damage; `case(folder, draw)` writes the files of a case, and
+    returns the words of its commands. `acts` are otherwise forbidden actions that these commands
+    may do. The suite runs `short` cases."""
 
     case: Callable[[Path, random.Random], list[Words]]
     short: int

@@ -30,7 +30,7 @@ def test_the_short_attack(kind: str, folder: Path) -> None:
 
 
 def test_a_crash_and_a_hang_are_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker that ends, or says nothing, is told from one that is done."""
+    """A worker that ends or is silent is distinguished from one that is done."""
     real = subprocess.Popen
     programs = iter(
         [

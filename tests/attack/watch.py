@@ -21,8 +21,8 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class Watch:
-    """Between `begin` and `end`, notes what is forbidden, and files that are written elsewhere than
-    in `folders`. A hook stays for the life of a process."""
+    """Between `begin` and `end`, records forbidden actions, and files that are written outside of
+    `folders`. A hook stays for the life of a process."""
 
     def __init__(self, folders: tuple[Path, ...], allowed: frozenset[str] = frozenset()) -> None:
         self._folders, self._forbidden = folders, FORBIDDEN - allowed

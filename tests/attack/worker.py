@@ -17,7 +17,7 @@ EXIT_CODES = (0, 1, 2)
 
 
 def faults(words: Words, watch: Watch) -> list[str]:
-    """What is wrong with how a command ended: its exit code, its words, and what it did."""
+    """The errors in how a command ended: its exit code, its output, and its actions."""
     from moec.__main__ import cli
 
     with watch.acts() as acts:

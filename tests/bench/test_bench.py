@@ -92,7 +92,7 @@ def test_a_prompt_sees_half_of_itself() -> None:
 
 @dataclass
 class Fake:
-    """Remembers what it was fed."""
+    """Records its inputs."""
 
     fed: list[list[list[int]]] = field(default_factory=list)
 
@@ -161,8 +161,8 @@ def test_a_race_with_transformers(
 
 
 def test_moec_and_eager_compute_the_same(saved: Path, tiny_moe: Path) -> None:
-    """What is timed is the same work. Four layers in bf16, each rounded otherwise, and a near tie
-    of router scores in one: another token or place would differ by a half and more."""
+    """Both sides compute the same work. Four layers in bf16 with different rounding, and a near tie
+    of router scores in one: another token or position would differ by at least a half."""
     from transformers import AutoModelForCausalLM
 
     (eager,) = transformers(["grouped_mm"], lambda: AutoModelForCausalLM.from_pretrained(tiny_moe))

@@ -48,7 +48,7 @@ class Tied(nn.Module):
 
 
 class Counts(nn.Module):
-    """Adds what it saw so far: a buffer, written in place."""
+    """Adds its previous inputs: a buffer, written in place."""
 
     seen: torch.Tensor
 

@@ -122,7 +122,7 @@ def test_weights_keep_their_names_and_memory() -> None:
 
 
 def test_mapped_safetensors_stay_mapped(tmp_path: Path) -> None:
-    """The weights of the capture lie where the file is mapped, not in memory of their own."""
+    """The weights of the capture are in the mapped file, not in separate memory."""
     from safetensors import safe_open
 
     save_file({"weight": torch.randn(WIDTH, WIDTH), "bias": torch.randn(WIDTH)}, tmp_path / "w")

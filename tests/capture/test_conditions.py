@@ -30,7 +30,7 @@ ASKS: dict[str, Asks] = {
 
 
 class Block(nn.Module):
-    """Top-1 of four linear experts, each asked by `asks` whether it has rows."""
+    """Top-1 of four linear experts; `asks` checks whether an expert has rows."""
 
     def __init__(self, asks: Asks, each: Callable[[Tensor], Tensor] = lambda y: y) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def test_a_condition_that_skips_nothing_is_left_out(asks: Asks) -> None:
 
 
 def test_refuses_a_condition_that_matters() -> None:
-    """With many tokens every expert has rows, and only one token tells."""
+    """With many tokens every expert has rows; only a single token shows the difference."""
     block = Block(ASKS["any"], each=lambda y: y + 1)
     words = r"any\(\)\),` was taken to be True\n  eager differs by"
     with pytest.raises(CaptureError, match=words):
@@ -71,7 +71,7 @@ def test_refuses_a_condition_that_matters() -> None:
 
 
 class Doubled(nn.Module):
-    """Whether a branch on its numbers matters, no single example tells."""
+    """No single example shows whether a branch on its numbers matters."""
 
     def __init__(self, least: float) -> None:
         super().__init__()

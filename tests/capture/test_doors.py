@@ -167,7 +167,8 @@ def test_broken_models(
 def test_weights_that_are_missing_or_of_another_size_are_named(
     tiny_moe: Path, tmp_path: Path
 ) -> None:
-    """transformers draws the first at random, and of the second says: look at the above report."""
+    """transformers initialises the first at random; for the second, it refers to the report
+    above."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "checkpoint"

@@ -19,7 +19,7 @@ from tests.commands import models
 
 @dataclass
 class FakeCompiler:
-    """Stands for moec.api: `asked` is what the last compilation was asked for."""
+    """A fake moec.api; `asked` has the arguments of the last compilation."""
 
     request: dict[str, Any] = field(default_factory=dict)
     error: BaseException | None = None

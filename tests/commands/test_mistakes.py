@@ -30,7 +30,7 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell_moec(*words: object, shell: str = "", **environment: str) -> tuple[int, str, str]:
-    """The exit code, and what was written to stdout and to stderr."""
+    """The exit code, and the texts of stdout and stderr."""
     command = [sys.executable, "-m", "moec", *map(os.fsencode, map(str, words))]
     if shell:
         command = ["sh", "-c", f'"$@" {shell}', "sh", *command]
@@ -228,7 +228,7 @@ TYPOS = (
 
 
 def test_a_typo_costs_no_import_of_torch() -> None:
-    """One process asks for all: each import of torch takes seconds."""
+    """One process runs all cases: each import of torch takes seconds."""
     program = (
         "import sys, json\n"
         "from click.testing import CliRunner\n"

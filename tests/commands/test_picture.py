@@ -94,7 +94,7 @@ def test_blocks_in_a_row_with_residuals_between_them_are_one_layer() -> None:
 
 @pytest.mark.parametrize("origin", [".moe", ""])
 def test_a_residual_folded_into_the_combine_is_drawn(origin: str) -> None:
-    """Whether the combine says that it comes from the block or, as the addition, from the layer."""
+    """Whether the combine's origin is the block or, for the addition, the layer."""
     text = print_graph(models.graph()).replace("weighted=true", "weighted=true, added=true")
     for i in range(3):
         text = text.replace(

@@ -153,8 +153,8 @@ def _cpp(source: str, launches: Sequence[Launch]) -> str:
 
 
 def _entry(code: str, launch: Launch) -> str:
-    """What TVM's host code calls: arguments, then the sizes of the launch by their tags; and what a
-    stand-in for the driver calls (tests/cuda_emulator/driver.c)."""
+    """The functions that TVM's host code calls, with arguments and the sizes of the launch by tag,
+    and those that the fake driver calls (tests/cuda_emulator/driver.c)."""
     name = launch.name
     signature = re.search(rf"\b{name}\((.*?)\)(?:;| \{{)", code)
     assert signature is not None

@@ -81,7 +81,7 @@ def product(bug: Bug | None = None) -> Emulated:
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, ends, w, exact product: rows of nobody at the end, an expert without rows."""
+    """x, ends, w, exact product: rows without an expert at the end, and an expert without rows."""
     generator = torch.Generator().manual_seed(1)
     ends = torch.tensor([40, 40, 77], dtype=torch.int32)
     x = torch.randn(80, SPEC.k, generator=generator).bfloat16()
@@ -145,7 +145,7 @@ def test_after_a_failure_the_next_launch_is_right() -> None:
 
 
 def test_16_bit_floats_round_as_torch_does() -> None:
-    """Every float16, and what lies halfway between neighbours, through two kernels' conversions."""
+    """Every float16, and the midpoints between neighbours, through two kernels' conversions."""
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
     halves = bits.view(torch.float16).float()
     between = torch.cat([halves, halves.nextafter(torch.tensor(torch.inf)), halves * 1.00048828125])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class Masked(nn.Module):
-    """Every expert sees every token, and a mask drops what was not asked for. x[B, S, D]."""
+    """Every expert computes every token, and a mask drops unchosen results. x[B, S, D]."""
 
     def __init__(self, width: int = 16, hidden: int = 32, experts: int = 4) -> None:
         super().__init__()

@@ -65,7 +65,7 @@ def test_blocks_and_views(rest: list[int], how: str) -> None:
 
 @pytest.mark.parametrize("form", [rows.Added, rows.Masked, rows.SlotRows])
 def test_of_a_loop_over_rows_nothing_is_left(rest: list[int], form: type[nn.Module]) -> None:
-    """Not even what asks how many rows there are."""
+    """Not even the op that computes the number of rows."""
     model = moec.prepare(form().eval())
     run = compiled(model, rest="eager")
     with torch.no_grad():

@@ -187,7 +187,8 @@ def test_bf16_is_as_near_to_float32_as_eager(name: str, tokens: int) -> None:
     tokens=st.integers(0, 12),
 )
 def test_any_routing(data: st.DataObject, name: str, weighted: bool, tokens: int) -> None:
-    """Experts that nobody chose, all tokens on one, twice the same, and ids of nobody (4)."""
+    """Experts without tokens, all tokens on one, an expert chosen twice, and ids of no expert
+    (4)."""
     ids = data.draw(st.sampled_from([st.integers(0, 4), st.integers(0, 3), st.just(2), st.just(4)]))
     flat = data.draw(st.lists(ids, min_size=K * tokens, max_size=K * tokens))
     check(name, weighted, torch.tensor(flat, dtype=torch.int64).reshape(tokens, K))

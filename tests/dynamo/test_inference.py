@@ -240,7 +240,7 @@ def test_inductor_takes_the_rest() -> None:
 
 
 class Looped(Listed):
-    """Each expert asks which tokens chose it."""
+    """For each expert, a loop finds the tokens that chose it."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = self.router(x).softmax(-1).topk(2, -1)
@@ -274,7 +274,7 @@ def test_a_loop_over_chosen_tokens_where_dynamo_captures_it(how: str) -> None:
 
 
 class Around(nn.Module):
-    """A block that is not the whole model: what is before and behind it reaches the backend."""
+    """A block that is only a part of the model: the ops before and after it reach the backend."""
 
     def __init__(self) -> None:
         super().__init__()

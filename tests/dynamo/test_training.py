@@ -55,7 +55,7 @@ def test_frozen_weights_get_no_gradient() -> None:
 
 
 def test_frozen_experts_are_packed_once() -> None:
-    """Only the router learns, and what is before the block."""
+    """Only the router and the layers before the block are trained."""
     model = Masked()
     eager = copy.deepcopy(model)
     run = compiled(model)
@@ -128,7 +128,7 @@ def test_a_stopped_gradient_leaves_the_block_to_torch(form: type[nn.Module]) -> 
 
 
 class Doubled(torch.autograd.Function):
-    """The identity, whose gradient is twice what it should be."""
+    """The identity, with twice the correct gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

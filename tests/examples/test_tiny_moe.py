@@ -49,7 +49,7 @@ def test_tokenizer_gives_any_text_back(text):
 
 
 def test_it_is_trained_and_uses_every_expert(train):
-    """An untrained model loses ln(1024) = 6.9 nats a token; this one 2.9 on what it never saw."""
+    """An untrained model loses ln(1024) = 6.9 nats per token; this one 2.9 on held-out text."""
     held_out = Path(sysconfig.get_path("stdlib"), "http", "client.py").read_text(encoding="utf-8")
     ids = np.asarray(TOKENIZER.encode(held_out).ids, dtype=np.int32)
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)

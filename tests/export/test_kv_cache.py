@@ -158,7 +158,7 @@ def test_without_a_cache(language: moec.CompiledModel, tmp_path: Path) -> None:
 
 
 def test_what_cannot_have_one(tmp_path: Path) -> None:
-    """Asked for, it is refused; else the report says that there is none, and why."""
+    """If requested, it is refused; otherwise the report gives the reason why there is no cache."""
     model = compiled(causal=False)
     why = "the attention at layers.0 is not causal"
     with pytest.raises(UnsupportedError) as refused:

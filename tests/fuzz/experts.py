@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExpertForm:
-    """`classes` stand before the layer, `init` in its __init__, `methods` in its body."""
+    """`classes` go before the layer, `init` into its __init__, `methods` into its body."""
 
     init: str
     methods: str

@@ -102,8 +102,8 @@ def draw(kind: str, size: tuple[int, int], layer: Layer) -> torch.Tensor:
 
 
 def _answers(module: nn.Module, layer: Layer) -> Iterator[tuple[str, torch.Tensor, list[Any]]]:
-    """Inputs and what is right of each: eager, and eager that takes the first of equal scores.
-    It must run on the first; sizes at which it does not say nothing."""
+    """Inputs and the correct results of each: eager, and eager that prefers the first of equal
+    scores. It must run on the first inputs; other sizes at which it fails are skipped."""
     for size in SIZES:
         for kind in DRAWS:
             x = draw(kind, size, layer)

@@ -215,7 +215,7 @@ def test_what_cannot_be_continued(
 
 
 class Bag(nn.Module):
-    """A language model whose tokens meet in a mean: they cannot come in pieces."""
+    """A language model with a mean over tokens, which therefore cannot come in chunks."""
 
     def __init__(self) -> None:
         super().__init__()

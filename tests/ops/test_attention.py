@@ -213,7 +213,7 @@ def test_neighbours_are_complex_numbers(length: int, seed: int) -> None:
 @pytest.mark.parametrize("gives", ["halves", "neighbours"])
 @pytest.mark.parametrize("width", [4, 8])
 def test_places_of_pairs(pairs: str, gives: str, width: int) -> None:
-    """Where pairs lie changes the order of features, and nothing else."""
+    """The layout of pairs only changes the order of features."""
     x = torch.randn(2, 3, 8)
     tables = [torch.randn(1, 3, width) for _ in range(2)]
     evens = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])

@@ -52,7 +52,7 @@ def test_refused(text: str, inputs: str, attrs: Mapping[str, object], reason: st
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_reference_tells_of_each_input(name: str) -> None:
-    """The docstring of an op's meaning is its page: inputs stand there before the arrow."""
+    """The docstring of an op's reference is its documentation: inputs are before the arrow."""
     words = inspect.getdoc(OPS[name].reference) or ""
     assert "->" in words
     optional = [o.name for o in OPS[name].signature.operands if o.optional and not o.many]

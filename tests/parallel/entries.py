@@ -68,7 +68,7 @@ def differing(job: Job) -> dict[str, list[int]]:
 
 
 def sleeping(job: Job) -> None:
-    """Says its pid in the job's folder, and stays."""
+    """Writes its pid to the job's folder, and sleeps."""
     with started(job) as (rank, _):
         (job.folder / f"{rank}.pid").write_text(str(os.getpid()))
         time.sleep(600)

@@ -130,7 +130,7 @@ def test_tokens_and_logits_of_one_process(name: str, results: dict[str, entries.
 
 
 def test_fewer_texts_than_ranks(results: dict[str, entries.Text]) -> None:
-    """A rank without texts runs along; a seed draws what it draws in one process."""
+    """A rank without texts takes part; a seed gives the tokens of one process."""
     alone = results[f"{NAMES[0]} alone"]
     assert alone.tokens[0] == results[NAMES[0]].tokens[0]
 

@@ -78,7 +78,7 @@ def tokens(count: int = 256, seed: int = 0, limit: int = VOCABULARY) -> torch.Te
 def change(
     program: Program, *passes: Approximate, limit: str = "", strict: bool = False, calib: Any = None
 ) -> list[PassResult]:
-    """What passes make of a program, on 256 tokens unless `calib` says otherwise."""
+    """The result of passes on a program, with 256 tokens of data unless `calib` is set."""
     session = CalibrationSession(
         {"ids": tokens()} if calib is None else calib, {}, parse_budget(limit), strict
     )

@@ -77,7 +77,7 @@ def _drop_equal(lost: dict[str, Runs], gained: dict[str, Runs]) -> None:
 
 
 def _changes(old: Runs, new: Runs) -> Iterator[Change]:
-    """Runs of one key that are alike meet: tests of one name stand in several files."""
+    """Equal runs of one key are matched: several files have tests of the same name."""
     lost, gained = list((old - new).elements()), list((new - old).elements())
     while lost:
         run = lost.pop(0)

@@ -165,7 +165,7 @@ class Recorder:
                     self._patch.setattr(module, name, self._shared(value))
 
     def _shared(self, cached: Callable[..., Any]) -> Callable[..., Any]:
-        """Whichever test calls it first would own what it makes."""
+        """Otherwise the first test that calls it would own the records."""
 
         @functools.wraps(cached)
         def call(*args: Any, **options: Any) -> Any:
@@ -176,10 +176,9 @@ class Recorder:
 
 
 def stable(name: str, text: str) -> str:
-    """The text without what differs from run to run, or tells again what a kernel holds.
-
-    TVM's functions that compute sizes have their statements in the order of addresses.
-    """
+    """The text without parts that differ from run to run, or that repeat the content of a kernel.
+    TVM's functions that compute sizes have their statements in the order of addresses, so they are
+    sorted."""
     lines = CONTENT.sub("", text).splitlines()
     return "\n".join(sorted(lines) if name.startswith("shape_func") else lines)
 

@@ -33,7 +33,7 @@ def unpacked(path: Path) -> Path:
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a manifest and sign it anew, as somebody who forges one would."""
+    """Changes a manifest and updates its digests, as a forger would."""
     path = folder / "manifest.json"
     text = json.loads(path.read_bytes())
     change(text)

@@ -129,7 +129,7 @@ def test_one_result_may_come_bare() -> None:
 
 
 def test_results_do_not_share_memory_with_inputs_weights_or_states() -> None:
-    """A model that gives back what it was inputs: caller's memory stays the caller's."""
+    """A model that returns its inputs: the caller's memory stays the caller's."""
     package = echo()
     model = Executor(package)
     for x in (np.ones((2, 2), np.float32), torch.ones(2, 2)):

@@ -75,7 +75,7 @@ def test_nan_is_no_likeliest_token() -> None:
 
 
 class Cached:
-    """Stands for an executor whose model keeps what it saw: each token is seen once."""
+    """A fake executor whose model remembers its tokens: each token is passed once."""
 
     def __init__(self, package: Package) -> None:
         self.package = package

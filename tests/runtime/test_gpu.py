@@ -330,7 +330,7 @@ def test_memory_of_a_device_has_the_same_numbers() -> None:
 
 @dataclass(frozen=True)
 class OnGpu:
-    """What a tensor of torch says of itself."""
+    """The attributes of a torch tensor."""
 
     device: str
     shape: tuple[int, ...] = (2,)

@@ -57,7 +57,7 @@ model = moec.load("model.moec", device="cuda", copies=True)
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A folder with an artifact and what it should give, and the environment to run it in."""
+    """A folder with an artifact and its expected results, and the environment to run it in."""
     folder = tmp_path_factory.mktemp("stand-in")
     torch.manual_seed(0)
     model, ids = Attention().eval(), torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

@@ -116,7 +116,7 @@ def test_a_task_that_refuses_says_why(fresh: Callable[[int], None]) -> None:
 
 
 class Library:
-    """A module that has no pool, or whose pool nobody may ask for."""
+    """A module without a pool, or one whose pool must not be requested."""
 
     def __init__(self, pool: bool) -> None:
         self.pool = pool

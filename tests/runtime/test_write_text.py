@@ -148,7 +148,7 @@ def test_prompts_from_files_and_stdin(path: Path, tmp_path: Path) -> None:
 
 
 def test_a_chat(path: Path) -> None:
-    """The template adds c to what was said; each answer reads what came before."""
+    """The template adds c to the messages; each answer reads the earlier messages."""
     assert run(path, "--chat", "--max-new-tokens", 2, stdin="a\n\nb\n").stdout == " d e\n d e\n"
     told = json.loads(run(path, "--chat", "--json", "--max-new-tokens", 1, stdin="a\n").stdout)
     assert told["messages"][1] == {"role": "assistant", "content": " d"}

@@ -51,8 +51,8 @@ def test_recognised_and_equal_to_eager(method: str) -> None:
 
 @pytest.mark.parametrize(("method", "layers", "fused"), [("heavy ball", 6, 6), ("adam", 2, 1)])
 def test_the_update_is_part_of_the_combine(method: str, layers: int, fused: int) -> None:
-    """Each layer's state goes to the next one along one edge. In Adam's layer other states read
-    what the experts give, too: its combine stays as it is."""
+    """Each layer's state goes to the next one along one edge. In Adam's layer, other states also
+    read the experts' results, so its combine is not changed."""
     graph = compiled(method)[1].graph
     combines = [op for op in graph.ops if op.name == "moe.combine"]
     added = [op for op in combines if op.attrs.get("added")]

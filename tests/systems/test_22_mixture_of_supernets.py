@@ -53,7 +53,7 @@ def test_a_mixture_folds_to_a_dense_layer_of_its_size(mixture: Any) -> None:
 
 
 def test_other_numbers_would_mix_otherwise() -> None:
-    """What is folded depends on the architecture: the router is no constant."""
+    """The folded weight depends on the architecture: the router is not constant."""
     model, dense = folded(system.LayerWise)
     description = system.numbers(system.SMALL, ARCHITECTURE)
     x = torch.randn(3, system.SMALL.tokens, system.SMALL.features)

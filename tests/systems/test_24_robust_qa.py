@@ -84,7 +84,7 @@ def test_logits_equal_eager_with_the_numbers_fixed(head: str, shape: tuple[int, 
 
 
 def test_dropped_rows_give_zero_or_pass_through() -> None:
-    """Eager is what the paper says: all rows of one expert, of which few fit."""
+    """Eager matches the paper: all rows of one expert, of which few fit."""
     torch.manual_seed(0)
     x = torch.randn(1, 1, example.SMALL.width).expand(1, 32, -1)
     numbers = torch.rand(1, 32)

@@ -114,7 +114,7 @@ def test_ffns_are_found_trained_and_folded(name):
 @pytest.mark.parametrize("experts", [2, 3, 4, 7])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_fold_of_equal_experts_is_the_model_bit_by_bit(name, experts):
-    """In training mode too they compute what it does: whoever a token goes to is the same."""
+    """In training mode too they compute the same, whichever expert a token goes to."""
     make, shape, _ = MODELS[name]
     model, x = make(), torch.randn(shape)
     original = copy.deepcopy(model)
@@ -154,7 +154,8 @@ def test_equal_experts_stay_equal():
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 64])
 def test_each_token_meets_one_expert_and_parts_are_even(tokens):
-    """Expert e answers e + 1: the answers tell who was asked, the second layer asks the same."""
+    """Expert e answers e + 1, so the answers show which experts ran; the second layer is the
+    same."""
     model = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Identity(), nn.Linear(2, 1, bias=False))
     ewa = EWA(model, experts=4)
     up, down = ewa.layers.values()

@@ -135,7 +135,8 @@ class TokensMeet(LookAlike):
 
 
 class TokensMeetInTheRouter(LookAlike):
-    """A token's logits depend on the mean of all: what is chosen outside is steered, and fits."""
+    """A token's logits depend on the mean of all tokens; external choices are controlled, and
+    fit."""
 
     def logits(self, flat: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.gate(flat - flat.mean(0))
@@ -162,6 +163,6 @@ class OtherExpert(LookAlike):
 
 
 class TinyThreshold(Threshold):
-    """Below the tolerance: proved, and the report says what was not seen."""
+    """Below the tolerance: proved, and the report names what was not observed."""
 
     bound = 1e-5

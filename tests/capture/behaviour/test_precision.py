@@ -70,9 +70,9 @@ def test_the_module_says_what_it_computes_in_float32(precision: str, dtype: torc
 
 
 def test_what_is_float32_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1800 tokens some have logits that are equal in bfloat16 alone: their experts are those
-    of eager, so all rows are within the rounding of bfloat16. Two cases are proved, not hundreds:
-    the rules are not what is tested."""
+    """Of 1800 tokens, some have logits that are equal only in bfloat16. Their experts are those of
+    eager, so all rows are within the rounding of bfloat16. Only two cases are proved, because the
+    rules are tested elsewhere."""
     monkeypatch.setattr(proof, "cases", lambda probe: itertools.islice(cases(probe), 2))
     module = layer("logits", torch.bfloat16)
     described = moec.describe(

@@ -82,7 +82,7 @@ def test_a_form_is_compiled_with_its_block(name: str) -> None:
 
 
 def test_the_other_form_masks_rows() -> None:
-    """No size of it depends on data, and its notes say what was assumed, and what it costs."""
+    """None of its sizes depends on data, and its notes list the assumptions and their cost."""
     layer = Layer(FORMS["capacity compared"]).eval()
     captured = capture(layer, (inputs((2, 6)),))
     assert captured.other is not None

@@ -246,8 +246,8 @@ def test_a_child_has_workers_of_its_own(library: Path) -> None:
     [(2, "-O2", 500, 20), (8, "-O2", 500, 20), (8, "-fsanitize=thread", 60, 0)],
 )
 def test_hostile_callers(tmp_path: Path, threads: int, flags: str, rounds: int, forks: int) -> None:
-    """20 threads that launch, nest and fail at once, children forked in the middle; and what the
-    thread sanitizer says (of a child that starts threads it says nothing)."""
+    """20 threads that launch, nest and fail at once, with children forked in between; and the
+    result of the thread sanitizer (which cannot check a child that starts threads)."""
     program, source = tmp_path / "driver", Path(__file__).parent / "pool_driver.c"
     words = ["-std=gnu11", "-g", flags, f"-I{POOL.parent}", str(source), "-lpthread"]
     done = subprocess.run([*linker_for(host()), *words, "-o", program], capture_output=True)

@@ -85,7 +85,7 @@ def test_planted_bugs(bug: Bug) -> None:
 
 
 def test_rows_behind_the_room_stay_in_the_cache() -> None:
-    """What the runtime never asks for writes the last slot over, and nothing else."""
+    """A request that the runtime never makes overwrites the last slot, and nothing else."""
     spec = SPECS["plain"]
     keys = torch.zeros(1, spec.heads, ROOM, WIDTH, dtype=torch.bfloat16)
     rows = torch.ones(*spec.row(1, spec.heads, TOKENS), WIDTH, dtype=torch.bfloat16)

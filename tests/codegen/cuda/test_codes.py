@@ -129,7 +129,7 @@ def right(run: Emulated, spec: QuantisedSpec, experts: list[int], schedule: Sche
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_few_rows_equal_their_meaning(name: str) -> None:
-    """An expert without rows, one with two tiles of them, rows of nobody; no row at all."""
+    """An expert without rows, one with two tiles, rows without an expert; no rows at all."""
     spec = spec_of(name)
     for schedule in SCHEDULES:
         assert right(kernel(spec), spec, EXPERTS, schedule)

@@ -93,7 +93,7 @@ def right(run: Emulated, spec: LinearSpec, experts: list[int], schedule: Schedul
 
 @pytest.mark.parametrize("spec", [GATED, *PLAIN.values()], ids=["gated", *PLAIN])
 def test_schedules(spec: LinearSpec) -> None:
-    """An expert without rows, one with two tiles of them, rows of nobody."""
+    """An expert without rows, one with two tiles, rows without an expert."""
     experts = [2, 0, 2, 2, -1, 2, 2, 0]
     assert all(right(kernel(spec, 1), spec, experts, schedule) for schedule in SCHEDULES)
 
@@ -104,7 +104,7 @@ def test_schedules(spec: LinearSpec) -> None:
     schedule=st.sampled_from(SCHEDULES),
 )
 def test_any_routing(experts: list[int], schedule: Schedule) -> None:
-    """No row, all on one, experts without rows, nobody."""
+    """No rows, all on one expert, experts without rows, rows without an expert."""
     assert right(kernel(GATED, 1), GATED, experts, schedule)
 
 

@@ -39,7 +39,7 @@ def kernel(spec: LinearSpec, join: str = "", bug: Bug | None = None) -> Emulated
 
 
 def problem(spec: LinearSpec, counts: list[int]) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """x, ends, stacks and biases, y full of NaN; the last rows belong to nobody."""
+    """x, ends, stacks and biases, y full of NaN; the last rows have no expert."""
     ends = ends_of(counts)
     rows = int(ends[-1]) + 3
     stacks = weights(spec)
@@ -52,7 +52,7 @@ def problem(spec: LinearSpec, counts: list[int]) -> tuple[Tensor, Tensor, list[T
 def run(
     spec: LinearSpec, counts: list[int], schedule: Schedule, join: str = "", bug: Bug | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(y, what it should be in float64)."""
+    """(y, its expected value in float64)."""
     x, ends, stacks, y = problem(spec, counts)
     parts = 1 + spec.gated
     arguments = [packed(stacks[:parts]), *([packed(stacks[parts:])] if spec.bias else [])]

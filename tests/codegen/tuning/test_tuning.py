@@ -67,7 +67,7 @@ def kernel_of(dtype: str = "float32", n: int = 96) -> Tunable:
 
 
 def taking(seconds: Callable[[Values, int], float], rounds: int = 9) -> Bench:
-    """A kernel that takes what `seconds` says, a little more in odd rounds."""
+    """A kernel that takes `seconds(values)` seconds, slightly more in odd rounds."""
     return lambda tunings: {
         tokens: [[seconds(t, tokens) * (1 + r % 2 / 100) for r in range(rounds)] for t in tunings]
         for tokens in TOKENS

@@ -209,7 +209,7 @@ def test_the_budget_undoes_a_layer() -> None:
 
 
 def test_calibrated_compiles_and_is_verified() -> None:
-    """The code against the changed graph in eager, with rows that nobody owns."""
+    """The code against the changed graph in eager, with rows without an expert."""
     calib = {"input_ids": torch.randint(1024, (4, 64))}
     model = moec.compile(
         TINY, passes=[CALIBRATED], calib=calib, budget="kl<=0.2", kv_cache=False, verify=True

@@ -308,7 +308,7 @@ def test_what_is_carried(golden: Callable[[str], None]) -> None:
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_a_state_goes_on_where_the_piece_before_ended(pieces: list[int]) -> None:
-    """Tolerance: float32 sums in another order; what is carried may grow over 20 tokens."""
+    """Tolerance: float32 sums in another order; errors in the state may grow over 20 tokens."""
     full = carrying()
     step = incremental(full)
     ids = torch.arange(2 * sum(pieces)).reshape(2, -1) % 9

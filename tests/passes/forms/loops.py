@@ -149,7 +149,7 @@ class SharedExpert(Loop):
 
 
 class Placed(Loop):
-    """A table says where the chosen expert stands."""
+    """A table contains the position of the chosen expert."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from tests.passes.forms.sizes import D, E
 
 
 class Added(Loop):
-    """Added where they stand."""
+    """Added in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = self.router(x)
@@ -69,7 +69,7 @@ class SlotRows(Loop):
 
 
 class Written(Loop):
-    """Written, not added: of two experts of a token the last one stands."""
+    """Written, not added: of two experts of a token, the last one counts."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = self.router(x)
@@ -81,7 +81,7 @@ class Written(Loop):
 
 
 class Kept(Loop):
-    """torch.where keeps what is there where the expert was not chosen."""
+    """torch.where keeps the old value of tokens that did not choose the expert."""
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = self.router(x)

@@ -194,7 +194,7 @@ class AllThenSum(Stacks):
 
 
 class Misaligned(AllThenSum):
-    """Hidden values of all experts meet the weights of one."""
+    """Hidden values of all experts are multiplied by the weights of one."""
 
     aligned = False
 

@@ -47,6 +47,6 @@ def test_golden(form: dict[str, str], golden: Callable[[str], None]) -> None:
 
 @pytest.mark.parametrize("form", [{"dtype": "f32"}, {"places": "slots"}])
 def test_what_is_summed_otherwise_stays(form: dict[str, str]) -> None:
-    """In float32, or told the row of each choice and not the choice of each row."""
+    """In float32, or given the row of each choice instead of the choice of each row."""
     before, after = fused({**PLAIN, **form})
     assert [op.name for op in after.ops] == [op.name for op in before.ops]

@@ -15,7 +15,7 @@ from moec.passes.proof.prove import Prover
 
 
 def counted(limit: int | None) -> Graph:
-    """x where fewer than `limit` positive values stand before it in its column."""
+    """x if fewer than `limit` positive values precede it in its column."""
     mask = (
         f"kept: bool[T, 4] = aten.le.Scalar(place) <other={limit}>"
         if limit is not None

@@ -59,7 +59,7 @@ class ByHead(Peer):
 
 
 class WeighedFirst(Peer):
-    """The weights stand inside of the function."""
+    """The weights are inside the activation function."""
 
     def forward(self, x: Tensor) -> Any:
         weights, ids = self.choose(x)
@@ -68,7 +68,7 @@ class WeighedFirst(Peer):
 
 
 class Clamped(Peer):
-    """What comes out is limited by the greatest of the token's neurons."""
+    """The result is limited by the greatest of the token's neurons."""
 
     def forward(self, x: Tensor) -> Any:
         weights, ids = self.choose(x)

@@ -316,7 +316,7 @@ def test_refusals(form: Callable[[], nn.Module]) -> None:
 
 
 def test_what_one_expert_cannot_do() -> None:
-    """Experts that look across tokens are declined up to there; what follows is a block."""
+    """Experts that mix tokens are declined up to that op; the ops after it are a block."""
     _, (block,), declined = recognised(others.AcrossTokens())
     assert block.activation == "linear"
     assert [d.reason for d in declined] == [

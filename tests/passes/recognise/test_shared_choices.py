@@ -31,7 +31,7 @@ class Pictures(nn.Module):
 
 
 class Columns(Pictures):
-    """h[N, B, D]: the rows of a picture do not stand together."""
+    """h[N, B, D]: the rows of an image are not consecutive."""
 
     def forward(self, h: Tensor, key: Tensor) -> Tensor:
         route = self.gate(key).softmax(-1).argmax(-1)

@@ -99,7 +99,7 @@ class ExpertsFirst(Soft):
 
 
 class SlotMajor(Soft):
-    """phi [D, P, E]: the slots of an expert do not lie together."""
+    """phi [D, P, E]: the slots of an expert are not consecutive."""
 
     def forward(self, x: Tensor) -> Any:
         logits = x @ self.phi.transpose(1, 2).flatten(1)
@@ -128,7 +128,7 @@ class TwoPhis(Soft):
 
 
 class Masked(Soft):
-    """Some tokens give nothing to the slots: refined, the mask lies before the node."""
+    """Some tokens add nothing to the slots: the mask is before the node."""
 
     def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(x)
@@ -364,7 +364,7 @@ def test_look_alikes_are_declined(kind: type[nn.Module], reason: str) -> None:
 
 
 def test_rows_that_even_ends_do_not_share_out() -> None:
-    """The kernel of products does not check that the ends lie within its rows."""
+    """The kernel of products does not check that the ends are within its rows."""
     graph = parse(
         """
         graph main(x: f32[R, 4]; w: f32[2, 3, 4]) {

@@ -97,7 +97,7 @@ class Biased(forms.Layer):
 
 
 class Swapped(forms.Layer):
-    """The constants' shares stand the other way round."""
+    """The constants' shares are in the other order."""
 
     class Constant(forms.Constant):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

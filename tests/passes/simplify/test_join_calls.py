@@ -71,7 +71,8 @@ def test_text(golden: Any) -> None:
 @settings(max_examples=15)
 @given(tokens=st.sampled_from([0, 1, 2, 7]), seed=st.integers(0, 99), copies=st.booleans())
 def test_the_numbers_stay(tokens: int, seed: int, copies: bool) -> None:
-    """The same rows meet the same weights: eager's products of other shapes may round otherwise."""
+    """The same products of rows and weights; eager's products of other shapes may round
+    differently."""
     before = program(TWO, "y")
     chance = torch.Generator().manual_seed(seed)
     x, z = (torch.randn(tokens, D, generator=chance) for _ in range(2))

@@ -261,7 +261,7 @@ def test_as_text() -> None:
     ],
 )
 def test_what_is_known(op: str, reference: bool) -> None:
-    """An op that sees several tokens at once tells of none."""
+    """An op that combines several tokens gives no constant."""
     graph = parse(f"""
     graph main(x: f32[B, 4], task: i64[B]; tasks: f32[3, 4], square: f32[4, 4]) {{
       row: f32[B, 4] = aten.embedding.default(tasks, task)

@@ -46,7 +46,7 @@ def program(format: str) -> Program:
 @pytest.mark.parametrize("format", ["int8:asymmetric", "fp8:32", "mxfp4:rows16"])
 @needs_compiler
 def test_layers_equal_their_meaning(format: str) -> None:
-    """A row that lies halfway between two integers may be rounded to either: a 127th of it then."""
+    """A row halfway between two integers may be rounded to either: an error of a 127th of it."""
     quantised = program(format)
     assert {op.name for op in quantised.graph.ops} >= {"grouped.quantised"}
     layer = emulated_model(build(Module.of(quantised), SM_80, backend=CUDA_TEXT))

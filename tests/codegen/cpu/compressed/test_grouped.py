@@ -43,7 +43,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Linear:
-    """A compressed linear of random weights, as kernels and as what it means."""
+    """A compressed linear layer of random weights, as kernels and as its reference."""
 
     def __init__(self, build, target, kind, n, k, experts, *, gated=False, bias=False, **how):
         spec = CompressedSpec(

@@ -43,7 +43,7 @@ def routing(experts: torch.Tensor, num_experts: int):
 
 
 def expected(rows, ends, weights, biases, scale, join):
-    """Expert by expert in float64; rows of nobody are 0."""
+    """Expert by expert in float64; rows without an expert are 0."""
     result = torch.zeros(len(rows), weights[0].shape[1], dtype=torch.float64)
     start = 0
     for e, end in enumerate(ends.tolist()):
@@ -160,8 +160,8 @@ def test_any_routing(build, data, tokens, top_k):
 
 @pytest.mark.parametrize(("target", "dtype"), STREAMED)
 def test_k_in_blocks_changes_no_bit(build, target, dtype):
-    """Whatever the cache holds: an expert without rows, with one, with more than meet a block.
-    Blocks of what is widened do not depend on it: the next test."""
+    """For any cache size: an expert without rows, with one row, and with more rows than a block.
+    Blocks of widened weights do not depend on it: see the next test."""
     spec = LinearSpec(70, 270, dtype, "float32", groups=4)
     x = torch.randn(PARTIAL_ROWS + 50, 270).to(DTYPES[dtype])
     ends = torch.tensor([PARTIAL_ROWS + 31, PARTIAL_ROWS + 31, PARTIAL_ROWS + 32, len(x)]).int()
@@ -180,8 +180,8 @@ def test_k_in_blocks_changes_no_bit(build, target, dtype):
 @each_target
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_many_rows_and_few_give_the_same_bits(build, target, dtype):
-    """Of an expert with more rows than meet a block at once, gathered, some tiles at a time, the
-    last ones fewer; K in blocks, the last one shorter and odd."""
+    """An expert with more rows than a block, gathered; several tiles at a time, with fewer at the
+    end; K in blocks, with a shorter, odd last block."""
     experts = 64
     v, spec = Vector(target), LinearSpec(1024, 301, dtype, "float32", groups=experts, gated=True)
     wide = 8 * Layout(spec, target).width + 6
@@ -206,7 +206,7 @@ def test_many_rows_and_few_give_the_same_bits(build, target, dtype):
 
 
 def test_tiles_of_many_experts_are_taken_several_at_once(build):
-    """64 experts of five tiles: four together and one alone, rows of nobody included."""
+    """64 experts of five tiles: four together and one alone; some rows have no expert."""
     spec = LinearSpec(5 * 4 * BEST.vector_lanes - 3, 6, "float32", groups=64)
     layout = Layout(spec, BEST)
     assert layout.tiles * 64 >= 256

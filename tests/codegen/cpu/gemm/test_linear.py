@@ -82,7 +82,7 @@ def test_products(build, rounding, target, dtype):
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_side_by_side(build, rounding, target, dtype):
-    """Each is to the bit what it is alone, whatever stands beside it."""
+    """Each product has the same bits as alone, whatever the other products are."""
     specs = (
         LinearSpec(64, 33, dtype),
         LinearSpec(5, 33, dtype, "float32", bias=True),

@@ -58,7 +58,7 @@ def test_it_compiles_for_amx_everywhere():
 @runs
 @pytest.mark.parametrize("text", FORMATS)
 def test_gathered_gate_and_up(build, text):
-    """Few rows, a register, several, more than fit at once; none at all; rows of nobody."""
+    """Few rows, one register, several, more than fit at once; no rows; rows without an expert."""
     experts, k = 3, 2
     one, other = both(
         build, text, 40, 128, experts, gated=True, bias=True, top_k=k, scale_dtype="float32"

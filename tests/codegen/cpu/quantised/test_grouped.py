@@ -48,7 +48,7 @@ def tensor(array) -> torch.Tensor:
 
 
 class Linear:
-    """A quantised linear of random weights, as kernels and as what it means."""
+    """A quantised linear layer of random weights, as kernels and as its reference."""
 
     def __init__(self, build, target, text, n, k, experts, *, gated=False, bias=False, **how):
         format = parse(text)

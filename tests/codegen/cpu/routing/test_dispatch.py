@@ -38,7 +38,7 @@ def check(build, experts: torch.Tensor, num_experts: int) -> None:
 @settings(max_examples=60)
 @given(data=st.data(), num_experts=st.sampled_from([1, 2, 5, 300]), tokens=st.integers(0, 20))
 def test_any_routing(build, data, num_experts, tokens):
-    """Empty experts, all on one, ids of nobody and ids out of range."""
+    """Empty experts, all tokens on one, ids of no expert and ids out of range."""
     top_k = data.draw(st.integers(1, min(num_experts, 3)))
     ids = st.integers(-1, num_experts + 1) | st.sampled_from([-(2**63), 2**63 - 1, 2**32])
     flat = data.draw(st.lists(ids, min_size=tokens * top_k, max_size=tokens * top_k))
