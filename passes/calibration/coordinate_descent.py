@@ -23,7 +23,7 @@ from torch import Tensor
 
 ROUNDS = 20
 SWEEPS = 4
-"""The most changes in a row of weights per round; then the row's numbers are fitted again."""
+"""The most sweeps over a row's weights per round; then the row's numbers are fitted again."""
 LEAST = 1e-6
 """Gains below this share of a change's own cost are rounding errors and ignored."""
 

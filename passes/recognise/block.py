@@ -41,7 +41,7 @@ class Priority:
 class RecognisedCapacity:
     size: Dim
     order: str  # "slot" or "token", as in moe.capacity
-    priority: Priority | None = None  # None: the first tokens in order; a priority needs k = 1
+    priority: Priority | None = None  # None: in order; only blocks with k = 1 have one
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,8 @@ from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
 from moec.passes.recognise.region_boundary import logits_behind
 
 _ROWS = 1000
-"""How many random tokens a proof needs: different routers may differ on few tokens, above all with
-groups."""
+"""A proof uses more random tokens than this: different routers may differ on few tokens, above all
+with groups."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ def _hypothesise(
 def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Routing]:
     """The routings that the region's ops and constants allow, the most likely first.
 
-    Groups without an effect are left out: those where all groups are kept, or where groups are
-    ranked by their best member and as many are kept as experts are chosen.
+    Groups without an effect are left out: all groups are kept, or groups are ranked by their best
+    member and at least k of them are kept.
     """
     names = {op.name.split(".")[1] for op in region.ops}
     constants = _constants(region)

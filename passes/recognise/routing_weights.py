@@ -21,8 +21,7 @@ from moec.passes.recognise.region import (
 )
 
 _NEAREST = 5
-"""If the weights are one value per slot: among how many of the values every combination is
-tried."""
+"""For weights with one value per slot: every ordered choice among so many nearest values is tried."""
 
 
 def weightings(
@@ -95,8 +94,8 @@ def _position(scope: Scope, value: Value) -> int:
 
 
 def _groups(values: Sequence[Value], length: int) -> Iterator[tuple[Value, ...]]:
-    """Tuples of values that each weight one slot: neighbours in both orders, then any combination
-    of the nearest."""
+    """Tuples of values that each weight one slot: neighbours in both orders, then any ordered
+    choice among the nearest."""
     groups: dict[tuple[Value, ...], None] = {}
     for start in range(len(values) - length + 1):
         group = tuple(values[start : start + length])

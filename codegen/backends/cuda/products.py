@@ -31,7 +31,7 @@ from moec.ops.grouped import GroupedLinear
 from moec.target.cuda import TARGETS
 
 LEAST = min(TARGETS.values(), key=lambda target: target.shared_memory)
-"""A limit that lets tiles fit into the shared memory of every target."""
+"""The target with the least shared memory: tiles that fit into it fit into that of every target."""
 
 
 def _parts(op: Op, graph: Graph) -> GroupedLinear:
