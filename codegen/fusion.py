@@ -21,7 +21,7 @@ from moec.ir.graph import Graph, Op, Value
 MOST_OPS = 48
 MOST_INPUTS = 20
 MOST_PLACES = 4
-PIECES = 4  # most pieces of a concatenation that is fused as a choice inside a loop
+PIECES = 4  # a concatenation of more pieces is not fused
 
 
 @dataclass(eq=False)
@@ -140,7 +140,8 @@ def _live(shape: tuple[Dim, ...]) -> list[Dim]:
 
 
 def _cheap_to_repeat(graph: Graph) -> dict[Op, bool]:
-    """Ops with few additions on sizes and constants only, such as a comparison of aranges."""
+    """For each op, whether it is a few additions on sizes and constants, such as a comparison of
+    aranges."""
     costs: dict[Op, int] = {}
     cheap: dict[Op, bool] = {}
     for op in graph.ops:

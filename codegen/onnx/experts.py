@@ -47,8 +47,7 @@ def sorted_choices(w: NodeWriter, ids: Value, count: int) -> tuple[str, str]:
 
 
 def all_chosen(graph: Graph, ids: Value, count: int) -> bool:
-    """Whether every id is an expert: the ids come unchanged from a router over at most `count`
-    experts."""
+    """Whether every id is an expert: the ids come unchanged from a router over `count` experts."""
     op = graph.producers.get(ids)
     while op is not None and op.name in _PASS_ON:
         op = graph.producers.get(op.inputs[0])

@@ -21,7 +21,7 @@ from moec.passes.recognise.region import (
 )
 
 _NEAREST = 5
-"""For weights with one value per slot: every ordered choice among so many nearest values is tried."""
+"""For weights with one value per slot: every ordering of so many nearest values is tried."""
 
 
 def weightings(
