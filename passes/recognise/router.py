@@ -161,7 +161,9 @@ def recognise(scope: Scope, block: Routed, prover: Prover) -> RecognisedRouter:
 def _hypothesise(
     scope: Scope, block: Routed, results: Sequence[Value], logits: Value, prover: Prover
 ) -> RecognisedRouter:
-    forced = forced_ids(scope, results, logits)
+    k = cast(int, block.experts.shape[-1])
+    # One forced choice of one leaves nothing to the router: the input is the choice itself.
+    forced = forced_ids(scope, results, logits) if k > 1 else None
     region = scope.cut(results, [logits, *([] if forced is None else [forced])])
     if any(not is_routing(op) for op in region.ops):
         other = next(op for op in region.ops if not is_routing(op))
@@ -177,7 +179,6 @@ def _hypothesise(
         feeds[correction] = Correction()
     if forced is not None:
         feeds[forced] = Ids(block.num_experts, 1)
-    k = cast(int, block.experts.shape[-1])
     dtype = block.weights.dtype if block.weights is not None else "f32"
     count, reason = 0, ""
     for routing in hypotheses(region, k, dtype, block.num_experts):

@@ -42,7 +42,7 @@ def test_writes_the_artifact_and_reports(
 def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> None:
     result = run(
         "-o", tmp_path / "out.moec", "--target", "avx2", "--dtype", "bf16", "-O", "1",
-        "--passes", "+a,-b", "--verify", "1e-3", "--shapes", "ids=T[1..64]",
+        "--passes", "+join-linears,-fuse-gate", "--verify", "1e-3", "--shapes", "ids=T[1..64]",
         "--calib", "text.txt", "--budget", "kl<=0.1", "--strict", "--quant", "int4:64", "--tune",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -55,7 +55,11 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
         "kl<=0.1",
         True,
     )
-    assert (requests["passes"], requests["verify"], requests["stop_after"]) == ("+a,-b", 1e-3, None)
+    assert (requests["passes"], requests["verify"], requests["stop_after"]) == (
+        "+join-linears,-fuse-gate",
+        1e-3,
+        None,
+    )
     assert (requests["dynamic_shapes"]["ids"][0].min, requests["dynamic_shapes"]["ids"][0].max) == (
         1,
         64,

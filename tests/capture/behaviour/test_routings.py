@@ -26,7 +26,7 @@ LINEAR = "routings were tried from linear; the last: "
         (routings.PaddingInTheChoice, 2, "router: custom: it also reads more_0"),
         (routings.PaddingInTheLogits, 2, "the logits come from aten.mul.Tensor, not from a lin"),
         (routings.ChosenOutside, 1, OUTSIDE),
-        (routings.OneHotOutside, 1, OUTSIDE),
+        (routings.OneHotOutside, 1, "router: custom: it also reads more_0"),
         (routings.ChosenOutsideWithWeights, 2, OUTSIDE),
         (routings.WeighedTableOutside, 2, OUTSIDE),
     ],
