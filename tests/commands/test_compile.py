@@ -40,10 +40,12 @@ def test_writes_the_artifact_and_reports(
 
 
 def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> None:
+    calib = tmp_path / "text.txt"
+    calib.write_text("text")
     result = run(
         "-o", tmp_path / "out.moec", "--target", "avx2", "--dtype", "bf16", "-O", "1",
         "--passes", "+join-linears,-fuse-gate", "--verify", "1e-3", "--shapes", "ids=T[1..64]",
-        "--calib", "text.txt", "--budget", "kl<=0.1", "--strict", "--quant", "int4:64", "--tune",
+        "--calib", calib, "--budget", "kl<=0.1", "--strict", "--quant", "int4:64", "--tune",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     requests = compiler.request
@@ -51,7 +53,7 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
     assert (requests["target"], requests["dtype"], requests["opt_level"]) == ("avx2", "bfloat16", 1)
     assert (requests["quant"], requests["tune"]) == ("int4:64", True)
     assert (str(requests["calib"]), requests["budget"], requests["strict"]) == (
-        "text.txt",
+        str(calib),
         "kl<=0.1",
         True,
     )
