@@ -188,11 +188,11 @@ def test_experts_of_a_prepared_model_learn_without_the_backend() -> None:
 
 
 def test_fine_tuning_follows_eagers_loss(tiny_moe: Path) -> None:
-    """On text: on noise, where loss and gradients are large and the optimiser normalises them,
-    two eager implementations of the experts part as well."""
+    """On a text that is never edited: on noise, and on texts where a token is nearly between two
+    experts, two eager implementations of the experts differ as much."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    text = (tiny_moe.parents[2] / "CONTRIBUTING.md").read_text()
+    text = (tiny_moe.parents[2] / "LICENSE").read_text()
     ids = torch.tensor(AutoTokenizer.from_pretrained(tiny_moe)(text[:2000])["input_ids"])
     steps, losses = 50, []
     for backend in (False, True):
