@@ -19,15 +19,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from systems import PAUSE, THREADS, TOLERANCE, Run, examples
+from systems import THREADS, TOLERANCE, Run, examples, least_times
 
 import torch  # isort: skip
-import time
 
 from records import Cell, add_record_options, record_if_asked
 
 import moec
-from moec.bench.limits import timed, warm
 from moec.target.cpu import processor
 
 EXPERTS = 32
@@ -43,12 +41,7 @@ def measure(example: Any, tokens: int, rounds: int) -> dict[str, Cell]:
     if float((compiled(*inputs) - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
         raise SystemExit(f"{tokens} tokens: differs from eager")
     ways: dict[str, Run] = {"moec": partial(compiled, *inputs), "einsum": partial(module, *inputs)}
-    least = dict.fromkeys(ways, float("inf"))
-    for _ in range(rounds):
-        for way, run in ways.items():
-            time.sleep(PAUSE)
-            warm(run)
-            least[way] = min(least[way], timed(run))
+    least = least_times(ways, rounds)
     cells: dict[str, Cell] = {way: round(1e3 * t, 3) for way, t in least.items()}
     return {"tokens": tokens, **cells, "ratio": round(least["einsum"] / least["moec"], 2)}
 

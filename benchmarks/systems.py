@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -82,15 +82,21 @@ def measure(name: str, example: ModuleType, rounds: int) -> dict[str, Cell]:
         print(f"{name}: Inductor: {other}")
     else:
         ways["inductor"] = other
+    least = least_times(ways, rounds)
+    ratio = min(t for way, t in least.items() if way != "moec") / least["moec"]
+    cells: dict[str, Cell] = {way: round(1e3 * t, 3) for way, t in least.items()}
+    return {"system": name.replace("_", " "), **cells, "ratio": round(ratio, 2)}
+
+
+def least_times(ways: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """The least time of each way in seconds, all run in turn in every round."""
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for way, run in ways.items():
             time.sleep(PAUSE)
             warm(run)
             least[way] = min(least[way], timed(run))
-    ratio = min(t for way, t in least.items() if way != "moec") / least["moec"]
-    cells: dict[str, Cell] = {way: round(1e3 * t, 3) for way, t in least.items()}
-    return {"system": name.replace("_", " "), **cells, "ratio": round(ratio, 2)}
+    return least
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
