@@ -162,9 +162,9 @@ def take_registers(count: int) -> None:
 # ---- values of all lanes of a warp -----------------------------------------------------
 
 
-def shuffle_xor(value: Expr, mask: int) -> Expr:
-    """The float32 value of the lane whose index differs in the bits of `mask`."""
-    return T.bind(T.call_extern("float32", "__shfl_xor_sync", _ALL_LANES, value, T.int32(mask)))
+def shuffle_xor(value: Expr, mask: int, dtype: str = "float32") -> Expr:
+    """The value of the lane whose index differs in the bits of `mask`; 32 or 64 bits of `dtype`."""
+    return T.bind(T.call_extern(dtype, "__shfl_xor_sync", _ALL_LANES, value, T.int32(mask)))
 
 
 def warp_sum(value: Expr) -> Expr:

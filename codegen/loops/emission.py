@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 from tvm import tirx
@@ -29,9 +29,12 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 from moec.target.cpu import CpuTarget
 
+if TYPE_CHECKING:
+    from moec.codegen.loops.reduce import Cell
+    from moec.codegen.loops.scatter import Writes
+
 # How many additions of tasks.shared one addition in a loop counts as: loops are not always
 # vectorised, and their cost is estimated roughly.
-# vectors, and what they cost is estimated roughly.
 SUMS = 64
 CHUNK = 8192
 
@@ -197,10 +200,30 @@ class Emission:
             return
         self._rows(shape, live, lambda at: body(self._full(shape, at)), work, weight)
 
+    def reductions(
+        self, shape: Sequence[Dim], body: Callable[[Position], None], work: Dim, weight: int = 1
+    ) -> None:
+        """Like `rows`, for a body that reads the elements of its row by `visit` into cells, and
+        then merges the cells by `merge`. Several threads may share a row."""
+        self.rows(shape, body, work, weight)
+
+    def visit(self, shape: Sequence[Dim], body: Callable[[Position], None], name: str) -> None:
+        """Runs `body` at every position of a row; each thread of the row has a part of them."""
+        self.serially(shape, body, name)
+
+    def merge(self, cells: Sequence[Cell], combine: Callable[[Sequence[Scalar]], None]) -> None:
+        """Runs combine(the contents of another thread's cells) until each thread of the row has
+        combined all of them. Here a row has one thread."""
+
     def _once(self, shape: Sequence[Dim], body: Callable[[Position], None]) -> None:
         """Runs `body` at the only position of `shape`."""
         with self.scope():
             body(tuple(ix.const(0) for _ in shape))
+
+    def writes(self, writes: Writes) -> None:
+        """Runs writes to computed positions, as if one after another."""
+        with self.alone():
+            self.serially(writes.shape, lambda at: writes.write(self, at), "write")
 
     def serially(self, shape: Sequence[Dim], body: Callable[[Position], None], name: str) -> None:
         """Nested sequential loops, the last axis innermost."""

@@ -13,7 +13,7 @@ from moec.codegen.loops.arithmetic import larger, plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Position
 from moec.codegen.loops.reduce import (
-    Cell,
+    accumulate,
     accumulator,
     axes_of,
     count,
@@ -32,21 +32,24 @@ def moments(
     e: Emission, x: Value, at: Position, axes: Sequence[int], kind: str
 ) -> tuple[Scalar, Scalar, Scalar]:
     """The mean, the sum of squared deviations from it, and the number of elements."""
-    total, squares = Cell(e, sc.constant(0.0, kind)), Cell(e, sc.constant(0.0, kind))
+    zero = sc.constant(0.0, kind)
 
     def read(full: Position) -> Scalar:
         return sc.cast(e.read(x, full), kind)
 
-    over(e, x.shape, at, axes, lambda f: total.set(in_any_order(total.get(), read(f))))
+    def add(total: Scalar, full: Position) -> Scalar:
+        return in_any_order(total, read(full))
+
+    total = accumulate(e, x.shape, at, axes, zero, add, in_any_order)
     number = sc.cast(Scalar("i64", e.sizes.expr(count(x.shape, axes))), kind)
-    middle = e.bind(Scalar(kind, tirx.div(total.get().expr, number.expr)))
+    middle = e.bind(Scalar(kind, tirx.div(total.expr, number.expr)))
 
-    def square(full: Position) -> None:
+    def add_square(total: Scalar, full: Position) -> Scalar:
         away = e.bind(plus(read(full), middle, -1))
-        squares.set(in_any_order(squares.get(), times(away, away)))
+        return in_any_order(total, times(away, away))
 
-    over(e, x.shape, at, axes, square)
-    return middle, e.bind(squares.get()), number
+    squares = accumulate(e, x.shape, at, axes, zero, add_square, in_any_order)
+    return middle, e.bind(squares), number
 
 
 def _variance(e: Emission, op: Op, root: bool, with_mean: bool) -> None:
@@ -70,7 +73,7 @@ def _variance(e: Emission, op: Op, root: bool, with_mean: bool) -> None:
             out = op.outputs[1]
             e.store(out, target(out, at, axes), sc.cast(middle, out.dtype))
 
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
+    e.reductions(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
 
 
 @kernel("var.correction", "var", "var.dim", "std.correction", "std", "std.dim")
@@ -109,7 +112,7 @@ def layer_norm(e: Emission, op: Op) -> None:
         for out, statistic in zip(op.outputs[1:], (middle, Scalar(kind, inverse)), strict=False):
             e.store(out, at, sc.cast(statistic, out.dtype))
 
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=4)
+    e.reductions(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=4)
 
 
 @kernel("linalg_vector_norm", fuses=("self",))
@@ -126,6 +129,7 @@ def vector_norm(e: Emission, op: Op) -> None:
             lambda a, b: in_any_order(a, times(b, b)),
             lambda total, number: Scalar(kind, T.sqrt(total.expr)),
             read_as=kind,
+            join=in_any_order,
         )
     elif math.isinf(order):
         sign = 1 if order > 0 else -1
@@ -143,4 +147,5 @@ def vector_norm(e: Emission, op: Op) -> None:
             lambda a, b: in_any_order(a, Scalar(kind, T.pow(sc.absolute(b).expr, power))),
             lambda total, number: total if root is None else Scalar(kind, T.pow(total.expr, root)),
             read_as=kind,
+            join=in_any_order,
         )

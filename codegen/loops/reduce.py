@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -20,6 +20,8 @@ from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import FLOATS, HALVES
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
+
+Join: TypeAlias = Callable[[Scalar, Scalar], Scalar]
 
 
 class Cell:
@@ -67,7 +69,8 @@ def over(
     axes: Sequence[int],
     body: Callable[[Position], None],
 ) -> None:
-    """Runs `body` at every position along `axes`; the other axes are as in `at`."""
+    """Runs `body` at every position along `axes`; the other axes are as in `at`. Cells that it
+    changes must be merged afterwards."""
 
     def at_reduced(inner: Position) -> None:
         full = list(at)
@@ -75,7 +78,24 @@ def over(
             full[axis] = inner[index]
         body(tuple(full))
 
-    e.serially([shape[a] for a in axes], at_reduced, "reduced")
+    e.visit([shape[a] for a in axes], at_reduced, "reduced")
+
+
+def accumulate(
+    e: Emission,
+    shape: Sequence[Dim],
+    at: Position,
+    axes: Sequence[int],
+    first: Scalar,
+    step: Callable[[Scalar, Position], Scalar],
+    join: Join,
+) -> Scalar:
+    """step(step(first, position 0), position 1)... along `axes`. `join` combines two such results,
+    of parts of the positions; `first` must not change what it is joined with."""
+    total = Cell(e, first)
+    over(e, shape, at, axes, lambda full: total.set(step(total.get(), full)))
+    e.merge([total], lambda others: total.set(join(total.get(), others[0])))
+    return total.get()
 
 
 def reduce(
@@ -83,29 +103,26 @@ def reduce(
     op: Op,
     dims: Any,
     first: Scalar,
-    step: Callable[[Scalar, Scalar], Scalar],
+    step: Join,
     last: Callable[[Scalar, Dim], Scalar] = lambda total, number: total,
     *,
     read_as: str,
+    join: Join | None = None,
 ) -> None:
-    """out = last(step(step(first, x0), x1)...)."""
+    """out = last(step(step(first, x0), x1)...). `join` combines results of two parts; the default
+    is `step`."""
     x, out = op.inputs[0], op.outputs[0]
     axes = axes_of(dims, len(x.shape))
     number = count(x.shape, axes)
 
     def row(at: Position) -> None:
-        total = Cell(e, first)
-        over(
-            e,
-            x.shape,
-            at,
-            axes,
-            lambda full: total.set(step(total.get(), sc.cast(e.read(x, full), read_as))),
-        )
-        result = last(total.get(), number)
+        def add(total: Scalar, full: Position) -> Scalar:
+            return step(total, sc.cast(e.read(x, full), read_as))
+
+        result = last(accumulate(e, x.shape, at, axes, first, add, join or step), number)
         e.store(out, target(out, at, axes), sc.cast(result, out.dtype))
 
-    e.rows(kept_shape(x.shape, axes), row, number)
+    e.reductions(kept_shape(x.shape, axes), row, number)
 
 
 def accumulator(dtype: str) -> str:
@@ -186,6 +203,12 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
     x = op.inputs[0]
     axes = axes_of(dims, len(x.shape))
     indices = op.outputs[-1]
+    zero = sc.constant(0, "i64")
+
+    def precedes(a: Scalar, b: Scalar) -> Expr:
+        # Once the best is NaN, it stays the first NaN, for minimum and maximum.
+        nan_first = tirx.And(sc.is_nan(a), tirx.Not(sc.is_nan(b)))
+        return tirx.Or(better(a, b, 1) if sign > 0 else sc.compare("lt", a, b), nan_first)
 
     def row(at: Position) -> None:
         kind = x.dtype
@@ -198,26 +221,28 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
                 here = ix.add(ix.mul(here, e.sizes.index(x.shape[axis])), full[axis])
             candidate = e.read(x, full)
             candidate = Scalar(best.dtype, candidate.expr)
-            # Once the best is NaN, it stays the first NaN, for minimum and maximum.
-            now = best.get()
-            nan_first = tirx.And(sc.is_nan(candidate), tirx.Not(sc.is_nan(now)))
-            wins = tirx.Or(
-                better(candidate, now, 1) if sign > 0 else sc.compare("lt", candidate, now),
-                nan_first,
-            )
-            wins = tirx.Or(wins, tirx.LT(position.get().expr, tirx.const(0, "int64")))
+            wins = tirx.Or(precedes(candidate, best.get()), sc.compare("lt", position.get(), zero))
             with T.If(wins), T.Then():
                 best.set(candidate)
                 position.set(Scalar("i64", here.expr))
 
+        def join(others: Sequence[Scalar]) -> None:
+            (candidate, where), (now, here) = others, (best.get(), position.get())
+            tied = tirx.Not(tirx.Or(precedes(now, candidate), sc.compare("lt", here, where)))
+            wins = tirx.Or(precedes(candidate, now), tirx.Or(tied, sc.compare("lt", here, zero)))
+            with T.If(tirx.And(wins, sc.compare("ge", where, zero))), T.Then():
+                best.set(candidate)
+                position.set(where)
+
         over(e, x.shape, at, axes, visit)
+        e.merge([best, position], join)
         last = tirx.max(position.get().expr, tirx.const(0, "int64"))
         e.store(indices, target(indices, at, axes), Scalar("i64", last))
         if values:
             out = op.outputs[0]
             e.store(out, target(out, at, axes), Scalar(out.dtype, best.get().expr))
 
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
+    e.reductions(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=2)
 
 
 @kernel("argmax", "argmin", fuses=("self",))

@@ -7,6 +7,7 @@ sums always have the same order. Positions outside the output are not written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -19,12 +20,11 @@ from moec.codegen.loops.axes import wrap
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position
 from moec.codegen.loops.lookup import indexed_axes
+from moec.codegen.loops.reduce import Join
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
-
-Join = Callable[[Scalar, Scalar], Scalar]
 
 
 def _replace(old: Scalar, new: Scalar) -> Scalar:
@@ -46,13 +46,32 @@ def _target_position(e: Emission, ids: Value, at: Position, size: Dim) -> tuple[
     )
 
 
-def _write(e: Emission, out: Value, at: Position, inside: Expr, x: Scalar, join: Join) -> None:
-    with T.If(inside), T.Then(), e.scope():
-        if join is _replace:
-            e.store(out, at, x)
-        else:
-            old = sc.load(e.outputs[out], [i.expr for i in at], out.dtype)
-            e.store(out, at, sc.rounded(join(old, x)))
+@dataclass(frozen=True)
+class Writes:
+    """A write at every position of `shape`, in order: x(position) is joined with the element of
+    `out` at to(position), where that is inside. Positions that differ along the axes `apart` write
+    to different elements."""
+
+    out: Value
+    shape: tuple[Dim, ...]
+    to: Callable[[Position], tuple[Position, Expr]]
+    x: Callable[[Position], Scalar]
+    join: Join
+    apart: tuple[int, ...] = ()
+
+    def write(self, e: Emission, at: Position, into: Position | None = None) -> None:
+        """The write at one position; with `into`, only if it is a write to that element."""
+        to, inside = self.to(at)
+        if into is not None:
+            for here, there in zip(to, into, strict=True):
+                inside = tirx.And(inside, tirx.EQ(here.expr, there.expr))
+            to = into
+        with T.If(inside), T.Then(), e.scope():
+            x = self.x(at)
+            if self.join is not _replace:
+                old = sc.load(e.outputs[self.out], [i.expr for i in to], self.out.dtype)
+                x = sc.rounded(self.join(old, x))
+            e.store(self.out, to, x)
 
 
 def _joining(op: Op, named: dict[str, object]) -> Join:
@@ -82,25 +101,23 @@ def scatter(e: Emission, op: Op) -> None:
     out, ids = op.outputs[0], named["index"]
     join = _joining(op, named)
     _copied(e, op)
+    source: Any = named.get("src", named.get("value"))
+
+    def x(at: Position) -> Scalar:
+        if isinstance(source, Value):
+            return sc.cast(e.read(source, at if source.shape else ()), out.dtype)
+        return sc.constant(source, out.dtype)
+
     if not out.shape:
-        source: Any = named.get("src", named.get("value"))
-        with e.alone():
-            x = e.read(source, ()) if isinstance(source, Value) else sc.constant(source, out.dtype)
-            _write(e, out, (), tirx.const(True, "bool"), x, join)
+        e.writes(Writes(out, (), lambda at: ((), tirx.const(True, "bool")), x, join))
         return
     axis = wrap(named["dim"], len(out.shape))
 
-    def body(at: Position) -> None:
+    def to(at: Position) -> tuple[Position, Expr]:
         position, inside = _target_position(e, ids, at, out.shape[axis])
-        source: Any = named.get("src", named.get("value"))
-        if isinstance(source, Value):
-            x = sc.cast(e.read(source, at if source.shape else ()), out.dtype)
-        else:
-            x = sc.constant(source, out.dtype)
-        _write(e, out, (*at[:axis], position, *at[axis + 1 :]), inside, x, join)
+        return (*at[:axis], position, *at[axis + 1 :]), inside
 
-    with e.alone():
-        e.serially(ids.shape, body, "write")
+    e.writes(Writes(out, ids.shape, to, x, join, _others(out, axis)))
 
 
 @kernel("index_put", "_unsafe_index_put", "_index_put_impl", fuses=("self",))
@@ -119,23 +136,25 @@ def index_put(e: Emission, op: Op) -> None:
     rest = [dim for axis, dim in enumerate(out.shape) if axis not in axes]
     shape = (*rest[:lead], *block, *rest[lead:])
 
-    def body(at: Position) -> None:
+    def to(at: Position) -> tuple[Position, Expr]:
         inner, others = at[lead : lead + width], list((*at[:lead], *at[lead + width :]))
-        to: list[Index] = []
+        indexed: list[Index] = []
         inside: Expr = tirx.const(True, "bool")
         for axis, dim in enumerate(out.shape):
             if axis not in axes:
-                to.append(others.pop(0))
+                indexed.append(others.pop(0))
                 continue
             ids = indices[axis]
             there, fits = _target_position(e, ids, e.position(ids, inner, block), dim)
-            to.append(there)
+            indexed.append(there)
             inside = tirx.And(inside, fits)
-        x = sc.cast(e.read(values, e.position(values, at, shape)), out.dtype)
-        _write(e, out, tuple(to), inside, x, join)
+        return tuple(indexed), inside
 
-    with e.alone():
-        e.serially(shape, body, "write")
+    def x(at: Position) -> Scalar:
+        return sc.cast(e.read(values, e.position(values, at, shape)), out.dtype)
+
+    apart = tuple(axis for axis in range(len(shape)) if not lead <= axis < lead + width)
+    e.writes(Writes(out, shape, to, x, join, apart))
 
 
 @kernel(
@@ -151,18 +170,24 @@ def index_add(e: Emission, op: Op) -> None:
     number = ids.shape[0] if ids.shape else 1
     shape = (*out.shape[:axis], number, *out.shape[axis + 1 :])
 
-    def body(at: Position) -> None:
+    def to(at: Position) -> tuple[Position, Expr]:
         there, inside = _target_position(e, ids, (at[axis],) if ids.shape else (), out.shape[axis])
-        if not isinstance(source, Value):
-            x = sc.constant(source, out.dtype)
-        else:
-            x = sc.cast(e.read(source, at if source.shape else ()), out.dtype)
-        if named.get("alpha", 1) != 1:
-            x = times(x, sc.constant(named["alpha"], out.dtype))
-        _write(e, out, (*at[:axis], there, *at[axis + 1 :]), inside, x, join)
+        return (*at[:axis], there, *at[axis + 1 :]), inside
 
-    with e.alone():
-        e.serially(shape, body, "write")
+    def x(at: Position) -> Scalar:
+        if not isinstance(source, Value):
+            value = sc.constant(source, out.dtype)
+        else:
+            value = sc.cast(e.read(source, at if source.shape else ()), out.dtype)
+        if named.get("alpha", 1) != 1:
+            value = times(value, sc.constant(named["alpha"], out.dtype))
+        return value
+
+    e.writes(Writes(out, shape, to, x, join, _others(out, axis)))
+
+
+def _others(out: Value, axis: int) -> tuple[int, ...]:
+    return tuple(other for other in range(len(out.shape)) if other != axis)
 
 
 @kernel("bincount")
@@ -171,14 +196,15 @@ def bincount(e: Emission, op: Op) -> None:
     out, ids, weights = op.outputs[0], named["self"], named["weights"]
     e.elements(out.shape, lambda at: e.store(out, at, sc.constant(0, out.dtype)))
 
-    def body(at: Position) -> None:
+    def to(at: Position) -> tuple[Position, Expr]:
         position, inside = _target_position(e, ids, at, out.shape[0])
-        one = sc.constant(1, out.dtype)
-        x = one if weights is None else sc.cast(e.read(weights, at), out.dtype)
-        _write(e, out, (position,), inside, x, plus)
+        return (position,), inside
 
-    with e.alone():
-        e.serially(ids.shape, body, "write")
+    def x(at: Position) -> Scalar:
+        one = sc.constant(1, out.dtype)
+        return one if weights is None else sc.cast(e.read(weights, at), out.dtype)
+
+    e.writes(Writes(out, ids.shape, to, x, plus))
 
 
 @kernel("histc")
@@ -189,14 +215,12 @@ def histc(e: Emission, op: Op) -> None:
     low, high, bins = float(named["min"]), float(named["max"]), int(named["bins"])
     e.elements(out.shape, lambda at: e.store(out, at, sc.constant(0, out.dtype)))
 
-    def body(at: Position) -> None:
+    def to(at: Position) -> tuple[Position, Expr]:
         value = sc.cast(e.read(x, at), "f32").expr
         inside = tirx.And(value >= T.float32(low), value <= T.float32(high))
         share = (value - T.float32(low)) * T.float32(bins) / T.float32(high - low)
         offset = T.Select(inside, share, T.float32(0.0))
         bucket = tirx.min(T.cast(offset, "int64"), tirx.const(bins - 1, "int64"))
-        there = Index(e.bind_expr(bucket), ("bin", tuple(i.key for i in at)))
-        _write(e, out, (there,), inside, sc.constant(1, out.dtype), plus)
+        return (Index(e.bind_expr(bucket), ("bin", tuple(i.key for i in at))),), inside
 
-    with e.alone():
-        e.serially(x.shape, body, "write")
+    e.writes(Writes(out, x.shape, to, lambda at: sc.constant(1, out.dtype), plus))

@@ -12,7 +12,15 @@ from moec.codegen.loops.arithmetic import larger, plus
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.functions import exp
 from moec.codegen.loops.index import Position
-from moec.codegen.loops.reduce import Cell, axes_of, count, in_any_order, kept_shape, over, target
+from moec.codegen.loops.reduce import (
+    accumulate,
+    axes_of,
+    count,
+    in_any_order,
+    kept_shape,
+    over,
+    target,
+)
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.graph import Op
@@ -27,19 +35,22 @@ def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
         return Scalar(kind, sc.cast(e.read(x, full), kind).expr)
 
     def row(at: Position) -> None:
-        top = Cell(e, sc.lowest(kind))
-        over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), element(f))))
-        most = e.bind(top.get())
+        def greatest(top: Scalar, full: Position) -> Scalar:
+            return larger(top, element(full))
+
+        most = e.bind(accumulate(e, x.shape, at, axes, sc.lowest(kind), greatest, larger))
         if safe:  # a row of -inf gives zeros
             none = tirx.EQ(most.expr, sc.constant(-math.inf, kind).expr)
             most = e.bind(Scalar(kind, T.Select(none, sc.constant(0.0, kind).expr, most.expr)))
-        total = Cell(e, sc.constant(0.0, kind))
 
         def share(full: Position) -> Scalar:
             return Scalar(kind, exp(e.bind(plus(element(full), most, -1))))
 
-        over(e, x.shape, at, axes, lambda f: total.set(in_any_order(total.get(), share(f))))
-        denominator = e.bind(total.get())
+        def add(total: Scalar, full: Position) -> Scalar:
+            return in_any_order(total, share(full))
+
+        zero = sc.constant(0.0, kind)
+        denominator = e.bind(accumulate(e, x.shape, at, axes, zero, add, in_any_order))
         if safe:
             empty = tirx.EQ(denominator.expr, sc.constant(0.0, kind).expr)
             denominator = e.bind(
@@ -61,7 +72,7 @@ def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
         with e.alone():
             e.store(out, (), sc.constant(0.0 if log else 1.0, out.dtype))
         return
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
+    e.reductions(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
 
 
 @kernel("_softmax", "softmax.int", "_safe_softmax")
@@ -81,22 +92,26 @@ def logsumexp(e: Emission, op: Op) -> None:
     kind = "f64" if out.dtype == "f64" else "f32"
 
     def row(at: Position) -> None:
-        top, total = Cell(e, sc.lowest(kind)), Cell(e, sc.constant(0.0, kind))
-
         def read(full: Position) -> Scalar:
             return sc.cast(e.read(x, full), kind)
 
-        over(e, x.shape, at, axes, lambda f: top.set(larger(top.get(), read(f))))
+        def greatest(top: Scalar, full: Position) -> Scalar:
+            return larger(top, read(full))
+
+        top = accumulate(e, x.shape, at, axes, sc.lowest(kind), greatest, larger)
         inf = sc.constant(math.inf, kind)
-        infinite = tirx.EQ(sc.absolute(top.get()).expr, inf.expr)
-        zero = sc.constant(0.0, kind).expr
-        most = e.bind(Scalar(kind, T.Select(infinite, zero, top.get().expr)))
+        infinite = tirx.EQ(sc.absolute(top).expr, inf.expr)
+        zero = sc.constant(0.0, kind)
+        most = e.bind(Scalar(kind, T.Select(infinite, zero.expr, top.expr)))
 
         def share(full: Position) -> Scalar:
             return Scalar(kind, exp(e.bind(plus(read(full), most, -1))))
 
-        over(e, x.shape, at, axes, lambda f: total.set(in_any_order(total.get(), share(f))))
-        logarithm = Scalar(kind, most.expr + T.log(total.get().expr))
+        def add(total: Scalar, full: Position) -> Scalar:
+            return in_any_order(total, share(full))
+
+        total = accumulate(e, x.shape, at, axes, zero, add, in_any_order)
+        logarithm = Scalar(kind, most.expr + T.log(total.expr))
         e.store(out, target(out, at, axes), sc.cast(logarithm, out.dtype))
 
-    e.rows(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)
+    e.reductions(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)

@@ -41,8 +41,8 @@ static R exchange(const char* what, unsigned mask, T value, Choose choose) {
   return mine.result;
 }
 
-static float __shfl_xor_sync(unsigned mask, float value, int lanes) {
-  return exchange<float, float>("__shfl_xor_sync", mask, value, [lanes](float* v, int l) { return v[l ^ lanes]; });
+template <class T> static T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return exchange<T, T>("__shfl_xor_sync", mask, value, [lanes](T* v, int l) { return v[l ^ lanes]; });
 }
 static int __reduce_max_sync(unsigned mask, int value) {
   return exchange<int, int>("__reduce_max_sync", mask, value, [](int* v, int) {

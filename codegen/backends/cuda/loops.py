@@ -1,8 +1,10 @@
-"""Generated loops on a GPU: one thread computes one element or one row.
+"""Generated loops on a GPU: one thread computes one element, one thread or one warp a row.
 
     elements    thread i of the grid computes element i
-    rows        thread i computes row i, and reduces it in order
-    alone       one thread of one block: for writes that must follow one another
+    rows        thread i computes row i, in order
+    reductions  warp i reduces row i: each lane a part of it, then the lanes' results by shuffles
+    writes      one thread makes all writes to one element, or to elements that no other writes to
+    alone       one thread of one block
 
 Every nest of loops is a separate launch, so it sees the writes of the nest before it.
 """
@@ -20,19 +22,26 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.backends.cuda.ranked import ranked
+from moec.codegen.backends.cuda.warp_row import WarpRow
 from moec.codegen.cpu.frame import kernel
+from moec.codegen.cuda.instructions import WARP
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.loop_kernel import LoopKernel, write_body
 from moec.codegen.loops import index as ix
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position
+from moec.codegen.loops.reduce import Cell
 from moec.codegen.loops.rules import EMIT
+from moec.codegen.loops.scalars import Scalar
+from moec.codegen.loops.scatter import Writes
 from moec.errors import UnsupportedError
 from moec.ir.dims import Dim, product
-from moec.ir.graph import Op
+from moec.ir.graph import Op, Value
 from moec.target.cuda import HOST, CudaTarget
 
 THREADS = 256
+FEW = 8
+"""The greatest number of elements that one thread reduces."""
 _SCRATCH = 1 << 14
 """The most bytes of scratch memory per thread."""
 
@@ -57,6 +66,8 @@ class GridEmission(Emission):
     """Loops over a grid of threads. Only the size of a launch is computed outside of it."""
 
     vectors = False
+    warp: WarpRow | None = None
+    """The lanes that share the row being reduced; None in the loops of one thread."""
 
     def kernel(self, op: Op) -> Callable[[Any, Op], None] | None:
         rule = EMIT[op.name]
@@ -90,21 +101,88 @@ class GridEmission(Emission):
     ) -> None:
         self._each(shape, body)
 
+    def reductions(
+        self, shape: Sequence[Dim], body: Callable[[Position], None], work: Dim, weight: int = 1
+    ) -> None:
+        if isinstance(work, int) and work <= FEW:
+            self._each(shape, body)
+            return
+
+        def row(at: Position, lane: Expr) -> None:
+            self.warp = WarpRow(self, lane)
+            body(at)
+            self.warp = None
+
+        self._each_of(shape, WARP, row)
+
+    def visit(self, shape: Sequence[Dim], body: Callable[[Position], None], name: str) -> None:
+        if self.warp is None:
+            self.serially(shape, body, name)
+            return
+        warp, self.warp = self.warp, None
+        live = [axis for axis, dim in enumerate(shape) if dim != 1]
+        with warp.elements(self.sizes.expr(product(tuple(shape)))) as number, self.scope():
+            body(self._position(shape, live, number, name))
+        self.warp = warp
+
+    def merge(self, cells: Sequence[Cell], combine: Callable[[Sequence[Scalar]], None]) -> None:
+        if self.warp is not None:
+            self.warp.merge(cells, combine)
+
+    def store(self, value: Value, at: Position, x: Scalar) -> None:
+        if self.warp is None:
+            super().store(value, at, x)
+            return
+        with T.If(self.warp.lane == 0), T.Then():  # all lanes have the result of a row
+            super().store(value, at, x)
+
+    def writes(self, writes: Writes) -> None:
+        apart = product(tuple(writes.shape[axis] for axis in writes.apart))
+        together = [axis for axis in range(len(writes.shape)) if axis not in writes.apart]
+        if isinstance(apart, int) and apart < WARP:
+            self._each(writes.out.shape, lambda into: self._writes_into(writes, into))
+            return
+
+        def column(at: Position) -> None:
+            def write(inner: Position) -> None:
+                full = list(at)
+                for axis, index in zip(together, inner, strict=True):
+                    full[axis] = index
+                writes.write(self, tuple(full))
+
+            self.serially([writes.shape[axis] for axis in together], write, "write")
+
+        self._each([1 if a in together else d for a, d in enumerate(writes.shape)], column)
+
+    def _writes_into(self, writes: Writes, into: Position) -> None:
+        self.serially(writes.shape, lambda at: writes.write(self, at, into), "write")
+
     def _each(self, shape: Sequence[Dim], body: Callable[[Position], None]) -> None:
+        self._each_of(shape, 1, lambda at, lane: body(at))
+
+    def _each_of(
+        self, shape: Sequence[Dim], lanes: int, body: Callable[[Position, Expr], None]
+    ) -> None:
+        """Runs body(position, lane) at every position, in each of `lanes` threads."""
         live = [axis for axis, dim in enumerate(shape) if dim != 1]
         if not live:
-            with self.alone():
-                body(tuple(ix.const(0) for _ in shape))
+            with T.launch_thread("blockIdx.x", 1), T.launch_thread("threadIdx.x", lanes) as lane:
+                with self.scope():
+                    body(tuple(ix.const(0) for _ in shape), T.cast(lane, "int64"))
             return
         count = self.sizes.expr(product(tuple(shape)))
-        blocks = tirx.max((count + (THREADS - 1)) // THREADS, _i(1))  # a grid of 0 is an error
+        per_block = THREADS // lanes
+        blocks = tirx.max((count + (per_block - 1)) // per_block, _i(1))  # a grid of 0 is an error
         grid = T.launch_thread("blockIdx.x", T.cast(blocks, "int32"))
         with grid as block, T.launch_thread("threadIdx.x", THREADS) as thread:
-            number = T.bind(T.cast(block, "int64") * THREADS + T.cast(thread, "int64"))
+            first = T.cast(block, "int64") * per_block
+            number = T.bind(first + T.cast(thread // lanes, "int64"))
             with T.If(number < count), T.Then(), self.scope():
-                body(self._position(shape, live, number))
+                body(self._position(shape, live, number), T.cast(thread % lanes, "int64"))
 
-    def _position(self, shape: Sequence[Dim], live: Sequence[int], left: Expr) -> Position:
+    def _position(
+        self, shape: Sequence[Dim], live: Sequence[int], left: Expr, name: str = "axis"
+    ) -> Position:
         at: dict[int, Index] = {}
         for axis in reversed(live):
             expr = left
@@ -112,7 +190,7 @@ class GridEmission(Emission):
                 size = self.sizes.expr(shape[axis])
                 expr = T.bind(ix.rest(left, size))
                 left = T.bind(ix.quotient(left, size))
-            at[axis] = ix.loop(expr, f"axis{axis}", shape[axis])
+            at[axis] = ix.loop(expr, f"{name}{axis}", shape[axis])
         return self._full(shape, at)
 
 
