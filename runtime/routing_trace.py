@@ -99,8 +99,8 @@ def load_trace(path: Path) -> RoutingTrace:
             missing = [name for name in _DTYPES if name not in file]
             if missing:
                 raise InputError(
-                    f"{path} is no routing trace: it lacks {', '.join(missing)}; moec routing "
-                    "--import reads traces of other tools"
+                    f"{path} is no routing trace: it lacks {', '.join(missing)}; moec routing FILE "
+                    "-o TRACE.npz converts those of other tools"
                 )
             arrays = {name: file[name] for name in _DTYPES}
     except FileNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,10 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     help="Instead of a trace: uniform, zipf:EXPONENT or lognormal:SIGMA, then :SEED.",
 )  # fmt: skip
 @click.option(
+    "--groups", type=Path, metavar="FILE.yaml",
+    help="Experts of each modality or task, which get ranks of their own: text: [0, 1].",
+)  # fmt: skip
+@click.option(
     "--phase", type=OneOf(["prefill", "decode", "training"]), default="decode",
     show_default=True,
 )  # fmt: skip
@@ -62,7 +67,7 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--placement", type=OUT, metavar="FILE.json", help="Write the map of vLLM and SGLang."
 )
-@click.option("--picture", type=OUT, metavar="FILE", help="Loads of the ranks: .svg or .html.")
+@click.option("--picture", type=OUT, metavar="FILE", help="Loads of ranks: .png, .svg or .html.")
 @click.option("--explain", type=click.IntRange(0), metavar="LAYER", help="Why a layer is as it is.")
 @click.option("--compare", "other", type=Path, metavar="PLAN.json", help="Beside another plan.")
 @json_option
@@ -74,6 +79,7 @@ def command(
     nproc: int,
     trace: Path | None,
     routing: str,
+    groups: Path | None,
     phase: str,
     tokens: int | None,
     sequences: int | None,
@@ -99,6 +105,7 @@ def command(
     import msgspec
 
     from moec.plan import text
+    from moec.plan.bound_experts import read_groups
     from moec.plan.heat_map import check_picture_name
     from moec.plan.model import read_model
     from moec.plan.plan import read_plan, write_plan
@@ -109,9 +116,10 @@ def command(
     if picture:
         check_picture_name(picture)
     compared = read_plan(other) if other else None
+    bound = read_groups(groups) if groups else {}
     machine = cluster_of(cluster, measure, nproc)
     work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
-    planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare))
+    planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare), bound)
     plan = planner.best_uniform() if uniform else planner.best()
     if explain is not None and explain >= len(plan.layers):
         raise UsageError(f"--explain {explain}: the model has {len(plan.layers)} layers")
@@ -201,6 +209,7 @@ def planner_of(
     trace: Path | None,
     routing: str,
     spare: tuple[float, ...],
+    groups: Mapping[str, Sequence[int]],
 ) -> Planner:
     """The planner, with the loads of a trace or of a distribution. Raises UsageError."""
     import numpy as np
@@ -212,7 +221,8 @@ def planner_of(
     experts = [layer.experts for layer in model.each_layer]
     if trace is None:
         says = f"{routing} (assumed)"
-        return Planner(model, cluster, work, of_distribution(routing, experts), says, spare)
+        loads = of_distribution(routing, experts)
+        return Planner(model, cluster, work, loads, says, spare, groups=groups)
     routing_of = read_routing(trace)
     sparse = [count for count in experts if count]
     recorded = [len(count) for count in routing_of.counts]
@@ -224,7 +234,7 @@ def planner_of(
     counts = iter(routing_of.counts)
     loads = tuple(normalised(padded(next(counts), e) if e else np.empty(0)) for e in experts)
     says = f"{trace}, {routing_of.rows} choices (measured)"
-    return Planner(model, cluster, work, loads, says, spare)
+    return Planner(model, cluster, work, loads, says, spare, routing_of.trace, groups)
 
 
 def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
@@ -236,13 +246,13 @@ def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
 
 def draw(plan: Plan, planner: Planner, path: Path) -> None:
     """Draw the predicted load of every rank of an expert group, one row per layer."""
-    from moec.plan.heat_map import heat_map, save_picture
+    from moec.plan.heat_map import save_heat_map
     from moec.plan.placement import rank_loads
 
     layers = [layer for layer in plan.layers if layer.experts]
     rows = [rank_loads(planner.loads[layer.layer], layer.slots) for layer in layers]
     title = f"Load of ranks, {plan.model} on {plan.cluster}"
-    save_picture(heat_map(rows, title, "MoE layer", "rank"), path, title)
+    save_heat_map(rows, title, "MoE layer", "rank", path)
 
 
 def export(plan: Plan, path: Path) -> None:

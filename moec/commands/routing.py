@@ -16,7 +16,7 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 
 @click.command("routing", short_help="Show which experts a recorded routing chose.")
 @click.argument("source", type=Path, metavar="FILE")
-@click.option("--picture", type=OUT, metavar="FILE", help="Heat-map of the load: .svg or .html.")
+@click.option("--picture", type=OUT, metavar="FILE", help="Heat-map of loads: .png, .svg, .html.")
 @click.option("-o", "--output", type=OUT, metavar="FILE.npz", help="Write it as moec's trace.")
 @json_option
 @force_option
@@ -29,13 +29,15 @@ def command(
     SGLang's recorder (.pt).
     """
     from moec.plan.balance import balance
-    from moec.plan.heat_map import heat_map, save_picture
+    from moec.plan.heat_map import check_picture_name, save_heat_map
     from moec.plan.importers import read_routing
     from moec.runtime.routing_trace import save_trace
 
     for path in (picture, output):
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it")
+    if picture:
+        check_picture_name(picture)
     routing = read_routing(source)
     if output:
         if routing.trace is None:
@@ -44,7 +46,7 @@ def command(
     layers = balance(routing)
     if picture:
         title = f"Load of experts, {source.name}"
-        save_picture(heat_map(routing.counts, title, "layer", "expert"), picture, title)
+        save_heat_map(routing.counts, title, "layer", "expert", picture)
     if as_json:
         click.echo(json.dumps([layer.to_dict() for layer in layers], indent=1))
         return

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moec.plan.coactivation import coactivation
 from moec.plan.importers import ImportedRouting
 from moec.plan.popularity import normalised
 from moec.runtime.routing_trace import RoutingTrace
@@ -58,15 +59,6 @@ def _balance(layer: int, count: NDArray[np.float64], trace: RoutingTrace | None)
     return LayerBalance(
         plain.layer, experts, plain.busiest, plain.entropy, plain.unused, drift, pair, lift
     )
-
-
-def coactivation(trace: RoutingTrace, layer: int) -> NDArray[np.int64]:
-    """[E, E]: the number of tokens that chose both experts; on the diagonal, each expert."""
-    experts = int(trace.experts[layer])
-    chosen = np.zeros((trace.tokens, experts + 1), np.float32)
-    np.put_along_axis(chosen, trace.ids[:, layer].astype(np.int64) % (experts + 1), 1, axis=1)
-    chosen = chosen[:, :experts]
-    return (chosen.T @ chosen).round().astype(np.int64)
 
 
 def strongest_pair(meets: NDArray[np.int64]) -> tuple[tuple[int, int] | None, float | None]:

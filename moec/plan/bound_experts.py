@@ -6,9 +6,12 @@ parallel training of Uni-MoE's modalities (arXiv 2405.11273, section 3).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from moec.errors import UsageError
@@ -23,17 +26,32 @@ class BoundPlacement:
     placement: Placement
 
 
+def read_groups(path: Path) -> dict[str, list[int]]:
+    """The groups in a YAML or JSON file, {name: [expert, ...]}. Raises UsageError."""
+    try:
+        groups = msgspec.yaml.decode(path.read_bytes(), type=dict[str, list[int]])
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: {error}; write a line such as text: [0, 1]") from None
+    if not groups or not all(groups.values()):
+        raise UsageError(f"{path}: a group has no expert; write a line such as text: [0, 1]")
+    return groups
+
+
 def place_bound(loads: Loads, groups: Mapping[str, Sequence[int]], ranks: int) -> BoundPlacement:
     """Place experts with loads [E] on `ranks` ranks, each on a rank of its group. Every group has
     at least one rank; each further rank goes to the group whose ranks have the greatest load.
 
     Raises UsageError where an expert is in no group or in several, or where groups outnumber ranks.
     """
-    members = sorted(expert for group in groups.values() for expert in group)
-    if members != list(range(len(loads))):
-        raise UsageError(
-            f"the groups hold experts {members}: each of 0 to {len(loads) - 1} must be in one group"
-        )
+    counts_of = Counter(expert for group in groups.values() for expert in group)
+    for expert in sorted({*range(len(loads)), *counts_of}):
+        if counts_of[expert] != 1 or not 0 <= expert < len(loads):
+            raise UsageError(
+                f"expert {expert} is in {counts_of[expert]} groups; each of the experts 0 to "
+                f"{len(loads) - 1}, and no other, must be in one group"
+            )
     if len(groups) > ranks:
         raise UsageError(f"{len(groups)} groups cannot have ranks of their own among {ranks}")
     total = max(float(loads.sum()), 1e-300)

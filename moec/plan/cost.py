@@ -14,6 +14,7 @@ from moec.plan.cluster import Cluster
 from moec.plan.degrees import Degrees
 from moec.plan.exchange import collective_seconds, exchange, seconds
 from moec.plan.model import Layers, Model
+from moec.plan.placement import Placement
 from moec.plan.workload import Workload
 
 CACHE_BYTES = 2.0
@@ -35,12 +36,12 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Predicts costs. `imbalance(layer, ranks, slots)` is the busiest rank's load over the mean."""
+    """Predicts costs. `placement(layer, ranks, slots)` places the experts of a layer."""
 
     model: Model
     cluster: Cluster
     workload: Workload
-    imbalance: Callable[[int, int, int], float]
+    placement: Callable[[int, int, int], Placement]
     _parts: dict[tuple[int, int], Mapping[str, float]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -51,7 +52,7 @@ class CostModel:
         """The cost of layer `index`."""
         busiest = 1.0
         if self.layers[index].experts:
-            busiest = self.imbalance(index, degrees.experts, degrees.slots)
+            busiest = self.placement(index, degrees.experts, degrees.slots).imbalance
         return self.with_load(index, degrees, busiest, busiest)
 
     def with_load(self, index: int, degrees: Degrees, busiest: float, link: float) -> LayerCost:
@@ -59,14 +60,15 @@ class CostModel:
         and the load of the busiest link is `link` times the mean."""
         layer = self.layers[index]
         parts = dict(self._common(index, degrees.attention))
-        hidden = 0.0
+        hidden, held = 0.0, 0
         if layer.experts:
-            parts |= self._experts(layer, degrees, busiest, link)
+            held = self.placement(index, degrees.experts, degrees.slots).most
+            parts |= self._experts(layer, degrees, held, busiest, link)
             if layer.dense_hidden:
                 hidden = min(parts["dense"], parts["exchange out"])
-        if sums := self._gradients(layer, degrees):
+        if sums := self._gradients(layer, degrees, held):
             parts["gradients"] = sums
-        return LayerCost(parts, hidden, self._memory(layer, degrees))
+        return LayerCost(parts, hidden, self._memory(layer, degrees, held))
 
     def reshard(self, one: int, two: int) -> float:
         """Seconds to gather activations between layers with different attention degrees."""
@@ -127,14 +129,13 @@ class CostModel:
         return self._roofline(flop, parameters * self.model.bytes_per_weight / degree)
 
     def _experts(
-        self, layer: Layers, degrees: Degrees, busiest: float, link: float
+        self, layer: Layers, degrees: Degrees, held: int, busiest: float, link: float
     ) -> dict[str, float]:
         work, model, devices = self.workload, self.model, self.cluster.devices
         k = layer.k * layer.experts / (layer.experts + layer.zero_experts)
         tokens = work.tokens / degrees.copies(devices)
         rows = busiest * tokens * k / degrees.experts
         parameters = model.expert_parameters(layer) / degrees.slices
-        held = -(-degrees.slots // degrees.experts)
         read = held * (1 - (1 - min(1.0, k / layer.experts)) ** tokens)
         moved = rows * CACHE_BYTES * (2 * model.width + layer.hidden / degrees.slices)
         size = read * parameters * model.bytes_per_weight + moved
@@ -166,7 +167,7 @@ class CostModel:
         total = sum(collective_seconds(kind, size, degree, degree, cluster) for kind in kinds)
         return total * (2 if work.passes > 1 else 1)
 
-    def _gradients(self, layer: Layers, degrees: Degrees) -> float:
+    def _gradients(self, layer: Layers, degrees: Degrees, held: int) -> float:
         """Training: seconds to sum gradients over the ranks that hold the same weights."""
         if self.workload.phase != "training":
             return 0.0
@@ -175,15 +176,13 @@ class CostModel:
         data = devices // degrees.attention
         total = collective_seconds("all_reduce", size, data, devices, cluster)
         if layer.experts:
-            held = -(-degrees.slots // degrees.experts)
             size = held * self.model.expert_parameters(layer) / degrees.slices * CACHE_BYTES
             copies = degrees.copies(devices)
             total += collective_seconds("all_reduce", size, copies, devices, cluster)
         return total
 
-    def _memory(self, layer: Layers, degrees: Degrees) -> float:
+    def _memory(self, layer: Layers, degrees: Degrees, held: int) -> float:
         weights = self.workload.weight_bytes or self.model.bytes_per_weight
-        held = -(-degrees.slots // degrees.experts)
         expert = held * self.model.expert_parameters(layer) / degrees.slices
         dense = self.model.dense_parameters(layer) / degrees.attention
         return (expert + dense) * weights + self._cache(layer, degrees.attention)

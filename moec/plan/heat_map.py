@@ -1,9 +1,10 @@
-"""A table of numbers as a heat map, in SVG or HTML."""
+"""A table of numbers as a heat map, in PNG, SVG or HTML."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from moec.errors import UsageError
 
 _STOPS = ((247, 251, 255), (158, 202, 225), (49, 130, 189), (8, 48, 107), (165, 15, 21))
 """Colors of 0, 1, 2, 3 and 4 times the mean: from white over blue to red."""
+_UNUSED = (250, 214, 140)
+"""The color of exactly 0, such as an expert that no token chose: amber."""
 _LEFT, _TOP, _WIDTH = 90, 64, 900
 
 
@@ -20,7 +23,7 @@ def heat_map(
     rows: Sequence[NDArray[np.float64]], title: str, row_name: str, column_name: str
 ) -> str:
     """An SVG with a row of cells for each array. The color of a cell is its multiple of the row's
-    mean: white 0, light blue 1, dark blue 3, red 4 and more."""
+    mean: amber 0, light blue 1, dark blue 3, red 4 and more."""
     columns = max((len(row) for row in rows), default=1)
     pitch = max(3.0, min(24.0, _WIDTH / columns))
     height = max(8.0, min(24.0, 640 / max(1, len(rows))))
@@ -31,8 +34,15 @@ def heat_map(
         f'font-family="sans-serif" font-size="12">',
         f'<rect width="{width:.0f}" height="{total:.0f}" fill="#fff"/>',
         f'<text x="{_LEFT}" y="26" font-size="17" fill="#222">{escape(title)}</text>',
-        f'<text x="{_LEFT}" y="{_TOP - 10}" fill="#555">{escape(column_name)} →</text>',
+        f'<text x="{_LEFT}" y="{_TOP - 20}" fill="#555">{escape(column_name)} →</text>',
     ]
+    distance = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * pitch >= 30 or n == 100)
+    for column in range(0, columns, distance):
+        x = _LEFT + (column + 0.5) * pitch
+        marks.append(
+            f'<text x="{x:.1f}" y="{_TOP - 5}" text-anchor="middle" font-size="10" fill="#555">'
+            f"{column}</text>"
+        )
     step = -(-len(rows) // 40) if rows else 1
     for index, row in enumerate(rows):
         y = _TOP + index * height
@@ -57,7 +67,7 @@ def _legend(y: float) -> list[str]:
     marks = []
     for index in range(5):
         x = _LEFT + index * 90
-        word = f"{index} x mean" + (" or more" if index == 4 else "")
+        word = {0: "none", 4: "4 x mean or more"}.get(index, f"{index} x mean")
         marks.append(
             f'<rect x="{x}" y="{y:.0f}" width="16" height="16" fill="{_colour(index)}" '
             f'stroke="#ccc"/><text x="{x + 22}" y="{y + 13:.0f}" fill="#555">{word}</text>'
@@ -66,26 +76,70 @@ def _legend(y: float) -> list[str]:
 
 
 def _colour(ratio: float) -> str:
+    if ratio == 0:
+        return _hex(_UNUSED)
     position = min(max(ratio, 0.0), len(_STOPS) - 1.001)
     index = int(position)
     part = position - index
-    mixed = (
-        round(a + (b - a) * part) for a, b in zip(_STOPS[index], _STOPS[index + 1], strict=True)
-    )
-    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+    ends = zip(_STOPS[index], _STOPS[index + 1], strict=True)
+    return _hex(round(a + (b - a) * part) for a, b in ends)
+
+
+def _hex(channels: Iterable[int]) -> str:
+    return "#" + "".join(f"{channel:02x}" for channel in channels)
 
 
 def check_picture_name(path: Path) -> None:
-    """Raises UsageError for a name that ends in neither .svg nor .html."""
-    if path.suffix not in (".svg", ".html"):
-        raise UsageError(f"{path}: a picture ends in .svg or .html")
+    """Raises UsageError for a name that ends in none of .png, .svg and .html, and where a .png
+    needs a package that is missing."""
+    if path.suffix not in (".png", ".svg", ".html"):
+        raise UsageError(f"{path}: a picture ends in .png, .svg or .html")
+    if path.suffix == ".png" and find_spec("matplotlib") is None:
+        raise UsageError(
+            f"{path}: a .png needs matplotlib: pip install 'moec[bench]', or write an .svg"
+        )
 
 
-def save_picture(svg: str, path: Path, title: str) -> None:
-    """Write the picture to `path`. Raises UsageError unless its name ends in .svg or .html."""
+def save_heat_map(
+    rows: Sequence[NDArray[np.float64]], title: str, row_name: str, column_name: str, path: Path
+) -> None:
+    """Write the table of `heat_map` to `path`. Raises UsageError as `check_picture_name`."""
     check_picture_name(path)
+    if path.suffix == ".png":
+        _save_png(rows, title, row_name, column_name, path)
+        return
+    svg = heat_map(rows, title, row_name, column_name)
     if path.suffix == ".svg":
         path.write_text(svg)
     else:
         head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         path.write_text(f'{head}<body style="margin:2em">\n{svg}</body>\n')
+
+
+def _save_png(
+    rows: Sequence[NDArray[np.float64]], title: str, row_name: str, column_name: str, path: Path
+) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    columns = max((len(row) for row in rows), default=1)
+    ratios = np.full((max(1, len(rows)), columns), np.nan)
+    for index, row in enumerate(rows):
+        mean = float(row.mean()) if len(row) else 0.0
+        ratios[index, : len(row)] = row / mean if mean > 0 else 0.0
+    width = min(14.0, max(6.0, columns * 0.22 + 2.5))
+    height = min(10.0, max(2.4, len(rows) * 0.22 + 1.6))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    colors = LinearSegmentedColormap.from_list("load", [np.array(stop) / 255 for stop in _STOPS])
+    colors = colors.with_extremes(under=[channel / 255 for channel in _UNUSED])
+    image = axes.imshow(
+        ratios, cmap=colors, vmin=1e-9, vmax=len(_STOPS) - 1, aspect="auto",
+        interpolation="nearest",
+    )  # fmt: skip
+    axes.set(title=title, xlabel=column_name, ylabel=row_name)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, label="times the mean of the row; below: none", extend="both")
+    FigureCanvasAgg(figure).print_png(path)

@@ -33,6 +33,11 @@ class Placement:
         return len(self.slots)
 
     @property
+    def most(self) -> int:
+        """The greatest number of slots of a rank."""
+        return max(map(len, self.slots))
+
+    @property
     def imbalance(self) -> float:
         """The load of the busiest rank over the mean."""
         return self.busiest * self.ranks

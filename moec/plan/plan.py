@@ -27,11 +27,22 @@ class Number(Record, frozen=True, kw_only=True):
     note: str = ""
 
 
+class Sends(Record, frozen=True, kw_only=True):
+    """The other nodes and ranks to which a row goes on average if it is sent once to each, counted
+    on a trace; `by_load`, the same with experts placed by their loads alone."""
+
+    nodes: float
+    ranks: float
+    nodes_by_load: float
+    ranks_by_load: float
+
+
 class LayerPlan(Record, frozen=True, kw_only=True):
     """The plan of one layer.
 
     `attention` ranks share attention and dense products. `ranks` (EP) share the experts, each cut
-    into `slices`, in `copies` groups; `slots[r]` are the experts of rank r of a group. Predicted:
+    into `slices`, in `copies` groups; `slots[r]` are the experts of rank r of a group. `groups` has
+    the first and the last rank of each group of experts, such as a modality. Predicted:
     `seconds` by part, of which `hidden` overlap with others; `memory` in bytes a rank; `imbalance`,
     the busiest rank's load over the mean, and `bound`, its lower bound.
     """
@@ -44,6 +55,8 @@ class LayerPlan(Record, frozen=True, kw_only=True):
     copies: Positive = 1
     form: Form = "flat"
     slots: tuple[tuple[Expert, ...], ...] = ()
+    groups: dict[str, tuple[Natural, Natural]] = msgspec.field(default_factory=dict)
+    sends: Sends | None = None
     imbalance: float = 1.0
     bound: float = 1.0
     seconds: dict[str, float]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
+from moec.plan.bound_experts import place_bound
 from moec.plan.cluster import Cluster
+from moec.plan.coactivation import coactivation, place_together
 from moec.plan.cost import CostModel, LayerCost
 from moec.plan.degrees import SPARE, Degrees, legal
 from moec.plan.eplb import rebalance
@@ -19,7 +21,9 @@ from moec.plan.model import Model
 from moec.plan.placement import Placement, place
 from moec.plan.plan import LayerPlan, Number, Plan
 from moec.plan.search import LayerOption, search
+from moec.plan.sends import count_sends, sample
 from moec.plan.workload import Workload
+from moec.runtime.routing_trace import RoutingTrace
 
 Loads = NDArray[np.float64]
 
@@ -37,7 +41,9 @@ class CostedDegrees:
 @dataclass(frozen=True)
 class Planner:
     """`loads[l]` are the shares of rows of the experts of layer l (empty for a dense layer),
-    `routing` describes where they come from, `spare` are the shares of slots for copies."""
+    `routing` describes where they come from, `spare` are the shares of slots for copies. With a
+    `trace` of the MoE layers, experts of one token are placed together; experts of a group of
+    `groups` are on ranks that have no others, and without copies."""
 
     model: Model
     cluster: Cluster
@@ -45,9 +51,16 @@ class Planner:
     loads: tuple[Loads, ...]
     routing: str
     spare: tuple[float, ...] = SPARE
+    trace: RoutingTrace | None = None
+    groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
     _placements: dict[tuple[int, int, int], Placement] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        if len(self.groups) > self.cluster.devices:
+            raise UsageError(
+                f"{len(self.groups)} groups of experts cannot have ranks of their own on the "
+                f"{self.cluster.devices} devices of {self.cluster.name}"
+            )
         for index, layer in enumerate(self.model.each_layer):
             if len(self.loads[index]) != layer.experts:
                 raise UsageError(
@@ -57,15 +70,14 @@ class Planner:
 
     @cached_property
     def cost(self) -> CostModel:
-        def imbalance(layer: int, ranks: int, slots: int) -> float:
-            return self.placement(layer, ranks, slots).imbalance
-
-        return CostModel(self.model, self.cluster, self.workload, imbalance)
+        return CostModel(self.model, self.cluster, self.workload, self.placement)
 
     def placement(self, layer: int, ranks: int, slots: int) -> Placement:
         key = (layer, ranks, slots)
         if key not in self._placements:
-            self._placements[key] = place(self.loads[layer], ranks, slots)
+            loads = self.loads[layer]
+            bound = place_bound(loads, self.groups, ranks).placement if self.groups else None
+            self._placements[key] = bound or place(loads, ranks, slots)
         return self._placements[key]
 
     @cached_property
@@ -74,16 +86,25 @@ class Planner:
         return tuple(
             tuple(
                 CostedDegrees(degrees, self.cost.layer(index, degrees))
-                for degrees in legal(layer, self.cluster, self.spare)
+                for degrees in self._legal(index)
                 if not self._spare_is_useless(index, layer.experts, degrees)
             )
             for index, layer in enumerate(self.cost.layers)
         )
 
+    def _legal(self, index: int) -> Iterator[Degrees]:
+        layer = self.cost.layers[index]
+        for degrees in legal(layer, self.cluster, (0.0,) if self.groups else self.spare):
+            if not (self.groups and layer.experts):
+                yield degrees
+            elif degrees.experts >= len(self.groups):
+                slots = self.placement(index, degrees.experts, 0).slots
+                yield replace(degrees, slots=sum(map(len, slots)))
+
     def _spare_is_useless(self, index: int, experts: int, degrees: Degrees) -> bool:
         """Whether there are more slots than needed although the ranks are balanced without them."""
         least = max(experts, degrees.experts)
-        if degrees.slots <= least:
+        if degrees.slots <= least or self.groups:
             return False
         return self.placement(index, degrees.experts, least).imbalance < LEVEL
 
@@ -174,8 +195,13 @@ class Planner:
         }
         if not layer.experts:
             return LayerPlan(**plain)  # type: ignore[arg-type]
-        placement = self.placement(index, degrees.experts, degrees.slots)
-        return LayerPlan(
+        by_load = self.placement(index, degrees.experts, degrees.slots)
+        placement, bound = by_load, self._bound(index, degrees.experts)
+        if self._sample is not None and not bound:
+            meets = coactivation(self._sample, self._sparse.index(index), layer.experts)
+            near = max(1, self.cluster.node_size // degrees.slices)
+            placement = place_together(by_load, self.loads[index], meets, near)
+        entry = LayerPlan(
             **plain,  # type: ignore[arg-type]
             ranks=degrees.experts,
             slices=degrees.slices,
@@ -184,7 +210,31 @@ class Planner:
             slots=placement.slots,
             imbalance=placement.imbalance,
             bound=placement.bound_imbalance,
+            groups=bound,
         )
+        if self._sample is None:
+            return entry
+        ids = np.ascontiguousarray(self._sample.ids[:, self._sparse.index(index)])
+        devices, node = self.cluster.devices, self.cluster.node_size
+        return msgspec.structs.replace(
+            entry, sends=count_sends(ids, entry, by_load.slots, devices, node)
+        )
+
+    def _bound(self, index: int, ranks: int) -> dict[str, tuple[int, int]]:
+        """The first and the last rank of each group of experts."""
+        if not self.groups:
+            return {}
+        ranks_of = place_bound(self.loads[index], self.groups, ranks).ranks
+        return {name: (part[0], part[-1]) for name, part in ranks_of.items()}
+
+    @cached_property
+    def _sparse(self) -> list[int]:
+        """The layers with experts, in the order of the trace's layers."""
+        return [i for i, layer in enumerate(self.cost.layers) if layer.experts]
+
+    @cached_property
+    def _sample(self) -> RoutingTrace | None:
+        return None if self.trace is None else sample(self.trace)
 
     def _too_large(self) -> str:
         least = sum(min(c.cost.memory for c in options) for options in self.candidates)
@@ -197,7 +247,7 @@ class Planner:
 
 
 def _with_slots(layer: LayerPlan, slots: tuple[tuple[int, ...], ...]) -> LayerPlan:
-    return msgspec.structs.replace(layer, slots=slots)
+    return msgspec.structs.replace(layer, slots=slots, sends=None)
 
 
 def _with_layers(plan: Plan, layers: tuple[LayerPlan, ...]) -> Plan:

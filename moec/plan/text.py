@@ -28,6 +28,8 @@ def show(plan: Plan) -> str:
         f"step {plan.seconds * 1e3:.2f} ms, {per_step:,.0f} tokens/s; "
         f"{plan.memory / 1e9:.1f} of {plan.memory_limit / 1e9:.1f} GB a device (predicted)",
         *_latency(plan),
+        *_sends(plan),
+        *_bound(plan.layers),
         "",
         "Numbers it rests on:",
         *columns([(n.name, f"{n.value:.4g}", n.source, n.note) for n in plan.numbers]),
@@ -42,6 +44,35 @@ def _latency(plan: Plan) -> list[str]:
         return []
     word = "within" if plan.seconds <= target.value else "BEYOND"
     return [f"{word} the target of {target.value * 1e3:.2f} ms a step"]
+
+
+def _sends(plan: Plan) -> list[str]:
+    """To how many nodes and ranks a row goes, if the plan is of a trace."""
+    sends = [layer.sends for layer in plan.layers if layer.sends]
+    if not sends:
+        return []
+    nodes, nodes_by_load = _mean(s.nodes for s in sends), _mean(s.nodes_by_load for s in sends)
+    ranks, ranks_by_load = _mean(s.ranks for s in sends), _mean(s.ranks_by_load for s in sends)
+    targets = f"{ranks:.2f} other ranks ({ranks_by_load:.2f})"
+    if plan.devices > plan.node_size:
+        targets = f"{nodes:.2f} other nodes ({nodes_by_load:.2f}) and {targets}"
+    return [
+        f"sent once to each, a row goes to {targets}; in brackets with experts placed by load alone",
+        "(counted on the trace, mean of the layers)",
+    ]
+
+
+def _bound(layers: Sequence[LayerPlan]) -> list[str]:
+    """The ranks of each group of experts."""
+    bound: dict[str, list[int]] = {}
+    for layer in layers:
+        parts = [
+            f"{name} rank{'s' if last > first else ''} {_ranges(range(first, last + 1))}"
+            for name, (first, last) in layer.groups.items()
+        ]
+        if parts:
+            bound.setdefault(", ".join(parts), []).append(layer.layer)
+    return [f"experts of layers {_ranges(numbers)}: {parts}" for parts, numbers in bound.items()]
 
 
 def _groups(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from moec import __main__ as front
+from moec.plan.cluster import read_cluster
 from moec.plan.plan import read_plan
 from moec.runtime.routing_trace import of_ids, save_trace
 
@@ -90,7 +93,7 @@ def test_json_and_explanation(model: str) -> None:
         (["--cluster", "h100-8", "--send", "f3"], "f3 is not one of"),
         (["--cluster", "h100-8", "--compute", "int8"], "has no FLOP/s of int8"),
         (["--cluster", "h100-8", "--trace", "no.npz"], "no.npz does not exist"),
-        (["--cluster", "h100-8", "--picture", "p.png"], "a picture ends in .svg or .html"),
+        (["--cluster", "h100-8", "--picture", "p.pdf"], "a picture ends in .png, .svg or .html"),
         (["--cluster", "h100-8", "--compare", "no.json"], "no.json"),
     ],
 )
@@ -108,13 +111,30 @@ def test_a_trace_of_another_model(trace: str) -> None:
 
 
 def test_routing(trace: str, tmp_path: Path) -> None:
-    picture = tmp_path / "load.html"
-    result = run("routing", trace, "--picture", str(picture))
+    result = run("routing", trace)
     assert result.exit_code == 0, result.output
     assert "400 tokens, 1600 choices, 2 layers" in result.stdout
     assert "strongest pair" in result.stdout
-    assert picture.read_text().startswith("<!doctype html>")
     assert len(json.loads(run("routing", trace, "--json").stdout)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [("load.png", b"\x89PNG\r\n"), ("load.svg", b"<svg xmlns="), ("load.html", b"<!doctype html>")],
+)
+def test_pictures_of_routing(name: str, head: bytes, trace: str, tmp_path: Path) -> None:
+    if name.endswith(".png"):
+        pytest.importorskip("matplotlib")
+    result = run("routing", trace, "--picture", str(tmp_path / name))
+    assert f"wrote {tmp_path / name}" in result.stdout, result
+    assert (tmp_path / name).read_bytes().startswith(head)
+
+
+def test_no_package_for_a_png(trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moec.plan.heat_map.find_spec", lambda name: None)
+    result = run("routing", trace, "--picture", str(tmp_path / "load.png"))
+    assert "a .png needs matplotlib: pip install 'moec[bench]', or write an .svg" in result.stderr
+    assert not (tmp_path / "load.png").exists()
 
 
 def test_routing_refuses(tmp_path: Path) -> None:
@@ -122,3 +142,71 @@ def test_routing_refuses(tmp_path: Path) -> None:
     np.save(counts, np.ones((2, 4)))
     result = run("routing", str(counts), "-o", str(tmp_path / "t.npz"))
     assert "a trace needs the experts of each token" in result.stderr
+
+
+@pytest.fixture
+def small_nodes(tmp_path: Path) -> str:
+    """Two nodes of two devices, none of which has memory for all experts."""
+    cluster = msgspec.to_builtins(read_cluster("cpu-8-nodes"))
+    cluster["levels"][1]["joins"] = 2
+    cluster["device"]["memory"]["value"], cluster["device"]["reserved"]["value"] = 4.3e5, 0
+    path = tmp_path / "nodes.yaml"
+    path.write_text(json.dumps(cluster))
+    return str(path)
+
+
+def test_experts_that_meet_are_placed_together(
+    model: str, small_nodes: str, tmp_path: Path
+) -> None:
+    """Tokens choose 0 and 2, 1 and 3, 4 and 6, or 5 and 7. The plan says to how many nodes and
+    ranks their rows go."""
+    pairs = np.array([[0, 2], [1, 3], [4, 6], [5, 7]])
+    layers = [pairs[np.random.default_rng(n).permutation(400) % 4] for n in range(2)]
+    save_trace(of_ids(np.stack(layers, 1), 8), tmp_path / "t.npz")
+    options = (
+        "plan", model, "--cluster", small_nodes, "--trace", str(tmp_path / "t.npz"), "--spare", "0",
+        "--sequences", "0",
+    )  # fmt: skip
+    output = run(*options).stdout
+    counts = re.search(
+        r"a row goes to ([\d.]+) other nodes \(([\d.]+)\) and ([\d.]+) other ranks \(([\d.]+)\)",
+        output,
+    )
+    assert counts is not None, output
+    nodes, nodes_by_load, ranks, ranks_by_load = map(float, counts.groups())
+    # One of two nodes, and one of four ranks, is the row's own.
+    assert (nodes, ranks) == (pytest.approx(0.5, abs=0.1), pytest.approx(0.75, abs=0.1))
+    assert nodes < nodes_by_load
+    assert ranks < ranks_by_load
+    assert json.loads(run(*options, "--json").stdout)["layers"][0]["sends"]["ranks"] < ranks_by_load
+
+
+def test_modalities_have_ranks_of_their_own(model: str, small_nodes: str, tmp_path: Path) -> None:
+    groups, output = tmp_path / "groups.yaml", tmp_path / "plan.json"
+    groups.write_text("text: [0, 3, 5, 6]\nimage: [1, 7]\naudio: [2, 4]\n")
+    options = ("plan", model, "--cluster", small_nodes, "--sequences", "0", "--groups", str(groups))
+    result = run(*options, "-o", str(output))
+    assert result.exit_code == 0, result.output
+    assert "experts of layers 0-1: text ranks 0-1, image rank 2, audio rank 3" in result.stdout
+    for layer in read_plan(output).layers:
+        assert {*layer.slots[0], *layer.slots[1]} == {0, 3, 5, 6}
+        assert layer.slots[2:] == ((1, 7), (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [0, 1]", "expert 2 is in 0 groups; each of the experts 0 to 7, and no other"),
+        ("a: []", "a group has no expert; write a line such as text: [0, 1]"),
+        ("[1, 2]", "write a line such as text: [0, 1]"),
+        ("a: [0, 1, 2, 3]\nb: [4, 5]\nc: [6, 7]", "3 groups of experts cannot have ranks of"),
+    ],
+)
+def test_groups_that_are_refused(model: str, tmp_path: Path, text: str, words: str) -> None:
+    groups, output = tmp_path / "groups.yaml", tmp_path / "plan.json"
+    groups.write_text(text)
+    options = ("--cluster", "two-sockets", "--groups", str(groups), "-o", str(output))
+    result = run("plan", model, *options)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert not output.exists()

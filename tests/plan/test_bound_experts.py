@@ -43,8 +43,13 @@ def test_any_groups(which: list[int], ranks: int, seed: int) -> None:
 @pytest.mark.parametrize(
     ("groups", "ranks", "words"),
     [
-        ({"a": [0, 1], "b": [1, 2, 3, 4, 5]}, 4, "each of 0 to 5 must be in one group"),
-        ({"a": [0, 1]}, 4, "each of 0 to 5 must be in one group"),
+        (
+            {"a": [0, 1], "b": [1, 2, 3, 4, 5]},
+            4,
+            "expert 1 is in 2 groups; each of",
+        ),
+        ({"a": [0, 1]}, 4, "expert 2 is in 0 groups"),
+        ({**MODALITIES, "video": [7]}, 4, "expert 7 is in 1 groups"),
         (MODALITIES, 2, "3 groups cannot have ranks of their own among 2"),
     ],
 )

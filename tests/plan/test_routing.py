@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from moec.errors import InputError
-from moec.plan.balance import balance, coactivation
+from moec.plan.balance import balance
+from moec.plan.coactivation import coactivation
 from moec.plan.heat_map import heat_map
 from moec.plan.importers import of_trace, read_routing
 from moec.runtime.routing_trace import load_trace, of_ids, save_trace
@@ -138,3 +139,4 @@ def test_a_picture_names_every_cell() -> None:
     assert "a &lt;b&gt;" in svg
     assert "layer 0, expert 1: 2.00 of the mean" in svg
     assert svg.count("<title>") == 2
+    assert svg.count("#fad68c") == 2  # the expert that no token chose, and the legend
