@@ -153,18 +153,24 @@ class Executor:
         return self._caller.submit(entry.function, *arguments, *entry.params).result()
 
     def bind(self, arrays: Mapping[str, Any]) -> None:
-        """Replace the weights, by name and packed like those of the package."""
+        """Replace the weights, by name and packed like those of the package: numpy arrays, or torch
+        tensors on the model's device, whose memory is shared."""
         if arrays is not self.package.arrays:
             self._mapped = None
         with self._lock:
             self._arrays = {name: arrays[name] for name in self.package.params}  # keeps the memory
             self._device.reserve(sum(array.nbytes for array in self._arrays.values()))
-            tensors = {
-                name: self._device.moved(from_numpy(array)) for name, array in self._arrays.items()
-            }
+            tensors = {name: self._on_device(array) for name, array in self._arrays.items()}
             self._owned = {tensor.data_ptr() for tensor in tensors.values()}
             for entry in self._entries.values():
                 entry.params = [tensors[port.name] for port in entry.signature.params]
+
+    def _on_device(self, array: Any) -> Any:
+        """A weight as a tensor of the device; a torch tensor must be there already."""
+        if isinstance(array, np.ndarray):
+            return self._device.moved(from_numpy(array))
+        (tensor,), _ = arguments_of([array])
+        return tensor
 
     def reset(self) -> None:
         """Reset every state to its initial content."""

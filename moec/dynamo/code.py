@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moec.cache import LIBRARIES, key_of, load, save, source_version
+from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.package import package, packed_arrays
@@ -64,7 +65,18 @@ class Code:
         weights_by_name = {p.name: w for p, w in zip(self.graph.params, weights, strict=False)}
         results = evaluate(self.folded, [], weights_by_name)
         named = {v.name: t for v, t in zip(self.folded.outputs, results, strict=True)}
-        return packed_arrays(self.lowered.params[MAIN], named)
+        params = self.lowered.params[MAIN]
+        if self.package.gpu is None:
+            return packed_arrays(params, named)
+        # On a GPU, kernels read weights that they do not pack where PyTorch has them.
+        arrays: dict[str, Any] = {}
+        for param in params:
+            if param.pack is None:
+                arrays[param.name] = named[param.values[0].name].detach().contiguous()
+            else:
+                on_host = {value.name: named[value.name].cpu() for value in param.values}
+                arrays |= packed_arrays((param,), on_host)
+        return arrays
 
 
 def generate(region: Region, options: Options, codes: Mapping[str, Code]) -> Code:
@@ -83,20 +95,27 @@ def generate(region: Region, options: Options, codes: Mapping[str, Code]) -> Cod
     pass_results = run(Program(graph, weights), passes, stage=Stage.MOE)
     final = pass_results[-1].program
     module = Module.of(final)
+    assert options.target is not None
     backend = backend_for(options.target)
     lowered = lower(module, options.target, backend)
     bare = package(module, options.target, lowered, BuiltLibrary(), weights=False)
+    library = _library(backend, lowered, options, key)
+    native = replace(bare, library=library.host, gpu=library.gpu)
+    joined = run(Program(graph, weights), (ExpandExperts(), FuseCombine()), stage=Stage.MOE)
+    return Code(key, graph, joined[-1].program.graph, _folded(pass_results, graph), lowered, native)
+
+
+def _library(backend: Backend, lowered: LoweredModule, options: Options, key: str) -> BuiltLibrary:
+    """From the cache, or compiled. Of GPUs, only the kernels' machine code is in the cache."""
     library = load(options.cache, LIBRARIES, key)
     if library is not None:
         RECORDER.add(disk_hits=1)
-    else:
-        target, level = options.target, options.opt_level
-        library = backend.library(lowered.module, target, level, options.cache).host
-        RECORDER.add(code_compiled=1)
-        save(options.cache, LIBRARIES, {key: library})
-    native = replace(bare, library=library)
-    joined = run(Program(graph, weights), (ExpandExperts(), FuseCombine()), stage=Stage.MOE)
-    return Code(key, graph, joined[-1].program.graph, _folded(pass_results, graph), lowered, native)
+        return BuiltLibrary(library)
+    built = backend.library(lowered.module, options.target, options.opt_level, options.cache)
+    RECORDER.add(code_compiled=1)
+    if built.gpu is None:
+        save(options.cache, LIBRARIES, {key: built.host})
+    return built
 
 
 def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) -> str:

@@ -20,7 +20,9 @@ from torch import fx
 
 from moec.dynamo.code import Code, generate, is_constant
 from moec.dynamo.convert import convert
+from moec.dynamo.devices import check_one_device, devices_of, example_of, placed
 from moec.dynamo.direct import direct
+from moec.dynamo.grouped_mm import ON_GPU
 from moec.dynamo.local import take_local_parts, with_parts
 from moec.dynamo.operators import BlockSite, register_site
 from moec.dynamo.options import Options, parse
@@ -36,10 +38,11 @@ from moec.dynamo.training import (
     needs_gradient,
     trainable_inputs,
 )
-from moec.errors import IRError, MoecError, NoMatch
+from moec.errors import IRError, MoecError, NoMatch, TargetError
 from moec.passes.core.runner import run
 from moec.passes.recognise import RecogniseExperts
 from moec.pipeline import CANONICALISE, RECOGNISE
+from moec.target.cpu import CpuTarget
 
 RECOGNITION = (*CANONICALISE.passes, *RECOGNISE.passes)
 
@@ -47,12 +50,6 @@ _UNRECOGNISED = (
     "it chooses the best k of something, and no experts were found in it: the graph may break "
     "between router and experts (TORCH_LOGS=graph_breaks); a Hugging Face model needs "
     "moec.prepare(model) first"
-)
-
-
-_ELSEWHERE = (
-    "its tensors are on {}, and this backend has kernels for CPUs alone: what runs the rest runs "
-    "it as it is; for a GPU, moec.compile with target='cuda:sm_80' or another makes an artifact"
 )
 
 
@@ -89,10 +86,10 @@ def _replace_blocks(
     choices = _choices(module)
     if choices and all(_is_empty(node) for node in choices):
         return [], module, []  # an example without tokens: there is nothing to leave to PyTorch
-    devices = [_device(node) for node in choices]
-    if devices and "cpu" not in devices:
-        names = ", ".join(sorted(set(devices)))
-        return [], module, [Fallback("the graph", _ELSEWHERE.format(names))]
+    try:
+        options, device = placed(options, devices_of(choices))
+    except (NoMatch, TargetError) as why:
+        return [], module, [Fallback("the graph", str(why))]
     hint = _UNRECOGNISED if choices else ""
     training = needs_gradient(inputs)
     try:
@@ -112,7 +109,8 @@ def _replace_blocks(
         if d.rule == RecogniseExperts.name
     ]
     sites: list[BlockSite] = []
-    products = ProductKernels(options.target, options.cache)
+    target, cache = options.target, options.cache
+    products = ProductKernels(target, cache) if isinstance(target, CpuTarget) else ON_GPU
     codes: dict[str, Code] = {}
     for candidate in regions(converted, pass_results[-1].program):
         if not isinstance(candidate, Region):
@@ -121,13 +119,14 @@ def _replace_blocks(
         try:
             if training and (reason := gradient_barrier(traced, candidate)):
                 raise NoMatch(reason)
+            check_one_device(candidate)
             code = generate(candidate, options, codes)
         except (NoMatch, MoecError, IRError) as why:
             left.append(Fallback(candidate.where, str(why)))
             continue
         codes[code.key] = code
         trained = training and mostly_trainable(candidate.params, learning)
-        sites.append(register_site(candidate.where, code, products, trained=trained))
+        sites.append(register_site(candidate.where, code, products, device, trained=trained))
         relied = [
             node for node in candidate.inside() if node in static and is_constant(static[node])
         ]
@@ -172,20 +171,7 @@ def _choices(module: fx.GraphModule) -> list[fx.Node]:
     return nodes
 
 
-def _device(node: fx.Node) -> str:
-    example = _example(node)
-    return str(example.device) if isinstance(example, torch.Tensor) else "cpu"
-
-
-def _example(node: fx.Node) -> Any:
-    """Dynamo's example of the node's first result, mostly a fake tensor."""
-    example = node.meta.get("example_value")
-    return example[0] if isinstance(example, tuple) else example
-
-
 def _is_empty(node: fx.Node) -> bool:
-    first = _example(node)
+    first = example_of(node)
     # A symbolic size is not 0, because Dynamo specialises on 0.
-    return isinstance(first, torch.Tensor) and any(
-        isinstance(size, int) and size == 0 for size in first.shape
-    )
+    return first is not None and any(isinstance(size, int) and size == 0 for size in first.shape)

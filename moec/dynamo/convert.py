@@ -25,6 +25,7 @@ from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.runner import run
 from moec.passes.simplify.canonicalise import Canonicalise
 from moec.passes.simplify.share_common import ShareCommon
+from moec.runtime.device import CPU, CUDA
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _convertible(node: fx.Node, converter: Converter) -> bool:
 
 
 def _dense(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type == "cpu"
+    return tensor.layout is torch.strided and tensor.device.type in (CPU, CUDA)
 
 
 def _converted_values(converter: Converter) -> list[Value]:

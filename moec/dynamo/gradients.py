@@ -26,7 +26,6 @@ from torch.autograd.function import once_differentiable
 
 from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner, tensors_of
-from moec.ops.dispatch import sort_choices
 
 
 class _Dispatch(torch.autograd.Function):
@@ -259,8 +258,12 @@ def _apply(function: Any, *arguments: Any) -> Tensor:
 
 
 def _sort(experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    order, slots, ends = sort_choices(experts, count)
-    return order.long(), slots.long(), ends
+    """order, slots and ends of choices experts[T, k]; on a GPU without waiting for them."""
+    ids, order = torch.sort(experts.reshape(-1), stable=True)
+    slots = torch.empty_like(order).scatter_(0, order, _numbers(order))
+    every = torch.arange(count, device=ids.device, dtype=ids.dtype)
+    ends = torch.searchsorted(ids, every, right=True, out_int32=True)
+    return order, slots.reshape(experts.shape), ends
 
 
 def _dispatch(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
@@ -304,8 +307,12 @@ def _last_product(
 def _places(order: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """order[R], slots[T, k]: the choice of each row, and the row of each choice."""
     order = order.long()
-    slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    slots = torch.empty_like(order).scatter_(0, order, _numbers(order))
     return order, slots.reshape(-1, k)
+
+
+def _numbers(order: Tensor) -> Tensor:
+    return torch.arange(len(order), device=order.device)
 
 
 def differentiable(products: Products, *, valued: bool = True) -> Mapping[str, Reference]:

@@ -25,6 +25,7 @@ from moec.interpret.evaluate import run_graph
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import symbols
 from moec.runtime.checks import check_inputs
+from moec.runtime.device import device_of
 from moec.runtime.executor import Executor
 
 
@@ -44,7 +45,7 @@ _PACKING = threading.Lock()
 
 @dataclass(eq=False)
 class BlockSite:
-    """One block of one compiled graph, with its packed weights.
+    """One block of one compiled graph, with its packed weights, on `device` (torch's name).
 
     They are packed when it first runs, and again when a weight's version or memory differs. Sites
     of the same layer (for one token and for many, with gradients and without) share them. If
@@ -54,6 +55,7 @@ class BlockSite:
     name: str
     code: Code
     products: Products
+    device: str
     trained: bool = False
     executor: Executor | None = None
     bound: Sequence[tuple[object, ...]] = ()
@@ -69,7 +71,7 @@ class BlockSite:
         main = self.code.package.main
         if main.index_ranges:  # values of inputs; their types are guarded by Dynamo
             names = (port.name for port in main.inputs)
-            check_inputs(main, dict(zip(names, inputs, strict=True)))
+            check_inputs(main, dict(zip(names, inputs, strict=True)), self.device)
         (result,) = executor.run(inputs).values()
         output: torch.Tensor = result
         return output
@@ -82,7 +84,8 @@ class BlockSite:
                     self._check(params, now)
                 packed = _packed(self.code, params, now)
                 if self.executor is None:
-                    self.executor = Executor(replace(self.code.package, arrays=packed.arrays))
+                    package = replace(self.code.package, arrays=packed.arrays)
+                    self.executor = Executor(package, device=device_of(self.device))
                 else:
                     self.executor.bind(packed.arrays)
                 self.bound, self.packed = now, packed
@@ -147,7 +150,9 @@ SITES: WeakValueDictionary[str, BlockSite] = WeakValueDictionary()
 """Sites by name; a site lives as long as the compiled graph that calls it."""
 
 
-def register_site(where: str, code: Code, products: Products, *, trained: bool) -> BlockSite:
+def register_site(
+    where: str, code: Code, products: Products, device: str, *, trained: bool
+) -> BlockSite:
     """A new site. Its name is the same in every process that compiles the same model, so that
     Inductor's own cache recognises the graph."""
     stem, count = f"{where}/{code.key[:16]}", 1
@@ -155,7 +160,7 @@ def register_site(where: str, code: Code, products: Products, *, trained: bool) 
     while name in SITES:
         count += 1
         name = f"{stem}#{count}"
-    SITES[name] = site = BlockSite(name, code, products, trained)
+    SITES[name] = site = BlockSite(name, code, products, device, trained)
     return site
 
 
@@ -176,6 +181,7 @@ _library: Any = torch.library  # it has no types
 _LIBRARY = _library.Library("moec", "FRAGMENT")
 _LIBRARY.define("block_forward" + str(torch.ops.moec.block.default._schema).partition("block")[2])
 _LIBRARY.impl("block_forward", _run, "CPU")
+_LIBRARY.impl("block_forward", _run, "CUDA")
 torch.library.register_fake("moec::block_forward", _fake, lib=_LIBRARY)
 
 

@@ -13,7 +13,7 @@ from moec.errors import UsageError
 from moec.passes.calibration.session import Approximate
 from moec.passes.core.runner import OptInPass, Pass
 from moec.pipeline import choose
-from moec.target.cpu import CpuTarget
+from moec.target.named import AnyTarget
 
 REST = ("inductor", "eager")
 _ELSEWHERE = {
@@ -27,11 +27,12 @@ _ELSEWHERE = {
 @dataclass(frozen=True)
 class Options:
     """`rest` is the compiler of everything that is no MoE block. `target`, `opt_level` and `passes`
-    are those of `moec.compile`. `strict` raises FallbackError instead of leaving a block to `rest`.
-    `cache` stores compiled kernels and blocks."""
+    are those of `moec.compile`; None is the target of the tensors' device. `strict` raises
+    FallbackError instead of leaving a block to `rest`. `cache` stores compiled kernels and
+    blocks."""
 
     rest: str
-    target: CpuTarget
+    target: AnyTarget | None
     opt_level: int
     passes: str
     strict: bool
@@ -62,9 +63,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     if not isinstance(strict, bool):
         raise UsageError(f"options: strict is {strict!r}: give True or False")
     level, passes = settings.get("opt_level", 2), text("passes", settings.get("passes", ""))
-    target = target_of(settings.get("target", "cpu"), run=True)
-    if not isinstance(target, CpuTarget):
-        raise UsageError(f"options: target is {target.name!r}: torch.compile is for CPUs so far")
+    target = target_of(settings["target"], run=True) if "target" in settings else None
     parsed = Options(rest, target, level, passes, strict, _store(settings.get("cache", True)))
     exact(parsed)
     return parsed

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from moec.capture.decomposition import decompositions
 from moec.errors import NoMatch
+from moec.runtime.device import CPU, CUDA
 
 _torch: Any = torch  # functionalisation has no types
 _DATA = "_get_data_attr"
@@ -35,9 +36,8 @@ STATIC = "_dynamo_static_input_type"
 def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> fx.GraphModule:
     """The module traced to ATen operators, with the same inputs. Raises NoMatch, with the reason,
     where PyTorch cannot trace it."""
-    if torch.is_autocast_enabled("cpu") or any(
-        "autocast" in str(node.target) for node in module.graph.nodes
-    ):
+    enabled = any(map(torch.is_autocast_enabled, (CPU, CUDA)))
+    if enabled or any("autocast" in str(node.target) for node in module.graph.nodes):
         raise NoMatch("autocast is on, and its casts are not in the graph; cast the model instead")
     for node in module.graph.nodes:
         if training and isinstance(node.target, torch._ops.HigherOrderOperator):

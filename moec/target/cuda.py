@@ -95,7 +95,7 @@ def parse(name: str) -> CudaTarget:
     if name in TARGETS:
         return TARGETS[name]
     if name == KIND:
-        return _host()
+        return of_gpu(0)
     several = [f"{KIND}:{arch}" for arch in name.partition(":")[2].split(",")]
     if len(set(several)) > 1 and TARGETS.keys() >= set(several):
         return _together([TARGETS[one] for one in dict.fromkeys(several)])
@@ -116,7 +116,9 @@ def _together(targets: list[CudaTarget]) -> CudaTarget:
     )
 
 
-def _host() -> CudaTarget:
+def of_gpu(index: int) -> CudaTarget:
+    """The target of this machine's GPU of that index. Raises TargetError where there is none, and
+    for a GPU that no target is for."""
     driver = nvidia.driver()
     if driver is None or not driver.gpus:
         reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
@@ -124,7 +126,9 @@ def _host() -> CudaTarget:
             f"target {KIND!r} is this machine's GPU, and {reason}; name the GPU that the code is "
             f"for, such as {next(iter(TARGETS))!r}"
         )
-    gpu = driver.gpus[0]
+    if index >= len(driver.gpus):
+        raise TargetError(f"there is no GPU {index}: this machine has {len(driver.gpus)}")
+    gpu = driver.gpus[index]
     usable = [t for t in TARGETS.values() if t.runs_on(gpu.capability)]
     if not usable:
         raise TargetError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.codegen.cuda.source import PART
+from moec.runtime.device import Cpu
 from moec.runtime.executor import Executor
 from moec.runtime.library import open_library
 from moec.runtime.package import MAIN, Package
@@ -34,6 +35,13 @@ class EmulatedModel:
 
 def emulated_model(package: Package, change: Callable[[str], str] = str) -> EmulatedModel:
     """`change` edits the CUDA C of the kernels: a bug, planted."""
+    functions, library = _functions(package, change)
+    return EmulatedModel(Executor(package, functions), library)
+
+
+def _functions(
+    package: Package, change: Callable[[str], str] = str
+) -> tuple[Mapping[str, Any], ctypes.CDLL]:
     assert package.gpu is not None
     source, launches = package.gpu.parts[PART].decode(), package.gpu.launches
     libraries: list[ctypes.CDLL] = []
@@ -42,4 +50,11 @@ def emulated_model(package: Package, change: Callable[[str], str] = str) -> Emul
         libraries.append(imported(host, change(source), launches))
 
     functions = open_library(package.library, package.functions, kernels)
-    return EmulatedModel(Executor(package, functions), libraries[0])
+    return functions, libraries[0]
+
+
+class EmulatedGpu(Cpu):
+    """The device of packages for GPUs: its memory is the CPU's, and kernels are emulated."""
+
+    def functions(self, package: Package) -> Mapping[str, Any]:
+        return _functions(package)[0]
