@@ -57,8 +57,8 @@ def _sends(plan: Plan) -> list[str]:
     if plan.devices > plan.node_size:
         targets = f"{nodes:.2f} other nodes ({nodes_by_load:.2f}) and {targets}"
     return [
-        f"sent once to each, a row goes to {targets}; in brackets with experts placed by load alone",
-        "(counted on the trace, mean of the layers)",
+        f"sent once to each, a row goes to {targets}; in brackets with experts placed by load",
+        "alone (counted on the trace, mean of the layers)",
     ]
 
 
