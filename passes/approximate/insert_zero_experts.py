@@ -87,6 +87,8 @@ def _check(layer: Layer) -> None:
         raise NoMatch("the experts' results have no weights")
     if layer.combine.attrs.get("added"):
         raise NoMatch("another branch is added inside of the combination")
+    if layer.companions:
+        raise NoMatch("another block takes the same choices, and has no experts for the new ones")
     if layer.combine.inputs[2].shape != layer.dispatch.inputs[1].shape:
         raise NoMatch("each choice is dispatched as a token of its own")
     if layer.output.shape != layer.dispatch.inputs[0].shape:

@@ -25,7 +25,7 @@ from moec.ir.graph import Program, Value
 from moec.passes.approximate.reconstruction import eliminate_experts
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Approximate, Change
-from moec.passes.core.moe_layer import Layer, Splice, constant, replace_experts
+from moec.passes.core.moe_layer import Layer, Splice, select_experts
 from moec.passes.core.options import option, validate
 from moec.passes.core.router_columns import keep_columns
 
@@ -131,8 +131,7 @@ def drop_experts(program: Program, layer: Layer, experts: Sequence[int]) -> Chan
     """The program in which the layer has only `experts`."""
     splice = Splice(program)
     keep_columns(splice, layer, experts)
-    stacks = [constant(program, stack)[torch.tensor(experts)] for stack in layer.stacks]
-    replace_experts(splice, layer, stacks)
+    select_experts(splice, layer, experts)
     says = f"keeps {', '.join(map(str, experts))} of {layer.count}"
     return Change(splice.done(), tuple((expert,) for expert in experts), says)
 

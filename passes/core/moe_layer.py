@@ -8,6 +8,9 @@
 
 `Splice` keeps the identity of every value that it does not replace, so that the `Layer`s of a graph
 stay valid while one of them is rewritten.
+
+Where heads are experts (arXiv 2212.08066), two blocks take the same choices: the queries, whose
+rows no weight multiplies, and the outputs. The outputs are the layer, the queries its companion.
 """
 
 from __future__ import annotations
@@ -31,8 +34,17 @@ MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")
 
 
 @dataclass(frozen=True, eq=False)
+class Companion:
+    """The experts of another block over a layer's choices, whose results have no weights."""
+
+    between: tuple[Op, ...]
+    dispatch: Op
+    experts: Op
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """A block with a recognised router, whose choices are read inside the block only."""
+    """A block with a recognised router, whose choices only it and its `companions` read."""
 
     name: str
     route: Op
@@ -40,6 +52,7 @@ class Layer:
     dispatch: Op
     experts: Op
     combine: Op
+    companions: tuple[Companion, ...] = ()
 
     @property
     def count(self) -> int:
@@ -65,18 +78,23 @@ def name_of(experts: Op) -> str:
 
 
 def layer_of(graph: Graph, experts: Op) -> Layer:
-    """The block around a moe.experts. Raises NoMatch if an op is missing, or an op outside the
-    block reads its choices or rows."""
+    """The block around a moe.experts. Raises NoMatch if an op is missing, an op outside the block
+    reads its choices or rows, or the block is the companion of another."""
     dispatch = graph.producers[experts.inputs[1]]
     readers = graph.readers.get(experts.outputs[0], ())
     if [op.name for op in readers] != ["moe.combine"]:
         raise NoMatch("the experts' rows are read by more than one moe.combine")
     between: list[Op] = []
+    companions: list[Companion] = []
     value = dispatch.inputs[1]
     while True:
         others = [op for op in graph.readers[value] if op not in (*between, dispatch)]
         if any(op.name == "moe.zero_experts" for op in others):
             raise NoMatch("some of the experts that are chosen among have no network")
+        if readers[0].attrs.get("weighted"):
+            by_reader = {op: companion_of(graph, op) for op in others}
+            companions += [c for c in by_reader.values() if c is not None]
+            others = [op for op in others if by_reader[op] is None]
         if others or value in graph.results:
             what = others[0].name if others else "the model's caller"
             raise NoMatch(f"the router's choices {value.name} are also read by {what}")
@@ -87,7 +105,30 @@ def layer_of(graph: Graph, experts: Op) -> Layer:
             break
         between.insert(0, source)
         value = source.inputs[0]
-    return Layer(name_of(experts), source, tuple(between), dispatch, experts, readers[0])
+    return Layer(
+        name_of(experts),
+        source,
+        tuple(between),
+        dispatch,
+        experts,
+        readers[0],
+        tuple(companions),
+    )
+
+
+def companion_of(graph: Graph, op: Op) -> Companion | None:
+    """The block that takes choices which `op` reads, if nothing else reads them there, and no
+    weights multiply its results."""
+    between: list[Op] = []
+    while op.name in MOVES and len(graph.readers.get(op.outputs[0], ())) == 1:
+        between.append(op)
+        op = graph.readers[op.outputs[0]][0]
+    experts = graph.readers.get(op.outputs[0], ()) if op.name == "moe.dispatch" else ()
+    if len(op.inputs) != 2 or [reader.name for reader in experts] != ["moe.experts"]:
+        return None
+    readers = graph.readers.get(experts[0].outputs[0], ())
+    plain = [reader.attrs.get("weighted", False) for reader in readers] == [False]
+    return Companion(tuple(between), op, experts[0]) if plain else None
 
 
 def constant(program: Program, value: Value) -> torch.Tensor:
@@ -176,19 +217,37 @@ class Splice:
 
 def replace_experts(splice: Splice, layer: Layer, stacks: Sequence[torch.Tensor]) -> None:
     """Replaces the layer's stacks of weights by `stacks`, [E', …] each. The caller replaces the
-    router."""
+    router. Raises NoMatch for a layer with companions, whose experts would be others."""
+    if layer.companions:
+        other = layer.companions[0].dispatch
+        raise NoMatch(f"the router's choices {other.inputs[1].name} are also read by {other.name}")
+    _replace_stacks(splice, layer, stacks)
+
+
+def select_experts(splice: Splice, layer: Layer, experts: Sequence[int]) -> None:
+    """Leaves only `experts`, in that order, in the layer and its companions. The caller replaces
+    the router."""
+    index = torch.tensor(list(experts))
+    blocks: tuple[Layer | Companion, ...] = (layer, *layer.companions)
+    for block in blocks:
+        stacks = [constant(splice.program, stack)[index] for stack in block.experts.inputs[2:]]
+        _replace_stacks(splice, block, stacks)
+
+
+def _replace_stacks(
+    splice: Splice, block: Layer | Companion, stacks: Sequence[torch.Tensor]
+) -> None:
     count = len(stacks[0])
-    ends = splice.value(layer.dispatch.outputs[2].name, TensorType("i32", (count,)))
-    rows, order, _ = layer.dispatch.outputs
-    for op in layer.between:
+    ends = splice.value(block.dispatch.outputs[2].name, TensorType("i32", (count,)))
+    rows, order, _ = block.dispatch.outputs
+    for op in block.between:
         splice.put(op, [_with_count(op, count)])
-    dispatch = _with_count(layer.dispatch, count)
-    splice.put(layer.dispatch, [replace(dispatch, outputs=(rows, order, ends))])
-    params = [
-        splice.weight(value.name, stack) for value, stack in zip(layer.stacks, stacks, strict=True)
-    ]
-    inputs = (layer.experts.inputs[0], ends, *params)
-    splice.put(layer.experts, [replace(layer.experts, inputs=inputs)])
+    dispatch = _with_count(block.dispatch, count)
+    splice.put(block.dispatch, [replace(dispatch, outputs=(rows, order, ends))])
+    old = block.experts.inputs[2:]
+    params = [splice.weight(value.name, stack) for value, stack in zip(old, stacks, strict=True)]
+    inputs = (block.experts.inputs[0], ends, *params)
+    splice.put(block.experts, [replace(block.experts, inputs=inputs)])
 
 
 def _with_count(op: Op, count: int) -> Op:

@@ -6,7 +6,8 @@
     6. every expert for every token, then a gather, or weights that are zero for unchosen experts
 
 Starting at the first such product, the reader follows the rows forward until there is again one row
-per token.
+per token. Where rows go through attention before that, as the queries of heads that tokens choose
+do, a block of form 3 ends with one row per choice.
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
     summed: list[tuple[Value, ExpertLayout]] = []
     plain: list[tuple[Value, ExpertLayout]] = []
     unsummed: list[tuple[Value, ExpertLayout]] = []
+    separate: list[tuple[Value, ExpertLayout]] = []  # one row per choice, never summed
     push(anchor.outputs[0])
     last = ""
     while heap and len(visited) < 3000:
@@ -147,11 +149,20 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
                 (summed if layout.reduced else plain).append((value, layout))
             elif layout.reduced and divide(tokens, layout.rows) is not None:
                 summed.append((value, layout))  # `x` has one row per choice
-            elif layout.reduced and divide(layout.rows, tokens) is not None:
-                unsummed.append((value, layout))
+            elif divide(layout.rows, tokens) is not None:
+                if layout.reduced:
+                    unsummed.append((value, layout))
+                elif "ids" in reader.uses and token_major(layout, tokens):
+                    separate.append((value, layout))
     if last:
         reader.why[anchor.outputs[0]] = last
-    return [*summed[:3], *reversed(plain[-6:]), *unsummed[:2]]
+    return [*summed[:3], *reversed(plain[-6:]), *unsummed[:2], *reversed(separate[-2:])]
+
+
+def token_major(layout: ExpertLayout, tokens: Dim) -> bool:
+    """Whether the choices of a token are neighbours."""
+    sizes = [atom.size for axis in layout.axes for atom in axis if atom.rows]
+    return any(product(tuple(sizes[:end])) == tokens for end in range(1, len(sizes)))
 
 
 def rows_of(reader: Reader) -> Dim:

@@ -58,6 +58,8 @@ class Zero:
 @dataclass(frozen=True)
 class Proposal:
     """A claim that `output` is the weighted sum of `body(x)` over the chosen experts of each token.
+    With more rows than tokens, `output` holds the results of the choices one by one, and `top_k`,
+    the number of them in a sum, is 1.
 
     `experts` and `weights` are recipes for [T, k]; `weights` of None means 1. `stacks` are recipes
     for [E, ..], in the order of the params of `body`. The region begins at the values `cut`;

@@ -98,6 +98,7 @@ def call_of(graph: Graph, experts: Op) -> ExpertCall | None:
         return None
     limited = graph.producers.get(dispatch.inputs[1])
     plain = readers[0].name == "moe.combine" and not readers[0].attrs.get("added")
+    plain = plain and readers[0].attrs["k"] == dispatch.inputs[1].shape[1]
     if not plain or (limited is not None and limited.name == "moe.capacity"):
         return None
     return ExpertCall(dispatch, experts, readers[0])

@@ -20,7 +20,7 @@ import torch
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Op, Program, TensorType, Value
 from moec.passes.core.inline import inline_body
-from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant, replace_experts
+from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant, select_experts
 from moec.passes.core.router_columns import keep_columns
 
 Constants = Mapping[Value, torch.Tensor]
@@ -29,7 +29,8 @@ Constants = Mapping[Value, torch.Tensor]
 def densify(program: Program, experts: Op, chosen: list[int], constants: Constants) -> Program:
     """The program with a layer's experts as dense layers; `chosen` are the k experts of each token.
 
-    Raises NoMatch if the rows have other readers, or a choice is no expert.
+    Raises NoMatch if the rows have other readers, a choice is no expert, or the results of a
+    token's experts stay apart.
     """
     graph = program.graph
     dispatch, body = graph.producers[experts.inputs[1]], experts.body
@@ -41,6 +42,8 @@ def densify(program: Program, experts: Op, chosen: list[int], constants: Constan
         raise NoMatch(f"every token takes experts {chosen}, and there are {count}")
     assert body is not None
     (combine,) = readers
+    if combine.attrs["k"] != len(chosen):
+        raise NoMatch("the results of a token's experts are not summed")
     weights = combine.inputs[2] if combine.attrs.get("weighted") else None
     splice = Splice(program)
     ops: list[Op] = []
@@ -104,8 +107,7 @@ def restrict_experts(program: Program, layer: Layer, experts: list[int]) -> Prog
     """The program in which the layer has only `experts` and their columns of the router."""
     splice = Splice(program)
     keep_columns(splice, layer, experts)
-    index = torch.tensor(experts)
-    replace_experts(splice, layer, [constant(program, s)[index] for s in layer.stacks])
+    select_experts(splice, layer, experts)
     return splice.done()
 
 

@@ -92,11 +92,31 @@ def test_it_learns() -> None:
     assert losses[-1] < losses[0] / 2
 
 
+def in_the_authors_code(name: str) -> int:
+    """The parameters of TransformerSeq in models.py of github.com/rachtsy/MomentumSMoE with the
+    sizes of its scripts: other than here, it has three norms per layer beside the momentum layer's
+    own, and one learned position per distance, [D / heads, 2 * block], in place of one per token.
+    """
+    c = example.PUBLISHED[name]
+    words = 2 * c.vocabulary * c.width + c.vocabulary
+    positions = c.width // c.heads * 2 * c.context
+    experts = c.experts * 2 * (c.width**2 + c.width)
+    gate, norms = c.experts * (c.width + 1), 4 * 2 * c.width
+    return words + positions + c.layers * (4 * c.width**2 + experts + gate + norms)
+
+
+@pytest.mark.parametrize("name", example.PUBLISHED)
+def test_published_sizes(name: str) -> None:
+    total, _ = example.published(name)
+    assert total == pytest.approx(in_the_authors_code(name), rel=0.01)
+
+
 def test_record(keep: Keep) -> None:
     figures = []
     for name in example.PUBLISHED:
         total, active = example.published(name)
         ours = f"{total / 1e6:.1f}M, {active / 1e6:.1f}M active"
-        figures.append(Figure(f"parameters, {name}, vocabulary 267,735", ours, "not stated"))
+        paper = f"{in_the_authors_code(name) / 1e6:.1f}M, counted from the authors' code"
+        figures.append(Figure(f"parameters, {name}, vocabulary 267,735", ours, paper))
     missing = ("Adam's first layer: its three states are element-wise loops after the combine",)
     keep(record_of(compiled("heavy ball")[1], SOURCE, f"{TOLERANCE:g}", figures, missing))

@@ -62,11 +62,27 @@ def test_only_rows_of_networks_are_dispatched(published_code: bool) -> None:
 
 @pytest.mark.parametrize("name", example.PUBLISHED)
 def test_published_sizes(name: str) -> None:
-    """The paper names its models by one digit: those of 0.6B, 1B and 2B round to it, and that of
-    7B, 7.7B here, is cut to it."""
+    """The paper gives one digit for each model, which is its only figure: those of 0.6B, 1B and 2B
+    round to it, and that of 7B, 7.7B here, is cut to it."""
     total = example.published(name)[0] / 1e9
     digit = example.PUBLISHED[name][1].removesuffix("B")
     assert f"{total:.1g}" == digit or str(int(total)) == digit == "7"
+
+
+def test_sizes_are_those_of_the_released_model() -> None:
+    """config.json of huggingface.co/Chat-UniVi/MoE-Plus-Plus-7B: its embeddings are not tied, and
+    20 experts include two constants, a copy and a zero. All of its weights, matrix by matrix, are
+    7.68 billion numbers."""
+    config, _ = example.PUBLISHED["7B/(16+4)"]
+    released = {"layers": 24, "width": 1536, "hidden": 4096, "heads": 16, "vocabulary": 65536}
+    assert {name: getattr(config, name) for name in released} == released
+    assert (config.experts, config.constants) == (20, 2)
+    d, h, e = config.width, config.hidden, config.experts
+    layer = (
+        4 * d * d + 16 * 3 * d * h + 2 * 3 * d + e * d + 2 * d
+    )  # attention, experts, gate, norms
+    count = 2 * config.vocabulary * d + config.layers * (layer + e * e) + d - e * e
+    assert example.published("7B/(16+4)")[0] == count == 7_676_619_248
 
 
 def test_record(keep: Keep) -> None:
@@ -74,5 +90,6 @@ def test_record(keep: Keep) -> None:
     for name, (_, paper) in example.PUBLISHED.items():
         total, active = example.published(name)
         ours = f"{total / 1e9:.3f}B, {active / 1e9:.3f}B active at most"
-        figures.append(Figure(f"parameters of {name}", ours, paper))
+        digit = "cut" if name.startswith("7B") else "rounded"
+        figures.append(Figure(f"parameters of {name}", ours, f"{paper}, {digit} to one digit"))
     keep(record_of(compiled(False)[1], SOURCE, f"{TOLERANCE:g}", figures))

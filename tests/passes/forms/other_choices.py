@@ -89,3 +89,15 @@ class AttentionExperts(nn.Module):
         attention = torch.einsum("nkw,mw->knm", q, key).softmax(-1)
         y = torch.einsum("knm,mw->nkw", attention, value)
         return torch.einsum("nkw,nkwd,nk->nd", y, self.o[ids], shares)
+
+
+class ChosenHeads(AttentionExperts):
+    """The same, with the weights after the output projection, as Mod-Squad writes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares, ids = self.gate(x).softmax(-1).topk(2, -1)
+        q = torch.einsum("nd,nkdw->nkw", x, self.q[ids]).transpose(0, 1)[None]
+        key, value = (part.expand(1, 2, -1, -1) for part in self.kv(x).chunk(2, -1))
+        heads = F.scaled_dot_product_attention(q, key, value)[0].transpose(0, 1)
+        y = torch.einsum("nkw,nkwd->nkd", heads, self.o[ids])
+        return (y * shares[..., None]).sum(1)

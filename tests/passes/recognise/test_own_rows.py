@@ -32,7 +32,6 @@ def test_one_product_is_no_network() -> None:
             "topk.default chooses among 4, and what it chooses is no network",
         ),
         (other_choices.ChosenRows, "chooses among T rows: rows are chosen, and no experts"),
-        (other_choices.AttentionExperts, "which is no weight: tokens meet there, as in attention"),
     ],
 )
 def test_choices_of_what_is_no_expert_are_declined(form: type[nn.Module], why: str) -> None:

@@ -316,12 +316,11 @@ def test_refusals(form: Callable[[], nn.Module]) -> None:
 
 
 def test_what_one_expert_cannot_do() -> None:
-    """Experts that mix tokens are declined up to that op; the ops after it are a block."""
-    _, (block,), declined = recognised(others.AcrossTokens())
-    assert block.activation == "linear"
-    assert [d.reason for d in declined] == [
-        "aten.sub.Tensor joins rows with mean (aten.mean.dim goes over rows)"
-    ]
+    """Where experts mix tokens, the ops before that op are a block, and those after it another."""
+    program, blocks, declined = recognised(others.AcrossTokens())
+    assert [(block.activation, block.top_k) for block in blocks] == [("linear", 2)] * 2
+    assert [op.name for op in program.graph.ops].count("aten.mean.dim") == 1
+    assert declined == ()
 
 
 @pytest.mark.parametrize("form", [others.Dense, others.Ensemble])
