@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -15,6 +15,12 @@ from moec.runtime.library import open_library
 from moec.runtime.package import Package
 
 CPU, CUDA = "cpu", "cuda"
+
+
+class Repeated(Protocol):
+    """A call that is repeated with arguments at the same addresses: `moec.runtime.cuda_graph`."""
+
+    def run(self, key: Hashable, call: Callable[[], Any]) -> Any: ...
 
 
 class Device(Protocol):
@@ -34,6 +40,7 @@ class Device(Protocol):
     def to_host(self, tensor: Any) -> Any: ...
     def arguments(self, tensors: Sequence[Any]) -> list[Any]: ...
     def results(self, tensors: Sequence[Any]) -> list[Any]: ...
+    def repeated(self) -> Repeated | None: ...
     def running(self) -> AbstractContextManager[Any]: ...
     def refusal(self, line: str) -> MoecError: ...
 
@@ -69,6 +76,9 @@ class Cpu:
     def results(self, tensors: Sequence[Any]) -> list[Any]:
         """The results of a call, on the caller's device."""
         return list(tensors)
+
+    def repeated(self) -> None:
+        """Nothing: a repeated call is as fast as another."""
 
     def running(self) -> AbstractContextManager[Any]:
         """The context of each call."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import ArtifactError, InputError, MoecError, TargetError
+from moec.runtime.cuda_graph import CUDART, RepeatedCall, copy_on_stream
 from moec.runtime.library import CPU, CUDA, open_library, tvm_ffi
 from moec.runtime.package import GpuCode, Package
 from moec.target import nvidia
 
 _CREATE = "ffi.Module.create.cuda"
-_CUDART = "libcudart.so.13"  # what TVM's runtime is linked with
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,17 @@ class GpuDevice:
         return [self.moved(tensor) if self.copies else tensor for tensor in tensors]
 
     def results(self, tensors: Sequence[Any]) -> list[Any]:
-        return [self.to_host(tensor) if self.copies else tensor for tensor in tensors]
+        """In torch's memory, not in that of TVM's pool: a call allocates nothing there once another
+        has had the same sizes, whatever the caller keeps of its results."""
+        if self.copies:
+            return [self.to_host(tensor) for tensor in tensors]
+        copies = [empty_in_torch(tensor) for tensor in tensors]
+        for tensor, copy in zip(tensors, copies, strict=True):
+            copy_on_stream(tensor, copy)
+        return copies
+
+    def repeated(self) -> RepeatedCall:
+        return RepeatedCall(self.index)
 
     def running(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = (
@@ -148,7 +159,7 @@ def _load_runtime() -> None:
     one. Raises TargetError where it does not load."""
     ffi = tvm_ffi()
     for folder in nvidia.wheels():
-        library = Path(folder, "lib", _CUDART)
+        library = Path(folder, "lib", CUDART)
         if library.exists():
             ctypes.CDLL(str(library))
     package = importlib.util.find_spec("tvm")
@@ -158,10 +169,18 @@ def _load_runtime() -> None:
     try:
         ctypes.CDLL(str(path))
     except OSError as error:
-        hint = f"; pip install 'moec[cuda]' brings {_CUDART}" if _CUDART in str(error) else ""
+        hint = f"; pip install 'moec[cuda]' brings {CUDART}" if CUDART in str(error) else ""
         raise TargetError(f"TVM's runtime for CUDA does not load: {error}{hint}") from error
     if ffi.get_global_func(_CREATE, allow_missing=True) is None:
         raise TargetError("TVM's runtime for CUDA is loaded and lacks what opens kernels")
+
+
+def empty_in_torch(tensor: Any) -> Any:
+    """Memory of torch on the tensor's device, of its shape and dtype."""
+    torch = sys.modules["torch"]  # which the caller's inputs are of
+    dtype = getattr(torch, str(tensor.dtype))
+    result = torch.empty(tuple(tensor.shape), dtype=dtype, device=str(tensor.device))
+    return tvm_ffi().from_dlpack(result)
 
 
 def copied_to(tensor: Any, memory: int, index: int) -> Any:

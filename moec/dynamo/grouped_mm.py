@@ -43,9 +43,9 @@ ON_GPU: Products = GroupedMm()
 
 
 def _takes(rows: Tensor, w: Tensor) -> bool:
-    whole = all(size * w.element_size() % _BYTES == 0 for size in w.shape[1:])
+    multiple = all(size * w.element_size() % _BYTES == 0 for size in w.shape[1:])
     dense = w.is_contiguous() or w.mT.is_contiguous()
-    return whole and dense and len(rows) > 0 and rows.dtype == w.dtype == torch.bfloat16
+    return multiple and dense and len(rows) > 0 and rows.dtype == w.dtype == torch.bfloat16
 
 
 def _experts(ends: Tensor, rows: int, experts: int) -> Tensor:

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALLOCATIONS, WAITS, LAUNCHES, COPIES, OTHER_STREAMS, KINDS };
+enum { ALLOCATIONS, WAITS, LAUNCHES, COPIES, OTHER_STREAMS, HOST_COPIES, GRAPHS, KINDS };
 enum { UNSUPPORTED = 900, MOST_OPS = 100000 };
 
 typedef struct { char name[256]; void* library; } Kernel;
@@ -135,6 +135,7 @@ int cudaMallocHost(void** memory, size_t bytes) { return cudaMalloc(memory, byte
 int cudaFreeHost(void* memory) { return cudaFree(memory); }
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) {
   counts[COPIES]++, on(stream);
+  counts[HOST_COPIES] += kind == 1 || kind == 2;
   return now_or_later((Op){.to = to, .from = (void*)from, .bytes = bytes});
 }
 int cudaMemcpyPeerAsync(void* to, int a, const void* from, int b, size_t bytes, void* stream) {
@@ -164,6 +165,7 @@ int cudaStreamEndCapture(void* stream, void** graph) { *graph = captured; captur
 int cudaGraphInstantiate(void** exec, void* graph, unsigned long long flags) { *exec = graph; return 0; }
 int cudaGraphLaunch(void* exec, void* stream) {
   Graph* graph = exec;
+  counts[GRAPHS]++;
   for (int i = 0; i < graph->count; i++) run(&graph->ops[i]);
   return 0;
 }

@@ -47,8 +47,8 @@ import ctypes
 import numpy as np
 import moec
 driver = ctypes.CDLL("libcuda.so.1")
-ALLOCATIONS, WAITS, LAUNCHES, COPIES, OTHER_STREAMS = range(5)
-counts = (ctypes.c_long * 5).in_dll(driver, "counts")
+ALLOCATIONS, WAITS, LAUNCHES, COPIES, OTHER_STREAMS, HOST_COPIES, GRAPHS = range(7)
+counts = (ctypes.c_long * 7).in_dll(driver, "counts")
 expected = np.load("expected.npz")
 ids = expected["ids"]
 model = moec.load("model.moec", device="cuda", copies=True)
@@ -109,6 +109,63 @@ def test_text_goes_on_with_caches_on_the_gpu(process: tuple[Path, dict[str, str]
         "np.testing.assert_allclose(logits, expected['logits'][:, 4], rtol=1e-4, atol=1e-5)\n"
         "assert counts[COPIES] == 5, list(counts)\n"
         "assert not counts[ALLOCATIONS], list(counts)\n",
+    )
+
+
+def test_tokens_are_launched_as_one_graph(process: tuple[Path, dict[str, str]]) -> None:
+    """The third token is captured; from then on a token is one launch. Other texts, whose caches
+    are elsewhere, have a graph of their own."""
+    run(
+        process,
+        "from moec.runtime.texts import Texts\n"
+        "executor = model.executor\n"
+        "def check(launches, graphs, step):\n"
+        "    driver.count_from_zero(None)\n"
+        "    logits = texts.feed(ids[:, step:step + 1].tolist())\n"
+        "    close = np.testing.assert_allclose\n"
+        "    close(logits, expected['logits'][:, step], rtol=1e-4, atol=1e-5)\n"
+        "    assert (counts[LAUNCHES] > 0, counts[GRAPHS]) == (launches, graphs), list(counts)\n"
+        "for _ in range(2):\n"
+        "    texts = Texts(executor, 2, room=9)\n"
+        "    texts.feed(ids[:, :1].tolist())\n"
+        "    check(True, 0, 1)\n"
+        "    check(True, 1, 2)\n"
+        "    check(False, 1, 3)\n"
+        "texts.feed(ids[:, 4:5].tolist())\n"
+        "assert counts[ALLOCATIONS] == 0, list(counts)\n",
+    )
+
+
+def test_a_warm_call_may_be_captured(process: tuple[Path, dict[str, str]]) -> None:
+    """As in torch.cuda.graph, with results in memory of the caller (torch's, which this process
+    does not have): no allocation, no wait, no copy to or from the CPU, one stream."""
+    run(
+        process,
+        "import moec.runtime.gpu as gpu\n"
+        "from moec.runtime.library import tvm_ffi\n"
+        "from moec.runtime.tensors import from_numpy, results_of, to_numpy\n"
+        "ffi, cudart, stream = tvm_ffi(), ctypes.CDLL('libcudart.so.13'), ctypes.c_void_p(4096)\n"
+        "executor, device = model.executor, gpu.GpuDevice()\n"
+        "entry, (port,) = executor._main, executor._main.signature.outputs\n"
+        "x = device.moved(from_numpy(ids))\n"
+        "memory = device.moved(from_numpy(np.zeros_like(expected['logits'])))\n"
+        "gpu.empty_in_torch = lambda tensor: memory\n"
+        "def call():\n"
+        "    return device.results(results_of(entry.function(x, *entry.params), 1))[0]\n"
+        "call(), call()\n"
+        "driver.count_from_zero(stream)\n"
+        "graph = ctypes.c_void_p()\n"
+        "with ffi.use_raw_stream(ffi.device('cuda:0'), stream.value):\n"
+        "    cudart.cudaStreamBeginCapture(stream, 0)\n"
+        "    result = call()\n"
+        "    cudart.cudaStreamEndCapture(stream, ctypes.byref(graph))\n"
+        "kinds = (ALLOCATIONS, WAITS, HOST_COPIES, OTHER_STREAMS)\n"
+        "assert counts[LAUNCHES] and not any(counts[kind] for kind in kinds), list(counts)\n"
+        "device.moved(from_numpy(ids[:, ::-1].copy()), x)\n"
+        "backwards = model(ids[:, ::-1].copy())\n"
+        "cudart.cudaGraphLaunch(graph, stream)\n"
+        "assert result.data_ptr() == memory.data_ptr()\n"
+        "np.testing.assert_array_equal(to_numpy(device.to_host(result), port), backwards)\n",
     )
 
 
