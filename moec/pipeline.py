@@ -66,6 +66,7 @@ from moec.passes.simplify.fold_permutes import FoldPermutes
 from moec.passes.simplify.join_calls import JoinCalls
 from moec.passes.simplify.join_linears import JoinLinears
 from moec.passes.simplify.share_common import ShareCommon
+from moec.passes.simplify.share_experts import ShareExperts
 from moec.passes.simplify.split_packed import SplitPacked
 from moec.passes.specialise.fold_lora import FoldLora
 from moec.passes.specialise.fold_supernet import FoldSupernet
@@ -106,6 +107,7 @@ SIMPLIFY = Phase(
         (0, SplitPacked()),
         (1, RecogniseHierarchies()),
         (1, RecogniseMixtures()),
+        (1, ShareExperts()),
     ),
 )
 LOWER = Phase(

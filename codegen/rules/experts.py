@@ -40,14 +40,26 @@ def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
     return low.sorted[key]
 
 
+_COLUMNS = ("aten.reshape.default", "aten.slice.Tensor", "aten.cat.default")
+
+
 def sorting_of(permutation: Value, graph: Graph) -> Op | None:
-    """The moe.sort or moe.dispatch that computes `permutation`, possibly through a reshape."""
-    source = graph.producers.get(permutation)
-    if source is not None and source.name == "aten.reshape.default":
-        source = graph.producers.get(source.inputs[0])
+    """The moe.sort or moe.dispatch that computes `permutation`, or values of which it is a reshape
+    or some columns."""
+    roots = sorted_values(permutation, graph)
+    sources = {graph.producers.get(value) for value in roots}
+    source = sources.pop() if len(sources) == 1 else None
     if source is None or source.name not in ("moe.sort", "moe.dispatch"):
         return None
     return source
+
+
+def sorted_values(permutation: Value, graph: Graph) -> set[Value]:
+    """The values before reshapes, slices and concatenations."""
+    op = graph.producers.get(permutation)
+    if op is None or op.name not in _COLUMNS:
+        return {permutation}
+    return {root for value in op.inputs for root in sorted_values(value, graph)}
 
 
 def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -112,8 +124,10 @@ def _check_combine(op: Op, graph: Graph) -> None:
     choices = choices_of(source)
     if rows.shape[0] != product(choices.shape):
         raise NoMatch("its rows are not as many as the choices that were sorted")
-    root = permutation if permutation in source.outputs else graph.producers[permutation].inputs[0]
-    if root is source.outputs[2] or product(permutation.shape) != product(choices.shape):
+    (*others, root) = sorted_values(permutation, graph)
+    columns = source.name == "moe.sort" and root is source.outputs[1] and not others
+    every = root is not source.outputs[2] and product(permutation.shape) == product(choices.shape)
+    if not columns and (others or not every):
         raise NoMatch("its slots are not those of the sort")
 
 

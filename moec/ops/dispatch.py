@@ -20,6 +20,16 @@ def sort_choices(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     return order.int(), slots.reshape(experts.shape).int(), ends.int()
 
 
+def chooses_all(graph: Graph, dispatch: Op) -> bool:
+    """Whether each token of a moe.dispatch chooses the experts 0 .. E-1, in this order."""
+    choice = dispatch.inputs[1]
+    repeated = graph.producers.get(choice)
+    if repeated is None or repeated.name != "aten.expand.default":
+        return False
+    ids, count = graph.producers.get(repeated.inputs[0]), dispatch.attrs["num_experts"]
+    return ids is not None and ids.name == "aten.arange.default" and choice.shape[-1] == count
+
+
 def _infer_sort(op: Op) -> tuple[TensorType, ...]:
     tokens, k = op.inputs[0].shape
     return (

@@ -7,6 +7,7 @@ from typing import cast
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import integer
+from moec.ops.dispatch import chooses_all
 from moec.ops.hierarchy import groups_of
 from moec.ops.routing import Routing
 from moec.ops.soft_mixture import slots_of
@@ -21,6 +22,8 @@ _MOVES = (
     "aten._to_copy.default",
     "aten.alias.default",
 )
+_REARRANGES = (*_MOVES, "aten.permute.default")
+_PARTS = ("aten.select.int", "aten.slice.Tensor")
 _BEFORE_CHOICES = (*_MOVES, "moe.capacity", "moe.force", "aten.where.self", _PICKS)
 _CARRIER = {_PICKS: 0, "moe.force": 1}
 """The index of the input with the choices; for other ops it is the last."""
@@ -170,6 +173,8 @@ def _zero(graph: Graph, dispatch: Op) -> str:
 
 def _router(graph: Graph, dispatch: Op) -> str:
     ids = dispatch.inputs[1]
+    if chooses_all(graph, dispatch):
+        return _gates(graph, dispatch)
     after: list[str] = []
     op = graph.producers.get(ids)
     while op is not None and op.name in _BEFORE_CHOICES:
@@ -187,6 +192,30 @@ def _router(graph: Graph, dispatch: Op) -> str:
         after.append("weights on the input")
     standard = op is not None and op.name in _ROUTERS
     return ", ".join([phrase(cast(Op, op)) if standard else "custom", *after])
+
+
+def _gates(graph: Graph, dispatch: Op) -> str:
+    """How the results of all experts are weighed, and by how many gates."""
+    experts = [r for r in graph.readers.get(dispatch.outputs[0], ()) if r.name == "moe.experts"]
+    readers = [reader for op in experts for reader in graph.readers.get(op.outputs[0], ())]
+    sums = [op for op in readers if op.name == "moe.combine"]
+    weighed = [op.inputs[2] for op in sums if op.attrs.get("weighted")]
+    soft = weighed and all(_is_softmax(graph, value) for value in weighed)
+    gates = f", {len(sums)} gates" if len(sums) > 1 else ""
+    return f"{'softmax' if soft else 'custom'}, all{gates}"
+
+
+def _is_softmax(graph: Graph, weights: Value) -> bool:
+    op = graph.producers.get(weights)
+    while op is not None and (op.name in _REARRANGES or _picks_gate(op)):
+        op = graph.producers.get(op.inputs[0])
+    return op is not None and op.name in ("aten.softmax.int", "aten._softmax.default")
+
+
+def _picks_gate(op: Op) -> bool:
+    """Whether the op picks some of several gates, and leaves the axis of experts, the last one."""
+    last = len(op.inputs[0].shape) - 1 if op.inputs else 0
+    return op.name in _PARTS and op.attrs.get("dim", 0) not in (-1, last)
 
 
 def _source(graph: Graph, value: Value) -> str:

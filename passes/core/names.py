@@ -23,6 +23,7 @@ NAMES = (
     "split-packed",
     "recognise-hierarchies",
     "recognise-mixtures",
+    "share-experts",
     "join-calls",
     "fuse-gate",
     "fold-addend",

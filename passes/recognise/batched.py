@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 from moec.ir.traits import CASTS, VIEWS
-from moec.passes.recognise import own_rows
+from moec.passes.recognise import every_expert, own_rows
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.layout import ExpertLayout, divide
@@ -34,21 +35,57 @@ _AFTER = VIEWS | CASTS | {"aten.sum.dim_IntList", "aten.permute.default"}
 """Ops that may follow the sum over the choices of a token."""
 
 
+@dataclass(frozen=True)
+class Ends:
+    """Values that may hold one row per token again: sums over rows, the first ones first; rows that
+    are not summed; sums that have more rows than there are tokens; and rows of one choice each."""
+
+    summed: tuple[tuple[Value, ExpertLayout], ...]
+    plain: tuple[tuple[Value, ExpertLayout], ...]
+    unsummed: tuple[tuple[Value, ExpertLayout], ...]
+    separate: tuple[tuple[Value, ExpertLayout], ...]
+
+    @property
+    def likely(self) -> list[tuple[Value, ExpertLayout]]:
+        """The most likely ones, the best first."""
+        return [
+            *self.summed[:3],
+            *reversed(self.plain[-6:]),
+            *self.unsummed[:2],
+            *reversed(self.separate[-2:]),
+        ]
+
+
 def candidates(scope: Scope) -> Iterator[Candidate]:
-    fans: dict[Op, Fan] = {}
+    fans, refused = fans_of(scope)
+    for op in anchors(scope, fans):
+        yield Candidate(op, partial(propose, scope, op, fans))
+        yield Candidate(op, partial(propose_every, scope, op, fans), several=True)
+    for op, why in refused.items():
+        yield Candidate(op, partial(refuse, why))
+
+
+def anchors(scope: Scope, fans: Mapping[Op, Fan]) -> Iterator[Op]:
+    """The ops at which the experts of a block may begin: products with stacks, then fans."""
     for op in scope.graph.ops:
         if op.name in PRODUCTS and any(stacked(scope, v) for v in op.inputs):
-            yield Candidate(op, partial(propose, scope, op, fans))
-        elif op.name == "aten.cat.default":
-            try:
-                match = fan(scope, op)
-            except NoMatch as why:
-                yield Candidate(op, partial(refuse, why))
-                continue
-            if match is not None:
-                fans[op] = match
-    for op in fans:
-        yield Candidate(op, partial(propose, scope, op, fans))
+            yield op
+    yield from fans
+
+
+def fans_of(scope: Scope) -> tuple[dict[Op, Fan], dict[Op, NoMatch]]:
+    """The fans of the graph by the concatenations that end them, and the reasons against others."""
+    fans: dict[Op, Fan] = {}
+    refused: dict[Op, NoMatch] = {}
+    for op in scope.graph.ops:
+        try:
+            match = fan(scope, op)
+        except NoMatch as why:
+            refused[op] = why
+            continue
+        if match is not None:
+            fans[op] = match
+    return fans, refused
 
 
 def refuse(why: NoMatch) -> Iterator[Proposal]:
@@ -70,27 +107,33 @@ def stacked(scope: Scope, value: Value) -> bool:
 def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Proposal]:
     reader = Reader(scope, fans=fans.get)
     try:
-        for value, layout in ends_of(reader, anchor, fans):
+        for value, layout in ends_of(reader, anchor, fans).likely:
             yield from at_end(reader, value, layout)
     except NoMatch:  # no op chooses among the experts
         alone = Reader(scope, fans=fans.get)
         try:
             alone.begin(rows_read(scope, anchor, fans))
-            yield from own_rows.proposals(alone, ends_of(alone, anchor, fans))
+            yield from own_rows.proposals(alone, ends_of(alone, anchor, fans).likely)
         except NoMatch:
             pass  # report the first reason: it is more specific
         raise
 
 
-def ends_of(reader: Reader, anchor: Op, fans: Mapping[Op, Fan]) -> list[tuple[Value, ExpertLayout]]:
-    """Values that may hold one row per token again after `anchor`, the most likely first."""
+def propose_every(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Proposal]:
+    """Blocks in which every token uses every expert, one for each gate that weighs them."""
+    reader = Reader(scope, fans=fans.get)
+    yield from every_expert.proposals(reader, ends_of(reader, anchor, fans).summed)
+
+
+def ends_of(reader: Reader, anchor: Op, fans: Mapping[Op, Fan]) -> Ends:
+    """Reads the rows from `anchor` on. Raises NoMatch if they never become tokens again."""
     layouts = reader.apply(anchor)
     if layouts[0] is None:
         raise NoMatch(f"{anchor.name} is no product of rows with a stack")
     reader.keep(anchor, layouts)
     splits = {fan.split: op for op, fan in fans.items() if fan.split is not None}
     ends = walk(reader, anchor, splits)
-    if not ends:
+    if not ends.likely:
         reason = reader.why.get(anchor.outputs[0], "")
         raise NoMatch(reason or "the rows never become tokens again")
     return ends
@@ -103,8 +146,8 @@ def rows_read(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Value:
     return next((v for v in anchor.inputs if not stacked(scope, v)), anchor.inputs[0])
 
 
-def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Value, ExpertLayout]]:
-    """Values after `anchor` that may hold one row per token, the most likely first.
+def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> Ends:
+    """Values after `anchor` that may hold one row per token.
 
     `splits` maps each split of rows by expert to the concatenation that joins its parts again.
     """
@@ -156,7 +199,7 @@ def walk(reader: Reader, anchor: Op, splits: Mapping[Op, Op]) -> list[tuple[Valu
                     separate.append((value, layout))
     if last:
         reader.why[anchor.outputs[0]] = last
-    return [*summed[:3], *reversed(plain[-6:]), *unsummed[:2], *reversed(separate[-2:])]
+    return Ends(tuple(summed), tuple(plain), tuple(unsummed), tuple(separate))
 
 
 def token_major(layout: ExpertLayout, tokens: Dim) -> bool:

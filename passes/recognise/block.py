@@ -22,10 +22,12 @@ def same(value: Value) -> Recipe:
 @dataclass(frozen=True)
 class Candidate:
     """An op at which a block may end. `propose` yields the proposals for it; it raises NoMatch with
-    the reason if there are none."""
+    the reason if there are none. The proposals are alternatives, of which the first that is proved
+    is the block; if they are `several`, all that are proved are blocks, one for each output."""
 
     at: Op
     propose: Callable[[], Iterator[Proposal]]
+    several: bool = False
 
 
 @dataclass(frozen=True)

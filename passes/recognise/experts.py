@@ -55,14 +55,16 @@ class RecogniseExperts(Pass):
             for candidate in candidates(scope):
                 if candidate.at in covered:
                     continue
-                block, reason = first_proved(scope, candidate, prover)
-                if block is None:
+                proved, reason = proved_blocks(scope, candidate, prover)
+                if not proved and candidate.several and reason:
+                    refused[candidate.at] = reason  # it is more specific: the experts were read
+                elif not proved:
                     refused.setdefault(candidate.at, reason)
-                    continue
-                at = scope.graph.producers[block.output]
-                covered.update(scope.upstream([block.output], block.cut))
-                if at not in blocks and log.spend(f"{block.form} {at}"):
-                    blocks[at] = block
+                for block in proved:
+                    at = scope.graph.producers[block.output]
+                    covered.update(scope.upstream([block.output], block.cut))
+                    if at not in blocks and log.spend(f"{block.form} {at}"):
+                        blocks[at] = block
         for op, reason in refused.items():
             # Adding a block's result to another value looks like one more term of the same sum.
             adds = any(scope.maker(scope.behind(value)) in blocks for value in op.inputs)
@@ -75,22 +77,29 @@ class RecogniseExperts(Pass):
         return replace(program, graph=splice(scope.graph, blocks))
 
 
-def first_proved(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[Proposal | None, str]:
-    """The first proposal that the prover accepts, or None and a reason. If all are refused, the
-    reason is that of the first one: later proposals are variations of it."""
+def proved_blocks(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[list[Proposal], str]:
+    """The proposals that the prover accepts: the first one, or of several the first for each
+    output. Without any, the reason is that of the first proposal: later ones are variations of
+    it."""
     reasons: list[str] = []
+    proved: dict[Value, Proposal] = {}
     try:
         for proposal in candidate.propose():
+            if proposal.output in proved:
+                continue
             try:
                 check(scope, proposal, prover)
-                return proposal, ""
             except NoMatch as why:
                 reasons.append(f"{proposal.form}: {why}")
+                continue
+            proved[proposal.output] = proposal
+            if not candidate.several:
+                break
     except Unlike:
         pass
     except NoMatch as why:
         reasons.append(str(why))
-    return None, reasons[0] if reasons else ""
+    return list(proved.values()), reasons[0] if reasons else ""
 
 
 def check(scope: Scope, block: Proposal, prover: Prover) -> None:

@@ -1,12 +1,14 @@
-"""Form 7: gates at two levels or more, in which every token uses every expert.
+"""Form 7: sums of all experts, weighed by gates at one level or more.
 
+    out = out + gate[:, e, None] * expert_e(x)
     out = out + first[:, g, None] * sum(second_g[:, i, None] * expert_gi(x) for i)
 
 The tree of sums and products becomes one block over all experts. Every token chooses the experts 0
 .. E-1, and the weight of an expert is the product of the weights on the path to it. A weight has
 one element per token, or one for several tokens (a gate that reads a sample). If the weights depend
-on a choice, the block has another form, with fewer experts per token. A single level is recognised
-by `moec.passes.recognise.mixture`.
+on a choice, the block has another form, with fewer experts per token. Experts of different kinds
+are recognised by `moec.passes.recognise.mixture`, and those whose results are stacked by
+`moec.passes.recognise.every_expert`.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, TensorType, Value
 from moec.passes.proof.input_generators import Positive
 from moec.passes.recognise.block import Candidate, Proposal
+from moec.passes.recognise.every_expert import FORM, all_experts
 from moec.passes.recognise.region import RegionEmitter, Scope, chooses
 from moec.passes.recognise.rows import Reader
 from moec.passes.recognise.unrolled_experts import branch_ops, family, read_branch, signature
-
-FORM = "every expert, weighed at {} levels"
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,12 @@ Tree = tuple[Leaf, ...]
 
 def candidates(scope: Scope) -> Iterator[Candidate]:
     for op, tree in trees(scope).items():
-        if depth(tree) > 1:
-            yield Candidate(op, partial(propose, scope, op, tree))
+        yield Candidate(op, partial(propose, scope, op, tree))
 
 
-def depth(tree: Tree) -> int:
-    """The number of levels of gates."""
-    return max(len(leaf.weights) for leaf in tree)
+def form(tree: Tree) -> str:
+    levels = max(len(leaf.weights) for leaf in tree)
+    return FORM if levels == 1 else f"{FORM} at {levels} levels"
 
 
 def trees(scope: Scope) -> dict[Op, Tree]:
@@ -108,13 +108,17 @@ def propose(scope: Scope, anchor: Op, tree: Tree) -> Iterator[Proposal]:
     members = family(scope, branches)
     x = members.first.reader.x
     assert x is not None
+    gate = _columns(scope, tree, x.shape[:-1])
     weights = tuple(dict.fromkeys(value for leaf in tree for value in leaf.weights))
+    recipe = partial(_products, tree, x.shape[:-1])
+    if gate is not None:
+        weights, recipe = (gate,), partial(_rows, gate)
     yield Proposal(
-        form=FORM.format(depth(tree)),
+        form=form(tree),
         output=anchor.outputs[0],
         x=x,
-        experts=partial(_all_experts, product(x.shape[:-1]), len(tree)),
-        weights=partial(_products, tree, x.shape[:-1]),
+        experts=all_experts(product(x.shape[:-1]), len(tree)),
+        weights=recipe,
         top_k=len(tree),
         num_experts=len(tree),
         stacks=members.stacks,
@@ -124,16 +128,31 @@ def propose(scope: Scope, anchor: Op, tree: Tree) -> Iterator[Proposal]:
     )
 
 
-def _all_experts(tokens: Dim, count: int, emit: RegionEmitter) -> Value:
-    """The ids 0 .. E-1 for each token: [T, E]."""
-    (ids,) = emit("aten.arange.default", [], [TensorType("i64", (count,))], attrs={"end": count})
-    shape = (tokens, count)
-    return emit("aten.expand.default", [ids], [TensorType("i64", shape)], attrs={"size": shape})[0]
-
-
 def _products(tree: Tree, shape: tuple[Dim, ...], emit: RegionEmitter) -> Value:
     """The weights of all experts: [T, E]."""
     return emit.stack([_product(leaf.weights, shape, emit) for leaf in tree], 1)
+
+
+def _rows(gate: Value, emit: RegionEmitter) -> Value:
+    return emit.rows(emit.old(gate))
+
+
+def _columns(scope: Scope, tree: Tree, shape: tuple[Dim, ...]) -> Value | None:
+    """The value [.., E] whose columns 0 .. E-1 are the weights of the experts, in their order."""
+    sources: set[Value] = set()
+    for number, leaf in enumerate(tree):
+        column = scope.made_by(
+            scope.behind(leaf.weights[0]), "aten.select.int", "aten.slice.Tensor"
+        )
+        if len(leaf.weights) > 1 or column is None or not column.inputs[0].shape:
+            return None
+        index = column.attrs.get("index", column.attrs.get("start", 0))
+        last = len(column.inputs[0].shape) - 1
+        if index != number or column.attrs.get("dim", 0) not in (-1, last):
+            return None
+        sources.add(column.inputs[0])
+    (gate, *others) = sources
+    return gate if not others and gate.shape == (*shape, len(tree)) else None
 
 
 def _product(weights: tuple[Value, ...], shape: tuple[Dim, ...], emit: RegionEmitter) -> Value:

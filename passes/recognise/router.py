@@ -25,6 +25,7 @@ from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ops.dispatch import chooses_all
 from moec.ops.routing import Routing, choice_scores, group_scores
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
@@ -102,7 +103,7 @@ class RecognisedRouter:
 
 def blocks(scope: Scope) -> Iterator[Routed]:
     for op in scope.graph.ops:
-        if op.name != "moe.dispatch":
+        if op.name != "moe.dispatch" or chooses_all(scope.graph, op):
             continue
         reader, position = chooser(scope, op)
         experts = reader.inputs[position]

@@ -368,7 +368,7 @@ def test_spelling() -> None:
     assert PruneExperts(keep=0.25, by="reap") in spelled
     names = [p.name for p in choose(2, ["+prune-experts()", HALF])]
     at = names.index("prune-experts")
-    around = ["recognise-mixtures", "prune-experts", "prune-experts", "join-calls"]
+    around = ["share-experts", "prune-experts", "prune-experts", "join-calls"]
     assert names[at - 1 : at + 3] == around
     assert not any(p.name == "prune-experts" for p in choose(2))
 

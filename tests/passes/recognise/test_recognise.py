@@ -291,8 +291,6 @@ def test_experts_that_are_chosen_and_not_used_are_left_out() -> None:
 
 
 REFUSED: dict[Callable[[], nn.Module], str] = {
-    others.SoftMixture: "every token uses all 4 experts: nothing chooses among them",
-    others.SoftLoop: "every token uses all 4 experts: nothing chooses among them",
     others.ExpertChoice: "experts choose their tokens: aten.topk.default chooses among T of them",
     others.Unequal: "only 2 of the 4 experts that are chosen among are alike",
     others.Missing: "its branches are the experts [0, 1, 3], expected 0 to 2",
