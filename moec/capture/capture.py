@@ -36,8 +36,9 @@ from moec.capture.lengths import Axis, AxisGroup
 from moec.capture.lightning import lightning_as_ops
 from moec.capture.numbers import export_keeping_sizes
 from moec.capture.scans import scans_as_ops
-from moec.capture.settlement import required, settled
+from moec.capture.settlement import bounded, required
 from moec.capture.shapes import Axes, default_wishes, name_symbols, wished_axes, wished_bounds
+from moec.capture.sides import with_other_sides
 from moec.capture.speculate import (
     CaptureForm,
     ConvertedExport,
@@ -51,7 +52,7 @@ from moec.capture.speculate import (
 from moec.capture.states import States, detached
 from moec.capture.sym_bools import sym_bools_answered
 from moec.capture.trials import quiet
-from moec.capture.widening import Widened, widen
+from moec.capture.widening import Widened, at_lengths, widen
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.interpret.outputs import Structure, flatten
@@ -177,15 +178,21 @@ def _traced(request: _Request) -> Captured:
         lost = () if special else lost_axes(converted.program, general.wishes)
         if lost:
             special = frozenset(general.tensors[tensor].shape[axis] for tensor, axis in lost)
-            again = widen(call, request.wishes, request.joining, refused, special)
-            if _shapes(again) != _shapes(general):
+            another = widen(call, request.wishes, request.joining, refused, special)
+            if _shapes(another) != _shapes(general):
                 continue
         more = refuted(converted.program, converted.eager, call.tensors, general)
         if not more:
             break
         wrong += more
     form = CaptureForm(converted, flat.structure)
-    return _captured(request, general, form, "traced", partial(_speculated, request))
+
+    def again(other: Widened) -> CaptureForm:
+        flat = FlatCall(call)
+        exported = _export(flat, other)
+        return CaptureForm(_converted(request, other, exported, flat.structure), flat.structure)
+
+    return _captured(request, general, form, "traced", again, partial(_speculated, request))
 
 
 def _shapes(general: Widened) -> tuple[torch.Size, ...]:
@@ -205,11 +212,15 @@ def _speculated(request: _Request) -> Captured:
         with EXPORTS, gc_paused():
             decomposed = decompose(index[1].exported)
             form = masked(decomposed, index, export, convert, examples)
-        return _captured(request, general, form, "masked")
+        return _captured(request, general, form, "masked", again)
+
+    def again(other: Widened) -> CaptureForm:
+        export = partial(_exported, other)
+        return speculate(call, export, partial(_converted, request, other), (other.tensors,))[0]
 
     with EXPORTS, gc_paused():
         index = speculate(call, export, convert, examples)
-    return _captured(request, general, index[0], "speculated", with_masks)
+    return _captured(request, general, index[0], "speculated", again, with_masks)
 
 
 def _converted(
@@ -231,13 +242,22 @@ def _captured(
     general: Widened,
     form: CaptureForm,
     way: Way,
+    again: Callable[[Widened], CaptureForm],
     other: Callable[[], Captured] | None = None,
 ) -> Captured:
-    """The captured form, with the bounds that guards and sizes of 1 set. Raises CaptureError where
-    the example's sizes decide what is computed."""
-    converted, name = form.converted, type(request.call.module).__name__
+    """The captured form, with the bounds that guards and sizes of 1 set. `again` captures it at
+    other sizes, for branches on sizes. Raises CaptureError where the example's sizes decide what is
+    computed."""
+    name, inputs = type(request.call.module).__name__, form.converted.program.graph.inputs
+
+    def at_sizes(sizes: Mapping[str, int]) -> CaptureForm:
+        with EXPORTS, gc_paused():
+            return again(at_lengths(general, inputs, sizes))
+
+    form, settlement = with_other_sides(name, form, general.tensors, at_sizes, request.bounds)
+    converted, notes = form.converted, settlement.notes
     eager, tensors = converted.eager, general.tensors
-    program, notes = settled(name, converted.program, converted.guards, eager, tensors)
+    program = bounded(converted.program, settlement)
     program = allow_one(program, request.bounds, eager, (tensors, request.call.tensors))
     always = fixed(
         name, program, eager, tensors, general.wishes, request.allow_fixed, converted.fixings

@@ -11,7 +11,7 @@ evaluated with them: `if n > 8`, `int(n * 2.0 / 8) == 6`. Every guard is handled
 
 from __future__ import annotations
 
-import itertools
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,10 +59,19 @@ class Guard:
 
 @dataclass(frozen=True)
 class Settled:
-    """The bounds of the sizes, and notes about them for the report."""
+    """The bounds of the sizes, notes about them for the report, and the guards that limit them."""
 
     bounds: Mapping[str, Bounds]
     notes: tuple[str, ...] = ()
+    limiting: tuple[Guard, ...] = ()
+
+
+class GuardRefused(CaptureError):
+    """A guard that is neither implied, nor a bound, nor harmless."""
+
+    def __init__(self, message: str, guard: Guard) -> None:
+        super().__init__(message)
+        self.guard = guard
 
 
 class _Internal:
@@ -159,14 +168,15 @@ def settle(
     the export's example. `agree` compares graph and module at other sizes; None means that the
     source is an exported program, which is valid only where its guards hold.
 
-    Raises CaptureError for a guard that is neither implied, nor a bound, nor harmless.
+    Raises GuardRefused for a guard that is neither implied, nor a bound, nor harmless.
     """
     bounds = dict(graph.bounds)
     notes: dict[str, None] = {}
+    limiting: list[Guard] = []
     remaining: list[Guard] = []
     for guard in guards:
         if not guard.names <= bounds.keys():
-            raise CaptureError(_refusal(name, graph, guard, example))
+            raise GuardRefused(_refusal(name, graph, guard, example), guard)
         limits = _limits(guard, example)
         if limits is None:
             remaining.append(guard)
@@ -176,25 +186,29 @@ def settle(
             limits = replace(limits, low=0)  # `if n > 1`, and the result is the same at 1
         bounds[size] = _both(bounds[size], limits)
         if limits.low > 1 or limits.high is not None:
+            limiting.append(guard)
             notes[f"{size} {_shown(bounds[size])}: {guard}"] = None
     for guard in remaining:
         false = _false_at(guard, bounds, example)
         answers = [agree(sizes) if agree else None for sizes in false]
         tried = [answer for answer in answers if answer is not None]
         if False in tried or (tried and _bakes_in(guard.condition)):
-            raise CaptureError(_refusal(name, graph, guard, example))
+            raise GuardRefused(_refusal(name, graph, guard, example), guard)
         if tried:
-            notes[f"the same where not {show(guard.condition)}, as was tried: {guard}"] = None
+            where = "at other sizes"
+            if isinstance(guard.condition, sympy.core.relational.Relational):
+                where = f"where not {show(guard.condition)}"
+            notes[f"the same {where}, as was tried: {guard}"] = None
         elif answers:
             required = _edges(guard, example)
             if agree is None and not required:
-                raise CaptureError(_refusal(name, graph, guard, example))
+                raise GuardRefused(_refusal(name, graph, guard, example), guard)
             for size, limits in required.items():
                 bounds[size] = _both(bounds[size], limits)
             limits_text = "; ".join(f"{size} {_shown(bounds[size])}" for size in required)
             fails = f"the model itself fails where not {show(guard.condition)}"
             notes[f"{limits_text or fails}: {guard}"] = None
-    return Settled(bounds, tuple(notes))
+    return Settled(bounds, tuple(notes), tuple(limiting))
 
 
 _INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.Ne)
@@ -203,12 +217,19 @@ _INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.Ne)
 def _limits(guard: Guard, example: Mapping[str, int]) -> Bounds | None:
     """The range of sizes for which an inequality of one size holds; None for any other guard, and
     where these sizes are no contiguous range."""
-    if not isinstance(guard.condition, _INEQUALITIES):
+    if not isinstance(guard.condition, _INEQUALITIES) and not _joins(guard.condition):
         return None
     if isinstance(guard.condition, sympy.Ne):
         left, right = guard.condition.args
         return Bounds(2) if isinstance(left, sympy.Symbol) and right == 1 else None
     return next(iter(_edges(guard, example).values()), None)
+
+
+def _joins(condition: sympy.Basic) -> bool:
+    """Whether a condition is made of inequalities alone."""
+    return isinstance(condition, sympy.And | sympy.Or) and all(
+        isinstance(part, _INEQUALITIES) or _joins(part) for part in condition.args
+    )
 
 
 def _edges(guard: Guard, example: Mapping[str, int]) -> Mapping[str, Bounds]:
@@ -229,16 +250,26 @@ def _both(a: Bounds, b: Bounds) -> Bounds:
 
 
 _TRIED = 3
+_FURTHER = 8
+"""How many times as many rows as the least sizes have, the further sizes may have."""
 
 
 def _false_at(
     guard: Guard, bounds: Mapping[str, Bounds], example: Mapping[str, int]
 ) -> list[Mapping[str, int]]:
-    """The smallest few assignments of sizes, none of them 0, for which a guard is false."""
+    """Assignments of sizes, none of them 0, for which a guard is false: the smallest few, at which
+    both sides of a branch may agree since they meet there, and larger ones away from the edges."""
     truth = truth_of(guard.condition)
     least = {name: replace(limits, low=max(limits.low, 1)) for name, limits in bounds.items()}
-    false = (s for s in sizes_around([truth], least, example) if not truth.holds(s))
-    return list(itertools.islice(false, _TRIED))
+    false = [s for s in sizes_around([truth], least, example) if not truth.holds(s)]
+    most = max(_FURTHER * _rows(false[0], guard), 64) if false else 0
+    near = [sizes for sizes in false[_TRIED:] if _rows(sizes, guard) <= most]
+    further = sorted(near, key=lambda s: (min(s[n] for n in guard.names), _rows(s, guard)))
+    return [*false[:_TRIED], *further[-1:], *near[len(near) // 2 :][:1]]
+
+
+def _rows(sizes: Mapping[str, int], guard: Guard) -> int:
+    return math.prod(sizes[name] for name in guard.names)
 
 
 def _bakes_in(condition: sympy.Basic) -> bool:

@@ -109,7 +109,8 @@ class _Sized(TorchFunctionMode):
         if func is torch.nn.functional.one_hot:
             ids, count = _one_hot(*args, **named)
             if not isinstance(count, int):
-                return (ids[..., None] == torch.arange(count)).to(torch.int64)
+                classes = torch.arange(count, dtype=torch.int64)  # as torch decomposes one_hot
+                return (ids.unsqueeze(-1) == classes).to(torch.int64)
         return func(*args, **named)
 
 

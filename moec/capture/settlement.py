@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from moec.capture.agreement import Eager, matches
-from moec.capture.guards import Guard, settle
+from moec.capture.guards import Guard, Settled, settle
 from moec.interpret.random_inputs import random_like
 from moec.interpret.resized import with_sizes
 from moec.interpret.tolerance import STRAYS, computed_dtypes
@@ -22,38 +22,44 @@ def settled(
     guards: Sequence[Guard],
     eager: Eager,
     example: Sequence[torch.Tensor],
-) -> tuple[Program, tuple[str, ...]]:
-    """The program with the bounds that its guards set, and notes about them.
+) -> Settled:
+    """The bounds of the sizes under the program's guards, and notes about them.
 
-    Raises CaptureError for a guard at whose violation graph and module differ.
+    Raises GuardRefused for a guard at whose violation graph and module differ.
     """
 
     def agree(other: Mapping[str, int]) -> bool | None:
-        return _agree_at_sizes(program, eager, example, other)
+        return agree_at_sizes(program, eager, example, other)
 
-    result = settle(name, program.graph, guards, _sizes(program, example), agree)
-    return replace(program, graph=replace(program.graph, bounds=result.bounds)), result.notes
+    return settle(name, program.graph, guards, sizes_of(program, example), agree)
+
+
+def bounded(program: Program, settlement: Settled) -> Program:
+    """The program with the bounds that its guards set."""
+    return replace(program, graph=replace(program.graph, bounds=settlement.bounds))
 
 
 def required(
     name: str, program: Program, guards: Sequence[Guard], example: Sequence[torch.Tensor]
 ) -> tuple[Program, tuple[str, ...]]:
     """As `settled`, for an exported program, which is valid only where its guards hold."""
-    result = settle(name, program.graph, guards, _sizes(program, example), None)
-    return replace(program, graph=replace(program.graph, bounds=result.bounds)), result.notes
+    result = settle(name, program.graph, guards, sizes_of(program, example), None)
+    return bounded(program, result), result.notes
 
 
-def _sizes(program: Program, example: Sequence[torch.Tensor]) -> dict[str, int]:
+def sizes_of(program: Program, example: Sequence[torch.Tensor]) -> dict[str, int]:
+    """The named sizes of the example."""
     sizes: dict[str, int] = {}
     for value, tensor in zip(program.graph.inputs, example, strict=False):
         bind_shape(value.shape, tuple(tensor.shape), sizes)
     return sizes
 
 
-def _agree_at_sizes(
+def agree_at_sizes(
     program: Program, eager: Eager, example: Sequence[torch.Tensor], sizes: Mapping[str, int]
 ) -> bool | None:
-    """Whether graph and module agree on the example and on random inputs, both at `sizes`.
+    """Whether graph and module agree at `sizes`: on the example, on random inputs, and on inputs
+    whose rows are all alike, of which one expert may get more than its capacity.
 
     Where the graph computes in 16 bits, agreement on one of the two is enough, because a near tie
     may route to other experts in the other. Returns None where the module fails.
@@ -64,8 +70,16 @@ def _agree_at_sizes(
     random = random_like(program, resized_example, generator)[: len(resized_example)]
     either = any(dtype in STRAYS for dtype in computed_dtypes(program.graph))
     try:
-        draws = [(draw, eager(*draw)) for draw in (resized_example, random)]
+        alike = [_alike(tensor) for tensor in random]
+        draws = [(draw, eager(*draw)) for draw in (resized_example, random, alike)]
     except Exception:  # whatever the user's code raises
         return None
     answers = [matches(program, draw, expected) for draw, expected in draws]
     return any(answers) if either else all(answers)
+
+
+def _alike(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its first row in the place of every row."""
+    features = tensor.shape[-1] if tensor.is_floating_point() and tensor.ndim else 1
+    rows = tensor.reshape(-1, features)
+    return rows[:1].expand_as(rows).reshape(tensor.shape).clone()

@@ -8,8 +8,8 @@ only if they change together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -20,6 +20,7 @@ from moec.capture.search import Search
 from moec.capture.shapes import Axes
 from moec.capture.trials import Trials
 from moec.errors import CaptureError
+from moec.ir.graph import Value
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,16 @@ def widen(
         groups,
         tuple(g for g in groups if g.length != example[g.axes[0].tensor].shape[g.axes[0].axis]),
     )
+
+
+def at_lengths(widened: Widened, inputs: Sequence[Value], sizes: Mapping[str, int]) -> Widened:
+    """`widened` with each group of axes at the length that its name in `inputs` has in `sizes`."""
+    groups = []
+    for group in widened.groups:
+        first = group.axes[0]
+        name = str(inputs[first.tensor].shape[first.axis])
+        groups.append(replace(group, length=sizes.get(name, group.length)))
+    return replace(widened, tensors=resized(widened.tensors, groups), groups=tuple(groups))
 
 
 def _fixed_sizes(call: ModuleCall, free: Collection[Axis]) -> frozenset[int]:

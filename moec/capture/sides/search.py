@@ -1,0 +1,164 @@
+"""Exports a module on the other side of its guards, and merges the programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import sympy
+import torch
+
+from moec.capture.guards import Guard, GuardRefused, Settled
+from moec.capture.settlement import agree_at_sizes, settled, sizes_of
+from moec.capture.sides.programs import merge_programs
+from moec.capture.sides.sizes import Choice, Unmergeable
+from moec.capture.speculate import CaptureForm
+from moec.errors import CaptureError
+from moec.interpret.resized import with_sizes
+from moec.ir.dims import Bounds
+from moec.ir.thresholds import sizes_around, sizes_at_changes, truth_of
+
+Again = Callable[[Mapping[str, int]], CaptureForm]
+"""Captures the same module at other sizes. Raises CaptureError."""
+
+MOST_SIDES = 8
+"""How many exports are merged: a loop that rounds a capacity up to a multiple of 8 has 8."""
+_TRIED = 2
+_COMPARED = 12
+Sizes = Mapping[str, int]
+
+
+def with_other_sides(
+    name: str,
+    form: CaptureForm,
+    example: Sequence[torch.Tensor],
+    again: Again,
+    limits: Mapping[str, Bounds],
+) -> tuple[CaptureForm, Settled]:
+    """The form that holds on both sides of as many guards as possible, and its settled guards.
+
+    `form` was exported at the sizes of `example`; `limits` are those that the user set. Raises
+    GuardRefused where a guard neither can be settled nor has another side that differs in sizes
+    alone.
+    """
+    forms = [form]
+    skipped: set[sympy.Basic] = set()
+    while len(forms) < MOST_SIDES:
+        guard = _restricting(name, forms[-1], example, skipped)
+        if guard is None:
+            break
+        wider = _wider(name, forms[-1], guard, example, again, limits)
+        if wider is None:
+            skipped.add(guard.condition)
+        else:
+            forms.append(wider)
+    for wider in reversed(forms[1:]):
+        try:
+            return wider, _settled(name, wider, example)
+        except GuardRefused:
+            continue
+    return form, _settled(name, form, example)
+
+
+def _settled(name: str, form: CaptureForm, example: Sequence[torch.Tensor]) -> Settled:
+    converted = form.converted
+    return settled(name, converted.program, converted.guards, converted.eager, example)
+
+
+def _restricting(
+    name: str,
+    form: CaptureForm,
+    example: Sequence[torch.Tensor],
+    skipped: Collection[sympy.Basic],
+) -> Guard | None:
+    """The first guard outside `skipped` that is refused or limits a size."""
+    try:
+        limiting = _settled(name, form, example).limiting
+    except GuardRefused as refusal:
+        limiting = (refusal.guard,)
+    return next((guard for guard in limiting if guard.condition not in skipped), None)
+
+
+def _wider(
+    name: str,
+    form: CaptureForm,
+    guard: Guard,
+    example: Sequence[torch.Tensor],
+    again: Again,
+    limits: Mapping[str, Bounds],
+) -> CaptureForm | None:
+    """A form that holds where `form` does and on the other side of `guard`; None if none is found:
+    both sides merged, or that of the other side, if no guard limits it."""
+    here = sizes_of(form.converted.program, example)
+    for sizes in _beyond(guard, limits, here):
+        try:
+            other = again(sizes)
+        except CaptureError:
+            continue
+        merged = _merged(form, other, example, sizes)
+        if merged is not None:
+            return merged
+        inputs = zip(example, other.converted.program.graph.inputs, strict=False)
+        there = [with_sizes(tensor, value.shape, sizes) for tensor, value in inputs]
+        return other if _restricting(name, other, there, ()) is None else None
+    return None
+
+
+def _beyond(guard: Guard, limits: Mapping[str, Bounds], example: Sizes) -> Iterator[Sizes]:
+    """The few sizes nearest to the example's at which a guard is false. None of them is 1, which
+    torch.export treats specially."""
+    truth = truth_of(guard.condition)
+    if not guard.names <= example.keys():
+        return
+    least = {name: Bounds(2).within(limits.get(name, Bounds())) for name in example}
+    false = [s for s in sizes_around([truth], least, example) if not truth.holds(s)]
+    false.sort(key=lambda sizes: sum(abs(sizes[name] - example[name]) for name in example))
+    yield from false[:_TRIED]
+
+
+def _merged(
+    first: CaptureForm, second: CaptureForm, example: Sequence[torch.Tensor], sizes: Sizes
+) -> CaptureForm | None:
+    """Both forms as one, compared with eager on both sides; None where they differ in more than
+    sizes."""
+    a, b = first.converted, second.converted
+    shared = {guard.condition for guard in a.guards} & {guard.condition for guard in b.guards}
+    shared |= {g.condition for g in (*a.guards, *b.guards) if _excludes_one(g.condition)}
+    sides = [[g for g in form.guards if g.condition not in shared] for form in (a, b)]
+    if not all(sides) or first.structure.constants != second.structure.constants:
+        return None
+    conditions = [sympy.And(*(guard.condition for guard in side)) for side in sides]
+    here = sizes_of(a.program, example)
+    bounds = _hull(a.program.graph.bounds, b.program.graph.bounds)
+    least = {name: Bounds(1 if b.low == 2 else b.low, b.high) for name, b in bounds.items()}
+    choice = Choice(conditions[0], conditions[1], least, here)
+    try:
+        program = merge_programs(a.program, b.program, choice)
+    except Unmergeable:
+        return None
+    program = replace(program, graph=replace(program.graph, bounds=bounds))
+    changes = sizes_at_changes(choice.expressions, least, here)[:_COMPARED]
+    tried = (here, sizes, *({**here, **change} for change in changes))
+    either = sympy.Or(*conditions)
+    within = [size for size in tried if truth_of(either).holds(size)]
+    if not all(agree_at_sizes(program, a.eager, example, s) in (True, None) for s in within):
+        return None
+    guards = {g.condition: g for g in (*b.guards, *a.guards) if g.condition in shared}.values()
+    joined = replace(sides[0][0], condition=either)
+    converted = replace(a, program=program, guards=(*guards, joined))
+    return replace(first, converted=converted)
+
+
+def _excludes_one(condition: sympy.Basic) -> bool:
+    """Whether a guard is torch's own `size != 1`, which is tried at 1 in any case."""
+    return isinstance(condition, sympy.Ne) and condition.rhs == 1 and condition.lhs.is_Symbol
+
+
+def _hull(a: Mapping[str, Bounds], b: Mapping[str, Bounds]) -> Mapping[str, Bounds]:
+    """The bounds that contain both: torch narrows them to the side that it exports."""
+    hull = {}
+    for name, limits in a.items():
+        highs = [high for high in (limits.high, b[name].high) if high is not None]
+        high = max(highs) if len(highs) == 2 else None
+        hull[name] = Bounds(min(limits.low, b[name].low), high)
+    return hull

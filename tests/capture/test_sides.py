@@ -1,0 +1,200 @@
+"""Branches on sizes that only choose sizes: both sides are one program, which any example gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import nn
+from torch.nn import functional
+
+import moec
+from moec.capture import capture
+from moec.capture.sides.sizes import Choice, Unmergeable, indicator
+from moec.interpret.evaluate import evaluate
+from moec.ir.dims import Bounds, symbol
+from moec.ir.float_sizes import f64
+from moec.ir.thresholds import truth_of
+from tests.capture.modules import Function
+from tests.capture.sized import first
+
+T = symbol("T")
+
+
+def less(x: torch.Tensor) -> torch.Tensor:
+    capacity = math.ceil(x.shape[0] * 1.25 / 4)
+    if capacity < 4:
+        capacity = 4
+    return first(x, capacity)
+
+
+def conditional(x: torch.Tensor) -> torch.Tensor:
+    n, capacity = x.shape[0], x.shape[0] // 4 + 3
+    return first(x, n - 1 if capacity > n - 1 else capacity)
+
+
+def rounded_up(x: torch.Tensor) -> torch.Tensor:
+    capacity = x.shape[0] // 3 + 1
+    while capacity % 4:
+        capacity += 1
+    return first(x, capacity)
+
+
+def early(tokens: int) -> int:
+    capacity = int(tokens * 1.25 / 4)
+    if capacity <= 2:
+        return 2
+    if capacity > 9:
+        return 9
+    return capacity
+
+
+def float_compared(x: torch.Tensor) -> torch.Tensor:
+    share = x.shape[0] / 4 * 1.1
+    return first(x, 4 if share < 4 else math.ceil(share))
+
+
+def buckets(x: torch.Tensor) -> torch.Tensor:
+    for limit in (4, 8):
+        if x.shape[0] <= 2 * limit:
+            return first(x, limit)
+    return first(x, x.shape[0] // 2)
+
+
+def stored(x: torch.Tensor) -> torch.Tensor:
+    config = {"capacity": x.shape[0] // 4}
+    if config["capacity"] == 0:
+        config["capacity"] = 1
+    return first(x, config["capacity"])
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """Padding of no rows changes nothing: one side holds on both."""
+    n, rest = x.shape[0], x.shape[0] % 4
+    if rest != 0:
+        x = functional.pad(x, (0, 0, 0, 4 - rest))
+    return x.reshape(-1, 4, 8).cumsum(1).reshape(-1, 8)[:n]
+
+
+CASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "less": less,
+    "conditional expression": conditional,
+    "rounded up": rounded_up,
+    "early returns": lambda x: first(x, early(x.shape[0])),
+    "floats": float_compared,
+    "buckets": buckets,
+    "stored": stored,
+    "two numbers": lambda x: first(x, 1 if x.shape[0] < 10 else 2),
+    "parity": lambda x: first(x, x.shape[0] // 4 + (1 if x.shape[0] > 8 and x.shape[0] % 2 else 0)),
+    "padded": padded,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "length"), [*((name, 24) for name in CASES), ("less", 6), ("early returns", 6)]
+)
+def test_both_sides_of_a_branch_on_sizes_are_captured(name: str, length: int) -> None:
+    captured = capture(Function(CASES[name]), (torch.randn(length, 8),))
+    assert captured.program.graph.bounds["T"].within(Bounds(1)) == Bounds(1)
+    for size in (1, 2, 3, 5, 7, 8, 9, 10, 12, 13, 16, 17, 20, 24, 29, 40, 41):
+        x = torch.randn(size, 8)
+        (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
+        assert torch.equal(ours, captured.eager(x)[0]), size
+
+
+class Slots(nn.Module):
+    """A gate as DeepSpeed writes it: the capacity, at least 3, is an axis of one-hot rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        capacity = x.shape[0] // 4
+        if capacity < 3:
+            capacity = 3
+        scores = self.gate(x).softmax(-1)
+        mask = functional.one_hot(scores.argmax(-1), 4)
+        places = (mask.cumsum(0) - 1) * mask
+        mask = mask * (places < capacity)
+        slots = functional.one_hot((places * mask).sum(-1), capacity).to(x.dtype)
+        dispatch = torch.einsum("te,tc->tec", mask.to(x.dtype), slots)
+        rows = torch.einsum("tec,td->ecd", dispatch, x)
+        results = torch.stack(
+            [expert(part) for expert, part in zip(self.experts, rows, strict=True)]
+        )
+        combined = torch.einsum("tec,ecd->td", dispatch * scores[..., None], results)
+        return combined + first(x, 1 if x.shape[0] < 10 else 2)
+
+
+def test_a_least_capacity_is_a_block_that_compiled_code_has_at_every_length() -> None:
+    module = Slots().eval()
+    compiled = moec.compile(module, (torch.randn(24, 8),), verify=False)
+    assert len(compiled.blocks) == 1
+    for size in (1, 5, 9, 10, 11, 12, 13, 16, 30):
+        for x in (torch.randn(size, 8), torch.randn(1, 8).expand(size, 8)):
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_sides_that_differ_in_more_than_sizes_limit_the_length() -> None:
+    def other(x: torch.Tensor) -> torch.Tensor:
+        return x.exp() if x.shape[0] > 8 else x.sin()
+
+    for length, limits in ((24, Bounds(9)), (6, Bounds(1, 8))):
+        captured = capture(Function(other), (torch.randn(length, 8),))
+        assert captured.program.graph.bounds["T"].within(Bounds(1)) == limits
+
+
+def test_a_branch_is_not_harmless_because_its_sides_meet() -> None:
+    """Next to the threshold both sides give the same capacity; away from it they do not."""
+
+    def clamped(x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        capacity = batch * length // 4
+        if capacity < 4:
+            capacity = 4
+        if capacity > length:
+            capacity = length
+        return first(x.flatten(0, 1), capacity).view_as(x)
+
+    captured = capture(Function(clamped), (torch.randn(2, 3, 8),))
+    for batch, length in ((1, 16), (2, 12), (5, 5), (3, 2), (1, 1), (7, 3)):
+        x = torch.randn(batch, length, 8)
+        (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
+        assert torch.equal(ours, clamped(x)), (batch, length)
+
+
+CONDITIONS = (
+    *(T > 5, T >= 5, T < 5, T <= 5, sympy.Ne(T, 5), sympy.Eq(T, 5), sympy.Eq(sympy.Mod(T, 3), 0)),
+    *(sympy.And(T > 3, T < 9), sympy.Or(T < 3, T > 9), sympy.Not(sympy.Eq(T, 7), evaluate=False)),
+)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS, ids=str)
+def test_an_indicator_is_one_where_its_condition_holds(condition: Any) -> None:
+    value, truth = truth_of(indicator(condition)), truth_of(condition)
+    assert all(value.value({"T": n}) == truth.holds({"T": n}) for n in range(20))
+
+
+def choice(first: Any, second: Any) -> Choice:
+    return Choice(first, second, {"T": Bounds(1)}, {"T": 24})
+
+
+def test_a_size_of_both_sides_is_a_maximum_and_others_follow_from_it() -> None:
+    sizes = choice(T // 4 >= 4, T // 4 < 4)
+    greatest = sympy.Max(4, T // 4)
+    assert sizes.size(T // 4, 4) == greatest
+    assert sizes.size(8 * (T // 4) + 1, 33) == 8 * greatest + 1
+    assert sizes.size(T, T) == T
+
+
+def test_a_size_without_a_common_expression_is_not_merged() -> None:
+    share = T * sympy.Rational(1, 3)
+    with pytest.raises(Unmergeable):
+        choice(f64(share) < 4, f64(share) >= 4).size(7, 2)
