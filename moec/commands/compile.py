@@ -153,6 +153,11 @@ def command(
     if plan_file is not None:
         from moec.commands.ranks import compile_ranks
 
+        if "cuda" in target:
+            raise UsageError(
+                f"--target {target}: ranks of a plan run on CPUs and exchange rows over gloo; GPUs "
+                "with NCCL are not supported yet"
+            )
         if not builds or output is None or target != "cpu" or tune or dump_ir or record_routing:
             raise UsageError("--plan goes with MODEL, -o and --verify; run the rest without it")
         hush()

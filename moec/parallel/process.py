@@ -113,7 +113,9 @@ def _failing(job: Job, rank: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        text = str(error) if isinstance(error, MoecError) else f"rank {rank}: {reason(error)}"
+        text = str(error)
+        if not isinstance(error, RankError):
+            text = f"rank {rank}: {text if isinstance(error, MoecError) else reason(error)}"
         _mark(job, rank, "failed", text)
         if job.marks is not None:
             _accuse(job, job.marks, timed_out=LATE in text)

@@ -88,16 +88,20 @@ def named_meanings(ranks: ProcessRanks) -> Mapping[str, Reference]:
 
 @contextmanager
 def naming(ranks: ProcessRanks, where: str, collective: str) -> Iterator[None]:
-    """While open, a RuntimeError becomes a RankError with rank, layer and collective."""
+    """While open, a RuntimeError or MemoryError becomes a RankError with rank, layer and
+    collective."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise RankError(f"rank {ranks.rank}, {where}, {collective}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """gloo's error message in plain words."""
+    """The message of gloo or torch in plain words."""
     text = str(error)
+    if "can't allocate memory" in text or isinstance(error, MemoryError):
+        size = re.search(r"allocate (\d+) bytes", text)
+        return "too little memory" + (f" for {int(size[1]) / 1e9:.1f} GB more" if size else "")
     if "EADDRINUSE" in text:
         port = re.search(r"port: (\d+)", text)
         return f"port {port[1] if port else ''} is in use: choose another (--master-port)"

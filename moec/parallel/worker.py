@@ -11,6 +11,7 @@ from moec.errors import UsageError
 from moec.parallel.process import Job, joined
 from moec.parallel.process_ranks import ProcessRanks, named_meanings
 from moec.parallel.segments import RankModel
+from moec.parallel.store import RankFiles
 from moec.plan.groups import WORLD
 
 
@@ -22,18 +23,22 @@ def run_rank(job: Job) -> dict[str, list[int]]:
     from moec.runtime.tensor_files import write_tensors
 
     with joined(job) as (ranks, files):
-        graph = files.code.graph
-        model = RankModel(files.code)
-        results = model(_inputs(job, [v.name for v in graph.inputs], ranks), named_meanings(ranks))
-        outputs = {
-            value.name: _on_first(ranks, tensor)
-            for value, tensor in zip(graph.outputs, results, strict=True)
-        }
+        outputs = outputs_of(job, ranks, files)
         if ranks.rank == 0 and job.output is not None:
             arrays = {n: t.float().numpy() if t.dtype is torch.bfloat16 else t.numpy()
                       for n, t in outputs.items()}  # fmt: skip
             write_tensors(job.output, arrays)
         return {n: list(t.shape) for n, t in outputs.items()} if ranks.rank == 0 else {}
+
+
+def outputs_of(job: Job, ranks: ProcessRanks, files: RankFiles) -> dict[str, torch.Tensor]:
+    """All outputs of the job on rank 0, and no rows on the others. Raises RankError and
+    UsageError."""
+    graph = files.code.graph
+    model = RankModel(files.code)
+    results = model(_inputs(job, [v.name for v in graph.inputs], ranks), named_meanings(ranks))
+    named = zip(graph.outputs, results, strict=True)
+    return {value.name: _on_first(ranks, tensor) for value, tensor in named}
 
 
 def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tensor]:

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import os
+import resource
+import secrets
 import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from moec.commands.ranks import write_rank
+from moec.commands.run_text import TextOptions
 from moec.parallel import process_ranks
 from moec.parallel.decoder import RankDecoder
 from moec.parallel.process import Job, joined, rank_of_process, started
+from moec.parallel.process_ranks import ProcessRanks
 from moec.parallel.store import load_rank
-from moec.parallel.worker import run_rank
+from moec.parallel.worker import outputs_of, run_rank
+from moec.plan.groups import groups_of
 from moec.runtime.generate import Request, generate
 from moec.runtime.package import DECODE
 from moec.runtime.texts import Texts
 
 
-def _at_second_exchange(event: Callable[[], None]) -> None:
-    """Do something on rank 1 in the middle of the layer."""
+def _at_second_exchange(job: Job, event: Callable[[], object]) -> None:
+    """Do something on rank 1 in the middle of the layer, and write when, beside the output."""
+    assert job.output is not None
+    clock = job.output.with_name("event")
     exchange = process_ranks.ProcessRanks.exchange
     calls = 0
 
@@ -27,6 +40,7 @@ def _at_second_exchange(event: Callable[[], None]) -> None:
         nonlocal calls
         calls += group.startswith("ep")
         if self.rank == 1 and calls == 2:
+            clock.write_text(str(time.time()))
             event()
         return exchange(self, group, rows, send, receive)
 
@@ -34,31 +48,48 @@ def _at_second_exchange(event: Callable[[], None]) -> None:
 
 
 def killed(job: Job) -> dict[str, list[int]]:
-    _at_second_exchange(lambda: os.kill(os.getpid(), signal.SIGKILL))
+    _at_second_exchange(job, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return run_rank(job)
 
 
 def stopped(job: Job) -> dict[str, list[int]]:
-    _at_second_exchange(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    _at_second_exchange(job, lambda: os.kill(os.getpid(), signal.SIGSTOP))
     return run_rank(job)
 
 
 def hanging(job: Job) -> dict[str, list[int]]:
-    _at_second_exchange(lambda: time.sleep(600))
+    _at_second_exchange(job, lambda: time.sleep(600))
     return run_rank(job)
 
 
 def leaving(job: Job) -> dict[str, list[int]]:
-    _at_second_exchange(lambda: os._exit(0))
+    _at_second_exchange(job, lambda: os._exit(0))
     return run_rank(job)
 
 
-def raising(job: Job) -> dict[str, list[int]]:
+def starving(job: Job) -> dict[str, list[int]]:
+    """Rank 1 has 64 MiB left, and needs 4 GB."""
+
     def event() -> None:
-        raise MemoryError("too little memory")
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (64 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        torch.empty(4_000_000_000, dtype=torch.uint8)
 
-    _at_second_exchange(event)
+    _at_second_exchange(job, event)
     return run_rank(job)
+
+
+def forms(job: Job) -> dict[str, list[list[float]]]:
+    """The output of every model beside the job's folder, by the folder's name."""
+    results = {}
+    with joined(job) as (ranks, _):
+        for folder in sorted(job.folder.parent.glob("*.ranks")):
+            files, patience = load_rank(folder, ranks.rank), timedelta(seconds=job.timeout)
+            of_form = ProcessRanks(ranks.rank, groups_of(files.plan), patience)
+            (output,) = outputs_of(job, of_form, files).values()
+            results[folder.stem] = output.tolist()
+    return results
 
 
 def differing(job: Job) -> dict[str, list[int]]:
@@ -105,3 +136,9 @@ def families(job: Job, prompts: Sequence[Sequence[int]], request: Request) -> di
                 tokens = [list(text) for text in zip(*drawn, strict=True)]
                 results[f"{folder.stem} alone"] = Text(tokens, [])
     return results
+
+
+def seeded(job: Job, options: TextOptions, prompts: Sequence[str]) -> dict[str, Any]:
+    """What continues the prompts if rank N would draw the seed 7 + N."""
+    secrets.randbits = lambda bits: 7 + rank_of_process()[0]
+    return write_rank(job, options, prompts, True, True)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 import moec
 from moec.commands.ranks import check, first_step
@@ -36,6 +37,7 @@ from tests.passes.parallel.test_plan_parallelism import plan as plan_of_layer
 
 NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 SHARED_HEADS = ("mixtral", "qwen3_moe", "gpt_oss")  # attention is cut by heads, and caches too
+TWO_FUNCTIONS = ("mixtral", "deepseek_v3")
 PROMPTS = ((5, 9, 12, 7, 33), (100, 3), (64,))  # two on rank 0, one on rank 1
 TOKENS = 6
 
@@ -47,8 +49,8 @@ def family_of(name: str) -> Family:
     return replace(FAMILIES[name], fields={**FAMILIES[name].fields, "num_hidden_layers": 1})
 
 
-def plan_for(program: moec.CompiledModel, attention: int = 1) -> Plan:
-    """Experts on two ranks, the first expert on both."""
+def plan_for(program: moec.CompiledModel, attention: int, copies: int) -> Plan:
+    """Experts on two ranks, the first `copies` experts on both."""
     graph = program.pass_results[-1].program.graph
     counts = [int(op.inputs[2].shape[0]) for op in graph.ops if op.name == "moe.experts"]
     layers = tuple(
@@ -60,7 +62,7 @@ def plan_for(program: moec.CompiledModel, attention: int = 1) -> Plan:
             slices=1,
             copies=1,
             form="flat",
-            slots=place(np.linspace(2, 1, experts), 2, experts + 1).slots,
+            slots=place(np.linspace(2, 1, experts), 2, experts + copies).slots,
             seconds={},
         )
         for number, experts in enumerate(counts)
@@ -80,16 +82,20 @@ def plan_for(program: moec.CompiledModel, attention: int = 1) -> Plan:
 
 
 def save(name: str, folder: Path, family: Family) -> None:
+    """With equal numbers of experts, ranks share a library; mixtral's have different numbers. Those
+    in `TWO_FUNCTIONS` also have the function without caches."""
     compiled = moec.compile(
         family.build(), (), family.inputs(2, 5), verify=False, stop_after="split-packed"
     )
     program = compiled.pass_results[-1].program
-    plan = plan_for(compiled, 2 if name in SHARED_HEADS else 1)
+    plan = plan_for(compiled, 2 if name in SHARED_HEADS else 1, 1 if name == "mixtral" else 2)
     step = incremental(program)
     log = Log()
-    main, decode = rank_programs(program, plan, log), rank_programs(step, plan, log, DECODE)
+    decode = rank_programs(step, plan, log, DECODE)
+    module = decode
+    if name in TWO_FUNCTIONS:
+        module = Module({**rank_programs(program, plan, log).programs, **decode.programs})
     assert not log.declined
-    module = Module({**main.programs, **decode.programs})
     if name == "qwen3_moe":
         example = compiled.captured.example
         of_rank = first_step(decode["rank.0.decode"], plan, example)
@@ -135,7 +141,7 @@ def test_fewer_texts_than_ranks(results: dict[str, entries.Text]) -> None:
     assert alone.tokens[0] == results[NAMES[0]].tokens[0]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", TWO_FUNCTIONS)
 def test_the_functions_share_weights(name: str, folder: Path) -> None:
     """By content: their names in the two graphs may differ."""
     files = [folder / f"{name}.ranks" / code_file(1, f) for f in (MAIN, DECODE)]
@@ -165,3 +171,21 @@ graph main(x: f32[T, 4], s: f32[2, 4];) {
 }""")
     with pytest.raises(UnsupportedError, match="the state s is no cache of keys and values"):
         list(compile_ranks([Program(graph, {"s": torch.zeros(2, 4)})], MAIN, cpu.host()))
+
+
+def test_latent_attention_is_whole_on_every_rank() -> None:
+    """DeepSeek-V3's keys and values of all heads come from one latent vector."""
+    family = FAMILIES["deepseek_v3"]
+    compiled = moec.compile(
+        family.build(), (), family.inputs(2, 5), verify=False, stop_after="split-packed"
+    )
+    plan, log = plan_for(compiled, 2, 2), Log()
+    dense = structs.replace(plan.layers[0], experts=0, slots=())
+    plan = structs.replace(plan, layers=(dense, *plan.layers))
+    rank_programs(compiled.pass_results[-1].program, plan, log)
+    reason = (
+        "aten.split_with_sizes.default at model.layers.{}.self_attn is not of each head by itself"
+    )
+    assert [d.reason for d in log.declined] == [
+        f"attention of degree 2: {reason.format(layer)}" for layer in range(2)
+    ]

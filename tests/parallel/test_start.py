@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from moec.__main__ import cli
 from moec.errors import UsageError
 from moec.parallel.launch import launch
 from moec.parallel.process import Job, joined, started
@@ -19,7 +21,7 @@ from moec.parallel.process_ranks import RankError
 from moec.parallel.save import save_ranks
 from moec.passes.parallel.plan_parallelism import rank_programs
 from tests.parallel import entries
-from tests.parallel.test_launch import job_of
+from tests.parallel.test_launch import free_port, job_of
 from tests.passes.parallel.test_plan_parallelism import model, plan
 
 INTERRUPTED = """
@@ -30,12 +32,6 @@ from moec.parallel.process import Job
 from tests.parallel.entries import sleeping
 start(Job(Path(sys.argv[1]), None, None, 300.0, 1), 2, sleeping)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, port: int) -> None:
@@ -109,3 +105,12 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert text.strip().endswith("KeyboardInterrupt")
     assert not any(Path(f"/proc/{file.read_text()}").exists() for file in files)
+
+
+def test_ranks_on_gpus_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    words = ["--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "m.ranks")]
+    words = ["compile", f"{__file__}:model", *words, "--target", "cuda:sm_80"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 1
+    assert "--target cuda:sm_80: ranks of a plan run on CPUs and exchange rows" in result.stderr

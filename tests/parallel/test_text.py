@@ -15,7 +15,11 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moec
 from moec import __main__ as front
+from moec.commands.run_text import TextOptions
+from moec.parallel.launch import launch
+from moec.parallel.process import Job
 from moec.plan.plan import write_plan
+from tests.parallel import entries
 from tests.passes.parallel.test_plan_parallelism import plan
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
@@ -74,3 +78,18 @@ def test_the_text_of_one_process(form: str, folder: Path) -> None:
     )  # fmt: skip
     assert one.stdout.strip()
     assert two.stdout == one.stdout
+
+
+@pytest.mark.long
+def test_ranks_draw_by_the_seed_of_rank_0(folder: Path) -> None:
+    """Without --seed. Rank 1 continues the third text; with a seed of its own it would draw other
+    tokens than rank 0 expects."""
+    lines = folder / "lines.txt"
+    one = cli(
+        "run", str(folder / "one.moec"), "--prompts", str(lines), "--temperature", "1.5",
+        "--seed", "7", "--max-new-tokens", "12", "--batch", "3", "--json",
+    )  # fmt: skip
+    options = TextOptions(None, lines, False, (), 3, 12, 1.5, 1.0, None, seed=None)
+    job = Job(folder / "two.ranks", None, None, 300.0, 1)
+    result = launch(job, 2, entries.seeded, options, lines.read_text().splitlines())
+    assert result["texts"] == json.loads(one.stdout)["texts"]
