@@ -15,6 +15,7 @@ from moec.arguments import (
     cast,
     changes,
     check_kinds,
+    check_tf32,
     check_tuning,
     example_inputs,
     target_of,
@@ -177,6 +178,7 @@ def compile(
                 return capture_source(source, dynamic_shapes, allow_fixed, descriptions, observed)
 
         captured = bound(capture_again(), exact)
+    check_tf32(beside or made_for, captured.program.weights)
     if builds and verify is not False and not captured.example and captured.program.graph.inputs:
         raise UsageError(
             f"{source.name} holds no example inputs to verify with: give args, or verify=False"

@@ -14,7 +14,7 @@ from moec.capture.doors import Source
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
 from moec.target.cpu import NULL, CpuTarget
-from moec.target.cuda import CudaTarget
+from moec.target.cuda import TF32, CudaTarget
 from moec.target.named import AnyTarget, lacking, parse, parse_both
 
 DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
@@ -113,6 +113,19 @@ def check_tuning(target: AnyTarget, builds: bool) -> None:
         raise UsageError(f"--tune measures kernels, and the target {NULL!r} makes none")
     if not builds:
         raise UsageError("--tune measures kernels, and nothing is built here: leave --tune out")
+
+
+def check_tf32(target: AnyTarget, weights: Mapping[str, torch.Tensor]) -> None:
+    """Raises UsageError for a target with TF32 where no weight is float32."""
+    if not isinstance(target, CudaTarget) or not target.tf32:
+        return
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if torch.float32 not in dtypes:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise UsageError(
+            f"target {target.name!r}: TF32 is for products of float32, and the weights of this "
+            f"model are {names or 'no floats'}: leave {TF32} out"
+        )
 
 
 def cast(source: Source, dtype: Any) -> Source:

@@ -87,7 +87,7 @@ def linear(
 
 def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], blocks: int) -> None:
     def tiles(shape: TileShape) -> None:
-        launch_tiles(p, target, shape, blocks, partial(_tiles, p, shape))
+        launch_tiles(p, target, shape, blocks, partial(_tiles, p, target, shape))
 
     if len(shapes) == 1:
         tiles(shapes[0])
@@ -126,7 +126,14 @@ def launch_tiles(
         compute(count, block, thread)
 
 
-def _tiles(p: Product, shape: TileShape, blocks: int | Expr, block: Expr, thread: Expr) -> None:
+def _tiles(
+    p: Product,
+    target: CudaTarget,
+    shape: TileShape,
+    blocks: int | Expr,
+    block: Expr,
+    thread: Expr,
+) -> None:
     tile = mma_tile(shape, p.spec.dtype, p.spec.k, thread)
     word = T.alloc_buffer((1,), "uint32", scope="local")
     rows = rows_of_copies(shape)
@@ -134,7 +141,7 @@ def _tiles(p: Product, shape: TileShape, blocks: int | Expr, block: Expr, thread
     def compute(owned: ExpertRows, column: Expr) -> None:
         (x,) = part_of_x(p, tile, owned, rows)
         w = part_of_w(p, tile, owned, column)
-        if p.spec.dtype == "float32":
+        if p.spec.dtype == "float32" and not target.tf32:
             multiply_floats(tile, x, w)
         else:
             tile.compute(x, w)

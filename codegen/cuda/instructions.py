@@ -71,9 +71,18 @@ def load_fragments(registers: Sequence[Expr], row: Expr) -> None:
 
 
 def multiply(dtype: str, sums: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> None:
-    """sums[16, 8] float32 += a[16, 16] @ b[8, 16]^T of bfloat16 or float16."""
+    """sums[16, 8] float32 += a[16, 16] @ b[8, 16]^T of bfloat16 or float16, or a[16, 8] @ b[8, 8]^T
+    of float32 rounded to TF32."""
+    if dtype == "float32":
+        ptx("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", *sums, *a, *b, *sums)
+        return
     name = _MMA[dtype]
     ptx(f"mma.sync.aligned.m16n8k16.row.col.f32.{name}.{name}.f32", *sums, *a, *b, *sums)
+
+
+def round_to_tf32(word: Expr) -> None:
+    """Rounds the float32 in a uint32 to nearest, to the 11 bits that tensor cores read."""
+    ptx("cvt.rna.tf32.f32", word, T.reinterpret("float32", word))
 
 
 def round_pair(dtype: str, word: Expr, low: Expr, high: Expr) -> None:

@@ -1,6 +1,8 @@
 """A tile of a product by mma.sync: stages by cp.async, fragments by ldmatrix. For sm_80 and later.
 
-A stage holds x[rows, depth], then w[columns, depth]; stages.py describes its layout.
+A stage holds x[rows, depth], then w[columns, depth]; stages.py describes its layout. A fragment of
+16x16 elements of 16 bits and one of 16x8 float32 have the same bytes in the same lanes (PTX ISA,
+ldmatrix and mma.m16n8k8), so that TF32 needs another instruction alone.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cuda.instructions import load_fragments, multiply
+from moec.codegen.cuda.instructions import load_fragments, multiply, round_to_tf32
 from moec.codegen.cuda.stages import Part, Stages, halves
 from moec.codegen.cuda.tiles import TileShape
 
@@ -71,6 +73,7 @@ class MmaTile:
             row = T.bind(self.first_row + t * 16 + lane % 16)
             at = self.stages.offset(row, T.bind(k * 2 + lane // 16), self.shape.depth)
             load_fragments([self.a[t * 4 + i] for i in range(4)], self.stages.pointer(base + at))
+        self._round(self.a)
 
     def _load_columns(self, base: Expr, k: int) -> None:
         lane = self.lane
@@ -78,6 +81,12 @@ class MmaTile:
             row = T.bind(self.first_column + t * 16 + lane // 16 * 8 + lane % 8)
             at = self.stages.offset(row, T.bind(k * 2 + lane // 8 % 2), self.shape.depth)
             load_fragments([self.b[t * 4 + i] for i in range(4)], self.stages.pointer(base + at))
+        self._round(self.b)
+
+    def _round(self, fragments: Buffer) -> None:
+        if self.dtype == "float32":
+            for i in range(int(fragments.shape[0])):
+                round_to_tf32(fragments[i])
 
     def multiply(self) -> None:
         """sums += a @ b^T."""

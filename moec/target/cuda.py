@@ -9,7 +9,8 @@
     cuda          this machine's GPU
 
 Several, as in cuda:sm_80,sm_90a, are one target: kernels that all of them can run, compiled for
-each.
+each. With +tf32 at the end, as in cuda:sm_80+tf32, products of float32 for many rows use tensor
+cores, which round each factor to 11 bits (TF32).
 
 Limits of a block are those of the CUDA C++ Programming Guide (Compute Capabilities). SM counts,
 bandwidths and peaks are from the data sheet of the GPU named as `example`. They determine the sizes
@@ -24,6 +25,7 @@ from moec.errors import TargetError
 from moec.target import cpu, nvidia
 
 KIND = "cuda"
+TF32 = "+tf32"
 HOST = cpu.TARGETS["generic"]
 """The CPU target of the code that launches kernels."""
 
@@ -40,12 +42,13 @@ class CudaTarget:
     bandwidth: float  # bytes a second
     bf16_peak: float  # FLOPs a second, dense, float32 sums
     registers: int = 65536  # 32-bit, of one SM
+    tf32: bool = False
     kind: str = KIND
 
     @property
     def archs(self) -> tuple[str, ...]:
         """The architectures for which code is compiled, in nvcc's notation."""
-        return tuple(self.name.partition(":")[2].split(","))
+        return tuple(self.name.removesuffix(TF32).partition(":")[2].split(","))
 
     @property
     def arch(self) -> str:
@@ -88,10 +91,13 @@ TARGETS: dict[str, CudaTarget] = {
 
 def parse(name: str) -> CudaTarget:
     """The target of that name: one of TARGETS, "cuda:sm_80,sm_90a" for several of them, or "cuda"
-    for this machine's first GPU.
+    for this machine's first GPU; each also with "+tf32".
 
     Raises TargetError for another name, and for "cuda" where there is no GPU.
     """
+    if name.endswith(TF32):
+        target = parse(name.removesuffix(TF32))
+        return replace(target, name=target.name + TF32, tf32=True)
     if name in TARGETS:
         return TARGETS[name]
     if name == KIND:

@@ -185,6 +185,35 @@ MMA(bf16, nv_bfloat16)
 MMA(f16, half)
 #undef MMA
 
+// PTX ISA, mma.m16n8k8 of tf32: the low 13 bits of the factors are not read.
+static void tvm_builtin_ptx_mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
+    float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+    uint32_t b1, float c0, float c1, float c2, float c3) {
+  struct Lane { float *d[4]; uint32_t a[4], b[2]; float c[4]; } mine{
+      {&d0, &d1, &d2, &d3}, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
+  emulator::warp("mma", &mine, [](void** lanes) {
+    auto lane = [&](int l) -> Lane& { return *(Lane*)lanes[l]; };
+    auto factor = [](uint32_t word) { return float_of_bits(word & 0xffffe000); };
+    float left[16][8], right[8][8];
+    for (int l = 0; l < 32; l++) {
+      for (int q = 0; q < 4; q++) left[l / 4 + q % 2 * 8][l % 4 + q / 2 * 4] = factor(lane(l).a[q]);
+      for (int q = 0; q < 2; q++) right[l / 4][l % 4 + q * 4] = factor(lane(l).b[q]);
+    }
+    for (int l = 0; l < 32; l++)
+      for (int q = 0; q < 4; q++) {
+        float sum = 0;
+        for (int k = 0; k < 8; k++) sum += left[l / 4 + q / 2 * 8][k] * right[l % 4 * 2 + q % 2][k];
+        *lane(l).d[q] = lane(l).c[q] + sum;
+      }
+  });
+}
+// To nearest, ties away from zero; NaN and infinities stay.
+static void tvm_builtin_ptx_cvt_tf32_f32_rna_tf32_f32(uint32_t& d, float a) {
+  uint32_t bits;
+  memcpy(&bits, &a, 4);
+  d = (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & 0xffffe000;
+}
+
 template <class T> static uint32_t pair_of(float high, float low) { return uint32_t(T(high).bits) << 16 | T(low).bits; }
 static void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& d, float high, float low) { d = pair_of<nv_bfloat16>(high, low); }
 static void tvm_builtin_ptx_cvt_f16x2_f32_rn_f16x2_f32(uint32_t& d, float high, float low) { d = pair_of<half>(high, low); }

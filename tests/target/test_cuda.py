@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moec
+from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.commands import machine
 from moec.errors import TargetError, UsageError
 from moec.target import cpu, nvidia
@@ -153,3 +154,25 @@ def test_cpu_code_imports_nothing_of_cuda() -> None:
         "assert not [m for m in mine if '.cuda' in m or m == 'moec.runtime.gpu']"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tf32_is_a_part_of_the_name() -> None:
+    target = parse("cuda:sm_80,sm_90a+tf32")
+    assert (target.name, target.tf32) == ("cuda:sm_80,sm_90a+tf32", True)
+    assert target.archs == ("sm_80", "sm_90a")
+    assert not parse("cuda:sm_80").tf32
+
+
+def test_tf32_is_for_float32() -> None:
+    words = (
+        r"target 'cuda:sm_80\+tf32': .* the weights of this model are bfloat16: leave \+tf32 out"
+    )
+    model, x = torch.nn.Linear(8, 8).bfloat16(), torch.zeros(2, 8, dtype=torch.bfloat16)
+    with pytest.raises(UsageError, match=words):
+        moec.compile(model, (x,), target="cuda:sm_80+tf32", backend=CUDA_TEXT, verify=False)
+    compiled = moec.compile(
+        model.float(), (x.float(),), target="cuda:sm_80+tf32", backend=CUDA_TEXT, verify=False
+    )
+    assert compiled.package is not None
+    assert compiled.package.gpu is not None
+    assert b"mma_sync_aligned_m16n8k8" in compiled.package.gpu.parts["kernels.cu"]

@@ -8,6 +8,7 @@ plus the error of summing k products of |x w| in another order, between 2^-24 * 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -178,6 +179,53 @@ def test_planted_bugs_of_float32(bug: Bug) -> None:
         return torch.allclose(y, x @ w[0].T, atol=1e-4)
 
     check_found(bug, right)
+
+
+TF32 = replace(SM_80, name=f"{SM_80.name}+tf32", tf32=True)
+
+
+def tf32_is_right(run: Emulated, schedule: Schedule) -> bool:
+    """Against the product of factors rounded to 11 bits: the sums are exact to float32."""
+    [w], x = weights(LinearSpec(40, 140, "float32", groups=2)), torch.randn(35, 140)
+    y = torch.empty(35, 40)
+    run(x, ends_of([32, 3]), w, y, schedule=schedule)
+    exact, rounded = (
+        torch.cat([rows[:32] @ stack[0].T, rows[32:] @ stack[1].T])
+        for rows, stack in ((x, w), (to_tf32(x), to_tf32(w)))
+    )
+    return torch.allclose(y, rounded, atol=1e-5) and not torch.allclose(y, exact, atol=1e-5)
+
+
+def to_tf32(tensor: Tensor) -> Tensor:
+    """To nearest, ties away from zero: PTX ISA, cvt.rna.tf32.f32."""
+    return ((tensor.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def tf32_product(change: Callable[[str], str] = str) -> Emulated:
+    spec = LinearSpec(40, 140, "float32", groups=2)
+    return emulated(grouped_linear(spec, TF32, shape=FLAT, blocks=3), change=change)
+
+
+def test_tf32() -> None:
+    assert all(tf32_is_right(tf32_product(), schedule) for schedule in SCHEDULES)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        Bug("the wait is one group too late", "wait_group_2", "wait_group_3", WHERE_LATE),
+        Bug("a factor is not rounded", r"tvm_builtin_ptx_cvt_tf32[^;]*;", ";", last=True),
+        Bug(
+            "fragments of a column are swapped",
+            r"(_ptr_7\[2\]), (_ptr_7\[3\]), (_ptr_5\[4\])",
+            r"\2, \1, \3",
+        ),
+    ],
+    ids=lambda bug: bug.name.replace(" ", "-"),
+)
+def test_planted_bugs_of_tf32(bug: Bug) -> None:
+    run = tf32_product(bug.plant)
+    check_found(bug, lambda schedule: tf32_is_right(run, schedule))
 
 
 @settings(max_examples=25)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tvm.tirx import PrimFunc
@@ -86,6 +87,13 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
     "float32-floats": lambda t: grouped_linear(
         replace(GATED, dtype="float32"), t, epilogue=gated(silu), top_k=8, shape=FLOATS
     ),
+    "tf32-floats": lambda t: grouped_linear(
+        replace(GATED, dtype="float32"),
+        replace(t, tf32=True),
+        epilogue=gated(silu),
+        top_k=8,
+        shape=FLOATS,
+    ),
     "float32-small": lambda t: grouped_linear(
         replace(GATED, dtype="float32"), t, epilogue=gated(silu), top_k=8, shape=SMALL
     ),
@@ -99,10 +107,9 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
 }
 ONE_ARCH = (
     "few32",
-    *(name for name in KERNELS if name.startswith(("int", "fp8", "float"))),
-    "mxfp4",
+    *(name for name in KERNELS if name.startswith(("int", "fp8", "float", "tf32", "mxfp4"))),
 )
-"""What mxfp4-codes is compiled for on all of them, is that for one."""
+"""The others are compiled for all architectures in one piece: `few_bits_and_float32`."""
 EVERY = [(name, arch) for name in KERNELS for arch in (ARCHES[:1] if name in ONE_ARCH else ARCHES)]
 PRODUCTS = [name for name in KERNELS if name.rpartition("-")[2] in SHAPES]
 
@@ -165,6 +172,53 @@ def beside_products(arch: str) -> Cubin:
         norm(NormSpec("rms", 2048, 1e-6, "bf16", "bf16", "bf16", residual=True), target, "norm"),
     )
     return cubin(lowered(*kernels, target=target).source, target)
+
+
+SPILLS = {"cuda:sm_100a": 28}
+"""Bytes, of mxfp4 experts with few rows: ptxas 13.0 restricts that kernel to 80 registers there."""
+
+
+@cache
+def few_bits_and_float32(arch: str) -> Cubin:
+    """Gated products of few bits, in float32 and in TF32, in one compilation."""
+    target = TARGETS[arch]
+    tf32, floats = replace(target, tf32=True), replace(GATED, dtype="float32")
+    options: Any = {"epilogue": gated(silu), "top_k": 8}
+    formats = {
+        format.replace(":", "_"): QuantisedSpec(
+            768, 2048, "bfloat16", groups=128, gated=True, format=parse(format)
+        )
+        for format in FORMATS
+    }
+    kernels = (
+        *(gemv_codes(spec, target, name=f"few_{n}", **options) for n, spec in formats.items()),
+        *(
+            grouped_codes(spec, target, shape=CODES, name=n, **options)
+            for n, spec in formats.items()
+        ),
+        gemv(floats, target, name="few", **options),
+        grouped_linear(floats, target, shape=FLOATS, name="floats", **options),
+        grouped_linear(floats, tf32, shape=FLOATS, name="tf32", **options),
+    )
+    return cubin(lowered(*kernels, target=target).source, target)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHES[1:])
+def test_nothing_spills_of_few_bits_and_float32(arch: str, tmp_path: Path) -> None:
+    result, target = few_bits_and_float32(arch), TARGETS[arch]
+    assert result.spills <= SPILLS.get(arch, 0)
+    threads = max(CODES.threads, FLOATS.threads)
+    assert result.registers * threads <= target.registers, "no block fits an SM"
+    dynamic = max(CODES.shared_memory, FLOATS.shared_memory)
+    assert result.static_shared + dynamic <= target.shared_memory
+    if tool("nvdisasm") is not None:
+        words = instructions(result, tmp_path)
+        stems = {word.partition(".")[0] for word in words}
+        assert arch in SPILLS or not stems & {"LDL", "STL"}
+        assert {"HMMA", "FFMA", "LDSM", "LDGSTS", "SHFL"} <= stems
+        for multiply in ("HMMA.16816.F32", "HMMA.1688.F32.TF32"):
+            assert any(word.startswith(multiply) for word in words), multiply
 
 
 @needs_nvcc
