@@ -1,7 +1,8 @@
 """The values at which a region may begin, and the capacities that it may have.
 
 A region that drops choices at random reads random numbers besides the logits. An exported graph has
-no random state, so the numbers are an input of the model, and the region begins at both.
+no random state, so the numbers are an input of the model, and the region begins at both. So is a
+padding mask, where tokens of padding get no expert (NLLB, arXiv 2207.04672).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from moec.dtypes import FLOATS
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 from moec.ir.traits import CHOICES, THROUGH
-from moec.passes.proof.input_generators import Feed, Logits, Positive, Uniform
+from moec.passes.proof.input_generators import Feed, Ids, Logits, Positive, Uniform
 from moec.passes.recognise.block import RecognisedCapacity
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import Chosen
@@ -22,6 +23,9 @@ from moec.passes.recognise.region import (
     is_routing,
     routing_behind,
 )
+
+_FLAGS = Ids(3, 1)
+"""An input of integers or booleans is a mask: false, true, and of integers another true value."""
 
 
 def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[RecognisedCapacity]:
@@ -66,7 +70,10 @@ def cuts(
     for value in logits_behind(scope, ids.values, evidence.experts):
         numbers = beside(scope, evidence, value)
         if numbers:
-            yield (value, *numbers), {value: Logits(), **dict.fromkeys(numbers, Uniform())}
+            feeds: dict[Value, Feed] = {
+                v: Uniform() if v.dtype in FLOATS else _FLAGS for v in numbers
+            }
+            yield (value, *numbers), {value: Logits(), **feeds}
             return
     yield tuple(near), near
 
@@ -86,10 +93,10 @@ def opened(
 
 
 def beside(scope: Scope, evidence: Evidence, logits: Value) -> tuple[Value, ...]:
-    """The float inputs of the model that the region reads besides `logits` through routing ops
-    only; empty if it reads anything else."""
+    """The inputs of the model that the region reads besides `logits` through routing ops only;
+    empty if it reads anything else."""
     ops, leaves = opened(scope, evidence, (logits,))
-    plain = all(v.dtype in FLOATS and v in scope.graph.inputs for v in leaves)
+    plain = all(v in scope.graph.inputs for v in leaves)
     routed = all(is_routing(op) for op in ops if any(v in leaves for v in op.inputs))
     return leaves if plain and routed else ()
 

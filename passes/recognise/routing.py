@@ -56,19 +56,22 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
             continue
         for base, weights in weightings(scope, evidence, ids, slots):
             boundaries = list(cuts(scope, evidence, ids, base))
-            for experts, capacity in drops(scope, evidence, ids, weights):
+            inputs = {v for cut, _ in boundaries for v in cut if v in scope.graph.inputs}
+            masked = bool(inputs.difference(evidence.reads))
+            for experts, capacity in drops(scope, evidence, ids, weights, masked):
                 for cut, feeds in boundaries:
                     yield Choice(experts, weights, slots, cut, feeds, capacity)
 
 
 def drops(
-    scope: Scope, evidence: Evidence, ids: Chosen, weights: Recipe | None
+    scope: Scope, evidence: Evidence, ids: Chosen, weights: Recipe | None, masked: bool
 ) -> Iterator[tuple[Recipe, RecognisedCapacity | None]]:
     """Which choices an expert keeps: at most the capacity; those with a nonzero weight, if
-    positions are counted in another way (per text, or in random order); all."""
+    positions are counted in another way (per text, or in random order) or the routing is `masked`
+    by an input (padding); all."""
     for capacity in capacities(scope, evidence, ids.per_row):
         yield ids.recipe, capacity
-    if weights is not None and counts_slots(scope, evidence):
+    if weights is not None and (masked or counts_slots(scope, evidence)):
         yield unweighted_dropped(ids.recipe, weights, evidence.experts), None
     yield ids.recipe, None
 
