@@ -58,7 +58,7 @@ def weights_averaging(records: Iterable[Record]) -> Iterator[Figure]:
             gain = row.get("over dense, seed by seed")
             if gain is not None:
                 quantity = f"points of accuracy over dense, digits, {record.case}"
-                yield Figure(quantity, f"{gain}", "not obtained")
+                yield Figure(quantity, f"{gain}", "a gain, by the abstract; values not obtained")
 
 
 def zero_experts(records: Iterable[Record]) -> Iterator[Figure]:

@@ -1,5 +1,5 @@
-"""Writes docs/systems.md from the records of the systems' tests and from the benchmark's
-measurements.
+"""Writes docs/systems.md and its picture from the records of the systems' tests and from the
+benchmark's measurements.
 
 python -m docs.systems
 
@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from benchmarks.records import Cell, newest, read_records
 from benchmarks.render import show, table
+from docs import speeds
 from docs.measured import Figure, measured
 
 __all__ = ["Figure", "Record", "Source"]
@@ -44,6 +45,8 @@ has commands and machines). `speed` is the time of the better of eager and
 `torch.compile` (Inductor) over moec's, for one layer at the size that the example's `layer()`
 states, measured by `benchmarks/systems.py`; the sections have the times and the machine.
 """
+
+ALT = "Times as fast as the better of eager and Inductor, a layer of each system"
 
 Process = Literal["autoregressive", "diffusion", "hybrid", "encoder", "survey"]
 
@@ -119,6 +122,20 @@ def page() -> str:
     return "\n".join(_page(records, times()))
 
 
+def picture() -> str:
+    """The speeds of the page as bars."""
+    rows = times()
+    return speeds.picture(
+        [
+            speeds.Bar(
+                f"{r.source.number}. {r.source.title}",
+                float(str(rows[r.source.number][1]["ratio"])) if r.source.number in rows else None,
+            )
+            for r in read()
+        ]
+    )
+
+
 def _page(
     records: Sequence[Record], measured: Mapping[int, tuple[str, Mapping[str, Cell]]]
 ) -> Iterator[str]:
@@ -145,6 +162,8 @@ def _page(
             ),
         ]
     )
+    yield ""
+    yield f"![{ALT}](images/systems.svg)"
     yield ""
     for record in records:
         yield from _section(record, measured.get(record.source.number))
@@ -195,3 +214,4 @@ def counted(lines: Sequence[str]) -> dict[str, int]:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    speeds.PICTURE.write_text(picture(), encoding="utf-8")
