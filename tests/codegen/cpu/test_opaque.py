@@ -10,7 +10,7 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.build import assembly, compile_kernels
 from moec.codegen.cpu.frame import argument, kernel
-from moec.codegen.cpu.opaque import opaque
+from moec.codegen.cpu.opaque import in_memory, opaque
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.target.cpu import host
 
@@ -47,6 +47,14 @@ def test_numbers_are_hidden_but_for_sizes_and_names() -> None:
     assert "T.Div(" in text  # the size of a buffer
     assert 'moec_number_64", T.Div' not in text
     assert text.count('T.call_extern("int64", "moec_number_64"') == 1
+    assert text.count('T.call_extern("bool", "moec_number_1"') == 1
+
+
+def test_the_code_generator_reads_integers_from_memory() -> None:
+    text = in_memory(opaque(with_arguments(shifted), None, None), None, None).script()
+    assert "number: T.int64 = T.truncmod(" in text
+    assert "T.let[T.int64] = number" in text
+    assert "moec_number_64" not in text
     assert text.count('T.call_extern("bool", "moec_number_1"') == 1
 
 
