@@ -10,6 +10,8 @@
                 and milliseconds per token
   4. times      microseconds of moec, torch eager, grouped_mm, torch.compile, and cuBLAS (equal
                 products with the same FLOPs); the share of the roofline, which needs no GPU
+  5. codes      microseconds of the layers with int8, int4 and mxfp4 experts, after their results
+                equal those of the CPU's kernels for the same codes
 
 A failed step is reported, and the other steps still run, because time on a GPU is short.
 """
@@ -32,7 +34,9 @@ from moec.bench.gpu_model import LAYERS, TOKENS
 from moec.codegen.cuda.roofline import LayerShape, layer_seconds
 from moec.target import cuda, nvidia
 
-NUMBERS, FAULTS, TEXT, TIMES = "numbers", "faults", "text", "times"
+NUMBERS, FAULTS, TEXT, TIMES, CODES = "numbers", "faults", "text", "times", "codes"
+KINDS = (NUMBERS, FAULTS, TEXT, TIMES, CODES)
+FORMATS = ("int8", "int4:32", "mxfp4")
 TOOLS = ("memcheck", "racecheck")
 TOLERANCE = 2e-2  # of the greatest element: eager rounds bf16 rows after each product
 ROUNDS, CONTENDERS = 20, ("moec", "eager", "grouped_mm", "inductor", "cublas")
@@ -42,7 +46,7 @@ PROMPT, NEW = 8, 32  # tokens
 
 @dataclass(frozen=True)
 class Step:
-    """`what` is one of the four kinds; `detail` is the name of a layer or a tool."""
+    """`what` is one of KINDS; `detail` is the name of a layer or a tool."""
 
     what: str
     detail: str
@@ -60,6 +64,7 @@ def steps(layers: Sequence[str], tokens: Sequence[int], only: Sequence[str]) -> 
         *(Step(FAULTS, tool, (1, 16)) for tool in TOOLS),
         *(Step(TEXT, name, (1,)) for name in layers),
         *(Step(TIMES, name, tuple(tokens)) for name in layers),
+        *(Step(CODES, name, tuple(tokens)) for name in layers),
     ]
     return [step for step in every if step.what in only]
 
@@ -147,10 +152,11 @@ def equal_products(layer: LayerShape, tokens: int, device: str) -> Run:
 # ---- measurements -------------------------------------------------------------------------
 
 
-def difference(run: Run, eager: Run, x: Any) -> float:
+def difference(run: Run, reference: Run, x: Any, device: str | None = None) -> float:
     """The share of rows of y[T, D] that differ by more than TOLERANCE of the greatest element: in
-    16 bits, nearly equal scores may choose other experts."""
-    result, expected = run(x).float(), eager(x).float()
+    16 bits, nearly equal scores may choose other experts. `run` gets x on `device`, if named."""
+    here = x if device is None else x.to(device)
+    result, expected = run(here).to(x.device).float(), reference(x).float()
     rows = (result - expected).abs().flatten(0, -2).amax(-1)
     return float((rows > TOLERANCE * expected.abs().max()).float().mean())
 
@@ -222,6 +228,35 @@ def times(
         yield row
 
 
+def few_bits(
+    layer: LayerShape,
+    tokens: Sequence[int],
+    device: str,
+    target: str,
+    formats: Sequence[str] = FORMATS,
+) -> Iterator[dict[str, Cell]]:
+    """One row per number of tokens: microseconds by format of the experts. Raises SystemExit if a
+    row differs from that of the CPU's kernels for the same codes."""
+    import torch
+
+    import moec
+
+    module, x = block(layer), torch.randn(1, 7, layer.width, dtype=torch.bfloat16)
+
+    def compiled(format: str, where: str) -> Run:
+        return moec.compile(module, (x,), target=where, quant=format, verify=False)
+
+    runs = {format: compiled(format, target) for format in formats}
+    for format in formats:
+        if error := difference(runs[format], compiled(format, "cpu"), x, device):
+            raise SystemExit(f"the kernels of {format} are wrong: {error:.1%} of rows differ")
+    for count in tokens:
+        rows = torch.randn(1, count, layer.width, dtype=torch.bfloat16).to(device)
+        row: dict[str, Cell] = {"tokens": count}
+        row |= {format: round(microseconds(run, rows, device), 1) for format, run in runs.items()}
+        yield row
+
+
 def text(layer: LayerShape, device: str, target: str, new: int = NEW) -> str:
     """One line: milliseconds per token. Raises SystemExit if tokens differ from transformers'."""
     import numpy as np
@@ -288,7 +323,11 @@ def perform(step: Step, device: str, limit: cuda.CudaTarget) -> list[dict[str, C
         for line in numbers(layer, step.tokens, device, cuda.KIND):
             print(f"  {line}", flush=True)
         return rows
-    for row in times(layer, step.tokens, device, cuda.KIND, limit):
+    if step.what == TIMES:
+        measured = times(layer, step.tokens, device, cuda.KIND, limit)
+    else:
+        measured = few_bits(layer, step.tokens, device, cuda.KIND)
+    for row in measured:
         print("  " + "  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         rows.append({"layer": step.detail, **row})
     return rows
@@ -300,7 +339,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--only", default=f"{NUMBERS},{FAULTS},{TEXT},{TIMES}")
+    parser.add_argument("--only", default=",".join(KINDS))
     driver = nvidia.driver()
     add_record_options(parser, driver.gpus[0].name if driver and driver.gpus else "no GPU")
     options = parser.parse_args(words)
@@ -318,20 +357,21 @@ def main(words: Sequence[str] | None = None) -> None:
         for step in todo:
             print(step)
         print(f"{len(todo)} steps; times beside {', '.join(CONTENDERS[1:])}, of bf16 experts")
-        print("int8, int4, fp8 and mxfp4 experts have kernels that this script does not time yet")
+        print(f"experts of few bits: {', '.join(FORMATS)}")
         return
     if reason := lacking():
         raise SystemExit(reason)
     limit = cuda.parse(cuda.KIND)
-    rows: list[dict[str, Cell]] = []
+    rows: dict[str, list[dict[str, Cell]]] = {kind: [] for kind in KINDS}
     for step in todo:
         print(step, flush=True)
         try:
-            rows += perform(step, options.device, limit)
+            rows[step.what] += perform(step, options.device, limit)
         except Exception as error:
             print(f"  failed: {type(error).__name__}: {error}", flush=True)
-    if rows:
-        record_if_asked(options, "cuda-layers", "bf16", rows, "one run, median of 20 calls")
+    for kind, case in ((TIMES, "bf16"), (CODES, "few bits")):
+        if rows[kind]:
+            record_if_asked(options, "cuda-layers", case, rows[kind], "one run, median of 20 calls")
 
 
 if __name__ == "__main__":

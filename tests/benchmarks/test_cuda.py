@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,9 @@ def test_a_dry_run_lists_what_it_would_do(capsys: pytest.CaptureFixture[str]) ->
     ]
     assert lines[4] == "text     granite-1b-a400m   T = 1"
     assert lines[6] == "times    granite-1b-a400m   T = 1, 4096"
-    assert lines[8].startswith("8 steps; times beside eager, grouped_mm, inductor, cublas")
+    assert lines[8] == "codes    granite-1b-a400m   T = 1, 4096"
+    assert lines[10].startswith("10 steps; times beside eager, grouped_mm, inductor, cublas")
+    assert lines[11] == "experts of few bits: int8, int4:32, mxfp4"
 
 
 def test_without_a_gpu_it_says_so() -> None:
@@ -51,6 +54,40 @@ def test_numbers_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("moec", "eager", "cublas")
     (row,) = script.times(TINY, [5], "cpu", "cpu", TARGETS["cuda:sm_80"], names)
     assert list(row) == ["tokens", *names, "limit"]
+
+
+def test_experts_of_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "ROUNDS", 1)
+    (row,) = script.few_bits(TINY, [5], "cpu", "cpu", ["int4:32"])
+    assert list(row) == ["tokens", "int4:32"]
+    monkeypatch.setattr(script, "difference", lambda *_: 0.5)
+    with pytest.raises(
+        SystemExit, match=r"the kernels of int4:32 are wrong: 50\.0% of rows differ"
+    ):
+        list(script.few_bits(TINY, [5], "cpu", "cpu", ["int4:32"]))
+
+
+def test_times_are_recorded_although_a_step_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA: out of memory")
+
+    monkeypatch.setattr(script, "lacking", lambda: "")
+    monkeypatch.setattr(script.cuda, "parse", lambda name: TARGETS["cuda:sm_90a"])
+    monkeypatch.setattr(script, "numbers", fail)
+    monkeypatch.setattr(script, "times", lambda *_: iter([{"tokens": 1, "moec": 2.5}]))
+    monkeypatch.setattr(script, "few_bits", lambda *_: iter([{"tokens": 1, "int8": 1.5}]))
+    record = tmp_path / "cuda.jsonl"
+    words = ["--layers", "olmoe-1b-7b", "--tokens", "1", "--only", "numbers,times,codes"]
+    script.main([*words, "--record", str(record)])
+    assert "failed: RuntimeError: CUDA: out of memory" in capsys.readouterr().out
+    entries = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [(entry["claim"], entry["case"]) for entry in entries] == [
+        ("cuda-layers", "bf16"),
+        ("cuda-layers", "few bits"),
+    ]
+    assert entries[0]["rows"] == [{"layer": "olmoe-1b-7b", "tokens": 1, "moec": 2.5}]
 
 
 def test_text(monkeypatch: pytest.MonkeyPatch) -> None:
