@@ -26,6 +26,7 @@ from moec.ir.dims import Bounds, Dim, canonical, symbol, symbols
 from moec.ir.float_sizes import is_float
 from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
 from moec.ir.traits import VIEWS
+from moec.ops.dispatch import chooses_all
 from moec.passes.recognise.region import Scope, unlike
 from moec.report.data import WHOLE
 
@@ -58,10 +59,13 @@ def regions(
     graph = recognised.graph
     scope = Scope(graph, recognised.weights)
     nodes = dict(converted.nodes)
+    shared = _of_several_gates(scope)
     for op in graph.ops:
         if op.name in ("moe.combine", "moe.soft_mixture"):
             where = op.origin.removesuffix(".experts") or WHOLE
             try:
+                if op in shared:
+                    raise NoMatch("several gates weigh its experts, which would run for each")
                 y, stood = _result(op, converted.program.graph, graph)
                 if stood not in nodes:
                     raise NoMatch("its result is no value of the traced graph")
@@ -69,6 +73,24 @@ def regions(
                 yield _region(where, op, y, scope, recognised, nodes)
             except NoMatch as why:
                 yield where, why
+
+
+def _of_several_gates(scope: Scope) -> set[Op]:
+    """The sums of blocks in which every token uses every expert, and an expert is used by another
+    such block on the same rows. A region has one result, so each would run the expert."""
+    graph, users = scope.graph, dict[tuple[Value, Value], list[Op]]()
+    for experts in graph.ops:
+        if experts.name != "moe.experts":
+            continue
+        dispatch = graph.producers[experts.inputs[1]]
+        if dispatch.name != "moe.dispatch" or not chooses_all(graph, dispatch):
+            continue
+        stacks = experts.inputs[2:]
+        x, above = scope.behind(dispatch.inputs[0]), scope.upstream(stacks)
+        for weight in {*stacks, *(v for op in above for v in op.inputs)} & set(scope.params):
+            sums = [r for r in graph.readers[experts.outputs[0]] if r.name == "moe.combine"]
+            users.setdefault((x, weight), []).extend(sums)
+    return {op for sums in users.values() if len(sums) > 1 for op in sums}
 
 
 def _region(
