@@ -27,12 +27,23 @@ PREFILL, DECODED = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
+class _Ids:
     """ids i16[T, L, K], the phase, and the request i32[T] of each token."""
 
     ids: NDArray[np.int16]
     phase: int
     requests: NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """The arguments of `Recorder.add_decode`, or of `add_main`, which has no `lengths`. They become
+    ids when a trace is asked for, because a token must not wait for that."""
+
+    choices: tuple[Array, ...]
+    requests: NDArray[np.int32]
+    lengths: Array | None = None
+    piece: int = 1
 
 
 @dataclass(eq=False)
@@ -44,11 +55,7 @@ class Recorder:
 
     def add_main(self, choices: Sequence[Array], requests: NDArray[np.int32]) -> None:
         """Choices [T, k] of each layer, for tokens of B requests of one length each."""
-        tokens = len(choices[0])
-        owners = np.repeat(requests, tokens // max(1, len(requests)))
-        if len(owners) != tokens:  # tokens that are no multiple of the first axis
-            owners = np.resize(requests[:1], tokens)
-        self._calls.append(_Call(self._ids(choices, np.arange(tokens)), PREFILL, owners))
+        self._calls.append(_Call(_copies(choices), requests))
 
     def add_decode(
         self, choices: Sequence[Array], lengths: Array, piece: int, requests: NDArray[np.int32]
@@ -59,19 +66,29 @@ class Recorder:
         A layer has a row for each token, [B * piece, k], or only for the last token of each text,
         [B, k], if the model needs no other; the other tokens then have no expert.
         """
+        self._calls.append(_Call(_copies(choices), requests.copy(), lengths.copy(), piece))
+
+    def _of_main(self, call: _Call) -> _Ids:
+        tokens, requests = len(call.choices[0]), call.requests
+        owners = np.repeat(requests, tokens // max(1, len(requests)))
+        if len(owners) != tokens:  # tokens that are no multiple of the first axis
+            owners = np.resize(requests[:1], tokens)
+        return _Ids(self._ids(call.choices, np.arange(tokens)), PREFILL, owners)
+
+    def _of_decode(self, call: _Call, lengths: Array) -> _Ids:
+        piece = call.piece
         tokens = np.concatenate([b * piece + np.arange(n) for b, n in enumerate(lengths)])
         phase = DECODED if int(lengths.max(initial=0)) == 1 else PREFILL
         ends = np.arange(len(lengths)) * piece + np.maximum(lengths - 1, 0)
         spread = []
-        for layer in choices:
+        for layer in call.choices:
             if len(layer) == len(lengths) * piece:
                 spread.append(layer)
                 continue
             rows = np.full((len(lengths) * piece, layer.shape[1]), -1, layer.dtype)
             rows[ends] = layer
             spread.append(rows)
-        owners = np.repeat(requests, lengths)
-        self._calls.append(_Call(self._ids(spread, tokens), phase, owners))
+        return _Ids(self._ids(spread, tokens), phase, np.repeat(call.requests, lengths))
 
     def _ids(self, choices: Sequence[Array], tokens: NDArray[np.int64]) -> NDArray[np.int16]:
         """ids [T, L, K] of the `tokens`; ids that are no expert of the layer become -1."""
@@ -87,15 +104,24 @@ class Recorder:
         """The trace of all calls so far, one step each. Raises InputError if there was none."""
         if not self._calls:
             raise InputError("no call was recorded: run the model inside of record_routing()")
-        sizes = [len(call.ids) for call in self._calls]
-        phases = np.array([call.phase for call in self._calls], np.uint8)
+        calls = [
+            self._of_main(call) if call.lengths is None else self._of_decode(call, call.lengths)
+            for call in self._calls
+        ]
+        sizes = [len(call.ids) for call in calls]
+        phases = np.array([call.phase for call in calls], np.uint8)
         return RoutingTrace(
-            np.concatenate([call.ids for call in self._calls]),
+            np.concatenate([call.ids for call in calls]),
             np.repeat(np.arange(len(sizes), dtype=np.int32), sizes),
             np.repeat(phases, sizes),
-            np.concatenate([call.requests for call in self._calls]),
+            np.concatenate([call.requests for call in calls]),
             np.array([layer.experts for layer in self.layers], np.int32),
         )
+
+
+def _copies(choices: Sequence[Array]) -> tuple[Array, ...]:
+    """The arrays in memory of their own: later calls may write where these results are."""
+    return tuple(layer.copy() for layer in choices)
 
 
 @contextmanager
