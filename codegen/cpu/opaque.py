@@ -8,6 +8,13 @@ time of compiling products was spent there.
     x = a + b      becomes      x = moec_number_64(a + b)
 
 The call returns its argument. LLVM inlines it, and needs no such trees for its simplifications.
+
+TVM's code generator simplifies once more, and looks through the arguments of calls: most of the
+time of a product over sorted rows was spent there. So the last pass writes each number to memory,
+
+    n[0] = a + b; x = n[0]
+
+and LLVM's first pass makes it a register again: the machine code is the same.
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ from tvm.tirx import (
     AllocBuffer,
     AttrStmt,
     Bind,
+    BufferLoad,
+    BufferStore,
     For,
     IfThenElse,
     IntImm,
@@ -27,10 +36,13 @@ from tvm.tirx import (
     Var,
 )
 from tvm.tirx.analysis import undefined_vars
+from tvm_ffi.structural import structural_map
 
 from moec.codegen.cpu.frame import IMPORT
 
 _BITS = {"bool": 1, "int32": 32, "int64": 64}
+_INTEGERS = ("moec_number_32", "moec_number_64")
+_CALL_EXTERN = tvm.ir.Op.get("tirx.call_extern")
 _TEXT = "".join(
     f"define linkonce_odr i{bits} @moec_number_{bits}(i{bits} %x) alwaysinline {{\n"
     f"  ret i{bits} %x\n"
@@ -47,6 +59,33 @@ def opaque(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFun
         return function
     statement = AttrStmt(tirx.const(0, "int32"), IMPORT, tvm.ir.StringImm(_TEXT), body)
     return function.with_body(statement)
+
+
+def in_memory(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFunc:
+    """The function with the integers that `opaque` hid in memory, out of the sight of TVM's code
+    generator."""
+    return function.with_body(structural_map(function.body, (SeqStmt, _with_stores)))
+
+
+def _with_stores(sequence: SeqStmt) -> SeqStmt:
+    parts: list[Stmt] = []
+    for part in sequence.seq:
+        if isinstance(part, Bind) and (number := _hidden(part.value)) is not None:
+            buffer = tirx.decl_buffer((1,), str(part.var.ty.dtype), name="number")
+            load = Bind(part.var, BufferLoad(buffer, [0]))
+            parts += [AllocBuffer(buffer), BufferStore(buffer, number, [0]), load]
+        else:
+            parts.append(part)
+    return SeqStmt(parts)
+
+
+def _hidden(value: tirx.Expr) -> tirx.Expr | None:
+    """The argument of a call that hides an integer; None for all else. Conditions are not deep."""
+    if isinstance(value, tvm.ir.Call) and value.op.same_as(_CALL_EXTERN):
+        name, *arguments = value.args
+        if isinstance(name, tvm.ir.StringImm) and name.value in _INTEGERS:
+            return arguments[0]
+    return None
 
 
 def _of(s: Stmt, sizes: set[Var]) -> Stmt:

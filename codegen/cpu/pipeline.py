@@ -13,7 +13,7 @@ from collections.abc import Callable
 import tvm
 from tvm import s_tir, tirx
 
-from moec.codegen.cpu.opaque import opaque
+from moec.codegen.cpu.opaque import in_memory, opaque
 from moec.codegen.cpu.outline import outlined
 
 PIPELINE = "moec"
@@ -52,9 +52,9 @@ def _passes() -> list[tvm.transform.Pass]:
 
 def _pipeline() -> tuple[tvm.transform.Pass, Callable[[], tvm.transform.Pass], object]:
     _, host, device = tirx.get_tir_pipeline("default")
-    last = tirx.transform.prim_func_pass(outlined, opt_level=0)
+    last = [tirx.transform.prim_func_pass(each, opt_level=0) for each in (in_memory, outlined)]
     passes = tvm.transform.Sequential(_passes())
-    return passes, lambda: tvm.transform.Sequential([host(), last]), device
+    return passes, lambda: tvm.transform.Sequential([host(), *last]), device
 
 
 tirx.register_tir_pipeline(PIPELINE, _pipeline)
