@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,16 +39,23 @@ def _experts(
 
     An id of `num_experts` or more is the sentinel of expert parallelism: it adds nothing.
     """
-    graph = parse(body)
+    graph = _body(body)
     total = torch.zeros_like(hidden)
     # unbound once, so that the gradient of a stack is written once
     slices = [p.unbind() for p in params]
     for expert in range(num_experts):
         token, slot = torch.where(top_k_index == expert)
+        if not len(token):
+            continue
         rows = run_graph(graph, [hidden[token], *(stack[expert] for stack in slices)])[0]
         weighted = rows * top_k_weights[token, slot, None]
         total.index_add_(0, token, weighted.to(total.dtype))
     return total
+
+
+@lru_cache(maxsize=256)
+def _body(text: str) -> Graph:
+    return parse(text)
 
 
 experts_op = torch.library.custom_op("moec::experts", _experts, mutates_args=())

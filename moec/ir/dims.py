@@ -136,7 +136,12 @@ def _convert(
 
 
 def symbols(dim: Dim) -> set[str]:
-    return set() if isinstance(dim, int) else {s.name for s in dim.free_symbols}
+    return set() if isinstance(dim, int) else set(_names(dim))
+
+
+@lru_cache(maxsize=1 << 14)
+def _names(dim: sympy.Expr) -> tuple[str, ...]:
+    return tuple(sorted(symbol.name for symbol in dim.free_symbols))
 
 
 def evaluate_dim(dim: Dim, env: Mapping[str, int]) -> int:
@@ -146,10 +151,11 @@ def evaluate_dim(dim: Dim, env: Mapping[str, int]) -> int:
     """
     if isinstance(dim, int):
         return dim
-    missing = symbols(dim) - env.keys()
+    names = _names(dim)
+    missing = [name for name in names if name not in env]
     if missing:
-        raise IRError(f"size {dim} needs {sorted(missing)}, which nothing has bound")
-    return _value(dim, tuple((name, env[name]) for name in sorted(symbols(dim))))
+        raise IRError(f"size {dim} needs {missing}, which nothing has bound")
+    return _value(dim, tuple((name, env[name]) for name in names))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -169,10 +175,16 @@ def bind_shape(shape: tuple[Dim, ...], actual: tuple[int, ...], env: dict[str, i
     if len(shape) != len(actual):
         raise IRError(f"rank {len(actual)}, expected {len(shape)}")
     for axis, (dim, size) in enumerate(zip(shape, actual, strict=True)):
-        if isinstance(dim, sympy.Symbol) and dim.name not in env:
-            env[dim.name] = size
-        elif symbols(dim) <= env.keys() and evaluate_dim(dim, env) != size:
-            raise IRError(f"axis {axis} is {size}, expected {dim} = {evaluate_dim(dim, env)}")
+        if isinstance(dim, int):
+            expected = dim
+        elif isinstance(dim, sympy.Symbol):
+            expected = env.setdefault(dim.name, size)
+        elif all(name in env for name in _names(dim)):
+            expected = evaluate_dim(dim, env)
+        else:
+            continue
+        if expected != size:
+            raise IRError(f"axis {axis} is {size}, expected {dim} = {expected}")
 
 
 def upper_bound(dim: Dim, bounds: Mapping[str, Bounds]) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -116,7 +117,8 @@ def _compare(probe: Probe, block: Replacement, case: BehaviourCase) -> bool:
     run = probe.run(case.inputs, case.logits)
     if _overflows(run, case):
         return False
-    with torch.no_grad(), probe.steered(case.logits):
+    steered = nullcontext() if case.logits is None else probe.steered(case.logits)
+    with torch.no_grad(), steered:
         results = outputs(block, *case.inputs)
     _compare_leaves(run, results, case)
     return True

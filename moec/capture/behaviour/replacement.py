@@ -8,6 +8,9 @@ that a threshold or a capacity drops get such an id.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -82,7 +85,13 @@ class Replacement:
         )
         return result
 
-    def __call__(self, x: torch.Tensor, ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        names: Collection[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """`names` are the tensors that are computed beside "hidden"; None means all."""
         if self.description.form == "soft slots":
             return {"hidden": self._soft(x)}
         flat = x.reshape(-1, x.shape[-1])
@@ -93,7 +102,10 @@ class Replacement:
         out = self._weighted_sum(x, flat, chosen)
         out = self._with_added(flat, out)
         named = {"hidden": out}
-        return named if logits is None else named | self._side(logits, chosen)
+        if logits is None or (names is not None and not {*names} - named.keys()):
+            return named
+        side = self._side(logits, chosen)
+        return named | {name: of() for name, of in side.items() if names is None or name in names}
 
     def _choices(
         self, flat: torch.Tensor, logits: torch.Tensor | None, ids: torch.Tensor | None
@@ -179,23 +191,24 @@ class Replacement:
             out = out + value
         return out
 
-    def _side(self, logits: torch.Tensor, chosen: Choices) -> dict[str, torch.Tensor]:
-        """Other tensors that modules return, by name; unused ones are not in the captured graph."""
+    def _side(self, logits: torch.Tensor, chosen: Choices) -> dict[str, Callable[[], torch.Tensor]]:
+        """Functions that compute the other tensors that modules return, by name."""
         rule = self.description.routing
         assert rule is not None
         picked, best = chosen.chosen(), chosen.first()
-        side = {
-            "logits": logits,
-            "scores": SCORES[rule.score](logits),
-            "weights": chosen.dense(),
-            "top weights": chosen.weights,
-            "ids": chosen.ids,
-            "counts": picked.sum(0),
-            "counts of first choices": best.sum(0),
+        side: dict[str, Callable[[], torch.Tensor]] = {
+            "logits": lambda: logits,
+            "scores": lambda: SCORES[rule.score](logits),
+            "weights": chosen.dense,
+            "top weights": lambda: chosen.weights,
+            "ids": lambda: chosen.ids,
+            "counts": lambda: picked.sum(0),
+            "counts of first choices": lambda: best.sum(0),
         }
-        losses = {name: loss(logits, picked) for name, loss in LOSSES.items()}
-        of_best = {f"{name} of first choices": loss(logits, best) for name, loss in LOSSES.items()}
-        return side | losses | of_best
+        for name, loss in LOSSES.items():
+            side[name] = partial(loss, logits, picked)
+            side[f"{name} of first choices"] = partial(loss, logits, best)
+        return side
 
     def _soft(self, x: torch.Tensor) -> torch.Tensor:
         """The "soft slots" form: slots are mixtures of a sequence's tokens; experts read slots."""
@@ -225,10 +238,11 @@ def outputs(
     replacement: Replacement, x: torch.Tensor, ids: torch.Tensor | None = None
 ) -> list[object]:
     """The leaves of the module's result, in its order: tensors and constants."""
-    named = replacement(x, ids)
+    items = replacement.description.outputs
+    named = replacement(x, ids, {item.name for item in items if isinstance(item, Output)})
     return [
         item.value if isinstance(item, Constant) else shaped(named[item.name], item, x)
-        for item in replacement.description.outputs
+        for item in items
     ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+_SEQUENCES = (list, tuple)
 
 
 class Steer(TorchFunctionMode):
@@ -35,7 +37,9 @@ class Steer(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not self.derived:
             return result
-        read = _tensors((args, kwargs))
+        read = _tensors(args)
+        if kwargs:
+            read += _tensors(kwargs.values())
         watched = sum(id(t) in self.derived for t in read)
         if not watched or not isinstance(result, torch.Tensor):
             return result
@@ -50,16 +54,18 @@ class Steer(TorchFunctionMode):
         return self.logits.to(result.dtype).reshape(result.shape).clone()
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
     """The tensors in nested lists, tuples and dicts.
 
     This runs for each operation of an observed forward. torch's own traversal, which supports every
     registered container, would take as long as the operation itself.
     """
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif not isinstance(value, list | tuple):
-        return []
-    return [tensor for entry in value for tensor in _tensors(entry)]
+    tensors: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+        elif isinstance(value, _SEQUENCES):
+            tensors += _tensors(value)
+        elif isinstance(value, dict):
+            tensors += _tensors(value.values())
+    return tensors
