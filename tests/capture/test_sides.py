@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import sympy
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional
 import moec
 from moec.capture import capture
 from moec.capture.sides.sizes import Choice, Unmergeable, indicator
+from moec.capture.speculate.singles import OPERATIONS, Single, combined, rounded_single, single_of
+from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from moec.ir.dims import Bounds, symbol
 from moec.ir.float_sizes import f64
@@ -168,6 +171,49 @@ def test_a_branch_is_not_harmless_because_its_sides_meet() -> None:
         x = torch.randn(batch, length, 8)
         (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
         assert torch.equal(ours, clamped(x)), (batch, length)
+
+
+@torch.jit.script
+def _capacity(scores: torch.Tensor, factor: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+    """As DeepSpeed computes it: in tensors of one number, in single precision."""
+    capacity = torch.ceil((scores.shape[0] / scores.shape[1]) * factor).to(torch.int64)
+    if capacity < least:
+        capacity = least.to(torch.int64)
+    return capacity
+
+
+@pytest.mark.parametrize("length", [24, 6])
+def test_a_scripted_capacity_in_tensors_has_both_sides(length: int) -> None:
+    def gate(x: torch.Tensor) -> torch.Tensor:
+        scores = x[:, :4].softmax(-1)
+        return first(x, _capacity(scores, torch.tensor(1.25), torch.tensor(4)))
+
+    captured = capture(Function(gate), (torch.randn(length, 8),))
+    assert captured.program.graph.bounds["T"].within(Bounds(1)) == Bounds(1)
+    for size in (1, 4, 9, 12, 13, 16, 17, 33, 80):
+        x = torch.randn(size, 8)
+        (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
+        assert torch.equal(ours, gate(x)), size
+
+
+def test_a_float_in_a_tensor_rounds_in_single_precision() -> None:
+    """35 tokens, 6 experts and a factor of 1.2 are 8 in tensors, and 7 in Python."""
+    sixth = Single(lambda counts: (counts / 6).astype(np.float32), symbol("tokens"), 35)
+    factor = single_of(1.2, {})
+    assert factor is not None
+    product = combined(OPERATIONS["mul"], sixth, factor)
+    assert product is not None
+    eager = torch.ceil((35 / 6) * torch.tensor(1.2))
+    assert np.ceil(product.at(np.array([35.0]))) == eager == 8 == math.ceil(35 / 6 * 1.2) + 1
+    assert rounded_single(product, "ceil") is None
+
+
+def test_a_capacity_that_no_division_gives_in_single_precision_is_refused() -> None:
+    def gate(x: torch.Tensor) -> torch.Tensor:
+        return first(x, _capacity(x[:, :6], torch.tensor(1.2), torch.tensor(4)))
+
+    with pytest.raises(CaptureError, match="rounds as no integer division"):
+        capture(Function(gate), (torch.randn(24, 8),))
 
 
 CONDITIONS = (

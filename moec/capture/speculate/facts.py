@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from moec.capture.speculate.singles import Single
 from moec.capture.speculate.sums import Sums
 
 Recipe = Callable[[torch.Tensor], torch.Tensor]
@@ -66,6 +67,8 @@ class Fact:
         other axes is how often each class is chosen, `total` times in all.
     order: its values are rows in the order that sorts a choice.
     size: it is a 0-d tensor of this number.
+    float32: it is a 0-d tensor of this number, computed of a size.
+    condition: it is the result of a comparison of sizes, this one.
     truth: a "count" of rows, or a condition on it: "some" is true where there are rows, "none"
         where there are none.
     greatest: read into Python, it becomes this upper bound.
@@ -84,6 +87,8 @@ class Fact:
     hot: tuple[ClassChoice, Any] | None = None
     order: Order | None = None
     size: Any = None
+    float32: Single | None = None
+    condition: Any = None
     truth: Truth | None = None
     greatest: Any = None
     member: Member | None = None

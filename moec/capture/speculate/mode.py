@@ -15,6 +15,7 @@ from moec.capture.speculate.hooks import Hook, Trace
 from moec.capture.speculate.python_numbers import python_type
 from moec.capture.speculate.reading import reading_hooks
 from moec.capture.speculate.scattering import scattering_hooks
+from moec.capture.speculate.sized_tensors import sizing_hooks
 from moec.capture.speculate.slicing import slicing_hooks
 from moec.capture.speculate.writing import writing_hooks
 
@@ -36,6 +37,7 @@ class Speculation(TorchFunctionMode):
         self.trace = trace
         self.hooks: Mapping[str, Hook] = {
             **reading_hooks(trace),
+            **sizing_hooks(trace),
             **slicing_hooks(trace),
             **writing_hooks(trace),
             **scattering_hooks(trace),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moec.capture.guards import Guard
+from moec.capture.settlement import sizes_of
 from moec.capture.speculate.draws import MOST_ROWS, draws
 from moec.capture.speculate.sites import Site
 from moec.capture.speculate.trace import Assumed
@@ -17,6 +19,7 @@ from moec.interpret.evaluate import evaluate
 from moec.interpret.outputs import VaryingOutput
 from moec.interpret.tolerance import default_tolerance, distance
 from moec.ir.graph import Program
+from moec.ir.thresholds import truth_of
 
 Eager = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -46,10 +49,12 @@ def examine(
     examples: Sequence[Sequence[torch.Tensor]],
     assumed: Assumed,
     outputs: int,
+    guards: Sequence[Guard] = (),
 ) -> Verdict:
     """Run the program and eager on drawn inputs until they differ.
 
-    An input on which eager itself fails, such as a size that it refuses, is skipped. A branch is
+    An input on which eager itself fails, such as a size that it refuses, is skipped, and so is one
+    at which they differ and a guard does not hold: guards are settled later. A branch is
     proved where eager went both ways; or where each of its conditions, which the program evaluates
     though it always goes one way, came out both ways while the results agreed. The first `outputs`
     outputs of the program are the module's, the others the readouts of `assumed`.
@@ -76,6 +81,8 @@ def examine(
         results = _run(program, case)
         pairs = zip(results[:outputs], expected, strict=True) if results else ()
         error = max((distance(a, b) for a, b in pairs), default=0.0 if results else math.inf)
+        if not error <= limit and not _hold(guards, program, case):
+            continue
         if not error <= limit:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in case)
             return Verdict(error, shapes, tuple(assumed.branches), compared)
@@ -87,6 +94,12 @@ def examine(
     answered = {q.site for number, q in enumerate(assumed.questions) if len(outcomes[number]) < 2}
     unproved = (s for s in assumed.branches if len(ways.get(s, ())) < 2 and s in answered)
     return Verdict(worst, "", tuple(unproved), compared)
+
+
+def _hold(guards: Sequence[Guard], program: Program, case: Sequence[torch.Tensor]) -> bool:
+    """Whether all guards hold at the sizes of a case."""
+    sizes = sizes_of(program, case)
+    return all(truth_of(guard.condition).holds(sizes) for guard in guards)
 
 
 def _outcomes(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from moec.capture.speculate.following import follow
 from moec.capture.speculate.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.numbers import number, numbers
-from moec.capture.speculate.python_numbers import integer_of
+from moec.capture.speculate.singles import single_of
 from moec.capture.speculate.sums import MOST_NUMBERS, Counts, constants, joined
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 from moec.errors import CaptureError
@@ -121,25 +120,33 @@ def reading_hooks(trace: Trace) -> Hooks:
         return number(trace, tensor)
 
     def truth(func: Hook, tensor: torch.Tensor) -> Any:
+        """A comparison of sizes is a guard, and any other condition a branch on data."""
+        condition = facts.of(tensor).condition
+        if condition is not None:
+            return bool(condition)
         return trace.branches.ask(tensor, facts.of(tensor).truth != "none")
 
     def tensor(func: Hook, value: Any, *args: Any, **kwargs: Any) -> Any:
         """Records the number in a tensor built from a size; a list of rows becomes its tensor."""
         if isinstance(value, HitRows):
             return as_tensor(value).to(kwargs.get("dtype") or torch.int64)
+        if isinstance(value, torch.SymFloat):
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            if dtype != torch.float32:
+                return NotImplemented
+            return facts.note(torch.zeros(()), float32=single_of(value, trace.sizes))
         if is_symbolic(value):
             dtype = kwargs.get("dtype") or torch.int64
-            held = torch.zeros((), dtype=dtype)
-            if isinstance(value, torch.SymInt):
-                held = torch.full((), value, dtype=dtype)  # type: ignore[call-overload]
+            held = torch.full((), value, dtype=dtype)  # type: ignore[call-overload]
             return facts.note(held, size=value)
         if isinstance(value, list | tuple) and any(map(reads_data, value)):
             return of_numbers(value, kwargs.get("dtype") or torch.int64)
         result = func(value, *args, **kwargs)
         if type(value) is list and value and all(type(each) is int for each in value):
             facts.note(result, sums=constants(value))
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
-        return facts.note(result, size=value) if plain else result
+        if type(value) is int:
+            result = torch.full((), value, dtype=result.dtype)
+        return facts.note(result, size=value) if type(value) in (int, float) else result
 
     def filled(value: int) -> Hook:
         def hook(func: Hook, *args: Any, **kwargs: Any) -> Any:
@@ -176,12 +183,6 @@ def reading_hooks(trace: Trace) -> Hooks:
         first, last = (constants([0] * width) for width in widths)
         return facts.note(result, sums=joined([first, sums, last]))
 
-    def compared(func: Hook, a: Any, b: Any) -> Any:
-        """Compares the integer that a symbolic float was made from, whose expression is known."""
-        if integer_of(a) is a and integer_of(b) is b:
-            return NotImplemented
-        return func(integer_of(a), integer_of(b))
-
     def of_numbers(values: Sequence[Any], dtype: torch.dtype) -> Any:
         """A tensor of numbers that Python has read, built from the tensors that held them."""
         parts = [trace.readouts.get(expression(value)) for value in values]
@@ -194,13 +195,6 @@ def reading_hooks(trace: Trace) -> Hooks:
         if not isinstance(value, list | tuple) or not any(map(reads_data, value)):
             return NotImplemented
         return of_numbers(value, kwargs.get("dtype") or like.dtype)
-
-    def rounded(how: Callable[[Any], Any]) -> Hook:
-        def hook(func: Hook, tensor: torch.Tensor, *_: Any, **__: Any) -> Any:
-            size = facts.of(tensor).size
-            return NotImplemented if size is None else facts.note(func(tensor), size=how(size))
-
-        return hook
 
     return {
         "bincount": bincount,
@@ -221,8 +215,4 @@ def reading_hooks(trace: Trace) -> Hooks:
         "is_nonzero": truth,
         "tensor": tensor,
         "new_tensor": new_tensor,
-        **dict.fromkeys(("lt", "le", "gt", "ge"), compared),
-        "ceil": rounded(math.ceil),
-        "floor": rounded(math.floor),
-        "trunc": rounded(math.trunc),
     }

@@ -23,7 +23,10 @@ LIMIT = 1 << 20
 """Sizes (tokens of one call) below which the floats are compared with the integers."""
 
 Rounding = Literal["floor", "ceil", "trunc"]
+ROUNDINGS: tuple[Rounding, ...] = ("floor", "ceil", "trunc")
 _ROUND: dict[str, Callable[[Any], Any]] = {"floor": np.floor, "ceil": np.ceil, "trunc": np.trunc}
+_PRECISION = {"float64": 10**6, "float32": 10**3}
+"""The greatest denominator of a ratio that a float of this type stands for."""
 _FLOATS = {
     "ToFloat": np.float64,
     "FloatTrueDiv": np.true_divide,
@@ -44,22 +47,35 @@ def divided(value: torch.SymFloat, how: Rounding, sizes: dict[sympy.Expr, Any]) 
     for size, number in sizes.items():
         alone = expr.xreplace({size: tokens})
         if alone.free_symbols == {tokens}:
-            up, down = _ratio(alone, tokens, how) or (0, 0)
-            if down and how == "ceil":
-                return -((-number * up) // down)
-            return (number * up) // down if down else None
+            return as_division(function_of(alone, tokens), number, how)
     return None
 
 
-def _ratio(expr: Any, tokens: sympy.Symbol, how: Rounding) -> tuple[int, int] | None:
+Function = Callable[[Any], Any]
+
+
+def function_of(expr: Any, tokens: sympy.Symbol) -> Function:
+    """An expression as a function of an array of numbers of tokens, in doubles."""
+    value = sympy.lambdify([tokens], expr, [_FLOATS, "numpy"])
+    return lambda counts: value(counts) * np.ones_like(counts)
+
+
+def as_division(value: Function, number: Any, how: Rounding) -> Any:
+    """`value(number)` rounded, as an integer division of the size `number`; None where it rounds
+    differently for a number of tokens below `LIMIT`."""
+    up, down = _ratio(value, how) or (0, 0)
+    if down and how == "ceil":
+        return -((-number * up) // down)
+    return (number * up) // down if down else None
+
+
+def _ratio(value: Function, how: Rounding) -> tuple[int, int] | None:
     """(numerator, denominator) whose multiples round as the float does for every number of tokens
     below `LIMIT`; None where there is no such ratio."""
-    value = sympy.lambdify([tokens], expr, [_FLOATS, "numpy"])
-    counts = np.arange(1, LIMIT, dtype=np.float64)
-    floats = value(counts) * np.ones_like(counts)
+    floats = value(np.arange(1, LIMIT, dtype=np.float64))
     if not math.isfinite(floats[0]) or floats[0] < 0:
         return None
-    ratio = fractions.Fraction(float(floats[0])).limit_denominator(10**6)
+    ratio = fractions.Fraction(float(floats[0])).limit_denominator(_PRECISION[floats.dtype.name])
     up, down = ratio.numerator, ratio.denominator
     integers = np.arange(1, LIMIT, dtype=np.int64)
     exact = -((-integers * up) // down) if how == "ceil" else (integers * up) // down

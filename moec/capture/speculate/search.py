@@ -80,7 +80,7 @@ def speculate(
             traced = trace(call, export, answers)
             converted = convert(traced.exported, traced.structure)
         count, program, assumed = traced.structure.count, converted.program, traced.assumed
-        verdict = examine(program, converted.eager, examples, assumed, count)
+        verdict = examine(program, converted.eager, examples, assumed, count, converted.guards)
         converted = replace(converted, program=_cut(program, count))
         notes = assumptions(assumed, verdict)
         return _Attempt(CaptureForm(converted, traced.structure, notes), traced, verdict)
@@ -120,7 +120,8 @@ def masked(
     with explained("the masked form"):
         exported = export(MaskedInterpreter(decomposed, structure.count))
         converted = convert(exported, structure)
-    verdict = examine(converted.program, converted.eager, examples, Assumed(), structure.count)
+    program, eager, count = converted.program, converted.eager, structure.count
+    verdict = examine(program, eager, examples, Assumed(), count, converted.guards)
     if not verdict.agrees:
         raise differs("the masked form", traced.assumed, verdict)
     return CaptureForm(converted, structure, (*form.notes, MASKED))
