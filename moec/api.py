@@ -89,6 +89,7 @@ def compile(
     *,
     dynamic_shapes: Any = None,
     allow_fixed: bool | str | Collection[str] = False,
+    constants: str | Collection[str] = (),
     target: str | CpuTarget = "cpu",
     dtype: str | torch.dtype | None = None,
     opt_level: int = 2,
@@ -115,6 +116,8 @@ def compile(
     a Hugging Face checkpoint, a .pt2 file, or "file.py:factory". Batch and sequence sizes vary
     unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names inputs whose sizes
     the module may fix at the example's (True: all inputs); otherwise a fixed size is an error.
+    `constants` names inputs that always have the values of the example, such as `image_grid_thw`:
+    the compiled model does not take them.
     `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes
     the passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
     greatest error allowed, relative to the greatest value of an output. `fuel` limits the number of
@@ -148,6 +151,7 @@ def compile(
     check_kinds(
         stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
         dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
+        constants=constants,
     )  # fmt: skip
     clock = Clock(progress)
     stored = Quantisation() if quant is None else parse_parts(quant)
@@ -175,7 +179,9 @@ def compile(
 
         def capture_again(observed: Sequence[Described] = ()) -> Captured:
             with threads_for(_elements(source.model)):
-                return capture_source(source, dynamic_shapes, allow_fixed, descriptions, observed)
+                return capture_source(
+                    source, dynamic_shapes, allow_fixed, descriptions, observed, constants
+                )
 
         captured = bound(capture_again(), exact)
     check_tf32(beside or made_for, captured.program.weights)

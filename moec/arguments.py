@@ -163,6 +163,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, bool | str | Collection),
         "give True, or the names of inputs",
     ),
+    "constants": (lambda v: isinstance(v, str | Collection), "give the names of inputs"),
     "descriptions": (
         lambda v: isinstance(v, Sequence) and not isinstance(v, str),
         "give a list of what moec.describe gives",

@@ -6,7 +6,7 @@ All other arguments (flags, None, numbers) keep the values that they have in the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ from unittest import mock
 import torch
 from torch.utils import _pytree as pytree
 
+from moec.capture.constants import constants_computed
+from moec.capture.rope_index import positions_as_tensors
 from moec.errors import CaptureError
 from moec.interpret.outputs import Structure, checked, flatten
 
@@ -23,15 +25,21 @@ PREFIX = "module"
 
 class ModuleCall(torch.nn.Module):
     """`ModuleCall(module, args, kwargs)(*tensors)`: calls the module with the tensors in its
-    arguments replaced by `tensors`, in order."""
+    arguments replaced by `tensors`, in order. The tensors of the numbers `constants` stay."""
 
     def __init__(
-        self, module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self,
+        module: torch.nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        constants: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.module = module
         self.leaves, self.spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-        self.places = [i for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor)]
+        tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor)]
+        self.places = [i for number, i in enumerate(tensors) if number not in constants]
+        self.constants = tuple(self.leaves[tensors[number]] for number in sorted(constants))
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -60,6 +68,7 @@ class FlatCall(ModuleCall):
     def __init__(self, call: ModuleCall) -> None:
         super().__init__(call.module, (), {})
         self.leaves, self.spec, self.places = call.leaves, call.spec, call.places
+        self.constants = call.constants
         self.returned = _Returned()
 
     @property
@@ -69,7 +78,8 @@ class FlatCall(ModuleCall):
         return self.returned.structure
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results, structure = flatten(super().forward(*tensors))
+        with constants_computed(bool(self.constants)), positions_as_tensors(self.module):
+            results, structure = flatten(super().forward(*tensors))
         self.returned.structure = checked(structure)
         return results
 

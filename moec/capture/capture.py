@@ -24,6 +24,7 @@ from moec.capture.call import (
     named_arguments,
     tensor_names,
 )
+from moec.capture.constants import constant_numbers, noted
 from moec.capture.decomposition import decompose
 from moec.capture.exported import structure_of, to_program
 from moec.capture.fixed import causes, fixed, lost_axes
@@ -101,12 +102,14 @@ def capture(
     dynamic_shapes: Any = None,
     bounds: Mapping[str, Bounds] | None = None,
     allow_fixed: bool | str | Collection[str] = False,
+    constants: str | Collection[str] = (),
 ) -> Captured:
     """Export `model` with example arguments and convert it to a program.
 
     `dynamic_shapes` is that of torch.export; None lets batch and sequence axes vary
     (`moec.capture.shapes`). `bounds` limits sizes by name. `allow_fixed` names inputs whose sizes
-    may be fixed at those of the example (True: all). Raises CaptureError, with torch's reason,
+    may be fixed at those of the example (True: all). `constants` names inputs that always have the
+    values of the example (`moec.capture.constants`). Raises CaptureError, with torch's reason,
     where the model cannot be exported, or where the example's sizes decide what is computed.
     """
     kwargs = dict(kwargs or {})
@@ -118,22 +121,27 @@ def capture(
     if isinstance(model, GraphModule):
         return _from_graph(model, args, kwargs, dynamic_shapes)
     arguments = named_arguments(model, args, kwargs)
-    call = ModuleCall(model, args, kwargs)
-    for name, tensor in zip(tensor_names(arguments), call.tensors, strict=True):
+    kwargs = {name: kwargs[name] for name in arguments if name in kwargs}  # in the order of names
+    numbers = constant_numbers(constants, tensor_names(arguments))
+    call = ModuleCall(model, args, kwargs, numbers)
+    names = [name for i, name in enumerate(tensor_names(arguments)) if i not in numbers]
+    for name, tensor in zip(names, call.tensors, strict=True):
         _check_device(f"input {name}", tensor)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         _check_device(name, tensor)
     if dynamic_shapes is None:
         wishes, last = default_wishes(call.tensors)
     else:
-        wishes, last = wished_axes(arguments, dynamic_shapes), []
+        axes = wished_axes(arguments, dynamic_shapes)
+        wishes, last = [wish for i, wish in enumerate(axes) if i not in numbers], []
     request = _Request(
         call,
         wishes,
         [Axis(*axis) for axis in last],
-        tensor_names(arguments),
+        names,
         wished_bounds(wishes) | dict(bounds or {}),
         allow_fixed,
+        noted([n for n in tensor_names(arguments) if n not in names], call.constants),
     )
     try:
         return _traced(request)
@@ -150,7 +158,7 @@ class _Request:
 
     `wishes` has the axes of each tensor that may vary, `joining` the axes that vary only together
     with axes of other tensors, `names` the names of the tensors, `bounds` the bounds that the user
-    set, and `allow_fixed` the inputs that may have fixed sizes.
+    set, `allow_fixed` the inputs that may have fixed sizes, and `notes` those on constant inputs.
     """
 
     call: ModuleCall
@@ -159,6 +167,7 @@ class _Request:
     names: Sequence[str]
     bounds: Mapping[str, Bounds]
     allow_fixed: bool | str | Collection[str]
+    notes: tuple[str, ...] = ()
 
 
 def _traced(request: _Request) -> Captured:
@@ -263,7 +272,7 @@ def _captured(
         name, program, eager, tensors, general.wishes, request.allow_fixed, converted.fixings
     )
     example = request.call.tensors
-    remarks = (*always, *notes, *form.notes)
+    remarks = (*request.notes, *always, *notes, *form.notes)
     return Captured(program, eager, example, form.structure, remarks, other=other, way=way)
 
 

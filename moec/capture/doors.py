@@ -60,11 +60,12 @@ def capture_source(
     allow_fixed: bool | str | Collection[str] = False,
     declared: Sequence[Declared] = (),
     observed: Sequence[Described] = (),
+    constants: str | Collection[str] = (),
 ) -> Captured:
     """`capture` of a source, with the sizes of the source unless `dynamic_shapes` is given.
 
     Descriptions in `declared` are proved first; each one in `observed` replaces the modules that it
-    was observed of. Raises UsageError where a graph is to be described.
+    was observed of. Raises UsageError where a graph is to be described or to have constants.
     """
     run = partial(
         capture,
@@ -74,8 +75,11 @@ def capture_source(
         dynamic_shapes=source.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
         bounds=source.bounds if dynamic_shapes is None else None,
         allow_fixed=allow_fixed,
+        constants=constants,
     )
     if not traceable(source):
+        if constants:
+            raise UsageError(f"{source.name} is a graph already: it has no constant inputs")
         if declared:
             raise UsageError(f"{source.name} is a graph already: nothing is left to describe")
         return run()
@@ -131,8 +135,9 @@ def _module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return Source(model, *model.example, name=name)
     if not args and not kwargs and inspect.signature(model.forward).parameters:
         raise UsageError(f"{name} needs example inputs: moec.compile(model, (input, ...))")
-    config = getattr(model, "config", None)
-    if getattr(config, "use_cache", None) and hasattr(model, "set_experts_implementation"):
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "use_cache", None) and hasattr(model, "set_experts_implementation"):
         kwargs = {"use_cache": False} | kwargs
     return Source(model, args, kwargs, name=name)
 

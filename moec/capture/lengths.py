@@ -10,6 +10,7 @@ import torch
 from torch.export import Dim as TorchDim
 
 from moec.capture.shapes import Axes, dim_name
+from moec.interpret.resized import stretched
 
 BATCH = (2, 3, 5, 7, 11)
 SEQUENCE = (16, 12, 20, 28, 36)
@@ -119,9 +120,7 @@ def resized(
 
 
 def resize(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
-    """`tensor` repeated and cut to the given length of each axis; an empty axis stays empty."""
+    """`tensor` repeated and cut to the given length of each axis (`stretched`)."""
     for axis, length in lengths.items():
-        if length != tensor.shape[axis] and tensor.shape[axis]:
-            index = torch.arange(length, device=tensor.device) % tensor.shape[axis]
-            tensor = tensor.index_select(axis, index)
+        tensor = stretched(tensor, axis, length)
     return tensor

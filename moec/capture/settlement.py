@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from moec.capture.agreement import Eager, matches
 from moec.capture.guards import Guard, Settled, settle
-from moec.interpret.random_inputs import random_like
+from moec.interpret.placeholders import drawn_and_run
 from moec.interpret.resized import with_sizes
 from moec.interpret.tolerance import STRAYS, computed_dtypes
 from moec.ir.dims import bind_shape
@@ -67,13 +68,15 @@ def agree_at_sizes(
     pairs = zip(example, program.graph.inputs, strict=False)
     resized_example = [with_sizes(tensor, value.shape, sizes) for tensor, value in pairs]
     generator = torch.Generator().manual_seed(0)
-    random = random_like(program, resized_example, generator)[: len(resized_example)]
     either = any(dtype in STRAYS for dtype in computed_dtypes(program.graph))
     try:
-        alike = [_alike(tensor) for tensor in random]
-        draws = [(draw, eager(*draw)) for draw in (resized_example, random, alike)]
+        random, results = drawn_and_run(program, resized_example, eager, generator)
+        draws = [(resized_example, eager(*resized_example)), (list(random), results)]
     except Exception:  # whatever the user's code raises
         return None
+    alike = [_alike(tensor) for tensor in random]
+    with suppress(Exception):  # a text of one token only has too many tokens of images
+        draws.append((alike, eager(*alike)))
     answers = [matches(program, draw, expected) for draw, expected in draws]
     return any(answers) if either else all(answers)
 

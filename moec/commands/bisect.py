@@ -37,6 +37,7 @@ def command(
     opt_level: int,
     passes: str,
     allow_fixed: tuple[str, ...],
+    constants: tuple[str, ...],
     describe: str | None,
 ) -> None:
     """Find the first rewrite of the passes that changes what MODEL computes.
@@ -51,7 +52,7 @@ def command(
 
     model_path.kind_of_model(model)
     check_changes(passes)
-    arguments = asked(shapes, describe, dtype=dtype, allow_fixed=allow_fixed)
+    arguments = asked(shapes, describe, dtype=dtype, allow_fixed=allow_fixed, constants=constants)
     hush()
     with explained(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")

@@ -98,6 +98,10 @@ def model_options(command: F) -> F:
             "--allow-fixed", multiple=True, metavar="INPUT",
             help="An input of which the model may fix sizes at the example's (images=Bx3x224x224).",
         ),
+        click.option(
+            "--constant", "constants", multiple=True, metavar="INPUT",
+            help="An input that always has the example's values, such as image_grid_thw.",
+        ),
     ):  # fmt: skip
         command = decorator(command)
     return command

@@ -12,14 +12,23 @@ from moec.ir.dims import Dim, evaluate_dim, symbols
 def with_sizes(
     tensor: torch.Tensor, shape: Sequence[Dim], sizes: Mapping[str, int]
 ) -> torch.Tensor:
-    """`tensor` repeated and cut so that its named axes have the given sizes. An axis of size 0
-    stays: there is nothing to repeat."""
+    """`tensor` repeated and cut so that its axes have the given sizes (`stretched`)."""
     for axis, dim in enumerate(shape):
         size = evaluate_dim(dim, sizes) if symbols(dim) <= set(sizes) else tensor.shape[axis]
-        if size != tensor.shape[axis] and tensor.shape[axis]:
-            index = torch.arange(size) % tensor.shape[axis]
-            tensor = tensor.index_select(axis, index)
+        tensor = stretched(tensor, axis, size)
     return tensor
+
+
+def stretched(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """`tensor` with an axis repeated or cut to a size. Of integers [.., S], the last one is
+    repeated: a text keeps its number of image tokens. An axis of size 0 stays: there is nothing to
+    repeat."""
+    length = tensor.shape[axis]
+    if size == length or not length:
+        return tensor
+    index = torch.arange(size, device=tensor.device)
+    text = axis > 0 and axis == tensor.ndim - 1 and not tensor.is_floating_point()
+    return tensor.index_select(axis, index.clamp(max=length - 1) if text else index % length)
 
 
 def resized_axes(
@@ -28,8 +37,5 @@ def resized_axes(
     """The tensors, with each (tensor, axis) repeated or cut to one size."""
     result = list(tensors)
     for index, axis in axes:
-        tensor = result[index]
-        if tensor.shape[axis]:
-            source = torch.arange(size) % tensor.shape[axis]
-            result[index] = tensor.index_select(axis, source)
+        result[index] = stretched(result[index], axis, size)
     return result

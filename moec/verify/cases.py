@@ -8,6 +8,7 @@ import torch
 
 from moec.capture import Captured
 from moec.errors import CaptureError
+from moec.interpret.placeholders import with_runs
 from moec.interpret.random_inputs import random_like
 from moec.interpret.resized import with_sizes
 from moec.ir.dims import Bounds
@@ -58,12 +59,30 @@ def references(captured: Captured) -> tuple[list[Reference], tuple[str, ...]]:
     skipped: list[str] = []
     for case in cases(captured):
         try:
-            results.append((case, captured.eager(*case)))
+            results.append(_run(captured, case))
         except Exception as error:
             if case is captured.example:
                 raise CaptureError(f"the model fails on its example inputs: {error}") from error
             skipped.append(f"inputs {shapes(case)} were not compared: the model fails: {error}")
     return results, tuple(dict.fromkeys(skipped))
+
+
+def _run(captured: Captured, case: Case) -> Reference:
+    """The module's results in a case, with the runs of ids of the example (tokens of images) where
+    it refuses others."""
+    try:
+        return case, captured.eager(*case)
+    except Exception:
+        if case is captured.example:
+            raise
+        program, pairs = captured.program, zip(captured.example, case, strict=True)
+        example = [_as_long(tensor, other.shape) for tensor, other in pairs]
+        inputs = with_runs(program, example, case)
+        return inputs, captured.eager(*inputs)
+
+
+def _as_long(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    return with_sizes(tensor, shape, {})
 
 
 def shapes(case: Case) -> str:

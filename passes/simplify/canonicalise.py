@@ -10,6 +10,9 @@ dropout at inference            -> their input
 scatter(z, order of a whole axis, 1) -> ones
 reshape(reshape(x))             -> reshape(x)
 x[mask], x.masked_scatter(mask) -> x[where the mask is set]
+x.masked_scatter(mask, y), x[mask] = y -> where(mask, y[cumsum(mask) - 1], x)
+                                                    (of known or named sizes)
+bucketize(x, edges)             -> sum(edges < x[.., None], -1)
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.traits import IDENTITIES
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
-from moec.passes.simplify import mask_rows, whole_axis
+from moec.passes.simplify import mask_fill, mask_rows, whole_axis
+from moec.passes.simplify.bucketize import bucketize
 
 Simplify = Callable[[Op, Builder], Sequence[Value] | None]
 
@@ -53,6 +57,14 @@ def _same_type(op: Op, b: Builder) -> Sequence[Value] | None:
 def _alias(op: Op, b: Builder) -> Sequence[Value] | None:
     """The operand of an alias; aliases that name the graph's outputs stay."""
     return None if any(v.name == op.outputs[0].name for v in b.graph.outputs) else op.inputs[:1]
+
+
+def _masked_scatter(op: Op, b: Builder) -> Sequence[Value] | None:
+    return mask_rows.scatter(op, b) or mask_fill.scatter(op, b)
+
+
+def _index_put(op: Op, b: Builder) -> Sequence[Value] | None:
+    return mask_fill.put(op, b) or mask_rows.put(op, b)
 
 
 def _cat(op: Op, b: Builder) -> Sequence[Value] | None:
@@ -188,6 +200,7 @@ _RULES: dict[str, Simplify] = {
     "aten.addmm.default": _addmm,
     "aten.scatter.value": whole_axis.scatter,
     "aten.index.Tensor": mask_rows.index,
-    "aten.index_put.default": mask_rows.put,
-    "aten.masked_scatter.default": mask_rows.scatter,
+    "aten.index_put.default": _index_put,
+    "aten.masked_scatter.default": _masked_scatter,
+    "aten.bucketize.Tensor": bucketize,
 }

@@ -1,6 +1,6 @@
 """Indexing with a mask becomes indexing with the positions where it is set.
 
-x[mask]       -> x[i, j, ..]        with i, j, .. the columns of nonzero(mask)
+x[mask]       -> x[i, j, ..]   as many as the data say, with i, j, .. the columns of nonzero(mask)
 x[mask] = y   -> x[i, j, ..] = y
 x.masked_scatter(mask[.., None], y) -> x[i, j, ..] = y   where y has a row for each that is set
 """
@@ -13,11 +13,12 @@ from typing import cast
 from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Op, Ref, TensorType, Value
 from moec.passes.core.rewrite import Builder
+from moec.passes.simplify import mask_fill
 
 
 def index(op: Op, b: Builder) -> Sequence[Value] | None:
     axis = _mask_axis(op, op.inputs[1:])
-    if axis is None:
+    if axis is None or mask_fill.is_known(op, b):
         return None
     mask = op.inputs[1]
     rows = _set_positions(mask, op.outputs[0].shape[axis], op, b)

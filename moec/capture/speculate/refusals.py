@@ -78,9 +78,12 @@ def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:
         lines = [f"{name} cannot be captured"]
     if site is not None:
         lines.append(f"  {site}: `{site.text}`")
-    lines.append(f"  {_reason(error)}")
     if "data-dependent" in str(error) or "data_dependent" in type(error).__name__:
-        lines.append("  keep the number in a tensor, or write it so that its size is known")
+        lines.append(
+            "  keep the number in a tensor, or make the input that holds it constant: "
+            "constants=INPUT (--constant INPUT), such as the grid of an image"
+        )
+    lines.append(f"  {_reason(error)}")
     if os.environ.get("MOEC_DEBUG") == "1":
         lines.append(str(error))
     return "\n".join(lines)

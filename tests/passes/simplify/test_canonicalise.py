@@ -57,6 +57,19 @@ CASES = {
     "c: bool[T, 1] = aten.unsqueeze.default(o) <dim=1>\n"
     "r: f32[u0, 4] = aten.index.Tensor(x, m) <indices=($1)>\n"
     "y: f32[T, 4] = aten.masked_scatter.default(x, c, r)",
+    "features of images": "m: bool[T] = aten.gt.Scalar(n) <other=0>\n"
+    "c: bool[T, 1] = aten.unsqueeze.default(m) <dim=1>\n"
+    "e: bool[T, 4] = aten.expand.default(c) <size=({T}, 4)>\n"
+    "y: f32[T, 4] = aten.masked_scatter.default(x, e, z)",
+    "features added to rows of a mask": "m: bool[T] = aten.gt.Scalar(n) <other=1>\n"
+    "r: f32[3, 4] = aten.index.Tensor(x, m) <indices=($1)>\n"
+    "f: f32[3, 4] = aten.neg.default(w)\n"
+    "s: f32[3, 4] = aten.add.Tensor(r, f)\n"
+    "y: f32[T, 4] = aten.index_put.default(x, m, s) <indices=($1)>",
+    "values of a mask": "m: bool[T, 4] = aten.gt.Scalar(x) <other=0>\n"
+    "y: f32[T, 4] = aten.masked_scatter.default(x, m, z)",
+    "buckets": "y: i64[T, 4] = aten.bucketize.Tensor(x, b)",
+    "buckets closed on the right": "y: i64[T, 4] = aten.bucketize.Tensor(x, b) <right=true>",
     "a strided slice stays": "y: f32[T, 4] = aten.slice.Tensor(x) <dim=1, start=0, end=4, step=1>",
 }
 
@@ -81,7 +94,7 @@ def test_the_numbers_hold(ops):
     )
     before = parse(text)
     inputs = [torch.randn(5, 4), torch.arange(5), torch.randn(5, 1, 4)]
-    weights = {"w": torch.randn(3, 4), "v": torch.randn(4, 3), "b": torch.randn(3)}
+    weights = {"w": torch.randn(3, 4), "v": torch.randn(4, 3), "b": torch.randn(3).sort().values}
     after = run(Program(before, weights), [Canonicalise()])[-1].program.graph
     # The same products and sums, of which torch may choose another order.
     torch.testing.assert_close(
