@@ -38,7 +38,9 @@ from moec.runtime.package import Launch
 from moec.target.cuda import TARGETS, CudaTarget
 
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.hpp")))
-FLAGS = ("-O1", "-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
+LARGE = 1 << 19
+"""Characters of CUDA C from which g++ takes longer to optimise it than it runs: whole models."""
+FLAGS = ("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w")
 SM_80 = TARGETS["cuda:sm_80"]
 
 needs_compiler = pytest.mark.skipif(
@@ -192,13 +194,15 @@ def _argument_of(kind: str, index: int) -> str:
 def _compiled(code: str) -> bytes:
     store = default_store()
     headers = [path.read_text() for path in HEADERS]
-    key = key_of("emulated", code, *headers, *FLAGS)
+    level = "-O0" if len(code) > LARGE else "-O1"
+    key = key_of("emulated", code, *headers, level, *FLAGS)
     if (library := load(store, LIBRARIES, key)) is not None:
         return library
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         source, output = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(code)
-        command = ["g++", *FLAGS, "-shared", f"-I{_precompiled()}", str(source), "-o", str(output)]
+        words = ["g++", level, *FLAGS, "-shared", f"-I{_precompiled(level)}"]
+        command = [*words, str(source), "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             lines = [line for line in result.stderr.splitlines() if "error:" in line]
@@ -209,14 +213,15 @@ def _compiled(code: str) -> bytes:
 
 
 @cache
-def _precompiled() -> str:
-    """A folder with the headers, compiled once: that is most of a kernel's compile time."""
+def _precompiled(level: str) -> str:
+    """A folder with the headers, compiled once for a level of optimisation: that is most of a
+    kernel's compile time."""
     folder = tempfile.mkdtemp(prefix="moec-emulator-")
-    weakref.finalize(_precompiled, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(_compiled, shutil.rmtree, folder, ignore_errors=True)
     for header in HEADERS:
         shutil.copy(header, folder)
     path = Path(folder, "kernel.hpp")
-    words = ["g++", *FLAGS, "-x", "c++-header", str(path), "-o", f"{path}.gch"]
+    words = ["g++", level, *FLAGS, "-x", "c++-header", str(path), "-o", f"{path}.gch"]
     subprocess.run(words, check=True)
     return folder
 
