@@ -37,8 +37,8 @@ def check(
         raise UnsupportedError(
             "the model cannot be compiled:\n"
             + "\n".join(f"  {line}" for line in lines)
-            + "\nreplace these operations in the model, or run the part that holds them outside "
-            "of the compiled module"
+            + "\nreplace these operations in the model, or run the part that contains them "
+            "outside of the compiled module"
         )
 
 
@@ -46,7 +46,7 @@ def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[str, str
     if own_kernel(op):
         return ""
     if op.name == "aten.nonzero.default":
-        return "operator aten.nonzero.default makes a size that depends on the data"
+        return "operator aten.nonzero.default has a result whose size depends on the data"
     if op.name not in EMIT:
         why = reasons.get(op.name)
         return f"operator {op.name} has no kernel" + (f": {why}" if why else "")
@@ -56,7 +56,7 @@ def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[str, str
     if op.name in ("aten.index.Tensor", "aten.index_put.default"):
         indices = op.inputs[1:] if op.name == "aten.index.Tensor" else op.inputs[1:-1]
         if any(v.dtype in ("bool", "u8") for v in indices):
-            return f"operator {op.name} with a mask makes a size that depends on the data"
+            return f"operator {op.name} with a mask has a result whose size depends on the data"
     if op.name == "aten.convolution.default" and op.attrs.get("transposed"):
         return "operator aten.convolution.default has no kernel for a transposed convolution"
     return ""
@@ -90,7 +90,7 @@ def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
             reported |= unknown
     for value in graph.inputs:
         for name in sorted(_hidden(value) - input_sizes - reported):
-            yield f"size {name} stands in no input alone, only in {value}"
+            yield f"size {name} is not an axis of any input by itself, only part of {value}"
             reported.add(name)
 
 
@@ -113,8 +113,8 @@ def fixed(graph: Graph) -> Iterable[str]:
                 if _differ(size, out_size, environments, broadcast=not rule.view):
                     yield (
                         f"operator {op.name} at {op.origin or out.name} gives {out.type} of "
-                        f"{value.type}: the export fixed a size that varies; "
-                        "limit that size in dynamic_shapes or bounds"
+                        f"{value.type}: torch.export fixed a size that varies; limit that size in "
+                        "dynamic_shapes"
                     )
                     return
 

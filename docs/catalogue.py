@@ -96,9 +96,9 @@ def _passes() -> Iterator[str]:
         module = type(reference[row["pass"]]).__module__
         yield f"{', '.join(facts)}; `{_file(module)}`"
         yield fenced(sys.modules[module].__doc__ or "")
-    yield "## When asked for"
+    yield "## Opt-in passes"
     yield (
-        '`--passes "+NAME(OPTION=VALUE)"` asks for one. An approximate pass needs calibration '
+        '`--passes "+NAME(OPTION=VALUE)"` runs one. An approximate pass needs calibration '
         "data and is measured ([Passes that change the model](approximate.md))."
     )
     kinds = {str(kind.name): kind for kind in pipeline.OPT_IN}

@@ -39,7 +39,7 @@ def columns() -> tuple[Column, ...]:
         Column("dense", "Graph[ATEN]", [*_phase(pipeline.DENSE)]),
         Column("recognise", "Graph[MOE]", [*_phase(pipeline.RECOGNISE)]),
         Column("simplify", "Graph[MOE]", [*_phase(pipeline.SIMPLIFY)]),
-        Column("when asked for", "Graph[MOE]", [*_opt_in(Stage.MOE)]),
+        Column("opt-in", "Graph[MOE]", [*_opt_in(Stage.MOE)]),
         Column(
             "lower",
             "Graph[GROUPED]",
@@ -125,7 +125,7 @@ def _legend(height: int) -> Iterator[str]:
         ("-O0: needed", COLOURS[0]),
         ("-O1: MoE fusions", COLOURS[1]),
         ("-O2: other fusions", COLOURS[2]),
-        ("only when asked for", ASKED),
+        ("opt-in", ASKED),
     ]
     for number, (word, colour) in enumerate(words):
         yield _text(MARGIN + number * 150, height - MARGIN, word, colour)

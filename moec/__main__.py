@@ -32,15 +32,15 @@ COMMANDS = {
     "compile": ("moec.commands.compile", "Compile a model into an artifact."),
     "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
     "export": ("moec.commands.export", "Write a model as an ONNX file."),
-    "verify": ("moec.commands.verify", "Check an artifact; run nothing of it."),
-    "sign": ("moec.commands.sign", "Sign an artifact, for those who run it."),
+    "verify": ("moec.commands.verify", "Check an artifact without running it."),
+    "sign": ("moec.commands.sign", "Sign an artifact, so that who runs it can check its author."),
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
-    "bench": ("moec.commands.bench", "Time reading and writing text, beside others."),
+    "bench": ("moec.commands.bench", "Time prefill and decode, and compare with other runtimes."),
     "plan": ("moec.commands.plan", "Plan how a model runs on many devices."),
     "routing": ("moec.commands.routing", "Show which experts a recorded routing chose."),
-    "doctor": ("moec.commands.doctor", "Check this machine and say how to mend what is wrong."),
-    "cache": ("moec.commands.cache", "Show or clear what was compiled before."),
+    "doctor": ("moec.commands.doctor", "Check this machine and say how to fix what is wrong."),
+    "cache": ("moec.commands.cache", "Show or clear the cache of compiled code."),
     "list": ("moec.commands.list", "List passes, targets or models."),
 }
 _USERS_OWN = (
@@ -68,7 +68,7 @@ class LazyGroup(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         if odd := next((arg for arg in args if "\0" in arg), ""):
-            raise UsageError(f"the argument {odd!r} holds a zero byte: leave it out")
+            raise UsageError(f"the argument {odd!r} contains a zero byte: remove it")
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             near = did_you_mean(args[0], COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
             raise UsageError(f"no such command {args[0]!r}{near}")
@@ -127,7 +127,7 @@ def verdict(error: Exception) -> tuple[int, str]:
             return 1, f"error: {error.filename or 'output'}: {reason(error)}"
     name = type(error).__name__
     line = " ".join(str(error).split())
-    return 70, (f"{name}: {line}\nthis is a defect of moec; MOEC_DEBUG=1 shows the traceback")
+    return 70, (f"{name}: {line}\nthis is a bug in moec; set MOEC_DEBUG=1 to see the traceback")
 
 
 def _is_users(filename: object) -> bool:

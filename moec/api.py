@@ -187,7 +187,7 @@ def compile(
     check_tf32(beside or made_for, captured.program.weights)
     if builds and verify is not False and not captured.example and captured.program.graph.inputs:
         raise UsageError(
-            f"{source.name} holds no example inputs to verify with: give args, or verify=False"
+            f"{source.name} has no example inputs to verify with: give args, or verify=False"
         )
     with clock.phase("passes"):
         session = CalibrationSession(calib, source.files, allowed, strict)
@@ -312,7 +312,9 @@ def _with_decode(
     try:
         pass_results = run(incremental(program), passes, stage=Stage.GROUPED)
         if not supported(pass_results[-1].program.graph, backend):
-            raise NoMatch(f"the kernels for {compiled.target.name} keep no keys and values")
+            raise NoMatch(
+                f"the kernels for {compiled.target.name} have no cache of keys and values"
+            )
     except NoMatch as why:
         declined = Declined("text generation", str(why), "decode")
         return replace(compiled, declined=(*compiled.declined, declined), no_decode=str(why))
@@ -370,11 +372,11 @@ def _allowed(
                 f"{pass_.name} needs calibration data: give --calib FILE (calib=... in Python)"
             )
     if strict and not budget:
-        raise UsageError("--strict fails where the budget is exceeded: give --budget too")
+        raise UsageError("--strict fails when the budget is exceeded: give --budget too")
     changes = any(isinstance(pass_, Approximate) for pass_ in requested)
     if budget and not changes:
         raise UsageError(
-            "--budget is for passes that change the model, and none was asked for; see "
+            "--budget limits passes that change the model, and no such pass was requested; see "
             "moec list passes"
         )
     if (
@@ -383,8 +385,8 @@ def _allowed(
         and not any(isinstance(p, QuantisingPass) for p in requested)
     ):
         raise UsageError(
-            "--calib is for passes that change the model and for --quant, and none was asked "
-            "for; see moec list passes"
+            "--calib is for passes that change the model and for --quant, and neither was "
+            "requested; see moec list passes"
         )
     if calib is not None:
         check_calibration(calib)

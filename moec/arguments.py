@@ -87,7 +87,7 @@ def target_of(target: Any, *, run: bool) -> AnyTarget:
     parsed = parse(target) if isinstance(target, str) else target
     if run and parsed.kind == NULL:
         raise UsageError(
-            f"the target {NULL!r} makes no code, so there is nothing to verify: switch "
+            f"the target {NULL!r} generates no code, so there is nothing to verify: switch "
             "verification off (verify=False, --verify off)"
         )
     absent = lacking(parsed)
@@ -103,16 +103,16 @@ def check_tuning(target: AnyTarget, builds: bool) -> None:
     """Raises UsageError where no kernel for the target can be measured here."""
     if absent := lacking(target):
         raise UsageError(
-            f"--tune measures kernels where they will run, and this machine lacks "
-            f"{', '.join(absent)}, which code for {target.name} needs: tune on a machine that "
-            "has them"
+            "--tune measures kernels on the machine that will run them, and this one lacks "
+            f"{', '.join(absent)}, which code for {target.name} needs: tune on a machine that has "
+            "them"
         )
     if isinstance(target, CudaTarget):
-        raise UsageError("--tune measures kernels of CPUs: those of GPUs have no values to tune")
+        raise UsageError("--tune measures CPU kernels: GPU kernels have no values to tune")
     if target.kind == NULL:
-        raise UsageError(f"--tune measures kernels, and the target {NULL!r} makes none")
+        raise UsageError(f"--tune measures kernels, and the target {NULL!r} has none")
     if not builds:
-        raise UsageError("--tune measures kernels, and nothing is built here: leave --tune out")
+        raise UsageError("--tune measures kernels, and this command builds none: leave --tune out")
 
 
 def check_tf32(target: AnyTarget, weights: Mapping[str, torch.Tensor]) -> None:
@@ -139,7 +139,10 @@ def cast(source: Source, dtype: Any) -> Source:
     if torch_dtype not in DTYPES.values():
         raise UsageError(f"dtype {dtype}: models are {', '.join(DTYPES)}")
     if not isinstance(source.model, torch.nn.Module):
-        raise UsageError("the weights of an exported program cannot be converted: export it anew")
+        raise UsageError(
+            "the weights of an exported program cannot be converted: convert the "
+            "module, and export it again"
+        )
 
     def converted(value: Any) -> Any:
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -151,13 +154,16 @@ def cast(source: Source, dtype: Any) -> Source:
 
 _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "stop_after": (lambda v: isinstance(v, str), "give the name of a pass"),
-    "fuel": (lambda v: isinstance(v, int) and v >= 0, "give a number of rewrites, from 0"),
+    "fuel": (
+        lambda v: isinstance(v, int) and v >= 0,
+        ("give the greatest number of rewrites, 0 or more"),
+    ),
     "backend": (lambda v: hasattr(v, "ready"), "give a moec.codegen.backend.Backend"),
-    "watch": (callable, "give a function of a PassResult"),
-    "progress": (callable, "give a function of a text"),
+    "watch": (callable, "give a function that takes a PassResult"),
+    "progress": (callable, "give a function that takes a string"),
     "dynamic_shapes": (
         lambda v: hasattr(v, "__len__") and not isinstance(v, str),
-        "give what torch.export takes: a dict by input, or a tuple",
+        "give the dynamic_shapes of torch.export: a dict by input, or a tuple",
     ),
     "allow_fixed": (
         lambda v: isinstance(v, bool | str | Collection),
@@ -166,7 +172,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "constants": (lambda v: isinstance(v, str | Collection), "give the names of inputs"),
     "descriptions": (
         lambda v: isinstance(v, Sequence) and not isinstance(v, str),
-        "give a list of what moec.describe gives",
+        "give a list of the results of moec.describe",
     ),
 }
 

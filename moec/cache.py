@@ -112,7 +112,7 @@ def limit() -> int:
     except ValueError:
         size = 0.0
     if not 0 < size < math.inf:
-        raise UsageError(f"MOEC_CACHE_SIZE is {text!r}: give GiB, a number such as 0.5 or 4")
+        raise UsageError(f"MOEC_CACHE_SIZE is {text!r}: give a number of GiB, such as 0.5 or 4")
     return int(size * 2**30)
 
 
@@ -140,8 +140,8 @@ def _make(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _private(folder.stat()):
         raise UsageError(
-            "it is not yours alone, and what it holds is run as native code: chmod 700 it, or set "
-            "MOEC_CACHE to another folder"
+            "other users can write to it, and its files are run as native code: make it yours "
+            "with chmod 700, or set MOEC_CACHE to another folder"
         )
 
 
@@ -160,7 +160,7 @@ def _reason(error: Exception) -> str:
 def _warn(folder: Path, reason: str) -> None:
     """Warn once per process for each folder and reason."""
     warnings.warn(
-        f"the cache {folder} is not used: {reason}. Everything is compiled",
+        f"the cache {folder} is not used: {reason}. All kernels are compiled again",
         CacheWarning,
         stacklevel=2,
     )
@@ -211,7 +211,7 @@ def save(store: Store, kind: str, payloads: Mapping[str, bytes]) -> None:
             _write(folder / key, _header(kind, key, payload), payload)
         _trim(store, {folder / key for key in payloads})
     except OSError as error:
-        _warn(store.folder, f"nothing can be written there ({_reason(error)})")
+        _warn(store.folder, f"it is not writable ({_reason(error)})")
 
 
 def entries(store: Store) -> Iterator[Entry]:

@@ -38,7 +38,7 @@ def kind_of_model(text: str) -> Kind:
     if path.suffix == ".pt2" and path.is_file():
         return "pt2"
     if path.suffix == ".py":
-        raise UsageError(f"{text}: name the function that makes the model: {text}:factory")
+        raise UsageError(f"{text}: name the function that returns the model: {text}:factory")
     if not exists:
         near = did_you_mean_file(path)
         forms = "give the folder of a checkpoint, a .pt2 file, or file.py:factory"

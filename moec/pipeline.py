@@ -246,9 +246,9 @@ def _parse(changes: PassChanges) -> _Changes:
             raise UsageError(f"passes holds a {type(item).__name__}: give text or passes")
         (sign, name), (_, bracket, options) = sign_and_name(item), item.partition("(")
         if sign == "-" and name in needed:
-            raise UsageError(f"--passes {item}: code cannot be generated without {name}")
+            raise UsageError(f"--passes {item}: code generation needs {name}")
         if sign == "-" and name in kinds:
-            raise UsageError(f"--passes {item}: {name} runs only where it is asked for")
+            raise UsageError(f"--passes {item}: {name} is off by default: leave it out")
         if bracket and (not options.endswith(")") or name not in kinds):
             why = f"{name} has no options" if name not in kinds else "the list ends with )"
             raise UsageError(f"--passes {item}: {why}")
@@ -323,10 +323,11 @@ def without_effect(pass_results: Sequence[PassResult]) -> tuple[str, ...]:
         layers = pass_result.damage.layers if pass_result.damage else ()
         if layers and all(line.undone for line in layers):
             sentences.append(
-                f"{pass_result.name} changed nothing: the budget undid it in every layer"
+                f"{pass_result.name} changed nothing: in every layer it exceeded the budget and "
+                "was undone"
             )
         elif pass_result.rewrites == 0:
             reasons = dict.fromkeys(declined.reason for declined in pass_result.declined)
-            why = "; ".join(reasons) or "the model has nothing that it applies to"
+            why = "; ".join(reasons) or "it applies to nothing in the model"
             sentences.append(f"{pass_result.name} changed nothing: {why}")
     return tuple(sentences)

@@ -112,8 +112,9 @@ class MappedArrays(Mapping[str, Array]):
         for stamp in self._stamps:
             if stamp.changed():
                 raise ArtifactError(
-                    f"{stamp.path} was changed while the model in it is in use: load it again. "
-                    "To replace an artifact that may be in use, write another file and rename it"
+                    f"{stamp.path} was changed while the model in it is in use: load it again. To "
+                    "replace an artifact that may be in use, write a new file and rename it over "
+                    "the old one"
                 )
 
     def __getitem__(self, name: str) -> Array:
@@ -222,7 +223,7 @@ def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None 
     container = open_container(path)
     content = container.get(manifests.NAME)
     if content is None:
-        raise ArtifactError(f"{path} is not a moec artifact: it holds no {manifests.NAME}")
+        raise ArtifactError(f"{path} is not a moec artifact: it has no {manifests.NAME}")
     if signed_by is not None:
         from moec.runtime.signature import check_signature
 
@@ -247,7 +248,7 @@ def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None 
     graphs = {}
     for name in manifest.package.functions:
         if (text := graph_part(name)) not in small:
-            raise ArtifactError(f"{path} holds no {text}; compile or copy the artifact again")
+            raise ArtifactError(f"{path} has no {text}; compile or copy the artifact again")
         graphs[name] = bytes(small[text]).decode(errors="replace")
     code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU) and native}
 

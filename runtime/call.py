@@ -28,7 +28,7 @@ def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -
     bound = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
         if name in bound:
-            raise InputError(f"input {name} was given twice, by place and by name")
+            raise InputError(f"input {name} was given twice, by position and by name")
         bound[name] = value
     return bound
 
@@ -83,7 +83,9 @@ def routed(
     for ports in _layers(executor):
         for kind, name in (("experts", ports.experts), ("weights", ports.weights)):
             if name and kind not in choices.get(ports.layer, {}):
-                raise InputError(f"the {kind} of {ports.layer} are missing: give those of routers")
+                raise InputError(
+                    f"the {kind} of {ports.layer} are missing: pass the result of routers()"
+                )
             if name:
                 choice_inputs[name] = choices[ports.layer][kind]
     names = [port.name for port in executor.package.main.inputs]
@@ -93,7 +95,7 @@ def routed(
 def _layers(executor: Executor) -> tuple[RouterPorts, ...]:
     if not executor.package.routers:
         raise InputError(
-            "no router of this model is a function of its own: compile it with "
-            "--passes +hoist-routers, and see its report"
+            "no router of this model runs separately: compile it with --passes +hoist-routers, "
+            "and see its report"
         )
     return executor.package.routers

@@ -46,8 +46,9 @@ def causal_lm(function: Function) -> CausalLM:
         ports = "; ".join(map(show_port, function.inputs))
         outputs = "; ".join(map(show_port, function.outputs))
         raise InputError(
-            "text is continued by a model from tokens i64[B, S] to logits f32[B, S, vocabulary], "
-            f"and this one takes {ports} and gives {outputs}; give it inputs instead of a prompt"
+            "only a model from tokens i64[B, S] to logits f32[B, S, vocabulary] can continue "
+            f"text; this one takes {ports} and returns {outputs}: give it inputs instead of a "
+            "prompt"
         )
     cached = bool(function.states)
     standard_names = {"cache_position", "position_ids"} | (set() if cached else {"attention_mask"})
@@ -57,13 +58,14 @@ def causal_lm(function: Function) -> CausalLM:
     ]
     if strange:
         raise InputError(
-            f"a prompt does not tell what input {show_port(strange[0])} is; give all inputs instead"
+            f"a prompt gives no value for the input {show_port(strange[0])}: give all inputs "
+            "instead"
         )
     length = tokens[0].shape[1]
     if isinstance(length, int):
         raise InputError(
-            "text is continued by a model whose sequence may grow, and this one was compiled for "
-            f"exactly {length} tokens; compile it with a dynamic sequence"
+            f"this model was compiled for exactly {length} tokens, and continuing text needs a "
+            "sequence that may grow: compile it with a dynamic sequence"
         )
     longest = function.sizes.get(length, (0, None))[1]
     if cached:  # a text cannot be longer than a cache [B, heads, length, width]

@@ -47,7 +47,7 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise ArtifactError(f"the chat template is malformed: {error}") from error
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise InputError(f"the chat template refuses the messages: {error}") from error
+            raise InputError(f"the chat template rejects the messages: {error}") from error
         return str(text)
 
 

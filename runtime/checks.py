@@ -131,8 +131,8 @@ def _check_range(port: Port, value: Any, low: int, high: int) -> None:
         return
     at = np.argwhere((array < low) | (array > high))[0]
     raise InputError(
-        f"input {port.name!r} holds {array[tuple(at)]} at {show_shape(at)}, "
-        f"and its values must lie from {low} to {high}"
+        f"input {port.name!r} holds {array[tuple(at)]} at {show_shape(at)}, and its values must "
+        f"be from {low} to {high}"
     )
 
 
@@ -176,8 +176,8 @@ def check_no_nan(kind: str, arrays: Mapping[str, Array]) -> None:
         if is_nan.any():
             at = np.argwhere(is_nan)[0]
             why = (
-                "no expert can be chosen for a token with it"
+                "no expert can be chosen for such a token"
                 if kind == "input"
-                else "the inputs led the model to it, or its weights hold it"
+                else "the inputs caused it, or the weights contain it"
             )
-            raise InputError(f"{kind} {name!r} holds NaN, first at {show_shape(at)}: {why}")
+            raise InputError(f"{kind} {name!r} contains NaN, first at {show_shape(at)}: {why}")

@@ -50,7 +50,7 @@ def open_container(path: Path) -> Mapping[str, memoryview]:
     Raises ArtifactError where it is missing, truncated, or not of the form that moec writes.
     """
     if "\0" in str(path):
-        raise ArtifactError(f"{str(path)!r} holds a zero byte: no file has such a name")
+        raise ArtifactError(f"{str(path)!r} contains a zero byte, which no file name may")
     if path.is_dir():
         return _Folder(path)
     if not path.exists():
@@ -140,9 +140,9 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
         if name.endswith("/") and member.file_size == 0:
             continue
         if not _NAME.fullmatch(name):
-            raise ArtifactError(f"{path}: {name!r} is not a name that a part may have")
+            raise ArtifactError(f"{path}: {name!r} is not a valid name of a part")
         if name in parts:
-            raise ArtifactError(f"{path} holds {name!r} twice; no artifact of moec does")
+            raise ArtifactError(f"{path} holds {name!r} twice, so it is not an artifact of moec")
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise ArtifactError(
                 f"{path}: {name!r} is compressed or encrypted, so it cannot be mapped; "
@@ -150,7 +150,7 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
             )
         start = _start(content, member, directory)
         if start is None or member.header_offset < end:
-            raise ArtifactError(f"{path}: {name!r} does not lie where the zip directory says")
+            raise ArtifactError(f"{path}: {name!r} is not where the zip directory says")
         end = start + member.file_size
         parts[name] = content[start:end]
     return parts
@@ -199,7 +199,9 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
             with zipfile.ZipFile(new, "w") as archive:
                 yield _ZipWriter(archive)
         if not overwrite and path.exists():
-            raise UsageError(f"{path} was written by another process meanwhile; it is left so")
+            raise UsageError(
+                f"{path} was written by another process meanwhile, and is left as it is"
+            )
         if path.is_dir() or (folder and path.exists()):
             path.rename(temporary / "old")
         new.rename(path)

@@ -86,7 +86,7 @@ class Cpu:
 
     def refusal(self, line: str) -> MoecError:
         """The error for a message of compiled code."""
-        return InputError(f"the compiled code does not take these inputs: {line}")
+        return InputError(f"the compiled code rejects these inputs: {line}")
 
 
 def device_of(name: str, *, copies: bool = False) -> Device:
@@ -96,7 +96,7 @@ def device_of(name: str, *, copies: bool = False) -> Device:
     """
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if match is None:
-        raise UsageError(f"there is no device {name!r}: name cpu, cuda or a GPU such as cuda:1")
+        raise UsageError(f"unknown device {name!r}: name cpu, cuda or a GPU such as cuda:1")
     if name == CPU:
         return Cpu()
     from moec.runtime.gpu import GpuDevice

@@ -86,7 +86,7 @@ def generate(
         for text, row in enumerate(logits):
             if open_[text] and np.isnan(row).any():
                 raise InputError(
-                    f"the logits hold NaN after {lengths[text]} tokens: no token is likeliest"
+                    f"the logits hold NaN after {lengths[text]} tokens: no next token can be chosen"
                 )
         tokens = choose(logits, request.sampling, generators)
         yield tuple(token if o else None for o, token in zip(open_, tokens, strict=True))
@@ -113,11 +113,13 @@ def _feed(executor: Decoder, prompts: Sequence[Sequence[int]], room: int) -> Fee
     if executor.package.generation is not None:
         return Texts(executor, len(prompts), room).feed
     if not isinstance(executor, Whole):
-        raise InputError("several ranks continue text by `decode`, and this plan has none")
+        raise InputError(
+            "several ranks continue text with the function `decode`, which this plan does not have"
+        )
     lm = causal_lm(executor.package.main)
     if lm.cached and len(prompts) > 1:
         raise InputError(
-            f"{len(prompts)} prompts, and the model keeps one cache of its own: give one at a time"
+            f"{len(prompts)} prompts, and the model's own cache is for one: give one at a time"
         )
     executor.reset()
     return partial(_whole, executor, lm, [[] for _ in prompts])

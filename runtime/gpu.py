@@ -103,7 +103,7 @@ class GpuDevice:
             )
         if "CUDA" in line:
             return TargetError(f"GPU {self.index} failed: {line}")
-        return InputError(f"the compiled code does not take these inputs: {line}")
+        return InputError(f"the compiled code rejects these inputs: {line}")
 
 
 def kernels(code: GpuCode, index: int = 0) -> Callable[[Any], None]:
@@ -117,7 +117,8 @@ def kernels(code: GpuCode, index: int = 0) -> Callable[[Any], None]:
     for launch in code.launches:
         if launch.name.encode() not in content:
             raise ArtifactError(
-                f"{name} is stale: it lacks the kernel {launch.name}; compile the model again"
+                f"{name} does not fit the library: it lacks the kernel {launch.name}; compile the "
+                "model again"
             )
     _load_runtime()
     return partial(_import, code=code, content=content)
@@ -170,9 +171,9 @@ def _load_runtime() -> None:
         ctypes.CDLL(str(path))
     except OSError as error:
         hint = f"; pip install 'moec[cuda]' brings {CUDART}" if CUDART in str(error) else ""
-        raise TargetError(f"TVM's runtime for CUDA does not load: {error}{hint}") from error
+        raise TargetError(f"TVM's runtime for CUDA fails to load: {error}{hint}") from error
     if ffi.get_global_func(_CREATE, allow_missing=True) is None:
-        raise TargetError("TVM's runtime for CUDA is loaded and lacks what opens kernels")
+        raise TargetError("TVM's runtime for CUDA lacks the loader of kernels")
 
 
 def empty_in_torch(tensor: Any) -> Any:

@@ -62,7 +62,7 @@ def open_library(
     does not load, or lacks one of the functions.
     """
     if not library:
-        raise ArtifactError("the artifact holds no native code; run it with --rebuild")
+        raise ArtifactError("the artifact has no native code: run it with --rebuild")
     opened = partial(_functions, names=tuple(names), kernels=kernels, device=device)
     functions: dict[str, Any] = _from_path(library, opened)
     return functions
@@ -122,4 +122,4 @@ def _functions(
 
 def _damaged(error: Exception) -> ArtifactError:
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return ArtifactError(f"the native code does not load: {line}; compile the model again")
+    return ArtifactError(f"the native code fails to load: {line}; compile the model again")

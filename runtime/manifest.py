@@ -136,7 +136,7 @@ def load(content: bytes | memoryview) -> Manifest:
     Raises ArtifactError where it is altered, of another format version, or malformed.
     """
     if len(content) > _LARGEST:
-        raise ArtifactError(f"{NAME} has {len(content)} bytes; no manifest of moec is so large")
+        raise ArtifactError(f"{NAME} has {len(content)} bytes, more than any manifest of moec")
     try:
         text = json.loads(bytes(content))
         json.dumps(text, ensure_ascii=False).encode()  # half of a surrogate pair is no text
@@ -171,13 +171,16 @@ def _check(manifest: Manifest) -> None:
     if manifest.for_gpu is not None:
         variants.append(manifest.for_gpu)
         if manifest.for_gpu.package.gpu is None or manifest.package.gpu is not None:
-            raise ValueError("a model for a CPU and for GPUs has kernels for GPUs in one of both")
+            raise ValueError(
+                "a model for a CPU and for GPUs needs one part with and one part "
+                "without GPU kernels"
+            )
     for stored in (*(a for v in variants for a in v.arrays.values()), *sampled):
         fits = all(0 <= size < _BEYOND for size in stored.shape) and len(stored.shape) <= _AXES
         if stored.dtype not in NUMPY or not fits:
             raise ValueError(f"{stored.part} is {stored.dtype}{list(stored.shape)}")
         if stored.nbytes != manifest.parts[stored.part].size:
-            raise ValueError(f"{stored.part} is not of the size that its shape needs")
+            raise ValueError(f"{stored.part} has another size than its shape needs")
     for variant in variants:
         _check_package(variant.package, variant.arrays)
 
@@ -200,7 +203,7 @@ def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
             texts, *rest = cache.shape
             fixed = [n for axis, n in enumerate(rest) if not (grows(cache) and axis == 1)]
             if not isinstance(texts, str) or not all(isinstance(n, int) for n in fixed):
-                raise ValueError(f"{cache.name} is no cache for any number of texts")
+                raise ValueError(f"{cache.name} is not a cache with a free number of texts")
         for state in function.states:
             if not all(isinstance(size, int) for size in state.shape):
                 raise ValueError(f"state {state.name} has no fixed size")
@@ -209,11 +212,13 @@ def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
             if package.states[state.name] != state:
                 raise ValueError(f"two functions disagree about the state {state.name}")
     if (package.generation is None) != (DECODE not in package.functions):
-        raise ValueError(f"the function {DECODE!r} and what it needs come together")
+        raise ValueError(
+            f"the function {DECODE!r} and its caches must both be present or both be absent"
+        )
     outputs = [p.name for p in package.functions.get(ROUTE, Function()).outputs]
     for layer in package.routers:
         if not {layer.experts, layer.weights or layer.experts} <= set(outputs):
-            raise ValueError(f"{ROUTE!r} does not give the choices of {layer.layer}")
+            raise ValueError(f"{ROUTE!r} does not return the choices of {layer.layer}")
     _check_recorded(package)
 
 

@@ -62,13 +62,13 @@ def _array(file: IO[bytes], size: int) -> Array:
     """The one array in a file of `size` bytes."""
     start = file.read(8)
     if start[:6] != _MAGIC or len(start) < 8:
-        raise ValueError("it is no array of numpy's: its first bytes are others")
+        raise ValueError("it is not an array of numpy: its first bytes differ")
     width = 2 if start[6] == 1 else 4
     if start[6] not in (1, 2, 3):
         raise ValueError(f"its version is {start[6]}, and the format has 1 to 3")
     length = int.from_bytes(file.read(width), "little")
     if length > _LONGEST:
-        raise ValueError(f"its header has {length} bytes, and that of an array of numbers is short")
+        raise ValueError(f"its header has {length} bytes, too many for an array of numbers")
     header = _header(file.read(length))
     dtype, shape = _dtype(header["descr"]), _shape(header["shape"])
     nbytes = dtype.itemsize * math.prod(shape)
@@ -91,9 +91,9 @@ def _header(content: bytes) -> Mapping[str, Any]:
     try:
         header = ast.literal_eval(content.decode())
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise ValueError("its header is no dict of numpy's") from error
+        raise ValueError("its header is not a dict of numpy") from error
     if not isinstance(header, dict) or header.keys() != _KEYS:
-        raise ValueError("its header is no dict of numpy's")
+        raise ValueError("its header is not a dict of numpy")
     if not isinstance(header["fortran_order"], bool):
         raise ValueError(f"its fortran_order is {header['fortran_order']!r}")
     return header
@@ -101,7 +101,7 @@ def _header(content: bytes) -> Mapping[str, Any]:
 
 def _dtype(name: object) -> np.dtype[Any]:
     if not isinstance(name, str) or not _NUMBERS.fullmatch(name):
-        raise ValueError(f"it holds {str(name)[:80]}, and a model takes plain numbers")
+        raise ValueError(f"it holds {str(name)[:80]}, not plain numbers")
     return np.dtype(name)
 
 

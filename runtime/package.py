@@ -179,7 +179,7 @@ class Package:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     generation: Generation | None = None
-    no_generation: str = "the model was compiled without a cache"
+    no_generation: str = "the model was compiled without a KV cache"
     routers: tuple[RouterPorts, ...] = ()
     recorded: tuple[RecordedLayer, ...] = ()
     tunings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

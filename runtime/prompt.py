@@ -42,7 +42,7 @@ class Tokenizer:
             ) from error
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         if not tokens:
-            raise UsageError("the prompt gives no tokens; write at least one character")
+            raise UsageError("the prompt encodes to no tokens: write at least one character")
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -62,8 +62,8 @@ class Tokenizer:
         """
         if self.template is None:
             raise UsageError(
-                "the model came without a chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json): give it text to continue"
+                "the model has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json): use --prompt with plain text"
             )
         return self.encode(self.template.render(messages), special=False)
 
@@ -85,8 +85,8 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     content = files.get(FOLDER + "tokenizer.json")
     if content is None:
         raise ArtifactError(
-            "the artifact carries no tokenizer; compile a Hugging Face checkpoint folder that has "
-            "a tokenizer.json, or give tokens with --input"
+            "the artifact has no tokenizer; compile a Hugging Face checkpoint folder that has a "
+            "tokenizer.json, or give tokens with --input"
         )
     try:
         import tokenizers

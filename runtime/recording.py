@@ -103,7 +103,7 @@ class Recorder:
     def trace(self) -> RoutingTrace:
         """The trace of all calls so far, one step each. Raises InputError if there was none."""
         if not self._calls:
-            raise InputError("no call was recorded: run the model inside of record_routing()")
+            raise InputError("no call was recorded: run the model inside record_routing()")
         calls = [
             self._of_main(call) if call.lengths is None else self._of_decode(call, call.lengths)
             for call in self._calls
@@ -133,7 +133,7 @@ def record_routing(executor: Executor) -> Iterator[Recorder]:
     layers = executor.package.recorded
     if not layers:
         raise InputError(
-            "this model does not tell what its routers choose: compile it with --record-routing "
+            "this model cannot record routing: compile it with --record-routing "
             "(record_routing=True in Python)"
         )
     recorder = Recorder(layers)

@@ -99,14 +99,14 @@ def load_trace(path: Path) -> RoutingTrace:
             missing = [name for name in _DTYPES if name not in file]
             if missing:
                 raise InputError(
-                    f"{path} is no routing trace: it lacks {', '.join(missing)}; moec routing FILE "
-                    "-o TRACE.npz converts those of other tools"
+                    f"{path} is not a routing trace: it lacks {', '.join(missing)}; moec routing "
+                    "FILE -o TRACE.npz converts those of other tools"
                 )
             arrays = {name: file[name] for name in _DTYPES}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no routing trace: {error}") from None
+        raise InputError(f"{path} is not a routing trace: {error}") from None
     for name, array in arrays.items():
         if array.dtype.kind not in "iu":
             raise InputError(f"{path}: {name} is {array.dtype}, not of integers")

@@ -35,7 +35,7 @@ class Sampling:
         for name in ("top_k", "seed"):
             value = getattr(self, name)
             if value is not None and not _is_a(value, int, np.integer):
-                raise InputError(f"{name} is {value!r}; it must be a whole number, or be left out")
+                raise InputError(f"{name} is {value!r}; it must be a whole number, or omitted")
         if self.seed is not None and self.seed < 0:
             raise InputError(f"seed is {self.seed}; it must be 0 or more")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -43,11 +43,11 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k is {self.top_k}; it must be at least 1, or be left out")
+            raise InputError(f"top_k is {self.top_k}; it must be at least 1, or omitted")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
             raise InputError(
-                "top_p and top_k say which tokens are drawn from, and at temperature 0 none is "
-                "drawn: set a temperature, such as 1"
+                "top_p and top_k limit sampling, and temperature 0 does not sample: set a "
+                "temperature, such as 1"
             )
 
     def generators(self, texts: int) -> list[np.random.Generator]:

@@ -48,7 +48,7 @@ def manifest_content(path: Path) -> Buffer:
     """What is signed of the artifact at `path`. Raises ArtifactError where it is none."""
     content = open_container(path).get(manifest.NAME)
     if content is None:
-        raise ArtifactError(f"{path} is not a moec artifact: it holds no {manifest.NAME}")
+        raise ArtifactError(f"{path} is not a moec artifact: it has no {manifest.NAME}")
     return content
 
 
@@ -81,13 +81,13 @@ def check_signature(path: Path, content: Buffer, key: Path) -> None:
     source = signature_path(path)
     match = _LINE.fullmatch(_read(source, ArtifactError).decode(errors="replace"))
     if match is None:
-        raise ArtifactError(f"{source} is not a signature of moec sign")
+        raise ArtifactError(f"{source} is not a signature made by moec sign")
     try:
         public.verify(base64.b64decode(match[1]), _message(content))
     except InvalidSignature:
         raise ArtifactError(
             f"{path} is not signed with the key in {key}: it was changed after it was signed, or "
-            "somebody else signed it; do not run it, and ask its author"
+            "signed with another key; do not run it, and ask its author"
         ) from None
 
 
@@ -113,10 +113,10 @@ def _private_key(path: Path, password: bytes | None) -> Ed25519PrivateKey:
     except UnsupportedAlgorithm as error:
         raise UsageError(f"{path} cannot be opened: {error}") from None
     except ValueError:
-        wrong = ", or its password is another" if password else ""
-        raise UsageError(f"{path} holds no private key{wrong}; {_PAIR}") from None
+        wrong = ", or the password is wrong" if password else ""
+        raise UsageError(f"{path} has no private key{wrong}; {_PAIR}") from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise UsageError(f"{path} holds a key of another kind than Ed25519; {_PAIR}")
+        raise UsageError(f"{path} has a key that is not Ed25519; {_PAIR}")
     return key
 
 
@@ -128,15 +128,15 @@ def _public_key(path: Path) -> Ed25519PublicKey:
 
     content = _read(path, UsageError)
     if b"PRIVATE KEY" in content:
-        raise UsageError(f"{path} holds a private key: give the public one of the author's pair")
+        raise UsageError(f"{path} has a private key: give the author's public key")
     openssh = content.startswith(b"ssh-")
     load = serialization.load_ssh_public_key if openssh else serialization.load_pem_public_key
     try:
         key = load(content)
     except (ValueError, UnsupportedAlgorithm):
-        raise UsageError(f"{path} holds no public key; {_PAIR}") from None
+        raise UsageError(f"{path} has no public key; {_PAIR}") from None
     if not isinstance(key, Ed25519PublicKey):
-        raise UsageError(f"{path} holds a key of another kind than Ed25519; {_PAIR}")
+        raise UsageError(f"{path} has a key that is not Ed25519; {_PAIR}")
     return key
 
 

@@ -32,7 +32,7 @@ _LARGEST = 1 << 256  # of intermediate values: powers of powers would take all t
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> ast.expr:
     if len(text) > _LONGEST:
-        raise ArtifactError(f"a size of {len(text)} characters is not a size of moec")
+        raise ArtifactError(f"a size of {len(text)} characters is not a valid size")
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -55,7 +55,7 @@ def _parse(text: str) -> ast.expr:
                 continue
         raise ArtifactError(f"{text!r} is not a size")
     if _depth(tree) > _DEEPEST:
-        raise ArtifactError(f"{text[:40]!r}... nests deeper than any size of moec")
+        raise ArtifactError(f"{text[:40]!r}... is nested too deeply")
     return tree
 
 
@@ -113,7 +113,7 @@ def solve(size: Size, value: int) -> tuple[str, int] | None:
 def _value(node: ast.expr, env: Mapping[str, int]) -> Fraction:
     value = _unbounded(node, env)
     if max(abs(value.numerator), value.denominator) > _LARGEST:
-        raise OverflowError("a size beyond all memory")
+        raise OverflowError("a size larger than any memory")
     return value
 
 

@@ -43,8 +43,8 @@ def read_tensors(path: Path, ports: tuple[Port, ...]) -> dict[str, Array]:
         if len(ports) != 1:
             names = ", ".join(port.name for port in ports)
             raise InputError(
-                f"{path} holds one array without a name, and the model takes {len(ports)}; "
-                f"save them as .npz, named {names}"
+                f"{path} has one array without a name, and the model takes {len(ports)} inputs: "
+                f"save them as .npz with the names {names}"
             )
         arrays = {ports[0].name: arrays[""]}
     bf16 = {port.name for port in ports if port.dtype == "bf16"}
@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, Array]:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
     if zipped is (path.suffix == ".npy"):
-        raise ValueError("it is of another format than its name says")
+        raise ValueError("its format is not the one of its file name")
     return read_npz(path) if zipped else {"": read_npy(path)}
 
 
@@ -77,7 +77,9 @@ def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:
     """
     check_suffix(path)
     if path.suffix == ".npy" and len(arrays) != 1:
-        raise UsageError(f"{path}: a .npy holds one array, and there are {len(arrays)}; use .npz")
+        raise UsageError(
+            f"{path}: a .npy file has one array, and there are {len(arrays)}; use .npz"
+        )
     try:
         with whole_file(path) as file:
             _write(file, path.suffix, arrays)
@@ -103,4 +105,4 @@ def _write(file: Any, suffix: str, arrays: Mapping[str, Array]) -> None:
 def check_suffix(path: Path) -> None:
     """Raise UsageError unless the file has the suffix of one of the three formats."""
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: tensors are kept in {', '.join(SUFFIXES)}")
+        raise UsageError(f"{path}: the file type must be one of {', '.join(SUFFIXES)}")

@@ -126,4 +126,4 @@ class Texts:
                 f"{self._vocabulary} tokens"
             )
         if int((self._first + counts).max()) > self._room:
-            raise InputError(f"a text has more tokens than its cache has room for, {self._room}")
+            raise InputError(f"a text has more tokens than its cache holds, {self._room}")

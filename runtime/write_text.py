@@ -23,7 +23,7 @@ class StopCut:
     def __post_init__(self) -> None:
         for stop in self.stops:
             if not isinstance(stop, str) or not stop:
-                raise InputError(f"stop holds {stop!r}; a text ends at a string of characters")
+                raise InputError(f"stop holds {stop!r}: each must be a string")
 
     def feed(self, piece: str) -> str:
         """Add a piece. Returns the text that is certainly part of the result."""

@@ -164,7 +164,9 @@ def test_a_folder_that_others_may_write_is_not_used(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     save(store_in(shared), OBJECTS, {"a": b"one"})
     shared.chmod(0o777)
-    with pytest.warns(CacheWarning, match=r"shared is not used: it is not yours alone.*chmod 700"):
+    with pytest.warns(
+        CacheWarning, match=r"shared is not used: other users can write to it.*chmod 700"
+    ):
         store = store_in(shared)
     assert load(store, OBJECTS, "a") is None
 
@@ -173,7 +175,7 @@ def test_a_folder_of_another_user_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
-    with pytest.warns(CacheWarning, match="it is not yours alone"):
+    with pytest.warns(CacheWarning, match="other users can write to it"):
         assert store_in(tmp_path / "cache").folder is None
 
 

@@ -1,4 +1,4 @@
-"""Names say a type or a role, and docstrings use plain verbs: exceptions only become fewer."""
+"""Names say a type or a role, docstrings and messages use plain verbs: exceptions become fewer."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ RIDDLES = {"asks", "lie", "lies", "stand", "stands", "stood", "tells", "whoever"
 MOST_RIDDLES = {"moec": 2, "passes": 0, "codegen": 0, "runtime": 2}
 """The most of them in the docstrings of each folder. Lower a number as docstrings improve."""
 
+IDIOMS = RIDDLES | {"anew", "beside", "mend", "nobody", "otherwise"}
+"""Words by which messages used to be short and not understood at once."""
+MOST_IDIOMS = {"moec": 11, "passes": 0, "codegen": 0, "runtime": 0}
+"""The most of them in the messages of each folder. Lower a number as messages improve."""
+
 
 def assignments(tree: ast.AST) -> Counter[str]:
     """How often each of the words is assigned to, as a variable, a parameter or a field."""
@@ -62,6 +67,22 @@ def riddles(tree: ast.AST) -> Counter[str]:
     return Counter(word for word in words if word in RIDDLES)
 
 
+def idioms(tree: ast.AST) -> Counter[str]:
+    """How often each of the words is in a message: a string of three words or more that is not a
+    docstring."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = (
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+        and len(node.value.split()) > 2
+    )
+    words = (word for text in texts for word in re.findall(r"[a-z]+", text.lower()))
+    return Counter(word for word in words if word in IDIOMS)
+
+
 def test_names_say_a_type_or_a_role() -> None:
     counts = {folder: _count(folder, assignments) for folder in FOLDERS}
     totals = {folder: count.total() for folder, count in counts.items()}
@@ -73,6 +94,12 @@ def test_docstrings_are_plain() -> None:
     totals = {folder: _count(folder, riddles).total() for folder in MOST_RIDDLES}
     more = {folder: count for folder, count in totals.items() if count > MOST_RIDDLES[folder]}
     assert not more, f"{more}, at most {MOST_RIDDLES}; avoid {', '.join(sorted(RIDDLES))}"
+
+
+def test_messages_are_plain() -> None:
+    totals = {folder: _count(folder, idioms).total() for folder in MOST_IDIOMS}
+    more = {folder: count for folder, count in totals.items() if count > MOST_IDIOMS[folder]}
+    assert not more, f"{more}, at most {MOST_IDIOMS}; avoid {', '.join(sorted(IDIOMS))}"
 
 
 def _count(folder: str, count: Callable[[ast.AST], Counter[str]]) -> Counter[str]:
@@ -91,3 +118,6 @@ def test_what_counts() -> None:
     assert assignments(tree) == {"made": 1, "found": 1, "place": 1}
     text = ast.parse('"""It stands there."""\nx = "lies"  # whoever asks')
     assert riddles(text) == {"stands": 1}
+    assert idioms(ast.parse('"""Nobody."""\nraise E(f"no{x} rows of nobody here", "nobody")')) == {
+        "nobody": 1
+    }

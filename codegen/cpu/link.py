@@ -100,7 +100,7 @@ def linker(
     if native and (named := env.get("CC")):
         if which(named.split()[0]):
             return tuple(named.split())
-        raise TargetError(f"CC names {named}, which is not there: unset CC, or install it")
+        raise TargetError(f"CC names {named}, which is not installed: unset CC, or install it")
     for name in COMPILERS if native else (f"{triple}-gcc",):
         if path := which(name):
             return (path,)
@@ -112,6 +112,6 @@ def linker(
             f"{', '.join(COMPILERS)}, or `pip install ziglang`"
         )
     raise TargetError(
-        f"no C compiler that links for {machine}, and this machine is {platform.machine()}: "
-        f"install gcc-{triple} (Debian's name for it), or `pip install ziglang`"
+        f"no C compiler links for {machine}, and this machine is {platform.machine()}: install "
+        f"gcc-{triple} (Debian's name for it), or `pip install ziglang`"
     )

@@ -89,9 +89,9 @@ def check_codes(spec: QuantisedSpec, epilogue: Epilogue | None) -> None:
     if spec.dtype not in (*HALVES, "float32"):
         raise NoMatch(f"its result is {spec.dtype}")
     if size % piece:
-        raise NoMatch(f"{piece} codes, which are read at once, would have two scales")
+        raise NoMatch(f"{piece} codes, which are loaded together, would have two scales")
     if size != spec.k and size not in _BLOCKS:
-        raise NoMatch(f"its blocks of {size} weights are neither of 32, 64 or 128 nor rows")
+        raise NoMatch(f"its blocks of {size} weights are neither 32, 64 or 128 nor a row")
     if spec.n % (GROUP if spec.gated else 2):
         raise NoMatch(f"its {spec.n} columns cannot be stored as pairs")
     if spec.gated and epilogue is None:

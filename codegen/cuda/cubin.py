@@ -33,8 +33,9 @@ def compiler(target: CudaTarget) -> nvidia.Compiler:
     chosen = nvidia.nvcc() or nvidia.nvrtc()
     if chosen is None:
         raise TargetError(
-            f"target {target.name!r}: there is neither nvcc nor NVRTC, which compile its kernels; "
-            "pip install 'moec[cuda]', or install the CUDA toolkit and set CUDA_HOME or PATH to it"
+            f"target {target.name!r}: there is neither nvcc nor NVRTC, and one of them must "
+            "compile its kernels: pip install 'moec[cuda]', or install the CUDA toolkit and set "
+            "CUDA_HOME or PATH to it"
         )
     return chosen
 

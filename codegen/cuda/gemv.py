@@ -54,7 +54,7 @@ def check_few_rows(spec: LinearSpec, epilogue: Epilogue | None) -> None:
     if spec.y_dtype not in (spec.dtype, "float32"):
         raise NoMatch(f"its result is {spec.y_dtype}, not {spec.dtype} or float32")
     if spec.k % _elements(spec.dtype):
-        raise NoMatch(f"its rows of {spec.k} elements are no multiple of 16 bytes")
+        raise NoMatch(f"its rows of {spec.k} elements are not a multiple of 16 bytes")
     if spec.n % (GROUP if spec.gated else 2):
         raise NoMatch(f"its {spec.n} columns cannot be stored as pairs")
     if spec.gated and epilogue is None:

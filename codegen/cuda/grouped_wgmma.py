@@ -51,9 +51,9 @@ def grouped_linear_wgmma(
     """
     check_product(spec, target, epilogue, SHARED_MEMORY)
     if spec.dtype not in HALVES:
-        raise NoMatch(f"wgmma rounds {spec.dtype}")
+        raise NoMatch(f"wgmma would round {spec.dtype}")
     if "wgmma" not in target.tensor_cores:
-        raise NoMatch(f"{target.name} has no wgmma, sm_90a alone has")
+        raise NoMatch(f"{target.name} has no wgmma: only sm_90a has it")
     count = blocks or target.sms
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):

@@ -54,11 +54,11 @@ def check_product(
 ) -> None:
     """Raises NoMatch if no tile with `shared_memory` bytes can compute the product."""
     if spec.dtype not in (*HALVES, "float32"):
-        raise NoMatch(f"products of {spec.dtype} have no CUDA kernel, those of 16 bits have")
+        raise NoMatch(f"products of {spec.dtype} have no CUDA kernel; 16-bit products have one")
     if spec.y_dtype not in (spec.dtype, "float32"):
         raise NoMatch(f"its result is {spec.y_dtype}, not {spec.dtype} or float32")
     if spec.k % (4 if spec.dtype == "float32" else 8):
-        raise NoMatch(f"its rows of {spec.k} elements are no multiple of 16 bytes")
+        raise NoMatch(f"its rows of {spec.k} elements are not a multiple of 16 bytes")
     if spec.n % (GROUP if spec.gated else 2):
         raise NoMatch(f"its {spec.n} columns cannot be stored as pairs of 16-bit fragments")
     if spec.gated and epilogue is None:

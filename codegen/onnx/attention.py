@@ -17,7 +17,7 @@ from moec.ops.attention import SWAP, Attention
 def attention(c: Call) -> str:
     a = Attention.of(c.op)
     if a.first is not None:
-        raise NoMatch("queries that begin at a place of their own (a cache) have no ONNX form")
+        raise NoMatch("queries with their own start position (a KV cache) have no ONNX form")
     square = a.causal and a.shape("q")[2] == a.shape("k")[2]
     plain = a.sinks is None and a.window is None and a.chunk is None
     output = _of_heads(c, a, square, plain)

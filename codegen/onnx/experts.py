@@ -183,7 +183,9 @@ def _counts(w: NodeWriter, ends: Value) -> tuple[str, bool]:
     expert."""
     counts = w.memo.get(("counts", ends))
     if counts is None:
-        raise NoMatch(f"the experts of the rows ({ends.name}) come from no sort of choices")
+        raise NoMatch(
+            f"the experts of the rows ({ends.name}) do not come from a sort of the choices"
+        )
     producer = w.graph.producers[ends]
     if producer.name == "moe.even_ends":
         return counts, False

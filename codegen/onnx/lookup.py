@@ -11,7 +11,9 @@ from moec.ir.graph import Value
 
 def positions(c: Call, value: Value) -> str:
     if value.dtype in ("bool", "u8"):
-        raise NoMatch(f"operator {c.op.name} with a mask makes a size that depends on the data")
+        raise NoMatch(
+            f"operator {c.op.name} with a mask has a result whose size depends on the data"
+        )
     return c.read(value, "i64")
 
 
@@ -81,7 +83,7 @@ def index_put(c: Call) -> str:
     value, values = c["self"], c["values"]
     axes, ids = indexed(c)
     if axes != list(range(len(axes))):
-        raise NoMatch(f"operator {c.op.name} behind a whole axis has no ONNX form")
+        raise NoMatch(f"operator {c.op.name} with indices after a full slice has no ONNX form")
     at = together(c, ids)
     rest = value.shape[len(axes) :]
     leading = c.w("Shape", at, end=-1)

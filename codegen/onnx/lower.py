@@ -57,7 +57,7 @@ def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Onnx
         names = ", ".join(state.before.name for state in graph.states[:3])
         raise UnsupportedError(
             f"the model keeps {len(graph.states)} buffers between calls ({names}), and an ONNX "
-            "file keeps nothing: export it without a cache (use_cache=False)"
+            "file cannot keep state: export it without a cache (use_cache=False)"
         )
     for value in graph.inputs:
         w.names[value] = w.reserve(value.name)
@@ -119,7 +119,7 @@ def _message(lines: list[str]) -> str:
     return (
         "the model cannot be exported to ONNX:\n"
         + "\n".join(f"  {text}" for text in lines)
-        + "\nreplace these operations in the model, or export the part that does without them"
+        + "\nreplace these operations in the model, or export a part of the model without them"
     )
 
 

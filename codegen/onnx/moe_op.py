@@ -107,7 +107,7 @@ def match(graph: Graph, combine: Op) -> Fused:
     """
     last = graph.producers.get(combine.inputs[0])
     if last is None or last.name not in _KINDS:
-        raise NoMatch("the result of the experts is not that of a linear layer")
+        raise NoMatch("the output of the experts is not that of a linear layer")
     first = graph.producers.get(last.inputs[0])
     if first is None or first.name != last.name:
         raise NoMatch("the experts are not two linear layers with an activation_type between them")
@@ -116,13 +116,15 @@ def match(graph: Graph, combine: Op) -> Fused:
     if not normal and up.x.dtype == "bf16":
         raise NoMatch("router_probs would round the logarithms of the weights to bf16")
     if up.scale is not None:
-        raise NoMatch("the weights multiply the experts' input, for which there is no attribute")
+        raise NoMatch(
+            "the routing weights scale the experts' input, which the operator does not support"
+        )
     if up.order is None:
         raise NoMatch("the rows are not gathered by the first linear layer (fuse-dispatch is off)")
     if down.order is not None or len(down.matrices) != 1 or last.body is not None:
-        raise NoMatch("something follows the second linear layer, which has no activation_type")
+        raise NoMatch("an op follows the second linear layer, which the operator does not support")
     if up.x is not router.inputs[0] and router.name == "moe.gate":
-        raise NoMatch("the router reads other values than the experts: the operator has one input")
+        raise NoMatch("the router reads another input than the experts, and the operator has one")
     activation, swapped = _activation(first, up)
     added = combine.inputs[-1] if combine.attrs.get("added") else None
     routing = Routing.of(router)
@@ -132,18 +134,22 @@ def match(graph: Graph, combine: Op) -> Fused:
 def _router(graph: Graph, combine: Op, up: Grouped) -> tuple[Op, bool]:
     """The router, and whether it is the kernel's own."""
     if not combine.attrs.get("weighted"):
-        raise NoMatch("the weights multiply the experts' input, for which there is no attribute")
+        raise NoMatch(
+            "the routing weights scale the experts' input, which the operator does not support"
+        )
     router = graph.producers.get(combine.inputs[2])
     sort = graph.producers[up.ends]
     if router is None or router.name not in ("moe.gate", "moe.route"):
-        raise NoMatch("the router is not a score and a top-k, so its weights may be negative")
+        raise NoMatch(
+            "the router is not a score function and a top-k, so its weights may be negative"
+        )
     if sort.inputs[0] is not router.outputs[1]:
-        raise NoMatch("what each expert takes is limited (capacity), which has no attribute")
+        raise NoMatch("the experts have a capacity, which the operator does not support")
     if columns(router) != up.ends.shape[0]:
-        raise NoMatch("some of the experts that are chosen among have no network")
+        raise NoMatch("some experts of the router have no network (zero experts)")
     routing = Routing.of(router)
     if routing.scale <= 0 or (routing.score, routing.after) == ("none", "none"):
-        raise NoMatch("the weights may be negative, and those of the operator are a softmax")
+        raise NoMatch("the routing weights may be negative, and the operator computes a softmax")
     corrected = len(router.inputs) > 1 if router.name == "moe.route" else False
     corrected = corrected or bool(router.attrs.get("corrected"))
     once = (routing.score, routing.after) in (("softmax", "none"), ("none", "softmax"))
@@ -157,7 +163,10 @@ def _activation(first: Op, up: Grouped) -> tuple[Activation, bool]:
     activation of the kernel on random numbers. Raises NoMatch if none is equal."""
     count = len(up.matrices)
     if count > 2:
-        raise NoMatch(f"{count} matrices feed the activation: the operator has fc1, or gate and up")
+        raise NoMatch(
+            f"{count} matrices feed the activation, and the operator supports one (fc1) "
+            "or two (gate and up)"
+        )
     generator = torch.Generator().manual_seed(0)
     shape = (97, int(str(first.outputs[0].shape[1])))
     inputs = [6 * torch.randn(shape, generator=generator) for _ in range(count)]
@@ -167,7 +176,7 @@ def _activation(first: Op, up: Grouped) -> tuple[Activation, bool]:
         for candidate in _candidates(first.body, count):
             if torch.allclose(candidate(gate, other), expected, rtol=1e-5, atol=1e-5):
                 return candidate, turned
-    raise NoMatch("no activation_type of the CPU kernel is what the experts compute")
+    raise NoMatch("no activation_type of the CPU kernel computes the activation of these experts")
 
 
 def _candidates(body: Graph | None, matrices: int) -> Iterator[Activation]:

@@ -50,7 +50,7 @@ PROFILES = {
 def profile_of(ep: str) -> Profile:
     """The profile of that name. Raises TargetError if there is none."""
     if ep not in PROFILES:
-        raise TargetError(f"there is no execution provider {ep!r}: choose {', '.join(PROFILES)}")
+        raise TargetError(f"unknown execution provider {ep!r}: choose {', '.join(PROFILES)}")
     return PROFILES[ep]
 
 
@@ -63,7 +63,7 @@ def opset_of(opset: int | None) -> int:
         return FUSED
     if isinstance(opset, bool) or not isinstance(opset, int) or opset not in OPSETS:
         raise UsageError(
-            f"opset {opset!r} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}, or none"
+            f"opset {opset!r} is not supported: choose {OPSETS[0]} to {OPSETS[-1]}, or none"
         )
     return opset
 

@@ -31,10 +31,10 @@ def check(block: Fused) -> None:
     """Raises NoMatch, naming the attribute, for what MoE supports and QMoE does not."""
     up, down = _parts(block)
     if up.format.kind == "fp8":
-        raise NoMatch("expert_weight_bits are those of integers, and the weights are fp8")
+        raise NoMatch("expert_weight_bits supports integers, and the weights are fp8")
     code = Encoding.of([up, down])
     if code.bits == 8 and up.format.row_bits == 16:
-        raise NoMatch("accuracy_level leaves no rows as they are that meet weights of 8 bits")
+        raise NoMatch("accuracy_level rounds rows that are multiplied by 8-bit weights")
     for part in (up, down):
         width = int(str(part.matrices[0].codes.shape[-1]))
         if width % code.block:

@@ -56,7 +56,7 @@ def grouped_quantised(c: Call) -> str:
 
 @build("nn.quantised_linear")
 def quantised_linear(c: Call) -> str:
-    raise NoMatch("linears=… and head=… of quant have no ONNX form: quantise the experts alone")
+    raise NoMatch("linears=… and head=… of quant have no ONNX form: quantise only the experts")
 
 
 def _contrib(w: NodeWriter, parts: GroupedQuantised) -> Callable[[int, str], str]:

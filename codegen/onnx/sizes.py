@@ -33,7 +33,7 @@ def written(w: NodeWriter, dim: Any) -> str:
     match dim:
         case sympy.Symbol():
             if dim.name not in w.sizes:
-                raise NoMatch(f"size {dim.name} stands in no input alone")
+                raise NoMatch(f"size {dim.name} is not an axis of any input by itself")
             return w.sizes[dim.name]
         case sympy.floor():
             return _quotient(w, dim.args[0])

@@ -36,7 +36,10 @@ def _attention_inputs(op: Op) -> Attention:
         )
     q, k, v = (attention.shape(name) for name in "qkv")
     sizes = [d for shape in (q, k, v) for d in (shape[1], shape[3])]
-    require(all(isinstance(d, int) for d in sizes), "the number or the width of its heads varies")
+    require(
+        all(isinstance(d, int) for d in sizes),
+        "the number or the width of its heads is not constant",
+    )
     dtypes = {attention.q.dtype, attention.k.dtype, attention.v.dtype}
     require(dtypes <= set(VECTOR_DTYPES), f"it computes in {', '.join(sorted(dtypes))}")
     require(len(dtypes) == 1, "queries, keys and values differ in dtype")

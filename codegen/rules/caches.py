@@ -17,8 +17,11 @@ from moec.ops.cache import Append
 def _check(op: Op, graph: Graph) -> None:
     """Raises NoMatch unless the cache is a state that only this op reads: it is overwritten."""
     a = Append.of(op)
-    require(any(state.before is a.cache for state in graph.states), "its cache is no state")
-    require(len(graph.readers[a.cache]) == 1, "another op reads its cache as it was")
+    require(
+        any(state.before is a.cache for state in graph.states),
+        "its cache is not a state of the model",
+    )
+    require(len(graph.readers[a.cache]) == 1, "another op reads the cache before the update")
     dtypes = sorted({v.dtype for v in a.inputs if v is not a.first} - set(VECTOR_DTYPES))
     require(not dtypes, f"it stores {', '.join(dtypes)}")
 

@@ -120,15 +120,15 @@ def _check_combine(op: Op, graph: Graph) -> None:
     rows, permutation = op.inputs[:2]
     source = sorting_of(permutation, graph)
     if source is None:
-        raise NoMatch("its slots come from no sort of choices")
+        raise NoMatch("its slots do not come from a sort of the choices")
     choices = choices_of(source)
     if rows.shape[0] != product(choices.shape):
-        raise NoMatch("its rows are not as many as the choices that were sorted")
+        raise NoMatch("its number of rows is not the number of sorted choices")
     (*others, root) = sorted_values(permutation, graph)
     columns = source.name == "moe.sort" and root is source.outputs[1] and not others
     every = root is not source.outputs[2] and product(permutation.shape) == product(choices.shape)
     if not columns and (others or not every):
-        raise NoMatch("its slots are not those of the sort")
+        raise NoMatch("its slots are not the output of that sort")
 
 
 def choices_of(source: Op) -> Value:
@@ -142,19 +142,19 @@ def check_sorted(ends: Value, order: Value | None, x: Value, top_k: int, graph: 
     source = graph.producers.get(ends)
     if source is not None and source.name == "moe.even_ends":
         if top_k or x.shape[0] != product((*ends.shape, cast(Dim, source.attrs["each"]))):
-            raise NoMatch("its rows are not as many as its experts share out evenly")
+            raise NoMatch("its rows are not split evenly among the experts")
         return
     if source is None or source.name not in ("moe.sort", "moe.dispatch"):
-        raise NoMatch("the ends of its experts come from no sort of choices")
+        raise NoMatch("the ends of its experts do not come from a sort of the choices")
     if ends is not source.outputs[2]:
         raise NoMatch("the ends of its experts are another result of the sort")
     tokens, k = choices_of(source).shape
     if not top_k:
         if x.shape[0] != product((tokens, k)):
-            raise NoMatch("its rows are not as many as the choices that were sorted")
+            raise NoMatch("its number of rows is not the number of sorted choices")
         return
     if order is not None and order is not source.outputs[source.name == "moe.dispatch"]:
-        raise NoMatch("its order is not that of the sort that its ends come from")
+        raise NoMatch("its order is not from the sort that computes its ends")
     if top_k != k or x.shape[0] != tokens:
         raise NoMatch("its rows are not the tokens whose choices were sorted")
 

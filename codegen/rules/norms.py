@@ -67,8 +67,8 @@ def check_norm(op: Op, graph: Graph) -> None:
     support."""
     if op.name == "aten.layer_norm.default":
         axes = len(cast(tuple[Dim, ...], named(op)["normalized_shape"]))
-        require(axes == 1, f"it normalises {axes} axes at once")
-    require(isinstance(op.inputs[0].shape[-1], int), "the width of its rows varies")
+        require(axes == 1, f"it normalises over {axes} axes at once")
+    require(isinstance(op.inputs[0].shape[-1], int), "the width of its rows is not constant")
     dtypes = sorted({value.dtype for value in op.inputs} - set(VECTOR_DTYPES))
     require(not dtypes, f"it reads {', '.join(dtypes)}")
 

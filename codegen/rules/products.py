@@ -37,18 +37,18 @@ def dense_of(op: Op, graph: Graph) -> Dense:
     source = graph.producers.get(weight)
     while source is not None and source.name in _TURNS and len(weight.shape) == 2:
         axes = source.attrs.get("dims")
-        require(axes not in ((0, 1), (0, -1)), "its weight is permuted to what it was")
+        require(axes not in ((0, 1), (0, -1)), "its weight is permuted back to the original layout")
         weight, turned = source.inputs[0], not turned
         source = graph.producers.get(weight)
     params = set(graph.params)
-    require(weight in params, "its second operand is computed: it is no weight of the model")
+    require(weight in params, "its second operand is computed, not a weight of the model")
     require(len(weight.shape) == 2, f"its weight has {len(weight.shape)} axes, not 2")
     require(len(x.shape) >= 1, "its first operand has no axes")
     require(x.dtype == weight.dtype, f"it multiplies {x.dtype} by {weight.dtype}")
     require(x.dtype in VECTOR_DTYPES, f"it computes in {x.dtype}")
     if bias is not None:
-        require(bias in params, "its bias is computed: it is no weight of the model")
-        require(bias.shape == op.outputs[0].shape[-1:], "its bias is no row")
+        require(bias in params, "its bias is computed, not a weight of the model")
+        require(bias.shape == op.outputs[0].shape[-1:], "its bias is not one row")
     return Dense(x, weight, turned, bias)
 
 

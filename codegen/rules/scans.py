@@ -18,7 +18,7 @@ def _spec(op: Op) -> LinearAttentionSpec:
     a = LinearAttention.of(op)
     fixed = (*a.k.shape[2:3], *a.v.shape[2:3], a.k.shape[3], a.v.shape[3])
     sized = all(isinstance(d, int) and d > 0 for d in fixed)
-    require(sized, "the number or the width of its heads varies")
+    require(sized, "the number or the width of its heads is not constant")
     shared, heads, width, features = cast("tuple[int, ...]", fixed)
     delta, started = a.beta is not None, a.start is not None
     return LinearAttentionSpec(shared, heads, width, features, a.per, delta, started)

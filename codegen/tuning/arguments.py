@@ -50,7 +50,7 @@ def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> BenchArgu
     free = int(min(_free_memory(), free_in_groups()))
     if size > free // 2:
         raise NoMatch(
-            f"measuring needs {size / 1e9:.1f} GB for weights, and {free / 1e9:.1f} GB are free"
+            f"--tune needs {size / 1e9:.1f} GB for weights, and {free / 1e9:.1f} GB are free"
         )
     needed = -(-min(footprint, COLD * last_cache()) // max(size, 1))
     copies = max(1, min(needed, free // 2 // max(size, 1)))

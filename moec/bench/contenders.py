@@ -32,7 +32,7 @@ class Contender:
 def compiled(executor: Executor) -> Contender:
     """moec's contender. Raises UsageError for a model that cannot take tokens in pieces."""
     if executor.package.generation is None:
-        raise UsageError(f"the model runs no tokens in pieces: {executor.package.no_generation}")
+        raise UsageError(f"the model cannot decode step by step: {executor.package.no_generation}")
     return Contender("moec", lambda texts, room: Texts(executor, texts, room))
 
 

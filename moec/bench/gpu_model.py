@@ -104,7 +104,7 @@ def mma_peak(target: CudaTarget) -> float:
 def lines(target: CudaTarget) -> Iterator[str]:
     """The table as text."""
     yield f"A model of {target.example} ({target.name}), of 16-bit experts: nothing was measured."
-    yield "Each number is microseconds expected, and the share of the roofline that this is."
+    yield "Each number is the expected time in microseconds, and its share of the roofline."
     names = [work.kernel for work in layer_work(LAYERS["olmoe-1b-7b"], 1)]
     yield _row("layer", "T", [*names, "layer"], "bound by")
     for name, layer in LAYERS.items():
@@ -116,7 +116,7 @@ def lines(target: CudaTarget) -> Iterator[str]:
             bound = f"{largest.kernel}, {largest.bound}"
             yield _row(name, str(tokens), [*cells, _cell(total, limit)], bound)
     yield ""
-    yield "Published, of whole layers, measured by others on the GPU that is named:"
+    yield "Published times of complete layers, measured by others on the GPU that is named:"
     for entry in PUBLISHED:
         share = "" if entry.share is None else f", {entry.share:.0%} of the limit"
         gpu = f", {entry.gpu.example}" if entry.gpu else ""

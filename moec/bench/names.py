@@ -27,7 +27,7 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if name not in every:
             near = did_you_mean(name, every) or f"; there are {', '.join(every)}"
-            raise UsageError(f"--baseline {name}: there is no such baseline{near}")
+            raise UsageError(f"--baseline {name}: no baseline has this name{near}")
 
 
 def files_of(names: Sequence[str], files: Sequence[Path]) -> dict[str, Path]:
@@ -40,8 +40,7 @@ def files_of(names: Sequence[str], files: Sequence[Path]) -> dict[str, Path]:
         matching = [file for file in files if file.suffix == SUFFIXES[name]]
         if len(matching) != 1:
             raise UsageError(
-                f"--baseline {name} runs a file that you bring: give one "
-                f"--file FILE{SUFFIXES[name]}"
+                f"--baseline {name} runs a file of yours: give one with --file FILE{SUFFIXES[name]}"
             )
         if not matching[0].is_file():
             raise UsageError(f"--file {matching[0]}: there is no such file")

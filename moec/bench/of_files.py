@@ -68,8 +68,8 @@ def _check(path: Path, inputs: Sequence[str], outputs: Sequence[str]) -> None:
     unknown = set(inputs) - set(pasts) - {"input_ids", "attention_mask", "position_ids"}
     if not pasts or not presents <= set(outputs) or "logits" not in outputs or unknown:
         raise UsageError(
-            f"--file {path}: it must take input_ids and past_key_values.*, and give logits and "
-            "present.*, as files with a cache do that moec export or optimum write"
+            f"--file {path}: its inputs must be input_ids and past_key_values.*, its outputs "
+            "logits and present.*, as in files that moec export or optimum write with a cache"
         )
 
 

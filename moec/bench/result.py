@@ -68,8 +68,8 @@ class BenchResult:
             f"{self.model}, {self.dtype}, {self.threads} threads, {self.machine}",
             f"measured peak {limits.peak / 1e9:.0f} GFLOP/s in {limits.kind}, bandwidth "
             f"{limits.bandwidth / 1e9:.1f} GB/s, load average {self.load_average:.1f} before",
-            f"{load.batch} x {load.prompt} tokens read, then {load.batch} x {load.new} written one "
-            "by one; medians, and the middle half of all measurements",
+            f"{load.batch} x {load.prompt} tokens of prefill, then {load.batch} x {load.new} "
+            "decoded one by one; medians, and the middle half of all measurements",
             "",
             f"{'':12} {'prefill, tokens/s':>30} {'':>7} {'decode, tokens/s':>30} {'':>7}",
         ]
@@ -81,7 +81,7 @@ class BenchResult:
         rows += [
             "",
             f"moec's prefill is at {self.prefill_share:.0%} of the limit, its decode at "
-            f"{self.decode_share:.0%}. The last columns: how many times as long as moec.",
+            f"{self.decode_share:.0%}. Columns after the speeds: time relative to moec.",
         ]
         return "\n".join(rows)
 

@@ -251,7 +251,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     if name not in (None, "auto") and not isinstance(getattr(torch, str(name), None), torch.dtype):
         near = did_you_mean(str(name), MODEL_DTYPES)
-        raise CaptureError(f"{path}: the dtype {dtype!r} is none of torch's{near}")
+        raise CaptureError(f"{path}: the dtype {dtype!r} is not one of torch's{near}")
 
 
 def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:

@@ -27,38 +27,42 @@ if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
 
 
-@click.command("bench", short_help="Time reading and writing text, beside others.")
+@click.command("bench", short_help="Time prefill and decode, and compare with other runtimes.")
 @click.argument("model", metavar="MODEL_OR_ARTIFACT", required=False)
 @click.option(
     "--model", "modelled", is_flag=True,
-    help="Measure nothing: what MoE layers are expected to take on the GPU of --target.",
+    help="Measure nothing; predict the time of MoE layers on the GPU of --target.",
 )  # fmt: skip
-@click.option("--target", metavar="GPU", help="Of --model, such as cuda:sm_90a.")
+@click.option("--target", metavar="GPU", help="The GPU of --model, such as cuda:sm_90a.")
 @click.option(
     "--artifact", type=click.Path(path_type=Path), metavar="FILE",
-    help="Time this artifact of MODEL, and do not compile it anew.",
+    help="Time this artifact, which was compiled from MODEL, instead of compiling MODEL.",
 )  # fmt: skip
 @click.option(
     "--baseline", default="", metavar="NAMES",
-    help="Race against eager, grouped_mm, batched_mm, inductor (of a checkpoint folder); against "
-    "onnxruntime, openvino, llama.cpp (with a --file each).",
+    help="Compare with eager, grouped_mm, batched_mm, inductor (for a checkpoint folder), or "
+    "with onnxruntime, openvino, llama.cpp (each with a --file).",
 )  # fmt: skip
 @click.option(
     "--file", "files", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
-    metavar="FILE", help="What such a baseline runs: an .onnx with a cache, or a .gguf.",
+    metavar="FILE", help="The file that a baseline runs: an .onnx with a KV cache, or a .gguf.",
 )  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16.")
-@click.option("--quant", metavar="FORMAT", help="As of moec compile; of moec alone.")
-@click.option("--threads", type=click.IntRange(min=1), help="For all; default: cores.")
+@click.option("--quant", metavar="FORMAT", help="As in moec compile; baselines are not quantised.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Threads of moec and of every baseline; default: one per core.",
+)
 @click.option(
     "--plot",
     type=OutputFile(".png", ".svg", ".pdf"),
     metavar="FILE",
-    help="Draw a .png, .svg or .pdf.",
+    help="Draw the result as a .png, .svg or .pdf.",
 )
 @click.option(
     "--append", type=OutputFile(), metavar="FILE",
@@ -87,16 +91,15 @@ def command(
 ) -> None:
     """Time prefill and decode of MODEL_OR_ARTIFACT.
 
-    All contenders run in one process on the same tokens, one after the other in every round,
-    so that whatever else the machine does falls on all. The peak and the bandwidth are
-    measured in the same run.
+    All contenders run in one process on the same tokens, in turn in every round, so that other load
+    of the machine affects all of them. The machine's peak FLOP/s and bandwidth are measured too.
 
-    With --target cuda:sm_90a --model, no model is run: a roofline model prints the time that each
-    kernel of known layers is expected to take, beside published figures.
+    With --target cuda:sm_90a --model no model is run: a roofline model predicts the time of each
+    kernel of known layers, printed beside published figures.
     """
     if modelled or target:
         if model is not None or not (modelled and target):
-            raise UsageError("give --target cuda:sm_90a and --model together, and no other model")
+            raise UsageError("give --target cuda:sm_90a and --model together, without MODEL")
         _print_model(target)
         return
     if model is None:
@@ -110,10 +113,13 @@ def command(
     path = Path(model)
     of_artifact = is_artifact(path)
     if quant and (artifact or of_artifact):
-        raise UsageError("--quant is for a model that is compiled here, and not for an artifact")
+        raise UsageError(
+            "--quant is for a model that is compiled here; an artifact is quantised "
+            "when it is compiled"
+        )
     if of_artifact and (artifact or any(name not in PACKAGES for name in names)):
         raise UsageError(
-            f"{model} is an artifact: name the checkpoint that it was made of, then "
+            f"{model} is an artifact: give the checkpoint that it was compiled from, and "
             f"--artifact {model}"
         )
     if not of_artifact and artifact is None:
@@ -155,7 +161,7 @@ def _print_model(name: str) -> None:
 
     target = cuda.parse(name)
     if len(target.archs) > 1:
-        raise UsageError(f"--model is of one GPU: name one of {', '.join(cuda.TARGETS)}")
+        raise UsageError(f"--model is about one GPU: name one of {', '.join(cuda.TARGETS)}")
     for line in lines(target):
         echo(line)
 
@@ -198,7 +204,7 @@ def _bench(
     batch, prompt, new, rounds = numbers
     if generation.longest is not None and prompt + new > generation.longest:
         raise UsageError(
-            f"{prompt} + {new} tokens are asked for, and the model takes at most "
+            f"{prompt} + {new} tokens are requested, and the model takes at most "
             f"{generation.longest}"
         )
     load = Load(batch, prompt, new, generation.vocabulary)

@@ -18,7 +18,11 @@ from moec.commands.options import Tolerance, asked, check_changes, json_option, 
     "--tolerance", type=Tolerance(), help="Greatest relative error allowed; default: 2e-4."
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random inputs."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the random inputs.",
 )
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -63,7 +67,9 @@ def command(
         from moec.pipeline import choose, exact
         from moec.verify.bisect import bisect
 
-        why = "bisect looks for a change that nobody asked for; leave it out"
+        why = (
+            "bisect searches exact rewrites, and this pass changes numbers on purpose: leave it out"
+        )
         chosen = exact(choose(opt_level, passes), why)
         captured = compile_model(
             model,

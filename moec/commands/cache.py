@@ -12,16 +12,16 @@ from moec.errors import UsageError
 
 
 @click.group(
-    "cache", short_help="Show or clear what was compiled before.", invoke_without_command=True
+    "cache", short_help="Show or clear the cache of compiled code.", invoke_without_command=True
 )
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
-    """Show the folder in which compiled kernels are kept, and what it holds.
+    """Show the folder of the cache of compiled kernels, and its contents.
 
-    The folder is $MOEC_CACHE, or moec in the user's cache folder; MOEC_CACHE=off keeps nothing.
-    It grows to $MOEC_CACHE_SIZE GiB (2 where that is not set), then the entries go that were not
-    used for longest.
+    The folder is $MOEC_CACHE, or moec in the user's cache folder; MOEC_CACHE=off disables the
+    cache. Its size is limited to $MOEC_CACHE_SIZE GiB (default 2); the least recently used entries
+    are removed first.
     """
     if ctx.invoked_subcommand is not None:
         return
@@ -30,11 +30,13 @@ def command(ctx: click.Context, as_json: bool) -> None:
     folder = cache.default_folder()
     if folder is None:
         click.echo(
-            json.dumps({"folder": None}) if as_json else "MOEC_CACHE is off: nothing is kept"
+            json.dumps({"folder": None}) if as_json else "MOEC_CACHE is off: nothing is cached"
         )
         return
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"MOEC_CACHE is {folder}, which is no folder: give one, or off")
+        raise UsageError(
+            f"MOEC_CACHE is {folder}, which is not a folder: set it to a folder, or to off"
+        )
     limit = cache.limit()
     store = cache.Store(folder, limit)
     counts = {kind: [0, 0] for kind in cache.KINDS}
@@ -54,7 +56,7 @@ def command(ctx: click.Context, as_json: bool) -> None:
 
 @command.command("clear", short_help="Remove every entry.")
 def clear() -> None:
-    """Remove every entry; what is needed again is compiled again."""
+    """Remove every entry; kernels are compiled again when they are needed."""
     from moec import cache
 
     folder = cache.default_folder()

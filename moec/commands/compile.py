@@ -41,13 +41,23 @@ LOGGER = logging.getLogger(__name__)
 
 @click.command("compile", short_help="Compile a model into an artifact.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The artifact to write.")
-@click.option("--target", default="cpu", show_default=True, help="See `moec list targets`.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The artifact to write (required unless --dry-run or --stop-after).",
+)
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="The machine to compile for; see `moec list targets`.",
+)
 @model_options
 @changing_options
 @click.option(
     "--verify", type=Tolerance(), default="on", show_default=True,
-    help="Greatest relative error against eager, or off.",
+    help="Greatest relative error allowed against eager PyTorch, or off.",
 )  # fmt: skip
 @click.option(
     "--dump-ir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
@@ -55,28 +65,32 @@ LOGGER = logging.getLogger(__name__)
 )  # fmt: skip
 @click.option(
     "--emit", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Write the code of a GPU too: kernels.cu, and sm_80.cubin and its like.",
+    help="Write the GPU code to this folder too: kernels.cu and one .cubin per architecture.",
 )  # fmt: skip
 @click.option(
-    "--stop-after", metavar="PASS", help="Print the graph after this pass; build nothing."
+    "--stop-after", metavar="PASS", help="Print the graph after this pass; generate no code."
 )
 @click.option(
     "--kv-cache/--no-kv-cache", default=True, show_default=True,
-    help="With code that generates text token by token, where the model continues text.",
+    help="For a language model: include the code that generates text with a KV cache.",
 )  # fmt: skip
 @click.option(
     "--record-routing", is_flag=True,
-    help="With code that tells what routers choose: moec run --record-routing FILE.npz.",
+    help="Include the code for `moec run --record-routing FILE.npz`.",
 )  # fmt: skip
 @click.option(
     "--tune", is_flag=True,
-    help="Measure kernels with other values than the defaults on this machine; kept for later.",
+    help="Measure variants of the kernels on this machine, use the fastest, and remember them.",
 )  # fmt: skip
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE",
-    help="For the ranks of a plan of `moec plan`: writes a folder that `moec run --nproc` runs.",
+    help="Compile each rank of a plan of `moec plan`, into a folder for `moec run --nproc`.",
 )  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Capture, recognise and plan; build nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Run all passes, report what was recognised, and estimate cost; generate no code.",
+)
 @json_option
 @quiet_option
 @force_option
@@ -105,16 +119,15 @@ def command(
     FILE.py:FACTORY, a function that returns (module, arguments) or (module, arguments,
     dynamic_shapes).
 
-    The result is compared with eager PyTorch on random inputs; where they differ, nothing is
-    written and the exit code is 2.
+    The result is compared with eager PyTorch on random inputs. If they differ, nothing is written
+    and the exit code is 2.
 
-    --quant changes the model: the weights of its experts are rounded to int8 or int4, with one
-    scale a row or, as in int4:64, a block of it, :asymmetric with a zero of their own; or to
-    mxfp4, or for GPUs fp8. Rows are rounded to 8 bits as they meet such weights, and to 16 with
-    :rows16 (as in int8:rows16), which is as exact as rows of floats and takes longer where there
-    are many.
-    int8,linears=int8,head=int8 does so to other linear layers (but routers) and the head too. The
-    report says what it costs.
+    --quant changes the model: it rounds the weights of experts to int8 or int4, with one scale
+    per row or, as in int4:64, per block of 64 weights. :asymmetric adds a zero point to each scale.
+    Other formats are mxfp4 and, on GPUs, fp8. The rows that such weights multiply are rounded to
+    8 bits; with :rows16 (as in int8:rows16) to 16 bits, which is as exact as floats and slower for
+    many rows. int8,linears=int8,head=int8 also quantises other linear layers, except routers, and
+    the head. The report shows the errors.
     """
     from moec.commands.shapes import explained
 
@@ -124,7 +137,7 @@ def command(
         if folder is not None:
             check_folder(folder, f"{option} {folder}")
     if emit is not None and not (builds and "cuda" in target):
-        raise UsageError("--emit writes the code of a GPU: it goes with -o and --target cuda:sm_80")
+        raise UsageError("--emit writes GPU code: give -o and a GPU, such as --target cuda:sm_80")
     model_path.kind_of_model(model)
     parse_both(target)
     if stop_after is not None:
@@ -143,7 +156,7 @@ def command(
         described["record_routing"] = record_routing
         key = key_for(model, described, store)
         if key is not None and fetch(store, key, output, overwrite=force):
-            last = f"wrote {output}, which the cache had"
+            last = f"wrote {output} (from the cache)"
             _tell(_recorded(output), output, as_json, quiet, last)
             return
 
@@ -159,7 +172,9 @@ def command(
                 "with NCCL are not supported yet"
             )
         if not builds or output is None or target != "cpu" or tune or dump_ir or record_routing:
-            raise UsageError("--plan goes with MODEL, -o and --verify; run the rest without it")
+            raise UsageError(
+                "--plan accepts only MODEL, -o and --verify: leave out the other options"
+            )
         hush()
         with explained():
             compile_ranks(model, plan_file, output, arguments, verify, force)
@@ -260,7 +275,7 @@ def _recorded(output: Path) -> Report:
     return of_artifact(output)[0]
 
 
-_NOT_BUILT = "nothing was built; the packed size is an estimate, without padding and copies"
+_NOT_BUILT = "no code was generated; the packed size is an estimate, without padding and copies"
 
 
 def weight_bytes(program: Program) -> int:
@@ -290,13 +305,15 @@ def _check_output(output: Path | None, builds: bool, force: bool, *, ranks: bool
     if not builds:
         return
     if output is None:
-        raise UsageError("give the artifact a name with -o OUT.moec, or ask for --dry-run")
+        raise UsageError("name the artifact with -o OUT.moec, or compile nothing with --dry-run")
     from moec.runtime.container import replaceable
 
     if output.exists() and not force:
         raise UsageError(f"{output} exists; --force replaces it")
     if output.exists() and not ranks and not replaceable(output):
-        raise UsageError(f"{output} is no artifact, which --force would replace: choose another")
+        raise UsageError(
+            f"{output} is not an artifact, and --force replaces artifacts only: choose another name"
+        )
     if not output.is_dir():
         check_writable(output, str(output))
 

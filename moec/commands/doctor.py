@@ -7,13 +7,13 @@ import click
 from moec.commands.options import json_option
 
 
-@click.command("doctor", short_help="Check this machine and say how to mend what is wrong.")
+@click.command("doctor", short_help="Check this machine and say how to fix what is wrong.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, as_json: bool) -> None:
     """Check the CPU, the packages, the linker, threads and memory.
 
-    Exits with 1 where something that moec needs is missing.
+    Exits with code 1 if something that moec needs is missing.
     """
     from moec.commands import machine
 
@@ -36,4 +36,8 @@ _MARKS = {"ok": ("✓", "green"), "note": ("!", "yellow"), "bad": ("✗", "red")
 
 
 def _verdict(bad: list[str]) -> str:
-    return f"moec cannot work here: mend {', '.join(bad)}" if bad else "moec can work here"
+    return (
+        f"moec cannot run on this machine: fix {', '.join(bad)}"
+        if bad
+        else ("moec can run on this machine")
+    )

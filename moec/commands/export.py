@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moec.export.onnx import Exported
 
 
-NEAR_TIES = "rounding sends tokens with nearly equal scores to other experts"
+NEAR_TIES = "tokens with nearly equal router scores may choose other experts after rounding"
 
 
 @click.command("export", short_help="Write a model as an ONNX file.")
@@ -35,24 +35,29 @@ NEAR_TIES = "rounding sends tokens with nearly equal scores to other experts"
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The .onnx file to write.")
 @click.option(
     "--ep", type=OneOf(["cpu", "cuda", "portable"]), default="cpu", show_default=True,
-    help="What it is for: ONNX Runtime on a CPU or GPU, or standard operators alone.",
+    help="Execution provider: ONNX Runtime's CPU or CUDA kernels, or standard operators only.",
 )  # fmt: skip
 @click.option(
     "--moe", type=OneOf(["auto", "op", "rows"]), default="auto", show_default=True,
-    help="MoE blocks as com.microsoft.MoE (QMoE with --quant), or as sorted rows with one product "
-    "per expert. auto: op for cuda, and for cpu with --quant, where it fits; else rows.",
+    help="How MoE blocks are written: op is com.microsoft.MoE (QMoE with --quant); rows sorts "
+    "rows and multiplies once per expert; auto is op for cuda, and for cpu with --quant where "
+    "possible, else rows.",
 )  # fmt: skip
 @click.option(
     "--cache/--no-cache", default=None,
-    help="Whether the file takes the keys and values of the tokens before and gives those after; "
-    "default: where a model continues text and can.",
+    help="Take past keys and values as inputs and return present ones; default: for language "
+    "models where possible.",
 )  # fmt: skip
-@click.option("--opset", type=click.IntRange(18, 25), help="Default: the first with Attention, 23.")
+@click.option(
+    "--opset",
+    type=click.IntRange(18, 25),
+    help="ONNX opset; default: 23, the first with Attention.",
+)
 @model_options
 @changing_options
 @click.option(
     "--verify", type=Tolerance(), default="on", show_default=True,
-    help="Greatest relative error against eager, or off.",
+    help="Greatest relative error allowed against eager PyTorch, or off.",
 )  # fmt: skip
 @json_option
 @quiet_option
@@ -71,17 +76,17 @@ def command(
     force: bool,
     **options: Any,
 ) -> None:
-    """Write MODEL as an ONNX file, whole, with its weights beside it.
+    """Write the complete MODEL as an ONNX file, with its weights in a second file.
 
     MODEL is a folder with a Hugging Face checkpoint, a .pt2 file of torch.export, or
     FILE.py:FACTORY, as for `moec compile`.
 
-    The file is run in ONNX Runtime and compared with eager PyTorch on random inputs; where they
+    The file is run in ONNX Runtime and compared with eager PyTorch on random inputs. If they
     differ, nothing is written and the exit code is 2.
 
-    --quant changes the model as it does for `moec compile`; the file is then compared with the
-    quantised weights in float32, and the report says how far those took the outputs. Approximate
-    passes (--passes, --calib, --budget) reach the file as they reach an artifact.
+    --quant and approximate passes (--passes, --calib, --budget) change the model as in `moec
+    compile`. With --quant the file is compared with the quantised weights in float32, and the
+    report also shows the distance to the unquantised model.
     """
     from moec.commands.shapes import explained
 
@@ -132,7 +137,7 @@ def render(exported: Exported) -> str:
         against = f" of {exported.quant} in float32" if exported.quant else ""
         rows.append(("error", f"{name} {error:.1e}{against}, allowed {exported.tolerance:.0e}"))
     if exported.strays:
-        rows.append(("rows", f"{exported.strays} of {exported.rows} are beyond that: {NEAR_TIES}"))
+        rows.append(("rows", f"{exported.strays} of {exported.rows} differ by more: {NEAR_TIES}"))
     for line in exported.moved:
         rows.append(("moved", f"{line.output} {line.error:.1%} of its norm by {exported.quant}"))
     if exported.parity:
@@ -149,7 +154,7 @@ def render(exported: Exported) -> str:
 def _output(output: Path | None, force: bool) -> Path:
     """The output path. Raises UsageError, before minutes of work, if it could not be written."""
     if output is None:
-        raise UsageError("give the file a name with -o OUT.onnx")
+        raise UsageError("name the file with -o OUT.onnx")
     if output.suffix != ".onnx":
         raise UsageError(f"{output}: give the file a name that ends in .onnx")
     if output.exists() and not force:

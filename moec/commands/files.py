@@ -46,13 +46,13 @@ def check_folder(path: Path, name: str) -> None:
 def check_writable(path: Path, name: str) -> None:
     """Raises UsageError, beginning with `name`, where no file can be written at `path`."""
     if "\0" in str(path) or not path.name:
-        raise UsageError(f"{name} cannot be the name of a file")
+        raise UsageError(f"{name} is not a valid file name")
     try:
         if path.is_dir():
             raise UsageError(f"{name} is a folder: give the name of a file")
         if not path.parent.is_dir():
             raise UsageError(f"{name}: the folder {path.parent} does not exist")
     except OSError as error:
-        raise UsageError(f"{name} cannot be the name of a file: {reason(error)}") from error
+        raise UsageError(f"{name} is not a valid file name: {reason(error)}") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"{name} cannot be written: permission denied")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("model", metavar="MODEL_OR_ARTIFACT")
 @click.option(
     "--graph", "picture", type=OutputFile(".svg", ".html", ".dot"), metavar="FILE",
-    help="Draw the model: FILE ends in .svg, .html or .dot.",
+    help="Draw the model as .svg, .html or .dot.",
 )  # fmt: skip
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -39,10 +39,10 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Show what moec recognises in a model, or what an artifact holds.
+    """Show what moec recognises in a model, or what was compiled into an artifact.
 
-    Every MoE block with its router, experts and parameters; the sizes of inputs and outputs;
-    and every place that looked like an MoE block and was left alone, with the reason.
+    Lists every MoE block with its router, experts and parameters, the sizes of inputs and outputs,
+    and every candidate that was not recognised, with the reason.
     """
     graph: Graph | None = None
     if is_artifact(Path(model)):
@@ -91,7 +91,7 @@ def of_artifact(path: Path) -> tuple[Report, str]:
     manifest = manifests.load(_verified(path, container, manifests.NAME, None))
     recorded = manifest.extra.get("report")
     if not isinstance(recorded, Mapping):
-        raise ArtifactError(f"{path} holds no report; compile it again with this version of moec")
+        raise ArtifactError(f"{path} has no report; compile it again with this version of moec")
     part = graph_part(MAIN)
     if part not in manifest.parts:
         raise ArtifactError(f"{path} holds no {part}; compile or copy the artifact again")
@@ -113,9 +113,11 @@ def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str |
 
     content = container.get(name)
     if content is None:
-        raise ArtifactError(f"{path} is not a moec artifact: it holds no {name}")
+        raise ArtifactError(f"{path} is not a moec artifact: it has no {name}")
     if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-        raise ArtifactError(f"{path}: {name} is altered; compile or copy the artifact again")
+        raise ArtifactError(
+            f"{path}: {name} was changed after it was written; compile or copy the artifact again"
+        )
     return content
 
 

@@ -79,8 +79,10 @@ def _show_brief(rows: list[dict[str, Any]]) -> None:
         cells = (row[column].ljust(width) for column, width in zip(_BRIEF, widths, strict=True))
         line, width = "  ".join(cells).rstrip(), terminal_width()
         click.echo(line if len(line) <= width else f"{line[: width - 1]}…")
-    click.echo("\nThose asked for run with --passes +NAME; moec list passes NAME tells more.")
-    click.echo("moec.transform(model, passes, calib=...) gives a module that trains.")
+    click.echo(
+        "\nOpt-in passes run with --passes +NAME; moec list passes NAME shows their options."
+    )
+    click.echo("moec.transform(model, passes, calib=...) returns a module that can be trained.")
 
 
 def every_pass() -> list[dict[str, Any]]:
@@ -98,7 +100,7 @@ def wanted() -> list[dict[str, Any]]:
         {
             "pass": kind.name,
             "gives": "MOE",
-            "from": "asked for",
+            "from": "opt-in",
             "kind": "exact" if kind in exact else "approximate",
             "what_it_does": first_line(kind),
             "options": ", ".join(map(default, fields(kind))) or "-",  # type: ignore[arg-type]
@@ -149,7 +151,7 @@ def targets() -> list[dict[str, Any]]:
             "target": "cpu",
             "here": f"{host.name}, this machine's",
             "lanes": host.vector_lanes,
-            "needs": "what this machine has",
+            "needs": "the features of this machine",
         }
     ]
     for t in cpu.TARGETS.values():
@@ -160,9 +162,9 @@ def targets() -> list[dict[str, Any]]:
     rows.append(
         {
             "target": "llvm:-mcpu=...",
-            "here": "by its CPU",
-            "lanes": "by its CPU",
-            "needs": "what LLVM knows of that CPU",
+            "here": "depends on CPU",
+            "lanes": "depends on CPU",
+            "needs": "the features that LLVM lists for the CPU",
         }
     )
     rows += [
@@ -170,7 +172,7 @@ def targets() -> list[dict[str, Any]]:
             "target": t.name,
             "here": gpu_here(t),
             "lanes": 32,
-            "needs": f"{t.example} or alike, with {' '.join(t.tensor_cores)}",
+            "needs": f"{t.example} or similar, with {' '.join(t.tensor_cores)}",
         }
         for t in cuda.TARGETS.values()
     ]
@@ -183,7 +185,7 @@ def gpu_here(target: CudaTarget) -> str:
 
     driver = nvidia.driver()
     gpus = driver.gpus if driver else ()
-    here = "its GPU is here" if any(target.runs_on(gpu.capability) for gpu in gpus) else "no GPU"
+    here = "GPU present" if any(target.runs_on(gpu.capability) for gpu in gpus) else "no GPU"
     compiles = nvidia.nvcc() or nvidia.nvrtc()
     return f"compiles; {here}" if compiles else f"neither nvcc nor NVRTC; {here}"
 

@@ -56,17 +56,17 @@ def log_options(command: F) -> F:
     @functools.wraps(command)
     def logged(*args: Any, verbose: int, log_file: Path | None, **options: Any) -> Any:
         if verbose and options.get("quiet"):
-            raise UsageError("--verbose and --quiet exclude each other")
+            raise UsageError("--verbose and --quiet cannot be combined")
         with logs(verbose, log_file):
             return command(*args, **options)
 
     for decorator in (
         click.option(
             "--log-file", type=OutputFile(), metavar="FILE",
-            help="Write there what happens, with times.",
+            help="Write a log with times to this file.",
         ),
         click.option(
-            "-v", "--verbose", count=True, help="Say what happens on stderr; -vv says all of it."
+            "-v", "--verbose", count=True, help="Log each step to stderr; -vv logs details."
         ),
     ):  # fmt: skip
         logged = decorator(logged)

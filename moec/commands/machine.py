@@ -80,13 +80,13 @@ def processor(cpuinfo: Path) -> list[Check]:
         Check("cpu", OK, f"{names[0] if names else platform.processor() or 'unknown'}; {cores}")
     ]
     if have:
-        checks.append(Check("features", OK, " ".join(used) or "none that a target asks for"))
+        checks.append(Check("features", OK, " ".join(used) or "none that a target uses"))
     else:
         checks.append(
             Check(
                 "features",
                 NOTE,
-                "the system does not say what the CPU can do",
+                "the system does not report the features of the CPU",
                 "name the target yourself: moec compile --target avx2",
             )
         )
@@ -122,7 +122,7 @@ _PROBES = {
     "transformers": "import transformers",
 }
 _PURPOSE = {
-    "onnxruntime-gpu": "only the ONNX export is checked with it",
+    "onnxruntime-gpu": "needed to check ONNX exports only",
     "transformers": "needed for Hugging Face checkpoints only",
     "tokenizers": "needed for prompts only",
     "jinja2": "needed for chats only",
@@ -167,7 +167,7 @@ def _package(name: str, versions: object, extra: str, faults: Mapping[str, str])
     if not SpecifierSet(str(versions)).contains(installed, prereleases=True):
         return Check(name, weak, f"{installed}, but moec needs {versions}{purpose}", install)
     if fault := faults.get(name):
-        return Check(name, weak, f"{installed} does not load: {fault}", f"reinstall it: {install}")
+        return Check(name, weak, f"{installed} fails to load: {fault}", f"reinstall it: {install}")
     return Check(name, OK, installed)
 
 
@@ -251,7 +251,7 @@ def memory(meminfo: Path, cgroup: Path) -> Check:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         total, free = (int(lines[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):
-        return Check("memory", NOTE, "the system does not say how much there is")
+        return Check("memory", NOTE, "the system does not report its memory")
     says = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
     try:
         limit = int((cgroup / "memory.max").read_text())
@@ -270,12 +270,12 @@ def huge_pages(enabled: Path) -> Check:
     try:
         mode = enabled.read_text().partition("[")[2].partition("]")[0]
     except OSError:
-        return Check("huge pages", OK, "the system does not say; they only help")
+        return Check("huge pages", OK, "the system does not report them; they are optional")
     if mode == "never":
         return Check(
             "huge pages",
             NOTE,
-            "never: large weights cost more address translation",
+            "never: large weights may run slower (more TLB misses)",
             f"echo madvise | sudo tee {enabled}",
         )
     return Check("huge pages", OK, mode)
@@ -298,7 +298,7 @@ def gpus(
 ) -> list[Check]:
     """NVIDIA's driver, GPUs and compilers. None of them is required: CPUs need none."""
     if driver is None:
-        text = "none; only cuda targets need one"
+        text = "none; needed for cuda targets only"
     else:
         names = [f"{gpu.name} ({gpu.digits}, {gpu.memory / 1e9:.0f} GB)" for gpu in driver.gpus]
         text = f"{', '.join(names) or 'none'}; the driver runs CUDA {driver.version}"
@@ -311,8 +311,8 @@ def gpus(
 
 def _compiler(compiler: nvidia.Compiler | None, *, used: bool) -> str:
     if compiler is None:
-        return "none; only cuda targets need it or the other"
-    use = "compiles for cuda targets" if used else "not used where nvcc is"
+        return "none; cuda targets need nvcc or NVRTC"
+    use = "compiles for cuda targets" if used else "not used, as nvcc is installed"
     return f"{compiler.version}, {compiler.path}; {use}"
 
 

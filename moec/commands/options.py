@@ -17,15 +17,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SHORT = {name: LONG_NAMES[name] for name in VECTOR_DTYPES} | {"fp32": "float32", "fp16": "float16"}
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-quiet_option = click.option(
-    "-q", "--quiet", is_flag=True, help="Say nothing unless something is wrong."
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as one JSON document."
 )
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 signed_by_option = click.option(
     "--signed-by", type=click.Path(path_type=Path), metavar="FILE",
-    help="Refuse an artifact that the owner of this public key has not signed.",
+    help="Refuse the artifact unless it is signed with the private key of this public key.",
 )  # fmt: skip
-force_option = click.option("--force", is_flag=True, help="Replace the output where it exists.")
+force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
 
 class Tolerance(click.ParamType[Any]):
@@ -79,24 +79,27 @@ def model_options(command: F) -> F:
     """Adds the options of every command that captures a model."""
     for decorator in (
         click.option(
-            "--passes", default="", metavar="+a,-b", help="Add and leave out passes: +a(option=1)."
+            "--passes", default="", metavar="+a,-b", help="Add (+) or remove (-) passes, with "
+            "options as in +a(option=1); see moec list passes."
         ),
         click.option(
             "-O", "--opt-level", type=click.IntRange(0, 2), default=2, show_default=True,
-            help="0: what code needs; 1: fuse MoE blocks; 2: fuse the rest too.",
+            help="0: only the passes that code generation needs; 1: fuse MoE blocks too; 2: fuse "
+            "all layers.",
         ),
         click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16."),
         click.option(
             "--describe", metavar="FILE.yaml",
-            help="What modules do that cannot be traced: class name, router, experts, top_k, …",
+            help="Describe modules that cannot be traced: class name, router, experts, top_k, …",
         ),
         click.option(
             "--shapes", multiple=True, metavar="INPUT=SIZES",
-            help="What may vary, e.g. input_ids=B[1..8]xS[1..4096]; default: batch and sequence.",
+            help="Sizes that may vary, e.g. input_ids=B[1..8]xS[1..4096]; default: batch and "
+            "sequence.",
         ),
         click.option(
             "--allow-fixed", multiple=True, metavar="INPUT",
-            help="An input of which the model may fix sizes at the example's (images=Bx3x224x224).",
+            help="Accept that the model works only at the example's sizes of this input.",
         ),
         click.option(
             "--constant", "constants", multiple=True, metavar="INPUT",
@@ -110,22 +113,23 @@ def model_options(command: F) -> F:
 def changing_options(command: F) -> F:
     """Adds the options of every command that may write a changed model: see `check_changes`."""
     for decorator in (
-        click.option("--strict", is_flag=True, help="Exit with 2 where a pass breaks the budget."),
+        click.option("--strict", is_flag=True, help="Exit with code 2 if a pass exceeds the "
+        "budget."),
         click.option(
             "--budget", default="", metavar="METRIC<=N,…",
-            help="How much damage approximate passes may do; beyond it a layer is left as it is. "
-            "METRIC: kl, perplexity, error or changed.",
+            help="The greatest loss of quality that approximate passes may cause; a layer that "
+            "exceeds it is left unchanged. METRIC: kl, perplexity, error or changed.",
         ),
         click.option(
             "--calib", metavar="FILE",
-            help="Inputs by name (.npz, .safetensors) or a text (.txt: 16 windows of 256 tokens), "
-            "on which approximate passes choose and are measured, and --quant chooses codes; "
+            help="Calibration data for approximate passes and --quant: inputs by name (.npz, "
+            ".safetensors), or a text (.txt, read as 16 windows of 256 tokens); "
             "NAME=FILE,NAME=FILE for several domains.",
         ),
         click.option(
             "--quant", metavar="FORMAT",
-            help="Store experts in few bits: int8, int4[:32|64|128], fp8, mxfp4; :rows16, "
-            ",linears=… and ,head=…: see above.",
+            help="Quantise experts: int8, int4[:32|64|128], fp8 or mxfp4; options :rows16, "
+            ",linears=… and ,head=… are explained above.",
         ),
     ):  # fmt: skip
         command = decorator(command)

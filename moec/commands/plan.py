@@ -28,19 +28,28 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 
 @click.command("plan", short_help="Plan how a model runs on many devices.")
 @click.argument("model")
-@click.option("--cluster", metavar="NAME|FILE", help="A preset or a YAML file.")
+@click.option(
+    "--cluster", metavar="NAME|FILE", help="The cluster to plan for: a preset or a YAML file."
+)
 @click.option(
     "--measure", type=OUT, metavar="FILE.yaml",
-    help="Instead: measure this machine with --nproc ranks, and write it as a cluster.",
+    help="Instead of --cluster: measure this machine with --nproc ranks, and write it as a "
+    "cluster.",
 )  # fmt: skip
 @click.option(
     "--nproc", type=click.IntRange(min=2), default=2, show_default=True, metavar="N",
-    help="Ranks of --measure.",
+    help="Number of ranks for --measure.",
 )  # fmt: skip
-@click.option("--trace", type=Path, metavar="FILE.npz", help="Recorded routing: see moec routing.")
+@click.option(
+    "--trace",
+    type=Path,
+    metavar="FILE.npz",
+    help="Recorded routing of the model; see moec run --record-routing.",
+)
 @click.option(
     "--routing", metavar="FORM", default="uniform", show_default=True,
-    help="Instead of a trace: uniform, zipf:EXPONENT or lognormal:SIGMA, then :SEED.",
+    help="Assumed routing if there is no trace: uniform, zipf:EXPONENT[:SEED] or "
+    "lognormal:SIGMA[:SEED].",
 )  # fmt: skip
 @click.option(
     "--groups", type=Path, metavar="FILE.yaml",
@@ -50,26 +59,45 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     "--phase", type=OneOf(["prefill", "decode", "training"]), default="decode",
     show_default=True,
 )  # fmt: skip
-@click.option("--tokens", type=click.IntRange(1), help="Of one step; default 128 a device.")
-@click.option("--sequences", type=click.IntRange(0), help="In the cache; default 8 a device.")
+@click.option(
+    "--tokens", type=click.IntRange(1), help="Tokens in one step; default: 128 per device."
+)
+@click.option(
+    "--sequences", type=click.IntRange(0), help="Sequences in the KV cache; default: 8 per device."
+)
 @click.option(
     "--context", type=click.IntRange(0), default=2048, show_default=True, metavar="TOKENS"
 )
-@click.option("--compute", default="bf16", show_default=True, help="The dtype of products.")
-@click.option("--send", default="bf16", show_default=True, help="The dtype of rows to experts.")
-@click.option("--latency", type=float, metavar="SECONDS", help="Target of a step.")
-@click.option("--uniform", is_flag=True, help="The same degrees in all layers.")
+@click.option("--compute", default="bf16", show_default=True, help="The dtype of matrix products.")
+@click.option(
+    "--send", default="bf16", show_default=True, help="The dtype in which rows are sent to experts."
+)
+@click.option(
+    "--latency",
+    type=float,
+    metavar="SECONDS",
+    help="Report whether a step takes at most this time.",
+)
+@click.option("--uniform", is_flag=True, help="Use the same parallel degrees in all layers.")
 @click.option(
     "--spare", default="0,0.0625,0.125,0.25", show_default=True, metavar="SHARE,…",
-    help="Shares of further slots for copies of hot experts.",
+    help="Numbers of extra expert slots to try for copies of hot experts, as shares of the "
+    "experts.",
 )  # fmt: skip
 @click.option("-o", "--output", type=OUT, metavar="FILE.json", help="Write the plan.")
 @click.option(
-    "--placement", type=OUT, metavar="FILE.json", help="Write the map of vLLM and SGLang."
+    "--placement",
+    type=OUT,
+    metavar="FILE.json",
+    help="Write the placement as the expert map of vLLM and SGLang.",
 )
 @click.option("--picture", type=OUT, metavar="FILE", help="Loads of ranks: .png, .svg or .html.")
-@click.option("--explain", type=click.IntRange(0), metavar="LAYER", help="Why a layer is as it is.")
-@click.option("--compare", "other", type=Path, metavar="PLAN.json", help="Beside another plan.")
+@click.option(
+    "--explain", type=click.IntRange(0), metavar="LAYER", help="Explain the choice for one layer."
+)
+@click.option(
+    "--compare", "other", type=Path, metavar="PLAN.json", help="Compare with another plan."
+)
 @json_option
 @force_option
 def command(
@@ -97,10 +125,10 @@ def command(
     as_json: bool,
     force: bool,
 ) -> None:
-    """Choose degrees, exchange and placement of every layer for a cluster.
+    """Choose the parallel degrees, the exchange and the placement of experts for a cluster.
 
-    MODEL is the name of a described model (moec plan x --cluster x lists them), a YAML description,
-    or a folder with a config.json. Nothing needs weights.
+    MODEL is a preset (an unknown name lists them), a YAML description, or a folder with a
+    config.json. No weights are needed.
     """
     import msgspec
 
@@ -150,7 +178,7 @@ def command(
 def cluster_of(source: str | None, measured: Path | None, ranks: int) -> Cluster:
     """The named cluster, or this machine, measured. Raises UsageError and RankError."""
     if (source is None) == (measured is None):
-        raise UsageError("say --cluster NAME|FILE, or --measure FILE.yaml for this machine")
+        raise UsageError("give either --cluster NAME|FILE, or --measure FILE.yaml for this machine")
     if source is not None:
         from moec.plan.cluster import read_cluster
 
@@ -228,7 +256,7 @@ def planner_of(
     recorded = [len(count) for count in routing_of.counts]
     if len(recorded) != len(sparse) or any(a > b for a, b in zip(recorded, sparse, strict=True)):
         raise UsageError(
-            f"{trace} is of {len(recorded)} layers with {recorded[:3]}… experts, {model.name} has "
+            f"{trace} has {len(recorded)} layers with {recorded[:3]}… experts, {model.name} has "
             f"{len(sparse)} MoE layers with {sparse[:3]}…"
         )
     counts = iter(routing_of.counts)

@@ -54,12 +54,12 @@ def compile_ranks(
 
     plan = read_plan(plan_file)
     if arguments.get("quant"):
-        raise UsageError("--plan and --quant exclude each other for now")
+        raise UsageError("--plan and --quant cannot be combined yet")
     compiled = compile_model(model, **arguments, verify=False, stop_after="split-packed")
     program, log = compiled.pass_results[-1].program, Log()
     module = rank_programs(program, plan, log)
     for declined in log.declined:
-        echo(f"{declined.where}: not as planned: {declined.reason}", err=True)
+        echo(f"{declined.where}: not run as planned: {declined.reason}", err=True)
     example = compiled.captured.example
     if verify is not False:
         check(module, program, plan, example, verify)
@@ -121,8 +121,8 @@ def check(
                 right = torch.cat([right] * degree).chunk(degree, 1)[rank % degree]
             if right.is_floating_point() and not distance(result, right) <= limit:
                 raise VerificationError(
-                    f"rank {rank} of the plan gives another {value.name}: it differs by "
-                    f"{distance(result, right):.2e}, allowed are {limit:.2e}"
+                    f"rank {rank} computes another {value.name}: it differs by "
+                    f"{distance(result, right):.2e}, allowed up to {limit:.2e}"
                 )
 
 
@@ -172,7 +172,7 @@ def run_ranks(
     from moec.parallel.worker import run_rank
 
     if (source is None) == (not options.form):
-        raise UsageError(f"{folder} holds the ranks of a plan: give --input FILE, or a prompt")
+        raise UsageError(f"{folder} has the ranks of a plan: give --input FILE, or a prompt")
     job = Job(folder, source, output, timeout, threads or 1, signed_by=signed_by)
     if options.form:
         prompts = read_prompts(options) if os.environ.get("RANK", "0") == "0" else []
@@ -224,5 +224,5 @@ def on_ranks(job: Job, count: int | None, entry: Callable[..., T], *arguments: A
         result = entry(job, *arguments)
         return result if os.environ["RANK"] == "0" else None
     if count is None:
-        raise UsageError(f"{job.folder} holds the ranks of a plan: say --nproc N, or use torchrun")
+        raise UsageError(f"{job.folder} has the ranks of a plan: give --nproc N, or use torchrun")
     return launch(job, count, entry, *arguments)

@@ -17,7 +17,9 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 @click.command("routing", short_help="Show which experts a recorded routing chose.")
 @click.argument("source", type=Path, metavar="FILE")
 @click.option("--picture", type=OUT, metavar="FILE", help="Heat-map of loads: .png, .svg, .html.")
-@click.option("-o", "--output", type=OUT, metavar="FILE.npz", help="Write it as moec's trace.")
+@click.option(
+    "-o", "--output", type=OUT, metavar="FILE.npz", help="Write the routing as a trace of moec."
+)
 @json_option
 @force_option
 def command(
@@ -25,8 +27,8 @@ def command(
 ) -> None:
     """Show the load of experts by layer: balance, unused experts, drift and co-activation.
 
-    FILE is a trace of moec (.npz), counts (.npy, .json), records a line (.jsonl) or a dump of
-    SGLang's recorder (.pt).
+    FILE is a trace of moec (.npz), counts per layer and expert (.npy, .json), one record per line
+    (.jsonl), or a dump of SGLang's recorder (.pt).
     """
     from moec.plan.balance import balance
     from moec.plan.heat_map import check_picture_name, save_heat_map
@@ -41,7 +43,7 @@ def command(
     routing = read_routing(source)
     if output:
         if routing.trace is None:
-            raise UsageError(f"{source} holds counts; a trace needs the experts of each token")
+            raise UsageError(f"{source} has counts only; a trace needs the experts of each token")
         save_trace(routing.trace, output)
     layers = balance(routing)
     if picture:
@@ -64,8 +66,10 @@ def command(
         cells = f"{layer.busiest:.2f}", f"{layer.entropy:.3f}", str(layer.unused), drift, pair
         rows.append((str(layer.layer), str(layer.experts), *cells))
     echo("\n".join(line.rstrip() for line in columns(rows)))
-    click.echo("\ndrift: shares that moved between the halves of the tokens; pair: how many times")
-    click.echo("as often as by chance two experts meet in a token (measured on this file)")
+    click.echo(
+        "\ndrift: share of choices that changed from the first to the second half of the tokens"
+    )
+    click.echo("pair: how often two experts are chosen by one token, relative to chance")
     for path in (picture, output):
         if path:
             echo(f"wrote {path}")

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "-i", "--input", "source", type=click.Path(path_type=Path), metavar="FILE",
-    help="The inputs by name: .npz, .safetensors, or .npy for the only one.",
+    help="The inputs by name (.npz, .safetensors), or a single input (.npy).",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
-    help="Write the outputs: .npz (bf16 as float32), .safetensors, or .npy for the only one.",
+    help="Write the outputs by name (.npz with bf16 as float32, .safetensors), or a single "
+    "output (.npy).",
 )  # fmt: skip
 @text_options
 @click.option(
@@ -38,24 +39,28 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--record-routing", "trace", type=click.Path(path_type=Path), metavar="FILE.npz",
-    help="Write which experts every token chose, for moec routing and moec plan.",
+    help="Write the experts that each token chose, for moec routing and moec plan.",
 )  # fmt: skip
 @click.option(
     "--device", default=None, metavar="DEVICE",
-    help="cpu, cuda or cuda:1; default: the CPU, where there is code for it.",
+    help="cpu, cuda or cuda:1; default: cpu if the artifact has code for it.",
 )  # fmt: skip
 @signed_by_option
-@click.option("--rebuild", is_flag=True, help="Compile the stored graph anew; use no stored code.")
 @click.option(
-    "--threads", type=click.IntRange(1, 4096), help="Threads of the kernels; default: cores."
+    "--rebuild",
+    is_flag=True,
+    help="Compile the stored graph on this machine instead of using the stored code.",
+)
+@click.option(
+    "--threads", type=click.IntRange(1, 4096), help="Threads of the kernels; default: one per core."
 )
 @click.option(
     "--nproc", type=click.IntRange(min=1), metavar="N",
-    help="Run the N ranks of a plan (moec compile --plan) on this host; torchrun does on several.",
+    help="Run the N ranks of moec compile --plan on this host; for several hosts use torchrun.",
 )  # fmt: skip
 @click.option(
     "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True,
-    help="Seconds that a rank waits for the others.",
+    help="Seconds that a rank waits for the other ranks.",
 )  # fmt: skip
 @json_option
 @quiet_option
@@ -76,17 +81,20 @@ def command(
     quiet: bool,
     **text: Any,
 ) -> None:
-    """Run ARTIFACT on the tensors in a file, or let it continue prompts, or chat.
+    """Run ARTIFACT on the tensors in a file, continue prompts with it, or chat.
 
-    The outputs are described on stdout, or written with --output; a prompt's continuation
-    goes to stdout as it comes. Exit code 2 means that --check found a difference.
+    Outputs are summarised on stdout, or written with --output. The continuation of a prompt is
+    printed as it is computed. Exit code 2 means that --check found a difference.
     """
     options = TextOptions(**text)
     if holds_ranks(artifact):
         if rebuild:
-            raise UsageError(f"{artifact} holds the ranks of a plan: compile the plan again, here")
+            raise UsageError(
+                f"{artifact} has the ranks of a plan, and --rebuild is for one "
+                "process: compile the plan again on this machine"
+            )
         if check or trace or device:
-            raise UsageError(f"{artifact} holds the ranks of a plan: give --input, or a prompt")
+            raise UsageError(f"{artifact} has the ranks of a plan: give --input, or a prompt")
         run_ranks(
             artifact, source, output, options, nproc, timeout, threads, as_json, quiet, signed_by
         )
@@ -94,9 +102,9 @@ def command(
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
     if source is None and not (options.form or check or rebuild):
-        raise UsageError("say what to run: --input FILE, --prompt TEXT, --chat or --check")
+        raise UsageError("give one of --input FILE, --prompt TEXT, --chat or --check")
     if source is not None and options.form:
-        raise UsageError(f"--input and {options.form} exclude each other")
+        raise UsageError(f"--input and {options.form} cannot be combined")
     if output is not None and source is None:
         raise UsageError("--output needs --input")
     from moec.commands.recording import check_trace, recorded
@@ -149,7 +157,7 @@ def _check(opened: Artifact, executor: Executor, quiet: bool) -> dict[str, Any]:
     from moec.runtime.compare import difference
 
     if not opened.samples:
-        raise UsageError(f"{opened.path} holds no samples to check against; use --input")
+        raise UsageError(f"{opened.path} has no samples to check against; use --input")
     tolerance, worst = opened.manifest.tolerance, (0.0, "", 0)
     for index, sample in enumerate(opened.samples):
         executor.reset()

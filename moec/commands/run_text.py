@@ -52,7 +52,7 @@ class TextOptions:
         forms = {"--prompt": self.prompt, "--prompts": self.prompts, "--chat": self.chat or None}
         names = [name for name, value in forms.items() if value is not None]
         if len(names) > 1:
-            raise UsageError(f"{' and '.join(names)} exclude each other")
+            raise UsageError(f"{' and '.join(names)} cannot be combined")
         return names[0] if names else ""
 
 
@@ -62,32 +62,33 @@ def text_options(command: F) -> F:
         click.option(
             "--prompts", type=click.Path(path_type=Path, allow_dash=True), metavar="FILE",
             help="Continue each line of a text file, or each string of a .jsonl; - reads stdin. "
-            "One JSON line each comes out: prompt, text, tokens.",
+            "Prints one line of JSON for each: prompt, text, tokens.",
         ),
         click.option(
             "--chat", is_flag=True,
-            help="Answer each line of stdin, by the chat template that the model came with.",
+            help="Answer each line of stdin, using the model's chat template.",
         ),
         click.option(
-            "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
+            "--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."
         ),
         click.option(
             "--batch", type=click.IntRange(min=1), default=8, show_default=True,
-            help="How many of --prompts are continued at once.",
+            help="How many of --prompts are continued in one batch.",
         ),
         click.option(
             "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True
         ),
         click.option(
             "--temperature", type=float, default=0.0, show_default=True,
-            help="0 takes the likeliest token; above it tokens are drawn.",
+            help="0 chooses the likeliest token; greater values sample.",
         ),
         click.option(
-            "--top-p", type=float, default=1.0, help="Draw from the likeliest of this share."
+            "--top-p", type=float, default=1.0, help="Sample from the likeliest tokens whose "
+            "probabilities sum to this."
         ),
-        click.option("--top-k", type=int, help="Draw from so many of the likeliest tokens."),
+        click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens."),
         click.option(
-            "--seed", type=click.IntRange(min=0), help="The same seed draws the same tokens."
+            "--seed", type=click.IntRange(min=0), help="Seed for sampling."
         ),
     ):  # fmt: skip
         command = decorator(command)
@@ -111,7 +112,7 @@ def read_prompts(options: TextOptions) -> list[str]:
         raise UsageError(f"{name}: {reason(error)}") from error
     lines = [line for line in _decoded(name, content).splitlines() if line.strip()]
     if not lines:
-        raise UsageError(f"{name} holds no prompt: write one a line")
+        raise UsageError(f"{name} has no prompt: write one per line")
     return [_string(path, line) for line in lines] if path.suffix == ".jsonl" else lines
 
 
@@ -156,7 +157,10 @@ def write_texts(
     from moec.runtime.sampling import Sampling
 
     if (why := slow(executor)) and not quiet:
-        echo(f"each token runs the whole text again: {why}", err=True)
+        echo(
+            f"slow: each new token processes the whole text again, as there is no KV cache: {why}",
+            err=True,
+        )
     tokenizer = load_tokenizer(files)
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop

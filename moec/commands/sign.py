@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from moec.runtime.container import Buffer
 
 
-@click.command("sign", short_help="Sign an artifact, for those who run it.")
+@click.command("sign", short_help="Sign an artifact, so that who runs it can check its author.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
     "--key", type=click.Path(path_type=Path), required=True, metavar="FILE",
-    help="An Ed25519 private key, of openssl genpkey or ssh-keygen.",
+    help="An Ed25519 private key, made by openssl genpkey or ssh-keygen.",
 )  # fmt: skip
 @quiet_option
 def command(artifact: Path, key: Path, quiet: bool) -> None:
     """Check ARTIFACT as `moec verify` does, and write its signature beside it, as ARTIFACT.sig.
 
-    Whoever has the public key can ask for it: `--signed-by FILE` of verify and run. A key that is
-    encrypted is opened with a password, which is asked for. Needs the extra moec[sign].
+    `moec verify` and `moec run` check the signature with --signed-by PUBLIC_KEY. For an encrypted
+    private key, the command prompts for the password. Needs the extra moec[sign].
     """
     from moec.runtime.signature import EncryptedKeyError, sign
 

@@ -17,19 +17,18 @@ if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact
 
 
-@click.command("verify", short_help="Check an artifact; run nothing of it.")
+@click.command("verify", short_help="Check an artifact without running it.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @signed_by_option
 @json_option
 @quiet_option
 @log_options
 def command(artifact: Path, signed_by: Path | None, as_json: bool, quiet: bool) -> None:
-    """Check ARTIFACT as `moec run` does before it runs, and more; run nothing of it.
+    """Check that ARTIFACT is complete and undamaged, without running it.
 
-    The manifest against its digest and its own rules, the size and the SHA-256 of every part, the
-    text of every graph against the rules of the IR where the compiler is installed. Code for
-    another machine or version of TVM is checked as well. The digests find damage, not malice: who
-    made the file, --signed-by tells.
+    Checks the manifest, and the size and SHA-256 of every part; if the compiler is installed, also
+    the rules of the IR for every graph. Artifacts for other machines and versions of TVM can be
+    checked too. The digests detect damage, not malice: --signed-by verifies who made the file.
     """
     from moec.runtime import artifact as artifacts
 

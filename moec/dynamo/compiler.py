@@ -47,9 +47,8 @@ from moec.target.cpu import CpuTarget
 RECOGNITION = (*CANONICALISE.passes, *RECOGNISE.passes)
 
 _UNRECOGNISED = (
-    "it chooses the best k of something, and no experts were found in it: the graph may break "
-    "between router and experts (TORCH_LOGS=graph_breaks); a Hugging Face model needs "
-    "moec.prepare(model) first"
+    "the graph has a top-k and no experts were found in it: it may break between router and "
+    "experts (TORCH_LOGS=graph_breaks); a Hugging Face model needs moec.prepare(model) first"
 )
 
 

@@ -95,8 +95,8 @@ class BlockSite:
         for param, old, new in zip(params, self.bound, now, strict=True):
             if is_constant(param) and old != new:
                 raise RuntimeError(
-                    f"{self.name}: a buffer of ids or masks changed, and the block was recognised "
-                    "by what it held; compile again (torch._dynamo.reset())"
+                    f"{self.name}: a buffer of ids or masks changed after the block was compiled "
+                    "with its contents; compile again (torch._dynamo.reset())"
                 )
 
     def differentiable(

@@ -47,8 +47,8 @@ def parse(options: Mapping[str, Any] | None, mode: str | None) -> Options:
     settings = dict(options or {})
     if mode not in (None, "default"):
         raise UsageError(
-            f"mode={mode!r} is Inductor's: leave it out, or set torch._inductor.config, which "
-            "holds for what moec leaves to Inductor"
+            f"mode={mode!r} is an option of Inductor: leave it out, or set "
+            "torch._inductor.config, which applies to the graphs that moec leaves to Inductor"
         )
     for name in settings:
         if name in _ELSEWHERE:
@@ -75,13 +75,13 @@ def exact(options: Options) -> tuple[Pass, ...]:
     for chosen in choose(options.opt_level, options.passes):
         if isinstance(chosen, Approximate):
             raise UsageError(
-                f"options: passes: {chosen.name} changes the model, which needs calibration data: "
+                f"options: passes: {chosen.name} changes the model and needs calibration data: "
                 "apply it with moec.compile"
             )
         if isinstance(chosen, OptInPass):
             raise UsageError(
-                f"options: passes: {chosen.name} rewrites whole models, and torch.compile gives "
-                "blocks: apply it with moec.compile"
+                f"options: passes: {chosen.name} rewrites complete models, and torch.compile "
+                "passes single blocks: apply it with moec.compile"
             )
         passes.append(chosen)
     return tuple(passes)

@@ -82,8 +82,10 @@ class StatsRecorder:
             self._stats = replace(self._stats, fallbacks=self._stats.fallbacks + unique)
         listed = "; ".join(map(str, unique))
         if strict:
-            raise FallbackError(f"strict=True, and moec leaves to PyTorch: {listed}")
-        warnings.warn(f"moec leaves to PyTorch: {listed}", FallbackWarning, stacklevel=2)
+            raise FallbackError(f"strict=True, and moec does not compile: {listed}")
+        warnings.warn(
+            f"moec does not compile, so PyTorch runs: {listed}", FallbackWarning, stacklevel=2
+        )
 
     def read(self, *, reset: bool) -> Stats:
         with self._lock:

@@ -68,7 +68,7 @@ def regions(
                     raise NoMatch("several gates weigh its experts, which would run for each")
                 y, stood = _result(op, converted.program.graph, graph)
                 if stood not in nodes:
-                    raise NoMatch("its result is no value of the traced graph")
+                    raise NoMatch("its result is not a value of the traced graph")
                 nodes[y] = nodes[stood]
                 yield _region(where, op, y, scope, recognised, nodes)
             except NoMatch as why:
@@ -157,7 +157,7 @@ def _source(combine: Op, scope: Scope, nodes: Mapping[Value, fx.Node]) -> Value:
         value = view.inputs[0]
         source = value if value in nodes else source
     if source is None:
-        raise NoMatch("its input is no value of the traced graph")
+        raise NoMatch("its input is not a value of the traced graph")
     return source
 
 
@@ -199,7 +199,7 @@ def _free_sizes(graph: Graph) -> Graph:
     for value in renamed.values():
         for dim in value.shape:
             if not symbols(dim) <= size_names:
-                raise NoMatch(f"{value.name} is {value.type}, a size that none of its inputs has")
+                raise NoMatch(f"{value.name} is {value.type}, and none of its inputs has this size")
     return replace(renamed, bounds={name: Bounds() for name in sorted(size_names)})
 
 

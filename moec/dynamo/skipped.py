@@ -21,13 +21,13 @@ from moec.dynamo.record import RECORDER, Fallback, FallbackWarning
 
 _SAID: Mapping[tuple[str, ...], str] = {
     ("capture_dynamic_output_shape_ops",): (
-        "a loop asks torch.where for the tokens of each expert: call moec.prepare(model) before "
+        "a loop calls torch.where for the tokens of each expert: call moec.prepare(model) before "
         "the model runs"
     ),
     ("Data-dependent branching", "graph break in loop"): (
-        "a loop asks whether a mask is set, as `if mask.any():` does: leave the condition out, for "
-        "an expert without tokens adds nothing, or use moec.compile, which sees to it; a Hugging "
-        "Face model needs moec.prepare(model)"
+        "a loop branches on a mask, as `if mask.any():` does: remove the condition (an expert "
+        "without tokens adds nothing), or use moec.compile, which handles it; a Hugging Face "
+        "model needs moec.prepare(model)"
     ),
 }
 """What to report, by words in Dynamo's reason."""
@@ -56,7 +56,7 @@ def _listener(backend: object) -> Callable[[object], None]:
         code = attempt.f_locals.get("code")
         if _calls(attempt.f_locals.get("compiler_fn"), backend):
             where = getattr(code, "co_qualname", "a function").removesuffix(".forward")
-            reason = f"Dynamo skips it before moec sees a graph, since {why}"
+            reason = f"Dynamo skips the function, so moec gets no graph of it: {why}"
             with warnings.catch_warnings():
                 warnings.simplefilter("always", FallbackWarning)
                 RECORDER.fall_back([Fallback(where, reason)], strict=False)

@@ -41,7 +41,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> f
         raise NoMatch("autocast is on, and its casts are not in the graph; cast the model instead")
     for node in module.graph.nodes:
         if training and isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise NoMatch(f"{node.target} has a backward of its own, which a trace would lose")
+            raise NoMatch(f"{node.target} has its own backward, which tracing would lose")
         if _detaches(node) and any(_writes(user) for user in node.users):
             raise NoMatch(f"the graph writes into {node.name}, a detached tensor")
     _fix_numbers(module)

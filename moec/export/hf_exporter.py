@@ -52,7 +52,7 @@ class MoecExporter(HfExporter):  # type: ignore[misc]
     ) -> tuple[Any, ExportMetadata]:
         """The compiled model. Raises what `moec.compile` does."""
         if config.quantizer is not None:
-            raise UsageError("quantizer: moec stores experts in few bits itself: give quant")
+            raise UsageError("quantizer: moec quantises experts itself: give quant instead")
         compiled = moec.compile(
             model,
             kwargs=sample_inputs,
@@ -67,13 +67,15 @@ class MoecExporter(HfExporter):  # type: ignore[misc]
     def export_for_generation(self, *args: Any, **options: Any) -> Any:
         """Raises UsageError: a single export generates text, without separate stages."""
         raise UsageError(
-            "moec does not cut a model into stages: export() it, and call .program.generate"
+            "moec does not split a model into stages: call export(), then .program.generate"
         )
 
     @classmethod
     def save_program(cls, program: Any, path: str | Path) -> None:
         if isinstance(program, moec.LoadedModel):
-            raise UsageError(f"{program} was loaded, and can be copied as the file that it is")
+            raise UsageError(
+                f"{program} was loaded from a file: copy that file instead of saving it"
+            )
         program.save(path)
 
     @classmethod

@@ -147,7 +147,7 @@ def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
     if compiled.quantised:
         raise UsageError(
             f"{compiled.source.name} was compiled with quant={compiled.quantised[0].format!r}: "
-            "leave out quant where it is exported"
+            "export it without quant"
         )
     last = compiled.pass_results[-1]
     added = run(last.program, quantising(parse_parts(text)), stage=last.stage)[1:]
@@ -208,7 +208,10 @@ def _compared(
     Raises VerificationError where a number differs.
     """
     if "bf16" in computed_dtypes(lowered.graph):
-        note = "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16"
+        note = (
+            "the file was checked but not run: ONNX Runtime's CPU kernels do not compute in "
+            "bfloat16"
+        )
         return replace(exported, notes=(*exported.notes, note))
     captured, pass_results, program = compiled.captured, compiled.pass_results, content.program
     try:
@@ -222,7 +225,7 @@ def _compared(
             opened = kv_cache.at_once(program, opened)
         checked = checking.check(captured, opened, pass_results, tolerance, pieces)
     except VerificationError as error:
-        raise VerificationError(f"nothing was written: in ONNX Runtime {error}") from error
+        raise VerificationError(f"no file was written: in ONNX Runtime {error}") from error
     parity: dict[str, float] = {}
     if lowered.choices:
         traced = runner(open_session(draft, file.debug(lowered, draft, about)))
@@ -232,7 +235,7 @@ def _compared(
         parity = routing_parity(lowered, program, traced, cases)
     notes = exported.notes + checked.notes
     if profile.name == "cuda":
-        notes += ("made for CUDA, and run on the CPU: no CUDA kernel was tried",)
+        notes += ("written for CUDA and checked on the CPU: no CUDA kernel was run",)
     return replace(
         exported,
         errors=checked.errors,

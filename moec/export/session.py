@@ -34,7 +34,7 @@ def open_session(path: Path, model: ModelProto | None = None) -> Any:
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise VerificationError(f"the file is not taken: {_said(error)}") from error
+        raise VerificationError(f"ONNX Runtime rejects the file: {_said(error)}") from error
 
 
 def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:

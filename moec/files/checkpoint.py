@@ -48,11 +48,11 @@ def _object(path: Path) -> dict[str, Any]:
         raise CaptureError(f"{path} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:
         raise CaptureError(
-            f"{path} is not JSON: {error}; copy it from where the checkpoint came from"
+            f"{path} is not JSON: {error}; copy it again from the source of the checkpoint"
         ) from None
     if not isinstance(content, dict):
         what = "configuration of a model" if path.name == CONFIG else "JSON object"
-        raise CaptureError(f"{path} holds no {what}; copy it from where the checkpoint came from")
+        raise CaptureError(f"{path} has no {what}; copy it again from the source of the checkpoint")
     return content
 
 
@@ -66,8 +66,8 @@ def _check_index(folder: Path) -> None:
             raise CaptureError(f"{path} names {name!r}, which is not in its folder")
         if not (folder / name).is_file():
             raise CaptureError(
-                f"{path} names {name!r}, which is not there: copy it from where the checkpoint "
-                "came from"
+                f"{path} names {name!r}, which does not exist: copy it again from the source of "
+                "the checkpoint"
             )
 
 
@@ -116,6 +116,6 @@ def _checked_shapes(path: Path) -> list[list[int]]:
         length_fits = False
     if not length_fits:
         raise CaptureError(
-            f"{path} is truncated or damaged: copy it from where the checkpoint came from"
+            f"{path} is truncated or damaged: copy it again from the source of the checkpoint"
         )
     return shapes

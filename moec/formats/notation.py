@@ -67,7 +67,7 @@ def parse(text: str) -> Format:
         raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
     kind, *options = text.split(":")
     if kind not in KINDS:
-        raise UsageError(f"quant {text!r}: {kind!r} is no format; {SPELLING}")
+        raise UsageError(f"quant {text!r}: {kind!r} is not a format; {SPELLING}")
     block, asymmetric, row_bits = 0, False, 8
     for option in options:
         if option == WIDE_ROWS and row_bits == 8:
@@ -84,7 +84,8 @@ def parse(text: str) -> Format:
             block = int(option)
         else:
             raise UsageError(
-                f"quant {text!r}: :{option} is no block and no option, or comes twice; {SPELLING}"
+                f"quant {text!r}: :{option} is neither a block size nor an option, or is "
+                f"repeated; {SPELLING}"
             )
     return Format(kind, MXFP4_BLOCK if kind == "mxfp4" else block, asymmetric, row_bits)
 
@@ -120,9 +121,9 @@ def parse_parts(text: str) -> Quantisation:
         if not equals:
             part, format = "experts", part
         if part not in PARTS:
-            raise UsageError(f"quant {text!r}: {part!r} is none of {', '.join(PARTS)}")
+            raise UsageError(f"quant {text!r}: {part!r} is not one of {', '.join(PARTS)}")
         parsed = parse(format)
         if part in formats:
-            raise UsageError(f"quant {text!r}: {part} comes twice")
+            raise UsageError(f"quant {text!r}: {part} is repeated")
         formats[part] = parsed
     return Quantisation(**formats)

@@ -46,8 +46,8 @@ class GraphModule(nn.Module):
         if program.graph.states:
             names = ", ".join(state.before.name for state in program.graph.states)
             raise UsageError(
-                f"the model keeps state between calls ({names}), which cannot be trained "
-                "through: leave its cache out (use_cache=False)"
+                f"the model keeps state between calls ({names}), which training does not support: "
+                "turn its cache off (use_cache=False)"
             )
         self.graph = program.graph
         self.example = example

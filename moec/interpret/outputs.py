@@ -53,7 +53,7 @@ class Structure:
     def check(self, other: Structure, inputs: str) -> None:
         """Raises VaryingOutput where another result of the module, at `inputs`, has other constants
         or another number of tensors."""
-        advice = "it depends on sizes or data; return it as a tensor, or leave it out"
+        advice = "it depends on sizes or data: return it as a tensor, or remove it"
         pairs = zip(_leaves(self.template, ""), _leaves(other.template, ""), strict=False)
         for (name, first), (_, second) in pairs:
             if repr(first) != repr(second):  # nan is nan
@@ -64,7 +64,7 @@ class Structure:
         if self.count != other.count:
             raise VaryingOutput(
                 f"{self.count} tensors come back in one run and {other.count} at inputs {inputs}: "
-                "return as many always"
+                "return the same number always"
             )
 
     @property
@@ -115,8 +115,8 @@ def checked(structure: Structure) -> Structure:
             raise CaptureError(f"{output} is a Python number that may vary; return it as a tensor")
         if leaf is not None and not isinstance(leaf, _CONSTANTS):
             raise CaptureError(
-                f"{output} is a {type(leaf).__name__}, in which tensors are not found; return "
-                "tensors, numbers and None in tuples, lists, dicts or dataclasses"
+                f"{output} is a {type(leaf).__name__}, which may not contain tensors of a result; "
+                "return tensors, numbers and None in tuples, lists, dicts or dataclasses"
             )
     return structure
 

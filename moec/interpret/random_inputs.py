@@ -78,6 +78,8 @@ def random_cases(
     Raises InputError where there are none.
     """
     if not example and program.graph.inputs:
-        raise InputError("the model was captured without example inputs; give some to bisect it")
+        raise InputError(
+            "the model was captured without example inputs: give example inputs to bisect it"
+        )
     generator = torch.Generator().manual_seed(seed)
     return [random_like(program, example, generator) for _ in range(count)]

@@ -209,7 +209,7 @@ def parse_dim(text: str) -> Dim:
     try:
         tree = ast.parse(text, mode="eval").body
         if _terms(tree) > _MOST_TERMS:
-            raise IRError(f"{text!r} is not a size of moec: it has too many terms")
+            raise IRError(f"{text!r} is not a valid size: it has too many terms")
         size = _build(tree, text)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
         raise IRError(f"{text[:80]!r} is not a size") from error

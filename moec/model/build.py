@@ -91,7 +91,7 @@ def build_for_gpu(
 
     programs, why = {MAIN: compiled.module.main}, compiled.no_decode
     if DECODE in compiled.module:
-        why = f"the kernels for {target.name} keep no keys and values"
+        why = f"the kernels for {target.name} have no cache of keys and values"
         if supported(compiled.module[DECODE].graph, backend or backend_for(target)):
             programs[DECODE] = compiled.module[DECODE]
     with clock.phase("kernels for GPUs"), explained(compiled):

@@ -157,8 +157,8 @@ class CompiledModel:
     def __reduce__(self) -> Never:
         """Raises UsageError: machine code can be neither pickled nor copied."""
         raise UsageError(
-            "a compiled model is machine code and memory of this process, so that it can neither "
-            "be pickled nor copied: save it, and moec.load the artifact where it is needed"
+            "a compiled model is machine code in the memory of this process, which can be "
+            "neither pickled nor copied: save it, and use moec.load on the artifact"
         )
 
     def reset(self) -> None:
@@ -192,11 +192,11 @@ class CompiledModel:
         checked = self.checked
         if package and lacking(self.target):
             notes += (
-                f"made for {self.target.name}, which this machine cannot run: not verified, and "
-                "saved without samples",
+                f"compiled for {self.target.name}, which this machine cannot run: not verified, "
+                "and saved without samples",
             )
         if self.for_gpu is not None:
-            notes += (f"code for {self.for_gpu.target_name} lies beside it, and was not verified",)
+            notes += (f"code for {self.for_gpu.target_name} is included, and was not verified",)
             notes += tuple(f"on a GPU {r[1]} of {r[0]}: {r[2]}" for r in self.for_gpu.refusals)
         notes += (*unquantised_lines(self.pass_results), *without_effect(self.pass_results))
         if checked:
@@ -205,24 +205,25 @@ class CompiledModel:
             pass_result.kind is Kind.CHANGES and pass_result.rewrites
             for pass_result in self.pass_results
         ):
-            above = "; the distance to the original model is above"
+            above = "; the distance to the original model is listed above"
             notes += (
-                "checked against the graph as the passes changed it, and the graph before them "
-                f"against eager{above if any(p.damage for p in self.pass_results) else ''}",
+                "the compiled code was compared with the graph that the passes changed; the "
+                "graph before these passes was compared with "
+                f"eager{above if any(p.damage for p in self.pass_results) else ''}",
             )
         if checked and checked.strays:
             why = "in 16 bits nearly equal router scores may choose other experts than eager's"
             if self.quantised:
                 why = "nearly equal router scores may choose other experts than the graph's"
             notes += (
-                f"{checked.strays} of {checked.rows} rows of the outputs are beyond the tolerance: "
-                f"{why}",
+                f"{checked.strays} of {checked.rows} rows of the outputs differ by more than the "
+                f"tolerance: {why}",
             )
         if checked and checked.ties:
             notes += (
-                f"{checked.ties} of {checked.rows} rows of the outputs differ from eager's and are "
-                "right: they choose among exactly equal values, where torch promises no order "
-                "and moec takes the first",
+                f"{checked.ties} of {checked.rows} rows of the outputs differ from eager's, and "
+                "both are right: they choose among exactly equal values, in which torch "
+                "guarantees no order and moec takes the first",
             )
         return Report(
             model=self.source.name,
@@ -360,7 +361,7 @@ class CompiledModel:
         package = self._package()
         if self.executor is None and not package.library:
             raise UsageError(
-                f"the target {self.target.name!r} makes no code, so that the model cannot be run: "
+                f"the target {self.target.name!r} generates no code, so the model cannot be run: "
                 "compile it for another target"
             )
         if self.executor is None:

@@ -104,7 +104,10 @@ def _checked(writer: Writer, options: Mapping[str, Any]) -> tuple[Request, tuple
         raise UsageError(f"text is generated without an option {unknown[0]!r}{near}")
     checked = request_of(writer, **options)
     if why := slow(writer.executor):
-        warnings.warn(f"each token runs the whole text again: {why}", stacklevel=4)
+        warnings.warn(
+            f"slow: each new token processes the whole text again, as there is no KV cache: {why}",
+            stacklevel=4,
+        )
     return checked
 
 

@@ -64,8 +64,8 @@ class LoadedModel:
     def __reduce__(self) -> Never:
         """Raises UsageError: machine code can be neither pickled nor copied."""
         raise UsageError(
-            "a loaded model is machine code and memory of this process, so that it can neither be "
-            f"pickled nor copied: moec.load({str(self.path)!r}) where it is needed"
+            "a loaded model is machine code in the memory of this process, which can be neither "
+            f"pickled nor copied: use moec.load({str(self.path)!r}) in the other process"
         )
 
     def __repr__(self) -> str:

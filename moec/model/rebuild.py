@@ -36,8 +36,9 @@ def rebuild(opened: Artifact) -> Package:
     target = targets.parse(opened.package.target_name)
     if target.needs != needs:
         raise ArtifactError(
-            f"{opened.path} was compiled for a target {needs.name!r} that this moec describes "
-            "otherwise, so its weights may lie otherwise too; compile the model again"
+            f"{opened.path} was compiled for a target {needs.name!r} that this version of moec "
+            "defines differently, so its weights may be packed differently; compile the model "
+            "again"
         )
     if target.name == cpu.host().name:
         target = cpu.host()  # the same code, blocked for this machine's cache
@@ -53,16 +54,19 @@ def rebuild(opened: Artifact) -> Package:
     try:
         lowered = lower(module, target, backend, package.tunings)
     except ValueError as error:
-        raise ArtifactError(f"{opened.path} was tuned by another moec: {error}") from error
+        raise ArtifactError(
+            f"{opened.path} was tuned by another version of moec: {error}"
+        ) from error
     if not package.tunings.keys() <= {kernel.key for kernel in lowered.tunable}:
         raise ArtifactError(
-            f"{opened.path} was tuned for kernels that this moec makes otherwise; compile the "
-            "model again"
+            f"{opened.path} was tuned for kernels that this version of moec generates "
+            "differently; compile the model again"
         )
     for name, function in package.functions.items():
         if ports(lowered.params[name]) != function.params:
             raise ArtifactError(
-                f"{opened.path} packs its weights as this moec does not; compile the model again"
+                f"{opened.path} has its weights in a layout of another version of moec; compile "
+                "the model again"
             )
     library = backend.library(lowered.module, target, 2, None)
     return replace(package, library=library.host, gpu=library.gpu)
@@ -82,6 +86,6 @@ def _check_signature(opened: Artifact, name: str, program: Program, function: Fu
     ):
         return
     raise ArtifactError(
-        f"{opened.path}: the manifest describes the function {name!r} otherwise than "
-        f"{graph_part(name)} does, so one of them was altered; compile the model again"
+        f"{opened.path}: the manifest describes the function {name!r} differently from "
+        f"{graph_part(name)}, so one of them was altered; compile the model again"
     )

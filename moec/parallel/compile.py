@@ -53,8 +53,8 @@ def _check_states(graph: Graph) -> None:
     for state in graph.states:
         if not grows(port(state.before)):
             raise UnsupportedError(
-                f"the state {state.before.name} is no cache of keys and values, and does not "
-                "run on several ranks"
+                f"the state {state.before.name} is not a cache of keys and values, and cannot be "
+                "split over ranks"
             )
 
 

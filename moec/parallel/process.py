@@ -46,7 +46,7 @@ def rank_of_process() -> tuple[int, int]:
     try:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except KeyError:
-        raise UsageError("this process is no rank: start it with torchrun") from None
+        raise UsageError("this process is not a rank: start it with torchrun") from None
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
     manifest, _ = manifest_of(job.folder, job.signed_by)
     if manifest.devices != world:
         raise UsageError(
-            f"{job.folder} is planned for {manifest.devices} ranks, {world} were started"
+            f"{job.folder} is planned for {manifest.devices} ranks, but {world} were started"
         )
     with started(job):
         files = load_rank(job.folder, rank, function, job.signed_by)
@@ -90,8 +90,8 @@ def _same_everywhere(ranks: ProcessRanks, digest: bytes, world: int) -> None:
     other = [r for r in range(world) if not torch.equal(all_of_them[r], all_of_them[0])]
     if other:
         raise RankError(
-            f"rank {ranks.rank}: ranks {', '.join(map(str, other))} read another compiled model "
-            "than rank 0; copy one folder to all hosts"
+            f"rank {ranks.rank}: ranks {', '.join(map(str, other))} have another compiled model "
+            "than rank 0: copy the same folder to all hosts"
         )
 
 

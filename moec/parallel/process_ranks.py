@@ -17,7 +17,7 @@ from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner
 from moec.ops.dist import meanings
 
-LATE = "another rank did not come in time"
+LATE = "another rank did not respond in time"
 ENDED = "another rank ended"
 
 

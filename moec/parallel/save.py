@@ -45,7 +45,7 @@ class TextFiles:
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     stop: tuple[int, ...] = ()
-    no_generation: str = "it was compiled from a model that does not continue text"
+    no_generation: str = "it was compiled from a model that cannot continue text"
 
 
 def save_ranks(

@@ -111,8 +111,8 @@ def _decoded(path: Path, content: bytes) -> FolderManifest:
         raise ArtifactError(f"{path / MANIFEST}: {error}") from None
     if manifest.version != VERSION:
         raise ArtifactError(
-            f"{path} was written by another moec (version {manifest.version} of its format, "
-            f"expected {VERSION}); compile it again"
+            f"{path} was written by another version of moec (version {manifest.version} of its "
+            f"format, expected {VERSION}); compile it again"
         )
     return manifest
 
@@ -189,5 +189,7 @@ def _checked(path: Path, name: str, manifest: FolderManifest) -> bytes:
     except OSError as error:
         raise ArtifactError(f"{path / name}: {reason(error)}") from None
     if size != part.size or hashlib.sha256(content).hexdigest() != part.sha256:
-        raise ArtifactError(f"{path / name} is altered; compile or copy the folder again")
+        raise ArtifactError(
+            f"{path / name} was changed after it was written; compile or copy the folder again"
+        )
     return content

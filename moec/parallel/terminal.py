@@ -104,7 +104,7 @@ class _Sent(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if not isinstance(text, str):
-            raise TypeError("a stream of text takes str")
+            raise TypeError("a text stream accepts only str")
         if text:
             self._connection.send((self._kind, text))
         return len(text)

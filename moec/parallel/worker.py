@@ -55,7 +55,9 @@ def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tenso
         raise UsageError(f"{source} lacks {', '.join(missing)}; the model takes {', '.join(names)}")
     lengths = {arrays[name].shape[:1] for name in names}
     if len(lengths) != 1 or lengths == {()}:
-        raise UsageError(f"{source}: inputs have different first axes, and ranks share these")
+        raise UsageError(
+            f"{source}: inputs have different first axes, which are split over the ranks"
+        )
     return [torch.from_numpy(np.array_split(arrays[name], world)[ranks.rank]) for name in names]
 
 

@@ -53,7 +53,7 @@ def place_bound(loads: Loads, groups: Mapping[str, Sequence[int]], ranks: int) -
                 f"{len(loads) - 1}, and no other, must be in one group"
             )
     if len(groups) > ranks:
-        raise UsageError(f"{len(groups)} groups cannot have ranks of their own among {ranks}")
+        raise UsageError(f"{len(groups)} groups cannot have separate ranks among {ranks}")
     total = max(float(loads.sum()), 1e-300)
     share = {name: float(loads[list(group)].sum()) / total for name, group in groups.items()}
     counts = dict.fromkeys(groups, 1)

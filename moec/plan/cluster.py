@@ -50,9 +50,9 @@ class Cluster(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if not self.levels:
-            raise ValueError("a cluster has at least one level of links")
+            raise ValueError("a cluster needs at least one level of links")
         if any(level.bandwidth.value == 0 for level in self.levels):
-            raise ValueError("a link's bandwidth is above 0")
+            raise ValueError("a link's bandwidth must be above 0")
 
     @property
     def devices(self) -> int:
@@ -80,7 +80,9 @@ class Cluster(Record, frozen=True, kw_only=True):
     def flops(self, dtype: str) -> Quantity:
         if dtype not in self.device.flops:
             dtypes = ", ".join(self.device.flops)
-            raise UsageError(f"{self.name}: {self.device.name} has no FLOP/s of {dtype}: {dtypes}")
+            raise UsageError(
+                f"{self.name}: {self.device.name} has no FLOP/s for {dtype}, only for: {dtypes}"
+            )
         return self.device.flops[dtype]
 
     def quantities(self) -> list[tuple[str, Quantity]]:

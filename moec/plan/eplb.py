@@ -21,7 +21,10 @@ def rebalance(loads: NDArray[np.float64], slots: int, groups: int, nodes: int, r
     Raises UsageError where slots do not divide by ranks or ranks by nodes.
     """
     if slots % ranks or ranks % nodes:
-        raise UsageError(f"EPLB needs {slots} slots to divide by {ranks} ranks, those by {nodes}")
+        raise UsageError(
+            f"EPLB needs {slots} slots to be divisible by {ranks} ranks, and the "
+            f"ranks by {nodes} nodes"
+        )
     if groups % nodes:
         groups, nodes = 1, 1
     return np.stack([_layer(row, slots, groups, nodes, ranks) for row in loads])

@@ -50,7 +50,7 @@ def read_preset_or_file(source: str, kind: type[T], folder: str) -> T:
         return decode(text, kind, source)
     path = Path(source)
     if not path.is_file():
-        raise UsageError(f"{source} is no file and no preset; presets are {', '.join(names)}")
+        raise UsageError(f"{source} is neither a file nor a preset; presets are {', '.join(names)}")
     return decode(path.read_bytes(), kind, source)
 
 

@@ -37,7 +37,7 @@ def near(layer: LayerPlan, node_size: int) -> int:
     if layer.form in ("hierarchical", "rail") and layer.ranks % ranks:
         raise UsageError(
             f"layer {layer.layer}: {layer.ranks} ranks do not fill nodes of {ranks} for a "
-            f"{layer.form} exchange; plan it flat"
+            f"{layer.form} exchange; plan it with a flat exchange"
         )
     return ranks
 

@@ -82,11 +82,11 @@ def _of_json(path: Path) -> ImportedRouting:
     content = _json(path.read_bytes(), path)
     counts = content.get("logical_count") if isinstance(content, Mapping) else content
     if not isinstance(counts, Sequence):
-        raise InputError(f"{path} holds no logical_count [layers, experts]")
+        raise InputError(f"{path} has no logical_count [layers, experts]")
     try:
         array = np.array(counts, float)
     except (ValueError, TypeError):
-        raise InputError(f"{path}: logical_count is no array of numbers") from None
+        raise InputError(f"{path}: logical_count is not an array of numbers") from None
     return _of_counts(array, path, "logical_count of SGLang or vLLM")
 
 
@@ -124,7 +124,7 @@ def _checked(ids: NDArray[Any], path: Path) -> RoutingTrace:
     greatest id + 1. Raises InputError for ids out of range."""
     if ids.size == 0 or int(ids.min()) < -1 or int(ids.max()) > np.iinfo(np.int16).max:
         most = np.iinfo(np.int16).max
-        raise InputError(f"{path}: ids lie outside -1 to {most}, or there are none")
+        raise InputError(f"{path}: ids must be from -1 to {most}, and there must be some")
     return of_ids(ids, int(ids.max()) + 1)
 
 
@@ -138,14 +138,14 @@ def _of_sglang(path: Path) -> ImportedRouting:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is no dump of SGLang's recorder: {str(error)[:80]}") from None
+        raise InputError(f"{path} is not a dump of SGLang's recorder: {str(error)[:80]}") from None
     if not isinstance(content, Mapping):
-        raise InputError(f"{path} is no dump of SGLang's recorder: it holds no dictionary")
+        raise InputError(f"{path} is not a dump of SGLang's recorder: it has no dictionary")
     if "logical_count" in content:
         return _of_counts(np.asarray(content["logical_count"]), path, "SGLang, stat")
     records = content.get("records")
     if not isinstance(records, Sequence) or not records:
-        raise InputError(f"{path} holds neither logical_count nor records")
+        raise InputError(f"{path} has neither logical_count nor records")
     if "topk_ids_of_layer" in records[0]:
         parts = [np.asarray(record["topk_ids_of_layer"]) for record in records]
         ids = np.concatenate(parts, axis=1).transpose(1, 0, 2)

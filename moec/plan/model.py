@@ -39,7 +39,7 @@ class Layers(Record, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.experts and not 1 <= self.k <= self.experts + self.zero_experts:
-            raise ValueError(f"{self.k} of {self.experts} experts a token is not possible")
+            raise ValueError(f"{self.k} of {self.experts} experts per token is not possible")
 
 
 class Model(Record, frozen=True, kw_only=True):
@@ -104,7 +104,9 @@ def of_config(config: Mapping[str, Any], source: str) -> Model:
             if isinstance(config.get(name), int):
                 return int(config[name])
         if default is None:
-            raise UsageError(f"{source} has none of {', '.join(names)}; write a description")
+            raise UsageError(
+                f"{source} has none of {', '.join(names)}: write a YAML description instead"
+            )
         return default
 
     width = first("hidden_size", "d_model", "n_embd")
@@ -160,7 +162,7 @@ def of_graph(graph: Graph, name: str = "model") -> Model:
     count as attention. Raises UsageError where no block is recognised."""
     blocks = [op for op in graph.ops if op.name == "moe.experts"]
     if not blocks:
-        raise UsageError(f"{name} has no recognised MoE block: moec inspect says why")
+        raise UsageError(f"{name} has no recognised MoE block: moec inspect shows the reason")
     stacks = {value for op in blocks for value in op.inputs[2:]}
     rest = sum(_size(value.shape) for value in graph.params if value not in stacks)
     layers = tuple(_layer(graph, op, rest // len(blocks)) for op in blocks)

@@ -139,5 +139,7 @@ def physical_to_logical(plan: Plan) -> NDArray[np.int64]:
     if not rows:
         raise UsageError("the plan has no MoE layer")
     if len({len(row) for row in rows}) > 1:
-        raise UsageError("layers have different numbers of slots; vLLM and SGLang need equal ones")
+        raise UsageError(
+            "layers have different numbers of slots; vLLM and SGLang need equal numbers"
+        )
     return np.array(rows, np.int64)

@@ -23,7 +23,7 @@ def of_distribution(text: str, experts: Sequence[int]) -> tuple[Loads, ...]:
     match = _FORM.fullmatch(text)
     if match is None:
         raise UsageError(
-            f"{text} is no distribution: write uniform, zipf:1.01 or lognormal:1.0, then :SEED"
+            f"{text} is not a distribution: write uniform, zipf:1.01 or lognormal:1.0, then :SEED"
         )
     kind, parameter, seed = match[1], float(match[2] or 1.0), int(match[3] or 0)
     generator = np.random.default_rng(seed)

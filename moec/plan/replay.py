@@ -25,9 +25,9 @@ def cache_hits(trace: Sequence[int], size: int, policy: Policy, seed: int = 0) -
     Raises UsageError for a cache without room or an unknown policy.
     """
     if size < 1:
-        raise UsageError(f"a cache holds one expert or more, not {size}")
+        raise UsageError(f"the cache must hold at least one expert, not {size}")
     if policy not in ("belady", "lru", "fifo", "random"):
-        raise UsageError(f"there is no policy {policy}: write belady, lru, fifo or random")
+        raise UsageError(f"unknown policy {policy}: write belady, lru, fifo or random")
     following = next_uses(trace)
     generator = Random(seed)
     cached: dict[int, float] = {}  # by expert: its rank in the policy; the least is evicted
@@ -87,4 +87,4 @@ def experts_per_batch(trace: Sequence[int], batches: Iterator[list[int]]) -> flo
 
 def _check_budget(budget: int) -> None:
     if budget < 1:
-        raise UsageError(f"a batch holds one token or more, not {budget}")
+        raise UsageError(f"the batch must hold at least one token, not {budget}")

@@ -31,7 +31,7 @@ def show(plan: Plan) -> str:
         *_sends(plan),
         *_bound(plan.layers),
         "",
-        "Numbers it rests on:",
+        "Numbers used:",
         *columns([(n.name, f"{n.value:.4g}", n.source, n.note) for n in plan.numbers]),
         "All times are predicted from these; shared experts run while rows travel (assumed).",
     ]
@@ -152,16 +152,19 @@ def explain(
             )
         )
     if at == 0:
-        why = "It is the quickest of all."
+        why = "It is the fastest of all."
     else:
         quicker = ranked[0]
         why = (
-            f"{at} quicker ones were not taken: the quickest needs "
-            f"{quicker.cost.memory / 1e9:.2f} GB of the {limit / 1e9:.1f} GB of all layers, "
-            "or attention of another degree than its neighbours."
+            f"{at} faster ones were not chosen: the fastest needs {quicker.cost.memory / 1e9:.2f} "
+            f"GB of the {limit / 1e9:.1f} GB of all layers, or attention of another degree than "
+            "its neighbours."
         )
     head = f"layer {layer.layer}: {len(candidates)} combinations of degrees considered. {why}"
-    bound = f"Busiest rank {layer.imbalance:.3f} of the mean; no placement of these copies is below"
+    bound = (
+        f"Busiest rank {layer.imbalance:.3f} of the mean; lower bound of any placement of these "
+        "copies:"
+    )
     tail = [f"{bound} {layer.bound:.3f}."] if layer.experts else []
     return "\n".join(line.rstrip() for line in [head, "", *columns(rows), *tail]) + "\n"
 

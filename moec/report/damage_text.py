@@ -11,7 +11,7 @@ from moec.report.units import count, size
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_NUMBERS = ("saved", "FLOPs", "off", "moved", "error", "KL", "ppl")
+_NUMBERS = ("saved", "FLOPs", "layer error", "rerouted", "error", "KL", "ppl")
 
 
 def parts(damage: Damage) -> Iterable[RenderableType]:
@@ -63,25 +63,25 @@ def summary(damage: Damage) -> list[str]:
     lines = []
     if damage.layers:
         lines.append(
-            "off: error of the layer's output; moved: share of tokens with other experts there; "
-            "then the whole model after it"
+            "layer error: of this layer's output; rerouted: share of tokens whose experts differ "
+            "in this layer; error, KL and ppl: of the complete model after this layer was changed"
         )
     lines.append(
-        f"in all: {_bytes(before)} of weights become {_bytes(after)}, "
-        f"{_flops(damage.flops_before)} FLOPs a token become {_flops(damage.flops_after)}"
+        f"total: {_bytes(before)} of weights before, {_bytes(after)} after; "
+        f"{_flops(damage.flops_before)} FLOPs per token before, {_flops(damage.flops_after)} after"
     )
     lines.append(f"distance from the original: {distance(damage.original, damage.after)}")
     undone = sum(line.undone for line in damage.layers)
     if damage.budget:
-        left = f"; {undone} of {len(damage.layers)} layers were left as they are" if undone else ""
+        left = f"; {undone} of {len(damage.layers)} layers were left unchanged" if undone else ""
         lines.append(f"within the budget {damage.budget}{left}")
     return lines
 
 
 def distance(original: Distance, after: Distance) -> str:
-    parts = [f"error {after.error:.2e}", f"{after.changed:.1%} of tokens with other experts"]
+    parts = [f"error {after.error:.2e}", f"{after.changed:.1%} of tokens choose other experts"]
     if after.kl is not None and after.perplexity is not None:
-        parts.append(f"KL {after.kl:.4f} nats a token")
+        parts.append(f"KL {after.kl:.4f} nats per token")
         parts.append(f"perplexity {original.perplexity:.2f} becomes {after.perplexity:.2f}")
     return ", ".join(parts)
 

@@ -74,7 +74,7 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
     if report.blocks:
         yield from _blocks(report.blocks)
     else:
-        yield Text("No MoE block was recognised: the model is compiled as it is.")
+        yield Text("No MoE block was recognised: the model is compiled without MoE kernels.")
     if report.declined:
         yield ""
         yield _declined(report.declined)
@@ -186,7 +186,7 @@ def _facts_grid() -> Any:
 
 
 def _declined(declined: Sequence[DeclinedLine]) -> Any:
-    table = _grid("Looked at and left alone", "rule", "why")
+    table = _grid("Considered, not rewritten", "rule", "why")
     groups: dict[tuple[str, str], list[str]] = {}
     for line in declined:
         groups.setdefault((line.rule, line.reason), []).append(line.where)
@@ -196,7 +196,7 @@ def _declined(declined: Sequence[DeclinedLine]) -> Any:
 
 
 def _loops(loops: Sequence[LoopLine]) -> Any:
-    table = _grid("Without a kernel, a plain loop", "op", "why")
+    table = _grid("Run as plain loops, without a kernel", "op", "why")
     groups: dict[tuple[str, str], list[str]] = {}
     for line in loops:
         groups.setdefault((line.op, line.reason), []).append(line.where)
@@ -216,7 +216,7 @@ def _passes(passes: Sequence[PassLine]) -> Any:
 
 def _quantised(lines: Sequence[QuantisedLine]) -> Any:
     """A line for each module, and one for all of them."""
-    table = _grid("Quantised", "format", "covered", "bytes", "error", "worst of them")
+    table = _grid("Quantised", "format", "covered", "bytes", "error", "worst expert")
     for line in lines:
         table.add_row(
             line.name,
@@ -249,7 +249,9 @@ def _calibrated(lines: Sequence[QuantisedLine]) -> Iterator[Any]:
     if not fitted:
         return
     yield ""
-    table = _grid("Calibrated", "fewest rows", "error rounded to nearest", "error as stored")
+    table = _grid(
+        "Calibrated", "fewest rows", "error when rounded to nearest", "error after calibration"
+    )
     for line in fitted:
         table.add_row(line.name, str(line.fewest), f"{line.nearest:.1e}", f"{line.solved:.1e}")
     yield table
@@ -262,14 +264,14 @@ def _calibrated(lines: Sequence[QuantisedLine]) -> Iterator[Any]:
 
 
 def _quantised_outputs(lines: Sequence[MovedLine]) -> Any:
-    table = _grid("Against the unquantised model", "error", "rows with another greatest value")
+    table = _grid("Against the unquantised model", "error", "rows whose argmax differs")
     for line in lines:
         table.add_row(line.output, f"{line.error:.1e}", f"{line.moved} of {line.rows}")
     return table
 
 
 def _tuned(lines: Sequence[TunedLine]) -> Any:
-    table = _grid("tuned kernel", "values", "times as fast, by tokens")
+    table = _grid("tuned kernel", "values", "speedup by tokens")
     for line in lines:
         values = ", ".join(f"{name} {value}" for name, value in line.values.items())
         gains = ", ".join(f"{tokens}: {gain:.2f}" for tokens, gain in line.gains.items())
@@ -291,6 +293,6 @@ def _verification(lines: Sequence[ErrorLine], quantised: bool) -> Any:
             line.output,
             f"{line.error:.1e}",
             f"{line.tolerance:.0e}",
-            "ok" if good else "ok but for single rows, see the note",
+            "ok" if good else "ok except single rows, see the note",
         )
     return table

@@ -298,8 +298,8 @@ def _from_llvm(name: str) -> CpuTarget:
         key, equals, value = word.partition("=")
         if key not in ("-mcpu", "-mattr", "-mtriple") or not equals or not value:
             raise TargetError(
-                f"target {name!r}: {word!r} is not understood; "
-                "write llvm:-mcpu=CPU, and if needed -mattr=+FEATURE,-FEATURE and -mtriple=TRIPLE"
+                f"target {name!r}: {word!r} is not a valid option: write llvm:-mcpu=CPU, and if "
+                "needed -mattr=+FEATURE,-FEATURE and -mtriple=TRIPLE"
             )
         options[key] = value
 

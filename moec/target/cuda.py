@@ -129,7 +129,7 @@ def of_gpu(index: int) -> CudaTarget:
     if driver is None or not driver.gpus:
         reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
         raise TargetError(
-            f"target {KIND!r} is this machine's GPU, and {reason}; name the GPU that the code is "
+            f"target {KIND!r} means this machine's GPU, and {reason}: name the GPU to compile "
             f"for, such as {next(iter(TARGETS))!r}"
         )
     if index >= len(driver.gpus):
@@ -138,7 +138,7 @@ def of_gpu(index: int) -> CudaTarget:
     usable = [t for t in TARGETS.values() if t.runs_on(gpu.capability)]
     if not usable:
         raise TargetError(
-            f"target {KIND!r}: {gpu.name} has compute capability {gpu.digits}, and moec makes "
+            f"target {KIND!r}: {gpu.name} has compute capability {gpu.digits}, and moec generates "
             f"code for {', '.join(TARGETS)}"
         )
     return max(usable, key=lambda t: t.capability)

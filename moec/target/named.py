@@ -21,7 +21,9 @@ def parse_both(name: str) -> tuple[AnyTarget, cuda.CudaTarget | None]:
     beside = cuda.parse(cuda.KIND + rest)
     target = cpu.parse(first)
     if target.kind == cpu.NULL:
-        raise TargetError(f"target {name!r}: {cpu.NULL!r} makes no code that could lie beside it")
+        raise TargetError(
+            f"target {name!r}: {cpu.NULL!r} generates no code that could be combined with it"
+        )
     return target, beside
 
 

@@ -29,7 +29,7 @@ class StagedDistillation:
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.stop < 0:
             raise UsageError(
-                f"StagedDistillation(alpha={self.alpha}, stop={self.stop}): both are 0 or more"
+                f"StagedDistillation(alpha={self.alpha}, stop={self.stop}): both must be 0 or more"
             )
 
     def __call__(

@@ -167,7 +167,7 @@ class EWA:
         if isinstance(experts, bool) or not isinstance(experts, int) or experts < 2:
             raise UsageError(f"experts is {experts!r}: give a whole number from 2")
         if any(isinstance(module, ExpertLinear) for module in model.modules()):
-            raise UsageError("the model's FFNs are experts already: fold them first")
+            raise UsageError("the model's FFNs are already experts: fold them first")
         self.model = model
         self.rate = share if callable(share) else ConstantRate(float(share))
         self.rate_at(0)
@@ -207,8 +207,8 @@ class EWA:
         self._check_open()
         if self.steps and all(_untouched(layer) for layer in self.layers.values()):
             raise UsageError(
-                f"no expert has changed in {self.steps} steps: make the optimizer after EWA, of "
-                "model.parameters(), and call step() after its own"
+                f"no expert has changed in {self.steps} steps: create the optimizer from "
+                "model.parameters() after EWA, and call EWA's step() after the optimizer's"
             )
         for name, layer in self.layers.items():
             dense = layer.folded()
@@ -219,7 +219,9 @@ class EWA:
 
     def _check_open(self) -> None:
         if not self.layers:
-            raise UsageError("the experts are folded: make a new EWA to train on")
+            raise UsageError(
+                "the experts are already folded: create a new EWA to continue training"
+            )
 
 
 def _untouched(layer: ExpertLinear) -> bool:

@@ -82,7 +82,7 @@ def _check_alone(model: nn.Module, ffn: NamedFFN) -> None:
         if len(owners) > 1 or len(holders) > 1:
             raise UsageError(
                 f"{name} shares its weight with another layer of {type(model).__name__}, which "
-                "would be left as it is: name other FFNs with ffns=..."
+                "would not be converted: name other FFNs with ffns=..."
             )
 
 

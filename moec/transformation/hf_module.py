@@ -35,7 +35,7 @@ def resize_experts(model: Any, lineages: Mapping[Value, ExpertLineage]) -> nn.Mo
     or where the class has other tensors than the model.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "save_pretrained"):
-        raise NoMatch("it is no model of transformers")
+        raise NoMatch("it is not a model of transformers")
     if getattr(model, "config", None) is None:
         raise NoMatch(f"{type(model).__name__} has no configuration")
     kept_experts = {t.layer.name: _experts_left(t) for t in lineages.values()}
@@ -61,9 +61,9 @@ def resize_experts(model: Any, lineages: Mapping[Value, ExpertLineage]) -> nn.Mo
 def _experts_left(lineage: ExpertLineage) -> list[int]:
     name, members = lineage.layer.name, lineage.members
     if not isinstance(lineage.layer, Layer):
-        raise NoMatch(f"{name} was dense, and its class has no experts there")
+        raise NoMatch(f"{name} was dense, and its class has no experts in this layer")
     if members is None:
-        raise NoMatch(f"{name} has no router any more")
+        raise NoMatch(f"{name} has lost its router")
     if any(len(sources) != 1 for sources in members):
         raise NoMatch(f"{name} routes to experts that are several of the model's")
     return [sources[0] for sources in members]

@@ -83,7 +83,7 @@ def transform(
     check_calibration(calib)
     limits = parse_budget(text("budget", budget))
     if strict and not budget:
-        raise UsageError("strict fails where the budget is exceeded: give budget too")
+        raise UsageError("strict fails when the budget is exceeded: give budget too")
     limit = tolerance(verify)
     source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
     captured = capture_source(source, dynamic_shapes, allow_fixed)
@@ -95,7 +95,7 @@ def transform(
     program = pass_results[-1].program
 
     result: torch.nn.Module | None = None
-    why = "a graph was asked for"
+    why = "form='graph' was given"
     if form != "graph":
         try:
             result = resize_experts(source.model, session.lineages)
@@ -103,7 +103,9 @@ def transform(
         except NoMatch as reason:
             result, why = None, str(reason)
             if form == "class":
-                raise UsageError(f"{source.name} is not of its class any more: {why}") from None
+                raise UsageError(
+                    f"{source.name} can no longer be an instance of its class: {why}"
+                ) from None
     shape = "graph" if result is None else "class"
     if result is None:
         trainable = _trainable(source.model, program)
@@ -133,7 +135,7 @@ def _chosen(passes: PassChanges) -> tuple[PassSpec, ...]:
     indices = [i for i, pass_ in enumerate(chosen) if isinstance(pass_, Approximate)]
     if not indices:
         raise UsageError(
-            "passes holds none that changes the model, and there is nothing to transform; see "
+            "passes has no pass that changes the model, so there is nothing to transform; see "
             "moec list passes"
         )
     return chosen[: indices[-1] + 1]
@@ -193,4 +195,6 @@ def _same_results(
     try:
         checking.check(captured, _runner(captured, run), pass_results, limit)
     except VerificationError as error:
-        raise NoMatch(f"with other experts its class computes something else ({error})") from None
+        raise NoMatch(
+            f"with these experts its class computes different outputs ({error})"
+        ) from None

@@ -47,7 +47,7 @@ class Bisection:
             worst = max((error for _, error in self.errors), default=0.0)
             return (
                 f"{self.rewrites} rewrites in {len(self.errors)} passes, and none changes the "
-                f"numbers: the greatest error is {worst:.1e}, allowed are {self.tolerance:.0e}"
+                f"numbers: the greatest error is {worst:.1e}, allowed up to {self.tolerance:.0e}"
             )
         c = self.culprit
         which = f"{c.rewrite} of {c.of}, {c.what}" if c.of else "the pass as a whole"

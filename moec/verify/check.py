@@ -151,12 +151,12 @@ def _check(
         error, name, case = farthest
         if reason := _nan_of_eager(captured.program, answers):
             raise VerificationError(
-                f"{reason}, so that there is nothing to compare with: mend the model, or compile "
-                "it with verify=False (--verify off)"
+                f"{reason}, so there is nothing to compare with: fix the model, or compile it "
+                "with verify=False (--verify off)"
             )
         culprit = first_bad_pass(criterion, answers, pass_results)
         raise VerificationError(
-            f"{name} differs from eager by {error:.1e} of its greatest value, allowed are "
+            f"{name} differs from eager by {error:.1e} of its greatest value, at most "
             f"{criterion.limit:.0e} (inputs {shapes(case)}); {culprit}"
         )
     strays, rows = criterion.strays(right_by)

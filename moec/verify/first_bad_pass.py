@@ -53,7 +53,7 @@ def first_bad_pass(
                 return f"the first pass after which the graph differs is {pass_result.name}"
         except (IRError, RuntimeError) as error:
             return f"the graph after {pass_result.name} does not run: {error}"
-    return "the graph is right after every pass: the generated code is wrong"
+    return "the graph is correct after every pass: the generated code is wrong"
 
 
 def _pairs(

@@ -35,9 +35,11 @@ class AggregateExperts(Pass):
     """
 
     other: Model = field(
-        default="", metadata={"says": "the other model: a folder, or file.py:factory"}
+        default="", metadata={"says": "the second model: a checkpoint folder, or file.py:factory"}
     )
-    average: bool = option(True, "other weights are the mean of both models'; or the first's")
+    average: bool = option(
+        True, "weights outside the experts: the mean of both models, or the first model's"
+    )
     name: ClassVar[str] = "aggregate-experts"
     takes: ClassVar[Stage] = Stage.MOE
     gives: ClassVar[Stage] = Stage.MOE
@@ -74,7 +76,7 @@ def _concatenate_experts(splice: Splice, layer: Layer, other: Program) -> None:
     if behind is None:
         raise NoMatch("the router's logits do not come from a linear layer with a stored weight")
     if layer.routing.groups > 1:
-        raise NoMatch("the router chooses among groups of experts, which two models do not share")
+        raise NoMatch("the router chooses among groups of experts, which differ between models")
 
     def both(value: Value) -> torch.Tensor:
         return torch.cat([constant(program, value), constant(other, value)])
@@ -118,8 +120,8 @@ def _match_weights(
             )
         if not tensor.is_floating_point() and not torch.equal(counterpart, tensor):
             raise UsageError(
-                f"aggregate-experts: {name} holds other whole numbers in the other model, which "
-                "have no mean"
+                f"aggregate-experts: {name} has different integers in the other model, whose "
+                "mean is not defined"
             )
         weights[name] = counterpart.detach().to(tensor.dtype)
     return weights

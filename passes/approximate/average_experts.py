@@ -35,7 +35,8 @@ class AverageExperts:
 
     by: str = option(
         "uniform",
-        "what the mean is weighted by: every expert the same, or how many tokens choose it",
+        "weights of the mean: equal for all experts (uniform), or by how many tokens choose an "
+        "expert (usage)",
         choices=("uniform", "usage"),
     )
     name: ClassVar[str] = "average-experts"
@@ -46,9 +47,11 @@ class AverageExperts:
 
     def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
         if any(op.name == "moe.capacity" for op in layer.between):
-            raise NoMatch("the router drops choices beyond a capacity, which a dense layer has not")
+            raise NoMatch(
+                "the router drops choices beyond a capacity, which a dense layer cannot do"
+            )
         if layer.combine.attrs.get("added"):
-            raise NoMatch("another branch is added inside of the combination")
+            raise NoMatch("another branch is added inside moe.combine")
         body = layer.experts.body
         assert body is not None
         share = self.shares(layer, stats)
@@ -66,7 +69,9 @@ class AverageExperts:
             splice.emit(ops, "aten.alias.default", (y,), y.type, layer.combine)
         ops[-1] = replace(ops[-1], outputs=(layer.output,))
         splice.put(layer.combine, ops)
-        return Change(splice.done(), None, f"{layer.count} experts are one, by {self.by}")
+        return Change(
+            splice.done(), None, f"{layer.count} experts become one, weighted by {self.by}"
+        )
 
     def shares(self, layer: Layer, stats: LayerStats) -> torch.Tensor:
         """The weight of each expert in the mean: f32[E], with a sum of 1."""
@@ -79,7 +84,7 @@ class AverageExperts:
 def mean(stack: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """The weighted mean of the rows of a stack [E, …], summed in float32."""
     if not stack.is_floating_point():
-        raise NoMatch(f"the experts' weights are {stack.dtype}, which have no mean")
+        raise NoMatch(f"the experts' weights are {stack.dtype}, whose mean is not defined")
     total: torch.Tensor = torch.tensordot(share, stack.float(), 1)
     return total.to(stack.dtype)
 

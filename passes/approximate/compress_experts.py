@@ -59,27 +59,32 @@ class CompressExperts:
 
     kind: str = option(
         "ternary",
-        "0 and the least and greatest weight of a row, in codewords of a dictionary (ternary), or "
-        "four levels a row (2bit)",
+        "three values per row, compressed with a dictionary (ternary), or four values per row "
+        "(2bit)",
         choices=KINDS,
     )
     by: str = option(
         "gptq",
-        "weights are fitted to the results on the calibration data (gptq), or each is rounded by "
-        "itself (nearest)",
+        "weights are fitted to the outputs on the calibration data (gptq), or each is rounded on "
+        "its own (nearest)",
         choices=("gptq", "nearest"),
     )
     damping: float = option(
-        DAMPING, "share of the mean of the Hessian's diagonal that is added to it", low=0, high=1
+        DAMPING,
+        "damping: share of the mean of the Hessian's diagonal that is added to it",
+        low=0,
+        high=1,
     )
     reach: float = option(
         1.0,
-        "share of a row's least and greatest weight that ternary numbers start from: with less, "
-        "fewer weights are 0, which takes more bits and loses less",
+        "initial ternary values, as a share of a row's least and greatest weight: with less, "
+        "fewer weights are 0, which needs more bits and loses less",
         low=0.1,
         high=1,
     )
-    rounds: int = option(ROUNDS, "of descent over the codes after GPTQ, at most", low=0)
+    rounds: int = option(
+        ROUNDS, "greatest number of sweeps of coordinate descent over the codes after GPTQ", low=0
+    )
     name: ClassVar[str] = "compress-experts"
     source: ClassVar[str] = (
         "format, ternary grid: arXiv 2310.16795; GPTQ: arXiv 2210.17323; descent: arXiv 2309.01885"

@@ -104,10 +104,10 @@ def _check_channels(graph: Graph, ffn: FeedForwardOps) -> FeedForwardOps:
     for op in ops[:-1]:
         (value,) = op.outputs
         if value.shape != ffn.hidden.shape:
-            raise NoMatch(f"{value} meets other channels than its own on the way to {ffn.hidden}")
+            raise NoMatch(f"{value} mixes channels before {ffn.hidden}")
         others = [r for r in graph.readers.get(value, ()) if r not in ops]
         if others or value in graph.results:
-            reader = others[0].name if others else "the model's caller"
+            reader = others[0].name if others else "an output of the model"
             raise NoMatch(f"its channels {value.name} are also read by {reader}")
     return ffn
 

@@ -49,21 +49,23 @@ class InsertZeroExperts:
 
     way: str = option(
         "neutral",
-        "columns that never win, to fine-tune (neutral), or choices of small weight taken from "
-        "the experts at once (calibrated)",
+        "neutral: experts are added that no token chooses before fine-tuning; calibrated: "
+        "choices of small weight are replaced now",
         choices=("neutral", "calibrated"),
     )
-    zero: int = option(1, "neutral: experts that give nothing", low=0)
-    copy: int = option(1, "neutral: experts that give the token back", low=0)
-    constant: int = option(2, "neutral: experts that mix it with a learned vector", low=0)
-    fraction: float = option(0.25, "calibrated: share of the choices that goes", low=0, high=1)
+    zero: int = option(1, "neutral: number of experts that return zero", low=0)
+    copy: int = option(1, "neutral: number of experts that return their input", low=0)
+    constant: int = option(
+        2, "neutral: number of experts that mix their input with a learned vector", low=0
+    )
+    fraction: float = option(0.25, "calibrated: share of the choices to replace", low=0, high=1)
     by: str = option(
         "best",
-        "calibrated: what stands in for an expert: nothing (zero), the token (copy), the "
-        "expert's mean (constant), or for each expert the best of the three",
+        "calibrated: what replaces a choice: zero, the input (copy), the expert's mean output "
+        "(constant), or the best of these for each expert",
         choices=("best", "zero", "copy", "constant"),
     )
-    seed: int = option(0, "neutral: of the new weights", low=0)
+    seed: int = option(0, "neutral: seed of the new weights", low=0)
     name: ClassVar[str] = "insert-zero-experts"
     source: ClassVar[str] = "MoE++, arXiv 2410.07348; the calibrated way is moec's own"
 
@@ -80,17 +82,19 @@ class InsertZeroExperts:
 def _check(layer: Layer) -> None:
     """Raises NoMatch if the layer's choices cannot go to experts without a network."""
     if any(op.name == "moe.capacity" for op in layer.between):
-        raise NoMatch("the router drops choices beyond a capacity, which counts its experts")
+        raise NoMatch(
+            "the router drops choices beyond a capacity, which depends on the number of experts"
+        )
     if len(layer.dispatch.inputs) > 2:
-        raise NoMatch("the router's weights scale what enters the experts, not what they give")
+        raise NoMatch("the routing weights scale the inputs of the experts, not their outputs")
     if not layer.combine.attrs.get("weighted"):
-        raise NoMatch("the experts' results have no weights")
+        raise NoMatch("the outputs of the experts are not weighted")
     if layer.combine.attrs.get("added"):
-        raise NoMatch("another branch is added inside of the combination")
+        raise NoMatch("another branch is added inside moe.combine")
     if layer.companions:
         raise NoMatch("another block takes the same choices, and has no experts for the new ones")
     if layer.combine.inputs[2].shape != layer.dispatch.inputs[1].shape:
-        raise NoMatch("each choice is dispatched as a token of its own")
+        raise NoMatch("each choice is dispatched as a separate token")
     if layer.output.shape != layer.dispatch.inputs[0].shape:
         raise NoMatch(f"tokens {layer.dispatch.inputs[0].type} come back as {layer.output.type}")
 
@@ -98,7 +102,7 @@ def _check(layer: Layer) -> None:
 def _insert_neutral(options: InsertZeroExperts, program: Program, layer: Layer) -> Change:
     kinds = ("zero",) * options.zero + ("copy",) * options.copy + ("constant",) * options.constant
     if not kinds:
-        raise NoMatch("zero, copy and constant are all 0: there is nothing to insert")
+        raise NoMatch("zero, copy and constant are all 0: give at least one above 0")
     # The layer's name in the seed gives each layer other numbers, independent of the order of
     # layers.
     generator = torch.Generator().manual_seed(options.seed + sum(layer.name.encode()))
@@ -128,7 +132,11 @@ def _insert_neutral(options: InsertZeroExperts, program: Program, layer: Layer) 
         )
         if count
     )
-    return Change(splice.done(), members, f"adds {says} to {layer.count} experts, none chosen")
+    return Change(
+        splice.done(),
+        members,
+        f"adds {says} to {layer.count} experts; no token chooses them before training",
+    )
 
 
 def _add_zero_experts(
@@ -168,7 +176,10 @@ def _insert_calibrated(
     costs = stats.weights * misses[stats.experts]
     limits, share = _limits(misses, costs, options.fraction)
     if share == 0:
-        raise NoMatch(f"fraction={options.fraction:g} of {costs.numel()} choices is none of them")
+        raise NoMatch(
+            f"fraction={options.fraction:g} of {costs.numel()} choices rounds to no "
+            "choice: give a greater share"
+        )
     constants = [e for e, one in enumerate(instead) if one.kind == "constant"]
     others = sorted({one.kind for one in instead} - {"constant"})
     kinds = ("constant",) * len(constants) + tuple(others)
@@ -188,8 +199,8 @@ def _insert_calibrated(
     members = (*((e,) for e in range(layer.count)), *(() for _ in kinds))
     counts = {kind: sum(one.kind == kind for one in instead) for kind in ("zero", "copy")}
     says = (
-        f"{share:.1%} of the choices take no row; instead of the experts stand "
-        f"{counts['zero']} zero, {counts['copy']} copy, {len(constants)} constant"
+        f"{share:.1%} of the choices are replaced: by {counts['zero']} zero, {counts['copy']} "
+        f"copy, {len(constants)} constant"
     )
     return Change(splice.done(), members, says)
 

@@ -30,9 +30,11 @@ from moec.passes.specialise.static_routing import restrict_experts
 class KeepUsed:
     """Keep the experts of each layer that one task uses, to specialise a model for that task."""
 
-    threshold: float = option(0.1, "times 1/k: the usage that an expert must have", low=0)
+    threshold: float = option(0.1, "the least usage of an expert, as a multiple of 1/k", low=0)
     usage: str = option(
-        "", "a .json with the usage of each layer's experts, by name; empty: the data's"
+        "",
+        "a .json with the usage of each layer's experts, by layer name; empty: measured on "
+        "the calibration data",
     )
     name: ClassVar[str] = "keep-used"
     source: ClassVar[str] = "Mod-Squad, arXiv 2212.08066, per-task extraction; arXiv 2306.17165"
@@ -49,14 +51,14 @@ class KeepUsed:
         """The experts that stay, in rising order."""
         routing = layer.routing
         if routing.groups > 1:
-            raise NoMatch("the router chooses among groups of experts, which must stay even")
+            raise NoMatch("the router chooses among groups of experts, which must keep equal sizes")
         share = self.recorded(layer) if self.usage else stats.usage(layer.count).double()
         share = share / share.sum().clamp(min=1e-30)
         order = torch.sort(share, descending=True, stable=True).indices
         used = int((share > self.threshold / routing.k).sum())
         experts = sorted(order[: max(used, routing.k)].tolist())
         if len(experts) == layer.count:
-            raise NoMatch(f"each of {layer.count} experts is used enough")
+            raise NoMatch(f"each of {layer.count} experts is used enough to be kept")
         return experts
 
     def recorded(self, layer: Layer) -> torch.Tensor:

@@ -37,7 +37,7 @@ TOKENS = 256  # tokens whose outputs are compared
 class MergeExperts:
     """Merge experts of similar results into one: neurons are aligned, then averaged by usage."""
 
-    keep: float = option(0.5, "share of each layer's experts that is left", low=0, high=1)
+    keep: float = option(0.5, "share of each layer's experts after merging", low=0, high=1)
     name: ClassVar[str] = "merge-experts"
     source: ClassVar[str] = "clusters: arXiv 2410.08589; alignment and mean: arXiv 2310.01334"
 
@@ -47,10 +47,13 @@ class MergeExperts:
     def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
         count = round(self.keep * layer.count)
         if count == layer.count:
-            raise NoMatch(f"keep={self.keep:g} of {layer.count} experts is all of them")
+            raise NoMatch(
+                f"keep={self.keep:g} of {layer.count} experts keeps all of them: "
+                "nothing would change"
+            )
         if count < layer.routing.k:
             raise NoMatch(
-                f"keep={self.keep:g} of {layer.count} experts is {count}, and each token takes "
+                f"keep={self.keep:g} of {layer.count} experts is {count}, and each token needs "
                 f"{layer.routing.k}"
             )
         body = layer.experts.body
@@ -59,7 +62,7 @@ class MergeExperts:
         stacks = dict(zip(body.params, (constant(program, s) for s in layer.stacks), strict=True))
         for stack in stacks.values():
             if not stack.is_floating_point():
-                raise NoMatch(f"the experts' weights are {stack.dtype}, which have no mean")
+                raise NoMatch(f"the experts' weights are {stack.dtype}, whose mean is not defined")
         groups = cluster_experts(expert_outputs(layer, stacks, stats.x[:TOKENS]).flatten(1), count)
         splice = Splice(program)
         merge_columns(splice, layer, groups)

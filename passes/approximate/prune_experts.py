@@ -34,19 +34,19 @@ from moec.passes.core.router_columns import keep_columns
 class PruneExperts:
     """Drop the least important experts and their columns of the router."""
 
-    keep: float = option(0.5, "share of the experts that stays", low=0, high=1)
+    keep: float = option(0.5, "share of the experts to keep", low=0, high=1)
     by: str = option(
         "usage",
-        "what an expert is worth: how many tokens choose it (usage), the mean norm of what it "
-        "adds to them (reap), how far the layer's output moves as one expert after the other is "
-        "masked, always the one that moves it least (error), or a random number",
+        "the score of an expert: how many tokens choose it (usage); the mean norm of its "
+        "weighted output (reap); the change of the layer's output when it is removed, greedily "
+        "one expert after another (error); or a random number (random)",
         choices=("usage", "reap", "error", "random"),
     )
-    seed: int = option(0, "of the random numbers", low=0)
+    seed: int = option(0, "seed of the random numbers", low=0)
     scope: str = option(
         "layer",
-        "whether that share of each layer stays, or of all layers together, of which each keeps "
-        "at least as many as a token takes",
+        "whether `keep` applies to each layer, or to all layers together, where a layer keeps at "
+        "least top_k experts",
         choices=("layer", "global"),
     )
     name: ClassVar[str] = "prune-experts"
@@ -87,7 +87,7 @@ class PruneExperts:
         count = round(self.keep * layer.count)
         each, rest = divmod(count, routing.groups)
         if count == layer.count:
-            raise NoMatch(f"{share} all of them")
+            raise NoMatch(f"{share} all of them: nothing would change")
         if rest:
             raise NoMatch(f"{share} {count}, which {routing.groups} groups cannot share evenly")
         if lack := shortage(layer, each):
@@ -149,7 +149,7 @@ def shortage(layer: Layer, each: int) -> str:
     routing = layer.routing
     if each * min(routing.top_groups, routing.groups) < routing.k:
         where = "" if routing.groups == 1 else f" from {routing.top_groups} groups of {each}"
-        return f"and each token takes {routing.k}{where}"
+        return f"and each token needs {routing.k}{where}"
     if routing.groups > 1 and routing.group_score == "top2sum" and each < 2:
         return "one in each group, and groups are scored by their best two"
     return ""
@@ -173,7 +173,11 @@ def rank_experts(
         each.append(next((n for n in range(1, size) if not shortage(layer, n)), size))
     needed = sum(n * layer.routing.groups for n, (layer, _) in zip(each, layers, strict=True))
     if count == total or count < needed:
-        why = "all of them" if count == total else f"{count}, and their routers need {needed}"
+        why = (
+            "all of them: nothing would change"
+            if count == total
+            else f"{count}, and their routers need {needed}"
+        )
         return {layer.output: f"{share} {why}" for layer, _ in layers}
     candidates = []
     for i, (layer, worth) in enumerate(layers):

@@ -88,16 +88,19 @@ def masked_shares(
 
 def _check(program: Program, layer: Layer) -> None:
     if any(op.name == "moe.capacity" for op in layer.between):
-        raise NoMatch("the router drops choices beyond a capacity, which by=error cannot foresee")
+        raise NoMatch("the router drops choices beyond a capacity, which by=error does not model")
     if len(layer.dispatch.inputs) > 2:
-        raise NoMatch("the router's weights scale what enters the experts, and by=error needs sums")
+        raise NoMatch(
+            "the routing weights scale the inputs of the experts, and by=error needs a "
+            "weighted sum of outputs"
+        )
     if not layer.combine.attrs.get("weighted"):
         return
     value = layer.combine.inputs[2]
     while (op := program.graph.producers.get(value)) is not None and op.name in MOVES:
         value = op.inputs[0]
     if value is not layer.route.outputs[0]:
-        raise NoMatch("the weights of the experts' results are not those of the router alone")
+        raise NoMatch("the outputs of the experts are weighted by more than the router's weights")
 
 
 def _subsample(rows: torch.Tensor, most: int) -> torch.Tensor:

@@ -67,16 +67,16 @@ class KeptChannels:
 class RefactorDense:
     """Replace dense feed-forward layers by experts for domains of text, with one shared router."""
 
-    keep: float = option(0.5, "share of a layer's channels that a token meets", low=0, high=1)
+    keep: float = option(0.5, "share of a layer's channels that are used per token", low=0, high=1)
     by: str = option(
         "activation",
-        "which channels a domain keeps: those of the greatest mean activation, that times the "
-        "norm of what the channel writes (contribution), or random ones",
+        "which channels a domain keeps: those with the greatest mean activation (activation), "
+        "mean activation times norm of the output weights (contribution), or random ones",
         choices=("activation", "contribution", "random"),
     )
-    width: int = option(64, f"of the router's layer, a multiple of {HEADS}", low=HEADS)
-    steps: int = option(200, "of the router's training", low=1)
-    seed: int = option(0, "of the router, and of random channels", low=0)
+    width: int = option(64, f"width of the router's layer, a multiple of {HEADS}", low=HEADS)
+    steps: int = option(200, "steps of the router's training", low=1)
+    seed: int = option(0, "seed of the router and of random channels", low=0)
     name: ClassVar[str] = "refactor-dense"
     source: ClassVar[str] = "Read-ME, arXiv 2410.19123"
 
@@ -201,7 +201,7 @@ class RefactorDense:
         private = stats.mask & ~permanent
         shared, each = int(permanent.sum()), int(private[0].sum())
         if not each:
-            raise NoMatch("all domains keep the same channels, so that no expert has its own")
+            raise NoMatch("all domains keep the same channels, so the experts would be equal")
         splice = Splice(program)
         if router.choices not in program.graph.producers:
             splice.put(router.after, [router.after, *router.ops])
@@ -349,5 +349,5 @@ def _embedding(graph: Graph) -> Op:
         and isinstance(rows := op.inputs[0].shape[0], int)
     }
     if not tables:
-        raise NoMatch("it looks up no token ids [B, S] that a router could read")
+        raise NoMatch("the model has no input of token ids [B, S] that a router could read")
     return max(tables, key=lambda op: tables[op])

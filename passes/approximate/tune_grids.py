@@ -39,9 +39,9 @@ Grids = Mapping[str, Tensor]
 class TuneGrids:
     """Train the values of compressed experts' codes, in all layers at once."""
 
-    steps: int = option(100, "of training, each on one case of the calibration data", low=1)
-    rate: float = option(0.005, "by which numbers change in a step, relatively", low=0, high=1)
-    seed: int = option(0, "of the order of the cases", low=0)
+    steps: int = option(100, "steps of training, each on one case of the calibration data", low=1)
+    rate: float = option(0.005, "relative change of the values in a step", low=0, high=1)
+    seed: int = option(0, "seed of the order of the cases", low=0)
     name: ClassVar[str] = "tune-grids"
     source: ClassVar[str] = "end-to-end training of quantisation parameters: arXiv 2407.11062"
 
@@ -56,7 +56,7 @@ class TuneGrids:
             if op.name == "moe.experts":
                 try:
                     if not _grids(program.graph, op):
-                        raise NoMatch("the experts are not compressed")
+                        raise NoMatch("the experts are not compressed: run compress-experts first")
                     layers.append(layer_of(program.graph, op))
                 except NoMatch as why:
                     log.decline(name_of(op), str(why))

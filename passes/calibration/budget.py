@@ -48,7 +48,7 @@ def parse_budget(text: str) -> Budget:
                 f"{', '.join(METRICS)}"
             )
         if match[1] in limits:
-            raise UsageError(f"--budget {text}: {match[1]} is limited twice")
+            raise UsageError(f"--budget {text}: {match[1]} has two limits")
         limits[match[1]] = limit
     return Budget(tuple(limits.items()))
 

@@ -114,8 +114,8 @@ def _tokens(
     if len(inputs) > 1 or value.dtype not in ("i64", "i32") or len(value.shape) != 2:
         names = ", ".join(map(repr, inputs))
         raise UsageError(
-            f"{where}: a text gives one input of token ids [B, S], and the model takes {names}; "
-            "give the inputs by name in an .npz or .safetensors"
+            f"{where}: a text is one input of token ids [B, S], and the model takes {names}; give "
+            "the inputs by name in an .npz or .safetensors"
         )
     from moec.runtime.prompt import load_tokenizer
 
@@ -123,13 +123,13 @@ def _tokens(
         tokenizer = load_tokenizer({name: file.read_bytes() for name, file in files.items()})
     except MoecError:
         raise UsageError(
-            f"{where}: the model brings no tokenizer.json to read a text with; give token ids in "
-            "an .npz or .safetensors"
+            f"{where}: the model has no tokenizer.json to encode a text; give token ids in an "
+            ".npz or .safetensors"
         ) from None
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise UsageError(f"{where}: it is not text in UTF-8") from None
+        raise UsageError(f"{where}: it is not UTF-8 text") from None
     ids = torch.tensor(tokenizer.encode(text) if text else [], dtype=torch.int64)
     axis = value.shape[1]
     high = axis if isinstance(axis, int) else graph.bounds[str(axis)].high
@@ -182,6 +182,6 @@ def _input_tensor(
     if rows and (int(tensor.min()) < 0 or int(tensor.max()) >= rows):
         raise UsageError(
             f"{where}: {value.name} goes from {int(tensor.min())} to {int(tensor.max())}, and the "
-            f"model knows ids from 0 to {rows - 1}"
+            f"model takes ids from 0 to {rows - 1}"
         )
     return tensor.detach().to(TORCH_DTYPES[value.dtype])

@@ -113,13 +113,13 @@ class Evaluator:
         """Raises UsageError if an expert gets fewer than 16 tokens on average, or if the
         model has no float output to compare."""
         if not self.outputs:
-            raise UsageError("the model gives whole numbers alone: no distance can be measured")
+            raise UsageError("all outputs of the model are integers: no distance can be measured")
         for key, layer in self.layers.items():
             need, tokens = 16 * layer.count // layer.routing.k, len(self.choices[key])
             if tokens < need:
                 raise UsageError(
-                    f"the calibration data hold {tokens} tokens, too few to tell the {layer.count} "
-                    f"experts of {layer.name} apart: give at least {need}"
+                    f"the calibration data hold {tokens} tokens, too few to distinguish the "
+                    f"{layer.count} experts of {layer.name}: give at least {need}"
                 )
 
     def run(

@@ -25,7 +25,8 @@ def data_by_domain(calib: Any) -> dict[str, Any]:
             name, _, file = (piece.strip() for piece in part.partition("="))
             if not name or not file or name in files:
                 raise UsageError(
-                    f"--calib {calib}: write NAME=FILE,NAME=FILE with another name for each domain"
+                    f"--calib {calib}: write NAME=FILE,NAME=FILE with a different name for each "
+                    "domain"
                 )
             files[name] = file
         return files
@@ -43,7 +44,9 @@ def check(calib: Any) -> None:
         if isinstance(data, str | Path):
             path = Path(data)
             if path.suffix not in SUFFIXES:
-                raise UsageError(f"{label}: calibration data are kept in {', '.join(SUFFIXES)}")
+                raise UsageError(
+                    f"{label}: calibration data must be a file of type {', '.join(SUFFIXES)}"
+                )
             if not path.is_file():
                 raise UsageError(f"{label}: there is no such file")
         elif not isinstance(data, Mapping):

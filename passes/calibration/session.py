@@ -116,8 +116,8 @@ class CalibrationSession:
         for metric, _ in self.budget.limits:
             if getattr(self.distance, metric) is None:
                 raise UsageError(
-                    f"--budget {self.budget}: {metric} is that of a causal language model, which "
-                    "this one is not; limit error or changed"
+                    f"--budget {self.budget}: {metric} needs a causal language model, which this "
+                    "model is not: limit error or changed"
                 )
         if breach := self.budget.breach(self.distance):
             raise UsageError(f"--budget {self.budget}: {breach} before any pass has run")

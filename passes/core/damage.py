@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 METRICS = {
-    "kl": "KL divergence of the next token from the original model's, in nats a token",
+    "kl": "KL divergence of the next token from the original model's, in nats per token",
     "perplexity": "perplexity of the calibration text",
     "error": "error of the outputs, relative to their norm",
     "changed": "share of tokens whose experts changed, over all layers",

@@ -83,20 +83,20 @@ def layer_of(graph: Graph, experts: Op) -> Layer:
     dispatch = graph.producers[experts.inputs[1]]
     readers = graph.readers.get(experts.outputs[0], ())
     if [op.name for op in readers] != ["moe.combine"]:
-        raise NoMatch("the experts' rows are read by more than one moe.combine")
+        raise NoMatch("the rows of the experts are read by more than one moe.combine")
     between: list[Op] = []
     companions: list[Companion] = []
     value = dispatch.inputs[1]
     while True:
         others = [op for op in graph.readers[value] if op not in (*between, dispatch)]
         if any(op.name == "moe.zero_experts" for op in others):
-            raise NoMatch("some of the experts that are chosen among have no network")
+            raise NoMatch("some experts of the router have no network (zero experts)")
         if readers[0].attrs.get("weighted"):
             by_reader = {op: companion_of(graph, op) for op in others}
             companions += [c for c in by_reader.values() if c is not None]
             others = [op for op in others if by_reader[op] is None]
         if others or value in graph.results:
-            what = others[0].name if others else "the model's caller"
+            what = others[0].name if others else "an output of the model"
             raise NoMatch(f"the router's choices {value.name} are also read by {what}")
         source = graph.producers.get(value)
         if source is None or source.name not in (*MOVES, "moe.capacity", "moe.route"):

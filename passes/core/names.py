@@ -74,7 +74,7 @@ def split(text: str) -> list[str]:
     while at < len(text):
         match = _ITEM.match(text, at)
         if match is None:
-            raise UsageError(f"--passes {text}: a parenthesis has no partner")
+            raise UsageError(f"--passes {text}: a parenthesis is unbalanced")
         items.append(match[1].strip())
         at = match.end()
     return [item for item in items if item]

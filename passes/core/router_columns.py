@@ -60,7 +60,7 @@ def add_columns(splice: Splice, layer: Layer, count: int, generator: torch.Gener
     ops: list[Op] = []
     behind = logits_linear(program, logits)
     if behind is None:
-        raise NoMatch("the logits come from no linear layer with a weight of its own")
+        raise NoMatch("the logits are not the output of a linear layer with its own weight")
     weight, *bias = [constant(program, v) for v in behind[0].inputs[1:]]
     rows = torch.randn(count, weight.shape[1], generator=generator) * weight.float().std()
     never = torch.full((count,), -torch.inf)
@@ -83,7 +83,7 @@ def merge_columns(splice: Splice, layer: Layer, groups: Sequence[Sequence[int]])
     """
     routing = layer.routing
     if routing.score != "softmax" and (routing.score, routing.after) != ("none", "softmax"):
-        raise NoMatch(f"the router's scores are {routing.score}, which have no sum to keep")
+        raise NoMatch(f"the router's scores are {routing.score}, whose sum is not constant")
     if len(layer.route.inputs) > 1 or routing.groups > 1:
         raise NoMatch("the router corrects its scores, or chooses among groups of experts")
     logits, route = layer.route.inputs[0], layer.route

@@ -73,4 +73,4 @@ def logits_of(graph: Graph) -> Value:
         scores = value.name == "logits" or (bool(value.shape) and value.shape[-1] in tables)
         if scores and len(value.shape) == 3 and value.dtype in ("f32", "bf16", "f16"):
             return value
-    raise NoMatch("the model gives no logits [B, S, V]")
+    raise NoMatch("the model returns no logits [B, S, V]")

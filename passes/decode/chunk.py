@@ -55,10 +55,10 @@ def tokens_of(graph: Graph) -> tuple[Value, sympy.Symbol, sympy.Symbol]:
     Raises NoMatch if the graph has other inputs, or states.
     """
     if graph.states:
-        raise NoMatch(f"the model keeps a state of its own, {graph.states[0].before.name}")
+        raise NoMatch(f"the model has its own state, {graph.states[0].before.name}")
     if len(graph.inputs) != 1:
         names = ", ".join(value.name for value in graph.inputs)
-        raise NoMatch(f"the model takes {names}, and not token ids alone")
+        raise NoMatch(f"the model takes {names}, not only token ids")
     (tokens,) = graph.inputs
     named = all(isinstance(dim, sympy.Symbol) for dim in tokens.shape)
     if tokens.dtype != "i64" or len(tokens.shape) != 2 or not named:
@@ -96,7 +96,7 @@ def rewrite_ops(c: ChunkRewrite) -> None:
             outputs = c.builder.append(replace(op, inputs=tuple(inputs)))
             c.new |= dict(zip(op.outputs, outputs, strict=True))
     if not c.caches:
-        raise NoMatch("the model has no attention that moec fused")
+        raise NoMatch("no attention of the model was recognised")
 
 
 def _emit(c: ChunkRewrite, op: Op, stretch: ResizedTokens) -> None:
@@ -129,11 +129,11 @@ def causal(c: ChunkRewrite, op: Op) -> Attention:
     if not a.causal:
         raise NoMatch(f"the attention at {where} is not causal")
     if a.mask is not None:
-        raise NoMatch(f"the attention at {where} has a mask of its own, {a.mask.name}")
+        raise NoMatch(f"the attention at {where} has an unsupported mask, {a.mask.name}")
     if (a.shape("q")[2], a.shape("k")[2]) != (c.sequence, c.sequence):
         raise NoMatch(f"the attention at {where} is between {a.q} and {a.k}")
     if a.q in c.positions or a.k in c.positions or a.v in c.positions:
-        raise NoMatch(f"the attention at {where} reads where tokens stand, and nothing else")
+        raise NoMatch(f"the attention at {where} reads positions only")
     if any(isinstance(a.shape(name)[1], sympy.Expr) for name in "qk"):
         raise NoMatch(f"the attention at {where} has no fixed number of heads")
     return a

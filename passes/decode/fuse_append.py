@@ -46,15 +46,17 @@ def fuse_append(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     x, cos, sin = rotary.inputs
     if append.tokens_first or append.cos is not None:
-        raise NoMatch(f"{x.name} is turned where tokens stand before heads")
+        raise NoMatch(f"{x.name} is rotated in the layout [B, tokens, heads, features]")
     if set(rotary.attrs.values()) - {"halves"}:
-        raise NoMatch(f"the pairs of {x.name} are neighbours, and appending turns halves")
+        raise NoMatch(
+            f"the pairs of {x.name} are neighbouring features, and the cache kernel rotates halves"
+        )
     for value in rotary.inputs:
         if value.dtype not in VECTOR_DTYPES:
-            raise NoMatch(f"{value.name} is {value.dtype}, which no kernel turns while it appends")
+            raise NoMatch(f"{value.name} is {value.dtype}, which the cache kernel cannot rotate")
     permute = b.producers.get(x)
     if permute is None or not swaps(permute):
-        raise NoMatch(f"{x.name} is no permutation: it is made where it is turned")
+        raise NoMatch(f"{x.name} is not a permutation of the layout")
     _require_alone(append.rows, op, b)
     _require_alone(x, rotary, b)
     fused = replace(append, rows=permute.inputs[0], cos=cos, sin=sin, tokens_first=True)

@@ -77,7 +77,7 @@ def _convolution(c: ChunkRewrite, op: Op) -> None:
     cuts = c.graph.readers.get(op.outputs[0], ())
     causal = len(x.shape) == 3 and all(op.attrs.get(k) == v for k, v in expected.items())
     if not causal or x.shape[2] != c.sequence or not all(map(partial(_cut, c), cuts)):
-        raise NoMatch(f"the convolution at {where} does not end with the token that it is for")
+        raise NoMatch(f"the convolution at {where} is not causal")
     assert isinstance(width, int)
     batch, channels, _ = x.shape
     before = _state(c, "inputs", TensorType(x.dtype, (batch, channels, width - 1)))
@@ -115,7 +115,7 @@ def _linear_attention(c: ChunkRewrite, op: Op) -> None:
     """Linear attention with its recurrent state as a cache."""
     where = op.origin or op.outputs[0].name
     if op.attrs.get("started"):
-        raise NoMatch(f"the linear attention at {where} starts from a state of the model's own")
+        raise NoMatch(f"the linear attention at {where} starts from a state of the model itself")
     if op.inputs[0].shape[1] != c.sequence:
         raise NoMatch(f"the linear attention at {where} is over {op.inputs[0]}")
     before = _state(c, "carried", op.outputs[1].type)

@@ -64,8 +64,7 @@ def _refuse(c: ChunkRewrite, op: Op) -> None:
     where = op.origin or op.outputs[0].name
     kind = "linear attention" if op.name == "nn.linear_attention" else "convolution"
     raise NoMatch(
-        f"the {kind} at {where} carries a state of its own from token to token, in which padding "
-        "would count"
+        f"the {kind} at {where} carries a state from token to token, which padding would change"
     )
 
 

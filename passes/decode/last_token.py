@@ -54,7 +54,7 @@ def last_only(graph: Graph) -> Graph:
     assert isinstance(sequence, sympy.Symbol)
     (logits,) = graph.outputs
     if logits.shape[:2] != (batch, sequence) or len(logits.shape) != 3:
-        raise NoMatch(f"the logits are {logits}, and not of each token")
+        raise NoMatch(f"the logits are {logits}, not one row per token")
     builder = Builder(graph)
     type = TensorType("i64", (batch,))
     rows, last = (Value(builder.fresh(name), type) for name in (ROWS, LAST))
@@ -71,7 +71,7 @@ def last_only(graph: Graph) -> Graph:
             inputs = [last if v is first else w for v, w in zip(op.inputs, inputs, strict=True)]
         narrow |= _narrow(n, op, inputs)
     if logits not in narrow:
-        raise NoMatch(f"the logits {logits} are also in a cache")
+        raise NoMatch(f"the logits {logits} are also stored in a cache")
     made_graph = rebuild(graph, builder.ops, {logits: narrow[logits]})
     tokens, first, *caches = graph.inputs
     return replace(made_graph, inputs=(tokens, first, rows, last, *caches))
@@ -139,4 +139,4 @@ def _token_axis(n: Narrowing, op: Op, value: Value) -> int:
         return 0
     if value.shape[0] == n.batch and value.shape.count(n.sequence) == 1:
         return value.shape.index(n.sequence)
-    raise NoMatch(f"{op.name} at {op.origin} reads {value}, which has no axis of tokens alone")
+    raise NoMatch(f"{op.name} at {op.origin} reads {value}, which has no separate axis of tokens")

@@ -43,7 +43,7 @@ def counts_tokens(op: Op, sequence: sympy.Symbol) -> bool:
         return False
     count = (op.attrs.get("start", 0), op.attrs.get("end"), op.attrs.get("step", 1))
     if count != (0, sequence, 1) or op.outputs[0].dtype != "i64":
-        raise NoMatch(f"{op.name} at {op.origin} counts tokens otherwise than 0, 1, 2, …")
+        raise NoMatch(f"{op.name} at {op.origin} numbers tokens in another way than 0, 1, 2, …")
     return True
 
 
@@ -77,7 +77,7 @@ def broadcast_shape(op: Op, value: Value, batch: Dim, sequence: sympy.Symbol) ->
     Raises NoMatch if the op does more than broadcast it.
     """
     if not (is_elementwise(op) or op.name == "nn.rotary"):
-        raise NoMatch(f"{op.name} at {op.origin} reads where tokens stand")
+        raise NoMatch(f"{op.name} at {op.origin} reads the positions of tokens")
     out = op.outputs[0].shape
     shape = (1,) * (len(out) - len(value.shape)) + value.shape
     axes = [axis for axis, dim in enumerate(shape) if sequence.name in symbols(dim)]

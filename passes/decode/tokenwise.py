@@ -69,7 +69,7 @@ def require_tokenwise(op: Op, sequence: str) -> None:
             if holds(op, sequence):
                 return
             raise NoMatch(f"{op.name} at {_where(op)} mixes tokens")
-    raise NoMatch(f"{op.name} at {_where(op)} may mix tokens: no rule says how it treats them")
+    raise NoMatch(f"{op.name} at {_where(op)} may mix tokens: no rule is known for this op")
 
 
 def _where(op: Op) -> str:

@@ -203,7 +203,7 @@ def _match_where(
         (condition,) = b.emit("aten.logical_not.default", [condition], [target], like=op)
     hidden = constant(other, b, numbers)
     if hidden is None or hidden > HIDDEN:
-        raise NoMatch(f"hidden scores become {other.name if hidden is None else hidden}, not -inf")
+        raise NoMatch(f"masked scores become {other.name if hidden is None else hidden}, not -inf")
     if scores.allowed is not None:
         raise NoMatch("the scores have two bool masks")
     return replace(scores, allowed=condition)

@@ -88,7 +88,7 @@ def _match_sdpa(op: Op) -> tuple[Attention, tuple[Value, ...]]:
     if len(q.shape) != 4:
         raise NoMatch(f"the queries are {q.type}; attention is fused for [B, H, S, D]")
     if op.attrs.get("dropout_p", 0.0):
-        raise NoMatch(f"drops shares at random, dropout_p={op.attrs['dropout_p']}")
+        raise NoMatch(f"has dropout, dropout_p={op.attrs['dropout_p']}")
     scale = op.attrs.get("scale")
     if scale is None:
         width = q.shape[3]

@@ -97,7 +97,7 @@ def _norm(op: Op, graph: Graph) -> _Norm:
     """The norm's weights and attributes. Raises NoMatch if no kernel adds and normalises so."""
     x, *weights = op.inputs
     if x.dtype not in VECTOR_DTYPES or not isinstance(x.shape[-1], int):
-        raise NoMatch(f"norms of {x.type} have no kernel that adds")
+        raise NoMatch(f"norms of {x.type} have no kernel with an addition")
     for weight in weights:
         if weight not in graph.params:
             raise NoMatch(f"the norm's weight {weight.name} is computed, and not a parameter")

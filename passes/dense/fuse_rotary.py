@@ -66,7 +66,7 @@ def _match_sum(op: Op, b: Builder) -> Sequence[Value] | None:
                     return _emit_rotary(op, b, x, cos, sin, "halves")
             if plain:
                 names = " by ".join(value.name for value in plain)
-                raise NoMatch(f"turns the halves of {source.name}, but adds {names}")
+                raise NoMatch(f"rotates the halves of {source.name}, but adds {names}")
     return None
 
 
@@ -119,7 +119,7 @@ def _match_rotation(
     if (first[0], second[0]) != (a, c):
         return None
     if (second[1], first[1]) != (cos, sin):
-        raise NoMatch("the two halves are turned by different angles")
+        raise NoMatch("the two halves are rotated by different angles")
     return a.x, a.pairs, cos, sin
 
 
@@ -217,7 +217,7 @@ def _emit_rotary(
     op: Op, b: Builder, x: Value, cos: Value, sin: Value, pairs: str
 ) -> Sequence[Value]:
     if x.type != op.outputs[0].type:
-        raise NoMatch(f"turns {x.type} into {op.outputs[0].type}")
+        raise NoMatch(f"rotates {x.type} into {op.outputs[0].type}")
     attrs = {} if pairs == "halves" else {"pairs": pairs}
     return _rotary(op, b, (x, _with_rank(cos, x, op, b), _with_rank(sin, x, op, b)), attrs)
 

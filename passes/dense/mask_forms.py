@@ -156,7 +156,7 @@ def _environments(
         top = limits.high
         sizes = sorted(n for n in candidates if n >= low and (top is None or n <= top))
         if sizes and sizes[-1] > 2 * _BEYOND + 3:
-            raise NoMatch(f"the mask has a constant of {max(numbers)}, too large to study")
+            raise NoMatch(f"the mask has a constant of {max(numbers)}, too large to analyse")
         choices[name] = sizes
     every = itertools.product(*choices.values())
     combined = [dict(zip(choices, sizes, strict=True)) for sizes in every]

@@ -66,7 +66,7 @@ def cut(
     while pending:
         value, ready = pending.pop()
         if value in inputs:
-            raise NoMatch(f"the mask depends on what is in {value.name}, not on sizes only")
+            raise NoMatch(f"the mask depends on the values of {value.name}, not only on sizes")
         if value in params:
             leaves[value] = weights[value.name]
             continue
@@ -77,7 +77,7 @@ def cut(
             ops[op] = None
             continue
         if not _is_supported(op, producers):
-            raise NoMatch(f"the mask is computed with {op.name}, whose values are not studied")
+            raise NoMatch(f"the mask is computed with {op.name}, for which no rule is known")
         pending.append((value, True))
         if op.name not in FILLED:
             pending += [(v, False) for v in op.inputs]
@@ -148,7 +148,7 @@ class Elements:
             return self._elementwise(op, positions)
         if kind in _MOVES:
             return _MOVES[kind](self, op, positions)
-        raise NoMatch(f"{value} is too large to study: {op.name} makes it")
+        raise NoMatch(f"{value} is too large to analyse: {op.name} makes it")
 
     def _elementwise(self, op: Op, positions: Positions) -> torch.Tensor:
         parts = [self.at(v, self.broadcast(v, positions)) for v in op.inputs]
@@ -194,7 +194,7 @@ class Elements:
     def _index(self, op: Op, positions: Positions) -> torch.Tensor:
         indices = cast("tuple[Any, ...]", op.attrs["indices"])
         if not all(isinstance(index, Ref) for index in indices):
-            raise NoMatch(f"{op.outputs[0]} is too large to study: it leaves axes out")
+            raise NoMatch(f"{op.outputs[0]} is too large to analyse: it leaves axes out")
         picks = [op.inputs[index.index] for index in indices]
         rank = len(positions) - (len(op.inputs[0].shape) - len(picks))
         picked: list[torch.Tensor] = []

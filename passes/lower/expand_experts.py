@@ -86,7 +86,9 @@ class _Expansion:
             elif is_pointwise(inner) or inner.name in _ROWWISE:
                 self.row_op(inner)
             else:
-                raise NoMatch(f"an expert's body holds {inner.name}, which does not act on rows")
+                raise NoMatch(
+                    f"an expert's body holds {inner.name}, which does not act on single rows"
+                )
         result = self.rows.get(self.body.outputs[0])
         if result is None:
             raise NoMatch("an expert's result does not depend on its rows")
@@ -95,7 +97,7 @@ class _Expansion:
     def linear(self, inner: Op) -> None:
         x, weight, *bias = inner.inputs
         if x not in self.rows or any(v not in self.stacks for v in (weight, *bias)):
-            raise NoMatch("a linear of an expert does not multiply rows by a weight")
+            raise NoMatch("a linear layer of an expert does not multiply rows by a weight")
         inputs = [self.rows[x], self.ends, self.stacks[weight], *(self.stacks[v] for v in bias)]
         attrs: dict[str, Attr] = {"matrices": 1, "dtype": DType(inner.outputs[0].dtype)}
         if bias:
@@ -156,7 +158,7 @@ class _Expansion:
         """param[expert of row] for each row: [R, ...]."""
         if param not in self.gathered:
             if len(param.shape) > 1:
-                raise NoMatch(f"an expert's rows meet its weight {param} outside a linear")
+                raise NoMatch(f"an expert uses its weight {param} outside a linear layer")
             stack = self.stacks[param]
             count: Attr = self.count
             (owner,) = self.b.emit(

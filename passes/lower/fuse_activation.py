@@ -76,7 +76,9 @@ def _expression(value: Value, b: Builder) -> tuple[list[Op], list[Op]]:
                 visit(inner)
             between[source] = None
         else:
-            raise NoMatch(f"the activation reads {current.name}, which no grouped linear made")
+            raise NoMatch(
+                f"the activation reads {current.name}, which is not the output of a grouped linear"
+            )
 
     visit(value)
     if not linears:

@@ -62,7 +62,7 @@ def gather_rows(op: Op, b: Builder) -> Sequence[Value] | None:
     x, experts, *scale = dispatch.inputs
     sort = _sort_of(parts.ends, b)
     if sort is None or sort.inputs[0] is not experts:
-        raise NoMatch("the rows were dispatched by other choices than the linear's ends")
+        raise NoMatch("the rows were dispatched by other choices than the linear layer's")
     attrs = {**op.attrs, "gather": experts.shape[1]}
     if scale:
         attrs["scaled"] = True

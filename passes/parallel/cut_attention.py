@@ -45,8 +45,8 @@ def cut_attention(program: Program, plan: Plan, rank: int, log: Log) -> Program:
     if len(attentions) != len(plan.layers):
         log.decline(
             "(whole model)",
-            f"attention is whole on every rank: the model has {len(attentions)} attentions, the "
-            f"plan {len(plan.layers)} layers",
+            f"attention is replicated on every rank: the model has {len(attentions)} attentions, "
+            f"the plan {len(plan.layers)} layers",
         )
         return program
     cut: list[tuple[Heads, int]] = []

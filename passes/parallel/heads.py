@@ -42,18 +42,18 @@ def heads_of(program: Program, attention: Op, degree: int) -> Heads:
     them."""
     a, graph = Attention.of(attention), program.graph
     if a.tokens_first:
-        raise NoMatch("only attention [B, heads, S, d] is cut by heads")
+        raise NoMatch("only attention [B, heads, S, d] can be split by heads")
     for name, what in (("q", "heads"), ("k", "key-value heads")):
         count = a.shape(name)[1]
         if not isinstance(count, int) or count % degree:
-            raise NoMatch(f"{count} {what} cannot be shared by {degree} ranks")
+            raise NoMatch(f"{count} {what} cannot be split over {degree} ranks")
     texts = a.q.shape[0]
     if not isinstance(texts, sympy.Symbol):
         raise NoMatch(f"its number of texts is {texts}, no size of its own")
     walk = _Walk(program, texts)
     for value in (a.q, a.k, a.v):
         if walk.axis(value) != 1:
-            raise NoMatch(f"the heads of {value.name} are not found in its products")
+            raise NoMatch(f"the heads of {value.name} are not found in its linear layers")
     if a.mask is not None:
         walk.outside(a.mask, heads_axis=1)
     if a.first is not None:
@@ -83,7 +83,7 @@ class _Walk:
             return self.axes[value]
         op = self.program.graph.producers.get(value)
         if op is None:
-            raise NoMatch(f"{value.name} is no product of the layer's input")
+            raise NoMatch(f"{value.name} is not a linear function of the layer's input")
         if op.name == _LINEAR:
             for weight in op.inputs[1:]:
                 constant(self.program, weight)
@@ -92,7 +92,7 @@ class _Walk:
         elif op.name == "nn.append":
             cache, rows, *others = op.inputs
             if self.axis(rows) != 1:
-                raise NoMatch(f"the heads of {rows.name} are not found in its products")
+                raise NoMatch(f"the heads of {rows.name} are not found in its linear layers")
             for other in others:
                 self.outside(other, heads_axis=1)
             self.caches.append(cache)
@@ -118,7 +118,7 @@ class _Walk:
             for other in op.inputs[1:]:
                 self.outside(other, heads_axis=axis - len(x))
             return axis
-        raise NoMatch(f"{op.name} at {op.origin} is not of each head by itself")
+        raise NoMatch(f"{op.name} at {op.origin} mixes heads")
 
     def outside(self, value: Value, heads_axis: int | None = None) -> None:
         """Checks a value that all heads read in full: it may have texts only as its first axis, and
@@ -127,10 +127,10 @@ class _Walk:
         if any(self.texts in dim.free_symbols for dim in sizes) or (
             value.shape and value.shape[0] != self.texts and _mentions(value.shape[0], self.texts)
         ):
-            raise NoMatch(f"{value.name} has its texts not on an axis of their own")
+            raise NoMatch(f"{value.name} has no separate axis of sequences")
         rank = len(value.shape)
         if heads_axis is not None and -rank <= heads_axis < rank and value.shape[heads_axis] != 1:
-            raise NoMatch(f"{value.name} has numbers for each head")
+            raise NoMatch(f"{value.name} has one value per head")
 
     def forward(self, value: Value) -> Op:
         """The product that sums over the heads of `value`, and records the ops before it. Raises
@@ -138,11 +138,13 @@ class _Walk:
         while True:
             readers = self.program.graph.readers.get(value, ())
             if len(readers) != 1 or value in self.program.graph.results:
-                raise NoMatch(f"{value.name} is read by more than the product after attention")
+                raise NoMatch(
+                    f"{value.name} is read by other ops than the linear layer after attention"
+                )
             (op,), axis = readers, self.axes[value]
             if op.name == _LINEAR:
                 if axis != len(value.shape) - 1:
-                    raise NoMatch("the product after attention does not add up the heads")
+                    raise NoMatch("the linear layer after attention does not sum over the heads")
                 for weight in op.inputs[1:]:
                     constant(self.program, weight)
                 return op
@@ -162,5 +164,5 @@ def _require_alone(graph: Graph, heads: Heads) -> None:
         for value in op.outputs:
             other = [r for r in graph.readers.get(value, ()) if r not in heads.ops]
             if other or (value in graph.results and value not in after):
-                what = other[0].name if other else "the model's caller"
+                what = other[0].name if other else "an output of the model"
                 raise NoMatch(f"{value.name} is also read by {what}")

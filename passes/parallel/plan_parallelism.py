@@ -40,7 +40,7 @@ from moec.plan.plan import LayerPlan, Plan, read_plan
 class PlanParallelism(Pass):
     """Make the graph of one rank of a plan: its experts, and the exchange of rows."""
 
-    plan: str = option("", "the file of the plan, as moec plan -o writes it")
+    plan: str = option("", "the plan, a file written by moec plan -o")
     rank: int = option(0, "which rank", low=0)
 
     name: ClassVar[str] = "plan-parallelism"

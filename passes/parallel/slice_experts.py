@@ -32,10 +32,10 @@ def slice_body(body: Graph, slices: int) -> Sliced:
     element-wise ops, and a linear layer."""
     last = body.producers.get(body.outputs[0])
     if last is None or last.name != _LINEAR:
-        raise NoMatch("an expert does not end in a linear layer, and cannot be cut into slices")
+        raise NoMatch("an expert does not end in a linear layer, and cannot be split into slices")
     hidden = last.inputs[0].shape[-1]
     if not isinstance(hidden, int) or hidden % slices:
-        raise NoMatch(f"a hidden width of {hidden} cannot be cut into {slices} slices")
+        raise NoMatch(f"a hidden width of {hidden} cannot be split into {slices} slices")
     axes: dict[Value, int | None] = {last.inputs[1]: 1}
     if len(last.inputs) > 2:
         axes[last.inputs[2]] = None
@@ -47,7 +47,9 @@ def slice_body(body: Graph, slices: int) -> Sliced:
             continue
         if op.name == _LINEAR and op.inputs[0] is x:
             if op.inputs[1].shape[0] != hidden:
-                raise NoMatch("an expert packs several products in one matrix: split them first")
+                raise NoMatch(
+                    "an expert has several projections in one weight: run split-packed first"
+                )
             axes |= dict.fromkeys(op.inputs[1:], 0)
         elif not all(v in axes or v.shape == op.outputs[0].shape for v in op.inputs):
             raise NoMatch(f"{op.name} inside an expert is not element-wise")
@@ -73,6 +75,6 @@ def _cut(param: Value, axis: int | None, width: int) -> Value:
     if axis is None:
         return param
     if axis < 0:
-        raise NoMatch(f"{param.name} of an expert is no weight of a linear layer")
+        raise NoMatch(f"{param.name} of an expert is not the weight of a linear layer")
     shape = tuple(width if i == axis else size for i, size in enumerate(param.shape))
     return Value(param.name, TensorType(param.dtype, shape))

@@ -92,8 +92,8 @@ def require_both_branches(ops: Sequence[Op], outcomes: Sequence[Sequence[torch.T
     for op, results in zip(ops, zip(*outcomes, strict=True), strict=True):
         bounds = {bound for t in results if t.numel() for bound in (int(t.min()), int(t.max()))}
         if len(bounds) < 2:
-            does = "bounds all or nothing" if op.name in _BOUNDING else "comes out the same"
+            does = "changes all values or none" if op.name in _BOUNDING else "has the same result"
             raise NoMatch(
-                f"{op.name} of {op.inputs[0].name} {does} on all random inputs, so that no proof "
-                "sees what it is for"
+                f"{op.name} of {op.inputs[0].name} {does} on all random inputs, so the proof does "
+                "not cover its effect"
             )

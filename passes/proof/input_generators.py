@@ -97,7 +97,7 @@ def sample(
         case Uniform():
             return torch.rand(shape, generator=generator).to(dtype)
     if value.dtype not in FLOATS:
-        raise NoMatch(f"{value.name} is {value.type}, and nothing says which values it may have")
+        raise NoMatch(f"{value.name} is {value.type}, and its range of values is unknown")
     return torch.randn(shape, generator=generator).to(dtype)
 
 

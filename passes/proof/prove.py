@@ -93,7 +93,7 @@ def _run(
         return run_graph(graph, tensors, env)
     except (RuntimeError, IRError, IndexError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NoMatch(f"{which} cannot be run on random inputs: {reason}") from None
+        raise NoMatch(f"{which} fails on random inputs: {reason}") from None
 
 
 @dataclass
@@ -217,7 +217,7 @@ class Prover:
         if _is_constant(value):
             real = self.weights.get(value.name)
             if real is None:
-                raise NoMatch(f"the constant {value.name} has no known content")
+                raise NoMatch(f"the values of the constant {value.name} are not known")
             return real.float() if value.dtype in FLOATS and real.dtype != torch.float64 else real
         dtype = torch.float64 if value.dtype == "f64" else torch.float32
         scale = max(shape[-1], 1) ** -0.5 if len(shape) > 1 else 1.0
@@ -265,8 +265,8 @@ def _counts(limits: Sequence[int]) -> tuple[int, ...]:
     most = max((limit + 9 for limit in limits), default=0)
     if most > _MOST:
         raise NoMatch(
-            f"it counts up to {most - 9}, and the proof goes up to {_MOST} tokens: what happens "
-            "beyond that count would not be seen"
+            f"it counts up to {most - 9}, and the proof goes up to {_MOST} tokens: longer inputs "
+            "would not be covered"
         )
     return (*_COUNTS[:-1], max(_COUNTS[-1], most))
 

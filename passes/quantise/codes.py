@@ -44,7 +44,7 @@ class Codes:
         """Raises NoMatch if `format` cannot hold the weights [.., N, K]."""
         weight, width = self.program.weights.get(matrix.name), matrix.shape[-1]
         if weight is None:
-            raise NoMatch(f"the weights {matrix.name} are computed while the model runs")
+            raise NoMatch(f"the weights {matrix.name} are computed at run time")
         if matrix.dtype not in WIDE:
             raise NoMatch(f"the weights {matrix} are not of {', '.join(WIDE)}")
         if not isinstance(width, int) or (format.block and width % format.block):

@@ -47,7 +47,7 @@ class QuantiseLinears(QuantisingPass):
     def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
         x, weight, *bias = op.inputs
         if isinstance(weight.shape[0], int) and weight.shape[0] < FEW:
-            raise NoMatch(f"its {weight.shape[0]} outputs are too few to be worth rounding")
+            raise NoMatch(f"it has only {weight.shape[0]} outputs: quantising it saves too little")
         codes.check(weight, format)
         if x.dtype not in WIDE or op.outputs[0].dtype != x.dtype:
             raise NoMatch(f"the rows {x} are not of {', '.join(WIDE)}")

@@ -129,13 +129,13 @@ def ends_of(reader: Reader, anchor: Op, fans: Mapping[Op, Fan]) -> Ends:
     """Reads the rows from `anchor` on. Raises NoMatch if they never become tokens again."""
     layouts = reader.apply(anchor)
     if layouts[0] is None:
-        raise NoMatch(f"{anchor.name} is no product of rows with a stack")
+        raise NoMatch(f"{anchor.name} is not a product of rows with stacked weights")
     reader.keep(anchor, layouts)
     splits = {fan.split: op for op, fan in fans.items() if fan.split is not None}
     ends = walk(reader, anchor, splits)
     if not ends.likely:
         reason = reader.why.get(anchor.outputs[0], "")
-        raise NoMatch(reason or "the rows never become tokens again")
+        raise NoMatch(reason or "the rows are never combined into tokens")
     return ends
 
 

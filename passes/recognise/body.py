@@ -110,7 +110,7 @@ def with_columns(body: Graph) -> Graph:
         inputs = tuple(columns.get(value, value) for value in op.inputs)
         if inputs != op.inputs:
             if output.shape != result.shape:
-                raise NoMatch(f"{op.name} takes one number a row apart")
+                raise NoMatch(f"{op.name} splits a value with one number per row")
             columns[output] = replace(output, type=TensorType(output.dtype, (*output.shape, 1)))
             for value in {v for v in inputs if v in body.params and not v.shape}:
                 columns[value] = Value(f"{value.name}_column", TensorType(value.dtype, (1,)))
@@ -118,7 +118,7 @@ def with_columns(body: Graph) -> Graph:
             inputs = tuple(columns.get(value, value) for value in inputs)
         ops.append(replace(op, inputs=inputs, outputs=(columns.get(output, output),)))
     if result not in columns:
-        raise NoMatch(f"{result.name} is one number a row, and was never a column")
+        raise NoMatch(f"{result.name} has one number per row, but no axis of features")
     return replace(body, ops=tuple(ops), outputs=(columns[result],))
 
 

@@ -35,14 +35,14 @@ def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     rank = len(source.axes)
     dims = dim_attr if isinstance(dim_attr, tuple) else (dim_attr,)
     if dim_attr is None or not dims:
-        raise NoMatch(f"{op.name} goes over all axes")
+        raise NoMatch(f"{op.name} reduces over all axes")
     positions = sorted(cast(int, d) % rank for d in dims)
     picked = [source.axes[p] for p in positions]
     keep = bool(op.attrs.get("keepdim")) or "softmax" in op.name
     softmax = "softmax" in op.name
     if all(map(only_rows, picked)) and any(picked):
         if op.name != "aten.sum.dim_IntList":
-            raise NoMatch(f"{op.name} goes over rows")
+            raise NoMatch(f"{op.name} reduces over rows")
         axes = [
             () if i in positions else axis
             for i, axis in enumerate(source.axes)
@@ -50,7 +50,7 @@ def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
         ]
         return replace(source, axes=tuple(axes), reduced=True)
     if not all(a and only_features(a) for a in picked):
-        raise NoMatch(f"{op.name} goes over rows and features at once")
+        raise NoMatch(f"{op.name} reduces over rows and features at once")
     plain = reader.writer.ordered(source, picked)
     gone = [plain.axes[p][0] for p in positions]
     at = tuple(plain.atoms.index(a) + 1 for a in gone)
@@ -73,7 +73,7 @@ def norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     if source.param:
         return None
     if not source.axes[-1] or not only_features(source.axes[-1]):
-        raise NoMatch("a norm goes over rows")
+        raise NoMatch("a norm reduces over rows")
     plain = reader.writer.ordered(source, [source.axes[-1]], last=True)
     shape, dtype = plain.base.shape, op.outputs[0].dtype
     full, narrow = TensorType("f32", shape), TensorType("f32", (*shape[:-1], 1))
@@ -94,7 +94,7 @@ def norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     y = step("aten.mul.Tensor", [x, scale], full)
     gain = reader.read(op.inputs[1]) if len(op.inputs) > 1 else None
     if len(op.inputs) > 1 and (gain is None or not gain.param):
-        raise NoMatch(f"{op.inputs[1].name} scales a norm and is no weight")
+        raise NoMatch(f"{op.inputs[1].name} scales a norm and is not a weight")
     if op.attrs.get("round_first"):
         y = as_dtype(y, dtype)
     if gain is not None:
@@ -216,7 +216,7 @@ def weighting(
         if theirs == 1:
             continue
         if mine and not only_rows(mine):
-            raise NoMatch(f"{others[0].name} weighs features, not rows")
+            raise NoMatch(f"{others[0].name} weights features, not rows")
         if not mine:
             axes[dim] = (Atom(size, True),)
     masks = op.name == "aten.where.self" or op.name == "aten.masked_fill.Scalar"

@@ -88,7 +88,7 @@ def _column(reader: Reader, op: Op, index: Value) -> Value:
     """The row indices [n, 1] behind an index [n, D] that repeats them along the features."""
     spread = reader.scope.made_by(index, "aten.expand.default", "aten.repeat.default")
     if op.attrs.get("dim", 0) != 0 or spread is None or spread.inputs[0].shape[-1] != 1:
-        raise NoMatch(f"{op.name} adds numbers, and no rows")
+        raise NoMatch(f"{op.name} adds numbers, not rows")
     return spread.inputs[0]
 
 

@@ -240,7 +240,9 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     evidence = replace(evidence, open=among is None)
     if among is not None and among > evidence.experts:
         if zero is None and goes_on(scope, anchor, evidence):
-            raise NoMatch(f"only {count} of the {among} experts that are chosen among are alike")
+            raise NoMatch(
+                f"only {count} of the {among} experts that the router chooses among are alike"
+            )
         evidence = replace(evidence, experts=among)  # those without a link add nothing
     limited = limit(scope, [v for op, _ in chain.links for _, v in selected_by(op)])
     for choice in hypotheses(scope, evidence):

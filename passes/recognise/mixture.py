@@ -148,15 +148,15 @@ def with_mixture(scope: Scope, at: Op, terms: Sequence[Term], shares: Value) -> 
     weighed = sorted((term for term in terms if term.weight is not None), key=lambda t: t.number)
     experts = [term.expert for term in weighed if term.expert is not None]
     if len({value.type for value in experts}) > 1:
-        raise NoMatch("its experts give values of different types")
+        raise NoMatch("its experts return values of different types")
     if shares.shape[:-1] != experts[0].shape[: len(shares.shape) - 1]:
         raise NoMatch(f"its weights {shares} are not one for each {experts[0].type}")
     products = {graph.producers[term.value] for term in weighed}
     inside = own_ops(scope, experts, products)
     if any(op.name.startswith("moe.") for op in inside):
-        raise NoMatch("one of its experts is a block itself")
+        raise NoMatch("one of its experts is itself an MoE block")
     if not all(graph.producers.get(value) in inside for value in experts):
-        raise NoMatch("what one of its experts gives is read by others too")
+        raise NoMatch("the output of one of its experts is read by other ops too")
     leaves = tuple(dict.fromkeys(scope.leaves(tuple(op for op in graph.ops if op in inside))))
     inputs = tuple(value for value in leaves if value not in graph.params)
     params = tuple(value for value in leaves if value in graph.params)

@@ -56,7 +56,9 @@ class Neurons:
         tokens = product(self.x.shape[:-1])
         k = divide(product(self.ids.shape), tokens)
         if not isinstance(k, int):
-            raise NoMatch(f"{self.ids} is not as many choices for each of {tokens} tokens")
+            raise NoMatch(
+                f"{self.ids} does not have the same number of choices for each of {tokens} tokens"
+            )
         return tokens, k
 
 
@@ -130,7 +132,7 @@ def sums_of(scope: Scope, value: Value) -> list[tuple[Value, tuple[Value, ...]]]
 
 def proved(scope: Scope, inward: Op, outward: Op, prover: Prover) -> Neurons:
     """Raises NoMatch unless a node gives the same results as the ops between the gathers."""
-    reason = "its rows are not multiplied by tokens, weighed and summed"
+    reason = "its rows are not multiplied by tokens, weighted and summed"
     for node in proposals(scope, inward, outward):
         experts = inward.inputs[0].shape[0]
         try:

@@ -30,10 +30,10 @@ def other_choices(scope: Scope) -> Iterator[tuple[Op, str]]:
         dim = op.attrs.get("dim", -1)
         among = op.inputs[0].shape[dim if isinstance(dim, int) else -1]
         if not isinstance(among, int):
-            yield op, f"{op.name} chooses among {among} rows: rows are chosen, and no experts"
+            yield op, f"{op.name} chooses among {among} rows: it chooses rows, not experts"
         elif 1 < among <= _MOST_EXPERTS:
             yield (
                 op,
-                f"{op.name} chooses among {among}, and what it chooses is no network of its own: "
-                "no product with weights of one choice alone is found behind it",
+                f"{op.name} chooses among {among}, and the choices are not experts: no product "
+                "with weights of a single choice follows",
             )

@@ -58,7 +58,7 @@ def product(reader: Reader, op: Op) -> ExpertLayout | None:
         return result
     shift = reader.read(bias)
     if shift is None or not shift.param:
-        raise NoMatch(f"{bias.name} is added to a product and is no weight")
+        raise NoMatch(f"{bias.name} is added to a product and is not a weight")
     base = reader.writer.ops[-1] if reader.writer.ops else None
     along = likeness(shift.axes[-1]) == likeness(result.axes[-1]) or only_features(shift.axes[-1])
     is_bias = along and shift.features == shift.atoms[-1:]
@@ -142,8 +142,10 @@ def mix(
     summed = source.axes[-1] if which == 0 else source.axes[-2]
     if not summed or not only_rows(summed):
         met = not chooses(reader.scope, other)
-        meets = ": tokens meet there, as in attention" if met else ""
-        raise NoMatch(f"{op.name} multiplies features with {other.name}, which is no weight{meets}")
+        meets = ": it mixes tokens, as attention does" if met else ""
+        raise NoMatch(
+            f"{op.name} multiplies features with {other.name}, which is not a weight{meets}"
+        )
     rank = len(op.outputs[0].shape)
     free = other.shape[-1] if which == 0 else other.shape[-2]
     mine = ((),) * (rank - len(source.axes)) + source.axes

@@ -156,7 +156,7 @@ def recognise(scope: Scope, block: Routed, prover: Prover) -> RecognisedRouter:
                 return _hypothesise(scope, variant, results, logits, prover)
             except NoMatch as why:
                 reasons.append(str(why))
-    raise NoMatch(reasons[0] if reasons else "no logits [.., E] lie behind its choices")
+    raise NoMatch(reasons[0] if reasons else "its choices are not computed from logits [.., E]")
 
 
 def _hypothesise(
@@ -168,7 +168,10 @@ def _hypothesise(
     region = scope.cut(results, [logits, *([] if forced is None else [forced])])
     if any(not is_routing(op) for op in region.ops):
         other = next(op for op in region.ops if not is_routing(op))
-        raise NoMatch(f"{other.name} stands between {logits.name} and the choices")
+        raise NoMatch(
+            f"{other.name} is between {logits.name} and the choices, and no known "
+            "routing has it there"
+        )
     corrections = [p for p in region.params if p.dtype in FLOATS and p.shape]
     if len(corrections) > 1 or any(product(p.shape) != block.num_experts for p in corrections):
         raise NoMatch(f"it adds {', '.join(map(repr, corrections))}, not one correction [E]")
@@ -198,7 +201,7 @@ def _hypothesise(
             return router
         except NoMatch as why:
             reason = str(why)
-    raise NoMatch(f"{count} routings were tried from {logits.name}; the last: {reason}")
+    raise NoMatch(f"{count} forms of routing were tried from {logits.name}; the last one: {reason}")
 
 
 def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Routing]:
@@ -311,7 +314,7 @@ def _agree(block: Routed, router: RecognisedRouter) -> Compare:
         ids, weights, scores = [], [], []
         for result in (before, after):
             if int(result[-1].min()) < 0 or int(result[-1].max()) >= block.num_experts:
-                return "it chooses ids that are no experts"
+                return "it chooses ids that are not experts"
             ids.append(result[-1].long().sort(-1))
             weights.append(result[0].float() if len(result) > 1 else torch.zeros(shapes[0][-1]))
             scores.append(choice.gather(1, ids[-1].values).sort(-1).values)

@@ -47,7 +47,7 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
         *(Chosen.mask(value, evidence) for value in masks(scope, evidence, everything)),
     ]
     if not candidates and not everything:
-        raise Unlike(f"nothing weighs or chooses among {evidence.experts} results")
+        raise Unlike(f"no op weights or chooses among {evidence.experts} results")
     if not candidates:
         raise NoMatch(_without_choice(scope, evidence, everything))
     for ids in candidates[:6]:
@@ -83,9 +83,12 @@ def _without_choice(scope: Scope, evidence: Evidence, everything: Sequence[Value
         if scores.dtype not in FLOATS or not scores.shape:
             continue
         if scores.shape[-1] == evidence.experts:
-            return f"{op.name} chooses once for each of {product(scores.shape[:-1])}, not a token"
+            return (
+                f"{op.name} makes one choice for each of {product(scores.shape[:-1])}, not for "
+                "each token"
+            )
         if evidence.experts in scores.shape:
             return (
                 f"experts choose their tokens: {op.name} chooses among {scores.shape[-1]} of them"
             )
-    return f"every token uses all {evidence.experts} experts: nothing chooses among them"
+    return f"every token uses all {evidence.experts} experts: no op chooses among them"

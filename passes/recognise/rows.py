@@ -142,7 +142,7 @@ class Reader:
         it has fewer than two axes."""
         self.x = value
         if len(value.shape) < 2:
-            raise NoMatch(f"{value} holds no rows of features")
+            raise NoMatch(f"{value} has no axis of rows with features")
         axes = [(Atom(d, True),) if d != 1 else () for d in value.shape[:-1]]
         feature = Atom(value.shape[-1], False)
         base = Value("x", TensorType(value.dtype, (ROWS, value.shape[-1])))
@@ -163,7 +163,7 @@ class Reader:
             raise NoMatch(f"experts read both {self.x.name} and {value.name}")
         axes, splits = regroup(self.memo[self.x].axes, value.shape)
         if splits and any(not atom.rows for atom in splits):
-            raise NoMatch(f"{value.name} cuts the features of {self.x.name}")
+            raise NoMatch(f"{value.name} slices the features of {self.x.name}")
         self.memo[value] = replace(self.memo[self.x], axes=axes)
         return self.memo[value]
 
@@ -208,13 +208,15 @@ class Reader:
             return [elementwise.pointwise(self, op)]
         layouts = [self.read(v) for v in op.inputs]
         if any(layout is not None and not layout.param for layout in layouts):
-            raise NoMatch(f"rows go through {name}, which is no work of one expert")
+            raise NoMatch(f"rows go through {name}, which is not a computation of a single expert")
         return [None] * len(op.outputs)
 
     def fan(self, op: Op, fan: Fan) -> ExpertLayout:
         """The layout of a fan's result: every expert over the same rows, or over its own rows."""
         if self.writer.experts not in (None, fan.experts):
-            raise NoMatch(f"it has {self.writer.experts} experts, and then {fan.experts}")
+            raise NoMatch(
+                f"it has {self.writer.experts} experts in one part and {fan.experts} in another"
+            )
         self.writer.experts = fan.experts
         source = self.tokens(fan.x)
         for role, values in fan.uses.items():

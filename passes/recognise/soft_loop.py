@@ -59,7 +59,9 @@ class SoftLoop:
         count = size_of(self.steps[0].combine.weights.picked)
         numbers = [(s.dispatch.weights.index, s.combine.weights.index) for s in self.steps]
         if numbers != [(number, number) for number in range(len(numbers))]:
-            raise NoMatch(f"its steps weigh the slots and the tokens of experts {numbers}")
+            raise NoMatch(
+                f"its steps weight the slots and the tokens of different experts: {numbers}"
+            )
         if len(numbers) != count:
             raise NoMatch(f"it has {len(numbers)} steps, and weights of {count} experts")
         tokens = {scope.behind(step.dispatch.values, VIEWS) for step in self.steps}

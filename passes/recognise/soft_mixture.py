@@ -149,7 +149,7 @@ def _proved(scope: Scope, mixture: SoftMixture, prover: Prover) -> SoftMixture:
 def _check(weights: SoftWeights, which: str, axis: str) -> None:
     """Raises NoMatch unless the softmax is over the axis that the product sums over."""
     if weights.after:
-        raise NoMatch(f"{weights.after} stands between a softmax and the {which} that it weighs")
+        raise NoMatch(f"{weights.after} is between a softmax and the {which} that it weights")
     if set(weights.over or ()) != set(weights.summed):
         over = " x ".join(str(atom.size) for atom in weights.over or ()) or "one"
         total = size_of(weights.summed)
@@ -177,7 +177,7 @@ def slot_experts(scope: Scope, dispatch: WeighedSum, combine: WeighedSum) -> Slo
         return SlotExperts(reader.writer.experts, body, stacks)
     if fans or reader.writer.experts not in (None, 1):
         why = reader.why.get(combine.values) or next(iter(reader.why.values()), "")
-        raise NoMatch(f"what lies between its two products is no work of experts: {why}")
+        raise NoMatch(f"the ops between its two products are not experts: {why}")
     if any(_unlike_branches(scope, op) for op in between):
         raise NoMatch("its experts differ in more than their weights")
     branch = read_branch(scope, combine.values, between)

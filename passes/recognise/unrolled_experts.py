@@ -104,12 +104,12 @@ def read_branch(scope: Scope, value: Value, ops: Sequence[Op]) -> Branch:
     """Raises NoMatch if the body of one expert cannot be read from the branch."""
     start = next((op for op in ops if first_product(scope, op)), None)
     if start is None:
-        raise NoMatch(f"no weights are multiplied in on the way to {value.name}")
+        raise NoMatch(f"no routing weights are multiplied into {value.name}")
     reader = Reader(scope, BodyWriter(alone=True), frozenset(ops))
     reader.tokens(rows_behind(scope, start, ops))
     layout = reader.read(value)
     if layout is None or not layout.applied:
-        why = reader.why.get(value) or next(iter(reader.why.values()), "it joins other values")
+        why = reader.why.get(value) or next(iter(reader.why.values()), "it adds other values")
         raise NoMatch(f"the branch of {value.name} is not one expert's: {why}")
     body, _ = reader.body(layout)
     return Branch(value, tuple(ops), reader, layout, body, number_of(scope, ops))
@@ -124,7 +124,7 @@ def rows_behind(scope: Scope, start: Op, ops: Sequence[Op]) -> Value:
     leaves = [activation] if scope.maker(activation) not in inside else scope.leaves(path, ())
     floats = [v for v in leaves if v.dtype in FLOATS and v not in scope.constants]
     if not floats:
-        raise NoMatch(f"{activation.name} is made of no rows")
+        raise NoMatch(f"{activation.name} is not computed from rows")
     return max(floats, key=lambda v: v.shape[-1] if isinstance(v.shape[-1], int) else 0)
 
 

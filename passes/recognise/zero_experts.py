@@ -84,7 +84,10 @@ def zero_experts(scope: Scope, links: Sequence[tuple[Op, Value]], first: int, x:
     try:
         weights = _weights(scope, [constants[number] for number in sorted(constants)], x)
     except NoMatch as why:
-        reason = f"only {first} of the {first + len(links)} experts that are chosen among are alike"
+        reason = (
+            f"only {first} of the {first + len(links)} experts that the router chooses among are "
+            "alike"
+        )
         raise NoMatch(f"{reason}: {why}") from None
     return Zero(every, *weights)
 

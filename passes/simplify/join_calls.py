@@ -48,7 +48,7 @@ class JoinCalls(Pass):
             if len(calls) < 2:
                 continue
             if any(depends_on(graph, call, later) for call, later in combinations(calls, 2)):
-                log.decline(calls[0].name, "its experts are called again with what they give")
+                log.decline(calls[0].name, "its experts are applied to their own outputs")
             elif log.spend(f"{len(calls)} calls of {calls[0].name}"):
                 graph = join_calls(graph, calls)
         return replace(program, graph=graph)

@@ -39,7 +39,7 @@ class JoinLinears(Pass):
         for layers in joinable_groups(program.graph):
             if log.spend(f"{len(layers)} layers that read {layers[0].inputs[0].name}"):
                 join(splice, layers, program)
-                log.says.append(f"{len(layers)} linear layers that read one value are one")
+                log.says.append(f"{len(layers)} linear layers that read one value become one")
         return splice.done()
 
 

@@ -105,8 +105,8 @@ def _check_sizes(constants: Iterable[Value], left: Iterable[Value], who: str) ->
     for value in constants:
         for name in {name for dim in value.shape for name in symbols(dim)} - sizes:
             raise UsageError(
-                f"{who}: {value.name} is the only input that tells the size {name}: give its axis "
-                "a number or the name of another input's axis (--shapes, dynamic_shapes)"
+                f"{who}: {value.name} is the only input that determines the size {name}: give its "
+                "axis a number or the name of another input's axis (--shapes, dynamic_shapes)"
             )
 
 

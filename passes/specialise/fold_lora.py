@@ -68,11 +68,11 @@ def fold_lora(
     if down.inputs[0] is not x:
         raise NoMatch(f"the layer reads {x.name}, and its adapter {down.inputs[0].name}")
     if len(down.inputs) > 2 or len(up.inputs) > 2:
-        raise NoMatch("the adapter has a bias, which is no correction of the weight")
+        raise NoMatch("the adapter has a bias, which cannot be added to the weight")
     if op.attrs.get("alpha", 1) != 1:
         raise NoMatch(f"the sum counts one side {op.attrs['alpha']} times")
     if base.type != op.outputs[0].type:
-        raise NoMatch(f"the layer gives {base.type}, and the sum {op.outputs[0].type}")
+        raise NoMatch(f"the layer returns {base.type}, and the sum {op.outputs[0].type}")
     stored = [_stored(program, merged, v) for v in (weight, down.inputs[1], up.inputs[1])]
     scale = 1.0
     for factor in factors:

@@ -32,7 +32,7 @@ class FoldSupernet(Pass):
     """Mix the weights of a supernet for one architecture, bound here or stored in the model."""
 
     inputs: Given = field(
-        default_factory=dict, metadata={"says": "an input that describes the architecture"}
+        default_factory=dict, metadata={"says": "an input that selects the architecture"}
     )
     name: ClassVar[str] = "fold-supernet"
     takes: ClassVar[Stage] = Stage.ATEN
@@ -56,7 +56,9 @@ class FoldSupernet(Pass):
                 mixed[value] = constants[value]
                 continue
             names = ", ".join(v.name for v in graph.inputs if v in _leaves(graph, value))
-            log.decline(op.origin or str(op), f"its weight is mixed by {names}: bind that too")
+            log.decline(
+                op.origin or str(op), f"its weight is mixed by {names}: bind that input too"
+            )
         bound = {value: constants[value] for value in constants if _is_bound(graph, value)}
         program = fold_known(program, {**mixed, **bound}, log)
         fewer = before - stored_bytes(program)

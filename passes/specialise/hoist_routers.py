@@ -50,7 +50,7 @@ class HoistRouters(Pass):
             reads = ", ".join(v.name for v in graph.inputs if v in _leaves(cone)) or "weights"
             if log.spend(f"router of {choice.layer}"):
                 first |= cone
-                log.says.append(f"{choice.layer}: its experts are known from {reads} alone")
+                log.says.append(f"{choice.layer}: its experts depend on {reads} only")
         order = sorted(graph.ops, key=lambda op: op not in first)
         return replace(program, graph=replace(graph, ops=tuple(order)))
 
@@ -177,14 +177,14 @@ def _router_ops(graph: Graph, choice: RouterResult, chosen: set[Value]) -> set[O
     cone, rows = _cone(graph, choice.experts), _cone(graph, choice.x, chosen)
     for op in graph.ops:
         if op in cone and op.name.startswith(("grouped.", "moe.experts", "moe.combine")):
-            raise NoMatch(f"its router reads what the experts of {name_of(op)} give")
+            raise NoMatch(f"its router reads outputs of the experts of {name_of(op)}")
     if not cone:
-        raise NoMatch("its choices are an input or a weight, and need no router")
+        raise NoMatch("its choices are an input or a weight, so it has no router")
     if (_leaves(rows) - _leaves(cone)) & set(graph.inputs):
         return cone  # the rows depend on more than the router does
     for op in graph.ops:
         if op in cone and op in rows and _is_hidden(op):
-            raise NoMatch(f"its router reads hidden states: {op} makes its experts' rows too")
+            raise NoMatch(f"its router reads hidden states: {op} also feeds the experts")
     return cone
 
 

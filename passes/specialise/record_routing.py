@@ -50,15 +50,15 @@ def with_choices(program: Program, rows: Sequence[Dim] | None = None) -> Program
     """
     layers = recorded_layers(program.graph)
     if not layers:
-        raise NoMatch("no layer of it routes tokens to experts")
+        raise NoMatch("no layer routes tokens to experts")
     allowed = rows or (layers[0].choices.shape[0],)
     for layer in layers:
         count = layer.choices.shape[0]
         if count not in allowed:
             expected = " or ".join(map(show_dim, allowed))
             raise NoMatch(
-                f"{layer.layer} routes {show_dim(count)} rows and other layers {expected}: a trace "
-                "has one row a token"
+                f"{layer.layer} routes {show_dim(count)} rows and other layers {expected}: a "
+                "trace has one row per token"
             )
     graph = program.graph
     outputs = (*graph.outputs, *(layer.choices for layer in layers))

@@ -42,7 +42,7 @@ class Specialise(Pass):
     experts."""
 
     inputs: Given = field(
-        default_factory=dict, metadata={"says": "an input of the model, and what it always is"}
+        default_factory=dict, metadata={"says": "an input of the model and its constant value"}
     )
     name: ClassVar[str] = "specialise"
     takes: ClassVar[Stage] = Stage.MOE
@@ -58,7 +58,7 @@ class Specialise(Pass):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inputs, Mapping) or not self.inputs:
-            raise UsageError("specialise: name an input of the model and what it always is")
+            raise UsageError("specialise: name an input of the model and its constant value")
 
     def run(self, program: Program, log: Log) -> Program:
         """Raises UsageError for an input that the model lacks, or that cannot have that value."""
@@ -92,7 +92,7 @@ def _restrict_layer(program: Program, experts: Op, constants: Constants, log: Lo
         if layer.route.outputs[1] in constants:
             raise NoMatch("every token takes the same experts, and a capacity drops some of them")
         if len(ids) == count:
-            raise NoMatch("every expert can be chosen, whatever the inputs bound are")
+            raise NoMatch("every expert can still be chosen with the inputs that were bound")
         narrowed = restrict_experts(program, layer, ids)
         says = f"{where}: {', '.join(map(str, ids))} of {count} experts can be chosen"
     if not log.spend(says):

@@ -36,7 +36,7 @@ def densify(program: Program, experts: Op, chosen: list[int], constants: Constan
     dispatch, body = graph.producers[experts.inputs[1]], experts.body
     readers = graph.readers.get(experts.outputs[0], ())
     if [op.name for op in readers] != ["moe.combine"]:
-        raise NoMatch("the experts' rows are read by more than one moe.combine")
+        raise NoMatch("the rows of the experts are read by more than one moe.combine")
     count = cast(int, dispatch.attrs["num_experts"])
     if not all(0 <= expert < count for expert in chosen):
         raise NoMatch(f"every token takes experts {chosen}, and there are {count}")
@@ -123,12 +123,15 @@ def reachable_experts(program: Program, layer: Layer, constants: Constants) -> l
     experts = [int(e) for e in (columns != -math.inf).nonzero()[:, 0]]
     routing = layer.routing
     if len(layer.route.inputs) > 1:
-        raise NoMatch("the router corrects its scores, after which minus infinity counts no more")
+        raise NoMatch(
+            "the router adds a correction to its scores, after which -inf no longer "
+            "excludes an expert"
+        )
     if routing.groups > 1 or routing.score == "sparsemixer":
         what = "sparsemixer" if routing.groups == 1 else "groups of experts"
         raise NoMatch(f"the router chooses by {what}, not by the greatest logits alone")
     if len(experts) < routing.k:
-        raise NoMatch(f"{len(experts)} experts are in reach, and each token takes {routing.k}")
+        raise NoMatch(f"{len(experts)} experts can be chosen, and each token needs {routing.k}")
     return experts
 
 

@@ -90,7 +90,7 @@ def test_inputs_that_do_not_fit(compiled: moec.CompiledModel, inputs: Any, words
 def test_too_many_inputs_and_wrong_names(compiled: moec.CompiledModel) -> None:
     with pytest.raises(InputError, match=r"takes 1 inputs \(x\), but 2 were given"):
         compiled(x, x)
-    with pytest.raises(InputError, match="input x was given twice, by place and by name"):
+    with pytest.raises(InputError, match="input x was given twice, by position and by name"):
         compiled(x, x=x)
     with pytest.raises(InputError, match="there is no input 'y'"):
         compiled(y=x)
@@ -264,13 +264,21 @@ def test_experts_that_cannot_be_compiled_say_why_they_were_not_recognised() -> N
         ({"target": "z80"}, TargetError, "unknown target 'z80'; the known targets are cpu"),
         ({"target": 3}, UsageError, "target is a int: give the name of a target"),
         ({"stop_after": 5}, UsageError, "stop_after is 5: give the name of a pass"),
-        ({"fuel": -1}, UsageError, "fuel is -1: give a number of rewrites, from 0"),
+        ({"fuel": -1}, UsageError, "fuel is -1: give the greatest number of rewrites, 0 or more"),
         ({"backend": "cpu"}, UsageError, "backend is 'cpu': give a moec.codegen.backend.Backend"),
-        ({"watch": 5}, UsageError, "watch is 5: give a function of a PassResult"),
-        ({"progress": 5}, UsageError, "progress is 5: give a function of a text"),
-        ({"dynamic_shapes": 5}, UsageError, "dynamic_shapes is 5: give what torch.export takes"),
+        ({"watch": 5}, UsageError, "watch is 5: give a function that takes a PassResult"),
+        ({"progress": 5}, UsageError, "progress is 5: give a function that takes a string"),
+        (
+            {"dynamic_shapes": 5},
+            UsageError,
+            ("dynamic_shapes is 5: give the dynamic_shapes of torch.export"),
+        ),
         ({"allow_fixed": 5}, UsageError, "allow_fixed is 5: give True, or the names of inputs"),
-        ({"descriptions": 5}, UsageError, "descriptions is 5: give a list of what moec.describe"),
+        (
+            {"descriptions": 5},
+            UsageError,
+            ("descriptions is 5: give a list of the results of moec.describe"),
+        ),
         ({"dtype": "int8"}, UsageError, "dtype int8: models are float32, bfloat16, float16"),
         ({"dtype": torch.int64}, UsageError, "dtype torch.int64: models are float32, bfloat16"),
         ({"verify": "yes"}, UsageError, "verify is 'yes': give True, False or the greatest error"),
@@ -310,7 +318,7 @@ def test_a_pt2_without_examples(tmp_path: Path) -> None:
     exported._example_inputs = None
     path = tmp_path / "bare.pt2"
     torch.export.save(exported, path)
-    with pytest.raises(UsageError, match=r"bare.pt2 holds no example inputs to verify with"):
+    with pytest.raises(UsageError, match=r"bare.pt2 has no example inputs to verify with"):
         moec.compile(path)
     bare = moec.compile(path, verify=False)
     assert close(bare(x), Moe()(x))

@@ -109,8 +109,8 @@ def test_routers_of_one_input_are_asked_alone(compiled: Any) -> None:
 
 def test_the_report_says_so(compiled: Any) -> None:
     report = " ".join(str(compiled.report()).split())
-    assert "by_text: its experts are known from text alone" in report
-    assert "by_time: its experts are known from time alone" in report
+    assert "by_text: its experts depend on text only" in report
+    assert "by_time: its experts depend on time only" in report
 
 
 def test_artifacts_keep_the_functions(compiled: Any, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_graph_that_is_missing(compiled: Any, tmp_path: Path) -> None:
     compiled.save(full := tmp_path / "denoiser.moec")
     path = unpacked(full)
     edit_manifest(path, lambda text: text["parts"].pop("graphs/routed.moec"))
-    with pytest.raises(ArtifactError, match=r"holds no graphs/routed\.moec; compile or copy"):
+    with pytest.raises(ArtifactError, match=r"has no graphs/routed\.moec; compile or copy"):
         read(path)
 
 
@@ -147,7 +147,7 @@ def test_a_function_that_is_missing(compiled: Any, tmp_path: Path) -> None:
 def test_mistakes(compiled: Any) -> None:
     with pytest.raises(InputError, match="the model takes 3 inputs"):
         compiled.routers(x, text, time, x)
-    with pytest.raises(InputError, match="the experts of by_text are missing: give those of"):
+    with pytest.raises(InputError, match="the experts of by_text are missing: pass the result of"):
         compiled.routed({}, x, text, time)
     choices = compiled.routers(x, text, time)
     short = {"experts": choices["by_time"]["experts"][:3], "weights": torch.ones(10, 1)}
@@ -160,5 +160,5 @@ def test_a_model_without_such_routers() -> None:
     compiled_model = moec.compile(hidden, (torch.randn(5, WIDTH),), passes="+hoist-routers")
     (declined,) = [d for d in compiled_model.declined if d.rule == "hoist-routers"]
     assert "its router reads hidden states" in declined.reason
-    with pytest.raises(InputError, match="no router of this model is a function of its own"):
+    with pytest.raises(InputError, match="no router of this model runs separately"):
         compiled_model.routers(torch.randn(5, WIDTH))

@@ -75,7 +75,7 @@ def test_every_level_runs_it(text: str, dtype: torch.dtype) -> None:
 
 
 def test_wrong_formats_are_refused_before_anything_slow() -> None:
-    with pytest.raises(UsageError, match="'int5' is no format"):
+    with pytest.raises(UsageError, match="'int5' is not a format"):
         moec.compile(None, quant="int5")
     with pytest.raises(UsageError, match="quant is a int: write int8"):
         moec.compile(None, quant=8)  # type: ignore[arg-type]

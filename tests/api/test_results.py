@@ -119,7 +119,7 @@ class Returns(nn.Module):
         (lambda x: (x, x.shape[1] * 2), "output 1 is a Python number that may vary"),
         (lambda x: {"n": x.shape[0] / 3, "x": x}, "output n is a Python number that may vary"),
         (lambda x: (x, (x > 0).sum().item()), "output 1 is a Python number that may vary"),
-        (lambda x: [x, {x}], "output 1 is a set, in which tensors are not found"),
+        (lambda x: [x, {x}], "output 1 is a set, which may not contain tensors of a result"),
         (lambda x: [x, torch.distributions.Normal(x, 1.0)], "output 1 is a Normal, in which"),
     ],
 )
@@ -152,7 +152,10 @@ class Busy(nn.Module):
     ("listed", "why"),
     [
         (False, r"output 1 is 3 in one run and \d at inputs \(.*return it as a tensor"),
-        (True, r"4 tensors come back in one run and \d at inputs \(.*return as many always"),
+        (
+            True,
+            r"4 tensors come back in one run and \d at inputs \(.*return the same number always",
+        ),
     ],
 )
 def test_what_branches_on_data_count_is_refused(listed: bool, why: str) -> None:

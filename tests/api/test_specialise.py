@@ -105,8 +105,8 @@ def test_without_verification(model: Model) -> None:
     ("passes", "says"),
     [
         ("+specialise(language=2)", "specialise: the model has no input language; it has x, task"),
-        ("+specialise", "specialise: name an input of the model and what it always is"),
-        ("-specialise", "specialise runs only where it is asked for"),
+        ("+specialise", "specialise: name an input of the model and its constant value"),
+        ("-specialise", "specialise is off by default: leave it out"),
     ],
 )
 def test_mistakes(model: Model, passes: str, says: str) -> None:

@@ -126,7 +126,7 @@ def test_figures() -> None:
 
 
 def test_baselines_that_do_not_exist() -> None:
-    with pytest.raises(UsageError, match="--baseline vllm: there is no such baseline; there are"):
+    with pytest.raises(UsageError, match="--baseline vllm: no baseline has this name; there are"):
         transformers(["eager", "vllm"], lambda: None)
 
 
@@ -176,8 +176,8 @@ def test_moec_and_eager_compute_the_same(saved: Path, tiny_moe: Path) -> None:
     ("words", "message"),
     [
         (["--plot", "x.jpg"], "--plot x.jpg: the name must end in .png, .svg or .pdf"),
-        (["--baseline", "eager"], "name the checkpoint that it was made of, then --artifact"),
-        (["--prompt-tokens", "1020"], r"1020 \+ 32 tokens are asked for, and the model takes"),
+        (["--baseline", "eager"], "give the checkpoint that it was compiled from, and "),
+        (["--prompt-tokens", "1020"], r"1020 \+ 32 tokens are requested, and the model takes"),
     ],
 )
 def test_what_cannot_be_raced(saved: Path, words: list[str], message: str) -> None:

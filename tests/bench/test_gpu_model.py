@@ -54,8 +54,11 @@ def test_the_command_prints_it_as_a_model() -> None:
     [
         (["--model"], "give --target cuda:sm_90a and --model together"),
         (["--target", "cuda:sm_80"], "give --target cuda:sm_90a and --model together"),
-        (["x", "--target", "cuda:sm_80", "--model"], "and no other model"),
-        (["--target", "cuda:sm_80,sm_89", "--model"], "--model is of one GPU: name one of cuda:sm"),
+        (["x", "--target", "cuda:sm_80", "--model"], "without MODEL"),
+        (
+            ["--target", "cuda:sm_80,sm_89", "--model"],
+            ("--model is about one GPU: name one of cuda:sm"),
+        ),
         (["--target", "cuda:sm_1", "--model"], "unknown target 'cuda:sm_1'"),
         ([], "name a model or an artifact to time"),
     ],

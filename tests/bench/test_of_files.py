@@ -66,13 +66,13 @@ def test_the_cache_is_handed_back(name: str, tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     file = cached(tmp_path / "m.onnx")
-    with pytest.raises(UsageError, match=r"onnxruntime runs a file that you bring: give one --fil"):
+    with pytest.raises(UsageError, match=r"onnxruntime runs a file of yours: give one with --fil"):
         of_files(["onnxruntime"], [], 1)
     with pytest.raises(UsageError, match=r"x\.onnx: there is no such file"):
         of_files(["onnxruntime"], [tmp_path / "x.onnx"], 1)
     with pytest.raises(UsageError, match=r"m\.gguf: no --baseline reads a \.gguf file"):
         of_files(["onnxruntime"], [file, tmp_path / "m.gguf"], 1)
-    with pytest.raises(UsageError, match="it must take input_ids and past_key_values"):
+    with pytest.raises(UsageError, match="its inputs must be input_ids and past_key_values"):
         of_files(["onnxruntime"], [cached(tmp_path / "n.onnx", past=False)], 1)
 
 

@@ -123,9 +123,9 @@ class Slots(nn.Module):
             capacity = 3
         scores = self.gate(x).softmax(-1)
         mask = functional.one_hot(scores.argmax(-1), 4)
-        places = (mask.cumsum(0) - 1) * mask
-        mask = mask * (places < capacity)
-        slots = functional.one_hot((places * mask).sum(-1), capacity).to(x.dtype)
+        positions = (mask.cumsum(0) - 1) * mask
+        mask = mask * (positions < capacity)
+        slots = functional.one_hot((positions * mask).sum(-1), capacity).to(x.dtype)
         dispatch = torch.einsum("te,tc->tec", mask.to(x.dtype), slots)
         rows = torch.einsum("tec,td->ecd", dispatch, x)
         results = torch.stack(

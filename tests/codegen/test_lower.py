@@ -107,7 +107,9 @@ def test_everything_unsupported_is_listed_at_once() -> None:
     with pytest.raises(UnsupportedError) as error:
         lower(Module.of(Program(graph, {})), host(), CPU)
     text = str(error.value)
-    assert "aten.nonzero.default makes a size that depends on the data (1 time: at model" in text
+    assert (
+        "aten.nonzero.default has a result whose size depends on the data (1 time: at model" in text
+    )
     assert "aten.bernoulli.default has no kernel (2 times: at model.dropout, model.noise)" in text
     assert "size u0" not in text  # said already
     assert "replace these operations" in text
@@ -123,7 +125,7 @@ def test_fp8_weights_are_refused_by_a_cpu_in_words() -> None:
     }""")
     with pytest.raises(UnsupportedError) as error:
         lower(Module.of(Program(graph, {})), host(), CPU)
-    why = "its weights are fp8, and CPUs have kernels for int8, int4 and mxfp4: choose one of those"
+    why = "its weights are fp8, and CPU kernels support int8, int4 and mxfp4: choose one of these"
     for name, at in (("grouped.quantised", "experts"), ("nn.quantised_linear", "head")):
         (line,) = [line for line in str(error.value).splitlines() if name in line]
         assert why in line

@@ -119,6 +119,6 @@ def test_a_second_compilation_gives_the_same_artifact_and_report(
     again = json.loads(run("--json").stdout)
     assert {**again, "phases": {}} == {**first, "phases": {}}
     assert (tmp_path / "out.moec").read_bytes() == artifact
-    assert run().stdout.endswith(f"wrote {tmp_path / 'out.moec'}, which the cache had\n")
+    assert run().stdout.endswith(f"wrote {tmp_path / 'out.moec'} (from the cache)\n")
     with pytest.raises(AssertionError, match="compiled again"):
         run("-O", "1")

@@ -85,8 +85,8 @@ def test_nothing_to_find() -> None:
     bisection = bisect(program(), [Swap("one"), Swap("two")], INPUTS)
     assert bisection.culprit is None
     assert str(bisection) == (
-        f"{2 * CHAIN} rewrites in 2 passes, and none changes the numbers: "
-        "the greatest error is 0.0e+00, allowed are 2e-04"
+        f"{2 * CHAIN} rewrites in 2 passes, and none changes the numbers: the greatest error is "
+        "0.0e+00, allowed up to 2e-04"
     )
 
 

@@ -57,7 +57,7 @@ def test_nothing_was_kept_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_it_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOEC_CACHE", "off")
-    assert run().stdout == "MOEC_CACHE is off: nothing is kept\n"
+    assert run().stdout == "MOEC_CACHE is off: nothing is cached\n"
     assert json.loads(run("--json").stdout) == {"folder": None}
     result = run("clear")
     assert (result.exit_code, result.stderr) == (

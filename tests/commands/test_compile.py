@@ -96,7 +96,7 @@ def test_dry_run_builds_nothing(compiler: FakeCompiler, tmp_path: Path) -> None:
     assert "wrote" not in result.stdout
     assert "3 MoE blocks" in result.stdout
     assert "7.5 kB f32, 7.5 kB packed" in result.stdout
-    assert "note: nothing was built; the packed size is an estimate" in result.stdout
+    assert "note: no code was generated; the packed size is an estimate" in result.stdout
     assert compiler.request["build"] is False
 
 
@@ -125,7 +125,7 @@ def test_where_nothing_can_be_written(compiler: FakeCompiler, tmp_path: Path) ->
     out.write_text("mine")
     cases = {
         ("-o", str(out)): f"error: {out} exists; --force replaces it\n",
-        (): "error: give the artifact a name with -o OUT.moec, or ask for --dry-run\n",
+        (): "error: name the artifact with -o OUT.moec, or compile nothing with --dry-run\n",
         ("-o", str(tmp_path / "no" / "x.moec")): (
             f"error: {tmp_path}/no/x.moec: the folder {tmp_path}/no does not exist\n"
         ),

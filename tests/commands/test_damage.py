@@ -49,7 +49,7 @@ def test_text(golden: Callable[[str], None], width: int) -> None:
 def test_no_language_model_has_no_perplexity() -> None:
     plain = replace(DAMAGE, layers=(), budget="", original=Distance(0, 0), after=Distance(0.1, 0.5))
     text = render(replace(REPORT, damage=(plain,)))
-    assert "error 1.00e-01, 50.0% of tokens with other experts\n" in text
+    assert "error 1.00e-01, 50.0% of tokens choose other experts\n" in text
     assert "perplexity" not in text
     assert "budget" not in text
 
@@ -75,6 +75,6 @@ def test_what_was_asked_for_in_vain_is_said() -> None:
     ]
     assert without_effect(steps) == (
         "hoist-routers changed nothing: it reads hidden states",
-        "fold-lora changed nothing: the model has nothing that it applies to",
-        "merge-experts changed nothing: the budget undid it in every layer",
+        "fold-lora changed nothing: it applies to nothing in the model",
+        "merge-experts changed nothing: in every layer it exceeded the budget and was undone",
     )

@@ -188,7 +188,7 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["no/such/folder"], "no/such/folder does not exist: give the folder of a checkpoint"),
-        (["MODEL"], "name the function that makes the model: "),
+        (["MODEL"], "name the function that returns the model: "),
         (["MODEL:nothing"], "has no function nothing"),
         (["MODEL:broken"], "must return (module, arguments)"),
         (["MODEL:fails"], "fails() fails: ValueError: no weights here"),
@@ -197,7 +197,10 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
             ["MODEL:make", "--passes", "fuse-gate"],
             "--passes fuse-gate: write +fuse-gate or -fuse-gate",
         ),
-        (["MODEL:make", "--passes=-expand-experts"], "cannot be generated without expand-experts"),
+        (
+            ["MODEL:make", "--passes=-expand-experts"],
+            "code code code code code generation needs expand-experts",
+        ),
         (["MODEL:make", "--stop-after", "lunch"], "--stop-after lunch: no such pass"),
         (["MODEL:make", "--shapes", "y=Tx8"], "names y, but the arguments are x"),
         (["MODEL:make", "--shapes", "x=TxD"], "--shapes: the model fixes D at 8; write 8 in its"),

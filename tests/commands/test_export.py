@@ -96,13 +96,16 @@ def test_changed_models_reach_the_file(factory: str, tmp_path: Path) -> None:
 def test_a_budget_needs_a_pass_that_it_is_for(factory: str, tmp_path: Path) -> None:
     result = run(factory + "block", "-o", tmp_path / "o.onnx", "-q", "--budget", "error<=0.1")
     assert result.exit_code == 1
-    assert "--budget is for passes that change the model, and none was asked for" in result.stderr
+    assert (
+        "--budget limits passes that change the model, and no such pass was requested"
+        in result.stderr
+    )
 
 
 def test_a_cache_that_cannot_be_is_refused(factory: str, tmp_path: Path) -> None:
     result = run(factory + "block", "-o", tmp_path / "out.onnx", "-q", "--cache")
     assert result.exit_code == 1
-    assert "block cannot be exported with a cache: the model gives no logits" in result.stderr
+    assert "block cannot be exported with a cache: the model returns no logits" in result.stderr
     assert not (tmp_path / "out.onnx").exists()
 
 
@@ -114,7 +117,7 @@ def test_what_has_no_form_is_said_and_nothing_written(factory: str, tmp_path: Pa
 
 
 WRONG = [
-    ([], "give the file a name with -o OUT.onnx"),
+    ([], "name the file with -o OUT.onnx"),
     (["-o", "out.pb"], "out.pb: give the file a name that ends in .onnx"),
     (["-o", "none/out.onnx"], "the folder none does not exist"),
     (["-o", "x.onnx", "--ep", "tpu"], "'tpu' is not one of cpu, cuda, portable"),
@@ -174,7 +177,7 @@ def test_report(golden: Callable[[str], None]) -> None:
                 errors={"logits": 3.2e-7},
                 tolerance=1e-4,
                 parity={"layers.0.moe": 1.0, "layers.1.moe": 0.998},
-                notes=("made for CUDA, and run on the CPU: no CUDA kernel was tried",),
+                notes=("written for CUDA and checked on the CPU: no CUDA kernel was run",),
             )
         )
     )

@@ -79,7 +79,7 @@ def test_passes_in_their_order() -> None:
     for row in rows:
         assert row["what_it_does"], row
         if row["kind"] == "approximate" or "source" in row:
-            assert row["from"] in ("asked for", "--quant")
+            assert row["from"] in ("opt-in", "--quant")
         else:
             assert row["from"] in ("-O0", "-O1", "-O2")
     assert "limit=" in rows[names.index("fold-constants")]["options"]
@@ -89,7 +89,7 @@ def test_passes_in_their_order() -> None:
 def test_passes_that_are_asked_for_tell_their_options_and_their_source() -> None:
     rows = {row["pass"]: row for row in json.loads(run("passes", "--json").stdout)}
     assert [p.name for p in OPT_IN] == [n for n, r in rows.items() if "source" in r]
-    assert "moec.transform(model, passes, calib=...) gives a module" in run("passes").stdout
+    assert "moec.transform(model, passes, calib=...) returns a module" in run("passes").stdout
     for kind in OPT_IN:
         shown = run("passes", kind.name).stdout
         row = rows[kind.name]

@@ -72,7 +72,7 @@ def test_a_file(tmp_path: Path) -> None:
 def test_mistakes(tmp_path: Path) -> None:
     missing = tmp_path / "none" / "x.log"
     for words, message in (
-        (("-v", "-q"), "--verbose and --quiet exclude each other"),
+        (("-v", "-q"), "--verbose and --quiet cannot be combined"),
         (("--log-file", tmp_path), f"--log-file {tmp_path} is a folder: give the name of a file"),
         (("--log-file", missing), f"--log-file {missing}: the folder {missing.parent} does not"),
     ):

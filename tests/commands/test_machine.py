@@ -47,7 +47,7 @@ def test_something_missing_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
         "              -> turn them on",
         "✗ linker      no C compiler",
         "              -> install g++",
-        "moec cannot work here: mend linker",
+        "moec cannot run on this machine: fix linker",
     ]
 
 
@@ -55,7 +55,7 @@ def test_a_note_alone_ends_with_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "examine", lambda: [Check("memory", NOTE, "1 GB", "get more")])
     result = run()
     assert result.exit_code == 0
-    assert result.stdout.endswith("moec can work here\n")
+    assert result.stdout.endswith("moec can run on this machine\n")
 
 
 def test_linker_found_named_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_packages_missing_old_and_broken(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (old.state, old.says) == (BAD, "2.1, but moec needs >=2.12")
     assert old.mend == "pip install 'torch>=2.12'"
     broken = machine._package("apache-tvm", SpecifierSet(">=0.27"), "", {"apache-tvm": "no LLVM"})
-    assert (broken.state, broken.says) == (BAD, "0.27.0 does not load: no LLVM")
+    assert (broken.state, broken.says) == (BAD, "0.27.0 fails to load: no LLVM")
     absent = machine._package("transformers", SpecifierSet(""), "hf", {})
     assert absent.state == NOTE
     assert absent.says == "not installed (needed for Hugging Face checkpoints only)"

@@ -109,8 +109,8 @@ def test_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("doctor")
     assert result.exit_code == 70
     assert result.stderr == (
-        "ZeroDivisionError: division by zero\n"
-        "this is a defect of moec; MOEC_DEBUG=1 shows the traceback\n"
+        "ZeroDivisionError: division by zero\nthis is a bug in moec; set MOEC_DEBUG=1 to see the "
+        "traceback\n"
     )
 
 

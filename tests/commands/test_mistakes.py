@@ -57,7 +57,7 @@ def test_of_a_prompt(speaker: Path) -> None:
 def test_of_names(speaker: Path, tmp_path: Path) -> None:
     words = refused("run", "a\x1b[31m\x07b.moec", "--prompt", "x")
     assert words == r"error: a\x1b[31m\x07b.moec: there is no such file"
-    assert "the argument 'a\\x00b' holds a zero byte" in refused("verify", "a\0b")
+    assert "the argument 'a\\x00b' contains a zero byte" in refused("verify", "a\0b")
     words = refused("verify", "x" * 5000)
     assert words.endswith("x: the name is too long")
     assert len(words) < 300
@@ -78,7 +78,7 @@ def test_of_prompts(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, words in (
         ("none.txt", "there is no such file or folder"),
         (".", "it is a folder, not a file"),
-        ("empty.txt", "holds no prompt: write one a line"),
+        ("empty.txt", "has no prompt: write one per line"),
         ("latin.txt", "is not UTF-8 at byte 1: convert it first"),
     ):
         assert words in refused("run", speaker, "--prompts", tmp_path / name)
@@ -105,7 +105,9 @@ def test_of_a_folder_that_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").touch()
     model = Path(__file__).parents[2] / "examples/tiny_moe/checkpoint"
     words = refused("compile", model, "-o", tmp_path, "--force")
-    assert words.endswith("is no artifact, which --force would replace: choose another")
+    assert words.endswith(
+        "is not an artifact, and --force replaces artifacts only: choose another name"
+    )
     words = refused("compile", model, "--dry-run", "--dump-ir", tmp_path / "thesis.txt" / "x")
     assert words.endswith("thesis.txt is not a folder")
 
@@ -161,7 +163,7 @@ def test_of_a_part_without_a_name(tmp_path: Path) -> None:
     path = tmp_path / "nameless.moec"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(zipfile.ZipInfo(""), b"")
-    assert refused("verify", path).endswith("'' is not a name that a part may have")
+    assert refused("verify", path).endswith("'' is not a valid name of a part")
 
 
 def test_of_a_tensor_file(speaker: Path, tmp_path: Path) -> None:
@@ -197,7 +199,7 @@ DRY = ["compile", TINY, "--dry-run"]
 TYPOS = (
     (["compile", "no/model", "-o", "x.moec"], "no/model does not exist: give the folder"),
     (["compile", ".", "-o", "x.moec"], ". is not a checkpoint: it has no config.json"),
-    (["compile", "none.py", "--dry-run"], "name the function that makes the model"),
+    (["compile", "none.py", "--dry-run"], "name the function that returns the model"),
     (["compile", "none.py:f", "--dry-run"], "none.py does not exist"),
     (["compile", "no/model", "-o", "none/x.moec"], "the folder none does not exist"),
     (["compile", "x" * 5000, "-o", "x.moec"], "cannot be the path of a model"),
@@ -206,9 +208,9 @@ TYPOS = (
     (["bisect", "no/model"], "no/model does not exist"),
     (["bench", "no/model"], "no/model does not exist"),
     ([*DRY, "--passes", "+prune-expert(keep=1)"], "+name or -name; did you mean 'prune-experts'?"),
-    ([*DRY, "--passes", "+specialise(task=1"], "a parenthesis has no partner"),
+    ([*DRY, "--passes", "+specialise(task=1"], "a parenthesis is unbalanced"),
     ([*DRY, "--passes", "fuse-gate"], "write +fuse-gate or -fuse-gate"),
-    ([*DRY, "--quant", "int5"], "'int5' is no format; write int8 or int4"),
+    ([*DRY, "--quant", "int5"], "'int5' is not a format; write int8 or int4"),
     ([*DRY, "--calib", "none.npz"], "--calib none.npz: there is no such file"),
     ([*DRY, "--budget", "kl<0.1"], "--budget kl<0.1: write METRIC<=NUMBER"),
     ([*DRY, "--stop-after", "fuse-gat"], "no such pass; did you mean 'fuse-gate'?"),
@@ -220,9 +222,9 @@ TYPOS = (
     (["export", TINY, "-o", "x.onnx", "--passes", "+magic"], "+magic: write +name or -name"),
     (["inspect", TINY, "--passes", "-fuse-gatee"], "did you mean 'fuse-gate'?"),
     (["bisect", TINY, "--passes", "-fuse-gatee"], "did you mean 'fuse-gate'?"),
-    (["bench", TINY, "--quant", "int5"], "'int5' is no format"),
-    (["bench", TINY, "--baseline", "egaer"], "no such baseline; did you mean 'eager'?"),
-    (["bench", TINY, "--baseline", "llama.cpp"], "give one --file FILE.gguf"),
+    (["bench", TINY, "--quant", "int5"], "'int5' is not a format"),
+    (["bench", TINY, "--baseline", "egaer"], "no baseline has this name; did you mean 'eager'?"),
+    (["bench", TINY, "--baseline", "llama.cpp"], "give one with --file FILE.gguf"),
     (["plan", "mixtral", "--cluster", "none"], "none"),
 )
 

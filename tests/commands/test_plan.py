@@ -86,12 +86,12 @@ def test_json_and_explanation(model: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--cluster", "no"], "no is no file and no preset"),
+        (["--cluster", "no"], "no is neither a file nor a preset"),
         (["--cluster", "h100-8", "--routing", "odd"], "odd is no distribution"),
         (["--cluster", "h100-8", "--spare", "x"], "write shares such as 0,0.125"),
         (["--cluster", "h100-8", "--explain", "7"], "the model has 2 layers"),
         (["--cluster", "h100-8", "--send", "f3"], "f3 is not one of"),
-        (["--cluster", "h100-8", "--compute", "int8"], "has no FLOP/s of int8"),
+        (["--cluster", "h100-8", "--compute", "int8"], "has no FLOP/s for int8"),
         (["--cluster", "h100-8", "--trace", "no.npz"], "no.npz does not exist"),
         (["--cluster", "h100-8", "--picture", "p.pdf"], "a picture ends in .png, .svg or .html"),
         (["--cluster", "h100-8", "--compare", "no.json"], "no.json"),

@@ -29,7 +29,7 @@ def test_narrow_text_folds_and_loses_nothing(golden: Callable[[str], None]) -> N
 
 def test_without_moe() -> None:
     text = render(Report("plain", parameters=10), width=80)
-    assert "No MoE block was recognised: the model is compiled as it is." in text
+    assert "No MoE block was recognised: the model is compiled without MoE kernels." in text
     assert "active" not in text
 
 

@@ -115,7 +115,7 @@ def test_a_folder_that_others_may_write_costs_the_cache_alone(tmp_path: Path) ->
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o777)
-    with pytest.warns(CacheWarning, match="is not yours alone.*chmod 700"):
+    with pytest.warns(CacheWarning, match="other users can write to it.*chmod 700"):
         record = compile_once(cache=shared)
     assert counts(record) == (1, 0)
     assert not list(shared.iterdir())

@@ -54,7 +54,7 @@ def test_all_options(tmp_path: Path) -> None:
         ({"opt_level": 7}, "there is no optimisation level 7"),
         ({"passes": "+nothing"}, r"--passes \+nothing: write \+name or -name"),
         ({"passes": "+prune-experts(keep=0.5)"}, "prune-experts changes the model"),
-        ({"passes": "+hoist-routers"}, "hoist-routers rewrites whole models, and torch.compile"),
+        ({"passes": "+hoist-routers"}, "hoist-routers rewrites complete models, and torch.compile"),
         ({"passes": ["a"]}, "passes is a list"),
         ({"strict": "yes"}, "strict is 'yes': give True or False"),
         ({"cache": 3}, "cache is 3: give True, False or the path of a folder"),
@@ -68,7 +68,7 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
 
 
 def test_modes_are_inductors() -> None:
-    with pytest.raises(MoecError, match="mode='max-autotune' is Inductor's"):
+    with pytest.raises(MoecError, match="mode='max-autotune' is an option of Inductor"):
         parse(None, "max-autotune")
 
 

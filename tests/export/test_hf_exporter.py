@@ -33,16 +33,18 @@ def test_an_export_is_the_model_and_survives_saving(tmp_path: Path) -> None:
         ExportedModel.from_pretrained(tmp_path / "saved")
     loaded = ExportedModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     assert torch.equal(loaded(input_ids=other).logits, onnx_file.logits)
-    with pytest.raises(UsageError, match="was loaded, and can be copied as the file that it is"):
+    with pytest.raises(
+        UsageError, match="was loaded from a file: copy that file instead of saving it"
+    ):
         loaded.save_pretrained(tmp_path / "again")
 
 
 def test_what_it_does_not_do_is_said() -> None:
-    with pytest.raises(UsageError, match="moec does not cut a model into stages: export"):
+    with pytest.raises(UsageError, match="moec does not split a model into stages: call export"):
         MoecExporter().export_for_generation(None, {}, MoecConfig())
     config = MoecConfig()
     config.quantizer = object()  # type: ignore[assignment]
-    with pytest.raises(UsageError, match="quantizer: moec stores experts in few bits itself"):
+    with pytest.raises(UsageError, match="quantizer: moec quantises experts itself"):
         MoecExporter().export(None, {}, config)
     with pytest.raises(UsageError, match="device cuda: moec's code runs on a CPU"):
         MoecRunner.from_program(None, None, "cuda")

@@ -174,6 +174,6 @@ def test_what_cannot_have_one(tmp_path: Path) -> None:
 
 def test_a_model_without_text(tmp_path: Path) -> None:
     model = moec.compile(nn.Linear(D, D), (torch.randn(5, D),), build=False)
-    with pytest.raises(UnsupportedError, match=r"a cache: the model gives no logits \[B, S, V\]"):
+    with pytest.raises(UnsupportedError, match=r"a cache: the model returns no logits \[B, S, V\]"):
         model.export_onnx(tmp_path / "model.onnx", cache=True)
     assert model.export_onnx(tmp_path / "model.onnx").notes == ()

@@ -126,7 +126,7 @@ def test_a_wrong_number_leaves_no_file(
     monkeypatch.setitem(BUILD, "moe.combine", lambda c: c.w("Neg", str(right(c))))
     with pytest.raises(VerificationError) as error:
         block.export_onnx(tmp_path / "model.onnx")
-    assert str(error.value).startswith("nothing was written: in ONNX Runtime output differs")
+    assert str(error.value).startswith("no file was written: in ONNX Runtime output differs")
     assert not list(tmp_path.iterdir())
 
 
@@ -184,7 +184,7 @@ def test_bfloat16(tmp_path: Path) -> None:
         model.export_onnx(tmp_path / "model.onnx", "cpu")
     exported = model.export_onnx(tmp_path / "model.onnx", "cuda")
     assert exported.notes == (
-        "checked and not run: ONNX Runtime's CPU kernels do not compute in bfloat16",
+        "the file was checked but not run: ONNX Runtime's CPU kernels do not compute in bfloat16",
     )
     assert not exported.errors
     assert exported.forms == {"moe": "op"}
@@ -197,12 +197,12 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 def test_cuda_says_what_was_not_tried(block: moec.CompiledModel, tmp_path: Path) -> None:
     exported = block.export_onnx(tmp_path / "model.onnx", "cuda")
-    assert "made for CUDA, and run on the CPU: no CUDA kernel was tried" in exported.notes
+    assert "written for CUDA and checked on the CPU: no CUDA kernel was run" in exported.notes
 
 
 WRONG = [
-    ({"ep": "tpu"}, "there is no execution provider 'tpu': choose cpu, cuda, portable"),
-    ({"opset": 17}, "opset 17 cannot be written: choose 18 to 25, or none"),
+    ({"ep": "tpu"}, "unknown execution provider 'tpu': choose cpu, cuda, portable"),
+    ({"opset": 17}, "opset 17 is not supported: choose 18 to 25, or none"),
     ({"moe": "dense"}, "moe is 'dense': choose auto, op, rows"),
     ({"ep": "portable", "moe": "op"}, "com.microsoft.MoE is no standard operator"),
     ({"verify": -1}, "verify is -1"),

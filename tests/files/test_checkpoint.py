@@ -60,10 +60,10 @@ DAMAGED = [
     (writes(CONFIG, b""), "config.json is not JSON: "),
     (writes(CONFIG, b"\xff\xfe\x00"), "config.json is not JSON: "),
     (writes(CONFIG, b"[" * 100_000), "config.json is not JSON: maximum recursion depth"),
-    (writes(CONFIG, b"[1]"), "config.json holds no configuration of a model"),
+    (writes(CONFIG, b"[1]"), "config.json has no configuration of a model"),
     (writes("tokenizer.json", b"{"), "tokenizer.json is not JSON: "),
-    (writes("generation_config.json", b"[]"), "generation_config.json holds no JSON object"),
-    (writes("tokenizer_config.json", b"5"), "tokenizer_config.json holds no JSON object"),
+    (writes("generation_config.json", b"[]"), "generation_config.json has no JSON object"),
+    (writes("tokenizer_config.json", b"5"), "tokenizer_config.json has no JSON object"),
     (writes(WEIGHTS, b""), "model.safetensors is truncated or damaged"),
     (writes(WEIGHTS, b"\1\0\0\0\0\0\0\0["), "model.safetensors is truncated or damaged"),
     (writes(WEIGHTS, b"\2\0\0\0\0\0\0\0[]"), "model.safetensors is truncated or damaged"),
@@ -71,11 +71,14 @@ DAMAGED = [
     (is_cut, "model.safetensors is truncated or damaged"),
     (becomes_a_folder, "model.safetensors cannot be read: it is a folder, not a file"),
     (lambda folder: (folder / WEIGHTS).unlink(), "has no .safetensors; save the model"),
-    (indexes({"weight_map": {"a": "no-1.safetensors"}}), "names 'no-1.safetensors', which is not"),
+    (
+        indexes({"weight_map": {"a": "no-1.safetensors"}}),
+        "names 'no-1.safetensors', which does not",
+    ),
     (indexes({"weight_map": {"a": "../../x"}}), "names '../../x', which is not in its folder"),
     (indexes({"weight_map": {"a": 5}}), "has no weight_map, which names the file of each weight"),
     (indexes({}), "has no weight_map"),
-    (indexes([]), f"{INDEX} holds no JSON object"),
+    (indexes([]), f"{INDEX} has no JSON object"),
 ]
 
 

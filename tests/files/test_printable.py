@@ -44,7 +44,7 @@ OPENED: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: folder.read_bytes(), "it is a folder, not a file"),
     (lambda folder: (folder / "file" / "x").read_bytes(), "a part of the path is a file"),
     (lambda folder: (folder / ("x" * 5000)).read_bytes(), "the name is too long"),
-    (lambda folder: (folder / "loop").read_bytes(), "its links lead in a circle"),
+    (lambda folder: (folder / "loop").read_bytes(), "its links form a cycle"),
 ]
 
 

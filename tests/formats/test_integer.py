@@ -40,17 +40,17 @@ def test_what_is_spelled_is_what_is_meant(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int3", "'int3' is no format; write int8 or int4"),
-        ("", "'' is no format"),
-        ("int4:48", ":48 is no block and no option"),
-        ("int4:32:64", ":64 is no block and no option, or comes twice"),
-        ("int4:asymmetric:asymmetric", "comes twice"),
+        ("int3", "'int3' is not a format; write int8 or int4"),
+        ("", "'' is not a format"),
+        ("int4:48", ":48 is neither a block size nor an option"),
+        ("int4:32:64", ":64 is neither a block size nor an option, or is repeated"),
+        ("int4:asymmetric:asymmetric", "is repeated"),
         ("fp8:asymmetric", "fp8 has no zero point: it takes no :asymmetric"),
-        ("fp8:32:64", ":64 is no block and no option, or comes twice"),
+        ("fp8:32:64", ":64 is neither a block size nor an option, or is repeated"),
         ("mxfp4:64", "mxfp4 is symmetric, in blocks of 32: it takes no :64"),
         ("mxfp4:asymmetric", "it takes no :asymmetric"),
-        ("int8:rows16:rows16", ":rows16 is no block and no option, or comes twice"),
-        ("int8:rows8", ":rows8 is no block and no option"),
+        ("int8:rows16:rows16", ":rows16 is neither a block size nor an option, or is repeated"),
+        ("int8:rows8", ":rows8 is neither a block size nor an option"),
         ("int9", "any of them with :rows16"),
     ],
 )
@@ -181,10 +181,10 @@ def test_parts_of_a_model_are_spelled_by_name() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int8,int4", "experts comes twice"),
-        ("int8,tail=int4", "'tail' is none of experts, linears, head"),
-        ("int8,head=int5", "'int5' is no format"),
-        ("int8,", "'' is no format"),
+        ("int8,int4", "experts is repeated"),
+        ("int8,tail=int4", "'tail' is not one of experts, linears, head"),
+        ("int8,head=int5", "'int5' is not a format"),
+        ("int8,", "'' is not a format"),
     ],
 )
 def test_parts_that_are_refused(text: str, words: str) -> None:

@@ -103,8 +103,14 @@ def test_the_result_of_the_capture_is_not_changed() -> None:
 @pytest.mark.parametrize(
     ("result", "why"),
     [
-        ((torch.ones(1), object()), "output 1 is a object, in which tensors are not found"),
-        ({"a": [{1, 2}]}, r"output a\.0 is a set, in which tensors are not found"),
+        (
+            (torch.ones(1), object()),
+            ("output 1 is a object, which may not contain tensors of a result"),
+        ),
+        (
+            {"a": [{1, 2}]},
+            r"output a\.0 is a set, which may not contain tensors of a result",
+        ),
         (iter([torch.ones(1)]), "the output is a list_iterator"),
     ],
 )

@@ -72,7 +72,7 @@ def prompts(tiny_moe: Path) -> list[list[int]]:
         ({"max_tokens": 3}, "an option 'max_tokens'; did you mean 'max_new_tokens'?"),
         ({"max_new_tokens": "3"}, "max_new_tokens is '3'; it must be a whole number"),
         ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
-        ({"seed": 1.5}, "seed is 1.5; it must be a whole number, or be left out"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number, or omitted"),
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"top_k": "5", "temperature": 1}, "top_k is '5'; it must be a whole number"),
         ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
@@ -95,7 +95,7 @@ def test_numbers_of_numpy_are_options(loaded: moec.LoadedModel) -> None:
 def test_a_model_is_neither_pickled_nor_copied(
     compiled: moec.CompiledModel, loaded: moec.LoadedModel
 ) -> None:
-    for model, words in ((compiled, "save it, and moec.load the"), (loaded, "moec.load('")):
+    for model, words in ((compiled, "save it, and use moec.load on the"), (loaded, "moec.load('")):
         for act in (pickle.dumps, copy.deepcopy, copy.copy):
             with pytest.raises(UsageError) as caught:
                 act(model)
@@ -235,7 +235,10 @@ def test_a_model_without_a_cache_says_why_and_runs_the_whole_text() -> None:
     assert "decode" not in compiled.module
     (declined,) = [d for d in compiled.declined if d.rule == "decode"]
     assert declined.reason == "aten.mean.dim at mean mixes tokens"
-    with pytest.warns(UserWarning, match="each token runs the whole text again: aten.mean"):
+    with pytest.warns(
+        UserWarning,
+        match="again, as there is no KV cache: aten.mean",
+    ):
         tokens = compiled.generate([[1, 2, 3], [4]], max_new_tokens=3)
     text = [1, 2, 3]
     for _ in range(3):
@@ -246,7 +249,7 @@ def test_a_model_without_a_cache_says_why_and_runs_the_whole_text() -> None:
 def test_the_cache_can_be_left_out(short_moe: Path) -> None:
     compiled = moec.compile(short_moe, kv_cache=False, verify=False)
     assert "decode" not in compiled.module
-    with pytest.warns(UserWarning, match="again: the model was compiled without a cache"):
+    with pytest.warns(UserWarning, match="cache: the model was compiled without a KV cache"):
         compiled.generate([[5]], max_new_tokens=1)
 
 

@@ -97,7 +97,7 @@ def test_rebuilt_code_must_agree_with_the_samples(
 def test_a_target_that_is_described_otherwise_now(compiled: Package, tmp_path: Path) -> None:
     target = replace(compiled.target, mattr=("+sse3",))
     path = save(tmp_path / "other.moec", replace(compiled, target=target))
-    with pytest.raises(ArtifactError, match="that this moec describes otherwise"):
+    with pytest.raises(ArtifactError, match="that this version of moec defines differently"):
         run(path, "--rebuild")
 
 
@@ -106,10 +106,10 @@ def test_a_target_that_is_described_otherwise_now(compiled: Package, tmp_path: P
     [
         ("graph main(", "graphs/main.moec is malformed: line 1: "),
         (GRAPH.replace("  y: ", "  x: "), "graphs/main.moec is malformed: "),
-        (GRAPH.replace("24", "99"), "describes the function 'main' otherwise than"),
+        (GRAPH.replace("24", "99"), "describes the function 'main' differently from"),
         (
             GRAPH.replace(", b: f32[24]", "").replace("(x, w, b)", "(x, w)"),
-            "packs its weights as this moec does not",
+            "has its weights in a layout of another version of moec",
         ),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_manifest_that_allows_more_than_the_graph(
     package = build(Module.of(program), target.parse("cpu"))
     forged = replace(package, functions={"main": replace(package.main, **altered)})
     path = save(tmp_path / "forged.moec", forged, graphs={"main": LOOKUP})
-    with pytest.raises(ArtifactError, match=r"'main' otherwise than graphs/main\.moec does"):
+    with pytest.raises(ArtifactError, match=r"'main' differently from graphs/main\.moec"):
         run(path, "--rebuild")
 
 

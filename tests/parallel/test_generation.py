@@ -169,7 +169,7 @@ graph main(x: f32[T, 4], s: f32[2, 4];) {
   state s -> z
   return y
 }""")
-    with pytest.raises(UnsupportedError, match="the state s is no cache of keys and values"):
+    with pytest.raises(UnsupportedError, match="the state s is not a cache of keys and values"):
         list(compile_ranks([Program(graph, {"s": torch.zeros(2, 4)})], MAIN, cpu.host()))
 
 
@@ -183,9 +183,7 @@ def test_latent_attention_is_whole_on_every_rank() -> None:
     dense = structs.replace(plan.layers[0], experts=0, slots=())
     plan = structs.replace(plan, layers=(dense, *plan.layers))
     rank_programs(compiled.pass_results[-1].program, plan, log)
-    reason = (
-        "aten.split_with_sizes.default at model.layers.{}.self_attn is not of each head by itself"
-    )
+    reason = "aten.split_with_sizes.default at model.layers.{}.self_attn mixes heads"
     assert [d.reason for d in log.declined] == [
         f"attention of degree 2: {reason.format(layer)}" for layer in range(2)
     ]

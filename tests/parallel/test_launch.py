@@ -125,11 +125,11 @@ def test_two_hosts(tmp_path: Path) -> None:
         ),
         (
             entries.stopped,
-            f"^rank 1 did not answer {WAITING} did not come",
+            f"^rank 1 did not answer {WAITING} did not respond",
         ),
         (
             entries.hanging,
-            f"^rank 1 did not answer {WAITING} did not come",
+            f"^rank 1 did not answer {WAITING} did not respond",
         ),
         (entries.leaving, f"^rank 1 ended {WAITING} ended"),
         (entries.starving, rf"^rank 1, {WHERE}: too little memory for 4\.0 GB more"),

@@ -53,7 +53,7 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_rank_that_was_not_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     as_rank(monkeypatch, 0, 2, free_port())
-    message = "^rank 0, start: another rank did not come in time: 1 of 2 were started"
+    message = "^rank 0, start: another rank did not respond in time: 1 of 2 were started"
     with pytest.raises(RankError, match=message), started(Job(tmp_path, None, None, 1.0, 1)):
         pass
 
@@ -67,7 +67,7 @@ def test_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_no_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RANK", raising=False)
-    message = "this process is no rank: start it with torchrun"
+    message = "this process is not a rank: start it with torchrun"
     with pytest.raises(UsageError, match=message), started(Job(tmp_path, None, None, 1.0, 1)):
         pass
 
@@ -76,13 +76,16 @@ def test_no_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_other_weights_on_another_rank(tmp_path: Path) -> None:
     job, _ = job_of(plan(2), tmp_path)
     save_ranks(rank_programs(model(seed=1), plan(2)), plan(2), tmp_path / "other.ranks")
-    message = "rank [01]: ranks 1 read another compiled model than rank 0; copy one folder"
+    message = "rank [01]: ranks 1 have another compiled model than rank 0: copy the same folder"
     with pytest.raises(RankError, match=message):
         launch(job, 2, entries.differing)
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(),
+    reason="looks for processes in /proc",
+)
 def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, str(tmp_path)],

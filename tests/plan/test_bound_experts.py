@@ -50,7 +50,7 @@ def test_any_groups(which: list[int], ranks: int, seed: int) -> None:
         ),
         ({"a": [0, 1]}, 4, "expert 2 is in 0 groups"),
         ({**MODALITIES, "video": [7]}, 4, "expert 7 is in 1 groups"),
-        (MODALITIES, 2, "3 groups cannot have ranks of their own among 2"),
+        (MODALITIES, 2, "3 groups cannot have separate ranks among 2"),
     ],
 )
 def test_refused(groups: dict[str, list[int]], ranks: int, words: str) -> None:

@@ -68,14 +68,16 @@ def test_faults_of_a_cluster_file(text: str, message: str, tmp_path: Path) -> No
 
 
 def test_a_name_that_is_no_preset() -> None:
-    with pytest.raises(UsageError, match="b300 is no file and no preset; presets are cpu-8-nodes"):
+    with pytest.raises(
+        UsageError, match="b300 is neither a file nor a preset; presets are cpu-8-nodes"
+    ):
         read_cluster("b300")
 
 
 def test_more_choices_than_experts(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
     path.write_text("name: m\nwidth: 8\nweights: bf16\nlayers: [{experts: 2, k: 3, hidden: 4}]")
-    with pytest.raises(UsageError, match="3 of 2 experts a token is not possible"):
+    with pytest.raises(UsageError, match="3 of 2 experts per token is not possible"):
         read_model(str(path))
 
 

@@ -77,9 +77,9 @@ def test_the_longest_queue_comes_first_and_the_last_is_cut() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(UsageError, match="a cache holds one expert or more, not 0"):
+    with pytest.raises(UsageError, match="the cache must hold at least one expert, not 0"):
         cache_hits([1], 0, "lru")
-    with pytest.raises(UsageError, match="there is no policy mru"):
+    with pytest.raises(UsageError, match="unknown policy mru"):
         cache_hits([1], 1, "mru")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="a batch holds one token or more, not 0"):
+    with pytest.raises(UsageError, match="the batch must hold at least one token, not 0"):
         list(batches_by_expert([1], 0))

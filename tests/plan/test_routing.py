@@ -105,10 +105,10 @@ def test_records_a_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.json", "{}", "holds no logical_count"),
+        ("a.json", "{}", "has no logical_count"),
         ("a.json", "[[-1, 2]]", "negative"),
         ("a.jsonl", "{}", "line 1: no layer_idx"),
-        ("a.pt", "no", "is no dump of SGLang"),
+        ("a.pt", "no", "is not a dump of SGLang"),
         ("a.txt", "", "routing is read from"),
         ("a.npy", "no", "a.npy"),
     ],

@@ -69,7 +69,7 @@ def test_generates_as_eager_does(saved: tuple[Path, Remembers]) -> None:
     assert len(set(text)) > 3  # it does not just repeat itself
     assert causal_lm(executor.package.main).longest == LONGEST
     assert slow(executor) == ""
-    with pytest.raises(InputError, match="2 prompts, and the model keeps one cache of its own"):
+    with pytest.raises(InputError, match="2 prompts, and the model's own cache is for one"):
         list(generate(executor, [prompt, prompt], Request(9)))
 
 

@@ -83,7 +83,7 @@ TAKES = (
         ),
         (
             {"input_ids": np.array([[0, 1, 2], [3, 100, 5]])},
-            "input 'input_ids' holds 100 at [1, 1], and its values must lie from 0 to 99",
+            "input 'input_ids' holds 100 at [1, 1], and its values must be from 0 to 99",
         ),
         ({"input_ids": -torch.ones(2, 3).long()}, "input 'input_ids' holds -1 at [0, 0]"),
     ],
@@ -144,7 +144,7 @@ def test_nan(dtype: str) -> None:
     array = np.zeros((2, 3), ml_dtypes.bfloat16 if dtype == "bf16" else dtype)
     check_no_nan("output", {"x": array, "n": np.zeros(3, int), "none": array[:0]})
     array[1, 2] = np.nan
-    with pytest.raises(InputError, match=r"output 'x' holds NaN, first at \[1, 2\]"):
+    with pytest.raises(InputError, match=r"output 'x' contains NaN, first at \[1, 2\]"):
         check_no_nan("output", {"x": array})
-    with pytest.raises(InputError, match="input 'x' holds NaN"):
+    with pytest.raises(InputError, match="input 'x' contains NaN"):
         check_no_nan("input", {"x": array})

@@ -49,7 +49,7 @@ def test_texts_of_unequal_lengths_that_end_at_different_times() -> None:
         ([[1], []], 1, "prompt 1 has no tokens"),
         ([[1]], 0, "max_new_tokens is 0; it must be at least 1"),
         ([[1], [2] * 5], 1, "prompt 1 has 5 tokens, and the model takes at most 4"),
-        ([[1, 8]], 1, r"'input_ids' holds 8 at \[0, 1\], and its values must lie from 0 to 7"),
+        ([[1, 8]], 1, r"'input_ids' holds 8 at \[0, 1\], and its values must be from 0 to 7"),
     ],
 )
 def test_prompts_that_cannot_be_continued(prompts: list[list[int]], most: int, words: str) -> None:
@@ -111,26 +111,32 @@ def test_with_a_cache_each_token_goes_in_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"inputs": (Port("x", "f32", ("T", 4)),)}, "and this one takes x: f32[T, 4] and gives"),
+        (
+            {"inputs": (Port("x", "f32", ("T", 4)),)},
+            ("this one takes x: f32[T, 4] and returns"),
+        ),
         (
             {"outputs": (Port("y", "f32", ("B", 8)),)},
-            "gives y: f32[B, 8]; give it inputs instead of a prompt",
+            "returns y: f32[B, 8]: give it inputs instead of a prompt",
         ),
         (
             {"outputs": (Port("last_hidden_state", "f32", ("B", "S", 64)),)},
-            "gives last_hidden_state: f32[B, S, 64]; give it inputs instead of a prompt",
+            "returns last_hidden_state: f32[B, S, 64]: give it inputs instead of a prompt",
         ),
         (
             {"inputs": (Port("a", "i64", ("B", "S")), Port("b", "i64", ("B", "S")))},
-            "is continued by a model from tokens",
+            "only a model from tokens",
         ),
         (
             {"inputs": (Port("input_ids", "i64", ("B", "S")), Port("pixels", "f32", (3,)))},
-            "does not tell what input pixels: f32[3] is",
+            "gives no value for the input pixels: f32[3]",
         ),
         (
             {"inputs": (Port("input_ids", "i64", ("B", 9)),)},
-            "was compiled for exactly 9 tokens; compile it with a dynamic sequence",
+            (
+                "was compiled for exactly 9 tokens, and continuing text needs a sequence that "
+                "may grow: compile it with a dynamic sequence"
+            ),
         ),
     ],
 )
@@ -146,7 +152,7 @@ def test_text_and_back() -> None:
     assert tokenizer.stop == {7}
     assert "".join(map(tokenizer.decoder([1]), [2, 3])) == " c d"
     assert tokenizer.decode([2, 3]) == "c d"
-    with pytest.raises(UsageError, match="the prompt gives no tokens"):
+    with pytest.raises(UsageError, match="the prompt encodes to no tokens"):
         tokenizer.encode("  ")
 
 
@@ -187,7 +193,7 @@ def test_where_the_end_of_a_text_is_written(files: dict[str, Any], stop: set[int
 
 
 def test_no_tokenizer_or_a_bad_one() -> None:
-    with pytest.raises(ArtifactError, match="carries no tokenizer; compile a Hugging Face"):
+    with pytest.raises(ArtifactError, match="has no tokenizer; compile a Hugging Face"):
         load_tokenizer({})
     with pytest.raises(ArtifactError, match=r"tokenizer/tokenizer\.json is malformed"):
         load_tokenizer({"tokenizer/tokenizer.json": b"{}"})
@@ -204,5 +210,5 @@ def test_ranks_without_decode_are_refused() -> None:
         package: Package
 
     model: Any = Ranks(toy.language_model())
-    with pytest.raises(InputError, match="several ranks continue text by `decode`"):
+    with pytest.raises(InputError, match="several ranks continue text with the function `decode`"):
         list(generate(model, [[1, 2]], Request(4)))

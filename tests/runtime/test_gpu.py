@@ -70,7 +70,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
     runner = CliRunner(env={"CUDA_HOME": "", "PATH": f"{folder}:{os.environ['PATH']}"})
     result = runner.invoke(front.cli, ["compile", *arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "code for cuda:sm_80,sm_90a lies beside it, and was not verified" in result.output
+    assert "code for cuda:sm_80,sm_90a is included, and was not verified" in result.output
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
     x = torch.arange(24.0).reshape(3, 8).sin()
@@ -171,14 +171,14 @@ def test_the_code_is_written_into_a_folder(example: Example) -> None:
     texts = [(example.code / name).read_bytes() for name in names]
     assert texts[0] == texts[2]  # by the stand-in
     words = CliRunner().invoke(front.cli, ["compile", "x", "-o", "y", "--force", "--emit", "z"])
-    assert "--emit writes the code of a GPU" in words.output
+    assert "--emit writes GPU code: give -o and a GPU" in words.output
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
         ("cpu,cuda:sm_70", "unknown target 'cuda:sm_70'"),
-        ("null,cuda:sm_80", "'null' makes no code that could lie beside it"),
+        ("null,cuda:sm_80", "'null' generates no code that could be combined with it"),
         ("cuda:sm_80,cuda:sm_90a", "unknown target 'cuda:sm_80'"),
     ],
 )
@@ -267,7 +267,9 @@ def test_the_newest_code_that_a_gpu_runs(example: Example, driver: pytest.Monkey
 def test_machine_code_of_other_kernels_is_stale(example: Example) -> None:
     code = artifact.read(example.path).for_gpu.gpu  # type: ignore[union-attr]
     assert code is not None
-    with pytest.raises(ArtifactError, match=r"sm_90a.cubin is stale: it lacks the kernel other; "):
+    with pytest.raises(
+        ArtifactError, match=r"sm_90a.cubin does not fit the library: it lacks the kernel other; "
+    ):
         gpu.kernels(replace(code, launches=(Launch("other", (), ()),)))
 
 
@@ -291,7 +293,7 @@ def test_code_for_the_other_kind_alone(example: Example, tmp_path: Path) -> None
         artifact.write(package, tmp_path / "one.moec", graphs=opened.graphs)
         with pytest.raises(ArtifactError, match=words):
             moec.load(tmp_path / "one.moec", device=device)
-    with pytest.raises(UsageError, match="there is no device 'gpu': name cpu, cuda or a GPU such"):
+    with pytest.raises(UsageError, match="unknown device 'gpu': name cpu, cuda or a GPU such"):
         moec.load(example.path, device="gpu")
 
 
@@ -311,7 +313,7 @@ def test_an_artifact_for_gpus_alone_keeps_its_kernels(example: Example, tmp_path
     [
         ("CUDA: out of memory", InputError, "GPU 1 has too little memory for this call: give"),
         ("CUDALaunch Error: CUDA_ERROR_ILLEGAL_ADDRESS", TargetError, "GPU 1 failed: CUDALaunch"),
-        ("expects x.shape[0] == 2", InputError, "the compiled code does not take these inputs"),
+        ("expects x.shape[0] == 2", InputError, "the compiled code rejects these inputs"),
     ],
 )
 def test_failures_of_a_call(line: str, kind: type[MoecError], words: str) -> None:

@@ -129,7 +129,9 @@ def test_of_two_writers_the_later_one_refuses(package: Package, tmp_path: Path) 
             writer.add("a", b"late")
             artifact.write(package, path, graphs={"main": toy.GRAPH})
 
-    with pytest.raises(UsageError, match="was written by another process meanwhile; it is left"):
+    with pytest.raises(
+        UsageError, match="was written by another process meanwhile, and is left as it is"
+    ):
         write_while_another_does()
     load(path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.moec"]

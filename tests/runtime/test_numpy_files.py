@@ -58,7 +58,7 @@ def test_as_numpy(
 @pytest.mark.parametrize(
     ("header", "words"),
     [
-        ("{'descr':'<f4','fortran_order':False,'shape':(10**12,)}", "is no dict"),
+        ("{'descr':'<f4','fortran_order':False,'shape':(10**12,)}", "is not a dict"),
         (
             "{'descr':'<f4','fortran_order':False,'shape':(9" + "9" * 14 + ",)}",
             "its shape is (9999",
@@ -68,15 +68,15 @@ def test_as_numpy(
         ("{'descr':'<f4','fortran_order':False,'shape':(-1,)}", "its shape is (-1,)"),
         ("{'descr':'<f4','fortran_order':0,'shape':(1,)}", "its fortran_order is 0"),
         ("{'descr':'<f4','fortran_order':False,'shape':" + "(1," + "1," * 40 + ")}", "41 axes"),
-        ("{'descr':',,','fortran_order':False,'shape':(1,)}", "it holds ,,, and a model"),
-        ("{'descr':('<f4',),'fortran_order':False,'shape':(1,)}", "it holds ('<f4',), and a"),
-        ("{'descr':'|O','fortran_order':False,'shape':(1,)}", "it holds |O, and a model takes"),
-        ("{'descr':'|V0','fortran_order':False,'shape':(1,)}", "it holds |V0, and a model takes"),
-        ("{'descr':__import__('os'),'fortran_order':False,'shape':(1,)}", "is no dict"),
-        ("(" * 900, "is no dict"),
-        ("-" * 900 + "1", "is no dict"),
+        ("{'descr':',,','fortran_order':False,'shape':(1,)}", "it holds ,,, not plain"),
+        ("{'descr':('<f4',),'fortran_order':False,'shape':(1,)}", "it holds ('<f4',), not plain"),
+        ("{'descr':'|O','fortran_order':False,'shape':(1,)}", "it holds |O, not plain"),
+        ("{'descr':'|V0','fortran_order':False,'shape':(1,)}", "it holds |V0, not plain"),
+        ("{'descr':__import__('os'),'fortran_order':False,'shape':(1,)}", "is not a dict"),
+        ("(" * 900, "is not a dict"),
+        ("-" * 900 + "1", "is not a dict"),
         ("(" * 3000, "its header has 3000 bytes"),
-        ("{1:2}", "is no dict"),
+        ("{1:2}", "is not a dict"),
     ],
 )
 def test_headers(tmp_path: Path, header: str, words: str) -> None:
@@ -98,7 +98,7 @@ def test_versions(tmp_path: Path) -> None:
 def test_members(tmp_path: Path) -> None:
     content = npy(np.float32([1]))
     for members, words in (
-        ([("x.npy", b"text")], "it is no array of numpy's"),
+        ([("x.npy", b"text")], "it is not an array of numpy"),
         ([(".npy", content)], "an array in it has no name"),
         ([("x.npy", content), ("x", content)], "it holds 'x' twice"),
         ([("x.npy", content[:-1])], "takes 4 bytes, and it holds 3"),

@@ -131,7 +131,7 @@ def test_compiled_without() -> None:
 
 
 def test_a_model_that_does_not_route() -> None:
-    with pytest.raises(UsageError, match="no layer of it routes tokens to experts"):
+    with pytest.raises(UsageError, match="no layer routes tokens to experts"):
         moec.compile(nn.Linear(4, 4).eval(), (torch.randn(2, 4),), record_routing=True)
 
 

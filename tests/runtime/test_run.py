@@ -77,18 +77,18 @@ def test_check_differs(package: Package, tmp_path: Path) -> None:
 
 def test_check_without_samples(package: Package, tmp_path: Path) -> None:
     artifact.write(package, path := tmp_path / "bare.moec", graphs={"main": ""})
-    with pytest.raises(UsageError, match="holds no samples to check against; use --input"):
+    with pytest.raises(UsageError, match="has no samples to check against; use --input"):
         run(path, "--check")
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to run"),
-        (["--input", "a.npz", "--prompt", "b"], "--input and --prompt exclude each other"),
+        ([], "give one of --input FILE"),
+        (["--input", "a.npz", "--prompt", "b"], "--input and --prompt cannot be combined"),
         (["--check", "--output", "y.npz"], "--output needs --input"),
-        (["--input", "a.pt"], r"a\.pt: tensors are kept in \.npz"),
-        (["--input", "a.npz", "--output", "y.txt"], r"y\.txt: tensors are kept in \.npz"),
+        (["--input", "a.pt"], r"a\.pt: the file type must be one of \.npz"),
+        (["--input", "a.npz", "--output", "y.txt"], r"y\.txt: the file type must be one of \.npz"),
     ],
 )
 def test_usage(original: Path, words: list[str], message: str) -> None:
@@ -99,7 +99,7 @@ def test_usage(original: Path, words: list[str], message: str) -> None:
 def test_wrong_input_leaves_no_output(original: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", **toy.inputs() | {"ids": np.array([0, 5, 1])})
     with pytest.raises(
-        InputError, match=r"'ids' holds 5 at \[1\], and its values must lie from 0 to"
+        InputError, match=r"'ids' holds 5 at \[1\], and its values must be from 0 to"
     ):
         run(original, "--input", tmp_path / "x.npz", "--output", tmp_path / "y.npz")
     assert os.listdir(tmp_path) == ["x.npz"]
@@ -109,7 +109,7 @@ def test_nan_is_refused(package: Package, original: Path, tmp_path: Path) -> Non
     arguments = toy.inputs()
     arguments["x"][1, 2] = np.nan
     np.savez(source := tmp_path / "x.npz", **arguments)
-    with pytest.raises(InputError, match=r"input 'x' holds NaN, first at \[1, 2\]"):
+    with pytest.raises(InputError, match=r"input 'x' contains NaN, first at \[1, 2\]"):
         run(original, "--input", source, "--output", tmp_path / "y.npz")
 
     arrays = {**package.arrays, "b": np.full(3, np.nan, np.float32)}
@@ -117,7 +117,7 @@ def test_nan_is_refused(package: Package, original: Path, tmp_path: Path) -> Non
         replace(package, arrays=arrays), path := tmp_path / "nan.moec", graphs={"main": ""}
     )
     np.savez(source, **toy.inputs())
-    with pytest.raises(InputError, match=r"output 'y' holds NaN, first at \[0, 0\]"):
+    with pytest.raises(InputError, match=r"output 'y' contains NaN, first at \[0, 0\]"):
         run(path, "--input", source, "--output", tmp_path / "y.npz")
     assert not (tmp_path / "y.npz").exists()
 
@@ -127,7 +127,10 @@ def test_a_prompt(speaker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == " d e f\n"
     slow, speed = err.splitlines()
-    assert slow == "each token runs the whole text again: the model was compiled without a cache"
+    assert slow == (
+        "slow: each new token processes the whole text again, as there is no KV cache: the model "
+        "was compiled without a KV cache"
+    )
     assert speed.startswith("2 tokens read in ")
     assert speed.endswith(" tokens/s")
 

@@ -83,7 +83,7 @@ def test_a_drawn_token_is_among_the_likeliest(
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; it must be above 0 and at most 1"),
         ({"temperature": 1.0, "top_k": 0}, "top_k is 0; it must be at least 1"),
-        ({"top_k": 4}, "at temperature 0 none is drawn"),
+        ({"top_k": 4}, "temperature 0 does not sample"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], words: str) -> None:

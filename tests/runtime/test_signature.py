@@ -90,7 +90,7 @@ def test_an_encrypted_key_asks_for_its_password(model: Path) -> None:
     assert run("verify", model, "--signed-by", public_path(key))[0] == 0
     code, _, err = run("sign", model, "--key", key, text="shut\n")
     assert code == 1
-    assert "holds no private key, or its password is another" in err
+    assert "has no private key, or the password is wrong" in err
 
 
 def test_another_artifact_under_the_signature_is_refused_by_every_door(model: Path) -> None:
@@ -111,7 +111,7 @@ def test_another_artifact_under_the_signature_is_refused_by_every_door(model: Pa
 def test_somebody_elses_signature_is_refused(model: Path) -> None:
     sign_artifact(model, write_pair(model.parent, "theirs"))
     private = public_path(write_pair(model.parent, "ours"))
-    with pytest.raises(ArtifactError, match="or somebody else signed it"):
+    with pytest.raises(ArtifactError, match="or signed with another key"):
         artifact.read(model, native=False, signed_by=private)
 
 
@@ -138,7 +138,7 @@ def test_a_part_that_was_changed_is_found_under_a_right_signature(model: Path) -
 def test_a_signature_of_another_form(model: Path, content: bytes) -> None:
     key = write_pair(model.parent, "key")
     signature_path(model).write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"toy\.moec\.sig is not a signature of moec sign"):
+    with pytest.raises(ArtifactError, match=r"toy\.moec\.sig is not a signature made by moec sign"):
         artifact.read(model, native=False, signed_by=public_path(key))
 
 
@@ -162,17 +162,17 @@ def test_keys_that_cannot_be_used(model: Path) -> None:
         other.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
     for name, words in {
-        "text": "holds no private key; openssl genpkey -algorithm ed25519",
-        "ec": "holds a key of another kind than Ed25519",
-        "key.pub": "holds no private key",
+        "text": "has no private key; openssl genpkey -algorithm ed25519",
+        "ec": "has a key that is not Ed25519",
+        "key.pub": "has no private key",
         "gone": "cannot be read: there is no such file",
     }.items():
         with pytest.raises(UsageError, match=words):
             sign_artifact(model, folder / name)
     for name, words in {
-        "text": "holds no public key",
-        "ec.pub": "holds a key of another kind than Ed25519",
-        "key": "holds a private key: give the public one",
+        "text": "has no public key",
+        "ec.pub": "has a key that is not Ed25519",
+        "key": "has a private key: give the author's public key",
         "gone": "cannot be read: there is no such file",
     }.items():
         with pytest.raises(UsageError, match=words):
@@ -189,7 +189,7 @@ def test_without_the_library(model: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_is_no_artifact_is_not_signed(tmp_path: Path) -> None:
     key = write_pair(tmp_path, "key")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
         sign_artifact(tmp_path / "folder", key)
 
 

@@ -25,7 +25,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ message.content }} {% endfor %}"
     "{% if add_generation_prompt %}c{% endif %}"
 )
-SLOW = pytest.mark.filterwarnings("ignore:each token runs the whole text again")
+SLOW = pytest.mark.filterwarnings("ignore:slow")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_strings_that_end_a_text(model: moec.LoadedModel) -> None:
     assert model.generate(["a", "d"], stop="e") == ["a b c d ", "d "]
     with pytest.raises(InputError, match="a string ends prompts that are text, not tokens"):
         model.generate([[1]], stop="e")
-    with pytest.raises(InputError, match="a text ends at a string of characters"):
+    with pytest.raises(InputError, match="each must be a string"):
         model.generate("a", stop="")
 
 
@@ -88,7 +88,7 @@ def test_the_tokenizer(model: moec.LoadedModel) -> None:
 @SLOW
 def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     artifact.write(toy.language_model(), path := tmp_path / "x.moec", graphs={"main": ""})
-    with pytest.raises(ArtifactError, match="carries no tokenizer"):
+    with pytest.raises(ArtifactError, match="has no tokenizer"):
         moec.load(path).generate("a")
 
 
@@ -99,10 +99,10 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
         (TEMPLATE, ["a"], InputError, "message 0 is 'a'; it has a role and a content"),
         (TEMPLATE, [{"role": "me", "content": "a"}], InputError, "its role is one of system, user"),
         ("{% if %}", None, ArtifactError, "the chat template is malformed"),
-        ("{{ raise_exception('no tools') }}", None, InputError, "refuses the messages: no tools"),
+        ("{{ raise_exception('no tools') }}", None, InputError, "rejects the messages: no tools"),
         ("{{ messages.append(1) }}", None, InputError, "access to attribute 'append'"),
         ("{{ ''.__class__.__mro__ }}", None, InputError, "access to attribute '__class__'"),
-        ("{% include '/etc/passwd' %}", None, InputError, "refuses the messages"),
+        ("{% include '/etc/passwd' %}", None, InputError, "rejects the messages"),
         ("{{ range(10 ** 9) | list }}", None, InputError, "Range too big"),
     ],
 )
@@ -115,7 +115,7 @@ def test_templates_are_in_a_sandbox(source: str, messages: Any, error: Any, word
 
 def test_where_a_template_stands() -> None:
     files = toy.tokenizer_files()
-    with pytest.raises(UsageError, match="came without a chat template"):
+    with pytest.raises(UsageError, match="has no chat template"):
         load_tokenizer(files).chat([{"role": "user", "content": "a"}])
     several = [{"name": "tool", "template": "x"}, {"name": "default", "template": "{{bos_token}}"}]
     config = {"chat_template": several, "bos_token": {"content": "a"}}
@@ -157,11 +157,11 @@ def test_a_chat(path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "stdin", "message"),
     [
-        (["--prompt", "a", "--chat"], "", "--prompt and --chat exclude each other"),
-        (["--input", "x.npz", "--chat"], "", "--input and --chat exclude each other"),
+        (["--prompt", "a", "--chat"], "", "--prompt and --chat cannot be combined"),
+        (["--input", "x.npz", "--chat"], "", "--input and --chat cannot be combined"),
         (["--prompts", "none.txt"], "", "--prompts none.txt: there is no such file or folder"),
-        (["--prompts", "-"], "\n", "stdin holds no prompt: write one a line"),
-        (["--prompt", "a", "--stop", ""], "", "a text ends at a string of characters"),
+        (["--prompts", "-"], "\n", "stdin has no prompt: write one per line"),
+        (["--prompt", "a", "--stop", ""], "", "each must be a string"),
     ],
 )
 def test_mistakes(path: Path, words: list[str], stdin: str, message: str) -> None:

@@ -45,7 +45,7 @@ def test_heads_of_all_experts_are_one_product() -> None:
     (head,) = heads
     assert head.outputs[0].shape[-1] == 2 * size.experts * size.latent
     (result,) = [result for result in ours.pass_results if result.name == "join-linears"]
-    assert result.says == ("10 linear layers that read one value are one",)
+    assert result.says == ("10 linear layers that read one value become one",)
 
 
 def test_latents_equal_eager() -> None:

@@ -55,11 +55,11 @@ def test_which_gpu_runs_which() -> None:
 @pytest.mark.parametrize(
     ("driver", "words"),
     [
-        (None, r"there is no NVIDIA driver here \(libcuda.so.1\); name the GPU"),
-        (nvidia.Driver("13.0", ()), "the NVIDIA driver finds no GPU; name the GPU"),
+        (None, r"there is no NVIDIA driver here \(libcuda.so.1\): name the GPU"),
+        (nvidia.Driver("13.0", ()), "the NVIDIA driver finds no GPU: name the GPU"),
         (
             nvidia.Driver("12.0", (nvidia.Gpu("Tesla V100", (7, 0), 16 * 10**9),)),
-            "Tesla V100 has compute capability 7.0, and moec makes code for cuda:sm_80",
+            "Tesla V100 has compute capability 7.0, and moec generates code for cuda:sm_80",
         ),
     ],
 )
@@ -107,16 +107,16 @@ def test_what_cannot_run_here_is_refused_before_the_model_is_looked_at(
 
 def test_kernels_of_gpus_are_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "driver", lambda: nvidia.Driver("13.0", (H100,)))
-    with pytest.raises(UsageError, match="--tune measures kernels of CPUs"):
+    with pytest.raises(UsageError, match="--tune measures CPU kernels: GPU kernels have no values"):
         moec.compile(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), target="cuda", tune=True)
 
 
 def test_doctor() -> None:
     without = {check.name: check.says for check in machine.gpus(None, None, None)}
     assert without == {
-        "gpu": "none; only cuda targets need one",
-        "nvcc": "none; only cuda targets need it or the other",
-        "nvrtc": "none; only cuda targets need it or the other",
+        "gpu": "none; needed for cuda targets only",
+        "nvcc": "none; cuda targets need nvcc or NVRTC",
+        "nvrtc": "none; cuda targets need nvcc or NVRTC",
     }
     nvcc = nvidia.Compiler("/usr/bin/nvcc", "13.0.88")
     nvrtc = nvidia.Compiler("/lib/libnvrtc.so.13", "13.5", nvidia.NVRTC)
@@ -125,7 +125,7 @@ def test_doctor() -> None:
     assert checks == {
         "gpu": "NVIDIA H100 80GB HBM3 (9.0, 80 GB); the driver runs CUDA 13.0",
         "nvcc": "13.0.88, /usr/bin/nvcc; compiles for cuda targets",
-        "nvrtc": "13.5, /lib/libnvrtc.so.13; not used where nvcc is",
+        "nvrtc": "13.5, /lib/libnvrtc.so.13; not used, as nvcc is installed",
     }
     checks = {check.name: check.says for check in machine.gpus(driver, None, nvrtc)}
     assert checks["nvrtc"] == "13.5, /lib/libnvrtc.so.13; compiles for cuda targets"

@@ -41,5 +41,5 @@ def test_the_teacher_learns_nothing_and_one_that_agrees_adds_nothing() -> None:
 
 @pytest.mark.parametrize(("alpha", "stop"), [(-1.0, 1), (1.0, -1)])
 def test_negative_numbers_are_refused(alpha: float, stop: int) -> None:
-    with pytest.raises(UsageError, match="both are 0 or more"):
+    with pytest.raises(UsageError, match="both must be 0 or more"):
         StagedDistillation(alpha, stop)

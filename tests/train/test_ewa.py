@@ -229,11 +229,11 @@ def test_refusals():
         EWA(model, share=-0.1)
     assert not any(isinstance(m, ExpertLinear) for m in model.modules())
     ewa = EWA(model)
-    with pytest.raises(UsageError, match="experts already: fold them first"):
+    with pytest.raises(UsageError, match="already experts: fold them first"):
         EWA(model)
     ewa.fold()
     for call in (ewa.step, ewa.fold):
-        with pytest.raises(UsageError, match="experts are folded: make a new EWA"):
+        with pytest.raises(UsageError, match="experts are already folded: create a new EWA"):
             call()
 
 
@@ -244,7 +244,7 @@ def test_an_optimizer_made_too_early_is_found():
     model(torch.randn(2, 4, 8)).sum().backward()
     optimizer.step()
     ewa.step()
-    with pytest.raises(UsageError, match="no expert has changed in 1 steps: make the optimizer"):
+    with pytest.raises(UsageError, match="no expert has changed in 1 steps: create the optimizer"):
         ewa.fold()
 
 

@@ -23,7 +23,7 @@ def check_format(format: Format) -> None:
     """Raises NoMatch for formats whose codes are not integers: these kernels sum integers."""
     require(
         format.kind != "fp8",
-        "its weights are fp8, and CPUs have kernels for int8, int4 and mxfp4: choose one of those, "
+        "its weights are fp8, and CPU kernels support int8, int4 and mxfp4: choose one of these, "
         "or a CUDA target",
     )
 
@@ -32,7 +32,7 @@ def _check(op: Op, graph: Graph) -> None:
     """Raises NoMatch unless rows can be rounded to codes, and the stacks have one shape."""
     parts = GroupedQuantised.of(op)
     check_format(parts.format)
-    require(not op.attrs.get("exact_rows"), "its rows are to be multiplied as they are")
+    require(not op.attrs.get("exact_rows"), "its rows must not be rounded (:rows16)")
     require(len({m.codes.shape for m in parts.matrices}) == 1, "its stacks differ in shape")
     check_products(op, graph, parts, [v for m in parts.matrices for v in m.values])
 

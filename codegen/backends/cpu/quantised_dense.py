@@ -30,7 +30,10 @@ def _check(op: Op, graph: Graph) -> None:
     parts, params = QuantisedLinear.of(op), set(graph.params)
     check_format(parts.format)
     weights = (*parts.matrix.values, *((parts.bias,) if parts.bias is not None else ()))
-    require(all(v in params for v in weights), "its weight or bias is no weight of the model")
+    require(
+        all(v in params for v in weights),
+        "its weight or bias is computed, not a weight of the model",
+    )
     require(parts.x.dtype in VECTOR_DTYPES, f"its rows are {parts.x.dtype}")
 
 

@@ -31,15 +31,15 @@ def check_products(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[V
     body."""
     params = set(graph.params)
     count = len(parts.matrices)
-    require(count <= 2, f"it multiplies the rows by {count} stacks, and kernels take two")
+    require(count <= 2, f"it multiplies the rows by {count} stacks, and kernels support two")
     weights = all(value in params for value in (*stored, *parts.biases))
-    require(weights, "a stack of its weights is computed: it is no weight of the model")
+    require(weights, "a stack of its weights is computed, not a weight of the model")
     require(parts.x.dtype in VECTOR_DTYPES, f"it computes in {parts.x.dtype}")
     top_k = cast(int, op.attrs.get("gather", 0))
     check_sorted(parts.ends, parts.order, parts.x, top_k, graph)
     if op.body is not None:
         vectors = vector_body(op.body) is not None
-        require(vectors, "its body has an op that vectors of the product's registers cannot do")
+        require(vectors, "its body has an op that the epilogue of a product does not support")
 
 
 def product(

@@ -28,7 +28,7 @@ def check_body(body: Graph) -> None:
         rule = EMIT.get(op.name)
         local = rule is not None and rule.point is not None and rule.same_position
         if not local or any(v.shape not in (*shapes, ()) for v in op.inputs):
-            raise NoMatch(f"its body has {op.name}, which looks at other elements")
+            raise NoMatch(f"its body has {op.name}, which is not element-wise")
     dtypes = {v.dtype for v in body.values()} - {"f32", *HALVES}
     if dtypes:
         raise NoMatch(f"its body computes in {', '.join(sorted(dtypes))}")

@@ -80,10 +80,12 @@ class GridEmission(Emission):
         count = 1
         for size in sizes:
             if not isinstance(size, int):
-                raise UnsupportedError(f"a thread of a GPU cannot have {size} places of its own")
+                raise UnsupportedError(
+                    f"a GPU thread cannot have {size} elements of scratch memory"
+                )
             count *= size
         if count * 8 > _SCRATCH:
-            raise UnsupportedError(f"a thread of a GPU cannot have {count} places of its own")
+            raise UnsupportedError(f"a GPU thread cannot have {count} elements of scratch memory")
         return T.alloc_buffer(tuple(sizes), dtype, scope="local")
 
     @contextmanager

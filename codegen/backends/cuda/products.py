@@ -39,9 +39,9 @@ def _parts(op: Op, graph: Graph) -> GroupedLinear:
     parts = GroupedLinear.of(op)
     first, params = parts.matrices[0], set(graph.params)
     count = len(parts.matrices)
-    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel takes two")
+    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel supports two")
     stored = all(value in params for value in (*parts.matrices, *parts.biases))
-    require(stored, "a stack of its weights is computed: it is no weight of the model")
+    require(stored, "a stack of its weights is computed, not a weight of the model")
     same = all((m.shape, m.dtype) == (first.shape, parts.x.dtype) for m in parts.matrices)
     require(same, "its stacks differ in shape, or from the rows in dtype")
     biases = all(bias.dtype == parts.x.dtype for bias in parts.biases)
@@ -73,7 +73,7 @@ def _fits(graph: Graph, op: Op) -> bool:
 def _check_grouped(op: Op, graph: Graph) -> None:
     _parts(op, graph)
     owned = only_owned_rows_read(op.outputs[0], graph, partial(_fits, graph))
-    require(owned, "its rows of nobody are read: the kernel leaves them as they are")
+    require(owned, "rows that belong to no expert are read, and the kernel does not compute them")
 
 
 def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -123,7 +123,7 @@ def _check_dense(op: Op, graph: Graph) -> None:
 def _dense_spec(op: Op, graph: Graph) -> LinearSpec:
     dense = dense_of(op, graph)
     n, k = op.outputs[0].shape[-1], dense.x.shape[-1]
-    require(isinstance(n, int) and isinstance(k, int), "the width of its weight varies")
+    require(isinstance(n, int) and isinstance(k, int), "the width of its weight is not constant")
     stored = sc.STORED[dense.x.dtype], sc.STORED[op.outputs[0].dtype]
     return LinearSpec(cast(int, n), cast(int, k), *stored, bias=dense.bias is not None)
 

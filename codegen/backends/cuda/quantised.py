@@ -36,13 +36,13 @@ def _spec(op: Op, parts: GroupedQuantised) -> QuantisedSpec:
 
 def _check_product(op: Op, graph: Graph) -> None:
     parts, params = GroupedQuantised.of(op), set(graph.params)
-    require(not op.attrs.get("exact_rows"), "its rows are to be multiplied as they are")
+    require(not op.attrs.get("exact_rows"), "its rows must not be rounded (:rows16)")
     count, shapes = len(parts.matrices), {m.codes.shape for m in parts.matrices}
-    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel takes two")
+    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel supports two")
     require(len(shapes) == 1, "its stacks differ in shape")
     stored = [value for matrix in parts.matrices for value in matrix.values]
     constant = params.issuperset((*stored, *parts.biases))
-    require(constant, "a stack of its weights is computed: it is no weight of the model")
+    require(constant, "a stack of its weights is computed, not a weight of the model")
     same = all(bias.dtype == op.outputs[0].dtype for bias in parts.biases)
     require(same, "its biases differ from the result in dtype")
     require(parts.scale is None, "its rows are scaled")
@@ -64,7 +64,7 @@ def _fits(graph: Graph, op: Op) -> bool:
 def _check(op: Op, graph: Graph) -> None:
     _check_product(op, graph)
     owned = only_owned_rows_read(op.outputs[0], graph, partial(_fits, graph), "grouped.quantised")
-    require(owned, "its rows of nobody are read: the kernel leaves them as they are")
+    require(owned, "rows that belong to no expert are read, and the kernel does not compute them")
 
 
 def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:

@@ -25,7 +25,7 @@ _LINEAR = "aten.linear.default"
 
 def _check(op: Op, graph: Graph) -> None:
     logits = op.inputs[0]
-    require(isinstance(logits.shape[1], int), "the number of its experts varies")
+    require(isinstance(logits.shape[1], int), "its number of experts is not constant")
     kernels.check(route_spec(op))
 
 

@@ -61,7 +61,7 @@ def as_hints(
     """The hints for the arguments of `moec.describe`. Raises UsageError for a field or a value that
     does not exist."""
     if score not in SCORES:
-        raise UsageError(f"score={score!r} is none of {', '.join(SCORES)}")
+        raise UsageError(f"score={score!r} is not one of {', '.join(SCORES)}")
     if weighs not in ("output", "input"):
         raise UsageError(f"weighs={weighs!r} is neither 'output' nor 'input'")
     gates = shared if isinstance(shared, Mapping) else dict.fromkeys(_names(shared), "")

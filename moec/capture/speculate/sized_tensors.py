@@ -49,8 +49,8 @@ def sizing_hooks(trace: Trace) -> Hooks:
         fact = facts.of(value)
         if value.ndim or value.dtype != torch.float32:
             return None
-        known = isinstance(fact.size, int | float)
-        return fact.float32 or (single_of(fact.size, trace.sizes) if known else None)
+        constant = isinstance(fact.size, int | float)
+        return fact.float32 or (single_of(fact.size, trace.sizes) if constant else None)
 
     def arithmetic(operation: Callable[[Any, Any], Any]) -> Hook:
         def hook(func: Hook, a: Any, b: Any, *rest: Any, **options: Any) -> Any:

@@ -348,7 +348,7 @@ def _declined_list(canvas: Canvas, scene: Scene, width: float, y: float) -> floa
     declined = _all_declined(scene.root)
     if not declined:
         return y
-    canvas.add(text(PAD, y + 16, "Looked at and left alone", "ink name", 60))
+    canvas.add(text(PAD, y + 16, "Considered, not rewritten", "ink name", 60))
     y += 24
     for where, rule, reason in declined:
         canvas.add(text(PAD, y + 14, f"{where}: {rule}", "ink mono", int(width / 7.4)))

@@ -125,7 +125,7 @@ def test_a_forward_of_the_users_is_checked_and_then_captured() -> None:
     ("kind", "description", "words"),
     [
         (CountsInNumpy, {"router": "gate"}, "the description lacks experts, top_k"),
-        (CountsInNumpy, RIGHT | {"score": "max"}, "score='max' is none of softmax, sigmoid"),
+        (CountsInNumpy, RIGHT | {"score": "max"}, "score='max' is not one of softmax, sigmoid"),
         (CountsInNumpy, RIGHT | {"colour": 1}, "'colour' is no part of a description; there are"),
         (CountsInNumpy, RIGHT | {"router": "door"}, "router='door': CountsInNumpy has no such"),
         (CountsInNumpy, RIGHT | {"experts": "door"}, "experts='door': CountsInNumpy has no such"),

@@ -11,17 +11,17 @@ from moec.interpret.evaluate import evaluate
 from moec.interpret.tolerance import distance
 from tests.capture.behaviour import routings
 
-OUTSIDE = "router: custom: no logits [.., E] lie behind its choices"
-LINEAR = "routings were tried from linear; the last: "
+OUTSIDE = "router: custom: its choices are not computed from logits [.., E]"
+LINEAR = "forms of routing were tried from linear; the last one: "
 
 
 @pytest.mark.parametrize(
     ("kind", "top_k", "why"),
     [
         (routings.WeightsOverABound, 2, LINEAR + "weights or choices differ"),
-        (routings.ScoresOverABound, 4, LINEAR + "it chooses ids that are no experts"),
-        (routings.Mass, 3, LINEAR + "it chooses ids that are no experts"),
-        (routings.MassWithoutRenormalising, 4, "aten.constant_pad_nd.default stands between"),
+        (routings.ScoresOverABound, 4, LINEAR + "it chooses ids that are not experts"),
+        (routings.Mass, 3, LINEAR + "it chooses ids that are not experts"),
+        (routings.MassWithoutRenormalising, 4, "aten.constant_pad_nd.default is between"),
         (routings.PaddingInTheWeights, 2, "router: custom: it also reads more_0"),
         (routings.PaddingInTheChoice, 2, "router: custom: it also reads more_0"),
         (routings.PaddingInTheLogits, 2, "the logits come from aten.mul.Tensor, not from a lin"),

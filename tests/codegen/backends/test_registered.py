@@ -67,7 +67,7 @@ def test_the_report_says_why_a_kernel_refused() -> None:
         "my relu: it reads something else than f32",
     )
     text = " ".join(str(compiled.report()).split())
-    assert "Without a kernel, a plain loop" in text
+    assert "Run as plain loops, without a kernel" in text
     assert "it reads something else than f32" in text
 
 
@@ -101,7 +101,7 @@ def test_the_null_target_makes_no_code(tmp_path: Path) -> None:
     assert len(report.blocks) == 1
     assert report.kernels["gate"] == 1
     assert report.bytes_out
-    with pytest.raises(UsageError, match="the target 'null' makes no code"):
+    with pytest.raises(UsageError, match="the target 'null' generates no code"):
         compiled(torch.randn(5, WIDTH))
     compiled.save(tmp_path / "null.moec")
 
@@ -109,5 +109,5 @@ def test_the_null_target_makes_no_code(tmp_path: Path) -> None:
 def test_the_null_target_has_nothing_to_verify_or_tune() -> None:
     with pytest.raises(UsageError, match="nothing to verify: switch verification off"):
         moec.compile(nn.Linear(8, 4), (x,), target="null")
-    with pytest.raises(UsageError, match="the target 'null' makes none"):
+    with pytest.raises(UsageError, match="the target 'null' has none"):
         moec.compile(nn.Linear(8, 4), (x,), target="null", verify=False, tune=True)

@@ -13,7 +13,7 @@ REFUSED = {
           y: f32[T, 4] = aten.linear.default(x, w) @ model.head
           return y
         }""",
-        "linear: its second operand is computed: it is no weight of the model",
+        "linear: its second operand is computed, not a weight of the model",
     ),
     "double precision": (
         """graph main(x: f64[T, 8]; w: f64[4, 8]) {
@@ -34,7 +34,7 @@ REFUSED = {
           y: f32[T, 3, 8] = aten.layer_norm.default(x, w, b) <normalized_shape=(3, 8), eps=1e-05>
           return y
         }""",
-        "layer_norm: it normalises 2 axes at once",
+        "layer_norm: it normalises over 2 axes at once",
     ),
     "a norm in double precision": (
         """graph main(x: f64[T, 8]; w: f64[8]) {
@@ -55,14 +55,14 @@ REFUSED = {
           y: f32[2, H, 5, 8] = aten.scaled_dot_product_attention.default(q, k, v)
           return y
         }""",
-        "attention: the number or the width of its heads varies",
+        "attention: the number or the width of its heads is not constant",
     ),
     "stacks that are computed": (
         """graph main(x: f32[R, 8], w: f32[3, 4, 8], ends: i32[3]) {
           y: f32[R, 4] = grouped.linear(x, ends, w) <matrices=1>
           return y
         }""",
-        "grouped: a stack of its weights is computed: it is no weight of the model",
+        "grouped: a stack of its weights is computed, not a weight of the model",
     ),
     "ends that are computed": (
         """graph main(x: f32[T, 8], i: i64[T, 2]; w: f32[3, 4, 8]) {
@@ -71,7 +71,7 @@ REFUSED = {
           y: f32[2*T, 4] = grouped.linear(x, far, w, order) <matrices=1, gather=2>
           return y
         }""",
-        "grouped: the ends of its experts come from no sort of choices",
+        "grouped: the ends of its experts do not come from a sort of the choices",
     ),
     "an order that is computed": (
         """graph main(x: f32[T, 8], i: i64[T, 2]; w: f32[3, 4, 8]) {
@@ -80,7 +80,7 @@ REFUSED = {
           y: f32[2*T, 4] = grouped.linear(x, ends, w, far) <matrices=1, gather=2>
           return y
         }""",
-        "grouped: its order is not that of the sort that its ends come from",
+        "grouped: its order is not from the sort that computes its ends",
     ),
     "rows of other tokens": (
         """graph main(x: f32[4, 8], i: i64[T, 2]; w: f32[3, 4, 8]) {
@@ -96,14 +96,14 @@ REFUSED = {
           y: f32[T, 4] = grouped.linear(x, ends, w) <matrices=1>
           return y
         }""",
-        "grouped: its rows are not as many as the choices that were sorted",
+        "grouped: its number of rows is not the number of sorted choices",
     ),
     "slots of no sort": (
         """graph main(y: f32[R, 8], slots: i32[T, 2], w: f32[T, 2]) {
           out: f32[T, 8] = moe.combine(y, slots, w) <k=2, tokens={T}, weighted=true>
           return out
         }""",
-        "combine: its slots come from no sort of choices",
+        "combine: its slots do not come from a sort of the choices",
     ),
 }
 

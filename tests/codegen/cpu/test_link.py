@@ -62,7 +62,7 @@ def test_no_compiler_and_one_that_is_not_there(machine):
     machine("x86_64")
     with pytest.raises(TargetError, match="install one of cc, gcc, clang, or `pip install ziglang"):
         link.linker("", {}, which())
-    with pytest.raises(TargetError, match="CC names icx, which is not there: unset CC"):
+    with pytest.raises(TargetError, match="CC names icx, which is not installed: unset CC"):
         link.linker("", {"CC": "icx"}, which("cc"))
 
 

@@ -242,11 +242,11 @@ def test_planted_bugs_of_tiles(bug: Bug) -> None:
     [
         (
             QuantisedSpec(8, 48, "float32", format=parse("int4")),
-            "32 codes, which are read at once, would have two scales",
+            "32 codes, which are loaded together, would have two scales",
         ),
         (
             QuantisedSpec(8, 512, "float32", format=replace(parse("int8"), block=256)),
-            "its blocks of 256 weights are neither of 32, 64 or 128 nor rows",
+            "its blocks of 256 weights are neither 32, 64 or 128 nor a row",
         ),
         (
             QuantisedSpec(3, 64, "float32", format=parse("int4")),

@@ -166,8 +166,8 @@ def test_planted_bugs(bug: Bug) -> None:
     ("spec", "words"),
     [
         (LinearSpec(32, 64, "int8"), "products of int8 have no CUDA kernel"),
-        (LinearSpec(32, 60, "bfloat16"), "its rows of 60 elements are no multiple of 16 bytes"),
-        (LinearSpec(32, 62, "float32"), "its rows of 62 elements are no multiple of 16 bytes"),
+        (LinearSpec(32, 60, "bfloat16"), "its rows of 60 elements are not a multiple of 16 bytes"),
+        (LinearSpec(32, 62, "float32"), "its rows of 62 elements are not a multiple of 16 bytes"),
         (LinearSpec(33, 64, "float32"), "its 33 columns cannot be stored as pairs"),
         (LinearSpec(34, 64, "float32", gated=True), "its 34 columns cannot be stored as pairs"),
         (LinearSpec(32, 64, "float32", "bfloat16"), "its result is bfloat16, not float32"),

@@ -285,7 +285,7 @@ def test_layout_holds_eight_of_gate_then_eight_of_up() -> None:
     ("spec", "words"),
     [
         (LinearSpec(32, 64, "float64"), "products of float64 have no CUDA kernel"),
-        (LinearSpec(32, 60, "bfloat16"), "its rows of 60 elements are no multiple of 16 bytes"),
+        (LinearSpec(32, 60, "bfloat16"), "its rows of 60 elements are not a multiple of 16 bytes"),
         (LinearSpec(33, 64, "bfloat16"), "its 33 columns cannot be stored as pairs"),
         (LinearSpec(34, 64, "bfloat16", gated=True), "its 34 columns cannot be stored as pairs"),
         (LinearSpec(32, 64, "bfloat16", "float16"), "its result is float16, not bfloat16"),

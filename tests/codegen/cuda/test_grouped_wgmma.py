@@ -119,10 +119,10 @@ def test_planted_bugs(bug: Bug) -> None:
 
 
 def test_other_gpus_refuse() -> None:
-    with pytest.raises(NoMatch, match="cuda:sm_80 has no wgmma, sm_90a alone has"):
+    with pytest.raises(NoMatch, match="cuda:sm_80 has no wgmma: only sm_90a has it"):
         grouped_linear_wgmma(PLAIN, SM_80)
 
 
 def test_float32_is_refused() -> None:
-    with pytest.raises(NoMatch, match="wgmma rounds float32"):
+    with pytest.raises(NoMatch, match="wgmma would round float32"):
         grouped_linear_wgmma(replace(PLAIN, dtype="float32"), TARGETS["cuda:sm_90a"])

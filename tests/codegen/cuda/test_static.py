@@ -305,7 +305,8 @@ def test_without_nvcc_and_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "nvcc", lambda: None)
     monkeypatch.setattr(nvidia, "nvrtc", lambda: None)
     words = (
-        "target 'cuda:sm_80': there is neither nvcc nor NVRTC, which compile its kernels; "
+        "target 'cuda:sm_80': there is neither nvcc nor NVRTC, and one of them must "
+        "compile its kernels: "
         r"pip install 'moec\[cuda\]', or install the CUDA toolkit and set CUDA_HOME or PATH to it"
     )
     with pytest.raises(TargetError, match=words):

@@ -164,19 +164,19 @@ def test_activations_of_the_operator(name: str, tmp_path: Path) -> None:
 REFUSED = {
     "geglu": (
         {"body": body(*map(typed, ["s = gelu.default(a)", "y = mul.Tensor(s, b)"]))},
-        "no activation_type of the CPU kernel is what the experts compute",
+        "no activation_type of the CPU kernel computes the activation of these experts",
     ),
     "capacity": (
         {"capacity": 1},
-        "what each expert takes is limited (capacity), which has no attribute",
+        "the experts have a capacity, which the operator does not support",
     ),
     "unweighted": (
         {"combine": UNWEIGHTED},
-        "the weights multiply the experts' input, for which there is no attribute",
+        "the routing weights scale the experts' input, which the operator does not support",
     ),
     "negative": (
         {"routing": '<k=2, score="none">'},
-        "the weights may be negative, and those of the operator are a softmax",
+        "the routing weights may be negative, and the operator computes a softmax",
     ),
 }
 

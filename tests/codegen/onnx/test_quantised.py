@@ -159,7 +159,7 @@ def test_any_routing(runs: list[tuple[Program, Run]], rows: list[list[float]]) -
 REFUSED = {
     "geglu": (
         {"act": GELU},
-        "no activation_type of the CPU kernel is what the experts compute",
+        "no activation_type of the CPU kernel computes the activation of these experts",
     ),
     "narrow": ({"hidden": 24}, "block_size 16 does not divide the 24 weights of a row"),
 }
@@ -180,14 +180,14 @@ def test_what_qmoe_cannot_express(name: str, tmp_path: Path) -> None:
 
 
 def test_qmoe_rounds_rows_that_meet_8_bits() -> None:
-    with pytest.raises(UnsupportedError, match="leaves no rows as they are that meet weights of 8"):
+    with pytest.raises(UnsupportedError, match="rounds rows that are multiplied by 8-bit weights"):
         lower(block("int8:rows16").graph, PROFILES["cpu"], 23, "op")
 
 
 @pytest.mark.parametrize(
     ("form", "words"),
     [
-        ("op", "are those of integers, and the weights are fp8"),
+        ("op", "supports integers, and the weights are fp8"),
         ("rows", "fp8 weights have no ONNX"),
     ],
 )
@@ -208,7 +208,7 @@ def test_layers_that_are_no_experts_are_refused(tmp_path: Path) -> None:
     compiled_model = moec.compile(
         model, (torch.randn(2, 32),), build=False, quant="linears=int8,head=int8"
     )
-    with pytest.raises(UnsupportedError, match="have no ONNX form: quantise the experts alone"):
+    with pytest.raises(UnsupportedError, match="have no ONNX form: quantise only the experts"):
         compiled_model.export_onnx(tmp_path / "m.onnx")
 
 
@@ -255,7 +255,7 @@ def test_a_model_is_quantised_as_it_is_exported(tmp_path: Path) -> None:
 def test_a_quantised_model_is_not_quantised_again(
     compiled: moec.CompiledModel, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="compiled with quant='int8': leave out quant"):
+    with pytest.raises(UsageError, match="compiled with quant='int8': export it without quant"):
         compiled.export_onnx(tmp_path / "m.onnx", quant="int4")
     assert not list(tmp_path.iterdir())
 
@@ -291,6 +291,6 @@ def test_a_wrong_scale_leaves_no_file(
 ) -> None:
     right = Encoding.scales
     monkeypatch.setattr(Encoding, "scales", lambda *args: right(*args) * 1.1)
-    with pytest.raises(VerificationError, match="nothing was written: in ONNX Runtime output"):
+    with pytest.raises(VerificationError, match="no file was written: in ONNX Runtime output"):
         compiled.export_onnx(tmp_path / "m.onnx", ep)
     assert not list(tmp_path.iterdir())

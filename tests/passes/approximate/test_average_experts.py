@@ -82,7 +82,7 @@ def test_weights_are_the_mean_and_bytes_are_saved():
         expected = original.weights[f"layers.0.{name}"].mean(0)
         torch.testing.assert_close(result[f"layers.0.{name}_2"], expected)
     (line,) = step.damage.layers
-    assert line.says == "4 experts are one, by uniform"
+    assert line.says == "4 experts become one, weighted by uniform"
     assert line.bytes_saved == 4 * (3 * 3 * 48 + 4 * 8)  # three experts, and the router
     assert line.flops_saved == 2 * (3 * 48 + 4 * 8)  # one choice of two, and the router
     assert line.changed == step.damage.after.changed == 1
@@ -116,7 +116,7 @@ def test_usage_weighs_the_mean():
             LAYER.replace("(out#, order#, w#)", "(out#, order#, w#, IN)").replace(
                 "weighted=true", "weighted=true, added=true"
             ),
-            "another branch is added inside of the combination",
+            "another branch is added inside moe.combine",
         ),
     ],
     ids=["capacity", "scaled inputs", "added"],
@@ -139,7 +139,9 @@ def test_whole_numbers_have_no_mean():
             "  f2#: i8[4, 8, 6] = aten._to_copy.default(layers.#.w2) <dtype=i8>\n  rows#:",
         )
     )
-    assert "are torch.int8, which have no mean" in declined(program(1, layer), AverageExperts())
+    assert "are torch.int8, whose mean is not defined" in declined(
+        program(1, layer), AverageExperts()
+    )
 
 
 def test_options_are_refused():

@@ -235,21 +235,21 @@ CAPACITY = LAYER.replace(
         (
             LAYER.replace("dispatch(IN, i#)", "dispatch(IN, i#, w#)"),
             NEUTRAL,
-            "the router's weights scale what enters the experts",
+            "the routing weights scale the inputs of the experts",
         ),
         (
             LAYER.replace("combine(out#, order#, w#)", "combine(out#, order#)").replace(
                 ", weighted=true", ""
             ),
             NEUTRAL,
-            "the experts' results have no weights",
+            "the outputs of the experts are not weighted",
         ),
         (
             LAYER.replace("combine(out#, order#, w#)", "combine(out#, order#, w#, IN)").replace(
                 "weighted=true", "weighted=true, added=true"
             ),
             NEUTRAL,
-            "another branch is added inside of the combination",
+            "another branch is added inside moe.combine",
         ),
         (
             LAYER.replace("<k=2, renormalize=true>", "<k=2, groups=2, top_groups=2>"),
@@ -266,17 +266,17 @@ CAPACITY = LAYER.replace(
                 "route(logits#)", "route(t#)"
             ),
             NEUTRAL,
-            "the logits come from no linear layer with a weight of its own",
+            "the logits are not the output of a linear layer with its own weight",
         ),
         (
             LAYER,
             InsertZeroExperts(zero=0, copy=0, constant=0),
-            "zero, copy and constant are all 0: there is nothing to insert",
+            "zero, copy and constant are all 0: give at least one above 0",
         ),
         (
             LAYER,
             InsertZeroExperts(way="calibrated", fraction=0.0),
-            "fraction=0 of 512 choices is none of them",
+            "fraction=0 of 512 choices rounds to no choice: give a greater share",
         ),
     ],
 )
@@ -286,7 +286,7 @@ def test_refusals(layer: str, pass_: InsertZeroExperts, reason: str) -> None:
 
 def test_a_layer_that_has_them_is_left_to_itself() -> None:
     once = change(program(1), NEUTRAL)[-1].program
-    assert declined(once, NEUTRAL) == "some of the experts that are chosen among have no network"
+    assert declined(once, NEUTRAL) == "some experts of the router have no network (zero experts)"
 
 
 def test_options() -> None:

@@ -54,11 +54,11 @@ def test_no_fewer_than_k(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "threshold", "says"),
     [
-        (LAYER, 0.0, "each of 4 experts is used enough"),
+        (LAYER, 0.0, "each of 4 experts is used enough to be kept"),
         (
             LAYER.replace("renormalize=true", "groups=2, top_groups=2"),
             0.9,
-            "among groups of experts, which must stay even",
+            "among groups of experts, which must keep equal sizes",
         ),
     ],
 )

@@ -123,9 +123,9 @@ def test_the_assignment_is_the_best_of_all(n, seed, ties):
 @pytest.mark.parametrize(
     ("layer", "keep", "says"),
     [
-        (LAYER, 1.0, "keep=1 of 4 experts is all of them"),
-        (LAYER, 0.25, "is 1, and each token takes 2"),
-        (LAYER.replace("renormalize=true", 'score="sigmoid"'), 0.5, "scores are sigmoid, which"),
+        (LAYER, 1.0, "keep=1 of 4 experts keeps all of them: nothing would change"),
+        (LAYER, 0.25, "is 1, and each token needs 2"),
+        (LAYER.replace("renormalize=true", 'score="sigmoid"'), 0.5, "scores are sigmoid, whose"),
         (
             LAYER.replace("moe.route(logits#)", "moe.route(logits#, c#)").replace(
                 "  logits#:",

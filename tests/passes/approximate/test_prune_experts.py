@@ -123,13 +123,13 @@ def test_experts_that_nobody_chooses_cost_nothing():
 @pytest.mark.parametrize(
     ("layer", "keep", "says"),
     [
-        (LAYER, 1.0, "keep=1 of 4 experts is all of them"),
-        (LAYER, 0.25, "keep=0.25 of 4 experts is 1, and each token takes 2"),
+        (LAYER, 1.0, "keep=1 of 4 experts is all of them: nothing would change"),
+        (LAYER, 0.25, "keep=0.25 of 4 experts is 1, and each token needs 2"),
         (LAYER.replace("renormalize=true", "groups=2, top_groups=1"), 0.75, "is 3, which 2 groups"),
         (
             LAYER.replace("renormalize=true", "groups=2, top_groups=1"),
             0.5,
-            "is 2, and each token takes 2 from 1 groups of 1",
+            "is 2, and each token needs 2 from 1 groups of 1",
         ),
         (
             LAYER.replace("renormalize=true", 'groups=2, top_groups=2, group_score="top2sum"'),
@@ -158,7 +158,7 @@ def test_experts_that_nobody_chooses_cost_nothing():
                           "dtype=f32>\n  r#: f32[B*S, 8] = aten.add.Tensor(y#, q#)\n  x#:")
             .replace("(IN, y#)", "(IN, r#)"),
             0.5,
-            "rows are read by more than one moe.combine",
+            "rows of the experts are read by more than one moe.combine",
         ),
     ],
     ids=["all", "fewer than k", "uneven groups", "small groups", "pairs", "ids read", "no router",

@@ -112,17 +112,17 @@ def test_experts_that_nobody_chooses_go_first():
                 "  rows#:",
                 "  j#: i64[B*S, 2] = moe.capacity(i#) <num_experts=4, capacity=3>\n  rows#:",
             ),
-            "drops choices beyond a capacity, which by=error cannot foresee",
+            "drops choices beyond a capacity, which by=error does not model",
         ),
         (
             LAYER.replace("moe.dispatch(IN, i#)", "moe.dispatch(IN, i#, w#)"),
-            "weights scale what enters the experts, and by=error needs sums",
+            "weights scale the inputs of the experts, and by=error needs a weighted sum of outputs",
         ),
         (
             LAYER.replace("(out#, order#, w#)", "(out#, order#, v#)").replace(
                 "  rows#:", "  v#: f32[B*S, 2] = aten.mul.Tensor(w#) <other=2.0>\n  rows#:"
             ),
-            "weights of the experts' results are not those of the router alone",
+            "outputs of the experts are weighted by more than the router's weights",
         ),
     ],
     ids=["capacity", "scaled inputs", "other weights"],
@@ -167,7 +167,7 @@ def test_one_ranking_for_all_layers(layers, keep, expected):
 @pytest.mark.parametrize(
     ("keep", "says"),
     [
-        (1.0, "keep=1 of all 8 experts is all of them"),
+        (1.0, "keep=1 of all 8 experts is all of them: nothing would change"),
         (0.4, "keep=0.4 of all 8 experts is 3, and their routers need 4"),
     ],
 )

@@ -194,7 +194,7 @@ def declined(program: Program, pass_: RefactorDense = SMALL, calib: Any = DOMAIN
         (
             GATED.replace("  u#: f32[B, S, 12] = aten.linear.default(IN, layers.#.w3)",
                           "  u#: f32[B, S, 1] = aten.linear.default(IN, one)"),
-            "layers.0: u0: f32[B, S, 1] meets other channels than its own on the way to h0",
+            "layers.0: u0: f32[B, S, 1] mixes channels before h0",
         ),
         (
             "\n  m#: f32[B, 8] = aten.mean.dim(IN) <dim=(1,)>"
@@ -218,7 +218,7 @@ def test_declines(layer, says):
 
 def test_declines_what_has_nothing_to_choose():
     same = {"low": tokens(0, 10), "high": tokens(0, 10)}
-    says = "layers.0: all domains keep the same channels, so that no expert has its own"
+    says = "layers.0: all domains keep the same channels, so the experts would be equal"
     assert says in declined(program(1), calib=same)
     for keep, which in ((1.0, "all"), (0.01, "none")):
         says = f"keep={keep:g} of 12 channels is {which} of them"
@@ -231,7 +231,7 @@ def test_declines_a_model_that_reads_no_tokens():
     text = text.replace("aten.embedding.default(embed, ids)", "aten.neg.default(x)")
     changed = Program(parse(text), original.weights)
     data = {name: {"x": torch.randn(16, 16, 8)} for name in DOMAINS}
-    says = "the model: it looks up no token ids [B, S] that a router could read"
+    says = "the model: the model has no input of token ids [B, S] that a router could read"
     assert says in declined(changed, calib=data)
 
 
@@ -326,6 +326,6 @@ class Saved(Small):
 
 
 def test_a_dense_model_is_of_its_class_no_more():
-    says = r"ffns\.0 was dense, and its class has no experts there"
+    says = r"ffns\.0 was dense, and its class has no experts in this layer"
     with pytest.raises(UsageError, match=says):
         moec.transform(Saved(), "+refactor-dense(width=8,steps=1)", (IDS,), calib=TWO, form="class")

@@ -68,7 +68,9 @@ def test_codes_come_back_as_they_were_stored():
 
 
 def test_experts_that_are_not_compressed_are_declined():
-    assert declined(program(1), TuneGrids()) == "the experts are not compressed"
+    assert declined(program(1), TuneGrids()) == (
+        "the experts are not compressed: run compress-experts first"
+    )
 
 
 def test_the_budget_undoes_layers():

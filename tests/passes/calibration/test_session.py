@@ -65,7 +65,7 @@ def test_the_report_tells_price_and_damage(pruned: moec.CompiledModel) -> None:
     assert damage.after.error == layer.after.error > 0
     assert damage.after.kl is None  # no language model
     assert report.parameters * 4 == damage.bytes_after
-    assert "checked against the graph as the passes changed it" in str(report)
+    assert "the compiled code was compared with the graph that the passes changed" in str(report)
     assert "prune-experts(keep=0.75,by=usage,seed=0,scope=layer), on 64 tokens" in str(report)
     assert Report.of_dict(report.to_dict()) == report
 
@@ -131,7 +131,7 @@ def test_two_passes_share_one_budget() -> None:
     assert second.damage.bytes_before == first.damage.bytes_after
     assert [op.attrs["num_experts"] for op in second.program.graph.ops
             if op.name == "moe.dispatch"] == [2, 2]  # fmt: skip
-    assert "is all of them" in "; ".join(
+    assert "is all of them: nothing would change" in "; ".join(
         d.reason for d in change(original, HALF, PruneExperts(keep=0.9))[-1].declined
     )
 
@@ -233,9 +233,12 @@ def test_a_model_that_looks_ahead_is_no_language_model() -> None:
         ({"y": torch.zeros(64, 2)}, "calib holds y, and the model takes ids: i64[B, S]"),
         ({"ids": torch.zeros(4, 16)}, "ids is torch.float32, the model takes i64"),
         ({"ids": torch.zeros(64, dtype=torch.int64)}, "ids is not i64[B, S]: rank 1"),
-        ({"ids": torch.full((4, 16), 20)}, "from 20 to 20, and the model knows ids from 0 to 19"),
+        ({"ids": torch.full((4, 16), 20)}, "from 20 to 20, and the model takes ids from 0 to 19"),
         ({"ids": torch.zeros(0, 16, dtype=torch.int64)}, "ids is empty"),
-        ({"ids": tokens(16)}, "hold 16 tokens, too few to tell the 4 experts of layers.0 apart"),
+        (
+            {"ids": tokens(16)},
+            ("hold 16 tokens, too few to distinguish the 4 experts of layers.0"),
+        ),
         ({"ids": tokens(1024).reshape(8, 128)}, "size S is 128, the model takes 1 to 64"),
         ({"ids": np.array(["a"])}, "ids is no array of numbers"),
     ],
@@ -252,7 +255,7 @@ def test_a_model_without_floats_is_refused() -> None:
         "  return scores",
         "  best: i64[B, S] = aten.argmax.default(scores) <dim=-1>\n  return best",
     )
-    with pytest.raises(UsageError, match="whole numbers alone: no distance can be measured"):
+    with pytest.raises(UsageError, match="are integers: no distance can be measured"):
         change(Program(parse(text), original.weights), HALF)
 
 
@@ -266,7 +269,7 @@ def test_data_from_files(tmp_path: Path) -> None:
     ]
     assert changed[0] == changed[1] == changed[2]
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UsageError, match=r"brings no tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"has no tokenizer\.json"):
         change(program(), HALF, calib=tmp_path / "a.txt")
 
 
@@ -327,30 +330,34 @@ def compile_with(**options: Any) -> Any:
         ({"passes": [HALF]}, "prune-experts needs calibration data: give --calib"),
         ({"passes": "+prune-experts(keep=0.5)"}, "needs calibration data"),
         ({"passes": [HALF], "calib": 3}, "calib is a int: give the path of a file, or tensors"),
-        ({"passes": [HALF], "calib": "a.csv"}, "kept in .npz, .safetensors, .txt"),
+        ({"passes": [HALF], "calib": "a.csv"}, (
+            "must be a file of type .npz, .safetensors, .txt"
+        )),
         ({"passes": [HALF], "calib": "no.npz"}, "--calib no.npz: there is no such file"),
         ({"passes": [HALF], "calib": "a=b.npz,c"}, "--calib a=b.npz,c: write NAME=FILE,NAME=FILE"),
-        ({"passes": [HALF], "calib": "a=x.npz,a=y.npz"}, "with another name for each domain"),
+        ({"passes": [HALF], "calib": "a=x.npz,a=y.npz"}, "with a different name for each domain"),
         ({"passes": [HALF], "calib": "a=no.npz"}, "--calib a=no.npz: there is no such file"),
         ({"passes": [HALF], "calib": {"a": data, "b": 3}}, "calib['b'] is a int: give the path"),
         ({"passes": [HALF], "calib": data, "budget": "kl<1"}, "write METRIC<=NUMBER"),
         ({"passes": [HALF], "calib": data, "budget": "loss<=1"}, "one of kl, perplexity, error"),
         ({"passes": [HALF], "calib": data, "budget": "kl<=-1"}, "write METRIC<=NUMBER"),
-        ({"passes": [HALF], "calib": data, "budget": "kl<=1,kl<=2"}, "kl is limited twice"),
+        ({"passes": [HALF], "calib": data, "budget": "kl<=1,kl<=2"}, "kl has two limits"),
         ({"passes": [HALF], "calib": data, "budget": "kl<=1"}, "causal language model, which"),
         ({"passes": [HALF], "calib": data, "strict": True}, "give --budget too"),
-        ({"calib": data}, "--calib is for passes that change the model and for --quant, and none"),
-        ({"budget": "kl<=1"}, "--budget is for passes that change the model"),
+        ({"calib": data}, (
+            "--calib is for passes that change the model and for --quant, and neither"
+        )),
+        ({"budget": "kl<=1"}, "--budget limits passes that change the model"),
         ({"passes": [3]}, "passes holds a int: give text or passes"),
         ({"passes": "+prune"}, "where name is one of canonicalise, "),
-        ({"passes": "-prune-experts"}, "prune-experts runs only where it is asked for"),
+        ({"passes": "-prune-experts"}, "prune-experts is off by default: leave it out"),
         ({"passes": "+prune-experts(kep=1)"}, "did you mean 'keep'? prune-experts takes keep"),
         ({"passes": "+prune-experts(keep)"}, "write keep as option=value; prune-experts takes"),
         ({"passes": "+prune-experts(keep=a)"}, "keep is 'a', expected a number from 0 to 1"),
         ({"passes": "+prune-experts(keep=2)"}, "keep is 2.0, expected a number from 0 to 1"),
         ({"passes": "+prune-experts(keep=1,keep=1)"}, "keep is given twice"),
         ({"passes": "+prune-experts(by=size)"}, "expected one of usage, reap, error, random"),
-        ({"passes": "+prune-experts(keep=1"}, "a parenthesis has no partner"),
+        ({"passes": "+prune-experts(keep=1"}, "a parenthesis is unbalanced"),
         ({"passes": "+prune-experts(keep=1)x"}, "the list ends with )"),
         ({"passes": "+fuse-gate(a=1)"}, "fuse-gate has no options"),
     ],

@@ -128,19 +128,19 @@ OTHER = "  other: f32[B, 2, S, 8] = aten.neg.default({}) @ layer.other\n  y:"
         ({"return y": "return y, r"}, "r is also read by the caller"),
         (
             {ROTARY: f'{ROTARY} <pairs="neighbours">'},
-            "the pairs of t are neighbours, and appending turns halves",
+            "the pairs of t are neighbouring features, and the cache kernel rotates halves",
         ),
-        ({"f32": "f64"}, "t is f64, which no kernel turns while it appends"),
+        ({"f32": "f64"}, "t is f64, which the cache kernel cannot rotate"),
         (
             {"cos: f32": "cos: f64"},
-            "cos is f64, which no kernel turns while it appends",
+            "cos is f64, which the cache kernel cannot rotate",
         ),
         (
             {
                 "x: f32[B, S, 2, 8]": "x: f32[B, 2, S, 8]",
                 "aten.permute.default(x) <dims=(0, 2, 1, 3)>": "aten.neg.default(x)",
             },
-            "t is no permutation: it is made where it is turned",
+            "t is not a permutation of the layout",
         ),
     ],
 )
@@ -164,7 +164,7 @@ def test_rows_where_tokens_stand_first_are_declined() -> None:
     )
     step = fused(parse(text))
     (declined,) = step.declined
-    assert declined.reason == "x is turned where tokens stand before heads"
+    assert declined.reason == "x is rotated in the layout [B, tokens, heads, features]"
 
 
 def test_it_is_a_pass_of_the_step_that_can_be_left_out() -> None:

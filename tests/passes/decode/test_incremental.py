@@ -193,7 +193,7 @@ REFUSALS = {
         "  g: bool[B, S] = aten.ge.Scalar(input_ids) <other=1> @ model\n"
         "  m: bool[B, 1, 1, S] = aten.reshape.default(g) <shape=({B}, 1, 1, {S})> @ model\n"
         + ATTENTION.replace("(q, q, q) <", "(q, q, q, m) <masked=true, "),
-        "the attention at model.attention has a mask of its own, m",
+        "the attention at model.attention has an unsupported mask, m",
     ),
     "sum_of_tokens": (
         "  t: f32[B, 2, 1, 4] = aten.sum.dim_IntList(q) <dim=(2), keepdim=true> @ model.mixer\n"
@@ -209,7 +209,7 @@ REFUSALS = {
     "neighbours": (
         "  q2: f32[B, 2, S, 4] = aten.roll.default(q) <shifts=(1), dims=(2)> @ model.mixer\n"
         + ATTENTION.replace("q, q, q", "q2, q2, q2"),
-        "aten.roll.default at model.mixer may mix tokens: no rule says how it treats them",
+        "aten.roll.default at model.mixer may mix tokens: no rule is known for this op",
     ),
     "products_of_tokens": (
         "  t: f32[B, 2, 4, S] = aten.permute.default(q) <dims=(0, 1, 3, 2)> @ model\n"
@@ -219,11 +219,11 @@ REFUSALS = {
     ),
     "no_attention": (
         "  y1: f32[B, 2, S, 4] = aten.relu.default(q) @ model\n",
-        "the model has no attention that moec fused",
+        "no attention of the model was recognised",
     ),
     "places_that_begin_elsewhere": (
         ATTENTION + "  odd: i64[S - 1] = aten.arange.start_step() <start=1, end={S}> @ model.odd\n",
-        "aten.arange.start_step at model.odd counts tokens otherwise than 0, 1, 2, …",
+        "aten.arange.start_step at model.odd numbers tokens in another way than 0, 1, 2, …",
     ),
 }
 
@@ -239,11 +239,15 @@ def test_refusals(name: str) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ("<start=0, end={S}>", "<start=0, end={S}, step=2>", "counts tokens otherwise than 0, 1"),
+        (
+            "<start=0, end={S}>",
+            "<start=0, end={S}, step=2>",
+            ("numbers tokens in another way than 0, 1"),
+        ),
         (
             "input_ids: i64[B, S];",
             "input_ids: i64[B, S], extra: f32[B];",
-            "the model takes input_ids, extra, and not token ids alone",
+            "the model takes input_ids, extra, not only token ids",
         ),
         ("input_ids: i64[B, S];", "input_ids: i64[B, 7];", "and not token ids i64[B, S] of any"),
     ],
@@ -328,12 +332,16 @@ def test_a_state_goes_on_where_the_piece_before_ended(pieces: list[int]) -> None
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        ("padding=(2)", "padding=(1)", "the convolution at model.conv does not end with the token"),
-        ("<dim=2, end={S}>", "<dim=2, start=2, end={S + 2}>", "the convolution at model.conv does"),
+        ("padding=(2)", "padding=(1)", "the convolution at model.conv is not causal"),
+        (
+            "<dim=2, end={S}>",
+            "<dim=2, start=2, end={S + 2}>",
+            "the convolution at model.conv is not",
+        ),
         (
             "(u, u, u, decay) @",
             "(u, u, u, decay, began) <started=true> @",
-            "the linear attention at model.mix starts from a state of the model's own",
+            "the linear attention at model.mix starts from a state of the model itself",
         ),
     ],
 )

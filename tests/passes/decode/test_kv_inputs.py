@@ -93,8 +93,8 @@ def test_other_states_are_refused() -> None:
     with pytest.raises(NoMatch) as refused:
         with_past_inputs(full)
     assert str(refused.value) == (
-        "the convolution at model.conv carries a state of its own from token to token, in which "
-        "padding would count"
+        "the convolution at model.conv carries a state from token to token, which padding would "
+        "change"
     )
 
 

@@ -108,7 +108,7 @@ def test_declined(name: str) -> None:
     masks = ["attention_mask"] * 2 + [
         word for _ in range(2) for word in ("decoder_attention_mask", "attention_mask")
     ]
-    expected = [f"the mask depends on what is in {mask}, not on sizes only" for mask in masks]
+    expected = [f"the mask depends on the values of {mask}, not only on sizes" for mask in masks]
     assert reasons == (expected if name == "switch_transformers" else [])
 
 

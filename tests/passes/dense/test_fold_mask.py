@@ -272,7 +272,7 @@ def test_one_batch_item_differs() -> None:
     [
         (
             "  mask: bool[B, 1, 1, S] = aten.reshape.default(pad) <shape=({B}, 1, 1, {S})>\n",
-            "the mask depends on what is in pad, not on sizes only",
+            "the mask depends on the values of pad, not only on sizes",
         ),
         (
             "  mask: bool[1, 1, S, S] = aten.lt.Tensor(l, s)\n",
@@ -291,12 +291,12 @@ def test_one_batch_item_differs() -> None:
         (
             "  square: i64[1, 1, S, 1] = aten.mul.Tensor(s, s)\n"
             "  mask: bool[1, 1, S, S] = aten.le.Tensor(l, square)\n",
-            "the mask is computed with aten.mul.Tensor, whose values are not studied",
+            "the mask is computed with aten.mul.Tensor, for which no rule is known",
         ),
         (
             "  sine: f32[1, 1, S, 1] = aten.sin.default(s)\n"
             "  mask: bool[1, 1, S, S] = aten.le.Tensor(l, sine)\n",
-            "the mask is computed with aten.sin.default, whose values are not studied",
+            "the mask is computed with aten.sin.default, for which no rule is known",
         ),
         (
             "  rows: bool[1, 1, S, 64] = aten.slice.Tensor(table) <dim=2, start=0, end={S}>\n"
@@ -305,7 +305,7 @@ def test_one_batch_item_differs() -> None:
         ),
         (
             "  " + CAUSAL + near(10**6) + both("causal", "near"),
-            "the mask has a constant of 1000000, too large to study",
+            "the mask has a constant of 1000000, too large to analyse",
         ),
         (
             "  number: i64[] = aten.sum.default(pad)\n"

@@ -202,7 +202,7 @@ EAGER = PRODUCT + SCALED + ADDED + SOFTMAX.format("m") + VALUES
     [
         (
             REPEAT + SDPA.format("", "dropout_p=0.1"),
-            "drops shares at random, dropout_p=0.1",
+            "has dropout, dropout_p=0.1",
         ),
         (
             PRODUCT + "  s: f32[B, 4, S, L] = aten.add.Tensor(dots, seen)\n"
@@ -220,12 +220,12 @@ EAGER = PRODUCT + SCALED + ADDED + SOFTMAX.format("m") + VALUES
             + "  low: f32[] = aten.scalar_tensor.default() <s=-100.0, dtype=f32>\n"
             + "  m: f32[B, 4, S, L] = aten.where.self(seen, s, low)\n"
             + SOFTMAX.format("m") + VALUES,
-            "hidden scores become -100.0, not -inf",
+            "masked scores become -100.0, not -inf",
         ),
         (
             PRODUCT + SCALED + "  m: f32[B, 4, S, L] = aten.where.self(seen, s, pad)\n"
             + SOFTMAX.format("m") + VALUES,
-            "hidden scores become pad, not -inf",
+            "masked scores become pad, not -inf",
         ),
         (
             PRODUCT + SCALED + "  n: f32[B, 4, S, L] = aten.where.self(seen, s, hidden)\n"

@@ -106,7 +106,7 @@ def test_the_other_norm_of_one_sum_stays() -> None:
             {SCALED: SCALED + "  v: bf16[40] = aten.neg.default(w)\n", "(total, w)": "(total, v)"},
             "the norm's weight v is computed, and not a parameter",
         ),
-        ({"bf16": "f64"}, "norms of f64[T, 40] have no kernel that adds"),
+        ({"bf16": "f64"}, "norms of f64[T, 40] have no kernel with an addition"),
         (
             {"again, w, b) <normalized_shape=(40)": "again) <normalized_shape=({T}, 40)"},
             "the norm is over the axes (T, 40), and not the last one",

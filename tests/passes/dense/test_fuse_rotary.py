@@ -150,15 +150,15 @@ def test_casts_belong_to_the_op() -> None:
     [
         (
             (8, LLAMA.replace("aten.mul.Tensor(x, cos)", "aten.mul.Tensor(z, cos)")),
-            "turns the halves of x, but adds z by cos",
+            "rotates the halves of x, but adds z by cos",
         ),
         (
             (4, SPLIT + CROSS.replace("(b, cos)", "(b, sin)")),
-            "the two halves are turned by different angles",
+            "the two halves are rotated by different angles",
         ),
         (
             (8, LLAMA.replace("part: f32", "part: f64").replace("y: f32", "y: f64")),
-            "turns f32[B, 4, S, 8] into f64[B, 4, S, 8]",
+            "rotates f32[B, 4, S, 8] into f64[B, 4, S, 8]",
         ),
     ],
     ids=["other", "angles", "dtype"],

@@ -111,7 +111,7 @@ class Customised(nn.Module):
     def forward(self, x: Tensor) -> Any:
         shared = [expert(x) for expert in self.shared]
         tasks = [[expert(x) for expert in experts] for experts in self.tasks]
-        banks = [(gate, own + shared) for gate, own in zip(self.gates, tasks, strict=True)]
+        banks = [(gate, experts + shared) for gate, experts in zip(self.gates, tasks, strict=True)]
         if self.gate is not None:
             banks.append((self.gate, [*tasks[0], *tasks[1], *shared]))
         return tuple(

@@ -119,7 +119,7 @@ def test_fuse_gate_declines_logits_with_other_readers():
         ("c: f32[R, 12] = aten.linear.default(bx, b1)\n"
          "y: f32[R, 8] = aten.linear.default(c, c)\n return y", "does not multiply rows"),
         ("y: f32[12, 8] = aten.relu.default(b1)\n return y", "does not depend on its rows"),
-        ("m: f32[R, 8] = aten.add.Tensor(bx, b2)\n return m", "meet its weight b2"),
+        ("m: f32[R, 8] = aten.add.Tensor(bx, b2)\n return m", "expert uses its weight b2"),
     ],
     ids=["an op of no row", "an op of weights", "rows by rows", "no rows", "a matrix added"],
 )  # fmt: skip

@@ -155,12 +155,12 @@ FIXED = FIXED.replace("  size B in [0, inf]\n", "")
 @pytest.mark.parametrize(
     ("text", "degree", "reason"),
     [
-        (MAIN, 4, "2 key-value heads cannot be shared by 4 ranks"),
+        (MAIN, 4, "2 key-value heads cannot be split over 4 ranks"),
         (GIVEN_SINKS, 2, "s is computed from the inputs, not stored"),
-        (PACKED, 2, "aten.slice.Tensor at attn is not of each head by itself"),
-        (TOKENS, 2, "only attention [B, heads, S, d] is cut by heads"),
+        (PACKED, 2, "aten.slice.Tensor at attn mixes heads"),
+        (TOKENS, 2, "only attention [B, heads, S, d] can be split by heads"),
         (READ, 2, "k is also read by aten.neg.default"),
-        (TURNED, 2, "aten.silu.default at attn is not of each head by itself"),
+        (TURNED, 2, "aten.silu.default at attn mixes heads"),
         (FIXED, 2, "its number of texts is 2, no size of its own"),
     ],
     ids=["too few", "sinks of a caller", "packed", "tokens first", "read", "silu", "fixed"],
@@ -176,5 +176,5 @@ def test_a_plan_of_other_layers() -> None:
     log = Log()
     parallelise(program(MAIN), shared(2, layers=2), 0, log)
     assert [d.reason for d in log.declined] == [
-        "attention is whole on every rank: the model has 1 attentions, the plan 2 layers"
+        "attention is replicated on every rank: the model has 1 attentions, the plan 2 layers"
     ]

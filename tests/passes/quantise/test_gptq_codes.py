@@ -94,7 +94,7 @@ def test_from_compile_to_the_report() -> None:
     assert line.covered == line.parts
     report = model.report()
     assert Report.of_dict(report.to_dict()) == report
-    assert "error rounded to nearest" in str(report)
+    assert "error when rounded to nearest" in str(report)
     assert "too few rows" not in str(report)
     assert model.checked is not None
 
@@ -123,5 +123,5 @@ def test_linear_layers_see_all_tokens() -> None:
 def test_data_that_nothing_asked_for_are_refused() -> None:
     with pytest.raises(UsageError, match="--calib is for passes that change the model and for --q"):
         moec.compile(None, calib={"x": torch.randn(4, WIDTH)})
-    with pytest.raises(UsageError, match="--budget is for passes that change the model"):
+    with pytest.raises(UsageError, match="--budget limits passes that change the model"):
         moec.compile(None, quant="int8", budget="kl<=1")

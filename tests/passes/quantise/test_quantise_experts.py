@@ -98,7 +98,7 @@ def test_weights_that_two_ops_read_are_quantised_once():
         (
             "int8",
             lambda w: {n: t for n, t in w.items() if n != "down"},
-            "the weights down are computed while the model runs",
+            "the weights down are computed at run time",
         ),
     ],
 )

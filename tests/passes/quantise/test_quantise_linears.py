@@ -94,7 +94,7 @@ def test_it_means_the_graph_with_rounded_weights(text):
     [
         ("int4:64", {}, "attention.out", "blocks of 64 do not divide the 32 weights of a row"),
         ("int8", {"p": torch.nan}, "attention.in", "the weights p hold an infinity or a NaN"),
-        ("int8", {}, "mlp.shared_gate", "its 1 outputs are too few to be worth rounding"),
+        ("int8", {}, "mlp.shared_gate", "it has only 1 outputs: quantising it saves too little"),
     ],
 )
 def test_declines(text, change, where, says):

@@ -115,4 +115,4 @@ def test_other_ways_to_force_stay_custom(kind: type[nn.Module]) -> None:
     compiled = steps(kind(), "recognise-routers")
     assert [block.router for block in compiled.blocks] == ["custom"]
     (declined,) = [d for d in compiled.declined if d.rule == "recognise-routers"]
-    assert "routings were tried" in declined.reason
+    assert "forms of routing were tried" in declined.reason

@@ -106,4 +106,4 @@ def test_a_result_that_others_read() -> None:
     result = steps(ReadByOthers())
     assert result.blocks == ()
     (declined,) = [d for d in result.declined if d.rule == "recognise-mixtures"]
-    assert declined.reason == "what one of its experts gives is read by others too"
+    assert declined.reason == "the output of one of its experts is read by other ops too"

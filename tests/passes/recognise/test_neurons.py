@@ -129,7 +129,7 @@ def test_any_size(kind: type[Peer], keys: int, k: int, batch: int, tokens: int, 
     ("kind", "reason"),
     [
         (WeighedFirst, "the numbers differ by"),
-        (Clamped, "its rows are not multiplied by tokens, weighed and summed"),
+        (Clamped, "its rows are not multiplied by tokens, weighted and summed"),
     ],
 )
 def test_look_alikes_are_declined(kind: type[Peer], reason: str) -> None:

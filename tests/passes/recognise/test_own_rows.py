@@ -29,9 +29,9 @@ def test_one_product_is_no_network() -> None:
     [
         (
             other_choices.MaskedHeads,
-            "topk.default chooses among 4, and what it chooses is no network",
+            "topk.default chooses among 4, and the choices are not experts",
         ),
-        (other_choices.ChosenRows, "chooses among T rows: rows are chosen, and no experts"),
+        (other_choices.ChosenRows, "chooses among T rows: it chooses rows, not experts"),
     ],
 )
 def test_choices_of_what_is_no_expert_are_declined(form: type[nn.Module], why: str) -> None:

@@ -35,18 +35,18 @@ class TwoBest(nn.Module):
     def kept(self, padding: Tensor) -> Tensor:
         return ~padding.bool()
 
-    def weighed(self, shares: Tensor, kept: Tensor) -> Tensor:
+    def weighed(self, shares: Tensor, mask: Tensor) -> Tensor:
         return shares
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        scores, kept = self.gate(x).softmax(-1), self.kept(padding).long()[:, None]
+        scores, mask = self.gate(x).softmax(-1), self.kept(padding).long()[:, None]
         first = F.one_hot(scores.argmax(-1), E)
         second = F.one_hot(scores.masked_fill(first.bool(), -torch.inf).argmax(-1), E)
-        first, second = first * kept, second * kept
+        first, second = first * mask, second * mask
         best, next_best = (scores * first).sum(-1), (scores * second).sum(-1)
         total = (best + next_best).clamp(min=torch.finfo(scores.dtype).eps)
         shares = (best / total)[:, None] * first + (next_best / total)[:, None] * second
-        shares = self.weighed(shares, kept)
+        shares = self.weighed(shares, mask)
         out = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
             rows = torch.where(shares[:, number] != 0)[0]
@@ -57,8 +57,8 @@ class TwoBest(nn.Module):
 class AllExperts(TwoBest):
     """Rows of padding reach every expert."""
 
-    def weighed(self, shares: Tensor, kept: Tensor) -> Tensor:
-        return torch.where(kept.bool(), shares, 0.25)
+    def weighed(self, shares: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask.bool(), shares, 0.25)
 
 
 class NoWeight(TwoBest):

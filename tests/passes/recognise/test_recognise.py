@@ -213,7 +213,8 @@ def test_unknown_router_leaves_the_block() -> None:
     assert not any(op.name == "moe.route" for op in program.graph.ops)
     (why,) = declined
     assert re.fullmatch(
-        r"router: custom: \d+ routings were tried from linear; the last: weights or choices "
+        r"router: custom: \d+ forms of routing were tried from linear; the last one: "
+        r"weights or choices "
         r"differ \(.*\)",
         why.reason,
     )
@@ -292,12 +293,12 @@ def test_experts_that_are_chosen_and_not_used_are_left_out() -> None:
 
 REFUSED: dict[Callable[[], nn.Module], str] = {
     others.ExpertChoice: "experts choose their tokens: aten.topk.default chooses among T of them",
-    others.Unequal: "only 2 of the 4 experts that are chosen among are alike",
+    others.Unequal: "only 2 of the 4 experts that the router chooses among are alike",
     others.Missing: "its branches are the experts [0, 1, 3], expected 0 to 2",
     others.Thresholded: "static loop: the numbers differ by",
-    others.NeverSkipped: "aten.gt.Scalar of exp comes out the same on all random",
-    others.Limited: "aten.clamp.default of sum_3 bounds all or nothing on all random inputs",
-    others.NeverNegative: "bounds all or nothing on all random inputs",
+    others.NeverSkipped: "aten.gt.Scalar of exp has the same result on all random",
+    others.Limited: "aten.clamp.default of sum_3 changes all values or none on all random inputs",
+    others.NeverNegative: "changes all values or none on all random inputs",
     others.WrongExpert: "static loop: the numbers differ by",
     stacks.InputSideBiased: "evaluate all, then select: the numbers differ by",
     stacks.Misaligned: "sums over (feature 16, rows 4) and (rows 4, feature 16)",

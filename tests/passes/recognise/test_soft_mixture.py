@@ -117,13 +117,16 @@ def test_one_expert_or_one_slot(kind: type[Soft], experts: int, slots: int, form
     [
         (SlotsFirst, "its dispatch weights are a softmax over 3 x 2, not over the tokens, S"),
         (ByExpert, "its combine weights are a softmax over 2, not over all slots, 6"),
-        (MaskedAfter, "aten.mul.Tensor stands between a softmax and the dispatch that it weighs"),
-        (Renormalised, "aten.div.Tensor stands between a softmax and the dispatch that it weighs"),
+        (MaskedAfter, "aten.mul.Tensor is between a softmax and the dispatch that it weights"),
+        (Renormalised, "aten.div.Tensor is between a softmax and the dispatch that it weights"),
         (OtherKinds, "its experts differ in more than their weights"),
-        (Mixed, "is no work of experts"),
-        (ReadsTokens, "is no work of experts"),
+        (Mixed, "are not experts"),
+        (ReadsTokens, "are not experts"),
         (Uneven, "its 7 slots are not as many for each of 3 experts"),
-        (LoopedToOthers, "weigh the slots and the tokens of experts [(2, 0), (0, 1), (1, 2)]"),
+        (
+            LoopedToOthers,
+            ("weight the slots and the tokens of different experts: [(2, 0), (0, 1), (1, 2)]"),
+        ),
         (LoopedOverOthers, "its steps read different tokens"),
         (OneReadsTokens, "aten.add.Tensor joins rows with mean"),
     ],
@@ -146,7 +149,7 @@ def test_rows_that_even_ends_do_not_share_out() -> None:
         }
         """
     )
-    with pytest.raises(NoMatch, match="not as many as its experts share out evenly"):
+    with pytest.raises(NoMatch, match="not split evenly among the experts"):
         check_linears(graph.ops[1], graph)
 
 

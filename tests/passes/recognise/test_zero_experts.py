@@ -112,8 +112,8 @@ class Swapped(forms.Layer):
     [
         (
             Biased,
-            "only 4 of the 7 experts that are chosen among are alike: a constant has weights "
-            "[2, D] and [D], an expert of its kind",
+            "only 4 of the 7 experts that the router chooses among are alike: a constant has "
+            "weights [2, D] and [D], an expert of its kind",
         ),
         (Swapped, "static loop: the numbers differ by"),
     ],

@@ -122,7 +122,7 @@ def test_what_comes_between_moves_behind() -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (call(1, "x") + call(2, "y1"), "its experts are called again with what they give"),
+        (call(1, "x") + call(2, "y1"), "its experts are applied to their own outputs"),
         (call(1, "x") + call(2, "z", "other, down"), ""),
         (call(1, "x", capacity=True) + call(2, "z", capacity=True), ""),
     ],

@@ -48,7 +48,7 @@ def test_numbers(rows: int, seed: int) -> None:
     """The same sums, in an order that a product of more columns may change."""
     before = program(seed=seed)
     result = joined(before)
-    assert result.says == ("2 linear layers that read one value are one",)
+    assert result.says == ("2 linear layers that read one value become one",)
     inputs = [torch.randn(rows, 4), torch.randn(rows, 2)]
     expected = evaluate(before.graph, inputs, before.weights)
     results = evaluate(result.program.graph, inputs, result.program.weights)

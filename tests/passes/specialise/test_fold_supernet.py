@@ -92,7 +92,7 @@ def test_one_dense_layer_with_the_same_numbers(
 def test_a_mixture_by_an_input_that_is_not_bound_is_declined() -> None:
     step = folded(model(ROUTER + LAYERS))
     assert [(d.where, d.reason) for d in step.declined] == [
-        ("fc", "its weight is mixed by arch: bind that too")
+        ("fc", "its weight is mixed by arch: bind that input too")
     ]
     assert step.rewrites == 0
 

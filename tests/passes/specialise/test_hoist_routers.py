@@ -83,8 +83,8 @@ def test_text(golden: Any) -> None:
 def test_every_layer_is_told_of_and_the_router_runs_once() -> None:
     step = hoisted(model(ONE_FOR_ALL))
     assert step.says == (
-        "layers.0: its experts are known from ids alone",
-        "layers.1: its experts are known from ids alone",
+        "layers.0: its experts depend on ids only",
+        "layers.1: its experts depend on ids only",
     )
     parts = split(step.program)
     assert parts is not None
@@ -134,7 +134,7 @@ def test_weights_that_rows_tell_stay() -> None:
             HIDDEN + layer(0, "h") + layer(1, "x0"),
             ["its router reads hidden states: h = aten.linear.default @ attention"] * 2,
         ),
-        (FIRST_ALONE, ["its router reads what the experts of layers.0 give"]),
+        (FIRST_ALONE, ["its router reads outputs of the experts of layers.0"]),
     ],
     ids=["hidden states", "experts"],
 )
@@ -152,7 +152,7 @@ def test_choices_that_are_an_input_are_declined() -> None:
     program = Program(parse(text), model(ONE_FOR_ALL).weights)
     step = hoisted(program)
     assert {d.reason for d in step.declined} == {
-        "its choices are an input or a weight, and need no router"
+        "its choices are an input or a weight, so it has no router"
     }
 
 

@@ -166,11 +166,14 @@ def test_fuel() -> None:
 @pytest.mark.parametrize(
     ("router", "k", "task", "reason"),
     [
-        (GATES, 2, 0, "every expert can be chosen, whatever the inputs bound are"),
-        (MASKED, 2, 2, "1 experts are in reach, and each token takes 2"),
+        (GATES, 2, 0, "every expert can still be chosen with the inputs that were bound"),
+        (MASKED, 2, 2, "1 experts can be chosen, and each token needs 2"),
         (MASKED.replace("route(t)", "route(t, corr)").replace(
             "  t:", "  corr: f32[4] = aten.select.int(tasks) <dim=0, index=0>\n  t:"),
-         2, 1, "the router corrects its scores, after which minus infinity counts no more"),
+         2, 1, (
+             "the router adds a correction to its scores, after which -inf no longer excludes an "
+             "expert"
+         )),
         (MASKED.replace("<k=K>", "<k=K, groups=2, top_groups=2>"), 2, 1,
          "the router chooses by groups of experts"),
         (MASKED.replace("<k=K>", '<k=K, score="sparsemixer">'), 2, 1,
@@ -199,7 +202,7 @@ def test_rows_that_two_combines_read_are_declined() -> None:
     before = model(BY_TASK, 2, experts)
     step = specialised(before, task=0)
     assert [d.reason for d in step.declined] == [
-        "the experts' rows are read by more than one moe.combine"
+        "the rows of the experts are read by more than one moe.combine"
     ]
     assert_same(before, step.program, 0)
 
@@ -207,13 +210,13 @@ def test_rows_that_two_combines_read_are_declined() -> None:
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        ({}, "specialise: name an input of the model and what it always is"),
+        ({}, "specialise: name an input of the model and its constant value"),
         ({"language": 1}, "specialise: the model has no input language; it has x, task"),
         ({"task": 3}, "specialise: task is 3, and looks up one of 3 rows: give 0 to 2"),
         ({"task": 0.5}, "specialise: task is 0.5, and the input takes whole numbers (i64[B])"),
         ({"task": [1, 2]}, "specialise: task is given 2 numbers, and the input is i64[B]"),
         ({"task": "two"}, "specialise: task is 'two': give numbers"),
-        ({"x": 1.0, "task": 0}, "specialise: x is the only input that tells the size B"),
+        ({"x": 1.0, "task": 0}, "specialise: x is the only input that determines the size B"),
     ],
 )
 def test_what_is_refused(inputs: dict[str, Any], says: str) -> None:
@@ -228,7 +231,7 @@ def test_what_is_refused(inputs: dict[str, Any], says: str) -> None:
         ("task=two", "here: task is 'two', expected a number, or numbers with : between them"),
         ("task", "here: write task as option=value; specialise takes INPUT=VALUE"),
         ("task=1,task=2", "here: task is given twice"),
-        ("", "specialise: name an input of the model and what it always is"),
+        ("", "specialise: name an input of the model and its constant value"),
     ],
 )
 def test_what_is_refused_as_text(text: str, says: str) -> None:

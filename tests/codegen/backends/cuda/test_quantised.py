@@ -73,10 +73,10 @@ _LAYER = f"""graph main(x: f32[T, 64], i: i64[T, 2]; c: u8[3, 4, 64], s: bf16[3,
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("", "", "its rows of nobody are read: the kernel leaves them as they are"),
-        ("];", "],", "a stack of its weights is computed: it is no weight of the model"),
-        ("gather=2", "gather=2, exact_rows=true", "its rows are to be multiplied as they are"),
-        (", 64]", ", 40]", "16 codes, which are read at once, would have two scales"),
+        ("", "", "rows that belong to no expert are read, and the kernel does not compute them"),
+        ("];", "],", "a stack of its weights is computed, not a weight of the model"),
+        ("gather=2", "gather=2, exact_rows=true", "its rows must not be rounded (:rows16)"),
+        (", 64]", ", 40]", "16 codes, which are loaded together, would have two scales"),
     ],
 )
 def test_why_there_is_no_kernel(old: str, new: str, reason: str) -> None:

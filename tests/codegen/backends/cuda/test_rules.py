@@ -21,12 +21,12 @@ REFUSED = {
         }""",
         "linear: it computes in f64",
     ),
-    "float32 rows that are no multiple of 16 bytes": (
+    "float32 rows that are not a multiple of 16 bytes": (
         """graph main(x: f32[T, 6]; w: f32[4, 6]) {
           y: f32[T, 4] = aten.linear.default(x, w)
           return y
         }""",
-        "linear: its rows of 6 elements are no multiple of 16 bytes",
+        "linear: its rows of 6 elements are not a multiple of 16 bytes",
     ),
     "a bias of another dtype": (
         """graph main(x: bf16[T, 8]; w: bf16[4, 8], b: f32[4]) {
@@ -35,12 +35,12 @@ REFUSED = {
         }""",
         "linear: its bias differs from the rows in dtype",
     ),
-    "rows that are no multiple of 16 bytes": (
+    "rows that are not a multiple of 16 bytes": (
         """graph main(x: bf16[T, 6]; w: bf16[4, 6]) {
           y: bf16[T, 4] = aten.linear.default(x, w)
           return y
         }""",
-        "linear: its rows of 6 elements are no multiple of 16 bytes",
+        "linear: its rows of 6 elements are not a multiple of 16 bytes",
     ),
     "an odd number of columns": (
         """graph main(x: bf16[T, 8]; w: bf16[3, 8]) {
@@ -55,7 +55,7 @@ REFUSED = {
           y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
           return y
         }}""",
-        "grouped: a stack of its weights is computed: it is no weight of the model",
+        "grouped: a stack of its weights is computed, not a weight of the model",
     ),
     "stacks of two shapes": (
         f"""graph main(x: bf16[T, 8], i: i64[T, 2]; w: f32[3, 4, 8]) {{
@@ -82,13 +82,13 @@ REFUSED = {
         }}""",
         "grouped: its rows are scaled before they are multiplied",
     ),
-    "rows of nobody that are read": (
+    "rows of no expert that are read": (
         f"""graph main(x: bf16[T, 8], i: i64[T, 2]; w: bf16[3, 4, 8]) {{
           {_SORT}
           y: bf16[2*T, 4] = grouped.linear(x, ends, w, order) <matrices=1, gather=2>
           return y
         }}""",
-        "grouped: its rows of nobody are read: the kernel leaves them as they are",
+        "grouped: rows that belong to no expert are read, and the kernel does not compute them",
     ),
     "more choices than lanes": (
         """graph main(x: f32[T, 64]) {
