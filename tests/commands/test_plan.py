@@ -87,7 +87,7 @@ def test_json_and_explanation(model: str) -> None:
     ("arguments", "message"),
     [
         (["--cluster", "no"], "no is neither a file nor a preset"),
-        (["--cluster", "h100-8", "--routing", "odd"], "odd is no distribution"),
+        (["--cluster", "h100-8", "--routing", "odd"], "odd is not a distribution"),
         (["--cluster", "h100-8", "--spare", "x"], "write shares such as 0,0.125"),
         (["--cluster", "h100-8", "--explain", "7"], "the model has 2 layers"),
         (["--cluster", "h100-8", "--send", "f3"], "f3 is not one of"),
