@@ -61,13 +61,6 @@ def float_compared(x: torch.Tensor) -> torch.Tensor:
     return first(x, 4 if share < 4 else math.ceil(share))
 
 
-def buckets(x: torch.Tensor) -> torch.Tensor:
-    for limit in (4, 8):
-        if x.shape[0] <= 2 * limit:
-            return first(x, limit)
-    return first(x, x.shape[0] // 2)
-
-
 def stored(x: torch.Tensor) -> torch.Tensor:
     config = {"capacity": x.shape[0] // 4}
     if config["capacity"] == 0:
@@ -89,10 +82,8 @@ CASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "rounded up": rounded_up,
     "early returns": lambda x: first(x, early(x.shape[0])),
     "floats": float_compared,
-    "buckets": buckets,
     "stored": stored,
     "two numbers": lambda x: first(x, 1 if x.shape[0] < 10 else 2),
-    "parity": lambda x: first(x, x.shape[0] // 4 + (1 if x.shape[0] > 8 and x.shape[0] % 2 else 0)),
     "padded": padded,
 }
 
@@ -152,6 +143,13 @@ def test_sides_that_differ_in_more_than_sizes_limit_the_length() -> None:
     for length, limits in ((24, Bounds(9)), (6, Bounds(1, 8))):
         captured = capture(Function(other), (torch.randn(length, 8),))
         assert captured.program.graph.bounds["T"].within(Bounds(1)) == limits
+
+
+def test_a_capacity_that_jumps_limits_the_length() -> None:
+    captured = capture(
+        Function(lambda x: first(x, 8 if x.shape[0] > 20 else x.shape[0])), (torch.randn(24, 8),)
+    )
+    assert captured.program.graph.bounds["T"].low == 21
 
 
 def test_a_branch_is_not_harmless_because_its_sides_meet() -> None:

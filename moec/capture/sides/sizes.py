@@ -74,6 +74,8 @@ class Choice:
             for size in (a, b):
                 yield number * sympy.floor((size + number - 1) / number)
                 yield number * sympy.floor(size / number)
+        if not (a.is_Integer and b.is_Integer):
+            return  # a capacity that jumps with the length has no block that is proved beyond it
         second = indicator(self.second)
         if second is not None and len(elsewhere) == 1:
             (value,) = elsewhere
