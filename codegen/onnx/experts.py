@@ -48,10 +48,13 @@ def sorted_choices(w: NodeWriter, ids: Value, count: int) -> tuple[str, str]:
 
 def all_chosen(graph: Graph, ids: Value, count: int) -> bool:
     """Whether every id is an expert: the ids come unchanged from a router over `count` experts."""
-    op = graph.producers.get(ids)
-    while op is not None and op.name in _PASS_ON:
-        op = graph.producers.get(op.inputs[0])
+    op = graph.producers.get(_before_views(graph, ids))
     return op is not None and op.name in _ROUTERS and columns(op) == count
+
+
+def _before_views(graph: Graph, value: Value) -> Value:
+    op = graph.producers.get(value)
+    return _before_views(graph, op.inputs[0]) if op and op.name in _PASS_ON else value
 
 
 def columns(router: Op) -> Dim:
@@ -78,6 +81,13 @@ def _ends(w: NodeWriter, ends: Value, counts: str, count: int) -> str:
     return w("CumSum", w("Slice", counts, w.constant([0]), w.constant([count])), w.constant(0))
 
 
+def _record_rows(w: NodeWriter, permutations: Sequence[Value], ends: str) -> None:
+    """Records the number of rows with an expert, i64[1], for ops that read a permutation."""
+    count = w("Slice", ends, w.constant([-1]), w.constant([2**31]))
+    for value in permutations:
+        w.memo["rows", value] = count
+
+
 def _inverse(w: NodeWriter, order: str) -> str:
     """The row of each choice: slots[order[r]] = r."""
     rows = w("Squeeze", w("Shape", order), w.constant([0]))
@@ -96,6 +106,8 @@ def sort(c: Call) -> Sequence[str]:
     order, counts = sorted_choices(c.w, ids, count)
     slots = reshaped(c.w, _inverse(c.w, order), c.op.outputs[0].shape, ids.shape)
     ends = _ends(c.w, c.op.outputs[2], counts, count)
+    if not all_chosen(c.w.graph, ids, count):
+        _record_rows(c.w, c.op.outputs[:2], ends)
     return _positions(c.w, c.op.outputs, [order, slots, ends])
 
 
@@ -108,6 +120,8 @@ def dispatch(c: Call) -> Sequence[str]:
     if weights:
         rows = _weighed(w, rows, weights[0], order, x.dtype)
     ends = _ends(w, c.op.outputs[2], counts, count)
+    if not all_chosen(w.graph, ids, count):
+        _record_rows(w, c.op.outputs[1:2], ends)
     return rows, *_positions(w, c.op.outputs[1:], [order, ends])
 
 
@@ -260,7 +274,12 @@ def combine(c: Call) -> str:
         slots = reshaped(w, _inverse(w, slots), permutation.shape, (tokens, k))
     picked = w("Gather", w.cast(w.read(rows), rows.dtype, full), slots, axis=0)
     if weights is not None:
-        row = w("Unsqueeze", w.cast(w.read(weights), weights.dtype, full), w.constant([1]))
+        factors = w.cast(w.read(weights), weights.dtype, full)
+        count = w.memo.get(("rows", _before_views(w.graph, permutation)))
+        if count is not None:  # a row without an expert adds nothing, although its weight is NaN
+            zero = w.cast(w.constant([0], "f32"), "f32", full)
+            factors = w("Where", w("Less", slots, count), factors, zero)
+        row = w("Unsqueeze", factors, w.constant([1]))
         total = w("Squeeze", w("MatMul", row, picked), w.constant([1]))
     else:
         total = w("ReduceSum", picked, w.constant([1]), keepdims=0)

@@ -120,7 +120,9 @@ def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
     """rows[R, D], order[R] or slots[T, k], weights[T, k]?, addend[T, D]? -> y[T, D].
 
     y[t] = sum over s of weights[t, s] * rows[slots[t, s]] (+ addend[t]), summed in float32 in
-    the order of the slots. Attributes: `k`, `tokens` (T), `dtype` of y, `weighted`, `added`.
+    the order of the slots. Rows without an expert are zero and add nothing, although their weight
+    is NaN (0 / 0 of a token whose choices are all beyond a capacity). Attributes: `k`, `tokens` (T),
+    `dtype` of y, `weighted`, `added`.
     """
     rows, permutation, weights, addend = tensors_of("moe.combine", op, tensors, attrs).values()
     k = attrs["k"]
@@ -131,7 +133,8 @@ def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
         slots = order.reshape(-1)
     picked = rows.float()[slots].reshape(-1, k, rows.shape[1])
     if weights is not None:
-        picked = picked * weights.float()[..., None]
+        factors = weights.float().masked_fill((picked == 0).all(-1), 0.0)
+        picked = picked * factors[..., None]
     total = picked[:, 0]
     for s in range(1, k):
         total = total + picked[:, s]
