@@ -395,7 +395,5 @@ def _allowed(
 
 def _blocks(pass_results: Sequence[PassResult]) -> tuple[Block, ...]:
     """The blocks of the last graph in which experts still have bodies."""
-    last = [
-        pass_result for pass_result in pass_results if pass_result.stage in (Stage.ATEN, Stage.MOE)
-    ][-1]
+    last = [result for result in pass_results if result.stage in (Stage.ATEN, Stage.MOE)][-1]
     return blocks(last.program.graph)

@@ -2,68 +2,57 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch._dynamo.config as dynamo_config
-import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from moec.capture.agreement import Eager, allow_one, refuted
 from moec.capture.call import (
-    PREFIX,
     FlatCall,
     ModuleCall,
-    casts_done,
     named_arguments,
     tensor_names,
 )
 from moec.capture.constants import constant_numbers, noted
 from moec.capture.decomposition import decompose
-from moec.capture.exported import structure_of, to_program
+from moec.capture.exported import structure_of
 from moec.capture.fixed import causes, fixed, lost_axes
 from moec.capture.fixed import notes as fixed_notes
 from moec.capture.gc_pause import gc_paused
 from moec.capture.guard_text import guards_in_text
-from moec.capture.guards import guards_of, located
-from moec.capture.huggingface import experts_as_ops
+from moec.capture.guards import guards_of
 from moec.capture.lengths import Axis, AxisGroup
-from moec.capture.lightning import lightning_as_ops
-from moec.capture.numbers import export_keeping_sizes
-from moec.capture.scans import scans_as_ops
+from moec.capture.module_export import (
+    EXPORTS,
+    convert,
+    export_call,
+    export_module,
+    from_start,
+    symbol_names,
+)
 from moec.capture.settlement import bounded, required
-from moec.capture.shapes import Axes, default_wishes, name_symbols, wished_axes, wished_bounds
+from moec.capture.shapes import Axes, default_wishes, wished_axes, wished_bounds
 from moec.capture.sides import with_other_sides
 from moec.capture.speculate import (
     CaptureForm,
     ConvertedExport,
     Untraceable,
-    explained,
     masked,
     refuse_random,
-    scripts_as_python,
     speculate,
 )
-from moec.capture.states import States, detached
-from moec.capture.sym_bools import sym_bools_answered
-from moec.capture.trials import quiet
+from moec.capture.states import detached
 from moec.capture.widening import Widened, at_lengths, widen
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
-from moec.interpret.outputs import Structure, flatten
+from moec.interpret.outputs import Structure
 from moec.ir.dims import Bounds
 from moec.ir.graph import Program
-
-EXPORTS = threading.RLock()
-"""Held during an export, which replaces modules and the standard streams for all threads. Models
-that are compiled in parallel threads are therefore exported one after the other."""
-
 
 Way = Literal["traced", "speculated", "masked"]
 """How a module was captured: "traced" by torch.export alone; "speculated", with branches on data
@@ -179,7 +168,7 @@ def _traced(request: _Request) -> Captured:
             refused = [group.axes for group in wrong]
             general = widen(call, request.wishes, request.joining, refused, special)
             flat = FlatCall(call)
-            exported = _export(flat, general)
+            exported = export_call(flat, general)
             refuse_random(type(call.module).__name__, exported)
             converted = _converted(request, general, exported, flat.structure)
         # The module may compare a size with a constant that happens to be the widened length, as
@@ -198,7 +187,7 @@ def _traced(request: _Request) -> Captured:
 
     def again(other: Widened) -> CaptureForm:
         flat = FlatCall(call)
-        exported = _export(flat, other)
+        exported = export_call(flat, other)
         return CaptureForm(_converted(request, other, exported, flat.structure), flat.structure)
 
     return _captured(request, general, form, "traced", again, partial(_speculated, request))
@@ -213,7 +202,7 @@ def _speculated(request: _Request) -> Captured:
     call = request.call
     with EXPORTS, gc_paused():
         general = widen(call, request.wishes, request.joining)
-    export = partial(_exported, general)
+    export = partial(export_module, general)
     convert = partial(_converted, request, general)
     examples = (general.tensors, call.tensors)
 
@@ -224,7 +213,7 @@ def _speculated(request: _Request) -> Captured:
         return _captured(request, general, form, "masked", again)
 
     def again(other: Widened) -> CaptureForm:
-        export = partial(_exported, other)
+        export = partial(export_module, other)
         return speculate(call, export, partial(_converted, request, other), (other.tensors,))[0]
 
     with EXPORTS, gc_paused():
@@ -236,13 +225,13 @@ def _converted(
     request: _Request, general: Widened, exported: ExportedProgram, structure: Structure
 ) -> ConvertedExport:
     """The program of an export. Reads the guards first, because decomposition adds more."""
-    guards = guards_of(exported, _names(exported, general.wishes, general.groups))
+    guards = guards_of(exported, symbol_names(exported, general.wishes, general.groups))
     fixings = causes(exported)
-    program = _convert(
+    program = convert(
         exported, request.names, general.wishes, request.bounds, structure.names, general.groups
     )
     program, states = detached(program)
-    eager = _from_start(states, request.call, structure)
+    eager = from_start(states, request.call, structure)
     return ConvertedExport(program, eager, guards, fixings)
 
 
@@ -283,58 +272,6 @@ def _check_device(name: str, tensor: torch.Tensor) -> None:
         raise CaptureError(f"{name} is on {tensor.device}; move it to the CPU")
 
 
-def _from_start(states: States, run: Callable[..., Any], structure: Structure) -> Eager:
-    """`run` without gradients, starting from the first states in each call. Its results share no
-    memory with the states. Raises VaryingOutput where the constants in its result differ from those
-    in `structure`."""
-
-    def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad(), states.from_start():
-            results, returned = flatten(run(*tensors))
-            structure.check(returned, ", ".join(str(tuple(tensor.shape)) for tensor in tensors))
-            return tuple(t.clone() for t in results) if states.live else results
-
-    return eager
-
-
-def _export(call: ModuleCall, general: Widened) -> ExportedProgram:
-    """Export the call. Raises CaptureError with torch's reason."""
-    attempt = partial(export_keeping_sizes, partial(_exported, general, call))
-    with explained(type(call.module).__name__):
-        try:
-            return attempt()
-        except RuntimeError as error:
-            if "Couldn't swap" not in str(error):
-                raise
-            call(*general.tensors)  # a module casts a submodule: run it once, then export
-            return attempt()
-
-
-def _exported(general: Widened, module: torch.nn.Module) -> ExportedProgram:
-    """Export `module` with the tensors of `general`. Raises what torch.export raises."""
-    with (
-        torch.no_grad(),
-        experts_as_ops(module),
-        scans_as_ops(module),
-        lightning_as_ops(module),
-        casts_done(),
-        scripts_as_python(),
-        sym_bools_answered(module),
-        located(),
-        symbolic_config.patch(  # type: ignore[attr-defined]
-            backed_size_oblivious=True, use_duck_shape=False
-        ),
-        # Hashing symbolic operands takes longer than inferring an operator's result again.
-        dynamo_config.patch(fake_tensor_cache_enabled=False),
-        warnings.catch_warnings(),
-        quiet(),
-    ):
-        warnings.simplefilter("ignore", FutureWarning)
-        return torch.export.export(
-            module, general.tensors, dynamic_shapes=(general.wishes,), strict=False
-        )
-
-
 def _from_export(
     exported: ExportedProgram,
     args: Sequence[Any],
@@ -358,7 +295,7 @@ def _from_export(
         arguments = exported.example_inputs or ((), {})
     example = _tensors(arguments)
     names = [str(name) for name in exported.graph_signature.user_inputs]
-    guards = guards_in_text(exported, _names(exported, [{} for _ in names]))
+    guards = guards_in_text(exported, symbol_names(exported, [{} for _ in names]))
     module = exported.module(check_guards=False)
 
     def run(*tensors: torch.Tensor) -> Any:
@@ -366,9 +303,9 @@ def _from_export(
         return module(*positional, **named)
 
     structure = structure_of(exported)
-    program = _convert(exported, names, [{} for _ in names], bounds or {}, structure.names)
+    program = convert(exported, names, [{} for _ in names], bounds or {}, structure.names)
     program, states = detached(program)
-    eager = _from_start(states, run, structure)
+    eager = from_start(states, run, structure)
     program, notes = required("the exported program", program, guards, example)
     always = fixed_notes(program, len(names))
     return Captured(program, eager, example, structure, (*always, *notes))
@@ -387,39 +324,6 @@ def _from_graph(
             return model.run(tensors)
 
     return Captured(model.program, eager, example, model.structure, is_graph=True)
-
-
-def _convert(
-    exported: ExportedProgram,
-    names: Sequence[str],
-    wishes: Sequence[Axes],
-    bounds: Mapping[str, Bounds],
-    outputs: Sequence[str],
-    groups: Iterable[AxisGroup] = (),
-) -> Program:
-    exported = decompose(exported)
-    return to_program(
-        exported,
-        rename=_names(exported, wishes, groups),
-        bounds=bounds,
-        input_names=names,
-        output_names=outputs,
-        prefix=PREFIX,
-    )
-
-
-def _names(
-    exported: ExportedProgram, wishes: Sequence[Axes], groups: Iterable[AxisGroup] = ()
-) -> dict[str, str]:
-    """torch's symbols in the inputs' shapes, each with its name in the IR."""
-    input_names = exported.graph_signature.user_inputs
-    held = [
-        n.meta["val"]
-        for n in exported.graph.nodes
-        if n.op == "placeholder" and n.name in input_names
-    ]
-    tensors = [value for value in held if isinstance(value, torch.Tensor)]
-    return name_symbols(tensors, wishes, [group.axes for group in groups])
 
 
 def _tensors(tree: Any) -> tuple[torch.Tensor, ...]:

@@ -121,8 +121,8 @@ def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
 
     y[t] = sum over s of weights[t, s] * rows[slots[t, s]] (+ addend[t]), summed in float32 in
     the order of the slots. Rows without an expert are zero and add nothing, although their weight
-    is NaN (0 / 0 of a token whose choices are all beyond a capacity). Attributes: `k`, `tokens` (T),
-    `dtype` of y, `weighted`, `added`.
+    is NaN (0 / 0 of a token whose choices are all beyond a capacity). Attributes: `k`, `tokens`
+    (T), `dtype` of y, `weighted`, `added`.
     """
     rows, permutation, weights, addend = tensors_of("moe.combine", op, tensors, attrs).values()
     k = attrs["k"]

@@ -3,12 +3,12 @@ number of layers."""
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from moec.capture.guards import Settled
 from moec.errors import IRError
 from moec.ir.graph import Program
 from moec.passes.core.runner import Log
@@ -73,8 +73,10 @@ def test_a_proof_that_accepts_all_is_found(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_guard_that_is_dropped_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = replace(PLAIN, limit="many", drop="where", top_k=1, router="maximum")
-    file = importlib.import_module("moec.capture.capture")
-    monkeypatch.setattr(file, "settled", lambda name, program, *rest: (program, ()))
+    monkeypatch.setattr(
+        "moec.capture.sides.search.settled",
+        lambda name, program, *rest: Settled(program.graph.bounds, ()),
+    )
     assert judge(layer, "unguarded", tmp_path).outcome is Outcome.WRONG
 
 

@@ -25,7 +25,8 @@ from moec.capture.behaviour.proof import Proof
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.behaviour.side_outputs import result_like
-from moec.capture.capture import EXPORTS, Captured
+from moec.capture.capture import Captured
+from moec.capture.module_export import EXPORTS
 from moec.errors import CaptureError, NoMatch, UsageError
 
 
