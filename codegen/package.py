@@ -11,12 +11,11 @@ import torch
 
 from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
-from moec.codegen.loops.rules import EMIT
+from moec.codegen.index_ranges import index_ranges
 from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.module_builder import Param, as_array
 from moec.codegen.tuning.tunable import Tunings
-from moec.ir.aten import named
-from moec.ir.graph import Graph, Module, Program, Value
+from moec.ir.graph import Module, Program, Value
 from moec.runtime.dtypes import Array
 from moec.runtime.package import (
     DECODE,
@@ -133,8 +132,8 @@ def _state(value: Value, weights: Mapping[str, torch.Tensor]) -> StatePort:
 def generation_of(decode: Function) -> Generation:
     """What the signature of `decode` says about texts; it has no end-of-text tokens."""
     tokens, (logits,) = decode.inputs[0], decode.outputs
-    ids = decode.index_ranges.get(tokens.name)
-    vocabulary = logits.shape[-1] if ids is None else ids[1] + 1
+    _, last = decode.index_ranges.get(tokens.name, (0, ""))
+    vocabulary = last + 1 if isinstance(last, int) else logits.shape[-1]
     assert isinstance(vocabulary, int)
     _, longest = decode.sizes.get(str(tokens.shape[1]), (0, None))
     return Generation(vocabulary, longest)
@@ -178,38 +177,3 @@ def _notes(params: tuple[Param, ...]) -> Iterator[str]:
     for value, names in forms.items():
         if len(names) > 1:
             yield f"weight {value.name} is stored {len(names)} times: {', '.join(names)}"
-
-
-# ---- inputs that index tables ----------------------------------------------------------
-
-_LOOKUPS = {
-    "aten.embedding.default": ("indices", "weight"),
-    "aten.index_select.default": ("index", "self"),
-}
-
-
-def index_ranges(graph: Graph) -> dict[str, tuple[int, int]]:
-    """The values that an integer input may hold because it indexes rows of a table.
-
-    Followed through ops that only move or copy elements.
-    """
-    ranges: dict[str, tuple[int, int]] = {}
-    for value in graph.inputs:
-        if value.dtype not in ("i64", "i32"):
-            continue
-        waiting, visited = [value], {value}
-        while waiting:
-            for op in graph.readers.get(waiting.pop(), ()):
-                if op.name in _LOOKUPS:
-                    ids, table = (named(op)[name] for name in _LOOKUPS[op.name])
-                    rows = table.shape[0] if op.name == "aten.embedding.default" else None
-                    if ids in visited and isinstance(rows, int):
-                        _, high = ranges.get(value.name, (0, rows - 1))
-                        ranges[value.name] = (0, min(high, rows - 1))
-                    continue
-                rule = EMIT.get(op.name)
-                moves = rule is not None and rule.point is not None and rule.cost == 0
-                if moves and len(op.inputs) == 1 and op.outputs[0] not in visited:
-                    visited.update(op.outputs)
-                    waiting += op.outputs
-    return ranges

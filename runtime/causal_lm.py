@@ -37,7 +37,9 @@ def causal_lm(function: Function) -> CausalLM:
         if p.dtype in ("f32", "bf16", "f16") and len(p.shape) == 3 and isinstance(p.shape[2], int)
     ]
     vocabulary_sizes = [
-        function.index_ranges[p.name][1] + 1 for p in tokens if p.name in function.index_ranges
+        high + 1
+        for p in tokens
+        if isinstance(high := function.index_ranges.get(p.name, (0, ""))[1], int)
     ]
     # Any other output of as many axes, such as the last hidden states, scores no tokens.
     scoring = [p for p in logits if not vocabulary_sizes or p.shape[2] in vocabulary_sizes]

@@ -47,7 +47,9 @@ def check_inputs(
     for port in function.inputs:
         # On a GPU, values are not checked: kernels read no row outside of a table.
         if port.name in function.index_ranges and device == CPU:
-            _check_range(port, inputs[port.name], *function.index_ranges[port.name])
+            low, high = (sizes.evaluate(n, env) for n in function.index_ranges[port.name])
+            if low is not None and high is not None:  # else it depends on a size in the graph
+                _check_range(port, inputs[port.name], low, high)
     return env
 
 
@@ -130,6 +132,8 @@ def _check_range(port: Port, value: Any, low: int, high: int) -> None:
     if array.size == 0 or (array.min() >= low and array.max() <= high):
         return
     at = np.argwhere((array < low) | (array > high))[0]
+    if high < low:
+        raise InputError(f"input {port.name!r} indexes a table that has no rows in this call")
     raise InputError(
         f"input {port.name!r} holds {array[tuple(at)]} at {show_shape(at)}, and its values must "
         f"be from {low} to {high}"

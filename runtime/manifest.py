@@ -197,6 +197,9 @@ def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
                 raise ValueError(f"{port.name} has the size {size!r}")
             sizes.names(size)
     for function in functions:
+        for limits in function.index_ranges.values():
+            for size in limits:
+                sizes.names(size)
         for port in function.params:
             _check_bound(port.name, port, port.shape, arrays)
         for cache in function.caches:

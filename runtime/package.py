@@ -67,7 +67,7 @@ class Function:
     `states` are held by the executor between calls; functions share states of the same name.
     `caches` are held by the caller, one set for each set of texts. `sizes` are the bounds of the
     named sizes (low, high or None). `index_ranges` are the allowed values (low, high inclusive) of
-    inputs that look up rows of a table.
+    inputs that look up rows of a table; sizes, where that of the table varies.
     """
 
     inputs: tuple[Port, ...] = ()
@@ -76,7 +76,7 @@ class Function:
     states: tuple[StatePort, ...] = ()
     caches: tuple[Port, ...] = ()
     sizes: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
-    index_ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    index_ranges: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
 
     @property
     def ports(self) -> tuple[Port, ...]:

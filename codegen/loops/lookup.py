@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import sympy
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.loops import index as ix
@@ -11,9 +14,10 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.axes import wrap
 from moec.codegen.loops.emission import Emission, Point
 from moec.codegen.loops.index import Index, Position
+from moec.codegen.loops.join import branch
 from moec.codegen.loops.rules import point
 from moec.codegen.loops.scalars import Scalar
-from moec.ir.dims import Dim
+from moec.ir.dims import Dim, product, symbol, symbols
 from moec.ir.graph import Value
 
 
@@ -27,11 +31,33 @@ def looked_up(e: Emission, ids: Value, at: Position, size: Dim) -> Index:
     return Index(e.bind_expr(clamp.expr), clamp.key, clamp.low, clamp.high)
 
 
+def _read(p: Point, value: Value, at: Position, axes: Sequence[int]) -> Scalar:
+    """The element at a position whose `axes` were looked up; 0 where one of them is empty, so that
+    memory outside of the table is not read."""
+    sizes = [value.shape[axis] for axis in axes]
+    empty = [p.size(size).expr > 0 for size in sizes if _may_be_empty(p, size)]
+    if not empty:
+        return p.read(value, at)
+    zero = sc.constant(0, value.dtype)
+    return branch(p, functools.reduce(tirx.And, empty), lambda: p.read(value, at), lambda: zero)
+
+
+def _may_be_empty(p: Point, size: Dim) -> bool:
+    """Whether an axis of `size` may be empty while the output has elements."""
+    low = p.size(size).low
+    if low is not None and low > 0:
+        return False
+    names, count = symbols(size), sympy.sympify(product(p.shape))
+    factors = sympy.Mul.make_args(sympy.sympify(size))
+    multiple = all(factor.is_Symbol or factor.is_Integer for factor in factors)
+    return not (multiple and names and all(count.subs(symbol(name), 0) == 0 for name in names))
+
+
 @point("embedding", cost=2, same_position=False, exact=True)
 def embedding(p: Point) -> Scalar:
     table = p["weight"]
     row = looked_up(p.emission, p["indices"], p.at[:-1], table.shape[0])
-    return p.read(table, (row, p.at[-1]))
+    return _read(p, table, (row, p.at[-1]), [0])
 
 
 @point("gather", cost=2, same_position=False, exact=True)
@@ -41,7 +67,7 @@ def gather(p: Point) -> Scalar:
         return p.read(value, ())
     axis = wrap(p["dim"], len(value.shape))
     position = looked_up(p.emission, p["index"], p.at, value.shape[axis])
-    return p.read(value, (*p.at[:axis], position, *p.at[axis + 1 :]))
+    return _read(p, value, (*p.at[:axis], position, *p.at[axis + 1 :]), [axis])
 
 
 @point("index_select", cost=2, same_position=False, exact=True)
@@ -51,20 +77,18 @@ def index_select(p: Point) -> Scalar:
     ids = p["index"]
     inner = (p.at[axis],) if ids.shape else ()
     position = looked_up(p.emission, ids, inner, value.shape[axis])
-    return p.read(value, (*p.at[:axis], position, *p.at[axis + 1 :]))
+    return _read(p, value, (*p.at[:axis], position, *p.at[axis + 1 :]), [axis])
 
 
 @point("take", cost=2, same_position=False, exact=True)
 def take(p: Point) -> Scalar:
     value = p["self"]
-    from moec.ir.dims import product
-
     flat = looked_up(p.emission, p["index"], p.at, product(value.shape))
     at: list[Index] = []
     for dim in reversed(value.shape):
         at.append(ix.mod(flat, p.size(dim)))
         flat = ix.div(flat, p.size(dim))
-    return p.read(value, tuple(reversed(at)))
+    return _read(p, value, tuple(reversed(at)), range(len(value.shape)))
 
 
 @point("take_along_dim", cost=2, same_position=False, exact=True)
@@ -74,7 +98,7 @@ def take_along(p: Point) -> Scalar:
     at = p.emission.position(ids, p.at, p.shape)
     position = looked_up(p.emission, ids, at, value.shape[axis])
     value_at = p.emission.position(value, p.at, p.shape)
-    return p.read(value, (*value_at[:axis], position, *value_at[axis + 1 :]))
+    return _read(p, value, (*value_at[:axis], position, *value_at[axis + 1 :]), [axis])
 
 
 def indexed_axes(indices: Sequence[Value | None], rank: int) -> tuple[list[int], int, int]:
@@ -100,4 +124,4 @@ def index(p: Point) -> Scalar:
             at.append(looked_up(p.emission, ids, inner, dim))
         else:
             at.append(rest.pop(0))
-    return p.read(value, tuple(at))
+    return _read(p, value, tuple(at), axes)

@@ -14,7 +14,7 @@ from moec.codegen.fusion import partition
 from moec.codegen.loops.index import Sizes
 from moec.codegen.lower import lower
 from moec.codegen.package import build, index_ranges
-from moec.errors import UnsupportedError
+from moec.errors import InputError, UnsupportedError
 from moec.interpret.evaluate import evaluate
 from moec.ir.dims import Bounds, symbol
 from moec.ir.graph import Graph, Module, Program
@@ -155,12 +155,59 @@ def test_positions_out_of_range_read_the_nearest_row() -> None:
     w, x = torch.arange(15.0).view(5, 3), torch.arange(8.0).view(4, 2)
     ids = torch.tensor([2**62, -(2**62), 3, -1])
     package = build(Module.of(Program(graph, {"w": w})), host())
-    assert package.main.index_ranges == {"i": (0, 4)}
+    assert package.main.index_ranges == {"i": (0, 3)}
     main = replace(package.main, index_ranges={})
     unchecked = replace(package, functions={"main": main})
     a, b = Executor(unchecked)({"x": x, "i": ids}).values()
     assert torch.equal(a, w[[4, 0, 3, 4]])
     assert torch.equal(b, x[[3, 0, 3, 3]])
+
+
+EVERY_LOOKUP = """
+graph main(x: f32[N, 3], i: i64[T], j: i64[T, 3], e: f32[0, 3]) {
+  a: f32[T, 3] = aten.index.Tensor(x, i) <indices=($1)>
+  b: f32[T, 3] = aten.index_select.default(x, i) <dim=0>
+  c: f32[T, 3] = aten.gather.default(x, j) <dim=0>
+  d: f32[T, 3] = aten.index.Tensor(e, i) <indices=($1)>
+  f: f32[N, T] = aten.index.Tensor(x, i) <indices=(none, $1)>
+  return a, b, c, d, f
+}"""
+
+
+def test_no_row_of_an_empty_table_is_read() -> None:
+    package = build(Module.of(Program(parse(EVERY_LOOKUP), {})), host())
+    unchecked = replace(package, functions={"main": replace(package.main, index_ranges={})})
+    inputs = {
+        "x": torch.empty(0, 3),
+        "i": torch.tensor([1, 0]),
+        "j": torch.ones(2, 3, dtype=torch.int64),
+        "e": torch.empty(0, 3),
+    }
+    results = Executor(unchecked)(inputs)
+    for name in "abcd":
+        assert torch.equal(results[name], torch.zeros(2, 3))
+    assert results["f"].shape == (0, 2)
+
+
+def test_indices_of_a_table_whose_size_varies_are_checked() -> None:
+    graph = parse(EVERY_LOOKUP.replace("e: f32[0, 3]", "e: f32[5, 3]"))
+    assert index_ranges(graph) == {"i": (0, "Min(2, N - 1)"), "j": (0, "N - 1")}
+    text = """
+    graph main(x: f32[N, 3], i: i64[T]) {
+      a: f32[T, 3] = aten.index.Tensor(x, i) <indices=($1)>
+      return a
+    }"""
+    executor = Executor(build(Module.of(Program(parse(text), {})), host()))
+    x = torch.arange(6.0).view(2, 3)
+    (result,) = executor({"x": x, "i": torch.tensor([-2, 1])}).values()
+    assert torch.equal(result, x)
+    with pytest.raises(
+        InputError, match=r"'i' holds 2 at \[1\], and its values must be from -2 to"
+    ):
+        executor({"x": x, "i": torch.tensor([0, 2])})
+    with pytest.raises(InputError, match="'i' indexes a table that has no rows in this call"):
+        executor({"x": x[:0], "i": torch.tensor([0])})
+    assert executor({"x": x[:0], "i": torch.empty(0, dtype=torch.int64)})["a"].shape == (0, 3)
 
 
 def test_writes_out_of_range_are_left_out() -> None:
