@@ -61,7 +61,7 @@ def test_a_rank_that_was_not_started(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     job, _ = job_of(plan(2), tmp_path)
     as_rank(monkeypatch, 0, 3, free_port())
-    with pytest.raises(UsageError, match="planned for 2 ranks, 3 were started"), joined(job):
+    with pytest.raises(UsageError, match="planned for 2 ranks, but 3 were started"), joined(job):
         pass
 
 
