@@ -13,8 +13,6 @@ over the slots.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
@@ -37,6 +35,7 @@ from moec.passes.recognise.forced_choices import forced_ids, may_force, with_for
 from moec.passes.recognise.layout import divide
 from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
 from moec.passes.recognise.region_boundary import logits_behind
+from moec.passes.recognise.router_hypotheses import hypotheses
 
 _ROWS = 1000
 """A proof uses more random tokens than this: different routers may differ on few tokens, above all
@@ -202,74 +201,6 @@ def _hypothesise(
         except NoMatch as why:
             reason = str(why)
     raise NoMatch(f"{count} forms of routing were tried from {logits.name}; the last one: {reason}")
-
-
-def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Routing]:
-    """The routings that the region's ops and constants allow, the most likely first.
-
-    Groups without an effect are left out: all groups are kept, or groups are ranked by their best
-    member and at least k of them are kept.
-    """
-    names = {op.name.split(".")[1] for op in region.ops}
-    constants = _constants(region)
-    soft = bool(names & {"softmax", "_softmax", "exp"})
-    scores = [*(["softmax"] if soft else []), *(["sigmoid"] if "sigmoid" in names else []), "none"]
-    divides = bool(names & {"div", "reciprocal"})
-    renorms = (True, False) if divides else (False,)
-    epsilons = [*(c for c in constants["add"] if 0 < c < 1e-2), 0.0]
-    scales = [c for c in constants["mul"] if c != 1.0]
-    if len(constants["mul"]) > 1:
-        scales.append(math.prod(constants["mul"]))
-    scales += [*(1.0 / c for c in constants["div"] if c), 1.0]
-    groupings = [
-        (groups, top_groups, kind)
-        for groups in _group_counts(region, experts)
-        for top_groups in _top_ks(region)
-        for kind in ("max", "top2sum")
-        if top_groups < groups and not (kind == "max" and top_groups >= k)
-    ]
-    groupings.append((1, 1, "max"))
-    jitters = [c / 2 for c in constants["gt"] if c > 0]
-    for score, after, renorm in itertools.product(scores, ("none", *scores[:-1]), renorms):
-        for (groups, top_groups, kind), scale in itertools.product(groupings, scales):
-            for epsilon in epsilons if renorm else (0.0,):
-                yield Routing(
-                    k, score, after, renorm, epsilon, scale, groups, top_groups, kind, dtype=dtype
-                )
-    for jitter in jitters:
-        yield Routing(k, "sparsemixer", jitter=jitter, dtype=dtype)
-
-
-def _constants(region: Graph) -> Mapping[str, list[float]]:
-    constants: dict[str, list[float]] = {"add": [], "mul": [], "div": [], "gt": []}
-    for op in region.ops:
-        kind = op.name.split(".")[1]
-        kind = "gt" if kind in ("ge", "lt", "le") else "add" if kind == "clamp" else kind
-        for name in ("other", "min"):
-            value = op.attrs.get(name)
-            if (
-                kind in constants
-                and isinstance(value, int | float)
-                and value not in constants[kind]
-            ):
-                constants[kind].append(float(value))
-    return constants
-
-
-def _group_counts(region: Graph, experts: int) -> list[int]:
-    counts: dict[int, None] = {}
-    for op in region.ops:
-        for value in op.outputs:
-            if len(value.shape) >= 3 and isinstance(value.shape[-2], int):
-                groups = value.shape[-2]
-                if 1 < groups < experts and groups * cast(int, value.shape[-1]) == experts:
-                    counts[groups] = None
-    return list(counts)
-
-
-def _top_ks(region: Graph) -> list[int]:
-    ks = [op.attrs["k"] for op in region.ops if op.name == "aten.topk.default"]
-    return sorted({k for k in ks if isinstance(k, int)} | {1})
 
 
 def _emit(emit: RegionEmitter, router: RecognisedRouter) -> tuple[Value, ...]:
