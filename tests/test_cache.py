@@ -190,7 +190,7 @@ def test_a_limit_that_is_no_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
     monkeypatch.setenv("MOEC_CACHE_SIZE", size)
-    with pytest.warns(CacheWarning, match=f"MOEC_CACHE_SIZE is '{size}': give GiB"):
+    with pytest.warns(CacheWarning, match=f"MOEC_CACHE_SIZE is '{size}': give a number of GiB"):
         assert store_in(tmp_path / "cache").folder is None
 
 

@@ -156,8 +156,8 @@ def _check(
             )
         culprit = first_bad_pass(criterion, answers, pass_results)
         raise VerificationError(
-            f"{name} differs from eager by {error:.1e} of its greatest value, at most "
-            f"{criterion.limit:.0e} (inputs {shapes(case)}); {culprit}"
+            f"{name} differs from eager by {error:.1e} of its greatest value, and at most "
+            f"{criterion.limit:.0e} is allowed (inputs {shapes(case)}); {culprit}"
         )
     strays, rows = criterion.strays(right_by)
     ties = criterion.strays(compared)[0] - strays

@@ -120,7 +120,7 @@ class Returns(nn.Module):
         (lambda x: {"n": x.shape[0] / 3, "x": x}, "output n is a Python number that may vary"),
         (lambda x: (x, (x > 0).sum().item()), "output 1 is a Python number that may vary"),
         (lambda x: [x, {x}], "output 1 is a set, which may not contain tensors of a result"),
-        (lambda x: [x, torch.distributions.Normal(x, 1.0)], "output 1 is a Normal, in which"),
+        (lambda x: [x, torch.distributions.Normal(x, 1.0)], "output 1 is a Normal, which may not"),
     ],
 )
 def test_what_has_no_constant_is_refused(what: Any, why: str) -> None:

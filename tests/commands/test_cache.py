@@ -70,4 +70,4 @@ def test_a_limit_that_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MOEC_CACHE_SIZE", "much")
     result = run()
     assert result.exit_code == 1
-    assert "MOEC_CACHE_SIZE is 'much': give GiB" in result.stderr
+    assert "MOEC_CACHE_SIZE is 'much': give a number of GiB" in result.stderr

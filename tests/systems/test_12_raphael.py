@@ -60,9 +60,9 @@ def test_every_layer_is_recognised() -> None:
 
 def test_routers_are_known_from_the_text_or_the_time_alone() -> None:
     _, artifact = compiled()
-    says = [line for step in artifact.pass_results for line in step.says if "known from" in line]
-    assert sorted(line.split(" are known from ")[1] for line in says) == (
-        ["t alone"] * DEPTH + ["text alone"] * DEPTH
+    says = [line for step in artifact.pass_results for line in step.says if "its experts depend on" in line]
+    assert sorted(line.split(" depend on ")[1] for line in says) == (
+        ["t only"] * DEPTH + ["text only"] * DEPTH
     )
     _, text = inputs(2)
     assert set(artifact.routers(text=text)) == {"down.0.space_moe", "up.0.space_moe"}
