@@ -10,6 +10,7 @@ from moec.codegen.backend import Rule, always
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
+from moec.codegen.rules.combine_loops import combine_by_loops
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec
 from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
@@ -74,6 +75,8 @@ def _combine(low: Lowering, op: Op) -> list[relax.Expr]:
         slots = low.value(permutation)
     else:  # k may differ from the sort's: each choice may count as a token
         slots = low.reshaped(slots, TensorType("i32", (cast(Dim, op.attrs["tokens"]), k)))
+    if any(v is not None and v.dtype == "f64" for v in (rows, weights, addend, out)):
+        return [combine_by_loops(low, op, slots, ends, count)]
     kinds = [None if v is None else sc.STORED[v.dtype] for v in (weights, addend)]
     spec = CombineSpec(
         count, k, width, sc.STORED[out.dtype], sc.STORED[rows.dtype], kinds[0], kinds[1]

@@ -119,10 +119,10 @@ def _infer_combine(op: Op) -> tuple[TensorType, ...]:
 def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """rows[R, D], order[R] or slots[T, k], weights[T, k]?, addend[T, D]? -> y[T, D].
 
-    y[t] = sum over s of weights[t, s] * rows[slots[t, s]] (+ addend[t]), summed in float32 in
-    the order of the slots. Rows without an expert are zero and add nothing, although their weight
-    is NaN (0 / 0 of a token whose choices are all beyond a capacity). Attributes: `k`, `tokens`
-    (T), `dtype` of y, `weighted`, `added`.
+    y[t] = sum over s of weights[t, s] * rows[slots[t, s]] (+ addend[t]), summed in float32 (rows
+    in float64: in float64) in the order of the slots. Rows without an expert are zero and add
+    nothing, although their weight is NaN (0 / 0 of a token whose choices are all beyond a
+    capacity). Attributes: `k`, `tokens` (T), `dtype` of y, `weighted`, `added`.
     """
     rows, permutation, weights, addend = tensors_of("moe.combine", op, tensors, attrs).values()
     k = attrs["k"]
@@ -131,13 +131,14 @@ def combine(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], r
         slots = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     else:
         slots = order.reshape(-1)
-    picked = rows.float()[slots].reshape(-1, k, rows.shape[1])
+    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    picked = rows.to(wide)[slots].reshape(-1, k, rows.shape[1])
     if weights is not None:
-        factors = weights.float().masked_fill((picked == 0).all(-1), 0.0)
+        factors = weights.to(wide).masked_fill((picked == 0).all(-1), 0.0)
         picked = picked * factors[..., None]
     total = picked[:, 0]
     for s in range(1, k):
         total = total + picked[:, s]
     if addend is not None:
-        total = total + addend.float()
+        total = total + addend.to(wide)
     return total.to(attrs["dtype"])

@@ -21,7 +21,7 @@ from moec.ir.graph import TensorType, Value
 from moec.ir.traits import THROUGH
 from moec.passes.recognise.block import Proposal, Recipe
 from moec.passes.recognise.layout import ExpertLayout
-from moec.passes.recognise.region import RegionEmitter, Scope, chooses
+from moec.passes.recognise.region import RegionEmitter, Scope, chooses, sets_zeros
 from moec.passes.recognise.routing import Unlike
 from moec.passes.recognise.rows import Reader
 
@@ -43,8 +43,8 @@ def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Ite
             continue  # a rearranged sum
         body, stacks = reader.body(layout)
         for weights in weights_of(reader, value):
-            if chooses(scope, weights):
-                raise Unlike(f"{weights.name} follows from a choice")
+            if chooses(scope, weights) or sets_zeros(scope, weights):
+                raise Unlike(f"{weights.name} follows from a choice or a condition")
             for source, recipe in dense(scope, weights, tokens, experts):
                 yield Proposal(
                     form=FORM,

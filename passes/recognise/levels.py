@@ -23,7 +23,7 @@ from moec.ir.graph import Op, TensorType, Value
 from moec.passes.proof.input_generators import Positive
 from moec.passes.recognise.block import Candidate, Proposal
 from moec.passes.recognise.every_expert import FORM, all_experts
-from moec.passes.recognise.region import RegionEmitter, Scope, chooses
+from moec.passes.recognise.region import RegionEmitter, Scope, chooses, sets_zeros
 from moec.passes.recognise.rows import Reader
 from moec.passes.recognise.unrolled_experts import branch_ops, family, read_branch, signature
 
@@ -116,7 +116,7 @@ def _weighed(scope: Scope, op: Op, sums: dict[Value, Tree]) -> Tree | None:
             leaves = sums[value].leaves
             return Tree(tuple(replace(leaf, weights=(*leaf.weights, weight)) for leaf in leaves))
         kind = signature(scope, branch_ops(scope, value))
-        if kind and not chooses(scope, weight):
+        if kind and not chooses(scope, weight) and not sets_zeros(scope, weight):
             return Tree((Leaf(kind, value, (weight,)),))
     return None
 

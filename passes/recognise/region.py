@@ -12,7 +12,7 @@ import torch
 from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
-from moec.ir.traits import CASTS, CHOICES, LIKES, VIEWS, is_elementwise
+from moec.ir.traits import CASTS, CHOICES, LIKES, THROUGH, VIEWS, is_elementwise
 from moec.passes.core.rewrite import Builder, rebuild
 
 
@@ -342,3 +342,23 @@ def choices(scope: Scope, values: Iterable[Value], limit: int = 400) -> tuple[Op
 
 def chooses(scope: Scope, value: Value) -> bool:
     return bool(choices(scope, [value]))
+
+
+def sets_zeros(scope: Scope, value: Value) -> bool:
+    """Whether a condition sets elements of a value to zero: experts with these weights have no work
+    to do."""
+    op = scope.maker(value)
+    while op is not None and op.name in THROUGH | {"aten.slice.Tensor", "aten.select.int"}:
+        value = op.inputs[0]
+        op = scope.maker(value)
+    if op is None:
+        return False
+    if op.name == "aten.mul.Tensor":
+        return any(_is_condition(scope, operand) for operand in op.inputs)
+    return op.name in ("aten.where.self", "aten.where.ScalarOther", "aten.masked_fill.Scalar")
+
+
+def _is_condition(scope: Scope, value: Value) -> bool:
+    op = scope.maker(value)
+    cast = op is not None and op.name in CASTS and op.inputs[0].dtype == "bool"
+    return value.dtype == "bool" or cast

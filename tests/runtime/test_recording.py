@@ -108,7 +108,10 @@ def test_files_that_cannot_be_written(
 
 def test_two_at_once(compiled: moec.CompiledModel) -> None:
     with compiled.record_routing() as routing:
-        with pytest.raises(InputError, match="is already being recorded"), compiled.record_routing():
+        with (
+            pytest.raises(InputError, match="is already being recorded"),
+            compiled.record_routing(),
+        ):
             pass
         compiled(torch.zeros(1, 1, dtype=torch.int64))
     assert routing.trace().tokens == 1

@@ -60,7 +60,12 @@ def test_every_layer_is_recognised() -> None:
 
 def test_routers_are_known_from_the_text_or_the_time_alone() -> None:
     _, artifact = compiled()
-    says = [line for step in artifact.pass_results for line in step.says if "its experts depend on" in line]
+    says = [
+        line
+        for step in artifact.pass_results
+        for line in step.says
+        if "its experts depend on" in line
+    ]
     assert sorted(line.split(" depend on ")[1] for line in says) == (
         ["t only"] * DEPTH + ["text only"] * DEPTH
     )

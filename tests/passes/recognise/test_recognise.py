@@ -158,7 +158,7 @@ ROUTERS = {
     "softmax_norm": "softmax, top-2, renormalised",
     "topk_softmax": "top-2, softmax",
     "sorted_softmax": "top-2, softmax",
-    "topk_sigmoid": "sigmoid, top-2",
+    "topk_sigmoid": "top-2, sigmoid",
     "sigmoid_scaled": "sigmoid, top-2, renormalised, times 2.5",
     "switch": "softmax, top-1",
     "sparsemixer": "sparsemixer, top-2",
