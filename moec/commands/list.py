@@ -80,7 +80,7 @@ def _show_brief(rows: list[dict[str, Any]]) -> None:
         line, width = "  ".join(cells).rstrip(), terminal_width()
         click.echo(line if len(line) <= width else f"{line[: width - 1]}…")
     click.echo(
-        "\nOpt-in passes run with --passes +NAME; moec list passes NAME shows their options."
+        "\nOpt-in passes run with --passes +NAME. moec list passes NAME has their options."
     )
     click.echo("moec.transform(model, passes, calib=...) returns a module that can be trained.")
 

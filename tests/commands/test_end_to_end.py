@@ -199,7 +199,7 @@ def test_failed_verification(model: Path, tmp_path: Path) -> None:
         ),
         (
             ["MODEL:make", "--passes=-expand-experts"],
-            "code code code code code generation needs expand-experts",
+            "code generation needs expand-experts",
         ),
         (["MODEL:make", "--stop-after", "lunch"], "--stop-after lunch: no such pass"),
         (["MODEL:make", "--shapes", "y=Tx8"], "names y, but the arguments are x"),

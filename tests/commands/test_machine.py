@@ -70,7 +70,7 @@ def test_linker_found_named_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     both = machine.linker({}, which("cc", f"{other}-gcc"))
     assert both.says == f"/bin/cc; for {other} /bin/{other}-gcc"
     named = machine.linker({"CC": "icx"}, which("cc"))
-    assert (named.state, named.says) == (BAD, "CC names icx, which is not there")
+    assert (named.state, named.says) == (BAD, "CC names icx, which is not installed")
     assert named.mend == "unset CC, or install it"
     missing = machine.linker({}, which())
     assert (missing.state, missing.says) == (BAD, "no C compiler to link with")

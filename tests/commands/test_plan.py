@@ -107,7 +107,7 @@ def test_refusals(model: str, arguments: list[str], message: str, tmp_path: Path
 
 def test_a_trace_of_another_model(trace: str) -> None:
     result = run("plan", "mixtral-8x7b", "--cluster", "h100-8", "--trace", trace)
-    assert "is of 2 layers" in result.stderr
+    assert "has 2 layers with" in result.stderr
 
 
 def test_routing(trace: str, tmp_path: Path) -> None:
