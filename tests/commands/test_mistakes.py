@@ -95,7 +95,9 @@ def test_of_prompts(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_of_the_cache() -> None:
-    assert "MOEC_CACHE is /dev/null, which is not a folder" in refused("cache", MOEC_CACHE="/dev/null")
+    assert "MOEC_CACHE is /dev/null, which is not a folder" in refused(
+        "cache", MOEC_CACHE="/dev/null"
+    )
     words = refused("list", "pases")
     assert "'pases' is not one of passes, targets, models; did you mean 'passes'?" in words
 

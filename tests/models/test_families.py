@@ -28,7 +28,7 @@ BLOCKS = {
     "phimoe": (2, 4, 2, "sparsemixer, top-2", "swiglu"),
     "switch_transformers": (2, 4, 1, "", "relu"),
     "jetmoe": (6, 4, 2, "top-2, softmax", ""),
-    "llama4": (2, 4, 1, "sigmoid, top-1, weights on the input", "swiglu"),
+    "llama4": (2, 4, 1, "top-1, sigmoid, weights on the input", "swiglu"),
 }
 """Blocks, experts, top_k, how the router's description starts, activation."""
 

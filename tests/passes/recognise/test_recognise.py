@@ -232,14 +232,14 @@ def test_experts_that_copy_their_rows(golden: Golden) -> None:
 def test_copies_of_all_tokens_are_added_to_rows(shared: bool) -> None:
     _, (block,), declined = recognised(stacks.Repeated(shared))
     assert (block.form, block.top_k) == ("evaluate all, then select", 1)
-    assert block.router == "sigmoid, top-1, weights on the input"
+    assert block.router == "top-1, sigmoid, weights on the input"
     assert (block.shared, declined) == ("added" if shared else "", ())
 
 
 def test_input_side(golden: Golden) -> None:
     program, (block,), declined = recognised(stacks.InputSide())
     check_text(program, golden)
-    assert block.router == "sigmoid, top-2, weights on the input"
+    assert block.router == "top-2, sigmoid, weights on the input"
     (combine,) = [op for op in program.graph.ops if op.name == "moe.combine"]
     assert "weighted" not in combine.attrs
     assert declined == ()
