@@ -70,6 +70,7 @@ def test_batches_by_expert_hold_fewer_experts_and_change_no_output(served: Serve
     choice = next(iter(compiled.routers(requests).values()))
     trace = choice["experts"].view(len(requests), -1)[:, -1].tolist()
     batches = list(batches_by_expert(trace, 8))
+    assert trace.count(trace[batches[0][0]]) == max(map(trace.count, trace))  # the longest queue
     assert experts_per_batch(trace, iter(batches)) < experts_per_batch(
         trace, batches_in_order(trace, 8)
     )
