@@ -1,7 +1,8 @@
 """The state that the hooks of one trace share.
 
-A hook replaces a function of torch, by the name of that function. It receives the function and its
-arguments and returns a result, or NotImplemented where the original function is to run.
+A hook replaces a function of torch, by the name of that function. It receives the trace, the
+function and its arguments and returns a result, or NotImplemented where the original function is to
+run.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ Hooks = Mapping[str, Hook]
 
 
 @dataclass
+class Filling:
+    """A buffer that is being filled from its first row on: the row reached, and its pieces."""
+
+    stop: Any = 0
+    parts: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
 class Trace:
     """The state of one trace.
 
@@ -31,6 +40,7 @@ class Trace:
     segments: for a number read from data, its counts and which of them it is.
     totals: expressions that are 0, such as the sum of all counts minus the number of rows.
     buffers: by id, a buffer that was filled piece by piece, and its contents.
+    filling: by id, a buffer that is being filled piece by piece.
     listed: the rows of masks, by the id of the mask.
     noise: the lines where random numbers were left out.
     reads: the lines where data were read into Python.
@@ -45,6 +55,7 @@ class Trace:
     segments: dict[Any, tuple[Counts, int]] = field(default_factory=dict)
     totals: set[Any] = field(default_factory=set)
     buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    filling: dict[int, Filling] = field(default_factory=dict)
     listed: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
     noise: dict[str, None] = field(default_factory=dict)
     reads: dict[str, None] = field(default_factory=dict)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from moec.capture.speculate.evaluation import evaluation_hooks
+from moec.capture.speculate.evaluation import EVALUATION
 from moec.capture.speculate.following import follow
-from moec.capture.speculate.hooks import Hook, Trace
+from moec.capture.speculate.hooks import Hooks, Trace
 from moec.capture.speculate.python_numbers import python_type
-from moec.capture.speculate.reading import reading_hooks
-from moec.capture.speculate.scattering import scattering_hooks
-from moec.capture.speculate.sized_tensors import sizing_hooks
-from moec.capture.speculate.slicing import slicing_hooks
-from moec.capture.speculate.writing import writing_hooks
+from moec.capture.speculate.reading import READING
+from moec.capture.speculate.scattering import SCATTERING
+from moec.capture.speculate.sized_tensors import SIZING
+from moec.capture.speculate.slicing import SLICING
+from moec.capture.speculate.writing import WRITING
+
+_HOOKS: Hooks = {**READING, **SIZING, **SLICING, **WRITING, **SCATTERING, **EVALUATION}
 
 _IN_PLACE = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
@@ -35,14 +38,7 @@ class Speculation(TorchFunctionMode):
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
-        self.hooks: Mapping[str, Hook] = {
-            **reading_hooks(trace),
-            **sizing_hooks(trace),
-            **slicing_hooks(trace),
-            **writing_hooks(trace),
-            **scattering_hooks(trace),
-            **evaluation_hooks(trace),
-        }
+        self.hooks = {name: partial(hook, trace) for name, hook in _HOOKS.items()}
 
     def __torch_function__(
         self,

@@ -14,152 +14,143 @@ from moec.capture.speculate.numbers import as_number, numbers
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 
 
-def slicing_hooks(trace: Trace) -> Hooks:
-    facts = trace.facts
+def getitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any) -> Any:
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, Row) for part in parts):
+        return func(x, tuple(as_slice(part) for part in parts))
+    if any(isinstance(part, HitRows) for part in parts):
+        return func(x, tuple(as_tensor(part) for part in parts))
+    ids, width = trace.facts.of(x).one_hot_of, first_columns(parts)
+    if ids is not None and width is not None:
+        return (ids[..., None] == torch.arange(width)).to(torch.int64)
+    first, *rest = parts
+    if isinstance(first, torch.Tensor) and all(part is None for part in rest):
+        if first.dtype == torch.bool and first.ndim:
+            return func(x, (*trace.rows_of(first), *rest))
+        order = trace.facts.of(first).order
+        if order is not None:
+            return _gathered(trace, x, order, rest, func(x, index))
+    full = all(isinstance(part, slice) and part == slice(None) for part in rest)
+    if isinstance(first, slice) and first.step is None and full:
+        start, stop = (as_number(trace, end) for end in (first.start, first.stop))
+        if any(map(reads_data, (start, stop, x.shape[0]))):
+            return between(trace, x, start, stop)
+    return NotImplemented
 
-    def getitem(func: Hook, x: torch.Tensor, index: Any) -> Any:
-        parts = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(part, Row) for part in parts):
-            return func(x, tuple(as_slice(part) for part in parts))
-        if any(isinstance(part, HitRows) for part in parts):
-            return func(x, tuple(as_tensor(part) for part in parts))
-        ids, width = facts.of(x).one_hot_of, first_columns(parts)
-        if ids is not None and width is not None:
-            return (ids[..., None] == torch.arange(width)).to(torch.int64)
-        first, *rest = parts
-        if isinstance(first, torch.Tensor) and all(part is None for part in rest):
-            if first.dtype == torch.bool and first.ndim:
-                return func(x, (*trace.rows_of(first), *rest))
-            order = facts.of(first).order
-            if order is not None:
-                return _gathered(trace, x, order, rest, func(x, index))
-        full = all(isinstance(part, slice) and part == slice(None) for part in rest)
-        if isinstance(first, slice) and first.step is None and full:
-            start, stop = (as_number(trace, end) for end in (first.start, first.stop))
-            if any(map(reads_data, (start, stop, x.shape[0]))):
-                return between(x, start, stop)
+
+def first_columns(parts: tuple[Any, ...]) -> Any:
+    """n of x[..., :n], if n does not depend on data; else None."""
+    if len(parts) != 2 or parts[0] is not Ellipsis or not isinstance(parts[1], slice):
+        return None
+    start, stop, step = parts[1].start, parts[1].stop, parts[1].step
+    plain = start in (None, 0) and step is None and stop is not None and not reads_data(stop)
+    return stop if plain and (is_symbolic(stop) or stop >= 0) else None
+
+
+def between(trace: Trace, x: torch.Tensor, start: Any, stop: Any) -> torch.Tensor:
+    """Rows start to stop of x. The length is exactly stop - start: a slice by torch would get a
+    new symbol as its length each time.
+
+    If x is sorted by a choice, and start and stop are neighbouring sums of its counts, these
+    are the rows of one class.
+    """
+    length = x.shape[0]
+    start, stop = 0 if start is None else start, length if stop is None else stop
+    order, segment = trace.facts.of(x).order, trace.segments.get(expression(stop - start))
+    if order is not None and segment is not None:
+        counts, number = segment
+        choice, before = order.choice, sum(counts.numbers[:number], 0)
+        keys, aligned = choice.sorted, expression(start - before) == 0
+        if keys is not None and aligned and counts.choice is choice:
+            if number not in choice.rows:
+                choice.rows[number] = (keys == number).nonzero(as_tuple=True)[0]
+            return order.recipe(choice.rows[number])
+    if expression(stop - length) in trace.totals:
+        stop = length
+    if reads_data(length) and not reads_data(stop):
+        stop = torch.sym_min(stop, length)  # type: ignore[no-untyped-call]
+    part: torch.Tensor = torch.split(x, [start, stop - start, length - stop])[1]
+    trace.facts.note(part, piece=Piece(x, start, stop))
+    return part
+
+
+def index_select(trace: Trace, func: Hook, x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
+    order = trace.facts.of(index).order
+    if dim != 0 or order is None:
         return NotImplemented
+    return _gathered(trace, x, order, [], func(x, dim, index))
 
-    def first_columns(parts: tuple[Any, ...]) -> Any:
-        """n of x[..., :n], if n does not depend on data; else None."""
-        if len(parts) != 2 or parts[0] is not Ellipsis or not isinstance(parts[1], slice):
-            return None
-        start, stop, step = parts[1].start, parts[1].stop, parts[1].step
-        plain = start in (None, 0) and step is None and stop is not None and not reads_data(stop)
-        return stop if plain and (is_symbolic(stop) or stop >= 0) else None
 
-    def between(x: torch.Tensor, start: Any, stop: Any) -> torch.Tensor:
-        """Rows start to stop of x. The length is exactly stop - start: a slice by torch would get a
-        new symbol as its length each time.
-
-        If x is sorted by a choice, and start and stop are neighbouring sums of its counts, these
-        are the rows of one class.
-        """
-        length = x.shape[0]
-        start, stop = 0 if start is None else start, length if stop is None else stop
-        order, segment = facts.of(x).order, trace.segments.get(expression(stop - start))
-        if order is not None and segment is not None:
-            counts, number = segment
-            choice, before = order.choice, sum(counts.numbers[:number], 0)
-            keys, aligned = choice.sorted, expression(start - before) == 0
-            if keys is not None and aligned and counts.choice is choice:
-                if number not in choice.rows:
-                    choice.rows[number] = (keys == number).nonzero(as_tuple=True)[0]
-                return order.recipe(choice.rows[number])
-        if expression(stop - length) in trace.totals:
-            stop = length
-        if reads_data(length) and not reads_data(stop):
-            stop = torch.sym_min(stop, length)  # type: ignore[no-untyped-call]
-        part: torch.Tensor = torch.split(x, [start, stop - start, length - stop])[1]
-        facts.note(part, piece=Piece(x, start, stop))
-        return part
-
-    def index_select(func: Hook, x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:
-        order = facts.of(index).order
-        if dim != 0 or order is None:
-            return NotImplemented
-        return _gathered(trace, x, order, [], func(x, dim, index))
-
-    def narrow(func: Hook, x: torch.Tensor, dim: int, start: Any, length: Any) -> Any:
-        start, length = as_number(trace, start), as_number(trace, length)
-        if dim != 0 or not any(map(reads_data, (start, length))):
-            return NotImplemented
-        return between(x, start, start + length)
-
-    def split(func: Hook, x: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
-        """The last size is computed as the remainder, so that the sizes are known to add up."""
-        if isinstance(sizes, list | tuple) and not isinstance(sizes, HitRows):
-            sizes = [as_number(trace, size) for size in sizes]
-        if not isinstance(sizes, list) or not any(map(reads_data, sizes)):
-            return NotImplemented
-        trace.totals.add(expression(sum(sizes, 0) - x.shape[dim]))
-        rest = x.shape[dim] - sum(sizes[:-1], 0)
-        parts = torch.split(x, [*sizes[:-1], rest], dim)
-        ends = [*(sum(sizes[: i + 1], 0) for i in range(len(sizes) - 1)), x.shape[dim]]
-        for part, start, stop in zip(parts, [0, *ends[:-1]], ends, strict=True):
-            if dim == 0:
-                facts.note(part, piece=Piece(x, start, stop))
-        return parts
-
-    def tensor_split(func: Hook, x: torch.Tensor, ends: Any, dim: int = 0) -> Any:
-        """Split at positions; the last part extends to the end."""
-        if isinstance(ends, torch.Tensor) and ends.ndim == 1 and type(ends.shape[0]) is int:
-            trace.reads[trace.at()] = None
-            ends = numbers(trace, ends)
-        if not isinstance(ends, list | tuple) or not any(map(reads_data, ends)):
-            return NotImplemented
-        stops = [*ends, x.shape[dim]]
-        return split(func, x, [b - a for a, b in zip([0, *ends], stops, strict=True)], dim)
-
-    def eq(func: Hook, ids: torch.Tensor, expert: Any) -> Any:
-        result = func(ids, expert)
-        choice = facts.of(ids).choice
-        if facts.of(ids).truth == "count" or facts.of(ids).sums is not None:
-            facts.note(result, truth="none")
-        if choice is None or not isinstance(expert, int):
-            return result
-        return facts.note(result, member=Member(ids, expert))
-
-    def both(func: Hook, a: Any, b: Any) -> Any:
-        """(ids == e) & other as where(other, ids, no expert) == e, which recognition matches."""
-        for one, other in ((a, b), (b, a)):
-            member = facts.of(one).member
-            if member is None or not isinstance(other, torch.Tensor):
-                continue
-            choice = facts.of(member.ids).choice
-            if choice is None or other.shape != member.ids.shape or facts.of(other).member:
-                continue
-            key = ("left", id(member.ids), id(other))
-            if key not in trace.listed:
-                left = torch.where(other, member.ids, choice.classes)
-                trace.listed[key] = (member.ids, other, left)
-            return trace.listed[key][2] == member.expert
+def narrow(trace: Trace, func: Hook, x: torch.Tensor, dim: int, start: Any, length: Any) -> Any:
+    start, length = as_number(trace, start), as_number(trace, length)
+    if dim != 0 or not any(map(reads_data, (start, length))):
         return NotImplemented
+    return between(trace, x, start, start + length)
 
-    def sort(func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A stable sort: rows of equal classes keep their order, as in the lists of rows."""
-        if facts.of(ids).choice is None or ids.ndim != 1:
-            return NotImplemented
-        options = {**dict(zip(("dim", "descending"), args, strict=False)), **kwargs}
-        result = func(ids, **{**options, "stable": True})
-        if not options.get("descending"):
-            follow(facts, "sort", (ids,), options, result)
+
+def split(trace: Trace, func: Hook, x: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
+    """The last size is computed as the remainder, so that the sizes are known to add up."""
+    if isinstance(sizes, list | tuple) and not isinstance(sizes, HitRows):
+        sizes = [as_number(trace, size) for size in sizes]
+    if not isinstance(sizes, list) or not any(map(reads_data, sizes)):
+        return NotImplemented
+    trace.totals.add(expression(sum(sizes, 0) - x.shape[dim]))
+    rest = x.shape[dim] - sum(sizes[:-1], 0)
+    parts = torch.split(x, [*sizes[:-1], rest], dim)
+    ends = [*(sum(sizes[: i + 1], 0) for i in range(len(sizes) - 1)), x.shape[dim]]
+    for part, start, stop in zip(parts, [0, *ends[:-1]], ends, strict=True):
+        if dim == 0:
+            trace.facts.note(part, piece=Piece(x, start, stop))
+    return parts
+
+
+def tensor_split(trace: Trace, func: Hook, x: torch.Tensor, ends: Any, dim: int = 0) -> Any:
+    """Split at positions; the last part extends to the end."""
+    if isinstance(ends, torch.Tensor) and ends.ndim == 1 and type(ends.shape[0]) is int:
+        trace.reads[trace.at()] = None
+        ends = numbers(trace, ends)
+    if not isinstance(ends, list | tuple) or not any(map(reads_data, ends)):
+        return NotImplemented
+    stops = [*ends, x.shape[dim]]
+    return split(trace, func, x, [b - a for a, b in zip([0, *ends], stops, strict=True)], dim)
+
+
+def eq(trace: Trace, func: Hook, ids: torch.Tensor, expert: Any) -> Any:
+    result = func(ids, expert)
+    choice = trace.facts.of(ids).choice
+    if trace.facts.of(ids).truth == "count" or trace.facts.of(ids).sums is not None:
+        trace.facts.note(result, truth="none")
+    if choice is None or not isinstance(expert, int):
         return result
+    return trace.facts.note(result, member=Member(ids, expert))
 
-    return {
-        "sort": sort,
-        "argsort": sort,
-        "getitem": getitem,
-        "index_select": index_select,
-        "narrow": narrow,
-        "split": split,
-        "split_with_sizes": split,
-        "tensor_split": tensor_split,
-        "eq": eq,
-        "and": both,
-        "logical_and": both,
-        "bitwise_and": both,
-    }
+
+def both(trace: Trace, func: Hook, a: Any, b: Any) -> Any:
+    """(ids == e) & other as where(other, ids, no expert) == e, which recognition matches."""
+    for one, other in ((a, b), (b, a)):
+        member = trace.facts.of(one).member
+        if member is None or not isinstance(other, torch.Tensor):
+            continue
+        choice = trace.facts.of(member.ids).choice
+        if choice is None or other.shape != member.ids.shape or trace.facts.of(other).member:
+            continue
+        key = ("left", id(member.ids), id(other))
+        if key not in trace.listed:
+            left = torch.where(other, member.ids, choice.classes)
+            trace.listed[key] = (member.ids, other, left)
+        return trace.listed[key][2] == member.expert
+    return NotImplemented
+
+
+def sort(trace: Trace, func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A stable sort: rows of equal classes keep their order, as in the lists of rows."""
+    if trace.facts.of(ids).choice is None or ids.ndim != 1:
+        return NotImplemented
+    options = {**dict(zip(("dim", "descending"), args, strict=False)), **kwargs}
+    result = func(ids, **{**options, "stable": True})
+    if not options.get("descending"):
+        follow(trace.facts, "sort", (ids,), options, result)
+    return result
 
 
 def _gathered(trace: Trace, x: torch.Tensor, order: Any, rest: Any, result: Any) -> Any:
@@ -168,3 +159,19 @@ def _gathered(trace: Trace, x: torch.Tensor, order: Any, rest: Any, result: Any)
     return trace.facts.note(
         result, order=type(order)(order.choice, lambda rows: x[(recipe(rows), *rest)])
     )
+
+
+SLICING: Hooks = {
+    "sort": sort,
+    "argsort": sort,
+    "getitem": getitem,
+    "index_select": index_select,
+    "narrow": narrow,
+    "split": split,
+    "split_with_sizes": split,
+    "tensor_split": tensor_split,
+    "eq": eq,
+    "and": both,
+    "logical_and": both,
+    "bitwise_and": both,
+}

@@ -2,80 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from moec.capture.speculate.facts import Piece
 from moec.capture.speculate.hits import HitRows, as_tensor
-from moec.capture.speculate.hooks import Hook, Hooks, Trace
+from moec.capture.speculate.hooks import Filling, Hook, Hooks, Trace
 from moec.capture.speculate.numbers import as_number
 from moec.capture.speculate.sums import Sums
 from moec.capture.speculate.symbols import expression, reads_data
 from moec.errors import CaptureError
 
 
-@dataclass
-class _Filling:
-    """A buffer that is being filled from its first row on: the row reached, and its pieces."""
+def fill(trace: Trace, piece: Piece, values: torch.Tensor) -> torch.Tensor:
+    """Records a piece. Once the last piece is written, the buffer is their concatenation."""
+    buffer = piece.buffer
+    state = trace.filling.setdefault(id(buffer), Filling())
+    if expression(piece.start) != expression(state.stop):
+        raise CaptureError("a buffer is filled in pieces that do not follow one another")
+    state.stop = piece.stop
+    state.parts.append(values)
+    if expression(piece.stop - buffer.shape[0]) in trace.totals | {0}:
+        trace.buffers[id(buffer)] = buffer, torch.cat(trace.filling.pop(id(buffer)).parts)
+    return values
 
-    stop: Any = 0
-    parts: list[torch.Tensor] = field(default_factory=list)
+
+def setitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any, values: Any) -> Any:
+    sums = _sums_written(trace, x, index, values)
+    trace.written(x)
+    if sums is not None:
+        func(x, index, values)
+        trace.facts.note(x, sums=sums)
+        return None
+    if isinstance(index, slice):
+        start, stop = (as_number(trace, end) for end in (index.start, index.stop))
+        index = slice(start, stop, index.step)
+    if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim:
+        if isinstance(values, torch.Tensor) and values.ndim:
+            func(x, trace.rows_of(index), values)
+        else:
+            x.masked_fill_(index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), values)
+        return None
+    if isinstance(index, slice) and any(map(reads_data, (index.start, index.stop))):
+        stop = x.shape[0] if index.stop is None else index.stop
+        fill(trace, Piece(x, 0 if index.start is None else index.start, stop), values)
+        return None
+    if isinstance(index, HitRows):
+        return func(x, as_tensor(index), values)
+    if isinstance(index, tuple) and any(isinstance(part, HitRows) for part in index):
+        return func(x, tuple(map(as_tensor, index)), values)
+    return NotImplemented
 
 
-def writing_hooks(trace: Trace) -> Hooks:
-    filling: dict[int, _Filling] = {}
+def copy_(trace: Trace, func: Hook, x: torch.Tensor, values: torch.Tensor, *args: Any) -> Any:
+    piece = trace.facts.of(x).piece
+    return NotImplemented if piece is None else fill(trace, piece, values)
 
-    def fill(piece: Piece, values: torch.Tensor) -> torch.Tensor:
-        """Records a piece. Once the last piece is written, the buffer is their concatenation."""
-        buffer = piece.buffer
-        state = filling.setdefault(id(buffer), _Filling())
-        if expression(piece.start) != expression(state.stop):
-            raise CaptureError("a buffer is filled in pieces that do not follow one another")
-        state.stop = piece.stop
-        state.parts.append(values)
-        if expression(piece.stop - buffer.shape[0]) in trace.totals | {0}:
-            trace.buffers[id(buffer)] = buffer, torch.cat(filling.pop(id(buffer)).parts)
-        return values
 
-    def setitem(func: Hook, x: torch.Tensor, index: Any, values: Any) -> Any:
-        sums = _sums_written(trace, x, index, values)
-        trace.written(x)
-        if sums is not None:
-            func(x, index, values)
-            trace.facts.note(x, sums=sums)
-            return None
-        if isinstance(index, slice):
-            start, stop = (as_number(trace, end) for end in (index.start, index.stop))
-            index = slice(start, stop, index.step)
-        if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim:
-            if isinstance(values, torch.Tensor) and values.ndim:
-                func(x, trace.rows_of(index), values)
-            else:
-                x.masked_fill_(index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), values)
-            return None
-        if isinstance(index, slice) and any(map(reads_data, (index.start, index.stop))):
-            stop = x.shape[0] if index.stop is None else index.stop
-            fill(Piece(x, 0 if index.start is None else index.start, stop), values)
-            return None
-        if isinstance(index, HitRows):
-            return func(x, as_tensor(index), values)
-        if isinstance(index, tuple) and any(isinstance(part, HitRows) for part in index):
-            return func(x, tuple(map(as_tensor, index)), values)
-        return NotImplemented
-
-    def copy_(func: Hook, x: torch.Tensor, values: torch.Tensor, *args: Any) -> Any:
-        piece = trace.facts.of(x).piece
-        return NotImplemented if piece is None else fill(piece, values)
-
-    def out(func: Hook, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Writes `values` into the tensor given as out=."""
-        piece = trace.facts.of(x).piece
-        trace.written(x)
-        return x.copy_(values) if piece is None else fill(piece, values)
-
-    return {"setitem": setitem, "copy_": copy_, "out=": out}
+def out(trace: Trace, func: Hook, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Writes `values` into the tensor given as out=."""
+    piece = trace.facts.of(x).piece
+    trace.written(x)
+    return x.copy_(values) if piece is None else fill(trace, piece, values)
 
 
 def _sums_written(trace: Trace, x: torch.Tensor, index: Any, values: Any) -> Sums | None:
@@ -84,3 +73,6 @@ def _sums_written(trace: Trace, x: torch.Tensor, index: Any, values: Any) -> Sum
     if before is None or other is None:
         return None
     return before.replaced(index, other)
+
+
+WRITING: Hooks = {"setitem": setitem, "copy_": copy_, "out=": out}
