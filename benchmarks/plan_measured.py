@@ -51,6 +51,7 @@ FORMS = {
         Degrees(1, 2, 1, 8, "flat"),
         Degrees(1, 4, 1, 8, "hierarchical"),
         Degrees(1, 4, 1, 8, "rail"),
+        Degrees(1, 4, 1, 8, "deduplicated"),
         Degrees(1, 2, 2, 8, "coordinated"),
     ),
 }

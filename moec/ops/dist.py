@@ -173,6 +173,20 @@ def assign(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], ru
     return torch.where(ids < experts, slot, len(slots)).to(ids.dtype)
 
 
+def _infer_first_of(op: Op) -> tuple[TensorType, ...]:
+    (keys,) = op.inputs
+    require(op, len(keys.shape) == 2, f"{keys} is not [T, k]")
+    return (keys.type,)
+
+
+@defop("dist.first_of", _infer_first_of, "keys")
+def first_of(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
+    """keys[T, k] -> [T, k]: each key of a row once; where it repeats an earlier one, `other`."""
+    (keys,) = tensors
+    equal = keys[:, :, None] == keys[:, None, :]
+    return keys.masked_fill(equal.tril(-1).any(-1), attrs["other"])
+
+
 def _infer_slot_of(op: Op) -> tuple[TensorType, ...]:
     return (TensorType("i64", (canonical(cast(Dim, op.attrs["rows"])),)),)
 

@@ -8,7 +8,7 @@ and the few ops that only look up or add counts run in torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -36,33 +36,45 @@ def cut(graph: Graph) -> tuple[Segment | Op, ...]:
             runs += [[op], []]
         else:
             runs[-1].append(op)
+    repeated = [_sorts(ops, graph) for ops in runs]
+    keys = {v for sorts in repeated for v in _read(sorts)}
     schedule: list[Segment | Op] = []
     available: list[Value] = list(graph.inputs)
-    for ops in filter(None, runs):
+    for ops, sorts in zip(runs, repeated, strict=True):
+        if not ops:
+            continue
         if all(op.name.startswith("dist.") or op.name in _SMALL for op in ops):
             schedule += ops
         else:
             count = sum(isinstance(item, Segment) for item in schedule)
             name = f"segment_{count}" if count else MAIN
-            schedule.append(Segment(name, _part(graph, ops, available)))
+            schedule.append(Segment(name, _part(graph, ops, sorts, keys, available)))
         available += [value for op in ops for value in op.outputs]
     return tuple(schedule)
 
 
-def _part(graph: Graph, ops: Sequence[Op], available: Sequence[Value]) -> Graph:
-    """The graph of some ops: inputs are read from outside, outputs are read by others."""
-    again = _sorts(ops, graph)
+def _part(
+    graph: Graph,
+    ops: Sequence[Op],
+    again: Sequence[Op],
+    keys: Collection[Value],
+    available: Sequence[Value],
+) -> Graph:
+    """The graph of some ops: inputs are read from outside, outputs are read by others. The sorts
+    `again` of other segments are repeated; `keys` are read by such sorts in any segment."""
     outputs = tuple(
         value
         for op in ops
         for value in op.outputs
-        if value in graph.outputs or any(r not in ops for r in graph.readers.get(value, ()))
+        if value in graph.outputs
+        or value in keys
+        or any(r not in ops for r in graph.readers.get(value, ()))
     )
     after = {state.after: state for state in graph.states}
     states = tuple(after[v] for op in ops for v in op.outputs if v in after)
     ops = [*again, *ops]
     inner = {value for op in ops for value in op.outputs}
-    read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in inner))
+    read = _read(ops)
     params = tuple(value for value in read if value in graph.params)
     inputs = [value for value in read if value not in params]
     inputs += _telling(ops, inputs, available)
@@ -71,6 +83,12 @@ def _part(graph: Graph, ops: Sequence[Op], available: Sequence[Value]) -> Graph:
     befores = {state.before for state in states}
     inputs = [*(v for v in inputs if v not in befores), *(s.before for s in states)]
     return Graph(tuple(inputs), params, tuple(ops), outputs, states, bounds)
+
+
+def _read(ops: Sequence[Op]) -> list[Value]:
+    """What ops read that none of them computes."""
+    inner = {value for op in ops for value in op.outputs}
+    return list(dict.fromkeys(v for op in ops for v in op.inputs if v not in inner))
 
 
 def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:

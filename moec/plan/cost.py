@@ -12,7 +12,7 @@ from functools import cached_property
 
 from moec.plan.cluster import Cluster
 from moec.plan.degrees import Degrees
-from moec.plan.exchange import collective_seconds, exchange, seconds
+from moec.plan.exchange import collective_seconds, even_away, exchange, seconds
 from moec.plan.model import Layers, Model
 from moec.plan.placement import Placement
 from moec.plan.workload import Workload
@@ -55,15 +55,19 @@ class CostModel:
             busiest = self.placement(index, degrees.experts, degrees.slots).imbalance
         return self.with_load(index, degrees, busiest, busiest)
 
-    def with_load(self, index: int, degrees: Degrees, busiest: float, link: float) -> LayerCost:
+    def with_load(
+        self, index: int, degrees: Degrees, busiest: float, link: float, away: float | None = None
+    ) -> LayerCost:
         """The cost of layer `index` where the load of the busiest rank is `busiest` times the mean,
-        and the load of the busiest link is `link` times the mean."""
+        and the load of the busiest link is `link` times the mean. `away` is the number of other
+        nodes that a token goes to, over its k experts; None assumes that all are equally likely."""
         layer = self.layers[index]
         parts = dict(self._common(index, degrees.attention))
         hidden, held = 0.0, 0
         if layer.experts:
             held = self.placement(index, degrees.experts, degrees.slots).most
-            parts |= self._experts(layer, degrees, held, busiest, link)
+            parts |= self._experts(layer, degrees, held, busiest)
+            parts |= self._exchanges(layer, degrees, link, away)
             if layer.dense_hidden:
                 hidden = min(parts["dense"], parts["exchange out"])
         if sums := self._gradients(layer, degrees, held):
@@ -129,24 +133,33 @@ class CostModel:
         return self._roofline(flop, parameters * self.model.bytes_per_weight / degree)
 
     def _experts(
-        self, layer: Layers, degrees: Degrees, held: int, busiest: float, link: float
+        self, layer: Layers, degrees: Degrees, held: int, busiest: float
     ) -> dict[str, float]:
-        work, model, devices = self.workload, self.model, self.cluster.devices
-        k = layer.k * layer.experts / (layer.experts + layer.zero_experts)
-        tokens = work.tokens / degrees.copies(devices)
+        work, model = self.workload, self.model
+        k = _experts_of_token(layer)
+        tokens = work.tokens / degrees.copies(self.cluster.devices)
         rows = busiest * tokens * k / degrees.experts
         parameters = model.expert_parameters(layer) / degrees.slices
         read = held * (1 - (1 - min(1.0, k / layer.experts)) ** tokens)
         moved = rows * CACHE_BYTES * (2 * model.width + layer.hidden / degrees.slices)
         size = read * parameters * model.bytes_per_weight + moved
-        parts = {"experts": self._roofline(work.passes * 2 * rows * parameters, size)}
-        sent = work.tokens / devices * k * model.width * link
-        ways = ("exchange out", "exchange back")
-        for way, width in zip(ways, work.row_bytes, strict=True):
-            parts[way] = self._exchange(degrees, sent * width) * (2 if work.passes > 1 else 1)
-        return parts
+        return {"experts": self._roofline(work.passes * 2 * rows * parameters, size)}
 
-    def _exchange(self, degrees: Degrees, volume: float) -> float:
+    def _exchanges(
+        self, layer: Layers, degrees: Degrees, link: float, away: float | None
+    ) -> dict[str, float]:
+        work, k = self.workload, _experts_of_token(layer)
+        sent = work.tokens / self.cluster.devices * k * self.model.width * link
+        if away is None and degrees.form == "deduplicated":
+            nodes = degrees.experts * degrees.slices // self.cluster.node_size
+            away = even_away(layer.experts, layer.k, nodes)
+        ways = ("exchange out", "exchange back")
+        return {
+            way: self._exchange(degrees, sent * width, away or 0.0) * (2 if work.passes > 1 else 1)
+            for way, width in zip(ways, work.row_bytes, strict=True)
+        }
+
+    def _exchange(self, degrees: Degrees, volume: float, away: float) -> float:
         """Seconds in one direction. In a flat exchange rows are sent to all slices of an expert,
         else to one of them, where the others gather them."""
         slices, span = degrees.slices, degrees.experts * degrees.slices
@@ -154,7 +167,7 @@ class CostModel:
             ranks, node, volume = span, self.cluster.node_size, volume * slices
             return seconds(exchange("flat", ranks, node, volume), self.cluster, span)
         node = max(1, self.cluster.node_size // slices)
-        step = exchange(degrees.form, degrees.experts, node, volume)
+        step = exchange(degrees.form, degrees.experts, node, volume, away)
         shared = collective_seconds("all_gather", slices * volume, slices, slices, self.cluster)
         return seconds(step, self.cluster, span) + shared
 
@@ -186,3 +199,8 @@ class CostModel:
         expert = held * self.model.expert_parameters(layer) / degrees.slices
         dense = self.model.dense_parameters(layer) / degrees.attention
         return (expert + dense) * weights + self._cache(layer, degrees.attention)
+
+
+def _experts_of_token(layer: Layers) -> float:
+    """The mean number of experts with a network that a token goes to."""
+    return layer.k * layer.experts / (layer.experts + layer.zero_experts)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from moec.plan.cluster import Cluster
-from moec.plan.exchange import Form
+from moec.plan.exchange import STAGED, Form
 from moec.plan.model import Layers
 
 SPARE = (0.0, 0.0625, 0.125, 0.25)
@@ -78,5 +78,5 @@ def _forms(experts: int, slices: int, node: int) -> list[Form]:
     forms: list[Form] = ["flat" if slices == 1 else "coordinated"]
     near = max(1, node // slices)
     if experts > near and experts % near == 0 and near > 1:
-        forms += ["hierarchical", "rail"]
+        forms += STAGED
     return forms

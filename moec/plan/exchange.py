@@ -12,8 +12,10 @@ from typing import Literal
 
 from moec.plan.cluster import Cluster
 
-Form = Literal["flat", "hierarchical", "rail", "coordinated"]
-FORMS: tuple[Form, ...] = ("flat", "hierarchical", "rail", "coordinated")
+Form = Literal["flat", "hierarchical", "rail", "deduplicated", "coordinated"]
+FORMS: tuple[Form, ...] = ("flat", "hierarchical", "rail", "deduplicated", "coordinated")
+STAGED: tuple[Form, ...] = ("hierarchical", "rail", "deduplicated")
+"""The forms with a stage inside nodes and a stage between them."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,37 @@ def rail_aligned(ranks: int, node: int, volume: float, busiest_rail: float = 1.0
     )
 
 
+def deduplicated(ranks: int, node: int, volume: float, away: float) -> Exchange:
+    """To each node once, between ranks of equal local numbers, and inside the node to each expert
+    (DeepEP). `away` is the number of other nodes that a token goes to, over its k experts; on the
+    way back, each node sends the sum of its experts."""
+    plain = hierarchical(ranks, node, volume)
+    return Exchange(
+        plain.hops_inside,
+        plain.hops_across,
+        plain.bytes_inside,
+        volume * away,
+        bytes_copied=2 * volume,
+        staged=True,
+    )
+
+
 def coordinated(ranks: int, node: int, slices: int, volume: float) -> Exchange:
     """Among the n/L ranks of equal slice only, where slicing of degree L makes the rows of L ranks
     equal (DeepSpeed-MoE, section 5.3). The all-gather of the rows is counted separately."""
     return flat(ranks // slices, max(1, node // slices), volume)
 
 
-def exchange(form: Form, ranks: int, node: int, volume: float) -> Exchange:
-    """The exchange of a form among `ranks` ranks, `node` of which share a node."""
+def exchange(form: Form, ranks: int, node: int, volume: float, away: float = 1.0) -> Exchange:
+    """The exchange of a form among `ranks` ranks, `node` of which share a node; `away` is that of
+    `deduplicated`."""
     match form:
         case "hierarchical":
             return hierarchical(ranks, node, volume)
         case "rail":
             return rail_aligned(ranks, node, volume)
+        case "deduplicated":
+            return deduplicated(ranks, node, volume, away)
         case _:
             return flat(ranks, node, volume)
 
@@ -114,5 +134,10 @@ def collective_seconds(kind: str, size: float, ranks: int, span: int, cluster: C
 def distinct_nodes(experts: int, k: int, nodes: int) -> float:
     """The expected number of `nodes` that hold a token's k experts, if all choices are equally
     likely: N (1 - C(E - E/N, k) / C(E, k))."""
-    each = experts // nodes
+    each = max(1, experts // nodes)
     return nodes * (1 - comb(experts - each, k) / comb(experts, k))
+
+
+def even_away(experts: int, k: int, nodes: int) -> float:
+    """The number of other nodes that a token goes to, over k, if all choices are equally likely."""
+    return distinct_nodes(experts, k, nodes) * (nodes - 1) / nodes / k

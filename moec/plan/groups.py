@@ -6,6 +6,7 @@ Rank = (copy * EP + expert rank) * slices + slice. A node holds consecutive rank
 from __future__ import annotations
 
 from moec.errors import UsageError
+from moec.plan.exchange import STAGED
 from moec.plan.plan import LayerPlan, Plan
 
 Parts = tuple[tuple[int, ...], ...]
@@ -34,7 +35,7 @@ def near(layer: LayerPlan, node_size: int) -> int:
     Raises UsageError where a staged exchange cannot divide the group by nodes.
     """
     ranks = min(layer.ranks, max(1, node_size // layer.slices))
-    if layer.form in ("hierarchical", "rail") and layer.ranks % ranks:
+    if layer.form in STAGED and layer.ranks % ranks:
         raise UsageError(
             f"layer {layer.layer}: {layer.ranks} ranks do not fill nodes of {ranks} for a "
             f"{layer.form} exchange; plan it with a flat exchange"
@@ -56,7 +57,7 @@ def groups_of(plan: Plan) -> dict[str, Parts]:
         name = suffix(layer)
         ep, by_slice = _ep(layer, plan.devices), _slices(layer, plan.devices)
         result |= {f"ep.{name}": ep, f"slice.{name}": by_slice}
-        if layer.form in ("hierarchical", "rail"):
+        if layer.form in STAGED:
             g = near(layer, plan.node_size)
             result[f"node.{name}"] = tuple(
                 part[start : start + g] for part in ep for start in range(0, layer.ranks, g)

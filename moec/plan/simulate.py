@@ -28,7 +28,7 @@ class Traffic:
     """`rows` that each rank of an expert group computes [groups * EP]; rows that each device sends
     and receives inside its node and across nodes [p]; `rail_across`, rows across nodes by the
     device that forwards them in a staged exchange [p]; `deduplicated`, rows across nodes if each
-    were sent once to a node."""
+    is sent once to a node, which is their number in a deduplicated exchange."""
 
     rows: Counts
     sent_inside: Counts
@@ -83,9 +83,10 @@ def tables(layer: LayerPlan) -> tuple[Counts, Counts]:
 def traffic(ids: Ids, layer: LayerPlan, devices: int, node: int) -> Traffic:
     """Count the rows of ids [T, K]. Negative ids and those from E on belong to no expert."""
     first, holder = tables(layer)
-    rail = layer.form in ("hierarchical", "rail")
+    rail, once = layer.form in ("hierarchical", "rail"), layer.form == "deduplicated"
+    spread = layer.form == "flat"
     arrays = _count(
-        ids, first, holder, devices, node, layer.ranks, layer.slices, layer.form == "flat", rail
+        ids, first, holder, devices, node, layer.ranks, layer.slices, spread, rail, once
     )
     return Traffic(*arrays[:6], int(arrays[6][0]))
 
@@ -101,6 +102,7 @@ def _count(
     slices: int,
     spread: bool,
     staged: bool,
+    deduplicated: bool,
 ) -> tuple[Counts, Counts, Counts, Counts, Counts, Counts, Counts]:
     """With `spread`, every slice of an expert receives the row; else only the sender's slice."""
     tokens, k = ids.shape
@@ -137,6 +139,12 @@ def _count(
                     sent_inside[home] += 1
                     got_inside[target] += 1
                     continue
+                if deduplicated:
+                    carrier = (node_of[target] - home_node) * node + home
+                    if carrier != target:
+                        sent_inside[carrier] += 1
+                        got_inside[target] += 1
+                    continue
                 got_across[target] += 1
                 if staged:
                     carrier = (home_node - node_of[target]) * node + target
@@ -154,6 +162,9 @@ def _count(
                 if fresh:
                     nodes[distinct] = away
                     distinct += 1
+                    if deduplicated:
+                        sent_across[home] += 1
+                        got_across[(away - home_node) * node + home] += 1
         once[0] += distinct
     if staged:
         sent_across[:] = rail_across
@@ -185,7 +196,8 @@ def _replay(layer: LayerPlan, plan: Plan, cost: CostModel, ids: Ids) -> LayerRes
     counts = traffic(ids, layer, plan.devices, plan.node_size)
     slots = sum(map(len, layer.slots))
     degrees = Degrees(layer.attention, layer.ranks, layer.slices, slots, layer.form)
-    result = cost.with_load(layer.layer, degrees, counts.imbalance, link_imbalance(counts))
+    away = counts.deduplicated / max(1, ids.size)
+    result = cost.with_load(layer.layer, degrees, counts.imbalance, link_imbalance(counts), away)
     slowest = max(result.parts, key=lambda part: result.parts[part])
     return LayerResult(
         layer.layer,

@@ -121,6 +121,7 @@ class Exchanged:
         node = self._looked_up("node", torch.tensor([*node_of, 0]), slot)
         inside = self._way("node", ends, parts, rows.shape[0])
         target = self._sent(inside, node)
+        target = self._column(target)
         by_node, order, node_ends = self._sorted(self._sent(inside, rows), target, nodes)
         slots, _, _ = self._sorted(self._column(self._sent(inside, local)), target, nodes)
         across = self._way("rail", node_ends, (1,) * nodes, by_node.shape[0])
@@ -157,7 +158,7 @@ class Exchanged:
             rows = self._op("dist.all_gather", (rows, counts), group=group, rows=size)
             slots = self._op("dist.all_gather", (slots, counts), group=group, rows=size)
         held = self.layer.slots[self.position]
-        mine, order, ends = self._sorted(rows, slots, len(held))
+        mine, order, ends = self._sorted(rows, self._column(slots), len(held))
         stacks = [
             self.splice.weight(v.name, self._part(v, i, held))
             for i, v in enumerate(self.experts.inputs[2:])
@@ -218,25 +219,26 @@ class Exchanged:
         return symbol(name)
 
     def _column(self, value: Value) -> Value:
-        shape = (value.shape[0], 1)
-        return self.splice.emit(
-            self.ops, "aten.reshape.default", (value,), TensorType(value.dtype, shape),
-            self.experts, shape=shape,
-        )  # fmt: skip
+        return self._shaped(value, value.shape[0], 1)
 
     def _flat(self, value: Value) -> Value:
-        shape = (value.shape[0],)
+        return self._shaped(value, value.shape[0])
+
+    def _shaped(self, value: Value, *shape: Dim) -> Value:
         return self.splice.emit(
             self.ops, "aten.reshape.default", (value,), TensorType(value.dtype, shape),
             self.experts, shape=shape,
         )  # fmt: skip
 
-    def _sorted(self, rows: Value, keys: Value, count: int) -> tuple[Value, Value, Value]:
-        """Dispatches rows by one key per row. Returns the sorted rows, their order and the ends."""
-        column = self._column(keys)
+    def _sorted(
+        self, rows: Value, keys: Value, count: int, scales: tuple[Value, ...] = ()
+    ) -> tuple[Value, Value, Value]:
+        """Dispatches rows by their keys [rows, n]. Returns the sorted rows, their order and the
+        ends."""
         draft = Op(
-            "moe.dispatch", (rows, column), (), {"num_experts": count}, None, self.experts.origin
-        )
+            "moe.dispatch", (rows, keys, *scales), (), {"num_experts": count}, None,
+            self.experts.origin,
+        )  # fmt: skip
         types = OPS["moe.dispatch"].infer(draft)
         names = [value.name for value in self.dispatch.outputs]
         outputs = tuple(self.splice.value(n, t) for n, t in zip(names, types, strict=True))

@@ -13,8 +13,9 @@
 Counts are exchanged before rows, and give the number of rows that each rank receives. Every rank
 has its own tokens (data parallelism). The outputs of all ranks together are those of the model on
 all tokens, up to the rounding of products with other numbers of rows; a capacity is applied to the
-tokens of all ranks together. A staged exchange goes through the node first, then along the rail.
-For sliced experts, rows are gathered, and the sums are scattered.
+tokens of all ranks together. A staged exchange goes through the node first, then along the rail; a
+deduplicated one sends a token along the rail to each node once, then to its experts there. For
+sliced experts, rows are gathered, and the sums are scattered.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from moec.passes.core.runner import Log, Pass
 from moec.passes.parallel.cut_attention import cut_attention
 from moec.passes.parallel.exchange_rows import Exchanged
 from moec.passes.parallel.gather_choices import gather_choices
+from moec.passes.parallel.send_once import SentOnce, combine_of
 from moec.passes.parallel.slice_experts import slice_body
 from moec.plan.plan import LayerPlan, Plan, read_plan
 
@@ -84,13 +86,18 @@ def parallelise(program: Program, plan: Plan, rank: int, log: Log) -> Program:
                 None if layer.slices == 1 else slice_body(cast(Graph, experts.body), layer.slices)
             )
             dispatch = _dispatch(program.graph, experts)
+            once = layer.form == "deduplicated"
+            combine = combine_of(program.graph, experts, dispatch) if once else None
         except NoMatch as why:
             log.decline(where, str(why))
             continue
         if layer.ranks * layer.slices == 1 or not log.spend(f"layer {layer.layer} of {where}"):
             continue
-        exchanged = Exchanged(splice, plan, layer, rank, number, experts, dispatch, slices)
-        bounds |= exchanged.build()
+        layer_of_rank = (splice, plan, layer, rank, number, experts, dispatch, slices)
+        if combine is None:
+            bounds |= Exchanged(*layer_of_rank).build()
+        else:
+            bounds |= SentOnce(*layer_of_rank).build_with(combine)
     result = splice.done()
     return replace(result, graph=replace(result.graph, bounds=bounds))
 

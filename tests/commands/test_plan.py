@@ -83,6 +83,15 @@ def test_json_and_explanation(model: str) -> None:
     assert any(line.startswith(">") for line in text.splitlines())
 
 
+def test_a_token_with_many_experts_on_a_node_goes_there_once(model: str) -> None:
+    """Few nodes, many choices and many tokens: fewer bytes across are worth the copies."""
+    Path(model).write_text(MODEL.replace("k: 2", "k: 8").replace("experts: 8", "experts: 64"))
+    arguments = ["plan", model, "--cluster", "cpu-8-nodes", "--tokens", "65536"]
+    text = run(*arguments, "--explain", "1").stdout
+    forms = re.findall(r"TP 1, EP 4, 64 slots, (\w+) .* exchange out", text)
+    assert forms[0] == "deduplicated"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

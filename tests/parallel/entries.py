@@ -23,7 +23,7 @@ from moec.parallel.process import Job, joined, rank_of_process, started
 from moec.parallel.process_ranks import ProcessRanks
 from moec.parallel.store import load_rank
 from moec.parallel.worker import outputs_of, run_rank
-from moec.plan.groups import groups_of
+from moec.plan.groups import WORLD, groups_of
 from moec.runtime.generate import Request, generate
 from moec.runtime.package import DECODE
 from moec.runtime.texts import Texts
@@ -80,15 +80,41 @@ def starving(job: Job) -> dict[str, list[int]]:
     return run_rank(job)
 
 
-def forms(job: Job) -> dict[str, list[list[float]]]:
-    """The output of every model beside the job's folder, by the folder's name."""
+class CountingRanks(ProcessRanks):
+    """Adds up the bytes of rows, over all ranks, that cross from one node to another."""
+
+    node_size = 1
+    across = 0
+
+    def exchange(
+        self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> torch.Tensor:
+        if group != WORLD:
+            pairs = zip(self.members[group], send, strict=True)
+            node = self.rank // self.node_size
+            count = sum(n for rank, n in pairs if rank // self.node_size != node)
+            self.across += count * rows[:1].nbytes
+        return super().exchange(group, rows, send, receive)
+
+
+@dataclass(frozen=True)
+class FormResult:
+    output: list[list[float]]
+    bytes_across: int
+
+
+def forms(job: Job) -> dict[str, FormResult]:
+    """The output of every model beside the job's folder, and the bytes of its rows that cross
+    nodes, by the folder's name."""
     results = {}
     with joined(job) as (ranks, _):
         for folder in sorted(job.folder.parent.glob("*.ranks")):
             files, patience = load_rank(folder, ranks.rank), timedelta(seconds=job.timeout)
-            of_form = ProcessRanks(ranks.rank, groups_of(files.plan), patience)
+            of_form = CountingRanks(ranks.rank, groups_of(files.plan), patience)
+            of_form.node_size = files.plan.node_size
             (output,) = outputs_of(job, of_form, files).values()
-            results[folder.stem] = output.tolist()
+            total = ranks.sum(WORLD, torch.tensor([of_form.across]))
+            results[folder.stem] = FormResult(output.tolist(), int(total))
     return results
 
 

@@ -15,6 +15,7 @@ import torch
 
 from moec.errors import ArtifactError, MoecError
 from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Program
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.parallel.process_ranks import RankError
@@ -25,7 +26,8 @@ from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.runtime import manifest as manifests
 from moec.runtime.package import MAIN
 from tests.parallel import entries
-from tests.passes.parallel.test_plan_parallelism import FORMS, D, model, plan
+from tests.passes.parallel.test_plan_parallelism import FORMS, layer, plan
+from tests.passes.parallel.test_plan_parallelism import model as model_of_graph
 
 WHERE = r"layer mlp, dist\.all_to_all over ep\.4x1"
 WAITING = f"before its work was done; rank [023], {WHERE}: another rank"
@@ -33,8 +35,16 @@ FOUR = {
     "flat": FORMS["flat"],
     "rail": FORMS["rail"],
     "hierarchical": FORMS["hierarchical"],
+    "deduplicated": FORMS["deduplicated"],
     "slices": FORMS["slices"],
 }
+WIDTH = 48
+COUNTS = 4 * 4  # bytes: each rank sends one count to the other node
+
+
+def model(seed: int = 0) -> Program:
+    """Half of the experts for each token, so that most tokens have several on each node."""
+    return model_of_graph(seed, layer(4, WIDTH))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +73,7 @@ def free_port() -> int:
 
 
 def inputs(tmp_path: Path) -> torch.Tensor:
-    x = torch.randn(11, D, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(11, WIDTH, generator=torch.Generator().manual_seed(1))
     np.savez(tmp_path / "in.npz", x=x.numpy())
     return x
 
@@ -85,7 +95,11 @@ def test_equal_to_one_process(saved: Path, flat: Path, tmp_path: Path) -> None:
     (expected,) = evaluate(model().graph, [x], model().weights)
     assert results.keys() == FOUR.keys()
     for result in results.values():
-        np.testing.assert_allclose(result, expected.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(result.output, expected.numpy(), rtol=1e-5, atol=1e-5)
+    across = {name: result.bytes_across for name, result in results.items()}
+    # Each of 11 tokens crosses at most once, and back: a row, and 4 slots and weights out.
+    assert across["deduplicated"] <= 11 * (2 * 4 * WIDTH + 4 * (8 + 4)) + COUNTS
+    assert across["deduplicated"] < 0.6 * min(across["flat"], across["rail"])
 
 
 @pytest.mark.long

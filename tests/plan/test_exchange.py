@@ -7,7 +7,9 @@ import pytest
 from moec.plan.cluster import link_graph, read_cluster, route
 from moec.plan.exchange import (
     coordinated,
+    deduplicated,
     distinct_nodes,
+    even_away,
     flat,
     hierarchical,
     rail_aligned,
@@ -46,6 +48,22 @@ def test_rail_form_charges_the_busiest_rail() -> None:
 def test_distinct_nodes_of_a_token(nodes: int, mean: float) -> None:
     """E = 256, k = 8."""
     assert distinct_nodes(256, 8, nodes) == pytest.approx(mean, abs=0.02)
+
+
+@pytest.mark.parametrize(("nodes", "mean"), [(2, 1.99), (4, 3.61), (8, 5.29), (16, 6.52)])
+def test_a_token_crosses_once_to_each_node(nodes: int, mean: float) -> None:
+    """E = 256, k = 8 on nodes of 8: each choice is a row of the other forms."""
+    ranks, volume = 8 * nodes, 8.0
+    away = even_away(256, 8, nodes)
+    once, two = deduplicated(ranks, 8, volume, away), hierarchical(ranks, 8, volume)
+    assert once.bytes_across == pytest.approx(mean * (nodes - 1) / nodes, abs=0.02)
+    assert once.bytes_across < two.bytes_across
+    assert (once.hops_inside, once.hops_across) == (two.hops_inside, two.hops_across)
+    assert once.bytes_inside == two.bytes_inside
+
+
+def test_more_nodes_than_experts() -> None:
+    assert distinct_nodes(4, 2, 8) == pytest.approx(8 * (1 - 3 / 6))
 
 
 def test_two_stages_pay_for_small_messages_only() -> None:

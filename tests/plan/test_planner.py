@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from moec.plan.cluster import read_cluster, with_nodes
 from moec.plan.model import Layers, Model, read_model
 from moec.plan.planner import Planner
 from moec.plan.popularity import of_distribution
-from moec.plan.simulate import drawn, simulate
+from moec.plan.simulate import drawn, simulate, traffic
 from moec.plan.workload import Workload
 
 
@@ -52,6 +53,24 @@ def test_a_pyramid_gets_degrees_of_its_own() -> None:
     assert all(len(slots) == 1 for layer in plan.layers for slots in layer.slots)
     assert [ranks * copies for ranks, copies in each] == [128] * 3
     assert len({layer.ranks for layer in plan.layers}) == 3
+
+
+def test_eight_experts_on_two_nodes_are_reached_once_a_node() -> None:
+    """Where each device has room for four experts of 64, and a step has many tokens."""
+    layer = Layers(attention=4 * 1024**2, heads=16, experts=64, k=8, hidden=65536, matrices=2)
+    model = Model(name="wide", width=16384, weights="f32", layers=(layer,))
+    loads = of_distribution("uniform", [64])
+    work = Workload(tokens=2**13, sequences=0, context=0)
+    cluster = with_nodes(read_cluster("superpod-32"), 2)
+    p = Planner(model, cluster, work, loads, "")
+    plan = p.best()
+    assert plan.layers[0].form == "deduplicated"
+    (ids,) = drawn(loads, [8], 5_000)
+    counts = traffic(ids, plan.layers[0], 16, 8)
+    # 0.99 of 8 choices on the other node, where each of the other forms sends 4 rows.
+    assert counts.sent_across.sum() == pytest.approx(0.99 * len(ids), rel=0.02)
+    rail = msgspec.structs.replace(plan.layers[0], form="rail")
+    assert traffic(ids, rail, 16, 8).sent_across.sum() == pytest.approx(4 * len(ids), rel=0.02)
 
 
 def test_a_model_that_does_not_fit() -> None:

@@ -30,6 +30,8 @@ def layer(ranks: int, slices: int, copies: int, form: str, slots: int) -> LayerP
             (4, 1, 2, "flat", 7),
             (4, 2, 1, "coordinated", 6),
             (4, 1, 1, "rail", 8),
+            (8, 1, 1, "deduplicated", 8),
+            (4, 2, 1, "deduplicated", 8),
             (1, 1, 4, "flat", 6),
         ]
     ),
@@ -40,7 +42,8 @@ def test_equals_a_plain_count(
     shape: tuple[int, int, int, str, int], tokens: int, seed: int
 ) -> None:
     one = layer(*shape)
-    devices, node = one.ranks * one.slices * one.copies, 2
+    devices = one.ranks * one.slices * one.copies
+    node = 4 if shape[1:4] == (2, 1, "deduplicated") else 2
     ids = np.random.default_rng(seed).integers(-1, 7, (tokens, 3)).astype(np.int16)
     counts = traffic(ids, one, devices, node)
     first, holder = tables(one)
@@ -59,13 +62,22 @@ def test_equals_a_plain_count(
             rows[group * one.ranks + rank] += 1
             base = (group * one.ranks + rank) * one.slices
             target = base + home % one.slices
-            got[target] += target != home
             away.add(base // node)
-        nodes += len(away - {home // node})
+            if one.form == "deduplicated":  # it arrives at the sender's place in the node
+                got[target] += target != base // node * node + home % node
+            else:
+                got[target] += target != home
+        away -= {home // node}
+        nodes += len(away)
+        if one.form == "deduplicated":
+            for other in away:
+                got[other * node + home % node] += 1
     assert np.array_equal(counts.rows, rows)
     assert np.array_equal(counts.got_inside + counts.got_across, got)
     assert counts.deduplicated == nodes
     assert counts.sent_across.sum() == counts.got_across.sum()
+    if one.form == "deduplicated":
+        assert counts.sent_across.sum() == nodes
 
 
 def test_draws_have_their_shares() -> None:

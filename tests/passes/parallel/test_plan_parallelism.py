@@ -15,7 +15,7 @@ from moec.errors import IRError, UnsupportedError, UsageError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.ranks import evaluate_ranks
 from moec.interpret.verifier import verify
-from moec.ir.graph import Module, Program, Stage
+from moec.ir.graph import Graph, Module, Program, Stage
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import Log
 from moec.passes.parallel.plan_parallelism import parallelise, rank_programs
@@ -26,44 +26,51 @@ from moec.plan.plan import LayerPlan, Plan
 from moec.plan.workload import Workload
 
 E, D, H, K = 8, 6, 12, 2
-MODEL = parse(f"""
-graph main(x: f32[T, {D}]; router: f32[{E}, {D}], w1: f32[{E}, {H}, {D}], w3: f32[{E}, {H}, {D}],
-           w2: f32[{E}, {D}, {H}], b2: f32[{E}, {D}]) {{
+
+
+def layer(k: int, width: int) -> Graph:
+    return parse(f"""
+graph main(x: f32[T, {width}]; router: f32[{E}, {width}], w1: f32[{E}, {H}, {width}],
+           w3: f32[{E}, {H}, {width}], w2: f32[{E}, {width}, {H}], b2: f32[{E}, {width}]) {{
   size T in [0, inf]
   logits: f32[T, {E}] = aten.linear.default(x, router)
-  w: f32[T, {K}], i: i64[T, {K}] = moe.route(logits) <k={K}>
-  rows: f32[{K}*T, {D}], order: i32[{K}*T], ends: i32[{E}] =
+  w: f32[T, {k}], i: i64[T, {k}] = moe.route(logits) <k={k}>
+  rows: f32[{k}*T, {width}], order: i32[{k}*T], ends: i32[{E}] =
     moe.dispatch(x, i) <num_experts={E}> @ mlp
-  out: f32[{K}*T, {D}] = moe.experts(rows, ends, w1, w3, w2, b2) @ mlp.experts {{
-    graph expert(r: f32[N, {D}]; v1: f32[{H}, {D}], v3: f32[{H}, {D}], v2: f32[{D}, {H}],
-                 c2: f32[{D}]) {{
+  out: f32[{k}*T, {width}] = moe.experts(rows, ends, w1, w3, w2, b2) @ mlp.experts {{
+    graph expert(r: f32[N, {width}]; v1: f32[{H}, {width}], v3: f32[{H}, {width}],
+                 v2: f32[{width}, {H}], c2: f32[{width}]) {{
       a: f32[N, {H}] = aten.linear.default(r, v1)
       g: f32[N, {H}] = aten.silu.default(a)
       u: f32[N, {H}] = aten.linear.default(r, v3)
       h: f32[N, {H}] = aten.mul.Tensor(g, u)
-      y: f32[N, {D}] = aten.linear.default(h, v2, c2)
+      y: f32[N, {width}] = aten.linear.default(h, v2, c2)
       return y
     }}
   }}
-  z: f32[T, {D}] = moe.combine(out, order, w) <k={K}, tokens={{T}}, dtype=f32, weighted=true> @ mlp
+  z: f32[T, {width}] =
+    moe.combine(out, order, w) <k={k}, tokens={{T}}, dtype=f32, weighted=true> @ mlp
   return z
 }}""")
 
 
-def model(seed: int = 0) -> Program:
+MODEL = layer(K, D)
+
+
+def model(seed: int = 0, graph: Graph = MODEL) -> Program:
     generator = torch.Generator().manual_seed(seed)
     weights = {
         p.name: torch.randn([int(d) for d in p.shape], generator=generator) / 3
-        for p in MODEL.params
+        for p in graph.params
     }
-    return Program(MODEL, weights)
+    return Program(graph, weights)
 
 
 def plan(
     ranks: int, slices: int = 1, copies: int = 1, form: Form = "flat", node: int = 2, spare: int = 0
 ) -> Plan:
     loads = np.random.default_rng(ranks + spare).lognormal(0, 1, E)
-    layer = LayerPlan(
+    entry = LayerPlan(
         layer=0,
         experts=E,
         attention=1,
@@ -81,7 +88,7 @@ def plan(
         node_size=node,
         workload=Workload(tokens=1, sequences=0, context=0),
         routing="",
-        layers=(layer,),
+        layers=(entry,),
         seconds=0.0,
         memory=0.0,
         memory_limit=0.0,
@@ -98,6 +105,9 @@ FORMS = {
     "hierarchical": plan(4, form="hierarchical"),
     "rail": plan(4, form="rail", spare=2),
     "rail over 4 nodes": plan(8, form="rail", spare=1),
+    "deduplicated": plan(4, form="deduplicated", spare=2),
+    "deduplicated over 4 nodes": plan(8, form="deduplicated", spare=1),
+    "deduplicated and slices": plan(4, slices=2, form="deduplicated", node=4),
     "rail and slices": plan(4, slices=2, form="rail", node=4),
 }
 
@@ -206,6 +216,38 @@ def test_one_rank_by_itself_cannot_be_evaluated() -> None:
         evaluate(program.graph, [torch.ones(3, D)], program.weights)
 
 
+def scaled() -> Program:
+    """The model with weights applied before the experts (Llama 4), and a shared expert's output."""
+    text = print_graph(MODEL).replace("moe.dispatch(x, i)", "moe.dispatch(x, i, w)")
+    text = text.replace("(out, order, w) <", "(out, order, x) <").replace(
+        "weighted=true", "added=true"
+    )
+    return Program(parse(text), model().weights)
+
+
+def test_weights_before_the_experts_and_an_addend() -> None:
+    p, program = FORMS["deduplicated"], scaled()
+    x = torch.randn(7, D, generator=torch.Generator().manual_seed(1))
+    (expected,) = evaluate(program.graph, [x], program.weights)
+    parts = [[part] for part in x.split([3, 0, 2, 2])]
+    results = evaluate_ranks(rank_programs(program, p), parts, groups_of(p))
+    torch.testing.assert_close(torch.cat([r[0] for r in results]), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [
+        ("out", "a deduplicated exchange needs a moe.combine that alone reads the experts"),
+        ("rows", "rows, whose rows are deduplicated, is also read by an output of the model"),
+    ],
+)
+def test_rows_that_cannot_be_deduplicated(read: str, reason: str) -> None:
+    text, log = print_graph(MODEL).replace("return z", f"return z, {read}"), Log()
+    program = parallelise(Program(parse(text), model().weights), FORMS["deduplicated"], 0, log)
+    assert [d.reason for d in log.declined] == [reason]
+    assert not any(op.name.startswith("dist.") for op in program.graph.ops)
+
+
 def test_a_plan_of_another_model() -> None:
     p = FORMS["flat"]
     other = replace(MODEL, ops=MODEL.ops[:2], outputs=())
@@ -222,7 +264,12 @@ def limited(order: str = "slot", capacity: str = "ceiling(T/3)") -> Program:
     return Program(parse(text), model().weights)
 
 
-WITH_CAPACITY = {"flat": FORMS["flat"], "rail": FORMS["rail"], "whole": plan(1, copies=4)}
+WITH_CAPACITY = {
+    "flat": FORMS["flat"],
+    "rail": FORMS["rail"],
+    "deduplicated": FORMS["deduplicated"],
+    "whole": plan(1, copies=4),
+}
 
 
 @settings(max_examples=20)
