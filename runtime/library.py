@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from moec.errors import ArtifactError
+from moec.runtime import counts
 from moec.runtime.pool import share_pool
 from moec.runtime.threads import set_threads
 from moec.temporary import temporary_folder
@@ -45,6 +46,7 @@ def tvm_ffi() -> ModuleType:
         # Global: compiled code finds the thread pool by its symbol, and crashes without it.
         ctypes.CDLL(str(folder / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(folder / "libtvm_runtime_extra.so"), ctypes.RTLD_LOCAL)  # sort, for topk
+    ffi.register_global_func(counts.NAME, counts.require_count, override=True)
     module: ModuleType = ffi
     return module
 

@@ -8,6 +8,8 @@ from moec.codegen.onnx.rules import Call, axis, build
 from moec.errors import NoMatch
 from moec.ir.graph import Value
 
+_BEYOND = 1 << 48  # no axis is so long
+
 
 def positions(c: Call, value: Value) -> str:
     if value.dtype in ("bool", "u8"):
@@ -128,3 +130,16 @@ def scatter(c: Call) -> str:
             zeros, every = c.w.constant([0] * len(ids.shape)), list(range(len(ids.shape)))
             updates = c.w("Slice", updates, zeros, c.w("Shape", at), c.w.constant(every))
     return c.w("ScatterElements", c.read(value), at, updates, axis=dim, **how)
+
+
+@build("moec.require_count")
+def require_count(c: Call) -> str:
+    """ONNX has no assertions: where the count is wrong, the indices are beyond the end of every
+    table, which ONNX Runtime refuses on CPUs."""
+    order, count = c.op.inputs
+    rows = c.w.scalar(c.op.attrs["rows"])
+    wrong = c.w("Greater", c.read(count), rows)
+    if c.op.attrs["exact"]:
+        wrong = c.w("Not", c.w("Equal", c.read(count), rows))
+    beyond = c.w("Mul", c.w.cast(wrong, "bool", "i64"), c.w.constant(_BEYOND))
+    return c.w("Add", c.read(order), beyond)

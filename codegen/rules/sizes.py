@@ -1,4 +1,4 @@
-"""Sizes that are read from data."""
+"""Sizes that are read from data, and numbers that are compared with sizes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,36 @@ from moec.codegen.fusion import FusionGroup
 from moec.codegen.module_builder import Lowering
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, TensorType, Value
+from moec.runtime.counts import NAME
 
 
 def _size(low: Lowering, op: Op) -> list[relax.Expr]:
     """Binds a named size to the computed value, for all later ops."""
     name = cast(str, op.attrs["name"])
-    source = op.inputs[0]
+    shape = _as_shape(low, op.inputs[0])
+    low.builder.match_cast(shape, relax.ShapeType([low.sizes.variables[name]]))
+    return [low.value(op.inputs[0])]
+
+
+def _require_count(low: Lowering, op: Op) -> list[relax.Expr]:
+    """Calls `moec.runtime.counts.require_count`. Its result is matched with what it must be, since
+    a call without readers would be removed."""
+    order, count = op.inputs
+    rows = [low.sizes.expr(cast("Dim", op.attrs["rows"]))]
+    arguments = [
+        _as_shape(low, count),
+        relax.ShapeExpr(rows),
+        relax.prim_value(int(cast(bool, op.attrs["exact"]))),
+        cast(str, op.attrs["mask"]),
+        cast(str, op.attrs["source"]),
+    ]
+    call = relax.op.call_pure_packed(NAME, *arguments, ty_args=relax.ShapeType(ndim=1))
+    low.builder.match_cast(low.builder.emit(call), relax.ShapeType(rows))
+    return [low.value(order)]
+
+
+def _as_shape(low: Lowering, source: Value) -> relax.Expr:
+    """One integer of a tensor as a shape of one axis."""
     scalar = low.value(source)
     if source.dtype != "i64":
         wide = Value(f"{source.name}_wide", TensorType("i64", source.shape))
@@ -25,9 +49,10 @@ def _size(low: Lowering, op: Op) -> list[relax.Expr]:
     one: tuple[Dim, ...] = (1,)
     if source.shape != one:
         scalar = low.reshaped(scalar, TensorType("i64", one))
-    shape = low.builder.emit(relax.op.tensor_to_shape(scalar))
-    low.builder.match_cast(shape, relax.ShapeType([low.sizes.variables[name]]))
-    return [low.value(source)]
+    return low.builder.emit(relax.op.tensor_to_shape(scalar))
 
 
-RULES = (Rule("size", ("moec.size",), always, _size),)
+RULES = (
+    Rule("size", ("moec.size",), always, _size),
+    Rule("require_count", ("moec.require_count",), always, _require_count),
+)

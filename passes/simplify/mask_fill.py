@@ -1,11 +1,13 @@
 """Rows that fill a mask in order are gathered: no size depends on the data.
 
-x.masked_scatter(mask, y) -> where(mask, y[cumsum(mask) - 1], x)
-x[mask] = x[mask] + y     -> where(mask, x + y[cumsum(mask) - 1], x)
+x.masked_scatter(mask, y) -> where(mask, y[order], x)
+x[mask] = x[mask] + y     -> where(mask, x + y[order], x)
+                             with order = require_count(cumsum(mask) - 1, sum(mask))
 
 This is how features of images take, or are added at, the positions of image tokens. y has one row
-for each position that is set, as many as sizes of inputs or constants say. Eager refuses any other
-number of set positions; in the graph, rows beyond y are undefined.
+for each position that is set, as many as sizes of inputs or constants say. As eager does, the op
+require_count refuses more set positions; and fewer, if they are an index or if the module asserts
+their number (torch._check).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moec.ir.dims import Dim, product, symbols
-from moec.ir.graph import Op, Ref, TensorType, Value
+from moec.ir.graph import Attr, Op, Ref, TensorType, Value
 from moec.passes.core.rewrite import Builder
 
 _POINTWISE = frozenset(
@@ -35,7 +37,7 @@ def scatter(op: Op, b: Builder) -> Sequence[Value] | None:
     elif mask.shape != x.shape:
         return None
     rows = b.reshape(values, (length, width), like=op, named="rows")
-    order = _order(mask, op, b)
+    order = _Order(mask, length, _is_asserted(mask, b), rows).emitted(op, b)
     filled = b.reshape(_picked(rows, order, op, b), x.shape, like=op, named="picked")
     return b.emit("aten.where.self", [mask, filled, x], [op.outputs[0].type], like=op)
 
@@ -85,7 +87,7 @@ class _Filling:
             full = [TensorType(rows.dtype, self.x.shape)]
             attrs = producer.attrs
             return self.b.emit(producer.name, operands, full, like=producer, attrs=attrs)[0]
-        order = _order(self.mask, self.op, self.b)
+        order = _Order(self.mask, rows.shape[0], True, rows).emitted(self.op, self.b)
         picked = _picked(rows, order, self.op, self.b)
         return self.b.reshape(picked, self.x.shape, like=self.op, named="picked")
 
@@ -95,15 +97,73 @@ def _is_known(b: Builder, *shape: Dim) -> bool:
     return all(symbols(dim) <= named for dim in shape)
 
 
-def _order(mask: Value, op: Op, b: Builder) -> Value:
-    """i64[n]: for each set position of the mask, how many are set before it."""
+@dataclass(frozen=True)
+class _Order:
+    """For each set position of `mask`, how many are set before it: the row of `source` that fills
+    it. There are as many set positions as `rows`, or fewer if not `exact`."""
+
+    mask: Value
+    rows: Dim
+    exact: bool
+    source: Value
+
+    def emitted(self, op: Op, b: Builder) -> Value:
+        """i64[n], checked."""
+        mask = _flat(self.mask, b)
+        line, number = TensorType("i64", (product(mask.shape),)), TensorType("i64", ())
+        flat = b.cast(
+            b.reshape(mask, line.shape, like=op, named="mask"), "i64", like=op, named="mask"
+        )
+        (ends,) = b.emit(
+            "aten.cumsum.default", [flat], [line], like=op, attrs={"dim": 0}, named="ends"
+        )
+        (count,) = b.emit(
+            "aten.sum.dim_IntList", [flat], [number], like=op, attrs={"dim": ()}, named="count"
+        )
+        (order,) = b.emit(
+            "aten.sub.Tensor", [ends], [line], like=op, attrs={"other": 1}, named="order"
+        )
+        mask_inputs, source_inputs = _inputs(mask, b), _inputs(self.source, b)
+        attrs: dict[str, Attr] = {
+            "rows": self.rows,
+            "exact": self.exact,
+            "mask": ", ".join(mask_inputs),
+            "source": ", ".join(n for n in source_inputs if n not in mask_inputs),
+        }
+        return b.emit("moec.require_count", [order, count], like=op, attrs=attrs, named="order")[0]
+
+
+def _is_asserted(mask: Value, b: Builder) -> bool:
+    """Whether the module asserts something about the number of set positions."""
+    mask = _flat(mask, b)
+    assertions = [op for op in b.ops if op.name == "aten._is_all_true.default"]
+    return any(mask in _sources(op.inputs[0], b) for op in assertions)
+
+
+def _inputs(value: Value, b: Builder) -> list[str]:
+    """The names of the inputs that a value depends on, in order."""
+    sources = _sources(value, b)
+    return [value.name for value in b.graph.inputs if value in sources]
+
+
+def _sources(value: Value, b: Builder) -> set[Value]:
+    """All values that a value depends on."""
+    sources, waiting = {value}, [value]
+    while waiting:
+        producer = b.producers.get(waiting.pop())
+        operands = set(producer.inputs if producer else ()) - sources
+        sources |= operands
+        waiting += operands
+    return sources
+
+
+def _flat(mask: Value, b: Builder) -> Value:
+    """The mask before it got its shape, which does not change the order of its elements."""
     producer = b.producers.get(mask)
-    if producer is not None and producer.name == "aten.reshape.default":
+    while producer is not None and producer.name == "aten.reshape.default":
         mask = producer.inputs[0]
-    line = TensorType("i64", (product(mask.shape),))
-    flat = b.cast(b.reshape(mask, line.shape, like=op, named="mask"), "i64", like=op, named="mask")
-    (ends,) = b.emit("aten.cumsum.default", [flat], [line], like=op, attrs={"dim": 0}, named="ends")
-    return b.emit("aten.sub.Tensor", [ends], [line], like=op, attrs={"other": 1}, named="order")[0]
+        producer = b.producers.get(mask)
+    return mask
 
 
 def _picked(rows: Value, order: Value, op: Op, b: Builder) -> Value:

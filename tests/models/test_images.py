@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import moec
-from moec.errors import CaptureError
+from moec.errors import CaptureError, InputError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.tolerance import distance
-from tests.models.image_families import IMAGE_FAMILIES
+from tests.models.image_families import IMAGE, IMAGE_FAMILIES
 
 TOLERANCE = 1e-5  # sums are reordered in float32, over a layer of vision and one of text
 GRID = "image_grid_thw"
@@ -34,6 +34,15 @@ def test_text_of_any_length_equals_eager(name: str) -> None:
             theirs = model(**case, **quiet)
         theirs = theirs if isinstance(theirs, torch.Tensor) else theirs.logits
         assert distance(got[0], theirs) <= TOLERANCE
+    for count in (3, 5):  # tokens of images in the second text
+        case = family.inputs(12, 2)
+        case["input_ids"][1] = 21
+        case["input_ids"][1, 2 : 2 + count] = IMAGE
+        with pytest.raises(ValueError, match=f"tokens: {4 + count}, features: 8"):
+            model(**case, **quiet)
+        words = rf"^input_ids selects {4 + count} positions .* pixel_values gives 8 rows for them"
+        with pytest.raises(InputError, match=words):
+            evaluate(program.graph, [case[name] for name in inputs], program.weights)
 
 
 def test_a_grid_that_varies_is_refused_with_the_line_and_the_remedy() -> None:

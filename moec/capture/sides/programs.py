@@ -60,6 +60,8 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 _IDENTITIES = frozenset({"aten.slice.Tensor", "aten.expand.default", "aten.reshape.default"})
 """Ops that change nothing if they keep the shape; torch leaves some out where sizes are ints."""
+_EFFECTS = frozenset({"moec.size", "aten._is_all_true.default"})
+"""Ops that stay although nothing reads them. The second is an assertion (torch._check)."""
 
 
 def _without_identities(graph: Graph) -> Graph:
@@ -76,10 +78,10 @@ def _without_identities(graph: Graph) -> Graph:
 
 def _live(graph: Graph) -> list[Op]:
     """The ops on which the results depend, each behind its operands, in the order in which the
-    results need them. An op that binds a size comes first where it is in the graph."""
+    results need them. Ops that bind a size or assert come first, in the order of the graph."""
     ops: dict[Op, None] = {}
-    sizes = [value for op in graph.ops if op.name == "moec.size" for value in op.outputs]
-    stack = [(value, False) for value in reversed((*sizes, *graph.results))]
+    effects = [value for op in graph.ops if op.name in _EFFECTS for value in op.outputs]
+    stack = [(value, False) for value in reversed((*effects, *graph.results))]
     while stack:
         value, ready = stack.pop()
         op = graph.producers.get(value)
