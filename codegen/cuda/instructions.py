@@ -70,6 +70,11 @@ def load_fragments(registers: Sequence[Expr], row: Expr) -> None:
     ptx("ldmatrix.sync.aligned.m8n8.x4.shared.b16", *registers, row)
 
 
+def load_transposed(registers: Sequence[Expr], row: Expr) -> None:
+    """As load_fragments, with each matrix transposed."""
+    ptx("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", *registers, row)
+
+
 def multiply(dtype: str, sums: Sequence[Expr], a: Sequence[Expr], b: Sequence[Expr]) -> None:
     """sums[16, 8] float32 += a[16, 16] @ b[8, 16]^T of bfloat16 or float16, or a[16, 8] @ b[8, 8]^T
     of float32 rounded to TF32."""
@@ -224,6 +229,11 @@ def add_atomically(buffer: Buffer, index: Expr, value: int) -> None:
 def exp(x: Expr) -> Expr:
     """exp with an error of at most 2 ulp; TVM's own is `__expf`, which is less exact."""
     return T.call_extern("float32", "expf", x)
+
+
+def exp2(x: Expr) -> Expr:
+    """2 to the power of x, with an error of at most 2 ulp."""
+    return T.call_extern("float32", "exp2f", x)
 
 
 def erf(x: Expr) -> Expr:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from tvm import relax
@@ -19,7 +20,7 @@ from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.attention import Attention
 
 
-def _attention_inputs(op: Op) -> Attention:
+def attention_inputs(op: Op) -> Attention:
     """An attention of either op. Raises NoMatch if the kernel does not support it."""
     if op.name == "nn.attention":
         attention = Attention.of(op)
@@ -51,41 +52,57 @@ def _attention_inputs(op: Op) -> Attention:
 
 
 def _check(op: Op, graph: Graph) -> None:
-    _attention_inputs(op)
+    attention_inputs(op)
 
 
-def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
-    a = _attention_inputs(op)
-    _, heads, _, width = a.shape("q")
-    mask, causal, window, chunk = a.mask, a.causal, a.window, a.chunk
-    # With a cache, a mask would be as long as the cache.
-    if a.first is None and (window is not None or chunk is not None):
-        mask, causal, window, chunk = visible_mask(low, op, a), False, None, None
-    shape = () if mask is None else (*(1,) * (4 - len(mask.shape)), *mask.shape)
-    spec = AttentionSpec(
+def spec_of(a: Attention) -> AttentionSpec:
+    """The spec of a kernel that computes window and chunk itself."""
+    mask = None
+    if a.mask is not None:
+        full = tuple(d != 1 for d in _four_axes(a.mask))
+        mask = MaskSpec(a.mask.dtype, cast(Any, full))
+    return AttentionSpec(
         a.q.dtype,
-        cast(int, heads),
+        cast(int, a.shape("q")[1]),
         cast(int, a.shape("k")[1]),
-        cast(int, width),
+        cast(int, a.shape("q")[3]),
         cast(int, a.v.shape[3]),
         a.scale,
-        causal,
-        None if mask is None else MaskSpec(mask.dtype, cast(Any, tuple(d != 1 for d in shape))),
+        a.causal,
+        mask,
         a.sinks is not None,
-        window=window,
-        chunk=chunk,
+        window=a.window,
+        chunk=a.chunk,
         placed=a.first is not None,
         tokens_first=a.tokens_first,
     )
-    function = low.kernel(spec, "attention")
+
+
+def _four_axes(mask: Value) -> tuple[Dim, ...]:
+    return (*(1,) * (4 - len(mask.shape)), *mask.shape)
+
+
+def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
+    a = attention_inputs(op)
+    # With a cache, a mask would be as long as the cache.
+    if a.first is None and (a.window is not None or a.chunk is not None):
+        mask = visible_mask(low, op, a)
+        a = replace(a, mask=mask, causal=False, window=None, chunk=None)
+    return call_attention(low, op, a, low.kernel(spec_of(a), "attention"), "attention")
+
+
+def call_attention(
+    low: Lowering, op: Op, a: Attention, function: Any, kernel: str
+) -> list[relax.Expr]:
+    """Calls the kernel (q, k, v, mask?, sinks?, first?, out)."""
     arguments = [low.value(v) for v in (a.q, a.k, a.v)]
-    if mask is not None:
-        arguments.append(low.shaped(mask, TensorType(mask.dtype, shape)))
+    if a.mask is not None:
+        arguments.append(low.shaped(a.mask, TensorType(a.mask.dtype, _four_axes(a.mask))))
     if a.sinks is not None:
         arguments.append(low.value(a.sinks))
     if a.first is not None:
         arguments.append(low.value(a.first))
-    low.note(op, "attention")
+    low.note(op, kernel)
     return low.call(function, arguments, [op.outputs[0].type])
 
 
@@ -143,11 +160,5 @@ def broadcast(a: Sequence[Dim], b: Sequence[Dim]) -> tuple[Dim, ...]:
     return tuple(y if x == 1 else x for x, y in pairs)
 
 
-RULES = (
-    Rule(
-        "attention",
-        ("nn.attention", "aten.scaled_dot_product_attention.default"),
-        _check,
-        _attention,
-    ),
-)
+OPS = ("nn.attention", "aten.scaled_dot_product_attention.default")
+RULES = (Rule("attention", OPS, _check, _attention),)

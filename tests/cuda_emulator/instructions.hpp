@@ -131,17 +131,27 @@ static void tvm_builtin_ptx_ld_vec_shared_v4_f32(float& r0, float& r1, float& r2
 
 // ---- matrices of a warp ----------------------------------------------------------------------
 
-// PTX ISA, ldmatrix: lane l has two neighbours of row l / 4 of each matrix.
-static void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t row) {
+// PTX ISA, ldmatrix: lane l has two neighbours of row l / 4 of each matrix, or of its transpose.
+template <bool transposed>
+static void load_matrices(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t row) {
   struct Lane { uint32_t *r[4], row; } mine{{&r0, &r1, &r2, &r3}, row};
   if (row % 16) emulator::fail("ldmatrix of a row that is not aligned to 16 bytes" + emulator::where());
   emulator::warp("ldmatrix", &mine, [](void** lanes) {
     for (int i = 0; i < 4; i++)
-      for (int l = 0; l < 32; l++) {
-        uint32_t from = ((Lane*)lanes[i * 8 + l / 4])->row;
-        memcpy(((Lane*)lanes[l])->r[i], emulator::shared(from, 16) + l % 4 * 4, 4);
-      }
+      for (int l = 0; l < 32; l++)
+        for (int h = 0; h < 2; h++) {
+          int r = l / 4, column = l % 4 * 2 + h;
+          if (transposed) std::swap(r, column);
+          const char* from = emulator::shared(((Lane*)lanes[i * 8 + r])->row, 16);
+          memcpy((char*)((Lane*)lanes[l])->r[i] + h * 2, from + column * 2, 2);
+        }
   });
+}
+static void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t row) {
+  load_matrices<false>(r0, r1, r2, r3, row);
+}
+static void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3, uint32_t row) {
+  load_matrices<true>(r0, r1, r2, r3, row);
 }
 
 namespace emulator {

@@ -8,21 +8,19 @@ from tvm import IRModule
 
 from moec.cache import Store
 from moec.codegen.backend import Backend
-from moec.codegen.backends.cuda import products, quantised, routing
+from moec.codegen.backends.cuda import attention, products, quantised, routing
 from moec.codegen.backends.cuda.library import launched
 from moec.codegen.backends.cuda.loops import write
 from moec.codegen.cpu.link import linker_for
 from moec.codegen.cuda.append import append
-from moec.codegen.cuda.attention import attention
 from moec.codegen.cuda.cubin import compiler, cubins
 from moec.codegen.cuda.norm import norm
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.cuda.source import PART
-from moec.codegen.rules import attention as attention_rules
 from moec.codegen.rules import caches, experts, norms, sizes
-from moec.codegen.specs.attention import AppendSpec, AttentionSpec
+from moec.codegen.specs.attention import AppendSpec
 from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.runtime.package import BuiltLibrary, GpuCode
@@ -59,7 +57,7 @@ CUDA = Backend(
         *products.RULES,
         *quantised.RULES,
         *routing.RULES,
-        *attention_rules.RULES,
+        *attention.RULES,
         *caches.RULES,
         *experts.RULES,
         *norms.RULES,
@@ -67,7 +65,6 @@ CUDA = Backend(
     ),
     kernels={
         AppendSpec: append,
-        AttentionSpec: attention,
         CombineSpec: combine,
         DispatchSpec: dispatch,
         NormSpec: norm,

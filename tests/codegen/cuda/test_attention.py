@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moec.codegen.cuda.attention import attention
+from moec.codegen.cuda.attention.warps import attention
 from moec.codegen.specs.attention import AttentionSpec
 from tests.cuda_emulator.bugs import Bug, check_found
 from tests.cuda_emulator.emulate import (

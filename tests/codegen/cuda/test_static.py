@@ -23,12 +23,15 @@ from tvm.tirx import PrimFunc
 from moec.cache import OBJECTS, Store, entries
 from moec.codegen.cuda.activation import gated, silu
 from moec.codegen.cuda.append import append
-from moec.codegen.cuda.attention import attention
+from moec.codegen.cuda.attention.key_tiles import WARPS
+from moec.codegen.cuda.attention.tiles import tile_attention
+from moec.codegen.cuda.attention.warps import attention
 from moec.codegen.cuda.cubin import Cubin, cubin
 from moec.codegen.cuda.gemv import gemv
 from moec.codegen.cuda.grouped import grouped_linear
 from moec.codegen.cuda.grouped_codes import gemv_codes, grouped_codes
 from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
+from moec.codegen.cuda.instructions import WARP
 from moec.codegen.cuda.norm import norm
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
@@ -172,6 +175,41 @@ def beside_products(arch: str) -> Cubin:
         norm(NormSpec("rms", 2048, 1e-6, "bf16", "bf16", "bf16", residual=True), target, "norm"),
     )
     return cubin(lowered(*kernels, target=target).source, target)
+
+
+WIDTHS = ((64, 64), (80, 80), (192, 128), (256, 256))
+
+
+@cache
+def attention_tiles(arch: str) -> Cubin:
+    """For heads of 128 features, on all architectures; on one, for others too."""
+    target = TARGETS[arch]
+    widths = WIDTHS if arch == ARCHES[0] else ()
+    kernels = (
+        tile_attention(replace(HEADS, placed=True), target, "causal", few=0),
+        *(
+            tile_attention(
+                replace(HEADS, key_dim=key, value_dim=value), target, f"width{key}", few=0
+            )
+            for key, value in widths
+        ),
+    )
+    return cubin(lowered(*kernels, target=target).source, target)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHES)
+def test_nothing_spills_of_attention_tiles(arch: str, tmp_path: Path) -> None:
+    result = attention_tiles(arch)
+    assert result.spills == 0
+    assert result.registers * WARPS * WARP * 2 <= TARGETS[arch].registers, "two blocks fit an SM"
+    if tool("nvdisasm") is not None:
+        words = instructions(result, tmp_path)
+        stems = {word.partition(".")[0] for word in words}
+        assert not stems & {"LDL", "STL"}
+        assert {"HMMA", "LDGSTS", "MUFU", "SHFL"} <= stems
+        assert {"HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDSM.16.MT88.4"} <= words
+        assert "STG.E.U16" not in words, "neighbours are stored as one word"
 
 
 SPILLS = {"cuda:sm_100a": 28}

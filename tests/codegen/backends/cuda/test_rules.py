@@ -125,6 +125,30 @@ def test_the_logits_of_a_gate(width: int, kernels: list[str]) -> None:
     assert param.pack(torch.ones(4, width, dtype=torch.bfloat16)).dtype == np.float32
 
 
+@pytest.mark.parametrize(
+    ("dtype", "width", "rule"),
+    [
+        ("bf16", 16, "tile_attention"),
+        ("f32", 16, "attention"),
+        ("bf16", 24, "attention"),
+        ("f16", 512, "attention"),
+    ],
+)
+def test_attention_uses_tensor_cores_where_a_tile_supports_it(
+    dtype: str, width: int, rule: str
+) -> None:
+    """The window stays one of the kernel; it does not become a mask."""
+    shape = f"{dtype}[B, 2, S, {width}]"
+    graph = parse(f"""graph main(q: {shape}, k: {shape}, v: {shape}) {{
+      y: {shape} = nn.attention(q, k, v) <scale=0.25, causal=true, window=4>
+      return y
+    }}""")
+    (selected,) = CUDA.select(graph).rules.values()
+    assert selected.name == rule
+    lowered = lower(Module.of(Program(graph, {})), TARGETS["cuda:sm_80"], CUDA)
+    assert [kernel for _, kernel in lowered.kernels] == [rule]
+
+
 def test_what_has_a_kernel() -> None:
     selection = CUDA.select(
         parse(f"""graph main(x: bf16[T, 8], i: i64[T, 2], s: f32[T, 2]; w: bf16[3, 4, 8]) {{

@@ -4,9 +4,6 @@ Queries with a position in a cache (`placed`) are few and attend to many keys. F
 of a block share one query: each warp takes every eighth key, and their sums are combined at the end
 (Dao et al., Flash-Decoding, 2023, within a block).
 
-    q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  first?[B]
-    ->  out[B, Hq, S, Dv]
-
 Lane l holds the features l, l + 32, ...; a score is a sum over the warp. The softmax is computed
 online (Milakov and Gimelshein, arXiv 1805.02867): it keeps the greatest score so far, and rescales
 the sums when that grows. The kernel supports every AttentionSpec; it uses no tensor cores.
@@ -21,6 +18,14 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
+from moec.codegen.cuda.attention.arguments import (
+    LOWEST,
+    Arguments,
+    arguments,
+    key_position,
+    key_range,
+    masked,
+)
 from moec.codegen.cuda.instructions import WARP, barrier, exp, warp_sum
 from moec.codegen.cuda.scan import each
 from moec.codegen.specs.attention import AttentionSpec
@@ -29,28 +34,6 @@ from moec.target.cuda import CudaTarget
 
 _WARPS = 4  # queries per block
 _SHARING = 8  # warps per block that share one query
-_LOWEST = float("-inf")
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """The arguments of the kernel; sizes are int64."""
-
-    spec: AttentionSpec
-    batch: Expr
-    queries: Expr
-    keys: Expr
-    q: Buffer
-    k: Buffer
-    v: Buffer
-    mask: Buffer | None
-    sinks: Buffer | None
-    first: Buffer | None
-    out: Buffer
-
-    def at(self, name: str, b: Expr, head: Expr, n: Expr, d: Expr) -> tuple[Expr, ...]:
-        """The index of one feature of q, k, v or out."""
-        return (b, n, head, d) if name in self.spec.tokens_first else (b, head, n, d)
 
 
 @dataclass(frozen=True)
@@ -73,65 +56,33 @@ def attention(spec: AttentionSpec, target: CudaTarget, name: str = "attention") 
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            p = _arguments(spec)
-            count = p.batch * spec.q_heads * p.queries
-            queries, warps = (1, _SHARING) if spec.placed else (_WARPS, _WARPS)
-            blocks = T.max((count + (queries - 1)) // queries, T.int64(1))
-            grid = T.launch_thread("blockIdx.x", T.cast(blocks, "int32"))
-            with grid as block, T.launch_thread("threadIdx.x", warps * WARP) as thread:
-                first, warp = T.cast(block, "int64") * queries, T.cast(thread // WARP, "int64")
-                number = T.bind(first if spec.placed else first + warp)
-                with T.If(number < count), T.Then():
-                    query = _query(p, number, T.bind(thread % WARP), T.bind(warp))
-                    part = _attend(p, query, step=_SHARING if spec.placed else 1)
-                    if spec.placed:
-                        _join(p, query, part, thread)
-                    else:
-                        _divide(p, query, part)
+            launch_warps(arguments(spec))
     return builder.get()
 
 
-def _arguments(spec: AttentionSpec) -> _Problem:
-    batch, queries, keys = T.int64(), T.int64(), T.int64()
-    dtype = LONG_NAMES[spec.dtype]
-
-    def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
-        return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
-
-    def tensor(name: str, heads: int, n: Expr, width: int) -> Buffer:
-        swapped = name in spec.tokens_first
-        return argument(
-            name, (batch, n, heads, width) if swapped else (batch, heads, n, width), dtype
-        )
-
-    q = tensor("q", spec.q_heads, queries, spec.key_dim)
-    k = tensor("k", spec.kv_heads, keys, spec.key_dim)
-    v = tensor("v", spec.kv_heads, keys, spec.value_dim)
-    mask = sinks = first = None
-    if spec.mask is not None:
-        full_shape = (batch, spec.q_heads, queries, keys)
-        shape = tuple(d if full else 1 for d, full in zip(full_shape, spec.mask.full, strict=True))
-        mask = argument("mask", shape, LONG_NAMES[spec.mask.dtype])
-    if spec.sinks:
-        sinks = argument("sinks", (spec.q_heads,), dtype)
-    if spec.placed:
-        first = argument("first", (batch,), "int64")
-    out = tensor("out", spec.q_heads, queries, spec.value_dim)
-    if mask is not None and spec.mask is not None and spec.mask.dtype == "bool":
-        mask = T.decl_buffer(mask.shape, "int8", data=mask.data)
-    return _Problem(spec, batch, queries, keys, q, k, v, mask, sinks, first, out)
+def launch_warps(p: Arguments) -> None:
+    spec = p.spec
+    count = p.batch * spec.q_heads * p.queries
+    queries, warps = (1, _SHARING) if spec.placed else (_WARPS, _WARPS)
+    blocks = T.max((count + (queries - 1)) // queries, T.int64(1))
+    grid = T.launch_thread("blockIdx.x", T.cast(blocks, "int32"))
+    with grid as block, T.launch_thread("threadIdx.x", warps * WARP) as thread:
+        first, warp = T.cast(block, "int64") * queries, T.cast(thread // WARP, "int64")
+        number = T.bind(first if spec.placed else first + warp)
+        with T.If(number < count), T.Then():
+            query = _query(p, number, T.bind(thread % WARP), T.bind(warp))
+            part = _attend(p, query, step=_SHARING if spec.placed else 1)
+            if spec.placed:
+                _join(p, query, part, thread)
+            else:
+                _divide(p, query, part)
 
 
-def _query(p: _Problem, number: Expr, lane: Expr, warp: Expr) -> _Query:
+def _query(p: Arguments, number: Expr, lane: Expr, warp: Expr) -> _Query:
     position = T.bind(number % p.queries)
     row = T.bind(number // p.queries)
     b, head = T.bind(row // p.spec.q_heads), T.bind(row % p.spec.q_heads)
-    key_position = position
-    if p.first is not None:
-        # Clamped so that every query has at least one key, whatever `first` holds.
-        start = T.max(T.min(p.first[b], p.keys - p.queries), T.int64(0))
-        key_position = T.bind(position + start)
-    return _Query(b, head, position, key_position, lane, warp)
+    return _Query(b, head, position, key_position(p, b, position), lane, warp)
 
 
 @dataclass(frozen=True)
@@ -144,7 +95,7 @@ class _Part:
     sums: Buffer
 
 
-def _attend(p: _Problem, query: _Query, step: int) -> _Part:
+def _attend(p: Arguments, query: _Query, step: int) -> _Part:
     """Processes the keys of this warp: all, or every `step`-th if `step` warps share the query."""
     spec, zero = p.spec, T.float32(0)
     kv = T.bind(query.head // spec.group)
@@ -157,18 +108,18 @@ def _attend(p: _Problem, query: _Query, step: int) -> _Part:
     if p.sinks is not None:
         sink = T.cast(p.sinks[query.head], "float32")
         alone = query.warp == 0 if step > 1 else T.bool(True)  # count the sink once
-        T.buffer_store(top, T.if_then_else(alone, sink, T.float32(_LOWEST)), [0])
+        T.buffer_store(top, T.if_then_else(alone, sink, T.float32(LOWEST)), [0])
         T.buffer_store(total, T.if_then_else(alone, T.float32(1), zero), [0])
     else:
-        T.buffer_store(top, T.float32(_LOWEST), [0])
+        T.buffer_store(top, T.float32(LOWEST), [0])
         T.buffer_store(total, zero, [0])
-    start, end = _range(p, query)
+    start, end = key_range(p, query.key_position)
     begin = start if step == 1 else T.bind(start + query.warp)
     count = end - start if step == 1 else T.max(end - begin + (step - 1), T.int64(0)) // step
     with T.serial(0, count) as turn:
         key = T.bind(begin + turn * step)
         score = _score(p, query, kv, key, q)
-        with T.If(score != T.float32(_LOWEST)), T.Then():
+        with T.If(score != T.float32(LOWEST)), T.Then():
             best = T.bind(T.call_extern("float32", "fmaxf", top[0], score))
             share = T.bind(exp(score - best))
             rescale = T.bind(exp(top[0] - best))
@@ -181,7 +132,7 @@ def _attend(p: _Problem, query: _Query, step: int) -> _Part:
     return _Part(top, total, sums)
 
 
-def _divide(p: _Problem, query: _Query, part: _Part) -> None:
+def _divide(p: Arguments, query: _Query, part: _Part) -> None:
     """Writes the result of a query that one warp computes alone."""
     divisor = _divisor(part.total[0])
     for i in range(-(-p.spec.value_dim // WARP)):
@@ -190,7 +141,7 @@ def _divide(p: _Problem, query: _Query, part: _Part) -> None:
             _store(p, query, d, part.sums[i] / divisor)
 
 
-def _join(p: _Problem, query: _Query, part: _Part, thread: Expr) -> None:
+def _join(p: Arguments, query: _Query, part: _Part, thread: Expr) -> None:
     """Writes the result of a query that all warps of the block share. Each warp's part is rescaled
     to the greatest score of all. Parts are added in warp order, so the result is deterministic."""
     width = p.spec.value_dim
@@ -207,7 +158,7 @@ def _join(p: _Problem, query: _Query, part: _Part, thread: Expr) -> None:
     best = tops[0]
     for warp in range(1, _SHARING):
         best = T.call_extern("float32", "fmaxf", best, tops[warp])
-    best, lowest = T.bind(best), T.float32(_LOWEST)
+    best, lowest = T.bind(best), T.float32(LOWEST)
     scales = [
         T.bind(T.if_then_else(tops[w] == lowest, T.float32(0), exp(tops[w] - best)))
         for w in range(_SHARING)
@@ -230,38 +181,18 @@ def _divisor(total: Expr) -> Expr:
     return T.bind(T.if_then_else(total == T.float32(0), T.float32(1), total))
 
 
-def _store(p: _Problem, query: _Query, d: Expr, value: Expr) -> None:
+def _store(p: Arguments, query: _Query, d: Expr, value: Expr) -> None:
     at = p.at("out", query.b, query.head, query.position, T.cast(d, "int64"))
     T.buffer_store(p.out, T.cast(value, LONG_NAMES[p.spec.dtype]), list(at))
 
 
-def _range(p: _Problem, query: _Query) -> tuple[Expr, Expr]:
-    """The range of keys that causality, window and chunk let a query attend to."""
-    start, end = T.int64(0), p.keys
-    if p.spec.is_causal:
-        end = T.min(end, query.key_position + 1)
-    if p.spec.window is not None:
-        start = T.max(start, query.key_position - (p.spec.window - 1))
-    if p.spec.chunk is not None:
-        chunk = T.bind(query.key_position // p.spec.chunk * p.spec.chunk)
-        start, end = T.max(start, chunk), T.min(end, chunk + p.spec.chunk)
-    return T.bind(start), T.bind(end)
-
-
-def _score(p: _Problem, query: _Query, kv: Expr, key: Expr, q: list[Expr]) -> Expr:
+def _score(p: Arguments, query: _Query, kv: Expr, key: Expr, q: list[Expr]) -> Expr:
     keys = _features(p.k, p.at("k", query.b, kv, key, T.int64(0)), query, p.spec.key_dim)
     part = q[0] * keys[0]
     for a, b in zip(q[1:], keys[1:], strict=True):
         part = part + a * b
     score = T.bind(warp_sum(T.bind(part)) * T.float32(p.spec.scale))
-    if p.mask is None or p.spec.mask is None:
-        return score
-    indices = (query.b, query.head, query.position, key)
-    at = tuple(i if full else 0 for i, full in zip(indices, p.spec.mask.full, strict=True))
-    if p.spec.mask.dtype == "bool":
-        visible = p.mask[at] != T.int8(0)
-        return T.bind(T.if_then_else(visible, score, T.float32(_LOWEST)))
-    return T.bind(score + T.cast(p.mask[at], "float32"))
+    return masked(p, score, query.b, query.head, query.position, key)
 
 
 def _features(buffer: Buffer, at: tuple[Expr, ...], query: _Query, width: int) -> list[Expr]:

@@ -1,0 +1,1 @@
+"""softmax(q @ k.T * scale + mask) @ v: by tiles on tensor cores, and by warps."""

@@ -1,0 +1,280 @@
+"""Attention of many queries on tensor cores: tiles of queries by tiles of keys. From sm_80 on.
+
+    block     one key head of one text, and a tile of rows: the queries of all heads that share the
+              key head, heads fastest, so that 16 queries of 8 heads fill 128 rows
+    warp      16 or 32 rows, and all keys: no warp waits for the sums of another
+    keys      tile after tile, loaded by cp.async while the tile before is multiplied
+
+    scores[rows, keys] = q @ k^T    out = out * rescale + exp2(scores - top) @ v    by mma.sync
+
+The softmax is computed online, in base 2, and its weights are rounded to 16 bits for the product
+with v; their sum is not (Dao, FlashAttention-2, arXiv 2307.08691). The sums of a product have the
+layout of a first factor (PTX ISA, mma.m16n8k16), so weights stay in registers.
+
+Only keys that some row of the tile attends to are read. Among those, as in PyTorch, a NaN among
+the values of a key that is masked for a row alone makes the row NaN. The last tiles of queries of
+a text, which attend to most keys, are its first blocks.
+
+Few queries are computed by warps (warps.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cuda.attention.arguments import (
+    LOWEST,
+    Arguments,
+    arguments,
+    key_position,
+    key_range,
+    masked,
+)
+from moec.codegen.cuda.attention.key_tiles import PADDING, STAGES, WARPS, KeyTile, key_tile
+from moec.codegen.cuda.attention.products import multiply_keys, multiply_values
+from moec.codegen.cuda.attention.softmax import LOG2_E, Softmax, first_of_row, softmax
+from moec.codegen.cuda.attention.warps import launch_warps
+from moec.codegen.cuda.instructions import (
+    WARP,
+    barrier,
+    commit_copies,
+    copy_async,
+    round_pair,
+    wait_copies,
+)
+from moec.codegen.cuda.stages import PIECE
+from moec.codegen.specs.attention import AttentionSpec
+from moec.dtypes import LONG_NAMES
+from moec.target.cuda import CudaTarget
+
+FEW_QUERIES = 16
+"""Fewer queries of a text than this are computed by warps."""
+
+
+def tile_attention(
+    spec: AttentionSpec,
+    target: CudaTarget,
+    name: str = "attention",
+    few: int = FEW_QUERIES,
+    tile: KeyTile | None = None,
+) -> PrimFunc:
+    """The kernel (q, k, v, mask?, sinks?, first?, out). Fewer than `few` queries are computed by
+    warps. A query without visible keys gives zeros. `tile` is the tile; None selects it.
+
+    Raises NoMatch if no tile supports the spec.
+    """
+    tile = tile or key_tile(spec)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True})
+            a = arguments(spec)
+            if not few:
+                _launch(a, tile)
+            else:
+                with T.If(a.queries < few):
+                    with T.Then():
+                        launch_warps(a)
+                    with T.Else():
+                        _launch(a, tile)
+    return builder.get()
+
+
+def _launch(a: Arguments, tile: KeyTile) -> None:
+    rows = a.queries * a.spec.group
+    tiles = T.cast((rows + (tile.rows - 1)) // tile.rows, "int32")
+    batch = T.cast(a.batch, "int32")
+    across = T.launch_thread("blockIdx.x", T.max(tiles, 1))
+    heads, texts = T.launch_thread("blockIdx.y", a.spec.kv_heads), T.max(batch, 1)
+    with across as x, heads as y, T.launch_thread("blockIdx.z", texts) as z:
+        with T.launch_thread("threadIdx.x", WARPS * WARP) as thread:
+            with T.If(T.And(x < tiles, z < batch)), T.Then():
+                first = T.bind(T.cast(tiles - 1 - x, "int64") * tile.rows)
+                b, kv = T.cast(z, "int64"), T.cast(y, "int64")
+                _attend(_Block(a, tile, b, kv, first, rows, thread))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The block that computes the rows from `first` on of one key head; int64 except `thread`."""
+
+    a: Arguments
+    tile: KeyTile
+    b: Expr
+    kv: Expr
+    first: Expr
+    rows: Expr
+    thread: Expr
+
+    def query(self, row: Expr) -> tuple[Expr, Expr]:
+        """The head and the index of the query of a row; of the last row beyond it."""
+        row = T.min(row, self.rows - 1)
+        group = self.a.spec.group
+        return T.bind(self.kv * group + row % group), T.bind(row // group)
+
+    def keys(self, row: Expr) -> tuple[Expr, Expr]:
+        """int32: the range of keys that a row attends to."""
+        _, query = self.query(row)
+        start, end = key_range(self.a, key_position(self.a, self.b, query))
+        return T.bind(T.cast(start, "int32")), T.bind(T.cast(end, "int32"))
+
+
+def _attend(block: _Block) -> None:
+    a, tile = block.a, block.tile
+    spec, stage = a.spec, tile.stage(a.spec)
+    memory = (tile.elements(spec),)
+    shared = T.alloc_buffer(memory, LONG_NAMES[spec.dtype], scope="shared.dyn", align=128)
+    start, first_end = block.keys(block.first)
+    last_start, end = block.keys(block.first + (tile.rows - 1))
+    steps = T.bind(T.max(end - start + (tile.keys - 1), 0) // tile.keys)
+    rows = _rows(block)
+
+    def stage_of(step: Expr | int) -> Expr:
+        return tile.rows * (spec.key_dim + PADDING) + step % STAGES * stage
+
+    def load(step: Expr | int) -> None:
+        _load_keys(block, shared, stage_of(step), start + step * tile.keys, end)
+
+    _load_queries(block, shared)
+    with T.If(steps > 0), T.Then():
+        load(0)
+    commit_copies()
+    lane, warp = T.bind(block.thread % WARP), T.bind(block.thread // WARP)
+    sums = softmax(tile, spec.value_dim, lane, _sink(block, rows))
+    with T.serial(0, steps) as step:
+        wait_copies(0)
+        barrier()
+        with T.If(step + 1 < steps), T.Then():
+            load(step + 1)
+        commit_copies()
+        base, key = T.bind(stage_of(step)), T.bind(start + step * tile.keys)
+        multiply_keys(spec, warp, shared, base, sums)
+        sums.each(key, partial(_scaled, block, rows))
+        with T.If(T.Or(key < last_start, key + tile.keys > first_end)), T.Then():
+            sums.each(key, partial(_visible, rows))
+        sums.add()
+        values = T.bind(base + tile.keys * (spec.key_dim + PADDING))
+        multiply_values(spec, shared, values, sums)
+    _store(block, rows, sums)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Of each row that a thread has sums of, int64: its head, its query, and the row; int32: the
+    range of keys that it attends to."""
+
+    heads: Buffer
+    queries: Buffer
+    rows: Buffer
+    starts: Buffer
+    ends: Buffer
+
+
+def _rows(block: _Block) -> _Rows:
+    count = block.tile.fragments * 2
+
+    def local(dtype: str) -> Buffer:
+        return T.alloc_buffer((count,), dtype, scope="local")
+
+    rows = _Rows(local("int64"), local("int64"), local("int64"), local("int32"), local("int32"))
+    warp, lane = block.thread // WARP, block.thread % WARP
+    with T.unroll(count) as index:
+        row = warp * (block.tile.fragments * 16) + index * 8 + lane // 4
+        T.buffer_store(rows.rows, block.first + T.cast(row, "int64"), [index])
+        head, query = block.query(rows.rows[index])
+        start, end = block.keys(rows.rows[index])
+        for buffer, value in (
+            (rows.heads, head),
+            (rows.queries, query),
+            (rows.starts, start),
+            (rows.ends, end),
+        ):
+            T.buffer_store(buffer, value, [index])
+    return rows
+
+
+def _sink(block: _Block, rows: _Rows) -> Callable[[Expr], Expr] | None:
+    sinks = block.a.sinks
+    if sinks is None:
+        return None
+    return lambda row: T.cast(sinks[rows.heads[row]], "float32") * T.float32(LOG2_E)
+
+
+def _scaled(block: _Block, rows: _Rows, score: Expr, row: Expr, key: Expr) -> Expr:
+    """A score in base 2, with the mask."""
+    a = block.a
+    if a.mask is None:
+        return score * T.float32(a.spec.scale * LOG2_E)
+    inside = T.min(T.cast(key, "int64"), a.keys - 1)
+    score = T.bind(score * T.float32(a.spec.scale))
+    at = rows.heads[row], rows.queries[row], inside
+    return masked(a, score, block.b, *at) * T.float32(LOG2_E)
+
+
+def _visible(rows: _Rows, score: Expr, row: Expr, key: Expr) -> Expr:
+    visible = T.And(key >= rows.starts[row], key < rows.ends[row])
+    return T.if_then_else(visible, score, T.float32(LOWEST))
+
+
+# ---- global to shared memory -----------------------------------------------------------
+
+
+def _load_queries(block: _Block, shared: Buffer) -> None:
+    a, width = block.a, block.a.spec.key_dim
+    with _pieces(block, block.tile.rows, width) as (row, d):
+        head, query = block.query(block.first + T.cast(row, "int64"))
+        source = a.q.ptr_to(list(a.at("q", block.b, head, query, d)))
+        copy_async(shared.ptr_to([row * (width + PADDING) + d]), source)
+
+
+def _load_keys(block: _Block, shared: Buffer, base: Expr, first: Expr, end: Expr) -> None:
+    """Loads a tile of keys, and behind it one of values; zeros from `end` on."""
+    a, rows = block.a, block.tile.keys
+    for name, source, width in (("k", a.k, a.spec.key_dim), ("v", a.v, a.spec.value_dim)):
+        with _pieces(block, rows, width) as (row, d):
+            key = T.bind(first + row)
+            last = T.cast(T.min(key, end - 1), "int64")
+            at = source.ptr_to(list(a.at(name, block.b, block.kv, last, d)))
+            size = T.if_then_else(key < end, T.uint32(16), T.uint32(0))
+            copy_async(shared.ptr_to([base + row * (width + PADDING) + d]), at, size)
+        base = base + rows * (width + PADDING)
+
+
+@contextmanager
+def _pieces(block: _Block, rows: int, width: int) -> Iterator[tuple[Expr, Expr]]:
+    """A loop over this thread's pieces of 16 bytes: (row, first element)."""
+    count, threads, across = rows * width // PIECE, WARPS * WARP, width // PIECE
+    with T.unroll(-(-count // threads)) as turn:
+        i = T.bind(block.thread + turn * threads)
+        row, d = T.bind(i // across), T.bind(i % across * PIECE)
+        if count % threads:
+            with T.If(i < count), T.Then():
+                yield row, d
+        else:
+            yield row, d
+
+
+# ---- results ---------------------------------------------------------------------------
+
+
+def _store(block: _Block, rows: _Rows, sums: Softmax) -> None:
+    a, width = block.a, block.a.spec.value_dim
+    word = T.alloc_buffer((1,), "uint32", scope="local")
+    words = T.decl_buffer((*a.out.shape[:3], width // 2), "uint32", data=a.out.data)
+    with T.unroll(block.tile.fragments * 2) as row:
+        divisor = sums.divisor(row)
+        with T.If(rows.rows[row] < block.rows), T.Then(), T.unroll(width // 8) as u:
+            first = first_of_row(row, width) + u * 4
+            low, high = (sums.out[first + i] / divisor for i in range(2))
+            round_pair(LONG_NAMES[a.spec.dtype], word[0], low, high)
+            column = u * 4 + sums.lane % 4
+            at = a.at("out", block.b, rows.heads[row], rows.queries[row], column)
+            T.buffer_store(words, word[0], list(at))
