@@ -11,8 +11,10 @@
 Each rank has its own texts. Values with an axis of texts are gathered from the group, and a
 reduce-scatter returns to each rank the sums of its own texts (arXiv 2205.05198). The keys and
 values of a head stay on the rank of that head, for the texts of all A ranks. A must divide the
-number of heads and of key-value heads; sinks are split with the heads. A applies to attention only:
-the experts of the same layer may be split differently.
+number of heads and of key-value heads; sinks are split with the heads. In latent attention each
+rank computes the latent vectors of its own texts; they are gathered in place of x, and wq and wk
+are the layers that read them. A applies to attention only: the experts of the same layer may be
+split differently.
 """
 
 from __future__ import annotations
@@ -58,6 +60,14 @@ def cut_attention(program: Program, plan: Plan, rank: int, log: Log) -> Program:
         except NoMatch as why:
             log.decline(op.origin, f"attention of degree {layer.attention}: {why}")
     return _Rewrite(program, rank).run(cut) if cut else program
+
+
+# The attribute that holds the shape of an op's output.
+_SIZED = {
+    "aten.reshape.default": "shape",
+    "aten.expand.default": "size",
+    "aten.empty.memory_format": "size",
+}
 
 
 @dataclass
@@ -115,8 +125,8 @@ class _Rewrite:
             self.new[value] = Value(self.names.fresh(value.name), type)
             outputs.append(self.new[value])
         attrs = dict(op.attrs)
-        if op.name == "aten.reshape.default":
-            attrs["shape"] = outputs[0].shape
+        if op.name in _SIZED:
+            attrs[_SIZED[op.name]] = outputs[0].shape
         self.ops.append(replace(op, inputs=inputs, outputs=tuple(outputs), attrs=attrs))
 
     def _input(self, value: Value, heads: Heads, degree: int, op: Op) -> Value:

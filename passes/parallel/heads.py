@@ -2,6 +2,10 @@
 
 linear -> reshape [B, S, H, d] -> norm? -> permute -> rotary? -> (append to a cache)
        -> nn.attention -> permute -> reshape [B, S, H*d] -> linear
+
+In latent attention (arXiv 2405.04434) the first linear layers are those that read the latent
+vectors, which have no heads. A head has a part of its own and a part that all heads share, or that
+rotary turns; the parts are split, expanded over the heads, and joined.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from typing import cast
 import sympy
 
 from moec.errors import NoMatch
+from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Program, Value
 from moec.ops.attention import Attention
 from moec.passes.core.moe_layer import constant
@@ -22,6 +27,12 @@ _RESHAPE = "aten.reshape.default"
 _PERMUTE = "aten.permute.default"
 # Ops that act on each head separately, whichever axis the heads are on; the heads are input 0.
 _BY_HEAD = ("nn.rotary", "nn.rms_norm", "aten._to_copy.default", "aten.alias.default")
+# Ops along another axis than that of the heads, and by input 0.
+_ALONG = ("aten.split_with_sizes.default", "aten.slice.Tensor")
+# Ops that join values of equal heads; those without values, in which others are written.
+_JOIN = ("aten.cat.default", "aten.slice_scatter.default", "aten.copy.default")
+_EMPTY = "aten.empty.memory_format"
+_EXPAND = "aten.expand.default"
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,11 @@ class _Walk:
                 constant(self.program, weight)
             self.outside(op.inputs[0])
             axis = len(value.shape) - 1
+        elif op.name == _EXPAND:
+            axis = _expanded(op)
+            self.outside(op.inputs[0], heads_axis=axis)
+        elif op.name in _JOIN:
+            axis = self.joined(op)
         elif op.name == "nn.append":
             cache, rows, *others = op.inputs
             if self.axis(rows) != 1:
@@ -100,8 +116,37 @@ class _Walk:
         else:
             axis = self.moved(op, self.axis(op.inputs[0]))
         self.ops.add(op)
-        self.axes[value] = axis
+        self.axes |= dict.fromkeys(op.outputs, axis)
         return axis
+
+    def joined(self, op: Op) -> int:
+        """The axis of the heads that all inputs of `op` have. Raises NoMatch if they differ."""
+        empty = [value for value in op.inputs if self.is_empty(value)]
+        axes = {self.axis(value) for value in op.inputs if value not in empty}
+        axis = axes.pop() if len(axes) == 1 else None
+        shape = op.outputs[0].shape
+        if axis is None or any(len(v.shape) != len(shape) for v in op.inputs) or _dim(op) == axis:
+            raise _mixes(op)
+        for value in empty:
+            self.fill(value, axis)
+        return axis
+
+    def is_empty(self, value: Value) -> bool:
+        """Whether a value is memory that was not written, or a part of it."""
+        op = self.program.graph.producers.get(value)
+        if op is not None and op.name == "aten.slice.Tensor":
+            return self.is_empty(op.inputs[0])
+        return op is not None and op.name == _EMPTY
+
+    def fill(self, value: Value, axis: int) -> None:
+        """Records the ops of an empty value in which heads are written at `axis`."""
+        op = self.program.graph.producers[value]
+        if op.inputs:
+            self.fill(op.inputs[0], axis)
+            if self.moved(op, axis) != axis:
+                raise _mixes(op)
+        self.ops.add(op)
+        self.axes[value] = axis
 
     def moved(self, op: Op, axis: int) -> int:
         """The axis of the heads after `op`, if the first input has them at `axis`. Raises NoMatch
@@ -110,7 +155,7 @@ class _Walk:
         if op.name == _PERMUTE:
             return cast("tuple[int, ...]", op.attrs["dims"]).index(axis)
         last = len(x) - 1
-        if op.name == _RESHAPE and axis == last and out[:-2] == x[:-1]:
+        if op.name == _RESHAPE and axis == last and _plain(out[:-2]) == _plain(x[:-1]):
             return len(out) - 2
         if op.name == _RESHAPE and axis == last - 1 and x[:-2] == out[:-1]:
             return len(out) - 1
@@ -118,7 +163,9 @@ class _Walk:
             for other in op.inputs[1:]:
                 self.outside(other, heads_axis=axis - len(x))
             return axis
-        raise NoMatch(f"{op.name} at {op.origin} mixes heads")
+        if op.name in _ALONG and _dim(op) != axis:
+            return axis
+        raise _mixes(op)
 
     def outside(self, value: Value, heads_axis: int | None = None) -> None:
         """Checks a value that all heads read in full: it may have texts only as its first axis, and
@@ -148,9 +195,35 @@ class _Walk:
                 for weight in op.inputs[1:]:
                     constant(self.program, weight)
                 return op
+            if len(op.outputs) > 1:
+                raise _mixes(op)
             self.ops.add(op)
             value = op.outputs[0]
             self.axes[value] = self.moved(op, axis)
+
+
+def _mixes(op: Op) -> NoMatch:
+    return NoMatch(f"{op.name} at {op.origin} mixes heads")
+
+
+def _dim(op: Op) -> int | None:
+    """The axis along which an op splits or joins; None for a copy."""
+    dim = op.attrs.get("dim", None if op.name == "aten.copy.default" else 0)
+    return None if dim is None else cast(int, dim) % len(op.outputs[0].shape)
+
+
+def _expanded(op: Op) -> int:
+    """The axis that an expand adds to or repeats. Raises NoMatch unless it is one fixed size."""
+    x, out = op.inputs[0].shape, op.outputs[0].shape
+    axes = [i for i, (a, b) in enumerate(zip(x, out, strict=False)) if a != b]
+    if len(x) != len(out) or len(axes) != 1 or not isinstance(out[axes[0]], int):
+        raise _mixes(op)
+    return axes[0]
+
+
+def _plain(shape: tuple[Dim, ...]) -> list[Dim]:
+    """The sizes other than 1."""
+    return [size for size in shape if size != 1]
 
 
 def _mentions(dim: object, texts: sympy.Symbol) -> bool:

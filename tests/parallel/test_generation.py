@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from msgspec import structs
 
 import moec
 from moec.commands.ranks import check, first_step
@@ -36,7 +35,8 @@ from tests.passes.parallel.test_plan_parallelism import model as model_of_layer
 from tests.passes.parallel.test_plan_parallelism import plan as plan_of_layer
 
 NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
-SHARED_HEADS = ("mixtral", "qwen3_moe", "gpt_oss")  # attention is cut by heads, and caches too
+# Attention of these is cut by heads, and caches too; of deepseek_v3 it is latent attention.
+SHARED_HEADS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
 TWO_FUNCTIONS = ("mixtral", "deepseek_v3")
 PROMPTS = ((5, 9, 12, 7, 33), (100, 3), (64,))  # two on rank 0, one on rank 1
 TOKENS = 6
@@ -50,9 +50,11 @@ def family_of(name: str) -> Family:
 
 
 def plan_for(program: moec.CompiledModel, attention: int, copies: int) -> Plan:
-    """Experts on two ranks, the first `copies` experts on both."""
+    """Experts on two ranks, the first `copies` experts on both, after dense layers."""
     graph = program.pass_results[-1].program.graph
     counts = [int(op.inputs[2].shape[0]) for op in graph.ops if op.name == "moe.experts"]
+    depth = sum(op.name == "nn.attention" for op in graph.ops)
+    dense = LayerPlan(layer=0, experts=0, attention=attention, seconds={})
     layers = tuple(
         LayerPlan(
             layer=number,
@@ -74,7 +76,7 @@ def plan_for(program: moec.CompiledModel, attention: int, copies: int) -> Plan:
         node_size=2,
         workload=Workload(tokens=1, sequences=0, context=0),
         routing="",
-        layers=layers,
+        layers=(*(dense,) * (depth - len(counts)), *layers),
         seconds=0.0,
         memory=0.0,
         memory_limit=0.0,
@@ -171,19 +173,3 @@ graph main(x: f32[T, 4], s: f32[2, 4];) {
 }""")
     with pytest.raises(UnsupportedError, match="the state s is not a cache of keys and values"):
         list(compile_ranks([Program(graph, {"s": torch.zeros(2, 4)})], MAIN, cpu.host()))
-
-
-def test_latent_attention_is_whole_on_every_rank() -> None:
-    """DeepSeek-V3's keys and values of all heads come from one latent vector."""
-    family = FAMILIES["deepseek_v3"]
-    compiled = moec.compile(
-        family.build(), (), family.inputs(2, 5), verify=False, stop_after="split-packed"
-    )
-    plan, log = plan_for(compiled, 2, 2), Log()
-    dense = structs.replace(plan.layers[0], experts=0, slots=())
-    plan = structs.replace(plan, layers=(dense, *plan.layers))
-    rank_programs(compiled.pass_results[-1].program, plan, log)
-    reason = "aten.split_with_sizes.default at model.layers.{}.self_attn mixes heads"
-    assert [d.reason for d in log.declined] == [
-        f"attention of degree 2: {reason.format(layer)}" for layer in range(2)
-    ]
