@@ -31,6 +31,7 @@ from moec.codegen.cuda.product import (
     store_row,
     tiles_of,
 )
+from moec.codegen.cuda.split_k import launch_split_k, split_of
 from moec.codegen.cuda.tiles import FEW_ROWS, FLOATS, LARGE, SMALL, ExpertRows, TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cuda import CudaTarget
@@ -91,8 +92,13 @@ def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], block
 
     if len(shapes) == 1:
         tiles(shapes[0])
-    else:
-        by_rows(p, lambda: launch_few_rows(p, target, blocks), *(partial(tiles, s) for s in shapes))
+        return
+    few, small, large = (
+        partial(launch_few_rows, p, target, blocks),
+        *(partial(tiles, s) for s in shapes),
+    )
+    split = split_of(p.spec, target.sms)
+    by_rows(p, few, small if split is None else partial(launch_split_k, p, split), large)
 
 
 def by_rows(
