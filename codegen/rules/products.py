@@ -44,6 +44,7 @@ def dense_of(op: Op, graph: Graph) -> Dense:
     require(weight in params, "its second operand is computed, not a weight of the model")
     require(len(weight.shape) == 2, f"its weight has {len(weight.shape)} axes, not 2")
     require(len(x.shape) >= 1, "its first operand has no axes")
+    require(isinstance(x.shape[-1], int), "the length of its rows is not a number")
     require(x.dtype == weight.dtype, f"it multiplies {x.dtype} by {weight.dtype}")
     require(x.dtype in VECTOR_DTYPES, f"it computes in {x.dtype}")
     if bias is not None:

@@ -18,6 +18,7 @@ from moec.capture.call import (
     named_arguments,
     tensor_names,
 )
+from moec.capture.constant_sizes import fold_constant_sizes
 from moec.capture.constants import constant_numbers, noted
 from moec.capture.decomposition import decompose
 from moec.capture.exported import structure_of
@@ -257,6 +258,7 @@ def _captured(
     eager, tensors = converted.eager, general.tensors
     program = bounded(converted.program, settlement)
     program = allow_one(program, request.bounds, eager, (tensors, request.call.tensors))
+    program = fold_constant_sizes(program)
     always = fixed(
         name, program, eager, tensors, general.wishes, request.allow_fixed, converted.fixings
     )
@@ -307,6 +309,7 @@ def _from_export(
     program, states = detached(program)
     eager = from_start(states, run, structure)
     program, notes = required("the exported program", program, guards, example)
+    program = fold_constant_sizes(program)
     always = fixed_notes(program, len(names))
     return Captured(program, eager, example, structure, (*always, *notes))
 

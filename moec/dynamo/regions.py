@@ -14,7 +14,7 @@ small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import sympy
@@ -22,9 +22,10 @@ from torch import fx
 
 from moec.dynamo.convert import TracedProgram
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds, Dim, canonical, symbol, symbols
+from moec.ir.dims import Bounds, canonical, symbol, symbols
 from moec.ir.float_sizes import is_float
-from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
+from moec.ir.graph import Graph, Op, Program, Value
+from moec.ir.replace_sizes import replace_sizes
 from moec.ir.traits import VIEWS
 from moec.ops.dispatch import chooses_all
 from moec.passes.recognise.region import Scope, unlike
@@ -194,44 +195,11 @@ def _free_sizes(graph: Graph) -> Graph:
     free = [dim for dim in dict.fromkeys(dims) if dim in alone or not symbols(dim) <= names]
     new = {dim: symbol(f"T{index}") for index, dim in enumerate(free)}
     products = sorted(new, key=lambda dim: dim in alone)  # products before their factors
-    renamed = _substituted(graph, [(dim, new[dim]) for dim in products])
+    pairs = [(dim, new[dim]) for dim in products]
+    renamed = replace_sizes(graph, lambda size: canonical(size.subs(pairs)))
     size_names = {str(name) for name in new.values()}
     for value in renamed.values():
         for dim in value.shape:
             if not symbols(dim) <= size_names:
                 raise NoMatch(f"{value.name} is {value.type}, and none of its inputs has this size")
     return replace(renamed, bounds={name: Bounds() for name in sorted(size_names)})
-
-
-def _substituted(graph: Graph, new: Sequence[tuple[Dim, sympy.Symbol]]) -> Graph:
-    values: dict[Value, Value] = {}
-
-    def size(dim: Dim) -> Dim:
-        return dim if isinstance(dim, int) else canonical(dim.subs(new))
-
-    def attr(attribute: Attr) -> Attr:
-        if isinstance(attribute, tuple):
-            return tuple(attr(item) for item in attribute)
-        return size(attribute) if isinstance(attribute, sympy.Expr) else attribute
-
-    def value(old: Value) -> Value:
-        if old not in values:
-            values[old] = Value(old.name, TensorType(old.dtype, tuple(map(size, old.shape))))
-        return values[old]
-
-    ops = tuple(
-        replace(
-            op,
-            inputs=tuple(map(value, op.inputs)),
-            outputs=tuple(map(value, op.outputs)),
-            attrs={name: attr(attribute) for name, attribute in op.attrs.items()},
-        )
-        for op in graph.ops
-    )
-    return replace(
-        graph,
-        inputs=tuple(map(value, graph.inputs)),
-        params=tuple(map(value, graph.params)),
-        ops=ops,
-        outputs=tuple(map(value, graph.outputs)),
-    )
