@@ -13,6 +13,11 @@ from torch.utils import _pytree as pytree
 from moec.capture.doors import Source
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
+from moec.passes.calibration.budget import Budget, parse_budget
+from moec.passes.calibration.files import check as check_calibration
+from moec.passes.calibration.session import Approximate
+from moec.passes.quantise.codes import QuantisingPass
+from moec.pipeline import PassSpec
 from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import TF32, CudaTarget
 from moec.target.named import AnyTarget, lacking, parse, parse_both
@@ -113,6 +118,38 @@ def check_tuning(target: AnyTarget, builds: bool) -> None:
         raise UsageError(f"--tune measures kernels, and the target {NULL!r} has none")
     if not builds:
         raise UsageError("--tune measures kernels, and this command builds none: leave --tune out")
+
+
+def allowed_budget(
+    requested: Sequence[PassSpec], chosen: Sequence[PassSpec], calib: Any, budget: str, strict: bool
+) -> Budget:
+    """The budget. Raises UsageError where passes lack what they need, or where an option is given
+    that no pass uses."""
+    for pass_ in chosen:
+        if isinstance(pass_, Approximate) and calib is None:
+            raise UsageError(
+                f"{pass_.name} needs calibration data: give --calib FILE (calib=... in Python)"
+            )
+    if strict and not budget:
+        raise UsageError("--strict fails when the budget is exceeded: give --budget too")
+    changes = any(isinstance(pass_, Approximate) for pass_ in requested)
+    if budget and not changes:
+        raise UsageError(
+            "--budget limits passes that change the model, and no such pass was requested; see "
+            "moec list passes"
+        )
+    if (
+        calib is not None
+        and not changes
+        and not any(isinstance(p, QuantisingPass) for p in requested)
+    ):
+        raise UsageError(
+            "--calib is for passes that change the model and for --quant, and neither was "
+            "requested; see moec list passes"
+        )
+    if calib is not None:
+        check_calibration(calib)
+    return parse_budget(budget)
 
 
 def check_tf32(target: AnyTarget, weights: Mapping[str, torch.Tensor]) -> None:

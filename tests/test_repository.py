@@ -64,6 +64,25 @@ def test_the_top_of_moec_is_short():
     assert len(list((ROOT / "moec").glob("*.py"))) <= 12
 
 
+def bodies(path: Path) -> Iterator[tuple[str, int]]:
+    """The functions of a file, and the lines of each without signature and docstring."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+            yield node.name, (node.end_lineno or 0) - first.lineno + 1
+
+
+def test_functions_are_short():
+    """Beyond this a function has parts that deserve names; kernels in TVMScript are the longest."""
+    lengths = {
+        f"{path.relative_to(ROOT)}: {name}": length
+        for path in sources("moec", *LINKED)
+        for name, length in bodies(path)
+    }
+    assert {name for name, length in lengths.items() if length > 80} == set()
+    assert len([length for length in lengths.values() if length > 60]) <= 10
+
+
 def test_wheel_holds_every_module(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*NOT_OURS, "tests"))

@@ -87,11 +87,7 @@ def to_program(
     outputs, after = _outputs(exported, converter, output_names)
     ordered = tuple(State(states[name], after[name]) for name in states)
     used = {name for value in (*inputs, *states.values()) for name in _symbols(value)}
-    ranges: dict[str, Bounds] = {}
-    for symbol, limits in exported.range_constraints.items():
-        name = rename.get(str(symbol), str(symbol))
-        declared = Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
-        ranges[name] = declared.within(ranges.get(name, Bounds()))
+    ranges = _ranges(exported, rename)
     limits = {name: (bounds or {}).get(name, ranges.get(name, Bounds())) for name in sorted(used)}
     graph = Graph(
         (*inputs, *states.values()),
@@ -102,6 +98,16 @@ def to_program(
         limits,
     )
     return Program(graph, weights)
+
+
+def _ranges(exported: ExportedProgram, rename: Mapping[str, str]) -> dict[str, Bounds]:
+    """The bounds of the export by the IR's names of sizes; several symbols may have one name."""
+    ranges: dict[str, Bounds] = {}
+    for symbol, limits in exported.range_constraints.items():
+        name = rename.get(str(symbol), str(symbol))
+        declared = Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
+        ranges[name] = declared.within(ranges.get(name, Bounds()))
+    return ranges
 
 
 def _symbols(value: Value) -> set[str]:

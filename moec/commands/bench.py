@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,24 +107,10 @@ def command(
         raise UsageError("name a model or an artifact to time")
     if plot:
         importlib.import_module("matplotlib")  # fails now, not after a run of minutes
-    check_changes(quant=quant)
     names = [name.strip() for name in baseline.split(",") if name.strip()]
     check_names(names)
     files_of([name for name in names if name in PACKAGES], files)
-    path = Path(model)
-    of_artifact = is_artifact(path)
-    if quant and (artifact or of_artifact):
-        raise UsageError(
-            "--quant is for a model that is compiled here; an artifact is quantised "
-            "when it is compiled"
-        )
-    if of_artifact and (artifact or any(name not in PACKAGES for name in names)):
-        raise UsageError(
-            f"{model} is an artifact: give the checkpoint that it was compiled from, and "
-            f"--artifact {model}"
-        )
-    if not of_artifact and artifact is None:
-        model_path.kind_of_model(model)
+    opened = _artifact_of(model, artifact, names, quant)
     from moec.runtime.threads import set_threads
 
     count = set_threads(threads)
@@ -131,7 +118,6 @@ def command(
 
     hush()
     with Progress(quiet=quiet or as_json) as progress:
-        opened = path if of_artifact else artifact
         report = _bench(
             model,
             opened,
@@ -153,6 +139,29 @@ def command(
     click.echo(json.dumps(report.to_dict(), indent=1) if as_json else str(report))
     if plot and not as_json:
         echo(f"drew {plot}")
+
+
+def _artifact_of(
+    model: str, artifact: Path | None, names: Sequence[str], quant: str | None
+) -> Path | None:
+    """The artifact to time; None where `model` is to be compiled. Raises UsageError for options
+    that exclude one another, MoecError for a model that cannot be read."""
+    check_changes(quant=quant)
+    path = Path(model)
+    of_artifact = is_artifact(path)
+    if quant and (artifact or of_artifact):
+        raise UsageError(
+            "--quant is for a model that is compiled here; an artifact is quantised "
+            "when it is compiled"
+        )
+    if of_artifact and (artifact or any(name not in PACKAGES for name in names)):
+        raise UsageError(
+            f"{model} is an artifact: give the checkpoint that it was compiled from, and "
+            f"--artifact {model}"
+        )
+    if not of_artifact and artifact is None:
+        model_path.kind_of_model(model)
+    return path if of_artifact else artifact
 
 
 def _print_model(name: str) -> None:
@@ -184,8 +193,6 @@ def _bench(
     threads: int,
     progress: Any,
 ) -> Any:
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
     from moec.bench import contenders, limits, of_files
@@ -233,25 +240,34 @@ def _bench(
         needed = cost(graph, sizes | {"S": tokens}, context)
         return max(needed.flops / peak, needed.bytes / stream)
 
-    packages = ["moec", "torch", "apache-tvm", "transformers"]
-    packages += [PACKAGES[name] for name in with_files]
-    versions = {}
-    for name in packages:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return result(
         Path(model).resolve().name,
         logits.dtype,
         f"{processor()}, {platform.machine()}",
         threads,
-        versions,
+        _versions(with_files),
         load,
         Limits(kind, peak, stream, least(prompt, prompt), least(1, prompt + new // 2)),
         times,
         before,
     )
+
+
+def _versions(baselines: Sequence[str]) -> dict[str, str]:
+    """The versions of the packages that take part, where they are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for name in (
+        "moec",
+        "torch",
+        "apache-tvm",
+        "transformers",
+        *(PACKAGES[name] for name in baselines),
+    ):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def _open(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec import model_path
-from moec.cache import default_store
-from moec.commands.artifact_cache import fetch, keep, key_for
+from moec.cache import Store, default_store
+from moec.commands.artifact_cache import fetch, keep
+from moec.commands.compile_request import Request, cache_key, check, request_of
 from moec.commands.echo import echo
-from moec.commands.files import check_folder, check_writable
 from moec.commands.logs import log_options
 from moec.commands.options import (
     Tolerance,
@@ -25,9 +25,7 @@ from moec.commands.options import (
     model_options,
     quiet_option,
 )
-from moec.errors import UnsupportedError, UsageError
-from moec.passes.core.names import check_last
-from moec.target.named import parse_both
+from moec.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from moec.ir.graph import Program
@@ -95,24 +93,7 @@ LOGGER = logging.getLogger(__name__)
 @quiet_option
 @force_option
 @log_options
-def command(
-    model: str,
-    output: Path | None,
-    target: str,
-    verify: float | bool,
-    dump_ir: Path | None,
-    emit: Path | None,
-    stop_after: str | None,
-    kv_cache: bool,
-    record_routing: bool,
-    tune: bool,
-    plan_file: Path | None,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    force: bool,
-    **options: Any,
-) -> None:
+def command(**values: Any) -> None:
     """Compile MODEL into an artifact that runs without PyTorch.
 
     MODEL is a folder with a Hugging Face checkpoint, a .pt2 file of torch.export, or
@@ -129,62 +110,67 @@ def command(
     many rows. int8,linears=int8,head=int8 also quantises other linear layers, except routers, and
     the head. The report shows the errors.
     """
+    request = request_of(values)
+    check(request)
+    arguments = asked(**request.options)
+    store = default_store()
+    key = cache_key(request, store)
+    if key is not None and _write_cached(request, store, key):
+        return
+    if request.plan_file is not None:
+        _compile_ranks(request, request.plan_file, arguments)
+        return
+    compiled = _compile(request, arguments)
+    from moec.pipeline import without_effect
+
+    warnings = without_effect(compiled.pass_results)
+    if key is not None and request.output is not None and not warnings:
+        keep(store, key, request.output)
+    if request.quiet:
+        for line in warnings:
+            echo(f"warning: {line}", err=True)
+    if request.stop_after and not request.dump_ir and not request.as_json:
+        from moec.ir.text import print_graph
+
+        click.echo(print_graph(compiled.pass_results[-1].program.graph), nl=False)
+        return
+    report = _planned(compiled, request) if request.dry_run else compiled.report()
+    _tell(request, report, f"wrote {request.output}" if request.builds else "")
+
+
+def _write_cached(request: Request, store: Store, key: str) -> bool:
+    """Whether the artifact was in the cache, and is written."""
+    output = request.output
+    if output is None or not fetch(store, key, output, overwrite=request.force):
+        return False
+    from moec.commands.inspect import of_artifact
+
+    _tell(request, of_artifact(output)[0], f"wrote {output} (from the cache)")
+    return True
+
+
+def _compile_ranks(request: Request, plan_file: Path, arguments: Mapping[str, Any]) -> None:
+    from moec.commands.progress import hush
+    from moec.commands.ranks import compile_ranks
     from moec.commands.shapes import explained
 
-    builds = not (dry_run or stop_after)
-    _check_output(output, builds, force, ranks=plan_file is not None)
-    for option, folder in (("--dump-ir", dump_ir), ("--emit", emit)):
-        if folder is not None:
-            check_folder(folder, f"{option} {folder}")
-    if emit is not None and not (builds and "cuda" in target):
-        raise UsageError("--emit writes GPU code: give -o and a GPU, such as --target cuda:sm_80")
-    model_path.kind_of_model(model)
-    parse_both(target)
-    if stop_after is not None:
-        check_last(stop_after)
-    if plan_file is not None and not plan_file.is_file():
-        raise UsageError(f"{plan_file} does not exist")
-    arguments = asked(**options)
-    key = None
-    if (
-        output is not None
-        and builds
-        and not (dump_ir or emit or tune or plan_file or options["calib"] or options["describe"])
-    ):
-        store = default_store()
-        described = {"target": target, "verify": verify, "kv_cache": kv_cache, **options}
-        described["record_routing"] = record_routing
-        key = key_for(model, described, store)
-        if key is not None and fetch(store, key, output, overwrite=force):
-            last = f"wrote {output} (from the cache)"
-            _tell(_recorded(output), output, as_json, quiet, last)
-            return
+    assert request.output is not None, "the request was checked"
+    hush()
+    with explained():
+        compile_ranks(
+            request.model, plan_file, request.output, arguments, request.verify, request.force
+        )
+    if not request.quiet:
+        echo(f"wrote {request.output}")
 
+
+def _compile(request: Request, arguments: Mapping[str, Any]) -> CompiledModel:
+    """The compiled model, saved if it was built; its progress is shown."""
     from moec.commands import estimate
-    from moec.commands.progress import BEFORE_CODE, COMPILE, Progress, hush
+    from moec.commands.progress import Progress, hush
+    from moec.commands.shapes import explained
 
-    if plan_file is not None:
-        from moec.commands.ranks import compile_ranks
-
-        if "cuda" in target:
-            raise UsageError(
-                f"--target {target}: ranks of a plan run on CPUs and exchange rows over gloo; GPUs "
-                "with NCCL are not supported yet"
-            )
-        if not builds or output is None or target != "cpu" or tune or dump_ir or record_routing:
-            raise UsageError(
-                "--plan accepts only MODEL, -o and --verify: leave out the other options"
-            )
-        hush()
-        with explained():
-            compile_ranks(model, plan_file, output, arguments, verify, force)
-        if not quiet:
-            echo(f"wrote {output}")
-        return
-    dump = None if dump_ir is None else Dump(dump_ir)
-    plan = {name: COMPILE[name] for name in COMPILE if builds or name in BEFORE_CODE}
-    if not builds or verify is False:
-        plan.pop("verify", None)
+    dump = None if request.dump_ir is None else Dump(request.dump_ir)
 
     def watch(pass_result: PassResult) -> None:
         progress.phase(f"passes {pass_result.name}")
@@ -192,50 +178,49 @@ def command(
             dump(pass_result)
 
     hush()
-    if cost := estimate.of_files(model):
+    if cost := estimate.of_files(request.model):
         LOGGER.info(cost)
-    silent = quiet or (as_json and not _on_terminal())
-    with explained(), Progress(silent, plan=plan) as progress:
+    silent = request.quiet or (request.as_json and not _on_terminal())
+    with explained(), Progress(silent, plan=_phases(request)) as progress:
         progress.phase("start")  # imports torch, which takes a moment, and checks options
         from moec.api import compile as compile_model
 
         compiled = compile_model(
-            model,
+            request.model,
             **arguments,
-            target=target,
-            verify=verify if builds else False,
-            stop_after=stop_after,
-            build=builds,
-            kv_cache=kv_cache,
-            record_routing=record_routing,
-            tune=tune,
+            target=request.target,
+            verify=request.verified,
+            stop_after=request.stop_after,
+            build=request.builds,
+            kv_cache=request.kv_cache,
+            record_routing=request.record_routing,
+            tune=request.tune,
             watch=watch,
             progress=progress.phase,
         )
-        if builds and output is not None:
+        if request.builds and request.output is not None:
             progress.phase("save")
-            compiled.save(output, overwrite=force)
-        if emit is not None:
-            _write_code(compiled, emit)
-    from moec.pipeline import without_effect
+            compiled.save(request.output, overwrite=request.force)
+        if request.emit is not None:
+            _write_code(compiled, request.emit)
+    return compiled
 
-    warnings = without_effect(compiled.pass_results)
-    if key is not None and output is not None and not warnings:
-        keep(store, key, output)
-    if quiet:
-        for line in warnings:
-            echo(f"warning: {line}", err=True)
-    report = compiled.report()
-    if dry_run:
-        size = weight_bytes(compiled.pass_results[-1].program)
-        notes = (*report.notes, _NOT_BUILT, *_estimated(compiled, options["opt_level"], size))
-        report = replace(report, bytes_out=size, notes=notes)
-    if stop_after and not dump_ir and not as_json:
-        from moec.ir.text import print_graph
 
-        click.echo(print_graph(compiled.pass_results[-1].program.graph), nl=False)
-        return
-    _tell(report, output, as_json, quiet, f"wrote {output}" if builds else "")
+def _phases(request: Request) -> dict[str, float]:
+    """The seconds that each phase is expected to take, by name."""
+    from moec.commands.progress import BEFORE_CODE, COMPILE
+
+    names = set(COMPILE if request.builds else BEFORE_CODE)
+    if request.verified is False:
+        names.discard("verify")
+    return {name: seconds for name, seconds in COMPILE.items() if name in names}
+
+
+def _planned(compiled: CompiledModel, request: Request) -> Report:
+    """The report of a model for which no code was generated, with estimates."""
+    report, size = compiled.report(), weight_bytes(compiled.pass_results[-1].program)
+    notes = (*report.notes, _NOT_BUILT, *_estimated(compiled, request.options["opt_level"], size))
+    return replace(report, bytes_out=size, notes=notes)
 
 
 def _estimated(compiled: CompiledModel, opt_level: int, weights: int) -> tuple[str, ...]:
@@ -257,22 +242,17 @@ def _write_code(compiled: CompiledModel, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def _tell(report: Report, output: Path | None, as_json: bool, quiet: bool, last: str) -> None:
-    if as_json:
-        click.echo(json.dumps({**report.to_dict(), "output": output and str(output)}, indent=1))
-    elif not quiet:
+def _tell(request: Request, report: Report, last: str) -> None:
+    """Prints the report, and after a report for people the line `last`."""
+    if request.as_json:
+        output = request.output and str(request.output)
+        click.echo(json.dumps({**report.to_dict(), "output": output}, indent=1))
+    elif not request.quiet:
         from moec.report.text import render, terminal_width
 
         click.echo(render(report, terminal_width(), color=_stdout_is_terminal()), nl=False)
         if last:
             echo(last)
-
-
-def _recorded(output: Path) -> Report:
-    """The report that was stored when an artifact was compiled."""
-    from moec.commands.inspect import of_artifact
-
-    return of_artifact(output)[0]
 
 
 _NOT_BUILT = "no code was generated; the packed size is an estimate, without padding and copies"
@@ -298,24 +278,6 @@ class Dump:
         path = self.folder / f"{self.written:02d}-{pass_result.name}.moe"
         path.write_text(print_graph(pass_result.program.graph))
         self.written += 1
-
-
-def _check_output(output: Path | None, builds: bool, force: bool, *, ranks: bool) -> None:
-    """Raises UsageError for an output that could not be written, before minutes of work."""
-    if not builds:
-        return
-    if output is None:
-        raise UsageError("name the artifact with -o OUT.moec, or compile nothing with --dry-run")
-    from moec.runtime.container import replaceable
-
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists; --force replaces it")
-    if output.exists() and not ranks and not replaceable(output):
-        raise UsageError(
-            f"{output} is not an artifact, and --force replaces artifacts only: choose another name"
-        )
-    if not output.is_dir():
-        check_writable(output, str(output))
 
 
 def _on_terminal() -> bool:

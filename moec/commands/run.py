@@ -88,25 +88,14 @@ def command(
     """
     options = TextOptions(**text)
     if holds_ranks(artifact):
-        if rebuild:
-            raise UsageError(
-                f"{artifact} has the ranks of a plan, and --rebuild is for one "
-                "process: compile the plan again on this machine"
-            )
-        if check or trace or device:
-            raise UsageError(f"{artifact} has the ranks of a plan: give --input, or a prompt")
+        _check_ranks(artifact, rebuild, alone=bool(check or trace or device))
         run_ranks(
             artifact, source, output, options, nproc, timeout, threads, as_json, quiet, signed_by
         )
         return
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
-    if source is None and not (options.form or check or rebuild):
-        raise UsageError("give one of --input FILE, --prompt TEXT, --chat or --check")
-    if source is not None and options.form:
-        raise UsageError(f"--input and {options.form} cannot be combined")
-    if output is not None and source is None:
-        raise UsageError("--output needs --input")
+    _check_work(source, output, options, compares=check or rebuild)
     from moec.commands.recording import check_trace, recorded
     from moec.runtime import artifact as artifacts
     from moec.runtime.device import default_device, device_of, only_for
@@ -146,6 +135,29 @@ def command(
             )
     if as_json:
         click.echo(json.dumps(answer, indent=1))
+
+
+def _check_ranks(artifact: Path, rebuild: bool, *, alone: bool) -> None:
+    """Raises UsageError for options that are for one process."""
+    if rebuild:
+        raise UsageError(
+            f"{artifact} has the ranks of a plan, and --rebuild is for one "
+            "process: compile the plan again on this machine"
+        )
+    if alone:
+        raise UsageError(f"{artifact} has the ranks of a plan: give --input, or a prompt")
+
+
+def _check_work(
+    source: Path | None, output: Path | None, options: TextOptions, *, compares: bool
+) -> None:
+    """Raises UsageError where there is nothing to do, or two things at once."""
+    if source is None and not (options.form or compares):
+        raise UsageError("give one of --input FILE, --prompt TEXT, --chat or --check")
+    if source is not None and options.form:
+        raise UsageError(f"--input and {options.form} cannot be combined")
+    if output is not None and source is None:
+        raise UsageError("--output needs --input")
 
 
 def _since(start: float) -> float:

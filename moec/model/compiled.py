@@ -19,11 +19,8 @@ from moec.interpret.tolerance import default_tolerance
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import print_graph
 from moec.model.generate import Prompts, Writer, continued, stream
-from moec.passes.core.runner import Declined, Kind, PassResult
-from moec.pipeline import without_effect
-from moec.report.data import Block, DeclinedLine, ErrorLine, LoopLine, QuantisedLine, TunedLine
-from moec.report.quantisation import unquantised_lines
-from moec.report.report import Report, describe_graph, pass_lines
+from moec.passes.core.runner import Declined, PassResult
+from moec.report.data import Block, DeclinedLine, QuantisedLine, TunedLine
 from moec.report.units import counted
 from moec.runtime.call import Choices, bind, call, routed, routers
 from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
@@ -35,6 +32,7 @@ from moec.verify import check as checking
 if TYPE_CHECKING:
     from moec.export.onnx import Exported
     from moec.report.picture import Picture
+    from moec.report.report import Report
     from moec.runtime.artifact import Sample
     from moec.runtime.executor import Executor
     from moec.runtime.package import Package
@@ -167,89 +165,9 @@ class CompiledModel:
 
     def report(self) -> Report:
         """What was recognised, declined, generated and measured."""
-        program = next(
-            (
-                pass_result.program
-                for pass_result in reversed(self.pass_results)
-                if pass_result.damage
-            ),
-            self.captured.program,
-        )
-        package = self.package
-        idle = sum(block.parameters - block.active_parameters for block in self.blocks)
-        described = describe_graph(program.graph, program.weights)
-        kernels: dict[str, int] = {}
-        for _, kernel in package.kernels if package else ():
-            kernels[kernel] = kernels.get(kernel, 0) + 1
-        messages = (
-            f"{pass_result.name}: {line}"
-            for pass_result in self.pass_results
-            for line in pass_result.says
-        )
-        notes = (*self.captured.fixed, *self.captured.notes, *messages)
-        notes += self.captured.structure.constants
-        notes += package.notes if package else ()
-        checked = self.checked
-        if package and lacking(self.target):
-            notes += (
-                f"compiled for {self.target.name}, which this machine cannot run: not verified, "
-                "and saved without samples",
-            )
-        if self.for_gpu is not None:
-            notes += (f"code for {self.for_gpu.target_name} is included, and was not verified",)
-            notes += tuple(f"on a GPU {r[1]} of {r[0]}: {r[2]}" for r in self.for_gpu.refusals)
-        notes += (*unquantised_lines(self.pass_results), *without_effect(self.pass_results))
-        if checked:
-            notes += checked.notes
-        if checked and any(
-            pass_result.kind is Kind.CHANGES and pass_result.rewrites
-            for pass_result in self.pass_results
-        ):
-            above = "; the distance to the original model is listed above"
-            notes += (
-                "the compiled code was compared with the graph that the passes changed; the "
-                "graph before these passes was compared with "
-                f"eager{above if any(p.damage for p in self.pass_results) else ''}",
-            )
-        if checked and checked.strays:
-            why = "in 16 bits nearly equal router scores may choose other experts than eager's"
-            if self.quantised:
-                why = "nearly equal router scores may choose other experts than the graph's"
-            notes += (
-                f"{checked.strays} of {checked.rows} rows of the outputs differ by more than the "
-                f"tolerance: {why}",
-            )
-        if checked and checked.ties:
-            notes += (
-                f"{checked.ties} of {checked.rows} rows of the outputs differ from eager's, and "
-                "both are right: they choose among exactly equal values, in which torch "
-                "guarantees no order and moec takes the first",
-            )
-        return Report(
-            model=self.source.name,
-            target=self.target_name,
-            active_parameters=described["parameters"] - idle,
-            bytes_out=sum(a.nbytes for a in package.arrays.values()) if package else None,
-            blocks=self.blocks,
-            declined=tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined),
-            passes=pass_lines(self.pass_results),
-            kernels=kernels,
-            loops=tuple(LoopLine(*line) for line in package.refusals) if package else (),
-            verification=tuple(
-                ErrorLine(name, error, checked.tolerance) for name, error in checked.errors.items()
-            )
-            if checked
-            else (),
-            quantised=self.quantised,
-            moved=checked.moved if checked else (),
-            tuned=self.tuned,
-            phases=dict(self.phases),
-            notes=notes,
-            damage=tuple(
-                pass_result.damage for pass_result in self.pass_results if pass_result.damage
-            ),
-            **described,
-        )
+        from moec.model.summary import report_of
+
+        return report_of(self)
 
     def picture(self) -> Picture:
         """A drawing of the model, which notebooks display. Its `save` writes .svg, .html or

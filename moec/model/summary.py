@@ -1,0 +1,99 @@
+"""The report of a compiled model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from moec.passes.core.runner import Kind
+from moec.pipeline import without_effect
+from moec.report.data import DeclinedLine, ErrorLine, LoopLine
+from moec.report.quantisation import unquantised_lines
+from moec.report.report import Report, describe_graph, pass_lines
+from moec.target.named import lacking
+
+if TYPE_CHECKING:
+    from moec.model.compiled import CompiledModel
+    from moec.verify.check import Checked
+
+
+def report_of(compiled: CompiledModel) -> Report:
+    """What was recognised, declined, generated and measured."""
+    package, checked = compiled.package, compiled.checked
+    damage = tuple(result.damage for result in compiled.pass_results if result.damage)
+    changed = (result.program for result in reversed(compiled.pass_results) if result.damage)
+    program = next(changed, compiled.captured.program)
+    described = describe_graph(program.graph, program.weights)
+    idle = sum(block.parameters - block.active_parameters for block in compiled.blocks)
+    return Report(
+        model=compiled.source.name,
+        target=compiled.target_name,
+        active_parameters=described["parameters"] - idle,
+        bytes_out=sum(a.nbytes for a in package.arrays.values()) if package else None,
+        blocks=compiled.blocks,
+        declined=tuple(DeclinedLine(d.where, d.reason, d.rule) for d in compiled.declined),
+        passes=pass_lines(compiled.pass_results),
+        kernels=dict(Counter(kernel for _, kernel in package.kernels)) if package else {},
+        loops=tuple(LoopLine(*line) for line in package.refusals) if package else (),
+        verification=_errors(checked) if checked else (),
+        quantised=compiled.quantised,
+        moved=checked.moved if checked else (),
+        tuned=compiled.tuned,
+        phases=dict(compiled.phases),
+        notes=_notes(compiled),
+        damage=damage,
+        **described,
+    )
+
+
+def _errors(checked: Checked) -> tuple[ErrorLine, ...]:
+    """The greatest error of each output."""
+    errors = checked.errors.items()
+    return tuple(ErrorLine(name, error, checked.tolerance) for name, error in errors)
+
+
+def _notes(compiled: CompiledModel) -> tuple[str, ...]:
+    captured, package, for_gpu = compiled.captured, compiled.package, compiled.for_gpu
+    messages = (
+        f"{result.name}: {line}" for result in compiled.pass_results for line in result.says
+    )
+    notes = (*captured.fixed, *captured.notes, *messages, *captured.structure.constants)
+    if package:
+        notes += package.notes
+    if package and lacking(compiled.target):
+        notes += (
+            f"compiled for {compiled.target.name}, which this machine cannot run: not verified, "
+            "and saved without samples",
+        )
+    if for_gpu is not None:
+        notes += (f"code for {for_gpu.target_name} is included, and was not verified",)
+        notes += tuple(f"on a GPU {r[1]} of {r[0]}: {r[2]}" for r in for_gpu.refusals)
+    notes += (*unquantised_lines(compiled.pass_results), *without_effect(compiled.pass_results))
+    return notes + (_verification_notes(compiled, compiled.checked) if compiled.checked else ())
+
+
+def _verification_notes(compiled: CompiledModel, checked: Checked) -> tuple[str, ...]:
+    """What the errors of the report were measured against, and rows that they leave out."""
+    notes = checked.notes
+    if any(r.kind is Kind.CHANGES and r.rewrites for r in compiled.pass_results):
+        damaged = any(result.damage for result in compiled.pass_results)
+        above = "; the distance to the original model is listed above" if damaged else ""
+        notes += (
+            "the compiled code was compared with the graph that the passes changed; the "
+            f"graph before these passes was compared with eager{above}",
+        )
+    if checked.strays:
+        why = "in 16 bits nearly equal router scores may choose other experts than eager's"
+        if compiled.quantised:
+            why = "nearly equal router scores may choose other experts than the graph's"
+        notes += (
+            f"{checked.strays} of {checked.rows} rows of the outputs differ by more than the "
+            f"tolerance: {why}",
+        )
+    if checked.ties:
+        notes += (
+            f"{checked.ties} of {checked.rows} rows of the outputs differ from eager's, and "
+            "both are right: they choose among exactly equal values, in which torch "
+            "guarantees no order and moec takes the first",
+        )
+    return notes
