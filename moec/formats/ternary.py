@@ -19,15 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moec.formats.ternary_code import ROOT, dictionary
+from moec.formats.ternary_code import dictionary
 
 MOST_CODEWORDS = 2**31 - 1
 TOGETHER = 32
@@ -140,80 +138,34 @@ def encode(codes: Tensor) -> Encoded:
     """Encode codes u8[R, K]. Raises ValueError for codes other than 0, 1 and 2."""
     if codes.dtype != torch.uint8 or codes.ndim != 2 or (codes.numel() and int(codes.max()) > 2):
         raise ValueError("ternary codes are u8[R, K] of 0, 1 and 2")
+    from moec.formats import ternary_loops
+
     children = dictionary().children
     rows = codes.contiguous().numpy()
     starts = np.zeros(len(rows) + 1, np.int64)
-    _count(rows, children, starts[1:])
+    ternary_loops.count(rows, children, starts[1:])
     np.cumsum(starts, out=starts)
     if starts[-1] > MOST_CODEWORDS:
         raise ValueError(f"{starts[-1]} codewords are more than row starts of 32 bits can tell")
     stream = np.empty(starts[-1], np.uint16)
-    _write(rows, children, starts, stream)
+    ternary_loops.write(rows, children, starts, stream)
     return Encoded(torch.from_numpy(stream.view(np.int16)), pack_starts(starts))
 
 
 def decode(encoded: Encoded, rows: int, width: int) -> Tensor:
     """The codes u8[rows, width]. Raises ValueError where a row does not hold `width` weights."""
+    from moec.formats import ternary_loops
+
     starts = unpack_starts(encoded.starts, rows)
     if starts[-1] != encoded.stream.numel():
         raise ValueError(f"rows of {starts[-1]} codewords are not {encoded.stream.numel()}")
     codes = np.zeros((rows, width), np.uint8)
     complete = np.zeros(len(codes), np.bool_)
-    _read(encoded.stream.numpy().view(np.uint16), starts, dictionary().entries, codes, complete)
+    ternary_loops.read(
+        encoded.stream.numpy().view(np.uint16), starts, dictionary().entries, codes, complete
+    )
     if not complete.all():
         raise ValueError(
             f"row {int(complete.argmin())} of the stream does not hold {width} weights"
         )
     return torch.from_numpy(codes)
-
-
-def _match(row: Any, at: int, children: Any) -> tuple[int, int]:
-    """The longest codeword from weight `at` on, and its end."""
-    width, node, word = len(row), ROOT, -1
-    while at < width:
-        second = row[at + 1] if at + 1 < width else 0
-        node = children[node, 3 * row[at] + second]
-        if node < 0:
-            break
-        word = node
-        at += 2
-    return word, at
-
-
-_longest = cast(Any, numba.njit(_match))
-
-
-def _count_rows(rows: Any, children: Any, counts: Any) -> None:
-    for r in numba.prange(len(rows)):
-        at, count = 0, 0
-        while at < rows.shape[1]:
-            _, at = _longest(rows[r], at, children)
-            count += 1
-        counts[r] = count
-
-
-def _write_rows(rows: Any, children: Any, starts: Any, stream: Any) -> None:
-    for r in numba.prange(len(rows)):
-        at, position = 0, starts[r]
-        while at < rows.shape[1]:
-            word, at = _longest(rows[r], at, children)
-            stream[position] = word
-            position += 1
-
-
-def _read_rows(stream: Any, starts: Any, entries: Any, codes: Any, complete: Any) -> None:
-    width = codes.shape[1]
-    for r in numba.prange(len(codes)):
-        at = 0
-        for position in range(starts[r], starts[r + 1]):
-            word = stream[position]
-            weights = 2 * (entries[word, 0] & 15)
-            for i in range(min(weights, width - at)):
-                codes[r, at + i] = entries[word, i // 14] >> (4 + 2 * (i % 14)) & 3
-            at += weights
-        complete[r] = at == width + width % 2
-
-
-_count = cast(Any, numba.njit(parallel=True)(_count_rows))
-_write = cast(Any, numba.njit(parallel=True)(_write_rows))
-_read = cast(Any, numba.njit(parallel=True)(_read_rows))
