@@ -7,7 +7,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports tvm or torch: tests run side by side, and each is small enough that
@@ -30,6 +30,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.fresh import Warm
 
 torch.set_num_threads(1)
 torch.manual_seed(
@@ -97,6 +99,14 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
         assert text == expected, f"differs from {where}; if it should, run with --update-golden"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """Runs programs in forks of a process that has imported the libraries."""
+    process = Warm()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

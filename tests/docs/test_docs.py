@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,8 @@ from moec.interpret import tolerance
 from moec.ops import OPS
 from moec.pipeline import OPT_IN, all_passes
 from moec.runtime import manifest
-from tests.pages import ROOT, Block, blocks, run_block
+from tests.fresh import Program, Warm
+from tests.pages import ROOT, Block, blocks
 
 DOCS = ROOT / "docs"
 
@@ -113,7 +115,9 @@ def test_the_page_of_the_cache_names_its_kinds_and_variables():
 
 @pytest.mark.long
 @pytest.mark.parametrize("page", WITH_CODE)
-def test_the_code_of_a_page_runs(page, tmp_path):
+def test_the_code_of_a_page_runs(page: str, tmp_path: Path, warm: Warm) -> None:
     block = script(page)
     assert block is not None
-    run_block(block, tmp_path, f"docs/{page}")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    result = warm.run(Program(block.text, strict=True), tmp_path)
+    assert result.returncode == 0, f"docs/{page}\n{result.stderr}"

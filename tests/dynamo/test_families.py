@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 import moec
 from moec.dynamo import FallbackWarning
 from moec.errors import UsageError
-from tests.models.families import FAMILIES, Family
+from tests.models.families import FAMILIES
 
 TIER_1 = (
     "mixtral",
@@ -28,13 +27,6 @@ TIER_1 = (
 )
 
 
-def one_layer(name: str) -> Family:
-    """The family with one MoE layer."""
-    family = FAMILIES[name]
-    dense = family.fields.get("first_k_dense_replace", 0)
-    return replace(family, fields={**family.fields, "num_hidden_layers": dense + 1})
-
-
 def compiled(model: Any) -> Any:
     return torch.compile(
         model, backend="moec", dynamic=True, options={"rest": "eager", "strict": True}
@@ -43,7 +35,7 @@ def compiled(model: Any) -> Any:
 
 @pytest.mark.parametrize("name", TIER_1)
 def test_logits(name: str) -> None:
-    family = one_layer(name)
+    family = FAMILIES[name].one_layer()
     eager = family.build()
     run = compiled(moec.prepare(family.build()))
     sizes = [(2, 7), (2, 9), (3, 5), (2, 2), (4, 16), (5, 3), (2, 31), (3, 11), (6, 4), (2, 12)]
@@ -61,7 +53,7 @@ def test_logits(name: str) -> None:
 @pytest.mark.parametrize("name", ["deepseek_v3", "phimoe"])
 def test_one_text(name: str) -> None:
     """Dynamo fixes sizes of one, so that the blocks are recognised in other graphs."""
-    family = one_layer(name)
+    family = FAMILIES[name].one_layer()
     eager = family.build()
     run = compiled(moec.prepare(family.build()))
     with torch.no_grad():
@@ -75,7 +67,7 @@ def test_one_text(name: str) -> None:
 
 
 def test_logits_where_inductor_takes_the_rest() -> None:
-    family = one_layer("qwen3_moe")
+    family = FAMILIES["qwen3_moe"].one_layer()
     eager = family.build()
     run = torch.compile(
         moec.prepare(family.build()), backend="moec", dynamic=True, options={"strict": True}
@@ -105,8 +97,8 @@ def test_generation(tiny_moe: Path) -> None:
 
 
 def test_an_unprepared_model_says_what_to_do() -> None:
-    family = FAMILIES["mixtral"]
-    model = replace(family, fields={**family.fields, "num_hidden_layers": 1}).build()
+    family = FAMILIES["mixtral"].one_layer()
+    model = family.build()
     model.set_experts_implementation("eager")
     run = torch.compile(model, backend="moec", options={"rest": "eager"})
     inputs = family.inputs(2, 7)

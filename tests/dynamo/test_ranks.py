@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,7 @@ def experts(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed.expert_parallel import apply_expert_parallelism
 
-    mixtral = FAMILIES["mixtral"]
-    family = replace(mixtral, fields={**mixtral.fields, "num_hidden_layers": 1})
+    family = FAMILIES["mixtral"].one_layer()
     alone, model, mesh = family.build(), family.build(), init_device_mesh("cpu", (2,))
     where = "model.layers.0.mlp.experts"
     weights = {f"{where}.{name}": "grouped_gemm" for name in ("gate_up_proj", "down_proj")}

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import moec
 from moec.dynamo import FallbackWarning
 from tests.dynamo.modules import Gathered, Listed, Masked, Model
-from tests.dynamo.test_families import one_layer
 from tests.models.families import FAMILIES
 
 
@@ -156,7 +155,7 @@ def test_a_backward_of_ones_own_is_kept() -> None:
 # are in tests/dynamo/test_gradients.py.
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
 def test_gradients_of_families(name: str) -> None:
-    family = one_layer(name)
+    family = FAMILIES[name].one_layer()
     model, eager = moec.prepare(family.build()), family.build()
     run = compiled(model)
     for length in (7, 4):

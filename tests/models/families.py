@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,11 @@ class Family:
     model: str
     config: str
     fields: dict[str, Any]
+
+    def one_layer(self) -> Family:
+        """The family with one MoE layer, after the dense layers that it begins with."""
+        dense = self.fields.get("first_k_dense_replace", 0)
+        return replace(self, fields={**self.fields, "num_hidden_layers": dense + 1})
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
         """A model with random weights, in eval mode."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ def family_of(name: str) -> Family:
     """One layer where that is an MoE layer; of mixtral two, so that prompts pass experts too."""
     if name in ("mixtral", "deepseek_v3"):
         return FAMILIES[name]
-    return replace(FAMILIES[name], fields={**FAMILIES[name].fields, "num_hidden_layers": 1})
+    return FAMILIES[name].one_layer()
 
 
 def plan_for(program: moec.CompiledModel, attention: int, copies: int) -> Plan:
