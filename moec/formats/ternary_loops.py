@@ -1,5 +1,6 @@
-"""Loops over the codewords of ternary weights (ternary.py), compiled by numba. In a file of their
-own, because importing numba takes long and few models have such weights."""
+"""Loops over the codewords of ternary weights (ternary.py), compiled by numba, which keeps the
+machine code on disk. In a file of their own, because importing numba takes long and few models have
+such weights."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def _match(row: Any, at: int, children: Any) -> tuple[int, int]:
     return word, at
 
 
-_longest = cast(Any, numba.njit(_match))
+_longest = cast(Any, numba.njit(cache=True)(_match))
 
 
 def _count_rows(rows: Any, children: Any, counts: Any) -> None:
@@ -57,6 +58,6 @@ def _read_rows(stream: Any, starts: Any, entries: Any, codes: Any, complete: Any
         complete[r] = at == width + width % 2
 
 
-count = cast(Any, numba.njit(parallel=True)(_count_rows))
-write = cast(Any, numba.njit(parallel=True)(_write_rows))
-read = cast(Any, numba.njit(parallel=True)(_read_rows))
+count = cast(Any, numba.njit(parallel=True, cache=True)(_count_rows))
+write = cast(Any, numba.njit(parallel=True, cache=True)(_write_rows))
+read = cast(Any, numba.njit(parallel=True, cache=True)(_read_rows))

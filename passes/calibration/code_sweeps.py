@@ -1,5 +1,6 @@
-"""The sweeps of coordinate descent (coordinate_descent.py), compiled by numba. In a file of their
-own, because importing numba takes long and few compilations need them."""
+"""The sweeps of coordinate descent (coordinate_descent.py), compiled by numba, which keeps
+the machine code on disk. In a file of their own, because importing numba takes long and few
+compilations need them."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def _row(values: Any, codes: Any, levels: Any, hessian: Any, slope: Any) -> int:
     return moved
 
 
-_one = cast(Any, numba.njit(_row))
+_one = cast(Any, numba.njit(cache=True)(_row))
 
 
 def _rows(
@@ -45,4 +46,4 @@ def _rows(
         moved[r] = _one(values[r], codes[r], levels[r], hessian[r // n], slope[r])
 
 
-sweep = cast(Any, numba.njit(parallel=True)(_rows))
+sweep = cast(Any, numba.njit(parallel=True, cache=True)(_rows))
