@@ -13,9 +13,15 @@ from torch import nn
 import moec
 from docs.systems import Figure, Source
 from moec import CompiledModel
+from moec.errors import UnsupportedError
+from moec.interpret.ranks import evaluate_ranks
 from moec.ir.dims import symbols
-from moec.ir.graph import Value
-from moec.plan.exchange import coordinated, flat, hierarchical
+from moec.ir.graph import Program, Value
+from moec.passes.parallel.plan_parallelism import rank_programs
+from moec.plan.exchange import Form, coordinated, flat, hierarchical
+from moec.plan.groups import groups_of
+from moec.plan.plan import LayerPlan, Plan
+from moec.plan.workload import Workload
 from tests.systems.records import Keep, load, record_of
 
 example = load("02_deepspeed_moe")
@@ -109,6 +115,63 @@ def test_hops_of_the_exchanges(ranks: int, node: int, slices: int) -> None:
     two = hierarchical(ranks, node, 1.0)
     assert (two.hops_inside + 1) + (two.hops_across + 1) == node + ranks // node
     assert coordinated(ranks, node, slices, 1.0).published_hops == ranks // slices
+
+
+FORMS: dict[Form, int] = {"flat": 1, "hierarchical": 1, "coordinated": 2}
+"""The slices of an expert, with eight ranks in nodes of four."""
+
+
+@functools.cache
+def recognised(top_k: int, random: bool) -> tuple[nn.Module, Program]:
+    """An MoE layer and its graph with experts, before it is lowered."""
+    torch.manual_seed(0)
+    module = example.MoE(replace(example.SMALL, top_k=top_k, factor=1.0), 4).eval()
+    inputs = (torch.randn(1, 33, example.SMALL.width), torch.rand(33, 4))[: 1 + random]
+    passes = moec.compile(module, inputs, verify=False, build=False).pass_results
+    programs = [step.program for step in passes]
+    return module, [p for p in programs if any(o.name == "moe.experts" for o in p.graph.ops)][-1]
+
+
+def planned(form: Form) -> Plan:
+    slices = FORMS[form]
+    ranks = 8 // slices
+    layer = LayerPlan(layer=0, experts=4, attention=1, ranks=ranks, slices=slices, form=form,
+                      slots=tuple((rank % 4,) for rank in range(ranks)), seconds={})  # fmt: skip
+    return Plan(model="", cluster="", devices=8, node_size=4, routing="", layers=(layer,),
+                workload=Workload(tokens=1, sequences=0, context=0),
+                seconds=0.0, memory=0.0, memory_limit=0.0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("form", "published"), [("flat", 8), ("hierarchical", 6), ("coordinated", 4)]
+)
+def test_ranks_exchange_rows_in_as_many_hops(form: Form, published: int) -> None:
+    """p, G + p/G and p/L for p = 8, G = 4, L = 2, counting a rank's message to itself once in each
+    group. All tokens are alike, so that the capacity, which is that of all ranks, binds."""
+    module, program = recognised(1, random=False)
+    plan, counts = planned(form), [5, 0, 7, 1, 4, 9, 3, 11]
+    groups = groups_of(plan)
+    programs = rank_programs(program, plan)
+    x = torch.randn(1, 1, example.SMALL.width).expand(1, sum(counts), -1).contiguous()
+    results = evaluate_ranks(programs, [[part] for part in x.split(counts, 1)], groups)
+    with torch.no_grad():
+        expected = module(x)
+    output = torch.cat([result for (result,) in results], 1)
+    torch.testing.assert_close(output, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert int((expected.abs().sum(-1) > 0).sum()) == 10  # 40 / 4
+    sends = {
+        str(op.attrs["group"])
+        for op in programs["rank.0.main"].graph.ops
+        if op.name == "dist.all_to_all"
+    }
+    assert sum(len(groups[name][0]) for name in sends) == published
+
+
+@pytest.mark.parametrize("top_k", LAYERS, ids=LAYERS.values())
+def test_weights_that_depend_on_other_tokens_are_not_for_ranks(top_k: int) -> None:
+    _, program = recognised(top_k, random=top_k == 1)
+    with pytest.raises(UnsupportedError, match=r"aten\.cumsum.* over the tokens of one rank"):
+        rank_programs(program, planned("flat"))
 
 
 def test_a_student_of_fewer_layers_learns() -> None:

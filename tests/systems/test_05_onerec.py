@@ -13,6 +13,7 @@ from torch import nn
 import moec
 from docs.systems import Figure, Source
 from moec import CompiledModel
+from moec.ir.dims import symbols
 from tests.systems.records import Keep, load, record_of
 
 example = load("05_onerec")
@@ -42,7 +43,10 @@ def test_recognised_with_the_rows_of_all_beams_in_one_dispatch() -> None:
     (block,) = ours.blocks
     assert (block.experts, block.top_k, block.router) == (24, 2, "softmax, top-2")
     sorts = [op for op in ours.graph.ops if op.name == "moe.sort"]
-    assert [op.inputs[0].shape[1] for op in sorts] == [2]
+    ((tokens, choices),) = [op.inputs[0].shape for op in sorts]
+    beams, length = (str(size) for size in ours.graph.inputs[1].shape)
+    assert choices == 2
+    assert symbols(tokens) == {beams, length}
 
 
 def test_beam_search_writes_what_eager_writes() -> None:
@@ -61,6 +65,30 @@ def test_beam_search_writes_what_eager_writes() -> None:
     torch.testing.assert_close(ours_scores, scores, rtol=1e-4, atol=1e-4)
     levels = torch.arange(6) % 3
     assert torch.equal(codes // example.SMALL.codes, levels.expand(12, -1))
+
+
+def test_all_beams_are_all_sessions() -> None:
+    """As many beams as there are sessions leave nothing out: their log probabilities are those of
+    every session by itself, the best first."""
+    torch.manual_seed(2)
+    decoder = example.Decoder(example.SMALL).eval()
+    memory, codes = torch.randn(1, 4, example.SMALL.width), 4
+    sessions, scores = example.beam_search(
+        lambda _: memory, decoder, torch.zeros(1, 1), codes, items=1, beams=codes**3
+    )
+    every = torch.cartesian_prod(*(torch.arange(codes) + level * codes for level in range(3)))
+    start = torch.full((len(every), 1), example.LEVELS * codes)
+    with torch.no_grad():
+        logits = decoder.scores(memory.expand(len(every), -1, -1), torch.cat((start, every), 1))
+    each = [
+        logits[:, level, level * codes : (level + 1) * codes]
+        .log_softmax(-1)
+        .gather(1, every[:, level : level + 1] - level * codes)
+        for level in range(3)
+    ]
+    expected, order = torch.cat(each, 1).sum(1).sort(descending=True)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(sessions, every[order])
 
 
 def test_alignment_prefers_the_better_sessions() -> None:
