@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from moec.capture.auto_class import auto_class
 from moec.capture.behaviour.door import Declared, Described, ModelExample, capture_described
 from moec.capture.capture import Captured, capture
 from moec.capture.pt2 import check_archive
@@ -42,7 +43,7 @@ TOKENIZER_FILES = (
 class Source:
     """A model with what is needed to call it. `files` are copied into the artifact. `unnamed` is
     True where the caller gave a folder and so named no class; the model's results then have the
-    type that the artifact gives them."""
+    type that the artifact gives them. `notes` are for the report."""
 
     model: torch.nn.Module | ExportedProgram
     args: tuple[Any, ...] = ()
@@ -52,6 +53,7 @@ class Source:
     name: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
     unnamed: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def capture_source(
@@ -83,7 +85,8 @@ def capture_source(
         if declared:
             raise UsageError(f"{source.name} is a graph already: nothing is left to describe")
         return run()
-    return capture_described(example_of(source), run, declared, observed)
+    captured = capture_described(example_of(source), run, declared, observed)
+    return replace(captured, notes=(*source.notes, *captured.notes))
 
 
 def traceable(source: Source) -> bool:
@@ -197,12 +200,10 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     """The source of a Hugging Face folder: config.json, safetensors, and a tokenizer if present."""
     # its files were checked when the kind of the path was determined
     config = json.loads((folder / CONFIG).read_bytes())
-    try:
-        import transformers
-    except ImportError:
+    if importlib.util.find_spec("transformers") is None:
         raise UsageError(
             f"{folder}: reading a checkpoint needs transformers: pip install 'moec[hf]'"
-        ) from None
+        )
     if config.get("auto_map"):
         raise UsageError(
             f"{folder} brings its own code (auto_map), which moec does not run; load the model "
@@ -210,9 +211,9 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         )
     _check_config(folder / CONFIG, config)
     seq2seq = bool(config.get("is_encoder_decoder"))
-    auto = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    loader = auto_class(folder, config, kwargs)
     try:
-        model, loading = auto.from_pretrained(
+        model, loading = loader.auto.from_pretrained(
             folder,
             dtype="auto",
             local_files_only=True,
@@ -234,7 +235,14 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     source = _module(model, args, kwargs)
     # the last two folders only: the artifact does not record the user's home
     name = "/".join(folder.resolve().parts[-2:])
-    return replace(source, bounds=_limits(model.config), name=name, files=files, unnamed=True)
+    return replace(
+        source,
+        bounds=_limits(model.config),
+        name=name,
+        files=files,
+        unnamed=True,
+        notes=loader.notes,
+    )
 
 
 def _check_config(path: Path, config: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 A loop that finds each expert's tokens with `torch.where` creates sizes that depend on data. Without
 a setting that `moec.prepare` enables, Dynamo then gives up on the whole function and runs it as
-Python; likewise where a loop tests whether a mask is set. No backend is called in these cases, but
+Python; likewise where features of images are added at `x[mask]`, and where a loop tests whether a
+mask is set. No backend is called in these cases, but
 Dynamo calls listeners at the end of each attempt, with its error in flight.
 """
 
@@ -21,8 +22,9 @@ from moec.dynamo.record import RECORDER, Fallback, FallbackWarning
 
 _SAID: Mapping[tuple[str, ...], str] = {
     ("capture_dynamic_output_shape_ops",): (
-        "a loop calls torch.where for the tokens of each expert: call moec.prepare(model) before "
-        "the model runs"
+        "the size of a result depends on data, as that of torch.where for the tokens of each "
+        "expert, or of x[mask] for features of images: call moec.prepare(model) before the model "
+        "runs; in a prepared model, the layers that the function calls are compiled all the same"
     ),
     ("Data-dependent branching", "graph break in loop"): (
         "a loop branches on a mask, as `if mask.any():` does: remove the condition (an expert "
