@@ -79,9 +79,16 @@ class FlatCall(ModuleCall):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with constants_computed(bool(self.constants)), positions_as_tensors(self.module):
-            results, structure = flatten(super().forward(*tensors))
+            results, structure = flatten(super().forward(*tensors), hold=self.hold)
         self.returned.structure = checked(structure)
         return results
+
+    def hold(self, value: Any) -> torch.Tensor | None:
+        """A tensor [] of a size that the module returns; None for other symbolic numbers."""
+        if not isinstance(value, torch.SymInt):
+            return None
+        size: Any = value
+        return torch.full((), size, dtype=torch.int64)
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def from_start(states: States, run: Callable[..., Any], structure: Structure) ->
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), states.from_start():
-            results, returned = flatten(run(*tensors))
+            results, returned = flatten(run(*tensors), structure.numbers)
             structure.check(returned, ", ".join(str(tuple(tensor.shape)) for tensor in tensors))
             return tuple(t.clone() for t in results) if states.live else results
 

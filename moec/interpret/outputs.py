@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import SimpleNamespace
@@ -21,9 +22,10 @@ from moec.errors import CaptureError
 
 @dataclass(frozen=True)
 class _Slot:
-    """The position of tensor number `index`."""
+    """The position of tensor number `index`; a `number` is a Python number in the result."""
 
     index: int
+    number: bool = False
 
 
 class VaryingOutput(CaptureError):
@@ -32,18 +34,29 @@ class VaryingOutput(CaptureError):
 
 _CONSTANTS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device, torch.Size)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_ITEMS = (torch.Tensor, int, float, torch.SymInt, torch.SymFloat)
+
+Holder = Callable[[Any], torch.Tensor | None]
+"""Computes a tensor [] of a symbolic number; None where it cannot."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The result of a module, with slots in place of its tensors."""
+    """The result of a module, with slots in place of its tensors. `numbers` are the items of the
+    result, counted from 0, that are Python numbers and that a tensor [] of the graph holds."""
 
     template: Any
     count: int
+    numbers: frozenset[int] = frozenset()
 
     def rebuild(self, tensors: Sequence[Any]) -> Any:
         """The result with these tensors. Constants are those of the capture."""
-        return _mapped(self.template, lambda slot: tensors[slot.index], _Slot)
+
+        def filled(slot: _Slot) -> Any:
+            tensor = tensors[slot.index]
+            return tensor.item() if slot.number else tensor
+
+        return _mapped(self.template, filled, _Slot)
 
     @property
     def constants(self) -> tuple[str, ...]:
@@ -94,16 +107,29 @@ SLOT = object()
 """The placeholder of a tensor among the leaves of a result."""
 
 
-def flatten(result: Any) -> tuple[tuple[torch.Tensor, ...], Structure]:
-    """The tensors of a result in order, and its structure."""
+def flatten(
+    result: Any, numbers: Collection[int] = (), hold: Holder | None = None
+) -> tuple[tuple[torch.Tensor, ...], Structure]:
+    """The tensors of a result in order, and its structure. The items `numbers`, and symbolic
+    numbers for which `hold` gives a tensor, become tensors [] too."""
     tensors: list[torch.Tensor] = []
+    items, positions = itertools.count(), set[int]()
 
-    def slot(tensor: torch.Tensor) -> _Slot:
+    def slot(leaf: Any) -> Any:
+        item, tensor = next(items), leaf
+        if isinstance(leaf, _SYMBOLIC):
+            tensor = hold(leaf) if hold is not None else None
+        elif item in numbers and not isinstance(leaf, torch.Tensor):
+            tensor = torch.tensor(leaf)
+        if not isinstance(tensor, torch.Tensor):
+            return leaf
+        if tensor is not leaf:
+            positions.add(item)
         tensors.append(tensor)
-        return _Slot(len(tensors) - 1)
+        return _Slot(len(tensors) - 1, tensor is not leaf)
 
-    template = _mapped(result, slot, torch.Tensor)
-    return tuple(tensors), Structure(template, len(tensors))
+    template = _mapped(result, slot, _ITEMS)
+    return tuple(tensors), Structure(template, len(tensors), frozenset(positions))
 
 
 def checked(structure: Structure) -> Structure:
@@ -121,7 +147,7 @@ def checked(structure: Structure) -> Structure:
     return structure
 
 
-def _mapped(tree: Any, change: Callable[[Any], Any], kind: type) -> Any:
+def _mapped(tree: Any, change: Callable[[Any], Any], kind: type | tuple[type, ...]) -> Any:
     """`tree` with every leaf of `kind` changed; records are trees of their fields."""
     if isinstance(tree, kind):
         return change(tree)

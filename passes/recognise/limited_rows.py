@@ -4,8 +4,11 @@
     t = t[numbers[t].argsort()]                     or the C with the smallest numbers
     out = x.clone(); out[t[:C]] = expert_e(x[t[:C]])    other rows keep their value
 
-If the results overwrite a copy of the tokens instead of being added, dropped rows keep their input:
-they are given to a copy expert, which has no network. The number of an expert's rows depends on the
+    out = zeros; ..; out[dropped] = x[dropped]      dropped: the rest of each t
+
+If the results overwrite a copy of the tokens instead of being added, or the other rows are written
+after all experts, dropped rows keep their input: they are given to a copy expert, which has no
+network. The number of an expert's rows depends on the
 data; the limit C is read from the length of the slice, min(rows, C).
 """
 
@@ -35,6 +38,22 @@ def overwritten(
     )
     copied = start is not None and scope.behind(start) is scope.behind(x)
     return Zero(("copy",)) if written and copied else None
+
+
+def passed_through(scope: Scope, last: Op) -> Op | None:
+    """The op after the last expert that writes the tokens themselves into the rows that no expert
+    takes: `out[dropped] = x[dropped]`."""
+    readers = scope.graph.readers.get(last.outputs[0], ())
+    if len(readers) != 1 or last.outputs[0] in scope.results:
+        return None
+    (op,) = readers
+    if op.name != last.name or op.name != "aten.index_put.default" or op.attrs.get("accumulate"):
+        return None
+    picked = scope.made_by(op.inputs[-1], "aten.index.Tensor")
+    if len(op.inputs) != 3 or picked is None or picked.inputs[1:] != op.inputs[1:2]:
+        return None
+    parts = scope.made_by(op.inputs[1], "aten.cat.default")
+    return op if parts is not None else None
 
 
 def limit(scope: Scope, rows: Sequence[Value]) -> RecognisedCapacity | None:

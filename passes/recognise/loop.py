@@ -27,10 +27,10 @@ from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Op, Value
 from moec.passes.recognise import batched
-from moec.passes.recognise.block import Candidate, Proposal
+from moec.passes.recognise.block import Candidate, Proposal, Zero
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.expert_ids import chosen_among
-from moec.passes.recognise.limited_rows import limit, overwritten
+from moec.passes.recognise.limited_rows import limit, overwritten, passed_through
 from moec.passes.recognise.opnames import ADDS, CHOOSES, SPREAD
 from moec.passes.recognise.parallel_branches import Fan
 from moec.passes.recognise.region import Scope, choices, chooses
@@ -164,6 +164,9 @@ def goes_on(scope: Scope, anchor: Op, evidence: Evidence) -> bool:
 
 def candidates(scope: Scope) -> Iterator[Candidate]:
     for op, chain in chains(scope).items():
+        copying = passed_through(scope, op) if chain.start is None else None
+        if copying is not None:
+            yield Candidate(copying, partial(propose, scope, copying, chain))
         yield Candidate(op, partial(propose, scope, op, chain))
 
 
@@ -226,6 +229,8 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     zero = zero_experts(scope, chain.zero, count, x) if chain.zero else None
     others = zero.kinds if zero is not None else ()
     copies = overwritten(scope, chain.start, chain.links, x)
+    if anchor is not chain.last:
+        copies = Zero(("copy",))
     start = () if chain.start is None or copies is not None else (chain.start,)
     output = anchor.outputs[0]
     evidence = Evidence(

@@ -172,7 +172,8 @@ def _routed(probe: Probe, stacks: Mapping[str, torch.Tensor], count: int) -> Ite
     _check_steers(probe, inputs, kinds)
     calls = probe.watch(inputs)
     observed = probe.run(inputs).logits
-    assert observed is not None
+    if observed is None:
+        raise NoMatch(f"some runs do not multiply with {probe.weight_name}: one expert is drawn")
     probe.constants = _constants(probe, count)
     find_experts(probe, calls, stacks, inputs, kinds["one"], kinds["usual"])
     flat = inputs[0].reshape(-1, probe.width)

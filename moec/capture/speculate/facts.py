@@ -62,6 +62,7 @@ class Fact:
     high: no value is greater.
     distinct: no two values along the last axis are equal.
     single: along this axis, at most one value is not 0.
+    zero: all its values are 0.
     sums: its values are sums of counts.
     hot: (choice, total). The last axis enumerates the classes of the choice, and the sum over all
         other axes is how often each class is chosen, `total` times in all.
@@ -83,6 +84,7 @@ class Fact:
     high: Any = None
     distinct: bool = False
     single: int | None = None
+    zero: bool = False
     sums: Sums | None = None
     hot: tuple[ClassChoice, Any] | None = None
     order: Order | None = None

@@ -37,8 +37,10 @@ class Trace:
     """The state of one trace.
 
     sizes: the symbolic sizes of the inputs and their products, by expression.
+    cuts: sizes at which the code cuts rows, such as a capacity, by expression.
     segments: for a number read from data, its counts and which of them it is.
-    totals: expressions that are 0, such as the sum of all counts minus the number of rows.
+    totals: by expression, a sum of numbers read from data, such as that of all counts, and the
+        size that it is equal to, such as the number of rows.
     buffers: by id, a buffer that was filled piece by piece, and its contents.
     filling: by id, a buffer that is being filled piece by piece.
     listed: the rows of masks, by the id of the mask.
@@ -52,8 +54,9 @@ class Trace:
     branches: Branches
     facts: Facts = field(default_factory=Facts)
     sizes: dict[Any, Any] = field(default_factory=dict)
+    cuts: dict[Any, Any] = field(default_factory=dict)
     segments: dict[Any, tuple[Counts, int]] = field(default_factory=dict)
-    totals: set[Any] = field(default_factory=set)
+    totals: dict[Any, Any] = field(default_factory=dict)
     buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     filling: dict[int, Filling] = field(default_factory=dict)
     listed: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
@@ -68,6 +71,15 @@ class Trace:
         length that `tensor` counts."""
         self.readouts.setdefault(expression(number), tensor)
         return number
+
+    def total(self, size: Any) -> Any:
+        """The size of the inputs that `size` is equal to, if it is a sum of numbers read from data
+        for which that is known; otherwise `size`."""
+        return self.totals.get(expression(size), size)
+
+    def equal(self, one: Any, other: Any) -> bool:
+        """Whether two sizes are known to be equal."""
+        return bool(expression(self.total(one)) == expression(self.total(other)))
 
     def at(self) -> str:
         """The user's line from which a hook is called."""

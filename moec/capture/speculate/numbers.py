@@ -48,7 +48,7 @@ def _values(trace: Trace, sums: Sums) -> Any:
         counts.numbers = _elements(trace, counts.tensor)
         trace.segments |= {expression(n): (counts, i) for i, n in enumerate(counts.numbers)}
         if counts.total is not None:
-            trace.totals.add(expression(sum(counts.numbers, 0) - counts.total))
+            trace.totals[expression(sum(counts.numbers, 0))] = counts.total
     return sums.values(counts.numbers)
 
 

@@ -30,13 +30,14 @@ class Verdict:
 
     error: the greatest difference from eager. inputs: the shapes of the inputs at which the
     difference is too large, else empty. unproved: the branches that did not go both ways. compared:
-    how often eager ran.
+    how often eager ran. varies: the refusal where constants in eager's result vary.
     """
 
     error: float
     inputs: str
     unproved: tuple[Site, ...]
     compared: int
+    varies: VaryingOutput | None = None
 
     @property
     def agrees(self) -> bool:
@@ -59,8 +60,7 @@ def examine(
     though it always goes one way, came out both ways while the results agreed. The first `outputs`
     outputs of the program are the module's, the others the readouts of `assumed`.
 
-    Raises CaptureError where eager fails on the first example, and VaryingOutput where constants in
-    its result vary.
+    Raises CaptureError where eager fails on the first example.
     """
     limit = default_tolerance(program.graph)
     conditions = [q.condition for q in assumed.questions if q.condition is not None]
@@ -71,8 +71,8 @@ def examine(
         try:
             with watched(assumed.branches) as went:
                 expected = eager(*(tensor.clone() for tensor in case))
-        except VaryingOutput:
-            raise
+        except VaryingOutput as why:
+            return Verdict(math.inf, _shapes(case), tuple(assumed.branches), compared, why)
         except Exception as failure:
             if not compared:
                 raise CaptureError(f"the model fails on its example inputs: {failure}") from failure
@@ -84,8 +84,7 @@ def examine(
         if not error <= limit and not _hold(guards, program, case):
             continue
         if not error <= limit:
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in case)
-            return Verdict(error, shapes, tuple(assumed.branches), compared)
+            return Verdict(error, _shapes(case), tuple(assumed.branches), compared)
         worst = max(worst, error)
         for site, offsets in went.items():
             ways.setdefault(site, set()).update(offsets)
@@ -94,6 +93,10 @@ def examine(
     answered = {q.site for number, q in enumerate(assumed.questions) if len(outcomes[number]) < 2}
     unproved = (s for s in assumed.branches if len(ways.get(s, ())) < 2 and s in answered)
     return Verdict(worst, "", tuple(unproved), compared)
+
+
+def _shapes(case: Sequence[torch.Tensor]) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in case)
 
 
 def _hold(guards: Sequence[Guard], program: Program, case: Sequence[torch.Tensor]) -> bool:

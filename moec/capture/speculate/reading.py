@@ -164,12 +164,22 @@ def tensor(trace: Trace, func: Hook, value: Any, *args: Any, **kwargs: Any) -> A
 
 def filled(value: int, trace: Trace, func: Hook, *args: Any, **kwargs: Any) -> Any:
     """A short row of one integer, into which sums of counts may be written or
-    concatenated."""
+    concatenated; or a tensor of zeros, in which the choices may be marked."""
     result = func(*args, **kwargs)
+    if result.ndim > 1:
+        return trace.facts.note(result, zero=value == 0)
     length = result.shape[0] if result.ndim == 1 else None
     if type(length) is int and 0 < length <= MOST_NUMBERS:
         trace.facts.note(result, sums=constants([value] * length))
     return result
+
+
+def empty_like(trace: Trace, func: Hook, x: torch.Tensor, **kwargs: Any) -> Any:
+    """A tensor as long as all parts of a cut tensor has the length of that tensor."""
+    rows: Any = trace.total(x.shape[0]) if x.ndim else None
+    if not x.ndim or rows is x.shape[0]:
+        return NotImplemented
+    return func(x.new_empty((rows, *x.shape[1:])), **kwargs)
 
 
 def iterated(trace: Trace, func: Hook, tensor: torch.Tensor) -> Any:
@@ -219,6 +229,7 @@ READING: Hooks = {
     "bincount": bincount,
     "histc": histc,
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), partial(filled, 0)),
+    "empty_like": empty_like,
     "iter": iterated,
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     "pad": pad,

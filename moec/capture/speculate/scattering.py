@@ -1,5 +1,8 @@
-"""Hooks for scatter and gather whose index repeats row numbers along the features: they become
-index_add and indexing by rows."""
+"""Hooks for scatter and gather.
+
+An index that repeats row numbers along the features makes them index_add and indexing by rows. Ones
+that are scattered to the choices among classes are the sum of the one-hot rows of these choices.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,54 @@ def gather(
     return NotImplemented if column is None else x[column]
 
 
+def marks(
+    trace: Trace, x: torch.Tensor, dim: int, index: torch.Tensor, value: Any
+) -> dict[str, Any] | None:
+    """The facts of zeros [.., C] with ones at different classes 0 .. C-1; None for others."""
+    zero, fact = trace.facts.of(x).zero, trace.facts.of(index)
+    classes = None if fact.choice is None else fact.choice.classes
+    last = x.ndim > 1 and dim in (-1, x.ndim - 1)
+    if not (zero and last and fact.distinct and type(value) in (int, float) and value == 1):
+        return None
+    if classes is None or x.shape[-1] != classes:
+        return None
+    return {"high": 1, "hot": (fact.choice, index.numel())}
+
+
+def scatter(
+    trace: Trace,
+    func: Hook,
+    x: torch.Tensor,
+    dim: int,
+    index: torch.Tensor,
+    value: Any = None,
+    **rest: Any,
+) -> Any:
+    facts = None if rest else marks(trace, x, dim, index, value)
+    if facts is None:
+        return NotImplemented
+    return trace.facts.note(func(x, dim, index, value), **facts)
+
+
+def scatter_(
+    trace: Trace,
+    func: Hook,
+    x: torch.Tensor,
+    dim: int,
+    index: torch.Tensor,
+    value: Any = None,
+    **rest: Any,
+) -> Any:
+    facts = None if rest else marks(trace, x, dim, index, value)
+    if facts is None:
+        return NotImplemented
+    trace.written(x)
+    return trace.facts.note(func(x, dim, index, value), **facts)
+
+
 SCATTERING: Hooks = {
+    "scatter": scatter,
+    "scatter_": scatter_,
     "scatter_add": scatter_add,
     "scatter_add_": scatter_add_,
     "scatter_reduce": scatter_reduce,

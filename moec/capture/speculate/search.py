@@ -92,7 +92,7 @@ def speculate(
         flipped = (attempt({site: not met[site]}) for site in list(met)[:MOST_FLIPS])
         chosen = next((other for other in flipped if other.verdict.agrees), first)
     if not chosen.verdict.agrees:
-        raise differs(name, first.traced.assumed, first.verdict)
+        raise first.verdict.varies or differs(name, first.traced.assumed, first.verdict)
     if chosen.verdict.unproved:
         raise CaptureError(unproved(name, chosen.traced.assumed, chosen.verdict))
     return chosen.form, chosen.traced
@@ -123,7 +123,7 @@ def masked(
     program, eager, count = converted.program, converted.eager, structure.count
     verdict = examine(program, eager, examples, Assumed(), count, converted.guards)
     if not verdict.agrees:
-        raise differs("the masked form", traced.assumed, verdict)
+        raise verdict.varies or differs("the masked form", traced.assumed, verdict)
     return CaptureForm(converted, structure, (*form.notes, MASKED))
 
 

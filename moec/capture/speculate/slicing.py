@@ -56,6 +56,7 @@ def between(trace: Trace, x: torch.Tensor, start: Any, stop: Any) -> torch.Tenso
     """
     length = x.shape[0]
     start, stop = 0 if start is None else start, length if stop is None else stop
+    trace.cuts |= {expression(end): end for end in (start, stop) if is_symbolic(end)}
     order, segment = trace.facts.of(x).order, trace.segments.get(expression(stop - start))
     if order is not None and segment is not None:
         counts, number = segment
@@ -64,11 +65,16 @@ def between(trace: Trace, x: torch.Tensor, start: Any, stop: Any) -> torch.Tenso
         if keys is not None and aligned and counts.choice is choice:
             if number not in choice.rows:
                 choice.rows[number] = (keys == number).nonzero(as_tuple=True)[0]
+                if len(choice.rows) == choice.classes and counts.total is not None:
+                    lengths = sum(rows.shape[0] for rows in choice.rows.values())
+                    trace.totals[expression(lengths)] = counts.total
             return order.recipe(choice.rows[number])
-    if expression(stop - length) in trace.totals:
+    if trace.equal(stop, length):
         stop = length
     if reads_data(length) and not reads_data(stop):
         stop = torch.sym_min(stop, length)  # type: ignore[no-untyped-call]
+    if reads_data(length) and not reads_data(start) and expression(start) != 0:
+        start = torch.sym_min(start, stop)  # type: ignore[no-untyped-call]
     part: torch.Tensor = torch.split(x, [start, stop - start, length - stop])[1]
     trace.facts.note(part, piece=Piece(x, start, stop))
     return part
@@ -94,7 +100,7 @@ def split(trace: Trace, func: Hook, x: torch.Tensor, sizes: Any, dim: int = 0) -
         sizes = [as_number(trace, size) for size in sizes]
     if not isinstance(sizes, list) or not any(map(reads_data, sizes)):
         return NotImplemented
-    trace.totals.add(expression(sum(sizes, 0) - x.shape[dim]))
+    trace.totals[expression(sum(sizes, 0))] = x.shape[dim]
     rest = x.shape[dim] - sum(sizes[:-1], 0)
     parts = torch.split(x, [*sizes[:-1], rest], dim)
     ends = [*(sum(sizes[: i + 1], 0) for i in range(len(sizes) - 1)), x.shape[dim]]

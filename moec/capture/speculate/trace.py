@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from moec.capture.call import FlatCall, ModuleCall
 from moec.capture.speculate.branches import Branches, Question
+from moec.capture.speculate.held_numbers import hold
 from moec.capture.speculate.hooks import Trace
 from moec.capture.speculate.patches import speculating
 from moec.capture.speculate.randomness import refuse_random
@@ -76,6 +77,9 @@ class _Hooked(FlatCall):
         readouts = _readouts(trace)
         self.record.readouts = tuple(readouts)
         return (*outputs, *(tensor.detach().clone() for tensor in readouts.values()))
+
+    def hold(self, value: Any) -> torch.Tensor | None:
+        return hold(self.record.trace, value)
 
 
 def trace(

@@ -124,6 +124,23 @@ def test_a_refusal_also_says_why_it_was_not_traced() -> None:
     assert "the model, a ReadsTokens (test_door.py:" in text
 
 
+class DrawnExpert(loops.ExpertChoice):
+    """Inference of THOR, with a gate that is used in some runs only: one expert is drawn."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        drawn = int(torch.randint(0, 5, ()))
+        if drawn == 4:
+            return super().forward(x)
+        result: torch.Tensor = self.experts[drawn](x)
+        return result
+
+
+def test_an_expert_that_is_drawn_is_refused() -> None:
+    module = DrawnExpert().eval()
+    with pytest.raises(CaptureError, match="it draws random numbers or keeps a state"):
+        moec.compile(module, (torch.randn(2, 12, WIDTH),), build=False)
+
+
 def test_a_failure_is_at_the_last_line_of_the_user() -> None:
     """Not at one of the standard library's, such as a context manager that an error leaves by."""
 

@@ -50,6 +50,29 @@ def slices_between_tensors(layer: Layer, x: Tensor) -> Tensor:
     return back.view(-1, K, D).sum(1).view_as(x)
 
 
+def marks_that_are_counted(layer: Layer, x: Tensor) -> Tensor:
+    """Inference of DeepSeek V2 and V3: the counts are sums of a table in which each token marks its
+    experts, and the rows return in a new tensor as long as all pieces."""
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    marks = ids.new_zeros((ids.shape[0], E))
+    marks.scatter_(1, ids, 1)
+    counts = marks.sum(dim=0)
+    order = ids.view(-1).argsort()
+    rows, counts = flat[order // ids.shape[1]], counts.cpu().numpy()
+    parts, start = [], 0
+    for e, count in enumerate(counts):
+        end = start + count
+        if count == 0:
+            continue
+        parts.append(layer.experts[e](rows[start:end]))
+        start = end
+    y = torch.cat(parts, dim=0) if len(parts) else rows.new_empty(0)
+    back = torch.empty_like(y)
+    back[order] = y
+    return (back.view(*ids.shape, -1) * weights.unsqueeze(dim=-1)).sum(dim=1).view_as(x)
+
+
 def padded_ends(layer: Layer, x: Tensor) -> Tensor:
     rows, order, ids, weights = _sorted(layer, x)
     offsets = F.pad(F.one_hot(ids.view(-1, K), E).sum(1).sum(0).cumsum(0), (1, 0))
@@ -114,6 +137,7 @@ FORMS: dict[str, Form] = {
     for form in (
         an_end_at_a_time,
         slices_between_tensors,
+        marks_that_are_counted,
         padded_ends,
         ends_written_behind_a_zero,
         starts_as_a_difference,

@@ -43,8 +43,9 @@ RECOGNISED = (
 )
 
 
-def test_slices_between_tensors_are_a_block() -> None:
-    layer = Layer(OFFSETS["slices between tensors"]).eval()
+@pytest.mark.parametrize("name", ["slices between tensors", "marks that are counted"])
+def test_pieces_of_sorted_rows_are_a_block(name: str) -> None:
+    layer = Layer(OFFSETS[name]).eval()
     compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
     assert compiled.captured.way == "speculated"
     assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
