@@ -29,6 +29,7 @@ import moec
 from moec.errors import InputError, MoecError, UsageError, VerificationError
 from moec.runtime.texts import PIECE, Texts
 from tests.capture.modules import WIDTH, Moe
+from tests.models.families import FAMILIES
 
 NEW = 24
 
@@ -246,19 +247,20 @@ def test_a_model_without_a_cache_says_why_and_runs_the_whole_text() -> None:
     assert tokens[0] == text
 
 
-def test_the_cache_can_be_left_out(short_moe: Path) -> None:
-    compiled = moec.compile(short_moe, kv_cache=False, verify=False)
+def test_the_cache_can_be_left_out() -> None:
+    family = FAMILIES["qwen3_moe"].one_layer()
+    compiled = moec.compile(family.build(), (), family.inputs(2, 7), kv_cache=False, verify=False)
     assert "decode" not in compiled.module
     with pytest.warns(UserWarning, match="cache: the model was compiled without a KV cache"):
         compiled.generate([[5]], max_new_tokens=1)
 
 
-def test_wrong_code_for_pieces_is_found(short_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Texts.feed
+def test_wrong_code_for_pieces_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, right = FAMILIES["qwen3_moe"].one_layer(), Texts.feed
 
     def wrong(self: Texts, tokens: Any) -> Any:
         return right(self, tokens) * 1.3
 
     monkeypatch.setattr(Texts, "feed", wrong)
     with pytest.raises(VerificationError, match="logits in pieces differs from eager by"):
-        moec.compile(short_moe)
+        moec.compile(family.build(), (), family.inputs(2, 7))
