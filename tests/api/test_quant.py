@@ -146,10 +146,15 @@ def with_threads(count: int, artifact: Path) -> bytes:
     ).stdout
 
 
-def test_the_whole_model_in_eight_bits(tiny_moe: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def in_eight_bits(tiny_moe: Path) -> moec.CompiledModel:
+    return moec.compile(tiny_moe, quant=ALL)
+
+
+def test_the_whole_model_in_eight_bits(in_eight_bits: moec.CompiledModel, tmp_path: Path) -> None:
     """Each linear layer but the routers; text is generated token by token from it, and any
     number of threads gives the same bits."""
-    model = moec.compile(tiny_moe, quant=ALL)
+    model = in_eight_bits
     lines = {line.name: line for line in model.report().quantised}
     assert lines["lm_head"].parts == 1
     projections = [line for name, line in lines.items() if name.endswith("_proj")]
@@ -169,7 +174,9 @@ def test_the_whole_model_in_eight_bits(tiny_moe: Path, tmp_path: Path) -> None:
     assert one == three
 
 
-def test_text_is_nearly_as_likely_in_few_bits(tiny_moe: Path) -> None:
+def test_text_is_nearly_as_likely_in_few_bits(
+    tiny_moe: Path, in_eight_bits: moec.CompiledModel
+) -> None:
     """Sixteen windows of Python's own library. Its perplexity moves by 0.1 % in 8 bits and by
     0.5 % in 4 when all held-out text is read; no more than 1 % and 5 % are allowed."""
     from transformers import AutoTokenizer
@@ -179,12 +186,12 @@ def test_text_is_nearly_as_likely_in_few_bits(tiny_moe: Path) -> None:
     ids = torch.tensor(tokenizer(text)["input_ids"])
     rows = ids[: len(ids) // 256 * 256].view(-1, 256)[:16]
 
-    def perplexity(quant: str | None) -> float:
-        program = moec.compile(tiny_moe, quant=quant, build=False).pass_results[-1].program
+    def perplexity(model: moec.CompiledModel) -> float:
+        program = model.pass_results[-1].program
         (logits,) = evaluate(program.graph, [rows], program.weights)
         scores = logits.float().log_softmax(-1)
         return float(torch.exp(-scores[:, :-1].gather(-1, rows[:, 1:, None]).mean()))
 
-    wide = perplexity(None)
-    assert perplexity(ALL) <= 1.01 * wide
-    assert perplexity("int4:32") <= 1.05 * wide
+    wide = perplexity(moec.compile(tiny_moe, build=False))
+    assert perplexity(in_eight_bits) <= 1.01 * wide
+    assert perplexity(moec.compile(tiny_moe, quant="int4:32", build=False)) <= 1.05 * wide
