@@ -108,10 +108,13 @@ def zero_pair(bits: int, zero: Expr | None) -> Expr:
     return T.bitwise_or(both, T.uint32(0x8000_8000 | _THOUSAND << 16 | _THOUSAND))
 
 
-def weight_pair(kind: str, bits: int, word: Expr, index: int, zero: Expr, target: Expr) -> None:
+def weight_pair(
+    kind: str, bits: int, word: Expr, index: Expr | int, zero: Expr, target: Expr
+) -> None:
     """Writes to `target` a float16 pair: the weights of code `index` and of its partner, 16 bits
     higher."""
-    shifted = T.shift_right(word, T.uint32(bits * index)) if index else word
+    count = T.uint32(index * bits) if isinstance(index, int) else T.cast(index * bits, "uint32")
+    shifted = T.shift_right(word, count)
     if kind == "fp8":
         magnitude = T.shift_left(T.bitwise_and(shifted, T.uint32(0x007F007F)), T.uint32(7))
         sign = T.shift_left(T.bitwise_and(shifted, T.uint32(0x00800080)), T.uint32(8))

@@ -13,7 +13,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cuda.codes import STEP, WORDS, Codes, piece_of, place, weight_pair, zero_pair
+from moec.codegen.cuda.codes import WORDS, Codes, piece_of, weight_pair, zero_pair
 from moec.codegen.cuda.gemv import column_of, floats, floats_of, parts_of, row_of_x
 from moec.codegen.cuda.instructions import WARP, fma, load_past_cache
 from moec.codegen.cuda.product import Product
@@ -55,7 +55,7 @@ def add_codes(
             row_scales = [T.bind(codes.row_scales[T.cast(row, "int64"), block]) for row in rows]
             for i in range(ROWS * parts):
                 T.buffer_store(products, T.float32(0), [i])
-            for eighth in range(piece // _ELEMENTS):
+            with T.serial(0, piece // _ELEMENTS) as eighth:
                 _add_eight(p, spec, rows, k, (words, zeros, products), eighth)
             for row, row_scale in enumerate(row_scales):
                 for part, scale in enumerate(scales):
@@ -69,17 +69,17 @@ def _add_eight(
     rows: list[Expr],
     k: Expr,
     buffers: tuple[Buffer, Buffer, Buffer],
-    eighth: int,
+    eighth: Expr,
 ) -> None:
-    """products += eight codes of the rows, from k on, times eight codes of the weights."""
+    """products += eight codes of the rows, from k on, times eight codes of the weights. The pairs
+    of an eighth are `eighth` codes from the start of each word (`codes.place`)."""
     words, zeros, products = buffers
     parts, format = parts_of(spec), spec.format
     x = [_codes_of_row(p, spec, row, k + eighth * _ELEMENTS) for row in rows]
     pair = T.alloc_buffer((1,), "uint32", scope="local")
-    index = place(format.bits, *divmod(eighth, STEP // _ELEMENTS), 0)
     for part, q in itertools.product(range(parts), range(WORDS)):
         word, zero = words[part * WORDS + q], zeros[part]
-        weight_pair(format.kind, format.bits, word, index, zero, pair[0])
+        weight_pair(format.kind, format.bits, word, eighth, zero, pair[0])
         for second, w in enumerate(map(T.bind, floats_of(pair[0], "float16"))):
             for row in range(ROWS):
                 at = row * parts + part

@@ -120,6 +120,12 @@ class _Block:
         group = self.a.spec.group
         return T.bind(self.kv * group + row % group), T.bind(row // group)
 
+    def row(self, index: Expr) -> Expr:
+        """The row of the index-th half fragment of this thread."""
+        lane, warp = self.thread % WARP, self.thread // WARP
+        row = warp * (self.tile.fragments * 16) + index * 8 + lane // 4
+        return self.first + T.cast(row, "int64")
+
     def keys(self, row: Expr) -> tuple[Expr, Expr]:
         """int32: the range of keys that a row attends to."""
         _, query = self.query(row)
@@ -135,7 +141,7 @@ def _attend(block: _Block) -> None:
     start, first_end = block.keys(block.first)
     last_start, end = block.keys(block.first + (tile.rows - 1))
     steps = T.bind(T.max(end - start + (tile.keys - 1), 0) // tile.keys)
-    rows = _rows(block)
+    ranges = _ranges(block)
 
     def stage_of(step: Expr | int) -> Expr:
         return tile.rows * (spec.key_dim + PADDING) + step % STAGES * stage
@@ -148,7 +154,7 @@ def _attend(block: _Block) -> None:
         load(0)
     commit_copies()
     lane, warp = T.bind(block.thread % WARP), T.bind(block.thread // WARP)
-    sums = softmax(tile, spec.value_dim, lane, _sink(block, rows))
+    sums = softmax(tile, spec.value_dim, lane, _sink(block))
     with T.serial(0, steps) as step:
         wait_copies(0)
         barrier()
@@ -157,70 +163,53 @@ def _attend(block: _Block) -> None:
         commit_copies()
         base, key = T.bind(stage_of(step)), T.bind(start + step * tile.keys)
         multiply_keys(spec, warp, shared, base, sums)
-        sums.each(key, partial(_scaled, block, rows))
+        sums.each(key, partial(_scaled, block))
         with T.If(T.Or(key < last_start, key + tile.keys > first_end)), T.Then():
-            sums.each(key, partial(_visible, rows))
+            sums.each(key, partial(_visible, ranges))
         sums.add()
         values = T.bind(base + tile.keys * (spec.key_dim + PADDING))
         multiply_values(spec, shared, values, sums)
-    _store(block, rows, sums)
+    _store(block, sums)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Of each row that a thread has sums of, int64: its head, its query, and the row; int32: the
-    range of keys that it attends to."""
+class _Ranges:
+    """int32: the range of keys that each row of a thread attends to."""
 
-    heads: Buffer
-    queries: Buffer
-    rows: Buffer
     starts: Buffer
     ends: Buffer
 
 
-def _rows(block: _Block) -> _Rows:
+def _ranges(block: _Block) -> _Ranges:
     count = block.tile.fragments * 2
-
-    def local(dtype: str) -> Buffer:
-        return T.alloc_buffer((count,), dtype, scope="local")
-
-    rows = _Rows(local("int64"), local("int64"), local("int64"), local("int32"), local("int32"))
-    warp, lane = block.thread // WARP, block.thread % WARP
+    starts, ends = (T.alloc_buffer((count,), "int32", scope="local") for _ in range(2))
     with T.unroll(count) as index:
-        row = warp * (block.tile.fragments * 16) + index * 8 + lane // 4
-        T.buffer_store(rows.rows, block.first + T.cast(row, "int64"), [index])
-        head, query = block.query(rows.rows[index])
-        start, end = block.keys(rows.rows[index])
-        for buffer, value in (
-            (rows.heads, head),
-            (rows.queries, query),
-            (rows.starts, start),
-            (rows.ends, end),
-        ):
-            T.buffer_store(buffer, value, [index])
-    return rows
+        start, end = block.keys(block.row(index))
+        T.buffer_store(starts, start, [index])
+        T.buffer_store(ends, end, [index])
+    return _Ranges(starts, ends)
 
 
-def _sink(block: _Block, rows: _Rows) -> Callable[[Expr], Expr] | None:
+def _sink(block: _Block) -> Callable[[Expr], Expr] | None:
     sinks = block.a.sinks
     if sinks is None:
         return None
-    return lambda row: T.cast(sinks[rows.heads[row]], "float32") * T.float32(LOG2_E)
+    return lambda row: T.cast(sinks[block.query(block.row(row))[0]], "float32") * T.float32(LOG2_E)
 
 
-def _scaled(block: _Block, rows: _Rows, score: Expr, row: Expr, key: Expr) -> Expr:
+def _scaled(block: _Block, score: Expr, row: Expr, key: Expr) -> Expr:
     """A score in base 2, with the mask."""
     a = block.a
     if a.mask is None:
         return score * T.float32(a.spec.scale * LOG2_E)
     inside = T.min(T.cast(key, "int64"), a.keys - 1)
     score = T.bind(score * T.float32(a.spec.scale))
-    at = rows.heads[row], rows.queries[row], inside
-    return masked(a, score, block.b, *at) * T.float32(LOG2_E)
+    head, query = block.query(block.row(row))
+    return masked(a, score, block.b, head, query, inside) * T.float32(LOG2_E)
 
 
-def _visible(rows: _Rows, score: Expr, row: Expr, key: Expr) -> Expr:
-    visible = T.And(key >= rows.starts[row], key < rows.ends[row])
+def _visible(ranges: _Ranges, score: Expr, row: Expr, key: Expr) -> Expr:
+    visible = T.And(key >= ranges.starts[row], key < ranges.ends[row])
     return T.if_then_else(visible, score, T.float32(LOWEST))
 
 
@@ -265,16 +254,18 @@ def _pieces(block: _Block, rows: int, width: int) -> Iterator[tuple[Expr, Expr]]
 # ---- results ---------------------------------------------------------------------------
 
 
-def _store(block: _Block, rows: _Rows, sums: Softmax) -> None:
+def _store(block: _Block, sums: Softmax) -> None:
     a, width = block.a, block.a.spec.value_dim
     word = T.alloc_buffer((1,), "uint32", scope="local")
     words = T.decl_buffer((*a.out.shape[:3], width // 2), "uint32", data=a.out.data)
     with T.unroll(block.tile.fragments * 2) as row:
         divisor = sums.divisor(row)
-        with T.If(rows.rows[row] < block.rows), T.Then(), T.unroll(width // 8) as u:
+        index = T.bind(block.row(row))
+        head, query = block.query(index)
+        with T.If(index < block.rows), T.Then(), T.unroll(width // 8) as u:
             first = first_of_row(row, width) + u * 4
             low, high = (sums.out[first + i] / divisor for i in range(2))
             round_pair(LONG_NAMES[a.spec.dtype], word[0], low, high)
             column = u * 4 + sums.lane % 4
-            at = a.at("out", block.b, rows.heads[row], rows.queries[row], column)
+            at = a.at("out", block.b, head, query, column)
             T.buffer_store(words, word[0], list(at))
