@@ -10,10 +10,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from moec.capture.shadows import python_type
 from moec.capture.speculate.evaluation import EVALUATION
 from moec.capture.speculate.following import follow
 from moec.capture.speculate.hooks import Hooks, Trace
-from moec.capture.speculate.python_numbers import python_type
 from moec.capture.speculate.reading import READING
 from moec.capture.speculate.scattering import SCATTERING
 from moec.capture.speculate.sized_tensors import SIZING

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from moec.capture.shadows import integer_of
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
-from moec.capture.speculate.python_numbers import integer_of
 from moec.capture.speculate.rounding import ROUNDINGS, Rounding
 from moec.capture.speculate.singles import (
     OPERATIONS,
