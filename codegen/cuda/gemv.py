@@ -55,8 +55,8 @@ def check_few_rows(spec: LinearSpec, epilogue: Epilogue | None) -> None:
         raise NoMatch(f"its result is {spec.y_dtype}, not {spec.dtype} or float32")
     if spec.k % _elements(spec.dtype):
         raise NoMatch(f"its rows of {spec.k} elements are not a multiple of 16 bytes")
-    if spec.n % (GROUP if spec.gated else 2):
-        raise NoMatch(f"its {spec.n} columns cannot be stored as pairs")
+    if spec.gated and spec.n % GROUP:
+        raise NoMatch(f"its {spec.n} columns of gate and up cannot be interleaved")
     if spec.gated and epilogue is None:
         raise NoMatch("gate and up need an epilogue that joins them")
 
@@ -98,7 +98,7 @@ def launch_few_rows(
     `add` accumulates the products of one lane for `rows` rows; the default is that of 16-bit and
     float32 weights.
     """
-    pairs, rows, add = p.spec.n // 2, rows or _rows(p.spec), add or _accumulate
+    pairs, rows, add = -(-p.spec.n // 2), rows or _rows(p.spec), add or _accumulate
     tiles = (p.rows + (rows - 1)) // rows + (p.spec.groups - 1)
     most = T.max((tiles * pairs + (_WARPS - 1)) // _WARPS, 1)
     count = blocks or T.min(most, target.sms * _BLOCKS)
@@ -140,7 +140,9 @@ def _accumulate(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: B
         with T.If(k < p.spec.k), T.Then():
             for part in range(parts):
                 targets = [weights[part * _WORDS + i] for i in range(_WORDS)]
-                load_past_cache(targets, p.w.ptr_to([expert, column_of(part, column), k]))
+                at = column_of(part, column)
+                at = T.min(at, p.columns - 1) if p.spec.n % 2 else at
+                load_past_cache(targets, p.w.ptr_to([expert, at, k]))
             for row in range(count):
                 load_past_cache(
                     [words[i] for i in range(_WORDS)], p.x.ptr_to([T.cast(rows[row], "int64"), k])

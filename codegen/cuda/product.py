@@ -59,8 +59,8 @@ def check_product(
         raise NoMatch(f"its result is {spec.y_dtype}, not {spec.dtype} or float32")
     if spec.k % (4 if spec.dtype == "float32" else 8):
         raise NoMatch(f"its rows of {spec.k} elements are not a multiple of 16 bytes")
-    if spec.n % (GROUP if spec.gated else 2):
-        raise NoMatch(f"its {spec.n} columns cannot be stored as pairs of 16-bit fragments")
+    if spec.gated and spec.n % GROUP:
+        raise NoMatch(f"its {spec.n} columns of gate and up cannot be interleaved")
     if spec.gated and epilogue is None:
         raise NoMatch("gate and up need an epilogue that joins them")
     check_shared_memory(spec, target, shared_memory)
@@ -166,11 +166,17 @@ def _store_pair(
             value = pair[i]
             if p.bias is not None:
                 at = column + part * GROUP + i
+                at = T.min(at, p.columns - 1) if p.spec.n % 2 else at
                 value = value + T.cast(p.bias[owned.expert, at], "float32")
             values.append(T.bind(value))
         results.append(T.bind(p.epilogue(*values)) if p.epilogue else values[0])
     to = T.bind(column // (2 * GROUP) * GROUP + column % GROUP if p.spec.gated else column)
     wide = T.cast(row, "int64")  # rows * n may exceed 32 bits
+    if p.spec.n % 2:  # the last pair is half, and pairs of odd rows are not aligned
+        for i, result in enumerate(results):
+            with T.If(to + i < p.spec.n), T.Then():
+                T.buffer_store(p.y, T.cast(result, p.spec.y_dtype), [wide, to + i])
+        return
     if p.spec.y_dtype == "float32":
         for i, result in enumerate(results):
             T.buffer_store(p.y, result, [wide, to + i])

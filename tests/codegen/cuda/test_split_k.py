@@ -27,7 +27,8 @@ UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-2
 # Tails of columns and of k: 520 elements are a second turn of 8 elements for the first warp.
 TAILS = LinearSpec(22, 520, "bfloat16", "float32", bias=True)
 WHOLE = LinearSpec(32, 512, "float16")
-SPLITS = {TAILS: SplitK(2, 4), WHOLE: SplitK(4, 8)}
+ODD = LinearSpec(11, 512, "bfloat16", bias=True)
+SPLITS = {TAILS: SplitK(2, 4), WHOLE: SplitK(4, 8), ODD: SplitK(1, 4)}
 
 
 @cache
@@ -49,7 +50,7 @@ def is_right(run: Emulated, spec: LinearSpec, rows: int, schedule: Schedule) -> 
 
 
 @needs_compiler
-@pytest.mark.parametrize("spec", SPLITS, ids=["tails", "whole"])
+@pytest.mark.parametrize("spec", SPLITS, ids=["tails", "whole", "odd"])
 def test_schedules(spec: LinearSpec) -> None:
     for schedule, rows in zip(SCHEDULES, (16, 5, 23, 1), strict=True):
         assert is_right(kernel(spec), spec, rows, schedule)
