@@ -257,15 +257,27 @@ _FURTHER = 8
 def _false_at(
     guard: Guard, bounds: Mapping[str, Bounds], example: Mapping[str, int]
 ) -> list[Mapping[str, int]]:
-    """Assignments of sizes, none of them 0, for which a guard is false: the smallest few, at which
-    both sides of a branch may agree since they meet there, and larger ones away from the edges."""
+    """Assignments of sizes, none of them 0, for which a guard is false. For each combination of
+    its relations that is false, such as below the least of two sizes and beyond the other: the
+    smallest few, at which both sides of a branch may agree since they meet there, and larger ones
+    away from the edges."""
     truth = truth_of(guard.condition)
+    relations = [truth_of(part) for part in guard.condition.atoms(sympy.core.relational.Relational)]
     least = {name: replace(limits, low=max(limits.low, 1)) for name, limits in bounds.items()}
-    false = [s for s in sizes_around([truth], least, example) if not truth.holds(s)]
-    most = max(_FURTHER * _rows(false[0], guard), 64) if false else 0
-    near = [sizes for sizes in false[_TRIED:] if _rows(sizes, guard) <= most]
+    regions: dict[tuple[bool, ...], list[Mapping[str, int]]] = {}
+    for sizes in sizes_around([truth], least, example):
+        if not truth.holds(sizes):
+            held = tuple(relation.holds(sizes) for relation in relations)
+            regions.setdefault(held, []).append(sizes)
+    return [sizes for region in regions.values() for sizes in _some_of(region, guard)]
+
+
+def _some_of(region: Sequence[Mapping[str, int]], guard: Guard) -> list[Mapping[str, int]]:
+    """The first few of a region's sizes, and larger ones."""
+    most = max(_FURTHER * _rows(region[0], guard), 64)
+    near = [sizes for sizes in region[_TRIED:] if _rows(sizes, guard) <= most]
     further = sorted(near, key=lambda s: (min(s[n] for n in guard.names), _rows(s, guard)))
-    return [*false[:_TRIED], *further[-1:], *near[len(near) // 2 :][:1]]
+    return [*region[:_TRIED], *further[-1:], *near[len(near) // 2 :][:1]]
 
 
 def _rows(sizes: Mapping[str, int], guard: Guard) -> int:

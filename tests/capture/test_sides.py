@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -171,6 +172,28 @@ def test_a_branch_is_not_harmless_because_its_sides_meet() -> None:
         x = torch.randn(batch, length, 8)
         (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
         assert torch.equal(ours, clamped(x)), (batch, length)
+
+
+def test_a_guard_of_two_limits_is_tried_beyond_each() -> None:
+    """Below the least capacity all rows are kept with any; beyond 64 rows they are not."""
+
+    def bucketed(x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        capacities = (4, 8, 16, 64)
+        capacity = (*capacities, 256)[bisect.bisect_left(capacities, batch * length)]
+        return first(x.flatten(0, 1), capacity).view_as(x)
+
+    with pytest.raises(CaptureError, match=r"holds only where B\*S <= 16"):
+        capture(Function(bucketed), (torch.randn(2, 6, 8),))
+
+
+def test_sides_with_equal_lengths_are_not_the_other_side_of_all() -> None:
+    def square(x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        return first(x.flatten(0, 1), 6 if batch == length else 9).view_as(x)
+
+    with pytest.raises(CaptureError, match="holds only where B != S"):
+        capture(Function(square), (torch.randn(2, 6, 8),))
 
 
 @torch.jit.script

@@ -98,8 +98,11 @@ def _wider(
         merged = _merged(form, other, example, sizes)
         if merged is not None:
             return merged
-        inputs = zip(example, other.converted.program.graph.inputs, strict=False)
-        there = [with_sizes(tensor, value.shape, sizes) for tensor, value in inputs]
+        inputs = other.converted.program.graph.inputs
+        if [v.type for v in inputs] != [v.type for v in form.converted.program.graph.inputs]:
+            continue  # `if b == s`: the other side has one size for both
+        pairs = zip(example, inputs, strict=False)
+        there = [with_sizes(tensor, value.shape, sizes) for tensor, value in pairs]
         return other if _restricting(name, other, there, ()) is None else None
     return None
 
