@@ -17,12 +17,13 @@ from moec.ir.graph import Value
 
 @dataclass(frozen=True)
 class Ids:
-    """The input holds expert ids, `slots` distinct ones for each token; `absent` allows the id E,
-    which means no expert."""
+    """The input holds expert ids, `slots` for each token; `absent` allows the id E, which means no
+    expert. The ids of a token are `distinct`, as those of a top-k are, or may be equal."""
 
     num_experts: int
     slots: int
     absent: bool = False
+    distinct: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,12 @@ def sample(
     dtype = TORCH_DTYPES[value.dtype]
     dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     match feed:
-        case Ids(count, slots, absent):
-            tokens = math.prod(shape) // slots
-            ids = _ids(tokens, slots, count, absent, pattern, generator)
-            return ids.reshape(shape).to(dtype)
+        case Ids():
+            tokens = math.prod(shape) // feed.slots
+            return _ids(tokens, feed, pattern, generator).reshape(shape).to(dtype)
         case OneHot():
             count = shape[-1]
-            ids = _ids(math.prod(shape[:-1]), 1, count, True, pattern, generator)
+            ids = _ids(math.prod(shape[:-1]), Ids(count, 1, absent=True), pattern, generator)
             hot = torch.nn.functional.one_hot(ids, count + 1)[..., :count]
             return hot.reshape(shape).to(dtype)
         case Logits():
@@ -101,16 +101,17 @@ def sample(
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def _ids(
-    tokens: int, slots: int, count: int, absent: bool, pattern: str, generator: torch.Generator
-) -> torch.Tensor:
+def _ids(tokens: int, feed: Ids, pattern: str, generator: torch.Generator) -> torch.Tensor:
+    slots, count = feed.slots, feed.num_experts
     scores = torch.rand(tokens, count, generator=generator)
     if pattern == "one expert":
         scores[..., count // 2] += 2
     elif pattern == "few experts":
         scores[..., :slots] += 2
     ids = scores.topk(slots).indices
-    if absent and pattern == "tied":
+    if not feed.distinct and pattern == "tied":
+        ids = torch.randint(count, ids.shape, generator=generator)
+    if feed.absent and pattern == "tied":
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, count, ids)
     return ids
 

@@ -21,6 +21,7 @@ from moec.passes.recognise.region import (
     routing_behind,
 )
 
+_RANKINGS = ("aten.topk.default", "aten.sort.default", "aten.sort.stable")
 _RANGES = ("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 
 
@@ -34,14 +35,15 @@ class Chosen:
     feed: Feed
 
     @staticmethod
-    def of(parts: tuple[Value, ...], evidence: Evidence) -> Chosen:
+    def of(parts: tuple[Value, ...], scope: Scope, evidence: Evidence) -> Chosen:
         per_row = sum(_per(v, evidence.rows_in) or 1 for v in parts)
         recipe = _ids_recipe(parts, evidence.rows_in)
         slots = per_row // len(parts)
         last = parts[0].shape[-1]
         if len(parts[0].shape) > 1 and isinstance(last, int) and last <= evidence.experts:
             slots = max(slots, last)  # the ids of a token are distinct before the flatten
-        feed = Ids(evidence.experts, slots, absent=evidence.open)
+        ranked = len(parts) == 1 and are_distinct(scope, parts[0], evidence.experts)
+        feed = Ids(evidence.experts, slots, evidence.open, distinct=ranked)
         return Chosen(parts, per_row, recipe, feed)
 
     @staticmethod
@@ -49,6 +51,29 @@ class Chosen:
         per_row = cast(int, _per(value, evidence.rows_in)) // evidence.experts
         recipe = _mask_recipe(value, (evidence.rows_in, per_row), evidence.experts)
         return Chosen((value,), per_row, recipe, OneHot())
+
+
+def are_distinct(scope: Scope, ids: Value, experts: int) -> bool:
+    """Whether no token can have an expert twice: its ids are positions in a ranking, or in a list
+    of all experts. Ids of `experts` and more, which are no experts, may repeat."""
+    while True:
+        ids = scope.behind_casts(ids)
+        op = scope.maker(ids)
+        if op is None:
+            return False
+        if op.name in _RANKINGS:
+            return ids is op.outputs[1]
+        if op.name in _RANGES:
+            return True
+        absent = op.attrs.get("value", op.attrs.get("other"))
+        if op.name in ("aten.masked_fill.Scalar", "aten.where.ScalarOther"):
+            if not isinstance(absent, int) or absent < experts:
+                return False
+            ids = next(value for value in op.inputs if value.dtype != "bool")
+        elif op.name in ("aten.slice.Tensor", "aten.expand.default", "aten.permute.default"):
+            ids = op.inputs[0]
+        else:
+            return False
 
 
 def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iterator[Value]:

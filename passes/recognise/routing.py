@@ -43,7 +43,7 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
     """Raises NoMatch if no op in the region chooses experts."""
     everything = evidence.values("ids", "order", "ends", "dispatch", "weights", "mask", "mix")
     candidates = [
-        *(Chosen.of(parts, evidence) for parts in chosen(scope, evidence, everything)),
+        *(Chosen.of(parts, scope, evidence) for parts in chosen(scope, evidence, everything)),
         *(Chosen.mask(value, evidence) for value in masks(scope, evidence, everything)),
     ]
     if not candidates and not everything:
