@@ -111,6 +111,78 @@ DISPATCHES = {
         _FULL + "y = self.batched(flat.repeat({E}, 1).view({E}, -1, {D}))\n"
         'out = torch.einsum("etd,te->td", y, full)'
     ),
+    "input side": (
+        _EACH + "    token, slot = torch.where(ids == e)\n"
+        "    rows = flat[token] * weights[token, slot, None]\n"
+        "    out.index_add_(0, token, self.run(e, rows))"
+    ),
+    "input side, dense": (_FULL + _EACH + "    out = out + self.run(e, flat * full[:, e, None])"),
+    "input side, stack": (
+        _FULL + "rows = flat.repeat({E}, 1) * full.t().reshape(-1, 1)\n"
+        "out = self.batched(rows.view({E}, -1, {D})).sum(0)"
+    ),
+    "assigned": (_EACH + f"    token, slot = torch.where(ids == e)\n    out[token] = {_PAIR}"),
+    "scatter_add": (
+        _SORTED + "counts = ids.flatten().bincount(minlength={E}).tolist()\n"
+        "parts = torch.split(flat[token], counts)\n"
+        "ys = torch.cat([self.run(e, part) for e, part in enumerate(parts)])\n"
+        "ys = ys * weights.flatten()[order].unsqueeze(-1)\n"
+        "out = torch.zeros_like(flat).scatter_add(0, token[:, None].expand(-1, {D}), ys)"
+    ),
+    "index_put": (
+        _EACH + "    token, slot = torch.where(ids == e)\n"
+        f"    out.index_put_((token,), {_PAIR}, accumulate=True)"
+    ),
+    "stack of slots": (
+        "y = flat.new_zeros(tokens, ids.shape[1], {D})\n"
+        "for e in range({E}):\n    token, slot = torch.where(ids == e)\n"
+        "    y[token, slot] = self.run(e, flat[token])\n"
+        "out = torch.einsum('tkd,tk->td', y, weights)"
+    ),
+    "weights gathered": (
+        "y = self.chosen(flat[:, None].expand(-1, ids.shape[1], -1), ids)\n"
+        "out = (y * weights[..., None]).sum(1)"
+    ),
+    "product with a mask": (
+        _EACH + "    share = ((ids == e).to(weights.dtype) * weights).sum(1, keepdim=True)\n"
+        "    out = out + torch.where(share > 0, self.run(e, flat) * share, 0.0)"
+    ),
+    "one by one": (
+        "rows, parts = flat.unsqueeze(1), []\n"
+        "for e in range({E}):\n    parts.append(self.run(e, rows))\n"
+        "ys = torch.cat(parts, dim=1)\n"
+        "hot = F.one_hot(ids, {E}).to(weights.dtype)\n"
+        "out = (torch.matmul(weights.unsqueeze(1), hot) @ ys).squeeze(1)"
+    ),
+    "sorted, back by argsort": (
+        "order = ids.reshape(-1).argsort(stable=True)\nback = order.argsort()\n"
+        "rows = flat.repeat_interleave(ids.shape[1], 0)[order]\n"
+        "ends = F.one_hot(ids.reshape(-1), {E}).sum(0).cumsum(0).tolist()\n"
+        "parts, start = [], 0\nfor e in range({E}):\n"
+        "    parts.append(self.run(e, rows[start:ends[e]]))\n    start = ends[e]\n"
+        "ys = torch.cat(parts)[back].view(tokens, -1, {D})\n"
+        "out = (ys * weights[..., None]).sum(1)"
+    ),
+    "over rows": (
+        _EACH + "    rows = (ids == e).any(-1).nonzero().squeeze(-1)\n"
+        "    share = (weights * (ids == e)).sum(-1)[rows]\n"
+        "    out = out.index_add(0, rows, self.run(e, flat[rows]) * share.unsqueeze(-1))"
+    ),
+    "index_select": (
+        _EACH + "    hits = torch.nonzero(ids.reshape(-1) == e).view(-1)\n"
+        "    if hits.shape[0] > 0:\n"
+        "        token = torch.div(hits, ids.shape[1], rounding_mode='floor')\n"
+        "        y = self.run(e, flat.index_select(0, token))\n"
+        "        out.index_add_(0, token, y * weights.reshape(-1, 1).index_select(0, hits))"
+    ),
+    "two passes": (
+        _EACH + "    if e % 2 == 0:\n"
+        "        share = (weights * (ids == e)).sum(-1, keepdim=True)\n"
+        "        out = out + share * self.run(e, flat)\n"
+        "for e in range(1, {E}, 2):\n"
+        "    share = (weights * (ids == e)).sum(-1, keepdim=True)\n"
+        "    out = out + share * self.run(e, flat)"
+    ),
 }
 
 WITH_CAPACITY = {
@@ -156,6 +228,25 @@ WITH_CAPACITY = {
         "ys = torch.cat([ys, ys.new_zeros(1, {D})])\n"
         "out = (ys[where] * weights[..., None]).sum(1)"
     ),
+    "buffer": (
+        "rows = flat.new_zeros({E}, capacity, {D})\n"
+        "slot = torch.where(kept, place, 0)\n"
+        "copies = flat[:, None].expand(-1, ids.shape[1], -1) * kept[..., None].to(flat.dtype)\n"
+        "rows.index_put_((ids, slot), copies, accumulate=True)\n"
+        "ys = torch.stack([self.run(e, rows[e]) for e in range({E})])\n"
+        "out = (ys[ids, slot] * weights[..., None]).sum(1)"
+    ),
+    "cut, and the rest copied": (
+        "out = flat.clone()\nfor e in range({E}):\n"
+        "    token, slot = torch.where(ids == e)\n"
+        "    token, slot = token[:capacity], slot[:capacity]\n"
+        f"    out[token] = {_PAIR}"
+    ),
+    "heaviest": (
+        _EACH + "    share = (weights * (ids == e)).sum(-1)\n"
+        "    best, token = share.topk(min(capacity, tokens))\n"
+        "    out.index_add_(0, token, self.run(e, flat[token]) * best[:, None])"
+    ),
 }
 """These also take `capacity`, `place` and `kept` [T, K]."""
 
@@ -173,42 +264,5 @@ BY_EXPERT = {
 }
 """These take `rows` and `share` [E, C] of experts that choose their tokens."""
 
-STACKED = frozenset({"batched", "batched repeat"})
-
-SHARED = {
-    "none": ("", ""),
-    "plus": ("self.shared = nn.Linear({D}, {D})", "out = out + self.shared(flat)"),
-    "gated": (
-        "self.shared = nn.Sequential(nn.Linear({D}, {H}), nn.SiLU(), nn.Linear({H}, {D}))\n"
-        "self.shared_gate = nn.Linear({D}, 1, bias=False)",
-        "out = out + torch.sigmoid(self.shared_gate(flat)) * self.shared(flat)",
-    ),
-    "residual": ("", "out = flat + out"),
-    "scaled": ("self.shared = nn.Linear({D}, {D})", "out = 1.5 * out + self.shared(flat)"),
-    "list": (
-        "self.shared = nn.ModuleList(nn.Linear({D}, {D}) for _ in range(2))",
-        "for shared in self.shared:\n    out = out + shared(flat)",
-    ),
-    "mixed": (
-        "self.shared = nn.Linear({D}, {D})\nself.mix = nn.Linear({D}, 2)",
-        "mix = self.mix(flat).softmax(-1)\n"
-        "out = out * mix[..., 0:1] + self.shared(flat) * mix[..., 1:]",
-    ),
-}
-
-_LOSS = (
-    "load = F.one_hot(ids, {E}).float().sum(1).mean(0)\n"
-    "loss = {E} * (load * probs.float().mean(0)).sum()\n"
-)
-OUTPUTS = {
-    "tensor": "return {Y}",
-    "logits": "return {Y}, logits",
-    "loss": _LOSS + "return {Y}, loss",
-    "dict": _LOSS + 'return {{"hidden": {Y}, "loss": loss, "ids": ids}}',
-    "dataclass": _LOSS + "return Output({Y}, loss, 0, None)",
-    "none": "return {Y}, None",
-    "counts": "return {Y}, F.one_hot(ids.reshape(-1), {E}).sum(0)",
-    "weights": "return {Y}, (weights, ids)",
-    "entropy": "return {Y}, -(probs * (probs + 1e-9).log()).sum(-1).mean()",
-    "z loss": "return {Y}, torch.logsumexp(logits.float(), dim=-1).square().mean()",
-}
+STACKED = frozenset({"batched", "batched repeat", "input side, stack", "weights gathered"})
+"""These take experts whose weights are stacks."""

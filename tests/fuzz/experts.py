@@ -1,4 +1,5 @@
-"""Experts in common styles: `self.run(e, rows)`; for stacks also `self.batched(rows)`."""
+"""Experts in common styles: `self.run(e, rows)`; for stacks also `self.batched(rows)`
+[E, C, D] and `self.chosen(rows, ids)` [T, K, D]."""
 
 from __future__ import annotations
 
@@ -37,14 +38,18 @@ def _class(init: str, forward: str) -> ExpertForm:
     )
 
 
-def _stack(init: str, run: str, batched: str) -> ExpertForm:
+def _stack(init: str, run: str, batched: str, chosen: str) -> ExpertForm:
     def method(name: str, arguments: str, body: str) -> str:
         lines = "".join(f"    {line}\n" for line in body.splitlines())
         return f"def {name}(self, {arguments}):\n{lines}"
 
     return ExpertForm(
         init,
-        method("run", "e, rows", run) + "\n" + method("batched", "rows", batched),
+        method("run", "e, rows", run)
+        + "\n"
+        + method("batched", "rows", batched)
+        + "\n"
+        + method("chosen", "rows, ids", chosen),
         stacked=True,
     )
 
@@ -95,6 +100,8 @@ EXPERTS = {
         "self.w2 = nn.Parameter(torch.randn({E}, {H}, {D}) * 0.2)",
         "return F.relu(rows @ self.w1[e]) @ self.w2[e]",
         "return torch.bmm(F.relu(torch.bmm(rows, self.w1)), self.w2)",
+        'h = F.relu(torch.einsum("tkd,tkdh->tkh", rows, self.w1[ids]))\n'
+        'return torch.einsum("tkh,tkhd->tkd", h, self.w2[ids])',
     ),
     "stack of linears": _stack(
         "self.w1 = nn.Parameter(torch.randn({E}, {H}, {D}) * 0.2)\n"
@@ -105,6 +112,8 @@ EXPERTS = {
         "return F.linear(h, self.w2[e], self.b2[e])",
         'h = F.gelu(torch.einsum("ecd,ehd->ech", rows, self.w1) + self.b1[:, None])\n'
         'return torch.einsum("ech,edh->ecd", h, self.w2) + self.b2[:, None]',
+        "h = (self.w1[ids] @ rows[..., None]).squeeze(-1) + self.b1[ids]\n"
+        "return (self.w2[ids] @ F.gelu(h)[..., None]).squeeze(-1) + self.b2[ids]",
     ),
     "stack packed": _stack(
         "self.up = nn.Parameter(torch.randn({E}, {D}, 2 * {H}) * 0.2)\n"
@@ -112,6 +121,8 @@ EXPERTS = {
         "gate, up = (rows @ self.up[e]).chunk(2, -1)\nreturn (F.silu(gate) * up) @ self.down[e]",
         "gate, up = torch.bmm(rows, self.up).chunk(2, -1)\n"
         "return torch.bmm(F.silu(gate) * up, self.down)",
+        "gate, up = (rows.unsqueeze(-2) @ self.up[ids]).squeeze(-2).chunk(2, -1)\n"
+        "return ((F.silu(gate) * up).unsqueeze(-2) @ self.down[ids]).squeeze(-2)",
     ),
     "stack interleaved": _stack(
         "self.up = nn.Parameter(torch.randn({E}, {D}, 2 * {H}) * 0.2)\n"
@@ -120,5 +131,56 @@ EXPERTS = {
         "return (F.silu(both[..., ::2]) * both[..., 1::2]) @ self.down[e]",
         "both = torch.bmm(rows, self.up)\n"
         "return torch.bmm(F.silu(both[..., ::2]) * both[..., 1::2], self.down)",
+        "both = (rows.unsqueeze(-2) @ self.up[ids]).squeeze(-2)\n"
+        "y = F.silu(both[..., ::2]) * both[..., 1::2]\n"
+        "return (y.unsqueeze(-2) @ self.down[ids]).squeeze(-2)",
+    ),
+    "three layers": _sequential(
+        "nn.Linear({D}, {H})",
+        "nn.ReLU()",
+        "nn.Linear({H}, {H})",
+        "nn.Tanh()",
+        "nn.Linear({H}, {D})",
+    ),
+    "centred": _class(
+        "self.w1 = nn.Linear(d, h)\nself.w2 = nn.Linear(h, d)",
+        "return self.w2(torch.relu(self.w1(x - x.mean(0, keepdim=True))))",
+    ),
+    "counted": _class(
+        "self.w1 = nn.Linear(d, h)\nself.w2 = nn.Linear(h, d)",
+        "return self.w2(F.silu(self.w1(x))) / max(1, x.shape[0])",
+    ),
+    "softmax": _class(
+        "self.w1 = nn.Linear(d, h)\nself.w2 = nn.Linear(h, d)",
+        "return self.w2(self.w1(x).softmax(-1))",
+    ),
+    "scaled": _class(
+        "self.w1 = nn.Linear(d, h)\nself.w2 = nn.Linear(h, d)\n"
+        "self.scale = nn.Parameter(torch.randn(d))",
+        "return self.w2(F.gelu(self.w1(x))) * self.scale",
+    ),
+    "norm after": _class(
+        "self.w1 = nn.Linear(d, h)\nself.w2 = nn.Linear(h, d)\nself.norm = nn.LayerNorm(d)",
+        "return self.norm(self.w2(F.relu(self.w1(x))))",
+    ),
+    "divided": _class(
+        "self.w1 = nn.Linear(d, h)\nself.w2 = nn.Linear(h, d)",
+        "h = F.silu(self.w1(x))\nreturn self.w2(h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True)))",
+    ),
+    "unlike": ExpertForm(
+        "self.experts = nn.ModuleList(\n"
+        "    nn.Sequential(nn.Linear({D}, {H} + 4 * e), nn.ReLU(), nn.Linear({H} + 4 * e, {D}))\n"
+        "    for e in range({E})\n)",
+        _MODULES,
+    ),
+    "zero and copy": ExpertForm(
+        "self.experts = nn.ModuleList(nn.Linear({D}, {D}) for _ in range({E} - 2))",
+        "def run(self, e, rows):\n    if e == {E} - 1:\n        return torch.zeros_like(rows)\n"
+        "    return rows if e == {E} - 2 else self.experts[e](rows)\n",
+    ),
+    "one shared weight": ExpertForm(
+        "self.up = nn.Linear({D}, {H})\n"
+        "self.experts = nn.ModuleList(nn.Linear({H}, {D}) for _ in range({E}))",
+        "def run(self, e, rows):\n    return self.experts[e](F.relu(self.up(rows)))\n",
     ),
 }

@@ -28,8 +28,8 @@ from moec.verify.stable_topk import FirstOfEquals
 from tests.fuzz.layer import Layer, source
 
 EXAMPLE = (2, 6)
-SIZES = (EXAMPLE, (1, 1), (3, 7), (1, 40), (5, 31))
-DRAWS = ("normal", "alike", "wide")
+SIZES = (EXAMPLE, (1, 1), (3, 7), (1, 40), (5, 31), (8, 90))
+DRAWS = ("normal", "alike", "wide", "padded")
 
 
 class Outcome(enum.StrEnum):
@@ -61,12 +61,12 @@ def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict
     except Exception:
         return Verdict(Outcome.EAGER, traceback.format_exc())
     try:
-        compiled = moec.compile(module, (example,), build=built, verify=built)
+        compiled = moec.compile(module, example, build=built, verify=built)
         if not built and not supported(compiled.graph, backend_for(compiled.target)):
             return Verdict(Outcome.REFUSED, "operators without kernels")
         run = compiled if built else _interpreted(compiled)
-        for words, x, expected in answers:
-            difference = _difference(run(x), expected, layer.dtype)
+        for words, inputs, expected in answers:
+            difference = _difference(run(*inputs), expected, layer.dtype)
             if difference:
                 return Verdict(Outcome.WRONG, f"{words}: {difference}")
     except MoecError as error:
@@ -92,39 +92,49 @@ def load(layer: Layer, name: str, folder: Path) -> nn.Module:
     return module
 
 
-def draw(kind: str, size: tuple[int, int], layer: Layer) -> torch.Tensor:
-    """f[B, S, D]: random, all rows alike (one expert has them all), or of large logits."""
+def draw(kind: str, size: tuple[int, int], layer: Layer) -> tuple[torch.Tensor, ...]:
+    """f[B, S, D]: random, all rows alike (one expert has them all), of large logits, or zeros
+    behind some tokens (equal scores); and bool[B, S] if the layer has a mask, with padding in all
+    texts but one."""
     generator = torch.Generator().manual_seed(size[0] * 1000 + size[1])
     x = torch.randn(*size, layer.width, generator=generator)
     if kind == "alike":
         x = x[:1, :1].expand(*size, layer.width).contiguous()
-    return (x * 8 if kind == "wide" else x).to(getattr(torch, layer.dtype))
+    lengths = torch.randint(1, size[1] + 1, size[:1], generator=generator)
+    lengths[0] = size[1]
+    mask = torch.arange(size[1]) < lengths[:, None]
+    if kind == "padded":
+        x = x * (mask & (torch.arange(size[1]) < max(1, size[1] - 2)))[..., None]
+    x = (x * 8 if kind == "wide" else x).to(getattr(torch, layer.dtype))
+    return (x, mask) if layer.mask else (x,)
 
 
-def _answers(module: nn.Module, layer: Layer) -> Iterator[tuple[str, torch.Tensor, list[Any]]]:
+def _answers(
+    module: nn.Module, layer: Layer
+) -> Iterator[tuple[str, tuple[torch.Tensor, ...], list[Any]]]:
     """Inputs and the correct results of each: eager, and eager that prefers the first of equal
     scores. It must run on the first inputs; other sizes at which it fails are skipped."""
     for size in SIZES:
         for kind in DRAWS:
-            x = draw(kind, size, layer)
+            inputs = draw(kind, size, layer)
             try:
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    right = [module(x.clone())]
+                    right = [module(*(t.clone() for t in inputs))]
                     with FirstOfEquals():
-                        right.append(module(x.clone()))
+                        right.append(module(*(t.clone() for t in inputs)))
             except Exception:
                 if size == EXAMPLE:
                     raise
                 continue
-            yield f"{kind} {size[0]}x{size[1]}", x, right
+            yield f"{kind} {size[0]}x{size[1]}", inputs, right
 
 
-def _interpreted(compiled: CompiledModel) -> Callable[[torch.Tensor], Any]:
+def _interpreted(compiled: CompiledModel) -> Callable[..., Any]:
     program, structure = compiled.pass_results[-1].program, compiled.captured.structure
 
-    def run(x: torch.Tensor) -> Any:
-        return structure.rebuild(evaluate(program.graph, [x], program.weights))
+    def run(*inputs: torch.Tensor) -> Any:
+        return structure.rebuild(evaluate(program.graph, list(inputs), program.weights))
 
     return run
 

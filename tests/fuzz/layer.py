@@ -7,26 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from textwrap import indent
 
-from tests.fuzz.dispatches import (
-    BY_EXPERT,
-    DISPATCHES,
-    OUTPUTS,
-    SHARED,
-    STACKED,
-    WITH_CAPACITY,
-)
+from tests.fuzz.capacities import DROPS, LIMITS, ORDERS
+from tests.fuzz.dispatches import BY_EXPERT, DISPATCHES, STACKED, WITH_CAPACITY
 from tests.fuzz.experts import EXPERTS
-from tests.fuzz.routers import (
-    CORRECTED,
-    DROPS,
-    GATES,
-    GROUPED,
-    LIMITS,
-    OF_ALL,
-    ORDERS,
-    ROUTERS,
-    WIDTH,
-)
+from tests.fuzz.gates import GATES
+from tests.fuzz.outputs import OUTPUTS, SHARED
+from tests.fuzz.routers import CORRECTED, GROUPED, OF_ALL, ROUTERS, WIDTH
 
 DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16", "float64")
 FLATS = {
@@ -35,7 +21,27 @@ FLATS = {
     "unpacked": ("b, s, d = x.shape\nflat = x.view(b * s, d)", "out.view(b, s, d)"),
     "flatten": ("flat = x.flatten(0, 1)", "out.unflatten(0, x.shape[:2])"),
     "size": ("flat = x.reshape(x.size(0) * x.size(1), x.size(2))", "out.view(x.size(0), -1, {D})"),
+    "transposed": (
+        "s, b, d = x.transpose(0, 1).shape\nflat = x.transpose(0, 1).reshape(-1, d)",
+        "out.view(s, b, d).transpose(0, 1)",
+    ),
 }
+MASKS = {
+    "weights": ("", "weights = weights * real.reshape(-1, 1)"),
+    "rows": ("flat = flat * real.reshape(-1, 1).to(flat.dtype)", ""),
+    "fill": ("", "weights = weights.masked_fill(~real.reshape(-1, 1), 0)"),
+    "logits": ("", "logits = logits.masked_fill(~real.reshape(-1, 1), -1e4)"),
+    "choice": ("", "ids = torch.where(real.reshape(-1, 1), ids, torch.zeros_like(ids))"),
+    "unused": ("", ""),
+}
+"""By name: lines before the gate, and after the router."""
+AROUND = {
+    "": ("", "{Y}"),
+    "norm": ("before = x\nx = F.layer_norm(x, ({D},))", "before + {Y}"),
+    "twice": ("before = x", "{Y} * torch.sigmoid(before)"),
+    "rows": ("x = x.relu()", "{Y} / (1 + {Y}.square().mean(-1, keepdim=True)).sqrt()"),
+}
+"""By name: lines before the layer, and the result in terms of the layer's."""
 EXPERT_COUNTS = (3, 4, 4, 4, 4, 6, 8)
 """Mostly few: torch takes as long as there are experts to trace a loop over them."""
 NUMBERS = ("literals", "globals", "attributes", "config")
@@ -70,11 +76,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Layer:
-    """A name for each part; `limit` is "" where nothing is dropped. E experts, K a token, width D,
+    """A name for each part, "" where there is none: `limit` drops rows, `mask` says which tokens
+    are text, `around` is what the model does before and after. E experts, K a token, width D,
     hidden width H."""
 
     gate: str
     router: str
+    mask: str
+    around: str
     limit: str
     order: str
     drop: str
@@ -107,10 +116,13 @@ def draw(seed: int, index: int) -> Layer:
     if router == "expert choice" and choose.random() < 0.5:
         dispatch = one(BY_EXPERT)
     stacks = [name for name, form in EXPERTS.items() if form.stacked]
-    width = WIDTH.get(router, choose.choice((1, 2, 2, 2, 3)))
+    count = choose.choice([n for n in EXPERT_COUNTS if n % 2 == 0 or router not in GROUPED])
+    width = WIDTH.get(router, choose.choice((1, 2, 2, 2, 3, count)))
     return Layer(
         gate=one(GATES),
         router=router,
+        mask=one(MASKS) if choose.random() < 0.15 else "",
+        around=one(AROUND) if choose.random() < 0.3 else "",
         limit=one(LIMITS) if limited else "",
         order=one(ORDERS),
         drop=one(DROPS),
@@ -121,7 +133,7 @@ def draw(seed: int, index: int) -> Layer:
         flat=one(FLATS),
         numbers=one(NUMBERS),
         dtype=one(DTYPES),
-        experts=choose.choice([n for n in EXPERT_COUNTS if n % 2 == 0 or router not in GROUPED]),
+        experts=count,
         top_k=min(width, 2) if router in GROUPED else width,
         width=choose.choice((16, 20)),
         hidden=choose.choice((12, 24, 40)),
@@ -143,7 +155,9 @@ def source(layer: Layer) -> str:
         begin.append("self.capacity = 7")
     if layer.limit == "factor":
         begin.append("self.factor = 1.25")
-    steps = [flat, "tokens = flat.shape[0]", logits, ROUTERS[layer.router]]
+    before, masked = MASKS.get(layer.mask, ("", ""))
+    begun, back = AROUND[layer.around][0], AROUND[layer.around][1].replace("{Y}", back)
+    steps = [begun, flat, "tokens = flat.shape[0]", before, logits, ROUTERS[layer.router], masked]
     if layer.limit:
         steps += [LIMITS[layer.limit], ORDERS[layer.order], DROPS[layer.drop]]
     steps.append("weights = weights.to(flat.dtype)")
@@ -163,7 +177,7 @@ def source(layer: Layer) -> str:
         + lines(begin)
         + "\n\n"
         + indent(expert.methods, "    ").format(**named)
-        + "\n    def forward(self, x):\n"
+        + f"\n    def forward(self, x{', real' if layer.mask else ''}):\n"
         + lines(steps)
         + "\n"
     )

@@ -1,58 +1,7 @@
-"""Gates, routers and capacities in common styles, as lines of a forward.
-
-`flat` [T, D] and `tokens` are defined before them. A gate defines `logits` [T, E], a router
-`probs`, `weights` and `ids` [T, K], and a capacity changes `weights`. {E}, {K} and {D} are replaced
-by numbers in the style of the layer.
-"""
+"""Routers in common styles: `flat`, `logits` [T, E] and `tokens` become `probs` [T, E], `weights`
+and `ids` [T, K]."""
 
 from __future__ import annotations
-
-GATES = {
-    "linear": ("self.gate = nn.Linear({D}, {E}, bias=False)", "logits = self.gate(flat)"),
-    "bias": ("self.gate = nn.Linear({D}, {E})", "logits = self.gate(flat)"),
-    "matrix": (
-        "self.router = nn.Parameter(torch.randn({D}, {E}) * 0.3)",
-        "logits = flat @ self.router",
-    ),
-    "float32": (
-        "self.gate = nn.Linear({D}, {E}, bias=False)",
-        "logits = F.linear(flat.float(), self.gate.weight.float())",
-    ),
-    "norm": (
-        "self.norm = nn.LayerNorm({D})\nself.gate = nn.Linear({D}, {E})",
-        "logits = self.gate(self.norm(flat))",
-    ),
-    "cosine": (
-        "self.centres = nn.Parameter(torch.randn({E}, {D}))\n"
-        "self.heat = nn.Parameter(torch.tensor(4.0))",
-        "logits = F.normalize(flat, dim=-1) @ F.normalize(self.centres, dim=-1).t() * self.heat",
-    ),
-    "mlp": (
-        "self.gate = nn.Sequential(nn.Linear({D}, 12), nn.Tanh(), nn.Linear(12, {E}))",
-        "logits = self.gate(flat)",
-    ),
-    "einsum": (
-        "self.router = nn.Parameter(torch.randn({E}, {D}) * 0.3)",
-        'logits = torch.einsum("td,ed->te", flat, self.router)',
-    ),
-    "soft cap": (
-        "self.gate = nn.Linear({D}, {E})",
-        "logits = 3.0 * torch.tanh(self.gate(flat) / 3.0)",
-    ),
-    "clamp": ("self.gate = nn.Linear({D}, {E})", "logits = self.gate(flat).clamp(-2.0, 2.0)"),
-    "noise": (
-        "self.gate = nn.Linear({D}, {E})",
-        "logits = self.gate(flat)\n"
-        "scale = 1.0 / {E} if self.training else 0.0\n"
-        "logits = logits + torch.randn_like(logits) * scale",
-    ),
-    "jitter": (
-        "self.gate = nn.Linear({D}, {E})",
-        "logits = self.gate(flat)\n"
-        "if self.training:\n    logits = logits + torch.rand_like(logits)",
-    ),
-}
-"""By name: lines of __init__, and of forward."""
 
 _SOFTMAX = "probs = logits.softmax(-1)\n"
 _TOP = _SOFTMAX + "weights, ids = probs.topk({K}, dim=-1)\n"
@@ -162,71 +111,83 @@ ROUTERS = {
         "weights = probs.gather(-1, ids)\n"
         "weights = weights / weights.sum(-1, keepdim=True)"
     ),
+    "ranked by a bias": (
+        _SOFTMAX + "ids = (probs + self.correction).topk({K}, dim=-1).indices\n"
+        "weights = probs.gather(1, ids)"
+    ),
+    "scale of experts": _TOP + "weights = weights * (1 + self.correction)[ids]",
+    "even": _TOP + "weights = torch.ones_like(weights) / {K}",
+    "straight through": (
+        _TOP + "weights = (1.0 - weights).detach() + weights\nweights = weights / {K}"
+    ),
+    "softmax twice": _TOP + "weights = weights.softmax(-1)",
+    "of the rest": (
+        _TOP + "rest = 1 - weights.sum(-1, keepdim=True)\n"
+        "weights = weights + rest / weights.shape[-1]"
+    ),
+    "by the greatest": _TOP + "weights = weights / weights[:, :1]",
+    "near the greatest": (
+        _TOP + "near = weights >= 0.5 * weights.amax(-1, keepdim=True)\n"
+        "weights = torch.where(near, weights, 0.0)\n"
+        "weights = weights / weights.sum(-1, keepdim=True)"
+    ),
+    "sigmoid of a softmax choice": (
+        _SOFTMAX + "ids = probs.topk({K}, dim=-1)[1]\nweights = logits.gather(-1, ids).sigmoid()"
+    ),
+    "unsorted": (
+        _SOFTMAX + "ids = probs.topk({K}, dim=-1, sorted=False)[1].sort(dim=-1)[0]\n"
+        "weights = probs.gather(-1, ids)"
+    ),
+    "least": (
+        "probs = (-logits).softmax(-1)\n"
+        "top, ids = logits.topk({K}, dim=-1, largest=False)\nweights = (-top).softmax(-1)"
+    ),
+    "magnitude": (
+        _SOFTMAX + "ids = logits.abs().topk({K}, dim=-1)[1]\n"
+        "weights = logits.gather(-1, ids).softmax(-1)"
+    ),
+    "by the threshold of the last": (
+        _SOFTMAX + "least = probs.topk({K}, dim=-1)[0][:, -1:]\n"
+        "sparse = torch.where(probs < least, 0.0, probs)\n"
+        "ids = torch.arange({E}).expand(tokens, -1)\n"
+        "weights = sparse / sparse.sum(-1, keepdim=True)"
+    ),
+    "relu": ("probs = F.relu(logits)\nids = torch.arange({E}).expand(tokens, -1)\nweights = probs"),
+    "all": (_SOFTMAX + "ids = torch.arange({E}).expand(tokens, -1)\nweights = probs"),
+    "of texts": (
+        _SOFTMAX + "probs = probs.view(x.shape[0], x.shape[1], -1).mean(1)\n"
+        "weights, ids = probs.topk({K}, dim=-1)\n"
+        "weights = weights.repeat_interleave(x.shape[1], 0)\n"
+        "ids = ids.repeat_interleave(x.shape[1], 0)\n"
+        "probs = probs.repeat_interleave(x.shape[1], 0)"
+    ),
+    "second if large": (
+        _SOFTMAX + "weights, ids = probs.topk(2, dim=-1)\n"
+        "second = torch.where(weights[:, 1] > 0.3, weights[:, 1], 0.0)\n"
+        "weights = torch.stack([weights[:, 0], second], dim=1)\n"
+        "weights = weights / weights.sum(1, keepdim=True)"
+    ),
+    "squeezed": (
+        _SOFTMAX + "share, index = probs.topk(1, dim=-1)\n"
+        "share, index = share.squeeze(-1), index.squeeze(-1)\n"
+        "weights, ids = share.unsqueeze(1), index.unsqueeze(1)"
+    ),
+    "hash": (
+        _SOFTMAX + "first = (torch.arange(tokens) % {E})[:, None]\n"
+        "ids = (first + torch.arange({K})) % {E}\n"
+        "weights = probs.gather(1, ids)"
+    ),
 }
 
-WIDTH = {"maximum": 1, "argmax": 1, "argmax twice": 2}
+WIDTH = {"maximum": 1, "argmax": 1, "argmax twice": 2, "second if large": 2, "squeezed": 1}
 """Choices a token of routers that set it."""
 
-OF_ALL = frozenset({"top-p", "expert choice"})
+OF_ALL = frozenset({"top-p", "expert choice", "by the threshold of the last", "relu", "all"})
 """Routers whose tokens have a weight for every expert: nothing else limits those."""
 
 GROUPED = frozenset({"groups", "groups, corrected"})
 """Routers that choose at most two experts, of an even number."""
 
-CORRECTED = frozenset({"correction bias", "groups, corrected"})
-
-LIMITS = {
-    "number": "capacity = 5",
-    "self": "capacity = self.capacity",
-    "int": "capacity = int(tokens * 1.25 * {K} / {E})",
-    "int and least": "capacity = max(int(tokens * {K} * 1.1 / {E}), 4)",
-    "factor": "capacity = max(int(self.factor * tokens * {K} / {E}), 1)",
-    "round": "capacity = max(1, round(tokens * {K} / {E}))",
-    "torch": "capacity = int(torch.ceil(torch.tensor(tokens / {E} * 1.25)).to(torch.int64))",
-    "ceil": "capacity = math.ceil(tokens / {E} * 1.1)",
-    "ceil and least": "capacity = max(math.ceil({K} * tokens / {E}), 3)",
-    "floor": "capacity = max(1, tokens * {K} // {E})",
-    "upwards": "capacity = -(-tokens * {K} // {E})",
-    "min": "capacity = min(tokens, max(2, int(2.0 * tokens / {E})))",
-    "even": "capacity = int(1.5 * tokens / {E})\ncapacity += capacity % 2",
-    "multiple": "capacity = (int(tokens * {K} / {E}) + 3) // 4 * 4",
-    "branch": "capacity = int(tokens * 1.5 / {E})\nif capacity < 4:\n    capacity = 4",
-    "many": "capacity = 64 if tokens > 100 else tokens",
-}
-
-ORDERS = {
-    "tokens": (
-        "hot = F.one_hot(ids, {E})\n"
-        "place = (hot.view(-1, {E}).cumsum(0) - 1).view(tokens, -1, {E})\n"
-        "place = place.gather(-1, ids[..., None])[..., 0]"
-    ),
-    "choices": (
-        "hot = F.one_hot(ids.t().reshape(-1), {E})\n"
-        "place = ((hot.cumsum(0) - 1) * hot).sum(-1).view(-1, tokens).t()"
-    ),
-    "float": (
-        "hot = F.one_hot(ids, {E}).float()\n"
-        "hot = hot.flatten(0, 1)\n"
-        "place = ((hot.cumsum(0) - 1.0) * hot).sum(-1).view(tokens, -1).long()"
-    ),
-    "weight": (
-        "first = weights.max(dim=-1).values.argsort(descending=True, stable=True)\n"
-        "hot = F.one_hot(ids[first], {E})\n"
-        "place = (hot.view(-1, {E}).cumsum(0) - 1).view(tokens, -1, {E})[first.argsort()]\n"
-        "place = place.gather(-1, ids[..., None])[..., 0]"
-    ),
-}
-"""Whose rows come first: those of earlier tokens, of larger weights, or all first choices before
-all second ones."""
-
-DROPS = {
-    "times": "kept = place < capacity\nweights = weights * kept",
-    "where": (
-        "kept = place < capacity\nweights = torch.where(kept, weights, torch.zeros_like(weights))"
-    ),
-    "fill": "kept = place < capacity\nweights = weights.masked_fill(place >= capacity, 0.0)",
-    "renormalised": (
-        "kept = place < capacity\nweights = weights * kept.to(weights.dtype)\n"
-        "weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)"
-    ),
-}
+CORRECTED = frozenset(
+    {"correction bias", "groups, corrected", "ranked by a bias", "scale of experts"}
+)

@@ -21,6 +21,8 @@ from tests.fuzz.layer import Layer, draw, source
 PLAIN = Layer(
     gate="linear",
     router="renormalised",
+    mask="",
+    around="",
     limit="",
     order="tokens",
     drop="times",
@@ -39,7 +41,7 @@ PLAIN = Layer(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [4, 5, 8, 14, 15, 16, 24])
+@pytest.mark.parametrize("number", [0, 1, 2, 4])
 def test_a_layer_is_equal_or_refused(number: int, tmp_path: Path) -> None:
     """Those of the first that take seconds."""
     layer = draw(1, number)
