@@ -31,6 +31,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import moec
 from tests.fresh import Warm
 
 torch.set_num_threads(1)
@@ -113,6 +114,12 @@ def warm() -> Iterator[Warm]:
 def tiny_moe() -> Path:
     """The trained checkpoint: folder of examples/tiny_moe."""
     return TESTS.parent / "examples" / "tiny_moe" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def compiled_tiny_moe(tiny_moe: Path) -> moec.CompiledModel:
+    """The checkpoint compiled and verified, for all tests that do not change how."""
+    return moec.compile(tiny_moe)
 
 
 @pytest.fixture(scope="session")

@@ -131,9 +131,9 @@ def test_baselines_that_do_not_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(compiled_tiny_moe: moec.CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bench") / "tiny.moec"
-    moec.compile(tiny_moe, verify=False).save(path)
+    compiled_tiny_moe.save(path)
     return path
 
 

@@ -40,8 +40,8 @@ def eager(tiny_moe: Path) -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def compiled(tiny_moe: Path) -> moec.CompiledModel:
-    return moec.compile(tiny_moe)
+def compiled(compiled_tiny_moe: moec.CompiledModel) -> moec.CompiledModel:
+    return compiled_tiny_moe
 
 
 @pytest.fixture(scope="module")
