@@ -22,7 +22,7 @@ from moec.passes.recognise import batched, hf, levels, loop
 from moec.passes.recognise.block import Candidate, Proposal, emit_block
 from moec.passes.recognise.neurons import recognise_neurons
 from moec.passes.recognise.other_choices import RULE as OTHER_CHOICES
-from moec.passes.recognise.other_choices import other_choices
+from moec.passes.recognise.other_choices import other_choices, other_mixtures
 from moec.passes.recognise.region import RegionEmitter, Scope, replacement
 from moec.passes.recognise.routing import Unlike
 from moec.passes.recognise.soft_mixture import logits_of_slots, recognise_soft_mixtures
@@ -65,15 +65,19 @@ class RecogniseExperts(Pass):
                     covered.update(scope.upstream([block.output], block.cut))
                     if at not in blocks and log.spend(f"{block.form} {at}"):
                         blocks[at] = block
+        logged = False
         for op, reason in refused.items():
             # Adding a block's result to another value looks like one more term of the same sum.
             adds = any(scope.maker(scope.behind(value)) in blocks for value in op.inputs)
             if reason and not adds and op not in covered:
                 log.decline(op.origin or op.outputs[0].name, reason)
+                logged = True
         nodes = any(op.name.startswith("moe.") for op in scope.graph.ops)
         if not (blocks or nodes or any(refused.values())):
             for op, reason in other_choices(scope):
                 log.decline(op.origin or op.outputs[0].name, reason, OTHER_CHOICES)
+        for op, reason in () if logged else other_mixtures(scope, covered):
+            log.decline(op.origin or op.outputs[0].name, reason, OTHER_CHOICES)
         return replace(program, graph=splice(scope.graph, blocks))
 
 

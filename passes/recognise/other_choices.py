@@ -1,16 +1,19 @@
-"""Choices that belong to no recognised block, reported if the graph has no block at all.
+"""Choices and mixtures that belong to no recognised block, reported so that none goes unmentioned.
 
 Masked attention heads and tokens that a layer skips (mixture of depths) are chosen by the same ops
-as experts. A graph with such a choice and no block gets a report that names the choice.
+as experts. A graph with such a choice and no block gets a report that names the choice. A softmax
+may weigh the results of layers that read different rows (the second level of PLE), or rows of a
+parameter (mixtures of vectors): neither is a block of experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from moec.dtypes import FLOATS
-from moec.ir.graph import Op
-from moec.ir.traits import CHOICES
+from moec.ir.graph import Op, Value
+from moec.ir.traits import CHOICES, THROUGH
+from moec.passes.recognise.opnames import ACROSS, MULTIPLY, PRODUCTS
 from moec.passes.recognise.region import Scope
 
 RULE = "other-choices"
@@ -37,3 +40,44 @@ def other_choices(scope: Scope) -> Iterator[tuple[Op, str]]:
                 f"{op.name} chooses among {among}, and the choices are not experts: no product "
                 "with weights of a single choice follows",
             )
+
+
+def other_mixtures(scope: Scope, covered: Container[Op]) -> Iterator[tuple[Op, str]]:
+    """Products outside of the ops `covered` in which a softmax over N columns weighs N values, each
+    with a text that says what they are."""
+    for op in scope.graph.ops:
+        if op.name not in ACROSS or not op.name.endswith(("softmax.int", "softmax.default")):
+            continue
+        count, last = op.outputs[0].shape[-1], len(op.outputs[0].shape) - 1
+        if not isinstance(count, int) or not 1 < count <= _MOST_EXPERTS:
+            continue
+        if op.attrs.get("dim") not in (-1, last):
+            continue
+        for product in _products(scope, op.outputs[0]):
+            sources = [scope.behind(value, THROUGH) for value in product.inputs]
+            texts = [_weighed(scope, value, count) for value in sources if product not in covered]
+            yield from ((product, text) for text in texts[:2] if text)
+
+
+def _products(scope: Scope, weights: Value) -> Iterator[Op]:
+    """The products that read `weights`, also after other views of its elements."""
+    waiting = [weights]
+    while waiting:
+        for reader in scope.graph.readers.get(waiting.pop(), ()):
+            if reader.name in THROUGH:
+                waiting += reader.outputs
+            elif reader.name in PRODUCTS or reader.name in MULTIPLY:
+                yield reader
+
+
+def _weighed(scope: Scope, value: Value, count: int) -> str:
+    """What `count` columns of a softmax weigh in `value`; empty if it is not so many values."""
+    stack = scope.made_by(value, "aten.stack.default", "aten.cat.default")
+    if stack is not None and len(stack.inputs) == count:
+        return (
+            f"a softmax weighs {count} results, {stack.inputs[0].name} to "
+            f"{stack.inputs[-1].name}, which are not experts of one kind that read the same rows"
+        )
+    if value in scope.params and value.shape[:1] == (count,) and value.dtype in FLOATS:
+        return f"a softmax weighs the {count} rows of {value.name}: vectors, not experts"
+    return ""

@@ -41,6 +41,16 @@ def draws(
             yield [_draw(value, tensor, sizes, kind, generator) for value, tensor in pairs]
 
 
+def not_finite(example: Sequence[torch.Tensor]) -> Iterator[Case]:
+    """The example with a row of NaN and with an infinite row, for branches on `isfinite`."""
+    for number in (float("nan"), float("inf")):
+        case = [tensor.clone() for tensor in example]
+        for tensor in case:
+            if tensor.is_floating_point() and tensor.ndim > 1 and tensor.numel():
+                tensor.view(-1, tensor.shape[-1])[-1] = number
+        yield case
+
+
 def _assignments(
     graph: Graph, example: Sequence[torch.Tensor], conditions: Iterable[Any]
 ) -> list[dict[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from moec.capture.guards import Guard
 from moec.capture.settlement import sizes_of
-from moec.capture.speculate.draws import MOST_ROWS, draws
+from moec.capture.speculate.draws import MOST_ROWS, draws, not_finite
 from moec.capture.speculate.sites import Site
 from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.watching import Ways, watched
@@ -55,7 +56,8 @@ def examine(
     """Run the program and eager on drawn inputs until they differ.
 
     An input on which eager itself fails, such as a size that it refuses, is skipped, and so is one
-    at which they differ and a guard does not hold: guards are settled later. A branch is
+    at which they differ and a guard does not hold: guards are settled later. Inputs that are not
+    finite are tried where a branch is not proved by others, and prove it or nothing. A branch is
     proved where eager went both ways; or where each of its conditions, which the program evaluates
     though it always goes one way, came out both ways while the results agreed. The first `outputs`
     outputs of the program are the module's, the others the readouts of `assumed`.
@@ -67,7 +69,14 @@ def examine(
     ways: Ways = {}
     outcomes: dict[int, set[bool]] = {number: set() for number in range(len(assumed.questions))}
     worst, compared = 0.0, 0
-    for case in _sized(draws(program.graph, examples, conditions)):
+
+    def unproved() -> tuple[Site, ...]:
+        open_sites = {q.site for n, q in enumerate(assumed.questions) if len(outcomes[n]) < 2}
+        return tuple(s for s in assumed.branches if len(ways.get(s, ())) < 2 and s in open_sites)
+
+    usual = ((case, True) for case in _sized(draws(program.graph, examples, conditions)))
+    more = ((case, False) for case in not_finite(examples[0]) if unproved())
+    for case, finite in itertools.chain(usual, more):
         try:
             with watched(assumed.branches) as went:
                 expected = eager(*(tensor.clone() for tensor in case))
@@ -81,7 +90,7 @@ def examine(
         results = _run(program, case)
         pairs = zip(results[:outputs], expected, strict=True) if results else ()
         error = max((distance(a, b) for a, b in pairs), default=0.0 if results else math.inf)
-        if not error <= limit and not _hold(guards, program, case):
+        if not error <= limit and (not finite or not _hold(guards, program, case)):
             continue
         if not error <= limit:
             return Verdict(error, _shapes(case), tuple(assumed.branches), compared)
@@ -90,9 +99,7 @@ def examine(
             ways.setdefault(site, set()).update(offsets)
         for number, outcome in _outcomes(assumed, case, results[outputs:]):
             outcomes[number].add(outcome)
-    answered = {q.site for number, q in enumerate(assumed.questions) if len(outcomes[number]) < 2}
-    unproved = (s for s in assumed.branches if len(ways.get(s, ())) < 2 and s in answered)
-    return Verdict(worst, "", tuple(unproved), compared)
+    return Verdict(worst, "", unproved(), compared)
 
 
 def _shapes(case: Sequence[torch.Tensor]) -> str:

@@ -11,6 +11,7 @@ from moec.interpret.evaluate import evaluate
 from tests.capture.speculate.forms import FORMS
 from tests.capture.speculate.layer import D, E, Form, Layer
 from tests.capture.speculate.offsets import FORMS as OFFSETS
+from tests.capture.speculate.repairs import FORMS as REPAIRS
 
 SIZES = ((2, 6), (1, 1), (3, 5), (1, 9), (4, 20))
 
@@ -19,7 +20,10 @@ def inputs(size: tuple[int, int], seed: int = 1) -> torch.Tensor:
     return torch.randn(*size, D, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("form", [*FORMS.values(), *OFFSETS.values()], ids=[*FORMS, *OFFSETS])
+EVERY_FORM = {**FORMS, **OFFSETS, **REPAIRS}
+
+
+@pytest.mark.parametrize("form", EVERY_FORM.values(), ids=EVERY_FORM)
 def test_a_form_is_captured_for_all_sizes(form: Form) -> None:
     """The graph does what eager does, in the order in which it does it: float32 sums of two rows
     in another order differ by one unit in the last place."""

@@ -1,0 +1,84 @@
+"""Mixtures that are no block of experts are listed with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import moec
+
+D, E = 8, 4
+
+
+class Levels(nn.Module):
+    """The second level of PLE (doi:10.1145/3383313.3412236): experts of one gate read the results
+    of different gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+        self.second = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+        self.gates = nn.ModuleList(nn.Linear(D, E) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared = torch.stack([expert(x).relu() for expert in self.first], 1)
+        a, b = ((g(x).softmax(-1).unsqueeze(1) @ shared).squeeze(1) for g in self.gates[:2])
+        rows = (a, a, b, b)
+        results = [expert(row).relu() for expert, row in zip(self.second, rows, strict=True)]
+        weights = self.gates[2](a).softmax(-1).unsqueeze(1)
+        return (weights @ torch.stack(results, 1)).squeeze(1)
+
+
+class Vectors(nn.Module):
+    """Mixture of vectors (arXiv 2309.05444): a gate mixes vectors that scale the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.linear = nn.Linear(D, E), nn.Linear(D, D)
+        self.vectors = nn.Parameter(torch.randn(E, D))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.router(x).softmax(-1)
+        return self.linear(x) * torch.einsum("te,ed->td", weights, self.vectors)
+
+
+class Static(nn.Module):
+    """DSelect-k (arXiv 2106.03760) with a static gate: the weights are the same for every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.randn(E))
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.logits.sigmoid() / self.logits.sigmoid().sum()
+        return sum((w * e(x) for w, e in zip(weights, self.experts, strict=True)), start=0 * x)
+
+
+class Average(Static):
+    """THOR (arXiv 2110.04260) at inference: the mean of all experts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([expert(x) for expert in self.experts]).mean(0)
+
+
+NO_ROUTER = "4 like parts, but no product with 4 or a few more columns, a row for each token, "
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "reason"),
+    [
+        (Levels, 1, "which are not experts of one kind that read the same rows"),
+        (Vectors, 0, "a softmax weighs the 4 rows of vectors: vectors, not experts"),
+        (Static, 0, NO_ROUTER),
+        (Average, 0, NO_ROUTER),
+    ],
+)
+def test_a_mixture_is_declined_with_a_reason(
+    kind: type[nn.Module], blocks: int, reason: str
+) -> None:
+    torch.manual_seed(0)
+    compiled = moec.compile(kind().eval(), (torch.randn(6, D),), build=False)
+    assert min(len(compiled.blocks), 1) == blocks
+    assert any(reason in declined.reason for declined in compiled.declined), compiled.declined
