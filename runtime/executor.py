@@ -290,8 +290,9 @@ class Executor:
                 results = self._token.run((*counts[0].shape, *key), call)
             scores = to_numpy(self._device.to_host(item(results, 0)), logits)
             if recorder:
-                raw = [self._device.to_host(item(results, n + 1)) for n in range(len(layers))]
-                choices = list(map(to_numpy, raw, layers))
+                to_host = self._device.to_host
+                raw = [to_host(item(results, n)) for n in range(1, len(layers) + 1)]
+                choices = list(map(np.from_dlpack, raw))  # ids are integers that numpy has
                 recorder.add_decode(choices, lengths, counts[0].shape[1], requests)
             after = [item(results, 1 + len(layers) + index) for index in range(len(caches))]
             keep(caches, entry.signature.caches, after)
