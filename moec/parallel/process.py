@@ -17,7 +17,7 @@ import torch.distributed as dist
 from moec.errors import MoecError, UsageError
 from moec.parallel.process_ranks import LATE, ProcessRanks, RankError, reason
 from moec.parallel.store import RankFiles, load_rank, manifest_of
-from moec.plan.groups import WORLD, groups_of
+from moec.plan.groups import groups_of
 from moec.runtime.package import MAIN
 
 
@@ -63,8 +63,8 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
         )
     with started(job):
         files = load_rank(job.folder, rank, function, job.signed_by)
+        _same_everywhere(rank, files.digest, world)
         ranks = ProcessRanks(rank, groups_of(files.plan), timedelta(seconds=job.timeout))
-        _same_everywhere(ranks, files.digest, world)
         yield ranks, files
 
 
@@ -83,14 +83,16 @@ def started(job: Job) -> Iterator[tuple[int, int]]:
         _mark(job, rank, "done", "")
 
 
-def _same_everywhere(ranks: ProcessRanks, digest: bytes, world: int) -> None:
-    """Raises RankError where two ranks read different plans or weights."""
-    digest_row = torch.frombuffer(bytearray(digest), dtype=torch.uint8)[None]
-    all_of_them = ranks.exchange(WORLD, digest_row.repeat(world, 1), [1] * world, [1] * world)
-    other = [r for r in range(world) if not torch.equal(all_of_them[r], all_of_them[0])]
+def _same_everywhere(rank: int, digest: bytes, world: int) -> None:
+    """Raises RankError where two ranks read different plans or weights. Comes before the groups of
+    the plan: ranks of different plans would wait for each other in different groups."""
+    digest_row = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    rows = [torch.empty_like(digest_row) for _ in range(world)]
+    dist.all_gather(rows, digest_row)
+    other = [r for r in range(world) if not torch.equal(rows[r], rows[0])]
     if other:
         raise RankError(
-            f"rank {ranks.rank}: ranks {', '.join(map(str, other))} have another compiled model "
+            f"rank {rank}: ranks {', '.join(map(str, other))} have another compiled model "
             "than rank 0: copy the same folder to all hosts"
         )
 

@@ -119,9 +119,13 @@ def forms(job: Job) -> dict[str, FormResult]:
 
 
 def differing(job: Job) -> dict[str, list[int]]:
-    """Rank 1 reads the folder beside that of the job."""
+    """Rank 1 reads another folder beside that of the job."""
     rank, _ = rank_of_process()
-    return run_rank(replace(job, folder=job.folder.with_name("other.ranks")) if rank else job)
+    assert job.output is not None
+    if rank == 1:
+        job.output.with_name("event").write_text(str(time.time()))
+    other = job.folder.with_name("hierarchical.ranks")
+    return run_rank(replace(job, folder=other) if rank == 1 else job)
 
 
 def sleeping(job: Job) -> None:

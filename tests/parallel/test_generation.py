@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -30,13 +32,12 @@ from moec.runtime.package import DECODE, MAIN
 from moec.target import cpu
 from tests.models.families import FAMILIES, Family
 from tests.parallel import entries
-from tests.passes.parallel.test_plan_parallelism import model as model_of_layer
-from tests.passes.parallel.test_plan_parallelism import plan as plan_of_layer
+from tests.parallel.conftest import Once
 
 NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 # Attention of these is cut by heads, and caches too; of deepseek_v3 it is latent attention.
 SHARED_HEADS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
-TWO_FUNCTIONS = ("mixtral", "deepseek_v3")
+TWO_FUNCTIONS = ("olmoe",)
 PROMPTS = ((5, 9, 12, 7, 33), (100, 3), (64,))  # two on rank 0, one on rank 1
 TOKENS = 6
 
@@ -104,18 +105,23 @@ def save(name: str, folder: Path, family: Family) -> None:
     save_ranks(module, plan, folder / f"{name}.ranks", text=TextFiles(stop=(2,)))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("families")
+def fill(path: Path) -> None:
+    """The ranks of every family, and what they generate."""
     for name in NAMES:
         save(name, path, family_of(name))
-    return path
+    job = Job(path / f"{NAMES[0]}.ranks", None, None, 300.0, 1)
+    result = launch(job, 2, entries.families, PROMPTS, Request(TOKENS))
+    (path / "results").write_bytes(pickle.dumps(result))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def folder(once: Once) -> Path:
+    return once("families", fill)
+
+
+@pytest.fixture(scope="session")
 def results(folder: Path) -> dict[str, entries.Text]:
-    job = Job(folder / f"{NAMES[0]}.ranks", None, None, 300.0, 1)
-    return launch(job, 2, entries.families, PROMPTS, Request(TOKENS))
+    return cast("dict[str, entries.Text]", pickle.loads((folder / "results").read_bytes()))
 
 
 @pytest.mark.long
@@ -153,12 +159,9 @@ def test_the_functions_share_weights(name: str, folder: Path) -> None:
     assert load_rank(folder / f"{name}.ranks", 1, DECODE).stop == (2,)
 
 
-def test_a_model_without_text(tmp_path: Path) -> None:
-    why = TextFiles(no_generation="its attention is not causal")
-    p = plan_of_layer(2)
-    save_ranks(rank_programs(model_of_layer(), p), p, tmp_path / "m.ranks", text=why)
+def test_a_model_without_text(two_ranks: Path) -> None:
     with pytest.raises(ArtifactError, match="does not continue text: its attention is not causal"):
-        load_rank(tmp_path / "m.ranks", 0, DECODE)
+        load_rank(two_ranks, 0, DECODE)
 
 
 def test_a_state_that_is_no_cache() -> None:

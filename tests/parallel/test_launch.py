@@ -26,16 +26,17 @@ from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.runtime import manifest as manifests
 from moec.runtime.package import MAIN
 from tests.parallel import entries
-from tests.passes.parallel.test_plan_parallelism import FORMS, layer, plan
+from tests.parallel.conftest import Once
+from tests.passes.parallel.test_plan_parallelism import FORMS, MODEL, D, layer, plan
 from tests.passes.parallel.test_plan_parallelism import model as model_of_graph
 
 WHERE = r"layer mlp, dist\.all_to_all over ep\.4x1"
 WAITING = f"before its work was done; rank [023], {WHERE}: another rank"
 FOUR = {
     "flat": FORMS["flat"],
-    "rail": FORMS["rail"],
+    "rail": FORMS["rail"],  # with copies of experts, so that ranks have different numbers
     "hierarchical": FORMS["hierarchical"],
-    "deduplicated": FORMS["deduplicated"],
+    "deduplicated": plan(4, form="deduplicated"),
     "slices": FORMS["slices"],
 }
 WIDTH = 48
@@ -47,16 +48,18 @@ def model(seed: int = 0) -> Program:
     return model_of_graph(seed, layer(4, WIDTH))
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the ranks of every form."""
-    path = tmp_path_factory.mktemp("forms")
+def fill(path: Path) -> None:
+    """The ranks of every form."""
     for name, planned in FOUR.items():
         save_ranks(rank_programs(model(), planned), planned, path / f"{name}.ranks")
-    return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def saved(once: Once) -> Path:
+    return once("forms", fill)
+
+
+@pytest.fixture(scope="session")
 def flat(saved: Path) -> Path:
     return saved / "flat.ranks"
 
@@ -72,17 +75,10 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def inputs(tmp_path: Path) -> torch.Tensor:
-    x = torch.randn(11, WIDTH, generator=torch.Generator().manual_seed(1))
+def inputs(tmp_path: Path, width: int = WIDTH) -> torch.Tensor:
+    x = torch.randn(11, width, generator=torch.Generator().manual_seed(1))
     np.savez(tmp_path / "in.npz", x=x.numpy())
     return x
-
-
-def job_of(p, tmp_path: Path, timeout: float = 300.0) -> tuple[Job, torch.Tensor]:  # type: ignore[no-untyped-def]
-    x = inputs(tmp_path)
-    save_ranks(rank_programs(model(), p), p, tmp_path / "m.ranks")
-    output = tmp_path / "out.npz"
-    return Job(tmp_path / "m.ranks", tmp_path / "in.npz", output, timeout, 1), x
 
 
 @pytest.mark.long
@@ -103,9 +99,10 @@ def test_equal_to_one_process(saved: Path, flat: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_two_hosts(tmp_path: Path) -> None:
+def test_two_hosts(two_ranks: Path, tmp_path: Path) -> None:
     """Two torchruns on one machine, each with one of two ranks, as two hosts start them."""
-    job, x = job_of(plan(2), tmp_path)
+    x = inputs(tmp_path, D)
+    job = Job(two_ranks, tmp_path / "in.npz", tmp_path / "out.npz", 300.0, 1)
     words = ["-i", job.source, "-o", job.output, "--timeout", "300", "--quiet"]
     port = str(free_port())
     hosts = [
@@ -122,7 +119,7 @@ def test_two_hosts(tmp_path: Path) -> None:
     ]  # fmt: skip
     texts = [host.communicate(timeout=280)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], texts
-    (expected,) = evaluate(model().graph, [x], model().weights)
+    (expected,) = evaluate(MODEL, [x], model_of_graph().weights)
     assert job.output is not None
     with np.load(job.output) as file:
         (result,) = (file[name] for name in file)

@@ -12,24 +12,14 @@ from moec.__main__ import cli
 from moec.errors import ArtifactError
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
-from moec.parallel.save import save_ranks
 from moec.parallel.store import load_rank, text_files
 from moec.parallel.worker import run_rank
-from moec.passes.parallel.plan_parallelism import rank_programs
-from tests.passes.parallel.test_plan_parallelism import model, plan
 from tests.runtime.test_signature import public_path, write_pair
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    planned, path = plan(2), tmp_path_factory.mktemp("saved") / "m.ranks"
-    save_ranks(rank_programs(model(), planned), planned, path)
-    return path
-
-
 @pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "m.ranks"))
+def folder(two_ranks: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(two_ranks, tmp_path / "m.ranks"))
 
 
 def test_signed_verified_and_refused(folder: Path, tmp_path: Path) -> None:

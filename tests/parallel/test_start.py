@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,10 @@ from moec.errors import UsageError
 from moec.parallel.launch import launch
 from moec.parallel.process import Job, joined, started
 from moec.parallel.process_ranks import RankError
-from moec.parallel.save import save_ranks
-from moec.passes.parallel.plan_parallelism import rank_programs
 from tests.parallel import entries
-from tests.parallel.test_launch import free_port, job_of
-from tests.passes.parallel.test_plan_parallelism import model, plan
+from tests.parallel.test_launch import free_port, saved
+
+__all__ = ["saved"]  # a fixture
 
 INTERRUPTED = """
 import sys
@@ -32,6 +33,17 @@ from moec.parallel.process import Job
 from tests.parallel.entries import sleeping
 start(Job(Path(sys.argv[1]), None, None, 300.0, 1), 2, sleeping)
 """
+
+
+SECONDS = 30  # from a failure to the end of all ranks
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """The block ends within `SECONDS`."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < SECONDS
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, port: int) -> None:
@@ -47,21 +59,24 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         port = used.getsockname()[1]
         as_rank(monkeypatch, 0, 2, port)
         message = f"^rank 0, start: port {port} is in use: choose another"
-        with pytest.raises(RankError, match=message), started(Job(tmp_path, None, None, 5.0, 1)):
+        job = Job(tmp_path, None, None, 5.0, 1)
+        with soon(), pytest.raises(RankError, match=message), started(job):
             pass
 
 
 def test_a_rank_that_was_not_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     as_rank(monkeypatch, 0, 2, free_port())
     message = "^rank 0, start: another rank did not respond in time: 1 of 2 were started"
-    with pytest.raises(RankError, match=message), started(Job(tmp_path, None, None, 1.0, 1)):
+    job = Job(tmp_path, None, None, 1.0, 1)
+    with soon(), pytest.raises(RankError, match=message), started(job):
         pass
 
 
-def test_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    job, _ = job_of(plan(2), tmp_path)
+def test_another_number_of_ranks(monkeypatch: pytest.MonkeyPatch, two_ranks: Path) -> None:
+    job = Job(two_ranks, None, None, 300.0, 1)
     as_rank(monkeypatch, 0, 3, free_port())
-    with pytest.raises(UsageError, match="planned for 2 ranks, but 3 were started"), joined(job):
+    message = "planned for 2 ranks, but 3 were started"
+    with soon(), pytest.raises(UsageError, match=message), joined(job):
         pass
 
 
@@ -73,12 +88,13 @@ def test_no_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_other_weights_on_another_rank(tmp_path: Path) -> None:
-    job, _ = job_of(plan(2), tmp_path)
-    save_ranks(rank_programs(model(seed=1), plan(2)), plan(2), tmp_path / "other.ranks")
-    message = "rank [01]: ranks 1 have another compiled model than rank 0: copy the same folder"
+def test_another_model_on_another_rank(saved: Path, tmp_path: Path) -> None:
+    """Also of another plan, whose groups of ranks are others."""
+    job = Job(saved / "flat.ranks", None, tmp_path / "out.npz", 300.0, 1)
+    message = "rank [0-3]: ranks 1 have another compiled model than rank 0: copy the same folder"
     with pytest.raises(RankError, match=message):
-        launch(job, 2, entries.differing)
+        launch(job, 4, entries.differing)
+    assert time.time() - float((tmp_path / "event").read_text()) < SECONDS
 
 
 @pytest.mark.long
@@ -101,7 +117,7 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
             assert time.monotonic() < limit
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        _, text = process.communicate(timeout=60)
+        _, text = process.communicate(timeout=SECONDS)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

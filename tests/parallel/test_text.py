@@ -20,6 +20,7 @@ from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.plan.plan import write_plan
 from tests.parallel import entries
+from tests.parallel.conftest import Once
 from tests.passes.parallel.test_plan_parallelism import plan
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
@@ -37,10 +38,13 @@ def cli(*arguments: str, stdin: str = "") -> Any:
     return result
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def folder(once: Once) -> Path:
+    return once("text", fill)
+
+
+def fill(path: Path) -> None:
     """A model of one layer, for one process and for two ranks."""
-    path = tmp_path_factory.mktemp("text")
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
         vocab_size=1024, hidden_size=32, intermediate_size=32, moe_intermediate_size=32,
@@ -61,7 +65,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "compile", model, "--plan", str(path / "plan.json"), "-o", ranks, "--verify", "off"
     )
     assert "not as planned" not in result.output
-    return path
 
 
 @pytest.mark.long
