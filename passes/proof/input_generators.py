@@ -18,12 +18,14 @@ from moec.ir.graph import Value
 @dataclass(frozen=True)
 class Ids:
     """The input holds expert ids, `slots` for each token; `absent` allows the id E, which means no
-    expert. The ids of a token are `distinct`, as those of a top-k are, or may be equal."""
+    expert. The ids of a token are `distinct`, as those of a top-k are, or may be equal. `negative`
+    allows -1."""
 
     num_experts: int
     slots: int
     absent: bool = False
     distinct: bool = True
+    negative: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def _ids(tokens: int, feed: Ids, pattern: str, generator: torch.Generator) -> to
     ids = scores.topk(slots).indices
     if not feed.distinct and pattern == "tied":
         ids = torch.randint(count, ids.shape, generator=generator)
+    if feed.negative and pattern == "random":
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, -1, ids)
     if feed.absent and pattern == "tied":
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, count, ids)
     return ids

@@ -22,6 +22,7 @@ from moec.passes.recognise.region import (
 )
 
 _RANKINGS = ("aten.topk.default", "aten.sort.default", "aten.sort.stable")
+_DIFFERENCES = ("aten.sub.", "aten.rsub.", "aten.neg.")
 _RANGES = ("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 
 
@@ -37,13 +38,15 @@ class Chosen:
     @staticmethod
     def of(parts: tuple[Value, ...], scope: Scope, evidence: Evidence) -> Chosen:
         per_row = sum(_per(v, evidence.rows_in) or 1 for v in parts)
-        recipe = _ids_recipe(parts, evidence.rows_in)
+        negative = may_be_negative(scope, parts)
+        absent = evidence.experts if negative else None
+        recipe = _ids_recipe(parts, evidence.rows_in, absent)
         slots = per_row // len(parts)
         last = parts[0].shape[-1]
         if len(parts[0].shape) > 1 and isinstance(last, int) and last <= evidence.experts:
             slots = max(slots, last)  # the ids of a token are distinct before the flatten
         ranked = len(parts) == 1 and are_distinct(scope, parts[0], evidence.experts)
-        feed = Ids(evidence.experts, slots, evidence.open, distinct=ranked)
+        feed = Ids(evidence.experts, slots, evidence.open, ranked, negative)
         return Chosen(parts, per_row, recipe, feed)
 
     @staticmethod
@@ -74,6 +77,25 @@ def are_distinct(scope: Scope, ids: Value, experts: int) -> bool:
             ids = op.inputs[0]
         else:
             return False
+
+
+def may_be_negative(scope: Scope, ids: Sequence[Value]) -> bool:
+    """Whether a negative number, which is the id of no expert, may be among the ids: a constant, or
+    a difference."""
+    waiting, visited = list(ids), set(ids)
+    while waiting:
+        op = scope.maker(waiting.pop())
+        if op is None or op.name in CHOICES:
+            continue
+        numbers = [op.attrs.get(key) for key in ("value", "other", "self", "fill_value", "s")]
+        if op.name.startswith(_DIFFERENCES) or any(
+            isinstance(number, int | float) and number < 0 for number in numbers
+        ):
+            return True
+        sources = [v for v in op.inputs if v.dtype in ("i64", "i32") and v not in visited]
+        visited.update(sources)
+        waiting.extend(sources)
+    return False
 
 
 def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iterator[Value]:
@@ -202,9 +224,13 @@ def picked(scope: Scope, op: Op) -> Iterator[Value]:
     yield from (first.outputs[0] for first in slices[:1])
 
 
-def _ids_recipe(parts: Sequence[Value], rows: Dim) -> Recipe:
+def _ids_recipe(parts: Sequence[Value], rows: Dim, absent: int | None) -> Recipe:
+    """`absent` takes the place of negative ids; None where there are none."""
+
     def make(emit: RegionEmitter) -> Value:
         ids = [emit.old(v) for v in parts]
+        if absent is not None:
+            ids = [_named(emit, v, absent) for v in ids]
         if len(ids) > 1:
             return emit.stack([emit.reshape(v, (rows,)) for v in ids], 1)
         count = _shared_by(parts[0], rows)
@@ -214,3 +240,10 @@ def _ids_recipe(parts: Sequence[Value], rows: Dim) -> Recipe:
         return emit.reshape(ids[0], (rows, cast(int, _per(ids[0], rows))))
 
     return make
+
+
+def _named(emit: RegionEmitter, ids: Value, absent: int) -> Value:
+    """The ids with `absent` for negative ones."""
+    (negative,) = emit("aten.lt.Scalar", [ids], [TensorType("bool", ids.shape)], attrs={"other": 0})
+    attrs: dict[str, Attr] = {"value": absent}
+    return emit("aten.masked_fill.Scalar", [ids, negative], [ids.type], attrs=attrs)[0]

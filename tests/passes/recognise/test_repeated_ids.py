@@ -93,3 +93,20 @@ def test_equal_ids_are_as_in_eager(
         (y,) = evaluate(program.graph, [x], program.weights)
         # Sums of a few terms in another order.
         torch.testing.assert_close(y, model(x).detach(), rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_negative_ids_are_no_experts() -> None:
+    def few(probs: Tensor) -> Routing:
+        weights, ids = probs.topk(2)
+        return weights, (ids + 1) * (weights > 0.4) - 1
+
+    torch.manual_seed(0)
+    model = Layer(few, summed).eval()
+    compiled = moec.compile(model, (torch.randn(6, D),), build=False, verify=False)
+    assert len(compiled.blocks) == 1
+    program = compiled.pass_results[-1].program
+    x = torch.randn(40, D)
+    assert (few(model.gate(x).softmax(-1))[1] < 0).any()
+    (y,) = evaluate(program.graph, [x], program.weights)
+    # Sums of a few terms in another order.
+    torch.testing.assert_close(y, model(x).detach(), rtol=1e-4, atol=1e-5)
