@@ -4,10 +4,11 @@ such weights."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numba
 
+from moec.formats.jit import compiled, compiled_parallel
 from moec.formats.ternary_code import ROOT
 
 
@@ -24,7 +25,7 @@ def _match(row: Any, at: int, children: Any) -> tuple[int, int]:
     return word, at
 
 
-_longest = cast(Any, numba.njit(cache=True)(_match))
+_longest = compiled(_match)
 
 
 def _count_rows(rows: Any, children: Any, counts: Any) -> None:
@@ -58,6 +59,6 @@ def _read_rows(stream: Any, starts: Any, entries: Any, codes: Any, complete: Any
         complete[r] = at == width + width % 2
 
 
-count = cast(Any, numba.njit(parallel=True, cache=True)(_count_rows))
-write = cast(Any, numba.njit(parallel=True, cache=True)(_write_rows))
-read = cast(Any, numba.njit(parallel=True, cache=True)(_read_rows))
+count = compiled_parallel(_count_rows)
+write = compiled_parallel(_write_rows)
+read = compiled_parallel(_read_rows)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
-from moec.plan.jit import compiled
+from moec.formats.jit import compiled
 
 Loads = NDArray[np.float64]
 Ids = NDArray[np.int64]

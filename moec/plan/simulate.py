@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
+from moec.formats.jit import compiled
 from moec.plan.cost import CostModel
 from moec.plan.degrees import Degrees
-from moec.plan.jit import compiled
 from moec.plan.plan import LayerPlan, Plan
 from moec.runtime.routing_trace import RoutingTrace
 

@@ -4,9 +4,11 @@ compilations need them."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numba
+
+from moec.formats.jit import compiled, compiled_parallel
 
 SWEEPS = 4
 """The most sweeps over a row's weights per round; then the row's numbers are fitted again."""
@@ -36,7 +38,7 @@ def _row(values: Any, codes: Any, levels: Any, hessian: Any, slope: Any) -> int:
     return moved
 
 
-_one = cast(Any, numba.njit(cache=True)(_row))
+_one = compiled(_row)
 
 
 def _rows(
@@ -46,4 +48,4 @@ def _rows(
         moved[r] = _one(values[r], codes[r], levels[r], hessian[r // n], slope[r])
 
 
-sweep = cast(Any, numba.njit(parallel=True, cache=True)(_rows))
+sweep = compiled_parallel(_rows)
