@@ -19,6 +19,7 @@ from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, Op, Ref, TensorType, Value
 from moec.passes.core.rewrite import Builder
 
+_ASSERTION = "aten._is_all_true.default"  # of torch._check
 _POINTWISE = frozenset(
     f"aten.{name}" for name in ("add.Tensor", "sub.Tensor", "mul.Tensor", "_to_copy.default")
 )
@@ -134,10 +135,16 @@ class _Order:
 
 
 def _is_asserted(mask: Value, b: Builder) -> bool:
-    """Whether the module asserts something about the number of set positions."""
+    """Whether the module asserts something about the number of set positions: by an operator, or
+    by the length of what the mask selects, which has no name of its own then."""
     mask = _flat(mask, b)
-    assertions = [op for op in b.ops if op.name == "aten._is_all_true.default"]
-    return any(mask in _sources(op.inputs[0], b) for op in assertions)
+    return any(mask in _sources(op.inputs[0], b) for op in b.ops if op.name == _ASSERTION) or any(
+        mask in _sources(index, b) and _is_known(b, *op.outputs[0].shape)
+        for op in b.ops
+        if op.name == "aten.index.Tensor"
+        for index in op.inputs[1:]
+        if index.dtype == "bool"
+    )
 
 
 def _inputs(value: Value, b: Builder) -> list[str]:
