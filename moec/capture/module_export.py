@@ -24,6 +24,7 @@ from moec.capture.lightning import lightning_as_ops
 from moec.capture.numbers import export_keeping_sizes
 from moec.capture.scans import scans_as_ops
 from moec.capture.shapes import Axes, name_symbols
+from moec.capture.sizes_as_numbers import sizes_as_numbers
 from moec.capture.speculate import explained, scripts_as_python
 from moec.capture.states import States
 from moec.capture.sym_bools import sym_bools_answered
@@ -61,6 +62,7 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         casts_done(),
         scripts_as_python(),
         sym_bools_answered(module),
+        sizes_as_numbers(module),
         located(),
         symbolic_config.patch(  # type: ignore[attr-defined]
             backed_size_oblivious=True, use_duck_shape=False

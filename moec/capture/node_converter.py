@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from moec.capture.arithmetic import float_of, whole_of
+from moec.capture.float_tensors import VaryingFloat, emit_call, operand_for
 from moec.capture.scans import OWN
 from moec.capture.sources import named, user_line
 from moec.capture.views import view_shape
@@ -26,15 +27,6 @@ _VIEWS = ("aten.view.default", "aten._unsafe_view.default")
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
-@dataclass(frozen=True)
-class _Unknown:
-    """A float that depends on sizes or data. `value` is its expression if data are not involved."""
-
-    where: str
-    expr: str
-    value: sympy.Expr | None = None
-
-
 @dataclass
 class Converter:
     """The state of one conversion: what each node of the export became."""
@@ -45,6 +37,7 @@ class Converter:
     ops: list[Op] = field(default_factory=list)
     values: dict[torch.fx.Node, Any] = field(default_factory=dict)
     computed: dict[sympy.Expr, sympy.Expr] = field(default_factory=dict)
+    floats: dict[torch.fx.Node, Value] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
 
     def where(self, node: torch.fx.Node) -> str:
@@ -106,12 +99,12 @@ class Converter:
     def whole(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
         """A size. One that is computed of a float gets an expression that rounds like Python."""
         arguments = [self.argument(a) for a in node.args]
-        if isinstance(value, int) or not any(isinstance(a, _Unknown) for a in arguments):
+        if isinstance(value, int) or not any(isinstance(a, VaryingFloat) for a in arguments):
             return self.dim(value, self.where(node) or node.name)
         result = whole_of(node.target, [value_of(a) for a in arguments])
         return canonical(self.remember(value.node.expr, result, node))
 
-    def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float | _Unknown:
+    def number(self, value: torch.SymFloat | float, node: torch.fx.Node) -> float | VaryingFloat:
         """A float. One that depends on sizes or data cannot be represented in a graph, but a size
         may be computed from it (math.ceil)."""
         if isinstance(value, float):
@@ -122,7 +115,7 @@ class Converter:
         result = float_of(node.target, [value_of(self.argument(a)) for a in node.args])
         if result is not None:
             self.remember(expr, result, node)
-        return _Unknown(self.where(node) or node.name, str(expr), result)
+        return VaryingFloat(self.where(node) or node.name, str(expr), result)
 
     def remember(
         self, expr: sympy.Expr, value: sympy.Expr | None, node: torch.fx.Node
@@ -162,6 +155,11 @@ class Converter:
                 f"{self.where(node) or node.name}: control flow ({target}) cannot be compiled; "
                 "write it with torch.where, or fix the branch before the export"
             )
+        if any(isinstance(self.values.get(n), VaryingFloat) for n in node.all_input_nodes):
+            output = emit_call(self, node)
+            if output is not None:
+                self.values[node] = output
+                return
         inputs: list[Value] = []
         attrs = self.attributes(node, inputs)
         results = list(value) if isinstance(value, tuple | list) else [value]
@@ -199,6 +197,8 @@ class Converter:
             if argument.name in _IGNORED_ARGUMENTS:
                 continue
             converted = self.argument(node_arg)
+            if isinstance(converted, VaryingFloat) and str(argument.type) == "Tensor":
+                converted = operand_for(self, cast(torch.fx.Node, node_arg), node) or converted
             if isinstance(converted, Value):
                 inputs.append(converted)
             elif argument.has_default_value() and converted == argument.default_value:
@@ -231,7 +231,7 @@ class Converter:
             return DType(self.dtype(converted, where))
         if converted is None or isinstance(converted, bool | int | float | str | sympy.Expr):
             return converted
-        if isinstance(converted, _Unknown):
+        if isinstance(converted, VaryingFloat):
             raise CaptureError(
                 f"{converted.where}: the float {converted.expr} depends on a size or on data; "
                 "compute it as a tensor"
@@ -260,7 +260,7 @@ class Converter:
 
 
 def value_of(argument: Any) -> Any:
-    return argument.value if isinstance(argument, _Unknown) else argument
+    return argument.value if isinstance(argument, VaryingFloat) else argument
 
 
 def _spelled(target: Any) -> str:

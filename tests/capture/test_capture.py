@@ -178,7 +178,11 @@ def depends_on_data(x: torch.Tensor) -> torch.Tensor:
         (depends_on_data, x, "if x.sum() > 0 else x - 1` was taken to be True\n  eager differs by"),
         (lambda x: x.to(torch.float8_e4m3fn), x, "moec has no dtype torch.float8_e4m3fn; cast"),
         (lambda x: x / "text", x, 'lambda x: x / "text"'),
-        (lambda x: x * x.shape[0] ** 0.5, x, "depends on a size or on data; compute it as"),
+        (
+            lambda x: torch.add(x, x, alpha=x.shape[0] / 4),
+            x,
+            "depends on a size or on data; compute",
+        ),
         (lambda x: x, torch.empty(5, WIDTH, device="meta"), "input x has no data"),
     ],
 )

@@ -1,0 +1,157 @@
+"""Floats that are computed of sizes or read from data, as tensors f64[].
+
+    x * (n / 4)    full: f64[] = aten.full.default() <fill_value={n}>
+                   full_1: f64[] = aten.full.default() <fill_value=4>
+                   div: f64[] = aten.div.Tensor(full, full_1)
+                   mul: f32[n] = aten.mul.Tensor(x, div)
+
+Python computes such floats in double precision, and so do these ops. torch treats a tensor without
+axes as it treats a Python number, so that the result has the dtype of the other operand.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import sympy
+import torch
+
+from moec.ir.graph import DType, Op, TensorType, Value
+
+_TARGETS: Mapping[Any, str] = {
+    operator.add: "aten.add.Tensor",
+    operator.sub: "aten.sub.Tensor",
+    operator.mul: "aten.mul.Tensor",
+    operator.truediv: "aten.div.Tensor",
+    operator.pow: "aten.pow.Tensor_Tensor",
+    operator.neg: "aten.neg.default",
+    torch.sym_max: "aten.maximum.default",
+    torch.sym_min: "aten.minimum.default",
+    torch.sym_sqrt: "aten.sqrt.default",
+}
+_F64 = TensorType("f64", ())
+_CAST = "aten._to_copy.default"
+_FILLS = {"aten.scalar_tensor.default": 0, "aten.full.default": 1, "aten.full_like.default": 1}
+"""The position of the number in operators that repeat it."""
+_WITH_TENSOR = {
+    **{f"aten.{name}.Scalar": f"aten.{name}.Tensor" for name in "gt ge lt le eq ne".split()},
+    "aten.pow.Tensor_Scalar": "aten.pow.Tensor_Tensor",
+}
+_CLAMP = "aten.clamp.default"
+
+
+@dataclass(frozen=True)
+class VaryingFloat:
+    """A float that depends on sizes or data. `value` is its expression if data are not involved."""
+
+    where: str
+    expr: str
+    value: sympy.Expr | None = None
+
+
+class Emitter(Protocol):
+    """What this file needs of the converter of a graph."""
+
+    ops: list[Op]
+    values: dict[torch.fx.Node, Any]
+    floats: dict[torch.fx.Node, Value]
+
+    def fresh(self, name: str) -> str: ...
+
+    def type(self, tensor: torch.Tensor, where: str) -> TensorType: ...
+
+
+def operand_for(emitter: Emitter, number: torch.fx.Node, node: torch.fx.Node) -> Value | None:
+    """The float `number` as an operand of `node`; None for an operation that has no op.
+
+    It is f64[] beside a tensor of floats that has axes, which decides the dtype of the result. Else
+    it has the dtype of the result, because f64[] would make that f64, as a Python number does not.
+    """
+    value = float_tensor(emitter, number)
+    operands = [n.meta.get("val") for n in node.all_input_nodes]
+    tensors = [x for x in operands if isinstance(x, torch.Tensor)]
+    if value is None or any(x.ndim and x.dtype.is_floating_point for x in tensors):
+        return value
+    return _cast(emitter, value, emitter.type(node.meta["val"], node.name).dtype)
+
+
+def emit_call(emitter: Emitter, node: torch.fx.Node) -> Value | None:
+    """The result of an operator whose argument that must be a number is a float of sizes or data,
+    by an operator that takes tensors; None where there is none."""
+    target, arguments = str(node.target), node.args
+    result = emitter.type(node.meta["val"], node.name)
+    if target in _FILLS:
+        value = float_tensor(emitter, cast(torch.fx.Node, arguments[_FILLS[target]]))
+        if value is None:
+            return None
+        value = _cast(emitter, value, result.dtype)
+        return _op(emitter, "aten.expand.default", (value,), result, size=result.shape)
+    x = emitter.values.get(cast(torch.fx.Node, arguments[0]))
+    if target in _WITH_TENSOR and isinstance(x, Value):
+        value = operand_for(emitter, cast(torch.fx.Node, arguments[1]), node)
+        return value and _op(emitter, _WITH_TENSOR[target], (x, value), result)
+    if target == _CLAMP and isinstance(x, Value):
+        for name, limit in zip(("maximum", "minimum"), arguments[1:], strict=False):
+            value = None if limit is None else _operand(emitter, limit)
+            if limit is not None and value is None:
+                return None
+            if value is not None:
+                value = _cast(emitter, value, result.dtype)
+                x = _op(emitter, f"aten.{name}.default", (x, value), result)
+        return x
+    return None
+
+
+def float_tensor(emitter: Emitter, node: torch.fx.Node) -> Value | None:
+    """The float of a node; None for an operation that has no op. Emits ops once for each node."""
+    if node not in emitter.floats:
+        value = _emit(emitter, node)
+        if value is None:
+            return None
+        emitter.floats[node] = value
+    return emitter.floats[node]
+
+
+def _emit(emitter: Emitter, node: torch.fx.Node) -> Value | None:
+    if "_local_scalar_dense" in str(node.target):
+        source = emitter.values[node.all_input_nodes[0]]
+        scalar = TensorType(source.dtype, ())
+        value = _op(emitter, "aten.reshape.default", (source,), scalar, shape=())
+        return _cast(emitter, value, "f64")
+    if node.target is torch.sym_float:
+        return _operand(emitter, node.args[0])
+    target = _TARGETS.get(node.target)
+    operands = [_operand(emitter, argument) for argument in node.args]
+    if target is None or any(operand is None for operand in operands):
+        return None
+    return _op(emitter, target, tuple(x for x in operands if x is not None), _F64)
+
+
+def _operand(emitter: Emitter, argument: Any) -> Value | None:
+    """A size, a constant, or another float, as f64[]."""
+    if isinstance(argument, torch.fx.Node):
+        value = emitter.values.get(argument)
+        if isinstance(value, VaryingFloat):
+            return float_tensor(emitter, argument)
+        argument = value
+    if not isinstance(argument, int | float | sympy.Expr):
+        return None
+    fill = {"size": (), "fill_value": argument, "dtype": DType("f64")}
+    return _op(emitter, "aten.full.default", (), _F64, **fill)
+
+
+def _cast(emitter: Emitter, value: Value, dtype: str) -> Value:
+    if value.dtype == dtype:
+        return value
+    return _op(emitter, _CAST, (value,), TensorType(dtype, value.shape), dtype=DType(dtype))
+
+
+def _op(
+    emitter: Emitter, target: str, inputs: tuple[Value, ...], result: TensorType, **attrs: Any
+) -> Value:
+    output = Value(emitter.fresh(target.split(".")[1].strip("_")), result)
+    emitter.ops.append(Op(target, inputs, (output,), attrs))
+    return output

@@ -1,0 +1,92 @@
+"""Floats of sizes and of data as operands, and sizes that code asks for their type."""
+
+from __future__ import annotations
+
+import math
+from math import sqrt
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moec
+from moec.interpret.evaluate import evaluate
+
+SIZES = (1, 6, 9, 33)
+
+
+def check(module: nn.Module) -> None:
+    """The module's graph equals eager, to the last bit of each result, at every size."""
+    torch.manual_seed(0)
+    compiled = moec.compile(module.eval(), (torch.randn(6, 8),), build=False)
+    program = compiled.pass_results[-1].program
+    assert [limits.low for limits in program.graph.bounds.values()] in ([0], [1])
+    for size in SIZES:
+        x = torch.randn(size, 8)
+        results = evaluate(program.graph, [x], program.weights)
+        for result, expected in zip(results, module(x), strict=True):
+            assert result.dtype == expected.dtype
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+class Operands(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        n = x.shape[0]
+        return (
+            x * (n / 4) + 1 / n,
+            n / 3 - x / (1.0 / n),
+            (n / 3) / (x.abs() + 1),
+            (x * 3).long() * (n / 7),
+            x.bfloat16() * (n / 3),
+            x * n**-0.5 - float(n),
+            x / sqrt(n / 2) + math.sqrt(n),
+            x * (x.max().item() / n),
+            x.sum() * (n / 4),
+            x.sum().long() * (n / 4),
+        )
+
+
+class Numbers(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        n = x.shape[0]
+        return (
+            x.clamp(-n / 40, 0.5),
+            (x * 9).long().clamp(max=n / 4),
+            x.masked_fill(x > n / 40, n / 5),
+            torch.where(x > 0, n / 5, 0.1),
+            torch.full((2,), n / 5),
+            torch.full_like(x, n / 4),
+            x * torch.tensor(n / 4),
+            x.abs() ** (n / 4),
+        )
+
+
+class Sinkhorn(nn.Module):
+    """Scores normalised over tokens and experts in turn, as Megatron writes it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        cost = torch.exp(x)
+        tokens, experts = cost.shape
+        for _ in range(3):
+            cost = cost * ((1 / tokens) * 1 / (cost.sum(1, keepdim=True) + 1e-8))
+            cost = cost * ((1 / experts) * 1 / (cost.sum(0, keepdim=True) + 1e-8))
+        return cost, cost.sum() * (experts / tokens)
+
+
+class Asking(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        n, half = x.shape[0], x.shape[0] / 2
+        return (
+            x + 1 if isinstance(n, int) else x,
+            x + 1 if isinstance(half, float | str) else x,
+            x + 1 if type(n) is int and type(half) is float else x,
+            x + 1 if isinstance(int(half), (float, bool)) else x,
+            x + 1 if isinstance(type(n), type) and type("", (), {}) is not str else x,
+        )
+
+
+@pytest.mark.parametrize(
+    "module", [Operands(), Numbers(), Sinkhorn(), Asking()], ids=lambda m: type(m).__name__
+)
+def test_the_graph_equals_eager(module: nn.Module) -> None:
+    check(module)
