@@ -3,15 +3,15 @@
 Python requires int() to return an int, so int(n * 2.0 / 8) makes torch evaluate the size in the
 example, record a guard (floor(n/4) == 6), and put the constant into the graph. Where a guard comes
 from such a line, the module is exported again with replacements of these functions in the globals
-of that file, and with a one_hot that accepts a symbolic number of classes (a capacity). min(),
-max(), round() and the functions of math keep sizes symbolic without help.
+of that file, and with a one_hot that accepts a symbolic number of classes (a capacity). The same is
+done for min() and max() of floats. Those of integers, round() and math need no help.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -21,10 +21,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from moec.capture.guards import raw_guards
-from moec.capture.shadows import CONVERSIONS, python_type
+from moec.capture.guards import Guard, raw_guards
+from moec.capture.shadows import CONVERSIONS, SHADOWS, python_type
 
 _ASKS = re.compile(r"\b(int|float|len|one_hot)\b")
+_CHOOSES = re.compile(r"\b(min|max)\s*\(")
+_FLOATS = frozenset({"IntTrueDiv", "FloatTrueDiv", "ToFloat", "FloatPow"})
 
 
 def asks(line: str) -> bool:
@@ -33,13 +35,15 @@ def asks(line: str) -> bool:
 
 
 @contextmanager
-def sizes_kept(files: Collection[str]) -> Iterator[None]:
-    """While open, int(), float() and len() in the modules of these files leave sizes symbolic."""
-    modules = [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) in files]
+def sizes_kept(files: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """While open, the modules of these files call the functions that are given for each file in
+    place of Python's."""
     with ExitStack() as stack:
-        for module in modules:
-            names = {name: f for name, f in CONVERSIONS.items() if name not in vars(module)}
-            stack.enter_context(mock.patch.dict(vars(module), names))
+        for module in list(sys.modules.values()):
+            functions = files.get(getattr(module, "__file__", None) or "", {})
+            names = {name: f for name, f in functions.items() if name not in vars(module)}
+            if names:
+                stack.enter_context(mock.patch.dict(vars(module), names))
         if files:
             stack.enter_context(_Sized())
         yield
@@ -71,24 +75,41 @@ def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> tuple[torch.Tensor,
 
 
 def export_keeping_sizes(export: Callable[[], ExportedProgram]) -> ExportedProgram:
-    """The result of `export`, repeated while lines that convert a size to a number cause guards.
+    """The result of `export`, repeated while lines that convert a size to a number, or choose among
+    floats of sizes, cause guards.
 
     A module may fail with the replaced functions. In that case the previous export is returned, and
     its guards are refused later, when they are settled.
     """
-    files: set[str] = set()
+    files: Mapping[str, Mapping[str, Any]] = {}
     exported = export()
     while True:
-        asking = {
-            guard.file
-            for guard in raw_guards(exported)
-            if isinstance(guard.condition, sympy.Eq) and guard.file and asks(guard.text)
-        }
-        if asking <= files:
+        more = _replacements(raw_guards(exported), files)
+        if more == files:
             return exported
-        files |= asking
+        files = more
         try:
             with sizes_kept(files):
                 exported = export()
         except Exception:  # whatever the module raises
             return exported
+
+
+def _replacements(
+    guards: Iterable[Guard], files: Mapping[str, Mapping[str, Any]]
+) -> Mapping[str, Mapping[str, Any]]:
+    """The functions to replace by file: those of `files`, and those that `guards` come from."""
+    functions = dict(files)
+    for guard in guards:
+        if guard.file and _chooses_float(guard):
+            functions[guard.file] = SHADOWS
+        elif guard.file and isinstance(guard.condition, sympy.Eq) and asks(guard.text):
+            functions.setdefault(guard.file, CONVERSIONS)
+    return functions
+
+
+def _chooses_float(guard: Guard) -> bool:
+    """Whether a guard comes from min() or max() of a float. That of integers is a branch that
+    chooses a size, which is exported on both sides."""
+    kinds = {type(part).__name__ for part in guard.condition.atoms(sympy.Function)}
+    return bool(kinds & _FLOATS) and _CHOOSES.search(guard.text) is not None

@@ -73,6 +73,18 @@ class Sinkhorn(nn.Module):
         return cost, cost.sum() * (experts / tokens)
 
 
+class Extremes(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        n = x.shape[0]
+        capacity = int(max(n / 8 * 1.25, 4.0))
+        return (
+            x * min(1.0, n / 8),
+            x * min(n / 8, 0.5, 2.0) * max([n * 0.1, 1.0]),
+            x * (torch.arange(n) < capacity)[:, None],
+            x * float(max(min(n, 16), 3)),
+        )
+
+
 class Asking(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         n, half = x.shape[0], x.shape[0] / 2
@@ -86,7 +98,9 @@ class Asking(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "module", [Operands(), Numbers(), Sinkhorn(), Asking()], ids=lambda m: type(m).__name__
+    "module",
+    [Operands(), Numbers(), Sinkhorn(), Extremes(), Asking()],
+    ids=lambda m: type(m).__name__,
 )
 def test_the_graph_equals_eager(module: nn.Module) -> None:
     check(module)
