@@ -66,7 +66,10 @@ class RecogniseExperts(Pass):
                     if at not in blocks and log.spend(f"{block.form} {at}"):
                         blocks[at] = block
         logged = False
-        for op, reason in refused.items():
+        mixtures = dict(other_mixtures(scope, covered))
+        for op, reason in (
+            refused | {op: mixtures[op] for op in mixtures.keys() & refused}
+        ).items():
             # Adding a block's result to another value looks like one more term of the same sum.
             adds = any(scope.maker(scope.behind(value)) in blocks for value in op.inputs)
             if reason and not adds and op not in covered:
@@ -76,7 +79,7 @@ class RecogniseExperts(Pass):
         if not (blocks or nodes or any(refused.values())):
             for op, reason in other_choices(scope):
                 log.decline(op.origin or op.outputs[0].name, reason, OTHER_CHOICES)
-        for op, reason in () if logged else other_mixtures(scope, covered):
+        for op, reason in () if logged else mixtures.items():
             log.decline(op.origin or op.outputs[0].name, reason, OTHER_CHOICES)
         return replace(program, graph=splice(scope.graph, blocks))
 

@@ -2,8 +2,9 @@
 
 Masked attention heads and tokens that a layer skips (mixture of depths) are chosen by the same ops
 as experts. A graph with such a choice and no block gets a report that names the choice. A softmax
-may weigh the results of layers that read different rows (the second level of PLE), or rows of a
-parameter (mixtures of vectors): neither is a block of experts.
+may weigh the results of layers that read different rows (the second level of PLE), the weights of
+experts (SMEAR, arXiv 2306.03745), or rows of a parameter (mixtures of vectors): none is a block of
+experts.
 """
 
 from __future__ import annotations
@@ -78,6 +79,11 @@ def _weighed(scope: Scope, value: Value, count: int) -> str:
             f"a softmax weighs {count} results, {stack.inputs[0].name} to "
             f"{stack.inputs[-1].name}, which are not experts of one kind that read the same rows"
         )
-    if value in scope.params and value.shape[:1] == (count,) and value.dtype in FLOATS:
-        return f"a softmax weighs the {count} rows of {value.name}: vectors, not experts"
-    return ""
+    if value not in scope.params or value.shape[:1] != (count,) or value.dtype not in FLOATS:
+        return ""
+    if len(value.shape) > 2:
+        return (
+            f"a softmax averages the weights of {count} experts, {value.name}, into one expert "
+            "before any row is multiplied (soft merging): nothing is dispatched"
+        )
+    return f"a softmax weighs the {count} rows of {value.name}: vectors, not experts"

@@ -43,6 +43,30 @@ class Vectors(nn.Module):
         return self.linear(x) * torch.einsum("te,ed->td", weights, self.vectors)
 
 
+class Merged(nn.Module):
+    """SMEAR (arXiv 2306.03745): one expert of averaged weights for each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, E, bias=False)
+        self.up, self.down = (nn.Parameter(torch.randn(E, D, D)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.gate(x.mean(1)).softmax(-1)
+        up, down = (torch.einsum("be,edh->bdh", weights, w) for w in (self.up, self.down))
+        return torch.bmm(torch.bmm(x, up).relu(), down)
+
+
+class MergedByToken(Merged):
+    """Lory (arXiv 2405.03133) with segments of one token."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.gate(x).softmax(-1)
+        up, down = (torch.einsum("bse,edh->bsdh", weights, w) for w in (self.up, self.down))
+        hidden = torch.einsum("bsd,bsdh->bsh", x, up).relu()
+        return torch.einsum("bsh,bshd->bsd", hidden, down)
+
+
 class Static(nn.Module):
     """DSelect-k (arXiv 2106.03760) with a static gate: the weights are the same for every token."""
 
@@ -71,6 +95,12 @@ NO_ROUTER = "4 like parts, but no product with 4 or a few more columns, a row fo
     [
         (Levels, 1, "which are not experts of one kind that read the same rows"),
         (Vectors, 0, "a softmax weighs the 4 rows of vectors: vectors, not experts"),
+        (
+            Merged,
+            0,
+            "a softmax averages the weights of 4 experts, up, into one expert before any row",
+        ),
+        (MergedByToken, 0, "a softmax averages the weights of 4 experts, down, into one expert"),
         (Static, 0, NO_ROUTER),
         (Average, 0, NO_ROUTER),
     ],
@@ -79,6 +109,7 @@ def test_a_mixture_is_declined_with_a_reason(
     kind: type[nn.Module], blocks: int, reason: str
 ) -> None:
     torch.manual_seed(0)
-    compiled = moec.compile(kind().eval(), (torch.randn(6, D),), build=False)
+    shape = (2, 6, D) if issubclass(kind, Merged) else (6, D)
+    compiled = moec.compile(kind().eval(), (torch.randn(shape),), build=False)
     assert min(len(compiled.blocks), 1) == blocks
     assert any(reason in declined.reason for declined in compiled.declined), compiled.declined
