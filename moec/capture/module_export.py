@@ -21,6 +21,7 @@ from moec.capture.guards import located
 from moec.capture.huggingface import experts_as_ops
 from moec.capture.lengths import AxisGroup
 from moec.capture.lightning import lightning_as_ops
+from moec.capture.literals import floats_symbolic
 from moec.capture.numbers import export_keeping_sizes
 from moec.capture.scans import scans_as_ops
 from moec.capture.shapes import Axes, name_symbols
@@ -63,6 +64,7 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         scripts_as_python(),
         sym_bools_answered(module),
         sizes_as_numbers(module),
+        floats_symbolic(),
         located(),
         symbolic_config.patch(  # type: ignore[attr-defined]
             backed_size_oblivious=True, use_duck_shape=False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import moec
+from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 
 SIZES = (1, 6, 9, 33)
@@ -104,3 +105,25 @@ class Asking(nn.Module):
 )
 def test_the_graph_equals_eager(module: nn.Module) -> None:
     check(module)
+
+
+class Literal(nn.Module):
+    """A branch on a literal that a float of sizes multiplies; torch would take it as in the example
+    and record nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        limit = torch.tensor(2.0) * (x.shape[0] / 6)
+        return x * (3 if limit > 2 else 1)
+
+
+class WrittenLiteral(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        limit = torch.tensor(2.0)
+        limit.mul_(x.shape[0] / 6)
+        return x * (3 if limit > 2 else 1)
+
+
+@pytest.mark.parametrize("kind", [Literal, WrittenLiteral])
+def test_a_branch_on_a_literal_times_a_float_of_sizes_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(CaptureError, match=r"if limit > 2 else 1\)` was taken to be True"):
+        moec.compile(kind().eval(), (torch.randn(7, 8),), build=False)
