@@ -44,7 +44,7 @@ def to_program(
     converter = Converter(rename, exported.graph_module, prefix)
     signature = exported.graph_signature
     holders = [n for n in exported.graph.nodes if n.op == "placeholder"]
-    mutated = dict(signature.buffers_to_mutate)
+    mutated = {*signature.buffers_to_mutate.values(), *signature.parameters_to_mutate.values()}
     inputs: list[Value] = []
     params: dict[str, Value] = {}
     states: dict[str, Value] = {}
@@ -70,7 +70,7 @@ def to_program(
             data = _weight(exported, spec.kind, target)
             name = without(prefix, target)
             value = Value(converter.fresh(name), converter.type(tensor, name))
-            if spec.kind is InputKind.BUFFER and target in mutated.values():
+            if target in mutated:
                 states[target] = value
                 weights[value.name] = data
             else:
@@ -153,7 +153,7 @@ def structure_of(exported: ExportedProgram) -> Structure:
 def _outputs(
     exported: ExportedProgram, converter: Converter, names: Sequence[str]
 ) -> tuple[tuple[Value, ...], dict[str, Value]]:
-    """The user's outputs, and the new contents of each mutated buffer by its name.
+    """The user's outputs, and the new contents of each buffer and parameter that the model writes.
 
     Each output passes through an alias op, so that it has its own name even where it is an input or
     a weight that is returned unchanged.
@@ -171,7 +171,7 @@ def _outputs(
             )
         if not isinstance(result, Value):
             continue  # a constant, which is part of the result's structure
-        if spec.kind is OutputKind.BUFFER_MUTATION:
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
             after[cast(str, spec.target)] = result
             continue
         index = len(outputs)

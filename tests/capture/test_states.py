@@ -124,3 +124,44 @@ def test_the_static_cache_of_transformers(tiny_moe: Any) -> None:
             expected = module(input_ids=inputs[0], cache_position=inputs[1])
             got = compiled(*inputs)
             assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+class NormalisedRouter(nn.Module):
+    """XMoE (arXiv 2204.09179) as its authors' code has it: each call writes the normalised weights
+    of the router into the parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(WIDTH, 4, bias=False)
+        self.router = nn.Parameter(torch.randn(3, 4))
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.router.mul_(1.5 / self.router.norm(p=2.0, dim=1, keepdim=True))
+        routers = nn.functional.normalize(self.router, dim=1, eps=1e-4)
+        scores = self.reduction(x) @ routers.T
+        finite = scores.isfinite()
+        if not finite.all():
+            scores[~finite] = scores[finite].min()
+        return scores.softmax(-1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.scores(x).max(-1)
+        result = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(ids == number)[0]
+            result[rows] = weights[rows, None] * expert(x[rows])
+        return result
+
+
+def test_a_parameter_that_each_call_writes() -> None:
+    torch.manual_seed(0)
+    model = NormalisedRouter().eval()
+    before = model.router.detach().clone()
+    compiled = moec.compile(model, (torch.randn(6, WIDTH),), verify=False)
+    assert torch.equal(model.router, before)
+    assert len(compiled.blocks) == 1
+    (state,) = compiled.captured.program.graph.states
+    assert state.before.name == "router"
+    compare(model, compiled, [(torch.randn(n, WIDTH),) for n in (6, 1, 33)])

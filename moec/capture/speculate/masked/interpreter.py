@@ -31,7 +31,7 @@ class MaskedInterpreter(nn.Module):
         super().__init__()
         self.outputs = outputs
         signature = exported.graph_signature
-        if signature.buffers_to_mutate:
+        if signature.buffers_to_mutate or signature.parameters_to_mutate:
             raise CaptureError("a module that writes into its buffers has no masked form")
         self.nodes = list(exported.graph.nodes)
         self.held: dict[torch.fx.Node, str] = {}
