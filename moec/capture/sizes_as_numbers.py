@@ -1,4 +1,4 @@
-"""Python's isinstance(), type() and functions of math on symbolic sizes, as on numbers.
+"""Python's isinstance(), type(), divmod() and functions of math on symbolic sizes, as on numbers.
 
 While a module is traced, a size is a torch.SymInt, which is no int: without help, code that asks
 would take the branch for other types, and the graph would be that of another model.
@@ -22,7 +22,7 @@ from moec.capture.size_functions import FUNCTIONS, replaced_in
 from moec.capture.speculate.sites import foreign
 from moec.capture.speculate.user_globals import user_globals
 
-_ASKS = re.compile(r"\bisinstance\b|\btype\s*\(")
+_ASKS = re.compile(r"\b(isinstance|type|divmod)\s*\(")
 _PLAIN: Mapping[type, Any] = {torch.SymInt: 0, torch.SymFloat: 0.0}
 _LIBRARIES = ("torch", "numpy", "sympy", "transformers")
 
@@ -56,6 +56,11 @@ def _isinstance(value: Any, classes: Any) -> bool:
     return plain is not None and isinstance(plain, classes)
 
 
+def _divmod(a: Any, b: Any) -> Any:
+    symbolic = isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt)
+    return (a // b, a % b) if symbolic else builtins.divmod(a, b)
+
+
 class _TypeOf(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, builtins.type)
@@ -74,4 +79,4 @@ class _Type(type, metaclass=_TypeOf):
     """Replaces type."""
 
 
-_SHADOWS: Mapping[str, Any] = {"isinstance": _isinstance, "type": _Type}
+_SHADOWS: Mapping[str, Any] = {"isinstance": _isinstance, "type": _Type, "divmod": _divmod}

@@ -94,6 +94,7 @@ class Asking(nn.Module):
             x + 1 if isinstance(half, float | str) else x,
             x + 1 if type(n) is int and type(half) is float else x,
             x + 1 if isinstance(int(half), (float, bool)) else x,
+            x * (torch.arange(n) < divmod(n, 4)[0])[:, None] + divmod(n, 4)[1],
             x + 1 if isinstance(type(n), type) and type("", (), {}) is not str else x,
         )
 
