@@ -55,8 +55,13 @@ def add_codes(
             row_scales = [T.bind(codes.row_scales[T.cast(row, "int64"), block]) for row in rows]
             for i in range(ROWS * parts):
                 T.buffer_store(products, T.float32(0), [i])
-            with T.serial(0, piece // _ELEMENTS) as eighth:
-                _add_eight(p, spec, rows, k, (words, zeros, products), eighth)
+            buffers = (words, zeros, products)
+            if format.bits == 8:  # as a loop, fp8 spills on sm_89
+                for eighth in range(piece // _ELEMENTS):
+                    _add_eight(p, spec, rows, k, buffers, eighth)
+            else:  # written out, mxfp4 spills on sm_100a and sm_120
+                with T.serial(0, piece // _ELEMENTS) as eighth:
+                    _add_eight(p, spec, rows, k, buffers, eighth)
             for row, row_scale in enumerate(row_scales):
                 for part, scale in enumerate(scales):
                     i = row * parts + part
@@ -69,7 +74,7 @@ def _add_eight(
     rows: list[Expr],
     k: Expr,
     buffers: tuple[Buffer, Buffer, Buffer],
-    eighth: Expr,
+    eighth: Expr | int,
 ) -> None:
     """products += eight codes of the rows, from k on, times eight codes of the weights. The pairs
     of an eighth are `eighth` codes from the start of each word (`codes.place`)."""
