@@ -30,7 +30,6 @@ _TARGETS: Mapping[Any, str] = {
     operator.neg: "aten.neg.default",
     torch.sym_max: "aten.maximum.default",
     torch.sym_min: "aten.minimum.default",
-    torch.sym_sqrt: "aten.sqrt.default",
 }
 _F64 = TensorType("f64", ())
 _CAST = "aten._to_copy.default"

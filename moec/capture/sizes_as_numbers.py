@@ -1,14 +1,13 @@
-"""Python's isinstance(), type(), divmod() and functions of math on symbolic sizes, as on numbers.
+"""Python's isinstance(), type() and divmod() on symbolic sizes, as on numbers.
 
-While a module is traced, a size is a torch.SymInt, which is no int: without help, code that asks
-would take the branch for other types, and the graph would be that of another model.
+While a module is traced, a size is a torch.SymInt, which is no int: without help, a test of its
+type would take the branch for other types, and the graph would be that of another model.
 """
 
 from __future__ import annotations
 
 import builtins
 import linecache
-import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,11 +17,10 @@ from unittest import mock
 
 import torch
 
-from moec.capture.size_functions import FUNCTIONS, replaced_in
 from moec.capture.speculate.sites import foreign
 from moec.capture.speculate.user_globals import user_globals
 
-_ASKS = re.compile(r"\b(isinstance|type|divmod)\s*\(")
+_CALLS = re.compile(r"\b(isinstance|type|divmod)\s*\(")
 _PLAIN: Mapping[type, Any] = {torch.SymInt: 0, torch.SymFloat: 0.0}
 _LIBRARIES = ("torch", "numpy", "sympy", "transformers")
 
@@ -30,23 +28,20 @@ _LIBRARIES = ("torch", "numpy", "sympy", "transformers")
 @contextmanager
 def sizes_as_numbers(module: torch.nn.Module) -> Iterator[None]:
     """While open, isinstance() and type() in the user's code of `module` take a symbolic size for
-    an int, and a symbolic float for a float; functions of math keep both symbolic."""
+    an int, and a symbolic float for a float."""
     others = foreign(name for name in _LIBRARIES if name in sys.modules)
     with ExitStack() as stack:
-        for name, function in FUNCTIONS.items():
-            stack.enter_context(mock.patch.object(math, name, function))
         for names in user_globals(module, others):
-            shadows = replaced_in(names)
-            if _asks(names.get("__file__")):
-                shadows |= {name: value for name, value in _SHADOWS.items() if name not in names}
-            stack.enter_context(mock.patch.dict(names, shadows))
+            if _uses_types(names.get("__file__")):
+                shadows = {name: value for name, value in _SHADOWS.items() if name not in names}
+                stack.enter_context(mock.patch.dict(names, shadows))
         yield
 
 
-def _asks(file: Any) -> bool:
-    """Whether the code of a file asks for types; True if its text is missing."""
+def _uses_types(file: Any) -> bool:
+    """Whether the code of a file calls one of the functions; True if its text is missing."""
     lines = linecache.getlines(file) if isinstance(file, str) else []
-    return not lines or any(map(_ASKS.search, lines))
+    return not lines or any(map(_CALLS.search, lines))
 
 
 def _isinstance(value: Any, classes: Any) -> bool:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from math import sqrt
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,7 +37,7 @@ class Operands(nn.Module):
             (x * 3).long() * (n / 7),
             x.bfloat16() * (n / 3),
             x * n**-0.5 - float(n),
-            x / sqrt(n / 2) + math.sqrt(n),
+            x / (n / 2) ** 0.5,
             x * (x.max().item() / n),
             x.sum() * (n / 4),
             x.sum().long() * (n / 4),
