@@ -4,7 +4,7 @@ Python requires int() to return an int, so int(n * 2.0 / 8) makes torch evaluate
 example, record a guard (floor(n/4) == 6), and put the constant into the graph. Where a guard comes
 from such a line, the module is exported again with replacements of these functions in the globals
 of that file, and with a one_hot that accepts a symbolic number of classes (a capacity). The same is
-done for min() and max() of floats. Those of integers, round() and math need no help.
+done for min() and max() of floats. Those of integers, round(), math.floor and ceil need no help.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ _LIBRARIES = ("torch", "numpy", "sympy", "transformers")
 
 @contextmanager
 def sizes_as_numbers(module: torch.nn.Module) -> Iterator[None]:
-    """While open, isinstance() and type() in the user's code of `module` take a symbolic size for
-    an int, and a symbolic float for a float."""
+    """While open, isinstance(), type() and divmod() in the user's code of `module` take a symbolic
+    size for an int, and a symbolic float for a float."""
     others = foreign(name for name in _LIBRARIES if name in sys.modules)
     with ExitStack() as stack:
         for names in user_globals(module, others):

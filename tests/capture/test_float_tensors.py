@@ -90,15 +90,26 @@ class Asking(nn.Module):
             x + 1 if isinstance(n, int) else x,
             x + 1 if isinstance(half, float | str) else x,
             x + 1 if type(n) is int and type(half) is float else x,
-            x + 1 if isinstance(int(half), (float, bool)) else x,
             x * (torch.arange(n) < divmod(n, 4)[0])[:, None] + divmod(n, 4)[1],
             x + 1 if isinstance(type(n), type) and type("", (), {}) is not str else x,
         )
 
 
+class Converted(nn.Module):
+    """int() is replaced as well, in the second export of a line that converts a size."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        half = int(x.shape[0] / 2)
+        return (
+            x * (torch.arange(x.shape[0]) < half)[:, None],
+            x + 1 if isinstance(half, (float, bool)) else x,
+            x + 1 if type(half) is int else x,
+        )
+
+
 @pytest.mark.parametrize(
     "module",
-    [Operands(), Numbers(), Sinkhorn(), Extremes(), Asking()],
+    [Operands(), Numbers(), Sinkhorn(), Extremes(), Asking(), Converted()],
     ids=lambda m: type(m).__name__,
 )
 def test_the_graph_equals_eager(module: nn.Module) -> None:

@@ -6,6 +6,7 @@ that are scattered to the choices among classes are the sum of the one-hot rows 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ def scatter_add_(
     return x.index_add_(0, column, src)
 
 
-def scatter_reduce(
+def reduced(
+    add: Hook,
     trace: Trace,
     func: Hook,
     x: torch.Tensor,
@@ -52,23 +54,9 @@ def scatter_reduce(
     *,
     include_self: bool = True,
 ) -> Any:
+    """scatter_reduce by sums, as the hook `add` adds."""
     sums = reduce == "sum" and include_self
-    return scatter_add(trace, func, x, dim, index, src) if sums else NotImplemented
-
-
-def scatter_reduce_(
-    trace: Trace,
-    func: Hook,
-    x: torch.Tensor,
-    dim: int,
-    index: torch.Tensor,
-    src: Any,
-    reduce: str,
-    *,
-    include_self: bool = True,
-) -> Any:
-    sums = reduce == "sum" and include_self
-    return scatter_add_(trace, func, x, dim, index, src) if sums else NotImplemented
+    return add(trace, func, x, dim, index, src) if sums else NotImplemented
 
 
 def gather(
@@ -128,7 +116,7 @@ SCATTERING: Hooks = {
     "scatter_": scatter_,
     "scatter_add": scatter_add,
     "scatter_add_": scatter_add_,
-    "scatter_reduce": scatter_reduce,
-    "scatter_reduce_": scatter_reduce_,
+    "scatter_reduce": partial(reduced, scatter_add),
+    "scatter_reduce_": partial(reduced, scatter_add_),
     "gather": gather,
 }

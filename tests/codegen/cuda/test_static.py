@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 from tvm.tirx import PrimFunc
 
-from moec.cache import OBJECTS, Store, entries
 from moec.codegen.cuda.activation import gated, silu
 from moec.codegen.cuda.append import append
 from moec.codegen.cuda.attention.key_tiles import WARPS
@@ -44,7 +43,6 @@ from moec.codegen.specs.attention import AnglesSpec, AppendSpec, AttentionSpec
 from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
-from moec.errors import TargetError
 from moec.formats.notation import parse
 from moec.ops.routing import Routing
 from moec.target import nvidia
@@ -376,35 +374,3 @@ def test_instructions(name: str, arch: str, tmp_path: Path) -> None:
         assert stems & expected.get(name, {"SHFL"})
     if name in ("few", "mxfp4"):
         assert any(word.startswith("LDG.E.NA.128") for word in words), "16 bytes at once"
-
-
-@needs_nvcc
-def test_the_second_compilation_comes_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target, store = TARGETS["cuda:sm_80"], Store(tmp_path)
-    source = lowered(KERNELS["combine"](target), target=target).source
-    first = cubin(source, target, store)
-    assert [entry.kind for entry in entries(store)] == [OBJECTS, OBJECTS]
-    monkeypatch.setattr("moec.codegen.cuda.nvcc.compiled", None)
-    assert cubin(source, target, store) == first
-    assert first.registers > 0
-
-
-def test_without_nvcc_and_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvidia, "nvcc", lambda: None)
-    monkeypatch.setattr(nvidia, "nvrtc", lambda: None)
-    words = (
-        "target 'cuda:sm_80': there is neither nvcc nor NVRTC, and one of them must "
-        "compile its kernels: "
-        r"pip install 'moec\[cuda\]', or install the CUDA toolkit and set CUDA_HOME or PATH to it"
-    )
-    with pytest.raises(TargetError, match=words):
-        cubin("", TARGETS["cuda:sm_80"], Store(None))
-
-
-@needs_nvcc
-def test_nvcc_that_fails() -> None:
-    words = r"nvcc fails for sm_80: kernel.cu\(1\): error"
-    with pytest.raises(TargetError, match=words):
-        cubin("nothing", TARGETS["cuda:sm_80"], Store(None))
