@@ -113,6 +113,8 @@ class Converter:
         if expr.is_number:
             return float(expr)
         result = float_of(node.target, [value_of(self.argument(a)) for a in node.args])
+        if result is not None and not _is_exact(result):
+            result = None  # it can be an operand, but no size can be computed of it
         if result is not None:
             self.remember(expr, result, node)
         return VaryingFloat(self.where(node) or node.name, str(expr), result)
@@ -257,6 +259,14 @@ class Converter:
                 self.node(inner)
             elif inner.op == "output":
                 self.values[node] = self.argument(inner.args[0])
+
+
+def _is_exact(value: sympy.Expr) -> bool:
+    try:
+        check_float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def value_of(argument: Any) -> Any:

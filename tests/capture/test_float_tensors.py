@@ -77,6 +77,7 @@ class Extremes(nn.Module):
         capacity = int(max(n / 8 * 1.25, 4.0))
         return (
             x * min(1.0, n / 8),
+            x.sum() * (5 / max(n / 2, 1.0)),
             x * min(n / 8, 0.5, 2.0) * max([n * 0.1, 1.0]),
             x * (torch.arange(n) < capacity)[:, None],
             x * float(max(min(n, 16), 3)),
