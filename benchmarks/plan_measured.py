@@ -3,7 +3,7 @@
     python benchmarks/plan_measured.py --ranks 2
 
 The machine is measured first (`moec plan --measure`), then one MoE layer in float32 runs in each
-form of exchange. Predictions cover its experts and its exchange, for even routing. Four ranks are
+form of exchange. Predictions are for even routing. Four ranks are
 two nodes of two. Run it on an otherwise idle machine.
 """
 
@@ -139,7 +139,7 @@ def main() -> None:
     for name, (plan, degrees) in zip(plans, zip(plans.values(), forms, strict=True), strict=True):
         parts = plan.layers[0].seconds
         exchange = parts["exchange out"] + parts["exchange back"]
-        predicted, right = exchange + parts["experts"], measured[name]
+        predicted, right = exchange + parts["routing"] + parts["experts"], measured[name]
         print(
             f"| {ranks} | {told(degrees)} | {predicted * 1e3:.2f} ms | {exchange * 1e3:.2f} ms | "
             f"{right * 1e3:.2f} ms | {predicted / right:.2f} |",

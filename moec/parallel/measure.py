@@ -1,9 +1,9 @@
 """Measures this machine's numbers for the planner, with all ranks working at once.
 
-A device is one rank with its threads; ranks share cores and memory here as in a run. FLOP/s are
-those of a compiled layer of experts, including its dispatch and sum; latency is that of the
-exchanges of a layer, see `_exchanges`. FLOP/s and bytes/s are achieved ones, so the efficiency is
-1.
+A device is one rank with its threads; ranks share cores and memory here as in a run. A time is that
+of the slowest rank. FLOP/s are those of a compiled layer of experts, including its dispatch and
+sum, between exchanges: after a wait, a core starts slowly. FLOP/s and bytes/s are achieved ones, so
+the efficiency is 1.
 """
 
 from __future__ import annotations
@@ -53,19 +53,34 @@ graph main(x: DTYPE[T, {D}], i: i64[T, 1]; w1: DTYPE[{E}, {H}, {D}], w3: DTYPE[{
   y: DTYPE[T, {D}] = moe.combine(out, order) <k=1, tokens={{T}}, dtype=DTYPE>
   return y
 }}"""
+K = 2  # experts of a token
+ROUTING = f"""
+graph main(x: f32[T, {D}]; router: f32[{E}, {D}]) {{
+  size T in [0, inf]
+  logits: f32[T, {E}] = aten.linear.default(x, router)
+  w: f32[T, {K}], i: i64[T, {K}] = moe.route(logits) <k={K}>
+  rows: f32[{K}*T, {D}], order: i32[{K}*T], ends: i32[{E}] =
+    moe.dispatch(x, i) <num_experts={E}>
+  y: f32[T, {D}] = moe.combine(rows, order, w) <k={K}, tokens={{T}}, dtype=f32, weighted=true>
+  return y
+}}"""
+ROUTED = 2 * T * K * D * 4  # bytes of the rows, sorted and summed
 COPIED = 64 << 20  # bytes, larger than any cache
 SENT = 4 << 20  # bytes from each rank to all ranks
-REPEATS = 7
+CALLS = 4  # small exchanges of a step: counts, rows and slots before the layer, rows after it
+REPEATS = 15
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Medians on one rank: FLOP/s by dtype, bytes/s of memory and of an exchange, and seconds of
-    the smallest exchange; and the bytes that the process takes."""
+    """FLOP/s by dtype; bytes/s of memory, of dispatch and of an exchange; seconds of a message, and of
+    a collective besides its messages; the bytes that a process takes."""
 
     flops: dict[str, float]
     memory_bandwidth: float
+    dispatch_bandwidth: float
     latency: float
+    call: float
     bandwidth: float
     reserved: float
 
@@ -88,12 +103,14 @@ def measure(ranks: int, threads: int, timeout: float) -> Cluster:
         memory_bandwidth=quantity(numbers.memory_bandwidth),
         flops={dtype: quantity(value) for dtype, value in numbers.flops.items()},
         efficiency=quantity(1.0, "FLOP/s and bytes/s are achieved ones"),
+        dispatch_bandwidth=quantity(numbers.dispatch_bandwidth),
     )
     level = Level(
         name="gloo",
         joins=ranks,
         latency=quantity(numbers.latency),
         bandwidth=quantity(numbers.bandwidth),
+        call=quantity(numbers.call),
     )
     return Cluster(name=f"this machine, {note}", device=device, levels=(level,))
 
@@ -104,62 +121,103 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
 
 def measure_rank(job: Job) -> Numbers:
     """One rank's numbers; all ranks run each part at the same time."""
-    with started(job) as (_, world):
-        flops = {dtype: FLOP / _seconds(_layer(dtype)) for dtype in DTYPES}
+    with started(job) as (rank, world):
+        exchange = _exchange(world, world)
+        flops, calls = {}, []
+        for dtype in DTYPES:
+            layer, rest = _step_seconds(_layer(dtype), exchange)
+            flops[dtype] = FLOP / layer
+            calls.append(rest / CALLS)
+        smallest = statistics.median(calls)
+        dispatched = ROUTED / _seconds(_routing())
         source = torch.ones(COPIED // 4)
         target = torch.empty_like(source)
         copied = 2 * COPIED / _seconds(lambda: target.copy_(source))
-        least = _seconds(_exchange(world, world))
-        latency = _seconds(_exchanges(world)) / 2 / max(1, world - 1)  # in one direction
+        latency = _seconds(_message(rank, world)) / 2
+        call = max(smallest - (world - 1) * latency, 1e-9)
         seconds = _seconds(_exchange(world, SENT // 4 // world * world))
         away = SENT * (world - 1) / world  # what stays on the rank is not sent
-        bandwidth = away / max(seconds - least, 1e-9)
+        bandwidth = away / max(seconds - smallest, seconds / 2)
         reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return Numbers(flops, copied, latency, bandwidth, reserved)
+        return Numbers(flops, copied, dispatched, latency, call, bandwidth, reserved)
 
 
 def _layer(dtype: str) -> Callable[[], object]:
     """A compiled layer of experts with equal numbers of rows."""
-    graph = parse(LAYER.replace("DTYPE", dtype))
+    inputs = [torch.full((T, D), 0.5, dtype=DTYPES[dtype]), torch.arange(T)[:, None] % E]
+    return _compiled(LAYER.replace("DTYPE", dtype), DTYPES[dtype], inputs)
+
+
+def _routing() -> Callable[[], object]:
+    """A compiled router, dispatch and combine, without experts."""
+    generator = torch.Generator().manual_seed(0)
+    return _compiled(ROUTING, torch.float32, [torch.randn(T, D, generator=generator)])
+
+
+def _compiled(text: str, dtype: torch.dtype, inputs: list[torch.Tensor]) -> Callable[[], object]:
+    graph, generator = parse(text), torch.Generator().manual_seed(0)
     weights = {
-        param.name: torch.full([int(dim) for dim in param.shape], 0.01, dtype=DTYPES[dtype])
+        param.name: torch.rand([int(dim) for dim in param.shape], generator=generator).to(dtype)
         for param in graph.params
     }
     (code,) = compile_ranks([Program(graph, weights)], MAIN, cpu.host())
     model = RankModel(code)
-    inputs = [torch.full((T, D), 0.5, dtype=DTYPES[dtype]), torch.arange(T)[:, None] % E]
     return lambda: model(inputs, {})
 
 
-def _exchanges(world: int) -> Callable[[], object]:
-    """The exchanges of a layer at the smallest size: counts, which are read, then rows and the
-    slots of their experts, and the rows on the way back."""
-    counts, arriving = (torch.ones(world, dtype=torch.int32) for _ in range(2))
-    rows, slots = torch.ones(world, 1), torch.ones(world, dtype=torch.int64)
-    result, result_slots = torch.empty_like(rows), torch.empty_like(slots)
+def _message(rank: int, world: int) -> Callable[[], object]:
+    """The smallest message from rank 0 to rank 1 and back; nothing on the other ranks."""
+    tensor = torch.ones(1)
 
     def run() -> None:
-        dist.all_to_all_single(arriving, counts)
-        send, receive = counts.tolist(), arriving.tolist()
-        dist.all_to_all_single(result, rows, receive, send)
-        dist.all_to_all_single(result_slots, slots, receive, send)
-        dist.all_to_all_single(rows, result, send, receive)
+        if rank < 2 <= world:
+            first, second = (dist.send, dist.recv) if rank == 0 else (dist.recv, dist.send)
+            first(tensor, 1 - rank)
+            second(tensor, 1 - rank)
 
     return run
 
 
 def _exchange(world: int, count: int) -> Callable[[], object]:
+    """Equal parts of `count` numbers to all ranks."""
     rows, result = torch.ones(count), torch.empty(count)
     return lambda: dist.all_to_all_single(result, rows)
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The median of several runs, after one that is not counted."""
+    """The median of several runs on the slowest rank, after one that is not counted."""
+    (seconds,) = _slowest(lambda: [_time(run)])
+    return seconds
+
+
+def _step_seconds(
+    layer: Callable[[], object], exchange: Callable[[], object]
+) -> tuple[float, float]:
+    """The seconds of a layer between the smallest exchanges of a step, and of these exchanges,
+    including the wait for the last rank."""
+
+    def step() -> list[float]:
+        before = sum(_time(exchange) for _ in range(CALLS - 1))
+        inside = _time(layer)
+        return [inside, before + inside + _time(exchange)]
+
+    inside, total = _slowest(step)
+    return inside, max(total - inside, 1e-9)
+
+
+def _slowest(run: Callable[[], list[float]]) -> list[float]:
+    """Each of the seconds that a run returns: the median of several runs on the slowest rank."""
     run()
-    seconds = []
+    rows = []
     for _ in range(REPEATS):
         dist.barrier()
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+        rows.append(run())
+    slowest = torch.tensor(rows, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return list(slowest.median(0).values.tolist())
+
+
+def _time(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin

@@ -18,7 +18,8 @@ from moec.plan.files import Positive, Quantity, Record, read_preset_or_file
 class Device(Record, frozen=True, kw_only=True):
     """`memory` in bytes and `memory_bandwidth` in bytes/s. `flops` in FLOP/s by dtype. `efficiency`
     is the share of FLOP/s and bytes/s that kernels reach. `reserved` are bytes for libraries and
-    the runtime."""
+    the runtime. `dispatch_bandwidth` are bytes/s of rows through router, dispatch and combine;
+    without it, rows are copied as fast as memory allows and routing is free."""
 
     name: str
     memory: Quantity
@@ -26,17 +27,29 @@ class Device(Record, frozen=True, kw_only=True):
     memory_bandwidth: Quantity
     flops: dict[str, Quantity]
     efficiency: Quantity
+    dispatch_bandwidth: Quantity | None = None
+
+    @property
+    def copy_bandwidth(self) -> float:
+        """Bytes/s of rows that are sorted."""
+        return (self.dispatch_bandwidth or self.memory_bandwidth).value
 
 
 class Level(Record, frozen=True, kw_only=True):
     """Links that join `joins` units of the level below. `latency` of one message between devices in
-    seconds, `bandwidth` of one link in one direction in bytes/s."""
+    seconds, `bandwidth` of one link in one direction in bytes/s. `call` are the seconds of a
+    collective besides its messages: the launch, and the wait for the last rank."""
 
     name: str
     joins: Positive
     latency: Quantity
     bandwidth: Quantity
     devices_per_link: Positive = 1
+    call: Quantity | None = None
+
+    @property
+    def call_seconds(self) -> float:
+        return self.call.value if self.call else 0.0
 
     def share(self) -> float:
         """The bytes/s of each device while all devices send."""
@@ -53,6 +66,8 @@ class Cluster(Record, frozen=True, kw_only=True):
             raise ValueError("a cluster needs at least one level of links")
         if any(level.bandwidth.value == 0 for level in self.levels):
             raise ValueError("a link's bandwidth must be above 0")
+        if self.device.copy_bandwidth == 0:
+            raise ValueError("the bandwidth of memory and of dispatch must be above 0")
 
     @property
     def devices(self) -> int:
@@ -95,9 +110,13 @@ class Cluster(Record, frozen=True, kw_only=True):
             *((f"{dtype} FLOP/s", value) for dtype, value in device.flops.items()),
             ("efficiency of kernels", device.efficiency),
         ]
+        if device.dispatch_bandwidth:
+            rows.append(("bandwidth of dispatch, bytes/s", device.dispatch_bandwidth))
         for level in self.levels:
             rows.append((f"{level.name} latency, s", level.latency))
             rows.append((f"{level.name} bandwidth of a link, bytes/s", level.bandwidth))
+            if level.call:
+                rows.append((f"{level.name} call of a collective, s", level.call))
         return rows
 
 

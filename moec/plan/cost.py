@@ -12,7 +12,7 @@ from functools import cached_property
 
 from moec.plan.cluster import Cluster
 from moec.plan.degrees import Degrees
-from moec.plan.exchange import collective_seconds, even_away, exchange, seconds
+from moec.plan.exchange import CALLS, collective_seconds, even_away, exchange, seconds
 from moec.plan.model import Layers, Model
 from moec.plan.placement import Placement
 from moec.plan.workload import Workload
@@ -66,7 +66,7 @@ class CostModel:
         hidden, held = 0.0, 0
         if layer.experts:
             held = self.placement(index, degrees.experts, degrees.slots).most
-            parts |= self._experts(layer, degrees, held, busiest)
+            parts |= self._routing(layer) | self._experts(layer, degrees, held, busiest)
             parts |= self._exchanges(layer, degrees, link, away)
             if layer.dense_hidden:
                 hidden = min(parts["dense"], parts["exchange out"])
@@ -145,6 +145,14 @@ class CostModel:
         size = read * parameters * model.bytes_per_weight + moved
         return {"experts": self._roofline(work.passes * 2 * rows * parameters, size)}
 
+    def _routing(self, layer: Layers) -> dict[str, float]:
+        """Router, dispatch and combine of a rank's own tokens, where the cluster has their rate."""
+        rate = self.cluster.device.dispatch_bandwidth
+        if rate is None:
+            return {}
+        rows = self.workload.tokens / self.cluster.devices * _experts_of_token(layer)
+        return {"routing": rows * self.model.width * sum(self.workload.row_bytes) / rate.value}
+
     def _exchanges(
         self, layer: Layers, degrees: Degrees, link: float, away: float | None
     ) -> dict[str, float]:
@@ -168,7 +176,10 @@ class CostModel:
             return seconds(exchange("flat", ranks, node, volume), self.cluster, span)
         node = max(1, self.cluster.node_size // slices)
         step = exchange(degrees.form, degrees.experts, node, volume, away)
-        shared = collective_seconds("all_gather", slices * volume, slices, slices, self.cluster)
+        shared = 0.0
+        if slices > 1:  # a gather also exchanges counts and slots
+            shared = collective_seconds("all_gather", slices * volume, slices, slices, self.cluster)
+            shared += (CALLS - 1) * self.cluster.level_of(slices).call_seconds
         return seconds(step, self.cluster, span) + shared
 
     def _collectives(self, layer: Layers, degree: int) -> float:

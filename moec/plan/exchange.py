@@ -16,6 +16,9 @@ Form = Literal["flat", "hierarchical", "rail", "deduplicated", "coordinated"]
 FORMS: tuple[Form, ...] = ("flat", "hierarchical", "rail", "deduplicated", "coordinated")
 STAGED: tuple[Form, ...] = ("hierarchical", "rail", "deduplicated")
 """The forms with a stage inside nodes and a stage between them."""
+CALLS = 2
+"""Collectives of a stage in one direction, as the mean of both: counts, rows and slots on the way
+out, rows on the way back."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,13 @@ def exchange(form: Form, ranks: int, node: int, volume: float, away: float = 1.0
 def seconds(step: Exchange, cluster: Cluster, span: int) -> float:
     """Seconds of one direction, for a group whose ranks are among `span` neighbouring devices."""
     inside, across = cluster.levels[0], cluster.level_of(span)
+    stages = (inside, across) if step.staged else (across,)
+    calls = sum(CALLS * level.call_seconds for level in stages)
     near = step.bytes_inside / inside.share()
     far = step.bytes_across / across.share()
     moved = near + far if step.staged else max(near, far)
     latency = step.hops_inside * inside.latency.value + step.hops_across * across.latency.value
-    return latency + moved + 2 * step.bytes_copied / cluster.device.memory_bandwidth.value
+    return calls + latency + moved + 2 * step.bytes_copied / cluster.device.copy_bandwidth
 
 
 def collective_seconds(kind: str, size: float, ranks: int, span: int, cluster: Cluster) -> float:
@@ -127,8 +132,8 @@ def collective_seconds(kind: str, size: float, ranks: int, span: int, cluster: C
         return 0.0
     level = cluster.level_of(span)
     times = 2 if kind == "all_reduce" else 1
-    steps = times * (ranks - 1)
-    return steps * level.latency.value + times * size * (ranks - 1) / ranks / level.share()
+    least = level.call_seconds + (ranks - 1) * level.latency.value
+    return times * (least + size * (ranks - 1) / ranks / level.share())
 
 
 def distinct_nodes(experts: int, k: int, nodes: int) -> float:

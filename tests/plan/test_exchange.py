@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from moec.plan.cluster import link_graph, read_cluster, route
+from moec.plan.degrees import Degrees
 from moec.plan.exchange import (
+    collective_seconds,
     coordinated,
     deduplicated,
     distinct_nodes,
@@ -15,6 +18,11 @@ from moec.plan.exchange import (
     rail_aligned,
     seconds,
 )
+from moec.plan.files import Quantity
+from moec.plan.model import read_model
+from moec.plan.planner import Planner
+from moec.plan.popularity import of_distribution
+from moec.plan.workload import Workload
 
 
 @pytest.mark.parametrize(("ranks", "slices", "hops"), [(128, 1, 128), (128, 8, 16), (64, 4, 16)])
@@ -75,6 +83,44 @@ def test_two_stages_pay_for_small_messages_only() -> None:
 
     assert faster(1e6)
     assert not faster(1e9)
+
+
+def test_calls_and_sorted_rows_of_a_measured_cluster() -> None:
+    """A stage has two collectives in one direction, and both stages of a node are on its link."""
+    cluster, volume = read_cluster("h100-8"), 1e6
+    (level,) = cluster.levels
+    slow = replace(level, call=Quantity(1e-3, "measured"))
+    device = replace(cluster.device, dispatch_bandwidth=Quantity(1e9, "measured"))
+    measured = replace(cluster, levels=(slow,), device=device)
+    one, two = flat(8, 8, volume), hierarchical(8, 2, volume)
+    assert seconds(one, measured, 8) - seconds(one, cluster, 8) == pytest.approx(2e-3)
+    sorting = 4 * volume * (1 / 1e9 - 1 / cluster.device.memory_bandwidth.value)
+    added = seconds(two, measured, 8) - seconds(two, cluster, 8)
+    assert added == pytest.approx(4e-3 + sorting)
+    assert collective_seconds("all_gather", 0.0, 8, 8, measured) == pytest.approx(
+        1e-3 + collective_seconds("all_gather", 0.0, 8, 8, cluster)
+    )
+    names = [name for name, _ in measured.quantities()]
+    assert "bandwidth of dispatch, bytes/s" in names
+    assert f"{level.name} call of a collective, s" in names
+
+
+def test_routing_is_a_part_where_its_rate_is_measured() -> None:
+    """512 tokens a rank, 2 experts each, rows of 4096 in bf16 to the experts and back."""
+    cluster = read_cluster("h100-8")
+    device = replace(cluster.device, dispatch_bandwidth=Quantity(1e9, "measured"))
+    model = read_model("mixtral-8x7b")
+    work = Workload(tokens=8 * 512, sequences=0, context=0, send="bf16", back="bf16")
+    parts = [
+        Planner(model, machine, work, of_distribution("uniform", [8] * 32), "uniform", (0.0,))
+        .plan([Degrees(1, 8, 1, 8, "flat")] * 32, 0.0)
+        .layers[0]
+        .seconds
+        for machine in (cluster, replace(cluster, device=device))
+    ]
+    assert "routing" not in parts[0]
+    assert parts[1]["routing"] == pytest.approx(512 * 2 * 4096 * (2 + 2) / 1e9)
+    assert parts[1]["experts"] == parts[0]["experts"]
 
 
 def test_levels_are_the_ways_of_the_link_graph() -> None:
