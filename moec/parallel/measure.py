@@ -73,8 +73,8 @@ REPEATS = 15
 
 @dataclass(frozen=True)
 class Numbers:
-    """FLOP/s by dtype; bytes/s of memory, of dispatch and of an exchange; seconds of a message, and of
-    a collective besides its messages; the bytes that a process takes."""
+    """FLOP/s by dtype; bytes/s of memory, of dispatch and of an exchange; seconds of a message, and
+    of a collective besides its messages; the bytes that a process takes."""
 
     flops: dict[str, float]
     memory_bandwidth: float
