@@ -68,7 +68,7 @@ class Backend:
     `kernels` maps the type of a spec to the generator of its kernel (`Lowering.kernel`). `loop`
     makes one kernel of a group of ops without a rule. `library` compiles a module of Relax
     functions and kernels, and links it. `ready` raises TargetError if this machine lacks what
-    `library` needs.
+    `library` needs. With `destinations`, functions write results into memory of the caller.
     """
 
     kind: str
@@ -77,6 +77,7 @@ class Backend:
     loop: Callable[[FusionGroup, str, Any], LoopKernel]
     library: Callable[[IRModule, Any, int, Store | None], BuiltLibrary]
     ready: Callable[[Any], object] = lambda target: None
+    destinations: bool = False
 
     def select(self, graph: Graph) -> Selection:
         """For each op, the first rule in order that does not refuse it."""

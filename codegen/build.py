@@ -16,6 +16,7 @@ from tvm.tirx import PrimFunc
 
 from moec.cache import Store, default_store
 from moec.codegen.cpu.link import Exportable, linked
+from moec.codegen.destinations import in_destinations
 from moec.codegen.object_cache import (
     compiled_objects,
     llvm_modules,
@@ -162,12 +163,16 @@ def context(checked: bool = False) -> tvm.transform.PassContext:
 def lowered_calls(module: tvm.IRModule) -> tvm.IRModule:
     """A module from `lower` with its memory planned. Every call is already a kernel call."""
     t = relax.transform
-    passes = tvm.transform.Sequential(
+    calls = tvm.transform.Sequential(
         [
             t.DeadCodeElimination(),
             t.ToNonDataflow(),
             t.RemovePurityChecking(),
             t.CallTIRRewrite(),
+        ]
+    )
+    memory = tvm.transform.Sequential(
+        [
             t.StaticPlanBlockMemory(),
             t.LowerAllocTensor(),
             t.KillAfterLastUse(),
@@ -177,4 +182,4 @@ def lowered_calls(module: tvm.IRModule) -> tvm.IRModule:
             t.AttachGlobalSymbol(),
         ]
     )
-    return passes(module)
+    return memory(in_destinations(calls(module)))

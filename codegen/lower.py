@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import tvm
 from tvm import relax, tirx
 
 from moec.codegen.backend import Backend, Refusal, Selection
+from moec.codegen.destinations import ATTRIBUTE
 from moec.codegen.fusion import partition
 from moec.codegen.loops.index import Sizes, names
 from moec.codegen.module_builder import Lowering, ModuleBuilder, Param
 from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
 from moec.errors import UnsupportedError
-from moec.ir.graph import Graph, Module
+from moec.ir.graph import Graph, Module, Value
+from moec.runtime.package import WITH_CACHES
 from moec.target.base import Target
+
+_KERNEL_CALL = tvm.ir.Op.get("relax.call_tir")
 
 BUILDERS = threading.Lock()
 """Held while Relax is built: TVM keeps the open builders of all threads on one stack."""
@@ -33,7 +38,8 @@ BUILDERS = threading.Lock()
 @dataclass(frozen=True)
 class LoweredModule:
     """The Relax module of some programs. `module` has a function per program, whose arguments are
-    the caller's inputs, the states, then its weights: `params`, by the function's name. `kernels`
+    the caller's inputs, the states, memory for results, then its weights: `params`, by the
+    function's name. `destinations` are the outputs, by index, that have such memory. `kernels`
     pairs the origin of each op of the first program with its kernel; `refusals` are the reasons of
     ops without one. `tunable` are the kernels that tuning can change."""
 
@@ -42,6 +48,7 @@ class LoweredModule:
     kernels: tuple[tuple[str, str], ...]
     refusals: tuple[Refusal, ...] = ()
     tunable: tuple[Tunable, ...] = ()
+    destinations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def lower(
@@ -58,16 +65,18 @@ def lower(
             relax.BlockBuilder(), backend, name_counts=Counter(module), tunings=tunings
         )
         params: dict[str, tuple[Param, ...]] = {}
+        destinations: dict[str, tuple[int, ...]] = {}
         origins: tuple[tuple[str, str], ...] = ()
         refusals: dict[Refusal, None] = {}
         for name in module:
             graph = module[name].graph
             selection = backend.select(graph)
             refusals |= dict.fromkeys(selection.refusals)
-            params[name] = _function(name, graph, target, kernels, selection)
+            params[name], destinations[name] = _function(name, graph, target, kernels, selection)
             origins = origins or tuple(kernels.sites)
         tunable = tuple(kernels.tunable.values())
-        return LoweredModule(kernels.builder.finalize(), params, origins, tuple(refusals), tunable)
+        finished = kernels.builder.finalize()
+        return LoweredModule(finished, params, origins, tuple(refusals), tunable, destinations)
 
 
 def supported(graph: Graph, backend: Backend) -> bool:
@@ -81,8 +90,9 @@ def supported(graph: Graph, backend: Backend) -> bool:
 
 def _function(
     name: str, graph: Graph, target: Target, kernels: ModuleBuilder, selection: Selection
-) -> tuple[Param, ...]:
-    """Adds the function of a graph; returns its params in order."""
+) -> tuple[tuple[Param, ...], tuple[int, ...]]:
+    """Adds the function of a graph; returns its params in order, and the outputs, by index, that
+    it writes into memory of the caller."""
     rules = selection.rules
     reasons = {refusal.op: refusal.reason for refusal in selection.refusals}
     check(graph, rules.__contains__, reasons)
@@ -97,7 +107,8 @@ def _function(
     inputs = [relax.Var(v.name, low.type(v)) for v in ordered]
     low.values |= dict(zip(ordered, inputs, strict=True))
     builder = kernels.builder
-    with builder.function(name):
+    attributes: dict[str, Any] = {}
+    with builder.function(name, attrs=attributes):
         with builder.dataflow():
             for group in partition(graph, rules.__contains__):
                 if all(value in low.values for value in group.root.outputs):
@@ -105,7 +116,43 @@ def _function(
                 rule = rules.get(group.root)
                 results = low.group(group) if rule is None else rule.emit(low, group.root)
                 low.values |= dict(zip(group.root.outputs, results, strict=True))
+            # Results of these functions are copied to the CPU.
+            in_memory = kernels.backend.destinations and name not in WITH_CACHES
+            written = _written(low, ordered[: len(ordered) - len(before)]) if in_memory else ()
             results = [builder.emit_output(low.value(v)) for v in graph.results]
+        memory = [_memory(low, graph.outputs[index]) for index in written]
+        if written:
+            attributes[ATTRIBUTE] = [[n, len(inputs) + i] for i, n in enumerate(written)]
         params = [var for _, var in low.params.values()]
-        builder.emit_func_output(relax.Tuple(results), [*inputs, *params])
-    return tuple(param for param, _ in low.params.values())
+        builder.emit_func_output(relax.Tuple(results), [*inputs, *memory, *params])
+    return tuple(param for param, _ in low.params.values()), written
+
+
+def _memory(low: Lowering, output: Value) -> relax.Var:
+    return relax.Var(f"{output.name}_memory", low.type(output))
+
+
+def _written(low: Lowering, inputs: Sequence[Value]) -> tuple[int, ...]:
+    """The outputs, by index, that a kernel can write into memory of the caller: each has memory of
+    its own, and a size that follows from those of the inputs."""
+    graph = low.graph
+    lengths = {str(size) for value in inputs for size in value.shape}
+    values = [low.value(value) for value in graph.results]
+    bases = [low.bases.get(value, value) for value in values]
+    uses = Counter(bases)
+    return tuple(
+        index
+        for index, (output, base) in enumerate(zip(graph.outputs, bases, strict=False))
+        if uses[base] == 1
+        and output.dtype != "c64"
+        and names(*output.shape) <= lengths
+        and _is_allocated(low, base)
+    )
+
+
+def _is_allocated(low: Lowering, value: relax.Expr) -> bool:
+    """Whether a kernel call allocates the value, alone or with others."""
+    call = low.builder.lookup_binding(value)
+    if isinstance(call, relax.TupleGetItem):
+        call = low.builder.lookup_binding(call.tuple_value)
+    return isinstance(call, relax.Call) and call.op == _KERNEL_CALL

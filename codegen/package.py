@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from types import MappingProxyType
@@ -71,7 +71,10 @@ def package(
     `weights=False` leaves the arrays to be bound later (`Executor.bind`).
     """
     functions = {
-        name: signature(name, module[name], ports(lowered.params[name])) for name in module
+        name: signature(
+            name, module[name], ports(lowered.params[name]), lowered.destinations.get(name, ())
+        )
+        for name in module
     }
     arrays: dict[str, Array] = {}
     for name in module if weights else ():
@@ -102,8 +105,11 @@ def ports(params: tuple[Param, ...]) -> tuple[Port, ...]:
     return tuple(Port(p.name, p.type.dtype, tuple(_size(d) for d in p.type.shape)) for p in params)
 
 
-def signature(name: str, program: Program, params: tuple[Port, ...]) -> Function:
-    """The inputs and outputs of the library's function `name`, from its graph."""
+def signature(
+    name: str, program: Program, params: tuple[Port, ...], destinations: Sequence[int] = ()
+) -> Function:
+    """The inputs and outputs of the library's function `name`, from its graph. `destinations` are
+    the outputs, by index, that it writes into memory of the caller."""
     graph = program.graph
     held = [state.before for state in graph.states]
     caches = [value for value in held if name in WITH_CACHES or not _is_fixed(value)]
@@ -112,6 +118,7 @@ def signature(name: str, program: Program, params: tuple[Port, ...]) -> Function
         inputs=tuple(port(v) for v in graph.inputs if v not in held),
         outputs=tuple(map(port, graph.outputs)),
         params=params,
+        destinations=tuple(graph.outputs[index].name for index in destinations),
         states=states,
         caches=tuple(map(port, caches)),
         sizes={name: (b.low, b.high) for name, b in graph.bounds.items()},

@@ -171,6 +171,24 @@ def free_memory() -> int:
     return int(min(free, free_in_groups()))
 
 
+def destination_shapes(
+    function: Function, inputs: Mapping[str, Any]
+) -> tuple[tuple[Port, tuple[int, ...]], ...]:
+    """The outputs that are written into memory of the caller, with their shapes in this call.
+
+    Raises InputError as `check_inputs` does for shapes, ValueError where a shape is unknown.
+    """
+    env = _bind(function, inputs)
+    shapes = []
+    for port in function.outputs:
+        if port.name in function.destinations:
+            shape = [sizes.evaluate(size, env) for size in port.shape]
+            if None in shape:
+                raise ValueError(f"the shape {show_shape(port.shape)} of {port.name} is unknown")
+            shapes.append((port, tuple(n for n in shape if n is not None)))
+    return tuple(shapes)
+
+
 def check_no_nan(kind: str, arrays: Mapping[str, Array]) -> None:
     """Raise InputError where a float array holds NaN; `kind` is "input" or "output"."""
     for name, array in arrays.items():

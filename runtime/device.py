@@ -11,8 +11,10 @@ from typing import Any, Protocol
 from moec.errors import ArtifactError, InputError, MoecError, UsageError
 from moec.runtime.artifact import Artifact
 from moec.runtime.checks import free_memory
+from moec.runtime.dtypes import NUMPY
 from moec.runtime.library import open_library
-from moec.runtime.package import Package
+from moec.runtime.package import Package, Port
+from moec.runtime.tensors import empty, from_numpy
 
 CPU, CUDA = "cpu", "cuda"
 
@@ -39,7 +41,8 @@ class Device(Protocol):
     def moved(self, tensor: Any, into: Any = None) -> Any: ...
     def to_host(self, tensor: Any) -> Any: ...
     def arguments(self, tensors: Sequence[Any]) -> list[Any]: ...
-    def results(self, tensors: Sequence[Any]) -> list[Any]: ...
+    def destination(self, port: Port, shape: tuple[int, ...], before: Any) -> Any: ...
+    def results(self, tensors: Sequence[Any], destinations: Mapping[int, Any]) -> list[Any]: ...
     def repeated(self) -> Repeated | None: ...
     def running(self) -> AbstractContextManager[Any]: ...
     def refusal(self, line: str) -> MoecError: ...
@@ -73,8 +76,13 @@ class Cpu:
         """The inputs of a call, on this device."""
         return list(tensors)
 
-    def results(self, tensors: Sequence[Any]) -> list[Any]:
-        """The results of a call, on the caller's device."""
+    def destination(self, port: Port, shape: tuple[int, ...], before: Any) -> Any:
+        """Memory for an output; `before` is that of the latest call, or None."""
+        return from_numpy(empty(shape, NUMPY[port.dtype]))
+
+    def results(self, tensors: Sequence[Any], destinations: Mapping[int, Any]) -> list[Any]:
+        """The results of a call, on the caller's device. `destinations` are those that the call
+        wrote into memory of `destination`, by index."""
         return list(tensors)
 
     def repeated(self) -> None:

@@ -23,7 +23,7 @@ from moec.errors import InputError
 from moec.runtime import artifact
 from moec.runtime.artifact import Artifact, MappedArrays
 from moec.runtime.caches import Cache, caches_of, keep
-from moec.runtime.checks import check_inputs, check_memory
+from moec.runtime.checks import CPU, check_inputs, check_memory, destination_shapes
 from moec.runtime.device import Cpu, Device, default_device, only_for
 from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.library import tvm_ffi
@@ -69,11 +69,14 @@ def start(opened: Artifact, device: Device | None = None) -> Executor:
 
 @dataclass(eq=False)
 class _Entry:
-    """A function of the library with its signature and its bound weights."""
+    """A function of the library with its signature and its bound weights. `shapes` are those of the
+    latest call's inputs, and of the outputs that are written into `memory`."""
 
     signature: Function
     function: Any
     params: list[Any] = field(default_factory=list)
+    shapes: tuple[Any, ...] = ((), ())
+    memory: list[Any] = field(default_factory=list)
 
 
 _EXECUTORS: weakref.WeakSet[Executor] = weakref.WeakSet()
@@ -237,12 +240,13 @@ class Executor:
             outputs, states = entry.signature.outputs, entry.signature.states
             before = [self._states[port.name] for port in states]
             held = [cache.tensor for cache in caches]
-            raw = self._invoke(entry, [*arguments, *before, *held])
+            memory = self._destinations(entry, inputs)
+            raw = self._invoke(entry, [*arguments, *before, *held, *memory.values()])
             count = len(outputs)
             end = count + len(states)
             results = results_of(raw, end + len(caches))
             keep(caches, entry.signature.caches, results[end:])
-            results[:count] = self._device.results(results[:count])
+            results[:count] = self._device.results(results[:count], memory)
             shared = (*arguments, *before, *held, *results[count:])
             self._states |= {p.name: t for p, t in zip(states, results[count:end], strict=True)}
             if recorder:
@@ -251,6 +255,26 @@ class Executor:
                 to_host = self._device.to_host
                 recorder.add_main([to_numpy(to_host(r), port) for r, port in choices], requests)
             return self._returned(results[:count], outputs[:count], shared, torch)
+
+    def _destinations(self, entry: _Entry, inputs: Sequence[Any]) -> dict[int, Any]:
+        """Memory for outputs of a call, by the index of the output."""
+        function = entry.signature
+        if not function.destinations:
+            return {}
+        lengths = [tuple(value.shape) for value in inputs]
+        if entry.shapes[0] != lengths:
+            names = (port.name for port in function.inputs)
+            named = dict(zip(names, inputs, strict=True))
+            entry.shapes = (lengths, destination_shapes(function, named))
+        before = entry.memory or [None] * len(function.destinations)
+        memory = [
+            self._device.destination(port, shape, latest)
+            for (port, shape), latest in zip(entry.shapes[1], before, strict=True)
+        ]
+        if self._device.takes == CPU:  # else the caller alone decides how long results are kept
+            entry.memory = memory
+        indices = [n for n, p in enumerate(function.outputs) if p.name in function.destinations]
+        return dict(zip(indices, memory, strict=True))
 
     def _returned(
         self, results: Sequence[Any], ports: Sequence[Port], shared: Sequence[Any], torch: Any

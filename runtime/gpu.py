@@ -19,8 +19,10 @@ from typing import Any
 
 from moec.errors import ArtifactError, InputError, MoecError, TargetError
 from moec.runtime.cuda_graph import CUDART, RepeatedCall, copy_on_stream
+from moec.runtime.dtypes import NUMPY
 from moec.runtime.library import CPU, CUDA, open_library, tvm_ffi
-from moec.runtime.package import GpuCode, Package
+from moec.runtime.package import GpuCode, Package, Port
+from moec.runtime.tensors import arguments_of
 from moec.target import nvidia
 
 _CREATE = "ffi.Module.create.cuda"
@@ -75,15 +77,28 @@ class GpuDevice:
     def arguments(self, tensors: Sequence[Any]) -> list[Any]:
         return [self.moved(tensor) if self.copies else tensor for tensor in tensors]
 
-    def results(self, tensors: Sequence[Any]) -> list[Any]:
+    def destination(self, port: Port, shape: tuple[int, ...], before: Any) -> Any:
+        """Torch's memory. With copies, the memory of the latest call if it has the shape."""
+        dtype = NUMPY[port.dtype].name
+        if not self.copies:
+            return empty_in_torch(shape, dtype, self.takes)
+        if before is not None and tuple(before.shape) == shape:
+            return before
+        return allocated(shape, dtype, self.memory, self.index)
+
+    def results(self, tensors: Sequence[Any], destinations: Mapping[int, Any]) -> list[Any]:
         """In torch's memory, not in that of TVM's pool: a call allocates nothing there once another
-        has had the same sizes, whatever the caller keeps of its results."""
+        has had the same sizes, whatever the caller keeps of its results. Those that kernels have
+        not written there are copied."""
         if self.copies:
             return [self.to_host(tensor) for tensor in tensors]
-        copies = [empty_in_torch(tensor) for tensor in tensors]
-        for tensor, copy in zip(tensors, copies, strict=True):
-            copy_on_stream(tensor, copy)
-        return copies
+        results = []
+        for index, tensor in enumerate(tensors):
+            if (result := destinations.get(index)) is None:
+                result = empty_in_torch(tensor.shape, str(tensor.dtype), self.takes)
+                copy_on_stream(tensor, result)
+            results.append(result)
+        return results
 
     def repeated(self) -> RepeatedCall:
         return RepeatedCall(self.index)
@@ -176,21 +191,26 @@ def _load_runtime() -> None:
         raise TargetError("TVM's runtime for CUDA lacks the loader of kernels")
 
 
-def empty_in_torch(tensor: Any) -> Any:
-    """Memory of torch on the tensor's device, of its shape and dtype."""
+def empty_in_torch(shape: Sequence[int], dtype: str, device: str) -> Any:
+    """Memory of torch, as a TVM tensor. `dtype` and `device` are torch's names."""
     torch = sys.modules["torch"]  # which the caller's inputs are of
-    dtype = getattr(torch, str(tensor.dtype))
-    result = torch.empty(tuple(tensor.shape), dtype=dtype, device=str(tensor.device))
-    return tvm_ffi().from_dlpack(result)
+    memory = torch.empty(tuple(shape), dtype=getattr(torch, dtype), device=device)
+    (tensor,), _ = arguments_of([memory])
+    return tensor
 
 
 def copied_to(tensor: Any, memory: int, index: int) -> Any:
     """A copy of the tensor in memory of that type (DLPack's device types), on device `index`."""
+    copy = allocated(tensor.shape, str(tensor.dtype), memory, index)
+    tvm_ffi().get_global_func("runtime.TVMTensorCopyFromTo")(tensor, copy)
+    return copy
+
+
+def allocated(shape: Sequence[int], dtype: str, memory: int, index: int) -> Any:
+    """A tensor in memory of that type, as in `copied_to`."""
     ffi = tvm_ffi()
     allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
-    copy = allocate(ffi.Shape(tensor.shape), tensor.dtype, ffi.Device(memory, index), None)
-    ffi.get_global_func("runtime.TVMTensorCopyFromTo")(tensor, copy)
-    return copy
+    return allocate(ffi.Shape(shape), ffi.dtype(dtype), ffi.Device(memory, index), None)
 
 
 def _import(host: Any, code: GpuCode, content: bytes) -> None:

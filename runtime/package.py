@@ -2,10 +2,12 @@
 
 The library holds a VM function for each of `Package.functions`:
 
-    name(inputs..., states..., caches..., params...) -> (outputs..., states..., caches...)
+    name(inputs..., states..., caches..., destinations..., params...)
+        -> (outputs..., states..., caches...)
 
-in the order of its ports. A port of dtype c64 is passed as f32 with a last axis of 2: real part,
-imaginary part. `main` is the model as it was captured. The other functions are:
+in the order of its ports. Destinations are memory for some outputs, which the function writes and
+returns. A port of dtype c64 is passed as f32 with a last axis of 2: real part, imaginary part.
+`main` is the model as it was captured. The other functions are:
 
     decode(input_ids[B, S], first[B], rows[B], last[B], caches..., params...) -> logits, caches
         The next S tokens of B texts, after first[b] earlier tokens. The logits [B, 1, V] are those
@@ -66,7 +68,8 @@ class Function:
 
     `states` are held by the executor between calls; functions share states of the same name.
     `caches` are held by the caller, one set for each set of texts. `sizes` are the bounds of the
-    named sizes (low, high or None). `index_ranges` are the allowed values (low, high inclusive) of
+    named sizes (low, high or None). `destinations` names the outputs that are written into memory
+    of the caller. `index_ranges` are the allowed values (low, high inclusive) of
     inputs that look up rows of a table; sizes, where that of the table varies.
     """
 
@@ -77,6 +80,7 @@ class Function:
     caches: tuple[Port, ...] = ()
     sizes: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     index_ranges: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
+    destinations: tuple[str, ...] = ()
 
     @property
     def ports(self) -> tuple[Port, ...]:

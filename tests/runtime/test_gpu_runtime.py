@@ -138,7 +138,7 @@ def test_tokens_are_launched_as_one_graph(process: tuple[Path, dict[str, str]]) 
 
 def test_a_warm_call_may_be_captured(process: tuple[Path, dict[str, str]]) -> None:
     """As in torch.cuda.graph, with results in memory of the caller (torch's, which this process
-    does not have): no allocation, no wait, no copy to or from the CPU, one stream."""
+    does not have), where kernels write them: no allocation, no wait, no copy, one stream."""
     run(
         process,
         "import moec.runtime.gpu as gpu\n"
@@ -149,9 +149,12 @@ def test_a_warm_call_may_be_captured(process: tuple[Path, dict[str, str]]) -> No
         "entry, (port,) = executor._main, executor._main.signature.outputs\n"
         "x = device.moved(from_numpy(ids))\n"
         "memory = device.moved(from_numpy(np.zeros_like(expected['logits'])))\n"
-        "gpu.empty_in_torch = lambda tensor: memory\n"
+        "gpu.empty_in_torch = lambda *_: memory\n"
+        "shape = expected['logits'].shape\n"
         "def call():\n"
-        "    return device.results(results_of(entry.function(x, *entry.params), 1))[0]\n"
+        "    to = device.destination(port, shape, None)\n"
+        "    raw = results_of(entry.function(x, to, *entry.params), 1)\n"
+        "    return device.results(raw, {0: to})[0]\n"
         "call(), call()\n"
         "driver.count_from_zero(stream)\n"
         "graph = ctypes.c_void_p()\n"
@@ -159,13 +162,48 @@ def test_a_warm_call_may_be_captured(process: tuple[Path, dict[str, str]]) -> No
         "    cudart.cudaStreamBeginCapture(stream, 0)\n"
         "    result = call()\n"
         "    cudart.cudaStreamEndCapture(stream, ctypes.byref(graph))\n"
-        "kinds = (ALLOCATIONS, WAITS, HOST_COPIES, OTHER_STREAMS)\n"
+        "kinds = (ALLOCATIONS, WAITS, COPIES, OTHER_STREAMS)\n"
         "assert counts[LAUNCHES] and not any(counts[kind] for kind in kinds), list(counts)\n"
         "device.moved(from_numpy(ids[:, ::-1].copy()), x)\n"
         "backwards = model(ids[:, ::-1].copy())\n"
         "cudart.cudaGraphLaunch(graph, stream)\n"
         "assert result.data_ptr() == memory.data_ptr()\n"
         "np.testing.assert_array_equal(to_numpy(device.to_host(result), port), backwards)\n",
+    )
+
+
+def test_other_results_are_copied_on_the_stream_of_the_call(
+    process: tuple[Path, dict[str, str]],
+) -> None:
+    run(
+        process,
+        "import moec.runtime.gpu as gpu\n"
+        "from moec.runtime.library import tvm_ffi\n"
+        "from moec.runtime.tensors import from_numpy\n"
+        "ffi, device = tvm_ffi(), gpu.GpuDevice()\n"
+        "x, memory = (device.moved(from_numpy(array)) for array in (ids, np.zeros_like(ids)))\n"
+        "gpu.empty_in_torch = lambda *_: memory\n"
+        "driver.count_from_zero(ctypes.c_void_p(4096))\n"
+        "with ffi.use_raw_stream(ffi.device('cuda:0'), 4096):\n"
+        "    (result,) = device.results([x], {})\n"
+        "assert (counts[COPIES], counts[HOST_COPIES], counts[OTHER_STREAMS]) == (1, 0, 0)\n"
+        "np.testing.assert_array_equal(np.from_dlpack(device.to_host(result)), ids)\n",
+    )
+
+
+def test_calls_with_copies_write_into_one_memory(process: tuple[Path, dict[str, str]]) -> None:
+    """Whose results are in memory of the CPU: a warm call allocates its input alone."""
+    run(
+        process,
+        "first = model(ids)\n"
+        "model(ids)\n"
+        "(latest,) = model.executor._main.memory\n"
+        "driver.count_from_zero(None)\n"
+        "second = model(ids[:, ::-1].copy())\n"
+        "assert counts[ALLOCATIONS] <= 1, list(counts)\n"
+        "assert model.executor._main.memory[0] is latest\n"
+        "np.testing.assert_allclose(first, expected['logits'], rtol=1e-4, atol=1e-5)\n"
+        "assert np.abs(second - first).max() > 1e-3\n",
     )
 
 

@@ -73,6 +73,7 @@ CUDA = Backend(
     loop=write,
     library=_library,
     ready=_ready,
+    destinations=True,
 )
 
 CUDA_TEXT = replace(CUDA, library=_text, ready=lambda target: linker_for(HOST))
