@@ -13,6 +13,7 @@ from moec.plan.cluster import read_cluster
 from moec.plan.model import read_model
 from moec.plan.planner import Planner
 from moec.plan.popularity import of_distribution
+from moec.plan.uniform import best_uniform
 from moec.plan.workload import Workload
 
 ROUTING = "lognormal:1"
@@ -30,7 +31,7 @@ def main() -> None:
     print(text.show(plan))
     layer = plan.layers[0]
     print(text.explain(layer, planner.candidates[0], plan.memory_limit))
-    print(text.compare(plan, planner.best_uniform(), ("this plan", "uniform degrees")))
+    print(text.compare(plan, best_uniform(planner), ("this plan", "uniform degrees")))
 
 
 if __name__ == "__main__":

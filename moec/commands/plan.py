@@ -137,6 +137,7 @@ def command(
     from moec.plan.heat_map import check_picture_name
     from moec.plan.model import read_model
     from moec.plan.plan import read_plan, write_plan
+    from moec.plan.uniform import best_uniform
 
     for path in (output, placement, picture, measure):
         if path and path.exists() and not force:
@@ -148,7 +149,7 @@ def command(
     machine = cluster_of(cluster, measure, nproc)
     work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
     planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare), bound)
-    plan = planner.best_uniform() if uniform else planner.best()
+    plan = best_uniform(planner) if uniform else planner.best()
     if explain is not None and explain >= len(plan.layers):
         raise UsageError(f"--explain {explain}: the model has {len(plan.layers)} layers")
     if output:

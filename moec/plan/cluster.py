@@ -87,8 +87,10 @@ class Cluster(Record, frozen=True, kw_only=True):
 
     def level_of(self, ranks: int) -> Level:
         """The lowest level that joins this many neighbouring devices. Raises UsageError."""
-        for index, level in enumerate(self.levels):
-            if self.span(index) >= ranks:
+        span = 1
+        for level in self.levels:
+            span *= level.joins
+            if span >= ranks:
                 return level
         raise UsageError(f"{self.name} has {self.devices} devices, not {ranks}")
 

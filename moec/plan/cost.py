@@ -43,6 +43,9 @@ class CostModel:
     workload: Workload
     placement: Callable[[int, int, int], Placement]
     _parts: dict[tuple[int, int], Mapping[str, float]] = field(default_factory=dict, repr=False)
+    _routed: dict[tuple[float | str, ...], Mapping[str, float]] = field(
+        default_factory=dict, repr=False
+    )
 
     @cached_property
     def layers(self) -> tuple[Layers, ...]:
@@ -66,8 +69,7 @@ class CostModel:
         hidden, held = 0.0, 0
         if layer.experts:
             held = self.placement(index, degrees.experts, degrees.slots).most
-            parts |= self._routing(layer) | self._experts(layer, degrees, held, busiest)
-            parts |= self._exchanges(layer, degrees, link, away)
+            parts |= self._of_experts(index, degrees, held, busiest, link, away)
             if layer.dense_hidden:
                 hidden = min(parts["dense"], parts["exchange out"])
         if sums := self._gradients(layer, degrees, held):
@@ -107,6 +109,22 @@ class CostModel:
                 "collectives": self._collectives(layer, degree),
             }
         return self._parts[index, degree]
+
+    def _of_experts(
+        self, index: int, degrees: Degrees, held: int, busiest: float, link: float,
+        away: float | None,
+    ) -> Mapping[str, float]:  # fmt: skip
+        """The parts that do not depend on the attention degree, cached."""
+        form, sizes = degrees.form, (degrees.experts, degrees.slices, degrees.slots)
+        key = (index, form, *sizes, busiest, link, -1.0 if away is None else away)
+        if key not in self._routed:
+            layer = self.layers[index]
+            self._routed[key] = {
+                **self._routing(layer),
+                **self._experts(layer, degrees, held, busiest),
+                **self._exchanges(layer, degrees, link, away),
+            }
+        return self._routed[key]
 
     def _roofline(self, flop: float, size: float) -> float:
         device = self.cluster.device

@@ -73,7 +73,9 @@ def place(loads: Loads, ranks: int, slots: int | None = None, restarts: int = 0)
     rank_of = _pack(weight, owner, capacity)
     rank_of = _improve(weight, owner, rank_of, ranks, bound, restarts)
     busiest = float(np.bincount(rank_of, weight, ranks).max())
-    held = tuple(tuple(sorted(owner[rank_of == rank].tolist())) for rank in range(ranks))
+    order = np.lexsort((owner, rank_of))
+    ends = np.cumsum(np.bincount(rank_of, minlength=ranks))[:-1]
+    held = tuple(tuple(part.tolist()) for part in np.split(owner[order], ends))
     return Placement(held, busiest, bound)
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
 from moec.plan.bound_experts import place_bound
 from moec.plan.cluster import Cluster
-from moec.plan.coactivation import coactivation, place_together
 from moec.plan.cost import CostModel, LayerCost
 from moec.plan.degrees import SPARE, Degrees, legal
-from moec.plan.eplb import rebalance
 from moec.plan.model import Model
 from moec.plan.placement import Placement, place
 from moec.plan.plan import LayerPlan, Number, Plan
+from moec.plan.reach import LayerReach, PlacedLayer
 from moec.plan.search import LayerOption, search
-from moec.plan.sends import count_sends, sample
+from moec.plan.sends import sample
 from moec.plan.workload import Workload
 from moec.runtime.routing_trace import RoutingTrace
 
@@ -30,6 +29,8 @@ Loads = NDArray[np.float64]
 
 LEVEL = 1.005
 """Busiest over mean, below which copies of experts are not worth their slots."""
+ROUNDS = 4
+"""Searches, at most; each is of the costs that were counted for the plan of the one before."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,48 @@ class Planner:
             self._placements[key] = bound or place(loads, ranks, slots)
         return self._placements[key]
 
-    @cached_property
+    @property
     def candidates(self) -> tuple[tuple[CostedDegrees, ...], ...]:
-        """All legal degrees of each layer, with their costs."""
+        """All legal degrees of each layer, with their costs, which are counted on the trace for
+        those that a plan has had."""
+        return tuple(
+            tuple(self._costs[index, degrees] for degrees in options)
+            for index, options in enumerate(self._options)
+        )
+
+    @cached_property
+    def _options(self) -> tuple[tuple[Degrees, ...], ...]:
         return tuple(
             tuple(
-                CostedDegrees(degrees, self.cost.layer(index, degrees))
-                for degrees in self._legal(index)
+                degrees
+                for degrees in self.legal(index)
                 if not self._spare_is_useless(index, layer.experts, degrees)
             )
             for index, layer in enumerate(self.cost.layers)
         )
 
-    def _legal(self, index: int) -> Iterator[Degrees]:
+    @cached_property
+    def _costs(self) -> dict[tuple[int, Degrees], CostedDegrees]:
+        return {
+            (index, degrees): CostedDegrees(degrees, self.layer_cost(index, degrees))
+            for index, options in enumerate(self._options)
+            for degrees in options
+        }
+
+    def layer_cost(self, index: int, degrees: Degrees) -> LayerCost:
+        """The cost of a layer. With a trace, a row of a deduplicated exchange goes to as many nodes
+        as in the trace."""
+        reach = self._reach(index)
+        if reach is None or degrees.form != "deduplicated":
+            return self.cost.layer(index, degrees)
+        placement = self.placement(index, degrees.experts, degrees.slots)
+        if reach.is_placed(degrees):
+            placement = reach.placed(degrees, placement).placement
+        busiest = placement.imbalance
+        return self.cost.with_load(index, degrees, busiest, busiest, reach.away(degrees))
+
+    def legal(self, index: int) -> Iterator[Degrees]:
+        """The degrees that a layer may have."""
         layer = self.cost.layers[index]
         for degrees in legal(layer, self.cluster, (0.0,) if self.groups else self.spare):
             if not (self.groups and layer.experts):
@@ -111,58 +141,53 @@ class Planner:
     def best(self) -> Plan:
         """The best plan, whose degrees may differ between layers. Raises UsageError if none
         fits."""
+        plans: list[tuple[float, int, tuple[Degrees, ...]]] = []
+        for number in range(ROUNDS):
+            degrees = self._quickest()
+            complete = self._count(degrees)
+            plans.append((self.seconds(degrees), number, degrees))
+            if complete:
+                break
+        seconds, _, least = min(plans)
+        return self.plan(least, seconds)
+
+    def _quickest(self) -> tuple[Degrees, ...]:
+        """The degrees of least cost. Raises UsageError."""
+        candidates = self.candidates
         layers = [
             [LayerOption(c.degrees.attention, c.cost.seconds, c.cost.memory) for c in options]
-            for options in self.candidates
+            for options in candidates
         ]
         solution = search(layers, self.cost.reshard, self.cost.memory_limit)
         if solution is None:
-            raise UsageError(self._too_large())
-        chosen = [self.candidates[i][choice] for i, choice in enumerate(solution.indices)]
-        return self.plan([candidate.degrees for candidate in chosen], solution.seconds)
+            raise UsageError(self.too_large())
+        return tuple(
+            options[at].degrees for options, at in zip(candidates, solution.indices, strict=True)
+        )
 
-    def best_uniform(self) -> Plan:
-        """The best plan with equal degrees, form and share of spare slots in all layers, as a grid
-        search would find it. Raises UsageError where none fits."""
-        table: list[dict[Degrees, CostedDegrees]] = []
-        for options in self.candidates:
-            first: dict[Degrees, CostedDegrees] = {}
-            sizes: dict[Degrees, int] = {}
-            for candidate in options:
-                plain = replace(candidate.degrees, slots=0)
-                sizes[plain] = sizes.get(plain, -1) + 1
-                first[replace(plain, slots=sizes[plain])] = candidate
-                for more in range(sizes[plain] + 1, len(self.spare)):
-                    first[replace(plain, slots=more)] = candidate
-            table.append(first)
-        routed = [row for row, layer in zip(table, self.cost.layers, strict=True) if layer.experts]
-        keys = list(routed[0]) if routed else list(table[0])
-        best: tuple[float, list[CostedDegrees]] | None = None
-        for key in keys:
-            dense = Degrees(key.attention)
-            rows = [row.get(key) or row.get(dense) for row in table]
-            row = [candidate for candidate in rows if candidate is not None]
-            total = sum(c.cost.seconds for c in row)
-            fits = sum(c.cost.memory for c in row) <= self.cost.memory_limit
-            if len(row) == len(table) and fits and (best is None or total < best[0]):
-                best = (total, row)
-        if best is None:
-            raise UsageError(self._too_large())
-        return self.plan([candidate.degrees for candidate in best[1]], best[0])
+    def _count(self, degrees: Sequence[Degrees]) -> bool:
+        """Count on the trace the nodes of these degrees, whose costs were estimates; True if none
+        was."""
+        complete = True
+        for index, entry in enumerate(degrees):
+            reach = self._reach(index)
+            if reach is None or entry.form != "deduplicated" or reach.is_placed(entry):
+                continue
+            complete = False
+            self._placed(index, entry)
+            for attention in {option.attention for option in self._options[index]}:
+                same = replace(entry, attention=attention)
+                if (index, same) in self._costs:
+                    cost = self.layer_cost(index, same)
+                    self._costs[index, same] = CostedDegrees(same, cost)
+        return complete
 
-    def with_eplb(self, plan: Plan) -> Plan:
-        """The degrees of `plan` with the placement of EPLB, which needs equal numbers of slots on
-        all ranks: the greatest number of the plan's ranks."""
-        layers = []
-        for layer in plan.layers:
-            if layer.experts:
-                each = max(len(slots) for slots in layer.slots)
-                row = self.loads[layer.layer][None, :]
-                table = rebalance(row, each * layer.ranks, 1, 1, layer.ranks)[0]
-                slots = tuple(tuple(r) for r in table.reshape(layer.ranks, each).tolist())
-                layer = _with_slots(layer, slots)
-            layers.append(layer)
-        return _with_layers(plan, tuple(layers))
+    def seconds(self, degrees: Sequence[Degrees]) -> float:
+        """Predicted seconds of a step."""
+        total = sum(self.layer_cost(i, entry).seconds for i, entry in enumerate(degrees))
+        return total + sum(
+            self.cost.reshard(a.attention, b.attention) for a, b in pairwise(degrees)
+        )
 
     def plan(self, degrees: Sequence[Degrees], seconds: float) -> Plan:
         layers = tuple(self._layer(index, entry) for index, entry in enumerate(degrees))
@@ -184,7 +209,8 @@ class Planner:
         )
 
     def _layer(self, index: int, degrees: Degrees) -> LayerPlan:
-        layer, cost = self.cost.layers[index], self.cost.layer(index, degrees)
+        placed = self._placed(index, degrees)
+        layer, cost = self.cost.layers[index], self.layer_cost(index, degrees)
         plain = {
             "layer": index,
             "experts": layer.experts,
@@ -195,13 +221,10 @@ class Planner:
         }
         if not layer.experts:
             return LayerPlan(**plain)  # type: ignore[arg-type]
-        by_load = self.placement(index, degrees.experts, degrees.slots)
-        placement, bound = by_load, self._bound(index, degrees.experts)
-        if self._sample is not None and not bound:
-            meets = coactivation(self._sample, self._sparse.index(index), layer.experts)
-            near = max(1, self.cluster.node_size // degrees.slices)
-            placement = place_together(by_load, self.loads[index], meets, near)
-        entry = LayerPlan(
+        placement = self.placement(index, degrees.experts, degrees.slots)
+        if placed is not None:
+            placement = placed.placement
+        return LayerPlan(
             **plain,  # type: ignore[arg-type]
             ranks=degrees.experts,
             slices=degrees.slices,
@@ -210,15 +233,17 @@ class Planner:
             slots=placement.slots,
             imbalance=placement.imbalance,
             bound=placement.bound_imbalance,
-            groups=bound,
+            groups=self._bound(index, degrees.experts),
+            sends=None if placed is None else placed.sends,
         )
-        if self._sample is None:
-            return entry
-        ids = np.ascontiguousarray(self._sample.ids[:, self._sparse.index(index)])
-        devices, node = self.cluster.devices, self.cluster.node_size
-        return msgspec.structs.replace(
-            entry, sends=count_sends(ids, entry, by_load.slots, devices, node)
-        )
+
+    def _placed(self, index: int, degrees: Degrees) -> PlacedLayer | None:
+        """The experts of a layer as placed for the trace; None without one."""
+        reach = self._reach(index)
+        if reach is None:
+            return None
+        by_load = self.placement(index, degrees.experts, degrees.slots)
+        return reach.placed(degrees, by_load)
 
     def _bound(self, index: int, ranks: int) -> dict[str, tuple[int, int]]:
         """The first and the last rank of each group of experts."""
@@ -227,16 +252,23 @@ class Planner:
         ranks_of = place_bound(self.loads[index], self.groups, ranks).ranks
         return {name: (part[0], part[-1]) for name, part in ranks_of.items()}
 
-    @cached_property
-    def _sparse(self) -> list[int]:
-        """The layers with experts, in the order of the trace's layers."""
-        return [i for i, layer in enumerate(self.cost.layers) if layer.experts]
+    def _reach(self, index: int) -> LayerReach | None:
+        return self._reaches.get(index)
 
     @cached_property
-    def _sample(self) -> RoutingTrace | None:
-        return None if self.trace is None else sample(self.trace)
+    def _reaches(self) -> dict[int, LayerReach]:
+        """The choices of each layer with experts, if there is a trace."""
+        if self.trace is None:
+            return {}
+        layers = [index for index, layer in enumerate(self.cost.layers) if layer.experts]
+        ids = np.ascontiguousarray(sample(self.trace).ids.transpose(1, 0, 2))
+        size = self.cluster.node_size
+        return {
+            index: LayerReach(choices, self.loads[index], size, fixed=bool(self.groups))
+            for index, choices in zip(layers, ids, strict=True)
+        }
 
-    def _too_large(self) -> str:
+    def too_large(self) -> str:
         least = sum(min(c.cost.memory for c in options) for options in self.candidates)
         limit = max(0.0, self.cost.memory_limit)
         return (
@@ -244,11 +276,3 @@ class Planner:
             f"device for weights and caches, {limit / 1e9:.1f} GB are free; use more devices, "
             "fewer sequences or weights of fewer bits"
         )
-
-
-def _with_slots(layer: LayerPlan, slots: tuple[tuple[int, ...], ...]) -> LayerPlan:
-    return msgspec.structs.replace(layer, slots=slots, sends=None)
-
-
-def _with_layers(plan: Plan, layers: tuple[LayerPlan, ...]) -> Plan:
-    return msgspec.structs.replace(plan, layers=layers)

@@ -196,7 +196,7 @@ def _replay(layer: LayerPlan, plan: Plan, cost: CostModel, ids: Ids) -> LayerRes
     counts = traffic(ids, layer, plan.devices, plan.node_size)
     slots = sum(map(len, layer.slots))
     degrees = Degrees(layer.attention, layer.ranks, layer.slices, slots, layer.form)
-    away = counts.deduplicated / max(1, ids.size)
+    away = counts.deduplicated / max(1, int(counts.rows.sum()))
     result = cost.with_load(layer.layer, degrees, counts.imbalance, link_imbalance(counts), away)
     slowest = max(result.parts, key=lambda part: result.parts[part])
     return LayerResult(

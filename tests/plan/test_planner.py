@@ -12,6 +12,7 @@ from moec.plan.model import Layers, Model, read_model
 from moec.plan.planner import Planner
 from moec.plan.popularity import of_distribution
 from moec.plan.simulate import drawn, simulate, traffic
+from moec.plan.uniform import best_uniform
 from moec.plan.workload import Workload
 
 
@@ -27,7 +28,7 @@ def planner(
 @pytest.mark.parametrize("name", ["mixtral-8x7b", "qwen3-30b-a3b"])
 def test_never_behind_uniform_degrees(name: str) -> None:
     p = planner(read_model(name), 16)
-    best, uniform = p.best(), p.best_uniform()
+    best, uniform = p.best(), best_uniform(p)
     assert best.seconds <= uniform.seconds * (1 + 1e-9)
     assert best.memory <= best.memory_limit
     assert sum(layer.total for layer in best.layers) <= best.seconds * (1 + 1e-9)
