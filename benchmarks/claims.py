@@ -84,6 +84,13 @@ CLAIMS = (
         "bf16. `ternary` is QMoE's format, `2bit` moec's own.",
     ),
     Claim(
+        "compressed-model",
+        "Compressed experts: whole models",
+        "Milliseconds of a Switch transformer on one text, compiled with ternary experts and in "
+        "bf16, medians. The paper reports a `ratio` below 1.05 next to an estimate of bf16 in "
+        "which all experts share one weight; here each expert has its own.",
+    ),
+    Claim(
         "compressed-models",
         "Compressed experts: what trained models lose",
         "Perplexity on text that the model never saw. `left` is the loss as a share of that of "
@@ -148,6 +155,21 @@ CLAIMS = (
         "Milliseconds a call, least of the rounds, of a part of each system at its paper's size "
         "(`layer()` of its file in `examples/systems/`), in float32. `ratio` is the time of the "
         "better of eager and Inductor over moec's.",
+    ),
+    Claim(
+        "system-examples",
+        "The examples of the twenty-four systems",
+        "Seconds of each file of `examples/systems/` from start to end, on two cores and with an "
+        "empty cache of compiled kernels; CPU seconds are the sum of its threads, MB the greatest "
+        "resident memory.",
+    ),
+    Claim(
+        "published-sizes",
+        "The systems at their published sizes",
+        "Whole models with random weights in float32, built and run. `published` is the paper's "
+        "number, or that of the authors' code (MomentumSMoE, Mod-Squad); the names of MoE++ have "
+        "one digit, which the counts round to. `error` is the greatest difference of the compiled "
+        "model to eager, as a share of the greatest value.",
     ),
     Claim(
         "einsum-moe",

@@ -27,13 +27,19 @@ class Figure:
 def measured() -> Mapping[int, tuple[Figure, ...]]:
     """The figures of each system, by its number."""
     records = list(read_records())
-    return {
+    figures: dict[int, tuple[Figure, ...]] = {
         2: tuple(einsum_moe(of(records, "einsum-moe"))),
         4: tuple(weights_averaging(of(records, "ewa"))),
         6: tuple(zero_experts(of(records, "zero-experts"))),
-        19: tuple(compressed(of(records, "compressed-kernels"))),
+        19: (
+            *compressed(of(records, "compressed-kernels")),
+            *compressed_models(of(records, "compressed-model")),
+        ),
         23: tuple(caches(of(records, "read-me-cache"))),
     }
+    for number, figure in published_sizes(of(records, "published-sizes")):
+        figures[number] = (*figures.get(number, ()), figure)
+    return figures
 
 
 def of(records: Iterable[Record], claim: str) -> list[Record]:
@@ -77,8 +83,27 @@ def compressed(records: Iterable[Record]) -> Iterator[Figure]:
         quantity = f"times smaller than bf16, products of {len(rows)} shapes of the paper"
         yield Figure(quantity, between(rows, "times smaller"), "20.07, MoE layers of c2048")
         quantity = f"time over bf16's, the same products, {record.machine}"
-        paper = "below 1 for each product; 1.05 end to end, which is not measured here"
-        yield Figure(quantity, between(rows, "ratio"), paper)
+        yield Figure(quantity, between(rows, "ratio"), "below 1 for each product")
+
+
+def compressed_models(records: Iterable[Record]) -> Iterator[Figure]:
+    for record in records:
+        for row in record.rows:
+            words = "1 token" if row["tokens"] == 1 else f"{row['tokens']} tokens"
+            quantity = f"time of a model over bf16's, {record.case}, {words}, {record.machine}"
+            paper = "below 1.05, next to an estimate of bf16 with one expert"
+            yield Figure(quantity, f"{row['ratio']}", paper)
+
+
+def published_sizes(records: Iterable[Record]) -> Iterator[tuple[int, Figure]]:
+    """The models that were built with weights, by the number of their system."""
+    for record in records:
+        (row,) = record.rows
+        system, _, name = record.case.partition(", ")
+        agreement = f"; {row['error']} from eager" if "error" in row else ""
+        ours = f"{row['parameters, M']}M, {row['difference, %']:+} %{agreement}"
+        figure = Figure(f"{name} with weights, built and run", ours, f"{row['published, M']:g}M")
+        yield int(system.partition(" ")[0]), figure
 
 
 def between(rows: Iterable[Mapping[str, Cell]], column: str) -> str:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "golden" / "systems"
 PAGE = ROOT / "docs" / "systems.md"
 CLAIM = "systems"
+EXAMPLES = "system-examples"
 HEAD = """\
 # The twenty-four systems
 
@@ -116,10 +117,20 @@ def times() -> dict[int, tuple[str, Mapping[str, Cell]]]:
     return rows
 
 
+def example_times() -> dict[int, str]:
+    """The newest time and memory of each system's example, by its number."""
+    texts = {}
+    for record in newest(r for r in read_records() if r.claim == EXAMPLES):
+        (row,) = record.rows
+        number = int(record.case.partition(" ")[0])
+        texts[number] = f"{row['seconds']} s, {row['MB']} MB, on two cores of {record.machine}"
+    return texts
+
+
 def page() -> str:
     figures = measured()
     records = [replace(r, figures=(*r.figures, *figures.get(r.source.number, ()))) for r in read()]
-    return "\n".join(_page(records, times()))
+    return "\n".join(_page(records, times(), example_times()))
 
 
 def picture() -> str:
@@ -137,7 +148,9 @@ def picture() -> str:
 
 
 def _page(
-    records: Sequence[Record], measured: Mapping[int, tuple[str, Mapping[str, Cell]]]
+    records: Sequence[Record],
+    measured: Mapping[int, tuple[str, Mapping[str, Cell]]],
+    examples: Mapping[int, str],
 ) -> Iterator[str]:
     yield HEAD
     yield table(
@@ -166,7 +179,8 @@ def _page(
     yield f"![{ALT}](images/systems.svg)"
     yield ""
     for record in records:
-        yield from _section(record, measured.get(record.source.number))
+        number = record.source.number
+        yield from _section(record, measured.get(number), examples.get(number))
 
 
 def _speed(row: tuple[str, Mapping[str, Cell]] | None) -> str:
@@ -179,7 +193,9 @@ def anchor(source: Source) -> str:
     return "-".join("".join(c for c in title if c.isalnum() or c in " -").split())
 
 
-def _section(record: Record, row: tuple[str, Mapping[str, Cell]] | None) -> Iterator[str]:
+def _section(
+    record: Record, row: tuple[str, Mapping[str, Cell]] | None, example: str | None
+) -> Iterator[str]:
     source = record.source
     yield f"## {source.number}. {source.title}"
     yield ""
@@ -190,6 +206,8 @@ def _section(record: Record, row: tuple[str, Mapping[str, Cell]] | None) -> Iter
     yield f"- Axes: {axes}{', a part is trained by a test' if source.trained else ''}."
     weights = f"{record.parameters:,} parameters, {record.bytes / 1e6:.2f} MB"
     yield f"- Captured: {record.captured}; {weights}; agreement with eager: {record.agreement}."
+    if example is not None:
+        yield f"- The example takes {example}."
     for block, count in counted(record.blocks).items():
         yield f"- {count} x {block}"
     yield f"- Passes that changed it: {', '.join(record.passes)}."

@@ -57,6 +57,30 @@ def layer(top_k: int) -> tuple[nn.Module, CompiledModel]:
     return model, moec.compile(model, inputs, verify=False)
 
 
+def test_a_top_1_gate_keeps_the_tokens_of_the_greatest_numbers() -> None:
+    """Two of three tokens fit; their slots are in the order of the text, and they weigh p."""
+    combine = example.top1_gate(
+        torch.tensor([[1.0, 0.0]] * 3), 2, torch.tensor([[0.1, 0.0], [0.9, 0.0], [0.5, 0.0]])
+    )
+    assert combine.nonzero().tolist() == [[1, 0, 0], [2, 0, 1]]
+    torch.testing.assert_close(combine.sum((1, 2))[1:], torch.ones(2).sigmoid())
+
+
+def test_second_choices_take_the_slots_after_all_first_ones() -> None:
+    """Token 0 chooses expert 1, then 0; tokens 1 and 2 the reverse. Where the second choice does
+    not fit, the first one weighs 1."""
+    logits = torch.tensor([[1.0, 2.0, 0.0], [2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+    combine = example.top2_gate(logits, 3)
+    assert combine.nonzero().tolist() == [
+        [0, 0, 2], [0, 1, 0], [1, 0, 0], [1, 1, 1], [2, 0, 1], [2, 1, 2],
+    ]  # fmt: skip
+    first, second = torch.tensor([1.0, -1.0]).sigmoid()
+    torch.testing.assert_close(combine[1].sum(-1)[:2], torch.stack((first, second)))
+    combine = example.top2_gate(logits, 2)
+    assert combine.nonzero().tolist() == [[0, 1, 0], [1, 0, 0], [1, 1, 1], [2, 0, 1]]
+    torch.testing.assert_close(combine[[0, 2], [1, 0]].sum(-1), torch.ones(2))
+
+
 def has_places(value: Value) -> bool:
     """Whether it has an axis for the places of each expert beside one of the tokens."""
     dims = [d for d in value.shape if "Max" in str(d)]

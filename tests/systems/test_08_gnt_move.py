@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import moec
@@ -51,6 +52,17 @@ def test_equal_to_eager_with_the_noise_off() -> None:
         inputs = example.example_inputs(example.SMALL, *sizes)
         with torch.no_grad():
             torch.testing.assert_close(ours(*inputs), model(*inputs), rtol=1e-4, atol=TOLERANCE)
+
+
+def test_the_gate_is_of_cosines_with_a_temperature_of_each_expert() -> None:
+    torch.manual_seed(0)
+    gate, x = example.CosineGate(example.SMALL).eval(), torch.randn(5, example.SMALL.width)
+    with torch.no_grad():
+        gate.temperature.copy_(torch.tensor([0.25, 0.5, 1.0, 2.0]))
+        z = x @ gate.project.weight.T
+        cosines = F.cosine_similarity(z[:, :, None], gate.columns[None], dim=1)
+        torch.testing.assert_close(gate(x), (cosines / gate.temperature).softmax(-1))
+        torch.testing.assert_close(gate(3 * x), gate(x))
 
 
 def test_noise_is_for_training_alone() -> None:

@@ -83,6 +83,25 @@ def test_logits_equal_eager_with_the_numbers_fixed(head: str, shape: tuple[int, 
         assert not torch.equal(*results)
 
 
+def test_second_experts_are_kept_by_their_numbers_and_fit_after_all_first_ones() -> None:
+    """Tokens are of two kinds, with probabilities 18 : 2 or 2 : 18 of the first two experts: a
+    second expert weighs 0.1, and is kept where the number is below 0.1 / 0.2. Experts take 4."""
+    moe = example.MoE(example.SMALL)
+    x = torch.zeros(2, 8, example.SMALL.width)
+    x[:, :, 0] = 1
+    x[1, 1] = x[1, 1].roll(1)
+    numbers = torch.tensor([[0.51, 0.49, 0.49, 0.51, 0.49, 0.49, 0.49, 0.49], [0.49] + [0.51] * 7])
+    with torch.no_grad():
+        moe.gate.weight.zero_()[:2, :2] = torch.tensor([[18.0, 2.0], [2.0, 18.0]]).log()
+        combine = moe.route(x, numbers)
+    firsts = {(0, token, 0, token): 0.9 for token in range(4)}
+    seconds = {(0, token, 1, slot): 0.1 for slot, token in enumerate((1, 2, 4, 5))}
+    others = {(1, token, 0, slot): 0.9 for slot, token in enumerate((0, 2, 3, 4))}
+    expected = {**firsts, **seconds, **others, (1, 1, 1, 0): 0.9, (1, 0, 1, 1): 0.1}
+    weights = {tuple(at): float(combine[tuple(at)]) for at in combine.nonzero().tolist()}
+    assert weights == pytest.approx(expected)
+
+
 def test_dropped_rows_give_zero_or_pass_through() -> None:
     """Eager matches the paper: all rows of one expert, of which few fit."""
     torch.manual_seed(0)
