@@ -227,6 +227,18 @@ def test_weights_that_do_not_fit_are_refused_with_the_number(
         moec.load(example.path, device="cuda")
 
 
+@needs_compiler
+def test_outputs_that_do_not_fit_are_refused_with_the_number(
+    example: Example, emulation: pytest.MonkeyPatch
+) -> None:
+    """Before the call: the input of this test has no memory of its size either."""
+    emulation.setenv("FAKE_CUDA_FREE", "50000000")
+    model = moec.load(example.path, device="cuda", copies=True)
+    x = torch.zeros(1, 8).expand(5_000_000, 8)
+    with pytest.raises(InputError, match=r"the outputs take 0.1 GB, and 0.1 GB of memory are free"):
+        model(x)
+
+
 @pytest.mark.parametrize(
     ("environment", "device", "words"),
     [

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from moec.codegen.cuda.activation import gated, silu
@@ -34,6 +35,7 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
 
@@ -80,7 +82,7 @@ def joined(stacks: list[Tensor]) -> Tensor:
 
 def codes_of(x: Tensor, blocks: int, bits: int) -> tuple[Tensor, Tensor]:
     """Scales f32[R, blocks] and codes f16[R, planes * k], as kernels take them."""
-    by_block = x.reshape(len(x), blocks, -1)
+    by_block = x.unflatten(1, (blocks, x.shape[1] // blocks))
     greatest = by_block.abs().amax(-1, keepdim=True)
     code = (by_block * (most_of(bits) / greatest)).round().flatten(1)
     high = (code / 256).round() * 256
@@ -88,7 +90,14 @@ def codes_of(x: Tensor, blocks: int, bits: int) -> tuple[Tensor, Tensor]:
     return (greatest * torch.tensor(1 / most_of(bits)))[..., 0], torch.cat(planes, 1).half()
 
 
-def right(run: Emulated, spec: QuantisedSpec, experts: list[int], schedule: Schedule) -> bool:
+def right(
+    run: Emulated,
+    spec: QuantisedSpec,
+    experts: list[int],
+    schedule: Schedule,
+    nan: int | None = None,
+) -> bool:
+    """Whether the products of rows with these experts are right; the row `nan` holds NaN."""
     generator = torch.Generator().manual_seed(len(experts))
 
     def random(*shape: int) -> Tensor:
@@ -102,7 +111,10 @@ def right(run: Emulated, spec: QuantisedSpec, experts: list[int], schedule: Sche
     ends = torch.bincount(owners, minlength=4)[:3].cumsum(0).int()
     blocks, bits = spec.format.blocks(spec.k), spec.format.row_bits
     row_scales, codes = codes_of(random(len(experts), spec.k), blocks, bits)
-    total = codes.float().reshape(len(codes), -1, blocks, spec.k // blocks).sum(1)
+    if nan is not None:
+        row_scales[nan], codes[nan, 5] = torch.nan, torch.nan
+    planes = codes.shape[1] // spec.k
+    total = codes.float().unflatten(1, (planes, blocks, spec.k // blocks)).sum(1)
     x = (total * row_scales[..., None]).flatten(1)
     expected = torch.full((len(experts), spec.n), torch.nan)
     start = 0
@@ -143,6 +155,17 @@ def test_tiles_equal_their_meaning(name: str) -> None:
     for schedule in SCHEDULES:
         assert right(kernel(spec, tiles=True), spec, MANY, schedule)
     assert right(kernel(spec, tiles=True), spec, [-1], SCHEDULES[0])
+
+
+@settings(max_examples=8)
+@given(case=routed(3, 40))
+@pytest.mark.parametrize("tiles", [False, True], ids=["few-rows", "tiles"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_routing(name: str, tiles: bool, case: Routed) -> None:
+    spec = spec_of(name)
+    experts = case.experts if tiles else case.experts[:9]
+    nan = case.nan if case.nan is None or case.nan < len(experts) else None
+    assert right(kernel(spec, tiles=tiles), spec, experts, case.schedule, nan)
 
 
 def test_the_number_of_rows_chooses_the_path() -> None:

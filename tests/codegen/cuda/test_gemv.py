@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.codegen.cuda.activation import gated, silu
@@ -25,6 +25,7 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
 
@@ -44,10 +45,16 @@ def kernel(spec: LinearSpec, top_k: int = 0, bug: Bug | None = None) -> Emulated
     return emulated(code, change=bug.plant if bug else str)
 
 
-def problem(spec: LinearSpec, experts: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+def problem(
+    spec: LinearSpec,
+    experts: Tensor,
+    nan: int | None = None,
+    rounded: Callable[[Tensor], Tensor] = torch.clone,
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """What the kernel takes but y, what y is to be, and the error that rounding allows.
 
-    Rows are gathered by the sort of `experts` [R], -1 being nobody.
+    Rows are gathered by the sort of `experts` [R], -1 being nobody; the row `nan` holds NaN. The
+    factors are `rounded`.
     """
     generator = torch.Generator().manual_seed(len(experts))
     dtype = TORCH[spec.dtype]
@@ -56,9 +63,11 @@ def problem(spec: LinearSpec, experts: Tensor) -> tuple[list[Tensor], Tensor, Te
         return torch.randn(*shape, generator=generator).to(dtype)
 
     stacks = [random(spec.groups, spec.n, spec.k) * spec.k**-0.5 for _ in range(1 + spec.gated)]
-    stacks = [stack.to(dtype) for stack in stacks]
+    stacks = [rounded(stack.to(dtype)) for stack in stacks]
     biases = [random(spec.groups, spec.n) for _ in stacks]
-    x = random(len(experts), spec.k)
+    x = rounded(random(len(experts), spec.k))
+    if nan is not None:
+        x[nan, 3] = torch.nan
     owners = torch.where(experts < 0, spec.groups, experts)
     order = owners.sort(stable=True).indices
     counts = torch.bincount(owners, minlength=spec.groups + 1)[: spec.groups]
@@ -83,8 +92,16 @@ def packed(stacks: list[Tensor]) -> Tensor:
     return torch.from_numpy(interleave(*words)).view(stacks[0].dtype)
 
 
-def right(run: Emulated, spec: LinearSpec, experts: list[int], schedule: Schedule) -> bool:
-    inputs, exact, allowed = problem(spec, torch.tensor(experts, dtype=torch.int64))
+def right(
+    run: Emulated,
+    spec: LinearSpec,
+    experts: list[int],
+    schedule: Schedule,
+    nan: int | None = None,
+    rounded: Callable[[Tensor], Tensor] = torch.clone,
+) -> bool:
+    owners = torch.tensor(experts, dtype=torch.int64)
+    inputs, exact, allowed = problem(spec, owners, nan, rounded)
     y = torch.full(exact.shape, torch.nan, dtype=TORCH[spec.y_dtype])
     run(*inputs, y, schedule=schedule)
     near = ((y.double() - exact).abs() <= allowed) | exact.isnan()
@@ -99,13 +116,10 @@ def test_schedules(spec: LinearSpec) -> None:
 
 
 @settings(max_examples=15)
-@given(
-    experts=st.lists(st.integers(-1, 2), max_size=9),
-    schedule=st.sampled_from(SCHEDULES),
-)
-def test_any_routing(experts: list[int], schedule: Schedule) -> None:
-    """No rows, all on one expert, experts without rows, rows without an expert."""
-    assert right(kernel(GATED, 1), GATED, experts, schedule)
+@given(case=routed(3, 9))
+@pytest.mark.parametrize("spec", [GATED, *PLAIN.values()], ids=["gated", *PLAIN])
+def test_any_routing(spec: LinearSpec, case: Routed) -> None:
+    assert right(kernel(spec, 1), spec, case.experts, case.schedule, case.nan)
 
 
 def test_nan_stays_in_its_row() -> None:

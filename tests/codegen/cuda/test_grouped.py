@@ -33,6 +33,7 @@ from moec.codegen.cuda.tiles import LARGE, TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import TARGETS
+from tests.codegen.cuda.test_gemv import right
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
 from tests.cuda_emulator.emulate import (
     SCHEDULES,
@@ -43,6 +44,7 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
 
@@ -230,6 +232,23 @@ def test_tf32() -> None:
 def test_planted_bugs_of_tf32(bug: Bug) -> None:
     run = tf32_product(bug.plant)
     check_found(bug, lambda schedule: tf32_is_right(run, schedule))
+
+
+@cache
+def gathered(dtype: str) -> tuple[LinearSpec, Emulated]:
+    """A product by tiles of gathered rows; its depth and its columns have tails."""
+    target = TF32 if dtype == "tf32" else SM_80
+    spec = LinearSpec(40, 72, "float32" if dtype == "tf32" else dtype, groups=3)
+    return spec, emulated(grouped_linear(spec, target, top_k=1, shape=FLAT, blocks=3))
+
+
+@settings(max_examples=15)
+@given(case=routed(3, 70))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "tf32"])
+def test_any_routing(dtype: str, case: Routed) -> None:
+    spec, run = gathered(dtype)
+    rounded = to_tf32 if dtype == "tf32" else torch.clone
+    assert right(run, spec, case.experts, case.schedule, case.nan, rounded)
 
 
 @settings(max_examples=25)

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
@@ -24,6 +25,7 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
 
@@ -50,10 +52,17 @@ def problem(spec: LinearSpec, counts: list[int]) -> tuple[Tensor, Tensor, list[T
 
 
 def run(
-    spec: LinearSpec, counts: list[int], schedule: Schedule, join: str = "", bug: Bug | None = None
+    spec: LinearSpec,
+    counts: list[int],
+    schedule: Schedule,
+    join: str = "",
+    bug: Bug | None = None,
+    nan: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, its expected value in float64)."""
+    """(y, its expected value in float64). The row `nan` of x holds NaN."""
     x, ends, stacks, y = problem(spec, counts)
+    if nan is not None:
+        x[nan, 3] = torch.nan
     parts = 1 + spec.gated
     arguments = [packed(stacks[:parts]), *([packed(stacks[parts:])] if spec.bias else [])]
     kernel(spec, join, bug)(x, ends, *arguments, y, schedule=schedule)
@@ -81,6 +90,16 @@ def test_counts(counts: list[int]) -> None:
 def test_gate_and_up_with_biases() -> None:
     spec = LinearSpec(72, 72, "float16", groups=2, gated=True, bias=True)
     compare(*run(spec, [3, 9], SCHEDULES[0], "silu"), spec.k)
+
+
+@settings(max_examples=8)
+@given(case=routed(3, 140))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_any_routing(dtype: str, case: Routed) -> None:
+    spec = LinearSpec(40, 72, dtype, groups=3)
+    counts = [case.experts.count(e) for e in range(3)]
+    nan = case.nan if case.nan is None or case.nan < sum(counts) else None
+    compare(*run(spec, counts, case.schedule, nan=nan), spec.k)
 
 
 BUGS = (

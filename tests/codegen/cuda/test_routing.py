@@ -94,6 +94,7 @@ def test_routers(name: str) -> None:
 
 @settings(max_examples=40)
 @given(
+    dtype=st.sampled_from(["f32", "bf16", "f16"]),
     logits=st.lists(
         st.sampled_from([0.0, -0.0, 1.0, -3.0, torch.inf, -torch.inf, torch.nan]),
         min_size=8,
@@ -101,8 +102,8 @@ def test_routers(name: str) -> None:
     ),
     schedule=st.sampled_from(SCHEDULES),
 )
-def test_ties_infinities_and_nan(logits: list[float], schedule: Schedule) -> None:
-    check_route(RouteSpec(Routing(3, score="none"), 8, "f32"), torch.tensor([logits]), schedule)
+def test_ties_infinities_and_nan(dtype: str, logits: list[float], schedule: Schedule) -> None:
+    check_route(RouteSpec(Routing(3, score="none"), 8, dtype), torch.tensor([logits]), schedule)
     check_route(ROUTINGS["mixtral"], torch.tensor([logits]), schedule)
 
 
@@ -152,6 +153,12 @@ def test_any_choices(choices: list[int], schedule: Schedule) -> None:
     check_sort(experts, 5, schedule)
 
 
+@settings(max_examples=10)
+@given(tokens=st.integers(0, 9), schedule=st.sampled_from(SCHEDULES))
+def test_tokens_that_take_every_expert(tokens: int, schedule: Schedule) -> None:
+    check_sort(torch.rand(tokens, 3).argsort(1), 3, schedule)
+
+
 @each_schedule
 def test_more_choices_than_threads(schedule: Schedule) -> None:
     """Three stretches of 512, the last one short; nearly all on one expert."""
@@ -178,7 +185,7 @@ def test_rows_come_back(dtype: str, width: int, plain: bool) -> None:
     k = 4
     kind = None if plain else dtype
     spec = CombineSpec(3, k, width, dtype, dtype, kind, kind)
-    for tokens in (0, 1, 3):
+    for tokens, schedule in zip((0, 1, 3, 5), SCHEDULES, strict=True):
         owned = tokens * k * 2 // 3
         y = torch.randn(tokens * k, width).to(LONG[dtype])
         y[owned:] = torch.nan  # what nobody owns must not be read
@@ -189,7 +196,7 @@ def test_rows_come_back(dtype: str, width: int, plain: bool) -> None:
         addend = torch.randn(tokens, width).to(LONG[dtype])
         out = torch.full((tokens, width), torch.nan, dtype=LONG[dtype])
         more = [] if plain else [weights, addend]
-        bringer(spec)(y, slots, ends, *more, out)
+        bringer(spec)(y, slots, ends, *more, out, schedule=schedule)
         scale = torch.ones(tokens, k) if plain else weights.nan_to_num(posinf=0.0)
         parts = y.double()[slots.long()] * scale.double().unsqueeze(-1)
         exact = torch.where((slots < owned).unsqueeze(-1), parts, 0.0).sum(1)
