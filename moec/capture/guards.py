@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -260,24 +260,45 @@ def _false_at(
     """Assignments of sizes, none of them 0, for which a guard is false. For each combination of
     its relations that is false, such as below the least of two sizes and beyond the other: the
     smallest few, at which both sides of a branch may agree since they meet there, and larger ones
-    away from the edges."""
+    at the edge and away from it."""
     truth = truth_of(guard.condition)
     relations = [truth_of(part) for part in guard.condition.atoms(sympy.core.relational.Relational)]
     least = {name: replace(limits, low=max(limits.low, 1)) for name, limits in bounds.items()}
+    true: set[tuple[int, ...]] = set()
     regions: dict[tuple[bool, ...], list[Mapping[str, int]]] = {}
     for sizes in sizes_around([truth], least, example):
-        if not truth.holds(sizes):
+        if truth.holds(sizes):
+            true.add(_key(sizes, guard))
+        else:
             held = tuple(relation.holds(sizes) for relation in relations)
             regions.setdefault(held, []).append(sizes)
-    return [sizes for region in regions.values() for sizes in _some_of(region, guard)]
+    return [sizes for region in regions.values() for sizes in _some_of(region, guard, true)]
 
 
-def _some_of(region: Sequence[Mapping[str, int]], guard: Guard) -> list[Mapping[str, int]]:
-    """The first few of a region's sizes, and larger ones."""
+def _some_of(
+    region: Sequence[Mapping[str, int]], guard: Guard, true: Set[tuple[int, ...]]
+) -> list[Mapping[str, int]]:
+    """The first few of a region's sizes, larger ones, and the largest beside one of `true`: 100
+    rows of `64 if rows > 100 else rows`, which is 64 at 64 rows too."""
     most = max(_FURTHER * _rows(region[0], guard), 64)
     near = [sizes for sizes in region[_TRIED:] if _rows(sizes, guard) <= most]
     further = sorted(near, key=lambda s: (min(s[n] for n in guard.names), _rows(s, guard)))
-    return [*region[:_TRIED], *further[-1:], *near[len(near) // 2 :][:1]]
+    edge = [sizes for sizes in region if not true.isdisjoint(_beside(_key(sizes, guard)))]
+    edge = [sizes for sizes in edge if _rows(sizes, guard) <= max(4 * _rows(edge[0], guard), 64)]
+    last = sorted(edge, key=lambda sizes: _rows(sizes, guard))[-1:]
+    tried = [*region[:_TRIED], *further[-1:], *near[len(near) // 2 :][:1], *last]
+    return list({_key(sizes, guard): sizes for sizes in tried}.values())
+
+
+def _key(sizes: Mapping[str, int], guard: Guard) -> tuple[int, ...]:
+    return tuple(sizes[name] for name in sorted(guard.names))
+
+
+def _beside(key: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The sizes that differ by 1 in one of them."""
+    for axis, size in enumerate(key):
+        for other in (size - 1, size + 1):
+            yield (*key[:axis], other, *key[axis + 1 :])
 
 
 def _rows(sizes: Mapping[str, int], guard: Guard) -> int:

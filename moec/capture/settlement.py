@@ -62,8 +62,9 @@ def agree_at_sizes(
     """Whether graph and module agree at `sizes`: on the example, on random inputs, and on inputs
     whose rows are all alike, of which one expert may get more than its capacity.
 
-    Where the graph computes in 16 bits, agreement on one of the two is enough, because a near tie
-    may route to other experts in the other. Returns None where the module fails.
+    Where the graph computes in 16 bits, agreement on one of two inputs is enough, of different rows
+    and of rows that are alike, because a near tie may route to other experts in the other. Returns
+    None where the module fails.
     """
     pairs = zip(example, program.graph.inputs, strict=False)
     resized_example = [with_sizes(tensor, value.shape, sizes) for tensor, value in pairs]
@@ -74,11 +75,17 @@ def agree_at_sizes(
         draws = [(resized_example, eager(*resized_example)), (list(random), results)]
     except Exception:  # whatever the user's code raises
         return None
-    alike = [_alike(tensor) for tensor in random]
-    with suppress(Exception):  # a text of one token only has too many tokens of images
-        draws.append((alike, eager(*alike)))
-    answers = [matches(program, draw, expected) for draw, expected in draws]
-    return any(answers) if either else all(answers)
+    equal = []
+    for source in (random, resized_example)[: 1 + either]:
+        alike = [_alike(tensor) for tensor in source]
+        with suppress(Exception):  # a text of one token only has too many tokens of images
+            equal.append((alike, eager(*alike)))
+    sufficient = any if either else all
+    return all(
+        sufficient(matches(program, draw, expected) for draw, expected in kind)
+        for kind in (draws, equal)
+        if kind
+    )
 
 
 def _alike(tensor: torch.Tensor) -> torch.Tensor:

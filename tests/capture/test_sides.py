@@ -187,6 +187,22 @@ def test_a_guard_of_two_limits_is_tried_beyond_each() -> None:
         capture(Function(bucketed), (torch.randn(2, 6, 8),))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_guard_is_tried_at_its_edge_where_one_expert_has_all_rows(dtype: torch.dtype) -> None:
+    """Up to 64 rows, and wherever no expert has more, 64 places are as many as there are rows."""
+
+    def limited(x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, 1)
+        tokens = rows.shape[0]
+        capacity = 64 if tokens > 100 else tokens
+        hot = functional.one_hot(rows[:, :4].argmax(-1), 4)
+        position = ((hot.cumsum(0) - 1) * hot).sum(-1)
+        return (rows * (position < capacity)[:, None]).view_as(x)
+
+    with pytest.raises(CaptureError, match=r"holds only where B\*S <= 100"):
+        capture(Function(limited), (torch.randn(2, 6, 8, dtype=dtype),))
+
+
 def test_sides_with_equal_lengths_are_not_the_other_side_of_all() -> None:
     def square(x: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape

@@ -35,13 +35,16 @@ class Branches:
 
     `answers` are prescribed by the search, by branch; any other branch is answered as it comes out
     when all counts are large and distinct. `met` are the answers that this trace used, and
-    `questions` all conditions that it evaluated, in order.
+    `questions` all conditions that it evaluated, in order. `positive` are the numbers read from
+    data that are positive wherever there are rows, such as how many an expert has that every token
+    chooses.
     """
 
     foreign: Foreign
     answers: Mapping[Site, bool] = field(default_factory=dict)
     met: dict[Site, bool] = field(default_factory=dict)
     questions: list[Question] = field(default_factory=list)
+    positive: set[Any] = field(default_factory=set)
 
     def decide(self, env: ShapeEnv, condition: Any) -> bool:
         """The answer to a condition over numbers that were read from data."""
@@ -53,6 +56,11 @@ class Branches:
             if s in env.backed_var_to_val
         }
         usual = bool(condition.subs(many).subs(hints))
+        if not self.positive.isdisjoint(free):
+            numbers = {u: sympy.Dummy(u.name, integer=True, positive=True) for u in self.positive}
+            answer = condition.subs(numbers)
+            if answer in (sympy.true, sympy.false):
+                return bool(answer)
         frame = _who_asks(sys._getframe(1), self.foreign)
         if frame is None:
             # torch itself evaluates the condition, for a purpose to which the exact size does not

@@ -64,8 +64,9 @@ class Fact:
     single: along this axis, at most one value is not 0.
     zero: all its values are 0.
     sums: its values are sums of counts.
-    hot: (choice, total). The last axis enumerates the classes of the choice, and the sum over all
-        other axes is how often each class is chosen, `total` times in all.
+    hot: (choice, total, positive). The last axis enumerates the classes of the choice, and the sum
+        over all other axes is how often each class is chosen, `total` times in all, and each of
+        them at least once if `positive`.
     order: its values are rows in the order that sorts a choice.
     size: it is a 0-d tensor of this number.
     float32: it is a 0-d tensor of this number, computed of a size.
@@ -78,6 +79,9 @@ class Fact:
     column: it has these row numbers [n] as a column, or repeated along the features.
     elements: its values, as the numbers that Python has read.
     one_hot_of: it has the one-hot rows of these ids, with as many classes as the data say.
+    even: each of this many classes is as often among its values as any other.
+    positive: where there are rows, it has a value other than 0, and a 0-d tensor is not 0.
+    always: where there are rows, this is its truth value.
     """
 
     choice: ClassChoice | None = None
@@ -86,7 +90,7 @@ class Fact:
     single: int | None = None
     zero: bool = False
     sums: Sums | None = None
-    hot: tuple[ClassChoice, Any] | None = None
+    hot: tuple[ClassChoice, Any, bool] | None = None
     order: Order | None = None
     size: Any = None
     float32: Single | None = None
@@ -98,6 +102,9 @@ class Fact:
     column: torch.Tensor | None = None
     elements: tuple[Any, ...] | None = None
     one_hot_of: torch.Tensor | None = None
+    even: int | None = None
+    positive: bool = False
+    always: bool | None = None
 
 
 NOTHING = Fact()

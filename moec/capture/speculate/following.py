@@ -13,6 +13,7 @@ from moec.capture.speculate.facts import NOTHING, ClassChoice, Facts, Order
 from moec.capture.speculate.sum_rules import (
     Rule,
     hot_sum,
+    known_comparison,
     note_picked,
     own_counts,
     sum_rule,
@@ -24,9 +25,8 @@ _VIEWS = (
     "view reshape flatten unsqueeze squeeze to long int cpu clone contiguous detach ravel float "
     "type view_as expand type_as int64 int32 double"
 ).split()
-_PARTS = (
-    "getitem select index_select narrow chunk split unbind t transpose permute swapaxes movedim"
-).split()
+_PARTS = "getitem select index_select narrow chunk split unbind".split()
+_MOVED = "t transpose permute swapaxes movedim".split()
 _COLUMNS = "view reshape unsqueeze getitem expand expand_as repeat to long contiguous clone".split()
 
 
@@ -65,6 +65,8 @@ def _chosen(position: int, default: int | None, distinct: bool) -> Rule:
         size = first.shape[dim] if first.ndim else 1
         if isinstance(size, int):
             facts.note(index, choice=ClassChoice(size), high=size - 1, distinct=distinct)
+            if distinct and index.shape[dim] is size:
+                facts.note(index, even=size)
 
     return rule
 
@@ -101,6 +103,8 @@ def _view(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
         fact = replace(fact, hot=fact.hot if _same_classes(args[0], result) else None)
     if result.dtype != args[0].dtype:
         fact = replace(fact, elements=None)
+        if result.is_floating_point() or result.dtype == torch.bool:
+            fact = replace(fact, even=None)
     facts.note(result, **vars(replace(fact, piece=None)))
 
 
@@ -112,7 +116,7 @@ def _same_classes(before: torch.Tensor, after: torch.Tensor) -> bool:
 def _sum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
     first = args[0]
     fact, dim = facts.of(first), _dim(args, kwargs, 1, None)
-    facts.note(result, truth="count")
+    facts.note(result, truth="count", positive=fact.positive)
     high = 1 if first.dtype == torch.bool else fact.high
     if high is not None and isinstance(dim, int):
         single = fact.single is not None and fact.single == dim % first.ndim
@@ -159,7 +163,7 @@ def _arithmetic(combine: Callable[[Any, Any], Any]) -> Rule:
 
 
 def _any(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-    facts.note(result, truth="some")
+    facts.note(result, truth="some", positive=facts.of(args[0]).positive)
 
 
 _SOME = ("gt", "ge", "ne", "greater", "greater_equal", "not_equal")
@@ -168,6 +172,7 @@ _NONE = ("eq", "lt", "le", "less", "less_equal")
 
 def _compared(name: str) -> Rule:
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        facts.note(result, always=known_comparison(facts, name, args))
         usual = usual_comparison(facts, name, args)
         if usual is not None:
             facts.note(result, truth="some" if usual else "none")
@@ -194,6 +199,14 @@ def _part(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
     for part in result if isinstance(result, tuple) else (result,):
         if fact is not NOTHING and isinstance(part, torch.Tensor):
             facts.note(part, truth=fact.truth, choice=fact.choice, high=fact.high)
+
+
+def _moved(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+    """All values of a tensor, with its axes in another order."""
+    _part(facts, args, kwargs, result)
+    fact = facts.of(args[0])
+    if fact.even is not None or fact.positive:
+        facts.note(result, even=fact.even, positive=fact.positive)
 
 
 def _ordered(op: Callable[[Any, Any], Any]) -> Rule:
@@ -232,6 +245,7 @@ _RULES: dict[str, Rule] = {
     "invert": _not,
     "bitwise_not": _not,
     **{name: _part for name in _PARTS},
+    **{name: _moved for name in _MOVED},
     **{name: _view for name in _VIEWS},
     **{name: _compared(name) for name in (*_SOME, *_NONE)},
     **{name: _ordered(operator.floordiv) for name in ("floordiv", "floor_divide", "div")},

@@ -66,9 +66,11 @@ class Trace:
     lengths: list[int] = field(default_factory=list)
     open: frozenset[int] = frozenset()
 
-    def read(self, number: Any, tensor: torch.Tensor) -> Any:
+    def read(self, number: Any, tensor: torch.Tensor, positive: bool = False) -> Any:
         """Returns `number`, after recording that Python read it from `tensor`, or that it is the
-        length that `tensor` counts."""
+        length that `tensor` counts, and whether it is positive wherever there are rows."""
+        if positive and expression(number).is_Symbol:
+            self.branches.positive.add(expression(number))
         self.readouts.setdefault(expression(number), tensor)
         return number
 
@@ -104,5 +106,5 @@ class Trace:
         """Returns `rows`, the nonzero of `mask`, after recording that the mask's sum is their
         number."""
         first = rows[0] if isinstance(rows, tuple) else rows
-        self.read(first.shape[0], (mask != 0).sum())
+        self.read(first.shape[0], (mask != 0).sum(), self.facts.of(mask).positive)
         return rows

@@ -20,7 +20,7 @@ def number(trace: Trace, tensor: torch.Tensor) -> Any:
         return fact.greatest
     if fact.sums is not None and fact.sums.matrix.ndim == 1:
         return _values(trace, fact.sums)
-    return trace.read(tensor.item(), tensor)
+    return trace.read(tensor.item(), tensor, fact.positive)
 
 
 def numbers(trace: Trace, tensor: torch.Tensor) -> list[Any]:
@@ -45,21 +45,21 @@ def _values(trace: Trace, sums: Sums) -> Any:
     if counts is None:
         return sums.values([])
     if not counts.numbers:
-        counts.numbers = _elements(trace, counts.tensor)
+        counts.numbers = _elements(trace, counts.tensor, counts.positive)
         trace.segments |= {expression(n): (counts, i) for i, n in enumerate(counts.numbers)}
         if counts.total is not None:
             trace.totals[expression(sum(counts.numbers, 0))] = counts.total
     return sums.values(counts.numbers)
 
 
-def _elements(trace: Trace, tensor: torch.Tensor) -> list[Any]:
+def _elements(trace: Trace, tensor: torch.Tensor, positive: bool = False) -> list[Any]:
     """The values as numbers. They are cached: a second reading would create other symbols, which
     are not known to be equal."""
     already = trace.facts.of(tensor).elements
     if already is not None:
         return list(already)
     parts = [tensor[index] for index in range(int(tensor.shape[0]))]
-    values = [trace.read(part.item(), part) for part in parts]
+    values = [trace.read(part.item(), part, positive) for part in parts]
     if not tensor.is_floating_point():
         for value in values:
             torch._check(value >= 0)  # type: ignore[no-untyped-call]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 
 from moec.capture.guards import Guard
 from moec.capture.settlement import sizes_of
+from moec.capture.speculate.branches import Question
 from moec.capture.speculate.draws import MOST_ROWS, draws, not_finite
 from moec.capture.speculate.sites import Site
 from moec.capture.speculate.trace import Assumed
@@ -59,7 +60,9 @@ def examine(
     at which they differ and a guard does not hold: guards are settled later. Inputs that are not
     finite are tried where a branch is not proved by others, and prove it or nothing. A branch is
     proved where eager went both ways; or where each of its conditions, which the program evaluates
-    though it always goes one way, came out both ways while the results agreed. The first `outputs`
+    though it always goes one way, came out both ways while the results agreed. A comparison with a
+    size, as of rows with a capacity of all rows, may never come out as it was traced: then the
+    results of the other way suffice. The first `outputs`
     outputs of the program are the module's, the others the readouts of `assumed`.
 
     Raises CaptureError where eager fails on the first example.
@@ -70,8 +73,13 @@ def examine(
     outcomes: dict[int, set[bool]] = {number: set() for number in range(len(assumed.questions))}
     worst, compared = 0.0, 0
 
+    def shown(question: Question, came_out: Set[bool]) -> bool:
+        answer, condition = assumed.branches[question.site], question.condition
+        sized = condition is not None and any(s in assumed.sizes for s in condition.free_symbols)
+        return len(came_out) == 2 or (sized and (not answer) in came_out)
+
     def unproved() -> tuple[Site, ...]:
-        open_sites = {q.site for n, q in enumerate(assumed.questions) if len(outcomes[n]) < 2}
+        open_sites = {q.site for n, q in enumerate(assumed.questions) if not shown(q, outcomes[n])}
         return tuple(s for s in assumed.branches if len(ways.get(s, ())) < 2 and s in open_sites)
 
     usual = ((case, True) for case in _sized(draws(program.graph, examples, conditions)))

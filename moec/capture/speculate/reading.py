@@ -44,7 +44,8 @@ def counted(trace: Trace, ids: torch.Tensor, classes: int, dtype: torch.dtype = 
     counts = (ids[:, None] == torch.arange(classes)).sum(0).to(dtype)
     exact = choice is not None and classes == choice.classes
     held = counts.to(torch.int64, copy=True)
-    sums = Counts(held, choice, ids.numel()).sums() if exact else None
+    each = trace.facts.of(ids).even == classes
+    sums = Counts(held, choice, ids.numel(), each).sums() if exact else None
     return trace.facts.note(counts, sums=sums, truth="count")
 
 
@@ -81,7 +82,7 @@ def one_hot(trace: Trace, func: Hook, ids: torch.Tensor, num_classes: int = -1) 
         hot,
         high=1,
         single=hot.ndim - 2 if fact.distinct else None,
-        hot=(fact.choice, ids.numel()) if full else None,
+        hot=(fact.choice, ids.numel(), fact.even == num_classes) if full else None,
     )
 
 
@@ -131,12 +132,23 @@ def item(trace: Trace, func: Hook, tensor: torch.Tensor) -> Any:
     return number(trace, tensor)
 
 
+def arange(trace: Trace, func: Hook, *args: Any, **kwargs: Any) -> Any:
+    """All classes, if their number is fixed: the choices of a layer that takes every expert."""
+    result = func(*args, **kwargs)
+    classes = args[0] if len(args) == 1 and type(args[0]) is int else None
+    integers = not result.is_floating_point()
+    return trace.facts.note(result, even=classes) if classes and integers else result
+
+
 def truth(trace: Trace, func: Hook, tensor: torch.Tensor) -> Any:
-    """A comparison of sizes is a guard, and any other condition a branch on data."""
-    condition = trace.facts.of(tensor).condition
-    if condition is not None:
-        return bool(condition)
-    return trace.branches.ask(tensor, trace.facts.of(tensor).truth != "none")
+    """A comparison of sizes is a guard, a condition that does not depend on data has its value, and
+    any other is a branch on data."""
+    fact = trace.facts.of(tensor)
+    if fact.condition is not None:
+        return bool(fact.condition)
+    if fact.always is not None or fact.positive:
+        return fact.positive if fact.always is None else fact.always
+    return trace.branches.ask(tensor, fact.truth != "none")
 
 
 def tensor(trace: Trace, func: Hook, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -228,6 +240,7 @@ def new_tensor(trace: Trace, func: Hook, like: torch.Tensor, value: Any, **kwarg
 READING: Hooks = {
     "bincount": bincount,
     "histc": histc,
+    "arange": arange,
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), partial(filled, 0)),
     "empty_like": empty_like,
     "iter": iterated,

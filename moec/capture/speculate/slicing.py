@@ -11,6 +11,7 @@ from moec.capture.speculate.following import follow
 from moec.capture.speculate.hits import HitRows, Row, as_slice, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.numbers import as_number, numbers
+from moec.capture.speculate.sum_rules import known_comparison
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 
 
@@ -125,7 +126,11 @@ def eq(trace: Trace, func: Hook, ids: torch.Tensor, expert: Any) -> Any:
     result = func(ids, expert)
     choice = trace.facts.of(ids).choice
     if trace.facts.of(ids).truth == "count" or trace.facts.of(ids).sums is not None:
-        trace.facts.note(result, truth="none")
+        always = known_comparison(trace.facts, "eq", (ids, expert))
+        trace.facts.note(result, truth="none", always=always)
+    classes = trace.facts.of(ids).even
+    if classes is not None and type(expert) is int and 0 <= expert < classes:
+        trace.facts.note(result, positive=True)
     if choice is None or not isinstance(expert, int):
         return result
     return trace.facts.note(result, member=Member(ids, expert))

@@ -15,7 +15,11 @@ Rule = Callable[[Facts, tuple[Any, ...], Mapping[str, Any], Any], None]
 
 
 def hot_sum(
-    facts: Facts, hot: tuple[ClassChoice, Any], dims: Any, first: torch.Tensor, result: torch.Tensor
+    facts: Facts,
+    hot: tuple[ClassChoice, Any, bool],
+    dims: Any,
+    first: torch.Tensor,
+    result: torch.Tensor,
 ) -> None:
     """For one-hot rows: the sum over all axes but the last is how often each class is chosen."""
     axes = [dims] if isinstance(dims, int) else list(dims or ())
@@ -77,6 +81,25 @@ _OPERATORS = {
     "less": operator.lt,
     "less_equal": operator.le,
 }
+
+
+_OF_POSITIVE = {("eq", 0): False, ("ne", 0): True, ("gt", 0): True, ("le", 0): False}
+_OF_POSITIVE |= {("lt", 1): False, ("ge", 1): True, ("greater", 0): True, ("not_equal", 0): True}
+_OF_POSITIVE |= {("less_equal", 0): False, ("less", 1): False, ("greater_equal", 1): True}
+
+
+def known_comparison(facts: Facts, name: str, args: tuple[Any, ...]) -> bool | None:
+    """The result of comparing a number that is positive wherever there are rows, or sums of such
+    counts; None where it depends on data."""
+    one, other = (*args, None)[:2]
+    if facts.of(one).positive and one.ndim == 0 and type(other) is int:
+        return _OF_POSITIVE.get((name, other))
+    left, right = _as_sums(facts, one), _as_sums(facts, other)
+    difference = None if left is None or right is None else added(left, right, -1)
+    if difference is None or difference.counts is None or difference.matrix.ndim > 1:
+        return None
+    sign = difference.sign() if difference.counts.positive else 0
+    return bool(_OPERATORS[name](sign, 0)) if sign else None
 
 
 def usual_comparison(facts: Facts, name: str, args: tuple[Any, ...]) -> bool | None:

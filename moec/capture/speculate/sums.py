@@ -23,12 +23,14 @@ MOST_NUMBERS = 4096
 class Counts:
     """The values of a tensor [n]; `numbers` are these values once Python has read them.
 
-    With a `choice`, they are how often each of its classes is chosen, `total` times in all.
+    With a `choice`, they are how often each of its classes is chosen, `total` times in all, and
+    each of them at least once if `positive`.
     """
 
     tensor: torch.Tensor
     choice: ClassChoice | None = None
     total: Any = None
+    positive: bool = False
     numbers: list[Any] = field(default_factory=list)
 
     def sums(self) -> Sums:
@@ -53,6 +55,14 @@ class Sums:
         if not parts:
             return first
         return sum(parts, first) if first else sum(parts[1:], parts[0])
+
+    def sign(self) -> int:
+        """1 or -1 if a 0-d value has that sign wherever all counts are positive, else 0."""
+        first, *factors = map(int, self.matrix)
+        for sign in (1, -1):
+            if min(sign * first, *(sign * f for f in factors)) >= 0 and any(factors):
+                return sign
+        return 0
 
     def usual(self) -> Any:
         """The values where every count is large and no two are equal."""
