@@ -6,8 +6,9 @@
 Several gates over the same experts are those of multi-gate mixtures (Ma et al. 2018,
 doi:10.1145/3219819.3220007, equations 5 to 7). Each becomes a block in which every token chooses
 the experts 0 .. E-1. `moec.passes.simplify.share_experts` computes the experts once for all of
-them. How the weights are computed does not matter. If they depend on a choice, the block has
-another form, with fewer experts per token.
+them. How the weights are computed does not matter. If they depend on a choice or a condition, such
+as DynMoE's thresholds (arXiv 2405.14297, equations 3 to 6), an expert only reads the tokens for
+which its weight is not zero.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from moec.ir.traits import THROUGH
 from moec.passes.recognise.block import Proposal, Recipe
 from moec.passes.recognise.layout import ExpertLayout
 from moec.passes.recognise.region import RegionEmitter, Scope, chooses, sets_zeros
-from moec.passes.recognise.routing import Unlike
+from moec.passes.recognise.routing_weights import unweighted_dropped
 from moec.passes.recognise.rows import Reader
 
 FORM = "every expert, weighed"
+SOME = "experts whose weight is not zero"
 
 
 def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Iterator[Proposal]:
-    """Blocks that end at the sums `ends`, those of all gates. Raises Unlike if something chooses
-    among the experts."""
+    """Blocks that end at the sums `ends`, those of all gates."""
     scope, x, experts = reader.scope, reader.x, reader.writer.experts
     assert x is not None
     assert experts is not None
@@ -43,14 +44,14 @@ def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Ite
             continue  # a rearranged sum
         body, stacks = reader.body(layout)
         for weights in weights_of(reader, value):
-            if chooses(scope, weights) or sets_zeros(scope, weights):
-                raise Unlike(f"{weights.name} follows from a choice or a condition")
+            some = chooses(scope, weights) or sets_zeros(scope, weights)
             for source, recipe in dense(scope, weights, tokens, experts):
+                ids = all_experts(tokens, experts)
                 yield Proposal(
-                    form=FORM,
+                    form=SOME if some else FORM,
                     output=value,
                     x=x,
-                    experts=all_experts(tokens, experts),
+                    experts=unweighted_dropped(ids, recipe, experts) if some else ids,
                     weights=recipe,
                     top_k=experts,
                     num_experts=experts,

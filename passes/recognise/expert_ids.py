@@ -14,6 +14,7 @@ from moec.passes.proof.input_generators import Feed, Ids, OneHot
 from moec.passes.recognise.block import Recipe
 from moec.passes.recognise.evidence import Evidence
 from moec.passes.recognise.layout import divide
+from moec.passes.recognise.opnames import PICKS
 from moec.passes.recognise.region import (
     RegionEmitter,
     Scope,
@@ -206,7 +207,7 @@ def source_of_ids(scope: Scope, value: Value) -> Value:
         sorted_ids = op.name in ("aten.sort.default", "aten.sort.stable")
         if (sorted_ids and value is op.outputs[0]) or op.name in ("aten.expand.default", *CASTS):
             value = op.inputs[0]
-        elif op.name in ("aten.index.Tensor", "aten.gather.default"):
+        elif op.name in (*PICKS, "aten.gather.default"):
             if op.inputs[0] in scope.constants:
                 return value  # looked up in a constant table, such as a hash table
             value = op.inputs[0]

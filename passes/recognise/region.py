@@ -268,6 +268,7 @@ ROUTING = frozenset(
         "aten.full_like.default",
         "aten.gather.default",
         "aten.index.Tensor",
+        "aten.index_select.default",
         "aten.linalg_vector_norm.default",
         "aten.max.dim",
         "aten.nonzero.default",

@@ -59,6 +59,7 @@ def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Valu
             if op is None or op.name not in (
                 *THROUGH,
                 "aten.index.Tensor",
+                "aten.index_select.default",
                 "aten.slice.Tensor",
                 "aten.gather.default",
             ):

@@ -14,9 +14,12 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
 from moec.capture.speculate.sites import Foreign, Site, site_of
+from moec.errors import CaptureError
 
 _HERE = str(Path(__file__).parent)
 _MANY = 10**6
+_MOST_TURNS = 32
+"""How often the condition of one `while` loop may be asked during a trace."""
 _MACHINERY = ("sym_node.py", "symbolic_shapes.py", "recording.py", "_traceback.py")
 
 
@@ -80,6 +83,15 @@ class Branches:
         return self._answer(Question(site_of(frame), tensor=tensor), usual)
 
     def _answer(self, question: Question, usual: bool) -> bool:
+        """Raises CaptureError where data decide how often a `while` loop runs: the answer never
+        changes, and the trace would not end."""
+        if question.site.repeats:
+            turns = sum(asked.site == question.site for asked in self.questions)
+            if turns >= _MOST_TURNS:
+                raise CaptureError(
+                    "how often this loop runs depends on data, and a graph has a fixed number of "
+                    "turns: write `for turn in range(N)` with enough turns"
+                )
         self.met[question.site] = self.answers.get(question.site, usual)
         self.questions.append(question)
         return self.met[question.site]

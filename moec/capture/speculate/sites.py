@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dis
 import linecache
 import sys
@@ -36,6 +37,11 @@ class Site:
     @property
     def jumps(self) -> bool:
         return "JUMP" in _names(self.code).get(self.offset, "")
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the line belongs to the condition of a `while` loop."""
+        return self.line in _conditions_of_loops(self.file)
 
     def __str__(self) -> str:
         return f"{Path(self.file).name}:{self.line}"
@@ -81,3 +87,15 @@ def site_of(frame: FrameType) -> Site:
 def _names(code: CodeType) -> dict[int, str]:
     """The names of the instructions by offset, without inline caches."""
     return {step.offset: step.opname for step in dis.get_instructions(code)}
+
+
+@lru_cache(maxsize=256)
+def _conditions_of_loops(file: str) -> frozenset[int]:
+    """The lines of the conditions of a file's `while` loops; none where its text is missing."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return frozenset()
+    tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.While)]
+    lines = [range(test.lineno, (test.end_lineno or test.lineno) + 1) for test in tests]
+    return frozenset(number for numbers in lines for number in numbers)

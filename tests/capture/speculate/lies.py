@@ -112,6 +112,17 @@ def loops_over_rows(layer: Layer, x: Tensor) -> Tensor:
     return out.view_as(x)
 
 
+def loops_until_it_converges(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    scores = layer.gate(flat).exp()
+    error: Any = 1.0
+    while error > 1e-4:
+        before, scores = scores, scores / scores.sum(0)
+        scores = scores / scores.sum(1, keepdim=True)
+        error = (before - scores).abs().mean()
+    return (layer.dense(flat) * scores.amax(-1, keepdim=True)).view_as(x)
+
+
 def an_answer_outside_of_an_if(layer: Layer, x: Tensor) -> Tensor:
     flat = x.reshape(-1, D)
     _, ids = layer.choose(flat)
@@ -140,6 +151,7 @@ LIES = {
         divides_by_the_greatest_count,
         counts_the_experts_that_were_hit,
         loops_over_rows,
+        loops_until_it_converges,
         an_answer_outside_of_an_if,
         always_one_way,
     )

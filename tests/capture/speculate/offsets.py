@@ -124,6 +124,19 @@ def numpy_counts_of_a_histogram(layer: Layer, x: Tensor) -> Tensor:
     return back.view(-1, K, D).sum(1).view_as(x)
 
 
+def selects_of_copies(layer: Layer, x: Tensor) -> Tensor:
+    """LLaMA-MoE's form: copies of row numbers, and index_select for rows and weights."""
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    copies = torch.arange(flat.shape[0]).repeat_interleave(K)
+    order = ids.flatten().sort(0)[1]
+    token = copies.index_select(0, order)
+    parts = flat.index_select(0, token).split(ids.flatten().bincount(minlength=E).tolist())
+    y = torch.cat([e(p) for e, p in zip(layer.experts, parts, strict=True) if p.shape[0] > 0])
+    y = y * weights.flatten().index_select(0, order)[:, None]
+    return torch.zeros_like(flat).index_add(0, token, y).view_as(x)
+
+
 def cut_at_ends(layer: Layer, x: Tensor) -> Tensor:
     rows, order, ids, weights = _sorted(layer, x)
     ends = torch.bincount(ids, minlength=E).cumsum(0)
@@ -143,5 +156,6 @@ FORMS: dict[str, Form] = {
         starts_as_a_difference,
         numpy_counts_of_a_histogram,
         cut_at_ends,
+        selects_of_copies,
     )
 }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import moec
 from moec.capture import capture
+from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from tests.capture.speculate.forms import FORMS
 from tests.capture.speculate.layer import D, E, Form, Layer
@@ -47,12 +50,22 @@ RECOGNISED = (
 )
 
 
-@pytest.mark.parametrize("name", ["slices between tensors", "marks that are counted"])
+@pytest.mark.parametrize(
+    "name", ["slices between tensors", "marks that are counted", "selects of copies"]
+)
 def test_pieces_of_sorted_rows_are_a_block(name: str) -> None:
     layer = Layer(OFFSETS[name]).eval()
     compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
     assert compiled.captured.way == "speculated"
     assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
+
+
+def test_an_axis_that_the_export_fixed_is_refused() -> None:
+    def scaled(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        return layer.dense(x.reshape(-1, D)).view_as(x) * math.log(x.shape[1])
+
+    with pytest.raises(CaptureError, match=r"axis 1 of x would always be .*, and the module runs"):
+        capture(Layer(scaled).eval(), (inputs((2, 6)),))
 
 
 class ChosenOutside(Layer):

@@ -22,6 +22,7 @@ WORDS = {
     "divides by the greatest count": (".max().item())` reads data into Python", "eager differs"),
     "counts the experts that were hit": ("len(ids.unique())", "reads data into Python"),
     "loops over rows": ("for token in torch.where", "as many as the data say, cannot be unrolled"),
+    "loops until it converges": ("`while error > 1e-4:`", "how often this loop runs depends on"),
     "an answer outside of an if": ("`empty = not (ids == 0).any()` was taken", "eager differs by"),
     "always one way": ("seen to go one way only", ">= 0).any():` was taken to be True"),
 }
