@@ -181,6 +181,11 @@ def shuffle_xor(value: Expr, mask: int, dtype: str = "float32") -> Expr:
     return T.bind(T.call_extern(dtype, "__shfl_xor_sync", _ALL_LANES, value, T.int32(mask)))
 
 
+def shuffle(value: Expr, lane: Expr, dtype: str) -> Expr:
+    """The value of that lane, which is the same for all lanes; 32 or 64 bits of `dtype`."""
+    return T.bind(T.call_extern(dtype, "__shfl_sync", _ALL_LANES, value, lane))
+
+
 def warp_sum(value: Expr) -> Expr:
     """The sum of all lanes' float32, by a butterfly reduction: always in the same order."""
     for step in (16, 8, 4, 2, 1):

@@ -44,6 +44,9 @@ static R exchange(const char* what, unsigned mask, T value, Choose choose) {
 template <class T> static T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return exchange<T, T>("__shfl_xor_sync", mask, value, [lanes](T* v, int l) { return v[l ^ lanes]; });
 }
+template <class T> static T __shfl_sync(unsigned mask, T value, int lane) {
+  return exchange<T, T>("__shfl_sync", mask, value, [lane](T* v, int) { return v[lane & 31]; });
+}
 static int __reduce_max_sync(unsigned mask, int value) {
   return exchange<int, int>("__reduce_max_sync", mask, value, [](int* v, int) {
     int r = v[0];

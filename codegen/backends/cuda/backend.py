@@ -8,7 +8,7 @@ from tvm import IRModule
 
 from moec.cache import Store
 from moec.codegen.backend import Backend
-from moec.codegen.backends.cuda import attention, products, quantised, routing
+from moec.codegen.backends.cuda import attention, compressed, products, quantised, routing
 from moec.codegen.backends.cuda.library import launched
 from moec.codegen.backends.cuda.loops import write
 from moec.codegen.cpu.link import linker_for
@@ -56,6 +56,7 @@ CUDA = Backend(
     rules=(
         *products.RULES,
         *quantised.RULES,
+        *compressed.RULES,
         *routing.RULES,
         *attention.RULES,
         *caches.RULES,

@@ -79,7 +79,8 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     arguments = [stack(low, tuple(m.scales for m in parts.matrices))]
     if zeros := tuple(m.zeros for m in parts.matrices if m.zeros is not None):
         arguments.append(stack(low, zeros))
-    arguments += _rounded(low, parts.x, spec)
+    blocks, bits = spec.format.blocks(spec.k), spec.format.row_bits
+    arguments += rounded(low, parts.x, spec.k, blocks, bits)
     if parts.order is not None:
         arguments.append(low.value(parts.order))
     codes = tuple(m.codes for m in parts.matrices)
@@ -91,20 +92,19 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     return low.call(low.function(key, "codes", make), arguments, [op.outputs[0].type])
 
 
-def _rounded(low: Lowering, x: Value, spec: QuantisedSpec) -> tuple[relax.Expr, ...]:
-    """Scales and codes of the rows, computed once for all ops that read them."""
-    blocks, bits = spec.format.blocks(spec.k), spec.format.row_bits
+def rounded(low: Lowering, x: Value, k: int, blocks: int, bits: int) -> tuple[relax.Expr, ...]:
+    """Scales and codes of the rows [.., k], computed once for all ops that read them."""
     key = (x, blocks, bits)
     if key not in low.rounded:
         dtype, rows = sc.STORED[x.dtype], x.shape[0]
 
         def make(name: str) -> PrimFunc:
-            return round_rows(spec.k, blocks, bits, dtype, low.target, name)
+            return round_rows(k, blocks, bits, dtype, low.target, name)
 
-        function = low.function(("round_rows", spec.k, blocks, bits, dtype), "round_rows", make)
+        function = low.function(("round_rows", k, blocks, bits, dtype), "round_rows", make)
         types = [
             TensorType("f32", (rows, blocks)),
-            TensorType("f16", (rows, planes_of(bits) * spec.k)),
+            TensorType("f16", (rows, planes_of(bits) * k)),
         ]
         low.rounded[key] = low.call(function, [low.value(x)], types)
     return tuple(low.rounded[key])

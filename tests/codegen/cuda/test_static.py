@@ -25,6 +25,7 @@ from moec.codegen.cuda.append import append
 from moec.codegen.cuda.attention.key_tiles import WARPS
 from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.cuda.attention.warps import attention
+from moec.codegen.cuda.compressed import compressed_linear
 from moec.codegen.cuda.cubin import Cubin, cubin
 from moec.codegen.cuda.gemv import gemv
 from moec.codegen.cuda.grouped import grouped_linear
@@ -41,8 +42,9 @@ from moec.codegen.cuda.tiles import CODES, FLOATS, LARGE, MIDDLE, SMALL, TileSha
 from moec.codegen.cuda.wgmma_tile import SHARED_MEMORY, THREADS
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec, AttentionSpec
 from moec.codegen.specs.norm import NormSpec
-from moec.codegen.specs.products import LinearSpec, QuantisedSpec
+from moec.codegen.specs.products import CompressedSpec, LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
+from moec.formats.compressed import KINDS
 from moec.formats.notation import parse
 from moec.ops.routing import Routing
 from moec.target import nvidia
@@ -78,6 +80,11 @@ def codes(format: str, shape: TileShape | None = None) -> Callable[[CudaTarget],
     return lambda target: grouped_codes(spec, target, epilogue=gated(silu), top_k=8, shape=shape)
 
 
+def compressed(kind: str, name: str = "compressed") -> Callable[[CudaTarget], PrimFunc]:
+    spec = CompressedSpec(768, 2048, "bfloat16", groups=128, gated=True, kind=kind)
+    return lambda t: compressed_linear(spec, t, epilogue=gated(silu), top_k=8, name=name)
+
+
 GROUPS = Routing(
     8, score="sigmoid", renormalize=True, groups=8, top_groups=4, group_score="top2sum"
 )
@@ -102,6 +109,7 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
     **{format: codes(format) for format in FORMATS},
     **{f"{format}-codes": codes(format, CODES) for format in FORMATS},
     "int8:rows16-small": codes("int8:rows16", SMALL),
+    **{kind: compressed(kind) for kind in KINDS},
     "route": lambda t: route(RouteSpec(Routing(8, renormalize=True), 128, "f32"), t),
     "route-groups": lambda t: route(RouteSpec(GROUPS, 256, "f32", "f32"), t),
     "dispatch": lambda t: dispatch(DispatchSpec(128, 8), t),
@@ -109,6 +117,7 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
 }
 ONE_ARCH = (
     "few32",
+    *KINDS,
     *(name for name in KERNELS if name.startswith(("int", "fp8", "float", "tf32", "mxfp4"))),
 )
 """The others are compiled for all architectures in one piece: `few_bits_and_float32`."""
@@ -241,7 +250,7 @@ def test_nothing_spills_of_split_k(arch: str, tmp_path: Path) -> None:
 
 @cache
 def few_bits_and_float32(arch: str) -> Cubin:
-    """Gated products of few bits, in float32 and in TF32, in one compilation."""
+    """Gated products of few bits, compressed, in float32 and in TF32, in one compilation."""
     target = TARGETS[arch]
     tf32, floats = replace(target, tf32=True), replace(GATED, dtype="float32")
     options: Any = {"epilogue": gated(silu), "top_k": 8}
@@ -257,6 +266,7 @@ def few_bits_and_float32(arch: str) -> Cubin:
             grouped_codes(spec, target, shape=CODES, name=n, **options)
             for n, spec in formats.items()
         ),
+        *(compressed(kind, f"by_{kind}")(target) for kind in KINDS),
         gemv(floats, target, name="few", **options),
         grouped_linear(floats, target, shape=FLOATS, name="floats", **options),
         grouped_linear(floats, tf32, shape=FLOATS, name="tf32", **options),
