@@ -105,8 +105,10 @@ def load_trace(path: Path) -> RoutingTrace:
             arrays = {name: file[name] for name in _DTYPES}
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a routing trace: {error}") from None
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError):
+        raise InputError(
+            f"{path} is not a routing trace: it is no .npz archive of arrays of numbers"
+        ) from None
     for name, array in arrays.items():
         if array.dtype.kind not in "iu":
             raise InputError(f"{path}: {name} is {array.dtype}, not of integers")

@@ -136,12 +136,16 @@ def command(
     from moec.plan.bound_experts import read_groups
     from moec.plan.heat_map import check_picture_name
     from moec.plan.model import read_model
-    from moec.plan.plan import read_plan, write_plan
+    from moec.plan.plan import physical_to_logical, read_plan, write_plan
     from moec.plan.uniform import best_uniform
 
     for path in (output, placement, picture, measure):
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it")
+        if path and not path.parent.is_dir():
+            raise UsageError(f"{path}: the folder {path.parent} does not exist")
+    if as_json and (explain is not None or other):
+        raise UsageError("--json prints the plan alone: leave out --explain and --compare")
     if picture:
         check_picture_name(picture)
     compared = read_plan(other) if other else None
@@ -152,10 +156,12 @@ def command(
     plan = best_uniform(planner) if uniform else planner.best()
     if explain is not None and explain >= len(plan.layers):
         raise UsageError(f"--explain {explain}: the model has {len(plan.layers)} layers")
+    against = text.compare(plan, compared, ("this plan", str(other))) if compared else ""
+    table = physical_to_logical(plan) if placement else None
     if output:
         write_plan(plan, output)
-    if placement:
-        export(plan, placement)
+    if placement and table is not None:
+        export(table, placement)
     if picture:
         draw(plan, planner, picture)
     if as_json:
@@ -166,11 +172,11 @@ def command(
     if explain is not None:
         options = planner.candidates[explain]
         echo(text.explain(plan.layers[explain], options, plan.memory_limit), nl=False)
-        return
-    echo(text.show(plan), nl=False)
-    if compared:
+    else:
+        echo(text.show(plan), nl=False)
+    if against:
         click.echo()
-        echo(text.compare(plan, compared, ("this plan", str(other))), nl=False)
+        echo(against, nl=False)
     for path in (output, placement, picture, measure):
         if path:
             echo(f"wrote {path}")
@@ -213,10 +219,13 @@ def workload(
     send: str,
     latency: float | None,
 ) -> Workload:
-    """The workload of the options. Raises UsageError for a dtype that cannot be sent."""
+    """The workload of the options. Raises UsageError for a dtype that cannot be sent, and for a
+    latency that is no time."""
     from moec.plan.files import Quantity
     from moec.plan.workload import Workload
 
+    if latency is not None and not 0 < latency < float("inf"):
+        raise UsageError(f"--latency {latency}: write seconds above 0, such as 0.02")
     try:
         return Workload(
             tokens=tokens or 128 * cluster.devices,
@@ -257,13 +266,21 @@ def planner_of(
     recorded = [len(count) for count in routing_of.counts]
     if len(recorded) != len(sparse) or any(a > b for a, b in zip(recorded, sparse, strict=True)):
         raise UsageError(
-            f"{trace} has {len(recorded)} layers with {recorded[:3]}… experts, {model.name} has "
-            f"{len(sparse)} MoE layers with {sparse[:3]}…"
+            f"{trace} is of another model: it has {_layers(recorded)}, {model.name} has "
+            f"{_layers(sparse)}"
         )
     counts = iter(routing_of.counts)
     loads = tuple(normalised(padded(next(counts), e) if e else np.empty(0)) for e in experts)
     says = f"{trace}, {routing_of.rows} choices (measured)"
     return Planner(model, cluster, work, loads, says, spare, routing_of.trace, groups)
+
+
+def _layers(experts: Sequence[int]) -> str:
+    """ "2 MoE layers, of 8 and 16 experts" for [8, 16]."""
+    from moec.report.units import counted
+
+    numbers = " and ".join(str(count) for count in sorted(set(experts)))
+    return counted(len(experts), "MoE layer") + (f", of {numbers} experts" if experts else "")
 
 
 def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
@@ -284,11 +301,8 @@ def draw(plan: Plan, planner: Planner, path: Path) -> None:
     save_heat_map(rows, title, "MoE layer", "rank", path)
 
 
-def export(plan: Plan, path: Path) -> None:
-    """Write the map that vLLM and SGLang read. Raises UsageError if it cannot express the plan."""
+def export(table: NDArray[np.int64], path: Path) -> None:
+    """Write the map [L, P] that vLLM and SGLang read."""
     import json
 
-    from moec.plan.plan import physical_to_logical
-
-    table = physical_to_logical(plan)
     path.write_text(json.dumps({"physical_to_logical_map": table.tolist()}) + "\n")

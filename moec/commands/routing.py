@@ -38,8 +38,12 @@ def command(
     for path in (picture, output):
         if path and path.exists() and not force:
             raise UsageError(f"{path} exists; --force replaces it")
+        if path and not path.parent.is_dir():
+            raise UsageError(f"{path}: the folder {path.parent} does not exist")
     if picture:
         check_picture_name(picture)
+    if output and output.suffix != ".npz":
+        raise UsageError(f"-o {output}: the name of a trace ends in .npz")
     routing = read_routing(source)
     if output:
         if routing.trace is None:

@@ -37,10 +37,17 @@ def read_routing(path: Path) -> ImportedRouting:
     (MoE-Infinity); .json with `logical_count`; .jsonl of {layer_idx, token_idx, selected_ids}; .pt
     of SGLang.
 
-    Raises InputError with what is missing in the file.
+    Raises InputError with what is missing in the file, and where nothing was recorded.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist")
+        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    routing = _read(path)
+    if not routing.rows:
+        raise InputError(f"{path}: no expert was chosen: it has no routing to show or to plan for")
+    return routing
+
+
+def _read(path: Path) -> ImportedRouting:
     match path.suffix:
         case ".npz":
             return of_trace(load_trace(path), "moec")
@@ -62,8 +69,8 @@ def of_trace(trace: RoutingTrace, source: str) -> ImportedRouting:
 def _array(path: Path) -> NDArray[Any]:
     try:
         return np.asarray(np.load(path, allow_pickle=False))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path}: {error}") from None
+    except (ValueError, OSError):
+        raise InputError(f"{path} is not an array of numbers that numpy wrote") from None
 
 
 def _of_counts(array: NDArray[Any], path: Path, source: str) -> ImportedRouting:
@@ -111,6 +118,8 @@ def _of_lines(path: Path) -> ImportedRouting:
             raise InputError(
                 f"{path}, line {number}: no layer_idx, token_idx and selected_ids"
             ) from None
+    if not chosen:
+        raise InputError(f"{path} has no record")
     tokens, layers = (sorted({key[axis] for key in chosen}) for axis in (0, 1))
     widths = {len(ids) for ids in chosen.values()}
     if len(widths) != 1 or len(chosen) != len(tokens) * len(layers):
@@ -121,7 +130,10 @@ def _of_lines(path: Path) -> ImportedRouting:
 
 def _checked(ids: NDArray[Any], path: Path) -> RoutingTrace:
     """A trace of ids [T, L, K]. The number of experts is not recorded and assumed to be the
-    greatest id + 1. Raises InputError for ids out of range."""
+    greatest id + 1. Raises InputError for ids of another shape or dtype, or out of range."""
+    if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        shape = list(ids.shape)
+        raise InputError(f"{path}: ids are {shape} of {ids.dtype}, not integers [T, L, K]")
     if ids.size == 0 or int(ids.min()) < -1 or int(ids.max()) > np.iinfo(np.int16).max:
         most = np.iinfo(np.int16).max
         raise InputError(f"{path}: ids must be from -1 to {most}, and there must be some")
@@ -137,8 +149,10 @@ def _of_sglang(path: Path) -> ImportedRouting:
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise InputError(f"{path} is not a dump of SGLang's recorder: {str(error)[:80]}") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError):
+        raise InputError(
+            f"{path} is not a dump of SGLang's recorder: torch.load(weights_only=True) refuses it"
+        ) from None
     if not isinstance(content, Mapping):
         raise InputError(f"{path} is not a dump of SGLang's recorder: it has no dictionary")
     if "logical_count" in content:
@@ -146,9 +160,14 @@ def _of_sglang(path: Path) -> ImportedRouting:
     records = content.get("records")
     if not isinstance(records, Sequence) or not records:
         raise InputError(f"{path} has neither logical_count nor records")
-    if "topk_ids_of_layer" in records[0]:
-        parts = [np.asarray(record["topk_ids_of_layer"]) for record in records]
-        ids = np.concatenate(parts, axis=1).transpose(1, 0, 2)
+    if isinstance(records[0], Mapping) and "topk_ids_of_layer" in records[0]:
+        try:
+            parts = [np.asarray(record["topk_ids_of_layer"]) for record in records]
+            ids = np.concatenate(parts, axis=1).transpose(1, 0, 2)
+        except (KeyError, TypeError, ValueError):
+            raise InputError(
+                f"{path}: topk_ids_of_layer of all records must be [layers, tokens, k]"
+            ) from None
         return of_trace(_checked(ids, path), "SGLang, per_token")
     return _of_counts(_logical(content, records, path), path, "SGLang, per_pass")
 
@@ -158,7 +177,7 @@ def _logical(content: Mapping[str, Any], records: Sequence[Any], path: Path) -> 
     try:
         slots = sum(np.asarray(record["global_physical_count"], float) for record in records)
         table = np.asarray(content["last_physical_to_logical_map"], np.int64)
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         raise InputError(f"{path}: records without global_physical_count, or no map") from None
     physical = np.asarray(slots)
     if table.shape != physical.shape or int(table.min()) < 0:

@@ -18,7 +18,7 @@ def of_distribution(text: str, experts: Sequence[int]) -> tuple[Loads, ...]:
     """Loads [E_l] of each layer, summing to 1: "uniform", "zipf:EXPONENT[:SEED]" or
     "lognormal:SIGMA[:SEED]", in a random order for each layer.
 
-    Raises UsageError for any other text.
+    Raises UsageError for any other text, and for a parameter above 20.
     """
     match = _FORM.fullmatch(text)
     if match is None:
@@ -26,6 +26,8 @@ def of_distribution(text: str, experts: Sequence[int]) -> tuple[Loads, ...]:
             f"{text} is not a distribution: write uniform, zipf:1.01 or lognormal:1.0, then :SEED"
         )
     kind, parameter, seed = match[1], float(match[2] or 1.0), int(match[3] or 0)
+    if parameter > 20:
+        raise UsageError(f"{text}: write a parameter of at most 20; 1 is a usual skew")
     generator = np.random.default_rng(seed)
     loads = []
     for count in experts:

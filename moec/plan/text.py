@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
+from moec.errors import UsageError
 from moec.plan.plan import LayerPlan, Plan
 from moec.plan.planner import CostedDegrees
 
@@ -192,12 +193,18 @@ def _words(candidate: CostedDegrees) -> str:
 
 
 def compare(one: Plan, two: Plan, names: tuple[str, str]) -> str:
-    """Two plans side by side: totals, and the layers whose degrees differ."""
+    """Two plans of one model side by side: totals, and the layers whose degrees differ. Raises
+    UsageError for plans of models with other numbers of experts."""
+    if [layer.experts for layer in one.layers] != [layer.experts for layer in two.layers]:
+        raise UsageError(
+            f"{names[1]} is a plan of {two.model}, whose layers or experts are not those of "
+            f"{one.model}: compare plans of one model"
+        )
     rows = [("", *names)]
     rows.append(("cluster", one.cluster, two.cluster))
     rows.append(("step, ms", f"{one.seconds * 1e3:.3f}", f"{two.seconds * 1e3:.3f}"))
     rows.append(("GB a device", f"{one.memory / 1e9:.1f}", f"{two.memory / 1e9:.1f}"))
-    for a, b in zip(one.layers, two.layers, strict=False):
+    for a, b in zip(one.layers, two.layers, strict=True):
         if _degrees(a) != _degrees(b):
             first, second = _row([a]), _row([b])
             rows.append(
@@ -207,8 +214,6 @@ def compare(one: Plan, two: Plan, names: tuple[str, str]) -> str:
                     ", ".join(cell for cell in second[1:5] if cell != "-"),
                 )
             )
-    if len(one.layers) != len(two.layers):
-        rows.append(("layers", str(len(one.layers)), str(len(two.layers))))
     return "\n".join(line.rstrip() for line in columns(rows)) + "\n"
 
 

@@ -104,6 +104,11 @@ def test_a_token_with_many_experts_on_a_node_goes_there_once(model: str) -> None
         (["--cluster", "h100-8", "--trace", "no.npz"], "no.npz does not exist"),
         (["--cluster", "h100-8", "--picture", "p.pdf"], "a picture ends in .png, .svg or .html"),
         (["--cluster", "h100-8", "--compare", "no.json"], "no.json"),
+        (["--cluster", "h100-8", "--latency", "0"], "--latency 0.0: write seconds above 0"),
+        (["--cluster", "h100-8", "--latency", "nan"], "--latency nan: write seconds above 0"),
+        (["--cluster", "h100-8", "--routing", "lognormal:99"], "a parameter of at most 20"),
+        (["--cluster", "h100-8", "--picture", "no/p.svg"], "the folder no does not exist"),
+        (["--cluster", "h100-8", "--explain", "1", "--json"], "leave out --explain and --compare"),
     ],
 )
 def test_refusals(model: str, arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -116,7 +121,30 @@ def test_refusals(model: str, arguments: list[str], message: str, tmp_path: Path
 
 def test_a_trace_of_another_model(trace: str) -> None:
     result = run("plan", "mixtral-8x7b", "--cluster", "h100-8", "--trace", trace)
-    assert "has 2 layers with" in result.stderr
+    words = "is of another model: it has 2 MoE layers, of 8 experts, Mixtral-8x7B has 32 MoE layers"
+    assert words in result.stderr
+
+
+def test_a_plan_of_another_model(model: str, tmp_path: Path) -> None:
+    mixtral, output = tmp_path / "mixtral.json", tmp_path / "plan.json"
+    run("plan", "mixtral-8x7b", "--cluster", "h100-8", "-o", str(mixtral))
+    options = ("--compare", str(mixtral), "-o", str(output))
+    result = run("plan", model, "--cluster", "h100-8", *options)
+    assert result.exit_code == 1
+    assert "is a plan of Mixtral-8x7B, whose layers or experts are not those of" in result.stderr
+    assert not output.exists()
+
+
+def test_a_placement_that_no_engine_reads(model: str, tmp_path: Path) -> None:
+    """Nothing is written, the plan neither."""
+    groups, *names = (tmp_path / name for name in ("groups.yaml", "p.json", "map.json"))
+    groups.write_text("text: [0, 3, 5, 6, 1]\nimage: [7]\naudio: [2, 4]\n")
+    options = ("--sequences", "0", "--groups", str(groups))
+    output = ("-o", str(names[0]), "--placement", str(names[1]))
+    result = run("plan", model, "--cluster", "cpu-8-nodes", *options, *output)
+    assert result.exit_code == 1
+    assert "vLLM and SGLang need equal numbers" in result.stderr
+    assert not any(name.exists() for name in names)
 
 
 def test_routing(trace: str, tmp_path: Path) -> None:
@@ -151,6 +179,10 @@ def test_routing_refuses(tmp_path: Path) -> None:
     np.save(counts, np.ones((2, 4)))
     result = run("routing", str(counts), "-o", str(tmp_path / "t.npz"))
     assert "a trace needs the experts of each token" in result.stderr
+    result = run("routing", str(counts), "-o", str(tmp_path / "t.txt"))
+    assert "the name of a trace ends in .npz" in result.stderr
+    result = run("routing", str(counts), "-o", str(tmp_path / "no" / "t.npz"))
+    assert f"the folder {tmp_path / 'no'} does not exist" in result.stderr
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_a_trace_is_what_it_was(tmp_path: Path) -> None:
         ({"experts": np.ones(5, int)}, "ids are of 2 layers"),
         ({"ids": IDS.astype(float)}, "ids is float64, not of integers"),
         ({"ids": None}, "lacks ids"),
-        ({"ids": np.array([None])}, "Object arrays cannot be loaded"),
+        ({"ids": np.array([None])}, r"it is no \.npz archive of arrays of numbers"),
     ],
 )
 def test_files_that_are_no_trace(change: dict, message: str, tmp_path: Path) -> None:
@@ -110,7 +110,11 @@ def test_records_a_line(tmp_path: Path) -> None:
         ("a.jsonl", "{}", "line 1: no layer_idx"),
         ("a.pt", "no", "is not a dump of SGLang"),
         ("a.txt", "", "routing is read from"),
-        ("a.npy", "no", "a.npy"),
+        ("a.npy", "no", r"a\.npy is not an array of numbers that numpy wrote"),
+        ("a.npz", "no", r"it is no \.npz archive of arrays of numbers"),
+        ("a.json", "[[0, 0]]", "no expert was chosen"),
+        ("a.jsonl", "", "has no record"),
+        ("a.pt", "hello", "is not a dump of SGLang's recorder"),
     ],
 )
 def test_other_files(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -118,6 +122,27 @@ def test_other_files(name: str, text: str, message: str, tmp_path: Path) -> None
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_routing(path)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([5], "records without global_physical_count"),
+        ([torch.ones(1)], "records without global_physical_count"),
+        ([{"topk_ids_of_layer": torch.zeros(2)}], "must be .layers, tokens, k"),
+        ([{"topk_ids_of_layer": torch.zeros(n, 3, 2)} for n in (1, 2)], "must be .layers, tokens"),
+        ([{"topk_ids_of_layer": torch.zeros(2, 3, 2)}], "float32, not integers .T, L, K"),
+    ],
+)
+def test_records_of_sglang_that_are_none(records: list, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        read_routing(sglang(tmp_path, {"records": records}))
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "t.npy").mkdir()
+    with pytest.raises(InputError, match=r"t\.npy is a folder"):
+        read_routing(tmp_path / "t.npy")
 
 
 def test_balance() -> None:
