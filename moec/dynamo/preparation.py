@@ -11,36 +11,67 @@ model's forward enables the setting for the code that it runs.
 
 from __future__ import annotations
 
+import re
 from types import MethodType
 from typing import Any, TypeVar
 
 import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moec.capture.huggingface import switch_experts
 from moec.dynamo.compiler import backend
+from moec.dynamo.observed import is_observed, observe_experts
+from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.skipped import watch
 from moec.errors import UsageError
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def prepare(model: Model) -> Model:
+def prepare(model: Model, *args: Any, **kwargs: Any) -> Model:
     """Prepare the model in place and return it. Its results do not change.
+
+    `args` and `kwargs` are those of a call. With them, modules whose loop over experts Dynamo
+    cannot capture are recognised by their behaviour, and compute the same by other operators, up to
+    rounding; a FallbackWarning names those that are not recognised.
 
     Raises UsageError for anything but a module, CaptureError where an expert cannot be traced.
     """
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"a {type(model).__name__} is not a torch module: prepare the model")
     watch(backend)
-    if not switch_experts(model):
+    switched = switch_experts(model)
+    if args or kwargs:
+        RECORDER.fall_back(observe_experts(model, args, kwargs), strict=False)
+    if not switched and not is_observed(model):
         # a copy of the model then binds it to the copy
         model.forward = MethodType(_PREPARED, model)
     return model
 
 
 def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        return type(self).forward(self, *args, **kwargs)
+    if not self.__dict__.get(_UNCAPTURED):
+        try:
+            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+                return type(self).forward(self, *args, **kwargs)
+        except GuardOnDataDependentSymNode as error:
+            where = type(self).__name__
+            RECORDER.fall_back([Fallback(where, _on_data(error))], strict=False)
+            self.__dict__[_UNCAPTURED] = True
+    return type(self).forward(self, *args, **kwargs)
+
+
+_UNCAPTURED = "moec_uncaptured"
+"""Set on a module where Dynamo fails under the setting: without it, it skips the function."""
+
+
+def _on_data(error: GuardOnDataDependentSymNode) -> str:
+    line = re.search(r"Caused by: *(.+?) *# *(\S+)", str(error))
+    code = f" `{line[1].strip(' ()')}` ({line[2]})" if line else ""
+    return (
+        f"Dynamo cannot capture a branch on the number of an expert's tokens{code}: prepare it "
+        "with the arguments of a call, moec.prepare(model, x), or remove the branch"
+    )
 
 
 _disable: Any = torch._dynamo.disable  # it has no types

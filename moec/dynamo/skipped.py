@@ -28,8 +28,8 @@ _SAID: Mapping[tuple[str, ...], str] = {
     ),
     ("Data-dependent branching", "graph break in loop"): (
         "a loop branches on a mask, as `if mask.any():` does: remove the condition (an expert "
-        "without tokens adds nothing), or use moec.compile, which handles it; a Hugging Face "
-        "model needs moec.prepare(model)"
+        "without tokens adds nothing), or give an example: moec.prepare(model, x), whose x are "
+        "the arguments of a call; a Hugging Face model needs moec.prepare(model)"
     ),
 }
 """What to report, by words in Dynamo's reason."""

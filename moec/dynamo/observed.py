@@ -1,0 +1,129 @@
+"""Gives a forward that Dynamo can capture to modules whose loop over experts it cannot.
+
+A loop may branch on its data (`if rows.numel():`, `for count in counts.tolist()`). Where Dynamo
+gives up on such a module, its behaviour is recognised (`moec.capture.behaviour`), and its forward
+becomes the description as plain operators with the module's own parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moec.capture.behaviour.arguments import Arguments, RecordedCall
+from moec.capture.behaviour.description import Description
+from moec.capture.behaviour.door import ModelExample
+from moec.capture.behaviour.parts import may_hold_experts
+from moec.capture.behaviour.recognise import NoExperts, recognise
+from moec.capture.behaviour.replacement import Replacement, outputs
+from moec.capture.behaviour.side_outputs import result_like
+from moec.dynamo.record import Fallback
+from moec.errors import NoMatch
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a module computes of tokens of this rank, in this mode. `body` is the graph of an
+    expert, `result` the containers of the module's result."""
+
+    description: Description
+    body: str
+    width: int
+    rank: int
+    training: bool
+    result: Any
+
+    def covers(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        if len(args) != 1 or kwargs or module.training != self.training:
+            return False
+        tokens = args[0]
+        return isinstance(tokens, torch.Tensor) and tokens.dim() == self.rank
+
+
+_OBSERVED = "moec_observed"
+
+
+def is_observed(module: nn.Module) -> bool:
+    return _OBSERVED in module.__dict__
+
+
+def observe_experts(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Fallback]:
+    """Replaces the forward of each module that holds experts, that Dynamo cannot capture, and that
+    is recognised by its behaviour. Returns the others that Dynamo cannot capture, with reasons."""
+    modules = {name: part for name, part in model.named_modules() if may_hold_experts(part)}
+    calls = ModelExample(model, args, kwargs).record(list(modules))
+    settled: list[str] = []
+    refusals = []
+    for name in reversed(modules):
+        if name not in calls or any(_inside(other, name) for other in settled):
+            continue
+        module, call = modules[name], calls[name]
+        try:
+            if _captured(module, call):
+                settled.append(name)
+                continue
+            module.__dict__[_OBSERVED] = _observed(module, call)
+            module.forward = MethodType(forward, module)
+            settled.append(name)
+        except NoExperts:
+            continue
+        except NoMatch as why:
+            kind = type(module).__name__
+            where = f"{name} ({kind})" if name else kind
+            reason = f"Dynamo does not capture it, and its behaviour is not recognised: {why}"
+            refusals.append((name, Fallback(where, reason)))
+    return [
+        fallback
+        for name, fallback in refusals
+        if not any(_inside(name, other) or _inside(other, name) for other in settled)
+    ]
+
+
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module that was observed, which is its own for calls of another kind."""
+    observed: Observed = self.__dict__[_OBSERVED]
+    if not observed.covers(self, args, kwargs):
+        return type(self).forward(self, *args, **kwargs)
+    replacement = Replacement(self, observed.description, observed.width, observed.body)
+    return result_like(observed.result, outputs(replacement, args[0]))
+
+
+def _observed(module: nn.Module, call: RecordedCall) -> Observed:
+    """Raises NoMatch where the behaviour is not recognised, or needs more than tokens."""
+    arguments = Arguments.of(call.args, call.kwargs)
+    if len(call.args) != 1 or call.kwargs:
+        raise NoMatch("it is called with more than one tensor of tokens")
+    description = recognise(module, arguments).description
+    assert description is not None
+    replacement = Replacement(module, description, arguments.shape[-1])
+    leaves = [None] * len(description.outputs)
+    return Observed(
+        description,
+        replacement.body,
+        arguments.shape[-1],
+        len(arguments.shape),
+        module.training,
+        result_like(call.result, leaves),
+    )
+
+
+def _captured(module: nn.Module, call: RecordedCall) -> bool:
+    """Whether Dynamo makes one graph of the module, as it does in a prepared model."""
+    dynamo: Any = torch._dynamo  # it has no types
+    try:
+        with dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+            dynamo.export(module)(*call.args, **call.kwargs)
+    except Exception:  # its errors have no common class; the module's own are those of eager
+        return False
+    return True
+
+
+def _inside(inner: str, outer: str) -> bool:
+    return inner == outer or not outer or inner.startswith(f"{outer}.")

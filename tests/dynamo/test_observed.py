@@ -1,0 +1,178 @@
+"""Loops over experts that Dynamo cannot capture are recognised by their behaviour, or reported."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import moec
+from moec.dynamo.observed import Observed, is_observed
+from moec.dynamo.record import FallbackWarning
+from tests.dynamo.modules import Listed
+from tests.dynamo.test_inference import CLOSE
+
+D, E, K = 16, 4, 2
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, E, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, 24), nn.GELU(), nn.Linear(24, D)) for _ in range(E)
+        )
+
+
+class Branching(Experts):
+    """Leaves out experts without tokens by their number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        weights, chosen = self.gate(flat).softmax(-1).topk(K, -1)
+        y = torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == index)
+            if token.numel():
+                y.index_add_(0, token, expert(flat[token]) * weights[token, slot, None])
+        return y.view_as(x)
+
+
+class Counted(Experts):
+    """DeepSeek's inference: counts are read into a list, and rows are cut by them."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.gate(x)
+        weights, chosen = logits.softmax(-1).topk(K, -1)
+        order = chosen.flatten().argsort(stable=True)
+        results, start = [], 0
+        for index, count in enumerate(torch.bincount(chosen.flatten(), minlength=E).tolist()):
+            if count == 0:
+                continue
+            results.append(self.experts[index](x[order[start : start + count] // K]))
+            start += count
+        rows = torch.empty(len(order), D).index_copy(0, order, torch.cat(results))
+        return (rows.view(-1, K, D) * weights[..., None]).sum(1), logits
+
+
+class Noisy(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.randn_like(x))
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.block = nn.Linear(D, D), Branching()
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        y: Tensor = x + scale * self.block(self.before(x))
+        return y
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="moec", dynamic=True, options={"rest": "eager", **options})
+
+
+def example() -> Tensor:
+    return torch.randn(7, D)
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Around:
+    return moec.prepare(Around().eval(), example())
+
+
+def check_block(model: nn.Module) -> None:
+    """`model` is prepared; its class has the forward of eager mode."""
+    eager = type(model)().eval()
+    eager.load_state_dict(model.state_dict())
+    run = compiled(model, strict=True)
+    with torch.no_grad():
+        for tokens in (7, 2, 33):
+            x = torch.randn(tokens, D)
+            torch.testing.assert_close(run(x), eager(x), **CLOSE)
+            torch.testing.assert_close(model(x), eager(x), **CLOSE)
+    assert moec.stats().blocks == moec.stats().compilations == 1
+    assert not moec.stats().fallbacks
+
+
+def test_a_loop_that_branches_on_numbers_of_rows(prepared: Around) -> None:
+    check_block(copy.deepcopy(prepared))
+
+
+def test_a_loop_over_counts() -> None:
+    check_block(moec.prepare(Counted().eval(), example()))
+
+
+def test_only_the_module_with_the_loop_is_replaced(prepared: Around) -> None:
+    observed = [name for name, part in prepared.named_modules() if is_observed(part)]
+    assert observed == ["block"]
+
+
+def test_a_loop_that_dynamo_captures_stays_as_it_is() -> None:
+    model = moec.prepare(Listed().eval(), torch.randn(7, 16))
+    assert not any(map(is_observed, model.modules()))
+
+
+def test_calls_of_another_kind_run_the_modules_own_forward(prepared: Around) -> None:
+    block = copy.deepcopy(prepared.block)
+    observed, x = block.__dict__["moec_observed"], example()
+    assert isinstance(observed, Observed)
+    assert observed.covers(block, (x,), {})
+    assert not observed.covers(block, (x[None],), {})
+    assert not observed.covers(block, (), {"x": x})
+    assert not observed.covers(block.train(), (x,), {})
+    assert torch.equal(block(x), Branching.forward(block, x))
+
+
+def test_a_copy_has_weights_of_its_own(prepared: Around) -> None:
+    block, other, x = prepared.block, copy.deepcopy(prepared.block), example()
+    with torch.no_grad():
+        for expert in other.experts:
+            expert[2].weight.mul_(2)
+        for part in (block, other):
+            torch.testing.assert_close(part(x), Branching.forward(part, x), **CLOSE)
+        assert not torch.allclose(block(x), other(x))
+
+
+def test_gradients(prepared: Around) -> None:
+    model, eager, x = copy.deepcopy(prepared), Around().eval(), example()
+    eager.load_state_dict(model.state_dict())
+    F.mse_loss(compiled(model)(x), x).backward()
+    F.mse_loss(eager(x), x).backward()
+    for mine, right in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, right.grad, **CLOSE)
+
+
+def test_what_is_not_recognised_is_named() -> None:
+    with pytest.warns(FallbackWarning) as record:
+        moec.prepare(Noisy().eval(), torch.randn(5, D))
+    assert (
+        "Noisy: Dynamo does not capture it, and its behaviour is not recognised: two runs on one "
+        "input differ: it draws random numbers" in str(record[0].message)
+    )
+
+
+def test_without_a_call_a_branch_is_left_to_pytorch() -> None:
+    """Dynamo raises its own error here under the setting that a prepared model enables."""
+    model, eager = Branching().eval(), Branching().eval()
+    eager.load_state_dict(model.state_dict())
+    run = compiled(moec.prepare(model))
+    x = torch.randn(5, D)
+    with torch.no_grad():
+        with pytest.warns(FallbackWarning) as record:
+            assert torch.equal(run(x), eager(x))
+        assert torch.equal(run(x), eager(x))
+    message = " ".join(str(warning.message) for warning in record)
+    assert re.search(
+        r"Branching: Dynamo cannot capture a branch on the number of an expert's tokens "
+        r"`if token.numel\(\):` \(.*test_observed\.py:\d+\): .*moec\.prepare\(model, x\)",
+        message,
+    )
+    assert sum("cannot capture a branch" in f.reason for f in moec.stats().fallbacks) == 1
