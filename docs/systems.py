@@ -58,7 +58,8 @@ class Source:
     compilation.
 
     `adds` describes in one or two sentences what moec does for it. `process` and `modalities` are
-    the axes of the surveys; `trained` is whether a test trains a part of it.
+    the axes of the surveys; `trained` is the data that a test trains a part of it on, empty if no
+    test trains it.
     """
 
     number: int
@@ -68,7 +69,7 @@ class Source:
     process: Process
     modalities: tuple[str, ...]
     adds: str
-    trained: bool = False
+    trained: str = ""
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ def _section(
     yield f"{link}; `examples/systems/{source.example}.py`. {source.adds}"
     yield ""
     axes = ", ".join((source.process, *source.modalities))
-    yield f"- Axes: {axes}{', a part is trained by a test' if source.trained else ''}."
+    trained = f", a part is trained by a test, on {source.trained}" if source.trained else ""
+    yield f"- Axes: {axes}{trained}."
     weights = f"{record.parameters:,} parameters, {record.bytes / 1e6:.2f} MB"
     yield f"- Captured: {record.captured}; {weights}; agreement with eager: {record.agreement}."
     if example is not None:

@@ -25,7 +25,7 @@ SOURCE = Source(
     modalities=("text",),
     adds="The state that travels through depth stays one value from layer to layer, and its update "
     "mu * m + u is the addend of the kernel that combines the experts' rows.",
-    trained=True,
+    trained="a repeating sequence",
 )
 TOLERANCE = 1e-5  # float32, sums of tens of terms, twelve normalised layers
 

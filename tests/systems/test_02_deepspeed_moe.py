@@ -36,7 +36,7 @@ SOURCE = Source(
     "and gathers of rows; numbers of random token selection are an input. The planner chooses "
     "among flat, hierarchical and coordinated exchanges (`moec.plan`), `moec.train` has the staged "
     "distillation.",
-    trained=True,
+    trained="random tokens",
 )
 # float32, sums of at most 64 terms in another order, through two layers.
 TOLERANCE = 1e-5

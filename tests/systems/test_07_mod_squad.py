@@ -31,7 +31,7 @@ SOURCE = Source(
     adds="`specialise` binds the task, which leaves one gate a layer; `keep-used` drops the "
     "experts that a table of usage says the task does not need. Heads that tokens choose are "
     "experts too: their queries are a block, and so are their output projections, with one gate.",
-    trained=True,
+    trained="random images",
 )
 TOLERANCE = 1e-5  # float32, sums of at most 64 terms, through two blocks
 TASK, UNUSED = 1, {"blocks.0.attention": 0, "blocks.1.mlp": 2}

@@ -25,7 +25,7 @@ SOURCE = Source(
     adds="The rows of all tasks meet in the same experts, in any mixture, and each task's batch is "
     "a named size. The authors' capacity is not divided by the experts: it cannot bind, and is "
     "gone. Rails of the exchanges are `moec plan`'s; ring memory is not part of this.",
-    trained=True,
+    trained="scikit-learn's digits",
 )
 TOLERANCE = 1e-5  # float32, two layers of short sums
 SMALL = {"width": 8, "hidden": 12, "experts": 3, "layers": 1}

@@ -27,7 +27,7 @@ SOURCE = Source(
     modalities=("text", "image", "video"),
     adds="The survey's axes as a matrix of tests (docs/surveys.md). One artifact serves texts, "
     "images and videos, together or alone: each may be of length 0.",
-    trained=True,
+    trained="random inputs",
 )
 TOLERANCE = 1e-5  # float32, one block
 SIZES = example.Sizes(vocabulary=16, width=8, hidden=12, experts=3)

@@ -25,7 +25,7 @@ SOURCE = Source(
     modalities=("text", "image"),
     adds="Every expert is evaluated in the authors' code; compiled, a vector meets its own alone. "
     "The calls of two objectives share their weights and run as one block over twice the rows.",
-    trained=True,
+    trained="scikit-learn's digits and their names",
 )
 TOLERANCE = 1e-5  # float32, sums of at most some hundred terms in another order
 SIZES = example.Sizes(text=16, image=64, hidden=24, experts=6, top_k=2)

@@ -24,7 +24,7 @@ SOURCE = Source(
     adds="A word's region and a timestep's picture are groups of rows that share a choice. Routers "
     "read the prompt or the time alone: each kind is a function of its own, asked once a prompt or "
     "once a step while the rest samples.",
-    trained=True,
+    trained="scikit-learn's digits",
 )
 TOLERANCE = 1e-4  # float32, ten layers deep
 SIZES = example.Sizes(

@@ -25,7 +25,7 @@ SOURCE = Source(
     adds="Detection, segmentation, classification and captioning have different graphs and shapes; "
     "with their projectors and weights they are one node. No formula of the paper was found: the "
     "form is the reference's.",
-    trained=True,
+    trained="scikit-learn's digits",
 )
 TOLERANCE = 1e-5  # float32, short sums
 SIZES = example.Sizes(width=12, hidden=16)

@@ -23,7 +23,7 @@ SOURCE = Source(
     adds="The encoder's experts are sorted rows of the kept patches alone; their number is a named "
     "size, so that extreme masking and sampling are one artifact. Counts of experts are ours: the "
     "paper's were not found.",
-    trained=True,
+    trained="generated shapes",
 )
 TOLERANCE = 1e-4  # float32, attention over up to 64 patches, three layers
 SIZES = example.Sizes(side=8, patch=2, window=2, width=16, heads=2, encoder=1, experts=3, steps=20)

@@ -24,7 +24,7 @@ SOURCE = Source(
     modalities=("video", "text"),
     adds="The mixture on two levels is one node, whose five small softmaxes are one. Where the "
     "prompt ends is an input, found by Python. Both videos of all pairs are scored by one call.",
-    trained=True,
+    trained="generated videos",
 )
 TOLERANCE = 1e-4  # float32 sums in another order
 

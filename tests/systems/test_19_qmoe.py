@@ -27,7 +27,7 @@ SOURCE = Source(
     modalities=("text",),
     adds="`compress-experts` solves experts on what the router sends them (GPTQ, then descent) and "
     "stores them as codewords; kernels decode them as they multiply.",
-    trained=True,
+    trained="a copying task",
 )
 TOLERANCE = 1e-4  # float32, and the same weights: those that the codes stand for
 

@@ -22,7 +22,7 @@ SOURCE = Source(
     modalities=("image",),
     adds="Counts that Python reads are speculated on and proved; the shared expert is added inside "
     "of the combine; modulations of all steps and blocks come from one call before sampling.",
-    trained=True,
+    trained="scikit-learn's digits",
 )
 TOLERANCE = 1e-4  # float32 sums in another order, through two blocks
 

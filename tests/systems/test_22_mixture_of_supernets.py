@@ -23,7 +23,7 @@ SOURCE = Source(
     modalities=("image",),
     adds="The weights of experts are mixed before the product, and no token is dispatched. Once "
     "the architecture is chosen, `fold-supernet` leaves the dense network of its size.",
-    trained=True,
+    trained="scikit-learn's digits",
 )
 TOLERANCE = 1e-4  # float32 sums in another order
 
