@@ -172,6 +172,18 @@ CLAIMS = (
         "model to eager, as a share of the greatest value.",
     ),
     Claim(
+        "plan-traces",
+        "Plans made from one half of recorded routing, for the other half",
+        "Predicted milliseconds of a step of 4,096 tokens on eight devices with memory for 0.3 of "
+        "the experts, of `examples/tiny_moe` and of SmolLM2 with experts "
+        "(`benchmarks/upcycle.py`), on sources and docstrings of Python's standard library. "
+        "`halves`: of windows of 128 tokens in random order, or in the order of the files, where "
+        "the second half is of other files than the first. `drift` is the share of choices that "
+        "changed, in the worst layer; `even routing` a plan that knows no trace. `busiest/mean` is "
+        "of the busiest device in the worst layer, by the plan of a half and by that for even "
+        "routing.",
+    ),
+    Claim(
         "einsum-moe",
         "A layer of einsums over places (DeepSpeed-MoE)",
         "Milliseconds a call by tokens, least of the rounds. `einsum` is the layer as written, on "

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 
 from moec.errors import UsageError
 from moec.formats.jit import compiled
+from moec.plan.eplb import rebalance
 
+EVEN = 1.001
+"""Busiest rank over its lower bound, above which the placement of EPLB is tried too."""
 Loads = NDArray[np.float64]
 Ids = NDArray[np.int64]
 
@@ -51,7 +54,7 @@ class Placement:
 def place(loads: Loads, ranks: int, slots: int | None = None, restarts: int = 0) -> Placement:
     """Place experts with loads [E] on `ranks` ranks with `slots` slots in total (default: the
     fewest): greedily, then by swaps while they help, with `restarts` repetitions from a disturbed
-    result.
+    result; or as EPLB does if that is more even and has no expert twice on a rank.
 
     Raises UsageError for fewer slots than experts or ranks, or more than experts x ranks.
     """
@@ -73,6 +76,12 @@ def place(loads: Loads, ranks: int, slots: int | None = None, restarts: int = 0)
     rank_of = _pack(weight, owner, capacity)
     rank_of = _improve(weight, owner, rank_of, ranks, bound, restarts)
     busiest = float(np.bincount(rank_of, weight, ranks).max())
+    if busiest > bound * EVEN and slots % ranks == 0:
+        table = rebalance(shares[None], slots, 1, 1, ranks)[0].reshape(ranks, -1)
+        held = tuple(tuple(sorted(set(row))) for row in table.tolist())
+        heaviest = float(rank_loads(shares, held).max())
+        if heaviest < busiest and sum(map(len, held)) == slots:
+            return Placement(held, heaviest, bound)
     order = np.lexsort((owner, rank_of))
     ends = np.cumsum(np.bincount(rank_of, minlength=ranks))[:-1]
     held = tuple(tuple(part.tolist()) for part in np.split(owner[order], ends))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moec.errors import UsageError
 from moec.plan.eplb import rebalance
-from moec.plan.placement import place, replicate
+from moec.plan.placement import EVEN, place, rank_loads, replicate
 
 
 def optimum(weights: np.ndarray, owner: np.ndarray, capacity: list[int]) -> float:
@@ -108,6 +108,22 @@ def test_every_expert_has_a_slot_and_no_rank_is_empty(
     assert set(held) == set(range(len(loads)))
     assert len(held) == slots
     assert all(placement.slots)
+
+
+def test_never_less_even_than_eplb() -> None:
+    """Where EPLB gives no rank an expert twice, which serves nobody."""
+    generator, better = np.random.default_rng(0), 0
+    for _ in range(150):
+        experts, ranks = int(generator.choice([8, 16, 64])), int(generator.choice([2, 4, 8, 16]))
+        each = max(1, experts // ranks) + int(generator.integers(0, 3))
+        slots = min(each, experts) * ranks
+        loads = generator.lognormal(0, generator.choice([0.3, 1.0, 1.5]), experts)
+        table = rebalance(loads[None], slots, 1, 1, ranks)[0].reshape(ranks, -1).tolist()
+        if all(len(set(row)) == len(row) for row in table):
+            placement, other = place(loads, ranks, slots), rank_loads(loads, table).max()
+            assert placement.busiest <= other * EVEN
+            better += placement.busiest < other * (1 - 1e-9)
+    assert better > 50
 
 
 def test_too_few_slots() -> None:
