@@ -10,10 +10,13 @@ venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
 
-.PHONY: demo test test-changed replay lint docs pages format golden clean
+.PHONY: demo help test test-changed replay lint docs pages format golden clean
 
 demo: $(installed)
 	$(python) examples/demo.py
+
+help:
+	@sed -n 's/^    make /make /p' CONTRIBUTING.md
 
 test: $(installed)
 	$(python) -m pytest -n $(JOBS) --dist worksteal $(TESTS)

@@ -92,11 +92,11 @@ def test_a_program_that_somebody_exported_is_not_changed() -> None:
     assert (str(exported.graph), list(exported.constants)) == before
 
 
-def test_the_static_cache_of_transformers(tiny_moe: Any) -> None:
+def test_the_static_cache_of_transformers(short_moe: Any) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(short_moe, dtype=torch.float32).eval()
     model.generation_config.use_cache = True
     model.generation_config.cache_implementation = "static"
     model.generation_config.cache_config = {

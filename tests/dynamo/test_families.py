@@ -81,13 +81,13 @@ def test_logits_where_inductor_takes_the_rest() -> None:
     assert (moec.stats().compilations, moec.stats().blocks) == (1, 1)
 
 
-def test_generation(tiny_moe: Path) -> None:
+def test_generation(short_moe: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     prompt = torch.tensor([[5, 9, 2, 11, 7]])
     texts = []
     for prepared in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(short_moe, dtype=torch.float32).eval()
         if prepared:
             model.forward = compiled(moec.prepare(model).forward)
         texts.append(model.generate(prompt, max_new_tokens=8, do_sample=False))

@@ -103,10 +103,10 @@ def test_a_model_is_neither_pickled_nor_copied(
             assert words in str(caught.value)
 
 
-def test_the_tokens_of_hugging_face(tiny_moe: Path, prompts: list[list[int]]) -> None:
+def test_the_tokens_of_hugging_face(short_moe: Path, prompts: list[list[int]]) -> None:
     """In float32; in bf16 eager and moec round otherwise, and a near tie goes either way."""
-    eager = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).eval()
-    model = moec.compile(tiny_moe, dtype="float32", verify=False)
+    eager = AutoModelForCausalLM.from_pretrained(short_moe, dtype=torch.float32).eval()
+    model = moec.compile(short_moe, dtype="float32", verify=False)
     with torch.no_grad():
         expected = [
             eager.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)[0].tolist()

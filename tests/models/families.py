@@ -31,9 +31,13 @@ class Family:
     fields: dict[str, Any]
 
     def one_layer(self) -> Family:
-        """The family with one MoE layer, after the dense layers that it begins with."""
+        """The family with one MoE layer, after the dense layers that it begins with; of Switch, one
+        in the encoder and one in the decoder."""
         dense = self.fields.get("first_k_dense_replace", 0)
-        return replace(self, fields={**self.fields, "num_hidden_layers": dense + 1})
+        fewer = {"num_hidden_layers": dense + 1}
+        if self.model.startswith("Switch"):
+            fewer |= {"num_layers": 1, "num_decoder_layers": 1}
+        return replace(self, fields={**self.fields, **fewer})
 
     def build(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
         """A model with random weights, in eval mode."""
@@ -171,3 +175,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
 }
+
+SMALL = {name: f if name == "gpt_oss" else f.one_layer() for name, f in FAMILIES.items()}
+"""With as few layers as show all code of the family. In gpt-oss the second layer differs from the
+first: its attention has no window."""

@@ -6,19 +6,17 @@ import pytest
 
 from moec.capture import capture
 from moec.ir.text import print_graph
-from tests.models.families import FAMILIES
+from tests.models.families import SMALL
 
 QUICK = ("mixtral", "gpt_oss", "llama4")
-VARYING = ("gpt_oss", "switch_transformers")
-"""Their second layer differs from the first: the attention, a dense layer. Of others, one does."""
 
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in FAMILIES],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in SMALL],
 )
 def test_one_graph_for_every_size_of_the_example(name: str) -> None:
-    family = FAMILIES[name] if name in VARYING else FAMILIES[name].one_layer()
+    family = SMALL[name]
     model = family.build()
     captures = [capture(model, (), family.inputs(*size)) for size in ((2, 16), (1, 8), (1, 1))]
     first, *others = [print_graph(captured.program.graph) for captured in captures]

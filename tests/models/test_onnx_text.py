@@ -12,26 +12,27 @@ from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
 from moec.passes.decode import with_past_inputs
 
-CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "checkpoint"
 PROMPTS = [[5, 9, 12, 7, 33, 81, 4], [100], [640, 3, 77], [8, 20, 31, 150, 9, 11, 77, 500, 2]]
 TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def tiny_moe() -> moec.CompiledModel:
-    return moec.compile(CHECKPOINT, dtype="float32", build=False)
+def compiled(short_moe: Path) -> moec.CompiledModel:
+    return moec.compile(short_moe, dtype="float32", build=False)
 
 
 @pytest.mark.parametrize("ep", ["cpu", "portable"])
-def test_the_tokens_of_hugging_face(tiny_moe: moec.CompiledModel, ep: str, tmp_path: Path) -> None:
+def test_the_tokens_of_hugging_face(
+    compiled: moec.CompiledModel, short_moe: Path, ep: str, tmp_path: Path
+) -> None:
     """Alone, and in a batch that is padded on the left."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(short_moe, dtype=torch.float32).eval()
     path = tmp_path / "model.onnx"
-    tiny_moe.export_onnx(path, ep)
+    compiled.export_onnx(path, ep)
     run = runner(open_session(path))
-    program = with_past_inputs(tiny_moe.pass_results[-1].program)
+    program = with_past_inputs(compiled.pass_results[-1].program)
     width = max(map(len, PROMPTS))
     padded = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
     lengths = torch.tensor(list(map(len, PROMPTS)))

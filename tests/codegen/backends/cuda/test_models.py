@@ -14,7 +14,7 @@ from moec.runtime.package import DECODE
 from moec.runtime.texts import Texts
 from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, needs_compiler
 from tests.cuda_emulator.models import EmulatedModel, emulated_model
-from tests.models.families import FAMILIES
+from tests.models.families import SMALL
 
 TARGET = "cuda:sm_80,sm_90a"
 # A softmax, a sigmoid with groups and a shared expert, biases with sinks, a gated shared expert.
@@ -35,7 +35,7 @@ NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def compiled(
     name: str, dtype: torch.dtype, kv_cache: bool = True
 ) -> tuple[torch.nn.Module, CompiledModel]:
-    family = FAMILIES[name]
+    family = SMALL[name]
     model = family.build(dtype)
     compiled_model = moec.compile(
         model,
@@ -48,7 +48,7 @@ def compiled(
     return model, compiled_model
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - RUN.keys()))
+@pytest.mark.parametrize("name", sorted(SMALL.keys() - RUN.keys()))
 def test_families_become_cuda_c(name: str) -> None:
     _, model = compiled(name, torch.float32)
     assert model.package is not None
@@ -68,7 +68,7 @@ def test_emulated_models_equal_eager(name: str) -> None:
     assert compiled_model.package is not None
     run = emulated_model(compiled_model.package)
     for number, (batch, sequence) in enumerate([(2, 9), (1, 5)]):
-        inputs = FAMILIES[name].inputs(batch, sequence, seed=number)
+        inputs = SMALL[name].inputs(batch, sequence, seed=number)
         with torch.no_grad():
             expected = model(**inputs).logits.float()
         ports = compiled_model.package.main.inputs
