@@ -1,4 +1,4 @@
-"""The least time that the kernels of a MoE layer could take on a GPU: a model, not a measurement.
+"""The least time that the kernels of a layer could take on a GPU: a model, not a measurement.
 
     time of a kernel = max(bytes / bandwidth, FLOPs / peak)        Williams et al., 2009
 
@@ -59,6 +59,36 @@ def layer_work(layer: LayerShape, tokens: int) -> tuple[Work, ...]:
         Work("up", up + (x + hidden) * _HALF + rows * _INT, 2 * flops),
         Work("down", down + (hidden + y) * _HALF, flops),
         Work("combine", (y + x) * _HALF + rows * (_INT + _FLOAT), 2.0 * y),
+    )
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Attention in 16 bits with grouped heads: `keys` heads of keys and values."""
+
+    width: int
+    heads: int
+    keys: int
+    dim: int
+
+
+def attention_work(shape: AttentionShape, texts: int, new: int, past: int) -> tuple[Work, ...]:
+    """The work of each kernel around attention, for `new` tokens of each of `texts` texts, which
+    have `past` tokens in the cache. Keys and values are read once per text; a causal query meets
+    the past and, on average, half of the new tokens."""
+    tokens, held = texts * new, texts * (past + new)
+    q, kv = shape.heads * shape.dim, shape.keys * shape.dim
+    x, projected = tokens * shape.width, q + 2 * kv
+    met = tokens * (past + (new + 1) / 2)
+    return (
+        Work(
+            "qkv",
+            (shape.width * projected + x + tokens * projected) * _HALF,
+            2.0 * tokens * shape.width * projected,
+        ),
+        Work("append", tokens * 2 * kv * 2 * _HALF),
+        Work("attention", (2 * tokens * q + 2 * held * kv) * _HALF, 4.0 * met * q),
+        Work("output", (q * shape.width + tokens * q + x) * _HALF, 2.0 * tokens * q * shape.width),
     )
 
 

@@ -10,10 +10,17 @@ FLOPs per SM as on an H100, about 350 TFLOP/s in total.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moec.codegen.cuda.roofline import LayerShape, Work, layer_seconds, layer_work
+from moec.codegen.cuda.roofline import (
+    AttentionShape,
+    LayerShape,
+    Work,
+    attention_work,
+    layer_seconds,
+    layer_work,
+)
 from moec.target.cuda import TARGETS, CudaTarget
 
 LAYERS = {
@@ -23,9 +30,22 @@ LAYERS = {
     "mixtral-8x7b": LayerShape(8, 2, 4096, 14336),
     "deepseek-v2-lite": LayerShape(64, 6, 2048, 1408),
 }
+HEADS = {
+    "olmoe-1b-7b": AttentionShape(2048, 16, 16, 128),
+    "granite-1b-a400m": AttentionShape(1024, 16, 8, 64),
+    "qwen3-30b-a3b": AttentionShape(2048, 32, 4, 128),
+    "mixtral-8x7b": AttentionShape(4096, 32, 8, 128),
+}
+"""Without deepseek-v2-lite, whose latent attention has other products."""
+PHASES = (
+    *((texts, 1, past) for texts in (1, 16) for past in (1024, 16384)),
+    *((1, new, 0) for new in (64, 1024, 4096)),
+)
+"""Texts, new tokens of each, and tokens of each in the cache: decode, then prefill."""
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 
 _BANDWIDTH, _PEAK, _PER_SM = 0.75, 0.6, 350e12 / 132
+_PHASE = "texts x new after past"
 LAUNCH = 3e-6
 """Seconds from the end of a kernel to the start of the next, outside of a CUDA graph."""
 
@@ -85,7 +105,11 @@ class Expected:
 
 def expected(layer: LayerShape, tokens: int, target: CudaTarget) -> tuple[Expected, ...]:
     """The kernels of a layer in their order."""
-    return tuple(_expected(work, target) for work in layer_work(layer, tokens))
+    return expected_of(layer_work(layer, tokens), target)
+
+
+def expected_of(kernels: Iterable[Work], target: CudaTarget) -> tuple[Expected, ...]:
+    return tuple(_expected(work, target) for work in kernels)
 
 
 def _expected(work: Work, target: CudaTarget) -> Expected:
@@ -109,12 +133,16 @@ def lines(target: CudaTarget) -> Iterator[str]:
     yield _row("layer", "T", [*names, "layer"], "bound by")
     for name, layer in LAYERS.items():
         for tokens in TOKENS:
-            kernels = expected(layer, tokens, target)
-            cells = [_cell(k.expected, k.limit) for k in kernels]
-            total, limit = sum(k.expected for k in kernels), sum(k.limit for k in kernels)
-            largest = max(kernels, key=lambda k: k.expected)
-            bound = f"{largest.kernel}, {largest.bound}"
-            yield _row(name, str(tokens), [*cells, _cell(total, limit)], bound)
+            yield _row_of(name, str(tokens), expected(layer, tokens, target))
+    yield ""
+    yield "Attention with its products, of texts x new tokens after tokens in the cache:"
+    names = [work.kernel for work in attention_work(HEADS["olmoe-1b-7b"], 1, 1, 0)]
+    yield _row("layer", _PHASE, [*names, "all"], "bound by")
+    for name, shape in HEADS.items():
+        for texts, new, past in PHASES:
+            phase = f"{texts} x {new} after {past}".rjust(len(_PHASE))
+            kernels = expected_of(attention_work(shape, texts, new, past), target)
+            yield _row_of(name, phase, kernels)
     yield ""
     yield "Published times of complete layers, measured by others on the GPU that is named:"
     for entry in PUBLISHED:
@@ -126,6 +154,13 @@ def lines(target: CudaTarget) -> Iterator[str]:
         )
     for what, rate, source in OTHER_RATES:
         yield f"{what}: {rate} ({source})"
+
+
+def _row_of(name: str, tokens: str, kernels: Sequence[Expected]) -> str:
+    total, limit = sum(k.expected for k in kernels), sum(k.limit for k in kernels)
+    largest = max(kernels, key=lambda k: k.expected)
+    cells = [*(_cell(k.expected, k.limit) for k in kernels), _cell(total, limit)]
+    return _row(name, tokens, cells, f"{largest.kernel}, {largest.bound}")
 
 
 def _cell(seconds: float, limit: float) -> str:

@@ -45,7 +45,10 @@ def test_the_command_prints_it_as_a_model() -> None:
     assert lines[0].startswith("A model of H100 SXM (cuda:sm_90a)")
     assert lines[0].endswith("nothing was measured.")
     rows = [line for line in lines if line.startswith("qwen3-30b-a3b") and "T =" not in line]
+    rows = [row for row in rows if " after " not in row]
     assert [int(row[18:23]) for row in rows] == list(TOKENS)
+    attention = next(n for n, line in enumerate(lines) if line.startswith("Attention with its"))
+    assert sum("1 x 4096 after 0" in line for line in lines[attention:]) == 4
     assert any("45% of the limit: vLLM Triton bf16" in line for line in lines)
 
 

@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from moec.codegen.cuda.roofline import LayerShape, layer_seconds, layer_work
+from moec.codegen.cuda.roofline import (
+    AttentionShape,
+    LayerShape,
+    attention_work,
+    layer_seconds,
+    layer_work,
+)
 from moec.target.cuda import TARGETS
 
 QWEN = LayerShape(128, 8, 2048, 768)
@@ -34,6 +40,24 @@ def test_many_rows_are_bound_by_tensor_cores() -> None:
     assert sum(work.flops for work in products) == 6 * 8192 * 8 * 2048 * 768
     assert sum(work.flops for work in products) / H100.bf16_peak == pytest.approx(625e-6, rel=0.01)
     assert products[0].seconds(H100) == products[0].flops / H100.bf16_peak
+
+
+def test_a_token_waits_for_its_keys_and_values() -> None:
+    """16384 keys and values of 4 heads of 128 features in 16 bits: 33.6 MB."""
+    heads = AttentionShape(2048, 32, 4, 128)
+    qkv, append, attention, output = attention_work(heads, 1, 1, 16384)
+    assert attention.bytes == pytest.approx(33.6e6, rel=0.01)
+    assert attention.seconds(H100) == pytest.approx(10.0e-6, rel=0.01)
+    assert qkv.bytes == pytest.approx(2 * 2048 * 5120, rel=0.01)
+    assert output.bytes == pytest.approx(2 * 2048 * 4096, rel=0.01)
+    assert append.bytes == 2 * 512 * 2 * 2  # read, then written
+
+
+def test_a_prompt_waits_for_tensor_cores() -> None:
+    """4096 queries of 32 heads meet 2048.5 keys each: two products of 128 features."""
+    attention = attention_work(AttentionShape(2048, 32, 4, 128), 1, 4096, 0)[2]
+    assert attention.flops == pytest.approx(2 * 2 * 4096 * 2048.5 * 32 * 128)
+    assert attention.seconds(H100) == attention.flops / H100.bf16_peak
 
 
 def test_no_tokens_take_no_time_to_speak_of() -> None:
