@@ -19,6 +19,7 @@ from moec.codegen.cpu.link import Exportable, linked
 from moec.codegen.destinations import in_destinations
 from moec.codegen.object_cache import (
     compiled_objects,
+    contents_of,
     llvm_modules,
     missing_objects,
     named_by_content,
@@ -76,8 +77,10 @@ def compile_module(
     """
     options = options_of(target, opt_level)
     with context(), options:
-        kernels, frame = executable(named_by_content(lowered_calls(module)), options)
-        objects = compiled_objects(kernels, options, store or default_store(), checked=False)
+        named, contents = named_by_content(lowered_calls(module))
+        kernels, frame = executable(named, options)
+        store = store or default_store()
+        objects = compiled_objects(kernels, contents, options, store, checked=False)
     return Objects(tuple(objects.values()), frame, target)
 
 
@@ -88,9 +91,9 @@ def kernels_to_compile(
     compile because the store lacks them."""
     options = options_of(target, opt_level)
     with context(), options:
-        kernels, _ = executable(named_by_content(lowered_calls(module)), options)
-        missing = missing_objects(kernels, options, store or default_store(), checked=False)
-    return len(kernels), missing
+        _, contents = named_by_content(lowered_calls(module))
+        missing = missing_objects(contents, options, store or default_store(), checked=False)
+    return len(contents), missing
 
 
 def executable(
@@ -122,7 +125,8 @@ def compile_kernels(
     named = {str(kernel.attrs["global_symbol"]): kernel for kernel in kernels}
     options = options_of(target, opt_level)
     with context(checked):
-        objects = compiled_objects(named, options, store or default_store(), checked)
+        store = store or default_store()
+        objects = compiled_objects(named, contents_of(named), options, store, checked)
         return Objects(tuple(objects.values()), _empty(options), target)
 
 

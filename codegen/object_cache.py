@@ -48,14 +48,19 @@ _CONTENT = 16  # digits of the content hash in a kernel's name
 
 
 def compiled_objects(
-    kernels: Mapping[str, PrimFunc], target: tvm.target.Target, store: Store, checked: bool
+    kernels: Mapping[str, PrimFunc],
+    contents: Mapping[str, str],
+    target: tvm.target.Target,
+    store: Store,
+    checked: bool,
 ) -> dict[str, bytes]:
-    """The object file of each kernel, which defines it under its name.
+    """The object file of each kernel, which defines it under its name. `contents` has the hash of
+    each kernel's content.
 
     Must be called in the PassContext in which the kernels are compiled. Raises IRError if a kernel
     calls an undefined function of moec.
     """
-    keys = {name: _key(name, kernel, target, checked) for name, kernel in kernels.items()}
+    keys = {name: _key(name, contents[name], target, checked) for name in kernels}
     objects = {}
     for name, key in keys.items():
         content = load(store, OBJECTS, key)
@@ -71,10 +76,10 @@ def compiled_objects(
 
 
 def missing_objects(
-    kernels: Mapping[str, PrimFunc], target: tvm.target.Target, store: Store, checked: bool
+    contents: Mapping[str, str], target: tvm.target.Target, store: Store, checked: bool
 ) -> int:
-    """How many of the kernels `compiled_objects` would compile."""
-    keys = (_key(name, kernel, target, checked) for name, kernel in kernels.items())
+    """How many kernels `compiled_objects` would compile, of those with these contents."""
+    keys = (_key(name, content, target, checked) for name, content in contents.items())
     return sum(not contains(store, OBJECTS, key) for key in keys)
 
 
@@ -123,19 +128,24 @@ def _in_threads(function: Callable[[A], B], items: Sequence[A], what: str, stage
     return results
 
 
-def named_by_content(module: tvm.IRModule) -> tvm.IRModule:
-    """A module in which kernels are named by their content, and equal ones are merged.
+def named_by_content(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, str]]:
+    """A module in which kernels are named by their content, and equal ones are merged; and the hash
+    of each kernel's content, by its name.
 
-    So a kernel has the same object file whatever else its model contains.
+    So a kernel has the same object file whatever else its model contains. The hash is of the kernel
+    without the digits of its name, which follow from the hash.
     """
     names: dict[str, GlobalVar] = {}
+    contents: dict[str, str] = {}
     shared: dict[str, GlobalVar] = {}
     functions: dict[GlobalVar, object] = {}
     for var, function in module.functions.items():
         if isinstance(function, PrimFunc):
             base = re.sub(r"_?\d+$", "", var.name_hint)
             plain = function.with_attr("global_symbol", base)
-            name = f"{base}_{_content(plain)[:_CONTENT]}"
+            content = _content(plain)
+            name = f"{base}_{content[:_CONTENT]}"
+            contents[name] = content
             names[var.name_hint] = shared.setdefault(name, GlobalVar(name))
             functions[shared[name]] = function.with_attr("global_symbol", name)
 
@@ -145,16 +155,22 @@ def named_by_content(module: tvm.IRModule) -> tvm.IRModule:
     for var, function in module.functions.items():
         if not isinstance(function, PrimFunc):
             functions[var] = structural_map(function, (GlobalVar, renamed))
-    return tvm.IRModule(functions, attrs=module.attrs)
+    return tvm.IRModule(functions, attrs=module.attrs), contents
 
 
-def _key(name: str, kernel: PrimFunc, target: tvm.target.Target, checked: bool) -> str:
-    return key_of(name, _content(kernel), target, checked, *_compiler())
+def _key(name: str, content: str, target: tvm.target.Target, checked: bool) -> str:
+    return key_of(name, content, target, checked, *_compiler())
+
+
+def contents_of(kernels: Mapping[str, PrimFunc]) -> dict[str, str]:
+    """The hash of each kernel's content."""
+    return {name: _content(kernel) for name, kernel in kernels.items()}
 
 
 def _content(kernel: PrimFunc) -> str:
     """A hash of a kernel as text, and of TVM's 64-bit hash, which covers what the text may leave
-    out."""
+    out. Printing the text takes a third of the time of a compilation whose kernels are all in the
+    cache, so it is done once for each kernel."""
     strings: list[str] = []
     structural_walk(kernel.body, (StringImm, lambda string: strings.append(string.value)))
     return key_of(kernel.script(), tvm_ffi.structural_hash(kernel), *strings)

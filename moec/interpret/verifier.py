@@ -23,7 +23,7 @@ def _verify(graph: Graph, stage: Stage, names: set[str]) -> None:
     defined: set[Value] = set()
     names = set(names)
 
-    def define(value: Value, where: str) -> None:
+    def define(value: Value, where: object) -> None:  # `where` is text only in errors
         if value in defined:
             raise IRError(f"{where}: {value.name} is defined twice")
         if value.name in names:
@@ -43,7 +43,7 @@ def _verify(graph: Graph, stage: Stage, names: set[str]) -> None:
         if op.body is not None:
             _verify(op.body, stage, set())
         for value in op.outputs:
-            define(value, str(op))
+            define(value, op)
     for value in graph.results:
         if value not in defined:
             raise IRError(f"graph {graph.name}: returns {value.name}, which nothing defines")

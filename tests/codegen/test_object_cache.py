@@ -17,8 +17,16 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.cache import OBJECTS, Store, entries, store_in
 from moec.codegen import object_cache
-from moec.codegen.build import compile_kernels, compile_module
+from moec.codegen.build import (
+    compile_kernels,
+    compile_module,
+    context,
+    executable,
+    lowered_calls,
+    options_of,
+)
 from moec.codegen.cpu.frame import IMPORT
+from moec.codegen.object_cache import named_by_content
 from moec.errors import IRError
 from moec.target.cpu import TARGETS, host
 
@@ -208,6 +216,34 @@ def test_equal_kernels_of_a_module_are_one_whatever_their_numbers(
     compile_module(module(kernel("scale_7", 3.0), kernel("scale_8", 4.0)), host(), store=store)
     (name,) = compiled
     assert name.startswith("scale_")
+
+
+def test_the_text_of_a_kernel_is_printed_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longer than all else that a kernel from the cache needs."""
+    names: list[str] = []
+    original = tvm.tirx.PrimFunc.script
+
+    def script(self: tvm.tirx.PrimFunc) -> str:
+        names.append(str(self.attrs["global_symbol"]))
+        return str(original(self))
+
+    monkeypatch.setattr(tvm.tirx.PrimFunc, "script", script)
+    for _ in range(2):
+        del names[:]
+        compile_module(module(kernel("scale"), kernel("scale_2", 3.0)), host(), store=store)
+        assert sorted(names) == ["scale", "scale", "shape_func"]
+
+
+def test_the_kernels_of_an_executable_are_those_whose_content_was_hashed() -> None:
+    options = options_of(host(), 2)
+    with context(), options:
+        named, contents = named_by_content(lowered_calls(module(kernel(), kernel("b", 3.0))))
+        kernels, _ = executable(named, options)
+    assert contents.keys() == kernels.keys()
+    for name, function in kernels.items():
+        assert function.same_as(named[name])
 
 
 def test_equal_functions_of_two_objects_are_linked_as_one(store: Store) -> None:

@@ -16,7 +16,7 @@ from moec.cache import Store, default_store
 from moec.codegen.build import Objects, context, executable, lowered_calls, options_of
 from moec.codegen.cpu.link import linked
 from moec.codegen.cuda.source import Lowered, launcher, lowered
-from moec.codegen.object_cache import compiled_objects
+from moec.codegen.object_cache import compiled_objects, contents_of
 from moec.target.cuda import HOST, CudaTarget
 
 
@@ -39,7 +39,8 @@ def launched(module: tvm.IRModule, target: CudaTarget, store: Store | None = Non
         # Functions that compute sizes run on the host; all others are kernels.
         sizes = {n: f for n, f in functions.items() if "tirx.is_host_func" in f.attrs}
         kernels = [f for n, f in functions.items() if n not in sizes]
-        objects = compiled_objects(sizes, options, store or default_store(), checked=False)
+        store = store or default_store()
+        objects = compiled_objects(sizes, contents_of(sizes), options, store, checked=False)
     low = lowered(*kernels, target=target)
     parts = (*objects.values(), _object(launcher(low)))
     return Launched(linked(Objects(parts, frame, HOST), HOST), low)
