@@ -9,11 +9,11 @@ Names are imported on first use: `moec run` needs neither torch nor TVM's compil
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from moec.errors import UsageError
 from moec.extras import missing_extra
+from moec.runtime.gc_pause import gc_deferred
 from moec.spelling import did_you_mean
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ _WHERE = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("moec")
     if name == "train":
         return importlib.import_module("moec.train")
@@ -61,7 +63,8 @@ def __getattr__(name: str) -> Any:
         near = did_you_mean(name, __all__)
         raise AttributeError(f"module 'moec' has no attribute {name!r}{near}")
     try:
-        module = importlib.import_module(_WHERE[name])
+        with gc_deferred():
+            module = importlib.import_module(_WHERE[name])
     except ModuleNotFoundError as error:
         if sentence := missing_extra(error):
             raise UsageError(sentence) from error

@@ -22,7 +22,6 @@ from moec.arguments import (
 from moec.capture.behaviour.door import Declared, Described
 from moec.capture.capture import Captured
 from moec.capture.doors import capture_source, open_source
-from moec.capture.gc_pause import gc_paused
 from moec.errors import UsageError
 from moec.formats.notation import Quantisation, parse_parts
 from moec.interpret.threads import threads_for
@@ -47,6 +46,7 @@ from moec.pipeline import (
     with_calibration,
 )
 from moec.report.quantisation import quantised_lines
+from moec.runtime.gc_pause import gc_paused
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend

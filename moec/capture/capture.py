@@ -24,7 +24,6 @@ from moec.capture.decomposition import decompose
 from moec.capture.exported import structure_of
 from moec.capture.fixed import causes, fixed, lost_axes
 from moec.capture.fixed import notes as fixed_notes
-from moec.capture.gc_pause import gc_paused
 from moec.capture.guard_text import guards_in_text
 from moec.capture.guards import guards_of
 from moec.capture.lengths import Axis, AxisGroup
@@ -54,6 +53,7 @@ from moec.interpret.graph_module import GraphModule
 from moec.interpret.outputs import Structure
 from moec.ir.dims import Bounds
 from moec.ir.graph import Program
+from moec.runtime.gc_pause import gc_paused
 
 Way = Literal["traced", "speculated", "masked"]
 """How a module was captured: "traced" by torch.export alone; "speculated", with branches on data

@@ -277,7 +277,7 @@ def _open(
     from moec.runtime.package import DECODE
 
     if artifact is None:
-        from moec.api import compile as compile_model
+        from moec import compile as compile_model
 
         compiled = compile_model(model, dtype=dtype, quant=quant, verify=False, progress=progress)
         programs = compiled.programs

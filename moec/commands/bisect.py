@@ -60,7 +60,7 @@ def command(
     hush()
     with explained(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
-        from moec.api import compile as compile_model
+        from moec import compile as compile_model
         from moec.interpret.random_inputs import random_cases
         from moec.interpret.run_in_float32 import MEANING
         from moec.model.bind_inputs import bound

@@ -183,7 +183,7 @@ def _compile(request: Request, arguments: Mapping[str, Any]) -> CompiledModel:
     silent = request.quiet or (request.as_json and not _on_terminal())
     with explained(), Progress(silent, plan=_phases(request)) as progress:
         progress.phase("start")  # imports torch, which takes a moment, and checks options
-        from moec.api import compile as compile_model
+        from moec import compile as compile_model
 
         compiled = compile_model(
             request.model,

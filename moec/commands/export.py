@@ -99,7 +99,7 @@ def command(
     hush()
     with explained(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("start")
-        from moec.api import compile as compile_model
+        from moec import compile as compile_model
 
         compiled = compile_model(
             model,

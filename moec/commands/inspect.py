@@ -130,7 +130,7 @@ def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Rep
     hush()
     with explained(), Progress(quiet=quiet) as progress:
         progress.phase("start")
-        from moec.api import compile as compile_model
+        from moec import compile as compile_model
 
         compiled = compile_model(
             model,

@@ -43,7 +43,7 @@ def compile_ranks(
 ) -> None:
     """Write the graphs and weights of the ranks. Raises UsageError for a plan of another model, and
     VerificationError where the ranks together do not compute the model's results."""
-    from moec.api import compile as compile_model
+    from moec import compile as compile_model
     from moec.capture.doors import stop_tokens
     from moec.ir.graph import Module
     from moec.parallel.save import TextFiles, rank_function, save_ranks

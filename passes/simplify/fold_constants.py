@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-import networkx as nx
 import torch
 
 from moec.interpret.evaluate import run_op
@@ -134,10 +133,15 @@ def _shrinking_values(graph: Graph, weights: Mapping[Value, torch.Tensor]) -> se
 
 def _connected(determined: Mapping[Value, Op]) -> Iterator[set[Value]]:
     """The connected components: sets of values that are joined by ops, operands included."""
-    edges = nx.Graph()
+    parts: dict[Value, set[Value]] = {}
     for output, op in determined.items():
-        edges.add_edges_from((value, output) for value in op.inputs)
-    yield from nx.connected_components(edges)
+        for value in op.inputs:
+            one, other = (parts.setdefault(v, {v}) for v in (output, value))
+            if one is not other:
+                smaller, part = sorted((one, other), key=len)
+                part |= smaller
+                parts |= dict.fromkeys(smaller, part)
+    yield from {id(part): part for part in parts.values()}.values()
 
 
 def _memory_of(value: Value, determined: Mapping[Value, Op]) -> Value:

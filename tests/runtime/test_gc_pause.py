@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import moec
-from moec.capture.gc_pause import gc_paused
 from moec.errors import CaptureError
+from moec.runtime.gc_pause import gc_paused
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +75,20 @@ def test_it_is_so_until_a_model_is_compiled() -> None:
     moec.compile(torch.nn.Linear(2, 2), (torch.zeros(3, 2),), progress=progress)
     assert set_aside["kernels"] > 1000
     assert gc.get_freeze_count() == 0
+
+
+def test_moec_compile_is_imported_without_a_collection_and_without_what_few_models_need() -> None:
+    program = (
+        "import gc, sys\n"
+        "collections = []\n"
+        "gc.callbacks.append(lambda phase, about: collections.append(about['generation']))\n"
+        "import moec\n"
+        "before = len(collections)\n"
+        "moec.compile\n"
+        "print(len(collections) - before, gc.get_threshold()[0], gc.get_freeze_count())\n"
+        "print(sorted({'networkx', 'numba', 'onnx', 'scipy', 'transformers'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["0 700 0", "[]"]
