@@ -169,8 +169,8 @@ def contents_of(kernels: Mapping[str, PrimFunc]) -> dict[str, str]:
 
 def _content(kernel: PrimFunc) -> str:
     """A hash of a kernel as text, and of TVM's 64-bit hash, which covers what the text may leave
-    out. Printing the text takes a third of the time of a compilation whose kernels are all in the
-    cache, so it is done once for each kernel."""
+    out. Printing the text takes longer than all else that a kernel from the cache needs, so it is
+    done once for each kernel."""
     strings: list[str] = []
     structural_walk(kernel.body, (StringImm, lambda string: strings.append(string.value)))
     return key_of(kernel.script(), tvm_ffi.structural_hash(kernel), *strings)
