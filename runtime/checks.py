@@ -27,6 +27,14 @@ def show_port(port: Port) -> str:
     return f"{port.name}: {port.dtype}{show_shape(port.shape)}"
 
 
+def show_bytes(size: int) -> str:
+    """In the largest unit of which it has at least one."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size} bytes"
+
+
 def show_shape(shape: Iterable[Size]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
@@ -154,7 +162,7 @@ def check_memory(
     free = free_memory()
     if size > free:
         raise InputError(
-            f"the outputs take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free; "
+            f"the outputs take {show_bytes(size)}, and {show_bytes(free)} of memory are free; "
             "give fewer or shorter inputs at once"
         )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import ArtifactError, InputError, MoecError, TargetError
+from moec.runtime.checks import show_bytes
 from moec.runtime.cuda_graph import CUDART, RepeatedCall, copy_on_stream
 from moec.runtime.dtypes import NUMPY
 from moec.runtime.library import CPU, CUDA, open_library, tvm_ffi
@@ -58,7 +59,7 @@ class GpuDevice:
         free = self.free_memory()
         if size > free:
             raise TargetError(
-                f"the weights take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free "
+                f"the weights take {show_bytes(size)}, and {show_bytes(free)} of memory are free "
                 f"on GPU {self.index}: free some of it, or compile the model for a CPU"
             )
 

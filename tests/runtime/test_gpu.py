@@ -223,7 +223,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_number(
     example: Example, emulation: pytest.MonkeyPatch
 ) -> None:
     emulation.setenv("FAKE_CUDA_FREE", "100")
-    with pytest.raises(TargetError, match=r"take 0.0 GB, and 0.0 GB of memory are free on GPU 0"):
+    with pytest.raises(TargetError, match="208 bytes, and 100 bytes of memory are free on GPU 0"):
         moec.load(example.path, device="cuda")
 
 
@@ -235,7 +235,7 @@ def test_outputs_that_do_not_fit_are_refused_with_the_number(
     emulation.setenv("FAKE_CUDA_FREE", "50000000")
     model = moec.load(example.path, device="cuda", copies=True)
     x = torch.zeros(1, 8).expand(5_000_000, 8)
-    with pytest.raises(InputError, match=r"the outputs take 0.1 GB, and 0.1 GB of memory are free"):
+    with pytest.raises(InputError, match=r"the outputs take 80\.0 MB, and 50\.0 MB of memory"):
         model(x)
 
 

@@ -154,5 +154,5 @@ def test_outputs_that_no_memory_holds(saved: Path, monkeypatch: pytest.MonkeyPat
     model = load(saved)
     monkeypatch.setattr(checks, "_SMALL", 1)
     monkeypatch.setattr(device, "free_memory", lambda: 10)
-    with pytest.raises(InputError, match=r"the outputs take 0\.0 GB, and 0\.0 GB of memory are"):
+    with pytest.raises(InputError, match=r"the outputs take [\d.]+ \w+, and 10 bytes of memory"):
         model(toy.inputs())
