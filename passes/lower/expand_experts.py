@@ -38,6 +38,7 @@ _ROWWISE = frozenset(
         "aten.where.self",
     }
 )
+_SHAPES = frozenset({"aten.reshape.default", "aten.expand.default"})
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class _Expansion:
                 self.linear(inner)
             elif inner.name == "aten.layer_norm.default" and len(inner.inputs) > 1:
                 self.layer_norm(inner)
-            elif is_pointwise(inner) or inner.name in _ROWWISE:
+            elif is_pointwise(inner) or inner.name in _ROWWISE or _shapes_rows(inner):
                 self.row_op(inner)
             else:
                 raise NoMatch(
@@ -185,3 +186,8 @@ class _Expansion:
         if isinstance(attr, tuple):
             return tuple(self.attr(item) for item in attr)
         return self.dim(attr) if isinstance(attr, sympy.Expr) else attr
+
+
+def _shapes_rows(op: Op) -> bool:
+    """Whether an op changes the shape of each row alone, [R] to [R, 1] (a gate of the expert)."""
+    return op.name in _SHAPES and op.inputs[0].shape[:1] == op.outputs[0].shape[:1]

@@ -135,5 +135,9 @@ def splice(graph: Graph, blocks: Mapping[Op, Proposal]) -> Graph:
             op = replace(old, inputs=tuple(new.get(v, v) for v in old.inputs))
             builder.append(op)
             continue
-        new[block.output] = emit_block(block, RegionEmitter(builder, new, old))
+        value = emit_block(block, RegionEmitter(builder, new, old))
+        if block.output in graph.outputs:  # callers read it by its name
+            builder.append(Op("aten.alias.default", (value,), (block.output,)))
+        else:
+            new[block.output] = value
     return rebuild(graph, builder.ops, new)
