@@ -50,11 +50,16 @@ class Positive:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """The input holds routing weights, some of which are zero."""
+
+
+@dataclass(frozen=True)
 class Uniform:
     """The input holds numbers in [0, 1) by which choices are dropped or kept."""
 
 
-Feed = Ids | OneHot | Logits | Correction | Positive | Uniform | None
+Feed = Ids | OneHot | Logits | Correction | Positive | Sparse | Uniform | None
 """The kind of a random input; None means any floats."""
 
 
@@ -96,6 +101,9 @@ def sample(
             if pattern.startswith(_ABOUT):
                 return (weights * 2 * float(pattern.removeprefix(_ABOUT))).to(dtype)
             return weights.add(0.1).to(dtype)
+        case Sparse():
+            weights = torch.rand(shape, generator=generator)
+            return (weights * (torch.rand(shape, generator=generator) < 0.6)).to(dtype)
         case Uniform():
             return torch.rand(shape, generator=generator).to(dtype)
     if value.dtype not in FLOATS:

@@ -20,9 +20,11 @@ from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, product
 from moec.ir.graph import TensorType, Value
 from moec.ir.traits import THROUGH
+from moec.passes.proof.input_generators import Sparse
 from moec.passes.recognise.block import Proposal, Recipe
 from moec.passes.recognise.layout import ExpertLayout
 from moec.passes.recognise.region import RegionEmitter, Scope, chooses, sets_zeros
+from moec.passes.recognise.routing import Unlike
 from moec.passes.recognise.routing_weights import unweighted_dropped
 from moec.passes.recognise.rows import Reader
 
@@ -31,7 +33,8 @@ SOME = "experts whose weight is not zero"
 
 
 def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Iterator[Proposal]:
-    """Blocks that end at the sums `ends`, those of all gates."""
+    """Blocks that end at the sums `ends`, those of all gates. Raises Unlike where weights that a
+    condition sets to zero weigh the inputs of the experts."""
     scope, x, experts = reader.scope, reader.x, reader.writer.experts
     assert x is not None
     assert experts is not None
@@ -45,6 +48,8 @@ def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Ite
         body, stacks = reader.body(layout)
         for weights in weights_of(reader, value):
             some = chooses(scope, weights) or sets_zeros(scope, weights)
+            if some and reader.input_side:
+                raise Unlike(f"{weights.name} weighs what experts read: 0 need not give 0")
             for source, recipe in dense(scope, weights, tokens, experts):
                 ids = all_experts(tokens, experts)
                 yield Proposal(
@@ -58,6 +63,7 @@ def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Ite
                     stacks=stacks,
                     body=body,
                     cut=(reader.root, source),
+                    feeds={source: Sparse()} if some else {},
                     input_side=reader.input_side,
                 )
 
