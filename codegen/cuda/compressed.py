@@ -125,15 +125,15 @@ def _add(
         grid = [T.bind(T.cast(p.w[expert, stored, side], "float32")) for side in range(2)]
         # The column of the stack: gate and up are interleaved in the grid alone.
         at = column // (2 * GROUP) * GROUP + column % GROUP if spec.gated else column
-        own = T.bind(at + part % 2)
+        stack_column = T.bind(at + part % 2)
         targets = [row * parts + part for row in range(ROWS)]
         meet = partial(_meet, p, rows, sums, targets)
         stack = weights.stacks[part // 2]
         if spec.kind == "2bit":
-            _planes(stack[0], spec.k, expert, own, lane, grid, meet)
+            _planes(stack[0], spec.k, expert, stack_column, lane, grid, meet)
         else:
             assert weights.table is not None
-            row = T.bind(expert * spec.n + own)
+            row = T.bind(expert * spec.n + stack_column)
             stream, starts = stack
             _codewords(weights.table, stream, starts, row, lane, grid, meet)
     scales = [T.bind(weights.row_scales[row, 0]) for row in rows]
@@ -182,8 +182,8 @@ def _codewords(
     meet: partial[None],
 ) -> None:
     start, count = _row_of_stream(starts, row, lane)
-    place = T.alloc_buffer((1,), "int32", scope="local")
-    T.buffer_store(place, 0, [0])
+    position = T.alloc_buffer((1,), "int32", scope="local")
+    T.buffer_store(position, 0, [0])
     with T.serial(0, (count + (WARP - 1)) // WARP) as turn:
         left = T.bind(count - turn * WARP)
         word = T.bind(T.min(turn * WARP + lane, count - 1))
@@ -201,11 +201,11 @@ def _codewords(
             )
             with T.If(T.bitwise_or(is_least, is_greatest) != T.uint32(0)), T.Then():
                 meet(
-                    T.bind(place[0] + lane),
+                    T.bind(position[0] + lane),
                     T.bind(T.Select(is_least != T.uint32(0), grid[0], grid[1])),
                 )
             pairs = T.cast(T.shift_right(rest, T.uint32(28)), "int32")
-            T.buffer_store(place, place[0] + pairs * 2, [0])
+            T.buffer_store(position, position[0] + pairs * 2, [0])
 
 
 def _row_of_stream(starts: Buffer, row: Expr, lane: Expr) -> tuple[Expr, Expr]:

@@ -76,10 +76,10 @@ def attention_work(shape: AttentionShape, texts: int, new: int, past: int) -> tu
     """The work of each kernel around attention, for `new` tokens of each of `texts` texts, which
     have `past` tokens in the cache. Keys and values are read once per text; a causal query meets
     the past and, on average, half of the new tokens."""
-    tokens, held = texts * new, texts * (past + new)
+    tokens, cached = texts * new, texts * (past + new)
     q, kv = shape.heads * shape.dim, shape.keys * shape.dim
     x, projected = tokens * shape.width, q + 2 * kv
-    met = tokens * (past + (new + 1) / 2)
+    scores = tokens * (past + (new + 1) / 2)
     return (
         Work(
             "qkv",
@@ -87,7 +87,7 @@ def attention_work(shape: AttentionShape, texts: int, new: int, past: int) -> tu
             2.0 * tokens * shape.width * projected,
         ),
         Work("append", tokens * 2 * kv * 2 * _HALF),
-        Work("attention", (2 * tokens * q + 2 * held * kv) * _HALF, 4.0 * met * q),
+        Work("attention", (2 * tokens * q + 2 * cached * kv) * _HALF, 4.0 * scores * q),
         Work("output", (q * shape.width + tokens * q + x) * _HALF, 2.0 * tokens * q * shape.width),
     )
 
