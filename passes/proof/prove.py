@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+import sympy
 import torch
 
 from moec.dtypes import FLOATS
@@ -135,7 +136,7 @@ class Prover:
         compare: Compare | None,
         bind: Bind | None,
     ) -> None:
-        counts = _counts([*limits, *_limits(before), *_limits(after)])
+        counts = _counts([*limits, *_limits(before), *_limits(after), *_thresholds(before)])
         order = [repr(feeds.get(value)) for value in before.inputs]
         watched = [before.ops.index(op) for op in decisions]
         fixed = [*order, repr((tuple(counts), watched)), self._constants(before)]
@@ -258,6 +259,31 @@ def _limits(graph: Graph) -> Iterator[int]:
                 yield int(other)
         elif type(other) is int and op.inputs[0].dtype != "bool":
             yield other
+
+
+def _thresholds(graph: Graph) -> Iterator[int]:
+    """The numbers at which a size expression changes to another, as Min(tokens, 64) does: what
+    holds on one side may not hold on the other."""
+    shapes = [dim for value in graph.values() for dim in value.shape]
+    attrs = [leaf for op in graph.ops for attr in op.attrs.values() for leaf in _leaves(attr)]
+    parts = {
+        part
+        for size in {*shapes, *attrs}
+        if isinstance(size, sympy.Expr) and size.free_symbols
+        for part in sympy.preorder_traversal(size)
+        if isinstance(part, sympy.Min | sympy.Max)
+    }
+    for part in parts:
+        numbers = (abs(int(number)) for number in part.atoms(sympy.Integer))
+        yield from (number for number in numbers if number <= _MOST - 9)
+
+
+def _leaves(attr: object) -> Iterator[object]:
+    if isinstance(attr, tuple):
+        for part in attr:
+            yield from _leaves(part)
+    else:
+        yield attr
 
 
 def _counts(limits: Sequence[int]) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 import moec
 from moec.capture import capture
+from moec.capture.guards import Guard, settle
 from moec.capture.sides.sizes import Choice, Unmergeable, indicator
 from moec.capture.speculate.singles import OPERATIONS, Single, combined, rounded_single, single_of
 from moec.errors import CaptureError
@@ -62,6 +63,13 @@ def float_compared(x: torch.Tensor) -> torch.Tensor:
     return first(x, 4 if share < 4 else math.ceil(share))
 
 
+def buckets(x: torch.Tensor) -> torch.Tensor:
+    for limit in (4, 8):
+        if x.shape[0] <= 2 * limit:
+            return first(x, limit)
+    return first(x, x.shape[0] // 2)
+
+
 def stored(x: torch.Tensor) -> torch.Tensor:
     config = {"capacity": x.shape[0] // 4}
     if config["capacity"] == 0:
@@ -86,6 +94,8 @@ CASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "stored": stored,
     "two numbers": lambda x: first(x, 1 if x.shape[0] < 10 else 2),
     "padded": padded,
+    "jump": lambda x: first(x, 8 if x.shape[0] > 20 else x.shape[0]),
+    "buckets": buckets,
 }
 
 
@@ -146,13 +156,6 @@ def test_sides_that_differ_in_more_than_sizes_limit_the_length() -> None:
         assert captured.program.graph.bounds["T"].within(Bounds(1)) == limits
 
 
-def test_a_capacity_that_jumps_limits_the_length() -> None:
-    captured = capture(
-        Function(lambda x: first(x, 8 if x.shape[0] > 20 else x.shape[0])), (torch.randn(24, 8),)
-    )
-    assert captured.program.graph.bounds["T"].low == 21
-
-
 def test_a_branch_is_not_harmless_because_its_sides_meet() -> None:
     """Next to the threshold both sides give the same capacity; away from it they do not."""
 
@@ -166,9 +169,7 @@ def test_a_branch_is_not_harmless_because_its_sides_meet() -> None:
         return first(x.flatten(0, 1), capacity).view_as(x)
 
     captured = capture(Function(clamped), (torch.randn(2, 3, 8),))
-    most = captured.program.graph.bounds["S"].high
-    assert most == 3  # longer texts are refused: their capacity depends on both sizes
-    for batch, length in ((1, 1), (3, 2), (7, 3), (40, 3), (40, 1)):
+    for batch, length in ((1, 1), (3, 2), (7, 3), (40, 3), (40, 1), (2, 4), (1, 30), (9, 7)):
         x = torch.randn(batch, length, 8)
         (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
         assert torch.equal(ours, clamped(x)), (batch, length)
@@ -183,14 +184,40 @@ def test_a_guard_of_two_limits_is_tried_beyond_each() -> None:
         capacity = (*capacities, 256)[bisect.bisect_left(capacities, batch * length)]
         return first(x.flatten(0, 1), capacity).view_as(x)
 
-    with pytest.raises(CaptureError, match=r"holds only where B\*S <= 16"):
-        capture(Function(bucketed), (torch.randn(2, 6, 8),))
+    captured = capture(Function(bucketed), (torch.randn(2, 6, 8),))
+    for batch, length in (
+        (1, 4),
+        (1, 5),
+        (2, 4),
+        (3, 3),
+        (4, 4),
+        (1, 17),
+        (8, 8),
+        (5, 13),
+        (3, 99),
+    ):
+        x = torch.randn(batch, length, 8)
+        (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
+        assert torch.equal(ours, bucketed(x)), (batch, length)
+
+
+def test_a_guard_is_tried_at_its_edge() -> None:
+    """Up to 64 rows, 64 places are as many as there are rows; from 101 on, they are too few."""
+    graph = capture(Function(lambda x: x + 1), (torch.randn(2, 6, 8),)).program.graph
+    guard = Guard(symbol("B") * symbol("S") > 100)
+    rows = []
+
+    def agree(sizes: Mapping[str, int]) -> bool:
+        rows.append(sizes["B"] * sizes["S"])
+        return rows[-1] <= 64
+
+    with pytest.raises(CaptureError, match=r"holds only where B\*S > 100"):
+        settle("Jump", graph, [guard], {"B": 11, "S": 10}, agree)
+    assert max(rows) == 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_guard_is_tried_at_its_edge_where_one_expert_has_all_rows(dtype: torch.dtype) -> None:
-    """Up to 64 rows, and wherever no expert has more, 64 places are as many as there are rows."""
-
+def test_a_capacity_that_jumps_is_right_where_one_expert_has_all_rows(dtype: torch.dtype) -> None:
     def limited(x: torch.Tensor) -> torch.Tensor:
         rows = x.flatten(0, 1)
         tokens = rows.shape[0]
@@ -199,8 +226,12 @@ def test_a_guard_is_tried_at_its_edge_where_one_expert_has_all_rows(dtype: torch
         position = ((hot.cumsum(0) - 1) * hot).sum(-1)
         return (rows * (position < capacity)[:, None]).view_as(x)
 
-    with pytest.raises(CaptureError, match=r"holds only where B\*S <= 100"):
-        capture(Function(limited), (torch.randn(2, 6, 8, dtype=dtype),))
+    captured = capture(Function(limited), (torch.randn(2, 6, 8, dtype=dtype),))
+    assert captured.program.graph.bounds["S"].within(Bounds(1)) == Bounds(1)
+    for batch, length in ((1, 1), (4, 20), (10, 10), (1, 101), (5, 40)):
+        x = torch.randn(1, 1, 8, dtype=dtype).expand(batch, length, 8).contiguous()
+        (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
+        assert torch.equal(ours, limited(x)), (batch, length)
 
 
 def test_sides_with_equal_lengths_are_not_the_other_side_of_all() -> None:

@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 import moec
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
-from moec.errors import MoecError
+from moec.errors import InputError, MoecError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.tolerance import TOLERANCES, allowed_strays, distance, row_errors
+from moec.ir.dims import bind_shape
 from moec.model.compiled import CompiledModel
 from moec.verify.stable_topk import FirstOfEquals
 from tests.fuzz.layer import Layer, source
@@ -134,6 +135,12 @@ def _interpreted(compiled: CompiledModel) -> Callable[..., Any]:
     program, structure = compiled.pass_results[-1].program, compiled.captured.structure
 
     def run(*inputs: torch.Tensor) -> Any:
+        sizes: dict[str, int] = {}
+        for value, tensor in zip(program.graph.inputs, inputs, strict=False):
+            bind_shape(value.shape, tuple(tensor.shape), sizes)
+        for name, limits in program.graph.bounds.items():
+            if limits.high is not None and sizes[name] > limits.high:
+                raise InputError(f"{name} is {sizes[name]}, at most {limits.high}")
         return structure.rebuild(evaluate(program.graph, list(inputs), program.weights))
 
     return run

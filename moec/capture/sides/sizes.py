@@ -52,7 +52,7 @@ class Choice:
         values = [truth_of(e) for e in (left, right)]
         names = {s.name for part in (*conditions, *values) for s in part.expression.free_symbols}
         if not names or not names <= self.bounds.keys():
-            raise Unmergeable(f"{a} and {b}")
+            return self._beside_data(left, right)
         sides = []
         for condition, value in zip(conditions, values, strict=True):
             tried = sizes_around([*conditions, *values], self.bounds, self.example)
@@ -64,6 +64,16 @@ class Choice:
                 return canonical(candidate)
         raise Unmergeable(f"{a} and {b}")
 
+    def _beside_data(self, a: sympy.Expr, b: sympy.Expr) -> Dim:
+        """Sizes that data decide, such as the first rows of an expert, Min(rows, capacity): they
+        may differ in one argument."""
+        left = [part for part in a.args if part not in b.args]
+        right = [part for part in b.args if part not in a.args]
+        if a.func != b.func or len(left) != 1 or len(right) != 1:
+            raise Unmergeable(f"{a} and {b}")
+        common = (part for part in a.args if part in b.args)
+        return canonical(a.func(*common, self.size(canonical(left[0]), canonical(right[0]))))
+
     def _candidates(
         self, a: sympy.Expr, b: sympy.Expr, elsewhere: Collection[Fraction]
     ) -> Iterator[sympy.Expr]:
@@ -74,8 +84,6 @@ class Choice:
             for size in (a, b):
                 yield number * sympy.floor((size + number - 1) / number)
                 yield number * sympy.floor(size / number)
-        if not (a.is_Integer and b.is_Integer):
-            return  # a capacity that jumps with the length has no block that is proved beyond it
         second = indicator(self.second)
         if second is not None and len(elsewhere) == 1:
             (value,) = elsewhere
