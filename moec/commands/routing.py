@@ -31,7 +31,7 @@ def command(
     (.jsonl), or a dump of SGLang's recorder (.pt).
     """
     from moec.plan.balance import balance
-    from moec.plan.heat_map import check_picture_name, save_heat_map
+    from moec.plan.heat_map import Table, check_picture_name, save_heat_map
     from moec.plan.importers import read_routing
     from moec.runtime.routing_trace import save_trace
 
@@ -52,7 +52,7 @@ def command(
     layers = balance(routing)
     if picture:
         title = f"Load of experts, {source.name}"
-        save_heat_map(routing.counts, title, "layer", "expert", picture)
+        save_heat_map(picture, Table(routing.counts, title, "layer", "expert"))
     if as_json:
         click.echo(json.dumps([layer.to_dict() for layer in layers], indent=1))
         return

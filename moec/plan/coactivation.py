@@ -21,7 +21,7 @@ from moec.runtime.routing_trace import RoutingTrace
 SLACK = 1.005
 """Busiest rank after the swaps over busiest rank before them, at most."""
 _SWEEPS = 4
-_PRICES = (0.0, *(2.0**power for power in range(-4, 12)), np.inf)
+_PRICES = (0.0, *(4.0**power for power in range(-2, 6)), np.inf)
 
 
 def coactivation(trace: RoutingTrace, layer: int, experts: int | None = None) -> Ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,21 +20,46 @@ _UNUSED = (250, 214, 140)
 _LEFT, _TOP, _WIDTH = 90, 64, 900
 
 
-def heat_map(
-    rows: Sequence[NDArray[np.float64]], title: str, row_name: str, column_name: str
-) -> str:
-    """An SVG with a row of cells for each array. The color of a cell is its multiple of the row's
-    mean: amber 0, light blue 1, dark blue 3, red 4 and more."""
+@dataclass(frozen=True)
+class Table:
+    """A row of cells for each array; `notes[row][column]` is shown beside the number of a cell to
+    which one points."""
+
+    rows: Sequence[NDArray[np.float64]]
+    title: str
+    row_name: str
+    column_name: str
+    notes: Sequence[Sequence[str]] = ()
+
+
+def heat_map(*tables: Table) -> str:
+    """An SVG of tables, one below the other. The color of a cell is its multiple of the row's mean:
+    amber 0, light blue 1, dark blue 3, red 4 and more."""
+    drawn = [_drawn(table) for table in tables]
+    width = max(width for width, _, _ in drawn)
+    total = sum(height for _, height, _ in drawn)
+    marks = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {total:.0f}" '
+        f'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width:.0f}" height="{total:.0f}" fill="#fff"/>',
+    ]
+    top = 0.0
+    for _, height, cells in drawn:
+        marks += [f'<g transform="translate(0 {top:.0f})">', *cells, "</g>"]
+        top += height
+    return "\n".join([*marks, "</svg>"]) + "\n"
+
+
+def _drawn(table: Table) -> tuple[float, float, list[str]]:
+    """The width, the height and the elements of a table."""
+    rows, row_name, column_name = table.rows, table.row_name, table.column_name
     columns = max((len(row) for row in rows), default=1)
     pitch = max(3.0, min(24.0, _WIDTH / columns))
     height = max(8.0, min(24.0, 640 / max(1, len(rows))))
     width = _LEFT + columns * pitch + 30
     total = _TOP + len(rows) * height + 70
     marks = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {total:.0f}" '
-        f'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width:.0f}" height="{total:.0f}" fill="#fff"/>',
-        f'<text x="{_LEFT}" y="26" font-size="17" fill="#222">{escape(title)}</text>',
+        f'<text x="{_LEFT}" y="26" font-size="17" fill="#222">{escape(table.title)}</text>',
         f'<text x="{_LEFT}" y="{_TOP - 20}" fill="#555">{escape(column_name)} →</text>',
     ]
     distance = next(n for n in (1, 2, 5, 10, 20, 50, 100) if n * pitch >= 30 or n == 100)
@@ -54,13 +80,14 @@ def heat_map(
         mean = float(row.mean()) if len(row) else 0.0
         for column, value in enumerate(row):
             ratio = float(value) / mean if mean > 0 else 0.0
+            note = f"; {escape(table.notes[index][column])}" if table.notes else ""
             marks.append(
                 f'<rect x="{_LEFT + column * pitch:.2f}" y="{y:.2f}" width="{pitch:.2f}" '
                 f'height="{height:.2f}" fill="{_colour(ratio)}"><title>{escape(row_name)} {index}, '
-                f"{escape(column_name)} {column}: {ratio:.2f} of the mean</title></rect>"
+                f"{escape(column_name)} {column}: {ratio:.2f} of the mean{note}</title></rect>"
             )
     marks += _legend(_TOP + len(rows) * height + 24)
-    return "\n".join([*marks, "</svg>"]) + "\n"
+    return width, total, marks
 
 
 def _legend(y: float) -> list[str]:
@@ -100,46 +127,52 @@ def check_picture_name(path: Path) -> None:
         )
 
 
-def save_heat_map(
-    rows: Sequence[NDArray[np.float64]], title: str, row_name: str, column_name: str, path: Path
-) -> None:
-    """Write the table of `heat_map` to `path`. Raises UsageError as `check_picture_name`."""
+def save_heat_map(path: Path, *tables: Table) -> None:
+    """Write the picture of `heat_map` to `path`. Raises UsageError as `check_picture_name`."""
     check_picture_name(path)
     if path.suffix == ".png":
-        _save_png(rows, title, row_name, column_name, path)
+        _save_png(tables, path)
         return
-    svg = heat_map(rows, title, row_name, column_name)
+    svg = heat_map(*tables)
     if path.suffix == ".svg":
         path.write_text(svg)
     else:
-        head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        head = (
+            f'<!doctype html>\n<meta charset="utf-8">\n<title>{escape(tables[0].title)}</title>\n'
+        )
         path.write_text(f'{head}<body style="margin:2em">\n{svg}</body>\n')
 
 
-def _save_png(
-    rows: Sequence[NDArray[np.float64]], title: str, row_name: str, column_name: str, path: Path
-) -> None:
+def _save_png(tables: Sequence[Table], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
+    ratios = [_ratios(table.rows) for table in tables]
+    heights = [min(10.0, max(2.4, len(each) * 0.22 + 1.6)) for each in ratios]
+    width = min(14.0, max(6.0, max(each.shape[1] for each in ratios) * 0.22 + 2.5))
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    every = figure.subplots(len(tables), squeeze=False, height_ratios=heights)[:, 0]
+    colors = LinearSegmentedColormap.from_list("load", [np.array(stop) / 255 for stop in _STOPS])
+    colors = colors.with_extremes(under=[channel / 255 for channel in _UNUSED])
+    for table, each, axes in zip(tables, ratios, every, strict=True):
+        image = axes.imshow(
+            each, cmap=colors, vmin=1e-9, vmax=len(_STOPS) - 1, aspect="auto",
+            interpolation="nearest",
+        )  # fmt: skip
+        axes.set(title=table.title, xlabel=table.column_name, ylabel=table.row_name)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        label = "times the mean of the row; below: none"
+        figure.colorbar(image, ax=axes, label=label, extend="both")
+    FigureCanvasAgg(figure).print_png(path)
+
+
+def _ratios(rows: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Multiples of the mean of each row, NaN where a row is shorter than others."""
     columns = max((len(row) for row in rows), default=1)
     ratios = np.full((max(1, len(rows)), columns), np.nan)
     for index, row in enumerate(rows):
         mean = float(row.mean()) if len(row) else 0.0
         ratios[index, : len(row)] = row / mean if mean > 0 else 0.0
-    width = min(14.0, max(6.0, columns * 0.22 + 2.5))
-    height = min(10.0, max(2.4, len(rows) * 0.22 + 1.6))
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    colors = LinearSegmentedColormap.from_list("load", [np.array(stop) / 255 for stop in _STOPS])
-    colors = colors.with_extremes(under=[channel / 255 for channel in _UNUSED])
-    image = axes.imshow(
-        ratios, cmap=colors, vmin=1e-9, vmax=len(_STOPS) - 1, aspect="auto",
-        interpolation="nearest",
-    )  # fmt: skip
-    axes.set(title=title, xlabel=column_name, ylabel=row_name)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, label="times the mean of the row; below: none", extend="both")
-    FigureCanvasAgg(figure).print_png(path)
+    return ratios

@@ -8,7 +8,7 @@ from moec.plan.plan import LayerPlan, Sends
 from moec.plan.simulate import Ids, traffic
 from moec.runtime.routing_trace import RoutingTrace
 
-SAMPLE = 65_536
+SAMPLE = 32_768
 """Tokens of a trace that are counted, at most."""
 
 

@@ -66,7 +66,12 @@ def test_files(model: str, trace: str, tmp_path: Path) -> None:
     plan = read_plan(names[0])
     table = json.loads(names[1].read_text())["physical_to_logical_map"]
     assert table == [[e for held in layer.slots for e in held] for layer in plan.layers]
-    assert names[2].read_text().startswith("<svg")
+    picture = names[2].read_text()
+    assert picture.startswith("<svg")
+    titles = [f"Load of {name}, small on one box of 2 sockets" for name in ("ranks", "links")]
+    assert all(title in picture for title in titles)
+    assert all(f"; experts {', '.join(map(str, s))}<" in picture for s in plan.layers[0].slots)
+    assert picture.count("MoE layer 1, device") == plan.devices
     again = run(*arguments)
     assert again.exit_code == 1
     assert "exists; --force replaces it" in again.stderr

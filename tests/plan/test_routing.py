@@ -12,7 +12,7 @@ import torch
 from moec.errors import InputError
 from moec.plan.balance import balance
 from moec.plan.coactivation import coactivation
-from moec.plan.heat_map import heat_map
+from moec.plan.heat_map import Table, heat_map
 from moec.plan.importers import of_trace, read_routing
 from moec.runtime.routing_trace import load_trace, of_ids, save_trace
 
@@ -160,7 +160,7 @@ def test_coactivation() -> None:
 
 
 def test_a_picture_names_every_cell() -> None:
-    svg = heat_map([np.array([0.0, 2.0])], "a <b>", "layer", "expert")
+    svg = heat_map(Table([np.array([0.0, 2.0])], "a <b>", "layer", "expert"))
     assert "a &lt;b&gt;" in svg
     assert "layer 0, expert 1: 2.00 of the mean" in svg
     assert svg.count("<title>") == 2
