@@ -91,15 +91,15 @@ class Planner:
         )
 
     @cached_property
-    def _options(self) -> tuple[tuple[Degrees, ...], ...]:
-        return tuple(
-            tuple(
+    def _options(self) -> list[list[Degrees]]:
+        return [
+            [
                 degrees
                 for degrees in self.legal(index)
                 if not self._spare_is_useless(index, layer.experts, degrees)
-            )
+            ]
             for index, layer in enumerate(self.cost.layers)
-        )
+        ]
 
     @cached_property
     def _costs(self) -> dict[tuple[int, Degrees], CostedDegrees]:
@@ -143,7 +143,7 @@ class Planner:
         fits."""
         plans: list[tuple[float, int, tuple[Degrees, ...]]] = []
         for number in range(ROUNDS):
-            degrees = self._quickest()
+            degrees = self._with_copies(self._quickest())
             complete = self._count(degrees)
             plans.append((self.seconds(degrees), number, degrees))
             if complete:
@@ -164,6 +164,32 @@ class Planner:
         return tuple(
             options[at].degrees for options, at in zip(candidates, solution.indices, strict=True)
         )
+
+    def _with_copies(self, degrees: Sequence[Degrees]) -> tuple[Degrees, ...]:
+        """The degrees with as many copies as each layer is quickest with, in the order of the
+        layers while there is memory; the search had none where they gain less than `LEVEL`."""
+        result = list(degrees)
+        room = self.cost.memory_limit - sum(
+            self.layer_cost(index, entry).memory for index, entry in enumerate(degrees)
+        )
+        for index, entry in enumerate(degrees):
+            cost = self.layer_cost(index, entry)
+            for more in self.slots_of(index).get(replace(entry, slots=0), ()):
+                other = self.layer_cost(index, option := replace(entry, slots=more))
+                if other.seconds < cost.seconds and other.memory - cost.memory <= room:
+                    room -= other.memory - cost.memory
+                    result[index], cost = option, other
+            if (index, result[index]) not in self._costs:
+                self._options[index].append(result[index])
+                self._costs[index, result[index]] = CostedDegrees(result[index], cost)
+        return tuple(result)
+
+    def slots_of(self, index: int) -> dict[Degrees, list[int]]:
+        """The numbers of slots that a layer may have, by its degrees without them."""
+        numbers: dict[Degrees, list[int]] = {}
+        for degrees in self.legal(index):
+            numbers.setdefault(replace(degrees, slots=0), []).append(degrees.slots)
+        return numbers
 
     def _count(self, degrees: Sequence[Degrees]) -> bool:
         """Count on the trace the nodes of these degrees, whose costs were estimates; True if none

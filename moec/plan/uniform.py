@@ -18,7 +18,7 @@ def best_uniform(planner: Planner) -> Plan:
     routed = [row for row, layer in zip(least, planner.cost.layers, strict=True) if layer.experts]
     keys = (routed or least)[0]
     totals = [(_total(least, key), key) for key in keys]
-    slots = [_slots(planner, index) for index in range(len(least))]
+    slots = [planner.slots_of(index) for index in range(len(least))]
     best: tuple[float, Sequence[Degrees]] | None = None
     for bound, key in sorted((total, key) for total, key in totals if total is not None):
         if best is not None and bound > best[0] * LEVEL:
@@ -49,14 +49,6 @@ def _total(least: Sequence[Mapping[Degrees, float]], key: Degrees) -> float | No
     dense = Degrees(key.attention)
     rows = [row.get(key, row.get(dense)) for row in least]
     return None if None in rows else sum(row for row in rows if row is not None)
-
-
-def _slots(planner: Planner, index: int) -> dict[Degrees, list[int]]:
-    """The numbers of slots that a layer may have, by its degrees without them."""
-    numbers: dict[Degrees, list[int]] = {}
-    for degrees in planner.legal(index):
-        numbers.setdefault(replace(degrees, slots=0), []).append(degrees.slots)
-    return numbers
 
 
 def _grids(
