@@ -47,23 +47,23 @@ def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Ite
             continue  # a rearranged sum
         body, stacks = reader.body(layout)
         for weights in weights_of(reader, value):
-            some = chooses(scope, weights) or sets_zeros(scope, weights)
-            if some and reader.input_side:
+            is_sparse = chooses(scope, weights) or sets_zeros(scope, weights)
+            if is_sparse and reader.input_side:
                 raise Unlike(f"{weights.name} weighs what experts read: 0 need not give 0")
             for source, recipe in dense(scope, weights, tokens, experts):
                 ids = all_experts(tokens, experts)
                 yield Proposal(
-                    form=SOME if some else FORM,
+                    form=SOME if is_sparse else FORM,
                     output=value,
                     x=x,
-                    experts=unweighted_dropped(ids, recipe, experts) if some else ids,
+                    experts=unweighted_dropped(ids, recipe, experts) if is_sparse else ids,
                     weights=recipe,
                     top_k=experts,
                     num_experts=experts,
                     stacks=stacks,
                     body=body,
                     cut=(reader.root, source),
-                    feeds={source: Sparse()} if some else {},
+                    feeds={source: Sparse()} if is_sparse else {},
                     input_side=reader.input_side,
                 )
 

@@ -86,7 +86,7 @@ class Branches:
         """Raises CaptureError where data decide how often a `while` loop runs: the answer never
         changes, and the trace would not end."""
         if question.site.repeats:
-            turns = sum(asked.site == question.site for asked in self.questions)
+            turns = sum(earlier.site == question.site for earlier in self.questions)
             if turns >= _MOST_TURNS:
                 raise CaptureError(
                     "how often this loop runs depends on data, and a graph has a fixed number of "
