@@ -14,7 +14,7 @@ from moec.capture.sides.sizes import Choice, Unmergeable
 from moec.ir.graph import Attr, Graph, Op, Program, State, TensorType, Value
 
 _SIZED = re.compile(r"\b(?:SymInt|Scalar|Tensor)(?:\[\d*\])?\?? (\w+)")
-"""Arguments, in a schema of ATen, that may be expressions of sizes, which stand for tensors too."""
+"""Arguments, in a schema of ATen, that may be expressions of sizes, some in place of a tensor."""
 
 
 def merge_programs(first: Program, second: Program, choice: Choice) -> Program:
