@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from msgspec.structs import replace
 
 from moec.plan.coactivation import meetings, place_on_nodes, place_together
 from moec.plan.degrees import Degrees
@@ -22,6 +23,11 @@ from moec.plan.simulate import traffic
 
 COUNTED = 8192
 """Tokens that are counted for an estimate, at most."""
+
+
+WORTH = 0.98
+"""Nodes of a token over those with experts placed by load, above which they stay there: the swaps
+fit the trace's chance, and cost balance."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,9 @@ class LayerReach:
             devices = degrees.experts * degrees.slices
             layer = _layer(together.slots, len(self.loads), degrees.slices)
             sends = count_sends(self.ids, layer, by_load.slots, devices, self.node_size)
+            if sends.nodes > WORTH * sends.nodes_by_load:
+                together = by_load
+                sends = replace(sends, nodes=sends.nodes_by_load, ranks=sends.ranks_by_load)
             rows = max(1, int((self.ids >= 0).sum()))
             self._placed[key] = PlacedLayer(together, sends, sends.nodes * len(self.ids) / rows)
         return self._placed[key]
