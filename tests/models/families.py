@@ -31,10 +31,11 @@ class Family:
     fields: dict[str, Any]
 
     def one_layer(self) -> Family:
-        """The family with one MoE layer, after the dense layers that it begins with; of Switch, one
-        in the encoder and one in the decoder."""
-        dense = self.fields.get("first_k_dense_replace", 0)
-        fewer = {"num_hidden_layers": dense + 1}
+        """The family with one layer, which has experts. Switch has one in the encoder and one in
+        the decoder."""
+        fewer = {"num_hidden_layers": 1}
+        if "first_k_dense_replace" in self.fields:
+            fewer |= {"first_k_dense_replace": 0}
         if self.model.startswith("Switch"):
             fewer |= {"num_layers": 1, "num_decoder_layers": 1}
         return replace(self, fields={**self.fields, **fewer})
@@ -176,6 +177,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-SMALL = {name: f if name == "gpt_oss" else f.one_layer() for name, f in FAMILIES.items()}
-"""With as few layers as show all code of the family. In gpt-oss the second layer differs from the
-first: its attention has no window."""
+VARYING = ("deepseek_v2", "gpt_oss")
+"""Their layers differ: the first is dense; the first attention has a window."""
+SMALL = {name: f if name in VARYING else f.one_layer() for name, f in FAMILIES.items()}
+"""With as few layers as show all code of the families; DeepSeek-V3's dense layer is V2's."""

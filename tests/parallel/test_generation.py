@@ -44,7 +44,7 @@ TOKENS = 6
 
 def family_of(name: str) -> Family:
     """One layer where that is an MoE layer; of mixtral two, so that prompts pass experts too."""
-    if name in ("mixtral", "deepseek_v3"):
+    if name in ("mixtral", "deepseek_v2", "deepseek_v3"):
         return FAMILIES[name]
     return FAMILIES[name].one_layer()
 

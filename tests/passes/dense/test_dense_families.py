@@ -39,7 +39,7 @@ class Found:
 
 
 # Two norms a layer and a last one, two more where queries and keys (or, in DeepSeek, their
-# compressed forms) have norms. Phimoe has layer norms. DeepSeek and gpt-oss have two layers.
+# compressed forms) have norms. Phimoe has layer norms. DeepSeek-V2 and gpt-oss have two layers.
 # Switch has three attentions: one in the encoder and one of each kind in the decoder, whose
 # masks read data.
 FOUND = {
@@ -48,7 +48,7 @@ FOUND = {
     "qwen3_moe": Found(5, 2),
     "olmoe": Found(5, 2),
     "deepseek_v2": Found(9, 4, ("causal",) * 2),
-    "deepseek_v3": Found(9, 4, ("causal",) * 2),
+    "deepseek_v3": Found(5, 2),
     "gpt_oss": Found(5, 4, ("causal window=8 sinks", "causal sinks")),
     "granitemoe": Found(3, 2),
     "phimoe": Found(0, 2),
