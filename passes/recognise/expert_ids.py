@@ -104,7 +104,7 @@ def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iter
     one_hot: list[Value] = []
     for value in routing_behind(scope, everything, 200, stops=CHOICES):
         per_row = _per(value, evidence.rows_in)
-        if value.shape[-1:] == (evidence.experts,) and per_row and not value.dtype.startswith("f"):
+        if value.shape[-1:] == (evidence.experts,) and per_row and value.dtype not in FLOATS:
             if per_row % evidence.experts == 0 and value not in scope.constants:
                 one_hot.append(value)
     yield from one_hot[:3]
