@@ -63,11 +63,15 @@ class LayerReach:
             return result.away
         nodes = max(1, degrees.experts * degrees.slices // self.node_size)
         if nodes not in self._estimates:
-            slots = place_on_nodes(place(self.loads, nodes), self.loads, self.meets)
+            by_load = place(self.loads, nodes)
+            together = place_on_nodes(by_load, self.loads, self.meets)
             ids = np.ascontiguousarray(self.ids[:: max(1, -(-len(self.ids) // COUNTED))])
-            layer = _layer(slots, len(self.loads), 1)
+            near, far = (
+                traffic(ids, _layer(slots, len(self.loads), 1), nodes, 1).deduplicated
+                for slots in (together, by_load.slots)
+            )
             rows = max(1, int((ids >= 0).sum()))
-            self._estimates[nodes] = traffic(ids, layer, nodes, 1).deduplicated / rows
+            self._estimates[nodes] = (near if near <= WORTH * far else far) / rows
         return self._estimates[nodes]
 
     def is_placed(self, degrees: Degrees) -> bool:
