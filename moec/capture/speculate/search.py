@@ -120,6 +120,10 @@ def masked(
     with explained("the masked form"):
         exported = export(MaskedInterpreter(decomposed, structure.count))
         converted = convert(exported, structure)
+    # The decomposed program has the example's side of each guard of its own export.
+    guards = {guard.condition: guard for guard in (*form.converted.guards, *converted.guards)}
+    fixings = (*form.converted.fixings, *converted.fixings)
+    converted = replace(converted, guards=tuple(guards.values()), fixings=fixings)
     program, eager, count = converted.program, converted.eager, structure.count
     verdict = examine(program, eager, examples, Assumed(), count, converted.guards)
     if not verdict.agrees:

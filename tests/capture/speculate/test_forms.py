@@ -115,3 +115,30 @@ def test_the_other_form_masks_rows() -> None:
         (got,) = evaluate(form.program.graph, [x], form.program.weights)
         with torch.no_grad():
             torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-6)
+
+
+class Jump(torch.nn.Module):
+    """Chooses one expert for each of more than 20 tokens, else two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(D, E, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        k, share = (2, 1.0) if x.shape[0] <= 20 else (1, 0.5)
+        weights, ids = self.router(x).softmax(-1).topk(k, -1)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            rows, slots = torch.where(ids == index)
+            y.index_add_(0, rows, expert(x[rows]) * weights[rows, slots, None] * share)
+        return y
+
+
+def test_the_masked_form_has_the_guards_of_the_form_that_it_comes_from() -> None:
+    """Its own export is of a graph in which k is a number: it has no guards."""
+    forms = [capture(Jump().eval(), (torch.randn(6, D),))]
+    while forms[-1].other is not None:
+        forms.append(forms[-1].other())
+    assert [form.way for form in forms] == ["traced", "speculated", "masked"]
+    assert [form.program.graph.bounds["T"].high for form in forms] == [20, 20, 20]
