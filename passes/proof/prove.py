@@ -274,8 +274,7 @@ def _thresholds(graph: Graph) -> Iterator[int]:
         if isinstance(part, sympy.Min | sympy.Max)
     }
     for part in parts:
-        numbers = (abs(int(number)) for number in part.atoms(sympy.Integer))
-        yield from (number for number in numbers if number <= _MOST - 9)
+        yield from (abs(int(number)) for number in part.atoms(sympy.Integer))
 
 
 def _leaves(attr: object) -> Iterator[object]:

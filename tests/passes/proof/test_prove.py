@@ -57,15 +57,25 @@ def test_a_limit_that_cannot_be_reached_is_said():
         Prover({}).prove(before, with_inputs_of(before, counted(None)), feeds(before))
 
 
-@pytest.mark.parametrize("rows", ["Min(64, T)", "T - Max(0, T - 64)"])
-def test_a_size_that_is_another_beyond_a_number_is_seen(rows):
-    """Up to 64 rows, the first 64 are all rows."""
-    before = parse(f"""
+def first_rows(rows):
+    return parse(f"""
     graph main(x: f32[T, 4]) {{
       first: f32[{rows}, 4] = aten.slice.Tensor(x) <dim=0, start=0, end={{{rows}}}>
       y: f32[4] = aten.sum.dim_IntList(first) <dim=(0,)>
       return y
     }}""")
+
+
+def test_a_size_that_is_another_beyond_the_proof_is_said():
+    before = first_rows("Min(3000, T)")
+    with pytest.raises(NoMatch, match="counts up to 3000, and the proof goes up to 2048 tokens"):
+        Prover({}).prove(before, before, feeds(before))
+
+
+@pytest.mark.parametrize("rows", ["Min(64, T)", "T - Max(0, T - 64)"])
+def test_a_size_that_is_another_beyond_a_number_is_seen(rows):
+    """Up to 64 rows, the first 64 are all rows."""
+    before = first_rows(rows)
     after = parse("""
     graph main(x: f32[T, 4]) {
       y: f32[4] = aten.sum.dim_IntList(x) <dim=(0,)>
