@@ -172,7 +172,7 @@ def command(
         )
         return
     if explain is not None:
-        options = planner.candidates[explain]
+        options = planner.candidates_of(explain)
         echo(text.explain(plan.layers[explain], options, plan.memory_limit), nl=False)
     else:
         echo(text.show(plan), nl=False)

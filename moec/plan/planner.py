@@ -85,29 +85,22 @@ class Planner:
     def candidates(self) -> tuple[tuple[CostedDegrees, ...], ...]:
         """All legal degrees of each layer, with their costs, which are counted on the trace for
         those that a plan has had."""
-        return tuple(
-            tuple(self._costs[index, degrees] for degrees in options)
-            for index, options in enumerate(self._options)
-        )
+        return tuple(map(self.candidates_of, range(len(self._costs))))
+
+    def candidates_of(self, index: int) -> tuple[CostedDegrees, ...]:
+        """Those of one layer."""
+        return tuple(self._costs[index].values())
 
     @cached_property
-    def _options(self) -> list[list[Degrees]]:
+    def _costs(self) -> list[dict[Degrees, CostedDegrees]]:
         return [
-            [
-                degrees
+            {
+                degrees: CostedDegrees(degrees, self.layer_cost(index, degrees))
                 for degrees in self.legal(index)
                 if not self._spare_is_useless(index, layer.experts, degrees)
-            ]
+            }
             for index, layer in enumerate(self.cost.layers)
         ]
-
-    @cached_property
-    def _costs(self) -> dict[tuple[int, Degrees], CostedDegrees]:
-        return {
-            (index, degrees): CostedDegrees(degrees, self.layer_cost(index, degrees))
-            for index, options in enumerate(self._options)
-            for degrees in options
-        }
 
     def layer_cost(self, index: int, degrees: Degrees) -> LayerCost:
         """The cost of a layer. With a trace, a row of a deduplicated exchange goes to as many nodes
@@ -179,9 +172,7 @@ class Planner:
                 if other.seconds < cost.seconds and other.memory - cost.memory <= room:
                     room -= other.memory - cost.memory
                     result[index], cost = option, other
-            if (index, result[index]) not in self._costs:
-                self._options[index].append(result[index])
-                self._costs[index, result[index]] = CostedDegrees(result[index], cost)
+            self._costs[index].setdefault(result[index], CostedDegrees(result[index], cost))
         return tuple(result)
 
     def slots_of(self, index: int) -> dict[Degrees, list[int]]:
@@ -201,11 +192,11 @@ class Planner:
                 continue
             complete = False
             self._placed(index, entry)
-            for attention in {option.attention for option in self._options[index]}:
+            costs = self._costs[index]
+            for attention in {option.attention for option in costs}:
                 same = replace(entry, attention=attention)
-                if (index, same) in self._costs:
-                    cost = self.layer_cost(index, same)
-                    self._costs[index, same] = CostedDegrees(same, cost)
+                if same in costs:
+                    costs[same] = CostedDegrees(same, self.layer_cost(index, same))
         return complete
 
     def seconds(self, degrees: Sequence[Degrees]) -> float:

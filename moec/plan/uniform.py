@@ -38,7 +38,7 @@ def _least_seconds(planner: Planner, index: int) -> dict[Degrees, float]:
     """The least seconds of a layer with any number of slots, by its degrees without them. Those
     that balanced ranks do not need are left out, which costs at most a factor of `LEVEL`."""
     least: dict[Degrees, float] = {}
-    for candidate in planner.candidates[index]:
+    for candidate in planner.candidates_of(index):
         key = replace(candidate.degrees, slots=0)
         least[key] = min(least.get(key, float("inf")), candidate.cost.seconds)
     return least
