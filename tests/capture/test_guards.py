@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -138,16 +139,25 @@ def same_half(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return x * 2 if int(x.shape[0] * 0.5) == len(y) // 2 else x * 3
 
 
-REFUSED_PAIRS = (longer, sum_of_sizes, same_half)
+def other_operators(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * 2 if x.shape[0] >= y.shape[0] else x + 1
 
 
-@pytest.mark.parametrize("function", [equal_sizes, equal_products, longer, sum_of_sizes, same_half])
-def test_sizes_that_are_equal_by_chance_are_required_or_refused(function: Any) -> None:
-    """Either other sizes are refused by the graph, or the module is."""
-    if function in REFUSED_PAIRS:
-        with pytest.raises(CaptureError, match="the graph holds only where"):
-            capture(Function(function), (x, torch.randn(24, 8)))
-        return
+@pytest.mark.parametrize("function", [longer, sum_of_sizes, same_half])
+def test_sides_of_two_sizes_that_differ_in_a_number_are_one_graph(function: Any) -> None:
+    captured = capture(Function(function), (x, torch.randn(24, 8)))
+    for sizes in itertools.product((1, 7, 23, 24, 25, 41, 60), repeat=2):
+        at(captured, *(torch.randn(size, 8) for size in sizes))
+
+
+def test_sides_of_two_sizes_that_differ_in_operators_are_refused() -> None:
+    with pytest.raises(CaptureError, match="the graph holds only where"):
+        capture(Function(other_operators), (x, torch.randn(24, 8)))
+
+
+@pytest.mark.parametrize("function", [equal_sizes, equal_products])
+def test_sizes_that_are_equal_by_chance_are_required(function: Any) -> None:
+    """The graph refuses other sizes."""
     captured = capture(Function(function), (x, torch.randn(24, 8)))
     at(captured, torch.randn(5, 8), torch.randn(5, 8))
     with pytest.raises(IRError, match="axis 0"):
