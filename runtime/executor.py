@@ -240,7 +240,7 @@ class Executor:
             outputs, states = entry.signature.outputs, entry.signature.states
             before = [self._states[port.name] for port in states]
             held = [cache.tensor for cache in caches]
-            memory = self._destinations(entry, inputs)
+            memory = self._destinations(entry, inputs) if entry.signature.destinations else {}
             raw = self._invoke(entry, [*arguments, *before, *held, *memory.values()])
             count = len(outputs)
             end = count + len(states)
@@ -259,8 +259,6 @@ class Executor:
     def _destinations(self, entry: _Entry, inputs: Sequence[Any]) -> dict[int, Any]:
         """Memory for outputs of a call, by the index of the output."""
         function = entry.signature
-        if not function.destinations:
-            return {}
         lengths = [tuple(value.shape) for value in inputs]
         if entry.shapes[0] != lengths:
             names = (port.name for port in function.inputs)

@@ -136,7 +136,8 @@ def _result(combine: Op, before: Graph, after: Graph) -> tuple[Value, Value]:
                 return value, before.outputs[index]
         for op in after.readers.get(value, ()):
             old = readers.get(op.outputs[0])
-            if old is None:
+            renamed = op.name == "aten.alias.default"  # to the output that the block computes
+            if old is None or (renamed and old.name != op.name):
                 pending.append(op.outputs[0])
             elif old.inputs != op.inputs:
                 index = op.inputs.index(value)
