@@ -7,6 +7,7 @@ of that of nodes, there is one group and one node.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,12 +59,16 @@ def _pack(weight: NDArray[np.float64], bins: int) -> tuple[Ids, Ids]:
     each into the lightest bin with room."""
     each = len(weight) // bins
     bin_of, index = np.zeros(len(weight), np.int64), np.zeros(len(weight), np.int64)
-    load, filled = np.zeros(bins), np.zeros(bins, np.int64)
-    for item in np.argsort(-weight, kind="stable"):
-        best = min((b for b in range(bins) if filled[b] < each), key=lambda b: load[b])
+    filled = [0] * bins
+    with_room = [(0.0, b) for b in range(bins)]  # a heap of (load, bin)
+    for item in np.argsort(-weight, kind="stable").tolist():
+        load, best = with_room[0]
         bin_of[item], index[item] = best, filled[best]
-        load[best] += weight[item]
         filled[best] += 1
+        if filled[best] < each:
+            heapq.heapreplace(with_room, (load + float(weight[item]), best))
+        else:
+            heapq.heappop(with_room)
     return bin_of, index
 
 
