@@ -28,13 +28,15 @@ from moec.errors import NoMatch
 
 @dataclass(frozen=True)
 class Observed:
-    """What a module computes of tokens of this rank, in this mode. `body` is the graph of an
-    expert, `result` the containers of the module's result."""
+    """What a module computes of tokens of this rank and dtype, in this mode: in 16 bits, a router
+    may compute in float32. `body` is the graph of an expert, `result` the containers of the
+    module's result."""
 
     description: Description
     body: str
     width: int
     rank: int
+    dtype: torch.dtype
     training: bool
     result: Any
 
@@ -42,7 +44,11 @@ class Observed:
         if len(args) != 1 or kwargs or module.training != self.training:
             return False
         tokens = args[0]
-        return isinstance(tokens, torch.Tensor) and tokens.dim() == self.rank
+        return (
+            isinstance(tokens, torch.Tensor)
+            and tokens.dim() == self.rank
+            and tokens.dtype is self.dtype
+        )
 
 
 _OBSERVED = "moec_observed"
@@ -99,7 +105,7 @@ def _observed(module: nn.Module, call: RecordedCall) -> Observed:
     """Raises NoMatch where the behaviour is not recognised, or needs more than tokens."""
     arguments = Arguments.of(call.args, call.kwargs)
     if len(call.args) != 1 or call.kwargs:
-        raise NoMatch("it is called with more than one tensor of tokens")
+        raise NoMatch("it is called with other arguments than its tokens, or by keyword")
     description = recognise(module, arguments).description
     assert description is not None
     replacement = Replacement(module, description, arguments.shape[-1])
@@ -109,6 +115,7 @@ def _observed(module: nn.Module, call: RecordedCall) -> Observed:
         replacement.body,
         arguments.shape[-1],
         len(arguments.shape),
+        call.args[0].dtype,
         module.training,
         result_like(call.result, leaves),
     )

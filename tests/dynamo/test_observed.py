@@ -126,6 +126,7 @@ def test_calls_of_another_kind_run_the_modules_own_forward(prepared: Around) -> 
     assert isinstance(observed, Observed)
     assert observed.covers(block, (x,), {})
     assert not observed.covers(block, (x[None],), {})
+    assert not observed.covers(block, (x.bfloat16(),), {})
     assert not observed.covers(block, (), {"x": x})
     assert not observed.covers(block.train(), (x,), {})
     assert torch.equal(block(x), Branching.forward(block, x))
