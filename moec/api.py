@@ -41,9 +41,9 @@ from moec.pipeline import (
     choose,
     decode_passes,
     from_stage,
+    prepare,
     quantising,
     truncate_after,
-    with_calibration,
 )
 from moec.report.quantisation import quantised_lines
 from moec.runtime.gc_pause import gc_paused
@@ -155,7 +155,7 @@ def compile(
 
         def transform(captured: Captured) -> tuple[PassResult, ...]:
             stage = stage_of(captured.program.graph)
-            todo = from_stage(with_calibration(chosen, session), stage)
+            todo = from_stage(prepare(chosen, session), stage)
             return tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
 
         form = (

@@ -17,8 +17,9 @@ information (EXACT_OPT_IN). They run only on request, at the stage that they tak
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from moec.capture.doors import open_source
 from moec.errors import UsageError
 from moec.formats.notation import Format, Quantisation
 from moec.ir.graph import Stage
@@ -267,18 +268,24 @@ def exact(passes: Sequence[PassSpec], why: str) -> tuple[Pass, ...]:
     return tuple(pass_ for pass_ in passes if not isinstance(pass_, Approximate))
 
 
-def with_calibration(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pass, ...]:
+def prepare(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pass, ...]:
     """The passes in the form in which they run: approximate ones are measured and kept within the
-    budget, and quantising ones choose codes on the calibration data, if there is any."""
+    budget, quantising ones choose codes on the calibration data, if there is any, and the second
+    model of `aggregate-experts` is opened.
 
-    def one(pass_: PassSpec) -> Pass:
+    Raises UsageError and CaptureError for a second model that cannot be opened.
+    """
+
+    def prepare_pass(pass_: PassSpec) -> Pass:
         if isinstance(pass_, Approximate):
             return MeasuredPass(pass_, session)
         if isinstance(pass_, QuantiseExperts | QuantiseLinears) and session.calib is not None:
             return CalibratedQuantisation(pass_, session.calib, session.files)
+        if isinstance(pass_, AggregateExperts) and pass_.other and isinstance(pass_.other, str):
+            return replace(pass_, other=open_source(pass_.other).model)
         return pass_
 
-    return tuple(map(one, passes))
+    return tuple(map(prepare_pass, passes))
 
 
 def from_stage(passes: Sequence[Pass], stage: Stage) -> tuple[Pass, ...]:

@@ -12,20 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from moec.capture import Captured
 from moec.errors import NoMatch, UnsupportedError
+from moec.export.transformed import Transformed
 from moec.interpret.evaluate import evaluate
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program
 from moec.passes.core.runner import PassResult
 from moec.passes.decode import continues_text, logits_of, with_past_inputs
-
-if TYPE_CHECKING:
-    from moec.model.compiled import CompiledModel
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 DECODED = 3  # tokens that are fed one by one when a file is compared
@@ -41,12 +39,12 @@ class Content:
     notes: tuple[str, ...] = ()
 
 
-def content(compiled: CompiledModel, cache: bool | None) -> Content:
+def content(model: Transformed, cache: bool | None) -> Content:
     """The program with a cache, where `cache` is True, or is None and the model continues text.
 
     Raises UnsupportedError, with the reason, where a cache is requested but not possible.
     """
-    program = compiled.pass_results[-1].program
+    program = model.pass_results[-1].program
     if cache is False or (cache is None and not continues_text(program.graph)):
         return Content(program)
     try:
@@ -54,7 +52,7 @@ def content(compiled: CompiledModel, cache: bool | None) -> Content:
     except NoMatch as why:
         if cache:
             raise UnsupportedError(
-                f"{compiled.source.name} cannot be exported with a cache: {why}; export its whole "
+                f"{model.name} cannot be exported with a cache: {why}; export its whole "
                 "forward with cache=False (--no-cache)"
             ) from None
         return Content(program, notes=(f"without a cache of keys and values: {why}",))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 import torch
@@ -20,6 +20,7 @@ from moec.errors import TargetError, UsageError, VerificationError
 from moec.export import kv_cache
 from moec.export.parity import routing_parity
 from moec.export.session import open_session, runner
+from moec.export.transformed import Transformed
 from moec.formats.notation import WIDE_ROWS, parse_parts
 from moec.interpret.tolerance import computed_dtypes
 from moec.ir.graph import Stage
@@ -29,10 +30,6 @@ from moec.report.data import MovedLine
 from moec.report.quantisation import quantised_lines, with_exact_rows
 from moec.verify import check as checking
 from moec.verify.cases import cases as comparison_cases
-
-if TYPE_CHECKING:
-    from moec.model.compiled import CompiledModel
-
 
 UNASKED = (
     f"{WIDE_ROWS} cannot be written in standard operators: ONNX Runtime rounds the rows of such a "
@@ -76,7 +73,7 @@ class Exported:
 
 
 def export(
-    compiled: CompiledModel,
+    model: Transformed,
     path: Path | str,
     ep: str = "cpu",
     quant: str | None = None,
@@ -88,7 +85,7 @@ def export(
     verify: bool = True,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> Exported:
-    """See `CompiledModel.export_onnx`."""
+    """See `moec.model.compiled.CompiledModel.export_onnx`."""
     profile, number, path = profile_of(ep), opset_of(opset), _path(path)
     if moe not in MOE_FORMS:
         raise UsageError(f"moe is {moe!r}: choose {', '.join(MOE_FORMS)}")
@@ -96,28 +93,28 @@ def export(
         raise UsageError(
             f'com.microsoft.MoE is no standard operator: with ep="{ep}" leave out moe="op"'
         )
-    pass_result = compiled.pass_results[-1]
+    pass_result = model.pass_results[-1]
     if pass_result.stage is not Stage.GROUPED:
         raise UsageError(f"the passes stopped after {pass_result.name}: compile without stop_after")
-    _check_example(compiled, verify)
+    _check_example(model, verify)
     if quant is not None:
-        compiled = _quantised(compiled, quant)
-    format = compiled.quantised[0].format if compiled.quantised else ""
+        model = _quantised(model, quant)
+    format = model.quantised[0].format if model.quantised else ""
     unasked: tuple[str, ...] = ()
     if format:
         unasked = (UNASKED,) if WIDE_ROWS in format and not profile.contrib else ()
-        compiled = _with_exact_rows(compiled, profile)
-        pass_result = compiled.pass_results[-1]
+        model = _with_exact_rows(model, profile)
+        pass_result = model.pass_results[-1]
     check_dtypes(pass_result.program.graph, profile)
     progress("lower")
-    content = kv_cache.content(compiled, cache)
+    content = kv_cache.content(model, cache)
     lowered = lower(content.program.graph, profile, number, moe)
     about = {
         "ep": ep,
         "version": version("moec"),
         "torch": torch.__version__,
-        "model": compiled.source.name,
-        "passes": list(dict.fromkeys(s.name for s in compiled.pass_results[1:])),
+        "model": model.name,
+        "passes": list(dict.fromkeys(s.name for s in model.pass_results[1:])),
         "moe": lowered.forms,
         "sizes": {n: [b.low, b.high] for n, b in lowered.graph.bounds.items()},
         "caches": content.caches,
@@ -136,26 +133,26 @@ def export(
         if verify:
             progress("run")
             exported = _compared(
-                compiled, content, lowered, profile, draft, about, exported, tolerance
+                model, content, lowered, profile, draft, about, exported, tolerance
             )
         _publish(draft, path)
     return exported
 
 
-def _quantised(compiled: CompiledModel, text: str) -> CompiledModel:
+def _quantised(model: Transformed, text: str) -> Transformed:
     """The model with weights rounded to nearest, as `moec.compile(quant=...)` without `calib`."""
-    if compiled.quantised:
+    if model.quantised:
         raise UsageError(
-            f"{compiled.source.name} was compiled with quant={compiled.quantised[0].format!r}: "
+            f"{model.name} was compiled with quant={model.quantised[0].format!r}: "
             "export it without quant"
         )
-    last = compiled.pass_results[-1]
+    last = model.pass_results[-1]
     added = run(last.program, quantising(parse_parts(text)), stage=last.stage)[1:]
-    pass_results = (*compiled.pass_results, *added)
-    return replace(compiled, pass_results=pass_results, quantised=quantised_lines(pass_results))
+    pass_results = (*model.pass_results, *added)
+    return replace(model, pass_results=pass_results, quantised=quantised_lines(pass_results))
 
 
-def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel:
+def _with_exact_rows(model: Transformed, profile: Profile) -> Transformed:
     """The model as the reference for a file with quantised weights: rows are not rounded, because
     the runtime that opens the file decides how to round them."""
     if profile.name == "cuda":
@@ -163,11 +160,11 @@ def _with_exact_rows(compiled: CompiledModel, profile: Profile) -> CompiledModel
             'quant: QMoE and MatMulNBits were not tried in CUDA kernels: with ep="cuda" leave out '
             'quant, or choose ep="cpu" or "portable"'
         )
-    pass_result = compiled.pass_results[-1]
+    pass_result = model.pass_results[-1]
     exact = replace(
         pass_result, program=with_exact_rows(pass_result.program, keep_row_bits=profile.contrib)
     )
-    return replace(compiled, pass_results=(*compiled.pass_results[:-1], exact))
+    return replace(model, pass_results=(*model.pass_results[:-1], exact))
 
 
 def _path(path: Path | str) -> Path:
@@ -183,17 +180,16 @@ def _path(path: Path | str) -> Path:
     return path
 
 
-def _check_example(compiled: CompiledModel, verify: bool) -> None:
-    captured = compiled.captured
+def _check_example(model: Transformed, verify: bool) -> None:
+    captured = model.captured
     if verify and not captured.example and captured.program.graph.inputs:
         raise UsageError(
-            f"{compiled.source.name} holds no example inputs to compare with: give args, or "
-            "verify=False"
+            f"{model.name} holds no example inputs to compare with: give args, or verify=False"
         )
 
 
 def _compared(
-    compiled: CompiledModel,
+    model: Transformed,
     content: kv_cache.Content,
     lowered: OnnxGraph,
     profile: Profile,
@@ -213,7 +209,7 @@ def _compared(
             "bfloat16"
         )
         return replace(exported, notes=(*exported.notes, note))
-    captured, pass_results, program = compiled.captured, compiled.pass_results, content.program
+    captured, pass_results, program = model.captured, model.pass_results, content.program
     try:
         opened, pieces = runner(open_session(draft)), None
         if content.caches:

@@ -8,12 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from moec.capture.doors import (
-    stop_tokens,
-)
+from moec.capture.doors import stop_tokens
 from moec.errors import UnsupportedError
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Module
+from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Declined
 from moec.passes.decode import logits_of
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from moec.codegen.backend import Backend
     from moec.codegen.tuning.tunable import Values
     from moec.runtime.executor import Executor
-
-
-from moec.model.clock import Clock
 
 
 def build_model(

@@ -237,11 +237,13 @@ class CompiledModel:
         UsageError.
         """
         from moec.export.onnx import export
+        from moec.export.transformed import Transformed
 
         compare = verify is not False
         limit = tolerance(verify)
+        model = Transformed(self.source.name, self.captured, self.pass_results, self.quantised)
         return export(
-            self, path, ep, quant, opset, moe=moe, cache=cache, tolerance=limit, verify=compare,
+            model, path, ep, quant, opset, moe=moe, cache=cache, tolerance=limit, verify=compare,
             progress=progress,
         )  # fmt: skip
 

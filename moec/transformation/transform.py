@@ -28,7 +28,7 @@ from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.damage import Damage
 from moec.passes.core.runner import Declined, PassResult, run
 from moec.passes.quantise.codes import QuantisingPass
-from moec.pipeline import PassChanges, PassSpec, choose, from_stage, with_calibration
+from moec.pipeline import PassChanges, PassSpec, choose, from_stage, prepare
 from moec.transformation.hf_module import resize_experts
 from moec.verify import check as checking
 
@@ -89,9 +89,7 @@ def transform(
     captured = capture_source(source, dynamic_shapes, allow_fixed)
     session = CalibrationSession(calib, source.files, limits, strict)
     stage = stage_of(captured.program.graph)
-    pass_results = run(
-        captured.program, from_stage(with_calibration(chosen, session), stage), stage=stage
-    )
+    pass_results = run(captured.program, from_stage(prepare(chosen, session), stage), stage=stage)
     program = pass_results[-1].program
 
     result: torch.nn.Module | None = None

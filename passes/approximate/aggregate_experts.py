@@ -31,7 +31,8 @@ class AggregateExperts(Pass):
     """Add the experts of another model of the same architecture to the model's experts.
 
     `other` is a model as `moec.compile` takes it (except an exported program), or its weights by
-    name. The result is checked against its own graph, since it equals neither model.
+    name; where it is text, `moec.pipeline.prepare` opens it. The result is checked against its own
+    graph, since it equals neither model.
     """
 
     other: Model = field(
@@ -130,10 +131,6 @@ def _match_weights(
 def _weights(other: Any) -> Mapping[str, torch.Tensor]:
     if isinstance(other, Mapping):
         return other
-    if isinstance(other, str) and other:
-        from moec.capture.doors import open_source
-
-        other = open_source(other, (), {}).model
     if not isinstance(other, torch.nn.Module):
         raise UsageError(
             "aggregate-experts: other is the second model: give the folder of a checkpoint, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from moec.errors import UsageError
 from moec.ir.graph import Program, Stage
 from moec.ir.text import parse, print_graph
 from moec.passes.approximate.aggregate_experts import AggregateExperts
+from moec.passes.calibration.session import CalibrationSession
 from moec.passes.core.options import parse_pass
 from moec.passes.core.runner import PassResult, run
-from moec.pipeline import choose, exact
+from moec.pipeline import choose, exact, prepare
 from tests.capture.modules import WIDTH, Moe
 from tests.passes.changed import LAYER, graph, outputs, program, tokens
 
@@ -125,6 +127,19 @@ def test_what_is_no_model() -> None:
     )
     with pytest.raises(UsageError, match="changes what the model computes: no"):
         exact(choose(2, "+aggregate-experts(other=a)"), "no")
+
+
+def test_a_path_is_opened_before_the_passes_run(tmp_path: Path) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(
+        "import torch\n\ndef model():\n    return torch.nn.Linear(3, 2), (torch.ones(1, 3),)\n"
+    )
+    session = CalibrationSession(None, {})
+    chosen = choose(0, f"+aggregate-experts(other={file}:model)")
+    [opened] = [p for p in prepare(chosen, session) if isinstance(p, AggregateExperts)]
+    assert opened.other.weight.shape == (2, 3)
+    with pytest.raises(UsageError, match="no/such/folder"):
+        prepare(choose(0, "+aggregate-experts(other=no/such/folder)"), session)
 
 
 def test_a_model_without_experts() -> None:
