@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Event
 
 import torch
 import torch.distributed as dist
 
 from moec.errors import MoecError, UsageError
-from moec.parallel.process_ranks import LATE, ProcessRanks, RankError, reason
+from moec.parallel.ending import GRACE, ending_late
+from moec.parallel.process_ranks import ENDED, LATE, ProcessRanks, RankError, reason
 from moec.parallel.store import RankFiles, load_rank, manifest_of
 from moec.plan.groups import groups_of
 from moec.runtime.package import MAIN
@@ -78,7 +80,7 @@ def started(job: Job) -> Iterator[tuple[int, int]]:
     torch.set_num_threads(job.threads)
     set_threads(job.threads)
     _mark(job, rank, "pid", str(os.getpid()))
-    with _failing(job, rank), _group(job, rank):
+    with ending_late() as asked, _failing(job, rank, asked), _group(job, rank):
         yield rank, world
         _mark(job, rank, "done", "")
 
@@ -110,8 +112,10 @@ def _group(job: Job, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def _failing(job: Job, rank: int) -> Iterator[None]:
-    """On a failure, records it, and which ranks of this host are gone or silent."""
+def _failing(job: Job, rank: int, asked: Event) -> Iterator[None]:
+    """On a failure, records it, and which ranks of this host are gone or silent. Where another rank
+    ended, waits until the launcher has seen that (`asked`): it reports how the first rank ended
+    that it finds."""
     try:
         yield
     except BaseException as error:
@@ -121,6 +125,8 @@ def _failing(job: Job, rank: int) -> Iterator[None]:
         _mark(job, rank, "failed", text)
         if job.marks is not None:
             _accuse(job, job.marks, timed_out=LATE in text)
+            if text.endswith(ENDED):
+                asked.wait(GRACE)
         if isinstance(error, MoecError) or not isinstance(error, Exception):
             raise
         raise RankError(text) from error
