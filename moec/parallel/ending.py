@@ -1,4 +1,4 @@
-"""A rank that the launcher asks to end has a moment in which to say where it waited."""
+"""A rank that the launcher ends has a moment in which to say where it waited."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def ending_late(grace: float = GRACE) -> Iterator[threading.Event]:
     wake-up descriptor is written while the main thread is in a collective, where Python's handlers
     do not run. Outside the main thread, which alone may change handlers, this does nothing.
     """
-    asked = threading.Event()
+    request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield request
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     handler = signal.signal(signal.SIGTERM, _leave_to_thread)
-    threading.Thread(target=_end_after, args=(reader, grace, asked), daemon=True).start()
+    threading.Thread(target=_end_after, args=(reader, grace, request), daemon=True).start()
     try:
-        yield asked
+        yield request
     finally:
         signal.signal(signal.SIGTERM, handler)
         signal.set_wakeup_fd(descriptor)
@@ -44,11 +44,11 @@ def _leave_to_thread(number: int, frame: object) -> None:
     """A handler must be set for the descriptor to be written."""
 
 
-def _end_after(reader: int, grace: float, asked: threading.Event) -> None:
+def _end_after(reader: int, grace: float, request: threading.Event) -> None:
     """Ends the process `grace` seconds after a SIGTERM; other signals have their own handlers."""
     with open(reader, "rb", buffering=0) as signals:
         while number := signals.read(1):
             if number[0] == signal.SIGTERM:
-                asked.set()
+                request.set()
                 time.sleep(grace)
                 os._exit(128 + signal.SIGTERM)

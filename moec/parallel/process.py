@@ -80,7 +80,7 @@ def started(job: Job) -> Iterator[tuple[int, int]]:
     torch.set_num_threads(job.threads)
     set_threads(job.threads)
     _mark(job, rank, "pid", str(os.getpid()))
-    with ending_late() as asked, _failing(job, rank, asked), _group(job, rank):
+    with ending_late() as request, _failing(job, rank, request), _group(job, rank):
         yield rank, world
         _mark(job, rank, "done", "")
 
@@ -112,9 +112,9 @@ def _group(job: Job, rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def _failing(job: Job, rank: int, asked: Event) -> Iterator[None]:
+def _failing(job: Job, rank: int, request: Event) -> Iterator[None]:
     """On a failure, records it, and which ranks of this host are gone or silent. Where another rank
-    ended, waits until the launcher has seen that (`asked`): it reports how the first rank ended
+    ended, waits until the launcher has seen that (`request`): it reports how the first rank ended
     that it finds."""
     try:
         yield
@@ -126,7 +126,7 @@ def _failing(job: Job, rank: int, asked: Event) -> Iterator[None]:
         if job.marks is not None:
             _accuse(job, job.marks, timed_out=LATE in text)
             if text.endswith(ENDED):
-                asked.wait(GRACE)
+                request.wait(GRACE)
         if isinstance(error, MoecError) or not isinstance(error, Exception):
             raise
         raise RankError(text) from error

@@ -1,4 +1,4 @@
-"""A rank that is asked to end first says where it waited."""
+"""A rank that the launcher ends first says where it waited."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRACE = 1.0
 
 
 def waiting(ready: Path, seconds: float) -> None:
-    """As a rank whose collective fails some time after the launcher asked it to end."""
+    """As a rank whose collective fails some time after the launcher ends it."""
     with ending_late(GRACE):
         ready.write_text("")
         end = time.monotonic() + seconds
@@ -43,8 +43,8 @@ def test_a_signal_ends_a_rank_after_a_moment(seconds: float, code: int, tmp_path
 
 def test_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with ending_late(GRACE) as asked:
-        assert not asked.is_set()
+    with ending_late(GRACE) as request:
+        assert not request.is_set()
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
     assert signal.set_wakeup_fd(-1) == -1
