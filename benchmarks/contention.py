@@ -26,7 +26,7 @@ from pathlib import Path
 from subprocess import PIPE
 
 from benchmarks.records import Cell, add_record_options, record_if_asked
-from moec.runtime.threads import available, set_threads
+from moec.runtime.process.threads import available, set_threads
 
 POOLS = ("moec", "TVM")
 PROCESSES = 2  # per pool
@@ -65,9 +65,9 @@ def build(path: Path) -> None:
 def serve(artifact: str, pool: str) -> None:
     """Reads numbers of tokens, and answers each with the tokens per second of generating so
     many."""
-    import moec.runtime.pool as pools
+    import moec.runtime.process.pool as pools
     from moec.runtime.executor import load
-    from moec.runtime.generate import Request, generate
+    from moec.runtime.text.generate import Request, generate
 
     if pool == "TVM":
         pools.NAME = "that of no library"

@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from moec.runtime.threads import set_threads
+from moec.runtime.process.threads import set_threads
 
 THREADS = set_threads()
 

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 import moec
 from moec.runtime.executor import load
+from moec.runtime.process.threads import set_threads
 from moec.runtime.recording import record_routing
-from moec.runtime.threads import set_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "examples" / "tiny_moe" / "checkpoint"

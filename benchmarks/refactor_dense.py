@@ -33,7 +33,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from moec.runtime.threads import set_threads
+from moec.runtime.process.threads import set_threads
 
 THREADS = set_threads()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from moec.runtime.threads import set_threads
+from moec.runtime.process.threads import set_threads
 
 THREADS = set_threads()
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moec.runtime.threads import set_threads
+from moec.runtime.process.threads import set_threads
 
 THREADS = set_threads()
 

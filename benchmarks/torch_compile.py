@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from moec.runtime.threads import set_threads
+from moec.runtime.process.threads import set_threads
 
 THREADS = set_threads()
 

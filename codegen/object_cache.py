@@ -36,7 +36,7 @@ from tvm_ffi.structural import structural_map, structural_walk
 from moec.cache import OBJECTS, Store, contains, key_of, load, save
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.errors import IRError
-from moec.runtime.threads import available
+from moec.runtime.process.threads import available
 from moec.temporary import temporary_folder
 
 LOGGER = logging.getLogger(__name__)

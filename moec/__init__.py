@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.errors import UsageError
 from moec.extras import missing_extra
-from moec.runtime.gc_pause import gc_deferred
+from moec.runtime.process.gc_pause import gc_deferred
 from moec.spelling import did_you_mean
 
 if TYPE_CHECKING:

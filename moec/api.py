@@ -46,7 +46,7 @@ from moec.pipeline import (
     truncate_after,
 )
 from moec.report.quantisation import quantised_lines
-from moec.runtime.gc_pause import gc_paused
+from moec.runtime.process.gc_pause import gc_paused
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend

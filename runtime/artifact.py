@@ -38,7 +38,7 @@ from moec.runtime.container import Buffer, open_container, replacing, stamps
 from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.manifest import Manifest, Part, Stored, StoredSample, Variant
 from moec.runtime.package import Package
-from moec.runtime.threads import available
+from moec.runtime.process.threads import available
 from moec.target import cpu
 from moec.target.cpu import CpuNeeds
 

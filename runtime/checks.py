@@ -15,8 +15,8 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY, Array, name_of
-from moec.runtime.memory_limit import free_in_groups
 from moec.runtime.package import Function, Port, Size
+from moec.runtime.process.memory_limit import free_in_groups
 from moec.spelling import did_you_mean
 
 CPU = "cpu"

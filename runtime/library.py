@@ -18,8 +18,8 @@ from typing import Any
 
 from moec.errors import ArtifactError
 from moec.runtime import counts
-from moec.runtime.pool import share_pool
-from moec.runtime.threads import set_threads
+from moec.runtime.process.pool import share_pool
+from moec.runtime.process.threads import set_threads
 from moec.temporary import temporary_folder
 
 CPU, CUDA = 1, 2  # DLPack's device types

@@ -1,6 +1,6 @@
 """Links objects to a shared library with a C compiler, this machine's or a cross compiler.
 
-Libraries for Linux carry the thread pool of pool.c, which `moec.runtime.pool` connects.
+Libraries for Linux carry the thread pool of pool.c, which `moec.runtime.process.pool` connects.
 """
 
 from __future__ import annotations

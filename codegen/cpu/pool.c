@@ -4,7 +4,7 @@
    left. It waits for tasks that a worker has claimed and not finished, and never for a worker that
    the system has not scheduled. (TVM's own pool hands each worker one task and waits for all.)
 
-   The linker puts this file into every library for Linux. The loader (runtime/pool.py) uses the
+   The linker puts this file into every library for Linux. The loader (runtime/process/pool.py) uses the
    pool of the first library that a process loads, keeps that one loaded, and gives the address of
    its `moec_pool_launch` to all. Pointers to functions of pthread and tvm_ffi come from the loader:
    a library that named them would need the C library of the machine that compiled it.

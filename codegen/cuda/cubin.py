@@ -10,7 +10,7 @@ from functools import partial
 from moec.cache import OBJECTS, Store, default_store, key_of, load, save
 from moec.codegen.cuda import nvcc, nvrtc
 from moec.errors import TargetError
-from moec.runtime.threads import available
+from moec.runtime.process.threads import available
 from moec.target import nvidia
 from moec.target.cuda import CudaTarget
 

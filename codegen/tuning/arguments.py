@@ -21,7 +21,7 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.tuning.tunable import Tunable
 from moec.errors import NoMatch
-from moec.runtime.memory_limit import free_in_groups
+from moec.runtime.process.memory_limit import free_in_groups
 from moec.target.cpu import last_cache
 
 _BLOCK = 1 << 20  # elements that are drawn; a larger tensor repeats them

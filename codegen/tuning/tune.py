@@ -12,7 +12,7 @@ from moec.codegen.tuning.choose import Gain, choose
 from moec.codegen.tuning.measure import TOKENS, Measure
 from moec.codegen.tuning.tunable import Tunable, Values
 from moec.errors import NoMatch
-from moec.runtime.threads import set_threads
+from moec.runtime.process.threads import set_threads
 from moec.target.cpu import CpuTarget, processor
 
 

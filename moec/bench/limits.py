@@ -14,7 +14,7 @@ from tvm.tirx import Buffer
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.llvm.amx import SUMS, TILE_BYTES, TILE_ROWS
 from moec.codegen.cpu.vector import Vector
-from moec.runtime.threads import available
+from moec.runtime.process.threads import available
 from moec.target.cpu import host
 
 THREADS = available()

@@ -53,7 +53,7 @@ from moec.interpret.graph_module import GraphModule
 from moec.interpret.outputs import Structure
 from moec.ir.dims import Bounds
 from moec.ir.graph import Program
-from moec.runtime.gc_pause import gc_paused
+from moec.runtime.process.gc_pause import gc_paused
 
 Way = Literal["traced", "speculated", "masked"]
 """How a module was captured: "traced" by torch.export alone; "speculated", with branches on data

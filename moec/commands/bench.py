@@ -111,7 +111,7 @@ def command(
     check_names(names)
     files_of([name for name in names if name in PACKAGES], files)
     opened = _artifact_of(model, artifact, names, quant)
-    from moec.runtime.threads import set_threads
+    from moec.runtime.process.threads import set_threads
 
     count = set_threads(threads)
     from moec.commands.progress import Progress, hush

@@ -17,8 +17,8 @@ from typing import Any
 
 from moec.codegen.cpu import link
 from moec.errors import TargetError
-from moec.runtime.cpu_quota import cpu_quota
-from moec.runtime.threads import affine, available
+from moec.runtime.process.cpu_quota import cpu_quota
+from moec.runtime.process.threads import affine, available
 from moec.target import cpu as target
 from moec.target import nvidia
 

@@ -100,8 +100,8 @@ def command(
     from moec.runtime import artifact as artifacts
     from moec.runtime.device import default_device, device_of, only_for
     from moec.runtime.executor import start
+    from moec.runtime.process.threads import set_threads
     from moec.runtime.tensor_files import check_suffix
-    from moec.runtime.threads import set_threads
 
     set_threads(threads)
     prompts = read_prompts(options)

@@ -19,9 +19,9 @@ from moec.files.os_errors import reason
 from moec.files.printable import printable, printable_json
 
 if TYPE_CHECKING:
-    from moec.runtime.generate import Request
-    from moec.runtime.prompt import Tokenizer
-    from moec.runtime.texts import Decoder
+    from moec.runtime.text.generate import Request
+    from moec.runtime.text.prompt import Tokenizer
+    from moec.runtime.text.texts import Decoder
 
 _MOST_BYTES = 256_000_000  # of prompts
 
@@ -152,9 +152,9 @@ def write_texts(
 ) -> dict[str, Any]:
     """Continue the prompts, or chat, with the tokenizer among an artifact's files; returns the
     result for --json."""
-    from moec.runtime.generate import Request, slow
-    from moec.runtime.prompt import load_tokenizer
-    from moec.runtime.sampling import Sampling
+    from moec.runtime.text.generate import Request, slow
+    from moec.runtime.text.prompt import load_tokenizer
+    from moec.runtime.text.sampling import Sampling
 
     if (why := slow(executor)) and not quiet:
         echo(
@@ -186,8 +186,8 @@ def _one(
     quiet: bool,
 ) -> dict[str, Any]:
     from moec.report.units import counted
-    from moec.runtime.generate import longest_of
-    from moec.runtime.write_text import new_texts, write
+    from moec.runtime.text.generate import longest_of
+    from moec.runtime.text.write_text import new_texts, write
 
     (text,) = new_texts(tokenizer, [tokenizer.encode(prompt)], stops)
     start, first = time.perf_counter(), 0.0
@@ -226,7 +226,7 @@ def _many(
     prompts: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
     """Each prompt with its text, in order; yields a batch once all of it has ended."""
-    from moec.runtime.write_text import new_texts, write
+    from moec.runtime.text.write_text import new_texts, write
 
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     for start in range(0, len(prompts), options.batch):
@@ -251,7 +251,7 @@ def _chat(
     streamed: bool,
 ) -> list[dict[str, str]]:
     """The messages of a chat with their roles. The model reads the whole chat for each answer."""
-    from moec.runtime.write_text import new_texts, write
+    from moec.runtime.text.write_text import new_texts, write
 
     messages: list[dict[str, str]] = []
     for line in _lines():

@@ -24,8 +24,8 @@ from moec.report.data import Block, DeclinedLine, QuantisedLine, TunedLine
 from moec.report.units import counted
 from moec.runtime.call import Choices, bind, call, routed, routers
 from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
-from moec.runtime.prompt import Tokenizer, load_tokenizer
 from moec.runtime.recording import Recorder, record_routing
+from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 from moec.target.named import lacking
 from moec.verify import check as checking
 

@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from moec.errors import InputError, UsageError
-from moec.runtime.generate import Request, generate, slow
-from moec.runtime.prompt import Tokenizer
-from moec.runtime.sampling import Sampling
-from moec.runtime.texts import Decoder
-from moec.runtime.write_text import new_texts, write
+from moec.runtime.text.generate import Request, generate, slow
+from moec.runtime.text.prompt import Tokenizer
+from moec.runtime.text.sampling import Sampling
+from moec.runtime.text.texts import Decoder
+from moec.runtime.text.write_text import new_texts, write
 from moec.spelling import did_you_mean
 
 Prompts: TypeAlias = Any

@@ -15,8 +15,8 @@ from moec.runtime.artifact import Artifact, read
 from moec.runtime.call import Choices, call, routed, routers
 from moec.runtime.device import device_of, only_for
 from moec.runtime.executor import Executor, start
-from moec.runtime.prompt import Tokenizer, load_tokenizer
 from moec.runtime.recording import Recorder, record_routing
+from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, repr=False)

@@ -22,7 +22,7 @@ from moec.runtime.package import DECODE, Package
 
 
 class RankDecoder:
-    """The decoder of one of several ranks, for `Texts` (`moec.runtime.texts.Decoder`)."""
+    """The decoder of one of several ranks, for `Texts` (`moec.runtime.text.texts.Decoder`)."""
 
     def __init__(self, files: RankFiles, ranks: ProcessRanks) -> None:
         self._ranks, self._meanings = ranks, named_meanings(ranks)

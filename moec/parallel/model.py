@@ -16,7 +16,7 @@ from moec.parallel.process_ranks import ProcessRanks
 from moec.parallel.store import text_files
 from moec.parallel.terminal import agreed
 from moec.runtime.package import DECODE
-from moec.runtime.prompt import load_tokenizer
+from moec.runtime.text.prompt import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
 def started(job: Job) -> Iterator[tuple[int, int]]:
     """While open, this process is in a group of torch.distributed; yields (rank, number of ranks).
     Raises RankError where another rank fails, or what is raised inside."""
-    from moec.runtime.threads import set_threads
+    from moec.runtime.process.threads import set_threads
 
     rank, world = rank_of_process()
     torch.set_num_threads(job.threads)

@@ -34,8 +34,8 @@ from moec.runtime import manifest as manifests
 from moec.runtime.artifact import MappedArrays
 from moec.runtime.container import open_container
 from moec.runtime.package import DECODE, MAIN, Function, Generation
-from moec.runtime.prompt import FOLDER
 from moec.runtime.signature import check_signature
+from moec.runtime.text.prompt import FOLDER
 
 MANIFEST = "ranks.json"
 VERSION = 3

@@ -9,7 +9,7 @@ import torch
 from moec.ir.aten import TORCH_DTYPES
 from moec.runtime.executor import Executor
 from moec.runtime.package import DECODE
-from moec.runtime.texts import Texts
+from moec.runtime.text.texts import Texts
 
 
 def feed_in_chunks(executor: Executor, ids: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

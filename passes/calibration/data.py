@@ -117,7 +117,7 @@ def _tokens(
             f"{where}: a text is one input of token ids [B, S], and the model takes {names}; give "
             "the inputs by name in an .npz or .safetensors"
         )
-    from moec.runtime.prompt import load_tokenizer
+    from moec.runtime.text.prompt import load_tokenizer
 
     try:
         tokenizer = load_tokenizer({name: file.read_bytes() for name, file in files.items()})

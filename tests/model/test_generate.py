@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moec
 from moec.errors import InputError, MoecError, UsageError, VerificationError
-from moec.runtime.texts import PIECE, Texts
+from moec.runtime.text.texts import PIECE, Texts
 from tests.capture.modules import WIDTH, Moe
 from tests.models.families import FAMILIES
 

@@ -24,9 +24,9 @@ from moec.parallel.process_ranks import ProcessRanks
 from moec.parallel.store import load_rank
 from moec.parallel.worker import outputs_of, run_rank
 from moec.plan.groups import WORLD, groups_of
-from moec.runtime.generate import Request, generate
 from moec.runtime.package import DECODE
-from moec.runtime.texts import Texts
+from moec.runtime.text.generate import Request, generate
+from moec.runtime.text.texts import Texts
 
 
 def _at_second_exchange(job: Job, event: Callable[[], object]) -> None:

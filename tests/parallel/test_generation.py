@@ -27,8 +27,8 @@ from moec.plan.placement import place
 from moec.plan.plan import LayerPlan, Plan
 from moec.plan.workload import Workload
 from moec.runtime import manifest as manifests
-from moec.runtime.generate import Request
 from moec.runtime.package import DECODE, MAIN
+from moec.runtime.text.generate import Request
 from moec.target import cpu
 from tests.models.families import FAMILIES, Family
 from tests.parallel import entries

@@ -11,9 +11,9 @@ from torch import nn
 import moec
 from moec.errors import InputError
 from moec.runtime import artifact
-from moec.runtime.causal_lm import causal_lm
 from moec.runtime.executor import load
-from moec.runtime.generate import Request, generate, slow
+from moec.runtime.text.causal_lm import causal_lm
+from moec.runtime.text.generate import Request, generate, slow
 
 LONGEST, WIDTH, VOCABULARY = 12, 8, 11
 

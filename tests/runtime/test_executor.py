@@ -217,7 +217,7 @@ import torch
 def test_every_processor_works_unless_told_otherwise() -> None:
     script = """
 from moec.runtime.library import tvm_ffi
-from moec.runtime.threads import available
+from moec.runtime.process.threads import available
 print(tvm_ffi().get_global_func("runtime.NumThreads")(), available())
 """
     plain = {k: v for k, v in os.environ.items() if k != "TVM_NUM_THREADS"}

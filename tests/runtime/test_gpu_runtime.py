@@ -100,7 +100,7 @@ def test_text_goes_on_with_caches_on_the_gpu(process: tuple[Path, dict[str, str]
         process,
         "tokens = model.generate(ids, max_new_tokens=6)\n"
         "assert (tokens == expected['tokens']).all(), tokens\n"
-        "from moec.runtime.texts import Texts\n"
+        "from moec.runtime.text.texts import Texts\n"
         "texts = Texts(model.executor, 2, room=9)\n"
         "texts.feed(ids[:, :3].tolist())\n"
         "texts.feed(ids[:, 3:4].tolist())\n"
@@ -117,7 +117,7 @@ def test_tokens_are_launched_as_one_graph(process: tuple[Path, dict[str, str]]) 
     are elsewhere, have a graph of their own."""
     run(
         process,
-        "from moec.runtime.texts import Texts\n"
+        "from moec.runtime.text.texts import Texts\n"
         "executor = model.executor\n"
         "def check(launches, graphs, step):\n"
         "    driver.count_from_zero(None)\n"
@@ -214,7 +214,7 @@ def test_a_token_can_be_captured_in_a_graph(process: tuple[Path, dict[str, str]]
         process,
         "from moec.runtime.library import tvm_ffi\n"
         "from moec.runtime.tensors import from_numpy, to_numpy\n"
-        "from moec.runtime.texts import Texts\n"
+        "from moec.runtime.text.texts import Texts\n"
         "ffi, cudart, stream = tvm_ffi(), ctypes.CDLL('libcudart.so.13'), ctypes.c_void_p(4096)\n"
         "executor = model.executor\n"
         "texts = Texts(executor, 2, room=9)\n"

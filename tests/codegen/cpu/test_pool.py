@@ -16,7 +16,7 @@ import pytest
 import tvm_ffi
 
 from moec.codegen.cpu.link import POOL, linker_for
-from moec.runtime.pool import connected
+from moec.runtime.process.pool import connected
 from moec.target.cpu import host
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the pool is for Linux")
@@ -214,7 +214,7 @@ class Error(ctypes.Structure):
 FORKS = """
 import ctypes, os, signal, sys, threading
 from moec.runtime.library import tvm_ffi
-from moec.runtime.pool import connected
+from moec.runtime.process.pool import connected
 tvm_ffi()
 opened = connected(ctypes.CDLL(sys.argv[1]))
 os.register_at_fork(after_in_child=opened.moec_pool_forked)

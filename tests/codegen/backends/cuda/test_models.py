@@ -11,7 +11,7 @@ import moec
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.model.compiled import CompiledModel
 from moec.runtime.package import DECODE
-from moec.runtime.texts import Texts
+from moec.runtime.text.texts import Texts
 from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, needs_compiler
 from tests.cuda_emulator.models import EmulatedModel, emulated_model
 from tests.models.families import SMALL

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moec.runtime import checks
-from moec.runtime.memory_limit import free_in_groups
+from moec.runtime.process.memory_limit import free_in_groups
 
 V1 = {
     "memory/c/memory.limit_in_bytes": "1000\n",

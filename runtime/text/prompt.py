@@ -9,7 +9,7 @@ from typing import Any
 
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.extras import missing_extra
-from moec.runtime.chat import ChatTemplate, Message
+from moec.runtime.text.chat import ChatTemplate, Message
 
 FOLDER = "tokenizer/"
 

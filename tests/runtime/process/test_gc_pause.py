@@ -11,7 +11,7 @@ import torch
 
 import moec
 from moec.errors import CaptureError
-from moec.runtime.gc_pause import gc_paused
+from moec.runtime.process.gc_pause import gc_paused
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ import moec
 from moec.__main__ import cli
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime import artifact
-from moec.runtime.chat import ChatTemplate
-from moec.runtime.prompt import load_tokenizer
-from moec.runtime.write_text import StopCut
+from moec.runtime.text.chat import ChatTemplate
+from moec.runtime.text.prompt import load_tokenizer
+from moec.runtime.text.write_text import StopCut
 from tests.runtime import toy
 
 TEMPLATE = (

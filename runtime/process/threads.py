@@ -24,7 +24,7 @@ import os
 from collections.abc import MutableMapping
 
 from moec.errors import UsageError
-from moec.runtime.cpu_quota import cpu_quota
+from moec.runtime.process.cpu_quota import cpu_quota
 
 SPINS = 2000
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from moec.runtime.control_groups import MEMBERSHIP, ROOT, group_folders
+from moec.runtime.process.control_groups import MEMBERSHIP, ROOT, group_folders
 
 _VERSIONS = (
     ("memory.max", "memory.current", ""),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import InputError
-from moec.runtime.sampling import Sampling, choose
+from moec.runtime.text.sampling import Sampling, choose
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 

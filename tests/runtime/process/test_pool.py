@@ -21,9 +21,9 @@ from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.linear import linear
 from moec.codegen.cpu.link import linked
 from moec.codegen.specs.products import LinearSpec
-from moec.runtime import pool
 from moec.runtime.dtypes import Array
 from moec.runtime.library import open_kernels, tvm_ffi
+from moec.runtime.process import pool
 from moec.runtime.tensors import aligned_copy
 from moec.target.cpu import host
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from moec.errors import InputError
-from moec.runtime.causal_lm import CausalLM, causal_lm, inputs
 from moec.runtime.dtypes import Array
-from moec.runtime.sampling import GREEDY, Sampling, choose
-from moec.runtime.texts import Decoder, Texts
+from moec.runtime.text.causal_lm import CausalLM, causal_lm, inputs
+from moec.runtime.text.sampling import GREEDY, Sampling, choose
+from moec.runtime.text.texts import Decoder, Texts
 
 Feed = Callable[[Sequence[Sequence[int]]], Array]
 """Appends tokens to each text, and returns the logits f32[texts, V] after the last of each."""

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from moec.errors import ArtifactError, InputError, UsageError
-from moec.runtime.causal_lm import causal_lm
 from moec.runtime.checks import check_inputs
 from moec.runtime.executor import Executor
-from moec.runtime.generate import Request, generate
 from moec.runtime.package import Package, Port, StatePort
-from moec.runtime.prompt import load_tokenizer
+from moec.runtime.text.causal_lm import causal_lm
+from moec.runtime.text.generate import Request, generate
+from moec.runtime.text.prompt import load_tokenizer
 from tests.runtime import toy
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from moec.errors import UsageError
-from moec.runtime.threads import available, set_threads
+from moec.runtime.process.threads import available, set_threads
 
 
 def test_every_processor_is_used_unless_told():
@@ -51,7 +51,7 @@ def test_waiting_is_a_number_too():
 def test_the_runtime_alone_obeys():
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from moec.runtime.threads import available, set_threads; set_threads()\n"
+        "from moec.runtime.process.threads import available, set_threads; set_threads()\n"
         "import tvm; assert tvm.get_global_func('runtime.NumThreads')() == available()"
     )
     environment = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}

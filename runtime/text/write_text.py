@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moec.errors import InputError
-from moec.runtime.generate import Request, generate
-from moec.runtime.prompt import Tokenizer
-from moec.runtime.texts import Decoder
+from moec.runtime.text.generate import Request, generate
+from moec.runtime.text.prompt import Tokenizer
+from moec.runtime.text.texts import Decoder
 
 
 @dataclass

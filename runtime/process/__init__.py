@@ -1,0 +1,1 @@
+"""What this process may use and how it does: processors, memory, threads, the garbage collector."""

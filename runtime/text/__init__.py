@@ -1,0 +1,1 @@
+"""Texts: prompts to tokens, tokens to continuations, continuations to text."""
