@@ -17,9 +17,8 @@ from moec.ir.aten import named
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Value
 
-# Limits of one loop: ops, stored inputs, and positions at which one op is computed.
+# Limits of one loop: ops, and positions at which one op is computed.
 MOST_OPS = 48
-MOST_INPUTS = 20
 MOST_PLACES = 4
 PIECES = 4  # a concatenation of more pieces is not fused
 

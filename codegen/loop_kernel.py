@@ -16,6 +16,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.fusion import FusionGroup
+from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Position, Sizes, names
@@ -164,8 +165,6 @@ def _body(e: Emission, group: FusionGroup) -> None:
 
 def _find_cuts(e: Emission, out: Value, shape: tuple[Dim, ...]) -> None:
     """Computes one element without writing it, to find where concatenations change their source."""
-    from moec.codegen.loops import index as ix
-
     at = tuple(
         ix.const(0)
         if dim == 1

@@ -23,7 +23,7 @@ from moec.codegen.loops.reduce import Cell
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
-from moec.ir.dims import Dim
+from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 
 ROWS, VECTORS = 4, 2
@@ -131,8 +131,6 @@ def _tiles(e: Emission, out: Value, a: Value, b: Value, after: Epilogue) -> None
         body((*at[:-1], at[-1], ix.const(0)))
 
     shape = (*out.shape[:-2], blocks)
-    from moec.ir.dims import product
-
     e.rows(shape, outer, product((columns, depth)), weight=ROWS)
 
 

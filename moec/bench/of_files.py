@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,6 @@ def _llama_cpp(path: Path, threads: int) -> Contender:
 
 
 def _imported(module: str, name: str = "") -> Any:
-    from importlib import import_module
-
     try:
         return import_module(module)
     except ImportError:

@@ -21,7 +21,7 @@ from torch.export.graph_signature import (
 from moec.capture.node_converter import Converter, dropped, without
 from moec.errors import CaptureError
 from moec.interpret.outputs import SLOT, Structure, of_leaves
-from moec.ir.dims import Bounds
+from moec.ir.dims import Bounds, symbols
 from moec.ir.graph import Graph, Op, Program, State, Value
 
 
@@ -111,8 +111,6 @@ def _ranges(exported: ExportedProgram, rename: Mapping[str, str]) -> dict[str, B
 
 
 def _symbols(value: Value) -> set[str]:
-    from moec.ir.dims import symbols
-
     return {name for dim in value.shape for name in symbols(dim)}
 
 

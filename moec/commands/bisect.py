@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -49,8 +50,6 @@ def command(
     Every graph between capture and code is run in eager PyTorch on random inputs. Exits with
     0 where all agree with the captured graph, and with 2 where one does not.
     """
-    from dataclasses import asdict
-
     from moec.commands.progress import Progress, hush
     from moec.commands.shapes import explained
 

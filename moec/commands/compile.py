@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -281,12 +282,8 @@ class Dump:
 
 
 def _on_terminal() -> bool:
-    import sys
-
     return sys.stderr.isatty()
 
 
 def _stdout_is_terminal() -> bool:
-    import sys
-
     return sys.stdout.isatty()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +61,6 @@ def command(
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=1))
         return
-    import sys
-
     from moec.report.text import render, terminal_width
 
     click.echo(render(report, terminal_width(), color=sys.stdout.isatty()), nl=False)
@@ -109,8 +109,6 @@ def _graph(path: Path, text: str) -> Graph:
 
 
 def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str | None) -> Any:
-    import hashlib
-
     content = container.get(name)
     if content is None:
         raise ArtifactError(f"{path} is not a moec artifact: it has no {name}")

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -283,8 +284,6 @@ def huge_pages(enabled: Path) -> Check:
 
 def scratch() -> Check:
     """The folder for temporary files of compilers, and its free space."""
-    import tempfile
-
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     says = f"{free / 1e9:.1f} GB free in {folder}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -313,6 +314,4 @@ def draw(plan: Plan, planner: Planner, path: Path) -> None:
 
 def export(table: NDArray[np.int64], path: Path) -> None:
     """Write the map [L, P] that vLLM and SGLang read."""
-    import json
-
     path.write_text(json.dumps({"physical_to_logical_map": table.tolist()}) + "\n")

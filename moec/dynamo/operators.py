@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
+import sympy
 import torch
 
 from moec.capture.autograd import autograd_inside
@@ -132,8 +133,6 @@ def _packed(code: Code, params: Sequence[torch.Tensor], now: Sequence[object]) -
 
 
 def _size(dim: Any, sizes: dict[str, Any]) -> Any:
-    import sympy
-
     names = sorted(symbols(dim))
     return sympy.lambdify(names, dim)(*(sizes[name] for name in names))
 

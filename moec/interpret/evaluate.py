@@ -9,7 +9,7 @@ import torch
 
 from moec.errors import IRError
 from moec.ir import aten
-from moec.ir.dims import bind_shape
+from moec.ir.dims import bind_shape, symbols
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import Reference
 from moec.ops import OPS
@@ -85,8 +85,6 @@ def run_op(
 
 def own(body: Graph) -> set[str]:
     """The named sizes that a body's inputs bind: its number of rows."""
-    from moec.ir.dims import symbols
-
     return {name for value in body.inputs for dim in value.shape for name in symbols(dim)}
 
 

@@ -7,7 +7,6 @@ how they are parsed without calling eval on untrusted text.
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -187,14 +186,6 @@ def bind_shape(shape: tuple[Dim, ...], actual: tuple[int, ...], env: dict[str, i
             raise IRError(f"axis {axis} is {size}, expected {dim} = {expected}")
 
 
-def upper_bound(dim: Dim, bounds: Mapping[str, Bounds]) -> int | None:
-    """The greatest value of `dim`, assuming that it increases in each of its names."""
-    highs = {name: bounds.get(name, Bounds()).high for name in symbols(dim)}
-    if any(high is None for high in highs.values()):
-        return None
-    return evaluate_dim(dim, {name: high for name, high in highs.items() if high is not None})
-
-
 def show_dim(dim: Dim) -> str:
     return str(dim)
 
@@ -260,7 +251,3 @@ def _build(node: ast.expr, text: str) -> sympy.Expr:
 
 def show_bounds(bounds: Bounds) -> str:
     return f"[{bounds.low}, {'inf' if bounds.high is None else bounds.high}]"
-
-
-def is_unbounded(value: float) -> bool:
-    return math.isinf(value)

@@ -12,7 +12,7 @@ import torch
 
 from moec.errors import IRError
 from moec.ir.aten import overload
-from moec.ir.graph import Op, Value
+from moec.ir.graph import Op
 
 VIEWS = frozenset(
     {
@@ -145,7 +145,3 @@ def is_pointwise(op: Op) -> bool:
     """Whether the op has one result, each element of which depends on the same element of the
     inputs only."""
     return op.name in POINTWISE and len(op.outputs) == 1 and op.body is None
-
-
-def same_shape(op: Op, value: Value) -> bool:
-    return all(v.shape == value.shape for v in op.inputs)

@@ -21,6 +21,7 @@ from moec.parallel.process_ranks import ENDED, LATE, ProcessRanks, RankError, re
 from moec.parallel.store import RankFiles, load_rank, manifest_of
 from moec.plan.groups import groups_of
 from moec.runtime.package import MAIN
+from moec.runtime.process.threads import set_threads
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,6 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
 def started(job: Job) -> Iterator[tuple[int, int]]:
     """While open, this process is in a group of torch.distributed; yields (rank, number of ranks).
     Raises RankError where another rank fails, or what is raised inside."""
-    from moec.runtime.process.threads import set_threads
-
     rank, world = rank_of_process()
     torch.set_num_threads(job.threads)
     set_threads(job.threads)

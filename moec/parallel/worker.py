@@ -13,6 +13,7 @@ from moec.parallel.process_ranks import ProcessRanks, named_meanings
 from moec.parallel.segments import RankModel
 from moec.parallel.store import RankFiles
 from moec.plan.groups import WORLD
+from moec.runtime.tensor_files import write_tensors
 
 
 def run_rank(job: Job) -> dict[str, list[int]]:
@@ -20,8 +21,6 @@ def run_rank(job: Job) -> dict[str, list[int]]:
 
     Raises RankError, naming rank, layer and collective, ArtifactError and UsageError.
     """
-    from moec.runtime.tensor_files import write_tensors
-
     with joined(job) as (ranks, files):
         outputs = outputs_of(job, ranks, files)
         if ranks.rank == 0 and job.output is not None:

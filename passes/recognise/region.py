@@ -11,7 +11,7 @@ import torch
 
 from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product, symbols
-from moec.ir.graph import Attr, DType, Graph, Op, TensorType, Value
+from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
 from moec.ir.traits import CASTS, CHOICES, LIKES, THROUGH, VIEWS, is_elementwise
 from moec.passes.core.rewrite import Builder, rebuild
 
@@ -197,8 +197,6 @@ class RegionEmitter:
         return self.builder.permute(value, dims, like=self.like)
 
     def stack(self, values: Sequence[Value], axis: int) -> Value:
-        from moec.ir.graph import Ref
-
         first = values[0]
         shape = list(first.shape)
         shape.insert(axis, len(values))
