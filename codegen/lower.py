@@ -118,7 +118,9 @@ def _function(
                 low.values |= dict(zip(group.root.outputs, results, strict=True))
             # Results of these functions are copied to the CPU.
             in_memory = kernels.backend.destinations and name not in WITH_CACHES
-            written = _written(low, ordered[: len(ordered) - len(before)]) if in_memory else ()
+            written = (
+                _writable_outputs(low, ordered[: len(ordered) - len(before)]) if in_memory else ()
+            )
             results = [builder.emit_output(low.value(v)) for v in graph.results]
         memory = [_memory(low, graph.outputs[index]) for index in written]
         if written:
@@ -132,7 +134,7 @@ def _memory(low: Lowering, output: Value) -> relax.Var:
     return relax.Var(f"{output.name}_memory", low.type(output))
 
 
-def _written(low: Lowering, inputs: Sequence[Value]) -> tuple[int, ...]:
+def _writable_outputs(low: Lowering, inputs: Sequence[Value]) -> tuple[int, ...]:
     """The outputs, by index, that a kernel can write into memory of the caller: each has memory of
     its own, and a size that follows from those of the inputs."""
     graph = low.graph

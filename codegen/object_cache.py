@@ -114,13 +114,13 @@ def _in_threads(function: Callable[[A], B], items: Sequence[A], what: str, stage
     """
     context = tvm.transform.PassContext.current()
 
-    def within(item: A) -> B:
+    def run_in_context(item: A) -> B:
         with context:
             return function(item)
 
     results: list[B] = []
     with ThreadPoolExecutor(available()) as pool:
-        for result in pool.map(within, items):
+        for result in pool.map(run_in_context, items):
             results.append(result)
             count = f"{len(results)}/{len(items)} {what}"
             share = (stage + len(results) / len(items)) / _STAGES

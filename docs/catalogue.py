@@ -14,7 +14,7 @@ from typing import Any
 
 from moec import pipeline
 from moec.codegen.loops.emit import EMIT
-from moec.commands.list import first_line, passes, wanted
+from moec.commands.list import first_line, opt_in_passes, passes
 from moec.ops import OPS
 
 FOLDER = Path(__file__).parent
@@ -102,7 +102,7 @@ def _passes() -> Iterator[str]:
         "data and is measured ([Passes that change the model](approximate.md))."
     )
     kinds = {str(kind.name): kind for kind in pipeline.OPT_IN}
-    for row in wanted():
+    for row in opt_in_passes():
         kind = kinds[row["pass"]]
         yield f"### {row['pass']}"
         yield f"{first_line(kind)}."

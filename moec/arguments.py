@@ -20,7 +20,7 @@ from moec.passes.quantise.codes import QuantisingPass
 from moec.pipeline import PassSpec
 from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import TF32, CudaTarget
-from moec.target.named import AnyTarget, lacking, parse, parse_both
+from moec.target.named import AnyTarget, missing_features, parse, parse_both
 
 DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
 
@@ -95,7 +95,7 @@ def target_of(target: Any, *, run: bool) -> AnyTarget:
             f"the target {NULL!r} generates no code, so there is nothing to verify: switch "
             "verification off (verify=False, --verify off)"
         )
-    absent = lacking(parsed)
+    absent = missing_features(parsed)
     if run and absent:
         raise UsageError(
             f"this machine lacks {', '.join(absent)}, so the result for {parsed.name} cannot be "
@@ -106,7 +106,7 @@ def target_of(target: Any, *, run: bool) -> AnyTarget:
 
 def check_tuning(target: AnyTarget, builds: bool) -> None:
     """Raises UsageError where no kernel for the target can be measured here."""
-    if absent := lacking(target):
+    if absent := missing_features(target):
         raise UsageError(
             "--tune measures kernels on the machine that will run them, and this one lacks "
             f"{', '.join(absent)}, which code for {target.name} needs: tune on a machine that has "

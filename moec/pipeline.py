@@ -191,7 +191,7 @@ class _Changes:
     removed: frozenset[str]
     opt_in: tuple[Approximate | OptInPass, ...]
 
-    def taking(self, *stages: Stage) -> list[Approximate | OptInPass]:
+    def in_stages(self, *stages: Stage) -> list[Approximate | OptInPass]:
         """The opt-in passes that take one of these stages; approximate ones take recognised
         blocks."""
         return [
@@ -218,11 +218,11 @@ def choose(opt_level: int = 2, changes: PassChanges = "") -> tuple[PassSpec, ...
 
     return (
         *at_level(CANONICALISE),
-        *parsed.taking(Stage.ATEN),
+        *parsed.in_stages(Stage.ATEN),
         *at_level(DENSE, RECOGNISE, SIMPLIFY),
-        *parsed.taking(Stage.MOE),
+        *parsed.in_stages(Stage.MOE),
         *at_level(LOWER),
-        *parsed.taking(Stage.GROUPED),
+        *parsed.in_stages(Stage.GROUPED),
     )
 
 

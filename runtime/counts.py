@@ -17,9 +17,9 @@ def mismatch(count: int, rows: int, exact: bool, mask: str, source: str) -> str 
         return None
     rule = "as many of one as of the other" if exact else "at least a row for each position"
     return (
-        f"{_named(mask)} select{_third(mask)} {count} positions (such as tokens of images), and "
-        f"{_named(source)} give{_third(source)} {rows} rows for them (such as features of images): "
-        f"give {rule}"
+        f"{_owner_name(mask)} select{_third(mask)} {count} positions (such as tokens of images), "
+        f"and {_owner_name(source)} give{_third(source)} {rows} rows for them (such as features of "
+        f"images): give {rule}"
     )
 
 
@@ -31,7 +31,7 @@ def require_count(count: Any, rows: Any, exact: int, mask: str, source: str) -> 
     return rows
 
 
-def _named(inputs: str) -> str:
+def _owner_name(inputs: str) -> str:
     return inputs or "the model"
 
 

@@ -137,7 +137,7 @@ def _neg(c: _VectorCall) -> Expr:
 
 
 @_vector("_to_copy", "clone", "alias", "detach", "contiguous")
-def _same(c: _VectorCall) -> Expr:
+def _identity(c: _VectorCall) -> Expr:
     return c.get("self")
 
 

@@ -54,7 +54,7 @@ _TEXT = "".join(
 def opaque(function: PrimFunc, module: tvm.IRModule, context: object) -> PrimFunc:
     """The function with its bound integers and conditions hidden from TVM's simplifier; LLVM
     still sees through them."""
-    body = _of(function.body, _sizes(function.body))
+    body = _hide_in(function.body, _sizes(function.body))
     if body.same_as(function.body):
         return function
     statement = AttrStmt(tirx.const(0, "int32"), IMPORT, tvm.ir.StringImm(_TEXT), body)
@@ -88,23 +88,23 @@ def _hidden(value: tirx.Expr) -> tirx.Expr | None:
     return None
 
 
-def _of(s: Stmt, sizes: set[Var]) -> Stmt:
+def _hide_in(s: Stmt, sizes: set[Var]) -> Stmt:
     match s:
         case SeqStmt():
-            parts = [_of(part, sizes) for part in s.seq]
+            parts = [_hide_in(part, sizes) for part in s.seq]
             same = all(new.same_as(old) for new, old in zip(parts, s.seq, strict=True))
             return s if same else SeqStmt(parts)
         case AttrStmt():
-            body = _of(s.body, sizes)
+            body = _hide_in(s.body, sizes)
             return s if body.same_as(s.body) else AttrStmt(s.node, s.attr_key, s.value, body)
         case For():
-            body = _of(s.body, sizes)
+            body = _hide_in(s.body, sizes)
             if body.same_as(s.body):
                 return s
             return For(s.loop_var, s.min, s.extent, s.kind, body, s.thread_binding, s.annotations)
         case IfThenElse():
-            then = _of(s.then_case, sizes)
-            other = None if s.else_case is None else _of(s.else_case, sizes)
+            then = _hide_in(s.then_case, sizes)
+            other = None if s.else_case is None else _hide_in(s.else_case, sizes)
             return IfThenElse(s.condition, then, other)
         case Bind() if s.var not in sizes and not isinstance(s.value, IntImm | Var):
             dtype = str(s.var.ty.dtype)

@@ -38,7 +38,7 @@ class _Outlining:
             case SeqStmt():
                 return SeqStmt([self.of(part) for part in s.seq])
             case AttrStmt() if s.attr_key == WORTH:
-                return self.either(s.value, s.body)
+                return self.choose_loop(s.value, s.body)
             case AttrStmt():
                 return AttrStmt(s.node, s.attr_key, s.value, self.of(s.body))
             case IfThenElse():
@@ -46,10 +46,10 @@ class _Outlining:
                 return IfThenElse(s.condition, self.of(s.then_case), other)
         return s
 
-    def either(self, worth: tirx.Expr, loop: Stmt) -> Stmt:
+    def choose_loop(self, worth: tirx.Expr, loop: Stmt) -> Stmt:
         if isinstance(loop, SeqStmt):  # common subexpressions stand before the loop
             *before, loop = loop.seq
-            return SeqStmt([*before, self.either(worth, loop)])
+            return SeqStmt([*before, self.choose_loop(worth, loop)])
         if not isinstance(loop, For):  # it was simplified away
             return loop
 

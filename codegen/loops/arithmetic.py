@@ -102,7 +102,7 @@ def lerp(p: Point) -> Scalar:
 # ---- division --------------------------------------------------------------------------
 
 
-def _whole(
+def _integer_division(
     p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar, of_minus_one: Expr
 ) -> Scalar:
     """A quotient or remainder of integers, by a division that never traps. Eager raises for a
@@ -121,12 +121,16 @@ def _whole(
     return Scalar(a.dtype, T.Select(minus, of_minus_one, divide(a.expr, divisor)))
 
 
-def _quotient(p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar) -> Scalar:
-    return _whole(p, divide, a, b, sc.constant(0, a.dtype).expr - a.expr)
+def _integer_quotient(
+    p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar
+) -> Scalar:
+    return _integer_division(p, divide, a, b, sc.constant(0, a.dtype).expr - a.expr)
 
 
-def _rest(p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar) -> Scalar:
-    return _whole(p, divide, a, b, sc.constant(0, a.dtype).expr)
+def _integer_remainder(
+    p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar
+) -> Scalar:
+    return _integer_division(p, divide, a, b, sc.constant(0, a.dtype).expr)
 
 
 def _differ(a: Expr, b: Expr) -> Expr:
@@ -135,7 +139,7 @@ def _differ(a: Expr, b: Expr) -> Expr:
 
 def floor_quotient(p: Point, a: Scalar, b: Scalar) -> Scalar:
     if a.dtype in INTS:
-        return _quotient(p, tirx.floordiv, a, b)
+        return _integer_quotient(p, tirx.floordiv, a, b)
     bind = p.emission.bind_expr
     rest = bind(sc.fmod(a, b))
     zero = sc.constant(0.0, a.dtype).expr
@@ -150,7 +154,7 @@ def floor_quotient(p: Point, a: Scalar, b: Scalar) -> Scalar:
 def remainder_of(p: Point, a: Scalar, b: Scalar) -> Scalar:
     """The remainder, with the sign of b."""
     if a.dtype in INTS:
-        return _rest(p, tirx.floormod, a, b)
+        return _integer_remainder(p, tirx.floormod, a, b)
     zero = sc.constant(0.0, a.dtype).expr
     rest = p.emission.bind_expr(sc.fmod(a, b))
     wrong = tirx.And(tirx.NE(rest, zero), _differ(rest < zero, b.expr < zero))
@@ -174,7 +178,7 @@ def div_mode(p: Point) -> Scalar:
     if mode == "floor":
         return result(p, floor_quotient(p, a, b))
     if a.dtype in INTS:
-        return result(p, _quotient(p, tirx.truncdiv, a, b))
+        return result(p, _integer_quotient(p, tirx.truncdiv, a, b))
     quotient = sc.rounded(Scalar(a.dtype, tirx.div(a.expr, b.expr)))
     return result(p, Scalar(a.dtype, T.trunc(quotient.expr)))
 
@@ -193,7 +197,7 @@ def remainder(p: Point) -> Scalar:
 def fmod(p: Point) -> Scalar:
     a, b = operands(p)
     if a.dtype in INTS:
-        return result(p, _rest(p, tirx.truncmod, a, b))
+        return result(p, _integer_remainder(p, tirx.truncmod, a, b))
     return result(p, Scalar(a.dtype, sc.fmod(a, b)))
 
 

@@ -263,7 +263,7 @@ class Emission:
                     expr = left
                 else:
                     size = self.sizes.expr(shape[axis])
-                    expr = T.bind(ix.rest(left, size))
+                    expr = T.bind(ix.remainder(left, size))
                     left = T.bind(ix.quotient(left, size))
                 at[axis] = ix.loop(expr, f"axis{axis}", shape[axis])
             row(at)

@@ -108,19 +108,19 @@ def sign(p: Point) -> Scalar:
     return Scalar(x.dtype, T.Select(x.expr > zero, one, falling))
 
 
-def _whole(name: str, function: Callable[[Any], Any], llvm: str) -> None:
+def _rounding(name: str, function: Callable[[Any], Any], llvm: str) -> None:
     @point(name, exact=True)
-    def whole(p: Point) -> Scalar:
+    def round_(p: Point) -> Scalar:
         x = p.get(p["self"])
         if x.dtype not in FLOATS:
             return x
         return Scalar(x.dtype, function(x.expr) if x.dtype == "f64" else sc.f32(llvm, x.expr))
 
 
-_whole("floor", T.floor, "floor")
-_whole("ceil", T.ceil, "ceil")
-_whole("trunc", T.trunc, "trunc")
-_whole("round", T.nearbyint, "roundeven")
+_rounding("floor", T.floor, "floor")
+_rounding("ceil", T.ceil, "ceil")
+_rounding("trunc", T.trunc, "trunc")
+_rounding("round", T.nearbyint, "roundeven")
 
 
 @point("isnan", exact=True)

@@ -95,7 +95,7 @@ def mod(a: Index, b: Index) -> Index:
     if a.high is not None and b.low is not None and a.high < b.low:
         return a
     high = None if b.high is None else b.high - 1
-    return Index(rest(a.expr, b.expr), ("%", a.key, b.key), 0, high)
+    return Index(remainder(a.expr, b.expr), ("%", a.key, b.key), 0, high)
 
 
 def wide(x: Expr) -> Expr:
@@ -115,7 +115,7 @@ def quotient(a: Expr, b: Expr) -> Expr:
     return T.call_extern("int64", "moec_quotient_i64", wide(a), wide(b))
 
 
-def rest(a: Expr, b: Expr) -> Expr:
+def remainder(a: Expr, b: Expr) -> Expr:
     """a % b for a >= 0, hidden from TVM like `quotient`."""
     if isinstance(b, tirx.IntImm):
         return tirx.truncmod(a, b)
@@ -207,9 +207,9 @@ class Sizes:
         """An operand of `float_sizes.operation`: the f64, or an exact integer."""
         if x.is_Rational:
             return tirx.const(float(x), "float64")
-        sign, rest = x.as_coeff_Mul()
-        if isinstance(rest, f64):
-            operator, left, right = operation(rest.args[0])
+        sign, factor = x.as_coeff_Mul()
+        if isinstance(factor, f64):
+            operator, left, right = operation(factor.args[0])
             a, b = self._double(left), self._double(right)
             operand = a + b if operator == "add" else a * b if operator == "mul" else a / b
             return operand if sign == 1 else operand * tirx.const(float(sign), "float64")

@@ -30,7 +30,7 @@ ROWS, VECTORS = 4, 2
 Epilogue = Callable[[Position, Scalar], Scalar]
 
 
-def _same(at: Position, x: Scalar) -> Scalar:
+def _identity(at: Position, x: Scalar) -> Scalar:
     return x
 
 
@@ -41,7 +41,7 @@ def product_of(
     b: Value,
     *,
     transposed: bool = False,
-    after: Epilogue = _same,
+    after: Epilogue = _identity,
 ) -> None:
     """out[.., m, n] = sum over k of a[.., m, k] * b[.., k, n] (b[.., n, k] if transposed).
 

@@ -97,7 +97,7 @@ def roll(p: Point) -> Scalar:
     for shift, axis in zip(p["shifts"], (wrap(d, len(at)) for d in axes), strict=True):
         size = p.emission.sizes.expr(p.shape[axis])
         back = at[axis].expr - p.emission.sizes.expr(shift)
-        back = ix.rest(ix.rest(back, size) + size, size)
+        back = ix.remainder(ix.remainder(back, size) + size, size)
         at[axis] = Index(back, ("roll", at[axis].key, str(shift), str(p.shape[axis])))
     return p.read(p["self"], tuple(at))
 

@@ -173,7 +173,7 @@ def sort(e: Emission, op: Op) -> None:
     _sorted(e, op, axis, x.shape[axis], 1 if named["descending"] else -1)
 
 
-def _running(e: Emission, op: Op, first: Any, step: Any) -> None:
+def _cumulative(e: Emission, op: Op, first: Any, step: Any) -> None:
     x, out = op.inputs[0], op.outputs[0]
     kind = "f32" if out.dtype in HALVES else out.dtype
     if not x.shape:
@@ -194,12 +194,12 @@ def _running(e: Emission, op: Op, first: Any, step: Any) -> None:
 
 @kernel("cumsum", fuses=("self",))
 def cumsum(e: Emission, op: Op) -> None:
-    _running(e, op, lambda kind: sc.constant(0, kind), plus)
+    _cumulative(e, op, lambda kind: sc.constant(0, kind), plus)
 
 
 @kernel("cumprod", fuses=("self",))
 def cumprod(e: Emission, op: Op) -> None:
-    _running(e, op, lambda kind: sc.constant(1, kind), times)
+    _cumulative(e, op, lambda kind: sc.constant(1, kind), times)
 
 
 @kernel("cummax", "cummin", fuses=("self",))

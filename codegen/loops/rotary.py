@@ -21,7 +21,7 @@ def rotary(p: Point) -> Scalar:
     half = ix.const(p.shape[-1] // 2)
     kind = "f64" if x.dtype == "f64" else "f32"
 
-    def turned(pair: Index, first: bool) -> Scalar:
+    def rotate(pair: Index, first: bool) -> Scalar:
         if p.op.attrs.get("pairs", "halves") == "halves":
             members = (pair, ix.add(pair, half))
         else:
@@ -41,14 +41,14 @@ def rotary(p: Point) -> Scalar:
     if p.op.attrs.get("gives", "halves") == "neighbours":
         pair = ix.div(at, ix.const(2))
         even = tirx.EQ(ix.mod(at, ix.const(2)).expr, tirx.const(0, "int64"))
-        return choose(even, turned(pair, True), turned(pair, False))
+        return choose(even, rotate(pair, True), rotate(pair, False))
     middle = half.constant
     assert middle is not None
     if at.high is not None and at.high < middle:
-        return turned(at, True)
+        return rotate(at, True)
     second = ix.sub(at, half)
     second = Index(second.expr, second.key, max(0, second.low or 0), second.high)
     if at.low is not None and at.low >= middle:
-        return turned(second, False)
+        return rotate(second, False)
     p.emission.split(at, middle)
-    return branch(p, at.expr < half.expr, lambda: turned(at, True), lambda: turned(second, False))
+    return branch(p, at.expr < half.expr, lambda: rotate(at, True), lambda: rotate(second, False))

@@ -117,7 +117,7 @@ def scatter(e: Emission, op: Op) -> None:
         position, inside = _target_position(e, ids, at, out.shape[axis])
         return (*at[:axis], position, *at[axis + 1 :]), inside
 
-    e.writes(Writes(out, ids.shape, to, x, join, _others(out, axis)))
+    e.writes(Writes(out, ids.shape, to, x, join, _other_axes(out, axis)))
 
 
 @kernel("index_put", "_unsafe_index_put", "_index_put_impl", fuses=("self",))
@@ -183,10 +183,10 @@ def index_add(e: Emission, op: Op) -> None:
             value = times(value, sc.constant(named["alpha"], out.dtype))
         return value
 
-    e.writes(Writes(out, shape, to, x, join, _others(out, axis)))
+    e.writes(Writes(out, shape, to, x, join, _other_axes(out, axis)))
 
 
-def _others(out: Value, axis: int) -> tuple[int, ...]:
+def _other_axes(out: Value, axis: int) -> tuple[int, ...]:
     return tuple(other for other in range(len(out.shape)) if other != axis)
 
 

@@ -118,7 +118,7 @@ def dispatch(c: Call) -> Sequence[str]:
     token = w("Div", order, w.constant(ids.shape[1]))
     rows = w("Gather", w.read(x), token, axis=0)
     if weights:
-        rows = _weighed(w, rows, weights[0], order, x.dtype)
+        rows = _weight_rows(w, rows, weights[0], order, x.dtype)
     ends = _ends(w, c.op.outputs[2], counts, count)
     if not all_chosen(w.graph, ids, count):
         _record_rows(w, c.op.outputs[1:2], ends)
@@ -139,7 +139,7 @@ def _count(op: Op) -> int:
     return count
 
 
-def _weighed(w: NodeWriter, rows: str, weights: Value, order: str, dtype: str) -> str:
+def _weight_rows(w: NodeWriter, rows: str, weights: Value, order: str, dtype: str) -> str:
     """Each row times the routing weight of its choice."""
     flat = w("Reshape", w.read(weights), w.constant([-1]))
     row_weights = w.cast(w("Gather", flat, order, axis=0), weights.dtype, dtype)
@@ -188,7 +188,7 @@ def sorted_rows(c: Call, parts: GroupedLinear | GroupedQuantised) -> str:
     order = _read(w, parts.order)
     rows = w("Gather", x, w("Div", order, w.constant(k)), axis=0)
     if parts.scale is not None:
-        rows = _weighed(w, rows, parts.scale, order, parts.x.dtype)
+        rows = _weight_rows(w, rows, parts.scale, order, parts.x.dtype)
     return rows
 
 

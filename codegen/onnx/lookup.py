@@ -53,7 +53,7 @@ def index(c: Call) -> str:
     rest = [a for a in range(len(value.shape)) if a not in axes]
     if axes != list(range(len(axes))):
         x = c.w("Transpose", x, perm=[*axes, *rest])
-    rows = c.w("GatherND", x, together(c, ids))
+    rows = c.w("GatherND", x, stack_indices(c, ids))
     width = max(len(v.shape) for v in ids)
     lead = axes[0] if axes == list(range(axes[0], axes[-1] + 1)) else 0
     if lead == 0:
@@ -68,7 +68,7 @@ def indexed(c: Call) -> tuple[list[int], list[Value]]:
     return [number for number, _ in pairs], [v for _, v in pairs]
 
 
-def together(c: Call, ids: Sequence[Value]) -> str:
+def stack_indices(c: Call, ids: Sequence[Value]) -> str:
     """The indices, broadcast to one shape and stacked along a last axis."""
     names = [positions(c, v) for v in ids]
     total = names[0]
@@ -86,7 +86,7 @@ def index_put(c: Call) -> str:
     axes, ids = indexed(c)
     if axes != list(range(len(axes))):
         raise NoMatch(f"operator {c.op.name} with indices after a full slice has no ONNX form")
-    at = together(c, ids)
+    at = stack_indices(c, ids)
     rest = value.shape[len(axes) :]
     leading = c.w("Shape", at, end=-1)
     shape = c.w("Concat", leading, c.w.shape(rest), axis=0) if rest else leading

@@ -48,7 +48,7 @@ for _name, _kind in UNARY.items():
 
 
 @build("alias", "clone", "detach", "contiguous", "lift_fresh_copy", "_to_copy")
-def same(c: Call) -> str:
+def identity(c: Call) -> str:
     return c.read(c["self"], c.out.dtype)
 
 
@@ -124,7 +124,7 @@ def softplus(c: Call) -> str:
 
 
 @build("leaky_relu", "elu")
-def sloped(c: Call) -> str:
+def elu(c: Call) -> str:
     if "leaky" in c.op.name:
         return c.w("LeakyRelu", c.read(c["self"]), alpha=float(c["negative_slope"]))
     if (c["scale"], c["input_scale"]) != (1, 1):

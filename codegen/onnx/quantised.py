@@ -106,7 +106,7 @@ def _standard(w: NodeWriter, parts: GroupedQuantised) -> Callable[[int, str], st
     dtype = f"{'i' if signed else 'u'}{code.bits}"
     middle = 1 << (code.bits - 1) if signed else 0
 
-    def turned(stack: Tensor) -> Tensor:
+    def transpose(stack: Tensor) -> Tensor:
         """[K, N] as one row of bytes; code - 2^(bits-1) in two's complement if signed."""
         mask = (1 << code.bits) - 1
         flat = ((stack.int() - middle) & mask).byte().T.flatten()
@@ -116,9 +116,9 @@ def _standard(w: NodeWriter, parts: GroupedQuantised) -> Callable[[int, str], st
 
     def product(expert: int, rows: str) -> str:
         inputs = [
-            stored.codes(expert, dtype, (width, stored.rows), turned),
+            stored.codes(expert, dtype, (width, stored.rows), transpose),
             stored.scales(expert, blocks, lambda stack: stack.T),
-            stored.zeros(expert, dtype, blocks, turned),
+            stored.zeros(expert, dtype, blocks, transpose),
         ]
         matrix = w("DequantizeLinear", *filter(None, inputs), axis=0, block_size=code.block)
         bias = stored.bias(expert)

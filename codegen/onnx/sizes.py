@@ -20,7 +20,7 @@ _DOUBLE, _INT64 = 11, 7
 """ONNX's codes for the types."""
 
 
-def written(w: NodeWriter, dim: Any) -> str:
+def size_value(w: NodeWriter, dim: Any) -> str:
     """A size as i64[1].
 
     Raises NoMatch for a size that no input has, or a function that is not supported.
@@ -41,9 +41,9 @@ def written(w: NodeWriter, dim: Any) -> str:
             top, bottom = sympy.fraction(sympy.together(dim.args[0]))
             return _quotient(w, (top + bottom - 1) / bottom)
         case sympy.Mod():
-            return w("Mod", *(written(w, a) for a in dim.args))
+            return w("Mod", *(size_value(w, a) for a in dim.args))
         case sympy.Max() | sympy.Min():
-            return w(type(dim).__name__, *(written(w, a) for a in dim.args))
+            return w(type(dim).__name__, *(size_value(w, a) for a in dim.args))
         case sympy.Add():
             return _folded(w, "Add", dim.args)
         case sympy.Pow() if dim.exp.is_Integer and dim.exp > 0:
@@ -65,19 +65,21 @@ def _double(w: NodeWriter, x: Any) -> str:
         result = w(kind, *(_double(w, operand) for operand in operands))
         return result if sign == 1 else w("Mul", result, _double(w, sign))
     top, bottom = sympy.fraction(sympy.together(x))
-    result = w("Cast", written(w, top), to=_DOUBLE)
+    result = w("Cast", size_value(w, top), to=_DOUBLE)
     return result if bottom == 1 else w("Div", result, _double(w, bottom))
 
 
 def _folded(w: NodeWriter, kind: str, parts: Sequence[Any]) -> str:
-    return reduce(lambda a, b: w(kind, a, b), (written(w, part) for part in parts))
+    return reduce(lambda a, b: w(kind, a, b), (size_value(w, part) for part in parts))
 
 
 def _quotient(w: NodeWriter, ratio: Any) -> str:
     """The quotient rounded down; sizes are not negative."""
     top, bottom = sympy.fraction(sympy.together(ratio))
     top, bottom = sympy.expand(top), sympy.expand(bottom)
-    return w("Div", written(w, top), written(w, bottom)) if bottom != 1 else written(w, top)
+    return (
+        w("Div", size_value(w, top), size_value(w, bottom)) if bottom != 1 else size_value(w, top)
+    )
 
 
 def reshaped(w: NodeWriter, x: str, have: Sequence[Dim], want: Sequence[Dim]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from moec.codegen.onnx.sizes import written
+from moec.codegen.onnx.sizes import size_value
 from moec.dtypes import LONG_NAMES
 from moec.ir.dims import Dim, symbols
 from moec.ir.graph import Graph, Value
@@ -147,7 +147,7 @@ class NodeWriter:
 
     def dim(self, dim: Any) -> str:
         """A size as i64[1]."""
-        return written(self, self.bound(dim))
+        return size_value(self, self.bound(dim))
 
     def bound(self, dim: Any) -> Any:
         """`dim` with the sizes of a body replaced by those of its call."""

@@ -67,7 +67,7 @@ class OnThisMachine:
         seconds: list[list[float]] = [[] for _ in functions]
         for turn in range(max(FEWEST, min(MOST, int(SECONDS / max(elapsed, 1e-6))))):
             call = operands.draw(tokens)
-            for i in _turned(len(functions), turn):
+            for i in _rotated(len(functions), turn):
                 seconds[i].append(once(functions[i], call))
         return seconds
 
@@ -77,6 +77,6 @@ class OnThisMachine:
         return function
 
 
-def _turned(count: int, turn: int) -> list[int]:
+def _rotated(count: int, turn: int) -> list[int]:
     """The order of `count` items in a round, so that each is first in some rounds."""
     return [(i + turn) % count for i in range(count)]

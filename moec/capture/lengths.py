@@ -10,7 +10,7 @@ import torch
 from torch.export import Dim as TorchDim
 
 from moec.capture.shapes import Axes, dim_name
-from moec.interpret.resized import stretched
+from moec.interpret.resized import resize_axis
 
 BATCH = (2, 3, 5, 7, 11)
 SEQUENCE = (16, 12, 20, 28, 36)
@@ -120,7 +120,7 @@ def resized(
 
 
 def resize(tensor: torch.Tensor, lengths: Mapping[int, int]) -> torch.Tensor:
-    """`tensor` repeated and cut to the given length of each axis (`stretched`)."""
+    """`tensor` repeated and cut to the given length of each axis (`resize_axis`)."""
     for axis, length in lengths.items():
-        tensor = stretched(tensor, axis, length)
+        tensor = resize_axis(tensor, axis, length)
     return tensor

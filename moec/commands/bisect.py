@@ -10,7 +10,13 @@ import click
 from moec import model_path
 from moec.commands.echo import echo
 from moec.commands.logs import log_options
-from moec.commands.options import Tolerance, asked, check_changes, json_option, model_options
+from moec.commands.options import (
+    Tolerance,
+    api_arguments,
+    check_changes,
+    json_option,
+    model_options,
+)
 
 
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
@@ -51,13 +57,15 @@ def command(
     0 where all agree with the captured graph, and with 2 where one does not.
     """
     from moec.commands.progress import Progress, hush
-    from moec.commands.shapes import explained
+    from moec.commands.shapes import explain_sizes
 
     model_path.kind_of_model(model)
     check_changes(passes)
-    arguments = asked(shapes, describe, dtype=dtype, allow_fixed=allow_fixed, constants=constants)
+    arguments = api_arguments(
+        shapes, describe, dtype=dtype, allow_fixed=allow_fixed, constants=constants
+    )
     hush()
-    with explained(), Progress(quiet=quiet or as_json) as progress:
+    with explain_sizes(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
         from moec import compile as compile_model
         from moec.interpret.random_inputs import random_cases

@@ -19,7 +19,7 @@ from moec.commands.echo import echo
 from moec.commands.logs import log_options
 from moec.commands.options import (
     Tolerance,
-    asked,
+    api_arguments,
     changing_options,
     force_option,
     json_option,
@@ -113,7 +113,7 @@ def command(**values: Any) -> None:
     """
     request = request_of(values)
     check(request)
-    arguments = asked(**request.options)
+    arguments = api_arguments(**request.options)
     store = default_store()
     key = cache_key(request, store)
     if key is not None and _write_cached(request, store, key):
@@ -153,11 +153,11 @@ def _write_cached(request: Request, store: Store, key: str) -> bool:
 def _compile_ranks(request: Request, plan_file: Path, arguments: Mapping[str, Any]) -> None:
     from moec.commands.progress import hush
     from moec.commands.ranks import compile_ranks
-    from moec.commands.shapes import explained
+    from moec.commands.shapes import explain_sizes
 
     assert request.output is not None, "the request was checked"
     hush()
-    with explained():
+    with explain_sizes():
         compile_ranks(
             request.model, plan_file, request.output, arguments, request.verify, request.force
         )
@@ -169,7 +169,7 @@ def _compile(request: Request, arguments: Mapping[str, Any]) -> CompiledModel:
     """The compiled model, saved if it was built; its progress is shown."""
     from moec.commands import estimate
     from moec.commands.progress import Progress, hush
-    from moec.commands.shapes import explained
+    from moec.commands.shapes import explain_sizes
 
     dump = None if request.dump_ir is None else Dump(request.dump_ir)
 
@@ -182,7 +182,7 @@ def _compile(request: Request, arguments: Mapping[str, Any]) -> CompiledModel:
     if cost := estimate.of_files(request.model):
         LOGGER.info(cost)
     silent = request.quiet or (request.as_json and not _on_terminal())
-    with explained(), Progress(silent, plan=_phases(request)) as progress:
+    with explain_sizes(), Progress(silent, plan=_phases(request)) as progress:
         progress.phase("start")  # imports torch, which takes a moment, and checks options
         from moec import compile as compile_model
 

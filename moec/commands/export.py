@@ -14,7 +14,7 @@ from moec.commands.logs import log_options
 from moec.commands.options import (
     OneOf,
     Tolerance,
-    asked,
+    api_arguments,
     changing_options,
     force_option,
     json_option,
@@ -88,16 +88,16 @@ def command(
     compile`. With --quant the file is compared with the quantised weights in float32, and the
     report also shows the distance to the unquantised model.
     """
-    from moec.commands.shapes import explained
+    from moec.commands.shapes import explain_sizes
 
     path = _output(output, force)
     model_path.kind_of_model(model)
-    arguments = asked(**options)
+    arguments = api_arguments(**options)
 
     from moec.commands.progress import Progress, hush
 
     hush()
-    with explained(), Progress(quiet=quiet or as_json) as progress:
+    with explain_sizes(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("start")
         from moec import compile as compile_model
 

@@ -16,7 +16,7 @@ from moec import model_path
 from moec.commands.echo import echo
 from moec.commands.files import OutputFile
 from moec.commands.logs import log_options
-from moec.commands.options import asked, json_option, model_options
+from moec.commands.options import api_arguments, json_option, model_options
 from moec.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def command(
             graph = _graph(Path(model), text)
     else:
         model_path.kind_of_model(model)
-        report, graph = of_model(model, asked(**options), quiet or as_json)
+        report, graph = of_model(model, api_arguments(**options), quiet or as_json)
     if picture and graph is not None:
         from moec.report.picture import save, scene
 
@@ -123,10 +123,10 @@ def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Rep
     """Capture a model and recognise its blocks, without generating code. `arguments` are those of
     `moec.compile`."""
     from moec.commands.progress import Progress, hush
-    from moec.commands.shapes import explained
+    from moec.commands.shapes import explain_sizes
 
     hush()
-    with explained(), Progress(quiet=quiet) as progress:
+    with explain_sizes(), Progress(quiet=quiet) as progress:
         progress.phase("start")
         from moec import compile as compile_model
 

@@ -84,10 +84,10 @@ def _show_brief(rows: list[dict[str, Any]]) -> None:
 
 
 def every_pass() -> list[dict[str, Any]]:
-    return passes() + wanted()
+    return passes() + opt_in_passes()
 
 
-def wanted() -> list[dict[str, Any]]:
+def opt_in_passes() -> list[dict[str, Any]]:
     """One row per pass that runs only on request: what it does, its options, its source."""
     from moec.passes.core.options import default, expected
     from moec.passes.core.runner import Kind

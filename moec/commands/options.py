@@ -136,7 +136,9 @@ def changing_options(command: F) -> F:
     return command
 
 
-def asked(shapes: tuple[str, ...], describe: str | None = None, **options: Any) -> dict[str, Any]:
+def api_arguments(
+    shapes: tuple[str, ...], describe: str | None = None, **options: Any
+) -> dict[str, Any]:
     """The values of `model_options` and `changing_options` as arguments of `moec.compile`, which
     have the same names.
 

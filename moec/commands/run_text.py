@@ -171,12 +171,12 @@ def write_texts(
     if options.prompts is not None:
         texts = _many(tokenizer, executor, request, options, prompts)
         return {"texts": [*texts] if as_json else [_shown(text) for text in texts]}
-    return {"prompt": prompts[0]} | _one(
+    return {"prompt": prompts[0]} | _write_text(
         tokenizer, executor, request, options.stop, prompts[0], not as_json, quiet
     )
 
 
-def _one(
+def _write_text(
     tokenizer: Tokenizer,
     executor: Decoder,
     request: Request,

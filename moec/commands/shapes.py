@@ -136,7 +136,7 @@ _EXPLAINED = (
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_sizes() -> Iterator[None]:
     """While open, errors of torch.export about sizes are explained in terms of `--shapes`."""
     try:
         yield

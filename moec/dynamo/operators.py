@@ -202,10 +202,10 @@ def block_backward(
         y = SITES[site].differentiable(tensors, valued=False)
         grads = torch.autograd.grad(y, leaves, grad, materialize_grads=True)
     storages = {tensor.untyped_storage().data_ptr() for tensor in (grad, *tensors)}
-    return [_own(gradient, storages) for gradient in grads]
+    return [_without_aliases(gradient, storages) for gradient in grads]
 
 
-def _own(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
+def _without_aliases(tensor: torch.Tensor, storages: set[int]) -> torch.Tensor:
     """The tensor, copied if its memory is in `storages`: the results of a custom operator must
     alias neither its inputs nor each other. Adds its memory to `storages`."""
     address = tensor.untyped_storage().data_ptr()

@@ -104,7 +104,7 @@ def _region(
 ) -> Region:
     graph = scope.graph
     x = _source(combine, scope, nodes)
-    ops = tuple(map(unlike, _between(x, y, scope, nodes)))
+    ops = tuple(map(unlike, _region_ops(x, y, scope, nodes)))
     results = {value for op in ops for value in op.outputs}
     read = list(dict.fromkeys(v for op in ops for v in op.inputs if v not in results))
     params = tuple(v for v in read if v in scope.params)
@@ -163,7 +163,7 @@ def _source(combine: Op, scope: Scope, nodes: Mapping[Value, fx.Node]) -> Value:
     return source
 
 
-def _between(x: Value, y: Value, scope: Scope, nodes: Mapping[Value, fx.Node]) -> tuple[Op, ...]:
+def _region_ops(x: Value, y: Value, scope: Scope, nodes: Mapping[Value, fx.Node]) -> tuple[Op, ...]:
     """The ops of the region, in order."""
     above = scope.upstream([y], [x])
     inside: set[Op] = set()

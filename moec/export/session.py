@@ -34,7 +34,7 @@ def open_session(path: Path, model: ModelProto | None = None) -> Any:
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise VerificationError(f"ONNX Runtime rejects the file: {_said(error)}") from error
+        raise VerificationError(f"ONNX Runtime rejects the file: {_one_line(error)}") from error
 
 
 def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:
@@ -51,7 +51,7 @@ def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:
             results = session.run(None, feeds)
         except Exception as error:
             shapes = ", ".join(f"{name} {feed.shape}" for name, feed in feeds.items())
-            raise VerificationError(f"the file fails for {shapes}: {_said(error)}") from error
+            raise VerificationError(f"the file fails for {shapes}: {_one_line(error)}") from error
         return {
             name: torch.from_numpy(np.asarray(r)) for name, r in zip(outputs, results, strict=True)
         }
@@ -59,7 +59,7 @@ def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:
     return run
 
 
-def _said(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 

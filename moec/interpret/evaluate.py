@@ -77,13 +77,15 @@ def run_op(
     }
 
     def run(body: Graph, arguments: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return run_graph(body, arguments, {k: v for k, v in sizes.items() if k not in own(body)})
+        return run_graph(
+            body, arguments, {k: v for k, v in sizes.items() if k not in row_sizes(body)}
+        )
 
     result = reference(op, tensors, attrs, run)
     return result if isinstance(result, tuple) else (result,)
 
 
-def own(body: Graph) -> set[str]:
+def row_sizes(body: Graph) -> set[str]:
     """The named sizes that a body's inputs bind: its number of rows."""
     return {name for value in body.inputs for dim in value.shape for name in symbols(dim)}
 

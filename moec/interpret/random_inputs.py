@@ -37,7 +37,7 @@ def random_like(
         if value.dtype in FLOATS:
             inputs.append(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
         elif rows:
-            ids = _telling(program, value, rows)
+            ids = _nonzero_rows(program, value, rows)
             index = torch.randint(len(ids), tensor.shape, generator=generator)
             inputs.append(ids[index].to(tensor.dtype))
         else:
@@ -45,14 +45,14 @@ def random_like(
     return inputs + [program.weights[state.before.name] for state in program.graph.states]
 
 
-def _telling(program: Program, value: Value, rows: int) -> torch.Tensor:
+def _nonzero_rows(program: Program, value: Value, rows: int) -> torch.Tensor:
     """The ids below `rows` whose row in the table is not all zero; all ids if every row is zero."""
     table = next(iter(_tables(program.graph, value)), None)
     weight = None if table is None else program.weights.get(table.name)
     ids = torch.arange(rows)
     if weight is not None:
-        telling = weight[:rows].ne(0).any(-1).nonzero()[:, 0]
-        ids = telling if len(telling) else ids
+        nonzero = weight[:rows].ne(0).any(-1).nonzero()[:, 0]
+        ids = nonzero if len(nonzero) else ids
     return ids
 
 

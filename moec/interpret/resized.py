@@ -12,14 +12,14 @@ from moec.ir.dims import Dim, evaluate_dim, symbols
 def with_sizes(
     tensor: torch.Tensor, shape: Sequence[Dim], sizes: Mapping[str, int]
 ) -> torch.Tensor:
-    """`tensor` repeated and cut so that its axes have the given sizes (`stretched`)."""
+    """`tensor` repeated and cut so that its axes have the given sizes (`resize_axis`)."""
     for axis, dim in enumerate(shape):
         size = evaluate_dim(dim, sizes) if symbols(dim) <= set(sizes) else tensor.shape[axis]
-        tensor = stretched(tensor, axis, size)
+        tensor = resize_axis(tensor, axis, size)
     return tensor
 
 
-def stretched(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+def resize_axis(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     """`tensor` with an axis repeated or cut to a size. Of integers [.., S], the last one is
     repeated: a text keeps its number of image tokens. An axis of size 0 stays: there is nothing to
     repeat."""
@@ -37,5 +37,5 @@ def resized_axes(
     """The tensors, with each (tensor, axis) repeated or cut to one size."""
     result = list(tensors)
     for index, axis in axes:
-        result[index] = stretched(result[index], axis, size)
+        result[index] = resize_axis(result[index], axis, size)
     return result

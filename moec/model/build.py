@@ -21,7 +21,7 @@ from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, MAIN, ROUTE, ROUTED
 from moec.target.cpu import CpuTarget
 from moec.target.cuda import CudaTarget
-from moec.target.named import lacking
+from moec.target.named import missing_features
 from moec.verify import check as checking
 from moec.verify.chunked import feed_in_chunks
 
@@ -42,7 +42,7 @@ def build_model(
     module, target = compiled.module, compiled.target
     tunings: dict[str, Values] = {}
     if tune:
-        with clock.phase("tune"), explained(compiled):
+        with clock.phase("tune"), list_unrecognised(compiled):
             from moec.model.tune import tune_kernels
 
             assert isinstance(target, CpuTarget), "kernels of CPUs alone are tuned"
@@ -53,7 +53,7 @@ def build_model(
     with clock.phase("kernels"):
         from moec.codegen.package import build as generate
 
-        with explained(compiled):
+        with list_unrecognised(compiled):
             package = generate(module, target, opt_level, tunings, backend)
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
@@ -63,7 +63,7 @@ def build_model(
             package = replace(package, no_generation=compiled.no_decode)
         named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
         compiled = replace(compiled, blocks=tuple(named))
-    if lacking(compiled.target) or not package.library:
+    if missing_features(compiled.target) or not package.library:
         return replace(compiled, package=package)
     with clock.phase("load"):
         from moec.runtime.executor import Executor
@@ -90,7 +90,7 @@ def build_for_gpu(
         why = f"the kernels for {target.name} have no cache of keys and values"
         if supported(compiled.module[DECODE].graph, backend or backend_for(target)):
             programs[DECODE] = compiled.module[DECODE]
-    with clock.phase("kernels for GPUs"), explained(compiled):
+    with clock.phase("kernels for GPUs"), list_unrecognised(compiled):
         package = generate(Module(programs), target, opt_level, backend=backend)
     if package.generation is None:
         return replace(compiled, for_gpu=replace(package, no_generation=why))
@@ -100,7 +100,7 @@ def build_for_gpu(
 
 
 @contextmanager
-def explained(compiled: CompiledModel) -> Iterator[None]:
+def list_unrecognised(compiled: CompiledModel) -> Iterator[None]:
     """While open, an UnsupportedError also lists experts that were not recognised."""
     try:
         yield

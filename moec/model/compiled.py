@@ -26,7 +26,7 @@ from moec.runtime.call import Choices, bind, call, routed, routers
 from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
 from moec.runtime.recording import Recorder, record_routing
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
-from moec.target.named import lacking
+from moec.target.named import missing_features
 from moec.verify import check as checking
 
 if TYPE_CHECKING:
@@ -286,8 +286,9 @@ class CompiledModel:
             )
         if self.executor is None:
             raise UsageError(
-                f"this machine lacks {', '.join(lacking(self.target))} and cannot run code for "
-                f"{self.target.name}: save the model, and load it on a machine that has them"
+                f"this machine lacks {', '.join(missing_features(self.target))} and cannot run "
+                f"code for {self.target.name}: save the model, and load it on a machine that has "
+                "them"
             )
         return package, self.executor
 

@@ -10,7 +10,7 @@ from moec.pipeline import without_effect
 from moec.report.data import DeclinedLine, ErrorLine, LoopLine
 from moec.report.quantisation import unquantised_lines
 from moec.report.report import Report, describe_graph, pass_lines
-from moec.target.named import lacking
+from moec.target.named import missing_features
 
 if TYPE_CHECKING:
     from moec.model.compiled import CompiledModel
@@ -60,7 +60,7 @@ def _notes(compiled: CompiledModel) -> tuple[str, ...]:
     notes = (*captured.fixed, *captured.notes, *messages, *captured.structure.constants)
     if package:
         notes += package.notes
-    if package and lacking(compiled.target):
+    if package and missing_features(compiled.target):
         notes += (
             f"compiled for {compiled.target.name}, which this machine cannot run: not verified, "
             "and saved without samples",

@@ -77,7 +77,7 @@ def _part(
     read = _read(ops)
     params = tuple(value for value in read if value in graph.params)
     inputs = [value for value in read if value not in params]
-    inputs += _telling(ops, inputs, available)
+    inputs += _size_sources(ops, inputs, available)
     names = {str(s) for v in (*inputs, *inner) for dim in v.shape for s in symbols(dim)}
     bounds = {name: bound for name, bound in graph.bounds.items() if name in names}
     befores = {state.before for state in states}
@@ -109,7 +109,9 @@ def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:
     return list(sorts)
 
 
-def _telling(ops: Sequence[Op], inputs: Sequence[Value], available: Sequence[Value]) -> list[Value]:
+def _size_sources(
+    ops: Sequence[Op], inputs: Sequence[Value], available: Sequence[Value]
+) -> list[Value]:
     """Additional values, read only for their sizes: one for each size that no input has."""
     used = {s for op in ops for v in (*op.inputs, *op.outputs) for d in v.shape for s in symbols(d)}
     told = {str(dim) for v in inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}

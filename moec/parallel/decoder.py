@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from moec.parallel.process_ranks import ProcessRanks, named_meanings, naming
+from moec.parallel.process_ranks import ProcessRanks, as_rank_errors, named_meanings
 from moec.parallel.segments import RankModel
 from moec.parallel.store import RankFiles
 from moec.plan.groups import WORLD, tp_group, tp_texts
@@ -59,7 +59,7 @@ class RankDecoder:
         before = (mine[0] if len(mine) else 0) * ids.shape[1]  # rows of other ranks' texts
         inputs = [ids[mine], first[mine], rows[mine] - before, last[mine]]
         (logits,) = self._model([*map(torch.from_numpy, inputs)], self._meanings, caches)
-        with naming(self._ranks, "the logits", "all_gather"):
+        with as_rank_errors(self._ranks, "the logits", "all_gather"):
             gathered = self._ranks.gather(WORLD, logits[:, 0].float(), [*map(len, shares)])
         return gathered.numpy()
 

@@ -67,7 +67,7 @@ def start(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
             raise RankError(f"the ranks were ended: {stopped.sigval.name}") from None
         except ChildFailedError as error:
             rank, first = error.get_first_failure()
-            raise RankError(_explained(Path(folder), count, rank, first)) from None
+            raise RankError(_failure_message(Path(folder), count, rank, first)) from None
         silent = [rank for rank in range(count) if _marked(Path(folder), rank, "done") is None]
         if silent:
             raise RankError(f"rank {silent[0]} ended before its work was done")
@@ -79,7 +79,7 @@ def _marked(folder: Path, rank: int, kind: str) -> str | None:
     return path.read_text() if path.exists() else None
 
 
-def _explained(folder: Path, count: int, rank: int, first: Any) -> str:
+def _failure_message(folder: Path, count: int, rank: int, first: Any) -> str:
     """The error message: that of the first rank that failed for a reason of its own; else the ranks
     that ended by a signal or that others found gone or silent, and the messages of those that
     waited."""

@@ -78,7 +78,7 @@ def named_meanings(ranks: ProcessRanks) -> Mapping[str, Reference]:
             op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], runner: Runner
         ) -> Any:
             where = op.origin.removesuffix(".experts") or "the model"
-            with naming(ranks, f"layer {where}", f"{op.name} over {op.attrs['group']}"):
+            with as_rank_errors(ranks, f"layer {where}", f"{op.name} over {op.attrs['group']}"):
                 return reference(op, tensors, attrs, runner)
 
         return run
@@ -87,7 +87,7 @@ def named_meanings(ranks: ProcessRanks) -> Mapping[str, Reference]:
 
 
 @contextmanager
-def naming(ranks: ProcessRanks, where: str, collective: str) -> Iterator[None]:
+def as_rank_errors(ranks: ProcessRanks, where: str, collective: str) -> Iterator[None]:
     """While open, a RuntimeError or MemoryError becomes a RankError with rank, layer and
     collective."""
     try:

@@ -21,7 +21,7 @@ from typing import Any, TextIO, TypeVar, cast
 import torch.distributed as dist
 
 from moec.parallel.process import Job
-from moec.parallel.process_ranks import ProcessRanks, naming
+from moec.parallel.process_ranks import ProcessRanks, as_rank_errors
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ LINE, OUT, ERR = "line", "out", "err"
 def agreed(ranks: ProcessRanks, value: T) -> T:
     """The value of rank 0, on every rank. Raises RankError."""
     values = [value]
-    with naming(ranks, "the start of a text", "broadcast"):
+    with as_rank_errors(ranks, "the start of a text", "broadcast"):
         dist.broadcast_object_list(values, src=0)
     return values[0]
 
@@ -75,7 +75,7 @@ def terminal_of(job: Job, ranks: ProcessRanks) -> Iterator[None]:
         elif ranks.rank == 0:
             connection = stack.enter_context(Client(cast(str, job.terminal)))
             out, err = (cast(TextIO, _Sent(connection, kind)) for kind in (OUT, ERR))
-            ask = _asked(connection)
+            ask = _line_reader(connection)
         stack.enter_context(redirect_stdout(out))
         stack.enter_context(redirect_stderr(err))
         stack.callback(setattr, sys, "stdin", sys.stdin)
@@ -83,7 +83,7 @@ def terminal_of(job: Job, ranks: ProcessRanks) -> Iterator[None]:
         yield
 
 
-def _asked(connection: Connection) -> Callable[[], str]:
+def _line_reader(connection: Connection) -> Callable[[], str]:
     def ask() -> str:
         try:
             connection.send((LINE, ""))

@@ -104,11 +104,11 @@ def parse(name: str) -> CudaTarget:
         return of_gpu(0)
     several = [f"{KIND}:{arch}" for arch in name.partition(":")[2].split(",")]
     if len(set(several)) > 1 and TARGETS.keys() >= set(several):
-        return _together([TARGETS[one] for one in dict.fromkeys(several)])
+        return _common_target([TARGETS[one] for one in dict.fromkeys(several)])
     raise TargetError(f"unknown target {name!r}; the known GPUs are {', '.join([KIND, *TARGETS])}")
 
 
-def _together(targets: list[CudaTarget]) -> CudaTarget:
+def _common_target(targets: list[CudaTarget]) -> CudaTarget:
     """The target for kernels that all of these can run; sizes are those of the oldest."""
     targets = sorted(targets, key=lambda target: target.capability)
     first = targets[0]

@@ -34,7 +34,7 @@ def parse(name: str) -> AnyTarget:
     return cpu.parse(name)
 
 
-def lacking(target: AnyTarget) -> tuple[str, ...]:
+def missing_features(target: AnyTarget) -> tuple[str, ...]:
     """The features that code for the target needs and this machine lacks; empty if it runs."""
     if not isinstance(target, cuda.CudaTarget):
         return cpu.missing(target)

@@ -205,7 +205,7 @@ class EWA:
         and speed are those of the original. Raises UsageError where an optimizer never updated the
         experts."""
         self._check_open()
-        if self.steps and all(_untouched(layer) for layer in self.layers.values()):
+        if self.steps and all(_equals_dense(layer) for layer in self.layers.values()):
             raise UsageError(
                 f"no expert has changed in {self.steps} steps: create the optimizer from "
                 "model.parameters() after EWA, and call EWA's step() after the optimizer's"
@@ -224,6 +224,6 @@ class EWA:
             )
 
 
-def _untouched(layer: ExpertLinear) -> bool:
+def _equals_dense(layer: ExpertLinear) -> bool:
     (dense,) = layer.dense
     return layer.weights.requires_grad and bool((layer.weights == dense.weight).all())

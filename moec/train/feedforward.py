@@ -55,7 +55,7 @@ def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[Name
         if not matched:
             raise UsageError(
                 f"ffns={pattern!r} matches no module of {type(model).__name__}, which has "
-                f"{_some(modules)}"
+                f"{_first_names(modules)}"
             )
         inside = [ffn for name in matched for ffn in _inside(name, modules[name])]
         if not inside:
@@ -69,7 +69,7 @@ def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[Name
 
 def _inside(name: str, module: nn.Module) -> Sequence[NamedFFN]:
     linears = [(f"{name}.{path}".strip("."), m) for path, m in _linears(module)]
-    return tuple(_widening(linears)) or tuple(_whole(linears))
+    return tuple(_widening(linears)) or tuple(_single_ffn(linears))
 
 
 def _check_alone(model: nn.Module, ffn: NamedFFN) -> None:
@@ -86,7 +86,7 @@ def _check_alone(model: nn.Module, ffn: NamedFFN) -> None:
             )
 
 
-def _some(modules: dict[str, nn.Module]) -> str:
+def _first_names(modules: dict[str, nn.Module]) -> str:
     names = [name for name in modules if name]
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
@@ -110,7 +110,7 @@ def _widening(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[NamedFFN]:
             run = []
 
 
-def _whole(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[NamedFFN]:
+def _single_ffn(linears: Sequence[tuple[str, nn.Linear]]) -> Iterator[NamedFFN]:
     """All linear layers of a module as one FFN of any width, if they form one."""
     if len(linears) < 2:
         return

@@ -144,7 +144,7 @@ def _check(
             compared.append(replace(item, right=(right,)))
             owners.append(number)
     try:
-        right_by = _matching(criterion, captured, answers, compared, owners)
+        right_by = _first_match(criterion, captured, answers, compared, owners)
     except (IRError, RuntimeError):  # the captured graph does not run, which first_bad_pass reports
         right_by = None
     if right_by is None:
@@ -194,7 +194,7 @@ def _name(names: Sequence[str], item: Comparison) -> str:
     return names[item.output] + (" in pieces" if item.stop is not None else "")
 
 
-def _matching(
+def _first_match(
     criterion: Criterion,
     captured: Captured,
     answers: Sequence[Reference],
@@ -205,7 +205,7 @@ def _matching(
     values chosen. None if they match neither. The captured graph is no reference, because it may be
     wrong itself."""
 
-    def beside(items: Sequence[Comparison], exact: Exact) -> list[Comparison]:
+    def with_reference(items: Sequence[Comparison], exact: Exact) -> list[Comparison]:
         results = [exact(case) for case, _ in answers]
         return [
             replace(item, right=(*item.right, item.of(results[owner]).to(item.right[0].dtype)))
@@ -217,17 +217,17 @@ def _matching(
     # A token that eager routes to the same experts in 16 bits and in float32 must be right, even if
     # its scores are nearly tied.
     widened = _widened(captured) if criterion.share else None
-    if widened is not None and criterion.allows(beside(compared, widened)):
+    if widened is not None and criterion.allows(with_reference(compared, widened)):
         return compared
     tied = FirstOfEquals()
-    right = beside(compared, _under(tied, _eager(captured)))
+    right = with_reference(compared, _in_mode(tied, _eager(captured)))
     if not tied.met:
         return None
     if criterion.allows(right):
         return right
     if widened is None:
         return None
-    both = beside(beside(right, widened), _under(FirstOfEquals(), widened))
+    both = with_reference(with_reference(right, widened), _in_mode(FirstOfEquals(), widened))
     return right if criterion.allows(both) else None
 
 
@@ -241,10 +241,10 @@ def _widened(captured: Captured) -> Exact:
         run = in_float32(captured.program)
         return lambda case: run(with_states(captured.program, case))
     mode = InFloat32()  # type: ignore[no-untyped-call]
-    return _under(mode, lambda case: captured.eager(*map(wide, case)))
+    return _in_mode(mode, lambda case: captured.eager(*map(wide, case)))
 
 
-def _under(mode: TorchDispatchMode, exact: Exact) -> Exact:
+def _in_mode(mode: TorchDispatchMode, exact: Exact) -> Exact:
     def run(case: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         with mode:
             return exact(case)

@@ -167,7 +167,7 @@ class Evaluator:
                     *(torch.cat(tensors) for tensors in zip(*layer_parts, strict=True))
                 )
 
-    def held(self, program: Program, value: Value) -> torch.Tensor:
+    def rows_of(self, program: Program, value: Value) -> torch.Tensor:
         """A value of the program, [R, D]: the rows of all cases concatenated."""
         return _rows([results[-1] for results in self.run(program, [value])])
 

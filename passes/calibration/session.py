@@ -168,7 +168,7 @@ class MeasuredPass(Pass):
             distance, shares, results = evaluator.measure(change.program, lineages, outputs)
             right = held.pop(layer.output, None)
             if right is None:
-                right = evaluator.held(program, layer.output)
+                right = evaluator.rows_of(program, layer.output)
             breach = session.budget.breach(distance)
             if breach and session.strict:
                 raise BudgetError(

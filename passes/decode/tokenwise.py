@@ -126,7 +126,7 @@ def _lookup(op: Op, sequence: str) -> bool:
     return not has_tokens(op.inputs[0], sequence)
 
 
-def _along(op: Op, sequence: str) -> bool:
+def _acts_on_sequence(op: Op, sequence: str) -> bool:
     axes = list(_axes(op))
     named = [value for value in op.inputs if value.shape]
     return bool(axes) and not any(
@@ -165,7 +165,7 @@ _FIRST = (
 _RULES: tuple[tuple[frozenset[str], Callable[[Op, str], bool]], ...] = (
     (_MOVES, _moves),
     (frozenset(PRODUCTS), _product),
-    (_ALONG, _along),
+    (_ALONG, _acts_on_sequence),
     (frozenset({"aten.layer_norm.default", "aten.native_layer_norm.default"}), _layer_norm),
     (frozenset({"aten.repeat.default"}), _repeat),
     (frozenset({"aten.index.Tensor"}), _lookup),

@@ -15,10 +15,10 @@ def complex_parts(value: Value, like: Op, b: Builder) -> tuple[Value, Value]:
     op = b.producers.get(value)
     if op is not None and op.name == "aten.reshape.default":
         a, c = complex_parts(op.inputs[0], like, b)
-        return _each(op, a, c, like, b)
+        return _on_each_part(op, a, c, like, b)
     if op is not None and op.name == "aten.mul.Tensor" and isinstance(op.attrs.get("other"), float):
         a, c = complex_parts(op.inputs[0], like, b)
-        return (a, c) if op.attrs["other"] == 1.0 else _each(op, a, c, like, b)
+        return (a, c) if op.attrs["other"] == 1.0 else _on_each_part(op, a, c, like, b)
     if op is not None and op.name == "aten.polar.default" and _is_one(op.inputs[0], b):
         angle = op.inputs[1]
         (cos,) = b.emit("aten.cos.default", [angle], [angle.type], like=op)
@@ -34,7 +34,7 @@ def complex_parts(value: Value, like: Op, b: Builder) -> tuple[Value, Value]:
     return real, imaginary
 
 
-def _each(op: Op, a: Value, c: Value, like: Op, b: Builder) -> tuple[Value, Value]:
+def _on_each_part(op: Op, a: Value, c: Value, like: Op, b: Builder) -> tuple[Value, Value]:
     """`op` applied to each part, for ops that treat both parts alike."""
     target = TensorType("f32", op.outputs[0].shape)
     (real,) = b.emit(op.name, [a], [target], like=op, attrs=op.attrs)

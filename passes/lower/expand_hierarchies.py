@@ -41,7 +41,7 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     values, logits, weights = op.inputs
     shares = softmax(padded(logits, -math.inf, op, b), len(logits.shape), op, b)
-    return (weighed(weighed(padded(values, 0.0, op, b), shares, op, b), weights, op, b),)
+    return (weighted_sum(weighted_sum(padded(values, 0.0, op, b), shares, op, b), weights, op, b),)
 
 
 def padded(value: Value, fill: float, op: Op, b: Builder) -> Value:
@@ -78,7 +78,7 @@ def _full(value: Value, shape: tuple[Dim, ...], fill: float, op: Op, b: Builder)
     return b.emit("aten.full.default", [], types, like=op, attrs=attrs)[0]
 
 
-def weighed(values: Value, weights: Value, op: Op, b: Builder) -> Value:
+def weighted_sum(values: Value, weights: Value, op: Op, b: Builder) -> Value:
     """The sum over the last axis of values * weights."""
     (product,) = b.emit("aten.mul.Tensor", [values, weights], [values.type], like=op)
     attrs: dict[str, Attr] = {"dim": (len(values.shape) - 1,)}

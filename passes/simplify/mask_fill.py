@@ -39,7 +39,7 @@ def scatter(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     rows = b.reshape(values, (length, width), like=op, named="rows")
     order = _Order(mask, length, _is_asserted(mask, b), rows).emitted(op, b)
-    filled = b.reshape(_picked(rows, order, op, b), x.shape, like=op, named="picked")
+    filled = b.reshape(_gather_rows(rows, order, op, b), x.shape, like=op, named="picked")
     return b.emit("aten.where.self", [mask, filled, x], [op.outputs[0].type], like=op)
 
 
@@ -89,7 +89,7 @@ class _Filling:
             attrs = producer.attrs
             return self.b.emit(producer.name, operands, full, like=producer, attrs=attrs)[0]
         order = _Order(self.mask, rows.shape[0], True, rows).emitted(self.op, self.b)
-        picked = _picked(rows, order, self.op, self.b)
+        picked = _gather_rows(rows, order, self.op, self.b)
         return self.b.reshape(picked, self.x.shape, like=self.op, named="picked")
 
 
@@ -173,7 +173,7 @@ def _flat(mask: Value, b: Builder) -> Value:
     return mask
 
 
-def _picked(rows: Value, order: Value, op: Op, b: Builder) -> Value:
+def _gather_rows(rows: Value, order: Value, op: Op, b: Builder) -> Value:
     target = [TensorType(rows.dtype, (*order.shape, *rows.shape[1:]))]
     attrs = {"indices": (Ref(1),)}
     inputs = [rows, order]

@@ -122,10 +122,10 @@ def _feed(executor: Decoder, prompts: Sequence[Sequence[int]], room: int) -> Fee
             f"{len(prompts)} prompts, and the model's own cache is for one: give one at a time"
         )
     executor.reset()
-    return partial(_whole, executor, lm, [[] for _ in prompts])
+    return partial(_run_afresh, executor, lm, [[] for _ in prompts])
 
 
-def _whole(
+def _run_afresh(
     executor: Whole, lm: CausalLM, texts: list[list[int]], tokens: Sequence[Sequence[int]]
 ) -> Array:
     """Runs each text from its start, or from the end of the model's own cache."""

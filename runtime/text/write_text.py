@@ -36,7 +36,7 @@ class StopCut:
         self.held = text[len(text) - most :]
         return text[: len(text) - most]
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """The text that was held back, after a text has ended without a stop string."""
         rest, self.held = self.held, ""
         return rest
@@ -69,7 +69,7 @@ class Text:
     def end(self) -> str:
         """The text that was held back."""
         self.cut.ended = True
-        return self._written(self.cut.rest())
+        return self._written(self.cut.flush())
 
     def _written(self, piece: str) -> str:
         self.written += piece

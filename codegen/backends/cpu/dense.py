@@ -31,7 +31,7 @@ def _check(op: Op, graph: Graph) -> None:
 def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
     """Lowers all products of the same rows in one kernel; the results of the others are stored
     until they are lowered."""
-    together = _together(low, op)
+    together = _same_rows(low, op)
     specs = tuple(_spec(low, one) for one in together)
     denses = [dense_of(one, low.graph) for one in together]
     rows = product(denses[0].x.shape[:-1])
@@ -66,7 +66,7 @@ MOST_TOGETHER = 4
 """The most products in one kernel."""
 
 
-def _together(low: Lowering, op: Op) -> list[Op]:
+def _same_rows(low: Lowering, op: Op) -> list[Op]:
     """The op, and other dense products of the same rows that are not lowered yet."""
     dense = dense_of(op, low.graph)
     products = [op]

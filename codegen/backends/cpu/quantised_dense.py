@@ -40,7 +40,7 @@ def _check(op: Op, graph: Graph) -> None:
 def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
     """Lowers all layers of the same rows in one kernel; the results of the others are stored until
     they are lowered."""
-    together = _together(low, op)
+    together = _same_rows(low, op)
     every = [QuantisedLinear.of(one) for one in together]
     specs = tuple(_spec(parts) for parts in every)
     layouts = [QuantisedLayout(spec, low.target) for spec in specs]
@@ -72,7 +72,7 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
     return [low.values[op.outputs[0]]]
 
 
-def _together(low: Lowering, op: Op) -> list[Op]:
+def _same_rows(low: Lowering, op: Op) -> list[Op]:
     """The op, and others of the same rows and the same rounding that are not lowered yet."""
     parts, products = QuantisedLinear.of(op), [op]
     for other in dict.fromkeys(low.graph.readers.get(parts.x, ())):

@@ -190,7 +190,7 @@ class GridEmission(Emission):
             expr = left
             if axis != live[0]:
                 size = self.sizes.expr(shape[axis])
-                expr = T.bind(ix.rest(left, size))
+                expr = T.bind(ix.remainder(left, size))
                 left = T.bind(ix.quotient(left, size))
             at[axis] = ix.loop(expr, f"{name}{axis}", shape[axis])
         return self._full(shape, at)

@@ -50,7 +50,7 @@ class Following:
         return Stream(self.group, self.tile, self.step, T.bind(start - self.begin * each), each)
 
 
-def either(condition: Expr, yes: Stream, no: Stream) -> Stream:
+def select_stream(condition: Expr, yes: Stream, no: Stream) -> Stream:
     """One of two streams, chosen at run time."""
 
     def chosen(name: str) -> Expr:

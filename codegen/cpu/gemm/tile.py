@@ -22,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.prefetch import Following, Stream, either
+from moec.codegen.cpu.gemm.prefetch import Following, Stream, select_stream
 from moec.codegen.cpu.gemm.row_blocks import ceil_of, ceildiv, each_row_block, stop_of
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.vector import Vector
@@ -188,13 +188,17 @@ class Tile:
         The blocks divide the prefetching of the weights of `following` among them. A single block
         waits for its own weights, so it prefetches these a little ahead of their use instead.
         """
-        own_stream, few = self._own(group, tile), T.bind(count <= most)
+        own_stream, few = self._weight_stream(group, tile), T.bind(count <= most)
 
-        def asking(before: Expr | int, rows: Expr | int) -> Fetch:
+        def prefetch_block(before: Expr | int, rows: Expr | int) -> Fetch:
             share = following.share(before, rows, count, self.layout.columns)
-            return self._asking(share if own_stream is None else either(few, own_stream, share))
+            return self._prefetcher(
+                share if own_stream is None else select_stream(few, own_stream, share)
+            )
 
-        each_row_block(count, most, lambda row, m: body(T.bind(first + row), m, asking(row, m)))
+        each_row_block(
+            count, most, lambda row, m: body(T.bind(first + row), m, prefetch_block(row, m))
+        )
 
     def _block(
         self,
@@ -304,14 +308,14 @@ class Tile:
         for sums, one in zip(row, b, strict=True):
             T.buffer_store(sums, op(sums[lanes], a, one), [lanes])
 
-    def _own(self, group: Expr, tile: Expr) -> Stream | None:
+    def _weight_stream(self, group: Expr, tile: Expr) -> Stream | None:
         """The tile's own weights, `fetched` bytes ahead of a step: the loads of a product alone are
         too few to keep the memory busy."""
         columns = self.layout.columns
         steps = self.layout.tuning.fetched // (columns * bytes_of(self.operands.w))
         return Stream(group, tile, steps, 0, columns) if steps else None
 
-    def _asking(self, stream: Stream) -> Fetch:
+    def _prefetcher(self, stream: Stream) -> Fetch:
         """Prefetches a stream, which advances by at most one step of weights per step of K."""
         size = bytes_of(self.operands.w)
 

@@ -96,8 +96,8 @@ class WidenedTile(Tile):
             self._widen_row(first + i, full_block, panel, i)
         with T.serial(0, tiles) as t:
             tile = T.bind(full_block.tile + t)
-            ahead = self._own(full_block.group, tile)
-            ask = None if ahead is None else self._asking(ahead)
+            ahead = self._weight_stream(full_block.group, tile)
+            ask = None if ahead is None else self._prefetcher(ahead)
 
             def multiply(acc: Registers) -> None:
                 with T.serial(0, T.int64(self.layout.depth)) as step:
@@ -181,7 +181,7 @@ class WidenedTile(Tile):
         following = Following(then.group, then.tile, then.start, 0, steps)
 
         def row_block(at: Expr, m: int) -> None:
-            ask = self._asking(following.share(at, m, count, self.layout.columns))
+            ask = self._prefetcher(following.share(at, m, count, self.layout.columns))
 
             def multiply(acc: Registers) -> None:
                 self._panels(acc, weights, panel, at, block, ask)

@@ -36,7 +36,7 @@ def tile_functions() -> str:
         where = f"(i8 {t}, ptr %p, i64 %stride)"
         lines.append(_function(f"tile_load_{t}", arguments, "tileloadd64" + where))
         lines.append(_function(f"tile_store_{t}", arguments, "tilestored64" + where))
-        lines.append(_either(t))
+        lines.append(_load_text(t))
     for c in range(SUMS):
         for a in range(SUMS, _REGISTERS):
             for b in range(SUMS, _REGISTERS):
@@ -54,7 +54,7 @@ define linkonce_odr i32 @moec_{name}_16({arguments}) alwaysinline {{
 }}"""
 
 
-def _either(register: int) -> str:
+def _load_text(register: int) -> str:
     return f"""
 define linkonce_odr i32 @moec_tile_load_either_{register}_16(
     i32 %first, ptr %p, i64 %stride, ptr %q, i64 %other) alwaysinline {{

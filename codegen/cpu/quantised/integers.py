@@ -45,7 +45,7 @@ def total(v: Vector, x: Expr) -> Expr:
     return T.bind(_call(v, "int32", "total", x))
 
 
-def lessened(v: Vector, codes: Expr) -> Expr:
+def minus_128(v: Vector, codes: Expr) -> Expr:
     """Unsigned bytes minus 128, as signed bytes."""
     return T.bind(T.bitwise_xor(codes, T.broadcast(T.int32(0x80808080 - 2**32), v.lanes)))
 

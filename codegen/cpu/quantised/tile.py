@@ -149,7 +149,7 @@ class QuantisedTile(Tile):
         """The operands of `dots`: bytes, four to a lane, for each four codes of a word."""
         v, kind = self.vector, self.layout.spec.format.kind
         if kind == "int8":
-            return [integers.lessened(v, words) if self._less else words]
+            return [integers.minus_128(v, words) if self._less else words]
         halves = [integers.low4(v, words), integers.high4(v, words)]
         return [integers.e2m1(v, half) for half in halves] if kind == "mxfp4" else halves
 

@@ -78,7 +78,7 @@ def zero_experts(target: CpuTarget, spec: ZeroSpec, name: str = "zero_experts") 
                                 rest = weight * (v.splat(1.0) - part)
                             add(pulls[c], rest)
 
-            def written(
+            def add_copies(
                 load: Callable[[Buffer, Expr], Expr], store: Callable[[Expr], None]
             ) -> None:
                 total = register()
@@ -94,12 +94,12 @@ def zero_experts(target: CpuTarget, spec: ZeroSpec, name: str = "zero_experts") 
                 store(total[lanes])
 
             with T.serial(0, width // v.lanes) as j:
-                written(
+                add_copies(
                     lambda buffer, row: v.load(buffer, [row, j * v.lanes]),
                     lambda value: v.store(out, [token, j * v.lanes], value),
                 )
             if tail := width % v.lanes:
-                written(
+                add_copies(
                     lambda buffer, row: v.load_tail(buffer, [row, width - tail], tail),
                     lambda value: v.store_tail(out, [token, width - tail], value, tail),
                 )

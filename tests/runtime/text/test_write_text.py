@@ -70,7 +70,7 @@ def test_a_text_is_cut_before_the_first_of_some_strings(text: str, stops: list[s
     for character in text:
         if not cut.ended:
             pieces.append(cut.feed(character))
-    written = "".join(pieces) + cut.rest()
+    written = "".join(pieces) + cut.flush()
     # The first that is complete ends the text: characters come one by one.
     ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
     first = min((end for end, _ in ends), default=None)

@@ -7,7 +7,7 @@ import torch
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu.frame import argument, kernel
-from moec.codegen.cpu.gemm.prefetch import Following, Stream, either
+from moec.codegen.cpu.gemm.prefetch import Following, Stream, select_stream
 from moec.target.cpu import host
 
 COLUMNS, STEPS, MOST = 64, 40, 6
@@ -46,7 +46,7 @@ def test_a_stream_is_chosen_whole(build, yes):
         n = T.int64()
         y = argument("y", (n, 4), "int64")
         one, two = Stream(T.int32(1), T.int32(2), 3, 4, 5), Stream(n, n, n, n, n)
-        for i, value in enumerate(either(n == 1, one, two).at(T.int64(10))):
+        for i, value in enumerate(select_stream(n == 1, one, two).at(T.int64(10))):
             T.buffer_store(y, value, [0, i])
     y = torch.empty(1 if yes else 2, 4, dtype=torch.int64)
     build(host(), frame.function)(y)
