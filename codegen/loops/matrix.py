@@ -169,12 +169,12 @@ def linear(e: Emission, op: Op) -> None:
     named = e.named(op)
     out, bias = op.outputs[0], named["bias"]
 
-    def after(at: Position, x: Scalar) -> Scalar:
+    def add_bias(at: Position, x: Scalar) -> Scalar:
         if bias is None:
             return x
         return plus(x, sc.cast(e.read(bias, at[-1:]), x.dtype))
 
-    product_of(e, out, named["input"], named["weight"], transposed=True, after=after)
+    product_of(e, out, named["input"], named["weight"], transposed=True, after=add_bias)
 
 
 @kernel("addmm", "baddbmm")
@@ -185,7 +185,7 @@ def addmm(e: Emission, op: Op) -> None:
     second = named.get("mat2", named.get("batch2"))
     alpha, beta = named["alpha"], named["beta"]
 
-    def after(at: Position, x: Scalar) -> Scalar:
+    def add_scaled(at: Position, x: Scalar) -> Scalar:
         if alpha != 1:
             x = times(x, sc.constant(alpha, x.dtype))
         if beta == 0:
@@ -193,7 +193,7 @@ def addmm(e: Emission, op: Op) -> None:
         y = sc.cast(e.read(addend, e.position(addend, at, out.shape)), x.dtype)
         return plus(x, y if beta == 1 else times(y, sc.constant(beta, x.dtype)))
 
-    product_of(e, out, first, second, after=after)
+    product_of(e, out, first, second, after=add_scaled)
 
 
 @kernel("mv", "dot")

@@ -106,7 +106,7 @@ def _ranges(exported: ExportedProgram, rename: Mapping[str, str]) -> dict[str, B
     for symbol, limits in exported.range_constraints.items():
         name = rename.get(str(symbol), str(symbol))
         declared = Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
-        ranges[name] = declared.within(ranges.get(name, Bounds()))
+        ranges[name] = declared.intersect(ranges.get(name, Bounds()))
     return ranges
 
 

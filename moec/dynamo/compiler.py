@@ -20,7 +20,7 @@ from torch import fx
 
 from moec.dynamo.code import Code, generate, is_constant
 from moec.dynamo.convert import convert
-from moec.dynamo.devices import check_one_device, devices_of, example_of, placed
+from moec.dynamo.devices import check_one_device, devices_of, example_of, on_devices
 from moec.dynamo.direct import direct
 from moec.dynamo.grouped_mm import ON_GPU
 from moec.dynamo.local import take_local_parts, with_parts
@@ -86,7 +86,7 @@ def _replace_blocks(
     if choices and all(_is_empty(node) for node in choices):
         return [], module, []  # an example without tokens: there is nothing to leave to PyTorch
     try:
-        options, device = placed(options, devices_of(choices))
+        options, device = on_devices(options, devices_of(choices))
     except (NoMatch, TargetError) as why:
         return [], module, [Fallback("the graph", str(why))]
     hint = _UNRECOGNISED if choices else ""

@@ -29,7 +29,7 @@ def devices_of(nodes: Collection[fx.Node]) -> set[str]:
     return {str(example.device) for example in examples if example is not None}
 
 
-def placed(options: Options, devices: Collection[str]) -> tuple[Options, str]:
+def on_devices(options: Options, devices: Collection[str]) -> tuple[Options, str]:
     """The options with the target for tensors on these devices, and the device.
 
     Raises NoMatch for several devices, for one that no kernel is for, and for a target of another

@@ -285,7 +285,7 @@ def _linear(
 
 def _combine(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     rows, permutation, weights, _ = tensors_of("moe.combine", op, tensors, attrs).values()
-    order, slots = _places(permutation, attrs["k"])
+    order, slots = _row_order(permutation, attrs["k"])
     return _apply(_Combine, rows, order, slots, weights, attrs["dtype"])
 
 
@@ -299,12 +299,12 @@ def _last_product(
 ) -> Any:
     inputs = tensors_of("grouped.combine", op, tensors, attrs)
     rows, ends, w, b, permutation, weights = inputs.values()
-    order, slots = _places(permutation, attrs["k"])
+    order, slots = _row_order(permutation, attrs["k"])
     how = (attrs["dtype"], products, valued)
     return _apply(_LastProduct, rows, ends, w, b, order, slots, weights, *how)
 
 
-def _places(order: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _row_order(order: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """order[R], slots[T, k]: the choice of each row, and the row of each choice."""
     order = order.long()
     slots = torch.empty_like(order).scatter_(0, order, _numbers(order))

@@ -46,7 +46,7 @@ def watch(backend: object) -> None:
 
 @cache
 def _listener(backend: object) -> Callable[[object], None]:
-    def ended(_: object) -> None:
+    def warn_on_fallback(_: object) -> None:
         """Warns even under `strict` or a filter that raises errors: Dynamo never calls its
         listeners again after one has raised."""
         why = _why(sys.exc_info()[1])
@@ -63,7 +63,7 @@ def _listener(backend: object) -> Callable[[object], None]:
                 warnings.simplefilter("always", FallbackWarning)
                 RECORDER.fall_back([Fallback(where, reason)], strict=False)
 
-    return ended
+    return warn_on_fallback
 
 
 def _why(error: BaseException | None) -> str | None:

@@ -150,7 +150,7 @@ def logits_alone(
     graph = pass_results[-1].program.graph
     index = graph.outputs.index(logits_of(graph))
 
-    def only(program: Program) -> Program:
+    def keep_logits(program: Program) -> Program:
         return replace(
             program, graph=replace(program.graph, outputs=(program.graph.outputs[index],))
         )
@@ -158,7 +158,8 @@ def logits_alone(
     def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (captured.eager(*case)[index],)
 
-    alone = replace(captured, program=only(captured.program), eager=eager)
-    return alone, tuple(
-        replace(pass_result, program=only(pass_result.program)) for pass_result in pass_results
+    logits_capture = replace(captured, program=keep_logits(captured.program), eager=eager)
+    return logits_capture, tuple(
+        replace(pass_result, program=keep_logits(pass_result.program))
+        for pass_result in pass_results
     )

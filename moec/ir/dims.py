@@ -54,7 +54,7 @@ class Bounds:
     low: int = 0
     high: int | None = None
 
-    def within(self, other: Bounds) -> Bounds:
+    def intersect(self, other: Bounds) -> Bounds:
         """The intersection."""
         highs = [high for high in (self.high, other.high) if high is not None]
         return Bounds(max(self.low, other.low), min(highs, default=None))

@@ -78,7 +78,7 @@ def place_together(
         strict = _swap_slots(affinity, weight, owner, strict, unit_of, fence_of, limit, np.inf)
         fits = np.bincount(priced, weight).max() <= limit * (1 + 1e-9)
         candidates = [strict, priced] if fits else [strict]
-        rank_of = max(candidates, key=lambda ranks: _within(affinity, unit_of[ranks]))
+        rank_of = max(candidates, key=lambda ranks: _inner_affinity(affinity, unit_of[ranks]))
     slots = tuple(tuple(sorted(owner[rank_of == rank].tolist())) for rank in range(placement.ranks))
     return replace(placement, slots=slots, busiest=float(rank_loads(loads, slots).max()))
 
@@ -125,7 +125,7 @@ def _swapped_ranks(affinity: Loads, rank_of: Ids, node_of: Ids) -> Ids:
     return position
 
 
-def _within(affinity: Loads, unit_of_slot: Ids) -> float:
+def _inner_affinity(affinity: Loads, unit_of_slot: Ids) -> float:
     """The affinity of all pairs of slots of one unit."""
     return float(affinity[unit_of_slot[:, None] == unit_of_slot[None, :]].sum())
 

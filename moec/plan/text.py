@@ -136,7 +136,7 @@ def explain(
     layer: LayerPlan, candidates: Sequence[CostedDegrees], limit: float, most: int = 8
 ) -> str:
     """The degrees considered for a layer, quickest first, and the costs of the chosen ones."""
-    chosen = next(c for c in candidates if _same(c, layer))
+    chosen = next(c for c in candidates if _is_same(c, layer))
     ranked = sorted(candidates, key=lambda c: (c.cost.seconds, c.cost.memory))
     at = ranked.index(chosen)
     shown = ranked[:most] if at < most else [*ranked[:most], chosen]
@@ -170,7 +170,7 @@ def explain(
     return "\n".join(line.rstrip() for line in [head, "", *columns(rows), *tail]) + "\n"
 
 
-def _same(candidate: CostedDegrees, layer: LayerPlan) -> bool:
+def _is_same(candidate: CostedDegrees, layer: LayerPlan) -> bool:
     degrees = candidate.degrees
     if not layer.experts:
         return degrees.attention == layer.attention

@@ -32,13 +32,13 @@ def feedforwards(model: nn.Module, named: str | Sequence[str] | None) -> tuple[N
     Without names, an FFN must widen (H > D). A named module may also narrow, if it has no other
     linear layers. Raises UsageError where the model, or a pattern, has none.
     """
-    ffns = tuple(_found(model, named))
+    ffns = tuple(_named_ffns(model, named))
     for ffn in ffns:
         _check_alone(model, ffn)
     return ffns
 
 
-def _found(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[NamedFFN]:
+def _named_ffns(model: nn.Module, named: str | Sequence[str] | None) -> Sequence[NamedFFN]:
     if named is None:
         widening = tuple(_widening(_linears(model)))
         if not widening:

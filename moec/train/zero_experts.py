@@ -40,7 +40,7 @@ def capacities(slots: int, networks: int, others: int, tau: float, gamma: float)
     return math.ceil(unit * tau), math.ceil(unit)
 
 
-def within(ids: Tensor, limits: Tensor) -> Tensor:
+def within_limits(ids: Tensor, limits: Tensor) -> Tensor:
     """bool[T, k]: whether a choice is among its expert's first `limits`[N] choices, by token."""
     hot = F.one_hot(ids.flatten(), len(limits))
     before = ((hot.cumsum(0) - hot) * hot).sum(-1)
@@ -136,7 +136,7 @@ class MoEPlusPlus(nn.Module):
         weights, ids = logits.softmax(-1).topk(self.k, dim=-1)
         if self.training:
             self.loss = balance_loss(logits, ids, self.networks, self.tau)
-            weights = weights * within(ids, self._limits(ids)).to(weights.dtype)
+            weights = weights * within_limits(ids, self._limits(ids)).to(weights.dtype)
         y = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
             tokens, slots = torch.where(ids == number)

@@ -61,10 +61,10 @@ def _first(better: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def _extreme(better: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    def both(x: torch.Tensor, dim: int, keepdim: bool = False) -> Any:
+    def extreme(x: torch.Tensor, dim: int, keepdim: bool = False) -> Any:
         return better(x, dim=dim, keepdim=keepdim), _first(better)(x, dim, keepdim)
 
-    return both
+    return extreme
 
 
 _STABLE: Mapping[Any, Callable[..., Any]] = {

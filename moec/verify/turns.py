@@ -65,7 +65,7 @@ def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, in
             names = {n for dim in op.inputs[0].shape for n in symbols(dim)} & bounds.keys()
             for name in sorted(names):
                 for size in (number, number + 1, number + 2):
-                    if size >= max(bounds[name].low, 1) and _within(size, bounds[name]):
+                    if size >= max(bounds[name].low, 1) and _allows(size, bounds[name]):
                         yield name, size
 
 
@@ -83,9 +83,9 @@ def _ends(bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, int]]:
     for name, limits in bounds.items():
         first = (limits.low, limits.low + 1) if limits.low > 1 else ()
         for size in (*first, limits.high):
-            if size is not None and _within(size, limits):
+            if size is not None and _allows(size, limits):
                 yield name, size
 
 
-def _within(size: int, limits: Bounds) -> bool:
+def _allows(size: int, limits: Bounds) -> bool:
     return size >= limits.low and (limits.high is None or size <= limits.high)

@@ -79,14 +79,14 @@ def _concatenate_experts(splice: Splice, layer: Layer, other: Program) -> None:
     if layer.routing.groups > 1:
         raise NoMatch("the router chooses among groups of experts, which differ between models")
 
-    def both(value: Value) -> torch.Tensor:
+    def concatenate(value: Value) -> torch.Tensor:
         return torch.cat([constant(program, value), constant(other, value)])
 
     ops: list[Op] = []
-    logits = with_weights(splice, behind, [both(v) for v in behind[0].inputs[1:]], ops)
-    more = [splice.weight(value.name, both(value)) for value in correction]
+    logits = with_weights(splice, behind, [concatenate(v) for v in behind[0].inputs[1:]], ops)
+    more = [splice.weight(value.name, concatenate(value)) for value in correction]
     splice.put(layer.route, [*ops, replace(layer.route, inputs=(logits, *more))])
-    replace_experts(splice, layer, [both(stack) for stack in layer.stacks])
+    replace_experts(splice, layer, [concatenate(stack) for stack in layer.stacks])
 
 
 def _average_weights(program: Program, other: Program) -> Program:

@@ -108,7 +108,7 @@ class RefactorDense:
                 log.decline(ffn.name, str(why))
         if not ffns:
             log.decline("the model", "it has no dense feed-forward layer that could be found")
-        return layers, self.kept(program, evaluator, layers, after, log)
+        return layers, self.keep_channels(program, evaluator, layers, after, log)
 
     def check(self, ffn: FeedForwardOps, after: Op) -> None:
         """Raises NoMatch for a layer that the router's choices do not fit, or that keeps no
@@ -124,7 +124,7 @@ class RefactorDense:
         """How many channels each domain keeps."""
         return round(self.keep * ffn.channels)
 
-    def kept(
+    def keep_channels(
         self,
         program: Program,
         evaluator: Evaluator,

@@ -102,12 +102,14 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
 def _convolution(op: Op) -> _Convolution:
     kernel = tuple(int(size) for size in op.inputs[1].shape[2:])
 
-    def each(name: str, default: int) -> tuple[int, ...]:
+    def per_axis(name: str, default: int) -> tuple[int, ...]:
         value: Any = op.attrs.get(name, default)
         values = tuple(value) if isinstance(value, tuple) else (value,)
         return values * len(kernel) if len(values) == 1 else values
 
-    return _Convolution(op, kernel, each("stride", 1), each("padding", 0), each("dilation", 1))
+    return _Convolution(
+        op, kernel, per_axis("stride", 1), per_axis("padding", 0), per_axis("dilation", 1)
+    )
 
 
 def _has_decode_state(c: _Convolution) -> bool:

@@ -56,7 +56,7 @@ class SentOnce(Exchanged):
         slots = self._op("dist.assign", (ids, *tables))
         nodes = self.layer.ranks // here
         node = [rank // here for rank, held in enumerate(self.layer.slots) for _ in held]
-        node_of_slot = self._each("node", torch.tensor([*node, nodes]), slots)
+        node_of_slot = self._look_up("node", torch.tensor([*node, nodes]), slots)
         once = self._op("dist.first_of", (node_of_slot,), other=nodes)
         rows, order, ends = self._sorted(x, once, nodes)
         across = self._way("rail", ends, (1,) * nodes, rows.shape[0])
@@ -86,10 +86,10 @@ class SentOnce(Exchanged):
             for rank, held in enumerate(self.layer.slots)
             for _ in held
         ]
-        target = self._each("local_rank", torch.tensor([*ranks, here]), slots)
+        target = self._look_up("local_rank", torch.tensor([*ranks, here]), slots)
         by_rank, order, ends = self._sorted(rows, target, here, scales)
         count = slots.shape[0] * slots.shape[1]
-        local = self._each("slot", self._local_slots(), slots)
+        local = self._look_up("slot", self._local_slots(), slots)
         column, key = self._shaped(local, count, 1), self._shaped(target, count, 1)
         sorted_slots = self._flat(self._sorted(column, key, here)[0])
         inside = self._way("node", ends, (1,) * here, by_rank.shape[0])
@@ -97,7 +97,7 @@ class SentOnce(Exchanged):
         result = self._computed(arrived, self._sent(inside, sorted_slots))
         return self._back(inside, result), order
 
-    def _each(self, name: str, table: torch.Tensor, slots: Value) -> Value:
+    def _look_up(self, name: str, table: torch.Tensor, slots: Value) -> Value:
         """table[slots]: i64[T, k]."""
         flat = self._shaped(slots, slots.shape[0] * slots.shape[1])
         return self._shaped(self._looked_up(name, table, flat), *slots.shape)

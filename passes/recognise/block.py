@@ -15,7 +15,7 @@ Recipe = Callable[[RegionEmitter], Value]
 """Emits one value of the new graph, computed from values of the old graph."""
 
 
-def same(value: Value) -> Recipe:
+def keep_value(value: Value) -> Recipe:
     return lambda emit: emit.old(value)
 
 

@@ -145,12 +145,12 @@ def pointwise(reader: Reader, op: Op) -> ExpertLayout | None:
         return replace(source, base=base)
     if any(la.reduced for la in rows):
         raise NoMatch(f"{op.name} joins summed rows with something else")
-    return together(
+    return join_layouts(
         reader, op.name, op.attrs, [cast(ExpertLayout, la) for la in layouts], shape, op
     )
 
 
-def together(
+def join_layouts(
     reader: Reader,
     name: str,
     attrs: Mapping[str, Attr],

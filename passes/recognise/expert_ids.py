@@ -38,7 +38,7 @@ class Chosen:
 
     @staticmethod
     def of(parts: tuple[Value, ...], scope: Scope, evidence: Evidence) -> Chosen:
-        per_row = sum(_per(v, evidence.rows_in) or 1 for v in parts)
+        per_row = sum(_elements_per_row(v, evidence.rows_in) or 1 for v in parts)
         negative = may_be_negative(scope, parts)
         absent = evidence.experts if negative else None
         recipe = _ids_recipe(parts, evidence.rows_in, absent)
@@ -52,7 +52,7 @@ class Chosen:
 
     @staticmethod
     def mask(value: Value, evidence: Evidence) -> Chosen:
-        per_row = cast(int, _per(value, evidence.rows_in)) // evidence.experts
+        per_row = cast(int, _elements_per_row(value, evidence.rows_in)) // evidence.experts
         recipe = _mask_recipe(value, (evidence.rows_in, per_row), evidence.experts)
         return Chosen((value,), per_row, recipe, OneHot())
 
@@ -103,7 +103,7 @@ def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iter
     """One-hot masks [.., E], nearest first; a mask without a set element is a dropped choice."""
     one_hot: list[Value] = []
     for value in routing_behind(scope, everything, 200, stops=CHOICES):
-        per_row = _per(value, evidence.rows_in)
+        per_row = _elements_per_row(value, evidence.rows_in)
         if value.shape[-1:] == (evidence.experts,) and per_row and value.dtype not in FLOATS:
             if per_row % evidence.experts == 0 and value not in scope.constants:
                 one_hot.append(value)
@@ -127,7 +127,7 @@ def _mask_recipe(mask: Value, shape: tuple[Dim, int], experts: int) -> Recipe:
     return make
 
 
-def _per(value: Value, rows: Dim) -> int | None:
+def _elements_per_row(value: Value, rows: Dim) -> int | None:
     count = divide(product(value.shape), rows)
     return count if isinstance(count, int) else None
 
@@ -135,7 +135,7 @@ def _per(value: Value, rows: Dim) -> int | None:
 def _shared_by(ids: Value, rows: Dim) -> Dim | None:
     """How many consecutive rows share one choice, such as all pixels of an image; None if each row
     has its own."""
-    return None if _per(ids, rows) else divide(rows, product(ids.shape))
+    return None if _elements_per_row(ids, rows) else divide(rows, product(ids.shape))
 
 
 def chosen(
@@ -158,11 +158,11 @@ def chosen(
         if op.inputs[0].dtype in FLOATS and evidence.experts in op.inputs[0].shape[-1:]:
             singles.extend(picked(scope, op))
     proposals += [(v,) for v in reversed(singles)]
-    once = [v for v in singles if _per(v, evidence.rows_in) == 1]
+    once = [v for v in singles if _elements_per_row(v, evidence.rows_in) == 1]
     if len(once) > 1:
         proposals.insert(len(direct), tuple(once))
     for parts in proposals:
-        divides = all(_per(v, evidence.rows_in) for v in parts) or (
+        divides = all(_elements_per_row(v, evidence.rows_in) for v in parts) or (
             len(parts) == 1 and _shared_by(parts[0], evidence.rows_in) is not None
         )
         if parts not in visited and divides and all(v.dtype.startswith("i") for v in parts):
@@ -238,7 +238,7 @@ def _ids_recipe(parts: Sequence[Value], rows: Dim, absent: int | None) -> Recipe
         if count is not None:
             groups = emit.reshape(ids[0], (product(ids[0].shape), 1))
             return emit.reshape(emit.expand(groups, (groups.shape[0], count)), (rows, 1))
-        return emit.reshape(ids[0], (rows, cast(int, _per(ids[0], rows))))
+        return emit.reshape(ids[0], (rows, cast(int, _elements_per_row(ids[0], rows))))
 
     return make
 

@@ -114,12 +114,12 @@ def check(scope: Scope, block: Proposal, prover: Prover) -> None:
     region = scope.cut([block.output], block.cut)
     capacity = block.capacity.size if block.capacity is not None else None
     limits = (capacity,) if isinstance(capacity, int) else ()
-    after = alone(scope, block)
+    after = replacement_graph(scope, block)
     lost = tuple(missing_decisions(region, after, block.body, block.x))
     prover.prove(region, after, block.feeds, limits=limits, decisions=lost)
 
 
-def alone(scope: Scope, block: Proposal) -> Graph:
+def replacement_graph(scope: Scope, block: Proposal) -> Graph:
     """The replacement as a separate graph with the inputs `cut`."""
     at = scope.graph.producers[block.output]
     return replacement(scope, at, block.cut, lambda emit: emit_block(block, emit))

@@ -15,7 +15,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import Op, Ref
 from moec.ir.text import parse
 from moec.passes.proof.input_generators import Ids, Positive
-from moec.passes.recognise.block import Candidate, Proposal, same
+from moec.passes.recognise.block import Candidate, Proposal, keep_value
 from moec.passes.recognise.region import Scope
 
 NAME = "moec.experts.default"
@@ -40,11 +40,11 @@ def propose(op: Op) -> Iterator[Proposal]:
         form=FORM,
         output=op.outputs[0],
         x=x,
-        experts=same(ids),
-        weights=same(weights),
+        experts=keep_value(ids),
+        weights=keep_value(weights),
         top_k=cast(int, ids.shape[1]),
         num_experts=count,
-        stacks=tuple(map(same, stacks)),
+        stacks=tuple(map(keep_value, stacks)),
         body=body,
         cut=(x, ids, weights),
         feeds={ids: Ids(count, cast(int, ids.shape[1]), absent=True), weights: Positive()},

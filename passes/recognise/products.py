@@ -67,7 +67,7 @@ def product(reader: Reader, op: Op) -> ExpertLayout | None:
         if only.shape == result.base.shape[-1:]:
             reader.writer.ops[-1] = replace(base, inputs=(*base.inputs, only))
             return result
-    return elementwise.together(
+    return elementwise.join_layouts(
         reader, "aten.add.Tensor", {}, [result, shift], op.outputs[0].shape, op
     )
 

@@ -68,7 +68,7 @@ def cuts(
             yield (value,), {value: Logits()}
             return
     for value in logits_behind(scope, ids.values, evidence.experts):
-        numbers = beside(scope, evidence, value)
+        numbers = other_inputs(scope, evidence, value)
         if numbers:
             feeds: dict[Value, Feed] = {
                 v: Uniform() if v.dtype in FLOATS else _FLAGS for v in numbers
@@ -92,7 +92,7 @@ def opened(
     return ops, tuple(v for v in scope.leaves(ops, stops) if v not in scope.params)
 
 
-def beside(scope: Scope, evidence: Evidence, logits: Value) -> tuple[Value, ...]:
+def other_inputs(scope: Scope, evidence: Evidence, logits: Value) -> tuple[Value, ...]:
     """The inputs of the model that the region reads besides `logits` through routing ops only;
     empty if it reads anything else."""
     ops, leaves = opened(scope, evidence, (logits,))

@@ -189,7 +189,7 @@ def _hypothesise(
             continue
         count += 1
         router = RecognisedRouter(logits, correction, routing, forced)
-        after = _alone(region, router, block)
+        after = _router_graph(region, router, block)
         try:
             prover.prove(
                 *(region, after, feeds),
@@ -214,7 +214,7 @@ def _emit(emit: RegionEmitter, router: RecognisedRouter) -> tuple[Value, ...]:
     return with_forced(emit, choices, inputs[0], router.forced, router.routing)
 
 
-def _alone(region: Graph, router: RecognisedRouter, block: Routed) -> Graph:
+def _router_graph(region: Graph, router: RecognisedRouter, block: Routed) -> Graph:
     builder = Builder(replace(region, ops=(), outputs=()))
     like = Op("moe.route", (), (router.logits,))
     try:

@@ -207,7 +207,7 @@ def emit(mixture: SoftMixture, emit: RegionEmitter) -> Value:
     to_slots, to_tokens = dispatch.weights, combine.weights
     shape = tuple(map(size_of, (to_slots.batch, to_slots.summed, to_slots.free)))
     x = emit.old(dispatch.values)
-    x = _turned(x, emit) if dispatch.flipped else x
+    x = _transpose(x, emit) if dispatch.flipped else x
     x = emit.reshape(x, (*shape[:2], x.shape[-1]))
     orders = [
         to_slots.order((*to_slots.batch, *to_slots.summed, *to_slots.free)),
@@ -227,10 +227,10 @@ def emit(mixture: SoftMixture, emit: RegionEmitter) -> Value:
     (y,) = emit(
         "moe.soft_mixture", [x, *logits, *stacks], attrs=attrs, body=body, named=output.name
     )
-    return emit.reshape(_turned(y, emit) if combine.flipped else y, output.shape)
+    return emit.reshape(_transpose(y, emit) if combine.flipped else y, output.shape)
 
 
-def _turned(value: Value, emit: RegionEmitter) -> Value:
+def _transpose(value: Value, emit: RegionEmitter) -> Value:
     last = len(value.shape) - 1
     return emit.permute(value, (*range(last - 1), last, last - 1))
 

@@ -93,7 +93,7 @@ def soft_weights(scope: Scope, value: Value, *, flipped: bool) -> SoftWeights | 
         if op is None or not op.inputs:
             break
         try:
-            step = _behind(scope, op, weights)
+            step = _trace_input(scope, op, weights)
         except NoMatch:
             return None
         if step is None:
@@ -102,7 +102,7 @@ def soft_weights(scope: Scope, value: Value, *, flipped: bool) -> SoftWeights | 
     return None if weights.over is None else weights
 
 
-def _behind(scope: Scope, op: Op, weights: SoftWeights) -> SoftWeights | None:
+def _trace_input(scope: Scope, op: Op, weights: SoftWeights) -> SoftWeights | None:
     """The weights traced through `op` to its input; None if that is not possible. Behind the
     softmax, only views, permutations and slices are followed."""
     source = op.inputs[0]

@@ -189,10 +189,10 @@ def family(scope: Scope, branches: Sequence[Branch]) -> Family:
                 f"its branches are the experts {numbers}, expected 0 to {len(branches) - 1}"
             )
         ordered.sort(key=lambda b: cast(int, b.number))
-    return Family(tuple(ordered), alike(scope, ordered))
+    return Family(tuple(ordered), stack_recipes(scope, ordered))
 
 
-def alike(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
+def stack_recipes(scope: Scope, ordered: Sequence[Branch]) -> tuple[Recipe, ...]:
     """For each param of the body, a recipe for its stack over `ordered`.
 
     Raises NoMatch if the branches differ in more than their weights.

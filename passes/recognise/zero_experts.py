@@ -21,13 +21,13 @@ from moec.passes.recognise.opnames import ADDS, ZEROS
 from moec.passes.recognise.region import Scope, chooses
 from moec.passes.recognise.unrolled_experts import (
     Branch,
-    alike,
     cone,
     first_product,
     named_by,
     number_of,
     read_branch,
     selected_by,
+    stack_recipes,
 )
 
 
@@ -96,7 +96,7 @@ def _weights(scope: Scope, branches: Sequence[Branch], x: Value) -> tuple[Recipe
     weights: dict[str, Recipe] = {}
     width = x.shape[-1]
     roles = {(2, width): "mix", (width,): "values", (1, width): "values"}
-    for param, recipe in zip(branches[0].body.params, alike(scope, branches), strict=True):
+    for param, recipe in zip(branches[0].body.params, stack_recipes(scope, branches), strict=True):
         weights[roles.get(param.shape, param.name)] = recipe
     if set(weights) != {"mix", "values"}:
         shapes = ", ".join(str(param.type) for param in branches[0].body.params)

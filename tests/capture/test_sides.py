@@ -104,7 +104,7 @@ CASES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 )
 def test_both_sides_of_a_branch_on_sizes_are_captured(name: str, length: int) -> None:
     captured = capture(Function(CASES[name]), (torch.randn(length, 8),))
-    assert captured.program.graph.bounds["T"].within(Bounds(1)) == Bounds(1)
+    assert captured.program.graph.bounds["T"].intersect(Bounds(1)) == Bounds(1)
     for size in (1, 2, 3, 5, 7, 8, 9, 10, 12, 13, 16, 17, 20, 24, 29, 40, 41):
         x = torch.randn(size, 8)
         (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
@@ -153,7 +153,7 @@ def test_sides_that_differ_in_more_than_sizes_limit_the_length() -> None:
 
     for length, limits in ((24, Bounds(9)), (6, Bounds(1, 8))):
         captured = capture(Function(other), (torch.randn(length, 8),))
-        assert captured.program.graph.bounds["T"].within(Bounds(1)) == limits
+        assert captured.program.graph.bounds["T"].intersect(Bounds(1)) == limits
 
 
 def test_a_branch_is_not_harmless_because_its_sides_meet() -> None:
@@ -227,7 +227,7 @@ def test_a_capacity_that_jumps_is_right_where_one_expert_has_all_rows(dtype: tor
         return (rows * (position < capacity)[:, None]).view_as(x)
 
     captured = capture(Function(limited), (torch.randn(2, 6, 8, dtype=dtype),))
-    assert captured.program.graph.bounds["S"].within(Bounds(1)) == Bounds(1)
+    assert captured.program.graph.bounds["S"].intersect(Bounds(1)) == Bounds(1)
     for batch, length in ((1, 1), (4, 20), (10, 10), (1, 101), (5, 40)):
         x = torch.randn(1, 1, 8, dtype=dtype).expand(batch, length, 8).contiguous()
         (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
@@ -259,7 +259,7 @@ def test_a_scripted_capacity_in_tensors_has_both_sides(length: int) -> None:
         return first(x, _capacity(scores, torch.tensor(1.25), torch.tensor(4)))
 
     captured = capture(Function(gate), (torch.randn(length, 8),))
-    assert captured.program.graph.bounds["T"].within(Bounds(1)) == Bounds(1)
+    assert captured.program.graph.bounds["T"].intersect(Bounds(1)) == Bounds(1)
     for size in (1, 4, 9, 12, 13, 16, 17, 33, 80):
         x = torch.randn(size, 8)
         (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)

@@ -113,7 +113,7 @@ def _beyond(guard: Guard, limits: Mapping[str, Bounds], example: Sizes) -> Itera
     truth = truth_of(guard.condition)
     if not guard.names <= example.keys():
         return
-    least = {name: Bounds(2).within(limits.get(name, Bounds())) for name in example}
+    least = {name: Bounds(2).intersect(limits.get(name, Bounds())) for name in example}
     false = [s for s in sizes_around([truth], least, example) if not truth.holds(s)]
     false.sort(key=lambda sizes: sum(abs(sizes[name] - example[name]) for name in example))
     yield from false[:_TRIED]
