@@ -4,7 +4,7 @@
 
 Each kernel reads and writes each of its tensors once, from and to memory, so reuse through a cache
 between kernels is ignored. Routing is uniform: of E experts, E * (1 - (1 - k/E)^T) have rows.
-Launches are counted but add no time; outside a CUDA graph, each takes some microseconds.
+Launches are counted but add no time here; outside a CUDA graph, each takes some microseconds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from moec.target.cuda import CudaTarget
 
 _HALF, _FLOAT, _INT, _LONG = 2, 4, 4, 8  # bytes
+_FEW_QUERIES, _PART = 16, 64  # queries whose keys are split; keys of a part, at least
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Work:
-    """The bytes that one kernel moves, and the FLOPs that it computes."""
+    """The bytes that one kernel moves, the FLOPs that it computes, and its launches."""
 
     kernel: str
     bytes: float
     flops: float = 0.0
+    launches: int = 1
 
     def seconds(self, target: CudaTarget) -> float:
         return max(self.bytes / target.bandwidth, self.flops / target.bf16_peak)
@@ -75,7 +77,8 @@ class AttentionShape:
 def attention_work(shape: AttentionShape, texts: int, new: int, past: int) -> tuple[Work, ...]:
     """The work of each kernel around attention, for `new` tokens of each of `texts` texts, which
     have `past` tokens in the cache. Keys and values are read once per text; a causal query meets
-    the past and, on average, half of the new tokens."""
+    the past and, on average, half of the new tokens. The keys of few queries are split over blocks,
+    whose parts a second launch adds; the parts stay in the L2 cache."""
     tokens, cached = texts * new, texts * (past + new)
     q, kv = shape.heads * shape.dim, shape.keys * shape.dim
     x, projected = tokens * shape.width, q + 2 * kv
@@ -87,7 +90,12 @@ def attention_work(shape: AttentionShape, texts: int, new: int, past: int) -> tu
             2.0 * tokens * shape.width * projected,
         ),
         Work("append", tokens * 2 * kv * 2 * _HALF),
-        Work("attention", (2 * tokens * q + 2 * cached * kv) * _HALF, 4.0 * scores * q),
+        Work(
+            "attention",
+            (2 * tokens * q + 2 * cached * kv) * _HALF,
+            4.0 * scores * q,
+            launches=2 if new < _FEW_QUERIES and past + new >= 2 * _PART else 1,
+        ),
         Work("output", (q * shape.width + tokens * q + x) * _HALF, 2.0 * tokens * q * shape.width),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,7 +63,16 @@ def lowered(*kernels: PrimFunc, target: CudaTarget) -> Lowered:
     device = finish_device()(device)
     with options, _left_as_source():
         source = str(_build.codegen_build(device, device_target).inspect_source("cuda"))
-    return Lowered(with_functions(source), device, finish_host()(host))
+    return Lowered(with_functions(_one_memory(source)), device, finish_host()(host))
+
+
+def _one_memory(source: str) -> str:
+    """Kernels of one source must declare dynamic shared memory alike; TVM declares it with the type
+    of each kernel's elements, under names that may be the same."""
+    declared = r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];"
+    most = max((int(match[1]) for match in re.finditer(declared, source)), default=0)
+    shared = f"extern __shared__ __align__({most}) uchar dynamic_shared[];"
+    return re.sub(declared, rf"{shared} \2* \3 = (\2*)dynamic_shared;", source)
 
 
 @contextmanager

@@ -92,9 +92,16 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def call_attention(
-    low: Lowering, op: Op, a: Attention, function: Any, kernel: str
+    low: Lowering,
+    op: Op,
+    a: Attention,
+    function: Any,
+    kernel: str,
+    *,
+    memory: tuple[TensorType, ...] = (),
 ) -> list[relax.Expr]:
-    """Calls the kernel (q, k, v, mask?, sinks?, first?, out)."""
+    """Calls the kernel (q, k, v, mask?, sinks?, first?, out, *memory); `memory` is the kernel's
+    alone."""
     arguments = [low.value(v) for v in (a.q, a.k, a.v)]
     if a.mask is not None:
         arguments.append(low.shaped(a.mask, TensorType(a.mask.dtype, _four_axes(a.mask))))
@@ -103,7 +110,7 @@ def call_attention(
     if a.first is not None:
         arguments.append(low.value(a.first))
     low.note(op, kernel)
-    return low.call(function, arguments, [op.outputs[0].type])
+    return low.call(function, arguments, [op.outputs[0].type, *memory])[:1]
 
 
 def visible_mask(low: Lowering, op: Op, a: Attention) -> Value:

@@ -1,6 +1,6 @@
 """A roofline model of the time of a MoE layer on a GPU. Nothing in it was measured by moec.
 
-    expected = max(bytes / (bandwidth * 0.75), FLOPs / peak of mma.sync) + one launch      a kernel
+    expected = max(bytes / (bandwidth * 0.75), FLOPs / peak of mma.sync) + its launches    a kernel
     limit    = max(bytes / bandwidth, FLOPs / peak of tensor cores)
 
 The shares are assumptions, based on published measurements of such kernels: 75 % of a GPU's
@@ -116,7 +116,8 @@ def _expected(work: Work, target: CudaTarget) -> Expected:
     moving = work.bytes / (target.bandwidth * _BANDWIDTH)
     computing = work.flops / mma_peak(target)
     bound = "tensor cores" if computing > moving else "bandwidth"
-    return Expected(work.kernel, max(moving, computing) + LAUNCH, work.seconds(target), bound)
+    least = max(moving, computing)
+    return Expected(work.kernel, least + work.launches * LAUNCH, work.seconds(target), bound)
 
 
 def mma_peak(target: CudaTarget) -> float:

@@ -6,27 +6,32 @@ from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule
-from moec.codegen.cuda.attention.key_tiles import key_tile
-from moec.codegen.cuda.attention.tiles import tile_attention
+from moec.codegen.cuda.attention.key_tiles import SHARED_TILES, key_tile
+from moec.codegen.cuda.attention.partial import slot_width, slots
+from moec.codegen.cuda.attention.tiles import FEW_QUERIES, tile_attention
 from moec.codegen.cuda.attention.warps import attention
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.attention import OPS, attention_inputs, call_attention, spec_of
-from moec.ir.graph import Graph, Op
+from moec.ir.graph import Graph, Op, TensorType
 
 
 def _check_tiles(op: Op, graph: Graph) -> None:
-    key_tile(spec_of(attention_inputs(op)))
+    spec = spec_of(attention_inputs(op))
+    key_tile(spec)
+    key_tile(spec, SHARED_TILES)
 
 
 def _tiles(low: Lowering, op: Op) -> list[relax.Expr]:
     a = attention_inputs(op)
-    spec = spec_of(a)
+    spec, queries = spec_of(a), a.shape("q")[2]
+    few = 0 if isinstance(queries, int) and queries >= FEW_QUERIES else FEW_QUERIES
 
     def make(name: str) -> PrimFunc:
-        return tile_attention(spec, low.target, name)
+        return tile_attention(spec, low.target, name, few)
 
-    function = low.function(("tiles", spec), "tile_attention", make)
-    return call_attention(low, op, a, function, "tile_attention")
+    function = low.function(("tiles", spec, few), "tile_attention", make)
+    memory = TensorType("f32", (slots(low.target), slot_width(spec)))
+    return call_attention(low, op, a, function, "tile_attention", memory=(memory,) if few else ())
 
 
 def _check(op: Op, graph: Graph) -> None:

@@ -1,7 +1,7 @@
 """The arguments of attention, and which keys a query attends to, independent of the kernel.
 
 q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  first?[B]
-->  out[B, Hq, S, Dv]
+->  out[B, Hq, S, Dv]  memory?
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from moec.codegen.cuda.instructions import round_pair
 from moec.codegen.specs.attention import AttentionSpec
 from moec.dtypes import LONG_NAMES
 
@@ -20,7 +21,7 @@ LOWEST = float("-inf")
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a kernel; sizes are int64."""
+    """The arguments of a kernel; sizes are int64. `memory` is the kernel's alone, float32."""
 
     spec: AttentionSpec
     batch: Expr
@@ -33,13 +34,15 @@ class Arguments:
     sinks: Buffer | None
     first: Buffer | None
     out: Buffer
+    memory: Buffer | None = None
 
     def at(self, name: str, b: Expr, head: Expr, n: Expr, d: Expr | int) -> tuple[Expr | int, ...]:
         """The index of one feature of q, k, v or out."""
         return (b, n, head, d) if name in self.spec.tokens_first else (b, head, n, d)
 
 
-def arguments(spec: AttentionSpec) -> Arguments:
+def arguments(spec: AttentionSpec, memory: tuple[int, int] | None = None) -> Arguments:
+    """`memory` is the shape of the kernel's memory."""
     batch, queries, keys = T.int64(), T.int64(), T.int64()
     dtype = LONG_NAMES[spec.dtype]
 
@@ -65,9 +68,20 @@ def arguments(spec: AttentionSpec) -> Arguments:
     if spec.placed:
         first = argument("first", (batch,), "int64")
     out = tensor("out", spec.q_heads, queries, spec.value_dim)
+    scratch = argument("memory", memory, "float32") if memory else None
     if mask is not None and spec.mask is not None and spec.mask.dtype == "bool":
         mask = T.decl_buffer(mask.shape, "int8", data=mask.data)
-    return Arguments(spec, batch, queries, keys, q, k, v, mask, sinks, first, out)
+    return Arguments(spec, batch, queries, keys, q, k, v, mask, sinks, first, out, scratch)
+
+
+def store_pair(
+    a: Arguments, b: Expr, head: Expr, query: Expr, pair: Expr, values: tuple[Expr, Expr]
+) -> None:
+    """Stores two neighbouring features of out in 16 bits, as one word."""
+    word = T.alloc_buffer((1,), "uint32", scope="local")
+    words = T.decl_buffer((*a.out.shape[:3], a.spec.value_dim // 2), "uint32", data=a.out.data)
+    round_pair(LONG_NAMES[a.spec.dtype], word[0], *values)
+    T.buffer_store(words, word[0], list(a.at("out", b, head, query, pair)))
 
 
 def key_position(a: Arguments, b: Expr, query: Expr) -> Expr:

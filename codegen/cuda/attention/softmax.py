@@ -67,12 +67,17 @@ class Softmax:
             with each_of_row(row, self.width) as (at, _):
                 T.buffer_store(self.out, self.out[at] * rescale, [at])
 
-    def divisor(self, row: Expr) -> Expr:
-        """The sum of all weights of a row; 1 if it has none."""
+    def weight_sum(self, row: Expr) -> Expr:
+        """The sum of all weights of a row."""
         total = self.total[row]
         for step in (1, 2):
             total = T.bind(total + shuffle_xor(total, step))
-        return T.bind(T.if_then_else(total == T.float32(0), T.float32(1), total))
+        return total
+
+
+def divisor_of(total: Expr) -> Expr:
+    """A sum of weights; 1 if no key is visible."""
+    return T.bind(T.if_then_else(total == T.float32(0), T.float32(1), total))
 
 
 def softmax(tile: KeyTile, width: int, lane: Expr, sink: Callable[[Expr], Expr] | None) -> Softmax:

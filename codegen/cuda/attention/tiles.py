@@ -15,48 +15,47 @@ Only keys that some row of the tile attends to are read. Among those, as in PyTo
 the values of a key that is masked for a row alone makes the row NaN. The last tiles of queries of
 a text, which attend to most keys, are its first blocks.
 
-Few queries are computed by warps (warps.py).
+The keys of few queries are split over warps and blocks (split_keys.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import PrimFunc
 
-from moec.codegen.cuda.attention.arguments import (
-    LOWEST,
-    Arguments,
-    arguments,
-    key_position,
-    key_range,
-    masked,
+from moec.codegen.cuda.attention.arguments import Arguments, arguments, store_pair
+from moec.codegen.cuda.attention.block import (
+    Block,
+    load_keys,
+    load_queries,
+    ranges_of,
+    scaled,
+    sink_of,
+    visible_score,
 )
-from moec.codegen.cuda.attention.key_tiles import PADDING, STAGES, WARPS, KeyTile, key_tile
+from moec.codegen.cuda.attention.key_tiles import (
+    PADDING,
+    SHARED_TILES,
+    STAGES,
+    WARPS,
+    KeyTile,
+    key_tile,
+)
+from moec.codegen.cuda.attention.partial import slot_width, slots
 from moec.codegen.cuda.attention.products import multiply_keys, multiply_values
-from moec.codegen.cuda.attention.softmax import LOG2_E, Softmax, first_of_row, softmax
-from moec.codegen.cuda.attention.warps import launch_warps
-from moec.codegen.cuda.instructions import (
-    WARP,
-    barrier,
-    commit_copies,
-    copy_async,
-    round_pair,
-    wait_copies,
-)
-from moec.codegen.cuda.stages import PIECE
+from moec.codegen.cuda.attention.softmax import Softmax, divisor_of, first_of_row, softmax
+from moec.codegen.cuda.attention.split_keys import launch_split_keys
+from moec.codegen.cuda.instructions import WARP, barrier, commit_copies, wait_copies
 from moec.codegen.specs.attention import AttentionSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
 
 FEW_QUERIES = 16
-"""Fewer queries of a text than this are computed by warps."""
+"""The keys of fewer queries of a text than this are split."""
 
 
 def tile_attention(
@@ -66,8 +65,11 @@ def tile_attention(
     few: int = FEW_QUERIES,
     tile: KeyTile | None = None,
 ) -> PrimFunc:
-    """The kernel (q, k, v, mask?, sinks?, first?, out). Fewer than `few` queries are computed by
-    warps. A query without visible keys gives zeros. `tile` is the tile; None selects it.
+    """The kernel (q, k, v, mask?, sinks?, first?, out[, memory]). A query without visible keys
+    gives zeros. `tile` is the tile of many queries; None selects it.
+
+    The keys of fewer than `few` queries are split. `memory` is float32[slots, slot_width] that the
+    kernel writes and reads (partial.py); there is none if `few` is 0.
 
     Raises NoMatch if no tile supports the spec.
     """
@@ -76,13 +78,13 @@ def tile_attention(
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            a = arguments(spec)
+            a = arguments(spec, (slots(target), slot_width(spec)) if few else None)
             if not few:
                 _launch(a, tile)
             else:
                 with T.If(a.queries < few):
                     with T.Then():
-                        launch_warps(a)
+                        launch_split_keys(a, target, key_tile(spec, SHARED_TILES))
                     with T.Else():
                         _launch(a, tile)
     return builder.get()
@@ -99,41 +101,10 @@ def _launch(a: Arguments, tile: KeyTile) -> None:
             with T.If(T.And(x < tiles, z < batch)), T.Then():
                 first = T.bind(T.cast(tiles - 1 - x, "int64") * tile.rows)
                 b, kv = T.cast(z, "int64"), T.cast(y, "int64")
-                _attend(_Block(a, tile, b, kv, first, rows, thread))
+                _attend(Block(a, tile, b, kv, first, rows, thread))
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The block that computes the rows from `first` on of one key head; int64 except `thread`."""
-
-    a: Arguments
-    tile: KeyTile
-    b: Expr
-    kv: Expr
-    first: Expr
-    rows: Expr
-    thread: Expr
-
-    def query(self, row: Expr) -> tuple[Expr, Expr]:
-        """The head and the index of the query of a row; of the last row beyond it."""
-        row = T.min(row, self.rows - 1)
-        group = self.a.spec.group
-        return T.bind(self.kv * group + row % group), T.bind(row // group)
-
-    def row(self, index: Expr) -> Expr:
-        """The row of the index-th half fragment of this thread."""
-        lane, warp = self.thread % WARP, self.thread // WARP
-        row = warp * (self.tile.fragments * 16) + index * 8 + lane // 4
-        return self.first + T.cast(row, "int64")
-
-    def keys(self, row: Expr) -> tuple[Expr, Expr]:
-        """int32: the range of keys that a row attends to."""
-        _, query = self.query(row)
-        start, end = key_range(self.a, key_position(self.a, self.b, query))
-        return T.bind(T.cast(start, "int32")), T.bind(T.cast(end, "int32"))
-
-
-def _attend(block: _Block) -> None:
+def _attend(block: Block) -> None:
     a, tile = block.a, block.tile
     spec, stage = a.spec, tile.stage(a.spec)
     memory = (tile.elements(spec),)
@@ -141,20 +112,20 @@ def _attend(block: _Block) -> None:
     start, first_end = block.keys(block.first)
     last_start, end = block.keys(block.first + (tile.rows - 1))
     steps = T.bind(T.max(end - start + (tile.keys - 1), 0) // tile.keys)
-    ranges = _ranges(block)
+    ranges = ranges_of(block)
 
     def stage_of(step: Expr | int) -> Expr:
         return tile.rows * (spec.key_dim + PADDING) + step % STAGES * stage
 
     def load(step: Expr | int) -> None:
-        _load_keys(block, shared, stage_of(step), start + step * tile.keys, end)
+        load_keys(block, shared, stage_of(step), start + step * tile.keys, end)
 
-    _load_queries(block, shared)
+    load_queries(block, shared)
     with T.If(steps > 0), T.Then():
         load(0)
     commit_copies()
     lane, warp = T.bind(block.thread % WARP), T.bind(block.thread // WARP)
-    sums = softmax(tile, spec.value_dim, lane, _sink(block))
+    sums = softmax(tile, spec.value_dim, lane, sink_of(block))
     with T.serial(0, steps) as step:
         wait_copies(0)
         barrier()
@@ -163,109 +134,25 @@ def _attend(block: _Block) -> None:
         commit_copies()
         base, key = T.bind(stage_of(step)), T.bind(start + step * tile.keys)
         multiply_keys(spec, warp, shared, base, sums)
-        sums.each(key, partial(_scaled, block))
+        sums.each(key, partial(scaled, block))
         with T.If(T.Or(key < last_start, key + tile.keys > first_end)), T.Then():
-            sums.each(key, partial(_visible, ranges))
+            sums.each(key, partial(visible_score, ranges))
         sums.add()
         values = T.bind(base + tile.keys * (spec.key_dim + PADDING))
         multiply_values(spec, shared, values, sums)
     _store(block, sums)
 
 
-@dataclass(frozen=True)
-class _Ranges:
-    """int32: the range of keys that each row of a thread attends to."""
-
-    starts: Buffer
-    ends: Buffer
-
-
-def _ranges(block: _Block) -> _Ranges:
-    count = block.tile.fragments * 2
-    starts, ends = (T.alloc_buffer((count,), "int32", scope="local") for _ in range(2))
-    with T.unroll(count) as index:
-        start, end = block.keys(block.row(index))
-        T.buffer_store(starts, start, [index])
-        T.buffer_store(ends, end, [index])
-    return _Ranges(starts, ends)
-
-
-def _sink(block: _Block) -> Callable[[Expr], Expr] | None:
-    sinks = block.a.sinks
-    if sinks is None:
-        return None
-    return lambda row: T.cast(sinks[block.query(block.row(row))[0]], "float32") * T.float32(LOG2_E)
-
-
-def _scaled(block: _Block, score: Expr, row: Expr, key: Expr) -> Expr:
-    """A score in base 2, with the mask."""
-    a = block.a
-    if a.mask is None:
-        return score * T.float32(a.spec.scale * LOG2_E)
-    inside = T.min(T.cast(key, "int64"), a.keys - 1)
-    score = T.bind(score * T.float32(a.spec.scale))
-    head, query = block.query(block.row(row))
-    return masked(a, score, block.b, head, query, inside) * T.float32(LOG2_E)
-
-
-def _visible(ranges: _Ranges, score: Expr, row: Expr, key: Expr) -> Expr:
-    visible = T.And(key >= ranges.starts[row], key < ranges.ends[row])
-    return T.if_then_else(visible, score, T.float32(LOWEST))
-
-
-# ---- global to shared memory -----------------------------------------------------------
-
-
-def _load_queries(block: _Block, shared: Buffer) -> None:
-    a, width = block.a, block.a.spec.key_dim
-    with _pieces(block, block.tile.rows, width) as (row, d):
-        head, query = block.query(block.first + T.cast(row, "int64"))
-        source = a.q.ptr_to(list(a.at("q", block.b, head, query, d)))
-        copy_async(shared.ptr_to([row * (width + PADDING) + d]), source)
-
-
-def _load_keys(block: _Block, shared: Buffer, base: Expr, first: Expr, end: Expr) -> None:
-    """Loads a tile of keys, and behind it one of values; zeros from `end` on."""
-    a, rows = block.a, block.tile.keys
-    for name, source, width in (("k", a.k, a.spec.key_dim), ("v", a.v, a.spec.value_dim)):
-        with _pieces(block, rows, width) as (row, d):
-            key = T.bind(first + row)
-            last = T.cast(T.min(key, end - 1), "int64")
-            at = source.ptr_to(list(a.at(name, block.b, block.kv, last, d)))
-            size = T.if_then_else(key < end, T.uint32(16), T.uint32(0))
-            copy_async(shared.ptr_to([base + row * (width + PADDING) + d]), at, size)
-        base = base + rows * (width + PADDING)
-
-
-@contextmanager
-def _pieces(block: _Block, rows: int, width: int) -> Iterator[tuple[Expr, Expr]]:
-    """A loop over this thread's pieces of 16 bytes: (row, first element)."""
-    count, threads, across = rows * width // PIECE, WARPS * WARP, width // PIECE
-    with T.unroll(-(-count // threads)) as turn:
-        i = T.bind(block.thread + turn * threads)
-        row, d = T.bind(i // across), T.bind(i % across * PIECE)
-        if count % threads:
-            with T.If(i < count), T.Then():
-                yield row, d
-        else:
-            yield row, d
-
-
 # ---- results ---------------------------------------------------------------------------
 
 
-def _store(block: _Block, sums: Softmax) -> None:
+def _store(block: Block, sums: Softmax) -> None:
     a, width = block.a, block.a.spec.value_dim
-    word = T.alloc_buffer((1,), "uint32", scope="local")
-    words = T.decl_buffer((*a.out.shape[:3], width // 2), "uint32", data=a.out.data)
     with T.unroll(block.tile.fragments * 2) as row:
-        divisor = sums.divisor(row)
+        divisor = divisor_of(sums.weight_sum(row))
         index = T.bind(block.row(row))
         head, query = block.query(index)
         with T.If(index < block.rows), T.Then(), T.unroll(width // 8) as u:
             first = first_of_row(row, width) + u * 4
-            low, high = (sums.out[first + i] / divisor for i in range(2))
-            round_pair(LONG_NAMES[a.spec.dtype], word[0], low, high)
-            column = u * 4 + sums.lane % 4
-            at = a.at("out", block.b, head, query, column)
-            T.buffer_store(words, word[0], list(at))
+            values = (sums.out[first] / divisor, sums.out[first + 1] / divisor)
+            store_pair(a, block.b, head, query, u * 4 + sums.lane % 4, values)

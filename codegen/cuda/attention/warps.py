@@ -26,6 +26,7 @@ from moec.codegen.cuda.attention.arguments import (
     key_range,
     masked,
 )
+from moec.codegen.cuda.attention.softmax import divisor_of
 from moec.codegen.cuda.instructions import WARP, barrier, exp, warp_sum
 from moec.codegen.cuda.scan import each
 from moec.codegen.specs.attention import AttentionSpec
@@ -134,7 +135,7 @@ def _attend(p: Arguments, query: _Query, step: int) -> _Part:
 
 def _divide(p: Arguments, query: _Query, part: _Part) -> None:
     """Writes the result of a query that one warp computes alone."""
-    divisor = _divisor(part.total[0])
+    divisor = divisor_of(part.total[0])
     for i in range(-(-p.spec.value_dim // WARP)):
         d = T.bind(query.lane + i * WARP)
         with T.If(d < p.spec.value_dim), T.Then():
@@ -166,7 +167,7 @@ def _join(p: Arguments, query: _Query, part: _Part, thread: Expr) -> None:
     total = T.float32(0)
     for warp in range(_SHARING):
         total = total + scales[warp] * totals[warp]
-    divisor = _divisor(T.bind(total))
+    divisor = divisor_of(T.bind(total))
 
     def column(d: Expr) -> None:
         value = T.float32(0)
@@ -175,10 +176,6 @@ def _join(p: Arguments, query: _Query, part: _Part, thread: Expr) -> None:
         _store(p, query, d, value / divisor)
 
     each(width, _SHARING * WARP, thread, column)
-
-
-def _divisor(total: Expr) -> Expr:
-    return T.bind(T.if_then_else(total == T.float32(0), T.float32(1), total))
 
 
 def _store(p: Arguments, query: _Query, d: Expr, value: Expr) -> None:

@@ -48,6 +48,8 @@ def test_a_token_waits_for_its_keys_and_values() -> None:
     qkv, append, attention, output = attention_work(heads, 1, 1, 16384)
     assert attention.bytes == pytest.approx(33.6e6, rel=0.01)
     assert attention.seconds(H100) == pytest.approx(10.0e-6, rel=0.01)
+    assert attention.launches == 2  # of parts of the keys, and of their sum
+    assert attention_work(heads, 1, 1, 100)[2].launches == 1
     assert qkv.bytes == pytest.approx(2 * 2048 * 5120, rel=0.01)
     assert output.bytes == pytest.approx(2 * 2048 * 4096, rel=0.01)
     assert append.bytes == 2 * 512 * 2 * 2  # read, then written

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from tvm.tirx import PrimFunc
 
 from moec.codegen.cuda.activation import gated, silu
+from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.cuda.grouped import grouped_linear
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.cuda.source import lowered
 from moec.codegen.cuda.tiles import TileShape
+from moec.codegen.specs.attention import AttentionSpec
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, RouteSpec
 from moec.ops.routing import Routing
@@ -40,6 +42,14 @@ def test_product(golden: Callable[[str], None]) -> None:
     golden(code(grouped_linear(spec, A100, epilogue=gated(silu), top_k=2, shape=shape)))
 
 
+def test_parts_of_attention(golden: Callable[[str], None]) -> None:
+    """The second launch, which adds the parts."""
+    spec = AttentionSpec("bf16", 6, 2, 32, 16, 0.25, is_causal=True, placed=True)
+    source = lowered(tile_attention(spec, A100), target=A100).source
+    start, end = (source.rindex(f" attention_kernel_{number}(") for number in (1, 2))
+    golden(source[source.rindex("extern", 0, start) : source.rindex("extern", 0, end)])
+
+
 def test_a_kernel_is_written_the_same_way_twice() -> None:
     kernel = route(RouteSpec(Routing(2), 8, "f32"), A100)
     assert code(kernel) == code(kernel)
@@ -52,3 +62,14 @@ def test_sizes_that_exceed_32_bits_are_computed_in_64() -> None:
     weights = [line for line in copies if "(int64_t)29360128" in line]  # 4096 * 7168
     assert weights
     assert not [line for line in copies if " * 29360128" in line]
+
+
+def test_kernels_of_different_types_share_a_source() -> None:
+    """nvcc refuses two types of dynamic shared memory under one name."""
+    kernels = [
+        grouped_linear(LinearSpec(16, 32, dtype, groups=4), A100, name=dtype)
+        for dtype in ("bfloat16", "float16", "float32")
+    ]
+    lines = lowered(*kernels, target=A100).source.splitlines()
+    declared = {line.strip().partition(";")[0] for line in lines if "extern __shared__" in line}
+    assert declared == {"extern __shared__ __align__(128) uchar dynamic_shared[]"}

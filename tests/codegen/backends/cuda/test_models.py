@@ -24,8 +24,9 @@ RUN = {
     "gpt_oss": torch.float32,
     "qwen2_moe": torch.bfloat16,
 }
-# Where the tokens of texts are fed in pieces too: keys and values of MLA, a window with sinks.
-CONTINUED = ("deepseek_v3", "gpt_oss")
+# Where the tokens of texts are fed in pieces too: keys and values of MLA, a window with sinks, and
+# in 16 bits.
+CONTINUED = ("deepseek_v3", "gpt_oss", "mixtral")
 TEXTS = [[5, 9, 12, 7, 33], [100, 3, 64, 8, 20]]
 # Of the greatest logit. float32: sums in another order. bf16: rounded where eager does not round,
 # and otherwise.
@@ -84,11 +85,11 @@ def _continued(model: torch.nn.Module, run: EmulatedModel) -> float:
     """The greatest error of a logit where two texts go in as a prompt and then token by token."""
     texts = Texts(run.executor, len(TEXTS), room=8)
     with torch.no_grad():
-        expected = model(input_ids=torch.tensor(TEXTS), use_cache=False).logits.numpy()
+        expected = model(input_ids=torch.tensor(TEXTS), use_cache=False).logits.float().numpy()
     errors = []
     for start, stop in ((0, 3), (3, 4), (4, 5)):
         logits = texts.feed([text[start:stop] for text in TEXTS])
         if message := run.library.emulator_message().decode():
             raise EmulationError(message)
-        errors.append(np.abs(logits - expected[:, stop - 1]).max())
+        errors.append(np.abs(np.float32(logits) - expected[:, stop - 1]).max())
     return float(max(errors) / np.abs(expected).max())
