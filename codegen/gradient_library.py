@@ -7,11 +7,11 @@ from moec.cache import Store
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.link import linked
 from moec.codegen.cpu.training.grouped import mixed, outer, product
-from moec.codegen.cpu.training.loops import Stack
+from moec.codegen.cpu.training.loops import MatrixStack
 from moec.target.cpu import CpuTarget
 
 
-def compile_products(stack: Stack, target: CpuTarget, store: Store) -> bytes:
+def compile_products(stack: MatrixStack, target: CpuTarget, store: Store) -> bytes:
     """A shared library with `product`, `mixed`, the same two with the suffix `_biased`, and
     `outer`.
 

@@ -30,7 +30,7 @@ from moec.model.bind_inputs import bound
 from moec.model.build import build_for_gpu, build_model, verify_model
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
-from moec.model.forms import Form, best_form
+from moec.model.forms import ModelForm, best_form
 from moec.model.programs import with_decode, with_recording, with_routers
 from moec.model.targets import choose_targets
 from moec.passes.calibration.session import Approximate, CalibrationSession
@@ -159,7 +159,7 @@ def compile(
             return tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
 
         form = (
-            Form(captured, transform(captured))
+            ModelForm(captured, transform(captured))
             if stop_after is not None
             else best_form(source, captured, transform, capture, exact, targets.backend)
         )

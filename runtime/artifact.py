@@ -36,7 +36,7 @@ from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
 from moec.runtime.container import Buffer, open_container, replacing, stamps
 from moec.runtime.dtypes import NUMPY, Array, name_of
-from moec.runtime.manifest import Manifest, Part, Stored, StoredSample, Variant
+from moec.runtime.manifest import Manifest, ManifestPart, Stored, StoredSample, Variant
 from moec.runtime.package import Package
 from moec.runtime.process.threads import available
 from moec.target import cpu
@@ -194,7 +194,7 @@ def write(
     manifest = Manifest(
         replace(package, versions=versions),
         {
-            name: Part(memoryview(content).nbytes, digest)
+            name: ManifestPart(memoryview(content).nbytes, digest)
             for (name, content), digest in zip(parts.items(), _digests(parts.values()), strict=True)
         },
         arrays,
@@ -361,7 +361,7 @@ def _array(stored: Stored, part: memoryview) -> Array:
 
 
 def check_digests(
-    path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, Part]
+    path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, ManifestPart]
 ) -> None:
     """Raises ArtifactError where a part is altered."""
     for name, digest in zip(contents, _digests(contents.values()), strict=True):

@@ -40,7 +40,7 @@ _AXES = 32
 
 
 @dataclass(frozen=True)
-class Part:
+class ManifestPart:
     size: int
     sha256: str
 
@@ -86,7 +86,7 @@ class Manifest:
     """
 
     package: Package
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ManifestPart]
     arrays: Mapping[str, Stored]
     machine: str  # as platform.machine() says: x86_64, aarch64
     samples: tuple[StoredSample, ...] = ()

@@ -14,7 +14,7 @@ import click
 
 from moec.cache import Store, default_store
 from moec.commands.artifact_cache import fetch, keep
-from moec.commands.compile_request import Request, cache_key, check, request_of
+from moec.commands.compile_request import CompileRequest, cache_key, check, request_of
 from moec.commands.echo import echo
 from moec.commands.logs import log_options
 from moec.commands.options import (
@@ -139,7 +139,7 @@ def command(**values: Any) -> None:
     _tell(request, report, f"wrote {request.output}" if request.builds else "")
 
 
-def _write_cached(request: Request, store: Store, key: str) -> bool:
+def _write_cached(request: CompileRequest, store: Store, key: str) -> bool:
     """Whether the artifact was in the cache, and is written."""
     output = request.output
     if output is None or not fetch(store, key, output, overwrite=request.force):
@@ -150,7 +150,7 @@ def _write_cached(request: Request, store: Store, key: str) -> bool:
     return True
 
 
-def _compile_ranks(request: Request, plan_file: Path, arguments: Mapping[str, Any]) -> None:
+def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[str, Any]) -> None:
     from moec.commands.progress import hush
     from moec.commands.ranks import compile_ranks
     from moec.commands.shapes import explain_sizes
@@ -165,7 +165,7 @@ def _compile_ranks(request: Request, plan_file: Path, arguments: Mapping[str, An
         echo(f"wrote {request.output}")
 
 
-def _compile(request: Request, arguments: Mapping[str, Any]) -> CompiledModel:
+def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledModel:
     """The compiled model, saved if it was built; its progress is shown."""
     from moec.commands import estimate
     from moec.commands.progress import Progress, hush
@@ -207,7 +207,7 @@ def _compile(request: Request, arguments: Mapping[str, Any]) -> CompiledModel:
     return compiled
 
 
-def _phases(request: Request) -> dict[str, float]:
+def _phases(request: CompileRequest) -> dict[str, float]:
     """The seconds that each phase is expected to take, by name."""
     from moec.commands.progress import BEFORE_CODE, COMPILE
 
@@ -217,7 +217,7 @@ def _phases(request: Request) -> dict[str, float]:
     return {name: seconds for name, seconds in COMPILE.items() if name in names}
 
 
-def _planned(compiled: CompiledModel, request: Request) -> Report:
+def _planned(compiled: CompiledModel, request: CompileRequest) -> Report:
     """The report of a model for which no code was generated, with estimates."""
     report, size = compiled.report(), weight_bytes(compiled.pass_results[-1].program)
     notes = (*report.notes, _NOT_BUILT, *_estimated(compiled, request.options["opt_level"], size))
@@ -243,7 +243,7 @@ def _write_code(compiled: CompiledModel, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
-def _tell(request: Request, report: Report, last: str) -> None:
+def _tell(request: CompileRequest, report: Report, last: str) -> None:
     """Prints the report, and after a report for people the line `last`."""
     if request.as_json:
         output = request.output and str(request.output)

@@ -17,7 +17,7 @@ from moec.target.named import parse_both
 
 
 @dataclass(frozen=True)
-class Request:
+class CompileRequest:
     """The options of `moec compile`; `options` are those of `model_options` and
     `changing_options`."""
 
@@ -49,14 +49,14 @@ class Request:
         return self.verify if self.builds else False
 
 
-def request_of(values: Mapping[str, Any]) -> Request:
+def request_of(values: Mapping[str, Any]) -> CompileRequest:
     """The request of the command's options by name."""
-    names = {field.name for field in fields(Request)} - {"options"}
+    names = {field.name for field in fields(CompileRequest)} - {"options"}
     options = {name: value for name, value in values.items() if name not in names}
-    return Request(**{name: values[name] for name in names}, options=options)
+    return CompileRequest(**{name: values[name] for name in names}, options=options)
 
 
-def check(request: Request) -> None:
+def check(request: CompileRequest) -> None:
     """Raises MoecError for what could not be compiled or written."""
     _check_output(request)
     for option, folder in (("--dump-ir", request.dump_ir), ("--emit", request.emit)):
@@ -72,7 +72,7 @@ def check(request: Request) -> None:
         _check_plan(request, request.plan_file)
 
 
-def cache_key(request: Request, store: Store) -> str | None:
+def cache_key(request: CompileRequest, store: Store) -> str | None:
     """The key of the artifact in the cache; None where it is not cached, as with options that read
     or write other files, or that measure this machine."""
     options = request.options
@@ -85,7 +85,7 @@ def cache_key(request: Request, store: Store) -> str | None:
     )
 
 
-def _check_plan(request: Request, plan_file: Path) -> None:
+def _check_plan(request: CompileRequest, plan_file: Path) -> None:
     if not plan_file.is_file():
         raise UsageError(f"{plan_file} does not exist")
     if "cuda" in request.target:
@@ -98,7 +98,7 @@ def _check_plan(request: Request, plan_file: Path) -> None:
         raise UsageError("--plan accepts only MODEL, -o and --verify: leave out the other options")
 
 
-def _check_output(request: Request) -> None:
+def _check_output(request: CompileRequest) -> None:
     output, ranks = request.output, request.plan_file is not None
     if not request.builds:
         return

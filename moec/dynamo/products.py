@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moec.cache import LIBRARIES, Store, key_of, load, save, source_version
-from moec.codegen.cpu.training.loops import Stack
+from moec.codegen.cpu.training.loops import MatrixStack
 from moec.codegen.gradient_library import compile_products
 from moec.dtypes import MODEL_DTYPES
 from moec.dynamo.gradients import IN_PYTORCH, Products
@@ -26,7 +26,7 @@ from moec.target.cpu import CpuTarget
 _DTYPES = {getattr(torch, name): name for name in MODEL_DTYPES}
 MANY = 32
 """Rows per expert from which tile registers pay: two tiles full (chosen, not measured)."""
-_OPENED: dict[tuple[Stack, CpuTarget], Any] = {}
+_OPENED: dict[tuple[MatrixStack, CpuTarget], Any] = {}
 """The kernels loaded in this process, by shape and dtype of the stack, and target."""
 _OPENING = threading.Lock()
 
@@ -84,11 +84,11 @@ class ProductKernels(Products):
         if not stack.is_contiguous() or not stack.numel():
             return None
         experts, n, k = stack.shape
-        alike = Stack(experts, n, k, _DTYPES[w.dtype])
+        alike = MatrixStack(experts, n, k, _DTYPES[w.dtype])
         return _opened(alike, self.target, self.cache), stack, transposed
 
 
-def _opened(stack: Stack, target: CpuTarget, cache: Store) -> Any:
+def _opened(stack: MatrixStack, target: CpuTarget, cache: Store) -> Any:
     """The kernels for stacks of one shape and dtype, by name."""
     with _OPENING:
         if (stack, target) not in _OPENED:
@@ -96,7 +96,7 @@ def _opened(stack: Stack, target: CpuTarget, cache: Store) -> Any:
         return _OPENED[stack, target]
 
 
-def _library(stack: Stack, target: CpuTarget, cache: Store) -> bytes:
+def _library(stack: MatrixStack, target: CpuTarget, cache: Store) -> bytes:
     key = key_of(stack, target, source_version(), version("apache-tvm"))
     library = load(cache, LIBRARIES, key)
     if library is None:

@@ -33,7 +33,7 @@ Passes = Callable[[Captured], tuple[PassResult, ...]]
 
 
 @dataclass(frozen=True)
-class Form:
+class ModelForm:
     """One form of a model, after its passes.
 
     earlier: results for the form that was captured first, whose reasons are more informative.
@@ -63,7 +63,7 @@ def best_form(
     capture_again: Callable[[Sequence[Described]], Captured],
     exact: Sequence[Any],
     backend: Backend,
-) -> Form:
+) -> ModelForm:
     """The first form whose ops all have kernels, with modules that may hold experts and were not
     recognised observed. `exact` are the passes that bind inputs. The form that was captured first
     where there is no such form: its error is the most informative."""
@@ -76,7 +76,7 @@ def best_form(
     captured, pass_results = _in_supported_form(captured, pass_results, passes, exact, backend)
     # A form without blocks has uninformative reasons; those for the original code come first.
     earlier = () if pass_results is first or _blocks(pass_results) else first
-    return Form(captured, pass_results, earlier, refusals)
+    return ModelForm(captured, pass_results, earlier, refusals)
 
 
 def _in_supported_form(

@@ -26,7 +26,7 @@ from moec.parallel.compile import compile_ranks
 from moec.parallel.launch import start
 from moec.parallel.process import Job, started
 from moec.parallel.segments import RankModel
-from moec.plan.cluster import Cluster, Device, Level
+from moec.plan.cluster import Cluster, ClusterDevice, Level
 from moec.plan.files import Quantity
 from moec.runtime.package import MAIN
 from moec.target import cpu
@@ -96,7 +96,7 @@ def measure(ranks: int, threads: int, timeout: float) -> Cluster:
     def quantity(value: float, of: str = note) -> Quantity:
         return Quantity(float(f"{value:.4g}"), "measured", of)
 
-    device = Device(
+    device = ClusterDevice(
         name=f"a rank of {threads} thread{'s' if threads > 1 else ''}",
         memory=quantity(total / ranks, "an equal share of this machine's"),
         reserved=quantity(numbers.reserved, "a process before it has a model"),

@@ -32,7 +32,7 @@ from moec.parallel.store import (
 from moec.plan.plan import Plan
 from moec.runtime import manifest as manifests
 from moec.runtime.dtypes import Array, name_of
-from moec.runtime.manifest import Manifest, Part, Stored
+from moec.runtime.manifest import Manifest, ManifestPart, Stored
 from moec.runtime.package import DECODE, MAIN
 from moec.target import cpu
 from moec.target.cpu import CpuTarget
@@ -96,10 +96,10 @@ def _written_code(folder: Path, rank: int, function: str, code: RankCode) -> byt
         graph_file(rank, function): print_graph(code.graph).encode(),
         library_file(rank, function): code.package.library,
     }
-    parts: dict[str, Part] = {}
+    parts: dict[str, ManifestPart] = {}
     for name, content in files.items():
         part = _written(folder, name, content)
-        parts[name] = Part(part.size, part.sha256)
+        parts[name] = ManifestPart(part.size, part.sha256)
     arrays: dict[str, Stored] = {}
     for name, array in code.package.arrays.items():
         arrays[name], parts[arrays[name].part] = _written_array(folder, np.asarray(array))
@@ -114,10 +114,10 @@ def _written_code(folder: Path, rank: int, function: str, code: RankCode) -> byt
     )
 
 
-def _written_array(folder: Path, array: Array) -> tuple[Stored, Part]:
+def _written_array(folder: Path, array: Array) -> tuple[Stored, ManifestPart]:
     """Write an array. Equal arrays of several ranks are one file, named by its content."""
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    part = Part(content.nbytes, hashlib.sha256(content).hexdigest())
+    part = ManifestPart(content.nbytes, hashlib.sha256(content).hexdigest())
     name = f"weights/{part.sha256}.bin"
     if not (folder / name).exists():
         _written(folder, name, content)

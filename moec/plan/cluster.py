@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import networkx as nx
 
 
-class Device(Record, frozen=True, kw_only=True):
+class ClusterDevice(Record, frozen=True, kw_only=True):
     """`memory` in bytes and `memory_bandwidth` in bytes/s. `flops` in FLOP/s by dtype. `efficiency`
     is the share of FLOP/s and bytes/s that kernels reach. `reserved` are bytes for libraries and
     the runtime. `dispatch_bandwidth` are bytes/s of rows through router, dispatch and combine;
@@ -61,7 +61,7 @@ class Level(Record, frozen=True, kw_only=True):
 
 class Cluster(Record, frozen=True, kw_only=True):
     name: str
-    device: Device
+    device: ClusterDevice
     levels: tuple[Level, ...]
 
     def __post_init__(self) -> None:

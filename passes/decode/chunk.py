@@ -15,7 +15,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder
-from moec.passes.decode.emit import Emitter
+from moec.passes.decode.emit import OpEmitter
 from moec.passes.decode.positions import (
     ResizedTokens,
     broadcast_shape,
@@ -118,7 +118,7 @@ def _read(c: ChunkRewrite, op: Op, value: Value) -> Value:
     shape = broadcast_shape(op, value, c.batch, c.sequence)
     key = (value, shape)
     if key not in c.shaped:
-        c.shaped[key] = Emitter(c.builder, op).reshape(c.new[value], shape)
+        c.shaped[key] = OpEmitter(c.builder, op).reshape(c.new[value], shape)
     return c.shaped[key]
 
 

@@ -11,7 +11,7 @@ from moec.passes.core.rewrite import Builder
 
 
 @dataclass(frozen=True)
-class Emitter:
+class OpEmitter:
     """Emits ops in place of the op `like`."""
 
     builder: Builder

@@ -20,7 +20,7 @@ from moec.ir.graph import Graph, Op, Ref, State, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of
-from moec.passes.decode.emit import Emitter
+from moec.passes.decode.emit import OpEmitter
 
 FIRST = "first"
 ROOM = "L"  # the size of the caches
@@ -52,7 +52,7 @@ def with_caches(graph: Graph) -> Graph:
 def _flat_positions(first: Value, c: ChunkRewrite, like: Op) -> Value:
     """i64[B*S]: the position of each token."""
     b, s = c.batch, c.sequence
-    e = Emitter(c.builder, like)
+    e = OpEmitter(c.builder, like)
     count = e.op("arange.start_step", (), "i64", (s,), {"start": 0, "end": s})
     positions = e.op("add.Tensor", (e.reshape(first, (b, 1)), count), "i64", (b, s), {})
     return e.reshape(positions, (canonical(b * s),))
@@ -81,7 +81,7 @@ def _convolution(c: ChunkRewrite, op: Op) -> None:
     assert isinstance(width, int)
     batch, channels, _ = x.shape
     before = _state(c, "inputs", TensorType(x.dtype, (batch, channels, width - 1)))
-    e, long = Emitter(c.builder, op), canonical(c.sequence + width - 1)
+    e, long = OpEmitter(c.builder, op), canonical(c.sequence + width - 1)
     shape = (batch, channels, long)
     joined = e.op(
         "cat.default", [before, c.new[x]], x.dtype, shape, {"tensors": (Ref(0), Ref(1)), "dim": 2}

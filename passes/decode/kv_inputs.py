@@ -21,7 +21,7 @@ from moec.ir.graph import Attr, Graph, Op, Ref, TensorType, Value
 from moec.ops.attention import SWAP, Attention
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of
-from moec.passes.decode.emit import Emitter
+from moec.passes.decode.emit import OpEmitter
 
 MASK, PAST = "attention_mask", "past"
 
@@ -71,7 +71,7 @@ def _refuse(c: ChunkRewrite, op: Op) -> None:
 def _key_positions(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
     """i64[B, past + S]: the position of each token in its text, -1 before the first."""
     if "standing" not in padded.memo:
-        e, mask = Emitter(c.builder, like), padded.mask
+        e, mask = OpEmitter(c.builder, like), padded.mask
         count = e.op("cumsum.default", [mask], "i64", mask.shape, {"dim": 1}, "standing")
         padded.memo["standing"] = e.op("sub.Tensor", [count], "i64", mask.shape, {"other": 1})
     return padded.memo["standing"]
@@ -82,7 +82,7 @@ def _queries(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
     if "queries" not in padded.memo:
         standing, past = _key_positions(padded, c, like), symbol(PAST)
         attrs: dict[str, Attr] = {"dim": 1, "start": past, "end": standing.shape[1]}
-        padded.memo["queries"] = Emitter(c.builder, like).op(
+        padded.memo["queries"] = OpEmitter(c.builder, like).op(
             "slice.Tensor", [standing], "i64", (c.batch, c.sequence), attrs, "queries"
         )
     return padded.memo["queries"]
@@ -90,7 +90,7 @@ def _queries(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
 
 def _flat_positions(padded: Padded, c: ChunkRewrite, like: Op) -> Value:
     """i64[B*S]: the position of each token; 0 for padding, which any table has."""
-    queries, e = _queries(padded, c, like), Emitter(c.builder, like)
+    queries, e = _queries(padded, c, like), OpEmitter(c.builder, like)
     positions = e.op("clamp.default", [queries], "i64", queries.shape, {"min": 0}, "places")
     return e.reshape(positions, (canonical(c.batch * c.sequence),))
 
@@ -100,7 +100,7 @@ def _visible(padded: Padded, c: ChunkRewrite, like: Op, a: Attention) -> Value:
     limits = ("seen", a.window, a.chunk)
     if limits in padded.memo:
         return padded.memo[limits]
-    e, standing = Emitter(c.builder, like), _key_positions(padded, c, like)
+    e, standing = OpEmitter(c.builder, like), _key_positions(padded, c, like)
     key_shape: tuple[Dim, ...] = (c.batch, 1, 1, standing.shape[1])
     query_shape: tuple[Dim, ...] = (c.batch, 1, c.sequence, 1)
     shape = (*query_shape[:3], standing.shape[1])
@@ -149,7 +149,7 @@ def _attention(padded: Padded, c: ChunkRewrite, op: Op) -> None:
 def _joined(c: ChunkRewrite, op: Op, a: Attention, operand: str, name: str) -> Value:
     value: Value = c.new[getattr(a, operand)]
     if operand in a.tokens_first:
-        value = Emitter(c.builder, op).permute(value, SWAP)
+        value = OpEmitter(c.builder, op).permute(value, SWAP)
     batch, heads, sequence, width = value.shape
     past = symbol(PAST)
     before = Value(

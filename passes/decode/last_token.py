@@ -24,7 +24,7 @@ from moec.ir.dims import canonical
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
-from moec.passes.decode.emit import Emitter
+from moec.passes.decode.emit import OpEmitter
 from moec.passes.decode.positions import ResizedTokens
 from moec.passes.decode.tokenwise import has_tokens
 
@@ -119,7 +119,7 @@ def _take(n: Narrowing, op: Op, value: Value) -> Value:
         return n.last_rows[value]
     if not has_tokens(value, n.sequence.name):
         return value
-    e = Emitter(n.builder, op)
+    e = OpEmitter(n.builder, op)
     axis = _token_axis(n, op, value)
     if axis == 0:
         n.last_rows[value] = e.rows(value, n.rows)

@@ -25,7 +25,7 @@ from moec.ir.graph import Graph, Op, Program, Stage, TensorType, Value
 from moec.ops.attention import Attention
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
-from moec.passes.dense.mask_forms import Form, closed_form
+from moec.passes.dense.mask_forms import MaskForm, closed_form
 from moec.passes.dense.mask_values import FILLED, cut
 
 _AND = ("aten.bitwise_and.Tensor", "aten.logical_and.default")
@@ -50,7 +50,7 @@ class _MaskFolder:
 
     graph: Graph
     weights: Mapping[str, torch.Tensor]
-    forms: dict[tuple[Value, ...], Form | NoMatch] = field(default_factory=dict)
+    forms: dict[tuple[Value, ...], MaskForm | NoMatch] = field(default_factory=dict)
     reading: set[Value] = field(default_factory=set)
     followed: int = 0
 
@@ -84,7 +84,7 @@ class _MaskFolder:
                 self.reading |= set(op.outputs)
         self.followed = len(b.ops)
 
-    def form(self, parts: tuple[Value, ...], attention: Attention, b: Builder) -> Form:
+    def form(self, parts: tuple[Value, ...], attention: Attention, b: Builder) -> MaskForm:
         if parts not in self.forms:
             try:
                 source = cut(parts, self.graph, self.weights, b.producers)

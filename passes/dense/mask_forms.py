@@ -37,7 +37,7 @@ _MOST = 160  # combinations of sizes
 
 
 @dataclass(frozen=True)
-class Form:
+class MaskForm:
     """A mask as attributes of nn.attention."""
 
     causal: bool = False
@@ -47,16 +47,16 @@ class Form:
 
 def closed_form(
     parts: Sequence[Value], source: Cut, attention: Attention, bounds: Mapping[str, Bounds]
-) -> Form:
+) -> MaskForm:
     """The closed form of the conjunction of `parts`. Raises NoMatch if there is none."""
     numbers = sorted(_numbers(source.ops))
     tables = [value for value, tensor in source.weights.items() if tensor.numel() > 1]
-    forms = [Form(), Form(causal=True)]
+    forms = [MaskForm(), MaskForm(causal=True)]
     if attention.shape("q")[2] == attention.shape("k")[2]:
         near = sorted({n + d for n in numbers for d in (0, 1, -1)})
-        forms += [Form(causal=True, window=n) for n in near if n >= 1]
-        forms += [Form(causal=True, chunk=n) for n in numbers if n >= 1]
-        forms += [Form(chunk=n) for n in numbers if n >= 1]
+        forms += [MaskForm(causal=True, window=n) for n in near if n >= 1]
+        forms += [MaskForm(causal=True, chunk=n) for n in numbers if n >= 1]
+        forms += [MaskForm(chunk=n) for n in numbers if n >= 1]
     for sizes in _environments(parts, source, attention, numbers, bounds, tables):
         elements = Elements(source, sizes)
         shape = _mask_shape(parts, attention, elements)
@@ -73,7 +73,9 @@ def closed_form(
     return forms[0]
 
 
-def _matches(form: Form, attention: Attention, mask: torch.Tensor, positions: Positions) -> bool:
+def _matches(
+    form: MaskForm, attention: Attention, mask: torch.Tensor, positions: Positions
+) -> bool:
     says = replace(attention, causal=form.causal, window=form.window, chunk=form.chunk)
     return torch.equal(attends(positions[2], positions[3], says), mask)
 

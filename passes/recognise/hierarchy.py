@@ -47,7 +47,7 @@ class RecogniseHierarchies(Pass):
             if len(groups) < 2 or not all(groups):
                 continue
             try:
-                node = joined(cast("list[Group]", groups))
+                node = joined(cast("list[GatedTerm]", groups))
                 region = scope.cut(op.outputs, node.cut)
                 after = replacement(scope, op, node.cut, partial(emit, node, op.outputs[0]))
                 prover.prove(region, after, {node.logits: Logits()})
@@ -70,7 +70,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Group:
+class GatedTerm:
     """One term of the sum: the column of the outer gate, and the columns of logits and values of
     the inner one. `scale` multiplies the inner softmax."""
 
@@ -94,7 +94,7 @@ class Hierarchy:
         return (self.values, self.logits, self.weights, *scale)
 
 
-def joined(groups: Sequence[Group]) -> Hierarchy:
+def joined(groups: Sequence[GatedTerm]) -> Hierarchy:
     """All groups as one node. Raises NoMatch unless they partition the columns of one value."""
     first, ordered = groups[0], sorted(groups, key=lambda group: group.values.start)
     for name in ("weight", "logits", "values"):
@@ -115,7 +115,7 @@ def joined(groups: Sequence[Group]) -> Hierarchy:
     return Hierarchy(first.values.value, first.logits.value, first.weight.value, first.scale, sizes)
 
 
-def read_group(scope: Scope, term: Value) -> Group | None:
+def read_group(scope: Scope, term: Value) -> GatedTerm | None:
     """`term` read as weight * (scale * softmax(logits) * values).sum(-1), or None if it has another
     form."""
     for weight, inner in factors(scope, term):
@@ -129,7 +129,7 @@ def read_group(scope: Scope, term: Value) -> Group | None:
             values = columns(scope, part)
             logits, scale = inner_softmax(scope, shares)
             if values is not None and logits is not None:
-                return Group(column, logits, values, scale)
+                return GatedTerm(column, logits, values, scale)
     return None
 
 

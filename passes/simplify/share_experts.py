@@ -53,7 +53,7 @@ class ShareExperts(Pass):
 
 
 @dataclass(frozen=True)
-class Stack:
+class WeightStack:
     """A stack of weights: one weight for each expert, and the ops applied to all of them."""
 
     weights: tuple[Value, ...]
@@ -67,7 +67,7 @@ class Bank:
     dispatch: Op
     experts: Op
     combine: Op
-    stacks: tuple[Stack, ...]
+    stacks: tuple[WeightStack, ...]
 
     @property
     def members(self) -> tuple[tuple[Value, ...], ...]:
@@ -85,7 +85,7 @@ class Bank:
 
 
 @dataclass(frozen=True)
-class Group:
+class BankGroup:
     """Banks with common experts. `members` are all experts, each once."""
 
     banks: tuple[Bank, ...]
@@ -116,10 +116,10 @@ def bank_of(graph: Graph, experts: Op) -> Bank | None:
     stacks = [stack_of(graph, value) for value in experts.inputs[2:]]
     if not stacks or None in stacks:
         return None
-    return Bank(dispatch, experts, combine, tuple(cast("list[Stack]", stacks)))
+    return Bank(dispatch, experts, combine, tuple(cast("list[WeightStack]", stacks)))
 
 
-def stack_of(graph: Graph, value: Value) -> Stack | None:
+def stack_of(graph: Graph, value: Value) -> WeightStack | None:
     """The weights that were stacked to `value`; None if it is not made by a stack."""
     steps: list[Op] = []
     op = graph.producers.get(value)
@@ -131,26 +131,26 @@ def stack_of(graph: Graph, value: Value) -> Stack | None:
         op = graph.producers.get(source)
     if op is None or op.name != _STACK or op.attrs.get("dim", 0) != 0:
         return None
-    return Stack(op.inputs, tuple(steps))
+    return WeightStack(op.inputs, tuple(steps))
 
 
-def overlapping(banks: Sequence[Bank]) -> Iterator[Group]:
+def overlapping(banks: Sequence[Bank]) -> Iterator[BankGroup]:
     """Groups of several banks. Two banks with a common expert are in the same group."""
-    groups: list[Group] = []
+    groups: list[BankGroup] = []
     for bank in banks:
         near = [group for group in groups if set(group.members) & set(bank.members)]
         groups = [group for group in groups if group not in near]
-        groups.append(Group((*(b for group in near for b in group.banks), bank)))
+        groups.append(BankGroup((*(b for group in near for b in group.banks), bank)))
     yield from (group for group in groups if len(group.banks) > 1)
 
 
-def share(graph: Graph, groups: Sequence[Group]) -> Graph:
+def share(graph: Graph, groups: Sequence[BankGroup]) -> Graph:
     """The graph with one call of the experts of each group, in place of the first of its banks."""
     builder, new = Builder(graph), dict[Value, Value]()
     firsts = {group.banks[0].experts: group for group in groups}
     sums = {bank.combine: (bank, group) for group in groups for bank in group.banks}
     gone = {op for bank, _ in sums.values() for op in (bank.dispatch, bank.experts)}
-    results: dict[Group, tuple[Value, Value]] = {}
+    results: dict[BankGroup, tuple[Value, Value]] = {}
     for op in graph.ops:
         if op in firsts:
             group = firsts[op]

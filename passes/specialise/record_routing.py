@@ -20,7 +20,7 @@ from moec.passes.core.moe_layer import name_of
 
 
 @dataclass(frozen=True)
-class RecordedLayer:
+class LayerChoices:
     """The choices [T, k] of a layer, among `experts`."""
 
     layer: str
@@ -28,9 +28,9 @@ class RecordedLayer:
     choices: Value
 
 
-def recorded_layers(graph: Graph) -> tuple[RecordedLayer, ...]:
+def recorded_layers(graph: Graph) -> tuple[LayerChoices, ...]:
     """The layers that sort rows by expert; layers that share a sort count as one."""
-    layers: dict[Value, RecordedLayer] = {}
+    layers: dict[Value, LayerChoices] = {}
     for op in graph.ops:
         if op.name == "moe.sort":
             choices = op.inputs[0]
@@ -38,7 +38,7 @@ def recorded_layers(graph: Graph) -> tuple[RecordedLayer, ...]:
             choices = op.inputs[1]
         else:
             continue
-        layers.setdefault(choices, RecordedLayer(name_of(op), integer(op, "num_experts"), choices))
+        layers.setdefault(choices, LayerChoices(name_of(op), integer(op, "num_experts"), choices))
     return tuple(layers.values())
 
 

@@ -21,7 +21,7 @@ from moec.codegen.cpu.gemm.row_blocks import ceildiv
 from moec.codegen.cpu.gemm.tile import ROW_CHUNK, Partial
 from moec.codegen.cpu.training.loops import (
     TILES,
-    Stack,
+    MatrixStack,
     chunks,
     columns_of,
     each_piece,
@@ -40,7 +40,7 @@ DEPTH = 64  # rows of w that a mixture takes at once: with TILES of columns, the
 ROWS = 256  # rows that outer products take at once
 
 
-def product(target: CpuTarget, stack: Stack, biased: bool, name: str = "product") -> PrimFunc:
+def product(target: CpuTarget, stack: MatrixStack, biased: bool, name: str = "product") -> PrimFunc:
     """A kernel (x[R, k], ends i32[E], w[E, n, k][, b[E, n]], y[R, n])."""
     v, dots = Vector(target), Dots(target, stack.k, stack.paired(target))
     width = 2 * v.lanes  # columns of y that a thread takes at once
@@ -94,7 +94,7 @@ def product(target: CpuTarget, stack: Stack, biased: bool, name: str = "product"
     return frame.function
 
 
-def mixed(target: CpuTarget, stack: Stack, biased: bool, name: str = "mixed") -> PrimFunc:
+def mixed(target: CpuTarget, stack: MatrixStack, biased: bool, name: str = "mixed") -> PrimFunc:
     """A kernel (dy[R, n], ends i32[E], w[E, n, k][, b[E, k]], dx[R, k])."""
     v, tile = Vector(target), Mixture(target, stack.paired(target))
     blocks = -(-stack.n // DEPTH)
@@ -167,7 +167,7 @@ def mixed(target: CpuTarget, stack: Stack, biased: bool, name: str = "mixed") ->
     return frame.function
 
 
-def outer(target: CpuTarget, stack: Stack, name: str = "outer") -> PrimFunc:
+def outer(target: CpuTarget, stack: MatrixStack, name: str = "outer") -> PrimFunc:
     """A kernel (dy[R, n], x[R, k], ends i32[E], dw[E, n, k])."""
     v, tile = Vector(target), Mixture(target, stack.paired(target))
     high = TILES * target.tile_rows  # rows of dw that a thread takes at once

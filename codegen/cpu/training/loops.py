@@ -24,7 +24,7 @@ TILES = 8  # of columns that a thread takes at once
 
 
 @dataclass(frozen=True)
-class Stack:
+class MatrixStack:
     """Matrices w[experts, n, k] of `dtype`: float32, bfloat16 or float16."""
 
     experts: int
@@ -51,7 +51,7 @@ class ExpertPiece:
 
 @contextmanager
 def each_piece(
-    stack: Stack, ends: Buffer, rows: Expr, pieces: int, written: bool = False
+    stack: MatrixStack, ends: Buffer, rows: Expr, pieces: int, written: bool = False
 ) -> Iterator[ExpertPiece]:
     """A parallel loop over the pieces of all experts; the matrices are read, or `written`."""
     experts = stack.experts
@@ -74,7 +74,7 @@ def chunks(span: ExpertPiece, most: int, body: Callable[[Expr, Expr], None]) -> 
 
 
 def zero_unowned_rows(
-    span: ExpertPiece, stack: Stack, rows: Expr, clear: Callable[[Expr], None]
+    span: ExpertPiece, stack: MatrixStack, rows: Expr, clear: Callable[[Expr], None]
 ) -> None:
     """`clear(row)` for the rows after those of the last expert."""
     with T.If(span.expert == stack.experts - 1), T.Then():

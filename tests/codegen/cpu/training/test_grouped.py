@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moec.codegen.cpu.training.grouped import mixed, outer, product
-from moec.codegen.cpu.training.loops import Stack
+from moec.codegen.cpu.training.loops import MatrixStack
 from moec.target.cpu import TARGETS, missing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,12 +46,14 @@ def check(result: Tensor, expected: Tensor, dtype: str) -> None:
 
 
 @cache
-def kernels(build, target, stack: Stack, biased: bool):
+def kernels(build, target, stack: MatrixStack, biased: bool):
     kernels = (product(target, stack, biased), mixed(target, stack, biased), outer(target, stack))
     return [build(target, kernel) for kernel in kernels]
 
 
-def run(build, target, stack: Stack, biased: bool, counts: list[int], nobody: int = 0) -> None:
+def run(
+    build, target, stack: MatrixStack, biased: bool, counts: list[int], nobody: int = 0
+) -> None:
     """All three, into memory that holds NaN."""
     dtype = DTYPES[stack.dtype]
     ends = torch.tensor(counts).cumsum(0).int()
@@ -72,13 +74,13 @@ def run(build, target, stack: Stack, biased: bool, counts: list[int], nobody: in
 
 @pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 def test_any_target(build, target) -> None:
-    run(build, target, Stack(4, 32, 96, "bfloat16"), True, [7, 0, 13, 1], nobody=3)
+    run(build, target, MatrixStack(4, 32, 96, "bfloat16"), True, [7, 0, 13, 1], nobody=3)
 
 
 @pytest.mark.parametrize(("dtype", "n", "k"), SHAPES)
 def test_any_shape(build, dtype: str, n: int, k: int) -> None:
     """With more rows of an expert than any kernel takes at once, and an odd number of them."""
-    run(build, BEST, Stack(3, n, k, dtype), False, [1, 0, 601], nobody=2)
+    run(build, BEST, MatrixStack(3, n, k, dtype), False, [1, 0, 601], nobody=2)
 
 
 @settings(max_examples=30)
@@ -89,12 +91,12 @@ def test_any_shape(build, dtype: str, n: int, k: int) -> None:
 )
 def test_any_routing(build, counts: list[int], nobody: int, dtype: str) -> None:
     """Experts without rows, none with any, one with all."""
-    run(build, BEST, Stack(3, 96, 192, dtype), False, counts, nobody)
+    run(build, BEST, MatrixStack(3, 96, 192, dtype), False, counts, nobody)
 
 
 def test_what_is_no_number_stays_with_its_expert(build) -> None:
     """Odd rows are paired with none, and never with those of the next expert."""
-    stack = Stack(3, 96, 192, "bfloat16")
+    stack = MatrixStack(3, 96, 192, "bfloat16")
     ends = torch.tensor([3, 5, 5], dtype=torch.int32)
     x, dy = torch.randn(5, 192).bfloat16(), torch.randn(5, 96).bfloat16()
     x[3:], dy[3:] = float("nan"), float("inf")
