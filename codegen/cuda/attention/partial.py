@@ -87,13 +87,13 @@ def launch_combination(a: Arguments, parts: Expr) -> None:
 def _weigh(
     memory: Buffer,
     width: int,
-    place: tuple[Expr, Expr, Expr],
+    position: tuple[Expr, Expr, Expr],
     scales: Buffer,
     totals: Buffer,
 ) -> None:
-    """The factor of each part and its sum of weights times that, a part per thread. `place` is the
+    """The factor of each part and its sum of weights times that, a part per thread. `position` is the
     first slot of the row, the number of parts and the thread."""
-    first, parts, thread = place
+    first, parts, thread = position
     best = T.alloc_buffer((1,), "float32", scope="local")
     T.buffer_store(best, T.float32(LOWEST), [0])
     # Each warp finds the greatest score by itself.
