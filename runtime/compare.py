@@ -9,18 +9,18 @@ import numpy as np
 from moec.runtime.dtypes import Array
 
 
-def difference(got: Array, expected: Array) -> float:
+def difference(actual: Array, expected: Array) -> float:
     """The greatest absolute difference over the greatest finite magnitude of `expected`.
 
     Infinite where shapes or dtypes differ, where infinities or NaN are at different positions, or
     where integers differ.
     """
-    if got.shape != expected.shape or got.dtype != expected.dtype:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return math.inf
     if expected.dtype.kind in "biu":
-        return 0.0 if np.array_equal(got, expected) else math.inf
+        return 0.0 if np.array_equal(actual, expected) else math.inf
     wide = np.complex128 if expected.dtype.kind == "c" else np.float64
-    a, b = got.astype(wide), expected.astype(wide)
+    a, b = actual.astype(wide), expected.astype(wide)
     finite = np.isfinite(b)
     if (
         not np.array_equal(a[~finite], b[~finite], equal_nan=True)

@@ -14,9 +14,13 @@ WORDS = {
     "asked",
     "found",
     "given",
+    "gone",
+    "got",
     "kept",
     "known",
     "made",
+    "meant",
+    "mine",
     "own",
     "place",
     "places",
@@ -25,11 +29,13 @@ WORDS = {
     "some",
     "taken",
     "those",
+    "told",
     "wanted",
+    "who",
     "whole",
 }
-MOST = dict.fromkeys(FOLDERS, 0) | {"tests": 1}
-"""How many assignments each folder has left: the one of the tests is the buffer of a model."""
+MOST = dict.fromkeys(FOLDERS, 0) | {"moec": 4, "passes": 7, "codegen": 1, "tests": 78}
+"""How many assignments each folder has left. Lower a number as names improve."""
 
 BARE = {
     *("after", "again", "alike", "alone", "behind", "beside", "between", "both", "either", "else"),

@@ -194,8 +194,8 @@ def better(a: Scalar, b: Scalar, sign: int) -> Expr:
     ahead = sc.compare("gt" if sign > 0 else "lt", a, b)
     if a.dtype not in FLOATS:
         return ahead
-    mine, other = (a, b) if sign > 0 else (b, a)
-    return tirx.Or(ahead, tirx.And(sc.is_nan(mine), tirx.Not(sc.is_nan(other))))
+    greater, less = (a, b) if sign > 0 else (b, a)
+    return tirx.Or(ahead, tirx.And(sc.is_nan(greater), tirx.Not(sc.is_nan(less))))
 
 
 def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> None:

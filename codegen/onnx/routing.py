@@ -108,8 +108,8 @@ def _sparsemixer(w: NodeWriter, routing: Routing, logits: str) -> Sequence[str]:
         weights.append(w("GatherElements", shares, chosen, axis=-1))
         experts.append(chosen)
         if turn + 1 < routing.k:
-            gone = w("Expand", low, w("Shape", chosen))
-            left = w("ScatterElements", left, chosen, gone, axis=-1)
+            lowest = w("Expand", low, w("Shape", chosen))
+            left = w("ScatterElements", left, chosen, lowest, axis=-1)
     joined = w("Concat", *weights, axis=-1)
     return w.cast(joined, "f32", routing.dtype), w("Concat", *experts, axis=-1)
 

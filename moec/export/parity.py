@@ -31,8 +31,8 @@ def routing_parity(
         feeds = {v.name: tensor for v, tensor in zip(graph.inputs, case, strict=True)}
         choices = run(feeds)
         for value, expected in zip(ids, evaluate(traced, case, program.weights), strict=True):
-            got = choices[names[value]]
-            equal = (got.sort(-1).values == expected.sort(-1).values).all(-1)
+            actual = choices[names[value]]
+            equal = (actual.sort(-1).values == expected.sort(-1).values).all(-1)
             same[value] += int(equal.sum())
             tokens[value] += equal.numel()
     shares: dict[str, float] = {}

@@ -46,7 +46,7 @@ class _SimulatedRank:
         self, group: str, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
     ) -> torch.Tensor:
         members = self._members(group)
-        mine = self.position(group)
+        own_index = self.position(group)
         if len(send) != len(members):
             raise IRError(f"{len(send)} counts for the {len(members)} ranks of group {group}")
         meeting = self.meetings[members]
@@ -55,8 +55,8 @@ class _SimulatedRank:
         parts = []
         for index, other in enumerate(members):
             sent, count = meeting.rows[other]
-            start = sum(count[:mine])
-            parts.append(sent[start : start + count[mine]])
+            start = sum(count[:own_index])
+            parts.append(sent[start : start + count[own_index]])
             if len(parts[-1]) != receive[index]:
                 raise IRError(
                     f"rank {self.rank} expects {receive[index]} rows from rank {other} in group "

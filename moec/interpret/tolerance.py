@@ -70,19 +70,21 @@ QUANTISED_STRAYS = 0.05
 FAR = 0.5
 
 
-def row_errors(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+def row_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """For each row (all axes but the last) its greatest difference, relative to the greatest
     expected value of all rows."""
     width = expected.shape[-1] if expected.ndim else 1
     if not expected.numel():
         return torch.zeros(0, dtype=torch.float64)
-    a, b = (t.double().nan_to_num(posinf=0, neginf=0).reshape(-1, width) for t in (got, expected))
+    a, b = (
+        t.double().nan_to_num(posinf=0, neginf=0).reshape(-1, width) for t in (actual, expected)
+    )
     return (a - b).abs().amax(-1) / (float(b.abs().max()) or 1.0)
 
 
-def strays(got: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
+def strays(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
     """The number of rows whose error exceeds `limit`, and the number of rows."""
-    errors = row_errors(got, expected)
+    errors = row_errors(actual, expected)
     return int((errors > limit).sum()), len(errors)
 
 
@@ -94,16 +96,16 @@ def allowed_strays(share: float, rows: int) -> float:
     return mean + 3 * math.sqrt(mean)
 
 
-def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The greatest difference, relative to the greatest finite expected value; inf where shapes or
     dtypes differ, or where integers, NaNs or infinities differ."""
-    if got.shape != expected.shape or got.dtype != expected.dtype:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return float("inf")
     if not expected.numel():
         return 0.0
     if not expected.is_floating_point():
-        return 0.0 if torch.equal(got, expected) else float("inf")
-    a, b = got.double(), expected.double()
+        return 0.0 if torch.equal(actual, expected) else float("inf")
+    a, b = actual.double(), expected.double()
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):
         return float("inf")

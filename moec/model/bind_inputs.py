@@ -25,9 +25,9 @@ def bound(captured: Captured, passes: Iterable[Pass]) -> Captured:
     return captured
 
 
-def _bound(captured: Captured, bindings: Given, who: str) -> Captured:
+def _bound(captured: Captured, bindings: Given, where: str) -> Captured:
     inputs = captured.program.graph.inputs
-    program = bind(captured.program, bindings, who)
+    program = bind(captured.program, bindings, where)
     left = program.graph.inputs
     constants = {value.name: tensor for value, tensor in seeds(program).items()}
     arguments = [value for value in inputs if value not in {s.before for s in program.graph.states}]

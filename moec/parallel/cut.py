@@ -114,8 +114,8 @@ def _size_sources(
 ) -> list[Value]:
     """Additional values, read only for their sizes: one for each size that no input has."""
     used = {s for op in ops for v in (*op.inputs, *op.outputs) for d in v.shape for s in symbols(d)}
-    told = {str(dim) for v in inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
+    known_sizes = {str(dim) for v in inputs for dim in v.shape if isinstance(dim, sympy.Symbol)}
     more: list[Value] = []
-    for name in sorted(set(map(str, used)) - told):
+    for name in sorted(set(map(str, used)) - known_sizes):
         more.append(next(v for v in available if any(str(dim) == name for dim in v.shape)))
     return list(dict.fromkeys(more))

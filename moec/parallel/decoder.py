@@ -55,9 +55,10 @@ class RankDecoder:
         """Logits f32[B, V] of all texts. Raises RankError where an exchange fails."""
         ids, first, rows, last = counts
         shares = self._shares(len(ids))
-        mine = shares[self._ranks.rank]
-        before = (mine[0] if len(mine) else 0) * ids.shape[1]  # rows of other ranks' texts
-        inputs = [ids[mine], first[mine], rows[mine] - before, last[mine]]
+        own_texts = shares[self._ranks.rank]
+        # rows of the texts of ranks before this one
+        before = (own_texts[0] if len(own_texts) else 0) * ids.shape[1]
+        inputs = [ids[own_texts], first[own_texts], rows[own_texts] - before, last[own_texts]]
         (logits,) = self._model([*map(torch.from_numpy, inputs)], self._meanings, caches)
         with as_rank_errors(self._ranks, "the logits", "all_gather"):
             gathered = self._ranks.gather(WORLD, logits[:, 0].float(), [*map(len, shares)])

@@ -84,20 +84,20 @@ def _failure_message(folder: Path, count: int, rank: int, first: Any) -> str:
     that ended by a signal or that others found gone or silent, and the messages of those that
     waited."""
     failed = {r: text for r in range(count) if (text := _marked(folder, r, "failed")) is not None}
-    gone = {r: text for r in range(count) if (text := _marked(folder, r, "gone")) is not None}
-    waiting = "; ".join(failed[r] for r in sorted(failed) if r not in gone)
-    if rank not in failed and rank not in gone:
+    endings = {r: text for r in range(count) if (text := _marked(folder, r, "gone")) is not None}
+    waiting = "; ".join(failed[r] for r in sorted(failed) if r not in endings)
+    if rank not in failed and rank not in endings:
         end = f"exit code {first.exitcode}: {_last_line(first.message)}"
         if first.exitcode < 0:
             end = f"signal {signal.Signals(-first.exitcode).name}"
-        gone = {rank: f"ended by {end}"}
-    elif rank in gone and first.exitcode < 0 and gone[rank] == "ended":
-        gone = {rank: f"ended by signal {signal.Signals(-first.exitcode).name}"}
+        endings = {rank: f"ended by {end}"}
+    elif rank in endings and first.exitcode < 0 and endings[rank] == "ended":
+        endings = {rank: f"ended by signal {signal.Signals(-first.exitcode).name}"}
     causes = [text for text in failed.values() if not text.endswith((ENDED, LATE))]
-    if causes or not gone:
+    if causes or not endings:
         return (causes or [failed[rank]])[0]
-    who = ", ".join(f"rank {r} {text} before its work was done" for r, text in gone.items())
-    return f"{who}; {waiting}" if waiting else who
+    ended = ", ".join(f"rank {r} {text} before its work was done" for r, text in endings.items())
+    return f"{ended}; {waiting}" if waiting else ended
 
 
 def _last_line(message: Any) -> str:

@@ -120,8 +120,8 @@ def moved_lines(
 ) -> tuple[MovedLine, ...]:
     """For each output, the error of `changed` relative to `references`, over all cases."""
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in names}
-    for expected, got in zip(references, changed, strict=True):
-        for name, a, b in zip(names, expected, got, strict=True):
+    for expected, actual in zip(references, changed, strict=True):
+        for name, a, b in zip(names, expected, actual, strict=True):
             if a.is_floating_point() and a.numel() and a.ndim:
                 pairs[name].append((a.float().flatten(0, -2), b.float().flatten(0, -2)))
     return tuple(_moved_line(name, tensors) for name, tensors in pairs.items() if tensors)

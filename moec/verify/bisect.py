@@ -83,9 +83,9 @@ def bisect(
         widened = in_float32(candidate)
         return max(
             (
-                distance(got, reference)
+                distance(actual, reference)
                 for case, results in zip(cases, expected, strict=True)
-                for got, reference in zip(widened(case), results, strict=True)
+                for actual, reference in zip(widened(case), results, strict=True)
             ),
             default=0.0,
         )

@@ -69,13 +69,13 @@ def check(
         return _check(captured, run, pass_results, tolerance, pieces)
     before = pass_results[: changes[0]]
     _check(captured, _in_eager(before[-1].program), before, tolerance, None)
-    meant = pass_results[changes[-1]].program
+    intended = pass_results[changes[-1]].program
 
     def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results = evaluate(meant.graph, with_states(meant, case), meant.weights)
-        return results[: len(meant.graph.outputs)]
+        results = evaluate(intended.graph, with_states(intended, case), intended.weights)
+        return results[: len(intended.graph.outputs)]
 
-    changed = replace(captured, program=meant, eager=eager, is_graph=True)
+    changed = replace(captured, program=intended, eager=eager, is_graph=True)
     checked = _check(changed, run, pass_results[changes[-1] :], tolerance, pieces)
     exact = before_quantisation(pass_results)
     if len(exact) == len(pass_results):
@@ -83,7 +83,7 @@ def check(
     answers, _ = references(changed)
     original = _in_eager(exact[-1].program)
     inputs = [value.name for value in captured.program.graph.inputs][: len(captured.example)]
-    names = [value.name for value in meant.graph.outputs]
+    names = [value.name for value in intended.graph.outputs]
     originals = [original(dict(zip(inputs, case, strict=True))) for case, _ in answers]
     return replace(
         checked,
@@ -128,8 +128,8 @@ def _check(
     owners: list[int] = []  # the number of each comparison's case
     answers, skipped = references(captured)
     for number, (case, expected) in enumerate(answers):
-        got = run(dict(zip(inputs, case, strict=True)))
-        comparisons = [Comparison(got[name], (), i) for i, name in enumerate(names)]
+        actual = run(dict(zip(inputs, case, strict=True)))
+        comparisons = [Comparison(actual[name], (), i) for i, name in enumerate(names)]
         if pieces is not None:
             name, fed = pieces
             comparisons += [
@@ -138,7 +138,7 @@ def _check(
         for item in comparisons:
             name = _name(names, item)
             right = item.of(expected)
-            error = distance(item.got, right)
+            error = distance(item.actual, right)
             worst[name] = max(worst.get(name, 0.0), error)
             farthest = max(farthest, (error, name, case), key=lambda entry: entry[0])
             compared.append(replace(item, right=(right,)))

@@ -26,7 +26,7 @@ class Comparison:
     """A result and its references, each of which is right, eager's first. It is output number
     `output`, or, with `stop`, that output at token stop - 1."""
 
-    got: torch.Tensor
+    actual: torch.Tensor
     right: tuple[torch.Tensor, ...]
     output: int
     stop: int | None = None
@@ -58,7 +58,7 @@ class Criterion:
 
     def allows(self, compared: Sequence[Comparison]) -> bool:
         for item in compared:
-            if distance(item.got, item.right[0]) == float("inf"):
+            if distance(item.actual, item.right[0]) == float("inf"):
                 return False
             nearest = nearest_errors(item)
             if len(nearest) and not nearest.max() <= self.greatest:
@@ -74,4 +74,4 @@ class Criterion:
 
 
 def nearest_errors(item: Comparison) -> torch.Tensor:
-    return torch.stack([row_errors(item.got, value) for value in item.right]).amin(0)
+    return torch.stack([row_errors(item.actual, value) for value in item.right]).amin(0)

@@ -30,9 +30,9 @@ def first_bad_pass(
     try:
         start = pass_results[0].program
         compared = [
-            Comparison(got, (value,), 0)
+            Comparison(actual, (value,), 0)
             for case, expected in answers
-            for got, value in _pairs(
+            for actual, value in _pairs(
                 evaluate(start.graph, with_states(start, case), start.weights), expected
             )
         ]
@@ -46,9 +46,9 @@ def first_bad_pass(
         try:
             outputs = map(in_float32(pass_result.program), inputs)
             if any(
-                not distance(got, value) <= limit
+                not distance(actual, value) <= limit
                 for results, right in zip(outputs, references, strict=True)
-                for got, value in _pairs(results, right)
+                for actual, value in _pairs(results, right)
             ):
                 return f"the first pass after which the graph differs is {pass_result.name}"
         except (IRError, RuntimeError) as error:

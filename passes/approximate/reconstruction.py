@@ -42,8 +42,8 @@ def eliminate_experts(program: Program, layer: Layer, stats: LayerStats) -> torc
     products = _products(program, layer, x)
     weighted = bool(layer.combine.attrs.get("weighted"))
 
-    def shares(gone: list[int]) -> torch.Tensor:
-        return masked_shares(layer.routing, logits, correction, gone, weighted)
+    def shares(removed: list[int]) -> torch.Tensor:
+        return masked_shares(layer.routing, logits, correction, removed, weighted)
 
     def squares(off: torch.Tensor, of: torch.Tensor) -> float:
         off = off.double()
@@ -52,18 +52,18 @@ def eliminate_experts(program: Program, layer: Layer, stats: LayerStats) -> torc
     unmasked = shares([])
     norm = squares(unmasked, products)
     worth = torch.full((layer.count,), math.inf, dtype=torch.float64)
-    gone: list[int] = []
+    removed: list[int] = []
     least = -math.inf
     for _ in range(layer.count - layer.routing.k):
         errors: dict[int, float] = {}
-        for e in sorted(set(range(layer.count)) - set(gone), reverse=True):
-            off = shares([*gone, e]) - unmasked
+        for e in sorted(set(range(layer.count)) - set(removed), reverse=True):
+            off = shares([*removed, e]) - unmasked
             moved = (off != 0).any(-1)
             errors[e] = squares(off[moved], products[moved])
         best = min(errors, key=errors.__getitem__)
         least = max(math.sqrt(errors[best] / norm) if norm else 0.0, math.nextafter(least, 1.0))
         worth[best] = least
-        gone.append(best)
+        removed.append(best)
     return worth
 
 
@@ -71,13 +71,13 @@ def masked_shares(
     routing: Routing,
     logits: torch.Tensor,
     correction: list[torch.Tensor],
-    gone: list[int],
+    removed: list[int],
     weighted: bool,
 ) -> torch.Tensor:
-    """The weight of each expert's result, f32[T, E], with the columns `gone` of the logits [T, E]
-    masked to minus infinity; 1 for each chosen expert of a router without weights."""
+    """The weight of each expert's result, f32[T, E], with the columns `removed` of the logits
+    [T, E] masked to minus infinity; 1 for each chosen expert of a router without weights."""
     mask = torch.zeros(logits.shape[-1])
-    mask[gone] = -torch.inf
+    mask[removed] = -torch.inf
     scores = logits.float().masked_fill(mask < 0, -torch.inf)
     # A score of sigmoid(-inf) is 0, which a correction could lift above others.
     weights, ids = route_logits(routing, scores, mask + correction[0] if correction else mask)

@@ -266,8 +266,8 @@ class _Sums:
     def add(
         self, results: Tensors, right: Tensors, text: tuple[int, int] | None, case: Tensors
     ) -> None:
-        for got, expected in zip(results, right, strict=True):
-            self.off += float((got - expected).norm()) ** 2
+        for actual, expected in zip(results, right, strict=True):
+            self.off += float((actual - expected).norm()) ** 2
             self.norm += float(expected.norm()) ** 2
         if text is None:
             return

@@ -251,5 +251,5 @@ def _replace_stacks(
 
 
 def _with_count(op: Op, count: int) -> Op:
-    told = {"num_experts": count} if "num_experts" in op.attrs else {}
-    return replace(op, attrs={**op.attrs, **told})
+    count_attr = {"num_experts": count} if "num_experts" in op.attrs else {}
+    return replace(op, attrs={**op.attrs, **count_attr})

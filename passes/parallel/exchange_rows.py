@@ -158,13 +158,13 @@ class Exchanged:
             rows = self._op("dist.all_gather", (rows, counts), group=group, rows=size)
             slots = self._op("dist.all_gather", (slots, counts), group=group, rows=size)
         held = self.layer.slots[self.position]
-        mine, order, ends = self._sorted(rows, self._column(slots), len(held))
+        sorted_rows, order, ends = self._sorted(rows, self._column(slots), len(held))
         stacks = [
             self.splice.weight(v.name, self._part(v, i, held))
             for i, v in enumerate(self.experts.inputs[2:])
         ]
         body = self.experts.body if self.slices is None else self.slices.body
-        draft = replace(self.experts, inputs=(mine, ends, *stacks), outputs=(), body=body)
+        draft = replace(self.experts, inputs=(sorted_rows, ends, *stacks), outputs=(), body=body)
         types = OPS["moe.experts"].infer(draft)
         out = self.splice.value(self.experts.outputs[0].name, types[0])
         self.ops.append(replace(draft, outputs=(out,)))

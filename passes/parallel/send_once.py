@@ -1,12 +1,12 @@
 """The exchange of one layer on one rank in which a token goes to each node once (DeepEP).
 
-    slots = dist.assign(ids, first, holders)         [T, k]
-    once = dist.first_of(node of each slot)          the nodes of a token, each once
-    rows = moe.dispatch(x, once)                     sent along the rail, with slots and weights
-    mine = moe.dispatch(got, rank of each slot)      sent inside the node, to each expert's rank
-    out = moe.experts(…)                             and back inside the node
-    part = moe.combine(out, order, weights)          the sum of this node's experts, sent back
-    y = moe.combine(part, order)                     the sum over the nodes
+    slots = dist.assign(ids, first, holders)            [T, k]
+    once = dist.first_of(node of each slot)             the nodes of a token, each once
+    received = moe.dispatch(x, once)                    along the rail, with slots and weights
+    rows = moe.dispatch(received, rank of each slot)    in the node, to each expert's rank
+    out = moe.experts(rows, …)                          and back inside the node
+    part = moe.combine(out, order, weights)             the sum of this node's experts, sent back
+    y = moe.combine(part, order)                        the sum over the nodes
 
 Each token crosses to a node once however many experts it has there, and one sum of their results
 crosses back. The sums are in another order than those of one process, and in low precision the sum
@@ -60,12 +60,12 @@ class SentOnce(Exchanged):
         once = self._op("dist.first_of", (node_of_slot,), other=nodes)
         rows, order, ends = self._sorted(x, once, nodes)
         across = self._way("rail", ends, (1,) * nodes, rows.shape[0])
-        got = self._sent(across, rows)
+        received = self._sent(across, rows)
         slots = self._sent(across, self._sorted(slots, once, nodes)[0])
         scales = [self._sent(across, self._sorted(v, once, nodes)[0]) for v in scales]
         weights = tuple(self._sent(across, self._sorted(v, once, nodes)[0]) for v in weights)
-        result = self._inside(got, slots, tuple(scales), here)
-        part = self._combined(combine, (*result, *weights), tokens=got.shape[0], added=False)
+        result = self._inside(received, slots, tuple(scales), here)
+        part = self._combined(combine, (*result, *weights), tokens=received.shape[0], added=False)
         back = self._back(across, part)
         addends = combine.inputs[2 + len(weights) :]
         self._combined(combine, (back, order, *addends), weighted=False)

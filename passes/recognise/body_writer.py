@@ -192,10 +192,10 @@ class BodyWriter:
         plain = self.ordered(source, [source.axes[-1]], last=True)
         new = {body.inputs[0]: plain.base}
         for param, stack in zip(body.params, stacks, strict=True):
-            mine = Value(self.fresh(f"p{len(self.leaves)}"), param.type)
-            self.stacks[mine] = stack
-            self.leaves.append(mine)
-            new[param] = mine
+            copy = Value(self.fresh(f"p{len(self.leaves)}"), param.type)
+            self.stacks[copy] = stack
+            self.leaves.append(copy)
+            new[param] = copy
         for op in body.ops:
             outputs = self.add(
                 op.name,

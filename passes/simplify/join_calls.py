@@ -152,11 +152,11 @@ def join_calls(graph: Graph, calls: Sequence[ExpertCall]) -> Graph:
             "aten.slice.Tensor", [y], [old.type], like=call.combine, attrs=attrs
         )
         start = end
-    gone = {op for call in calls for op in (call.dispatch, call.experts, call.combine)}
+    replaced_ops = {op for call in calls for op in (call.dispatch, call.experts, call.combine)}
     rest = [
         replace(op, inputs=tuple(new.get(v, v) for v in op.inputs))
         for op in graph.ops
-        if op not in gone
+        if op not in replaced_ops
     ]
     return rebuild(graph, topological_order(graph, [*rest, *builder.ops]), new)
 

@@ -149,7 +149,7 @@ def share(graph: Graph, groups: Sequence[BankGroup]) -> Graph:
     builder, new = Builder(graph), dict[Value, Value]()
     firsts = {group.banks[0].experts: group for group in groups}
     sums = {bank.combine: (bank, group) for group in groups for bank in group.banks}
-    gone = {op for bank, _ in sums.values() for op in (bank.dispatch, bank.experts)}
+    replaced_ops = {op for bank, _ in sums.values() for op in (bank.dispatch, bank.experts)}
     results: dict[BankGroup, tuple[Value, Value]] = {}
     for op in graph.ops:
         if op in firsts:
@@ -162,7 +162,7 @@ def share(graph: Graph, groups: Sequence[BankGroup]) -> Graph:
             inputs = [rows, columns(builder, slots, numbers, op)]
             inputs += [new.get(v, v) for v in op.inputs[2:]]
             (new[op.outputs[0]],) = builder.emit(op.name, inputs, like=op, attrs=op.attrs)
-        elif op not in gone:
+        elif op not in replaced_ops:
             builder.append(replace(op, inputs=tuple(new.get(v, v) for v in op.inputs)))
     return rebuild(graph, builder.ops, new)
 

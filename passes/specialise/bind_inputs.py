@@ -24,7 +24,7 @@ from moec.ops.bound import periodic_constant
 from moec.passes.core.options import Given
 
 
-def bind(program: Program, values: Given, who: str) -> Program:
+def bind(program: Program, values: Given, where: str) -> Program:
     """The program with the inputs named in `values` bound to them. Bound inputs stay bound.
 
     Raises UsageError for an input that the program lacks, for a value of the wrong type, range or
@@ -37,13 +37,13 @@ def bind(program: Program, values: Given, who: str) -> Program:
     constants = {}
     for name, value in values.items():
         if name in inputs:
-            constants[inputs[name]] = _constant(program, inputs[name], value, who)
+            constants[inputs[name]] = _constant(program, inputs[name], value, where)
         elif name not in bound:
             raise UsageError(
-                f"{who}: the model has no input {name}; it has {', '.join(inputs) or 'none'}"
+                f"{where}: the model has no input {name}; it has {', '.join(inputs) or 'none'}"
             )
     left = tuple(value for value in graph.inputs if value not in constants)
-    _check_sizes(constants, left, who)
+    _check_sizes(constants, left, where)
     ops = [
         Op(
             "moec.bound",
@@ -67,27 +67,28 @@ def seeds(program: Program) -> dict[Value, torch.Tensor]:
     }
 
 
-def _constant(program: Program, value: Value, number: Any, who: str) -> torch.Tensor:
+def _constant(program: Program, value: Value, number: Any, where: str) -> torch.Tensor:
     """The constant of an input, with 1 for every axis of a named size, along which it repeats."""
     shape = tuple(1 if symbols(dim) else int(dim) for dim in value.shape)
     try:
         tensor = torch.as_tensor(number)
     except (TypeError, ValueError, RuntimeError):
-        raise UsageError(f"{who}: {value.name} is {number!r}: give numbers") from None
+        raise UsageError(f"{where}: {value.name} is {number!r}: give numbers") from None
     integral = value.dtype[0] in "iu"
     if tensor.is_floating_point() and (integral or value.dtype == "bool"):
         raise UsageError(
-            f"{who}: {value.name} is {_show(tensor)}, and the input takes whole numbers "
+            f"{where}: {value.name} is {_show(tensor)}, and the input takes whole numbers "
             f"({value.type})"
         )
     if tensor.numel() not in (1, torch.Size(shape).numel()):
         raise UsageError(
-            f"{who}: {value.name} is given {tensor.numel()} numbers, and the input is {value.type}"
+            f"{where}: {value.name} is given {tensor.numel()} numbers, and the input is "
+            f"{value.type}: give one number, or one for each element"
         )
     rows = table_rows(program.graph, value)
     if rows and not (0 <= int(tensor.min()) and int(tensor.max()) < rows):
         raise UsageError(
-            f"{who}: {value.name} is {_show(tensor)}, and looks up one of {rows} rows: give 0 to "
+            f"{where}: {value.name} is {_show(tensor)}, and looks up one of {rows} rows: give 0 to "
             f"{rows - 1}"
         )
     converted = tensor.to(TORCH_DTYPES[value.dtype])
@@ -100,13 +101,14 @@ def _show(tensor: torch.Tensor) -> str:
     return ":".join(map(str, tensor.flatten().tolist()))
 
 
-def _check_sizes(constants: Iterable[Value], left: Iterable[Value], who: str) -> None:
+def _check_sizes(constants: Iterable[Value], left: Iterable[Value], where: str) -> None:
     sizes = {name for value in left for dim in value.shape for name in _single_size(dim)}
     for value in constants:
         for name in {name for dim in value.shape for name in symbols(dim)} - sizes:
             raise UsageError(
-                f"{who}: {value.name} is the only input that determines the size {name}: give its "
-                "axis a number or the name of another input's axis (--shapes, dynamic_shapes)"
+                f"{where}: {value.name} is the only input that determines the size {name}: "
+                "give its axis a number or the name of another input's axis (--shapes, "
+                "dynamic_shapes)"
             )
 
 

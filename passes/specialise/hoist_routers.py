@@ -213,10 +213,10 @@ def _leaves(ops: Iterable[Op]) -> set[Value]:
 
 def _size_inputs(graph: Graph, outputs: Iterable[Value], inputs: set[Value]) -> Iterator[Value]:
     """The inputs that determine those sizes of `outputs` that `inputs` do not determine."""
-    told = {str(dim) for value in graph.inputs if value in inputs for dim in value.shape}
+    determined = {str(dim) for value in graph.inputs if value in inputs for dim in value.shape}
     for value in outputs:
-        for name in sorted({n for dim in value.shape for n in symbols(dim)} - told):
+        for name in sorted({n for dim in value.shape for n in symbols(dim)} - determined):
             source = next((v for v in graph.inputs if name in map(str, v.shape)), None)
             if source is not None:
-                told |= set(map(str, source.shape))
+                determined |= set(map(str, source.shape))
                 yield source

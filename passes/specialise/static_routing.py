@@ -153,8 +153,8 @@ def _columns(program: Program, value: Value, constants: Constants) -> torch.Tens
         condition, *sides = (_row(program, v, value, constants) for v in op.inputs)
         if condition is None:
             return None
-        nothing = torch.full_like(condition.float(), math.nan)
-        a, b = (nothing if side is None else side for side in sides)
+        undefined = torch.full_like(condition.float(), math.nan)
+        a, b = (undefined if side is None else side for side in sides)
         return torch.where(condition != 0, a, b)
     return None
 
@@ -172,11 +172,12 @@ def _row(
 
 def _add_known(sides: list[torch.Tensor | None]) -> torch.Tensor | None:
     """A sum is known where both sides are, and minus infinity where one of them is."""
-    told = [side for side in sides if side is not None]
-    if not told:
+    known_sides = [side for side in sides if side is not None]
+    if not known_sides:
         return None
-    total = sum(told[1:], told[0]) if len(told) == 2 else torch.full_like(told[0], math.nan)
-    out = torch.stack([side == -math.inf for side in told]).any(0)
+    first, *others = known_sides
+    total = first + others[0] if others else torch.full_like(first, math.nan)
+    out = torch.stack([side == -math.inf for side in known_sides]).any(0)
     return torch.where(out, -math.inf, total)
 
 

@@ -57,8 +57,8 @@ class TokenInvariantAnalysis:
     def follow(self, op: Op) -> None:
         """Adds the op's results if its inputs are constants and it keeps repeated axes apart."""
         tensors = [self.of(value) for value in op.inputs]
-        told = [t for t in tensors if t is not None]
-        results = _run(op, told, self.sizes) if len(told) == len(tensors) else None
+        constants = [t for t in tensors if t is not None]
+        results = _run(op, constants, self.sizes) if len(constants) == len(tensors) else None
         if results is not None:
             self.constants |= dict(zip(op.outputs, results, strict=True))
             if op.name == "moec.size":
@@ -144,8 +144,8 @@ def _names(attr: Attr) -> set[str]:
 def _named_axes_lead(shape: Sequence[Dim]) -> bool:
     """Whether axes of named sizes precede all other axes of more than one element: then a reshape
     does not mix axes that repeat with axes that do not."""
-    told = [bool(symbols(dim)) for dim in shape if dim != 1]
-    return told == sorted(told, reverse=True)
+    has_name = [bool(symbols(dim)) for dim in shape if dim != 1]
+    return has_name == sorted(has_name, reverse=True)
 
 
 def _kind(op: Op) -> str:

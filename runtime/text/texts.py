@@ -97,12 +97,12 @@ class Texts:
             alone = Texts(self._executor, 1, self._room)
             alone._first[:] = self._first[text]
             alone._requests = self._requests[text : text + 1]
-            for mine, cache in zip(alone._caches, self._caches, strict=True):
-                copy_text(cache, text, mine, 0)
+            for text_cache, cache in zip(alone._caches, self._caches, strict=True):
+                copy_text(cache, text, text_cache, 0)
             rows.append(alone.feed([new_tokens])[0] if len(new_tokens) else np.zeros(0, np.float32))
             self._first[text] = alone._first[0]
-            for mine, cache in zip(alone._caches, self._caches, strict=True):
-                copy_text(mine, 0, cache, text)
+            for text_cache, cache in zip(alone._caches, self._caches, strict=True):
+                copy_text(text_cache, 0, cache, text)
         width = max(row.size for row in rows)
         return np.stack([row if row.size else np.zeros(width, np.float32) for row in rows])
 

@@ -171,8 +171,8 @@ def _tile(c: PackedKeysValues, head: Expr, first: Expr) -> None:
     """Rows first .. first + TILE of one key head against all of its keys."""
     p, v, height = c.problem, c.problem.vector, c.height
     lane = T.ramp(0, 1, v.lanes)
-    mine = T.bind(T.min(p.rows - first, TILE))
-    groups = T.bind(T.ceildiv(mine, height))
+    used_rows = T.bind(T.min(p.rows - first, TILE))
+    groups = T.bind(T.ceildiv(used_rows, height))
     query = v.scratch((TILE, c.key_units), c.dtype)
     sums = v.scratch((TILE, p.width), "float32")
     tops = T.alloc_buffer((TILE,), "float32")
@@ -209,7 +209,7 @@ def _tile(c: PackedKeysValues, head: Expr, first: Expr) -> None:
 
     # Rows are ordered by position: the last reaches furthest. (Blocks before the first start are
     # passed over one by one: a loop from there takes TVM a minute to analyse.)
-    stop = T.ceildiv(reaches[mine - 1], c.block)
+    stop = T.ceildiv(reaches[used_rows - 1], c.block)
     with T.serial(0, stop) as n, T.serial(0, groups) as group:
         r = T.bind(group * height)
         near = reaches[r + height - 1] > n * c.block
@@ -224,7 +224,7 @@ def _tile(c: PackedKeysValues, head: Expr, first: Expr) -> None:
     if c.amx:
         v.tiles("end")
 
-    with T.serial(0, mine) as r:
+    with T.serial(0, used_rows) as r:
         at = p.query_at(head, first + r)
         f = v.splat(factor(p, tops[r], v.sum(totals[r, lane]), at[1]))
         with T.serial(0, p.width // v.lanes) as d:

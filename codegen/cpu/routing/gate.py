@@ -100,16 +100,16 @@ def _linear(c: _Linear) -> None:
     with parallel.parallel_for(parts * blocks, sums, weights) as task:
         block, part = parallel.divide(task, parts)
         first = T.bind(part * TOKENS_OF_A_PRODUCT)
-        mine = T.bind(T.min(c.tokens - first, TOKENS_OF_A_PRODUCT))
+        block_tokens = T.bind(T.min(c.tokens - first, TOKENS_OF_A_PRODUCT))
         expert = T.bind(block * v.lanes)
-        several = T.bind(T.floordiv(mine, rows))
+        several = T.bind(T.floordiv(block_tokens, rows))
         with T.serial(0, several) as i:
             t = T.bind(first + i * rows)
             with T.serial(0, T.min(T.ceildiv(count - expert, columns), rows)) as j:
                 _products(c, t, rows, expert, j * columns)
             with T.serial(0, rows) as j:
                 _finish(c, t + j, expert)
-        with T.serial(0, mine - several * rows) as i:
+        with T.serial(0, block_tokens - several * rows) as i:
             t = T.bind(first + several * rows + i)
             _products(c, t, 1, expert, 0)
             _finish(c, t, expert)

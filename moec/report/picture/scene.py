@@ -236,14 +236,14 @@ def _flow(
     All other ops of the module itself (views, casts) are passed through.
     """
     owner = {op: i for i, child in enumerate(children) for op in child.all_ops()}
-    mine = {op for op in module.all_ops()}
+    own_ops = {op for op in module.all_ops()}
     flow: list[ScenePart] = []
     index_of: dict[int, int] = {}
     ends: dict[int, int] = {}  # by child: the part that computes its results
     sources: dict[Value, int] = {}
     edges: list[tuple[int, int]] = []
     for op in graph.ops:
-        if op not in mine:
+        if op not in own_ops:
             continue
         if op in owner:
             at = owner[op]
