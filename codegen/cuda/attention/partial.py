@@ -91,8 +91,8 @@ def _weigh(
     scales: Buffer,
     totals: Buffer,
 ) -> None:
-    """The factor of each part and its sum of weights times that, a part per thread. `position` is the
-    first slot of the row, the number of parts and the thread."""
+    """The factor of each part and its sum of weights times that, a part per thread. `position` is
+    the first slot of the row, the number of parts and the thread."""
     first, parts, thread = position
     best = T.alloc_buffer((1,), "float32", scope="local")
     T.buffer_store(best, T.float32(LOWEST), [0])
