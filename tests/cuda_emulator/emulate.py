@@ -38,12 +38,15 @@ from moec.runtime.package import Launch
 from moec.target.cuda import TARGETS, CudaTarget
 
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.hpp")))
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 LARGE = 1 << 19
 """Characters of CUDA C from which g++ takes longer to optimise it than it runs: whole models."""
 FLAGS = (
     *("-std=c++17", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-w"),
+    "-fvisibility=hidden",
     *("-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables"),  # a seventh of the time
 )
+VISIBLE = '__attribute__((visibility("default")))'
 SM_80 = TARGETS["cuda:sm_80"]
 
 needs_compiler = pytest.mark.skipif(
@@ -175,12 +178,12 @@ def _entry(code: str, launch: Launch) -> str:
     values = ", ".join(f"*({kind}*)p[{i}]" for i, kind in enumerate(kinds))
     widths = ", ".join(f"sizeof({kind})" for kind in kinds)
     return f"""
-extern "C" const int widths_{name}[] = {{{widths}, 0}};
-extern "C" void launch_{name}(void** p, const int* g, int dynamic) {{
+extern "C" {VISIBLE} const int widths_{name}[] = {{{widths}, 0}};
+extern "C" {VISIBLE} void launch_{name}(void** p, const int* g, int dynamic) {{
   emulator::launch({{g[0], g[1], g[2]}}, {{g[3], g[4], g[5]}}, dynamic,
                    [=] {{ {name}({values}); }});
 }}
-extern "C" int __tvm_ffi_{name}(void*, const Argument* a, int, Argument* result) {{
+extern "C" {VISIBLE} int __tvm_ffi_{name}(void*, const Argument* a, int, Argument* result) {{
   emulator::launch({{{grid}}}, {{{threads}}}, {dynamic}, [=] {{ {name}({", ".join(arguments)}); }});
   *result = {{}};
   return 0;
@@ -196,16 +199,17 @@ def _argument_of(kind: str, index: int) -> str:
 
 def _compiled(code: str) -> bytes:
     store = default_store()
-    headers = [path.read_text() for path in HEADERS]
+    emulator = [path.read_text() for path in (*HEADERS, *SOURCES)]
     level = "-O0" if len(code) > LARGE else "-O1"
-    key = key_of("emulated", code, *headers, level, *FLAGS)
+    key = key_of("emulated", code, *emulator, level, *FLAGS)
     if (library := load(store, LIBRARIES, key)) is not None:
         return library
     with tempfile.TemporaryDirectory(prefix="moec-") as folder:
         source, output = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         source.write_text(code)
+        objects = [str(path) for path in Path(_objects()).glob("*.o")]
         words = ["g++", level, *FLAGS, "-shared", f"-I{_precompiled(level)}"]
-        command = [*words, str(source), "-o", str(output)]
+        command = [*words, str(source), *objects, "-o", str(output)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             lines = [line for line in result.stderr.splitlines() if "error:" in line]
@@ -217,15 +221,28 @@ def _compiled(code: str) -> bytes:
 
 @cache
 def _precompiled(level: str) -> str:
-    """A folder with the headers, compiled once for a level of optimisation: that is most of a
-    kernel's compile time."""
-    folder = tempfile.mkdtemp(prefix="moec-emulator-")
-    weakref.finalize(_compiled, shutil.rmtree, folder, ignore_errors=True)
+    """A folder with the headers, compiled once for a level of optimisation."""
+    folder = _folder()
     for header in HEADERS:
         shutil.copy(header, folder)
     path = Path(folder, "kernel.hpp")
     words = ["g++", level, *FLAGS, "-x", "c++-header", str(path), "-o", f"{path}.gch"]
     subprocess.run(words, check=True)
+    return folder
+
+
+@cache
+def _objects() -> str:
+    """A folder with the emulator itself, compiled once, which is linked to each kernel."""
+    folder = _folder()
+    subprocess.run(["g++", "-O1", *FLAGS, "-c", *map(str, SOURCES)], check=True, cwd=folder)
+    return folder
+
+
+def _folder() -> str:
+    """A folder that goes with this process."""
+    folder = tempfile.mkdtemp(prefix="moec-emulator-")
+    weakref.finalize(_compiled, shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
