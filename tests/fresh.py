@@ -56,6 +56,11 @@ class Program:
     strict: bool = False
 
 
+def moec_command(*words: str) -> Program:
+    """`moec WORDS` as a program."""
+    return Program("from moec.__main__ import main\nmain()\n", arguments=words)
+
+
 @dataclass(frozen=True)
 class Result:
     returncode: int

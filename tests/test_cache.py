@@ -27,6 +27,7 @@ from moec.cache import (
     store_in,
 )
 from moec.files.os_errors import reason
+from tests.fresh import Warm, moec_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -214,15 +215,15 @@ def test_a_full_or_read_only_disk_warns_once(
     assert load(store, OBJECTS, "a") == b"one"
 
 
-def test_commands_say_it_in_one_sentence(tmp_path: Path) -> None:
+def test_commands_say_it_in_one_sentence(
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "x.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")  # no tensors
-    done = subprocess.run(
-        [sys.executable, "-m", "moec", "compile", str(tmp_path), "-o", str(tmp_path / "out.moec")],
-        cwd=ROOT, env={**os.environ, "MOEC_CACHE": str(tmp_path / "file" / "x")},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    monkeypatch.setenv("MOEC_CACHE", str(tmp_path / "file" / "x"))
+    command = moec_command("compile", str(tmp_path), "-o", str(tmp_path / "out.moec"))
+    done = warm.run(command, ROOT)
     first = done.stderr.splitlines()[0]
     assert first.startswith(f"warning: the cache {tmp_path / 'file' / 'x'} is not used: ")
     assert done.returncode == 1

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.pages import ROOT, Block, blocks, command, run_block
+from tests.pages import ROOT, Block, blocks, lines_of, run_block, words_of
 
 LINES = 120
 
@@ -15,7 +15,13 @@ LINES = 120
 def test_blocks_are_found():
     text = "<!-- not run: no -->\n```console\n$ a\n```\n\n```python\nb\n```\n```\nart\n```\n"
     assert list(blocks(text)) == [Block("python", "b\n", 6)]
-    assert command(Block("console", "$ a\noutput\n$ b | c\n", 1))[-1] == "a\nb | c"
+    assert lines_of(Block("console", "$ a\noutput\n$ b | c\n", 1)) == ["a", "b | c"]
+
+
+def test_a_line_that_only_calls_moec_needs_no_shell():
+    assert words_of('moec run x.moec --prompt "def f():"')[2:] == ("--prompt", "def f():")
+    lines = ("ls", "moec doctor | head", "moec run $X", "A=1 moec")
+    assert [words_of(line) for line in lines] == [None] * 4
 
 
 def sections(markdown: str) -> dict[str, list[Block]]:
@@ -47,9 +53,9 @@ def test_it_is_short():
 
 @pytest.mark.long
 @pytest.mark.parametrize("section", SECTIONS)
-def test_readme_runs(section, tmp_path):
+def test_readme_runs(section, tmp_path, warm):
     for block in SECTIONS[section]:
-        run_block(block, tmp_path, "README.md")
+        run_block(block, tmp_path, "README.md", warm)
 
 
 def test_links_lead_somewhere():

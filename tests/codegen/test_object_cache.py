@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from moec.codegen.cpu.frame import IMPORT
 from moec.codegen.object_cache import named_by_content
 from moec.errors import IRError
 from moec.target.cpu import TARGETS, host
+from tests.fresh import Program, Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 LLVM = """define linkonce_odr float @moec_test(float %x) {{
@@ -102,12 +101,9 @@ assert run(built) == [2.0, -6.0]
 """
 
 
-def test_another_process_compiles_nothing(store: Store) -> None:
+def test_another_process_compiles_nothing(store: Store, warm: Warm) -> None:
     compile_kernels(kernel(), target=host(), store=store)
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, str(store.folder)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = warm.run(Program(CODE, arguments=(str(store.folder),)), ROOT)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from moec.passes import recognise
 from moec.pipeline import OPT_IN
 from moec.target import cpu as target
 from moec.target import cuda
+from tests.fresh import Warm, moec_command
 from tests.models import families
 from tests.models.test_other_families import COMPILED, TRIED
 
@@ -105,10 +103,12 @@ def test_all_passes_fit_two_screens() -> None:
     assert max(map(len, lines)) <= 80
 
 
-def test_what_is_piped_is_not_wrapped() -> None:
-    command = [sys.executable, "-m", "moec", "list", "passes"]
-    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    shown = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+def test_what_is_piped_is_not_wrapped(
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    shown = warm.run(moec_command("list", "passes"), tmp_path).stdout
+    assert shown
     rows = json.loads(run("passes", "--json").stdout)
     for row, line in zip(rows, shown.splitlines()[1:], strict=False):
         assert line.startswith(row["pass"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 import moec
 from moec.cache import LIBRARIES, CacheWarning
 from tests.dynamo.modules import Masked
+from tests.fresh import Program, Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
@@ -66,11 +65,9 @@ def counts(stats: moec.dynamo.Stats) -> tuple[int, int]:
     return stats.code_compiled, stats.disk_hits
 
 
-def test_a_second_process_starts_from_it() -> None:
+def test_a_second_process_starts_from_it(warm: Warm) -> None:
     assert counts(compile_once()) == (1, 0)
-    done = subprocess.run(
-        [sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = warm.run(Program(CODE), ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "1"]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import tvm
@@ -16,6 +14,7 @@ from moec.codegen.cpu.gemm.linear import linear
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import host
+from tests.fresh import Program
 
 TARGET = tvm.target.Target(host().tvm())
 
@@ -65,10 +64,11 @@ assert torch.equal(large, run(always, x))
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one processor has one thread")
-def test_threads_wake_for_as_much_as_they_are_worth():
+def test_threads_wake_for_as_much_as_they_are_worth(warm, tmp_path, monkeypatch):
     """One row decides; the pool of a thread is made when that thread first shares a loop."""
-    environment = os.environ | {"TVM_NUM_THREADS": "2"}
-    subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True, timeout=120)
+    monkeypatch.setenv("TVM_NUM_THREADS", "2")
+    result = warm.run(Program(SCRIPT), tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 def filled(sums, count=4):

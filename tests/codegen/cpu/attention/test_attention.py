@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from moec.codegen.build import assembly, compile_kernels
 from moec.codegen.cpu.attention.attention import attention
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.target.cpu import TARGETS, host, parse
+from tests.fresh import Program, Warm
 
 TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Relative to attention over |v|. bf16: a weight and the result are rounded, 2^-8 each, and
@@ -282,15 +281,14 @@ assert tvm.get_global_func("runtime.NumThreads")() == min(THREADS, os.cpu_count(
 """
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    process = [
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT.replace("THREADS", str(threads))],
-            env=os.environ | {"TVM_NUM_THREADS": str(threads)},
-            check=True,
-            capture_output=True,
-            timeout=120,
-        ).stdout
-        for threads in (1, 2)
-    ]
-    assert process[0] == process[1]
+def test_results_do_not_depend_on_the_number_of_threads(
+    warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = set()
+    for threads in (1, 2):
+        monkeypatch.setenv("TVM_NUM_THREADS", str(threads))
+        result = warm.run(Program(SCRIPT.replace("THREADS", str(threads))), tmp_path)
+        assert result.returncode == 0, result.stderr
+        outputs.add(result.stdout)
+    (output,) = outputs
+    assert output

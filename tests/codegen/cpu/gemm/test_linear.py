@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -17,6 +14,7 @@ from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import TARGETS, CpuTarget, missing
+from tests.fresh import Program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ELSEWHERE = ("amx", "avx2-vnni")  # test_amx_tile.py, quantised/test_grouped.py
@@ -192,18 +190,15 @@ print(y.numpy().tobytes().hex())
 """
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    process = [
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT.replace("THREADS", str(threads))],
-            env=os.environ | {"TVM_NUM_THREADS": str(threads)},
-            check=True,
-            capture_output=True,
-            timeout=120,
-        ).stdout
-        for threads in (1, 2)
-    ]
-    assert process[0] == process[1]
+def test_results_do_not_depend_on_the_number_of_threads(warm, tmp_path, monkeypatch):
+    outputs = set()
+    for threads in (1, 2):
+        monkeypatch.setenv("TVM_NUM_THREADS", str(threads))
+        result = warm.run(Program(SCRIPT.replace("THREADS", str(threads))), tmp_path)
+        assert result.returncode == 0, result.stderr
+        outputs.add(result.stdout)
+    (output,) = outputs
+    assert output
 
 
 def test_nan_and_infinity_stay_in_their_row(build):
