@@ -193,7 +193,9 @@ class Executor:
         """Add the choices of each call to `recorder`, see `moec.runtime.recording`."""
         with self._lock:
             if self._recorder is not None:
-                raise InputError("the routing of this model is already being recorded")
+                raise InputError(
+                    "the routing of this model is already being recorded: end that recording first"
+                )
             self._recorder = recorder
 
     def stop_recording(self) -> None:

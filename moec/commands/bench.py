@@ -212,7 +212,7 @@ def _bench(
     if generation.longest is not None and prompt + new > generation.longest:
         raise UsageError(
             f"{prompt} + {new} tokens are requested, and the model takes at most "
-            f"{generation.longest}"
+            f"{generation.longest}: give smaller numbers"
         )
     load = Load(batch, prompt, new, generation.vocabulary)
     with_files = [name for name in names if name in PACKAGES]

@@ -10,6 +10,7 @@ import click
 
 from moec import model_path
 from moec.commands.echo import echo
+from moec.commands.files import check_output
 from moec.commands.logs import log_options
 from moec.commands.options import (
     OneOf,
@@ -157,8 +158,5 @@ def _output(output: Path | None, force: bool) -> Path:
         raise UsageError("name the file with -o OUT.onnx")
     if output.suffix != ".onnx":
         raise UsageError(f"{output}: give the file a name that ends in .onnx")
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists; --force replaces it")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output}: the folder {output.parent} does not exist")
+    check_output(output, str(output), force=force)
     return output

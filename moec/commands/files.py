@@ -43,6 +43,14 @@ def check_folder(path: Path, name: str) -> None:
         raise UsageError(f"{name}: {existing} cannot be written: permission denied")
 
 
+def check_output(path: Path, name: str, *, force: bool) -> None:
+    """Raises UsageError, beginning with `name`, where no file can be written at `path`, or one
+    exists and is not to be replaced (`force`)."""
+    check_writable(path, name)
+    if path.exists() and not force:
+        raise UsageError(f"{name} exists; --force replaces it")
+
+
 def check_writable(path: Path, name: str) -> None:
     """Raises UsageError, beginning with `name`, where no file can be written at `path`."""
     if "\0" in str(path) or not path.name:
@@ -51,7 +59,7 @@ def check_writable(path: Path, name: str) -> None:
         if path.is_dir():
             raise UsageError(f"{name} is a folder: give the name of a file")
         if not path.parent.is_dir():
-            raise UsageError(f"{name}: the folder {path.parent} does not exist")
+            raise UsageError(f"{name}: the folder {path.parent} does not exist: create it first")
     except OSError as error:
         raise UsageError(f"{name} is not a valid file name: {reason(error)}") from error
     if not os.access(path if path.exists() else path.parent, os.W_OK):

@@ -56,7 +56,7 @@ def log_options(command: F) -> F:
     @functools.wraps(command)
     def logged(*args: Any, verbose: int, log_file: Path | None, **options: Any) -> Any:
         if verbose and options.get("quiet"):
-            raise UsageError("--verbose and --quiet cannot be combined")
+            raise UsageError("--verbose and --quiet cannot be combined: leave one out")
         with logs(verbose, log_file):
             return command(*args, **options)
 

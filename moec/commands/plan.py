@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moec.commands.echo import echo
+from moec.commands.files import check_output
 from moec.commands.options import OneOf, force_option, json_option
 from moec.errors import UsageError
 from moec.files.printable import printable_json
@@ -143,10 +144,8 @@ def command(
     from moec.plan.uniform import best_uniform
 
     for path in (output, placement, picture, measure):
-        if path and path.exists() and not force:
-            raise UsageError(f"{path} exists; --force replaces it")
-        if path and not path.parent.is_dir():
-            raise UsageError(f"{path}: the folder {path.parent} does not exist")
+        if path:
+            check_output(path, str(path), force=force)
     if as_json and (explain is not None or other):
         raise UsageError("--json prints the plan alone: leave out --explain and --compare")
     if picture:

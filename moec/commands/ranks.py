@@ -54,7 +54,7 @@ def compile_ranks(
 
     plan = read_plan(plan_file)
     if arguments.get("quant"):
-        raise UsageError("--plan and --quant cannot be combined yet")
+        raise UsageError("--plan and --quant cannot be combined yet: leave one out")
     compiled = compile_model(model, **arguments, verify=False, stop_after="split-packed")
     program, log = compiled.pass_results[-1].program, Log()
     module = rank_programs(program, plan, log)

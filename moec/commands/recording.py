@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moec.commands.files import check_writable
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,8 +18,7 @@ def check_trace(path: Path) -> None:
     """Raises UsageError, before anything runs, where no trace could be written to `path`."""
     if path.suffix != ".npz":
         raise UsageError(f"--record-routing {path}: the name must end in .npz")
-    if not path.parent.is_dir():
-        raise UsageError(f"--record-routing {path}: the folder {path.parent} does not exist")
+    check_writable(path, f"--record-routing {path}")
 
 
 @contextmanager

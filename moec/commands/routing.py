@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from moec.commands.echo import echo
+from moec.commands.files import check_output
 from moec.commands.options import force_option, json_option
 from moec.errors import UsageError
 
@@ -36,10 +37,8 @@ def command(
     from moec.runtime.routing_trace import save_trace
 
     for path in (picture, output):
-        if path and path.exists() and not force:
-            raise UsageError(f"{path} exists; --force replaces it")
-        if path and not path.parent.is_dir():
-            raise UsageError(f"{path}: the folder {path.parent} does not exist")
+        if path:
+            check_output(path, str(path), force=force)
     if picture:
         check_picture_name(picture)
     if output and output.suffix != ".npz":

@@ -155,7 +155,7 @@ def _check_work(
     if source is None and not (options.form or compares):
         raise UsageError("give one of --input FILE, --prompt TEXT, --chat or --check")
     if source is not None and options.form:
-        raise UsageError(f"--input and {options.form} cannot be combined")
+        raise UsageError(f"--input and {options.form} cannot be combined: leave one out")
     if output is not None and source is None:
         raise UsageError("--output needs --input")
 

@@ -52,7 +52,7 @@ class TextOptions:
         forms = {"--prompt": self.prompt, "--prompts": self.prompts, "--chat": self.chat or None}
         names = [name for name, value in forms.items() if value is not None]
         if len(names) > 1:
-            raise UsageError(f"{' and '.join(names)} cannot be combined")
+            raise UsageError(f"{' and '.join(names)} cannot be combined: leave out all but one")
         return names[0] if names else ""
 
 

@@ -62,7 +62,8 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
     manifest, _ = manifest_of(job.folder, job.signed_by)
     if manifest.devices != world:
         raise UsageError(
-            f"{job.folder} is planned for {manifest.devices} ranks, but {world} were started"
+            f"{job.folder} is planned for {manifest.devices} ranks, but {world} were started: "
+            f"start {manifest.devices}"
         )
     with started(job):
         files = load_rank(job.folder, rank, function, job.signed_by)

@@ -55,7 +55,8 @@ def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tenso
     lengths = {arrays[name].shape[:1] for name in names}
     if len(lengths) != 1 or lengths == {()}:
         raise UsageError(
-            f"{source}: inputs have different first axes, which are split over the ranks"
+            f"{source}: inputs have different first axes, which are split over the ranks: give "
+            "inputs of one batch size"
         )
     return [torch.from_numpy(np.array_split(arrays[name], world)[ranks.rank]) for name in names]
 

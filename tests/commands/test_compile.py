@@ -127,7 +127,8 @@ def test_where_nothing_can_be_written(compiler: FakeCompiler, tmp_path: Path) ->
         ("-o", str(out)): f"error: {out} exists; --force replaces it\n",
         (): "error: name the artifact with -o OUT.moec, or compile nothing with --dry-run\n",
         ("-o", str(tmp_path / "no" / "x.moec")): (
-            f"error: {tmp_path}/no/x.moec: the folder {tmp_path}/no does not exist\n"
+            f"error: {tmp_path}/no/x.moec: the folder {tmp_path}/no does not exist: "
+            "create it first\n"
         ),
     }
     for arguments, words in cases.items():

@@ -147,7 +147,8 @@ def test_a_name_that_no_terminal_can_show(speaker: Path, tmp_path: Path) -> None
 def test_of_a_picture(speaker: Path, tmp_path: Path) -> None:
     path = tmp_path / "none" / "x.svg"
     words = refused("inspect", speaker, "--graph", path)
-    assert words == f"error: --graph {path}: the folder {path.parent} does not exist"
+    folder = f"the folder {path.parent} does not exist: create it first"
+    assert words == f"error: --graph {path}: {folder}"
     words = refused("inspect", speaker, "--graph", tmp_path)
     assert "the name must end in .svg, .html or .dot" in words
 
