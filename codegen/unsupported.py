@@ -63,8 +63,8 @@ def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[str, str
 
 
 def line(reason: str, ops: list[Op]) -> str:
-    """One line of the error: the reason, the number of ops, and the first three origins."""
-    origins = list(dict.fromkeys(op.origin or op.outputs[0].name for op in ops))
+    """One line of the error: the reason, the number of ops, and three origins or lines."""
+    origins = list(dict.fromkeys(op.origin or op.line or op.outputs[0].name for op in ops))
     shown = ", ".join(origins[:3]) + (f" and {len(origins) - 3} more" if len(origins) > 3 else "")
     return f"{reason} ({len(ops)} time{'s' if len(ops) > 1 else ''}: at {shown})"
 

@@ -139,7 +139,7 @@ def _refusal(name: str, value: str, axis: int, size: int, other: int, guard: Gua
     return (
         f"{name}: axis {axis} of {value} would always be {size}, as in the example, and the module "
         f"runs at {other} too{where}\n"
-        f"  keep the size symbolic (no loop over range of it, no list of that length), or say that "
-        f"it stays {size}:\n"
+        f"  keep the size symbolic (no loop over range of it, no list of that length, no "
+        f"text of it), or say that it stays {size}:\n"
         f'  allow_fixed="{value}" (--allow-fixed {value}), or dynamic_shapes (--shapes)'
     )

@@ -1,4 +1,4 @@
-"""Floats that are computed of sizes or read from data, as tensors f64[].
+"""Floats that are computed of sizes or read from data, as tensors f64[]; conditions as bool[].
 
     x * (n / 4)    full: f64[] = aten.full.default() <fill_value={n}>
                    full_1: f64[] = aten.full.default() <fill_value=4>
@@ -28,15 +28,31 @@ _TARGETS: Mapping[Any, str] = {
     operator.truediv: "aten.div.Tensor",
     operator.pow: "aten.pow.Tensor_Tensor",
     operator.neg: "aten.neg.default",
+    torch.sym_sqrt: "aten.sqrt.default",  # type: ignore[attr-defined]
     torch.sym_max: "aten.maximum.default",
     torch.sym_min: "aten.minimum.default",
 }
+_CONDITIONS: Mapping[Any, str] = {
+    operator.gt: "aten.gt.Tensor",
+    operator.ge: "aten.ge.Tensor",
+    operator.lt: "aten.lt.Tensor",
+    operator.le: "aten.le.Tensor",
+    operator.eq: "aten.eq.Tensor",
+    operator.ne: "aten.ne.Tensor",
+    operator.and_: "aten.logical_and.default",
+    operator.or_: "aten.logical_or.default",
+    torch.sym_not: "aten.logical_not.default",
+}
 _F64 = TensorType("f64", ())
+_BOOL = TensorType("bool", ())
 _CAST = "aten._to_copy.default"
 _FILLS = {"aten.scalar_tensor.default": 0, "aten.full.default": 1, "aten.full_like.default": 1}
 """The position of the number in operators that repeat it."""
 _WITH_TENSOR = {
-    **{f"aten.{name}.Scalar": f"aten.{name}.Tensor" for name in "gt ge lt le eq ne".split()},
+    **{
+        f"aten.{name}.Scalar": f"aten.{name}.Tensor"
+        for name in "gt ge lt le eq ne remainder fmod".split()
+    },
     "aten.pow.Tensor_Scalar": "aten.pow.Tensor_Tensor",
 }
 _CLAMP = "aten.clamp.default"
@@ -44,7 +60,8 @@ _CLAMP = "aten.clamp.default"
 
 @dataclass(frozen=True)
 class VaryingFloat:
-    """A float that depends on sizes or data. `value` is its expression if data are not involved."""
+    """A float or a condition that depends on sizes or data. `value` is its expression if data are
+    not involved."""
 
     where: str
     expr: str
@@ -57,6 +74,7 @@ class Emitter(Protocol):
     ops: list[Op]
     values: dict[torch.fx.Node, Any]
     floats: dict[torch.fx.Node, Value]
+    line: str
 
     def fresh(self, name: str) -> str: ...
 
@@ -74,7 +92,7 @@ def operand_for(emitter: Emitter, number: torch.fx.Node, node: torch.fx.Node) ->
     tensors = [x for x in operands if isinstance(x, torch.Tensor)]
     if value is None or any(x.ndim and x.dtype.is_floating_point for x in tensors):
         return value
-    return _cast(emitter, value, emitter.type(node.meta["val"], node.name).dtype)
+    return cast_to(emitter, value, emitter.type(node.meta["val"], node.name).dtype)
 
 
 def emit_call(emitter: Emitter, node: torch.fx.Node) -> Value | None:
@@ -86,26 +104,27 @@ def emit_call(emitter: Emitter, node: torch.fx.Node) -> Value | None:
         value = float_tensor(emitter, cast(torch.fx.Node, arguments[_FILLS[target]]))
         if value is None:
             return None
-        value = _cast(emitter, value, result.dtype)
-        return _op(emitter, "aten.expand.default", (value,), result, size=result.shape)
+        value = cast_to(emitter, value, result.dtype)
+        return emit_op(emitter, "aten.expand.default", (value,), result, size=result.shape)
     x = emitter.values.get(cast(torch.fx.Node, arguments[0]))
     if target in _WITH_TENSOR and isinstance(x, Value):
         value = operand_for(emitter, cast(torch.fx.Node, arguments[1]), node)
-        return value and _op(emitter, _WITH_TENSOR[target], (x, value), result)
+        return value and emit_op(emitter, _WITH_TENSOR[target], (x, value), result)
     if target == _CLAMP and isinstance(x, Value):
         for name, limit in zip(("maximum", "minimum"), arguments[1:], strict=False):
-            value = None if limit is None else _operand(emitter, limit)
+            value = None if limit is None else number_tensor(emitter, limit)
             if limit is not None and value is None:
                 return None
             if value is not None:
-                value = _cast(emitter, value, result.dtype)
-                x = _op(emitter, f"aten.{name}.default", (x, value), result)
+                value = cast_to(emitter, value, result.dtype)
+                x = emit_op(emitter, f"aten.{name}.default", (x, value), result)
         return x
     return None
 
 
 def float_tensor(emitter: Emitter, node: torch.fx.Node) -> Value | None:
-    """The float of a node; None for an operation that has no op. Emits ops once for each node."""
+    """The float or condition of a node; None for an operation that has no op. Emits ops once for
+    each node."""
     if node not in emitter.floats:
         value = _emit(emitter, node)
         if value is None:
@@ -118,18 +137,19 @@ def _emit(emitter: Emitter, node: torch.fx.Node) -> Value | None:
     if "_local_scalar_dense" in str(node.target):
         source = emitter.values[node.all_input_nodes[0]]
         scalar = TensorType(source.dtype, ())
-        value = _op(emitter, "aten.reshape.default", (source,), scalar, shape=())
-        return _cast(emitter, value, "f64")
+        value = emit_op(emitter, "aten.reshape.default", (source,), scalar, shape=())
+        return cast_to(emitter, value, "f64")
     if node.target is torch.sym_float:
-        return _operand(emitter, node.args[0])
-    target = _TARGETS.get(node.target)
-    operands = [_operand(emitter, argument) for argument in node.args]
+        return number_tensor(emitter, node.args[0])
+    target = _TARGETS.get(node.target, _CONDITIONS.get(node.target))
+    operands = [number_tensor(emitter, argument) for argument in node.args]
     if target is None or any(operand is None for operand in operands):
         return None
-    return _op(emitter, target, tuple(x for x in operands if x is not None), _F64)
+    result = _BOOL if node.target in _CONDITIONS else _F64
+    return emit_op(emitter, target, tuple(x for x in operands if x is not None), result)
 
 
-def _operand(emitter: Emitter, argument: Any) -> Value | None:
+def number_tensor(emitter: Emitter, argument: Any) -> Value | None:
     """A size, a constant, or another float, as f64[]."""
     if isinstance(argument, torch.fx.Node):
         value = emitter.values.get(argument)
@@ -139,18 +159,18 @@ def _operand(emitter: Emitter, argument: Any) -> Value | None:
     if not isinstance(argument, int | float | sympy.Expr):
         return None
     fill = {"size": (), "fill_value": argument, "dtype": DType("f64")}
-    return _op(emitter, "aten.full.default", (), _F64, **fill)
+    return emit_op(emitter, "aten.full.default", (), _F64, **fill)
 
 
-def _cast(emitter: Emitter, value: Value, dtype: str) -> Value:
+def cast_to(emitter: Emitter, value: Value, dtype: str) -> Value:
     if value.dtype == dtype:
         return value
-    return _op(emitter, _CAST, (value,), TensorType(dtype, value.shape), dtype=DType(dtype))
+    return emit_op(emitter, _CAST, (value,), TensorType(dtype, value.shape), dtype=DType(dtype))
 
 
-def _op(
+def emit_op(
     emitter: Emitter, target: str, inputs: tuple[Value, ...], result: TensorType, **attrs: Any
 ) -> Value:
     output = Value(emitter.fresh(target.split(".")[1].strip("_")), result)
-    emitter.ops.append(Op(target, inputs, (output,), attrs))
+    emitter.ops.append(Op(target, inputs, (output,), attrs, None, "", emitter.line))
     return output

@@ -25,6 +25,8 @@ from moec.capture.literals import floats_symbolic
 from moec.capture.numbers import export_keeping_sizes
 from moec.capture.scans import scans_as_ops
 from moec.capture.shapes import Axes, name_symbols
+from moec.capture.size_math import math_of_sizes
+from moec.capture.size_text import texts_guarded
 from moec.capture.sizes_as_numbers import sizes_as_numbers
 from moec.capture.speculate import explained, scripts_as_python
 from moec.capture.states import States
@@ -64,6 +66,8 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         scripts_as_python(),
         sym_bools_answered(module),
         sizes_as_numbers(module),
+        math_of_sizes(),
+        texts_guarded(),
         floats_symbolic(),
         located(),
         symbolic_config.patch(  # type: ignore[attr-defined]

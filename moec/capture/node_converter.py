@@ -12,8 +12,9 @@ import torch
 
 from moec.capture.arithmetic import float_of, whole_of
 from moec.capture.float_tensors import VaryingFloat, emit_call, operand_for
+from moec.capture.scaled_operators import emit_scaled
 from moec.capture.scans import OWN
-from moec.capture.sources import named, user_line
+from moec.capture.sources import named, user_code, user_line
 from moec.capture.views import view_shape
 from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
@@ -29,7 +30,8 @@ _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 @dataclass
 class Converter:
-    """The state of one conversion: what each node of the export became."""
+    """The state of one conversion: what each node of the export became. `line` is the user's line
+    of the current node."""
 
     rename: Mapping[str, str]
     root: torch.nn.Module
@@ -39,9 +41,14 @@ class Converter:
     computed: dict[sympy.Expr, sympy.Expr] = field(default_factory=dict)
     floats: dict[torch.fx.Node, Value] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    line: str = ""
 
     def where(self, node: torch.fx.Node) -> str:
         return without(self.prefix, origin(node))
+
+    def place(self, node: torch.fx.Node) -> str:
+        """Where a node comes from, for messages: the user's line, else the module or the node."""
+        return user_code(node) or self.where(node) or node.name
 
     def fresh(self, name: str) -> str:
         candidate, count = name, 1
@@ -74,6 +81,8 @@ class Converter:
                 self.size(node, self.values[node])
         elif isinstance(value, torch.SymFloat | float):
             self.values[node] = self.number(value, node)
+        elif isinstance(value, torch.SymBool) and value.node.expr not in (True, False):
+            self.values[node] = VaryingFloat(self.place(node), named(value.node.expr, self.rename))
         elif value is None or isinstance(value, torch.SymBool | bool):
             self.values[node] = None
         else:
@@ -117,7 +126,7 @@ class Converter:
             result = None  # it can be an operand, but no size can be computed of it
         if result is not None:
             self.remember(expr, result, node)
-        return VaryingFloat(self.where(node) or node.name, str(expr), result)
+        return VaryingFloat(self.place(node), named(expr, self.rename), result)
 
     def remember(
         self, expr: sympy.Expr, value: sympy.Expr | None, node: torch.fx.Node
@@ -148,7 +157,7 @@ class Converter:
         return value
 
     def call(self, node: torch.fx.Node, value: Any) -> None:
-        target = str(node.target)
+        target, self.line = str(node.target), user_code(node)
         if any(name in target for name in _INLINED):
             self.inline(node)
             return
@@ -158,7 +167,7 @@ class Converter:
                 "write it with torch.where, or fix the branch before the export"
             )
         if any(isinstance(self.values.get(n), VaryingFloat) for n in node.all_input_nodes):
-            output = emit_call(self, node)
+            output = emit_scaled(self, node) or emit_call(self, node)
             if output is not None:
                 self.values[node] = output
                 return
@@ -182,7 +191,7 @@ class Converter:
         if target in OWN:  # its inputs have the order of the op
             target = OWN[target]
             attrs = {name: attr for name, attr in attrs.items() if attr is True}
-        self.ops.append(Op(target, tuple(inputs), outputs, attrs, None, where))
+        self.ops.append(Op(target, tuple(inputs), outputs, attrs, None, where, self.line))
         self.values[node] = outputs if isinstance(value, tuple | list) else outputs[0]
 
     def attributes(self, node: torch.fx.Node, inputs: list[Value]) -> dict[str, Attr]:
@@ -235,8 +244,9 @@ class Converter:
             return converted
         if isinstance(converted, VaryingFloat):
             raise CaptureError(
-                f"{converted.where}: the float {converted.expr} depends on a size or on data; "
-                "compute it as a tensor"
+                f"{converted.where}: the number {converted.expr} depends on a size or on data, and "
+                "is an argument that a graph stores as a constant; compute it as a tensor and "
+                "multiply by that"
             )
         raise CaptureError(
             f"{where}: an argument of type {type(converted).__name__} cannot stand in a graph"

@@ -22,6 +22,15 @@ def user_line(node: torch.fx.Node) -> str:
     return user_frames[-1] if user_frames else node.name
 
 
+def user_code(node: torch.fx.Node) -> str:
+    """The user's innermost line that created a node, as "file.py:12: `text`"; empty if unknown."""
+    for file, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
+        if not is_internal(file):
+            text = text_of(file, int(line))
+            return f"{Path(file).name}:{line}" + (f": `{text}`" if text else "")
+    return ""
+
+
 def is_internal(file: str) -> bool:
     """Whether a file belongs to torch or moec and not to the user."""
     return file.startswith((_TORCH, _MOEC, "<"))

@@ -15,7 +15,7 @@ def canonical_text(graph: Graph) -> str:
 
 
 def without_origins(graph: Graph) -> Graph:
-    """The graph with canonical names and no origins."""
+    """The graph with canonical names, and no origins and lines."""
     new: dict[Value, Value] = {}
 
     def name(value: Value) -> Value:
@@ -27,8 +27,7 @@ def without_origins(graph: Graph) -> Graph:
     for op in graph.ops:
         read = tuple(map(name, op.inputs))
         body = without_origins(op.body) if op.body is not None else None
-        ops.append(
-            replace(op, inputs=read, outputs=tuple(map(name, op.outputs)), body=body, origin="")
-        )
+        written = tuple(map(name, op.outputs))
+        ops.append(replace(op, inputs=read, outputs=written, body=body, origin="", line=""))
     outputs = tuple(map(name, graph.outputs))
     return Graph(inputs, params, tuple(ops), outputs, (), graph.bounds)

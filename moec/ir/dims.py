@@ -128,7 +128,10 @@ def _convert(
     if expr.is_number:
         return expr
     arguments = [_convert(a, rename, computed) for a in expr.args]
-    function = _TORCH_FUNCTIONS.get(type(expr).__name__)
+    name = type(expr).__name__
+    if name.startswith("Opaque"):
+        raise IRError(f"{name.removeprefix('OpaqueUnaryFn_')} of a size is no expression of sizes")
+    function = _TORCH_FUNCTIONS.get(name)
     if function is None and any(a.is_Float for a in expr.args):
         return f64(expr.func(*arguments))
     return function(*arguments) if function else expr.func(*arguments)

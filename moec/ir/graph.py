@@ -90,12 +90,16 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Op:
+    """One operation. `origin` is the path of the user's module, `line` the user's line of code as
+    file.py:12 with its text; `line` is for messages only and is not part of the graph's text."""
+
     name: str
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     attrs: Mapping[str, Attr] = field(default_factory=lambda: MappingProxyType({}))
     body: Graph | None = None
     origin: str = ""
+    line: str = ""
 
     def __str__(self) -> str:
         results = ", ".join(v.name for v in self.outputs)

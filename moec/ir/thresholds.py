@@ -23,6 +23,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "Add": lambda *terms: sum(terms, Fraction(0)),
     "Mul": lambda *factors: math.prod(factors, start=Fraction(1)),
     "Pow": lambda a, b: a ** int(b),
+    "FloatPow": lambda a, b: Fraction(float(a) ** float(b)),
     "floor": lambda x: Fraction(math.floor(x)),
     "ceiling": lambda x: Fraction(math.ceil(x)),
     "rint": lambda x: Fraction(round(x)),

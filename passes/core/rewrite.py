@@ -69,12 +69,12 @@ class Builder:
         body: Graph | None = None,
         named: str | Sequence[str] | None = None,
     ) -> tuple[Value, ...]:
-        """Append an op in place of `like`: with its origin, and output names from its names.
+        """Append an op in place of `like`: with its origin, line, and output names from its.
 
         `types` may be left out for moec's own ops, whose type rule gives them; `named` is one
         name, or one for each output.
         """
-        draft = Op(name, tuple(inputs), (), dict(attrs or {}), body, like.origin)
+        draft = Op(name, tuple(inputs), (), dict(attrs or {}), body, like.origin, like.line)
         if types is None:
             types = OPS[name].infer(draft)
         stem = named or like.outputs[0].name

@@ -67,7 +67,7 @@ class Proposal:
     for [E, ..], in the order of the params of `body`. The region begins at the values `cut`;
     `feeds` says which random inputs the proof gives to them. `addend` is the initial value of the
     sum, None if that is zero. `zero` describes the experts with ids from `num_experts` on; if it is
-    None, these ids add nothing.
+    None, these ids add nothing. `doubts` are the likely reasons if the proof refuses the proposal.
     """
 
     form: str
@@ -85,6 +85,7 @@ class Proposal:
     capacity: RecognisedCapacity | None = None
     addend: Value | None = None
     zero: Zero | None = None
+    doubts: tuple[str, ...] = ()
 
 
 def emit_block(block: Proposal, emit: RegionEmitter) -> Value:

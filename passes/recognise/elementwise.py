@@ -21,6 +21,7 @@ from moec.passes.recognise.layout import (
     size_of,
 )
 from moec.passes.recognise.opnames import MULTIPLY
+from moec.passes.recognise.row_wise import check_numbers, counting, not_row_wise
 
 if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader
@@ -35,14 +36,14 @@ def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     rank = len(source.axes)
     dims = dim_attr if isinstance(dim_attr, tuple) else (dim_attr,)
     if dim_attr is None or not dims:
-        raise NoMatch(f"{op.name} reduces over all axes")
+        raise not_row_wise(op, "reduces over all axes")
     positions = sorted(cast(int, d) % rank for d in dims)
     picked = [source.axes[p] for p in positions]
     keep = bool(op.attrs.get("keepdim")) or "softmax" in op.name
     softmax = "softmax" in op.name
     if all(map(only_rows, picked)) and any(picked):
         if op.name != "aten.sum.dim_IntList":
-            raise NoMatch(f"{op.name} reduces over rows")
+            raise not_row_wise(op, "reduces over rows")
         axes = [
             () if i in positions else axis
             for i, axis in enumerate(source.axes)
@@ -50,7 +51,7 @@ def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
         ]
         return replace(source, axes=tuple(axes), reduced=True)
     if not all(a and only_features(a) for a in picked):
-        raise NoMatch(f"{op.name} reduces over rows and features at once")
+        raise not_row_wise(op, "reduces over rows and features at once")
     plain = reader.writer.ordered(source, picked)
     gone = [plain.axes[p][0] for p in positions]
     at = tuple(plain.atoms.index(a) + 1 for a in gone)
@@ -73,7 +74,7 @@ def norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     if source.param:
         return None
     if not source.axes[-1] or not only_features(source.axes[-1]):
-        raise NoMatch("a norm reduces over rows")
+        raise not_row_wise(op, "reduces over rows")
     plain = reader.writer.ordered(source, [source.axes[-1]], last=True)
     shape, dtype = plain.base.shape, op.outputs[0].dtype
     full, narrow = TensorType("f32", shape), TensorType("f32", (*shape[:-1], 1))
@@ -135,6 +136,7 @@ def pointwise(reader: Reader, op: Op) -> ExpertLayout | None:
     rows = [la for la in layouts if la is not None and not la.param]
     if not rows:
         return None
+    check_numbers(reader.scope, op)
     shape = op.outputs[0].shape
     if any(la is None for la in layouts):
         return weighting(reader, op, layouts, rows)
@@ -208,6 +210,9 @@ def weighting(
     if op.name == "aten.where.self" and len(others) == 2 and reader.is_zeros(others[1]):
         others = others[:1]
     elif op.name not in (*MULTIPLY, "aten.masked_fill.Scalar") or len(others) != 1:
+        counts = [count for v in others if (count := counting(reader.scope, v)) is not None]
+        if counts:
+            raise not_row_wise(counts[0], "counts the rows")
         raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")
     axes = list(padded)
     for dim, (mine, size) in enumerate(zip(padded, op.outputs[0].shape, strict=True)):
@@ -221,6 +226,7 @@ def weighting(
             axes[dim] = (Atom(size, True),)
     masks = op.name == "aten.where.self" or op.name == "aten.masked_fill.Scalar"
     reader.use("mask" if masks else "weights", others[0])
+    reader.doubt(others[0])
     if not masks and not source.applied:
         reader.input_side = True
     return replace(source, axes=tuple(axes), weighted=source.weighted or not masks)

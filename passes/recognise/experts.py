@@ -97,7 +97,7 @@ def proved_blocks(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[l
             try:
                 check(scope, proposal, prover)
             except NoMatch as why:
-                reasons.append(f"{proposal.form}: {why}")
+                reasons.append(next(iter(proposal.doubts), f"{proposal.form}: {why}"))
                 continue
             proved[proposal.output] = proposal
             if not candidate.several:

@@ -270,4 +270,5 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             capacity=capacity,
             addend=start[0] if start else None,
             zero=zero or copies,
+            doubts=tuple(first.reader.doubts),
         )

@@ -20,6 +20,7 @@ from moec.passes.recognise.layout import (
 )
 from moec.passes.recognise.opnames import GROUPED
 from moec.passes.recognise.region import chooses
+from moec.passes.recognise.row_wise import not_row_wise
 
 if TYPE_CHECKING:
     from moec.passes.recognise.rows import Reader
@@ -41,7 +42,7 @@ def product(reader: Reader, op: Op) -> ExpertLayout | None:
     if len(stacks) == 2 or (not stacks and not rows):
         return None
     if len(rows) == 2:
-        raise NoMatch(f"{name} multiplies rows with rows")
+        raise not_row_wise(op, "multiplies rows with rows")
     if not stacks:
         return mix(reader, op, sides, (left, right))
     which = stacks[0]
@@ -157,6 +158,7 @@ def mix(
     new: Axis = (Atom(free, True),) if free != 1 else ()
     axes = (*batch, mine[-2], new) if which == 0 else (*batch, new, mine[-1])
     reader.use("mix" if source.applied else "dispatch", other)
+    reader.doubt(other)
     if source.applied:
         return replace(source, axes=axes, reduced=True, weighted=True)
     return replace(source, axes=axes)

@@ -28,7 +28,7 @@ def unlike(op: Op) -> Op:
         "fill_value": fill,
         "dtype": DType(output.dtype),
     }
-    return Op("aten.full.default", (), op.outputs, attrs, None, op.origin)
+    return Op("aten.full.default", (), op.outputs, attrs, None, op.origin, op.line)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,13 @@ class Scope:
             if op.inputs and op.name.startswith("aten.") and constants.issuperset(op.inputs):
                 constants.update(op.outputs)
         return frozenset(constants)
+
+    @cached_property
+    def input_sizes(self) -> frozenset[str]:
+        """The named sizes of the inputs; data decide all others."""
+        return frozenset(
+            name for v in self.graph.inputs for dim in v.shape for name in symbols(dim)
+        )
 
     @cached_property
     def sizes(self) -> Mapping[str, tuple[Value, ...]]:

@@ -30,6 +30,7 @@ from moec.passes.recognise.layout import (
 )
 from moec.passes.recognise.opnames import ACROSS, PICKS, PRODUCTS, REARRANGE, SCATTERS, ZEROS
 from moec.passes.recognise.region import Scope
+from moec.passes.recognise.row_wise import at_line, counting, not_row_wise
 
 if TYPE_CHECKING:
     from moec.passes.recognise.parallel_branches import Fan
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 class Reader:
     """Reads one block. `only` limits the reading to a set of ops; a value that they read from
     outside is tokens or opaque. `writer` holds the body written so far. `addends` maps a result to
-    the value that rows were added into, if that is not zero."""
+    the value that rows were added into, if that is not zero. `doubts` say why values that weight
+    rows are perhaps no routing weights."""
 
     scope: Scope
     writer: BodyWriter = field(default_factory=BodyWriter)
@@ -49,6 +51,7 @@ class Reader:
     opaque_values: set[Value] = field(default_factory=set)
     why: dict[Value, str] = field(default_factory=dict)
     uses: dict[str, list[Value]] = field(default_factory=dict)
+    doubts: list[str] = field(default_factory=list)
     fans: Callable[[Op], Fan | None] = lambda op: None
     addends: dict[Value, Value] = field(default_factory=dict)
     input_side: bool = False
@@ -176,6 +179,14 @@ class Reader:
         if value not in values:
             values.append(value)
 
+    def doubt(self, value: Value) -> None:
+        """Records why `value`, which weights rows, may be made of rows and no routing weight."""
+        count = counting(self.scope, value)
+        if count is not None:
+            self.doubts.append(str(not_row_wise(count, "counts the rows")))
+        ops = self.scope.upstream([value]) if self.only is not None else ()
+        self.doubts += [self.why[v] for op in ops for v in op.outputs if v in self.why]
+
     def apply(self, op: Op) -> Sequence[ExpertLayout | None]:
         """The layouts of the op's outputs. Raises NoMatch if rows pass through an op that one
         expert's body cannot contain."""
@@ -208,7 +219,10 @@ class Reader:
             return [elementwise.pointwise(self, op)]
         layouts = [self.read(v) for v in op.inputs]
         if any(layout is not None and not layout.param for layout in layouts):
-            raise NoMatch(f"rows go through {name}, which is not a computation of a single expert")
+            raise NoMatch(
+                f"rows go through {name}, which is not a computation of a single expert"
+                f"{at_line(op)}"
+            )
         return [None] * len(op.outputs)
 
     def fan(self, op: Op, fan: Fan) -> ExpertLayout:

@@ -179,9 +179,9 @@ def depends_on_data(x: torch.Tensor) -> torch.Tensor:
         (lambda x: x.to(torch.float8_e4m3fn), x, "moec has no dtype torch.float8_e4m3fn; cast"),
         (lambda x: x / "text", x, 'lambda x: x / "text"'),
         (
-            lambda x: torch.add(x, x, alpha=x.shape[0] / 4),
+            lambda x: nn.functional.elu(x, alpha=x.shape[0] / 4),
             x,
-            "depends on a size or on data; compute",
+            "depends on a size or on data, and is an argument that a graph stores as a constant; ",
         ),
         (lambda x: x, torch.empty(5, WIDTH, device="meta"), "input x has no data"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from moec.interpret.evaluate import evaluate
 SIZES = (1, 6, 9, 33)
 
 
-def check(module: nn.Module) -> None:
-    """The module's graph equals eager, to the last bit of each result, at every size."""
+def check(module: nn.Module, rtol: float = 0) -> None:
+    """The module's graph equals eager, by default to the last bit of each result, at every size."""
     torch.manual_seed(0)
     compiled = moec.compile(module.eval(), (torch.randn(6, 8),), build=False)
     program = compiled.pass_results[-1].program
@@ -24,7 +26,7 @@ def check(module: nn.Module) -> None:
         results = evaluate(program.graph, [x], program.weights)
         for result, expected in zip(results, module(x), strict=True):
             assert result.dtype == expected.dtype
-            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+            torch.testing.assert_close(result, expected, rtol=rtol, atol=rtol)
 
 
 class Operands(nn.Module):
@@ -56,6 +58,50 @@ class Numbers(nn.Module):
             torch.full_like(x, n / 4),
             x * torch.tensor(n / 4),
             x.abs() ** (n / 4),
+        )
+
+
+class Conditions(nn.Module):
+    """Comparisons of sizes as operands."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        n = x.shape[0]
+        return (
+            x * (n > 6),
+            x + (n / 3 >= 3),
+            (x * 9).long() * (n != 9),
+            x.sum() * (n == 1),
+            torch.full_like(x, n <= 9),
+        )
+
+
+class Roots(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        n = x.shape[0]
+        return (
+            x / math.sqrt(n),
+            x * max(1.0, math.sqrt(n) / 2),
+            x * math.pow(n, -0.25),
+            x.sum() * (math.sqrt(16) + math.sqrt(n + 2)),
+        )
+
+
+class Factors(nn.Module):
+    """Operators that take their factor as a number."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        n = x.shape[0]
+        square = x.T @ x
+        return (
+            torch.add(x, x.abs(), alpha=n / 6),
+            x.add(1.5, alpha=n * 0.1),
+            torch.sub(x, x.abs(), alpha=1 / n),
+            torch.rsub(x, x.abs(), alpha=n / 3),
+            x.sum().add(x.amax(), alpha=n / 5),
+            x.add(x.sum(), alpha=n / 5),
+            torch.addmm(x, x, square, beta=n / 6, alpha=3 / n),
+            nn.functional.leaky_relu(x, n / 100),
+            torch.remainder(x, n / 9),
         )
 
 
@@ -110,11 +156,51 @@ class Converted(nn.Module):
 
 @pytest.mark.parametrize(
     "module",
-    [Operands(), Numbers(), Sinkhorn(), Extremes(), Asking(), Converted()],
+    [Operands(), Numbers(), Conditions(), Roots(), Sinkhorn(), Extremes(), Asking(), Converted()],
     ids=lambda m: type(m).__name__,
 )
 def test_the_graph_equals_eager(module: nn.Module) -> None:
     check(module)
+
+
+class FactorsInSixteenBits(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = x.bfloat16()
+        return y.add(y.abs(), alpha=x.shape[0] / 7), nn.functional.leaky_relu(y, x.shape[0] / 100)
+
+
+@pytest.mark.parametrize(("module", "rtol"), [(Factors(), 1e-5), (FactorsInSixteenBits(), 1e-2)])
+def test_factors_that_are_numbers(module: nn.Module, rtol: float) -> None:
+    """An operator may multiply and add at once, and so round once less."""
+    check(module, rtol)
+
+
+class Activation(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.elu(x, alpha=x.shape[0] / 9)
+
+
+class RootSize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[: int(math.sqrt(x.shape[0]))]
+
+
+class Logarithm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * math.log(x.shape[0] + 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Activation, r"alpha=x.shape\[0\] / 9\)`: the number IntTrueDiv\(T, 9\) depends on a size"),
+        (RootSize, r"test_float_tensors.py:\d+: the size .* is made of floats with trunc"),
+        (Logarithm, r"axis 0 of x would always be 7.*\n.*x \* math.log\(x.shape\[0\] \+ 1\)"),
+    ],
+)
+def test_numbers_of_sizes_that_no_graph_has(kind: type[nn.Module], words: str) -> None:
+    with pytest.raises(CaptureError, match=words):
+        moec.compile(kind().eval(), (torch.randn(7, 8),), build=False)
 
 
 class Literal(nn.Module):

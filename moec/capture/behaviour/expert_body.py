@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import sympy
 import torch
 from torch import nn
 from torch.export import Dim
@@ -60,8 +61,25 @@ def expert_body(module: nn.Module, description: Description, width: int) -> str:
         raise NoMatch(
             f"{description.experts[0]} reads {graph.params[0].name}, which is not its own"
         )
+    limits = list(exported.range_constraints.values())
+    if _reads_rows(graph) or any(limit.lower > 2 or limit.upper < 2**31 for limit in limits):
+        raise NoMatch(
+            f"{description.experts[0]} reads how many rows it has, and an expert must compute each "
+            "row by itself"
+        )
     return print_graph(Graph(graph.inputs[:1], graph.inputs[1:], graph.ops, graph.outputs,
                              name="body"))  # fmt: skip
+
+
+def _reads_rows(graph: Graph) -> bool:
+    """Whether the number of rows is fixed, or a number in the graph beside its shapes."""
+    (rows, *_) = graph.inputs[0].shape
+    attributes = [(name, a) for op in graph.ops for name, a in op.attrs.items()]
+    numbers = [a for name, a in attributes if name not in _SHAPES and isinstance(a, sympy.Expr)]
+    return isinstance(rows, int) or any(number.free_symbols for number in numbers)
+
+
+_SHAPES = frozenset({"size", "shape", "repeats"})
 
 
 def _one_expert(module: nn.Module, description: Description) -> OneExpert:

@@ -111,7 +111,7 @@ def test_experts_apart_stay_apart() -> None:
 
 REFUSED: dict[Form, str] = {
     multi_gate.Rectified: "every expert, weighed: the numbers differ by",
-    multi_gate.Centred: "aten.sub.Tensor joins rows with mean (aten.mean.dim reduces over rows)",
+    multi_gate.Centred: "aten.sub.Tensor joins rows with mean (aten.mean.dim reduces over rows",
     multi_gate.OtherRows: "its experts differ in more than their weights",
     multi_gate.OfTokens: "the rows are never combined into tokens",
 }
