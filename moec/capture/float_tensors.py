@@ -28,7 +28,7 @@ _TARGETS: Mapping[Any, str] = {
     operator.truediv: "aten.div.Tensor",
     operator.pow: "aten.pow.Tensor_Tensor",
     operator.neg: "aten.neg.default",
-    torch.sym_sqrt: "aten.sqrt.default",  # type: ignore[attr-defined]
+    torch.sym_sqrt: "aten.sqrt.default",
     torch.sym_max: "aten.maximum.default",
     torch.sym_min: "aten.minimum.default",
 }

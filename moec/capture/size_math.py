@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
 from unittest import mock
@@ -24,10 +24,10 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat)
 @contextmanager
 def math_of_sizes() -> Iterator[None]:
     """While open, the functions of the math module return symbolic floats for symbolic numbers."""
-    functions = {
-        name: _wrapped(getattr(math, name), symbolic) for name, symbolic in _SYMBOLIC_FORMS.items()
-    }
-    with mock.patch.multiple(math, **functions):
+    with ExitStack() as stack:
+        for name, symbolic in _SYMBOLIC_FORMS.items():
+            function = _wrapped(getattr(math, name), symbolic)
+            stack.enter_context(mock.patch.object(math, name, function))
         yield
 
 
@@ -45,6 +45,6 @@ def _float(value: Any) -> Any:
 
 
 _SYMBOLIC_FORMS: Mapping[str, Callable[..., Any]] = {
-    "sqrt": lambda value: torch.sym_sqrt(_float(value)),  # type: ignore[attr-defined]
+    "sqrt": lambda value: torch.sym_sqrt(_float(value)),
     "pow": lambda base, power: _float(base) ** _float(power),
 }
