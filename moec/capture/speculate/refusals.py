@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -27,7 +28,13 @@ def differs(name: str, assumed: Assumed, verdict: Verdict) -> CaptureError:
     shown += [f"  {noise} draws random numbers, taken to change nothing" for noise in assumed.noise]
     shown += [f"  {read} reads data into Python" for read in assumed.reads]
     lines += shown[:2]
-    lines.append(f"  eager differs by {verdict.error:.1e} at inputs {verdict.inputs}")
+    differ = f"eager differs by {verdict.error:.1e} at inputs {verdict.inputs}"
+    if math.isinf(verdict.error):
+        differ = (
+            f"the graph fails at inputs {verdict.inputs}, or has other shapes, where the module "
+            "runs: a maximum of no rows fails, for one"
+        )
+    lines.append(f"  {differ}")
     return (CaptureError if shown else Untraceable)("\n".join([*lines, _REMEDY]))
 
 

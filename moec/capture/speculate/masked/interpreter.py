@@ -81,7 +81,8 @@ def _result(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
     rows = next((value for value in operands if isinstance(value, Rows)), None)
     if name == "sym_size" and rows is not None:
         length = rows.tensor.shape[args[1]]
-        return Count(rows.mask.sum(), length) if args[1] == rows.axis else length
+        counts = args[1] == rows.axis
+        return Count(rows.mask.sum(), length, rows.mask) if counts else length
     if not isinstance(node.target, torch._ops.OpOverload) or name.startswith("sym_"):
         if any(isinstance(value, Count) for value in operands):
             return count(node.target, *args)
@@ -96,6 +97,7 @@ def _result(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
 def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) -> Any:
     """Apply an op that treats each row separately to all rows."""
     target: Any = node.target
+    args, kwargs = _with_numbers(target, args, kwargs)
     if rows is None:
         return target(*full(args, None), **full(kwargs, None))
     length, shapes = rows.tensor.shape[rows.axis], node.meta["val"]
@@ -119,6 +121,23 @@ def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) 
         for part, which in zip([result] if single else result, axes, strict=True)
     ]
     return parts[0] if single else parts
+
+
+def _with_numbers(target: Any, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments of an op with numbers read from data as tensors, where the op takes tensors.
+    Raises Unmasked where it takes a number."""
+    schema = target._schema.arguments
+
+    def argument(value: Any, kind: str) -> Any:
+        if not isinstance(value, Count) or "int" in kind.lower():
+            return value  # a size
+        if kind != "Tensor":
+            raise Unmasked(f"a number of rows that data choose is an argument of {target}")
+        return value.tensor
+
+    kinds = {parameter.name: str(parameter.type) for parameter in schema}
+    positional = [argument(v, str(p.type)) for v, p in zip(args, schema, strict=False)]
+    return positional, {name: argument(v, kinds.get(name, "")) for name, v in kwargs.items()}
 
 
 def _hold(root: nn.Module, path: str, tensor: torch.Tensor) -> None:

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from moec.capture.speculate.masked.values import Count, Rows, Unmasked, between, count, full
+from moec.capture.speculate.masked.reductions import REDUCTIONS, axes_of
+from moec.capture.speculate.masked.values import (
+    Count,
+    Rows,
+    Unmasked,
+    between,
+    count,
+    full,
+    leaves,
+)
 from moec.capture.speculate.symbols import reads_data
 
 Rule = Callable[..., Any]
@@ -185,24 +194,37 @@ def sum_(node: Any, x: Any, dim: Any = (), *rest: Any, **named: Any) -> Any:
 
 
 def along(node: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Ops along one axis, which are refused along the axis of masked rows."""
-    if not isinstance(x, Rows):
-        return NotImplemented
-    names = [argument.name for argument in node.target._schema.arguments]
-    dim = {**dict(zip(names[1:], args, strict=False)), **kwargs}.get("dim")
-    dims = [dim] if isinstance(dim, int) else list(dim or range(x.tensor.ndim))
-    if x.axis in [d % x.tensor.ndim for d in dims]:
+    """Ops that give or use the places of rows, which are refused along the axis of masked rows."""
+    if isinstance(x, Rows) and x.axis in axes_of(node, x, args, kwargs):
         raise Unmasked(f"{names_of(node)} along rows that data choose")
     return NotImplemented
+
+
+def filled(node: Any, *args: Any, **kwargs: Any) -> Any:
+    """A tensor full of a number that was read from data."""
+    *size, number = args
+    if not isinstance(number, Count) or leaves(size):
+        return NotImplemented
+    value = node.meta["val"]
+    return number.tensor.to(value.dtype).expand(value.shape)
+
+
+def arange(node: Any, *args: Any, **kwargs: Any) -> Any:
+    """The places of rows that data choose, among themselves."""
+    start, stop, step = (0, *args, 1) if len(args) == 1 else (*args, 1)[:3]
+    if not isinstance(stop, Count):
+        return NotImplemented
+    if (start, step) != (0, 1) or stop.mask is None:
+        raise Unmasked("a range to a number read from data")
+    positions = stop.mask.to(torch.int64).cumsum(0) - 1
+    return Rows(positions.to(node.meta["val"].dtype), stop.mask)
 
 
 def names_of(node: torch.fx.Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
-_ALONG = (
-    "sort cumsum topk argsort mean softmax log_softmax amax amin max min var argmax flip".split()
-)
+_ALONG = "sort topk argsort argmax argmin amax amin max min flip roll".split()
 
 RULES: dict[str, Rule] = {
     "split_with_sizes": split_with_sizes,
@@ -215,5 +237,9 @@ RULES: dict[str, Rule] = {
     "scatter_reduce": scatter_reduce,
     "cat": cat,
     "sum": sum_,
+    "full": filled,
+    "scalar_tensor": filled,
+    "arange": arange,
+    **REDUCTIONS,
     **dict.fromkeys(_ALONG, along),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,17 +28,24 @@ class Rows:
 
     def zeroed(self) -> torch.Tensor:
         """The tensor with zeros in the rows that are not set in the mask."""
+        return self.filled(0)
+
+    def filled(self, number: Any) -> torch.Tensor:
+        """The tensor with `number` in the rows that are not set in the mask."""
         shape = [1] * self.tensor.ndim
         shape[self.axis] = -1
-        return torch.where(self.mask.view(shape), self.tensor, torch.zeros_like(self.tensor))
+        others = torch.full_like(self.tensor, number)
+        return torch.where(self.mask.view(shape), self.tensor, others)
 
 
 @dataclass
 class Count:
-    """A number read from data, as a 0-d tensor; `full` is its value where all rows are selected."""
+    """A number read from data, as a 0-d tensor i64 or f64; `full` is its value where all rows are
+    selected. `mask` has the rows that it counts, if it is their number."""
 
     tensor: torch.Tensor
     full: Any = None
+    mask: torch.Tensor | None = None
 
 
 def is_leaf(value: Any) -> bool:
@@ -61,10 +69,16 @@ def full(tree: Any, length: Any) -> Any:
     return pytree.tree_map(one, tree, is_leaf=is_leaf)
 
 
-_TENSOR_OPS: dict[Any, Callable[[Any, Any], Any]] = {
+_TENSOR_OPS: dict[Any, Callable[..., Any]] = {
     torch.sym_max: torch.maximum,
     torch.sym_min: torch.minimum,
+    torch.sym_float: lambda a: a.to(torch.float64),
+    torch.sym_int: lambda a: a.trunc().to(torch.int64),
+    torch.sym_sqrt: lambda a: a.to(torch.float64).sqrt(),
+    math.floor: lambda a: a.floor().to(torch.int64),
+    math.ceil: lambda a: a.ceil().to(torch.int64),
     operator.floordiv: torch.floor_divide,
+    operator.truediv: lambda a, b: a.to(torch.float64) / b.to(torch.float64),
 }
 
 
@@ -74,7 +88,8 @@ def count(op: Any, *arguments: Any) -> Count:
     def number(value: Any) -> torch.Tensor:
         if isinstance(value, Count):
             return value.tensor
-        return torch.full((), value, dtype=torch.int64)
+        integer = isinstance(value, bool | int | torch.SymInt)
+        return torch.full((), value, dtype=torch.int64 if integer else torch.float64)
 
     return Count(_TENSOR_OPS.get(op, op)(*map(number, arguments)))
 

@@ -1,0 +1,91 @@
+"""Experts that read all of their rows, which have no block: captured with masks, equal to eager."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moec
+from moec.interpret.evaluate import evaluate
+
+WIDTH = 8
+SIZES = (0, 1, 2, 5, 13, 40)
+
+Use = Callable[[Tensor, nn.Linear], Tensor]
+
+
+class Loop(nn.Module):
+    """Experts over the rows that chose them; `capacity` limits the rows of each."""
+
+    def __init__(self, use: Use, capacity: bool = False) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.use, self.capacity = use, capacity
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(2, -1)
+        capacity = max(1, x.shape[0] // 3)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows, slots = torch.where(ids == number)
+            if self.capacity and len(rows) > capacity:
+                rows, slots = rows[:capacity], slots[:capacity]
+            if len(rows) == 0:
+                continue
+            y.index_add_(0, rows, self.use(x[rows], expert) * weights[rows, slots, None])
+        return y
+
+
+USES: dict[str, Use] = {
+    "number": lambda x, layer: layer(x) / max(1, x.shape[0]),
+    "root of the number": lambda x, layer: layer(x) / math.sqrt(x.shape[0]) + x.shape[0] * 0.1,
+    "condition on the number": lambda x, layer: layer(x) * (x.shape[0] > 2),
+    "positions": lambda x, layer: layer(x) + torch.arange(len(x))[:, None],
+    "mean": lambda x, layer: layer(x - x.mean(0, keepdim=True)) + x.mean(),
+    "deviation": lambda x, layer: layer(x) / (x.std(0, unbiased=False) + 0.1),
+    "variance": lambda x, layer: layer(x) * x.var((0, 1), correction=0),
+    "norm": lambda x, layer: layer(x) / (x.norm() + 1) + nn.functional.normalize(x, dim=0),
+    "softmax": lambda x, layer: layer(x) + x.softmax(0) - x.log_softmax(0),
+    "sums so far": lambda x, layer: layer(x.cumsum(0)),
+    "any": lambda x, layer: layer(x) * (x > 1).any(0) - (x < 3).all(0).float(),
+}
+
+
+def check(module: nn.Module) -> None:
+    torch.manual_seed(0)
+    compiled = moec.compile(module.eval(), (torch.randn(12, WIDTH),), build=False, verify=False)
+    program = compiled.pass_results[-1].program
+    assert not [op for op in program.graph.ops if op.name == "aten.nonzero.default"]
+    for size in SIZES:
+        for scale in (1.0, 30.0):
+            x = torch.randn(size, WIDTH) * scale
+            (result,) = evaluate(program.graph, [x], program.weights)
+            torch.testing.assert_close(result, module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_expert_that_reads_its_rows(use: str) -> None:
+    check(Loop(USES[use]))
+
+
+@pytest.mark.parametrize("use", ["number", "mean"])
+def test_an_expert_that_reads_at_most_a_capacity_of_rows(use: str) -> None:
+    check(Loop(USES[use], capacity=True))
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (lambda x, layer: layer(x.flip(0)), "aten.flip.default"),
+        (lambda x, layer: layer(x) + x.sort(0)[0], "sort"),
+        (lambda x, layer: layer(x) / (x.abs().max() + 1), r"the graph fails at inputs \(\d+, 8\)"),
+    ],
+)
+def test_what_needs_the_places_of_rows_is_refused(use: Use, words: str) -> None:
+    with pytest.raises(moec.MoecError, match=words):
+        moec.compile(Loop(use).eval(), (torch.randn(12, WIDTH),), verify=False)
