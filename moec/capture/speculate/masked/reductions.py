@@ -37,12 +37,12 @@ def _if_along_rows(rule: Rule) -> Rule:
     return along_rows
 
 
-def _filled(neutral: Any, node: Any, x: Rows, *args: Any, **kwargs: Any) -> Any:
+def _all_rows(neutral: Any, node: Any, x: Rows, *args: Any, **kwargs: Any) -> Any:
     """An op that gives one result for all rows."""
     return node.target(x.filled(neutral), *args, **kwargs)
 
 
-def _kept(neutral: Any, node: Any, x: Rows, *args: Any, **kwargs: Any) -> Any:
+def _each_row(neutral: Any, node: Any, x: Rows, *args: Any, **kwargs: Any) -> Any:
     """An op that gives a result for each row."""
     return Rows(node.target(x.filled(neutral), *args, **kwargs), x.mask, x.axis)
 
@@ -86,11 +86,11 @@ _RULES: dict[str, Rule] = {
     "mean": _mean,
     "var": _var,
     "linalg_vector_norm": _norm,
-    "prod": partial(_filled, 1),
-    "any": partial(_filled, False),
-    "all": partial(_filled, True),
-    "cumsum": partial(_kept, 0),
-    "softmax": partial(_kept, -torch.inf),
-    "log_softmax": partial(_kept, -torch.inf),
+    "prod": partial(_all_rows, 1),
+    "any": partial(_all_rows, False),
+    "all": partial(_all_rows, True),
+    "cumsum": partial(_each_row, 0),
+    "softmax": partial(_each_row, -torch.inf),
+    "log_softmax": partial(_each_row, -torch.inf),
 }
 REDUCTIONS = {name: _if_along_rows(rule) for name, rule in _RULES.items()}
