@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import sympy
 
 from moec.errors import IRError
+from moec.ir.exact_sizes import function_of
 from moec.ir.float_sizes import ceil, f64, floor, rint, round_half_even, trunc
 
 Dim: TypeAlias = int | sympy.Expr
@@ -157,13 +158,12 @@ def evaluate_dim(dim: Dim, env: Mapping[str, int]) -> int:
     missing = [name for name in names if name not in env]
     if missing:
         raise IRError(f"size {dim} needs {missing}, which nothing has bound")
-    return _value(dim, tuple((name, env[name]) for name in names))
-
-
-@lru_cache(maxsize=1 << 14)
-def _value(dim: sympy.Expr, env: tuple[tuple[str, int], ...]) -> int:
-    value = dim.subs({symbol(name): size for name, size in env})
-    if not value.is_Integer:
+    value: Any
+    try:
+        value = function_of(dim)(env)
+    except (IRError, ZeroDivisionError):  # a function of torch's, or of sympy's infinities
+        value = dim.subs({symbol(name): env[name] for name in names})
+    if not isinstance(value, int | sympy.Integer):
         raise IRError(f"size {dim} is {value}, not a whole number")
     return int(value)
 
@@ -190,6 +190,11 @@ def bind_shape(shape: tuple[Dim, ...], actual: tuple[int, ...], env: dict[str, i
 
 
 def show_dim(dim: Dim) -> str:
+    return str(dim) if isinstance(dim, int) else _text(dim)
+
+
+@lru_cache(maxsize=1 << 14)
+def _text(dim: sympy.Expr) -> str:
     return str(dim)
 
 

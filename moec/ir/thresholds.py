@@ -4,44 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
 from typing import Any
 
 import sympy
 
-from moec.errors import IRError
 from moec.ir.dims import Bounds
-from moec.ir.float_sizes import is_float, nearest
+from moec.ir.exact_sizes import Function, function_of
+from moec.ir.float_sizes import is_float
 
-Function = Callable[[Mapping[str, int]], Any]
-
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    "Add": lambda *terms: sum(terms, Fraction(0)),
-    "Mul": lambda *factors: math.prod(factors, start=Fraction(1)),
-    "Pow": lambda a, b: a ** int(b),
-    "FloatPow": lambda a, b: Fraction(float(a) ** float(b)),
-    "floor": lambda x: Fraction(math.floor(x)),
-    "ceiling": lambda x: Fraction(math.ceil(x)),
-    "rint": lambda x: Fraction(round(x)),
-    "f64": nearest,
-    "Mod": operator.mod,
-    "Abs": abs,
-    "Max": lambda *xs: max(xs),
-    "Min": lambda *xs: min(xs),
-    "Equality": operator.eq,
-    "Unequality": operator.ne,
-    "StrictGreaterThan": operator.gt,
-    "GreaterThan": operator.ge,
-    "StrictLessThan": operator.lt,
-    "LessThan": operator.le,
-    "And": lambda *xs: all(xs),
-    "Or": lambda *xs: any(xs),
-    "Not": operator.not_,
-}
 _DENSE = 512
 """The number of sizes, from the least one, that are tried one by one."""
 _FAR = tuple(2**n + d for n in range(10, 31) for d in (-1, 0, 1, 37))
@@ -57,7 +30,7 @@ class Truth:
 
     def value(self, sizes: Mapping[str, int]) -> Any:
         """Raises ZeroDivisionError as the expression does."""
-        return _compiled(self.expression)(sizes)
+        return function_of(self.expression)(sizes)
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
         try:
@@ -68,25 +41,6 @@ class Truth:
 
 def truth_of(expression: sympy.Basic) -> Truth:
     return Truth(frozenset(s.name for s in expression.free_symbols), expression)
-
-
-@cache
-def _compiled(expression: sympy.Basic) -> Function:
-    """The expression as an exact function of rationals."""
-    if isinstance(expression, sympy.Symbol):
-        name = expression.name
-        return lambda sizes: Fraction(sizes[name])
-    if isinstance(expression, sympy.Rational):
-        value = Fraction(int(expression.p), int(expression.q))
-        return lambda sizes: value
-    if expression in (sympy.true, sympy.false):
-        answer = expression == sympy.true
-        return lambda sizes: answer
-    function = _FUNCTIONS.get(type(expression).__name__)
-    if function is None:
-        raise IRError(f"{expression} is made with {type(expression).__name__}")
-    parts = [_compiled(part) for part in expression.args]
-    return lambda sizes: function(*(part(sizes) for part in parts))
 
 
 def candidates(limits: Bounds, near: int, numbers: Iterable[int] = ()) -> list[int]:
@@ -215,7 +169,7 @@ def _change_sizes(
 
 def _state_of(part: sympy.Basic) -> Function:
     """A function whose value changes where the part changes."""
-    arguments = [_compiled(a) for a in part.args]
+    arguments = [function_of(a) for a in part.args]
     match type(part).__name__:
         case "Max":
             return lambda sizes: _position_of_best(max, [a(sizes) for a in arguments])
@@ -224,7 +178,7 @@ def _state_of(part: sympy.Basic) -> Function:
         case "Mod":
             top, below = arguments
             return lambda sizes: top(sizes) // below(sizes)
-    return _compiled(part)
+    return function_of(part)
 
 
 def _position_of_best(best: Callable[..., Any], values: Sequence[Any]) -> int:
@@ -238,7 +192,7 @@ def _onto_whole_numbers(
     inner = part.args[0]
     if not is_float(inner):
         return
-    value, count = _compiled(inner), 0
+    value, count = function_of(inner), 0
     for size in range(max(limits.low, 1), high + 1):
         number = value({**example, name: size})
         if number and abs(number - round(number)) < Fraction(1, 10**9):
