@@ -15,6 +15,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,7 +43,7 @@ class Guard:
     line: int = 0
     function: str = ""
 
-    @property
+    @cached_property
     def names(self) -> frozenset[str]:
         return frozenset(symbol.name for symbol in self.condition.free_symbols)
 
@@ -291,7 +292,7 @@ def _some_of(
 
 
 def _key(sizes: Mapping[str, int], guard: Guard) -> tuple[int, ...]:
-    return tuple(sizes[name] for name in sorted(guard.names))
+    return tuple(size for name, size in sorted(sizes.items()) if name in guard.names)
 
 
 def _beside(key: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

@@ -17,6 +17,8 @@ from torch.nn import functional
 import moec
 from moec.capture import capture
 from moec.capture.guards import Guard, settle
+from moec.capture.settlement import settled
+from moec.capture.sides import search
 from moec.capture.sides.sizes import Choice, Unmergeable, indicator
 from moec.capture.speculate.singles import OPERATIONS, Single, combined, rounded_single, single_of
 from moec.errors import CaptureError
@@ -199,6 +201,20 @@ def test_a_guard_of_two_limits_is_tried_beyond_each() -> None:
         x = torch.randn(batch, length, 8)
         (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
         assert torch.equal(ours, bucketed(x)), (batch, length)
+
+
+def test_the_guards_of_each_side_are_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settling runs module and graph at many sizes: 8 sides and what is merged of them cost as
+    many runs."""
+    programs: list[object] = []
+
+    def counted(name: str, program: object, *rest: Any) -> Any:
+        programs.append(program)
+        return settled(name, program, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(search, "settled", counted)
+    capture(Function(rounded_up), (torch.randn(22, 3),))
+    assert len(programs) == len({id(program) for program in programs}) > 1
 
 
 def test_a_guard_is_tried_at_its_edge() -> None:

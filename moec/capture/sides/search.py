@@ -41,41 +41,43 @@ def with_other_sides(
     GuardRefused where a guard neither can be settled nor has another side that differs in sizes
     alone.
     """
-    forms = [form]
+    forms = [(form, _settled(name, form, example))]
     skipped: set[sympy.Basic] = set()
     while len(forms) < MOST_SIDES:
-        guard = _restricting(name, forms[-1], example, skipped)
+        last, settlement = forms[-1]
+        guard = _restricting(settlement, skipped)
         if guard is None:
             break
-        wider = _wider(name, forms[-1], guard, example, again, limits)
+        wider = _wider(name, last, guard, example, again, limits)
         if wider is None:
             skipped.add(guard.condition)
         else:
-            forms.append(wider)
-    for wider in reversed(forms[1:]):
-        try:
-            return wider, _settled(name, wider, example)
-        except GuardRefused:
-            continue
-    return form, _settled(name, form, example)
+            forms.append((wider, _settled(name, wider, example)))
+    for wider, settlement in reversed(forms):
+        if isinstance(settlement, Settled):
+            return wider, settlement
+    _, refusal = forms[0]
+    assert isinstance(refusal, GuardRefused)
+    raise refusal
 
 
-def _settled(name: str, form: CaptureForm, example: Sequence[torch.Tensor]) -> Settled:
+def _settled(
+    name: str, form: CaptureForm, example: Sequence[torch.Tensor]
+) -> Settled | GuardRefused:
+    """The settled guards of a form, or the refusal of one. Each form is settled once, because this
+    runs module and graph at many sizes."""
     converted = form.converted
-    return settled(name, converted.program, converted.guards, converted.eager, example)
+    try:
+        return settled(name, converted.program, converted.guards, converted.eager, example)
+    except GuardRefused as refusal:
+        return refusal
 
 
 def _restricting(
-    name: str,
-    form: CaptureForm,
-    example: Sequence[torch.Tensor],
-    skipped: Collection[sympy.Basic],
+    settlement: Settled | GuardRefused, skipped: Collection[sympy.Basic] = ()
 ) -> Guard | None:
     """The first guard outside `skipped` that is refused or limits a size."""
-    try:
-        limiting = _settled(name, form, example).limiting
-    except GuardRefused as refusal:
-        limiting = (refusal.guard,)
+    limiting = settlement.limiting if isinstance(settlement, Settled) else (settlement.guard,)
     return next((guard for guard in limiting if guard.condition not in skipped), None)
 
 
@@ -103,7 +105,7 @@ def _wider(
             continue  # `if b == s`: the other side has one size for both
         pairs = zip(example, inputs, strict=False)
         there = [with_sizes(tensor, value.shape, sizes) for tensor, value in pairs]
-        return other if _restricting(name, other, there, ()) is None else None
+        return other if _restricting(_settled(name, other, there)) is None else None
     return None
 
 
