@@ -15,9 +15,10 @@ SIZES = ((2, 12), (1, 1), (3, 29), (1, 7), (5, 3), (1, 200), (4, 64))
 LENGTHS = (3, 9, 16, 17, 20, 33, 41, 255, 1000)
 SCALES = (1.0, 0.01, 20.0, 1000.0)
 _SEEDS = 2
-_EXACT_LENGTHS = 40
-"""How many lengths to test at which the capacity is an integer before it is rounded: there a float
-product may round to the wrong side."""
+_EXACT_LENGTHS = (24, 4)
+"""How many lengths to test at which the capacity is an integer before it is rounded, where a float
+product may round to the wrong side: the first ones, and some of the rest. A double errs at twice a
+length where it errs at the length, so that more of the long runs would show little else."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,11 @@ def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, t
 
 
 def _exact_lengths(probe: Probe) -> list[int]:
-    """Up to `_EXACT_LENGTHS` evenly spaced lengths at which n * factor / C is an integer."""
+    """The lengths of `_EXACT_LENGTHS`, at which n * factor / C is an integer."""
     capacity = probe.description.capacity
     if capacity is None or not capacity.factor:
         return []
     step = (capacity.factor / probe.columns).denominator
-    lengths = list(range(step, probe.longest, step))
-    return lengths[:: max(1, len(lengths) // _EXACT_LENGTHS)]
+    (least, few), lengths = _EXACT_LENGTHS, range(step, probe.longest, step)
+    rest = lengths[least:]
+    return [*lengths[:least], *rest[:: -(-len(rest) // few) or 1]]

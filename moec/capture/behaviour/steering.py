@@ -35,13 +35,13 @@ class Steer(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.derived:
+        if not (_holds(args, self.derived) or (kwargs and _holds(kwargs.values(), self.derived))):
             return result
         read = _tensors(args)
         if kwargs:
             read += _tensors(kwargs.values())
         watched = sum(id(t) in self.derived for t in read)
-        if not watched or not isinstance(result, torch.Tensor):
+        if not isinstance(result, torch.Tensor):
             return result
         if watched == len(read):
             self.derived[id(result)] = result
@@ -54,12 +54,25 @@ class Steer(TorchFunctionMode):
         return self.logits.to(result.dtype).reshape(result.shape).clone()
 
 
-def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    """The tensors in nested lists, tuples and dicts.
+def _holds(values: Iterable[Any], derived: Mapping[int, torch.Tensor]) -> bool:
+    """Whether one of these tensors is in nested lists, tuples and dicts.
 
     This runs for each operation of an observed forward. torch's own traversal, which supports every
     registered container, would take as long as the operation itself.
     """
+    for value in values:
+        if id(value) in derived:
+            return True
+        if isinstance(value, _SEQUENCES):
+            if _holds(value, derived):
+                return True
+        elif isinstance(value, dict) and _holds(value.values(), derived):
+            return True
+    return False
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
     tensors: list[torch.Tensor] = []
     for value in values:
         if isinstance(value, torch.Tensor):
