@@ -45,13 +45,13 @@ def run_graph(
     for value, tensor in zip((*graph.inputs, *graph.params), tensors, strict=True):
         _learn(graph.name, value, tensor, sizes)
         values[value] = tensor
-    last = _last_reads(graph)
+    last = graph.last_reads
     for index, op in enumerate(graph.ops):
         if all(output in values for output in op.outputs):
             continue
         results = run_op(op, [values[v] for v in op.inputs], sizes, meanings)
         for value, tensor in zip(op.outputs, results, strict=True):
-            _learn(str(op), value, tensor, sizes)
+            _learn(op, value, tensor, sizes)
             values[value] = tensor
         if op.name == "moec.size":
             sizes[str(op.attrs["name"])] = int(results[0])
@@ -90,7 +90,7 @@ def row_sizes(body: Graph) -> set[str]:
     return {name for value in body.inputs for dim in value.shape for name in symbols(dim)}
 
 
-def _learn(where: str, value: Value, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+def _learn(where: object, value: Value, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise IRError(f"{where}: {value.name} is {type(tensor).__name__}, not a tensor")
     if aten.IR_DTYPES.get(tensor.dtype) != value.dtype:
@@ -99,17 +99,3 @@ def _learn(where: str, value: Value, tensor: torch.Tensor, sizes: dict[str, int]
         bind_shape(value.shape, tuple(tensor.shape), sizes)
     except IRError as error:
         raise IRError(f"{where}: {value.name}: {error}") from None
-
-
-def _last_reads(graph: Graph) -> dict[int, tuple[Value, ...]]:
-    """The values that are read last by each op, and freed after it, to save memory."""
-    results = set(graph.results)
-    last: dict[Value, int] = {}
-    for index, op in enumerate(graph.ops):
-        for value in (*op.inputs, *op.outputs):
-            last[value] = index
-    freed: dict[int, list[Value]] = {}
-    for value, index in last.items():
-        if value not in results:
-            freed.setdefault(index, []).append(value)
-    return {index: tuple(values) for index, values in freed.items()}

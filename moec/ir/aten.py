@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import sympy
@@ -50,15 +50,58 @@ def arguments(
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    values = _arguments(op, tensors, lambda attr: resolve_attr(attr, tensors, env))
-    for parameter, value in zip(_schema(op.name), values, strict=False):
-        if value is _MISSING:
-            raise IRError(f"{op}: {parameter.name} is missing")
-        if parameter.keyword:
-            kwargs[parameter.name] = value
+    for keyword, source in _sources(op):
+        value = source(tensors, env)
+        if keyword:
+            kwargs[keyword] = value
         else:
             args.append(value)
     return args, kwargs
+
+
+_Source = Callable[[Sequence[Any], Mapping[str, int]], Any]
+"""An argument as a function of an op's tensors and the named sizes."""
+
+
+@lru_cache(maxsize=1 << 13)
+def _sources(op: Op) -> tuple[tuple[str, _Source], ...]:
+    """The source of each argument with its keyword, "" if it is positional. Proofs run an op dozens
+    of times, and matching it with its schema takes longer than running it on a few rows."""
+    sources: list[tuple[str, _Source]] = []
+    positions = _arguments(op, range(len(op.inputs)), _FromAttribute)
+    for parameter, argument in zip(_schema(op.name), positions, strict=False):
+        if argument is _MISSING:
+            raise IRError(f"{op}: {parameter.name} is missing")
+        source: _Source
+        if isinstance(argument, _FromAttribute) and _varies(argument.value):
+            source = partial(resolve_attr, argument.value)
+        elif isinstance(argument, _FromAttribute):
+            source = _constant(resolve_attr(argument.value, (), {}))
+        elif parameter.tensor and argument is not None:
+            source = _tensor_at(argument)
+        else:
+            source = _constant(argument)
+        sources.append((parameter.name if parameter.keyword else "", source))
+    return tuple(sources)
+
+
+@dataclass(frozen=True)
+class _FromAttribute:
+    value: Attr
+
+
+def _varies(attr: Attr) -> bool:
+    if isinstance(attr, tuple):
+        return any(map(_varies, attr))
+    return isinstance(attr, Ref | sympy.Expr)
+
+
+def _tensor_at(position: int) -> _Source:
+    return lambda tensors, env: tensors[position]
+
+
+def _constant(value: Any) -> _Source:
+    return lambda tensors, env: value
 
 
 def named(op: Op) -> Mapping[str, Any]:

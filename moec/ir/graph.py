@@ -145,6 +145,17 @@ class Graph:
                 readers.setdefault(value, []).append(op)
         return {value: tuple(ops) for value, ops in readers.items()}
 
+    @cached_property
+    def last_reads(self) -> Mapping[int, tuple[Value, ...]]:
+        """For ops by position: the values, other than results, that no later op reads."""
+        results = set(self.results)
+        last = {v: i for i, op in enumerate(self.ops) for v in (*op.inputs, *op.outputs)}
+        freed: dict[int, list[Value]] = {}
+        for value, index in last.items():
+            if value not in results:
+                freed.setdefault(index, []).append(value)
+        return {index: tuple(values) for index, values in freed.items()}
+
     @property
     def results(self) -> tuple[Value, ...]:
         """The values that a call returns or stores: outputs and the states' new contents."""

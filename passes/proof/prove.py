@@ -116,15 +116,18 @@ class Prover:
         decisions: Sequence[Op] = (),
         compare: Compare | None = None,
         bind: Bind | None = None,
+        explained: bool = True,
     ) -> None:
         """Raises NoMatch with the case on which the graphs differ, or why one cannot be run.
 
         `limits` are counts (capacities) that some case must exceed, `decisions` ops of `before`
-        that must come out in more than one way.
+        that must come out in more than one way. A decision with one outcome refuses every
+        replacement, and is the reason to report; it takes all cases to see, so they are run first
+        only if the reason is to be `explained`.
         """
         elements = sum(math.prod(map(int, param.shape)) for param in before.params)
         with threads_for(elements):
-            self._prove(before, after, feeds, limits, decisions, compare, bind)
+            self._prove(before, after, feeds, limits, decisions, compare, bind, explained)
 
     def _prove(
         self,
@@ -135,6 +138,7 @@ class Prover:
         decisions: Sequence[Op],
         compare: Compare | None,
         bind: Bind | None,
+        explained: bool,
     ) -> None:
         counts = _counts([*limits, *_limits(before), *_limits(after), *_thresholds(before)])
         order = [repr(feeds.get(value)) for value in before.inputs]
@@ -147,10 +151,16 @@ class Prover:
                 if left not in self.runs:
                     cases = self._cases(before, feeds, counts, bind, decisions)
                     self.runs[left] = Cases(cases)
-                if decisions:  # one outcome refuses every replacement, and is the reason to report
+                if decisions and explained:
                     list(self.runs[left])
+                wide = widen(after)
                 for case in self.runs[left]:
-                    self._compare(case, before, after, compare or compare_results)
+                    tensors = self._tensors(case, before, after)
+                    result = _run("its replacement", wide, tensors, case.env)
+                    inputs = dict(zip(before.inputs, case.inputs, strict=True))
+                    wrong = (compare or compare_results)(case.result, result, inputs)
+                    if wrong:
+                        raise NoMatch(f"{wrong} ({case.name})")
                 self.verdicts[key] = ""
             except NoMatch as why:
                 self.verdicts[key] = str(why)
@@ -196,17 +206,12 @@ class Prover:
                 yield Case(name, inputs, env, result[:results])
         require_both_branches(decisions, outcomes)
 
-    def _compare(self, case: Case, before: Graph, after: Graph, compare: Compare) -> None:
+    def _tensors(self, case: Case, before: Graph, after: Graph) -> list[torch.Tensor]:
+        """The inputs and params of `after` in a case of `before`."""
         inputs = dict(zip(before.inputs, case.inputs, strict=True))
         indices = {p: i for i, p in enumerate(dict.fromkeys((*before.params, *after.params)))}
-        tensors = [
-            *(inputs[v] for v in after.inputs),
-            *(self._param(p, indices[p]) for p in after.params),
-        ]
-        result = _run("its replacement", widen(after), tensors, case.env)
-        wrong = compare(case.result, result, inputs)
-        if wrong:
-            raise NoMatch(f"{wrong} ({case.name})")
+        params = (self._param(p, indices[p]) for p in after.params)
+        return [*(inputs[v] for v in after.inputs), *params]
 
     def _pool(self, scale: float) -> torch.Tensor:
         if scale not in self.pools:

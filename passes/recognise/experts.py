@@ -95,7 +95,7 @@ def proved_blocks(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[l
             if proposal.output in proved:
                 continue
             try:
-                check(scope, proposal, prover)
+                check(scope, proposal, prover, explained=not reasons)
             except NoMatch as why:
                 reasons.append(next(iter(proposal.doubts), f"{proposal.form}: {why}"))
                 continue
@@ -109,14 +109,14 @@ def proved_blocks(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[l
     return list(proved.values()), reasons[0] if reasons else ""
 
 
-def check(scope: Scope, block: Proposal, prover: Prover) -> None:
-    """Raises NoMatch unless the block and its region give the same results."""
+def check(scope: Scope, block: Proposal, prover: Prover, explained: bool = True) -> None:
+    """Raises NoMatch unless the block and its region give the same results; see `Prover.prove`."""
     region = scope.cut([block.output], block.cut)
     capacity = block.capacity.size if block.capacity is not None else None
     limits = (capacity,) if isinstance(capacity, int) else ()
     after = replacement_graph(scope, block)
     lost = tuple(missing_decisions(region, after, block.body, block.x))
-    prover.prove(region, after, block.feeds, limits=limits, decisions=lost)
+    prover.prove(region, after, block.feeds, limits=limits, decisions=lost, explained=explained)
 
 
 def replacement_graph(scope: Scope, block: Proposal) -> Graph:

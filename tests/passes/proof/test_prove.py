@@ -102,6 +102,27 @@ def test_what_differs_at_once_costs_two_runs(monkeypatch):
     assert len(runs) > 2
 
 
+@pytest.mark.parametrize("explained", [True, False])
+def test_a_wrong_replacement_costs_one_case_unless_its_reason_is_reported(explained):
+    """One outcome of a decision is the better reason, but takes all cases to see."""
+    before = parse("""
+    graph main(x: f32[T, 4]) {
+      far: bool[T, 4] = aten.gt.Scalar(x) <other=1000.0>
+      y: f32[T, 4] = aten.where.self(far, x, x)
+      return y
+    }""")
+    wrong = with_inputs_of(before, negated())
+    prover, decisions = Prover({}), [before.ops[0]]
+    reason = "has the same result on all random" if explained else "the numbers differ"
+    with pytest.raises(NoMatch, match=reason):
+        prover.prove(before, wrong, {}, decisions=decisions, explained=explained)
+    (cases,) = prover.runs.values()
+    assert (len(cases.computed) == 1) is not explained
+    right = replace(before, ops=(), outputs=before.inputs)
+    with pytest.raises(NoMatch, match="has the same result on all random"):
+        prover.prove(before, right, {}, decisions=decisions, explained=explained)
+
+
 def test_a_region_that_cannot_be_run_is_refused_for_every_replacement():
     """It runs with 5 rows and fails with 13: the second replacement may not pass on the 5."""
     before = parse("""
