@@ -83,6 +83,13 @@ def integer_of(value: Any) -> Any:
     return getattr(value, _OF, value) if isinstance(value, torch.SymFloat) else value
 
 
+def _number(value: Any) -> Any:
+    """The number in a tensor that is compared with a symbolic one; other values unchanged."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return Real(value) if value.is_floating_point() else Integer(value)
+
+
 def _extreme(two: Callable[[Any, Any], Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     def extreme(*values: Any, **options: Any) -> Any:
         items = (
@@ -90,9 +97,10 @@ def _extreme(two: Callable[[Any, Any], Any], plain: Callable[..., Any]) -> Calla
         )
         if options or len(items) < 2 or not any(isinstance(item, _SYMBOLIC) for item in items):
             return plain(*values, **options)
-        result = items[0]
-        for item in items[1:]:
-            result = two(result, item)
+        numbers = [_number(item) for item in items]
+        result = numbers[0]
+        for number in numbers[1:]:
+            result = two(result, number)
         return result
 
     return extreme

@@ -23,10 +23,10 @@ from moec.capture.speculate.symbols import expression
 
 _VIEWS = (
     "view reshape flatten unsqueeze squeeze to long int cpu clone contiguous detach ravel float "
-    "type view_as expand type_as int64 int32 double"
+    "type view_as expand type_as int64 int32 double data"
 ).split()
 _PARTS = "getitem select index_select narrow chunk split unbind".split()
-_MOVED = "t transpose permute swapaxes movedim".split()
+_MOVED = "t T mT transpose permute swapaxes movedim".split()
 _COLUMNS = "view reshape unsqueeze getitem expand expand_as repeat to long contiguous clone".split()
 
 

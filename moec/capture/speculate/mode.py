@@ -48,6 +48,8 @@ class Speculation(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         method = getattr(func, "__name__", "")
+        if method == "__get__":  # x.T is a call of the property's getter
+            method = getattr(func.__self__, "__name__", "")  # type: ignore[attr-defined]
         like = args[:1] if method in _LIKE else ()
         args, named = self.latest((args[len(like) :], dict(kwargs or {})))
         args = (*like, *map(python_type, args))

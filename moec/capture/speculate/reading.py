@@ -13,7 +13,7 @@ from moec.capture.speculate.facts import ClassChoice
 from moec.capture.speculate.following import follow
 from moec.capture.speculate.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
-from moec.capture.speculate.numbers import number, numbers
+from moec.capture.speculate.numbers import as_number, number, numbers
 from moec.capture.speculate.singles import single_of
 from moec.capture.speculate.sums import MOST_NUMBERS, Counts, constants, joined
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
@@ -68,12 +68,14 @@ def unique(trace: Trace, func: Hook, ids: torch.Tensor, *args: Any, **kwargs: An
     return Hits(choice.classes)
 
 
-def one_hot(trace: Trace, func: Hook, ids: torch.Tensor, num_classes: int = -1) -> Any:
-    fact = trace.facts.of(ids)
+def one_hot(trace: Trace, func: Hook, ids: torch.Tensor, num_classes: Any = -1) -> Any:
+    fact, num_classes = trace.facts.of(ids), as_number(trace, num_classes)
     if isinstance(num_classes, int) and num_classes < 0:
         if fact.choice is None:
             return NotImplemented
         num_classes = fact.choice.classes
+    if reads_data(num_classes):
+        torch._check(num_classes > 1)  # type: ignore[no-untyped-call] # one class would broadcast
     hot = (ids[..., None] == torch.arange(num_classes)).to(torch.int64)
     if reads_data(num_classes):
         return trace.facts.note(hot, one_hot_of=ids)

@@ -8,6 +8,7 @@ kept.
 from __future__ import annotations
 
 import fractions
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -32,7 +33,19 @@ _FLOATS = {
     "FloatTrueDiv": np.true_divide,
     "IntTrueDiv": np.true_divide,
     "FloatPow": np.power,
+    "FloorDiv": np.floor_divide,
+    "CleanDiv": np.floor_divide,
+    "Mod": np.mod,
+    "PythonMod": np.mod,
+    "FloorToInt": np.floor,
+    "CeilToInt": np.ceil,
+    "TruncToInt": np.trunc,
+    "RoundToInt": np.round,
+    "Greatest": np.maximum,
+    "Least": np.minimum,
 }
+_EXTREMES = {"Max": sympy.Function("Greatest"), "Min": sympy.Function("Least")}
+"""numpy has functions of two arrays for these, and sympy prints others of a list of arrays."""
 
 
 def divided(value: torch.SymFloat, how: Rounding, sizes: dict[sympy.Expr, Any]) -> Any:
@@ -56,6 +69,10 @@ Function = Callable[[Any], Any]
 
 def function_of(expr: Any, tokens: sympy.Symbol) -> Function:
     """An expression as a function of an array of numbers of tokens, in doubles."""
+    expr = expr.replace(
+        lambda part: type(part).__name__ in _EXTREMES,
+        lambda part: functools.reduce(_EXTREMES[type(part).__name__], part.args),
+    )
     value = sympy.lambdify([tokens], expr, [_FLOATS, "numpy"])
     return lambda counts: value(counts) * np.ones_like(counts)
 

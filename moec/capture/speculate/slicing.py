@@ -24,10 +24,10 @@ def getitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any) -> Any:
     ids, width = trace.facts.of(x).one_hot_of, first_columns(parts)
     if ids is not None and width is not None:
         return (ids[..., None] == torch.arange(width)).to(torch.int64)
+    if any(map(is_mask, parts)):
+        return func(x, with_rows(trace, parts))
     first, *rest = parts
     if isinstance(first, torch.Tensor) and all(part is None for part in rest):
-        if first.dtype == torch.bool and first.ndim:
-            return func(x, (*trace.rows_of(first), *rest))
         order = trace.facts.of(first).order
         if order is not None:
             return _gathered(trace, x, order, rest, func(x, index))
@@ -37,6 +37,16 @@ def getitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any) -> Any:
         if any(map(reads_data, (start, stop, x.shape[0]))):
             return between(trace, x, start, stop)
     return NotImplemented
+
+
+def is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim > 0
+
+
+def with_rows(trace: Trace, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An index with the rows of each mask in its place."""
+    rows = [trace.rows_of(part) if is_mask(part) else (part,) for part in parts]
+    return tuple(each for columns in rows for each in columns)
 
 
 def first_columns(parts: tuple[Any, ...]) -> Any:
@@ -86,6 +96,22 @@ def index_select(trace: Trace, func: Hook, x: torch.Tensor, dim: int, index: tor
     if dim != 0 or order is None:
         return NotImplemented
     return _gathered(trace, x, order, [], func(x, dim, index))
+
+
+def masked_select(
+    trace: Trace, func: Hook, x: torch.Tensor, mask: torch.Tensor, **rest: Any
+) -> Any:
+    """The values of x where the mask is set. An axis along which x repeats needs no index."""
+    if rest or not mask.ndim:
+        return NotImplemented
+    shape = torch.broadcast_shapes(x.shape, mask.shape)  # type: ignore[no-untyped-call]
+    same_shape = list(map(expression, mask.shape)) == list(map(expression, shape))
+    rows = trace.rows_of(mask if same_shape else mask.expand(shape))
+    wide = x.expand(shape)
+    for axis in reversed(range(wide.ndim)):
+        if wide.ndim > 1 and type(wide.stride(axis)) is int and wide.stride(axis) == 0:
+            wide, rows = wide.select(axis, 0), (*rows[:axis], *rows[axis + 1 :])
+    return wide[rows]
 
 
 def narrow(trace: Trace, func: Hook, x: torch.Tensor, dim: int, start: Any, length: Any) -> Any:
@@ -177,6 +203,7 @@ SLICING: Hooks = {
     "argsort": sort,
     "getitem": getitem,
     "index_select": index_select,
+    "masked_select": masked_select,
     "narrow": narrow,
     "split": split,
     "split_with_sizes": split,

@@ -10,6 +10,7 @@ from moec.capture.speculate.facts import Piece
 from moec.capture.speculate.hits import HitRows, as_tensor
 from moec.capture.speculate.hooks import Filling, Hook, Hooks, Trace
 from moec.capture.speculate.numbers import as_number
+from moec.capture.speculate.slicing import is_mask, with_rows
 from moec.capture.speculate.sums import Sums
 from moec.capture.speculate.symbols import expression, reads_data
 from moec.errors import CaptureError
@@ -38,7 +39,7 @@ def setitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any, values: Any) 
     if isinstance(index, slice):
         start, stop = (as_number(trace, end) for end in (index.start, index.stop))
         index = slice(start, stop, index.step)
-    if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim:
+    if is_mask(index):
         if isinstance(values, torch.Tensor) and values.ndim:
             func(x, trace.rows_of(index), values)
         else:
@@ -48,6 +49,8 @@ def setitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any, values: Any) 
         stop = x.shape[0] if index.stop is None else index.stop
         fill(trace, Piece(x, 0 if index.start is None else index.start, stop), values)
         return None
+    if isinstance(index, tuple) and any(map(is_mask, index)):
+        return func(x, with_rows(trace, index), values)
     if isinstance(index, HitRows):
         return func(x, as_tensor(index), values)
     if isinstance(index, tuple) and any(isinstance(part, HitRows) for part in index):

@@ -89,3 +89,18 @@ def as_many_classes_as_places(layer: Layer, x: Tensor) -> Tensor:
     picked = torch.einsum("tec,td->ecd", (combine > 0).float(), flat)
     y = torch.bmm(F.relu(torch.bmm(picked, layer.w1)), layer.w2)
     return torch.einsum("tec,ecd->td", combine, y).view_as(x)
+
+
+def classes_that_a_tensor_counts(layer: Layer, x: Tensor) -> Tensor:
+    """The greatest place stays in a tensor, which Python's max compares with a size; the places
+    come through a padding, after which nothing bounds them."""
+    length = x.shape[1]
+    p, ids = layer.gate(x).softmax(-1).max(-1)
+    mask = F.one_hot(ids, E).float()
+    position = (F.pad(mask, (0, 0, 1, 0)).cumsum(1)[:, :-1] * mask).sum(-1).long()
+    capacity = max(min(length, int(length * 1.5 / E)), 2)
+    hot = F.one_hot(position, max(position.max() + 1, capacity))[..., :capacity].float()
+    combine = p[..., None, None] * mask[..., None] * hot[..., None, :]
+    rows = torch.einsum("bnd,bnec->ebcd", x, (combine > 0).float())
+    y = torch.stack([expert(part) for expert, part in zip(layer.experts, rows, strict=True)])
+    return torch.einsum("ebcd,bnec->bnd", y, combine)

@@ -19,6 +19,7 @@ from tests.capture.speculate.capacities import (
     capacity_of_a_float,
     capacity_of_a_script,
     capacity_rounded_up,
+    classes_that_a_tensor_counts,
     the_greatest_count,
 )
 from tests.capture.speculate.layer import D, E, Form, K, Layer
@@ -388,6 +389,7 @@ FORMS: dict[str, Form] = {
         capacity_compared,
         the_greatest_count,
         as_many_classes_as_places,
+        classes_that_a_tensor_counts,
         noise_of_no_size,
         noise_scaled_from_the_left,
         a_batch_norm,

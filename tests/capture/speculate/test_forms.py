@@ -9,10 +9,13 @@ import torch
 
 import moec
 from moec.capture import capture
+from moec.codegen.backends import backend_for
+from moec.codegen.lower import supported
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from tests.capture.speculate.forms import FORMS
 from tests.capture.speculate.layer import D, E, Form, Layer
+from tests.capture.speculate.maps import FORMS as MAPS
 from tests.capture.speculate.offsets import FORMS as OFFSETS
 from tests.capture.speculate.repairs import FORMS as REPAIRS
 
@@ -23,7 +26,7 @@ def inputs(size: tuple[int, int], seed: int = 1) -> torch.Tensor:
     return torch.randn(*size, D, generator=torch.Generator().manual_seed(seed))
 
 
-EVERY_FORM = {**FORMS, **OFFSETS, **REPAIRS}
+EVERY_FORM = {**FORMS, **OFFSETS, **REPAIRS, **MAPS}
 
 
 @pytest.mark.parametrize("form", EVERY_FORM.values(), ids=EVERY_FORM)
@@ -57,6 +60,26 @@ def test_pieces_of_sorted_rows_are_a_block(name: str) -> None:
     layer = Layer(OFFSETS[name]).eval()
     compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
     assert compiled.captured.way == "speculated"
+    assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
+
+
+@pytest.mark.parametrize("name", ["a map that a capacity cuts", "slots within a capacity"])
+def test_rows_within_a_capacity_have_kernels(name: str) -> None:
+    """Tokens that are all alike are beyond every capacity."""
+    layer = Layer(MAPS[name]).eval()
+    compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
+    program = compiled.pass_results[-1].program
+    assert supported(program.graph, backend_for(compiled.target))
+    for size in SIZES:
+        for x in (inputs(size, 2), inputs((1, 1)).expand(*size, D).contiguous()):
+            (result,) = evaluate(program.graph, [x], program.weights)
+            with torch.no_grad():
+                torch.testing.assert_close(result, layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_a_map_are_a_block() -> None:
+    layer = Layer(MAPS["rows that a map selects"]).eval()
+    compiled = moec.compile(layer, (inputs((2, 6)),), build=False)
     assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
 
 

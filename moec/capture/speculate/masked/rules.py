@@ -17,9 +17,9 @@ from moec.capture.speculate.masked.values import (
     Count,
     Rows,
     Unmasked,
+    as_indices,
     between,
     count,
-    full,
     leaves,
 )
 from moec.capture.speculate.symbols import reads_data
@@ -85,7 +85,7 @@ def index(node: Any, x: Any, indices: Sequence[Any]) -> Any:
         raise Unmasked("some rows are read by their place")
     if alone and chosen[0].identity and chosen[0].tensor.ndim == 1:
         return Rows(tensor, chosen[0].mask, lead)
-    return Rows(ATEN.index.Tensor(tensor, full(list(indices), None)), chosen[0].mask, lead)
+    return Rows(ATEN.index.Tensor(tensor, as_indices(indices)), chosen[0].mask, lead)
 
 
 def index_put(node: Any, x: Any, indices: Sequence[Any], y: Any, accumulate: bool = False) -> Any:
@@ -105,7 +105,7 @@ def index_put(node: Any, x: Any, indices: Sequence[Any], y: Any, accumulate: boo
     if len(indices) == 1 and chosen[0].identity:
         shape = (-1, *[1] * (y.tensor.ndim - 1))
         return torch.where(y.mask.view(shape), y.tensor, x)
-    before = ATEN.index.Tensor(x, full(list(indices), None))
+    before = ATEN.index.Tensor(x, as_indices(indices))
     return _added(x, indices, Rows(y.tensor - before, y.mask))
 
 
@@ -146,9 +146,8 @@ def _added(x: Any, indices: Sequence[Any], y: Rows) -> Any:
     if len(indices) == 1 and first.identity:
         return x + y.zeroed().to(x.dtype)
     if len(indices) == 1:
-        return x.index_add(0, first.tensor, y.zeroed().to(x.dtype))
-    positions = full(list(indices), None)
-    return x.index_put(positions, y.zeroed().to(x.dtype), accumulate=True)
+        return x.index_add(0, first.positions(), y.zeroed().to(x.dtype))
+    return x.index_put(as_indices(indices), y.zeroed().to(x.dtype), accumulate=True)
 
 
 def index_add(node: Any, x: Any, dim: int, i: Any, y: Any, alpha: Any = 1) -> Any:
@@ -163,7 +162,7 @@ def scatter_add(node: Any, x: Any, dim: int, i: Any, y: Any) -> Any:
     if not isinstance(i, Rows):
         return NotImplemented
     y = y if isinstance(y, Rows) else Rows(y, i.mask)
-    return x.scatter_add(dim, i.tensor, y.zeroed())
+    return x.scatter_add(dim, i.positions(), y.zeroed())
 
 
 def scatter_reduce(
@@ -190,7 +189,8 @@ def cat(node: Any, parts: Sequence[Any], dim: int = 0) -> Any:
 def sum_(node: Any, x: Any, dim: Any = (), *rest: Any, **named: Any) -> Any:
     if not isinstance(x, Rows) or (dim and x.axis not in [d % x.tensor.ndim for d in dim]):
         return NotImplemented
-    return node.target(x.zeroed(), *([dim] if dim else []), *rest, **named)
+    axes = [dim] if node.target is ATEN.sum.dim_IntList else []
+    return node.target(x.zeroed(), *axes, *rest, **named)
 
 
 def along(node: Any, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class Rows:
         others = torch.full_like(self.tensor, number)
         return torch.where(self.mask.view(shape), self.tensor, others)
 
+    def positions(self) -> torch.Tensor:
+        """The values as positions: 0 in the rows that are not set, whose values may be beyond."""
+        return self.tensor if self.identity else self.zeroed()
+
 
 @dataclass
 class Count:
@@ -67,6 +71,11 @@ def full(tree: Any, length: Any) -> Any:
         return value
 
     return pytree.tree_map(one, tree, is_leaf=is_leaf)
+
+
+def as_indices(indices: Sequence[Any]) -> list[Any]:
+    """The indices with all rows; those that are not set read, or add zeros at, position 0."""
+    return [each.positions() if isinstance(each, Rows) else full(each, None) for each in indices]
 
 
 _TENSOR_OPS: dict[Any, Callable[..., Any]] = {
