@@ -6,12 +6,14 @@
     SIMPLIFY      cleans up between and inside the blocks
     LOWER         fuses gates, then computes all rows of all experts at once, in few kernels
     DECODE        for the program that continues texts, which is derived from the lowered one
+    TRAIN         for a block that `torch.compile` trains: products that have gradients
 
 `moec.compile` runs all phases, `moec.transform` those up to the last pass that changes the model,
-`torch.compile` CANONICALISE and RECOGNISE on its graph and the rest on each block, ONNX export all
-phases of a model. Level 0 has what code generation needs; 1 adds the fusions of MoE blocks, 2 those
-of the rest. OPT_IN passes change what a model computes (APPROXIMATE), or need additional
-information (EXACT_OPT_IN). They run only on request, at the stage that they take.
+`torch.compile` CANONICALISE and RECOGNISE on its graph, and on each block the rest, or TRAIN where
+it needs gradients; ONNX export all phases of a model. Level 0 has what code generation needs; 1
+adds the fusions of MoE blocks, 2 those of the rest. OPT_IN passes change what a model computes
+(APPROXIMATE), or need additional information (EXACT_OPT_IN). They run only on request, at the stage
+that they take.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ from moec.passes.lower.expand_mixtures import ExpandMixtures
 from moec.passes.lower.expand_neurons import ExpandNeurons
 from moec.passes.lower.expand_soft_mixtures import ExpandSoftMixtures
 from moec.passes.lower.fuse_activation import FuseActivation
+from moec.passes.lower.fuse_combine import FuseCombine
 from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
@@ -135,6 +138,7 @@ LOWER = Phase(
     ),
 )
 DECODE = Phase("decode", ((2, FuseAppend()),))
+TRAIN = Phase("train", ((0, ExpandExperts()), (0, FuseCombine())))
 PHASES = (CANONICALISE, DENSE, RECOGNISE, SIMPLIFY, LOWER)
 
 APPROXIMATE: tuple[type[Approximate], ...] = (
@@ -175,7 +179,7 @@ def quantising(formats: Quantisation) -> tuple[Pass, ...]:
 
 
 def all_passes() -> tuple[Pass, ...]:
-    """Each pass of the phases once, in the order in which it first runs."""
+    """Each pass that `--passes` may name, in the order in which it first runs: all but TRAIN's."""
     passes = (pass_ for phase in (*PHASES, DECODE) for pass_ in phase.passes)
     return tuple({pass_.name: pass_ for pass_ in passes}.values())
 

@@ -29,9 +29,7 @@ from moec.ir.canonical import without_origins
 from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
 from moec.ir.text import print_graph
 from moec.passes.core.runner import PassResult, run
-from moec.passes.lower.expand_experts import ExpandExperts
-from moec.passes.lower.fuse_combine import FuseCombine
-from moec.pipeline import after_recognition
+from moec.pipeline import TRAIN, after_recognition
 from moec.runtime.package import MAIN, BuiltLibrary, Package
 
 
@@ -101,8 +99,10 @@ def generate(region: Region, options: Options, codes: Mapping[str, Code]) -> Cod
     bare = package(module, options.target, lowered, BuiltLibrary(), weights=False)
     library = _library(backend, lowered, options, key)
     native = replace(bare, library=library.host, gpu=library.gpu)
-    joined = run(Program(graph, weights), (ExpandExperts(), FuseCombine()), stage=Stage.MOE)
-    return Code(key, graph, joined[-1].program.graph, _folded(pass_results, graph), lowered, native)
+    trained = run(Program(graph, weights), TRAIN.passes, stage=Stage.MOE)
+    return Code(
+        key, graph, trained[-1].program.graph, _folded(pass_results, graph), lowered, native
+    )
 
 
 def _library(backend: Backend, lowered: LoweredModule, options: Options, key: str) -> BuiltLibrary:

@@ -16,8 +16,7 @@ from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Program, Stage
 from moec.ir.text import parse
 from moec.passes.core.runner import run
-from moec.passes.lower.expand_experts import ExpandExperts
-from moec.passes.lower.fuse_combine import FuseCombine
+from moec.pipeline import TRAIN
 from moec.target.cpu import TARGETS, host
 
 E, K = 4, 2
@@ -111,8 +110,7 @@ def graphs(
 }}
 """
     )
-    passes = (ExpandExperts(), FuseCombine())
-    expanded = run(Program(graph, {}), passes, stage=Stage.MOE)[-1].program.graph
+    expanded = run(Program(graph, {}), TRAIN.passes, stage=Stage.MOE)[-1].program.graph
     assert expanded.ops[-1].name == "grouped.combine"
     return graph, expanded
 

@@ -28,7 +28,7 @@ from moec.codegen.cuda.stages import PIECE
 
 
 @dataclass(frozen=True)
-class Block:
+class ThreadBlock:
     """The block that computes the rows from `first` on of one key head; int64 except `thread`."""
 
     a: Arguments
@@ -70,7 +70,7 @@ class Ranges:
     ends: Buffer
 
 
-def ranges_of(block: Block) -> Ranges:
+def ranges_of(block: ThreadBlock) -> Ranges:
     count = block.tile.fragments * 2
     starts, ends = (T.alloc_buffer((count,), "int32", scope="local") for _ in range(2))
     with T.unroll(count) as index:
@@ -80,14 +80,14 @@ def ranges_of(block: Block) -> Ranges:
     return Ranges(starts, ends)
 
 
-def sink_of(block: Block) -> Callable[[Expr], Expr] | None:
+def sink_of(block: ThreadBlock) -> Callable[[Expr], Expr] | None:
     sinks = block.a.sinks
     if sinks is None:
         return None
     return lambda row: T.cast(sinks[block.query(block.row(row))[0]], "float32") * T.float32(LOG2_E)
 
 
-def scaled(block: Block, score: Expr, row: Expr, key: Expr) -> Expr:
+def scaled(block: ThreadBlock, score: Expr, row: Expr, key: Expr) -> Expr:
     """A score in base 2, with the mask."""
     a = block.a
     if a.mask is None:
@@ -106,7 +106,7 @@ def visible_score(ranges: Ranges, score: Expr, row: Expr, key: Expr) -> Expr:
 # ---- global to shared memory -----------------------------------------------------------
 
 
-def load_queries(block: Block, shared: Buffer) -> None:
+def load_queries(block: ThreadBlock, shared: Buffer) -> None:
     a, width = block.a, block.a.spec.key_dim
     with _pieces(block.thread, block.tile.threads, block.tile.rows, width) as (row, d):
         head, query = block.query(block.first + T.cast(row, "int64"))
@@ -114,7 +114,7 @@ def load_queries(block: Block, shared: Buffer) -> None:
         copy_async(shared.ptr_to([row * (width + PADDING) + d]), source)
 
 
-def load_keys(block: Block, shared: Buffer, base: Expr, first: Expr, end: Expr) -> None:
+def load_keys(block: ThreadBlock, shared: Buffer, base: Expr, first: Expr, end: Expr) -> None:
     """Loads a tile of keys, and behind it one of values; zeros from `end` on. Done by the block, or
     by this warp alone if its warps share rows."""
     a, rows = block.a, block.tile.keys

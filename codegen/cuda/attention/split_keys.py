@@ -22,7 +22,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cuda.attention.arguments import LOWEST, Arguments, store_pair
 from moec.codegen.cuda.attention.block import (
-    Block,
+    ThreadBlock,
     load_keys,
     load_queries,
     ranges_of,
@@ -68,12 +68,12 @@ def _launch(a: Arguments, tile: KeyTile, parts: Expr) -> None:
             with T.If(T.And(first < tiles, z < batch)), T.Then():
                 row = T.bind(T.cast(first, "int64") * tile.rows)
                 b, kv = T.cast(z, "int64"), T.bind(T.cast(kv, "int64"))
-                block = Block(a, tile, b, kv, row, rows, thread)
+                block = ThreadBlock(a, tile, b, kv, row, rows, thread)
                 sums, shared = _attend(block, part, parts)
                 _store(block, _joined(block, sums, shared), part, parts)
 
 
-def _attend(block: Block, part: Expr, parts: Expr) -> tuple[Softmax, Buffer]:
+def _attend(block: ThreadBlock, part: Expr, parts: Expr) -> tuple[Softmax, Buffer]:
     """The sums of each warp over its keys, and the memory that no warp reads any more."""
     a, tile = block.a, block.tile
     spec, stage = a.spec, tile.stage(a.spec)
@@ -123,7 +123,7 @@ def _attend(block: Block, part: Expr, parts: Expr) -> tuple[Softmax, Buffer]:
     return sums, shared
 
 
-def _sink(block: Block, counts: Expr) -> Callable[[Expr], Expr] | None:
+def _sink(block: ThreadBlock, counts: Expr) -> Callable[[Expr], Expr] | None:
     """The sink of a row, where it counts; elsewhere no logit."""
     sink = sink_of(block)
     if sink is None:
@@ -156,7 +156,7 @@ class _Joined:
         return T.bind(value)
 
 
-def _joined(block: Block, sums: Softmax, shared: Buffer) -> _Joined:
+def _joined(block: ThreadBlock, sums: Softmax, shared: Buffer) -> _Joined:
     tile, width = block.tile, block.a.spec.value_dim
     size = (tile.warps, tile.rows, width + PADDING)
     floats = T.decl_buffer(size, "float32", data=shared.data, scope="shared.dyn")
@@ -181,7 +181,7 @@ def _joined(block: Block, sums: Softmax, shared: Buffer) -> _Joined:
     return joined
 
 
-def _store(block: Block, joined: _Joined, part: Expr, parts: Expr) -> None:
+def _store(block: ThreadBlock, joined: _Joined, part: Expr, parts: Expr) -> None:
     """Stores results if there is one part, else this part of them."""
     a, tile, width, memory = block.a, block.tile, block.a.spec.value_dim, block.a.memory
     assert memory is not None

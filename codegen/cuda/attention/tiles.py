@@ -29,7 +29,7 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.cuda.attention.arguments import Arguments, arguments, store_pair
 from moec.codegen.cuda.attention.block import (
-    Block,
+    ThreadBlock,
     load_keys,
     load_queries,
     ranges_of,
@@ -101,10 +101,10 @@ def _launch(a: Arguments, tile: KeyTile) -> None:
             with T.If(T.And(x < tiles, z < batch)), T.Then():
                 first = T.bind(T.cast(tiles - 1 - x, "int64") * tile.rows)
                 b, kv = T.cast(z, "int64"), T.cast(y, "int64")
-                _attend(Block(a, tile, b, kv, first, rows, thread))
+                _attend(ThreadBlock(a, tile, b, kv, first, rows, thread))
 
 
-def _attend(block: Block) -> None:
+def _attend(block: ThreadBlock) -> None:
     a, tile = block.a, block.tile
     spec, stage = a.spec, tile.stage(a.spec)
     memory = (tile.elements(spec),)
@@ -146,7 +146,7 @@ def _attend(block: Block) -> None:
 # ---- results ---------------------------------------------------------------------------
 
 
-def _store(block: Block, sums: Softmax) -> None:
+def _store(block: ThreadBlock, sums: Softmax) -> None:
     a, width = block.a, block.a.spec.value_dim
     with T.unroll(block.tile.fragments * 2) as row:
         divisor = divisor_of(sums.weight_sum(row))
