@@ -8,11 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.multiprocessing import ProcessContext
 
 from moec.parallel.save import TextFiles, save_ranks
 from moec.passes.parallel.plan_parallelism import rank_programs
 from tests.passes.parallel.test_plan_parallelism import model, plan
 
+SOON = 240
+"""Seconds, on a machine however busy, from a failure to the end of all ranks: less than every
+time-out, so that what was noticed by none of them ends sooner."""
+LONGER = 600  # seconds
 Once = Callable[[str, Callable[[Path], None]], Path]
 
 
@@ -33,6 +38,16 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
         return path
 
     return folder
+
+
+@pytest.fixture
+def patient_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's launcher waits `LONGER` for ranks that ignore its signal, not 30 s: what ends before
+    was ended by moec."""
+    wait = ProcessContext._join_procs_with_timeout
+    monkeypatch.setattr(
+        ProcessContext, "_join_procs_with_timeout", lambda processes, _: wait(processes, LONGER)
+    )
 
 
 @pytest.fixture(scope="session")

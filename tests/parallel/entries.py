@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from moec.commands.ranks import write_rank
 from moec.commands.run_text import TextOptions
@@ -28,6 +29,10 @@ from moec.runtime.package import DECODE
 from moec.runtime.text.generate import Request, generate
 from moec.runtime.text.texts import Texts
 
+PATIENCE = timedelta(seconds=10)
+"""How long the others wait for rank 1. The job's own time-out is longer: on a busy machine ranks
+take this long to start."""
+
 
 def _at_second_exchange(job: Job, event: Callable[[], object]) -> None:
     """Do something on rank 1 in the middle of the layer, and write when, beside the output."""
@@ -39,6 +44,8 @@ def _at_second_exchange(job: Job, event: Callable[[], object]) -> None:
     def counted(self, group, rows, send, receive):  # type: ignore[no-untyped-def]
         nonlocal calls
         calls += group.startswith("ep")
+        if calls == 2:
+            _set_pg_timeout(PATIENCE, self.handles[self.members[group]])
         if self.rank == 1 and calls == 2:
             clock.write_text(str(time.time()))
             event()

@@ -21,6 +21,7 @@ from moec.parallel.launch import launch
 from moec.parallel.process import Job, joined, started
 from moec.parallel.process_ranks import RankError
 from tests.parallel import entries
+from tests.parallel.conftest import SOON
 from tests.parallel.test_launch import free_port, saved
 
 __all__ = ["saved"]  # a fixture
@@ -35,15 +36,12 @@ start(Job(Path(sys.argv[1]), None, None, 300.0, 1), 2, sleeping)
 """
 
 
-SECONDS = 30  # from a failure to the end of all ranks
-
-
 @contextmanager
 def soon() -> Iterator[None]:
-    """The block ends within `SECONDS`."""
+    """The block ends within `SOON`."""
     start = time.monotonic()
     yield
-    assert time.monotonic() - start < SECONDS
+    assert time.monotonic() - start < SOON
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int, port: int) -> None:
@@ -59,7 +57,7 @@ def test_a_port_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         port = used.getsockname()[1]
         as_rank(monkeypatch, 0, 2, port)
         message = f"^rank 0, start: port {port} is in use: choose another"
-        job = Job(tmp_path, None, None, 5.0, 1)
+        job = Job(tmp_path, None, None, 300.0, 1)
         with soon(), pytest.raises(RankError, match=message), started(job):
             pass
 
@@ -94,7 +92,7 @@ def test_another_model_on_another_rank(saved: Path, tmp_path: Path) -> None:
     message = "rank [0-3]: ranks 1 have another compiled model than rank 0: copy the same folder"
     with pytest.raises(RankError, match=message):
         launch(job, 4, entries.differing)
-    assert time.time() - float((tmp_path / "event").read_text()) < SECONDS
+    assert time.time() - float((tmp_path / "event").read_text()) < SOON
 
 
 @pytest.mark.long
@@ -117,7 +115,7 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
             assert time.monotonic() < limit
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        _, text = process.communicate(timeout=SECONDS)
+        _, text = process.communicate(timeout=SOON)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
