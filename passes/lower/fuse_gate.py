@@ -47,6 +47,8 @@ def fuse_gate(op: Op, b: Builder) -> Sequence[Value] | None:
     if weight not in b.params:
         raise NoMatch(f"the router's weight {weight.name} is computed, not stored")
     compute = x.dtype
+    if compute == "f64":
+        raise NoMatch("the logits are f64, and the kernel of a gate adds in float32")
     x = _before_upcast(x, b)
     x = _flat(x, op, b)
     attrs: dict[str, Attr] = {

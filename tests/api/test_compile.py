@@ -107,6 +107,16 @@ def test_rows_of_nan_stay_where_they_are(model: Moe, compiled: moec.CompiledMode
     assert close(y, expected)
 
 
+def test_a_layer_in_float64() -> None:
+    """Its logits are sums in float64, and its router ranks them in float32."""
+    model = Moe(torch.float64).eval()
+    x = torch.randn(40, WIDTH, dtype=torch.float64)
+    compiled = moec.compile(model, (x,))
+    assert [block.router for block in compiled.blocks] == ["softmax, top-2"]
+    assert any("the logits are f64" in d.reason for d in compiled.declined)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-6, atol=1e-6)
+
+
 def test_two_threads_and_two_models(model: Moe, compiled: moec.CompiledModel) -> None:
     """Calls from several threads, on two models side by side, each give their own result."""
     other_model = nn.Sequential(nn.Linear(WIDTH, 3), nn.ReLU())

@@ -26,8 +26,8 @@ _ROUNDER_BITS = 0x4B400000
 def vector_functions(target: CpuTarget) -> str:
     """The text for `pragma_import_llvm`: every function that `vector.Vector` calls."""
     n = target.vector_lanes
-    parts = [_memory_f32(n), _memory_bf16(n, target), _memory_f16(n, target), _scalars(target)]
-    parts += [_arithmetic(n, target), _exp(n), row_functions(n)]
+    parts = [_memory_f64(n), _memory_f32(n), _memory_bf16(n, target), _memory_f16(n, target)]
+    parts += [_scalars(target), _arithmetic(n, target), _exp(n), row_functions(n)]
     if target.bf16_dot:
         parts.append(_BF16_DOT)
     if target.bf16_tiles:
@@ -45,12 +45,12 @@ def _memory(n: int, name: str, element: str, widen: str, narrow: str) -> str:
   %c0 = insertelement <{n} x i32> poison, i32 %count, i32 0
   %cs = shufflevector <{n} x i32> %c0, <{n} x i32> poison, <{n} x i32> zeroinitializer
   %mask = icmp slt <{n} x i32> {lane_numbers}, %cs"""
-    align = {"float": 4}.get(element, 2)
+    align = {"double": 8, "float": 4}.get(element, 2)
     args = f"ptr %p, {f} %f"
     where = f"ptr %p, i32 {align}, <{n} x i1> %mask"
-    short = f"v{n}{ {'float': 'f32', 'i16': 'i16'}[element] }"
+    short = f"v{n}{ {'double': 'f64', 'float': 'f32', 'i16': 'i16'}[element] }"
     store_some = f"  call void @llvm.masked.store.{short}.p0({e} %e, {where})"
-    if element != "float":
+    if element == "i16":
         # LLVM 22 writes two bytes too many where a truncation meets a constant mask of one
         # lane, so these lanes go through the stack.
         store_some = f"""
@@ -83,6 +83,14 @@ define linkonce_odr i32 @moec_store_tail_{name}_{n}({args}, i32 %count) alwaysin
 {store_some}
   ret i32 0
 }}"""
+
+
+def _memory_f64(n: int) -> str:
+    """Rounded to float32, in which vectors compute."""
+    f, e = f"<{n} x float>", f"<{n} x double>"
+    return _memory(
+        n, "float64", "double", f"  %f = fptrunc {e} %e to {f}", f"  %e = fpext {f} %f to {e}"
+    )
 
 
 def _memory_f32(n: int) -> str:

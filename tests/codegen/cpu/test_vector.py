@@ -11,7 +11,12 @@ from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.vector import Vector
 from moec.target.cpu import TARGETS, missing
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name != "avx2-vnni"]
 each_target = pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
 

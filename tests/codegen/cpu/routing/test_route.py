@@ -19,7 +19,12 @@ from moec.codegen.specs.routing import GateSpec, RouteSpec
 from moec.ops.routing import Routing, route_logits
 from moec.target.cpu import TARGETS, CpuTarget, host
 
-TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+TORCH = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+}
 ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
     "mixtral": (Routing(2, renormalize=True), 8, None),
     "mixtral-bf16": (Routing(2, renormalize=True, dtype="bf16"), 8, None),
@@ -53,6 +58,7 @@ ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
         12,
         "bf16",
     ),
+    "f64": (Routing(3, score="sigmoid", renormalize=True, dtype="f64"), 13, "f64"),
     "all": (Routing(5, renormalize=True), 5, "f32"),
     "many": (Routing(20, score="sigmoid", after="softmax"), 37, None),
     "phimoe": (Routing(2, score="sparsemixer", jitter=0.01), 16, None),
@@ -87,7 +93,7 @@ def check(spec: RouteSpec, logits: Tensor, correction: Tensor | None) -> None:
     assert torch.equal(experts, want_experts)
     # f32: exp to 2 ulp, sums of E in another order; else one more rounding of the result,
     # which may fall on the other side.
-    rtol = {"f32": 1e-5, "bf16": 2.0**-7, "f16": 2.0**-10}[spec.routing.dtype]
+    rtol = {"f64": 1e-5, "f32": 1e-5, "bf16": 2.0**-7, "f16": 2.0**-10}[spec.routing.dtype]
     torch.testing.assert_close(weights, want_weights, rtol=rtol, atol=1e-30, equal_nan=True)
 
 
@@ -117,7 +123,7 @@ def test_matches_eager(name: str) -> None:
         check(spec, distinct(tokens, spec.num_experts), correction)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("dtype", ["f64", "bf16", "f16"])
 def test_takes_logits_of_any_float(dtype: str) -> None:
     spec = spec_of("gpt-oss", dtype)
     logits = torch.randn(33, spec.num_experts).to(TORCH[dtype])
