@@ -94,8 +94,13 @@ def guards_of(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Gua
     torch's symbols to named sizes. Raises CaptureError for a guard that cannot be converted.
     """
     env = shape_env(exported)
+    return () if env is None else guards_in(env, rename)
+
+
+def guards_in(env: Any, rename: Mapping[str, str]) -> tuple[Guard, ...]:
+    """As `guards_of`, of torch's record of the sizes of a trace."""
     guards: dict[sympy.Basic, Guard] = {}
-    for guard in () if env is None else env.guards:
+    for guard in env.guards:
         condition = env.replace(guard.expr)
         if condition == sympy.true:
             continue
@@ -190,7 +195,7 @@ def settle(
             limiting.append(guard)
             notes[f"{size} {_shown(bounds[size])}: {guard}"] = None
     for guard in remaining:
-        false = _false_at(guard, bounds, example)
+        false = false_at(guard, bounds, example)
         answers = [agree(sizes) if agree else None for sizes in false]
         tried = [answer for answer in answers if answer is not None]
         if False in tried or (tried and _bakes_in(guard.condition)):
@@ -255,7 +260,7 @@ _FURTHER = 8
 """How many times as many rows as the least sizes have, the further sizes may have."""
 
 
-def _false_at(
+def false_at(
     guard: Guard, bounds: Mapping[str, Bounds], example: Mapping[str, int]
 ) -> list[Mapping[str, int]]:
     """Assignments of sizes, none of them 0, for which a guard is false. For each combination of

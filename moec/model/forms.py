@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moec.capture.behaviour.door import Described, observe
+from moec.capture.behaviour.other_sizes import difference_at_other_sizes, guards_of_graph
 from moec.capture.behaviour.parts import modules_without_block
 from moec.capture.capture import Captured
 from moec.capture.doors import Source, example_of, traceable
@@ -65,14 +66,19 @@ def best_form(
     backend: Backend,
 ) -> ModelForm:
     """The first form whose ops all have kernels, with modules that may hold experts and were not
-    recognised observed. `exact` are the passes that bind inputs. The form that was captured first
-    where there is no such form: its error is the most informative."""
+    recognised observed, if that agrees where sizes of their own code change. `exact` are the passes
+    that bind inputs. The form that was captured first where there is no such form: its error is the
+    most informative."""
     first = pass_results = passes(captured)
     missed = _modules_missed(source, pass_results, captured, backend)
     described, refusals = observe(example_of(source), missed) if missed else ((), {})
     if described:
-        captured = bound(capture_again(described), exact)
-        pass_results = passes(captured)
+        guards = guards_of_graph(captured.program.graph)
+        again = bound(capture_again(described), exact)
+        if why := difference_at_other_sizes(again, guards):
+            refusals = {**refusals, **dict.fromkeys((item.name for item in described), why)}
+        else:
+            captured, pass_results = again, passes(again)
     captured, pass_results = _in_supported_form(captured, pass_results, passes, exact, backend)
     # A form without blocks has uninformative reasons; those for the original code come first.
     earlier = () if pass_results is first or _blocks(pass_results) else first

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import sympy
 import torch
 
 from moec.ir.dims import Bounds, bind_shape, symbols
-from moec.ir.graph import Attr, Graph, Op, Value
+from moec.ir.graph import Graph, Value
+from moec.ir.size_expressions import size_expressions
 from moec.ir.thresholds import sizes_at_changes
 
 _CASES = 12
@@ -30,7 +30,7 @@ def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]
     for value, tensor in zip(graph.inputs, example, strict=False):
         bind_shape(value.shape, tuple(tensor.shape), sizes)
     bounds = {name: limits for name, limits in graph.bounds.items() if name in sizes}
-    expressions = dict.fromkeys(e for op in graph.ops for e in _expressions(op))
+    expressions = dict.fromkeys(e for op in graph.ops for e in size_expressions(op))
     moved = sizes_at_changes(expressions, bounds, sizes)
     moved += [{**sizes, name: size} for name, size in _masks(graph, bounds)]
     moved += [{**sizes, name: size} for name, size in _ends(bounds)]
@@ -38,21 +38,6 @@ def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]
     small = {tuple(sorted(m.items())): m for m in moved if math.prod(m.values()) <= most}
     small.pop(tuple(sorted(sizes.items())), None)
     return sorted(small.values(), key=lambda m: math.prod(m.values()))[:_CASES]
-
-
-def _expressions(op: Op) -> Iterator[sympy.Basic]:
-    for attr in op.attrs.values():
-        yield from _in_attr(attr)
-    for value in op.outputs:
-        yield from (dim for dim in value.shape if not isinstance(dim, int))
-
-
-def _in_attr(attr: Attr) -> Iterator[sympy.Basic]:
-    if isinstance(attr, tuple):
-        for item in attr:
-            yield from _in_attr(item)
-    elif isinstance(attr, sympy.Expr):
-        yield attr
 
 
 def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, int]]:

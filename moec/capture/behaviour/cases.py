@@ -13,6 +13,8 @@ from moec.capture.behaviour.probe import Probe
 
 SIZES = ((2, 12), (1, 1), (3, 29), (1, 7), (5, 3), (1, 200), (4, 64))
 LENGTHS = (3, 9, 16, 17, 20, 33, 41, 255, 1000)
+SMALL = range(1, 41)
+"""Each is tried as the batch and as the length: a module may treat multiples of a number apart."""
 SCALES = (1.0, 0.01, 20.0, 1000.0)
 _SEEDS = 2
 _EXACT_LENGTHS = (24, 4)
@@ -36,8 +38,8 @@ class BehaviourCase:
 
 
 def cases(probe: Probe) -> Iterator[BehaviourCase]:
-    """Natural and steered routings of all kinds at small sizes, and long inputs where every token
-    chooses the same expert."""
+    """Natural and steered routings of all kinds at small sizes, long inputs where every token
+    chooses the same expert, and batches of many sizes."""
     generator = torch.Generator().manual_seed(11)
     for seed, size in itertools.product(range(_SEEDS), SIZES):
         for scale in SCALES:
@@ -53,10 +55,20 @@ def cases(probe: Probe) -> Iterator[BehaviourCase]:
         for kind in ("usual logits", "equal logits"):
             if kind in steered:
                 yield BehaviourCase(kind, (1, length), inputs, steered[kind])
+    yield from _shapes(probe)
     for length in _exact_lengths(probe):
         logits = all_on(0, length, probe.columns, 5.0)
         inputs = probe.inputs(1, length, seed=_SEEDS)
         yield BehaviourCase("a length at which the capacity is whole", (1, length), inputs, logits)
+
+
+def _shapes(probe: Probe) -> Iterator[BehaviourCase]:
+    """Few tokens, as one text and as texts of one token; and many such texts."""
+    flat = len(probe.arguments.shape) == 2
+    batches = () if flat else (*SMALL, *(n for n in LENGTHS if n not in SMALL))
+    for size in (*((1, n) for n in SMALL), *((n, 1) for n in batches if n < probe.longest)):
+        inputs = probe.inputs(*size, seed=_SEEDS)
+        yield BehaviourCase("tokens times 1", size, inputs)
 
 
 def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[BehaviourCase]:

@@ -17,9 +17,11 @@ from typing import Any
 from torch import nn
 
 from moec.capture.behaviour.arguments import Arguments, RecordedCall, record
+from moec.capture.behaviour.failed_export import guards_before
 from moec.capture.behaviour.failure import Failure, shown
 from moec.capture.behaviour.forward import Forward, proved_forward
 from moec.capture.behaviour.hints import Hints, describe_by_hints
+from moec.capture.behaviour.other_sizes import difference_at_other_sizes
 from moec.capture.behaviour.parts import may_hold_experts
 from moec.capture.behaviour.proof import Proof
 from moec.capture.behaviour.recognise import NoExperts, recognise
@@ -90,17 +92,24 @@ def capture_described(
 ) -> Captured:
     """The result of `capture`, with modules in which it fails replaced by their descriptions.
 
-    Raises CaptureError where a description is wrong, with the input that shows it, and where a
-    module can be neither captured nor recognised.
+    Raises CaptureError where a description is wrong, with the input or the sizes that show it, and
+    where a module can be neither captured nor recognised.
     """
     described = [*observed, *_declared(model, declared)]
+    failures: list[CaptureError] = []
     while True:
         try:
             with replaced(described):
                 captured = capture()
         except CaptureError as error:
             described.append(_describe(model, error, described))
+            failures.append(error)
             continue
+        for failure in failures:
+            if why := difference_at_other_sizes(captured, guards_before(failure)):
+                location = Failure.of(failure, model.module)
+                modules, reasons = model.module.named_modules(), {described[-1].name: why}
+                raise _refusal(failure, location, reasons, dict(modules)) from failure
         names = tuple(item.name for item in described)
         notes = (*captured.notes, *map(str, described))
         return replace(captured, notes=notes, described=names)

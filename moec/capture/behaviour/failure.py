@@ -56,7 +56,7 @@ class Failure:
         names = {id(module): name for name, module in model.named_modules()}
         running: list[str] = []
         line = None
-        for frame, number in _frames(error):
+        for frame, number in frames(error):
             subject = frame.f_locals.get("self")
             if isinstance(subject, nn.Module) and id(subject) in names:
                 running.append(names[id(subject)])
@@ -75,11 +75,11 @@ def _is_library(file: str) -> bool:
     return python or file.startswith((*_FRAMEWORKS, "<"))
 
 
-def _frames(error: BaseException) -> Iterator[tuple[types.FrameType, int]]:
+def frames(error: BaseException) -> Iterator[tuple[types.FrameType, int]]:
     """The frames of an error and of the errors that caused it, the earliest error first."""
     earlier = error.__cause__ or error.__context__
     if earlier is not None and earlier is not error:
-        yield from _frames(earlier)
+        yield from frames(earlier)
     trace = error.__traceback__
     while trace is not None:
         yield trace.tb_frame, trace.tb_lineno
