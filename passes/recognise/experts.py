@@ -18,14 +18,14 @@ from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import missing_decisions
 from moec.passes.proof.prove import Prover
-from moec.passes.recognise import batched, hf, levels, loop
-from moec.passes.recognise.block import Candidate, Proposal, emit_block
-from moec.passes.recognise.neurons import recognise_neurons
-from moec.passes.recognise.other_choices import RULE as OTHER_CHOICES
-from moec.passes.recognise.other_choices import other_choices, other_mixtures
+from moec.passes.recognise.forms import batched, hf, levels, loop
+from moec.passes.recognise.forms.neurons import recognise_neurons
+from moec.passes.recognise.forms.soft_mixture import logits_of_slots, recognise_soft_mixtures
+from moec.passes.recognise.reading.block import Candidate, Proposal, emit_block
 from moec.passes.recognise.region import RegionEmitter, Scope, replacement
-from moec.passes.recognise.routing import Unlike
-from moec.passes.recognise.soft_mixture import logits_of_slots, recognise_soft_mixtures
+from moec.passes.recognise.routers.other_choices import RULE as OTHER_CHOICES
+from moec.passes.recognise.routers.other_choices import other_choices, other_mixtures
+from moec.passes.recognise.routers.routing import Unlike
 
 FORMS: tuple[Callable[[Scope], Iterator[Candidate]], ...] = (
     hf.candidates,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 from moec.errors import NoMatch
 from moec.ir.dims import product as total
 from moec.ir.graph import Op, TensorType, Value
-from moec.passes.recognise import elementwise
-from moec.passes.recognise.layout import (
+from moec.passes.recognise.reading import elementwise
+from moec.passes.recognise.reading.layout import (
     Atom,
     Axis,
     ExpertLayout,
@@ -18,12 +18,12 @@ from moec.passes.recognise.layout import (
     only_features,
     only_rows,
 )
-from moec.passes.recognise.opnames import GROUPED
+from moec.passes.recognise.reading.opnames import GROUPED
+from moec.passes.recognise.reading.row_wise import not_row_wise
 from moec.passes.recognise.region import chooses
-from moec.passes.recognise.row_wise import not_row_wise
 
 if TYPE_CHECKING:
-    from moec.passes.recognise.rows import Reader
+    from moec.passes.recognise.reading.rows import Reader
 
 
 def product(reader: Reader, op: Op) -> ExpertLayout | None:

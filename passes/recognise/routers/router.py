@@ -30,12 +30,12 @@ from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import decisions
 from moec.passes.proof.input_generators import Correction, Feed, Ids, Logits
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
-from moec.passes.recognise.expert_ids import widest_choice
-from moec.passes.recognise.forced_choices import forced_ids, may_force, with_forced
-from moec.passes.recognise.layout import divide
+from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
-from moec.passes.recognise.region_boundary import logits_behind
-from moec.passes.recognise.router_hypotheses import hypotheses
+from moec.passes.recognise.routers.expert_ids import widest_choice
+from moec.passes.recognise.routers.forced_choices import forced_ids, may_force, with_forced
+from moec.passes.recognise.routers.region_boundary import logits_behind
+from moec.passes.recognise.routers.router_hypotheses import hypotheses
 
 _ROWS = 1000
 """A proof uses more random tokens than this: different routers may differ on few tokens, above all

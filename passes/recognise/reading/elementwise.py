@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, cast
 from moec.errors import NoMatch
 from moec.ir.dims import Dim
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
-from moec.passes.recognise.body import ROWS
-from moec.passes.recognise.layout import (
+from moec.passes.recognise.reading.body import ROWS
+from moec.passes.recognise.reading.layout import (
     Atom,
     Axis,
     ExpertLayout,
@@ -20,11 +20,11 @@ from moec.passes.recognise.layout import (
     only_rows,
     size_of,
 )
-from moec.passes.recognise.opnames import MULTIPLY
-from moec.passes.recognise.row_wise import check_numbers, counting, not_row_wise
+from moec.passes.recognise.reading.opnames import MULTIPLY
+from moec.passes.recognise.reading.row_wise import check_numbers, counting, not_row_wise
 
 if TYPE_CHECKING:
-    from moec.passes.recognise.rows import Reader
+    from moec.passes.recognise.reading.rows import Reader
 
 
 def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:

@@ -21,15 +21,15 @@ from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
 from moec.ir.traits import CASTS, VIEWS
-from moec.passes.recognise import every_expert, own_rows
-from moec.passes.recognise.block import Candidate, Proposal
-from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.layout import ExpertLayout, divide
-from moec.passes.recognise.opnames import PICKS, PRODUCTS
-from moec.passes.recognise.parallel_branches import Fan, fan
+from moec.passes.recognise.forms import every_expert, own_rows
+from moec.passes.recognise.forms.parallel_branches import Fan, fan
+from moec.passes.recognise.reading.block import Candidate, Proposal
+from moec.passes.recognise.reading.layout import ExpertLayout, divide
+from moec.passes.recognise.reading.opnames import PICKS, PRODUCTS
+from moec.passes.recognise.reading.rows import Reader
 from moec.passes.recognise.region import Scope
-from moec.passes.recognise.routing import hypotheses
-from moec.passes.recognise.rows import Reader
+from moec.passes.recognise.routers.evidence import Evidence
+from moec.passes.recognise.routers.routing import hypotheses
 
 _AFTER = VIEWS | CASTS | {"aten.sum.dim_IntList", "aten.permute.default"}
 """Ops that may follow the sum over the choices of a token."""

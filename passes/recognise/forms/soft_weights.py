@@ -16,7 +16,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 from moec.ir.traits import CASTS, VIEWS, is_elementwise
-from moec.passes.recognise.layout import Atom, Axis, regroup
+from moec.passes.recognise.reading.layout import Atom, Axis, regroup
 from moec.passes.recognise.region import RegionEmitter, Scope
 
 _PERMUTE, _EXPAND = "aten.permute.default", "aten.expand.default"

@@ -13,9 +13,16 @@ from typing import cast
 from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
-from moec.passes.recognise.block import Recipe
-from moec.passes.recognise.body import ROWS
-from moec.passes.recognise.layout import Atom, Axis, ExpertLayout, fused, only_features, size_of
+from moec.passes.recognise.reading.block import Recipe
+from moec.passes.recognise.reading.body import ROWS
+from moec.passes.recognise.reading.layout import (
+    Atom,
+    Axis,
+    ExpertLayout,
+    fused,
+    only_features,
+    size_of,
+)
 from moec.passes.recognise.region import RegionEmitter
 
 

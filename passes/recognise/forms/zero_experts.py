@@ -16,10 +16,7 @@ from collections.abc import Sequence
 
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
-from moec.passes.recognise.block import Recipe, Zero
-from moec.passes.recognise.opnames import ADDS, ZEROS
-from moec.passes.recognise.region import Scope, chooses
-from moec.passes.recognise.unrolled_experts import (
+from moec.passes.recognise.forms.unrolled_experts import (
     Branch,
     cone,
     first_product,
@@ -29,6 +26,9 @@ from moec.passes.recognise.unrolled_experts import (
     selected_by,
     stack_recipes,
 )
+from moec.passes.recognise.reading.block import Recipe, Zero
+from moec.passes.recognise.reading.opnames import ADDS, ZEROS
+from moec.passes.recognise.region import Scope, chooses
 
 
 def chosen(scope: Scope, op: Op, added: Value) -> bool:

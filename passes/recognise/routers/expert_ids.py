@@ -11,16 +11,16 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Op, TensorType, Value
 from moec.ir.traits import CASTS, CHOICES
 from moec.passes.proof.input_generators import Feed, Ids, OneHot
-from moec.passes.recognise.block import Recipe
-from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.layout import divide
-from moec.passes.recognise.opnames import PICKS
+from moec.passes.recognise.reading.block import Recipe
+from moec.passes.recognise.reading.layout import divide
+from moec.passes.recognise.reading.opnames import PICKS
 from moec.passes.recognise.region import (
     RegionEmitter,
     Scope,
     choices,
     routing_behind,
 )
+from moec.passes.recognise.routers.evidence import Evidence
 
 _RANKINGS = ("aten.topk.default", "aten.sort.default", "aten.sort.stable")
 _DIFFERENCES = ("aten.sub.", "aten.rsub.", "aten.neg.")

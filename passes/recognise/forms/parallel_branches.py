@@ -18,10 +18,16 @@ from typing import cast
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Value
-from moec.passes.recognise.block import Recipe
-from moec.passes.recognise.layout import Axis
+from moec.passes.recognise.forms.unrolled_experts import (
+    Branch,
+    cone,
+    family,
+    read_branch,
+    signature,
+)
+from moec.passes.recognise.reading.block import Recipe
+from moec.passes.recognise.reading.layout import Axis
 from moec.passes.recognise.region import Scope
-from moec.passes.recognise.unrolled_experts import Branch, cone, family, read_branch, signature
 
 _SPLIT = "aten.split_with_sizes.default"
 _PART = "aten.select.int"

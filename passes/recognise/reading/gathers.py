@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, cast
 
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, Op, TensorType, Value
-from moec.passes.recognise.body import ROWS
-from moec.passes.recognise.layout import (
+from moec.passes.recognise.reading.body import ROWS
+from moec.passes.recognise.reading.layout import (
     Atom,
     ExpertLayout,
     only_features,
     only_rows,
     size_of,
 )
-from moec.passes.recognise.opnames import SCATTERS
+from moec.passes.recognise.reading.opnames import SCATTERS
 
 if TYPE_CHECKING:
-    from moec.passes.recognise.rows import Reader
+    from moec.passes.recognise.reading.rows import Reader
 
 
 def index(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout:

@@ -16,11 +16,11 @@ from moec.errors import NoMatch
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ir.traits import CASTS, is_elementwise
-from moec.passes.recognise import elementwise, gathers, products, repeat_tokens
-from moec.passes.recognise.block import Recipe
-from moec.passes.recognise.body import ROWS
-from moec.passes.recognise.body_writer import BodyWriter
-from moec.passes.recognise.layout import (
+from moec.passes.recognise.reading import elementwise, gathers, products, repeat_tokens
+from moec.passes.recognise.reading.block import Recipe
+from moec.passes.recognise.reading.body import ROWS
+from moec.passes.recognise.reading.body_writer import BodyWriter
+from moec.passes.recognise.reading.layout import (
     Atom,
     Axis,
     ExpertLayout,
@@ -28,12 +28,19 @@ from moec.passes.recognise.layout import (
     regroup,
     size_of,
 )
-from moec.passes.recognise.opnames import ACROSS, PICKS, PRODUCTS, REARRANGE, SCATTERS, ZEROS
+from moec.passes.recognise.reading.opnames import (
+    ACROSS,
+    PICKS,
+    PRODUCTS,
+    REARRANGE,
+    SCATTERS,
+    ZEROS,
+)
+from moec.passes.recognise.reading.row_wise import at_line, counting, not_row_wise
 from moec.passes.recognise.region import Scope
-from moec.passes.recognise.row_wise import at_line, counting, not_row_wise
 
 if TYPE_CHECKING:
-    from moec.passes.recognise.parallel_branches import Fan
+    from moec.passes.recognise.forms.parallel_branches import Fan
 
 
 @dataclass

@@ -15,14 +15,14 @@ from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
 from moec.ir.traits import CHOICES, THROUGH
 from moec.passes.proof.input_generators import Feed, Ids, Logits, Positive, Uniform
-from moec.passes.recognise.block import RecognisedCapacity
-from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.expert_ids import Chosen
+from moec.passes.recognise.reading.block import RecognisedCapacity
 from moec.passes.recognise.region import (
     Scope,
     is_routing,
     routing_behind,
 )
+from moec.passes.recognise.routers.evidence import Evidence
+from moec.passes.recognise.routers.expert_ids import Chosen
 
 _FLAGS = Ids(3, 1)
 """An input of integers or booleans is a mask: false, true, and of integers another true value."""

@@ -21,12 +21,12 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import TensorType, Value
 from moec.ir.traits import THROUGH
 from moec.passes.proof.input_generators import Sparse
-from moec.passes.recognise.block import Proposal, Recipe
-from moec.passes.recognise.layout import ExpertLayout
+from moec.passes.recognise.reading.block import Proposal, Recipe
+from moec.passes.recognise.reading.layout import ExpertLayout
+from moec.passes.recognise.reading.rows import Reader
 from moec.passes.recognise.region import RegionEmitter, Scope, chooses, sets_zeros
-from moec.passes.recognise.routing import Unlike
-from moec.passes.recognise.routing_weights import unweighted_dropped
-from moec.passes.recognise.rows import Reader
+from moec.passes.recognise.routers.routing import Unlike
+from moec.passes.recognise.routers.routing_weights import unweighted_dropped
 
 FORM = "every expert, weighed"
 SOME = "experts whose weight is not zero"

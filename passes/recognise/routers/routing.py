@@ -14,13 +14,13 @@ from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Value
 from moec.passes.proof.input_generators import Feed
-from moec.passes.recognise.block import Recipe, RecognisedCapacity
-from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.expert_ids import Chosen, chosen, masks
-from moec.passes.recognise.layout import divide
+from moec.passes.recognise.reading.block import Recipe, RecognisedCapacity
+from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import Scope, choices
-from moec.passes.recognise.region_boundary import capacities, counts_slots, cuts
-from moec.passes.recognise.routing_weights import unweighted_dropped, weightings
+from moec.passes.recognise.routers.evidence import Evidence
+from moec.passes.recognise.routers.expert_ids import Chosen, chosen, masks
+from moec.passes.recognise.routers.region_boundary import capacities, counts_slots, cuts
+from moec.passes.recognise.routers.routing_weights import unweighted_dropped, weightings
 
 
 class Unlike(NoMatch):

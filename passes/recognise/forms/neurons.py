@@ -21,9 +21,9 @@ from moec.ir.traits import CASTS, PRODUCTS, VIEWS, is_elementwise
 from moec.passes.core.runner import Log
 from moec.passes.proof.input_generators import Feed, Ids, Positive
 from moec.passes.proof.prove import Prover
-from moec.passes.recognise.body import ROWS
-from moec.passes.recognise.layout import divide
-from moec.passes.recognise.opnames import PICKS
+from moec.passes.recognise.reading.body import ROWS
+from moec.passes.recognise.reading.layout import divide
+from moec.passes.recognise.reading.opnames import PICKS
 from moec.passes.recognise.region import (
     RegionEmitter,
     Scope,

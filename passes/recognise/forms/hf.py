@@ -15,7 +15,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import Op, Ref
 from moec.ir.text import parse
 from moec.passes.proof.input_generators import Ids, Positive
-from moec.passes.recognise.block import Candidate, Proposal, keep_value
+from moec.passes.recognise.reading.block import Candidate, Proposal, keep_value
 from moec.passes.recognise.region import Scope
 
 NAME = "moec.experts.default"

@@ -8,7 +8,7 @@
     out = where((ids == e)[:, None], expert_e(x) * weights[:, None], out)        rows still zero
     t = where(ids == e)[:C]; out[t] = expert_e(x[t])                     see limited_rows
 
-Experts without a network (moec.passes.recognise.zero_experts) come after the others. The links of a
+Experts without a network (zero_experts.py) come after the others. The links of a
 chain are branches with the same sequence of op names. The initial value of the chain is added after
 the block. The proof checks that overwritten rows were zero or are written only once. A loop over
 the slots, outside or inside the loop over the experts, repeats each expert once per slot; the slots
@@ -26,17 +26,10 @@ from itertools import permutations
 from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Op, Value
-from moec.passes.recognise import batched
-from moec.passes.recognise.block import Candidate, Proposal, Zero
-from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.expert_ids import chosen_among
-from moec.passes.recognise.limited_rows import limit, overwritten, passed_through
-from moec.passes.recognise.opnames import ADDS, CHOOSES, SPREAD
-from moec.passes.recognise.parallel_branches import Fan
-from moec.passes.recognise.region import Scope, choices, chooses
-from moec.passes.recognise.routing import hypotheses
-from moec.passes.recognise.rows import Reader
-from moec.passes.recognise.unrolled_experts import (
+from moec.passes.recognise.forms import batched
+from moec.passes.recognise.forms.limited_rows import limit, overwritten, passed_through
+from moec.passes.recognise.forms.parallel_branches import Fan
+from moec.passes.recognise.forms.unrolled_experts import (
     Branch,
     Family,
     branch_ops,
@@ -48,7 +41,14 @@ from moec.passes.recognise.unrolled_experts import (
     selected_by,
     signature,
 )
-from moec.passes.recognise.zero_experts import chosen, zero_experts
+from moec.passes.recognise.forms.zero_experts import chosen, zero_experts
+from moec.passes.recognise.reading.block import Candidate, Proposal, Zero
+from moec.passes.recognise.reading.opnames import ADDS, CHOOSES, SPREAD
+from moec.passes.recognise.reading.rows import Reader
+from moec.passes.recognise.region import Scope, choices, chooses
+from moec.passes.recognise.routers.evidence import Evidence
+from moec.passes.recognise.routers.expert_ids import chosen_among
+from moec.passes.recognise.routers.routing import hypotheses
 
 FORM = "static loop"
 

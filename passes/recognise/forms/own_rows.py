@@ -15,11 +15,11 @@ from functools import partial
 
 from moec.ir.dims import Dim, product
 from moec.ir.graph import TensorType, Value
-from moec.passes.recognise.block import Proposal, Recipe
-from moec.passes.recognise.layout import ExpertLayout, divide
-from moec.passes.recognise.opnames import PRODUCTS
+from moec.passes.recognise.reading.block import Proposal, Recipe
+from moec.passes.recognise.reading.layout import ExpertLayout, divide
+from moec.passes.recognise.reading.opnames import PRODUCTS
+from moec.passes.recognise.reading.rows import Reader
 from moec.passes.recognise.region import RegionEmitter
-from moec.passes.recognise.rows import Reader
 
 FORM = "each expert for its own rows"
 _MOST = 3

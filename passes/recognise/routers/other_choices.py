@@ -14,7 +14,7 @@ from collections.abc import Container, Iterator
 from moec.dtypes import FLOATS
 from moec.ir.graph import Op, Value
 from moec.ir.traits import CHOICES, THROUGH
-from moec.passes.recognise.opnames import ACROSS, MULTIPLY, PRODUCTS
+from moec.passes.recognise.reading.opnames import ACROSS, MULTIPLY, PRODUCTS
 from moec.passes.recognise.region import Scope
 
 RULE = "other-choices"

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from moec.ir.dims import Dim, canonical, symbols
 from moec.ir.graph import Op, Value
 from moec.ir.traits import VIEWS
-from moec.passes.recognise.block import Priority, RecognisedCapacity, Zero
+from moec.passes.recognise.reading.block import Priority, RecognisedCapacity, Zero
 from moec.passes.recognise.region import Scope
 
 _PARTS = VIEWS | {"aten.slice.Tensor", "aten.split_with_sizes.default"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
 from moec.passes.proof.input_generators import Feed
-from moec.passes.recognise.body import Prepared, canonical, with_columns
+from moec.passes.recognise.reading.body import Prepared, canonical, with_columns
 from moec.passes.recognise.region import RegionEmitter
 
 Recipe = Callable[[RegionEmitter], Value]

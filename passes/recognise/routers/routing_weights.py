@@ -10,15 +10,15 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, TensorType, Value
 from moec.ir.traits import THROUGH
 from moec.passes.proof.input_generators import Ids
-from moec.passes.recognise.block import Recipe
-from moec.passes.recognise.evidence import Evidence
-from moec.passes.recognise.expert_ids import Chosen
+from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.region import (
     RegionEmitter,
     Scope,
     is_routing,
     routing_behind,
 )
+from moec.passes.recognise.routers.evidence import Evidence
+from moec.passes.recognise.routers.expert_ids import Chosen
 
 _NEAREST = 5
 """For weights with one value per slot: every ordering of so many nearest values is tried."""

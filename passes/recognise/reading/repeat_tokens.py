@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from moec.ir.dims import product
 from moec.ir.graph import Op
 from moec.ir.traits import CASTS
-from moec.passes.recognise.opnames import MULTIPLY, PRODUCTS, REARRANGE, SPREAD
+from moec.passes.recognise.reading.opnames import MULTIPLY, PRODUCTS, REARRANGE, SPREAD
 from moec.passes.recognise.region import chooses
 
 if TYPE_CHECKING:
-    from moec.passes.recognise.rows import Reader
+    from moec.passes.recognise.reading.rows import Reader
 
 
 def spreads(reader: Reader, op: Op) -> bool:
