@@ -31,6 +31,7 @@ from moec.codegen.cuda.product import (
     store_row,
     tiles_of,
 )
+from moec.codegen.cuda.split_blocks import SplitTiles, can_split, memory_of, parts_of
 from moec.codegen.cuda.split_k import launch_split_k, split_of
 from moec.codegen.cuda.tiles import FEW_ROWS, FLOATS, LARGE, SMALL, ExpertRows, TileShape
 from moec.codegen.specs.products import LinearSpec
@@ -50,13 +51,16 @@ def grouped_linear(
     top_k: int = 0,
     shape: TileShape | None = None,
     blocks: int = 0,
+    splits: bool = False,
     name: str = "grouped",
 ) -> PrimFunc:
-    """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]).
+    """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n][,
+    memory]).
 
     With `top_k` it has the argument `order`. `shape` is the tile. None selects one at launch, by
     the number of rows; for few rows, that is the product of gemv.py. `blocks` is the grid size; 0
-    means at most one block per SM.
+    means at most one block per SM. If it `splits`, k is split over blocks where tiles are few; the
+    shape of the memory for that is `split_blocks.memory_of`, and None means that there is none.
 
     Raises NoMatch if the tile does not support the product.
     """
@@ -67,14 +71,22 @@ def grouped_linear(
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
-            _launched(arguments(spec, epilogue, top_k), target, shapes, blocks)
+            memory = memory_of(spec, target, shapes) if splits else None
+            p = arguments(spec, epilogue, top_k, memory=memory)
+            _launched(p, target, shapes, blocks)
     return builder.get()
 
 
 def linear(
-    spec: LinearSpec, target: CudaTarget, *, shape: TileShape | None = None, name: str = "linear"
+    spec: LinearSpec,
+    target: CudaTarget,
+    *,
+    shape: TileShape | None = None,
+    splits: bool = False,
+    name: str = "linear",
 ) -> PrimFunc:
-    """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n]) for one expert that owns all rows."""
+    """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n][, memory]) for one expert that owns all
+    rows."""
     shapes = shapes_of(spec.dtype) if shape is None else (shape,)
     for one in shapes:
         check_product(spec, target, None, one.shared_memory)
@@ -82,13 +94,20 @@ def linear(
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
-            _launched(dense_arguments(spec), target, shapes, 0)
+            memory = memory_of(spec, target, shapes) if splits else None
+            _launched(dense_arguments(spec, memory), target, shapes, 0)
     return builder.get()
 
 
 def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], blocks: int) -> None:
     def tiles(shape: TileShape) -> None:
-        launch_tiles(p, target, shape, blocks, partial(_tiles, p, target, shape))
+        parts = parts_of(p, target, shape)
+        if parts is None:
+            launch_tiles(p, target, shape, blocks, partial(_tiles, p, target, shape))
+            return
+        parts.launch(partial(_part, p, target, parts))
+        with T.If(parts.count > 1), T.Then():
+            parts.launch_sum()
 
     if len(shapes) == 1:
         tiles(shapes[0])
@@ -98,13 +117,24 @@ def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], block
         *(partial(tiles, s) for s in shapes),
     )
     split = split_of(p.spec, target.sms)
-    by_rows(p, few, small if split is None else partial(launch_split_k, p, split), large)
+    if split is not None:
+        few = small = partial(launch_split_k, p, split)
+    elif p.memory is not None and p.ends is None and not target.tf32:
+        few = small if can_split(p.spec, target, shapes[0]) else few
+    by_rows(p, few, small, large)
 
 
 def by_rows(
     p: Product, few: Callable[[], None], small: Callable[[], None], large: Callable[[], None]
 ) -> None:
     """Emits the host code that selects a launch by the average number of rows per expert."""
+    if few is small:
+        with T.If(p.rows <= FEW_ROWS * p.spec.groups):
+            with T.Then():
+                small()
+            with T.Else():
+                large()
+        return
     with T.If(p.rows <= max(p.spec.groups, ROWS)):
         with T.Then():
             few()
@@ -145,15 +175,49 @@ def _tiles(
     rows = rows_of_copies(shape)
 
     def compute(owned: ExpertRows, column: Expr) -> None:
-        (x,) = part_of_x(p, tile, owned, rows)
-        w = part_of_w(p, tile, owned, column)
-        if p.spec.dtype == "float32" and not target.tf32:
-            multiply_floats(tile, x, w)
-        else:
-            tile.compute(x, w)
+        _multiply(p, target, tile, owned, column, rows)
         store_tile(p, tile, owned, column, word)
 
     each_tile(p, shape, (blocks, block, thread), compute)
+
+
+def _multiply(
+    p: Product,
+    target: CudaTarget,
+    tile: MmaTile,
+    owned: ExpertRows,
+    column: Expr,
+    rows: Buffer,
+    span: tuple[Expr, Expr] | None = None,
+) -> None:
+    """The sums of a tile, over all steps of k or those of `span`. rows: scratch space."""
+    (x,) = part_of_x(p, tile, owned, rows)
+    w = part_of_w(p, tile, owned, column)
+    if p.spec.dtype == "float32" and not target.tf32:
+        multiply_floats(tile, x, w, span)
+    else:
+        tile.compute(x, w, span)
+
+
+def _part(
+    p: Product,
+    target: CudaTarget,
+    parts: SplitTiles,
+    thread: Expr,
+    owned: ExpertRows,
+    column: Expr,
+    span: tuple[Expr, Expr],
+    slot: Expr,
+) -> None:
+    """A part of a tile; the tile, if there is one part."""
+    tile = mma_tile(parts.shape, p.spec.dtype, p.spec.k, thread)
+    word = T.alloc_buffer((1,), "uint32", scope="local")
+    _multiply(p, target, tile, owned, column, rows_of_copies(parts.shape), span)
+    with T.If(parts.count > 1):
+        with T.Then():
+            parts.store(tile, slot)
+        with T.Else():
+            store_tile(p, tile, owned, column, word)
 
 
 def each_tile(

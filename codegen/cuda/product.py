@@ -30,7 +30,7 @@ Pair: TypeAlias = tuple[Expr, Expr]
 @dataclass(frozen=True)
 class Product:
     """The arguments of a kernel. `order` gathers the rows of x, None if they are sorted already.
-    Without `ends`, the only expert owns all rows."""
+    Without `ends`, the only expert owns all rows. `memory`, float32, is the kernel's alone."""
 
     spec: LinearSpec
     epilogue: Epilogue | None
@@ -42,6 +42,7 @@ class Product:
     bias: Buffer | None
     y: Buffer
     rows: Expr
+    memory: Buffer | None = None
 
     @property
     def columns(self) -> int:
@@ -83,8 +84,9 @@ def arguments(
     *,
     x: tuple[str, int] | None = None,
     w: tuple[str, int] | None = None,
+    memory: tuple[int, int] | None = None,
 ) -> Product:
-    """x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n].
+    """x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n][, memory].
 
     `x` and `w` are the dtype and the number of elements of a stored row; the default is k elements
     of the spec's dtype.
@@ -104,11 +106,12 @@ def arguments(
     weights = argument("w", (spec.groups, columns, w_width), w_dtype)
     bias = argument("bias", (spec.groups, columns), spec.dtype) if spec.bias else None
     y = argument("y", (many, spec.n), spec.y_dtype)
-    return Product(spec, epilogue, ends, rows, order, top_k, weights, bias, y, many)
+    scratch = argument("memory", memory, "float32") if memory else None
+    return Product(spec, epilogue, ends, rows, order, top_k, weights, bias, y, many, scratch)
 
 
-def dense_arguments(spec: LinearSpec) -> Product:
-    """x[R, k], w[n, k][, bias[n]], y[R, n]."""
+def dense_arguments(spec: LinearSpec, memory: tuple[int, int] | None = None) -> Product:
+    """x[R, k], w[n, k][, bias[n]], y[R, n][, memory]."""
     rows = T.int32()
 
     def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
@@ -118,11 +121,12 @@ def dense_arguments(spec: LinearSpec) -> Product:
     w = argument("w", (spec.n, spec.k), spec.dtype)
     bias = argument("bias", (spec.n,), spec.dtype) if spec.bias else None
     y = argument("y", (rows, spec.n), spec.y_dtype)
+    scratch = argument("memory", memory, "float32") if memory else None
     # Viewed as the stack of one expert.
     w = T.decl_buffer((1, spec.n, spec.k), spec.dtype, data=w.data)
     if bias is not None:
         bias = T.decl_buffer((1, spec.n), spec.dtype, data=bias.data)
-    return Product(spec, None, None, x, None, 0, w, bias, y, rows)
+    return Product(spec, None, None, x, None, 0, w, bias, y, rows, scratch)
 
 
 def tiles_of(p: Product, rows: int, threads: int, thread: Expr) -> RowTiles | OneExpert:

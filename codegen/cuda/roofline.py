@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moec.codegen.cuda.tiles import FEW_ROWS, LARGE
 from moec.target.cuda import CudaTarget
 
 _HALF, _FLOAT, _INT, _LONG = 2, 4, 4, 8  # bytes
@@ -74,11 +75,14 @@ class AttentionShape:
     dim: int
 
 
-def attention_work(shape: AttentionShape, texts: int, new: int, past: int) -> tuple[Work, ...]:
+def attention_work(
+    shape: AttentionShape, texts: int, new: int, past: int, sms: int = 132
+) -> tuple[Work, ...]:
     """The work of each kernel around attention, for `new` tokens of each of `texts` texts, which
     have `past` tokens in the cache. Keys and values are read once per text; a causal query meets
     the past and, on average, half of the new tokens. The keys of few queries are split over blocks,
-    whose parts a second launch adds; the parts stay in the L2 cache."""
+    whose parts a second launch adds; so is k of products with tiles for fewer than half of the
+    `sms` SMs. The parts stay in the L2 cache."""
     tokens, cached = texts * new, texts * (past + new)
     q, kv = shape.heads * shape.dim, shape.keys * shape.dim
     x, projected = tokens * shape.width, q + 2 * kv
@@ -88,6 +92,7 @@ def attention_work(shape: AttentionShape, texts: int, new: int, past: int) -> tu
             "qkv",
             (shape.width * projected + x + tokens * projected) * _HALF,
             2.0 * tokens * shape.width * projected,
+            _launches(tokens, q, sms),  # of the query projection, the largest
         ),
         Work("append", tokens * 2 * kv * 2 * _HALF),
         Work(
@@ -96,8 +101,19 @@ def attention_work(shape: AttentionShape, texts: int, new: int, past: int) -> tu
             4.0 * scores * q,
             launches=2 if new < _FEW_QUERIES and past + new >= 2 * _PART else 1,
         ),
-        Work("output", (q * shape.width + tokens * q + x) * _HALF, 2.0 * tokens * q * shape.width),
+        Work(
+            "output",
+            (q * shape.width + tokens * q + x) * _HALF,
+            2.0 * tokens * q * shape.width,
+            _launches(tokens, shape.width, sms),
+        ),
     )
+
+
+def _launches(rows: int, columns: int, sms: int) -> int:
+    """Of a dense product in 16 bits."""
+    tiles = -(-rows // LARGE.rows) * -(-columns // LARGE.columns)
+    return 2 if rows > FEW_ROWS and 2 * tiles <= sms else 1
 
 
 def layer_seconds(layer: LayerShape, tokens: int, target: CudaTarget) -> float:

@@ -142,7 +142,7 @@ def lines(target: CudaTarget) -> Iterator[str]:
     for name, shape in HEADS.items():
         for texts, new, past in PHASES:
             phase = f"{texts} x {new} after {past}".rjust(len(_PHASE))
-            kernels = expected_of(attention_work(shape, texts, new, past), target)
+            kernels = expected_of(attention_work(shape, texts, new, past, target.sms), target)
             yield _row_of(name, phase, kernels)
     yield ""
     yield "Published times of complete layers, measured by others on the GPU that is named:"

@@ -19,6 +19,7 @@ from moec.codegen.cuda.grouped import grouped_linear, shapes_of
 from moec.codegen.cuda.grouped import linear as dense_linear
 from moec.codegen.cuda.layout import interleave
 from moec.codegen.cuda.product import check_product
+from moec.codegen.cuda.split_blocks import memory_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.experts import check_sorted
@@ -83,7 +84,7 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     join = None if op.body is None else epilogue(op.body)
 
     def make(name: str) -> PrimFunc:
-        return grouped_linear(spec, low.target, epilogue=join, top_k=top_k, name=name)
+        return grouped_linear(spec, low.target, epilogue=join, top_k=top_k, splits=True, name=name)
 
     key = ("grouped", spec, top_k, None if op.body is None else text(op.body))
     name = "gathered" if top_k else "grouped"
@@ -94,7 +95,14 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     if parts.biases:
         arguments.append(stack(low, parts.biases))
     low.note(op, name)
-    return low.call(low.function(key, name, make), arguments, [op.outputs[0].type])
+    types = [op.outputs[0].type, *_memory(low, spec)]
+    return low.call(low.function(key, name, make), arguments, types)[:1]
+
+
+def _memory(low: Lowering, spec: LinearSpec) -> list[TensorType]:
+    """The second output of a product whose k is split over blocks, for that kernel alone."""
+    shape = memory_of(spec, low.target, shapes_of(spec.dtype))
+    return [TensorType("f32", shape)] if shape else []
 
 
 def stack(low: Lowering, values: tuple[Value, ...]) -> relax.Expr:
@@ -133,7 +141,7 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
     rows = product(dense.x.shape[:-1])
 
     def make(name: str) -> PrimFunc:
-        return dense_linear(spec, low.target, name=name)
+        return dense_linear(spec, low.target, splits=True, name=name)
 
     arguments = [low.shaped(dense.x, TensorType(dense.x.dtype, (rows, spec.k)))]
     if dense.flipped:
@@ -146,7 +154,8 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
         arguments.append(low.value(dense.bias))
     low.note(op, "linear")
     type = TensorType(out.dtype, (rows, spec.n))
-    (result,) = low.call(low.function(("dense", spec), "linear", make), arguments, [type])
+    function = low.function(("dense", spec), "linear", make)
+    result = low.call(function, arguments, [type, *_memory(low, spec)])[0]
     return [result if out.type == type else low.reshaped(result, out.type)]
 
 
@@ -168,11 +177,11 @@ def logits(low: Lowering, linear: Op, spec: LinearSpec) -> relax.Expr:
     """x[T, D] -> [T, E] by the product that the spec describes."""
 
     def make(name: str) -> PrimFunc:
-        return dense_linear(spec, low.target, name=name)
+        return dense_linear(spec, low.target, splits=True, name=name)
 
     function = low.function(("dense", spec), "linear", make)
     arguments = [low.value(value) for value in linear.inputs]
-    return low.call(function, arguments, [linear.outputs[0].type])[0]
+    return low.call(function, arguments, [linear.outputs[0].type, *_memory(low, spec)])[0]
 
 
 def _transposed(weight: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -93,7 +93,7 @@ def packed(stacks: list[Tensor]) -> Tensor:
 
 
 def right(
-    run: Emulated,
+    run: Callable[..., None],
     spec: LinearSpec,
     experts: list[int],
     schedule: Schedule,

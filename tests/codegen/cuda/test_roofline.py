@@ -62,5 +62,12 @@ def test_a_prompt_waits_for_tensor_cores() -> None:
     assert attention.seconds(H100) == attention.flops / H100.bf16_peak
 
 
+def test_a_product_of_few_tiles_is_two_launches() -> None:
+    """64 rows by 2048 columns are 16 tiles of 132 SMs; 4096 rows are 512."""
+    heads = AttentionShape(2048, 32, 4, 128)
+    launches = [attention_work(heads, 1, new, 0)[3].launches for new in (1, 64, 4096)]
+    assert launches == [1, 2, 1]
+
+
 def test_no_tokens_take_no_time_to_speak_of() -> None:
     assert layer_seconds(QWEN, 0, H100) < 1e-9

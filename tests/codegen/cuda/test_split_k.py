@@ -95,11 +95,10 @@ def test_which_products_are_split(spec: LinearSpec, sms: int, split: SplitK | No
 
 
 def test_a_dense_product_is_split_at_launch() -> None:
-    """One launch of three: few rows by warps, more with k split, many by tiles."""
+    """One launch of two: few rows with k split, many by tiles."""
     low = lowered(linear(LinearSpec(64, 512, "bfloat16"), SM_80), target=SM_80)
     block, threads = "blockIdx.x", "threadIdx.x"
     assert [launch.sizes for launch in low.launches] == [
-        (block, threads),
         (block, "blockIdx.y", threads),
         (block, threads, "tirx.use_dyn_shared_memory"),
     ]

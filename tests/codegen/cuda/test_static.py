@@ -220,34 +220,6 @@ def test_nothing_spills_of_attention_tiles(arch: str, tmp_path: Path) -> None:
 
 
 @cache
-def by_split_k(arch: str) -> Cubin:
-    """The output, query and key projections of Qwen3-30B-A3B, and one with tails."""
-    target = TARGETS[arch]
-    specs = [LinearSpec(n, k, "bfloat16") for n, k in ((2048, 4096), (4096, 2048), (512, 2048))]
-    specs.append(LinearSpec(2000, 2200, "float16", bias=True))
-    kernels = []
-    for number, spec in enumerate(specs):
-        split = split_of(spec, TARGETS["cuda:sm_90a"].sms)
-        assert split is not None
-        kernels.append(split_k(spec, split, f"split{number}"))
-    return cubin(lowered(*kernels, target=target).source, target)
-
-
-@needs_nvcc
-@pytest.mark.parametrize("arch", ARCHES)
-def test_nothing_spills_of_split_k(arch: str, tmp_path: Path) -> None:
-    result = by_split_k(arch)
-    assert result.spills == 0
-    assert result.registers * 512 <= TARGETS[arch].registers, "a block of 16 warps fits an SM"
-    assert result.static_shared <= 48 * 1024
-    if tool("nvdisasm") is not None:
-        words = instructions(result, tmp_path)
-        assert not {word.partition(".")[0] for word in words} & {"LDL", "STL"}
-        assert {"HMMA.16816.F32.BF16", "HMMA.16816.F32"} <= words
-        assert any(word.startswith("LDG.E.NA.128") for word in words), "16 bytes at once"
-
-
-@cache
 def few_bits_and_float32(arch: str) -> Cubin:
     """Gated products of few bits, compressed, in float32 and in TF32, in one compilation."""
     target = TARGETS[arch]
