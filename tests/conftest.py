@@ -33,6 +33,7 @@ from hypothesis import settings
 
 import moec
 from tests.fresh import Warm
+from tests.once import Once, folders_in
 
 torch.set_num_threads(1)
 torch.manual_seed(
@@ -100,6 +101,13 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
         assert text == expected, f"differs from {where}; if it should, run with --update-golden"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """A folder by its name, which the first test that needs it fills."""
+    base = tmp_path_factory.getbasetemp()
+    return folders_in(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 @pytest.fixture(scope="session")

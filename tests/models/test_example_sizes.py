@@ -6,7 +6,9 @@ import pytest
 
 from moec.capture import capture
 from moec.ir.text import print_graph
+from tests.models.captured import captured_program
 from tests.models.families import SMALL
+from tests.once import Once
 
 QUICK = ("mixtral", "gpt_oss", "llama4")
 
@@ -15,10 +17,10 @@ QUICK = ("mixtral", "gpt_oss", "llama4")
     "name",
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in SMALL],
 )
-def test_one_graph_for_every_size_of_the_example(name: str) -> None:
+def test_one_graph_for_every_size_of_the_example(name: str, once: Once) -> None:
+    first = print_graph(captured_program(name, once).graph)
     family = SMALL[name]
     model = family.build()
-    captures = [capture(model, (), family.inputs(*size)) for size in ((2, 16), (1, 8), (1, 1))]
-    first, *others = [print_graph(captured.program.graph) for captured in captures]
-    assert others == [first, first]
+    captures = [capture(model, (), family.inputs(*size)) for size in ((1, 8), (1, 1))]
+    assert [print_graph(captured.program.graph) for captured in captures] == [first, first]
     assert all(captured.fixed == () for captured in captures)

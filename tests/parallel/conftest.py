@@ -1,10 +1,7 @@
-"""Compiled folders that all tests of a run share, in whichever process they run."""
+"""A compiled folder that all tests of a run share, and a launcher that waits."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,32 +9,13 @@ from torch.multiprocessing import ProcessContext
 
 from moec.parallel.save import TextFiles, save_ranks
 from moec.passes.parallel.plan_parallelism import rank_programs
+from tests.once import Once
 from tests.passes.parallel.test_plan_parallelism import model, plan
 
 SOON = 240
 """Seconds, on a machine however busy, from a failure to the end of all ranks: less than every
 time-out, so that what was noticed by none of them ends sooner."""
 LONGER = 600  # seconds
-Once = Callable[[str, Callable[[Path], None]], Path]
-
-
-@pytest.fixture(scope="session")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """A folder by name, which the first test that needs it fills."""
-    base = tmp_path_factory.getbasetemp()
-    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def folder(name: str, fill: Callable[[Path], None]) -> Path:
-        path, done = root / f"once-{name}", root / f"once-{name}.done"
-        with (root / f"once-{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not done.exists():
-                path.mkdir(exist_ok=True)
-                fill(path)
-                done.touch()
-        return path
-
-    return folder
 
 
 @pytest.fixture

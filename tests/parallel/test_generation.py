@@ -31,8 +31,8 @@ from moec.runtime.package import DECODE, MAIN
 from moec.runtime.text.generate import Request
 from moec.target import cpu
 from tests.models.families import FAMILIES, Family
+from tests.once import Once
 from tests.parallel import entries
-from tests.parallel.conftest import Once
 
 NAMES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 # Attention of these is cut by heads, and caches too; of deepseek_v3 it is latent attention.

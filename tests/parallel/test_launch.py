@@ -25,8 +25,9 @@ from moec.parallel.worker import run_rank
 from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.runtime import manifest as manifests
 from moec.runtime.package import MAIN
+from tests.once import Once
 from tests.parallel import entries
-from tests.parallel.conftest import SOON, Once
+from tests.parallel.conftest import SOON
 from tests.passes.parallel.test_plan_parallelism import FORMS, MODEL, D, layer, plan
 from tests.passes.parallel.test_plan_parallelism import model as model_of_graph
 

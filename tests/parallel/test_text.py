@@ -19,8 +19,8 @@ from moec.commands.run_text import TextOptions
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.plan.plan import write_plan
+from tests.once import Once
 from tests.parallel import entries
-from tests.parallel.conftest import Once
 from tests.passes.parallel.test_plan_parallelism import plan
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import pytest
 import torch
 
-from moec.capture import Captured, capture
 from moec.interpret.evaluate import evaluate
-from moec.ir.graph import Graph, Op, Program
+from moec.ir.graph import Graph, Op
 from moec.ops.attention import Attention
 from moec.passes.core.runner import Pass, PassResult, run
 from moec.passes.dense.fold_mask import FoldMask
@@ -22,7 +21,9 @@ from moec.passes.dense.fuse_rotary import FuseRotary
 from moec.passes.simplify.canonicalise import Canonicalise
 from moec.passes.simplify.fold_constants import FoldConstants
 from moec.passes.simplify.share_common import ShareCommon
+from tests.models.captured import captured_program
 from tests.models.families import SMALL
+from tests.once import Once
 
 BEFORE: list[Pass] = [Canonicalise(), FoldConstants(), ShareCommon()]
 DENSE: list[Pass] = [FuseNorm(), FuseAttention(), FoldMask(), FuseRotary()]
@@ -58,15 +59,18 @@ FOUND = {
 }
 
 
-@cache
-def captured(name: str) -> Captured:
-    family = SMALL[name]
-    return capture(family.build(), (), family.inputs(2, 12))
+Fused = Callable[[str], tuple[PassResult, ...]]
 
 
-@cache
-def fused(name: str) -> tuple[PassResult, ...]:
-    return tuple(run(captured(name).program, [*BEFORE, *DENSE, *AFTER]))
+@pytest.fixture(scope="module")
+def fused(once: Once) -> Fused:
+    """The results of the passes by the family's name; the first is the program as captured."""
+
+    @cache
+    def results(name: str) -> tuple[PassResult, ...]:
+        return tuple(run(captured_program(name, once), [*BEFORE, *DENSE, *AFTER]))
+
+    return results
 
 
 def form(a: Attention) -> str:
@@ -84,7 +88,7 @@ def found(graph: Graph) -> Found:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_found(name: str) -> None:
+def test_found(name: str, fused: Fused) -> None:
     """All of them: no square root, no attention of another op, no complex number is left."""
     graph = fused(name)[-1].program.graph
     assert found(graph) == FOUND[name]
@@ -100,7 +104,7 @@ def _attentions(graph: Graph) -> list[Op]:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_declined(name: str) -> None:
+def test_declined(name: str, fused: Fused) -> None:
     """Nothing but Switch's masks, which are what the user passes."""
     reasons = [d.reason for step in fused(name) for d in step.declined]
     masks = ["attention_mask", "decoder_attention_mask", "attention_mask"]
@@ -109,9 +113,9 @@ def test_declined(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_same_numbers(name: str) -> None:
+def test_same_numbers(name: str, fused: Fused) -> None:
     """At sizes beyond the window (8), and for llama4 beyond the chunk (64)."""
-    program: Program = captured(name).program
+    program = fused(name)[0].program
     after = fused(name)[-1].program
     family = SMALL[name]
     for batch, length in ((1, 1), (2, 19), (1, 70)):
