@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import moec
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.dynamo.compiler import backend
-from moec.dynamo.devices import placed
+from moec.dynamo.devices import on_devices
 from moec.dynamo.gradients import IN_PYTORCH
 from moec.dynamo.grouped_mm import ON_GPU
 from moec.dynamo.operators import BlockSite, register_site
@@ -72,10 +72,10 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_target_is_that_of_the_tensors_gpu() -> None:
     options = parse(None, None)
     for device, name in (("cuda:0", "cuda:sm_80"), ("cuda:1", "cuda:sm_90a")):
-        settings, on = placed(options, {device})
+        settings, on = on_devices(options, {device})
         assert settings.target is not None
         assert (settings.target.name, on) == (name, device)
-    settings, on = placed(options, {"cpu"})
+    settings, on = on_devices(options, {"cpu"})
     assert settings.target == parse({"target": "cpu"}, None).target
     assert on == "cpu"
 
@@ -83,11 +83,11 @@ def test_the_target_is_that_of_the_tensors_gpu() -> None:
 @pytest.mark.usefixtures("driver")
 def test_devices_that_do_not_fit() -> None:
     with pytest.raises(NoMatch, match="on cpu and cuda:0: those of a block must be on one device"):
-        placed(parse(None, None), {"cpu", "cuda:0"})
+        on_devices(parse(None, None), {"cpu", "cuda:0"})
     with pytest.raises(NoMatch, match="on cuda:0, and the target 'generic' of the options is for"):
-        placed(parse({"target": "generic"}, None), {"cuda:0"})
+        on_devices(parse({"target": "generic"}, None), {"cuda:0"})
     with pytest.raises(TargetError, match="there is no GPU 2: this machine has 2"):
-        placed(parse(None, None), {"cuda:2"})
+        on_devices(parse(None, None), {"cuda:2"})
 
 
 # ---- blocks on emulated kernels -------------------------------------------------------------
