@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import sympy
 
 from moec.codegen.loops.rules import EMIT
+from moec.dtypes import INDEX_DTYPES
 from moec.ir.aten import named
 from moec.ir.dims import Dim, canonical, show_dim
 from moec.ir.graph import Graph, Op, Value
@@ -21,7 +22,7 @@ def index_ranges(graph: Graph) -> dict[str, tuple[Size, Size]]:
     """
     ranges: dict[str, tuple[Size, Size]] = {}
     for value in graph.inputs:
-        if value.dtype not in ("i64", "i32"):
+        if value.dtype not in INDEX_DTYPES:
             continue
         limits = list(_limits(graph, value))
         if limits:

@@ -22,6 +22,8 @@ DTYPES = tuple(LONG_NAMES)
 FLOATS = ("f32", "f16", "bf16", "f64")
 HALVES = ("bf16", "f16")
 INTS = ("i64", "i32", "i16", "i8", "u8")
+INDEX_DTYPES = ("i64", "i32")
+"""The dtypes of ids: of tokens, of experts, of rows of a table."""
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 """The dtypes to which the weights of a model may be converted."""
 VECTOR_DTYPES = ("f32", "bf16", "f16")

@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from moec.dtypes import INDEX_DTYPES
 from moec.errors import ArtifactError
 from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY
@@ -246,7 +247,7 @@ def _check_recorded(package: Package) -> None:
         if not same or len(choices) != len(package.recorded):
             raise ValueError(f"{recorded!r} is not {name!r} with the choices of its layers")
         for port in choices:
-            if port.dtype not in ("i64", "i32") or len(port.shape) != 2:
+            if port.dtype not in INDEX_DTYPES or len(port.shape) != 2:
                 raise ValueError(f"{port.name} of {recorded!r} holds no choices [T, k]")
 
 

@@ -11,6 +11,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cpu.vector import Vector
+from moec.dtypes import VECTOR_DTYPES
 from moec.ir.aten import named
 from moec.ir.graph import Graph, Op, Value
 from moec.target.cpu import CpuTarget
@@ -46,7 +47,7 @@ def vector_body(body: Graph) -> VectorBody | None:
     for op in body.ops:
         if op.name not in VECTOR_OPS or len(op.outputs) != 1:
             return None
-        if op.outputs[0].shape not in shapes or op.outputs[0].dtype not in ("f32", "bf16", "f16"):
+        if op.outputs[0].shape not in shapes or op.outputs[0].dtype not in VECTOR_DTYPES:
             return None
         for argument in named(op).values():
             if isinstance(argument, Value) and argument.shape not in (*shapes, ()):

@@ -25,6 +25,7 @@ from moec.codegen.onnx.writer import Node, NodeWriter
 from moec.codegen.unsupported import fixed, line
 from moec.errors import NoMatch, UnsupportedError
 from moec.ir.graph import Graph, Op, Value
+from moec.ops.dispatch import SORTS
 
 FILLED_BY = (
     *(attention, experts, lookup, matrix, norm, pointwise),
@@ -130,7 +131,7 @@ def _combines(op: Op) -> bool:
 def block_of(graph: Graph, op: Op) -> str:
     """The module of the block that an op belongs to, which is that of its sorted rows."""
     producer: Op | None = op
-    while producer is not None and producer.name not in ("moe.sort", "moe.dispatch"):
+    while producer is not None and producer.name not in SORTS:
         operand = 1 if producer.name == "moe.combine" else 0
         producer = (
             graph.producers.get(producer.inputs[operand])

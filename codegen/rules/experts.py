@@ -16,6 +16,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import DType, Graph, Op, TensorType, Value
 from moec.ir.opdef import inputs_of
+from moec.ops.dispatch import SORTS
 
 
 def _sort(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -50,7 +51,7 @@ def sorting_of(permutation: Value, graph: Graph) -> Op | None:
     roots = sorted_values(permutation, graph)
     sources = {graph.producers.get(value) for value in roots}
     source = sources.pop() if len(sources) == 1 else None
-    if source is None or source.name not in ("moe.sort", "moe.dispatch"):
+    if source is None or source.name not in SORTS:
         return None
     return source
 
@@ -147,7 +148,7 @@ def check_sorted(ends: Value, order: Value | None, x: Value, top_k: int, graph: 
         if top_k or x.shape[0] != product((*ends.shape, cast(Dim, source.attrs["each"]))):
             raise NoMatch("its rows are not split evenly among the experts")
         return
-    if source is None or source.name not in ("moe.sort", "moe.dispatch"):
+    if source is None or source.name not in SORTS:
         raise NoMatch("the ends of its experts do not come from a sort of the choices")
     if ends is not source.outputs[2]:
         raise NoMatch("the ends of its experts are another result of the sort")

@@ -11,6 +11,7 @@ import torch
 from moec.codegen.onnx.lower import OnnxGraph, block_of
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.ops.dispatch import SORTS
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 
@@ -37,7 +38,7 @@ def routing_parity(
             tokens[value] += equal.numel()
     shares: dict[str, float] = {}
     for value in ids:
-        sort = next(op for op in graph.readers[value] if op.name in ("moe.sort", "moe.dispatch"))
+        sort = next(op for op in graph.readers[value] if op.name in SORTS)
         block = block_of(graph, sort)
         share = same[value] / tokens[value] if tokens[value] else 1.0
         shares[block] = min(share, shares.get(block, 1.0))

@@ -39,6 +39,10 @@ def _infer_sort(op: Op) -> tuple[TensorType, ...]:
     )
 
 
+SORTS = ("moe.sort", "moe.dispatch")
+"""The ops that sort the choices of tokens by expert."""
+
+
 @defop("moe.sort", _infer_sort, "experts", tokenwise=True)
 def sort(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """experts[T, k] -> order[R], slots[T, k] (the row of each choice), ends[E]."""

@@ -15,6 +15,7 @@ import sympy
 
 from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Value
+from moec.ops.dispatch import SORTS
 from moec.runtime.package import MAIN
 
 _SMALL = ("aten.index_select.default", "aten.sum.default", "aten.reshape.default", "moec.size")
@@ -102,7 +103,7 @@ def _sorts(ops: Sequence[Op], graph: Graph) -> list[Op]:
         value = op.inputs[1]
         while (source := graph.producers.get(value)) is not None and source not in ops:
             chain.insert(0, source)
-            if source.name in ("moe.sort", "moe.dispatch"):
+            if source.name in SORTS:
                 sorts |= dict.fromkeys(chain)
                 break
             value = source.inputs[0]

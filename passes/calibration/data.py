@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.dtypes import FLOATS
+from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.errors import InputError, IRError, MoecError, UsageError
 from moec.interpret.random_inputs import table_rows
 from moec.ir.aten import TORCH_DTYPES
@@ -111,7 +111,7 @@ def _tokens(
     path: Path, where: str, graph: Graph, inputs: list[Value], files: Mapping[str, Path]
 ) -> torch.Tensor:
     value = inputs[0]
-    if len(inputs) > 1 or value.dtype not in ("i64", "i32") or len(value.shape) != 2:
+    if len(inputs) > 1 or value.dtype not in INDEX_DTYPES or len(value.shape) != 2:
         names = ", ".join(map(repr, inputs))
         raise UsageError(
             f"{where}: a text is one input of token ids [B, S], and the model takes {names}; give "

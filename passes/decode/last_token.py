@@ -23,6 +23,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import canonical
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.attention import Attention
+from moec.ops.dispatch import SORTS
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.emit import OpEmitter
 from moec.passes.decode.positions import ResizedTokens
@@ -96,7 +97,7 @@ def _is_sorted(graph: Graph, value: Value) -> bool:
     source = graph.producers.get(value)
     if source is not None and source.name == "aten.reshape.default":
         return _is_sorted(graph, source.inputs[0])
-    return source is not None and source.name in ("moe.sort", "moe.dispatch")
+    return source is not None and source.name in SORTS
 
 
 def _cache_ops(graph: Graph) -> set[Op]:

@@ -18,6 +18,7 @@ from moec.errors import NoMatch
 from moec.formats.notation import Format
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.traits import PRODUCTS
+from moec.ops.dispatch import SORTS
 from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 
@@ -60,7 +61,7 @@ def _routers(graph: Graph) -> set[Op]:
     """The linear layers whose results choose experts, through ops other than products."""
     chosen = [op.inputs[0] for op in graph.ops if op.name == "moe.route"]
     for op in graph.ops:
-        if op.name in ("moe.sort", "moe.dispatch"):
+        if op.name in SORTS:
             chosen += [v for v in op.inputs if v.dtype in ("i32", "i64")]
     return _linears_behind(graph, chosen, lambda op: True)
 

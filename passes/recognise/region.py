@@ -9,6 +9,7 @@ from functools import cached_property
 import sympy
 import torch
 
+from moec.dtypes import INDEX_DTYPES
 from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
@@ -53,7 +54,7 @@ class Scope:
 
     def content(self, value: Value) -> torch.Tensor | None:
         """The content of an integer param; None for other values."""
-        fixed = value in self.params and value.dtype in ("i64", "i32")
+        fixed = value in self.params and value.dtype in INDEX_DTYPES
         return self.weights.get(value.name) if fixed else None
 
     @cached_property

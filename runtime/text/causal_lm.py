@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moec.dtypes import INDEX_DTYPES
 from moec.errors import InputError
 from moec.runtime.checks import show_port
 from moec.runtime.dtypes import Array
@@ -29,7 +30,7 @@ class CausalLM:
 def causal_lm(function: Function) -> CausalLM:
     """Find the ports. Raises InputError, saying why, where the model is not a causal LM."""
     tokens = [p for p in function.inputs if p.name == "input_ids"] or [
-        p for p in function.inputs if p.dtype in ("i64", "i32") and len(p.shape) == 2
+        p for p in function.inputs if p.dtype in INDEX_DTYPES and len(p.shape) == 2
     ]
     logits = [
         p

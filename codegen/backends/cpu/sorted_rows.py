@@ -20,6 +20,7 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.experts import check_sorted
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
+from moec.ops.dispatch import SORTS
 from moec.ops.grouped import Grouped
 
 Make = Callable[[int, Epilogue | None, str | None, str, Tuning], PrimFunc]
@@ -86,7 +87,7 @@ def _rows_a_token(parts: Grouped[Any], graph: Graph) -> int:
     """The number of experts per token, from the sort that the rows come from; 1 if it is
     unknown."""
     source = graph.producers.get(parts.ends)
-    if source is None or source.name not in ("moe.sort", "moe.dispatch"):
+    if source is None or source.name not in SORTS:
         return 1
     k = source.inputs[1 if source.name == "moe.dispatch" else 0].shape[1]
     return k if isinstance(k, int) else 1

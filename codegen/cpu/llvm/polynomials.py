@@ -1,7 +1,8 @@
-"""Coefficients of tanh and erf, highest power first, for scalars and vectors.
+"""Coefficients of tanh, erf and exp, highest power first, for scalars and vectors.
 
 tanh(x) = x p(x^2) / q(x^2) for |x| < 7.9053, and erf(x) likewise for |x| < 4: the minimax
 coefficients that Eigen, XLA and TOPI use.
+exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2)/2, from Cephes (expf.c).
 """
 
 from __future__ import annotations
@@ -32,3 +33,4 @@ ERF_Q = (
     -7.37332916720468e-03,
     -1.42647390514189e-02,
 )
+EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 
 from moec.codegen.cpu.llvm.constants import f32
-from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, TANH_P, TANH_Q
+from moec.codegen.cpu.llvm.polynomials import ERF_P, ERF_Q, EXP, TANH_P, TANH_Q
 from moec.target.cpu import CpuTarget
 
 
@@ -183,10 +183,6 @@ define linkonce_odr i64 @moec_{name}_i64(i64 %a, i64 %b) alwaysinline {{
     return "".join(parts)
 
 
-# exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2)/2, from Cephes (expf.c).
-_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
-
-
 def _horner(name: str, coefficients: tuple[float, ...], x: str) -> str:
     lines = []
     value = f32(coefficients[0])
@@ -211,9 +207,9 @@ define linkonce_odr float @moec_exp_f32(float %x0) alwaysinline {{
   %k = fsub float %t, {f32(12582912.0)}
   %r0 = {fma}(float %k, float {f32(-0.693359375)}, float %x)
   %r = {fma}(float %k, float {f32(2.12194440e-4)}, float %r0)
-{_horner("q", _EXP, "%r")}
+{_horner("q", EXP, "%r")}
   %r2 = fmul float %r, %r
-  %p0 = {fma}(float %q{len(_EXP) - 2}, float %r2, float %r)
+  %p0 = {fma}(float %q{len(EXP) - 2}, float %r2, float %r)
   %p = fadd float %p0, 1.0
   %tb = bitcast float %t to i32
   %ki = sub i32 %tb, {0x4B400000}

@@ -12,11 +12,10 @@ from functools import cache
 
 from moec.codegen.cpu.llvm.amx import tile_functions
 from moec.codegen.cpu.llvm.constants import f32, splat
+from moec.codegen.cpu.llvm.polynomials import EXP
 from moec.codegen.cpu.llvm.rows import row_functions
 from moec.target.cpu import CpuTarget
 
-# exp(r) = 1 + r + r^2 q(r) for |r| <= ln(2)/2, from Cephes (expf.c).
-_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _ROUNDER = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits
 _ROUNDER_BITS = 0x4B400000
@@ -283,8 +282,8 @@ def _exp(n: int) -> str:
         return f"call {f} @moec_fma_{n}({f} {a}, {f} {b}, {f} {c})"
 
     horner = "\n".join(
-        f"  %q{j} = {fma(const(_EXP[0]) if j == 1 else f'%q{j - 1}', '%r', const(c))}"
-        for j, c in enumerate(_EXP)
+        f"  %q{j} = {fma(const(EXP[0]) if j == 1 else f'%q{j - 1}', '%r', const(c))}"
+        for j, c in enumerate(EXP)
         if j
     )
     # 2^k is applied in two halves: k reaches from -150 to 128, past the exponents of float32.
@@ -300,7 +299,7 @@ define linkonce_odr {f} @moec_exp_{n}({f} %x0) alwaysinline {{
   %r = {fma("%k", const(-_LN2_LOW), "%r0")}
 {horner}
   %r2 = fmul {f} %r, %r
-  %p0 = {fma(f"%q{len(_EXP) - 1}", "%r2", "%r")}
+  %p0 = {fma(f"%q{len(EXP) - 1}", "%r2", "%r")}
   %p = fadd {f} %p0, {const(1.0)}
   %tb = bitcast {f} %t to {i}
   %ki = sub {i} %tb, {splat(n, "i32", str(_ROUNDER_BITS))}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from moec.dtypes import FLOATS
+from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Op, TensorType, Value
 from moec.ir.traits import CASTS, CHOICES
@@ -93,7 +93,7 @@ def may_be_negative(scope: Scope, ids: Sequence[Value]) -> bool:
             isinstance(number, int | float) and number < 0 for number in numbers
         ):
             return True
-        sources = [v for v in op.inputs if v.dtype in ("i64", "i32") and v not in visited]
+        sources = [v for v in op.inputs if v.dtype in INDEX_DTYPES and v not in visited]
         visited.update(sources)
         waiting.extend(sources)
     return False

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moec.dtypes import INDEX_DTYPES
 from moec.ir.dims import product
 from moec.ir.graph import Value
 from moec.ops.routing import Routing
@@ -27,7 +28,7 @@ def forced_ids(scope: Scope, results: Sequence[Value], logits: Value) -> Value |
     ops = scope.upstream(results, [logits])
     others = [v for v in scope.leaves(ops, [logits]) if v not in scope.params]
     tokens = product(logits.shape[:-1])
-    if len(others) == 1 and others[0].dtype in ("i64", "i32"):
+    if len(others) == 1 and others[0].dtype in INDEX_DTYPES:
         return others[0] if product(others[0].shape) == tokens else None
     return None
 
