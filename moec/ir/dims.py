@@ -132,10 +132,26 @@ def _convert(
     name = type(expr).__name__
     if name.startswith("Opaque"):
         raise IRError(f"{name.removeprefix('OpaqueUnaryFn_')} of a size is no expression of sizes")
+    if name == "Max":
+        return _greatest(arguments)
     function = _TORCH_FUNCTIONS.get(name)
     if function is None and any(a.is_Float for a in expr.args):
         return f64(expr.func(*arguments))
     return function(*arguments) if function else expr.func(*arguments)
+
+
+def _greatest(sizes: Sequence[sympy.Expr]) -> sympy.Expr:
+    """The greatest size, without 0 where another is never less: lengths of slices have it."""
+    if any(size != 0 and _is_not_negative(size) for size in sizes):
+        sizes = [size for size in sizes if size != 0]
+    return sympy.Max(*sizes)
+
+
+def _is_not_negative(size: sympy.Expr) -> bool:
+    """Whether a size is never negative; sympy does not know it of a quotient rounded up."""
+    if isinstance(size, sympy.Add | sympy.Mul | sympy.ceiling):
+        return all(map(_is_not_negative, size.args))
+    return bool(size.is_nonnegative)
 
 
 def symbols(dim: Dim) -> set[str]:

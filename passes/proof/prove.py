@@ -25,6 +25,7 @@ from moec.interpret.threads import threads_for
 from moec.ir.canonical import canonical_text
 from moec.ir.dims import Bounds, evaluate_dim, symbols
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.traits import CASTS, VIEWS
 from moec.ir.upcast import widen
 from moec.passes.proof.branch_coverage import branch_taken, require_both_branches, thresholds
 from moec.passes.proof.input_generators import Feed, input_cases, sample
@@ -35,6 +36,8 @@ _POOL = 1 << 22
 _COUNTS = (1, 5, 13)
 _MOST = 1 << 11
 _ORDERINGS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge"))
+_ROOTS = ("aten.sqrt.default", "aten.rsqrt.default", "aten.log.default")
+_SHIFTS = VIEWS | CASTS | {"aten.add.Tensor", "aten.select.int", "aten.stack.default"}
 _HEAVY = 1 << 24  # elements of weights: beyond it only one token count is tried
 
 
@@ -186,7 +189,8 @@ class Prover:
         results, by_name = len(wide.outputs), {v.name: v for v in wide.values()}
         watched = [by_name[v.name] for op in decisions for v in (op.inputs[0], op.outputs[0])]
         wide = replace(wide, outputs=(*wide.outputs, *watched))
-        params = [self._param(p, i) for i, p in enumerate(before.params)]
+        roots = under_roots(before)
+        params = [self._param(p, i, p in roots) for i, p in enumerate(before.params)]
         outcomes = []
         for sizes in _sizes(before, counts):
             for pattern in input_cases(feeds, thresholds(decisions)):
@@ -210,7 +214,8 @@ class Prover:
         """The inputs and params of `after` in a case of `before`."""
         inputs = dict(zip(before.inputs, case.inputs, strict=True))
         indices = {p: i for i, p in enumerate(dict.fromkeys((*before.params, *after.params)))}
-        params = (self._param(p, indices[p]) for p in after.params)
+        roots = under_roots(before)
+        params = (self._param(p, indices[p], p in roots) for p in after.params)
         return [*(inputs[v] for v in after.inputs), *params]
 
     def _pool(self, scale: float) -> torch.Tensor:
@@ -218,7 +223,7 @@ class Prover:
             self.pools[scale] = _normal() * scale
         return self.pools[scale]
 
-    def _param(self, value: Value, index: int) -> torch.Tensor:
+    def _param(self, value: Value, index: int, positive: bool = False) -> torch.Tensor:
         shape = tuple(evaluate_dim(d, {}) for d in value.shape)
         if _is_constant(value):
             real = self.weights.get(value.name)
@@ -227,7 +232,22 @@ class Prover:
             return real.float() if value.dtype in FLOATS and real.dtype != torch.float64 else real
         dtype = torch.float64 if value.dtype == "f64" else torch.float32
         scale = max(shape[-1], 1) ** -0.5 if len(shape) > 1 else 1.0
-        return window(self._pool(scale), shape, 7919 * index).to(dtype)
+        values = window(self._pool(scale), shape, 7919 * index).to(dtype)
+        return values.abs() if positive else values
+
+
+def under_roots(graph: Graph) -> frozenset[Value]:
+    """The params of which, plus constants, roots are taken, such as the variances of a norm."""
+    sources = {value: op for op in graph.ops for value in op.outputs}
+    params = set(graph.params)
+    positive = set()
+    for op in graph.ops:
+        if op.name in _ROOTS:
+            value = op.inputs[0]
+            while value in sources and sources[value].name in _SHIFTS and sources[value].inputs:
+                value = sources[value].inputs[0]
+            positive |= {value} & params
+    return frozenset(positive)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from moec.capture import capture
 from moec.capture.decomposition import decompose, decompositions
 from moec.capture.decomposition.expand import expand
 from moec.capture.exported import to_program
@@ -207,3 +209,29 @@ def test_equal_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
         program = export(layers.eval(), (torch.randn(5, 8),), strict=False)
     assert expand(program) is not None
     assert len(calls) == 1
+
+
+NORM = nn.BatchNorm1d(8).eval()
+NORM.running_mean = torch.linspace(-1, 1, 8)
+NORM.running_var = torch.linspace(0.1, 2, 8)
+NORMS = (0, 1, 2, 3, math.inf)
+WRITTEN_OUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{f"distances in {p}": lambda x, w, p=p: torch.cdist(x, w, p) for p in NORMS},  # type: ignore[misc]
+    "distances of stacks": lambda x, w: torch.cdist(x.view(-1, 1, 8), w),
+    "a batch norm": lambda x, w: NORM(x),
+    "a batch norm of channels": lambda x, w: NORM(x.view(-1, 8, 1) * w[0]),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_operators_without_kernels_are_written_out(name: str) -> None:
+    module, x = Function(WRITTEN_OUT[name]).eval(), torch.randn(5, 8)
+    captured = capture(module, (x,))
+    assert captured.way == "traced"
+    assert not {op.name for op in captured.program.graph.ops} & {
+        "aten._cdist_forward.default",
+        "aten._native_batch_norm_legit_no_training.default",
+    }
+    (y,) = evaluate(captured.program.graph, [x], captured.program.weights)
+    with torch.no_grad():
+        torch.testing.assert_close(y, module(x))

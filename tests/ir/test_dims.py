@@ -133,3 +133,12 @@ def test_a_size_of_torch_has_one_form():
     b, p, q = (sympy.Symbol(name, integer=True, positive=True) for name in ("s0", "s1", "s2"))
     rename = {"s0": "B", "s1": "P", "s2": "Q"}
     assert from_torch(b * (p + q), rename) == from_torch(b * p + b * q, rename)
+
+
+def test_a_length_that_is_never_negative_has_no_maximum():
+    """torch writes the length of a slice as a maximum with 0."""
+    s0 = sympy.Symbol("s0", integer=True)
+    size = 4 * sympy.ceiling(s0 / 4)
+    assert from_torch(sympy.Max(0, size), {"s0": "T"}) == from_torch(size, {"s0": "T"})
+    assert str(from_torch(sympy.Max(0, size - 5), {"s0": "T"})).startswith("Max(0, ")
+    assert str(from_torch(sympy.Max(2, size), {"s0": "T"})).startswith("Max(2, ")

@@ -9,6 +9,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from moec.capture.decomposition.kernels import WRITTEN_OUT
+
 WHOLE = frozenset(
     {
         "aten.linear.default",
@@ -27,7 +29,7 @@ WHOLE = frozenset(
 @cache
 def _decompositions(composite: int) -> Mapping[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
-    return {op: table[op] for op in list(table) if str(op) not in WHOLE}
+    return {op: table[op] for op in list(table) if str(op) not in WHOLE} | dict(WRITTEN_OUT)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""Hooks for parts of training code that have no effect in eval mode: batch statistics and noise."""
+"""Hooks for random numbers of training code, which have no effect in eval mode."""
 
 from __future__ import annotations
 
@@ -7,27 +7,6 @@ from typing import Any
 import torch
 
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
-
-
-def batch_norm(
-    trace: Trace,
-    func: Hook,
-    x: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Any:
-    """(x - mean) / sqrt(var + eps) * weight + bias, with the running statistics."""
-    if training or mean is None or var is None:
-        return NotImplemented
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    y = (x - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
-    y = y if weight is None else y * weight.view(shape)
-    return y if bias is None else y + bias.view(shape)
 
 
 def noise(trace: Trace, func: Hook, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +39,6 @@ def dropout(trace: Trace, func: Hook, *args: Any, **kwargs: Any) -> Any:
 
 
 EVALUATION: Hooks = {
-    "batch_norm": batch_norm,
     "dropout": dropout,
     **dict.fromkeys(("randn_like", "rand_like", "randn", "rand", "normal"), noise),
     **dict.fromkeys(("normal_", "uniform_"), drawn),

@@ -43,6 +43,20 @@ class MultiGate(nn.Module):
         return tuple(self.weigh(self.shares(gate, x), results) for gate in self.gates)
 
 
+class Normed(MultiGate):
+    """The experts have batch norms, as those of recommenders: roots of variances that no weight of
+    a random draw may make negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(D, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, D))
+            for _ in range(E)
+        )
+        for expert in self.experts:
+            nn.init.uniform_(expert[1].running_var, 0.5, 2.0)  # type: ignore[index]
+
+
 class LastAxis(MultiGate):
     """The experts lie on the last axis."""
 

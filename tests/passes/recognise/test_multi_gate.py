@@ -66,6 +66,15 @@ def test_experts_of_all_gates_run_once(form: str) -> None:
     assert declined == []
 
 
+def test_experts_with_batch_norms() -> None:
+    _, _, (block,), declined = run(multi_gate.Normed)
+    assert (block.experts, block.form, block.router) == (
+        *(4, "every expert, weighed"),
+        "softmax, all, 3 gates",
+    )
+    assert [d for d in declined if d.rule == "recognise-experts"] == []
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_shared_experts_run_once(every: bool) -> None:
     simple, lowered, (block,), declined = run(lambda: multi_gate.Customised(every))
