@@ -213,13 +213,24 @@ def _speculated(request: _Request) -> Captured:
             form = masked(decomposed, index, export, convert, examples)
         return _captured(request, general, form, "masked", again)
 
-    def again(other: Widened) -> CaptureForm:
+    def again(other: Widened, by_class: bool = True) -> CaptureForm:
         export = partial(export_module, other)
-        return speculate(call, export, partial(_converted, request, other), (other.tensors,))[0]
+        convert = partial(_converted, request, other)
+        return speculate(call, export, convert, (other.tensors,), by_class)[0]
+
+    def in_pieces() -> Captured:
+        try:
+            with EXPORTS, gc_paused():
+                form, _ = speculate(call, export, convert, examples, by_class=False)
+        except CaptureError:
+            return with_masks()
+        split = partial(again, by_class=False)
+        return _captured(request, general, form, "speculated", split, with_masks)
 
     with EXPORTS, gc_paused():
         index = speculate(call, export, convert, examples)
-    return _captured(request, general, index[0], "speculated", again, with_masks)
+    other = in_pieces if index[1].lists_classes else with_masks
+    return _captured(request, general, index[0], "speculated", again, other)
 
 
 def _converted(

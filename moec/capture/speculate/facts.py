@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from moec.capture.speculate.singles import Single
-from moec.capture.speculate.sums import Sums
+from moec.capture.speculate.sums import Counts, Sums
 
 Recipe = Callable[[torch.Tensor], torch.Tensor]
 Truth = Literal["count", "some", "none"]
@@ -76,6 +76,7 @@ class Fact:
     greatest: read into Python, it becomes this upper bound.
     member: it is the mask `ids == expert`.
     piece: it is these rows of a buffer.
+    pieces: these counts cut it into these parts.
     column: it has these row numbers [n] as a column, or repeated along the features.
     elements: its values, as the numbers that Python has read.
     one_hot_of: it has the one-hot rows of these ids, with as many classes as the data say.
@@ -99,6 +100,7 @@ class Fact:
     greatest: Any = None
     member: Member | None = None
     piece: Piece | None = None
+    pieces: tuple[Counts, tuple[torch.Tensor, ...]] | None = None
     column: torch.Tensor | None = None
     elements: tuple[Any, ...] | None = None
     one_hot_of: torch.Tensor | None = None

@@ -105,7 +105,7 @@ def _view(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
         fact = replace(fact, elements=None)
         if result.is_floating_point() or result.dtype == torch.bool:
             fact = replace(fact, even=None)
-    facts.note(result, **vars(replace(fact, piece=None)))
+    facts.note(result, **vars(replace(fact, piece=None, pieces=None)))
 
 
 def _same_classes(before: torch.Tensor, after: torch.Tensor) -> bool:

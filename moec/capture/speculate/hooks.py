@@ -49,6 +49,9 @@ class Trace:
     readouts: by symbol, a tensor that holds the number read from data.
     lengths: the lengths of masks whose loops run for every index.
     open: those lengths of which the last index belongs to no expert.
+    by_class: whether rows of a sorted choice, between the ends of a class, are listed as the rows
+        of that class. Otherwise they are pieces of a split.
+    lists_classes: whether such rows were listed.
     """
 
     branches: Branches
@@ -65,6 +68,8 @@ class Trace:
     readouts: dict[Any, torch.Tensor] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     open: frozenset[int] = frozenset()
+    by_class: bool = True
+    lists_classes: bool = False
 
     def read(self, number: Any, tensor: torch.Tensor, positive: bool = False) -> Any:
         """Returns `number`, after recording that Python read it from `tensor`, or that it is the

@@ -63,10 +63,16 @@ class _Attempt:
 
 
 def speculate(
-    call: ModuleCall, export: Export, convert: Convert, examples: Examples
+    call: ModuleCall,
+    export: Export,
+    convert: Convert,
+    examples: Examples,
+    by_class: bool = True,
 ) -> tuple[CaptureForm, Traced]:
     """The program of `call`, with every assumption proved, and the trace that it comes from.
 
+    Pieces of sorted rows are the rows of each class (`by_class`), which loops over experts need, or
+    pieces of a split, which suit products one after another on rows that stay sorted.
     Branches on data are answered as they come out with many rows; where eager differs, single
     branches are answered the other way. Raises CaptureError where an assumption is not proved, and
     Untraceable where the hooks do not work with the installed torch.
@@ -77,7 +83,7 @@ def speculate(
 
     def attempt(answers: Mapping[Site, bool]) -> _Attempt:
         with explained(name):
-            traced = trace(call, export, answers)
+            traced = trace(call, export, answers, by_class=by_class)
             converted = convert(traced.exported, traced.structure)
         count, program, assumed = traced.structure.count, converted.program, traced.assumed
         verdict = examine(program, converted.eager, examples, assumed, count, converted.guards)

@@ -12,6 +12,7 @@ from moec.capture.speculate.hits import HitRows, Row, as_slice, as_tensor
 from moec.capture.speculate.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.numbers import as_number, numbers
 from moec.capture.speculate.sum_rules import known_comparison
+from moec.capture.speculate.sums import Counts
 from moec.capture.speculate.symbols import expression, is_symbolic, reads_data
 
 
@@ -63,23 +64,31 @@ def between(trace: Trace, x: torch.Tensor, start: Any, stop: Any) -> torch.Tenso
     new symbol as its length each time.
 
     If x is sorted by a choice, and start and stop are neighbouring sums of its counts, these
-    are the rows of one class.
+    are the rows of one class, unless the trace is to have pieces.
     """
     length = x.shape[0]
     start, stop = 0 if start is None else start, length if stop is None else stop
     trace.cuts |= {expression(end): end for end in (start, stop) if is_symbolic(end)}
     order, segment = trace.facts.of(x).order, trace.segments.get(expression(stop - start))
-    if order is not None and segment is not None:
+    if order is not None and segment is not None and trace.by_class:
         counts, number = segment
         choice, before = order.choice, sum(counts.numbers[:number], 0)
         keys, aligned = choice.sorted, expression(start - before) == 0
         if keys is not None and aligned and counts.choice is choice:
+            trace.lists_classes = True
             if number not in choice.rows:
                 choice.rows[number] = (keys == number).nonzero(as_tuple=True)[0]
                 if len(choice.rows) == choice.classes and counts.total is not None:
                     lengths = sum(rows.shape[0] for rows in choice.rows.values())
                     trace.totals[expression(lengths)] = counts.total
             return order.recipe(choice.rows[number])
+    if segment is not None and not trace.by_class:
+        counts, number = segment
+        before, total = sum(counts.numbers[:number], 0), sum(counts.numbers, 0)
+        if expression(start - before) == 0 and trace.equal(total, length):
+            piece = _pieces(trace, x, counts)[number]
+            trace.facts.note(piece, piece=Piece(x, start, stop))
+            return piece
     if trace.equal(stop, length):
         stop = length
     if reads_data(length) and not reads_data(stop):
@@ -89,6 +98,16 @@ def between(trace: Trace, x: torch.Tensor, start: Any, stop: Any) -> torch.Tenso
     part: torch.Tensor = torch.split(x, [start, stop - start, length - stop])[1]
     trace.facts.note(part, piece=Piece(x, start, stop))
     return part
+
+
+def _pieces(trace: Trace, x: torch.Tensor, counts: Counts) -> tuple[torch.Tensor, ...]:
+    """The rows of every class, in one split."""
+    pieces = trace.facts.of(x).pieces
+    if pieces is None or pieces[0] is not counts:
+        sizes = counts.numbers[:-1]
+        pieces = counts, torch.split(x, [*sizes, x.shape[0] - sum(sizes, 0)])
+        trace.facts.note(x, pieces=pieces)
+    return pieces[1]
 
 
 def index_select(trace: Trace, func: Hook, x: torch.Tensor, dim: int, index: torch.Tensor) -> Any:

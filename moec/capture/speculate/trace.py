@@ -46,9 +46,12 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Traced:
+    """`lists_classes`: pieces of sorted rows are the rows of a class in it."""
+
     exported: ExportedProgram
     structure: Structure
     assumed: Assumed
+    lists_classes: bool = False
 
 
 @dataclass
@@ -87,6 +90,7 @@ def trace(
     export: Export,
     answers: Mapping[Site, bool],
     open_lengths: frozenset[int] = frozenset(),
+    by_class: bool = True,
 ) -> Traced:
     """Export `call` with the given answers to branches on data. Raises what `export` raises.
 
@@ -94,7 +98,7 @@ def trace(
     body raises IndexError there, the module cannot hold such tokens, and the index is left out.
     """
     branches = Branches(foreign(("torch", "numpy", "sympy")), answers)
-    record = _Record(Trace(branches, open=open_lengths))
+    record = _Record(Trace(branches, open=open_lengths, by_class=by_class))
     try:
         hooked = _Hooked(call, record)
         exported = _without_assertions(export(hooked))
@@ -102,11 +106,11 @@ def trace(
         last = record.trace.lengths[-1:]
         if not last or last[0] in open_lengths:
             raise
-        return trace(call, export, answers, open_lengths | {last[0]})
+        return trace(call, export, answers, open_lengths | {last[0]}, by_class)
     refuse_random(type(call.module).__name__, exported, tuple(record.trace.noise))
     noise, reads = tuple(record.trace.noise), tuple(record.trace.reads)
     assumed = Assumed(branches.met, branches.questions, record.readouts, record.sizes, noise, reads)
-    return Traced(exported, hooked.structure, assumed)
+    return Traced(exported, hooked.structure, assumed, record.trace.lists_classes)
 
 
 def _readouts(trace: Trace) -> dict[Any, torch.Tensor]:

@@ -145,6 +145,26 @@ def cut_at_ends(layer: Layer, x: Tensor) -> Tensor:
     return _back(y, order, weights, x)
 
 
+def two_products_on_sorted_rows(layer: Layer, x: Tensor) -> Tensor:
+    """ScatterMoE without kernels: rows stay sorted from the first product to the second."""
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    _, order = ids.flatten().sort()
+    ends = ids.flatten().bincount(minlength=E).cumsum(-1)
+
+    def product(rows: Tensor, stack: Tensor) -> Tensor:
+        y, start = rows.new_empty(rows.size(0), stack.size(2)), 0
+        for e in range(E):
+            y[start : ends[e]] = rows[start : ends[e]] @ stack[e]
+            start = ends[e]
+        return y
+
+    y = product(F.silu(product(flat[order // K], layer.w1)), layer.w2)
+    out = torch.empty_like(y)
+    out[order] = y
+    return torch.bmm(weights[:, None], out.view(-1, K, D)).squeeze(1).view_as(x)
+
+
 FORMS: dict[str, Form] = {
     form.__name__.replace("_", " "): form
     for form in (
@@ -157,5 +177,6 @@ FORMS: dict[str, Form] = {
         numpy_counts_of_a_histogram,
         cut_at_ends,
         selects_of_copies,
+        two_products_on_sorted_rows,
     )
 }

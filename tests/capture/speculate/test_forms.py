@@ -63,6 +63,19 @@ def test_pieces_of_sorted_rows_are_a_block(name: str) -> None:
     assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
 
 
+def test_products_on_sorted_rows_are_a_block() -> None:
+    """Rows that stay sorted are pieces of a split, not the rows of each class. The second result
+    keeps the layer from being observed."""
+
+    def with_cosine(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = OFFSETS["two products on sorted rows"](layer, x)
+        return y, y.cos()
+
+    compiled = moec.compile(Layer(with_cosine).eval(), (inputs((2, 6)),), build=False)
+    assert compiled.captured.way == "speculated"
+    assert [(block.experts, block.top_k) for block in compiled.blocks] == [(E, 2)]
+
+
 @pytest.mark.parametrize("name", ["a map that a capacity cuts", "slots within a capacity"])
 def test_rows_within_a_capacity_have_kernels(name: str) -> None:
     """Tokens that are all alike are beyond every capacity."""
