@@ -9,6 +9,8 @@ Names are imported on first use: `moec run` needs neither torch nor TVM's compil
 from __future__ import annotations
 
 import importlib
+import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from moec.errors import UsageError
@@ -62,8 +64,10 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         near = did_you_mean(name, __all__)
         raise AttributeError(f"module 'moec' has no attribute {name!r}{near}")
+    # Only for the first import: to defer collections, Python counts the frozen objects one by one.
+    imported = _WHERE[name] in sys.modules
     try:
-        with gc_deferred():
+        with nullcontext() if imported else gc_deferred():
             module = importlib.import_module(_WHERE[name])
     except ModuleNotFoundError as error:
         if sentence := missing_extra(error):

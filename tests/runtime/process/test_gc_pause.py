@@ -92,3 +92,11 @@ def test_moec_compile_is_imported_without_a_collection_and_without_what_few_mode
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == ["0 700 0", "[]"]
+
+
+def test_a_name_that_is_imported_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collections are deferred for an import alone: in a process with 400,000 frozen objects, each
+    `moec.compile` took 40 ms."""
+    compile = moec.compile
+    monkeypatch.setattr(moec, "gc_deferred", lambda: pytest.fail("nothing is imported"))
+    assert moec.compile is compile
