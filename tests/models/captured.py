@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from moec.capture import capture
+from moec.interpret.graph_module import GraphModule
+from moec.interpret.outputs import flatten
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
 from tests.models.families import SMALL
@@ -28,3 +30,11 @@ def captured_program(name: str, once: Once) -> Program:
     folder = once(f"family-{name}", partial(fill, name))
     graph = parse((folder / GRAPH).read_text(encoding="utf-8"))
     return Program(graph, torch.load(folder / WEIGHTS))
+
+
+def captured_module(name: str, once: Once) -> GraphModule:
+    """As `captured_program`, as a module that `moec.compile` takes without tracing it."""
+    inputs = SMALL[name].inputs(2, 16).values()
+    example = tuple(value for value in inputs if isinstance(value, torch.Tensor))
+    _, structure = flatten(torch.zeros(0))
+    return GraphModule(captured_program(name, once), {}, (example, {}), structure)

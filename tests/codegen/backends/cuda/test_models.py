@@ -14,7 +14,9 @@ from moec.runtime.package import DECODE
 from moec.runtime.text.texts import Texts
 from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, needs_compiler
 from tests.cuda_emulator.models import EmulatedModel, emulated_model
+from tests.models.captured import captured_module
 from tests.models.families import SMALL
+from tests.once import Once
 
 TARGET = "cuda:sm_80,sm_90a"
 # A softmax, a sigmoid with groups and a shared expert, biases with sinks, a gated shared expert.
@@ -50,8 +52,9 @@ def compiled(
 
 
 @pytest.mark.parametrize("name", sorted(SMALL.keys() - RUN.keys()))
-def test_families_become_cuda_c(name: str) -> None:
-    _, model = compiled(name, torch.float32)
+def test_families_become_cuda_c(name: str, once: Once) -> None:
+    module = captured_module(name, once)
+    model = moec.compile(module, target=TARGET, backend=CUDA_TEXT, verify=False)
     assert model.package is not None
     assert model.package.gpu is not None
     continues = name != "switch_transformers"  # an encoder and a decoder
