@@ -7,7 +7,7 @@ import torch
 
 import moec
 from moec.errors import UsageError
-from moec.train.zero_experts import MoEPlusPlus, balance_loss, capacities, within
+from moec.train.zero_experts import MoEPlusPlus, balance_loss, capacities, within_limits
 
 
 def test_balance_loss_by_hand() -> None:
@@ -39,7 +39,7 @@ def test_capacities_hold_all_choices() -> None:
 
 def test_choices_beyond_a_capacity_are_left_out_in_order() -> None:
     ids = torch.tensor([[0, 1], [0, 2], [0, 1], [1, 0]])
-    remaining = within(ids, torch.tensor([2, 1, 5]))
+    remaining = within_limits(ids, torch.tensor([2, 1, 5]))
     assert remaining.tolist() == [[True, True], [True, True], [False, False], [False, False]]
 
 
