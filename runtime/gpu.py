@@ -22,7 +22,7 @@ from moec.runtime.checks import show_bytes
 from moec.runtime.cuda_graph import CUDART, RepeatedCall, copy_on_stream
 from moec.runtime.dtypes import NUMPY
 from moec.runtime.library import CPU, CUDA, open_library, tvm_ffi
-from moec.runtime.package import GpuCode, Package, Port
+from moec.runtime.package import TENSOR_MAP, GpuCode, Package, Port
 from moec.runtime.tensors import arguments_of
 from moec.target import nvidia
 
@@ -219,7 +219,9 @@ def _import(host: Any, code: GpuCode, content: bytes) -> None:
     functions = {
         launch.name: {
             "name": launch.name,
-            "arg_types": list(launch.arguments),
+            "arg_types": ["handle" if a == TENSOR_MAP else a for a in launch.arguments],
+            # 1: TVM passes what the handle points to.
+            "arg_extra_tags": [int(a == TENSOR_MAP) for a in launch.arguments],
             "launch_param_tags": list(launch.sizes),
         }
         for launch in code.launches

@@ -130,10 +130,14 @@ class RecordedLayer:
     experts: int
 
 
+TENSOR_MAP = "tensormap"
+"""The type of an argument that is a tensor map of the driver, passed by value."""
+
+
 @dataclass(frozen=True)
 class Launch:
-    """A GPU kernel: the types of its arguments (TVM's names), and the launch parameters that follow
-    them: `blockIdx.x` and others, bytes of dynamic shared memory."""
+    """A GPU kernel: the types of its arguments (TVM's names, or TENSOR_MAP), and the launch
+    parameters that follow them: `blockIdx.x` and others, bytes of dynamic shared memory."""
 
     name: str
     arguments: tuple[str, ...]

@@ -21,6 +21,7 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.float_tile import multiply_floats
 from moec.codegen.cuda.gemv import ROWS, launch_few_rows
+from moec.codegen.cuda.grouped_wgmma import check_wgmma, launch_wgmma
 from moec.codegen.cuda.mma_tile import MmaTile, mma_tile
 from moec.codegen.cuda.parts import part_of_w, part_of_x, rows_of_copies
 from moec.codegen.cuda.product import (
@@ -35,6 +36,7 @@ from moec.codegen.cuda.split_blocks import SplitTiles, can_split, memory_of, par
 from moec.codegen.cuda.split_k import launch_split_k, split_of
 from moec.codegen.cuda.tiles import FEW_ROWS, FLOATS, LARGE, SMALL, ExpertRows, TileShape
 from moec.codegen.specs.products import LinearSpec
+from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
 
 
@@ -100,8 +102,13 @@ def linear(
 
 
 def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], blocks: int) -> None:
+    by_wgmma = len(shapes) > 1 and _by_wgmma(p, target)
+
     def tiles(shape: TileShape) -> None:
         parts = parts_of(p, target, shape)
+        if by_wgmma and shape is LARGE:
+            _launch_hopper(p, target, blocks, parts)
+            return
         if parts is None:
             launch_tiles(p, target, shape, blocks, partial(_tiles, p, target, shape))
             return
@@ -122,6 +129,27 @@ def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], block
     elif p.memory is not None and p.ends is None and not target.tf32:
         few = small if can_split(p.spec, target, shapes[0]) else few
     by_rows(p, few, small, large)
+
+
+def _by_wgmma(p: Product, target: CudaTarget) -> bool:
+    try:
+        check_wgmma(p.spec, target, p.epilogue)
+    except NoMatch:
+        return False
+    return p.order is None  # TMA copies rows that are neighbours
+
+
+def _launch_hopper(p: Product, target: CudaTarget, blocks: int, parts: SplitTiles | None) -> None:
+    """Many rows, by wgmma unless tiles are few."""
+    if parts is None:
+        launch_wgmma(p, target, blocks)
+        return
+    with T.If(parts.count > 1):
+        with T.Then():
+            parts.launch(partial(_part, p, target, parts))
+            parts.launch_sum()
+        with T.Else():
+            launch_wgmma(p, target, blocks)
 
 
 def by_rows(

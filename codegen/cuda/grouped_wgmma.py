@@ -18,8 +18,15 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.instructions import give_registers, take_registers
-from moec.codegen.cuda.product import HALVES, Product, arguments, check_product, store_row
-from moec.codegen.cuda.tiles import ExpertRows, RowTiles, row_tiles
+from moec.codegen.cuda.product import (
+    HALVES,
+    Product,
+    arguments,
+    check_product,
+    store_row,
+    tiles_of,
+)
+from moec.codegen.cuda.tiles import ExpertRows, OneExpert, RowTiles
 from moec.codegen.cuda.wgmma_tile import (
     COLUMNS,
     ROWS,
@@ -49,39 +56,48 @@ def grouped_linear_wgmma(
     `blocks` is the grid size; 0 means one block per SM. Raises NoMatch for products that the tile
     does not support.
     """
-    check_product(spec, target, epilogue, SHARED_MEMORY)
-    if spec.dtype not in HALVES:
-        raise NoMatch(f"wgmma would round {spec.dtype}")
-    if "wgmma" not in target.tensor_cores:
-        raise NoMatch(f"{target.name} has no wgmma: only sm_90a has it")
-    count = blocks or target.sms
+    check_wgmma(spec, target, epilogue)
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
-            p = arguments(spec, epilogue, 0)
-            x = tensor_map(p.x, T.cast(p.rows, "int64"), spec.k, spec.dtype)
-            w = tensor_map(p.w, T.int64(spec.groups * p.columns), spec.k, spec.dtype)
-            grid = T.launch_thread("blockIdx.x", count)
-            with grid as block, T.launch_thread("threadIdx.x", THREADS) as thread:
-                tile = wgmma_tile(spec.dtype, spec.k, thread)
-                tile.start()
-                tiles = row_tiles(p.ends, spec.groups, ROWS, THREADS, thread)
-                with T.If(tile.group == 0):
-                    with T.Then():
-                        give_registers(_LOADING)
-                        with T.If(thread == 0), T.Then():
-                            _each_tile(p, tile, tiles, count, block, _loader(p, tile, x, w))
-                    with T.Else():
-                        take_registers(_MULTIPLYING)
-                        _each_tile(p, tile, tiles, count, block, _multiplier(p, tile))
+            launch_wgmma(arguments(spec, epilogue, 0), target, blocks)
     return builder.get()
+
+
+def check_wgmma(spec: LinearSpec, target: CudaTarget, epilogue: Epilogue | None) -> None:
+    """Raises NoMatch for products that the tile does not support."""
+    if "wgmma" not in target.tensor_cores:
+        raise NoMatch(f"{target.name} has no wgmma: only sm_90a has it")
+    check_product(spec, target, epilogue, SHARED_MEMORY)
+    if spec.dtype not in HALVES:
+        raise NoMatch(f"wgmma would round {spec.dtype}")
+
+
+def launch_wgmma(p: Product, target: CudaTarget, blocks: int = 0) -> None:
+    """Launches a product whose rows are not gathered, for at least one row."""
+    spec, count = p.spec, blocks or target.sms
+    x = tensor_map(p.x, T.cast(p.rows, "int64"), spec.k, spec.dtype)
+    w = tensor_map(p.w, T.int64(spec.groups * p.columns), spec.k, spec.dtype)
+    grid = T.launch_thread("blockIdx.x", count)
+    with grid as block, T.launch_thread("threadIdx.x", THREADS) as thread:
+        tile = wgmma_tile(spec.dtype, spec.k, thread)
+        tile.start()
+        tiles = tiles_of(p, ROWS, THREADS, thread)
+        with T.If(tile.group == 0):
+            with T.Then():
+                give_registers(_LOADING)
+                with T.If(thread == 0), T.Then():
+                    _each_tile(p, tile, tiles, count, block, _loader(p, tile, x, w))
+            with T.Else():
+                take_registers(_MULTIPLYING)
+                _each_tile(p, tile, tiles, count, block, _multiplier(p, tile))
 
 
 def _each_tile(
     p: Product,
     tile: WgmmaTile,
-    tiles: RowTiles,
+    tiles: RowTiles | OneExpert,
     blocks: int,
     block: Expr,
     body: Callable[[ExpertRows, Expr, Expr], None],

@@ -39,12 +39,14 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Work:
-    """The bytes that one kernel moves, the FLOPs that it computes, and its launches."""
+    """The bytes that one kernel moves, the FLOPs that it computes, and its launches. If it `copies`
+    by TMA, it multiplies by wgmma on GPUs that have it."""
 
     kernel: str
     bytes: float
     flops: float = 0.0
     launches: int = 1
+    copies: bool = False
 
     def seconds(self, target: CudaTarget) -> float:
         return max(self.bytes / target.bandwidth, self.flops / target.bf16_peak)
@@ -60,7 +62,7 @@ def layer_work(layer: LayerShape, tokens: int) -> tuple[Work, ...]:
         Work("route", tokens * layer.experts * _FLOAT + rows * (_FLOAT + _LONG)),
         Work("dispatch", rows * (2 * _LONG + 2 * _INT) + layer.experts * _INT),
         Work("up", up + (x + hidden) * _HALF + rows * _INT, 2 * flops),
-        Work("down", down + (hidden + y) * _HALF, flops),
+        Work("down", down + (hidden + y) * _HALF, flops, copies=True),
         Work("combine", (y + x) * _HALF + rows * (_INT + _FLOAT), 2.0 * y),
     )
 
@@ -93,6 +95,7 @@ def attention_work(
             (shape.width * projected + x + tokens * projected) * _HALF,
             2.0 * tokens * shape.width * projected,
             _launches(tokens, q, sms),  # of the query projection, the largest
+            copies=True,
         ),
         Work("append", tokens * 2 * kv * 2 * _HALF),
         Work(
@@ -106,6 +109,7 @@ def attention_work(
             (q * shape.width + tokens * q + x) * _HALF,
             2.0 * tokens * q * shape.width,
             _launches(tokens, shape.width, sms),
+            copies=True,
         ),
     )
 

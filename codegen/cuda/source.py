@@ -12,11 +12,11 @@ import tvm
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import Var
-from tvm.tirx import PrimFunc
+from tvm.tirx import PrimFunc, TensorMapType
 
 from moec.codegen.cuda.functions import with_functions
 from moec.codegen.cuda.pipeline import PIPELINE
-from moec.runtime.package import Launch
+from moec.runtime.package import TENSOR_MAP, Launch
 from moec.target.cuda import CudaTarget
 
 _build = importlib.import_module("tvm.tirx.build")  # tvm.tirx.build is a function
@@ -48,6 +48,8 @@ def _launch(name: str, kernel: PrimFunc) -> Launch:
 
 
 def _type(parameter: Var) -> str:
+    if isinstance(getattr(parameter.ty, "element_type", None), TensorMapType):
+        return TENSOR_MAP
     dtype = getattr(parameter.ty, "dtype", None)
     return "handle" if dtype is None else str(dtype)
 

@@ -5,7 +5,7 @@
 
 The shares are assumptions, based on published measurements of such kernels: 75 % of a GPU's
 bandwidth; with mma.sync 60 % of the peak, and on GPUs whose peak needs wgmma or tcgen05 as many
-FLOPs per SM as on an H100, about 350 TFLOP/s in total.
+FLOPs per SM as on an H100, about 350 TFLOP/s in total; with wgmma half of the peak.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PHASES = (
 """Texts, new tokens of each, and tokens of each in the cache: decode, then prefill."""
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 
-_BANDWIDTH, _PEAK, _PER_SM = 0.75, 0.6, 350e12 / 132
+_BANDWIDTH, _PEAK, _PER_SM, _WGMMA = 0.75, 0.6, 350e12 / 132, 0.5
 _PHASE = "texts x new after past"
 LAUNCH = 3e-6
 """Seconds from the end of a kernel to the start of the next, outside of a CUDA graph."""
@@ -114,7 +114,8 @@ def expected_of(kernels: Iterable[Work], target: CudaTarget) -> tuple[Expected, 
 
 def _expected(work: Work, target: CudaTarget) -> Expected:
     moving = work.bytes / (target.bandwidth * _BANDWIDTH)
-    computing = work.flops / mma_peak(target)
+    by_wgmma = work.copies and "wgmma" in target.tensor_cores
+    computing = work.flops / (_WGMMA * target.bf16_peak if by_wgmma else mma_peak(target))
     bound = "tensor cores" if computing > moving else "bandwidth"
     least = max(moving, computing)
     return Expected(work.kernel, least + work.launches * LAUNCH, work.seconds(target), bound)

@@ -29,6 +29,8 @@ def test_many_tokens_wait_for_mma_sync() -> None:
     flops = 2 * 2.0 * 4096 * 2 * 4096 * 14336
     assert up.expected == pytest.approx(flops / 350e12 + LAUNCH)
     assert up.bound == "tensor cores"
+    down = expected(LAYERS["mixtral-8x7b"], 4096, H100)[3]
+    assert down.expected == pytest.approx(flops / 2 / (989e12 / 2) + LAUNCH)  # by wgmma
 
 
 def test_published_times_as_shares_of_their_own_gpus_limit() -> None:

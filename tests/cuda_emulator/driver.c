@@ -14,11 +14,12 @@
 enum { ALLOCATIONS, WAITS, LAUNCHES, COPIES, OTHER_STREAMS, HOST_COPIES, GRAPHS, KINDS };
 enum { UNSUPPORTED = 900, MOST_OPS = 100000 };
 
+#define WIDEST 128  // a tensor map
 typedef struct { char name[256]; void* library; } Kernel;
 typedef struct {
   Kernel* kernel;  // NULL: a copy
   int sizes[6], dynamic;
-  char* values;  // of the arguments, 8 bytes each
+  char* values;  // of the arguments, WIDEST bytes each
   void *to, *from;
   size_t bytes;
 } Op;
@@ -48,7 +49,7 @@ void run(Op* op) {
   if (!op->kernel) { memcpy(op->to, op->from, op->bytes); return; }
   void (*launch)(void**, const int*, int) = symbol(op->kernel, "launch");
   void* arguments[256];
-  for (int i = 0; i < 256; i++) arguments[i] = op->values + 8 * i;
+  for (int i = 0; i < 256; i++) arguments[i] = op->values + WIDEST * i;
   launch(arguments, op->sizes, op->dynamic);
 }
 
@@ -75,14 +76,21 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) { return 0; }
 int cuLaunchKernelEx(const Config* config, void* function, void** arguments, void** extra) {
-  Op op = {.kernel = function, .dynamic = config->shared, .values = calloc(256, 8)};
+  Op op = {.kernel = function, .dynamic = config->shared, .values = aligned_alloc(64, 256 * WIDEST)};
   const int* widths = symbol(op.kernel, "widths");
-  for (int i = 0; widths[i]; i++) memcpy(op.values + 8 * i, arguments[i], widths[i]);
+  for (int i = 0; widths[i]; i++) memcpy(op.values + WIDEST * i, arguments[i], widths[i]);
   for (int i = 0; i < 3; i++) op.sizes[i] = config->grid[i], op.sizes[3 + i] = config->threads[i];
   counts[LAUNCHES]++, on(config->stream);
   return now_or_later(op);
 }
-int cuTensorMapEncodeTiled() { return 801; }
+// As _encode of emulate.py: matrices of 16 bits.
+int cuTensorMapEncodeTiled(long* map, int dtype, unsigned rank, void* base, const long* sizes,
+                           const long* strides, const unsigned* box, const unsigned* steps,
+                           int interleave, int swizzle, int promotion, int fill) {
+  long values[] = {(long)base, sizes[0], sizes[1], strides[0], box[0], box[1], 2, swizzle};
+  memcpy(map, values, sizeof values);
+  return rank == 2 ? 0 : 801;
+}
 int cuGetErrorName(int code, const char** text) { *text = "CUDA_ERROR"; return 0; }
 int cuGetErrorString(int code, const char** text) { *text = "an error of the driver"; return 0; }
 

@@ -261,3 +261,26 @@ def test_where_there_is_a_gpu_tvm_compiles_nothing(process: tuple[Path, dict[str
     words = [sys.executable, "-c", program]
     result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert not result.returncode, result.stderr
+
+
+def test_tensor_maps_are_passed_by_value(tmp_path: Path) -> None:
+    """A product by wgmma: TVM must know which arguments are tensor maps."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(64, 64, dtype=torch.bfloat16).eval(), torch.randn(40, 64).bfloat16()
+    target = "cpu,cuda:sm_90a"
+    compiled = moec.compile(linear, (x,), target=target, backend=CUDA_TEXT, verify=False)
+    assert compiled.for_gpu is not None
+    on_gpu = for_stand_in(compiled.for_gpu, tmp_path, "sm_90a")
+    replace(compiled, for_gpu=on_gpu).save(tmp_path / "model.moec")
+    with torch.no_grad():
+        expected = linear(x).float().numpy()
+    np.savez(tmp_path / "expected.npz", ids=x.view(torch.int16).numpy(), y=expected)
+    run(
+        (tmp_path, write_driver(tmp_path)),
+        "import torch\n"
+        "y = model(torch.from_numpy(ids).view(torch.bfloat16))\n"
+        "close = np.testing.assert_allclose\n"
+        "close(torch.as_tensor(y).float().numpy(), expected['y'], atol=0.03)\n"
+        "assert any('tensormap' in launch.arguments for launch in\n"
+        "           model.executor.package.gpu.launches)\n",
+    )

@@ -10,7 +10,7 @@ import torch
 import moec
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.model.compiled import CompiledModel
-from moec.runtime.package import DECODE
+from moec.runtime.package import DECODE, TENSOR_MAP
 from moec.runtime.text.texts import Texts
 from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, needs_compiler
 from tests.cuda_emulator.models import EmulatedModel, emulated_model
@@ -36,14 +36,14 @@ NEAR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def compiled(
-    name: str, dtype: torch.dtype, kv_cache: bool = True
+    name: str, dtype: torch.dtype, kv_cache: bool = True, target: str = TARGET
 ) -> tuple[torch.nn.Module, CompiledModel]:
     family = SMALL[name]
     model = family.build(dtype)
     compiled_model = moec.compile(
         model,
         kwargs=family.inputs(2, 9),
-        target=TARGET,
+        target=target,
         backend=CUDA_TEXT,
         verify=False,
         kv_cache=kv_cache,
@@ -82,6 +82,26 @@ def test_emulated_models_equal_eager(name: str) -> None:
         assert error <= NEAR[dtype]
     if name in CONTINUED:
         assert _continued(model, run) <= NEAR[dtype]
+
+
+@pytest.mark.long
+@needs_compiler
+def test_a_prompt_on_sm_90a_uses_wgmma() -> None:
+    """160 rows of experts and 80 of linear layers are many."""
+    model, compiled_model = compiled(
+        "mixtral", torch.bfloat16, kv_cache=False, target="cuda:sm_90a"
+    )
+    package = compiled_model.package
+    assert package is not None
+    assert package.gpu is not None
+    assert any(TENSOR_MAP in launch.arguments for launch in package.gpu.launches)
+    inputs = SMALL["mixtral"].inputs(2, 40)
+    with torch.no_grad():
+        expected = model(**inputs).logits.float()
+    values = {port.name: inputs[port.name] for port in package.main.inputs}
+    result = emulated_model(package)(values).popitem()[1].float()
+    error = (result - expected).abs().max() / expected.abs().max()
+    assert error <= NEAR[torch.bfloat16]
 
 
 def _continued(model: torch.nn.Module, run: EmulatedModel) -> float:
