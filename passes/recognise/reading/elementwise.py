@@ -20,8 +20,13 @@ from moec.passes.recognise.reading.layout import (
     only_rows,
     size_of,
 )
-from moec.passes.recognise.reading.opnames import MULTIPLY
-from moec.passes.recognise.reading.row_wise import check_numbers, counting, not_row_wise
+from moec.passes.recognise.reading.opnames import MULTIPLY, PICKS, PRODUCTS
+from moec.passes.recognise.reading.row_wise import (
+    at_line,
+    check_numbers,
+    counting,
+    not_row_wise,
+)
 
 if TYPE_CHECKING:
     from moec.passes.recognise.reading.rows import Reader
@@ -197,12 +202,26 @@ def join_layouts(
     )
 
 
+def joined(reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None]) -> NoMatch:
+    """The refusal of an op that joins rows with something that is no rows of the expert."""
+    for value in (v for v, la in zip(op.inputs, layouts, strict=True) if la is None):
+        pick = reader.scope.made_by(value, *PICKS)
+        source = reader.scope.behind(pick.inputs[0]) if pick is not None else value
+        product = reader.scope.made_by(source, *PRODUCTS)
+        if pick is not None and product is not None:
+            return NoMatch(
+                f"{op.name} joins rows of an expert with rows of {source.name}{at_line(product)}, "
+                "a product that all experts share: a block has all products inside its experts"
+            )
+    return NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}{at_line(op)}")
+
+
 def weighting(
     reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None], rows: Sequence[ExpertLayout]
 ) -> ExpertLayout:
     """Rows multiplied by routing weights, or selected by a mask."""
     if len(rows) != 1 or any(la is not None and la.param for la in layouts):
-        raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")
+        raise joined(reader, op, layouts)
     source = rows[0]
     others = [v for v, la in zip(op.inputs, layouts, strict=True) if la is None]
     rank = len(op.outputs[0].shape)
@@ -213,7 +232,7 @@ def weighting(
         counts = [count for v in others if (count := counting(reader.scope, v)) is not None]
         if counts:
             raise not_row_wise(counts[0], "counts the rows")
-        raise NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}")
+        raise joined(reader, op, layouts)
     axes = list(padded)
     for dim, (mine, size) in enumerate(zip(padded, op.outputs[0].shape, strict=True)):
         shift = len(others[0].shape) - rank

@@ -21,6 +21,7 @@ from moec.passes.recognise.region import (
     routing_behind,
 )
 from moec.passes.recognise.routers.evidence import Evidence
+from moec.passes.recognise.routers.one_hot_masks import at_most_one
 
 _RANKINGS = ("aten.topk.default", "aten.sort.default", "aten.sort.stable")
 _DIFFERENCES = ("aten.sub.", "aten.rsub.", "aten.neg.")
@@ -106,7 +107,8 @@ def masks(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> Iter
         per_row = _elements_per_row(value, evidence.rows_in)
         if value.shape[-1:] == (evidence.experts,) and per_row and value.dtype not in FLOATS:
             if per_row % evidence.experts == 0 and value not in scope.constants:
-                one_hot.append(value)
+                if at_most_one(scope, value):  # the proof gives it one-hot masks only
+                    one_hot.append(value)
     yield from one_hot[:3]
 
 

@@ -41,6 +41,30 @@ class Loop(nn.Module):
         return y
 
 
+class Thresholds(nn.Module):
+    """As many experts a token as pass a threshold, at least one; a mask and an expert index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3, bias=False)
+        self.limits = nn.Parameter(torch.zeros(3))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = torch.sigmoid(self.gate(x) * self.scale.clamp(max=4.6).exp())
+        passed = scores > torch.sigmoid(self.limits)
+        best = nn.functional.one_hot(scores.argmax(-1), 3).bool()
+        chosen = torch.where(passed.any(-1, keepdim=True), passed, best).float()
+        weights = chosen / chosen.sum(-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mask = chosen[:, number] > 0
+            if mask.any():
+                y[mask] += expert(x[mask]) * weights[mask, number][:, None]
+        return y
+
+
 USES: dict[str, Use] = {
     "number": lambda x, layer: layer(x) / max(1, x.shape[0]),
     "root of the number": lambda x, layer: layer(x) / math.sqrt(x.shape[0]) + x.shape[0] * 0.1,
@@ -71,6 +95,10 @@ def check(module: nn.Module) -> None:
 @pytest.mark.parametrize("use", USES)
 def test_an_expert_that_reads_its_rows(use: str) -> None:
     check(Loop(USES[use]))
+
+
+def test_masks_beside_an_index() -> None:
+    check(Thresholds())
 
 
 @pytest.mark.parametrize("use", ["number", "mean"])

@@ -72,7 +72,21 @@ def nonzero(node: Any, mask: Any) -> Any:
     return Rows(torch.stack(columns, 1), mask.reshape(-1).bool(), 0, mask.ndim == 1)
 
 
+def _positions(indices: Sequence[Any]) -> list[Any]:
+    """Indices with each mask as the positions that are set in it."""
+    positions: list[Any] = []
+    for i in indices:
+        if isinstance(i, torch.Tensor) and i.dtype == torch.bool:
+            rows = nonzero(None, i)
+            columns = rows.tensor.unbind(1)
+            positions += [Rows(column, rows.mask, 0, rows.identity) for column in columns]
+        else:
+            positions.append(i)
+    return positions
+
+
 def index(node: Any, x: Any, indices: Sequence[Any]) -> Any:
+    indices = _positions(indices)
     chosen = [i for i in indices if isinstance(i, Rows)]
     if isinstance(x, Rows) and not chosen:
         raise Unmasked("some rows are read by their place")
@@ -89,6 +103,7 @@ def index(node: Any, x: Any, indices: Sequence[Any]) -> Any:
 
 
 def index_put(node: Any, x: Any, indices: Sequence[Any], y: Any, accumulate: bool = False) -> Any:
+    indices = _positions(indices)
     chosen = [i for i in indices if isinstance(i, Rows)]
     if not chosen:
         return NotImplemented
