@@ -3,7 +3,6 @@ weights."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import cast
 
 import numpy as np
@@ -11,16 +10,15 @@ from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
-from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
+from moec.codegen.backends.cuda.bodies import epilogue, text
+from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
 from moec.codegen.backends.cuda.products import stack
 from moec.codegen.backends.cuda.quantised import rounded
 from moec.codegen.cuda.compressed import check_compressed, compressed_linear
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
-from moec.codegen.rules.experts import check_sorted
-from moec.codegen.rules.products import only_owned_rows_read, spec_of
+from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import CompressedSpec
-from moec.errors import NoMatch
 from moec.formats.ternary import bytes_of_counts
 from moec.formats.ternary_code import CODEWORDS, dictionary, masks
 from moec.ir.graph import Graph, Op, TensorType
@@ -45,35 +43,14 @@ def _spec(op: Op, parts: GroupedCompressed) -> CompressedSpec:
 
 
 def _check_product(op: Op, graph: Graph) -> None:
-    parts, params = GroupedCompressed.of(op), set(graph.params)
-    count = len(parts.matrices)
-    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel supports two")
+    parts = GroupedCompressed.of(op)
     stored = [value for matrix in parts.matrices for value in matrix]
-    constant = params.issuperset((*stored, *parts.biases))
-    require(constant, "a stack of its weights is computed, not a weight of the model")
+    check_experts(op, parts, stored, graph)
     grids = all(matrix[-1].dtype == "bf16" for matrix in parts.matrices)
     require(grids, "its rows have values that are not bf16")
     same = all(bias.dtype == op.outputs[0].dtype for bias in parts.biases)
     require(same, "its biases differ from the result in dtype")
-    require(parts.scale is None, "its rows are scaled")
-    check_sorted(parts.ends, parts.order, parts.x, cast(int, op.attrs.get("gather", 0)), graph)
-    if op.body is not None:
-        check_body(op.body)
     check_compressed(_spec(op, parts), None if op.body is None else epilogue(op.body))
-
-
-def _fits(graph: Graph, op: Op) -> bool:
-    try:
-        _check_product(op, graph)
-    except NoMatch:
-        return False
-    return True
-
-
-def _check(op: Op, graph: Graph) -> None:
-    _check_product(op, graph)
-    owned = only_owned_rows_read(op.outputs[0], graph, partial(_fits, graph), op.name)
-    require(owned, "rows that belong to no expert are read, and the kernel does not compute them")
 
 
 def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -100,4 +77,4 @@ def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
     return low.call(low.function(key, "compressed", make), arguments, [op.outputs[0].type])
 
 
-RULES = (Rule("compressed", ("grouped.compressed",), _check, _compressed),)
+RULES = (Rule("compressed", ("grouped.compressed",), of_owned_rows(_check_product), _compressed),)

@@ -3,7 +3,6 @@ float32."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +11,8 @@ from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
-from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
+from moec.codegen.backends.cuda.bodies import epilogue, text
+from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemv import check_few_rows
 from moec.codegen.cuda.grouped import grouped_linear, shapes_of
@@ -22,8 +22,7 @@ from moec.codegen.cuda.product import check_product
 from moec.codegen.cuda.split_blocks import memory_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
-from moec.codegen.rules.experts import check_sorted
-from moec.codegen.rules.products import DENSE, dense_of, only_owned_rows_read, spec_of
+from moec.codegen.rules.products import DENSE, dense_of, spec_of
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.ir.dims import product
@@ -38,19 +37,12 @@ LEAST = min(TARGETS.values(), key=lambda target: target.shared_memory)
 def _parts(op: Op, graph: Graph) -> GroupedLinear:
     """The parts of a product that the kernel supports. Raises NoMatch for others."""
     parts = GroupedLinear.of(op)
-    first, params = parts.matrices[0], set(graph.params)
-    count = len(parts.matrices)
-    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel supports two")
-    stored = all(value in params for value in (*parts.matrices, *parts.biases))
-    require(stored, "a stack of its weights is computed, not a weight of the model")
+    first = parts.matrices[0]
+    check_experts(op, parts, parts.matrices, graph)
     same = all((m.shape, m.dtype) == (first.shape, parts.x.dtype) for m in parts.matrices)
     require(same, "its stacks differ in shape, or from the rows in dtype")
     biases = all(bias.dtype == parts.x.dtype for bias in parts.biases)
     require(biases, "its biases differ from the rows in dtype")
-    require(parts.scale is None, "its rows are scaled before they are multiplied")
-    check_sorted(parts.ends, parts.order, parts.x, cast(int, op.attrs.get("gather", 0)), graph)
-    if op.body is not None:
-        check_body(op.body)
     spec = spec_of(LinearSpec, op, parts, sc.STORED[parts.x.dtype])
     join = None if op.body is None else epilogue(op.body)
     _check_spec(spec, join)
@@ -61,20 +53,6 @@ def _check_spec(spec: LinearSpec, join: Epilogue | None) -> None:
     check_few_rows(spec, join)
     for shape in shapes_of(spec.dtype):
         check_product(spec, LEAST, join, shape.shared_memory)
-
-
-def _fits(graph: Graph, op: Op) -> bool:
-    try:
-        _parts(op, graph)
-    except NoMatch:
-        return False
-    return True
-
-
-def _check_grouped(op: Op, graph: Graph) -> None:
-    _parts(op, graph)
-    owned = only_owned_rows_read(op.outputs[0], graph, partial(_fits, graph))
-    require(owned, "rows that belong to no expert are read, and the kernel does not compute them")
 
 
 def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -189,6 +167,6 @@ def _transposed(weight: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 RULES = (
-    Rule("grouped", ("grouped.linear",), _check_grouped, _grouped),
+    Rule("grouped", ("grouped.linear",), of_owned_rows(_parts), _grouped),
     Rule("linear", DENSE, _check_dense, _dense),
 )

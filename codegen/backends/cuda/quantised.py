@@ -3,7 +3,6 @@ registers."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +11,8 @@ from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
-from moec.codegen.backends.cuda.bodies import check_body, epilogue, text
+from moec.codegen.backends.cuda.bodies import epilogue, text
+from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
 from moec.codegen.backends.cuda.products import LEAST, stack
 from moec.codegen.cuda.codes import pack
 from moec.codegen.cuda.grouped_codes import check_grouped_codes, grouped_codes
@@ -20,10 +20,8 @@ from moec.codegen.cuda.layout import interleave
 from moec.codegen.cuda.round_rows import planes_of, round_rows
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
-from moec.codegen.rules.experts import check_sorted
-from moec.codegen.rules.products import only_owned_rows_read, spec_of
+from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
-from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.quantised import GroupedQuantised
 
@@ -35,36 +33,16 @@ def _spec(op: Op, parts: GroupedQuantised) -> QuantisedSpec:
 
 
 def _check_product(op: Op, graph: Graph) -> None:
-    parts, params = GroupedQuantised.of(op), set(graph.params)
+    parts = GroupedQuantised.of(op)
     require(not op.attrs.get("exact_rows"), "its rows must not be rounded (:rows16)")
-    count, shapes = len(parts.matrices), {m.codes.shape for m in parts.matrices}
-    require(count <= 2, f"it multiplies the rows by {count} stacks, and the kernel supports two")
-    require(len(shapes) == 1, "its stacks differ in shape")
     stored = [value for matrix in parts.matrices for value in matrix.values]
-    constant = params.issuperset((*stored, *parts.biases))
-    require(constant, "a stack of its weights is computed, not a weight of the model")
+    check_experts(op, parts, stored, graph)
+    shapes = {m.codes.shape for m in parts.matrices}
+    require(len(shapes) == 1, "its stacks differ in shape")
     same = all(bias.dtype == op.outputs[0].dtype for bias in parts.biases)
     require(same, "its biases differ from the result in dtype")
-    require(parts.scale is None, "its rows are scaled")
-    check_sorted(parts.ends, parts.order, parts.x, cast(int, op.attrs.get("gather", 0)), graph)
-    if op.body is not None:
-        check_body(op.body)
     join = None if op.body is None else epilogue(op.body)
     check_grouped_codes(_spec(op, parts), LEAST, join)
-
-
-def _fits(graph: Graph, op: Op) -> bool:
-    try:
-        _check_product(op, graph)
-    except NoMatch:
-        return False
-    return True
-
-
-def _check(op: Op, graph: Graph) -> None:
-    _check_product(op, graph)
-    owned = only_owned_rows_read(op.outputs[0], graph, partial(_fits, graph), "grouped.quantised")
-    require(owned, "rows that belong to no expert are read, and the kernel does not compute them")
 
 
 def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -122,4 +100,4 @@ def _packed(low: Lowering, codes: tuple[Value, ...], bits: int) -> relax.Expr:
     return low.param(("packed", codes), Param(name, type, codes, make))
 
 
-RULES = (Rule("quantised", ("grouped.quantised",), _check, _quantised),)
+RULES = (Rule("quantised", ("grouped.quantised",), of_owned_rows(_check_product), _quantised),)
