@@ -78,7 +78,7 @@ def is_right(run: Emulated, spec: CombineSpec, case: Routed) -> bool:
     weights = torch.rand(tokens, k, generator=generator).masked_fill(~owned, torch.inf)
     addend = torch.randn(tokens, spec.width, generator=generator)
     out = torch.zeros(tokens, spec.width, dtype=TORCH[spec.out])
-    more = [t for t, given in ((weights, spec.weights), (addend, spec.addend)) if given]
+    more = [t for t, kind in ((weights, spec.weights), (addend, spec.addend)) if kind]
     slots = slots.int().reshape(tokens, k)
     run(y, slots, ends, *more, out, schedule=case.schedule)
     scale = weights.double() if spec.weights else torch.ones(tokens, k, dtype=torch.float64)
