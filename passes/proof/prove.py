@@ -3,8 +3,9 @@
 Two graphs over the same input and param values are evaluated in eager PyTorch, with several token
 counts and with routings that have ties, empty experts, all tokens on one expert, and overflowing
 capacities. Low-precision floats are upcast to float32 in both graphs, so that rounding makes no
-difference. Weights are random and of the real shapes; large ones are overlapping windows of a small
-random pool, so that they cost no memory.
+difference. In a model whose weights are all wider, a region that rounds to 16 bits does so on
+purpose, and a replacement that does not is refused. Weights are random and of the real shapes;
+large ones are overlapping windows of a small random pool, so that they cost no memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 
 import sympy
 import torch
@@ -38,6 +39,8 @@ _MOST = 1 << 11
 _ORDERINGS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge"))
 _ROOTS = ("aten.sqrt.default", "aten.rsqrt.default", "aten.log.default")
 _SHIFTS = VIEWS | CASTS | {"aten.add.Tensor", "aten.select.int", "aten.stack.default"}
+_SCORES = ("aten.softmax.int", "aten.sigmoid.default", "aten.div.Tensor")
+_NARROW = (torch.bfloat16, torch.float16)
 _HEAVY = 1 << 24  # elements of weights: beyond it only one token count is tried
 
 
@@ -143,6 +146,8 @@ class Prover:
         bind: Bind | None,
         explained: bool,
     ) -> None:
+        if (narrow := _rounds_to(before)) and not _rounds_to(after) and self._wide:
+            raise NoMatch(f"it rounds to {narrow}, which its replacement does not")
         counts = _counts([*limits, *_limits(before), *_limits(after), *_thresholds(before)])
         order = [repr(feeds.get(value)) for value in before.inputs]
         watched = [before.ops.index(op) for op in decisions]
@@ -169,6 +174,10 @@ class Prover:
                 self.verdicts[key] = str(why)
         if self.verdicts[key]:
             raise NoMatch(self.verdicts[key])
+
+    @cached_property
+    def _wide(self) -> bool:
+        return all(weight.dtype not in _NARROW for weight in self.weights.values())
 
     def _constants(self, graph: Graph) -> str:
         fixed = (self.weights.get(p.name) for p in graph.params if _is_constant(p))
@@ -319,6 +328,18 @@ def _counts(limits: Sequence[int]) -> tuple[int, ...]:
             "would not be covered"
         )
     return (*_COUNTS[:-1], max(_COUNTS[-1], most))
+
+
+def _rounds_to(graph: Graph) -> str:
+    """The dtype of 16 bits to which a graph rounds wider floats or scores; "" where it does not."""
+    for op in graph.ops:
+        if op.outputs and (dtype := op.outputs[0].dtype) in ("bf16", "f16"):
+            wide = any(value.dtype in ("f32", "f64") for value in op.inputs)
+            if wide or op.name in _SCORES:
+                return dtype
+        if op.body is not None and (narrow := _rounds_to(op.body)):
+            return narrow
+    return ""
 
 
 def _is_constant(value: Value) -> bool:
