@@ -10,8 +10,8 @@ expert, and a gather into a scatter that adds row by row. Here
 
 so that each gradient is written once, at its final address, and experts without rows cost only
 zeroing. The last product and the combine are one op, whose gradient needs no y (_LastProduct). Sums
-over a token's choices are in float32, in the order of the slots; everything is deterministic. The
-products are PyTorch's, or those of `moec.dynamo.products`.
+over a token's choices are in float32 (of float64 in float64), in the order of the slots; everything
+is deterministic. The products are PyTorch's, or those of `moec.dynamo.products`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner, tensors_of
+from moec.ops.routing import widened
 
 
 class _Dispatch(torch.autograd.Function):
@@ -44,8 +45,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 def _sum_of_choices(rows: Tensor, slots: Tensor) -> Tensor:
-    """rows[R, D] -> [T, D]: the sum of each token's rows, in float32."""
-    total = rows.index_select(0, slots[:, 0]).float()
+    """rows[R, D] -> [T, D]: the sum of each token's rows, in float32 or float64."""
+    total = widened(rows.index_select(0, slots[:, 0]))
     for s in range(1, slots.shape[1]):
         total += rows.index_select(0, slots[:, s])
     return total.to(rows.dtype)
@@ -178,7 +179,7 @@ class _Combine(torch.autograd.Function):
                 drows = drows * weights.reshape(-1)[order][:, None]
             drows = drows.to(rows.dtype)
         if weights is not None and ctx.needs_input_grad[3]:
-            wide = grad.float()
+            wide = widened(grad)
             dots = [(wide * rows.index_select(0, column)).sum(-1) for column in slots.unbind(1)]
             dweights = torch.stack(dots, 1).to(weights.dtype)
         return drows, None, None, dweights, None
@@ -187,13 +188,13 @@ class _Combine(torch.autograd.Function):
 def _weighted_sum(
     rows: Tensor, slots: Tensor, weights: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    total = rows.new_zeros(len(slots), rows.shape[1], dtype=torch.float32)
+    total = widened(rows.new_zeros(len(slots), rows.shape[1]))
     for s in range(slots.shape[1]):
         picked = rows.index_select(0, slots[:, s])
         if weights is None:
             total += picked
         else:
-            total.addcmul_(picked.float(), weights[:, s, None].float())
+            total.addcmul_(picked.to(total.dtype), weights[:, s, None].to(total.dtype))
     return total.to(dtype)
 
 
@@ -239,10 +240,10 @@ class _LastProduct(torch.autograd.Function):
             if need_rows:
                 drows = unscaled if scale is None else (unscaled * scale).to(rows.dtype)
             if need_weights:
-                dots = (unscaled.float() * rows).sum(-1)
+                dots = (widened(unscaled) * rows).sum(-1)
                 if b is not None:
                     for expert, span in _owned(ends.tolist()):
-                        dots[span] += dz[span].float() @ b[expert].float()
+                        dots[span] += widened(dz[span]) @ widened(b[expert])
                 dweights = dots[slots].to(weights.dtype)
         if need_w:
             scaled = rows if scale is None else (rows * scale).to(rows.dtype)

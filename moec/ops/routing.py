@@ -53,18 +53,24 @@ def top_k(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def widened(floats: torch.Tensor) -> torch.Tensor:
+    """float64 as it is, and narrower floats in float32."""
+    return floats if floats.dtype == torch.float64 else floats.float()
+
+
 def _scores(routing: Routing, logits: torch.Tensor) -> torch.Tensor:
+    logits = widened(logits)
     if routing.score == "softmax":
-        return logits.float().softmax(-1)
-    return logits.float().sigmoid() if routing.score == "sigmoid" else logits.float()
+        return logits.softmax(-1)
+    return logits.sigmoid() if routing.score == "sigmoid" else logits
 
 
 def choice_scores(
     routing: Routing, logits: torch.Tensor, correction: torch.Tensor | None
 ) -> torch.Tensor:
-    """f32[.., E]: the scores by which experts are chosen, before the restriction to groups."""
+    """f32 or f64[.., E]: the scores that choose experts, before the restriction to groups."""
     scores = _scores(routing, logits)
-    return scores if correction is None else scores + correction.float()
+    return scores if correction is None else scores + widened(correction)
 
 
 def group_scores(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
@@ -82,7 +88,7 @@ def route_logits(
     routing: Routing, logits: torch.Tensor, correction: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = TORCH_DTYPES[routing.dtype]
-    logits = logits.float()
+    logits = widened(logits)
     if routing.score == "sparsemixer":
         weights, experts = _sparsemixer(logits, routing)
         return weights.to(dtype), experts

@@ -44,6 +44,16 @@ def test_gradients(form: type[nn.Module]) -> None:
     assert moec.stats().blocks > 0
 
 
+@pytest.mark.parametrize("form", [Masked, Gathered])
+def test_float64_is_float64(form: type[nn.Module]) -> None:
+    model = form().double()
+    x = torch.randn(*((3, 7, 16) if form is Masked else (21, 16)), dtype=torch.float64)
+    right = gradients(model, model, x)
+    for gradient, expected in zip(gradients(compiled(model), model, x), right, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-13)
+    assert moec.stats().blocks > 0
+
+
 def test_frozen_weights_get_no_gradient() -> None:
     model = Masked()
     model.gate.requires_grad_(False)
