@@ -211,6 +211,21 @@ def test_equal_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
+def test_positions_are_written_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop over experts has a `where` for each."""
+
+    def rows_above(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.where(x > 0)[0]
+
+    program = exported(rows_above)
+    module = sys.modules["moec.capture.decomposition.parts"]
+    monkeypatch.setattr(module, "make_fx", lambda *_, **__: pytest.fail("a trace"))
+    expanded = expand(program)
+    assert expanded is not None
+    names = [str(node.target) for node in expanded.graph.nodes]
+    assert (names.count("aten.nonzero.default"), names.count("aten.squeeze.dims")) == (1, 1)
+
+
 NORM = nn.BatchNorm1d(8).eval()
 NORM.running_mean = torch.linspace(-1, 1, 8)
 NORM.running_var = torch.linspace(0.1, 2, 8)

@@ -28,7 +28,7 @@ from moec.capture.decomposition.functional import (
     write_of,
     writes,
 )
-from moec.capture.decomposition.parts import Parts, operands_of, parts_in
+from moec.capture.decomposition.parts import operands_of, parts_in
 from moec.capture.states import as_buffers
 from moec.errors import CaptureError
 
@@ -62,7 +62,7 @@ def expand(program: ExportedProgram) -> ExportedProgram | None:
                     function, views = functions[node].function, functions[node].views
                     writer.write(node, views, writer.splice(node, parts.of(node, function)))
                 elif node.target in _POSITIONS:
-                    writer.copies[node] = writer.positions(node, parts)
+                    writer.copies[node] = writer.positions(node)
                 elif is_composite(node, table):
                     writer.copies[node] = writer.splice(node, parts.of(node, node.target))
                 elif is_function(node):
@@ -120,10 +120,9 @@ class _Writer:
             copy.target = torch.ops.aten._local_scalar_dense.default
         return copy
 
-    def splice(self, node: fx.Node, parts: fx.Graph, operands: Sequence[Any] = ()) -> Any:
-        """Copies `parts` instead of `node`, applied to `operands` (default: the node's own), and
-        returns the copied result."""
-        sources = iter(operands or [self.of(operand) for operand in operands_of(node)])
+    def splice(self, node: fx.Node, parts: fx.Graph) -> Any:
+        """Copies `parts` instead of `node`, and returns the copied result."""
+        sources = iter([self.of(operand) for operand in operands_of(node)])
         inner: dict[fx.Node, Any] = {}
         about = {name: value for name, value in node.meta.items() if name != "val"}
         for part in parts.nodes:
@@ -136,13 +135,32 @@ class _Writer:
                 inner[part].meta = {**about, "val": part.meta.get("val")}
         raise AssertionError("a graph without an output")
 
-    def positions(self, node: fx.Node, parts: Parts) -> Any:
-        """`torch.where(x)` with the sizes that the export gave it, as columns of one nonzero."""
+    def positions(self, node: fx.Node) -> list[fx.Node]:
+        """`torch.where(x)` with the sizes that the export gave it, as columns of one nonzero.
+
+        These are the parts of `nonzero(x).unbind(1)`, which is not traced: a loop over experts has
+        a `where` for each, and tracing took longer than all else that this file does for it.
+        """
         columns, source = node.meta["val"], cast(fx.Node, node.args[0])
-        copy = self.graph.call_function(torch.ops.aten.nonzero.default, (self.of(source),))
-        copy.meta = {**node.meta, "val": columns[0].new_empty((*columns[0].shape, len(columns)))}
-        unbind = parts.trace(lambda rows: torch.ops.aten.unbind.int(rows, 1), [copy.meta["val"]])
-        return self.splice(node, unbind, [copy])
+        column = columns[0]
+
+        def add(target: Any, arguments: tuple[Any, ...], val: Any, name: str | None) -> fx.Node:
+            copy = self.graph.create_node("call_function", target, arguments, name=name)
+            copy.meta = {**node.meta, "val": val}
+            return copy
+
+        aten = torch.ops.aten
+        every = column.new_empty((*column.shape, len(columns)))
+        rows = add(aten.nonzero.default, (self.of(source),), every, None)
+        one = column.new_empty((*column.shape, 1))
+        slices = [
+            add(aten.slice.Tensor, (rows, 1, axis, axis + 1), one, f"slice_{axis + 1}")
+            for axis in range(len(columns))
+        ]
+        return [
+            add(aten.squeeze.dims, (part, [1]), value, f"squeeze_{axis}" if axis else "squeeze")
+            for axis, (part, value) in enumerate(zip(slices, columns, strict=True))
+        ]
 
     def write(self, node: fx.Node, views: Sequence[fx.Node], part: Any) -> None:
         """Makes later readers of the tensor that `node` writes, through `views`, read the updated
