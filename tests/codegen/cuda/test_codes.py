@@ -35,6 +35,7 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import TORCH
 from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
@@ -50,7 +51,6 @@ FORMATS = {
     "fp8:64": (192, False),
     "mxfp4": (96, True),
 }
-TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 EXPERTS = [2, 0, 2, 2, -1, 2]
 MANY = [2] * 37 + [0, -1, 2]
 

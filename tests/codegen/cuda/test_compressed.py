@@ -31,11 +31,11 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import TORCH
 from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
 
-TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # Rows of more than 32 codewords, of more than 255 (whose counts have two bytes), and of odd length.
 CASES = {
     "ternary": CompressedSpec(10, 931, "float32", groups=3),

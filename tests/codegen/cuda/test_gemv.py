@@ -25,12 +25,11 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import TORCH, UNIT
 from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
 
-TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 GATED = LinearSpec(16, 328, "bfloat16", groups=3, gated=True, bias=True)  # a tail of 72 in k
 PLAIN = {
     "float16": LinearSpec(10, 264, "float16", "float32", groups=3),
@@ -86,9 +85,11 @@ def problem(
 
 
 def packed(stacks: list[Tensor]) -> Tensor:
+    """As a kernel takes them."""
     if len(stacks) == 1:
         return stacks[0]
-    words = [stack.view(torch.int16).numpy() for stack in stacks]
+    integers = torch.int32 if stacks[0].dtype == torch.float32 else torch.int16
+    words = [stack.view(integers).numpy() for stack in stacks]
     return torch.from_numpy(interleave(*words)).view(stacks[0].dtype)
 
 

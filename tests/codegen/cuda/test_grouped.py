@@ -33,7 +33,7 @@ from moec.codegen.cuda.tiles import LARGE, TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import TARGETS
-from tests.codegen.cuda.test_gemv import right
+from tests.codegen.cuda.test_gemv import packed, right
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
 from tests.cuda_emulator.emulate import (
     SCHEDULES,
@@ -44,14 +44,13 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import TORCH, UNIT
 from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
 
 TINY = TileShape(32, 32, 64, warp_rows=1, warp_columns=2, stages=3)
 FLAT = TileShape(32, 32, 32, warp_rows=2, warp_columns=1, stages=4)
-TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 EAGER: dict[str, Callable[..., Tensor]] = {
     "silu": lambda g, u: torch.nn.functional.silu(g) * u,
@@ -82,15 +81,6 @@ def weights(spec: LinearSpec) -> list[Tensor]:
     shape = (spec.groups, spec.n, spec.k)
     scale = spec.k**-0.5
     return [(torch.randn(shape) * scale).to(TORCH[spec.dtype]) for _ in range(1 + spec.gated)]
-
-
-def packed(stacks: list[Tensor]) -> Tensor:
-    """As a kernel takes them."""
-    if len(stacks) == 1:
-        return stacks[0]
-    integers = torch.int32 if stacks[0].dtype == torch.float32 else torch.int16
-    words = [stack.view(integers).numpy() for stack in stacks]
-    return torch.from_numpy(interleave(*words)).view(stacks[0].dtype)
 
 
 def ends_of(counts: list[int]) -> Tensor:

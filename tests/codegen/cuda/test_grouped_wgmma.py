@@ -14,7 +14,8 @@ from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import TARGETS
-from tests.codegen.cuda.test_grouped import EAGER, JOIN, TORCH, compare, ends_of, packed, weights
+from tests.codegen.cuda.test_gemv import packed
+from tests.codegen.cuda.test_grouped import EAGER, JOIN, compare, ends_of, weights
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
 from tests.cuda_emulator.emulate import (
     SCHEDULES,
@@ -25,6 +26,7 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import TORCH
 from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler

@@ -17,7 +17,8 @@ from moec.codegen.cuda.tiles import TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.ops.routing import Routing, route_logits
-from tests.codegen.cuda.test_grouped import EAGER, packed
+from tests.codegen.cuda.test_gemv import packed
+from tests.codegen.cuda.test_grouped import EAGER
 from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, emulated, needs_compiler
 
 pytestmark = needs_compiler

@@ -25,12 +25,11 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import TORCH, UNIT
 
 pytestmark = needs_compiler
 
-TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-LONG = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+SHORT = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 DEEPSEEK_V3 = Routing(
     8,
     score="sigmoid",
@@ -69,12 +68,12 @@ def distinct(tokens: int, experts: int) -> Tensor:
 
 
 def check_route(spec: RouteSpec, logits: Tensor, schedule: Schedule = SCHEDULES[0]) -> None:
-    logits = logits.to(TORCH[spec.logits])
+    logits = logits.to(SHORT[spec.logits])
     correction = None
     if spec.correction is not None:
-        correction = (torch.randn(spec.num_experts) * 0.01).to(TORCH[spec.correction])
+        correction = (torch.randn(spec.num_experts) * 0.01).to(SHORT[spec.correction])
     shape = (len(logits), spec.routing.k)
-    weights = torch.full(shape, 7, dtype=TORCH[spec.routing.dtype])
+    weights = torch.full(shape, 7, dtype=SHORT[spec.routing.dtype])
     experts = torch.full(shape, -7)
     inputs = [logits] if correction is None else [logits, correction]
     router(spec)(*inputs, weights, experts, schedule=schedule)
@@ -178,7 +177,7 @@ def bringer(spec: CombineSpec) -> Emulated:
     return emulated(combine(spec, SM_80))
 
 
-@pytest.mark.parametrize("dtype", LONG)
+@pytest.mark.parametrize("dtype", TORCH)
 @pytest.mark.parametrize("width", [1, 37, 300])
 @pytest.mark.parametrize("plain", [False, True], ids=["weighted", "plain"])
 def test_rows_come_back(dtype: str, width: int, plain: bool) -> None:
@@ -187,19 +186,19 @@ def test_rows_come_back(dtype: str, width: int, plain: bool) -> None:
     spec = CombineSpec(3, k, width, dtype, dtype, kind, kind)
     for tokens, schedule in zip((0, 1, 3, 5), SCHEDULES, strict=True):
         owned = tokens * k * 2 // 3
-        y = torch.randn(tokens * k, width).to(LONG[dtype])
+        y = torch.randn(tokens * k, width).to(TORCH[dtype])
         y[owned:] = torch.nan  # what nobody owns must not be read
         slots = torch.randperm(tokens * k).int().reshape(tokens, k)
         ends = torch.tensor([0, owned // 2, owned], dtype=torch.int32)
-        weights = torch.rand(tokens, k).to(LONG[dtype])
+        weights = torch.rand(tokens, k).to(TORCH[dtype])
         weights[slots >= owned] = torch.inf
-        addend = torch.randn(tokens, width).to(LONG[dtype])
-        out = torch.full((tokens, width), torch.nan, dtype=LONG[dtype])
+        addend = torch.randn(tokens, width).to(TORCH[dtype])
+        out = torch.full((tokens, width), torch.nan, dtype=TORCH[dtype])
         more = [] if plain else [weights, addend]
         bringer(spec)(y, slots, ends, *more, out, schedule=schedule)
         scale = torch.ones(tokens, k) if plain else weights.nan_to_num(posinf=0.0)
         parts = y.double()[slots.long()] * scale.double().unsqueeze(-1)
         exact = torch.where((slots < owned).unsqueeze(-1), parts, 0.0).sum(1)
         exact = exact if plain else exact + addend.double()
-        allowed = UNIT[LONG[dtype]] * exact.abs() + 6 * 2.0**-24 * 8
+        allowed = UNIT[TORCH[dtype]] * exact.abs() + 6 * 2.0**-24 * 8
         assert ((out.double() - exact).abs() <= allowed).all()

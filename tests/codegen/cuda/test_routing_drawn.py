@@ -23,6 +23,7 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import TORCH, UNIT
 from tests.cuda_emulator.routings import Routed, routed
 
 pytestmark = needs_compiler
@@ -30,8 +31,6 @@ pytestmark = needs_compiler
 EXPERTS = 3
 PLAIN = CombineSpec(EXPERTS, 2, 37, "bfloat16", "bfloat16")
 FULL = CombineSpec(EXPERTS, EXPERTS, 40, "float32", "float32", "float32", "float32")
-TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-UNIT = {"bfloat16": 2.0**-8, "float32": 2.0**-24}
 
 
 @settings(max_examples=8)
@@ -85,7 +84,7 @@ def is_right(run: Emulated, spec: CombineSpec, case: Routed) -> bool:
     parts = y.double()[slots.long()] * scale.unsqueeze(-1)
     exact = torch.where(owned.unsqueeze(-1), parts, 0.0).sum(1)
     exact = exact + addend.double() if spec.addend else exact
-    allowed = UNIT[spec.out] * exact.abs() + 2.0**-20
+    allowed = UNIT[out.dtype] * exact.abs() + 2.0**-20
     near = ((out.double() - exact).abs() <= allowed) | exact.isnan()
     return torch.equal(out.isnan(), exact.isnan()) and bool(near.all())
 

@@ -28,6 +28,7 @@ from tests.cuda_emulator.emulate import (
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import is_dense_product
 from tests.cuda_emulator.routings import Routed, routed
 
 SHAPE = TileShape(16, 32, 32, warp_rows=1, warp_columns=1, stages=2)
@@ -37,7 +38,6 @@ DENSE = LinearSpec(40, 200, "float32", bias=True)  # tails of columns and of k
 HALF = LinearSpec(11, 392, "bfloat16", "float32")
 GATED = LinearSpec(16, 264, "bfloat16", groups=3, gated=True, bias=True)
 NARROW = LinearSpec(24, 264, "float16", groups=3)
-TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,12 @@ def kernel(spec: LinearSpec, bug: Bug | None = None) -> Split:
     return Split(emulated(code, change=bug.plant if bug else str), memory)
 
 
-def is_right(run: Split, spec: LinearSpec, rows: int, schedule: Schedule) -> bool:
-    generator = torch.Generator().manual_seed(rows)
-    dtype = TORCH[spec.dtype]
-    x = torch.randn(rows, spec.k, generator=generator).to(dtype)
-    w = (torch.randn(spec.n, spec.k, generator=generator) * spec.k**-0.5).to(dtype)
-    bias = torch.randn(spec.n, generator=generator).to(dtype)
-    exact = x.double() @ w.double().T + (bias.double() if spec.bias else 0)
-    y = torch.full((rows, spec.n), torch.nan)
-    run(x, w, *([bias] if spec.bias else []), y, schedule=schedule)
-    return bool(((y.double() - exact).abs() <= spec.k * 2.0**-24 * 8).all())
-
-
 @needs_compiler
 @pytest.mark.parametrize("spec", [DENSE, HALF], ids=["float32", "bfloat16"])
 def test_dense_products(spec: LinearSpec) -> None:
     """In parts; no rows; and as many tiles as SMs, in one part."""
     for schedule, rows in zip(SCHEDULES, (5, 16, 0, 50), strict=True):
-        assert is_right(kernel(spec), spec, rows, schedule), rows
+        assert is_dense_product(kernel(spec), spec, rows, schedule), rows
 
 
 @needs_compiler
@@ -103,7 +91,7 @@ BUGS = (
 @needs_compiler
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
 def test_planted_bugs(bug: Bug) -> None:
-    check_found(bug, lambda schedule: is_right(kernel(DENSE, bug), DENSE, 5, schedule))
+    check_found(bug, lambda schedule: is_dense_product(kernel(DENSE, bug), DENSE, 5, schedule))
 
 
 H100 = TARGETS["cuda:sm_90a"]

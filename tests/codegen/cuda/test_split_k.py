@@ -17,13 +17,11 @@ from tests.cuda_emulator.emulate import (
     SCHEDULES,
     SM_80,
     Emulated,
-    Schedule,
     emulated,
     needs_compiler,
 )
+from tests.cuda_emulator.products import TORCH, is_dense_product
 
-TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 # Tails of columns and of k: 520 elements are a second turn of 8 elements for the first warp.
 TAILS = LinearSpec(22, 520, "bfloat16", "float32", bias=True)
 WHOLE = LinearSpec(32, 512, "float16")
@@ -36,24 +34,11 @@ def kernel(spec: LinearSpec, bug: Bug | None = None) -> Emulated:
     return emulated(split_k(spec, SPLITS[spec]), change=bug.plant if bug else str)
 
 
-def is_right(run: Emulated, spec: LinearSpec, rows: int, schedule: Schedule) -> bool:
-    generator = torch.Generator().manual_seed(rows)
-    dtype, out = TORCH[spec.dtype], TORCH[spec.y_dtype]
-    x = torch.randn(rows, spec.k, generator=generator).to(dtype)
-    w = (torch.randn(spec.n, spec.k, generator=generator) * spec.k**-0.5).to(dtype)
-    bias = torch.randn(spec.n, generator=generator).to(dtype)
-    exact = x.double() @ w.double().T + (bias.double() if spec.bias else 0)
-    y = torch.full((rows, spec.n), torch.nan, dtype=out)
-    run(x, w, *([bias] if spec.bias else []), y, schedule=schedule)
-    allowed = UNIT[out] * exact.abs() + spec.k * 2.0**-24 * 8
-    return bool(((y.double() - exact).abs() <= allowed).all())
-
-
 @needs_compiler
 @pytest.mark.parametrize("spec", SPLITS, ids=["tails", "whole", "odd"])
 def test_schedules(spec: LinearSpec) -> None:
     for schedule, rows in zip(SCHEDULES, (16, 5, 23, 1), strict=True):
-        assert is_right(kernel(spec), spec, rows, schedule)
+        assert is_dense_product(kernel(spec), spec, rows, schedule)
     kernel(spec)(
         torch.empty(0, spec.k, dtype=TORCH[spec.dtype]),
         torch.zeros(spec.n, spec.k, dtype=TORCH[spec.dtype]),
@@ -73,7 +58,7 @@ BUGS = (
 @needs_compiler
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
 def test_planted_bugs(bug: Bug) -> None:
-    check_found(bug, lambda schedule: is_right(kernel(TAILS, bug), TAILS, 5, schedule))
+    check_found(bug, lambda schedule: is_dense_product(kernel(TAILS, bug), TAILS, 5, schedule))
 
 
 @pytest.mark.parametrize(
