@@ -84,6 +84,11 @@ class RecogniseExperts(Pass):
         return replace(program, graph=splice(scope.graph, blocks))
 
 
+MOST_FAILURES = 256
+"""After as many proposals that fail, a candidate is declined: what is proved comes among the first
+hundred, and a router of many masks has thousands of readings."""
+
+
 def proved_blocks(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[list[Proposal], str]:
     """The proposals that the prover accepts: the first one, or of several the first for each
     output. Without any, the reason is that of the first proposal: later ones are variations of
@@ -98,6 +103,8 @@ def proved_blocks(scope: Scope, candidate: Candidate, prover: Prover) -> tuple[l
                 check(scope, proposal, prover, explained=not reasons)
             except NoMatch as why:
                 reasons.append(next(iter(proposal.doubts), f"{proposal.form}: {why}"))
+                if len(reasons) == MOST_FAILURES:
+                    break
                 continue
             proved[proposal.output] = proposal
             if not candidate.several:

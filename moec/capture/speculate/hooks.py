@@ -18,7 +18,7 @@ from moec.capture.speculate.branches import Branches
 from moec.capture.speculate.facts import Facts
 from moec.capture.speculate.sites import site_of
 from moec.capture.speculate.sums import Counts
-from moec.capture.speculate.symbols import expression
+from moec.capture.speculate.symbols import expression, reads_data
 
 Hook = Callable[..., Any]
 Hooks = Mapping[str, Hook]
@@ -87,6 +87,13 @@ class Trace:
     def equal(self, one: Any, other: Any) -> bool:
         """Whether two sizes are known to be equal."""
         return bool(expression(self.total(one)) == expression(self.total(other)))
+
+    def is_zero(self, size: Any) -> bool:
+        """Whether a size is the difference of a sum of numbers read from data and what it is."""
+        if not reads_data(size):
+            return False
+        difference = expression(size)
+        return any(expression(total) - difference == part for part, total in self.totals.items())
 
     def at(self) -> str:
         """The user's line from which a hook is called."""

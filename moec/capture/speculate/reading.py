@@ -52,9 +52,11 @@ def counted(trace: Trace, ids: torch.Tensor, classes: int, dtype: torch.dtype = 
 def histc(
     trace: Trace, func: Hook, ids: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0
 ) -> Any:
-    """A histogram of class ids with one bin for each class."""
+    """A histogram of class ids with one bin for each class: up to the last, or to their number."""
     choice = trace.facts.of(ids).choice
-    if choice is None or ids.ndim != 1 or (min, max, bins) != (0, bins - 1, choice.classes):
+    if choice is None or ids.ndim != 1 or min != 0 or bins != choice.classes:
+        return NotImplemented
+    if max not in (bins - 1, bins):
         return NotImplemented
     return counted(trace, ids, bins, ids.dtype)
 
@@ -206,10 +208,18 @@ def iterated(trace: Trace, func: Hook, tensor: torch.Tensor) -> Any:
 
 
 def cat(trace: Trace, func: Hook, parts: Any, dim: int = 0, **kwargs: Any) -> Any:
+    """Without the parts that are known to be empty, such as a padding to the number of rows."""
+    if all(part.ndim for part in parts):
+        parts = [part for part in parts if not trace.is_zero(part.shape[dim])] or parts
     result = func(parts, dim=dim, **kwargs)
     sums = [trace.facts.of(part).sums for part in parts]
     lists = [each for each in sums if each is not None]
     return trace.facts.note(result, sums=joined(lists)) if len(lists) == len(sums) else result
+
+
+def vstack(trace: Trace, func: Hook, parts: Any, **kwargs: Any) -> Any:
+    matrices = all(part.ndim > 1 for part in parts)
+    return cat(trace, torch.cat, parts, **kwargs) if matrices else NotImplemented
 
 
 def pad(
@@ -247,6 +257,7 @@ READING: Hooks = {
     "empty_like": empty_like,
     "iter": iterated,
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
+    "vstack": vstack,
     "pad": pad,
     "unique": unique,
     "one_hot": one_hot,

@@ -91,6 +91,8 @@ def between(trace: Trace, x: torch.Tensor, start: Any, stop: Any) -> torch.Tenso
             return piece
     if trace.equal(stop, length):
         stop = length
+        if expression(start) == 0:
+            return x
     if reads_data(length) and not reads_data(stop):
         stop = torch.sym_min(stop, length)  # type: ignore[no-untyped-call]
     if reads_data(length) and not reads_data(start) and expression(start) != 0:

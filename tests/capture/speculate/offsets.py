@@ -165,6 +165,22 @@ def two_products_on_sorted_rows(layer: Layer, x: Tensor) -> Tensor:
     return torch.bmm(weights[:, None], out.view(-1, K, D)).squeeze(1).view_as(x)
 
 
+def rows_padded_by_none(layer: Layer, x: Tensor) -> Tensor:
+    """torchtitan's loop: the rows before a padding that is there for other kernels, and the padding
+    behind the results; weights scale what the experts read."""
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    order = ids.flatten().argsort(stable=True)
+    index = (order // K).reshape(-1, 1).expand(-1, D)
+    rows = flat.gather(0, index) * weights.flatten()[order].reshape(-1, 1)
+    counts = torch.histc(ids.flatten().float(), bins=E, min=0, max=E).int().tolist()
+    padding = rows.shape[0] - sum(counts)
+    parts = rows[: sum(counts)].split(counts)
+    y = torch.cat([expert(part) for expert, part in zip(layer.experts, parts, strict=True)])
+    y = torch.vstack((y, y.new_zeros((padding, D))))
+    return torch.zeros_like(flat).scatter_add(0, index, y).view_as(x)
+
+
 FORMS: dict[str, Form] = {
     form.__name__.replace("_", " "): form
     for form in (
@@ -178,5 +194,6 @@ FORMS: dict[str, Form] = {
         cut_at_ends,
         selects_of_copies,
         two_products_on_sorted_rows,
+        rows_padded_by_none,
     )
 }

@@ -54,7 +54,13 @@ RECOGNISED = (
 
 
 @pytest.mark.parametrize(
-    "name", ["slices between tensors", "marks that are counted", "selects of copies"]
+    "name",
+    [
+        "slices between tensors",
+        "marks that are counted",
+        "selects of copies",
+        "rows padded by none",
+    ],
 )
 def test_pieces_of_sorted_rows_are_a_block(name: str) -> None:
     layer = Layer(OFFSETS[name]).eval()
