@@ -137,11 +137,14 @@ def item(trace: Trace, func: Hook, tensor: torch.Tensor) -> Any:
 
 
 def arange(trace: Trace, func: Hook, *args: Any, **kwargs: Any) -> Any:
-    """All classes, if their number is fixed: the choices of a layer that takes every expert."""
+    """Numbers that are known when Python reads them; and all classes, if their number is fixed: the
+    choices of a layer that takes every expert."""
     result = func(*args, **kwargs)
-    classes = args[0] if len(args) == 1 and type(args[0]) is int else None
-    integers = not result.is_floating_point()
-    return trace.facts.note(result, even=classes) if classes and integers else result
+    if result.is_floating_point() or not all(type(each) is int for each in args):
+        return result
+    if args and len(range(*args)) <= MOST_NUMBERS:
+        trace.facts.note(result, elements=tuple(range(*args)))
+    return trace.facts.note(result, even=args[0]) if len(args) == 1 else result
 
 
 def truth(trace: Trace, func: Hook, tensor: torch.Tensor) -> Any:

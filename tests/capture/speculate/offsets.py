@@ -181,6 +181,17 @@ def rows_padded_by_none(layer: Layer, x: Tensor) -> Tensor:
     return torch.zeros_like(flat).scatter_add(0, index, y).view_as(x)
 
 
+def chunks_in_an_order(layer: Layer, x: Tensor) -> Tensor:
+    """Megatron-Core's chunks, which an all-to-all would put in another order: on one rank the order
+    is that of a range, which Python reads from a tensor."""
+    rows, order, ids, weights = _sorted(layer, x)
+    counts = torch.bincount(ids, minlength=E).tolist()
+    chunks = rows.split(counts)
+    rows = torch.cat([chunks[i] for i in torch.arange(E).tolist()])
+    y = torch.cat([expert(p) for expert, p in zip(layer.experts, rows.split(counts), strict=True)])
+    return _back(y, order, weights, x)
+
+
 FORMS: dict[str, Form] = {
     form.__name__.replace("_", " "): form
     for form in (
@@ -195,5 +206,6 @@ FORMS: dict[str, Form] = {
         selects_of_copies,
         two_products_on_sorted_rows,
         rows_padded_by_none,
+        chunks_in_an_order,
     )
 }
