@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 from moec.errors import NoMatch, UsageError
-from moec.ir.dims import bind_shape, evaluate_dim
+from moec.ir.dims import bind_shape, evaluate_dim, symbols
 from moec.ir.graph import Program, Stage, Value
 from moec.ir.stats import product_flops, stored_bytes
 from moec.passes.calibration.budget import Budget, BudgetError
@@ -216,7 +216,8 @@ class MeasuredPass(Pass):
 
     def _flops(self, program: Program) -> float:
         """FLOPs per token in the first case of the data. Tokens are those that a block routes, or
-        without blocks those of the first input."""
+        without blocks those of the first input. A size that data decide, such as the rows of an
+        expert that is in no block, counts as all tokens."""
         evaluator = self.session.evaluator
         assert evaluator is not None
         sizes: dict[str, int] = {}
@@ -225,6 +226,8 @@ class MeasuredPass(Pass):
             bind_shape(value.shape, tuple(tensor.shape), sizes)
         tokens = [evaluate_dim(output.shape[0], sizes) for output in evaluator.layers]
         read = tokens_in(inputs[0], case[0])
+        names = {n for v in program.graph.values() for dim in v.shape for n in symbols(dim)}
+        sizes = dict.fromkeys(names, read) | sizes
         return product_flops(program.graph, sizes) / max(tokens, default=read)
 
 
