@@ -93,7 +93,7 @@ def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
     """
     runs, overflows = 0, 0
     for case in cases(probe):
-        run = probe.run(case.inputs)
+        run = probe.run(case.inputs, observed=False)
         if _overflows(run, case):
             overflows += 1
             continue
@@ -114,7 +114,7 @@ def _overflows(run: Run, case: BehaviourCase) -> bool:
 
 def _compare(probe: Probe, block: Replacement, case: BehaviourCase) -> bool:
     """Compare one case; False where eager overflows and there is nothing to compare."""
-    run = probe.run(case.inputs, case.logits)
+    run = probe.run(case.inputs, case.logits, observed=False)
     if _overflows(run, case):
         return False
     steered = nullcontext() if case.logits is None else probe.steered(case.logits)
