@@ -211,7 +211,14 @@ def _speculated(request: _Request) -> Captured:
         with EXPORTS, gc_paused():
             decomposed = decompose(index[1].exported)
             form = masked(decomposed, index, export, convert, examples)
-        return _captured(request, general, form, "masked", again)
+        return _captured(request, general, form, "masked", again_with_masks)
+
+    def again_with_masks(other: Widened) -> CaptureForm:
+        export = partial(export_module, other)
+        convert = partial(_converted, request, other)
+        side = speculate(call, export, convert, (other.tensors,))
+        decomposed = decompose(side[1].exported)
+        return masked(decomposed, side, export, convert, (other.tensors,))
 
     def again(other: Widened, by_class: bool = True) -> CaptureForm:
         export = partial(export_module, other)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -21,15 +21,17 @@ Use = Callable[[Tensor, nn.Linear], Tensor]
 class Loop(nn.Module):
     """Experts over the rows that chose them; `capacity` limits the rows of each."""
 
-    def __init__(self, use: Use, capacity: bool = False) -> None:
+    def __init__(self, use: Use, capacity: bool = False, least: int = 1) -> None:
         super().__init__()
         self.gate = nn.Linear(WIDTH, 3)
         self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        self.use, self.capacity = use, capacity
+        self.use, self.capacity, self.least = use, capacity, least
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.gate(x).softmax(-1).topk(2, -1)
         capacity = max(1, x.shape[0] // 3)
+        if self.least > 1 and capacity < self.least:
+            capacity = self.least
         y = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
             rows, slots = torch.where(ids == number)
@@ -80,12 +82,12 @@ USES: dict[str, Use] = {
 }
 
 
-def check(module: nn.Module) -> None:
+def check(module: nn.Module, sizes: Sequence[int] = SIZES) -> None:
     torch.manual_seed(0)
     compiled = moec.compile(module.eval(), (torch.randn(12, WIDTH),), build=False, verify=False)
     program = compiled.pass_results[-1].program
     assert not [op for op in program.graph.ops if op.name == "aten.nonzero.default"]
-    for size in SIZES:
+    for size in sizes:
         for scale in (1.0, 30.0):
             x = torch.randn(size, WIDTH) * scale
             (result,) = evaluate(program.graph, [x], program.weights)
@@ -104,6 +106,10 @@ def test_masks_beside_an_index() -> None:
 @pytest.mark.parametrize("use", ["number", "mean"])
 def test_an_expert_that_reads_at_most_a_capacity_of_rows(use: str) -> None:
     check(Loop(USES[use], capacity=True))
+
+
+def test_a_branch_on_the_capacity_limits_the_sizes() -> None:
+    check(Loop(USES["number"], capacity=True, least=3), sizes=(9, 10, 40))
 
 
 @pytest.mark.parametrize(
