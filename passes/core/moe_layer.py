@@ -27,7 +27,7 @@ from moec.ir.aten import IR_DTYPES
 from moec.ir.dims import symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
 from moec.ir.upcast import widen
-from moec.ops.routing import Routing
+from moec.ops.routing import Routing, widened
 from moec.passes.core.rewrite import Builder, drop_dead
 
 MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")
@@ -146,13 +146,13 @@ def constant(program: Program, value: Value) -> torch.Tensor:
 def expert_outputs(
     layer: Layer, stacks: Mapping[Value, torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
-    """The result of each expert for the same rows x [N, D], in float32: [E, N, D]. `stacks` maps
-    the params of the body to tensors [E, …]."""
+    """The result of each expert for the same rows x [N, D], in float32 (of float64 in float64):
+    [E, N, D]. `stacks` maps the params of the body to tensors [E, …]."""
     assert layer.experts.body is not None
     body = widen(layer.experts.body)
     with torch.no_grad():
         results = [
-            run_graph(body, [x.float(), *(stack[e].float() for stack in stacks.values())])[0]
+            run_graph(body, [widened(x), *(widened(stack[e]) for stack in stacks.values())])[0]
             for e in range(layer.count)
         ]
     return torch.stack(results)

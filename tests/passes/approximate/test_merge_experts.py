@@ -10,7 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import moec
 from moec.errors import NoMatch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
@@ -18,6 +20,7 @@ from moec.ir.text import print_graph
 from moec.passes.approximate.assignment import assign
 from moec.passes.approximate.merge_experts import MergeExperts, cluster_experts, merge_weights
 from moec.passes.approximate.neurons import neuron_axes
+from tests.capture.modules import WIDTH, Moe
 from tests.passes.changed import LAYER, change, declined, graph, outputs, program, tokens
 
 HALF = MergeExperts(keep=0.5)
@@ -181,3 +184,14 @@ def test_bodies_whose_neurons_have_an_order_are_declined(body, says):
     with pytest.raises(NoMatch) as raised:
         neuron_axes(op.body)
     assert says in str(raised.value)
+
+
+def test_a_layer_in_float64() -> None:
+    model, x = Moe(), torch.randn(80, WIDTH, dtype=torch.float64)
+    for i, linear in enumerate(model.experts):
+        model.experts[i] = nn.Sequential(linear, nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    compiled = moec.compile(
+        model.double(), (x,), passes="+merge-experts(keep=0.5)", calib={"x": x}, build=False
+    )
+    (damage,) = compiled.report().damage
+    assert damage.bytes_after < damage.bytes_before
