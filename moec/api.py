@@ -151,9 +151,10 @@ def compile(
             f"{source.name} has no example inputs to verify with: give args, or verify=False"
         )
     with clock.phase("passes"):
-        session = CalibrationSession(calib, source.files, allowed, strict)
 
         def transform(captured: Captured) -> tuple[PassResult, ...]:
+            # One session for each form of the model: its original is that form.
+            session = CalibrationSession(calib, source.files, allowed, strict)
             stage = stage_of(captured.program.graph)
             todo = from_stage(prepare(chosen, session), stage)
             return tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))

@@ -60,12 +60,16 @@ _CLAMP = "aten.clamp.default"
 
 @dataclass(frozen=True)
 class VaryingFloat:
-    """A float or a condition that depends on sizes or data. `value` is its expression if data are
-    not involved."""
+    """A float that depends on sizes or data. `value` is its expression if data are not involved."""
 
     where: str
     expr: str
     value: sympy.Expr | None = None
+
+
+@dataclass(frozen=True)
+class VaryingCondition(VaryingFloat):
+    """A condition that depends on sizes or data. A size that it chooses is none made of floats."""
 
 
 class Emitter(Protocol):

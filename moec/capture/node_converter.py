@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from moec.capture.arithmetic import float_of, whole_of
-from moec.capture.float_tensors import VaryingFloat, emit_call, operand_for
+from moec.capture.float_tensors import VaryingCondition, VaryingFloat, emit_call, operand_for
 from moec.capture.scaled_operators import emit_scaled
 from moec.capture.scans import OWN
 from moec.capture.sources import named, user_code, user_line
@@ -82,7 +82,8 @@ class Converter:
         elif isinstance(value, torch.SymFloat | float):
             self.values[node] = self.number(value, node)
         elif isinstance(value, torch.SymBool) and value.node.expr not in (True, False):
-            self.values[node] = VaryingFloat(self.place(node), named(value.node.expr, self.rename))
+            condition = named(value.node.expr, self.rename)
+            self.values[node] = VaryingCondition(self.place(node), condition)
         elif value is None or isinstance(value, torch.SymBool | bool):
             self.values[node] = None
         else:
@@ -108,7 +109,8 @@ class Converter:
     def whole(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
         """A size. One that is computed of a float gets an expression that rounds like Python."""
         arguments = [self.argument(a) for a in node.args]
-        if isinstance(value, int) or not any(isinstance(a, VaryingFloat) for a in arguments):
+        floats = [a for a in arguments if isinstance(a, VaryingFloat)]
+        if isinstance(value, int) or all(isinstance(a, VaryingCondition) for a in floats):
             return self.dim(value, self.where(node) or node.name)
         result = whole_of(node.target, [value_of(a) for a in arguments])
         return canonical(self.remember(value.node.expr, result, node))

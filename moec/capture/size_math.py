@@ -2,9 +2,9 @@
 
     x / math.sqrt(x.shape[0])
 
-Python's own functions return plain floats, which would fix the size at the example's. Sizes that
-are made of these floats are refused where they are converted to integers (node_converter.py), and
-logarithms fix the size, because torch exports none.
+Python's own functions return plain floats, which would fix the size at the example's. A root that
+is converted to an integer fixes it, because no expression of sizes has roots; logarithms do too,
+because torch exports none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from unittest import mock
 
 import torch
 
+from moec.capture.shadows import SQUARE
+
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
 
 
@@ -28,7 +30,17 @@ def math_of_sizes() -> Iterator[None]:
         for name, symbolic in _SYMBOLIC_FORMS.items():
             function = _wrapped(getattr(math, name), symbolic)
             stack.enter_context(mock.patch.object(math, name, function))
+        whole = _whole_roots(torch.SymFloat.__int__)
+        stack.enter_context(mock.patch.object(torch.SymFloat, "__int__", whole))
         yield
+
+
+def _whole_roots(plain: Callable[[Any], int]) -> Callable[[Any], int]:
+    def __int__(number: Any) -> int:
+        square = getattr(number, SQUARE, None)
+        return plain(number) if square is None else int(math.sqrt(int(square)))
+
+    return __int__
 
 
 def _wrapped(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,11 +52,17 @@ def _wrapped(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callabl
     return function
 
 
+def _root(value: Any) -> Any:
+    root = torch.sym_sqrt(_float(value))
+    setattr(root, SQUARE, value)
+    return root
+
+
 def _float(value: Any) -> Any:
     return torch.sym_float(value)  # type: ignore[no-untyped-call]
 
 
 _SYMBOLIC_FORMS: Mapping[str, Callable[..., Any]] = {
-    "sqrt": lambda value: torch.sym_sqrt(_float(value)),
+    "sqrt": _root,
     "pow": lambda base, power: _float(base) ** _float(power),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import linecache
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -24,9 +25,10 @@ from moec.capture.sources import is_internal
 
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _WRITERS = frozenset(
-    "print debug info warning warn error exception critical log warning_once warn_once info_once "
-    "record_function range_push _check _assert".split()
+    "print debug info warning error exception critical log info_once record_function "
+    "range_push".split()
 )
+_CHECKS = re.compile("check|assert|warn")  # torch._check, transformers' torch_compilable_check
 _NUMBERS = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
@@ -69,12 +71,16 @@ def _written(file: str) -> frozenset[int]:
             parts = [node]
         elif isinstance(node, ast.Assert) and node.msg is not None:
             parts = [node.msg]
-        elif isinstance(node, ast.Call) and _name(node.func) in _WRITERS:
+        elif isinstance(node, ast.Call) and _writes(_name(node.func)):
             parts = [node]
         for part in parts:
             first, last = getattr(part, "lineno", 0), getattr(part, "end_lineno", 0)
             lines.update(range(first, last + 1))
     return frozenset(lines)
+
+
+def _writes(function: str) -> bool:
+    return function in _WRITERS or _CHECKS.search(function) is not None
 
 
 def _name(function: ast.expr) -> str:

@@ -20,6 +20,7 @@ import torch
 
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Op, Program, Stage, Value
+from moec.ops.routing import widened
 from moec.passes.core.moe_layer import Layer, Splice, constant, layer_of, name_of, replace_experts
 from moec.passes.core.options import Model, option, validate
 from moec.passes.core.router_columns import logits_linear, with_weights
@@ -90,12 +91,12 @@ def _concatenate_experts(splice: Splice, layer: Layer, other: Program) -> None:
 
 
 def _average_weights(program: Program, other: Program) -> Program:
-    """The program with the mean of the weights that both models have, computed in float32."""
+    """The program with the mean of the weights that both models have, in float32 or wider."""
     weights = dict(program.weights)
     for name in weights.keys() & other.weights.keys():
         a, b = weights[name], other.weights[name]
         if a.is_floating_point() and a.shape == b.shape:
-            weights[name] = ((a.float() + b.float()) / 2).to(a.dtype)
+            weights[name] = ((widened(a) + widened(b)) / 2).to(a.dtype)
     return replace(program, weights=weights)
 
 

@@ -20,6 +20,7 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import DType, Op, Program, TensorType, Value
+from moec.ops.routing import widened
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.inline import inline_body
@@ -82,10 +83,10 @@ class AverageExperts:
 
 
 def mean(stack: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """The weighted mean of the rows of a stack [E, …], summed in float32."""
+    """The weighted mean of the rows of a stack [E, …], summed in float32 or wider."""
     if not stack.is_floating_point():
         raise NoMatch(f"the experts' weights are {stack.dtype}, whose mean is not defined")
-    total: torch.Tensor = torch.tensordot(share, stack.float(), 1)
+    total: torch.Tensor = torch.tensordot(share.to(widened(stack).dtype), widened(stack), 1)
     return total.to(stack.dtype)
 
 

@@ -33,6 +33,7 @@ from moec.interpret.evaluate import run_graph
 from moec.ir.dims import symbols
 from moec.ir.graph import Attr, DType, Op, Program, Ref, TensorType, Value
 from moec.ir.upcast import widen
+from moec.ops.routing import widened
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant
@@ -223,11 +224,11 @@ def choose_stand_ins(program: Program, layer: Layer, stats: LayerStats, by: str)
     allowed = ("zero", "copy", "constant") if by == "best" else (by,)
     body = layer.experts.body
     assert body is not None
-    stacks = [constant(program, stack).float() for stack in layer.stacks]
+    stacks = [widened(constant(program, stack)) for stack in layer.stacks]
     (rows,) = symbols(body.inputs[0].shape[0])
     wide, chosen = widen(body), []
     for e in range(layer.count):
-        x = stats.x[(stats.experts == e).any(-1)][:ROWS].float()
+        x = widened(stats.x[(stats.experts == e).any(-1)][:ROWS])
         if not len(x):
             chosen.append(StandIn(allowed[0], torch.zeros(x.shape[1]), torch.inf))
             continue

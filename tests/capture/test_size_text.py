@@ -44,10 +44,16 @@ def test_a_text_that_decides_is_refused(kind: type[nn.Module]) -> None:
         moec.compile(kind().eval(), (torch.randn(7, 8),), build=False, verify=False)
 
 
+def check_rows(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 class Written(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[0]
         assert n >= 0, f"{n} rows"
+        check_rows(n >= 0, f"{n} rows")
         logging.getLogger("moec.test").debug(f"{n} rows of {x.shape}")
         warnings.warn(
             f"{n} rows",

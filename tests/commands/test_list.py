@@ -50,7 +50,7 @@ def test_models() -> None:
 
 def test_forms_are_called_what_reports_call_them() -> None:
     folder = Path(recognise.__file__).parent
-    source = "\n".join(file.read_text() for file in folder.glob("*.py"))
+    source = "\n".join(file.read_text() for file in folder.rglob("*.py"))
     for form in FORMS:
         assert f'"{form}"' in source
 

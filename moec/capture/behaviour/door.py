@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -155,6 +156,7 @@ def _forward(
     assert proof.description is not None
     replacement = Replacement(module, proof.description, arguments.shape[-1])
 
+    @wraps(module.forward)  # named_arguments reads the names of its parameters
     def forward(*args: Any, **kwargs: Any) -> Any:
         tokens, ids = arguments.tensors(args, kwargs)
         return result_like(call.result, outputs(replacement, tokens, ids))
