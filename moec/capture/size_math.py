@@ -30,12 +30,12 @@ def math_of_sizes() -> Iterator[None]:
         for name, symbolic in _SYMBOLIC_FORMS.items():
             function = _wrapped(getattr(math, name), symbolic)
             stack.enter_context(mock.patch.object(math, name, function))
-        whole = _whole_roots(torch.SymFloat.__int__)
-        stack.enter_context(mock.patch.object(torch.SymFloat, "__int__", whole))
+        to_int = _with_roots_fixed(torch.SymFloat.__int__)
+        stack.enter_context(mock.patch.object(torch.SymFloat, "__int__", to_int))
         yield
 
 
-def _whole_roots(plain: Callable[[Any], int]) -> Callable[[Any], int]:
+def _with_roots_fixed(plain: Callable[[Any], int]) -> Callable[[Any], int]:
     def __int__(number: Any) -> int:
         square = getattr(number, SQUARE, None)
         return plain(number) if square is None else int(math.sqrt(int(square)))
