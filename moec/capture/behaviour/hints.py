@@ -18,11 +18,12 @@ from moec.capture.behaviour.description import (
     Router,
     RoutingRule,
 )
+from moec.capture.behaviour.field_kinds import check_fields
 from moec.capture.behaviour.parts import shaken, tensor
 from moec.capture.behaviour.probe import Probe, affordable_length
 from moec.capture.behaviour.proof import Proof, prove
 from moec.capture.behaviour.rules import SCORES
-from moec.errors import NoMatch, UsageError
+from moec.errors import MoecError, NoMatch, UsageError
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,13 @@ def as_hints(
 ) -> Hints:
     """The hints for the arguments of `moec.describe`. Raises UsageError for a field or a value that
     does not exist."""
-    if score not in SCORES:
+    check_fields(
+        {
+            "router": router, "experts": experts, "top_k": top_k, "body": body, "source": source,
+            "capacity": capacity, "shared": shared, **rule, **_entries(body), **_entries(capacity),
+        }
+    )  # fmt: skip
+    if not isinstance(score, str) or score not in SCORES:
         raise UsageError(f"score={score!r} is not one of {', '.join(SCORES)}")
     if weighs not in ("output", "input"):
         raise UsageError(f"weighs={weighs!r} is neither 'output' nor 'input'")
@@ -75,6 +82,10 @@ def as_hints(
         capacity=None if capacity is None else _filled(Capacity, _fractions(capacity)),
         shared=tuple(gates.items()),
     )
+
+
+def _entries(part: Any) -> Mapping[str, Any]:
+    return part if isinstance(part, Mapping) else {}
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -102,6 +113,7 @@ def _filled(kind: type[Any], values: Mapping[str, Any]) -> Any:
 def describe_by_hints(module: nn.Module, arguments: Arguments, hints: Hints) -> Proof:
     """The proved description. Raises NoMatch, with the input, where it is wrong, and UsageError for
     names that the module does not have."""
+    _check_names(module, hints)
     probe = Probe(shaken(module), arguments)
     probe.longest = affordable_length(probe)
     experts = _experts(module, hints)
@@ -125,7 +137,31 @@ def describe_by_hints(module: nn.Module, arguments: Arguments, hints: Hints) -> 
             return prove(module, probe, replace(description, routing=rule))
         except NoMatch as why:
             reasons.append(str(why))
+        except MoecError:
+            raise
+        except Exception as error:  # of parts of the user's that do not fit, whatever its kind
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise NoMatch(f"the description cannot be computed: {first}") from error
     raise NoMatch(reasons[-1] if "tied" in reasons[0] else reasons[0])
+
+
+def _check_names(module: nn.Module, hints: Hints) -> None:
+    """Raises UsageError for a name, other than that of the last part of the router or of experts,
+    that the module does not have."""
+    modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    paths = [("router", name) for name in hints.router[:-1]]
+    paths += [("source", name) for name in hints.source]
+    paths += [("shared", name) for term in hints.shared for name in term if name]
+    for field, name in paths:
+        if name not in modules:
+            raise UsageError(f"{field}={name!r}: {type(module).__name__} has no such submodule")
+    if correction := hints.rule.correction:
+        try:
+            tensor(module, correction)
+        except (AttributeError, AssertionError):
+            raise UsageError(
+                f"correction={correction!r}: {type(module).__name__} has no such tensor"
+            ) from None
 
 
 def _experts(module: nn.Module, hints: Hints) -> tuple[str, ...]:
@@ -136,6 +172,8 @@ def _experts(module: nn.Module, hints: Hints) -> tuple[str, ...]:
         members = [f"{name}.{child}" for child, _ in module.get_submodule(name).named_children()]
     except AttributeError:
         raise UsageError(f"experts={name!r}: {type(module).__name__} has no such part") from None
+    if not members:
+        raise UsageError(f"experts={name!r} has no submodules: give a list, or name its body")
     return tuple(members)
 
 

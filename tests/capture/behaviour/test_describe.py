@@ -79,6 +79,23 @@ def test_a_wrong_description_is_refused_with_the_input_that_shows_it(wrong: dict
 
 
 @pytest.mark.parametrize(
+    "misfit",
+    [
+        {"correction": "gate.weight"},
+        {"router": "experts"},
+        {"router": ["gate", "experts.0"]},
+        {"experts": ["experts.0", "door"]},
+        {"experts": ["experts.0", "gate"]},
+    ],
+    ids=str,
+)
+def test_a_description_of_parts_that_do_not_fit_is_refused(misfit: dict[str, Any]) -> None:
+    words = "a CountsInNumpy .* is not what it is described to be: the description cannot be"
+    with pytest.raises(CaptureError, match=words):
+        compiled(moec.describe(CountsInNumpy, **(RIGHT | misfit)))
+
+
+@pytest.mark.parametrize(
     ("kind", "words"),
     [
         (look_alikes.Threshold, "output differs on"),
@@ -134,6 +151,27 @@ def test_a_forward_of_the_users_is_checked_and_then_captured() -> None:
         (5, RIGHT, "5 is no class of modules: give the class, or its name"),
         (dict, RIGHT, "<class 'dict'> is no class of modules"),
         (CountsInNumpy, {"forward": 5}, "forward is 5: give a function of a module and its inputs"),
+        (CountsInNumpy, RIGHT | {"score": ["softmax"]}, "score=['softmax'] is not one of softmax"),
+        (CountsInNumpy, RIGHT | {"top_k": 0}, "top_k=0: give a whole number of at least 1"),
+        (CountsInNumpy, RIGHT | {"top_k": 2.0}, "top_k=2.0: give a whole number of at least 1"),
+        (CountsInNumpy, RIGHT | {"top_k": True}, "top_k=True: give a whole number"),
+        (CountsInNumpy, RIGHT | {"eps": "1e-6"}, "eps='1e-6': give a finite number (in YAML"),
+        (CountsInNumpy, RIGHT | {"scale": float("nan")}, "scale=nan: give a finite number"),
+        (CountsInNumpy, RIGHT | {"temperature": 0}, "temperature=0: give a number other than 0"),
+        (CountsInNumpy, RIGHT | {"renormalise": "no"}, "renormalise='no': give true or false"),
+        (CountsInNumpy, RIGHT | {"groups": 2}, "groups=2: give three whole numbers"),
+        (CountsInNumpy, RIGHT | {"threshold_on": "gap"}, "threshold_on='gap': give one of weight"),
+        (CountsInNumpy, RIGHT | {"capacity": 5}, "capacity=5: give a mapping"),
+        (CountsInNumpy, RIGHT | {"capacity": {"factor": "big"}}, "factor='big': give a number"),
+        (CountsInNumpy, RIGHT | {"capacity": {"per": "token"}}, "per='token': give one of"),
+        (CountsInNumpy, RIGHT | {"body": "gated"}, "body='gated': give a mapping"),
+        (CountsInNumpy, RIGHT | {"router": ""}, "router='': give the name of a part"),
+        (CountsInNumpy, RIGHT | {"experts": []}, "experts=[]: give the name of a part"),
+        (CountsInNumpy, RIGHT | {"shared": "door"}, "shared='door': CountsInNumpy has no such"),
+        (CountsInNumpy, RIGHT | {"shared": {"gate": "door"}}, "shared='door': CountsInNumpy"),
+        (CountsInNumpy, RIGHT | {"source": "door"}, "source='door': CountsInNumpy has no such"),
+        (CountsInNumpy, RIGHT | {"correction": "b"}, "correction='b': CountsInNumpy has no such"),
+        (CountsInNumpy, RIGHT | {"experts": "gate"}, "experts='gate' has no submodules"),
     ],
 )
 def test_what_is_no_description(kind: Any, description: dict[str, Any], words: str) -> None:
