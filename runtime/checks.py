@@ -20,6 +20,7 @@ from moec.runtime.process.memory_limit import free_in_groups
 from moec.spelling import did_you_mean
 
 CPU = "cpu"
+DENSE = "torch.strided"
 _SMALL = 1 << 26  # bytes of outputs below which the free memory is not checked
 
 
@@ -81,6 +82,9 @@ def _check_type(port: Port, value: Any, device: str) -> None:
             f"input {port.name!r} is a {type(value).__name__}, expected a tensor "
             f"{port.dtype}{show_shape(port.shape)}"
         )
+    layout = str(getattr(value, "layout", DENSE))
+    if layout != DENSE:
+        raise InputError(f"input {port.name!r} has the layout {layout}; give x.to_dense()")
     dtype = name_of(value.dtype)
     if dtype != port.dtype:
         raise InputError(f"input {port.name!r} is {dtype}, expected {port.dtype}; convert it")

@@ -58,6 +58,10 @@ TAKES = (
             {"scale": torch.ones(3, device="meta")},
             "is on meta, and the model runs on the CPU",
         ),
+        (
+            {"scale": torch.ones(3).to_sparse()},
+            "input 'scale' has the layout torch.sparse_coo; give x.to_dense()",
+        ),
         ({"scale": np.array(["a"])}, "input 'scale' is <U1, expected f32"),
         ({"input_ids": np.ones((2, 3), np.int32)}, "input 'input_ids' is i32, expected i64"),
         ({"input_ids": np.arange(6)}, "'input_ids' has 1 axes [6], expected 2: [B, S]"),
