@@ -132,6 +132,8 @@ def added_to_rows(scope: Scope, op: Op) -> Value:
     total = scope.made_by(values, "aten.add.Tensor")
     if op.attrs.get("accumulate") or total is None or "alpha" in total.attrs:
         return values
+    if len(total.inputs) == 1:  # a number is added
+        return values
     for picked, added in permutations(total.inputs):
         read = scope.made_by(picked, "aten.index.Tensor")
         if read is not None and read.inputs == (before, *indices):

@@ -67,6 +67,24 @@ class Thresholds(nn.Module):
         return y
 
 
+class Shift(nn.Module):
+    """A number is added to the rows of each expert, as is its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 3)
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.gate(x).softmax(-1) > 0.34
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mask = chosen[:, number]
+            y[mask] += expert(x[mask])
+            y[mask] += 1.5
+        return y
+
+
 USES: dict[str, Use] = {
     "number": lambda x, layer: layer(x) / max(1, x.shape[0]),
     "root of the number": lambda x, layer: layer(x) / math.sqrt(x.shape[0]) + x.shape[0] * 0.1,
@@ -101,6 +119,10 @@ def test_an_expert_that_reads_its_rows(use: str) -> None:
 
 def test_masks_beside_an_index() -> None:
     check(Thresholds())
+
+
+def test_a_number_is_added_to_the_rows_of_a_mask() -> None:
+    check(Shift())
 
 
 @pytest.mark.parametrize("use", ["number", "mean"])
