@@ -59,7 +59,7 @@ def _decides(frame: FrameType) -> bool:
 @lru_cache(maxsize=256)
 def _written(file: str) -> frozenset[int]:
     """The lines of a file's statements that write or raise a text; none where its text is
-    missing."""
+    missing. A call whose value is used may decide by its text."""
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
     except SyntaxError:
@@ -71,16 +71,19 @@ def _written(file: str) -> frozenset[int]:
             parts = [node]
         elif isinstance(node, ast.Assert) and node.msg is not None:
             parts = [node.msg]
-        elif isinstance(node, ast.Call) and _writes(_name(node.func)):
+        elif isinstance(node, ast.Expr) and _writes(node.value):
             parts = [node]
+        elif isinstance(node, ast.withitem) and _writes(node.context_expr):
+            parts = [node.context_expr]
         for part in parts:
             first, last = getattr(part, "lineno", 0), getattr(part, "end_lineno", 0)
             lines.update(range(first, last + 1))
     return frozenset(lines)
 
 
-def _writes(function: str) -> bool:
-    return function in _WRITERS or _CHECKS.search(function) is not None
+def _writes(value: ast.expr) -> bool:
+    name = _name(value.func) if isinstance(value, ast.Call) else ""
+    return name in _WRITERS or _CHECKS.search(name) is not None
 
 
 def _name(function: ast.expr) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 
 import pytest
@@ -38,7 +39,23 @@ class Half(nn.Module):
         return x * repr(x.shape[0] / 2).count("0")
 
 
-@pytest.mark.parametrize("kind", [Compared, Measured, Looked, Shape, Half])
+def checked_scale(rows: str) -> float:
+    return 0.5 if rows == "24" else 1.0
+
+
+class Checked(nn.Module):
+    """A function that is named as a check, but whose result is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * checked_scale(f"{x.shape[0]}")
+
+
+class Logarithm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * math.log(len(f"{x.shape[0]}") + 1)
+
+
+@pytest.mark.parametrize("kind", [Compared, Measured, Looked, Shape, Half, Checked, Logarithm])
 def test_a_text_that_decides_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(CaptureError, match=r"test_size_text\.py:\d+ in forward: return x \*"):
         moec.compile(kind().eval(), (torch.randn(7, 8),), build=False, verify=False)
@@ -61,7 +78,8 @@ class Written(nn.Module):
         )
         if n < 0:
             raise ValueError(f"{n} rows")
-        return x * 2
+        with torch.profiler.record_function(f"{n} rows"):
+            return x * 2
 
 
 def test_texts_that_are_written_keep_sizes_open() -> None:
