@@ -24,7 +24,7 @@ import torch
 
 from moec.codegen.onnx.experts import columns
 from moec.codegen.onnx.profiles import MICROSOFT
-from moec.codegen.onnx.routing import logits_of
+from moec.codegen.onnx.routing import logits_of, router_dtype
 from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph
@@ -246,7 +246,7 @@ def _router_probs(w: NodeWriter, block: Fused) -> tuple[str, str]:
     """(the kernel's input router_probs, a factor of its result or "")."""
     dtype = block.x.dtype
     if block.normal:
-        return w.cast(logits_of(w, block.router)[0], "f32", dtype), ""
+        return w.cast(logits_of(w, block.router)[0], router_dtype(block.router), dtype), ""
     weights, ids = block.router.outputs
     row_weights = w.cast(w.read(weights), weights.dtype, "f32")
     shape = w.shape((weights.shape[0], block.experts))

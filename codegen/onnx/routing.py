@@ -17,12 +17,11 @@ LOW = float("-inf")
 
 
 def logits_of(w: NodeWriter, op: Op) -> tuple[str, Value | None, tuple[Dim, Dim]]:
-    """The scores that a router ranks, in f32; the correction that affects only the choice; [T,
-    E]."""
+    """The logits in the `router_dtype`; the correction that affects only the choice; [T, E]."""
     if op.name == "moe.route":
         value, correction = inputs_of(op).values()
         tokens, experts = value.shape
-        logits = w.cast(w.read(value), value.dtype, "f32")
+        logits = w.cast(w.read(value), value.dtype, router_dtype(op))
         return logits, correction, (tokens, experts)
     x, weight, bias, correction = inputs_of(op).values()
     compute, rounded = (_dtype(op, name) for name in ("compute", "logits"))
@@ -30,8 +29,14 @@ def logits_of(w: NodeWriter, op: Op) -> tuple[str, Value | None, tuple[Dim, Dim]
     product = w("MatMul", w.cast(w.read(x), x.dtype, compute), turned)
     if bias is not None:
         product = w("Add", product, w.cast(w.read(bias), bias.dtype, compute))
-    logits = w.cast(w.cast(product, compute, rounded), rounded, "f32")
+    logits = w.cast(w.cast(product, compute, rounded), rounded, router_dtype(op))
     return logits, correction, (x.shape[0], weight.shape[0])
+
+
+def router_dtype(op: Op) -> str:
+    """The dtype in which a router computes: float64 for logits of float64, else float32."""
+    logits = op.inputs[0].dtype if op.name == "moe.route" else _dtype(op, "logits")
+    return "f64" if logits == "f64" else "f32"
 
 
 def _dtype(op: Op, name: str) -> str:
@@ -43,18 +48,18 @@ def _dtype(op: Op, name: str) -> str:
 @build("moe.gate", "moe.route")
 def route(c: Call) -> Sequence[str]:
     """Of equal scores, TopK prefers the lower id, as the IR does."""
-    w, routing = c.w, Routing.of(c.op)
+    w, routing, full = c.w, Routing.of(c.op), router_dtype(c.op)
     logits, correction, shape = logits_of(w, c.op)
     if routing.score == "sparsemixer":
-        return _sparsemixer(w, routing, logits)
+        return _sparsemixer(w, routing, logits, full)
     scores = {"softmax": lambda: w("Softmax", logits, axis=-1), "none": lambda: logits}.get(
         routing.score, lambda: w("Sigmoid", logits)
     )()
     choice = scores
     if correction is not None:
-        choice = w("Add", choice, w.cast(w.read(correction), correction.dtype, "f32"))
+        choice = w("Add", choice, w.cast(w.read(correction), correction.dtype, full))
     if routing.groups > 1:
-        choice = _best_groups(w, routing, choice, shape)
+        choice = _best_groups(w, routing, choice, shape, full)
     weights, experts = w.many("TopK", [choice, w.constant([routing.k])], 2, axis=-1)
     if choice != scores:
         weights = w("GatherElements", scores, experts, axis=-1)
@@ -65,14 +70,16 @@ def route(c: Call) -> Sequence[str]:
     if routing.renormalize:
         total = w("ReduceSum", weights, w.constant([-1]), keepdims=1)
         if routing.epsilon:
-            total = w("Add", total, w.constant(routing.epsilon, "f32"))
+            total = w("Add", total, w.constant(routing.epsilon, full))
         weights = w("Div", weights, total)
     if routing.scale != 1.0:
-        weights = w("Mul", weights, w.constant(routing.scale, "f32"))
-    return w.cast(weights, "f32", routing.dtype), experts
+        weights = w("Mul", weights, w.constant(routing.scale, full))
+    return w.cast(weights, full, routing.dtype), experts
 
 
-def _best_groups(w: NodeWriter, routing: Routing, choice: str, shape: tuple[Dim, Dim]) -> str:
+def _best_groups(
+    w: NodeWriter, routing: Routing, choice: str, shape: tuple[Dim, Dim], full: str
+) -> str:
     """The scores for the choice, with minus infinity outside of each token's best groups."""
     tokens, experts = shape
     assert isinstance(experts, int)
@@ -90,16 +97,16 @@ def _best_groups(w: NodeWriter, routing: Routing, choice: str, shape: tuple[Dim,
     none = w("Expand", w.constant(0, "f32"), w("Shape", scores))
     marks = w("ScatterElements", none, top, ones, axis=-1)
     mask = w("Unsqueeze", w.cast(marks, "f32", "bool"), last)
-    best = w("Where", mask, grouped, w.constant(LOW, "f32"))
+    best = w("Where", mask, grouped, w.constant(LOW, full))
     return reshaped(w, best, grouped_shape, shape)
 
 
-def _sparsemixer(w: NodeWriter, routing: Routing, logits: str) -> Sequence[str]:
+def _sparsemixer(w: NodeWriter, routing: Routing, logits: str, full: str) -> Sequence[str]:
     """See `moec.ops.routing`: choices are made one after the other, each among the remaining
     experts."""
     left, weights, experts = logits, [], []
     one = w.constant([1])
-    size, low = w.constant(2 * routing.jitter, "f32"), w.constant(LOW, "f32")
+    size, low = w.constant(2 * routing.jitter, full), w.constant(LOW, full)
     for turn in range(routing.k):
         greatest, chosen = w.many("TopK", [left, one], 2, axis=-1)
         factor = w("Max", w("Abs", logits), greatest)
@@ -111,7 +118,7 @@ def _sparsemixer(w: NodeWriter, routing: Routing, logits: str) -> Sequence[str]:
             lowest = w("Expand", low, w("Shape", chosen))
             left = w("ScatterElements", left, chosen, lowest, axis=-1)
     joined = w("Concat", *weights, axis=-1)
-    return w.cast(joined, "f32", routing.dtype), w("Concat", *experts, axis=-1)
+    return w.cast(joined, full, routing.dtype), w("Concat", *experts, axis=-1)
 
 
 @build("moe.capacity")

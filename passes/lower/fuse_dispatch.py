@@ -79,7 +79,8 @@ def combine_slots(op: Op, b: Builder) -> Sequence[Value] | None:
         return None
     last = b.producers.get(rows)
     if last is not None and last.name == "grouped.linear" and len(b.graph.readers[rows]) == 1:
-        attrs = {**last.attrs, "dtype": DType("f32")}
+        wide = rows.dtype if rows.dtype == "f64" else "f32"
+        attrs = {**last.attrs, "dtype": DType(wide)}
         (rows,) = b.emit(last.name, last.inputs, like=last, attrs=attrs, body=last.body)
     # The shapes differ if each choice counts as a token: rows are reordered, not summed.
     shape = (canonical(op.attrs["tokens"]), integer(op, "k"))

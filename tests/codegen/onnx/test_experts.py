@@ -10,12 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moec
 from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.profiles import PROFILES
 from moec.errors import UnsupportedError
 from moec.export.session import open_session, runner
 from moec.ir.graph import Program
 from tests.codegen.onnx.running import Run, agree, program, running, written
+from tests.passes.forms.loops import Loop, SharedExpert
+from tests.passes.forms.routers import Router, softmax_topk
 
 D, H, E = 8, 6, 4
 PARAMS = f"gate: f32[{E}, {H}, {D}], up: f32[{E}, {H}, {D}], down: f32[{E}, {D}, {H}]"
@@ -116,6 +119,30 @@ def test_routers(router: str, moe: str, tmp_path: Path) -> None:
     run = running(module, tmp_path, ep="cpu", moe=moe)
     for tokens in (1, 9, 33):
         agree(module, run, [torch.randn(tokens, E) * 3, torch.randn(tokens, D)])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_logits_of_float64_that_tie_in_float32(router: str, tmp_path: Path) -> None:
+    module = program(f"""
+    graph main(logits: f64[T, {E}]) {{
+      size T in [0, 64]
+      w: f64[T, 2], e: i64[T, 2] = moe.route(logits) {ROUTERS[router][:-1]}, dtype="f64">
+      return w, e
+    }}""")  # fmt: skip
+    logits = 1 + torch.randn(40, E, dtype=torch.float64) * 1e-10
+    agree(module, running(module, tmp_path), [logits], near=1e-14)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_in_float64_is_computed_in_float64(shared: bool, tmp_path: Path) -> None:
+    module = SharedExpert(gated=True, first=False) if shared else Loop()
+    module.router = Router(softmax_topk)
+    module.double().eval()
+    x = torch.randn(5, D, dtype=torch.float64)
+    model = moec.compile(module, (x,), build=False, verify=False)
+    model.export_onnx(tmp_path / "model.onnx", verify=False)
+    (result,) = runner(open_session(tmp_path / "model.onnx"))({"x": x}).values()
+    torch.testing.assert_close(result, module(x), rtol=1e-12, atol=1e-12)
 
 
 def test_a_correction_chooses_and_does_not_weigh(tmp_path: Path) -> None:
