@@ -28,7 +28,7 @@ from moec.capture.sources import is_internal, text_of
 from moec.errors import CaptureError, IRError
 from moec.ir.dims import Bounds, nearly_from_torch, show_dim, symbols
 from moec.ir.graph import Graph
-from moec.ir.thresholds import first_true, interval_around, sizes_around, truth_of
+from moec.ir.thresholds import far_sizes, first_true, interval_around, sizes_around, truth_of
 
 Agree = Callable[[Mapping[str, int]], bool | None]
 """Whether module and graph agree at these sizes; None where the module itself fails."""
@@ -278,6 +278,9 @@ def false_at(
         else:
             held = tuple(relation.holds(sizes) for relation in relations)
             regions.setdefault(held, []).append(sizes)
+    if not regions:
+        far = [sizes for sizes in far_sizes(truth, least, example) if not truth.holds(sizes)]
+        return sorted(far, key=lambda sizes: math.prod(sizes.values()))[:_TRIED]
     return [sizes for region in regions.values() for sizes in _some_of(region, guard, true)]
 
 

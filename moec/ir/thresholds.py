@@ -19,6 +19,7 @@ _DENSE = 512
 """The number of sizes, from the least one, that are tried one by one."""
 _FAR = tuple(2**n + d for n in range(10, 31) for d in (-1, 0, 1, 37))
 _COMBINATIONS = 4096
+_FAR_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,19 @@ def sizes_around(
     rest = {n: example[n] for n in example if n not in names}
     for combination in combinations:
         yield rest | dict(zip(names, combination, strict=True))
+
+
+def far_sizes(
+    truth: Truth, bounds: Mapping[str, Bounds], example: Mapping[str, int]
+) -> Iterator[Mapping[str, int]]:
+    """Assignments in which one size varies and the others are the example's, up to a product of
+    2**15: those of `sizes_around` are small where a condition is on several sizes."""
+    numbers = constants(truth.expression)
+    for name in sorted(truth.names & example.keys()):
+        for size in candidates(bounds[name], example[name], numbers):
+            sizes = {**example, name: size}
+            if math.prod(sizes.values()) <= _FAR_ROWS:
+                yield sizes
 
 
 def _nearest_few(values: Sequence[int], count: int, near: int) -> list[int]:

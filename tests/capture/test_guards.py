@@ -325,3 +325,14 @@ def test_a_module_that_needs_the_real_int_is_refused_with_its_line() -> None:
 
     with pytest.raises(CaptureError, match=r"test_guards.py:\d+ in typed(.|\n)*floor\(T/2\) == 12"):
         capture(Function(typed), (x,))
+
+
+@pytest.mark.parametrize("most", [5000, 30_000])
+def test_a_branch_on_a_product_of_sizes_far_from_the_example_is_refused(most: int) -> None:
+    """2 x 4 in the example: 30,000 rows are 7,501 x 4."""
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * (0.5 if x.shape[0] * x.shape[1] > most else 1.0)
+
+    with pytest.raises(CaptureError, match=rf"holds only where B\*S <= {most}"):
+        capture(Function(scaled), (torch.randn(2, 4, 8),))
