@@ -101,10 +101,10 @@ def lerp(p: Point) -> Scalar:
 
 # ---- division --------------------------------------------------------------------------
 
+Divide = Callable[[Expr, Expr], Expr]
 
-def _integer_division(
-    p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar, of_minus_one: Expr
-) -> Scalar:
+
+def _integer_division(p: Point, divide: Divide, a: Scalar, b: Scalar, of_minus_one: Expr) -> Scalar:
     """A quotient or remainder of integers, by a division that never traps. Eager raises for a
     divisor of 0, so then any result will do. The least integer divided by -1 overflows, so -1 is
     handled separately."""
@@ -121,15 +121,11 @@ def _integer_division(
     return Scalar(a.dtype, T.Select(minus, of_minus_one, divide(a.expr, divisor)))
 
 
-def _integer_quotient(
-    p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar
-) -> Scalar:
+def _integer_quotient(p: Point, divide: Divide, a: Scalar, b: Scalar) -> Scalar:
     return _integer_division(p, divide, a, b, sc.constant(0, a.dtype).expr - a.expr)
 
 
-def _integer_remainder(
-    p: Point, divide: Callable[[Expr, Expr], Expr], a: Scalar, b: Scalar
-) -> Scalar:
+def _integer_remainder(p: Point, divide: Divide, a: Scalar, b: Scalar) -> Scalar:
     return _integer_division(p, divide, a, b, sc.constant(0, a.dtype).expr)
 
 

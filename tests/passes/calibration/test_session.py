@@ -159,27 +159,6 @@ def test_the_second_pass_counts_from_the_original() -> None:
     assert steps[-1].damage.after.changed == pytest.approx(1 - float(same.double().mean()))
 
 
-class OneExpert(nn.Module):
-    """One expert is no mixture, and data decide how many rows it reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.expert = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = torch.where(x[:, 0] > 0)[0]
-        return torch.zeros_like(x).index_add(0, rows, self.expert(x[rows]))
-
-
-def test_rows_that_data_decide_are_counted_without_a_block() -> None:
-    compiled = moec.compile(
-        OneExpert(), (x,), passes=[HALF], calib=data, build=False, stop_after="prune-experts"
-    )
-    (damage,) = compiled.report().damage
-    assert damage.flops_before == damage.flops_after == 2 * WIDTH * WIDTH
-    assert any("prune-experts changed nothing" in note for note in compiled.report().notes)
-
-
 def test_strict_fails_on_a_breach() -> None:
     assert BudgetError.exit_code == 2
     with pytest.raises(BudgetError) as raised:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 from unittest import mock
 
@@ -15,7 +14,8 @@ from moec.passes.recognise.region import Scope
 
 
 def test_proofs_that_fail_are_counted() -> None:
-    proposals: Any = (mock.Mock(form="loop", doubts=(), output=n) for n in itertools.count())
+    numbers = range(2 * experts.MOST_FAILURES)
+    proposals: Any = (mock.Mock(form="loop", doubts=(), output=n) for n in numbers)
     proofs = mock.Mock(side_effect=NoMatch("the numbers differ"))
     candidate = Candidate(Op("aten.cat.default", (), ()), lambda: proposals)
     with mock.patch.object(experts, "check", proofs):
