@@ -201,11 +201,11 @@ def _write_text(
         click.echo()
     if streamed and not quiet:
         full = longest is not None and len(text.prompt) + count > longest
+        rate = f" at {speed:.1f} tokens/s" if count > 1 else ""  # one token is no time between two
         limit = f"; the model takes no more than {longest} tokens" if full else ""
         click.echo(
             f"{counted(len(text.prompt), 'token')} read in {first:.2f} s, then "
-            f"{counted(count, 'token')} at "
-            f"{speed:.1f} tokens/s{limit}",
+            f"{counted(count, 'token')}{rate}{limit}",
             err=True,
         )
     return {

@@ -133,6 +133,8 @@ def test_a_prompt(speaker: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert speed.startswith("2 tokens read in ")
     assert speed.endswith(" tokens/s")
+    run(speaker, "--prompt", "b c", "--max-new-tokens", "1")
+    assert capsys.readouterr().err.splitlines()[-1].endswith(" s, then 1 token")
 
 
 def test_options_of_a_prompt(speaker: Path, capsys: pytest.CaptureFixture[str]) -> None:
