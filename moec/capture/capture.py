@@ -11,23 +11,17 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from moec.capture.agreement import Eager, allow_one, refuted
-from moec.capture.call import (
+from moec.capture.calls.call import (
     FlatCall,
     ModuleCall,
     named_arguments,
     tensor_names,
 )
-from moec.capture.constant_sizes import fold_constant_sizes
-from moec.capture.constants import constant_numbers, noted
+from moec.capture.calls.constants import constant_numbers, noted
+from moec.capture.calls.states import detached
+from moec.capture.conversion.exported import structure_of
 from moec.capture.decomposition import decompose
-from moec.capture.exported import structure_of
-from moec.capture.fixed import causes, fixed, lost_axes
-from moec.capture.fixed import notes as fixed_notes
-from moec.capture.guard_text import guards_in_text
-from moec.capture.guards import guards_of
-from moec.capture.lengths import Axis, AxisGroup
-from moec.capture.module_export import (
+from moec.capture.export.module_export import (
     EXPORTS,
     convert,
     export_call,
@@ -35,9 +29,17 @@ from moec.capture.module_export import (
     from_start,
     symbol_names,
 )
-from moec.capture.settlement import bounded, required
-from moec.capture.shapes import Axes, default_wishes, wished_axes, wished_bounds
+from moec.capture.guards.guard_text import guards_in_text
+from moec.capture.guards.guards import guards_of
+from moec.capture.proof.agreement import Eager, allow_one, refuted
+from moec.capture.proof.fixed import causes, fixed, lost_axes
+from moec.capture.proof.fixed import notes as fixed_notes
+from moec.capture.proof.settlement import bounded, required
 from moec.capture.sides import with_other_sides
+from moec.capture.sizes.constant_sizes import fold_constant_sizes
+from moec.capture.sizes.lengths import Axis, AxisGroup
+from moec.capture.sizes.shapes import Axes, default_wishes, wished_axes, wished_bounds
+from moec.capture.sizes.widening import Widened, at_lengths, widen
 from moec.capture.speculate import (
     CaptureForm,
     ConvertedExport,
@@ -46,8 +48,6 @@ from moec.capture.speculate import (
     refuse_random,
     speculate,
 )
-from moec.capture.states import detached
-from moec.capture.widening import Widened, at_lengths, widen
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.interpret.outputs import Structure
@@ -97,10 +97,11 @@ def capture(
     """Export `model` with example arguments and convert it to a program.
 
     `dynamic_shapes` is that of torch.export; None lets batch and sequence axes vary
-    (`moec.capture.shapes`). `bounds` limits sizes by name. `allow_fixed` names inputs whose sizes
-    may be fixed at those of the example (True: all). `constants` names inputs that always have the
-    values of the example (`moec.capture.constants`). Raises CaptureError, with torch's reason,
-    where the model cannot be exported, or where the example's sizes decide what is computed.
+    (`moec.capture.sizes.shapes`). `bounds` limits sizes by name. `allow_fixed` names inputs whose
+    sizes may be fixed at those of the example (True: all). `constants` names inputs that always
+    have the values of the example (`moec.capture.calls.constants`). Raises CaptureError, with
+    torch's reason, where the model cannot be exported, or where the example's sizes decide what
+    is computed.
     """
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):

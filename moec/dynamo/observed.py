@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.arguments import Arguments, RecordedCall
-from moec.capture.behaviour.description import Description
 from moec.capture.behaviour.door import ModelExample
-from moec.capture.behaviour.parts import may_hold_experts
+from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall
+from moec.capture.behaviour.layer.description import Description
+from moec.capture.behaviour.layer.parts import may_hold_experts
+from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
-from moec.capture.behaviour.side_outputs import result_like
 from moec.dynamo.record import Fallback
 from moec.errors import NoMatch
 

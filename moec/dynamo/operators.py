@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import sympy
 import torch
 
-from moec.capture.autograd import autograd_inside
+from moec.capture.export.autograd import autograd_inside
 from moec.dynamo.code import Code, is_constant
 from moec.dynamo.gradients import Products, differentiable
 from moec.dynamo.record import RECORDER

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from moec.capture.huggingface import switch_experts
+from moec.capture.export.huggingface import switch_experts
 from moec.dynamo.compiler import backend
 from moec.dynamo.observed import is_observed, observe_experts
 from moec.dynamo.record import RECORDER, Fallback

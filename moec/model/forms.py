@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moec.capture.behaviour.door import Described, observe
+from moec.capture.behaviour.layer.parts import modules_without_block
 from moec.capture.behaviour.other_sizes import difference_at_other_sizes, guards_of_graph
-from moec.capture.behaviour.parts import modules_without_block
 from moec.capture.capture import Captured
 from moec.capture.doors import Source, example_of, traceable
 from moec.codegen.lower import supported

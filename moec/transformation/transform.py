@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from moec.arguments import cast, changes, check_kinds, example_inputs, text, tolerance
 from moec.capture import Captured
-from moec.capture.call import ModuleCall
+from moec.capture.calls.call import ModuleCall
 from moec.capture.doors import Source, capture_source, open_source
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch, UsageError, VerificationError

@@ -15,9 +15,9 @@ from torch.export import Dim, ExportedProgram, export
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moec.capture import capture
+from moec.capture.conversion.exported import to_program
 from moec.capture.decomposition import decompose, decompositions
 from moec.capture.decomposition.expand import expand
-from moec.capture.exported import to_program
 from moec.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
 

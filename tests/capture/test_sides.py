@@ -16,11 +16,17 @@ from torch.nn import functional
 
 import moec
 from moec.capture import capture
-from moec.capture.guards import Guard, settle
-from moec.capture.settlement import settled
+from moec.capture.guards.guards import Guard, settle
+from moec.capture.proof.settlement import settled
 from moec.capture.sides import search
 from moec.capture.sides.sizes import Choice, Unmergeable, indicator
-from moec.capture.speculate.singles import OPERATIONS, Single, combined, rounded_single, single_of
+from moec.capture.speculate.facts.singles import (
+    OPERATIONS,
+    Single,
+    combined,
+    rounded_single,
+    single_of,
+)
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from moec.ir.dims import Bounds, symbol

@@ -17,19 +17,19 @@ from typing import Any
 
 from torch import nn
 
-from moec.capture.behaviour.arguments import Arguments, RecordedCall, record
 from moec.capture.behaviour.failed_export import guards_before
 from moec.capture.behaviour.failure import Failure, shown
 from moec.capture.behaviour.forward import Forward, proved_forward
 from moec.capture.behaviour.hints import Hints, describe_by_hints
+from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall, record
+from moec.capture.behaviour.layer.parts import may_hold_experts
 from moec.capture.behaviour.other_sizes import difference_at_other_sizes
-from moec.capture.behaviour.parts import may_hold_experts
-from moec.capture.behaviour.proof import Proof
+from moec.capture.behaviour.proof.proof import Proof
+from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
-from moec.capture.behaviour.side_outputs import result_like
 from moec.capture.capture import Captured
-from moec.capture.module_export import EXPORTS
+from moec.capture.export.module_export import EXPORTS
 from moec.errors import CaptureError, NoMatch, UsageError
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from moec.capture.behaviour.description import Description
-from moec.capture.behaviour.feed_forward import feed_forward
-from moec.capture.behaviour.parts import tensor
+from moec.capture.behaviour.layer.description import Description
+from moec.capture.behaviour.layer.feed_forward import feed_forward
+from moec.capture.behaviour.layer.parts import tensor
+from moec.capture.conversion.exported import to_program
 from moec.capture.decomposition import decompose
-from moec.capture.exported import to_program
 from moec.errors import NoMatch
 from moec.ir.graph import Graph
 from moec.ir.text import print_graph

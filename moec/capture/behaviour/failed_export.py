@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from moec.capture.behaviour.failure import frames
-from moec.capture.guards import Guard, GuardRefused, guards_in
-from moec.capture.shapes import name_symbols
-from moec.capture.widening import Widened
+from moec.capture.guards.guards import Guard, GuardRefused, guards_in
+from moec.capture.sizes.shapes import name_symbols
+from moec.capture.sizes.widening import Widened
 
 
 def guards_before(error: BaseException) -> tuple[Guard, ...]:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.arguments import Arguments, RecordedCall
-from moec.capture.behaviour.parts import in_float32
-from moec.capture.behaviour.probe import Probe, affordable_length
-from moec.capture.behaviour.proof import Proof, prove_forward
+from moec.capture.behaviour.inference.probe import Probe, affordable_length
+from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall
+from moec.capture.behaviour.layer.parts import in_float32
+from moec.capture.behaviour.proof.proof import Proof, prove_forward
 
 Forward = Callable[..., Any]
 """Called with the module, then with the arguments of the module's own forward."""

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from moec.capture.behaviour.arguments import Arguments
-from moec.capture.behaviour.description import (
+from moec.capture.behaviour.inference.probe import Probe, affordable_length
+from moec.capture.behaviour.layer.arguments import Arguments
+from moec.capture.behaviour.layer.description import (
     Added,
     Capacity,
     Description,
@@ -18,11 +19,10 @@ from moec.capture.behaviour.description import (
     Router,
     RoutingRule,
 )
-from moec.capture.behaviour.field_kinds import check_fields
-from moec.capture.behaviour.parts import shaken, tensor
-from moec.capture.behaviour.probe import Probe, affordable_length
-from moec.capture.behaviour.proof import Proof, prove
-from moec.capture.behaviour.rules import SCORES
+from moec.capture.behaviour.layer.field_kinds import check_fields
+from moec.capture.behaviour.layer.parts import shaken, tensor
+from moec.capture.behaviour.layer.rules import SCORES
+from moec.capture.behaviour.proof.proof import Proof, prove
 from moec.errors import MoecError, NoMatch, UsageError
 
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import sympy
 
 from moec.capture.capture import Captured
-from moec.capture.guards import Guard, false_at, show
-from moec.capture.settlement import agree_at_sizes, sizes_of
+from moec.capture.guards.guards import Guard, false_at, show
+from moec.capture.proof.settlement import agree_at_sizes, sizes_of
 from moec.ir.dims import symbol
 from moec.ir.graph import Graph
 from moec.ir.size_expressions import size_expressions

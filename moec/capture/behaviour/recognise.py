@@ -16,22 +16,22 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from moec.capture.behaviour.arguments import Arguments
-from moec.capture.behaviour.cases import BehaviourCase
-from moec.capture.behaviour.constants import SAFE, find_added, find_no_network
-from moec.capture.behaviour.description import Description, Router, RoutingRule
-from moec.capture.behaviour.draws import all_on, draws, ties
-from moec.capture.behaviour.drops import find_capacity
 from moec.capture.behaviour.expert_body import expert_body
-from moec.capture.behaviour.feed_forward import feed_forwards
-from moec.capture.behaviour.fit import fit
-from moec.capture.behaviour.parts import expert_groups, shaken, stacked_groups
-from moec.capture.behaviour.probe import Probe, affordable_length, same
-from moec.capture.behaviour.proof import Differs, Proof, prove
+from moec.capture.behaviour.inference.cases import BehaviourCase
+from moec.capture.behaviour.inference.constants import SAFE, find_added, find_no_network
+from moec.capture.behaviour.inference.draws import all_on, draws, ties
+from moec.capture.behaviour.inference.drops import find_capacity
+from moec.capture.behaviour.inference.fit import fit
+from moec.capture.behaviour.inference.probe import Probe, affordable_length, same
+from moec.capture.behaviour.inference.sources import find_experts, find_router
+from moec.capture.behaviour.inference.thresholds import narrowed
+from moec.capture.behaviour.layer.arguments import Arguments
+from moec.capture.behaviour.layer.description import Description, Router, RoutingRule
+from moec.capture.behaviour.layer.feed_forward import feed_forwards
+from moec.capture.behaviour.layer.parts import expert_groups, shaken, stacked_groups
+from moec.capture.behaviour.layer.rules import SCORES
+from moec.capture.behaviour.proof.proof import Differs, Proof, prove
 from moec.capture.behaviour.replacement import Replacement, choices
-from moec.capture.behaviour.rules import SCORES
-from moec.capture.behaviour.sources import find_experts, find_router
-from moec.capture.behaviour.thresholds import narrowed
 from moec.errors import NoMatch
 
 _ROWS = 96

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moec.capture.behaviour.description import (
+from moec.capture.behaviour.expert_body import expert_body, stacks
+from moec.capture.behaviour.layer.description import (
     Capacity,
     Constant,
     Description,
@@ -23,10 +24,9 @@ from moec.capture.behaviour.description import (
     Output,
     Router,
 )
-from moec.capture.behaviour.expert_body import expert_body, stacks
-from moec.capture.behaviour.parts import tensor, walk
-from moec.capture.behaviour.rules import LOSSES, SCORES, Choices, choose
-from moec.capture.huggingface import experts_op
+from moec.capture.behaviour.layer.parts import tensor, walk
+from moec.capture.behaviour.layer.rules import LOSSES, SCORES, Choices, choose
+from moec.capture.export.huggingface import experts_op
 
 
 def router_logits(module: nn.Module, description: Description, flat: torch.Tensor) -> torch.Tensor:

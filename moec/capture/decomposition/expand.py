@@ -20,6 +20,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
 
+from moec.capture.calls.states import as_buffers
 from moec.capture.decomposition.composite import decompositions, is_composite
 from moec.capture.decomposition.functional import (
     SCATTERS,
@@ -29,7 +30,6 @@ from moec.capture.decomposition.functional import (
     writes,
 )
 from moec.capture.decomposition.parts import operands_of, parts_in
-from moec.capture.states import as_buffers
 from moec.errors import CaptureError
 
 _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default)

@@ -15,12 +15,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from moec.capture.shadows import SHADOWS
 from moec.capture.speculate.branches import Branches, is_condition
-from moec.capture.speculate.hooks import Trace
-from moec.capture.speculate.mode import Speculation
-from moec.capture.speculate.rounding import Rounding, divided
+from moec.capture.speculate.facts.rounding import Rounding, divided
+from moec.capture.speculate.operators.hooks import Trace
+from moec.capture.speculate.operators.mode import Speculation
 from moec.capture.speculate.user_globals import user_globals
+from moec.capture.user_code.shadows import SHADOWS
 
 _CONTEXT = (
     "save_for_backward save_for_forward mark_non_differentiable mark_dirty set_materialize_grads"

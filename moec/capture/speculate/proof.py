@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.capture.guards import Guard
-from moec.capture.settlement import sizes_of
+from moec.capture.guards.guards import Guard
+from moec.capture.proof.settlement import sizes_of
 from moec.capture.speculate.branches import Question
 from moec.capture.speculate.draws import MOST_ROWS, draws, not_finite
 from moec.capture.speculate.sites import Site

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.call import ModuleCall
+from moec.capture.calls.call import ModuleCall
 from moec.capture.speculate.masked import MaskedInterpreter
 from moec.capture.speculate.proof import Eager, Verdict, examine
 from moec.capture.speculate.refusals import (

@@ -9,9 +9,9 @@ import torch
 import torch.fx.experimental._config as symbolic_config
 from torch.export import Dim, ExportedProgram
 
-from moec.capture.call import ModuleCall
-from moec.capture.probe import SpeculationProbe
+from moec.capture.calls.call import ModuleCall
 from moec.capture.speculate.trace import trace
+from moec.capture.user_code.probe import SpeculationProbe
 
 
 @cache

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.call import FlatCall, ModuleCall
+from moec.capture.calls.call import FlatCall, ModuleCall
 from moec.capture.speculate.branches import Branches, Question
-from moec.capture.speculate.held_numbers import hold
-from moec.capture.speculate.hooks import Trace
+from moec.capture.speculate.facts.symbols import expression, is_symbolic
+from moec.capture.speculate.operators.held_numbers import hold
+from moec.capture.speculate.operators.hooks import Trace
 from moec.capture.speculate.patches import speculating
 from moec.capture.speculate.randomness import refuse_random
 from moec.capture.speculate.sites import Site, foreign
-from moec.capture.speculate.symbols import expression, is_symbolic
 from moec.interpret.outputs import Structure
 
 Export = Callable[[torch.nn.Module], ExportedProgram]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import moec
-from moec.capture.behaviour.arguments import Arguments
 from moec.capture.behaviour.failure import Failure
+from moec.capture.behaviour.layer.arguments import Arguments
 from moec.capture.behaviour.recognise import recognise
 from moec.errors import CaptureError, NoMatch
 from moec.interpret.evaluate import evaluate

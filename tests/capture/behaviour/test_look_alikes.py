@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.capture.behaviour.arguments import Arguments
-from moec.capture.behaviour.proof import Proof
+from moec.capture.behaviour.layer.arguments import Arguments
+from moec.capture.behaviour.proof.proof import Proof
 from moec.capture.behaviour.recognise import recognise
 from moec.errors import NoMatch
 from tests.capture.behaviour import look_alikes as seeming

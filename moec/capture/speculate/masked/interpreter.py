@@ -11,9 +11,9 @@ import torch.fx.traceback as fx_traceback
 from torch import nn
 from torch.export import ExportedProgram
 
+from moec.capture.speculate.facts.symbols import reads_data
 from moec.capture.speculate.masked.rules import RULES, Increment, names_of
 from moec.capture.speculate.masked.values import Count, Rows, Unmasked, count, full, leaves
-from moec.capture.speculate.symbols import reads_data
 from moec.errors import CaptureError
 
 _LINEAR = ("mm", "bmm", "matmul", "addmm", "dot", "mv", "sum")

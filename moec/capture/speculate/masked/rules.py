@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moec.capture.speculate.facts.symbols import reads_data
 from moec.capture.speculate.masked.reductions import REDUCTIONS, axes_of
 from moec.capture.speculate.masked.values import (
     Count,
@@ -22,7 +23,6 @@ from moec.capture.speculate.masked.values import (
     count,
     leaves,
 )
-from moec.capture.speculate.symbols import reads_data
 
 Rule = Callable[..., Any]
 ATEN = torch.ops.aten

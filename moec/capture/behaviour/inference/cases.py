@@ -1,0 +1,109 @@
+"""The inputs on which a description is tested: of many sizes, and chosen to distinguish rules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from moec.capture.behaviour.inference.draws import all_on, draws, near_threshold, ties
+from moec.capture.behaviour.inference.probe import Probe
+
+SIZES = ((2, 12), (1, 1), (3, 29), (1, 7), (5, 3), (1, 200), (4, 64))
+LENGTHS = (3, 9, 16, 17, 20, 33, 41, 255, 1000)
+SMALL = range(1, 41)
+"""Each is tried as the batch and as the length: a module may treat multiples of a number apart."""
+SCALES = (1.0, 0.01, 20.0, 1000.0)
+_SEEDS = 2
+_EXACT_LENGTHS = (24, 4)
+"""How many lengths to test at which the capacity is an integer before it is rounded, where a float
+product may round to the wrong side: the first ones, and some of the rest. A double errs at twice a
+length where it errs at the length, so that more of the long runs would show little else."""
+
+
+@dataclass(frozen=True)
+class BehaviourCase:
+    """Inputs, and optionally logits that replace the router's; `size` is (batch, length)."""
+
+    kind: str
+    size: tuple[int, int]
+    inputs: tuple[torch.Tensor, ...]
+    logits: torch.Tensor | None = None
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.size[0]} x {self.size[1]} tokens, {self.kind}"
+
+
+def cases(probe: Probe) -> Iterator[BehaviourCase]:
+    """Natural and steered routings of all kinds at small sizes, long inputs where every token
+    chooses the same expert, and batches of many sizes."""
+    generator = torch.Generator().manual_seed(11)
+    for seed, size in itertools.product(range(_SEEDS), SIZES):
+        for scale in SCALES:
+            inputs = probe.inputs(*size, scale, seed)
+            yield BehaviourCase(f"tokens times {scale:g}", size, inputs, scale=scale)
+        yield from _alike(probe, size, seed)
+        for kind, logits in _steered(probe, size[0] * size[1], generator).items():
+            yield BehaviourCase(kind, size, probe.inputs(*size, seed=seed), logits)
+    for length in (*(n for n in LENGTHS if n < probe.longest), probe.longest):
+        inputs = probe.inputs(1, length, seed=_SEEDS)
+        yield BehaviourCase("tokens times 1", (1, length), inputs)
+        steered = _steered(probe, length, generator)
+        for kind in ("usual logits", "equal logits"):
+            if kind in steered:
+                yield BehaviourCase(kind, (1, length), inputs, steered[kind])
+    yield from _shapes(probe)
+    for length in _exact_lengths(probe):
+        logits = all_on(0, length, probe.columns, 5.0)
+        inputs = probe.inputs(1, length, seed=_SEEDS)
+        yield BehaviourCase("a length at which the capacity is whole", (1, length), inputs, logits)
+
+
+def _shapes(probe: Probe) -> Iterator[BehaviourCase]:
+    """Few tokens, as one text and as texts of one token; and many such texts."""
+    flat = len(probe.arguments.shape) == 2
+    batches = () if flat else (*SMALL, *(n for n in LENGTHS if n not in SMALL))
+    for size in (*((1, n) for n in SMALL), *((n, 1) for n in batches if n < probe.longest)):
+        inputs = probe.inputs(*size, seed=_SEEDS)
+        yield BehaviourCase("tokens times 1", size, inputs)
+
+
+def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[BehaviourCase]:
+    """Tokens that are all equal, of two kinds, or zero, so that their routing is tied or equal."""
+    x, *rest = probe.inputs(*size, seed=seed)
+    rows = size[0] * size[1]
+    first = x.reshape(-1, probe.width)[:1].expand(rows, -1)
+    odd = (torch.arange(rows) % 2)[:, None]
+    kinds = {
+        "tokens all alike": first,
+        "tokens of two kinds": torch.where(odd == 1, -first, first),
+        "tokens of zeros": torch.zeros_like(first),
+    }
+    for kind, tokens in kinds.items():
+        yield BehaviourCase(kind, size, (tokens.reshape(x.shape), *rest))
+
+
+def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Logits of every kind, by name; empty where the router cannot be steered."""
+    rule, columns = probe.description.routing, probe.columns
+    if rule is None:
+        return {}
+    kinds = draws(columns, rows, generator)
+    kinds["tied"] = ties(columns, rows, generator)
+    kinds["close"] = near_threshold(rule, columns, rows, generator)
+    kinds["equal"] = all_on(rows % columns, rows, columns, 5.0)
+    return {f"{kind} logits": logits for kind, logits in kinds.items()}
+
+
+def _exact_lengths(probe: Probe) -> list[int]:
+    """The lengths of `_EXACT_LENGTHS`, at which n * factor / C is an integer."""
+    capacity = probe.description.capacity
+    if capacity is None or not capacity.factor:
+        return []
+    step = (capacity.factor / probe.columns).denominator
+    (least, few), lengths = _EXACT_LENGTHS, range(step, probe.longest, step)
+    rest = lengths[least:]
+    return [*lengths[:least], *rest[:: -(-len(rest) // few) or 1]]

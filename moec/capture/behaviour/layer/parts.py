@@ -1,0 +1,170 @@
+"""Parts of a module by name: parameters, stacks over a list of submodules, chains of submodules."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TypeGuard
+
+import torch
+from torch import nn
+
+from moec.capture.behaviour.layer.description import Path
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer; "list.*.weight" stacks the weights of a list's members."""
+    if ".*." in name:
+        head, rest = name.split(".*.")
+        members = module.get_submodule(head).children()
+        return torch.stack([tensor(member, rest) for member in members])
+    owner, _, attribute = name.rpartition(".")
+    value = getattr(module.get_submodule(owner), attribute)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def walk(module: nn.Module, path: Path, rows: torch.Tensor) -> torch.Tensor:
+    """The result of applying the submodules of `path` to rows, one after the other."""
+    for name in path:
+        part = module.get_submodule(name)
+        rows = _batch_normed(part, rows) if _is_fixed_batch_norm(part) else part(rows)
+    return rows
+
+
+def _is_fixed_batch_norm(part: nn.Module) -> TypeGuard[nn.BatchNorm1d]:
+    return isinstance(part, nn.BatchNorm1d) and not part.training and part.track_running_stats
+
+
+def _batch_normed(part: nn.BatchNorm1d, rows: torch.Tensor) -> torch.Tensor:
+    """Batch norm with the stored statistics, written out: torch's operator for it has no kernel."""
+    assert part.running_mean is not None
+    assert part.running_var is not None
+    rows = (rows - part.running_mean) * (part.running_var + part.eps).rsqrt()
+    return rows if part.weight is None else rows * part.weight + part.bias
+
+
+def expert_groups(module: nn.Module, width: int) -> Iterator[tuple[str, ...]]:
+    """Lists of submodules that may be experts, by name, the largest first: their parameters have
+    equal shapes, and they map [n, D] to [n, D]. A list of lists is flattened."""
+    lists = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) and len(part) > 1
+    }
+    groups = [[f"{name}.{i}" for i, _ in part.named_children()] for name, part in lists.items()]
+
+    def members(name: str) -> list[str]:
+        if name not in lists:
+            return [name]
+        return [f"{name}.{i}" for i, _ in lists[name].named_children()]
+
+    flattened = [[inner for name in group for inner in members(name)] for group in groups]
+    for group in sorted(flattened, key=len, reverse=True):
+        if _alike(module, group) and _keeps_width(module.get_submodule(group[0]), width):
+            yield tuple(group)
+
+
+def _alike(module: nn.Module, group: list[str]) -> bool:
+    shapes = {str([p.shape for p in module.get_submodule(name).parameters()]) for name in group}
+    return len(shapes) == 1
+
+
+def _keeps_width(expert: nn.Module, width: int) -> bool:
+    reference = next(iter(expert.parameters()), None)
+    dtype = reference.dtype if reference is not None else torch.float32
+    try:
+        with torch.no_grad():
+            result = expert(torch.randn(3, width, dtype=dtype))
+    except Exception:  # whatever a forward raises: it is no expert of this width
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (3, width)
+
+
+def may_hold_experts(module: nn.Module) -> bool:
+    """Whether a direct child is a list of submodules, or any parameter has three axes [E, ..]."""
+    for part in module.children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) and len(part) > 1:
+            return True
+    return any(p.dim() == 3 for p in module.parameters())
+
+
+def modules_without_block(model: nn.Module, blocks: Sequence[str]) -> list[str]:
+    """Names of modules, innermost first, that may hold experts but are and contain no block."""
+    names = []
+    for name, module in reversed(list(model.named_modules())):
+        if not may_hold_experts(module):
+            continue
+        inside = (block == name or block.startswith(f"{name}." if name else "") for block in blocks)
+        if not any(inside):
+            names.append(name)
+    return names
+
+
+def stacked_groups(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Parameters with an equal leading size [E, ..] that may be experts, a group for each size; the
+    parameters of a list's members count as stacked. Convolution kernels are no experts."""
+    kernels = {
+        id(p) for m in module.modules() if isinstance(m, _CONVOLUTIONS) for p in m.parameters()
+    }
+    stacks: dict[str, torch.Tensor] = {
+        name: p
+        for name, p in module.named_parameters()
+        if p.dim() in (2, 3) and id(p) not in kernels
+    }
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.ModuleList) or len(part) < 2:
+            continue
+        shapes = [{n: p.shape for n, p in member.named_parameters()} for member in part]
+        if all(shape == shapes[0] for shape in shapes):
+            stacks |= {f"{name}.*.{n}": tensor(module, f"{name}.*.{n}") for n in shapes[0]}
+    for count in dict.fromkeys(p.shape[0] for p in stacks.values() if p.dim() == 3):
+        yield {name: p for name, p in stacks.items() if p.shape[0] == count}
+
+
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of the first float tensor of the module, which is taken for that of its tokens."""
+    floats = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    return next((t.dtype for t in floats), torch.float32)
+
+
+def in_float32(module: nn.Module) -> nn.Module:
+    """The module if it is in float32, else a float32 copy: rounding to 16 bits hides differences
+    between rules."""
+    floats = (t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point())
+    if all(t.dtype is torch.float32 for t in floats):
+        return module
+    return _copy(module).float()
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """A float32 copy in which no tensor is constant: untrained biases of zeros would hide how the
+    module uses them."""
+    twin, generator = _copy(module).float(), torch.Generator().manual_seed(7)
+    for t in itertools.chain(twin.parameters(), twin.buffers()):
+        if not t.is_floating_point() or t.numel() < 2:
+            continue
+        if t.isfinite().all() and not (t == t.flatten()[0]).all():
+            continue
+        value = float(torch.nan_to_num(t.detach().flatten()[0]))
+        noise = torch.rand(t.shape, generator=generator)
+        t.data.copy_(value * (0.5 + noise) if value else 0.6 * noise - 0.3)
+    return twin
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy. Non-leaf tensors in attributes (a balance loss from the last training step) are
+    detached first, because torch refuses to copy them."""
+    attributes = (value for part in module.modules() for value in vars(part).values())
+    results = (t for t in attributes if isinstance(t, torch.Tensor) and not t.is_leaf)
+    return copy.deepcopy(module, {id(t): t.detach().clone() for t in results})

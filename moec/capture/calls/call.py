@@ -1,0 +1,151 @@
+"""One calling convention for every module: the tensors of its arguments, flattened in order.
+
+All other arguments (flags, None, numbers) keep the values that they have in the example.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils import _pytree as pytree
+
+from moec.capture.calls.constants import constants_computed
+from moec.capture.calls.rope_index import positions_as_tensors
+from moec.errors import CaptureError
+from moec.interpret.outputs import Structure, checked, flatten
+
+PREFIX = "module"
+
+
+class ModuleCall(torch.nn.Module):
+    """`ModuleCall(module, args, kwargs)(*tensors)`: calls the module with the tensors in its
+    arguments replaced by `tensors`, in order. The tensors of the numbers `constants` stay."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        constants: Collection[int] = (),
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.leaves, self.spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        tensors = [i for i, x in enumerate(self.leaves) if isinstance(x, torch.Tensor)]
+        self.places = [i for number, i in enumerate(tensors) if number not in constants]
+        self.constants = tuple(self.leaves[tensors[number]] for number in sorted(constants))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self.leaves[index] for index in self.places)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        filled = list(self.leaves)
+        for index, tensor in zip(self.places, tensors, strict=True):
+            filled[index] = tensor
+        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        return self.module(*args, **kwargs)
+
+
+@dataclass
+class _Returned:
+    """The structure of what the last forward of a `FlatCall` returned. It is no pytree, so that
+    torch.export ignores it."""
+
+    structure: Structure | None = None
+
+
+class FlatCall(ModuleCall):
+    """A call that returns the tensors of the module's result as a flat tuple, because torch.export
+    takes no dataclasses. Raises CaptureError for a result in which tensors cannot be found."""
+
+    def __init__(self, call: ModuleCall) -> None:
+        super().__init__(call.module, (), {})
+        self.leaves, self.spec, self.places = call.leaves, call.spec, call.places
+        self.constants = call.constants
+        self.returned = _Returned()
+
+    @property
+    def structure(self) -> Structure:
+        """The structure of the result of the last forward, without its tensors."""
+        assert self.returned.structure is not None
+        return self.returned.structure
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with constants_computed(bool(self.constants)), positions_as_tensors(self.module):
+            results, structure = flatten(super().forward(*tensors), hold=self.hold)
+        self.returned.structure = checked(structure)
+        return results
+
+    def hold(self, value: Any) -> torch.Tensor | None:
+        """A tensor [] of a size that the module returns; None for other symbolic numbers."""
+        if not isinstance(value, torch.SymInt):
+            return None
+        size: Any = value
+        return torch.full((), size, dtype=torch.int64)
+
+
+@contextmanager
+def casts_done() -> Iterator[None]:
+    """While open, `Module.to` does nothing for a module that already has the dtype and device.
+
+    Some modules cast a submodule in their forward (the router of Switch Transformers does).
+    torch.export cannot trace `Module.to`, even where it changes nothing.
+    """
+    original = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        done = all(
+            (dtype is None or not p.is_floating_point() or p.dtype == dtype)
+            and (device is None or p.device == torch.device(device))
+            for p in self.parameters()
+        )
+        return self if done else original(self, *args, **kwargs)
+
+    with mock.patch.object(torch.nn.Module, "to", to):
+        yield
+
+
+def named_arguments(
+    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Each argument by the name of its parameter; elements of *args as name_0, name_1, …
+
+    Raises CaptureError where the module does not take the arguments.
+    """
+    signature = inspect.signature(module.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"{type(module).__name__}.forward: {error}") from None
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            arguments |= {f"{name}_{i}": item for i, item in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= value
+        else:
+            arguments[name] = value
+    return arguments
+
+
+def tensor_names(arguments: Mapping[str, Any]) -> list[str]:
+    """A name for each tensor in the arguments: its parameter, then its keys where it is nested."""
+    names = []
+    for name, value in arguments.items():
+        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+            if isinstance(leaf, torch.Tensor):
+                names.append("_".join([name, *(_key(step) for step in path)]))
+    return names
+
+
+def _key(step: Any) -> str:
+    return str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step))))

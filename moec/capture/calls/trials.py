@@ -1,0 +1,100 @@
+"""Runs a module on tensors of other lengths, to learn whether it accepts them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moec.capture.calls.call import ModuleCall
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the standard streams: torch.export prints the whole graph where it fails, and its
+    exception has the reason."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+@dataclass
+class Trials:
+    """Runs of a call on given tensors; each combination of shapes is run once.
+
+    A run changes no tensor: caches and counters that the module writes into are restored.
+    """
+
+    call: ModuleCall
+    answers: dict[tuple[torch.Size, ...], bool] = field(default_factory=dict)
+
+    def runs(self, tensors: Sequence[torch.Tensor]) -> bool:
+        lengths = tuple(tensor.shape for tensor in tensors)
+        if lengths not in self.answers:
+            padded = _padded(tensors) if self.takes_padding else None
+            self.answers[lengths] = self._run(tensors) and (padded is None or self._run(padded))
+        return self.answers[lengths]
+
+    @cached_property
+    def takes_padding(self) -> bool:
+        """Whether the call runs with one token masked. Some modules skip masks of ones, and would
+        then appear to accept a mask of any shape."""
+        padded = _padded(self.call.tensors)
+        return padded is not None and self._run(padded)
+
+    def _run(self, tensors: Sequence[torch.Tensor]) -> bool:
+        with torch.no_grad(), warnings.catch_warnings(), quiet(), _Undone():
+            warnings.simplefilter("ignore")
+            try:
+                self.call(*tensors)
+            except Exception:  # whatever the module raises, it refuses these lengths
+                return False
+        return True
+
+
+def _padded(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+    """The tensors with a zero at the end of the last axis of each mask; None where there is no
+    mask. A mask is a tensor of integers or booleans that are all 1."""
+    masks = [
+        t.dim() > 0 and t.numel() > 0 and not t.is_floating_point() and bool((t == 1).all())
+        for t in tensors
+    ]
+    if not any(masks):
+        return None
+    padded = [t.clone() if is_mask else t for t, is_mask in zip(tensors, masks, strict=True)]
+    for tensor, is_mask in zip(padded, masks, strict=True):
+        if is_mask:
+            tensor[..., -1] = 0
+    return tuple(padded)
+
+
+class _Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies each storage before an operator writes into it, and restores all on leaving."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.before: dict[int, tuple[Any, Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            written = args[position] if position < len(args) else kwargs.get(argument.name)
+            for tensor in written if isinstance(written, list | tuple) else [written]:
+                if isinstance(tensor, torch.Tensor):
+                    storage: Any = tensor.untyped_storage()
+                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        return func(*args, **kwargs)
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)  # type: ignore[no-untyped-call]
+        for storage, copy in self.before.values():
+            if storage.nbytes() == copy.nbytes():
+                storage.copy_(copy)

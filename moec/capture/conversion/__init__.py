@@ -1,0 +1,1 @@
+"""An export becomes a Graph in stage ATEN."""

@@ -1,0 +1,1 @@
+"""Exports a module with torch.export."""

@@ -1,0 +1,1 @@
+"""The conditions on sizes under which an export is valid."""

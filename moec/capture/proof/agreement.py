@@ -1,0 +1,148 @@
+"""Compares a captured graph with its module, at sizes other than those of the export too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+
+from moec.capture.sizes.lengths import AxisGroup, resized
+from moec.capture.sizes.widening import Widened
+from moec.errors import IRError
+from moec.interpret.evaluate import evaluate
+from moec.interpret.outputs import VaryingOutput
+from moec.interpret.random_inputs import random_like
+from moec.interpret.tolerance import default_tolerance, distance
+from moec.ir.dims import Bounds
+from moec.ir.graph import Program
+
+Eager: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def agree(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether graph and module compute the same results from `tensors`, up to rounding."""
+    return _equals(program, tensors, eager(*tensors))
+
+
+def _equals(
+    program: Program, tensors: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]
+) -> bool:
+    limit = default_tolerance(program.graph)
+    states = [program.weights[state.before.name] for state in program.graph.states]
+    ours = evaluate(program.graph, [*tensors, *states], program.weights)
+    return all(distance(a, b) <= limit for a, b in zip(ours, theirs, strict=False))
+
+
+def matches(
+    program: Program, tensors: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
+) -> bool:
+    """Whether the graph computes `expected`, up to rounding; False where it cannot be evaluated."""
+    try:
+        return _equals(program, tensors, expected)
+    except (RuntimeError, IRError, IndexError, ValueError):
+        return False
+
+
+def agree_at(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool | None:
+    """Whether graph and module agree at the sizes of `tensors`, on at least one set of values.
+    Returns None where the module does not run at these sizes.
+
+    One set of values that agrees is enough, because in 16 bits a near tie may route a few tokens to
+    other experts, which has nothing to do with the size.
+    """
+    runs = False
+    for draw in _draws(program, tensors):
+        try:
+            results = eager(*draw)
+        except VaryingOutput:
+            raise
+        except Exception:  # whatever the module raises, it refuses these sizes
+            continue
+        runs = True
+        try:
+            if _equals(program, draw, results):
+                return True
+        except (RuntimeError, IRError, IndexError, ValueError):
+            return False
+    return False if runs else None
+
+
+def _draws(program: Program, tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
+    yield tensors
+    yield [tensor.flip(tuple(range(tensor.ndim))) for tensor in tensors]
+    yield random_like(program, tensors, torch.Generator().manual_seed(0))[: len(tensors)]
+
+
+def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0) -> torch.Tensor:
+    """`tensor` with each of `axes` narrowed to the one element at `index`."""
+    for axis in axes:
+        if tensor.shape[axis]:
+            tensor = tensor.narrow(axis, index % tensor.shape[axis], 1)
+    return tensor
+
+
+def allow_one(
+    program: Program,
+    fixed_bounds: Collection[str],
+    eager: Eager,
+    examples: Sequence[Sequence[torch.Tensor]],
+) -> Program:
+    """The program with a lower bound of 1 for each size at which graph and module agree at 1, else
+    2.
+
+    A bound of 2 comes from torch.export, which treats 1 specially, or from a branch of the module
+    (`if length > 1`); a branch may also leave no bound. Sizes in `fixed_bounds` keep their bounds,
+    and so does a size at which the module does not run with 1. Each size is tried at 1 alone and
+    together with the sizes lowered before it, in the first of `examples` that the module runs.
+    """
+    graph = program.graph
+    bounds = dict(graph.bounds)
+    lowered: set[str] = set()
+
+    def agrees(names: Collection[str]) -> bool | None:
+        try:
+            answers = (agree_at(program, eager, _at_one(program, t, names)) for t in examples)
+            return next((answer for answer in answers if answer is not None), None)
+        except VaryingOutput:
+            return False  # a module may skip the image of a text of one token
+
+    for name, limits in graph.bounds.items():
+        if limits.low > 2 or name in fixed_bounds:
+            continue
+        answers = [agrees(names) for names in ({name}, lowered | {name})[: 1 + bool(lowered)]]
+        if all(answers):
+            bounds[name] = Bounds(min(limits.low, 1), limits.high)
+            lowered.add(name)
+        elif False in answers:
+            bounds[name] = Bounds(2, limits.high)
+    return Program(replace(graph, bounds=bounds), program.weights)
+
+
+def _at_one(
+    program: Program, tensors: Sequence[torch.Tensor], names: Collection[str]
+) -> list[torch.Tensor]:
+    return [
+        cut(tensor, [axis for axis, dim in enumerate(value.shape) if str(dim) in names])
+        for value, tensor in zip(program.graph.inputs, tensors, strict=False)
+    ]
+
+
+def refuted(
+    program: Program, eager: Eager, example: Sequence[torch.Tensor], widened: Widened
+) -> tuple[AxisGroup, ...]:
+    """The groups of axes whose exported length makes the graph wrong at the example's length.
+
+    Empty where graph and module agree on the example. Otherwise the groups that disagree when they
+    alone have the example's length, or all moved groups if none does.
+    """
+    if not widened.moved or agree_at(program, eager, example):
+        return ()
+    wrong = []
+    for group in widened.moved:
+        first = group.axes[0]
+        back = replace(group, length=example[first.tensor].shape[first.axis])
+        if agree_at(program, eager, resized(widened.tensors, [back])) is False:
+            wrong.append(group)
+    return tuple(wrong) or widened.moved

@@ -1,0 +1,1 @@
+"""Functions of Python on symbolic sizes, during an export."""
