@@ -24,7 +24,6 @@ import platform
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -34,11 +33,11 @@ import numpy as np
 
 from moec.errors import ArtifactError, TargetError
 from moec.runtime import manifest as manifests
-from moec.runtime.container import Buffer, open_container, replacing, stamps
+from moec.runtime.container import open_container, replacing, stamps
 from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.manifest import Manifest, ManifestPart, Stored, StoredSample, Variant
 from moec.runtime.package import Package
-from moec.runtime.process.threads import available
+from moec.runtime.part_writers import Buffer, on_all_cores
 from moec.target import cpu
 from moec.target.cpu import CpuNeeds
 
@@ -193,10 +192,7 @@ def write(
     versions = {"moec": _version("moec"), "tvm": _version("apache-tvm"), **package.versions}
     manifest = Manifest(
         replace(package, versions=versions),
-        {
-            name: ManifestPart(memoryview(content).nbytes, digest)
-            for (name, content), digest in zip(parts.items(), _digests(parts.values()), strict=True)
-        },
+        {},
         arrays,
         package.target.mtriple.partition("-")[0] or platform.machine(),
         stored_samples,
@@ -206,9 +202,11 @@ def write(
     )
     as_folder = path.is_dir() if folder is None else folder
     with replacing(path, folder=as_folder, overwrite=overwrite) as writer:
-        writer.add(manifests.NAME, manifests.dump(manifest))
-        for name, content in parts.items():
-            writer.add(name, content)
+        listed = {
+            name: ManifestPart(memoryview(parts[name]).nbytes, digest)
+            for name, digest in writer.add(parts).items()
+        }
+        writer.add({manifests.NAME: manifests.dump(replace(manifest, parts=listed))})
 
 
 def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None = None) -> Artifact:
@@ -375,11 +373,7 @@ def check_digests(
 def _digests(contents: Iterable[Buffer]) -> list[str]:
     """SHA-256 of each, on all cores: hashlib lets other threads run meanwhile."""
     buffers = list(contents)
-    order = sorted(range(len(buffers)), key=lambda i: -memoryview(buffers[i]).nbytes)
-    with ThreadPoolExecutor(available()) as pool:
-        # The largest first, so that no core is left alone with it at the end.
-        digests = dict(zip(order, pool.map(lambda i: _digest(buffers[i]), order), strict=True))
-    return [digests[i] for i in range(len(buffers))]
+    return on_all_cores(_digest, buffers, [memoryview(buffer).nbytes for buffer in buffers])
 
 
 def _digest(content: Buffer) -> str:

@@ -1,10 +1,9 @@
 """A named set of byte strings on disk: a zip whose members can be mapped, or a folder.
 
-In the zip, members are stored, not compressed, and each starts on a page boundary: padding is in
-the extra field of its local header. The file is mapped once and a weight is a slice of the mapping;
-nothing is copied and nothing is extracted by name. Mappings are private: writing to a weight does
-not change the file. Writing to the file may change a mapping, so a caller compares `stamps` before
-each run.
+In the zip, members are stored, not compressed, and each starts on a page boundary. The file is
+mapped once and a weight is a slice of the mapping; nothing is copied and nothing is extracted by
+name. Mappings are private: writing to a weight does not change the file. Writing to the file may
+change a mapping, so a caller compares `stamps` before each run.
 
 Both forms are written beside their destination and renamed when complete; a failure leaves the old
 artifact. (A file is replaced atomically; replacing a folder leaves a short gap.)
@@ -25,23 +24,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
 
 from moec.errors import ArtifactError, UsageError
 from moec.files.os_errors import reason
+from moec.runtime.part_writers import PART_NAME, FolderWriter, PartWriter, ZipWriter
 from moec.spelling import did_you_mean_file
 
-Buffer: TypeAlias = bytes | memoryview
-
-PAGE = 4096
-_NAME = re.compile(r"(?!.*(^|/)\.\.?(/|$))[\w.-]+(/[\w.-]+)*", re.ASCII)
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
-_CHUNK = 1 << 24
-
-
-class PartWriter(Protocol):
-    def add(self, name: str, content: Buffer) -> None: ...
 
 
 def open_container(path: Path) -> Mapping[str, memoryview]:
@@ -108,7 +97,7 @@ class _Folder(Mapping[str, memoryview]):
 
     def __getitem__(self, name: str) -> memoryview:
         path = self._root / name
-        if not _NAME.fullmatch(name) or path.resolve() != path or not path.is_file():
+        if not PART_NAME.fullmatch(name) or path.resolve() != path or not path.is_file():
             raise KeyError(name)
         return _map(path)
 
@@ -139,7 +128,7 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
         name = member.filename
         if name.endswith("/") and member.file_size == 0:
             continue
-        if not _NAME.fullmatch(name):
+        if not PART_NAME.fullmatch(name):
             raise ArtifactError(f"{path}: {name!r} is not a valid name of a part")
         if name in parts:
             raise ArtifactError(f"{path} holds {name!r} twice, so it is not an artifact of moec")
@@ -194,10 +183,10 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
         new = temporary / "new"
         if folder:
             new.mkdir()
-            yield _FolderWriter(new)
+            yield FolderWriter(new)
         else:
             with zipfile.ZipFile(new, "w") as archive:
-                yield _ZipWriter(archive)
+                yield ZipWriter(archive, new)
         if not overwrite and path.exists():
             raise UsageError(
                 f"{path} was written by another process meanwhile, and is left as it is"
@@ -252,40 +241,3 @@ def replaceable(path: Path) -> bool:
             return "manifest.json" in archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
         return False
-
-
-class _FolderWriter:
-    def __init__(self, root: Path) -> None:
-        self._root = root
-
-    def add(self, name: str, content: Buffer) -> None:
-        _check_name(name)
-        path = self._root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-class _ZipWriter:
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self._archive = archive
-
-    def add(self, name: str, content: Buffer) -> None:
-        _check_name(name)
-        view = memoryview(content).cast("B")
-        info = zipfile.ZipInfo(name)  # dated 1980: the same model gives the same bytes
-        info.external_attr = 0o644 << 16
-        info.file_size = view.nbytes
-        large = view.nbytes > 1 << 30  # well below where zipfile would decide by itself
-        assert self._archive.fp is not None
-        header = _LOCAL_HEADER.size + len(name) + 20 * large + 4  # 20: sizes of 64 bits
-        at = self._archive.fp.tell() + header
-        info.extra = struct.pack("<HH", _PADDING_ID, -at % PAGE) + bytes(-at % PAGE)
-        with self._archive.open(info, "w", force_zip64=large) as file:
-            for i in range(0, view.nbytes, _CHUNK):
-                file.write(view[i : i + _CHUNK])
-        info.extra = b""  # the directory at the end needs no padding
-
-
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r} cannot name a part of an artifact: use letters, digits . _ - /")

@@ -19,7 +19,8 @@ from moec.extras import missing_extra
 from moec.files.os_errors import reason
 from moec.files.whole_file import whole_file
 from moec.runtime import manifest
-from moec.runtime.container import Buffer, open_container
+from moec.runtime.container import open_container
+from moec.runtime.part_writers import Buffer
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (

@@ -12,7 +12,7 @@ from moec.commands.options import quiet_option
 from moec.commands.ranks import holds_ranks
 
 if TYPE_CHECKING:
-    from moec.runtime.container import Buffer
+    from moec.runtime.part_writers import Buffer
 
 
 @click.command("sign", short_help="Sign an artifact, so that who runs it can check its author.")

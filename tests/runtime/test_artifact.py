@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from moec.errors import UsageError
-from moec.runtime import artifact, container, executor
+from moec.runtime import artifact, executor, part_writers
 from moec.runtime.package import Package, Port
 from tests.runtime import toy
 from tests.runtime.damaged import same, unpacked
@@ -53,7 +54,7 @@ def test_weights_are_mapped_and_not_copied(saved: Path) -> None:
     arrays = artifact.read(saved).package.arrays
     for array in arrays.values():
         assert not array.flags.owndata
-        assert array.ctypes.data % container.PAGE == 0
+        assert array.ctypes.data % part_writers.PAGE == 0
     arrays["b"][0] = 77  # the mapping is private: neither the file nor another reader sees it
     assert artifact.read(saved).package.arrays["b"][0] != 77
 
@@ -64,6 +65,19 @@ def test_the_same_model_gives_the_same_bytes(package: Package, saved: Path, tmp_
         package, again, graphs={"main": toy.GRAPH}, samples=[toy.sample(package)], tolerance=1e-5
     )
     assert again.read_bytes() == saved.read_bytes()
+
+
+def test_parts_whose_sizes_have_64_bits(
+    package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part_writers, "_LARGE", 10)
+    monkeypatch.setattr(part_writers, "_BLOCK", 7)
+    artifact.write(package, path := tmp_path / "model.moec", graphs={"main": toy.GRAPH})
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+    read = artifact.read(path).package.arrays
+    same(read, package.arrays)
+    assert all(array.ctypes.data % part_writers.PAGE == 0 for array in read.values())
 
 
 def test_a_folder_unpacked_from_the_file_is_the_same_artifact(saved: Path) -> None:
@@ -78,14 +92,14 @@ def test_nothing_is_left_where_writing_fails(
 ) -> None:
     path = tmp_path / "model.moec"
     path.write_bytes(old := b"")
-    add = container._ZipWriter.add
+    write_hashed = part_writers.write_hashed
 
-    def full(self: Any, name: str, content: Any) -> None:
-        if name.startswith("weights"):
+    def full(file: Any, content: Any) -> tuple[str, int]:
+        if content == bytes(package.arrays["b"]):
             raise OSError(28, "No space left on device")
-        add(self, name, content)
+        return write_hashed(file, content)
 
-    monkeypatch.setattr(container._ZipWriter, "add", full)
+    monkeypatch.setattr(part_writers, "write_hashed", full)
     with pytest.raises(UsageError, match="cannot be written: the disk is full"):
         artifact.write(package, path, graphs={"main": toy.GRAPH})
     assert path.read_bytes() == old

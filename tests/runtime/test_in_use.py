@@ -126,7 +126,7 @@ def test_of_two_writers_the_later_one_refuses(package: Package, tmp_path: Path) 
 
     def write_while_another_does() -> None:
         with container.replacing(path, folder=False, overwrite=False) as writer:
-            writer.add("a", b"late")
+            writer.add({"a": b"late"})
             artifact.write(package, path, graphs={"main": toy.GRAPH})
 
     with pytest.raises(
