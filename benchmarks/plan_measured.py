@@ -30,13 +30,13 @@ from moec.parallel.save import save_ranks
 from moec.parallel.segments import RankModel
 from moec.parallel.store import load_rank
 from moec.passes.parallel.plan_parallelism import rank_programs
-from moec.plan.cluster import Cluster
-from moec.plan.degrees import Degrees
 from moec.plan.groups import groups_of
-from moec.plan.model import Layers, Model
-from moec.plan.planner import Planner
-from moec.plan.popularity import of_distribution
-from moec.plan.workload import Workload
+from moec.plan.inputs.model import Layers, Model
+from moec.plan.inputs.popularity import of_distribution
+from moec.plan.inputs.workload import Workload
+from moec.plan.network.cluster import Cluster
+from moec.plan.network.degrees import Degrees
+from moec.plan.search.planner import Planner
 
 E, D, H, K, T = 8, 256, 512, 2, 512  # experts, widths, per token, tokens per rank
 STEPS = 9

@@ -28,13 +28,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import moec
-from moec.plan.cluster import Cluster, read_cluster
-from moec.plan.files import Quantity
-from moec.plan.model import Layers, Model, read_model
-from moec.plan.planner import Planner
-from moec.plan.popularity import normalised, of_distribution
-from moec.plan.simulate import of_trace, simulate
-from moec.plan.workload import Workload
+from moec.plan.inputs.files import Quantity
+from moec.plan.inputs.model import Layers, Model, read_model
+from moec.plan.inputs.popularity import normalised, of_distribution
+from moec.plan.inputs.workload import Workload
+from moec.plan.network.cluster import Cluster, read_cluster
+from moec.plan.search.planner import Planner
+from moec.plan.simulation.simulate import of_trace, simulate
 from moec.runtime.routing_trace import RoutingTrace, of_ids
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"

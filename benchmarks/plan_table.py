@@ -21,15 +21,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from moec.errors import UsageError
-from moec.plan.cluster import Cluster, read_cluster
-from moec.plan.eplb import with_eplb
-from moec.plan.files import preset_names
-from moec.plan.model import Model, read_model
-from moec.plan.planner import Planner
-from moec.plan.popularity import normalised, of_distribution
-from moec.plan.simulate import Ids, drawn, of_trace, simulate
-from moec.plan.uniform import best_uniform
-from moec.plan.workload import Workload
+from moec.plan.inputs.files import preset_names
+from moec.plan.inputs.model import Model, read_model
+from moec.plan.inputs.popularity import normalised, of_distribution
+from moec.plan.inputs.workload import Workload
+from moec.plan.network.cluster import Cluster, read_cluster
+from moec.plan.placement.eplb import with_eplb
+from moec.plan.search.planner import Planner
+from moec.plan.search.uniform import best_uniform
+from moec.plan.simulation.simulate import Ids, drawn, of_trace, simulate
 from moec.runtime.routing_trace import RoutingTrace, of_ids
 
 CLUSTERS = ("cpu-8-nodes", "superpod-32", "superpod-128")

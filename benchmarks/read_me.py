@@ -20,7 +20,7 @@ from systems import examples
 import torch  # isort: skip
 from records import Cell, add_record_options, record_if_asked
 
-from moec.plan.replay import (
+from moec.plan.simulation.replay import (
     Policy,
     batches_by_expert,
     batches_in_order,

@@ -8,13 +8,13 @@ numbers.
 
 from __future__ import annotations
 
-from moec.plan import text
-from moec.plan.cluster import read_cluster
-from moec.plan.model import read_model
-from moec.plan.planner import Planner
-from moec.plan.popularity import of_distribution
-from moec.plan.uniform import best_uniform
-from moec.plan.workload import Workload
+from moec.plan.inputs.model import read_model
+from moec.plan.inputs.popularity import of_distribution
+from moec.plan.inputs.workload import Workload
+from moec.plan.network.cluster import read_cluster
+from moec.plan.report import text
+from moec.plan.search.planner import Planner
+from moec.plan.search.uniform import best_uniform
 
 ROUTING = "lognormal:1"
 

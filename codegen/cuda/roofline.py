@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.codegen.cuda.tiles import FEW_ROWS, LARGE
+from moec.codegen.cuda.gemm.tiles import FEW_ROWS, LARGE
 from moec.target.cuda import CudaTarget
 
 _HALF, _FLOAT, _INT, _LONG = 2, 4, 4, 8  # bytes

@@ -17,7 +17,7 @@ from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
 from moec.ir.graph import Op, Value
 from moec.ir.opdef import integer
-from moec.ops.grouped import GroupedLinear
+from moec.ops.experts.grouped import GroupedLinear
 
 
 @kernel("moe.capacity")

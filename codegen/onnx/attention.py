@@ -10,7 +10,7 @@ from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
 from moec.ir.dims import Dim
-from moec.ops.attention import SWAP, Attention
+from moec.ops.dense.attention import SWAP, Attention
 
 
 @build("nn.attention")

@@ -21,8 +21,8 @@ from moec.errors import NoMatch
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import inputs_of
-from moec.ops.grouped import GroupedLinear
-from moec.ops.quantised import GroupedQuantised
+from moec.ops.experts.grouped import GroupedLinear
+from moec.ops.experts.quantised import GroupedQuantised
 
 _ROUTERS = ("moe.gate", "moe.route")
 _PASS_ON = ("aten.reshape.default", "aten.alias.default", "aten.clone.default")

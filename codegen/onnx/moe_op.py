@@ -30,9 +30,9 @@ from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.upcast import widen
-from moec.ops.grouped import GroupedLinear
-from moec.ops.quantised import GroupedQuantised
-from moec.ops.routing import Routing
+from moec.ops.experts.grouped import GroupedLinear
+from moec.ops.experts.quantised import GroupedQuantised
+from moec.ops.routing.routing import Routing
 
 SMALLEST = 1e-30  # replaces a weight of zero, which has no logarithm
 

@@ -24,7 +24,7 @@ from moec.codegen.onnx.quantised import accuracy_level
 from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
-from moec.ops.quantised import GroupedQuantised
+from moec.ops.experts.quantised import GroupedQuantised
 
 
 def check(block: Fused) -> None:

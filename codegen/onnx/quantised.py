@@ -26,7 +26,7 @@ from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.formats.notation import Format
 from moec.ir.graph import Value
-from moec.ops.quantised import GroupedQuantised
+from moec.ops.experts.quantised import GroupedQuantised
 
 BLOCKED = 21
 """The first opset whose DequantizeLinear supports blocks and four bits."""

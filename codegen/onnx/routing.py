@@ -11,7 +11,7 @@ from moec.codegen.onnx.writer import NodeWriter
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, Value
 from moec.ir.opdef import inputs_of
-from moec.ops.routing import Routing
+from moec.ops.routing.routing import Routing
 
 LOW = float("-inf")
 
@@ -102,8 +102,8 @@ def _best_groups(
 
 
 def _sparsemixer(w: NodeWriter, routing: Routing, logits: str, full: str) -> Sequence[str]:
-    """See `moec.ops.routing`: choices are made one after the other, each among the remaining
-    experts."""
+    """See `moec.ops.routing.routing`: choices are made one after the other, each among the
+    remaining experts."""
     left, weights, experts = logits, [], []
     one = w.constant([1])
     size, low = w.constant(2 * routing.jitter, full), w.constant(LOW, full)

@@ -17,7 +17,7 @@ from moec.dtypes import VECTOR_DTYPES
 from moec.ir.aten import named
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, TensorType, Value
-from moec.ops.attention import Attention
+from moec.ops.dense.attention import Attention
 
 
 def attention_inputs(op: Op) -> Attention:

@@ -16,7 +16,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import DType, Graph, Op, TensorType, Value
 from moec.ir.opdef import inputs_of
-from moec.ops.dispatch import SORTS
+from moec.ops.experts.dispatch import SORTS
 
 
 def _sort(low: Lowering, op: Op) -> list[relax.Expr]:

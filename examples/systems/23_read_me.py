@@ -21,7 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
-from moec.plan.replay import batches_by_expert, batches_in_order, cache_hits, experts_per_batch
+from moec.plan.simulation.replay import (
+    batches_by_expert,
+    batches_in_order,
+    cache_hits,
+    experts_per_batch,
+)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from moec.formats.notation import Format
 from moec.ir.dims import evaluate_dim
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.attention import Attention
-from moec.ops.compressed import GroupedCompressed
-from moec.ops.quantised import GroupedQuantised, Matrix
-from moec.ops.quantised_linear import QuantisedLinear
+from moec.ops.dense.attention import Attention
+from moec.ops.experts.compressed import GroupedCompressed
+from moec.ops.experts.quantised import GroupedQuantised, Matrix
+from moec.ops.experts.quantised_linear import QuantisedLinear
 from moec.runtime.dtypes import NUMPY
 
 Env = Mapping[str, int]

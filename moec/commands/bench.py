@@ -17,10 +17,10 @@ import click
 
 from moec import model_path
 from moec.bench.names import PACKAGES, check_names, files_of
-from moec.commands.echo import echo
-from moec.commands.files import OutputFile
 from moec.commands.inspect import is_artifact
-from moec.commands.options import DTypeName, check_changes, json_option
+from moec.commands.options.files import OutputFile
+from moec.commands.options.options import DTypeName, check_changes, json_option
+from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.target.cpu import processor
 
@@ -114,7 +114,7 @@ def command(
     from moec.runtime.process.threads import set_threads
 
     count = set_threads(threads)
-    from moec.commands.progress import Progress, hush
+    from moec.commands.output.progress import Progress, hush
 
     hush()
     with Progress(quiet=quiet or as_json) as progress:

@@ -8,15 +8,15 @@ from dataclasses import asdict
 import click
 
 from moec import model_path
-from moec.commands.echo import echo
-from moec.commands.logs import log_options
-from moec.commands.options import (
+from moec.commands.options.options import (
     Tolerance,
     api_arguments,
     check_changes,
     json_option,
     model_options,
 )
+from moec.commands.output.echo import echo
+from moec.commands.output.logs import log_options
 
 
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
@@ -56,8 +56,8 @@ def command(
     Every graph between capture and code is run in eager PyTorch on random inputs. Exits with
     0 where all agree with the captured graph, and with 2 where one does not.
     """
-    from moec.commands.progress import Progress, hush
-    from moec.commands.shapes import explain_sizes
+    from moec.commands.options.shapes import explain_sizes
+    from moec.commands.output.progress import Progress, hush
 
     model_path.kind_of_model(model)
     check_changes(passes)

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from moec.commands.echo import echo
-from moec.commands.options import json_option
+from moec.commands.options.options import json_option
+from moec.commands.output.echo import echo
 from moec.errors import UsageError
 
 

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec.cache import Store, default_store
-from moec.commands.artifact_cache import fetch, keep
-from moec.commands.compile_request import CompileRequest, cache_key, check, request_of
-from moec.commands.echo import echo
-from moec.commands.logs import log_options
-from moec.commands.options import (
+from moec.commands.compilation.artifact_cache import fetch, keep
+from moec.commands.compilation.request import CompileRequest, cache_key, check, request_of
+from moec.commands.options.options import (
     Tolerance,
     api_arguments,
     changing_options,
@@ -26,6 +24,8 @@ from moec.commands.options import (
     model_options,
     quiet_option,
 )
+from moec.commands.output.echo import echo
+from moec.commands.output.logs import log_options
 from moec.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -151,9 +151,9 @@ def _write_cached(request: CompileRequest, store: Store, key: str) -> bool:
 
 
 def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[str, Any]) -> None:
-    from moec.commands.progress import hush
-    from moec.commands.ranks import compile_ranks
-    from moec.commands.shapes import explain_sizes
+    from moec.commands.execution.ranks import compile_ranks
+    from moec.commands.options.shapes import explain_sizes
+    from moec.commands.output.progress import hush
 
     assert request.output is not None, "the request was checked"
     hush()
@@ -167,9 +167,9 @@ def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[
 
 def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledModel:
     """The compiled model, saved if it was built; its progress is shown."""
-    from moec.commands import estimate
-    from moec.commands.progress import Progress, hush
-    from moec.commands.shapes import explain_sizes
+    from moec.commands.compilation import estimate
+    from moec.commands.options.shapes import explain_sizes
+    from moec.commands.output.progress import Progress, hush
 
     dump = None if request.dump_ir is None else Dump(request.dump_ir)
 
@@ -209,7 +209,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
 
 def _phases(request: CompileRequest) -> dict[str, float]:
     """The seconds that each phase is expected to take, by name."""
-    from moec.commands.progress import BEFORE_CODE, COMPILE
+    from moec.commands.output.progress import BEFORE_CODE, COMPILE
 
     names = set(COMPILE if request.builds else BEFORE_CODE)
     if request.verified is False:
@@ -226,7 +226,7 @@ def _planned(compiled: CompiledModel, request: CompileRequest) -> Report:
 
 def _estimated(compiled: CompiledModel, opt_level: int, weights: int) -> tuple[str, ...]:
     """The estimated cost of a compilation; empty for a model that cannot be compiled."""
-    from moec.commands import estimate
+    from moec.commands.compilation import estimate
 
     try:
         return (estimate.of_model(compiled, opt_level, weights),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from moec.commands.options import json_option
+from moec.commands.options.options import json_option
 
 
 @click.command("doctor", short_help="Check this machine and say how to fix what is wrong.")

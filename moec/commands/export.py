@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec import model_path
-from moec.commands.echo import echo
-from moec.commands.files import check_output
-from moec.commands.logs import log_options
-from moec.commands.options import (
+from moec.commands.options.files import check_output
+from moec.commands.options.options import (
     OneOf,
     Tolerance,
     api_arguments,
@@ -22,6 +20,8 @@ from moec.commands.options import (
     model_options,
     quiet_option,
 )
+from moec.commands.output.echo import echo
+from moec.commands.output.logs import log_options
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,13 +89,13 @@ def command(
     compile`. With --quant the file is compared with the quantised weights in float32, and the
     report also shows the distance to the unquantised model.
     """
-    from moec.commands.shapes import explain_sizes
+    from moec.commands.options.shapes import explain_sizes
 
     path = _output(output, force)
     model_path.kind_of_model(model)
     arguments = api_arguments(**options)
 
-    from moec.commands.progress import Progress, hush
+    from moec.commands.output.progress import Progress, hush
 
     hush()
     with explain_sizes(), Progress(quiet=quiet or as_json) as progress:

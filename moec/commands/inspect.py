@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec import model_path
-from moec.commands.echo import echo
-from moec.commands.files import OutputFile
-from moec.commands.logs import log_options
-from moec.commands.options import api_arguments, json_option, model_options
+from moec.commands.options.files import OutputFile
+from moec.commands.options.options import api_arguments, json_option, model_options
+from moec.commands.output.echo import echo
+from moec.commands.output.logs import log_options
 from moec.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str |
 def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Report, Graph]:
     """Capture a model and recognise its blocks, without generating code. `arguments` are those of
     `moec.compile`."""
-    from moec.commands.progress import Progress, hush
-    from moec.commands.shapes import explain_sizes
+    from moec.commands.options.shapes import explain_sizes
+    from moec.commands.output.progress import Progress, hush
 
     hush()
     with explain_sizes(), Progress(quiet=quiet) as progress:

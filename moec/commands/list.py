@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.options import OneOf, json_option
+from moec.commands.options.options import OneOf, json_option
 from moec.errors import UsageError
 from moec.spelling import did_you_mean
 

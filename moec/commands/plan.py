@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moec.commands.echo import echo
-from moec.commands.files import check_output
-from moec.commands.options import OneOf, force_option, json_option
+from moec.commands.options.files import check_output
+from moec.commands.options.options import OneOf, force_option, json_option
+from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.printable import printable_json
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from moec.plan.cluster import Cluster
-    from moec.plan.model import Model
+    from moec.plan.inputs.model import Model
+    from moec.plan.inputs.workload import Workload
+    from moec.plan.network.cluster import Cluster
     from moec.plan.plan import Plan
-    from moec.plan.planner import Planner
-    from moec.plan.workload import Workload
+    from moec.plan.search.planner import Planner
 
 OUT = click.Path(path_type=Path, dir_okay=False)
 
@@ -136,12 +136,12 @@ def command(
     """
     import msgspec
 
-    from moec.plan import text
-    from moec.plan.bound_experts import read_groups
-    from moec.plan.heat_map import check_picture_name
-    from moec.plan.model import read_model
+    from moec.plan.inputs.model import read_model
+    from moec.plan.placement.bound_experts import read_groups
     from moec.plan.plan import physical_to_logical, read_plan, write_plan
-    from moec.plan.uniform import best_uniform
+    from moec.plan.report import text
+    from moec.plan.report.heat_map import check_picture_name
+    from moec.plan.search.uniform import best_uniform
 
     for path in (output, placement, picture, measure):
         if path:
@@ -189,7 +189,7 @@ def cluster_of(source: str | None, measured: Path | None, ranks: int) -> Cluster
     if (source is None) == (measured is None):
         raise UsageError("give either --cluster NAME|FILE, or --measure FILE.yaml for this machine")
     if source is not None:
-        from moec.plan.cluster import read_cluster
+        from moec.plan.network.cluster import read_cluster
 
         return read_cluster(source)
     from moec.parallel.measure import measure, write_cluster
@@ -223,8 +223,8 @@ def workload(
 ) -> Workload:
     """The workload of the options. Raises UsageError for a dtype that cannot be sent, and for a
     latency that is no time."""
-    from moec.plan.files import Quantity
-    from moec.plan.workload import Workload
+    from moec.plan.inputs.files import Quantity
+    from moec.plan.inputs.workload import Workload
 
     if latency is not None and not 0 < latency < float("inf"):
         raise UsageError(f"--latency {latency}: write seconds above 0, such as 0.02")
@@ -254,9 +254,9 @@ def planner_of(
     """The planner, with the loads of a trace or of a distribution. Raises UsageError."""
     import numpy as np
 
-    from moec.plan.importers import read_routing
-    from moec.plan.planner import Planner
-    from moec.plan.popularity import normalised, of_distribution
+    from moec.plan.inputs.importers import read_routing
+    from moec.plan.inputs.popularity import normalised, of_distribution
+    from moec.plan.search.planner import Planner
 
     experts = [layer.experts for layer in model.each_layer]
     if trace is None:
@@ -295,9 +295,9 @@ def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
 def draw(plan: Plan, planner: Planner, path: Path) -> None:
     """Draw the predicted load of every rank of an expert group, with its experts, and the load of
     every link, one row per layer."""
-    from moec.plan.heat_map import Table, save_heat_map
-    from moec.plan.links import link_loads
-    from moec.plan.placement import rank_loads
+    from moec.plan.placement.placement import rank_loads
+    from moec.plan.report.heat_map import Table, save_heat_map
+    from moec.plan.report.links import link_loads
 
     layers = [layer for layer in plan.layers if layer.experts]
     loads = [rank_loads(planner.loads[layer.layer], layer.slots) for layer in layers]

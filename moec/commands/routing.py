@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from moec.commands.echo import echo
-from moec.commands.files import check_output
-from moec.commands.options import force_option, json_option
+from moec.commands.options.files import check_output
+from moec.commands.options.options import force_option, json_option
+from moec.commands.output.echo import echo
 from moec.errors import UsageError
 
 OUT = click.Path(path_type=Path, dir_okay=False)
@@ -31,9 +31,9 @@ def command(
     FILE is a trace of moec (.npz), counts per layer and expert (.npy, .json), one record per line
     (.jsonl), or a dump of SGLang's recorder (.pt).
     """
-    from moec.plan.balance import balance
-    from moec.plan.heat_map import Table, check_picture_name, save_heat_map
-    from moec.plan.importers import read_routing
+    from moec.plan.inputs.importers import read_routing
+    from moec.plan.placement.balance import balance
+    from moec.plan.report.heat_map import Table, check_picture_name, save_heat_map
     from moec.runtime.routing_trace import save_trace
 
     for path in (picture, output):
@@ -55,7 +55,7 @@ def command(
     if as_json:
         click.echo(json.dumps([layer.to_dict() for layer in layers], indent=1))
         return
-    from moec.plan.text import columns
+    from moec.plan.report.text import columns
     from moec.report.units import counted
 
     tokens = f"{counted(routing.trace.tokens, 'token')}, " if routing.trace else "counts only, "

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec.commands.echo import echo
-from moec.commands.logs import log_options
-from moec.commands.options import json_option, quiet_option, signed_by_option
-from moec.commands.ranks import holds_ranks, run_ranks
-from moec.commands.run_text import TextOptions, read_prompts, text_options, write_texts
+from moec.commands.execution.ranks import holds_ranks, run_ranks
+from moec.commands.execution.text import TextOptions, read_prompts, text_options, write_texts
+from moec.commands.options.options import json_option, quiet_option, signed_by_option
+from moec.commands.output.echo import echo
+from moec.commands.output.logs import log_options
 from moec.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def command(
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
     _check_work(source, output, options, compares=check or rebuild)
-    from moec.commands.recording import check_trace, recorded
+    from moec.commands.options.recording import check_trace, recorded
     from moec.runtime import artifact as artifacts
     from moec.runtime.device import default_device, device_of, only_for
     from moec.runtime.executor import start

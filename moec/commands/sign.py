@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moec.commands.echo import echo
-from moec.commands.options import quiet_option
-from moec.commands.ranks import holds_ranks
+from moec.commands.execution.ranks import holds_ranks
+from moec.commands.options.options import quiet_option
+from moec.commands.output.echo import echo
 
 if TYPE_CHECKING:
     from moec.runtime.part_writers import Buffer

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moec.commands.echo import echo
-from moec.commands.logs import log_options
-from moec.commands.options import json_option, quiet_option, signed_by_option
-from moec.commands.ranks import holds_ranks
+from moec.commands.execution.ranks import holds_ranks
+from moec.commands.options.options import json_option, quiet_option, signed_by_option
+from moec.commands.output.echo import echo
+from moec.commands.output.logs import log_options
 
 if TYPE_CHECKING:
     from moec.runtime.artifact import Artifact

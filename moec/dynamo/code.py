@@ -20,9 +20,9 @@ from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.package import package, packed_arrays
+from moec.dynamo.graph.regions import Region
 from moec.dynamo.options import Options, exact
 from moec.dynamo.record import RECORDER
-from moec.dynamo.regions import Region
 from moec.errors import NoMatch
 from moec.interpret.evaluate import evaluate
 from moec.ir.canonical import without_origins

@@ -19,20 +19,20 @@ import torch
 from torch import fx
 
 from moec.dynamo.code import Code, generate, is_constant
-from moec.dynamo.convert import convert
 from moec.dynamo.devices import check_one_device, devices_of, example_of, on_devices
 from moec.dynamo.direct import direct
-from moec.dynamo.grouped_mm import ON_GPU
-from moec.dynamo.local import take_local_parts, with_parts
+from moec.dynamo.graph.convert import convert
+from moec.dynamo.graph.local import take_local_parts, with_parts
+from moec.dynamo.graph.regions import Region, regions
+from moec.dynamo.graph.trace import static_inputs, trace
 from moec.dynamo.operators import BlockSite, register_site
 from moec.dynamo.options import Options, parse
-from moec.dynamo.products import ProductKernels
 from moec.dynamo.record import RECORDER, Fallback
-from moec.dynamo.regions import Region, regions
 from moec.dynamo.rest import compile_rest
 from moec.dynamo.skipped import watch
-from moec.dynamo.trace import static_inputs, trace
-from moec.dynamo.training import (
+from moec.dynamo.training.grouped_mm import ON_GPU
+from moec.dynamo.training.products import ProductKernels
+from moec.dynamo.training.trained_weights import (
     gradient_barrier,
     mostly_trainable,
     needs_gradient,

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from moec.arguments import target_of
+from moec.dynamo.graph.regions import Region
 from moec.dynamo.options import Options
-from moec.dynamo.regions import Region
 from moec.errors import NoMatch
 from moec.runtime.device import CPU, CUDA
 from moec.target import cuda

@@ -20,8 +20,8 @@ import torch
 
 from moec.capture.export.autograd import autograd_inside
 from moec.dynamo.code import Code, is_constant
-from moec.dynamo.gradients import Products, differentiable
 from moec.dynamo.record import RECORDER
+from moec.dynamo.training.gradients import Products, differentiable
 from moec.interpret.evaluate import run_graph
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import symbols

@@ -11,7 +11,7 @@ import torch
 from moec.codegen.onnx.lower import OnnxGraph, block_of
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
-from moec.ops.dispatch import SORTS
+from moec.ops.experts.dispatch import SORTS
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
 

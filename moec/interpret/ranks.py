@@ -11,7 +11,7 @@ import torch
 from moec.errors import IRError
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Module
-from moec.ops.dist import meanings
+from moec.ops.parallel.dist import meanings
 
 Groups = Mapping[str, Sequence[Sequence[int]]]
 """The ranks of each group by name: parts of 0..p-1, in the order that the collectives keep."""

@@ -8,7 +8,7 @@ import torch
 
 from moec.dtypes import FLOATS
 from moec.ir.graph import Graph, Op
-from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
 """The greatest error allowed, relative to the greatest value of the output.

@@ -9,31 +9,22 @@ rows come after ends[E-1], hold zeros, and add nothing.
 from __future__ import annotations
 
 from moec.ir.opdef import OPS, OpDef
-from moec.ops import (
-    add_norm,
-    attention,
-    bound,
-    cache,
+from moec.ops.dense import add_norm, attention, cache, linear_attention, norm, rotary
+from moec.ops.experts import (
     compressed,
     dispatch,
-    dist,
-    force,
-    gate,
     grouped,
     grouped_combine,
-    hierarchy,
-    linear_attention,
     mixture,
     neurons,
-    norm,
     quantised,
     quantised_linear,
-    require_count,
-    rotary,
-    size,
     soft_mixture,
     zero_experts,
 )
+from moec.ops.parallel import dist
+from moec.ops.routing import force, gate, hierarchy
+from moec.ops.sizes import bound, require_count, size
 
 __all__ = [
     "OPS",

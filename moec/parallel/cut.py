@@ -15,7 +15,7 @@ import sympy
 
 from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.dispatch import SORTS
+from moec.ops.experts.dispatch import SORTS
 from moec.runtime.package import MAIN
 
 _SMALL = ("aten.index_select.default", "aten.sum.default", "aten.reshape.default", "moec.size")

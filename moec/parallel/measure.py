@@ -26,8 +26,8 @@ from moec.parallel.compile import compile_ranks
 from moec.parallel.launch import start
 from moec.parallel.process import Job, started
 from moec.parallel.segments import RankModel
-from moec.plan.cluster import Cluster, ClusterDevice, Level
-from moec.plan.files import Quantity
+from moec.plan.inputs.files import Quantity
+from moec.plan.network.cluster import Cluster, ClusterDevice, Level
 from moec.runtime.package import MAIN
 from moec.target import cpu
 

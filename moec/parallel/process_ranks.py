@@ -15,7 +15,7 @@ from moec.errors import MoecError
 from moec.interpret.ranks import Groups
 from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner
-from moec.ops.dist import meanings
+from moec.ops.parallel.dist import meanings
 
 LATE = "another rank did not respond in time"
 ENDED = "another rank ended"

@@ -6,7 +6,7 @@ Rank = (copy * EP + expert rank) * slices + slice. A node holds consecutive rank
 from __future__ import annotations
 
 from moec.errors import UsageError
-from moec.plan.exchange import STAGED
+from moec.plan.network.exchange import STAGED
 from moec.plan.plan import LayerPlan, Plan
 
 Parts = tuple[tuple[int, ...], ...]

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from moec.errors import UsageError
 from moec.files.whole_file import whole_file
-from moec.plan.exchange import Form
-from moec.plan.files import Natural, Positive, Record, Source
-from moec.plan.workload import Workload
+from moec.plan.inputs.files import Natural, Positive, Record, Source
+from moec.plan.inputs.workload import Workload
+from moec.plan.network.exchange import Form
 
 Expert = Annotated[int, msgspec.Meta(ge=0)]
 

@@ -7,11 +7,11 @@ from typing import cast
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import integer
-from moec.ops.dispatch import chooses_all
-from moec.ops.hierarchy import groups_of
-from moec.ops.routing import Routing
-from moec.ops.soft_mixture import slots_of
-from moec.ops.zero_experts import KINDS
+from moec.ops.experts.dispatch import chooses_all
+from moec.ops.experts.soft_mixture import slots_of
+from moec.ops.experts.zero_experts import KINDS
+from moec.ops.routing.hierarchy import groups_of
+from moec.ops.routing.routing import Routing
 from moec.report.data import WHOLE, Block
 
 _ROUTERS = ("moe.route", "moe.gate")

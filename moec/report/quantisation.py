@@ -14,8 +14,8 @@ from moec.errors import UnsupportedError
 from moec.formats.integer import dequantise
 from moec.formats.notation import Format
 from moec.ir.graph import Attr, Op, Program, Value
-from moec.ops.quantised import Matrix, format_of
-from moec.ops.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.ops.experts.quantised import Matrix, format_of
+from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.rounding_stats import RoundingStats
 from moec.passes.core.runner import Kind, Log, PassResult

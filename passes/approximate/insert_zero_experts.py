@@ -33,7 +33,7 @@ from moec.interpret.evaluate import run_graph
 from moec.ir.dims import symbols
 from moec.ir.graph import Attr, DType, Op, Program, Ref, TensorType, Value
 from moec.ir.upcast import widen
-from moec.ops.routing import widened
+from moec.ops.routing.routing import widened
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant

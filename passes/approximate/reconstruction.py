@@ -16,7 +16,7 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import Program
-from moec.ops.routing import Routing, route_logits
+from moec.ops.routing.routing import Routing, route_logits
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.core.moe_layer import MOVES, Layer, constant, expert_outputs
 

@@ -27,7 +27,7 @@ from moec.ir.aten import IR_DTYPES
 from moec.ir.dims import symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
 from moec.ir.upcast import widen
-from moec.ops.routing import Routing, widened
+from moec.ops.routing.routing import Routing, widened
 from moec.passes.core.rewrite import Builder, drop_dead
 
 MOVES = ("aten.reshape.default", "aten._to_copy.default", "aten.alias.default")

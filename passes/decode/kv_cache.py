@@ -17,7 +17,7 @@ from functools import partial
 from moec.errors import NoMatch
 from moec.ir.dims import Bounds, canonical, symbol
 from moec.ir.graph import Graph, Op, Ref, State, TensorType, Value
-from moec.ops.attention import Attention
+from moec.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of
 from moec.passes.decode.emit import OpEmitter

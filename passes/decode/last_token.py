@@ -22,8 +22,8 @@ import sympy
 from moec.errors import NoMatch
 from moec.ir.dims import canonical
 from moec.ir.graph import Graph, Op, TensorType, Value
-from moec.ops.attention import Attention
-from moec.ops.dispatch import SORTS
+from moec.ops.dense.attention import Attention
+from moec.ops.experts.dispatch import SORTS
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.emit import OpEmitter
 from moec.passes.decode.positions import ResizedTokens

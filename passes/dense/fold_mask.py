@@ -22,7 +22,7 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, TensorType, Value
-from moec.ops.attention import Attention
+from moec.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.dense.mask_forms import MaskForm, closed_form

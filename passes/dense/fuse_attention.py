@@ -28,7 +28,7 @@ from moec.errors import IRError, NoMatch
 from moec.ir.aten import IR_DTYPES, TORCH_DTYPES
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Program, Stage, TensorType, Value
-from moec.ops.attention import Attention
+from moec.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.dense.eager_attention import constant, eager_attention

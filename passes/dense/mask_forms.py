@@ -24,7 +24,7 @@ from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.dims import Bounds, symbols
 from moec.ir.graph import Attr, Op, Value
-from moec.ops.attention import Attention, attends
+from moec.ops.dense.attention import Attention, attends
 from moec.passes.core.rewrite import sizes_in
 from moec.passes.dense.eager_attention import HIDDEN
 from moec.passes.dense.mask_values import SMALL, Cut, Elements, Positions

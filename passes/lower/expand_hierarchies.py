@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from moec.ir.dims import Dim
 from moec.ir.graph import Attr, DType, Op, Program, Ref, Stage, TensorType, Value
-from moec.ops.hierarchy import groups_of
+from moec.ops.routing.hierarchy import groups_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.lower.expand_soft_mixtures import softmax

@@ -20,7 +20,7 @@ from typing import ClassVar
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, Op, Program, Stage, TensorType, Value
 from moec.ir.opdef import integer
-from moec.ops.soft_mixture import slots_of
+from moec.ops.experts.soft_mixture import slots_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.lower.expand_experts import expand_experts

@@ -21,7 +21,7 @@ from moec.errors import NoMatch
 from moec.ir.dims import symbol
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Stage, TensorType, Value
 from moec.ir.traits import is_pointwise
-from moec.ops.grouped import GroupedLinear
+from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

@@ -19,7 +19,7 @@ import sympy
 from moec.errors import NoMatch
 from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Program, Value
-from moec.ops.attention import Attention
+from moec.ops.dense.attention import Attention
 from moec.passes.core.moe_layer import constant
 
 _LINEAR = "aten.linear.default"

@@ -19,7 +19,7 @@ from moec.formats.integer import Quantised, dequantise, encode, quantise
 from moec.formats.notation import Format
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program, Stage, Value
-from moec.ops.grouped import GroupedLinear
+from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, load_calibration
 from moec.passes.calibration.gptq import hessian, solve
 from moec.passes.core.rewrite import drop_dead

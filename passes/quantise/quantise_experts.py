@@ -20,7 +20,7 @@ from typing import ClassVar
 from moec.errors import NoMatch
 from moec.formats.notation import Format
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.grouped import GroupedLinear
+from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 

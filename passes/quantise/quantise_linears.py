@@ -18,7 +18,7 @@ from moec.errors import NoMatch
 from moec.formats.notation import Format
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.traits import PRODUCTS
-from moec.ops.dispatch import SORTS
+from moec.ops.experts.dispatch import SORTS
 from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 

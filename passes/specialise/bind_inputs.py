@@ -20,7 +20,7 @@ from moec.interpret.random_inputs import table_rows
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import Dim, symbols
 from moec.ir.graph import DType, Op, Program, Value
-from moec.ops.bound import periodic_constant
+from moec.ops.sizes.bound import periodic_constant
 from moec.passes.core.options import Given
 
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from moec import __main__ as front
-from moec.plan.cluster import read_cluster
+from moec.plan.network.cluster import read_cluster
 from moec.plan.plan import read_plan
 from moec.runtime.routing_trace import of_ids, save_trace
 
@@ -174,7 +174,7 @@ def test_pictures_of_routing(name: str, head: bytes, trace: str, tmp_path: Path)
 
 
 def test_no_package_for_a_png(trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moec.plan.heat_map.find_spec", lambda name: None)
+    monkeypatch.setattr("moec.plan.report.heat_map.find_spec", lambda name: None)
     result = run("routing", trace, "--picture", str(tmp_path / "load.png"))
     assert "a .png needs matplotlib: pip install 'moec[bench]', or write an .svg" in result.stderr
     assert not (tmp_path / "load.png").exists()

@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from moec.codegen.cuda.source import PART
+from moec.codegen.cuda.compiler.source import PART
 from moec.runtime.package import Package
 from tests.cuda_emulator.emulate import compiled_kernels
 

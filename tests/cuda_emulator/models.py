@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moec.codegen.cuda.source import PART
+from moec.codegen.cuda.compiler.source import PART
 from moec.runtime.device import Cpu
 from moec.runtime.executor import Executor
 from moec.runtime.library import open_library

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moec.codegen.cuda.grouped import grouped_linear
+from moec.codegen.cuda.gemm.grouped import grouped_linear
+from moec.codegen.cuda.gemm.tiles import TileShape
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
-from moec.codegen.cuda.tiles import TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec
 from tests.cuda_emulator.bugs import EARLY, WHERE_LATE, WHERE_SKEWED, Bug, check_found

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moec.cache import Store
-from moec.dynamo.gradients import IN_PYTORCH, differentiable
-from moec.dynamo.products import ProductKernels
+from moec.dynamo.training.gradients import IN_PYTORCH, differentiable
+from moec.dynamo.training.products import ProductKernels
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Program, Stage
 from moec.ir.text import parse

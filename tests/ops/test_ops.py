@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from moec.interpret.evaluate import evaluate
 from moec.ir.text import parse
-from moec.ops.dispatch import sort_choices
-from moec.ops.routing import Routing, route_logits, top_k
+from moec.ops.experts.dispatch import sort_choices
+from moec.ops.routing.routing import Routing, route_logits, top_k
 
 
 @st.composite

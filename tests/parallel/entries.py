@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from moec.commands.ranks import write_rank
-from moec.commands.run_text import TextOptions
+from moec.commands.execution.ranks import write_rank
+from moec.commands.execution.text import TextOptions
 from moec.parallel import process_ranks
 from moec.parallel.decoder import RankDecoder
 from moec.parallel.process import Job, joined, rank_of_process, started

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moec
-from moec.commands.ranks import check, first_step
+from moec.commands.execution.ranks import check, first_step
 from moec.errors import ArtifactError, UnsupportedError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
@@ -23,9 +23,9 @@ from moec.parallel.store import code_file, load_rank
 from moec.passes.core.runner import Log
 from moec.passes.decode import incremental
 from moec.passes.parallel.plan_parallelism import rank_programs
-from moec.plan.placement import place
+from moec.plan.inputs.workload import Workload
+from moec.plan.placement.placement import place
 from moec.plan.plan import LayerPlan, Plan
-from moec.plan.workload import Workload
 from moec.runtime import manifest as manifests
 from moec.runtime.package import DECODE, MAIN
 from moec.runtime.text.generate import Request

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.plan.cluster import read_cluster
+from moec.plan.network.cluster import read_cluster
 from tests.commands.test_plan import MODEL, run
 
 

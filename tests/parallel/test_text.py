@@ -15,7 +15,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import moec
 from moec import __main__ as front
-from moec.commands.run_text import TextOptions
+from moec.commands.execution.text import TextOptions
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.plan.plan import write_plan

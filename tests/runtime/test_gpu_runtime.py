@@ -247,7 +247,7 @@ def test_where_there_is_a_gpu_tvm_compiles_nothing(process: tuple[Path, dict[str
     _, environment = process
     program = (
         "from moec.codegen.cuda.routing.combine import combine\n"
-        "from moec.codegen.cuda.source import lowered\n"
+        "from moec.codegen.cuda.compiler.source import lowered\n"
         "from moec.codegen.specs.routing import CombineSpec\n"
         "from moec.target.cuda import TARGETS\n"
         "import tvm\n"

@@ -18,10 +18,10 @@ from moec.interpret.ranks import evaluate_ranks
 from moec.ir.dims import symbols
 from moec.ir.graph import Program, Value
 from moec.passes.parallel.plan_parallelism import rank_programs
-from moec.plan.exchange import Form, coordinated, flat, hierarchical
 from moec.plan.groups import groups_of
+from moec.plan.inputs.workload import Workload
+from moec.plan.network.exchange import Form, coordinated, flat, hierarchical
 from moec.plan.plan import LayerPlan, Plan
-from moec.plan.workload import Workload
 from tests.systems.records import Keep, load, record_of
 
 example = load("02_deepspeed_moe")

@@ -14,7 +14,7 @@ from torch import nn
 import moec
 from docs.systems import Figure, Source
 from moec import CompiledModel
-from moec.plan.bound_experts import place_bound
+from moec.plan.placement.bound_experts import place_bound
 from tests.systems.records import Keep, load, record_of
 
 example = load("03_uni_moe")
@@ -26,8 +26,8 @@ SOURCE = Source(
     process="autoregressive",
     modalities=("text", "image", "video", "audio"),
     adds="fold-lora makes one weight of each frozen layer and its adapter, so that experts run as "
-    "grouped products without the adapters' two extra ones. `moec.plan.bound_experts` places the "
-    "experts of a modality on ranks of their own.",
+    "grouped products without the adapters' two extra ones. "
+    "`moec.plan.placement.bound_experts` places the experts of a modality on ranks of their own.",
 )
 TOLERANCE = 2e-5  # float32; folding an adapter rounds once more than running it
 

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from docs.systems import Figure, Source
-from moec.plan.replay import batches_by_expert, batches_in_order, cache_hits, experts_per_batch
+from moec.plan.simulation.replay import (
+    batches_by_expert,
+    batches_in_order,
+    cache_hits,
+    experts_per_batch,
+)
 from tests.systems.records import Keep, load, record_of
 
 system = load("23_read_me")

@@ -22,7 +22,7 @@ from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary import bytes_of_counts
 from moec.ir.graph import Graph, Op, TensorType
-from moec.ops.compressed import GroupedCompressed
+from moec.ops.experts.compressed import GroupedCompressed
 from moec.target.cpu import CpuTarget
 
 

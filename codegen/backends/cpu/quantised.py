@@ -16,7 +16,7 @@ from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
 from moec.formats.notation import Format
 from moec.ir.graph import Graph, Op
-from moec.ops.quantised import GroupedQuantised
+from moec.ops.experts.quantised import GroupedQuantised
 
 
 def check_format(format: Format) -> None:

@@ -22,7 +22,7 @@ from moec.codegen.specs.products import QuantisedSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType
-from moec.ops.quantised_linear import QuantisedLinear
+from moec.ops.experts.quantised_linear import QuantisedLinear
 
 
 def _check(op: Op, graph: Graph) -> None:

@@ -20,8 +20,8 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.experts import check_sorted
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.dispatch import SORTS
-from moec.ops.grouped import Grouped
+from moec.ops.experts.dispatch import SORTS
+from moec.ops.experts.grouped import Grouped
 
 Make = Callable[[int, Epilogue | None, str | None, str, Tuning], PrimFunc]
 """(top_k, epilogue, dtype of the scale, name, tuning) -> a kernel."""

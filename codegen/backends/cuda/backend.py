@@ -13,12 +13,12 @@ from moec.codegen.backends.cuda.library import launched
 from moec.codegen.backends.cuda.loops import write
 from moec.codegen.cpu.link import linker_for
 from moec.codegen.cuda.append import append
-from moec.codegen.cuda.cubin import compiler, cubins
+from moec.codegen.cuda.compiler.cubin import compiler, cubins
+from moec.codegen.cuda.compiler.source import PART
 from moec.codegen.cuda.norm import norm
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
-from moec.codegen.cuda.source import PART
 from moec.codegen.rules import caches, experts, norms, sizes
 from moec.codegen.specs.attention import AppendSpec
 from moec.codegen.specs.norm import NormSpec

@@ -14,7 +14,7 @@ from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
 from moec.codegen.backends.cuda.products import stack
 from moec.codegen.backends.cuda.quantised import rounded
-from moec.codegen.cuda.compressed import check_compressed, compressed_linear
+from moec.codegen.cuda.quantised.compressed import check_compressed, compressed_linear
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.products import spec_of
@@ -22,7 +22,7 @@ from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary import bytes_of_counts
 from moec.formats.ternary_code import CODEWORDS, dictionary, masks
 from moec.ir.graph import Graph, Op, TensorType
-from moec.ops.compressed import X_BITS, GroupedCompressed
+from moec.ops.experts.compressed import X_BITS, GroupedCompressed
 
 _TABLE = Param(
     "ternary.masks",

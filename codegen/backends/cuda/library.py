@@ -15,7 +15,7 @@ import tvm
 from moec.cache import Store, default_store
 from moec.codegen.build import Objects, context, executable, lowered_calls, options_of
 from moec.codegen.cpu.link import linked
-from moec.codegen.cuda.source import Lowered, launcher, lowered
+from moec.codegen.cuda.compiler.source import Lowered, launcher, lowered
 from moec.codegen.object_cache import compiled_objects, contents_of
 from moec.target.cuda import HOST, CudaTarget
 

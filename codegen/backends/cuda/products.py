@@ -14,12 +14,12 @@ from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
 from moec.codegen.cuda.activation import Epilogue
-from moec.codegen.cuda.gemv import check_few_rows
-from moec.codegen.cuda.grouped import grouped_linear, shapes_of
-from moec.codegen.cuda.grouped import linear as dense_linear
-from moec.codegen.cuda.layout import interleave
-from moec.codegen.cuda.product import check_product
-from moec.codegen.cuda.split_blocks import memory_of
+from moec.codegen.cuda.gemm.gemv import check_few_rows
+from moec.codegen.cuda.gemm.grouped import grouped_linear, shapes_of
+from moec.codegen.cuda.gemm.grouped import linear as dense_linear
+from moec.codegen.cuda.gemm.layout import interleave
+from moec.codegen.cuda.gemm.product import check_product
+from moec.codegen.cuda.gemm.split_blocks import memory_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.products import DENSE, dense_of, spec_of
@@ -27,7 +27,7 @@ from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType, Value
-from moec.ops.grouped import GroupedLinear
+from moec.ops.experts.grouped import GroupedLinear
 from moec.target.cuda import TARGETS
 
 LEAST = min(TARGETS.values(), key=lambda target: target.shared_memory)

@@ -14,16 +14,16 @@ from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
 from moec.codegen.backends.cuda.products import LEAST, stack
-from moec.codegen.cuda.codes import pack
-from moec.codegen.cuda.grouped_codes import check_grouped_codes, grouped_codes
-from moec.codegen.cuda.layout import interleave
-from moec.codegen.cuda.round_rows import planes_of, round_rows
+from moec.codegen.cuda.gemm.layout import interleave
+from moec.codegen.cuda.quantised.codes import pack
+from moec.codegen.cuda.quantised.grouped_codes import check_grouped_codes, grouped_codes
+from moec.codegen.cuda.quantised.round_rows import planes_of, round_rows
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
 from moec.ir.graph import Graph, Op, TensorType, Value
-from moec.ops.quantised import GroupedQuantised
+from moec.ops.experts.quantised import GroupedQuantised
 
 
 def _spec(op: Op, parts: GroupedQuantised) -> QuantisedSpec:

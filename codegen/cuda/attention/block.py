@@ -23,8 +23,8 @@ from moec.codegen.cuda.attention.arguments import (
 )
 from moec.codegen.cuda.attention.key_tiles import PADDING, KeyTile
 from moec.codegen.cuda.attention.softmax import LOG2_E
+from moec.codegen.cuda.gemm.stages import PIECE
 from moec.codegen.cuda.instructions import WARP, copy_async
-from moec.codegen.cuda.stages import PIECE
 
 
 @dataclass(frozen=True)

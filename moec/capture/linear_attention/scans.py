@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from moec.errors import CaptureError
-from moec.ops.linear_attention import recurrence
+from moec.ops.dense.linear_attention import recurrence
 
 OWN = {"moec.linear_attention.default": "nn.linear_attention"}
 """Operators in the export, with the ops of the IR that they become."""

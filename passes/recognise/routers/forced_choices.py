@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from moec.dtypes import INDEX_DTYPES
 from moec.ir.dims import product
 from moec.ir.graph import Value
-from moec.ops.routing import Routing
+from moec.ops.routing.routing import Routing
 from moec.passes.recognise.region import RegionEmitter, Scope
 
 

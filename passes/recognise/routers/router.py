@@ -23,8 +23,8 @@ from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Program, Stage, Value
-from moec.ops.dispatch import chooses_all
-from moec.ops.routing import Routing, choice_scores, group_scores
+from moec.ops.experts.dispatch import chooses_all
+from moec.ops.routing.routing import Routing, choice_scores, group_scores
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import decisions

@@ -9,7 +9,7 @@ from typing import cast
 
 from moec.ir.graph import Graph, Op
 from moec.ir.traits import CHOICES
-from moec.ops.routing import Routing
+from moec.ops.routing.routing import Routing
 
 
 def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Routing]:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from moec.codegen.cuda.activation import clamped_swiglu, gated, silu
-from moec.codegen.cuda.grouped import grouped_linear
+from moec.codegen.cuda.gemm.grouped import grouped_linear
+from moec.codegen.cuda.gemm.tiles import TileShape
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
-from moec.codegen.cuda.tiles import TileShape
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
-from moec.ops.routing import Routing, route_logits
-from tests.codegen.cuda.test_gemv import packed
-from tests.codegen.cuda.test_grouped import EAGER
+from moec.ops.routing.routing import Routing, route_logits
+from tests.codegen.cuda.gemm.test_gemv import packed
+from tests.codegen.cuda.gemm.test_grouped import EAGER
 from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, emulated, needs_compiler
 
 pytestmark = needs_compiler

@@ -25,28 +25,28 @@ from moec.codegen.cuda.append import append
 from moec.codegen.cuda.attention.key_tiles import KEY_TILES, WARPS
 from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.cuda.attention.warps import attention
-from moec.codegen.cuda.compressed import compressed_linear
-from moec.codegen.cuda.cubin import Cubin, cubin
-from moec.codegen.cuda.gemv import gemv
-from moec.codegen.cuda.grouped import grouped_linear
-from moec.codegen.cuda.grouped_codes import gemv_codes, grouped_codes
-from moec.codegen.cuda.grouped_wgmma import grouped_linear_wgmma
+from moec.codegen.cuda.compiler.cubin import Cubin, cubin
+from moec.codegen.cuda.compiler.source import lowered
+from moec.codegen.cuda.gemm.gemv import gemv
+from moec.codegen.cuda.gemm.grouped import grouped_linear
+from moec.codegen.cuda.gemm.grouped_wgmma import grouped_linear_wgmma
+from moec.codegen.cuda.gemm.split_k import split_k, split_of
+from moec.codegen.cuda.gemm.tiles import CODES, FLOATS, LARGE, MIDDLE, SMALL, TileShape
+from moec.codegen.cuda.gemm.wgmma_tile import SHARED_MEMORY, THREADS
 from moec.codegen.cuda.instructions import WARP
 from moec.codegen.cuda.norm import norm
+from moec.codegen.cuda.quantised.compressed import compressed_linear
+from moec.codegen.cuda.quantised.grouped_codes import gemv_codes, grouped_codes
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
-from moec.codegen.cuda.source import lowered
-from moec.codegen.cuda.split_k import split_k, split_of
-from moec.codegen.cuda.tiles import CODES, FLOATS, LARGE, MIDDLE, SMALL, TileShape
-from moec.codegen.cuda.wgmma_tile import SHARED_MEMORY, THREADS
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec, AttentionSpec
 from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.products import CompressedSpec, LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
 from moec.formats.compressed import KINDS
 from moec.formats.notation import parse
-from moec.ops.routing import Routing
+from moec.ops.routing.routing import Routing
 from moec.target import nvidia
 from moec.target.cuda import TARGETS, CudaTarget
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from moec.codegen.cuda.activation import gated, silu
-from moec.codegen.cuda.cubin import Cubin, cubin
-from moec.codegen.cuda.grouped import grouped_linear, linear
-from moec.codegen.cuda.source import lowered
-from moec.codegen.cuda.split_k import split_k, split_of
-from moec.codegen.cuda.tiles import LARGE, SMALL
+from moec.codegen.cuda.compiler.cubin import Cubin, cubin
+from moec.codegen.cuda.compiler.source import lowered
+from moec.codegen.cuda.gemm.grouped import grouped_linear, linear
+from moec.codegen.cuda.gemm.split_k import split_k, split_of
+from moec.codegen.cuda.gemm.tiles import LARGE, SMALL
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cuda import TARGETS
 from tests.codegen.cuda.test_static import ARCHES, instructions, needs_nvcc, tool

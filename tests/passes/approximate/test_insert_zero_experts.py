@@ -17,7 +17,7 @@ from moec.interpret.evaluate import evaluate
 from moec.interpret.graph_module import GraphModule
 from moec.ir.graph import Stage
 from moec.ir.text import parse, print_graph
-from moec.ops.routing import Routing, route_logits
+from moec.ops.routing.routing import Routing, route_logits
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.core.runner import run
 from moec.pipeline import LOWER

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moec.errors import UsageError
 from moec.ir.text import print_graph
-from moec.ops.routing import Routing, route_logits
+from moec.ops.routing.routing import Routing, route_logits
 from moec.passes.approximate.prune_experts import PruneExperts
 from tests.passes.changed import (
     LAYER,

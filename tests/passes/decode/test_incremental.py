@@ -15,7 +15,7 @@ from moec.errors import NoMatch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Module, Program, Stage
 from moec.ir.text import parse, print_graph
-from moec.ops.attention import OPERANDS
+from moec.ops.dense.attention import OPERANDS
 from moec.passes.core.runner import run
 from moec.passes.decode import continues_text, incremental
 from moec.passes.simplify.fold_permutes import FoldPermutes

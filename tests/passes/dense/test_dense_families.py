@@ -12,7 +12,7 @@ import torch
 
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Op
-from moec.ops.attention import Attention
+from moec.ops.dense.attention import Attention
 from moec.passes.core.runner import Pass, PassResult, run
 from moec.passes.dense.fold_mask import FoldMask
 from moec.passes.dense.fuse_attention import FuseAttention

@@ -19,11 +19,11 @@ from moec.ir.graph import Graph, Module, Program, Stage
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import Log
 from moec.passes.parallel.plan_parallelism import parallelise, rank_programs
-from moec.plan.exchange import Form
 from moec.plan.groups import groups_of
-from moec.plan.placement import place
+from moec.plan.inputs.workload import Workload
+from moec.plan.network.exchange import Form
+from moec.plan.placement.placement import place
 from moec.plan.plan import LayerPlan, Plan
-from moec.plan.workload import Workload
 
 E, D, H, K = 8, 6, 12, 2
 

@@ -259,7 +259,7 @@ from moec.codegen.build import assembly, compile_kernels
 from moec.codegen.cpu.attention.attention import AttentionSpec, attention
 from moec.codegen.cpu.routing.gate import GateSpec, gate
 from moec.codegen.cpu.routing.route import RouteSpec
-from moec.ops.routing import Routing
+from moec.ops.routing.routing import Routing
 from moec.target.cpu import host
 
 def build(f, name):

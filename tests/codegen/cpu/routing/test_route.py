@@ -16,7 +16,7 @@ from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.routing.gate import gate
 from moec.codegen.cpu.routing.route import route
 from moec.codegen.specs.routing import GateSpec, RouteSpec
-from moec.ops.routing import Routing, route_logits
+from moec.ops.routing.routing import Routing, route_logits
 from moec.target.cpu import TARGETS, CpuTarget, host
 
 TORCH = {

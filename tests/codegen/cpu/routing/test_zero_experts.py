@@ -25,7 +25,7 @@ FIRST = 3
 
 
 def reference(kinds, k, dtype, mixed, tensors):
-    """What the op means in eager PyTorch, which tests/ops/test_zero_experts.py checks."""
+    """What the op means in eager PyTorch, which tests/ops/experts/test_zero_experts.py checks."""
     x, ids, weights, *rest = tensors
     d, count = x.shape[1], kinds.count("constant")
     kind, named = NAMES[dtype], ", ".join(f'"{k}"' for k in kinds)

@@ -1,0 +1,1 @@
+"""Kernels become CUDA C, and CUDA C cubins."""

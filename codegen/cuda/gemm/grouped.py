@@ -1,0 +1,276 @@
+"""Products of each expert's rows with that expert's weights; rows are sorted by expert.
+
+    y[r] = f(x[row of r] @ w[e]^T + bias[e])        for ends[e-1] <= r < ends[e]
+
+A dense product (`linear`) is a grouped product with one expert that owns all rows. "row of r" is r
+itself, or, if the dispatch is fused (`top_k`), the token order[r] // top_k: the rows of x are then
+gathered on load, never copied. Rows of y without an expert are not written. Gated weights are
+interleaved: see layout.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import Buffer, PrimFunc
+
+from moec.codegen.cuda.activation import Epilogue
+from moec.codegen.cuda.gemm.float_tile import multiply_floats
+from moec.codegen.cuda.gemm.gemv import ROWS, launch_few_rows
+from moec.codegen.cuda.gemm.grouped_wgmma import check_wgmma, launch_wgmma
+from moec.codegen.cuda.gemm.mma_tile import MmaTile, mma_tile
+from moec.codegen.cuda.gemm.parts import part_of_w, part_of_x, rows_of_copies
+from moec.codegen.cuda.gemm.product import (
+    Product,
+    arguments,
+    check_product,
+    dense_arguments,
+    store_row,
+    tiles_of,
+)
+from moec.codegen.cuda.gemm.split_blocks import SplitTiles, can_split, memory_of, parts_of
+from moec.codegen.cuda.gemm.split_k import launch_split_k, split_of
+from moec.codegen.cuda.gemm.tiles import FEW_ROWS, FLOATS, LARGE, SMALL, ExpertRows, TileShape
+from moec.codegen.specs.products import LinearSpec
+from moec.errors import NoMatch
+from moec.target.cuda import CudaTarget
+
+
+def shapes_of(dtype: str) -> tuple[TileShape, TileShape]:
+    """The tiles for few and for many rows per expert."""
+    return SMALL, FLOATS if dtype == "float32" else LARGE
+
+
+def grouped_linear(
+    spec: LinearSpec,
+    target: CudaTarget,
+    *,
+    epilogue: Epilogue | None = None,
+    top_k: int = 0,
+    shape: TileShape | None = None,
+    blocks: int = 0,
+    splits: bool = False,
+    name: str = "grouped",
+) -> PrimFunc:
+    """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n][,
+    memory]).
+
+    With `top_k` it has the argument `order`. `shape` is the tile. None selects one at launch, by
+    the number of rows; for few rows, that is the product of gemv.py. `blocks` is the grid size; 0
+    means at most one block per SM. If it `splits`, k is split over blocks where tiles are few; the
+    shape of the memory for that is `split_blocks.memory_of`, and None means that there is none.
+
+    Raises NoMatch if the tile does not support the product.
+    """
+    shapes = shapes_of(spec.dtype) if shape is None else (shape,)
+    for one in shapes:
+        check_product(spec, target, epilogue, one.shared_memory)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            memory = memory_of(spec, target, shapes) if splits else None
+            p = arguments(spec, epilogue, top_k, memory=memory)
+            _launched(p, target, shapes, blocks)
+    return builder.get()
+
+
+def linear(
+    spec: LinearSpec,
+    target: CudaTarget,
+    *,
+    shape: TileShape | None = None,
+    splits: bool = False,
+    name: str = "linear",
+) -> PrimFunc:
+    """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n][, memory]) for one expert that owns all
+    rows."""
+    shapes = shapes_of(spec.dtype) if shape is None else (shape,)
+    for one in shapes:
+        check_product(spec, target, None, one.shared_memory)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tir.noalias": True})
+            memory = memory_of(spec, target, shapes) if splits else None
+            _launched(dense_arguments(spec, memory), target, shapes, 0)
+    return builder.get()
+
+
+def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], blocks: int) -> None:
+    by_wgmma = len(shapes) > 1 and _by_wgmma(p, target)
+
+    def tiles(shape: TileShape) -> None:
+        parts = parts_of(p, target, shape)
+        if by_wgmma and shape is LARGE:
+            _launch_hopper(p, target, blocks, parts)
+            return
+        if parts is None:
+            launch_tiles(p, target, shape, blocks, partial(_tiles, p, target, shape))
+            return
+        parts.launch(partial(_part, p, target, parts))
+        with T.If(parts.count > 1), T.Then():
+            parts.launch_sum()
+
+    if len(shapes) == 1:
+        tiles(shapes[0])
+        return
+    few, small, large = (
+        partial(launch_few_rows, p, target, blocks),
+        *(partial(tiles, s) for s in shapes),
+    )
+    split = split_of(p.spec, target.sms)
+    if split is not None:
+        few = small = partial(launch_split_k, p, split)
+    elif p.memory is not None and p.ends is None and not target.tf32:
+        few = small if can_split(p.spec, target, shapes[0]) else few
+    by_rows(p, few, small, large)
+
+
+def _by_wgmma(p: Product, target: CudaTarget) -> bool:
+    try:
+        check_wgmma(p.spec, target, p.epilogue)
+    except NoMatch:
+        return False
+    return p.order is None  # TMA copies rows that are neighbours
+
+
+def _launch_hopper(p: Product, target: CudaTarget, blocks: int, parts: SplitTiles | None) -> None:
+    """Many rows, by wgmma unless tiles are few."""
+    if parts is None:
+        launch_wgmma(p, target, blocks)
+        return
+    with T.If(parts.count > 1):
+        with T.Then():
+            parts.launch(partial(_part, p, target, parts))
+            parts.launch_sum()
+        with T.Else():
+            launch_wgmma(p, target, blocks)
+
+
+def by_rows(
+    p: Product, few: Callable[[], None], small: Callable[[], None], large: Callable[[], None]
+) -> None:
+    """Emits the host code that selects a launch by the average number of rows per expert."""
+    if few is small:
+        with T.If(p.rows <= FEW_ROWS * p.spec.groups):
+            with T.Then():
+                small()
+            with T.Else():
+                large()
+        return
+    with T.If(p.rows <= max(p.spec.groups, ROWS)):
+        with T.Then():
+            few()
+        with T.Else(), T.If(p.rows <= FEW_ROWS * p.spec.groups):
+            with T.Then():
+                small()
+            with T.Else():
+                large()
+
+
+def launch_tiles(
+    p: Product,
+    target: CudaTarget,
+    shape: TileShape,
+    blocks: int,
+    compute: Callable[[int | Expr, Expr, Expr], None],
+) -> None:
+    """Launches persistent blocks, each of which runs compute(blocks, block, thread)."""
+    across = -(-p.columns // shape.columns)
+    # The maximum over all routings: every full tile, plus one partial tile per expert.
+    tiles = ((p.rows + (shape.rows - 1)) // shape.rows + (p.spec.groups - 1)) * across
+    count = T.min(T.max(tiles, 1), target.sms) if not blocks else blocks
+    grid = T.launch_thread("blockIdx.x", count)
+    with grid as block, T.launch_thread("threadIdx.x", shape.threads) as thread:
+        compute(count, block, thread)
+
+
+def _tiles(
+    p: Product,
+    target: CudaTarget,
+    shape: TileShape,
+    blocks: int | Expr,
+    block: Expr,
+    thread: Expr,
+) -> None:
+    tile = mma_tile(shape, p.spec.dtype, p.spec.k, thread)
+    word = T.alloc_buffer((1,), "uint32", scope="local")
+    rows = rows_of_copies(shape)
+
+    def compute(owned: ExpertRows, column: Expr) -> None:
+        _multiply(p, target, tile, owned, column, rows)
+        store_tile(p, tile, owned, column, word)
+
+    each_tile(p, shape, (blocks, block, thread), compute)
+
+
+def _multiply(
+    p: Product,
+    target: CudaTarget,
+    tile: MmaTile,
+    owned: ExpertRows,
+    column: Expr,
+    rows: Buffer,
+    span: tuple[Expr, Expr] | None = None,
+) -> None:
+    """The sums of a tile, over all steps of k or those of `span`. rows: scratch space."""
+    (x,) = part_of_x(p, tile, owned, rows)
+    w = part_of_w(p, tile, owned, column)
+    if p.spec.dtype == "float32" and not target.tf32:
+        multiply_floats(tile, x, w, span)
+    else:
+        tile.compute(x, w, span)
+
+
+def _part(
+    p: Product,
+    target: CudaTarget,
+    parts: SplitTiles,
+    thread: Expr,
+    owned: ExpertRows,
+    column: Expr,
+    span: tuple[Expr, Expr],
+    slot: Expr,
+) -> None:
+    """A part of a tile; the tile, if there is one part."""
+    tile = mma_tile(parts.shape, p.spec.dtype, p.spec.k, thread)
+    word = T.alloc_buffer((1,), "uint32", scope="local")
+    _multiply(p, target, tile, owned, column, rows_of_copies(parts.shape), span)
+    with T.If(parts.count > 1):
+        with T.Then():
+            parts.store(tile, slot)
+        with T.Else():
+            store_tile(p, tile, owned, column, word)
+
+
+def each_tile(
+    p: Product,
+    shape: TileShape,
+    launch: tuple[int | Expr, Expr, Expr],
+    compute: Callable[[ExpertRows, Expr], None],
+) -> None:
+    """Runs compute(rows, first packed column) for each tile of this block. `launch` is the number
+    of blocks, the index of this block, and the thread."""
+    blocks, block, thread = launch
+    tiles = tiles_of(p, shape.rows, shape.threads, thread)
+    across = -(-p.columns // shape.columns)
+    with T.serial(0, (tiles.total * across - block + (blocks - 1)) // blocks) as turn:
+        index = T.bind(block + turn * blocks)
+        owned = tiles.find(index // across)
+        compute(owned, T.bind(index % across * shape.columns))
+
+
+def store_tile(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, word: Buffer) -> None:
+    """Stores the sums as rows of y."""
+    first = T.bind(column + tile.first_column + tile.lane % 4 * 2)
+    for t in range(tile.row_fragments):
+        for half in range(2):
+            row = T.bind(owned.first + tile.first_row + t * 16 + half * 8 + tile.lane // 4)
+            at = [tile.sum_index(t, u, half) for u in range(tile.column_fragments)]
+            fragments = [(tile.sums[i], tile.sums[i + 1]) for i in at]
+            store_row(p, tile.shape.columns, owned, row, first, fragments, word)

@@ -1,0 +1,1 @@
+"""What `moec compile` does around a compilation: its request, its cache, its cost."""

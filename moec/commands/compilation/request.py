@@ -1,0 +1,116 @@
+"""What `moec compile` is to do, and the checks that come before minutes of work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from moec import model_path
+from moec.cache import Store
+from moec.commands.compilation.artifact_cache import key_for
+from moec.commands.options.files import check_folder, check_writable
+from moec.errors import UsageError
+from moec.passes.core.names import check_last
+from moec.target.named import parse_both
+
+
+@dataclass(frozen=True)
+class CompileRequest:
+    """The options of `moec compile`; `options` are those of `model_options` and
+    `changing_options`."""
+
+    model: str
+    output: Path | None
+    target: str
+    verify: float | bool
+    dump_ir: Path | None
+    emit: Path | None
+    stop_after: str | None
+    kv_cache: bool
+    record_routing: bool
+    tune: bool
+    plan_file: Path | None
+    dry_run: bool
+    as_json: bool
+    quiet: bool
+    force: bool
+    options: Mapping[str, Any]
+
+    @property
+    def builds(self) -> bool:
+        """Whether code is generated."""
+        return not (self.dry_run or self.stop_after)
+
+    @property
+    def verified(self) -> float | bool:
+        """The tolerance; False where nothing can be or is to be verified."""
+        return self.verify if self.builds else False
+
+
+def request_of(values: Mapping[str, Any]) -> CompileRequest:
+    """The request of the command's options by name."""
+    names = {field.name for field in fields(CompileRequest)} - {"options"}
+    options = {name: value for name, value in values.items() if name not in names}
+    return CompileRequest(**{name: values[name] for name in names}, options=options)
+
+
+def check(request: CompileRequest) -> None:
+    """Raises MoecError for what could not be compiled or written."""
+    _check_output(request)
+    for option, folder in (("--dump-ir", request.dump_ir), ("--emit", request.emit)):
+        if folder is not None:
+            check_folder(folder, f"{option} {folder}")
+    if request.emit is not None and not (request.builds and "cuda" in request.target):
+        raise UsageError("--emit writes GPU code: give -o and a GPU, such as --target cuda:sm_80")
+    model_path.kind_of_model(request.model)
+    parse_both(request.target)
+    if request.stop_after is not None:
+        check_last(request.stop_after)
+    if request.plan_file is not None:
+        _check_plan(request, request.plan_file)
+
+
+def cache_key(request: CompileRequest, store: Store) -> str | None:
+    """The key of the artifact in the cache; None where it is not cached, as with options that read
+    or write other files, or that measure this machine."""
+    options = request.options
+    files = (request.dump_ir, request.emit, request.plan_file, options["calib"])
+    if not request.builds or any(files) or request.tune or options["describe"]:
+        return None
+    names = ("target", "verify", "kv_cache", "record_routing")
+    return key_for(
+        request.model, {**options, **{name: getattr(request, name) for name in names}}, store
+    )
+
+
+def _check_plan(request: CompileRequest, plan_file: Path) -> None:
+    if not plan_file.is_file():
+        raise UsageError(f"{plan_file} does not exist")
+    if "cuda" in request.target:
+        raise UsageError(
+            f"--target {request.target}: ranks of a plan run on CPUs and exchange rows over gloo; "
+            "GPUs with NCCL are not supported yet"
+        )
+    others = (request.target != "cpu", request.tune, request.dump_ir, request.record_routing)
+    if not request.builds or any(others):
+        raise UsageError("--plan accepts only MODEL, -o and --verify: leave out the other options")
+
+
+def _check_output(request: CompileRequest) -> None:
+    output, ranks = request.output, request.plan_file is not None
+    if not request.builds:
+        return
+    if output is None:
+        raise UsageError("name the artifact with -o OUT.moec, or compile nothing with --dry-run")
+    from moec.runtime.container import replaceable
+
+    if output.exists() and not request.force:
+        raise UsageError(f"{output} exists; --force replaces it")
+    if output.exists() and not ranks and not replaceable(output):
+        raise UsageError(
+            f"{output} is not an artifact, and --force replaces artifacts only: choose another name"
+        )
+    if not output.is_dir():
+        check_writable(output, str(output))

@@ -1,0 +1,1 @@
+"""What `moec run` does with prompts and with ranks."""

@@ -1,0 +1,283 @@
+"""Text of `moec run`: one prompt streamed, many prompts from a file, or a chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+import click
+
+from moec.commands.output.echo import echo
+from moec.errors import UsageError
+from moec.files.os_errors import reason
+from moec.files.printable import printable, printable_json
+
+if TYPE_CHECKING:
+    from moec.runtime.text.generate import Request
+    from moec.runtime.text.prompt import Tokenizer
+    from moec.runtime.text.texts import Decoder
+
+_MOST_BYTES = 256_000_000  # of prompts
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """The options of `text_options`, under their names."""
+
+    prompt: str | None
+    prompts: Path | None
+    chat: bool
+    stop: tuple[str, ...]
+    batch: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int | None
+
+    @property
+    def form(self) -> str:
+        """The option that was used for input (--prompt, --prompts or --chat); empty for none.
+
+        Raises UsageError where several were used.
+        """
+        forms = {"--prompt": self.prompt, "--prompts": self.prompts, "--chat": self.chat or None}
+        names = [name for name, value in forms.items() if value is not None]
+        if len(names) > 1:
+            raise UsageError(f"{' and '.join(names)} cannot be combined: leave out all but one")
+        return names[0] if names else ""
+
+
+def text_options(command: F) -> F:
+    for decorator in (
+        click.option("--prompt", metavar="TEXT", help="Continue this text; - reads it from stdin."),
+        click.option(
+            "--prompts", type=click.Path(path_type=Path, allow_dash=True), metavar="FILE",
+            help="Continue each line of a text file, or each string of a .jsonl; - reads stdin. "
+            "Prints one line of JSON for each: prompt, text, tokens.",
+        ),
+        click.option(
+            "--chat", is_flag=True,
+            help="Answer each line of stdin, using the model's chat template.",
+        ),
+        click.option(
+            "--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."
+        ),
+        click.option(
+            "--batch", type=click.IntRange(min=1), default=8, show_default=True,
+            help="How many of --prompts are continued in one batch.",
+        ),
+        click.option(
+            "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True
+        ),
+        click.option(
+            "--temperature", type=float, default=0.0, show_default=True,
+            help="0 chooses the likeliest token; greater values sample.",
+        ),
+        click.option(
+            "--top-p", type=float, default=1.0, help="Sample from the likeliest tokens whose "
+            "probabilities sum to this."
+        ),
+        click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens."),
+        click.option(
+            "--seed", type=click.IntRange(min=0), help="Seed for sampling."
+        ),
+    ):  # fmt: skip
+        command = decorator(command)
+    return command
+
+
+def read_prompts(options: TextOptions) -> list[str]:
+    """The prompts; empty for a chat. Raises UsageError where a file has none."""
+    if options.prompt == "-":
+        return [_decoded("stdin", _read("stdin", sys.stdin.buffer))]
+    if options.prompt is not None:
+        return [options.prompt]
+    if options.prompts is None:
+        return []
+    path = options.prompts
+    name = "stdin" if str(path) == "-" else f"--prompts {path}"
+    try:
+        with nullcontext(sys.stdin.buffer) if name == "stdin" else path.open("rb") as file:
+            content = _read(name, file)
+    except OSError as error:
+        raise UsageError(f"{name}: {reason(error)}") from error
+    lines = [line for line in _decoded(name, content).splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"{name} has no prompt: write one per line")
+    return [_string(path, line) for line in lines] if path.suffix == ".jsonl" else lines
+
+
+def _read(name: str, file: BinaryIO) -> bytes:
+    """The whole file. Raises UsageError beyond a limit, because /dev/zero would fill the memory."""
+    content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise UsageError(f"{name} holds more than {_MOST_BYTES // 10**6} MB: split it")
+    return content
+
+
+def _decoded(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 at byte {error.start}: convert it first") from error
+
+
+def _string(path: Path, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, str):
+        raise UsageError(f"--prompts {path}: {line[:60]} is no JSON string")
+    return value
+
+
+def write_texts(
+    files: Mapping[str, bytes],
+    executor: Decoder,
+    options: TextOptions,
+    prompts: Sequence[str],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Continue the prompts, or chat, with the tokenizer among an artifact's files; returns the
+    result for --json."""
+    from moec.runtime.text.generate import Request, slow
+    from moec.runtime.text.prompt import load_tokenizer
+    from moec.runtime.text.sampling import Sampling
+
+    if (why := slow(executor)) and not quiet:
+        echo(
+            f"slow: each new token processes the whole text again, as there is no KV cache: {why}",
+            err=True,
+        )
+    tokenizer = load_tokenizer(files)
+    generation = executor.package.generation
+    stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
+    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
+    request = Request(options.max_new_tokens, sampling, stop)
+    if options.chat:
+        return {"messages": _chat(tokenizer, executor, request, options.stop, not as_json)}
+    if options.prompts is not None:
+        texts = _many(tokenizer, executor, request, options, prompts)
+        return {"texts": [*texts] if as_json else [_shown(text) for text in texts]}
+    return {"prompt": prompts[0]} | _write_text(
+        tokenizer, executor, request, options.stop, prompts[0], not as_json, quiet
+    )
+
+
+def _write_text(
+    tokenizer: Tokenizer,
+    executor: Decoder,
+    request: Request,
+    stops: Sequence[str],
+    prompt: str,
+    streamed: bool,
+    quiet: bool,
+) -> dict[str, Any]:
+    from moec.report.units import counted
+    from moec.runtime.text.generate import longest_of
+    from moec.runtime.text.write_text import new_texts, write
+
+    (text,) = new_texts(tokenizer, [tokenizer.encode(prompt)], stops)
+    start, first = time.perf_counter(), 0.0
+    for (piece,) in write(executor, [text], request):
+        first = first or time.perf_counter() - start
+        _echo(piece, streamed)
+    seconds = time.perf_counter() - start
+    count, longest = len(text.tokens), longest_of(executor)
+    speed = (count - 1) / (seconds - first) if count > 1 else 0.0
+    if streamed:
+        click.echo()
+    if streamed and not quiet:
+        full = longest is not None and len(text.prompt) + count > longest
+        rate = f" at {speed:.1f} tokens/s" if count > 1 else ""  # one token is no time between two
+        limit = f"; the model takes no more than {longest} tokens" if full else ""
+        click.echo(
+            f"{counted(len(text.prompt), 'token')} read in {first:.2f} s, then "
+            f"{counted(count, 'token')}{rate}{limit}",
+            err=True,
+        )
+    return {
+        "text": text.written,
+        "tokens": text.tokens,
+        "prompt_tokens": len(text.prompt),
+        "first_token_seconds": round(first, 4),
+        "generate_seconds": round(seconds, 4),
+        "tokens_per_second": round(speed, 2),
+    }
+
+
+def _many(
+    tokenizer: Tokenizer,
+    executor: Decoder,
+    request: Request,
+    options: TextOptions,
+    prompts: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """Each prompt with its text, in order; yields a batch once all of it has ended."""
+    from moec.runtime.text.write_text import new_texts, write
+
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for start in range(0, len(prompts), options.batch):
+        texts = new_texts(tokenizer, encoded[start : start + options.batch], options.stop)
+        for _ in write(executor, texts, request):
+            pass
+        for prompt, text in zip(prompts[start:], texts, strict=False):
+            yield {"prompt": prompt, "text": text.written, "tokens": len(text.tokens)}
+
+
+def _shown(text: dict[str, Any]) -> dict[str, Any]:
+    click.echo(printable_json(json.dumps(text, ensure_ascii=False)))
+    sys.stdout.flush()
+    return text
+
+
+def _chat(
+    tokenizer: Tokenizer,
+    executor: Decoder,
+    request: Request,
+    stops: Sequence[str],
+    streamed: bool,
+) -> list[dict[str, str]]:
+    """The messages of a chat with their roles. The model reads the whole chat for each answer."""
+    from moec.runtime.text.write_text import new_texts, write
+
+    messages: list[dict[str, str]] = []
+    for line in _lines():
+        messages.append({"role": "user", "content": line})
+        (text,) = new_texts(tokenizer, [tokenizer.chat(messages)], stops)
+        for (piece,) in write(executor, [text], request):
+            _echo(piece, streamed)
+        if streamed:
+            click.echo()
+        messages.append({"role": "assistant", "content": text.written})
+    return messages
+
+
+def _lines() -> Iterator[str]:
+    """The non-empty lines of stdin, with a prompt sign on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _echo(piece: str, streamed: bool) -> None:
+    if streamed and piece:
+        click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
+        sys.stdout.flush()

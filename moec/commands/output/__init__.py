@@ -1,0 +1,1 @@
+"""What commands print: names, logs and progress."""

@@ -1,0 +1,1 @@
+"""Gradients of blocks, and the kernels that compute them."""

@@ -1,0 +1,1 @@
+"""Ops of the dense part of a transformer: norms, attention, its cache."""

@@ -1,0 +1,1 @@
+"""Ops of experts: rows sorted by expert, their products, their combination."""

@@ -1,0 +1,109 @@
+"""grouped.quantised: grouped.linear with weights of few bits, and rows of 8 or 16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from moec.formats.integer import MOST_SUMMED, dequantise, round_rows
+from moec.formats.notation import KINDS, MXFP4_BLOCK, ROW_BITS, Format
+from moec.ir.graph import Op, TensorType, Value
+from moec.ir.opdef import Runner, defop, require, tensors_of
+from moec.ops.experts.grouped import INPUTS, Grouped, batches, grouped, in_float32, rows_of
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """codes u8[E, N, K], scales [E, N, blocks], zeros u8[E, N, blocks] or None."""
+
+    codes: Value
+    scales: Value
+    zeros: Value | None = None
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        return tuple(v for v in (self.codes, self.scales, self.zeros) if v is not None)
+
+
+@dataclass(frozen=True)
+class GroupedQuantised(Grouped[Matrix]):
+    """The inputs of grouped.quantised by name."""
+
+    format: Format
+
+    @staticmethod
+    def of(op: Op) -> GroupedQuantised:
+        parts = grouped(op, 2 + bool(op.attrs.get("zeros")), Matrix)
+        return GroupedQuantised(**vars(parts), format=format_of(op, parts.matrices[0]))
+
+
+def format_of(op: Op, matrix: Matrix) -> Format:
+    """The format of a matrix, from its shapes and the op's attributes `kind`, `zeros` and
+    `row_bits`. Raises IRError where they do not match."""
+    kind, zeros = op.attrs.get("kind"), matrix.zeros is not None
+    require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
+    codes, scales = matrix.codes, matrix.scales
+    width, blocks = codes.shape[-1], scales.shape[-1]
+    require(op, isinstance(width, int) and isinstance(blocks, int), "has symbolic weights")
+    assert isinstance(width, int)
+    assert isinstance(blocks, int)
+    require(op, blocks >= 1 and width % blocks == 0, f"{blocks} blocks of {width}")
+    require(op, width // blocks <= MOST_SUMMED, f"one scale of {width // blocks} weights")
+    block = width // blocks if blocks > 1 or kind == "mxfp4" else 0
+    bits = op.attrs.get("row_bits", 8)
+    require(op, bits in ROW_BITS, f"row_bits is {bits}, not one of 8, 16")
+    format = Format(cast(str, kind), block, zeros, cast(int, bits))
+    if kind == "mxfp4":
+        require(op, block == MXFP4_BLOCK, "mxfp4 has blocks of 32")
+    require(op, not (zeros and kind in ("mxfp4", "fp8")), f"{kind} has no zeros")
+    require(op, codes.dtype == "u8", f"{codes} is not of u8")
+    require(op, scales.shape[:-1] == codes.shape[:-1], f"{scales} for {codes}")
+    require(op, scales.dtype == format.scale_dtype, f"{scales} of {format}")
+    if matrix.zeros is not None:
+        expected = TensorType("u8", scales.shape)
+        require(op, matrix.zeros.type == expected, f"{matrix.zeros} is not {expected}")
+    return format
+
+
+def _infer(op: Op) -> tuple[TensorType, ...]:
+    parts = GroupedQuantised.of(op)
+    first = parts.matrices[0]
+    for matrix in parts.matrices:
+        codes, scales = matrix.codes, matrix.scales
+        format_of(op, matrix)
+        require(op, len(codes.shape) == 3, f"{codes} is not u8[E, N, K]")
+        require(op, codes.shape[2] == parts.x.shape[1], f"{parts.x} by {codes}")
+        require(op, codes.shape[:1] == parts.ends.shape, f"{codes} for {parts.ends}")
+        require(op, scales.shape == first.scales.shape, f"{scales} beside {first.scales}")
+    for matrix, bias in zip(parts.matrices, parts.biases, strict=False):
+        require(op, bias.shape == matrix.codes.shape[:2], f"{bias} for {matrix.codes}")
+    return rows_of(op, parts, first.codes.shape[1])
+
+
+@defop("grouped.quantised", _infer, INPUTS, tokenwise=True)
+def grouped_quantised(
+    op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
+) -> Any:
+    """x, ends[E], (codes[E, N, K], scales[E, N, b], zeros[E, N, b]?)…, biases[E, N]…,
+    order[R]?, scale[T, k]? -> h[R, N].
+
+    As grouped.linear, where matrix j of expert e is `formats.integer.dequantise` of codes, scales
+    and zeros, the row is `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16),
+    and products are in float32. `kind` is int8, int4, fp8 or mxfp4; `zeros` is set where zeros
+    exist. `scaled` multiplies the product. `exact_rows` does not round the rows; no kernel of moec
+    computes that.
+    """
+    inputs = tensors_of("grouped.quantised", op, tensors, attrs)
+    x, kind = inputs["x"], attrs["kind"]
+    stored = batches(inputs["matrices"], 2 + bool(attrs.get("zeros")))
+    exact = bool(attrs.get("exact_rows"))
+    bits = attrs.get("row_bits", 8)
+    rows = x.float() if exact else round_rows(x, stored[0][1].shape[-1], bits)
+
+    def matrices(expert: int) -> list[torch.Tensor]:
+        return [dequantise(kind, *(part[expert] for part in parts)) for parts in stored]
+
+    return in_float32(op, rows, inputs, attrs, run, matrices, stored[0][0].shape[1])

@@ -1,0 +1,1 @@
+"""Ops of routers: scores, choices and weights of experts."""

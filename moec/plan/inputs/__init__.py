@@ -1,0 +1,1 @@
+"""What a plan is made from: a model, the work, and the loads of its experts."""

@@ -1,0 +1,1 @@
+"""A plan and recorded routing as text and pictures."""

@@ -1,0 +1,1 @@
+"""Chooses degrees, exchange and placement of every layer."""

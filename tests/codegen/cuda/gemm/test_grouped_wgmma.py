@@ -1,0 +1,149 @@
+"""Products by TMA and wgmma on the emulator: schedules, routings, tails, gate and up, bugs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from moec.codegen.cuda.gemm.grouped_wgmma import grouped_linear_wgmma
+from moec.codegen.specs.products import LinearSpec
+from moec.errors import NoMatch
+from moec.target.cuda import TARGETS
+from tests.codegen.cuda.gemm.test_gemv import packed
+from tests.codegen.cuda.gemm.test_grouped import EAGER, JOIN, compare, ends_of, weights
+from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
+from tests.cuda_emulator.emulate import (
+    SCHEDULES,
+    SM_80,
+    Emulated,
+    Schedule,
+    each_schedule,
+    emulated,
+    needs_compiler,
+)
+from tests.cuda_emulator.products import TORCH
+from tests.cuda_emulator.routings import Routed, routed
+
+pytestmark = needs_compiler
+
+H100 = TARGETS["cuda:sm_90a"]
+PLAIN = LinearSpec(160, 320, "bfloat16", groups=3)
+
+
+@cache
+def kernel(spec: LinearSpec, join: str = "", bug: Bug | None = None) -> Emulated:
+    epilogue = JOIN[join] if join else None
+    function = grouped_linear_wgmma(spec, H100, epilogue=epilogue, blocks=2)
+    return emulated(function, H100, change=bug.plant if bug else str)
+
+
+def problem(spec: LinearSpec, counts: list[int]) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """x, ends, stacks and biases, y full of NaN; the last rows have no expert."""
+    ends = ends_of(counts)
+    rows = int(ends[-1]) + 3
+    stacks = weights(spec)
+    if spec.bias:
+        stacks += [torch.randn(spec.groups, spec.n).to(TORCH[spec.dtype]) for _ in stacks]
+    y = torch.full((rows, spec.n), torch.nan, dtype=TORCH[spec.y_dtype])
+    return torch.randn(rows, spec.k).to(TORCH[spec.dtype]), ends, stacks, y
+
+
+def run(
+    spec: LinearSpec,
+    counts: list[int],
+    schedule: Schedule,
+    join: str = "",
+    bug: Bug | None = None,
+    nan: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, its expected value in float64). The row `nan` of x holds NaN."""
+    x, ends, stacks, y = problem(spec, counts)
+    if nan is not None:
+        x[nan, 3] = torch.nan
+    parts = 1 + spec.gated
+    arguments = [packed(stacks[:parts]), *([packed(stacks[parts:])] if spec.bias else [])]
+    kernel(spec, join, bug)(x, ends, *arguments, y, schedule=schedule)
+    exact = torch.full(y.shape, torch.nan, dtype=torch.float64)
+    first = 0
+    for e, end in enumerate(ends.tolist()):
+        sums = [x[first:end].double() @ w[e].double().T for w in stacks[:parts]]
+        if spec.bias:
+            sums = [s + b[e].double() for s, b in zip(sums, stacks[parts:], strict=True)]
+        exact[first:end] = EAGER[join](*sums) if join else sums[0]
+        first = end
+    return y, exact
+
+
+@each_schedule
+def test_schedules_and_tails(schedule: Schedule) -> None:
+    compare(*run(PLAIN, [130, 0, 7], schedule), PLAIN.k)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [0, 0, 1], [129, 1, 128]])
+def test_counts(counts: list[int]) -> None:
+    compare(*run(PLAIN, counts, SCHEDULES[1]), PLAIN.k)
+
+
+def test_gate_and_up_with_biases() -> None:
+    spec = LinearSpec(72, 72, "float16", groups=2, gated=True, bias=True)
+    compare(*run(spec, [3, 9], SCHEDULES[0], "silu"), spec.k)
+
+
+@settings(max_examples=8)
+@given(case=routed(3, 140))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_any_routing(dtype: str, case: Routed) -> None:
+    spec = LinearSpec(40, 72, dtype, groups=3)
+    counts = [case.experts.count(e) for e in range(3)]
+    nan = case.nan if case.nan is None or case.nan < sum(counts) else None
+    compare(*run(spec, counts, case.schedule, nan=nan), spec.k)
+
+
+BUGS = (
+    Bug(
+        "the last products are not waited for",
+        r"tvm_builtin_ptx_wgmma_wait_group_wait_group_sync_aligned_0\(\);",
+        "",
+        WHERE_LATE,
+    ),
+    Bug(
+        "the stride of a descriptor is wrong",
+        r"(ptx_wgmma_encode_matrix_descriptor\([^;]*), 64, 3\)",
+        r"\1, 32, 3)",
+    ),
+    Bug("the parity of every wait is wrong", r"(mbarrier_wait\([^;]*), \(", r"\1, 1 - ("),
+    Bug(
+        "the parity of the first wait is wrong",
+        r"(mbarrier_wait[^;]*), \(1 - \(",
+        r"\1, (0 + (",
+        words="threads wait for each other for ever",
+    ),
+    Bug("a box is not counted", r"(expect_tx_shared_b64\([^;]*)\(uint\)32768", r"\1(uint)16384"),
+    Bug(
+        "a stage is freed by one group alone", r"(init_shared_b64\([^;]*)\(uint\)2\)", r"\1(uint)1)"
+    ),
+)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_planted_bugs(bug: Bug) -> None:
+    def is_right(schedule: Schedule) -> bool:
+        y, exact = run(PLAIN, [130, 0, 7], schedule, bug=bug)
+        return torch.allclose(y.double(), exact, rtol=2.0**-7, atol=1e-2, equal_nan=True)
+
+    check_found(bug, is_right)
+
+
+def test_other_gpus_refuse() -> None:
+    with pytest.raises(NoMatch, match="cuda:sm_80 has no wgmma: only sm_90a has it"):
+        grouped_linear_wgmma(PLAIN, SM_80)
+
+
+def test_float32_is_refused() -> None:
+    with pytest.raises(NoMatch, match="wgmma would round float32"):
+        grouped_linear_wgmma(replace(PLAIN, dtype="float32"), TARGETS["cuda:sm_90a"])

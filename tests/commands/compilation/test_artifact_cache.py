@@ -1,0 +1,124 @@
+"""The artifact of a checkpoint that was already compiled with the same options is cached."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+from moec.cache import ARTIFACTS, Store, entries, load, store_in
+from moec.commands.compilation import artifact_cache
+from moec.commands.compilation.artifact_cache import fetch, keep, key_for
+from moec.target import cpu
+
+OPTIONS = {"target": "cpu", "verify": True, "passes": "", "shapes": ()}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return store_in(tmp_path / "cache")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "author" / "model"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change", ["weights", "new file", "name", "options", "machine", "source", "versions"]
+)
+def test_the_key_tells_what_the_artifact_depends_on(
+    store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    before = key_for(str(checkpoint), OPTIONS, store)
+    assert before == key_for(str(checkpoint), dict(OPTIONS), store)
+    options = OPTIONS
+    match change:
+        case "weights":
+            (checkpoint / "model.safetensors").write_bytes(bytes(999) + b"\1")
+        case "new file":
+            (checkpoint / "tokenizer.json").write_text("{}")
+        case "name":
+            checkpoint = checkpoint.rename(checkpoint.parent / "other")
+        case "options":
+            options = {**OPTIONS, "passes": "-fuse-norm"}
+        case "machine":
+            monkeypatch.setattr(cpu, "processor", lambda: "another")
+        case "source":
+            monkeypatch.setattr(artifact_cache, "source_version", lambda: "another")
+        case "versions":
+            monkeypatch.setattr(artifact_cache, "version", lambda name: "another")
+    after = key_for(str(checkpoint), options, store)
+    assert after is not None
+    assert after != before
+
+
+def test_what_has_no_key(store: Store, checkpoint: Path) -> None:
+    assert key_for("file.py:make", OPTIONS, store) is None
+    assert key_for(str(checkpoint), OPTIONS, Store(None)) is None
+    assert key_for(str(checkpoint), OPTIONS, Store(store.folder, limit=8 * 900)) is None
+
+
+def test_it_is_written_where_nothing_else_is_lost(store: Store, tmp_path: Path) -> None:
+    output = tmp_path / "out.moec"
+    output.write_bytes(b"an artifact")
+    keep(store, "key", output)
+    output.write_bytes(b"a damaged one")
+    assert not fetch(store, "key", output)
+    assert fetch(store, "key", output, overwrite=True)
+    assert output.read_bytes() == b"an artifact"
+    assert fetch(store, "key", tmp_path / "new.moec")
+    assert (tmp_path / "new.moec").read_bytes() == b"an artifact"
+    assert not fetch(store, "other", output, overwrite=True)
+    mine = tmp_path / "mine.txt"
+    mine.write_text("no artifact")
+    assert not fetch(store, "key", mine, overwrite=True)
+    assert not fetch(store, "key", tmp_path, overwrite=True)
+    assert mine.read_text() == "no artifact"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".moec")] == []
+
+
+def test_what_is_too_large_is_not_kept(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "out.moec").write_bytes(bytes(1000))
+    keep(Store(store.folder, limit=8 * 999), "key", tmp_path / "out.moec")
+    assert not list(entries(store))
+
+
+def test_a_second_compilation_gives_the_same_artifact_and_report(
+    short_moe: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOEC_CACHE", str(store.folder))
+    model = tmp_path / "model"
+    shutil.copytree(short_moe, model)
+
+    def run(*words: str) -> Any:
+        arguments = ["compile", str(model), "-o", str(tmp_path / "out.moec"), "--force", *words]
+        result = CliRunner().invoke(front.cli, arguments, catch_exceptions=False)
+        assert result.exit_code == 0, result.stderr
+        return result
+
+    first = json.loads(run("--json").stdout)
+    artifact = (tmp_path / "out.moec").read_bytes()
+    (entry,) = (entry for entry in entries(store) if entry.kind == ARTIFACTS)
+    assert load(store, ARTIFACTS, entry.path.name) == artifact
+    (tmp_path / "out.moec").unlink()
+
+    def never(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr("moec.api.compile", never)
+    again = json.loads(run("--json").stdout)
+    assert {**again, "phases": {}} == {**first, "phases": {}}
+    assert (tmp_path / "out.moec").read_bytes() == artifact
+    assert run().stdout.endswith(f"wrote {tmp_path / 'out.moec'} (from the cache)\n")
+    with pytest.raises(AssertionError, match="compiled again"):
+        run("-O", "1")
