@@ -23,9 +23,9 @@ CLAIMS = (
         "model",
         "A model beside other runtimes",
         "Prompts of 512 tokens are read, then tokens are written one by one. The model has the "
-        "shape of Granite-3.0-1B-A400M with random weights (`benchmarks/granite.py`). Tokens per "
-        "second are medians; `from` and `to` bound the middle half of all measurements; a ratio "
-        "says how many times as long as moec a runtime takes. In the bf16 rows OpenVINO and ONNX "
+        "shape of Granite-3.0-1B-A400M with random weights (`benchmarks/models/granite.py`). "
+        "Tokens per second are medians; `from` and `to` bound the middle half of all measurements; "
+        "a ratio says how many times as long as moec a runtime takes. In the bf16 rows OpenVINO and ONNX "
         "Runtime run moec's own ONNX file in float32, llama.cpp a bf16 file.",
     ),
     Claim(
@@ -176,7 +176,7 @@ CLAIMS = (
         "Plans made from one half of recorded routing, for the other half",
         "Predicted milliseconds of a step of 4,096 tokens on eight devices with memory for 0.3 of "
         "the experts, of `examples/tiny_moe` and of SmolLM2 with experts "
-        "(`benchmarks/upcycle.py`), on sources and docstrings of Python's standard library. "
+        "(`benchmarks/models/upcycle.py`), on sources and docstrings of Python's standard library. "
         "`halves`: of windows of 128 tokens in random order, or in the order of the files, where "
         "the second half is of other files than the first. `drift` is the share of choices that "
         "changed, in the worst layer; `even routing` a plan that knows no trace. `busiest/mean` is "

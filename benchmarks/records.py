@@ -1,7 +1,7 @@
 """Measurements as JSON lines: one record per run of a command on a machine.
 
     {"claim": "layer-bf16", "case": "olmoe", "machine": "AMD EPYC, Zen 4", "date": "2026-11-26",
-     "recorded": "5c9f335", "command": "python benchmarks/layer.py ...", "rows": [{...}, ...]}
+     "recorded": "5c9f335", "command": "python -m benchmarks.layers.layer ...", "rows": [...]}
 
 `rows` holds the figures, one object per row of the claim's table. `commit` is the measured commit.
 Older records have `recorded` instead, the commit that added the figures. `versions`, `conditions`
@@ -72,8 +72,7 @@ def measured_now(
         capture_output=True,
         text=True,
     )
-    script = Path(sys.argv[0])
-    words = [f"{script.parent.name}/{script.name}", *_without_record(sys.argv[1:])]
+    words = [*_script_words(Path(sys.argv[0])), *_without_record(sys.argv[1:])]
     return Record(
         claim,
         machine,
@@ -85,6 +84,15 @@ def measured_now(
         versions=f"torch {version('torch')}, apache-tvm {version('apache-tvm')}",
         conditions=conditions,
     )
+
+
+def _script_words(script: Path) -> list[str]:
+    """Python's arguments that run a script: a benchmark as a module, any other by its path."""
+    parts = script.with_suffix("").parts
+    if "benchmarks" not in parts:
+        return [f"{script.parent.name}/{script.name}"]
+    at = len(parts) - 1 - parts[::-1].index("benchmarks")
+    return ["-m", ".".join(part for part in parts[at:] if part != "__main__")]
 
 
 def _without_record(words: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ benchmark's measurements.
 python -m docs.systems
 
 tests/systems/ writes a record per system (tests/golden/systems/NN.json, `--update-golden`), and
-fails if a record is out of date. benchmarks/systems.py measures the times.
+fails if a record is out of date. benchmarks/systems/latency.py measures the times.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ are those of the small model that the test compiles; published sizes are in the 
 beside the papers' are counted by the tests, or measured by benchmarks ([Benchmarks](benchmarks.md)
 has commands and machines). `speed` is the time of the better of eager and
 `torch.compile` (Inductor) over moec's, for one layer at the size that the example's `layer()`
-states, measured by `benchmarks/systems.py`; the sections have the times and the machine.
+states, measured by `benchmarks/systems/latency.py`; the sections have the times and the machine.
 """
 
 ALT = "Times as fast as the better of eager and Inductor, a layer of each system"

@@ -6,7 +6,7 @@ The text is Python's standard library. Weights are fitted on files that the mode
 perplexity is measured on files that it was not trained on. The experts of this model are 256 x 128,
 so a row's start and its two numbers take a third of the space of its codewords, and fewer of its
 weights are zero. Models as large as those of QMoE, whose format this is, have longer rows with 88 %
-zeros, and take 0.8 bits per weight (benchmarks/ternary.py).
+zeros, and take 0.8 bits per weight (benchmarks/layers/ternary.py).
 """
 
 from __future__ import annotations

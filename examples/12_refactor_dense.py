@@ -9,7 +9,7 @@ chosen at random.
     python examples/12_refactor_dense.py             # seconds
     python examples/12_refactor_dense.py --train     # and some steps of training afterwards
 
-benchmarks/refactor_dense.py does the same with SmolLM2-135M.
+benchmarks/approximation/refactor_dense.py does the same with SmolLM2-135M.
 """
 
 from __future__ import annotations

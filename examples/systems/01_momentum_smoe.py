@@ -218,7 +218,7 @@ class Layer(nn.Module):
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A layer at the authors' size, for benchmarks/systems.py."""
+    """A layer at the authors' size, for benchmarks/systems."""
     return Layer().eval(), tuple(torch.randn(1, MEDIUM.context, MEDIUM.width) for _ in range(2))
 
 

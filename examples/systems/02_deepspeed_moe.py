@@ -231,7 +231,7 @@ def one_layer(top_k: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A top-2 layer of 16 experts of the 350M model over 512 tokens, for benchmarks/systems.py."""
+    """A top-2 layer of 16 experts of the 350M model over 512 tokens, for benchmarks/systems."""
     return MoE(Config(width=1024, top_k=2), 16).eval(), (torch.randn(1, 512, 1024),)
 
 

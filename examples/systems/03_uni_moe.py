@@ -210,7 +210,7 @@ def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """An MoE layer over 64 tokens at half of Vicuna's width with merged adapters, for
-    benchmarks/systems.py (the full width would need 4 GB)."""
+    benchmarks/systems (the full width would need 4 GB)."""
     config = Config(width=2048, hidden=5504, rank=0)
     return MoE(config).eval(), (torch.randn(1, 64, config.width),)
 

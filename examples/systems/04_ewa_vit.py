@@ -194,7 +194,7 @@ def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The experts of a ViT-S over an image's 196 patches, for benchmarks/systems.py."""
+    """The experts of a ViT-S over an image's 196 patches, for benchmarks/systems."""
     experts = Experts(FeedForward(384, 1536), 4)
     return experts.eval(), (torch.randn(196, 384), partition(196, 4))
 

@@ -222,7 +222,7 @@ def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """An MoE layer over 128 beams of four codes, for benchmarks/systems.py."""
+    """An MoE layer over 128 beams of four codes, for benchmarks/systems."""
     return MoE(Config(width=1024, hidden=2048)).eval(), (torch.randn(128, 4, 1024),)
 
 

@@ -228,7 +228,7 @@ class Layer(nn.Module):
 
 
 def layer(tokens: int = 512) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A layer at the paper's size, for benchmarks/systems.py."""
+    """A layer at the paper's size, for benchmarks/systems."""
     return Layer().eval(), (torch.randn(tokens, Config.width),)
 
 
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"  greatest difference to eager: {error:.1e}")
         print(f"  eager {eager:.2f} ms, compiled {ours:.2f} ms")
     print("the paper: 1.15 to 2.64 times the expert throughput of a MoE of equal size (Table 3);")
-    print("benchmarks/zero_experts.py measures the same ratio for compiled layers")
+    print("benchmarks/layers/zero_experts.py measures the same ratio for compiled layers")
 
 
 if __name__ == "__main__":

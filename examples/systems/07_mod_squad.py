@@ -257,7 +257,7 @@ class Layer(nn.Module):
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A mixture of MLPs of the base model over 196 patches, for benchmarks/systems.py."""
+    """A mixture of MLPs of the base model over 196 patches, for benchmarks/systems."""
     return Layer().eval(), (torch.randn(1, 196, Config.width),)
 
 

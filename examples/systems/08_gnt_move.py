@@ -206,7 +206,7 @@ def small() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The experts of one stage over 64 points of 32 rays, for benchmarks/systems.py."""
+    """The experts of one stage over 64 points of 32 rays, for benchmarks/systems."""
     return ViewExperts(Config()).eval(), (torch.randn(32, 64, Config.width),)
 
 

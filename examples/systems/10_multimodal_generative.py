@@ -216,7 +216,7 @@ def compiled(model: nn.Module, probability: str, sizes: Sizes) -> moec.CompiledM
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The mixture of a cell with ViT-Base's width, over 256 tokens, for benchmarks/systems.py."""
+    """The mixture of a cell with ViT-Base's width, over 256 tokens, for benchmarks/systems."""
     sizes = Sizes(width=768, hidden=3072, experts=8)
     return Sparse(sizes).eval(), (torch.randn(1, 256, sizes.width),)
 

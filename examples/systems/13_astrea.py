@@ -208,7 +208,7 @@ def train(model: Astrea, steps: int) -> list[float]:
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The four experts over the 196 patches of four images, with a width chosen here, for
-    benchmarks/systems.py."""
+    benchmarks/systems."""
     sizes = Sizes(side=196, width=384, hidden=1536, tokens=16, boxes=32, classes=1000)
     return Vision(sizes).eval(), (torch.randn(4, sizes.side, sizes.width),)
 

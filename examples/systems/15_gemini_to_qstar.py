@@ -183,7 +183,7 @@ def answers(
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The mixture of a cell with BERT base's width, over 256 tokens, for benchmarks/systems.py."""
+    """The mixture of a cell with BERT base's width, over 256 tokens, for benchmarks/systems."""
     sizes = Sizes(width=768, hidden=3072, experts=8)
     return Sparse(sizes).eval(), (torch.randn(256, sizes.width),)
 

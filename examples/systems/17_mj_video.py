@@ -303,7 +303,7 @@ def parameters(size: Size) -> int:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The two levels of the published model over 16 answers, for benchmarks/systems.py."""
+    """The two levels of the published model over 16 answers, for benchmarks/systems."""
     width = INTERNVL2_2B.width
     return Mixture(INTERNVL2_2B).eval(), (torch.randn(16, width), torch.randn(16, width))
 

@@ -321,7 +321,7 @@ def compiled_parts(
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The encoder and the heads of ten experts over 16 conversations of 32 tokens, with widths
-    chosen here, for benchmarks/systems.py."""
+    chosen here, for benchmarks/systems."""
     size = Size(words=8192, width=256, heads=4, layers=2, latent=128, experts=10, length=16)
     contexts = torch.randint(size.words, (16, 32))
     return Candidates(size).eval(), (contexts, torch.randn(16, size.experts, size.latent))

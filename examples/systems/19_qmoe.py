@@ -9,7 +9,7 @@ from one dictionary for all layers encode 2 to 28 weights each, and products dec
     python examples/systems/19_qmoe.py
     python examples/systems/19_qmoe.py --published    counts the models of the paper
 
-benchmarks/ternary.py compares the decoding products with bf16, at the paper's shapes.
+benchmarks/layers/ternary.py compares the decoding products with bf16, at the paper's shapes.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def count() -> None:
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """16 of the 128 experts of a layer of base128, not compressed, over 256 tokens, for
-    benchmarks/systems.py."""
+    benchmarks/systems."""
     size = replace(PUBLISHED["base128"][0], experts=16)
     return Switch(size).eval(), (torch.randn(1, 256, size.width),)
 

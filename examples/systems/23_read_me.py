@@ -314,7 +314,7 @@ def parameters(size: Size) -> tuple[int, int, int]:
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The experts of one layer of the published model over 32 tokens, with the choices as an input,
-    for benchmarks/systems.py."""
+    for benchmarks/systems."""
     size = LLAMA_2_7B
     hidden = int(size.remain * size.hidden)
     experts = [FeedForward(size.width, hidden) for _ in range(size.domains)]

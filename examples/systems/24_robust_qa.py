@@ -218,7 +218,7 @@ def small(head: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def layer() -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The MoE head over one text of 384 tokens, for benchmarks/systems.py."""
+    """The MoE head over one text of 384 tokens, for benchmarks/systems."""
     return MoE(Config()).eval(), (torch.randn(1, 384, Config.width), torch.rand(1, 384))
 
 

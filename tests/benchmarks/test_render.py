@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import models
 from benchmarks.claims import CLAIMS, Claim
+from benchmarks.models import bench as models
 from benchmarks.records import (
     Record,
     append_record,
@@ -50,10 +50,10 @@ def test_a_record_that_was_appended_is_read_back(tmp_path):
 
 
 def test_a_run_records_its_command_and_commit(monkeypatch):
-    words = ["/somewhere/benchmarks/layer.py", "--rounds", "5", "--record", "x.jsonl"]
+    words = ["/somewhere/benchmarks/layers/layer.py", "--rounds", "5", "--record", "x.jsonl"]
     monkeypatch.setattr("sys.argv", [*words, "--machine", "AMD EPYC, Zen 4"])
     entry = measured_now("layer-bf16", "olmoe", "AMD EPYC, Zen 4", [{"tokens": 1}], "idle")
-    assert entry.command == "python benchmarks/layer.py --rounds 5"
+    assert entry.command == "python -m benchmarks.layers.layer --rounds 5"
     assert entry.machine == "AMD EPYC, Zen 4"
     assert len(entry.commit) >= 7
 

@@ -1,6 +1,7 @@
 """The systems at their published sizes: built with weights, counted, run, and compared compiled.
 
-    python benchmarks/published_sizes.py [--sizes S/2-8E2A,0.6B] [--compile] [--record FILE.jsonl]
+    python -m benchmarks.systems.published_sizes [--sizes S/2-8E2A,0.6B] [--compile]
+        [--record FILE.jsonl]
 
 Each model is the whole one of its file in examples/systems/, in float32 with random weights. The
 script counts its parameters and runs eager once. With --compile it also compiles the model, for the
@@ -22,14 +23,13 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from systems import THREADS, TOLERANCE, examples
+from benchmarks.systems.latency import THREADS, TOLERANCE, examples
 
 import torch  # isort: skip
 from torch import nn  # isort: skip
 
-from records import Cell, add_record_options, record_if_asked
-
 import moec
+from benchmarks.records import Cell, add_record_options, record_if_asked
 from moec.target.cpu import processor
 
 Built = tuple[nn.Module, tuple[Any, ...], nn.Module]

@@ -1,6 +1,6 @@
-"""A small Switch Transformer that writes Python, as a second model for benchmarks/compress.py.
+"""A small Switch Transformer that writes Python, to measure compression on.
 
-    python benchmarks/switch.py [--steps 1600] [--out FOLDER]
+    python -m benchmarks.models.switch [--steps 1600] [--out FOLDER]
 
 A decoder of LAYERS layers whose feed-forward networks have EXPERTS experts each. The router chooses
 one expert per token: two matrices with a ReLU between them, and the result is multiplied by the
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe"
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe"
 FOLDER = Path(tempfile.gettempdir()) / "moec-switch"
 WORDS, WIDTH, INNER, HEADS, LAYERS, EXPERTS, LENGTH = 1024, 128, 512, 4, 4, 32, 256
 STEPS, BATCH, RATE, BALANCE = 1600, 8, 3e-3, 0.01

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct with experts, as a second model for benchmarks/curves.py.
+"""SmolLM2-135M-Instruct with experts, as a second model for benchmarks/approximation/curves.py.
 
-The dense model is that of benchmarks/smollm2.py. In the layers LAYERS, its MLP is replaced by
-EXPERTS copies of it, with a router that chooses two of them (sparse upcycling, arXiv 2212.05055).
-Pruning equal copies would cost nothing, therefore:
+The dense model is that of benchmarks/models/smollm2.py. In the layers LAYERS, its MLP is replaced
+by EXPERTS copies of it, with a router that chooses two of them (sparse upcycling, arXiv
+2212.05055). Pruning equal copies would cost nothing, therefore:
 
   1. The router's rows are the centres of clusters of the MLP's inputs (spherical k-means).
   2. In each copy, the half of the neurons that its own tokens use least is reinitialised (as many

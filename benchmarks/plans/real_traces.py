@@ -1,13 +1,13 @@
 """Plans made from one half of a real trace, replayed on the other half, against even routing.
 
-    python benchmarks/plan_real_traces.py [--models tiny_moe,smollm2]
+    python -m benchmarks.plans.real_traces [--models tiny_moe,smollm2]
 
-The routing of examples/tiny_moe and of the upcycled SmolLM2 (benchmarks/upcycle.py: experts in four
-of 30 layers) is recorded on code, sources of Python's standard library, and on prose, docstrings of
-it. The text is read in windows of 128 tokens, and its halves are of windows in random order, or in
-the order of the files: then the second half is of other files than the first. Times are predicted
-by the simulator; the routing is recorded. The eight devices have memory for all dense weights and
-0.3 of the experts (assumed).
+The routing of examples/tiny_moe and of the upcycled SmolLM2 (benchmarks/models/upcycle.py: experts
+in four of 30 layers) is recorded on code, sources of Python's standard library, and on prose,
+docstrings of it. The text is read in windows of 128 tokens, and its halves are of windows in random
+order, or in the order of the files: then the second half is of other files than the first. Times
+are predicted by the simulator; the routing is recorded. The eight devices have memory for all dense
+weights and 0.3 of the experts (assumed).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from msgspec.structs import replace
-from records import add_record_options, record_if_asked
 from torch import Tensor
 from transformers import AutoTokenizer
 
 import moec
+from benchmarks.records import add_record_options, record_if_asked
 from moec.plan.inputs.files import Quantity
 from moec.plan.inputs.model import Layers, Model, read_model
 from moec.plan.inputs.popularity import normalised, of_distribution
@@ -37,7 +37,7 @@ from moec.plan.search.planner import Planner
 from moec.plan.simulation.simulate import of_trace, simulate
 from moec.runtime.routing_trace import RoutingTrace, of_ids
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
+CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "checkpoint"
 STDLIB = Path(sysconfig.get_path("stdlib"))
 FILES = ("argparse.py", "tarfile.py", "inspect.py", "difflib.py", "statistics.py", "subprocess.py",
          "turtle.py", "decimal.py", "_pydecimal.py", "unittest/mock.py")  # fmt: skip
@@ -70,8 +70,8 @@ def tiny_moe() -> Case:
 
 
 def smollm2() -> Case:
-    from smollm2 import load
-    from upcycle import EXPERTS, LAYERS, K, upcycle
+    from benchmarks.models.smollm2 import load
+    from benchmarks.models.upcycle import EXPERTS, LAYERS, K, upcycle
 
     torch.manual_seed(0)
     model, tokenizer = load()

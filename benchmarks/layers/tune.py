@@ -1,11 +1,11 @@
 """One MoE layer, compiled with and without --tune.
 
-    python benchmarks/tune.py [--shape olmoe] [--dtype bfloat16] [--quant FORMAT]
-                              [--tokens 1,8,64,512] [--rounds 21] [--append FILE.md]
+    python -m benchmarks.layers.tune [--shape olmoe] [--dtype bfloat16] [--quant FORMAT]
+        [--tokens 1,8,64,512] [--rounds 21] [--append FILE.md]
 
-Uses the layers of benchmarks/layer.py. Both run in one process, in turn, on the same new tokens in
-each round. The script prints medians in milliseconds, the median of the rounds' ratios with its
-error, and the tuning values that were chosen (from the cache if they are known).
+Uses the layers of benchmarks/layers/layer.py. Both run in one process, in turn, on the same new
+tokens in each round. The script prints medians in milliseconds, the median of the rounds' ratios
+with its error, and the tuning values that were chosen (from the cache if they are known).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from datetime import date
 from pathlib import Path
 
-from layer import DTYPES, SHAPES, THREADS, block
+from benchmarks.layers.layer import DTYPES, SHAPES, THREADS, block
 
 import torch  # isort: skip
 
@@ -88,7 +88,7 @@ def main() -> None:
     if options.append is None:
         return
     words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
-    command = shlex.join(["python", "benchmarks/tune.py", *words])
+    command = shlex.join(["python", "-m", "benchmarks.layers.tune", *words])
     body = "\n".join(f"    {line}" for line in message)
     title = f"One layer of {options.shape}, tuned"
     with options.append.open("a", encoding="utf-8") as file:

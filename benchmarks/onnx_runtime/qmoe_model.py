@@ -1,7 +1,7 @@
 """QMoE's figure for whole models: the time of a compressed model over that of the same in bf16.
 
-    python benchmarks/qmoe_model.py [--layers 2] [--experts 8] [--tokens 1] [--rounds 15]
-                                    [--record FILE.jsonl]
+    python -m benchmarks.onnx_runtime.qmoe_model [--layers 2] [--experts 8] [--tokens 1]
+        [--rounds 15] [--record FILE.jsonl]
 
 The Switch transformer of examples/systems/19_qmoe.py with the widths of base128 (arXiv 2310.16795,
 table 6), and fewer layers and experts, so that compiling it takes about a minute. The experts of a
@@ -25,13 +25,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from systems import THREADS, Run, examples
+from benchmarks.systems.latency import THREADS, Run, examples
 
 import torch  # isort: skip
 
-from records import Cell, add_record_options, record_if_asked
-
 import moec
+from benchmarks.records import Cell, add_record_options, record_if_asked
 from moec.bench.limits import timed, warm
 from moec.target.cpu import processor
 

@@ -1,11 +1,11 @@
 """Perplexity against memory for pruned, merged and averaged experts, by criterion, as a table.
 
-    python benchmarks/curves.py [--models tiny_moe,smollm2] [--budget "kl<=0.1"]
-                                [--plot FILE.png] [--append FILE.md]
+    python -m benchmarks.approximation.curves [--models tiny_moe,smollm2] [--budget "kl<=0.1"]
+        [--plot FILE.png] [--append FILE.md]
 
-tiny_moe is examples/tiny_moe, smollm2 the upcycled model of benchmarks/upcycle.py (four of its 30
-layers have experts). Experts are chosen on one file of Python's standard library; perplexity is
-measured on two others, which neither model was trained on here. Layers are changed one after the
+tiny_moe is examples/tiny_moe, smollm2 the upcycled model of benchmarks/models/upcycle.py (four of
+its 30 layers have experts). Experts are chosen on one file of Python's standard library; perplexity
+is measured on two others, which neither model was trained on here. Layers are changed one after the
 other, by the statistics of each in the original model.
 
 The last columns keep half of the experts under a budget, which is checked layer by layer on the
@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smollm2 import load
 from transformers import AutoTokenizer
-from upcycle import EXPERTS, LAYERS, K, upcycle
 
 import moec
+from benchmarks.models.smollm2 import load
+from benchmarks.models.upcycle import EXPERTS, LAYERS, K, upcycle
 from moec.errors import NoMatch
 from moec.ir.graph import Program, Stage
 from moec.ir.stats import stored_bytes
@@ -54,7 +54,7 @@ from moec.passes.calibration.session import (
 from moec.passes.core.moe_layer import Layer, layer_of
 from moec.passes.core.runner import run
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "checkpoint"
+CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "checkpoint"
 SEEN = ("argparse.py",)
 HELD_OUT = ("http/client.py", "urllib/parse.py")  # as in the split of examples/tiny_moe/train.py
 KEPT = (0.75, 0.5, 0.375)
@@ -234,7 +234,7 @@ def main() -> int:
     if options.append is None:
         return code
     words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
-    command = shlex.join(["python", "benchmarks/curves.py", *words])
+    command = shlex.join(["python", "-m", "benchmarks.approximation.curves", *words])
     body = textwrap.indent("\n".join(messages).rstrip(), "    ")
     with options.append.open("a", encoding="utf-8") as file:
         file.write(

@@ -1,7 +1,7 @@
 """Plans of four models on three clusters, replayed on skewed routing, against other plans.
 
-    python benchmarks/plan_table.py
-    python benchmarks/plan_table.py --topics 8    # tokens of one topic share experts
+    python -m benchmarks.plans.table
+    python -m benchmarks.plans.table --topics 8    # tokens of one topic share experts
 
 Routing is log-normal with sigma 1 (assumed). With topics, each expert belongs to one of them, and
 nine tenths of a token's choices are of its topic. The plan is made from one half of the drawn

@@ -1,6 +1,6 @@
 """Perplexity of examples/tiny_moe in few bits and in bfloat16, on held-out text.
 
-    python benchmarks/perplexity.py [--formats int8,int4,int4:32] [--windows 64]
+    python -m benchmarks.approximation.perplexity [--formats int8,int4,int4:32] [--windows 64]
 
 Each format is rounded to nearest; 4-bit formats are also fitted by GPTQ, on as many windows of
 other files. All models run compiled, with rows in 8 bits if the format rounds them.
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from compress import FITTED_ON
-from curves import CHECKPOINT, HELD_OUT, windows
 from transformers import AutoTokenizer
 
 import moec
+from benchmarks.approximation.compress import FITTED_ON
+from benchmarks.approximation.curves import CHECKPOINT, HELD_OUT, windows
 
 LENGTH = 256
 MORE = ("asyncio/base_events.py", "logging/__init__.py", "subprocess.py", "socket.py", "mailbox.py")

@@ -1,6 +1,6 @@
 """Rows of 8 and of 16 bits in products with weights of few bits: kernel times, and a layer's error.
 
-    python benchmarks/rows.py [--quant int8,int4:32]
+    python -m benchmarks.layers.rows [--quant int8,int4:32]
 
 The kernel multiplies the rows of several experts (1024 x 2048), with equally many rows each, on one
 thread. Its own CPU time is measured, so other processes only affect it through caches and memory.

@@ -1,8 +1,8 @@
 """A model with the shape of Granite-3.0-1B-A400M and random weights, for moec bench and its
 baselines.
 
-    $ python benchmarks/granite.py FOLDER          # FOLDER/model: a checkpoint, bf16
-    $ python benchmarks/granite.py FOLDER --gguf   # and model-bf16.gguf, model-q8_0.gguf
+    $ python -m benchmarks.models.granite FOLDER          # FOLDER/model: a checkpoint, bf16
+    $ python -m benchmarks.models.granite FOLDER --gguf   # and model-bf16.gguf, model-q8_0.gguf
 
 The GGUF files are granitemoe models of llama.cpp without a vocabulary, written with the package
 gguf.

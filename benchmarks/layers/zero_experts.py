@@ -1,6 +1,6 @@
 """MoE++ (arXiv 2410.07348): how much expert time zero-computation experts save.
 
-    python benchmarks/zero_experts.py [--shapes 0.6B,1B,2B] [--tokens 2048] [--rounds 9]
+    python -m benchmarks.layers.zero_experts [--shapes 0.6B,1B,2B] [--tokens 2048] [--rounds 9]
 
 For each layer shape of the paper's Table 2, two layers are compiled by `moec.compile`: a vanilla
 MoE (N experts, top-2), and an MoE++ layer with the same N experts plus zero, copy and constant
@@ -29,11 +29,11 @@ from moec.runtime.process.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
-from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import moec  # noqa: E402
+from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
 from moec.bench.limits import bandwidth, peak, timed  # noqa: E402
 from moec.interpret.tolerance import strays  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402

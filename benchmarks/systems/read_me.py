@@ -1,6 +1,6 @@
 """Read-ME's cache: the hit rate of an expert cache that knows routes in advance, by its size.
 
-    python benchmarks/read_me.py [--seeds 3] [--record FILE.jsonl]
+    python -m benchmarks.systems.read_me [--seeds 3] [--record FILE.jsonl]
 
 The model is the small one of examples/systems/23_read_me.py: five experts for five kinds of text,
 with a trained and hoisted router. 48 requests of 12 tokens are decoded in batches, and the trace of
@@ -15,11 +15,10 @@ import sys
 from statistics import mean
 from typing import Any
 
-from systems import examples
+from benchmarks.systems.latency import examples
 
 import torch  # isort: skip
-from records import Cell, add_record_options, record_if_asked
-
+from benchmarks.records import Cell, add_record_options, record_if_asked
 from moec.plan.simulation.replay import (
     Policy,
     batches_by_expert,

@@ -1,6 +1,6 @@
 """The time and memory of each example of a system, run as a user does who has just installed moec.
 
-    python benchmarks/example_times.py [--systems 6,21] [--record FILE.jsonl]
+    python -m benchmarks.systems.example_times [--systems 6,21] [--record FILE.jsonl]
 
 Each file of examples/systems/ runs without options in a process of its own, on two cores and with
 an empty cache of compiled kernels. The script prints the seconds from start to end, imports and
@@ -18,11 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from records import Cell, add_record_options, record_if_asked
-
+from benchmarks.records import Cell, add_record_options, record_if_asked
 from moec.target.cpu import processor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CORES = 2
 
 

@@ -1,6 +1,6 @@
 """Compressed experts: bytes, encoding time, and products with cold weights against moec's own bf16.
 
-    python benchmarks/ternary.py [--shapes 768x3072,…] [--kinds ternary,2bit] [--tokens 1]
+    python -m benchmarks.layers.ternary [--shapes 768x3072,…] [--kinds ternary,2bit] [--tokens 1]
                                  [--target cpu]
 
 Weights are independent, and 88.5 % of them are zero, as QMoE's dictionary assumes (two-bit codes
@@ -28,9 +28,9 @@ THREADS = set_threads()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tvm  # noqa: E402
-from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
 from moec.arguments import target_of  # noqa: E402
 from moec.codegen.build import compile_kernels  # noqa: E402
 from moec.codegen.cpu.compressed.grouped import compressed_linear  # noqa: E402

@@ -1,6 +1,6 @@
 """Replays DeepSeek-V3's MoE layers on 8 to 10,000 ranks, and measures how long that takes.
 
-    python benchmarks/plan_scaling.py
+    python -m benchmarks.plans.scaling
 
 Routing is log-normal with sigma 1 (assumed), 100 tokens per rank. EP is over at most 256 ranks,
 flat within a node and by rail beyond. Nodes have 8 H100 with 400 Gb/s each (data sheet; latencies

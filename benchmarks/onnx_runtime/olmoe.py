@@ -1,7 +1,8 @@
-"""ONNX files of one full-width layer of OLMoE, for onnx_files.py: transformers' own export first.
+"""ONNX files of one full-width layer of OLMoE, for files.py: transformers' own export first.
 
-    python benchmarks/onnx_olmoe.py FOLDER [--only hf cpu int8 int4:32 …]
-    python benchmarks/onnx_files.py FOLDER/hf.onnx FOLDER/cpu.onnx FOLDER/int8.onnx --threads 2
+    python -m benchmarks.onnx_runtime.olmoe FOLDER [--only hf cpu int8 int4:32 …]
+    python -m benchmarks.onnx_runtime.files FOLDER/hf.onnx FOLDER/cpu.onnx \\
+        FOLDER/int8.onnx --threads 2
 
 The model has an embedding, attention, 64 experts of 2048x1024 with 8 per token, and a head of 1000
 tokens, with random weights. The script needs about 6 GiB of memory and 5 GB of disk; transformers'

@@ -1,6 +1,6 @@
 """The effect of refactor-dense on SmolLM2-135M-Instruct, with experts for code and prose.
 
-    python benchmarks/refactor_dense.py [--keep 0.3,0.5] [--train STEPS] [--compile]
+    python -m benchmarks.approximation.refactor_dense [--keep 0.3,0.5] [--train STEPS] [--compile]
         [--append FILE.md]
 
 Code is Python's standard library, prose the topics of its manual (pydoc). Channels are chosen on
@@ -38,10 +38,10 @@ from moec.runtime.process.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
-from smollm2 import FILE, load  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import moec  # noqa: E402
+from benchmarks.models.smollm2 import FILE, load  # noqa: E402
 from moec.dtypes import FLOATS  # noqa: E402
 from moec.interpret.graph_module import GraphModule  # noqa: E402
 from moec.ir.graph import Program  # noqa: E402
@@ -243,7 +243,9 @@ def main() -> None:
     print(message.getvalue(), end="")
     words = sys.argv[1:]
     at = words.index("--append")
-    command = shlex.join(["python", "benchmarks/refactor_dense.py", *words[:at], *words[at + 2 :]])
+    command = shlex.join(
+        ["python", "-m", "benchmarks.approximation.refactor_dense", *words[:at], *words[at + 2 :]]
+    )
     body = textwrap.indent(message.getvalue(), "    ", lambda line: bool(line.strip()))
     with options.append.open("a", encoding="utf-8") as file:
         file.write(f"\n## SmolLM2-135M as experts for domains\n\n{date.today()}\n\n")

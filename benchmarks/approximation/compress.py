@@ -1,16 +1,16 @@
 """The cost of compressing trained experts: bits per weight, and perplexity on held-out text.
 
-    python benchmarks/compress.py [--models tiny_moe,switch,smollm2] [--tokens 4096]
-                                  [--folder FOLDER] [--append FILE.md]
+    python -m benchmarks.approximation.compress [--models tiny_moe,switch,smollm2] [--tokens 4096]
+        [--folder FOLDER] [--append FILE.md]
 
-tiny_moe is examples/tiny_moe. switch is the Switch Transformer of benchmarks/switch.py (trained if
---folder has none). smollm2 is the upcycled model of benchmarks/upcycle.py: four of its 30 layers
-have experts, trained to reproduce the dense MLPs. Experts are fitted on --tokens tokens of Python's
-standard library, those of every layer on its inputs in the original model. Perplexity is measured
-on --windows windows of files that no model was trained on here. "left" is the loss in nats, as a
-share of the loss by rounding to nearest. The ways are options of compress-experts: "gptq alone" is
-GPTQ, with numbers fitted to its codes; "gptq" continues with coordinate descent; "tuned" is
-followed by tune-grids.
+tiny_moe is examples/tiny_moe. switch is the Switch Transformer of benchmarks/models/switch.py
+(trained if --folder has none). smollm2 is the upcycled model of benchmarks/models/upcycle.py: four
+of its 30 layers have experts, trained to reproduce the dense MLPs. Experts are fitted on --tokens
+tokens of Python's standard library, those of every layer on its inputs in the original model.
+Perplexity is measured on --windows windows of files that no model was trained on here. "left" is
+the loss in nats, as a share of the loss by rounding to nearest. The ways are options of
+compress-experts: "gptq alone" is GPTQ, with numbers fitted to its codes; "gptq" continues with
+coordinate descent; "tuned" is followed by tune-grids.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import CHECKPOINT, HELD_OUT, Say, recognised, windows
-from smollm2 import load
-from switch import FOLDER, trained
 from transformers import AutoTokenizer
-from upcycle import EXPERTS, LAYERS, K, upcycle
 
+from benchmarks.approximation.curves import CHECKPOINT, HELD_OUT, Say, recognised, windows
+from benchmarks.models.smollm2 import load
+from benchmarks.models.switch import FOLDER, trained
+from benchmarks.models.upcycle import EXPERTS, LAYERS, K, upcycle
 from moec.formats.compressed import KINDS
 from moec.ir.graph import Program
 from moec.ir.stats import stored_bytes
@@ -189,7 +189,7 @@ def main() -> None:
     if options.append is None:
         return
     words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
-    command = shlex.join(["python", "benchmarks/compress.py", *words])
+    command = shlex.join(["python", "-m", "benchmarks.approximation.compress", *words])
     body = textwrap.indent("\n".join(messages).rstrip(), "    ", lambda line: bool(line.strip()))
     with options.append.open("a", encoding="utf-8") as file:
         file.write(

@@ -1,7 +1,7 @@
 """One MoE layer with OLMoE's shape in torch.compile: moec's backend against Inductor alone.
 
-    python benchmarks/torch_compile.py [--tokens 1,64,512] [--dtype bfloat16] [--rounds 15]
-    python benchmarks/torch_compile.py --train [--tokens 64,512] [--rounds 5]
+    python -m benchmarks.layers.torch_compile [--tokens 1,64,512] [--dtype bfloat16] [--rounds 15]
+    python -m benchmarks.layers.torch_compile --train [--tokens 64,512] [--rounds 5]
 
 Inference compares the artifact of `moec.compile`, `torch.compile(backend="moec")` with either value
 of `rest`, and Inductor alone on transformers' grouped_mm, which it can capture. Training times
@@ -26,12 +26,12 @@ from moec.runtime.process.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
-from layer import DTYPES, OLMOE, TOLERANCES, block, way  # noqa: E402
-from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import moec  # noqa: E402
 import moec.dynamo  # noqa: E402
+from benchmarks.layers.layer import DTYPES, OLMOE, TOLERANCES, block, way  # noqa: E402
+from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
 from moec.bench.limits import timed, warm  # noqa: E402
 from moec.interpret.tolerance import strays  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402

@@ -1,9 +1,9 @@
 """`moec bench`, with its result as a record.
 
-    python -m benchmarks.models --machine "AMD EPYC, Zen 4" -- model --artifact bf16.moec \\
+    python -m benchmarks.models.bench --machine "AMD EPYC, Zen 4" -- model --artifact bf16.moec \\
         --baseline eager,llama.cpp --file model-bf16.gguf --prompt-tokens 512
 
-The arguments after `--` are those of `moec bench`; `benchmarks/granite.py` makes such a model.
+The arguments after `--` are those of `moec bench`; benchmarks/models/granite.py makes such a model.
 """
 
 from __future__ import annotations

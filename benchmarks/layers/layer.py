@@ -1,8 +1,8 @@
 """One MoE layer, by moec and by the implementations of transformers.
 
-    python benchmarks/layer.py [--shape olmoe] [--tokens 1,8,64,512] [--dtypes float32,bfloat16]
-                               [--record FILE.jsonl --machine "AMD EPYC, Zen 4"]
-    python benchmarks/layer.py --quant int4:32 [--tokens …] [--rounds …]
+    python -m benchmarks.layers.layer [--shape olmoe] [--tokens 1,8,64,512]
+        [--dtypes float32,bfloat16] [--record FILE.jsonl --machine "AMD EPYC, Zen 4"]
+    python -m benchmarks.layers.layer --quant int4:32 [--tokens …] [--rounds …]
 
 The layer is OLMoE's whole block with the sizes of a given model, router included, compiled by
 `moec.compile` like any module. Shared experts are one MLP next to it, as in DeepSeek; they are left
@@ -36,7 +36,6 @@ from moec.runtime.process.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
-from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import OlmoeConfig  # noqa: E402
 from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
@@ -45,6 +44,7 @@ from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
 )
 
 import moec  # noqa: E402
+from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
 from moec.bench.limits import peak, reading, timed, warm  # noqa: E402
 from moec.formats import notation  # noqa: E402
 from moec.interpret.tolerance import strays  # noqa: E402
@@ -138,7 +138,7 @@ def contenders(layer: Block, inductor: bool, onnx: bool) -> list[Contender]:
     if inductor:
         entries += [Contender("inductor", torch.compile(way(layer, "grouped_mm"), dynamic=False))]
     if onnx and first.dtype == torch.float32:
-        from onnx_layer import onnx_ways
+        from benchmarks.onnx_runtime.layer import onnx_ways
 
         entries += [Contender(name, run) for name, run in onnx_ways(compiled, THREADS).items()]
     return entries
@@ -221,7 +221,7 @@ def clear_tokens(layer: Block, count: int) -> Tensor:
 def compare_quantised(shape: Shape, text: str, tokens: list[int], rounds: int) -> Table:
     """Prints the table of one format, and returns it: times, and errors against eager in float32
     with the same weights, over tokens that go to the same experts everywhere."""
-    from qmoe import qmoe
+    from benchmarks.onnx_runtime.qmoe import qmoe
 
     layer, format = block(torch.bfloat16, True, shape), notation.parse(text)
     exact = copy.deepcopy(layer).float()

@@ -1,6 +1,6 @@
 """Compares ONNX files of one model in ONNX Runtime, one call of each in turn.
 
-    python benchmarks/onnx_files.py A.onnx B.onnx --tokens 1 8 64 512 --threads 2
+    python -m benchmarks.onnx_runtime.files A.onnx B.onnx --tokens 1 8 64 512 --threads 2
 
 Every file takes `input_ids` [B, S]. Other integer inputs are ones, and past keys and values are
 empty: each call processes a whole text. The script prints the median of each file, and the first

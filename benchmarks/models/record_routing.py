@@ -1,6 +1,6 @@
 """What a recording of the routing costs: CPU time of one thread with and without it, in turn.
 
-    python benchmarks/record_routing.py
+    python -m benchmarks.models.record_routing
 
 Runs examples/tiny_moe: a prompt of 8 x 128 tokens, 24 tokens after each of four prompts, and 500
 single steps of four texts, whose tenth percentiles are comparable on a busy machine too.
@@ -23,7 +23,7 @@ from moec.runtime.executor import load
 from moec.runtime.process.threads import set_threads
 from moec.runtime.recording import record_routing
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "examples" / "tiny_moe" / "checkpoint"
 PAIRS, STEPS = 24, 500
 

@@ -1,6 +1,7 @@
 """Decode speed next to busy processes, with moec's thread pool and with TVM's.
 
-    python -m benchmarks.contention [--artifact FILE] [--busy 0,1,2] [--rounds 7] [--tokens 40]
+    python -m benchmarks.models.contention [--artifact FILE] [--busy 0,1,2] [--rounds 7]
+        [--tokens 40]
 
 The script starts the busy processes, one per core that is to be kept busy. Each pool has two
 processes that load one artifact (the addresses of memory make one a few percent faster than
@@ -100,7 +101,7 @@ def busy(count: int) -> Iterator[None]:
 
 def measure(artifact: str, counts: list[int], rounds: int, tokens: int) -> dict[str, list[float]]:
     """The median tokens per second of each pool, next to each number of busy processes."""
-    command = [sys.executable, "-m", "benchmarks.contention", "--serve", artifact]
+    command = [sys.executable, "-m", "benchmarks.models.contention", "--serve", artifact]
     servers = [
         (pool, subprocess.Popen([*command, pool], stdin=PIPE, stdout=PIPE, text=True))
         for pool in POOLS * PROCESSES

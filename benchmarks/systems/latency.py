@@ -1,6 +1,6 @@
 """The systems of examples/systems/ at the sizes of their papers: moec, eager and Inductor.
 
-    python benchmarks/systems.py [--systems 6,21] [--rounds 9] [--record FILE.jsonl]
+    python -m benchmarks.systems.latency [--systems 6,21] [--rounds 9] [--record FILE.jsonl]
 
 Each example has a function `layer()` that returns a module and its inputs; `LAYER_PASSES` are the
 opt-in passes that the example uses, if any. All three run in one process, in turn in every round.
@@ -27,14 +27,14 @@ from moec.runtime.process.threads import set_threads
 THREADS = set_threads()
 
 import torch  # noqa: E402
-from records import Cell, add_record_options, record_if_asked  # noqa: E402
 from torch import nn  # noqa: E402
 
 import moec  # noqa: E402
+from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
 from moec.bench.limits import timed, warm  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples" / "systems"
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "systems"
 PAUSE = 0.05  # seconds, in which the threads of the previous contender go to sleep
 TOLERANCE = 1e-3  # of the greatest value: float32, sums of up to some thousand terms
 Run = Callable[[], Any]

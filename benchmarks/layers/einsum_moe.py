@@ -1,6 +1,6 @@
 """DeepSpeed-MoE's layer as einsums over [S, E, C], and compiled by moec: latency by tokens.
 
-    python benchmarks/einsum_moe.py [--tokens 16] [--rounds 7] [--record FILE.jsonl]
+    python -m benchmarks.layers.einsum_moe [--tokens 16] [--rounds 7] [--record FILE.jsonl]
 
 A top-1 layer of the 350M model with 32 experts (arXiv 2201.05596, table 1), float32, from
 examples/systems/02_deepspeed_moe.py. The einsums compute all C slots of every expert, at least 4,
@@ -19,13 +19,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from systems import THREADS, TOLERANCE, Run, examples, least_times
+from benchmarks.systems.latency import THREADS, TOLERANCE, Run, examples, least_times
 
 import torch  # isort: skip
 
-from records import Cell, add_record_options, record_if_asked
-
 import moec
+from benchmarks.records import Cell, add_record_options, record_if_asked
 from moec.target.cpu import processor
 
 EXPERTS = 32

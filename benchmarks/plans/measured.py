@@ -1,6 +1,6 @@
 """Predictions of the cost model and measured steps, on 2 or 4 ranks of this machine.
 
-    python benchmarks/plan_measured.py --ranks 2
+    python -m benchmarks.plans.measured --ranks 2
 
 The machine is measured first (`moec plan --measure`), then one MoE layer in float32 runs in each
 form of exchange. Predictions are for even routing. Four ranks are
