@@ -25,8 +25,8 @@ CLAIMS = (
         "Prompts of 512 tokens are read, then tokens are written one by one. The model has the "
         "shape of Granite-3.0-1B-A400M with random weights (`benchmarks/models/granite.py`). "
         "Tokens per second are medians; `from` and `to` bound the middle half of all measurements; "
-        "a ratio says how many times as long as moec a runtime takes. In the bf16 rows OpenVINO and ONNX "
-        "Runtime run moec's own ONNX file in float32, llama.cpp a bf16 file.",
+        "a ratio says how many times as long as moec a runtime takes. In the bf16 rows OpenVINO "
+        "and ONNX Runtime run moec's own ONNX file in float32, llama.cpp a bf16 file.",
     ),
     Claim(
         "layer-bf16",
