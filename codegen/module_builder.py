@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +28,14 @@ from moec.runtime.dtypes import Array
 @dataclass(frozen=True)
 class Param:
     """A weight argument of `main`: what `pack` computes from values of the graph (None: the
-    value)."""
+    value). `copies` are the strided copies from these values by which it fills such an array, as
+    pairs of views, where it consists of such copies."""
 
     name: str
     type: TensorType
     values: tuple[Value, ...]
     pack: Callable[..., Any] | None = None
+    copies: Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
 
 def as_array(tensor: torch.Tensor) -> Array:

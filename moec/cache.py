@@ -4,6 +4,7 @@
       objects/KEY     native code of one kernel
       libraries/KEY   native code of one block, or of the products of one stack of weights
       artifacts/KEY   the artifact of one checkpoint, by `moec compile`
+      frames/KEY      a large one, without the weights that follow from the checkpoint
       tunings/KEY     the measurements of one kernel, as JSON
 
 Threat model: all entries but tunings are native code that moec links and runs, and a hash in the
@@ -34,8 +35,9 @@ import platformdirs
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 
-OBJECTS, LIBRARIES, ARTIFACTS, TUNINGS = "objects", "libraries", "artifacts", "tunings"
-KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, TUNINGS)
+OBJECTS, LIBRARIES, TUNINGS = "objects", "libraries", "tunings"
+ARTIFACTS, FRAMES = "artifacts", "frames"
+KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, FRAMES, TUNINGS)
 DEFAULT_LIMIT = 2 * 2**30  # bytes
 
 _MAGIC = b"moec cache 1\n"

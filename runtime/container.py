@@ -112,6 +112,14 @@ class _Folder(Mapping[str, memoryview]):
 
 def _read_zip(path: Path) -> Mapping[str, memoryview]:
     content = _map(path)
+    return {name: content[span] for name, span in part_spans(path, content).items()}
+
+
+def part_spans(path: Path, content: memoryview) -> dict[str, slice]:
+    """The places of the parts in the file at `path`, whose bytes are `content`, by name.
+
+    Raises ArtifactError where it is truncated, or not of the form that moec writes.
+    """
     if bytes(content[:2]) != b"PK":
         raise ArtifactError(f"{path} is not a moec artifact; `moec compile -o` makes one")
     try:
@@ -122,7 +130,7 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
             f"{path} is truncated or damaged: {_sentence(error)}; compile or copy it again"
         ) from error
 
-    parts: dict[str, memoryview] = {}
+    spans: dict[str, slice] = {}
     end = 0
     for member in sorted(members, key=lambda m: m.header_offset):
         name = member.filename
@@ -130,7 +138,7 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
             continue
         if not PART_NAME.fullmatch(name):
             raise ArtifactError(f"{path}: {name!r} is not a valid name of a part")
-        if name in parts:
+        if name in spans:
             raise ArtifactError(f"{path} holds {name!r} twice, so it is not an artifact of moec")
         if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
             raise ArtifactError(
@@ -141,8 +149,8 @@ def _read_zip(path: Path) -> Mapping[str, memoryview]:
         if start is None or member.header_offset < end:
             raise ArtifactError(f"{path}: {name!r} is not where the zip directory says")
         end = start + member.file_size
-        parts[name] = content[start:end]
-    return parts
+        spans[name] = slice(start, end)
+    return spans
 
 
 def _start(content: memoryview, member: zipfile.ZipInfo, directory: int) -> int | None:

@@ -106,7 +106,7 @@ def dump(manifest: Manifest) -> bytes:
     """The text of a manifest; `load(dump(m))` equals m."""
     body = msgspec.to_builtins(_without_parts(manifest), str_keys=True)
     for package in (body["package"], *([body["for_gpu"]["package"]] if body["for_gpu"] else [])):
-        del package["arrays"], package["library"]
+        del package["arrays"], package["library"], package["copies"]
         if package["gpu"]:
             del package["gpu"]["parts"]
     text = {"moec": FORMAT, "sha256": _digest(FORMAT, body), **body}
@@ -123,7 +123,7 @@ def _without_parts(manifest: Manifest) -> Manifest:
 def _bare(package: Package) -> Package:
     """The package without the data that other parts hold."""
     gpu = package.gpu and replace(package.gpu, parts={})
-    return replace(package, arrays={}, library=b"", gpu=gpu)
+    return replace(package, arrays={}, library=b"", gpu=gpu, copies={})
 
 
 def _digest(version: int, body: Mapping[str, Any]) -> str:

@@ -175,7 +175,9 @@ class Package:
     its kind has kernels, and the reason. `notes` are sentences for the report. `generation` is None
     without `decode`, for the reason `no_generation`. `routers` are the layers whose choices `route`
     returns, `recorded` the layers whose choices can be recorded. `tunings` are the values of tuned
-    kernels, by the kernel's key. `gpu` holds the GPU kernels that the library launches.
+    kernels, by the kernel's key. `copies` are, for arrays that are strided copies of the model's
+    weights, the pairs of views of the array and of the weight that is copied there; they are not
+    stored. `gpu` holds the GPU kernels that the library launches.
     """
 
     target: CpuNeeds
@@ -192,6 +194,7 @@ class Package:
     recorded: tuple[RecordedLayer, ...] = ()
     tunings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     gpu: GpuCode | None = None
+    copies: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<package for {self.target_name}: {', '.join(self.functions)}>"

@@ -126,7 +126,7 @@ def command(**values: Any) -> None:
 
     warnings = without_effect(compiled.pass_results)
     if key is not None and request.output is not None and not warnings:
-        keep(store, key, request.output)
+        keep(store, key, Path(request.model), request.output, compiled)
     if request.quiet:
         for line in warnings:
             echo(f"warning: {line}", err=True)
@@ -142,7 +142,9 @@ def command(**values: Any) -> None:
 def _write_cached(request: CompileRequest, store: Store, key: str) -> bool:
     """Whether the artifact was in the cache, and is written."""
     output = request.output
-    if output is None or not fetch(store, key, output, overwrite=request.force):
+    if output is None or not fetch(
+        store, key, Path(request.model), output, overwrite=request.force
+    ):
         return False
     from moec.commands.inspect import of_artifact
 

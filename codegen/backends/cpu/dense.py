@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,13 +90,21 @@ def _spec(low: Lowering, op: Op) -> LinearSpec:
 def packed(
     layout: Layout, weights: tuple[Value, ...], flipped: bool = False
 ) -> tuple[object, Param]:
+    def oriented(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        return [t.mT if flipped else t for t in tensors]
+
     def make(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
-        parts = [t.mT if flipped else t for t in tensors]
-        return pack.pack(layout, *parts)
+        return pack.pack(layout, *oriented(tensors))
+
+    def copies(
+        array: np.ndarray[Any, Any], *tensors: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return pack.copies(layout, pack.as_elements(layout, array), *oriented(tensors))
 
     dtype = "i32" if layout.pairs else weights[0].dtype
     name = "+".join(w.name for w in weights) + ".packed"
-    return (layout, weights, flipped), Param(name, TensorType(dtype, layout.shape), weights, make)
+    param = Param(name, TensorType(dtype, layout.shape), weights, make, copies)
+    return (layout, weights, flipped), param
 
 
 def packed_bias(layout: Layout, biases: tuple[Value, ...]) -> tuple[object, Param]:

@@ -6,6 +6,8 @@ memory-mapped file, a transposed or interleaved view) to the final position. Pad
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,25 +25,43 @@ def pack(layout: Layout, weight: Tensor | Array, up: Tensor | Array | None = Non
     may come as ml_dtypes.bfloat16 or as 16-bit integers. ValueError where shapes or types are
     not those of `layout.spec`.
     """
+    packed = _empty(layout)
+    for target, source in copies(layout, packed, weight, up):
+        target.copy_(source)
+    return (packed.view(torch.int32).squeeze(-1) if layout.pairs else packed).numpy()
+
+
+def copies(
+    layout: Layout, packed: Tensor, weight: Tensor | Array, up: Tensor | Array | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The copies by which `pack` fills `packed`: views of it, and of the weights. `packed` has the
+    type of the weights and the elements of `layout.shape`, for pairs with a last axis of 2."""
     parts = [_as_tensor(layout, w) for w in _parts(layout, weight, up)]
+    for half, part in enumerate(parts):
+        for start, to in _places(layout, packed, half):
+            yield from _copies(to, part, start, layout)
+
+
+def _empty(layout: Layout) -> Tensor:
+    """Memory for packed weights, with zeros where there is padding."""
     padded = layout.tiles * layout.width != layout.spec.n or (
         layout.pairs and layout.spec.k % 2 == 1
     )
     elements = (*layout.shape, 2) if layout.pairs else layout.shape
     dtype = getattr(torch, layout.spec.dtype)
-    packed = torch.zeros(elements, dtype=dtype) if padded else torch.empty(elements, dtype=dtype)
-    for half, part in enumerate(parts):
-        for start, to in _places(layout, packed, half):
-            _copy(to, part, start, layout)
-    return (packed.view(torch.int32).squeeze(-1) if layout.pairs else packed).numpy()
+    return torch.zeros(elements, dtype=dtype) if padded else torch.empty(elements, dtype=dtype)
+
+
+def as_elements(layout: Layout, packed: Array) -> Tensor:
+    """A packed array as a tensor of the type of the weights; pairs have a last axis of 2."""
+    tensor = torch.from_numpy(packed)
+    return tensor.view(torch.bfloat16).view(*layout.shape, 2) if layout.pairs else tensor
 
 
 def unpack(layout: Layout, packed: Array) -> tuple[Tensor, ...]:
     """The inverse of `pack`: the weights [E, N, K], one, or gate and up."""
     spec = layout.spec
-    tensor = torch.from_numpy(packed)
-    if layout.pairs:
-        tensor = tensor.view(torch.bfloat16).view(*layout.shape, 2)
+    tensor = as_elements(layout, packed)
     weights = []
     for half in range(2 if spec.gated else 1):
         # [E, tiles, depth, columns(, 2)] of each part -> [E, tiles, columns, depth(, 2)]
@@ -107,7 +127,9 @@ def _places(layout: Layout, packed: Tensor, half: int) -> list[tuple[int, Tensor
     return [(j * lanes, streams[:, :, half * each + j]) for j in range(each)]
 
 
-def _copy(to: Tensor, weight: Tensor, start: int, layout: Layout) -> None:
+def _copies(
+    to: Tensor, weight: Tensor, start: int, layout: Layout
+) -> Iterator[tuple[Tensor, Tensor]]:
     """to [E, tiles, depth, columns(, 2)] <- weight [E, N, K], `columns` of N from `start` on in
     every `layout.width`."""
     columns, width = to.shape[3], layout.width
@@ -125,13 +147,14 @@ def _copy(to: Tensor, weight: Tensor, start: int, layout: Layout) -> None:
         if rows.numel() == 0:
             continue
         if not layout.pairs:
-            target.copy_(rows.transpose(2, 3))
+            yield target, rows.transpose(2, 3)
         elif _viewable(rows):
-            target.view(torch.int32).squeeze(-1).copy_(rows.view(torch.int32).transpose(2, 3))
+            yield target.view(torch.int32).squeeze(-1), rows.view(torch.int32).transpose(2, 3)
         else:
             for parity in range(2):
                 half_rows = rows[..., parity::2]
-                target[:, :, : half_rows.shape[-1], :, parity].copy_(half_rows.transpose(2, 3))
+                filled = target[:, :, : half_rows.shape[-1], :, parity]
+                yield filled, half_rows.transpose(2, 3)
 
 
 def _viewable(rows: Tensor) -> bool:

@@ -2,8 +2,11 @@
 
 The key covers the content of the checkpoint's files, the options, the target on this machine,
 moec's source, and the versions of the packages that read and compile the model. Factories
-(file.py:factory) are compiled each time, because their code may depend on anything; so are
-checkpoints and artifacts that are larger than a fraction of the cache.
+(file.py:factory) are compiled each time, because their code may depend on anything.
+
+An artifact that is larger than a fraction of the cache is stored as a frame, without the weights
+that follow from the checkpoint's files (see artifact_frame.py). Where a frame is too large as well,
+as weights were computed, the model is compiled each time.
 """
 
 from __future__ import annotations
@@ -11,18 +14,27 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from moec.cache import ARTIFACTS, Store, key_of, load, save, source_version
+from moec.cache import ARTIFACTS, FRAMES, Store, key_of, load, save, source_version
+from moec.commands.compilation import artifact_frame
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.runtime.container import replaceable
+from moec.runtime.part_writers import on_all_cores
 from moec.target import cpu
 
+if TYPE_CHECKING:
+    from moec.model.compiled import CompiledModel
+
 _FRACTION = 8
-"""A checkpoint or an artifact may take up to one part in this many of the cache."""
+"""An artifact or a frame may take up to one part in this many of the cache."""
+_BLOCK = 64 << 20
+"""Bytes of a file that are hashed together: cores share a large file."""
 _PACKAGES = (
     *("apache-tvm", "torch", "transformers", "tokenizers", "safetensors"),
     *("numpy", "ml_dtypes", "sympy"),
@@ -35,16 +47,17 @@ def key_for(model: str, options: Mapping[str, object], store: Store) -> str | No
     if store.folder is None or not (folder / "config.json").is_file():
         return None
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    if sum(path.stat().st_size for path in files) > store.limit // _FRACTION:
-        return None
-    contents = [(path.name, _digest(path)) for path in files]
+    contents = _digests(files)
     name = folder.resolve().parts[-2:]  # the report and the artifact contain it
     machine = (cpu.host(), cpu.processor())
     return key_of(name, contents, sorted(options.items()), machine, source_version(), _versions())
 
 
-def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> bool:
-    """Write the cached artifact of a key to the file `output`; returns whether that was done.
+def fetch(
+    store: Store, key: str, checkpoint: Path, output: Path, *, overwrite: bool = False
+) -> bool:
+    """Write the cached artifact of a key, which is of `checkpoint`, to the file `output`; returns
+    whether that was done.
 
     It is not done where nothing is cached, or where `output` exists and must not be replaced.
     Raises UsageError where `output` cannot be written.
@@ -52,12 +65,16 @@ def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> b
     if output.exists() and (not overwrite or output.is_dir() or not replaceable(output)):
         return False
     content = load(store, ARTIFACTS, key)
-    if content is None:
+    frame = None if content is not None else _frame(store, key)
+    if content is None and frame is None:
         return False
     try:
         with tempfile.TemporaryDirectory(prefix=".moec-", dir=output.parent) as folder:
             path = Path(folder) / output.name
-            path.write_bytes(content)
+            if content is not None:
+                path.write_bytes(content)
+            elif frame is not None and not artifact_frame.complete(frame, checkpoint, path):
+                return False
             if overwrite:
                 os.replace(path, output)
                 return True
@@ -70,15 +87,50 @@ def fetch(store: Store, key: str, output: Path, *, overwrite: bool = False) -> b
     return True
 
 
-def keep(store: Store, key: str, output: Path) -> None:
-    """Cache the artifact in `output`, unless it is too large."""
-    if output.is_file() and output.stat().st_size <= store.limit // _FRACTION:
+def keep(store: Store, key: str, checkpoint: Path, output: Path, compiled: CompiledModel) -> None:
+    """Cache the artifact in `output` of a model that was compiled from `checkpoint`: as it is, or
+    its frame, unless that is too large too."""
+    most = store.limit // _FRACTION
+    if not output.is_file():
+        return
+    if output.stat().st_size <= most:
         save(store, ARTIFACTS, {key: output.read_bytes()})
+        return
+    frame = artifact_frame.frame_of(compiled, output, checkpoint)
+    if frame is not None and len(frame.content) <= most:
+        save(store, FRAMES, {key: artifact_frame.encode(frame)})
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _frame(store: Store, key: str) -> artifact_frame.Frame | None:
+    content = load(store, FRAMES, key)
+    return None if content is None else artifact_frame.decode(content)
+
+
+def _digests(files: Sequence[Path]) -> list[tuple[str, int, tuple[str, ...]]]:
+    """The name and size of each file, and the SHA-256 of each of its blocks."""
+    sizes = [path.stat().st_size for path in files]
+    blocks = [
+        (path, start)
+        for path, size in zip(files, sizes, strict=True)
+        for start in range(0, size, _BLOCK)
+    ]
+    digests = iter(on_all_cores(_block_digest, blocks, [_BLOCK] * len(blocks)))
+    return [
+        (path.name, size, tuple(islice(digests, len(range(0, size, _BLOCK)))))
+        for path, size in zip(files, sizes, strict=True)
+    ]
+
+
+def _block_digest(block: tuple[Path, int]) -> str:
+    """The SHA-256 of the block of a file that starts at an offset."""
+    path, start = block
+    digest, left = hashlib.sha256(), _BLOCK
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (content := file.read(min(left, 1 << 20))):
+            digest.update(content)
+            left -= len(content)
+    return digest.hexdigest()
 
 
 def _versions() -> list[str]:

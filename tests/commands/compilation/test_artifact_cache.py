@@ -12,10 +12,12 @@ from click.testing import CliRunner
 
 from moec import __main__ as front
 from moec.cache import ARTIFACTS, Store, entries, load, store_in
-from moec.commands.compilation import artifact_cache
+from moec.commands.compilation import artifact_cache, artifact_frame
 from moec.commands.compilation.artifact_cache import fetch, keep, key_for
+from moec.commands.compilation.artifact_frame import Frame
 from moec.target import cpu
 
+NOT_READ: Any = None
 OPTIONS = {"target": "cpu", "verify": True, "passes": "", "shapes": ()}
 
 
@@ -65,31 +67,53 @@ def test_the_key_tells_what_the_artifact_depends_on(
 def test_what_has_no_key(store: Store, checkpoint: Path) -> None:
     assert key_for("file.py:make", OPTIONS, store) is None
     assert key_for(str(checkpoint), OPTIONS, Store(None)) is None
-    assert key_for(str(checkpoint), OPTIONS, Store(store.folder, limit=8 * 900)) is None
+
+
+def test_blocks_of_large_files_are_hashed_in_their_order(
+    store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact_cache, "_BLOCK", 300)
+    weights = checkpoint / "model.safetensors"
+    contents = [bytes(1000), bytes(1200), bytes(1001), bytes(999)]
+    for last in (299, 300, 999):
+        contents.append(bytes(last) + b"\1" + bytes(999 - last))
+    keys = set()
+    for content in contents:
+        weights.write_bytes(content)
+        keys.add(key_for(str(checkpoint), OPTIONS, store))
+    assert len(keys) == len(contents)
 
 
 def test_it_is_written_where_nothing_else_is_lost(store: Store, tmp_path: Path) -> None:
     output = tmp_path / "out.moec"
+
+    def fetched(key: str, output: Path, overwrite: bool = False) -> bool:
+        return fetch(store, key, tmp_path, output, overwrite=overwrite)
+
     output.write_bytes(b"an artifact")
-    keep(store, "key", output)
+    keep(store, "key", tmp_path, output, NOT_READ)
     output.write_bytes(b"a damaged one")
-    assert not fetch(store, "key", output)
-    assert fetch(store, "key", output, overwrite=True)
+    assert not fetched("key", output)
+    assert fetched("key", output, overwrite=True)
     assert output.read_bytes() == b"an artifact"
-    assert fetch(store, "key", tmp_path / "new.moec")
+    assert fetched("key", tmp_path / "new.moec")
     assert (tmp_path / "new.moec").read_bytes() == b"an artifact"
-    assert not fetch(store, "other", output, overwrite=True)
+    assert not fetched("other", output, overwrite=True)
     mine = tmp_path / "mine.txt"
     mine.write_text("no artifact")
-    assert not fetch(store, "key", mine, overwrite=True)
-    assert not fetch(store, "key", tmp_path, overwrite=True)
+    assert not fetched("key", mine, overwrite=True)
+    assert not fetched("key", tmp_path, overwrite=True)
     assert mine.read_text() == "no artifact"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".moec")] == []
 
 
-def test_what_is_too_large_is_not_kept(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("frame", [None, Frame(1000, (), (), bytes(1000))])
+def test_what_is_too_large_is_not_kept(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frame: Frame | None
+) -> None:
+    monkeypatch.setattr(artifact_frame, "frame_of", lambda *arguments: frame)
     (tmp_path / "out.moec").write_bytes(bytes(1000))
-    keep(Store(store.folder, limit=8 * 999), "key", tmp_path / "out.moec")
+    keep(Store(store.folder, limit=8 * 999), "key", tmp_path, tmp_path / "out.moec", NOT_READ)
     assert not list(entries(store))
 
 
