@@ -8,6 +8,7 @@ interrupted. MOEC_DEBUG=1 shows the traceback of any error.
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import os
 import re
@@ -157,7 +158,10 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = _show_warning
     _open_streams()
-    cli(prog_name="moec")
+    try:
+        cli(prog_name="moec")
+    finally:
+        gc.freeze()  # or Python would visit every object of torch and of a model once more
 
 
 def _open_streams() -> None:

@@ -156,3 +156,17 @@ def test_as_a_module() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.startswith("error: no such command 'nonsense'")
+
+
+def test_nothing_is_collected_as_the_process_ends() -> None:
+    """With a large model that took longer than to write its artifact."""
+    program = (
+        "import atexit, gc\n"
+        "from moec.__main__ import main\n"
+        "atexit.register(lambda: print(len(gc.get_objects())))\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout.splitlines()[-1]) < 1000

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moec.cache import ARTIFACTS, FRAMES, Store, key_of, load, save, source_version
-from moec.commands.compilation import artifact_frame
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.runtime.container import replaceable
@@ -29,6 +28,7 @@ from moec.runtime.part_writers import on_all_cores
 from moec.target import cpu
 
 if TYPE_CHECKING:
+    from moec.commands.compilation.artifact_frame import Frame
     from moec.model.compiled import CompiledModel
 
 _FRACTION = 8
@@ -73,7 +73,7 @@ def fetch(
             path = Path(folder) / output.name
             if content is not None:
                 path.write_bytes(content)
-            elif frame is not None and not artifact_frame.complete(frame, checkpoint, path):
+            elif frame is not None and not _complete(frame, checkpoint, path):
                 return False
             if overwrite:
                 os.replace(path, output)
@@ -96,14 +96,26 @@ def keep(store: Store, key: str, checkpoint: Path, output: Path, compiled: Compi
     if output.stat().st_size <= most:
         save(store, ARTIFACTS, {key: output.read_bytes()})
         return
+    from moec.commands.compilation import artifact_frame
+
     frame = artifact_frame.frame_of(compiled, output, checkpoint)
     if frame is not None and len(frame.content) <= most:
         save(store, FRAMES, {key: artifact_frame.encode(frame)})
 
 
-def _frame(store: Store, key: str) -> artifact_frame.Frame | None:
+def _frame(store: Store, key: str) -> Frame | None:
     content = load(store, FRAMES, key)
-    return None if content is None else artifact_frame.decode(content)
+    if content is None:
+        return None
+    from moec.commands.compilation import artifact_frame
+
+    return artifact_frame.decode(content)
+
+
+def _complete(frame: Frame, checkpoint: Path, output: Path) -> bool:
+    from moec.commands.compilation import artifact_frame
+
+    return artifact_frame.complete(frame, checkpoint, output)
 
 
 def _digests(files: Sequence[Path]) -> list[tuple[str, int, tuple[str, ...]]]:
