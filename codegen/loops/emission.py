@@ -153,7 +153,7 @@ class Emission:
         """Scratch memory of one task of the enclosing loops."""
         return T.alloc_buffer(shape, dtype, scope="global")
 
-    def alone(self) -> AbstractContextManager[None]:
+    def run_once(self) -> AbstractContextManager[None]:
         """A context for statements that run once, in order, outside of all loops."""
         return nullcontext()
 
@@ -222,7 +222,7 @@ class Emission:
 
     def writes(self, writes: Writes) -> None:
         """Runs writes to computed positions, as if one after another."""
-        with self.alone():
+        with self.run_once():
             self.serially(writes.shape, lambda at: writes.write(self, at), "write")
 
     def serially(self, shape: Sequence[Dim], body: Callable[[Position], None], name: str) -> None:

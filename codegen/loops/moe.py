@@ -37,7 +37,7 @@ def capacity(e: Emission, op: Op) -> None:
         choice = T.Select(before < limit, bucket, tirx.const(count, "int64"))
         e.store(out, at, Scalar("i64", choice))
 
-    with e.alone():
+    with e.run_once():
         counts = e.scratch((count + 1,), "int64")
         with T.serial(0, count + 1) as i:
             T.buffer_store(counts, tirx.const(0, "int64"), [i])

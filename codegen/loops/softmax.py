@@ -69,7 +69,7 @@ def _softmax(e: Emission, op: Op, log: bool, safe: bool = False) -> None:
         over(e, x.shape, at, axes, lambda f: e.store(out, f, sc.cast(result(f), out.dtype)))
 
     if not x.shape:
-        with e.alone():
+        with e.run_once():
             e.store(out, (), sc.constant(0.0 if log else 1.0, out.dtype))
         return
     e.reductions(kept_shape(x.shape, axes), row, count(x.shape, axes), weight=16)

@@ -106,7 +106,9 @@ def capture(
     kwargs = dict(kwargs or {})
     if isinstance(model, ExportedProgram):
         if dynamic_shapes is not None:
-            raise CaptureError("the sizes of an exported program are fixed: export it anew")
+            raise CaptureError(
+                "the sizes of an exported program are fixed: export it again with shapes"
+            )
         return _from_export(model, args, kwargs, bounds)
     model.eval()
     if isinstance(model, GraphModule):
@@ -187,12 +189,12 @@ def _traced(request: _Request) -> Captured:
         wrong += more
     form = CaptureForm(converted, flat.structure)
 
-    def again(other: Widened) -> CaptureForm:
+    def recapture(other: Widened) -> CaptureForm:
         flat = FlatCall(call)
         exported = export_call(flat, other)
         return CaptureForm(_converted(request, other, exported, flat.structure), flat.structure)
 
-    return _captured(request, general, form, "traced", again, partial(_speculated, request))
+    return _captured(request, general, form, "traced", recapture, partial(_speculated, request))
 
 
 def _shapes(general: Widened) -> tuple[torch.Size, ...]:
@@ -221,7 +223,7 @@ def _speculated(request: _Request) -> Captured:
         decomposed = decompose(side[1].exported)
         return masked(decomposed, side, export, convert, (other.tensors,))
 
-    def again(other: Widened, by_class: bool = True) -> CaptureForm:
+    def recapture(other: Widened, by_class: bool = True) -> CaptureForm:
         export = partial(export_module, other)
         convert = partial(_converted, request, other)
         return speculate(call, export, convert, (other.tensors,), by_class)[0]
@@ -232,13 +234,13 @@ def _speculated(request: _Request) -> Captured:
                 form, _ = speculate(call, export, convert, examples, by_class=False)
         except CaptureError:
             return with_masks()
-        split = partial(again, by_class=False)
+        split = partial(recapture, by_class=False)
         return _captured(request, general, form, "speculated", split, with_masks)
 
     with EXPORTS, gc_paused():
         index = speculate(call, export, convert, examples)
     other = in_pieces if index[1].lists_classes else with_masks
-    return _captured(request, general, index[0], "speculated", again, other)
+    return _captured(request, general, index[0], "speculated", recapture, other)
 
 
 def _converted(
@@ -260,7 +262,7 @@ def _captured(
     general: Widened,
     form: CaptureForm,
     way: Way,
-    again: Callable[[Widened], CaptureForm],
+    recapture: Callable[[Widened], CaptureForm],
     other: Callable[[], Captured] | None = None,
 ) -> Captured:
     """The captured form, with the bounds that guards and sizes of 1 set. `again` captures it at
@@ -270,7 +272,7 @@ def _captured(
 
     def at_sizes(sizes: Mapping[str, int]) -> CaptureForm:
         with EXPORTS, gc_paused():
-            return again(at_lengths(general, inputs, sizes))
+            return recapture(at_lengths(general, inputs, sizes))
 
     form, settlement = with_other_sides(name, form, general.tensors, at_sizes, request.bounds)
     converted, notes = form.converted, settlement.notes
@@ -338,7 +340,9 @@ def _from_graph(
 ) -> Captured:
     """Capture a module that is a graph already: nothing is traced; its current weights are used."""
     if dynamic_shapes is not None:
-        raise CaptureError("the sizes of a transformed module are fixed: transform it anew")
+        raise CaptureError(
+            "the sizes of a transformed module are fixed: transform it again with shapes"
+        )
     example = model.inputs(args, kwargs)
 
     def eager(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

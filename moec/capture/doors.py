@@ -151,7 +151,7 @@ def _export(path: Path) -> Source:
         return Source(torch.export.load(str(path)), name=path.name)
     except Exception as error:
         raise CaptureError(
-            f"{path} cannot be read as a torch.export program: {error}; save it anew with "
+            f"{path} cannot be read as a torch.export program: {error}; save it again with "
             "torch.export.save, with this version of torch"
         ) from error
 

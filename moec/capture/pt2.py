@@ -60,7 +60,7 @@ def check_archive(path: Path) -> None:
                 _check_member(path, archive, member)
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, RecursionError) as error:
         raise CaptureError(
-            f"{path} cannot be read as a torch.export program: {error}; save it anew with "
+            f"{path} cannot be read as a torch.export program: {error}; save it again with "
             "torch.export.save"
         ) from error
 

@@ -42,7 +42,7 @@ FAMILIES = (
     ModelFamily(
         "granitemoeshared", "GraniteMoeSharedForCausalLM", "a shared expert without a gate"
     ),
-    ModelFamily("gemma4_text", "Gemma4ForCausalLM", "a factor for each expert, beside a dense MLP"),
+    ModelFamily("gemma4_text", "Gemma4ForCausalLM", "a factor per expert, next to a dense MLP"),
     ModelFamily("lfm2_moe", "Lfm2MoeForCausalLM", "short convolutions between the blocks"),
     ModelFamily("mimo_v2_flash", "MiMoV2FlashForCausalLM", "sliding windows with sinks"),
     ModelFamily("cohere2_moe", "Cohere2MoeForCausalLM", "attention and experts side by side"),

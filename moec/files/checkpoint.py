@@ -83,7 +83,7 @@ def _check_sizes(path: Path, config: Mapping[str, Any], shapes: list[list[int]])
         else:
             continue
         raise CaptureError(
-            f"{path}: {name} is {number:,}, and the weights beside it hold {present}: they are of "
+            f"{path}: {name} is {number:,}, and the weights next to it hold {present}: they are of "
             "different models"
         )
 

@@ -71,7 +71,7 @@ class RecogniseExperts(Pass):
             refused | {op: mixtures[op] for op in mixtures.keys() & refused}
         ).items():
             # Adding a block's result to another value looks like one more term of the same sum.
-            adds = any(scope.maker(scope.behind(value)) in blocks for value in op.inputs)
+            adds = any(scope.maker(scope.source_of(value)) in blocks for value in op.inputs)
             if reason and not adds and op not in covered:
                 log.decline(op.origin or op.outputs[0].name, reason)
                 logged = True

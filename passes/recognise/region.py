@@ -88,7 +88,7 @@ class Scope:
         op = self.maker(value)
         return op if op is not None and op.name in names else None
 
-    def behind(self, value: Value, names: Iterable[str] = VIEWS) -> Value:
+    def source_of(self, value: Value, names: Iterable[str] = VIEWS) -> Value:
         """The source of `value` before the ops `names`. The default is ops that keep the elements
         and their order."""
         op = self.maker(value)
@@ -98,7 +98,7 @@ class Scope:
         return value
 
     def behind_casts(self, value: Value) -> Value:
-        return self.behind(value, VIEWS | CASTS)
+        return self.source_of(value, VIEWS | CASTS)
 
     def upstream(self, results: Iterable[Value], stops: Iterable[Value] = ()) -> tuple[Op, ...]:
         """The ops that `results` depend on, back to `stops`, in the order of the graph."""

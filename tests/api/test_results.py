@@ -76,8 +76,8 @@ def test_as_the_module_returns_it(nested: moec.CompiledModel) -> None:
         (result["first"].low, expected["first"].low),
         (loss.value, expected["first"].high[2]["loss"].value),
     )
-    for got, right in pairs:
-        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+    for actual, right in pairs:
+        torch.testing.assert_close(actual, right, rtol=1e-5, atol=1e-5)
 
 
 def test_constants_are_said(nested: moec.CompiledModel) -> None:

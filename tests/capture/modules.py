@@ -50,15 +50,15 @@ class Tied(nn.Module):
 class Counts(nn.Module):
     """Adds its previous inputs: a buffer, written in place."""
 
-    seen: torch.Tensor
+    total: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("seen", torch.full((WIDTH,), 0.5))
+        self.register_buffer("total", torch.full((WIDTH,), 0.5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.add_(x.sum(0))
-        return x + self.seen
+        self.total.add_(x.sum(0))
+        return x + self.total
 
 
 class Cached(nn.Module):

@@ -199,8 +199,8 @@ def test_a_size_may_be_made_from_a_float() -> None:
     assert str(op.attrs["other"]) == "ceiling(3*T/4)"
     for rows in (1, 3, 8):
         tokens = torch.rand(rows, WIDTH)
-        (got,) = evaluate(captured.program.graph, [tokens], captured.program.weights)
-        assert torch.equal(got, model(tokens))
+        (actual,) = evaluate(captured.program.graph, [tokens], captured.program.weights)
+        assert torch.equal(actual, model(tokens))
 
 
 def test_weights_without_data_are_refused() -> None:

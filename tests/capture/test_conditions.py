@@ -58,8 +58,8 @@ def test_a_condition_that_skips_nothing_is_left_out(asks: Asks) -> None:
     captured = capture(block, (torch.randn(9, WIDTH),))
     for tokens in (1, 2, 11):
         x = torch.randn(tokens, WIDTH)
-        (got,) = evaluate(captured.program.graph, [x], captured.program.weights)
-        torch.testing.assert_close(got, block(x))
+        (actual,) = evaluate(captured.program.graph, [x], captured.program.weights)
+        torch.testing.assert_close(actual, block(x))
 
 
 def test_refuses_a_condition_that_matters() -> None:
@@ -95,5 +95,5 @@ def test_an_example_without_rows_is_as_good_as_any() -> None:
     block = Block(ASKS["any"])
     captured = capture(block, (torch.zeros(0, WIDTH),))
     x = torch.randn(5, WIDTH)
-    (got,) = evaluate(captured.program.graph, [x], captured.program.weights)
-    torch.testing.assert_close(got, block(x))
+    (actual,) = evaluate(captured.program.graph, [x], captured.program.weights)
+    torch.testing.assert_close(actual, block(x))

@@ -84,8 +84,8 @@ def test_runs_for_every_expert(loop: Loop) -> None:
     captured = capture(block, (torch.randn(5, WIDTH),))
     for tokens in (1, 2, 9):  # of one token, two experts are idle
         x = torch.randn(tokens, WIDTH)
-        (got,) = evaluate(captured.program.graph, [x], captured.program.weights)
-        torch.testing.assert_close(got, block(x))
+        (actual,) = evaluate(captured.program.graph, [x], captured.program.weights)
+        torch.testing.assert_close(actual, block(x))
 
 
 def test_refuses_a_loop_in_which_idle_experts_count() -> None:

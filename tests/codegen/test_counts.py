@@ -74,8 +74,8 @@ def test_numbers_that_agree_give_what_eager_gives(
     # No number is computed, only moved and added once.
     torch.testing.assert_close(compiled(*inputs), theirs, rtol=0, atol=0)
     if numbers in AGREE:
-        (meant,) = evaluate(program.graph, inputs, program.weights)
-        torch.testing.assert_close(meant, theirs, rtol=0, atol=0)
+        (meaning,) = evaluate(program.graph, inputs, program.weights)
+        torch.testing.assert_close(meaning, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("numbers", DIFFER, ids=str)
@@ -103,8 +103,8 @@ def test_a_file_of_onnx_refuses_them_with_an_index(
     names = [port.name for port in session.get_inputs()]
     for numbers in AGREE:
         inputs = _inputs(*numbers)
-        (got,) = session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
-        torch.testing.assert_close(torch.from_numpy(got), compiled(*inputs), rtol=0, atol=0)
+        (actual,) = session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
+        torch.testing.assert_close(torch.from_numpy(actual), compiled(*inputs), rtol=0, atol=0)
     for numbers in DIFFER:
         inputs = _inputs(*numbers)
         with pytest.raises(Exception, match="indices element out of data bounds"):

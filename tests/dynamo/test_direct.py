@@ -125,10 +125,10 @@ def test_a_gradient_needs_the_rest(rest: list[int]) -> None:
     assert not rest
     run(x).sum().backward()  # captured again: the grad mode is one of Dynamo's guards
     assert rest == [1]
-    mine = [p.grad for p in model.parameters()]
+    gradients = [p.grad for p in model.parameters()]
     model.zero_grad()
     model(x).sum().backward()
-    for result, p in zip(mine, model.parameters(), strict=True):
+    for result, p in zip(gradients, model.parameters(), strict=True):
         torch.testing.assert_close(result, p.grad, **CLOSE)
     frozen = Shaped().requires_grad_(False)
     rest.clear()

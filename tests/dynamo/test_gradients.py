@@ -139,13 +139,15 @@ def check(name: str, weighted: bool, experts: torch.Tensor) -> None:
     expected = gradients(graph, inputs, grad)
     for products in (IN_PYTORCH, KERNELS):
         meanings = differentiable(products)
-        for mine, theirs in zip(
+        for actual, theirs in zip(
             gradients(expanded, inputs, grad, meanings=meanings), expected, strict=True
         ):
             # float32 sums of some dozen products in another order: what is lost is a share of the
             # terms, which are no greater than the greatest sums, and not of a sum near zero.
             greatest = theirs.abs().amax() if theirs.numel() else 0.0
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * max(1.0, float(greatest)))
+            torch.testing.assert_close(
+                actual, theirs, rtol=0, atol=1e-5 * max(1.0, float(greatest))
+            )
 
 
 def error(gradients: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float]:
@@ -172,9 +174,9 @@ def test_bf16_is_as_near_to_float32_as_eager(name: str, tokens: int) -> None:
     expected = gradients(graphs(name, True, WIDE)[0], wide, grad.float())
     graph, expanded = graphs(name, True, WIDE, "bf16")
     eager = error(gradients(graph, inputs, grad), expected)
-    mine = error(gradients(expanded, inputs, grad, meanings=differentiable(KERNELS)), expected)
+    actual = error(gradients(expanded, inputs, grad, meanings=differentiable(KERNELS)), expected)
     slack = 1.2 if tokens > 1 else 2
-    assert all(m <= slack * e + 1e-3 for m, e in zip(mine, eager, strict=True)), (mine, eager)
+    assert all(m <= slack * e + 1e-3 for m, e in zip(actual, eager, strict=True)), (actual, eager)
 
 
 @settings(max_examples=60)

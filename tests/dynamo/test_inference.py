@@ -133,12 +133,12 @@ def test_writes_into_inputs_and_buffers_stay() -> None:
     model, other = Counts().eval(), Counts().eval()
     other.load_state_dict(model.state_dict())
     run = compiled(model)
-    mine, theirs = torch.ones(2, 3, 16), torch.ones(2, 3, 16)
+    actual, theirs = torch.ones(2, 3, 16), torch.ones(2, 3, 16)
     with torch.no_grad():
-        torch.testing.assert_close(run(mine), other(theirs), **CLOSE)
-        run(mine)
+        torch.testing.assert_close(run(actual), other(theirs), **CLOSE)
+        run(actual)
     assert model.calls == 2
-    torch.testing.assert_close(mine, torch.full_like(mine, 4))
+    torch.testing.assert_close(actual, torch.full_like(actual, 4))
 
 
 def test_a_dense_model_is_left_alone_silently() -> None:

@@ -147,8 +147,8 @@ def test_gradients(prepared: Around) -> None:
     eager.load_state_dict(model.state_dict())
     F.mse_loss(compiled(model)(x), x).backward()
     F.mse_loss(eager(x), x).backward()
-    for mine, right in zip(model.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, right.grad, **CLOSE)
+    for actual, right in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, right.grad, **CLOSE)
 
 
 def test_what_is_not_recognised_is_named() -> None:

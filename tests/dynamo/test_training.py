@@ -36,10 +36,12 @@ def test_gradients(form: type[nn.Module]) -> None:
     run = compiled(model)
     for tokens in (7, 2, 19):  # 2: experts that nobody chose get zeros
         x = torch.randn(3, tokens, 16) if form in (Masked, Model) else torch.randn(tokens, 16)
-        for mine, theirs in zip(gradients(run, model, x), gradients(eager, eager, x), strict=True):
+        for actual, theirs in zip(
+            gradients(run, model, x), gradients(eager, eager, x), strict=True
+        ):
             # A gradient that eager leaves None is one that nothing reached.
-            theirs = torch.zeros_like(mine) if theirs is None else theirs
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+            theirs = torch.zeros_like(actual) if theirs is None else theirs
+            torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-6)
     assert moec.stats().compilations == 1
     assert moec.stats().blocks > 0
 
@@ -73,8 +75,8 @@ def test_frozen_experts_are_packed_once() -> None:
         for stack in (which.gate, which.up, which.down):
             stack.requires_grad_(False)
     for _ in range(2):
-        mine, theirs = gradients(run, model, x), gradients(eager, eager, x)
-        for one, other in zip(mine, theirs, strict=True):
+        actual, theirs = gradients(run, model, x), gradients(eager, eager, x)
+        for one, other in zip(actual, theirs, strict=True):
             if other is not None:
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     assert moec.stats().packs == 1
@@ -92,8 +94,8 @@ def test_what_an_optimiser_changes_is_never_packed() -> None:
             optimiser.step()
             optimiser.zero_grad()
     assert moec.stats().packs == 0
-    for mine, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    for actual, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-6)
 
 
 class Stopped(Masked):
@@ -157,8 +159,8 @@ def test_a_backward_of_ones_own_is_kept() -> None:
     x = torch.randn(2, 5, 16)
     theirs = gradients(model, model, x)[0]
     with pytest.warns(FallbackWarning, match="has its own backward"):
-        mine = gradients(compiled(model, strict=False), model, x)[0]
-    torch.testing.assert_close(mine, theirs)
+        actual = gradients(compiled(model, strict=False), model, x)[0]
+    torch.testing.assert_close(actual, theirs)
 
 
 # Biases and clamps; a shared expert, a sigmoid router in groups. The bodies of the others
@@ -174,11 +176,15 @@ def test_gradients_of_families(name: str) -> None:
             which.zero_grad()
             forward(**inputs, labels=inputs["input_ids"]).loss.backward()
         pairs = zip(model.named_parameters(), eager.parameters(), strict=True)
-        for (where, mine), theirs in pairs:
+        for (where, actual), theirs in pairs:
             if theirs.grad is not None:
                 # float32 sums of some dozen terms in another order, through one layer and a head
                 torch.testing.assert_close(
-                    mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, w=where: f"{w}: {m}"
+                    actual.grad,
+                    theirs.grad,
+                    rtol=1e-4,
+                    atol=1e-6,
+                    msg=lambda m, w=where: f"{w}: {m}",
                 )
     assert moec.stats().blocks > 0
     assert moec.stats().fallbacks == ()
@@ -190,9 +196,9 @@ def test_experts_of_a_prepared_model_learn_without_the_backend() -> None:
     inputs = family.inputs(2, 7)
     for model in (prepared, eager):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    for (name, mine), theirs in zip(prepared.named_parameters(), eager.parameters(), strict=True):
+    for (name, actual), theirs in zip(prepared.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(
-            mine.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+            actual.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
@@ -218,8 +224,8 @@ def test_fine_tuning_follows_eagers_loss(tiny_moe: Path, short_moe: Path) -> Non
             optimiser.step()
             optimiser.zero_grad()
             losses[-1].append(float(loss.detach()))
-    eager, mine = losses
+    eager, actual = losses
     assert eager[-1] < eager[0]
-    assert max(abs(a - b) for a, b in zip(eager, mine, strict=True)) < 1e-3
+    assert max(abs(a - b) for a, b in zip(eager, actual, strict=True)) < 1e-3
     stats = moec.stats()
     assert (stats.compilations, stats.blocks, stats.fallbacks) == (1, 2, ())

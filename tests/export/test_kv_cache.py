@@ -120,10 +120,10 @@ def test_texts_of_unequal_lengths(
         texts = CachedTexts(with_past_inputs(language.pass_results[-1].program), run, 3)
         masks = [torch.tensor(piece) for piece in pieces]
         ids = [torch.randint(VOCABULARY, mask.shape) for mask in masks]
-        got = torch.cat([texts.feed(i, m) for i, m in zip(ids, masks, strict=True)], 1)
-        assert got.isfinite().all()
+        actual = torch.cat([texts.feed(i, m) for i, m in zip(ids, masks, strict=True)], 1)
+        assert actual.isfinite().all()
         for row, text, entry in zip(
-            got, torch.cat(ids, 1), torch.cat(masks, 1).bool(), strict=True
+            actual, torch.cat(ids, 1), torch.cat(masks, 1).bool(), strict=True
         ):
             (expected,) = language.captured.eager(text[entry][None])
             assert (row[entry] - expected[0]).abs().max() <= NEAR * expected.abs().max()

@@ -60,9 +60,9 @@ def test_equals_eager(
     run = session(tmp_path / "model.onnx")
     for tokens in (0, 1, 40):
         x = torch.randn(tokens, D)
-        (got,) = run.run(None, {"x": x.numpy()})
+        (actual,) = run.run(None, {"x": x.numpy()})
         (expected,) = block.captured.eager(x)
-        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-5, atol=1e-6)
 
 
 FORMS = {

@@ -49,10 +49,13 @@ def says(name: str, number: int, part: str = "") -> Callable[[Path], None]:
     return damage
 
 
-SIZES = "the weights beside it hold 3,478,912 numbers: they are of different models"
+SIZES = "the weights next to it hold 3,478,912 numbers: they are of different models"
 DAMAGED = [
     (says("num_hidden_layers", 10**9), "num_hidden_layers is 1,000,000,000, and the weights"),
-    (says("n_layer", 2000, "text_config"), "n_layer is 2,000, and the weights beside it hold 134 "),
+    (
+        says("n_layer", 2000, "text_config"),
+        "n_layer is 2,000, and the weights next to it hold 134",
+    ),
     (says("hidden_size", 10**12), f"hidden_size is 1,000,000,000,000, and {SIZES}"),
     (says("num_local_experts", 10**8), f"num_local_experts is 100,000,000, and {SIZES}"),
     (says("vocab_size", 2**63), f"vocab_size is 9,223,372,036,854,775,808, and {SIZES}"),

@@ -162,13 +162,13 @@ def test_rows_are_rounded_block_by_block(
     its inverse and two products round by 2^-24 each, which in 16 bits is 0.4 % of such a half."""
     x, (bits, most) = torch.tensor([numbers]), levels
     result = round_rows(x, blocks, bits).view(blocks, -1)
-    for got, block in zip(result, x.view(blocks, -1), strict=True):
+    for actual, block in zip(result, x.view(blocks, -1), strict=True):
         if not block.isfinite().all():
-            assert got.isnan().all()
+            assert actual.isnan().all()
             continue
         greatest = block.abs().max()
         room = greatest / most * (0.5 + most * 2.0**-22) if greatest > 1e-30 else greatest
-        assert ((got - block).abs() <= room + 1e-38).all()
+        assert ((actual - block).abs() <= room + 1e-38).all()
 
 
 def test_parts_of_a_model_are_spelled_by_name() -> None:

@@ -146,9 +146,9 @@ def _interpreted(compiled: CompiledModel) -> Callable[..., Any]:
     return run
 
 
-def _difference(got: Any, right: list[Any], dtype: str) -> str:
+def _difference(actual: Any, right: list[Any], dtype: str) -> str:
     """In words, how an output differs from all that are right; "" where none does."""
-    ours = _leaves(got)
+    ours = _leaves(actual)
     answers = [_leaves(answer) for answer in right]
     if len(ours) != len(answers[0]):
         return f"{len(ours)} outputs, and eager has {len(answers[0])}"
@@ -173,23 +173,22 @@ def _leaves(value: Any) -> list[Any]:
     ]
 
 
-def _apart(got: torch.Tensor, expected: torch.Tensor, dtype: str) -> str:
+def _apart(actual: torch.Tensor, expected: torch.Tensor, dtype: str) -> str:
     """In 16 bits some rows may be others: nearly equal scores choose other experts."""
-    if got.shape != expected.shape or got.dtype != expected.dtype:
-        return (
-            f"is {got.dtype}{list(got.shape)}, and eager's {expected.dtype}{list(expected.shape)}"
-        )
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        shapes = list(actual.shape), list(expected.shape)
+        return f"is {actual.dtype}{shapes[0]}, and eager's {expected.dtype}{shapes[1]}"
     short = {"float16": "f16", "bfloat16": "bf16", "float64": "f64"}.get(dtype, "f32")
     limit = TOLERANCES[short]
     if short in ("f32", "f64"):
-        error = distance(got, expected)
+        error = distance(actual, expected)
         return f"differs by {error:.1e}" if error > limit else ""
     if not expected.isfinite().all():
         return ""
     if not expected.is_floating_point() or expected.ndim < 2:
-        loose = (got.double() - expected.double()).abs().max() <= 0.1 * expected.abs().max() + 1
+        loose = (actual.double() - expected.double()).abs().max() <= 0.1 * expected.abs().max() + 1
         return "" if loose else "differs"
-    errors = row_errors(got, expected)
+    errors = row_errors(actual, expected)
     strays = int((errors > limit).sum())
     if strays > max(1.0, allowed_strays(0.05, len(errors))):
         return f"differs in {strays} of {len(errors)} rows, by {float(errors.max()):.1e}"

@@ -47,11 +47,11 @@ def results(model: object, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     return list(module.values()) if isinstance(module, dict) else [module]
 
 
-def same_choice(got: torch.Tensor, expected: torch.Tensor, limit: float) -> torch.Tensor:
+def same_choice(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> torch.Tensor:
     """For each row, whether the arg-max agrees, or eager's two best are too near to tell."""
     best = expected.double().topk(2, dim=-1)
     near = best.values[..., 0] - best.values[..., 1] <= limit * expected.double().abs().max()
-    return near | (got.argmax(-1) == best.indices[..., 0])
+    return near | (actual.argmax(-1) == best.indices[..., 0])
 
 
 @pytest.mark.long
@@ -71,12 +71,12 @@ def test_float32(name: str, tmp_path: Path) -> None:
     for batch, sequence in SIZES:
         inputs = tensors(SMALL[name].inputs(batch, sequence))
         expected = model.captured.eager(*inputs)
-        for got, again, value in zip(
+        for actual, again, value in zip(
             results(model, inputs), results(loaded, inputs), expected, strict=True
         ):
-            assert distance(got, value) <= limit
-            assert same_choice(got, value, limit).all()
-            assert torch.equal(got, again)
+            assert distance(actual, value) <= limit
+            assert same_choice(actual, value, limit).all()
+            assert torch.equal(actual, again)
     exported(name, model, tmp_path)
     if name in TIER_1:
         exported_in_few_bits(name, model, tmp_path)
@@ -104,8 +104,8 @@ def exported(name: str, model: moec.CompiledModel, folder: Path) -> None:
         for batch, sequence in SIZES:
             inputs = tensors(SMALL[name].inputs(batch, sequence))
             results = open_file(dict(zip(names, inputs, strict=True))).values()
-            for got, value in zip(results, model.captured.eager(*inputs), strict=True):
-                assert distance(got, value) <= TOLERANCES["f32"]
+            for actual, value in zip(results, model.captured.eager(*inputs), strict=True):
+                assert distance(actual, value) <= TOLERANCES["f32"]
 
 
 def exported_in_few_bits(name: str, model: moec.CompiledModel, folder: Path) -> None:
@@ -149,9 +149,9 @@ def test_bfloat16(name: str) -> None:
     for batch, sequence in SIZES:
         inputs = tensors(SMALL[name].inputs(batch, sequence))
         expected = model.captured.eager(*inputs)
-        for got, value in zip(results(model, inputs), expected, strict=True):
-            few, many = strays(got, value, limit)
+        for actual, value in zip(results(model, inputs), expected, strict=True):
+            few, many = strays(actual, value, limit)
             outliers, rows = outliers + few, rows + many
-            assert distance(got, value) <= FAR
-            assert (~same_choice(got, value, limit)).sum() <= few
+            assert distance(actual, value) <= FAR
+            assert (~same_choice(actual, value, limit)).sum() <= few
     assert outliers <= STRAYS["bf16"] * rows

@@ -29,11 +29,11 @@ def test_text_of_any_length_equals_eager(name: str) -> None:
     quiet = {} if name == "llama4" else {"use_cache": False}
     for sequence, start in ((12, 1), (7, 2), (30, 20)):
         case = family.inputs(sequence, start, seed=sequence)
-        got = evaluate(program.graph, [case[name] for name in inputs], program.weights)
+        actual = evaluate(program.graph, [case[name] for name in inputs], program.weights)
         with torch.no_grad():
             theirs = model(**case, **quiet)
         theirs = theirs if isinstance(theirs, torch.Tensor) else theirs.logits
-        assert distance(got[0], theirs) <= TOLERANCE
+        assert distance(actual[0], theirs) <= TOLERANCE
     for count in (3, 5):  # tokens of images in the second text
         case = family.inputs(12, 2)
         case["input_ids"][1] = 21

@@ -57,8 +57,8 @@ def test_is_recognised_and_equals_eager(name: str) -> None:
     program = compiled.pass_results[-1].program
     more = tuple(torch.randint(3, 160, (2, 40)) for _ in compiled.captured.example)
     for case in [*cases(compiled.captured), more]:
-        got = evaluate(program.graph, case, program.weights)
-        for ours, theirs in zip(got, compiled.captured.eager(*case), strict=True):
+        actual = evaluate(program.graph, case, program.weights)
+        for ours, theirs in zip(actual, compiled.captured.eager(*case), strict=True):
             assert distance(ours, theirs) < TOLERANCE
 
 

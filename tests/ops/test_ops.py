@@ -29,8 +29,8 @@ def test_sort(drawn):
     assert order[slots.reshape(-1).long()].tolist() == list(range(flat.numel()))
     start = 0
     for expert, end in enumerate(ends.tolist()):
-        mine = order[start:end].tolist()
-        assert mine == [i for i, e in enumerate(flat.tolist()) if e == expert]
+        rows_of_expert = order[start:end].tolist()
+        assert rows_of_expert == [i for i, e in enumerate(flat.tolist()) if e == expert]
         start = end
 
 

@@ -51,8 +51,8 @@ def add_member(path: Path, name: str, **how: Any) -> None:
         archive.writestr(name, b"x" * 100, **how)
 
 
-def same(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    assert got.keys() == expected.keys()
+def same(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
     for name, array in expected.items():
-        assert got[name].dtype == array.dtype
-        np.testing.assert_array_equal(got[name], array)
+        assert actual[name].dtype == array.dtype
+        np.testing.assert_array_equal(actual[name], array)

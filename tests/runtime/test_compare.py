@@ -14,7 +14,7 @@ A = np.array([1.0, -4.0, 2.0], np.float32)
 
 
 @pytest.mark.parametrize(
-    ("got", "expected", "apart"),
+    ("actual", "expected", "apart"),
     [
         (A, A, 0.0),
         (A + np.float32(0.5), A, 0.125),
@@ -36,5 +36,5 @@ A = np.array([1.0, -4.0, 2.0], np.float32)
         (np.array([1.5], ml_dtypes.bfloat16), np.array([1.0], ml_dtypes.bfloat16), 0.5),
     ],
 )
-def test_difference(got: np.ndarray, expected: np.ndarray, apart: float) -> None:  # type: ignore[type-arg]
-    assert difference(got, expected) == apart
+def test_difference(actual: np.ndarray, expected: np.ndarray, apart: float) -> None:  # type: ignore[type-arg]
+    assert difference(actual, expected) == apart

@@ -221,10 +221,10 @@ from moec.runtime.process.threads import available
 print(tvm_ffi().get_global_func("runtime.NumThreads")(), available())
 """
     plain = {k: v for k, v in os.environ.items() if k != "TVM_NUM_THREADS"}
-    told: dict[str, str]
-    for told in ({}, {"TVM_NUM_THREADS": "1"}):
+    variables: dict[str, str]
+    for variables in ({}, {"TVM_NUM_THREADS": "1"}):
         process = subprocess.run(
-            [sys.executable, "-c", script], env=plain | told, capture_output=True, text=True
+            [sys.executable, "-c", script], env=plain | variables, capture_output=True, text=True
         )
         threads, processors = process.stdout.split()
-        assert threads == ("1" if told else processors)
+        assert threads == ("1" if variables else processors)

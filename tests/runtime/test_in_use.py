@@ -109,10 +109,10 @@ def test_what_a_killed_writer_left_is_removed(saved: Path) -> None:
     package = artifact.read(saved).package
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                           capture_output=True, text=True)  # fmt: skip
-    gone, here = int(done.stdout), os.getpid()
+    ended, here = int(done.stdout), os.getpid()
     from moec.runtime.container import _writer
 
-    stale, others = (saved.with_name(f"{_writer(saved)}{n}.x") for n in (gone, here))
+    stale, others = (saved.with_name(f"{_writer(saved)}{n}.x") for n in (ended, here))
     for folder in (stale, others):
         folder.mkdir()
         (folder / "new").write_bytes(b"half")

@@ -58,8 +58,8 @@ def test_scores_weights_and_rewards_equal_eager() -> None:
         bright, _, tokens = example.videos(example.SMALL, count, seed=count)
         inputs = (bright, tokens, *example.positions(tokens))
         with torch.no_grad():
-            for mine, eager in zip(ours(*inputs), model(*inputs), strict=True):
-                torch.testing.assert_close(mine, eager, rtol=TOLERANCE, atol=TOLERANCE)
+            for actual, eager in zip(ours(*inputs), model(*inputs), strict=True):
+                torch.testing.assert_close(actual, eager, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_the_score_is_the_mixture_of_both_levels() -> None:

@@ -52,8 +52,8 @@ def test_latents_equal_eager() -> None:
     (candidates, *_), (ours, *_), _ = built()
     contexts, noise = torch.randint(32, (5, 11)), example.noise(example.SMALL, 5)
     with torch.no_grad():
-        for mine, right in zip(ours(contexts, noise), candidates(contexts, noise), strict=True):
-            torch.testing.assert_close(mine, right, rtol=TOLERANCE, atol=TOLERANCE)
+        for actual, right in zip(ours(contexts, noise), candidates(contexts, noise), strict=True):
+            torch.testing.assert_close(actual, right, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_candidates_and_picks_equal_eager_with_fixed_noise() -> None:
@@ -68,8 +68,8 @@ def test_candidates_and_picks_equal_eager_with_fixed_noise() -> None:
 
     with torch.no_grad():
         message, pick = example.converse(parts, example.SMALL, contexts, noise)
-    mine, picked = example.converse((ours[0], decode, ours[2]), example.SMALL, contexts, noise)
-    assert torch.equal(mine, message)
+    actual, picked = example.converse((ours[0], decode, ours[2]), example.SMALL, contexts, noise)
+    assert torch.equal(actual, message)
     assert torch.equal(picked, pick)
     size = example.SMALL
     assert calls == [6 * size.experts] * size.length  # all candidates in one batch

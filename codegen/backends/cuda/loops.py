@@ -89,7 +89,7 @@ class GridEmission(Emission):
         return T.alloc_buffer(tuple(sizes), dtype, scope="local")
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def run_once(self) -> Iterator[None]:
         with T.launch_thread("blockIdx.x", 1), T.launch_thread("threadIdx.x", 1), self.scope():
             yield
 

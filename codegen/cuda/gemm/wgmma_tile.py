@@ -86,8 +86,8 @@ class WgmmaTile:
             stage, parity = _turn(done + step)
             wait_barrier(self.full(stage), parity)
             base = T.bind(stage * (2 * _PART))
-            mine = T.bind((self.group - 1) * (64 * DEPTH))
-            describe_matrix(self.descriptors[0], self.stages.ptr_to([base + mine]))
+            offset = T.bind((self.group - 1) * (64 * DEPTH))
+            describe_matrix(self.descriptors[0], self.stages.ptr_to([base + offset]))
             describe_matrix(self.descriptors[1], self.stages.ptr_to([base + _PART]))
             fence_products()
             for k in range(DEPTH // 16):

@@ -138,7 +138,7 @@ class CodeTile:
         if self.codes.zeros is None:
             return
         for u in range(self.tile.column_fragments):
-            column = self._within(first + u * 8 + self.tile.lane // 4)
+            column = self._clamp(first + u * 8 + self.tile.lane // 4)
             zero = T.bind(T.cast(self.codes.zeros[expert, column, block], "uint32"))
             T.buffer_store(self.zeros, zero_pair(self.spec.format.bits, zero), [u])
 
@@ -147,7 +147,7 @@ class CodeTile:
         in place."""
         tile, kind = self.tile, self.spec.format.kind
         for u, i in itertools.product(range(tile.column_fragments), range(2)):
-            column = self._within(first + u * 8 + tile.lane % 4 * 2 + i)
+            column = self._clamp(first + u * 8 + tile.lane % 4 * 2 + i)
             T.buffer_store(self.scales, self.codes.scale(kind, expert, column, block), [u * 2 + i])
         for t, half in itertools.product(range(tile.row_fragments), range(2)):
             row = T.cast(self.rows[t * 2 + half], "int64")
@@ -160,7 +160,7 @@ class CodeTile:
                 else:
                     T.buffer_store(tile.sums, tile.sums[at] * scale, [at])
 
-    def _within(self, column: Expr) -> Expr:
+    def _clamp(self, column: Expr) -> Expr:
         """The column, clamped to the last one: columns beyond the end are computed but not
         stored."""
         if self.p.columns % self.tile.shape.columns:

@@ -66,14 +66,14 @@ def round_rows(
 
 
 def _planes(value: Expr, bits: int) -> Sequence[Expr]:
-    code = T.bind(_whole(value))
+    code = T.bind(_nearest_integer(value))
     if planes_of(bits) == 1:
         return [code]
-    high = T.bind(_whole(code * T.float32(1 / 256)) * T.float32(256))
+    high = T.bind(_nearest_integer(code * T.float32(1 / 256)) * T.float32(256))
     return [high, code - high]
 
 
-def _whole(value: Expr) -> Expr:
+def _nearest_integer(value: Expr) -> Expr:
     return T.call_extern("float32", "rintf", value)
 
 

@@ -22,7 +22,7 @@ from moec.capture.behaviour.inference.constants import SAFE, find_added, find_no
 from moec.capture.behaviour.inference.draws import all_on, draws, ties
 from moec.capture.behaviour.inference.drops import find_capacity
 from moec.capture.behaviour.inference.fit import fit
-from moec.capture.behaviour.inference.probe import Probe, affordable_length, same
+from moec.capture.behaviour.inference.probe import Probe, affordable_length, are_close
 from moec.capture.behaviour.inference.sources import find_experts, find_router
 from moec.capture.behaviour.inference.thresholds import narrowed
 from moec.capture.behaviour.layer.arguments import Arguments
@@ -162,7 +162,7 @@ def _agrees(
     eager = probe.run(inputs, logits).hidden
     block = Replacement(probe.module, description, probe.width, body)
     with torch.no_grad(), probe.steered(logits):
-        return same(block(*inputs)["hidden"].reshape(eager.shape), eager)
+        return are_close(block(*inputs)["hidden"].reshape(eager.shape), eager)
 
 
 def _routed(probe: Probe, stacks: Mapping[str, torch.Tensor], count: int) -> Iterator[Description]:
@@ -206,9 +206,9 @@ def _check_steers(
     moved = (inputs[0].clone(),)
     moved[0].view(-1, probe.width)[-1] += 1
     one, usual = probe.run(inputs, kinds["one"]).hidden, probe.run(inputs, kinds["usual"]).hidden
-    if same(one, usual):
+    if are_close(one, usual):
         raise NoMatch(f"other logits than those of {probe.weight_name} change nothing")
-    if not same(usual[:-1], probe.run(moved, kinds["usual"]).hidden[:-1]):
+    if not are_close(usual[:-1], probe.run(moved, kinds["usual"]).hidden[:-1]):
         raise NoMatch(
             "with the routing held, one token changes another's output: tokens meet inside it, "
             "as in attention"
@@ -221,7 +221,7 @@ def _check_alone(
     """Checks that the choices of the first tokens do not depend on the logits of later tokens."""
     later = torch.cat([logits[:SAFE], logits[SAFE:].roll(1, 1) * 3])
     first, second = (probe.solve(inputs, z)[0][:SAFE, :count] for z in (logits, later))
-    if not same(first, second, 1e-3):
+    if not are_close(first, second, 1e-3):
         raise NoMatch(
             "a token's weights depend on the logits of later tokens, as where experts choose "
             "their tokens or the best tokens are served first"
@@ -293,7 +293,7 @@ def _ties(
         ordered = replace(rule, ties=order)
         description = replace(probe.description, routing=ordered)
         ruled = choices(probe.module, description, tied).dense()[:SAFE, :count]
-        if same(ruled, eager, 1e-3):
+        if are_close(ruled, eager, 1e-3):
             alike = True
             yield ordered
     if not alike:

@@ -18,7 +18,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from moec.capture.conversion.node_converter import Converter, dropped, without
+from moec.capture.conversion.node_converter import Converter, dropped, relative_path
 from moec.errors import CaptureError
 from moec.interpret.outputs import SLOT, Structure, of_leaves
 from moec.ir.dims import Bounds, symbols
@@ -68,7 +68,7 @@ def to_program(
         else:
             target = cast(str, spec.target)
             data = _weight(exported, spec.kind, target)
-            name = without(prefix, target)
+            name = relative_path(prefix, target)
             value = Value(converter.fresh(name), converter.type(tensor, name))
             if target in mutated:
                 states[target] = value
@@ -105,7 +105,7 @@ def _ranges(exported: ExportedProgram, rename: Mapping[str, str]) -> dict[str, B
     ranges: dict[str, Bounds] = {}
     for symbol, limits in exported.range_constraints.items():
         name = rename.get(str(symbol), str(symbol))
-        declared = Bounds(_whole(limits.lower) or 0, _whole(limits.upper))
+        declared = Bounds(_integer_limit(limits.lower) or 0, _integer_limit(limits.upper))
         ranges[name] = declared.intersect(ranges.get(name, Bounds()))
     return ranges
 
@@ -114,7 +114,7 @@ def _symbols(value: Value) -> set[str]:
     return {name for dim in value.shape for name in symbols(dim)}
 
 
-def _whole(limit: Any) -> int | None:
+def _integer_limit(limit: Any) -> int | None:
     if not getattr(limit, "is_Integer", isinstance(limit, int)):
         return None
     return None if int(limit) >= 2**62 else int(limit)

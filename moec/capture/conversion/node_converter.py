@@ -49,7 +49,7 @@ class Converter:
     line: str = ""
 
     def where(self, node: torch.fx.Node) -> str:
-        return without(self.prefix, origin(node))
+        return relative_path(self.prefix, origin(node))
 
     def place(self, node: torch.fx.Node) -> str:
         """Where a node comes from, for messages: the user's line, else the module or the node."""
@@ -81,7 +81,7 @@ class Converter:
             source, index = cast(torch.fx.Node, node.args[0]), cast(int, node.args[1])
             self.values[node] = self.values[source][index]
         elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
-            self.values[node] = self.whole(value, node)
+            self.values[node] = self.integer(value, node)
             if "_local_scalar_dense" in str(node.target):
                 self.size(node, self.values[node])
         elif isinstance(value, torch.SymFloat | float):
@@ -111,7 +111,7 @@ class Converter:
         except IRError as error:
             raise CaptureError(f"{where}: the size {size} cannot be kept: {error}") from None
 
-    def whole(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
+    def integer(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
         """A size. One that is computed of a float gets an expression that rounds like Python."""
         arguments = [self.argument(a) for a in node.args]
         floats = [a for a in arguments if isinstance(a, VaryingFloat)]
@@ -159,7 +159,7 @@ class Converter:
         if self.computed.setdefault(expr, value) != value:
             raise CaptureError(
                 f"{line}: torch takes {shown} for a size that was computed in another order, "
-                "and rounds otherwise; write both with the same operations, or with whole numbers"
+                "and rounds differently; write both with the same operations, or with whole numbers"
             )
         return value
 
@@ -256,7 +256,7 @@ class Converter:
                 "multiply by that"
             )
         raise CaptureError(
-            f"{where}: an argument of type {type(converted).__name__} cannot stand in a graph"
+            f"{where}: an argument of type {type(converted).__name__} cannot be in a graph"
         )
 
     def inline(self, node: torch.fx.Node) -> None:
@@ -300,7 +300,7 @@ def dropped(node: torch.fx.Node) -> bool:
     )
 
 
-def without(prefix: str, path: str) -> str:
+def relative_path(prefix: str, path: str) -> str:
     return path if not prefix else path.removeprefix(prefix).removeprefix(".")
 
 

@@ -35,7 +35,7 @@ class Parts:
         values = [operand.meta["val"] for operand in operands]
         key = target, _arguments(node, operands), tuple(map(_kind, values))
         if key not in self.traced:
-            graph = self.trace(_alone(node, target, operands), values)
+            graph = self.trace(_call_of(node, target, operands), values)
             if not all(map(is_function, graph.nodes)) or _reads_data(graph, values):
                 raise Retrace(f"the parts of {target} write, or make sizes of data")
             self.traced[key] = graph
@@ -87,7 +87,7 @@ def operands_of(node: fx.Node) -> list[fx.Node]:
     return list(dict.fromkeys(node.all_input_nodes))
 
 
-def _alone(
+def _call_of(
     node: fx.Node, target: Callable[..., Any], operands: Sequence[fx.Node]
 ) -> Callable[..., Any]:
     """`target` with the arguments of `node`, as a function of its operands' values."""

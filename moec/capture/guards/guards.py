@@ -190,7 +190,7 @@ def settle(
         (size,) = guard.names
         if agree and limits.low == 2 and agree({**example, size: 1}):
             limits = replace(limits, low=0)  # `if n > 1`, and the result is the same at 1
-        bounds[size] = _both(bounds[size], limits)
+        bounds[size] = _intersection(bounds[size], limits)
         if limits.low > 1 or limits.high is not None:
             limiting.append(guard)
             notes[f"{size} {_shown(bounds[size])}: {guard}"] = None
@@ -210,7 +210,7 @@ def settle(
             if agree is None and not required:
                 raise GuardRefused(_refusal(name, graph, guard, example), guard)
             for size, limits in required.items():
-                bounds[size] = _both(bounds[size], limits)
+                bounds[size] = _intersection(bounds[size], limits)
             limits_text = "; ".join(f"{size} {_shown(bounds[size])}" for size in required)
             fails = f"the model itself fails where not {show(guard.condition)}"
             notes[f"{limits_text or fails}: {guard}"] = None
@@ -250,7 +250,7 @@ def _edges(guard: Guard, example: Mapping[str, int]) -> Mapping[str, Bounds]:
     return {} if limits is None else {size: limits}
 
 
-def _both(a: Bounds, b: Bounds) -> Bounds:
+def _intersection(a: Bounds, b: Bounds) -> Bounds:
     highs = [high for high in (a.high, b.high) if high is not None]
     return Bounds(max(a.low, b.low), min(highs, default=None))
 
@@ -292,7 +292,7 @@ def _some_of(
     most = max(_FURTHER * _rows(region[0], guard), 64)
     near = [sizes for sizes in region[_TRIED:] if _rows(sizes, guard) <= most]
     further = sorted(near, key=lambda s: (min(s[n] for n in guard.names), _rows(s, guard)))
-    edge = [sizes for sizes in region if not true.isdisjoint(_beside(_key(sizes, guard)))]
+    edge = [sizes for sizes in region if not true.isdisjoint(_neighbours(_key(sizes, guard)))]
     edge = [sizes for sizes in edge if _rows(sizes, guard) <= max(4 * _rows(edge[0], guard), 64)]
     last = sorted(edge, key=lambda sizes: _rows(sizes, guard))[-1:]
     tried = [*region[:_TRIED], *further[-1:], *near[len(near) // 2 :][:1], *last]
@@ -303,7 +303,7 @@ def _key(sizes: Mapping[str, int], guard: Guard) -> tuple[int, ...]:
     return tuple(size for name, size in sorted(sizes.items()) if name in guard.names)
 
 
-def _beside(key: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def _neighbours(key: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """The sizes that differ by 1 in one of them."""
     for axis, size in enumerate(key):
         for other in (size - 1, size + 1):

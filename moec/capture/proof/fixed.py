@@ -108,7 +108,7 @@ def _runs_at(
 ) -> int | None:
     """Another size of these axes at which the module runs, or None. Sizes 0 and 1 are not tried: an
     axis of size 1 broadcasts."""
-    for other in _others(size):
+    for other in _other_sizes(size):
         for group in groups:
             try:
                 eager(*resized_axes(example, group, other))
@@ -118,7 +118,7 @@ def _runs_at(
     return None
 
 
-def _others(size: int) -> Iterator[int]:
+def _other_sizes(size: int) -> Iterator[int]:
     for other in (size + 1, size - 1, 2 * size, size + 8, size + 2):
         if other > 1 and other != size:
             yield other

@@ -77,7 +77,7 @@ def agree_at_sizes(
         return None
     equal = []
     for source in (random, resized_example)[: 1 + either]:
-        alike = [_alike(tensor) for tensor in source]
+        alike = [_equal_rows(tensor) for tensor in source]
         with suppress(Exception):  # a text of one token only has too many tokens of images
             equal.append((alike, eager(*alike)))
     sufficient = any if either else all
@@ -88,7 +88,7 @@ def agree_at_sizes(
     )
 
 
-def _alike(tensor: torch.Tensor) -> torch.Tensor:
+def _equal_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with its first row in the place of every row."""
     features = tensor.shape[-1] if tensor.is_floating_point() and tensor.ndim else 1
     rows = tensor.reshape(-1, features)

@@ -29,7 +29,7 @@ def merge_programs(first: Program, second: Program, choice: Choice) -> Program:
     if len(values) != len(a.inputs) + len(a.params) or len(values) != len(b.inputs) + len(b.params):
         raise Unmergeable("the weights")
     for value in a.params:
-        if not _same(first.weights[value.name], second.weights[value.name]):
+        if not _are_equal(first.weights[value.name], second.weights[value.name]):
             raise Unmergeable(f"the constant {value.name}")
     results = {value: value for value in values.values()}
     ours, theirs = _live(a), _live(b)
@@ -53,7 +53,7 @@ def merge_programs(first: Program, second: Program, choice: Choice) -> Program:
     return Program(replace(a, ops=tuple(ops), outputs=outputs, states=states), first.weights)
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     same = a.dtype == b.dtype and a.shape == b.shape
     return same and (a.data_ptr() == b.data_ptr() or torch.equal(a, b))
 

@@ -18,7 +18,7 @@ from moec.interpret.resized import with_sizes
 from moec.ir.dims import Bounds
 from moec.ir.thresholds import sizes_around, sizes_at_changes, truth_of
 
-Again = Callable[[Mapping[str, int]], CaptureForm]
+Recapture = Callable[[Mapping[str, int]], CaptureForm]
 """Captures the same module at other sizes. Raises CaptureError."""
 
 MOST_SIDES = 8
@@ -32,7 +32,7 @@ def with_other_sides(
     name: str,
     form: CaptureForm,
     example: Sequence[torch.Tensor],
-    again: Again,
+    recapture: Recapture,
     limits: Mapping[str, Bounds],
 ) -> tuple[CaptureForm, Settled]:
     """The form that holds on both sides of as many guards as possible, and its settled guards.
@@ -48,7 +48,7 @@ def with_other_sides(
         guard = _restricting(settlement, skipped)
         if guard is None:
             break
-        wider = _wider(name, last, guard, example, again, limits)
+        wider = _wider(name, last, guard, example, recapture, limits)
         if wider is None:
             skipped.add(guard.condition)
         else:
@@ -86,7 +86,7 @@ def _wider(
     form: CaptureForm,
     guard: Guard,
     example: Sequence[torch.Tensor],
-    again: Again,
+    recapture: Recapture,
     limits: Mapping[str, Bounds],
 ) -> CaptureForm | None:
     """A form that holds where `form` does and on the other side of `guard`; None if none is found:
@@ -94,7 +94,7 @@ def _wider(
     here = sizes_of(form.converted.program, example)
     for sizes in _beyond(guard, limits, here):
         try:
-            other = again(sizes)
+            other = recapture(sizes)
         except CaptureError:
             continue
         merged = _merged(form, other, example, sizes)

@@ -151,7 +151,7 @@ def _derived(a: Dim, b: Dim, merged: Mapping[tuple[Dim, Dim], Dim]) -> Dim | Non
 
 def _part(size: sympy.Expr, hole: sympy.Symbol) -> tuple[sympy.Expr | None, sympy.Expr]:
     """(part, expression): the part of `size` to look for in other sizes, and its expression by the
-    `hole` that stands for `size`: for 2*floor(T/3) + 1 they are floor(T/3) and (hole - 1)/2."""
+    `hole` that represents `size`: for 2*floor(T/3) + 1 they are floor(T/3) and (hole - 1)/2."""
     constant, rest = size.as_coeff_Add()
     factor, part = rest.as_coeff_Mul()
     if not size.free_symbols or part.is_Add:

@@ -64,9 +64,9 @@ def widen(
     )
     groups = search.groups(groups, units)
     varying = {axis for group in groups for axis in group.axes}
-    gone = (free | set(joining)) - varying
+    joined = (free | set(joining)) - varying
     for unit in units:
-        if unit.name and gone.intersection(unit.axes):
+        if unit.name and joined.intersection(unit.axes):
             raise CaptureError(
                 f"{unit.name} is to vary, and the module runs only where it is 1, as in the "
                 "example: leave it out of dynamic_shapes, or see why the module fails at other "
@@ -75,7 +75,7 @@ def widen(
     return Widened(
         resized(example, groups),
         tuple(
-            {axis: dim for axis, dim in wish.items() if (index, axis) not in gone}
+            {axis: dim for axis, dim in wish.items() if (index, axis) not in joined}
             for index, wish in enumerate(wishes)
         ),
         groups,

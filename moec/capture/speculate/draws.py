@@ -68,7 +68,7 @@ def _assignments(
         if 1 <= number < MOST_ROWS:
             shapes.append(dict.fromkeys(names, 1) | {names[-1]: number + 1})
     distinct = {
-        tuple(sorted((name, _within(size, graph.bounds[name])) for name, size in shape.items()))
+        tuple(sorted((name, _clamp(size, graph.bounds[name])) for name, size in shape.items()))
         for shape in shapes
     }
     return [dict(shape) for shape in sorted(distinct)]
@@ -93,7 +93,7 @@ def _numbers(conditions: Iterable[Any]) -> set[int]:
     }
 
 
-def _within(size: int, bounds: Bounds) -> int:
+def _clamp(size: int, bounds: Bounds) -> int:
     size = max(size, bounds.low)
     return size if bounds.high is None else min(size, bounds.high)
 

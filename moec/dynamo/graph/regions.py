@@ -87,7 +87,7 @@ def _of_several_gates(scope: Scope) -> set[Op]:
         if dispatch.name != "moe.dispatch" or not chooses_all(graph, dispatch):
             continue
         stacks = experts.inputs[2:]
-        x, above = scope.behind(dispatch.inputs[0]), scope.upstream(stacks)
+        x, above = scope.source_of(dispatch.inputs[0]), scope.upstream(stacks)
         for weight in {*stacks, *(v for op in above for v in op.inputs)} & set(scope.params):
             sums = [r for r in graph.readers[experts.outputs[0]] if r.name == "moe.combine"]
             users.setdefault((x, weight), []).extend(sums)

@@ -37,9 +37,9 @@ def _choices(layers: Iterable[LayerPlan], planner: Planner) -> Iterable[Ids]:
 def _loads(counts: Traffic, plan: Plan) -> NDArray[np.float64]:
     nodes = plan.devices // plan.node_size
     if nodes == 1:
-        sent, got = counts.sent_inside, counts.got_inside
+        sent, received = counts.sent_inside, counts.got_inside
     else:
         ways = (counts.sent_across, counts.got_across)
-        sent, got = (way.reshape(nodes, -1).sum(1) for way in ways)
-    loads: NDArray[np.float64] = np.maximum(sent, got).astype(float)
+        sent, received = (way.reshape(nodes, -1).sum(1) for way in ways)
+    loads: NDArray[np.float64] = np.maximum(sent, received).astype(float)
     return loads

@@ -213,10 +213,10 @@ def _replay(layer: LayerPlan, plan: Plan, cost: CostModel, ids: Ids) -> LayerRes
 def link_imbalance(counts: Traffic) -> float:
     """The load of the busiest link over the mean: across nodes if rows leave it, else inside."""
     pairs = ((counts.sent_across, counts.got_across), (counts.sent_inside, counts.got_inside))
-    for sent, got in pairs:
+    for sent, received in pairs:
         mean = float(sent.mean())
         if mean > 0:
-            return max(float(sent.max()), float(got.max())) / mean
+            return max(float(sent.max()), float(received.max())) / mean
     return 1.0
 
 

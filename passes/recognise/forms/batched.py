@@ -95,7 +95,7 @@ def refuse(why: NoMatch) -> Iterator[Proposal]:
 def stacked(scope: Scope, value: Value) -> bool:
     """Whether `value` is a stack of matrices [E, N, K], or is gathered from one."""
     while True:
-        source = scope.behind(value, VIEWS | {"aten.permute.default", "aten.expand.default"})
+        source = scope.source_of(value, VIEWS | {"aten.permute.default", "aten.expand.default"})
         if source in scope.constants:
             return len(source.shape) == 3
         op = scope.made_by(source, *PICKS)

@@ -119,8 +119,8 @@ def read_group(scope: Scope, term: Value) -> GatedTerm | None:
     """`term` read as weight * (scale * softmax(logits) * values).sum(-1), or None if it has another
     form."""
     for weight, inner in factors(scope, term):
-        column = columns(scope, scope.behind(weight))
-        total = scope.made_by(scope.behind(inner), SUM)
+        column = columns(scope, scope.source_of(weight))
+        total = scope.made_by(scope.source_of(inner), SUM)
         if column is None or column.end - column.start != 1 or total is None:
             continue
         if not _over_last(total):

@@ -175,7 +175,7 @@ def _columns(scope: Scope, leaves: tuple[Leaf, ...], shape: tuple[Dim, ...]) -> 
         return None
     for number, leaf in enumerate(leaves):
         column = scope.made_by(
-            scope.behind(leaf.weights[0]), "aten.select.int", "aten.slice.Tensor"
+            scope.source_of(leaf.weights[0]), "aten.select.int", "aten.slice.Tensor"
         )
         if len(leaf.weights) > 1 or column is None or not column.inputs[0].shape:
             return None

@@ -36,7 +36,7 @@ def overwritten(
         and value is op.inputs[-1]
         for op, value in links
     )
-    copied = start is not None and scope.behind(start) is scope.behind(x)
+    copied = start is not None and scope.source_of(start) is scope.source_of(x)
     return Zero(("copy",)) if written and copied else None
 
 
@@ -67,7 +67,7 @@ def _limit(scope: Scope, rows: Value) -> RecognisedCapacity | None:
     size = _least(scope, rows.shape[0]) if rows.shape else None
     if size is None:
         return None
-    op = scope.made_by(scope.behind(rows, _PARTS), "aten.index.Tensor")
+    op = scope.made_by(scope.source_of(rows, _PARTS), "aten.index.Tensor")
     if op is None or len(op.inputs) != 2:
         return RecognisedCapacity(size, "token")
     order = scope.made_by(op.inputs[1], "aten.sort.default", "aten.sort.stable")

@@ -226,7 +226,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
         if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
             uses.setdefault("ids", []).append(op.inputs[0])
     count = len(branches)
-    if chain.start is None and scope.made_by(scope.behind(x), *SPREAD) is not None:
+    if chain.start is None and scope.made_by(scope.source_of(x), *SPREAD) is not None:
         yield from one_slot_a_row(scope, anchor, experts, uses)
     zero = zero_experts(scope, chain.zero, count, x) if chain.zero else None
     others = zero.kinds if zero is not None else ()

@@ -102,7 +102,7 @@ def _term(scope: Scope, value: Value) -> Term:
     if product is not None and len(product.inputs) == 2:
         for weight, expert in (product.inputs, product.inputs[::-1]):
             picked = scope.made_by(
-                scope.behind(weight, VIEWS), "aten.select.int", "aten.slice.Tensor"
+                scope.source_of(weight, VIEWS), "aten.select.int", "aten.slice.Tensor"
             )
             if picked is not None and _one_share(scope, picked) and expert.type == value.type:
                 return Term(value, picked, expert)

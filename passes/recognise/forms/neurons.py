@@ -94,7 +94,7 @@ def tables(scope: Scope) -> Iterator[tuple[Op, Op]]:
     ]
     for inward in picks:
         for outward in picks:
-            same = scope.behind(inward.inputs[1]) is scope.behind(outward.inputs[1])
+            same = scope.source_of(inward.inputs[1]) is scope.source_of(outward.inputs[1])
             if inward is outward or not same:
                 continue
             if inward.inputs[0].shape[0] != outward.inputs[0].shape[0]:
@@ -111,7 +111,7 @@ def _meets_rows(scope: Scope, gather: Op) -> bool:
     width = gather.inputs[0].shape[1:]
     sums = sums_of(scope, gather.outputs[0])
     return any(
-        scope.behind(v, _MOVES).shape[-1:] == width for _, operands in sums for v in operands
+        scope.source_of(v, _MOVES).shape[-1:] == width for _, operands in sums for v in operands
     )
 
 
@@ -153,12 +153,12 @@ def proved(scope: Scope, inward: Op, outward: Op, prover: Prover) -> Neurons:
 
 
 def proposals(scope: Scope, inward: Op, outward: Op) -> Iterator[Neurons]:
-    ids = scope.behind(inward.inputs[1])
+    ids = scope.source_of(inward.inputs[1])
     down, up = inward.inputs[0], outward.inputs[0]
     for sums, operands in sums_of(scope, inward.outputs[0]):
         if product(sums.shape) != product(ids.shape) or len(operands) != 1:
             continue
-        x = scope.behind(operands[0], _MOVES)
+        x = scope.source_of(operands[0], _MOVES)
         if x.shape[-1:] != down.shape[1:] or x.dtype not in FLOATS:
             continue
         functions, active = applied(scope, sums)

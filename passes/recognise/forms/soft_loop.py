@@ -64,7 +64,7 @@ class SoftLoop:
             )
         if len(numbers) != count:
             raise NoMatch(f"it has {len(numbers)} steps, and weights of {count} experts")
-        tokens = {scope.behind(step.dispatch.values, VIEWS) for step in self.steps}
+        tokens = {scope.source_of(step.dispatch.values, VIEWS) for step in self.steps}
         if len(tokens) > 1:
             raise NoMatch("its steps read different tokens")
         branches = []
@@ -81,7 +81,8 @@ def soft_loops(scope: Scope) -> Iterator[SoftLoop]:
         if op.name != ADD or adds_on(scope, op):
             continue
         steps = [
-            _step(scope, scope.maker(scope.behind(t.value, REARRANGE))) for t in summed(scope, op)
+            _step(scope, scope.maker(scope.source_of(t.value, REARRANGE)))
+            for t in summed(scope, op)
         ]
         alike = [step for step in steps if step is not None]
         if len(alike) > 1 and len(alike) == len(steps) and _of_one_softmax(alike):

@@ -81,7 +81,7 @@ def logits_of_slots(scope: Scope) -> set[Op]:
     """The products that compute logits of soft mixtures: their stack phi [D, E, P] is no expert
     weight."""
     mixtures = [op for op in scope.graph.ops if op.name == "moe.soft_mixture"]
-    logits = [scope.maker(scope.behind(v, REARRANGE)) for op in mixtures for v in op.inputs[1:3]]
+    logits = [scope.maker(scope.source_of(v, REARRANGE)) for op in mixtures for v in op.inputs[1:3]]
     return {op for op in logits if op is not None}
 
 

@@ -142,7 +142,7 @@ def number_of(scope: Scope, ops: Sequence[Op]) -> int | None:
             return cast(int, op.attrs["index"])
         if op.name in ("aten.index.Tensor", "aten.eq.Tensor"):
             for value in op.inputs[1:]:
-                content = scope.content(scope.behind(value))
+                content = scope.content(scope.source_of(value))
                 if content is not None and content.numel() == 1:
                     return int(content)
     return None
@@ -157,7 +157,7 @@ def selected_by(op: Op) -> list[tuple[str, Value]]:
 
 def named_by(scope: Scope, selects: Value) -> Op | None:
     """The op that contains the expert id of `selects`, a mask of rows or a list of rows."""
-    mask = scope.behind(selects, VIEWS | {"aten.slice.Tensor", "aten.nonzero.default"})
+    mask = scope.source_of(selects, VIEWS | {"aten.slice.Tensor", "aten.nonzero.default"})
     op = scope.maker(mask)
     while op is not None and op.name not in CHOICES:
         if number_of(scope, [op]) is not None:
@@ -230,13 +230,13 @@ def common_root(scope: Scope, bases: Sequence[Value]) -> Value | None:
     """W if the bases are W[0], W[1], …, otherwise None."""
     roots = set()
     for number, base in enumerate(bases):
-        op = scope.maker(scope.behind(base, VIEWS))
+        op = scope.maker(scope.source_of(base, VIEWS))
         if op is None:
             return None
         if op.name == "aten.select.int":
             picked: Attr = op.attrs["index"] if op.attrs.get("dim", 0) == 0 else None
         elif op.name == "aten.index.Tensor" and op.attrs["indices"] == (Ref(1),):
-            content = scope.content(scope.behind(op.inputs[1]))
+            content = scope.content(scope.source_of(op.inputs[1]))
             picked = int(content) if content is not None and content.numel() == 1 else None
         else:
             return None

@@ -168,7 +168,7 @@ class _Canonical:
         return value in self.prepared and len(value.shape) == 2
 
     def linear(self, op: Op, x: Value, weight: Value, bias: Value | None) -> None:
-        turned = self.then(
+        turned = self.emit(
             weight, "aten.permute.default", {"dims": (0, 2, 1)}, (weight.shape[1], weight.shape[0])
         )
         inputs = (x, turned) if bias is None else (x, turned, bias)
@@ -181,9 +181,9 @@ class _Canonical:
             return
         name, attrs = _RENAMED.get(op.name, op.name), shift(op.attrs)
         output = op.outputs[0]
-        self.new[output] = self.then(op.inputs[0], name, attrs, output.shape, output.dtype)
+        self.new[output] = self.emit(op.inputs[0], name, attrs, output.shape, output.dtype)
 
-    def then(
+    def emit(
         self,
         value: Value,
         name: str,

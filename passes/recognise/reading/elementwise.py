@@ -58,9 +58,9 @@ def across(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     if not all(a and only_features(a) for a in picked):
         raise not_row_wise(op, "reduces over rows and features at once")
     plain = reader.writer.ordered(source, picked)
-    gone = [plain.axes[p][0] for p in positions]
-    at = tuple(plain.atoms.index(a) + 1 for a in gone)
-    atoms = plain.atoms if softmax else tuple(a for a in plain.atoms if a not in gone)
+    removed = [plain.axes[p][0] for p in positions]
+    at = tuple(plain.atoms.index(a) + 1 for a in removed)
+    atoms = plain.atoms if softmax else tuple(a for a in plain.atoms if a not in removed)
     result_axes = [
         (() if i in positions and not softmax else axis)
         for i, axis in enumerate(plain.axes)
@@ -180,13 +180,13 @@ def join_layouts(
         axes.append((fused(chosen[0]),) if features else chosen[0] if here else ())
     wide = [dim for dim in range(rank) if axes[dim] and not only_rows(axes[dim])]
     inputs = []
-    for layout, mine in zip(layouts, padded, strict=True):
-        plain = reader.writer.in_order(replace(layout, axes=mine))
-        have = [dim for dim in wide if mine[dim]]
+    for layout, padded_axes in zip(layouts, padded, strict=True):
+        plain = reader.writer.in_order(replace(layout, axes=padded_axes))
+        have = [dim for dim in wide if padded_axes[dim]]
         if layout.param:
-            inputs.append(reader.writer.slice_of(plain, [mine[p] for p in have], wide, have))
+            inputs.append(reader.writer.slice_of(plain, [padded_axes[p] for p in have], wide, have))
         else:
-            sizes = [size_of(mine[p]) if p in have else 1 for p in wide]
+            sizes = [size_of(padded_axes[p]) if p in have else 1 for p in wide]
             inputs.append(reader.writer.reshape(plain.base, sizes))
     atoms = tuple(axes[p][0] for p in wide)
     types = [TensorType(op.outputs[0].dtype, (ROWS, *(a.size for a in atoms)))]
@@ -206,7 +206,7 @@ def joined(reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None]) -> No
     """The refusal of an op that joins rows with something that is no rows of the expert."""
     for value in (v for v, la in zip(op.inputs, layouts, strict=True) if la is None):
         pick = reader.scope.made_by(value, *PICKS)
-        source = reader.scope.behind(pick.inputs[0]) if pick is not None else value
+        source = reader.scope.source_of(pick.inputs[0]) if pick is not None else value
         product = reader.scope.made_by(source, *PRODUCTS)
         if pick is not None and product is not None:
             return NoMatch(
@@ -234,14 +234,14 @@ def weighting(
             raise not_row_wise(counts[0], "counts the rows")
         raise joined(reader, op, layouts)
     axes = list(padded)
-    for dim, (mine, size) in enumerate(zip(padded, op.outputs[0].shape, strict=True)):
+    for dim, (padded_axes, size) in enumerate(zip(padded, op.outputs[0].shape, strict=True)):
         shift = len(others[0].shape) - rank
         theirs = others[0].shape[dim + shift] if dim + shift >= 0 else 1
         if theirs == 1:
             continue
-        if mine and not only_rows(mine):
+        if padded_axes and not only_rows(padded_axes):
             raise NoMatch(f"{others[0].name} weights features, not rows")
-        if not mine:
+        if not padded_axes:
             axes[dim] = (Atom(size, True),)
     masks = op.name == "aten.where.self" or op.name == "aten.masked_fill.Scalar"
     reader.use("mask" if masks else "weights", others[0])

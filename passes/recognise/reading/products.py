@@ -80,19 +80,19 @@ def linear(
     turned = op.name == "aten.linear.default"
     if rows_left:
         inner, outer = (w[-1], w[-2]) if turned else (w[-2], w[-1])
-        mine, free = a[-1], a[-2] if len(a) > 1 else ()
+        summed, free = a[-1], a[-2] if len(a) > 1 else ()
     else:
         inner, outer = w[-1], w[-2]
-        mine, free = a[-2], a[-1]
-    sums = not only_features(mine)
-    if likeness(mine) != likeness(inner) and (sums or not only_features(inner)):
-        raise NoMatch(f"{op.name} sums over {mine or 'nothing'} and {inner or 'nothing'}")
+        summed, free = a[-2], a[-1]
+    sums = not only_features(summed)
+    if likeness(summed) != likeness(inner) and (sums or not only_features(inner)):
+        raise NoMatch(f"{op.name} sums over {summed or 'nothing'} and {inner or 'nothing'}")
     # If rows of several experts or slots lie side by side in a summed axis, the product sums over
     # them too.
-    mine, inner = (tuple(x for x in axis if not x.rows) for axis in (mine, inner))
+    summed, inner = (tuple(x for x in axis if not x.rows) for axis in (summed, inner))
     grouped = op.name in GROUPED
     columns = tuple(atom for atom in outer if not atom.rows)
-    plain = reader.writer.ordered(source, [mine], last=True)
+    plain = reader.writer.ordered(source, [summed], last=True)
     count = total(tuple(atom.size for atom in columns))
     matrix = reader.writer.matrix(weight, columns, inner)
     shape = (*plain.base.shape[:-1], count)
@@ -149,14 +149,14 @@ def mix(
         )
     rank = len(op.outputs[0].shape)
     free = other.shape[-1] if which == 0 else other.shape[-2]
-    mine = ((),) * (rank - len(source.axes)) + source.axes
-    batch = list(mine[:-2])
+    padded = ((),) * (rank - len(source.axes)) + source.axes
+    batch = list(padded[:-2])
     for dim in range(rank - 2):
         shift = dim + len(other.shape) - rank
         if not batch[dim] and shift >= 0 and other.shape[shift] != 1:
             batch[dim] = (Atom(other.shape[shift], True),)
     new: Axis = (Atom(free, True),) if free != 1 else ()
-    axes = (*batch, mine[-2], new) if which == 0 else (*batch, new, mine[-1])
+    axes = (*batch, padded[-2], new) if which == 0 else (*batch, new, padded[-1])
     reader.use("mix" if source.applied else "dispatch", other)
     reader.doubt(other)
     if source.applied:

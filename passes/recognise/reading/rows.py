@@ -72,7 +72,7 @@ class Reader:
             self.memo[value] = self.weight(value)
             return self.memo[value]
         op = self.scope.maker(value)
-        if op is None or not self.within(op):
+        if op is None or not self.belongs(op):
             return None
         self.opaque_values.update(op.outputs)  # until the read succeeds
         try:
@@ -91,7 +91,7 @@ class Reader:
                 self.opaque_values.discard(output)
                 self.memo[output] = layout
 
-    def within(self, op: Op) -> bool:
+    def belongs(self, op: Op) -> bool:
         """Whether the op may belong to the block: it comes after the tokens, or rearranges or
         gathers weights."""
         if self.only is not None:
@@ -140,7 +140,7 @@ class Reader:
             if spread is not None:
                 return spread
         if self.x is not None:
-            return self.again(value)
+            return self.reshaped_tokens(value)
         if op is not None and op.name in REARRANGE and value.shape[-1] == 1:  # split features
             self.tokens(op.inputs[0])
             self.keep(op, self.apply(op))
@@ -164,12 +164,12 @@ class Reader:
     def root(self) -> Value:
         """The tokens before any reshape; the region begins here."""
         assert self.x is not None
-        return self.scope.behind(self.x)
+        return self.scope.source_of(self.x)
 
-    def again(self, value: Value) -> ExpertLayout:
+    def reshaped_tokens(self, value: Value) -> ExpertLayout:
         """The layout of the tokens in another shape. Raises NoMatch if `value` is another value."""
         assert self.x is not None
-        if self.scope.behind(value) is not self.root:
+        if self.scope.source_of(value) is not self.root:
             raise NoMatch(f"experts read both {self.x.name} and {value.name}")
         axes, splits = regroup(self.memo[self.x].axes, value.shape)
         if splits and any(not atom.rows for atom in splits):

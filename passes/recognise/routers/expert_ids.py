@@ -202,7 +202,7 @@ def widest_choice(scope: Scope, values: Sequence[Value]) -> int | None:
 def source_of_ids(scope: Scope, value: Value) -> Value:
     """The ids before they were flattened, sorted or repeated along features."""
     while True:
-        value = scope.behind(value)
+        value = scope.source_of(value)
         op = scope.maker(value)
         if op is None:
             return value

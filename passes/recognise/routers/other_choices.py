@@ -55,7 +55,7 @@ def other_mixtures(scope: Scope, covered: Container[Op]) -> Iterator[tuple[Op, s
         if op.attrs.get("dim") not in (-1, last):
             continue
         for product in _products(scope, op.outputs[0]):
-            sources = [scope.behind(value, THROUGH) for value in product.inputs]
+            sources = [scope.source_of(value, THROUGH) for value in product.inputs]
             texts = [_weighed(scope, value, count) for value in sources if product not in covered]
             yield from ((product, text) for text in texts[:2] if text)
 

@@ -32,7 +32,7 @@ def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[Recogni
     """Capacities C suggested by the shapes of masks, [.., E, C]."""
     sizes: dict[Dim, None] = {}
     for value in evidence.values("dispatch", "mix"):
-        for op in (scope.maker(value), scope.maker(scope.behind(value, THROUGH))):
+        for op in (scope.maker(value), scope.maker(scope.source_of(value, THROUGH))):
             for shown in (value, *(op.inputs if op else ()), *(op.outputs if op else ())):
                 if len(shown.shape) == 3 and evidence.experts in shown.shape[:2]:
                     at = shown.shape.index(evidence.experts)

@@ -114,7 +114,7 @@ def blocks(scope: Scope) -> Iterator[Routed]:
                 weigher, weights = reader, reader.inputs[2]
         readers = scope.graph.readers[op.inputs[1]]
         zero = tuple(reader for reader in readers if reader.name == "moe.zero_experts")
-        source = scope.behind(experts, {"aten.reshape.default"})
+        source = scope.source_of(experts, {"aten.reshape.default"})
         if _is_choices(source) and (weights is None or source.shape == weights.shape):
             experts = source  # the same choices with another number of slots per row
         repeats = scope.made_by(source, "aten.expand.default")

@@ -168,7 +168,7 @@ def test_the_report_says_how_and_on_what_it_was_proved() -> None:
     assert "a CountsInNumpy (modules.py:" in text
     assert "was described by behaviour: experts=(experts.0, ..., experts.3)" in text
     assert "routing=(score=softmax, top_k=2, renormalise=True)" in text
-    assert "runs beside eager, tokens scaled by 0.01 to 1000, up to 4097 tokens" in text
+    assert "runs next to eager, tokens scaled by 0.01 to 1000, up to 4097 tokens" in text
 
 
 def test_what_traces_and_is_not_recognised_is_observed() -> None:

@@ -58,4 +58,4 @@ def test_refused(kind: type[seeming.LookAlike], words: str) -> None:
 
 def test_what_lies_below_the_tolerance_is_said_to() -> None:
     text = str(observed(seeming.TinyThreshold))
-    assert "agree to 2e-05 of the greatest value; what lies below or beyond was not seen" in text
+    assert "agree to 2e-05 of the greatest value; other inputs were not tried" in text

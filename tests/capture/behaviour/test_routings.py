@@ -43,6 +43,6 @@ def test_a_block_whose_router_is_the_modules(
     program = result.pass_results[-1].program
     for size in ((1, 1), (3, 29)):
         inputs = module.inputs(*size)
-        (got,) = evaluate(program.graph, inputs, program.weights)
+        (actual,) = evaluate(program.graph, inputs, program.weights)
         with torch.no_grad():
-            assert distance(got, module(*inputs)) < 1e-5
+            assert distance(actual, module(*inputs)) < 1e-5

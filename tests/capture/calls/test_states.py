@@ -25,12 +25,12 @@ def test_a_capture_leaves_the_module_as_it_was() -> None:
     model = Counts()
     captured = capture(model, (torch.ones(2, WIDTH),))
     (state,) = captured.program.graph.states
-    assert state.before.name == "seen"
+    assert state.before.name == "total"
     first, second = (captured.eager(torch.ones(2, WIDTH))[0] for _ in range(2))
     assert torch.equal(first, second)
-    assert torch.equal(model.seen, torch.full((WIDTH,), 0.5))
-    model.seen.zero_()
-    assert torch.equal(captured.program.weights["seen"], torch.full((WIDTH,), 0.5))
+    assert torch.equal(model.total, torch.full((WIDTH,), 0.5))
+    model.total.zero_()
+    assert torch.equal(captured.program.weights["total"], torch.full((WIDTH,), 0.5))
     assert torch.equal(captured.eager(torch.ones(2, WIDTH))[0], first)
 
 
@@ -40,7 +40,7 @@ def test_a_buffer_that_grows() -> None:
     calls = [(torch.randn(n, WIDTH),) for n in (1, 3, 2)]
     compare(model, compiled, calls)
     compiled.reset()
-    model.seen.fill_(0.5)
+    model.total.fill_(0.5)
     compare(model, compiled, calls)
 
 
@@ -122,8 +122,8 @@ def test_the_static_cache_of_transformers(short_moe: Any) -> None:
         one_by_one = [(torch.tensor([[50 + at]]), torch.tensor([at])) for at in range(4, 8)]
         for inputs in [(ids, positions), *one_by_one]:
             expected = module(input_ids=inputs[0], cache_position=inputs[1])
-            got = compiled(*inputs)
-            assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+            actual = compiled(*inputs)
+            assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 class NormalisedRouter(nn.Module):

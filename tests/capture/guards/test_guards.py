@@ -31,9 +31,9 @@ SIZES = (1, 2, 3, 7, 8, 9, 23, 24, 25, 27, 28, 31, 32, 33, 40, 55, 80, 100, 120,
 def at(function: Any, *tensors: torch.Tensor) -> None:
     """Compare the captured graph with the function; whole numbers of rows are exact."""
     captured = function
-    (got,) = evaluate(captured.program.graph, tensors, captured.program.weights)
+    (actual,) = evaluate(captured.program.graph, tensors, captured.program.weights)
     (expected,) = captured.eager(*tensors)
-    assert torch.equal(got, expected), tensors[0].shape
+    assert torch.equal(actual, expected), tensors[0].shape
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -115,8 +115,8 @@ def test_onnx_rounds_as_python_does(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(path))
     for size in (1, 24, 80, 160, 400):
         tokens = torch.randn(size, 8)
-        (got,) = session.run(None, {"x": tokens.numpy()})
-        assert torch.equal(torch.from_numpy(got), function(tokens)), size
+        (actual,) = session.run(None, {"x": tokens.numpy()})
+        assert torch.equal(torch.from_numpy(actual), function(tokens)), size
 
 
 def equal_sizes(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -71,9 +71,9 @@ def test_an_expert_that_is_never_empty_needs_no_input_that_skips_it(
     captured = capture(module, (torch.randn(6, D),))
     for size in (1, 2, 9):
         x = torch.randn(size, D)
-        (got,) = evaluate(captured.program.graph, [x], captured.program.weights)
+        (actual,) = evaluate(captured.program.graph, [x], captured.program.weights)
         with torch.no_grad():
-            torch.testing.assert_close(got, module(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(actual, module(x), rtol=1e-5, atol=1e-5)
 
 
 def below(limit: float) -> Callable[[nn.ModuleList, torch.Tensor], torch.Tensor]:

@@ -37,10 +37,10 @@ def test_a_form_is_captured_for_all_sizes(form: Form) -> None:
     captured = capture(layer, (inputs((2, 6)),))
     for size in SIZES:
         for x in (inputs(size, 2), inputs((1, 1)).expand(*size, D).contiguous()):
-            (got,) = evaluate(captured.program.graph, [x], captured.program.weights)
+            (actual,) = evaluate(captured.program.graph, [x], captured.program.weights)
             with torch.no_grad():
                 expected = layer(x)
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 RECOGNISED = (
@@ -154,9 +154,9 @@ def test_the_other_form_masks_rows() -> None:
     assert "`if len(rows) > capacity:` as True" in notes
     for size in SIZES:
         x = inputs(size, 3)
-        (got,) = evaluate(form.program.graph, [x], form.program.weights)
+        (actual,) = evaluate(form.program.graph, [x], form.program.weights)
         with torch.no_grad():
-            torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(actual, layer(x), rtol=1e-5, atol=1e-6)
 
 
 class Jump(torch.nn.Module):

@@ -33,5 +33,5 @@ def test_a_narrow_piece_stays_in_its_place(rest: int) -> None:
     module, args = Turned(rest), (torch.randn(2, 5, 4 * (16 + rest)), torch.randn(5, 16))
     captured = capture(module, args)
     run = Executor(build(Module.of(captured.program), host()))
-    (got,) = run({"x": args[0], "y": args[1]}).values()
-    torch.testing.assert_close(got, module(*args))
+    (actual,) = run({"x": args[0], "y": args[1]}).values()
+    torch.testing.assert_close(actual, module(*args))

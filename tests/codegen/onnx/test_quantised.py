@@ -66,9 +66,9 @@ def block(
 def near(program: Program, run: Run, inputs: list[torch.Tensor]) -> None:
     """Apart from the rounding of rows to 8 bits, of which this block has two."""
     (expected,) = evaluate(program.graph, inputs, program.weights)
-    got = run({v.name: t for v, t in zip(program.graph.inputs, inputs, strict=True)})["y"]
-    assert got.shape == expected.shape
-    assert float(row_errors(got, expected).amax() if len(got) else 0.0) <= EXACT_ROWS
+    actual = run({v.name: t for v, t in zip(program.graph.inputs, inputs, strict=True)})["y"]
+    assert actual.shape == expected.shape
+    assert float(row_errors(actual, expected).amax() if len(actual) else 0.0) <= EXACT_ROWS
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -274,10 +274,10 @@ def test_standard_operators_cannot_ask_for_rows_of_16_bits(tmp_path: Path) -> No
     options.add_session_config_entry(key, "1")
     x = torch.randn(5, WIDTH)
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options)
-    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (actual,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     program = with_exact_rows(model.pass_results[-1].program)
     (expected,) = evaluate(program.graph, [x], program.weights)
-    assert float(row_errors(torch.from_numpy(got), expected).amax()) < 1e-5
+    assert float(row_errors(torch.from_numpy(actual), expected).amax()) < 1e-5
 
 
 def test_cuda_is_refused(compiled: moec.CompiledModel, tmp_path: Path) -> None:

@@ -99,11 +99,11 @@ def test_it_is_written_where_nothing_else_is_lost(store: Store, tmp_path: Path) 
     assert fetched("key", tmp_path / "new.moec")
     assert (tmp_path / "new.moec").read_bytes() == b"an artifact"
     assert not fetched("other", output, overwrite=True)
-    mine = tmp_path / "mine.txt"
-    mine.write_text("no artifact")
-    assert not fetched("key", mine, overwrite=True)
+    users_file = tmp_path / "mine.txt"
+    users_file.write_text("no artifact")
+    assert not fetched("key", users_file, overwrite=True)
     assert not fetched("key", tmp_path, overwrite=True)
-    assert mine.read_text() == "no artifact"
+    assert users_file.read_text() == "no artifact"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".moec")] == []
 
 

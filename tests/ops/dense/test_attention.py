@@ -220,8 +220,8 @@ def test_places_of_pairs(pairs: str, gives: str, width: int) -> None:
     plain = x[..., evens] if pairs == "neighbours" else x
     want = evaluate(rotary(width=width), [plain, *tables])[0]
     graph = rotary(f' <pairs="{pairs}", gives="{gives}">', width)
-    got = evaluate(graph, [x, *tables])[0]
-    assert torch.equal(got[..., evens] if gives == "neighbours" else got, want)
+    actual = evaluate(graph, [x, *tables])[0]
+    assert torch.equal(actual[..., evens] if gives == "neighbours" else actual, want)
 
 
 @pytest.mark.parametrize(
@@ -259,12 +259,12 @@ def test_turned_where_it_is_written(length: int, spare: int, seed: int) -> None:
     verify(graph, Stage.ATEN)
     cache, x = torch.randn(2, 2, length + spare, 8), torch.randn(2, length, 2, 8)
     first, (cos, sin) = torch.tensor([0, spare]), torch.randn(2, 2, 1, length, 8)
-    (got,) = evaluate(graph, [cache, x, first, cos, sin])
+    (actual,) = evaluate(graph, [cache, x, first, cos, sin])
     want, (a, b) = cache.clone(), x.permute(SWAP).chunk(2, -1)
     turned = x.permute(SWAP) * cos + torch.cat([-b, a], -1) * sin
     for text, start in enumerate(first.tolist()):
         want[text, :, start : start + length] = turned[text]
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

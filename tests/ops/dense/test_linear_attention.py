@@ -79,8 +79,8 @@ def test_a_state_goes_on_where_it_stopped(per: str) -> None:
     last = torch.zeros(2, 4, 5, 3)
     for piece in (slice(0, 3), slice(3, 3), slice(3, 8)):
         cut = [x[:, piece] for x in tensors]
-        got, last = evaluate(parts, [*cut, *rates, beta[:, piece], last])
-        assert torch.equal(got, y[:, piece])
+        actual, last = evaluate(parts, [*cut, *rates, beta[:, piece], last])
+        assert torch.equal(actual, y[:, piece])
     assert torch.equal(last, end)
 
 

@@ -107,8 +107,8 @@ def test_the_fused_product_means_the_compressed_model(pass_):
     assert "grouped.linear" not in names
     assert "moe.decompress" not in names
     ids = tokens(48, 3)
-    (expected,), (got,) = outputs(after, ids), outputs(fused, ids)
-    assert 0 < (got - expected).norm() <= 1e-4 * expected.norm()
+    (expected,), (actual,) = outputs(after, ids), outputs(fused, ids)
+    assert 0 < (actual - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_bytes_are_those_of_the_parts():
@@ -207,10 +207,10 @@ def test_experts_that_scale_their_input_are_fitted_to_scaled_rows():
     after = change(before, TERNARY)[-1].program
     ids = tokens(32, 4)
     (expected,) = outputs(before, ids)
-    (got,) = outputs(after, ids)
-    assert (got - expected).norm() < 0.5 * expected.norm()
+    (actual,) = outputs(after, ids)
+    assert (actual - expected).norm() < 0.5 * expected.norm()
     (fused,) = outputs(lowered(after), ids)
-    torch.testing.assert_close(fused, got, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fused, actual, rtol=1e-3, atol=1e-3)
 
 
 def test_the_budget_undoes_layers():

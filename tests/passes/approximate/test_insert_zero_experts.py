@@ -131,13 +131,13 @@ def test_new_columns_are_never_chosen(logits, k, score, corrected) -> None:
     new = torch.cat([old, torch.full((len(old), 3), -torch.inf)], 1)
     bias = torch.tensor([0.1, -0.3, 0.0, 0.0, -5.0]) if corrected else None
     longer = None if bias is None else torch.cat([bias, torch.full((3,), -torch.inf)])
-    for mine, theirs in zip(
+    for actual, theirs in zip(
         route_logits(routing, new, longer), route_logits(routing, old, bias), strict=True
     ):
-        if mine.dtype == torch.int64:
-            assert torch.equal(mine, theirs)
+        if actual.dtype == torch.int64:
+            assert torch.equal(actual, theirs)
         else:
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
+            torch.testing.assert_close(actual, theirs, rtol=1e-6, atol=0)
 
 
 def test_opened_columns_are_chosen_and_mean_what_the_paper_says() -> None:

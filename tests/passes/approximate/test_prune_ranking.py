@@ -78,15 +78,15 @@ def test_errors_are_those_of_masked_columns(form, monkeypatch):
         "moec.passes.approximate.reconstruction.HELD", 4 * 4 * 4 * 64
     )  # G of 64 rows
     worth = eliminate_experts(original, layer, stats)
-    right, gone = evaluator.rows_of(original, layer.output), []
+    right, pruned = evaluator.rows_of(original, layer.output), []
     for _ in range(2):
         errors = {}
-        for e in set(range(4)) - set(gone):
-            masked = with_masks(original, [sorted(set(range(4)) - {*gone, e})], FORMS[form])
+        for e in set(range(4)) - set(pruned):
+            masked = with_masks(original, [sorted(set(range(4)) - {*pruned, e})], FORMS[form])
             (y,) = [v for v in masked.graph.values() if v.name == layer.output.name]
             errors[e] = float((evaluator.rows_of(masked, y) - right).norm() / right.norm())
-        gone.append(min(errors, key=errors.__getitem__))
-        assert float(worth[gone[-1]]) == pytest.approx(errors[gone[-1]], rel=1e-5)
+        pruned.append(min(errors, key=errors.__getitem__))
+        assert float(worth[pruned[-1]]) == pytest.approx(errors[pruned[-1]], rel=1e-5)
     assert worth.isinf().sum() == 2
     assert PruneExperts(by="error").worth(original, layer, stats).equal(worth)
 

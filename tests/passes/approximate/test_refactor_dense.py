@@ -66,8 +66,8 @@ def test_a_token_meets_the_channels_that_its_domain_keeps(layer, keep, permanent
     chosen = choices(changed, ids := everything())
     assert set(chosen.tolist()) == {0, 1}
     expected = masked(original, layer, ids, torch.stack(masks)[chosen])
-    (got,) = evaluate(changed.graph, [ids], changed.weights)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    (actual,) = evaluate(changed.graph, [ids], changed.weights)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_contribution_counts_what_a_channel_writes():

@@ -106,8 +106,8 @@ def test_the_kernel_gives_the_bits_of_two(form: str, dtype: str) -> None:
     if dtype == "bf16":
         inputs = {name: t.bfloat16() if name != "first" else t for name, t in inputs.items()}
     del inputs["keys"]
-    want, got = (Executor(package)(inputs)["y"] for package in packages)
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    want, actual = (Executor(package)(inputs)["y"] for package in packages)
+    torch.testing.assert_close(actual, want, rtol=0, atol=0, equal_nan=True)
     assert torch.count_nonzero(want[1, :, 5:]) == 0
 
 

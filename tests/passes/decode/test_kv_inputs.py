@@ -65,9 +65,9 @@ def test_padding_anywhere(
     ids = torch.randint(9, mask.shape, generator=torch.Generator().manual_seed(seed))
     ends = [*sorted(stops), 9]
     pieces = [(ids[:, a:b], mask[:, a:b]) for a, b in zip([0, *ends], ends, strict=False)]
-    got = logits(step, pieces)
-    assert got.isfinite().all()
-    for text, row, entry in zip(ids, got, mask.bool(), strict=True):
+    actual = logits(step, pieces)
+    assert actual.isfinite().all()
+    for text, row, entry in zip(ids, actual, mask.bool(), strict=True):
         if entry.any():
             (expected,) = evaluate(full.graph, [text[entry][None]], full.weights)
             assert (row[entry] - expected[0]).abs().max() <= FAR * expected.abs().max()

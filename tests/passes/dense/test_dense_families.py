@@ -121,6 +121,6 @@ def test_same_numbers(name: str, fused: Fused) -> None:
     for batch, length in ((1, 1), (2, 19), (1, 70)):
         inputs = [v for v in family.inputs(batch, length).values() if isinstance(v, torch.Tensor)]
         want = evaluate(program.graph, inputs, program.weights)[0]
-        got = evaluate(after.graph, inputs, after.weights)[0]
+        actual = evaluate(after.graph, inputs, after.weights)[0]
         # float32: sums in another order, two layers deep.
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual, want, rtol=1e-4, atol=1e-5)

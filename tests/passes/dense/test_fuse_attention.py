@@ -131,11 +131,11 @@ def test_same_numbers(form: str, dtype: str) -> None:
     for batch, queries, keys in ((1, 1, 1), (2, 5, 9), (1, 7, 3), (0, 3, 3)):
         inputs = tensors(batch, queries, keys, torch_dtype)
         (want,) = evaluate(parse(source), inputs, weights(torch_dtype))
-        (got,) = evaluate(after, inputs, weights(torch_dtype))
+        (actual,) = evaluate(after, inputs, weights(torch_dtype))
         # float32: sums of up to 9 products of order 1 in another order. bf16: eager rounds
         # scores of up to about 8 to 8 bits, which moves a share by 2^-6 of itself.
         bound = 1e-6 if dtype == "f32" else 2**-5
-        torch.testing.assert_close(got, want, rtol=bound, atol=bound)
+        torch.testing.assert_close(actual, want, rtol=bound, atol=bound)
 
 
 def test_casts_between_floats() -> None:

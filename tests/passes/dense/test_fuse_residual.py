@@ -53,8 +53,8 @@ def test_means_the_same(tokens: int, seed: int, size: float) -> None:
     torch.manual_seed(seed)
     x, r = ((torch.randn(tokens, 40) * size).bfloat16() for _ in range(2))
     weights = {"w": torch.randn(40).bfloat16(), "b": torch.randn(40).bfloat16()}
-    for got, want in zip(*(evaluate(g, [x, r], weights) for g in (after, before)), strict=True):
-        assert torch.equal(got, want)
+    for actual, want in zip(*(evaluate(g, [x, r], weights) for g in (after, before)), strict=True):
+        assert torch.equal(actual, want)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
@@ -71,8 +71,8 @@ def test_the_kernel_gives_the_bits_of_two(dtype: str) -> None:
         for graph in (before, fused(before).program.graph)
     ]
     assert [kernel for _, kernel in packages[1].kernels] == ["add_rms_norm", "add_layer_norm"]
-    want, got = (Executor(package)(inputs) for package in packages)
-    for one, other in zip(want.values(), got.values(), strict=True):
+    want, actual = (Executor(package)(inputs) for package in packages)
+    for one, other in zip(want.values(), actual.values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 

@@ -172,8 +172,8 @@ def check(graph: Graph, x: torch.Tensor, seed: int = 0) -> None:
     result = steps(graph, weights=weights)
     (expected,) = evaluate(graph, [x, s], weights)
     for step in result[1:]:
-        (got,) = evaluate(step.program.graph, [x, s], step.program.weights)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+        (actual,) = evaluate(step.program.graph, [x, s], step.program.weights)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 @given(tokens=st.integers(0, 9), seed=st.integers(0, 999), same=st.booleans())

@@ -191,8 +191,8 @@ def test_caches_by_heads() -> None:
         torch.testing.assert_close(torch.cat([r[0] for r in results]), expected, **close)
         ours = [list(r[1:]) for r in results]
         for rank, caches in enumerate(ours):
-            for mine, right in zip(caches, theirs, strict=True):
-                torch.testing.assert_close(mine, right[:, rank : rank + 1], **close)
+            for actual, right in zip(caches, theirs, strict=True):
+                torch.testing.assert_close(actual, right[:, rank : rank + 1], **close)
 
 
 def test_a_rank_holds_its_heads_alone() -> None:

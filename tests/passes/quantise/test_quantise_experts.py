@@ -70,11 +70,11 @@ def test_it_means_the_graph_with_rounded_weights(text):
         torch.tensor([2, 5], dtype=torch.int32),
         torch.rand(3, 2),
     ]
-    (got,) = evaluate(after.program.graph, inputs, after.program.weights)
+    (actual,) = evaluate(after.program.graph, inputs, after.program.weights)
     (expected,) = evaluate(before.graph, inputs, rounded)
     finer = 257 if format.row_bits == 16 else 1
-    assert 0 < (got - expected).norm() <= 0.02 / finer * expected.norm()
-    assert not got[5].any()
+    assert 0 < (actual - expected).norm() <= 0.02 / finer * expected.norm()
+    assert not actual[5].any()
 
 
 def test_weights_that_two_ops_read_are_quantised_once():

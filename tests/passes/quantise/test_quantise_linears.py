@@ -84,9 +84,9 @@ def test_it_means_the_graph_with_rounded_weights(text):
         assert torch.equal(after.program.weights[f"{name}.codes"], codes.codes[0])
         assert name not in after.program.weights
     x = [torch.randn(7, 64)]
-    (got,) = evaluate(after.program.graph, x, after.program.weights)
+    (actual,) = evaluate(after.program.graph, x, after.program.weights)
     (expected,) = evaluate(before.graph, x, rounded)
-    assert 0 < (got - expected).norm() <= 0.03 * expected.norm()
+    assert 0 < (actual - expected).norm() <= 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_doge() -> None:
         with torch.no_grad():
             right = layer(x)
         for program in programs(steps):
-            for mine, theirs in zip(
+            for actual, theirs in zip(
                 evaluate(program.graph, [x], program.weights), right, strict=True
             ):
-                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(actual, theirs, rtol=1e-5, atol=1e-5)

@@ -59,7 +59,7 @@ def test_a_mask(kind: str) -> None:
     program = capture(Mask((ONE | MORE)[kind]).eval(), (torch.rand(6, E),)).program
     last = program.graph.producers[program.graph.outputs[0]].inputs[0]
     scope = Scope(program.graph, program.weights)
-    assert at_most_one(scope, scope.behind(last)) == (kind in ONE)
+    assert at_most_one(scope, scope.source_of(last)) == (kind in ONE)
 
 
 class Threshold(nn.Module):

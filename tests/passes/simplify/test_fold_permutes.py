@@ -83,10 +83,10 @@ def test_the_kernels_give_the_same_bits(form: str, length: int) -> None:
     after = folded(before).program.graph
     torch.manual_seed(length)
     inputs = dict(zip(("q", "k", "v", "mask"), tensors(LAYER, 2, length), strict=True))
-    want, got = (
+    want, actual = (
         Executor(build(Module.of(Program(g, {})), host()))(inputs) for g in (before, after)
     )
-    (one,), (other,) = want.values(), got.values()
+    (one,), (other,) = want.values(), actual.values()
     assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 

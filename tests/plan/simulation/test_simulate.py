@@ -48,7 +48,7 @@ def test_equals_a_plain_count(
     counts = traffic(ids, one, devices, node)
     first, holder = tables(one)
     rows = np.zeros(devices // one.slices, int)
-    got = np.zeros(devices, int)
+    received = np.zeros(devices, int)
     nodes = 0
     for token in range(tokens):
         home = token * devices // tokens
@@ -64,16 +64,16 @@ def test_equals_a_plain_count(
             target = base + home % one.slices
             away.add(base // node)
             if one.form == "deduplicated":  # it arrives at the sender's place in the node
-                got[target] += target != base // node * node + home % node
+                received[target] += target != base // node * node + home % node
             else:
-                got[target] += target != home
+                received[target] += target != home
         away -= {home // node}
         nodes += len(away)
         if one.form == "deduplicated":
             for other in away:
-                got[other * node + home % node] += 1
+                received[other * node + home % node] += 1
     assert np.array_equal(counts.rows, rows)
-    assert np.array_equal(counts.got_inside + counts.got_across, got)
+    assert np.array_equal(counts.got_inside + counts.got_across, received)
     assert counts.deduplicated == nodes
     assert counts.sent_across.sum() == counts.got_across.sum()
     if one.form == "deduplicated":

@@ -107,9 +107,9 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     ],
 )
 def test_templates_are_in_a_sandbox(source: str, messages: Any, error: Any, words: str) -> None:
-    told = [{"role": "user", "content": "a"}] if messages is None else messages
+    output = [{"role": "user", "content": "a"}] if messages is None else messages
     with pytest.raises(error) as caught:
-        ChatTemplate(source).render(told)
+        ChatTemplate(source).render(output)
     assert words in str(caught.value)
 
 
@@ -150,8 +150,8 @@ def test_prompts_from_files_and_stdin(path: Path, tmp_path: Path) -> None:
 def test_a_chat(path: Path) -> None:
     """The template adds c to the messages; each answer reads the earlier messages."""
     assert run(path, "--chat", "--max-new-tokens", 2, stdin="a\n\nb\n").stdout == " d e\n d e\n"
-    told = json.loads(run(path, "--chat", "--json", "--max-new-tokens", 1, stdin="a\n").stdout)
-    assert told["messages"][1] == {"role": "assistant", "content": " d"}
+    output = json.loads(run(path, "--chat", "--json", "--max-new-tokens", 1, stdin="a\n").stdout)
+    assert output["messages"][1] == {"role": "assistant", "content": " d"}
 
 
 @pytest.mark.parametrize(

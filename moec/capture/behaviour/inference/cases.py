@@ -45,7 +45,7 @@ def cases(probe: Probe) -> Iterator[BehaviourCase]:
         for scale in SCALES:
             inputs = probe.inputs(*size, scale, seed)
             yield BehaviourCase(f"tokens times {scale:g}", size, inputs, scale=scale)
-        yield from _alike(probe, size, seed)
+        yield from _equal_tokens(probe, size, seed)
         for kind, logits in _steered(probe, size[0] * size[1], generator).items():
             yield BehaviourCase(kind, size, probe.inputs(*size, seed=seed), logits)
     for length in (*(n for n in LENGTHS if n < probe.longest), probe.longest):
@@ -71,7 +71,7 @@ def _shapes(probe: Probe) -> Iterator[BehaviourCase]:
         yield BehaviourCase("tokens times 1", size, inputs)
 
 
-def _alike(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[BehaviourCase]:
+def _equal_tokens(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[BehaviourCase]:
     """Tokens that are all equal, of two kinds, or zero, so that their routing is tied or equal."""
     x, *rest = probe.inputs(*size, seed=seed)
     rows = size[0] * size[1]

@@ -237,7 +237,7 @@ def result_leaves(result: Any, name: str = "output") -> list[tuple[str, Any]]:
     return [leaf for key, value in items for leaf in result_leaves(value, f"{name}.{key}")]
 
 
-def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+def are_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
     """Whether a and b differ by at most `tolerance` of the greatest finite value of b, with
     infinities and NaN in the same positions."""
     if a.shape != b.shape:

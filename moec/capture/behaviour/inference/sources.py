@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from moec.capture.behaviour.inference.probe import Probe, SubmoduleCall, same
+from moec.capture.behaviour.inference.probe import Probe, SubmoduleCall, are_close
 from moec.capture.behaviour.layer.description import Description, Path, Router
 from moec.capture.behaviour.layer.feed_forward import feed_forwards
 from moec.capture.behaviour.replacement import router_logits
@@ -118,7 +118,7 @@ def find_router(probe: Probe, logits: torch.Tensor, flat: torch.Tensor) -> Route
                 candidate = router_logits(probe.module, Description(router=router), flat)
         except (RuntimeError, TypeError):
             continue
-        if same(candidate, logits):
+        if are_close(candidate, logits):
             return router
     raise NoMatch(
         f"what {probe.weight_name} multiplies is neither its input nor what submodules make of it"

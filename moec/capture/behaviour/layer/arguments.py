@@ -78,7 +78,7 @@ class Arguments:
                 ids = i
             else:
                 raise NoMatch(
-                    f"it reads a tensor of shape {tuple(tensor.shape)} beside its tokens, which "
+                    f"it reads a tensor of shape {tuple(tensor.shape)} besides its tokens, which "
                     "is not varied"
                 )
         return Arguments(tuple(leaves), spec, floats[0], ids)

@@ -71,11 +71,11 @@ def expert_groups(module: nn.Module, width: int) -> Iterator[tuple[str, ...]]:
 
     flattened = [[inner for name in group for inner in members(name)] for group in groups]
     for group in sorted(flattened, key=len, reverse=True):
-        if _alike(module, group) and _keeps_width(module.get_submodule(group[0]), width):
+        if _equal_shapes(module, group) and _keeps_width(module.get_submodule(group[0]), width):
             yield tuple(group)
 
 
-def _alike(module: nn.Module, group: list[str]) -> bool:
+def _equal_shapes(module: nn.Module, group: list[str]) -> bool:
     shapes = {str([p.shape for p in module.get_submodule(name).parameters()]) for name in group}
     return len(shapes) == 1
 

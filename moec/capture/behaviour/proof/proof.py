@@ -17,8 +17,8 @@ from moec.capture.behaviour.inference.probe import (
     TOLERANCE,
     Probe,
     Run,
+    are_close,
     result_leaves,
-    same,
 )
 from moec.capture.behaviour.layer.description import Description
 from moec.capture.behaviour.layer.parts import in_float32
@@ -41,9 +41,9 @@ class Proof:
 
     def __str__(self) -> str:
         text = (
-            f"{self.runs} runs beside eager, tokens scaled by {min(SCALES):g} to {max(SCALES):g}, "
+            f"{self.runs} runs next to eager, tokens scaled by {min(SCALES):g} to {max(SCALES):g}, "
             f"up to {self.longest} tokens, agree to {self.tolerance:g} of the greatest value; "
-            "what lies below or beyond was not seen"
+            "other inputs were not tried"
         )
         if self.overflows:
             text += f", nor {self.overflows} runs in which eager overflows"
@@ -76,13 +76,13 @@ def prove(
         if not description.routing:
             here.weight_name = ""
         block = Replacement(subject, description, probe.width, replacement.body)
-        for case in itertools.chain(_again(suspect, here), cases(here)):
+        for case in itertools.chain(_cases_of_suspect(suspect, here), cases(here)):
             compared = _compare(here, block, case)
             runs, overflows = runs + compared, overflows + (not compared)
     return Proof(with_precision(module, probe, description), runs, overflows, probe.longest)
 
 
-def _again(suspect: BehaviourCase | None, probe: Probe) -> list[BehaviourCase]:
+def _cases_of_suspect(suspect: BehaviourCase | None, probe: Probe) -> list[BehaviourCase]:
     """The case that refuted another description, if it applies to this router too."""
     if suspect is None:
         return []
@@ -134,7 +134,7 @@ def _compare(probe: Probe, block: Replacement, case: BehaviourCase) -> bool:
 def _compare_leaves(run: Run, results: Sequence[object], case: BehaviourCase) -> None:
     for (name, value), ours in zip(run.leaves, results, strict=True):
         if isinstance(value, torch.Tensor) and isinstance(ours, torch.Tensor):
-            if not same(ours, value):
+            if not are_close(ours, value):
                 raise Differs(_difference(name, value, ours, case), case)
         elif ours is not value and ours != value:
             raise Differs(f"{name} is {value!r}, described {ours!r} ({case})", case)

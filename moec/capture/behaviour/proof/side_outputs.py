@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.inference.probe import Probe, result_leaves, same
+from moec.capture.behaviour.inference.probe import Probe, are_close, result_leaves
 from moec.capture.behaviour.layer.description import Constant, Output
 from moec.capture.behaviour.layer.parts import float_dtype
 from moec.capture.behaviour.replacement import Replacement, shaped
@@ -65,7 +65,7 @@ def _output(
         output = Output(key, leading, dtype)
         if tensor.numel() == value.numel():
             formed = shaped(tensor, output, x)
-            if formed.dtype == value.dtype and same(formed, value):
+            if formed.dtype == value.dtype and are_close(formed, value):
                 return output
     if value.numel() == x.numel() and leading:  # accepted for now: the proof reports the difference
         return Output("hidden", leading, dtype)

@@ -138,7 +138,7 @@ def _cumsum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], resu
         facts.note(result, sums=sums.so_far())
 
 
-def _both(*rules: Rule) -> Rule:
+def _all_rules(*rules: Rule) -> Rule:
     def rule(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         for each in rules:
             each(facts, args, kwargs, result)
@@ -235,9 +235,9 @@ _RULES: dict[str, Rule] = {
     "count_nonzero": _sum,
     "cumsum": _cumsum,
     "mul": _arithmetic(operator.mul),
-    "add": _both(_arithmetic(operator.add), sum_rule(1)),
+    "add": _all_rules(_arithmetic(operator.add), sum_rule(1)),
     "radd": sum_rule(1),
-    "sub": _both(_arithmetic(lambda high, _: high), sum_rule(-1)),
+    "sub": _all_rules(_arithmetic(lambda high, _: high), sum_rule(-1)),
     "subtract": sum_rule(-1),
     "clamp": _arithmetic(lambda high, _: high),
     "any": _any,

@@ -27,7 +27,7 @@ Rounding = Literal["floor", "ceil", "trunc"]
 ROUNDINGS: tuple[Rounding, ...] = ("floor", "ceil", "trunc")
 _ROUND: dict[str, Callable[[Any], Any]] = {"floor": np.floor, "ceil": np.ceil, "trunc": np.trunc}
 _PRECISION = {"float64": 10**6, "float32": 10**3}
-"""The greatest denominator of a ratio that a float of this type stands for."""
+"""The greatest denominator of a ratio that a float of this type represents."""
 _FLOATS = {
     "ToFloat": np.float64,
     "FloatTrueDiv": np.true_divide,

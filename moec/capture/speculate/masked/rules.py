@@ -19,9 +19,9 @@ from moec.capture.speculate.masked.values import (
     Rows,
     Unmasked,
     as_indices,
-    between,
     count,
     leaves,
+    slice_rows,
 )
 
 Rule = Callable[..., Any]
@@ -36,7 +36,7 @@ def split_with_sizes(node: Any, x: Any, sizes: Sequence[Any], dim: int = 0) -> A
     for size in sizes:
         first = isinstance(start, int) and start == 0
         stop = size if first else count(torch.add, start, size)
-        parts.append(between(x, dim, start, stop))
+        parts.append(slice_rows(x, dim, start, stop))
         start = stop
     return parts
 
@@ -46,11 +46,11 @@ def slice_(
 ) -> Any:
     counted = any(isinstance(end, Count) for end in (start, stop))
     if not isinstance(x, Rows):
-        return between(x, dim, start or 0, stop) if counted else NotImplemented
+        return slice_rows(x, dim, start or 0, stop) if counted else NotImplemented
     everything = not counted and not start and (stop is None or _is_end(stop))
     if x.axis != dim or everything:
         return NotImplemented
-    return between(
+    return slice_rows(
         x, dim, 0 if start is None else start, x.tensor.shape[dim] if stop is None else stop
     )
 

@@ -103,7 +103,7 @@ def count(op: Any, *arguments: Any) -> Count:
     return Count(_TENSOR_OPS.get(op, op)(*map(number, arguments)))
 
 
-def between(x: Any, dim: int, start: Any, stop: Any) -> Rows:
+def slice_rows(x: Any, dim: int, start: Any, stop: Any) -> Rows:
     """Rows start to stop of x along dim, where start and stop may be counts."""
     nested = isinstance(x, Rows) and x.axis == dim
     tensor = x.tensor if isinstance(x, Rows) else x

@@ -43,11 +43,11 @@ class Row(list[Any]):
 
     __index__ = __int__
 
-    def _alone(self, *_: Any, **__: Any) -> HitIndex:
+    def _squeeze(self, *_: Any, **__: Any) -> HitIndex:
         index: HitIndex = self[0]
         return index
 
-    squeeze = _alone
+    squeeze = _squeeze
 
     def _itself(self, *_: Any, **__: Any) -> Row:
         return self

@@ -36,7 +36,7 @@ def getitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any) -> Any:
     if isinstance(first, slice) and first.step is None and full:
         start, stop = (as_number(trace, end) for end in (first.start, first.stop))
         if any(map(reads_data, (start, stop, x.shape[0]))):
-            return between(trace, x, start, stop)
+            return slice_rows(trace, x, start, stop)
     return NotImplemented
 
 
@@ -59,7 +59,7 @@ def first_columns(parts: tuple[Any, ...]) -> Any:
     return stop if plain and (is_symbolic(stop) or stop >= 0) else None
 
 
-def between(trace: Trace, x: torch.Tensor, start: Any, stop: Any) -> torch.Tensor:
+def slice_rows(trace: Trace, x: torch.Tensor, start: Any, stop: Any) -> torch.Tensor:
     """Rows start to stop of x. The length is exactly stop - start: a slice by torch would get a
     new symbol as its length each time.
 
@@ -139,7 +139,7 @@ def narrow(trace: Trace, func: Hook, x: torch.Tensor, dim: int, start: Any, leng
     start, length = as_number(trace, start), as_number(trace, length)
     if dim != 0 or not any(map(reads_data, (start, length))):
         return NotImplemented
-    return between(trace, x, start, start + length)
+    return slice_rows(trace, x, start, start + length)
 
 
 def split(trace: Trace, func: Hook, x: torch.Tensor, sizes: Any, dim: int = 0) -> Any:
@@ -183,7 +183,7 @@ def eq(trace: Trace, func: Hook, ids: torch.Tensor, expert: Any) -> Any:
     return trace.facts.note(result, member=Member(ids, expert))
 
 
-def both(trace: Trace, func: Hook, a: Any, b: Any) -> Any:
+def intersect_hits(trace: Trace, func: Hook, a: Any, b: Any) -> Any:
     """(ids == e) & other as where(other, ids, no expert) == e, which recognition matches."""
     for one, other in ((a, b), (b, a)):
         member = trace.facts.of(one).member
@@ -230,7 +230,7 @@ SLICING: Hooks = {
     "split_with_sizes": split,
     "tensor_split": tensor_split,
     "eq": eq,
-    "and": both,
-    "logical_and": both,
-    "bitwise_and": both,
+    "and": intersect_hits,
+    "logical_and": intersect_hits,
+    "bitwise_and": intersect_hits,
 }

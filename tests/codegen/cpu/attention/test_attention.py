@@ -195,13 +195,13 @@ def test_rows_that_see_nothing_are_zero_as_in_torch(queries: int) -> None:
     x = random_inputs(spec, 1, queries, 70)
     assert x.mask is not None
     x.mask[:, :, 1] = False
-    got = run(spec, x)
+    actual = run(spec, x)
     want = torch.nn.functional.scaled_dot_product_attention(
         x.q, x.k, x.v, attn_mask=x.mask, scale=spec.scale, enable_gqa=True
     )
-    assert (got[:, :, 1] == 0).all()
+    assert (actual[:, :, 1] == 0).all()
     assert (want[:, :, 1] == 0).all()
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(actual, want, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 90])
@@ -220,9 +220,9 @@ def test_nan_stays_in_its_row(queries: int) -> None:
     spec = SPECS["causal"]
     x = random_inputs(spec, 1, queries, queries)
     x.q[0, 1, 0, 3] = torch.nan
-    got = run(spec, x)
-    assert got[0, 1, 0].isnan().all()
-    assert got.isnan().sum() == spec.value_dim
+    actual = run(spec, x)
+    assert actual[0, 1, 0].isnan().all()
+    assert actual.isnan().sum() == spec.value_dim
 
 
 @pytest.mark.parametrize("queries", [3, 70])

@@ -66,9 +66,9 @@ def check(spec: LinearAttentionSpec, target: CpuTarget, batch: int, length: int)
     flags = {"rates": spec.per == "rate", "beta": spec.delta, "start": spec.started}
     names = (name for name, flag in flags.items() if flag)
     want = recurrence(*tensors, **dict(zip(names, rest, strict=True)))
-    got = [torch.full_like(x, torch.nan) for x in want]
-    kernel(spec, target)(*tensors, *rest, *got)
-    for ours, theirs in zip(got, want, strict=True):
+    actual = [torch.full_like(x, torch.nan) for x in want]
+    kernel(spec, target)(*tensors, *rest, *actual)
+    for ours, theirs in zip(actual, want, strict=True):
         if ours.numel():
             torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 

@@ -82,11 +82,11 @@ WIDER = ("int4:asymmetric:rows16", 40, True)  # of the same rows, and in a kerne
 def compare(executor: Executor, of: Program, x: torch.Tensor, close: float) -> None:
     result = executor({"x": x})
     for value, expected in zip(of.graph.outputs, evaluate(of.graph, [x], of.weights), strict=True):
-        got, expected = result[value.name].double(), expected.double()
+        actual, expected = result[value.name].double(), expected.double()
         finite = expected.isfinite()
-        assert torch.equal(got.isfinite(), finite)
+        assert torch.equal(actual.isfinite(), finite)
         if finite.any():
-            assert (got - expected)[finite].abs().max() <= close * (
+            assert (actual - expected)[finite].abs().max() <= close * (
                 1 + expected[finite].abs().max()
             )
 
