@@ -198,6 +198,11 @@ def contains(store: Store, kind: str, key: str) -> bool:
     return store.folder is not None and (store.folder / kind / key).is_file()
 
 
+def starts_with(store: Store, kind: str, start: str) -> bool:
+    """Whether there is an entry whose key starts with `start`, which has no special characters."""
+    return store.folder is not None and any((store.folder / kind).glob(f"{start}*"))
+
+
 def save(store: Store, kind: str, payloads: Mapping[str, bytes]) -> None:
     """Store entries by their keys, then evict the least recently used ones beyond the limit.
 

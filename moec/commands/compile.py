@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec.cache import Store, default_store
-from moec.commands.compilation.artifact_cache import fetch, keep
+from moec.commands.compilation.artifact_cache import fetch, keep, may_hold
 from moec.commands.compilation.request import CompileRequest, cache_key, check, request_of
 from moec.commands.options.options import (
     Tolerance,
@@ -29,6 +30,7 @@ from moec.commands.output.logs import log_options
 from moec.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from moec.commands.compilation.checkpoint_key import CheckpointKey
     from moec.ir.graph import Program
     from moec.model.compiled import CompiledModel
     from moec.passes.core.runner import PassResult
@@ -121,12 +123,13 @@ def command(**values: Any) -> None:
     if request.plan_file is not None:
         _compile_ranks(request, request.plan_file, arguments)
         return
-    compiled = _compile(request, arguments)
-    from moec.pipeline import without_effect
+    with nullcontext() if key is None else key.hashing():
+        compiled = _compile(request, arguments)
+        from moec.pipeline import without_effect
 
-    warnings = without_effect(compiled.pass_results)
-    if key is not None and request.output is not None and not warnings:
-        keep(store, key, Path(request.model), request.output, compiled)
+        warnings = without_effect(compiled.pass_results)
+        if key is not None and not warnings:
+            _keep(request, store, key, compiled)
     if request.quiet:
         for line in warnings:
             echo(f"warning: {line}", err=True)
@@ -139,17 +142,27 @@ def command(**values: Any) -> None:
     _tell(request, report, f"wrote {request.output}" if request.builds else "")
 
 
-def _write_cached(request: CompileRequest, store: Store, key: str) -> bool:
+def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> bool:
     """Whether the artifact was in the cache, and is written."""
-    output = request.output
-    if output is None or not fetch(
-        store, key, Path(request.model), output, overwrite=request.force
-    ):
+    output, model = request.output, Path(request.model)
+    value = key.value() if may_hold(store, key) else None
+    if value is None or output is None:
+        return False
+    if not fetch(store, value, model, output, overwrite=request.force):
         return False
     from moec.commands.inspect import of_artifact
 
     _tell(request, of_artifact(output)[0], f"wrote {output} (from the cache)")
     return True
+
+
+def _keep(
+    request: CompileRequest, store: Store, key: CheckpointKey, compiled: CompiledModel
+) -> None:
+    """Cache the artifact, unless the checkpoint was changed since it was read."""
+    value = key.value()
+    if value is not None and request.output is not None:
+        keep(store, value, Path(request.model), request.output, compiled)
 
 
 def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[str, Any]) -> None:

@@ -1,9 +1,6 @@
-"""Caches artifacts, by checkpoint and options of their compilation.
+"""Caches artifacts, by checkpoint and options of their compilation (see checkpoint_key.py).
 
-The key covers the content of the checkpoint's files, the options, the target on this machine,
-moec's source, and the versions of the packages that read and compile the model. Factories
-(file.py:factory) are compiled each time, because their code may depend on anything.
-
+Factories (file.py:factory) are compiled each time, because their code may depend on anything.
 An artifact that is larger than a fraction of the cache is stored as a frame, without the weights
 that follow from the checkpoint's files (see artifact_frame.py). Where a frame is too large as well,
 as weights were computed, the model is compiled each time.
@@ -11,46 +8,28 @@ as weights were computed, the model is compiled each time.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moec.cache import ARTIFACTS, FRAMES, Store, key_of, load, save, source_version
+from moec.cache import ARTIFACTS, FRAMES, Store, load, save, starts_with
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.runtime.container import replaceable
-from moec.runtime.part_writers import on_all_cores
-from moec.target import cpu
 
 if TYPE_CHECKING:
     from moec.commands.compilation.artifact_frame import Frame
+    from moec.commands.compilation.checkpoint_key import CheckpointKey
     from moec.model.compiled import CompiledModel
 
 _FRACTION = 8
 """An artifact or a frame may take up to one part in this many of the cache."""
-_BLOCK = 64 << 20
-"""Bytes of a file that are hashed together: cores share a large file."""
-_PACKAGES = (
-    *("apache-tvm", "torch", "transformers", "tokenizers", "safetensors"),
-    *("numpy", "ml_dtypes", "sympy"),
-)
 
 
-def key_for(model: str, options: Mapping[str, object], store: Store) -> str | None:
-    """The key of a checkpoint's folder and options; None where it is not cached."""
-    folder = Path(model)
-    if store.folder is None or not (folder / "config.json").is_file():
-        return None
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    contents = _digests(files)
-    name = folder.resolve().parts[-2:]  # the report and the artifact contain it
-    machine = (cpu.host(), cpu.processor())
-    return key_of(name, contents, sorted(options.items()), machine, source_version(), _versions())
+def may_hold(store: Store, key: CheckpointKey) -> bool:
+    """Whether an artifact of such a model and options is stored, of these or other weights."""
+    return any(starts_with(store, kind, key.start) for kind in (ARTIFACTS, FRAMES))
 
 
 def fetch(
@@ -116,42 +95,3 @@ def _complete(frame: Frame, checkpoint: Path, output: Path) -> bool:
     from moec.commands.compilation import artifact_frame
 
     return artifact_frame.complete(frame, checkpoint, output)
-
-
-def _digests(files: Sequence[Path]) -> list[tuple[str, int, tuple[str, ...]]]:
-    """The name and size of each file, and the SHA-256 of each of its blocks."""
-    sizes = [path.stat().st_size for path in files]
-    blocks = [
-        (path, start)
-        for path, size in zip(files, sizes, strict=True)
-        for start in range(0, size, _BLOCK)
-    ]
-    digests = iter(on_all_cores(_block_digest, blocks, [_BLOCK] * len(blocks)))
-    return [
-        (path.name, size, tuple(islice(digests, len(range(0, size, _BLOCK)))))
-        for path, size in zip(files, sizes, strict=True)
-    ]
-
-
-def _block_digest(block: tuple[Path, int]) -> str:
-    """The SHA-256 of the block of a file that starts at an offset."""
-    path, start = block
-    digest, left = hashlib.sha256(), _BLOCK
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while left and (content := file.read(min(left, 1 << 20))):
-            digest.update(content)
-            left -= len(content)
-    return digest.hexdigest()
-
-
-def _versions() -> list[str]:
-    return [_version(name) for name in _PACKAGES]
-
-
-def _version(name: str) -> str:
-    """The version of an installed package; empty for one that is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

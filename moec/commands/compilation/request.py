@@ -9,7 +9,7 @@ from typing import Any
 
 from moec import model_path
 from moec.cache import Store
-from moec.commands.compilation.artifact_cache import key_for
+from moec.commands.compilation.checkpoint_key import CheckpointKey, checkpoint_key
 from moec.commands.options.files import check_folder, check_writable
 from moec.errors import UsageError
 from moec.passes.core.names import check_last
@@ -72,17 +72,17 @@ def check(request: CompileRequest) -> None:
         _check_plan(request, request.plan_file)
 
 
-def cache_key(request: CompileRequest, store: Store) -> str | None:
+def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     """The key of the artifact in the cache; None where it is not cached, as with options that read
     or write other files, or that measure this machine."""
     options = request.options
     files = (request.dump_ir, request.emit, request.plan_file, options["calib"])
-    if not request.builds or any(files) or request.tune or options["describe"]:
+    cached = store.folder is not None and request.builds
+    if not cached or any(files) or request.tune or options["describe"]:
         return None
     names = ("target", "verify", "kv_cache", "record_routing")
-    return key_for(
-        request.model, {**options, **{name: getattr(request, name) for name in names}}, store
-    )
+    more = {name: getattr(request, name) for name in names}
+    return checkpoint_key(request.model, {**options, **more})
 
 
 def _check_plan(request: CompileRequest, plan_file: Path) -> None:

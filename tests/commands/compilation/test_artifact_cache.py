@@ -12,76 +12,16 @@ from click.testing import CliRunner
 
 from moec import __main__ as front
 from moec.cache import ARTIFACTS, Store, entries, load, store_in
-from moec.commands.compilation import artifact_cache, artifact_frame
-from moec.commands.compilation.artifact_cache import fetch, keep, key_for
+from moec.commands.compilation import artifact_frame
+from moec.commands.compilation.artifact_cache import fetch, keep
 from moec.commands.compilation.artifact_frame import Frame
-from moec.target import cpu
 
 NOT_READ: Any = None
-OPTIONS = {"target": "cpu", "verify": True, "passes": "", "shapes": ()}
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return store_in(tmp_path / "cache")
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    folder = tmp_path / "author" / "model"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(bytes(1000))
-    return folder
-
-
-@pytest.mark.parametrize(
-    "change", ["weights", "new file", "name", "options", "machine", "source", "versions"]
-)
-def test_the_key_tells_what_the_artifact_depends_on(
-    store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    before = key_for(str(checkpoint), OPTIONS, store)
-    assert before == key_for(str(checkpoint), dict(OPTIONS), store)
-    options = OPTIONS
-    match change:
-        case "weights":
-            (checkpoint / "model.safetensors").write_bytes(bytes(999) + b"\1")
-        case "new file":
-            (checkpoint / "tokenizer.json").write_text("{}")
-        case "name":
-            checkpoint = checkpoint.rename(checkpoint.parent / "other")
-        case "options":
-            options = {**OPTIONS, "passes": "-fuse-norm"}
-        case "machine":
-            monkeypatch.setattr(cpu, "processor", lambda: "another")
-        case "source":
-            monkeypatch.setattr(artifact_cache, "source_version", lambda: "another")
-        case "versions":
-            monkeypatch.setattr(artifact_cache, "version", lambda name: "another")
-    after = key_for(str(checkpoint), options, store)
-    assert after is not None
-    assert after != before
-
-
-def test_what_has_no_key(store: Store, checkpoint: Path) -> None:
-    assert key_for("file.py:make", OPTIONS, store) is None
-    assert key_for(str(checkpoint), OPTIONS, Store(None)) is None
-
-
-def test_blocks_of_large_files_are_hashed_in_their_order(
-    store: Store, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(artifact_cache, "_BLOCK", 300)
-    weights = checkpoint / "model.safetensors"
-    contents = [bytes(1000), bytes(1200), bytes(1001), bytes(999)]
-    for last in (299, 300, 999):
-        contents.append(bytes(last) + b"\1" + bytes(999 - last))
-    keys = set()
-    for content in contents:
-        weights.write_bytes(content)
-        keys.add(key_for(str(checkpoint), OPTIONS, store))
-    assert len(keys) == len(contents)
 
 
 def test_it_is_written_where_nothing_else_is_lost(store: Store, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""The key of a checkpoint and of the options of its compilation.
+
+It covers the content of the checkpoint's files, the options, the target on this machine, moec's
+source, and the versions of the packages that read and compile the model. A large checkpoint takes a
+second or two to hash: its key starts with a hash of all else, so that files are hashed before a
+compilation only where an artifact with such a start is stored, and otherwise meanwhile.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from moec.cache import key_of, source_version
+from moec.runtime.part_writers import on_all_cores
+from moec.target import cpu
+
+_BLOCK = 64 << 20
+"""Bytes of a file that are hashed together: cores share a large file."""
+_DIGITS = 32  # of each of the two hashes
+_PACKAGES = (
+    *("apache-tvm", "torch", "transformers", "tokenizers", "safetensors"),
+    *("numpy", "ml_dtypes", "sympy"),
+)
+
+
+class CheckpointKey:
+    """The key of the checkpoint that `files` make, compiled with options whose hash is `start`."""
+
+    def __init__(self, start: str, files: Sequence[Path]) -> None:
+        self.start = start[:_DIGITS]
+        self._files = files
+        self._states = _states(files)
+        self._blocks = [
+            (path, at) for path, state in self._states.items() for at in range(0, state[0], _BLOCK)
+        ]
+        self._digests: list[Future[str]] = []
+
+    @contextmanager
+    def hashing(self) -> Iterator[None]:
+        """Hash the files on another core while the block runs; on leaving, stop."""
+        pool = ThreadPoolExecutor(1)
+        self._digests = [pool.submit(_digest, block) for block in self._blocks]
+        try:
+            yield
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def value(self) -> str | None:
+        """The key. Waits until all files are hashed; None where one has changed meanwhile."""
+        try:
+            digests = [digest.result() for digest in self._digests] or on_all_cores(
+                _digest, self._blocks, [_BLOCK] * len(self._blocks)
+            )
+            if _states(self._files) != self._states:
+                return None
+        except (OSError, ValueError):  # a file is shorter, or gone
+            return None
+        sizes = [(path.name, state[0]) for path, state in self._states.items()]
+        return self.start + key_of(sizes, digests)[:_DIGITS]
+
+
+def checkpoint_key(model: str, options: Mapping[str, object]) -> CheckpointKey | None:
+    """The key of a checkpoint's folder and options; None for a model of another kind."""
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        return None
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    name = folder.resolve().parts[-2:]  # the report and the artifact contain it
+    machine = (cpu.host(), cpu.processor())
+    versions = [_version(name) for name in _PACKAGES]
+    start = key_of(name, sorted(options.items()), machine, source_version(), versions)
+    return CheckpointKey(start, files)
+
+
+def _states(files: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
+    """The size of each file, and numbers that change where it is written or replaced."""
+    states = ((path, path.stat()) for path in files)
+    return {path: (s.st_size, s.st_mtime_ns, s.st_ino) for path, s in states}
+
+
+def _digest(block: tuple[Path, int]) -> str:
+    """The SHA-256 of the block of a file that starts at an offset, in one call: for each call, a
+    thread may wait until Python's main thread makes room for it."""
+    path, at = block
+    with path.open("rb") as file:
+        size = min(_BLOCK, path.stat().st_size - at)
+        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=at) as content:
+            return hashlib.sha256(content).hexdigest()
+
+
+def _version(name: str) -> str:
+    """The version of an installed package; empty for one that is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
