@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from moec.errors import UsageError
 from moec.extras import missing_extra
+from moec.runtime.process.backtraces import symbols_read
 from moec.runtime.process.gc_pause import gc_deferred
 from moec.spelling import did_you_mean
 
@@ -52,6 +53,8 @@ _WHERE = {
     "stats": "moec.dynamo",
     "transform": "moec.transformation.transform",
 }
+_COMPILES = {"compile", "describe", "prepare", "transform"}
+"""The names whose modules import TVM's compiler."""
 
 
 def __getattr__(name: str) -> Any:
@@ -67,7 +70,11 @@ def __getattr__(name: str) -> Any:
     # Only for the first import: to defer collections, Python counts the frozen objects one by one.
     imported = _WHERE[name] in sys.modules
     try:
-        with nullcontext() if imported else gc_deferred():
+        with ExitStack() as importing:
+            if not imported:
+                importing.enter_context(gc_deferred())
+            if not imported and name in _COMPILES:
+                importing.enter_context(symbols_read())
             module = importlib.import_module(_WHERE[name])
     except ModuleNotFoundError as error:
         if sentence := missing_extra(error):
