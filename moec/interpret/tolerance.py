@@ -73,13 +73,28 @@ FAR = 0.5
 def row_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """For each row (all axes but the last) its greatest difference, relative to the greatest
     expected value of all rows."""
-    width = expected.shape[-1] if expected.ndim else 1
     if not expected.numel():
         return torch.zeros(0, dtype=torch.float64)
-    a, b = (
-        t.double().nan_to_num(posinf=0, neginf=0).reshape(-1, width) for t in (actual, expected)
-    )
-    return (a - b).abs().amax(-1) / (float(b.abs().max()) or 1.0)
+    errors = _finite_errors(actual, expected)
+    if errors is not None:
+        return errors
+    a, b = (t.double().nan_to_num(posinf=0, neginf=0) for t in (actual, expected))
+    return _greatest_of_rows(a - b) / (float(b.abs().max()) or 1.0)
+
+
+def _finite_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor | None:
+    """The errors of rows, [rows] in float64; None where a value or a difference is not finite."""
+    right = expected.double()
+    scale = float(right.abs().max())  # the maximum of values with a NaN is NaN
+    if not math.isfinite(scale):
+        return None
+    errors = _greatest_of_rows(actual.double() - right)
+    return errors / (scale or 1.0) if math.isfinite(float(errors.max())) else None
+
+
+def _greatest_of_rows(difference: torch.Tensor) -> torch.Tensor:
+    width = difference.shape[-1] if difference.ndim else 1
+    return difference.reshape(-1, width).abs().amax(-1)
 
 
 def strays(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
@@ -105,6 +120,9 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return 0.0
     if not expected.is_floating_point():
         return 0.0 if torch.equal(actual, expected) else float("inf")
+    errors = _finite_errors(actual, expected)
+    if errors is not None:
+        return float(errors.max())
     a, b = actual.double(), expected.double()
     finite = b.isfinite()
     if not torch.equal(a.isfinite(), finite):

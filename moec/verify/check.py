@@ -13,13 +13,12 @@ from moec.capture import Captured
 from moec.errors import IRError, VerificationError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.run_in_float32 import InFloat32, in_float32, wide
-from moec.interpret.tolerance import distance
 from moec.ir.graph import Program
 from moec.passes.core.runner import PassResult
 from moec.report.data import MovedLine
 from moec.report.quantisation import before_quantisation, moved_lines
 from moec.verify.cases import Case, Reference, references, shapes
-from moec.verify.comparison import Comparison, Criterion, nearest_errors
+from moec.verify.comparison import Comparison, Criterion
 from moec.verify.first_bad_pass import first_bad_pass, with_states
 from moec.verify.stable_topk import FirstOfEquals
 
@@ -137,11 +136,10 @@ def _check(
             ]
         for item in comparisons:
             name = _name(names, item)
-            right = item.of(expected)
-            error = distance(item.actual, right)
-            worst[name] = max(worst.get(name, 0.0), error)
-            farthest = max(farthest, (error, name, case), key=lambda entry: entry[0])
-            compared.append(replace(item, right=(right,)))
+            item = replace(item, right=(item.of(expected),))
+            worst[name] = max(worst.get(name, 0.0), item.distance)
+            farthest = max(farthest, (item.distance, name, case), key=lambda entry: entry[0])
+            compared.append(item)
             owners.append(number)
     try:
         right_by = _first_match(criterion, captured, answers, compared, owners)
@@ -165,7 +163,7 @@ def _check(
         worst = dict.fromkeys(worst, 0.0)
         for item in right_by:
             name = _name(names, item)
-            worst[name] = max(worst[name], *nearest_errors(item).tolist(), 0.0)
+            worst[name] = max(worst[name], *item.errors.tolist(), 0.0)
     reason = _nan_of_eager(captured.program, answers)
     notes = (*skipped, *([reason] if reason else []))
     return Checked(worst, criterion.limit, strays, rows, ties, notes)

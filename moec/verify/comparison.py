@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -35,6 +36,16 @@ class Comparison:
         output = results[self.output]
         return output if self.stop is None else output[:, self.stop - 1]
 
+    @cached_property
+    def distance(self) -> float:
+        """From eager."""
+        return distance(self.actual, self.right[0])
+
+    @cached_property
+    def errors(self) -> torch.Tensor:
+        """The error of each row against its nearest reference, [rows] in float64."""
+        return torch.stack([row_errors(self.actual, value) for value in self.right]).amin(0)
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -53,15 +64,14 @@ class Criterion:
 
     def strays(self, compared: Iterable[Comparison]) -> tuple[int, int]:
         """(rows with an error above the limit against every reference, all rows)."""
-        errors = list(map(nearest_errors, compared))
+        errors = [item.errors for item in compared]
         return sum(int((e > self.limit).sum()) for e in errors), sum(map(len, errors))
 
     def allows(self, compared: Sequence[Comparison]) -> bool:
         for item in compared:
-            if distance(item.actual, item.right[0]) == float("inf"):
+            if item.distance == float("inf"):
                 return False
-            nearest = nearest_errors(item)
-            if len(nearest) and not nearest.max() <= self.greatest:
+            if len(item.errors) and not item.errors.max() <= self.greatest:
                 return False
         if not self.share:
             return True
@@ -71,7 +81,3 @@ class Criterion:
             groups.setdefault((item.output, item.stop is not None), []).append(item)
         counts = map(self.strays, groups.values())
         return all(strays <= allowed_strays(self.share, rows) for strays, rows in counts)
-
-
-def nearest_errors(item: Comparison) -> torch.Tensor:
-    return torch.stack([row_errors(item.actual, value) for value in item.right]).amin(0)
