@@ -20,10 +20,11 @@ from moec.codegen.destinations import in_destinations
 from moec.codegen.object_cache import (
     compiled_objects,
     contents_of,
-    llvm_modules,
+    llvm_module,
     missing_objects,
     named_by_content,
 )
+from moec.codegen.shape_functions import in_fixed_order
 from moec.runtime.library import open_kernels
 from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
@@ -134,7 +135,7 @@ def assembly(kernel: PrimFunc, target: CpuTarget) -> str:
     """The assembly text of a kernel for `target`."""
     options = options_of(target, 2)
     with context():
-        (built,) = llvm_modules({"kernel": kernel}, options, checked=False).values()
+        built = llvm_module("kernel", kernel, options, checked=False)
     text: str = built.inspect_source("asm")
     return text
 
@@ -186,4 +187,4 @@ def lowered_calls(module: tvm.IRModule) -> tvm.IRModule:
             t.AttachGlobalSymbol(),
         ]
     )
-    return memory(in_destinations(calls(module)))
+    return in_fixed_order(memory(in_destinations(calls(module))))

@@ -19,12 +19,11 @@ import hashlib
 import logging
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 import tvm
 import tvm_ffi
@@ -41,9 +40,6 @@ from moec.temporary import temporary_folder
 
 LOGGER = logging.getLogger(__name__)
 _SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/outline.py", "cpu/pipeline.py")
-A = TypeVar("A")
-B = TypeVar("B")
-_STAGES = 2
 _CONTENT = 16  # digits of the content hash in a kernel's name
 
 
@@ -68,9 +64,7 @@ def compiled_objects(
             objects[name] = content
     missing = {name: kernel for name, kernel in kernels.items() if name not in objects}
     LOGGER.info("%d kernels, %d of them not in the cache", len(kernels), len(missing))
-    modules = llvm_modules(missing, target, checked)
-    emitted = _in_threads(_emit, [*modules.values()], "to machine code", 1)
-    compiled = dict(zip(modules, emitted, strict=True))
+    compiled = machine_code(missing, target, checked)
     save(store, OBJECTS, {keys[name]: content for name, content in compiled.items()})
     return objects | compiled
 
@@ -83,49 +77,40 @@ def missing_objects(
     return sum(not contains(store, OBJECTS, key) for key in keys)
 
 
-def llvm_modules(
+def machine_code(
     kernels: Mapping[str, PrimFunc], target: tvm.target.Target, checked: bool
-) -> dict[str, tvm.runtime.Module]:
-    """Each kernel in its own LLVM module; `tvm.tirx.build` makes one module of all."""
-    if not kernels:
-        return {}
-    module = tirx.transform.BindTarget(target.with_host(target))(tvm.IRModule(dict(kernels)))
+) -> dict[str, bytes]:
+    """The object file of each kernel, made by as many threads as there are cores: TVM releases
+    Python's lock. A PassContext belongs to a thread, so each thread enters it.
+
+    Progress records have the number of finished kernels (`detail`) and their `share`. Raises the
+    exception of the first kernel that failed, after all others are done.
+    """
+    context = tvm.transform.PassContext.current()
+
+    def compile_kernel(item: tuple[str, PrimFunc]) -> bytes:
+        with context:
+            return _emit(llvm_module(*item, target, checked))
+
+    objects: dict[str, bytes] = {}
+    with ThreadPoolExecutor(available()) as pool:
+        for name, content in zip(kernels, pool.map(compile_kernel, kernels.items()), strict=True):
+            objects[name] = content
+            count, share = f"{len(objects)}/{len(kernels)}", len(objects) / len(kernels)
+            LOGGER.debug("kernels %s", count, extra={"detail": count, "share": share})
+    return objects
+
+
+def llvm_module(
+    name: str, kernel: PrimFunc, target: tvm.target.Target, checked: bool
+) -> tvm.runtime.Module:
+    """The LLVM module of a kernel, which LLVM has optimised."""
+    module = tirx.transform.BindTarget(target.with_host(target))(tvm.IRModule({name: kernel}))
     passes, finish, _ = tirx.get_tir_pipeline(PIPELINE)
     module = finish()(passes(module))
     if not checked:
         module = tirx.transform.SkipAssert()(module)
-    build = tvm.get_global_func("target.build.llvm")
-
-    def optimised(item: tuple[GlobalVar, PrimFunc]) -> tvm.runtime.Module:
-        return build(tvm.IRModule(dict([item])), target)
-
-    functions = [*module.functions.items()]
-    built = _in_threads(optimised, functions, "to LLVM", 0)
-    return {var.name_hint: one for (var, _), one in zip(functions, built, strict=True)}
-
-
-def _in_threads(function: Callable[[A], B], items: Sequence[A], what: str, stage: int) -> list[B]:
-    """The results for all items, in order, by as many threads as there are cores: TVM releases
-    Python's lock while LLVM works. A PassContext belongs to a thread, so each thread enters it.
-
-    `what` names the results, and `stage` the number of this stage, in progress records (`detail`,
-    and the `share` of all stages). Raises the exception of the first failed item after all items
-    are done.
-    """
-    context = tvm.transform.PassContext.current()
-
-    def run_in_context(item: A) -> B:
-        with context:
-            return function(item)
-
-    results: list[B] = []
-    with ThreadPoolExecutor(available()) as pool:
-        for result in pool.map(run_in_context, items):
-            results.append(result)
-            count = f"{len(results)}/{len(items)} {what}"
-            share = (stage + len(results) / len(items)) / _STAGES
-            LOGGER.debug("kernels %s", count, extra={"detail": count, "share": share})
-    return results
+    return tvm.get_global_func("target.build.llvm")(module, target)
 
 
 def named_by_content(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, str]]:

@@ -66,13 +66,13 @@ def store(tmp_path: Path) -> Store:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that LLVM was given, in order."""
     names: list[str] = []
-    original = object_cache.llvm_modules
+    original = object_cache.machine_code
 
     def counted(kernels: Any, *rest: Any) -> Any:
         names.extend(kernels)
         return original(kernels, *rest)
 
-    monkeypatch.setattr(object_cache, "llvm_modules", counted)
+    monkeypatch.setattr(object_cache, "machine_code", counted)
     return names
 
 
@@ -95,7 +95,7 @@ from tests.codegen.test_object_cache import kernel, run
 def given_none(kernels, *rest):
     assert not kernels
     return {}
-object_cache.llvm_modules = given_none
+object_cache.machine_code = given_none
 built = compile_kernels(kernel(), target=host(), store=store_in(Path(sys.argv[1])))
 assert run(built) == [2.0, -6.0]
 """
