@@ -123,20 +123,30 @@ def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
                     f"axis {axis} of input {port.name!r} is {length}{zero}{what}, "
                     f"and the model was compiled for {name} {limits}"
                 )
+    for size, (_, most) in function.sizes.items():
+        count = None if size in env or most is None else sizes.evaluate(size, env)
+        if count is not None and most is not None and count > most:  # a product of sizes
+            raise InputError(
+                f"{size} is {count}, because {_causes(size, learned, env)}, and the model was "
+                f"compiled for at most {most}"
+            )
     for port, axis, size, length in axes:
         expected = sizes.evaluate(size, env)
         if expected == length:
             continue
         where = f"axis {axis} of input {port.name!r} is {length}, expected"
         if expected is not None:
-            names = sorted(sizes.names(size))
-            causes = ", ".join(f"{learned[n]} gives {n} = {env[n]}" for n in names)
-            reason = f" ({size}), because {causes}" if names else ""
+            causes = _causes(size, learned, env)
+            reason = f" ({size}), because {causes}" if causes else ""
             raise InputError(f"{where} {expected}{reason}")
         if len(sizes.names(size)) == 1:
             raise InputError(f"{where} a size of the form {size}")
         # Sizes that no axis determines are checked by the compiled code.
     return env
+
+
+def _causes(size: Size, learned: Mapping[str, str], env: Mapping[str, int]) -> str:
+    return ", ".join(f"{learned[n]} gives {n} = {env[n]}" for n in sorted(sizes.names(size)))
 
 
 def _check_range(port: Port, value: Any, low: int, high: int) -> None:

@@ -200,6 +200,8 @@ def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
     for function in functions:
         if not set(function.destinations) <= {p.name for p in function.outputs if p.dtype != "c64"}:
             raise ValueError("memory is passed for what is no output")
+        for size in function.sizes:
+            sizes.names(size)
         for limits in function.index_ranges.values():
             for size in limits:
                 sizes.names(size)

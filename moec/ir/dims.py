@@ -50,7 +50,8 @@ _TORCH_FUNCTIONS = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """The least and greatest value of a named size; `high` is None where there is no bound."""
+    """The least and greatest value of a named size, or of a product of sizes. `high` is None where
+    there is no bound."""
 
     low: int = 0
     high: int | None = None
@@ -59,6 +60,9 @@ class Bounds:
         """The intersection."""
         highs = [high for high in (self.high, other.high) if high is not None]
         return Bounds(max(self.low, other.low), min(highs, default=None))
+
+    def contains(self, size: int) -> bool:
+        return size >= self.low and (self.high is None or size <= self.high)
 
 
 def symbol(name: str) -> sympy.Symbol:

@@ -45,7 +45,8 @@ def _lines(graph: Graph) -> Iterator[str]:
     params = ", ".join(map(_typed, graph.params))
     yield f"graph {graph.name}({inputs}{'; ' + params if params else ''}) {{"
     for name, bounds in graph.bounds.items():
-        yield f"  size {name} in {show_bounds(bounds)}"
+        size = name if name.isidentifier() else f"{{{name}}}"
+        yield f"  size {size} in {show_bounds(bounds)}"
     for op in graph.ops:
         outputs = ", ".join(map(_typed, op.outputs))
         line = f"  {outputs} = {op.name}({', '.join(_quote(v.name) for v in op.inputs)})"
@@ -202,7 +203,7 @@ class _Reader:
                 self.take("}")
                 return Graph(inputs, params, tuple(ops), outputs, tuple(states), bounds, name)
             if word == "size" and self.token != ":":
-                size = self.name()
+                size = self.bounded_size()
                 self.take("in")
                 bounds[size] = self.bounds()
             elif word == "state" and self.token != ":":
@@ -226,6 +227,10 @@ class _Reader:
             if not self.skip(","):
                 break
         return tuple(values)
+
+    def bounded_size(self) -> str:
+        """A named size, or a product of some in braces."""
+        return show_dim(parse_dim(self.next()[1:-1])) if self.kind == "size" else self.name()
 
     def bounds(self) -> Bounds:
         self.take("[")

@@ -11,7 +11,7 @@ from typing import Any
 
 import sympy
 
-from moec.ir.dims import Bounds
+from moec.ir.dims import Bounds, parse_dim, symbol
 from moec.ir.exact_sizes import Function, function_of
 from moec.ir.float_sizes import is_float
 
@@ -19,7 +19,6 @@ _DENSE = 512
 """The number of sizes, from the least one, that are tried one by one."""
 _FAR = tuple(2**n + d for n in range(10, 31) for d in (-1, 0, 1, 37))
 _COMBINATIONS = 4096
-_FAR_ROWS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,15 @@ def truth_of(expression: sympy.Basic) -> Truth:
     return Truth(frozenset(s.name for s in expression.free_symbols), expression)
 
 
+def allows(bounds: Mapping[str, Bounds], sizes: Mapping[str, int]) -> bool:
+    """Whether sizes are within the bounds of names, and of products of names."""
+    for name, limits in bounds.items():
+        truth = truth_of(symbol(name) if name.isidentifier() else parse_dim(name))
+        if truth.names <= sizes.keys() and not limits.contains(truth.value(sizes)):
+            return False
+    return True
+
+
 def candidates(limits: Bounds, near: int, numbers: Iterable[int] = ()) -> list[int]:
     """Sizes within `limits`: the least ones, some around `near` and `numbers`, and large ones."""
     high = limits.high if limits.high is not None else 2**31
@@ -54,10 +62,10 @@ def candidates(limits: Bounds, near: int, numbers: Iterable[int] = ()) -> list[i
 
 def constants(expression: sympy.Basic) -> set[int]:
     """The integers in an expression: most thresholds are one of them, or a quotient of two."""
-    numbers = {int(n) for n in expression.atoms(sympy.Integer) if 0 < n < 2**20}
+    numbers = {int(n) for n in expression.atoms(sympy.Integer) if 0 < n < 2**31}
     numbers |= {int(r.q) for r in expression.atoms(sympy.Rational) if r.q < 2**12}
     products = {a * b for a, b in itertools.combinations(sorted(numbers)[:12], 2)}
-    return numbers | {n for n in products if n < 2**24}
+    return numbers | {n for n in products if n < 2**31}
 
 
 def first_true(truth: Truth, size: str) -> int | None:
@@ -108,15 +116,52 @@ def sizes_around(
 
 def far_sizes(
     truth: Truth, bounds: Mapping[str, Bounds], example: Mapping[str, int]
-) -> Iterator[Mapping[str, int]]:
-    """Assignments in which one size varies and the others are the example's, up to a product of
-    2**15: those of `sizes_around` are small where a condition is on several sizes."""
+) -> Iterator[dict[str, int]]:
+    """Assignments in which one size varies up to the end of its bounds and the others are those of
+    the example, or the least ones: large sizes, and both sides of each point at which a relation of
+    the condition changes. They are evaluated only, however many rows they are."""
+    relations = truth.expression.atoms(sympy.core.relational.Relational)
     numbers = constants(truth.expression)
-    for name in sorted(truth.names & example.keys()):
-        for size in candidates(bounds[name], example[name], numbers):
-            sizes = {**example, name: size}
-            if math.prod(sizes.values()) <= _FAR_ROWS:
-                yield sizes
+    names = truth.names & example.keys()
+    for name in sorted(names):
+        for other in ({}, {n: max(bounds[n].low, 1) for n in names - {name}}):
+            rest = {**example, **other}
+            rows = math.prod(rest[n] for n in names - {name})
+            quotients = {number // rows for number in numbers if number >= rows}
+            tried = _far_candidates(bounds[name], {*numbers, *quotients})
+            for relation in relations:
+                differences = Truth(truth.names, relation.lhs - relation.rhs)
+                tried |= set(_sign_changes(differences, name, rest, sorted(tried)))
+            yield from ({**rest, name: size} for size in sorted(tried))
+
+
+def _far_candidates(limits: Bounds, numbers: Iterable[int]) -> set[int]:
+    high = limits.high if limits.high is not None else 2**31
+    sizes = {*_FAR, max(limits.low, 1), high} | {n + d for n in numbers for d in (-1, 0, 1)}
+    return {n for n in sizes if max(limits.low, 1) <= n <= high}
+
+
+def _sign_changes(
+    difference: Truth, name: str, rest: Mapping[str, int], tried: Sequence[int]
+) -> Iterator[int]:
+    """Sizes on both sides of a change of sign between two of `tried`, which are ascending."""
+
+    def sign(size: int) -> int | None:
+        try:
+            value = difference.value({**rest, name: size})
+        except ZeroDivisionError:
+            return None
+        return int(value > 0) - int(value < 0)
+
+    signs = [sign(size) for size in tried]
+    for low, high, before, after in zip(tried, tried[1:], signs, signs[1:], strict=False):
+        if before == after:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if sign(middle) == before else (low, middle)
+        yield low
+        yield high
 
 
 def _nearest_few(values: Sequence[int], count: int, near: int) -> list[int]:

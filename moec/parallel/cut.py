@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from moec.ir.dims import symbols
+from moec.ir.dims import parse_dim, symbols
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.experts.dispatch import SORTS
 from moec.runtime.package import MAIN
@@ -80,7 +80,11 @@ def _part(
     inputs = [value for value in read if value not in params]
     inputs += _size_sources(ops, inputs, available)
     names = {str(s) for v in (*inputs, *inner) for dim in v.shape for s in symbols(dim)}
-    bounds = {name: bound for name, bound in graph.bounds.items() if name in names}
+    bounds = {
+        size: limits
+        for size, limits in graph.bounds.items()
+        if {str(s) for s in symbols(parse_dim(size))} <= names
+    }
     befores = {state.before for state in states}
     inputs = [*(v for v in inputs if v not in befores), *(s.before for s in states)]
     return Graph(tuple(inputs), params, tuple(ops), outputs, states, bounds)

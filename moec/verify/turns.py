@@ -10,7 +10,7 @@ import torch
 from moec.ir.dims import Bounds, bind_shape, symbols
 from moec.ir.graph import Graph, Value
 from moec.ir.size_expressions import size_expressions
-from moec.ir.thresholds import sizes_at_changes
+from moec.ir.thresholds import allows, sizes_at_changes
 
 _CASES = 12
 """At most this many cases, the smallest ones, so that a verification takes seconds."""
@@ -35,7 +35,8 @@ def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]
     moved += [{**sizes, name: size} for name, size in _masks(graph, bounds)]
     moved += [{**sizes, name: size} for name, size in _ends(bounds)]
     most = max(_ELEMENTS, 4 * math.prod(sizes.values()))
-    small = {tuple(sorted(m.items())): m for m in moved if math.prod(m.values()) <= most}
+    moved = [m for m in moved if math.prod(m.values()) <= most and allows(graph.bounds, m)]
+    small = {tuple(sorted(m.items())): m for m in moved}
     small.pop(tuple(sorted(sizes.items())), None)
     return sorted(small.values(), key=lambda m: math.prod(m.values()))[:_CASES]
 
@@ -50,7 +51,7 @@ def _masks(graph: Graph, bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, in
             names = {n for dim in op.inputs[0].shape for n in symbols(dim)} & bounds.keys()
             for name in sorted(names):
                 for size in (number, number + 1, number + 2):
-                    if size >= max(bounds[name].low, 1) and _allows(size, bounds[name]):
+                    if size >= 1 and bounds[name].contains(size):
                         yield name, size
 
 
@@ -68,9 +69,5 @@ def _ends(bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, int]]:
     for name, limits in bounds.items():
         first = (limits.low, limits.low + 1) if limits.low > 1 else ()
         for size in (*first, limits.high):
-            if size is not None and _allows(size, limits):
+            if size is not None and limits.contains(size):
                 yield name, size
-
-
-def _allows(size: int, limits: Bounds) -> bool:
-    return size >= limits.low and (limits.high is None or size <= limits.high)

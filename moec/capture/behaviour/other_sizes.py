@@ -7,20 +7,17 @@ in part, its guards and the sizes in its graph say where else it may compute som
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator
 
 import sympy
 
 from moec.capture.capture import Captured
-from moec.capture.guards.guards import Guard, false_at, show
+from moec.capture.guards.false_sizes import MOST_ROWS, can_run, false_at
+from moec.capture.guards.guards import Guard, show
 from moec.capture.proof.settlement import agree_at_sizes, sizes_of
-from moec.ir.dims import symbol
+from moec.ir.dims import parse_dim
 from moec.ir.graph import Graph
 from moec.ir.size_expressions import size_expressions
-
-_MOST_ROWS = 1 << 15
-"""The product of the sizes that are tried; what changes beyond cannot be proved."""
 
 
 def difference_at_other_sizes(described: Captured, guards: Iterable[Guard]) -> str:
@@ -33,15 +30,14 @@ def difference_at_other_sizes(described: Captured, guards: Iterable[Guard]) -> s
     for guard in guards:
         if not guard.names <= example.keys():
             continue
-        for side in (guard, Guard(sympy.Not(guard.condition))):
+        for side in (guard.condition, sympy.Not(guard.condition)):
             sizes = false_at(side, program.graph.bounds, example)
-            few = [other for other in sizes if math.prod(other.values()) <= _MOST_ROWS]
-            if sizes and not few:
+            if not all(map(can_run, sizes)):
                 return (
-                    f"its code changes at {show(guard.condition)}, beyond {_MOST_ROWS} tokens: it "
+                    f"its code changes at {show(guard.condition)}, beyond {MOST_ROWS} tokens: it "
                     "was not compared there"
                 )
-            tried |= dict.fromkeys(tuple(sorted(other.items())) for other in few)
+            tried |= dict.fromkeys(tuple(sorted(other.items())) for other in sizes)
     for other in tried:
         if agree_at_sizes(program, described.eager, described.example, dict(other)) is False:
             where = ", ".join(f"{name} is {size}" for name, size in other)
@@ -53,7 +49,7 @@ def guards_of_graph(graph: Graph) -> tuple[Guard, ...]:
     """The conditions on which sizes in a captured graph and its bounds depend."""
     conditions: dict[sympy.Basic, None] = {}
     for name, limits in graph.bounds.items():
-        size = symbol(name)
+        size = parse_dim(name)
         if limits.low > 1:
             conditions[sympy.Ge(size, limits.low)] = None
         if limits.high is not None:

@@ -4,16 +4,16 @@ torch.export traces with the sizes of the example and records each condition on 
 evaluated with them: `if n > 8`, `int(n * 2.0 / 8) == 6`. Every guard is handled. It is one of
 
     implied    by the types of the inputs and the bounds of the sizes: nothing to do
-    a bound    an inequality of one size: it limits that size
+    a bound    an inequality of one size: it limits that size; or one that limits a product of
+               sizes to a large number, at least where module and graph differ beyond
     harmless   module and graph agree at sizes where it is false, which is tested
     or refused, in the user's names, with the line of code that evaluated it
 """
 
 from __future__ import annotations
 
-import math
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +24,12 @@ import sympy
 from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
 
+from moec.capture.guards.false_sizes import can_run, false_at
 from moec.capture.user_code.sources import is_internal, text_of
 from moec.errors import CaptureError, IRError
 from moec.ir.dims import Bounds, nearly_from_torch, show_dim, symbols
 from moec.ir.graph import Graph
-from moec.ir.thresholds import far_sizes, first_true, interval_around, sizes_around, truth_of
+from moec.ir.thresholds import first_true, interval_around, truth_of
 
 Agree = Callable[[Mapping[str, int]], bool | None]
 """Whether module and graph agree at these sizes; None where the module itself fails."""
@@ -195,25 +196,28 @@ def settle(
             limiting.append(guard)
             notes[f"{size} {_shown(bounds[size])}: {guard}"] = None
     for guard in remaining:
-        false = false_at(guard, bounds, example)
-        answers = [agree(sizes) if agree else None for sizes in false]
+        false = false_at(guard.condition, bounds, example)
+        runs = agree is not None and all(map(can_run, false))
+        answers = [agree(sizes) if agree and runs else None for sizes in false]
         tried = [answer for answer in answers if answer is not None]
-        if False in tried or (tried and _bakes_in(guard.condition)):
-            raise GuardRefused(_refusal(name, graph, guard, example), guard)
-        if tried:
+        same = bool(tried) and all(tried) and not _bakes_in(guard.condition)
+        if same:
             where = "at other sizes"
             if isinstance(guard.condition, sympy.core.relational.Relational):
                 where = f"where not {show(guard.condition)}"
             notes[f"the same {where}, as was tried: {guard}"] = None
-        elif answers:
-            required = _edges(guard, example)
-            if agree is None and not required:
+        elif false:
+            fails = runs and not tried  # the module itself, where the guard does not hold
+            required = {} if tried or (agree and not runs) else _edges(guard, example)
+            required = required or _product_limit(guard)
+            if not required and not fails:
                 raise GuardRefused(_refusal(name, graph, guard, example), guard)
             for size, limits in required.items():
-                bounds[size] = _intersection(bounds[size], limits)
+                bounds[size] = _intersection(bounds.get(size, Bounds()), limits)
             limits_text = "; ".join(f"{size} {_shown(bounds[size])}" for size in required)
-            fails = f"the model itself fails where not {show(guard.condition)}"
-            notes[f"{limits_text or fails}: {guard}"] = None
+            fails_text = f"the model itself fails where not {show(guard.condition)}"
+            notes[f"{limits_text or fails_text}: {guard}"] = None
+            limiting += [guard] if required and not fails else []
     return Settled(bounds, tuple(notes), tuple(limiting))
 
 
@@ -250,68 +254,28 @@ def _edges(guard: Guard, example: Mapping[str, int]) -> Mapping[str, Bounds]:
     return {} if limits is None else {size: limits}
 
 
+def _product_limit(guard: Guard) -> dict[str, Bounds]:
+    """A product of sizes, as text, and the greatest value that a guard allows it. Empty for another
+    guard, and for a limit that is so low that proofs and verification may exceed it."""
+    if not isinstance(guard.condition, sympy.Gt | sympy.Ge | sympy.Lt | sympy.Le):
+        return {}
+    factor, sizes = guard.condition.lts.as_coeff_Mul()
+    limit = guard.condition.gts
+    powers = [part.as_base_exp()[0] for part in sympy.Mul.make_args(sizes)]
+    if not limit.is_Integer or not all(base.is_Symbol for base in powers) or not factor > 0:
+        return {}
+    strict = isinstance(guard.condition, sympy.Gt | sympy.Lt)
+    high = int(sympy.floor((limit - strict) / factor))
+    return {show_dim(sizes): Bounds(0, high)} if high >= _LEAST_LIMIT else {}
+
+
 def _intersection(a: Bounds, b: Bounds) -> Bounds:
     highs = [high for high in (a.high, b.high) if high is not None]
     return Bounds(max(a.low, b.low), min(highs, default=None))
 
 
-_TRIED = 3
-_FURTHER = 8
-"""How many times as many rows as the least sizes have, the further sizes may have."""
-
-
-def false_at(
-    guard: Guard, bounds: Mapping[str, Bounds], example: Mapping[str, int]
-) -> list[Mapping[str, int]]:
-    """Assignments of sizes, none of them 0, for which a guard is false. For each combination of
-    its relations that is false, such as below the least of two sizes and beyond the other: the
-    smallest few, at which both sides of a branch may agree since they meet there, and larger ones
-    at the edge and away from it."""
-    truth = truth_of(guard.condition)
-    relations = [truth_of(part) for part in guard.condition.atoms(sympy.core.relational.Relational)]
-    least = {name: replace(limits, low=max(limits.low, 1)) for name, limits in bounds.items()}
-    true: set[tuple[int, ...]] = set()
-    regions: dict[tuple[bool, ...], list[Mapping[str, int]]] = {}
-    for sizes in sizes_around([truth], least, example):
-        if truth.holds(sizes):
-            true.add(_key(sizes, guard))
-        else:
-            held = tuple(relation.holds(sizes) for relation in relations)
-            regions.setdefault(held, []).append(sizes)
-    if not regions:
-        far = [sizes for sizes in far_sizes(truth, least, example) if not truth.holds(sizes)]
-        return sorted(far, key=lambda sizes: math.prod(sizes.values()))[:_TRIED]
-    return [sizes for region in regions.values() for sizes in _some_of(region, guard, true)]
-
-
-def _some_of(
-    region: Sequence[Mapping[str, int]], guard: Guard, true: Set[tuple[int, ...]]
-) -> list[Mapping[str, int]]:
-    """The first few of a region's sizes, larger ones, and the largest beside one of `true`: 100
-    rows of `64 if rows > 100 else rows`, which is 64 at 64 rows too."""
-    most = max(_FURTHER * _rows(region[0], guard), 64)
-    near = [sizes for sizes in region[_TRIED:] if _rows(sizes, guard) <= most]
-    further = sorted(near, key=lambda s: (min(s[n] for n in guard.names), _rows(s, guard)))
-    edge = [sizes for sizes in region if not true.isdisjoint(_neighbours(_key(sizes, guard)))]
-    edge = [sizes for sizes in edge if _rows(sizes, guard) <= max(4 * _rows(edge[0], guard), 64)]
-    last = sorted(edge, key=lambda sizes: _rows(sizes, guard))[-1:]
-    tried = [*region[:_TRIED], *further[-1:], *near[len(near) // 2 :][:1], *last]
-    return list({_key(sizes, guard): sizes for sizes in tried}.values())
-
-
-def _key(sizes: Mapping[str, int], guard: Guard) -> tuple[int, ...]:
-    return tuple(size for name, size in sorted(sizes.items()) if name in guard.names)
-
-
-def _neighbours(key: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """The sizes that differ by 1 in one of them."""
-    for axis, size in enumerate(key):
-        for other in (size - 1, size + 1):
-            yield (*key[:axis], other, *key[axis + 1 :])
-
-
-def _rows(sizes: Mapping[str, int], guard: Guard) -> int:
-    return math.prod(sizes[name] for name in guard.names)
+_LEAST_LIMIT = 1 << 12
+"""Products of sizes are not limited to less than this."""
 
 
 def _bakes_in(condition: sympy.Basic) -> bool:

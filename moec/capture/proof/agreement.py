@@ -109,7 +109,7 @@ def allow_one(
             return False  # a module may skip the image of a text of one token
 
     for name, limits in graph.bounds.items():
-        if limits.low > 2 or name in fixed_bounds:
+        if limits.low > 2 or name in fixed_bounds or not name.isidentifier():
             continue
         answers = [agrees(names) for names in ({name}, lowered | {name})[: 1 + bool(lowered)]]
         if all(answers):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from moec.errors import CaptureError, InputError, IRError, UsageError, Verificat
 from moec.interpret.evaluate import evaluate
 from moec.ir.dims import Bounds
 from moec.ir.graph import Program
+from moec.ir.text import parse, print_graph
 from moec.verify.check import check
 from tests.capture.modules import Function
 from tests.capture.sized import BOUNDED, REFUSED, RIGHT, first
@@ -327,12 +329,46 @@ def test_a_module_that_needs_the_real_int_is_refused_with_its_line() -> None:
         capture(Function(typed), (x,))
 
 
-@pytest.mark.parametrize("most", [5000, 30_000])
-def test_a_branch_on_a_product_of_sizes_far_from_the_example_is_refused(most: int) -> None:
-    """2 x 4 in the example: 30,000 rows are 7,501 x 4."""
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda b, s: b * s > 1000,
+        lambda b, s: b * s == 90_000,
+        lambda b, s: b**2 + s > 10**10,
+        lambda b, s: b > 10_000 * s,
+        lambda b, s: b * s % 65_536 == 0,
+    ],
+)
+def test_a_branch_on_several_sizes_far_from_the_example_is_refused(
+    condition: Callable[[int, int], bool],
+) -> None:
+    """Some of these numbers of rows are never run: the condition alone is evaluated there."""
 
     def scaled(x: torch.Tensor) -> torch.Tensor:
-        return x * (0.5 if x.shape[0] * x.shape[1] > most else 1.0)
+        return x * (0.5 if condition(*x.shape[:2]) else 1.0)
 
-    with pytest.raises(CaptureError, match=rf"holds only where B\*S <= {most}"):
+    with pytest.raises(CaptureError, match=r"test_guards.py:\d+ in (.|\n)*holds only where"):
         capture(Function(scaled), (torch.randn(2, 4, 8),))
+
+
+@pytest.mark.parametrize(("most", "scale"), [(5000, 1), (100_000, 1), (1_000_000, 8)])
+def test_a_branch_on_a_large_product_of_sizes_limits_it(
+    most: int, scale: int, tmp_path: Path
+) -> None:
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * (0.5 if x.shape[0] * x.shape[1] * scale > most else 1.0)
+
+    compiled = moec.compile(Function(scaled), (torch.randn(2, 4, 8),), verify=False)
+    compiled.save(tmp_path / "scaled.moec")
+    count = most // scale
+    for model in (compiled, moec.load(tmp_path / "scaled.moec")):
+        within = torch.randn(count // 50, 50, 8)
+        torch.testing.assert_close(model(within), within)
+        with pytest.raises(
+            InputError, match=rf"B\*S is {count + 50}, because axis 0 of .* gives B"
+        ):
+            model(torch.randn(count // 50 + 1, 50, 8))
+    notes = compiled.report().notes
+    assert any(note.startswith(f"B*S is from 0 to {count}: ") for note in notes)
+    assert f"size {{B*S}} in [0, {count}]" in print_graph(compiled.graph)
+    assert print_graph(parse(print_graph(compiled.graph))) == print_graph(compiled.graph)
