@@ -19,7 +19,7 @@ from torch import nn
 
 from moec.capture.behaviour.failed_export import guards_before
 from moec.capture.behaviour.failure import Failure, shown
-from moec.capture.behaviour.forward import Forward, proved_forward
+from moec.capture.behaviour.forward import Forward, proved_forward, require_rows
 from moec.capture.behaviour.hints import Hints, describe_by_hints
 from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall, record
 from moec.capture.behaviour.layer.parts import may_hold_experts
@@ -159,6 +159,7 @@ def _forward(
     @wraps(module.forward)  # named_arguments reads the names of its parameters
     def forward(*args: Any, **kwargs: Any) -> Any:
         tokens, ids = arguments.tensors(args, kwargs)
+        require_rows(tokens, proof)
         return result_like(call.result, outputs(replacement, tokens, ids))
 
     return forward

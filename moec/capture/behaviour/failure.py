@@ -61,14 +61,14 @@ class Failure:
             if isinstance(subject, nn.Module) and id(subject) in names:
                 running.append(names[id(subject)])
             file = frame.f_code.co_filename
-            if not _is_library(file):
+            if not is_library(file):
                 line = Line(file, number)
         innermost = tuple(dict.fromkeys(reversed(running)))
         first = " ".join(str(error).split("\n\n")[0].split())
         return Failure(innermost, line, f"{type(error).__name__}: {first[:200]}")
 
 
-def _is_library(file: str) -> bool:
+def is_library(file: str) -> bool:
     """Whether a file belongs to torch, moec or the standard library. Installed packages are inside
     the standard library's folder, but do not belong to it."""
     python = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from moec.capture.behaviour.inference.probe import Probe, affordable_length
+from moec.capture.behaviour.inference.probe import Probe, affordable_lengths
 from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall
 from moec.capture.behaviour.layer.parts import in_float32
 from moec.capture.behaviour.proof.proof import Proof, prove_forward
+from moec.errors import NoMatch
 
 Forward = Callable[..., Any]
 """Called with the module, then with the arguments of the module's own forward."""
@@ -25,10 +27,24 @@ def proved_forward(
     the two forwards differ."""
 
     probe = Probe(in_float32(module), arguments)
-    probe.longest = affordable_length(probe)
+    probe.longest, probe.farthest = affordable_lengths(probe)
 
     def run(*tensors: torch.Tensor) -> Any:
         args, kwargs = arguments.build(*tensors)
         return forward(probe.module, *args, **kwargs)
 
-    return prove_forward(probe, run), partial(forward, module)
+    proof = prove_forward(probe, run)
+
+    def proved(*args: Any, **kwargs: Any) -> Any:
+        require_rows(pytree.tree_leaves((args, kwargs))[arguments.tokens], proof)
+        return forward(module, *args, **kwargs)
+
+    return proof, proved
+
+
+def require_rows(tokens: torch.Tensor, proof: Proof) -> None:
+    """Raise NoMatch where there are more tokens [.., D] than a description was proved for. In an
+    export this becomes a guard, which bounds the sizes of the graph."""
+    count = math.prod(tokens.shape[:-1])
+    if count > proof.farthest:
+        raise NoMatch(f"it was compared with eager for at most {proof.farthest} tokens")

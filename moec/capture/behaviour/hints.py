@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moec.capture.behaviour.inference.probe import Probe, affordable_length
+from moec.capture.behaviour.inference.probe import Probe, affordable_lengths
 from moec.capture.behaviour.layer.arguments import Arguments
 from moec.capture.behaviour.layer.description import (
     Added,
@@ -115,7 +115,7 @@ def describe_by_hints(module: nn.Module, arguments: Arguments, hints: Hints) -> 
     names that the module does not have."""
     _check_names(module, hints)
     probe = Probe(shaken(module), arguments)
-    probe.longest = affordable_length(probe)
+    probe.longest, probe.farthest = affordable_lengths(probe)
     experts = _experts(module, hints)
     router, probe.weight_name, probe.columns = _router(probe.module, hints)
     added = tuple(Added((name,), 1.0, (gate,) if gate else ()) for name, gate in hints.shared)

@@ -22,7 +22,7 @@ from moec.capture.behaviour.inference.constants import SAFE, find_added, find_no
 from moec.capture.behaviour.inference.draws import all_on, draws, ties
 from moec.capture.behaviour.inference.drops import find_capacity
 from moec.capture.behaviour.inference.fit import fit
-from moec.capture.behaviour.inference.probe import Probe, affordable_length, are_close
+from moec.capture.behaviour.inference.probe import Probe, affordable_lengths, are_close
 from moec.capture.behaviour.inference.sources import find_experts, find_router
 from moec.capture.behaviour.inference.thresholds import narrowed
 from moec.capture.behaviour.layer.arguments import Arguments
@@ -50,7 +50,7 @@ def recognise(module: nn.Module, arguments: Arguments) -> Proof:
     if next(_groups(probe), None) is None:
         raise NoExperts("it has no group of like parts that may be experts")
     probe.module = shaken(module)
-    probe.longest = affordable_length(probe)
+    probe.longest, probe.farthest = affordable_lengths(probe)
     _check_repeats(probe)
     reasons: list[tuple[int, str]] = [(0, "nothing of it looks like experts")]
     suspect: BehaviourCase | None = None

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from tests.capture.behaviour.modules import EXPERTS, TOP_K, Layer
+from tests.capture.behaviour.modules import EXPERTS, TOP_K, WIDTH, Layer
 
 
 class LookAlike(Layer):
@@ -120,6 +120,26 @@ class WrongBeyond(LookAlike):
 
 class WrongFarBeyond(WrongBeyond):
     row = 300
+
+
+class HalfOfSomeLengths(LookAlike):
+    def finished(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        return 0.5 * out if 100 < len(out) < 180 else out
+
+
+class HalfOfManyElements(LookAlike):
+    """No length of the proof but that of the code is between these numbers."""
+
+    def finished(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        first = 4500 * WIDTH
+        return 0.5 * out if first < flat.numpy().size <= first + 200 * WIDTH else out
+
+
+class HalfFarBeyond(LookAlike):
+    """Where the number comes from cannot be seen."""
+
+    def finished(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+        return 0.5 * out if len(out) > int("21345") else out
 
 
 class OneTokenAlone(LookAlike):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import moec
 from moec.capture.behaviour.failure import Failure
 from moec.capture.behaviour.layer.arguments import Arguments
 from moec.capture.behaviour.recognise import recognise
-from moec.errors import CaptureError, NoMatch
+from moec.errors import CaptureError, InputError, NoMatch
 from moec.interpret.evaluate import evaluate
 from tests.capture.behaviour import loops
 from tests.capture.behaviour.modules import WIDTH, CountsInNumpy, TableOfTokens
@@ -71,6 +72,24 @@ def test_a_loop_that_reads_data_becomes_a_block(
     assert words in compiled.captured.notes[0]
     assert_equal(compiled, module)
     assert all("forward" not in vars(part) for part in module.modules())
+
+
+def test_more_tokens_than_were_compared_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = CountsInNumpy().eval()
+    observed, x = moec.describe(CountsInNumpy), torch.randn(2, 12, WIDTH)
+    compiled = moec.compile(module, (x,), verify=False, descriptions=[observed])
+    (limits,) = (b for size, b in compiled.graph.bounds.items() if size == "B*S")
+    most = limits.high or 0
+    assert 1024 <= most <= 32_768
+    assert f"and once {most}, agree" in compiled.captured.notes[-1]
+    x = torch.randn(most // 16, 16, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-5, atol=1e-5)
+    compiled.save(tmp_path / "counts.moec")
+    for model in (compiled, moec.load(tmp_path / "counts.moec")):
+        with pytest.raises(InputError, match=rf"B\*S is {most + 16}, .* for at most {most}"):
+            model(torch.randn(most // 16 + 1, 16, WIDTH))
 
 
 def test_what_is_not_captured_is_observed_and_runs() -> None:

@@ -43,6 +43,9 @@ def test_refined(kind: type[seeming.LookAlike], words: str) -> None:
         (seeming.Growing, "no routing rule that is tried gives the weights observed: the nearest"),
         (seeming.WrongBeyond, "output differs on 1 x 200 tokens"),
         (seeming.WrongFarBeyond, "output differs on 1 x 1000 tokens"),
+        (seeming.HalfOfSomeLengths, "output differs on 1 x 101 tokens, a number of its code"),
+        (seeming.HalfOfManyElements, "output differs on 1 x 4501 tokens, a number of its code"),
+        (seeming.HalfFarBeyond, "output differs on 1 x 32768 tokens, the most tokens"),
         (seeming.OneTokenAlone, "output differs on 1 x 1 tokens"),
         (seeming.TokensMeet, "one token changes another's output: tokens meet inside it"),
         (seeming.TokensMeetInTheRouter, "gate.weight multiplies is neither its input nor what"),
@@ -58,4 +61,4 @@ def test_refused(kind: type[seeming.LookAlike], words: str) -> None:
 
 def test_what_lies_below_the_tolerance_is_said_to() -> None:
     text = str(observed(seeming.TinyThreshold))
-    assert "agree to 2e-05 of the greatest value; other inputs were not tried" in text
+    assert "agree to 2e-05 of the greatest value; more tokens are refused" in text

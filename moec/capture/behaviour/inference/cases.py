@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from moec.capture.behaviour.inference.code_numbers import numbers_of_code
 from moec.capture.behaviour.inference.draws import all_on, draws, near_threshold, ties
 from moec.capture.behaviour.inference.probe import Probe
 
@@ -17,6 +18,8 @@ SMALL = range(1, 41)
 """Each is tried as the batch and as the length: a module may treat multiples of a number apart."""
 SCALES = (1.0, 0.01, 20.0, 1000.0)
 _SEEDS = 2
+_FACTORS = 12
+"""Of how many numbers of the code the products are taken."""
 _EXACT_LENGTHS = (24, 4)
 """How many lengths to test at which the capacity is an integer before it is rounded, where a float
 product may round to the wrong side: the first ones, and some of the rest. A double errs at twice a
@@ -60,6 +63,33 @@ def cases(probe: Probe) -> Iterator[BehaviourCase]:
         logits = all_on(0, length, probe.columns, 5.0)
         inputs = probe.inputs(1, length, seed=_SEEDS)
         yield BehaviourCase("a length at which the capacity is whole", (1, length), inputs, logits)
+
+
+def far_cases(probe: Probe) -> Iterator[BehaviourCase]:
+    """Natural tokens at the lengths that the module's code may treat apart, at most sixteen times
+    the longest run in all, and at the greatest length."""
+    left = 16 * probe.longest
+    numbers = numbers_of_code(probe.module, lambda: probe.run(probe.inputs(2, 12)))
+    for size in _sizes_around(numbers, probe):
+        rows = size[0] * size[1]
+        if rows <= min(left, probe.farthest):
+            left -= rows
+            inputs = probe.inputs(*size, seed=_SEEDS)
+            yield BehaviourCase("a number of its code", size, inputs)
+    inputs = probe.inputs(1, probe.farthest, seed=_SEEDS)
+    yield BehaviourCase("the most tokens", (1, probe.farthest), inputs)
+
+
+def _sizes_around(numbers: Sequence[int], probe: Probe) -> Iterator[tuple[int, int]]:
+    """Batches and lengths at which a number of elements, of choices or of tokens meets one of the
+    numbers, or a product of two of them, or passes it."""
+    rule, flat = probe.description.routing, len(probe.arguments.shape) == 2
+    divisors = (probe.width, rule.top_k if rule else 1, 1)
+    rows = [number // divisor for divisor in divisors for number in numbers]
+    rows += [a * b for a, b in itertools.combinations(numbers[:_FACTORS], 2)]
+    for n in dict.fromkeys(n + more for n in rows for more in (0, 1)):
+        if n > SMALL[-1]:
+            yield from ((1, n), (n, 1))[: 1 if flat else 2]
 
 
 def _shapes(probe: Probe) -> Iterator[BehaviourCase]:

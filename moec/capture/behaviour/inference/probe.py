@@ -27,6 +27,10 @@ _AFFORDABLE = ((0.015, 4097), (0.05, 1025))
 as many tokens as twenty of the longest, so a loop over tokens is proved within about 15 s."""
 LONGEST = 4097
 """The most rows of one expert that are tried; a greater capacity is not noticed."""
+_FARTHEST = (1 << 10, 1 << 15)
+"""The most tokens of the one run that bounds the tokens of a description: at least, for a slow
+module, and at most."""
+_FAR_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Probe:
     weight_name: str = ""
     columns: int = 0
     longest: int = LONGEST
+    farthest: int = LONGEST
     constants: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     nodes: dict[Path, torch.Tensor] = field(default_factory=dict)
     """Results [T, d] of chains of submodules on the tokens of the last run that `watch` made."""
@@ -205,14 +210,18 @@ class Probe:
         return weights[..., 0].float(), share
 
 
-def affordable_length(probe: Probe) -> int:
-    """The length of the longest runs: `LONGEST`, or less for a slow module. The proof states it."""
+def affordable_lengths(probe: Probe) -> tuple[int, int]:
+    """The length of the longest runs: `LONGEST`, or less for a slow module; and that of the run
+    that bounds the tokens of a description. The proof states both."""
     inputs = probe.inputs(1, 256)
     probe.run(inputs)
     start = time.thread_time()  # other processes on this machine do not count
     probe.run(inputs)
     seconds = time.thread_time() - start
-    return next((n for limit, n in _AFFORDABLE if seconds < limit), 257)
+    longest = next((n for limit, n in _AFFORDABLE if seconds < limit), 257)
+    least, most = _FARTHEST
+    tokens = int(256 * _FAR_SECONDS / max(seconds, 1e-4))
+    return longest, max(least, longest, min(most, 1 << tokens.bit_length() - 1))
 
 
 def expert_results(module: nn.Module, description: Description, rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.inference.cases import SCALES, BehaviourCase, cases
+from moec.capture.behaviour.inference.cases import SCALES, BehaviourCase, cases, far_cases
 from moec.capture.behaviour.inference.probe import (
     LONGEST,
     TOLERANCE,
@@ -31,19 +31,21 @@ from moec.errors import NoMatch
 @dataclass(frozen=True)
 class Proof:
     """A description that held in all of `runs`, with their greatest length and tolerance. In
-    `overflows` further runs eager's own results were not finite."""
+    `overflows` further runs eager's own results were not finite. It holds up to `farthest` tokens,
+    the length of one further run."""
 
     description: Description | None
     runs: int
     overflows: int = 0
     longest: int = LONGEST
+    farthest: int = LONGEST
     tolerance: float = TOLERANCE
 
     def __str__(self) -> str:
         text = (
             f"{self.runs} runs next to eager, tokens scaled by {min(SCALES):g} to {max(SCALES):g}, "
-            f"up to {self.longest} tokens, agree to {self.tolerance:g} of the greatest value; "
-            "other inputs were not tried"
+            f"up to {self.longest} tokens and once {self.farthest}, agree to {self.tolerance:g} of "
+            "the greatest value; more tokens are refused; smaller differences were not seen"
         )
         if self.overflows:
             text += f", nor {self.overflows} runs in which eager overflows"
@@ -76,10 +78,12 @@ def prove(
         if not description.routing:
             here.weight_name = ""
         block = Replacement(subject, description, probe.width, replacement.body)
-        for case in itertools.chain(_cases_of_suspect(suspect, here), cases(here)):
+        far = far_cases(here) if subject is probe.module else ()
+        for case in itertools.chain(_cases_of_suspect(suspect, here), cases(here), far):
             compared = _compare(here, block, case)
             runs, overflows = runs + compared, overflows + (not compared)
-    return Proof(with_precision(module, probe, description), runs, overflows, probe.longest)
+    description = with_precision(module, probe, description)
+    return Proof(description, runs, overflows, probe.longest, probe.farthest)
 
 
 def _cases_of_suspect(suspect: BehaviourCase | None, probe: Probe) -> list[BehaviourCase]:
@@ -99,7 +103,7 @@ def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
     Raises NoMatch, with the first input on which they differ.
     """
     runs, overflows = 0, 0
-    for case in cases(probe):
+    for case in itertools.chain(cases(probe), far_cases(probe)):
         run = probe.run(case.inputs, observed=False)
         if _overflows(run, case):
             overflows += 1
@@ -111,7 +115,7 @@ def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
             raise NoMatch(f"it returns {', '.join(names)}, and the forward {', '.join(results)}")
         _compare_leaves(run, [value for _, value in leaves], case)
         runs += 1
-    return Proof(None, runs, overflows, probe.longest)
+    return Proof(None, runs, overflows, probe.longest, probe.farthest)
 
 
 def _overflows(run: Run, case: BehaviourCase) -> bool:
