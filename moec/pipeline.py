@@ -50,6 +50,7 @@ from moec.passes.lower.expand_forced import ExpandForced
 from moec.passes.lower.expand_hierarchies import ExpandHierarchies
 from moec.passes.lower.expand_mixtures import ExpandMixtures
 from moec.passes.lower.expand_neurons import ExpandNeurons
+from moec.passes.lower.expand_routers import ExpandRouters
 from moec.passes.lower.expand_soft_mixtures import ExpandSoftMixtures
 from moec.passes.lower.fuse_activation import FuseActivation
 from moec.passes.lower.fuse_combine import FuseCombine
@@ -123,6 +124,7 @@ LOWER = Phase(
         (0, FoldConstants()),
         (0, ExpandExperts()),
         (0, ExpandForced()),
+        (0, ExpandRouters()),
         (0, ExpandMixtures()),
         (0, ExpandHierarchies()),
         (0, ExpandSoftMixtures()),

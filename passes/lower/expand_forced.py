@@ -56,8 +56,8 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
 
 
 def scores(routing: Routing, logits: Value, op: Op, b: Builder) -> Value:
-    """The scores f32[T, E] of all experts, from which the router takes its weights."""
-    value = b.cast(logits, "f32", like=op)
+    """The scores f32 or f64[T, E] of all experts, from which the router takes its weights."""
+    value = b.cast(logits, "f64" if logits.dtype == "f64" else "f32", like=op)
     if routing.score == "softmax":
         attrs: dict[str, Attr] = {"dim": 1}
         (value,) = b.emit("aten.softmax.int", [value], [value.type], like=op, attrs=attrs)
