@@ -44,7 +44,9 @@ def fold_next(op: Op, b: Builder) -> Sequence[Value] | None:
         addend = b.producers.get(combine.inputs[-1]) if combine.attrs.get("added") else None
         single = addend is not None and len(b.graph.readers.get(addend.outputs[0], ())) == 1
         zero = single and addend is not None and addend.name == "moe.zero_experts"
-        return addend if zero and addend is not None and not addend.attrs.get("added") else None
+        wide = combine.outputs[0].dtype == "f64"  # which zero experts, in float32, would round
+        free_to_add = zero and not wide and addend is not None and not addend.attrs.get("added")
+        return addend if free_to_add else None
 
     return _fold(op, b, free)
 

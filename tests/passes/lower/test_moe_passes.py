@@ -217,3 +217,31 @@ def test_interleaved_columns_are_cut_by_stride():
 )
 def test_what_is_added(add):
     check(layer(add=add), torch.randn(5, 8))
+
+
+def test_an_addend_of_float64_is_not_added_by_zero_experts() -> None:
+    graph = parse("""
+    graph main(x: f64[T, 8], i: i64[T, 2], w: f64[T, 2], s: f64[T, 8];
+               w1: f64[3, 8, 8]) {
+      size T in [0, inf]
+      rows: f64[2*T, 8], order: i32[2*T], ends: i32[3] = moe.dispatch(x, i) <num_experts=3>
+      out: f64[2*T, 8] = moe.experts(rows, ends, w1) <form="hf"> {
+        graph body(bx: f64[R, 8]; b1: f64[8, 8]) {
+          y: f64[R, 8] = aten.linear.default(bx, b1)
+          return y
+        }
+      }
+      y: f64[T, 8] = moe.combine(out, order, w) <k=2, tokens={T}, dtype=f64, weighted=true>
+      z: f64[T, 8] = moe.zero_experts(x, i, w) <first=3, kinds=("copy"), weighted=true, dtype=f64>
+      a: f64[T, 8] = aten.add.Tensor(y, z)
+      b: f64[T, 8] = aten.add.Tensor(a, s)
+      return b
+    }""")
+    folded = steps(graph, (FoldAddend(),), {"w1": torch.ones(3, 8, 8)})[-1].program.graph
+    assert sum(op.name == "aten.add.Tensor" for op in folded.ops) == 1
+    torch.manual_seed(0)
+    x, s = torch.randn(2, 50, 8, dtype=torch.float64)
+    inputs = [x, torch.randint(0, 4, (50, 2)), torch.rand(50, 2, dtype=torch.float64), s]
+    weights = {"w1": torch.randn(3, 8, 8, dtype=torch.float64)}
+    expected, result = (evaluate(g, inputs, weights)[0] for g in (graph, folded))
+    torch.testing.assert_close(result, expected, rtol=1e-14, atol=1e-14)
