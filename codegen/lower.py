@@ -14,14 +14,17 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import sympy
 import tvm
 from tvm import relax, tirx
 
 from moec.codegen.backend import Backend, Refusal, Selection
 from moec.codegen.destinations import ATTRIBUTE
 from moec.codegen.fusion import partition
+from moec.codegen.host_sizes import with_host_sizes
 from moec.codegen.loops.index import Sizes, names
 from moec.codegen.module_builder import Lowering, ModuleBuilder, Param
+from moec.codegen.rules.sizes import bind_host_sizes
 from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
 from moec.errors import UnsupportedError
@@ -69,10 +72,12 @@ def lower(
         origins: tuple[tuple[str, str], ...] = ()
         refusals: dict[Refusal, None] = {}
         for name in module:
-            graph = module[name].graph
+            graph, host_sizes = with_host_sizes(module[name].graph)
             selection = backend.select(graph)
             refusals |= dict.fromkeys(selection.refusals)
-            params[name], destinations[name] = _function(name, graph, target, kernels, selection)
+            params[name], destinations[name] = _function(
+                name, graph, target, kernels, selection, host_sizes
+            )
             origins = origins or tuple(kernels.sites)
         tunable = tuple(kernels.tunable.values())
         finished = kernels.builder.finalize()
@@ -82,24 +87,31 @@ def lower(
 def supported(graph: Graph, backend: Backend) -> bool:
     """Whether every op and every size of the graph can be compiled."""
     try:
-        check(graph, backend.select(graph).rules.__contains__)
+        graph, host_sizes = with_host_sizes(graph)
+        check(graph, backend.select(graph).rules.__contains__, host_sizes=host_sizes)
     except UnsupportedError:
         return False
     return True
 
 
 def _function(
-    name: str, graph: Graph, target: Target, kernels: ModuleBuilder, selection: Selection
+    name: str,
+    graph: Graph,
+    target: Target,
+    kernels: ModuleBuilder,
+    selection: Selection,
+    host_sizes: Mapping[str, sympy.Expr],
 ) -> tuple[tuple[Param, ...], tuple[int, ...]]:
     """Adds the function of a graph; returns its params in order, and the outputs, by index, that
-    it writes into memory of the caller."""
+    it writes into memory of the caller. `host_sizes` are the sizes that the runtime computes."""
     rules = selection.rules
     reasons = {refusal.op: refusal.reason for refusal in selection.refusals}
-    check(graph, rules.__contains__, reasons)
+    check(graph, rules.__contains__, reasons, host_sizes)
     shaped = {name for v in graph.values() for name in names(*v.shape)}
     # A number read from data may be compared or multiplied without being the size of a tensor.
     read = {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
-    sizes = Sizes({name: tirx.Var(name, "int64") for name in sorted(shaped | read)})
+    all_names = shaped | read | host_sizes.keys() | names(*host_sizes.values())
+    sizes = Sizes({name: tirx.Var(name, "int64") for name in sorted(all_names)})
     low = Lowering(graph, target, kernels, sizes, selection)
     # The caller's inputs first, then the states in order.
     before = [state.before for state in graph.states]
@@ -110,12 +122,17 @@ def _function(
     attributes: dict[str, Any] = {}
     with builder.function(name, attrs=attributes):
         with builder.dataflow():
+            unbound = dict(host_sizes)
+            bind_host_sizes(low, unbound, read)
             for group in partition(graph, rules.__contains__):
                 if all(value in low.values for value in group.root.outputs):
                     continue  # emitted together with another op
                 rule = rules.get(group.root)
                 results = low.group(group) if rule is None else rule.emit(low, group.root)
                 low.values |= dict(zip(group.root.outputs, results, strict=True))
+                if group.root.name == "moec.size":
+                    read.discard(str(group.root.attrs["name"]))
+                    bind_host_sizes(low, unbound, read)
             # Results of these functions are copied to the CPU.
             in_memory = kernels.backend.destinations and name not in WITH_CACHES
             written = (

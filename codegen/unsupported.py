@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 
 import sympy
@@ -19,10 +20,12 @@ def check(
     graph: Graph,
     own_kernel: Callable[[Op], bool],
     reasons: Mapping[str, str] = MappingProxyType({}),
+    host_sizes: Mapping[str, Dim] = MappingProxyType({}),
 ) -> None:
     """Raise UnsupportedError unless every op and every size of the graph can be compiled.
 
-    `reasons` say why kernels refused an op, by its name.
+    `reasons` say why kernels refused an op, by its name; `host_sizes` are sizes that the runtime
+    computes.
     """
     problems: dict[str, list[Op]] = {}
     for op in graph.ops:
@@ -31,8 +34,8 @@ def check(
             problems.setdefault(reason, []).append(op)
     lines = [line(reason, ops) for reason, ops in problems.items()]
     refused = {op for ops in problems.values() for op in ops}
-    lines += _sizes(graph, refused)
-    lines += fixed(graph)
+    lines += _sizes(graph, refused, host_sizes)
+    lines += fixed(graph, host_sizes)
     if lines:
         raise UnsupportedError(
             "the model cannot be compiled:\n"
@@ -69,7 +72,7 @@ def line(reason: str, ops: list[Op]) -> str:
     return f"{reason} ({len(ops)} time{'s' if len(ops) > 1 else ''}: at {shown})"
 
 
-def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
+def _sizes(graph: Graph, refused: Collection[Op], host_sizes: Mapping[str, Dim]) -> Iterable[str]:
     """Errors for sizes that no input's axis and no moec.size determines.
 
     Sizes of the outputs of a `refused` op are left out: that op is reported already.
@@ -81,7 +84,9 @@ def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
     reported: set[str] = set()
     for op in graph.ops:
         for value in op.outputs:
-            unknown = names(*value.shape) - input_sizes - reported
+            named = names(*value.shape)
+            named |= names(*(host_sizes[name] for name in named & host_sizes.keys()))
+            unknown = named - host_sizes.keys() - input_sizes - reported
             for name in sorted(unknown) if op not in refused else ():
                 yield (
                     f"size {name} of {value.name} depends on the data "
@@ -94,10 +99,10 @@ def _sizes(graph: Graph, refused: Collection[Op]) -> Iterable[str]:
             reported.add(name)
 
 
-def fixed(graph: Graph) -> Iterable[str]:
+def fixed(graph: Graph, host_sizes: Mapping[str, Dim] = MappingProxyType({})) -> Iterable[str]:
     """Errors for sizes that an export fixed although they vary: code compiled from such a graph
     would read and write outside of its tensors."""
-    environments = _environments(graph)
+    environments = _environments(graph, host_sizes)
     for op in graph.ops:
         rule = EMIT.get(op.name)
         if rule is None or rule.point is None:
@@ -119,17 +124,20 @@ def fixed(graph: Graph) -> Iterable[str]:
                     return
 
 
-def _environments(graph: Graph) -> list[dict[str, int]]:
+def _environments(graph: Graph, host_sizes: Mapping[str, Dim]) -> list[dict[str, int]]:
     """Some values of every size within its bounds."""
-    size_names = sorted({name for v in graph.values() for name in names(*v.shape)})
+    size_names = {name for v in graph.values() for name in names(*v.shape)}
+    size_names |= names(*host_sizes.values())
     environments = []
     for turn in range(len(_TRIED)):
         env = {}
-        for index, name in enumerate(size_names):
+        for index, name in enumerate(sorted(size_names - host_sizes.keys())):
             bounds = graph.bounds.get(name, Bounds())
             wish = max(_TRIED[(turn + index) % len(_TRIED)], bounds.low)
             env[name] = wish if bounds.high is None else min(wish, bounds.high)
-        environments.append(env)
+        with suppress(IRError):  # a logarithm of 0
+            env |= {name: evaluate_dim(size, env) for name, size in host_sizes.items()}
+            environments.append(env)
     return environments
 
 

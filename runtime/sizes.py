@@ -1,6 +1,7 @@
 """Sizes as text (T, 2*T, floor(B*S/4)) and their values, without sympy and without eval.
 
-The grammar is that of `moec.ir.dims.parse_dim`, which wrote the text.
+The grammar is that of `moec.ir.dims.parse_dim`, which wrote the text. Compiled code calls
+`value_of_size` by the name NAME for sizes that kernels cannot compute.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from functools import lru_cache
 
 from moec.errors import ArtifactError
 from moec.runtime.package import Size
+from moec.runtime.size_functions import DOUBLES, INTEGERS
 
-_FUNCTIONS: dict[str, tuple[range, Callable[..., Fraction]]] = {
+NAME = "moec.value_of_size"
+_FUNCTIONS: dict[str, tuple[range, Callable[..., Fraction | int]]] = {
     "floor": (range(1, 2), lambda a: Fraction(math.floor(a))),
     "ceiling": (range(1, 2), lambda a: Fraction(math.ceil(a))),
     "Abs": (range(1, 2), abs),
@@ -23,6 +26,8 @@ _FUNCTIONS: dict[str, tuple[range, Callable[..., Fraction]]] = {
     "Min": (range(1, 17), min),
     "f64": (range(1, 2), lambda a: Fraction(a.numerator / a.denominator)),
     "rint": (range(1, 2), lambda a: Fraction(round(a))),
+    **{name: (range(1, 2), function) for name, function in {**DOUBLES, **INTEGERS}.items()},
+    "power": (range(2, 3), DOUBLES["power"]),
 }
 _LONGEST = 1000  # characters
 _DEEPEST = 200  # nested terms: untrusted text must not overflow Python's stack
@@ -95,6 +100,18 @@ def evaluate(size: Size, env: Mapping[str, int]) -> int | None:
     return int(value) if value.denominator == 1 else None
 
 
+@lru_cache(maxsize=4096)
+def value_of_size(size: str, size_names: str, values: tuple[int, ...]) -> int:
+    """The value of `size`, of which `size_names` names the `values`. Raises ValueError where it has
+    none."""
+    sizes = dict(zip(size_names.split(), values, strict=True))
+    value = evaluate(size, sizes)
+    if value is None:
+        shown = ", ".join(f"{name} = {number}" for name, number in sizes.items())
+        raise ValueError(f"the size {size} has no value where {shown}")
+    return value
+
+
 def solve(size: Size, value: int) -> tuple[str, int] | None:
     """(name, n) if `size` has the form a*name + b and equals `value` at n; else None."""
     size_names = names(size)
@@ -138,5 +155,5 @@ def _unbounded(node: ast.expr, env: Mapping[str, int]) -> Fraction:
                     return a / b
             return Fraction(a ** int(b))
         case ast.Call(func=ast.Name(id=name), args=arguments):
-            return _FUNCTIONS[name][1](*(_value(a, env) for a in arguments))
+            return Fraction(_FUNCTIONS[name][1](*(_value(a, env) for a in arguments)))
     raise ArtifactError(f"{ast.unparse(node)!r} is not a size")

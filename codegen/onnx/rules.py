@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
+
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
@@ -34,10 +36,12 @@ class Call:
         return self.w.cast(self.w.read(value), value.dtype, dtype or value.dtype)
 
     def operand(self, name: str, dtype: str) -> str:
-        """An argument that is a tensor or a number, as a tensor of that dtype."""
+        """An argument that is a tensor, a number or a size, as a tensor of that dtype."""
         argument = self[name]
         if isinstance(argument, Value):
             return self.read(argument, dtype)
+        if isinstance(argument, sympy.Expr):
+            return self.w.cast(self.w.scalar(argument), "i64", dtype)
         if not isinstance(argument, bool | int | float):
             raise NoMatch(f"operator {self.op.name} with {name}={argument} has no ONNX form")
         return self.w.constant(argument, dtype)

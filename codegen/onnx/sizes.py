@@ -10,7 +10,8 @@ import sympy
 
 from moec.errors import NoMatch
 from moec.ir.dims import Bounds, Dim, symbols
-from moec.ir.float_sizes import f64, is_float, operation
+from moec.ir.float_sizes import f64, has_wide_numbers, is_float, operation
+from moec.ir.size_functions import DoubleFunction, IntegerFunction, sqrt
 
 if TYPE_CHECKING:
     from moec.codegen.onnx.writer import NodeWriter
@@ -27,9 +28,13 @@ def size_value(w: NodeWriter, dim: Any) -> str:
     """
     if isinstance(dim, int) or dim.is_Integer:
         return w.constant([int(dim)])
+    if isinstance(dim, IntegerFunction):
+        return _integer_function(w, type(dim).__name__, dim.args[0])
     if is_float(dim) and type(dim).__name__ in ("floor", "ceiling", "rint"):
         kind = {"floor": "Floor", "ceiling": "Ceil", "rint": "Round"}[type(dim).__name__]
         return w("Cast", w(kind, _double(w, dim.args[0])), to=_INT64)
+    if has_wide_numbers(dim):
+        raise NoMatch(f"size {dim} cannot be written: its numbers take more than 64 bits")
     match dim:
         case sympy.Symbol():
             if dim.name not in w.sizes:
@@ -54,13 +59,32 @@ def size_value(w: NodeWriter, dim: Any) -> str:
     raise NoMatch(f"size {dim} cannot be written")
 
 
+def _integer_function(w: NodeWriter, name: str, of: Any) -> str:
+    number = size_value(w, of)
+    if name == "isqrt":
+        return w("Cast", w("Floor", w("Sqrt", w("Cast", number, to=_DOUBLE))), to=_INT64)
+    powers = w.constant([1 << n for n in range(63)])
+    if name == "pow2":
+        return w("Gather", powers, number)
+    reached = w("GreaterOrEqual", w("Abs", number), powers)
+    return w("ReduceSum", w("Cast", reached, to=_INT64), w.constant([0]), keepdims=1)
+
+
 def _double(w: NodeWriter, x: Any) -> str:
     """An operand of `float_sizes.operation` as f64[1]: an f64, or an exact integer."""
     if x.is_Rational:
         return w.constant([float(x)], "f64")
     sign, rest = x.as_coeff_Mul()
+    if isinstance(rest, sqrt):  # the only one that IEEE 754 defines to the last bit
+        root = w("Sqrt", _double(w, rest.args[0]))
+        return root if sign == 1 else w("Mul", root, _double(w, sign))
+    if isinstance(rest, DoubleFunction):
+        raise NoMatch(f"size {rest} cannot be written: ONNX may round it differently from Python")
     if isinstance(rest, f64):
-        operator, *operands = operation(rest.args[0])
+        try:
+            operator, *operands = operation(rest.args[0])
+        except ValueError as error:
+            raise NoMatch(f"size {rest} cannot be written: {error}") from None
         kind = {"add": "Add", "mul": "Mul", "div": "Div"}[operator]
         result = w(kind, *(_double(w, operand) for operand in operands))
         return result if sign == 1 else w("Mul", result, _double(w, sign))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import cast
 
+import sympy
 from tvm import relax
 
 from moec.codegen.backend import Rule, always
 from moec.codegen.fusion import FusionGroup
+from moec.codegen.loops.index import names
 from moec.codegen.module_builder import Lowering
-from moec.ir.dims import Dim
+from moec.ir.dims import Dim, show_dim
 from moec.ir.graph import DType, Op, TensorType, Value
 from moec.runtime.counts import NAME
+from moec.runtime.sizes import NAME as SIZE
 
 
 def _size(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -20,6 +24,23 @@ def _size(low: Lowering, op: Op) -> list[relax.Expr]:
     shape = _as_shape(low, op.inputs[0])
     low.builder.match_cast(shape, relax.ShapeType([low.sizes.variables[name]]))
     return [low.value(op.inputs[0])]
+
+
+def bind_host_sizes(
+    low: Lowering, unbound: dict[str, sympy.Expr], unread: Collection[str] = ()
+) -> None:
+    """Binds those of the `unbound` sizes that depend on none of `unread`, for all later ops, by
+    calls of `moec.runtime.size_functions.value_of_size`."""
+    for name, size in list(unbound.items()):
+        size_names = sorted(names(size))
+        if not set(size_names) & set(unread):
+            del unbound[name]
+            values = relax.ShapeExpr([low.sizes.variables[n] for n in size_names])
+            call = relax.op.call_pure_packed(
+                SIZE, values, show_dim(size), " ".join(size_names), ty_args=relax.ShapeType(ndim=1)
+            )
+            variable = low.sizes.variables[name]
+            low.builder.match_cast(low.builder.emit(call), relax.ShapeType([variable]))
 
 
 def _require_count(low: Lowering, op: Op) -> list[relax.Expr]:

@@ -17,6 +17,7 @@ import sympy
 from moec.errors import IRError
 from moec.ir.exact_sizes import function_of
 from moec.ir.float_sizes import ceil, f64, floor, rint, round_half_even, trunc
+from moec.ir.size_functions import FUNCTIONS, exp, log, log2, log10, pow2, power, sqrt
 
 Dim: TypeAlias = int | sympy.Expr
 
@@ -31,13 +32,28 @@ _FUNCTIONS = {
     "Abs": sympy.Abs,
     "f64": f64,
     "rint": rint,
+    **FUNCTIONS,
 }
+
+
+def _natural_power(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
+    """An integer to the power of an integer that is not negative."""
+    if exponent.is_number:
+        return base**exponent
+    if not base.is_Integer or base <= 0 or int(base) & (int(base) - 1):
+        raise IRError(f"{base} to the power of a size is no expression of sizes")
+    return pow2(exponent * (int(base).bit_length() - 1))
+
+
+_ALGEBRA = frozenset("Add Mul floor ceiling Abs".split())
+"""By name: torch has its own classes for some of them."""
 _TORCH_FUNCTIONS = {
     "FloorDiv": lambda a, b: sympy.floor(a / b),
     "CeilDiv": lambda a, b: sympy.ceiling(a / b),
     "CleanDiv": lambda a, b: a / b,
     "IntTrueDiv": lambda a, b: f64(a / b),
     "FloatTrueDiv": lambda a, b: f64(a / b),
+    "Min": sympy.Min,
     "PythonMod": sympy.Mod,
     "Mod": sympy.Mod,
     "TruncToInt": trunc,
@@ -45,6 +61,16 @@ _TORCH_FUNCTIONS = {
     "CeilToInt": ceil,
     "RoundToInt": round_half_even,
     "ToFloat": f64,
+    "FloatPow": power,
+    "PowByNatural": _natural_power,
+    "Pow": _natural_power,
+    "OpaqueUnaryFn_sqrt": sqrt,
+    "log": log,
+    "log2": log2,
+    "log10": log10,
+    "exp": exp,
+    "floor_quotient": lambda a, b: sympy.floor(a / b),
+    "remainder": lambda a, b: f64(sympy.Mod(a, b)),
 }
 
 
@@ -134,11 +160,11 @@ def _convert(
         return expr
     arguments = [_convert(a, rename, computed) for a in expr.args]
     name = type(expr).__name__
-    if name.startswith("Opaque"):
-        raise IRError(f"{name.removeprefix('OpaqueUnaryFn_')} of a size is no expression of sizes")
     if name == "Max":
         return _greatest(arguments)
     function = _TORCH_FUNCTIONS.get(name)
+    if function is None and name not in _ALGEBRA:
+        raise IRError(f"{name.removeprefix('BitwiseFn_')} of a size is no expression of sizes")
     if function is None and any(a.is_Float for a in expr.args):
         return f64(expr.func(*arguments))
     return function(*arguments) if function else expr.func(*arguments)

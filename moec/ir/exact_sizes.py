@@ -17,6 +17,8 @@ import sympy
 
 from moec.errors import IRError
 from moec.ir.float_sizes import nearest
+from moec.ir.size_functions import DoubleFunction, IntegerFunction
+from moec.runtime.size_functions import DOUBLES, INTEGERS
 
 Function = Callable[[Mapping[str, int]], Any]
 
@@ -47,7 +49,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "Add": _sum,
     "Mul": _product,
     "Pow": _power,
-    "FloatPow": lambda a, b: _simplest(Fraction(float(a) ** float(b))),
+    "FloatPow": DOUBLES["power"],
     "rint": round,
     "f64": _double,
     "Mod": lambda a, b: _simplest(a % b),
@@ -84,7 +86,10 @@ def function_of(expression: sympy.Basic) -> Function:
         return lambda sizes: answer
     if isinstance(expression, sympy.floor | sympy.ceiling):
         return _rounded(expression)
-    function = _FUNCTIONS.get(type(expression).__name__)
+    is_function = isinstance(expression, DoubleFunction | IntegerFunction)
+    function = ({**DOUBLES, **INTEGERS} if is_function else _FUNCTIONS).get(
+        type(expression).__name__
+    )
     if function is None or (expression.is_Pow and not expression.exp.is_integer):
         raise IRError(f"{expression} is made with {type(expression).__name__}")
     parts = [function_of(part) for part in expression.args]

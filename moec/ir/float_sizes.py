@@ -21,9 +21,12 @@ from typing import Any, Literal
 
 import sympy
 
+from moec.ir.size_functions import DoubleFunction, bit_length, isqrt, log2, power, sqrt
+
 _SHORT = 2**10
 """Numerators and denominators up to here, times a product of sizes, are far below 2^53."""
 _MOST = 2**12
+_WIDE = 2**31
 
 Operator = Literal["add", "mul", "div"]
 
@@ -43,7 +46,7 @@ class f64(sympy.Function):  # type: ignore[misc]  # as the IR writes it
         if x.is_Rational:
             value = nearest(Fraction(int(x.p), int(x.q)))
             return sympy.Rational(value.numerator, value.denominator)
-        return x if isinstance(x, cls) or _is_exact(x) else None
+        return x if isinstance(x, cls | DoubleFunction) or _is_exact(x) else None
 
     def _eval_is_extended_real(self) -> bool | None:
         return True
@@ -86,11 +89,34 @@ def _without_rounding(x: sympy.Expr) -> sympy.Expr:
 
 
 def floor(x: sympy.Expr) -> sympy.Expr:
+    """The greatest integer that is not above x; that of a root or a logarithm to the base 2 needs
+    no doubles: these are further from an integer that they do not equal than they are rounded."""
+    size = _size_under(x)
+    if size is not None:
+        return _exponent(size) if isinstance(x, log2) else isqrt(size)
     return sympy.floor(_without_rounding(x))
 
 
 def ceil(x: sympy.Expr) -> sympy.Expr:
+    size = _size_under(x)
+    if size is not None and isinstance(x, log2):
+        return bit_length(size - 1)
+    if size is not None:
+        return isqrt(sympy.Max(size - 1, 0)) + sympy.Min(size, 1)
     return sympy.ceiling(_without_rounding(x))
+
+
+def _exponent(size: sympy.Expr) -> sympy.Expr:
+    half = (size - 1) / 2
+    return bit_length(half) if half.is_integer else bit_length(size) - 1
+
+
+def _size_under(x: sympy.Expr) -> sympy.Expr | None:
+    """The integer whose root, or logarithm to the base 2, x is."""
+    root = isinstance(x, power) and x.args[1] == sympy.Rational(1, 2)
+    if root or isinstance(x, sqrt | log2):
+        return x.args[0] if x.args[0].is_integer else None
+    return None
 
 
 def trunc(x: sympy.Expr) -> sympy.Expr:
@@ -122,7 +148,17 @@ def round_half_even(x: sympy.Expr) -> sympy.Expr:
 
 def is_float(x: Any) -> bool:
     """Whether a size needs arithmetic on doubles."""
-    return isinstance(x, sympy.Expr) and x.has(f64, rint)
+    return isinstance(x, sympy.Expr) and x.has(f64, rint, DoubleFunction)
+
+
+def has_wide_numbers(x: Any) -> bool:
+    """Whether integer arithmetic on a size outside of doubles may take more than 64 bits: one that
+    floor(T / 0.1) has, of the double 0.1."""
+    if not isinstance(x, sympy.Basic) or isinstance(x, f64 | DoubleFunction):
+        return False
+    if x.is_Rational:
+        return bool(max(abs(x.p), x.q) > _WIDE)
+    return any(map(has_wide_numbers, x.args))
 
 
 def operation(x: sympy.Expr) -> tuple[Operator, sympy.Expr, sympy.Expr]:
@@ -193,7 +229,7 @@ def _summands(x: sympy.Add) -> tuple[sympy.Expr, sympy.Expr]:
 
 def _is_operand(x: sympy.Expr) -> bool:
     c, rest = x.as_coeff_Mul()
-    double = c in (1, -1) and isinstance(rest, f64)
+    double = c in (1, -1) and isinstance(rest, f64 | DoubleFunction)
     return double or _is_exact(x) or bool(x.is_Rational and _fits(x))
 
 

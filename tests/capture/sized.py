@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from math import isqrt, log2
 
 import torch
 
@@ -85,6 +86,35 @@ RIGHT: dict[str, Function] = {
     "int(numel*0.1)": lambda x: slots(x, int(x.numel() * 0.1)),
     "int(size*1.2)": lambda x: slots(x, int(x.size(0) * 1.2)),
     "accumulated": accumulated,
+    # roots, logarithms and powers
+    "isqrt(n)": lambda x: slots(x, math.isqrt(x.shape[0])),
+    "int(sqrt(n))": lambda x: first(x, int(math.sqrt(x.shape[0]))),
+    "ceil(sqrt(n))": lambda x: slots(x, math.ceil(math.sqrt(x.shape[0]))),
+    "round(sqrt(n))": lambda x: slots(x, round(math.sqrt(x.shape[0]))),
+    "int(sqrt(n)*1.5)": lambda x: slots(x, int(math.sqrt(x.shape[0]) * 1.5)),
+    "int(n**0.5)": lambda x: first(x, int(x.shape[0] ** 0.5)),
+    "int(n**0.75)": lambda x: slots(x, int(x.shape[0] ** 0.75)),
+    "n**0.5//1": lambda x: first(x, x.shape[0] ** 0.5 // 1),
+    "int(log2(n))": lambda x: slots(x, int(math.log2(x.shape[0]))),
+    "x[:int(log2(n))]": lambda x: x + x[: int(math.log2(x.shape[0]))].sum(0),
+    "round(log2(n))": lambda x: slots(x, round(math.log2(x.shape[0]))),
+    "int(log(n,3))": lambda x: slots(x, int(math.log(x.shape[0], 3))),
+    "int(2*log(n)+1)": lambda x: slots(x, int(2 * math.log(x.shape[0]) + 1)),
+    "ceil(log10(n))": lambda x: slots(x, math.ceil(math.log10(x.shape[0]))),
+    "int(n/log(n+2))": lambda x: slots(x, int(x.shape[0] / math.log(x.shape[0] + 2))),
+    "int(exp(log(n)/2))": lambda x: slots(x, int(math.exp(math.log(x.shape[0]) / 2))),
+    "bit_length": lambda x: slots(x, x.shape[0].bit_length()),
+    "1<<bit_length": lambda x: slots(x, 1 << (x.shape[0] - 1).bit_length()),
+    "2**ceil(log2(n))": lambda x: slots(x, 2 ** math.ceil(math.log2(x.shape[0]))),
+    "pow(2,ceil(log2(n)))": lambda x: slots(x, int(math.pow(2, math.ceil(math.log2(x.shape[0]))))),
+    "(n+7)&~7": lambda x: slots(x, (x.shape[0] + 7) & ~7),
+    "n&3|4": lambda x: slots(x, (x.shape[0] & 3) + (x.shape[0] | 3)),
+    "isqrt, imported": lambda x: slots(x, isqrt(x.shape[0]) + int(log2(x.shape[0]))),
+    # floats that are divided and rounded down
+    "n//3.5": lambda x: first(x, x.shape[0] // 3.5),
+    "int(n//0.1)//20": lambda x: slots(x, int(x.shape[0] // 0.1) // 20),
+    "100//(n/7)": lambda x: slots(x, int(100 // (x.shape[0] / 7))),
+    "int(n%0.7*10)": lambda x: slots(x, int(x.shape[0] % 0.7 * 10)),
     "int(len*float(text))": lambda x: first(x, int(len(x) * float("0.6"))),
 }
 """What is symbolic, and equal to Python at every size."""
@@ -104,18 +134,16 @@ REFUSED: dict[str, tuple[Function, str]] = {
         lambda x: x + sum(x[0] for _ in range(x.shape[0] // 8)),
         r"floor\(T/8\) == 3",
     ),
-    "square root": (
-        lambda x: first(x, int(math.sqrt(x.shape[0]))),
-        r"would always be 24|floats with|cannot be exported",
+    "root equal": (lambda x: x * 2 if math.isqrt(x.shape[0]) == 4 else x, r"isqrt\(T\) == 4"),
+    "power of 3": (
+        lambda x: slots(x, 3 ** (x.shape[0] // 16)),
+        r"3 to the power of a size is no expression of sizes",
     ),
-    "logarithm": (
-        lambda x: first(x, int(math.log2(x.shape[0]))),
-        r"would always be 24|floats with|cannot be exported",
+    "lowest bit": (
+        lambda x: slots(x, x.shape[0] & -x.shape[0]),
+        r"bitwise_and of a size is no expression of sizes",
     ),
-    "power": (
-        lambda x: first(x, int(x.shape[0] ** 0.5)),
-        r"would always be 24|floats with|cannot be exported",
-    ),
+    "pairs": (lambda x: slots(x, math.comb(x.shape[0], 2)), r"would always be 24"),
     "greatest common divisor": (
         lambda x: first(x, math.gcd(x.shape[0], 8)),
         r"would always be 24|cannot be exported",
@@ -135,6 +163,9 @@ BOUNDED: dict[str, tuple[Function, tuple[int, int | None]]] = {
     "n < 100": (lambda x: x * 2 if x.shape[0] < 100 else x, (0, 99)),
     "int(n*2.0/8) > 5": (lambda x: x * 2 if int(x.shape[0] * 2.0 / 8) > 5 else x, (24, None)),
     "n*1.1 <= 55": (lambda x: x * 2 if x.shape[0] * 1.1 <= 55 else x, (0, 49)),
+    "isqrt(n) >= 4": (lambda x: x * 2 if math.isqrt(x.shape[0]) >= 4 else x, (16, None)),
+    "log2(n) < 6.5": (lambda x: x * 2 if math.log2(x.shape[0]) < 6.5 else x, (1, 90)),
+    "n.bit_length() < 7": (lambda x: x * 2 if x.shape[0].bit_length() < 7 else x, (0, 63)),
     "16 < n <= 32": (lambda x: x * 2 if 16 < x.shape[0] <= 32 else x, (17, 32)),
 }
 """What holds within bounds of the size, and these."""

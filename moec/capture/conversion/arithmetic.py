@@ -19,7 +19,9 @@ from typing import Any
 import sympy
 import torch
 
+from moec.capture.user_code import size_nodes
 from moec.ir.float_sizes import ceil, f64, floor, round_half_even, trunc
+from moec.ir.size_functions import exp, log, log2, log10, power, sqrt
 
 _FLOAT: Mapping[Any, Callable[..., sympy.Expr]] = {
     torch.sym_float: f64,
@@ -31,6 +33,14 @@ _FLOAT: Mapping[Any, Callable[..., sympy.Expr]] = {
     operator.pos: lambda a: a,
     torch.sym_max: sympy.Max,
     torch.sym_min: sympy.Min,
+    torch.sym_sqrt: sqrt,
+    operator.pow: power,
+    size_nodes.floor_quotient: lambda a, b: f64(floor(a / b)),
+    size_nodes.remainder: lambda a, b: f64(sympy.Mod(a, b)),
+    size_nodes.log: log,
+    size_nodes.log2: log2,
+    size_nodes.log10: log10,
+    size_nodes.exp: exp,
 }
 """Operations whose result is a float; the operands are integers or floats."""
 

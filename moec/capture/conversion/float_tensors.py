@@ -19,6 +19,8 @@ from typing import Any, Protocol, cast
 import sympy
 import torch
 
+from moec.capture.user_code import size_nodes
+from moec.ir.aten import IR_DTYPES
 from moec.ir.graph import DType, Op, TensorType, Value
 
 _TARGETS: Mapping[Any, str] = {
@@ -29,6 +31,10 @@ _TARGETS: Mapping[Any, str] = {
     operator.pow: "aten.pow.Tensor_Tensor",
     operator.neg: "aten.neg.default",
     torch.sym_sqrt: "aten.sqrt.default",
+    size_nodes.log: "aten.log.default",
+    size_nodes.log2: "aten.log2.default",
+    size_nodes.log10: "aten.log10.default",
+    size_nodes.exp: "aten.exp.default",
     torch.sym_max: "aten.maximum.default",
     torch.sym_min: "aten.minimum.default",
 }
@@ -89,14 +95,19 @@ def operand_for(emitter: Emitter, number: torch.fx.Node, node: torch.fx.Node) ->
     """The float `number` as an operand of `node`; None for an operation that has no op.
 
     It is f64[] beside a tensor of floats that has axes, which decides the dtype of the result. Else
-    it has the dtype of the result, because f64[] would make that f64, as a Python number does not.
+    it has the dtype of the result, because f64[] would make that f64, as a Python number does not;
+    a comparison, whose result is bool, takes it in the dtype of a float beside it.
     """
     value = float_tensor(emitter, number)
     operands = [n.meta.get("val") for n in node.all_input_nodes]
     tensors = [x for x in operands if isinstance(x, torch.Tensor)]
     if value is None or any(x.ndim and x.dtype.is_floating_point for x in tensors):
         return value
-    return cast_to(emitter, value, emitter.type(node.meta["val"], node.name).dtype)
+    result: torch.dtype = node.meta["val"].dtype
+    if result is torch.bool:
+        floats = (x.dtype for x in tensors if x.dtype.is_floating_point)
+        result = next(floats, torch.get_default_dtype())
+    return cast_to(emitter, value, IR_DTYPES[result])
 
 
 def emit_call(emitter: Emitter, node: torch.fx.Node) -> Value | None:
@@ -145,6 +156,9 @@ def _emit(emitter: Emitter, node: torch.fx.Node) -> Value | None:
         return cast_to(emitter, value, "f64")
     if node.target is torch.sym_float:
         return number_tensor(emitter, node.args[0])
+    held = emitter.values.get(node)
+    if isinstance(held, VaryingFloat) and held.value is not None and held.value.is_integer:
+        return number_tensor(emitter, held.value)
     target = _TARGETS.get(node.target, _CONDITIONS.get(node.target))
     operands = [number_tensor(emitter, argument) for argument in node.args]
     if target is None or any(operand is None for operand in operands):

@@ -24,7 +24,6 @@ from moec.capture.user_code.sources import named, user_code, user_line
 from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
 from moec.ir.dims import Dim, canonical, from_torch
-from moec.ir.float_sizes import check as check_float
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
 
 _DROPPED = ("_assert", "sym_constrain", "sym_size", "sym_numel", "sym_stride", "_guard")
@@ -109,14 +108,15 @@ class Converter:
         try:
             return from_torch(size, self.rename, self.computed)
         except IRError as error:
-            raise CaptureError(f"{where}: the size {size} cannot be kept: {error}") from None
+            shown = named(size.node.expr, self.rename) if isinstance(size, torch.SymInt) else size
+            raise CaptureError(f"{where}: the size {shown} cannot be kept: {error}") from None
 
     def integer(self, value: torch.SymInt | int, node: torch.fx.Node) -> Dim:
         """A size. One that is computed of a float gets an expression that rounds like Python."""
         arguments = [self.argument(a) for a in node.args]
         floats = [a for a in arguments if isinstance(a, VaryingFloat)]
         if isinstance(value, int) or all(isinstance(a, VaryingCondition) for a in floats):
-            return self.dim(value, self.where(node) or node.name)
+            return self.dim(value, self.place(node))
         result = whole_of(node.target, [value_of(a) for a in arguments])
         return canonical(self.remember(value.node.expr, result, node))
 
@@ -129,8 +129,6 @@ class Converter:
         if expr.is_number:
             return float(expr)
         result = float_of(node.target, [value_of(self.argument(a)) for a in node.args])
-        if result is not None and not _is_exact(result):
-            result = None  # it can be an operand, but no size can be computed of it
         if result is not None:
             self.remember(expr, result, node)
         return VaryingFloat(self.place(node), named(expr, self.rename), result)
@@ -149,13 +147,6 @@ class Converter:
                 f"{line}: the size {shown} is made of floats with {_spelled(node.target)}, which "
                 "moec cannot repeat exactly; compute it of whole numbers (//), or as a tensor"
             )
-        try:
-            check_float(value)
-        except ValueError as error:
-            raise CaptureError(
-                f"{line}: the size {shown} is made of floats in a way that moec cannot repeat "
-                f"exactly ({error}); compute it of whole numbers (//), or as a tensor"
-            ) from None
         if self.computed.setdefault(expr, value) != value:
             raise CaptureError(
                 f"{line}: torch takes {shown} for a size that was computed in another order, "
@@ -276,14 +267,6 @@ class Converter:
                 self.node(inner)
             elif inner.op == "output":
                 self.values[node] = self.argument(inner.args[0])
-
-
-def _is_exact(value: sympy.Expr) -> bool:
-    try:
-        check_float(value)
-    except ValueError:
-        return False
-    return True
 
 
 def value_of(argument: Any) -> Any:

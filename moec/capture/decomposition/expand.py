@@ -30,6 +30,7 @@ from moec.capture.decomposition.functional import (
     writes,
 )
 from moec.capture.decomposition.parts import operands_of, parts_in
+from moec.capture.user_code.size_nodes import size_nodes_allowed
 from moec.errors import CaptureError
 
 _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default)
@@ -39,7 +40,11 @@ symbol for it."""
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """`program` in core ATen. Raises CaptureError where torch cannot decompose it."""
-    with warnings.catch_warnings(), dynamo_config.patch(fake_tensor_cache_enabled=False):
+    with (
+        warnings.catch_warnings(),
+        dynamo_config.patch(fake_tensor_cache_enabled=False),
+        size_nodes_allowed(),
+    ):
         warnings.simplefilter("ignore", FutureWarning)  # of torch about its own classes
         try:
             program = as_buffers(program)

@@ -66,7 +66,7 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         scripts_as_python(),
         sym_bools_answered(module),
         sizes_as_numbers(module),
-        math_of_sizes(),
+        math_of_sizes(module),
         texts_guarded(),
         floats_symbolic(),
         located(),

@@ -1,46 +1,62 @@
-"""Functions of Python's math module on symbolic sizes, for numbers that scale tensors.
+"""Functions of Python's math module, and of its integers, on symbolic sizes.
 
-    x / math.sqrt(x.shape[0])
+    x / math.sqrt(x.shape[0])    math.isqrt(n)    1 << (n - 1).bit_length()
 
-Python's own functions return plain floats, which would fix the size at the example's. A root that
-is converted to an integer fixes it, because no expression of sizes has roots; logarithms do too,
-because torch exports none.
+Python's own functions return plain numbers, which would fix the size at the example's.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from types import BuiltinFunctionType
 from typing import Any
 from unittest import mock
 
 import torch
 
-from moec.capture.user_code.shadows import SQUARE
+from moec.capture.size_functions.sizes_as_numbers import LIBRARIES
+from moec.capture.speculate.sites import foreign
+from moec.capture.speculate.user_globals import user_globals
+from moec.capture.user_code import size_nodes
+from moec.capture.user_code.size_nodes import size_nodes_allowed
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
 
 
 @contextmanager
-def math_of_sizes() -> Iterator[None]:
-    """While open, the functions of the math module return symbolic floats for symbolic numbers."""
+def math_of_sizes(module: torch.nn.Module) -> Iterator[None]:
+    """While open, the functions of the math module return symbolic numbers for symbolic numbers,
+    also under the names by which files of the user's code of `module` imported them."""
+    others = foreign(name for name in LIBRARIES if name in sys.modules)
     with ExitStack() as stack:
-        for name, symbolic in _SYMBOLIC_FORMS.items():
-            function = _wrapped(getattr(math, name), symbolic)
-            stack.enter_context(mock.patch.object(math, name, function))
-        to_int = _with_roots_fixed(torch.SymFloat.__int__)
-        stack.enter_context(mock.patch.object(torch.SymFloat, "__int__", to_int))
+        functions = {
+            name: _wrapped(getattr(math, name), form) for name, form in _SYMBOLIC_FORMS.items()
+        }
+        replacements = {getattr(math, name): function for name, function in functions.items()}
+        stack.enter_context(mock.patch.dict(vars(math), functions))
+        for names in user_globals(module, others):
+            imports = {
+                name: replacements[value]
+                for name, value in names.items()
+                if isinstance(value, BuiltinFunctionType) and value in replacements
+            }
+            stack.enter_context(mock.patch.dict(names, imports))
+        stack.enter_context(mock.patch.object(torch.SymInt, "bit_length", _bit_length))
+        for kind in _SYMBOLIC:
+            for method, of_floats in _OF_FLOATS.items():
+                for name, swapped in ((f"__{method}__", False), (f"__r{method}__", True)):
+                    function = _binary(getattr(kind, name), of_floats, swapped)
+                    stack.enter_context(mock.patch.object(kind, name, function))
+        for method, of_mask in _OF_MASKS.items():
+            for name in (f"__{method}__", f"__r{method}__"):
+                function = _with_mask(getattr(torch.SymInt, name), of_mask)
+                stack.enter_context(mock.patch.object(torch.SymInt, name, function))
+        stack.enter_context(size_nodes_allowed())
         yield
-
-
-def _with_roots_fixed(plain: Callable[[Any], int]) -> Callable[[Any], int]:
-    def __int__(number: Any) -> int:
-        square = getattr(number, SQUARE, None)
-        return plain(number) if square is None else int(math.sqrt(int(square)))
-
-    return __int__
 
 
 def _wrapped(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,17 +68,78 @@ def _wrapped(plain: Callable[..., Any], symbolic: Callable[..., Any]) -> Callabl
     return function
 
 
-def _root(value: Any) -> Any:
-    root = torch.sym_sqrt(_float(value))
-    setattr(root, SQUARE, value)
-    return root
-
-
 def _float(value: Any) -> Any:
     return torch.sym_float(value)  # type: ignore[no-untyped-call]
 
 
+def _log(value: Any, base: Any = None) -> Any:
+    logarithm = size_nodes.log(_float(value))
+    return logarithm if base is None else logarithm / size_nodes.log(_float(base))
+
+
+def _isqrt(size: Any) -> Any:
+    return math.floor(torch.sym_sqrt(_float(size)))
+
+
+def _bit_length(size: Any) -> Any:
+    """2 * size + 1 has one bit more, and is never 0, which has no logarithm."""
+    return math.floor(size_nodes.log2(_float(2 * size + 1)))
+
+
+def _binary(
+    plain: Callable[[Any, Any], Any], of_floats: Callable[[Any, Any], Any], swapped: bool
+) -> Callable[[Any, Any], Any]:
+    """An operator of two numbers that is `of_floats` where one of them is a float."""
+
+    @wraps(plain)
+    def operate(number: Any, other: Any) -> Any:
+        floats = any(isinstance(x, float | torch.SymFloat) for x in (number, other))
+        if not floats or not isinstance(other, int | float | torch.SymInt | torch.SymFloat):
+            return plain(number, other)
+        a, b = (other, number) if swapped else (number, other)
+        return of_floats(_float(a), _float(b))
+
+    return operate
+
+
+def _with_mask(
+    plain: Callable[[Any, Any], Any], of_mask: Callable[[Any, int], Any]
+) -> Callable[[Any, Any], Any]:
+    """An operator of a size and a mask of the last bits, or of all but the last."""
+
+    @wraps(plain)
+    def operate(size: Any, mask: Any) -> Any:
+        bits = None if isinstance(mask, bool) or not isinstance(mask, int) else of_mask(size, mask)
+        return plain(size, mask) if bits is None else bits
+
+    return operate
+
+
+def _and(size: Any, mask: int) -> Any:
+    if mask > 0 and _is_power(mask + 1):
+        return size % (mask + 1)
+    return size // -mask * -mask if _is_power(-mask) else None
+
+
+def _or(size: Any, mask: int) -> Any:
+    return size // (mask + 1) * (mask + 1) + mask if _is_power(mask + 1) else None
+
+
+def _is_power(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+_OF_FLOATS: Mapping[str, Callable[[Any, Any], Any]] = {
+    "floordiv": size_nodes.floor_quotient,
+    "mod": size_nodes.remainder,
+}
+_OF_MASKS: Mapping[str, Callable[[Any, int], Any]] = {"and": _and, "or": _or}
 _SYMBOLIC_FORMS: Mapping[str, Callable[..., Any]] = {
-    "sqrt": _root,
+    "sqrt": lambda value: torch.sym_sqrt(_float(value)),
+    "isqrt": _isqrt,
     "pow": lambda base, power: _float(base) ** _float(power),
+    "log": _log,
+    "log2": lambda value: size_nodes.log2(_float(value)),
+    "log10": lambda value: size_nodes.log10(_float(value)),
+    "exp": lambda value: size_nodes.exp(_float(value)),
 }

@@ -22,14 +22,14 @@ from moec.capture.speculate.user_globals import user_globals
 
 _CALLS = re.compile(r"\b(isinstance|type|divmod)\s*\(")
 _PLAIN: Mapping[type, Any] = {torch.SymInt: 0, torch.SymFloat: 0.0}
-_LIBRARIES = ("torch", "numpy", "sympy", "transformers")
+LIBRARIES = ("torch", "numpy", "sympy", "transformers")
 
 
 @contextmanager
 def sizes_as_numbers(module: torch.nn.Module) -> Iterator[None]:
     """While open, isinstance(), type() and divmod() in the user's code of `module` take a symbolic
     size for an int, and a symbolic float for a float."""
-    others = foreign(name for name in _LIBRARIES if name in sys.modules)
+    others = foreign(name for name in LIBRARIES if name in sys.modules)
     with ExitStack() as stack:
         for names in user_globals(module, others):
             if _uses_types(names.get("__file__")):

@@ -35,7 +35,7 @@ class _IntegerType(type):
             value = value.item()
         if isinstance(value, torch.SymInt):
             return value
-        if isinstance(value, _SYMBOLIC) and not hasattr(value, SQUARE):
+        if isinstance(value, torch.SymFloat):
             return torch.sym_int(value)  # type: ignore[no-untyped-call]
         return builtins.int(value, *rest, **options)
 
@@ -73,10 +73,6 @@ class _RealType(type):
 class Real(builtins.float, metaclass=_RealType):
     """Replaces float: symbolic floats are instances of it."""
 
-
-SQUARE = "moec_square"
-"""The attribute of a symbolic root that holds its square: int() fixes it at the example's
-(size_math.py)."""
 
 _OF = "moec_integer"
 """The attribute of a symbolic float that holds the integer it was converted from."""
