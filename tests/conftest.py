@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import atexit
 import gc
+import multiprocessing.util
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +28,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         FOLDER = tempfile.mkdtemp(prefix="moec-test-cache-")
         atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
     os.environ["MOEC_CACHE"] = FOLDER
+# An end by `timeout` or `kill` unwinds, so that the folder is removed.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 # A test that starts Python finds moec compiled by the one before.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -73,6 +80,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def seeded() -> None:
     """The same random numbers in every run, whatever ran before; other ones: MOEC_TEST_SEED."""
     torch.manual_seed(int(os.environ.get("MOEC_TEST_SEED", "0")))
+
+
+@pytest.fixture
+def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of temporary files during a test, after which it must be empty."""
+    multiprocessing.util.get_temp_dir()  # multiprocessing keeps its own, with sockets
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert sorted(path.name for path in folder.iterdir()) == []
 
 
 def golden_file(request: pytest.FixtureRequest) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def launch(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
 
 def start(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
     """As `launch`, without a plan's folder. Raises RankError."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -55,12 +56,13 @@ def start(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
             max_restarts=0,
             monitor_interval=0.1,
             start_method=START,
+            logs_specs=DefaultLogsSpecs(log_dir=str(Path(folder, "logs"))),
         )
         marked = replace(job, marks=Path(folder))
         for name in ("torch.distributed.elastic", "torch.multiprocessing"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the error has it in one line
         try:
-            results: dict[int, T] = elastic_launch(config, entry)(marked, *arguments)
+            results: dict[int, T] = elastic_launch(config, run_entry)(entry, marked, *arguments)
         except SignalException as stopped:  # the launcher has ended the ranks
             if stopped.sigval is signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -72,6 +74,18 @@ def start(job: Job, count: int, entry: Callable[..., T], *arguments: Any) -> T:
         if silent:
             raise RankError(f"rank {silent[0]} ended before its work was done")
         return results[0]
+
+
+def run_entry(entry: Callable[..., T], *arguments: Any) -> T:
+    """`entry` in the process of a rank. An exception is recorded for the launcher and ends the
+    process; torch would also write it to a temporary file, which nothing removes."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        return entry(*arguments)
+    except Exception as error:
+        get_error_handler().record_exception(error)
+        sys.exit(1)
 
 
 def _marked(folder: Path, rank: int, kind: str) -> str | None:

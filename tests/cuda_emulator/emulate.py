@@ -131,13 +131,12 @@ def emulated(
 
 def imported(host: Any, source: str, launches: Sequence[Launch]) -> ctypes.CDLL:
     """The emulated kernels, after `host` imported them: it launches them from now on."""
-    file = tempfile.NamedTemporaryFile(suffix=".so", prefix="moec-", delete=False)
-    with file:
-        file.write(compiled_kernels(source, launches))
-    host.import_module(tvm.runtime.load_module(file.name))
-    library = ctypes.CDLL(file.name)
+    with tempfile.TemporaryDirectory(prefix="moec-") as folder:
+        path = Path(folder, "kernels.so")
+        path.write_bytes(compiled_kernels(source, launches))
+        host.import_module(tvm.runtime.load_module(str(path)))
+        library = ctypes.CDLL(str(path))
     library.emulator_message.restype = ctypes.c_char_p
-    Path(file.name).unlink()
     return library
 
 

@@ -83,7 +83,9 @@ def inputs(tmp_path: Path, width: int = WIDTH) -> torch.Tensor:
 
 
 @pytest.mark.long
-def test_equal_to_one_process(saved: Path, flat: Path, tmp_path: Path) -> None:
+def test_equal_to_one_process(
+    saved: Path, flat: Path, tmp_path: Path, temporary_files: Path
+) -> None:
     """Every form of exchange, by 4 ranks as 2 nodes of 2; within the rounding of products over
     other numbers of rows."""
     x = inputs(tmp_path)
@@ -110,7 +112,7 @@ def test_two_hosts(two_ranks: Path, tmp_path: Path) -> None:
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
-                *("--node-rank", str(host), "--nproc-per-node", "1"),
+                *("--node-rank", str(host), "--nproc-per-node", "1", "--log-dir", str(tmp_path)),
                 *("--master-addr", "127.0.0.1", "--master-port", port),
                 *("-m", "moec", "run", str(job.folder), *map(str, words)),
             ],
@@ -149,7 +151,7 @@ def test_two_hosts(two_ranks: Path, tmp_path: Path) -> None:
     ids=["killed", "stopped", "hanging", "leaving", "starving"],
 )
 def test_a_rank_that_fails(  # type: ignore[no-untyped-def]
-    entry, message: str, flat: Path, tmp_path: Path, patient_launcher: None
+    entry, message: str, flat: Path, tmp_path: Path, patient_launcher: None, temporary_files: Path
 ) -> None:
     """All ranks end soon after the event, although the job's time-out and the launcher's patience
     with ranks that ignore its signal are long."""
