@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from moec.capture import capture
@@ -250,3 +251,21 @@ def test_operators_without_kernels_are_written_out(name: str) -> None:
     (y,) = evaluate(captured.program.graph, [x], captured.program.weights)
     with torch.no_grad():
         torch.testing.assert_close(y, module(x))
+
+
+def test_traces_look_for_no_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing reads it, and for symbolic sizes it takes a tenth of the time; exports still have
+    it."""
+    program = export(
+        Function(lambda x, weight: torch.einsum("td,de->te", x, weight)),
+        (torch.randn(3, 8),),
+        dynamic_shapes=({0: Dim("T")},),
+    )
+    describe = proxy_tensor._extract_tensor_metadata
+    described: list[Tensor] = []
+    monkeypatch.setattr(proxy_tensor, "_extract_tensor_metadata", described.append)
+    assert expand(program) is not None
+    assert not described
+    assert proxy_tensor._extract_tensor_metadata == described.append
+    monkeypatch.undo()
+    assert proxy_tensor._extract_tensor_metadata is describe
