@@ -38,7 +38,8 @@ def find_capacity(probe: Probe, count: int) -> Capacity | None:
     dropped = _dropped(served, weights, count)
     lengths = (*(n for n in _LENGTHS if n < probe.longest), probe.longest)
     table = {n: int(_served(probe, 1, n)[0].sum()) for n in lengths}
-    for least, up in itertools.product(range(max(table.values()) + 1), (False, True)):
+    # A smallest capacity that the table shows is one of its numbers, or fits as well as one.
+    for least, up in itertools.product(sorted({0, *table.values()}), (False, True)):
         capacity = Capacity(per, least, _factor(table, least, up, probe.columns), up, dropped)
         fits = (min(n, capacity_rows(capacity, n, probe.columns)) == c for n, c in table.items())
         if all(fits):

@@ -178,15 +178,18 @@ class Probe:
         return [path for path, value in self.nodes.items() if value.shape[-1] == self.width]
 
     def solve(
-        self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None
+        self,
+        inputs: Sequence[torch.Tensor],
+        logits: torch.Tensor | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, float]:
         """(weights, remainder): the least-squares weights [T, N] by which the output is a sum of
         all experts' results, then of the results of `wide_paths`, then of constants; and the
-        greatest relative remainder of a row.
+        greatest relative remainder of a row. `hidden` is the output of such a run, if known.
 
         Raises NoMatch where there are more parts than the width, so that weights are not unique.
         """
-        hidden = self.run(inputs, logits).hidden
+        hidden = self.run(inputs, logits).hidden if hidden is None else hidden
         flat = inputs[0].reshape(-1, self.width)
         log_sum_exp = self.description.log_sum_exp
         with torch.no_grad():

@@ -17,6 +17,9 @@ from moec.errors import NoMatch
 
 EXPLAINED = 1e-3
 """The greatest relative remainder, in float32, of an output that is a sum of the parts tried."""
+MOST_BODIES = 500
+"""The most feed-forward networks that are tried on what a module reads: of stacks of four lists of
+experts there are thousands."""
 
 
 def find_experts(
@@ -69,11 +72,19 @@ def _find_body(
     inputs: Sequence[torch.Tensor],
     one: torch.Tensor,
 ) -> None:
+    hidden = probe.run(inputs, one).hidden
     for path in probe.wide_paths():
-        for body, names in feed_forwards(stacks, probe.width):
+        bodies = feed_forwards(stacks, probe.width)
+        for body, names in itertools.islice(bodies, MOST_BODIES):
             probe.description = Description(experts=names, body=body, source=path)
-            if probe.solve(inputs, one)[1] < 1e-4:
+            if probe.solve(inputs, one, hidden)[1] < 1e-4:
                 return
+        if next(bodies, None) is not None:
+            probe.description = Description()
+            raise NoMatch(
+                f"its {len(stacks)} stacked parameters form more than {MOST_BODIES} feed-forward "
+                "networks"
+            )
     probe.description = Description()
     raise NoMatch("no feed-forward network of its stacked parameters gives its output")
 
