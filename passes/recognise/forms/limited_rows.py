@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from moec.errors import NoMatch
 from moec.ir.dims import Dim, canonical, symbols
 from moec.ir.graph import Op, Value
 from moec.ir.traits import VIEWS
@@ -57,10 +58,15 @@ def passed_through(scope: Scope, last: Op) -> Op | None:
 
 
 def limit(scope: Scope, rows: Sequence[Value]) -> RecognisedCapacity | None:
-    """The capacity that the row lists of all experts have in common; None if they have none or
-    differ."""
-    limits = [_limit(scope, value) for value in rows]
-    return limits[0] if limits and all(one == limits[0] for one in limits) else None
+    """The capacity that the row lists of all experts have in common; None if they have none.
+
+    Raises NoMatch if they differ: a proof need not have as many rows as the greatest.
+    """
+    limits = list(dict.fromkeys(_limit(scope, value) for value in rows))
+    if len(limits) > 1:
+        sizes = ", ".join("any" if limit is None else str(limit.size) for limit in limits)
+        raise NoMatch(f"its experts take at most different numbers of rows: {sizes}")
+    return limits[0] if limits else None
 
 
 def _limit(scope: Scope, rows: Value) -> RecognisedCapacity | None:

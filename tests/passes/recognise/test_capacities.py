@@ -141,3 +141,33 @@ def test_a_loop_over_limited_rows(numbered: bool, over: bool) -> None:
     order = " in the order of numbers" if numbered else ""
     assert block.router == f"softmax, top-1, at most {LIMIT} per expert, by token{order}"
     assert block.zero == ("1 copy" if over else "")
+
+
+class UnequalLimits(nn.Module):
+    """Only one expert takes a limited number of rows, more than a proof has."""
+
+    def __init__(self, limits: tuple[int | None, ...]) -> None:
+        super().__init__()
+        self.gate, self.limits = nn.Linear(D, E), limits
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.gate(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            tokens = torch.nonzero(chosen == index)[:, 0][: self.limits[index]]
+            y[tokens] = expert(x[tokens])
+        return y * weight[:, None]
+
+
+@pytest.mark.parametrize("number", range(0, E, 2))
+def test_limits_that_differ_are_no_capacity(number: int) -> None:
+    limits: list[int | None] = [None] * E
+    limits[number] = 300
+    x = torch.randn(1, D).expand(320, D).contiguous()
+    program, reasons = recognised(UnequalLimits(tuple(limits)), x)
+    assert blocks(program.graph) == ()
+    assert any(
+        "its experts take at most different numbers of rows: " in reason and "300" in reason
+        for reason in reasons
+    )
