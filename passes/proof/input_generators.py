@@ -34,6 +34,11 @@ class OneHot:
 
 
 @dataclass(frozen=True)
+class AnyMask:
+    """The input holds masks with any number of elements set."""
+
+
+@dataclass(frozen=True)
 class Logits:
     """The input holds scores [.., E] before any softmax."""
 
@@ -59,7 +64,7 @@ class Uniform:
     """The input holds numbers in [0, 1) by which choices are dropped or kept."""
 
 
-Feed = Ids | OneHot | Logits | Correction | Positive | Sparse | Uniform | None
+Feed = Ids | OneHot | AnyMask | Logits | Correction | Positive | Sparse | Uniform | None
 """The kind of a random input; None means any floats."""
 
 
@@ -91,6 +96,8 @@ def sample(
             ids = _ids(math.prod(shape[:-1]), Ids(count, 1, absent=True), pattern, generator)
             hot = torch.nn.functional.one_hot(ids, count + 1)[..., :count]
             return hot.reshape(shape).to(dtype)
+        case AnyMask():
+            return torch.rand(shape, generator=generator) < 0.5
         case Logits():
             return _logits(shape, pattern, generator).to(dtype)
         case Correction():

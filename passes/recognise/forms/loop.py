@@ -27,7 +27,9 @@ from moec.errors import NoMatch
 from moec.ir.dims import product
 from moec.ir.graph import Op, Value
 from moec.passes.recognise.forms import batched
+from moec.passes.recognise.forms.every_expert import SOME
 from moec.passes.recognise.forms.limited_rows import limit, overwritten, passed_through
+from moec.passes.recognise.forms.masks_of_experts import open_experts
 from moec.passes.recognise.forms.parallel_branches import Fan
 from moec.passes.recognise.forms.unrolled_experts import (
     Branch,
@@ -200,7 +202,8 @@ def one_slot_a_row(
         pass  # the copies are not summed within the block
 
 
-def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
+def read_family(scope: Scope, chain: Chain) -> Family:
+    """The branches of the chain's experts. Raises NoMatch if they read different rows."""
     branches: list[Branch] = []
     for op, value in chain.links:
         branch = read_branch(scope, value, branch_ops(scope, value))
@@ -217,15 +220,20 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     if len(sources) > 1:
         names = ", ".join(sorted(v.name for v in sources)[:3])
         raise NoMatch(f"its branches read different rows: {names}")
-    experts = family(scope, branches)
-    first = experts.first
+    if len({tuple(b.reader.shared) for b in branches}) > 1:
+        raise NoMatch("its branches read rows of different shared products")
+    return family(scope, branches)
+
+
+def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
+    experts = read_family(scope, chain)
+    first, count = experts.first, len(experts.branches)
     x = first.reader.x
     assert x is not None
     uses = {role: list(values) for role, values in first.reader.uses.items()}
     for op in first.ops:
         if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
             uses.setdefault("ids", []).append(op.inputs[0])
-    count = len(branches)
     if chain.start is None and scope.made_by(scope.source_of(x), *SPREAD) is not None:
         yield from one_slot_a_row(scope, anchor, experts, uses)
     zero = zero_experts(scope, chain.zero, count, x) if chain.zero else None
@@ -252,25 +260,41 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             )
         evidence = replace(evidence, experts=among)  # those without a link add nothing
     limited = limit(scope, [v for op, _ in chain.links for _, v in selected_by(op)])
+    block = partial(
+        Proposal,
+        output=output,
+        x=x,
+        num_experts=count,
+        stacks=experts.stacks,
+        body=first.body,
+        addend=start[0] if start else None,
+        doubts=tuple(first.reader.doubts),
+        shared=tuple(first.reader.shared),
+    )
+    if zero is None and copies is None and limited is None:
+        columns = [branch.reader.uses for branch in experts.branches]
+        for mask in open_experts(scope, evidence, columns):
+            cut = tuple(dict.fromkeys((first.reader.root, *mask.cut, *start)))
+            yield block(
+                SOME,
+                experts=mask.experts,
+                weights=mask.weights,
+                top_k=count,
+                cut=cut,
+                feeds=mask.feeds,
+            )
     for choice in hypotheses(scope, evidence):
         capacity = choice.capacity or limited
         if zero is not None and capacity is not None:
             continue
-        yield Proposal(
-            form=FORM,
-            output=output,
-            x=x,
+        yield block(
+            FORM,
             experts=choice.experts,
             weights=choice.weights,
             top_k=choice.top_k,
-            num_experts=count,
-            stacks=experts.stacks,
-            body=first.body,
             cut=tuple(dict.fromkeys((first.reader.root, *choice.cut, *start))),
             feeds=choice.feeds,
             input_side=first.reader.input_side,
             capacity=capacity,
-            addend=start[0] if start else None,
             zero=zero or copies,
-            doubts=tuple(first.reader.doubts),
         )

@@ -9,6 +9,7 @@ from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
 from moec.passes.proof.input_generators import Feed
 from moec.passes.recognise.reading.body import Prepared, canonical, with_columns
+from moec.passes.recognise.reading.shared_rows import side_by_side
 from moec.passes.recognise.region import RegionEmitter
 
 Recipe = Callable[[RegionEmitter], Value]
@@ -68,6 +69,8 @@ class Proposal:
     `feeds` says which random inputs the proof gives to them. `addend` is the initial value of the
     sum, None if that is zero. `zero` describes the experts with ids from `num_experts` on; if it is
     None, these ids add nothing. `doubts` are the likely reasons if the proof refuses the proposal.
+    Rows of the values `shared` follow those of `x` in a row that is dispatched, as the body reads
+    it.
     """
 
     form: str
@@ -86,18 +89,20 @@ class Proposal:
     addend: Value | None = None
     zero: Zero | None = None
     doubts: tuple[str, ...] = ()
+    shared: tuple[Value, ...] = ()
 
 
 def emit_block(block: Proposal, emit: RegionEmitter) -> Value:
     """Emits the ops of the block. Returns the value that replaces `block.output`."""
     x = emit.rows(emit.old(block.x))
+    beside = [emit.rows(emit.old(value)) for value in block.shared]
     choice = block.experts(emit)
     if block.capacity:
         choice = _limited(block.capacity, block.num_experts, choice, emit)
     weights = block.weights(emit) if block.weights else None
     body, prepared = canonical(with_columns(block.body), block.num_experts)
     stacks = [stacked(block.stacks[p.source](emit), p, emit) for p in prepared]
-    dispatched = [x, choice]
+    dispatched = [side_by_side([x, *beside], emit), choice]
     if block.input_side and weights is not None:
         dispatched.append(weights)
     attrs: dict[str, Attr] = {"num_experts": block.num_experts}

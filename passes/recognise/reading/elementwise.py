@@ -27,6 +27,7 @@ from moec.passes.recognise.reading.row_wise import (
     counting,
     not_row_wise,
 )
+from moec.passes.recognise.reading.shared_rows import with_shared_rows
 
 if TYPE_CHECKING:
     from moec.passes.recognise.reading.rows import Reader
@@ -143,6 +144,8 @@ def pointwise(reader: Reader, op: Op) -> ExpertLayout | None:
         return None
     check_numbers(reader.scope, op)
     shape = op.outputs[0].shape
+    layouts = with_shared_rows(reader, op, layouts)
+    rows = [la for la in layouts if la is not None and not la.param]
     if any(la is None for la in layouts):
         return weighting(reader, op, layouts, rows)
     if len(layouts) == 1:
@@ -211,7 +214,7 @@ def joined(reader: Reader, op: Op, layouts: Sequence[ExpertLayout | None]) -> No
         if pick is not None and product is not None:
             return NoMatch(
                 f"{op.name} joins rows of an expert with rows of {source.name}{at_line(product)}, "
-                "a product that all experts share: a block has all products inside its experts"
+                "a product that all experts share: they are rows of other tokens than the expert's"
             )
     return NoMatch(f"{op.name} joins rows with {reader.opaque(op, layouts)}{at_line(op)}")
 
@@ -234,6 +237,9 @@ def weighting(
             raise not_row_wise(counts[0], "counts the rows")
         raise joined(reader, op, layouts)
     axes = list(padded)
+    spread = reader.scope.made_by(others[0], "aten.expand.default")
+    if spread is not None:
+        others = [spread.inputs[0]]
     for dim, (padded_axes, size) in enumerate(zip(padded, op.outputs[0].shape, strict=True)):
         shift = len(others[0].shape) - rank
         theirs = others[0].shape[dim + shift] if dim + shift >= 0 else 1

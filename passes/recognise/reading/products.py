@@ -78,8 +78,9 @@ def linear(
 ) -> ExpertLayout:
     a, w = source.axes, weight.axes
     turned = op.name == "aten.linear.default"
+    vector = rows_left and len(w) == 1
     if rows_left:
-        inner, outer = (w[-1], w[-2]) if turned else (w[-2], w[-1])
+        inner, outer = (w[-1], ()) if vector else (w[-1], w[-2]) if turned else (w[-2], w[-1])
         summed, free = a[-1], a[-2] if len(a) > 1 else ()
     else:
         inner, outer = w[-1], w[-2]
@@ -119,7 +120,9 @@ def linear(
         base = reader.writer.reshape(base, tuple(x.size for x in rest))
     else:
         rest_atoms = (*rest, result)
-    if turned or grouped:
+    if vector:
+        axes = a[:-1]
+    elif turned or grouped:
         axes = (*a[:-1], new_outer)
     else:
         rank = len(op.outputs[0].shape)

@@ -37,6 +37,7 @@ from moec.passes.recognise.reading.opnames import (
     ZEROS,
 )
 from moec.passes.recognise.reading.row_wise import at_line, counting, not_row_wise
+from moec.passes.recognise.reading.shared_rows import from_one_row
 from moec.passes.recognise.region import Scope
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
 class Reader:
     """Reads one block. `only` limits the reading to a set of ops; a value that they read from
     outside is tokens or opaque. `writer` holds the body written so far. `addends` maps a result to
-    the value that rows were added into, if that is not zero. `doubts` say why values that weight
-    rows are perhaps no routing weights."""
+    the value that rows were added into, if that is not zero. `shared` maps products that all
+    experts share, whose rows are dispatched beside `x`, to their rows in the body. `doubts`
+    say why values that weight rows are perhaps no routing weights."""
 
     scope: Scope
     writer: BodyWriter = field(default_factory=BodyWriter)
@@ -62,6 +64,7 @@ class Reader:
     fans: Callable[[Op], Fan | None] = lambda op: None
     addends: dict[Value, Value] = field(default_factory=dict)
     input_side: bool = False
+    shared: dict[Value, Value] = field(default_factory=dict)
 
     def read(self, value: Value) -> ExpertLayout | None:
         """The layout of `value`, or None if it is opaque; `why` may then hold the reason."""
@@ -296,4 +299,5 @@ class Reader:
 
     def body(self, result: ExpertLayout) -> tuple[Graph, tuple[Recipe, ...]]:
         """The body that computes `result`, and a recipe for the stack of each of its params."""
-        return self.writer.body(result, self.memo[cast(Value, self.x)].base)
+        body, stacks = self.writer.body(result, self.memo[cast(Value, self.x)].base)
+        return (from_one_row(body, [*self.shared.values()]) if self.shared else body), stacks

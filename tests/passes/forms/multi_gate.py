@@ -18,6 +18,7 @@ Weigh = Callable[[Tensor, Tensor], Tensor]
 
 WEIGH: dict[str, Weigh] = {
     "sum": lambda w, y: (w.unsqueeze(-1) * y).sum(1),
+    "expanded": lambda w, y: (w.unsqueeze(-1).expand(-1, -1, y.shape[-1]) * y).sum(1),
     "matmul": lambda w, y: (w.unsqueeze(1) @ y).squeeze(1),
     "bmm": lambda w, y: torch.bmm(w.unsqueeze(1), y).squeeze(1),
     "columns": lambda w, y: torch.bmm(y.transpose(1, 2), w.unsqueeze(2)).squeeze(2),

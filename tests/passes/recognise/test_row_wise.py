@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import moec
-from moec.interpret.evaluate import evaluate
 
 RULE = "and an expert must compute each row by itself"
 
@@ -106,34 +105,3 @@ def test_a_body_that_reads_its_rows_is_no_expert_by_its_behaviour() -> None:
     compiled = moec.compile(Loop(Beyond).eval(), (torch.randn(12, 8),), build=False, verify=False)
     assert compiled.blocks == ()
     assert any("experts.0 reads how many rows it has" in d.reason for d in compiled.declined)
-
-
-class SharedProduct(nn.Module):
-    """Pairs of small matrices beside one product that all experts share, as in MixLoRA."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.base = nn.Linear(8, 3), nn.Linear(8, 8)
-        self.down = nn.ModuleList(nn.Linear(8, 2, bias=False) for _ in range(3))
-        self.up = nn.ModuleList(nn.Linear(2, 8, bias=False) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, ids = self.gate(x).softmax(-1).topk(2, -1)
-        y, base = torch.zeros_like(x), self.base(x)
-        for number, (down, up) in enumerate(zip(self.down, self.up, strict=True)):
-            rows, slots = torch.where(ids == number)
-            hidden = torch.relu(base[rows] + up(down(x[rows])))
-            y.index_add_(0, rows, hidden * weights[rows, slots, None])
-        return y
-
-
-def test_a_product_that_all_experts_share_is_named() -> None:
-    module = SharedProduct().eval()
-    compiled = moec.compile(module, (torch.randn(12, 8),), build=False, verify=False)
-    assert compiled.blocks == ()
-    reason = compiled.declined[0].reason
-    assert "rows of linear_1 (test_row_wise.py:" in reason
-    assert "a product that all experts share" in reason
-    x = torch.randn(9, 8)
-    program = compiled.pass_results[-1].program
-    torch.testing.assert_close(evaluate(program.graph, [x], program.weights)[0], module(x))

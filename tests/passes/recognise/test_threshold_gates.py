@@ -33,6 +33,90 @@ class TopAny(nn.Module):
         return (active[..., None] * y).sum(1) / active.sum(1, keepdim=True)
 
 
+class OwnRows(nn.Module):
+    """A loop in which each expert reads the tokens whose score exceeds its threshold, with the
+    temperature of the scores clamped, as DynMoE's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.similarity = nn.Parameter(torch.randn(D, E))
+        self.thresholds = nn.Parameter(torch.zeros(E))
+        self.temperature = nn.Parameter(torch.tensor([0.7]))
+        self.experts = nn.ModuleList([nn.Linear(D, D) for _ in range(E)])
+
+    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.temperature.clamp(max=4.6).exp()
+        cosines = F.normalize(x, dim=1) @ F.normalize(self.similarity, dim=0)
+        return torch.sigmoid(cosines * scale), torch.sigmoid(self.thresholds * scale)
+
+    def active(self, x: Tensor) -> Tensor:
+        scores, limits = self.scores(x)
+        active = F.relu(scores - limits).sign()
+        best = F.one_hot(scores.argmax(1), E).to(x.dtype)
+        return torch.where(active.sum(1, keepdim=True) == 0, best, active)
+
+    def opened(self, active: Tensor, number: int) -> Tensor:
+        return active[:, number] > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        active, y = self.active(x), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(self.opened(active, number))[0]
+            y.index_add_(0, rows, expert(x[rows]))
+        return y / active.sum(1, keepdim=True)
+
+
+class Booleans(OwnRows):
+    """A table of booleans, and weights: tokens without an expert get zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, limits = self.scores(x)
+        table, y = scores > limits, torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = torch.where(table[:, number])[0]
+            y.index_add_(0, rows, expert(x[rows]) * scores[rows, number, None])
+        return y
+
+
+class EveryToken(OwnRows):
+    """Every expert for every token, weighed by a column of the table."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.active(x)
+        results = [active[:, i, None] * expert(x) for i, expert in enumerate(self.experts)]
+        return sum(results[1:], results[0]) / active.sum(1, keepdim=True)
+
+
+class OtherLimit(OwnRows):
+    """The last expert has a threshold of its own."""
+
+    def opened(self, active: Tensor, number: int) -> Tensor:
+        return active[:, number] > (0.0 if number < E - 1 else 1.5)
+
+
+class OtherColumn(OwnRows):
+    """The experts are in another order than the columns of the table that open them."""
+
+    def opened(self, active: Tensor, number: int) -> Tensor:
+        return active[:, (number + 1) % E] > 0
+
+
+@pytest.mark.parametrize("kind", [OwnRows, Booleans, EveryToken, OtherLimit, OtherColumn])
+def test_loops_over_the_columns_of_a_table(kind: type[nn.Module]) -> None:
+    """All are right; those whose experts compare a table in one way are blocks."""
+    torch.manual_seed(0)
+    module = kind().eval()
+    compiled = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
+    program = compiled.pass_results[-1].program
+    for rows in (1, 64):
+        x = torch.randn(rows, D)
+        with torch.no_grad():
+            (y,) = evaluate(program.graph, [x], program.weights)
+            torch.testing.assert_close(y, module(x), rtol=1e-5, atol=1e-6)
+    expected = [] if kind is OtherLimit else [(E, E)]
+    assert [(block.experts, block.top_k) for block in compiled.blocks] == expected
+
+
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
     torch.manual_seed(0)
