@@ -14,8 +14,10 @@ from torch import nn
 
 import moec
 from tests.dynamo.modules import Model
+from tests.fresh import Program, Warm
 from tests.models.families import FAMILIES
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("ddp", "fsdp", "experts")
 Counts = dict[str, Any]
 
@@ -88,10 +90,17 @@ def run(rank: int, folder: str) -> None:
         Path(folder, "counts.json").write_text(json.dumps(counts))
 
 
+def start(folder: str) -> None:
+    """Runs both ranks, in forks of a process without threads."""
+    torch.multiprocessing.start_processes(run, (folder,), nprocs=2, start_method="fork")
+
+
 @pytest.fixture(scope="module")
-def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:
+def counts(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> dict[str, Counts]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, (str(folder),), nprocs=2)
+    program = Program(f"from tests.dynamo.test_ranks import start\nstart({str(folder)!r})\n")
+    ended = warm.run(program, ROOT)
+    assert ended.returncode == 0, ended.stderr
     result: dict[str, Counts] = json.loads((folder / "counts.json").read_text())
     return result
 
