@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import multiprocessing.util
 import os
 import shutil
@@ -42,6 +43,11 @@ import moec
 from tests.fresh import Warm
 from tests.once import Once, folders_in
 
+# pytest listens to every logger that does not propagate. This one has no other listener, and where
+# it has one, torch writes a record, with stacks and graphs, of every step of an export.
+TRACE = logging.getLogger("torch.__trace")
+TRACE.handlers.clear()
+TRACE.propagate = True
 torch.set_num_threads(1)
 torch.manual_seed(
     int(os.environ.get("MOEC_TEST_SEED", "0"))
