@@ -144,7 +144,7 @@ def named_by_content(module: tvm.IRModule) -> tuple[tvm.IRModule, dict[str, str]
 
 
 def _key(name: str, content: str, target: tvm.target.Target, checked: bool) -> str:
-    return key_of(name, content, target, checked, *_compiler())
+    return key_of(name, content, target, checked, *compiler_key())
 
 
 def contents_of(kernels: Mapping[str, PrimFunc]) -> dict[str, str]:
@@ -162,7 +162,7 @@ def _content(kernel: PrimFunc) -> str:
 
 
 @cache
-def _compiler() -> tuple[object, ...]:
+def compiler_key() -> tuple[object, ...]:
     """Everything but the target that the machine code of a kernel depends on."""
     folder = Path(__file__).parent
     sources = hashlib.sha256(b"\0".join((folder / name).read_bytes() for name in _SOURCES))

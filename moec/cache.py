@@ -42,8 +42,8 @@ DEFAULT_LIMIT = 2 * 2**30  # bytes
 
 _MAGIC = b"moec cache 1\n"
 _HEADER = len(_MAGIC) + hashlib.sha256().digest_size
-_PARTIAL = ".partial-"
-_ABANDONED = 3600.0  # seconds after which a partial file is assumed to have no writer
+PARTIAL = ".partial-"
+ABANDONED = 3600.0  # seconds after which a partial file is assumed to have no writer
 
 
 class CacheWarning(UserWarning):
@@ -256,7 +256,7 @@ def _header(kind: str, key: str, payload: bytes) -> bytes:
 
 def _write(path: Path, *parts: bytes) -> None:
     # accessible to this user only
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_PARTIAL)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             for part in parts:
@@ -274,9 +274,9 @@ def _trim(store: Store, newest: set[Path]) -> None:
     now = time.time()
     present = []
     for entry in entries(store):
-        if not entry.path.name.startswith(_PARTIAL):
+        if not entry.path.name.startswith(PARTIAL):
             present.append(entry)
-        elif now - entry.used > _ABANDONED:
+        elif now - entry.used > ABANDONED:
             entry.path.unlink(missing_ok=True)
     total = sum(entry.size for entry in present)
     for entry in sorted(present, key=lambda entry: (entry.used, entry.path)):

@@ -21,7 +21,7 @@ from moec.spelling import did_you_mean
 
 CPU = "cpu"
 DENSE = "torch.strided"
-_SMALL = 1 << 26  # bytes of outputs below which the free memory is not checked
+SMALL = 1 << 26  # bytes of outputs below which the free memory is not checked
 
 
 def show_port(port: Port) -> str:
@@ -171,7 +171,7 @@ def check_memory(
     for port in function.outputs:
         shape = [sizes.evaluate(dim, env) for dim in port.shape]
         size += math.prod(n or 0 for n in shape) * NUMPY[port.dtype].itemsize
-    if size < _SMALL:
+    if size < SMALL:
         return
     free = free_memory()
     if size > free:

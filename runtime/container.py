@@ -184,7 +184,9 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
         raise UsageError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
     _remove_stale(path)
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f"{_writer(path)}{os.getpid()}.", dir=path.parent))
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f"{writer_prefix(path)}{os.getpid()}.", dir=path.parent)
+        )
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {reason(error)}") from error
     try:
@@ -208,7 +210,7 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _writer(path: Path) -> str:
+def writer_prefix(path: Path) -> str:
     """The prefix of temporary folders of writers on this machine; the process id follows."""
     host = re.sub(r"[^\w-]", "-", platform.node())
     return f".{path.name}.{host}."
@@ -216,7 +218,7 @@ def _writer(path: Path) -> str:
 
 def _remove_stale(path: Path) -> None:
     """Remove the temporary folders of writers of `path` whose processes have ended."""
-    start = _writer(path)
+    start = writer_prefix(path)
     for folder in path.parent.glob(f"{glob.escape(start)}*"):
         process = folder.name.removeprefix(start).partition(".")[0]
         if process.isdecimal() and not _runs(int(process)):

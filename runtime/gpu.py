@@ -136,8 +136,8 @@ def kernels(code: GpuCode, index: int = 0) -> Callable[[Any], None]:
                 f"{name} does not fit the library: it lacks the kernel {launch.name}; compile the "
                 "model again"
             )
-    _load_runtime()
-    return partial(_import, code=code, content=content)
+    load_runtime()
+    return partial(import_kernels, code=code, content=content)
 
 
 def arch_for(code: GpuCode, index: int) -> str:
@@ -171,7 +171,7 @@ def _major(version: str) -> int:
 
 
 @cache
-def _load_runtime() -> None:
+def load_runtime() -> None:
     """Load TVM's runtime for CUDA into the process, with the CUDA runtime of a wheel if there is
     one. Raises TargetError where it does not load."""
     ffi = tvm_ffi()
@@ -214,7 +214,7 @@ def allocated(shape: Sequence[int], dtype: str, memory: int, index: int) -> Any:
     return allocate(ffi.Shape(shape), ffi.dtype(dtype), ffi.Device(memory, index), None)
 
 
-def _import(host: Any, code: GpuCode, content: bytes) -> None:
+def import_kernels(host: Any, code: GpuCode, content: bytes) -> None:
     ffi = tvm_ffi()
     functions = {
         launch.name: {

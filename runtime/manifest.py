@@ -109,7 +109,7 @@ def dump(manifest: Manifest) -> bytes:
         del package["arrays"], package["library"], package["copies"]
         if package["gpu"]:
             del package["gpu"]["parts"]
-    text = {"moec": FORMAT, "sha256": _digest(FORMAT, body), **body}
+    text = {"moec": FORMAT, "sha256": digest_of(FORMAT, body), **body}
     return json.dumps(text, indent=1, ensure_ascii=False).encode() + b"\n"
 
 
@@ -126,7 +126,7 @@ def _bare(package: Package) -> Package:
     return replace(package, arrays={}, library=b"", gpu=gpu, copies={})
 
 
-def _digest(version: int, body: Mapping[str, Any]) -> str:
+def digest_of(version: int, body: Mapping[str, Any]) -> str:
     canonical = json.dumps([version, body], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -154,7 +154,7 @@ def load(content: bytes | memoryview) -> Manifest:
             "this moec reads; compile the model again, or install the moec that made it"
         )
     body = {key: value for key, value in text.items() if key not in ("moec", "sha256")}
-    if text.get("sha256") != _digest(version, body):
+    if text.get("sha256") != digest_of(version, body):
         raise ArtifactError(f"{NAME} was altered: its SHA-256 differs; copy the artifact again")
     try:
         manifest = msgspec.convert(body, Manifest, strict=True)

@@ -82,12 +82,12 @@ def write_tensors(path: Path, arrays: Mapping[str, Array]) -> None:
         )
     try:
         with whole_file(path) as file:
-            _write(file, path.suffix, arrays)
+            write_arrays(file, path.suffix, arrays)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {reason(error)}") from error
 
 
-def _write(file: Any, suffix: str, arrays: Mapping[str, Array]) -> None:
+def write_arrays(file: Any, suffix: str, arrays: Mapping[str, Array]) -> None:
     if suffix == ".safetensors":
         from safetensors.numpy import save
 

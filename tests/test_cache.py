@@ -112,12 +112,12 @@ def test_what_was_not_used_for_longest_goes_first(store: Store) -> None:
 
 def test_what_an_interrupted_writer_left_goes(store: Store) -> None:
     save(store, OBJECTS, {"a": b"one"})
-    for name, age in (("old", 2 * cache._ABANDONED), ("new", 0.0)):
-        left = path_of(store, cache._PARTIAL + name)
+    for name, age in (("old", 2 * cache.ABANDONED), ("new", 0.0)):
+        left = path_of(store, cache.PARTIAL + name)
         left.write_bytes(b"half")
         os.utime(left, (left.stat().st_mtime - age,) * 2)
     save(store, OBJECTS, {"b": b"two"})
-    assert {entry.path.name for entry in entries(store)} == {"a", "b", cache._PARTIAL + "new"}
+    assert {entry.path.name for entry in entries(store)} == {"a", "b", cache.PARTIAL + "new"}
     assert clear(store) == 3
     assert not list(entries(store))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,6 +94,54 @@ def test_a_class_name_means_one_thing():
     shared = {name: paths for name, paths in files.items() if len(paths) > 1}
     # Softmax is one idea for two targets; the others are to become fewer.
     assert shared.keys() <= {"Arguments", "Choice", "Codes", "Softmax"}, shared
+
+
+MOST_PRIVATE = 7
+"""The most private names of the product that tests use. Lower it as things get public names."""
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """The private names of moec's modules that a test imports, reads or replaces."""
+    modules: dict[str, str] = {}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moec":
+            modules |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            names |= {f"{node.module}.{a.name}" for a in node.names}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in modules:
+                names.add(f"{modules[name]}.{attribute}")
+            case ast.Call(
+                func=ast.Attribute(attr="setattr"),
+                args=[ast.Name(id=name), ast.Constant(value=str(attribute)), *_],
+            ) if name in modules:
+                names.add(f"{modules[name]}.{attribute}")
+            case ast.Call(
+                func=ast.Attribute(attr="setattr"), args=[ast.Constant(value=str(path)), *_]
+            ):
+                names.add(path)
+    private = (name for name in names if re.match("_[a-zA-Z]", name.rpartition(".")[2]))
+    return {name for name in private if name.startswith("moec.")}
+
+
+def test_tests_use_public_names():
+    """What is worth a test is worth a name that others may rely on."""
+    names = set()
+    for path in sources("tests"):
+        names |= private_names(ast.parse(path.read_text(encoding="utf-8")))
+    assert len(names) <= MOST_PRIVATE, sorted(names)
+
+
+def test_which_names_are_private():
+    text = """from moec.runtime import gpu, library as loads
+from moec.cache import _write
+driver.setattr(gpu, "_import", join)
+driver.setattr("moec.plan._draw", join)
+loads._module(path), loads.open_library(path), gpu.__doc__
+"""
+    used = ("cache._write", "plan._draw", "runtime.gpu._import", "runtime.library._module")
+    assert private_names(ast.parse(text)) == {f"moec.{name}" for name in used}
 
 
 def test_wheel_holds_every_module(tmp_path):

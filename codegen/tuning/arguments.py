@@ -47,7 +47,7 @@ def arguments(kernel: Tunable, prim_func: PrimFunc, footprint: int) -> BenchArgu
     dtypes = [str(buffer.dtype) for buffer in prim_func.params]
     held = [i for i, shape in enumerate(shapes) if len(shape) > 1 and _is_fixed(shape)]
     size = sum(math.prod(map(int, shapes[i])) * getattr(torch, dtypes[i]).itemsize for i in held)
-    free = int(min(_free_memory(), free_in_groups()))
+    free = int(min(free_memory(), free_in_groups()))
     if size > free // 2:
         raise NoMatch(
             f"--tune needs {size / 1e9:.1f} GB for weights, and {free / 1e9:.1f} GB are free"
@@ -116,7 +116,7 @@ def _random(kind: str, shape: Sequence[Any]) -> Tensor:
     return tensor.view(sizes)
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """The free memory of this machine in bytes; 4 GB if the system does not report it."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:

@@ -140,10 +140,12 @@ def packages() -> list[Check]:
         for extra in ("", "text", "compile", "onnx", "hf")
     }
     names = {r.name for group in by_extra.values() for r in group}
-    programs = {name: _PROBES[name] for name in names if name in _PROBES and _version(name)}
+    programs = {
+        name: _PROBES[name] for name in names if name in _PROBES and installed_version(name)
+    }
     faults = probe(programs)
     return [
-        _package(str(r.name), r.specifier, extra, faults)
+        check_package(str(r.name), r.specifier, extra, faults)
         for extra, group in by_extra.items()
         for r in group
     ]
@@ -156,10 +158,10 @@ def _belongs(marker: Any, extra: str) -> bool:
     return bool(extra) and bool(marker.evaluate({"extra": extra}))
 
 
-def _package(name: str, versions: object, extra: str, faults: Mapping[str, str]) -> Check:
+def check_package(name: str, versions: object, extra: str, faults: Mapping[str, str]) -> Check:
     from packaging.specifiers import SpecifierSet
 
-    installed = _version(name)
+    installed = installed_version(name)
     weak = NOTE if extra or name in _PURPOSE else BAD
     purpose = f" ({_PURPOSE[name]})" if name in _PURPOSE else ""
     install = f"pip install 'moec[{extra}]'" if extra else f"pip install '{name}{versions}'"
@@ -172,7 +174,7 @@ def _package(name: str, versions: object, extra: str, faults: Mapping[str, str])
     return Check(name, OK, installed)
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:

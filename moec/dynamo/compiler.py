@@ -68,7 +68,7 @@ def backend(
     watch(backend)
     with torch._dynamo.utils.dynamo_timed("moec_backend"):
         inputs, parts = take_local_parts(module, inputs)
-        sites, module, left = _replace_blocks(module, inputs, settings)
+        sites, module, left = replace_blocks(module, inputs, settings)
     run = (direct(module) if sites else None) or compile_rest(module, inputs, settings.rest)
     RECORDER.add(compilations=1, blocks=len(sites))
     RECORDER.fall_back(left, strict=settings.strict)
@@ -77,7 +77,7 @@ def backend(
     return call
 
 
-def _replace_blocks(
+def replace_blocks(
     module: fx.GraphModule, inputs: Sequence[Any], options: Options
 ) -> tuple[list[BlockSite], fx.GraphModule, list[Fallback]]:
     """(sites, graph that calls them, blocks left to PyTorch with their reasons). Without sites the

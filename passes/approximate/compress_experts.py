@@ -101,7 +101,7 @@ class CompressExperts:
         before = {param: _weights(program, stack) for param, stack in stacks.items()}
         for _, param in linears:
             _check(stacks[param], before[param])
-        rows = [] if self.by == "nearest" else _rows(layer, stats)
+        rows = [] if self.by == "nearest" else rows_of_experts(layer, stats)
         codes, grids, unseen = self._solve(widen(body), body, linears, before, rows)
         splice = Splice(program)
         ops: list[Op] = []
@@ -278,7 +278,7 @@ def _check(stack: Value, weight: torch.Tensor) -> None:
         raise NoMatch(f"the weights {stack.name} hold an infinity or a NaN")
 
 
-def _rows(layer: Layer, stats: LayerStats) -> list[torch.Tensor]:
+def rows_of_experts(layer: Layer, stats: LayerStats) -> list[torch.Tensor]:
     """The rows [R, D] that each expert is solved on."""
     scaled = len(layer.dispatch.inputs) > 2
     tokens, slots = stats.experts.shape

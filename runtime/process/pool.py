@@ -18,7 +18,7 @@ from typing import Any
 
 NAME = "moec_pool_1"
 """The symbol of a library's pool. The number changes with the pool or its interface."""
-_POOLS: dict[str, ctypes.CDLL] = {}
+POOLS: dict[str, ctypes.CDLL] = {}
 
 
 def share_pool(module: Any, path: Path) -> None:
@@ -29,7 +29,7 @@ def share_pool(module: Any, path: Path) -> None:
     """
     if os.environ.get("TVM_BIND_THREADS") == "1" or not module.implements_function(NAME):
         return
-    pool = _POOLS.get(NAME) or _POOLS.setdefault(NAME, _opened(path))
+    pool = POOLS.get(NAME) or POOLS.setdefault(NAME, _opened(path))
     module[NAME](address(pool.moec_pool_launch))
 
 

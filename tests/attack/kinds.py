@@ -179,7 +179,7 @@ def _written(path: Path, parts: Mapping[str, bytes], text: object) -> Path:
     """An artifact of these parts, and a manifest with its right digest where it has one."""
     if isinstance(text, dict):
         body = {key: value for key, value in text.items() if key not in ("moec", "sha256")}
-        text = text | {"sha256": manifest._digest(text.get("moec", 0), body)}
+        text = text | {"sha256": manifest.digest_of(text.get("moec", 0), body)}
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in parts.items():
             data = json.dumps(text).encode() if name == manifest.NAME else content

@@ -152,7 +152,7 @@ def test_what_differs_is_compiled(
     compile_kernels(before, target=host(), store=store)
     assert len(compiled) == 1
     if change == "versions":
-        monkeypatch.setattr(object_cache, "_compiler", lambda: ("another TVM",))
+        monkeypatch.setattr(object_cache, "compiler_key", lambda: ("another TVM",))
     compile_kernels(after, **{"target": host(), "store": store, **options})
     assert len(compiled) == 2
     compile_kernels(after, **{"target": host(), "store": store, **options})

@@ -136,13 +136,15 @@ def test_a_weak_cpu_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> No
 def test_packages_missing_old_and_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     from packaging.specifiers import SpecifierSet
 
-    monkeypatch.setattr(machine, "_version", {"torch": "2.1", "apache-tvm": "0.27.0"}.get)
-    old = machine._package("torch", SpecifierSet(">=2.12"), "", {})
+    monkeypatch.setattr(machine, "installed_version", {"torch": "2.1", "apache-tvm": "0.27.0"}.get)
+    old = machine.check_package("torch", SpecifierSet(">=2.12"), "", {})
     assert (old.state, old.says) == (BAD, "2.1, but moec needs >=2.12")
     assert old.mend == "pip install 'torch>=2.12'"
-    broken = machine._package("apache-tvm", SpecifierSet(">=0.27"), "", {"apache-tvm": "no LLVM"})
+    broken = machine.check_package(
+        "apache-tvm", SpecifierSet(">=0.27"), "", {"apache-tvm": "no LLVM"}
+    )
     assert (broken.state, broken.says) == (BAD, "0.27.0 fails to load: no LLVM")
-    absent = machine._package("transformers", SpecifierSet(""), "hf", {})
+    absent = machine.check_package("transformers", SpecifierSet(""), "hf", {})
     assert absent.state == NOTE
     assert absent.says == "not installed (needed for Hugging Face checkpoints only)"
     assert absent.mend == "pip install 'moec[hf]'"

@@ -82,7 +82,7 @@ def test_of_prompts(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("latin.txt", "is not UTF-8 at byte 1: convert it first"),
     ):
         assert words in refused("run", speaker, "--prompts", tmp_path / name)
-    monkeypatch.setattr("moec.commands.execution.text._MOST_BYTES", 1_000_000)
+    monkeypatch.setattr("moec.commands.execution.text.MOST_BYTES", 1_000_000)
     words = refused("run", speaker, "--prompts", "/dev/zero")
     assert words == "error: --prompts /dev/zero holds more than 1 MB: split it"
     done = CliRunner().invoke(cli, ["run", str(speaker), "--prompt", "-"], input=b"b" * 1_000_001)

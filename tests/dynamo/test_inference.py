@@ -54,7 +54,7 @@ def test_no_guards_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     from moec.dynamo import compiler
 
     guards: list[tuple[int, int]] = []
-    original = compiler._replace_blocks
+    original = compiler.replace_blocks
 
     def counted(*inputs: Any) -> Any:
         environment = torch._guards.TracingContext.get().fake_mode.shape_env
@@ -63,7 +63,7 @@ def test_no_guards_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
         guards.append((before, len(environment.guards)))
         return result
 
-    monkeypatch.setattr(compiler, "_replace_blocks", counted)
+    monkeypatch.setattr(compiler, "replace_blocks", counted)
     with torch.no_grad():
         compiled(Masked().eval())(torch.randn(3, 5, 16))
     ((before, after),) = guards

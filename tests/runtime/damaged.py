@@ -38,7 +38,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> Non
     text = json.loads(path.read_bytes())
     change(text)
     body = {key: value for key, value in text.items() if key not in ("moec", "sha256")}
-    text["sha256"] = manifest._digest(text["moec"], body)
+    text["sha256"] = manifest.digest_of(text["moec"], body)
     path.write_text(json.dumps(text))
 
 

@@ -101,8 +101,8 @@ def emulation(driver: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         imported(host, content.decode(), code.launches)
 
     driver.setattr(gpu, "GpuDevice", partial(gpu.GpuDevice, memory=CPU))
-    driver.setattr(gpu, "_load_runtime", lambda: None)
-    driver.setattr(gpu, "_import", join)
+    driver.setattr(gpu, "load_runtime", lambda: None)
+    driver.setattr(gpu, "import_kernels", join)
     return driver
 
 

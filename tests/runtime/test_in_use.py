@@ -110,9 +110,9 @@ def test_what_a_killed_writer_left_is_removed(saved: Path) -> None:
     done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                           capture_output=True, text=True)  # fmt: skip
     ended, here = int(done.stdout), os.getpid()
-    from moec.runtime.container import _writer
+    from moec.runtime.container import writer_prefix
 
-    stale, others = (saved.with_name(f"{_writer(saved)}{n}.x") for n in (ended, here))
+    stale, others = (saved.with_name(f"{writer_prefix(saved)}{n}.x") for n in (ended, here))
     for folder in (stale, others):
         folder.mkdir()
         (folder / "new").write_bytes(b"half")
@@ -152,7 +152,7 @@ def test_libraries_are_unloaded(saved: Path) -> None:
 
 def test_outputs_that_no_memory_holds(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(saved)
-    monkeypatch.setattr(checks, "_SMALL", 1)
+    monkeypatch.setattr(checks, "SMALL", 1)
     monkeypatch.setattr(device, "free_memory", lambda: 10)
     with pytest.raises(InputError, match=r"the outputs take [\d.]+ \w+, and 10 bytes of memory"):
         model(toy.inputs())

@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensor_files, "_write", full)
+    monkeypatch.setattr(tensor_files, "write_arrays", full)
     with pytest.raises(UsageError, match="cannot be written: the disk is full"):
         write_tensors(path, {"x": arrays()["x"]})
     assert path.read_text() == "old"

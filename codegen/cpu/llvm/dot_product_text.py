@@ -8,10 +8,10 @@ from moec.target.cpu import CpuTarget
 
 
 def dot_product_functions(target: CpuTarget) -> str:
-    return _dot4(target) + (_small(target) if target.byte_pairs else "")
+    return dot4(target) + (_small(target) if target.byte_pairs else "")
 
 
-def _dot4(target: CpuTarget) -> str:
+def dot4(target: CpuTarget) -> str:
     n = target.vector_lanes
     i = f"<{n} x i32>"
     head = f"define linkonce_odr {i} @moec_dot4_{n}({i} %acc, {i} %a, {i} %b) alwaysinline {{"

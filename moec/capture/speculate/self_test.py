@@ -17,7 +17,7 @@ from moec.capture.user_code.probe import SpeculationProbe
 @cache
 def hooks_fit() -> bool:
     """Whether the probe module is captured correctly. Warns, once, where it is not."""
-    reason = _misfit()
+    reason = describe_misfit()
     if reason:
         warnings.warn(
             f"moec does not know torch {torch.__version__} ({reason}): modules that read data into "
@@ -27,7 +27,7 @@ def hooks_fit() -> bool:
     return not reason
 
 
-def _misfit() -> str:
+def describe_misfit() -> str:
     """What went wrong; empty where nothing did."""
     x = torch.randn(5, 3)
 

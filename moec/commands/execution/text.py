@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moec.runtime.text.prompt import Tokenizer
     from moec.runtime.text.texts import Decoder
 
-_MOST_BYTES = 256_000_000  # of prompts
+MOST_BYTES = 256_000_000  # of prompts
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -118,9 +118,9 @@ def read_prompts(options: TextOptions) -> list[str]:
 
 def _read(name: str, file: BinaryIO) -> bytes:
     """The whole file. Raises UsageError beyond a limit, because /dev/zero would fill the memory."""
-    content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise UsageError(f"{name} holds more than {_MOST_BYTES // 10**6} MB: split it")
+    content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise UsageError(f"{name} holds more than {MOST_BYTES // 10**6} MB: split it")
     return content
 
 

@@ -233,11 +233,11 @@ def drawn(
     without replacement."""
     for index, (load, count) in enumerate(zip(loads, k, strict=True)):
         if len(load):
-            threshold, other = _alias(load / load.sum())
-            yield _draw(threshold, other, tokens, count, seed * 1_000_003 + index + 1)
+            threshold, other = alias_tables(load / load.sum())
+            yield draw_choices(threshold, other, tokens, count, seed * 1_000_003 + index + 1)
 
 
-def _alias(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int16]]:
+def alias_tables(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int16]]:
     """Tables of the alias method, by which a draw takes one random index and one comparison."""
     size = len(shares)
     threshold, other = shares * size, np.arange(size, dtype=np.int16)
@@ -254,7 +254,7 @@ def _alias(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
 
 
 @compiled
-def _draw(
+def draw_choices(
     threshold: NDArray[np.float64], other: NDArray[np.int16], tokens: int, k: int, seed: int
 ) -> Ids:
     """Draws by xorshift64*; after 64 duplicates the next free expert is taken."""

@@ -17,7 +17,7 @@ UNKNOWN = r"moec does not know torch .* \(.*\): modules that read data into Pyth
 
 
 def test_this_torch_is_known() -> None:
-    assert self_test._misfit() == ""
+    assert self_test.describe_misfit() == ""
 
 
 def test_an_unknown_torch_is_named_and_the_first_reason_stands() -> None:

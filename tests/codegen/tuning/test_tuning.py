@@ -224,7 +224,7 @@ def test_rows_and_copies_of_what_is_measured(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(arguments_module, "last_cache", lambda: size)
     assert arguments(kernel, func, 100 * size).copies == 4  # behind which the cache has forgotten
     assert arguments(kernel, func, 0).copies == 1  # the whole model fits
-    monkeypatch.setattr(arguments_module, "_free_memory", lambda: size)
+    monkeypatch.setattr(arguments_module, "free_memory", lambda: size)
     with pytest.raises(NoMatch, match=r"--tune needs 0.0 GB for weights, and 0.0 GB are free"):
         arguments(kernel, func, 0)
 

@@ -15,7 +15,7 @@ from moec.formats.ternary import codes_of, grid_of, values
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage, Value
 from moec.ir.text import print_graph
-from moec.passes.approximate.compress_experts import REACHES, CompressExperts, _rows
+from moec.passes.approximate.compress_experts import REACHES, CompressExperts, rows_of_experts
 from moec.passes.calibration.gptq import damp, hessian
 from moec.passes.core.runner import Pass, run
 from moec.passes.lower.expand_experts import ExpandExperts
@@ -152,7 +152,7 @@ def test_a_favourite_counts_four_times_the_mean():
         weights=torch.ones(32, 1),
     )
     layer = SimpleNamespace(count=16, dispatch=SimpleNamespace(inputs=("x", "experts")))
-    rows = _rows(layer, stats)
+    rows = rows_of_experts(layer, stats)
     assert rows[0].flatten().tolist() == list(range(8))
     assert [len(entry) for entry in rows[1:]] == [0] * 15
 
@@ -162,7 +162,7 @@ def test_rows_are_scaled_where_the_dispatch_scales_them():
     stats = SimpleNamespace(x=x, experts=torch.tensor([[0, 1], [1, 0]]), weights=weights)
     for inputs, expected in ((2, [[1, 2], [1, 2]]), (3, [[0.5, 22], [3, 14]])):
         layer = SimpleNamespace(count=2, dispatch=SimpleNamespace(inputs=range(inputs)))
-        assert [entry.flatten().tolist() for entry in _rows(layer, stats)] == expected
+        assert [entry.flatten().tolist() for entry in rows_of_experts(layer, stats)] == expected
 
 
 def test_experts_are_fitted_alike_in_groups_of_any_size(monkeypatch):

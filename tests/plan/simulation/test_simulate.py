@@ -11,7 +11,14 @@ from moec.errors import UsageError
 from moec.plan.inputs.model import read_model
 from moec.plan.placement.placement import place
 from moec.plan.plan import LayerPlan
-from moec.plan.simulation.simulate import _alias, _draw, drawn, simulate, tables, traffic
+from moec.plan.simulation.simulate import (
+    alias_tables,
+    draw_choices,
+    drawn,
+    simulate,
+    tables,
+    traffic,
+)
 from tests.plan.search.test_planner import planner
 
 
@@ -82,7 +89,7 @@ def test_equals_a_plain_count(
 
 def test_draws_have_their_shares() -> None:
     shares = np.array([0.5, 0.25, 0.125, 0.125])
-    ids = _draw(*_alias(shares.copy()), 40_000, 1, 3)
+    ids = draw_choices(*alias_tables(shares.copy()), 40_000, 1, 3)
     # Four standard deviations of a binomial of 40,000 draws.
     assert np.abs(np.bincount(ids.ravel(), minlength=4) / 40_000 - shares).max() < 0.01
 

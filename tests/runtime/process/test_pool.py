@@ -45,7 +45,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Lets the next library that is loaded from a path of its own start a pool."""
 
     def threads(count: int) -> None:
-        monkeypatch.setattr(pool, "_POOLS", {})
+        monkeypatch.setattr(pool, "POOLS", {})
         monkeypatch.setenv("TVM_NUM_THREADS", str(count))
 
     return threads

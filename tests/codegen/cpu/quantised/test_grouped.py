@@ -184,10 +184,10 @@ def test_products_of_signed_bytes_alone(build, monkeypatch, text):
     """What Arm's dotprod multiplies, in instructions that run here: codes must be lessened."""
     target = replace(TARGETS["generic"], name=f"signed {text}", features=("dotprod",))
     assert target.int8_signed
-    emulated = dot_product_text._dot4(TARGETS["generic"]).replace("%xh = lshr ", "%xh = ashr ")
+    emulated = dot_product_text.dot4(TARGETS["generic"]).replace("%xh = lshr ", "%xh = ashr ")
     low = "%xs = shl <8 x i16> %x, splat (i16 8)\n  %xl = ashr <8 x i16> %xs, splat (i16 8)"
     emulated = re.sub("%xl = and .*", low, emulated)
-    monkeypatch.setattr(dot_product_text, "_dot4", lambda _: emulated)
+    monkeypatch.setattr(dot_product_text, "dot4", lambda _: emulated)
     linear = Linear(build, target, text, 20, 64, 2)
     ends = torch.tensor([4, 9], dtype=torch.int32)
     x = torch.randn(11, 64)
