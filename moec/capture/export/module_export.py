@@ -33,6 +33,7 @@ from moec.capture.sizes.lengths import AxisGroup
 from moec.capture.sizes.shapes import Axes, name_symbols
 from moec.capture.sizes.widening import Widened
 from moec.capture.speculate import explained, scripts_as_python
+from moec.capture.user_code.stacks import short_stacks
 from moec.interpret.outputs import Structure, flatten
 from moec.ir.dims import Bounds
 from moec.ir.graph import Program
@@ -70,6 +71,7 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         texts_guarded(),
         floats_symbolic(),
         located(),
+        short_stacks(),
         symbolic_config.patch(  # type: ignore[attr-defined]
             backed_size_oblivious=True, use_duck_shape=False
         ),

@@ -12,7 +12,7 @@ import torch
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _TORCH = str(Path(torch.__file__).parent)
-_MOEC = str(Path(__file__).parents[1])
+_MOEC = str(Path(__file__).parents[2])
 
 
 def user_line(node: torch.fx.Node) -> str:
