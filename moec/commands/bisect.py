@@ -17,6 +17,7 @@ from moec.commands.options.options import (
 )
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
+from moec.runtime.process.threads import shorten_spinning
 
 
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
@@ -64,6 +65,7 @@ def command(
     arguments = api_arguments(
         shapes, describe, dtype=dtype, allow_fixed=allow_fixed, constants=constants
     )
+    shorten_spinning()
     hush()
     with explain_sizes(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")

@@ -28,6 +28,7 @@ from moec.commands.options.options import (
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UnsupportedError
+from moec.runtime.process.threads import shorten_spinning
 
 if TYPE_CHECKING:
     from moec.commands.compilation.checkpoint_key import CheckpointKey
@@ -171,6 +172,7 @@ def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[
     from moec.commands.output.progress import hush
 
     assert request.output is not None, "the request was checked"
+    shorten_spinning()
     hush()
     with explain_sizes():
         compile_ranks(
@@ -193,6 +195,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
         if dump:
             dump(pass_result)
 
+    shorten_spinning()
     hush()
     if cost := estimate.of_files(request.model):
         LOGGER.info(cost)

@@ -23,6 +23,7 @@ from moec.commands.options.options import (
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
+from moec.runtime.process.threads import shorten_spinning
 
 if TYPE_CHECKING:
     from moec.export.onnx import Exported
@@ -97,6 +98,7 @@ def command(
 
     from moec.commands.output.progress import Progress, hush
 
+    shorten_spinning()
     hush()
     with explain_sizes(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("start")

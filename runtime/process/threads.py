@@ -59,6 +59,19 @@ def set_threads(
     return int(environment["TVM_NUM_THREADS"])
 
 
+def shorten_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let the threads of GNU's OpenMP, which PyTorch uses on Linux, poll as often as the workers of
+    kernels before they sleep, unless the user has set how they wait. The library reads this when it
+    is loaded, so call it before torch is imported.
+
+    By default a thread polls for milliseconds, even if the thread that it waits for has no core.
+    Several threads that run PyTorch's ops, as transformers starts to load weights, then wait for
+    each other: on two cores 2.6 GB of experts took 20 s to load in place of 4 s.
+    """
+    if not any(environment.get(name, "").strip() for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        environment["GOMP_SPINCOUNT"] = str(SPINS)
+
+
 def available() -> int:
     """The number of processors that this process may use, by affinity and by quota. The quota is
     rounded up, since with a quota of 1.5 two threads are faster than one."""
