@@ -30,6 +30,7 @@ NAMES = (
     "fold-constants",
     "expand-experts",
     "expand-forced",
+    "expand-routers",
     "expand-mixtures",
     "expand-hierarchies",
     "expand-soft-mixtures",
