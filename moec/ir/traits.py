@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from moec.dtypes import FLOATS
 from moec.errors import IRError
 from moec.ir.aten import overload
 from moec.ir.graph import Op
@@ -43,6 +44,17 @@ IDENTITIES = frozenset(
 """Ops whose result equals their input, shape and dtype included."""
 
 CASTS = frozenset({"aten._to_copy.default", "aten.to.dtype"})
+
+
+def rounds_doubles(op: Op) -> bool:
+    """Whether a cast is between float64 and other floats. What is computed on the two sides of it
+    differs by less than proofs in float32 tell, so that no match may leave it out."""
+    if op.name not in CASTS:
+        return False
+    types = (op.inputs[0].dtype, op.outputs[0].dtype)
+    return types.count("f64") == 1 and all(dtype in FLOATS for dtype in types)
+
+
 THROUGH = VIEWS | CASTS | {"aten.expand.default", "aten.permute.default"}
 """Ops whose output holds the elements of their input: repeated, permuted or cast."""
 

@@ -13,7 +13,7 @@ from moec.dtypes import INDEX_DTYPES
 from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
-from moec.ir.traits import CASTS, CHOICES, LIKES, THROUGH, VIEWS, is_elementwise
+from moec.ir.traits import CASTS, CHOICES, LIKES, THROUGH, VIEWS, is_elementwise, rounds_doubles
 from moec.passes.core.rewrite import Builder, rebuild
 
 
@@ -89,10 +89,10 @@ class Scope:
         return op if op is not None and op.name in names else None
 
     def source_of(self, value: Value, names: Iterable[str] = VIEWS) -> Value:
-        """The source of `value` before the ops `names`. The default is ops that keep the elements
-        and their order."""
+        """The source of `value` before the ops `names`, but not before a rounding of float64. The
+        default is ops that keep the elements and their order."""
         op = self.maker(value)
-        while op is not None and op.name in names:
+        while op is not None and op.name in names and not rounds_doubles(op):
             value = op.inputs[0]
             op = self.maker(value)
         return value

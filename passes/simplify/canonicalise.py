@@ -12,6 +12,7 @@ reshape(reshape(x))             -> reshape(x)
 x[mask], x.masked_scatter(mask) -> x[where the mask is set]
 x.masked_scatter(mask, y), x[mask] = y -> where(mask, y[cumsum(mask) - 1], x)
                                                     (of known or named sizes)
+softmax(x, dtype=f32), sum(x, dtype=f32) of float64 -> softmax(cast(x)), sum(cast(x))
 bucketize(x, edges)             -> sum(edges < x[.., None], -1)
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moec.dtypes import FLOATS
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.traits import IDENTITIES
 from moec.passes.core.rewrite import Builder, rewrite
@@ -91,6 +93,15 @@ def _neutral_operand(neutral: int, kinds: str) -> Simplify:
         return _same_type(op, b) if exact and "self" not in op.attrs else None
 
     return rule
+
+
+def _cast_first(op: Op, b: Builder) -> Sequence[Value] | None:
+    """softmax(x, dtype=f32) of float64 as softmax(cast(x)), and the other way round."""
+    (x,), out = op.inputs, op.outputs[0].type
+    if (x.dtype == "f64") == (out.dtype == "f64") or not {x.dtype, out.dtype} <= set(FLOATS):
+        return None
+    attrs = {name: value for name, value in op.attrs.items() if name != "dtype"}
+    return b.emit(op.name, [b.cast(x, out.dtype, like=op)], [out], like=op, attrs=attrs)
 
 
 def _reshape(op: Op, b: Builder) -> Sequence[Value] | None:
@@ -179,6 +190,9 @@ def _addmm(op: Op, b: Builder) -> Sequence[Value] | None:
 _RULES: dict[str, Simplify] = {
     "aten.alias.default": _alias,
     "aten._to_copy.default": _same_type,
+    "aten.softmax.int": _cast_first,
+    "aten.log_softmax.int": _cast_first,
+    "aten.sum.dim_IntList": _cast_first,
     "aten.expand.default": _same_type,
     "aten.cat.default": _cat,
     "aten.slice.Tensor": _slice,

@@ -13,7 +13,7 @@ from typing import cast
 from moec.dtypes import FLOATS
 from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
-from moec.ir.traits import CHOICES, THROUGH
+from moec.ir.traits import CHOICES, THROUGH, rounds_doubles
 from moec.passes.proof.input_generators import Feed, Ids, Logits, Positive, Uniform
 from moec.passes.recognise.reading.block import RecognisedCapacity
 from moec.passes.recognise.region import (
@@ -102,7 +102,8 @@ def other_inputs(scope: Scope, evidence: Evidence, logits: Value) -> tuple[Value
 
 
 def logits_behind(scope: Scope, results: Sequence[Value], experts: int) -> Iterator[Value]:
-    """Values that may be the logits: floats [.., E] behind every choice, farthest first."""
+    """Values that may be the logits: floats [.., E] behind every choice, farthest first. A router
+    computes in the dtype of its logits: a cast from or to float64 gives them."""
     stack, visited = list(results), set(results)
     logits: list[Value] = []
     while stack:
@@ -111,7 +112,7 @@ def logits_behind(scope: Scope, results: Sequence[Value], experts: int) -> Itera
             if value not in scope.constants and len(value.shape) > 1:
                 logits.append(value)
         op = scope.maker(value)
-        if op is None or not is_routing(op):
+        if op is None or not is_routing(op) or rounds_doubles(op):
             continue
         for source in op.inputs:
             if source not in visited:

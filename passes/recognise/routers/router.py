@@ -23,6 +23,7 @@ from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.traits import rounds_doubles
 from moec.ops.experts.dispatch import chooses_all
 from moec.ops.routing.routing import Routing, choice_scores, group_scores
 from moec.passes.core.rewrite import Builder, rebuild
@@ -171,6 +172,10 @@ def _hypothesise(
             f"{other.name} is between {logits.name} and the choices, and no known "
             "routing has it there"
         )
+    last = {scope.source_of(value) for value in results}
+    for op in region.ops:
+        if rounds_doubles(op) and op.outputs[0] not in last:
+            raise NoMatch(f"{op.outputs[0].name} is computed in another precision than the logits")
     corrections = [p for p in region.params if p.dtype in FLOATS and p.shape]
     if len(corrections) > 1 or any(product(p.shape) != block.num_experts for p in corrections):
         raise NoMatch(f"it adds {', '.join(map(repr, corrections))}, not one correction [E]")

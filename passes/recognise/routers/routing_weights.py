@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from moec.dtypes import FLOATS
 from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, TensorType, Value
-from moec.ir.traits import THROUGH
+from moec.ir.traits import THROUGH, rounds_doubles
 from moec.passes.proof.input_generators import Ids
 from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.region import (
@@ -56,7 +56,9 @@ def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Valu
             if value.dtype in FLOATS and product(value.shape) == count:
                 moved.append(value)
             op = scope.maker(value)
-            if op is None or op.name not in (
+            if op is None or rounds_doubles(op):
+                break
+            if op.name not in (
                 *THROUGH,
                 "aten.index.Tensor",
                 "aten.index_select.default",
@@ -73,7 +75,7 @@ def candidates(scope: Scope, used: Sequence[Value], count: Dim) -> Iterator[Valu
     others: list[Value] = []
     while stack and len(visited) < 300:
         op = scope.maker(stack.pop())
-        if op is None or not is_routing(op):
+        if op is None or not is_routing(op) or rounds_doubles(op):
             continue
         for value in (*op.inputs, *op.outputs):
             if value in visited and value not in used:

@@ -1,4 +1,4 @@
-"""Which part of the routing a 16-bit module computes in float32.
+"""Which part of the routing a module of 16 bits or float64 computes in float32.
 
 Rules are found and proved in float32, where all variants agree. In 16 bits, nearly equal scores
 become equal and other experts are chosen. So each variant is compared with the module itself.
@@ -16,15 +16,22 @@ from moec.capture.behaviour.inference.probe import Probe, result_leaves
 from moec.capture.behaviour.layer.description import PRECISIONS, Description
 from moec.capture.behaviour.layer.parts import float_dtype
 from moec.capture.behaviour.replacement import Replacement, outputs
+from moec.errors import NoMatch
 
 _SHAPE = (4, 128)
 """(sequences, tokens of each): enough for some scores to be equal in 16 bits but not in float32."""
 
+_EXACT = 1e-12
+"""The mean relative difference of modules of float64 that are computed alike."""
+
 
 def with_precision(module: nn.Module, probe: Probe, description: Description) -> Description:
-    """`description` with the precision whose results are nearest to the module's own."""
+    """`description` with the precision whose results are nearest to the module's own.
+
+    Raises NoMatch where none is near enough for a module of float64.
+    """
     dtype = float_dtype(module)
-    if description.form != "topk" or dtype not in (torch.bfloat16, torch.float16):
+    if description.form != "topk" or dtype is torch.float32:
         return description
     tokens, *ids = probe.inputs(*_SHAPE)
     tokens = tokens.to(dtype)
@@ -42,7 +49,10 @@ def with_precision(module: nn.Module, probe: Probe, description: Description) ->
         return sum(_distance(a, b) for a, b in pairs if isinstance(b, torch.Tensor))
 
     candidates = [replace(description, precision=precision) for precision in PRECISIONS]
-    return min(candidates, key=error)
+    best = min(candidates, key=error)
+    if dtype is torch.float64 and error(best) > _EXACT:
+        raise NoMatch("it is of float64, and computes a part in fewer digits that was not found")
+    return best
 
 
 def _distance(a: object, b: torch.Tensor) -> float:
