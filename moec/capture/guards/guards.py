@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
 
 from moec.capture.guards.false_sizes import can_run, false_at
-from moec.capture.user_code.sources import is_internal, text_of
+from moec.capture.user_code.sources import is_internal, is_standard, text_of
 from moec.errors import CaptureError, IRError
 from moec.ir.dims import Bounds, nearly_from_torch, show_dim, symbols
 from moec.ir.graph import Graph
@@ -80,7 +80,7 @@ class _Internal:
     """The set of files that hold no user code, in the form that torch's search for a line takes."""
 
     def __contains__(self, file: object) -> bool:
-        return isinstance(file, str) and is_internal(file)
+        return isinstance(file, str) and (is_internal(file) or is_standard(file))
 
 
 def located() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import re
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _TORCH = str(Path(torch.__file__).parent)
 _MOEC = str(Path(__file__).parents[2])
 
@@ -34,6 +36,12 @@ def user_code(node: torch.fx.Node) -> str:
 def is_internal(file: str) -> bool:
     """Whether a file belongs to torch or moec and not to the user."""
     return file.startswith((_TORCH, _MOEC, "<"))
+
+
+def is_standard(file: str) -> bool:
+    """Whether a file is of the standard library, or code that it generates (of a dataclass)."""
+    library = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
+    return library or file == "<string>"
 
 
 def text_of(file: str, line: int) -> str:

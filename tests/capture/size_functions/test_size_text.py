@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import pprint
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -55,7 +58,48 @@ class Logarithm(nn.Module):
         return x * math.log(len(f"{x.shape[0]}") + 1)
 
 
-@pytest.mark.parametrize("kind", [Compared, Measured, Looked, Shape, Half, Checked, Logarithm])
+class Printed(nn.Module):
+    """The text is made in the standard library."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(pprint.pformat([x.shape[0]]))
+
+
+@dataclass
+class Rows:
+    count: int
+
+
+class OfDataclass(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(repr(Rows(x.shape[0])))
+
+
+class Json(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len(json.dumps(f"{x.shape[0]}"))
+
+
+class Percent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * len("%s" % x.shape[0])  # noqa: UP031
+
+
+class Tens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * round(x.shape[0], -1)
+
+
+class Bits(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (len(bin(x.shape[0])) + len(hex(x.shape[0])) + x.shape[0].bit_length())
+
+
+TEXTS = (Compared, Measured, Looked, Shape, Half, Checked, Logarithm)
+OF_LIBRARIES = (Printed, OfDataclass, Json, Percent, Tens, Bits)
+
+
+@pytest.mark.parametrize("kind", [*TEXTS, *OF_LIBRARIES])
 def test_a_text_that_decides_is_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(CaptureError, match=r"test_size_text\.py:\d+ in forward: return x \*"):
         moec.compile(kind().eval(), (torch.randn(7, 8),), build=False, verify=False)
@@ -78,6 +122,7 @@ class Written(nn.Module):
         )
         if n < 0:
             raise ValueError(f"{n} rows")
+        logging.getLogger("moec.test").warning("%s rows, %r", n, x.shape)
         with torch.profiler.record_function(f"{n} rows"):
             return x * 2
 
