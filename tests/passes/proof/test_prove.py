@@ -148,3 +148,19 @@ def negated() -> Graph:
       y: f32[T, 4] = aten.neg.default(x)
       return y
     }""")
+
+
+def scaled(rows: int) -> Graph:
+    return parse(f"""
+    graph main(x: f32[T, 64]; w: f32[{rows}, 64]) {{
+      y: f32[T, {rows}] = aten.linear.default(x, w)
+      return y
+    }}""")
+
+
+@pytest.mark.parametrize(("rows", "pools"), [(64, 0), (512, 1)])
+def test_small_weights_need_no_pool(rows: int, pools: int) -> None:
+    """A pool has four million numbers, and each proof with weights of another width made one."""
+    graph, prover = scaled(rows), Prover({})
+    prover.prove(graph, graph, feeds(graph))
+    assert len(prover.pools) == pools
