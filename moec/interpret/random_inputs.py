@@ -51,8 +51,10 @@ def _nonzero_rows(program: Program, value: Value, rows: int) -> torch.Tensor:
     weight = None if table is None else program.weights.get(table.name)
     ids = torch.arange(rows)
     if weight is not None:
-        nonzero = weight[:rows].ne(0).any(-1).nonzero()[:, 0]
-        ids = nonzero if len(nonzero) else ids
+        nonzero = weight[:rows, :1].ne(0).any(-1)  # of most rows one element is enough
+        rest = nonzero.logical_not().nonzero()[:, 0]
+        nonzero[rest] = weight[rest].ne(0).any(-1)
+        ids = ids[nonzero] if nonzero.any() else ids
     return ids
 
 
