@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 
-from moec.dtypes import FLOATS
+from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.ir.graph import Op, Value
 from moec.ir.traits import CHOICES, THROUGH
 from moec.passes.recognise.reading.opnames import ACROSS, MULTIPLY, PRODUCTS
@@ -20,6 +20,9 @@ from moec.passes.recognise.region import Scope
 RULE = "other-choices"
 """The rule under which the reasons are logged: if a model is compiled in pieces, the experts may be
 in another piece."""
+_COMPARISONS = ("aten.gt.", "aten.ge.", "aten.lt.", "aten.le.")
+_LISTS = frozenset({"aten.nonzero.default", "aten.where.self"})
+"""Ops that give the positions of rows for which a condition holds."""
 _MOST_EXPERTS = 1024
 """A choice among more is one of words in a vocabulary."""
 
@@ -41,6 +44,22 @@ def other_choices(scope: Scope) -> Iterator[tuple[Op, str]]:
                 f"{op.name} chooses among {among}, and the choices are not experts: no product "
                 "with weights of a single choice follows",
             )
+    yield from dict(_thresholds(scope)).items()
+
+
+def _thresholds(scope: Scope) -> Iterator[tuple[Op, str]]:
+    """Comparisons that list the rows of one network, as in layers that tokens skip."""
+    for op in scope.graph.ops:
+        if op.name not in _LISTS or op.outputs[0].dtype not in INDEX_DTYPES:
+            continue
+        compare = scope.maker(scope.source_of(op.inputs[0], THROUGH))
+        if compare is not None and compare.name.startswith(_COMPARISONS):
+            if compare.inputs[0].dtype in FLOATS:
+                yield (
+                    compare,
+                    f"{compare.name} lists rows by a threshold, and they go through one network or "
+                    "none: there are no experts to choose among",
+                )
 
 
 def other_mixtures(scope: Scope, covered: Container[Op]) -> Iterator[tuple[Op, str]]:
@@ -56,8 +75,25 @@ def other_mixtures(scope: Scope, covered: Container[Op]) -> Iterator[tuple[Op, s
             continue
         for product in _products(scope, op.outputs[0]):
             sources = [scope.source_of(value, THROUGH) for value in product.inputs]
-            texts = [_weighed(scope, value, count) for value in sources if product not in covered]
-            yield from ((product, text) for text in texts[:2] if text)
+            sources = sources if product not in covered else []
+            texts = [_weighed(scope, value, count) for value in sources[:2]]
+            if product.name in MULTIPLY:
+                texts += [_parts(scope, value, count) for value in sources]
+            yield from ((product, text) for text in texts if text)
+
+
+def _parts(scope: Scope, value: Value, count: int) -> str:
+    """What a softmax weighs in the rows of a product that have several parts, each of `count`."""
+    layer = scope.made_by(value, *PRODUCTS)
+    width = value.shape[-1] if value.shape else 1
+    if layer is None or not isinstance(width, int) or width <= count or width % count:
+        return ""
+    if not any(operand in scope.constants for operand in layer.inputs):
+        return ""
+    return (
+        f"a softmax weighs {count} parts of each row of {value.name}: the experts are columns of "
+        "one matrix, which is multiplied at once"
+    )
 
 
 def _products(scope: Scope, weights: Value) -> Iterator[Op]:

@@ -87,6 +87,49 @@ class Average(Static):
         return torch.stack([expert(x) for expert in self.experts]).mean(0)
 
 
+class Columns(nn.Module):
+    """Mixture of linear experts (arXiv 2312.06786): all experts are columns of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.gate = nn.Linear(D, 3 * E), nn.Linear(D, 3 * E)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights = self.gate(x).view(-1, 3, E).softmax(-1)
+        return (self.heads(x).view(-1, 3, E) * weights).sum(-1)
+
+
+class Skipping(nn.Module):
+    """A layer that only tokens whose score exceeds a threshold go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.layer = nn.Linear(D, 1), nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.router(x).sigmoid()
+        rows, y = (scores > 0.5).squeeze(-1), x.clone()
+        if rows.any():
+            y[rows] = x[rows] + self.layer(x[rows]).relu() * scores[rows]
+        return y
+
+
+class Guarded(nn.Module):
+    """No rows are listed: a condition chooses numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(D, D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0.5, self.layer(x), x)
+
+
+def test_a_condition_on_numbers_is_no_choice() -> None:
+    compiled = moec.compile(Guarded().eval(), (torch.randn(6, D),), build=False, verify=False)
+    assert compiled.declined == ()
+
+
 NO_ROUTER = "4 like parts, but no product with 4 or a few more columns, a row for each token, "
 
 
@@ -101,6 +144,8 @@ NO_ROUTER = "4 like parts, but no product with 4 or a few more columns, a row fo
             "a softmax averages the weights of 4 experts, up, into one expert before any row",
         ),
         (MergedByToken, 0, "a softmax averages the weights of 4 experts, down, into one expert"),
+        (Columns, 0, "a softmax weighs 4 parts of each row of linear"),
+        (Skipping, 0, "aten.gt.Scalar lists rows by a threshold"),
         (Static, 0, NO_ROUTER),
         (Average, 0, NO_ROUTER),
     ],
