@@ -9,7 +9,6 @@ import multiprocessing.util
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -29,9 +28,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         FOLDER = tempfile.mkdtemp(prefix="moec-test-cache-")
         atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
     os.environ["MOEC_CACHE"] = FOLDER
-# An end by `timeout` or `kill` unwinds, so that the folder is removed.
+# `timeout` and `kill` interrupt the run as Ctrl-C does, so that the folder is removed.
 if threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 # A test that starts Python finds moec compiled by the one before.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

@@ -52,6 +52,23 @@ def test_no_bare_imports():
     assert bare == []
 
 
+def test_only_commands_use_the_public_interface():
+    """`import moec` loads its functions on demand, so import-linter does not see what is used."""
+    public = {"compile", "describe", "load", "prepare", "stats", "transform"}
+    uses = [
+        str(path.relative_to(ROOT))
+        for path in sources("moec", *LINKED)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Import) and "moec" in {alias.name for alias in node.names})
+        or (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "moec"
+            and public & {alias.name for alias in node.names}
+        )
+    ]
+    assert [path for path in uses if not path.startswith("moec/commands/")] == []
+
+
 def test_every_folder_of_code_is_a_package():
     """The wheel holds packages only: a folder without __init__.py would be left out of it."""
     folders = {path.parent for path in sources("moec", *LINKED)}

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import moec
+from moec import errors
 
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-_FRAMEWORKS = tuple(str(Path(package.__file__ or "").parent) for package in (torch, moec))
+_FRAMEWORKS = tuple(str(Path(package.__file__ or "").parent) for package in (torch, errors))
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from moec.codegen.cuda.attention.key_tiles import KeyTile
 from moec.codegen.cuda.attention.partial import slot_width, slots
+from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.specs.attention import AttentionSpec
-from tests.cuda_emulator.emulate import SM_80, Emulated, Schedule
+from tests.cuda_emulator.bugs import Bug, check_found
+from tests.cuda_emulator.emulate import SCHEDULES, SM_80, Emulated, Schedule, emulated
 
 TILE = KeyTile(1, 16, 64)
 """Few keys at a time, so that few keys are several tiles."""
@@ -113,3 +116,25 @@ def meaning(case: Case, tensors: _Tensors) -> Tensor:
         column = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
     return scores.softmax(-1).nan_to_num()[..., : case.keys] @ v
+
+
+@cache
+def kernel(case: Case, bug: Bug | None = None) -> Emulated:
+    """The emulated kernel of a case, with a planted bug or without."""
+    function = tile_attention(case.spec, SM_80, few=case.few, tile=case.tile)
+    return emulated(function, change=bug.plant if bug else str)
+
+
+def is_right(run: Emulated, case: Case, schedule: Schedule) -> bool:
+    return error(run, case, schedule) <= 2
+
+
+def check_schedules(case: Case) -> None:
+    for schedule in SCHEDULES:
+        assert is_right(kernel(case), case, schedule), schedule
+
+
+def check_bug(case: Case, bug: Bug) -> None:
+    """The bug is found under exactly the schedules that it names."""
+    run = kernel(case, bug)
+    check_found(bug, lambda schedule: is_right(run, case, schedule))

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 
 from moec.codegen.cuda.attention.key_tiles import key_tile
-from moec.codegen.cuda.attention.tiles import FEW_QUERIES, tile_attention
+from moec.codegen.cuda.attention.tiles import FEW_QUERIES
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.errors import NoMatch
-from tests.codegen.cuda.attention.attention_cases import Case, error
-from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
+from tests.codegen.cuda.attention.attention_cases import (
+    Case,
+    check_bug,
+    check_schedules,
+    kernel,
+)
+from tests.cuda_emulator.bugs import WHERE_LATE, Bug
 from tests.cuda_emulator.emulate import (
-    SCHEDULES,
-    SM_80,
-    Emulated,
-    Schedule,
-    emulated,
     needs_compiler,
 )
 
@@ -57,21 +55,9 @@ CASES = {
 }
 
 
-@cache
-def kernel(name: str, bug: Bug | None = None) -> Emulated:
-    case = CASES[name]
-    function = tile_attention(case.spec, SM_80, few=case.few, tile=case.tile)
-    return emulated(function, change=bug.plant if bug else str)
-
-
-def is_right(run: Emulated, name: str, schedule: Schedule) -> bool:
-    return error(run, CASES[name], schedule) <= 2
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_schedules(name: str) -> None:
-    for schedule in SCHEDULES:
-        assert is_right(kernel(name), name, schedule), schedule
+    check_schedules(CASES[name])
 
 
 def test_no_keys_and_no_texts() -> None:
@@ -81,7 +67,7 @@ def test_no_keys_and_no_texts() -> None:
         q = torch.ones(batch, 4, 20, 32, dtype=torch.bfloat16)
         k = torch.ones(batch, 2, keys, 32, dtype=torch.bfloat16)
         out = torch.full((batch, 4, 20, 16), torch.nan, dtype=torch.bfloat16)
-        kernel("causal")(q, k, k[..., :16].contiguous(), out)
+        kernel(CASES["causal"])(q, k, k[..., :16].contiguous(), out)
         assert not out.any()
     assert spec.group == 2
 
@@ -106,7 +92,7 @@ BUGS = (
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
 def test_planted_bugs(bug: Bug) -> None:
-    check_found(bug, lambda schedule: is_right(kernel("causal", bug), "causal", schedule))
+    check_bug(CASES["causal"], bug)
 
 
 REFUSED = {

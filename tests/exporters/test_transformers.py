@@ -9,7 +9,7 @@ import torch
 from transformers.exporters import AutoExportConfig, AutoHfExporter, ExportedModel
 
 from moec.errors import UsageError
-from moec.export.hf_exporter import MoecConfig, MoecExporter, MoecRunner
+from moec.exporters.transformers import MoecConfig, MoecExporter, MoecRunner
 from tests.models.families import FAMILIES
 
 FAMILY = FAMILIES["olmoe"]

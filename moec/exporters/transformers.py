@@ -1,6 +1,6 @@
 """moec as a backend of transformers.exporters, registered when this module is imported.
 
-    from moec.export.hf_exporter import MoecConfig, MoecExporter
+    from moec.exporters.transformers import MoecConfig, MoecExporter
 
     exported = MoecExporter().export(model, inputs, MoecConfig(quant="int4:32"))
     exported(**inputs).logits
@@ -22,8 +22,9 @@ from transformers.exporters import ExportMetadata, HfExporter, ModelRunner, regi
 from transformers.exporters.configs import ExportConfigMixin
 from transformers.exporters.metadata import record_output_structure
 
-import moec
+from moec.api import compile as compile_model
 from moec.errors import UsageError
+from moec.model.load import LoadedModel, load
 
 
 @dataclass
@@ -53,7 +54,7 @@ class MoecExporter(HfExporter):  # type: ignore[misc]
         """The compiled model. Raises what `moec.compile` does."""
         if config.quantizer is not None:
             raise UsageError("quantizer: moec quantises experts itself: give quant instead")
-        compiled = moec.compile(
+        compiled = compile_model(
             model,
             kwargs=sample_inputs,
             target=config.target,
@@ -72,7 +73,7 @@ class MoecExporter(HfExporter):  # type: ignore[misc]
 
     @classmethod
     def save_program(cls, program: Any, path: str | Path) -> None:
-        if isinstance(program, moec.LoadedModel):
+        if isinstance(program, LoadedModel):
             raise UsageError(
                 f"{program} was loaded from a file: copy that file instead of saving it"
             )
@@ -80,7 +81,7 @@ class MoecExporter(HfExporter):  # type: ignore[misc]
 
     @classmethod
     def load_program(cls, path: str | Path) -> Any:
-        return moec.load(path)
+        return load(path)
 
 
 class MoecRunner(ModelRunner):  # type: ignore[misc]
