@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from moec.capture.speculate.proof import Verdict
 from moec.capture.speculate.sites import Site, foreign
 from moec.capture.speculate.trace import Assumed
+from moec.capture.speculate.violated_dims import violated_dim
 from moec.errors import CaptureError
 
 _REMEDY = "  compute both sides and choose with torch.where, or keep the numbers in tensors"
@@ -80,6 +81,9 @@ def explained(name: str) -> Iterator[None]:
 
 def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:
     site = _last_of_user(trace)
+    violated = violated_dim(name, str(error))
+    if violated is not None and os.environ.get("MOEC_DEBUG") != "1":
+        return violated
     lines = [f"{name} cannot be exported: {type(error).__name__}"]
     if isinstance(error, CaptureError):
         lines = [f"{name} cannot be captured"]
