@@ -23,7 +23,7 @@ from moec.codegen.lower import supported
 from moec.errors import InputError, MoecError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.tolerance import TOLERANCES, allowed_strays, distance, row_errors
-from moec.ir.dims import bind_shape
+from moec.ir.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
 from moec.model.compiled import CompiledModel
 from moec.verify.stable_topk import FirstOfEquals
 from tests.fuzz.layer import Layer, source
@@ -139,8 +139,9 @@ def _interpreted(compiled: CompiledModel) -> Callable[..., Any]:
         for value, tensor in zip(program.graph.inputs, inputs, strict=False):
             bind_shape(value.shape, tuple(tensor.shape), sizes)
         for name, limits in program.graph.bounds.items():
-            if limits.high is not None and sizes[name] > limits.high:
-                raise InputError(f"{name} is {sizes[name]}, at most {limits.high}")
+            size = evaluate_dim(parse_dim(name), sizes)
+            if size < limits.low or (limits.high is not None and size > limits.high):
+                raise InputError(f"{name} is {size}, outside of {show_bounds(limits)}")
         return structure.rebuild(evaluate(program.graph, list(inputs), program.weights))
 
     return run
