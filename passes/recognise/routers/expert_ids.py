@@ -167,9 +167,21 @@ def chosen(
         divides = all(_elements_per_row(v, evidence.rows_in) for v in parts) or (
             len(parts) == 1 and _shared_by(parts[0], evidence.rows_in) is not None
         )
-        if parts not in visited and divides and all(v.dtype.startswith("i") for v in parts):
+        named = all(v.dtype.startswith("i") and not _numbers_rows(scope, v) for v in parts)
+        if parts not in visited and divides and named:
             visited.add(parts)
             yield parts
+
+
+def _numbers_rows(scope: Scope, ids: Value) -> bool:
+    """Whether ids are positions along an axis whose size varies, such as the ranks of tokens for
+    each expert (`scores.argsort(dim=0)`): as expert ids, they would be beyond the experts."""
+    ids = scope.behind_casts(ids)
+    op = scope.maker(ids)
+    if op is None or op.name not in CHOICES or ids is not op.outputs[-1]:
+        return False
+    shape, dim = op.inputs[0].shape, op.attrs.get("dim", -1)
+    return bool(shape) and isinstance(dim, int) and not isinstance(shape[dim], int)
 
 
 def computed_ids(scope: Scope, everything: Sequence[Value]) -> Iterator[Value]:
