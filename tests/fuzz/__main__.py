@@ -4,7 +4,8 @@
     python -m tests.fuzz --seed S --only 17        one of them: its source and its outcome
 
 The graph after all passes is interpreted. Every 20th layer is also compiled to machine code and
-run; the last line has their number.
+run; the last line has their number. `--results FILE` appends the counts to a file of records, in
+which they add up from run to run.
 
 Exit status: 1 if a layer was wrong, crashed, or does not run in eager.
 """
@@ -18,10 +19,13 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from benchmarks.records import Record, append_record, measured_now
+from moec.target.cpu import processor
 from tests.fuzz.judge import Outcome, in_folder, judge
 from tests.fuzz.layer import draw, source
 
@@ -37,6 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--build", action="store_true", help="machine code of every layer")
     parser.add_argument("--build-every", type=int, default=20, help="of each such; default: 20")
     parser.add_argument("--record", type=Path, help="a file for one line of JSON a layer")
+    parser.add_argument("--results", type=Path, help="a file of records, for the counts")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -73,7 +78,29 @@ def main(arguments: Sequence[str]) -> int:
     seconds = (time.monotonic() - begin) / max(1, kinds.total())
     shown = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     print(f"{seconds:.1f} s a layer: {shown}")
+    if options.results:
+        append_record(_record(options, counts, kinds), options.results)
     return int(any(counts[outcome] for outcome in BAD))
+
+
+def _record(
+    options: argparse.Namespace,
+    counts: collections.Counter[Outcome],
+    kinds: collections.Counter[str],
+) -> Record:
+    compilable = counts.total() - counts[Outcome.EAGER]
+    compiled = counts[Outcome.BLOCKS] + counts[Outcome.DENSE]
+    first = options.start
+    row = {
+        "layers": counts.total(),
+        "machine code": kinds["machine code"],
+        **{str(outcome): counts[outcome] for outcome in Outcome},
+        "compiled %": round(100 * compiled / max(1, compilable), 1),
+    }
+    case = f"seed {options.seed}, from {first}"
+    record = measured_now("fuzz", case, processor(), [row], "one thread")
+    words = f"--count {options.count} --seed {options.seed} --start {first}"
+    return replace(record, command=f"python -m tests.fuzz {words}")
 
 
 if __name__ == "__main__":
