@@ -51,7 +51,7 @@ def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[str, str
     if op.name == "aten.nonzero.default":
         return "operator aten.nonzero.default has a result whose size depends on the data"
     if op.name not in EMIT:
-        why = reasons.get(op.name)
+        why = reasons.get(op.name) or _body_refusal(op)
         return f"operator {op.name} has no kernel" + (f": {why}" if why else "")
     tensors = (*op.inputs, *op.outputs)
     if any(v.dtype == "c64" for v in tensors) and not takes_complex(op.name):
@@ -63,6 +63,13 @@ def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[str, str
     if op.name == "aten.convolution.default" and op.attrs.get("transposed"):
         return "operator aten.convolution.default has no kernel for a transposed convolution"
     return ""
+
+
+def _body_refusal(op: Op) -> str:
+    """The operators in an expert's body without loops; experts with them are not lowered."""
+    body = () if op.body is None else op.body.ops
+    missing = dict.fromkeys(inner.name for inner in body if inner.name not in EMIT)
+    return f"its body holds {', '.join(missing)}, which has none" if missing else ""
 
 
 def line(reason: str, ops: list[Op]) -> str:

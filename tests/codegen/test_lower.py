@@ -14,6 +14,7 @@ from moec.codegen.fusion import partition
 from moec.codegen.loops.index import Sizes
 from moec.codegen.lower import lower
 from moec.codegen.package import build, index_ranges
+from moec.codegen.unsupported import check
 from moec.errors import InputError, UnsupportedError
 from moec.interpret.evaluate import evaluate
 from moec.ir.dims import Bounds, symbol
@@ -113,6 +114,23 @@ def test_everything_unsupported_is_listed_at_once() -> None:
     assert "aten.bernoulli.default has no kernel (2 times: at model.dropout, model.noise)" in text
     assert "size u0" not in text  # said already
     assert "replace these operations" in text
+
+
+def test_experts_that_cannot_be_lowered_name_the_operator_in_their_body() -> None:
+    graph = parse("""
+    graph main(x: f32[T, 4], rows: i64[T], ends: i64[2]; w: f32[2, 4, 4]) {
+      y: f32[T, 4] = moe.experts(x, rows, ends, w) <form="loop"> {
+        graph body(x: f32[R, 4]; p0: f32[4, 4]) {
+          h: f32[R, 4] = aten.linear.default(x, p0)
+          e: f32[R, 4] = aten.special_erfcx.default(h)
+          return e
+        }
+      }
+      return y
+    }""")
+    words = "moe.experts has no kernel: its body holds aten.special_erfcx.default, which has none"
+    with pytest.raises(UnsupportedError, match=words):
+        check(graph, lambda op: False)
 
 
 def test_fp8_weights_are_refused_by_a_cpu_in_words() -> None:
