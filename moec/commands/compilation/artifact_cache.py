@@ -77,8 +77,8 @@ def keep(store: Store, key: str, checkpoint: Path, output: Path, compiled: Compi
         return
     from moec.commands.compilation import artifact_frame
 
-    frame = artifact_frame.frame_of(compiled, output, checkpoint)
-    if frame is not None and len(frame.content) <= most:
+    frame = artifact_frame.frame_of(compiled, output, checkpoint, most)
+    if frame is not None:
         save(store, FRAMES, {key: artifact_frame.encode(frame)})
 
 

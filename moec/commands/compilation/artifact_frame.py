@@ -51,9 +51,10 @@ class Frame:
     content: bytes
 
 
-def frame_of(compiled: CompiledModel, artifact: Path, folder: Path) -> Frame | None:
+def frame_of(compiled: CompiledModel, artifact: Path, folder: Path, most: int) -> Frame | None:
     """The frame of the artifact of a model that was compiled from the checkpoint in `folder`. None
-    where the model is for more than one kind of target."""
+    where it would hold more than `most` bytes of the artifact, or where the model is for more than
+    one kind of target."""
     if compiled.package is None or compiled.for_gpu is not None:
         return None
     paths = sorted(folder.glob("*.safetensors"))  # all were checked when the model was opened
@@ -72,6 +73,8 @@ def frame_of(compiled: CompiledModel, artifact: Path, folder: Path) -> Frame | N
             sha256 = manifest.parts[stored.part].sha256
             parts[stored.part] = LeftOut(span.start, stored.nbytes, sha256, tuple(copies))
     ordered = tuple(sorted(parts.values(), key=lambda part: part.start))
+    if len(content) - sum(part.size for part in ordered) > most:
+        return None
     rest = b"".join(content[start:end] for start, end in _retained(ordered, len(content)))
     return Frame(len(content), tuple(path.name for path in paths), ordered, rest)
 

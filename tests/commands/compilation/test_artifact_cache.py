@@ -47,14 +47,21 @@ def test_it_is_written_where_nothing_else_is_lost(store: Store, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".moec")] == []
 
 
-@pytest.mark.parametrize("frame", [None, Frame(1000, (), (), bytes(1000))])
 def test_what_is_too_large_is_not_kept(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frame: Frame | None
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact_frame, "frame_of", lambda *arguments: frame)
+    frame = Frame(1000, (), (), bytes(1000))
+    room: list[int] = []
+
+    def frame_of(compiled: Any, output: Path, checkpoint: Path, most: int) -> Frame | None:
+        room.append(most)
+        return None if most < 1000 else frame
+
+    monkeypatch.setattr(artifact_frame, "frame_of", frame_of)
     (tmp_path / "out.moec").write_bytes(bytes(1000))
     keep(Store(store.folder, limit=8 * 999), "key", tmp_path, tmp_path / "out.moec", NOT_READ)
     assert not list(entries(store))
+    assert room == [999]
 
 
 def test_a_second_compilation_gives_the_same_artifact_and_report(

@@ -17,6 +17,8 @@ from moec.commands.compilation import artifact_cache, artifact_frame
 from moec.commands.compilation.artifact_frame import Frame, complete, decode, encode, frame_of
 from moec.model.compiled import CompiledModel
 
+ROOM = 1 << 30
+
 
 @pytest.fixture(scope="module")
 def compiled(short_moe: Path) -> CompiledModel:
@@ -31,7 +33,7 @@ def artifact(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def frame(compiled: CompiledModel, artifact: Path, short_moe: Path) -> Frame:
-    frame = frame_of(compiled, artifact, short_moe)
+    frame = frame_of(compiled, artifact, short_moe, ROOM)
     assert frame is not None
     return frame
 
@@ -55,7 +57,7 @@ def test_pairs_of_16_bits(short_moe: Path, tmp_path: Path, target: str) -> None:
     small.save_pretrained(model)
     compiled = moec.compile(str(model), target=target, verify=False, kv_cache=False)
     compiled.save(path := tmp_path / "out.moec")
-    frame = frame_of(compiled, path, model)
+    frame = frame_of(compiled, path, model, ROOM)
     assert frame is not None
     assert len(frame.content) < path.stat().st_size / 2
     assert complete(frame, model, again := tmp_path / "again.moec")
@@ -66,10 +68,12 @@ def test_computed_weights_are_not_left_out(short_moe: Path, tmp_path: Path) -> N
     """The codes of quantised weights are in no file."""
     compiled = moec.compile(str(short_moe), quant="int8", verify=False, kv_cache=False)
     compiled.save(path := tmp_path / "out.moec")
-    frame = frame_of(compiled, path, short_moe)
+    frame = frame_of(compiled, path, short_moe, ROOM)
     assert frame is not None
     left_out = sum(part.size for part in frame.parts)
     assert left_out + len(frame.content) == path.stat().st_size
+    assert frame_of(compiled, path, short_moe, len(frame.content)) == frame
+    assert frame_of(compiled, path, short_moe, len(frame.content) - 1) is None
     assert complete(frame, short_moe, tmp_path / "again.moec")
     assert (tmp_path / "again.moec").read_bytes() == path.read_bytes()
 
