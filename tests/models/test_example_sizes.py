@@ -1,4 +1,5 @@
-"""A family captured from one text, or one token, gives the graph of two texts of sixteen tokens."""
+"""A family captured from one token gives the graph of two texts of sixteen tokens; test_families.py
+compares that of one text."""
 
 from __future__ import annotations
 
@@ -21,6 +22,6 @@ def test_one_graph_for_every_size_of_the_example(name: str, once: Once) -> None:
     first = print_graph(captured_program(name, once).graph)
     family = SMALL[name]
     model = family.build()
-    captures = [capture(model, (), family.inputs(*size)) for size in ((1, 8), (1, 1))]
-    assert [print_graph(captured.program.graph) for captured in captures] == [first, first]
-    assert all(captured.fixed == () for captured in captures)
+    captured = capture(model, (), family.inputs(1, 1))
+    assert print_graph(captured.program.graph) == first
+    assert captured.fixed == ()

@@ -12,8 +12,11 @@ import moec
 from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
 from moec.interpret.tolerance import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
+from moec.ir.text import print_graph
 from moec.passes.decode import with_past_inputs
+from tests.models.captured import captured_program
 from tests.models.families import SMALL
+from tests.once import Once
 
 SIZES = ((1, 1), (1, 7), (2, 33), (4, 128))
 BLOCKS = {
@@ -37,9 +40,10 @@ def tensors(inputs: dict[str, object]) -> list[torch.Tensor]:
     return [value for value in inputs.values() if isinstance(value, torch.Tensor)]
 
 
-def compiled(name: str, dtype: torch.dtype) -> moec.CompiledModel:
+def compiled(name: str, dtype: torch.dtype, size: tuple[int, int]) -> moec.CompiledModel:
+    """The family, from an example of `size` texts and tokens."""
     family = SMALL[name]
-    return moec.compile(family.build(dtype), (), family.inputs(2, 7))
+    return moec.compile(family.build(dtype), (), family.inputs(*size))
 
 
 def results(model: object, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -56,8 +60,12 @@ def same_choice(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> t
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
-def test_float32(name: str, tmp_path: Path) -> None:
-    model = compiled(name, torch.float32)
+def test_float32(name: str, tmp_path: Path, once: Once) -> None:
+    """From one text, whose graph is that of two."""
+    model = compiled(name, torch.float32, (1, 8))
+    assert model.captured.fixed == ()
+    graph = captured_program(name, once).graph
+    assert print_graph(model.captured.program.graph) == print_graph(graph)
     limit = TOLERANCES["f32"]
     count, experts, top_k, router, activation = BLOCKS[name]
     assert len(model.blocks) == count
@@ -143,7 +151,7 @@ def exported_with_a_cache(name: str, model: moec.CompiledModel, folder: Path) ->
 def test_bfloat16(name: str) -> None:
     """Rows beyond the tolerance are those that a near tie sent to other experts: few, and of
     the right size."""
-    model = compiled(name, torch.bfloat16)
+    model = compiled(name, torch.bfloat16, (2, 7))
     limit = TOLERANCES["bf16"]
     outliers, rows = 0, 0
     for batch, sequence in SIZES:
