@@ -79,7 +79,7 @@ def _show_brief(rows: list[dict[str, Any]]) -> None:
         cells = (row[column].ljust(width) for column, width in zip(_BRIEF, widths, strict=True))
         line, width = "  ".join(cells).rstrip(), terminal_width()
         click.echo(line if len(line) <= width else f"{line[: width - 1]}…")
-    click.echo("\nOpt-in passes run with --passes +NAME. moec list passes NAME has their options.")
+    click.echo("Opt-in passes run with --passes +NAME. moec list passes NAME has their options.")
     click.echo("moec.transform(model, passes, calib=...) returns a module that can be trained.")
 
 

@@ -135,13 +135,22 @@ _EXPLAINED = (
 )
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
 @contextmanager
 def explain_sizes() -> Iterator[None]:
     """While open, errors of torch.export about sizes are explained in terms of `--shapes`."""
     try:
         yield
     except CaptureError as error:
-        message = f"{error}\n{error.__cause__}"  # the error itself shows only its beginning
+        message = "\n".join(
+            map(str, _causes(error))
+        )  # the error shows only the beginning of its own
         for pattern, words in _EXPLAINED:
             if match := re.search(pattern, message):
                 raise UsageError(words.format(*match.groups())) from error

@@ -271,6 +271,25 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
         doubts=tuple(first.reader.doubts),
         shared=tuple(first.reader.shared),
     )
+    no_choice = None
+    try:
+        for choice in hypotheses(scope, evidence):
+            capacity = choice.capacity or limited
+            if zero is not None and capacity is not None:
+                continue
+            yield block(
+                FORM,
+                experts=choice.experts,
+                weights=choice.weights,
+                top_k=choice.top_k,
+                cut=tuple(dict.fromkeys((first.reader.root, *choice.cut, *start))),
+                feeds=choice.feeds,
+                input_side=first.reader.input_side,
+                capacity=capacity,
+                zero=zero or copies,
+            )
+    except NoMatch as error:
+        no_choice = error
     if zero is None and copies is None and limited is None:
         columns = [branch.reader.uses for branch in experts.branches]
         for mask in open_experts(scope, evidence, columns):
@@ -283,18 +302,5 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
                 cut=cut,
                 feeds=mask.feeds,
             )
-    for choice in hypotheses(scope, evidence):
-        capacity = choice.capacity or limited
-        if zero is not None and capacity is not None:
-            continue
-        yield block(
-            FORM,
-            experts=choice.experts,
-            weights=choice.weights,
-            top_k=choice.top_k,
-            cut=tuple(dict.fromkeys((first.reader.root, *choice.cut, *start))),
-            feeds=choice.feeds,
-            input_side=first.reader.input_side,
-            capacity=capacity,
-            zero=zero or copies,
-        )
+    if no_choice is not None:
+        raise no_choice

@@ -75,7 +75,7 @@ def test_a_block_is_not_observed_where_a_size_of_the_code_changes() -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (HalfOfFiftyThree, "its code computes something different where B is 53"),
+        (HalfOfFiftyThree, "output differs on 53 x 1 tokens, a number of its code"),
         (HalfOfManyTexts, "output differs on 31 x 1 tokens"),
     ],
 )

@@ -211,9 +211,9 @@ def test_a_mask_of_ones_is_tried_with_a_token_masked(
 
 def test_trials_leave_states_as_they_were() -> None:
     model = Counts()
-    before = model.seen.clone()
+    before = model.total.clone()
     assert Trials(ModuleCall(model, (floats(5, WIDTH),), {})).runs([floats(3, WIDTH)])
-    assert torch.equal(model.seen, before)
+    assert torch.equal(model.total, before)
 
 
 def test_a_module_with_a_state_takes_an_example_of_one_row() -> None:
