@@ -21,6 +21,7 @@ from moec.codegen.onnx import (
 )
 from moec.codegen.onnx.profiles import Profile
 from moec.codegen.onnx.rules import BUILD, Call
+from moec.codegen.onnx.sizes import guard_sizes
 from moec.codegen.onnx.writer import Node, NodeWriter
 from moec.codegen.unsupported import fixed, line
 from moec.errors import NoMatch, UnsupportedError
@@ -62,6 +63,7 @@ def lower(graph: Graph, profile: Profile, opset: int, moe: str = "auto") -> Onnx
         )
     for value in graph.inputs:
         w.names[value] = w.reserve(value.name)
+    guard_sizes(w)
     for value in graph.inputs:
         w.learn(value)
     outputs = [w.reserve(value.name) for value in graph.outputs]

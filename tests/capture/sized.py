@@ -109,6 +109,12 @@ RIGHT: dict[str, Function] = {
     "pow(2,ceil(log2(n)))": lambda x: slots(x, int(math.pow(2, math.ceil(math.log2(x.shape[0]))))),
     "(n+7)&~7": lambda x: slots(x, (x.shape[0] + 7) & ~7),
     "n&3|4": lambda x: slots(x, (x.shape[0] & 3) + (x.shape[0] | 3)),
+    "n&6": lambda x: slots(x, x.shape[0] & 6),
+    "(n-9)&45|80": lambda x: slots(x, ((x.shape[0] - 9) & 45) + (x.shape[0] | 80)),
+    "n&-7": lambda x: first(x, (x.shape[0] & -7) // 2),
+    "n^3": lambda x: slots(x, (x.shape[0] ^ 3) + (5 ^ x.shape[0])),
+    "~n": lambda x: slots(x, ~x.shape[0] + 200),
+    "n<<2>>1": lambda x: slots(x, (x.shape[0] << 2) >> 1),
     "isqrt, imported": lambda x: slots(x, isqrt(x.shape[0]) + int(log2(x.shape[0]))),
     # floats that are divided and rounded down
     "n//3.5": lambda x: first(x, x.shape[0] // 3.5),
@@ -142,6 +148,10 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "lowest bit": (
         lambda x: slots(x, x.shape[0] & -x.shape[0]),
         r"bitwise_and of a size is no expression of sizes",
+    ),
+    "bits of two sizes": (
+        lambda x: slots(x, x.shape[0] ^ (x.shape[0] // 2)),
+        r"bitwise_xor of a size is no expression of sizes",
     ),
     "pairs": (lambda x: slots(x, math.comb(x.shape[0], 2)), r"would always be 24"),
     "greatest common divisor": (

@@ -55,6 +55,7 @@ def math_of_sizes(module: torch.nn.Module) -> Iterator[None]:
             for name in (f"__{method}__", f"__r{method}__"):
                 function = _with_mask(getattr(torch.SymInt, name), of_mask)
                 stack.enter_context(mock.patch.object(torch.SymInt, name, function))
+        stack.enter_context(mock.patch.object(torch.SymInt, "__invert__", _invert, create=True))
         stack.enter_context(size_nodes_allowed())
         yield
 
@@ -105,24 +106,42 @@ def _binary(
 def _with_mask(
     plain: Callable[[Any, Any], Any], of_mask: Callable[[Any, int], Any]
 ) -> Callable[[Any, Any], Any]:
-    """An operator of a size and a mask of the last bits, or of all but the last."""
+    """An operator of a size and a mask, which is a number."""
 
     @wraps(plain)
     def operate(size: Any, mask: Any) -> Any:
-        bits = None if isinstance(mask, bool) or not isinstance(mask, int) else of_mask(size, mask)
-        return plain(size, mask) if bits is None else bits
+        return of_mask(size, int(mask)) if isinstance(mask, int) else plain(size, mask)
 
     return operate
 
 
 def _and(size: Any, mask: int) -> Any:
-    if mask > 0 and _is_power(mask + 1):
-        return size % (mask + 1)
-    return size // -mask * -mask if _is_power(-mask) else None
+    if mask < 0:
+        return size // -mask * -mask if _is_power(-mask) else size - _and(size, ~mask)
+    return sum(size // low % (high // low) * low for low, high in _runs(mask))
+
+
+def _runs(mask: int) -> Iterator[tuple[int, int]]:
+    """The first bit of each run of ones, and the bit that follows the run."""
+    while mask:
+        low = mask & -mask
+        high = (mask + low) & -(mask + low)
+        yield low, high
+        mask -= high - low
 
 
 def _or(size: Any, mask: int) -> Any:
-    return size // (mask + 1) * (mask + 1) + mask if _is_power(mask + 1) else None
+    if _is_power(mask + 1):
+        return size // (mask + 1) * (mask + 1) + mask
+    return size + mask - _and(size, mask)
+
+
+def _xor(size: Any, mask: int) -> Any:
+    return size + mask - 2 * _and(size, mask)
+
+
+def _invert(size: Any) -> Any:
+    return -size - 1
 
 
 def _is_power(number: int) -> bool:
@@ -133,7 +152,7 @@ _OF_FLOATS: Mapping[str, Callable[[Any, Any], Any]] = {
     "floordiv": size_nodes.floor_quotient,
     "mod": size_nodes.remainder,
 }
-_OF_MASKS: Mapping[str, Callable[[Any, int], Any]] = {"and": _and, "or": _or}
+_OF_MASKS: Mapping[str, Callable[[Any, int], Any]] = {"and": _and, "or": _or, "xor": _xor}
 _SYMBOLIC_FORMS: Mapping[str, Callable[..., Any]] = {
     "sqrt": lambda value: torch.sym_sqrt(_float(value)),
     "isqrt": _isqrt,

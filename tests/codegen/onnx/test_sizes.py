@@ -21,11 +21,14 @@ from tests.codegen.onnx.running import running
 WRITTEN: Mapping[str, Callable[[int], Any]] = {
     "isqrt": lambda n: math.isqrt(n),
     "root": lambda n: int(math.sqrt(n) * 1.5),
-    "bits": lambda n: n.bit_length() + (n - 1).bit_length(),
+    "length in bits": lambda n: n.bit_length() + (n - 1).bit_length(),
     "power": lambda n: 1 << (n - 1).bit_length(),
     "greatest": lambda n: max(3, n // 3),
     "rounded": lambda n: min(n, round(n * 0.3) + 1),
     "mask": lambda n: (n + 7) & ~7,
+    "bits": lambda n: (n & 6) + ((n - 9) & 45) + (n ^ 5),
+    "below zero": lambda n: (n - 9) // 4 + (n // 2 - 5) // -3 + 40,
+    "up, below zero": lambda n: -((9 - n) // 4) + 40,
 }
 REFUSED: Mapping[str, tuple[Callable[[int], Any], str]] = {
     "logarithm": (lambda n: int(math.log(n)), r"size log\(T\) cannot be written: ONNX may round"),
