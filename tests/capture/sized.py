@@ -113,7 +113,7 @@ RIGHT: dict[str, Function] = {
     "(n-9)&45|80": lambda x: slots(x, ((x.shape[0] - 9) & 45) + (x.shape[0] | 80)),
     "n&-7": lambda x: first(x, (x.shape[0] & -7) // 2),
     "n^3": lambda x: slots(x, (x.shape[0] ^ 3) + (5 ^ x.shape[0])),
-    "~n": lambda x: slots(x, ~x.shape[0] + 200),
+    "~n": lambda x: slots(x, ~x.shape[0] + 500),
     "n<<2>>1": lambda x: slots(x, (x.shape[0] << 2) >> 1),
     "isqrt, imported": lambda x: slots(x, isqrt(x.shape[0]) + int(log2(x.shape[0]))),
     # floats that are divided and rounded down

@@ -25,13 +25,20 @@ from torch.fx.experimental.sym_node import SymNode
 
 @contextmanager
 def size_nodes_allowed() -> Iterator[None]:
-    """While open, torch's verifier allows the functions of this file as targets of nodes."""
-    plain = Verifier.allowed_op_types
+    """While open, torch's verifier allows the functions of this file as targets of nodes, and xor,
+    which is traced as well but then refused without a line."""
+    plain, builtins = Verifier.allowed_op_types, Verifier.allowed_builtin_ops
 
     def allowed(self: Verifier) -> tuple[type, ...]:
         return (*plain(self), FunctionType)
 
-    with mock.patch.object(Verifier, "allowed_op_types", allowed):
+    def allowed_builtins(self: Verifier) -> list[Any]:
+        return [*builtins(self), operator.xor]
+
+    with (
+        mock.patch.object(Verifier, "allowed_op_types", allowed),
+        mock.patch.object(Verifier, "allowed_builtin_ops", allowed_builtins),
+    ):
         yield
 
 
