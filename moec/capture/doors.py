@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from moec.capture.auto_class import auto_class
 from moec.capture.behaviour.door import Declared, Described, ModelExample, capture_described
 from moec.capture.capture import Captured, capture
+from moec.capture.earlier_calls.check import earlier_calls
 from moec.capture.pt2 import check_archive
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, UsageError
@@ -85,8 +86,15 @@ def capture_source(
         if declared:
             raise UsageError(f"{source.name} is a graph already: nothing is left to describe")
         return run()
-    captured = capture_described(example_of(source), run, declared, observed)
-    return replace(captured, notes=(*source.notes, *captured.notes))
+    example = example_of(source)
+    earlier = earlier_calls(example.module, source.args, source.kwargs)
+    with earlier.undone():
+        captured = capture_described(example, run, declared, observed)
+    return replace(
+        captured,
+        notes=(*source.notes, *captured.notes),
+        eager=earlier.without_traces(captured.eager),
+    )
 
 
 def traceable(source: Source) -> bool:

@@ -22,8 +22,9 @@ from moec.capture.behaviour.layer.parts import may_hold_experts
 from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
+from moec.capture.earlier_calls.check import earlier_calls
 from moec.dynamo.record import Fallback
-from moec.errors import NoMatch
+from moec.errors import CaptureError, NoMatch
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,10 @@ def _observed(module: nn.Module, call: RecordedCall) -> Observed:
     arguments = Arguments.of(call.args, call.kwargs)
     if len(call.args) != 1 or call.kwargs:
         raise NoMatch("it is called with other arguments than its tokens, or by keyword")
+    try:
+        earlier_calls(module, call.args, call.kwargs)
+    except CaptureError as why:
+        raise NoMatch(" ".join(str(why).split("\n")[:2])) from None
     description = recognise(module, arguments).description
     assert description is not None
     replacement = Replacement(module, description, arguments.shape[-1])

@@ -49,7 +49,7 @@ class Trials:
         return padded is not None and self._run(padded)
 
     def _run(self, tensors: Sequence[torch.Tensor]) -> bool:
-        with torch.no_grad(), warnings.catch_warnings(), quiet(), _Undone():
+        with torch.no_grad(), warnings.catch_warnings(), quiet(), Undone():
             warnings.simplefilter("ignore")
             try:
                 self.call(*tensors)
@@ -74,7 +74,7 @@ def _padded(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
     return tuple(padded)
 
 
-class _Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copies each storage before an operator writes into it, and restores all on leaving."""
 
     def __init__(self) -> None:

@@ -81,6 +81,8 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         quiet(),
     ):
         warnings.simplefilter("ignore", FutureWarning)
+        # No call reads what an earlier one left (`moec.capture.earlier_calls`).
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)
         return torch.export.export(
             module, general.tensors, dynamic_shapes=(general.wishes,), strict=False
         )

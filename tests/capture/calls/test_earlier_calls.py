@@ -1,0 +1,242 @@
+"""A module may count its calls; a result that depends on them is refused, with the line."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import moec
+from moec.capture.behaviour.door import Declared
+from moec.capture.earlier_calls.check import earlier_calls
+from moec.errors import CaptureError
+
+CALLS = 0
+X = torch.randn(3, 4)
+
+
+def counter() -> Callable[[], int]:
+    count = 0
+
+    def step() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return step
+
+
+class Keeping(nn.Module):
+    """Keeps values of every kind that a test needs."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.count, self.turn, self.mean, self.scale = 0, 0, 0.0, 1.0
+        self.warm = False
+        self.history: list[Any] = []
+        self.recent: deque[int] = deque(maxlen=3)
+        self.stats = defaultdict(float)
+        self.last: torch.Tensor | None = None
+        self.ticks, self.step = itertools.count(), counter()
+        self.array, self.rng = np.zeros(2), np.random.default_rng(0)
+
+
+class Count(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return self.linear(x) * (2.0 if self.count > 60 else 1.0)
+
+
+class Factor(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return self.linear(x) * (1 + self.count / 100)
+
+
+class Grown(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.history.append(x.shape[0])
+        return self.linear(x) * (2.0 if len(self.history) > 60 else 1.0)
+
+
+class Entry(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.stats["calls"] += 1
+        return self.linear(x) * (2.0 if self.stats["calls"] % 61 == 0 else 1.0)
+
+
+class Last(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x) if self.last is None else self.linear(x) + self.last
+        self.last = x
+        return y
+
+
+class Turn(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.turn = 1 - self.turn
+        return self.linear(x) * [1.0, 2.0][self.turn]
+
+
+class Later(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x) * self.scale
+        self.count += 1
+        if self.count == 60:
+            self.scale = 2.0
+        return y
+
+
+class Global(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        global CALLS
+        CALLS += 1
+        return self.linear(x) * min(CALLS, 60)
+
+
+class OfClass(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        return self.linear(x) * (2.0 if type(self).calls > 60 else 1.0)
+
+
+class Closure(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * (2.0 if self.step() > 60 else 1.0)
+
+
+class Ticks(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * (2.0 if next(self.ticks) > 60 else 1.0)
+
+
+class Array(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.array[0] += 1
+        return self.linear(x) * float(self.array[0])
+
+
+class Chance(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * (2.0 if random.random() > 0.9 else 1.0)
+
+
+class Generator(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.rng.random()
+
+
+class Clock(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * (2.0 if time.time() > 4e9 else 1.0)
+
+
+REFUSED = {
+    Count: ("self.count", "if self.count > 60"),
+    Factor: ("self.count", "1 + self.count / 100"),
+    Grown: ("self.history", "len(self.history)"),
+    Entry: ("self.stats['calls']", 'self.stats["calls"] % 61'),
+    Last: ("self.last", "+ self.last"),
+    Turn: ("self.turn", "[self.turn]"),
+    Later: ("self.count", "if self.count == 60:"),
+    Global: ("the global CALLS", "min(CALLS, 60)"),
+    OfClass: ("OfClass.calls", "type(self).calls > 60"),
+    Closure: ("count", "self.step() > 60"),
+    Ticks: ("self.ticks", "next(self.ticks)"),
+    Array: ("self.array", "self.array[0]"),
+    Chance: ("random.random()", "random.random() > 0.9"),
+    Generator: ("self.rng", "self.rng.random()"),
+    Clock: ("time.time()", "time.time() > 4e9"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_result_that_depends_on_earlier_calls_is_refused_with_the_line(kind: Any) -> None:
+    source, code = REFUSED[kind]
+    module = kind().eval()
+    before = repr({key: value for key, value in vars(module).items() if key[0] != "_"})
+    with pytest.raises(CaptureError) as refusal:
+        earlier_calls(module, (X,), {})
+    first, line, *remedy = str(refusal.value).split("\n")
+    assert first.endswith(f"its result depends on {source}, which changes from call to call")
+    assert first.startswith(f"{kind.__name__} cannot be captured: ")
+    assert "test_earlier_calls.py:" in line
+    assert code in line
+    assert "make it an argument of the module" in remedy[-1]
+    assert before == repr({key: value for key, value in vars(module).items() if key[0] != "_"})
+
+
+class Counters(Keeping):
+    """Counts, stores and prints, without an effect on the result."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
+        y = self.linear(x)
+        self.count += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.shape[0]
+        self.stats["seconds"] += time.perf_counter() - start
+        self.history.append(self.count)
+        self.recent.append(x.shape[0])
+        self.warm = not self.warm
+        self.last = y
+        if self.count % 100 == 0:
+            print("call %d" % self.count, f"{self.mean:.2f}")  # noqa: UP031
+        return y * (self.rng.random() if self.training else 1.0)
+
+
+def test_what_is_only_counted_stored_or_printed_is_taken() -> None:
+    module = Counters().eval()
+    slots = {slot.words for slot in earlier_calls(module, (X,), {}).slots}
+    assert {"self.count", "self.mean", "self.history", "self.last", "self.warm"} <= slots
+    assert (module.count, module.history, module.last, len(module.stats)) == (0, [], None, 0)
+
+
+def test_a_compilation_leaves_the_counters_as_they_were() -> None:
+    module = Counters().eval()
+    moec.compile(module, (X,), verify=False, build=False)
+    assert (module.count, module.history, module.last) == (0, [], None)
+
+
+class First(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.warm:
+            self.warm = True
+            return self.linear(x) * 0
+        return self.linear(x)
+
+
+def test_a_first_call_that_computes_something_else_is_refused() -> None:
+    module = First().eval()
+    with pytest.raises(CaptureError, match=r"first call .* than its second\n.* self.warm\n"):
+        earlier_calls(module, (X,), {})
+    module(X)
+    assert not earlier_calls(module, (X,), {}).slots
+
+
+class Filled(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "positions"):
+            self.positions = torch.ones(4)
+        return self.linear(x) + self.positions
+
+
+def test_a_value_that_the_first_call_keeps_is_no_state() -> None:
+    module = Filled().eval()
+    assert not earlier_calls(module, (X,), {}).slots
+    assert not hasattr(module, "positions")
+
+
+def test_a_description_does_not_hide_a_count_of_calls() -> None:
+    with pytest.raises(CaptureError, match=r"depends on self\.count"):
+        moec.compile(Count(), (X,), descriptions=[Declared(Count)], build=False)
