@@ -155,7 +155,8 @@ def _router(graph: Graph, combine: Op, up: Grouped) -> tuple[Op, bool]:
     once = (routing.score, routing.after) in (("softmax", "none"), ("none", "softmax"))
     divided = routing.renormalize or routing.after == "softmax"
     plain = not corrected and routing.groups == 1 and routing.scale == 1.0 and not routing.epsilon
-    return router, once and divided and plain
+    wide = routing.score_dtype == routing.choice_dtype == "f32"
+    return router, once and divided and plain and wide
 
 
 def _activation(first: Op, up: Grouped) -> tuple[Activation, bool]:

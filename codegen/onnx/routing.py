@@ -8,6 +8,7 @@ from moec.codegen.onnx.matrix import transposed
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
+from moec.dtypes import HALVES
 from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, Value
 from moec.ir.opdef import inputs_of
@@ -55,9 +56,11 @@ def route(c: Call) -> Sequence[str]:
     scores = {"softmax": lambda: w("Softmax", logits, axis=-1), "none": lambda: logits}.get(
         routing.score, lambda: w("Sigmoid", logits)
     )()
+    scores = _rounded(w, scores, full, routing.score_dtype)
     choice = scores
     if correction is not None:
         choice = w("Add", choice, w.cast(w.read(correction), correction.dtype, full))
+    choice = _rounded(w, choice, full, routing.choice_dtype)
     if routing.groups > 1:
         choice = _best_groups(w, routing, choice, shape, full)
     weights, experts = w.many("TopK", [choice, w.constant([routing.k])], 2, axis=-1)
@@ -77,6 +80,10 @@ def route(c: Call) -> Sequence[str]:
     return w.cast(weights, full, routing.dtype), experts
 
 
+def _rounded(w: NodeWriter, floats: str, full: str, dtype: str) -> str:
+    return w.cast(w.cast(floats, full, dtype), dtype, full) if dtype in HALVES else floats
+
+
 def _best_groups(
     w: NodeWriter, routing: Routing, choice: str, shape: tuple[Dim, Dim], full: str
 ) -> str:
@@ -91,6 +98,7 @@ def _best_groups(
     else:
         two = w.constant([min(2, experts // routing.groups)])
         scores = w("ReduceSum", w.many("TopK", [grouped, two], 2, axis=-1)[0], last, keepdims=0)
+        scores = _rounded(w, scores, full, routing.choice_dtype)
     top = w.many("TopK", [scores, w.constant([routing.top_groups])], 2, axis=-1)[1]
     size = w("Shape", top)
     ones = w("Expand", w.constant(1, "f32"), size)

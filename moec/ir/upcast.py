@@ -49,7 +49,7 @@ def _wide_attr(name: str, value: Attr) -> Attr:
             return DType(_wide_name(dtype))
         case str() if name == "body":
             return re.sub(r"\b(bf16|f16)\b", "f32", value)
-        case str() if name == "dtype":  # Routing keeps its dtype by name
+        case str() if name in ("dtype", "score_dtype", "choice_dtype"):  # Routing's are names
             return _wide_name(value)
         case _:
             return value

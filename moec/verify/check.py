@@ -13,6 +13,7 @@ from moec.capture import Captured
 from moec.errors import IRError, VerificationError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.run_in_float32 import InFloat32, in_float32, wide
+from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.passes.core.runner import PassResult
 from moec.report.data import MovedLine
@@ -20,7 +21,6 @@ from moec.report.quantisation import before_quantisation, moved_lines
 from moec.verify.cases import Case, Reference, references, shapes
 from moec.verify.comparison import Comparison, Criterion
 from moec.verify.first_bad_pass import first_bad_pass, with_states
-from moec.verify.stable_topk import FirstOfEquals
 
 Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
 """(name, feed): the output that holds the logits, and a function that feeds token ids [B, S] in
@@ -36,7 +36,7 @@ class Checked:
     `errors` has the greatest error of each output; `strays` is the number of the `rows` with a
     greater error than `tolerance` (allowed in 16 bits only, see `moec.interpret.tolerance.STRAYS`);
     `ties` is the number of rows that differ from eager's only in the choice among equal values (see
-    `moec.verify.stable_topk`). `notes` has a sentence for each case in which the module fails,
+    `moec.interpret.stable_topk`). `notes` has a sentence for each case in which the module fails,
     and one where the module itself gives NaN.
     `moved` is the distance of quantised outputs from the exact ones; `errors` are then relative to
     the quantised graph.

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from moec.dtypes import HALVES
 from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
 from moec.ir.opdef import inputs_of
 from moec.ops.routing.routing import Routing
@@ -48,10 +49,11 @@ def expand(op: Op, b: Builder) -> Sequence[Value] | None:
     if routing.score == "sparsemixer":
         weights, experts = _sparsemixer(emit, routing, wide)
         return b.cast(weights, routing.dtype, like=op), experts
-    scores = emit.score(routing.score, wide)
+    scores = emit.rounded(emit.score(routing.score, wide), routing.score_dtype)
     choice = scores
     if correction is not None:
         choice = emit("add.Tensor", b.cast(scores, "f64", like=op), emit.cast(correction))
+    choice = emit.rounded(choice, routing.choice_dtype)
     if routing.groups > 1:
         choice = _of_best_groups(emit, routing, choice)
     experts = emit.best(choice, routing.k)[1]
@@ -84,6 +86,12 @@ class _Emit:
 
     def cast(self, x: Value) -> Value:
         return self.b.cast(x, "f64", like=self.op)
+
+    def rounded(self, x: Value, dtype: str) -> Value:
+        """x rounded to `dtype` if that has 16 bits, in its own dtype."""
+        if dtype not in HALVES:
+            return x
+        return self.b.cast(self.b.cast(x, dtype, like=self.op), x.dtype, like=self.op)
 
     def score(self, score: str, x: Value) -> Value:
         if score == "softmax":
@@ -136,7 +144,8 @@ def _of_best_groups(emit: _Emit, routing: Routing, choice: Value) -> Value:
     size = count // routing.groups
     grouped = emit.b.reshape(choice, (tokens, routing.groups, size), like=emit.op)
     best = emit.best(grouped, 1 if routing.group_score == "max" else min(2, size))[0]
-    groups = emit.best(emit.reduce("sum.dim_IntList", best, keepdim=False), routing.top_groups)[1]
+    sums = emit.rounded(emit.reduce("sum.dim_IntList", best, keepdim=False), routing.choice_dtype)
+    groups = emit.best(sums, routing.top_groups)[1]
     mask = emit.chosen(groups, routing.groups)
     dropped = emit("logical_not.default", mask)
     column = emit.b.reshape(dropped, (tokens, routing.groups, 1), like=emit.op)

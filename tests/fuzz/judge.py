@@ -22,10 +22,10 @@ from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
 from moec.errors import InputError, MoecError
 from moec.interpret.evaluate import evaluate
+from moec.interpret.stable_topk import FirstOfEquals
 from moec.interpret.tolerance import TOLERANCES, allowed_strays, distance, row_errors
 from moec.ir.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
 from moec.model.compiled import CompiledModel
-from moec.verify.stable_topk import FirstOfEquals
 from tests.fuzz.layer import Layer, source
 
 EXAMPLE = (2, 6)

@@ -20,10 +20,11 @@ from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu import parallel
 from moec.codegen.cpu.frame import argument, kernel
+from moec.codegen.cpu.rounding import rounded
 from moec.codegen.cpu.routing.topk import LOWEST, TAKEN, Ranking, float_of
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.routing import RouteSpec
-from moec.dtypes import LONG_NAMES
+from moec.dtypes import HALVES, LONG_NAMES
 from moec.ops.routing.routing import Routing
 from moec.target.cpu import CpuTarget
 
@@ -131,6 +132,12 @@ def route_token(
         _sparsemixer(c)
     else:
         _score(c, routing.score, c.scores, c.num_experts)
+        if routing.score_dtype in HALVES:
+            with T.serial(0, c.vectors(c.num_experts)) as j:
+                x = c.scores[c.lanes(j)]
+                T.buffer_store(
+                    c.scores, rounded(v, x, LONG_NAMES[routing.score_dtype]), [c.lanes(j)]
+                )
         _rank(c)
         if routing.groups > 1:
             _keep_best_groups(c)
@@ -189,9 +196,15 @@ def _rank(c: RouterScratch) -> None:
                 x = x + v.load(c.correction, index)
             else:
                 x = x + v.load_tail(c.correction, index, c.count(j, n))
-        ranks = c.ranking.ranks(x)
+        ranks = c.ranking.ranks(_choice(c, x))
         sentinel = T.broadcast(T.int32(TAKEN), v.lanes)
         T.buffer_store(c.ranks, T.Select(c.is_one_of(j, n), ranks, sentinel), [c.lanes(j)])
+
+
+def _choice(c: RouterScratch, x: Expr) -> Expr:
+    """A vector of scores as choices compare them."""
+    dtype = c.routing.choice_dtype
+    return rounded(c.v, x, LONG_NAMES[dtype]) if dtype in HALVES else x
 
 
 def _keep_best_groups(c: RouterScratch) -> None:
@@ -217,7 +230,9 @@ def _keep_best_groups(c: RouterScratch) -> None:
         T.buffer_store(sums, score, [g])
     with T.serial(0, c.vectors(groups)) as j:
         sentinel = T.broadcast(T.int32(TAKEN), v.lanes)
-        x = T.Select(c.is_one_of(j, groups), c.ranking.ranks(sums[c.lanes(j)]), sentinel)
+        x = T.Select(
+            c.is_one_of(j, groups), c.ranking.ranks(_choice(c, sums[c.lanes(j)])), sentinel
+        )
         T.buffer_store(ranks, x, [c.lanes(j)])
     with T.serial(0, c.routing.top_groups):
         T.buffer_store(dropped, T.int32(0), [c.ranking.take(ranks, c.argmax)])

@@ -30,7 +30,7 @@ from moec.codegen.cuda.instructions import (
 from moec.codegen.cuda.routing.ranks import LOWEST, TAKEN, float_of, rank_of
 from moec.codegen.cuda.routing.sparsemixer import sparsemixer
 from moec.codegen.specs.routing import RouteSpec
-from moec.dtypes import LONG_NAMES
+from moec.dtypes import HALVES, LONG_NAMES
 from moec.errors import NoMatch
 from moec.ops.routing.routing import Routing
 from moec.target.cuda import CudaTarget
@@ -132,6 +132,9 @@ def _route(
         x = T.if_then_else(e < r.spec.num_experts, x, T.float32(-_INFINITY))
         T.buffer_store(r.scores, x, [turn])
     _score(r.scores, len(r.turns), routing.score)
+    if routing.score_dtype in HALVES:
+        for turn in r.turns:
+            T.buffer_store(r.scores, _rounded(r.scores[turn], routing.score_dtype), [turn])
     base = r.warp * r.stride
     for turn in r.turns:
         T.buffer_store(r.shared_scores, r.scores[turn], [base + r.expert(turn)])
@@ -191,6 +194,11 @@ def _score(values: Buffer, count: int, score: str) -> None:
         T.buffer_store(values, values[i] / total, [i])
 
 
+def _rounded(x: Expr, dtype: str) -> Expr:
+    """x as it would be read back from memory of `dtype`, if that has 16 bits."""
+    return T.call_extern("float32", f"moec_round_{dtype}", x) if dtype in HALVES else x
+
+
 def _rank(r: _Router, correction: Buffer | None) -> None:
     """Computes the ranks of scores + correction; padding elements rank below all experts."""
     for turn in r.turns:
@@ -198,6 +206,7 @@ def _rank(r: _Router, correction: Buffer | None) -> None:
         x = r.scores[turn]
         if correction is not None:
             x = x + T.cast(correction[T.min(e, r.spec.num_experts - 1)], "float32")
+        x = _rounded(x, r.spec.routing.choice_dtype)
         rank = T.Select(e < r.spec.num_experts, rank_of(T.bind(x)), T.int32(TAKEN))
         T.buffer_store(r.ranks, rank, [turn])
         if r.shared_ranks is not None:
@@ -236,7 +245,7 @@ def _keep_best_groups(r: _Router) -> None:
         T.buffer_store(best, T.max(best[0], rank), [0])
     score = float_of(best[0])
     if routing.group_score == "top2sum" and size > 1:
-        score = score + float_of(best[1])
+        score = _rounded(score + float_of(best[1]), routing.choice_dtype)
     rank = T.Select(r.lane < routing.groups, rank_of(T.bind(score)), T.int32(TAKEN))
     left = T.alloc_buffer((1,), "int32", scope="local")
     chosen = T.alloc_buffer((1,), "int32", scope="local")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moec.dtypes import HALVES
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Op
 
@@ -18,6 +19,8 @@ class Routing:
     scores = score(logits); the k best of scores + correction are chosen, within the best
     `top_groups` of `groups` groups where these are set; weights = after(scores of the chosen),
     divided by their sum + epsilon where `renormalize`, times `scale`. Ties: the lower id wins.
+    A choice depends on roundings: scores are rounded to `score_dtype` where that has 16 bits, and
+    scores + correction and the scores of groups to `choice_dtype`.
     `score="sparsemixer"` is PhiMoE's sampler at inference (arXiv 2310.00811) with `jitter`.
     """
 
@@ -32,6 +35,8 @@ class Routing:
     group_score: str = "max"  # max, top2sum
     jitter: float = 0.0
     dtype: str = "f32"  # of the weights
+    score_dtype: str = "f32"
+    choice_dtype: str = "f32"
 
     @staticmethod
     def of(op: Op) -> Routing:
@@ -58,11 +63,18 @@ def widened(floats: torch.Tensor) -> torch.Tensor:
     return floats if floats.dtype == torch.float64 else floats.float()
 
 
+def _rounded(floats: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The floats rounded to `dtype` if that has 16 bits, in their own dtype."""
+    return floats.to(TORCH_DTYPES[dtype]).to(floats.dtype) if dtype in HALVES else floats
+
+
 def _scores(routing: Routing, logits: torch.Tensor) -> torch.Tensor:
-    logits = widened(logits)
+    scores = widened(logits)
     if routing.score == "softmax":
-        return logits.softmax(-1)
-    return logits.sigmoid() if routing.score == "sigmoid" else logits
+        scores = scores.softmax(-1)
+    elif routing.score == "sigmoid":
+        scores = scores.sigmoid()
+    return _rounded(scores, routing.score_dtype)
 
 
 def choice_scores(
@@ -70,13 +82,17 @@ def choice_scores(
 ) -> torch.Tensor:
     """f32 or f64[.., E]: the scores that choose experts, before the restriction to groups."""
     scores = _scores(routing, logits)
-    return scores if correction is None else scores + widened(correction)
+    if correction is not None:
+        scores = scores + widened(correction)
+    return _rounded(scores, routing.choice_dtype)
 
 
 def group_scores(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
     """f32[.., groups]: the scores by which groups are chosen, from choice scores [.., E]."""
     ranked = _grouped(routing, choice).sort(-1, descending=True).values
-    return ranked[..., 0] if routing.group_score == "max" else ranked[..., :2].sum(-1)
+    if routing.group_score == "max":
+        return ranked[..., 0]
+    return _rounded(ranked[..., :2].sum(-1), routing.choice_dtype)
 
 
 def _grouped(routing: Routing, choice: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
 from moec.passes.recognise.routers.expert_ids import widest_choice
 from moec.passes.recognise.routers.forced_choices import forced_ids, may_force, with_forced
 from moec.passes.recognise.routers.region_boundary import logits_behind
+from moec.passes.recognise.routers.rounded_choices import EagerChoices, roundings
 from moec.passes.recognise.routers.router_hypotheses import hypotheses
 
 _ROWS = 1000
@@ -188,7 +189,7 @@ def _hypothesise(
     if forced is not None:
         feeds[forced] = Ids(block.num_experts, 1)
     dtype = block.weights.dtype if block.weights is not None else "f32"
-    count, reason = 0, ""
+    count, reason, equal_but_for_rounding = 0, "", False
     for routing in hypotheses(region, k, dtype, block.num_experts):
         if forced is not None and not may_force(routing):
             continue
@@ -202,10 +203,33 @@ def _hypothesise(
                 decisions=tuple(decisions(region)),
                 compare=_agree(block, router),
             )
-            return router
         except NoMatch as why:
             reason = str(why)
+            continue
+        rounded = _with_roundings(region, router, block, prover, feeds)
+        if rounded is not None:
+            return rounded
+        equal_but_for_rounding = True
+    if equal_but_for_rounding:
+        raise NoMatch("its scores are rounded to 16 bits where no known routing rounds")
     raise NoMatch(f"{count} forms of routing were tried from {logits.name}; the last one: {reason}")
+
+
+def _with_roundings(
+    region: Graph,
+    router: RecognisedRouter,
+    block: Routed,
+    prover: Prover,
+    feeds: Mapping[Value, Feed],
+) -> RecognisedRouter | None:
+    """The router with the roundings to 16 bits that its choices depend on; None if moe.route has
+    no such roundings."""
+    eager = EagerChoices(region, router.logits, router.correction, feeds, prover.weights)
+    for routing in roundings(region, router.routing, router.correction is not None):
+        variant = replace(router, routing=routing)
+        if eager.equal(_router_graph(region, variant, block)):
+            return variant
+    return None
 
 
 def _emit(emit: RegionEmitter, router: RecognisedRouter) -> tuple[Value, ...]:

@@ -20,7 +20,7 @@ def hypotheses(region: Graph, k: int, dtype: str, experts: int) -> Iterator[Rout
     """
     names = {op.name.split(".")[1] for op in region.ops}
     constants = _constants(region)
-    scores, weightings = _score_functions(_before_choices(region)), _score_functions(region.ops)
+    scores, weightings = _score_functions(before_choices(region)), _score_functions(region.ops)
     divides = bool(names & {"div", "reciprocal"})
     renorms = (True, False) if divides else (False,)
     epsilons = [*(c for c in constants["add"] if 0 < c < 1e-2), 0.0]
@@ -56,7 +56,7 @@ def _score_functions(ops: Iterable[Op]) -> list[str]:
     ]
 
 
-def _before_choices(region: Graph) -> Iterable[Op]:
+def before_choices(region: Graph) -> Iterable[Op]:
     """The ops by whose results something is chosen; all of them if no op chooses.
 
     A function of the logits is no score if the choice does not depend on it. Above logits of 17, a

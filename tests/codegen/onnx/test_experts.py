@@ -108,6 +108,8 @@ ROUTERS = {
     "groups": "<k=2, groups=2, top_groups=1>",
     "groups by two": '<k=2, groups=2, top_groups=1, group_score="top2sum">',
     "sparsemixer": '<k=2, score="sparsemixer", jitter=0.1>',
+    "rounded": '<k=2, score="sigmoid", score_dtype="bf16">',
+    "rounded groups": '<k=2, groups=2, top_groups=1, group_score="top2sum", choice_dtype="f16">',
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.interpret.evaluate import evaluate
-from moec.verify.stable_topk import FirstOfEquals
+from moec.interpret.stable_topk import FirstOfEquals
 from tests.capture.modules import WIDTH, Moe
 
 Router = Callable[[Tensor], tuple[Tensor, Tensor]]

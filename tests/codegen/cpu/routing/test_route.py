@@ -61,6 +61,21 @@ ROUTINGS: dict[str, tuple[Routing, int, str | None]] = {
     "f64": (Routing(3, score="sigmoid", renormalize=True, dtype="f64"), 13, "f64"),
     "all": (Routing(5, renormalize=True), 5, "f32"),
     "many": (Routing(20, score="sigmoid", after="softmax"), 37, None),
+    "rounded": (Routing(3, score_dtype="bf16", dtype="bf16"), 16, None),
+    "rounded-groups": (
+        Routing(
+            3,
+            score="sigmoid",
+            groups=4,
+            top_groups=2,
+            group_score="top2sum",
+            dtype="bf16",
+            score_dtype="bf16",
+            choice_dtype="bf16",
+        ),
+        24,
+        "bf16",
+    ),
     "phimoe": (Routing(2, score="sparsemixer", jitter=0.01), 16, None),
     "phimoe-wide": (Routing(2, score="sparsemixer", jitter=0.5), 19, None),
 }

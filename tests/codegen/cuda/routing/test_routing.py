@@ -48,6 +48,21 @@ ROUTINGS: dict[str, RouteSpec] = {
     "deepseek-v2": RouteSpec(Routing(6, groups=8, top_groups=3, scale=16.0), 160, "f32"),
     "deepseek-v3": RouteSpec(DEEPSEEK_V3, 256, "f32", "f32"),
     "all": RouteSpec(Routing(5, renormalize=True), 5, "f32", "bf16"),
+    "rounded": RouteSpec(
+        Routing(
+            3,
+            score="sigmoid",
+            groups=4,
+            top_groups=2,
+            group_score="top2sum",
+            dtype="f16",
+            score_dtype="f16",
+            choice_dtype="f16",
+        ),
+        24,
+        "f16",
+        "f16",
+    ),
     "phimoe": RouteSpec(Routing(2, score="sparsemixer", jitter=0.1), 40, "f32"),
     "many": RouteSpec(Routing(20, score="sigmoid", after="softmax"), 37, "f32"),
 }
