@@ -126,6 +126,7 @@ def signature(
         caches=tuple(map(port, caches)),
         sizes={name: (b.low, b.high) for name, b in graph.bounds.items()},
         index_ranges=index_ranges(graph),
+        causes={name: b.line for name, b in graph.bounds.items() if b.line},
     )
 
 

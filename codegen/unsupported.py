@@ -14,6 +14,7 @@ from moec.codegen.loops.rules import takes_complex
 from moec.errors import IRError, UnsupportedError
 from moec.ir.dims import Bounds, Dim, evaluate_dim, product
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.thresholds import nearest_allowed
 
 
 def check(
@@ -142,6 +143,7 @@ def _environments(graph: Graph, host_sizes: Mapping[str, Dim]) -> list[dict[str,
             bounds = graph.bounds.get(name, Bounds())
             wish = max(_TRIED[(turn + index) % len(_TRIED)], bounds.low)
             env[name] = wish if bounds.high is None else min(wish, bounds.high)
+        env = nearest_allowed(graph.bounds, env)
         with suppress(IRError):  # a logarithm of 0
             env |= {name: evaluate_dim(size, env) for name, size in host_sizes.items()}
             environments.append(env)

@@ -123,13 +123,7 @@ def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
                     f"axis {axis} of input {port.name!r} is {length}{zero}{what}, "
                     f"and the model was compiled for {name} {limits}"
                 )
-    for size, (_, most) in function.sizes.items():
-        count = None if size in env or most is None else sizes.evaluate(size, env)
-        if count is not None and most is not None and count > most:  # a product of sizes
-            raise InputError(
-                f"{size} is {count}, because {_causes(size, learned, env)}, and the model was "
-                f"compiled for at most {most}"
-            )
+    _check_expressions(function, learned, env)
     for port, axis, size, length in axes:
         expected = sizes.evaluate(size, env)
         if expected == length:
@@ -143,6 +137,27 @@ def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
             raise InputError(f"{where} a size of the form {size}")
         # Sizes that no axis determines are checked by the compiled code.
     return env
+
+
+def _check_expressions(
+    function: Function, learned: Mapping[str, str], env: Mapping[str, int]
+) -> None:
+    """The bounds of products of sizes, of remainders and of other expressions."""
+    for size, (least, most) in function.sizes.items():
+        if size in env or not sizes.names(size) <= env.keys():
+            continue
+        count = sizes.evaluate(size, env)
+        if count is not None and least <= count and (most is None or count <= most):
+            continue
+        causes = _causes(size, learned, env)
+        line = f" ({function.causes[size]})" if size in function.causes else ""
+        if multiple := sizes.multiple_of(size):
+            dividend, number = multiple
+            raise InputError(f"{dividend} must be a multiple of {number}, and {causes}{line}")
+        limits = f"at least {least}" if count is None or count < least else f"at most {most}"
+        raise InputError(
+            f"{size} is {count}, because {causes}, and the model was compiled for {limits}{line}"
+        )
 
 
 def _causes(size: Size, learned: Mapping[str, str], env: Mapping[str, int]) -> str:

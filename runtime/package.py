@@ -68,7 +68,9 @@ class Function:
 
     `states` are held by the executor between calls; functions share states of the same name.
     `caches` are held by the caller, one set for each set of texts. `sizes` are the bounds of the
-    named sizes (low, high or None). `destinations` names the outputs that are written into memory
+    named sizes and of expressions of them (low, high or None): those of the remainder Mod(S, 4) are
+    0 where S must be a multiple of 4. `causes` has the user's line that set some of them.
+    `destinations` names the outputs that are written into memory
     of the caller. `index_ranges` are the allowed values (low, high inclusive) of
     inputs that look up rows of a table; sizes, where that of the table varies.
     """
@@ -81,6 +83,7 @@ class Function:
     sizes: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     index_ranges: Mapping[str, tuple[Size, Size]] = field(default_factory=dict)
     destinations: tuple[str, ...] = ()
+    causes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ports(self) -> tuple[Port, ...]:

@@ -127,6 +127,15 @@ def solve(size: Size, value: int) -> tuple[str, int] | None:
     return (name, n) if n >= 0 and evaluate(size, {name: n}) == value else None
 
 
+@lru_cache(maxsize=4096)
+def multiple_of(size: str) -> tuple[str, int] | None:
+    """(S, 4) where `size` is the remainder Mod(S, 4); else None."""
+    match _parse(size):
+        case ast.Call(func=ast.Name(id="Mod"), args=[dividend, ast.Constant(value=int(number))]):
+            return ast.unparse(dividend).replace(" * ", "*"), number
+    return None
+
+
 def _value(node: ast.expr, env: Mapping[str, int]) -> Fraction:
     value = _unbounded(node, env)
     if max(abs(value.numerator), value.denominator) > _LARGEST:

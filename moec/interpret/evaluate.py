@@ -9,9 +9,10 @@ import torch
 
 from moec.errors import IRError
 from moec.ir import aten
-from moec.ir.dims import bind_shape, symbols
+from moec.ir.dims import bind_shape, show_bounds, symbols
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import Reference
+from moec.ir.thresholds import violated
 from moec.ops import OPS
 
 
@@ -22,10 +23,32 @@ def evaluate(
 ) -> tuple[torch.Tensor, ...]:
     """`graph.results` for `inputs` (states' contents last) and `weights` by param name.
 
-    Raises IRError where a tensor does not fit its type.
+    Raises IRError where a tensor does not fit its type, or a size its bounds.
     """
     params = [(weights or {})[param.name] for param in graph.params]
+    _check_bounds(graph, inputs)
     return run_graph(graph, [*inputs, *params])
+
+
+def evaluate_anywhere(
+    graph: Graph, inputs: Sequence[torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """As `evaluate`, also outside of the bounds, for a capture that looks for them."""
+    return run_graph(graph, [*inputs, *(weights[param.name] for param in graph.params)])
+
+
+def _check_bounds(graph: Graph, inputs: Sequence[torch.Tensor]) -> None:
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(graph.inputs, inputs, strict=True):
+        _learn(graph.name, value, tensor, sizes)
+    size = violated(graph.bounds, sizes)
+    if size is not None:
+        limits = graph.bounds[size]
+        line = f" ({limits.line})" if limits.line else ""
+        sizes_text = ", ".join(f"{name} = {sizes[name]}" for name in sorted(sizes))
+        raise IRError(
+            f"{graph.name}: {size} is outside of {show_bounds(limits)} where {sizes_text}{line}"
+        )
 
 
 def run_graph(

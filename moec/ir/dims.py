@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -76,16 +76,18 @@ _TORCH_FUNCTIONS = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """The least and greatest value of a named size, or of a product of sizes. `high` is None where
-    there is no bound."""
+    """The least and greatest value of a named size, or of an expression of sizes. `high` is None
+    where there is no bound. `line` is the user's line of code that is its cause, for messages only.
+    """
 
     low: int = 0
     high: int | None = None
+    line: str = field(default="", compare=False, repr=False)
 
     def intersect(self, other: Bounds) -> Bounds:
         """The intersection."""
         highs = [high for high in (self.high, other.high) if high is not None]
-        return Bounds(max(self.low, other.low), min(highs, default=None))
+        return Bounds(max(self.low, other.low), min(highs, default=None), self.line or other.line)
 
     def contains(self, size: int) -> bool:
         return size >= self.low and (self.high is None or size <= self.high)

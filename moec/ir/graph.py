@@ -120,8 +120,8 @@ class Graph:
     """`inputs` change with each call, `params` are bound once, `states` persist between calls.
 
     Each `State.before` is one of the last `inputs`, after those that the caller passes. `ops` are
-    pure and in topological order. `bounds` holds the limits of the named sizes,
-    and those of products of them by their text (B*S).
+    pure and in topological order. `bounds` holds the limits of the named sizes, and those of
+    expressions of them by their text: B*S in [0, 512], and Mod(S, 4) in [0, 0] for a multiple of 4.
     """
 
     inputs: tuple[Value, ...]

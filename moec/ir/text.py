@@ -229,7 +229,7 @@ class _Reader:
         return tuple(values)
 
     def bounded_size(self) -> str:
-        """A named size, or a product of some in braces."""
+        """A named size, or an expression of some in braces."""
         return show_dim(parse_dim(self.next()[1:-1])) if self.kind == "size" else self.name()
 
     def bounds(self) -> Bounds:

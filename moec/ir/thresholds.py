@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -19,6 +20,8 @@ _DENSE = 512
 """The number of sizes, from the least one, that are tried one by one."""
 _FAR = tuple(2**n + d for n in range(10, 31) for d in (-1, 0, 1, 37))
 _COMBINATIONS = 4096
+_LONGEST_STEP = 4096
+"""From a size to the next one that bounds of expressions allow."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,48 @@ def truth_of(expression: sympy.Basic) -> Truth:
 
 
 def allows(bounds: Mapping[str, Bounds], sizes: Mapping[str, int]) -> bool:
-    """Whether sizes are within the bounds of names, and of products of names."""
+    """Whether sizes are within the bounds of names, and of expressions of names."""
+    return violated(bounds, sizes) is None
+
+
+def violated(bounds: Mapping[str, Bounds], sizes: Mapping[str, int]) -> str | None:
+    """The first name or expression that is outside of its bounds."""
     for name, limits in bounds.items():
-        truth = truth_of(symbol(name) if name.isidentifier() else parse_dim(name))
-        if truth.names <= sizes.keys() and not limits.contains(truth.value(sizes)):
-            return False
-    return True
+        truth = _bounded(name)
+        if truth.names <= sizes.keys() and not _is_inside(truth, limits, sizes):
+            return name
+    return None
+
+
+def _is_inside(truth: Truth, limits: Bounds, sizes: Mapping[str, int]) -> bool:
+    try:
+        return limits.contains(truth.value(sizes))
+    except ZeroDivisionError:
+        return False
+
+
+@lru_cache(maxsize=1 << 12)
+def _bounded(name: str) -> Truth:
+    return truth_of(symbol(name) if name.isidentifier() else sympy.sympify(parse_dim(name)))
+
+
+def nearest_allowed(
+    bounds: Mapping[str, Bounds], sizes: Mapping[str, int], direction: int = 1
+) -> dict[str, int]:
+    """`sizes`, changed in a direction (1 or -1) as little as the bounds of expressions need: 7 to
+    8, or to 4, where it must be a multiple of 4. Sizes for which no allowed ones are near stay."""
+    moved = dict(sizes)
+    expressions = {name: limits for name, limits in bounds.items() if not name.isidentifier()}
+    for name, size in sizes.items():
+        limits = {e: b for e, b in expressions.items() if name in _bounded(e).names}
+        if not limits or allows(limits, moved):
+            continue
+        for other in range(size, size + direction * _LONGEST_STEP, direction):
+            inside = other >= 1 and bounds.get(name, Bounds()).contains(other)
+            if inside and allows(limits, {**moved, name: other}):
+                moved[name] = other
+                break
+    return moved
 
 
 def candidates(limits: Bounds, near: int, numbers: Iterable[int] = ()) -> list[int]:

@@ -26,6 +26,7 @@ from moec.report.data import (
 )
 from moec.report.module_paths import collapse_layer_indices, spans
 from moec.report.units import count, seconds, size
+from moec.runtime.sizes import multiple_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -143,6 +144,9 @@ def _facts(report: ReportData) -> Any:
 
 
 def _bounds(name: str, low: int, high: int | None) -> str:
+    if multiple := multiple_of(name):
+        dividend, number = multiple
+        return f"{dividend} a multiple of {number}"
     return f"{name} from {low}" if high is None else f"{name} {low} to {high}"
 
 

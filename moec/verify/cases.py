@@ -12,6 +12,7 @@ from moec.interpret.placeholders import with_runs
 from moec.interpret.random_inputs import random_like
 from moec.interpret.resized import with_sizes
 from moec.ir.dims import Bounds
+from moec.ir.thresholds import nearest_allowed
 from moec.verify.turns import turns
 
 Case = tuple[torch.Tensor, ...]
@@ -44,10 +45,12 @@ def _odd(bounds: Bounds) -> int:
 def _sizes(captured: Captured, choose: Callable[[Bounds], int]) -> dict[str, int]:
     """A size for each name; B is at most 3, so that the cases stay small."""
     graph = captured.program.graph
-    return {
+    sizes = {
         name: choose(bounds) if name != "B" else min(choose(bounds), 3)
         for name, bounds in graph.bounds.items()
+        if name.isidentifier()
     }
+    return nearest_allowed(graph.bounds, sizes)
 
 
 def references(captured: Captured) -> tuple[list[Reference], tuple[str, ...]]:

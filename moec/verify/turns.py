@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from moec.ir.dims import Bounds, bind_shape, symbols
+from moec.ir.dims import Bounds, bind_shape, parse_dim, symbols
 from moec.ir.graph import Graph, Value
 from moec.ir.size_expressions import size_expressions
-from moec.ir.thresholds import allows, sizes_at_changes
+from moec.ir.thresholds import allows, nearest_allowed, sizes_at_changes
 
 _CASES = 12
 """At most this many cases, the smallest ones, so that a verification takes seconds."""
@@ -34,6 +34,8 @@ def turns(graph: Graph, example: Sequence[torch.Tensor]) -> list[dict[str, int]]
     moved = sizes_at_changes(expressions, bounds, sizes)
     moved += [{**sizes, name: size} for name, size in _masks(graph, bounds)]
     moved += [{**sizes, name: size} for name, size in _ends(bounds)]
+    moved += [{**sizes, name: sizes[name] + 1} for name in _in_expressions(graph) & bounds.keys()]
+    moved = [nearest_allowed(graph.bounds, m, way) for m in moved for way in (1, -1)]
     most = max(_ELEMENTS, 4 * math.prod(sizes.values()))
     moved = [m for m in moved if math.prod(m.values()) <= most and allows(graph.bounds, m)]
     small = {tuple(sorted(m.items())): m for m in moved}
@@ -63,6 +65,12 @@ def _is_position(graph: Graph, value: Value) -> bool:
     if op.name.startswith("aten.arange."):
         return True
     return op.name in _KEEPS and any(_is_position(graph, source) for source in op.inputs)
+
+
+def _in_expressions(graph: Graph) -> set[str]:
+    """The sizes that are bounded together: a product of them, or a remainder."""
+    expressions = (parse_dim(name) for name in graph.bounds if not name.isidentifier())
+    return {name for expression in expressions for name in symbols(expression)}
 
 
 def _ends(bounds: Mapping[str, Bounds]) -> Iterator[tuple[str, int]]:

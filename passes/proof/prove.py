@@ -26,6 +26,7 @@ from moec.interpret.threads import threads_for
 from moec.ir.canonical import canonical_text
 from moec.ir.dims import Bounds, evaluate_dim, symbols
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.thresholds import nearest_allowed
 from moec.ir.traits import CASTS, VIEWS
 from moec.ir.upcast import widen
 from moec.passes.proof.branch_coverage import branch_taken, require_both_branches, thresholds
@@ -365,7 +366,7 @@ def _sizes(graph: Graph, counts: Sequence[int]) -> Iterator[dict[str, int]]:
             count = counts[(index + position) % len(counts)] if position else counts[index]
             count = max(count, limits.low, 1)
             sizes[name] = count if limits.high is None else min(count, limits.high)
-        yield sizes
+        yield nearest_allowed(graph.bounds, sizes)
 
 
 def compare_results(

@@ -19,7 +19,7 @@ from moec.capture import capture
 from moec.capture.guards.guards import Guard, settle
 from moec.capture.proof.settlement import settled
 from moec.capture.sides import search
-from moec.capture.sides.sizes import Choice, Unmergeable, indicator
+from moec.capture.sides.sizes import Choice, Unmergeable
 from moec.capture.speculate.facts.singles import (
     OPERATIONS,
     Single,
@@ -31,6 +31,7 @@ from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from moec.ir.dims import Bounds, symbol
 from moec.ir.float_sizes import f64
+from moec.ir.size_expressions import indicator
 from moec.ir.thresholds import truth_of
 from tests.capture.modules import Function
 from tests.capture.sized import first

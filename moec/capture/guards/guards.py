@@ -5,13 +5,15 @@ evaluated with them: `if n > 8`, `int(n * 2.0 / 8) == 6`. Every guard is handled
 
     implied    by the types of the inputs and the bounds of the sizes: nothing to do
     a bound    an inequality of one size: it limits that size; or one that limits a product of
-               sizes to a large number, at least where module and graph differ beyond
+               sizes to a large number, at least where module and graph differ beyond; or a
+               condition without which the module itself fails: that S is a multiple of 4
     harmless   module and graph agree at sizes where it is false, which is tested
     or refused, in the user's names, with the line of code that evaluated it
 """
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +26,11 @@ import sympy
 from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
 
+from moec.capture.guards.conditions import as_bounds, multiples_in
 from moec.capture.guards.false_sizes import can_run, false_at
 from moec.capture.user_code.sources import is_internal, is_standard, text_of
 from moec.errors import CaptureError, IRError
-from moec.ir.dims import Bounds, nearly_from_torch, show_dim, symbols
+from moec.ir.dims import Bounds, nearly_from_torch, parse_dim, show_dim, symbols
 from moec.ir.graph import Graph
 from moec.ir.thresholds import first_true, interval_around, truth_of
 
@@ -191,7 +194,7 @@ def settle(
         (size,) = guard.names
         if agree and limits.low == 2 and agree({**example, size: 1}):
             limits = replace(limits, low=0)  # `if n > 1`, and the result is the same at 1
-        bounds[size] = _intersection(bounds[size], limits)
+        bounds[size] = bounds[size].intersect(limits)
         if limits.low > 1 or limits.high is not None:
             limiting.append(guard)
             notes[f"{size} {_shown(bounds[size])}: {guard}"] = None
@@ -201,7 +204,12 @@ def settle(
         answers = [agree(sizes) if agree and runs else None for sizes in false]
         tried = [answer for answer in answers if answer is not None]
         same = bool(tried) and all(tried) and not _bakes_in(guard.condition)
-        if same:
+        may_fail = agree is None or (runs and _fails_last(false, answers))
+        multiples = multiples_in(guard.condition, bounds, example) if false and may_fail else {}
+        if multiples:
+            _narrow(bounds, multiples, guard)
+            notes[f"{' and '.join(map(_multiple, multiples))}: {guard}"] = None
+        elif same:
             where = "at other sizes"
             if isinstance(guard.condition, sympy.core.relational.Relational):
                 where = f"where not {show(guard.condition)}"
@@ -210,15 +218,36 @@ def settle(
             fails = runs and not tried  # the module itself, where the guard does not hold
             required = {} if tried or (agree and not runs) else _edges(guard, example)
             required = required or _product_limit(guard)
-            if not required and not fails:
+            if required:
+                _narrow(bounds, required, guard)
+                limits_text = "; ".join(f"{size} {_shown(bounds[size])}" for size in required)
+                notes[f"{limits_text}: {guard}"] = None
+                limiting += [] if fails else [guard]
+            elif fails:
+                _narrow(bounds, as_bounds(guard.condition), guard)
+                notes[f"the model itself fails where not {show(guard.condition)}: {guard}"] = None
+            else:
                 raise GuardRefused(_refusal(name, graph, guard, example), guard)
-            for size, limits in required.items():
-                bounds[size] = _intersection(bounds.get(size, Bounds()), limits)
-            limits_text = "; ".join(f"{size} {_shown(bounds[size])}" for size in required)
-            fails_text = f"the model itself fails where not {show(guard.condition)}"
-            notes[f"{limits_text or fails_text}: {guard}"] = None
-            limiting += [guard] if required and not fails else []
     return Settled(bounds, tuple(notes), tuple(limiting))
+
+
+def _narrow(bounds: dict[str, Bounds], limits: Mapping[str, Bounds], guard: Guard) -> None:
+    """Add the limits that a guard sets to the bounds."""
+    for size, limit in limits.items():
+        limit = replace(limit, line=str(guard) if guard.file else "")
+        bounds[size] = limit.intersect(bounds.get(size, limit))
+
+
+def _fails_last(tried: Sequence[Mapping[str, int]], answers: Sequence[bool | None]) -> bool:
+    """Whether the module fails at the most rows of those that were tried: at the least, it may run
+    where an axis of 1 is that of another tensor, or fail for having too few rows."""
+    rows = [math.prod(sizes.values()) for sizes in tried]
+    return bool(answers) and answers[rows.index(max(rows))] is None
+
+
+def _multiple(remainder: str) -> str:
+    size, number = sympy.sympify(parse_dim(remainder)).args
+    return f"{size} is a multiple of {number}"
 
 
 _INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.Ne)
@@ -267,11 +296,6 @@ def _product_limit(guard: Guard) -> dict[str, Bounds]:
     strict = isinstance(guard.condition, sympy.Gt | sympy.Lt)
     high = int(sympy.floor((limit - strict) / factor))
     return {show_dim(sizes): Bounds(0, high)} if high >= _LEAST_LIMIT else {}
-
-
-def _intersection(a: Bounds, b: Bounds) -> Bounds:
-    highs = [high for high in (a.high, b.high) if high is not None]
-    return Bounds(max(a.low, b.low), min(highs, default=None))
 
 
 _LEAST_LIMIT = 1 << 12

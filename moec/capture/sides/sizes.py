@@ -9,7 +9,7 @@ from fractions import Fraction
 import sympy
 
 from moec.ir.dims import Bounds, Dim, canonical
-from moec.ir.float_sizes import is_float
+from moec.ir.size_expressions import indicator
 from moec.ir.thresholds import sizes_around, truth_of
 
 
@@ -92,37 +92,6 @@ class Choice:
             truth = indicator(condition)
             if truth is not None:
                 yield there + truth * (here - there)
-
-
-def indicator(condition: sympy.Basic) -> sympy.Expr | None:
-    """1 where a condition on integers holds, else 0, as an expression of sizes; None for a
-    condition on floats."""
-    if isinstance(condition, sympy.And | sympy.Or | sympy.Not):
-        parts = [part for part in map(indicator, condition.args) if part is not None]
-        if len(parts) < len(condition.args):
-            return None
-        if isinstance(condition, sympy.And):
-            return sympy.Mul(*parts)
-        if isinstance(condition, sympy.Or):
-            return 1 - sympy.Mul(*(1 - part for part in parts))
-        return 1 - parts[0]
-    if not isinstance(condition, sympy.core.relational.Relational) or is_float(condition):
-        return None
-    if not condition.lhs.is_integer or not condition.rhs.is_integer:
-        return None
-    difference = condition.lhs - condition.rhs
-    match condition.rel_op:
-        case ">":
-            return sympy.Min(1, sympy.Max(0, difference))
-        case "<":
-            return sympy.Min(1, sympy.Max(0, -difference))
-        case ">=":
-            return 1 - sympy.Min(1, sympy.Max(0, -difference))
-        case "<=":
-            return 1 - sympy.Min(1, sympy.Max(0, difference))
-        case "!=":
-            return sympy.Min(1, sympy.Abs(difference))
-    return 1 - sympy.Min(1, sympy.Abs(difference))
 
 
 def _moduli(condition: sympy.Basic) -> set[int]:

@@ -13,6 +13,7 @@ import torch
 from moec.dtypes import FLOATS
 from moec.ir.dims import Bounds, symbols
 from moec.ir.graph import Graph, Value
+from moec.ir.thresholds import nearest_allowed
 
 MOST_ROWS = 4096
 """The most rows that a proof draws. A branch that needs more rows to go both ways is refused."""
@@ -56,7 +57,7 @@ def _assignments(
 ) -> list[dict[str, int]]:
     """Sizes by name: those of the example, small and odd ones, and one more than each number that a
     condition compares with."""
-    names = [str(name) for name in graph.bounds]
+    names = [name for name in graph.bounds if name.isidentifier()]
     if not names:
         return [{}]
     shapes = [_of_example(graph, example)]
@@ -67,10 +68,10 @@ def _assignments(
     for number in sorted(_numbers(conditions)):
         if 1 <= number < MOST_ROWS:
             shapes.append(dict.fromkeys(names, 1) | {names[-1]: number + 1})
-    distinct = {
-        tuple(sorted((name, _clamp(size, graph.bounds[name])) for name, size in shape.items()))
-        for shape in shapes
-    }
+    clamped = (
+        {name: _clamp(size, graph.bounds[name]) for name, size in shape.items()} for shape in shapes
+    )
+    distinct = {tuple(sorted(nearest_allowed(graph.bounds, shape).items())) for shape in clamped}
     return [dict(shape) for shape in sorted(distinct)]
 
 
