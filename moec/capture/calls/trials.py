@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moec.capture.calls.attributes import attributes_kept
 from moec.capture.calls.call import ModuleCall
 
 
@@ -28,7 +29,7 @@ def quiet() -> Iterator[None]:
 class Trials:
     """Runs of a call on given tensors; each combination of shapes is run once.
 
-    A run changes no tensor: caches and counters that the module writes into are restored.
+    A run changes no tensor and no attribute: caches and counters of the module are restored.
     """
 
     call: ModuleCall
@@ -49,7 +50,13 @@ class Trials:
         return padded is not None and self._run(padded)
 
     def _run(self, tensors: Sequence[torch.Tensor]) -> bool:
-        with torch.no_grad(), warnings.catch_warnings(), quiet(), Undone():
+        with (
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            quiet(),
+            attributes_kept(self.call),
+            Undone(),
+        ):
             warnings.simplefilter("ignore")
             try:
                 self.call(*tensors)

@@ -13,6 +13,7 @@ import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 
+from moec.capture.calls.attributes import attributes_kept
 from moec.capture.calls.call import PREFIX, ModuleCall, casts_done
 from moec.capture.calls.states import States
 from moec.capture.calls.trials import quiet
@@ -60,6 +61,7 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
     """Export `module` with the tensors of `general`. Raises what torch.export raises."""
     with (
         torch.no_grad(),
+        attributes_kept(module),
         experts_as_ops(module),
         scans_as_ops(module),
         lightning_as_ops(module),
