@@ -18,7 +18,8 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from moec.capture.conversion.node_converter import Converter, dropped, relative_path
+from moec.capture.conversion.dropped_nodes import dropped
+from moec.capture.conversion.node_converter import Converter, relative_path
 from moec.errors import CaptureError
 from moec.interpret.outputs import SLOT, Structure, of_leaves
 from moec.ir.dims import Bounds, symbols

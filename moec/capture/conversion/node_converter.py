@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from moec.capture.conversion.arithmetic import float_of, whole_of
+from moec.capture.conversion.dropped_nodes import dropped, reads_number
 from moec.capture.conversion.float_tensors import (
     VaryingCondition,
     VaryingFloat,
@@ -26,7 +27,6 @@ from moec.ir.aten import IR_DTYPES
 from moec.ir.dims import Dim, canonical, from_torch
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
 
-_DROPPED = ("_assert", "sym_constrain", "sym_size", "sym_numel", "sym_stride", "_guard")
 _IGNORED_ARGUMENTS = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default")
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -81,7 +81,7 @@ class Converter:
             self.values[node] = self.values[source][index]
         elif isinstance(value, torch.SymInt | int) and not isinstance(value, bool):
             self.values[node] = self.integer(value, node)
-            if "_local_scalar_dense" in str(node.target):
+            if reads_number(node):
                 self.size(node, self.values[node])
         elif isinstance(value, torch.SymFloat | float):
             self.values[node] = self.number(value, node)
@@ -275,12 +275,6 @@ def value_of(argument: Any) -> Any:
 
 def _spelled(target: Any) -> str:
     return str(getattr(target, "__name__", target))
-
-
-def dropped(node: torch.fx.Node) -> bool:
-    return any(part in str(node.target) for part in _DROPPED) and not isinstance(
-        node.meta.get("val"), torch.SymInt | int
-    )
 
 
 def relative_path(prefix: str, path: str) -> str:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from moec.capture.conversion.node_converter import Converter, dropped, origin
+from moec.capture.conversion.dropped_nodes import dropped
+from moec.capture.conversion.node_converter import Converter, origin
 from moec.errors import CaptureError
 from moec.ir.aten import IR_DTYPES
 from moec.ir.dims import Bounds, from_torch, symbols
