@@ -7,7 +7,7 @@ how they are parsed without calling eval on untrusted text.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -131,7 +131,7 @@ def from_torch(
     if isinstance(size, int):
         return size
     expr, substitutions = _expression(size), computed or {}
-    floats = expr.xreplace(dict.fromkeys(substitutions, sympy.S.Zero)).atoms(sympy.Float)
+    floats = set(_floats(expr, substitutions))
     if floats:
         raise IRError(f"it is made of {min(floats)}, and in which order is not known")
     # Expanded, since torch also writes B*(P + Q) as B*P + B*Q, and the two do not compare equal.
@@ -142,6 +142,15 @@ def nearly_from_torch(size: Any, rename: Mapping[str, str]) -> sympy.Expr:
     """As `from_torch`, but a product of floats that sympy multiplied is rounded once. It may differ
     in the last bit of a double: too inexact for a size, good enough to choose sizes to try."""
     return _convert(_expression(size), rename, {})
+
+
+def _floats(expr: sympy.Basic, computed: Mapping[sympy.Expr, sympy.Expr]) -> Iterator[sympy.Float]:
+    """The floats of an expression, but for those in a part that was `computed`."""
+    if isinstance(expr, sympy.Float):
+        yield expr
+    elif expr not in computed:
+        for argument in expr.args:
+            yield from _floats(argument, computed)
 
 
 def _expression(size: Any) -> sympy.Expr:

@@ -116,6 +116,8 @@ RIGHT: dict[str, Function] = {
     "~n": lambda x: slots(x, ~x.shape[0] + 500),
     "n<<2>>1": lambda x: slots(x, (x.shape[0] << 2) >> 1),
     "isqrt, imported": lambda x: slots(x, isqrt(x.shape[0]) + int(log2(x.shape[0]))),
+    "n//int(sqrt(n))": lambda x: slots(x, x.shape[0] // int(math.sqrt(x.shape[0]))),
+    "n%int(sqrt(n))": lambda x: slots(x, x.shape[0] % int(math.sqrt(x.shape[0]))),
     # floats that are divided and rounded down
     "n//3.5": lambda x: first(x, x.shape[0] // 3.5),
     "int(n//0.1)//20": lambda x: slots(x, int(x.shape[0] // 0.1) // 20),
