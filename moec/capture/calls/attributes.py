@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
-_OF_TORCH = frozenset(vars(torch.nn.Module())) - {"_buffers"}
-"""Parameters, submodules and hooks stay as a forward leaves them: modules are cast and filled."""
+HOOKS = frozenset(name for name in vars(torch.nn.Module()) if name.endswith("_hooks"))
+"""Tables of hooks. A first call of transformers' models adds some and sets an attribute that says
+so; both go back together, or the next call would add them twice."""
+_OF_TORCH = frozenset(vars(torch.nn.Module())) - {"_buffers"} - HOOKS
+"""Parameters and submodules stay as a forward leaves them: modules are cast and filled."""
 _ABSENT = object()
 
 
 @contextmanager
 def attributes_kept(module: torch.nn.Module) -> Iterator[None]:
-    """On leaving, the attributes and buffers of all parts of `module` are those of entering, and
-    so is what dictionaries and lists in them hold."""
+    """On leaving, the attributes, buffers and hooks of all parts of `module` are those of entering,
+    and so is what dictionaries and lists in them hold."""
     before = [(holder, holder.copy()) for holder in _holders(module)]
     try:
         yield

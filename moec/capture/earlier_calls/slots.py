@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moec.capture.calls.attributes import HOOKS
 from moec.capture.earlier_calls.earlier_value import EarlierValue
 from moec.capture.user_code.sources import is_internal, is_standard
 
@@ -153,6 +154,8 @@ def snapshot(module: torch.nn.Module) -> Snapshot:
         for key, value in list(vars(part).items()):
             if key not in _OF_TORCH:
                 walk.slot(part, key, "attribute", f"{path}.{key}", value)
+            elif key in HOOKS:
+                walk.snapshot.contents[id(value)] = (value, value.copy())
         for kind in type(part).__mro__:
             walk.type(kind)
     return walk.snapshot

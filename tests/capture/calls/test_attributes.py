@@ -97,3 +97,32 @@ def test_a_number_of_the_first_call_is_no_wrong_number() -> None:
     compiled = moec.compile(module, (torch.randn(5, 4),), build=False)
     (actual,) = evaluate(compiled.captured.program.graph, [torch.ones(7, 4)], {})
     torch.testing.assert_close(actual, torch.full((7, 4), 0.2))
+
+
+class Hooked(nn.Module):
+    """The first call adds a hook, which doubles: `before` the inner module runs, or after."""
+
+    def __init__(self, before: bool) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+        self.before = before
+        self.done: dict[str, bool] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            if self.before:
+                self.inner.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+            else:
+                self.inner.register_forward_hook(lambda module, args, y: y * 2)
+            self.done["hooks"] = True
+        return self.inner(x) + 1
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_hooks_of_a_first_call_are_added_once(before: bool) -> None:
+    module = Hooked(before).eval()
+    compiled = moec.compile(module, (torch.randn(5, 4),), build=False)
+    x = torch.randn(7, 4)
+    (actual,) = evaluate(compiled.captured.program.graph, [x], {})
+    torch.testing.assert_close(actual, x * 2 + 1)
+    torch.testing.assert_close(module(x), x * 2 + 1)
