@@ -219,7 +219,7 @@ class _Walk:
         code = function.__code__
         if self._visit(function) or not _users_file(code.co_filename):
             return
-        names = set(_names(code))
+        names = {name for name in _names(code) if name.isidentifier()}  # not @pytest_ar
         for name in sorted(names & set(function.__globals__)):
             held = function.__globals__[name]
             if isinstance(held, ModuleType):
