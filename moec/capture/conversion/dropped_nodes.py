@@ -41,8 +41,8 @@ def _only_asserted(node: torch.fx.Node) -> bool:
         for user in waiting.pop().users:
             if user in visited or _asserts(user):
                 continue
-            if not _is_arithmetic(user):
-                return False
+            if not user.users or not _is_arithmetic(user):
+                return False  # it is converted, as shapes may name it
             visited.add(user)
             waiting.append(user)
     return True
