@@ -182,11 +182,16 @@ BODIES = {
 }
 
 
+CHECKS_OF_SIZES = {"Shape", "LessOrEqual", "Equal", "And", "Where", "Concat", "Reshape"}
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_activations_of_the_operator(name: str, tmp_path: Path) -> None:
     module = block(body=body(*map(typed, BODIES[name])))
     lowered, path = written(module, tmp_path, ep="cpu", moe="op")
-    assert [n.kind for n in lowered.nodes()] == ["MoE"]
+    kinds = [n.kind for n in lowered.nodes()]
+    assert kinds[-1] == "MoE"
+    assert set(kinds[:-1]) <= CHECKS_OF_SIZES
     agree(module, runner(open_session(path)), [torch.randn(9, E), 9 * torch.randn(9, D)], 1e-4)
 
 
