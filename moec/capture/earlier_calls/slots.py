@@ -55,7 +55,7 @@ class Slot:
         elif isinstance(self.owner, type):
             setattr(self.owner, self.key, value)
         else:
-            vars(self.owner)[self.key] = value
+            _attributes(self.owner)[self.key] = value
 
     def _remove(self) -> None:
         if isinstance(self.owner, type):
@@ -63,7 +63,7 @@ class Slot:
         elif self.kind == "global":
             self.owner.pop(self.key, None)
         else:
-            vars(self.owner).pop(self.key, None)
+            _attributes(self.owner).pop(self.key, None)
 
 
 @dataclass
@@ -185,7 +185,7 @@ class _Walk:
             self.value(value.__func__, words)
             self.value(value.__self__, words)
         elif _of_user(type(value)) or type(value).__module__ in _TYPES_OF_PYTHON:
-            for key, held in list(getattr(value, "__dict__", {}).items()):
+            for key, held in list(_attributes(value).items()):
                 self.slot(value, key, "attribute", f"{words}.{key}", held)
             for kind in type(value).__mro__:
                 self.type(kind)
@@ -246,6 +246,15 @@ class _Walk:
         before = id(value) in self.visited
         self.visited[id(value)] = value
         return before
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes that an object has itself, also where its class invents others."""
+    try:
+        held = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return {}
+    return held if isinstance(held, dict) else {}
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -237,6 +237,27 @@ def test_a_value_that_the_first_call_keeps_is_no_state() -> None:
     assert not hasattr(module, "positions")
 
 
+class Inventive:
+    """Has every attribute that is read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        return lambda *arguments: name
+
+
+class HoldsInventive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.handle = nn.Linear(4, 4), Inventive()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.linear(x)
+        return result
+
+
+def test_an_object_may_invent_its_attributes() -> None:
+    assert earlier_calls(HoldsInventive(), (X,), {}).slots == []
+
+
 def test_a_description_does_not_hide_a_count_of_calls() -> None:
     with pytest.raises(CaptureError, match=r"depends on self\.count"):
         moec.compile(Count(), (X,), descriptions=[Declared(Count)], build=False)
