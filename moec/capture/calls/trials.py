@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,13 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moec.capture.calls.attributes import attributes_kept
 from moec.capture.calls.call import ModuleCall
 
+_SIZES_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the standard streams: torch.export prints the whole graph where it fails, and its
-    exception has the reason."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        yield
+    """Silences the standard streams and torch's log of symbolic sizes. Where torch.export fails, it
+    prints the whole graph and logs the numbers whose lines it does not know; its exception has the
+    reason."""
+    disabled = _SIZES_LOG.disabled
+    _SIZES_LOG.disabled = True
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    finally:
+        _SIZES_LOG.disabled = disabled
 
 
 @dataclass
