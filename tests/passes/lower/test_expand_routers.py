@@ -47,6 +47,7 @@ def test_float64_is_written_out(name: str, correction: str) -> None:
         logits[:10] = logits[:10].round()
         logits[10], logits[11, 3], logits[12, 1:4] = 0.0, torch.nan, torch.inf
         logits[13, ::2] = -torch.inf
+        logits[14] = -1e4  # sigmoids of zero, whose sum is epsilon
     inputs = [logits, torch.randn(experts, generator=generator)] if dtype else [logits]
     kinds = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16}
     inputs[1:] = [tensor.to(kinds[str(dtype)]) for tensor in inputs[1:]]
