@@ -18,11 +18,11 @@ from moec.capture.calls.call import (
     tensor_names,
 )
 from moec.capture.calls.constants import constant_numbers, noted
+from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.calls.states import detached
 from moec.capture.conversion.exported import structure_of
 from moec.capture.decomposition import decompose
 from moec.capture.export.module_export import (
-    EXPORTS,
     convert,
     export_call,
     export_module,
@@ -168,7 +168,7 @@ def _traced(request: _Request) -> Captured:
     call, wrong = request.call, list[AxisGroup]()
     special = frozenset[int]()
     while True:
-        with EXPORTS, gc_paused():
+        with PROCESS_STATE, gc_paused():
             refused = [group.axes for group in wrong]
             general = widen(call, request.wishes, request.joining, refused, special)
             flat = FlatCall(call)
@@ -204,14 +204,14 @@ def _shapes(general: Widened) -> tuple[torch.Size, ...]:
 def _speculated(request: _Request) -> Captured:
     """Capture with branches on data answered and proved. Raises CaptureError where one is not."""
     call = request.call
-    with EXPORTS, gc_paused():
+    with PROCESS_STATE, gc_paused():
         general = widen(call, request.wishes, request.joining)
     export = partial(export_module, general)
     convert = partial(_converted, request, general)
     examples = (general.tensors, call.tensors)
 
     def with_masks() -> Captured:
-        with EXPORTS, gc_paused():
+        with PROCESS_STATE, gc_paused():
             decomposed = decompose(index[1].exported)
             form = masked(decomposed, index, export, convert, examples)
         return _captured(request, general, form, "masked", again_with_masks)
@@ -230,14 +230,14 @@ def _speculated(request: _Request) -> Captured:
 
     def in_pieces() -> Captured:
         try:
-            with EXPORTS, gc_paused():
+            with PROCESS_STATE, gc_paused():
                 form, _ = speculate(call, export, convert, examples, by_class=False)
         except CaptureError:
             return with_masks()
         split = partial(recapture, by_class=False)
         return _captured(request, general, form, "speculated", split, with_masks)
 
-    with EXPORTS, gc_paused():
+    with PROCESS_STATE, gc_paused():
         index = speculate(call, export, convert, examples)
     other = in_pieces if index[1].lists_classes else with_masks
     return _captured(request, general, index[0], "speculated", recapture, other)
@@ -271,7 +271,7 @@ def _captured(
     name, inputs = type(request.call.module).__name__, form.converted.program.graph.inputs
 
     def at_sizes(sizes: Mapping[str, int]) -> CaptureForm:
-        with EXPORTS, gc_paused():
+        with PROCESS_STATE, gc_paused():
             return recapture(at_lengths(general, inputs, sizes))
 
     form, settlement = with_other_sides(name, form, general.tensors, at_sizes, request.bounds)

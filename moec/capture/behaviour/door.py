@@ -28,8 +28,8 @@ from moec.capture.behaviour.proof.proof import Proof
 from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
+from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.capture import Captured
-from moec.capture.export.module_export import EXPORTS
 from moec.errors import CaptureError, NoMatch, UsageError
 
 
@@ -119,7 +119,7 @@ def capture_described(
 @contextmanager
 def replaced(described: Sequence[Described]) -> Iterator[None]:
     """While open, each described module has its replacement forward. One thread at a time."""
-    with EXPORTS:
+    with PROCESS_STATE:
         for item in described:
             item.module.forward = item.forward
         try:

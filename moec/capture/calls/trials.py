@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.capture.calls.attributes import attributes_kept
 from moec.capture.calls.call import ModuleCall
+from moec.capture.calls.process_state import PROCESS_STATE
 
 _SIZES_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
@@ -25,13 +26,14 @@ def quiet() -> Iterator[None]:
     """Silences the standard streams and torch's log of symbolic sizes. Where torch.export fails, it
     prints the whole graph and logs the numbers whose lines it does not know; its exception has the
     reason."""
-    disabled = _SIZES_LOG.disabled
-    _SIZES_LOG.disabled = True
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
-    finally:
-        _SIZES_LOG.disabled = disabled
+    with PROCESS_STATE:
+        disabled = _SIZES_LOG.disabled
+        _SIZES_LOG.disabled = True
+        try:
+            with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+                yield
+        finally:
+            _SIZES_LOG.disabled = disabled
 
 
 @dataclass

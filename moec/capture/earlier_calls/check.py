@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from moec.capture.calls.call import ModuleCall
+from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.calls.trials import Undone, quiet
 from moec.capture.earlier_calls.clocks import always_changes, clocks_unread
 from moec.capture.earlier_calls.earlier_value import Decisions, EarlierValue, reads
@@ -63,18 +64,19 @@ def earlier_calls(
     computes something else than the second. A module that fails on its example is left to the
     capture.
     """
-    before = snapshot(module)
-    seeds = random.getstate(), np.random.get_state()
     runs = _Runs(ModuleCall(module, args, kwargs), Decisions())
-    try:
-        with clocks_unread(runs.decisions):
-            return EarlierCalls(module, _changing(runs))
-    except _Refused as why:
-        raise CaptureError(f"{type(module).__name__} cannot be captured: {why}") from None
-    finally:
-        before.restore(snapshot(module))
-        random.setstate(seeds[0])
-        np.random.set_state(seeds[1])
+    with PROCESS_STATE:
+        before = snapshot(module)
+        seeds = random.getstate(), np.random.get_state()
+        try:
+            with clocks_unread(runs.decisions):
+                return EarlierCalls(module, _changing(runs))
+        except _Refused as why:
+            raise CaptureError(f"{type(module).__name__} cannot be captured: {why}") from None
+        finally:
+            before.restore(snapshot(module))
+            random.setstate(seeds[0])
+            np.random.set_state(seeds[1])
 
 
 class _Refused(Exception):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from types import BuiltinMethodType, MethodType
 from typing import Any
 from unittest import mock
@@ -41,7 +42,7 @@ def _iterates(value: Any) -> bool:
 @contextmanager
 def clocks_unread(decisions: Decisions) -> Iterator[None]:
     """While open, what the user's code draws with `random` and `numpy.random` or reads from `time`
-    is an EarlierValue. Other code is not affected."""
+    is an EarlierValue. Other code and other threads are not affected."""
     with ExitStack() as stack:
         for module in (random, np.random, time):
             for name, function in list(vars(module).items()):
@@ -53,10 +54,12 @@ def clocks_unread(decisions: Decisions) -> Iterator[None]:
 
 
 def _watched(function: Callable[..., Any], words: str, decisions: Decisions) -> Callable[..., Any]:
+    thread = get_ident()
+
     def call(*args: Any, **kwargs: Any) -> Any:
         file = sys._getframe(1).f_code.co_filename
         result = function(*args, **kwargs)
-        if is_internal(file) or is_standard(file):
+        if get_ident() != thread or is_internal(file) or is_standard(file):
             return result
         return EarlierValue(result, words, decisions)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -38,10 +37,6 @@ from moec.capture.user_code.stacks import short_stacks
 from moec.interpret.outputs import Structure, flatten
 from moec.ir.dims import Bounds
 from moec.ir.graph import Program
-
-EXPORTS = threading.RLock()
-"""Held during an export, which replaces modules and the standard streams for all threads. Models
-that are compiled in parallel threads are therefore exported one after the other."""
 
 
 def export_call(call: ModuleCall, general: Widened) -> ExportedProgram:

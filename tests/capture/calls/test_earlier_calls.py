@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch import nn
 import moec
 from moec.capture.behaviour.door import Declared
 from moec.capture.earlier_calls.check import earlier_calls
+from moec.capture.earlier_calls.clocks import clocks_unread
+from moec.capture.earlier_calls.earlier_value import Decisions
 from moec.errors import CaptureError
 
 CALLS = 0
@@ -261,3 +264,14 @@ def test_an_object_may_invent_its_attributes() -> None:
 def test_a_description_does_not_hide_a_count_of_calls() -> None:
     with pytest.raises(CaptureError, match=r"depends on self\.count"):
         moec.compile(Count(), (X,), descriptions=[Declared(Count)], build=False)
+
+
+def test_other_threads_read_their_clocks() -> None:
+    readings: list[Any] = []
+    with clocks_unread(Decisions()):
+        thread = threading.Thread(target=lambda: readings.append(time.monotonic()))
+        thread.start()
+        thread.join()
+        readings.append(time.monotonic())
+    assert type(readings[0]) is float
+    assert type(readings[1]) is not float

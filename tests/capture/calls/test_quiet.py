@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
+import threading
 
 import torch
 from torch import nn
 
 from moec.capture import capture
+from moec.capture.calls.trials import quiet
 
 SIZES = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
@@ -38,4 +41,23 @@ def test_nothing_is_logged() -> None:
     finally:
         SIZES.removeHandler(handler)
     assert records == []
+    assert not SIZES.disabled
+
+
+def test_threads_are_silenced_one_after_the_other() -> None:
+    streams = sys.stdout, sys.stderr
+    second_entered, first_left = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with quiet():
+            second_entered.set()
+            first_left.wait(10)
+
+    thread = threading.Thread(target=second)
+    with quiet():
+        thread.start()
+        assert not second_entered.wait(0.2)
+    first_left.set()
+    thread.join()
+    assert (sys.stdout, sys.stderr) == streams
     assert not SIZES.disabled
