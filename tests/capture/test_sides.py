@@ -16,7 +16,8 @@ from torch.nn import functional
 
 import moec
 from moec.capture import capture
-from moec.capture.guards.guards import Guard, settle
+from moec.capture.guards.guards import Guard
+from moec.capture.guards.settle import settle
 from moec.capture.proof.settlement import settled
 from moec.capture.sides import search
 from moec.capture.sides.sizes import Choice, Unmergeable
@@ -208,6 +209,39 @@ def test_a_guard_of_two_limits_is_tried_beyond_each() -> None:
         x = torch.randn(batch, length, 8)
         (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
         assert torch.equal(ours, bucketed(x)), (batch, length)
+
+
+def test_a_guard_is_no_cause_where_another_is_false_too() -> None:
+    """torch compares 8*S with 8, to list rows by their place: at S = 1 and B = 2 there are also too
+    few rows for the capacity of the other branch, which alone makes a difference."""
+
+    def by_place(x: torch.Tensor) -> torch.Tensor:
+        rows = x.transpose(0, 1).reshape(-1, 8)
+        return first(rows, less_of(rows.shape[0])).view(x.shape[1], -1, 8).transpose(0, 1)
+
+    def less_of(rows: int) -> int:
+        capacity = rows * 3 // 8
+        if capacity < 4:
+            capacity = 4
+        return capacity
+
+    captured = capture(Function(by_place), (torch.randn(2, 6, 8),))
+    for batch, length in ((1, 1), (2, 1), (1, 2), (10, 1), (1, 11), (3, 4), (40, 1), (5, 9)):
+        x = torch.randn(batch, length, 8)
+        (ours,) = evaluate(captured.program.graph, (x,), captured.program.weights)
+        assert torch.equal(ours, by_place(x)), (batch, length)
+
+
+def test_a_guard_that_is_a_cause_at_some_size_is_refused_before_others() -> None:
+    graph = capture(Function(lambda x: x + 1), (torch.randn(2, 6, 8),)).program.graph
+    b, s = symbol("B"), symbol("S")
+    of_torch, branch = Guard(sympy.Ne(8 * s, 8)), Guard(b * s >= 10)
+
+    def agree(sizes: Mapping[str, int]) -> bool:
+        return sizes["B"] * sizes["S"] >= 10
+
+    with pytest.raises(CaptureError, match=r"holds only where B\*S >= 10"):
+        settle("Few", graph, [of_torch, branch], {"B": 2, "S": 6}, agree)
 
 
 def test_the_guards_of_each_side_are_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:

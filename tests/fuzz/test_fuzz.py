@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.capture.guards.guards import Settled
+from moec.capture.guards.settle import Settled
 from moec.errors import IRError
 from moec.ir.graph import Program
 from moec.passes.core.runner import Log

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from moec.capture.behaviour.failure import frames
-from moec.capture.guards.guards import Guard, GuardRefused, guards_in
+from moec.capture.guards.guards import Guard, guards_in
+from moec.capture.guards.settle import GuardRefused
 from moec.capture.sizes.shapes import name_symbols
 from moec.capture.sizes.widening import Widened
 

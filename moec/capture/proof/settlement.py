@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from moec.capture.guards.guards import Guard, Settled, settle
+from moec.capture.guards.guards import Guard
+from moec.capture.guards.settle import Settled, settle
 from moec.capture.proof.agreement import Eager, matches
 from moec.interpret.placeholders import drawn_and_run
 from moec.interpret.resized import with_sizes

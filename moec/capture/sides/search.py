@@ -8,7 +8,8 @@ from dataclasses import replace
 import sympy
 import torch
 
-from moec.capture.guards.guards import Guard, GuardRefused, Settled
+from moec.capture.guards.guards import Guard
+from moec.capture.guards.settle import GuardRefused, Settled
 from moec.capture.proof.settlement import agree_at_sizes, settled, sizes_of
 from moec.capture.sides.programs import merge_programs
 from moec.capture.sides.sizes import Choice, Unmergeable
