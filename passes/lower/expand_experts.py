@@ -6,7 +6,8 @@
       y = linear(a, b2) }
 
 A linear becomes one grouped.linear over the stacked weights. A row-wise op is applied to all rows
-at once. A param of a row-wise op (the weight of a norm) is gathered per row, by the row's expert.
+at once. A param of a row-wise op (the weight of a norm, a scale) is gathered per row, by the row's
+expert.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sympy
 from moec.errors import NoMatch
 from moec.ir.dims import Dim, canonical, symbol, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
-from moec.ir.traits import IDENTITIES, is_pointwise
+from moec.ir.traits import IDENTITIES, is_elementwise, is_pointwise
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 
@@ -35,7 +36,6 @@ _ROWWISE = frozenset(
         "aten.slice.Tensor",
         "aten.split_with_sizes.default",
         "aten.cat.default",
-        "aten.where.self",
     }
 )
 _SHAPES = frozenset({"aten.reshape.default", "aten.expand.default"})
@@ -84,7 +84,7 @@ class _Expansion:
                 self.linear(inner)
             elif inner.name == "aten.layer_norm.default" and len(inner.inputs) > 1:
                 self.layer_norm(inner)
-            elif is_pointwise(inner) or inner.name in _ROWWISE or _shapes_rows(inner):
+            elif is_elementwise(inner.name) or inner.name in _ROWWISE or _shapes_rows(inner):
                 self.row_op(inner)
             else:
                 raise NoMatch(
@@ -111,7 +111,8 @@ class _Expansion:
     def row_op(self, inner: Op) -> None:
         """The same op over all rows. No attribute changes: axes are counted from the end, or the
         op's operand has two axes."""
-        inputs = [self.rows[v] if v in self.rows else self.gather(v) for v in inner.inputs]
+        rank = len(inner.outputs[0].shape)
+        inputs = [self.rows[v] if v in self.rows else self.gather(v, rank) for v in inner.inputs]
         attrs = {name: self.attr(value) for name, value in inner.attrs.items()}
         types = [TensorType(v.dtype, self.shape(v)) for v in inner.outputs]
         named = inner.outputs[0].name
@@ -126,7 +127,7 @@ class _Expansion:
         plain = replace(inner, inputs=(x,))
         self.row_op(plain)
         for name, param in zip(("aten.mul.Tensor", "aten.add.Tensor"), affine, strict=False):
-            inputs = [self.rows[value], self.gather(param)]
+            inputs = [self.rows[value], self.gather(param, len(value.shape))]
             types = [TensorType(value.dtype, self.shape(value))]
             (self.rows[value],) = self.b.emit(name, inputs, types, like=self.op, named=value.name)
 
@@ -155,8 +156,15 @@ class _Expansion:
         )
         self.stacks[value] = outputs[0]
 
-    def gather(self, param: Value) -> Value:
-        """param[expert of row] for each row: [R, ...]."""
+    def gather(self, param: Value, rank: int) -> Value:
+        """param[expert of row] for each row, [R, 1, ..., *param.shape]: of `rank` axes, since
+        operands meet from their last axes and R must meet the rows."""
+        value = self.of_each_row(param)
+        missing = rank - 1 - len(param.shape)
+        return self.b.reshape(value, (self.count, *[1] * missing, *param.shape), like=self.op)
+
+    def of_each_row(self, param: Value) -> Value:
+        """param[expert of row] for each row: [R, *param.shape]."""
         if param not in self.gathered:
             if len(param.shape) > 1:
                 raise NoMatch(f"an expert uses its weight {param} outside a linear layer")

@@ -130,14 +130,45 @@ def test_expand_experts_declines(body, says):
     assert any(op.name == "moe.experts" for op in step.program.graph.ops)
 
 
-def test_a_vector_of_an_expert_is_gathered():
-    graph = layer(
-        body="c: f32[R, 12] = aten.linear.default(bx, b1)\n"
-        "d: f32[R, 12] = aten.mul.Tensor(c, bb)\n"
+OPERANDS = {
+    "a vector": ("b: f32[4, 12]", "bb: f32[12]", "d: f32[R, 12] = aten.mul.Tensor(c, bb)"),
+    "one number": ("b: f32[4]", "bb: f32[]", "d: f32[R, 12] = aten.mul.Tensor(c, bb)"),
+    "one number on the left": ("b: f32[4]", "bb: f32[]", "d: f32[R, 12] = aten.sub.Tensor(bb, c)"),
+    "a vector of each head": (
+        "b: f32[4, 4]",
+        "bb: f32[4]",
+        "v: f32[R, 3, 4] = aten.reshape.default(c) <shape=({R}, 3, 4)>\n"
+        "m: f32[R, 3, 4] = aten.mul.Tensor(v, bb)\n"
+        "d: f32[R, 12] = aten.reshape.default(m) <shape=({R}, 12)>",
+    ),
+    "a threshold": (
+        "b: f32[4]",
+        "bb: f32[]",
+        "g: bool[R, 12] = aten.gt.Tensor(c, bb)\n"
+        "d: f32[R, 12] = aten.where.self(g, c, bb)",
+    ),
+}  # fmt: skip
+"""What an expert computes with a param that no linear layer holds: the stack of its values, its
+declaration in the body, and the ops."""
+
+
+@pytest.mark.parametrize("tokens", [0, 4, 5, 6])
+@pytest.mark.parametrize("operand", OPERANDS.values(), ids=OPERANDS)
+def test_params_of_row_wise_ops_are_gathered(operand, tokens):
+    """Of 6 tokens, there are 12 rows of 12 elements: operands that meet from the wrong side would
+    be a wrong number, not an error."""
+    stack, declared, ops = operand
+    body = (
+        f"c: f32[R, 12] = aten.linear.default(bx, b1)\n{ops}\n"
         "e: f32[R, 6] = aten.slice.Tensor(d) <dim=-1, start=0, end=6>\n"
         "y: f32[R, 8] = aten.linear.default(e, b2)\n return y"
     )
-    check(graph, torch.randn(5, 8))
+    text = print_graph(layer(body="y: f32[R, 8] = aten.relu.default(bx)\nreturn y"))
+    text = text.replace("y: f32[R, 8] = aten.relu.default(bx)", body).replace("return y\n", "", 1)
+    text = text.replace("b: f32[4, 12]", stack).replace("bb: f32[12]", declared)
+    graph = parse(text)
+    assert not any(step.declined for step in steps(graph) if step.name == "expand-experts")
+    check(graph, torch.randn(tokens, 8))
 
 
 @pytest.mark.parametrize(
