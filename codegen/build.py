@@ -25,7 +25,7 @@ from moec.codegen.object_cache import (
     named_by_content,
 )
 from moec.codegen.shape_functions import in_fixed_order
-from moec.runtime.library import open_kernels
+from moec.runtime.device.library import open_kernels
 from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
 

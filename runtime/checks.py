@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from moec.errors import InputError
-from moec.runtime import sizes
 from moec.runtime.dtypes import NUMPY, Array, name_of
 from moec.runtime.package import Function, Port, Size
 from moec.runtime.process.memory_limit import free_in_groups
+from moec.runtime.sizes import expressions as sizes
 from moec.spelling import did_you_mean
 
 CPU = "cpu"

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from moec.extras import EXTRAS, missing_extra
-from moec.runtime import artifact
+from moec.runtime.artifact import artifact
 from tests.commands import models
 from tests.runtime import toy
 

@@ -67,7 +67,7 @@ def serve(artifact: str, pool: str) -> None:
     """Reads numbers of tokens, and answers each with the tokens per second of generating so
     many."""
     import moec.runtime.process.pool as pools
-    from moec.runtime.executor import load
+    from moec.runtime.call.executor import load
     from moec.runtime.text.generate import Request, generate
 
     if pool == "TVM":

@@ -19,9 +19,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 import moec
-from moec.runtime.executor import load
+from moec.runtime.call.executor import load
+from moec.runtime.call.recording import record_routing
 from moec.runtime.process.threads import set_threads
-from moec.runtime.recording import record_routing
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "examples" / "tiny_moe" / "checkpoint"

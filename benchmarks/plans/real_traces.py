@@ -35,7 +35,7 @@ from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import Cluster, read_cluster
 from moec.plan.search.planner import Planner
 from moec.plan.simulation.simulate import of_trace, simulate
-from moec.runtime.routing_trace import RoutingTrace, of_ids
+from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "checkpoint"
 STDLIB = Path(sysconfig.get_path("stdlib"))

@@ -30,7 +30,7 @@ from moec.plan.placement.eplb import with_eplb
 from moec.plan.search.planner import Planner
 from moec.plan.search.uniform import best_uniform
 from moec.plan.simulation.simulate import Ids, drawn, of_trace, simulate
-from moec.runtime.routing_trace import RoutingTrace, of_ids
+from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 
 CLUSTERS = ("cpu-8-nodes", "superpod-32", "superpod-128")
 TOKENS = 50_000

@@ -14,8 +14,8 @@ from moec.codegen.loops.index import names
 from moec.codegen.module_builder import Lowering
 from moec.ir.dims import Dim, show_dim
 from moec.ir.graph import DType, Op, TensorType, Value
-from moec.runtime.counts import NAME
-from moec.runtime.sizes import NAME as SIZE
+from moec.runtime.sizes.counts import NAME
+from moec.runtime.sizes.expressions import NAME as SIZE
 
 
 def _size(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -30,7 +30,7 @@ def bind_host_sizes(
     low: Lowering, unbound: dict[str, sympy.Expr], unread: Collection[str] = ()
 ) -> None:
     """Binds those of the `unbound` sizes that depend on none of `unread`, for all later ops, by
-    calls of `moec.runtime.size_functions.value_of_size`."""
+    calls of `moec.runtime.sizes.functions.value_of_size`."""
     for name, size in list(unbound.items()):
         size_names = sorted(names(size))
         if not set(size_names) & set(unread):
@@ -44,8 +44,8 @@ def bind_host_sizes(
 
 
 def _require_count(low: Lowering, op: Op) -> list[relax.Expr]:
-    """Calls `moec.runtime.counts.require_count`. Its result is matched with what it must be, since
-    a call without readers would be removed."""
+    """Calls `moec.runtime.sizes.counts.require_count`. Its result is matched with what it must be,
+    since a call without readers would be removed."""
     order, count = op.inputs
     rows = [low.sizes.expr(cast("Dim", op.attrs["rows"]))]
     arguments = [

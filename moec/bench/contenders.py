@@ -10,7 +10,7 @@ import torch
 
 from moec.bench.names import TRANSFORMERS, check_names
 from moec.errors import UsageError
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.runtime.text.texts import Texts
 
 Tokens = Sequence[Sequence[int]]

@@ -25,7 +25,7 @@ from moec.errors import UsageError
 from moec.target.cpu import processor
 
 if TYPE_CHECKING:
-    from moec.runtime.artifact import Artifact
+    from moec.runtime.artifact.artifact import Artifact
 
 
 @click.command("bench", short_help="Time prefill and decode, and compare with other runtimes.")
@@ -283,8 +283,8 @@ def _open(
         programs = compiled.programs
         text = print_graph(programs[DECODE].graph) if DECODE in programs else ""
         return compiled.package, compiled.executor, text
-    from moec.runtime.artifact import read
-    from moec.runtime.executor import start
+    from moec.runtime.artifact.artifact import read
+    from moec.runtime.call.executor import start
 
     opened: Artifact = read(artifact)
     return opened.package, start(opened), opened.graphs.get(DECODE, "")

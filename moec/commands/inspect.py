@@ -82,9 +82,9 @@ def of_artifact(path: Path) -> tuple[Report, str]:
     Raises ArtifactError where the parts that are read here are missing or altered.
     """
     from moec.report.report import Report
-    from moec.runtime import manifest as manifests
-    from moec.runtime.artifact import graph_part
-    from moec.runtime.container import open_container
+    from moec.runtime.artifact import manifest as manifests
+    from moec.runtime.artifact.artifact import graph_part
+    from moec.runtime.artifact.container import open_container
     from moec.runtime.package import MAIN
 
     container = open_container(path)

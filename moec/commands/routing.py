@@ -34,7 +34,7 @@ def command(
     from moec.plan.inputs.importers import read_routing
     from moec.plan.placement.balance import balance
     from moec.plan.report.heat_map import Table, check_picture_name, save_heat_map
-    from moec.runtime.routing_trace import save_trace
+    from moec.runtime.call.routing_trace import save_trace
 
     for path in (picture, output):
         if path:

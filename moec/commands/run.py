@@ -18,8 +18,8 @@ from moec.commands.output.logs import log_options
 from moec.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
-    from moec.runtime.artifact import Artifact
-    from moec.runtime.executor import Executor
+    from moec.runtime.artifact.artifact import Artifact
+    from moec.runtime.call.executor import Executor
 
 
 @click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
@@ -97,11 +97,11 @@ def command(
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
     _check_work(source, output, options, compares=check or rebuild)
     from moec.commands.options.recording import check_trace, recorded
-    from moec.runtime import artifact as artifacts
-    from moec.runtime.device import default_device, device_of, only_for
-    from moec.runtime.executor import start
+    from moec.runtime.arrays.tensor_files import check_suffix
+    from moec.runtime.artifact import artifact as artifacts
+    from moec.runtime.call.executor import start
+    from moec.runtime.device.device import default_device, device_of, only_for
     from moec.runtime.process.threads import set_threads
-    from moec.runtime.tensor_files import check_suffix
 
     set_threads(threads)
     prompts = read_prompts(options)
@@ -166,7 +166,7 @@ def _since(start: float) -> float:
 
 def _check(opened: Artifact, executor: Executor, quiet: bool) -> dict[str, Any]:
     """Compare with the artifact's samples. Raises VerificationError, naming the worst output."""
-    from moec.runtime.compare import difference
+    from moec.runtime.arrays.compare import difference
 
     if not opened.samples:
         raise UsageError(f"{opened.path} has no samples to check against; use --input")
@@ -193,8 +193,8 @@ def _check(opened: Artifact, executor: Executor, quiet: bool) -> dict[str, Any]:
 def _run(
     executor: Executor, source: Path, output: Path | None, answer: dict[str, Any]
 ) -> dict[str, Any]:
+    from moec.runtime.arrays.tensor_files import read_tensors, write_tensors
     from moec.runtime.checks import check_no_nan
-    from moec.runtime.tensor_files import read_tensors, write_tensors
 
     inputs = read_tensors(source, executor.package.main.inputs)
     check_no_nan("input", inputs)

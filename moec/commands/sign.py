@@ -12,7 +12,7 @@ from moec.commands.options.options import quiet_option
 from moec.commands.output.echo import echo
 
 if TYPE_CHECKING:
-    from moec.runtime.part_writers import Buffer
+    from moec.runtime.artifact.part_writers import Buffer
 
 
 @click.command("sign", short_help="Sign an artifact, so that who runs it can check its author.")
@@ -28,7 +28,7 @@ def command(artifact: Path, key: Path, quiet: bool) -> None:
     `moec verify` and `moec run` check the signature with --signed-by PUBLIC_KEY. For an encrypted
     private key, the command prompts for the password. Needs the extra moec[sign].
     """
-    from moec.runtime.signature import EncryptedKeyError, sign
+    from moec.runtime.artifact.signature import EncryptedKeyError, sign
 
     content = verified_manifest(artifact)
     try:
@@ -47,8 +47,8 @@ def verified_manifest(path: Path) -> Buffer:
         from moec.parallel.store import verify_folder
 
         return verify_folder(path)[1]
-    from moec.runtime import artifact as artifacts
-    from moec.runtime.signature import manifest_content
+    from moec.runtime.artifact import artifact as artifacts
+    from moec.runtime.artifact.signature import manifest_content
 
     artifacts.read(path, native=False).verify()
     return manifest_content(path)

@@ -14,7 +14,7 @@ from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 
 if TYPE_CHECKING:
-    from moec.runtime.artifact import Artifact
+    from moec.runtime.artifact.artifact import Artifact
 
 
 @click.command("verify", short_help="Check an artifact without running it.")
@@ -30,7 +30,7 @@ def command(artifact: Path, signed_by: Path | None, as_json: bool, quiet: bool) 
     the rules of the IR for every graph. Artifacts for other machines and versions of TVM can be
     checked too. The digests detect damage, not malice: --signed-by verifies who made the file.
     """
-    from moec.runtime import artifact as artifacts
+    from moec.runtime.artifact import artifact as artifacts
 
     if holds_ranks(artifact):
         _verify_ranks(artifact, signed_by, as_json, quiet)

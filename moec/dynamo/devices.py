@@ -12,7 +12,7 @@ from moec.arguments import target_of
 from moec.dynamo.graph.regions import Region
 from moec.dynamo.options import Options
 from moec.errors import NoMatch
-from moec.runtime.device import CPU, CUDA
+from moec.runtime.device.device import CPU, CUDA
 from moec.target import cuda
 
 

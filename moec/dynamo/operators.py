@@ -25,9 +25,9 @@ from moec.dynamo.training.gradients import Products, differentiable
 from moec.interpret.evaluate import run_graph
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.dims import symbols
+from moec.runtime.call.executor import Executor
 from moec.runtime.checks import check_inputs
-from moec.runtime.device import device_of
-from moec.runtime.executor import Executor
+from moec.runtime.device.device import device_of
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from moec.interpret.outputs import Structure
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Graph, Program
 from moec.ir.text import parse, print_graph
-from moec.runtime.call import bind
+from moec.runtime.call.arguments import bind
 
 Example = tuple[tuple[Any, ...], Mapping[str, Any]]
 

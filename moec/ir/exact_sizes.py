@@ -18,7 +18,7 @@ import sympy
 from moec.errors import IRError
 from moec.ir.float_sizes import nearest
 from moec.ir.size_functions import DoubleFunction, IntegerFunction
-from moec.runtime.size_functions import DOUBLES, INTEGERS
+from moec.runtime.sizes.functions import DOUBLES, INTEGERS
 
 Function = Callable[[Mapping[str, int]], Any]
 

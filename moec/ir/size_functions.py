@@ -2,7 +2,7 @@
 
 A result of `sqrt`, `log`, `log2`, `log10`, `exp` and `power` is a double, as Python's; one of
 `isqrt`, `bit_length` and `pow2` is an integer. The values are those of
-`moec.runtime.size_functions`.
+`moec.runtime.sizes.functions`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 
-from moec.runtime.size_functions import DOUBLES, INTEGERS
+from moec.runtime.sizes.functions import DOUBLES, INTEGERS
 
 
 def _value(name: str, numbers: tuple[sympy.Expr, ...]) -> sympy.Expr | None:

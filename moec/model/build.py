@@ -28,7 +28,7 @@ from moec.verify.chunked import feed_in_chunks
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
     from moec.codegen.tuning.tunable import Values
-    from moec.runtime.executor import Executor
+    from moec.runtime.call.executor import Executor
 
 
 def build_model(
@@ -66,7 +66,7 @@ def build_model(
     if missing_features(compiled.target) or not package.library:
         return replace(compiled, package=package)
     with clock.phase("load"):
-        from moec.runtime.executor import Executor
+        from moec.runtime.call.executor import Executor
 
         executor = Executor(package)
     return replace(compiled, package=package, executor=executor)

@@ -22,9 +22,9 @@ from moec.model.generate import Prompts, Writer, continued, stream
 from moec.passes.core.runner import Declined, PassResult
 from moec.report.data import Block, DeclinedLine, QuantisedLine, TunedLine
 from moec.report.units import counted
-from moec.runtime.call import Choices, bind, call, routed, routers
+from moec.runtime.call.arguments import Choices, bind, call, routed, routers
+from moec.runtime.call.recording import Recorder, record_routing
 from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
-from moec.runtime.recording import Recorder, record_routing
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 from moec.target.named import missing_features
 from moec.verify import check as checking
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from moec.export.onnx import Exported
     from moec.report.picture import Picture
     from moec.report.report import Report
-    from moec.runtime.artifact import Sample
-    from moec.runtime.executor import Executor
+    from moec.runtime.artifact.artifact import Sample
+    from moec.runtime.call.executor import Executor
     from moec.runtime.package import Package
     from moec.target.cuda import CudaTarget
     from moec.target.named import AnyTarget
@@ -183,7 +183,7 @@ class CompiledModel:
         `native=False` leaves the compiled code out (see `moec run --rebuild`). Raises UsageError
         where `path` holds something that is not an artifact, or, without `overwrite`, anything.
         """
-        from moec.runtime import artifact
+        from moec.runtime.artifact import artifact
 
         package = self._package()
         checked = self.checked
@@ -250,8 +250,8 @@ class CompiledModel:
     def _samples(self, package: Package) -> list[Sample]:
         """The example and its outputs; empty where there is no example, where this machine cannot
         run the code, or where it is for a GPU, because `moec run --check` runs on a CPU."""
-        from moec.runtime.artifact import Sample
-        from moec.runtime.executor import Executor
+        from moec.runtime.artifact.artifact import Sample
+        from moec.runtime.call.executor import Executor
 
         names = [port.name for port in package.main.inputs]
         example = dict(zip(names, self.captured.example, strict=False))

@@ -11,11 +11,11 @@ from typing import Any, Never
 
 from moec.errors import UsageError
 from moec.model.generate import Prompts, Writer, continued, stream
-from moec.runtime.artifact import Artifact, read
-from moec.runtime.call import Choices, call, routed, routers
-from moec.runtime.device import device_of, only_for
-from moec.runtime.executor import Executor, start
-from moec.runtime.recording import Recorder, record_routing
+from moec.runtime.artifact.artifact import Artifact, read
+from moec.runtime.call.arguments import Choices, call, routed, routers
+from moec.runtime.call.executor import Executor, start
+from moec.runtime.call.recording import Recorder, record_routing
+from moec.runtime.device.device import device_of, only_for
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 
 

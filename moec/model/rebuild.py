@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moec.errors import ArtifactError
-from moec.runtime.artifact import Artifact, graph_part
+from moec.runtime.artifact.artifact import Artifact, graph_part
 from moec.runtime.package import DECODE, Function, Package
 
 if TYPE_CHECKING:

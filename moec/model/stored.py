@@ -8,7 +8,7 @@ from moec.errors import ArtifactError, IRError
 from moec.interpret.verifier import verify
 from moec.ir.graph import Graph, Stage
 from moec.ir.text import parse
-from moec.runtime.artifact import graph_part
+from moec.runtime.artifact.artifact import graph_part
 
 
 def stored_graph(path: Path, name: str, text: str) -> Graph:

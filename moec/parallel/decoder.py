@@ -16,7 +16,7 @@ from moec.parallel.process_ranks import ProcessRanks, as_rank_errors, named_mean
 from moec.parallel.segments import RankModel
 from moec.parallel.store import RankFiles
 from moec.plan.groups import WORLD, tp_group, tp_texts
-from moec.runtime.caches import Cache, caches_of
+from moec.runtime.call.caches import Cache, caches_of
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package
 

@@ -30,9 +30,9 @@ from moec.parallel.store import (
     library_file,
 )
 from moec.plan.plan import Plan
-from moec.runtime import manifest as manifests
+from moec.runtime.artifact import manifest as manifests
+from moec.runtime.artifact.manifest import Manifest, ManifestPart, Stored
 from moec.runtime.dtypes import Array, name_of
-from moec.runtime.manifest import Manifest, ManifestPart, Stored
 from moec.runtime.package import DECODE, MAIN
 from moec.target import cpu
 from moec.target.cpu import CpuTarget

@@ -12,10 +12,10 @@ from moec.ir.dims import bind_shape
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import Reference
 from moec.parallel.cut import cut
-from moec.runtime.caches import Cache
-from moec.runtime.executor import Executor
+from moec.runtime.call.caches import Cache
+from moec.runtime.call.executor import Executor
+from moec.runtime.device.tensors import from_numpy, to_caller
 from moec.runtime.package import Function, Generation, Package, Port
-from moec.runtime.tensors import from_numpy, to_caller
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ from moec.ir.graph import Stage
 from moec.ir.text import parse
 from moec.parallel.segments import RankCode
 from moec.plan.plan import Plan
-from moec.runtime import artifact
-from moec.runtime import manifest as manifests
-from moec.runtime.artifact import MappedArrays
-from moec.runtime.container import open_container
+from moec.runtime.artifact import artifact
+from moec.runtime.artifact import manifest as manifests
+from moec.runtime.artifact.artifact import MappedArrays
+from moec.runtime.artifact.container import open_container
+from moec.runtime.artifact.signature import check_signature
 from moec.runtime.package import DECODE, MAIN, Function, Generation
-from moec.runtime.signature import check_signature
 from moec.runtime.text.prompt import FOLDER
 
 MANIFEST = "ranks.json"

@@ -13,7 +13,7 @@ from moec.parallel.process_ranks import ProcessRanks, named_meanings
 from moec.parallel.segments import RankModel
 from moec.parallel.store import RankFiles
 from moec.plan.groups import WORLD
-from moec.runtime.tensor_files import write_tensors
+from moec.runtime.arrays.tensor_files import write_tensors
 
 
 def run_rank(job: Job) -> dict[str, list[int]]:

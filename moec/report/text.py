@@ -26,7 +26,7 @@ from moec.report.data import (
 )
 from moec.report.module_paths import collapse_layer_indices, spans
 from moec.report.units import count, seconds, size
-from moec.runtime.sizes import multiple_of
+from moec.runtime.sizes.expressions import multiple_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

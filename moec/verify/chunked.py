@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from moec.ir.aten import TORCH_DTYPES
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.runtime.package import DECODE
 from moec.runtime.text.texts import Texts
 

@@ -148,8 +148,8 @@ def _tokens(
 def _tensors(calib: Any, where: str, inputs: list[Value]) -> dict[str, Any]:
     if not isinstance(calib, str | Path):
         return dict(calib)
+    from moec.runtime.arrays.tensor_files import read_tensors
     from moec.runtime.package import Port
-    from moec.runtime.tensor_files import read_tensors
 
     ports = tuple(Port(value.name, value.dtype, ()) for value in inputs)
     try:

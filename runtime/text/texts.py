@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from moec.errors import InputError
-from moec.runtime.caches import Cache, copy_text
+from moec.runtime.call.caches import Cache, copy_text
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package, carries
 

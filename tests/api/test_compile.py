@@ -23,7 +23,7 @@ from moec.errors import (
     UsageError,
 )
 from moec.report.data import WHOLE
-from moec.runtime import artifact
+from moec.runtime.artifact import artifact
 from moec.target import cpu as targets
 from moec.target.cpu import TARGETS
 from tests.capture.modules import WIDTH, Function, Moe

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import moec
 from moec.errors import ArtifactError, InputError
 from moec.model.rebuild import rebuild
-from moec.runtime import executor
-from moec.runtime.artifact import read
+from moec.runtime.artifact.artifact import read
+from moec.runtime.call import executor
 from tests.capture.modules import WIDTH, Moe
 from tests.runtime.damaged import edit_manifest, unpacked
 

@@ -27,8 +27,8 @@ from moec.passes.core.runner import Log, run
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.pipeline import quantising
 from moec.report.report import Report
-from moec.runtime import artifact
-from moec.runtime.executor import Executor
+from moec.runtime.artifact import artifact
+from moec.runtime.call.executor import Executor
 from moec.verify.check import check
 from tests.capture.modules import WIDTH, Moe
 

@@ -9,7 +9,7 @@ import torch
 
 import moec
 from moec.errors import InputError
-from moec.runtime import artifact
+from moec.runtime.artifact import artifact
 from tests.runtime import toy
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import moec
 from moec.errors import UsageError
 from moec.passes.specialise.specialise import Specialise
-from moec.runtime.executor import load
+from moec.runtime.call.executor import load
 
 D, H, E, TASKS = 8, 16, 4, 3
 

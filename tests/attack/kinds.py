@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from moec.runtime import manifest
+from moec.runtime.artifact import manifest
 from tests.attack.mutate import mutated_bytes, mutated_indices, mutated_json, mutated_text
 from tests.attack.seeds import REBUILT, graphs, write_rebuilt, write_seeds
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from moec.runtime import artifact
+from moec.runtime.artifact import artifact
 from tests.commands import models
 from tests.runtime import toy
 
@@ -82,7 +82,7 @@ def write_rebuilt(folder: Path) -> None:
     from moec.codegen.package import build
     from moec.ir.graph import Module, Program
     from moec.ir.text import parse
-    from moec.runtime.executor import Executor
+    from moec.runtime.call.executor import Executor
     from moec.target import cpu
 
     graph, generator = parse(REBUILT), torch.Generator().manual_seed(0)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import moec
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.errors import ArtifactError, InputError
-from moec.runtime import artifact
-from moec.runtime.executor import Executor
+from moec.runtime.artifact import artifact
+from moec.runtime.call.executor import Executor
 from moec.runtime.package import Port
 from tests.cuda_emulator.emulate import needs_compiler
 from tests.cuda_emulator.models import EmulatedGpu

@@ -14,7 +14,7 @@ from moec.codegen.host_sizes import with_host_sizes
 from moec.errors import MoecError
 from moec.ir.dims import parse_dim, show_dim
 from moec.ir.text import parse, print_graph
-from moec.runtime.sizes import value_of_size
+from moec.runtime.sizes.expressions import value_of_size
 
 TEXT = """graph main(x: f32[T, 8], size_0: f32[S]) {
   size T in [1, inf]

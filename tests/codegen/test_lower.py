@@ -20,7 +20,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.dims import Bounds, symbol
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import parse
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.target.cpu import host
 
 

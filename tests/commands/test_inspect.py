@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from moec import __main__ as front
 from moec.ir.text import print_graph
 from moec.report.report import Report
-from moec.runtime import manifest
-from moec.runtime.artifact import write
-from moec.runtime.container import open_container
+from moec.runtime.artifact import manifest
+from moec.runtime.artifact.artifact import write
+from moec.runtime.artifact.container import open_container
 from tests.commands import models
 from tests.commands.conftest import FakeCompiler
 from tests.runtime import toy

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import moec
 from moec.__main__ import cli
-from moec.runtime import artifact
+from moec.runtime.artifact import artifact
 from tests.runtime import toy
 from tests.runtime.damaged import edit_manifest, unpacked
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from moec import __main__ as front
 from moec.plan.network.cluster import read_cluster
 from moec.plan.plan import read_plan
-from moec.runtime.routing_trace import of_ids, save_trace
+from moec.runtime.call.routing_trace import of_ids, save_trace
 
 MODEL = """
 name: small

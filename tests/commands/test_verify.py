@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from moec.__main__ import cli
-from moec.runtime import artifact
+from moec.runtime.artifact import artifact
 from tests.runtime import toy
 
 GRAPH = """graph main(x: f32[T, 4]) {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.codegen.cuda.compiler.source import PART
-from moec.runtime.device import Cpu
-from moec.runtime.executor import Executor
-from moec.runtime.library import open_library
+from moec.runtime.call.executor import Executor
+from moec.runtime.device.device import Cpu
+from moec.runtime.device.library import open_library
 from moec.runtime.package import MAIN, Package
 from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, Schedule, imported
 

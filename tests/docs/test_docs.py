@@ -15,7 +15,7 @@ from moec.codegen.cpu import tuning
 from moec.interpret import tolerance
 from moec.ops import OPS
 from moec.pipeline import OPT_IN, all_passes
-from moec.runtime import manifest
+from moec.runtime.artifact import manifest
 from tests.fresh import Program, Warm
 from tests.pages import ROOT, Block, blocks
 

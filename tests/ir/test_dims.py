@@ -20,7 +20,7 @@ from moec.ir.dims import (
     symbols,
 )
 from moec.ir.float_sizes import ceil, check, f64, floor, round_half_even, trunc
-from moec.runtime.sizes import evaluate
+from moec.runtime.sizes.expressions import evaluate
 
 T, S = symbol("T"), symbol("S")
 

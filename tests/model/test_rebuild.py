@@ -17,12 +17,12 @@ from moec.errors import ArtifactError, VerificationError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
 from moec.model.rebuild import rebuild
-from moec.runtime import artifact
-from moec.runtime.artifact import Sample
-from moec.runtime.executor import Executor
+from moec.runtime.artifact import artifact
+from moec.runtime.artifact.artifact import Sample
+from moec.runtime.call.executor import Executor
 from moec.runtime.package import Package, Port
 from moec.target import cpu as target
-from tests.runtime.test_run import run
+from tests.runtime.call.test_run import run
 
 GRAPH = """graph main(x: f32[T, 16]; w: f32[24, 16], b: f32[24]) {
   size T in [0, 64]

@@ -17,8 +17,8 @@ from moec.commands.inspect import of_artifact
 from moec.errors import ArtifactError, UsageError
 from moec.model.rebuild import rebuild
 from moec.report.report import Report
-from moec.runtime import artifact
-from moec.runtime.executor import Executor
+from moec.runtime.artifact import artifact
+from moec.runtime.call.executor import Executor
 from moec.target.cpu import TARGETS
 from tests.capture.modules import WIDTH, Moe
 

@@ -26,7 +26,7 @@ from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.plan.inputs.workload import Workload
 from moec.plan.placement.placement import place
 from moec.plan.plan import LayerPlan, Plan
-from moec.runtime import manifest as manifests
+from moec.runtime.artifact import manifest as manifests
 from moec.runtime.package import DECODE, MAIN
 from moec.runtime.text.generate import Request
 from moec.target import cpu

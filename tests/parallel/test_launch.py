@@ -23,7 +23,7 @@ from moec.parallel.save import save_ranks
 from moec.parallel.store import code_file, load_rank
 from moec.parallel.worker import run_rank
 from moec.passes.parallel.plan_parallelism import rank_programs
-from moec.runtime import manifest as manifests
+from moec.runtime.artifact import manifest as manifests
 from moec.runtime.package import MAIN
 from tests.once import Once
 from tests.parallel import entries

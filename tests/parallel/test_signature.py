@@ -14,7 +14,7 @@ from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.parallel.store import load_rank, text_files
 from moec.parallel.worker import run_rank
-from tests.runtime.test_signature import public_path, write_pair
+from tests.runtime.artifact.test_signature import public_path, write_pair
 
 
 @pytest.fixture

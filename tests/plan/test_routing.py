@@ -14,7 +14,7 @@ from moec.plan.inputs.importers import of_trace, read_routing
 from moec.plan.placement.balance import balance
 from moec.plan.placement.coactivation import coactivation
 from moec.plan.report.heat_map import Table, heat_map
-from moec.runtime.routing_trace import load_trace, of_ids, save_trace
+from moec.runtime.call.routing_trace import load_trace, of_ids, save_trace
 
 IDS = np.array([[[0, 1], [2, 3]], [[1, 0], [2, 0]], [[0, 1], [2, 1]], [[3, -1], [2, 3]]])
 

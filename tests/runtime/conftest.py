@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.runtime import artifact
+from moec.runtime.artifact import artifact
 from moec.runtime.package import Package
 from tests.runtime import toy
 

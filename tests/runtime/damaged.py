@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from moec.errors import ArtifactError
-from moec.runtime import executor, manifest
+from moec.runtime.artifact import manifest
+from moec.runtime.call import executor
 
 
 def refused(path: Path) -> str:

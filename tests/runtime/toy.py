@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moec.runtime.artifact import Sample
+from moec.runtime.artifact.artifact import Sample
 from moec.runtime.dtypes import Array
 from moec.runtime.package import Function, Package, Port, StatePort
 from moec.target.cpu import CpuNeeds

@@ -151,7 +151,7 @@ def test_cpu_code_imports_nothing_of_cuda_and_no_slow_library_that_few_models_ne
     code = (
         "import sys, moec, moec.api, moec.codegen.package\n"
         "mine = [m for m in sys.modules if m.startswith('moec.') and m != 'moec.target.cuda']\n"
-        "assert not [m for m in mine if '.cuda' in m or m == 'moec.runtime.gpu']\n"
+        "assert not [m for m in mine if '.cuda' in m or m == 'moec.runtime.device.gpu']\n"
         "assert not {'numba', 'scipy.optimize'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from moec.interpret.tolerance import distance, strays
 from moec.ir.graph import Program
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.verify import first_bad_pass
 from moec.verify.cases import cases
 from moec.verify.check import check

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from moec.cache import ARTIFACTS, FRAMES, Store, load, save, starts_with
 from moec.errors import UsageError
 from moec.files.os_errors import reason
-from moec.runtime.container import replaceable
+from moec.runtime.artifact.container import replaceable
 
 if TYPE_CHECKING:
     from moec.commands.compilation.artifact_frame import Frame

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from moec.commands.compilation.weight_origins import Origins, origins_of
-from moec.runtime import manifest as manifests
-from moec.runtime.container import part_spans
-from moec.runtime.part_writers import on_all_cores, write_hashed
-from moec.runtime.strided_copy import StridedCopy, copied
+from moec.runtime.arrays.strided_copy import StridedCopy, copied
+from moec.runtime.artifact import manifest as manifests
+from moec.runtime.artifact.container import part_spans
+from moec.runtime.artifact.part_writers import on_all_cores, write_hashed
 
 if TYPE_CHECKING:
     from moec.model.compiled import CompiledModel

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moec.cache import key_of, source_version
-from moec.runtime.part_writers import on_all_cores
+from moec.runtime.artifact.part_writers import on_all_cores
 from moec.target import cpu
 
 _BLOCK = 64 << 20

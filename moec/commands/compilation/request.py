@@ -104,7 +104,7 @@ def _check_output(request: CompileRequest) -> None:
         return
     if output is None:
         raise UsageError("name the artifact with -o OUT.moec, or compile nothing with --dry-run")
-    from moec.runtime.container import replaceable
+    from moec.runtime.artifact.container import replaceable
 
     if output.exists() and not request.force:
         raise UsageError(f"{output} exists; --force replaces it")

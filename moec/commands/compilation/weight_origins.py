@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moec.runtime.arrays.strided_copy import StridedCopy
 from moec.runtime.dtypes import Array
-from moec.runtime.strided_copy import StridedCopy
 
 _KEY = 64  # bytes at the start of a tensor by which it is looked up
 _SAMPLES, _SAMPLE = 16, 4096

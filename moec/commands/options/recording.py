@@ -11,7 +11,7 @@ from moec.commands.options.files import check_writable
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
-    from moec.runtime.executor import Executor
+    from moec.runtime.call.executor import Executor
 
 
 def check_trace(path: Path) -> None:
@@ -31,8 +31,8 @@ def recorded(executor: Executor, path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    from moec.runtime.recording import record_routing
-    from moec.runtime.routing_trace import save_trace
+    from moec.runtime.call.recording import record_routing
+    from moec.runtime.call.routing_trace import save_trace
 
     with record_routing(executor) as recorder:
         yield

@@ -26,7 +26,7 @@ from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.runner import run
 from moec.passes.simplify.canonicalise import Canonicalise
 from moec.passes.simplify.share_common import ShareCommon
-from moec.runtime.device import CPU, CUDA
+from moec.runtime.device.device import CPU, CUDA
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from moec.capture.decomposition import decompositions
 from moec.errors import NoMatch
-from moec.runtime.device import CPU, CUDA
+from moec.runtime.device.device import CPU, CUDA
 
 _torch: Any = torch  # functionalisation has no types
 _DATA = "_get_data_attr"

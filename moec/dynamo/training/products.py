@@ -20,7 +20,7 @@ from moec.codegen.gradient_library import compile_products
 from moec.dtypes import MODEL_DTYPES
 from moec.dynamo.training.gradients import IN_PYTORCH, Products
 from moec.dynamo.training.huge_pages import advise_huge_pages
-from moec.runtime.library import open_kernels, tvm_ffi
+from moec.runtime.device.library import open_kernels, tvm_ffi
 from moec.target.cpu import CpuTarget
 
 _DTYPES = {getattr(torch, name): name for name in MODEL_DTYPES}

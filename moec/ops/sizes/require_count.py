@@ -10,7 +10,7 @@ import torch
 from moec.errors import InputError
 from moec.ir.graph import Op, TensorType
 from moec.ir.opdef import Runner, defop, require
-from moec.runtime.counts import mismatch
+from moec.runtime.sizes.counts import mismatch
 
 
 def _infer_require_count(op: Op) -> tuple[TensorType, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import InputError
-from moec.runtime.routing_trace import RoutingTrace, load_trace, of_ids
+from moec.runtime.call.routing_trace import RoutingTrace, load_trace, of_ids
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moec.plan.inputs.importers import ImportedRouting
 from moec.plan.inputs.popularity import normalised
 from moec.plan.placement.coactivation import coactivation
-from moec.runtime.routing_trace import RoutingTrace
+from moec.runtime.call.routing_trace import RoutingTrace
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moec.errors import UsageError
 from moec.formats.jit import compiled
 from moec.plan.placement.placement import Ids, Loads, Placement, rank_loads
-from moec.runtime.routing_trace import RoutingTrace
+from moec.runtime.call.routing_trace import RoutingTrace
 
 SLACK = 1.005
 """Busiest rank after the swaps over busiest rank before them, at most."""

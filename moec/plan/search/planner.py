@@ -22,7 +22,7 @@ from moec.plan.search.reach import LayerReach, PlacedLayer
 from moec.plan.search.search import LayerOption, search
 from moec.plan.simulation.cost import CostModel, LayerCost
 from moec.plan.simulation.sends import sample
-from moec.runtime.routing_trace import RoutingTrace
+from moec.runtime.call.routing_trace import RoutingTrace
 
 Loads = NDArray[np.float64]
 

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from moec.plan.plan import LayerPlan, Sends
 from moec.plan.simulation.simulate import Ids, traffic
-from moec.runtime.routing_trace import RoutingTrace
+from moec.runtime.call.routing_trace import RoutingTrace
 
 SAMPLE = 32_768
 """Tokens of a trace that are counted, at most."""

@@ -17,7 +17,7 @@ from moec.formats.jit import compiled
 from moec.plan.network.degrees import Degrees
 from moec.plan.plan import LayerPlan, Plan
 from moec.plan.simulation.cost import CostModel
-from moec.runtime.routing_trace import RoutingTrace
+from moec.runtime.call.routing_trace import RoutingTrace
 
 Counts = NDArray[np.int64]
 Ids = NDArray[np.int16]

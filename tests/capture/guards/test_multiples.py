@@ -21,7 +21,7 @@ from moec.ir.thresholds import allows, nearest_allowed
 from moec.runtime.checks import check_inputs
 from moec.runtime.package import Function as Signature
 from moec.runtime.package import Port
-from moec.runtime.sizes import multiple_of
+from moec.runtime.sizes.expressions import multiple_of
 from moec.verify.cases import cases
 from tests.capture.modules import Function
 

@@ -213,7 +213,7 @@ class Error(ctypes.Structure):
 
 FORKS = """
 import ctypes, os, signal, sys, threading
-from moec.runtime.library import tvm_ffi
+from moec.runtime.device.library import tvm_ffi
 from moec.runtime.process.pool import connected
 tvm_ffi()
 opened = connected(ctypes.CDLL(sys.argv[1]))

@@ -8,7 +8,7 @@ import torch
 from moec.capture import capture
 from moec.codegen.package import build
 from moec.ir.graph import Module
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.target.cpu import host
 
 

@@ -9,7 +9,7 @@ import torch
 from moec.codegen.package import build
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.target.cpu import host
 
 LEAST = -(2**63)

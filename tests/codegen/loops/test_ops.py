@@ -14,7 +14,7 @@ from torch import Tensor
 from moec.capture import capture
 from moec.codegen.package import build
 from moec.ir.graph import Module, Program
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.runtime.package import Function as Signature
 from moec.target.cpu import host
 

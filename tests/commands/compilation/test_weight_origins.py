@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from moec.commands.compilation import weight_origins
 from moec.commands.compilation.weight_origins import Origins, origins_of
+from moec.runtime.arrays.strided_copy import copied
 from moec.runtime.dtypes import Array
-from moec.runtime.strided_copy import copied
 
 
 def numbers(*shape: int, seed: int = 0) -> Array:

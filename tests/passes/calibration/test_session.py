@@ -29,7 +29,7 @@ from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.simplify.split_packed import SplitPacked
 from moec.pipeline import choose
 from moec.report.report import Report
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from tests.capture.modules import WIDTH, Moe
 from tests.passes.changed import change, layers_of, outputs, program, tokens
 

@@ -16,7 +16,7 @@ from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import PassResult, run
 from moec.passes.decode.fuse_append import FuseAppend
 from moec.pipeline import choose, decode_passes
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.target.cpu import host
 
 STEP = """\

@@ -15,7 +15,7 @@ from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import PassResult, run
 from moec.passes.dense.fuse_residual import FuseResidual
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.target.cpu import host
 
 LAYER = """\

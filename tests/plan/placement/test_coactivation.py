@@ -12,7 +12,7 @@ from moec.plan.placement.coactivation import SLACK, coactivation, place_together
 from moec.plan.placement.placement import place, rank_loads
 from moec.plan.plan import LayerPlan, Sends
 from moec.plan.simulation.sends import count_sends
-from moec.runtime.routing_trace import RoutingTrace, of_ids
+from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 
 
 def planted(experts: int, groups: int, k: int, tokens: int, sigma: float) -> RoutingTrace:

@@ -20,7 +20,7 @@ from moec.plan.search.planner import Planner
 from moec.plan.search.reach import LayerReach
 from moec.plan.search.uniform import best_uniform
 from moec.plan.simulation.simulate import drawn, of_trace, simulate
-from moec.runtime.routing_trace import RoutingTrace, of_ids
+from moec.runtime.call.routing_trace import RoutingTrace, of_ids
 
 LAYER = Layers(attention=4 * 1024**2, heads=16, experts=64, k=4, hidden=1024, matrices=2)
 

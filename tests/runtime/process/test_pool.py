@@ -21,10 +21,10 @@ from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.linear import linear
 from moec.codegen.cpu.link import linked
 from moec.codegen.specs.products import LinearSpec
+from moec.runtime.device.library import open_kernels, tvm_ffi
+from moec.runtime.device.tensors import aligned_copy
 from moec.runtime.dtypes import Array
-from moec.runtime.library import open_kernels, tvm_ffi
 from moec.runtime.process import pool
-from moec.runtime.tensors import aligned_copy
 from moec.target.cpu import host
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the pool is for Linux")

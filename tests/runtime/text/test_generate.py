@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moec.errors import ArtifactError, InputError, UsageError
+from moec.runtime.call.executor import Executor
 from moec.runtime.checks import check_inputs
-from moec.runtime.executor import Executor
 from moec.runtime.package import Package, Port, StatePort
 from moec.runtime.text.causal_lm import causal_lm
 from moec.runtime.text.generate import Request, generate

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import moec
 from moec.__main__ import cli
 from moec.errors import ArtifactError, InputError, UsageError
-from moec.runtime import artifact
+from moec.runtime.artifact import artifact
 from moec.runtime.text.chat import ChatTemplate
 from moec.runtime.text.prompt import load_tokenizer
 from moec.runtime.text.write_text import StopCut

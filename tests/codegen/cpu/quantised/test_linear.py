@@ -16,7 +16,7 @@ from moec.interpret.evaluate import evaluate
 from moec.interpret.verifier import verify
 from moec.ir.graph import Module, Program, Stage
 from moec.ir.text import parse as read
-from moec.runtime.executor import Executor
+from moec.runtime.call.executor import Executor
 from moec.target.cpu import TARGETS, missing
 
 RUNNABLE = [

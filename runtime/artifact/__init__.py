@@ -1,0 +1,1 @@
+"""The artifact: a compiled model on disk, its manifest and its signature."""

@@ -1,0 +1,380 @@
+"""The artifact: a compiled model on disk, and back.
+
+    manifest.json    versions, target, ports, sizes, tolerance, and SHA-256 of every other part
+    graphs/N.moec    the graph of each function that was compiled, as text: main, decode, ...
+    kernels/lib.so   native code; may be left out and rebuilt from the graph
+    kernels/gpu/*    the GPU kernels that it launches: kernels.cu, and machine code (sm_80.cubin)
+    kernels/gpu.so   the library that launches them, if the model is for a CPU (lib.so) too
+    weights/N.bin    one packed array each, little-endian, memory-mapped
+    samples/N.bin    inputs and expected outputs for `moec run --check`
+    tokenizer/*      the tokenizer's files, if the model has one
+
+`read` checks the format, the versions, the CPU, and the size and SHA-256 of every part except the
+weights. Weights can be gigabytes, and SHA-256 takes about 1 s per GB and core, so they are hashed
+on all cores, one digest per array, when the first of them is accessed; `runtime.call.executor.load`
+starts that while TVM's runtime loads. No array is returned before all of them are verified, so
+nothing runs on unverified bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moec.errors import ArtifactError, TargetError
+from moec.runtime.artifact import manifest as manifests
+from moec.runtime.artifact.container import open_container, replacing, stamps
+from moec.runtime.artifact.manifest import Manifest, ManifestPart, Stored, StoredSample, Variant
+from moec.runtime.artifact.part_writers import Buffer, on_all_cores
+from moec.runtime.dtypes import NUMPY, Array, name_of
+from moec.runtime.package import Package
+from moec.target import cpu
+from moec.target.cpu import CpuNeeds
+
+LOGGER = logging.getLogger(__name__)
+LIBRARY = "kernels/lib.so"
+GPU_LIBRARY = "kernels/gpu.so"
+GPU = "kernels/gpu/"
+_ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs, and their outputs on the machine that compiled the model, by port name."""
+
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, repr=False)
+class Artifact:
+    """An artifact whose parts have been verified; its weights are verified on first use.
+
+    `package.library` is empty if the native code was left out. `graphs` are the texts of its
+    functions, by name. `files` are the parts that were added by name, such as
+    `tokenizer/tokenizer.json`. `for_gpu` is the model for GPUs, if it was compiled for both and
+    `package` is for a CPU.
+    """
+
+    path: Path
+    package: Package
+    manifest: Manifest
+    graphs: Mapping[str, str]
+    samples: tuple[Sample, ...]
+    files: Mapping[str, bytes]
+    for_gpu: Package | None = None
+
+    def __repr__(self) -> str:
+        return f"<artifact {self.path}: {len(self.manifest.parts)} parts, {self.package!r}>"
+
+    def verify(self) -> None:
+        """Hash the weights now. Raises ArtifactError where one is altered."""
+        for package in (self.package, self.for_gpu):
+            if package is not None and isinstance(package.arrays, MappedArrays):
+                package.arrays.verify()
+
+
+class MappedArrays(Mapping[str, Array]):
+    """The memory-mapped arrays of an artifact. The first access waits until all are verified."""
+
+    def __init__(
+        self,
+        path: Path,
+        parts: Mapping[str, memoryview],
+        manifest: Manifest,
+        arrays: Mapping[str, Stored],
+    ) -> None:
+        self._path, self._manifest, self._arrays = path, manifest, arrays
+        self._parts = {a.part: parts[a.part] for a in arrays.values()}
+        self._lock, self._verified = threading.Lock(), False
+        self._stamps = stamps(path, self._parts)
+
+    def verify(self) -> None:
+        with self._lock:
+            if not self._verified:
+                check_digests(self._path, self._parts, self._manifest.parts)
+                self._verified = True
+
+    def check_unchanged(self) -> None:
+        """Raises ArtifactError where the file was written to since it was opened, as weights that
+        have not been read yet may have changed."""
+        for stamp in self._stamps:
+            if stamp.changed():
+                raise ArtifactError(
+                    f"{stamp.path} was changed while the model in it is in use: load it again. To "
+                    "replace an artifact that may be in use, write a new file and rename it over "
+                    "the old one"
+                )
+
+    def __getitem__(self, name: str) -> Array:
+        stored = self._arrays[name]
+        self.verify()
+        return _array(stored, self._parts[stored.part])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+def write(
+    package: Package,
+    path: Path | str,
+    *,
+    graphs: Mapping[str, str],
+    samples: Sequence[Sample] = (),
+    tolerance: float = 0.0,
+    extra: Mapping[str, Any] | None = None,
+    files: Mapping[str, Buffer] | None = None,
+    native: bool = True,
+    folder: bool | None = None,
+    overwrite: bool = True,
+    for_gpu: Package | None = None,
+) -> None:
+    """Write `package` as one file, or as a folder (by default where `path` is a folder already).
+
+    `graphs` are the texts of the functions' graphs by name, "main" at least. `files` are further
+    parts by name (`tokenizer/tokenizer.json`); `extra` is stored in the manifest and must be plain
+    JSON. `native=False` leaves the compiled code out; without `overwrite` an existing artifact is
+    an error. `for_gpu` is the model for GPUs, in addition to a package for a CPU; weights that both
+    read in the same layout are stored once. Raises UsageError where `path` is not an artifact, or
+    not writable.
+    """
+    path = Path(path)
+    parts: dict[str, Buffer] = {graph_part(name): text.encode() for name, text in graphs.items()}
+    parts |= files or {}
+    if native:
+        parts[LIBRARY] = package.library
+        if for_gpu is not None:
+            parts[GPU_LIBRARY] = for_gpu.library
+        gpu = (for_gpu or package).gpu
+        parts |= {GPU + n: part for n, part in gpu.parts.items()} if gpu else {}
+    stored: dict[tuple[int, Stored], Stored] = {}
+
+    def store(folder: str, array: Any) -> Stored:
+        array = np.asarray(array)
+        part = f"{folder}/{len(parts):05}.bin"
+        parts[part] = _bytes(array)
+        return Stored(part, name_of(array.dtype), array.shape)
+
+    def store_weights(package: Package) -> dict[str, Stored]:
+        initial = {state.initial for state in package.states.values() if state.initial}
+        used = package.params.keys() | initial
+        return {n: store_once(a) for n, a in package.arrays.items() if n in used}
+
+    def store_once(array: Any) -> Stored:
+        array = np.asarray(array)
+        key = (array.ctypes.data, Stored("", name_of(array.dtype), array.shape))
+        if not array.flags.c_contiguous or key not in stored:
+            stored[key] = store("weights", array)
+        return stored[key]
+
+    stored_samples = tuple(
+        StoredSample(
+            {name: store("samples", a) for name, a in sample.inputs.items()},
+            {name: store("samples", a) for name, a in sample.outputs.items()},
+        )
+        for sample in samples
+    )
+    arrays = store_weights(package)
+    variant = None if for_gpu is None else Variant(for_gpu, store_weights(for_gpu))
+    versions = {"moec": _version("moec"), "tvm": _version("apache-tvm"), **package.versions}
+    manifest = Manifest(
+        replace(package, versions=versions),
+        {},
+        arrays,
+        package.target.mtriple.partition("-")[0] or platform.machine(),
+        stored_samples,
+        tolerance,
+        dict(extra or {}),
+        variant,
+    )
+    as_folder = path.is_dir() if folder is None else folder
+    with replacing(path, folder=as_folder, overwrite=overwrite) as writer:
+        listed = {
+            name: ManifestPart(memoryview(parts[name]).nbytes, digest)
+            for name, digest in writer.add(parts).items()
+        }
+        writer.add({manifests.NAME: manifests.dump(replace(manifest, parts=listed))})
+
+
+def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None = None) -> Artifact:
+    """Open the artifact at `path` (a file or a folder). Nothing in it is loaded or run.
+
+    `native=False` ignores its code, and so accepts code for another machine or TVM. `signed_by` is
+    the file of a public key with which it must be signed. Raises ArtifactError where it is missing,
+    truncated, altered, of another version, for another CPU, or not signed with that key, and
+    UsageError where the key cannot be used.
+    """
+    path = Path(path)
+    container = open_container(path)
+    content = container.get(manifests.NAME)
+    if content is None:
+        raise ArtifactError(f"{path} is not a moec artifact: it has no {manifests.NAME}")
+    if signed_by is not None:
+        from moec.runtime.artifact.signature import check_signature
+
+        check_signature(path, content, Path(signed_by))
+    try:
+        manifest = manifests.load(content)
+        if native:
+            check_machine(manifest.machine)
+            check_versions(manifest.package.versions)
+        check_features(manifest.package.target)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+
+    parts = parts_of(path, container, manifest)
+    LOGGER.info("%s has %d parts and is for %s", path, len(parts), manifest.target_name)
+    variant = manifest.for_gpu
+    stored = [*manifest.arrays.values(), *(variant.arrays.values() if variant else ())]
+    weights = {array.part for array in stored}
+    small = {name: part for name, part in parts.items() if name not in weights}
+    check_digests(path, small, manifest.parts)
+
+    graphs = {}
+    for name in manifest.package.functions:
+        if (text := graph_part(name)) not in small:
+            raise ArtifactError(f"{path} has no {text}; compile or copy the artifact again")
+        graphs[name] = bytes(small[text]).decode(errors="replace")
+    code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU) and native}
+
+    def with_parts(package: Package, part: str, arrays: Mapping[str, Stored]) -> Package:
+        library = bytes(small.get(part, b"")) if native else b""
+        _check_library(path, part, library, manifest.machine)
+        gpu = package.gpu and replace(package.gpu, parts=code)
+        mapped = MappedArrays(path, parts, manifest, arrays)
+        return replace(package, arrays=mapped, library=library, gpu=gpu)
+
+    sampled = tuple(
+        Sample(
+            {name: _array(stored, parts[stored.part]) for name, stored in s.inputs.items()},
+            {name: _array(stored, parts[stored.part]) for name, stored in s.outputs.items()},
+        )
+        for s in manifest.samples
+    )
+    inner = ("samples/", "kernels/", "graphs/")
+    named = {name for name in small if not name.startswith(inner)}
+    return Artifact(
+        path,
+        with_parts(manifest.package, LIBRARY, manifest.arrays),
+        manifest,
+        graphs,
+        sampled,
+        {name: bytes(small[name]) for name in sorted(named)},
+        None if variant is None else with_parts(variant.package, GPU_LIBRARY, variant.arrays),
+    )
+
+
+def parts_of(
+    path: Path, container: Mapping[str, memoryview], manifest: Manifest
+) -> dict[str, memoryview]:
+    """The parts that a manifest lists. Raises ArtifactError where one is missing, or its size is
+    another."""
+    listed = [(name, container.get(name)) for name in manifest.parts]
+    parts = {name: part for name, part in listed if part is not None}
+    for name, part in manifest.parts.items():
+        if name not in parts:
+            raise ArtifactError(f"{path}: {name} is missing; compile or copy the artifact again")
+        if parts[name].nbytes != part.size:
+            raise ArtifactError(
+                f"{path}: {name} has {parts[name].nbytes} bytes where the manifest says "
+                f"{part.size}; compile or copy the artifact again"
+            )
+    return parts
+
+
+def graph_part(name: str) -> str:
+    """The part that holds the graph of a function."""
+    return f"graphs/{name}.moec"
+
+
+def check_machine(machine: str) -> None:
+    """Raise ArtifactError unless code made for `machine` runs here."""
+    if machine != platform.machine():
+        raise ArtifactError(
+            f"it was compiled for {machine}, and this machine is {platform.machine()}; "
+            "compile it for this machine, or run it with --rebuild"
+        )
+
+
+def check_features(needs: CpuNeeds) -> None:
+    """Raise ArtifactError unless this CPU has the features that the kernels use."""
+    target = cpu.CpuTarget(needs.name, needs.mcpu, needs.mattr, needs.mtriple, needs.features)
+    try:
+        cpu.require(target)
+    except TargetError as error:
+        raise ArtifactError(str(error)) from error
+
+
+def check_versions(versions: Mapping[str, str]) -> None:
+    """Raise ArtifactError unless the TVM here runs what the artifact's TVM compiled."""
+    here, there = _version("apache-tvm"), versions.get("tvm", "none")
+    if here.split(".")[:2] != there.split(".")[:2]:
+        raise ArtifactError(
+            f"it was compiled with TVM {there}, and TVM {here} is installed here; "
+            f"install apache-tvm {there}, compile the model again, or run it with --rebuild"
+        )
+
+
+def _check_library(path: Path, part: str, library: bytes, machine: str) -> None:
+    """Raises ArtifactError for a file that is no library of this machine, on which the dynamic
+    loader could crash."""
+    if not library or not sys.platform.startswith("linux"):
+        return
+    elf_machine = _ELF_MACHINES.get(machine)
+    if library[:5] != b"\x7fELF\2" or elf_machine not in (
+        None,
+        int.from_bytes(library[18:20], "little"),
+    ):
+        raise ArtifactError(f"{path}: {part} is not a library for {machine}")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _bytes(array: Array) -> memoryview:
+    contiguous = array if array.flags.c_contiguous else array.copy(order="C")
+    return contiguous.reshape(-1).view(np.uint8).data
+
+
+def _array(stored: Stored, part: memoryview) -> Array:
+    array: Array = np.frombuffer(part, NUMPY[stored.dtype]).reshape(stored.shape)
+    return array
+
+
+def check_digests(
+    path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, ManifestPart]
+) -> None:
+    """Raises ArtifactError where a part is altered."""
+    for name, digest in zip(contents, _digests(contents.values()), strict=True):
+        if digest != parts[name].sha256:
+            raise ArtifactError(
+                f"{path}: {name} was altered: its SHA-256 differs; "
+                "compile or copy the artifact again"
+            )
+
+
+def _digests(contents: Iterable[Buffer]) -> list[str]:
+    """SHA-256 of each, on all cores: hashlib lets other threads run meanwhile."""
+    buffers = list(contents)
+    return on_all_cores(_digest, buffers, [memoryview(buffer).nbytes for buffer in buffers])
+
+
+def _digest(content: Buffer) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,253 @@
+"""A named set of byte strings on disk: a zip whose members can be mapped, or a folder.
+
+In the zip, members are stored, not compressed, and each starts on a page boundary. The file is
+mapped once and a weight is a slice of the mapping; nothing is copied and nothing is extracted by
+name. Mappings are private: writing to a weight does not change the file. Writing to the file may
+change a mapping, so a caller compares `stamps` before each run.
+
+Both forms are written beside their destination and renamed when complete; a failure leaves the old
+artifact. (A file is replaced atomically; replacing a folder leaves a short gap.)
+"""
+
+from __future__ import annotations
+
+import glob
+import mmap
+import os
+import platform
+import re
+import shutil
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moec.errors import ArtifactError, UsageError
+from moec.files.os_errors import reason
+from moec.runtime.artifact.part_writers import PART_NAME, FolderWriter, PartWriter, ZipWriter
+from moec.spelling import did_you_mean_file
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+
+
+def open_container(path: Path) -> Mapping[str, memoryview]:
+    """The parts of the artifact at `path` by name, mapped and not yet verified.
+
+    Raises ArtifactError where it is missing, truncated, or not of the form that moec writes.
+    """
+    if "\0" in str(path):
+        raise ArtifactError(f"{str(path)!r} contains a zero byte, which no file name may")
+    if path.is_dir():
+        return _Folder(path)
+    if not path.exists():
+        raise ArtifactError(f"{path}: there is no such file{did_you_mean_file(path)}")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is not a regular file")
+    try:
+        return _read_zip(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {reason(error)}") from error
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """The state of a file when it was mapped, to detect later writes."""
+
+    path: Path
+    inode: tuple[int, int]
+    version: tuple[int, int, int]
+
+    @staticmethod
+    def of(path: Path) -> Stamp:
+        state = path.stat()
+        version = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        return Stamp(path, (state.st_dev, state.st_ino), version)
+
+    def changed(self) -> bool:
+        """Whether the mapped file has been written to. Replacing it by another file is no write:
+        the mapping keeps the old one."""
+        try:
+            now = Stamp.of(self.path)
+        except OSError:
+            return False
+        return now.inode == self.inode and now.version[:2] != self.version[:2]
+
+
+def stamps(path: Path, names: Iterable[str]) -> tuple[Stamp, ...]:
+    """The stamps of an artifact's file, or of these parts of its folder."""
+    paths = [path / name for name in names] if path.is_dir() else [path]
+    return tuple(map(Stamp.of, paths))
+
+
+def _map(path: Path) -> memoryview:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+
+class _Folder(Mapping[str, memoryview]):
+    """A folder whose files are mapped on access. A name cannot refer to a path outside of it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+
+    def __getitem__(self, name: str) -> memoryview:
+        path = self._root / name
+        if not PART_NAME.fullmatch(name) or path.resolve() != path or not path.is_file():
+            raise KeyError(name)
+        return _map(path)
+
+    def __iter__(self) -> Iterator[str]:
+        for path in sorted(self._root.rglob("*")):
+            if path.is_file():
+                yield path.relative_to(self._root).as_posix()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _read_zip(path: Path) -> Mapping[str, memoryview]:
+    content = _map(path)
+    return {name: content[span] for name, span in part_spans(path, content).items()}
+
+
+def part_spans(path: Path, content: memoryview) -> dict[str, slice]:
+    """The places of the parts in the file at `path`, whose bytes are `content`, by name.
+
+    Raises ArtifactError where it is truncated, or not of the form that moec writes.
+    """
+    if bytes(content[:2]) != b"PK":
+        raise ArtifactError(f"{path} is not a moec artifact; `moec compile -o` makes one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members, directory = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError) as error:
+        raise ArtifactError(
+            f"{path} is truncated or damaged: {_sentence(error)}; compile or copy it again"
+        ) from error
+
+    spans: dict[str, slice] = {}
+    end = 0
+    for member in sorted(members, key=lambda m: m.header_offset):
+        name = member.filename
+        if name.endswith("/") and member.file_size == 0:
+            continue
+        if not PART_NAME.fullmatch(name):
+            raise ArtifactError(f"{path}: {name!r} is not a valid name of a part")
+        if name in spans:
+            raise ArtifactError(f"{path} holds {name!r} twice, so it is not an artifact of moec")
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise ArtifactError(
+                f"{path}: {name!r} is compressed or encrypted, so it cannot be mapped; "
+                "unpack the file and run the folder"
+            )
+        start = _start(content, member, directory)
+        if start is None or member.header_offset < end:
+            raise ArtifactError(f"{path}: {name!r} is not where the zip directory says")
+        end = start + member.file_size
+        spans[name] = slice(start, end)
+    return spans
+
+
+def _start(content: memoryview, member: zipfile.ZipInfo, directory: int) -> int | None:
+    """The offset of a member's bytes; None if its local header contradicts the directory."""
+    at = member.header_offset
+    if not 0 <= at <= directory - _LOCAL_HEADER.size:
+        return None
+    magic, name_size, extra_size = _LOCAL_HEADER.unpack_from(content, at)
+    name_at = at + _LOCAL_HEADER.size
+    start: int = name_at + name_size + extra_size
+    if magic != b"PK\3\4" or content[name_at : name_at + name_size] != member.filename.encode():
+        return None
+    fits = member.file_size == member.compress_size and start + member.file_size <= directory
+    return start if fits else None
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    return text[0].lower() + text[1:]
+
+
+@contextmanager
+def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[PartWriter]:
+    """Replace the artifact at `path`: it is renamed into place when the block ends without an
+    error. Temporary files of killed writers are removed.
+
+    Raises UsageError where `path` is not an artifact, exists without `overwrite` (also if another
+    process has written it meanwhile), or cannot be written.
+    """
+    if path.exists() and not replaceable(path):
+        raise UsageError(f"{path} exists and is not a moec artifact; remove it or write elsewhere")
+    _remove_stale(path)
+    try:
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f"{writer_prefix(path)}{os.getpid()}.", dir=path.parent)
+        )
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
+    try:
+        new = temporary / "new"
+        if folder:
+            new.mkdir()
+            yield FolderWriter(new)
+        else:
+            with zipfile.ZipFile(new, "w") as archive:
+                yield ZipWriter(archive, new)
+        if not overwrite and path.exists():
+            raise UsageError(
+                f"{path} was written by another process meanwhile, and is left as it is"
+            )
+        if path.is_dir() or (folder and path.exists()):
+            path.rename(temporary / "old")
+        new.rename(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def writer_prefix(path: Path) -> str:
+    """The prefix of temporary folders of writers on this machine; the process id follows."""
+    host = re.sub(r"[^\w-]", "-", platform.node())
+    return f".{path.name}.{host}."
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the temporary folders of writers of `path` whose processes have ended."""
+    start = writer_prefix(path)
+    for folder in path.parent.glob(f"{glob.escape(start)}*"):
+        process = folder.name.removeprefix(start).partition(".")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def replaceable(path: Path) -> bool:
+    """Whether writing an artifact may replace what is at `path`."""
+    if path.is_dir():
+        return (path / "manifest.json").is_file() or not any(path.iterdir())
+    if not path.is_file():
+        return False
+    if path.suffix == ".moec":  # a damaged one too
+        return True
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":
+            return os.fstat(file.fileno()).st_size == 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "manifest.json" in archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+        return False

@@ -1,0 +1,1 @@
+"""Calls of a compiled model: arguments, caches, recorded routing."""

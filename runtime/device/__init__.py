@@ -1,0 +1,1 @@
+"""Devices: libraries, memory and repeated calls on CPUs and GPUs."""

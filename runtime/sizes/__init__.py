@@ -1,0 +1,1 @@
+"""Sizes in compiled models, without sympy."""
