@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from moec.codegen.loops.reshape import only_splits
 from moec.codegen.loops.rules import EMIT, LoopRule
 from moec.ir.aten import named
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.sizes.dims import Dim, product
 
 # Limits of one loop: ops, and positions at which one op is computed.
 MOST_OPS = 48

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from moec.ir.dims import Dim, canonical
-from moec.ir.float_sizes import check, has_wide_numbers, is_float
 from moec.ir.graph import Graph
 from moec.ir.replace_sizes import replace_sizes
-from moec.ir.size_functions import IntegerFunction, uses_functions
+from moec.ir.sizes.dims import Dim, canonical
+from moec.ir.sizes.floats import check, has_wide_numbers, is_float
+from moec.ir.sizes.functions import IntegerFunction, uses_functions
 
 
 @dataclass

@@ -9,8 +9,8 @@ import sympy
 from moec.codegen.loops.rules import EMIT
 from moec.dtypes import INDEX_DTYPES
 from moec.ir.aten import named
-from moec.ir.dims import Dim, canonical, show_dim
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.sizes.dims import Dim, canonical, show_dim
 from moec.runtime.package import Size
 
 

@@ -21,8 +21,8 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Position, Sizes, names
 from moec.codegen.loops.rules import EMIT
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, Op, Ref, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.target.cpu import CpuTarget
 
 _CUTTING = ("aten.cat.default", "aten.stack.default", "nn.rotary")

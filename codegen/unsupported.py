@@ -12,9 +12,9 @@ from moec.codegen.loops.emit import EMIT
 from moec.codegen.loops.index import names
 from moec.codegen.loops.rules import takes_complex
 from moec.errors import IRError, UnsupportedError
-from moec.ir.dims import Bounds, Dim, evaluate_dim, product
 from moec.ir.graph import Graph, Op, Value
-from moec.ir.thresholds import nearest_allowed
+from moec.ir.sizes.dims import Bounds, Dim, evaluate_dim, product
+from moec.ir.sizes.thresholds import nearest_allowed
 
 
 def check(

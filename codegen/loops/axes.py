@@ -11,7 +11,7 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.loops import index as ix
 from moec.codegen.loops.emission import Point
 from moec.codegen.loops.index import Index, Position
-from moec.ir.dims import Dim
+from moec.ir.sizes.dims import Dim
 
 
 def wrap(axis: int, rank: int) -> int:

@@ -25,8 +25,8 @@ from moec.codegen.loops.index import Index, Position, Sizes
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.aten import named
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.target.cpu import CpuTarget
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from tvm.ir import Expr, Var
 from tvm.script.ir_builder import tirx as T
 
 from moec.errors import UnsupportedError
-from moec.ir.dims import Dim, symbols
-from moec.ir.float_sizes import f64, is_float, operation
+from moec.ir.sizes.dims import Dim, symbols
+from moec.ir.sizes.floats import f64, is_float, operation
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Sizes:
         return tirx.Cast("int64", rounding[kind](self._double(x)))
 
     def _double(self, x: sympy.Expr) -> Expr:
-        """An operand of `float_sizes.operation`: the f64, or an exact integer."""
+        """An operand of `floats.operation`: the f64, or an exact integer."""
         if x.is_Rational:
             return tirx.const(float(x), "float64")
         sign, factor = x.as_coeff_Mul()

@@ -17,8 +17,8 @@ from moec.codegen.loops.index import Index, Position
 from moec.codegen.loops.join import branch
 from moec.codegen.loops.rules import point
 from moec.codegen.loops.scalars import Scalar
-from moec.ir.dims import Dim, product, symbol, symbols
 from moec.ir.graph import Value
+from moec.ir.sizes.dims import Dim, product, symbol, symbols
 
 
 def looked_up(e: Emission, ids: Value, at: Position, size: Dim) -> Index:

@@ -23,8 +23,8 @@ from moec.codegen.loops.reduce import Cell
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim, product
 
 ROWS, VECTORS = 4, 2
 Epilogue = Callable[[Position, Scalar], Scalar]

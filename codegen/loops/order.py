@@ -18,8 +18,8 @@ from moec.codegen.loops.reduce import Cell, better, kept_shape
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
-from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim
 
 FEW = 64  # up to this k, the best are kept by insertion
 

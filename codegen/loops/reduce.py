@@ -18,8 +18,8 @@ from moec.codegen.loops.index import Position
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import FLOATS, HALVES
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim, product
 
 Join: TypeAlias = Callable[[Scalar, Scalar], Scalar]
 

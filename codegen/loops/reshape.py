@@ -9,8 +9,8 @@ from moec.codegen.loops.emission import Point
 from moec.codegen.loops.index import Index
 from moec.codegen.loops.rules import EMIT, LoopRule
 from moec.codegen.loops.scalars import Scalar
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Op
+from moec.ir.sizes.dims import Dim, product
 
 
 def _parts(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:

@@ -23,8 +23,8 @@ from moec.codegen.loops.lookup import indexed_axes
 from moec.codegen.loops.reduce import Join
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
-from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim
 
 
 def _replace(old: Scalar, new: Scalar) -> Scalar:

@@ -9,7 +9,7 @@ from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
+from moec.ir.sizes.dims import Dim
 from moec.ops.dense.attention import SWAP, Attention
 
 

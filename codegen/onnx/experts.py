@@ -18,9 +18,9 @@ from moec.codegen.onnx.rules import BUILD, Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import inputs_of
+from moec.ir.sizes.dims import Dim
 from moec.ops.experts.grouped import GroupedLinear
 from moec.ops.experts.quantised import GroupedQuantised
 

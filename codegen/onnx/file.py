@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from moec.codegen.onnx.lower import OnnxGraph
 from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.writer import Node, Weight, onnx_type
-from moec.ir.dims import show_dim
 from moec.ir.graph import TensorType
+from moec.ir.sizes.dims import show_dim
 
 if TYPE_CHECKING:
     from onnx import ModelProto

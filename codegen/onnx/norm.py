@@ -8,8 +8,8 @@ from moec.codegen.onnx.profiles import FUSED
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
-from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Ref, Value
+from moec.ir.sizes.dims import Dim
 
 
 @build("nn.rms_norm")

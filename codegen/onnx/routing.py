@@ -9,9 +9,9 @@ from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
 from moec.dtypes import HALVES
-from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, Value
 from moec.ir.opdef import inputs_of
+from moec.ir.sizes.dims import Dim
 from moec.ops.routing.routing import Routing
 
 LOW = float("-inf")

@@ -13,8 +13,8 @@ from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
 from moec.ir.aten import named
-from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 from moec.codegen.onnx.rules import Call, axis, build
 from moec.codegen.onnx.writer import NUMPY
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, symbols
 from moec.ir.graph import Value
+from moec.ir.sizes.dims import Dim, symbols
 
 LAST = np.iinfo(np.int64).max
 

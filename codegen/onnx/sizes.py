@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import sympy
 
 from moec.errors import NoMatch, UnsupportedError
-from moec.ir.dims import Bounds, Dim, parse_dim, symbols
-from moec.ir.float_sizes import f64, has_wide_numbers, is_float, operation
-from moec.ir.size_functions import DoubleFunction, IntegerFunction, sqrt
+from moec.ir.sizes.dims import Bounds, Dim, parse_dim, symbols
+from moec.ir.sizes.floats import f64, has_wide_numbers, is_float, operation
+from moec.ir.sizes.functions import DoubleFunction, IntegerFunction, sqrt
 
 if TYPE_CHECKING:
     from moec.codegen.onnx.writer import NodeWriter
@@ -74,7 +74,7 @@ def _integer_function(w: NodeWriter, name: str, of: Any) -> str:
 
 
 def _double(w: NodeWriter, x: Any) -> str:
-    """An operand of `float_sizes.operation` as f64[1]: an f64, or an exact integer."""
+    """An operand of `floats.operation` as f64[1]: an f64, or an exact integer."""
     if x.is_Rational:
         return w.constant([float(x)], "f64")
     sign, rest = x.as_coeff_Mul()

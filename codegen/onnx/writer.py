@@ -12,8 +12,8 @@ import torch
 
 from moec.codegen.onnx.sizes import size_value
 from moec.dtypes import LONG_NAMES
-from moec.ir.dims import Dim, symbols
 from moec.ir.graph import Graph, Value
+from moec.ir.sizes.dims import Dim, symbols
 
 NUMPY = {name: np.dtype(long) for name, long in LONG_NAMES.items() if name not in ("bf16", "c64")}
 

@@ -15,8 +15,8 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.aten import named
-from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim
 from moec.ops.dense.attention import Attention
 
 

@@ -8,9 +8,9 @@ from tvm import relax
 
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.module_builder import Lowering
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Op, TensorType, Value
 from moec.ir.opdef import inputs_of
+from moec.ir.sizes.dims import Dim, product
 
 
 def combine_by_loops(

@@ -13,9 +13,9 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.combine_loops import combine_by_loops
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, product
 from moec.ir.graph import DType, Graph, Op, TensorType, Value
 from moec.ir.opdef import inputs_of
+from moec.ir.sizes.dims import Dim, product
 from moec.ops.experts.dispatch import SORTS
 
 

@@ -11,8 +11,8 @@ from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.norm import NormSpec
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.aten import named
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 
 
 def _rms_norm(low: Lowering, op: Op) -> list[relax.Expr]:

@@ -12,8 +12,8 @@ from moec.codegen.backend import Rule, always
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.loops.index import names
 from moec.codegen.module_builder import Lowering
-from moec.ir.dims import Dim, show_dim
 from moec.ir.graph import DType, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim, show_dim
 from moec.runtime.sizes.counts import NAME
 from moec.runtime.sizes.expressions import NAME as SIZE
 

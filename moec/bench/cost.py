@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moec.formats.notation import Format
-from moec.ir.dims import evaluate_dim
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.sizes.dims import evaluate_dim
 from moec.ops.dense.attention import Attention
 from moec.ops.experts.compressed import GroupedCompressed
 from moec.ops.experts.quantised import GroupedQuantised, Matrix

@@ -51,8 +51,8 @@ from moec.capture.speculate import (
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.interpret.outputs import Structure
-from moec.ir.dims import Bounds
 from moec.ir.graph import Program
+from moec.ir.sizes.dims import Bounds
 from moec.runtime.process.gc_pause import gc_paused
 
 Way = Literal["traced", "speculated", "masked"]

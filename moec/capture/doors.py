@@ -27,7 +27,7 @@ from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, UsageError
 from moec.files.checkpoint import CONFIG
 from moec.interpret.graph_module import GraphModule
-from moec.ir.dims import Bounds
+from moec.ir.sizes.dims import Bounds
 from moec.model_path import kind_of_model
 from moec.spelling import did_you_mean
 

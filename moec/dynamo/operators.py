@@ -24,7 +24,7 @@ from moec.dynamo.record import RECORDER
 from moec.dynamo.training.gradients import Products, differentiable
 from moec.interpret.evaluate import run_graph
 from moec.ir.aten import TORCH_DTYPES
-from moec.ir.dims import symbols
+from moec.ir.sizes.dims import symbols
 from moec.runtime.call.executor import Executor
 from moec.runtime.checks import check_inputs
 from moec.runtime.device.device import device_of

@@ -9,10 +9,10 @@ import torch
 
 from moec.errors import IRError
 from moec.ir import aten
-from moec.ir.dims import bind_shape, show_bounds, symbols
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import Reference
-from moec.ir.thresholds import violated
+from moec.ir.sizes.dims import bind_shape, show_bounds, symbols
+from moec.ir.sizes.thresholds import violated
 from moec.ops import OPS
 
 

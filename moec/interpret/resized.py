@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from moec.ir.dims import Dim, evaluate_dim, symbols
+from moec.ir.sizes.dims import Dim, evaluate_dim, symbols
 
 
 def with_sizes(

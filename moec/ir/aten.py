@@ -13,8 +13,8 @@ import torch
 
 from moec.dtypes import LONG_NAMES
 from moec.errors import IRError
-from moec.ir.dims import evaluate_dim
 from moec.ir.graph import Attr, DType, Op, Ref, Value
+from moec.ir.sizes.dims import evaluate_dim
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, long) for name, long in LONG_NAMES.items()

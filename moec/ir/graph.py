@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import sympy
 
-from moec.ir.dims import Bounds, Dim, canonical, show_dim
+from moec.ir.sizes.dims import Bounds, Dim, canonical, show_dim
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import sympy
 
-from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Graph, State, TensorType, Value
+from moec.ir.sizes.dims import Dim
 
 
 def replace_sizes(graph: Graph, size: Callable[[sympy.Expr], Dim]) -> Graph:

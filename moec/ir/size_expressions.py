@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import sympy
 
-from moec.ir.float_sizes import is_float
 from moec.ir.graph import Attr, Op
+from moec.ir.sizes.floats import is_float
 
 
 def size_expressions(op: Op) -> Iterator[sympy.Expr]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from moec.ir.dims import Dim, evaluate_dim, product, symbols
 from moec.ir.graph import Graph, Op, Program
+from moec.ir.sizes.dims import Dim, evaluate_dim, product, symbols
 
 if TYPE_CHECKING:
     import torch

@@ -22,8 +22,8 @@ import sympy
 
 from moec.dtypes import DTYPES
 from moec.errors import IRError
-from moec.ir.dims import Bounds, parse_dim, show_bounds, show_dim
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, State, TensorType, Value
+from moec.ir.sizes.dims import Bounds, parse_dim, show_bounds, show_dim
 
 _TOKEN = re.compile(
     r"""\s*(?:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from moec.capture import Captured
-from moec.ir.dims import bind_shape, evaluate_dim
+from moec.ir.sizes.dims import bind_shape, evaluate_dim
 from moec.passes.core.options import Given
 from moec.passes.core.runner import Pass
 from moec.passes.specialise.bind_inputs import bind, seeds

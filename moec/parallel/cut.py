@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import sympy
 
-from moec.ir.dims import parse_dim, symbols
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.sizes.dims import parse_dim, symbols
 from moec.ops.experts.dispatch import SORTS
 from moec.runtime.package import MAIN
 

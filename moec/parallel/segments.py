@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from moec.interpret.evaluate import run_op
-from moec.ir.dims import bind_shape
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import Reference
+from moec.ir.sizes.dims import bind_shape
 from moec.parallel.cut import cut
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
-from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import integer
+from moec.ir.sizes.dims import product
 from moec.ops.experts.dispatch import chooses_all
 from moec.ops.experts.soft_mixture import slots_of
 from moec.ops.experts.zero_experts import KINDS

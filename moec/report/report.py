@@ -49,7 +49,7 @@ def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[st
 
 
 def port(value: Value) -> PortLine:
-    from moec.ir.dims import show_dim
+    from moec.ir.sizes.dims import show_dim
 
     return PortLine(value.name, value.dtype, tuple(map(show_dim, value.shape)))
 

@@ -11,8 +11,8 @@ from moec.errors import CaptureError
 from moec.interpret.placeholders import with_runs
 from moec.interpret.random_inputs import random_like
 from moec.interpret.resized import with_sizes
-from moec.ir.dims import Bounds
-from moec.ir.thresholds import nearest_allowed
+from moec.ir.sizes.dims import Bounds
+from moec.ir.sizes.thresholds import nearest_allowed
 from moec.verify.turns import turns
 
 Case = tuple[torch.Tensor, ...]

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from moec.ir.dims import Bounds, bind_shape, parse_dim, symbols
 from moec.ir.graph import Graph, Value
 from moec.ir.size_expressions import size_expressions
-from moec.ir.thresholds import allows, nearest_allowed, sizes_at_changes
+from moec.ir.sizes.dims import Bounds, bind_shape, parse_dim, symbols
+from moec.ir.sizes.thresholds import allows, nearest_allowed, sizes_at_changes
 
 _CASES = 12
 """At most this many cases, the smallest ones, so that a verification takes seconds."""

@@ -14,8 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from moec.interpret.evaluate import run_graph
-from moec.ir.dims import product, show_dim
 from moec.ir.graph import Graph, Value
+from moec.ir.sizes.dims import product, show_dim
 from moec.ir.text import parse
 
 HEADS = 4

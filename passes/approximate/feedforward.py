@@ -19,8 +19,8 @@ from typing import cast
 import torch
 
 from moec.errors import NoMatch
-from moec.ir.dims import symbol
 from moec.ir.graph import Graph, Op, Program, TensorType, Value
+from moec.ir.sizes.dims import symbol
 from moec.ir.traits import is_pointwise
 from moec.passes.core.runner import Log
 

@@ -30,8 +30,8 @@ import torch
 
 from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph
-from moec.ir.dims import symbols
 from moec.ir.graph import Attr, DType, Op, Program, Ref, TensorType, Value
+from moec.ir.sizes.dims import symbols
 from moec.ir.upcast import widen
 from moec.ops.routing.routing import widened
 from moec.passes.calibration.evaluator import LayerStats

@@ -25,8 +25,8 @@ import torch
 
 from moec.errors import NoMatch, UsageError
 from moec.interpret.evaluate import run_graph
-from moec.ir.dims import product
 from moec.ir.graph import Attr, DType, Graph, Op, Program, TensorType, Value
+from moec.ir.sizes.dims import product
 from moec.ir.upcast import widen
 from moec.passes.approximate.causal_router import HEADS, causal_router, distill
 from moec.passes.approximate.feedforward import FeedForwardOps, body, feedforwards, weights

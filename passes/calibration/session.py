@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 from moec.errors import NoMatch, UsageError
-from moec.ir.dims import bind_shape, evaluate_dim, symbols
 from moec.ir.graph import Program, Stage, Value
+from moec.ir.sizes.dims import bind_shape, evaluate_dim, symbols
 from moec.ir.stats import product_flops, stored_bytes
 from moec.passes.calibration.budget import Budget, BudgetError
 from moec.passes.calibration.data import load_calibration, tokens_in

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import sympy
 
-from moec.ir.dims import Dim, canonical, symbol, symbols
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim, canonical, symbol, symbols
 from moec.passes.core.moe_layer import Splice
 
 

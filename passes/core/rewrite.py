@@ -15,8 +15,8 @@ from dataclasses import replace
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, State, TensorType, Value
+from moec.ir.sizes.dims import Dim, symbols
 from moec.ops import OPS
 from moec.passes.core.runner import Log
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
 from moec.ir.graph import Op, Program, TensorType, Value
+from moec.ir.sizes.dims import Dim
 from moec.passes.core.moe_layer import MOVES, Layer, Splice, constant
 
 

@@ -15,8 +15,8 @@ from dataclasses import replace
 from functools import partial
 
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds, canonical, symbol
 from moec.ir.graph import Graph, Op, Ref, State, TensorType, Value
+from moec.ir.sizes.dims import Bounds, canonical, symbol
 from moec.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds, Dim, canonical, symbol
 from moec.ir.graph import Attr, Graph, Op, Ref, TensorType, Value
+from moec.ir.sizes.dims import Bounds, Dim, canonical, symbol
 from moec.ops.dense.attention import SWAP, Attention
 from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.decode.chunk import Carry, ChunkRewrite, causal, rewrite_ops, tokens_of

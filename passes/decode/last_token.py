@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import canonical
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import canonical
 from moec.ops.dense.attention import Attention
 from moec.ops.experts.dispatch import SORTS
 from moec.passes.core.rewrite import Builder, rebuild

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, canonical, symbols
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim, canonical, symbols
 from moec.passes.decode.tokenwise import has_tokens, is_elementwise
 
 _LINES = ("aten.arange.start_step", "aten.arange.default", "aten.arange.start")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 from moec.errors import NoMatch
 from moec.ir import traits
-from moec.ir.dims import symbols
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import symbols
 from moec.ir.traits import PRODUCTS
 from moec.ops import OPS
 

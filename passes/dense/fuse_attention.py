@@ -26,8 +26,8 @@ import torch
 from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
 from moec.ir.aten import IR_DTYPES, TORCH_DTYPES
-from moec.ir.dims import Dim
 from moec.ir.graph import Op, Program, Stage, TensorType, Value
+from moec.ir.sizes.dims import Dim
 from moec.ops.dense.attention import Attention
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import IRError, NoMatch
-from moec.ir.dims import product
 from moec.ir.graph import Attr, DType, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.sizes.dims import product
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.passes.dense.complex_parts import complex_parts

@@ -22,8 +22,8 @@ import torch
 
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds, symbols
 from moec.ir.graph import Attr, Op, Value
+from moec.ir.sizes.dims import Bounds, symbols
 from moec.ops.dense.attention import Attention, attends
 from moec.passes.core.rewrite import sizes_in
 from moec.passes.dense.eager_attention import HIDDEN

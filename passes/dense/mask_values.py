@@ -17,8 +17,8 @@ import torch
 from moec.errors import NoMatch
 from moec.interpret.evaluate import run_op
 from moec.ir import aten
-from moec.ir.dims import Dim, evaluate_dim
 from moec.ir.graph import Graph, Op, Ref, Value
+from moec.ir.sizes.dims import Dim, evaluate_dim
 
 Positions = tuple[torch.Tensor, ...]
 """One index tensor i64[N] per axis: the N positions at which a tensor is read."""

@@ -23,8 +23,8 @@ from math import prod
 from typing import Any, ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, canonical, product
 from moec.ir.graph import Attr, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.sizes.dims import Dim, canonical, product
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 

@@ -19,8 +19,8 @@ from typing import ClassVar
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, canonical, symbol, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.sizes.dims import Dim, canonical, symbol, symbols
 from moec.ir.traits import IDENTITIES, is_elementwise, is_pointwise
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass

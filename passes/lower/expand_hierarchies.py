@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.dims import Dim
 from moec.ir.graph import Attr, DType, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.sizes.dims import Dim
 from moec.ops.routing.hierarchy import groups_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass

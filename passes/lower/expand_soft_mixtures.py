@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, Op, Program, Stage, TensorType, Value
 from moec.ir.opdef import integer
+from moec.ir.sizes.dims import Dim, product
 from moec.ops.experts.soft_mixture import slots_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass

@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.dims import symbol
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Stage, TensorType, Value
+from moec.ir.sizes.dims import symbol
 from moec.ir.traits import is_pointwise
 from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.dims import canonical
 from moec.ir.graph import DType, Op, Program, Stage, Value
 from moec.ir.opdef import integer
+from moec.ir.sizes.dims import canonical
 from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds, Dim, symbol
 from moec.ir.graph import Attr, Op, Program, State, TensorType, Value
 from moec.ir.opdef import OPS
+from moec.ir.sizes.dims import Bounds, Dim, symbol
 from moec.ops.dense.attention import Attention
 from moec.passes.core.moe_layer import constant
 from moec.passes.core.rewrite import Builder, drop_dead

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 import sympy
 import torch
 
-from moec.ir.dims import Bounds, Dim, symbol
 from moec.ir.graph import Attr, DType, Op, TensorType, Value
 from moec.ir.opdef import OPS
+from moec.ir.sizes.dims import Bounds, Dim, symbol
 from moec.passes.core.moe_layer import Splice, constant
 from moec.passes.parallel.slice_experts import Sliced
 from moec.plan.groups import near, suffix

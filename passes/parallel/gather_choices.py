@@ -19,9 +19,9 @@ from typing import cast
 import sympy
 
 from moec.errors import UnsupportedError
-from moec.ir.dims import Bounds, Dim, canonical, symbol, symbols
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
 from moec.ir.opdef import OPS
+from moec.ir.sizes.dims import Bounds, Dim, canonical, symbol, symbols
 from moec.ir.traits import PRODUCTS
 from moec.passes.core.moe_layer import MOVES, Splice, name_of
 from moec.plan.groups import WORLD

@@ -17,8 +17,8 @@ from typing import cast
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, Program, Value
+from moec.ir.sizes.dims import Dim
 from moec.ops.dense.attention import Attention
 from moec.passes.core.moe_layer import constant
 

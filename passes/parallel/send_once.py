@@ -20,9 +20,9 @@ from dataclasses import replace
 import torch
 
 from moec.errors import NoMatch
-from moec.ir.dims import Bounds
 from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import OPS
+from moec.ir.sizes.dims import Bounds
 from moec.passes.parallel.exchange_rows import Exchanged, slots_of
 from moec.plan.groups import near
 

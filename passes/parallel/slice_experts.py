@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim
 
 _LINEAR = "aten.linear.default"
 

@@ -11,8 +11,8 @@ import torch
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.aten import TORCH_DTYPES
-from moec.ir.dims import evaluate_dim
 from moec.ir.graph import Value
+from moec.ir.sizes.dims import evaluate_dim
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from moec.errors import IRError, NoMatch
 from moec.interpret.evaluate import run_graph
 from moec.interpret.threads import threads_for
 from moec.ir.canonical import canonical_text
-from moec.ir.dims import Bounds, evaluate_dim, symbols
 from moec.ir.graph import Graph, Op, Value
-from moec.ir.thresholds import nearest_allowed
+from moec.ir.sizes.dims import Bounds, evaluate_dim, symbols
+from moec.ir.sizes.thresholds import nearest_allowed
 from moec.ir.traits import CASTS, VIEWS
 from moec.ir.upcast import widen
 from moec.passes.proof.branch_coverage import branch_taken, require_both_branches, thresholds

@@ -11,8 +11,8 @@ import torch
 
 from moec.dtypes import INDEX_DTYPES
 from moec.errors import IRError, NoMatch
-from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
+from moec.ir.sizes.dims import Dim, product, symbols
 from moec.ir.traits import CASTS, CHOICES, LIKES, THROUGH, VIEWS, is_elementwise, rounds_doubles
 from moec.passes.core.rewrite import Builder, rebuild
 

@@ -22,8 +22,8 @@ import torch
 
 from moec.interpret.evaluate import run_op
 from moec.ir.aten import TORCH_DTYPES
-from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.sizes.dims import symbols
 from moec.ir.traits import VIEWS, is_reproducible
 from moec.passes.core.rewrite import rebuild, sizes_in
 from moec.passes.core.runner import Log, Pass

@@ -20,8 +20,8 @@ from itertools import combinations
 from typing import ClassVar, cast
 
 from moec.ir.canonical import without_origins
-from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Graph, Op, Program, Ref, Stage, TensorType, Value
+from moec.ir.sizes.dims import Dim
 from moec.ir.text import print_graph, show_attr
 from moec.passes.core.moe_layer import name_of
 from moec.passes.core.rewrite import Builder, rebuild, sizes_in

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import Attr, Op, Ref, TensorType, Value
+from moec.ir.sizes.dims import Dim, product, symbols
 from moec.passes.core.rewrite import Builder
 
 _ASSERTION = "aten._is_all_true.default"  # of torch._check

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Op, Ref, TensorType, Value
+from moec.ir.sizes.dims import Dim
 from moec.passes.core.rewrite import Builder
 from moec.passes.simplify import mask_fill
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 import torch
 
-from moec.ir.dims import symbols
 from moec.ir.graph import Op, Program, Value
+from moec.ir.sizes.dims import symbols
 from moec.passes.core.moe_layer import Splice
 from moec.passes.core.runner import Log
 from moec.passes.specialise.token_invariant import bytes_of

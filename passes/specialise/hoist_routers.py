@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from moec.errors import NoMatch
-from moec.ir.dims import symbols
 from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.sizes.dims import symbols
 from moec.ir.traits import PRODUCTS
 from moec.passes.core.moe_layer import name_of
 from moec.passes.core.rewrite import drop_dead, sizes_in

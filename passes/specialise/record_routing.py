@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, show_dim
 from moec.ir.graph import Graph, Program, Value
 from moec.ir.opdef import integer
+from moec.ir.sizes.dims import Dim, show_dim
 from moec.passes.core.moe_layer import name_of
 
 

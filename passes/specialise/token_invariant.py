@@ -19,8 +19,8 @@ import torch
 
 from moec.errors import NoMatch, UsageError
 from moec.interpret.evaluate import run_op
-from moec.ir.dims import Dim, symbols
 from moec.ir.graph import Attr, Op, Program, Value
+from moec.ir.sizes.dims import Dim, symbols
 from moec.ir.traits import PRODUCTS, is_elementwise
 from moec.passes.core.moe_layer import constant
 from moec.passes.core.rewrite import sizes_in

@@ -1,6 +1,6 @@
 """Sizes as text (T, 2*T, floor(B*S/4)) and their values, without sympy and without eval.
 
-The grammar is that of `moec.ir.dims.parse_dim`, which wrote the text. Compiled code calls
+The grammar is that of `moec.ir.sizes.dims.parse_dim`, which wrote the text. Compiled code calls
 `value_of_size` by the name NAME for sizes that kernels cannot compute.
 """
 

@@ -16,7 +16,7 @@ from torch.export import Dim
 from moec.capture import capture
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
-from moec.ir.dims import Bounds
+from moec.ir.sizes.dims import Bounds
 from tests.capture.modules import WIDTH, Function, Moe, Tied, Two
 
 x, y = torch.randn(5, WIDTH), torch.randn(5, WIDTH)

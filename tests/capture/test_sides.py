@@ -30,10 +30,10 @@ from moec.capture.speculate.facts.singles import (
 )
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
-from moec.ir.dims import Bounds, symbol
-from moec.ir.float_sizes import f64
 from moec.ir.size_expressions import indicator
-from moec.ir.thresholds import truth_of
+from moec.ir.sizes.dims import Bounds, symbol
+from moec.ir.sizes.floats import f64
+from moec.ir.sizes.thresholds import truth_of
 from tests.capture.modules import Function
 from tests.capture.sized import first
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import moec
 from moec.codegen.host_sizes import with_host_sizes
 from moec.errors import MoecError
-from moec.ir.dims import parse_dim, show_dim
+from moec.ir.sizes.dims import parse_dim, show_dim
 from moec.ir.text import parse, print_graph
 from moec.runtime.sizes.expressions import value_of_size
 

@@ -24,7 +24,7 @@ from moec.errors import InputError, MoecError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.interpret.tolerance import TOLERANCES, allowed_strays, distance, row_errors
-from moec.ir.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
+from moec.ir.sizes.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
 from moec.model.compiled import CompiledModel
 from tests.fuzz.layer import Layer, source
 

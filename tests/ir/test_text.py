@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import IRError
-from moec.ir.dims import symbol
 from moec.ir.graph import DType, Graph, Op, Ref, TensorType, Value
+from moec.ir.sizes.dims import symbol
 from moec.ir.text import parse, print_graph
 
 LAYER = """\

@@ -15,8 +15,8 @@ from docs.systems import Figure, Source
 from moec import CompiledModel
 from moec.errors import UnsupportedError
 from moec.interpret.ranks import evaluate_ranks
-from moec.ir.dims import symbols
 from moec.ir.graph import Program, Value
+from moec.ir.sizes.dims import symbols
 from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.plan.groups import groups_of
 from moec.plan.inputs.workload import Workload

@@ -12,7 +12,7 @@ from torch import nn
 import moec
 from docs.systems import Figure, Source
 from moec import CompiledModel
-from moec.ir.dims import symbols
+from moec.ir.sizes.dims import symbols
 from tests.systems.records import Keep, load, record_of
 
 example = load("24_robust_qa")

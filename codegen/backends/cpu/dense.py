@@ -20,8 +20,8 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.products import DENSE, dense_of
 from moec.codegen.specs.products import LinearSpec
-from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import product
 
 
 def _check(op: Op, graph: Graph) -> None:

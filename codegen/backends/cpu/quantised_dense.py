@@ -20,8 +20,8 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.products import QuantisedSpec
 from moec.dtypes import VECTOR_DTYPES
-from moec.ir.dims import product
 from moec.ir.graph import Graph, Op, TensorType
+from moec.ir.sizes.dims import product
 from moec.ops.experts.quantised_linear import QuantisedLinear
 
 

@@ -35,8 +35,8 @@ from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
 from moec.codegen.loops.scatter import Writes
 from moec.errors import UnsupportedError
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.target.cuda import HOST, CudaTarget
 
 THREADS = 256

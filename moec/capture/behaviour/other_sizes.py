@@ -15,9 +15,9 @@ from moec.capture.capture import Captured
 from moec.capture.guards.false_sizes import MOST_ROWS, can_run, false_at
 from moec.capture.guards.guards import Guard, show
 from moec.capture.proof.settlement import agree_at_sizes, sizes_of
-from moec.ir.dims import parse_dim
 from moec.ir.graph import Graph
 from moec.ir.size_expressions import size_expressions
+from moec.ir.sizes.dims import parse_dim
 
 
 def difference_at_other_sizes(described: Captured, guards: Iterable[Guard]) -> str:

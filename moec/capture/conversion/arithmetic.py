@@ -20,8 +20,8 @@ import sympy
 import torch
 
 from moec.capture.user_code import size_nodes
-from moec.ir.float_sizes import ceil, f64, floor, round_half_even, trunc
-from moec.ir.size_functions import exp, log, log2, log10, power, sqrt
+from moec.ir.sizes.floats import ceil, f64, floor, round_half_even, trunc
+from moec.ir.sizes.functions import exp, log, log2, log10, power, sqrt
 
 _FLOAT: Mapping[Any, Callable[..., sympy.Expr]] = {
     torch.sym_float: f64,

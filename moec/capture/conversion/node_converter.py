@@ -24,8 +24,8 @@ from moec.capture.linear_attention.scans import OWN
 from moec.capture.user_code.sources import named, user_code, user_line
 from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
-from moec.ir.dims import Dim, canonical, from_torch
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
+from moec.ir.sizes.dims import Dim, canonical, from_torch
 
 _IGNORED_ARGUMENTS = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import sympy
 
-from moec.ir.dims import Dim, canonical, product
+from moec.ir.sizes.dims import Dim, canonical, product
 
 
 def view_shape(size: Sequence[Dim], source: Sequence[Dim], torch_shape: Sequence[Dim]) -> list[Dim]:

@@ -35,8 +35,8 @@ from moec.capture.sizes.widening import Widened
 from moec.capture.speculate import explained, scripts_as_python
 from moec.capture.user_code.stacks import short_stacks
 from moec.interpret.outputs import Structure, flatten
-from moec.ir.dims import Bounds
 from moec.ir.graph import Program
+from moec.ir.sizes.dims import Bounds
 
 
 def export_call(call: ModuleCall, general: Widened) -> ExportedProgram:

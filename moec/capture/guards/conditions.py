@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import sympy
 
-from moec.ir.dims import Bounds, show_dim
-from moec.ir.float_sizes import is_float
 from moec.ir.size_expressions import indicator
-from moec.ir.thresholds import sizes_around, truth_of
+from moec.ir.sizes.dims import Bounds, show_dim
+from moec.ir.sizes.floats import is_float
+from moec.ir.sizes.thresholds import sizes_around, truth_of
 
 _ZERO = Bounds(0, 0)
 _LONGEST = 300  # characters of an expression that is checked with each call

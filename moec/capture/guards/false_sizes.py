@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import sympy
 
-from moec.ir.dims import Bounds
-from moec.ir.thresholds import Truth, allows, far_sizes, sizes_around, truth_of
+from moec.ir.sizes.dims import Bounds
+from moec.ir.sizes.thresholds import Truth, allows, far_sizes, sizes_around, truth_of
 
 MOST_ROWS = 1 << 15
 """The greatest product of sizes at which module and graph are run."""

@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 from moec.capture.conversion.arithmetic import number
 from moec.capture.guards.guards import Guard
 from moec.errors import CaptureError
-from moec.ir.dims import Dim, from_torch
-from moec.ir.float_sizes import ceil, f64, floor, round_half_even, trunc
+from moec.ir.sizes.dims import Dim, from_torch
+from moec.ir.sizes.floats import ceil, f64, floor, round_half_even, trunc
 
 _ROUNDINGS: Mapping[str, Callable[[sympy.Expr], sympy.Expr]] = {
     "math.trunc": trunc,

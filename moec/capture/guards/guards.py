@@ -27,8 +27,8 @@ from torch.fx.experimental import symbolic_shapes
 
 from moec.capture.user_code.sources import is_internal, is_standard, text_of
 from moec.errors import CaptureError, IRError
-from moec.ir.dims import nearly_from_torch, show_dim, symbols
 from moec.ir.graph import Graph
+from moec.ir.sizes.dims import nearly_from_torch, show_dim, symbols
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ _CONNECTIVES = (sympy.And, sympy.Or, sympy.Not)
 
 
 def _converted(condition: Any, rename: Mapping[str, str]) -> sympy.Basic:
-    """A condition over the named sizes, in the functions of `moec.ir.dims`."""
+    """A condition over the named sizes, in the functions of `moec.ir.sizes.dims`."""
     if isinstance(condition, _CONNECTIVES):
         return condition.func(*(_converted(a, rename) for a in condition.args))
     if condition in (sympy.true, sympy.false):

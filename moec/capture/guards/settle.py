@@ -12,9 +12,9 @@ from moec.capture.guards.conditions import as_bounds, multiples_in
 from moec.capture.guards.false_sizes import can_run, false_at
 from moec.capture.guards.guards import Guard, axes, show
 from moec.errors import CaptureError
-from moec.ir.dims import Bounds, parse_dim, show_dim
 from moec.ir.graph import Graph
-from moec.ir.thresholds import first_true, interval_around, truth_of
+from moec.ir.sizes.dims import Bounds, parse_dim, show_dim
+from moec.ir.sizes.thresholds import first_true, interval_around, truth_of
 
 Agree = Callable[[Mapping[str, int]], bool | None]
 """Whether module and graph agree at these sizes; None where the module itself fails."""

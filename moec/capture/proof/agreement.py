@@ -15,8 +15,8 @@ from moec.interpret.evaluate import evaluate_anywhere
 from moec.interpret.outputs import VaryingOutput
 from moec.interpret.random_inputs import random_like
 from moec.interpret.tolerance import default_tolerance, distance
-from moec.ir.dims import Bounds
 from moec.ir.graph import Program
+from moec.ir.sizes.dims import Bounds
 
 Eager: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 

@@ -14,8 +14,8 @@ from moec.capture.proof.agreement import Eager, matches
 from moec.interpret.placeholders import drawn_and_run
 from moec.interpret.resized import with_sizes
 from moec.interpret.tolerance import STRAYS, computed_dtypes
-from moec.ir.dims import bind_shape
 from moec.ir.graph import Program
+from moec.ir.sizes.dims import bind_shape
 
 
 def settled(

@@ -16,8 +16,8 @@ from moec.capture.sides.sizes import Choice, Unmergeable
 from moec.capture.speculate import CaptureForm
 from moec.errors import CaptureError
 from moec.interpret.resized import with_sizes
-from moec.ir.dims import Bounds
-from moec.ir.thresholds import sizes_around, sizes_at_changes, truth_of
+from moec.ir.sizes.dims import Bounds
+from moec.ir.sizes.thresholds import sizes_around, sizes_at_changes, truth_of
 
 Recapture = Callable[[Mapping[str, int]], CaptureForm]
 """Captures the same module at other sizes. Raises CaptureError."""

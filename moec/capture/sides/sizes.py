@@ -8,9 +8,9 @@ from fractions import Fraction
 
 import sympy
 
-from moec.ir.dims import Bounds, Dim, canonical
 from moec.ir.size_expressions import indicator
-from moec.ir.thresholds import sizes_around, truth_of
+from moec.ir.sizes.dims import Bounds, Dim, canonical
+from moec.ir.sizes.thresholds import sizes_around, truth_of
 
 
 class Unmergeable(Exception):

@@ -11,10 +11,10 @@ from __future__ import annotations
 import sympy
 
 from moec.errors import IRError
-from moec.ir.dims import Dim, canonical
 from moec.ir.graph import Program
 from moec.ir.replace_sizes import replace_sizes
-from moec.ir.thresholds import truth_of
+from moec.ir.sizes.dims import Dim, canonical
+from moec.ir.sizes.thresholds import truth_of
 
 _FEW = 64
 """A size with more values than that is not tried at each of them."""

@@ -13,7 +13,7 @@ import torch
 from torch.export import Dim as TorchDim
 
 from moec.errors import CaptureError
-from moec.ir.dims import Bounds
+from moec.ir.sizes.dims import Bounds
 
 Axes = Mapping[int, Any]
 """For each axis that may vary, a torch.export Dim or hint."""

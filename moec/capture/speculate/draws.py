@@ -11,9 +11,9 @@ import sympy
 import torch
 
 from moec.dtypes import FLOATS
-from moec.ir.dims import Bounds, symbols
 from moec.ir.graph import Graph, Value
-from moec.ir.thresholds import nearest_allowed
+from moec.ir.sizes.dims import Bounds, symbols
+from moec.ir.sizes.thresholds import nearest_allowed
 
 MOST_ROWS = 4096
 """The most rows that a proof draws. A branch that needs more rows to go both ways is refused."""

@@ -21,7 +21,7 @@ from moec.interpret.evaluate import evaluate
 from moec.interpret.outputs import VaryingOutput
 from moec.interpret.tolerance import default_tolerance, distance
 from moec.ir.graph import Program
-from moec.ir.thresholds import truth_of
+from moec.ir.sizes.thresholds import truth_of
 
 Eager = Callable[..., tuple[torch.Tensor, ...]]
 

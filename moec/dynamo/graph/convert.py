@@ -20,8 +20,8 @@ from moec.capture.conversion.dropped_nodes import dropped
 from moec.capture.conversion.node_converter import Converter, origin
 from moec.errors import CaptureError
 from moec.ir.aten import IR_DTYPES
-from moec.ir.dims import Bounds, from_torch, symbols
 from moec.ir.graph import Graph, Program, Value
+from moec.ir.sizes.dims import Bounds, from_torch, symbols
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.runner import run
 from moec.passes.simplify.canonicalise import Canonicalise

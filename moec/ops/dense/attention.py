@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 
 from moec.dtypes import FLOATS
-from moec.ir.dims import Dim, broadcasts
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
+from moec.ir.sizes.dims import Dim, broadcasts
 
 OPERANDS = ("q", "k", "v", "out")
 SWAP = (0, 2, 1, 3)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from moec.dtypes import FLOATS
-from moec.ir.dims import broadcasts
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, require
+from moec.ir.sizes.dims import broadcasts
 
 PAIRINGS = ("halves", "neighbours")
 

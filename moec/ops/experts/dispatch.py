@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import torch
 
-from moec.ir.dims import Dim
 from moec.ir.graph import DType, Graph, Op, TensorType
 from moec.ir.opdef import Runner, defop, integer, require, tensors_of
+from moec.ir.sizes.dims import Dim
 
 
 def sort_choices(experts: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

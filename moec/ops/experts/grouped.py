@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from moec.ir.aten import TORCH_DTYPES
-from moec.ir.dims import Dim, canonical
 from moec.ir.graph import DType, Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, integer, require, tensors_of
+from moec.ir.sizes.dims import Dim, canonical
 
 M = TypeVar("M")
 V = TypeVar("V")

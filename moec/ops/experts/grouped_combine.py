@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 
-from moec.ir.dims import Dim
 from moec.ir.graph import DType, Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, integer, require
+from moec.ir.sizes.dims import Dim
 from moec.ops.experts.dispatch import combine
 from moec.ops.experts.grouped import grouped_linear
 

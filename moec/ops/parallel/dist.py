@@ -14,9 +14,9 @@ from typing import Any, Protocol, cast
 import torch
 
 from moec.errors import IRError
-from moec.ir.dims import Dim, canonical
 from moec.ir.graph import Op, TensorType
 from moec.ir.opdef import Reference, Runner, defop, require
+from moec.ir.sizes.dims import Dim, canonical
 
 
 class Ranks(Protocol):

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from moec.ir.dims import Dim
 from moec.ir.graph import Op, TensorType
 from moec.ir.opdef import Runner, defop, require, tensors_of
+from moec.ir.sizes.dims import Dim
 from moec.ops.routing.routing import Routing, route_logits
 
 

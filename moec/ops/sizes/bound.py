@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 
 from moec.ir.aten import TORCH_DTYPES
-from moec.ir.dims import Dim, product, symbols
 from moec.ir.graph import DType, Op, TensorType
 from moec.ir.opdef import Runner, defop, require
+from moec.ir.sizes.dims import Dim, product, symbols
 
 
 def periodic_constant(op: Op) -> torch.Tensor:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from moec.errors import UsageError
-from moec.ir.dims import product
 from moec.ir.graph import Graph, Op
+from moec.ir.sizes.dims import product
 from moec.plan.inputs.files import Natural, Positive, Record, read_preset_or_file
 
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "f64": 8.0}

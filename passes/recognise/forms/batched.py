@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, VIEWS
 from moec.passes.recognise.forms import every_expert, own_rows
 from moec.passes.recognise.forms.parallel_branches import Fan, fan

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from moec.dtypes import FLOATS
-from moec.ir.dims import Dim, product
 from moec.ir.graph import TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import THROUGH
 from moec.passes.proof.input_generators import Sparse
 from moec.passes.recognise.reading.block import Proposal, Recipe

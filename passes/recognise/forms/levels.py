@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Op, TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.passes.proof.input_generators import Positive
 from moec.passes.recognise.forms.every_expert import FORM, all_experts
 from moec.passes.recognise.forms.unrolled_experts import branch_ops, family, read_branch, signature

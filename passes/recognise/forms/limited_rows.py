@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, canonical, symbols
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim, canonical, symbols
 from moec.ir.traits import VIEWS
 from moec.passes.recognise.reading.block import Priority, RecognisedCapacity, Zero
 from moec.passes.recognise.region import Scope

@@ -24,8 +24,8 @@ from functools import partial
 from itertools import permutations
 
 from moec.errors import NoMatch
-from moec.ir.dims import product
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import product
 from moec.passes.recognise.forms import batched
 from moec.passes.recognise.forms.every_expert import SOME
 from moec.passes.recognise.forms.limited_rows import limit, overwritten, passed_through

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, VIEWS
 from moec.passes.proof.input_generators import AnyMask, Feed, Sparse
 from moec.passes.recognise.forms.every_expert import all_experts

@@ -15,8 +15,8 @@ from functools import partial
 
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Program, TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, PRODUCTS, VIEWS, is_elementwise
 from moec.passes.core.runner import Log
 from moec.passes.proof.input_generators import Feed, Ids, Positive

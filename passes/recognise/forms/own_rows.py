@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from moec.ir.dims import Dim, product
 from moec.ir.graph import TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.passes.recognise.reading.block import Proposal, Recipe
 from moec.passes.recognise.reading.layout import ExpertLayout, divide
 from moec.passes.recognise.reading.opnames import PRODUCTS

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim
 from moec.ir.traits import CASTS, VIEWS, is_elementwise
 from moec.passes.recognise.reading.layout import Atom, Axis, regroup
 from moec.passes.recognise.region import RegionEmitter, Scope

@@ -13,8 +13,8 @@ from typing import cast
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.canonical import canonical_text
-from moec.ir.dims import Dim
 from moec.ir.graph import Attr, Graph, Op, Ref, Value
+from moec.ir.sizes.dims import Dim
 from moec.ir.traits import CHOICES, VIEWS
 from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.body_writer import BodyWriter

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.passes.proof.input_generators import Feed
 from moec.passes.recognise.reading.body import Prepared, canonical, with_columns
 from moec.passes.recognise.reading.shared_rows import side_by_side

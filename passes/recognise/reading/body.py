@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, symbol
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim, symbol
 
 ROWS = symbol("R")
 

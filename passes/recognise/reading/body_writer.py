@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.body import ROWS
 from moec.passes.recognise.reading.layout import (

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
+from moec.ir.sizes.dims import Dim
 from moec.passes.recognise.reading.body import ROWS
 from moec.passes.recognise.reading.layout import (
     Atom,

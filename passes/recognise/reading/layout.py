@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import sympy
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim, canonical, product
 from moec.ir.graph import Value
+from moec.ir.sizes.dims import Dim, canonical, product
 
 
 @dataclass(frozen=True, eq=False)

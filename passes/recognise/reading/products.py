@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 from moec.errors import NoMatch
-from moec.ir.dims import product as total
 from moec.ir.graph import Op, TensorType, Value
+from moec.ir.sizes.dims import product as total
 from moec.passes.recognise.reading import elementwise
 from moec.passes.recognise.reading.layout import (
     Atom,

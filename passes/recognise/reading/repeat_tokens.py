@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from moec.ir.dims import product
 from moec.ir.graph import Op
+from moec.ir.sizes.dims import product
 from moec.ir.traits import CASTS
 from moec.passes.recognise.reading.opnames import MULTIPLY, PRODUCTS, REARRANGE, SPREAD
 from moec.passes.recognise.region import chooses

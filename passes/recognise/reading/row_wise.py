@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moec.errors import NoMatch
-from moec.ir.dims import symbols
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import symbols
 from moec.passes.recognise.region import Scope, names_in
 
 _LIMIT = 40

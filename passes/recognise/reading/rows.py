@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 from moec.errors import NoMatch
-from moec.ir.dims import Dim
 from moec.ir.graph import Graph, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim
 from moec.ir.traits import CASTS, is_elementwise
 from moec.passes.recognise.reading import elementwise, gathers, products, repeat_tokens
 from moec.passes.recognise.reading.block import Recipe

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moec.ir.dims import Dim
 from moec.ir.graph import Value
+from moec.ir.sizes.dims import Dim
 
 
 @dataclass(frozen=True)

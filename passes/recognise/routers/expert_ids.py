@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from moec.dtypes import FLOATS, INDEX_DTYPES
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, DType, Op, TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, CHOICES
 from moec.passes.proof.input_generators import Feed, Ids, OneHot
 from moec.passes.recognise.reading.block import Recipe

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.dtypes import INDEX_DTYPES
-from moec.ir.dims import product
 from moec.ir.graph import Value
+from moec.ir.sizes.dims import product
 from moec.ops.routing.routing import Routing
 from moec.passes.recognise.region import RegionEmitter, Scope
 

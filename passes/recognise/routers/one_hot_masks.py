@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from moec.ir.dims import product
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import product
 from moec.ir.traits import CASTS, VIEWS
 from moec.passes.recognise.reading.opnames import ZEROS
 from moec.passes.recognise.region import Scope

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import cast
 
 from moec.dtypes import FLOATS
-from moec.ir.dims import Dim
 from moec.ir.graph import Op, Value
+from moec.ir.sizes.dims import Dim
 from moec.ir.traits import CHOICES, THROUGH, rounds_doubles
 from moec.passes.proof.input_generators import Feed, Ids, Logits, Positive, Uniform
 from moec.passes.recognise.reading.block import RecognisedCapacity

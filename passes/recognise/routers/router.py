@@ -21,8 +21,8 @@ import torch
 
 from moec.dtypes import FLOATS
 from moec.errors import IRError, NoMatch
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import rounds_doubles
 from moec.ops.experts.dispatch import chooses_all
 from moec.ops.routing.routing import Routing, choice_scores, group_scores

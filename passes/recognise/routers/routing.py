@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
-from moec.ir.dims import product
 from moec.ir.graph import Value
+from moec.ir.sizes.dims import product
 from moec.passes.proof.input_generators import Feed
 from moec.passes.recognise.reading.block import Recipe, RecognisedCapacity
 from moec.passes.recognise.reading.layout import divide

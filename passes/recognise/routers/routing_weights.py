@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from moec.dtypes import FLOATS
-from moec.ir.dims import Dim, product
 from moec.ir.graph import Attr, TensorType, Value
+from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import THROUGH, rounds_doubles
 from moec.passes.proof.input_generators import Ids
 from moec.passes.recognise.reading.block import Recipe

@@ -15,9 +15,9 @@ import moec
 from moec.capture import capture
 from moec.errors import InputError, IRError
 from moec.interpret.evaluate import evaluate
-from moec.ir.dims import Bounds, symbol
+from moec.ir.sizes.dims import Bounds, symbol
+from moec.ir.sizes.thresholds import allows, nearest_allowed
 from moec.ir.text import parse, print_graph
-from moec.ir.thresholds import allows, nearest_allowed
 from moec.runtime.checks import check_inputs
 from moec.runtime.package import Function as Signature
 from moec.runtime.package import Port

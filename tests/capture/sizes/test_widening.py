@@ -18,7 +18,7 @@ from moec.capture.calls.trials import Trials
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.tolerance import distance
-from moec.ir.dims import Bounds
+from moec.ir.sizes.dims import Bounds
 from moec.ir.text import print_graph
 from tests.capture.modules import WIDTH, Counts, Function, Moe
 

@@ -6,8 +6,8 @@ import pytest
 
 from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph
-from moec.ir.dims import Bounds
 from moec.ir.graph import Graph, Value
+from moec.ir.sizes.dims import Bounds
 from moec.ir.text import parse
 from moec.passes.proof import prove
 from moec.passes.proof.input_generators import Feed, Positive

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import ArtifactError
-from moec.ir.dims import Dim, evaluate_dim, parse_dim, show_dim, symbol
+from moec.ir.sizes.dims import Dim, evaluate_dim, parse_dim, show_dim, symbol
 from moec.runtime.sizes.expressions import evaluate, names, solve
 
 T, B = symbol("T"), symbol("B")

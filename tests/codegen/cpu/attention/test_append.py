@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.attention.append import append
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec
-from moec.ir.dims import symbol
 from moec.ir.graph import Op, TensorType, Value
+from moec.ir.sizes.dims import symbol
 from moec.ops import OPS
 from moec.target.cpu import TARGETS, CpuTarget, host
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.errors import IRError
-from moec.ir.dims import (
+from moec.ir.sizes.dims import (
     bind_shape,
     canonical,
     evaluate_dim,
@@ -19,7 +19,7 @@ from moec.ir.dims import (
     symbol,
     symbols,
 )
-from moec.ir.float_sizes import ceil, check, f64, floor, round_half_even, trunc
+from moec.ir.sizes.floats import ceil, check, f64, floor, round_half_even, trunc
 from moec.runtime.sizes.expressions import evaluate
 
 T, S = symbol("T"), symbol("S")

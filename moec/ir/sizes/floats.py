@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import sympy
 
-from moec.ir.size_functions import DoubleFunction, bit_length, isqrt, log2, power, sqrt
+from moec.ir.sizes.functions import DoubleFunction, bit_length, isqrt, log2, power, sqrt
 
 _SHORT = 2**10
 """Numerators and denominators up to here, times a product of sizes, are far below 2^53."""

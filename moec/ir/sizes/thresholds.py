@@ -12,9 +12,9 @@ from typing import Any
 
 import sympy
 
-from moec.ir.dims import Bounds, parse_dim, symbol
-from moec.ir.exact_sizes import Function, function_of
-from moec.ir.float_sizes import is_float
+from moec.ir.sizes.dims import Bounds, parse_dim, symbol
+from moec.ir.sizes.exact import Function, function_of
+from moec.ir.sizes.floats import is_float
 
 _DENSE = 512
 """The number of sizes, from the least one, that are tried one by one."""

@@ -15,9 +15,9 @@ from typing import Any, TypeAlias
 import sympy
 
 from moec.errors import IRError
-from moec.ir.exact_sizes import function_of
-from moec.ir.float_sizes import ceil, f64, floor, rint, round_half_even, trunc
-from moec.ir.size_functions import FUNCTIONS, exp, log, log2, log10, pow2, power, sqrt
+from moec.ir.sizes.exact import function_of
+from moec.ir.sizes.floats import ceil, f64, floor, rint, round_half_even, trunc
+from moec.ir.sizes.functions import FUNCTIONS, exp, log, log2, log10, pow2, power, sqrt
 
 Dim: TypeAlias = int | sympy.Expr
 

@@ -10,10 +10,10 @@ import pytest
 import sympy
 
 from moec.errors import IRError
-from moec.ir.dims import evaluate_dim, parse_dim, show_dim, symbol
-from moec.ir.exact_sizes import function_of
-from moec.ir.float_sizes import ceil, floor
-from moec.ir.size_functions import log2, power, sqrt
+from moec.ir.sizes.dims import evaluate_dim, parse_dim, show_dim, symbol
+from moec.ir.sizes.exact import function_of
+from moec.ir.sizes.floats import ceil, floor
+from moec.ir.sizes.functions import log2, power, sqrt
 from moec.runtime.sizes.expressions import evaluate
 
 B, S = symbol("B"), symbol("S")

@@ -16,8 +16,8 @@ from typing import Any
 import sympy
 
 from moec.errors import IRError
-from moec.ir.float_sizes import nearest
-from moec.ir.size_functions import DoubleFunction, IntegerFunction
+from moec.ir.sizes.floats import nearest
+from moec.ir.sizes.functions import DoubleFunction, IntegerFunction
 from moec.runtime.sizes.functions import DOUBLES, INTEGERS
 
 Function = Callable[[Mapping[str, int]], Any]

@@ -1,0 +1,1 @@
+"""Sizes: expressions over named sizes, their exact values, and where these change."""
