@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from moec.codegen.loops.reshape import only_splits
+from moec.codegen.loops.moves.reshape import only_splits
 from moec.codegen.loops.rules import EMIT, LoopRule
 from moec.ir.aten import named
 from moec.ir.graph import Graph, Op, Value

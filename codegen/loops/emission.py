@@ -30,8 +30,8 @@ from moec.ir.sizes.dims import Dim, product
 from moec.target.cpu import CpuTarget
 
 if TYPE_CHECKING:
-    from moec.codegen.loops.reduce import Cell
-    from moec.codegen.loops.scatter import Writes
+    from moec.codegen.loops.moves.scatter import Writes
+    from moec.codegen.loops.reductions.reduce import Cell
 
 # How many additions of tasks.shared one addition in a loop counts as: loops are not always
 # vectorised, and their cost is estimated roughly.

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from moec.codegen.loops import (
-    arithmetic,
-    create,
-    functions,
-    join,
-    lookup,
-    matrix,
-    moe,
-    moments,
-    move,
-    order,
-    reduce,
-    reshape,
-    rotary,
-    scatter,
-    softmax,
-)
+from moec.codegen.loops.elements import arithmetic, create, functions
+from moec.codegen.loops.layers import moe, rotary
+from moec.codegen.loops.moves import join, lookup, move, reshape, scatter
+from moec.codegen.loops.reductions import matrix, moments, order, reduce, softmax
 from moec.codegen.loops.rules import EMIT
 
 FILLED_BY = (

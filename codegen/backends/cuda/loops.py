@@ -30,10 +30,10 @@ from moec.codegen.loop_kernel import LoopKernel, write_body
 from moec.codegen.loops import index as ix
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position
-from moec.codegen.loops.reduce import Cell
+from moec.codegen.loops.moves.scatter import Writes
+from moec.codegen.loops.reductions.reduce import Cell
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
-from moec.codegen.loops.scatter import Writes
 from moec.errors import UnsupportedError
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim, product

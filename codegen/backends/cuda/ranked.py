@@ -12,7 +12,7 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.axes import wrap
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position, loop
-from moec.codegen.loops.reduce import Cell, better
+from moec.codegen.loops.reductions.reduce import Cell, better
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.graph import Op
 

@@ -13,7 +13,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cuda.instructions import WARP, shuffle_xor
 from moec.codegen.loops.emission import Emission
-from moec.codegen.loops.reduce import Cell
+from moec.codegen.loops.reductions.reduce import Cell
 from moec.codegen.loops.scalars import Scalar
 
 

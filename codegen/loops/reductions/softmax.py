@@ -8,11 +8,11 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import larger, plus
+from moec.codegen.loops.elements.arithmetic import larger, plus
+from moec.codegen.loops.elements.functions import exp
 from moec.codegen.loops.emission import Emission
-from moec.codegen.loops.functions import exp
 from moec.codegen.loops.index import Position
-from moec.codegen.loops.reduce import (
+from moec.codegen.loops.reductions.reduce import (
     accumulate,
     axes_of,
     count,

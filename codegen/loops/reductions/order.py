@@ -10,11 +10,11 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import larger, plus, times
 from moec.codegen.loops.axes import wrap
+from moec.codegen.loops.elements.arithmetic import larger, plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position, loop
-from moec.codegen.loops.reduce import Cell, better, kept_shape
+from moec.codegen.loops.reductions.reduce import Cell, better, kept_shape
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES

@@ -15,12 +15,12 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import larger, plus, times
 from moec.codegen.loops.axes import wrap
+from moec.codegen.loops.elements.arithmetic import larger, plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position
-from moec.codegen.loops.lookup import indexed_axes
-from moec.codegen.loops.reduce import Join
+from moec.codegen.loops.moves.lookup import indexed_axes
+from moec.codegen.loops.reductions.reduce import Join
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.graph import Op, Value

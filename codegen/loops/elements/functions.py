@@ -11,7 +11,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import choose, larger
+from moec.codegen.loops.elements.arithmetic import choose, larger
 from moec.codegen.loops.emission import Point
 from moec.codegen.loops.rules import HEAVY, point
 from moec.codegen.loops.scalars import Scalar

@@ -7,11 +7,11 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import plus, times
+from moec.codegen.loops.elements.arithmetic import plus, times
 from moec.codegen.loops.emission import Emission, Point
 from moec.codegen.loops.index import Index, Position, const, loop
-from moec.codegen.loops.lookup import looked_up
-from moec.codegen.loops.reduce import Cell
+from moec.codegen.loops.moves.lookup import looked_up
+from moec.codegen.loops.reductions.reduce import Cell
 from moec.codegen.loops.rules import kernel, point
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES

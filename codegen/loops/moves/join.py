@@ -10,8 +10,8 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import choose
 from moec.codegen.loops.axes import offset, replaced, wrap
+from moec.codegen.loops.elements.arithmetic import choose
 from moec.codegen.loops.emission import Emission, Point
 from moec.codegen.loops.index import Index, Position
 from moec.codegen.loops.rules import EMIT, LoopRule, moves, point

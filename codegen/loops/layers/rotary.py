@@ -6,10 +6,10 @@ from tvm import tirx
 
 from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import choose
+from moec.codegen.loops.elements.arithmetic import choose
 from moec.codegen.loops.emission import Point
 from moec.codegen.loops.index import Index
-from moec.codegen.loops.join import branch
+from moec.codegen.loops.moves.join import branch
 from moec.codegen.loops.rules import point
 from moec.codegen.loops.scalars import Scalar
 

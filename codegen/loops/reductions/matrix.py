@@ -16,10 +16,10 @@ from tvm.script.ir_builder import tirx as T
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import plus, times
+from moec.codegen.loops.elements.arithmetic import plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position, loop
-from moec.codegen.loops.reduce import Cell
+from moec.codegen.loops.reductions.reduce import Cell
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES

@@ -14,7 +14,7 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.axes import wrap
 from moec.codegen.loops.emission import Emission, Point
 from moec.codegen.loops.index import Index, Position
-from moec.codegen.loops.join import branch
+from moec.codegen.loops.moves.join import branch
 from moec.codegen.loops.rules import point
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.graph import Value

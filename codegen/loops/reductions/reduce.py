@@ -11,8 +11,8 @@ from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
-from moec.codegen.loops.arithmetic import larger, plus, times
 from moec.codegen.loops.axes import wrap
+from moec.codegen.loops.elements.arithmetic import larger, plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Position
 from moec.codegen.loops.rules import kernel

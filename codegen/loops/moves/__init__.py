@@ -1,0 +1,1 @@
+"""Ops that move elements: other positions, shapes, indices."""

@@ -1,0 +1,1 @@
+"""Ops that compute an element from many: sums, norms, orders, products."""
