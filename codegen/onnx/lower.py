@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.codegen.onnx import (
-    attention,
-    experts,
-    lookup,
-    matrix,
-    moe_op,
-    norm,
-    pointwise,
-    qmoe_op,
-    quantised,
-    reduce,
-    routing,
-    shape,
-    zero_experts,
-)
+from moec.codegen.onnx.aten import lookup, matrix, pointwise, reduce, shape
+from moec.codegen.onnx.moe import experts, moe_op, qmoe_op, quantised, routing, zero_experts
+from moec.codegen.onnx.nn import attention, norm
 from moec.codegen.onnx.profiles import Profile
 from moec.codegen.onnx.rules import BUILD, Call
 from moec.codegen.onnx.sizes import guard_sizes

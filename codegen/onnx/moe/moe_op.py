@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.codegen.onnx.experts import columns
+from moec.codegen.onnx.moe.experts import columns
+from moec.codegen.onnx.moe.routing import logits_of, router_dtype
 from moec.codegen.onnx.profiles import MICROSOFT
-from moec.codegen.onnx.routing import logits_of, router_dtype
 from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from moec.codegen.onnx.matrix import of_experts
+from moec.codegen.onnx.aten.matrix import of_experts
 from moec.codegen.onnx.rules import BUILD, Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter

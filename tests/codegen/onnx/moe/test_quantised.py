@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import moec
-from moec.codegen.onnx.encoding import Encoding
 from moec.codegen.onnx.lower import lower
+from moec.codegen.onnx.moe.encoding import Encoding
 from moec.codegen.onnx.profiles import PROFILES
 from moec.errors import TargetError, UnsupportedError, UsageError, VerificationError
 from moec.export.session import open_session, runner

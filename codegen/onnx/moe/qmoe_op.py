@@ -17,10 +17,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from moec.codegen.onnx.encoding import Encoding, packed
-from moec.codegen.onnx.moe_op import Fused, attributes, finished, in_turn, ordered
+from moec.codegen.onnx.moe.encoding import Encoding, packed
+from moec.codegen.onnx.moe.moe_op import Fused, attributes, finished, in_turn, ordered
+from moec.codegen.onnx.moe.quantised import accuracy_level
 from moec.codegen.onnx.profiles import MICROSOFT
-from moec.codegen.onnx.quantised import accuracy_level
 from moec.codegen.onnx.writer import NodeWriter, Weight
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value

@@ -17,9 +17,9 @@ from os.path import commonprefix
 import torch
 from torch import Tensor
 
-from moec.codegen.onnx.encoding import Encoding, packed
-from moec.codegen.onnx.experts import by_expert, sorted_rows
-from moec.codegen.onnx.matrix import of_experts
+from moec.codegen.onnx.aten.matrix import of_experts
+from moec.codegen.onnx.moe.encoding import Encoding, packed
+from moec.codegen.onnx.moe.experts import by_expert, sorted_rows
 from moec.codegen.onnx.profiles import MICROSOFT
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.writer import NodeWriter, Weight

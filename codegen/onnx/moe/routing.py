@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moec.codegen.onnx.matrix import transposed
+from moec.codegen.onnx.aten.matrix import transposed
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter

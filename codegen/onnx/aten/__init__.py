@@ -1,0 +1,1 @@
+"""ATen's ops as nodes of ONNX."""

@@ -1,0 +1,1 @@
+"""Attention, norms and rotary embeddings as nodes of ONNX."""
