@@ -62,8 +62,8 @@ from moec.passes.quantise.gptq_codes import CalibratedQuantisation
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
-from moec.passes.recognise.forms.hierarchy import RecogniseHierarchies
-from moec.passes.recognise.forms.mixture import RecogniseMixtures
+from moec.passes.recognise.forms.soft.hierarchy import RecogniseHierarchies
+from moec.passes.recognise.forms.soft.mixture import RecogniseMixtures
 from moec.passes.simplify.canonicalise import Canonicalise
 from moec.passes.simplify.fold_addend import FoldAddend
 from moec.passes.simplify.fold_constants import FoldConstants

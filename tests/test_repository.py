@@ -83,16 +83,10 @@ def test_the_top_of_moec_is_short():
     assert len(list((ROOT / "moec").glob("*.py"))) <= 12
 
 
-MOST_FILES = {
-    "passes/recognise/forms": 18,
-}
-"""Folders with more than 16 files, and how many each may have. Lower a number as files move."""
-
-
 def test_folders_are_short():
     """A folder is a stage or a subject; with more files it has parts that deserve names."""
     counts = Counter(str(path.parent.relative_to(ROOT)) for path in sources("moec", *LINKED))
-    more = {name: n for name, n in counts.items() if n > MOST_FILES.get(name, 16)}
+    more = {name: n for name, n in counts.items() if n > 16}
     assert more == {}
 
 

@@ -22,7 +22,7 @@ from moec.errors import CaptureError
 from moec.ir.graph import Stage
 from moec.model.bind_inputs import bound
 from moec.passes.core.runner import Declined, PassResult
-from moec.passes.recognise.forms.own_rows import FORM as OWN_ROWS
+from moec.passes.recognise.forms.stacks.own_rows import FORM as OWN_ROWS
 from moec.report.blocks import blocks
 from moec.report.data import Block
 

@@ -18,9 +18,11 @@ from moec.passes.core.rewrite import Builder, rebuild
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.branch_coverage import missing_decisions
 from moec.passes.proof.prove import Prover
-from moec.passes.recognise.forms import batched, hf, levels, loop
-from moec.passes.recognise.forms.neurons import recognise_neurons
-from moec.passes.recognise.forms.soft_mixture import logits_of_slots, recognise_soft_mixtures
+from moec.passes.recognise.forms.branches import levels
+from moec.passes.recognise.forms.loops import loop
+from moec.passes.recognise.forms.soft.soft_mixture import logits_of_slots, recognise_soft_mixtures
+from moec.passes.recognise.forms.stacks import batched, hf
+from moec.passes.recognise.forms.stacks.neurons import recognise_neurons
 from moec.passes.recognise.reading.block import Candidate, Proposal, emit_block
 from moec.passes.recognise.region import RegionEmitter, Scope, replacement
 from moec.passes.recognise.routers.other_choices import RULE as OTHER_CHOICES

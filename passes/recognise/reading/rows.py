@@ -41,7 +41,7 @@ from moec.passes.recognise.reading.shared_rows import from_one_row
 from moec.passes.recognise.region import Scope
 
 if TYPE_CHECKING:
-    from moec.passes.recognise.forms.parallel_branches import Fan
+    from moec.passes.recognise.forms.branches.parallel_branches import Fan
 
 
 @dataclass

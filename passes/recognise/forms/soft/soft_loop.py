@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from moec.errors import NoMatch
 from moec.ir.graph import Op
 from moec.ir.traits import VIEWS
-from moec.passes.recognise.forms.mixture import ADD, adds_on, summed
-from moec.passes.recognise.forms.soft_weights import WeighedSum, weighed_sum
-from moec.passes.recognise.forms.unrolled_experts import Family, family, read_branch
+from moec.passes.recognise.forms.branches.unrolled_experts import Family, family, read_branch
+from moec.passes.recognise.forms.soft.mixture import ADD, adds_on, summed
+from moec.passes.recognise.forms.soft.soft_weights import WeighedSum, weighed_sum
 from moec.passes.recognise.reading.layout import size_of
 from moec.passes.recognise.reading.opnames import REARRANGE
 from moec.passes.recognise.region import Scope

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
-from moec.passes.recognise.forms.unrolled_experts import (
+from moec.passes.recognise.forms.branches.unrolled_experts import (
     Branch,
     cone,
     first_product,

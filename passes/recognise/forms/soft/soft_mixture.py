@@ -22,10 +22,15 @@ from moec.ir.graph import Attr, Graph, Op, Program, TensorType, Value
 from moec.passes.core.runner import Log
 from moec.passes.proof.input_generators import Logits
 from moec.passes.proof.prove import Prover
-from moec.passes.recognise.forms.parallel_branches import Fan, fan
-from moec.passes.recognise.forms.soft_loop import SoftLoop, soft_loops
-from moec.passes.recognise.forms.soft_weights import SoftWeights, WeighedSum, weighed_sum
-from moec.passes.recognise.forms.unrolled_experts import cone, family, read_branch, signature
+from moec.passes.recognise.forms.branches.parallel_branches import Fan, fan
+from moec.passes.recognise.forms.branches.unrolled_experts import (
+    cone,
+    family,
+    read_branch,
+    signature,
+)
+from moec.passes.recognise.forms.soft.soft_loop import SoftLoop, soft_loops
+from moec.passes.recognise.forms.soft.soft_weights import SoftWeights, WeighedSum, weighed_sum
 from moec.passes.recognise.reading.block import Recipe, stacked
 from moec.passes.recognise.reading.body import ROWS, canonical, with_columns
 from moec.passes.recognise.reading.layout import Atom, Axis, ExpertLayout, size_of

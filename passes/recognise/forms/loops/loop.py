@@ -26,12 +26,9 @@ from itertools import permutations
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import product
-from moec.passes.recognise.forms import batched
-from moec.passes.recognise.forms.every_expert import SOME
-from moec.passes.recognise.forms.limited_rows import limit, overwritten, passed_through
-from moec.passes.recognise.forms.masks_of_experts import open_experts
-from moec.passes.recognise.forms.parallel_branches import Fan
-from moec.passes.recognise.forms.unrolled_experts import (
+from moec.passes.recognise.forms.branches.every_expert import SOME
+from moec.passes.recognise.forms.branches.parallel_branches import Fan
+from moec.passes.recognise.forms.branches.unrolled_experts import (
     Branch,
     Family,
     branch_ops,
@@ -43,7 +40,10 @@ from moec.passes.recognise.forms.unrolled_experts import (
     selected_by,
     signature,
 )
-from moec.passes.recognise.forms.zero_experts import chosen, zero_experts
+from moec.passes.recognise.forms.loops.limited_rows import limit, overwritten, passed_through
+from moec.passes.recognise.forms.loops.masks_of_experts import open_experts
+from moec.passes.recognise.forms.loops.zero_experts import chosen, zero_experts
+from moec.passes.recognise.forms.stacks import batched
 from moec.passes.recognise.reading.block import Candidate, Proposal, Zero
 from moec.passes.recognise.reading.opnames import ADDS, CHOOSES, SPREAD
 from moec.passes.recognise.reading.rows import Reader

@@ -17,7 +17,7 @@ from moec.ir.graph import Attr, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, VIEWS
 from moec.passes.proof.input_generators import AnyMask, Feed, Sparse
-from moec.passes.recognise.forms.every_expert import all_experts
+from moec.passes.recognise.forms.branches.every_expert import all_experts
 from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.region import RegionEmitter, Scope, choices
 from moec.passes.recognise.routers.evidence import Evidence

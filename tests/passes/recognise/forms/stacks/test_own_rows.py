@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from moec.passes.recognise.forms.own_rows import FORM
+from moec.passes.recognise.forms.stacks.own_rows import FORM
 from tests.passes.forms import other_choices
 from tests.passes.forms.sizes import E
 from tests.passes.recognise.test_recognise import check_text, recognised

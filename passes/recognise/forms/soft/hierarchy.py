@@ -8,7 +8,7 @@ group.
 The experts' results are columns of one value r, such as the rewards of a reward model (MJ-VIDEO,
 arXiv 2502.01719), or the output of one layer. A factor common to all inner softmaxes is applied
 after the node. Experts that are separate networks become blocks instead
-(`moec.passes.recognise.forms.levels`).
+(`moec.passes.recognise.forms.branches.levels`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moec.ir.graph import Attr, Op, Program, Stage, TensorType, Value
 from moec.passes.core.runner import Log, Pass
 from moec.passes.proof.input_generators import Logits
 from moec.passes.proof.prove import Prover
-from moec.passes.recognise.forms.mixture import ADD, MULTIPLY, SOFTMAX, adds_on, summed
+from moec.passes.recognise.forms.soft.mixture import ADD, MULTIPLY, SOFTMAX, adds_on, summed
 from moec.passes.recognise.region import RegionEmitter, Scope, replaced, replacement
 
 SUM = "aten.sum.dim_IntList"

@@ -18,7 +18,7 @@ from typing import cast
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, Value
-from moec.passes.recognise.forms.unrolled_experts import (
+from moec.passes.recognise.forms.branches.unrolled_experts import (
     Branch,
     cone,
     family,

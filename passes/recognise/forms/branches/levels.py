@@ -7,8 +7,8 @@ The tree of sums and products becomes one block over all experts. Every token ch
 .. E-1, and the weight of an expert is the product of the weights on the path to it. A weight has
 one element per token, or one for several tokens (a gate that reads a sample). If the weights depend
 on a choice, the block has another form, with fewer experts per token. Experts of different kinds
-are recognised by `moec.passes.recognise.forms.mixture`, and those whose results are stacked by
-`moec.passes.recognise.forms.every_expert`.
+are recognised by `moec.passes.recognise.forms.soft.mixture`, and those whose results are stacked by
+`moec.passes.recognise.forms.branches.every_expert`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from moec.errors import NoMatch
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.passes.proof.input_generators import Positive
-from moec.passes.recognise.forms.every_expert import FORM, all_experts
-from moec.passes.recognise.forms.unrolled_experts import branch_ops, family, read_branch, signature
+from moec.passes.recognise.forms.branches.every_expert import FORM, all_experts
+from moec.passes.recognise.forms.branches.unrolled_experts import (
+    branch_ops,
+    family,
+    read_branch,
+    signature,
+)
 from moec.passes.recognise.reading.block import Candidate, Proposal
 from moec.passes.recognise.reading.rows import Reader
 from moec.passes.recognise.region import RegionEmitter, Scope, chooses, sets_zeros

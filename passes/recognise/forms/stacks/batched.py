@@ -21,8 +21,9 @@ from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, VIEWS
-from moec.passes.recognise.forms import every_expert, own_rows
-from moec.passes.recognise.forms.parallel_branches import Fan, fan
+from moec.passes.recognise.forms.branches import every_expert
+from moec.passes.recognise.forms.branches.parallel_branches import Fan, fan
+from moec.passes.recognise.forms.stacks import own_rows
 from moec.passes.recognise.reading.block import Candidate, Proposal
 from moec.passes.recognise.reading.layout import ExpertLayout, divide
 from moec.passes.recognise.reading.opnames import PICKS, PRODUCTS

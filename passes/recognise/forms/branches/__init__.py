@@ -1,0 +1,1 @@
+"""Experts written out one by one: branches that differ only in their weights."""

@@ -1,0 +1,1 @@
+"""Loops over experts that select the rows of each, unrolled in the graph."""

@@ -1,0 +1,1 @@
+"""Soft mixtures: all experts are used, weighted by a softmax."""
