@@ -19,6 +19,7 @@ from moec.capture import capture
 from moec.capture.conversion.exported import to_program
 from moec.capture.decomposition import decompose, decompositions
 from moec.capture.decomposition.expand import expand
+from moec.codegen.loops.emit import EMIT
 from moec.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
 
@@ -251,6 +252,11 @@ def test_operators_without_kernels_are_written_out(name: str) -> None:
     (y,) = evaluate(captured.program.graph, [x], captured.program.weights)
     with torch.no_grad():
         torch.testing.assert_close(y, module(x))
+
+
+def test_which_operators_with_loops_are_decomposed(golden: Callable[[str], None]) -> None:
+    """Each version of torch decomposes others; recognition reads what stays, in all versions."""
+    golden("\n".join(sorted(EMIT.keys() & map(str, decompositions()))))
 
 
 def test_traces_look_for_no_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:

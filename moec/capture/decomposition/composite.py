@@ -21,9 +21,10 @@ WHOLE = frozenset(
         "aten.softmax.int",
         "aten.log_softmax.int",
         "aten.matmul.default",
+        "aten.linalg_vector_norm.default",  # decomposed since torch 2.15
     }
 )
-"""Composite operators that are kept, because moec has kernels for them."""
+"""Operators that are kept, because moec has kernels for them."""
 
 
 @cache
