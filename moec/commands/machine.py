@@ -122,6 +122,13 @@ _PROBES = {
     "numba": "import numba",
     "transformers": "import transformers",
 }
+_CAPTURE = """
+import os, sys
+from moec.capture.speculate.self_test import describe_unknown_torch
+if misfit := describe_unknown_torch():
+    print(misfit, file=sys.stderr, flush=True)
+    os._exit(1)  # libraries that write while the process ends would hide the sentence
+"""
 _PURPOSE = {
     "onnxruntime-gpu": "needed to check ONNX exports only",
     "transformers": "needed for Hugging Face checkpoints only",
@@ -143,12 +150,23 @@ def packages() -> list[Check]:
     programs = {
         name: _PROBES[name] for name in names if name in _PROBES and installed_version(name)
     }
+    if "torch" in programs:
+        programs["capture"] = _CAPTURE
     faults = probe(programs)
-    return [
+    checks = [
         check_package(str(r.name), r.specifier, extra, faults)
         for extra, group in by_extra.items()
         for r in group
     ]
+    return checks if "torch" in faults or "torch" not in programs else [*checks, capture(faults)]
+
+
+def capture(faults: Mapping[str, str]) -> Check:
+    """Whether capture knows the private parts of the installed torch."""
+    if fault := faults.get("capture"):
+        mend = "install what is missing above, or a version of torch that is tested"
+        return Check("capture", NOTE, fault, mend)
+    return Check("capture", OK, "knows this torch: modules may read data into Python")
 
 
 def _belongs(marker: Any, extra: str) -> bool:

@@ -26,7 +26,17 @@ def test_this_machine_can_work() -> None:
     assert report["ok"], [check for check in report["checks"] if check["state"] == BAD]
     assert result.exit_code == 0
     names = [check["name"] for check in report["checks"]]
-    for name in ("python", "cpu", "features", "target", "torch", "apache-tvm", "linker", "memory"):
+    for name in (
+        "python",
+        "cpu",
+        "features",
+        "target",
+        "torch",
+        "capture",
+        "apache-tvm",
+        "linker",
+        "memory",
+    ):
         assert name in names
     for check in report["checks"]:
         assert check["state"] == OK or check["mend"], check
@@ -148,6 +158,13 @@ def test_packages_missing_old_and_broken(monkeypatch: pytest.MonkeyPatch) -> Non
     assert absent.state == NOTE
     assert absent.says == "not installed (needed for Hugging Face checkpoints only)"
     assert absent.mend == "pip install 'moec[hf]'"
+
+
+def test_a_torch_that_capture_does_not_know_is_a_note() -> None:
+    check = machine.capture({"capture": "moec does not know torch 9.0 (a reason): modules ..."})
+    assert (check.state, check.says[:30]) == (NOTE, "moec does not know torch 9.0 (")
+    assert check.mend.endswith("a version of torch that is tested")
+    assert machine.capture({}).state == OK
 
 
 def test_probes_survive_a_crash_and_a_hang() -> None:

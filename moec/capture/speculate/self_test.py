@@ -13,18 +13,26 @@ from moec.capture.calls.call import ModuleCall
 from moec.capture.speculate.trace import trace
 from moec.capture.user_code.probe import SpeculationProbe
 
+TESTED = "2.13 to 2.15"
+"""The versions of torch with which the tests of moec pass."""
+
 
 @cache
 def hooks_fit() -> bool:
     """Whether the probe module is captured correctly. Warns, once, where it is not."""
+    misfit = describe_unknown_torch()
+    if misfit:
+        warnings.warn(misfit, stacklevel=2)
+    return not misfit
+
+
+def describe_unknown_torch() -> str:
+    """One sentence for users about a torch with other private parts; empty where they fit."""
     reason = describe_misfit()
-    if reason:
-        warnings.warn(
-            f"moec does not know torch {torch.__version__} ({reason}): modules that read data into "
-            "Python are captured only where torch.export takes them",
-            stacklevel=2,
-        )
-    return not reason
+    return reason and (
+        f"moec does not know torch {torch.__version__} ({reason}): modules that read data into "
+        f"Python are captured only where torch.export takes them (tested: torch {TESTED})"
+    )
 
 
 def describe_misfit() -> str:

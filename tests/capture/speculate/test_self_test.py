@@ -18,6 +18,16 @@ UNKNOWN = r"moec does not know torch .* \(.*\): modules that read data into Pyth
 
 def test_this_torch_is_known() -> None:
     assert self_test.describe_misfit() == ""
+    assert self_test.describe_unknown_torch() == ""
+
+
+def test_what_users_read_about_an_unknown_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_test, "describe_misfit", lambda: "a branch on data is not seen")
+    assert self_test.describe_unknown_torch() == (
+        f"moec does not know torch {torch.__version__} (a branch on data is not seen): modules "
+        "that read data into Python are captured only where torch.export takes them "
+        "(tested: torch 2.13 to 2.15)"
+    )
 
 
 def test_an_unknown_torch_is_named_and_the_first_reason_stands() -> None:
