@@ -244,6 +244,15 @@ def test_a_guard_that_is_a_cause_at_some_size_is_refused_before_others() -> None
         settle("Few", graph, [of_torch, branch], {"B": 2, "S": 6}, agree)
 
 
+def test_sides_that_each_hold_a_number_are_not_harmless_elsewhere() -> None:
+    """Below 4 rows the numbers make no difference; beyond 20, where none is tried, they do."""
+    graph = capture(Function(lambda x: x + 1), (torch.randn(2, 6, 8),)).program.graph
+    quarter = sympy.floor(symbol("B") * symbol("S") / 4)
+    sides = sympy.Or(*(sympy.Eq(quarter, number) for number in (1, 2, 3, 4)))
+    with pytest.raises(CaptureError, match="the example's sizes decide"):
+        settle("Sides", graph, [Guard(sides)], {"B": 2, "S": 6}, lambda sizes: True)
+
+
 def test_the_guards_of_each_side_are_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settling runs module and graph at many sizes: 8 sides and what is merged of them cost as
     many runs."""

@@ -217,10 +217,13 @@ _LEAST_LIMIT = 1 << 12
 
 
 def _bakes_in(condition: sympy.Basic) -> bool:
-    """Whether the guard says that a number computed of sizes became a constant of the graph. Then
-    agreement at a few other sizes proves nothing about the rest."""
-    if not isinstance(condition, sympy.Eq):
-        return False
+    """Whether the guard says that a number computed of sizes became a constant of the graph, or of
+    one of the sides of which it was merged. Then agreement at a few other sizes proves nothing
+    about the rest."""
+    return any(map(_is_number, condition.atoms(sympy.Eq)))
+
+
+def _is_number(condition: sympy.Eq) -> bool:
     left, right = condition.args
     number, other = (left, right) if left.is_number else (right, left)
     return bool(number.is_number) and not isinstance(other, sympy.Mod)
