@@ -43,6 +43,8 @@ _FLOATS = {
     "RoundToInt": np.round,
     "Greatest": np.maximum,
     "Least": np.minimum,
+    "floor_quotient": np.floor_divide,
+    "remainder": np.mod,
 }
 _EXTREMES = {"Max": sympy.Function("Greatest"), "Min": sympy.Function("Least")}
 """numpy has functions of two arrays for these, and sympy prints others of a list of arrays."""
@@ -51,10 +53,11 @@ _EXTREMES = {"Max": sympy.Function("Greatest"), "Min": sympy.Function("Least")}
 def divided(value: torch.SymFloat, how: Rounding, sizes: dict[sympy.Expr, Any]) -> Any:
     """`value` rounded, as an integer division of one of `sizes` (which include products).
 
-    None where the float is no multiple of such a size, or rounds differently from the integers.
+    None where the float is no multiple of such a size, such as a root or a logarithm of it, or
+    rounds differently from the integers.
     """
     expr = expression(value)
-    if not expr.free_symbols or free_unbacked_symbols(value):
+    if not expr.free_symbols or free_unbacked_symbols(value) or not _has_arrays(expr):
         return None
     tokens = sympy.Symbol("tokens", integer=True, positive=True)
     for size, number in sizes.items():
@@ -62,6 +65,12 @@ def divided(value: torch.SymFloat, how: Rounding, sizes: dict[sympy.Expr, Any]) 
         if alone.free_symbols == {tokens}:
             return as_division(function_of(alone, tokens), number, how)
     return None
+
+
+def _has_arrays(expr: sympy.Expr) -> bool:
+    """Whether arrays of numbers have all functions of an expression."""
+    names = {type(part).__name__ for part in expr.atoms(sympy.Function)}
+    return names <= _FLOATS.keys() | _EXTREMES.keys() | {"floor", "ceiling"}
 
 
 Function = Callable[[Any], Any]
