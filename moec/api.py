@@ -20,7 +20,7 @@ from moec.arguments import (
     tolerance,
 )
 from moec.capture.behaviour.door import Declared, Described
-from moec.capture.capture import Captured
+from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
 from moec.errors import UsageError
 from moec.formats.notation import Quantisation, parse_parts

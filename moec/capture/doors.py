@@ -20,7 +20,8 @@ from torch.export import ExportedProgram
 
 from moec.capture.auto_class import auto_class
 from moec.capture.behaviour.door import Declared, Described, ModelExample, capture_described
-from moec.capture.capture import Captured, capture
+from moec.capture.capture import capture
+from moec.capture.captured import Captured
 from moec.capture.earlier_calls.check import earlier_calls
 from moec.capture.pt2 import check_archive
 from moec.dtypes import MODEL_DTYPES

@@ -29,7 +29,7 @@ from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.calls.process_state import PROCESS_STATE
-from moec.capture.capture import Captured
+from moec.capture.captured import Captured
 from moec.errors import CaptureError, NoMatch, UsageError
 
 

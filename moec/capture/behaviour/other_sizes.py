@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import sympy
 
-from moec.capture.capture import Captured
+from moec.capture.captured import Captured
 from moec.capture.guards.false_sizes import MOST_ROWS, can_run, false_at
 from moec.capture.guards.guards import Guard, show
 from moec.capture.proof.settlement import agree_at_sizes, sizes_of

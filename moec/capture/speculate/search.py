@@ -56,6 +56,14 @@ class CaptureForm:
 
 
 @dataclass(frozen=True)
+class SpeculatedForm:
+    """A form whose assumptions are proved, and the trace that it comes from."""
+
+    form: CaptureForm
+    traced: Traced
+
+
+@dataclass(frozen=True)
 class _Attempt:
     form: CaptureForm
     traced: Traced
@@ -68,8 +76,8 @@ def speculate(
     convert: Convert,
     examples: Examples,
     by_class: bool = True,
-) -> tuple[CaptureForm, Traced]:
-    """The program of `call`, with every assumption proved, and the trace that it comes from.
+) -> SpeculatedForm:
+    """The program of `call`, with every assumption proved.
 
     Pieces of sorted rows are the rows of each class (`by_class`), which loops over experts need, or
     pieces of a split, which suit products one after another on rows that stay sorted.
@@ -101,7 +109,7 @@ def speculate(
         raise first.verdict.varies or differs(name, first.traced.assumed, first.verdict)
     if chosen.verdict.unproved:
         raise CaptureError(unproved(name, chosen.traced.assumed, chosen.verdict))
-    return chosen.form, chosen.traced
+    return SpeculatedForm(chosen.form, chosen.traced)
 
 
 MASKED = (
@@ -112,7 +120,7 @@ MASKED = (
 
 def masked(
     decomposed: ExportedProgram,
-    index: tuple[CaptureForm, Traced],
+    speculation: SpeculatedForm,
     export: Export,
     convert: Convert,
     examples: Examples,
@@ -121,8 +129,7 @@ def masked(
 
     Raises CaptureError where masks cannot express what the program does with rows.
     """
-    form, traced = index
-    structure = form.structure
+    form, structure = speculation.form, speculation.form.structure
     with explained("the masked form"):
         exported = export(MaskedInterpreter(decomposed, structure.count))
         converted = convert(exported, structure)
@@ -133,7 +140,7 @@ def masked(
     program, eager, count = converted.program, converted.eager, structure.count
     verdict = examine(program, eager, examples, Assumed(), count, converted.guards)
     if not verdict.agrees:
-        raise verdict.varies or differs("the masked form", traced.assumed, verdict)
+        raise verdict.varies or differs("the masked form", speculation.traced.assumed, verdict)
     return CaptureForm(converted, structure, (*form.notes, MASKED))
 
 
