@@ -29,8 +29,10 @@ R = TypeVar("R")
 PAGE = 4096
 PART_NAME = re.compile(r"(?!.*(^|/)\.\.?(/|$))[\w.-]+(/[\w.-]+)*", re.ASCII)
 _PADDING_ID = 0xD935  # the extra field that Android's zipalign pads with
-_LARGE = 1 << 30  # bytes, from which sizes have 64 bits; zipfile would use 32 for twice as many
-_BLOCK = 1 << 20
+ZIP64_BYTES = 1 << 30
+"""Members of this size or more have sizes of 64 bits; zipfile would begin at twice as many."""
+BLOCK_BYTES = 1 << 20
+"""Bytes that are hashed and written at once, while they are in the processor's cache."""
 
 
 class PartWriter(Protocol):
@@ -102,7 +104,7 @@ class ZipWriter:
 
 def _header(member: zipfile.ZipInfo) -> bytes:
     """The local header of a member."""
-    return member.FileHeader(zip64=member.file_size > _LARGE)
+    return member.FileHeader(zip64=member.file_size > ZIP64_BYTES)
 
 
 def on_all_cores(run: Callable[[T], R], items: Sequence[T], sizes: Sequence[int]) -> list[R]:
@@ -117,8 +119,8 @@ def on_all_cores(run: Callable[[T], R], items: Sequence[T], sizes: Sequence[int]
 def write_hashed(file: FileIO, content: Buffer) -> tuple[str, int]:
     """Write all of `content`; returns its SHA-256, and its CRC as a zip has it."""
     view, digest, crc = memoryview(content).cast("B"), hashlib.sha256(), 0
-    for start in range(0, view.nbytes, _BLOCK):
-        block = view[start : start + _BLOCK]
+    for start in range(0, view.nbytes, BLOCK_BYTES):
+        block = view[start : start + BLOCK_BYTES]
         digest.update(block)
         crc = zlib.crc32(block, crc)
         while block:  # the system may write a part of it

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moec.commands.compilation.checkpoint_key import CheckpointKey
     from moec.model.compiled import CompiledModel
 
-_FRACTION = 8
+CACHE_FRACTION = 8
 """An artifact or a frame may take up to one part in this many of the cache."""
 
 
@@ -69,7 +69,7 @@ def fetch(
 def keep(store: Store, key: str, checkpoint: Path, output: Path, compiled: CompiledModel) -> None:
     """Cache the artifact in `output` of a model that was compiled from `checkpoint`: as it is, or
     its frame, unless that is too large too."""
-    most = store.limit // _FRACTION
+    most = store.limit // CACHE_FRACTION
     if not output.is_file():
         return
     if output.stat().st_size <= most:

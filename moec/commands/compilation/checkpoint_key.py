@@ -20,7 +20,7 @@ from moec.cache import key_of, source_version
 from moec.runtime.artifact.part_writers import on_all_cores
 from moec.target import cpu
 
-_BLOCK = 64 << 20
+BLOCK_BYTES = 64 << 20
 """Bytes of a file that are hashed together: cores share a large file."""
 _DIGITS = 32  # of each of the two hashes
 _PACKAGES = (
@@ -37,7 +37,9 @@ class CheckpointKey:
         self._files = files
         self._states = _states(files)
         self._blocks = [
-            (path, at) for path, state in self._states.items() for at in range(0, state[0], _BLOCK)
+            (path, at)
+            for path, state in self._states.items()
+            for at in range(0, state[0], BLOCK_BYTES)
         ]
         self._digests: list[Future[str]] = []
 
@@ -45,7 +47,7 @@ class CheckpointKey:
     def hashing(self) -> Iterator[None]:
         """Hash the files on another core while the block runs; on leaving, stop."""
         pool = ThreadPoolExecutor(1)
-        self._digests = [pool.submit(_digest, block) for block in self._blocks]
+        self._digests = [pool.submit(digest_of, block) for block in self._blocks]
         try:
             yield
         finally:
@@ -55,7 +57,7 @@ class CheckpointKey:
         """The key. Waits until all files are hashed; None where one has changed meanwhile."""
         try:
             digests = [digest.result() for digest in self._digests] or on_all_cores(
-                _digest, self._blocks, [_BLOCK] * len(self._blocks)
+                digest_of, self._blocks, [BLOCK_BYTES] * len(self._blocks)
             )
             if _states(self._files) != self._states:
                 return None
@@ -84,12 +86,12 @@ def _states(files: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
     return {path: (s.st_size, s.st_mtime_ns, s.st_ino) for path, s in states}
 
 
-def _digest(block: tuple[Path, int]) -> str:
+def digest_of(block: tuple[Path, int]) -> str:
     """The SHA-256 of the block of a file that starts at an offset, in one call: for each call, a
     thread may wait until Python's main thread makes room for it."""
     path, at = block
     with path.open("rb") as file:
-        size = min(_BLOCK, path.stat().st_size - at)
+        size = min(BLOCK_BYTES, path.stat().st_size - at)
         with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=at) as content:
             return hashlib.sha256(content).hexdigest()
 

@@ -21,8 +21,9 @@ from moec.runtime.arrays.strided_copy import StridedCopy
 from moec.runtime.dtypes import Array
 
 _KEY = 64  # bytes at the start of a tensor by which it is looked up
-_SAMPLES, _SAMPLE = 16, 4096
-_MOST = 1 << 16
+SAMPLES, SAMPLE_BYTES = 16, 4096
+"""How much of a large array is compared with what it was copied from."""
+MOST_COPIES = 1 << 16
 """Copies of one array; more take longer to describe than to compile."""
 
 
@@ -64,7 +65,7 @@ class Origins:
         copies: list[StridedCopy] = []
         for target, source in (part for pair in pairs for part in self._split(*pair)):
             piece = self._around(source)
-            if piece is None or len(copies) == _MOST:
+            if piece is None or len(copies) == MOST_COPIES:
                 return None
             copies.append(
                 StridedCopy(
@@ -150,8 +151,10 @@ def _span(view: Array, axis: int) -> int:
 
 def _equal(memory: Array, content: Array) -> bool:
     """Whether equally many bytes are equal, or, where they are many, samples of them."""
-    if memory.nbytes <= _SAMPLES * _SAMPLE:
+    if memory.nbytes <= SAMPLES * SAMPLE_BYTES:
         return np.array_equal(memory, content)
-    last = memory.nbytes - _SAMPLE
-    starts = (last * i // (_SAMPLES - 1) for i in range(_SAMPLES))
-    return all(np.array_equal(memory[s : s + _SAMPLE], content[s : s + _SAMPLE]) for s in starts)
+    last = memory.nbytes - SAMPLE_BYTES
+    starts = (last * i // (SAMPLES - 1) for i in range(SAMPLES))
+    return all(
+        np.array_equal(memory[s : s + SAMPLE_BYTES], content[s : s + SAMPLE_BYTES]) for s in starts
+    )

@@ -112,7 +112,7 @@ def test_the_command_compiles_once(
     short_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOEC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(artifact_cache, "_FRACTION", 1000)  # 2 MiB
+    monkeypatch.setattr(artifact_cache, "CACHE_FRACTION", 1000)  # 2 MiB
     store, output = store_in(tmp_path / "cache"), tmp_path / "out.moec"
     model = tmp_path / "model"
     shutil.copytree(short_moe, model)

@@ -74,7 +74,7 @@ def test_models_of_other_kinds_have_no_key(tmp_path: Path) -> None:
 def test_every_byte_of_every_block_counts(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys, "_BLOCK", block := mmap.ALLOCATIONGRANULARITY)
+    monkeypatch.setattr(keys, "BLOCK_BYTES", block := mmap.ALLOCATIONGRANULARITY)
     size = 3 * block + 10
     contents = [b"", bytes(block), bytes(size), bytes(size + 1), bytes(4 * block)]
     for changed in (0, block - 1, block, 3 * block - 1, size - 1):
@@ -123,8 +123,8 @@ def test_files_that_change_meanwhile_give_no_key(
 def test_a_failure_does_not_wait_for_all_files(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys, "_BLOCK", mmap.ALLOCATIONGRANULARITY)
-    monkeypatch.setattr(keys, "_digest", lambda block: leaving.wait())
+    monkeypatch.setattr(keys, "BLOCK_BYTES", mmap.ALLOCATIONGRANULARITY)
+    monkeypatch.setattr(keys, "digest_of", lambda block: leaving.wait())
     leaving = Event()
     (checkpoint / "model.safetensors").write_bytes(bytes(100 * mmap.ALLOCATIONGRANULARITY))
     key = key_of(checkpoint)

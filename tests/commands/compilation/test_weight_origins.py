@@ -95,7 +95,7 @@ def test_what_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     changed = weight.copy()
     changed[3, 3] += 1
     assert stored.origins(changed).pieces == ()
-    monkeypatch.setattr(weight_origins, "_MOST", 3)
+    monkeypatch.setattr(weight_origins, "MOST_COPIES", 3)
     stack = np.stack([weight] * 4)
     assert stored.copy(stored.origins(stack), np.zeros((4, 6, 40), "f4"), stack) is None
 
@@ -103,7 +103,7 @@ def test_what_is_in_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_large_tensors_are_compared_at_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_origins, "_SAMPLE", 16)
+    monkeypatch.setattr(weight_origins, "SAMPLE_BYTES", 16)
     weight = numbers(40, 40)
     stored = Stored(tmp_path, {"w": weight})
     assert len(stored.origins(weight).pieces) == 1

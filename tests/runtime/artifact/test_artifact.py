@@ -71,8 +71,8 @@ def test_the_same_model_gives_the_same_bytes(package: Package, saved: Path, tmp_
 def test_parts_whose_sizes_have_64_bits(
     package: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part_writers, "_LARGE", 10)
-    monkeypatch.setattr(part_writers, "_BLOCK", 7)
+    monkeypatch.setattr(part_writers, "ZIP64_BYTES", 10)
+    monkeypatch.setattr(part_writers, "BLOCK_BYTES", 7)
     artifact.write(package, path := tmp_path / "model.moec", graphs={"main": toy.GRAPH})
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
