@@ -17,20 +17,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import shlex
-import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.approximation.curves import CHECKPOINT, HELD_OUT, Say, recognised, windows
+from benchmarks.approximation.curves import CHECKPOINT, HELD_OUT, recognised, windows
+from benchmarks.approximation.printed import Say, add_append_option, printed
 from benchmarks.models.smollm2 import load
 from benchmarks.models.switch import FOLDER, trained
 from benchmarks.models.upcycle import EXPERTS, LAYERS, K, upcycle
@@ -173,29 +169,14 @@ def main() -> None:
     parser.add_argument("--reach", type=float, default=0.7, help="of the ternary grid's second try")
     parser.add_argument("--steps", type=int, default=200, help="of tune-grids; 0 leaves it out")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of switch's checkpoint")
-    parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
+    add_append_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    messages: list[str] = []
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-        messages.append(line)
-
-    say(f"one thread, torch {torch.__version__}, load average before: {os.getloadavg()[0]:.1f}")
-    for name in options.models.split(","):
-        measure(name, options, say)
-    if options.append is None:
-        return
-    words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
-    command = shlex.join(["python", "-m", "benchmarks.approximation.compress", *words])
-    body = textwrap.indent("\n".join(messages).rstrip(), "    ", lambda line: bool(line.strip()))
-    with options.append.open("a", encoding="utf-8") as file:
-        file.write(
-            "\n## Compressed experts of trained models: bits and nats lost\n\n"
-            f"{date.today()}\n\n    $ {command}\n{body}\n"
-        )
+    title = "Compressed experts of trained models: bits and nats lost"
+    with printed(title, "benchmarks.approximation.compress", options.append) as say:
+        for name in options.models.split(","):
+            measure(name, options, say)
 
 
 if __name__ == "__main__":

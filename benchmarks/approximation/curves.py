@@ -17,16 +17,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
-import shlex
 import sys
 import sysconfig
-import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +30,7 @@ import torch
 from transformers import AutoTokenizer
 
 import moec
+from benchmarks.approximation.printed import Say, add_append_option, printed
 from benchmarks.models.smollm2 import load
 from benchmarks.models.upcycle import EXPERTS, LAYERS, K, upcycle
 from moec.errors import NoMatch
@@ -63,7 +60,6 @@ SCOPES = ("layer", "global")
 CRITERIA = ("usage", "reap", "error", "random")
 
 Tokens = dict[str, torch.Tensor]
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -220,32 +216,16 @@ def main() -> int:
     parser.add_argument("--models", default="tiny_moe,smollm2")
     parser.add_argument("--budget", default="kl<=0.1")
     parser.add_argument("--plot", type=Path, help="draw the curves into this PNG file")
-    parser.add_argument("--append", type=Path, help="add what is printed to this Markdown file")
+    add_append_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    messages: list[str] = []
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-        messages.append(line)
-
-    code = compare(options, say)
-    if options.append is None:
-        return code
-    words = [w for w in sys.argv[1:] if w not in ("--append", str(options.append))]
-    command = shlex.join(["python", "-m", "benchmarks.approximation.curves", *words])
-    body = textwrap.indent("\n".join(messages).rstrip(), "    ")
-    with options.append.open("a", encoding="utf-8") as file:
-        file.write(
-            "\n## Perplexity against memory: pruned, merged and averaged experts\n\n"
-            f"{date.today()}\n\n    $ {command}\n{body}\n"
-        )
-    return code
+    title = "Perplexity against memory: pruned, merged and averaged experts"
+    with printed(title, "benchmarks.approximation.curves", options.append) as say:
+        return compare(options, say)
 
 
 def compare(options: argparse.Namespace, say: Say) -> int:
-    say(f"one thread, torch {torch.__version__}, load average before: {os.getloadavg()[0]:.1f}")
     reference = {"tiny_moe": tiny_moe, "smollm2": smollm2}
     cases, inside = [], True
     for name in options.models.split(","):

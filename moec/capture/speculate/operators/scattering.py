@@ -89,31 +89,18 @@ def scatter(
     value: Any = None,
     **rest: Any,
 ) -> Any:
+    """scatter and scatter_ of ones into zeros, whose result is noted as ones at classes."""
     facts = None if rest else marks(trace, x, dim, index, value)
     if facts is None:
         return NotImplemented
-    return trace.facts.note(func(x, dim, index, value), **facts)
-
-
-def scatter_(
-    trace: Trace,
-    func: Hook,
-    x: torch.Tensor,
-    dim: int,
-    index: torch.Tensor,
-    value: Any = None,
-    **rest: Any,
-) -> Any:
-    facts = None if rest else marks(trace, x, dim, index, value)
-    if facts is None:
-        return NotImplemented
-    trace.written(x)
+    if func.__name__ == "scatter_":
+        trace.written(x)
     return trace.facts.note(func(x, dim, index, value), **facts)
 
 
 SCATTERING: Hooks = {
     "scatter": scatter,
-    "scatter_": scatter_,
+    "scatter_": scatter,
     "scatter_add": scatter_add,
     "scatter_add_": scatter_add_,
     "scatter_reduce": partial(reduced, scatter_add),
