@@ -224,23 +224,47 @@ def _emit_experts(
 ) -> list[Op]:
     """The ops of the experts and of the permanent channels, which compute the layer's output.
 
-    The bias of the last linear layer belongs to the permanent channels, or without any, to each
-    expert.
+    `permanent` bool[H] and `private` bool[E, H] are the channels of all experts and of each. The
+    bias of the last linear layer belongs to the permanent channels, or without any, to each expert.
     """
-    like, shared, count = replace(layer.down, origin=layer.name), int(permanent.sum()), len(private)
-    tokens, dtype = choices.shape[0], layer.output.dtype
-    flat = TensorType(dtype, (tokens, layer.output.shape[-1]))
+    like = replace(layer.down, origin=layer.name)
+    flat = TensorType(layer.output.dtype, (choices.shape[0], layer.output.shape[-1]))
     ops: list[Op] = []
     x = layer.x
     if len(x.shape) > 2:
-        shape = (tokens, x.shape[-1])
+        shape = (choices.shape[0], x.shape[-1])
         type = TensorType(x.dtype, shape)
         x = splice.emit(ops, "aten.reshape.default", (x,), type, like, shape=shape)
+    biased = not permanent.any()
+    total = _emit_block(splice, ops, layer, x, private, choices, biased)
+    if permanent.any():
+        always = _emit_permanent(splice, ops, layer, x, permanent)
+        total = splice.emit(ops, "aten.add.Tensor", (total, always), flat, like)
+    if layer.output.shape != flat.shape:
+        type = layer.output.type
+        splice.emit(ops, "aten.reshape.default", (total,), type, like, shape=type.shape)
+    ops[-1] = replace(ops[-1], outputs=(layer.output,))
+    return ops
+
+
+def _emit_block(
+    splice: Splice,
+    ops: list[Op],
+    layer: FeedForwardOps,
+    x: Value,
+    private: torch.Tensor,
+    choices: Value,
+    biased: bool,
+) -> Value:
+    """The sum [T, D] of the experts' results for the rows x [T, D], by a block added to `ops`;
+    with `biased`, each expert has the layer's last bias."""
+    count, tokens, dtype = len(private), choices.shape[0], layer.output.dtype
+    flat = TensorType(dtype, (tokens, layer.output.shape[-1]))
     stacks = [
         splice.weight(name, torch.stack(slices))
-        for name, slices in _expert_weights(splice.program, layer, private, not shared)
+        for name, slices in _expert_weights(splice.program, layer, private, biased)
     ]
-    network = body(layer, int(private[0].sum()), not shared)
+    network = body(layer, int(private[0].sum()), biased)
     rows = splice.value("rows", TensorType(x.dtype, x.shape))
     order = splice.value("order", TensorType("i32", (tokens,)))
     ends = splice.value("ends", TensorType("i32", (count,)))
@@ -253,21 +277,22 @@ def _emit_experts(
         Op("moe.experts", (rows, ends, *stacks), (out,), {}, network, f"{layer.name}.experts"),
         Op("moe.combine", (out, order), (total,), attrs, None, layer.name),
     ]  # fmt: skip
-    if shared:
-        network = body(layer, shared, True)
-        slices = weights(splice.program, layer, permanent.nonzero()[:, 0], True)
-        params = {
-            param: splice.weight(name, tensor)
-            for param, (name, tensor) in zip(network.params, slices, strict=True)
-        }
-        inner, always = inline_body(splice, network, x, params, f"{layer.name}.permanent")
-        ops += inner
-        total = splice.emit(ops, "aten.add.Tensor", (total, always), flat, like)
-    if layer.output.shape != flat.shape:
-        type = layer.output.type
-        splice.emit(ops, "aten.reshape.default", (total,), type, like, shape=type.shape)
-    ops[-1] = replace(ops[-1], outputs=(layer.output,))
-    return ops
+    return total
+
+
+def _emit_permanent(
+    splice: Splice, ops: list[Op], layer: FeedForwardOps, x: Value, permanent: torch.Tensor
+) -> Value:
+    """The result [T, D] of the permanent channels for the rows x [T, D], by ops added to `ops`."""
+    network = body(layer, int(permanent.sum()), True)
+    slices = weights(splice.program, layer, permanent.nonzero()[:, 0], True)
+    params = {
+        param: splice.weight(name, tensor)
+        for param, (name, tensor) in zip(network.params, slices, strict=True)
+    }
+    inner, result = inline_body(splice, network, x, params, f"{layer.name}.permanent")
+    ops += inner
+    return result
 
 
 def _expert_weights(

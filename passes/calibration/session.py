@@ -111,6 +111,12 @@ class CalibrationSession:
         self._check_budget()
         return evaluator
 
+    @property
+    def started(self) -> Evaluator:
+        """The evaluator, after `start`."""
+        assert self.evaluator is not None
+        return self.evaluator
+
     def _check_budget(self) -> None:
         assert self.distance is not None
         for metric, _ in self.budget.limits:
@@ -121,6 +127,16 @@ class CalibrationSession:
                 )
         if breach := self.budget.breach(self.distance):
             raise UsageError(f"--budget {self.budget}: {breach} before any pass has run")
+
+
+@dataclass(frozen=True, eq=False)
+class _MeasuredChange:
+    """What the change of one layer does: its damage, the lineages of the experts after it, and the
+    rows [R, D] of the next layer's result."""
+
+    damage: LayerDamage
+    lineages: dict[Value, ExpertLineage]
+    next_rows: dict[Value, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,19 +157,12 @@ class MeasuredPass(Pass):
         """Change layer after layer. Raises BudgetError for a breach where the session is strict."""
         session = self.session
         evaluator = session.start(program)
-        before = program
-        done: list[LayerDamage] = []
+        before, damages = program, list[LayerDamage]()
         layers, observed = self._observed(before, evaluator, log)
-        inner = self.inner
-        if isinstance(inner, NeedsGlobalStats):
-            experts = _layers(program, Log())
-            inner = inner.planned(
-                before, zip(experts, evaluator.layer_stats(before, experts), strict=True)
-            )
-        held: dict[Value, torch.Tensor] = {}  # results of layers in the current program
-        for layer, following, stats in zip(
-            layers, [*layers[1:], None][: len(layers)], observed, strict=True
-        ):
+        inner = self._planned(before, evaluator)
+        rows: dict[Value, torch.Tensor] = {}  # of the next layer in the current program
+        followers = [*layers[1:], None][: len(layers)]
+        for layer, follower, stats in zip(layers, followers, observed, strict=True):
             try:
                 change = inner.change(program, layer, stats)
             except NoMatch as why:
@@ -161,50 +170,80 @@ class MeasuredPass(Pass):
                 continue
             if not log.spend(f"{layer.name}: {change.says}"):
                 break
-            lineages = dict(session.lineages)
-            lineage = lineages.get(layer.output, ExpertLineage(layer, None))
-            lineages[layer.output] = _compose_lineage(change, lineage)
-            outputs = [layer.output] + ([following.output] if following else [])
-            distance, shares, results = evaluator.measure(change.program, lineages, outputs)
-            right = held.pop(layer.output, None)
-            if right is None:
-                right = evaluator.rows_of(program, layer.output)
-            breach = session.budget.breach(distance)
-            if breach and session.strict:
-                raise BudgetError(
-                    f"{show(self.inner)} at {layer.name}: {breach}; leave out --strict to keep "
-                    "this layer as it is"
-                )
-            line = LayerDamage(
-                layer.name,
-                f"undone: {breach}" if breach else change.says,
-                bool(breach),
-                0 if breach else stored_bytes(program) - stored_bytes(change.program),
-                0.0 if breach else self._flops(program) - self._flops(change.program),
-                float((results[0] - right).norm() / right.norm().clamp(min=1e-30)),
-                shares[layer.output],
-                distance,
-            )
-            done.append(line)
-            if breach:
-                log.decline(layer.name, line.says)
+            measured = self._measure(program, change, layer, follower, rows.pop(layer.output, None))
+            damages.append(measured.damage)
+            if measured.damage.undone:
+                log.decline(layer.name, measured.damage.says)
                 continue
-            program, session.lineages, session.distance = change.program, lineages, distance
-            held = dict(zip(outputs[1:], results[1:], strict=True))
+            program, session.lineages = change.program, measured.lineages
+            session.distance = measured.damage.after
+            rows = measured.next_rows
+        log.damage = self._total_damage(before, program, damages)
+        return program
+
+    def _planned(self, program: Program, evaluator: Evaluator) -> Approximate:
+        """The pass, with the layers that it changes where that depends on all of them."""
+        if not isinstance(self.inner, NeedsGlobalStats):
+            return self.inner
+        experts = _layers(program, Log())
+        stats = evaluator.layer_stats(program, experts)
+        return self.inner.planned(program, zip(experts, stats, strict=True))
+
+    def _measure(
+        self,
+        program: Program,
+        change: Change,
+        layer: LayerRef,
+        follower: LayerRef | None,
+        rows: torch.Tensor | None,
+    ) -> _MeasuredChange:
+        """Measure the change of `layer` in `program`, where its result is `rows` [R, D] (None:
+        compute it). A breach of the budget is undone. Raises BudgetError for one where the session
+        is strict."""
+        session, evaluator = self.session, self.session.started
+        lineage = session.lineages.get(layer.output, ExpertLineage(layer, None))
+        lineages = {**session.lineages, layer.output: _compose_lineage(change, lineage)}
+        outputs = [layer.output] + ([follower.output] if follower else [])
+        distance, shares, results = evaluator.measure(change.program, lineages, outputs)
+        if rows is None:
+            rows = evaluator.rows_of(program, layer.output)
+        breach = session.budget.breach(distance)
+        if breach and session.strict:
+            raise BudgetError(
+                f"{show(self.inner)} at {layer.name}: {breach}; leave out --strict to keep "
+                "this layer as it is"
+            )
+        damage = LayerDamage(
+            layer.name,
+            f"undone: {breach}" if breach else change.says,
+            bool(breach),
+            0 if breach else stored_bytes(program) - stored_bytes(change.program),
+            0.0 if breach else self._flops(program) - self._flops(change.program),
+            float((results[0] - rows).norm() / rows.norm().clamp(min=1e-30)),
+            shares[layer.output],
+            distance,
+        )
+        next_rows = dict(zip(outputs[1:], results[1:], strict=True))
+        return _MeasuredChange(damage, lineages, next_rows)
+
+    def _total_damage(
+        self, before: Program, after: Program, damages: Sequence[LayerDamage]
+    ) -> Damage:
+        """The damage of the pass: of all layers together, and of each."""
+        session, evaluator = self.session, self.session.started
         assert session.distance is not None
-        log.damage = Damage(
+        return Damage(
             show(self.inner),
             evaluator.tokens,
             str(session.budget),
             stored_bytes(before),
-            stored_bytes(program),
+            stored_bytes(after),
             self._flops(before),
-            self._flops(program),
+            self._flops(after),
             evaluator.origin,
             session.distance,
-            tuple(done),
+            tuple(damages),
         )
-        return program
 
     def _observed(
         self, program: Program, evaluator: Evaluator, log: Log
@@ -218,8 +257,7 @@ class MeasuredPass(Pass):
         """FLOPs per token in the first case of the data. Tokens are those that a block routes, or
         without blocks those of the first input. A size that data decide, such as the rows of an
         expert that is in no block, counts as all tokens."""
-        evaluator = self.session.evaluator
-        assert evaluator is not None
+        evaluator = self.session.started
         sizes: dict[str, int] = {}
         inputs, case = program.graph.inputs, evaluator.calibration.cases[0]
         for value, tensor in zip(inputs, case, strict=False):
