@@ -94,6 +94,28 @@ DISPATCHES = {
         "picked = ys.gather(1, ids[..., None].expand(-1, -1, {D}))\n"
         "out = (picked * weights[..., None]).sum(1)"
     ),
+    "taken": (
+        "ys = torch.stack([self.run(e, flat) for e in range({E})], dim=1)\n"
+        "out = (ys.take_along_dim(ids[..., None], 1) * weights[..., None]).sum(1)"
+    ),
+    "unbound masks": (
+        "hot = F.one_hot(ids, {E}).to(weights.dtype)\n"
+        "shares = (hot * weights[..., None]).sum(1).unbind(-1)\n"
+        + _OUT
+        + "for e, share in enumerate(shares):\n"
+        "    rows = share.nonzero()[:, 0]\n"
+        "    out[rows] += self.run(e, flat[rows]) * share[rows][:, None]"
+    ),
+    "bounds of a search": (
+        "ranked, order = ids.reshape(-1).sort(stable=True)\n"
+        "ends = torch.searchsorted(ranked, torch.arange({E}), right=True).tolist()\n"
+        + _OUT
+        + "start = 0\nfor e, end in enumerate(ends):\n"
+        "    pick = order[start:end]\n    start = end\n"
+        "    token = pick // ids.shape[1]\n"
+        "    y = self.run(e, flat[token]) * weights.reshape(-1)[pick].unsqueeze(-1)\n"
+        "    out.index_add_(0, token, y)"
+    ),
     "index": (
         "ys = torch.stack([self.run(e, flat) for e in range({E})], dim=1)\n"
         "picked = ys[torch.arange(tokens)[:, None], ids]\n"

@@ -178,6 +178,19 @@ EXPERTS = {
         "def run(self, e, rows):\n    if e == {E} - 1:\n        return torch.zeros_like(rows)\n"
         "    return rows if e == {E} - 2 else self.experts[e](rows)\n",
     ),
+    "constant": ExpertForm(
+        "self.experts = nn.ModuleList(nn.Linear({D}, {D}) for _ in range({E} - 1))\n"
+        "self.constant = nn.Parameter(torch.randn({D}))\nself.mix = nn.Linear({D}, 2)",
+        "def run(self, e, rows):\n    if e < {E} - 1:\n        return self.experts[e](rows)\n"
+        "    mix = self.mix(rows).softmax(-1)\n"
+        "    return mix[..., :1] * rows + mix[..., 1:] * self.constant\n",
+    ),
+    "low rank beside a shared one": ExpertForm(
+        "self.base = nn.Linear({D}, {D})\n"
+        "self.a = nn.ModuleList(nn.Linear({D}, 4, bias=False) for _ in range({E}))\n"
+        "self.b = nn.ModuleList(nn.Linear(4, {D}, bias=False) for _ in range({E}))",
+        "def run(self, e, rows):\n    return self.base(rows) + self.b[e](self.a[e](rows)) * 2.0\n",
+    ),
     "one shared weight": ExpertForm(
         "self.up = nn.Linear({D}, {H})\n"
         "self.experts = nn.ModuleList(nn.Linear({H}, {D}) for _ in range({E}))",

@@ -62,6 +62,11 @@ OUTPUTS = {
         "counts = F.one_hot(ids, {E}).sum((0, 1))\n"
         "return {Y}, counts.argmax(), counts.float() / counts.sum()"
     ),
+    "variation": (
+        "load = torch.zeros_like(probs).scatter(1, ids, weights.to(probs.dtype)).float().sum(0)\n"
+        "loss = load.var() / (load.mean().square() + 1e-10)\nreturn {Y}, loss"
+    ),
+    "logits of texts": "return {Y}, logits.view(x.shape[0], x.shape[1], -1)",
     "masked loss": (
         "used = torch.zeros_like(probs).scatter(1, ids, 1.0)\n"
         "return {Y}, (used.mean(0) * probs.mean(0)).sum() * {E}, used.sum(0).std()"

@@ -172,6 +172,45 @@ ROUTERS = {
         "share, index = share.squeeze(-1), index.squeeze(-1)\n"
         "weights, ids = share.unsqueeze(1), index.unsqueeze(1)"
     ),
+    "Sinkhorn": (
+        _SOFTMAX + "cost = (logits.float() - logits.float().max()).exp()\n"
+        "for turn in range(3):\n"
+        "    cost = cost / (cost.sum(0, keepdim=True) + 1e-8)\n"
+        "    cost = cost / (cost.sum(1, keepdim=True) + 1e-8)\n"
+        "ids = cost.topk({K}, dim=-1)[1]\nweights = probs.gather(1, ids)"
+    ),
+    "two levels": (
+        "parts = logits.view(tokens, 2, {E} // 2)\n"
+        "probs = parts.logsumexp(-1, keepdim=True).softmax(1) * parts.softmax(-1)\n"
+        "probs = probs.flatten(1)\nweights, ids = probs.topk({K}, dim=-1)"
+    ),
+    "group, then one of it": (
+        "parts = logits.view(tokens, 2, {E} // 2)\n"
+        "outer, group = parts.mean(-1).softmax(-1).max(-1, keepdim=True)\n"
+        "inner = parts[torch.arange(tokens), group[:, 0]].softmax(-1)\n"
+        "weights, ids = inner.topk({K}, dim=-1)\n"
+        "weights, ids = weights * outer, ids + group * ({E} // 2)\n"
+        "probs = logits.softmax(-1)"
+    ),
+    "heat of experts": (
+        "probs = (logits * (1 + self.correction)).softmax(-1)\n"
+        "weights, ids = probs.topk({K}, dim=-1)"
+    ),
+    "sigmoid by the sum of all": (
+        "probs = logits.sigmoid()\nprobs = probs / probs.sum(-1, keepdim=True)\n"
+        "weights, ids = torch.topk(probs, k={K}, dim=-1)"
+    ),
+    "masked by the chosen": (
+        _SOFTMAX + "ids = probs.topk({K}, dim=-1).indices\n"
+        "used = F.one_hot(ids, {E}).sum(1).to(probs.dtype)\n"
+        "sparse = probs * used\nsparse = sparse / (sparse.sum(-1, keepdim=True) + 1e-9)\n"
+        "weights = sparse.gather(1, ids)"
+    ),
+    "share of the greatest": (
+        _SOFTMAX + "ids = torch.arange({E}).expand(tokens, -1)\n"
+        "weights = torch.where(probs >= 0.4 * probs.amax(-1, keepdim=True), probs, 0.0)\n"
+        "weights = weights / weights.sum(-1, keepdim=True)"
+    ),
     "hash": (
         _SOFTMAX + "first = (torch.arange(tokens) % {E})[:, None]\n"
         "ids = (first + torch.arange({K})) % {E}\n"
@@ -182,12 +221,27 @@ ROUTERS = {
 WIDTH = {"maximum": 1, "argmax": 1, "argmax twice": 2, "second if large": 2, "squeezed": 1}
 """Choices a token of routers that set it."""
 
-OF_ALL = frozenset({"top-p", "expert choice", "by the threshold of the last", "relu", "all"})
+OF_ALL = frozenset(
+    {
+        "top-p",
+        "expert choice",
+        "by the threshold of the last",
+        "relu",
+        "all",
+        "share of the greatest",
+    }
+)
 """Routers whose tokens have a weight for every expert: nothing else limits those."""
 
-GROUPED = frozenset({"groups", "groups, corrected"})
+GROUPED = frozenset({"groups", "groups, corrected", "two levels", "group, then one of it"})
 """Routers that choose at most two experts, of an even number."""
 
 CORRECTED = frozenset(
-    {"correction bias", "groups, corrected", "ranked by a bias", "scale of experts"}
+    {
+        "correction bias",
+        "groups, corrected",
+        "ranked by a bias",
+        "scale of experts",
+        "heat of experts",
+    }
 )
