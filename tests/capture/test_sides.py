@@ -244,6 +244,30 @@ def test_a_guard_that_is_a_cause_at_some_size_is_refused_before_others() -> None
         settle("Few", graph, [of_torch, branch], {"B": 2, "S": 6}, agree)
 
 
+def test_rows_that_data_choose_are_cut_on_both_sides_of_a_branch() -> None:
+    """The sides differ in more than the capacity: a slice up to a number has a start, and the
+    minimum of a number and a count has its operands in another order."""
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        capacity = 4 if x.shape[0] <= 8 else max(4, x.shape[0] // 2)
+        token = torch.where(x[:, 0] > 0)[0][:capacity]
+        out = x.clone()
+        out[token] = x[token] + 1
+        return out
+
+    captured = capture(Function(copied), (torch.randn(6, 3),))
+    assert captured.other is not None
+    pieces = captured.other()
+    assert pieces.other is not None
+    masked = pieces.other()
+    assert masked.way == "masked"
+    for form in (captured, pieces, masked):
+        for size in (1, 4, 5, 8, 9, 10, 11, 30):
+            for x in (torch.randn(size, 3), torch.ones(size, 3)):
+                (ours,) = evaluate(form.program.graph, (x,), form.program.weights)
+                assert torch.equal(ours, copied(x)), size
+
+
 def test_sides_that_each_hold_a_number_are_not_harmless_elsewhere() -> None:
     """Below 4 rows the numbers make no difference; beyond 20, where none is tried, they do."""
     graph = capture(Function(lambda x: x + 1), (torch.randn(2, 6, 8),)).program.graph

@@ -103,15 +103,23 @@ def _value(a: Value, b: Value, choice: Choice) -> Value:
 
 
 def _attrs(a: Op, b: Op, choice: Choice) -> dict[str, Attr]:
-    if a.attrs == b.attrs:
+    left, right = _arguments(a), _arguments(b)
+    if left == right:
         return dict(a.attrs)
-    if a.attrs.keys() != b.attrs.keys():
+    if left.keys() != right.keys():
         raise Unmergeable(f"the arguments of {a}")
     sized = _sized_arguments(a.name)
     return {
-        name: _attr(attr, b.attrs[name], choice if name in sized else None)
-        for name, attr in a.attrs.items()
+        name: _attr(attr, right[name], choice if name in sized else None)
+        for name, attr in left.items()
     }
+
+
+def _arguments(op: Op) -> dict[str, Attr]:
+    """Those of an op, without the start of a slice that is the first row: torch writes it where the
+    end is a number."""
+    first = op.name == "aten.slice.Tensor" and op.attrs.get("start") == 0
+    return {name: attr for name, attr in op.attrs.items() if not (first and name == "start")}
 
 
 def _attr(a: Any, b: Any, choice: Choice | None) -> Any:

@@ -91,8 +91,14 @@ _TENSOR_OPS: dict[Any, Callable[..., Any]] = {
 }
 
 
+_UNORDERED = (torch.sym_max, torch.sym_min)
+
+
 def count(op: Any, *arguments: Any) -> Count:
-    """`op` of numbers, some of which were read from data."""
+    """`op` of numbers, some of which were read from data. Sizes come first where the order is free:
+    torch orders Min(4, u0) and Min(u0, S/2) differently, and both are sides of one branch."""
+    if op in _UNORDERED:
+        arguments = tuple(sorted(arguments, key=lambda value: isinstance(value, Count)))
 
     def number(value: Any) -> torch.Tensor:
         if isinstance(value, Count):
