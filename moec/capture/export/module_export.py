@@ -23,6 +23,7 @@ from moec.capture.guards.guards import located
 from moec.capture.linear_attention.lightning import lightning_as_ops
 from moec.capture.linear_attention.scans import scans_as_ops
 from moec.capture.proof.agreement import Eager
+from moec.capture.size_functions.float_ranges import float_ranges_known
 from moec.capture.size_functions.literals import floats_symbolic
 from moec.capture.size_functions.numbers import export_keeping_sizes
 from moec.capture.size_functions.size_math import math_of_sizes
@@ -67,6 +68,7 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         math_of_sizes(module),
         texts_guarded(),
         floats_symbolic(),
+        float_ranges_known(),
         located(),
         short_stacks(),
         symbolic_config.patch(  # type: ignore[attr-defined]
