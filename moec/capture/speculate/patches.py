@@ -6,6 +6,7 @@ All knowledge of torch's private code in this package is in this file and in `br
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 
 from moec.capture.speculate.branches import Branches, is_condition
 from moec.capture.speculate.facts.rounding import Rounding, divided
+from moec.capture.speculate.operators.chosen import update_counter
 from moec.capture.speculate.operators.hooks import Trace
 from moec.capture.speculate.operators.mode import Speculation
 from moec.capture.speculate.user_globals import user_globals
@@ -51,6 +53,7 @@ def scripts_as_python() -> Iterator[None]:
 
 def _functions(mode: Speculation, trace: Trace) -> Iterator[tuple[Any, str, Any]]:
     yield ShapeEnv, "evaluate_expr", _evaluate(ShapeEnv.evaluate_expr, trace.branches)
+    yield Counter, "update", update_counter(Counter.update)
     yield FakeTensor, "tolist", lambda tensor: mode.hooks["tolist"](None, tensor)
     yield torch.autograd.Function, "apply", classmethod(_forward_alone)
     for how in ("floor", "ceil", "trunc"):

@@ -111,6 +111,58 @@ def _len(value: Any) -> Any:
     return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else builtins.len(value)
 
 
+def _distinct(kind: type, *values: Any) -> Any:
+    """`kind(*values)`, or the classes that occur in a list that has them as `distinct`."""
+    distinct = getattr(values[0], "distinct", None) if len(values) == 1 else None
+    return kind(*values) if distinct is None else distinct()
+
+
+class _SetType(type):
+    """Makes `isinstance(x, set)` and `type(x) == set` work as with Python's set."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, builtins.set)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, builtins.set)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is builtins.set or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(builtins.set)
+
+    def __call__(cls, *values: Any) -> Any:
+        return _distinct(builtins.set, *values)
+
+
+class ValueSet(builtins.set[Any], metaclass=_SetType):
+    """Replaces set."""
+
+
+class _FrozenSetType(type):
+    """Makes `isinstance(x, frozenset)` and `type(x) == frozenset` work as with Python's."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, builtins.frozenset)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, builtins.frozenset)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is builtins.frozenset or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(builtins.frozenset)
+
+    def __call__(cls, *values: Any) -> Any:
+        return _distinct(builtins.frozenset, *values)
+
+
+class FrozenValueSet(builtins.frozenset[Any], metaclass=_FrozenSetType):
+    """Replaces frozenset."""
+
+
 CONVERSIONS: Mapping[str, Any] = {"int": Integer, "float": Real, "len": _len}
 """Replacements of the functions whose results Python requires to be plain numbers."""
 
@@ -118,6 +170,8 @@ SHADOWS: Mapping[str, Any] = {
     **CONVERSIONS,
     "max": _extreme(torch.sym_max, max),
     "min": _extreme(torch.sym_min, min),
+    "set": ValueSet,
+    "frozenset": FrozenValueSet,
 }
 
 

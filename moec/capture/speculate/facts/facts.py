@@ -60,6 +60,7 @@ class Fact:
 
     choice: its values are classes of this choice.
     high: no value is greater.
+    ascending: its values are in ascending order.
     distinct: no two values along the last axis are equal.
     single: along this axis, at most one value is not 0.
     zero: all its values are 0.
@@ -87,6 +88,7 @@ class Fact:
 
     choice: ClassChoice | None = None
     high: Any = None
+    ascending: bool = False
     distinct: bool = False
     single: int | None = None
     zero: bool = False

@@ -98,7 +98,9 @@ def _view(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result
     if fact is NOTHING or not isinstance(result, torch.Tensor):
         return
     if list(map(expression, result.shape)) != list(map(expression, args[0].shape)):
-        fact = replace(fact, distinct=False, order=None, single=None, member=None, sums=None)
+        fact = replace(
+            fact, distinct=False, ascending=False, order=None, single=None, member=None, sums=None
+        )
         fact = replace(fact, column=None, elements=None)
         fact = replace(fact, hot=fact.hot if _same_classes(args[0], result) else None)
     if result.dtype != args[0].dtype:

@@ -9,65 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.capture.speculate.facts.facts import ClassChoice
 from moec.capture.speculate.facts.following import follow
 from moec.capture.speculate.facts.singles import single_of
-from moec.capture.speculate.facts.sums import MOST_NUMBERS, Counts, constants, joined
+from moec.capture.speculate.facts.sums import MOST_NUMBERS, constants, joined
 from moec.capture.speculate.facts.symbols import expression, is_symbolic, reads_data
+from moec.capture.speculate.operators.chosen import ChosenIds
 from moec.capture.speculate.operators.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.operators.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.operators.numbers import as_number, number, numbers
 from moec.errors import CaptureError
-
-
-def bincount(
-    trace: Trace,
-    func: Hook,
-    ids: torch.Tensor,
-    weights: torch.Tensor | None = None,
-    minlength: int = 0,
-) -> Any:
-    """As many counts as there are classes; the length would otherwise depend on data. For ids
-    of unknown origin, `minlength` counts: the proof tests that no id is greater."""
-    choice = trace.facts.of(ids).choice
-    if choice is None and minlength > 0 and ids.ndim == 1:
-        choice = ClassChoice(minlength)
-        trace.facts.note(ids, choice=choice)
-    classes = max(minlength, choice.classes if choice else 0)
-    if choice is None or weights is not None:
-        return NotImplemented
-    return counted(trace, ids, classes)
-
-
-def counted(trace: Trace, ids: torch.Tensor, classes: int, dtype: torch.dtype = torch.int64) -> Any:
-    choice = trace.facts.of(ids).choice
-    counts = (ids[:, None] == torch.arange(classes)).sum(0).to(dtype)
-    exact = choice is not None and classes == choice.classes
-    held = counts.to(torch.int64, copy=True)
-    each = trace.facts.of(ids).even == classes
-    sums = Counts(held, choice, ids.numel(), each).sums() if exact else None
-    return trace.facts.note(counts, sums=sums, truth="count")
-
-
-def histc(
-    trace: Trace, func: Hook, ids: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0
-) -> Any:
-    """A histogram of class ids with one bin for each class: up to the last, or to their number."""
-    choice = trace.facts.of(ids).choice
-    if choice is None or ids.ndim != 1 or min != 0 or bins != choice.classes:
-        return NotImplemented
-    if max not in (bins - 1, bins):
-        return NotImplemented
-    return counted(trace, ids, bins, ids.dtype)
-
-
-def unique(trace: Trace, func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """All classes; the proof shows that classes without rows add nothing."""
-    choice = trace.facts.of(ids).choice
-    if choice is None or args or kwargs.get("return_counts") or kwargs.get("return_inverse"):
-        return NotImplemented
-    trace.reads[trace.at()] = None
-    return Hits(choice.classes)
 
 
 def one_hot(trace: Trace, func: Hook, ids: torch.Tensor, num_classes: Any = -1) -> Any:
@@ -115,8 +65,9 @@ def tolist(trace: Trace, func: Hook, tensor: torch.Tensor) -> Any:
         if tensor.ndim > 1:
             raise CaptureError("rows of several numbers each, as many as the data say")
         return HitRows(tensor, lambda condition: bool(condition))
-    if not isinstance(tensor.shape[0], int):
-        return NotImplemented
+    if not all(isinstance(size, int) for size in tensor.shape):
+        chosen = trace.facts.of(tensor).choice is not None
+        return ChosenIds(trace, tensor) if chosen else NotImplemented
     if tensor.ndim == 1:
         return numbers(trace, tensor)
     return [tolist(trace, func, row) for row in tensor]
@@ -253,8 +204,6 @@ def new_tensor(trace: Trace, func: Hook, like: torch.Tensor, value: Any, **kwarg
 
 
 READING: Hooks = {
-    "bincount": bincount,
-    "histc": histc,
     "arange": arange,
     **dict.fromkeys(("zeros", "new_zeros", "zeros_like"), partial(filled, 0)),
     "empty_like": empty_like,
@@ -262,7 +211,6 @@ READING: Hooks = {
     **dict.fromkeys(("cat", "concat", "concatenate"), cat),
     "vstack": vstack,
     "pad": pad,
-    "unique": unique,
     "one_hot": one_hot,
     "nonzero": nonzero,
     "where": where,

@@ -208,12 +208,16 @@ def sort(trace: Trace, func: Hook, ids: torch.Tensor, *args: Any, **kwargs: Any)
     result = func(ids, **{**options, "stable": True})
     if not options.get("descending"):
         follow(trace.facts, "sort", (ids,), options, result)
+        if isinstance(result, tuple):
+            trace.facts.note(result[0], ascending=True)
     return result
 
 
 def _gathered(trace: Trace, x: torch.Tensor, order: Any, rest: Any, result: Any) -> Any:
     """x in the order that sorts a choice is a function of that order as well."""
     recipe = order.recipe
+    if x is order.choice.sorted and not rest:
+        trace.facts.note(result, choice=order.choice, ascending=True)
     return trace.facts.note(
         result, order=type(order)(order.choice, lambda rows: x[(recipe(rows), *rest)])
     )

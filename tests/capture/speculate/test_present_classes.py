@@ -1,0 +1,146 @@
+"""Loops over the experts that Python finds among the chosen ids: sets, counters, unique."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moec.capture import capture
+from moec.errors import CaptureError
+from moec.interpret.evaluate import evaluate
+
+E, D, K = 3, 6, 2
+Present = Callable[[Tensor, int], Iterator[tuple[Any, Any]]]
+"""The experts and the rows that each takes, at most `capacity`; None for all rows of an expert."""
+
+
+class Layer(nn.Module):
+    """Tokens that meet in a mean, so that only a capture of the code is possible."""
+
+    def __init__(self, *forms: Present) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(D, E)
+        self.w = nn.Parameter(torch.randn(E, D, D))
+        self.forms = forms
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = (x + x.mean(1, keepdim=True)).reshape(-1, D)
+        weights, ids = self.gate(flat).softmax(-1).topk(K, -1)
+        out = torch.zeros_like(flat)
+        for present in self.forms:
+            for expert, most in present(ids, max(1, flat.shape[0] * K // E)):
+                token, slot = torch.where(ids == expert)
+                token, slot = token[:most], slot[:most]
+                rows = torch.tanh(flat[token] @ self.w[expert]) * weights[token, slot, None]
+                out.index_add_(0, token, rows)
+        return out.view(x.shape)
+
+
+def a_set(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    yield from ((expert, capacity) for expert in set(ids.flatten().tolist()))
+
+
+def a_sorted_frozen_set(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    yield from ((expert, None) for expert in sorted(frozenset(ids.view(-1).tolist())))
+
+
+def a_counter(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    for expert, count in Counter(ids.flatten().tolist()).items():
+        yield expert, min(count, capacity)
+
+
+def members(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    present = set(ids.flatten().tolist())
+    for expert in range(E):
+        if expert in present:
+            yield expert, capacity
+
+
+def counts_of_a_list(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    chosen = ids.flatten().tolist()
+    for expert in range(E):
+        if chosen.count(expert) == 0 or expert not in chosen:
+            continue
+        yield expert, None
+
+
+def unique_with_counts(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    experts, counts = torch.unique(ids, return_counts=True)
+    for expert, count in zip(experts, counts, strict=True):
+        yield int(expert), min(int(count), capacity)
+
+
+def places_among_the_unique(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    experts, inverse = ids.unique(return_inverse=True)
+    for index, expert in enumerate(experts.tolist()):
+        if (inverse == index).any():
+            yield expert, capacity
+
+
+def consecutive(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    flat = ids.flatten()
+    experts, counts = flat[flat.argsort()].unique_consecutive(return_counts=True)
+    again = torch.unique_consecutive(flat.sort()[0])
+    for expert, count, same in zip(experts.tolist(), counts.tolist(), again, strict=True):
+        if count > 0 and expert == same:
+            yield expert, capacity
+
+
+PAIRS = [
+    (a_set, a_counter),
+    (a_sorted_frozen_set, members),
+    (counts_of_a_list, unique_with_counts),
+    (places_among_the_unique, consecutive),
+]
+
+
+@pytest.mark.parametrize("forms", PAIRS)
+def test_experts_that_python_finds_among_the_ids(forms: tuple[Present, ...]) -> None:
+    module = Layer(*forms).eval()
+    captured = capture(module, (torch.randn(2, 5, D),))
+    for shape in ((1, 1), (1, 2), (2, 7)):
+        for x in (torch.randn(*shape, D), torch.ones(*shape, D)):
+            (actual,) = evaluate(captured.program.graph, [x], captured.program.weights)
+            with torch.no_grad():
+                torch.testing.assert_close(actual, module(x), rtol=1e-5, atol=1e-5)
+
+
+def the_place_counts(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    for index, expert in enumerate(sorted(set(ids.flatten().tolist()))):
+        yield expert, index
+
+
+def the_unused_experts(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    present = set(ids[:, 0].tolist())
+    for expert in set(range(E)) - present:
+        yield expert, capacity
+
+
+def the_most_frequent(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    for expert, _ in Counter(ids.flatten().tolist()).most_common(1):
+        yield expert, capacity
+
+
+@pytest.mark.parametrize("form", [the_place_counts, the_unused_experts, the_most_frequent])
+def test_experts_without_rows_that_change_the_result_are_refused(form: Present) -> None:
+    with pytest.raises(CaptureError, match=r"cannot be captured"):
+        capture(Layer(form).eval(), (torch.randn(2, 5, D),))
+
+
+def a_loop_over_tokens(ids: Tensor, capacity: int) -> Iterator[tuple[Any, Any]]:
+    groups: dict[int, list[int]] = {}
+    for token, (first, _) in enumerate(ids.tolist()):
+        groups.setdefault(first, []).append(token)
+    yield from ((expert, None) for expert in groups)
+
+
+def test_a_loop_over_tokens_is_refused_with_its_line() -> None:
+    with pytest.raises(CaptureError, match="a loop over tokens, whose number varies") as refusal:
+        capture(Layer(a_loop_over_tokens).eval(), (torch.randn(2, 5, D),))
+    assert "`for token, (first, _) in enumerate(ids.tolist()):`" in str(refusal.value)
