@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dis
 import linecache
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -40,8 +40,8 @@ class Site:
 
     @property
     def repeats(self) -> bool:
-        """Whether the line belongs to the condition of a `while` loop."""
-        return self.line in _conditions_of_loops(self.file)
+        """Whether the branch may end a `while` loop."""
+        return self.offset in _ends_of_loops(self.code)
 
     def __str__(self) -> str:
         return f"{Path(self.file).name}:{self.line}"
@@ -90,12 +90,48 @@ def _names(code: CodeType) -> dict[int, str]:
 
 
 @lru_cache(maxsize=256)
-def _conditions_of_loops(file: str) -> frozenset[int]:
-    """The lines of the conditions of a file's `while` loops; none where its text is missing."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return frozenset()
-    tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.While)]
-    lines = [range(test.lineno, (test.end_lineno or test.lineno) + 1) for test in tests]
-    return frozenset(number for numbers in lines for number in numbers)
+def _ends_of_loops(code: CodeType) -> frozenset[int]:
+    """The offsets of the branches that may end the innermost loop around them, if that is a `while`
+    loop: one whose jumps back do not go to the next item of an iterator."""
+    steps = list(dis.get_instructions(code))
+    ways = {step.offset: _ways(step, after) for step, after in zip_longest(steps, steps[1:])}
+    names = _names(code)
+    loops: dict[int, int] = {}
+    for step in steps:
+        if "JUMP" in step.opname and step.argval <= step.offset:
+            loops[step.argval] = step.offset
+    ends = set[int]()
+    for branch, successors in ways.items():
+        around = [(last - first, first) for first, last in loops.items() if first <= branch <= last]
+        if len(successors) != 2 or not around:
+            continue
+        first = min(around)[1]
+        stays = [_reaches(ways, way, first, loops[first]) for way in successors]
+        if names[first] != "FOR_ITER" and not all(stays):
+            ends.add(branch)
+    return frozenset(ends)
+
+
+def _ways(step: dis.Instruction, after: dis.Instruction | None) -> tuple[int, ...]:
+    """The offsets at which execution may continue after an instruction."""
+    targets = [step.argval] if "JUMP" in step.opname or step.opname == "FOR_ITER" else []
+    goes_on = targets == [] or "_IF_" in step.opname or step.opname == "FOR_ITER"
+    if goes_on and after is not None and step.opname not in _LEAVES:
+        targets.append(after.offset)
+    return tuple(targets)
+
+
+_LEAVES = frozenset("RETURN_VALUE RETURN_CONST RAISE_VARARGS RERAISE".split())
+
+
+def _reaches(ways: Mapping[int, tuple[int, ...]], start: int, first: int, last: int) -> bool:
+    """Whether execution can come from `start` to `first` without leaving `first` to `last`."""
+    pending, visited = [start], set[int]()
+    while pending:
+        offset = pending.pop()
+        if offset == first:
+            return True
+        if first < offset <= last and offset not in visited:
+            visited.add(offset)
+            pending += ways[offset]
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,6 +32,10 @@ _FARTHEST = (1 << 10, 1 << 15)
 """The most tokens of the one run that bounds the tokens of a description: at least, for a slow
 module, and at most."""
 _FAR_SECONDS = 2.0
+_MOST_CALLS = 500
+"""How many operations a run may have for each token, `_FEW_ROWS` more counted, before it is taken
+not to end. A loop over the tokens and experts of a layer has a few hundred."""
+_FEW_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Probe:
         the module fails on inputs of this size, or where no output has the size of the tokens."""
         copies = [t.clone() for t in inputs]
         args, kwargs = self.arguments.build(copies[0], copies[1] if len(copies) > 1 else None)
-        steer = self.steered(logits)
+        steer = self.steered(logits, math.prod(inputs[0].shape[:-1]))
         with torch.no_grad(), steer if observed or logits is not None else nullcontext():
             try:
                 results = self.module(*args, **kwargs)
@@ -109,10 +114,11 @@ class Probe:
             leaves = result_leaves(results)
         return Run(leaves, self._hidden(leaves, inputs[0]), steer.observed)
 
-    def steered(self, logits: torch.Tensor | None) -> Steer:
-        """A context in which the router's logits are `logits`, also for a replacement."""
+    def steered(self, logits: torch.Tensor | None, rows: float = math.inf) -> Steer:
+        """A context in which the router's logits are `logits`, also for a replacement. The run has
+        as many operations as `rows` tokens may need."""
         weight = tensor(self.module, self.weight_name) if self.weight_name else None
-        return Steer(weight, self.columns, logits)
+        return Steer(weight, self.columns, logits, _MOST_CALLS * (_FEW_ROWS + rows))
 
     def _hidden(self, leaves: list[tuple[str, Any]], x: torch.Tensor) -> torch.Tensor:
         for _, value in leaves:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from moec.capture.behaviour.failure import running_line
+from moec.errors import NoMatch
 
 _SEQUENCES = (list, tuple)
 
@@ -17,15 +21,22 @@ class Steer(TorchFunctionMode):
     The weight is followed through views, casts and norms of it alone. Each product with it whose
     last axis has `columns` entries is taken for the logits: `observed` keeps the last of them, and
     `logits` [T, C], if given, replace it. Nothing is observed where `weight` is None.
+
+    Raises NoMatch after `most` calls: a loop until convergence may not end for such logits.
     """
 
     def __init__(
-        self, weight: torch.Tensor | None, columns: int, logits: torch.Tensor | None
+        self,
+        weight: torch.Tensor | None,
+        columns: int,
+        logits: torch.Tensor | None,
+        most: float = math.inf,
     ) -> None:
         super().__init__()
         self.derived = {} if weight is None else {id(weight): weight}
         self.columns, self.logits = columns, logits
         self.observed: torch.Tensor | None = None
+        self.most, self.calls = most, 0
 
     def __torch_function__(
         self,
@@ -34,6 +45,13 @@ class Steer(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        self.calls += 1
+        if self.calls > self.most:
+            other = "" if self.logits is None else "with other logits in its router "
+            raise NoMatch(
+                f"{other}it does not end: {running_line()} is reached after {self.most} "
+                "operations, as in a loop until convergence"
+            )
         result = func(*args, **(kwargs or {}))
         if not (_holds(args, self.derived) or (kwargs and _holds(kwargs.values(), self.derived))):
             return result
