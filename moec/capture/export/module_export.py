@@ -28,6 +28,7 @@ from moec.capture.size_functions.literals import floats_symbolic
 from moec.capture.size_functions.numbers import export_keeping_sizes
 from moec.capture.size_functions.size_math import math_of_sizes
 from moec.capture.size_functions.size_text import texts_guarded
+from moec.capture.size_functions.sizes_as_keys import sizes_as_keys
 from moec.capture.size_functions.sizes_as_numbers import sizes_as_numbers
 from moec.capture.size_functions.sym_bools import sym_bools_answered
 from moec.capture.sizes.lengths import AxisGroup
@@ -65,6 +66,7 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         scripts_as_python(),
         sym_bools_answered(module),
         sizes_as_numbers(module),
+        sizes_as_keys(module),
         math_of_sizes(module),
         texts_guarded(),
         floats_symbolic(),
