@@ -20,6 +20,7 @@ from moec.capture.conversion.exported import to_program
 from moec.capture.decomposition import decompose, decompositions
 from moec.capture.decomposition.expand import expand
 from moec.codegen.loops.emit import EMIT
+from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from moec.ir.text import print_graph
 
@@ -275,3 +276,17 @@ def test_traces_look_for_no_memory_format(monkeypatch: pytest.MonkeyPatch) -> No
     assert proxy_tensor._extract_tensor_metadata == described.append
     monkeypatch.undo()
     assert proxy_tensor._extract_tensor_metadata is describe
+
+
+class Rolled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.where(x[:, 0] > 0)[0]
+        if rows.numel() == 0:
+            return x
+        return x.index_add(0, rows, x[rows].roll(1, 0))
+
+
+def test_an_operator_without_parts_is_refused_with_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"aten.roll.default cannot be decomposed") as refusal:
+        capture(Rolled(), (torch.randn(6, 4),))
+    assert "`return x.index_add(0, rows, x[rows].roll(1, 0))`" in str(refusal.value)

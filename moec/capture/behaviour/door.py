@@ -206,7 +206,7 @@ def _refusal(
 ) -> CaptureError:
     refused = list(refusals.items())[-2:]
     lines = str(error).split("\n")
-    if failure.line and not any(str(failure.line).split(",")[0] in line for line in lines):
+    if failure.line and not any(".py:" in line for line in lines):
         lines.insert(1, f"  at {failure.line}")
     if refused and os.environ.get("MOEC_DEBUG") != "1":
         lines = lines[: _MOST_LINES - 1 - len(refused)]

@@ -9,6 +9,7 @@ other aliases, or whose nodes have subgraphs, are left to torch.
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moec.capture.calls.states import as_buffers
 from moec.capture.decomposition.composite import decompositions, is_composite
@@ -31,6 +33,7 @@ from moec.capture.decomposition.functional import (
 )
 from moec.capture.decomposition.parts import operands_of, parts_in
 from moec.capture.user_code.size_nodes import size_nodes_allowed
+from moec.capture.user_code.sources import user_code
 from moec.errors import CaptureError
 
 _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default)
@@ -50,7 +53,21 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
             program = as_buffers(program)
             return expand(program) or program.run_decompositions(decompositions())
         except Exception as error:
-            raise CaptureError(f"torch cannot decompose the export: {error}") from error
+            raise CaptureError(_refusal(program, error)) from error
+
+
+def _refusal(program: ExportedProgram, error: Exception) -> str:
+    """What cannot be decomposed: the operator that torch's message names, and the user's line."""
+    executed = re.search(r"While executing %(\w+)", str(error))
+    name = executed[1] if executed else ""
+    node = next((node for node in program.graph.nodes if node.name == name), None)
+    if node is None:
+        return f"torch cannot decompose the export: {error}"
+    line = user_code(node)
+    reason = " ".join(str(error).split("\n\n")[0].split())
+    if isinstance(error, GuardOnDataDependentSymNode):
+        reason = "how many rows it has depends on data, and its result depends on that"
+    return f"{node.target} cannot be decomposed{f' ({line})' if line else ''}: {reason}"
 
 
 def expand(program: ExportedProgram) -> ExportedProgram | None:
