@@ -132,8 +132,8 @@ def _key(graph: Graph, weights: Mapping[str, torch.Tensor], options: Options) ->
 
 
 def is_constant(tensor: torch.Tensor) -> bool:
-    """Whether recognition may have relied on the tensor's values: integers, booleans, scalars."""
-    return not tensor.is_floating_point() or not tensor.ndim
+    """Whether recognition may have relied on the tensor's values: integers, booleans."""
+    return not tensor.is_floating_point()
 
 
 def _folded(pass_results: Sequence[PassResult], graph: Graph) -> Graph:

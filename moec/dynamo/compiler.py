@@ -30,9 +30,11 @@ from moec.dynamo.options import Options, parse
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.rest import compile_rest
 from moec.dynamo.skipped import watch
+from moec.dynamo.training.gradients import Products
 from moec.dynamo.training.grouped_mm import ON_GPU
 from moec.dynamo.training.products import ProductKernels
 from moec.dynamo.training.trained_weights import (
+    choice_tensors,
     gradient_barrier,
     mostly_trainable,
     needs_gradient,
@@ -125,12 +127,10 @@ def replace_blocks(
             continue
         codes[code.key] = code
         trained = training and mostly_trainable(candidate.params, learning)
-        sites.append(register_site(candidate.where, code, products, device, trained=trained))
-        relied = [
-            node for node in candidate.inside() if node in static and is_constant(static[node])
-        ]
-        fixed = [node for node in relied if node not in candidate.params]
-        _insert(traced, candidate, sites[-1], fixed, training)
+        params = _params(candidate, static)
+        site = _site(candidate, code, [static[node] for node in params], products, device, trained)
+        sites.append(site)
+        _insert(traced, candidate, site, params, training)
     if not sites:
         if hint and not left:
             left.append(Fallback("the graph", hint))
@@ -141,20 +141,41 @@ def replace_blocks(
     return sites, traced, left
 
 
+def _params(region: Region, static: Mapping[fx.Node, torch.Tensor]) -> list[fx.Node]:
+    """The params of the region, and then the ids and masks that the block was recognised by but
+    that it does not read."""
+    relied = (node for node in region.inside() if node in static and is_constant(static[node]))
+    return list(dict.fromkeys((*region.params, *relied)))
+
+
+def _site(
+    region: Region,
+    code: Code,
+    weights: Sequence[torch.Tensor],
+    products: Products,
+    device: str,
+    trained: bool,
+) -> BlockSite:
+    operands = [*region.inputs, *region.params]
+    copied = [operands.index(node) for node in choice_tensors(region)]
+    return register_site(
+        *(region.where, code, products, device), trained=trained, params=weights, copied=copied
+    )
+
+
 def _insert(
     traced: fx.GraphModule,
     region: Region,
     site: BlockSite,
-    fixed: Sequence[fx.Node],
+    params: Sequence[fx.Node],
     training: bool,
 ) -> None:
-    """Replaces the region's output by a call of the site. `fixed` are ids and masks that the block
-    was recognised by but that it does not read."""
+    """Replaces the region's output by a call of the site."""
     operators = torch.ops.moec
     with traced.graph.inserting_before(region.output):
         node = traced.graph.call_function(
             operators.block.default if training else operators.block_forward.default,
-            (list(region.inputs), [*region.params, *fixed], site.name),
+            (list(region.inputs), list(params), site.name),
         )
     node.meta = dict(region.output.meta)
     region.output.replace_all_uses_with(node)

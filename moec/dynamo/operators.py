@@ -39,6 +39,16 @@ class PackedParams:
     held: Sequence[torch.Tensor]
 
 
+@dataclass(eq=False)
+class KnownParam:
+    """A param whose values recognition relied on: ids or masks. `position` is that among a site's
+    params, `states` the last state in which its contents were compared."""
+
+    position: int
+    contents: torch.Tensor
+    states: Sequence[tuple[object, ...]] | None = None
+
+
 PACKED: WeakValueDictionary[object, PackedParams] = WeakValueDictionary()
 """By packing and state of the weights; entries live as long as a site that uses them."""
 _PACKING = threading.Lock()
@@ -50,7 +60,10 @@ class BlockSite:
 
     They are packed when it first runs, and again when a weight's version or memory differs. Sites
     of the same layer (for one token and for many, with gradients and without) share them. If
-    experts are `trained`, weights change at every step and are read without packing.
+    experts are `trained`, weights change at every step and are read without packing; so are
+    inference tensors, whose changes PyTorch does not count. `known_params` are the params whose
+    values recognition relied on. `copied` are the positions, in [*inputs, *params], of tensors that
+    may change before the backward pass.
     """
 
     name: str
@@ -58,6 +71,8 @@ class BlockSite:
     products: Products
     device: str
     trained: bool = False
+    known_params: Sequence[KnownParam] = ()
+    copied: Sequence[int] = ()
     executor: Executor | None = None
     bound: Sequence[tuple[object, ...]] = ()
     packed: PackedParams | None = None
@@ -65,10 +80,13 @@ class BlockSite:
 
     def run(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> torch.Tensor:
         """The block's result. Raises RuntimeError if a constant used by recognition has changed."""
-        if self.trained:
+        for param in self.known_params:
+            self._check(param, params[param.position])
+        states = None if self.trained else _states(params)
+        if states is None:
             with torch.no_grad():
                 return self.differentiable([*inputs, *params])
-        executor = self._ready(params)
+        executor = self._ready(params, states)
         main = self.code.package.main
         if main.index_ranges:  # values of inputs; their types are guarded by Dynamo
             names = (port.name for port in main.inputs)
@@ -77,12 +95,9 @@ class BlockSite:
         output: torch.Tensor = result
         return output
 
-    def _ready(self, params: Sequence[torch.Tensor]) -> Executor:
-        now = _states(params)
+    def _ready(self, params: Sequence[torch.Tensor], now: Sequence[tuple[object, ...]]) -> Executor:
         with self.lock:
             if self.executor is None or now != self.bound:
-                if self.executor is not None:
-                    self._check(params, now)
                 packed = _packed(self.code, params, now)
                 if self.executor is None:
                     package = replace(self.code.package, arrays=packed.arrays)
@@ -92,13 +107,16 @@ class BlockSite:
                 self.bound, self.packed = now, packed
             return self.executor
 
-    def _check(self, params: Sequence[torch.Tensor], now: Sequence[object]) -> None:
-        for param, old, new in zip(params, self.bound, now, strict=True):
-            if is_constant(param) and old != new:
-                raise RuntimeError(
-                    f"{self.name}: a buffer of ids or masks changed after the block was compiled "
-                    "with its contents; compile again (torch._dynamo.reset())"
-                )
+    def _check(self, known_param: KnownParam, param: torch.Tensor) -> None:
+        states = _states([param])
+        if states is not None and states == known_param.states:
+            return
+        if not torch.equal(known_param.contents, param):
+            raise RuntimeError(
+                f"{self.name}: a buffer of ids or masks changed after the block was compiled "
+                "with its contents; compile again (torch._dynamo.reset())"
+            )
+        known_param.states = states
 
     def differentiable(
         self, tensors: Sequence[torch.Tensor], *, valued: bool = True
@@ -137,12 +155,13 @@ def _size(dim: Any, sizes: dict[str, Any]) -> Any:
     return sympy.lambdify(names, dim)(*(sizes[name] for name in names))
 
 
-def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
-    """A key of the state of weights: the address, version, shape and strides of each."""
-    return [
-        (p.data_ptr(), None if p.is_inference() else p._version, p.shape, p.stride())
-        for p in params
-    ]
+def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]] | None:
+    """A key of the state of weights: the address, version, shape and strides of each. None where
+    one is an inference tensor, which has no version."""
+    try:
+        return [(p.data_ptr(), p._version, p.shape, p.stride()) for p in params]
+    except RuntimeError:
+        return None
 
 
 SITES: WeakValueDictionary[str, BlockSite] = WeakValueDictionary()
@@ -150,16 +169,28 @@ SITES: WeakValueDictionary[str, BlockSite] = WeakValueDictionary()
 
 
 def register_site(
-    where: str, code: Code, products: Products, device: str, *, trained: bool
+    where: str,
+    code: Code,
+    products: Products,
+    device: str,
+    *,
+    trained: bool,
+    params: Sequence[torch.Tensor] = (),
+    copied: Sequence[int] = (),
 ) -> BlockSite:
-    """A new site. Its name is the same in every process that compiles the same model, so that
-    Inductor's own cache recognises the graph."""
+    """A new site, which is called with the `params`. Its name is the same in every process that
+    compiles the same model, so that Inductor's own cache recognises the graph."""
     stem, count = f"{where}/{code.key[:16]}", 1
     name = stem
     while name in SITES:
         count += 1
         name = f"{stem}#{count}"
-    SITES[name] = site = BlockSite(name, code, products, device, trained)
+    known_params = [
+        KnownParam(position, param.clone())
+        for position, param in enumerate(params)
+        if is_constant(param)
+    ]
+    SITES[name] = site = BlockSite(name, code, products, device, trained, known_params, copied)
     return site
 
 
@@ -228,11 +259,24 @@ def _(
     return [tensor.new_empty(tensor.shape) for tensor, need in pairs if need]
 
 
+# An operator of its own: Inductor removes an `aten.clone`, or computes it after the write.
+choice_copy = torch.library.custom_op(
+    "moec::choice_copy",
+    lambda tensor: tensor.clone(),
+    mutates_args=(),
+    schema="(Tensor x) -> Tensor",
+)
+choice_copy.register_fake(torch.empty_like)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     block_inputs, params, ctx.site = inputs
     ctx.count = len(block_inputs)
-    ctx.needed = [tensor.requires_grad for tensor in (*block_inputs, *params)]
-    ctx.save_for_backward(*block_inputs, *params)
+    tensors = [*block_inputs, *params]
+    ctx.needed = [tensor.requires_grad for tensor in tensors]
+    for position in SITES[ctx.site].copied:
+        tensors[position] = choice_copy(tensors[position])
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:

@@ -202,31 +202,80 @@ def test_autocast_is_refused_with_its_reason() -> None:
         run(torch.randn(2, 3, 16))
 
 
-def test_a_changed_mask_is_refused() -> None:
-    class Offset(Masked):
-        ids: Tensor
+class Offset(Masked):
+    """Compares choices with ids that a buffer holds."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("ids", torch.arange(4))
+    ids: Tensor
 
-        def forward(self, x: Tensor) -> Tensor:
-            rows = x.view(-1, 16)
-            weights, chosen = self.router(rows).softmax(-1).topk(2, -1)
-            y = torch.zeros_like(rows)
-            for expert in range(4):
-                share = ((chosen == self.ids[expert]) * weights).sum(-1, keepdim=True)
-                y = y + (rows @ self.gate[expert].T).relu() @ self.down[expert].T * share
-            return y
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ids", torch.arange(4))
 
-    model = Offset().eval()
-    run = compiled(model)
-    x = torch.randn(2, 3, 16)
-    with torch.no_grad():
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, 16)
+        weights, chosen = self.router(rows).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(rows)
+        for expert in range(4):
+            share = ((chosen == self.ids[expert]) * weights).sum(-1, keepdim=True)
+            y = y + (rows @ self.gate[expert].T).relu() @ self.down[expert].T * share
+        return y
+
+
+@pytest.mark.parametrize("mode", ["inference", "training", "inference tensors"])
+def test_a_changed_mask_is_refused(mode: str) -> None:
+    with (
+        torch.inference_mode(mode == "inference tensors"),
+        torch.set_grad_enabled(mode == "training"),
+    ):
+        model = Offset()
+        run = compiled(model)
+        x = torch.randn(2, 3, 16)
+        torch.testing.assert_close(run(x), model(x).view(-1, 16), **CLOSE)
+        model.load_state_dict(model.state_dict())  # another version, the same ids
         torch.testing.assert_close(run(x), model(x).view(-1, 16), **CLOSE)
         model.ids.copy_(model.ids.flip(0))
         with pytest.raises(RuntimeError, match="ids or masks changed"):
             run(x)
+
+
+def test_changed_inference_tensors_are_seen() -> None:
+    """They have no version: nothing is packed."""
+    with torch.inference_mode():
+        model = Masked()
+        run = compiled(model)
+        x = torch.randn(2, 5, 16)
+        for _ in range(2):
+            torch.testing.assert_close(run(x), model(x), **CLOSE)
+            model.down.mul_(2)
+            model.router.weight.neg_()
+    stats = moec.stats()
+    assert (stats.blocks, stats.packs) == (1, 0)
+
+
+class Tempered(Listed):
+    """A trained number scales the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x) * self.temperature
+        weights, chosen = logits.softmax(-1).topk(2, -1)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            y = y + expert(x) * torch.where(chosen == index, weights, 0).sum(-1, keepdim=True)
+        return y
+
+
+def test_a_number_among_the_weights_may_change() -> None:
+    model, x = Tempered(), torch.randn(5, 16)
+    run = compiled(model)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(run(x), model(x), **CLOSE)
+            model.temperature.mul_(-0.5)
+    assert moec.stats().blocks == 1
 
 
 def test_inductor_takes_the_rest() -> None:

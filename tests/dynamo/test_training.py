@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import moec
 from moec.dynamo import FallbackWarning
@@ -96,6 +97,66 @@ def test_what_an_optimiser_changes_is_never_packed() -> None:
     assert moec.stats().packs == 0
     for actual, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(actual, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Balanced(Masked):
+    """A bias that only the choice of experts reads balances their load, as in DeepSeek-V3."""
+
+    bias: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.zeros(4))
+
+    def balance(self, chosen: Tensor) -> None:
+        load = F.one_hot(chosen, 4).sum((0, 1)).float()
+        self.bias += 0.3 * torch.sign(load.mean() - load)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, 16)
+        scores = self.router(rows).sigmoid()
+        chosen = (scores + self.bias).topk(2, -1).indices
+        weights = scores.gather(1, chosen)
+        y = torch.zeros_like(rows)
+        for expert in range(len(self.gate)):
+            share = ((chosen == expert) * weights).sum(-1, keepdim=True)
+            y = y + (rows @ self.gate[expert].T).relu() @ self.down[expert].T * share
+        with torch.no_grad():
+            self.balance(chosen)
+        return y
+
+
+class Outside(Balanced):
+    """The bias is changed after the forward pass."""
+
+    def balance(self, chosen: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("form", "frozen", "rest"),
+    [(Balanced, False, "inductor"), (Outside, False, "eager"), (Outside, True, "eager")],
+)
+def test_a_bias_of_the_choice_may_change_before_the_backward_pass(
+    form: type[Balanced], frozen: bool, rest: str
+) -> None:
+    model = form()
+    for stack in (model.gate, model.up, model.down):
+        stack.requires_grad_(not frozen)
+    eager = copy.deepcopy(model)
+    run = compiled(model, rest=rest)
+    for _ in range(2):
+        x, grads = torch.randn(2, 5, 16), []
+        for which, forward in ((model, run), (eager, eager)):
+            which.zero_grad()
+            y = forward(x)
+            with torch.no_grad():
+                which.bias += torch.tensor([0.5, -0.5, 1, 0])
+            y.square().sum().backward()
+            grads.append(which.router.weight.grad)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.bias, eager.bias)
+    assert moec.stats().blocks == 1
 
 
 class Stopped(Masked):

@@ -171,7 +171,8 @@ def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
 
 def static_inputs(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
     """The parameters and buffers among the inputs, which keep their memory between calls, without
-    buffers that the graph writes into."""
+    buffers that the graph writes into, and without single floats, such as a temperature: proofs
+    would rely on their values, and these are trained."""
     written = {
         node.args[0] for node in module.graph.nodes if node.target is torch.ops.aten.copy_.default
     }
@@ -180,6 +181,7 @@ def static_inputs(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[fx.Node
         for node, value in zip(_placeholders(module), inputs, strict=True)
         if isinstance(value, torch.Tensor)
         and node not in written
+        and (value.ndim or not value.is_floating_point())
         and (STATIC in node.meta.get("tensor_dict", {}) or isinstance(value, torch.nn.Parameter))
     }
 

@@ -6,7 +6,7 @@ describes values only, cannot represent that, so such a block is left to PyTorch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,16 +39,35 @@ def mostly_trainable(params: Sequence[fx.Node], learning: set[fx.Node]) -> bool:
 def gradient_barrier(traced: fx.GraphModule, region: Region) -> str:
     """The reason why a region's gradient is not that of its values; empty where it is."""
     without = _without_gradient(traced)
-    pending, visited = [region.output], {*region.inputs, *region.params}
-    while pending:  # along floats only: integer choices carry no gradient
+    ends = {*region.inputs, *region.params}
+    for node in _along_floats(region):
+        if node in without and node not in ends:
+            return f"gradients stop at {node.name} inside the block (detach or no_grad)"
+    return ""
+
+
+def choice_tensors(region: Region) -> list[fx.Node]:
+    """The inputs of the graph that the region reads only for the choice of experts, such as a bias
+    that balances their load. No gradient needs them, so that eager allows writes into them before
+    the backward pass."""
+    reached = set(_along_floats(region))
+    nodes = (*region.inputs, *region.params)
+    return [node for node in nodes if node.op == "placeholder" and node not in reached]
+
+
+def _along_floats(region: Region) -> Iterator[fx.Node]:
+    """The nodes through which gradients pass, down to the region's inputs and params: integer
+    choices carry none."""
+    ends = {*region.inputs, *region.params}
+    pending, visited = [region.output], set[fx.Node]()
+    while pending:
         node = pending.pop()
         if node in visited or not _floating(node):
             continue
         visited.add(node)
-        if node in without:
-            return f"gradients stop at {node.name} inside the block (detach or no_grad)"
-        pending += node.all_input_nodes
-    return ""
+        yield node
+        if node not in ends:
+            pending += node.all_input_nodes
 
 
 def _floating(node: fx.Node) -> bool:
