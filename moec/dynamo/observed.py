@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,15 +22,17 @@ from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.earlier_calls.check import earlier_calls
+from moec.dynamo.forwards import previous_forward, replace_forward
 from moec.dynamo.record import Fallback
+from moec.dynamo.structure import ModuleStructure
 from moec.errors import CaptureError, NoMatch
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a module computes of tokens of this rank and dtype, in this mode: in 16 bits, a router
-    may compute in float32. `body` is the graph of an expert, `result` the containers of the
-    module's result."""
+    """What a module of this structure computes of tokens of this rank and dtype, in this mode: in
+    16 bits, a router may compute in float32. `body` is the graph of an expert, `result` the
+    containers of the module's result."""
 
     description: Description
     body: str
@@ -40,6 +41,7 @@ class Observed:
     dtype: torch.dtype
     training: bool
     result: Any
+    structure: ModuleStructure
 
     def covers(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         if len(args) != 1 or kwargs or module.training != self.training:
@@ -49,9 +51,11 @@ class Observed:
             isinstance(tokens, torch.Tensor)
             and tokens.dim() == self.rank
             and tokens.dtype is self.dtype
+            and self.structure.is_that_of(module)
         )
 
 
+_NAME = "observed"
 _OBSERVED = "moec_observed"
 
 
@@ -77,7 +81,7 @@ def observe_experts(
                 settled.append(name)
                 continue
             module.__dict__[_OBSERVED] = _observed(module, call)
-            module.forward = MethodType(forward, module)
+            replace_forward(module, _NAME, forward)
             settled.append(name)
         except NoExperts:
             continue
@@ -97,7 +101,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module that was observed, which is its own for calls of another kind."""
     observed: Observed = self.__dict__[_OBSERVED]
     if not observed.covers(self, args, kwargs):
-        return type(self).forward(self, *args, **kwargs)
+        return previous_forward(self, _NAME, *args, **kwargs)
     replacement = Replacement(self, observed.description, observed.width, observed.body)
     return result_like(observed.result, outputs(replacement, args[0]))
 
@@ -123,6 +127,7 @@ def _observed(module: nn.Module, call: RecordedCall) -> Observed:
         call.args[0].dtype,
         module.training,
         result_like(call.result, leaves),
+        ModuleStructure.of(module),
     )
 
 

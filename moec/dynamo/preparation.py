@@ -12,7 +12,6 @@ model's forward enables the setting for the code that it runs.
 from __future__ import annotations
 
 import re
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moec.capture.export.huggingface import switch_experts
 from moec.dynamo.compiler import backend
+from moec.dynamo.forwards import previous_forward, replace_forward
 from moec.dynamo.observed import is_observed, observe_experts
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.skipped import watch
@@ -44,8 +44,7 @@ def prepare(model: Model, *args: Any, **kwargs: Any) -> Model:
     if args or kwargs:
         RECORDER.fall_back(observe_experts(model, args, kwargs), strict=False)
     if not switched and not is_observed(model):
-        # a copy of the model then binds it to the copy
-        model.forward = MethodType(_PREPARED, model)
+        replace_forward(model, _NAME, _PREPARED)
     return model
 
 
@@ -53,14 +52,15 @@ def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not self.__dict__.get(_UNCAPTURED):
         try:
             with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-                return type(self).forward(self, *args, **kwargs)
+                return previous_forward(self, _NAME, *args, **kwargs)
         except GuardOnDataDependentSymNode as error:
             where = type(self).__name__
             RECORDER.fall_back([Fallback(where, _on_data(error))], strict=False)
             self.__dict__[_UNCAPTURED] = True
-    return type(self).forward(self, *args, **kwargs)
+    return previous_forward(self, _NAME, *args, **kwargs)
 
 
+_NAME = "prepared"
 _UNCAPTURED = "moec_uncaptured"
 """Set on a module where Dynamo fails under the setting: without it, it skips the function."""
 

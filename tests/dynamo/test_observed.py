@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -177,3 +178,101 @@ def test_without_a_call_a_branch_is_left_to_pytorch() -> None:
         message,
     )
     assert sum("cannot capture a branch" in f.reason for f in moec.stats().fallbacks) == 1
+
+
+def _choose_one(block: Numbered) -> None:
+    block.count = 1
+
+
+def _bend(block: Branching) -> None:
+    block.experts[1][1] = nn.Sequential(nn.GELU(), nn.Tanh())
+
+
+def _hook(block: Branching) -> None:
+    block.experts[0].register_forward_hook(lambda module, args, result: 2 * result)
+
+
+def _patch(block: Branching) -> None:
+    block.experts[2].forward = _doubled(block.experts[2].forward)
+
+
+def _doubled(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: 2 * forward(x)
+
+
+def _replace(block: Branching) -> None:
+    block.experts[0] = nn.Identity()
+
+
+def _nest(block: Branching) -> None:
+    """As adapters do: the layer becomes a part of another."""
+    for expert in block.experts:
+        expert[0] = nn.Sequential(expert[0], nn.Linear(24, 24))
+
+
+class Numbered(Branching):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = K
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(self.count, -1)
+        y = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == index)
+            if token.numel():
+                y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+@pytest.fixture(scope="module")
+def numbered() -> Numbered:
+    return moec.prepare(Numbered().eval(), example())
+
+
+@pytest.mark.parametrize("change", [_choose_one, _bend, _hook, _patch, _replace, _nest])
+def test_a_module_that_changed_runs_its_own_forward(
+    numbered: Numbered, change: Callable[[Any], None]
+) -> None:
+    block, x = copy.deepcopy(numbered), example()
+    observed = block.__dict__["moec_observed"]
+    with torch.no_grad():
+        before = block(x)
+        assert observed.covers(block, (x,), {})
+        change(block)
+        assert not observed.covers(block, (x,), {})
+        assert torch.equal(block(x), Numbered.forward(block, x))
+        assert not torch.allclose(block(x), before)
+
+
+@pytest.mark.parametrize("change", [_choose_one, _patch])
+def test_a_change_after_compilation_is_seen(
+    numbered: Numbered, change: Callable[[Any], None]
+) -> None:
+    block, x = copy.deepcopy(numbered), example()
+    run = compiled(block)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), Numbered.forward(block, x), **CLOSE)
+        change(block)
+        with pytest.warns(FallbackWarning):
+            torch.testing.assert_close(run(x), Numbered.forward(block, x), **CLOSE)
+    assert moec.stats().blocks == 1
+
+
+def test_a_forward_of_the_instance_is_kept() -> None:
+    """accelerate sets one."""
+    model, x = Listed().eval(), torch.randn(5, D)
+    expected = model(x)
+    for _ in range(2):
+        model.forward = _doubled(model.forward)
+        expected = 2 * expected
+        assert torch.equal(moec.prepare(moec.prepare(model))(x), expected)
+
+
+def test_preparing_with_a_call_after_preparing_without_one() -> None:
+    block, x = moec.prepare(Branching().eval()), example()
+    moec.prepare(moec.prepare(block, x))
+    assert is_observed(block)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), Branching.forward(block, x), **CLOSE)
+        torch.testing.assert_close(block(x[None]), Branching.forward(block, x[None]), **CLOSE)
