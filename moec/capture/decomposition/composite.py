@@ -21,7 +21,7 @@ WHOLE = frozenset(
         "aten.softmax.int",
         "aten.log_softmax.int",
         "aten.matmul.default",
-        "aten.linalg_vector_norm.default",  # decomposed since torch 2.15
+        "aten.linalg_vector_norm.default",  # decomposed since torch 2.14
     }
 )
 """Operators that are kept, because moec has kernels for them."""

@@ -14,7 +14,7 @@ from moec.capture.speculate.trace import trace
 from moec.capture.user_code.probe import SpeculationProbe
 
 TESTED = "2.13 to 2.15"
-"""The versions of torch with which the tests of moec pass."""
+"""Versions of torch; docs/install.md lists which tests pass with each."""
 
 
 @cache
