@@ -1,8 +1,8 @@
 """Rules for ops along an axis of masked rows, whose result needs no places of rows.
 
 The rows outside of the mask get the neutral element of the op: 0 in a sum, -inf in a softmax. A
-mean or a variance divides by the number of rows in the mask. Extremes have no rule: they fail where
-no row is in the mask, as an expert without tokens has none.
+mean or a variance divides by the number of rows in the mask. An extreme needs a row that is always
+there: it fails where no row is in the mask, as an expert without tokens has none.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ def _if_along_rows(rule: Rule) -> Rule:
 def _all_rows(neutral: Any, node: Any, x: Rows, *args: Any, **kwargs: Any) -> Any:
     """An op that gives one result for all rows."""
     return node.target(x.filled(neutral), *args, **kwargs)
+
+
+def _extreme(neutral: Any, node: Any, x: Rows, *args: Any, **kwargs: Any) -> Any:
+    if not x.nonempty:
+        raise Unmasked("the greatest or least of rows that data choose, which may be none")
+    return _all_rows(neutral, node, x, *args, **kwargs)
 
 
 def _each_row(neutral: Any, node: Any, x: Rows, *args: Any, **kwargs: Any) -> Any:
@@ -87,6 +93,8 @@ _RULES: dict[str, Rule] = {
     "var": _var,
     "linalg_vector_norm": _norm,
     "prod": partial(_all_rows, 1),
+    "amax": partial(_extreme, -torch.inf),
+    "amin": partial(_extreme, torch.inf),
     "any": partial(_all_rows, False),
     "all": partial(_all_rows, True),
     "cumsum": partial(_each_row, 0),

@@ -191,7 +191,23 @@ def scatter_reduce(
 
 
 def cat(node: Any, parts: Sequence[Any], dim: int = 0) -> Any:
-    """Concatenation of consecutive parts of all rows: each row is in one of them."""
+    """Concatenation of consecutive parts of all rows, in which each row is in one of them; or of
+    some rows and rows that are always there."""
+    selections = [part for part in parts if isinstance(part, Rows)]
+    if (
+        len(selections) == 1
+        and len(parts) > 1
+        and selections[0].axis == dim % selections[0].tensor.ndim
+    ):
+        tensors = [part.tensor if isinstance(part, Rows) else part for part in parts]
+        masks = [
+            part.mask if isinstance(part, Rows) else torch.ones(part.shape[dim], dtype=torch.bool)
+            for part in parts
+        ]
+        lengths = [part.shape[dim] for part in parts if not isinstance(part, Rows)]
+        nonempty = any(type(length) is int and length > 0 for length in lengths)
+        axis = selections[0].axis
+        return Rows(torch.cat(tensors, dim), torch.cat(masks), axis, nonempty=nonempty)
     if not all(isinstance(part, Rows) and part.axis == dim for part in parts):
         return NotImplemented
     total, mask = parts[0].zeroed(), parts[0].mask
@@ -239,7 +255,7 @@ def names_of(node: torch.fx.Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
-_ALONG = "sort topk argsort argmax argmin amax amin max min flip roll".split()
+_ALONG = "sort topk argsort argmax argmin max min flip roll".split()
 
 RULES: dict[str, Rule] = {
     "split_with_sizes": split_with_sizes,

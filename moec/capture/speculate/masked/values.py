@@ -19,12 +19,14 @@ class Unmasked(Exception):
 @dataclass
 class Rows:
     """The rows of `tensor` along `axis` that are set in `mask`, in order. With `identity`, the
-    values are the positions of all rows, so that indexing with them changes no row."""
+    values are the positions of all rows, so that indexing with them changes no row. `nonempty`
+    where a row is always set."""
 
     tensor: torch.Tensor
     mask: torch.Tensor
     axis: int = 0
     identity: bool = False
+    nonempty: bool = False
 
     def zeroed(self) -> torch.Tensor:
         """The tensor with zeros in the rows that are not set in the mask."""

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from moec.capture.speculate.facts.following import follow
 from moec.capture.speculate.operators.counting import COUNTING
 from moec.capture.speculate.operators.evaluation import EVALUATION
+from moec.capture.speculate.operators.extremes import EXTREMES
 from moec.capture.speculate.operators.hooks import Hooks, Trace
 from moec.capture.speculate.operators.reading import READING
 from moec.capture.speculate.operators.scattering import SCATTERING
@@ -21,7 +22,16 @@ from moec.capture.speculate.operators.slicing import SLICING
 from moec.capture.speculate.operators.writing import WRITING
 from moec.capture.user_code.shadows import python_type
 
-_HOOKS: Hooks = {**READING, **COUNTING, **SIZING, **SLICING, **WRITING, **SCATTERING, **EVALUATION}
+_HOOKS: Hooks = {
+    **READING,
+    **COUNTING,
+    **SIZING,
+    **SLICING,
+    **WRITING,
+    **SCATTERING,
+    **EVALUATION,
+    **EXTREMES,
+}
 
 _IN_PLACE = frozenset(
     "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
