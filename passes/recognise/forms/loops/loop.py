@@ -18,10 +18,9 @@ may share the expert's result.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import permutations
 
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
@@ -38,119 +37,20 @@ from moec.passes.recognise.forms.branches.unrolled_experts import (
     number_of,
     read_branch,
     selected_by,
-    signature,
 )
+from moec.passes.recognise.forms.loops.chains import Chain, chains
 from moec.passes.recognise.forms.loops.limited_rows import limit, overwritten, passed_through
 from moec.passes.recognise.forms.loops.masks_of_experts import open_experts
-from moec.passes.recognise.forms.loops.zero_experts import chosen, zero_experts
+from moec.passes.recognise.forms.loops.zero_experts import zero_experts
 from moec.passes.recognise.forms.stacks import batched
 from moec.passes.recognise.reading.block import Candidate, Proposal, Zero
-from moec.passes.recognise.reading.opnames import ADDS, CHOOSES, SPREAD
-from moec.passes.recognise.reading.rows import Reader
-from moec.passes.recognise.region import Scope, choices, chooses
+from moec.passes.recognise.reading.opnames import ADDS, SPREAD
+from moec.passes.recognise.region import Scope, choices
 from moec.passes.recognise.routers.evidence import Evidence
 from moec.passes.recognise.routers.expert_ids import chosen_among
 from moec.passes.recognise.routers.routing import hypotheses
 
 FORM = "static loop"
-
-
-@dataclass(frozen=True)
-class Chain:
-    start: Value | None  # None: the sum starts from zero
-    links: tuple[tuple[Op, Value], ...]
-    kind: tuple[str, ...] | None
-    zero: tuple[tuple[Op, Value], ...] = ()  # links of experts without a network
-
-    @property
-    def last(self) -> Op:
-        return (*self.links, *self.zero)[-1][0]
-
-
-def chains(scope: Scope) -> dict[Op, Chain]:
-    """Sums of at least two branches of one kind, by their last op."""
-    tails: dict[Value, Chain] = {}
-    kinds: dict[Value, tuple[str, ...] | None] = {}
-    reader = Reader(scope)
-
-    def kind(value: Value) -> tuple[str, ...] | None:
-        if value not in kinds:
-            kinds[value] = signature(scope, branch_ops(scope, value))
-        return kinds[value]
-
-    ended: dict[Op, Chain] = {}
-    for op in scope.graph.ops:
-        if op.name in ADDS:
-            pairs = [(op.inputs[0], added_to_rows(scope, op))]
-        elif op.name == CHOOSES:
-            pairs = [(op.inputs[2], op.inputs[1])]
-        elif op.name == "aten.add.Tensor" and "alpha" not in op.attrs:
-            if len(op.inputs) == 1:
-                pairs = []
-                if op.attrs.get("other") in (0, 0.0) and kind(op.inputs[0]):
-                    link = ((op, op.inputs[0]),)
-                    tails[op.outputs[0]] = Chain(None, link, kind(op.inputs[0]))
-            else:
-                a, b = op.inputs
-                pairs = [(a, b), (b, a)]
-        else:
-            continue
-        for before, added in pairs:
-            chain = tails.get(before)
-            if chain is not None and chain.kind == kind(added) and not chain.zero:
-                grown = replace(chain, links=(*chain.links, (op, added)))
-            elif (
-                chain is not None
-                and chain.kind
-                and len(chain.links) > 1
-                and chosen(scope, op, added)
-            ):
-                grown = replace(chain, zero=(*chain.zero, (op, added)))
-            else:
-                continue
-            tails[op.outputs[0]] = ended[op] = grown
-            ended.pop(chain.last, None)
-            break
-        else:
-            if not pairs:
-                continue
-            before, added = pairs[0]
-            if op.name == "aten.add.Tensor" and kind(before) and kind(before) == kind(added):
-                both = ((op, before), (op, added))
-                tails[op.outputs[0]] = ended[op] = Chain(None, both, kind(added))
-                continue
-            for before, added in pairs:
-                if kind(added):
-                    start = None if reader.is_zeros(before) else before
-                    tails[op.outputs[0]] = Chain(start, ((op, added),), kind(added))
-                    break
-    return {op: chain for op, chain in ended.items() if weighed(scope, chain)}
-
-
-def added_to_rows(scope: Scope, op: Op) -> Value:
-    """The value that `op` adds to the rows that it writes. `out[t] += y` is exported as `out[t] =
-    out[t] + y`: for that form it is y, for others the written value."""
-    before, *indices, values = op.inputs
-    total = scope.made_by(values, "aten.add.Tensor")
-    if op.attrs.get("accumulate") or total is None or "alpha" in total.attrs:
-        return values
-    if len(total.inputs) == 1:  # a number is added
-        return values
-    for picked, added in permutations(total.inputs):
-        read = scope.made_by(picked, "aten.index.Tensor")
-        if read is not None and read.inputs == (before, *indices):
-            return added
-    return values
-
-
-def weighed(scope: Scope, chain: Chain) -> bool:
-    """Whether a choice of experts weights or selects the branches; in other sums of layers it does
-    not."""
-    op, value = chain.links[-1]
-    if op.name in (*ADDS, CHOOSES) or chooses(scope, value):
-        return True
-    product = scope.made_by(scope.behind_casts(value), "aten.mul.Tensor")
-    return product is not None and any(v.shape[-1:] == (1,) for v in product.inputs)
 
 
 def goes_on(scope: Scope, anchor: Op, evidence: Evidence) -> bool:
@@ -226,43 +126,25 @@ def read_family(scope: Scope, chain: Chain) -> Family:
 
 
 def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
+    """Blocks of the experts of a chain, whose result is that of `anchor`: by a choice of experts,
+    or by masks that open them. Raises NoMatch, with the reason, where there is neither."""
     experts = read_family(scope, chain)
     first, count = experts.first, len(experts.branches)
     x = first.reader.x
     assert x is not None
-    uses = {role: list(values) for role, values in first.reader.uses.items()}
-    for op in first.ops:
-        if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
-            uses.setdefault("ids", []).append(op.inputs[0])
+    uses = uses_of(first)
     if chain.start is None and scope.made_by(scope.source_of(x), *SPREAD) is not None:
         yield from one_slot_a_row(scope, anchor, experts, uses)
     zero = zero_experts(scope, chain.zero, count, x) if chain.zero else None
-    others = zero.kinds if zero is not None else ()
     copies = overwritten(scope, chain.start, chain.links, x)
     if anchor is not chain.last:
         copies = Zero(("copy",))
     start = () if chain.start is None or copies is not None else (chain.start,)
-    output = anchor.outputs[0]
-    evidence = Evidence(
-        {role: tuple(dict.fromkeys(values)) for role, values in uses.items()},
-        count + len(others),
-        product(x.shape[:-1]),
-        product(output.shape[:-1]),
-        output,
-        (first.reader.root, *start),
-    )
-    among = chosen_among(scope, evidence)
-    evidence = replace(evidence, open=among is None)
-    if among is not None and among > evidence.experts:
-        if zero is None and goes_on(scope, anchor, evidence):
-            raise NoMatch(
-                f"only {count} of the {among} experts that the router chooses among are alike"
-            )
-        evidence = replace(evidence, experts=among)  # those without a link add nothing
+    evidence = evidence_of(scope, anchor, experts, uses, zero, start)
     limited = limit(scope, [v for op, _ in chain.links for _, v in selected_by(op)])
     block = partial(
         Proposal,
-        output=output,
+        output=anchor.outputs[0],
         x=x,
         num_experts=count,
         stacks=experts.stacks,
@@ -304,3 +186,44 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             )
     if no_choice is not None:
         raise no_choice
+
+
+def uses_of(branch: Branch) -> dict[str, list[Value]]:
+    """What a branch reads beside its rows, by role; ids are compared with its number."""
+    uses = {role: list(values) for role, values in branch.reader.uses.items()}
+    for op in branch.ops:
+        if op.name in ("aten.eq.Scalar", "aten.eq.Tensor"):
+            uses.setdefault("ids", []).append(op.inputs[0])
+    return uses
+
+
+def evidence_of(
+    scope: Scope,
+    anchor: Op,
+    experts: Family,
+    uses: Mapping[str, Sequence[Value]],
+    zero: Zero | None,
+    start: tuple[Value, ...],
+) -> Evidence:
+    """What the block says of its router. Experts of the router without a link add nothing. Raises
+    NoMatch where experts of another kind are added to the result."""
+    first, count, output = experts.first, len(experts.branches), anchor.outputs[0]
+    x = first.reader.x
+    assert x is not None
+    evidence = Evidence(
+        {role: tuple(dict.fromkeys(values)) for role, values in uses.items()},
+        count + (len(zero.kinds) if zero is not None else 0),
+        product(x.shape[:-1]),
+        product(output.shape[:-1]),
+        output,
+        (first.reader.root, *start),
+    )
+    among = chosen_among(scope, evidence)
+    evidence = replace(evidence, open=among is None)
+    if among is None or among <= evidence.experts:
+        return evidence
+    if zero is None and goes_on(scope, anchor, evidence):
+        raise NoMatch(
+            f"only {count} of the {among} experts that the router chooses among are alike"
+        )
+    return replace(evidence, experts=among)
