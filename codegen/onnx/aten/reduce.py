@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -40,13 +41,24 @@ def _reduce(kind: str, c: Call) -> str:
 
 for _kind, _names in {
     "ReduceSum": ("sum", "sum.dim_IntList"),
-    "ReduceMean": ("mean", "mean.dim"),
     "ReduceMax": ("amax", "max"),
     "ReduceMin": ("amin", "min"),
     "ReduceProd": ("prod", "prod.dim_int"),
     "ReduceLogSumExp": ("logsumexp",),
 }.items():
     build(*_names)(partial(_reduce, _kind))
+
+
+@build("mean", "mean.dim")
+def mean(c: Call) -> str:
+    """Of no elements it is NaN; ReduceMean gives 0 in ONNX Runtime."""
+    value: Value = c["self"]
+    x = c.read(value, c.out.dtype)
+    sizes = [value.shape[d] for d in _axes(c, _argument(c, "dim", None))]
+    if all(isinstance(size, int) and size for size in sizes):
+        return _reduced("ReduceMean", c, x)
+    count = c.w.cast(c.w.scalar(math.prod(sizes)), "i64", c.out.dtype)
+    return c.w("Div", _reduced("ReduceSum", c, x), count)
 
 
 @build("any", "any.dim", "any.dims", "all", "all.dim", "all.dims")

@@ -12,7 +12,7 @@ from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.profiles import PROFILES
 from moec.errors import UnsupportedError
 from tests.codegen.loops.test_ops import GROUPS, Many, inputs
-from tests.codegen.onnx.running import running
+from tests.codegen.onnx.running import agree, program, running
 
 ABSENT = {
     "shift": "operator aten.__lshift__.Scalar has no ONNX form",
@@ -71,18 +71,38 @@ def test_equals_torch(group: str, opset: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ABSENT)
 def test_refused(name: str) -> None:
     (group,) = [group for group, cases in GROUPS.items() if name in cases]
-    program = captured([name], group).program
+    graph = captured([name], group).program.graph
     with pytest.raises(UnsupportedError) as error:
-        lower(program.graph, PROFILES["portable"], 23)
+        lower(graph, PROFILES["portable"], 23)
     assert ABSENT[name] in str(error.value)
     assert str(error.value).startswith("the model cannot be exported to ONNX:\n")
 
 
 def test_everything_is_refused_at_once() -> None:
-    program = captured(["cumulative maximum", "variance"], "reductions").program
+    graph = captured(["cumulative maximum", "variance"], "reductions").program.graph
     with pytest.raises(UnsupportedError) as error:
-        lower(program.graph, PROFILES["portable"], 23)
+        lower(graph, PROFILES["portable"], 23)
     message = str(error.value)
     assert "aten.cummax.default" in message
     assert "aten.var.correction" in message
     assert "(1 time: at " in message
+
+
+MEANS = """
+graph means(x: f32[T, 4]) {
+  size T in [0, inf]
+  a: f32[] = aten.mean.default(x)
+  b: f32[4] = aten.mean.dim(x) <dim=(0), keepdim=false>
+  c: f32[1, 1] = aten.mean.dim(x) <dim=(0, 1), keepdim=true>
+  d: f32[T] = aten.mean.dim(x) <dim=(1), keepdim=false>
+  return a, b, c, d
+}
+"""
+
+
+def test_means_of_no_tokens_are_nan(tmp_path: Path) -> None:
+    """Such as that of a loss over the tokens; ONNX Runtime's ReduceMean gives 0."""
+    means = program(MEANS)
+    run = running(means, tmp_path)
+    for tokens in (0, 1, 5):
+        agree(means, run, [torch.randn(tokens, 4)])
