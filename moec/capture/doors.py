@@ -24,6 +24,7 @@ from moec.capture.capture import capture
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.check import earlier_calls
 from moec.capture.pt2 import check_archive
+from moec.capture.python_values.reach import values_kept
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, UsageError
 from moec.files.checkpoint import CONFIG
@@ -89,7 +90,7 @@ def capture_source(
         return run()
     example = example_of(source)
     earlier = earlier_calls(example.module, source.args, source.kwargs)
-    with earlier.undone():
+    with values_kept(example.module):
         captured = capture_described(example, run, declared, observed)
     return replace(
         captured,

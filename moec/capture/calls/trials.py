@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moec.capture.calls.attributes import attributes_kept
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.process_state import PROCESS_STATE
+from moec.capture.python_values.reach import values_kept
 
 _SIZES_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
@@ -65,7 +65,7 @@ class Trials:
             torch.no_grad(),
             warnings.catch_warnings(),
             quiet(),
-            attributes_kept(self.call),
+            values_kept(self.call),
             Undone(),
         ):
             warnings.simplefilter("ignore")

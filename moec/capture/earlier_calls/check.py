@@ -18,7 +18,8 @@ from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.calls.trials import Undone, quiet
 from moec.capture.earlier_calls.clocks import always_changes, clocks_unread
 from moec.capture.earlier_calls.earlier_value import Decisions, EarlierValue, reads
-from moec.capture.earlier_calls.slots import MISSING, Slot, snapshot
+from moec.capture.python_values.reach import snapshot, values_kept
+from moec.capture.python_values.slots import MISSING, Slot
 from moec.capture.speculate.sites import Site
 from moec.capture.user_code.sources import is_internal, is_standard
 from moec.errors import CaptureError
@@ -31,23 +32,11 @@ class EarlierCalls:
     module: torch.nn.Module
     slots: Sequence[Slot]
 
-    @contextmanager
-    def undone(self) -> Iterator[None]:
-        """On leaving, the module's Python values are what they were on entering."""
-        before = snapshot(self.module) if self.slots else None
-        try:
-            yield
-        finally:
-            if before is not None:
-                before.restore(snapshot(self.module))
-
     def without_traces(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`, which calls the module, without what its calls leave."""
-        if not self.slots:
-            return run
 
         def undone(*tensors: torch.Tensor) -> Any:
-            with self.undone():
+            with values_kept(self.module):
                 return run(*tensors)
 
         return undone

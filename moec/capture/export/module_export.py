@@ -12,7 +12,6 @@ import torch._dynamo.config as dynamo_config
 import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 
-from moec.capture.calls.attributes import attributes_kept
 from moec.capture.calls.call import PREFIX, ModuleCall, casts_done
 from moec.capture.calls.states import States
 from moec.capture.calls.trials import quiet
@@ -23,6 +22,7 @@ from moec.capture.guards.guards import located
 from moec.capture.linear_attention.lightning import lightning_as_ops
 from moec.capture.linear_attention.scans import scans_as_ops
 from moec.capture.proof.agreement import Eager
+from moec.capture.python_values.reach import values_kept
 from moec.capture.size_functions.float_ranges import float_ranges_known
 from moec.capture.size_functions.literals import floats_symbolic
 from moec.capture.size_functions.numbers import export_keeping_sizes
@@ -58,7 +58,7 @@ def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
     """Export `module` with the tensors of `general`. Raises what torch.export raises."""
     with (
         torch.no_grad(),
-        attributes_kept(module),
+        values_kept(module),
         experts_as_ops(module),
         scans_as_ops(module),
         lightning_as_ops(module),

@@ -1,16 +1,16 @@
-"""The places outside tensors where the code of a module can keep values between calls.
+"""Where the Python values of a module live: what its code can keep between calls.
 
-They are the attributes of its submodules and classes, the elements of containers and objects in
-them, and the globals and closures that its methods and functions name.
+They are the attributes and buffers of its submodules, the attributes of its classes, the elements
+of containers and objects in them, and the globals and closures that its methods and functions name.
 """
 
 from __future__ import annotations
 
 import inspect
-import operator
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -18,143 +18,45 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from moec.capture.calls.attributes import HOOKS
-from moec.capture.earlier_calls.earlier_value import EarlierValue
+from moec.capture.python_values.slots import TEXTUAL, Slot, Snapshot, attributes_of
 from moec.capture.user_code.sources import is_internal, is_standard
 
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
-_TEXTUAL = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, range)
+_TABLES = {"_buffers"} | {name for name in _OF_TORCH if name.endswith("_hooks")}
+"""Tables of torch that go back. A first call of transformers' models adds hooks and sets an
+attribute that says so; both go back together, or the next call would add them twice. Parameters and
+submodules stay as a forward leaves them: modules are cast and filled."""
 _NUMPY = str(Path(np.__file__ or "").parent)
 _TRANSFORMERS = "site-packages/transformers/"
 """The code of transformers keeps values in its modules' attributes, if anywhere. To search what all
 its functions name takes half a second."""
 _TYPES_OF_PYTHON = ("types", "argparse", "collections")
 _CONTAINERS = (list, deque, set, dict, defaultdict, OrderedDict, Counter, np.ndarray)
-MISSING = object()
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One place: `kind` is "attribute", "item" (of a container), "global" or "cell". `words` names
-    it for a message."""
-
-    owner: Any
-    key: Any
-    kind: str
-    words: str
-
-    def put(self, value: Any) -> None:
-        """Fills the slot; MISSING empties it."""
-        if self.kind == "cell":
-            self.owner.cell_contents = value
-        elif value is MISSING:
-            self._remove()
-        elif self.kind in ("item", "global"):
-            self.owner[self.key] = value
-        elif isinstance(self.owner, type):
-            setattr(self.owner, self.key, value)
-        else:
-            _attributes(self.owner)[self.key] = value
-
-    def _remove(self) -> None:
-        if isinstance(self.owner, type):
-            delattr(self.owner, self.key)
-        elif self.kind == "global":
-            self.owner.pop(self.key, None)
-        else:
-            _attributes(self.owner).pop(self.key, None)
-
-
-@dataclass
-class Snapshot:
-    """What all slots hold, by owner and key, and copies of the containers' elements.
-
-    `values` has (slot, value); containers are compared by their copies.
-    """
-
-    values: dict[tuple[int, Any], tuple[Slot, Any]] = field(default_factory=dict)
-    contents: dict[int, tuple[Any, Any]] = field(default_factory=dict)
-
-    def changed(self, later: Snapshot) -> list[Slot]:
-        """The slots that hold something else in `later`, or did not exist before it."""
-        return [
-            slot
-            for key, (slot, value) in later.values.items()
-            if key not in self.values or not self._agrees(self.values[key][1], value, later)
-        ]
-
-    def _agrees(self, value: Any, other: Any, later: Snapshot) -> bool:
-        if id(value) in self.contents and value is other:
-            before, after = self.contents[id(value)][1], later.contents[id(value)][1]
-            if isinstance(before, np.ndarray):
-                return bool(np.array_equal(before, after))
-            if isinstance(before, set):
-                return bool(before == after)
-            keys = isinstance(before, dict)
-            return list(before) == list(after) if keys else len(before) == len(after)
-        return _equal(value, other)
-
-    def restore(self, later: Snapshot) -> None:
-        """Gives every slot that changed what it held here."""
-        for container, copy in self.contents.values():
-            if not _holds(container, copy):
-                _refill(container, copy)
-        for key, (slot, value) in later.values.items():
-            if key not in self.values and slot.kind in ("attribute", "global"):
-                slot.put(MISSING)
-            elif key in self.values and slot.kind != "item" and self.values[key][1] is not value:
-                slot.put(self.values[key][1])
-        for key, (slot, value) in self.values.items():
-            if key not in later.values and slot.kind == "attribute":
-                slot.put(value)
-
-
-def _equal(value: Any, other: Any) -> bool:
-    if value is other:
-        return True
-    if type(value) is not type(other):
-        return False
-    if isinstance(value, tuple):
-        return len(value) == len(other) and all(map(_equal, value, other))
-    return isinstance(value, _TEXTUAL) and repr(value) == repr(other)
-
-
-def _holds(container: Any, copy: Any) -> bool:
-    """Whether a container has the very elements of a copy of it."""
-    if isinstance(container, np.ndarray):
-        return bool(np.array_equal(container, copy))
-    if len(container) != len(copy):
-        return False
-    if isinstance(container, dict):
-        return all(key in container and container[key] is copy[key] for key in copy)
-    if isinstance(container, set):
-        return bool(container == copy)
-    return all(map(operator.is_, container, copy))
-
-
-def _refill(container: Any, copy: Any) -> None:
-    if isinstance(container, np.ndarray):
-        container[...] = copy
-    elif isinstance(container, list):
-        container[:] = copy
-    elif isinstance(container, deque):
-        container.clear()
-        container.extend(copy)
-    else:
-        container.clear()
-        container.update(copy)
+@contextmanager
+def values_kept(module: torch.nn.Module) -> Iterator[None]:
+    """On leaving, the Python values, buffers and hooks of `module` are those of entering."""
+    before = snapshot(module)
+    try:
+        yield
+    finally:
+        before.restore(snapshot(module))
 
 
 def snapshot(module: torch.nn.Module) -> Snapshot:
     """What all slots that the code of `module` can reach hold now."""
     walk = _Walk(Snapshot())
     for name, part in module.named_modules():
+        if isinstance(part, LazyModuleMixin):
+            continue
         path = f"self.{name}" if name else "self"
         for key, value in list(vars(part).items()):
             if key not in _OF_TORCH:
                 walk.slot(part, key, "attribute", f"{path}.{key}", value)
-            elif key in HOOKS:
+            elif key in _TABLES:
                 walk.snapshot.contents[id(value)] = (value, value.copy())
         for kind in type(part).__mro__:
             walk.type(kind)
@@ -171,8 +73,8 @@ class _Walk:
         self.value(value, words)
 
     def value(self, value: Any, words: str) -> None:
-        if type(value) is EarlierValue or isinstance(value, _TEXTUAL):
-            return
+        if type(value) is not value.__class__ or isinstance(value, TEXTUAL):
+            return  # a value in place of another shows nothing of it
         if isinstance(value, FunctionType):
             self.function(value)
         elif isinstance(value, type):
@@ -185,7 +87,7 @@ class _Walk:
             self.value(value.__func__, words)
             self.value(value.__self__, words)
         elif _of_user(type(value)) or type(value).__module__ in _TYPES_OF_PYTHON:
-            for key, held in list(_attributes(value).items()):
+            for key, held in list(attributes_of(value).items()):
                 self.slot(value, key, "attribute", f"{words}.{key}", held)
             for kind in type(value).__mro__:
                 self.type(kind)
@@ -246,15 +148,6 @@ class _Walk:
         before = id(value) in self.visited
         self.visited[id(value)] = value
         return before
-
-
-def _attributes(value: Any) -> dict[str, Any]:
-    """The attributes that an object has itself, also where its class invents others."""
-    try:
-        held = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        return {}
-    return held if isinstance(held, dict) else {}
 
 
 def _names(code: CodeType) -> Iterator[str]:
