@@ -23,8 +23,8 @@ from moec.capture.behaviour.door import Declared, Described, ModelExample, captu
 from moec.capture.capture import capture
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.check import earlier_calls
+from moec.capture.earlier_calls.unread import capture_unread
 from moec.capture.pt2 import check_archive
-from moec.capture.python_values.reach import values_kept
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, UsageError
 from moec.files.checkpoint import CONFIG
@@ -89,14 +89,12 @@ def capture_source(
             raise UsageError(f"{source.name} is a graph already: nothing is left to describe")
         return run()
     example = example_of(source)
-    earlier = earlier_calls(example.module, source.args, source.kwargs)
-    with values_kept(example.module):
-        captured = capture_described(example, run, declared, observed)
-    return replace(
-        captured,
-        notes=(*source.notes, *captured.notes),
-        eager=earlier.without_traces(captured.eager),
+    example.module.eval()
+    captured = capture_unread(
+        earlier_calls(example.module, source.args, source.kwargs),
+        partial(capture_described, example, run, declared, observed),
     )
+    return replace(captured, notes=(*source.notes, *captured.notes))
 
 
 def traceable(source: Source) -> bool:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from moec.capture.behaviour.door import ModelExample
 from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall
@@ -21,11 +23,16 @@ from moec.capture.behaviour.layer.parts import may_hold_experts
 from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
+from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.earlier_calls.check import earlier_calls
+from moec.capture.earlier_calls.histories import changing_with_inputs
+from moec.capture.earlier_calls.runs import words_of
+from moec.capture.python_values.reach import values_kept
 from moec.dynamo.forwards import previous_forward, replace_forward
 from moec.dynamo.record import Fallback
 from moec.dynamo.structure import ModuleStructure
 from moec.errors import CaptureError, NoMatch
+from moec.interpret.resized import resize_axis
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ def observe_experts(
     """Replaces the forward of each module that holds experts, that Dynamo cannot capture, and that
     is recognised by its behaviour. Returns the others that Dynamo cannot capture, with reasons."""
     modules = {name: part for name, part in model.named_modules() if may_hold_experts(part)}
-    calls = ModelExample(model, args, kwargs).record(list(modules))
+    with values_kept(model):
+        calls = ModelExample(model, args, kwargs).record(list(modules))
     settled: list[str] = []
     refusals = []
     for name in reversed(modules):
@@ -112,10 +120,18 @@ def _observed(module: nn.Module, call: RecordedCall) -> Observed:
     if len(call.args) != 1 or call.kwargs:
         raise NoMatch("it is called with other arguments than its tokens, or by keyword")
     try:
-        earlier_calls(module, call.args, call.kwargs)
+        earlier = earlier_calls(module, call.args, call.kwargs)
+        if earlier.slots:
+            raise NoMatch(
+                f"its calls set {words_of(earlier.slots)}, which a description does not do; return "
+                "the value, or set it only where the module is training"
+            )
+        with PROCESS_STATE:
+            changing_with_inputs(earlier, partial(_leaves, module), _inputs(call.args[0]))
+        with earlier.unread():
+            description = recognise(module, arguments).description
     except CaptureError as why:
         raise NoMatch(" ".join(str(why).split("\n")[:2])) from None
-    description = recognise(module, arguments).description
     assert description is not None
     replacement = Replacement(module, description, arguments.shape[-1])
     leaves = [None] * len(description.outputs)
@@ -131,11 +147,23 @@ def _observed(module: nn.Module, call: RecordedCall) -> Observed:
     )
 
 
+def _leaves(module: nn.Module, tokens: torch.Tensor) -> list[Any]:
+    return tree_leaves(module(tokens))
+
+
+def _inputs(tokens: torch.Tensor) -> list[Sequence[torch.Tensor]]:
+    """The tokens, more of them with large values, and one with its signs changed."""
+    axis = max(tokens.ndim - 2, 0)
+    more = resize_axis(tokens, axis, 2 * tokens.shape[axis] + 3) * 30
+    return [[more], [tokens], [-resize_axis(tokens, axis, 1)]]
+
+
 def _captured(module: nn.Module, call: RecordedCall) -> bool:
     """Whether Dynamo makes one graph of the module, as it does in a prepared model."""
     dynamo: Any = torch._dynamo  # it has no types
     try:
-        with dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        patch = dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+        with values_kept(module), patch, torch.no_grad():
             dynamo.export(module)(*call.args, **call.kwargs)
     except Exception:  # its errors have no common class; the module's own are those of eager
         return False

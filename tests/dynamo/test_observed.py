@@ -276,3 +276,36 @@ def test_preparing_with_a_call_after_preparing_without_one() -> None:
     with torch.no_grad():
         torch.testing.assert_close(block(x), Branching.forward(block, x), **CLOSE)
         torch.testing.assert_close(block(x[None]), Branching.forward(block, x[None]), **CLOSE)
+
+
+class Storing(Branching):
+    """Stores what a training loop reads after the call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.aux_loss = y.square().mean()
+        return y
+
+
+class FirstLength(Branching):
+    """Its first call's length decides what later calls compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = 1 / x.shape[-2]
+        return super().forward(x) * self.scale
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Storing, "its calls set self.aux_loss, which a description does not do"),
+        (FirstLength, "its result depends on what an earlier call left in self.scale"),
+    ],
+)
+def test_modules_with_state_keep_their_forward(kind: type[nn.Module], reason: str) -> None:
+    module = kind().eval()
+    with pytest.warns(FallbackWarning, match=reason):
+        moec.prepare(module, torch.randn(6, D))
+    assert not is_observed(module)
+    assert not hasattr(module, "scale")

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from moec.capture.calls.constants import constants_computed
 from moec.capture.calls.rope_index import positions_as_tensors
+from moec.capture.python_values.traced_counts import as_traced
 from moec.errors import CaptureError
 from moec.interpret.outputs import Structure, checked, flatten
 
@@ -78,7 +79,11 @@ class FlatCall(ModuleCall):
         return self.returned.structure
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with constants_computed(bool(self.constants)), positions_as_tensors(self.module):
+        with (
+            as_traced(self.module),
+            constants_computed(bool(self.constants)),
+            positions_as_tensors(self.module),
+        ):
             results, structure = flatten(super().forward(*tensors), hold=self.hold)
         self.returned.structure = checked(structure)
         return results

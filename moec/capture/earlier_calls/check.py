@@ -3,34 +3,65 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.process_state import PROCESS_STATE
-from moec.capture.calls.trials import Undone, quiet
 from moec.capture.earlier_calls.clocks import always_changes, clocks_unread
-from moec.capture.earlier_calls.earlier_value import Decisions, EarlierValue, reads
+from moec.capture.earlier_calls.earlier_value import Decisions, EarlierRead, reads
+from moec.capture.earlier_calls.parting import parting
+from moec.capture.earlier_calls.runs import Refused, Runs, agree, last_of_user, mark, words_of
 from moec.capture.python_values.reach import snapshot, values_kept
-from moec.capture.python_values.slots import MISSING, Slot
+from moec.capture.python_values.slots import Slot, Snapshot
 from moec.capture.speculate.sites import Site
-from moec.capture.user_code.sources import is_internal, is_standard
 from moec.errors import CaptureError
 
 
 @dataclass(frozen=True)
 class EarlierCalls:
-    """Where calls of a module leave values that no later call reads."""
+    """Where calls of a module leave values that no later call reads: `slots` change with every
+    call, those of `first` with the first call, and `sources`, such as iterators and clocks, when
+    they are read. `answers` are those of the branches on such values, which change nothing but
+    `slots`."""
 
     module: torch.nn.Module
-    slots: Sequence[Slot]
+    slots: Sequence[Slot] = ()
+    first: Sequence[Slot] = ()
+    sources: Sequence[Slot] = ()
+    answers: Mapping[Site, bool] = field(default_factory=dict)
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """While open, code of the module that reads such a value raises CaptureError with the
+        line, also in branches that the example does not take. On leaving, the module's Python
+        values are what they were."""
+        decisions = Decisions()
+        decisions.start(self.answers, only=True)
+        with PROCESS_STATE, values_kept(self.module), clocks_unread(self.module, decisions):
+            mark(self.module, [*self.sources, *self.slots], decisions)
+            try:
+                yield
+            except CaptureError as error:
+                read = _read(error)
+                if read is None:
+                    raise
+                raise CaptureError(_refusal(self.module, read)) from None
+
+    def unknown(self, slots: Sequence[Slot], others: Sequence[Slot] = ()) -> list[Slot]:
+        """Those of `slots`, each once, that are not `others` and of which no call was known to
+        change them."""
+        keys = {(id(s.owner), s.key) for s in (*self.slots, *self.sources, *others)}
+        named = {(id(slot.owner), slot.key): slot for slot in slots}
+        return [slot for key, slot in named.items() if key not in keys]
+
+    def with_slots(self, slots: Sequence[Slot]) -> EarlierCalls:
+        return replace(self, slots=[*self.slots, *slots])
 
     def without_traces(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`, which calls the module, without what its calls leave."""
@@ -41,6 +72,22 @@ class EarlierCalls:
 
         return undone
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A note for the report about what the module's calls set and the compiled ones do not."""
+        names = [slot.words for slot in self.slots if slot.kind != "item"]
+        if not names:
+            return ()
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        return (f"calls of the compiled model do not set {', '.join(names[:4])}{more}",)
+
+
+def _read(error: BaseException | None) -> EarlierRead | None:
+    """The EarlierRead that led to an error, if one did."""
+    while error is not None and not isinstance(error, EarlierRead):
+        error = error.__cause__
+    return error
+
 
 def earlier_calls(
     module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -49,97 +96,111 @@ def earlier_calls(
 
     The module runs once, or three times where a call leaves something, and is afterwards as it
     was. Raises CaptureError, with the user's line, where the result depends on what an earlier
-    call left, on a clock, or on random numbers of Python or NumPy; and where the first call
-    computes something else than the second. A module that fails on its example is left to the
-    capture.
+    call left, on a clock, an id or the environment, or on random numbers of Python or NumPy; and
+    where the first call computes something else than the second. A module that fails on its example
+    is left to the capture.
     """
-    runs = _Runs(ModuleCall(module, args, kwargs), Decisions())
+    runs = Runs(ModuleCall(module, args, kwargs), Decisions())
     with PROCESS_STATE:
         before = snapshot(module)
         seeds = random.getstate(), np.random.get_state()
         try:
-            with clocks_unread(runs.decisions):
-                return EarlierCalls(module, _changing(runs))
-        except _Refused as why:
-            raise CaptureError(f"{type(module).__name__} cannot be captured: {why}") from None
+            with clocks_unread(module, runs.decisions):
+                return _examined(runs)
+        except _Failed as failed:
+            before.restore(snapshot(module))
+            if runs.decisions.latest and _runs(runs):
+                why = reads(runs.decisions.latest, last_of_user(failed.error))
+                raise CaptureError(_refusal(module, why)) from None
+            return EarlierCalls(module)
+        except Refused as why:
+            raise CaptureError(_refusal(module, why)) from None
         finally:
             before.restore(snapshot(module))
             random.setstate(seeds[0])
             np.random.set_state(seeds[1])
 
 
-class _Refused(Exception):
-    """The result depends on earlier calls; the message has the reason and the line."""
+def _refusal(module: torch.nn.Module, why: Exception) -> str:
+    return f"{type(module).__name__} cannot be captured: {why}"
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """Runs of a call; its branches on values of earlier calls go as `decisions` say."""
+@dataclass
+class _Failed(Exception):
+    """The module raised `error`, perhaps because it met a value that may not be read."""
 
-    example: ModuleCall
-    decisions: Decisions
-
-    @property
-    def module(self) -> torch.nn.Module:
-        return self.example.module
-
-    def leaves(self, answers: Mapping[Site, bool]) -> list[Any]:
-        """The leaves of the result and the buffers after the run, which the run leaves as they
-        were. Raises _Refused where it reads a value of an earlier call."""
-        self.decisions.start(answers)
-        try:
-            return _run(self.example)
-        except CaptureError as why:
-            raise _Refused(str(why)) from None
-
-    def mark(self, slots: Sequence[Slot]) -> None:
-        """Puts an EarlierValue into each slot; one value that is in several slots stays one."""
-        held = {key: value for key, (_, value) in snapshot(self.module).values.items()}
-        values: dict[int, EarlierValue] = {}
-        for slot in slots:
-            value = held.get((id(slot.owner), slot.key), MISSING)
-            if value is not MISSING and type(value) is not EarlierValue:
-                new = EarlierValue(value, slot.words, self.decisions)
-                slot.put(values.setdefault(id(value), new))
+    error: Exception
 
 
-def _changing(runs: _Runs) -> list[Slot]:
+def _runs(runs: Runs) -> bool:
+    try:
+        runs.leaves({})
+    except Exception:  # the module's own error, which the capture reports
+        return False
+    return True
+
+
+def _examined(runs: Runs) -> EarlierCalls:
     module = runs.module
     start = snapshot(module)
-    runs.mark([slot for slot, value in start.values.values() if always_changes(value)])
+    always = [slot for slot, value in start.values.values() if always_changes(value)]
+    mark(module, always, runs.decisions)
     start = snapshot(module)
-    try:
-        first = runs.leaves({})
-    except _Refused:
-        raise
-    except Exception:  # the module's own error, which the capture reports
-        return []
+    first = _leaves(runs)
     met = dict(runs.decisions.met)
     after_first = snapshot(module)
+    _refuse_new_parts(start, after_first)
     changed = start.changed(after_first)
     if not changed and not met:
-        return []
+        return EarlierCalls(module, sources=always)
     try:
         second = runs.leaves({})
-    except _Refused:
+    except Refused:
         raise
     except Exception:  # it runs once only
-        return []
+        return EarlierCalls(module, first=changed, sources=always)
     changing = after_first.changed(snapshot(module))
-    runs.mark(changing)
-    _refuse_decisions(runs, changing)
-    if not _equal(first, second):
-        raise _Refused(
-            "its first call computes something else than its second\n"
-            f"  the first call changes {_words(changed)}\n"
-            "  call the module once before it is compiled"
+    mark(module, changing, runs.decisions)
+    answers = _refuse_decisions(runs, changing)
+    if not agree(first, second):
+        raise Refused(_first_differs(runs, start, changed))
+    return EarlierCalls(module, changing, changed, always, answers)
+
+
+def _leaves(runs: Runs) -> list[Any]:
+    try:
+        return runs.leaves({})
+    except Refused:
+        raise
+    except Exception as error:
+        raise _Failed(error) from None
+
+
+def _refuse_new_parts(start: Snapshot, later: Snapshot) -> None:
+    parts = start.new_parts(later)
+    if parts:
+        raise Refused(
+            f"its first call creates {parts[0]}, whose values a compiled model cannot know\n"
+            "  call the module once before it is compiled, or create it in __init__"
         )
-    return changing
 
 
-def _refuse_decisions(runs: _Runs, changing: Sequence[Slot]) -> None:
-    """Raises _Refused where a branch on values of earlier calls changes the result, or something
-    besides `changing` that stays."""
+def _first_differs(runs: Runs, start: Snapshot, changed: Sequence[Slot]) -> str:
+    start.restore(snapshot(runs.module))
+    site = parting(lambda: runs.leaves({}), lambda: None)
+    lines = ["its first call computes something else than its second"]
+    if site is not None:
+        lines.append(f"  {site}: `{site.text}` decides it")
+    lines += [
+        f"  the first call changes {words_of(changed)}",
+        "  call the module once before it is compiled",
+    ]
+    return "\n".join(lines)
+
+
+def _refuse_decisions(runs: Runs, changing: Sequence[Slot]) -> dict[Site, bool]:
+    """The answers of the usual run. Raises Refused where a branch on values of earlier calls
+    changes the result, or something besides `changing` that stays."""
     start = snapshot(runs.module)
     changing_keys = {(id(slot.owner), slot.key) for slot in changing}
 
@@ -153,10 +214,11 @@ def _refuse_decisions(runs: _Runs, changing: Sequence[Slot]) -> None:
 
     try:
         usual, written = leaves({})
-    except _Refused:
+    except Refused:
         raise
     except Exception as error:  # no code of torch or Python takes an EarlierValue for a number
-        raise _Refused(str(reads(_words(changing), _last_of_user(error)))) from None
+        raise Refused(str(reads(words_of(changing), last_of_user(error)))) from None
+    answers = {site: answer for site, (answer, _) in runs.decisions.met.items()}
     pending, tried = dict(runs.decisions.met), set[Site]()
     while pending:
         site, (answer, source) = pending.popitem()
@@ -165,59 +227,11 @@ def _refuse_decisions(runs: _Runs, changing: Sequence[Slot]) -> None:
         tried.add(site)
         try:
             other, written_then = leaves({site: not answer})
-        except _Refused:
+        except Refused:
             raise
         except Exception:
-            raise _Refused(str(reads(source, site))) from None
-        if not _equal(usual, other) or written_then - written:
-            raise _Refused(str(reads(source, site)))
+            raise Refused(str(reads(source, site))) from None
+        if not agree(usual, other) or written_then - written:
+            raise Refused(str(reads(source, site)))
         pending |= {s: met for s, met in runs.decisions.met.items() if s not in tried}
-
-
-def _words(slots: Sequence[Slot]) -> str:
-    return " and ".join(slot.words for slot in slots[:2])
-
-
-def _last_of_user(error: Exception) -> Site | None:
-    """The user's innermost line in the traceback of an error."""
-    site, trace = None, error.__traceback__
-    while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not (is_internal(file) or is_standard(file)):
-            site = Site(trace.tb_frame.f_code, trace.tb_lasti)
-        trace = trace.tb_next
-    return site
-
-
-def _run(example: ModuleCall) -> list[Any]:
-    """The leaves of the module's result. What the run writes into tensors is undone."""
-    buffers = _buffers_kept(example.module)
-    with torch.no_grad(), warnings.catch_warnings(), quiet(), buffers, Undone():
-        warnings.simplefilter("ignore")
-        result = example(*[tensor.clone() for tensor in example.tensors])
-        leaves = [*pytree.tree_leaves(result), *example.module.buffers()]
-        return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-
-
-@contextmanager
-def _buffers_kept(module: torch.nn.Module) -> Iterator[None]:
-    """On leaving, each buffer is the tensor that it was on entering."""
-    before = [(part, dict(part._buffers)) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, buffers in before:
-            part._buffers.clear()
-            part._buffers.update(buffers)
-
-
-def _equal(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    if len(first) != len(second):
-        return False
-    for one, other in zip(first, second, strict=True):
-        if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-            if one.shape != other.shape or not torch.allclose(
-                one.float(), other.float(), equal_nan=True
-            ):
-                return False
-    return True
+    return answers

@@ -1,26 +1,41 @@
 """A value that earlier calls of a module left behind, or that a clock or a generator gave.
 
-It can be counted up, stored and printed. A branch on it goes the way that `Decisions` says, so that
-both ways can be compared. Any other use raises CaptureError with the user's line.
+It can be counted up, stored and printed, and what is read of it is such a value again. A branch on
+it goes the way that `Decisions` says, so that both ways can be compared. Any other use raises
+EarlierRead with the user's line.
 """
 
 from __future__ import annotations
 
+import copy
+import datetime
 import dis
 import operator
 import sys
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
+
+import numpy as np
 
 from moec.capture.speculate.sites import Site, site_of
 from moec.capture.user_code.sources import is_internal, is_standard
 from moec.errors import CaptureError
 
-_GROWING = frozenset("append appendleft extend extendleft insert add update clear".split())
+_CONTAINERS = (list, deque, set, dict, np.ndarray)
+_WRITING = frozenset(
+    "append appendleft extend extendleft insert add update clear remove discard sort".split()
+)
 """Methods of containers that return nothing of the contents."""
+_READING = frozenset("pop popleft get count index copy sum mean max min".split())
+_PLAIN = (
+    *(int, float, complex, str, bytes, tuple, uuid.UUID),
+    *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
+)
+"""Types whose attributes and methods change nothing."""
 
 _MOST_DECISIONS = 100
 """How often one run may branch on such values; more often is a loop that does not end."""
@@ -28,16 +43,31 @@ _MOST_DECISIONS = 100
 
 @dataclass
 class Decisions:
-    """The branches on such values in one run: `answers` are prescribed, others go as they would.
-    `met` has the answer of each branch, with the words for the value; `count` is how often they
-    were taken."""
+    """The branches on such values: `answers` are prescribed, others go as they would, unless `only`
+    these branches may be met. `met` has the answer of each branch in a run, with the words for the
+    value; `count` is how often others were met; `latest` is in words the last value made."""
 
     answers: Mapping[Site, bool] = field(default_factory=dict)
+    only: bool = False
     met: dict[Site, tuple[bool, str]] = field(default_factory=dict)
     count: int = 0
+    latest: str = ""
 
-    def start(self, answers: Mapping[Site, bool]) -> None:
-        self.answers, self.met, self.count = answers, {}, 0
+    def start(self, answers: Mapping[Site, bool], only: bool = False) -> None:
+        self.answers, self.only, self.met, self.count = answers, only, {}, 0
+
+    def answer(self, site: Site, value: EarlierValue) -> bool | None:
+        """Which way a branch on `value` goes; None where it may not be met, or is met without
+        end."""
+        if site in self.answers:
+            answer = self.answers[site]
+        else:
+            self.count += 1
+            if self.only or self.count > _MOST_DECISIONS:
+                return None
+            answer = bool(value._value)
+        self.met[site] = answer, value._source
+        return answer
 
 
 class EarlierValue:
@@ -49,6 +79,7 @@ class EarlierValue:
         object.__setattr__(self, "_value", value)
         object.__setattr__(self, "_decisions", decisions)
         object.__setattr__(self, "_source", source)
+        decisions.latest = source
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -62,11 +93,21 @@ class EarlierValue:
         return NotImplemented  # it is deeper in a container: torch names its type
 
     def __getattr__(self, name: str) -> Any:
-        if name in _GROWING and isinstance(self._value, list | deque | set | dict):
-            return _ignore
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
+        if _compares_attributes(sys._getframe(1)):
+            return getattr(self._value, name)
+        if isinstance(self._value, _CONTAINERS):
+            if name in _WRITING:
+                return _ignore
+            if name in _READING:
+                return self._part(getattr(copy.copy(self._value), name))
+        elif isinstance(self._value, _PLAIN):
+            return self._part(getattr(self._value, name))
         _refuse(self)
+
+    def _part(self, value: Any) -> EarlierValue:
+        return EarlierValue(value, self._source, self._decisions)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What is written into the value stays there only until the capture ends."""
@@ -74,21 +115,60 @@ class EarlierValue:
     def __setitem__(self, key: Any, value: Any) -> None:
         """As for `__setattr__`."""
 
+    def __delitem__(self, key: Any) -> None:
+        """As for `__setattr__`."""
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(self._value, (*_CONTAINERS, str, bytes, tuple)):
+            _refuse(self)
+        try:
+            return self._part(cast(Any, self._value)[plain(key)])
+        except LookupError:  # the value was read before the element was stored
+            return self._part(None)
+
+    def __contains__(self, key: Any) -> Any:
+        if not isinstance(self._value, (*_CONTAINERS, str, bytes, tuple)):
+            _refuse(self)
+        return self._part(plain(key) in self._value).__bool__(sys._getframe(1))
+
+    def __next__(self) -> EarlierValue:
+        """The next element, which stays in the iterator; 0 for that of a generator."""
+        if not hasattr(type(self._value), "__next__"):
+            _refuse(self)
+        try:
+            return self._part(next(copy.copy(self._value), None))
+        except TypeError:
+            return self._part(0)
+
+    def __len__(self) -> int:
+        if not _compares_attributes(sys._getframe(1)):
+            _refuse(self)
+        return len(self._value)
+
+    def moec_length(self) -> EarlierValue:
+        """len(self), which Python requires to be a plain number."""
+        return self._part(len(self._value))
+
+    def moec_sum(self) -> EarlierValue:
+        return self._part(sum(map(plain, self._value)))
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not callable(self._value):
             _refuse(self)
-        return EarlierValue(self._value(*args, **kwargs), self._source, self._decisions)
+        try:
+            result = self._value(*map(plain, args), **{k: plain(v) for k, v in kwargs.items()})
+        except LookupError:
+            result = None
+        return self._part(result)
 
-    def __bool__(self) -> bool:
-        frame = _user_frame(sys._getframe(1))
-        decisions = self._decisions
-        decisions.count += 1
-        if frame is None or _is_tensor(self) or decisions.count > _MOST_DECISIONS:
-            _refuse(self)
-        site = site_of(frame)
-        answer: bool = decisions.answers.get(site, bool(self._value))
-        decisions.met[site] = answer, self._source
-        return answer
+    def __bool__(self, frame: FrameType | None = None) -> bool:
+        frame = _user_frame(frame or sys._getframe(1))
+        answer: bool | None = None
+        if frame is not None and not _is_tensor(self):
+            answer = self._decisions.answer(site_of(frame), self)
+        if answer is not None:
+            return answer
+        _refuse(self)
 
     def __hash__(self) -> int:
         return hash(self._value)
@@ -123,16 +203,26 @@ def _refuse(value: EarlierValue, *_: Any, **__: Any) -> NoReturn:
     raise reads(value._source, None if frame is None else Site(frame.f_code, frame.f_lasti))
 
 
-def reads(source: str, site: Site | None) -> CaptureError:
+class EarlierRead(CaptureError):
+    """The module reads a value that changes from call to call."""
+
+
+def reads(source: str, site: Site | None) -> EarlierRead:
     """The error where the instruction at `site` reads a value that changes from call to call."""
     lines = [f"its result depends on {source}, which changes from call to call"]
     if site is not None:
         lines.append(f"  {site}: `{site.text}` reads it")
-    lines += [
-        "  a compiled model computes the same in every call",
-        "  make it an argument of the module, or read it only where the module is training",
-    ]
-    return CaptureError("\n".join(lines))
+    remedy = "make it an argument of the module, or read it only where the module is training"
+    if source.startswith("os.environ"):
+        remedy = "read it in __init__, and keep it as an attribute"
+    lines += ["  a compiled model computes the same in every call", f"  {remedy}"]
+    return EarlierRead("\n".join(lines))
+
+
+def _compares_attributes(frame: FrameType) -> bool:
+    """Whether torch.export looks for tensors in attributes that a trace assigned."""
+    code = frame.f_code
+    return code.co_name == "_compare_values" and is_internal(code.co_filename)
 
 
 def _user_frame(frame: FrameType | None) -> FrameType | None:
@@ -152,6 +242,11 @@ def _printed(value: EarlierValue) -> Any:
     _refuse(value)
 
 
+def plain(value: Any) -> Any:
+    """The value in place of which an EarlierValue is; other values as they are."""
+    return value._value if type(value) is EarlierValue else value
+
+
 def _ignore(*_: Any, **__: Any) -> None:
     """In place of a method that lets a container grow."""
 
@@ -163,8 +258,8 @@ def _counted(compute: Callable[..., Any], swapped: bool) -> Callable[..., Any]:
     def method(self: EarlierValue, *others: Any) -> Any:
         if any(_is_tensor(other) for other in (self._value, *others)):
             _refuse(self)
-        plain = [o._value if type(o) is EarlierValue else o for o in others]
-        operands = [*plain, self._value] if swapped else [self._value, *plain]
+        values = list(map(plain, others))
+        operands = [*values, self._value] if swapped else [self._value, *values]
         try:
             result = compute(*operands)
         except (TypeError, ValueError, ArithmeticError):
@@ -175,7 +270,7 @@ def _counted(compute: Callable[..., Any], swapped: bool) -> Callable[..., Any]:
 
 
 def _is_tensor(value: Any) -> bool:
-    value = value._value if type(value) is EarlierValue else value
+    value = plain(value)
     return hasattr(type(value), "__torch_function__") and hasattr(type(value), "data_ptr")
 
 
@@ -195,8 +290,5 @@ for _name in ("neg", "pos", "abs"):
     setattr(EarlierValue, f"__{_name}__", _counted(getattr(operator, _name), swapped=False))
 EarlierValue.__round__ = _counted(round, swapped=False)  # type: ignore[attr-defined]
 EarlierValue.__iadd__ = _extended  # type: ignore[attr-defined]
-for _name in (
-    "len iter next getitem contains and or xor rand ror rxor invert matmul "
-    "rmatmul lshift rshift enter delitem"
-).split():
+for _name in ("iter and or xor rand ror rxor invert matmul rmatmul lshift rshift enter").split():
     setattr(EarlierValue, f"__{_name}__", _refuse)

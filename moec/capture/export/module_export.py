@@ -23,12 +23,13 @@ from moec.capture.linear_attention.lightning import lightning_as_ops
 from moec.capture.linear_attention.scans import scans_as_ops
 from moec.capture.proof.agreement import Eager
 from moec.capture.python_values.reach import values_kept
+from moec.capture.python_values.size_tables import tables_by_size
 from moec.capture.size_functions.float_ranges import float_ranges_known
 from moec.capture.size_functions.literals import floats_symbolic
 from moec.capture.size_functions.numbers import export_keeping_sizes
 from moec.capture.size_functions.size_math import math_of_sizes
 from moec.capture.size_functions.size_text import texts_guarded
-from moec.capture.size_functions.sizes_as_keys import sizes_as_keys
+from moec.capture.size_functions.sizes_as_keys import SizeAsKey, sizes_as_keys
 from moec.capture.size_functions.sizes_as_numbers import sizes_as_numbers
 from moec.capture.size_functions.sym_bools import sym_bools_answered
 from moec.capture.sizes.lengths import AxisGroup
@@ -56,6 +57,14 @@ def export_call(call: ModuleCall, general: Widened) -> ExportedProgram:
 
 def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
     """Export `module` with the tensors of `general`. Raises what torch.export raises."""
+    try:
+        return _export(general, module)
+    except SizeAsKey:
+        with tables_by_size(module):
+            return _export(general, module)
+
+
+def _export(general: Widened, module: torch.nn.Module) -> ExportedProgram:
     with (
         torch.no_grad(),
         values_kept(module),

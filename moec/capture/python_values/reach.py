@@ -6,8 +6,10 @@ of containers and objects in them, and the globals and closures that its methods
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,19 +22,23 @@ import numpy as np
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from moec.capture.python_values.slots import TEXTUAL, Slot, Snapshot, attributes_of
+from moec.capture.python_values.slots import TEXTUAL, Slot, Snapshot, attributes_of, members_of
 from moec.capture.user_code.sources import is_internal, is_standard
 
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
-_TABLES = {"_buffers"} | {name for name in _OF_TORCH if name.endswith("_hooks")}
+_TABLES = {"_buffers", "_non_persistent_buffers_set"} | {
+    name for name in _OF_TORCH if name.endswith("_hooks")
+}
 """Tables of torch that go back. A first call of transformers' models adds hooks and sets an
-attribute that says so; both go back together, or the next call would add them twice. Parameters and
-submodules stay as a forward leaves them: modules are cast and filled."""
+attribute that says so; both go back together, or the next call would add them twice."""
+_PARTS = ("_parameters", "_modules")
+"""Parameters and submodules that are there stay as a forward leaves them, since modules are cast
+and filled; new ones go."""
 _NUMPY = str(Path(np.__file__ or "").parent)
 _TRANSFORMERS = "site-packages/transformers/"
 """The code of transformers keeps values in its modules' attributes, if anywhere. To search what all
 its functions name takes half a second."""
-_TYPES_OF_PYTHON = ("types", "argparse", "collections")
+_TYPES_OF_PYTHON = ("types", "argparse", "collections", "weakref")
 _CONTAINERS = (list, deque, set, dict, defaultdict, OrderedDict, Counter, np.ndarray)
 
 
@@ -50,16 +56,7 @@ def snapshot(module: torch.nn.Module) -> Snapshot:
     """What all slots that the code of `module` can reach hold now."""
     walk = _Walk(Snapshot())
     for name, part in module.named_modules():
-        if isinstance(part, LazyModuleMixin):
-            continue
-        path = f"self.{name}" if name else "self"
-        for key, value in list(vars(part).items()):
-            if key not in _OF_TORCH:
-                walk.slot(part, key, "attribute", f"{path}.{key}", value)
-            elif key in _TABLES:
-                walk.snapshot.contents[id(value)] = (value, value.copy())
-        for kind in type(part).__mro__:
-            walk.type(kind)
+        walk.part(part, f"self.{name}" if name else "self")
     return walk.snapshot
 
 
@@ -67,6 +64,19 @@ def snapshot(module: torch.nn.Module) -> Snapshot:
 class _Walk:
     snapshot: Snapshot
     visited: dict[int, Any] = field(default_factory=dict)
+
+    def part(self, part: torch.nn.Module, path: str) -> None:
+        if self._visit(part) or isinstance(part, LazyModuleMixin):
+            return
+        for key, value in list(vars(part).items()):
+            if key not in _OF_TORCH:
+                self.slot(part, key, "attribute", f"{path}.{key}", value)
+            elif key in _TABLES:
+                self.snapshot.contents[id(value)] = (value, value.copy())
+            elif key in _PARTS:
+                self.snapshot.parts[id(value)] = (value, path, frozenset(value))
+        for kind in type(part).__mro__:
+            self.type(kind)
 
     def slot(self, owner: Any, key: Any, kind: str, words: str, value: Any) -> None:
         self.snapshot.values[id(owner), key] = (Slot(owner, key, kind, words), value)
@@ -79,15 +89,34 @@ class _Walk:
             self.function(value)
         elif isinstance(value, type):
             self.type(value)
-        elif isinstance(value, torch.Tensor | torch.nn.Module) or self._visit(value):
+        elif isinstance(value, torch.nn.Module):
+            self.part(value, words)
+        elif isinstance(value, torch.Tensor) or self._visit(value):
             return
-        elif type(value) in _CONTAINERS:
-            self._container(value, words)
+        elif isinstance(value, tuple):
+            for index, held in enumerate(value):
+                self.value(held, f"{words}[{index}]")
         elif isinstance(value, MethodType):
             self.value(value.__func__, words)
             self.value(value.__self__, words)
-        elif _of_user(type(value)) or type(value).__module__ in _TYPES_OF_PYTHON:
-            for key, held in list(attributes_of(value).items()):
+        elif isinstance(value, weakref.ref):
+            self.value(value(), words)
+        elif isinstance(value, functools.partial):
+            self.value((value.func, *value.args, *value.keywords.values()), words)
+        elif is_cached(value):
+            self.value(value.__wrapped__, words)
+        else:
+            self._object(value, words)
+
+    def _object(self, value: Any, words: str) -> None:
+        users = _of_user(type(value))
+        if type(value) in _CONTAINERS or (users and isinstance(value, _CONTAINERS)):
+            self._container(value, words)
+        if users or type(value).__module__ in _TYPES_OF_PYTHON:
+            for key, held in {
+                **attributes_of(value),
+                **(members_of(value) if users else {}),
+            }.items():
                 self.slot(value, key, "attribute", f"{words}.{key}", held)
             for kind in type(value).__mro__:
                 self.type(kind)
@@ -106,6 +135,11 @@ class _Walk:
         if self._visit(kind) or not _of_user(kind):
             return
         for key, value in list(vars(kind).items()):
+            function = value.__func__ if isinstance(value, staticmethod) else value
+            if is_cached(function):
+                self.slot(kind, key, "attribute", f"{kind.__name__}.{key}", value)
+                self.value(function, key)
+                continue
             value = inspect.unwrap(value) if callable(value) else value
             if isinstance(value, staticmethod | classmethod):
                 value = value.__func__
@@ -121,6 +155,9 @@ class _Walk:
         code = function.__code__
         if self._visit(function) or not _users_file(code.co_filename):
             return
+        defaults = (function.__defaults__ or (), function.__kwdefaults__ or {})
+        self.value(defaults[0], f"a default of {function.__name__}()")
+        self.value(tuple(defaults[1].values()), f"a default of {function.__name__}()")
         names = {name for name in _names(code) if name.isidentifier()}  # not @pytest_ar
         for name in sorted(names & set(function.__globals__)):
             held = function.__globals__[name]
@@ -148,6 +185,14 @@ class _Walk:
         before = id(value) in self.visited
         self.visited[id(value)] = value
         return before
+
+
+_CACHED = type(functools.lru_cache(lambda: None))
+
+
+def is_cached(value: Any) -> bool:
+    """Whether a function has an lru_cache."""
+    return type(value) is _CACHED
 
 
 def _names(code: CodeType) -> Iterator[str]:

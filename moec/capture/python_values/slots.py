@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from dataclasses import dataclass, field
+from types import MemberDescriptorType
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class Slot:
             self.owner[self.key] = value
         elif isinstance(self.owner, type):
             setattr(self.owner, self.key, value)
+        elif _is_member(self.owner, self.key):
+            object.__setattr__(self.owner, self.key, value)
         else:
             attributes_of(self.owner)[self.key] = value
 
@@ -51,6 +54,8 @@ class Slot:
             delattr(self.owner, self.key)
         elif self.kind == "global":
             self.owner.pop(self.key, None)
+        elif _is_member(self.owner, self.key):
+            object.__delattr__(self.owner, self.key)
         else:
             attributes_of(self.owner).pop(self.key, None)
 
@@ -59,11 +64,13 @@ class Slot:
 class Snapshot:
     """What all slots hold, by owner and key, and copies of the containers' elements.
 
-    `values` has (slot, value); containers are compared by their copies.
+    `values` has (slot, value); containers are compared by their copies. `parts` has the tables of
+    parameters and submodules, with the path of their module and the names in them.
     """
 
     values: dict[tuple[int, Any], tuple[Slot, Any]] = field(default_factory=dict)
     contents: dict[int, tuple[Any, Any]] = field(default_factory=dict)
+    parts: dict[int, tuple[dict[str, Any], str, frozenset[str]]] = field(default_factory=dict)
 
     def changed(self, later: Snapshot) -> list[Slot]:
         """The slots that hold something else in `later`, or did not exist before it."""
@@ -84,8 +91,33 @@ class Snapshot:
             return list(before) == list(after) if keys else len(before) == len(after)
         return _equal(value, other)
 
+    def counted(self, later: Snapshot) -> list[Slot]:
+        """The slots that have another number, or a longer list, in `later`."""
+        return [
+            slot
+            for key, (slot, value) in later.values.items()
+            if key in self.values and self._counts(self.values[key][1], value, later)
+        ]
+
+    def _counts(self, value: Any, other: Any, later: Snapshot) -> bool:
+        if isinstance(value, list | deque) and value is other and id(value) in self.contents:
+            return len(self.contents[id(value)][1]) < len(later.contents[id(value)][1])
+        return type(value) in (int, float) and type(other) is type(value) and value != other
+
+    def new_parts(self, later: Snapshot) -> list[str]:
+        """The paths of the parameters and submodules that did not exist before `later`."""
+        return [
+            f"{self.parts[key][1]}.{name}"
+            for key, (_, _, names) in later.parts.items()
+            if key in self.parts
+            for name in sorted(names - self.parts[key][2])
+        ]
+
     def restore(self, later: Snapshot) -> None:
-        """Gives every slot that changed what it held here."""
+        """Gives every slot that changed what it held here, and removes new parts."""
+        for table, _, names in self.parts.values():
+            for name in table.keys() - names:
+                del table[name]
         for container, copy in self.contents.values():
             if not _holds(container, copy):
                 _refill(container, copy)
@@ -142,3 +174,20 @@ def attributes_of(value: Any) -> dict[str, Any]:
     except AttributeError:
         return {}
     return held if isinstance(held, dict) else {}
+
+
+def members_of(value: Any) -> dict[str, Any]:
+    """The attributes that an object has by `__slots__` of its class."""
+    members: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        for name, member in vars(kind).items():
+            if isinstance(member, MemberDescriptorType):
+                try:
+                    members[name] = member.__get__(value)
+                except AttributeError:  # it has none
+                    continue
+    return members
+
+
+def _is_member(owner: Any, key: str) -> bool:
+    return isinstance(getattr(type(owner), key, None), MemberDescriptorType)

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
 from moec.capture.guards.guards import Guard, raw_guards
-from moec.capture.user_code.shadows import CONVERSIONS, SHADOWS, python_type
+from moec.capture.user_code.shadows import CONVERSIONS, SHADOWS, python_type, shadowed
 
 _ASKS = re.compile(r"\b(int|float|len|one_hot)\b")
 _CHOOSES = re.compile(r"\b(min|max)\s*\(")
@@ -41,7 +41,7 @@ def sizes_kept(files: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in list(sys.modules.values()):
             functions = files.get(getattr(module, "__file__", None) or "", {})
-            names = {name: f for name, f in functions.items() if name not in vars(module)}
+            names = shadowed(vars(module), functions)
             if names:
                 stack.enter_context(mock.patch.dict(vars(module), names))
         if files:

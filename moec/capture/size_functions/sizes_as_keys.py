@@ -48,16 +48,23 @@ def _with_sizes(names: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_size(cached: Any) -> Callable[..., Any]:
+    # The tensors of a trace have no data: the user's cache would give them to later calls.
+    in_trace = functools.cache(cached.__wrapped__)
+
     @functools.wraps(cached)
     def call(*args: Any, **kwargs: Any) -> Any:
         symbolic = any(isinstance(leaf, _SYMBOLIC) for leaf in pytree.tree_leaves((args, kwargs)))
-        return cached.__wrapped__(*args, **kwargs) if symbolic else cached(*args, **kwargs)
+        return cached.__wrapped__(*args, **kwargs) if symbolic else in_trace(*args, **kwargs)
 
     return call
 
 
+class SizeAsKey(CaptureError):
+    """A size that varies is a key."""
+
+
 def _hash(size: torch.SymInt) -> int:
-    raise CaptureError(
+    raise SizeAsKey(
         "a size that varies is a key of a dict, a set or a cache: compute the value of the entry "
         "from the size instead"
     )

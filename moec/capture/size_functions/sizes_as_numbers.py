@@ -19,6 +19,7 @@ import torch
 
 from moec.capture.speculate.sites import foreign
 from moec.capture.speculate.user_globals import user_globals
+from moec.capture.user_code.shadows import shadowed
 
 _CALLS = re.compile(r"\b(isinstance|type|divmod)\s*\(")
 _PLAIN: Mapping[type, Any] = {torch.SymInt: 0, torch.SymFloat: 0.0}
@@ -33,8 +34,7 @@ def sizes_as_numbers(module: torch.nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for names in user_globals(module, others):
             if _uses_types(names.get("__file__")):
-                shadows = {name: value for name, value in _SHADOWS.items() if name not in names}
-                stack.enter_context(mock.patch.dict(names, shadows))
+                stack.enter_context(mock.patch.dict(names, shadowed(names, _SHADOWS)))
         yield
 
 

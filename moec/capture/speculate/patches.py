@@ -22,7 +22,7 @@ from moec.capture.speculate.operators.chosen import update_counter
 from moec.capture.speculate.operators.hooks import Trace
 from moec.capture.speculate.operators.mode import Speculation
 from moec.capture.speculate.user_globals import user_globals
-from moec.capture.user_code.shadows import SHADOWS
+from moec.capture.user_code.shadows import SHADOWS, shadowed
 
 _CONTEXT = (
     "save_for_backward save_for_forward mark_non_differentiable mark_dirty set_materialize_grads"
@@ -35,8 +35,7 @@ def speculating(module: torch.nn.Module, trace: Trace) -> Iterator[Speculation]:
     mode = Speculation(trace)
     with ExitStack() as stack:
         for names in user_globals(module, trace.branches.foreign):
-            shadows = {name: value for name, value in SHADOWS.items() if name not in names}
-            stack.enter_context(mock.patch.dict(names, shadows))
+            stack.enter_context(mock.patch.dict(names, shadowed(names, SHADOWS)))
         for owner, name, function in _functions(mode, trace):
             stack.enter_context(mock.patch.object(owner, name, function, create=True))
         stack.enter_context(mode)

@@ -106,7 +106,18 @@ def _extreme(two: Callable[[Any, Any], Any], plain: Callable[..., Any]) -> Calla
     return extreme
 
 
+def shadowed(names: Mapping[str, Any], shadows: Mapping[str, Any]) -> dict[str, Any]:
+    """The shadows of the functions that a file, with the globals `names`, has not of its own."""
+    return {
+        name: shadow
+        for name, shadow in shadows.items()
+        if name not in names or hasattr(names[name], "moec_shadow")
+    }
+
+
 def _len(value: Any) -> Any:
+    if hasattr(type(value), "moec_length"):
+        return value.moec_length()
     value = getattr(value, "tensor", value)  # the length of a list of rows is that of its tensor
     return value.shape[0] if isinstance(value, torch.Tensor) and value.ndim else builtins.len(value)
 

@@ -1,0 +1,159 @@
+"""A result that depends on a clock, an id or the environment is refused; logs may have them."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import random
+import secrets
+import time
+import uuid
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moec.capture.earlier_calls.check import earlier_calls
+from moec.errors import CaptureError
+
+X = torch.randn(3, 4)
+LOG = logging.getLogger(__name__)
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.tables: dict[int, Tensor] = {}
+
+
+class Now(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * datetime.datetime.now().second
+
+
+class Utc(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        moment = datetime.datetime.now(datetime.UTC)
+        return self.linear(x) * (
+            2.0 if (moment - moment).total_seconds() > 1 else 1.0 + moment.hour
+        )
+
+
+class Today(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2.0 if date.today().day > 40 else 1.0)
+
+
+class Local(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * time.localtime().tm_hour
+
+
+class Uuid(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (uuid.uuid4().int % 7)
+
+
+class Random(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * os.urandom(1)[0]
+
+
+class Secret(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)[:, secrets.randbelow(4)]
+
+
+class Id(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (id(x) % 97)
+
+
+class Unseeded(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * np.random.default_rng().random()
+
+
+class OwnGenerator(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * random.Random().random()
+
+
+class Shuffled(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        order = [0, 1, 2, 3]
+        random.shuffle(order)
+        return self.linear(x)[:, order]
+
+
+class Permuted(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)[:, np.random.permutation(4)]
+
+
+class Environment(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * float(os.environ.get("SCALE_OF_TESTS", "3"))
+
+
+REFUSED = {
+    Now: "datetime.now()",
+    Utc: "datetime.now()",
+    Today: "date.today()",
+    Local: "time.localtime()",
+    Uuid: "uuid.uuid4()",
+    Random: "os.urandom()",
+    Secret: "secrets.randbelow()",
+    Id: "id()",
+    Unseeded: "numpy.random.default_rng()",
+    OwnGenerator: "random.Random()",
+    Shuffled: "random.shuffle()",
+    Permuted: "numpy.random.permutation()",
+    Environment: "os.environ['SCALE_OF_TESTS']",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_result_that_depends_on_a_clock_is_refused_with_the_line(kind: Any) -> None:
+    with pytest.raises(CaptureError) as refusal:
+        earlier_calls(kind().eval(), (X,), {})
+    first, line, _, remedy = str(refusal.value).split("\n")
+    assert first == (
+        f"{kind.__name__} cannot be captured: its result depends on {REFUSED[kind]}, which changes "
+        "from call to call"
+    )
+    assert "test_clocks.py:" in line
+    in_init = kind is Environment
+    assert ("read it in __init__" if in_init else "make it an argument of the module") in remedy
+
+
+class Logged(Linear):
+    """Reads all of them, for logs and attributes only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = datetime.datetime.now()
+        self.name = f"{uuid.uuid4()}-{secrets.token_hex(4)}-{os.getpid()}"
+        self.stamp = time.strftime("%H:%M", time.localtime())
+        LOG.debug("%s %s %d", start.isoformat(), os.environ.get("USER", ""), id(self))
+        y = self.linear(x)
+        self.took = (datetime.datetime.now() - start).total_seconds()
+        if self.took > 10 or os.environ.get("SLOW_LAYERS_OF_TESTS", "no") == "yes":
+            print("slow", self.took)
+        ids = {id(parameter) for parameter in self.parameters()}
+        y = y + sum(1 for parameter in self.parameters() if id(parameter) in ids)
+        assert isinstance(start, datetime.date)
+        return y * random.Random(3).random() * float(np.random.default_rng(1).random())
+
+
+def test_clocks_may_be_logged_and_seeded_generators_read() -> None:
+    module = Logged().eval()
+    slots = {slot.words for slot in earlier_calls(module, (X,), {}).slots}
+    assert slots <= {"self.name", "self.stamp", "self.took"}
+    assert not hasattr(module, "name")
+    assert type(datetime.datetime.now()) is datetime.datetime
+    assert type(os.environ) is type(os.environb)
