@@ -106,7 +106,7 @@ def test_functions_are_short():
         for name, length in bodies(path)
     }
     assert {name for name, length in lengths.items() if length > 80} == set()
-    assert len([length for length in lengths.values() if length > 60]) <= 10
+    assert len([length for length in lengths.values() if length > 60]) <= 8
 
 
 def test_a_class_name_means_one_thing():
