@@ -30,12 +30,14 @@ _RANGES = ("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 
 @dataclass(frozen=True)
 class Chosen:
-    """A hypothesis about the ids: the values that hold them, and the recipe for ids [T, k]."""
+    """A hypothesis about the ids: the values that hold them, and the recipe for ids [T, k].
+    `shared` is how many consecutive rows have one choice, such as all tokens of a window."""
 
     values: tuple[Value, ...]
     per_row: int
     recipe: Recipe
     feed: Feed
+    shared: Dim = 1
 
     @staticmethod
     def of(parts: tuple[Value, ...], scope: Scope, evidence: Evidence) -> Chosen:
@@ -49,7 +51,26 @@ class Chosen:
             slots = max(slots, last)  # the ids of a token are distinct before the flatten
         ranked = len(parts) == 1 and are_distinct(scope, parts[0], evidence.experts)
         feed = Ids(evidence.experts, slots, evidence.open, ranked, negative)
-        return Chosen(parts, per_row, recipe, feed)
+        shared = _shared_by(parts[0], evidence.rows_in) if len(parts) == 1 else None
+        return Chosen(parts, per_row, recipe, feed, 1 if shared is None else shared)
+
+    @staticmethod
+    def of_groups(ids: Value, scope: Scope, evidence: Evidence) -> Chosen | None:
+        """Ids [.., k] of which consecutive rows share all k; None if the shapes do not say so."""
+        count = _rows_of_group(ids, evidence)
+        if count is None:
+            return None
+        slots = cast(int, ids.shape[-1])
+        negative, rows = may_be_negative(scope, [ids]), evidence.rows_in
+        ranked = are_distinct(scope, ids, evidence.experts)
+
+        def make(emit: RegionEmitter) -> Value:
+            value = emit.old(ids)
+            value = _named(emit, value, evidence.experts) if negative else value
+            return repeated(emit, value, count, (rows, slots))
+
+        feed = Ids(evidence.experts, slots, evidence.open, ranked, negative)
+        return Chosen((ids,), slots, make, feed, count)
 
     @staticmethod
     def mask(value: Value, evidence: Evidence) -> Chosen:
@@ -140,6 +161,23 @@ def _shared_by(ids: Value, rows: Dim) -> Dim | None:
     return None if _elements_per_row(ids, rows) else divide(rows, product(ids.shape))
 
 
+def _rows_of_group(ids: Value, evidence: Evidence) -> Dim | None:
+    """How many consecutive rows share the ids [.., k] of a group, k > 1; None if the shapes do not
+    say so."""
+    slots = ids.shape[-1] if len(ids.shape) > 1 else 1
+    if not isinstance(slots, int) or not 1 < slots <= evidence.experts:
+        return None
+    count = divide(evidence.rows_in, product(ids.shape[:-1]))
+    return None if count == 1 else count
+
+
+def are_of_rows(parts: Sequence[Value], rows: Dim) -> bool:
+    """Whether each value has as many ids for each row, or a single value one id for several."""
+    return all(_elements_per_row(v, rows) for v in parts) or (
+        len(parts) == 1 and _shared_by(parts[0], rows) is not None
+    )
+
+
 def chosen(
     scope: Scope, evidence: Evidence, everything: Sequence[Value]
 ) -> Iterator[tuple[Value, ...]]:
@@ -164,8 +202,8 @@ def chosen(
     if len(once) > 1:
         proposals.insert(len(direct), tuple(once))
     for parts in proposals:
-        divides = all(_elements_per_row(v, evidence.rows_in) for v in parts) or (
-            len(parts) == 1 and _shared_by(parts[0], evidence.rows_in) is not None
+        divides = are_of_rows(parts, evidence.rows_in) or (
+            len(parts) == 1 and _rows_of_group(parts[0], evidence) is not None
         )
         named = all(v.dtype.startswith("i") and not _numbers_rows(scope, v) for v in parts)
         if parts not in visited and divides and named:
@@ -250,11 +288,18 @@ def _ids_recipe(parts: Sequence[Value], rows: Dim, absent: int | None) -> Recipe
             return emit.stack([emit.reshape(v, (rows,)) for v in ids], 1)
         count = _shared_by(parts[0], rows)
         if count is not None:
-            groups = emit.reshape(ids[0], (product(ids[0].shape), 1))
-            return emit.reshape(emit.expand(groups, (groups.shape[0], count)), (rows, 1))
+            return repeated(emit, ids[0], count, (rows, 1))
         return emit.reshape(ids[0], (rows, cast(int, _elements_per_row(ids[0], rows))))
 
     return make
+
+
+def repeated(emit: RegionEmitter, value: Value, count: Dim, shape: tuple[Dim, int]) -> Value:
+    """A value of one row [k] for each group of `count` rows, as one for each row: [T, k]."""
+    groups = divide(shape[0], count)
+    assert groups is not None
+    each = emit.reshape(emit.reshape(value, (groups, shape[1])), (groups, 1, shape[1]))
+    return emit.reshape(emit.expand(each, (groups, count, shape[1])), shape)
 
 
 def _named(emit: RegionEmitter, ids: Value, absent: int) -> Value:

@@ -33,7 +33,7 @@ from moec.passes.proof.input_generators import Correction, Feed, Ids, Logits
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
-from moec.passes.recognise.routers.expert_ids import widest_choice
+from moec.passes.recognise.routers.expert_ids import repeated, widest_choice
 from moec.passes.recognise.routers.forced_choices import forced_ids, may_force, with_forced
 from moec.passes.recognise.routers.region_boundary import logits_behind
 from moec.passes.recognise.routers.rounded_choices import EagerChoices, roundings
@@ -119,10 +119,21 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         source = scope.source_of(experts, {"aten.reshape.default"})
         if _is_choices(source) and (weights is None or source.shape == weights.shape):
             experts = source  # the same choices with another number of slots per row
-        repeats = scope.made_by(source, "aten.expand.default")
-        if repeats is not None and weights is None:
-            experts = repeats.inputs[0]  # one choice shared by several rows
+        groups = each_group(scope, experts)
+        group_weights = None if weights is None else each_group(scope, weights)
+        if groups is not None and (weights is None or group_weights is not None):
+            experts, weights = groups, group_weights
         yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]), zero)
+
+
+def each_group(scope: Scope, value: Value) -> Value | None:
+    """The values [.., k] that consecutive rows share, if `value` repeats one for each of them."""
+    repeats = scope.made_by(scope.source_of(value, {"aten.reshape.default"}), "aten.expand.default")
+    if repeats is None:
+        return None
+    shaped = scope.made_by(repeats.inputs[0], "aten.reshape.default")
+    values = (repeats.inputs[0], *(() if shaped is None else shaped.inputs))
+    return next((value for value in reversed(values) if _is_choices(value)), None)
 
 
 def chooser(scope: Scope, dispatch: Op) -> tuple[Op, int]:
@@ -306,11 +317,12 @@ def _tied_groups(routing: Routing, choice: torch.Tensor) -> torch.Tensor:
 
 
 def _repeated(emit: RegionEmitter, value: Value, shape: tuple[Dim, ...]) -> Value:
-    """The choices [T, k] in another shape; if that has more rows, each choice is repeated for
+    """The choices [T, k] in another shape; if that has more rows, the k choices are repeated for
     consecutive rows."""
     count = divide(product(shape), product(value.shape))
     if count is not None and count != 1:
-        value = emit.expand(value, (value.shape[0], count))
+        groups, k = value.shape[0], cast(int, value.shape[1])
+        value = repeated(emit, value, count, (product((groups, count)), k))
     return emit.reshape(value, shape)
 
 

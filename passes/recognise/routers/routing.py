@@ -18,7 +18,7 @@ from moec.passes.recognise.reading.block import Recipe, RecognisedCapacity
 from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import Scope, choices
 from moec.passes.recognise.routers.evidence import Evidence
-from moec.passes.recognise.routers.expert_ids import Chosen, chosen, masks
+from moec.passes.recognise.routers.expert_ids import Chosen, are_of_rows, chosen, masks
 from moec.passes.recognise.routers.region_boundary import capacities, counts_slots, cuts
 from moec.passes.recognise.routers.routing_weights import unweighted_dropped, weightings
 
@@ -43,7 +43,7 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
     """Raises NoMatch if no op in the region chooses experts."""
     everything = evidence.values("ids", "order", "ends", "dispatch", "weights", "mask", "mix")
     candidates = [
-        *(Chosen.of(parts, scope, evidence) for parts in chosen(scope, evidence, everything)),
+        *hypotheses_of_ids(scope, evidence, everything),
         *(Chosen.mask(value, evidence) for value in masks(scope, evidence, everything)),
     ]
     if not candidates and not everything:
@@ -61,6 +61,18 @@ def hypotheses(scope: Scope, evidence: Evidence) -> Iterator[Choice]:
             for experts, capacity in drops(scope, evidence, ids, weights, masked):
                 for cut, feeds in boundaries:
                     yield Choice(experts, weights, slots, cut, feeds, capacity)
+
+
+def hypotheses_of_ids(
+    scope: Scope, evidence: Evidence, everything: Sequence[Value]
+) -> Iterator[Chosen]:
+    """Ids of groups of rows come before ids of single rows: their shapes say more."""
+    for parts in chosen(scope, evidence, everything):
+        groups = Chosen.of_groups(parts[0], scope, evidence) if len(parts) == 1 else None
+        if groups is not None:
+            yield groups
+        if are_of_rows(parts, evidence.rows_in):
+            yield Chosen.of(parts, scope, evidence)
 
 
 def drops(

@@ -11,6 +11,7 @@ from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import THROUGH, rounds_doubles
 from moec.passes.proof.input_generators import Ids
 from moec.passes.recognise.reading.block import Recipe
+from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import (
     RegionEmitter,
     Scope,
@@ -18,7 +19,7 @@ from moec.passes.recognise.region import (
     routing_behind,
 )
 from moec.passes.recognise.routers.evidence import Evidence
-from moec.passes.recognise.routers.expert_ids import Chosen
+from moec.passes.recognise.routers.expert_ids import Chosen, repeated
 
 _NEAREST = 5
 """For weights with one value per slot: every ordering of so many nearest values is tried."""
@@ -36,6 +37,10 @@ def weightings(
     shape = (evidence.rows_out, slots)
     for value in candidates(scope, used, product((ids.per_row, evidence.rows_in))):
         yield value, _reshaped(value, shape)
+    groups = divide(evidence.rows_in, ids.shared) if ids.shared != 1 else None
+    if groups is not None:
+        for value in candidates(scope, used, product((ids.per_row, groups))):
+            yield value, _repeated(value, ids, evidence.rows_in, shape)
     if len(ids.values) > 1:
         singles = list(candidates(scope, used, evidence.rows_in))
         for group in _groups(singles, len(ids.values)):
@@ -109,6 +114,13 @@ def _groups(values: Sequence[Value], length: int) -> Iterator[tuple[Value, ...]]
 
 def _reshaped(value: Value, shape: tuple[Dim, ...]) -> Recipe:
     return lambda emit: emit.reshape(emit.old(value), shape)
+
+
+def _repeated(value: Value, ids: Chosen, rows: Dim, shape: tuple[Dim, ...]) -> Recipe:
+    def make(emit: RegionEmitter) -> Value:
+        return emit.reshape(repeated(emit, emit.old(value), ids.shared, (rows, ids.per_row)), shape)
+
+    return make
 
 
 def _side_by_side(values: Sequence[Value], rows: Dim) -> Recipe:

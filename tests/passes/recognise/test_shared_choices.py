@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +43,45 @@ class Columns(Pictures):
         return y
 
 
+class Several(Pictures):
+    """A picture goes to two experts, and their results are weighted."""
+
+    def forward(self, h: Tensor, key: Tensor) -> Tensor:
+        weights, route = self.gate(key).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            picture, slot = torch.where(route == number)
+            result = expert(h[picture]) * weights[picture, slot, None, None]
+            y = y.index_add(0, picture, result)
+        return y
+
+
+class Masked(Pictures):
+    """As above, where every expert reads all pictures."""
+
+    def forward(self, h: Tensor, key: Tensor) -> Tensor:
+        weights, route = self.gate(key).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            share = (weights * (route == number)).sum(-1)
+            y = y + expert(h) * share[:, None, None]
+        return y
+
+
+class Limited(Several):
+    """An expert takes two pictures, not two rows."""
+
+    def forward(self, h: Tensor, key: Tensor) -> Tensor:
+        weights, route = self.gate(key).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            picture, slot = torch.where(route == number)
+            picture, slot = picture[:2], slot[:2]
+            result = expert(h[picture]) * weights[picture, slot, None, None]
+            y = y.index_add(0, picture, result)
+        return y
+
+
 def recognised(module: nn.Module, axis: int) -> moec.CompiledModel:
     torch.manual_seed(0)
     shape = (2, N, D) if axis == 0 else (N, 2, D)
@@ -53,19 +93,23 @@ def recognised(module: nn.Module, axis: int) -> moec.CompiledModel:
     )  # fmt: skip
 
 
-def test_rows_of_a_picture_share_its_choice() -> None:
-    result = recognised(Pictures(), 0)
+@pytest.mark.parametrize(
+    ("module", "top_k"), [(Pictures(), 1), (Several(), 2), (Masked(), 2)], ids=["1", "2", "mask"]
+)
+def test_rows_of_a_picture_share_its_choices(module: nn.Module, top_k: int) -> None:
+    result = recognised(module, 0)
     (block,) = result.blocks
-    assert (block.experts, block.top_k, block.router) == (E, 1, "softmax, top-1")
+    assert (block.experts, block.top_k, block.router) == (E, top_k, f"softmax, top-{top_k}")
     ops = result.pass_results[-1].program.graph.ops
     (route,) = [op for op in ops if op.name == "moe.route"]
-    assert [str(dim) for dim in route.outputs[1].shape] == ["B", "1"]  # once a picture
+    assert [str(dim) for dim in route.outputs[1].shape] == ["B", str(top_k)]  # once a picture
     program = result.pass_results[-1].program
-    inputs = [torch.randn(4, N, D), torch.randn(4, D)]
-    with torch.no_grad():
-        right = result.source.model(*inputs)
-    (rows,) = evaluate(program.graph, inputs, program.weights)
-    torch.testing.assert_close(rows, right, rtol=1e-5, atol=1e-5)
+    for count in (1, 2, 4, 9):
+        inputs = [torch.randn(count, N, D), torch.randn(count, D)]
+        with torch.no_grad():
+            right = result.source.model(*inputs)
+        (rows,) = evaluate(program.graph, inputs, program.weights)
+        torch.testing.assert_close(rows, right, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_do_not_stand_together() -> None:
@@ -73,3 +117,9 @@ def test_rows_that_do_not_stand_together() -> None:
     result = recognised(Columns(), 1)
     assert result.blocks == ()
     assert result.declined
+
+
+def test_a_limit_of_pictures_is_no_limit_of_rows() -> None:
+    result = recognised(Limited(), 0)
+    assert result.blocks == ()
+    assert any("the numbers differ" in declined.reason for declined in result.declined)
