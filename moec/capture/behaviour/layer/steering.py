@@ -47,9 +47,10 @@ class Steer(TorchFunctionMode):
     ) -> Any:
         self.calls += 1
         if self.calls > self.most:
+            most, self.most = self.most, math.inf  # a `with` around the loop has calls at its end
             other = "" if self.logits is None else "with other logits in its router "
             raise NoMatch(
-                f"{other}it does not end: {running_line()} is reached after {self.most} "
+                f"{other}it does not end: {running_line()} is reached after {most} "
                 "operations, as in a loop until convergence"
             )
         result = func(*args, **(kwargs or {}))
