@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.codegen.onnx.aten import lookup, matrix, pointwise, reduce, shape
+from moec.codegen.onnx.aten import lookup, matrix, pointwise, ranking, reduce, shape
 from moec.codegen.onnx.moe import experts, moe_op, qmoe_op, quantised, routing, zero_experts
 from moec.codegen.onnx.nn import attention, norm
 from moec.codegen.onnx.profiles import Profile
@@ -18,7 +18,7 @@ from moec.ops.experts.dispatch import SORTS
 
 FILLED_BY = (
     *(attention, experts, lookup, matrix, norm, pointwise),
-    *(quantised, reduce, routing, shape, zero_experts),
+    *(quantised, ranking, reduce, routing, shape, zero_experts),
 )
 """Modules that fill the table of builders when they are imported."""
 MOE_FORMS = ("auto", "op", "rows")

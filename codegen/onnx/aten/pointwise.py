@@ -34,7 +34,6 @@ UNARY = {
     "sinh": "Sinh",
     "cosh": "Cosh",
     "erf": "Erf",
-    "sign": "Sign",
     "reciprocal": "Reciprocal",
 }
 
@@ -50,6 +49,14 @@ for _name, _kind in UNARY.items():
 @build("alias", "clone", "detach", "contiguous", "lift_fresh_copy", "_to_copy")
 def identity(c: Call) -> str:
     return c.read(c["self"], c.out.dtype)
+
+
+@build("sign")
+def sign(c: Call) -> str:
+    """Of NaN it is 0; ONNX Runtime's Sign gives NaN."""
+    x, zero = c.read(c["self"]), c.w.constant(0, c.out.dtype)
+    above, below = (c.w.cast(c.w(k, x, zero), "bool", c.out.dtype) for k in ("Greater", "Less"))
+    return c.w("Sub", above, below)
 
 
 @build("rsqrt")

@@ -1,9 +1,8 @@
-"""Sums, means, extremes, softmax, layer norms, cumulative sums, ranking."""
+"""Sums, means, softmax, layer norms, cumulative sums."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -41,8 +40,6 @@ def _reduce(kind: str, c: Call) -> str:
 
 for _kind, _names in {
     "ReduceSum": ("sum", "sum.dim_IntList"),
-    "ReduceMax": ("amax", "max"),
-    "ReduceMin": ("amin", "min"),
     "ReduceProd": ("prod", "prod.dim_int"),
     "ReduceLogSumExp": ("logsumexp",),
 }.items():
@@ -68,26 +65,6 @@ def truth(c: Call) -> str:
     x = c.w.cast(c.read(value, "bool"), "bool", "i32")
     kind = "ReduceMax" if ".any." in c.op.name else "ReduceMin"
     return c.w.cast(_reduced(kind, c, x), "i32", c.out.dtype)
-
-
-@build("argmax", "argmin")
-def arg(c: Call) -> str:
-    value: Value = c["self"]
-    kind = "ArgMax" if "argmax" in c.op.name else "ArgMin"
-    if c["dim"] is None:
-        flat = c.w("Reshape", c.read(value), c.w.constant([-1]))
-        return c.w(kind, flat, axis=0, keepdims=0)
-    dim, keep = axis(c["dim"], len(value.shape)), int(c["keepdim"])
-    return c.w(kind, c.read(value), axis=dim, keepdims=keep)
-
-
-@build("max.dim", "min.dim")
-def extreme(c: Call) -> Sequence[str]:
-    value: Value = c["self"]
-    dim, keep = axis(c["dim"], len(value.shape)), int(c["keepdim"])
-    kind, x = ("Max" if ".max." in c.op.name else "Min"), c.read(value)
-    values = c.w(f"Reduce{kind}", x, c.w.constant([dim]), keepdims=keep)
-    return values, c.w(f"Arg{kind}", x, axis=dim, keepdims=keep)
 
 
 @build("softmax.int", "_softmax", "log_softmax.int", "_log_softmax")
@@ -117,22 +94,3 @@ def layer_norm(c: Call) -> str:
     if c["bias"] is not None:
         inputs.append(c.read(c["bias"], dtype))
     return c.w("LayerNormalization", *inputs, axis=-len(shape), epsilon=float(c["eps"]))
-
-
-@build("topk")
-def topk(c: Call) -> Sequence[str]:
-    value: Value = c["self"]
-    dim = axis(c["dim"], len(value.shape))
-    order: dict[str, Any] = {"largest": int(c["largest"]), "sorted": int(c["sorted"])}
-    return c.w.many("TopK", [c.read(value), c.w.dim(c["k"])], 2, axis=dim, **order)
-
-
-@build("sort", "sort.stable", "argsort", "argsort.stable")
-def sort(c: Call) -> Sequence[str]:
-    """TopK of all elements: of equal ones the lower position comes first, as in a stable sort."""
-    value: Value = c["self"]
-    dim = axis(c["dim"], len(value.shape))
-    dtype = value.dtype if value.dtype in ("f32", "f64", "i64", "i32") else "i32"
-    every = [c.read(value, dtype), c.w.dim(value.shape[dim])]
-    values, order = c.w.many("TopK", every, 2, axis=dim, largest=int(c["descending"]))
-    return [order] if "argsort" in c.op.name else [c.w.cast(values, dtype, value.dtype), order]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.codegen.onnx.aten.matrix import transposed
+from moec.codegen.onnx.aten.ranking import reduced_extreme, top
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
@@ -48,7 +49,7 @@ def _dtype(op: Op, name: str) -> str:
 
 @build("moe.gate", "moe.route")
 def route(c: Call) -> Sequence[str]:
-    """Of equal scores, TopK prefers the lower id, as the IR does."""
+    """Of equal scores, `top` prefers the lower id, as the IR does."""
     w, routing, full = c.w, Routing.of(c.op), router_dtype(c.op)
     logits, correction, shape = logits_of(w, c.op)
     if routing.score == "sparsemixer":
@@ -63,7 +64,7 @@ def route(c: Call) -> Sequence[str]:
     choice = _rounded(w, choice, full, routing.choice_dtype)
     if routing.groups > 1:
         choice = _best_groups(w, routing, choice, shape, full)
-    weights, experts = w.many("TopK", [choice, w.constant([routing.k])], 2, axis=-1)
+    weights, experts = top(w, choice, full, w.constant([routing.k]))
     if choice != scores:
         weights = w("GatherElements", scores, experts, axis=-1)
     if routing.after == "softmax":
@@ -94,19 +95,19 @@ def _best_groups(
     grouped = reshaped(w, choice, shape, grouped_shape)
     last = w.constant([-1])
     if routing.group_score == "max":
-        scores = w("ReduceMax", grouped, last, keepdims=0)
+        scores = reduced_extreme(w, "ReduceMax", grouped, full, last, keep=0)
     else:
         two = w.constant([min(2, experts // routing.groups)])
-        scores = w("ReduceSum", w.many("TopK", [grouped, two], 2, axis=-1)[0], last, keepdims=0)
+        scores = w("ReduceSum", top(w, grouped, full, two)[0], last, keepdims=0)
         scores = _rounded(w, scores, full, routing.choice_dtype)
-    top = w.many("TopK", [scores, w.constant([routing.top_groups])], 2, axis=-1)[1]
-    size = w("Shape", top)
+    best = top(w, scores, full, w.constant([routing.top_groups]))[1]
+    size = w("Shape", best)
     ones = w("Expand", w.constant(1, "f32"), size)
     none = w("Expand", w.constant(0, "f32"), w("Shape", scores))
-    marks = w("ScatterElements", none, top, ones, axis=-1)
+    marks = w("ScatterElements", none, best, ones, axis=-1)
     mask = w("Unsqueeze", w.cast(marks, "f32", "bool"), last)
-    best = w("Where", mask, grouped, w.constant(LOW, full))
-    return reshaped(w, best, grouped_shape, shape)
+    remaining = w("Where", mask, grouped, w.constant(LOW, full))
+    return reshaped(w, remaining, grouped_shape, shape)
 
 
 def _sparsemixer(w: NodeWriter, routing: Routing, logits: str, full: str) -> Sequence[str]:
@@ -116,7 +117,7 @@ def _sparsemixer(w: NodeWriter, routing: Routing, logits: str, full: str) -> Seq
     one = w.constant([1])
     size, low = w.constant(2 * routing.jitter, full), w.constant(LOW, full)
     for turn in range(routing.k):
-        greatest, chosen = w.many("TopK", [left, one], 2, axis=-1)
+        greatest, chosen = top(w, left, full, one)
         factor = w("Max", w("Abs", logits), greatest)
         far = w("Greater", w("Div", w("Sub", greatest, logits), factor), size)
         shares = w("Softmax", w("Where", far, low, left), axis=-1)

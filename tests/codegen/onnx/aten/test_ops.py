@@ -28,7 +28,7 @@ ABSENT = {
     "histogram": "operator aten.histc.default has no ONNX form",
     "convolution": "operator aten.convolution.default has no ONNX form",
 }
-NOT_OF_NAN = {"floor", "sort", "sort falling", "sort rows"}  # ONNX leaves open where a NaN sorts
+NOT_OF_NAN = {"floor"}
 NOT_IN_NUMPY = {"to bfloat16"}
 
 

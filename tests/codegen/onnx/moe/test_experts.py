@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import onnx
@@ -58,7 +59,7 @@ def block(
     }}""")
 
 
-small = st.integers(-1, 1).map(float)  # few values, so that many are equal
+small = st.sampled_from((-1.0, 0.0, 1.0, math.nan))  # few values, so that many are equal
 logits_of = st.lists(st.lists(small, min_size=E, max_size=E), max_size=7)
 
 
@@ -73,7 +74,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Program, Run]]:
 @settings(max_examples=60)
 @given(rows=logits_of)
 def test_any_routing(runs: list[tuple[Program, Run]], rows: list[list[float]]) -> None:
-    """Ties, empty experts, all rows on one, no tokens; choices beyond a capacity add nothing."""
+    """Ties, NaN, empty experts, all rows on one, no tokens; choices beyond a capacity add
+    nothing."""
     logits = torch.tensor(rows).reshape(-1, E)
     x = torch.linspace(-1, 1, len(rows) * D).reshape(-1, D)
     for module, run in runs:
@@ -121,6 +123,19 @@ def test_routers(router: str, moe: str, tmp_path: Path) -> None:
     run = running(module, tmp_path, ep="cpu", moe=moe)
     for tokens in (1, 9, 33):
         agree(module, run, [torch.randn(tokens, E) * 3, torch.randn(tokens, D)])
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_nan_is_the_greatest_score(router: str, tmp_path: Path) -> None:
+    module = program(f"""
+    graph main(logits: f32[T, {E}]) {{
+      size T in [0, 64]
+      w: f32[T, 2], e: i64[T, 2] = moe.route(logits) {ROUTERS[router]}
+      return w, e
+    }}""")
+    marks = torch.tensor([1.0, math.inf, -math.inf, math.nan])
+    logits = torch.cartesian_prod(*[marks] * E)[::4]
+    agree(module, running(module, tmp_path), [logits])
 
 
 @pytest.mark.parametrize("router", ROUTERS)
