@@ -119,9 +119,10 @@ def _bind(function: Function, inputs: Mapping[str, Any]) -> dict[str, int]:
                 limits = f"from {low} to {high}" if high is not None else f"at least {low}"
                 what = f", so {name} is {value}" if size != name else ""
                 zero = " (it has no tokens)" if length == 0 else ""
+                line = f" ({function.causes[name]})" if name in function.causes else ""
                 raise InputError(
                     f"axis {axis} of input {port.name!r} is {length}{zero}{what}, "
-                    f"and the model was compiled for {name} {limits}"
+                    f"and the model was compiled for {name} {limits}{line}"
                 )
     _check_expressions(function, learned, env)
     for port, axis, size, length in axes:

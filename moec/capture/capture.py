@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
 from moec.capture.graphs import capture_export, capture_graph
-from moec.capture.proof.agreement import allow_one, refuted
+from moec.capture.proof.agreement import allow_one, refuse_zero, refuted
 from moec.capture.proof.fixed import fixed, lost_axes
 from moec.capture.proof.settlement import bounded
 from moec.capture.request import CaptureRequest, request_of
@@ -166,7 +166,9 @@ def _captured(
     form, settlement = with_other_sides(name, widened.form, tensors, at_sizes, request.bounds)
     eager, fixings = form.converted.eager, form.converted.fixings
     program = bounded(form.converted.program, settlement)
-    program = allow_one(program, request.bounds, eager, (tensors, request.call.tensors))
+    examples = (tensors, request.call.tensors)
+    program = allow_one(program, request.bounds, eager, examples)
+    program = refuse_zero(program, eager, examples)
     program = fold_constant_sizes(program)
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)
     return Captured(

@@ -29,6 +29,7 @@ from moec.capture.export.module_export import (
     from_start,
     symbol_names,
 )
+from moec.capture.guards.domains import domain_guards
 from moec.capture.guards.guards import guards_of
 from moec.capture.proof.fixed import causes
 from moec.capture.request import CaptureRequest
@@ -115,7 +116,8 @@ def _converted(
     request: CaptureRequest, general: Widened, exported: ExportedProgram, structure: Structure
 ) -> ConvertedExport:
     """The program of an export. Reads the guards first, because decomposition adds more."""
-    guards = guards_of(exported, symbol_names(exported, general.wishes, general.groups))
+    rename = symbol_names(exported, general.wishes, general.groups)
+    guards = (*domain_guards(exported, rename), *guards_of(exported, rename))
     fixings = causes(exported)
     program = convert(
         exported, request.names, general.wishes, request.bounds, structure.names, general.groups

@@ -33,12 +33,14 @@ from moec.ir.sizes.dims import nearly_from_torch, show_dim, symbols
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on named sizes, and the line of the user's code that evaluated it."""
+    """A condition on named sizes, and the line of the user's code that evaluated it. Where that of
+    a domain is false, Python's arithmetic on the line raises an error: it divides by 0."""
 
     condition: sympy.Basic
     file: str = ""
     line: int = 0
     function: str = ""
+    is_domain: bool = False
 
     @cached_property
     def names(self) -> frozenset[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from moec.capture.guards.conditions import as_bounds, multiples_in
+from moec.capture.guards.domains import domain_bounds
 from moec.capture.guards.false_sizes import can_run, false_at
 from moec.capture.guards.guards import Guard, axes, show
 from moec.errors import CaptureError
@@ -58,6 +59,9 @@ def settle(
     for guard in guards:
         if not guard.names <= bounds.keys():
             raise GuardRefused(_refusal(name, graph, guard, example), guard)
+        if guard.is_domain:
+            notes |= dict.fromkeys(_narrow_to_domain(bounds, guard, example, agree))
+            continue
         limits = _limits(guard, example)
         if limits is None:
             remaining.append(guard)
@@ -150,6 +154,21 @@ def _narrow(bounds: dict[str, Bounds], limits: Mapping[str, Bounds], guard: Guar
     for size, limit in limits.items():
         limit = replace(limit, line=str(guard) if guard.file else "")
         bounds[size] = limit.intersect(bounds.get(size, limit))
+
+
+def _narrow_to_domain(
+    bounds: dict[str, Bounds], guard: Guard, example: Mapping[str, int], agree: Agree | None
+) -> list[str]:
+    """Limit the bounds to where arithmetic is defined, and say so. The size 0 stays where module
+    and graph agree: torch takes it that the size in `x / max(size, 1)` is never 0."""
+    limits = domain_bounds(guard, bounds, example)
+    at_zero = [name for name, limit in limits.items() if limit == Bounds(1) and name in example]
+    for name in at_zero if agree else ():
+        if agree({**example, name: 0}):
+            del limits[name]
+    _narrow(bounds, limits, guard)
+    lowest = {name: limit for name, limit in limits.items() if name not in at_zero}
+    return [f"{name} {_shown(limit)}: {guard}" for name, limit in lowest.items()]
 
 
 def _fails_last(tried: Sequence[Mapping[str, int]], answers: Sequence[bool | None]) -> bool:

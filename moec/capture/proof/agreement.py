@@ -75,11 +75,11 @@ def _draws(program: Program, tensors: Sequence[torch.Tensor]) -> Iterator[Sequen
     yield random_like(program, tensors, torch.Generator().manual_seed(0))[: len(tensors)]
 
 
-def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0) -> torch.Tensor:
-    """`tensor` with each of `axes` narrowed to the one element at `index`."""
+def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0, length: int = 1) -> torch.Tensor:
+    """`tensor` with each of `axes` narrowed to the one element at `index`, or to none."""
     for axis in axes:
         if tensor.shape[axis]:
-            tensor = tensor.narrow(axis, index % tensor.shape[axis], 1)
+            tensor = tensor.narrow(axis, index % tensor.shape[axis], length)
     return tensor
 
 
@@ -103,7 +103,7 @@ def allow_one(
 
     def agrees(names: Collection[str]) -> bool | None:
         try:
-            answers = (agree_at(program, eager, _at_one(program, t, names)) for t in examples)
+            answers = (agree_at(program, eager, _cut_to(1, program, t, names)) for t in examples)
             return next((answer for answer in answers if answer is not None), None)
         except VaryingOutput:
             return False  # a module may skip the image of a text of one token
@@ -113,20 +113,55 @@ def allow_one(
             continue
         answers = [agrees(names) for names in ({name}, lowered | {name})[: 1 + bool(lowered)]]
         if all(answers):
-            bounds[name] = Bounds(min(limits.low, 1), limits.high)
+            bounds[name] = replace(limits, low=min(limits.low, 1))
             lowered.add(name)
         elif False in answers:
             bounds[name] = Bounds(2, limits.high)
     return Program(replace(graph, bounds=bounds), program.weights)
 
 
-def _at_one(
-    program: Program, tensors: Sequence[torch.Tensor], names: Collection[str]
+def refuse_zero(
+    program: Program, eager: Eager, examples: Sequence[Sequence[torch.Tensor]]
+) -> Program:
+    """The program with a lower bound of 1 for each size at which graph and module differ at 0, or
+    Python's arithmetic fails in the module.
+
+    torch takes it that no size is 0: it is silent about a branch on it (`if tokens:`), and in
+    `max(tokens, 1)` it sees the tokens alone. Each size is 0 alone, in the first of `examples` that
+    the module runs.
+    """
+    bounds = dict(program.graph.bounds)
+    for name, limits in program.graph.bounds.items():
+        if limits.low or not name.isidentifier():
+            continue
+        tried = (_cut_to(0, program, tensors, {name}) for tensors in examples)
+        answers = (_agree_at_zero(program, eager, tensors) for tensors in tried)
+        if next((answer for answer in answers if answer is not None), None) is False:
+            bounds[name] = replace(limits, low=1)
+    return replace(program, graph=replace(program.graph, bounds=bounds))
+
+
+def _agree_at_zero(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool | None:
+    """Whether graph and module agree where a size is 0. An operator of torch that fails there
+    (None) has no other result."""
+    try:
+        return matches(program, tensors, eager(*tensors))
+    except (VaryingOutput, ArithmeticError, ValueError):
+        return False
+    except Exception:  # whatever the module raises
+        return None
+
+
+def _cut_to(
+    length: int, program: Program, tensors: Sequence[torch.Tensor], names: Collection[str]
 ) -> list[torch.Tensor]:
-    return [
-        cut(tensor, [axis for axis, dim in enumerate(value.shape) if str(dim) in names])
-        for value, tensor in zip(program.graph.inputs, tensors, strict=False)
+    """The tensors with the first elements alone, 0 or 1, of each axis whose size has a name in
+    `names`."""
+    axes = [
+        [axis for axis, dim in enumerate(value.shape) if str(dim) in names]
+        for value in program.graph.inputs
     ]
+    return [cut(t, a, length=length) for t, a in zip(tensors, axes, strict=False)]
 
 
 def refuted(

@@ -150,7 +150,8 @@ def _merged(
     if not all(agree_at_sizes(program, a.eager, example, s) in (True, None) for s in within):
         return None
     guards = {g.condition: g for g in (*b.guards, *a.guards) if g.condition in shared}.values()
-    joined = replace(sides[0][0], condition=either)
+    branch = next((guard for guard in sides[0] if not guard.is_domain), sides[0][0])
+    joined = replace(branch, condition=either, is_domain=False)
     converted = replace(a, program=program, guards=(*guards, joined))
     return replace(first, converted=converted)
 

@@ -22,6 +22,7 @@ from moec.capture.size_functions.sizes_as_numbers import LIBRARIES
 from moec.capture.speculate.sites import foreign
 from moec.capture.speculate.user_globals import user_globals
 from moec.capture.user_code import size_nodes
+from moec.capture.user_code.size_domains import domains_recorded, record_domain
 from moec.capture.user_code.size_nodes import size_nodes_allowed
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)
@@ -30,7 +31,8 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat)
 @contextmanager
 def math_of_sizes(module: torch.nn.Module) -> Iterator[None]:
     """While open, the functions of the math module return symbolic numbers for symbolic numbers,
-    also under the names by which files of the user's code of `module` imported them."""
+    also under the names by which files of the user's code of `module` imported them, and arithmetic
+    on sizes records where it is defined."""
     others = foreign(name for name in LIBRARIES if name in sys.modules)
     with ExitStack() as stack:
         functions = {
@@ -57,6 +59,7 @@ def math_of_sizes(module: torch.nn.Module) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(torch.SymInt, name, function))
         stack.enter_context(mock.patch.object(torch.SymInt, "__invert__", _invert, create=True))
         stack.enter_context(size_nodes_allowed())
+        stack.enter_context(domains_recorded())
         yield
 
 
@@ -74,8 +77,18 @@ def _float(value: Any) -> Any:
 
 
 def _log(value: Any, base: Any = None) -> Any:
-    logarithm = size_nodes.log(_float(value))
-    return logarithm if base is None else logarithm / size_nodes.log(_float(base))
+    if base is not None:
+        return _log(value) / _log(base)
+    record_domain(value, "positive")
+    return size_nodes.log(_float(value))
+
+
+def _log_to(base: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def logarithm(value: Any) -> Any:
+        record_domain(value, "positive")
+        return base(_float(value))
+
+    return logarithm
 
 
 def _isqrt(size: Any) -> Any:
@@ -158,7 +171,7 @@ _SYMBOLIC_FORMS: Mapping[str, Callable[..., Any]] = {
     "isqrt": _isqrt,
     "pow": lambda base, power: _float(base) ** _float(power),
     "log": _log,
-    "log2": lambda value: size_nodes.log2(_float(value)),
-    "log10": lambda value: size_nodes.log10(_float(value)),
+    "log2": _log_to(size_nodes.log2),
+    "log10": _log_to(size_nodes.log10),
     "exp": lambda value: size_nodes.exp(_float(value)),
 }

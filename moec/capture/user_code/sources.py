@@ -38,6 +38,11 @@ def is_internal(file: str) -> bool:
     return file.startswith((_TORCH, _MOEC, "<"))
 
 
+def is_own(file: str) -> bool:
+    """Whether a file belongs to moec."""
+    return file.startswith(_MOEC)
+
+
 def is_standard(file: str) -> bool:
     """Whether a file is of the standard library, or code that it generates (of a dataclass)."""
     library = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
