@@ -163,8 +163,8 @@ def _narrow_to_domain(
     and graph agree: torch takes it that the size in `x / max(size, 1)` is never 0."""
     limits = domain_bounds(guard, bounds, example)
     at_zero = [name for name, limit in limits.items() if limit == Bounds(1) and name in example]
-    for name in at_zero if agree else ():
-        if agree({**example, name: 0}):
+    for name in at_zero:
+        if agree and agree({**example, name: 0}):
             del limits[name]
     _narrow(bounds, limits, guard)
     lowest = {name: limit for name, limit in limits.items() if name not in at_zero}
@@ -217,22 +217,25 @@ def _edges(guard: Guard, example: Mapping[str, int]) -> Mapping[str, Bounds]:
 
 
 def _product_limit(guard: Guard) -> dict[str, Bounds]:
-    """A product of sizes, as text, and the greatest value that a guard allows it. Empty for another
-    guard, and for a limit that is so low that proofs and verification may exceed it."""
+    """A product of sizes, as text, and the values that a guard allows it. Empty for another guard,
+    and for a greatest value that is so low that proofs and verification may exceed it."""
     if not isinstance(guard.condition, sympy.Gt | sympy.Ge | sympy.Lt | sympy.Le):
         return {}
-    factor, sizes = guard.condition.lts.as_coeff_Mul()
-    limit = guard.condition.gts
+    less, more = guard.condition.lts, guard.condition.gts
+    limit, side = (more, less) if more.is_Integer else (less, more)
+    factor, sizes = side.as_coeff_Mul()
     powers = [part.as_base_exp()[0] for part in sympy.Mul.make_args(sizes)]
     if not limit.is_Integer or not all(base.is_Symbol for base in powers) or not factor > 0:
         return {}
     strict = isinstance(guard.condition, sympy.Gt | sympy.Lt)
+    if side is more:
+        return {show_dim(sizes): Bounds(max(int(sympy.ceiling((limit + strict) / factor)), 0))}
     high = int(sympy.floor((limit - strict) / factor))
     return {show_dim(sizes): Bounds(0, high)} if high >= _LEAST_LIMIT else {}
 
 
 _LEAST_LIMIT = 1 << 12
-"""Products of sizes are not limited to less than this."""
+"""No greatest value of a product of sizes is less than this."""
 
 
 def _bakes_in(condition: sympy.Basic) -> bool:
@@ -257,7 +260,8 @@ def _shown(limits: Bounds) -> str:
 def _refusal(name: str, graph: Graph, guard: Guard, example: Mapping[str, int]) -> str:
     sizes = sorted(guard.names)
     where = ", ".join(
-        f"{size} is {axes(graph, size) or 'a size'}, {example.get(size, '?')} in the example"
+        f"{size} is {axes(graph, size) or 'a size'}"
+        + (f", {example[size]} in the example" if size in example else "")
         for size in sizes
     )
     return (

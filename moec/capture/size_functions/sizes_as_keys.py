@@ -56,6 +56,11 @@ def _with_size(cached: Any) -> Callable[..., Any]:
         symbolic = any(isinstance(leaf, _SYMBOLIC) for leaf in pytree.tree_leaves((args, kwargs)))
         return cached.__wrapped__(*args, **kwargs) if symbolic else in_trace(*args, **kwargs)
 
+    vars(call).update(
+        cache_info=in_trace.cache_info,
+        cache_clear=in_trace.cache_clear,
+        cache_parameters=cached.cache_parameters,
+    )
     return call
 
 

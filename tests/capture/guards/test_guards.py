@@ -351,6 +351,19 @@ def test_a_branch_on_several_sizes_far_from_the_example_is_refused(
         capture(Function(scaled), (torch.randn(2, 4, 8),))
 
 
+def test_a_least_product_of_sizes_is_a_bound() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(1) if 2 * x.shape[0] * x.shape[1] > 9 else x
+
+    graph = capture(Function(function), (torch.randn(3, 5, 4),)).program.graph
+    assert graph.bounds["B*S"] == Bounds(5)
+    for batch, length in ((1, 5), (5, 1), (2, 3), (4, 9)):
+        x = torch.randn(batch, length, 4)
+        assert torch.equal(evaluate(graph, [x], {})[0], function(x))
+    with pytest.raises(IRError, match=r"B\*S is outside of .*test_guards\.py:\d+ in function"):
+        evaluate(graph, [torch.randn(1, 4, 4)], {})
+
+
 @pytest.mark.parametrize(("most", "scale"), [(5000, 1), (100_000, 1), (1_000_000, 8)])
 def test_a_branch_on_a_large_product_of_sizes_limits_it(
     most: int, scale: int, tmp_path: Path

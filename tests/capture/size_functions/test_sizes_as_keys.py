@@ -56,6 +56,31 @@ def test_a_cached_function_of_a_size_is_a_function_of_the_size() -> None:
             torch.testing.assert_close(actual, module(x))
 
 
+def emptied(layer: Layer, length: int) -> Tensor:
+    """A cache that is cleared where it is full, which it never is in a program."""
+    most = positions.cache_parameters()["maxsize"]
+    if most is not None and positions.cache_info().currsize >= most:
+        positions.cache_clear()
+    return positions(length)
+
+
+def cleared(layer: Layer, length: int) -> Tensor:
+    layer.mask.cache_clear()
+    return layer.mask(length, length // 2)
+
+
+@pytest.mark.parametrize("scale", [emptied, cleared])
+def test_a_cache_of_sizes_can_be_asked_and_cleared(scale: Callable[[Layer, int], Tensor]) -> None:
+    module = Layer(scale).eval()
+    module(torch.randn(2, 6, 4))
+    captured = capture(module, (torch.randn(2, 6, 4),))
+    for length in (1, 6, 13):
+        x = torch.randn(3, length, 4)
+        (actual,) = evaluate(captured.program.graph, [x], captured.program.weights)
+        with torch.no_grad():
+            torch.testing.assert_close(actual, module(x))
+
+
 TABLE = {4: 1.0, 6: 2.0}
 
 
