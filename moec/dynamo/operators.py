@@ -4,19 +4,20 @@
     moec::block(inputs[], params[], site) -> y, with a gradient:
     moec::block_backward(grad, inputs[], params[], site, needed[]) -> the gradients needed
 
-A site is a block of a compiled graph: its code, and one layer's weights as that code packs them.
+A site is a block of a compiled graph: its code, and its layers' weights as that code packs them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
 import sympy
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moec.capture.export.autograd import autograd_inside
 from moec.dynamo.code import Code, is_constant
@@ -49,21 +50,32 @@ class KnownParam:
     states: Sequence[tuple[object, ...]] | None = None
 
 
+@dataclass(eq=False)
+class BoundLayer:
+    """An executor with one layer's weights, which were packed when their states were `states`."""
+
+    executor: Executor
+    packed: PackedParams
+    states: Sequence[tuple[object, ...]]
+
+
 PACKED: WeakValueDictionary[object, PackedParams] = WeakValueDictionary()
-"""By packing and state of the weights; entries live as long as a site that uses them."""
+"""By packing and state of the weights; entries live as long as a layer that is bound to them."""
 _PACKING = threading.Lock()
 
 
 @dataclass(eq=False)
 class BlockSite:
-    """One block of one compiled graph, with its packed weights, on `device` (torch's name).
+    """One block of one compiled graph, with packed weights, on `device` (torch's name).
 
-    They are packed when it first runs, and again when a weight's version or memory differs. Sites
-    of the same layer (for one token and for many, with gradients and without) share them. If
-    experts are `trained`, weights change at every step and are read without packing; so are
-    inference tensors, whose changes PyTorch does not count. `known_params` are the params whose
-    values recognition relied on. `copied` are the positions, in [*inputs, *params], of tensors that
-    may change before the backward pass.
+    Dynamo may give several layers one graph, so a site packs weights for each layer, by the first
+    of its params, and drops them with that; the latest layer is kept, since parts of distributed
+    weights are other tensors in each call. A layer is packed when it first runs, and again when a
+    weight's version or memory differs. Sites of the same layer (for one token and for many, with
+    gradients and without) share what is packed. If experts are `trained`, weights change at every
+    step and are read without packing; so are inference tensors, whose changes PyTorch does not
+    count. `known_params` are the params whose values recognition relied on. `copied` are the
+    positions, in [*inputs, *params], of tensors that may change before the backward pass.
     """
 
     name: str
@@ -73,9 +85,10 @@ class BlockSite:
     trained: bool = False
     known_params: Sequence[KnownParam] = ()
     copied: Sequence[int] = ()
-    executor: Executor | None = None
-    bound: Sequence[tuple[object, ...]] = ()
-    packed: PackedParams | None = None
+    latest: BoundLayer | None = None
+    layers: MutableMapping[torch.Tensor, BoundLayer] = field(
+        default_factory=WeakTensorKeyDictionary
+    )
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, inputs: Sequence[torch.Tensor], params: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -97,15 +110,27 @@ class BlockSite:
 
     def _ready(self, params: Sequence[torch.Tensor], now: Sequence[tuple[object, ...]]) -> Executor:
         with self.lock:
-            if self.executor is None or now != self.bound:
-                packed = _packed(self.code, params, now)
-                if self.executor is None:
-                    package = replace(self.code.package, arrays=packed.arrays)
-                    self.executor = Executor(package, device=device_of(self.device))
-                else:
-                    self.executor.bind(packed.arrays)
-                self.bound, self.packed = now, packed
-            return self.executor
+            if self.latest is None or now != self.latest.states:
+                self.latest = self._layer(params, now)
+            return self.latest.executor
+
+    def _layer(
+        self, params: Sequence[torch.Tensor], now: Sequence[tuple[object, ...]]
+    ) -> BoundLayer:
+        """The layer of these params, bound to them as they are `now`."""
+        layer = self.layers.get(params[0]) if params else self.latest
+        if layer is not None and layer.states == now:
+            return layer
+        packed = _packed(self.code, params, now)
+        if layer is None:
+            package = replace(self.code.package, arrays=packed.arrays)
+            layer = BoundLayer(Executor(package, device=device_of(self.device)), packed, now)
+            if params:
+                self.layers[params[0]] = layer
+        else:
+            layer.executor.bind(packed.arrays)
+            layer.packed, layer.states = packed, now
+        return layer
 
     def _check(self, known_param: KnownParam, param: torch.Tensor) -> None:
         states = _states([param])

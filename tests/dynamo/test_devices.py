@@ -124,8 +124,9 @@ def test_a_block_runs_on_the_kernels_of_its_gpu(sites: list[BlockSite]) -> None:
     assert (stats.compilations, stats.blocks, stats.packs) == (1, 1, 2)
     (site,) = sites
     assert site.device == "cuda:1"
-    assert site.packed is not None
-    shared = {array.data_ptr() for array in site.packed.arrays.values() if torch.is_tensor(array)}
+    assert site.latest is not None
+    arrays = site.latest.packed.arrays.values()
+    shared = {array.data_ptr() for array in arrays if torch.is_tensor(array)}
     assert module.down.data_ptr() in shared
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.dynamo import FallbackError, FallbackWarning, backend
+from moec.dynamo.operators import PACKED
 from moec.dynamo.skipped import watch
 from tests.dynamo.modules import Gathered, Listed, Masked, Model
 from tests.passes.forms import rows
@@ -408,3 +410,24 @@ def test_graphs_of_one_layer_share_its_packed_weights() -> None:
             torch.testing.assert_close(run(rows), model(rows), **CLOSE)
     stats = moec.stats()
     assert (stats.compilations, stats.packs) == (2, 2)
+
+
+def test_layers_that_share_a_graph_have_their_packed_weights_each() -> None:
+    """Dynamo gives layers that are compiled one by one a single graph. What is packed for a layer
+    is dropped with it, except for the latest."""
+    layers, x = [Masked().eval() for _ in range(3)], torch.randn(5, 16)
+    earlier = set(PACKED)
+    for layer in layers:
+        layer.compile(backend="moec", options={"rest": "eager", "strict": True})
+    with torch.no_grad():
+        for packs in (3, 3, 4):
+            if packs == 4:
+                layers[1].down.mul_(2)
+            for layer in layers:
+                torch.testing.assert_close(layer(x), layer.forward(x), **CLOSE)
+            assert moec.stats().packs == packs
+    assert moec.stats().compilations == 1
+    assert len(set(PACKED) - earlier) == 3
+    del layers[:2], layer
+    gc.collect()
+    assert len(set(PACKED) - earlier) == 1
