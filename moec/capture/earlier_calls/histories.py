@@ -109,7 +109,9 @@ def _line(earlier: EarlierCalls, slots: Sequence[Slot], run: Callable[[], Any]) 
 
 def _run(run: Run, tensors: Tensors) -> Any:
     with undisturbed():
-        return run(*(tensor.clone() for tensor in tensors))
+        leaves = run(*(tensor.clone() for tensor in tensors))
+        # On leaving, what the run wrote is undone, also in the results.
+        return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
 
 def _sizes(tensors: Tensors) -> str:

@@ -42,7 +42,11 @@ def with_indices(rows: Tensor) -> Tensor:
     return greatest - rows.min(dim=0).values + index
 
 
-@pytest.mark.parametrize("extreme", [of_one_axis, with_indices])
+def of_two_tensors(rows: Tensor) -> Tensor:
+    return torch.min(rows, torch.maximum(rows, rows * 0.5)).max(rows * 2).sum(0)
+
+
+@pytest.mark.parametrize("extreme", [of_one_axis, with_indices, of_two_tensors])
 def test_an_extreme_of_the_rows_of_an_expert(extreme: Callable[[Tensor], Tensor]) -> None:
     module = Layer(extreme).eval()
     listed = capture(module, (torch.randn(6, D),))

@@ -144,3 +144,32 @@ def test_a_loop_over_tokens_is_refused_with_its_line() -> None:
     with pytest.raises(CaptureError, match="a loop over tokens, whose number varies") as refusal:
         capture(Layer(a_loop_over_tokens).eval(), (torch.randn(2, 5, D),))
     assert "`for token, (first, _) in enumerate(ids.tolist()):`" in str(refusal.value)
+
+
+class SizesOfUnique(nn.Module):
+    """Counts of the experts that occur, written at their places in a table for all experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.w = nn.Linear(D, E), nn.Parameter(torch.randn(E, D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids, order = self.gate(x).argmax(-1).sort()
+        experts, counts = torch.unique_consecutive(ids, return_counts=True)
+        sizes = torch.zeros(E, dtype=torch.long)
+        sizes[experts] = counts
+        parts = x[order].split(sizes.tolist())
+        rows = [part @ self.w[e] if len(part) else part for e, part in enumerate(parts)]
+        occur = self.w[experts].sum() + self.w.sum() - self.w[experts].sum()
+        return torch.cat(rows)[order.argsort()] + occur
+
+
+def test_experts_that_occur_are_an_index() -> None:
+    module = SizesOfUnique().eval()
+    (graph, weights) = (p := capture(module, (torch.randn(9, D),)).program).graph, p.weights
+    for x in (torch.randn(1, D), torch.randn(16, D), torch.ones(4, D)):
+        with torch.no_grad():
+            expected = module(x)
+        (actual,) = evaluate(graph, [x], weights)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

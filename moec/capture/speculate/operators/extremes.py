@@ -18,9 +18,9 @@ from moec.capture.speculate.operators.hooks import Hook, Hooks, Trace
 def with_row(trace: Trace, x: Any, dim: Any, infinity: float) -> torch.Tensor | None:
     """`x` with a row of `infinity` along the axis `dim`, whose length data decide; else None.
     Code without a branch on data does not skip experts without rows: it fails there."""
-    axes = [dim] if isinstance(dim, int) else list(dim or ())
     if not (isinstance(x, torch.Tensor) and x.is_floating_point() and trace.branches.questions):
         return None
+    axes = [dim] if isinstance(dim, int) else dim if isinstance(dim, list | tuple) else ()
     chosen = [axis for axis in axes if isinstance(axis, int) and reads_data(x.shape[axis])]
     if len(chosen) != 1:
         return None

@@ -121,7 +121,9 @@ class HitRows(list[Any]):
 
 
 def as_tensor(value: Any) -> Any:
-    """The tensor of a `HitRows`; any other value unchanged."""
+    """The tensor of a `HitRows` or of `Hits`; any other value unchanged."""
+    if isinstance(value, Hits):
+        return torch.arange(len(value)).view(value.shape)
     return value.tensor if isinstance(value, HitRows) else value
 
 

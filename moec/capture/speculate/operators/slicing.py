@@ -11,7 +11,7 @@ from moec.capture.speculate.facts.following import follow
 from moec.capture.speculate.facts.sum_rules import known_comparison
 from moec.capture.speculate.facts.sums import Counts
 from moec.capture.speculate.facts.symbols import expression, is_symbolic, reads_data
-from moec.capture.speculate.operators.hits import HitRows, Row, as_slice, as_tensor
+from moec.capture.speculate.operators.hits import HitRows, Hits, Row, as_slice, as_tensor
 from moec.capture.speculate.operators.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.operators.numbers import as_number, numbers
 
@@ -20,7 +20,7 @@ def getitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any) -> Any:
     parts = index if isinstance(index, tuple) else (index,)
     if any(isinstance(part, Row) for part in parts):
         return func(x, tuple(as_slice(part) for part in parts))
-    if any(isinstance(part, HitRows) for part in parts):
+    if any(isinstance(part, HitRows | Hits) for part in parts):
         return func(x, tuple(as_tensor(part) for part in parts))
     ids, width = trace.facts.of(x).one_hot_of, first_columns(parts)
     if ids is not None and width is not None:

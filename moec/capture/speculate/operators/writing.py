@@ -9,7 +9,7 @@ import torch
 from moec.capture.speculate.facts.facts import Piece
 from moec.capture.speculate.facts.sums import Sums
 from moec.capture.speculate.facts.symbols import expression, reads_data
-from moec.capture.speculate.operators.hits import HitRows, as_tensor
+from moec.capture.speculate.operators.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.operators.hooks import Filling, Hook, Hooks, Trace
 from moec.capture.speculate.operators.numbers import as_number
 from moec.capture.speculate.operators.slicing import is_mask, with_rows
@@ -30,6 +30,8 @@ def fill(trace: Trace, piece: Piece, values: torch.Tensor) -> torch.Tensor:
 
 
 def setitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any, values: Any) -> Any:
+    if isinstance(index, Hits) and not index.column:
+        index = slice(0, len(index))
     sums = _sums_written(trace, x, index, values)
     trace.written(x)
     if sums is not None:
@@ -53,7 +55,7 @@ def setitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any, values: Any) 
         return func(x, with_rows(trace, index), values)
     if isinstance(index, HitRows):
         return func(x, as_tensor(index), values)
-    if isinstance(index, tuple) and any(isinstance(part, HitRows) for part in index):
+    if isinstance(index, tuple) and any(isinstance(part, HitRows | Hits) for part in index):
         return func(x, tuple(map(as_tensor, index)), values)
     return NotImplemented
 
