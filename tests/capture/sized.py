@@ -178,6 +178,8 @@ BOUNDED: dict[str, tuple[Function, tuple[int, int | None]]] = {
     "isqrt(n) >= 4": (lambda x: x * 2 if math.isqrt(x.shape[0]) >= 4 else x, (16, None)),
     "log2(n) < 6.5": (lambda x: x * 2 if math.log2(x.shape[0]) < 6.5 else x, (1, 90)),
     "n.bit_length() < 7": (lambda x: x * 2 if x.shape[0].bit_length() < 7 else x, (0, 63)),
+    "n // 2 or 1": (lambda x: first(x, x.shape[0] // 2 or 1), (2, None)),
+    "int(n * 0.5) and": (lambda x: x * 2 if int(x.shape[0] * 0.5) and True else x, (2, None)),
     "16 < n <= 32": (lambda x: x * 2 if 16 < x.shape[0] <= 32 else x, (17, 32)),
 }
 """What holds within bounds of the size, and these."""

@@ -191,9 +191,8 @@ def _limits(guard: Guard, example: Mapping[str, int]) -> Bounds | None:
     where these sizes are no contiguous range."""
     if not isinstance(guard.condition, _INEQUALITIES) and not _joins(guard.condition):
         return None
-    if isinstance(guard.condition, sympy.Ne):
-        left, right = guard.condition.args
-        return Bounds(2) if isinstance(left, sympy.Symbol) and right == 1 else None
+    if isinstance(guard.condition, sympy.Ne) and guard.condition.lhs.is_Symbol:
+        return Bounds(2) if guard.condition.rhs == 1 else None
     return next(iter(_edges(guard, example).values()), None)
 
 
