@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moec.codegen.onnx.rules import Call, axis, build
+from moec.dtypes import HALVES
 from moec.errors import NoMatch
 from moec.ir.graph import Value
 
@@ -90,9 +91,16 @@ def index_put(c: Call) -> str:
     rest = value.shape[len(axes) :]
     leading = c.w("Shape", at, end=-1)
     shape = c.w("Concat", leading, c.w.shape(rest), axis=0) if rest else leading
-    updates = c.w("Expand", c.read(values, c.out.dtype), shape)
+    dtype = reduced_dtype(value.dtype) if c["accumulate"] else value.dtype
+    updates = c.w("Expand", c.read(values, dtype), shape)
     how = {"reduction": "add"} if c["accumulate"] else {}
-    return c.w("ScatterND", c.read(value), at, updates, **how)
+    output = c.w("ScatterND", c.read(value, dtype), at, updates, **how)
+    return c.w.cast(output, dtype, value.dtype)
+
+
+def reduced_dtype(dtype: str) -> str:
+    """The dtype in which elements are added at positions: ONNX Runtime adds no halves on CPUs."""
+    return "f32" if dtype in HALVES else dtype
 
 
 @build("index_add")
@@ -101,7 +109,9 @@ def index_add(c: Call) -> str:
     if axis(c["dim"], len(value.shape)) != 0 or c["alpha"] != 1:
         raise NoMatch("operator aten.index_add.default not along the first axis has no ONNX form")
     at = c.w("Unsqueeze", positions(c, c["index"]), c.w.constant([-1]))
-    return c.w("ScatterND", c.read(value), at, c.read(source, c.out.dtype), reduction="add")
+    dtype = reduced_dtype(value.dtype)
+    inputs = [c.read(value, dtype), at, c.read(source, dtype)]
+    return c.w.cast(c.w("ScatterND", *inputs, reduction="add"), dtype, value.dtype)
 
 
 REDUCTIONS = {"sum": "add", "add": "add", "prod": "mul", "multiply": "mul"}
@@ -120,16 +130,17 @@ def scatter(c: Call) -> str:
         if c["reduce"] not in REDUCTIONS or ("two" in c.op.name and not c["include_self"]):
             raise NoMatch(f"operator {c.op.name} by {c['reduce']} has no ONNX form")
         how = {"reduction": REDUCTIONS[c["reduce"]]}
-    at = positions(c, ids)
+    at, dtype = positions(c, ids), reduced_dtype(value.dtype) if how else value.dtype
     if "scatter.value" in c.op.name:
-        updates = c.w("Expand", c.w.constant(c["value"], c.out.dtype), c.w("Shape", at))
+        updates = c.w("Expand", c.w.constant(c["value"], dtype), c.w("Shape", at))
     else:
         source: Value = c["src"]
-        updates = c.read(source, c.out.dtype)
+        updates = c.read(source, dtype)
         if source.shape != ids.shape:
             zeros, every = c.w.constant([0] * len(ids.shape)), list(range(len(ids.shape)))
             updates = c.w("Slice", updates, zeros, c.w("Shape", at), c.w.constant(every))
-    return c.w("ScatterElements", c.read(value), at, updates, axis=dim, **how)
+    output = c.w("ScatterElements", c.read(value, dtype), at, updates, axis=dim, **how)
+    return c.w.cast(output, dtype, value.dtype)
 
 
 @build("moec.require_count")

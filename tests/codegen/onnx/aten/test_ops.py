@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from moec.capture import capture
 from moec.codegen.onnx.lower import lower
@@ -106,3 +107,22 @@ def test_means_of_no_tokens_are_nan(tmp_path: Path) -> None:
     run = running(means, tmp_path)
     for tokens in (0, 1, 5):
         agree(means, run, [torch.randn(tokens, 4)])
+
+
+class AddedAt(nn.Module):
+    def forward(self, x: Tensor, i: Tensor) -> tuple[Tensor, ...]:
+        zeros = x.new_zeros(4, x.shape[1])
+        return (
+            zeros.index_add(0, i, x),
+            zeros.index_put((i,), x, accumulate=True),
+            zeros.scatter_add(0, i[:, None].expand_as(x), x),
+            zeros.scatter_reduce(0, i[:, None].expand_as(x), x, "amax"),
+        )
+
+
+def test_halves_are_added_at_positions(tmp_path: Path) -> None:
+    """ONNX Runtime adds no float16 at positions on CPUs: the file did not load or did not run."""
+    x, i = torch.randn(9, 4).half(), torch.randint(0, 4, (9,))
+    run = running(capture(AddedAt(), (x, i)).program, tmp_path)
+    for result, expected in zip(run({"x": x, "i": i}).values(), AddedAt()(x, i), strict=True):
+        torch.testing.assert_close(result, expected, rtol=2e-3, atol=2e-3)
