@@ -214,14 +214,15 @@ def div(c: Call) -> str:
 
 @build("div.Tensor_mode", "div.Scalar_mode", "floor_divide", "floor_divide.Scalar")
 def rounded(c: Call) -> str:
-    """ONNX divides integers towards zero; torch also has rounding towards minus infinity."""
+    """ONNX divides integers towards zero; torch also rounds towards minus infinity, and there takes
+    the floor of the exact quotient of floats: 1 // 0.1 is 9."""
     dtype = c.out.dtype
     a, b = c.operand("self", dtype), c.operand("other", dtype)
     down = "floor_divide" in c.op.name or c["rounding_mode"] == "floor"
+    if down and dtype in FLOATS:
+        return _floor(c, a, b)
     quotient = c.w("Div", a, b)
     if dtype in FLOATS:
-        if down:
-            return c.w("Floor", quotient)
         positive = c.w("Less", c.w.constant(0, dtype), quotient)
         return c.w("Where", positive, c.w("Floor", quotient), c.w("Ceil", quotient))
     if not down:
@@ -231,12 +232,31 @@ def rounded(c: Call) -> str:
 
 @build("remainder.Tensor", "remainder.Scalar")
 def remainder(c: Call) -> str:
-    """With the divisor's sign: Mod for integers, x - floor(x/y) y for floats."""
+    """With the divisor's sign: Mod for integers; for floats it has that of the dividend."""
     dtype = c.out.dtype
     a, b = c.operand("self", dtype), c.operand("other", dtype)
     if dtype not in FLOATS:
         return c.w("Mod", a, b)
-    return c.w("Sub", a, c.w("Mul", b, c.w("Floor", c.w("Div", a, b))))
+    left, opposed = _exact_remainder(c, a, b)
+    return c.w("Where", opposed, c.w("Add", left, b), left)
+
+
+def _exact_remainder(c: Call, a: str, b: str) -> tuple[str, str]:
+    """(the exact remainder of floats, with a's sign; whether that is not 0 and not of b's sign)."""
+    zero = c.w.constant(0, c.out.dtype)
+    left = c.w("Mod", a, b, fmod=1)
+    signs = c.w("Xor", c.w("Less", b, zero), c.w("Less", left, zero))
+    return left, c.w("And", signs, c.w("Not", c.w("Equal", left, zero)))
+
+
+def _floor(c: Call, a: str, b: str) -> str:
+    """The floats' exact quotient rounded down, and a / b for a divisor of 0."""
+    dtype = c.out.dtype
+    left, opposed = _exact_remainder(c, a, b)
+    multiple = c.w("Round", c.w("Div", c.w("Sub", a, left), b))
+    quotient = c.w("Sub", multiple, c.w.cast(opposed, "bool", dtype))
+    by_zero = c.w("Equal", b, c.w.constant(0, dtype))
+    return c.w("Where", by_zero, c.w("Div", a, b), quotient)
 
 
 @build("fmod.Tensor", "fmod.Scalar")
