@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.capture.calls.call import ModuleCall
@@ -93,11 +94,13 @@ def _padded(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
 
 
 class Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies each storage before an operator writes into it, and restores all on leaving."""
+    """Copies each storage before an operator writes into it, and restores all on leaving, except
+    those that were allocated while open: a call may fill a table and keep it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.before: dict[int, tuple[Any, Any]] = {}
+        self.allocated: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -108,11 +111,26 @@ class Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in written if isinstance(written, list | tuple) else [written]:
                 if isinstance(tensor, torch.Tensor):
                     storage: Any = tensor.untyped_storage()
-                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        return func(*args, **kwargs)
+                    if storage.data_ptr() not in self.allocated:
+                        self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        result = func(*args, **kwargs)
+        operands = set() if func in _OF_PYTHON else _addresses((args, kwargs))
+        self.allocated |= _addresses(result) - operands
+        return result
 
     def __exit__(self, *reason: Any) -> None:
         super().__exit__(*reason)  # type: ignore[no-untyped-call]
         for storage, copy in self.before.values():
             if storage.nbytes() == copy.nbytes():
                 storage.copy_(copy)
+
+
+_OF_PYTHON = (torch.ops.aten.lift_fresh.default,)
+"""Operators whose operand was just made of Python numbers."""
+
+
+def _addresses(values: Any) -> set[int]:
+    """The addresses of the storages of all tensors in `values`."""
+    leaves = pytree.tree_leaves(values)
+    tensors = [leaf for leaf in leaves if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.process_state import PROCESS_STATE
+from moec.capture.calls.trials import quiet
 from moec.capture.earlier_calls.clocks import always_changes, clocks_unread
 from moec.capture.earlier_calls.earlier_value import Decisions, EarlierRead, reads
 from moec.capture.earlier_calls.parting import parting
@@ -56,9 +58,9 @@ class EarlierCalls:
     def unknown(self, slots: Sequence[Slot], others: Sequence[Slot] = ()) -> list[Slot]:
         """Those of `slots`, each once, that are not `others` and of which no call was known to
         change them."""
-        keys = {(id(s.owner), s.key) for s in (*self.slots, *self.sources, *others)}
-        named = {(id(slot.owner), slot.key): slot for slot in slots}
-        return [slot for key, slot in named.items() if key not in keys]
+        marked = (*self.slots, *self.sources, *others)
+        named = {(slot.place, slot.paths): slot for slot in slots}
+        return [slot for slot in named.values() if not slot.belongs_to(marked)]
 
     def with_slots(self, slots: Sequence[Slot]) -> EarlierCalls:
         return replace(self, slots=[*self.slots, *slots])
@@ -102,6 +104,7 @@ def earlier_calls(
     """
     runs = Runs(ModuleCall(module, args, kwargs), Decisions())
     with PROCESS_STATE:
+        _initialise(runs.example)
         before = snapshot(module)
         seeds = random.getstate(), np.random.get_state()
         try:
@@ -119,6 +122,16 @@ def earlier_calls(
             before.restore(snapshot(module))
             random.setstate(seeds[0])
             np.random.set_state(seeds[1])
+
+
+def _initialise(example: ModuleCall) -> None:
+    """Calls a module with lazy parameters once: the first call gives them shapes and values, which
+    stay, as in eager."""
+    lazy = [part for part in example.modules() if isinstance(part, LazyModuleMixin)]
+    if not any(part.has_uninitialized_params() for part in lazy):
+        return
+    with torch.no_grad(), suppress(Exception), quiet():  # the capture reports why it fails
+        example(*example.tensors)
 
 
 def _refusal(module: torch.nn.Module, why: Exception) -> str:
@@ -151,7 +164,8 @@ def _examined(runs: Runs) -> EarlierCalls:
     after_first = snapshot(module)
     _refuse_new_parts(start, after_first)
     changed = start.changed(after_first)
-    if not changed and not met:
+    absent = bool(runs.decisions.absent)
+    if not changed and not met and not absent:
         return EarlierCalls(module, sources=always)
     try:
         second = runs.leaves({})
@@ -161,7 +175,9 @@ def _examined(runs: Runs) -> EarlierCalls:
         return EarlierCalls(module, first=changed, sources=always)
     changing = after_first.changed(snapshot(module))
     mark(module, changing, runs.decisions)
-    answers = _refuse_decisions(runs, changing)
+    runs.decisions.unset = absent
+    answers = _refuse_decisions(runs, changing, second)
+    runs.decisions.unset = False
     if not agree(first, second):
         raise Refused(_first_differs(runs, start, changed))
     return EarlierCalls(module, changing, changed, always, answers)
@@ -198,40 +214,74 @@ def _first_differs(runs: Runs, start: Snapshot, changed: Sequence[Slot]) -> str:
     return "\n".join(lines)
 
 
-def _refuse_decisions(runs: Runs, changing: Sequence[Slot]) -> dict[Site, bool]:
-    """The answers of the usual run. Raises Refused where a branch on values of earlier calls
-    changes the result, or something besides `changing` that stays."""
-    start = snapshot(runs.module)
-    changing_keys = {(id(slot.owner), slot.key) for slot in changing}
-
-    def leaves(answers: Mapping[Site, bool]) -> tuple[list[Any], set[Any]]:
-        try:
-            result = runs.leaves(answers)
-            slots = start.changed(snapshot(runs.module))
-            return result, {(id(slot.owner), slot.key) for slot in slots} - changing_keys
-        finally:
-            start.restore(snapshot(runs.module))
-
+def _refuse_decisions(
+    runs: Runs, changing: Sequence[Slot], unmarked: Sequence[Any]
+) -> dict[Site, bool]:
+    """The answers of the usual run. Raises Refused where a branch on values of earlier calls, or
+    a text of them, changes the result, or something besides `changing` that stays. `unmarked` is
+    the result with plain values."""
+    decisions = runs.decisions
     try:
-        usual, written = leaves({})
+        usual, written = _leaves_and_writes(runs, changing)
     except Refused:
         raise
     except Exception as error:  # no code of torch or Python takes an EarlierValue for a number
-        raise Refused(str(reads(words_of(changing), last_of_user(error)))) from None
-    answers = {site: answer for site, (answer, _) in runs.decisions.met.items()}
-    pending, tried = dict(runs.decisions.met), set[Site]()
+        source = words_of(changing) or decisions.latest
+        raise Refused(str(reads(source, last_of_user(error)))) from None
+    if decisions.absent and not agree(unmarked, usual):
+        name, site = next(iter(decisions.absent.items()))
+        raise Refused(str(reads(name, site)))
+    texts, answers = dict(decisions.texts), {s: answer for s, (answer, _) in decisions.met.items()}
+    pending, tried = dict(decisions.met), set[Site]()
     while pending:
         site, (answer, source) = pending.popitem()
         if site in tried:
             continue
         tried.add(site)
         try:
-            other, written_then = leaves({site: not answer})
+            other, written_then = _leaves_and_writes(runs, changing, {site: not answer})
         except Refused:
             raise
         except Exception:
             raise Refused(str(reads(source, site))) from None
         if not agree(usual, other) or written_then - written:
             raise Refused(str(reads(source, site)))
-        pending |= {s: met for s, met in runs.decisions.met.items() if s not in tried}
+        pending |= {s: met for s, met in decisions.met.items() if s not in tried}
+    _refuse_texts(runs, changing, usual, texts)
     return answers
+
+
+def _leaves_and_writes(
+    runs: Runs, changing: Sequence[Slot], answers: Mapping[Site, bool] | None = None
+) -> tuple[list[Any], set[Any]]:
+    """The leaves of a run, which is undone, and the places besides `changing` that it changes."""
+    start = snapshot(runs.module)
+    try:
+        result = runs.leaves(answers or {})
+        slots = start.changed(snapshot(runs.module))
+        return result, {slot.place for slot in slots if not slot.belongs_to(changing)}
+    finally:
+        start.restore(snapshot(runs.module))
+
+
+def _refuse_texts(
+    runs: Runs, changing: Sequence[Slot], usual: Sequence[Any], texts: Mapping[Site, str]
+) -> None:
+    """Raises Refused where the result is another if texts of such values show other values."""
+    for sites in (list(texts), *([site] for site in texts)) if texts else ():
+        runs.decisions.changed_texts = frozenset(sites)
+        try:
+            same = agree(usual, _leaves_and_writes(runs, changing)[0])
+        except Refused:
+            raise
+        except Exception:
+            same = False
+        finally:
+            runs.decisions.changed_texts = frozenset()
+        if same and len(sites) == len(texts):
+            return
+        if not same and len(sites) == 1:
+            raise Refused(str(reads(texts[sites[0]], sites[0])))
+    if texts:
+        site, source = next(iter(texts.items()))
+        raise Refused(str(reads(source, site)))

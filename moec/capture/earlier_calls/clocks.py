@@ -89,7 +89,12 @@ def clocks_unread(module: torch.nn.Module, decisions: Decisions) -> Iterator[Non
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(mock.patch.object(os, "environ", environment))
         stack.enter_context(mock.patch.object(os, "getenv", environment.get))
-        of_objects = {"id": watch.identity(), "len": _len, "sum": _sum}
+        of_objects = {
+            "id": watch.identity(id, "id()"),
+            "hash": watch.identity(hash, "hash()"),
+            "len": _len,
+            "sum": _sum,
+        }
         for names in user_globals(module, others):
             stack.enter_context(mock.patch.dict(names, shadowed(names, of_objects)))
         yield
@@ -149,16 +154,16 @@ class Watch:
 
         return call
 
-    def identity(self) -> Callable[[Any], Any]:
-        """id(), which gives one EarlierValue for one id: whether a set has it depends on no
-        number."""
+    def identity(self, number: Callable[[Any], int], words: str) -> Callable[[Any], Any]:
+        """id() or hash(), which gives one EarlierValue for one number: whether a set has it depends
+        on no number. Hashes of numbers are the same in all processes."""
         values: dict[int, Any] = {}
 
         def call(value: Any) -> Any:
-            key = id(value)
-            if not self.is_asked(sys._getframe(1)):
+            key = number(value)
+            if not self.is_asked(sys._getframe(1)) or (number is hash and _is_number(value)):
                 return key
-            return values.setdefault(key, EarlierValue(key, "id()", self.decisions))
+            return values.setdefault(key, EarlierValue(key, words, self.decisions))
 
         return call
 
@@ -199,6 +204,12 @@ class _Replacement(type):
 def _class_as(original: type, methods: dict[str, Any], make: Callable[..., Any]) -> type:
     members = {**methods, "original": original, "make": make, "__module__": original.__module__}
     return _Replacement(original.__name__, (original,), members)
+
+
+def _is_number(value: Any) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_number, value))
+    return type(value) in (int, float, bool, complex, torch.Size, torch.SymInt)
 
 
 def _len(value: Any) -> Any:

@@ -2,11 +2,13 @@
 
 It can be counted up, stored and printed, and what is read of it is such a value again. A branch on
 it goes the way that `Decisions` says, so that both ways can be compared. Any other use raises
-EarlierRead with the user's line.
+EarlierRead with the user's line. Other threads, which may run models with the same classes and
+globals, use the value itself.
 """
 
 from __future__ import annotations
 
+import builtins
 import copy
 import datetime
 import dis
@@ -16,6 +18,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from threading import get_ident
 from types import FrameType
 from typing import Any, NoReturn, cast
 
@@ -45,16 +48,25 @@ _MOST_DECISIONS = 100
 class Decisions:
     """The branches on such values: `answers` are prescribed, others go as they would, unless `only`
     these branches may be met. `met` has the answer of each branch in a run, with the words for the
-    value; `count` is how often others were met; `latest` is in words the last value made."""
+    value; `count` is how often others were met; `latest` is in words the last value made. `texts`
+    has where texts of such values were made; at `changed_texts` they show other values. `absent`
+    has the variables of the environment that were read and are absent, in words; they are
+    EarlierValues of None where `unset`. `thread` is the one in which all this holds."""
 
     answers: Mapping[Site, bool] = field(default_factory=dict)
     only: bool = False
     met: dict[Site, tuple[bool, str]] = field(default_factory=dict)
     count: int = 0
     latest: str = ""
+    texts: dict[Site, str] = field(default_factory=dict)
+    changed_texts: frozenset[Site] = frozenset()
+    absent: dict[str, Site | None] = field(default_factory=dict)
+    unset: bool = False
+    thread: int = field(default_factory=get_ident)
 
     def start(self, answers: Mapping[Site, bool], only: bool = False) -> None:
         self.answers, self.only, self.met, self.count = answers, only, {}, 0
+        self.texts, self.absent = {}, {}
 
     def answer(self, site: Site, value: EarlierValue) -> bool | None:
         """Which way a branch on `value` goes; None where it may not be met, or is met without
@@ -89,13 +101,17 @@ class EarlierValue:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument in (*args, *(kwargs or {}).values()):
             if type(argument) is EarlierValue:
+                if is_of_other_thread(argument):
+                    return func(
+                        *map(plain, args), **{k: plain(v) for k, v in (kwargs or {}).items()}
+                    )
                 _refuse(argument)
         return NotImplemented  # it is deeper in a container: torch names its type
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
-        if _compares_attributes(sys._getframe(1)):
+        if _compares_attributes():
             return getattr(self._value, name)
         if isinstance(self._value, _CONTAINERS):
             if name in _WRITING:
@@ -141,7 +157,7 @@ class EarlierValue:
             return self._part(0)
 
     def __len__(self) -> int:
-        if not _compares_attributes(sys._getframe(1)):
+        if not _compares_attributes():
             _refuse(self)
         return len(self._value)
 
@@ -180,13 +196,13 @@ class EarlierValue:
         return self
 
     def __repr__(self) -> str:
-        return repr(self._value)
+        return repr(_value_in_text(self))
 
     def __str__(self) -> str:
-        return str(self._value)
+        return str(_value_in_text(self))
 
     def __format__(self, how: str) -> str:
-        return format(self._value, how)
+        return format(_value_in_text(self), how)
 
     def __int__(self) -> int:
         return int(_printed(self))
@@ -196,6 +212,22 @@ class EarlierValue:
 
     def __index__(self) -> int:
         return operator.index(_printed(self))
+
+
+def _value_in_text(value: EarlierValue) -> Any:
+    """What a text shows: the value, or another where the text must not change the result."""
+    decisions, plain_value = value._decisions, value._value
+    caller = _caller()
+    frame = None if is_internal(caller.f_code.co_filename) else _user_frame(caller)
+    if frame is None or is_of_other_thread(value):
+        return plain_value
+    site = Site(frame.f_code, frame.f_lasti)
+    decisions.texts[site] = value._source
+    if site not in decisions.changed_texts or isinstance(plain_value, bool):
+        return plain_value
+    if isinstance(plain_value, int | float):
+        return plain_value + 1_000_003
+    return f"{plain_value}1" if isinstance(plain_value, str) else plain_value
 
 
 def _refuse(value: EarlierValue, *_: Any, **__: Any) -> NoReturn:
@@ -219,9 +251,17 @@ def reads(source: str, site: Site | None) -> EarlierRead:
     return EarlierRead("\n".join(lines))
 
 
-def _compares_attributes(frame: FrameType) -> bool:
+def _caller() -> FrameType:
+    """The frame outside of this file."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _compares_attributes() -> bool:
     """Whether torch.export looks for tensors in attributes that a trace assigned."""
-    code = frame.f_code
+    code = _caller().f_code
     return code.co_name == "_compare_values" and is_internal(code.co_filename)
 
 
@@ -235,11 +275,16 @@ def _user_frame(frame: FrameType | None) -> FrameType | None:
 
 def _printed(value: EarlierValue) -> Any:
     """The value where a text is being formatted (`"%d" % value`); elsewhere raises CaptureError."""
-    frame = sys._getframe(2)
+    frame = _caller()
     step = next((s for s in dis.get_instructions(frame.f_code) if s.offset == frame.f_lasti), None)
     if step is not None and step.opname == "BINARY_OP" and step.argrepr in ("%", "%="):
-        return value._value
+        return _value_in_text(value)
     _refuse(value)
+
+
+def is_of_other_thread(value: EarlierValue) -> bool:
+    decisions: Decisions = value._decisions
+    return get_ident() != decisions.thread
 
 
 def plain(value: Any) -> Any:
@@ -292,3 +337,43 @@ EarlierValue.__round__ = _counted(round, swapped=False)  # type: ignore[attr-def
 EarlierValue.__iadd__ = _extended  # type: ignore[attr-defined]
 for _name in ("iter and or xor rand ror rxor invert matmul rmatmul lshift rshift enter").split():
     setattr(EarlierValue, f"__{_name}__", _refuse)
+
+
+def _in_its_thread(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` in the thread of the capture; in other threads, what the value itself does."""
+
+    def call(self: EarlierValue, *others: Any, **options: Any) -> Any:
+        if not is_of_other_thread(self):
+            return method(self, *others, **options)
+        return _plainly(name)(self._value, *map(plain, others), **options)
+
+    return call
+
+
+def _plainly(name: str) -> Callable[..., Any]:
+    """The function that calls a special method of a plain value."""
+    words = name.strip("_")
+    of_library: dict[str, Any] = {"copy": copy.copy, "deepcopy": copy.deepcopy, "moec_length": len}
+    of_library |= {"moec_sum": sum, "call": _called, "enter": _entered}
+    if words in of_library:
+        return cast(Callable[..., Any], of_library[words])
+    if hasattr(operator, name):
+        return cast(Callable[..., Any], getattr(operator, name))
+    if hasattr(builtins, words):
+        return cast(Callable[..., Any], getattr(builtins, words))
+    compute = getattr(operator, f"__{words.removeprefix('r')}__")
+    return lambda value, other: compute(other, value)
+
+
+def _called(value: Any, *args: Any, **kwargs: Any) -> Any:
+    return value(*args, **kwargs)
+
+
+def _entered(value: Any) -> Any:
+    return type(value).__enter__(value)
+
+
+_SAME_IN_ALL_THREADS = "__init__ __hash__ __repr__ __str__ __format__ __new__ __reduce__".split()
+for _name, _method in list(vars(EarlierValue).items()):
+    if callable(_method) and _name not in _SAME_IN_ALL_THREADS and _name[:2] in ("__", "mo"):
+        setattr(EarlierValue, _name, _in_its_thread(_name, _method))

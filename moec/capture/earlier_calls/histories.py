@@ -5,7 +5,7 @@ A value that only the first call sets may come from its data or sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,11 @@ Run = Callable[..., Any]
 
 
 def changing_with_inputs(earlier: EarlierCalls, run: Run, inputs: Sequence[Tensors]) -> list[Slot]:
-    """The slots that change with every call of some of `inputs`; the first are called twice.
+    """The slots that a second call with the same of `inputs` changes.
 
-    Raises CaptureError, with the user's line, where a call changes the results of later calls.
+    Each of them is given to a module without earlier calls, the first twice. Where that changes
+    something, a sequence of calls has each pair of inputs. Raises CaptureError, with the user's
+    line, where a call changes the results of later calls.
     """
     module = earlier.module
     fresh: list[Sequence[Any] | None] = []
@@ -35,20 +37,46 @@ def changing_with_inputs(earlier: EarlierCalls, run: Run, inputs: Sequence[Tenso
         with values_kept(module):
             start = snapshot(module)
             fresh.append(_results(run, tensors))
-            first = snapshot(module)
-            written += start.changed(first)
-            if number == 0 or start.changed(first):
-                again = _results(run, tensors)
-                changing += first.changed(snapshot(module))
-                _refuse_other(earlier, run, (tensors, tensors), (fresh[-1], again))
-    for first_tensors in inputs if written else ():
-        for tensors, result in zip(inputs, fresh, strict=True):
-            if first_tensors is not tensors:
-                with values_kept(module):
-                    _results(run, first_tensors)
-                    later = _results(run, tensors)
-                _refuse_other(earlier, run, (first_tensors, tensors), (result, later))
+            written += start.changed(snapshot(module))
+            if number == 0 and not written:
+                _refuse_other(earlier, run, (tensors, tensors), (fresh[0], _results(run, tensors)))
+    if not written:
+        return []
+    with values_kept(module):
+        wrong = _first_other(run, inputs, fresh, module, changing)
+    if wrong is not None:
+        before, number, results = wrong
+        _refuse_other(earlier, run, (inputs[before], inputs[number]), (fresh[number], results))
     return changing
+
+
+def _first_other(
+    run: Run,
+    inputs: Sequence[Tensors],
+    fresh: Sequence[Sequence[Any] | None],
+    module: torch.nn.Module,
+    changing: list[Slot],
+) -> tuple[int, int, Sequence[Any] | None] | None:
+    """The first call in the sequence with another result than `fresh`: the numbers of the inputs
+    before it and of its own, and the result. Adds the slots that a second call changes."""
+    turns = list(_turns(len(inputs)))
+    for before, number in zip([None, *turns], turns, strict=False):
+        start = snapshot(module)
+        results = _results(run, inputs[number])
+        if before == number:
+            changing += start.changed(snapshot(module))
+        if before is not None and not _agrees(fresh[number], results):
+            return before, number, results
+    return None
+
+
+def _turns(count: int) -> Iterator[int]:
+    """Numbers below `count`, such that each of them follows each other one and itself, once."""
+    for one in range(count):
+        yield one
+        for other in range(one + 1, count):
+            yield from (one, other)
+    yield 0
 
 
 def _results(run: Run, tensors: Tensors) -> Sequence[Any] | None:
@@ -66,8 +94,7 @@ def _refuse_other(
     results: tuple[Sequence[Any] | None, Sequence[Any] | None],
 ) -> None:
     """Raises CaptureError where a call gives another result after a call of the first inputs."""
-    one, other = results
-    if one is None or other is None or agree(one, other):
+    if _agrees(*results):
         return
     module, (first, later) = earlier.module, inputs
     with values_kept(module):
@@ -92,6 +119,11 @@ def _refuse_other(
         f"  a call with inputs of {sizes[0]} changes the result for inputs of {sizes[1]}\n"
         "  compute it in every call, or fill it before the model is compiled"
     )
+
+
+def _agrees(one: Sequence[Any] | None, other: Sequence[Any] | None) -> bool:
+    """Whether two results agree; a call that is refused agrees with all."""
+    return one is None or other is None or agree(one, other)
 
 
 def _line(earlier: EarlierCalls, slots: Sequence[Slot], run: Callable[[], Any]) -> str:

@@ -16,6 +16,7 @@ from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.trials import Undone, quiet
 from moec.capture.earlier_calls.clocks import watched_value
 from moec.capture.earlier_calls.earlier_value import Decisions, EarlierValue, reads
+from moec.capture.python_values.parts import Path, with_parts
 from moec.capture.python_values.reach import snapshot
 from moec.capture.python_values.slots import MISSING, Slot
 from moec.capture.speculate.sites import Site
@@ -49,14 +50,23 @@ class Runs:
 
 
 def mark(module: torch.nn.Module, slots: Sequence[Slot], decisions: Decisions) -> None:
-    """Puts an EarlierValue into each slot that is filled; one value in several slots stays one."""
+    """Puts an EarlierValue into each slot that is filled, or into the parts of its value that are
+    meant; one value in several slots stays one."""
     held = {key: value for key, (_, value) in snapshot(module).values.items()}
-    values: dict[int, Any] = {}
+    paths: dict[tuple[int, Any], list[Path]] = {}
     for slot in slots:
-        value = held.get((id(slot.owner), slot.key), MISSING)
-        if value is not MISSING and type(value) is not EarlierValue:
-            new = watched_value(value, slot.words, decisions)
-            slot.put(values.setdefault(id(value), new))
+        paths.setdefault(slot.place, []).extend(slot.paths)
+    values: dict[int, Any] = {}
+
+    def watched(value: Any, words: str) -> Any:
+        if type(value) is EarlierValue:
+            return value
+        return values.setdefault(id(value), watched_value(value, words, decisions))
+
+    for slot in slots:
+        value = held.get(slot.place, MISSING)
+        if value is not MISSING:
+            slot.put(with_parts(value, paths[slot.place], slot.words, watched))
 
 
 def agree(first: Sequence[Any], second: Sequence[Any]) -> bool:

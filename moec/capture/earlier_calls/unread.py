@@ -13,7 +13,7 @@ from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.check import EarlierCalls
 from moec.capture.earlier_calls.histories import Tensors, changing_with_inputs
-from moec.capture.python_values.traced_counts import counts_noted
+from moec.capture.python_values.traced_changes import changes_noted
 from moec.interpret.random_inputs import random_like
 from moec.interpret.resized import with_sizes
 from moec.ir.sizes.dims import Bounds
@@ -30,11 +30,13 @@ def capture_unread(earlier: EarlierCalls, run: Callable[[], Captured]) -> Captur
     or where a call with other data or sizes changes the results of later calls.
     """
     for _ in range(_MOST_CAPTURES):
-        with earlier.unread(), counts_noted() as counts:
+        with earlier.unread(), changes_noted() as traced:
             captured = run()
+        if not (earlier.first or traced.slots) and _is_traced(captured):
+            break
         with PROCESS_STATE:
             changing = changing_with_inputs(earlier, captured.eager, _inputs(captured))
-        slots = earlier.unknown(changing) or earlier.unknown(counts, earlier.first)
+        slots = earlier.unknown(changing) or earlier.unknown(traced.counts, earlier.first)
         if not slots:
             break
         earlier = earlier.with_slots(slots)
@@ -45,6 +47,12 @@ def capture_unread(earlier: EarlierCalls, run: Callable[[], Captured]) -> Captur
         eager=earlier.without_traces(captured.eager),
         other=None if again is None else partial(capture_unread, earlier, again),
     )
+
+
+def _is_traced(captured: Captured) -> bool:
+    """Whether a trace executed all code of the module that the program is for: calls of other data
+    and sizes then change what the example and the trace change."""
+    return captured.way == "traced" and not captured.described
 
 
 def _inputs(captured: Captured) -> list[Tensors]:

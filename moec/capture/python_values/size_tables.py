@@ -1,4 +1,4 @@
-"""Dictionaries of a module that are keyed by sizes, while it is traced.
+"""Dictionaries and sets of a module that are keyed by sizes, while it is traced.
 
     if length not in self.tables:
         self.tables[length] = torch.arange(length)
@@ -10,7 +10,7 @@ guard arises where the table has a key that the size may equal.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableSet
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,14 @@ _MISSING = object()
 
 @contextmanager
 def tables_by_size(module: torch.nn.Module) -> Iterator[None]:
-    """While open, the dictionaries of the module take symbolic sizes as keys."""
+    """While open, the dictionaries and sets of the module take symbolic sizes as keys."""
     with values_kept(module):
         tables: dict[int, Any] = {}
         for slot, value in snapshot(module).values.values():
             if type(value) in (dict, OrderedDict, defaultdict):
                 slot.put(tables.setdefault(id(value), SizeTable(value)))
+            elif type(value) is set:
+                slot.put(tables.setdefault(id(value), SizeSet(value)))
         yield
 
 
@@ -103,6 +105,34 @@ class SizeTable(OrderedDict[Any, Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return (k.key if type(k) is _SizeKey else k for k in super().__iter__())
+
+
+class SizeSet(MutableSet[Any]):
+    """A set whose elements may be symbolic sizes, or tuples of them."""
+
+    def __init__(self, elements: Iterable[Any] = ()) -> None:
+        self.table = SizeTable({})
+        self.update(elements)
+
+    def __contains__(self, element: Any) -> bool:
+        return element in self.table
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def add(self, element: Any) -> None:
+        self.table[element] = True
+
+    def discard(self, element: Any) -> None:
+        self.table.pop(element, None)
+
+    def update(self, *others: Iterable[Any]) -> None:
+        for other in others:
+            for element in other:
+                self.add(element)
 
 
 def _is_symbolic(key: Any) -> bool:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from types import MemberDescriptorType
 from typing import Any
 
 import numpy as np
 import torch
+
+from moec.capture.python_values.parts import Path, differing
 
 TEXTUAL = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, range)
 MISSING = object()
@@ -27,12 +30,24 @@ MISSING = object()
 @dataclass(frozen=True)
 class Slot:
     """One place: `kind` is "attribute", "item" (of a container), "global" or "cell". `words` names
-    it for a message."""
+    it for a message. `paths` are the parts of its value that are meant."""
 
     owner: Any
     key: Any
     kind: str
     words: str
+    paths: tuple[Path, ...] = ((),)
+
+    @property
+    def place(self) -> tuple[int, Any]:
+        return id(self.owner), self.key
+
+    def belongs_to(self, slots: Iterable[Slot]) -> bool:
+        """Whether all of its parts belong to parts of `slots`."""
+        held = [path for slot in slots if slot.place == self.place for path in slot.paths]
+        return bool(held) and all(
+            any(path[: len(outer)] == outer for outer in held) for path in self.paths
+        )
 
     def put(self, value: Any) -> None:
         """Fills the slot; MISSING empties it."""
@@ -73,12 +88,16 @@ class Snapshot:
     parts: dict[int, tuple[dict[str, Any], str, frozenset[str]]] = field(default_factory=dict)
 
     def changed(self, later: Snapshot) -> list[Slot]:
-        """The slots that hold something else in `later`, or did not exist before it."""
-        return [
-            slot
-            for key, (slot, value) in later.values.items()
-            if key not in self.values or not self._agrees(self.values[key][1], value, later)
-        ]
+        """The slots that hold something else in `later`, with the parts that differ, or did not
+        exist before it."""
+        slots = []
+        for key, (slot, value) in later.values.items():
+            if key not in self.values:
+                slots.append(slot)
+            elif not self._agrees(self.values[key][1], value, later):
+                paths = differing(self.values[key][1], value, _equal)
+                slots.append(replace(slot, paths=tuple(paths)))
+        return slots
 
     def _agrees(self, value: Any, other: Any, later: Snapshot) -> bool:
         if id(value) in self.contents and value is other:

@@ -101,7 +101,41 @@ class Environment(Linear):
         return self.linear(x) * float(os.environ.get("SCALE_OF_TESTS", "3"))
 
 
+class Absent(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        scale = os.environ.get("ABSENT_OF_TESTS")
+        return self.linear(x) * (3.0 if scale is None else float(scale))
+
+
+class Doubled(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if os.getenv("ABSENT_OF_TESTS") is not None:
+            y = y * 2
+        return y
+
+
+class Switched(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2.0 if os.environ.get("ABSENT_OF_TESTS") else 1.0)
+
+
+class Contained(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2.0 if "ABSENT_OF_TESTS" in os.environ else 1.0)
+
+
+class Hash(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (hash("name") % 97)
+
+
 REFUSED = {
+    Absent: "os.environ['ABSENT_OF_TESTS']",
+    Doubled: "os.environ['ABSENT_OF_TESTS']",
+    Switched: "os.environ['ABSENT_OF_TESTS']",
+    Contained: "os.environ['ABSENT_OF_TESTS']",
+    Hash: "hash()",
     Now: "datetime.now()",
     Utc: "datetime.now()",
     Today: "date.today()",
@@ -128,7 +162,7 @@ def test_a_result_that_depends_on_a_clock_is_refused_with_the_line(kind: Any) ->
         "from call to call"
     )
     assert "test_clocks.py:" in line
-    in_init = kind is Environment
+    in_init = REFUSED[kind].startswith("os.environ")
     assert ("read it in __init__" if in_init else "make it an argument of the module") in remedy
 
 
@@ -144,6 +178,11 @@ class Logged(Linear):
         self.took = (datetime.datetime.now() - start).total_seconds()
         if self.took > 10 or os.environ.get("SLOW_LAYERS_OF_TESTS", "no") == "yes":
             print("slow", self.took)
+        if os.environ.get("ABSENT_OF_TESTS") or "DEBUG_OF_TESTS" in os.environ:
+            print(hash("name"))
+        if os.environ.get("DEBUG_OF_TESTS") is not None:
+            print("debug")
+        y = y * (1 + hash((x.ndim, 0.5)) * 0)
         ids = {id(parameter) for parameter in self.parameters()}
         y = y + sum(1 for parameter in self.parameters() if id(parameter) in ids)
         assert isinstance(start, datetime.date)

@@ -145,7 +145,28 @@ class Clock(Keeping):
         return self.linear(x) * (2.0 if time.time() > 4e9 else 1.0)
 
 
+class Text(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return self.linear(x) * (2.0 if int(str(self.count)) > 60 else 1.0)
+
+
+class Format(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return self.linear(x) * (2.0 if len(f"call {self.count}") > 8 else 1.0)
+
+
+class Percent(Keeping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return self.linear(x) * (2.0 if len("%d" % self.count) > 3 else 1.0)  # noqa: UP031
+
+
 REFUSED = {
+    Text: ("self.count", "int(str(self.count))"),
+    Percent: ("self.count", '"%d" % self.count'),
+    Format: ("self.count", 'f"call {self.count}"'),
     Count: ("self.count", "if self.count > 60"),
     Factor: ("self.count", "1 + self.count / 100"),
     Grown: ("self.history", "len(self.history)"),
@@ -242,6 +263,58 @@ def test_a_value_that_the_first_call_keeps_is_no_state() -> None:
     module = Filled().eval()
     assert not earlier_calls(module, (X,), {}).slots
     assert not hasattr(module, "positions")
+
+
+class Sinusoidal(Keeping):
+    """Fills a table in place, at its first call."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.last is None:
+            table, angles = torch.zeros(9, 4), torch.arange(9.0)[:, None]
+            table[:, 0::2], table[:, 1::2] = angles.sin(), angles.cos()
+            self.last = table
+            self.scale = torch.tensor([1.0, 2.0]).mul_(3)
+        return self.linear(x) + self.last[: x.shape[0]] * self.scale[0]
+
+
+class InPlace(Keeping):
+    """Adds to what it keeps, without a new tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean.add_(1)
+        return self.linear(x)
+
+
+def test_a_table_that_the_first_call_fills_in_place_is_what_it_filled() -> None:
+    assert not earlier_calls(Sinusoidal().eval(), (X,), {}).slots
+    module = InPlace().eval()
+    earlier_calls(module, (X,), {})
+    assert not module.mean.any()
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.LazyLinear(4), nn.LazyBatchNorm1d()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(self.linear(x))
+        return result
+
+
+def test_a_lazy_module_gets_its_parameters_as_at_a_first_call() -> None:
+    torch.manual_seed(0)
+    expected = Lazy().eval()
+    result = expected(X)
+    torch.manual_seed(0)
+    module = Lazy().eval()
+    assert not earlier_calls(module, (X,), {}).slots
+    torch.testing.assert_close(module(X), result)
+    assert module.linear.in_features == 4
 
 
 class Inventive:

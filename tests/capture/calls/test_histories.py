@@ -259,3 +259,38 @@ class Warm(Linear):
 
 def test_a_module_in_training_is_captured_as_in_eval() -> None:
     moec.compile(Warm(), (X,), verify=False, build=False)
+
+
+class Plain(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class Tabled(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is None or len(self.scale) < len(x):
+            self.scale = torch.arange(len(x))[:, None]
+        return self.linear(x) + self.scale[: len(x)]
+
+
+def run_rows(module: nn.Module) -> list[int]:
+    rows: list[int] = []
+
+    def keep(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if part is module and type(inputs[0]) is Tensor:
+            rows.append(len(inputs[0]))
+
+    hook = nn.modules.module.register_module_forward_pre_hook(keep)
+    try:
+        moec.compile(module, (X,), verify=False, build=False)
+    finally:
+        hook.remove()
+    return rows
+
+
+def test_a_module_without_values_of_calls_is_run_on_its_example_only() -> None:
+    """Runs with fewer rows are those of the capture, which compares such sizes."""
+    rows = run_rows(Plain().eval())
+    assert rows.count(3) == 1
+    assert max(rows) == 3
+    assert 9 in run_rows(Tabled().eval())
