@@ -103,7 +103,7 @@ def _functions() -> dict[str, str]:
         add("float", f"moec_round_{name}", "float x", f"float({kind}(x))")
         add("int", f"moec_store_{name}", "void* p, float x", f"(*({kind}*)p = {kind}(x), 0)")
     pair = "long long a, long long b"
-    add("long long", "moec_divisor_i64", "long long b", "b < 1 ? 1 : b")
+    add("long long", "moec_divisor_i64", "long long b", "b == 0 ? 1 : b")
     add("long long", "moec_quotient_i64", pair, "a / (b < 1 ? 1 : b)")
     add("long long", "moec_rest_i64", pair, "a % (b < 1 ? 1 : b)")
     return text

@@ -187,7 +187,9 @@ class Sizes:
             case "ceiling":
                 top, bottom = sympy.fraction(sympy.together(dim.args[0]))
                 below = self._divisor(bottom)
-                return tirx.floordiv(self._expr(top) + below - 1, below)
+                if isinstance(below, tirx.IntImm):
+                    return tirx.floordiv(self._expr(top) + below - 1, below)
+                return 0 - tirx.floordiv(0 - self._expr(top), below)  # below may be negative
             case "Mod":
                 return tirx.floormod(arguments[0], self._divisor(dim.args[1]))
             case "Max":

@@ -331,3 +331,18 @@ def test_a_size_that_no_kernel_computes_is_named() -> None:
     size = sympy.log(symbol("T"))
     with pytest.raises(UnsupportedError, match=r"size log\(T\) cannot be computed: it uses log"):
         Sizes({"T": tirx.Var("T", "int64")}).expr(size)
+
+
+def test_sizes_are_divided_by_negative_sizes_as_in_python() -> None:
+    graph = parse("""
+        graph main(x: i64[T]) {
+          a: i64[T] = aten.add.Tensor(x) <other={floor(100/(T - 4))}>
+          b: i64[T] = aten.add.Tensor(x) <other={ceiling(70/(T - 4))}>
+          c: i64[T] = aten.add.Tensor(x) <other={Mod(30, T - 4)}>
+          return a, b, c
+        }""")
+    for tokens in (1, 2, 3, 5, 6, 13):
+        divisor = tokens - 4
+        quotients = run(graph, {"x": torch.zeros(tokens, dtype=torch.int64)}, {})
+        expected = 100 // divisor, -(-70 // divisor), 30 % divisor
+        assert tuple(int(q[0]) for q in quotients) == expected

@@ -168,7 +168,7 @@ define linkonce_odr i64 @moec_zero_i64() alwaysinline {
   ret i64 0
 }
 define linkonce_odr i64 @moec_divisor_i64(i64 %b) alwaysinline {
-  %none = icmp slt i64 %b, 1
+  %none = icmp eq i64 %b, 0
   %c = select i1 %none, i64 1, i64 %b
   ret i64 %c
 }""")
