@@ -309,3 +309,33 @@ def test_modules_with_state_keep_their_forward(kind: type[nn.Module], reason: st
         moec.prepare(module, torch.randn(6, D))
     assert not is_observed(module)
     assert not hasattr(module, "scale")
+
+
+class Stateful(Storing):
+    """Reads what its earlier calls left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.history = 0, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.history.append(len(x))
+        return super().forward(x) * self.count + sum(self.history)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.filterwarnings("ignore::moec.dynamo.record.FallbackWarning")
+def test_state_goes_on_as_in_eager(prepared: bool) -> None:
+    torch.manual_seed(0)
+    module = Stateful().eval()
+    eager = copy.deepcopy(module)
+    if prepared:
+        moec.prepare(module, torch.randn(6, D))
+    compiled = torch.compile(module, backend="moec")
+    for tokens in (6, 9, 1, 6):
+        x = torch.randn(tokens, D)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), eager(x), rtol=1e-5, atol=1e-4)
+        assert (module.count, module.history) == (eager.count, eager.history)
+        torch.testing.assert_close(module.aux_loss, eager.aux_loss, **CLOSE)
