@@ -47,6 +47,15 @@ class Longest(Linear):
         return self.linear(x) / self.longest
 
 
+class WrittenInPlace(Linear):
+    """Its result is a tensor that is written after it was created."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out += self.linear(x) * self.table.setdefault("rows", x.shape[0])
+        return out
+
+
 class Lengths(Linear):
     def forward(self, x: Tensor) -> Tensor:
         self.table[str(x.shape[0])] = 1
@@ -57,6 +66,7 @@ DEPENDENT = {
     FirstData: ("self.scale", "if self.scale is None:"),
     FirstLength: ("self.table", 'self.table.setdefault("rows", x.shape[0])'),
     Longest: ("self.longest", "if x.shape[0] > self.longest:"),
+    WrittenInPlace: ("self.table", 'self.table.setdefault("rows", x.shape[0])'),
 }
 
 
