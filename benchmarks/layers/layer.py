@@ -47,7 +47,7 @@ import moec  # noqa: E402
 from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
 from moec.bench.limits import peak, reading, timed, warm  # noqa: E402
 from moec.formats import notation  # noqa: E402
-from moec.interpret.tolerance import strays  # noqa: E402
+from moec.oracle.tolerance import strays  # noqa: E402
 from moec.target.cpu import host, processor  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

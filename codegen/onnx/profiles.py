@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moec.errors import TargetError, UsageError
-from moec.interpret.tolerance import computed_dtypes
 from moec.ir.graph import Graph
+from moec.oracle.tolerance import computed_dtypes
 
 OPSETS = range(18, 26)
 """From the first opset in which every reduction takes its axes as an input, to the last in which

@@ -33,6 +33,8 @@ from moec.capture.ways import (
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
+from moec.oracle.agree import agree
+from moec.oracle.cases import shapes
 from moec.runtime.process.gc_pause import gc_paused
 
 
@@ -103,6 +105,12 @@ def _traced(request: CaptureRequest) -> Captured:
         if not more:
             break
         wrong += more
+    if agree(program, eager, general.tensors) is False:
+        raise CaptureError(
+            f"{request.module_name}: its exported graph computes other values than the module, on "
+            f"drawn inputs {shapes(general.tensors)}: the values of an input decide what is "
+            "computed; use torch.where in place of Python's conditions"
+        )
     return _captured(request, WidenedForm(TRACED, general, form), partial(_speculated, request))
 
 

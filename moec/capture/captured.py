@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
-from moec.capture.proof.agreement import Eager
 from moec.interpret.outputs import Structure
 from moec.ir.graph import Program
+from moec.oracle.cases import Eager
 
 WayName = Literal["traced", "speculated", "masked"]
 """How a module was captured: "traced" by torch.export alone; "speculated", with branches on data

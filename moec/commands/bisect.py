@@ -70,11 +70,10 @@ def command(
     with explain_sizes(), Progress(quiet=quiet or as_json) as progress:
         progress.phase("capture")
         from moec import compile as compile_model
-        from moec.interpret.random_inputs import random_cases
         from moec.interpret.run_in_float32 import MEANING
         from moec.model.bind_inputs import bound
         from moec.pipeline import choose, exact
-        from moec.verify.bisect import bisect
+        from moec.verify.bisect import bisect, drawn_cases
 
         why = (
             "bisect searches exact rewrites, and this pass changes numbers on purpose: leave it out"
@@ -91,7 +90,7 @@ def command(
         bisection = bisect(
             captured.program,
             chosen,
-            random_cases(captured.program, captured.example, seed=seed),
+            drawn_cases(captured, seed),
             tolerance=MEANING if tolerance is None else tolerance,
             progress=progress.phase,
         )

@@ -22,14 +22,14 @@ from moec.export.parity import routing_parity
 from moec.export.session import open_session, runner
 from moec.export.transformed import Transformed
 from moec.formats.notation import WIDE_ROWS, parse_parts
-from moec.interpret.tolerance import computed_dtypes
 from moec.ir.graph import Stage
+from moec.oracle.tolerance import computed_dtypes
 from moec.passes.core.runner import run
 from moec.pipeline import quantising
 from moec.report.data import MovedLine
 from moec.report.quantisation import quantised_lines, with_exact_rows
 from moec.verify import check as checking
-from moec.verify.cases import cases as comparison_cases
+from moec.verify.cases import references
 
 UNASKED = (
     f"{WIDE_ROWS} cannot be written in standard operators: ONNX Runtime rounds the rows of such a "
@@ -47,7 +47,7 @@ class Exported:
     empty where the file was not run, and `notes` have the reason. If `quant` is a format, both
     compare with the quantised weights in float32, and `moved` has the distance of each output from
     that of the unquantised model. `strays` of the compared `rows` have a greater error than
-    `tolerance` (see `moec.interpret.tolerance.STRAYS`). `caches` is the number of layers with past
+    `tolerance` (see `moec.oracle.tolerance.STRAYS`). `caches` is the number of layers with past
     keys and values as inputs and present ones as outputs; 0 for a file without a cache.
     """
 
@@ -225,7 +225,8 @@ def _compared(
     parity: dict[str, float] = {}
     if lowered.choices:
         traced = runner(open_session(draft, file.debug(lowered, draft, about)))
-        cases = comparison_cases(captured)
+        answers, _ = references(captured)
+        cases = [case for case, _ in answers if all(t.numel() for t in case)]
         if content.caches:
             cases = kv_cache.cases(program, [ids for (ids,) in cases])
         parity = routing_parity(lowered, program, traced, cases)

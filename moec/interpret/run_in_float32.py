@@ -10,7 +10,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moec.interpret.evaluate import evaluate
+from moec.interpret.evaluate import evaluate, evaluate_anywhere
 from moec.ir.graph import Program
 from moec.ir.upcast import widen
 
@@ -21,16 +21,32 @@ Tensors = Sequence[torch.Tensor]
 _LOW = (torch.bfloat16, torch.float16)
 
 
-def in_float32(program: Program) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
+def in_float32(
+    program: Program, *, anywhere: bool = False
+) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
     """The program in eager PyTorch with every bf16 and f16 upcast to float32: a function from
     inputs (states' contents last) to outputs and the states' new contents. Weights are cast once.
+    `anywhere` evaluates it outside of its bounds too.
     """
     graph = widen(replace(program.graph, outputs=program.graph.results, states=()))
     weights = {param.name: wide(program.weights[param.name]) for param in graph.params}
+    meaning = evaluate_anywhere if anywhere else evaluate
 
     def run(inputs: Tensors) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            return evaluate(graph, [wide(tensor) for tensor in inputs], weights)
+            return meaning(graph, [wide(tensor) for tensor in inputs], weights)
+
+    return run
+
+
+def eager_in_float32(
+    eager: Callable[..., tuple[torch.Tensor, ...]],
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """A module in eager PyTorch that computes in float32 in place of 16-bit floats."""
+
+    def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with InFloat32():  # type: ignore[no-untyped-call]
+            return eager(*(wide(tensor.clone()) for tensor in inputs))
 
     return run
 

@@ -15,10 +15,10 @@ from moec.arguments import tolerance
 from moec.capture import Captured
 from moec.capture.doors import Source
 from moec.errors import UsageError
-from moec.interpret.tolerance import default_tolerance
 from moec.ir.graph import Graph, Module, Program
 from moec.ir.text import print_graph
 from moec.model.generate import Prompts, Writer, continued, stream
+from moec.oracle.tolerance import default_tolerance
 from moec.passes.core.runner import Declined, PassResult
 from moec.report.data import Block, DeclinedLine, QuantisedLine, TunedLine
 from moec.report.units import counted

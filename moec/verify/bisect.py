@@ -12,9 +12,14 @@ from itertools import pairwise
 
 import torch
 
+from moec.capture import Captured
+from moec.errors import InputError
 from moec.interpret.run_in_float32 import MEANING, in_float32
-from moec.interpret.tolerance import distance
 from moec.ir.graph import Program, stage_of
+from moec.oracle.agree import with_states
+from moec.oracle.cases import cases
+from moec.oracle.draws import Draw
+from moec.oracle.tolerance import distance
 from moec.passes.core.runner import Pass, run
 from moec.pipeline import from_stage
 
@@ -61,21 +66,34 @@ class Bisection:
         )
 
 
+def drawn_cases(captured: Captured, seed: int) -> list[list[torch.Tensor]]:
+    """Inputs of a captured graph, with the contents of its states last: draws that the module
+    accepts. Raises InputError where there are no example inputs."""
+    program, example = captured.program, captured.example
+    if not example and program.graph.inputs:
+        raise InputError(
+            "the model was captured without example inputs: give example inputs to bisect it"
+        )
+    draws = (Draw("random", seed), Draw("large", seed + 1))
+    accepted = cases(program, example, captured.eager, draws)
+    return [with_states(program, case) for case, _ in accepted]
+
+
 def bisect(
     program: Program,
     passes: Sequence[Pass],
-    cases: Sequence[Inputs],
+    inputs: Sequence[Inputs],
     *,
     tolerance: float = MEANING,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> Bisection:
     """The first rewrite of `passes` after which some case differs by more than `tolerance`.
 
-    `cases` are inputs of the program's graph (with the states' contents last). The search halves
+    `inputs` are those of the program's graph (with the states' contents last). The search halves
     the rewrites of the first pass that breaks, until the results are right before a rewrite and
     wrong after it.
     """
-    expected = list(map(in_float32(program), cases))
+    expected = list(map(in_float32(program), inputs))
     stage = stage_of(program.graph)
     passes = from_stage(passes, stage)
 
@@ -84,7 +102,7 @@ def bisect(
         return max(
             (
                 distance(actual, reference)
-                for case, results in zip(cases, expected, strict=True)
+                for case, results in zip(inputs, expected, strict=True)
                 for actual, reference in zip(widened(case), results, strict=True)
             ),
             default=0.0,

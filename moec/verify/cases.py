@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from moec.capture import Captured
 from moec.errors import CaptureError
-from moec.interpret.placeholders import with_runs
-from moec.interpret.random_inputs import random_like
-from moec.interpret.resized import with_sizes
+from moec.ir.graph import Graph
 from moec.ir.sizes.dims import Bounds
-from moec.ir.sizes.thresholds import nearest_allowed
+from moec.ir.sizes.thresholds import allows, nearest_allowed
+from moec.oracle.agree import at_sizes
+from moec.oracle.cases import Case, drawn_and_run, shapes
+from moec.oracle.draws import DRAWS, Draw, Role, role_of
+from moec.oracle.tolerance import rounds_to_16_bits
 from moec.verify.turns import turns
 
-Case = tuple[torch.Tensor, ...]
 Reference = tuple[Case, tuple[torch.Tensor, ...]]
 """Inputs, and the module's results for them."""
+_Plan = tuple[Mapping[str, int], Draw]
+
+_PLAIN = (Role.TOKENS, Role.IDS)
 
 
-def cases(captured: Captured) -> list[Case]:
-    """The example, and random inputs: of its sizes, of the least and of odd sizes, and of sizes on
-    both sides of each threshold of a size expression, a mask or a guard."""
-    program, generator = captured.program, torch.Generator().manual_seed(0)
-    count = len(captured.example)
-    inputs = [captured.example]
-    few = (_sizes(captured, lambda b: max(b.low, 1)), _sizes(captured, _odd))
-    for size in ({}, *few, *turns(captured.program.graph, captured.example)):
-        example = [
-            with_sizes(t, v.shape, size)
-            for t, v in zip(captured.example, program.graph.inputs, strict=False)
-        ]
-        inputs.append(tuple(random_like(program, example, generator)[:count]))
-    return inputs
+def plans(captured: Captured) -> list[_Plan]:
+    """Sizes and draws: the example's sizes, the least and odd ones, sizes on both sides of each
+    threshold of a size expression, a mask or a guard, and each size at 0, as far as the bounds
+    allow. Where an input is a mask, a length or a number, the first ones get several draws each.
+    Rows that are all alike are drawn in float32 only: in 16 bits they are one row to the statistics
+    of rounding.
+    """
+    program, graph = captured.program, captured.program.graph
+    sixteen = rounds_to_16_bits(graph)
+    kinds = [draw for draw in DRAWS if draw.tokens in ("random", "large") or not sixteen]
+    pairs = zip(graph.inputs, captured.example, strict=False)
+    varied = any(role_of(program, value, tensor) not in (*_PLAIN, None) for value, tensor in pairs)
+    least = _sizes(captured, lambda bounds: max(bounds.low, 1))
+    few: list[tuple[Mapping[str, int], Sequence[Draw]]]
+    few = [({}, kinds[:3]), (least, kinds[:2]), (_sizes(captured, _odd), kinds[:2])]
+    result: list[_Plan]
+    result = [(size, draw) for size, draws in few for draw in draws[: 3 if varied else 1]]
+    if not sixteen and not varied:
+        result.append(({}, DRAWS[1]))
+    others = (*turns(graph, captured.example), *_zeros(graph))
+    return result + [(size, kinds[i % len(kinds)]) for i, size in enumerate(others)]
 
 
 def _odd(bounds: Bounds) -> int:
@@ -53,40 +64,35 @@ def _sizes(captured: Captured, choose: Callable[[Bounds], int]) -> dict[str, int
     return nearest_allowed(graph.bounds, sizes)
 
 
+def _zeros(graph: Graph) -> Iterator[dict[str, int]]:
+    for name, bounds in graph.bounds.items():
+        if bounds.low == 0 and name.isidentifier() and allows(graph.bounds, {name: 0}):
+            yield {name: 0}
+
+
 def references(captured: Captured) -> tuple[list[Reference], tuple[str, ...]]:
-    """The module's results in each case, and a sentence for each case in which it fails.
+    """The module's results for the example and for each plan, and a sentence for each size at which
+    it fails, other than 0.
 
     Raises CaptureError where it fails on its example.
     """
-    results: list[Reference] = []
-    skipped: list[str] = []
-    for case in cases(captured):
-        try:
-            results.append(_run(captured, case))
-        except Exception as error:
-            if case is captured.example:
-                raise CaptureError(f"the model fails on its example inputs: {error}") from error
-            skipped.append(f"inputs {shapes(case)} were not compared: the model fails: {error}")
-    return results, tuple(dict.fromkeys(skipped))
-
-
-def _run(captured: Captured, case: Case) -> Reference:
-    """The module's results in a case, with the runs of ids of the example (tokens of images) where
-    it refuses others."""
+    program, example, eager = captured.program, captured.example, captured.eager
     try:
-        return case, captured.eager(*case)
-    except Exception:
-        if case is captured.example:
-            raise
-        program, pairs = captured.program, zip(captured.example, case, strict=True)
-        example = [_as_long(tensor, other.shape) for tensor, other in pairs]
-        inputs = with_runs(program, example, case)
-        return inputs, captured.eager(*inputs)
-
-
-def _as_long(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    return with_sizes(tensor, shape, {})
-
-
-def shapes(case: Case) -> str:
-    return ", ".join(str(tuple(tensor.shape)) for tensor in case)
+        results: list[Reference] = [(example, eager(*example))]
+    except Exception as error:
+        raise CaptureError(f"the model fails on its example inputs: {error}") from error
+    skipped: list[str] = []
+    for sizes, draw in plans(captured):
+        resized = at_sizes(program, example, sizes)
+        accepted = drawn_and_run(program, resized, eager, draw)
+        if accepted is not None:
+            results.append(accepted)
+            continue
+        try:
+            results.append((tuple(resized), eager(*resized)))
+        except Exception as error:
+            if 0 not in sizes.values():
+                skipped.append(
+                    f"inputs {shapes(resized)} were not compared: the model fails: {error}"
+                )
+    return results, tuple(dict.fromkeys(skipped))

@@ -7,37 +7,41 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.capture import Captured
-from moec.errors import IRError, VerificationError
+from moec.errors import VerificationError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import InFloat32, in_float32, wide
+from moec.interpret.run_in_float32 import eager_in_float32, in_float32
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
+from moec.oracle.agree import with_states
+from moec.oracle.cases import shapes
+from moec.oracle.rounding import meaning_excess
 from moec.passes.core.runner import PassResult
 from moec.report.data import MovedLine
 from moec.report.quantisation import before_quantisation, moved_lines
-from moec.verify.cases import Case, Reference, references, shapes
+from moec.verify.cases import Reference, references
 from moec.verify.comparison import Comparison, Criterion
-from moec.verify.first_bad_pass import first_bad_pass, with_states
+from moec.verify.first_bad_pass import first_bad_pass
 
 Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
 """(name, feed): the output that holds the logits, and a function that feeds token ids [B, S] in
 pieces and yields the end of each piece and the logits [B, V] after it."""
-Exact = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
+_MOST_CAST = 1 << 29
+"""The most weights of a graph that are cast to float32 at once, 2 GiB."""
 
 
 @dataclass(frozen=True)
 class Checked:
     """The result of a comparison over all cases.
 
-    `errors` has the greatest error of each output; `strays` is the number of the `rows` with a
-    greater error than `tolerance` (allowed in 16 bits only, see `moec.interpret.tolerance.STRAYS`);
-    `ties` is the number of rows that differ from eager's only in the choice among equal values (see
-    `moec.interpret.stable_topk`). `notes` has a sentence for each case in which the module fails,
-    and one where the module itself gives NaN.
+    `errors` has the greatest error of each output, against eager in float32 where the model
+    computes in 16 bits; `strays` is the number of the `rows` with a greater error than `tolerance`,
+    and `eager_strays` that of eager in 16 bits, whose own error is the yardstick there
+    (`moec.oracle.rounding`); `ties` is the number of rows that differ from eager's only in the
+    choice among equal values (see `moec.interpret.stable_topk`). `notes` has a
+    sentence for each case in which the module fails, and one where the module itself gives NaN.
     `moved` is the distance of quantised outputs from the exact ones; `errors` are then relative to
     the quantised graph.
     """
@@ -49,6 +53,7 @@ class Checked:
     ties: int = 0
     notes: tuple[str, ...] = ()
     moved: tuple[MovedLine, ...] = ()
+    eager_strays: int = 0
 
 
 def check(
@@ -120,53 +125,90 @@ def _check(
     graph = captured.program.graph
     criterion = Criterion.of(graph, tolerance)
     names = [value.name for value in graph.outputs]
-    inputs = [value.name for value in graph.inputs][: len(captured.example)]
-    worst: dict[str, float] = {}
-    farthest: tuple[float, str, Case] = (-1.0, "", ())
-    compared: list[Comparison] = []
-    owners: list[int] = []  # the number of each comparison's case
     answers, skipped = references(captured)
-    for number, (case, expected) in enumerate(answers):
-        actual = run(dict(zip(inputs, case, strict=True)))
-        comparisons = [Comparison(actual[name], (), i) for i, name in enumerate(names)]
-        if pieces is not None:
-            name, fed = pieces
-            comparisons += [
-                Comparison(logits, (), names.index(name), stop) for stop, logits in fed(case[0])
-            ]
-        for item in comparisons:
-            name = _name(names, item)
-            item = replace(item, right=(item.of(expected),))
-            worst[name] = max(worst.get(name, 0.0), item.distance)
-            farthest = max(farthest, (item.distance, name, case), key=lambda entry: entry[0])
-            compared.append(item)
-            owners.append(number)
-    try:
-        right_by = _first_match(criterion, captured, answers, compared, owners)
-    except (IRError, RuntimeError):  # the captured graph does not run, which first_bad_pass reports
-        right_by = None
-    if right_by is None:
-        error, name, case = farthest
-        if reason := _nan_of_eager(captured.program, answers):
+    compared, owners = _compared(captured, run, pieces, answers)
+    reason = _nan_of_eager(captured.program, answers)
+    if criterion.unit:
+        exact = _exact(captured, answers)
+        compared = [item.with_exact(exact[n]) for item, n in zip(compared, owners, strict=True)]
+    right_by, why = compared, criterion.refusal(compared)
+    if why is not None:
+        stable = _stable(criterion, captured, answers, compared, owners)
+        right_by, why = (compared, why) if stable is None else (stable, criterion.refusal(stable))
+    if why is None and criterion.unit and pass_results:
+        why, note = _meaning(captured, pass_results[-1].program, answers, exact)
+        skipped = (*skipped, *note)
+    if why is not None:
+        if reason:
             raise VerificationError(
                 f"{reason}, so there is nothing to compare with: fix the model, or compile it "
                 "with verify=False (--verify off)"
             )
-        culprit = first_bad_pass(criterion, answers, pass_results)
-        raise VerificationError(
-            f"{name} differs from eager by {error:.1e} of its greatest value, and at most "
-            f"{criterion.limit:.0e} is allowed (inputs {shapes(case)}); {culprit}"
+        worst = max(range(len(compared)), key=lambda n: compared[n].distance)
+        case, _ = answers[owners[worst]]
+        culprit = first_bad_pass(criterion.limit, captured, answers, pass_results)
+        words = why or (
+            f"differs from eager by {compared[worst].distance:.1e} of its greatest value, and at "
+            f"most {criterion.limit:.0e} is allowed"
         )
+        name = _name(names, compared[worst])
+        raise VerificationError(f"{name} {words} (inputs {shapes(case)}); {culprit}")
     strays, rows = criterion.strays(right_by)
     ties = criterion.strays(compared)[0] - strays
-    if ties:
-        worst = dict.fromkeys(worst, 0.0)
-        for item in right_by:
-            name = _name(names, item)
-            worst[name] = max(worst[name], *item.errors.tolist(), 0.0)
-    reason = _nan_of_eager(captured.program, answers)
+    eager_strays = sum(int((item.eager_errors > criterion.limit).sum()) for item in right_by)
+    errors: dict[str, float] = {}
+    for before, item in zip(compared, right_by, strict=True):
+        name = _name(names, item)
+        error = float(item.errors.max()) if ties and len(item.errors) else before.distance
+        errors[name] = max(errors.get(name, 0.0), error)
     notes = (*skipped, *([reason] if reason else []))
-    return Checked(worst, criterion.limit, strays, rows, ties, notes)
+    return Checked(errors, criterion.limit, strays, rows, ties, notes, eager_strays=eager_strays)
+
+
+def _meaning(
+    captured: Captured,
+    final: Program,
+    answers: Sequence[Reference],
+    exact: Sequence[tuple[torch.Tensor, ...]],
+) -> tuple[str | None, tuple[str, ...]]:
+    """How the graph after all passes differs from eager, both in float32, where an error in a
+    weight is not hidden by rounding; and a note where its weights are too many to be cast."""
+    elements = sum(weight.numel() for weight in final.weights.values())
+    if elements > _MOST_CAST:
+        return None, (
+            f"the graph of {elements / 1e9:.1f} billion weights was not compared in float32 (above "
+            f"{_MOST_CAST / 1e9:.1f} billion); the code was, against eager in float32",
+        )
+    run = in_float32(final)
+    results = [run(with_states(final, case)) for case, _ in answers]
+    more = meaning_excess(results, exact)
+    if more is not None:
+        with FirstOfEquals() as tied:
+            exact = _exact(captured, answers)
+        more = meaning_excess(results, exact) if tied.met else more
+    return (None if more is None else f"of the graph in float32: {more}"), ()
+
+
+def _compared(
+    captured: Captured, run: Run, pieces: Pieces | None, answers: Sequence[Reference]
+) -> tuple[list[Comparison], list[int]]:
+    """The results of `run` and of `pieces` with eager's, and the number of each one's case."""
+    graph = captured.program.graph
+    names = [value.name for value in graph.outputs]
+    inputs = [value.name for value in graph.inputs][: len(captured.example)]
+    compared: list[Comparison] = []
+    owners: list[int] = []
+    for number, (case, expected) in enumerate(answers):
+        actual = run(dict(zip(inputs, case, strict=True)))
+        items = [Comparison(actual[name], (), i) for i, name in enumerate(names)]
+        if pieces is not None:
+            name, fed = pieces
+            items += [
+                Comparison(logits, (), names.index(name), stop) for stop, logits in fed(case[0])
+            ]
+        compared += [item.with_reference(expected) for item in items]
+        owners += [number] * len(items)
+    return compared, owners
 
 
 def _nan_of_eager(program: Program, answers: Sequence[Reference]) -> str:
@@ -192,59 +234,33 @@ def _name(names: Sequence[str], item: Comparison) -> str:
     return names[item.output] + (" in pieces" if item.stop is not None else "")
 
 
-def _first_match(
+def _stable(
     criterion: Criterion,
     captured: Captured,
     answers: Sequence[Reference],
     compared: Sequence[Comparison],
     owners: Sequence[int],
-) -> Sequence[Comparison] | None:
-    """The comparisons with the references that they match: eager, or eager with the first of equal
-    values chosen. None if they match neither. The captured graph is no reference, because it may be
-    wrong itself."""
-
-    def with_reference(items: Sequence[Comparison], exact: Exact) -> list[Comparison]:
-        results = [exact(case) for case, _ in answers]
-        return [
-            replace(item, right=(*item.right, item.of(results[owner]).to(item.right[0].dtype)))
-            for item, owner in zip(items, owners, strict=True)
-        ]
-
-    if criterion.allows(compared):
-        return compared
-    # A token that eager routes to the same experts in 16 bits and in float32 must be right, even if
-    # its scores are nearly tied.
-    widened = _widened(captured) if criterion.share else None
-    if widened is not None and criterion.allows(with_reference(compared, widened)):
-        return compared
+) -> list[Comparison] | None:
+    """The comparisons with one more reference each, eager with the first of equal values chosen.
+    None where no values are equal. The captured graph is no reference, because it may be wrong."""
     tied = FirstOfEquals()
-    right = with_reference(compared, _in_mode(tied, _eager(captured)))
+    with tied:
+        if criterion.unit:
+            results = _exact(captured, answers)
+        else:
+            results = [captured.eager(*case) for case, _ in answers]
     if not tied.met:
         return None
-    if criterion.allows(right):
-        return right
-    if widened is None:
-        return None
-    both = with_reference(with_reference(right, widened), _in_mode(FirstOfEquals(), widened))
-    return right if criterion.allows(both) else None
+    pairs = zip(compared, owners, strict=True)
+    if criterion.unit:
+        return [item.with_exact(results[owner]) for item, owner in pairs]
+    return [item.with_reference(results[owner]) for item, owner in pairs]
 
 
-def _eager(captured: Captured) -> Exact:
-    return lambda case: captured.eager(*case)
-
-
-def _widened(captured: Captured) -> Exact:
-    """The source run in float32: a graph by its types, a module under a dispatch mode."""
+def _exact(captured: Captured, answers: Sequence[Reference]) -> list[tuple[torch.Tensor, ...]]:
+    """The source's results in float32: a graph by its types, a module under a dispatch mode."""
     if captured.is_graph:
         run = in_float32(captured.program)
-        return lambda case: run(with_states(captured.program, case))
-    mode = InFloat32()  # type: ignore[no-untyped-call]
-    return _in_mode(mode, lambda case: captured.eager(*map(wide, case)))
-
-
-def _in_mode(mode: TorchDispatchMode, exact: Exact) -> Exact:
-    def run(case: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        with mode:
-            return exact(case)
-
-    return run
+        return [run(with_states(captured.program, case)) for case, _ in answers]
+    eager = eager_in_float32(captured.eager)
+    return [eager(*case) for case, _ in answers]

@@ -1,17 +1,18 @@
-"""The criterion for results: the error of each row, and how many rows may exceed the limit."""
+"""The criterion for results: in 16 bits eager's own error, else a limit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from moec.interpret.tolerance import (
+from moec.ir.graph import Graph
+from moec.oracle.rounding import UNIT, Excess, excess, row_distances
+from moec.oracle.tolerance import (
     FAR,
     QUANTISED_STRAYS,
-    STRAYS,
     allowed_strays,
     computed_dtypes,
     default_tolerance,
@@ -19,65 +20,121 @@ from moec.interpret.tolerance import (
     rounds_rows,
     row_errors,
 )
-from moec.ir.graph import Graph
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A result and its references, each of which is right, eager's first. It is output number
-    `output`, or, with `stop`, that output at token stop - 1."""
+    `output`, or, with `stop`, that output at token stop - 1. `exact` has the references in float32,
+    eager's first, where the model computes in 16 bits."""
 
     actual: torch.Tensor
     right: tuple[torch.Tensor, ...]
     output: int
     stop: int | None = None
+    exact: tuple[torch.Tensor, ...] = ()
 
     def of(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
         output = results[self.output]
         return output if self.stop is None else output[:, self.stop - 1]
 
+    def with_reference(self, results: Sequence[torch.Tensor]) -> Comparison:
+        """With results of eager as another reference."""
+        return replace(self, right=(*self.right, self.of(results)))
+
+    def with_exact(self, results: Sequence[torch.Tensor]) -> Comparison:
+        """With results of eager in float32 as another reference."""
+        return replace(self, exact=(*self.exact, self.of(results)))
+
     @cached_property
     def distance(self) -> float:
-        """From eager."""
-        return distance(self.actual, self.right[0])
+        """From eager, in float32 where the model computes in 16 bits."""
+        return distance(self.actual, self.references[0])
+
+    @property
+    def references(self) -> tuple[torch.Tensor, ...]:
+        return tuple(exact.to(self.right[0].dtype) for exact in self.exact) or self.right
 
     @cached_property
     def errors(self) -> torch.Tensor:
         """The error of each row against its nearest reference, [rows] in float64."""
-        return torch.stack([row_errors(self.actual, value) for value in self.right]).amin(0)
+        return torch.stack([row_errors(self.actual, value) for value in self.references]).amin(0)
+
+    @cached_property
+    def eager_errors(self) -> torch.Tensor:
+        """Those of eager itself, [rows] in float64."""
+        return row_errors(self.right[0], self.references[0])
+
+    @property
+    def fits(self) -> bool:
+        """Whether shape and dtype are eager's."""
+        expected = self.right[0]
+        return self.actual.shape == expected.shape and self.actual.dtype == expected.dtype
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """No error may exceed `greatest`, and at most a `share` of the rows may exceed `limit`."""
+    """No error may exceed `greatest`, and at most a `share` of the rows may exceed `limit`. With
+    `unit`, the spacing of 16-bit floats, eager's own error is the yardstick instead."""
 
     limit: float
     greatest: float
     share: float
+    unit: float = 0.0
 
     @staticmethod
     def of(graph: Graph, tolerance: float | None) -> Criterion:
-        limit = default_tolerance(graph) if tolerance is None else tolerance
-        share = max((STRAYS.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
-        share = max(share, QUANTISED_STRAYS if rounds_rows(graph) else 0.0)
-        return Criterion(limit, max(limit, FAR) if share else limit, share)
+        """That of a graph. A `tolerance` of the user's is the limit of every row."""
+        if tolerance is not None:
+            return Criterion(tolerance, tolerance, 0.0)
+        limit, share = default_tolerance(graph), QUANTISED_STRAYS if rounds_rows(graph) else 0.0
+        unit = max((UNIT.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
+        return Criterion(limit, FAR if share else limit, share, 0.0 if share else unit)
 
     def strays(self, compared: Iterable[Comparison]) -> tuple[int, int]:
         """(rows with an error above the limit against every reference, all rows)."""
         errors = [item.errors for item in compared]
         return sum(int((e > self.limit).sum()) for e in errors), sum(map(len, errors))
 
-    def allows(self, compared: Sequence[Comparison]) -> bool:
+    def refusal(self, compared: Sequence[Comparison]) -> str | None:
+        """Why the results are not right; "" where the error of an output says enough."""
+        if not all(item.fits for item in compared):
+            return ""
+        if self.unit:
+            return next((str(why) for why in self._excesses(compared)), None)
         for item in compared:
             if item.distance == float("inf"):
-                return False
+                return ""
             if len(item.errors) and not item.errors.max() <= self.greatest:
-                return False
+                return ""
         if not self.share:
-            return True
-        # Counted apart, because pieces of a text have few rows compared with complete texts.
-        groups: dict[tuple[int, bool], list[Comparison]] = {}
-        for item in compared:
-            groups.setdefault((item.output, item.stop is not None), []).append(item)
-        counts = map(self.strays, groups.values())
-        return all(strays <= allowed_strays(self.share, rows) for strays, rows in counts)
+            return None
+        counts = map(self.strays, _groups(compared))
+        right = all(strays <= allowed_strays(self.share, rows) for strays, rows in counts)
+        return None if right else ""
+
+    def _excesses(self, compared: Sequence[Comparison]) -> Iterator[Excess]:
+        """Those of each output over all cases."""
+        for group in _groups(compared):
+            ours, eager = (
+                torch.cat(parts, 1) for parts in zip(*map(_distances, group), strict=True)
+            )
+            for mine, reference in zip(ours, eager, strict=True):
+                more = excess(mine, reference, self.unit)
+                if more is not None:
+                    yield more
+
+
+def _groups(compared: Sequence[Comparison]) -> Iterable[list[Comparison]]:
+    """The comparisons of each output. Pieces of a text are counted apart, because they have few
+    rows compared with complete texts."""
+    groups: dict[tuple[int, bool], list[Comparison]] = {}
+    for item in compared:
+        groups.setdefault((item.output, item.stop is not None), []).append(item)
+    return groups.values()
+
+
+def _distances(item: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
+    """f64[2, rows] each: the errors of the result and of eager against eager in float32."""
+    ours = [row_distances(item.actual, exact) for exact in item.exact]
+    return torch.stack(ours).amin(0), row_distances(item.right[0], item.exact[0])

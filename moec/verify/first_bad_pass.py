@@ -2,66 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from moec.capture import Captured
 from moec.errors import IRError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import MEANING, in_float32
-from moec.interpret.tolerance import distance
-from moec.ir.graph import Program
+from moec.interpret.run_in_float32 import eager_in_float32, in_float32
+from moec.oracle.agree import error_of, with_states
+from moec.oracle.rounding import meaning_excess
+from moec.oracle.tolerance import rounds_to_16_bits
 from moec.passes.core.runner import PassResult
 from moec.verify.cases import Reference
-from moec.verify.comparison import Comparison, Criterion
+
+_Results = tuple[torch.Tensor, ...]
 
 
 def first_bad_pass(
-    criterion: Criterion, answers: Sequence[Reference], pass_results: Sequence[PassResult]
+    limit: float,
+    captured: Captured,
+    answers: Sequence[Reference],
+    pass_results: Sequence[PassResult],
 ) -> str:
     """A sentence naming the first pass after which the graph differs, or the generated code.
 
-    The captured graph is compared with eager in the model's dtype, each later one with the captured
-    graph in float32, because a pass may move a rounding, which is no error.
+    The captured graph is compared with eager, both in float32 where the model computes in 16 bits,
+    and each later graph with the captured one in float32, because a pass may move a rounding, which
+    is no error.
     """
     if not pass_results:
         return "the generated code is wrong"
-    limit = min(criterion.limit, MEANING) if not criterion.share else MEANING
+    start = pass_results[0].program
+    inputs = [with_states(start, case) for case, _ in answers]
     try:
-        start = pass_results[0].program
-        compared = [
-            Comparison(actual, (value,), 0)
-            for case, expected in answers
-            for actual, value in _pairs(
-                evaluate(start.graph, with_states(start, case), start.weights), expected
-            )
-        ]
-        if not criterion.allows(compared):
-            return f"the first pass after which the graph differs is {pass_results[0].name}"
-        inputs = [with_states(start, case) for case, _ in answers]
         references = list(map(in_float32(start), inputs))
+        if rounds_to_16_bits(start.graph) and not captured.is_graph:
+            eager = eager_in_float32(captured.eager)
+            wrong = _differs(references, [eager(*case) for case, _ in answers])
+        else:
+            results = [evaluate(start.graph, case, start.weights) for case in inputs]
+            pairs = zip(results, answers, strict=True)
+            wrong = any(not error_of(ours, right) <= limit for ours, (_, right) in pairs)
     except (IRError, RuntimeError) as error:
         return f"the graph after {pass_results[0].name} does not run: {error}"
+    if wrong:
+        return f"the first pass after which the graph differs is {pass_results[0].name}"
     for pass_result in pass_results[1:]:
         try:
-            outputs = map(in_float32(pass_result.program), inputs)
-            if any(
-                not distance(actual, value) <= limit
-                for results, right in zip(outputs, references, strict=True)
-                for actual, value in _pairs(results, right)
-            ):
-                return f"the first pass after which the graph differs is {pass_result.name}"
+            results = list(map(in_float32(pass_result.program), inputs))
         except (IRError, RuntimeError) as error:
             return f"the graph after {pass_result.name} does not run: {error}"
+        if _differs(results, references):
+            return f"the first pass after which the graph differs is {pass_result.name}"
     return "the graph is correct after every pass: the generated code is wrong"
 
 
-def _pairs(
-    results: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
-) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Pairs of outputs; the new contents of states, which follow the outputs, are not compared."""
-    return zip(results, expected, strict=False)
-
-
-def with_states(program: Program, case: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [*case, *(program.weights[state.before.name] for state in program.graph.states)]
+def _differs(results: Sequence[_Results], expected: Sequence[_Results]) -> bool:
+    """Whether an output differs in float32; the new contents of states, which follow the outputs,
+    are not compared."""
+    outputs = min(len(expected[0]), len(results[0])) if expected else 0
+    shapes = any(
+        a.shape != b.shape or a.dtype != b.dtype
+        for ours, right in zip(results, expected, strict=True)
+        for a, b in zip(ours[:outputs], right[:outputs], strict=True)
+    )
+    return shapes or meaning_excess(results, [right[:outputs] for right in expected]) is not None

@@ -12,10 +12,10 @@ import torch
 
 from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.errors import InputError, IRError, MoecError, UsageError
-from moec.interpret.random_inputs import table_rows
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Graph, Program, Value
 from moec.ir.sizes.dims import bind_shape
+from moec.oracle.table_ids import table_rows
 from moec.passes.calibration.files import data_by_domain, data_label
 
 LENGTH = 256

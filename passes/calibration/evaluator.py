@@ -16,9 +16,9 @@ import torch
 from moec.dtypes import FLOATS
 from moec.errors import UsageError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.random_inputs import table_rows
 from moec.ir.graph import Program, Value
 from moec.ir.upcast import widen
+from moec.oracle.table_ids import table_rows
 from moec.passes.calibration.data import Calibration, Inputs
 from moec.passes.core.damage import Distance
 from moec.passes.core.moe_layer import Layer

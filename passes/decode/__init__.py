@@ -15,9 +15,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moec.errors import NoMatch
-from moec.interpret.random_inputs import table_rows
 from moec.interpret.verifier import verify
 from moec.ir.graph import Graph, Program, Stage, Value
+from moec.oracle.table_ids import table_rows
 from moec.passes.decode.kv_cache import FIRST, ROOM, with_caches
 from moec.passes.decode.kv_inputs import with_past
 from moec.passes.decode.last_token import LAST, ROWS, last_only

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from moec.errors import UsageError
-from moec.interpret.random_inputs import table_rows
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import DType, Op, Program, Value
 from moec.ir.sizes.dims import Dim, symbols
 from moec.ops.sizes.bound import periodic_constant
+from moec.oracle.table_ids import table_rows
 from moec.passes.core.options import Given
 
 

@@ -9,15 +9,16 @@ from typing import ClassVar
 import pytest
 import torch
 
+from moec.capture import capture
 from moec.errors import InputError, UsageError
-from moec.interpret.random_inputs import random_cases, table_rows
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ir.text import parse
 from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 from moec.pipeline import choose, exact
-from moec.verify.bisect import bisect
+from moec.verify.bisect import bisect, drawn_cases
+from tests.capture.modules import Function
 
 CHAIN = 9
 
@@ -108,26 +109,18 @@ def test_rounding_is_no_culprit() -> None:
     assert bisect(program("bf16"), [Swap("broken", at=2)], inputs).culprit is not None
 
 
-def test_ids_stay_within_their_table() -> None:
-    graph = parse(
-        "graph main(ids: i64[B, S], mask: i64[B, S], x: f32[B, 4], cache: f32[2]; "
-        "t: f32[11, 4]) {\n"
-        "  flat: i64[B*S] = aten.reshape.default(ids) <shape=({B*S})>\n"
-        "  e: f32[B*S, 4] = aten.embedding.default(t, flat)\n"
-        "  state cache -> cache\n"
-        "  return e, mask, x\n}"
-    )
-    held = Program(graph, {"t": torch.zeros(11, 4), "cache": torch.ones(2)})
-    example = [torch.zeros(50, 9, dtype=torch.int64), torch.ones(50, 9, dtype=torch.int64),
-               torch.zeros(50, 4)]  # fmt: skip
-    ids, mask, x, cache = random_cases(held, example)[0]
-    assert table_rows(graph, graph.inputs[0]) == 11
-    assert (int(ids.min()), int(ids.max())) == (0, 10)
-    assert torch.equal(mask, example[1])
-    assert x.std() > 0.5
-    assert torch.equal(cache, torch.ones(2))
+def test_the_inputs_are_those_that_the_module_accepts() -> None:
+    def once(ids: torch.Tensor) -> torch.Tensor:
+        assert int(ids.max()) < 5
+        return table(ids)
+
+    table = torch.nn.Embedding(11, 4)
+    captured = capture(Function(table), (torch.zeros(50, 9, dtype=torch.int64),))
+    captured = replace(captured, eager=lambda ids: (once(ids),))
+    (example,) = drawn_cases(captured, 0)
+    assert torch.equal(example[0], torch.zeros(50, 9, dtype=torch.int64))
     with pytest.raises(InputError, match="without example inputs"):
-        random_cases(held, [])
+        drawn_cases(replace(captured, example=()), 0)
 
 
 def test_passes_that_change_the_model_are_not_looked_at() -> None:

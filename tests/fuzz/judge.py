@@ -24,9 +24,9 @@ from moec.codegen.lower import supported
 from moec.errors import InputError, MoecError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.stable_topk import FirstOfEquals
-from moec.interpret.tolerance import TOLERANCES, allowed_strays, distance, row_errors
 from moec.ir.sizes.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
 from moec.model.compiled import CompiledModel
+from moec.oracle.tolerance import TOLERANCES, allowed_strays, distance, row_errors
 from tests.fuzz.layer import Layer, source
 
 EXAMPLE = (2, 6)

@@ -11,8 +11,8 @@ import torch
 import moec
 from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
-from moec.interpret.tolerance import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
 from moec.ir.text import print_graph
+from moec.oracle.tolerance import EXACT_ROWS, FAR, STRAYS, TOLERANCES, distance, strays
 from moec.passes.decode import with_past_inputs
 from tests.models.captured import captured_program
 from tests.models.families import SMALL

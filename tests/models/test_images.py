@@ -8,7 +8,7 @@ import torch
 import moec
 from moec.errors import CaptureError, InputError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.tolerance import distance
+from moec.oracle.tolerance import distance
 from tests.models.image_families import IMAGE, IMAGE_FAMILIES
 
 TOLERANCE = 1e-5  # sums are reordered in float32, over a layer of vision and one of text

@@ -8,7 +8,7 @@ from transformers import NllbMoeConfig, NllbMoeSparseMLP
 
 import moec
 from moec.interpret.evaluate import evaluate
-from moec.interpret.tolerance import TOLERANCES, distance
+from moec.oracle.tolerance import TOLERANCES, distance
 
 WIDTH, EXPERTS = 16, 4
 

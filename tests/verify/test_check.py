@@ -15,13 +15,13 @@ from torch import nn
 import moec
 from moec.capture import capture
 from moec.errors import CaptureError, VerificationError
-from moec.interpret.tolerance import distance, strays
 from moec.ir.graph import Program
+from moec.oracle.tolerance import distance, strays
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.runtime.call.executor import Executor
 from moec.verify import first_bad_pass
-from moec.verify.cases import cases
+from moec.verify.cases import references
 from moec.verify.check import check
 from tests.capture.modules import WIDTH, Function, Moe
 
@@ -94,7 +94,8 @@ def off(rows: slice) -> Any:
 
     def run(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         (result,) = captured.eager(inputs["x"])
-        result[rows] += 0.2 * result.abs().max()
+        if len(result):
+            result[rows] += 0.2 * result.abs().max()
         return {"output": result}
 
     return captured, run
@@ -122,12 +123,12 @@ def test_a_wrong_pass_is_named_in_16_bits(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [22, 27, 47, 55])
 def test_in_16_bits_a_tie_that_is_broken_as_in_float32_is_right(seed: int) -> None:
-    """Two of thirty rows, by more than half of the greatest value: more than chance allows."""
+    """A row of thirty, of eager or of the code, by half of the greatest value."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(5, WIDTH, generator=generator).bfloat16()
     checked = moec.compile(Moe(torch.bfloat16), (x,)).checked
     assert checked is not None
-    assert checked.strays > 0
+    assert checked.eager_strays + checked.strays in (1, 2)
 
 
 def test_cases_have_the_sizes_that_belong_together() -> None:
@@ -137,7 +138,8 @@ def test_cases_have_the_sizes_that_belong_together() -> None:
     captured = capture(
         model, (x, torch.randn(10, WIDTH)), dynamic_shapes=({0: rows}, {0: 2 * rows})
     )
-    sizes = [(a.shape[0], b.shape[0]) for a, b in cases(captured)]
+    answers, _ = references(captured)
+    sizes = [(a.shape[0], b.shape[0]) for (a, b), _ in answers]
     assert sizes[:4] == [(5, 10), (5, 10), (2, 4), (11, 22)]
 
 

@@ -14,10 +14,10 @@ import sympy
 from moec.capture.captured import Captured
 from moec.capture.guards.false_sizes import MOST_ROWS, can_run, false_at
 from moec.capture.guards.guards import Guard, show
-from moec.capture.proof.settlement import agree_at_sizes, sizes_of
 from moec.ir.graph import Graph
 from moec.ir.size_expressions import size_expressions
 from moec.ir.sizes.dims import parse_dim
+from moec.oracle.agree import agree_at_sizes, sizes_of
 
 
 def difference_at_other_sizes(described: Captured, guards: Iterable[Guard]) -> str:

@@ -7,17 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-import torch
-
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.check import EarlierCalls
 from moec.capture.earlier_calls.histories import Tensors, changing_with_inputs
 from moec.capture.python_values.traced_changes import changes_noted
-from moec.interpret.random_inputs import random_like
-from moec.interpret.resized import with_sizes
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import nearest_allowed
+from moec.oracle.agree import at_sizes
+from moec.oracle.cases import drawn
+from moec.oracle.draws import DRAWS
 
 _MOST_CAPTURES = 3
 """How often a module is captured where calls with other data change more of its values."""
@@ -57,18 +56,14 @@ def _is_traced(captured: Captured) -> bool:
 
 def _inputs(captured: Captured) -> list[Tensors]:
     """Inputs of more rows than the example's with large values, the example, and few rows."""
-    program, generator = captured.program, torch.Generator().manual_seed(1)
-    graph, count = program.graph, len(captured.example)
+    program, graph = captured.program, captured.program.graph
 
     def sized(choose: Callable[[str, Bounds], int], scale: float) -> Tensors:
         wished = {name: choose(name, b) for name, b in graph.bounds.items() if name.isidentifier()}
         sizes = nearest_allowed(graph.bounds, wished)
-        example = [
-            with_sizes(tensor, value.shape, sizes)
-            for tensor, value in zip(captured.example, graph.inputs, strict=False)
-        ]
-        drawn = random_like(program, example, generator)[:count]
-        return [t * scale if t.is_floating_point() else t for t in drawn]
+        example = at_sizes(program, captured.example, sizes)
+        case = drawn(program, example, DRAWS[0])
+        return [t * scale if t.is_floating_point() else t for t in case]
 
     now: Mapping[str, int] = {
         str(dim): tensor.shape[axis]

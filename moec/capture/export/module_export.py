@@ -21,7 +21,6 @@ from moec.capture.export.huggingface import experts_as_ops
 from moec.capture.guards.guards import located
 from moec.capture.linear_attention.lightning import lightning_as_ops
 from moec.capture.linear_attention.scans import scans_as_ops
-from moec.capture.proof.agreement import Eager
 from moec.capture.python_values.reach import values_kept
 from moec.capture.python_values.size_tables import tables_by_size
 from moec.capture.size_functions.float_ranges import float_ranges_known
@@ -40,6 +39,7 @@ from moec.capture.user_code.stacks import short_stacks
 from moec.interpret.outputs import Structure, flatten
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
+from moec.oracle.cases import Eager
 
 
 def export_call(call: ModuleCall, general: Widened) -> ExportedProgram:

@@ -1,78 +1,19 @@
-"""Compares a captured graph with its module, at sizes other than those of the export too."""
+"""Sizes of 1 and 0, and lengths of the export, at which a captured graph and its module agree."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 
 from moec.capture.sizes.lengths import AxisGroup, resized
 from moec.capture.sizes.widening import Widened
-from moec.errors import IRError
-from moec.interpret.evaluate import evaluate_anywhere
 from moec.interpret.outputs import VaryingOutput
-from moec.interpret.random_inputs import random_like
-from moec.interpret.tolerance import default_tolerance, distance
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
-
-Eager: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
-
-
-def agree(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether graph and module compute the same results from `tensors`, up to rounding."""
-    return _equals(program, tensors, eager(*tensors))
-
-
-def _equals(
-    program: Program, tensors: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]
-) -> bool:
-    limit = default_tolerance(program.graph)
-    states = [program.weights[state.before.name] for state in program.graph.states]
-    ours = evaluate_anywhere(program.graph, [*tensors, *states], program.weights)
-    return all(distance(a, b) <= limit for a, b in zip(ours, theirs, strict=False))
-
-
-def matches(
-    program: Program, tensors: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]
-) -> bool:
-    """Whether the graph computes `expected`, up to rounding; False where it cannot be evaluated."""
-    try:
-        return _equals(program, tensors, expected)
-    except (RuntimeError, IRError, IndexError, ValueError):
-        return False
-
-
-def agree_at(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool | None:
-    """Whether graph and module agree at the sizes of `tensors`, on at least one set of values.
-    Returns None where the module does not run at these sizes.
-
-    One set of values that agrees is enough, because in 16 bits a near tie may route a few tokens to
-    other experts, which has nothing to do with the size.
-    """
-    runs = False
-    for draw in _draws(program, tensors):
-        try:
-            results = eager(*draw)
-        except VaryingOutput:
-            raise
-        except Exception:  # whatever the module raises, it refuses these sizes
-            continue
-        runs = True
-        try:
-            if _equals(program, draw, results):
-                return True
-        except (RuntimeError, IRError, IndexError, ValueError):
-            return False
-    return False if runs else None
-
-
-def _draws(program: Program, tensors: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
-    yield tensors
-    yield [tensor.flip(tuple(range(tensor.ndim))) for tensor in tensors]
-    yield random_like(program, tensors, torch.Generator().manual_seed(0))[: len(tensors)]
+from moec.oracle.agree import agree
+from moec.oracle.cases import Eager
 
 
 def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0, length: int = 1) -> torch.Tensor:
@@ -102,11 +43,8 @@ def allow_one(
     lowered: set[str] = set()
 
     def agrees(names: Collection[str]) -> bool | None:
-        try:
-            answers = (agree_at(program, eager, _cut_to(1, program, t, names)) for t in examples)
-            return next((answer for answer in answers if answer is not None), None)
-        except VaryingOutput:
-            return False  # a module may skip the image of a text of one token
+        answers = (agree(program, eager, _cut_to(1, program, t, names)) for t in examples)
+        return next((answer for answer in answers if answer is not None), None)
 
     for name, limits in graph.bounds.items():
         if limits.low > 2 or name in fixed_bounds or not name.isidentifier():
@@ -145,11 +83,12 @@ def _agree_at_zero(program: Program, eager: Eager, tensors: Sequence[torch.Tenso
     """Whether graph and module agree where a size is 0. An operator of torch that fails there
     (None) has no other result."""
     try:
-        return matches(program, tensors, eager(*tensors))
+        eager(*tensors)
     except (VaryingOutput, ArithmeticError, ValueError):
         return False
     except Exception:  # whatever the module raises
         return None
+    return agree(program, eager, tensors)
 
 
 def _cut_to(
@@ -172,12 +111,12 @@ def refuted(
     Empty where graph and module agree on the example. Otherwise the groups that disagree when they
     alone have the example's length, or all moved groups if none does.
     """
-    if not widened.moved or agree_at(program, eager, example):
+    if not widened.moved or agree(program, eager, example):
         return ()
     wrong = []
     for group in widened.moved:
         first = group.axes[0]
         back = replace(group, length=example[first.tensor].shape[first.axis])
-        if agree_at(program, eager, resized(widened.tensors, [back])) is False:
+        if agree(program, eager, resized(widened.tensors, [back])) is False:
             wrong.append(group)
     return tuple(wrong) or widened.moved

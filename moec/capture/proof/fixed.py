@@ -16,11 +16,11 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.capture.guards.guards import Guard, guard_at, shape_env
-from moec.capture.proof.agreement import Eager
 from moec.capture.sizes.shapes import Axes
 from moec.errors import CaptureError, UsageError
 from moec.interpret.resized import resized_axes
 from moec.ir.graph import Program
+from moec.oracle.cases import Eager
 
 Axis = tuple[int, int]
 """An axis of an input: (number of the input, number of its axis)."""

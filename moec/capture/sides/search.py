@@ -10,7 +10,7 @@ import torch
 
 from moec.capture.guards.guards import Guard
 from moec.capture.guards.settle import GuardRefused, Settled
-from moec.capture.proof.settlement import agree_at_sizes, settled, sizes_of
+from moec.capture.proof.settlement import settled
 from moec.capture.sides.programs import merge_programs
 from moec.capture.sides.sizes import Choice, Unmergeable
 from moec.capture.speculate import CaptureForm
@@ -18,6 +18,7 @@ from moec.errors import CaptureError
 from moec.interpret.resized import with_sizes
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import sizes_around, sizes_at_changes, truth_of
+from moec.oracle.agree import agree_at_sizes, sizes_of
 
 Recapture = Callable[[Mapping[str, int]], CaptureForm]
 """Captures the same module at other sizes. Raises CaptureError."""

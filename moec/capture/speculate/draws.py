@@ -4,45 +4,41 @@ with, and routings in which an expert gets all rows, none, or some."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
 
-from moec.dtypes import FLOATS
-from moec.ir.graph import Graph, Value
-from moec.ir.sizes.dims import Bounds, symbols
+from moec.ir.graph import Graph, Program
+from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import nearest_allowed
+from moec.oracle.agree import at_sizes
+from moec.oracle.cases import Case, Result, Run, drawn_and_run
+from moec.oracle.draws import DRAWS
 
 MOST_ROWS = 4096
 """The most rows that a proof draws. A branch that needs more rows to go both ways is refused."""
 
-_BEYOND = 2
-"""How far drawn integers exceed the greatest integer of the example."""
-
 _SHAPES: tuple[tuple[int, ...], ...] = ((1, 1), (3, 29), (1, 7), (5, 1), (4, 40), (2, 2))
-Case = list[torch.Tensor]
 
 
 def draws(
-    graph: Graph, examples: Sequence[Sequence[torch.Tensor]], conditions: Iterable[Any]
-) -> Iterator[Case]:
-    """The examples, then inputs of several sizes and kinds: random; all rows equal, so that one
-    expert gets all rows; zeros, so that scores tie; two kinds of rows; large values. Integer inputs
-    also get values beyond those of the examples, which eager may refuse."""
-    yield from map(list, examples)
-    example = examples[0]
-    integers = any(not t.is_floating_point() and t.dtype != torch.bool for t in example)
-    kinds = ("random", "alike", "zero", "two", "large", *["beyond"] * integers)
-    generator = torch.Generator().manual_seed(0)
-    for sizes in _assignments(graph, example, conditions):
-        for kind in kinds:
-            pairs = zip(graph.inputs, example, strict=False)
-            yield [_draw(value, tensor, sizes, kind, generator) for value, tensor in pairs]
+    program: Program, example: Sequence[torch.Tensor], conditions: Iterable[Any], run: Run[Result]
+) -> Iterator[tuple[Case, Result]]:
+    """Draws of every kind at several sizes, and the results of `run` for them."""
+    for sizes in _assignments(program.graph, example, conditions):
+        resized = at_sizes(program, example, sizes)
+        if any(math.prod(tensor.shape[:-1]) > 2 * MOST_ROWS for tensor in resized):
+            continue
+        for draw in DRAWS:
+            accepted = drawn_and_run(program, resized, run, draw)
+            if accepted is not None:
+                yield accepted
 
 
-def not_finite(example: Sequence[torch.Tensor]) -> Iterator[Case]:
+def not_finite(example: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """The example with a row of NaN and with an infinite row, for branches on `isfinite`."""
     for number in (float("nan"), float("inf")):
         case = [tensor.clone() for tensor in example]
@@ -97,33 +93,3 @@ def _numbers(conditions: Iterable[Any]) -> set[int]:
 def _clamp(size: int, bounds: Bounds) -> int:
     size = max(size, bounds.low)
     return size if bounds.high is None else min(size, bounds.high)
-
-
-def _draw(
-    value: Value,
-    tensor: torch.Tensor,
-    sizes: Mapping[str, int],
-    kind: str,
-    generator: torch.Generator,
-) -> torch.Tensor:
-    shape = [
-        int(dim.subs({s: sizes[s.name] for s in dim.free_symbols}))
-        if not isinstance(dim, int) and symbols(dim) <= sizes.keys()
-        else size
-        for dim, size in zip(value.shape, tensor.shape, strict=True)
-    ]
-    floats = value.dtype in FLOATS
-    if floats:
-        drawn = torch.randn(shape, generator=generator).to(tensor.dtype)
-    elif not tensor.numel() or tensor.dtype == torch.bool:
-        return torch.zeros(shape, dtype=tensor.dtype) | (tensor.any() if tensor.numel() else False)
-    else:
-        low, high = int(tensor.min()), int(tensor.max()) + _BEYOND * (kind == "beyond")
-        drawn = torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int64)
-        drawn = drawn.to(tensor.dtype)
-    rows = drawn.reshape(-1, shape[-1]) if floats and len(shape) else drawn.reshape(-1, 1)
-    if kind in ("alike", "two") and len(rows):
-        rows = rows[torch.arange(len(rows)) % min(len(rows), 1 if kind == "alike" else 2)]
-    if kind == "zero":
-        rows = rows * 0 if floats else rows * 0 + (int(tensor.min()) if tensor.numel() else 0)
-    return (rows * (9 if kind == "large" and floats else 1)).reshape(shape)

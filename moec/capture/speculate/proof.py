@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 
 from moec.capture.guards.guards import Guard
-from moec.capture.proof.settlement import sizes_of
 from moec.capture.speculate.branches import Question
-from moec.capture.speculate.draws import MOST_ROWS, draws, not_finite
+from moec.capture.speculate.draws import draws, not_finite
 from moec.capture.speculate.sites import Site
 from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.watching import Ways, watched
 from moec.errors import CaptureError, IRError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.outputs import VaryingOutput
-from moec.interpret.tolerance import default_tolerance, distance
 from moec.ir.graph import Program
 from moec.ir.sizes.thresholds import truth_of
-
-Eager = Callable[..., tuple[torch.Tensor, ...]]
+from moec.oracle.agree import error_of, same_results, sizes_of
+from moec.oracle.cases import Case, Eager, cases, shapes
+from moec.oracle.tolerance import default_tolerance
 
 
 @dataclass(frozen=True)
@@ -82,36 +80,41 @@ def examine(
         open_sites = {q.site for n, q in enumerate(assumed.questions) if not shown(q, outcomes[n])}
         return tuple(s for s in assumed.branches if len(ways.get(s, ())) < 2 and s in open_sites)
 
-    usual = ((case, True) for case in _sized(draws(program.graph, examples, conditions)))
-    more = ((case, False) for case in not_finite(examples[0]) if unproved())
-    for case, finite in itertools.chain(usual, more):
+    def run(*case: torch.Tensor) -> tuple[Ways, tuple[torch.Tensor, ...]]:
+        with watched(assumed.branches) as went:
+            return went, eager(*(tensor.clone() for tensor in case))
+
+    def attempts() -> Iterator[tuple[Case, tuple[Ways, tuple[torch.Tensor, ...]], bool]]:
         try:
-            with watched(assumed.branches) as went:
-                expected = eager(*(tensor.clone() for tensor in case))
-        except VaryingOutput as why:
-            return Verdict(math.inf, _shapes(case), tuple(assumed.branches), compared, why)
+            yield tuple(examples[0]), run(*examples[0]), True
+        except VaryingOutput:
+            raise
         except Exception as failure:
-            if not compared:
-                raise CaptureError(f"the model fails on its example inputs: {failure}") from failure
-            continue
-        compared += 1
-        results = _run(program, case)
-        pairs = zip(results[:outputs], expected, strict=True) if results else ()
-        error = max((distance(a, b) for a, b in pairs), default=0.0 if results else math.inf)
-        if not error <= limit and (not finite or not _hold(guards, program, case)):
-            continue
-        if not error <= limit:
-            return Verdict(error, _shapes(case), tuple(assumed.branches), compared)
-        worst = max(worst, error)
-        for site, offsets in went.items():
-            ways.setdefault(site, set()).update(offsets)
-        for number, outcome in _outcomes(assumed, case, results[outputs:]):
-            outcomes[number].add(outcome)
+            raise CaptureError(f"the model fails on its example inputs: {failure}") from failure
+        for example in examples[1:]:
+            yield from ((*ran, True) for ran in cases(program, example, run, ()))
+        yield from ((*ran, True) for ran in draws(program, examples[0], conditions, run))
+        for case in not_finite(examples[0]) if unproved() else ():
+            yield from ((*ran, False) for ran in cases(program, case, run, ()))
+
+    try:
+        for case, (went, expected), finite in attempts():
+            compared += 1
+            results = _run(program, case)
+            error = error_of(results[:outputs], expected)
+            equal = error <= limit or same_results(program, eager, case, expected)
+            if not equal and (not finite or not _hold(guards, program, case)):
+                continue
+            if not equal:
+                return Verdict(error, shapes(case), tuple(assumed.branches), compared)
+            worst = max(worst, error)
+            for site, offsets in went.items():
+                ways.setdefault(site, set()).update(offsets)
+            for number, outcome in _outcomes(assumed, case, results[outputs:]):
+                outcomes[number].add(outcome)
+    except VaryingOutput as why:
+        return Verdict(math.inf, "the constants vary", tuple(assumed.branches), compared, why)
     return Verdict(worst, "", unproved(), compared)
-
-
-def _shapes(case: Sequence[torch.Tensor]) -> str:
-    return ", ".join(str(tuple(tensor.shape)) for tensor in case)
 
 
 def _hold(guards: Sequence[Guard], program: Program, case: Sequence[torch.Tensor]) -> bool:
@@ -138,12 +141,6 @@ def _outcomes(
         outcome = question.condition.subs({**sizes, **values})
         if outcome in (True, False):
             yield number, bool(outcome)
-
-
-def _sized(cases: Iterable[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-    for case in cases:
-        if all(math.prod(tensor.shape[:-1]) <= 2 * MOST_ROWS for tensor in case):
-            yield case
 
 
 def _run(program: Program, case: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

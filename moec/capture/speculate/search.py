@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.speculate.masked import MaskedInterpreter
-from moec.capture.speculate.proof import Eager, Verdict, examine
+from moec.capture.speculate.proof import Verdict, examine
 from moec.capture.speculate.refusals import (
     Untraceable,
     assumptions,
@@ -25,6 +25,7 @@ from moec.capture.speculate.trace import Assumed, Export, Traced, trace
 from moec.errors import CaptureError
 from moec.interpret.outputs import Structure
 from moec.ir.graph import Program
+from moec.oracle.cases import Eager
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def check(
 
     from moec.interpret.evaluate import evaluate
     from moec.interpret.ranks import evaluate_ranks
-    from moec.interpret.tolerance import default_tolerance, distance
+    from moec.oracle.tolerance import default_tolerance, distance
     from moec.plan.groups import groups_of
 
     limit = default_tolerance(program.graph) if isinstance(verify, bool) else verify

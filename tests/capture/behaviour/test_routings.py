@@ -8,7 +8,7 @@ import torch
 
 import moec
 from moec.interpret.evaluate import evaluate
-from moec.interpret.tolerance import distance
+from moec.oracle.tolerance import distance
 from tests.capture.behaviour import routings
 
 OUTSIDE = "router: custom: its choices are not computed from logits [.., E]"

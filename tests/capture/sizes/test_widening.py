@@ -17,9 +17,9 @@ from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.trials import Trials
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.tolerance import distance
 from moec.ir.sizes.dims import Bounds
 from moec.ir.text import print_graph
+from moec.oracle.tolerance import distance
 from tests.capture.modules import WIDTH, Counts, Function, Moe
 
 Tensors = tuple[torch.Tensor, ...]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.interpret.evaluate import evaluate
-from moec.interpret.tolerance import distance
+from moec.oracle.tolerance import distance
 
 D, E = 4, 3
 

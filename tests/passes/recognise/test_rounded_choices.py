@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import moec
 from moec.interpret.evaluate import evaluate, run_graph
 from moec.interpret.stable_topk import FirstOfEquals
-from moec.interpret.tolerance import row_errors
 from moec.ir.graph import Op
 from moec.model.compiled import CompiledModel
+from moec.oracle.tolerance import row_errors
 
 WIDTH, EXPERTS, K = 16, 8, 3
 Router = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -20,8 +20,8 @@ from moec.errors import TargetError, UnsupportedError, UsageError, VerificationE
 from moec.export.session import open_session, runner
 from moec.formats.notation import parse
 from moec.interpret.evaluate import evaluate
-from moec.interpret.tolerance import EXACT_ROWS, row_errors
 from moec.ir.graph import Program
+from moec.oracle.tolerance import EXACT_ROWS, row_errors
 from moec.passes.core.runner import Log
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.report.quantisation import with_exact_rows

@@ -49,6 +49,11 @@ def computed_dtypes(graph: Graph) -> set[str]:
     return {v.dtype for v in graph.values() if v.dtype in FLOATS and v not in scales}
 
 
+def rounds_to_16_bits(graph: Graph) -> bool:
+    """Whether a graph computes in 16-bit floats."""
+    return not computed_dtypes(graph).isdisjoint(("f16", "bf16"))
+
+
 def rounds_rows(graph: Graph) -> bool:
     """Whether rows are rounded to 8 bits. With 16 bits, a row that rounds to another code changes a
     result by 1/32639 of one of its terms, which is within the tolerance of f32."""

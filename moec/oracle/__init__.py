@@ -1,0 +1,1 @@
+"""The judge of programs: inputs in which every input varies, and what counts as equal."""

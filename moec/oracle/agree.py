@@ -1,0 +1,98 @@
+"""What it means that a program computes what its module computes.
+
+All results of all cases must be equal, up to the rounding of reordered sums. A program that rounds
+to 16 bits and differs by more is compared in float32, the program and the module both: there,
+nearly equal router scores are no excuse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from moec.errors import IRError
+from moec.interpret.evaluate import evaluate_anywhere
+from moec.interpret.outputs import VaryingOutput
+from moec.interpret.resized import with_sizes
+from moec.interpret.run_in_float32 import MEANING, eager_in_float32, in_float32
+from moec.ir.graph import Program
+from moec.ir.sizes.dims import bind_shape
+from moec.oracle.cases import FEW_DRAWS, Eager, Inputs, cases
+from moec.oracle.draws import Draw
+from moec.oracle.tolerance import default_tolerance, distance, rounds_to_16_bits
+
+
+def agree(
+    program: Program, eager: Eager, example: Inputs, draws: Sequence[Draw] = FEW_DRAWS
+) -> bool | None:
+    """Whether program and module agree on the example and on every draw of its sizes; None where
+    the module refuses all of them. A module that returns other constants disagrees."""
+    runs = False
+    try:
+        for case, expected in cases(program, example, eager, draws):
+            runs = True
+            if not same_results(program, eager, case, expected):
+                return False
+    except VaryingOutput:
+        return False
+    return True if runs else None
+
+
+def agree_at_sizes(
+    program: Program, eager: Eager, example: Inputs, sizes: Mapping[str, int]
+) -> bool | None:
+    """As `agree`, on the example repeated and cut to `sizes`."""
+    return agree(program, eager, at_sizes(program, example, sizes))
+
+
+def at_sizes(program: Program, example: Inputs, sizes: Mapping[str, int]) -> list[torch.Tensor]:
+    pairs = zip(example, program.graph.inputs, strict=False)
+    return [with_sizes(tensor, value.shape, sizes) for tensor, value in pairs]
+
+
+def sizes_of(program: Program, example: Inputs) -> dict[str, int]:
+    """The named sizes of the example."""
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(program.graph.inputs, example, strict=False):
+        bind_shape(value.shape, tuple(tensor.shape), sizes)
+    return sizes
+
+
+def same_results(program: Program, eager: Eager, case: Inputs, expected: Inputs) -> bool:
+    """Whether the program's outputs are `expected`, those of the module. False where the program
+    cannot be evaluated. The outputs that follow them are the program's own."""
+    error = _error(program, case, expected)
+    if error <= default_tolerance(program.graph):
+        return True
+    if not rounds_to_16_bits(program.graph):
+        return False
+    try:
+        exact = eager_in_float32(eager)(*case)
+        results = in_float32(program, anywhere=True)(with_states(program, case))
+    except (RuntimeError, IRError, IndexError, ValueError):
+        return False
+    return error_of(results, exact) <= MEANING
+
+
+def with_states(program: Program, case: Inputs) -> list[torch.Tensor]:
+    """Inputs of a program's graph: a case, and the first contents of its states."""
+    return [*case, *(program.weights[state.before.name] for state in program.graph.states)]
+
+
+def _error(program: Program, case: Inputs, expected: Inputs) -> float:
+    try:
+        with torch.no_grad():
+            graph, weights = program.graph, program.weights
+            return error_of(evaluate_anywhere(graph, with_states(program, case), weights), expected)
+    except (RuntimeError, IRError, IndexError, ValueError):
+        return math.inf
+
+
+def error_of(results: Inputs, expected: Inputs) -> float:
+    """The greatest distance of any result from the one expected; results beyond these are left
+    out."""
+    if len(results) < len(expected):
+        return math.inf
+    return max((distance(a, b) for a, b in zip(results, expected, strict=False)), default=0.0)

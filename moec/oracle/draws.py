@@ -1,0 +1,240 @@
+"""The values of one input of a module, drawn by what the input is for.
+
+role        such as                       drawn
+tokens      hidden states                 random, large, all rows alike, two kinds of rows, zeros
+ids         rows of a table of the graph  random, all alike, two
+mask        bool, or integers of 0 and 1  prefixes, random, none, suffixes, one element, all
+float mask  0 and 1, or 0 and -inf        the same patterns, and random
+numbers     a temperature, scales         positive, 0 and 1, negative and large
+integers    lengths, positions, tasks     0 to a size, around the example's, shifted, 0 and 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+import torch
+
+from moec.dtypes import FLOATS
+from moec.ir.graph import Program, Value
+from moec.ir.sizes.dims import symbols
+from moec.oracle.placeholders import with_runs
+from moec.oracle.table_ids import nonzero_rows, table_rows
+
+FEW = 8
+"""A float input of at most this many elements, and of a fixed size, is numbers."""
+_MASKING = -1e4
+"""A float at most this is a masked entry of an additive mask, and so may be drawn."""
+_SHIFT = 3
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How tokens and ids are drawn, and the place in the order of values of the other roles."""
+
+    tokens: Literal["random", "alike", "large", "tied", "two"]
+    number: int
+
+
+DRAWS = (
+    Draw("random", 0),
+    Draw("alike", 1),
+    Draw("large", 2),
+    Draw("tied", 3),
+    Draw("two", 4),
+    Draw("random", 5),
+)
+"""In this order any three that follow one another reach most of the values of each role."""
+
+
+class Role(Enum):
+    TOKENS = "tokens"
+    IDS = "ids"
+    MASK = "mask"
+    FLOAT_MASK = "float mask"
+    NUMBERS = "numbers"
+    INTEGERS = "integers"
+
+
+def role_of(program: Program, value: Value, example: torch.Tensor) -> Role | None:
+    """What an input is for; None for other dtypes and for inputs without elements."""
+    if value.dtype in FLOATS:
+        if not example.numel():
+            return Role.TOKENS
+        if example.numel() <= FEW and all(isinstance(dim, int) for dim in value.shape):
+            return Role.NUMBERS
+        return Role.FLOAT_MASK if _masks(example) else Role.TOKENS
+    if example.dtype == torch.bool:
+        return Role.MASK
+    if example.is_complex() or not example.numel():
+        return None
+    if table_rows(program.graph, value):
+        return Role.IDS
+    return Role.MASK if 0 <= int(example.min()) <= int(example.max()) <= 1 else Role.INTEGERS
+
+
+def _masks(example: torch.Tensor) -> bool:
+    zeros_and = example.eq(0) | example.eq(1) | example.le(_MASKING)
+    return bool(zeros_and.all()) and not (example.gt(0).any() and example.lt(0).any())
+
+
+def values_of(
+    program: Program,
+    number: int,
+    example: Sequence[torch.Tensor],
+    draw: Draw,
+    generator: torch.Generator,
+) -> Iterator[torch.Tensor]:
+    """Values of input `number`, of the shape and dtype that it has in `example`: that of the draw,
+    then others of its role, for where the module refuses it. Nothing where it cannot vary."""
+    value, tensor = program.graph.inputs[number], example[number]
+    match role_of(program, value, tensor):
+        case Role.TOKENS:
+            yield _tokens(tensor, draw, generator)
+        case Role.IDS:
+            ids = _ids(program, value, tensor, draw, generator)
+            yield ids
+            yield with_runs(tensor, ids)
+        case Role.MASK:
+            for turn in range(len(_PATTERNS)):
+                yield pattern(tensor.shape, draw.number + turn, generator).to(tensor.dtype)
+        case Role.FLOAT_MASK:
+            yield from _float_masks(tensor, draw, generator)
+        case Role.NUMBERS:
+            for turn in range(3):
+                yield _numbers(tensor, draw.number + turn, generator)
+        case Role.INTEGERS:
+            yield from _integers(program, number, example, draw, generator)
+
+
+def _tokens(tensor: torch.Tensor, draw: Draw, generator: torch.Generator) -> torch.Tensor:
+    drawn = torch.randn(tensor.shape, generator=generator)
+    if draw.tokens == "tied":
+        drawn = torch.zeros(tensor.shape)
+    if draw.tokens == "large":
+        drawn = drawn * 9
+    if tensor.ndim and tensor.numel() and draw.tokens in _REPEATED:
+        drawn = _repeated(drawn.reshape(-1, tensor.shape[-1]), draw).reshape(tensor.shape)
+    return drawn.to(tensor.dtype)
+
+
+def _ids(
+    program: Program, value: Value, tensor: torch.Tensor, draw: Draw, generator: torch.Generator
+) -> torch.Tensor:
+    rows = nonzero_rows(program, value)
+    drawn = rows[torch.randint(len(rows), tensor.shape, generator=generator)]
+    if draw.tokens in _REPEATED:
+        drawn = _repeated(drawn.reshape(-1, 1), draw).reshape(tensor.shape)
+    return drawn.to(tensor.dtype)
+
+
+_REPEATED = {"alike": 1, "two": 2}
+
+
+def _repeated(rows: torch.Tensor, draw: Draw) -> torch.Tensor:
+    """The first row, or the first two, again and again."""
+    kinds = min(len(rows), _REPEATED[draw.tokens])
+    return rows[torch.arange(len(rows)) % max(kinds, 1)]
+
+
+def pattern(shape: Sequence[int], first: int, generator: torch.Generator) -> torch.Tensor:
+    """bool[shape], each row along the last axis of more than one element in the next of
+    `_PATTERNS`, beginning with number `first`."""
+    inner = list(shape)
+    while len(inner) > 1 and inner[-1] == 1:
+        inner.pop()
+    length = inner[-1] if inner else 1
+    count = 1
+    for size in inner[:-1]:
+        count *= size
+    position = torch.arange(length).expand(count, length)
+    cut = torch.randint(length + 1, (count, 1), generator=generator)
+    random = torch.rand(count, length, generator=generator) < 0.5
+    kind = (first + torch.arange(count)) % len(_PATTERNS)
+    rows = torch.zeros(count, length, dtype=torch.bool)
+    for number, mask in enumerate(_PATTERNS):
+        rows = torch.where((kind == number)[:, None], mask(position, cut, random), rows)
+    return rows.reshape(tuple(shape))
+
+
+_Pattern = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+_PATTERNS: tuple[_Pattern, ...] = (
+    lambda position, cut, random: position < cut,
+    lambda position, cut, random: random,
+    lambda position, cut, random: torch.zeros_like(random),
+    lambda position, cut, random: position >= cut,
+    lambda position, cut, random: position == cut.clamp(max=max(position.shape[1] - 1, 0)),
+    lambda position, cut, random: torch.ones_like(random),
+)
+"""Prefixes, random, none, suffixes, one element, all."""
+
+
+def _float_masks(
+    tensor: torch.Tensor, draw: Draw, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """Patterns of the example's two values, and floats, which a graph must take for them too."""
+    factors = bool(tensor.gt(0).any())
+    off = 0.0 if factors else min(float(tensor.min()), _MASKING)
+    for turn in range(len(_PATTERNS)):
+        number = draw.number + turn
+        if number % 3 == 1:
+            yield torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        else:
+            on = pattern(tensor.shape, number, generator)
+            yield torch.where(on, float(factors), off).to(tensor.dtype)
+
+
+def _numbers(tensor: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
+    if number % 3 == 0:
+        drawn = 0.25 + 3 * torch.rand(tensor.shape, generator=generator)
+    elif number % 3 == 1:
+        drawn = (torch.arange(tensor.numel()) + number // 3).remainder(2).reshape(tensor.shape)
+    else:
+        drawn = 5 * torch.randn(tensor.shape, generator=generator)
+        drawn = drawn if tensor.ndim else -drawn.abs() if number % 2 else drawn.abs()
+    return drawn.to(tensor.dtype)
+
+
+def _integers(
+    program: Program,
+    number: int,
+    example: Sequence[torch.Tensor],
+    draw: Draw,
+    generator: torch.Generator,
+) -> Iterator[torch.Tensor]:
+    tensor = example[number]
+    low, high = int(tensor.min()), int(tensor.max())
+    sizes = _sizes_beside(program, number, example) or [high + 1]
+    ranges = (
+        (0, sizes[draw.number // 4 % len(sizes)]),
+        (low, high + 2),
+        None,
+        (0, 1),
+        (low, high),
+    )
+    for turn in range(len(ranges)):
+        limits = ranges[(draw.number + turn) % len(ranges)]
+        if limits is None:
+            yield tensor + _SHIFT
+            continue
+        least, most = limits
+        yield torch.randint(
+            least, max(most, least) + 1, tensor.shape, generator=generator, dtype=torch.int64
+        ).to(tensor.dtype)
+
+
+def _sizes_beside(program: Program, number: int, example: Sequence[torch.Tensor]) -> list[int]:
+    """The named sizes of the inputs: those of axes that this one lacks, which are the limits of
+    lengths [B], or else that of its own last axis, the limit of positions [B, S]."""
+    named = {
+        str(dim): size
+        for value, tensor in zip(program.graph.inputs, example, strict=False)
+        for dim, size in zip(value.shape, tensor.shape, strict=True)
+        if symbols(dim)
+    }
+    its_own = [str(dim) for dim in program.graph.inputs[number].shape]
+    others = [size for name, size in named.items() if name not in its_own]
+    return others or [named[name] for name in its_own[-1:] if name in named]

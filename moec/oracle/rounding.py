@@ -1,0 +1,111 @@
+"""Whether an error in 16 bits is rounding: the yardstick is eager's own error.
+
+The reference is eager in float32. The errors of all rows of the code and of eager in 16 bits are
+two samples; the code's may be at most `FACTOR` times as large: at each share of the rows, and in
+the mean of the rows without the worst. A row with nearly tied router scores may go to other experts
+in either, so that single rows of the code may be far off, as many as are in eager, up to chance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+FACTOR = 1.25
+UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11}
+"""The spacing of floats at 1. A smaller error of a row's greatest is the result's rounding."""
+FLOAT32_UNIT = 2e-5
+"""An error of a row in float32 by less is the rounding of reordered sums over dozens of layers."""
+_SHARES = 16
+_CHANCE = 3.0
+"""Standard deviations of a count that are chance."""
+_RARE = 0.02
+"""The share of rows that is taken to be nearly tied where eager shows none."""
+_TRIMMED = (0.5, 0.8, 0.95)
+
+
+def row_distances(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """f64[2, rows]: for each row (all axes but the last) the greatest and the root mean square of
+    its differences, both relative to the row's own in `exact`; inf where NaNs or infinities differ;
+    0 or 1 for integers."""
+    width = exact.shape[-1] if exact.ndim else 1
+    a, b = (tensor.reshape(-1, width) for tensor in (actual, exact))
+    if not exact.is_floating_point():
+        return (a != b).any(-1).double().expand(2, -1)
+    a, b = a.double(), b.double()
+    finite = b.isfinite()
+    odd = ((a.isfinite() != finite) | (~finite & ~_same(a, b))).any(-1)
+    a, b = (torch.where(finite, tensor, 0.0) for tensor in (a, b))
+    difference = (a - b).nan_to_num(0.0, 0.0, 0.0)
+    norms = torch.stack([b.abs().amax(-1), b.square().mean(-1).sqrt()])
+    errors = torch.stack([difference.abs().amax(-1), difference.square().mean(-1).sqrt()])
+    floor = 1e-3 * norms.amax(-1, keepdim=True) if len(b) else norms
+    errors = errors / norms.maximum(floor).clamp(min=1e-30)
+    return torch.where(odd, math.inf, errors)
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def meaning_excess(
+    results: Sequence[Sequence[torch.Tensor]], exact: Sequence[Sequence[torch.Tensor]]
+) -> Excess | None:
+    """How results in float32, those of each case, are more than reordered sums away from eager's in
+    float32; None where they are not."""
+    for number in range(min(map(len, exact), default=0)):
+        pairs = zip(results, exact, strict=True)
+        errors = torch.cat([row_distances(a[number], b[number]) for a, b in pairs], 1)
+        for ours in errors:
+            more = excess(ours, torch.zeros_like(ours), FLOAT32_UNIT)
+            if more is not None:
+                return more
+    return None
+
+
+@dataclass(frozen=True)
+class Excess:
+    """More error than rounding: `ours` and `eager` are the numbers of rows above a threshold, or
+    with `mean` the mean errors of the `rows` without the worst."""
+
+    ours: float
+    eager: float
+    threshold: float
+    rows: int
+    mean: bool = False
+
+    def __str__(self) -> str:
+        if self.mean:
+            return (
+                f"the mean error of a row is {self.ours:.1e}, and that of eager in 16 bits "
+                f"{self.eager:.1e}, both against eager in float32"
+            )
+        return (
+            f"{self.ours:.0f} of {self.rows} rows differ from eager in float32 by more than "
+            f"{self.threshold:.1e} of their greatest value, and {self.eager:.0f} of eager's own "
+            "rows in 16 bits do"
+        )
+
+
+def excess(ours: torch.Tensor, eager: torch.Tensor, unit: float) -> Excess | None:
+    """How errors of rows, f64[rows] each, are more than rounding; None where they are not."""
+    rows = len(ours)
+    if not rows:
+        return None
+    ordered = eager.sort().values
+    picks = torch.linspace(0, rows - 1, min(_SHARES, rows)).long()
+    for threshold in sorted(set(ordered[picks].clamp(min=unit).tolist())):
+        above, reference = int((ours > FACTOR * threshold).sum()), int((eager > threshold).sum())
+        if above > reference + _CHANCE * math.sqrt(reference + _RARE * rows):
+            return Excess(above, reference, FACTOR * threshold, rows)
+    ranked = ours.sort().values
+    for share in _TRIMMED:
+        count = max(1, int(share * rows))
+        mean, reference_mean = float(ranked[:count].mean()), float(ordered[:count].mean())
+        slack = FACTOR * (1 + 2 / math.sqrt(count))
+        if mean > slack * max(reference_mean, unit / 2):
+            return Excess(mean, reference_mean, 0.0, count, mean=True)
+    return None
