@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 import moec
 from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
-from moec.errors import InputError, MoecError
+from moec.errors import InputError, IRError, MoecError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.sizes.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
@@ -68,7 +68,7 @@ def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict
         compiled = moec.compile(module, example, build=built, verify=built)
         if not built and not supported(compiled.graph, backend_for(compiled.target)):
             return Verdict(Outcome.REFUSED, "operators without kernels")
-        run = compiled if built else _interpreted(compiled)
+        run = compiled if built else interpreted(compiled)
         for words, inputs, expected in answers:
             difference = _difference(run(*inputs), expected, layer.dtype)
             if difference:
@@ -139,13 +139,17 @@ def _answers(
             yield f"{kind} {size[0]}x{size[1]}", inputs, right
 
 
-def _interpreted(compiled: CompiledModel) -> Callable[..., Any]:
+def interpreted(compiled: CompiledModel) -> Callable[..., Any]:
+    """Runs the graph after all passes. Raises InputError for sizes that are not the graph's."""
     program, structure = compiled.pass_results[-1].program, compiled.captured.structure
 
     def run(*inputs: torch.Tensor) -> Any:
         sizes: dict[str, int] = {}
         for value, tensor in zip(program.graph.inputs, inputs, strict=False):
-            bind_shape(value.shape, tuple(tensor.shape), sizes)
+            try:
+                bind_shape(value.shape, tuple(tensor.shape), sizes)
+            except IRError as error:
+                raise InputError(f"{value.name}: {error}") from error
         for name, limits in program.graph.bounds.items():
             size = evaluate_dim(parse_dim(name), sizes)
             if size < limits.low or (limits.high is not None and size > limits.high):
