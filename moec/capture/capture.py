@@ -175,7 +175,8 @@ def _captured(
     eager, fixings = form.converted.eager, form.converted.fixings
     program = bounded(form.converted.program, settlement)
     examples = (tensors, request.call.tensors)
-    program = allow_one(program, request.bounds, eager, examples)
+    conditional = frozenset().union(*(guard.names for guard in form.converted.guards))
+    program = allow_one(program, request.bounds, eager, examples, conditional)
     program = refuse_zero(program, eager, examples)
     program = fold_constant_sizes(program)
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from moec.capture.sizes.widening import Widened
 from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
-from moec.oracle.agree import agree
+from moec.oracle.agree import agree, at_sizes
 from moec.oracle.cases import Eager
 
 
@@ -29,6 +29,7 @@ def allow_one(
     fixed_bounds: Collection[str],
     eager: Eager,
     examples: Sequence[Sequence[torch.Tensor]],
+    conditional: Set[str] = frozenset(),
 ) -> Program:
     """The program with a lower bound of 1 for each size at which graph and module agree at 1, else
     2.
@@ -36,15 +37,21 @@ def allow_one(
     A bound of 2 comes from torch.export, which treats 1 specially, or from a branch of the module
     (`if length > 1`); a branch may also leave no bound. Sizes in `fixed_bounds` keep their bounds,
     and so does a size at which the module does not run with 1. Each size is tried at 1 alone and
-    together with the sizes lowered before it, in the first of `examples` that the module runs.
+    together with the sizes lowered before it, in the first of `examples` that the module runs. A
+    size in `conditional`, those of the module's conditions, is tried beside small and large other
+    sizes too: `if n > 1 or length > 4` shows nothing of the length where n is above 1.
     """
     graph = program.graph
     bounds = dict(graph.bounds)
     lowered: set[str] = set()
 
     def agrees(names: Collection[str]) -> bool | None:
-        answers = (agree(program, eager, _cut_to(1, program, t, names)) for t in examples)
-        return next((answer for answer in answers if answer is not None), None)
+        cuts = (_cut_to(1, program, tensors, names) for tensors in examples)
+        answers = ((agree(program, eager, tensors), tensors) for tensors in cuts)
+        answer, at_one = next((a for a in answers if a[0] is not None), (None, ()))
+        if not answer or not conditional & set(names):
+            return answer
+        return all(agree(program, eager, t) is not False for t in _beside(program, at_one, names))
 
     for name, limits in graph.bounds.items():
         if limits.low > 2 or name in fixed_bounds or not name.isidentifier():
@@ -56,6 +63,18 @@ def allow_one(
         elif False in answers:
             bounds[name] = Bounds(2, limits.high)
     return Program(replace(graph, bounds=bounds), program.weights)
+
+
+_OTHERS = (2, 3, 5, 37, 257)
+
+
+def _beside(
+    program: Program, tensors: Sequence[torch.Tensor], names: Collection[str]
+) -> Iterator[list[torch.Tensor]]:
+    """The tensors with each size that is none of `names` small and large."""
+    for name in program.graph.bounds:
+        if name.isidentifier() and name not in names:
+            yield from (at_sizes(program, tensors, {name: size}) for size in _OTHERS)
 
 
 def refuse_zero(
