@@ -153,7 +153,7 @@ BRANCHED = replace(
     second="keep",
     use="rows",
     example="all",
-    condition="x.shape[1] >= 32",
+    condition="x.shape[0] * x.shape[1] >= 41",
     part=branches.SECOND,
 )
 
