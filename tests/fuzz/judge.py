@@ -11,6 +11,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ class Verdict:
     words: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What `eager` answers to a call, and the `others` that are right too, computed where a result
+    is not eager's."""
+
+    words: str
+    inputs: tuple[torch.Tensor, ...]
+    eager: Any
+    others: Callable[[], list[Any]]
+
+
 def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict:
     """Compiles the layer from a file of its own; `built` also makes and runs machine code, else
     the graph after all passes is interpreted."""
@@ -70,7 +82,7 @@ def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict
         if not built and not supported(compiled.graph, backend_for(compiled.target)):
             return Verdict(Outcome.REFUSED, "operators without kernels")
         run = compiled if built else _interpreted(compiled)
-        wrong, refused = _compare(run, answers, layer.dtype)
+        wrong, refused = compare(run, answers, layer.dtype)
     except MoecError as error:
         return Verdict(Outcome.REFUSED, f"{type(error).__name__}: {error}")
     except Exception:
@@ -129,48 +141,54 @@ def calls(layer: Layer) -> Iterator[tuple[str, str, tuple[int, int]]]:
             yield DRAWS[index % len(DRAWS)], values[(index + turn) % len(values)], size
 
 
-def _answers(
-    module: nn.Module, layer: Layer
-) -> Iterator[tuple[str, tuple[torch.Tensor, ...], list[Any]]]:
-    """Inputs and the correct results of each: eager, eager that prefers the first of equal scores,
-    and for 16 bits eager in 32, which decides otherwise where scores are nearly equal, or nearly a
-    threshold. It must run on the example; other calls at which it fails are skipped."""
+def _answers(module: nn.Module, layer: Layer) -> Iterator[Answer]:
+    """The answers of eager. It must run on the example; other calls at which it fails are
+    skipped."""
+    module = copy.deepcopy(module)
     precise = copy.deepcopy(module).float() if layer.dtype in SHORT else None
     for number, (kind, value, size) in enumerate(calls(layer)):
         inputs = draw(kind, value, size, layer)
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                right = [module(*(t.clone() for t in inputs))]
-                with FirstOfEquals():
-                    right.append(module(*(t.clone() for t in inputs)))
-                if precise is not None:
-                    widened = (t.float() if t.is_floating_point() else t for t in inputs)
-                    right.append(precise(*widened))
+                eager = module(*(t.clone() for t in inputs))
         except Exception:
             if not number:
                 raise
             continue
         words = " ".join(filter(None, (kind, value and f"({value})", f"{size[0]}x{size[1]}")))
-        yield words, inputs, right
+        yield Answer(words, inputs, eager, partial(_others, module, precise, inputs))
 
 
-def _compare(
-    run: Callable[..., Any],
-    answers: Sequence[tuple[str, tuple[torch.Tensor, ...], list[Any]]],
-    dtype: str,
+def _others(
+    module: nn.Module, precise: nn.Module | None, inputs: Sequence[torch.Tensor]
+) -> list[Any]:
+    """What is as correct as eager: eager that prefers the first of equal scores, and for 16 bits
+    eager in 32, which decides otherwise where scores are nearly equal, or nearly a threshold."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with FirstOfEquals():
+            right = [module(*(t.clone() for t in inputs))]
+        if precise is not None:
+            right.append(precise(*(t.float() if t.is_floating_point() else t for t in inputs)))
+    return right
+
+
+def compare(
+    run: Callable[..., Any], answers: Sequence[Answer], dtype: str
 ) -> tuple[list[str], list[str]]:
     """In words, the calls whose results are wrong, and those that are refused: what is refused at
     one size may be wrong at another."""
     wrong, refused = [], []
-    for words, inputs, expected in answers:
+    for answer in answers:
         try:
-            difference = _difference(run(*inputs), expected, dtype)
+            result = run(*answer.inputs)
         except MoecError as error:
-            refused.append(f"{words}: {type(error).__name__}: {error}")
+            refused.append(f"{answer.words}: {type(error).__name__}: {error}")
             continue
-        if difference:
-            wrong.append(f"{words}: {difference}")
+        if _difference(result, [answer.eager], dtype):
+            difference = _difference(result, [answer.eager, *answer.others()], dtype)
+            wrong += [f"{answer.words}: {difference}"] if difference else []
     return wrong, refused
 
 

@@ -18,7 +18,17 @@ from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.proof.prove import Prover
 from tests.fuzz import branches
-from tests.fuzz.judge import DRAWS, EXAMPLE, SIZES, Outcome, _compare, _difference, judge, load
+from tests.fuzz.judge import (
+    DRAWS,
+    EXAMPLE,
+    SIZES,
+    Answer,
+    Outcome,
+    _difference,
+    compare,
+    judge,
+    load,
+)
 from tests.fuzz.judge import calls as calls_of
 from tests.fuzz.judge import draw as draw_inputs
 from tests.fuzz.layer import Layer, draw, source
@@ -135,10 +145,18 @@ def test_calls_after_a_refused_one_are_compared() -> None:
         return x
 
     inputs = {size: torch.ones(size, 2) for size in (1, 2, 3)}
-    answers = [(f"{n}", (x,), [x if n < 3 else x + 1]) for n, x in inputs.items()]
-    wrong, refused = _compare(run, answers, "float32")
+    answers = [Answer(f"{n}", (x,), x if n < 3 else x + 1, list) for n, x in inputs.items()]
+    wrong, refused = compare(run, answers, "float32")
     assert wrong == ["3: output 0 differs by 5.0e-01"]
     assert refused == ["1: InputError: too few rows"]
+
+
+def test_other_answers_count_where_a_result_is_not_that_of_eager() -> None:
+    x = torch.ones(2, 2)
+    other = Answer("other", (x,), x + 1, lambda: [x])
+    assert compare(lambda x: x, [other], "float32") == ([], [])
+    wrong, _ = compare(lambda x: x, [replace(other, others=lambda: [x + 2])], "float32")
+    assert wrong == ["other: output 0 differs by 5.0e-01"]
 
 
 def test_a_proof_that_accepts_all_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
