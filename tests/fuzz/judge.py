@@ -11,6 +11,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from moec.ir.sizes.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
 from moec.model.compiled import CompiledModel
 from moec.oracle.tolerance import TOLERANCES, allowed_strays, distance, row_errors
 from tests.fuzz.layer import Layer, source
+from tests.fuzz.second_inputs import SECOND_INPUTS, Draw
 
 EXAMPLE = (2, 6)
-SIZES = (EXAMPLE, (1, 1), (3, 7), (1, 40), (5, 31), (8, 90))
+SIZES = (EXAMPLE, (1, 1), (1, 2), (2, 1), (3, 7), (1, 40), (5, 31), (8, 90))
 SHORT = {"float16": "f16", "bfloat16": "bf16"}
 """Types of 16 bits, and moec's names for them."""
 DRAWS = ("normal", "alike", "wide", "padded")
@@ -55,11 +57,22 @@ class Verdict:
     words: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What `eager` answers to a call, and the `others` that are right too, computed where a result
+    is not eager's."""
+
+    words: str
+    inputs: tuple[torch.Tensor, ...]
+    eager: Any
+    others: Callable[[], list[Any]]
+
+
 def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict:
     """Compiles the layer from a file of its own; `built` also makes and runs machine code, else
     the graph after all passes is interpreted."""
     try:
-        module, example = load(layer, name, folder), draw("normal", EXAMPLE, layer)
+        module, example = load(layer, name, folder), draw("normal", layer.example, EXAMPLE, layer)
         answers = list(_answers(module, layer))
         assert answers
     except Exception:
@@ -69,14 +82,16 @@ def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict
         if not built and not supported(compiled.graph, backend_for(compiled.target)):
             return Verdict(Outcome.REFUSED, "operators without kernels")
         run = compiled if built else interpreted(compiled)
-        for words, inputs, expected in answers:
-            difference = _difference(run(*inputs), expected, layer.dtype)
-            if difference:
-                return Verdict(Outcome.WRONG, f"{words}: {difference}")
+        wrong, refused = compare(run, answers, layer.dtype)
     except MoecError as error:
         return Verdict(Outcome.REFUSED, f"{type(error).__name__}: {error}")
     except Exception:
         return Verdict(Outcome.CRASH, traceback.format_exc())
+    if wrong:
+        words = f"{len(wrong)} of {len(answers)} calls, {len(refused)} refused"
+        return Verdict(Outcome.WRONG, f"{wrong[0]} ({words})")
+    if refused:
+        return Verdict(Outcome.REFUSED, f"{refused[0]} ({len(refused)} of {len(answers)} calls)")
     reasons = "; ".join(d.reason for d in compiled.declined if not d.reason.startswith("router"))
     return Verdict(Outcome.BLOCKS if compiled.blocks else Outcome.DENSE, reasons)
 
@@ -96,47 +111,85 @@ def load(layer: Layer, name: str, folder: Path) -> nn.Module:
     return module
 
 
-def draw(kind: str, size: tuple[int, int], layer: Layer) -> tuple[torch.Tensor, ...]:
+def draw(kind: str, value: str, size: tuple[int, int], layer: Layer) -> tuple[torch.Tensor, ...]:
     """f[B, S, D]: random, all rows alike (one expert has them all), of large logits, or zeros
-    behind some tokens (equal scores); and bool[B, S] if the layer has a mask, with padding in all
-    texts but one."""
+    behind some tokens (equal scores); and the value of the second input if the layer has one."""
     generator = torch.Generator().manual_seed(size[0] * 1000 + size[1])
     x = torch.randn(*size, layer.width, generator=generator)
     if kind == "alike":
         x = x[:1, :1].expand(*size, layer.width).contiguous()
     lengths = torch.randint(1, size[1] + 1, size[:1], generator=generator)
     lengths[0] = size[1]
-    mask = torch.arange(size[1]) < lengths[:, None]
     if kind == "padded":
-        x = x * (mask & (torch.arange(size[1]) < max(1, size[1] - 2)))[..., None]
-    x = (x * 8 if kind == "wide" else x).to(getattr(torch, layer.dtype))
-    return (x, mask) if layer.mask else (x,)
+        x = x * (torch.arange(size[1]) < lengths.clamp(max=max(1, size[1] - 2))[:, None])[..., None]
+    dtype = getattr(torch, layer.dtype)
+    x = (x * 8 if kind == "wide" else x).to(dtype)
+    if not layer.second:
+        return (x,)
+    call = Draw(*size, layer.experts, dtype, generator)
+    return x, SECOND_INPUTS[layer.second].values[value](call)
 
 
-def _answers(
-    module: nn.Module, layer: Layer
-) -> Iterator[tuple[str, tuple[torch.Tensor, ...], list[Any]]]:
-    """Inputs and the correct results of each: eager, eager that prefers the first of equal scores,
-    and for 16 bits eager in 32, which decides otherwise where scores are nearly equal, or nearly a
-    threshold. It must run on the first inputs; other sizes at which it fails are skipped."""
+def calls(layer: Layer) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """A draw, a value of the second input and a size, of each call: at every size all draws and all
+    values, together in other pairs than at the last. The first is the example's."""
+    values = [layer.example]
+    if layer.second:
+        values += [v for v in SECOND_INPUTS[layer.second].values if v != layer.example]
+    for turn, size in enumerate(SIZES):
+        for index in range(max(len(DRAWS), len(values))):
+            yield DRAWS[index % len(DRAWS)], values[(index + turn) % len(values)], size
+
+
+def _answers(module: nn.Module, layer: Layer) -> Iterator[Answer]:
+    """The answers of eager. It must run on the example; other calls at which it fails are
+    skipped."""
+    module = copy.deepcopy(module)
     precise = copy.deepcopy(module).float() if layer.dtype in SHORT else None
-    for size in SIZES:
-        for kind in DRAWS:
-            inputs = draw(kind, size, layer)
-            try:
-                with torch.no_grad(), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    right = [module(*(t.clone() for t in inputs))]
-                    with FirstOfEquals():
-                        right.append(module(*(t.clone() for t in inputs)))
-                    if precise is not None:
-                        widened = (t.float() if t.is_floating_point() else t for t in inputs)
-                        right.append(precise(*widened))
-            except Exception:
-                if size == EXAMPLE:
-                    raise
-                continue
-            yield f"{kind} {size[0]}x{size[1]}", inputs, right
+    for number, (kind, value, size) in enumerate(calls(layer)):
+        inputs = draw(kind, value, size, layer)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                eager = module(*(t.clone() for t in inputs))
+        except Exception:
+            if not number:
+                raise
+            continue
+        words = " ".join(filter(None, (kind, value and f"({value})", f"{size[0]}x{size[1]}")))
+        yield Answer(words, inputs, eager, partial(_others, module, precise, inputs))
+
+
+def _others(
+    module: nn.Module, precise: nn.Module | None, inputs: Sequence[torch.Tensor]
+) -> list[Any]:
+    """What is as correct as eager: eager that prefers the first of equal scores, and for 16 bits
+    eager in 32, which decides otherwise where scores are nearly equal, or nearly a threshold."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with FirstOfEquals():
+            right = [module(*(t.clone() for t in inputs))]
+        if precise is not None:
+            right.append(precise(*(t.float() if t.is_floating_point() else t for t in inputs)))
+    return right
+
+
+def compare(
+    run: Callable[..., Any], answers: Sequence[Answer], dtype: str
+) -> tuple[list[str], list[str]]:
+    """In words, the calls whose results are wrong, and those that are refused: what is refused at
+    one size may be wrong at another."""
+    wrong, refused = [], []
+    for answer in answers:
+        try:
+            result = run(*answer.inputs)
+        except MoecError as error:
+            refused.append(f"{answer.words}: {type(error).__name__}: {error}")
+            continue
+        if _difference(result, [answer.eager], dtype):
+            difference = _difference(result, [answer.eager, *answer.others()], dtype)
+            wrong += [f"{answer.words}: {difference}"] if difference else []
+    return wrong, refused
 
 
 def interpreted(compiled: CompiledModel) -> Callable[..., Any]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from textwrap import indent
 
+from tests.fuzz import branches
 from tests.fuzz.capacities import DROPS, LIMITS, ORDERS
 from tests.fuzz.dispatches import BY_EXPERT, DISPATCHES, STACKED, WITH_CAPACITY
 from tests.fuzz.experts import EXPERTS
 from tests.fuzz.gates import GATES
 from tests.fuzz.outputs import OUTPUTS, SHARED
 from tests.fuzz.routers import CORRECTED, GROUPED, OF_ALL, ROUTERS, WIDTH
+from tests.fuzz.second_inputs import SECOND_INPUTS, Use
 
 DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16", "float64")
 FLATS = {
@@ -26,15 +28,6 @@ FLATS = {
         "out.view(s, b, d).transpose(0, 1)",
     ),
 }
-MASKS = {
-    "weights": ("", "weights = weights * real.reshape(-1, 1)"),
-    "rows": ("flat = flat * real.reshape(-1, 1).to(flat.dtype)", ""),
-    "fill": ("", "weights = weights.masked_fill(~real.reshape(-1, 1), 0)"),
-    "logits": ("", "logits = logits.masked_fill(~real.reshape(-1, 1), -1e4)"),
-    "choice": ("", "ids = torch.where(real.reshape(-1, 1), ids, torch.zeros_like(ids))"),
-    "unused": ("", ""),
-}
-"""By name: lines before the gate, and after the router."""
 AROUND = {
     "": ("", "{Y}"),
     "norm": ("before = x\nx = F.layer_norm(x, ({D},))", "before + {Y}"),
@@ -76,13 +69,13 @@ class Config:
 
 @dataclass(frozen=True)
 class Layer:
-    """A name for each part, "" where there is none: `limit` drops rows, `mask` says which tokens
-    are text, `around` is what the model does before and after. E experts, K a token, width D,
-    hidden width H."""
+    """A name for each part, "" where there is none: `limit` drops rows, `second` is an input
+    that is used as `use` says, and moec compiles with its value `example`; `part` depends on a
+    `condition` of sizes; `around` is what the model does before and after. E experts, K a token,
+    width D, hidden width H."""
 
     gate: str
     router: str
-    mask: str
     around: str
     limit: str
     order: str
@@ -98,6 +91,11 @@ class Layer:
     top_k: int
     width: int
     hidden: int
+    second: str = ""
+    use: str = ""
+    example: str = ""
+    condition: str = ""
+    part: str = ""
 
     def __str__(self) -> str:
         return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
@@ -118,10 +116,10 @@ def draw(seed: int, index: int) -> Layer:
     stacks = [name for name, form in EXPERTS.items() if form.stacked]
     count = choose.choice([n for n in EXPERT_COUNTS if n % 2 == 0 or router not in GROUPED])
     width = WIDTH.get(router, choose.choice((1, 2, 2, 2, 3, count)))
-    return Layer(
+    layer = Layer(
         gate=one(GATES),
         router=router,
-        mask=one(MASKS) if choose.random() < 0.15 else "",
+        second=one(SECOND_INPUTS) if choose.random() < 0.5 else "",
         around=one(AROUND) if choose.random() < 0.3 else "",
         limit=one(LIMITS) if limited else "",
         order=one(ORDERS),
@@ -138,6 +136,36 @@ def draw(seed: int, index: int) -> Layer:
         width=choose.choice((16, 20)),
         hidden=choose.choice((12, 24, 40)),
     )
+    if layer.second:
+        kind = SECOND_INPUTS[layer.second]
+        usual = next(iter(kind.values))
+        example = usual if choose.random() < 0.7 else one(kind.values)
+        layer = replace(layer, use=one(kind.uses), example=example)
+    if choose.random() < 0.35:
+        part = one(_parts(layer))
+        layer = replace(layer, part=part, condition=one(_conditions(layer, part)))
+    return layer
+
+
+def _parts(layer: Layer) -> list[str]:
+    """Those that a condition may have; what depends on the second input is the most frequent."""
+    parts = [*branches.PARTS, branches.DISPATCH]
+    parts += [branches.SHARED] if SHARED[layer.shared][1] else []
+    conditional = layer.second and not _use(layer).pools and layer.use != "unused"
+    return parts + [branches.SECOND] * (len(parts) if conditional else 0)
+
+
+def _conditions(layer: Layer, part: str) -> tuple[str, ...]:
+    early = part == branches.SECOND and _use(layer).texts
+    return branches.CONDITIONS + (() if early else branches.CONDITIONS_OF_TOKENS)
+
+
+def _use(layer: Layer) -> Use:
+    """The lines of the second input, on the condition if it is the part that depends on it."""
+    if not layer.second:
+        return Use()
+    use = SECOND_INPUTS[layer.second].use(layer.use)
+    return use.on(layer.condition) if layer.part == branches.SECOND else use
 
 
 def source(layer: Layer) -> str:
@@ -155,14 +183,22 @@ def source(layer: Layer) -> str:
         begin.append("self.capacity = 7")
     if layer.limit == "factor":
         begin.append("self.factor = 1.25")
-    before, masked = MASKS.get(layer.mask, ("", ""))
+    use = _use(layer)
+    begin.append(use.init)
     begun, back = AROUND[layer.around][0], AROUND[layer.around][1].replace("{Y}", back)
-    steps = [begun, flat, "tokens = flat.shape[0]", before, logits, ROUTERS[layer.router], masked]
+    back = use.result.replace("{Y}", f"({back})") if use.result != "{Y}" else back
+    dispatched = (DISPATCHES | WITH_CAPACITY | BY_EXPERT)[layer.dispatch]
+    if layer.part == branches.DISPATCH:
+        dispatched = branches.branch(layer.condition, DISPATCHES["share"], dispatched)
+    if layer.part == branches.SHARED:
+        added = branches.branch(layer.condition, added)
+    steps = [begun, use.texts, flat, "tokens = flat.shape[0]", use.rows, _after("rows", layer)]
+    steps += [logits, use.logits, _after("logits", layer)]
+    steps += [ROUTERS[layer.router], use.choice, _after("choice", layer)]
     if layer.limit:
         steps += [LIMITS[layer.limit], ORDERS[layer.order], DROPS[layer.drop]]
-    steps.append("weights = weights.to(flat.dtype)")
-    steps.append((DISPATCHES | WITH_CAPACITY | BY_EXPERT)[layer.dispatch])
-    steps += [added, OUTPUTS[layer.outputs].replace("{Y}", back)]
+    steps += ["weights = weights.to(flat.dtype)", dispatched, added, use.out]
+    steps += [_after("out", layer), OUTPUTS[layer.outputs].replace("{Y}", back)]
 
     def lines(parts: Sequence[str]) -> str:
         return indent("\n".join(filter(None, parts)), " " * 8).format(**named)
@@ -177,10 +213,22 @@ def source(layer: Layer) -> str:
         + lines(begin)
         + "\n\n"
         + indent(expert.methods, "    ").format(**named)
-        + f"\n    def forward(self, x{', real' if layer.mask else ''}):\n"
+        + f"\n    def forward({', '.join(_parameters(layer))}):\n"
         + lines(steps)
         + "\n"
     )
+
+
+def _after(name: str, layer: Layer) -> str:
+    part = branches.PARTS.get(layer.part)
+    if part is None or part.after != name:
+        return ""
+    return branches.branch(layer.condition, part.lines, part.others)
+
+
+def _parameters(layer: Layer) -> list[str]:
+    second = [SECOND_INPUTS[layer.second].parameter] if layer.second else []
+    return ["self", "x", *second]
 
 
 _ATTRIBUTES = {"E": "num_experts", "K": "top_k", "D": "width", "H": "hidden"}

@@ -8,21 +8,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from moec.capture.guards.settle import Settled
-from moec.errors import IRError
+from moec.errors import InputError, IRError
 from moec.ir.graph import Program
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.proof.prove import Prover
-from tests.fuzz.judge import Outcome, _difference, judge
+from tests.fuzz import branches
+from tests.fuzz.judge import (
+    DRAWS,
+    EXAMPLE,
+    SIZES,
+    Answer,
+    Outcome,
+    _difference,
+    compare,
+    judge,
+    load,
+)
+from tests.fuzz.judge import calls as calls_of
+from tests.fuzz.judge import draw as draw_inputs
 from tests.fuzz.layer import Layer, draw, source
+from tests.fuzz.second_inputs import SECOND_INPUTS
 
 PLAIN = Layer(
     gate="linear",
     router="renormalised",
-    mask="",
     around="",
     limit="",
     order="tokens",
@@ -61,6 +75,53 @@ def test_a_layer_is_the_same_for_its_number() -> None:
     assert len({source(draw(3, number)) for number in range(50)}) == 50
 
 
+@pytest.mark.parametrize("kind", SECOND_INPUTS)
+@pytest.mark.parametrize("condition", ["", "x.shape[1] > 6"])
+def test_a_second_input_decides(kind: str, condition: str, tmp_path: Path) -> None:
+    """Each use has values with other results than the example's: a compiler that takes the
+    example's for a constant is found. On a condition they are equal at the sizes without it."""
+    second = SECOND_INPUTS[kind]
+    usual, *others = second.values
+    part = branches.SECOND if condition else ""
+    for number, use in enumerate(name for name in second.uses if name != "unused"):
+        layer = replace(PLAIN, second=kind, use=use, example=usual, condition=condition, part=part)
+        layer = replace(layer, flat=("view", "transposed")[number % 2], dtype="float64")
+        module = load(layer, f"{kind.replace(' ', '_')}_{len(condition)}_{number}", tmp_path)
+
+        def differ(size: tuple[int, int], module: nn.Module = module, layer: Layer = layer) -> bool:
+            with torch.no_grad():
+                x, first = draw_inputs("normal", usual, size, layer)
+                drawn = (draw_inputs("normal", value, size, layer)[1] for value in others)
+                return any(not torch.equal(module(x, first), module(x, value)) for value in drawn)
+
+        assert differ((3, 7)), use
+        if condition and not second.use(use).pools:
+            assert not differ((3, 6)), use
+
+
+def test_draws_have_all_values_at_every_size() -> None:
+    layer = replace(PLAIN, second="keep", use="weights", example="random")
+    calls = list(calls_of(layer))
+    assert calls[0] == ("normal", "random", EXAMPLE)
+    for size in SIZES:
+        assert {v for _, v, s in calls if s == size} == set(SECOND_INPUTS["keep"].values)
+        assert {d for d, _, s in calls if s == size} == set(DRAWS)
+    drawn = {(d, v) for d, v, _ in calls}
+    assert len(drawn) == len(DRAWS) * len(SECOND_INPUTS["keep"].values)
+
+
+def test_layers_have_second_inputs_and_branches() -> None:
+    layers = [draw(5, number) for number in range(400)]
+    assert {layer.second for layer in layers} == {"", *SECOND_INPUTS}
+    assert 160 < sum(bool(layer.second) for layer in layers) < 240
+    parts = {*branches.PARTS, branches.SECOND, branches.SHARED, branches.DISPATCH}
+    assert {layer.part for layer in layers} == {"", *parts}
+    for layer in layers:
+        text = source(layer)
+        assert not layer.condition or f"if {layer.condition}" in text, layer
+        compile(text, "layer", "exec")
+
+
 def test_what_does_not_run_in_eager_is_no_outcome_of_moec(tmp_path: Path) -> None:
     layer = replace(PLAIN, router="top-p", limit="int")
     broken = replace(layer, dispatch="batched")  # its experts have no such method
@@ -77,6 +138,27 @@ def test_rows_alike_near_a_tie_may_decide_as_in_32_bits() -> None:
     assert "is torch.bfloat16" in _difference(ours, [other, other], "bfloat16")
 
 
+def test_calls_after_a_refused_one_are_compared() -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:
+            raise InputError("too few rows")
+        return x
+
+    inputs = {size: torch.ones(size, 2) for size in (1, 2, 3)}
+    answers = [Answer(f"{n}", (x,), x if n < 3 else x + 1, list) for n, x in inputs.items()]
+    wrong, refused = compare(run, answers, "float32")
+    assert wrong == ["3: output 0 differs by 5.0e-01"]
+    assert refused == ["1: InputError: too few rows"]
+
+
+def test_other_answers_count_where_a_result_is_not_that_of_eager() -> None:
+    x = torch.ones(2, 2)
+    other = Answer("other", (x,), x + 1, lambda: [x])
+    assert compare(lambda x: x, [other], "float32") == ([], [])
+    wrong, _ = compare(lambda x: x, [replace(other, others=lambda: [x + 2])], "float32")
+    assert wrong == ["other: output 0 differs by 5.0e-01"]
+
+
 def test_a_proof_that_accepts_all_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Prover, "prove", lambda *args, **options: None)
     verdict = judge(replace(PLAIN, router="threshold"), "unproved", tmp_path)
@@ -84,8 +166,24 @@ def test_a_proof_that_accepts_all_is_found(tmp_path: Path, monkeypatch: pytest.M
     assert "differs by" in verdict.words
 
 
-def test_a_guard_that_is_dropped_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = replace(PLAIN, limit="many", drop="where", top_k=1, router="maximum")
+BRANCHED = replace(
+    PLAIN,
+    second="keep",
+    use="rows",
+    example="all",
+    condition="x.shape[0] * x.shape[1] >= 41",
+    part=branches.SECOND,
+)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [replace(PLAIN, limit="many", drop="where", top_k=1, router="maximum"), BRANCHED],
+    ids=["capacity", "branch"],
+)
+def test_a_guard_that_is_dropped_is_found(
+    layer: Layer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         "moec.capture.sides.search.settled",
         lambda name, program, *rest: Settled(program.graph.bounds, ()),
