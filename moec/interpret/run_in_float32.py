@@ -40,12 +40,13 @@ def in_float32(
 
 
 def eager_in_float32(
-    eager: Callable[..., tuple[torch.Tensor, ...]],
+    eager: Callable[..., tuple[torch.Tensor, ...]], noise: float = 0.0, seed: int = 0
 ) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """A module in eager PyTorch that computes in float32 in place of 16-bit floats."""
+    """A module in eager PyTorch that computes in float32 in place of 16-bit floats, with relative
+    `noise` of that standard deviation on the results of products, sums and activations."""
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with InFloat32():  # type: ignore[no-untyped-call]
+        with InFloat32(noise, seed):
             return eager(*(wide(tensor.clone()) for tensor in inputs))
 
     return run
@@ -63,8 +64,14 @@ class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode in which eager computes in float32 instead of 16-bit floats.
 
     Operators get float32 for each 16-bit float tensor and dtype, so that weights are cast as they
-    are read. Tensors that are written in place keep their dtype.
+    are read. Tensors that are written in place keep their dtype. `noise` is that of
+    `eager_in_float32`.
     """
+
+    def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.noise = noise
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
         self,
@@ -80,4 +87,15 @@ class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
             target = args[0] if args else None
             if isinstance(target, torch.Tensor) and target.dtype in _LOW:
                 return func(*args, **named)
-        return func(*pytree.tree_map(wide, args), **pytree.tree_map(wide, named))
+        result = func(*pytree.tree_map(wide, args), **pytree.tree_map(wide, named))
+        if self.noise and func._schema.name in _ROUNDED and result.dtype == torch.float32:
+            drawn = torch.randn(result.shape, generator=self.generator)
+            return result * (1 + self.noise * drawn)
+        return result
+
+
+_ROUNDED = frozenset(
+    f"aten::{name}"
+    for name in "mm addmm bmm baddbmm mul add sub div _softmax silu gelu relu sigmoid".split()
+)
+"""Operators whose results 16 bits round, one tensor each."""

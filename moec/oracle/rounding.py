@@ -4,6 +4,8 @@ The reference is eager in float32. The errors of all rows of the code and of eag
 two samples; the code's may be at most `FACTOR` times as large: at each share of the rows, and in
 the mean of the rows without the worst. A row with nearly tied router scores may go to other experts
 in either, so that single rows of the code may be far off, as many as are in eager, up to chance.
+What follows such a token in its text is off with it: where one sample of eager does not excuse the
+code, `SAMPLES` of eager in float32 with the noise of rounding are more of them.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ UNIT = {"bf16": 2.0**-8, "f16": 2.0**-11}
 """The spacing of floats at 1. A smaller error of a row's greatest is the result's rounding."""
 FLOAT32_UNIT = 2e-5
 """An error of a row in float32 by less is the rounding of reordered sums over dozens of layers."""
+SAMPLES = 4
+NOISE = 12**-0.5
+"""The standard deviation of a rounding, in spacings of floats."""
 _SHARES = 16
 _CHANCE = 3.0
 """Standard deviations of a count that are chance."""
@@ -91,21 +96,24 @@ class Excess:
 
 
 def excess(ours: torch.Tensor, eager: torch.Tensor, unit: float) -> Excess | None:
-    """How errors of rows, f64[rows] each, are more than rounding; None where they are not."""
+    """How errors of rows are more than rounding; None where they are not. f64[rows] each, and there
+    may be several samples of eager's rows."""
     rows = len(ours)
     if not rows:
         return None
-    ordered = eager.sort().values
-    picks = torch.linspace(0, rows - 1, min(_SHARES, rows)).long()
+    ordered, samples = eager.sort().values, len(eager) / rows
+    picks = torch.linspace(0, len(eager) - 1, min(_SHARES, len(eager))).long()
     for threshold in sorted(set(ordered[picks].clamp(min=unit).tolist())):
-        above, reference = int((ours > FACTOR * threshold).sum()), int((eager > threshold).sum())
+        above = int((ours > FACTOR * threshold).sum())
+        reference = float((eager > threshold).sum()) / samples
         if above > reference + _CHANCE * math.sqrt(reference + _RARE * rows):
             return Excess(above, reference, FACTOR * threshold, rows)
     ranked = ours.sort().values
     for share in _TRIMMED:
         count = max(1, int(share * rows))
-        mean, reference_mean = float(ranked[:count].mean()), float(ordered[:count].mean())
+        mean = float(ranked[:count].mean())
+        reference = float(ordered[: max(1, int(count * samples))].mean())
         slack = FACTOR * (1 + 2 / math.sqrt(count))
-        if mean > slack * max(reference_mean, unit / 2):
-            return Excess(mean, reference_mean, 0.0, count, mean=True)
+        if mean > slack * max(reference, unit / 2):
+            return Excess(mean, reference, 0.0, count, mean=True)
     return None

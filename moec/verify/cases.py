@@ -70,9 +70,11 @@ def _zeros(graph: Graph) -> Iterator[dict[str, int]]:
             yield {name: 0}
 
 
-def references(captured: Captured) -> tuple[list[Reference], tuple[str, ...]]:
+def references(
+    captured: Captured, *, empty: bool = True
+) -> tuple[list[Reference], tuple[str, ...]]:
     """The module's results for the example and for each plan, and a sentence for each size at which
-    it fails, other than 0.
+    it fails, other than 0. Without `empty` no size is 0.
 
     Raises CaptureError where it fails on its example.
     """
@@ -83,6 +85,8 @@ def references(captured: Captured) -> tuple[list[Reference], tuple[str, ...]]:
         raise CaptureError(f"the model fails on its example inputs: {error}") from error
     skipped: list[str] = []
     for sizes, draw in plans(captured):
+        if not empty and 0 in sizes.values():
+            continue
         resized = at_sizes(program, example, sizes)
         accepted = drawn_and_run(program, resized, eager, draw)
         if accepted is not None:

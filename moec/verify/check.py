@@ -11,25 +11,21 @@ import torch
 from moec.capture import Captured
 from moec.errors import VerificationError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import eager_in_float32, in_float32
-from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.oracle.agree import with_states
 from moec.oracle.cases import shapes
-from moec.oracle.rounding import meaning_excess
 from moec.passes.core.runner import PassResult
 from moec.report.data import MovedLine
 from moec.report.quantisation import before_quantisation, moved_lines
 from moec.verify.cases import Reference, references
 from moec.verify.comparison import Comparison, Criterion
 from moec.verify.first_bad_pass import first_bad_pass
+from moec.verify.references import exact_results, meaning, stable_references, with_noise
 
 Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
 """(name, feed): the output that holds the logits, and a function that feeds token ids [B, S] in
 pieces and yields the end of each piece and the logits [B, V] after it."""
 Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
-_MOST_CAST = 1 << 29
-"""The most weights of a graph that are cast to float32 at once, 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +58,18 @@ def check(
     pass_results: Sequence[PassResult],
     tolerance: float | None = None,
     pieces: Pieces | None = None,
+    *,
+    empty: bool = True,
 ) -> Checked:
-    """Compare `run` with eager on every case, and `pieces` where a model continues text.
+    """Compare `run` with eager on every case, and `pieces` where a model continues text. `empty`
+    is False where `run` takes no inputs without elements.
 
     Where passes changed the model on purpose, the graph before the first of them is compared with
     eager, and `run` with the graph after the last. Raises as `_check` does.
     """
     changes = [i for i, pass_result in enumerate(pass_results) if pass_result.changed]
     if not changes:
-        return _check(captured, run, pass_results, tolerance, pieces)
+        return _check(captured, run, pass_results, tolerance, pieces, empty)
     before = pass_results[: changes[0]]
     _check(captured, _in_eager(before[-1].program), before, tolerance, None)
     intended = pass_results[changes[-1]].program
@@ -80,11 +79,11 @@ def check(
         return results[: len(intended.graph.outputs)]
 
     changed = replace(captured, program=intended, eager=eager, is_graph=True)
-    checked = _check(changed, run, pass_results[changes[-1] :], tolerance, pieces)
+    checked = _check(changed, run, pass_results[changes[-1] :], tolerance, pieces, empty)
     exact = before_quantisation(pass_results)
     if len(exact) == len(pass_results):
         return checked
-    answers, _ = references(changed)
+    answers, _ = references(changed, empty=empty)
     original = _in_eager(exact[-1].program)
     inputs = [value.name for value in captured.program.graph.inputs][: len(captured.example)]
     names = [value.name for value in intended.graph.outputs]
@@ -116,6 +115,7 @@ def _check(
     pass_results: Sequence[PassResult],
     tolerance: float | None,
     pieces: Pieces | None,
+    empty: bool = True,
 ) -> Checked:
     """Compare `run` with eager on every case, and `pieces` where a model continues text.
 
@@ -125,18 +125,21 @@ def _check(
     graph = captured.program.graph
     criterion = Criterion.of(graph, tolerance)
     names = [value.name for value in graph.outputs]
-    answers, skipped = references(captured)
+    answers, skipped = references(captured, empty=empty)
     compared, owners = _compared(captured, run, pieces, answers)
     reason = _nan_of_eager(captured.program, answers)
     if criterion.unit:
-        exact = _exact(captured, answers)
+        exact = exact_results(captured, answers)
         compared = [item.with_exact(exact[n]) for item, n in zip(compared, owners, strict=True)]
     right_by, why = compared, criterion.refusal(compared)
     if why is not None:
-        stable = _stable(criterion, captured, answers, compared, owners)
+        stable = stable_references(criterion, captured, answers, compared, owners)
         right_by, why = (compared, why) if stable is None else (stable, criterion.refusal(stable))
+    if why and criterion.unit:
+        right_by = with_noise(criterion.unit, captured, answers, right_by, owners)
+        why = criterion.refusal(right_by)
     if why is None and criterion.unit and pass_results:
-        why, note = _meaning(captured, pass_results[-1].program, answers, exact)
+        why, note = meaning(captured, pass_results[-1].program, answers, exact)
         skipped = (*skipped, *note)
     if why is not None:
         if reason:
@@ -163,30 +166,6 @@ def _check(
         errors[name] = max(errors.get(name, 0.0), error)
     notes = (*skipped, *([reason] if reason else []))
     return Checked(errors, criterion.limit, strays, rows, ties, notes, eager_strays=eager_strays)
-
-
-def _meaning(
-    captured: Captured,
-    final: Program,
-    answers: Sequence[Reference],
-    exact: Sequence[tuple[torch.Tensor, ...]],
-) -> tuple[str | None, tuple[str, ...]]:
-    """How the graph after all passes differs from eager, both in float32, where an error in a
-    weight is not hidden by rounding; and a note where its weights are too many to be cast."""
-    elements = sum(weight.numel() for weight in final.weights.values())
-    if elements > _MOST_CAST:
-        return None, (
-            f"the graph of {elements / 1e9:.1f} billion weights was not compared in float32 (above "
-            f"{_MOST_CAST / 1e9:.1f} billion); the code was, against eager in float32",
-        )
-    run = in_float32(final)
-    results = [run(with_states(final, case)) for case, _ in answers]
-    more = meaning_excess(results, exact)
-    if more is not None:
-        with FirstOfEquals() as tied:
-            exact = _exact(captured, answers)
-        more = meaning_excess(results, exact) if tied.met else more
-    return (None if more is None else f"of the graph in float32: {more}"), ()
 
 
 def _compared(
@@ -232,35 +211,3 @@ def _nan_of_eager(program: Program, answers: Sequence[Reference]) -> str:
 
 def _name(names: Sequence[str], item: Comparison) -> str:
     return names[item.output] + (" in pieces" if item.stop is not None else "")
-
-
-def _stable(
-    criterion: Criterion,
-    captured: Captured,
-    answers: Sequence[Reference],
-    compared: Sequence[Comparison],
-    owners: Sequence[int],
-) -> list[Comparison] | None:
-    """The comparisons with one more reference each, eager with the first of equal values chosen.
-    None where no values are equal. The captured graph is no reference, because it may be wrong."""
-    tied = FirstOfEquals()
-    with tied:
-        if criterion.unit:
-            results = _exact(captured, answers)
-        else:
-            results = [captured.eager(*case) for case, _ in answers]
-    if not tied.met:
-        return None
-    pairs = zip(compared, owners, strict=True)
-    if criterion.unit:
-        return [item.with_exact(results[owner]) for item, owner in pairs]
-    return [item.with_reference(results[owner]) for item, owner in pairs]
-
-
-def _exact(captured: Captured, answers: Sequence[Reference]) -> list[tuple[torch.Tensor, ...]]:
-    """The source's results in float32: a graph by its types, a module under a dispatch mode."""
-    if captured.is_graph:
-        run = in_float32(captured.program)
-        return [run(with_states(captured.program, case)) for case, _ in answers]
-    eager = eager_in_float32(captured.eager)
-    return [eager(*case) for case, _ in answers]

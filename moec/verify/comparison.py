@@ -26,13 +26,14 @@ from moec.oracle.tolerance import (
 class Comparison:
     """A result and its references, each of which is right, eager's first. It is output number
     `output`, or, with `stop`, that output at token stop - 1. `exact` has the references in float32,
-    eager's first, where the model computes in 16 bits."""
+    eager's first, where the model computes in 16 bits, and `noisy` more samples of rounding."""
 
     actual: torch.Tensor
     right: tuple[torch.Tensor, ...]
     output: int
     stop: int | None = None
     exact: tuple[torch.Tensor, ...] = ()
+    noisy: tuple[torch.Tensor, ...] = ()
 
     def of(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
         output = results[self.output]
@@ -45,6 +46,10 @@ class Comparison:
     def with_exact(self, results: Sequence[torch.Tensor]) -> Comparison:
         """With results of eager in float32 as another reference."""
         return replace(self, exact=(*self.exact, self.of(results)))
+
+    def with_noisy(self, results: Sequence[torch.Tensor]) -> Comparison:
+        """With results of eager in float32 with noise as another sample of rounding."""
+        return replace(self, noisy=(*self.noisy, self.of(results)))
 
     @cached_property
     def distance(self) -> float:
@@ -135,6 +140,9 @@ def _groups(compared: Sequence[Comparison]) -> Iterable[list[Comparison]]:
 
 
 def _distances(item: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-    """f64[2, rows] each: the errors of the result and of eager against eager in float32."""
+    """f64[2, rows] each: the errors of the result and of samples of eager against eager in
+    float32."""
     ours = [row_distances(item.actual, exact) for exact in item.exact]
-    return torch.stack(ours).amin(0), row_distances(item.right[0], item.exact[0])
+    samples = (item.right[0], *item.noisy)
+    eager = torch.cat([row_distances(sample, item.exact[0]) for sample in samples], 1)
+    return torch.stack(ours).amin(0), eager

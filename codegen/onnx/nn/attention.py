@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from moec.codegen.onnx.profiles import FUSED
 from moec.codegen.onnx.rules import Call, build
 from moec.codegen.onnx.sizes import reshaped
 from moec.codegen.onnx.writer import NodeWriter
 from moec.errors import NoMatch
+from moec.ir.aten import TORCH_DTYPES
 from moec.ir.sizes.dims import Dim
 from moec.ops.dense.attention import SWAP, Attention
 
@@ -70,10 +73,20 @@ def _visibility(w: NodeWriter, a: Attention) -> _Visibility:
     if a.mask.dtype == "bool":
         allowed = w("And", name, rule) if rule else name
         return _Visibility(w("Where", allowed, zero, low), _any(w, allowed))
-    added = w.cast(name, a.mask.dtype, dtype)
+    added = _not_lowest(w, w.cast(name, a.mask.dtype, dtype), dtype)
     if rule:
         added = w("Where", rule, added, low)
     return _Visibility(added, _any(w, w("Greater", added, low)))
+
+
+def _not_lowest(w: NodeWriter, added: str, dtype: str) -> str:
+    """`added` with 7/8 of the least float in its place: a query whose keys all have the least float
+    sees all alike, and ONNX Runtime takes it for one that sees none."""
+    if dtype == "bf16":
+        return added
+    lowest = torch.finfo(TORCH_DTYPES[dtype]).min
+    least = w("Equal", added, w.constant(lowest, dtype))
+    return w("Where", least, w.constant(lowest * 0.875, dtype), added)
 
 
 def _rule(w: NodeWriter, a: Attention) -> str:

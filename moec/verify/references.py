@@ -1,0 +1,95 @@
+"""Other right results than eager's in the model's dtype: in float32, with the first of equal values
+chosen, and with the noise of rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moec.capture import Captured
+from moec.interpret.run_in_float32 import eager_in_float32, in_float32
+from moec.interpret.stable_topk import FirstOfEquals
+from moec.ir.graph import Program
+from moec.oracle.agree import with_states
+from moec.oracle.rounding import NOISE, SAMPLES, meaning_excess
+from moec.verify.cases import Reference
+from moec.verify.comparison import Comparison, Criterion
+
+_MOST_CAST = 1 << 29
+"""The most weights of a graph that are cast to float32 at once, 2 GiB."""
+
+
+def exact_results(
+    captured: Captured, answers: Sequence[Reference], noise: float = 0.0, seed: int = 0
+) -> list[tuple[torch.Tensor, ...]]:
+    """The source's results in float32 in each case: a graph by its types, a module under a dispatch
+    mode. `noise` is that of `eager_in_float32`."""
+    if captured.is_graph:
+        widened, program = in_float32(captured.program), captured.program
+        run = eager_in_float32(lambda *case: widened(with_states(program, case)), noise, seed)
+    else:
+        run = eager_in_float32(captured.eager, noise, seed)
+    return [run(*case) for case, _ in answers]
+
+
+def stable_references(
+    criterion: Criterion,
+    captured: Captured,
+    answers: Sequence[Reference],
+    compared: Sequence[Comparison],
+    owners: Sequence[int],
+) -> list[Comparison] | None:
+    """The comparisons with one more reference each, eager with the first of equal values chosen.
+    None where no values are equal. The captured graph is no reference, because it may be wrong."""
+    tied = FirstOfEquals()
+    with tied:
+        if criterion.unit:
+            results = exact_results(captured, answers)
+        else:
+            results = [captured.eager(*case) for case, _ in answers]
+    if not tied.met:
+        return None
+    pairs = zip(compared, owners, strict=True)
+    if criterion.unit:
+        return [item.with_exact(results[owner]) for item, owner in pairs]
+    return [item.with_reference(results[owner]) for item, owner in pairs]
+
+
+def with_noise(
+    unit: float,
+    captured: Captured,
+    answers: Sequence[Reference],
+    compared: Sequence[Comparison],
+    owners: Sequence[int],
+) -> list[Comparison]:
+    """The comparisons with more samples of how eager rounds to 16 bits of the spacing `unit`."""
+    result = list(compared)
+    for seed in range(SAMPLES):
+        noisy = exact_results(captured, answers, unit * NOISE, seed)
+        result = [item.with_noisy(noisy[n]) for item, n in zip(result, owners, strict=True)]
+    return result
+
+
+def meaning(
+    captured: Captured,
+    final: Program,
+    answers: Sequence[Reference],
+    exact: Sequence[tuple[torch.Tensor, ...]],
+) -> tuple[str | None, tuple[str, ...]]:
+    """How the graph after all passes differs from eager, both in float32, where an error in a
+    weight is not hidden by rounding; and a note where its weights are too many to be cast."""
+    elements = sum(weight.numel() for weight in final.weights.values())
+    if elements > _MOST_CAST:
+        return None, (
+            f"the graph of {elements / 1e9:.1f} billion weights was not compared in float32 (above "
+            f"{_MOST_CAST / 1e9:.1f} billion); the code was, against eager in float32",
+        )
+    run = in_float32(final)
+    results = [run(with_states(final, case)) for case, _ in answers]
+    more = meaning_excess(results, exact)
+    if more is not None:
+        with FirstOfEquals() as tied:
+            exact = exact_results(captured, answers)
+        more = meaning_excess(results, exact) if tied.met else more
+    return (None if more is None else f"of the graph in float32: {more}"), ()
