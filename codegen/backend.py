@@ -58,7 +58,12 @@ class Selection:
     """The rule of each op that has a kernel, and the refusals of ops whose rules all refused."""
 
     rules: Mapping[Op, Rule]
-    refusals: tuple[Refusal, ...]
+    refused: Mapping[Op, Refusal]
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        """The refusals, each once."""
+        return tuple(dict.fromkeys(self.refused.values()))
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Backend:
             for name in rule.ops:
                 by_name.setdefault(name, []).append(rule)
         rules: dict[Op, Rule] = {}
-        refusals: list[Refusal] = []
+        refused: dict[Op, Refusal] = {}
         for op in graph.ops:
             reasons = []
             for rule in by_name.get(op.name, ()):
@@ -100,8 +105,8 @@ class Backend:
             else:
                 if reasons:
                     origin = op.origin or op.outputs[0].name
-                    refusals.append(Refusal(origin, op.name, "; ".join(reasons)))
-        return Selection(rules, tuple(dict.fromkeys(refusals)))
+                    refused[op] = Refusal(origin, op.name, "; ".join(reasons))
+        return Selection(rules, refused)
 
 
 def always(op: Op, graph: Graph) -> None:

@@ -105,7 +105,7 @@ def _function(
     """Adds the function of a graph; returns its params in order, and the outputs, by index, that
     it writes into memory of the caller. `host_sizes` are the sizes that the runtime computes."""
     rules = selection.rules
-    reasons = {refusal.op: refusal.reason for refusal in selection.refusals}
+    reasons = {op: refusal.reason for op, refusal in selection.refused.items()}
     check(graph, rules.__contains__, reasons, host_sizes)
     shaped = {name for v in graph.values() for name in names(*v.shape)}
     # A number read from data may be compared or multiplied without being the size of a tensor.

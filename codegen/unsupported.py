@@ -20,13 +20,12 @@ from moec.ir.sizes.thresholds import nearest_allowed
 def check(
     graph: Graph,
     own_kernel: Callable[[Op], bool],
-    reasons: Mapping[str, str] = MappingProxyType({}),
+    reasons: Mapping[Op, str] = MappingProxyType({}),
     host_sizes: Mapping[str, Dim] = MappingProxyType({}),
 ) -> None:
     """Raise UnsupportedError unless every op and every size of the graph can be compiled.
 
-    `reasons` say why kernels refused an op, by its name; `host_sizes` are sizes that the runtime
-    computes.
+    `reasons` say why kernels refused an op; `host_sizes` are sizes that the runtime computes.
     """
     problems: dict[str, list[Op]] = {}
     for op in graph.ops:
@@ -46,13 +45,13 @@ def check(
         )
 
 
-def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[str, str]) -> str:
+def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[Op, str]) -> str:
     if own_kernel(op):
         return ""
     if op.name == "aten.nonzero.default":
         return "operator aten.nonzero.default has a result whose size depends on the data"
     if op.name not in EMIT:
-        why = reasons.get(op.name) or _body_refusal(op)
+        why = reasons.get(op) or _body_refusal(op)
         return f"operator {op.name} has no kernel" + (f": {why}" if why else "")
     tensors = (*op.inputs, *op.outputs)
     if any(v.dtype == "c64" for v in tensors) and not takes_complex(op.name):

@@ -96,10 +96,12 @@ def compile(
     rewrites. `stop_after` names the last pass to run; `build=False` stops before code generation.
     `kv_cache=False` omits the code with which `generate` computes one token at a time.
     `record_routing` adds what `CompiledModel.record_routing` needs; other calls do not change.
-    `tune` measures kernels with several parameter values on this machine, and stores the results
-    for later compilations. `backend` replaces the target's, for example with one that has a rule of
-    your own: `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as "cpu,cuda:sm_80,sm_90a"
-    generates code for CPUs and GPUs; users with a CPU need no CUDA. `backend` may then be of either
+    `opt_level` chooses passes; 0 also omits LLVM's optimisation, on CPUs only. `tune` measures
+    kernels with several parameter values on this machine, and stores the results for later
+    compilations; kernels of compressed weights have no such values. `backend` replaces the
+    target's, for example with one that has a rule of your own:
+    `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as "cpu,cuda:sm_80,sm_90a" generates
+    code for CPUs and GPUs; users with a CPU need no CUDA. `backend` may then be of either
     kind.
 
     `quant` stores the weights of experts in few bits: "int8" or "int4", each optionally with a

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
+from msgspec.structs import replace
 
 from moec.errors import UsageError
 from moec.plan.inputs.files import preset_names
@@ -26,7 +27,8 @@ from moec.plan.inputs.model import Model, read_model
 from moec.plan.inputs.popularity import normalised, of_distribution
 from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import Cluster, read_cluster
-from moec.plan.placement.eplb import with_eplb
+from moec.plan.placement.eplb import rebalance
+from moec.plan.plan import Plan
 from moec.plan.search.planner import Planner
 from moec.plan.search.uniform import best_uniform
 from moec.plan.simulation.simulate import Ids, drawn, of_trace, simulate
@@ -104,6 +106,21 @@ def row(model: Model, cluster: Cluster, name: str, topics: int) -> None:
     times = [simulate(p, planner.cost, of_trace(second)).seconds for p in plans]
     cells = " | ".join(f"{s * 1e3:.2f} ms" for s in (*times, even.seconds))
     print(f"| {model.name} | {name} | {cells} | {seconds:.1f} |", flush=True)
+
+
+def with_eplb(plan: Plan, loads: Sequence[np.ndarray]) -> Plan:
+    """The degrees of a plan with the placement of EPLB for loads [E] of each layer. It needs equal
+    numbers of slots on all ranks: the greatest number of the plan's ranks."""
+    layers = []
+    for layer in plan.layers:
+        if layer.experts:
+            each = max(map(len, layer.slots))
+            row = loads[layer.layer][None, :]
+            table = rebalance(row, each * layer.ranks, 1, 1, layer.ranks)[0]
+            slots = tuple(map(tuple, table.reshape(layer.ranks, each).tolist()))
+            layer = replace(layer, slots=slots, sends=None)
+        layers.append(layer)
+    return replace(plan, layers=tuple(layers))
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def replace_blocks(
         static = static_inputs(traced, inputs)
         converted = convert(traced, static)
         pass_results = run(converted.program, RECOGNITION)
-    except NoMatch as why:
+    except (NoMatch, MoecError, IRError) as why:
         return [], module, [Fallback("the graph", str(why))] if hint else []
     # An unrecognised router is no reason to leave its block to PyTorch: it becomes part of the
     # block.

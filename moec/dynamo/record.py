@@ -73,7 +73,8 @@ class StatsRecorder:
     def fall_back(self, fallbacks: Iterable[Fallback], *, strict: bool) -> None:
         """Record what was left to PyTorch, with one warning for all of it.
 
-        Raises FallbackError instead of the warning where `strict`.
+        Raises FallbackError instead of the warning where `strict`; a filter that makes errors of
+        warnings raises nothing.
         """
         unique = tuple(dict.fromkeys(fallbacks))
         if not unique:
@@ -83,9 +84,14 @@ class StatsRecorder:
         listed = "; ".join(map(str, unique))
         if strict:
             raise FallbackError(f"strict=True, and moec does not compile: {listed}")
-        warnings.warn(
-            f"moec does not compile, so PyTorch runs: {listed}", FallbackWarning, stacklevel=2
-        )
+        text = f"moec does not compile, so PyTorch runs: {listed}"
+        try:
+            warnings.warn(text, FallbackWarning, stacklevel=2)
+        except FallbackWarning:
+            # A filter makes errors of warnings, which Dynamo would end in BackendCompilerFailed.
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", FallbackWarning)
+                warnings.warn(text, FallbackWarning, stacklevel=2)
 
     def read(self, *, reset: bool) -> Stats:
         with self._lock:

@@ -133,6 +133,23 @@ def test_experts_that_cannot_be_lowered_name_the_operator_in_their_body() -> Non
         check(graph, lambda op: False)
 
 
+def test_two_ops_of_one_name_have_reasons_of_their_own() -> None:
+    graph = parse("""
+    graph main(x: f32[T, 64], c: u8[8, 64], s: bf16[8, 1]; d: u8[8, 64], t: bf16[8, 1]) {
+      a: f32[T, 8] = nn.quantised_linear(x, c, s) <kind="int8"> @ first
+      b: f32[T, 8] = nn.quantised_linear(x, d, t) <kind="fp8"> @ second
+      return a, b
+    }""")
+    with pytest.raises(UnsupportedError) as error:
+        lower(Module.of(Program(graph, {})), host(), CPU)
+    first, second = (line for line in str(error.value).splitlines() if "quantised" in line)
+    assert "its weight or bias is computed" in first
+    assert "fp8" not in first
+    assert first.endswith("at first)")
+    assert "its weights are fp8" in second
+    assert second.endswith("at second)")
+
+
 def test_fp8_weights_are_refused_by_a_cpu_in_words() -> None:
     graph = parse("""
     graph main(x: f32[T, 64], ends: i32[3];

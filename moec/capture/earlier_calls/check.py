@@ -81,7 +81,11 @@ class EarlierCalls:
         if not names:
             return ()
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        return (f"calls of the compiled model do not set {', '.join(names[:4])}{more}",)
+        listed = f"{', '.join(names[:4])}{more}"
+        return (
+            f"calls of the compiled model do not set {listed}; "
+            "capture ran the module, and put them back",
+        )
 
 
 def _read(error: BaseException | None) -> EarlierRead | None:

@@ -27,7 +27,7 @@ from moec.capture.size_functions.sizes_as_numbers import LIBRARIES
 from moec.capture.speculate.sites import foreign
 from moec.capture.speculate.user_globals import user_globals
 from moec.capture.user_code.shadows import shadowed
-from moec.capture.user_code.sources import is_internal, is_standard
+from moec.capture.user_code.sources import is_internal, is_standard, package_of, packages_of
 
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _CLOCKS = (
@@ -130,16 +130,13 @@ class Watch:
 
     @classmethod
     def of(cls, module: torch.nn.Module, decisions: Decisions) -> Watch:
-        names = {kind.__module__ for part in module.modules() for kind in type(part).__mro__}
-        return cls(frozenset(name.split(".")[0] for name in names), decisions, get_ident())
+        return cls(packages_of(module), decisions, get_ident())
 
     def is_asked(self, frame: FrameType) -> bool:
         file = frame.f_code.co_filename
         if get_ident() != self.thread or is_internal(file) or is_standard(file):
             return False
-        _, installed, rest = file.rpartition("site-packages/")
-        package = rest.split("/")[0].removesuffix(".py") if installed else ""
-        return not file.endswith(".pyx") and (not installed or package in self.packages)
+        return not file.endswith(".pyx") and package_of(file) in {"", *self.packages}
 
     def function(self, function: Callable[..., Any], words: str) -> Callable[..., Any]:
         shuffles = getattr(function, "__name__", "") == "shuffle"

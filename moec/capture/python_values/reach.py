@@ -14,7 +14,6 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from moec.capture.python_values.slots import TEXTUAL, Slot, Snapshot, attributes_of, members_of
-from moec.capture.user_code.sources import is_internal, is_standard
+from moec.capture.user_code.sources import is_internal, is_standard, package_of, packages_of
 
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
 _TABLES = {"_buffers", "_non_persistent_buffers_set"} | {
@@ -34,8 +33,7 @@ attribute that says so; both go back together, or the next call would add them t
 _PARTS = ("_parameters", "_modules")
 """Parameters and submodules that are there stay as a forward leaves them, since modules are cast
 and filled; new ones go."""
-_NUMPY = str(Path(np.__file__ or "").parent)
-_TRANSFORMERS = "site-packages/transformers/"
+_LIBRARIES = {"numpy", "transformers"}
 """The code of transformers keeps values in its modules' attributes, if anywhere. To search what all
 its functions name takes half a second."""
 _TYPES_OF_PYTHON = ("types", "argparse", "collections", "weakref")
@@ -54,7 +52,9 @@ def values_kept(module: torch.nn.Module) -> Iterator[None]:
 
 def snapshot(module: torch.nn.Module) -> Snapshot:
     """What all slots that the code of `module` can reach hold now."""
-    walk = _Walk(Snapshot())
+    # What other packages keep in globals and classes (registries, caches) is theirs.
+    packages = {"", *packages_of(module)} - _LIBRARIES
+    walk = _Walk(Snapshot(), packages)
     for name, part in module.named_modules():
         walk.part(part, f"self.{name}" if name else "self")
     return walk.snapshot
@@ -63,6 +63,7 @@ def snapshot(module: torch.nn.Module) -> Snapshot:
 @dataclass
 class _Walk:
     snapshot: Snapshot
+    packages: set[str]
     visited: dict[int, Any] = field(default_factory=dict)
 
     def part(self, part: torch.nn.Module, path: str) -> None:
@@ -109,7 +110,7 @@ class _Walk:
             self._object(value, words)
 
     def _object(self, value: Any, words: str) -> None:
-        users = _of_user(type(value))
+        users = _holds_values(type(value))
         if type(value) in _CONTAINERS or (users and isinstance(value, _CONTAINERS)):
             self._container(value, words)
         if users or type(value).__module__ in _TYPES_OF_PYTHON:
@@ -132,7 +133,7 @@ class _Walk:
 
     def type(self, kind: type) -> None:
         """The plain attributes of a user's class, and what its methods name."""
-        if self._visit(kind) or not _of_user(kind):
+        if self._visit(kind) or not self._is_users(_file(kind)):
             return
         for key, value in list(vars(kind).items()):
             function = value.__func__ if isinstance(value, staticmethod) else value
@@ -153,7 +154,7 @@ class _Walk:
     def function(self, function: FunctionType) -> None:
         """The globals and the cells of the closure that a user's function names."""
         code = function.__code__
-        if self._visit(function) or not _users_file(code.co_filename):
+        if self._visit(function) or not self._is_users(code.co_filename):
             return
         defaults = (function.__defaults__ or (), function.__kwdefaults__ or {})
         self.value(defaults[0], f"a default of {function.__name__}()")
@@ -173,12 +174,15 @@ class _Walk:
                     continue
 
     def _module(self, module: ModuleType, names: set[str]) -> None:
-        if _users_file(getattr(module, "__file__", None) or "<"):
+        if self._is_users(getattr(module, "__file__", None) or "<"):
             for name in sorted(names & set(vars(module))):
                 held = vars(module)[name]
                 if not isinstance(held, ModuleType):
                     words = f"{module.__name__}.{name}"
                     self.slot(vars(module), name, "global", words, held)
+
+    def _is_users(self, file: str) -> bool:
+        return not (is_internal(file) or is_standard(file)) and package_of(file) in self.packages
 
     def _visit(self, value: Any) -> bool:
         """Whether the value was visited before. Visited values stay alive, so ids are unique."""
@@ -206,14 +210,14 @@ def _is_slot(value: Any) -> bool:
     return inspect.isdatadescriptor(value) or inspect.ismethoddescriptor(value)
 
 
-def _users_file(file: str) -> bool:
-    library = is_internal(file) or is_standard(file) or file.startswith(_NUMPY)
-    return not library and _TRANSFORMERS not in file
+def _holds_values(kind: type) -> bool:
+    """Whether a class is neither torch's, numpy's, transformers' nor of the standard library."""
+    file = _file(kind)
+    return not (is_internal(file) or is_standard(file) or package_of(file) in _LIBRARIES)
 
 
-def _of_user(kind: type) -> bool:
-    """Whether a class is neither torch's, numpy's nor of the standard library."""
-    source = sys.modules.get(kind.__module__)
+def _file(kind: type) -> str:
+    """The file of a class; "" in the main program, "<" for a builtin class."""
     if kind.__module__ == "__main__":
-        return True
-    return source is not None and _users_file(getattr(source, "__file__", None) or "<")
+        return ""
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or "<"

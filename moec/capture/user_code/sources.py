@@ -49,6 +49,18 @@ def is_standard(file: str) -> bool:
     return library or file == "<string>"
 
 
+def package_of(file: str) -> str:
+    """The installed package of a file; "" for a file of the user's."""
+    _, installed, rest = file.rpartition("-packages/")
+    return rest.split("/")[0].removesuffix(".py") if installed else ""
+
+
+def packages_of(module: torch.nn.Module) -> frozenset[str]:
+    """The packages of the classes of a module and its submodules."""
+    names = {kind.__module__ for part in module.modules() for kind in type(part).__mro__}
+    return frozenset(name.split(".")[0] for name in names)
+
+
 def text_of(file: str, line: int) -> str:
     return linecache.getline(file, line).strip()
 

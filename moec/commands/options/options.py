@@ -85,7 +85,7 @@ def model_options(command: F) -> F:
         click.option(
             "-O", "--opt-level", type=click.IntRange(0, 2), default=2, show_default=True,
             help="0: only the passes that code generation needs; 1: fuse MoE blocks too; 2: fuse "
-            "all layers.",
+            "all layers. 0 also omits LLVM's optimisation, on CPUs only.",
         ),
         click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16."),
         click.option(

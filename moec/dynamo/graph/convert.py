@@ -49,7 +49,11 @@ def convert(module: fx.GraphModule, static: Mapping[fx.Node, torch.Tensor]) -> T
     def leaf(node: fx.Node, into: list[Value]) -> None:
         tensor = node.meta.get("val")
         if isinstance(tensor, torch.Tensor) and tensor.dtype in IR_DTYPES and _dense(tensor):
-            value = Value(converter.fresh(node.name), converter.type(tensor, node.name))
+            try:
+                tensor_type = converter.type(tensor, node.name)
+            except CaptureError:  # a size like log2(T): what reads the node stays outside too
+                return
+            value = Value(converter.fresh(node.name), tensor_type)
             into.append(value)
             leaves[value] = node
             converter.values[node] = value

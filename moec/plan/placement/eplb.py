@@ -8,14 +8,11 @@ of that of nodes, there is one group and one node.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
 
 import numpy as np
-from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
-from moec.plan.plan import Plan
 
 Ids = NDArray[np.int64]
 
@@ -80,18 +77,3 @@ def _replicate(load: NDArray[np.float64], slots: int) -> tuple[Ids, Ids]:
         copies[best] += 1
         copy_of.append(best)
     return np.array(copy_of), copies
-
-
-def with_eplb(plan: Plan, loads: Sequence[NDArray[np.float64]]) -> Plan:
-    """The degrees of a plan with the placement of EPLB for loads [E] of each layer. It needs equal
-    numbers of slots on all ranks: the greatest number of the plan's ranks."""
-    layers = []
-    for layer in plan.layers:
-        if layer.experts:
-            each = max(map(len, layer.slots))
-            row = loads[layer.layer][None, :]
-            table = rebalance(row, each * layer.ranks, 1, 1, layer.ranks)[0]
-            slots = tuple(map(tuple, table.reshape(layer.ranks, each).tolist()))
-            layer = replace(layer, slots=slots, sends=None)
-        layers.append(layer)
-    return replace(plan, layers=tuple(layers))
