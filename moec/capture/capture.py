@@ -35,6 +35,7 @@ from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
 from moec.oracle.agree import agree
 from moec.oracle.cases import shapes
+from moec.oracle.draws import constant_masks
 from moec.runtime.process.gc_pause import gc_paused
 
 
@@ -179,13 +180,14 @@ def _captured(
     program = allow_one(program, request.bounds, eager, examples, conditional)
     program = refuse_zero(program, eager, examples)
     program = fold_constant_sizes(program)
+    masks = constant_masks(program, request.call.tensors)
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)
     return Captured(
         program,
         eager,
         request.call.tensors,
         form.structure,
-        (*request.notes, *always, *settlement.notes, *form.notes),
+        (*request.notes, *always, *settlement.notes, *form.notes, *masks),
         other=other,
         way=way.name,
     )

@@ -81,6 +81,21 @@ def _masks(example: torch.Tensor) -> bool:
     return bool(zeros_and.all()) and not (example.gt(0).any() and example.lt(0).any())
 
 
+def constant_masks(program: Program, example: Sequence[torch.Tensor]) -> tuple[str, ...]:
+    """A sentence for each mask that the example leaves at one value."""
+    pairs = zip(program.graph.inputs, example, strict=False)
+    masks = [(v.name, t) for v, t in pairs if role_of(program, v, t) in _MASKS and t.numel()]
+    return tuple(
+        f"{name} is {tensor.flatten()[0].item():g} everywhere in the example; it was compared with "
+        "drawn masks too"
+        for name, tensor in masks
+        if bool((tensor == tensor.flatten()[0]).all())
+    )
+
+
+_MASKS = (Role.MASK, Role.FLOAT_MASK)
+
+
 def values_of(
     program: Program,
     number: int,

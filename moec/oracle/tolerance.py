@@ -65,13 +65,10 @@ def _rounding(graph: Graph) -> list[Op]:
     return [op for op in ops if op.attrs.get("row_bits", 8) == 8]
 
 
-STRAYS = {"f16": 0.05, "bf16": 0.05}
-"""The share of rows (tokens) that may have a greater error, up to `FAR`, in 16-bit floats: of two
-experts with nearly equal scores, rounding decides which is chosen, and a token with the other one
-is not wrong, though its numbers differ. A float32 copy of the model differs from eager likewise.
-"""
 QUANTISED_STRAYS = 0.05
-"""The same share where rows are rounded to 8 bits, for the same reason."""
+"""The share of rows (tokens) that may have a greater error, up to `FAR`, where rows are rounded to
+8 bits: of two experts with nearly equal scores rounding decides which is chosen, and a token with
+the other one is not wrong, though its numbers differ."""
 FAR = 0.5
 
 

@@ -24,7 +24,9 @@ from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
 from moec.errors import InputError, IRError, MoecError
 from moec.interpret.evaluate import evaluate
+from moec.interpret.run_in_float32 import in_float32, wide
 from moec.interpret.stable_topk import FirstOfEquals
+from moec.ir.graph import Program
 from moec.ir.sizes.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
 from moec.model.compiled import CompiledModel
 from moec.oracle.tolerance import TOLERANCES, allowed_strays, distance, row_errors
@@ -70,10 +72,12 @@ class Answer:
 
 def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict:
     """Compiles the layer from a file of its own; `built` also makes and runs machine code, else
-    the graph after all passes is interpreted."""
+    the graph after all passes is interpreted, in 16 bits in float32 as the layer then is, so that
+    rounding excuses nothing."""
+    widened = layer.dtype in SHORT and not built
     try:
         module, example = load(layer, name, folder), draw("normal", layer.example, EXAMPLE, layer)
-        answers = list(_answers(module, layer))
+        answers = list(_answers(module, layer, widened))
         assert answers
     except Exception:
         return Verdict(Outcome.EAGER, traceback.format_exc())
@@ -81,8 +85,8 @@ def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict
         compiled = moec.compile(module, example, build=built, verify=built)
         if not built and not supported(compiled.graph, backend_for(compiled.target)):
             return Verdict(Outcome.REFUSED, "operators without kernels")
-        run = compiled if built else interpreted(compiled)
-        wrong, refused = compare(run, answers, layer.dtype)
+        run = compiled if built else interpreted(compiled, widened)
+        wrong, refused = compare(run, answers, "float32" if widened else layer.dtype)
     except MoecError as error:
         return Verdict(Outcome.REFUSED, f"{type(error).__name__}: {error}")
     except Exception:
@@ -141,13 +145,14 @@ def calls(layer: Layer) -> Iterator[tuple[str, str, tuple[int, int]]]:
             yield DRAWS[index % len(DRAWS)], values[(index + turn) % len(values)], size
 
 
-def _answers(module: nn.Module, layer: Layer) -> Iterator[Answer]:
-    """The answers of eager. It must run on the example; other calls at which it fails are
-    skipped."""
-    module = copy.deepcopy(module)
+def _answers(module: nn.Module, layer: Layer, widened: bool = False) -> Iterator[Answer]:
+    """The answers of eager, in float32 if `widened`. It must run on the example; other calls at
+    which it fails are skipped."""
     precise = copy.deepcopy(module).float() if layer.dtype in SHORT else None
+    module = precise if precise is not None and widened else copy.deepcopy(module)
     for number, (kind, value, size) in enumerate(calls(layer)):
         inputs = draw(kind, value, size, layer)
+        inputs = tuple(map(wide, inputs)) if widened else inputs
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -192,9 +197,11 @@ def compare(
     return wrong, refused
 
 
-def interpreted(compiled: CompiledModel) -> Callable[..., Any]:
-    """Runs the graph after all passes. Raises InputError for sizes that are not the graph's."""
+def interpreted(compiled: CompiledModel, widened: bool = False) -> Callable[..., Any]:
+    """Runs the graph after all passes, in float32 if `widened`. Raises InputError for sizes that
+    are not the graph's."""
     program, structure = compiled.pass_results[-1].program, compiled.captured.structure
+    meaning = in_float32(program) if widened else partial(_evaluated, program)
 
     def run(*inputs: torch.Tensor) -> Any:
         sizes: dict[str, int] = {}
@@ -207,9 +214,13 @@ def interpreted(compiled: CompiledModel) -> Callable[..., Any]:
             size = evaluate_dim(parse_dim(name), sizes)
             if size < limits.low or (limits.high is not None and size > limits.high):
                 raise InputError(f"{name} is {size}, outside of {show_bounds(limits)}")
-        return structure.rebuild(evaluate(program.graph, list(inputs), program.weights))
+        return structure.rebuild(meaning(inputs))
 
     return run
+
+
+def _evaluated(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return evaluate(program.graph, list(inputs), program.weights)
 
 
 def _difference(actual: Any, right: list[Any], dtype: str) -> str:
