@@ -57,15 +57,17 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def meaning_excess(
-    results: Sequence[Sequence[torch.Tensor]], exact: Sequence[Sequence[torch.Tensor]]
+    results: Sequence[Sequence[torch.Tensor]],
+    exact: Sequence[Sequence[torch.Tensor]],
+    unit: float = 0.0,
 ) -> Excess | None:
-    """How results in float32, those of each case, are more than reordered sums away from eager's in
-    float32; None where they are not."""
+    """How results in float32, those of each case, are more than reordered sums, or errors of rows
+    by `unit`, away from eager's in float32; None where they are not."""
     for number in range(min(map(len, exact), default=0)):
         pairs = zip(results, exact, strict=True)
         errors = torch.cat([row_distances(a[number], b[number]) for a, b in pairs], 1)
         for ours in errors:
-            more = excess(ours, torch.zeros_like(ours), FLOAT32_UNIT)
+            more = excess(ours, torch.zeros_like(ours), max(FLOAT32_UNIT, unit))
             if more is not None:
                 return more
     return None

@@ -7,7 +7,7 @@ import math
 import torch
 
 from moec.dtypes import FLOATS
-from moec.ir.graph import Graph, Op
+from moec.ir.graph import Graph
 from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
@@ -36,11 +36,17 @@ def default_tolerance(graph: Graph) -> float:
     """The loosest tolerance among the dtypes in which the model computes."""
     used = computed_dtypes(graph)
     limit = max((TOLERANCES[dtype] for dtype in used), default=TOLERANCES["f32"])
-    rounding = _rounding(graph)
-    if not rounding:
-        return limit
+    return max(limit, rounded_rows(graph))
+
+
+def rounded_rows(graph: Graph) -> float:
+    """The tolerance of a graph that rounds rows to 8 bits; 0 for others. With 16 bits, a row that
+    rounds to another code changes a result by 1/32639 of one of its terms, which is within the
+    tolerance of f32."""
+    ops = (op for op in graph.ops if op.name in QUANTISED_OPS)
+    rounding = [op for op in ops if op.attrs.get("row_bits", 8) == 8]
     exact = any(op.attrs.get("exact_rows") for op in rounding)
-    return max(limit, EXACT_ROWS if exact else QUANTISED)
+    return (EXACT_ROWS if exact else QUANTISED) if rounding else 0.0
 
 
 def computed_dtypes(graph: Graph) -> set[str]:
@@ -52,17 +58,6 @@ def computed_dtypes(graph: Graph) -> set[str]:
 def rounds_to_16_bits(graph: Graph) -> bool:
     """Whether a graph computes in 16-bit floats."""
     return not computed_dtypes(graph).isdisjoint(("f16", "bf16"))
-
-
-def rounds_rows(graph: Graph) -> bool:
-    """Whether rows are rounded to 8 bits. With 16 bits, a row that rounds to another code changes a
-    result by 1/32639 of one of its terms, which is within the tolerance of f32."""
-    return bool(_rounding(graph))
-
-
-def _rounding(graph: Graph) -> list[Op]:
-    ops = (op for op in graph.ops if op.name in QUANTISED_OPS)
-    return [op for op in ops if op.attrs.get("row_bits", 8) == 8]
 
 
 QUANTISED_STRAYS = 0.05

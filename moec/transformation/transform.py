@@ -191,7 +191,7 @@ def _same_results(
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     try:
-        checking.check(captured, _runner(captured, run), pass_results, limit)
+        checking.check(captured, _runner(captured, run), pass_results, limit, empty=False)
     except VerificationError as error:
         raise NoMatch(
             f"with these experts its class computes different outputs ({error})"

@@ -17,7 +17,7 @@ from moec.oracle.tolerance import (
     computed_dtypes,
     default_tolerance,
     distance,
-    rounds_rows,
+    rounded_rows,
     row_errors,
 )
 
@@ -92,9 +92,11 @@ class Criterion:
         """That of a graph. A `tolerance` of the user's is the limit of every row."""
         if tolerance is not None:
             return Criterion(tolerance, tolerance, 0.0)
-        limit, share = default_tolerance(graph), QUANTISED_STRAYS if rounds_rows(graph) else 0.0
+        limit, of_rows = default_tolerance(graph), rounded_rows(graph)
         unit = max((UNIT.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
-        return Criterion(limit, FAR if share else limit, share, 0.0 if share else unit)
+        if unit:
+            return Criterion(limit, limit, 0.0, max(unit, of_rows))
+        return Criterion(limit, FAR if of_rows else limit, QUANTISED_STRAYS if of_rows else 0.0)
 
     def strays(self, compared: Iterable[Comparison]) -> tuple[int, int]:
         """(rows with an error above the limit against every reference, all rows)."""
@@ -124,8 +126,8 @@ class Criterion:
             ours, eager = (
                 torch.cat(parts, 1) for parts in zip(*map(_distances, group), strict=True)
             )
-            for mine, reference in zip(ours, eager, strict=True):
-                more = excess(mine, reference, self.unit)
+            for errors, reference in zip(ours, eager, strict=True):
+                more = excess(errors, reference, self.unit)
                 if more is not None:
                     yield more
 

@@ -13,6 +13,7 @@ from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.oracle.agree import with_states
 from moec.oracle.rounding import NOISE, SAMPLES, meaning_excess
+from moec.oracle.tolerance import rounded_rows
 from moec.verify.cases import Reference
 from moec.verify.comparison import Comparison, Criterion
 
@@ -87,9 +88,10 @@ def meaning(
         )
     run = in_float32(final)
     results = [run(with_states(final, case)) for case, _ in answers]
-    more = meaning_excess(results, exact)
+    unit = rounded_rows(final.graph)
+    more = meaning_excess(results, exact, unit)
     if more is not None:
         with FirstOfEquals() as tied:
             exact = exact_results(captured, answers)
-        more = meaning_excess(results, exact) if tied.met else more
+        more = meaning_excess(results, exact, unit) if tied.met else more
     return (None if more is None else f"of the graph in float32: {more}"), ()

@@ -48,7 +48,7 @@ def test_the_report_says_what_it_cost(compiled: moec.CompiledModel) -> None:
     assert 0.02 < line.error <= line.worst < 0.2
     (moved,) = report.moved
     assert 0.01 < moved.error < 0.5
-    assert moved.rows == sum(len(c) for c in (x, x, x[:1])) + 19
+    assert moved.rows == sum(len(c) for c in (x, x, x[:1], x)) + 19
     (checked,) = report.verification
     assert checked.error < 1e-5  # of what the quantised graph means
     assert Report.of_dict(report.to_dict()) == report

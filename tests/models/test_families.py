@@ -163,4 +163,4 @@ def test_bfloat16(name: str) -> None:
         ours.append(row_distances(results(model, inputs)[0], right))
         eager += [row_distances(sample(*inputs)[0], right) for sample in samples]
     pairs = zip(torch.cat(ours, 1), torch.cat(eager, 1), strict=True)
-    assert [excess(mine, theirs, UNIT["bf16"]) for mine, theirs in pairs] == [None, None]
+    assert [excess(errors, right, UNIT["bf16"]) for errors, right in pairs] == [None, None]
