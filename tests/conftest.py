@@ -58,6 +58,8 @@ torch.manual_seed(
 settings.register_profile("moec", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("moec")
 
+pytest_plugins = ["tests.cpu_times", "tests.tiers"]
+
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 
@@ -68,11 +70,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="write the golden files instead of comparing with them",
     )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come first, so that no process has to wait for one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.hookimpl(wrapper=True)
