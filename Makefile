@@ -9,8 +9,9 @@ BASE ?= HEAD^
 venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
+run_tests := $(python) -m pytest -n $(JOBS) --dist worksteal --slowest 20
 
-.PHONY: demo help test test-changed replay lint docs pages format golden clean
+.PHONY: demo help test test-rest test-all test-changed times replay lint docs pages format golden clean
 
 demo: $(installed)
 	$(python) examples/demo.py
@@ -18,8 +19,19 @@ demo: $(installed)
 help:
 	@sed -n 's/^    make /make /p' CONTRIBUTING.md
 
+# Which tests are fast, tests/times.json records.
 test: $(installed)
-	$(python) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+	$(run_tests) --tier fast $(TESTS)
+
+# What `make test` leaves out.
+test-rest: $(installed)
+	$(run_tests) --tier rest $(TESTS)
+
+test-all: $(installed)
+	$(run_tests) $(TESTS)
+
+times: $(installed)
+	$(run_tests) --update-times $(TESTS)
 
 # The tests that run code which changed since they last passed here. Tests that read files as text
 # are not seen: run all before a commit.

@@ -9,9 +9,10 @@ import multiprocessing.util
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 # Before anything imports tvm or torch: tests run side by side, and each is small enough that
@@ -47,6 +48,7 @@ from tests.once import Once, folders_in
 TRACE = logging.getLogger("torch.__trace")
 TRACE.handlers.clear()
 TRACE.propagate = True
+sys.dont_write_bytecode = False  # test modules are compiled once, as moec is
 torch.set_num_threads(1)
 torch.manual_seed(
     int(os.environ.get("MOEC_TEST_SEED", "0"))
@@ -55,6 +57,8 @@ torch.manual_seed(
 # No deadline: the first call of a torch or TVM function takes as long as a thousand others.
 settings.register_profile("moec", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("moec")
+
+pytest_plugins = ["tests.cpu_times", "tests.tiers"]
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
@@ -68,9 +72,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come first, so that no process has to wait for one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Test modules and the libraries that they import are no garbage, which to look for takes a
+    sixth of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -51,7 +51,6 @@ def test_it_is_short():
     assert len(README.splitlines()) <= LINES
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("section", SECTIONS)
 def test_readme_runs(section, tmp_path, warm):
     for block in SECTIONS[section]:

@@ -55,6 +55,14 @@ def test_torch_gives_torch_and_numpy_gives_numpy(model: Moe, compiled: moec.Comp
     assert repr(compiled).startswith("<Moe, compiled for ")
 
 
+def test_a_saved_model_equals_eager(
+    model: Moe, compiled: moec.CompiledModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.moec"
+    compiled.save(path)
+    assert close(moec.load(path)(x), model(x))
+
+
 def test_a_model_that_is_one_block_names_its_kernels(compiled: moec.CompiledModel) -> None:
     (block,) = compiled.blocks
     assert block.name == WHOLE

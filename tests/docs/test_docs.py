@@ -114,7 +114,6 @@ def test_the_page_of_the_cache_names_its_kinds_and_variables():
     assert f"in GiB, {cache.DEFAULT_LIMIT // 2**30} by default" in page
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, warm: Warm) -> None:
     block = script(page)

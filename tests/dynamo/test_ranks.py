@@ -105,7 +105,6 @@ def counts(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> dict[str, Co
     return result
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("name", "blocks"), [("ddp", 2), ("fsdp", 2), ("experts", 1)])
 def test_blocks_are_recognised(name: str, blocks: int, counts: dict[str, Counts]) -> None:
     assert counts[name] == {"blocks": blocks, "fallbacks": 0}

@@ -23,7 +23,6 @@ def run_alone(path: Path) -> Result:
     return Result(process.returncode, process.stdout, process.stderr)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 def test_example(path: Path, request: pytest.FixtureRequest) -> None:
     if path.stem == STARTS_RANKS:

@@ -55,7 +55,6 @@ PLAIN = Layer(
 )
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("number", [0, 1, 2, 4])
 def test_a_layer_is_equal_or_refused(number: int, tmp_path: Path) -> None:
     """Those of the first that take seconds."""

@@ -12,7 +12,6 @@ import pytest
 from tests.lasting.__main__ import Footprint, is_flat
 
 
-@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 def test_a_short_life() -> None:
     words = [sys.executable, "-W", "ignore", "-m", "tests.lasting"]

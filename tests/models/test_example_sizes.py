@@ -11,13 +11,8 @@ from tests.models.captured import captured_program
 from tests.models.families import SMALL
 from tests.once import Once
 
-QUICK = ("mixtral", "gpt_oss", "llama4")
 
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in SMALL],
-)
+@pytest.mark.parametrize("name", SMALL)
 def test_one_graph_for_every_size_of_the_example(name: str, once: Once) -> None:
     first = print_graph(captured_program(name, once).graph)
     family = SMALL[name]

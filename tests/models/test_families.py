@@ -60,7 +60,6 @@ def same_choice(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> t
     return near | (actual.argmax(-1) == best.indices[..., 0])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", SMALL)
 def test_float32(name: str, tmp_path: Path, once: Once) -> None:
     """From one text, whose graph is that of two."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from click.testing import CliRunner
 from msgspec import structs
@@ -83,7 +82,6 @@ def zero_experts() -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model, inputs
 
 
-@pytest.mark.long
 def test_a_pyramid_of_residual_layers(tmp_path: Path) -> None:
     """Two experts in slices, then four on two ranks. There is room for half of the choices: which
     of them are kept depends on the tokens of both ranks."""
@@ -98,7 +96,6 @@ def test_a_pyramid_of_residual_layers(tmp_path: Path) -> None:
     assert torch.equal(result.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.long
 def test_experts_of_no_network(tmp_path: Path) -> None:
     """Zero, copy and constant experts are on every rank; three networks are shared out among four
     ranks, two nodes of two, with rows along the rails. One rank has no text."""

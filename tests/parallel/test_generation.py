@@ -124,7 +124,6 @@ def results(folder: Path) -> dict[str, entries.Text]:
     return cast("dict[str, entries.Text]", pickle.loads((folder / "results").read_bytes()))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_and_logits_of_one_process(name: str, results: dict[str, entries.Text]) -> None:
     model = family_of(name).build()

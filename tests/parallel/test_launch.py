@@ -82,7 +82,6 @@ def inputs(tmp_path: Path, width: int = WIDTH) -> torch.Tensor:
     return x
 
 
-@pytest.mark.long
 def test_equal_to_one_process(
     saved: Path, flat: Path, tmp_path: Path, temporary_files: Path
 ) -> None:
@@ -101,7 +100,6 @@ def test_equal_to_one_process(
     assert across["deduplicated"] < 0.6 * min(across["flat"], across["rail"])
 
 
-@pytest.mark.long
 def test_two_hosts(two_ranks: Path, tmp_path: Path) -> None:
     """Two torchruns on one machine, each with one of two ranks, as two hosts start them."""
     x = inputs(tmp_path, D)
@@ -129,7 +127,6 @@ def test_two_hosts(two_ranks: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(result, expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

@@ -10,7 +10,6 @@ from moec.plan.network.cluster import read_cluster
 from tests.commands.test_plan import MODEL, run
 
 
-@pytest.mark.long
 def test_the_machine_as_a_cluster(tmp_path: Path) -> None:
     path, model = tmp_path / "machine.yaml", tmp_path / "model.yaml"
     model.write_text(MODEL)

@@ -85,7 +85,6 @@ def test_no_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.long
 def test_another_model_on_another_rank(saved: Path, tmp_path: Path) -> None:
     """Also of another plan, whose groups of ranks are others."""
     job = Job(saved / "flat.ranks", None, tmp_path / "out.npz", 300.0, 1)
@@ -95,7 +94,6 @@ def test_another_model_on_another_rank(saved: Path, tmp_path: Path) -> None:
     assert time.time() - float((tmp_path / "event").read_text()) < SOON
 
 
-@pytest.mark.long
 @pytest.mark.skipif(
     not Path("/proc/self/stat").exists(),
     reason="looks for processes in /proc",

@@ -67,7 +67,6 @@ def fill(path: Path) -> None:
     assert "not as planned" not in result.output
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("form", FORMS)
 def test_the_text_of_one_process(form: str, folder: Path) -> None:
     """Also where tokens are drawn, where a string ends a text, and what a chat answers."""
@@ -83,7 +82,6 @@ def test_the_text_of_one_process(form: str, folder: Path) -> None:
     assert two.stdout == one.stdout
 
 
-@pytest.mark.long
 def test_ranks_draw_by_the_seed_of_rank_0(folder: Path) -> None:
     """Without --seed. Rank 1 continues the third text; with a seed of its own it would draw other
     tokens than rank 0 expects."""

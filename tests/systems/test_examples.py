@@ -12,7 +12,6 @@ from tests.systems.records import load
 NAMES = sorted(path.stem for path in (ROOT / "examples" / "systems").glob("[0-9][0-9]_*.py"))
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     load(name).main([])

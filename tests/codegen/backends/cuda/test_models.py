@@ -63,7 +63,6 @@ def test_families_become_cuda_c(name: str, once: Once) -> None:
     assert all(f" {launch.name}(" in source for launch in model.package.gpu.launches)
 
 
-@pytest.mark.long
 @needs_compiler
 @pytest.mark.parametrize("name", RUN)
 def test_emulated_models_equal_eager(name: str) -> None:
@@ -84,7 +83,6 @@ def test_emulated_models_equal_eager(name: str) -> None:
         assert _continued(model, run) <= NEAR[dtype]
 
 
-@pytest.mark.long
 @needs_compiler
 def test_a_prompt_on_sm_90a_uses_wgmma() -> None:
     """160 rows of experts and 80 of linear layers are many."""

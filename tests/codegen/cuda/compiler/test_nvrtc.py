@@ -31,7 +31,6 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "nvcc", lambda: None)
 
 
-@pytest.mark.long
 @needs_compiler
 def test_a_family_is_compiled_and_its_source_is_that_of_the_emulator() -> None:
     family = FAMILIES["mixtral"]

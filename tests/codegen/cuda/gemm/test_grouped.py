@@ -341,6 +341,5 @@ def test_tile_shapes(values: tuple[int, int, int, int, int, int], words: str | N
         TileShape(*values)
 
 
-@pytest.mark.long
 def test_the_large_tile() -> None:
     check(LinearSpec(128, 160, "bfloat16", groups=2), [130, 7], SCHEDULES[1], shape=LARGE)
