@@ -33,7 +33,8 @@ from moec.capture.ways import (
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
-from moec.oracle.agree import agree
+from moec.ir.sizes.thresholds import truth_of
+from moec.oracle.agree import agree, sizes_of
 from moec.oracle.cases import shapes
 from moec.oracle.draws import constant_masks
 from moec.runtime.process.gc_pause import gc_paused
@@ -176,7 +177,13 @@ def _captured(
     eager, fixings = form.converted.eager, form.converted.fixings
     program = bounded(form.converted.program, settlement)
     examples = (tensors, request.call.tensors)
-    conditional = frozenset().union(*(guard.names for guard in form.converted.guards))
+    sizes = sizes_of(program, tensors)
+    conditional = frozenset(
+        name
+        for guard in form.converted.guards
+        for name in guard.names & sizes.keys()
+        if not truth_of(guard.condition).holds({**sizes, name: 1})
+    )
     program = allow_one(program, request.bounds, eager, examples, conditional)
     program = refuse_zero(program, eager, examples)
     program = fold_constant_sizes(program)

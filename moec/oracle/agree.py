@@ -8,7 +8,7 @@ nearly equal router scores are no excuse.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -19,19 +19,16 @@ from moec.interpret.resized import with_sizes
 from moec.interpret.run_in_float32 import MEANING, eager_in_float32, in_float32
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import bind_shape
-from moec.oracle.cases import FEW_DRAWS, Eager, Inputs, cases
-from moec.oracle.draws import Draw
+from moec.oracle.cases import Eager, Inputs, cases
 from moec.oracle.tolerance import default_tolerance, distance, rounds_to_16_bits
 
 
-def agree(
-    program: Program, eager: Eager, example: Inputs, draws: Sequence[Draw] = FEW_DRAWS
-) -> bool | None:
+def agree(program: Program, eager: Eager, example: Inputs) -> bool | None:
     """Whether program and module agree on the example and on every draw of its sizes; None where
     the module refuses all of them. A module that returns other constants disagrees."""
     runs = False
     try:
-        for case, expected in cases(program, example, eager, draws):
+        for case, expected in cases(program, example, eager):
             runs = True
             if not same_results(program, eager, case, expected):
                 return False

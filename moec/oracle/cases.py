@@ -9,7 +9,7 @@ import torch
 
 from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
-from moec.oracle.draws import DRAWS, Draw, values_of
+from moec.oracle.draws import DRAWS, Draw, Role, role_of, values_of
 
 Inputs: TypeAlias = Sequence[torch.Tensor]
 Case: TypeAlias = tuple[torch.Tensor, ...]
@@ -18,16 +18,28 @@ Run: TypeAlias = Callable[..., Result]
 Eager: TypeAlias = Callable[..., tuple[torch.Tensor, ...]]
 """A module as a function of the inputs of its graph, to the outputs of the graph."""
 
-FEW_DRAWS = DRAWS[:3]
-"""For comparisons at many sizes."""
+
+def few_draws(program: Program, example: Inputs) -> Sequence[Draw]:
+    """Draws for comparisons at many sizes: three, or two where no input is a mask, a length or a
+    number, and none where there are no elements to draw."""
+    if not any(tensor.numel() for tensor in example):
+        return ()
+    return DRAWS[:3] if has_other_roles(program, example) else DRAWS[:2]
+
+
+def has_other_roles(program: Program, example: Inputs) -> bool:
+    """Whether an input is for something else than hidden states or ids of a table."""
+    pairs = zip(program.graph.inputs, example, strict=False)
+    roles = {role_of(program, value, tensor) for value, tensor in pairs}
+    return not roles <= {Role.TOKENS, Role.IDS, None}
 
 
 def cases(
-    program: Program, example: Inputs, run: Run[Result], draws: Sequence[Draw] = FEW_DRAWS
+    program: Program, example: Inputs, run: Run[Result], draws: Sequence[Draw] | None = None
 ) -> Iterator[tuple[Case, Result]]:
-    """The example, then draws of its sizes, each with the result of `run`; those that the module
-    refuses are left out. Raises VaryingOutput as `run` does."""
-    for draw in (None, *draws):
+    """The example, then draws of its sizes (`few_draws`), each with the result of `run`; those that
+    the module refuses are left out. Raises VaryingOutput as `run` does."""
+    for draw in (None, *(few_draws(program, example) if draws is None else draws)):
         accepted = (
             _run(run, example) if draw is None else drawn_and_run(program, example, run, draw)
         )

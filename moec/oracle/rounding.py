@@ -42,7 +42,7 @@ def row_distances(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
         return (a != b).any(-1).double().expand(2, -1)
     a, b = a.double(), b.double()
     finite = b.isfinite()
-    odd = ((a.isfinite() != finite) | (~finite & ~_same(a, b))).any(-1)
+    odd = ((a.isfinite() != finite) | (~finite & ~_same_values(a, b))).any(-1)
     a, b = (torch.where(finite, tensor, 0.0) for tensor in (a, b))
     difference = (a - b).nan_to_num(0.0, 0.0, 0.0)
     norms = torch.stack([b.abs().amax(-1), b.square().mean(-1).sqrt()])
@@ -52,7 +52,7 @@ def row_distances(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return torch.where(odd, math.inf, errors)
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a == b) | (a.isnan() & b.isnan())
 
 

@@ -12,16 +12,14 @@ from moec.ir.graph import Graph
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import allows, nearest_allowed
 from moec.oracle.agree import at_sizes
-from moec.oracle.cases import Case, drawn_and_run, shapes
-from moec.oracle.draws import DRAWS, Draw, Role, role_of
+from moec.oracle.cases import Case, drawn_and_run, has_other_roles, shapes
+from moec.oracle.draws import DRAWS, Draw
 from moec.oracle.tolerance import rounds_to_16_bits
 from moec.verify.turns import turns
 
 Reference = tuple[Case, tuple[torch.Tensor, ...]]
 """Inputs, and the module's results for them."""
 _Plan = tuple[Mapping[str, int], Draw]
-
-_PLAIN = (Role.TOKENS, Role.IDS)
 
 
 def plans(captured: Captured) -> list[_Plan]:
@@ -34,8 +32,7 @@ def plans(captured: Captured) -> list[_Plan]:
     program, graph = captured.program, captured.program.graph
     sixteen = rounds_to_16_bits(graph)
     kinds = [draw for draw in DRAWS if draw.tokens in ("random", "large") or not sixteen]
-    pairs = zip(graph.inputs, captured.example, strict=False)
-    varied = any(role_of(program, value, tensor) not in (*_PLAIN, None) for value, tensor in pairs)
+    varied = has_other_roles(program, captured.example)
     least = _sizes(captured, lambda bounds: max(bounds.low, 1))
     few: list[tuple[Mapping[str, int], Sequence[Draw]]]
     few = [({}, kinds[:3]), (least, kinds[:2]), (_sizes(captured, _odd), kinds[:2])]

@@ -38,8 +38,8 @@ def allow_one(
     (`if length > 1`); a branch may also leave no bound. Sizes in `fixed_bounds` keep their bounds,
     and so does a size at which the module does not run with 1. Each size is tried at 1 alone and
     together with the sizes lowered before it, in the first of `examples` that the module runs. A
-    size in `conditional`, those of the module's conditions, is tried beside small and large other
-    sizes too: `if n > 1 or length > 4` shows nothing of the length where n is above 1.
+    size in `conditional`, those of which a condition changes at 1, is tried beside small and large
+    other sizes too: `if n > 1 or length > 4` shows nothing of the length where n is above 1.
     """
     graph = program.graph
     bounds = dict(graph.bounds)
@@ -51,7 +51,9 @@ def allow_one(
         answer, at_one = next((a for a in answers if a[0] is not None), (None, ()))
         if not answer or not conditional & set(names):
             return answer
-        return all(agree(program, eager, t) is not False for t in _beside(program, at_one, names))
+        return all(
+            agree(program, eager, t) is not False for t in _other_sizes_of(program, at_one, names)
+        )
 
     for name, limits in graph.bounds.items():
         if limits.low > 2 or name in fixed_bounds or not name.isidentifier():
@@ -68,7 +70,7 @@ def allow_one(
 _OTHERS = (2, 3, 5, 37, 257)
 
 
-def _beside(
+def _other_sizes_of(
     program: Program, tensors: Sequence[torch.Tensor], names: Collection[str]
 ) -> Iterator[list[torch.Tensor]]:
     """The tensors with each size that is none of `names` small and large."""
