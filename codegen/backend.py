@@ -11,23 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from tvm import IRModule, relax
-from tvm.tirx import PrimFunc
 
+from moec.cache import Store
+from moec.codegen.module_builder import LoopMaker, Lowering, Maker
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op
 from moec.runtime.package import BuiltLibrary
-
-if TYPE_CHECKING:
-    from moec.cache import Store
-    from moec.codegen.fusion import FusionGroup
-    from moec.codegen.loop_kernel import LoopKernel
-    from moec.codegen.module_builder import Lowering
-
-Maker: TypeAlias = Callable[[Any, Any, str], PrimFunc]
-"""(spec, target, name) -> the kernel that computes what `spec` describes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class Backend:
     kind: str
     rules: tuple[Rule, ...]
     kernels: Mapping[type, Maker]
-    loop: Callable[[FusionGroup, str, Any], LoopKernel]
+    loop: LoopMaker
     library: Callable[[IRModule, Any, int, Store | None], BuiltLibrary]
     ready: Callable[[Any], object] = lambda target: None
     destinations: bool = False

@@ -65,7 +65,11 @@ def lower(
     with BUILDERS:
         # A kernel may not have the name of a function; `route` would be both.
         kernels = ModuleBuilder(
-            relax.BlockBuilder(), backend, name_counts=Counter(module), tunings=tunings
+            relax.BlockBuilder(),
+            backend.kernels,
+            backend.loop,
+            name_counts=Counter(module),
+            tunings=tunings,
         )
         params: dict[str, tuple[Param, ...]] = {}
         destinations: dict[str, tuple[int, ...]] = {}
@@ -75,8 +79,9 @@ def lower(
             graph, host_sizes = with_host_sizes(module[name].graph)
             selection = backend.select(graph)
             refusals |= dict.fromkeys(selection.refusals)
+            in_memory = backend.destinations and name not in WITH_CACHES
             params[name], destinations[name] = _function(
-                name, graph, target, kernels, selection, host_sizes
+                name, graph, target, kernels, selection, host_sizes, in_memory
             )
             origins = origins or tuple(kernels.sites)
         tunable = tuple(kernels.tunable.values())
@@ -101,9 +106,11 @@ def _function(
     kernels: ModuleBuilder,
     selection: Selection,
     host_sizes: Mapping[str, sympy.Expr],
+    in_memory: bool,
 ) -> tuple[tuple[Param, ...], tuple[int, ...]]:
     """Adds the function of a graph; returns its params in order, and the outputs, by index, that
-    it writes into memory of the caller. `host_sizes` are the sizes that the runtime computes."""
+    it writes into memory of the caller, which are none without `in_memory`. `host_sizes` are the
+    sizes that the runtime computes."""
     rules = selection.rules
     reasons = {op: refusal.reason for op, refusal in selection.refused.items()}
     check(graph, rules.__contains__, reasons, host_sizes)
@@ -112,7 +119,7 @@ def _function(
     read = {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
     all_names = shaped | read | host_sizes.keys() | names(*host_sizes.values())
     sizes = Sizes({name: tirx.Var(name, "int64") for name in sorted(all_names)})
-    low = Lowering(graph, target, kernels, sizes, selection)
+    low = Lowering(graph, target, kernels, sizes, rules)
     # The caller's inputs first, then the states in order.
     before = [state.before for state in graph.states]
     ordered = [*(v for v in graph.inputs if v not in before), *before]
@@ -134,7 +141,6 @@ def _function(
                     read.discard(str(group.root.attrs["name"]))
                     bind_host_sizes(low, unbound, read)
             # Results of these functions are copied to the CPU.
-            in_memory = kernels.backend.destinations and name not in WITH_CACHES
             written = (
                 _writable_outputs(low, ordered[: len(ordered) - len(before)]) if in_memory else ()
             )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -14,15 +14,19 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import PrimFunc
 
-from moec.codegen.backend import Backend, Rule, Selection
 from moec.codegen.fusion import FusionGroup
-from moec.codegen.loop_kernel import describe
+from moec.codegen.loop_kernel import LoopKernel, describe
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emit import EMIT
 from moec.codegen.loops.index import Sizes
 from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.runtime.dtypes import Array
+
+Maker: TypeAlias = Callable[[Any, Any, str], PrimFunc]
+"""(spec, target, name) -> the kernel that computes what `spec` describes."""
+LoopMaker: TypeAlias = Callable[[FusionGroup, str, Any], LoopKernel]
+"""(group, name, target) -> the kernel of a group of ops."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,13 @@ def as_array(tensor: torch.Tensor) -> Array:
 
 @dataclass
 class ModuleBuilder:
-    """The kernels of a module, each generated once for all functions that call it. `tunings` are
-    the values of tuned kernels, by key; `tunable` are the kernels that could be tuned."""
+    """The kernels of a module, each generated once for all functions that call it. `makers` and
+    `loop` are those of a `moec.codegen.backend.Backend`. `tunings` are the values of tuned kernels,
+    by key; `tunable` are the kernels that could be tuned."""
 
     builder: relax.BlockBuilder
-    backend: Backend
+    makers: Mapping[type, Maker]
+    loop: LoopMaker
     functions: dict[object, Any] = field(default_factory=dict)
     name_counts: Counter[str] = field(default_factory=Counter)
     sites: list[tuple[str, str]] = field(default_factory=list)
@@ -72,7 +78,7 @@ class Lowering:
     target: Any  # of the kind that the backend and its rules support
     kernels: ModuleBuilder
     sizes: Sizes
-    selection: Selection
+    rules: Mapping[Op, object]
     values: dict[Value, relax.Expr] = field(default_factory=dict)
     params: dict[object, tuple[Param, relax.Var]] = field(default_factory=dict)
     sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
@@ -104,13 +110,13 @@ class Lowering:
             self.params[key] = (param, relax.Var(param.name, self.type(param.type)))
         return self.params[key][1]
 
-    def rule(self, op: Op) -> Rule | None:
+    def rule(self, op: Op) -> object:
         """The rule that was selected for an op; None for an op in a loop."""
-        return self.selection.rules.get(op)
+        return self.rules.get(op)
 
     def kernel(self, spec: Any, name: str) -> Any:
         """The backend's kernel for a spec, generated once."""
-        maker = self.kernels.backend.kernels[type(spec)]
+        maker = self.kernels.makers[type(spec)]
         return self.function(spec, name, lambda unique: maker(spec, self.target, unique))
 
     def note(self, op: Op, kernel: str) -> None:
@@ -183,7 +189,7 @@ class Lowering:
         written = self.kernels.functions.get(text)
         if written is None:
             name = self.kernels.unique(_name(group))
-            kernel = self.kernels.backend.loop(group, name, self.target)
+            kernel = self.kernels.loop(group, name, self.target)
             written = (self.builder.add_func(kernel.function, name), kernel.sizes, order)
             self.kernels.functions[text] = written
         function, free, first_order = written

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moec.errors import MoecError
     from moec.model.compiled import CompiledModel
     from moec.model.load import LoadedModel, load
+    from moec.parallel.build import compile_ranks
     from moec.transformation.transform import transform
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "LoadedModel",
     "MoecError",
     "compile",
+    "compile_ranks",
     "describe",
     "load",
     "prepare",
@@ -47,13 +49,14 @@ _WHERE = {
     "LoadedModel": "moec.model.load",
     "MoecError": "moec.errors",
     "compile": "moec.api",
+    "compile_ranks": "moec.parallel.build",
     "describe": "moec.capture.behaviour.describe",
     "load": "moec.model.load",
     "prepare": "moec.dynamo",
     "stats": "moec.dynamo",
     "transform": "moec.transformation.transform",
 }
-_COMPILES = {"compile", "describe", "prepare", "transform"}
+_COMPILES = {"compile", "compile_ranks", "describe", "prepare", "transform"}
 """The names whose modules import TVM's compiler."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 from tvm import tirx
@@ -21,17 +21,16 @@ from tvm.tirx import Buffer
 from moec.codegen.cpu import parallel
 from moec.codegen.loops import index as ix
 from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.cells import Cell
 from moec.codegen.loops.index import Index, Position, Sizes
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
+from moec.codegen.loops.writes import Writes
+from moec.dtypes import HALVES
 from moec.ir.aten import named
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.target.cpu import CpuTarget
-
-if TYPE_CHECKING:
-    from moec.codegen.loops.moves.scatter import Writes
-    from moec.codegen.loops.reductions.reduce import Cell
 
 # How many additions of tasks.shared one addition in a loop counts as: loops are not always
 # vectorised, and their cost is estimated roughly.
@@ -153,6 +152,14 @@ class Emission:
         """Scratch memory of one task of the enclosing loops."""
         return T.alloc_buffer(shape, dtype, scope="global")
 
+    def cell(self, first: Scalar) -> Cell:
+        """A variable of a loop with its first content."""
+        dtype = "f32" if first.dtype in HALVES else first.dtype
+        stored = "int8" if dtype == "bool" else sc.COMPUTE[dtype]
+        cell = Cell(self.scratch((1,), stored), dtype)
+        cell.set(Scalar(dtype, first.expr))
+        return cell
+
     def run_once(self) -> AbstractContextManager[None]:
         """A context for statements that run once, in order, outside of all loops."""
         return nullcontext()
@@ -223,7 +230,21 @@ class Emission:
     def writes(self, writes: Writes) -> None:
         """Runs writes to computed positions, as if one after another."""
         with self.run_once():
-            self.serially(writes.shape, lambda at: writes.write(self, at), "write")
+            self.serially(writes.shape, lambda at: self.write(writes, at), "write")
+
+    def write(self, writes: Writes, at: Position, into: Position | None = None) -> None:
+        """The write at one position; with `into`, only if it is a write to that element."""
+        to, inside = writes.to(at)
+        if into is not None:
+            for here, there in zip(to, into, strict=True):
+                inside = tirx.And(inside, tirx.EQ(here.expr, there.expr))
+            to = into
+        with T.If(inside), T.Then(), self.scope():
+            x = writes.x(at)
+            if writes.join is not None:
+                old = sc.load(self.outputs[writes.out], [i.expr for i in to], writes.out.dtype)
+                x = sc.rounded(writes.join(old, x))
+            self.store(writes.out, to, x)
 
     def serially(self, shape: Sequence[Dim], body: Callable[[Position], None], name: str) -> None:
         """Nested sequential loops, the last axis innermost."""

@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
+from moec.codegen.loops.scalars import Scalar
 from moec.ir import aten
 from moec.ir.graph import Op, Value
 
-if TYPE_CHECKING:
-    from moec.codegen.loops.emission import Emission, Point
-    from moec.codegen.loops.scalars import Scalar
+PointEmitter: TypeAlias = Callable[[Any], Scalar]
+"""Of a `Point`, which reads this table, as `Emission` does."""
+KernelEmitter: TypeAlias = Callable[[Any, Op], None]
+"""Of an `Emission`."""
+P = TypeVar("P", bound=PointEmitter)
+K = TypeVar("K", bound=KernelEmitter)
 
 HEAVY = 8  # the cost of exp and similar functions
 
@@ -32,8 +36,8 @@ class LoopRule:
     broadcasting). `exact`: a result of a half type needs no rounding.
     """
 
-    point: Callable[[Point], Scalar] | None = None
-    kernel: Callable[[Emission, Op], None] | None = None
+    point: PointEmitter | None = None
+    kernel: KernelEmitter | None = None
     view: bool = False
     cost: int = 1
     same_position: bool = True
@@ -66,8 +70,8 @@ def takes_complex(name: str) -> bool:
 
 def point(
     *names: str, cost: int = 1, same_position: bool = True, exact: bool = False
-) -> Callable[[Callable[[Point], Scalar]], Callable[[Point], Scalar]]:
-    def register(emit: Callable[[Point], Scalar]) -> Callable[[Point], Scalar]:
+) -> Callable[[P], P]:
+    def register(emit: P) -> P:
         for name in names:
             EMIT[_full(name)] = LoopRule(
                 point=emit, cost=cost, same_position=same_position, exact=exact
@@ -77,15 +81,13 @@ def point(
     return register
 
 
-def moves(*names: str) -> Callable[[Callable[[Point], Scalar]], Callable[[Point], Scalar]]:
+def moves(*names: str) -> Callable[[PointEmitter], PointEmitter]:
     """Registers a point that only selects an element of its input."""
     return point(*names, cost=0, same_position=False, exact=True)
 
 
-def kernel(
-    *names: str, fuses: tuple[str, ...] = ()
-) -> Callable[[Callable[[Emission, Op], None]], Callable[[Emission, Op], None]]:
-    def register(emit: Callable[[Emission, Op], None]) -> Callable[[Emission, Op], None]:
+def kernel(*names: str, fuses: tuple[str, ...] = ()) -> Callable[[K], K]:
+    def register(emit: K) -> K:
         for name in names:
             EMIT[_full(name)] = LoopRule(kernel=emit, fuses=fuses)
         return emit

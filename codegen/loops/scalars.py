@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -37,6 +39,10 @@ class Scalar:
     dtype: str
     expr: Expr
     imag: Expr | None = None
+
+
+Join: TypeAlias = Callable[[Scalar, Scalar], Scalar]
+"""Combines two scalars, as a sum or an extreme does."""
 
 
 def constant(value: bool | int | float, dtype: str) -> Scalar:

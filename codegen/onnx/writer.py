@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from moec.codegen.onnx.sizes import size_value
+from moec.codegen.onnx.size_nodes import size_value
 from moec.dtypes import LONG_NAMES
 from moec.ir.graph import Graph, Value
 from moec.ir.sizes.dims import Dim, symbols

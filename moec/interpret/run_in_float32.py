@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.interpret.evaluate import evaluate, evaluate_anywhere
-from moec.ir.graph import Program
+from moec.ir.graph import Module, Program
 from moec.ir.upcast import widen
 
 MEANING = 2e-4
@@ -28,15 +28,32 @@ def in_float32(
     inputs (states' contents last) to outputs and the states' new contents. Weights are cast once.
     `anywhere` evaluates it outside of its bounds too.
     """
-    graph = widen(replace(program.graph, outputs=program.graph.results, states=()))
-    weights = {param.name: wide(program.weights[param.name]) for param in graph.params}
+    program = widened(Module.of(program)).main
     meaning = evaluate_anywhere if anywhere else evaluate
 
     def run(inputs: Tensors) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
-            return meaning(graph, [wide(tensor) for tensor in inputs], weights)
+            return meaning(program.graph, [wide(tensor) for tensor in inputs], program.weights)
 
     return run
+
+
+def widened(module: Module) -> Module:
+    """The programs with every bf16 and f16 upcast to float32; the states' new contents are outputs.
+    Weights that programs share are cast once."""
+    casts: dict[int, torch.Tensor] = {}
+
+    def cast(weight: torch.Tensor) -> torch.Tensor:
+        if id(weight) not in casts:
+            casts[id(weight)] = wide(weight)
+        return casts[id(weight)]
+
+    programs = {}
+    for name, program in module.programs.items():
+        graph = widen(replace(program.graph, outputs=program.graph.results, states=()))
+        weights = {param.name: cast(program.weights[param.name]) for param in graph.params}
+        programs[name] = Program(graph, weights)
+    return Module(programs)
 
 
 def eager_in_float32(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, Any, Never
 import torch
 
 from moec.arguments import tolerance
-from moec.capture import Captured
-from moec.capture.doors import Source
 from moec.errors import UsageError
-from moec.ir.graph import Graph, Module, Program
+from moec.ir.graph import Graph, Module
 from moec.ir.text import print_graph
+from moec.model.compilation import Compilation
 from moec.model.generate import Prompts, Writer, continued, stream
 from moec.oracle.tolerance import default_tolerance
-from moec.passes.core.runner import Declined, PassResult
-from moec.report.data import Block, DeclinedLine, QuantisedLine, TunedLine
+from moec.report.data import DeclinedLine
 from moec.report.units import counted
 from moec.runtime.call.arguments import Choices, bind, call, routed, routers
-from moec.runtime.call.recording import Recorder, record_routing
-from moec.runtime.package import MAIN, RecordedLayer, RouterPorts
+from moec.runtime.call.recorder import Recorder
+from moec.runtime.call.recording import record_routing
+from moec.runtime.package import MAIN
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 from moec.target.named import missing_features
-from moec.verify import check as checking
 
 if TYPE_CHECKING:
     from moec.export.onnx import Exported
@@ -36,45 +34,17 @@ if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Sample
     from moec.runtime.call.executor import Executor
     from moec.runtime.package import Package
-    from moec.target.cuda import CudaTarget
-    from moec.target.named import AnyTarget
 
 
 @dataclass(frozen=True, repr=False)
-class CompiledModel:
+class CompiledModel(Compilation):
     """A model compiled for one target; call it like the module that it was compiled from.
 
     torch tensors as inputs give torch tensors as results, numpy arrays give numpy arrays. The
     result has the module's type: a tensor, a tuple, a dataclass, a ModelOutput, with None and
     numbers as in the example's result. A model from a checkpoint's folder returns what its artifact
     does: a single tensor, or several in a dict by name.
-
-    `programs` are the functions of the model besides `main`, such as `decode` (see
-    `moec.runtime.package`); `no_decode` is the reason where there is no `decode`. `package` and
-    `executor` are None where nothing was built (`stop_after`, `build=False`); `executor` is also
-    None where this machine lacks features of the target, and the model can then be saved but not
-    called. `for_gpu` is a second package for the GPU target in `beside`; calls use the package for
-    the CPU.
     """
-
-    source: Source
-    captured: Captured
-    pass_results: tuple[PassResult, ...]
-    blocks: tuple[Block, ...]
-    declined: tuple[Declined, ...]
-    target: AnyTarget
-    programs: Mapping[str, Program] = field(default_factory=dict)
-    router_ports: tuple[RouterPorts, ...] = ()
-    recorded: tuple[RecordedLayer, ...] = ()
-    no_decode: str = ""
-    package: Package | None = None
-    beside: CudaTarget | None = None
-    for_gpu: Package | None = None
-    executor: Executor | None = None
-    checked: checking.Checked | None = None
-    quantised: tuple[QuantisedLine, ...] = ()
-    tuned: tuple[TunedLine, ...] = ()
-    phases: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Raises InputError where an input does not fit."""
@@ -146,11 +116,6 @@ class CompiledModel:
         built = "compiled" if self.package else "not built"
         summary = f"{built} for {self.target_name}: {counted(len(self.blocks), 'MoE block')}"
         return f"<{self.source.name}, {summary}>"
-
-    @property
-    def target_name(self) -> str:
-        """The names of all targets of the model, such as cpu,cuda:sm_80."""
-        return ",".join(target.name for target in (self.target, self.beside) if target)
 
     def __reduce__(self) -> Never:
         """Raises UsageError: machine code can be neither pickled nor copied."""

@@ -14,7 +14,8 @@ from moec.model.generate import Prompts, Writer, continued, stream
 from moec.runtime.artifact.artifact import Artifact, read
 from moec.runtime.call.arguments import Choices, call, routed, routers
 from moec.runtime.call.executor import Executor, start
-from moec.runtime.call.recording import Recorder, record_routing
+from moec.runtime.call.recorder import Recorder
+from moec.runtime.call.recording import record_routing
 from moec.runtime.device.device import device_of, only_for
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
+from moec.model.compilation import Compilation
 from moec.passes.core.runner import Kind
 from moec.pipeline import without_effect
 from moec.report.data import DeclinedLine, ErrorLine, LoopLine
 from moec.report.quantisation import unquantised_lines
 from moec.report.report import Report, describe_graph, pass_lines
 from moec.target.named import missing_features
-
-if TYPE_CHECKING:
-    from moec.model.compiled import CompiledModel
-    from moec.verify.check import Checked
+from moec.verify.check import Checked
 
 
-def report_of(compiled: CompiledModel) -> Report:
+def report_of(compiled: Compilation) -> Report:
     """What was recognised, declined, generated and measured."""
     package, checked = compiled.package, compiled.checked
     damage = tuple(result.damage for result in compiled.pass_results if result.damage)
@@ -52,7 +49,7 @@ def _errors(checked: Checked) -> tuple[ErrorLine, ...]:
     return tuple(ErrorLine(name, error, checked.tolerance) for name, error in errors)
 
 
-def _notes(compiled: CompiledModel) -> tuple[str, ...]:
+def _notes(compiled: Compilation) -> tuple[str, ...]:
     captured, package, for_gpu = compiled.captured, compiled.package, compiled.for_gpu
     messages = (
         f"{result.name}: {line}" for result in compiled.pass_results for line in result.says
@@ -72,7 +69,7 @@ def _notes(compiled: CompiledModel) -> tuple[str, ...]:
     return notes + (_verification_notes(compiled, compiled.checked) if compiled.checked else ())
 
 
-def _verification_notes(compiled: CompiledModel, checked: Checked) -> tuple[str, ...]:
+def _verification_notes(compiled: Compilation, checked: Checked) -> tuple[str, ...]:
     """What the errors of the report were measured against, and rows that they leave out."""
     notes = checked.notes
     if any(r.kind is Kind.CHANGES and r.rewrites for r in compiled.pass_results):

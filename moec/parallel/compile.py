@@ -24,7 +24,9 @@ from moec.target.base import Target
 OPT_LEVEL = 2
 
 
-def compile_ranks(programs: Iterable[Program], function: str, target: Target) -> Iterator[RankCode]:
+def compile_function(
+    programs: Iterable[Program], function: str, target: Target
+) -> Iterator[RankCode]:
     """Compile one function of each rank, in stage MOE. Ranks whose graphs differ only in weights
     share one library.
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from moec.ir.graph import Program
 from moec.ir.text import parse
-from moec.parallel.compile import compile_ranks
+from moec.parallel.compile import compile_function
 from moec.parallel.launch import start
 from moec.parallel.process import Job, started
 from moec.parallel.segments import RankModel
@@ -160,7 +160,7 @@ def _compiled(text: str, dtype: torch.dtype, inputs: list[torch.Tensor]) -> Call
         param.name: torch.rand([int(dim) for dim in param.shape], generator=generator).to(dtype)
         for param in graph.params
     }
-    (code,) = compile_ranks([Program(graph, weights)], MAIN, cpu.host())
+    (code,) = compile_function([Program(graph, weights)], MAIN, cpu.host())
     model = RankModel(code)
     return lambda: model(inputs, {})
 

@@ -17,7 +17,7 @@ import numpy as np
 from moec.errors import UsageError
 from moec.ir.graph import Module
 from moec.ir.text import print_graph
-from moec.parallel.compile import compile_ranks
+from moec.parallel.compile import compile_function
 from moec.parallel.segments import RankCode
 from moec.parallel.store import (
     MANIFEST,
@@ -60,17 +60,16 @@ def save_ranks(
     """Compile `rank.N.main` of every rank, and `rank.N.decode` if the module has it, for `target`
     (this machine's processor), and write them. A failure leaves no partial folder.
 
-    Raises UsageError where the folder exists and must not be replaced, and as `compile_ranks`.
+    Raises UsageError where the folder exists and must not be replaced, and as `compile_function`.
     """
-    if path.exists() and not replace:
-        raise UsageError(f"{path} exists; --force replaces it")
+    check_replaceable(path, replace)
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         files = {"plan.json": msgspec.json.encode(plan), **text.files}
         for function in (MAIN, DECODE):
             names = [rank_function(rank, function) for rank in range(plan.devices)]
             programs = (module[name] for name in names if name in module)
-            codes = compile_ranks(programs, function, target or cpu.host())
+            codes = compile_function(programs, function, target or cpu.host())
             for rank, code in enumerate(codes):
                 files[code_file(rank, function)] = _written_code(folder, rank, function, code)
         parts = {name: _written(folder, name, content) for name, content in files.items()}
@@ -83,6 +82,17 @@ def save_ranks(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def check_replaceable(path: Path, replace: bool) -> None:
+    """Raises UsageError where something is at `path` that must not be replaced."""
+    if path.exists() and not replace:
+        raise UsageError(f"{path} exists; --force (overwrite=True in Python) replaces it")
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise UsageError(
+            f"{path} is not a folder of ranks, and only such folders are replaced: choose another "
+            "name"
+        )
 
 
 def rank_function(rank: int, function: str) -> str:

@@ -33,9 +33,9 @@ def plans(captured: Captured) -> list[_Plan]:
     sixteen = rounds_to_16_bits(graph)
     kinds = [draw for draw in DRAWS if draw.tokens in ("random", "large") or not sixteen]
     varied = has_other_roles(program, captured.example)
-    least = _sizes(captured, lambda bounds: max(bounds.low, 1))
+    least = least_sizes(graph)
     few: list[tuple[Mapping[str, int], Sequence[Draw]]]
-    few = [({}, kinds[:3]), (least, kinds[:2]), (_sizes(captured, _odd), kinds[:2])]
+    few = [({}, kinds[:3]), (least, kinds[:2]), (odd_sizes(graph), kinds[:2])]
     result: list[_Plan]
     result = [(size, draw) for size, draws in few for draw in draws[: 3 if varied else 1]]
     if not sixteen and not varied:
@@ -44,15 +44,22 @@ def plans(captured: Captured) -> list[_Plan]:
     return result + [(size, kinds[i % len(kinds)]) for i, size in enumerate(others)]
 
 
+def least_sizes(graph: Graph) -> dict[str, int]:
+    return _sizes(graph, lambda bounds: max(bounds.low, 1))
+
+
+def odd_sizes(graph: Graph) -> dict[str, int]:
+    return _sizes(graph, _odd)
+
+
 def _odd(bounds: Bounds) -> int:
     """A size within the bounds, 19 if possible: no multiple of a tile."""
     high = bounds.high if bounds.high is not None else 19
     return max(bounds.low, min(high, 19 if bounds.low <= 19 else bounds.low))
 
 
-def _sizes(captured: Captured, choose: Callable[[Bounds], int]) -> dict[str, int]:
+def _sizes(graph: Graph, choose: Callable[[Bounds], int]) -> dict[str, int]:
     """A size for each name; B is at most 3, so that the cases stay small."""
-    graph = captured.program.graph
     sizes = {
         name: choose(bounds) if name != "B" else min(choose(bounds), 3)
         for name, bounds in graph.bounds.items()

@@ -20,7 +20,13 @@ from moec.report.quantisation import before_quantisation, moved_lines
 from moec.verify.cases import Reference, references
 from moec.verify.comparison import Comparison, Criterion
 from moec.verify.first_bad_pass import first_bad_pass
-from moec.verify.references import exact_results, meaning, stable_references, with_noise
+from moec.verify.references import (
+    exact_results,
+    intended,
+    meaning,
+    stable_references,
+    with_noise,
+)
 
 Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
 """(name, feed): the output that holds the logits, and a function that feeds token ids [B, S] in
@@ -72,13 +78,7 @@ def check(
         return _check(captured, run, pass_results, tolerance, pieces, empty)
     before = pass_results[: changes[0]]
     _check(captured, _in_eager(before[-1].program), before, tolerance, None)
-    intended = pass_results[changes[-1]].program
-
-    def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        results = evaluate(intended.graph, with_states(intended, case), intended.weights)
-        return results[: len(intended.graph.outputs)]
-
-    changed = replace(captured, program=intended, eager=eager, is_graph=True)
+    changed = intended(captured, pass_results)
     checked = _check(changed, run, pass_results[changes[-1] :], tolerance, pieces, empty)
     exact = before_quantisation(pass_results)
     if len(exact) == len(pass_results):
@@ -86,7 +86,7 @@ def check(
     answers, _ = references(changed, empty=empty)
     original = _in_eager(exact[-1].program)
     inputs = [value.name for value in captured.program.graph.inputs][: len(captured.example)]
-    names = [value.name for value in intended.graph.outputs]
+    names = [value.name for value in changed.program.graph.outputs]
     originals = [original(dict(zip(inputs, case, strict=True))) for case, _ in answers]
     return replace(
         checked,

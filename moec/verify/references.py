@@ -4,16 +4,20 @@ chosen, and with the noise of rounding."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from moec.capture import Captured
+from moec.interpret.evaluate import evaluate
 from moec.interpret.run_in_float32 import eager_in_float32, in_float32
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.oracle.agree import with_states
+from moec.oracle.cases import Eager
 from moec.oracle.rounding import NOISE, SAMPLES, meaning_excess
 from moec.oracle.tolerance import rounded_rows
+from moec.passes.core.runner import PassResult
 from moec.verify.cases import Reference
 from moec.verify.comparison import Comparison, Criterion
 
@@ -24,14 +28,18 @@ _MOST_CAST = 1 << 29
 def exact_results(
     captured: Captured, answers: Sequence[Reference], noise: float = 0.0, seed: int = 0
 ) -> list[tuple[torch.Tensor, ...]]:
-    """The source's results in float32 in each case: a graph by its types, a module under a dispatch
-    mode. `noise` is that of `eager_in_float32`."""
-    if captured.is_graph:
-        widened, program = in_float32(captured.program), captured.program
-        run = eager_in_float32(lambda *case: widened(with_states(program, case)), noise, seed)
-    else:
-        run = eager_in_float32(captured.eager, noise, seed)
+    """The source's results in float32 in each case, see `exact_eager`."""
+    run = exact_eager(captured, noise, seed)
     return [run(*case) for case, _ in answers]
+
+
+def exact_eager(captured: Captured, noise: float = 0.0, seed: int = 0) -> Eager:
+    """The source in float32: a graph by its types, a module under a dispatch mode. `noise` is that
+    of `eager_in_float32`."""
+    if not captured.is_graph:
+        return eager_in_float32(captured.eager, noise, seed)
+    run, program = in_float32(captured.program), captured.program
+    return eager_in_float32(lambda *case: run(with_states(program, case)), noise, seed)
 
 
 def stable_references(
@@ -95,3 +103,18 @@ def meaning(
             exact = exact_results(captured, answers)
         more = meaning_excess(results, exact, unit) if tied.met else more
     return (None if more is None else f"of the graph in float32: {more}"), ()
+
+
+def intended(captured: Captured, pass_results: Sequence[PassResult]) -> Captured:
+    """What the code is to compute: the source, or where passes changed the model on purpose, the
+    graph after the last of them."""
+    changes = [pass_result.program for pass_result in pass_results if pass_result.changed]
+    if not changes:
+        return captured
+    program = changes[-1]
+
+    def eager(*case: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        results = evaluate(program.graph, with_states(program, case), program.weights)
+        return results[: len(program.graph.outputs)]
+
+    return replace(captured, program=program, eager=eager, is_graph=True)

@@ -1,4 +1,4 @@
-"""A program that also returns its routers' choices, for `moec.runtime.call.recording`.
+"""A program that also returns its routers' choices, for `moec.runtime.call.recorder`.
 
     f(x) -> y                        f(x) -> y, i_0, i_1
     w_0, i_0 = moe.gate(h_0)    ->   w_0, i_0 = moe.gate(h_0)

@@ -23,7 +23,7 @@ from moec.errors import InputError
 from moec.runtime.artifact import artifact
 from moec.runtime.artifact.artifact import Artifact, MappedArrays
 from moec.runtime.call.caches import Cache, caches_of, keep
-from moec.runtime.call.recording import Recorder
+from moec.runtime.call.recorder import Recorder
 from moec.runtime.checks import CPU, check_inputs, check_memory, destination_shapes
 from moec.runtime.device.device import Cpu, Device, default_device, only_for
 from moec.runtime.device.library import tvm_ffi
@@ -190,7 +190,7 @@ class Executor:
             self._states = states
 
     def start_recording(self, recorder: Recorder) -> None:
-        """Add the choices of each call to `recorder`, see `moec.runtime.call.recording`."""
+        """Add the choices of each call to `recorder`, see `moec.runtime.call.recorder`."""
         with self._lock:
             if self._recorder is not None:
                 raise InputError(

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import moec
-from moec.commands.execution.ranks import check, first_step
 from moec.errors import ArtifactError, UnsupportedError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
-from moec.parallel.compile import compile_ranks
+from moec.parallel.compile import compile_function
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.parallel.save import TextFiles, save_ranks
@@ -30,6 +29,7 @@ from moec.runtime.artifact import manifest as manifests
 from moec.runtime.package import DECODE, MAIN
 from moec.runtime.text.generate import Request
 from moec.target import cpu
+from moec.verify.ranks import Ranked, check_ranks
 from tests.models.families import FAMILIES, Family
 from tests.once import Once
 from tests.parallel import entries
@@ -98,10 +98,8 @@ def save(name: str, folder: Path, family: Family) -> None:
     if name in TWO_FUNCTIONS:
         module = Module({**rank_programs(program, plan, log).programs, **decode.programs})
     assert not log.declined
-    if name == "qwen3_moe":
-        example = compiled.captured.example
-        of_rank = first_step(decode["rank.0.decode"], plan, example)
-        check(module, step, plan, first_step(step, plan, example), True, DECODE, of_rank)
+    if name in SHARED_HEADS:
+        check_ranks(compiled.captured, Ranked(step, decode, plan, DECODE))
     save_ranks(module, plan, folder / f"{name}.ranks", text=TextFiles(stop=(2,)))
 
 
@@ -173,4 +171,4 @@ graph main(x: f32[T, 4], s: f32[2, 4];) {
   return y
 }""")
     with pytest.raises(UnsupportedError, match="the state s is not a cache of keys and values"):
-        list(compile_ranks([Program(graph, {"s": torch.zeros(2, 4)})], MAIN, cpu.host()))
+        list(compile_function([Program(graph, {"s": torch.zeros(2, 4)})], MAIN, cpu.host()))

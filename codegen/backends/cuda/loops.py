@@ -28,12 +28,12 @@ from moec.codegen.cuda.instructions import WARP
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.loop_kernel import LoopKernel, write_body
 from moec.codegen.loops import index as ix
+from moec.codegen.loops.cells import Cell
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position
-from moec.codegen.loops.moves.scatter import Writes
-from moec.codegen.loops.reductions.reduce import Cell
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
+from moec.codegen.loops.writes import Writes
 from moec.errors import UnsupportedError
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim, product
@@ -150,14 +150,14 @@ class GridEmission(Emission):
                 full = list(at)
                 for axis, index in zip(together, inner, strict=True):
                     full[axis] = index
-                writes.write(self, tuple(full))
+                self.write(writes, tuple(full))
 
             self.serially([writes.shape[axis] for axis in together], write, "write")
 
         self._each([1 if a in together else d for a, d in enumerate(writes.shape)], column)
 
     def _writes_into(self, writes: Writes, into: Position) -> None:
-        self.serially(writes.shape, lambda at: writes.write(self, at, into), "write")
+        self.serially(writes.shape, lambda at: self.write(writes, at, into), "write")
 
     def _each(self, shape: Sequence[Dim], body: Callable[[Position], None]) -> None:
         self._each_of(shape, 1, lambda at, lane: body(at))

@@ -12,7 +12,7 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.axes import wrap
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position, loop
-from moec.codegen.loops.reductions.reduce import Cell, better
+from moec.codegen.loops.reductions.reduce import better
 from moec.codegen.loops.scalars import Scalar
 from moec.ir.graph import Op
 
@@ -27,7 +27,7 @@ def ranked(e: Emission, op: Op) -> None:
 
     def element(at: Position) -> None:
         own_value = e.read(x, at)
-        before = Cell(e, sc.constant(0, "i64"))
+        before = e.cell(sc.constant(0, "i64"))
 
         def count_one(other: Position) -> None:
             value = e.read(x, other)

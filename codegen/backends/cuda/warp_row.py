@@ -12,8 +12,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from moec.codegen.cuda.instructions import WARP, shuffle_xor
+from moec.codegen.loops.cells import Cell
 from moec.codegen.loops.emission import Emission
-from moec.codegen.loops.reductions.reduce import Cell
 from moec.codegen.loops.scalars import Scalar
 
 
@@ -34,7 +34,7 @@ class WarpRow:
     def merge(self, cells: Sequence[Cell], combine: Callable[[Sequence[Scalar]], None]) -> None:
         """Combines the cells of all lanes by a butterfly: in a fixed order, with the same result in
         every lane."""
-        others = [Cell(self.emission, cell.get()) for cell in cells]
+        others = [self.emission.cell(cell.get()) for cell in cells]
         for step in (16, 8, 4, 2, 1):
             for cell, other in zip(cells, others, strict=True):
                 T.buffer_store(other.buffer, _of_lane(cell.buffer, step), [0])

@@ -11,7 +11,6 @@ from moec.codegen.loops.elements.arithmetic import plus, times
 from moec.codegen.loops.emission import Emission, Point
 from moec.codegen.loops.index import Index, Position, const, loop
 from moec.codegen.loops.moves.lookup import looked_up
-from moec.codegen.loops.reductions.reduce import Cell
 from moec.codegen.loops.rules import kernel, point
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
@@ -63,7 +62,7 @@ def expert_of(e: Emission, op: Op) -> None:
     assert isinstance(count, int)
 
     def row(at: Position) -> None:
-        counter = Cell(e, sc.constant(0, "i64"))
+        counter = e.cell(sc.constant(0, "i64"))
         with T.serial(0, tirx.const(count, "int64")) as i, e.scope():
             end = sc.cast(e.read(ends, (loop(i, "expert", count),)), "i64")
             passed = T.Select(
@@ -117,7 +116,7 @@ def _end(e: Emission, ends: Value, experts: int) -> object:
 
 
 def _owner(e: Emission, ends: Value, row: Index, experts: int) -> Index:
-    counter = Cell(e, sc.constant(0, "i64"))
+    counter = e.cell(sc.constant(0, "i64"))
     with T.serial(0, tirx.const(experts, "int64")) as i, e.scope():
         end = sc.cast(e.read(ends, (loop(i, "expert", experts),)), "i64")
         one, zero = tirx.const(1, "int64"), tirx.const(0, "int64")
@@ -136,7 +135,7 @@ def _dot(
     column: Index,
     kind: str,
 ) -> Scalar:
-    total = Cell(e, sc.constant(0, kind))
+    total = e.cell(sc.constant(0, kind))
     depth = parts.x.shape[1]
     with T.serial(0, e.sizes.expr(depth)) as k, e.scope():
         inner = loop(k, "inner", depth)

@@ -6,8 +6,6 @@ sums always have the same order. Positions outside the output are not written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -20,15 +18,11 @@ from moec.codegen.loops.elements.arithmetic import larger, plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position
 from moec.codegen.loops.moves.lookup import indexed_axes
-from moec.codegen.loops.reductions.reduce import Join
 from moec.codegen.loops.rules import kernel
-from moec.codegen.loops.scalars import Scalar
+from moec.codegen.loops.scalars import Join, Scalar
+from moec.codegen.loops.writes import Writes
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim
-
-
-def _replace(old: Scalar, new: Scalar) -> Scalar:
-    return new
 
 
 def _copied(e: Emission, op: Op) -> None:
@@ -46,35 +40,7 @@ def _target_position(e: Emission, ids: Value, at: Position, size: Dim) -> tuple[
     )
 
 
-@dataclass(frozen=True)
-class Writes:
-    """A write at every position of `shape`, in order: x(position) is joined with the element of
-    `out` at to(position), where that is inside. Positions that differ along the axes `apart` write
-    to different elements."""
-
-    out: Value
-    shape: tuple[Dim, ...]
-    to: Callable[[Position], tuple[Position, Expr]]
-    x: Callable[[Position], Scalar]
-    join: Join
-    apart: tuple[int, ...] = ()
-
-    def write(self, e: Emission, at: Position, into: Position | None = None) -> None:
-        """The write at one position; with `into`, only if it is a write to that element."""
-        to, inside = self.to(at)
-        if into is not None:
-            for here, there in zip(to, into, strict=True):
-                inside = tirx.And(inside, tirx.EQ(here.expr, there.expr))
-            to = into
-        with T.If(inside), T.Then(), e.scope():
-            x = self.x(at)
-            if self.join is not _replace:
-                old = sc.load(e.outputs[self.out], [i.expr for i in to], self.out.dtype)
-                x = sc.rounded(self.join(old, x))
-            e.store(self.out, to, x)
-
-
-def _joining(op: Op, named: dict[str, object]) -> Join:
+def _joining(op: Op, named: dict[str, object]) -> Join | None:
     kind = named.get("reduce")
     if op.name == "aten.scatter_add.default" or kind in ("add", "sum"):
         return plus
@@ -84,7 +50,7 @@ def _joining(op: Op, named: dict[str, object]) -> Join:
         return larger
     if kind == "amin":
         return lambda a, b: larger(a, b, -1)
-    return _replace
+    return None
 
 
 @kernel(
@@ -124,7 +90,7 @@ def scatter(e: Emission, op: Op) -> None:
 def index_put(e: Emission, op: Op) -> None:
     named = e.named(op)
     out, indices, values = op.outputs[0], named["indices"], named["values"]
-    join = plus if named["accumulate"] else _replace
+    join = plus if named["accumulate"] else None
     axes, lead, width = indexed_axes(indices, len(out.shape))
     _copied(e, op)
     lists = [ids for ids in indices if ids is not None]
@@ -164,7 +130,7 @@ def index_add(e: Emission, op: Op) -> None:
     named = e.named(op)
     out, ids = op.outputs[0], named["index"]
     axis = wrap(named["dim"], len(out.shape))
-    join = plus if op.name == "aten.index_add.default" else _replace
+    join = plus if op.name == "aten.index_add.default" else None
     source: Any = named.get("source", named.get("value"))
     _copied(e, op)
     number = ids.shape[0] if ids.shape else 1

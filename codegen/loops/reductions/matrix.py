@@ -19,7 +19,6 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.elements.arithmetic import plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position, loop
-from moec.codegen.loops.reductions.reduce import Cell
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
@@ -55,7 +54,7 @@ def product_of(
     depth = a.shape[-1]
 
     def body(at: Position) -> None:
-        total = Cell(e, sc.constant(0, kind))
+        total = e.cell(sc.constant(0, kind))
         with T.serial(0, e.sizes.expr(depth)) as k, e.scope():
             inner = loop(k, "inner", depth)
             x = sc.cast(e.read(a, (*_lead(e, a, out, at), at[-2], inner)), kind)
@@ -211,7 +210,7 @@ def _sums(
     kind = "f32" if out.dtype in HALVES else out.dtype
 
     def body(at: Position) -> None:
-        total = Cell(e, sc.constant(0, kind))
+        total = e.cell(sc.constant(0, kind))
         with T.serial(0, e.sizes.expr(depth)) as k, e.scope():
             x, y = factors(at, loop(k, "inner", depth))
             total.set(plus(total.get(), times(sc.cast(x, kind), sc.cast(y, kind))))
@@ -236,7 +235,7 @@ def convolution(e: Emission, op: Op) -> None:
     group_in, group_out = weight.shape[1], weight.shape[0] // named["groups"]
 
     def body(at: Position) -> None:
-        total = Cell(e, sc.constant(0, kind))
+        total = e.cell(sc.constant(0, kind))
         first = ix.mul(ix.div(at[1], ix.const(group_out)), ix.const(group_in))
 
         def tap(inner: Position) -> None:

@@ -14,7 +14,7 @@ from moec.codegen.loops.axes import wrap
 from moec.codegen.loops.elements.arithmetic import larger, plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Index, Position, loop
-from moec.codegen.loops.reductions.reduce import Cell, better, kept_shape
+from moec.codegen.loops.reductions.reduce import better, kept_shape
 from moec.codegen.loops.rules import kernel
 from moec.codegen.loops.scalars import Scalar
 from moec.dtypes import HALVES
@@ -183,7 +183,7 @@ def _cumulative(e: Emission, op: Op, first: Any, step: Any) -> None:
     axis = wrap(e.named(op)["dim"], len(x.shape))
 
     def row(at: Position) -> None:
-        total = Cell(e, first(kind))
+        total = e.cell(first(kind))
         with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
             here = _put(at, axis, loop(j, f"run{axis}", x.shape[axis]))
             total.set(step(total.get(), sc.cast(e.read(x, here), kind)))
@@ -209,7 +209,7 @@ def cummax(e: Emission, op: Op) -> None:
     axis = wrap(e.named(op)["dim"], len(x.shape))
 
     def row(at: Position) -> None:
-        best, where = Cell(e, sc.constant(0, x.dtype)), Cell(e, sc.constant(0, "i64"))
+        best, where = e.cell(sc.constant(0, x.dtype)), e.cell(sc.constant(0, "i64"))
         with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
             here = _put(at, axis, loop(j, f"run{axis}", x.shape[axis]))
             candidate = Scalar(best.dtype, e.read(x, here).expr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -16,28 +16,10 @@ from moec.codegen.loops.elements.arithmetic import larger, plus, times
 from moec.codegen.loops.emission import Emission
 from moec.codegen.loops.index import Position
 from moec.codegen.loops.rules import kernel
-from moec.codegen.loops.scalars import Scalar
+from moec.codegen.loops.scalars import Join, Scalar
 from moec.dtypes import FLOATS, HALVES
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim, product
-
-Join: TypeAlias = Callable[[Scalar, Scalar], Scalar]
-
-
-class Cell:
-    """A variable of a loop, in a dtype of the IR (half types: float32, bool: int8)."""
-
-    def __init__(self, e: Emission, first: Scalar) -> None:
-        self.dtype = "f32" if first.dtype in HALVES else first.dtype
-        stored = "int8" if self.dtype == "bool" else sc.COMPUTE[self.dtype]
-        self.buffer = e.scratch((1,), stored)
-        self.set(Scalar(self.dtype, first.expr))
-
-    def get(self) -> Scalar:
-        return sc.load(self.buffer, [tirx.const(0, "int64")], self.dtype)
-
-    def set(self, x: Scalar) -> None:
-        sc.store(self.buffer, [tirx.const(0, "int64")], sc.cast(x, self.dtype))
 
 
 def axes_of(dims: Any, rank: int) -> tuple[int, ...]:
@@ -92,7 +74,7 @@ def accumulate(
 ) -> Scalar:
     """step(step(first, position 0), position 1)... along `axes`. `join` combines two such results,
     of parts of the positions; `first` must not change what it is joined with."""
-    total = Cell(e, first)
+    total = e.cell(first)
     over(e, shape, at, axes, lambda full: total.set(step(total.get(), full)))
     e.merge([total], lambda others: total.set(join(total.get(), others[0])))
     return total.get()
@@ -213,7 +195,7 @@ def _first_extreme(e: Emission, op: Op, dims: Any, sign: int, values: bool) -> N
     def row(at: Position) -> None:
         kind = x.dtype
         start = sc.lowest(kind) if sign > 0 else sc.greatest(kind)
-        best, position = Cell(e, start), Cell(e, sc.constant(-1, "i64"))
+        best, position = e.cell(start), e.cell(sc.constant(-1, "i64"))
 
         def visit(full: Position) -> None:
             here = ix.const(0)

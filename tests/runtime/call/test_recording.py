@@ -19,7 +19,7 @@ import moec
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime.artifact import manifest
 from moec.runtime.artifact.manifest import Manifest
-from moec.runtime.call.recording import Recorder
+from moec.runtime.call.recorder import Recorder
 from moec.runtime.call.routing_trace import load_trace
 from moec.runtime.package import RECORDED, Package, RecordedLayer
 from tests.capture.modules import WIDTH, Moe

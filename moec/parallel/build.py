@@ -1,0 +1,96 @@
+"""`moec.compile_ranks`: compiles a model for the ranks of a plan, and verifies the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moec.api import compile
+from moec.arguments import tolerance
+from moec.capture.doors import stop_tokens
+from moec.errors import NoMatch, UsageError
+from moec.ir.graph import Module
+from moec.parallel.save import TextFiles, check_replaceable, save_ranks
+from moec.passes.core.runner import Declined, Log
+from moec.passes.decode import continues_text, incremental
+from moec.passes.parallel.plan_parallelism import rank_programs
+from moec.plan.plan import Plan, read_plan
+from moec.runtime.package import DECODE
+from moec.verify.ranks import Ranked, check_ranks
+from moec.verify.references import intended
+
+OPTIONS = frozenset(
+    "dynamic_shapes allow_fixed constants dtype opt_level passes calib budget strict descriptions "
+    "progress".split()
+)
+"""The options of `moec.compile` that `compile_ranks` takes too."""
+
+
+@dataclass(frozen=True)
+class CompiledRanks:
+    """A folder that was written, and what does not run as planned: a layer, or text generation."""
+
+    folder: Path
+    declined: tuple[Declined, ...]
+
+
+def compile_ranks(
+    model: Any,
+    plan: Plan | Path | str,
+    output: Path | str,
+    args: Sequence[Any] | torch.Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    verify: bool | float = True,
+    overwrite: bool = False,
+    **options: Any,
+) -> CompiledRanks:
+    """Compile the graphs of all ranks of a plan into a folder for `moec run --nproc` or
+    `moec.parallel.model.open_rank`.
+
+    `model`, `args` and `kwargs` are those of `moec.compile`, and so are the `options`
+    dynamic_shapes, allow_fixed, constants, dtype, opt_level, passes, calib, budget, strict,
+    descriptions and progress. `plan` is a plan or a file that `moec plan` wrote. `verify` simulates
+    all ranks in this process and compares their results with eager's before anything is written; a
+    float is the greatest error allowed, relative to the greatest value of an output. `overwrite`
+    replaces a folder at `output`.
+
+    Raises UsageError for a plan of another model, UnsupportedError for what ranks cannot compute,
+    VerificationError where the ranks together do not compute the model's results, and what
+    `moec.compile` raises.
+    """
+    if others := options.keys() - OPTIONS:
+        name = min(others)
+        raise UsageError(
+            f"{name} cannot be combined with a plan: leave it out (compile_ranks takes "
+            f"{', '.join(sorted(OPTIONS))})"
+        )
+    limit, folder = tolerance(verify), Path(output)
+    check_replaceable(folder, overwrite)
+    plan = plan if isinstance(plan, Plan) else read_plan(Path(plan))
+    compiled = compile(model, args, kwargs, verify=False, stop_after="split-packed", **options)
+    program, log = compiled.pass_results[-1].program, Log()
+    module = rank_programs(program, plan, log)
+    captured = intended(compiled.captured, compiled.pass_results)
+    if verify is not False:
+        check_ranks(captured, Ranked(program, module, plan), limit)
+    text = TextFiles()
+    if continues_text(program.graph):
+        try:
+            step = incremental(program)
+        except NoMatch as why:
+            text = replace(text, no_generation=str(why))
+            log.decline("text generation", str(why))
+        else:
+            steps = rank_programs(step, plan, function=DECODE)
+            if verify is not False:
+                check_ranks(captured, Ranked(step, steps, plan, DECODE), limit)
+            module = Module({**module.programs, **steps.programs})
+            files = {name: file.read_bytes() for name, file in compiled.source.files.items()}
+            text = TextFiles(files, stop_tokens(compiled.source.model))
+    save_ranks(module, plan, folder, text=text, replace=overwrite)
+    return CompiledRanks(folder, tuple(log.declined))
