@@ -84,14 +84,14 @@ def counts_with_inputs(module: torch.nn.Module, run: Run, inputs: Sequence[Tenso
                 raise differs(module)
     if not writes:
         return []
-    counts, before, number = list[Slot](), _TURNS[0], _TURNS[0]
+    counts, before, number = list[Slot](), -1, -1
     with values_kept(module):
         for number in _TURNS:
             start = snapshot(module)
             agrees = _agree(fresh[number], _results(run, inputs[number]))
             if number == before:
                 counts += [slot for slot, _ in start.counted(snapshot(module))]
-            if not agrees:
+            if before >= 0 and not agrees:
                 break
             before = number
         else:
