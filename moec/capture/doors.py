@@ -22,8 +22,8 @@ from moec.capture.auto_class import auto_class
 from moec.capture.behaviour.door import Declared, Described, ModelExample, capture_described
 from moec.capture.capture import capture
 from moec.capture.captured import Captured
-from moec.capture.earlier_calls.check import earlier_calls
-from moec.capture.earlier_calls.unread import capture_unread
+from moec.capture.earlier_calls.other_inputs import capture_stateless
+from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.pt2 import check_archive
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, UsageError
@@ -90,7 +90,7 @@ def capture_source(
         return run()
     example = example_of(source)
     example.module.eval()
-    captured = capture_unread(
+    captured = capture_stateless(
         earlier_calls(example.module, source.args, source.kwargs),
         partial(capture_described, example, run, declared, observed),
     )

@@ -24,10 +24,9 @@ from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.calls.process_state import PROCESS_STATE
-from moec.capture.earlier_calls.check import earlier_calls
-from moec.capture.earlier_calls.histories import changing_with_inputs
-from moec.capture.earlier_calls.runs import words_of
-from moec.capture.python_values.reach import values_kept
+from moec.capture.earlier_calls.other_inputs import counts_with_inputs
+from moec.capture.earlier_calls.two_runs import earlier_calls
+from moec.capture.state.reach import values_kept
 from moec.dynamo.forwards import previous_forward, replace_forward
 from moec.dynamo.record import Fallback
 from moec.dynamo.structure import ModuleStructure
@@ -122,13 +121,14 @@ def _observed(module: nn.Module, call: RecordedCall) -> Observed:
     try:
         earlier = earlier_calls(module, call.args, call.kwargs)
         if earlier.slots:
+            words = " and ".join(slot.words for slot in earlier.slots[:2])
             raise NoMatch(
-                f"its calls set {words_of(earlier.slots)}, which a description does not do; return "
+                f"its calls set {words}, which a description does not do; return "
                 "the value, or set it only where the module is training"
             )
         with PROCESS_STATE:
-            changing_with_inputs(earlier, partial(_leaves, module), _inputs(call.args[0]))
-        with earlier.unread():
+            counts_with_inputs(module, partial(_leaves, module), _inputs(call.args[0]))
+        with PROCESS_STATE, values_kept(module):
             description = recognise(module, arguments).description
     except CaptureError as why:
         raise NoMatch(" ".join(str(why).split("\n")[:2])) from None

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from moec.capture.calls.constants import constants_computed
 from moec.capture.calls.rope_index import positions_as_tensors
-from moec.capture.python_values.traced_changes import as_traced
+from moec.capture.state.traced_changes import as_traced
 from moec.errors import CaptureError
 from moec.interpret.outputs import Structure, checked, flatten
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.process_state import PROCESS_STATE
-from moec.capture.python_values.reach import values_kept
+from moec.capture.state.reach import values_kept
 
 _SIZES_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 

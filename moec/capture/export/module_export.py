@@ -21,8 +21,6 @@ from moec.capture.export.huggingface import experts_as_ops
 from moec.capture.guards.guards import located
 from moec.capture.linear_attention.lightning import lightning_as_ops
 from moec.capture.linear_attention.scans import scans_as_ops
-from moec.capture.python_values.reach import values_kept
-from moec.capture.python_values.size_tables import tables_by_size
 from moec.capture.size_functions.float_ranges import float_ranges_known
 from moec.capture.size_functions.literals import floats_symbolic
 from moec.capture.size_functions.numbers import export_keeping_sizes
@@ -35,6 +33,8 @@ from moec.capture.sizes.lengths import AxisGroup
 from moec.capture.sizes.shapes import Axes, name_symbols
 from moec.capture.sizes.widening import Widened
 from moec.capture.speculate import explained, scripts_as_python
+from moec.capture.state.reach import values_kept
+from moec.capture.state.size_tables import tables_by_size
 from moec.capture.user_code.stacks import short_stacks
 from moec.interpret.outputs import Structure, flatten
 from moec.ir.graph import Program

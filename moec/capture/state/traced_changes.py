@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moec.capture.python_values.reach import snapshot
-from moec.capture.python_values.slots import Slot
+from moec.capture.state.reach import snapshot
+from moec.capture.state.snapshot import Slot
 
 
 @dataclass
@@ -47,4 +47,4 @@ def as_traced(module: torch.nn.Module) -> Iterator[None]:
     yield
     later = snapshot(module)
     changes.slots += before.changed(later)
-    changes.counts += before.counted(later)
+    changes.counts += [slot for slot, _ in before.counted(later)]

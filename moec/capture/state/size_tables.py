@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from moec.capture.python_values.reach import snapshot, values_kept
+from moec.capture.state.reach import snapshot, values_kept
+from moec.capture.state.snapshot import ELEMENTS
 
 _MISSING = object()
 
@@ -27,6 +28,8 @@ def tables_by_size(module: torch.nn.Module) -> Iterator[None]:
     with values_kept(module):
         tables: dict[int, Any] = {}
         for slot, value in snapshot(module).values.values():
+            if slot.key is ELEMENTS:
+                continue
             if type(value) in (dict, OrderedDict, defaultdict):
                 slot.put(tables.setdefault(id(value), SizeTable(value)))
             elif type(value) is set:

@@ -1,0 +1,1 @@
+"""The Python values that a module keeps between calls, and how they go back."""
