@@ -10,8 +10,9 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moec.interpret.evaluate import evaluate, evaluate_anywhere
-from moec.ir.graph import Module, Program
+from moec.interpret.evaluate import evaluate, evaluate_anywhere, run_graph, run_op
+from moec.ir.graph import Module, Program, Value
+from moec.ir.size_expressions import size_expressions
 from moec.ir.upcast import widen
 
 MEANING = 2e-4
@@ -34,6 +35,28 @@ def in_float32(
     def run(inputs: Tensors) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             return meaning(program.graph, [wide(tensor) for tensor in inputs], program.weights)
+
+    return run
+
+
+def folded_in_float32(program: Program) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
+    """As `in_float32`, with what depends on weights alone computed in the program's own dtypes, as
+    by a pass that folds constants: the rounding of 1 + bias in 16 bits is no error."""
+    source, wide_program = program.graph, widened(Module.of(program)).main
+    graph = wide_program.graph
+    tensors = {param: program.weights[param.name] for param in source.params}
+    constants: dict[Value, torch.Tensor] = {}
+    with torch.no_grad():
+        for op, widened_op in zip(source.ops, graph.ops, strict=True):
+            if op.inputs and all(v in tensors for v in op.inputs) and not [*size_expressions(op)]:
+                results = run_op(op, [tensors[value] for value in op.inputs], {})
+                tensors |= dict(zip(op.outputs, results, strict=True))
+                constants |= dict(zip(widened_op.outputs, map(wide, results), strict=True))
+    weights = [wide_program.weights[param.name] for param in graph.params]
+
+    def run(inputs: Tensors) -> tuple[torch.Tensor, ...]:
+        with torch.no_grad():
+            return run_graph(graph, [*map(wide, inputs), *weights], precomputed=constants)
 
     return run
 

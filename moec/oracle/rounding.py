@@ -59,15 +59,21 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def meaning_excess(
     results: Sequence[Sequence[torch.Tensor]],
     exact: Sequence[Sequence[torch.Tensor]],
+    folded: Sequence[Sequence[torch.Tensor]],
     unit: float = 0.0,
 ) -> Excess | None:
     """How results in float32, those of each case, are more than reordered sums, or errors of rows
-    by `unit`, away from eager's in float32; None where they are not."""
+    by `unit`, away from eager's in float32; None where they are not. The yardstick is the error of
+    `folded`, the captured graph in float32 with its constants folded in 16 bits."""
     for number in range(min(map(len, exact), default=0)):
-        pairs = zip(results, exact, strict=True)
-        errors = torch.cat([row_distances(a[number], b[number]) for a, b in pairs], 1)
-        for ours in errors:
-            more = excess(ours, torch.zeros_like(ours), max(FLOAT32_UNIT, unit))
+        ours, yardstick = (
+            torch.cat(
+                [row_distances(a[number], b[number]) for a, b in zip(each, exact, strict=True)], 1
+            )
+            for each in (results, folded)
+        )
+        for errors, allowed in zip(ours, yardstick, strict=True):
+            more = excess(errors, allowed, max(FLOAT32_UNIT, unit))
             if more is not None:
                 return more
     return None

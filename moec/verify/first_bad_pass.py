@@ -9,7 +9,7 @@ import torch
 from moec.capture import Captured
 from moec.errors import IRError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import eager_in_float32, in_float32
+from moec.interpret.run_in_float32 import eager_in_float32, folded_in_float32, in_float32
 from moec.oracle.agree import error_of, with_states
 from moec.oracle.rounding import meaning_excess
 from moec.oracle.tolerance import rounds_to_16_bits
@@ -39,7 +39,8 @@ def first_bad_pass(
         references = list(map(in_float32(start), inputs))
         if rounds_to_16_bits(start.graph) and not captured.is_graph:
             eager = eager_in_float32(captured.eager)
-            wrong = _differs(references, [eager(*case) for case, _ in answers])
+            exact = [eager(*case) for case, _ in answers]
+            wrong = _differs(references, exact, exact)
         else:
             results = [evaluate(start.graph, case, start.weights) for case in inputs]
             pairs = zip(results, answers, strict=True)
@@ -48,23 +49,28 @@ def first_bad_pass(
         return f"the graph after {pass_results[0].name} does not run: {error}"
     if wrong:
         return f"the first pass after which the graph differs is {pass_results[0].name}"
+    folded: list[_Results] = []
     for pass_result in pass_results[1:]:
         try:
             results = list(map(in_float32(pass_result.program), inputs))
         except (IRError, RuntimeError) as error:
             return f"the graph after {pass_result.name} does not run: {error}"
-        if _differs(results, references):
+        folded = folded or list(map(folded_in_float32(start), inputs))
+        if _differs(results, references, folded):
             return f"the first pass after which the graph differs is {pass_result.name}"
     return "the graph is correct after every pass: the generated code is wrong"
 
 
-def _differs(results: Sequence[_Results], expected: Sequence[_Results]) -> bool:
+def _differs(
+    results: Sequence[_Results], expected: Sequence[_Results], folded: Sequence[_Results]
+) -> bool:
     """Whether an output differs in float32; the new contents of states, which follow the outputs,
-    are not compared."""
+    are not compared. `folded` is the yardstick of `meaning_excess`."""
     outputs = min(len(expected[0]), len(results[0])) if expected else 0
     shapes = any(
         a.shape != b.shape or a.dtype != b.dtype
         for ours, right in zip(results, expected, strict=True)
         for a, b in zip(ours[:outputs], right[:outputs], strict=True)
     )
-    return shapes or meaning_excess(results, [right[:outputs] for right in expected]) is not None
+    right = [results[:outputs] for results in expected]
+    return shapes or meaning_excess(results, right, folded) is not None

@@ -16,14 +16,15 @@ from moec.capture import Captured
 from moec.errors import VerificationError
 from moec.interpret.evaluate import evaluate_anywhere
 from moec.interpret.ranks import evaluate_ranks
-from moec.interpret.run_in_float32 import MEANING, wide, widened
+from moec.interpret.run_in_float32 import MEANING, folded_in_float32, wide, widened
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Module, Program
 from moec.ir.sizes.thresholds import allows
-from moec.oracle.agree import at_sizes, with_states
-from moec.oracle.cases import FEW_DRAWS, Case, Eager, drawn_and_run, shapes
+from moec.oracle.agree import at_sizes, error_of, with_states
+from moec.oracle.cases import Case, Eager, drawn_and_run, shapes
 from moec.oracle.draws import DRAWS
+from moec.oracle.rounding import FACTOR
 from moec.oracle.tolerance import default_tolerance, distance, rounds_to_16_bits
 from moec.passes.decode import logits_of
 from moec.plan.groups import Parts, groups_of, tp_group, tp_texts
@@ -31,6 +32,9 @@ from moec.plan.plan import Plan
 from moec.runtime.package import MAIN
 from moec.verify.cases import Reference, least_sizes, odd_sizes
 from moec.verify.references import exact_eager
+
+_DRAWS = 3
+"""Draws of the example's sizes."""
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -81,7 +85,7 @@ def check_ranks(captured: Captured, ranked: Ranked, tolerance: float | None = No
     graph = ranked.program.graph
     sixteen = rounds_to_16_bits(graph)
     if tolerance is None:
-        tolerance = MEANING if sixteen else default_tolerance(graph)
+        tolerance = _limit_in_float32(captured) if sixteen else default_tolerance(graph)
     joint = any(op.name == "moe.capacity" for op in graph.ops)
     module = widened(ranked.module) if sixteen else ranked.module
     reference, groups = _reference(captured, ranked, sixteen), groups_of(ranked.plan)
@@ -125,7 +129,7 @@ def _references(captured: Captured, ranked: Ranked, reference: Eager) -> Iterato
     example's, every second rank has one text more."""
     program, example, ranks = captured.program, captured.example, range(ranked.plan.devices)
     yield [(example, reference(*example))] * len(ranks)
-    plans: list[Sequence[Mapping[str, int]]] = [[{}] for _ in FEW_DRAWS]
+    plans: list[Sequence[Mapping[str, int]]] = [[{}] for _ in range(_DRAWS)]
     plans += _other_sizes(captured, ranked)
     for number, plan in enumerate(plans):
         drawn = [
@@ -162,6 +166,13 @@ def _evaluate_joined(reference: Eager, cases: Sequence[Case]) -> list[tuple[torc
     texts = [len(case[0]) for case in cases]
     parts = (torch.split(t, [len(t) * count // sum(texts) for count in texts]) for t in results)
     return list(zip(*parts, strict=True))
+
+
+def _limit_in_float32(captured: Captured) -> float:
+    """The greatest error in float32 of a model of 16 bits, whose constants passes fold in 16."""
+    folded = folded_in_float32(captured.program)(with_states(captured.program, captured.example))
+    error = error_of(folded, exact_eager(captured)(*captured.example))
+    return max(MEANING, FACTOR * error)
 
 
 def _difference(

@@ -10,7 +10,7 @@ import torch
 
 from moec.capture import Captured
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import eager_in_float32, in_float32
+from moec.interpret.run_in_float32 import eager_in_float32, folded_in_float32, in_float32
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.oracle.agree import with_states
@@ -97,11 +97,13 @@ def meaning(
     run = in_float32(final)
     results = [run(with_states(final, case)) for case, _ in answers]
     unit = rounded_rows(final.graph)
-    more = meaning_excess(results, exact, unit)
+    more = meaning_excess(results, exact, exact, unit)
     if more is not None:
         with FirstOfEquals() as tied:
-            exact = exact_results(captured, answers)
-        more = meaning_excess(results, exact, unit) if tied.met else more
+            stable = exact_results(captured, answers)
+        fold = folded_in_float32(captured.program)
+        folded = [fold(with_states(captured.program, case)) for case, _ in answers]
+        more = meaning_excess(results, stable if tied.met else exact, folded, unit)
     return (None if more is None else f"of the graph in float32: {more}"), ()
 
 

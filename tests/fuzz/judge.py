@@ -29,6 +29,7 @@ from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
 from moec.model.compiled import CompiledModel
+from moec.oracle.rounding import UNIT
 from moec.oracle.tolerance import TOLERANCES, allowed_strays, distance, row_errors
 from tests.fuzz.layer import Layer, source
 from tests.fuzz.second_inputs import SECOND_INPUTS, Draw
@@ -86,7 +87,8 @@ def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict
         if not built and not supported(compiled.graph, backend_for(compiled.target)):
             return Verdict(Outcome.REFUSED, "operators without kernels")
         run = compiled if built else interpreted(compiled, widened)
-        wrong, refused = compare(run, answers, "float32" if widened else layer.dtype)
+        dtype = f"{layer.dtype} in float32" if widened else layer.dtype
+        wrong, refused = compare(run, answers, dtype)
     except MoecError as error:
         return Verdict(Outcome.REFUSED, f"{type(error).__name__}: {error}")
     except Exception:
@@ -252,7 +254,8 @@ def _leaves(value: Any) -> list[Any]:
 
 def _apart(actual: torch.Tensor, answers: Sequence[torch.Tensor], dtype: str) -> str:
     """In words, how a tensor differs from each of the answers."""
-    limit = TOLERANCES["f64" if dtype == "float64" else "f32"]
+    short = SHORT.get(dtype.split()[0])  # constants are folded in 16 bits
+    limit = UNIT[short] if short else TOLERANCES["f64" if dtype == "float64" else "f32"]
     unlike = _unlike(actual, answers[0])
     errors = [] if unlike else [distance(actual, expected) for expected in answers]
     return unlike or (f"differs by {errors[0]:.1e}" if min(errors) > limit else "")
