@@ -73,7 +73,7 @@ def meaning_excess(
             for each in (results, folded)
         )
         for errors, allowed in zip(ours, yardstick, strict=True):
-            more = excess(errors, allowed, max(FLOAT32_UNIT, unit))
+            more = excess(errors, allowed[None], max(FLOAT32_UNIT, unit))
             if more is not None:
                 return more
     return None
@@ -103,25 +103,27 @@ class Excess:
         )
 
 
-def excess(ours: torch.Tensor, eager: torch.Tensor, unit: float) -> Excess | None:
-    """How errors of rows are more than rounding; None where they are not. f64[rows] each, and there
-    may be several samples of eager's rows."""
+def excess(ours: torch.Tensor, samples: torch.Tensor, unit: float) -> Excess | None:
+    """How errors of rows, f64[rows], are more than those of any of eager's samples, f64[samples,
+    rows]; None where they are not."""
     rows = len(ours)
     if not rows:
         return None
-    ordered, samples = eager.sort().values, len(eager) / rows
-    picks = torch.linspace(0, len(eager) - 1, min(_SHARES, len(eager))).long()
-    for threshold in sorted(set(ordered[picks].clamp(min=unit).tolist())):
+    pooled = samples.flatten().sort().values
+    picks = torch.linspace(0, len(pooled) - 1, min(_SHARES, len(pooled))).long()
+    for threshold in sorted(set(pooled[picks].clamp(min=unit).tolist())):
         above = int((ours > FACTOR * threshold).sum())
-        reference = float((eager > threshold).sum()) / samples
+        reference = int((samples > threshold).sum(-1).max())
         if above > reference + _CHANCE * math.sqrt(reference + _RARE * rows):
             return Excess(above, reference, FACTOR * threshold, rows)
-    ranked = ours.sort().values
+    ranked, ordered = ours.sort().values, samples.sort().values
     for share in _TRIMMED:
         count = max(1, int(share * rows))
-        mean = float(ranked[:count].mean())
-        reference = float(ordered[: max(1, int(count * samples))].mean())
+        mean, reference_mean = (
+            float(ranked[:count].mean()),
+            float(ordered[:, :count].mean(-1).max()),
+        )
         slack = FACTOR * (1 + 2 / math.sqrt(count))
-        if mean > slack * max(reference, unit / 2):
-            return Excess(mean, reference, 0.0, count, mean=True)
+        if mean > slack * max(reference_mean, unit / 2):
+            return Excess(mean, reference_mean, 0.0, count, mean=True)
     return None

