@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -86,7 +87,8 @@ def eager_in_float32(
     `noise` of that standard deviation on the results of products, sums and activations."""
 
     def run(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with InFloat32(noise, seed):
+        with InFloat32(noise, seed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of mixed dtypes before they are cast
             return eager(*(wide(tensor.clone()) for tensor in inputs))
 
     return run

@@ -23,6 +23,10 @@ from moec.oracle.cases import Eager, Inputs, cases
 from moec.oracle.tolerance import default_tolerance, distance, rounds_to_16_bits
 
 
+_FAILURES = (RuntimeError, IRError, IndexError, ValueError, ArithmeticError)
+"""What a graph raises where it cannot be evaluated, such as 100 % n at a size of 0."""
+
+
 def agree(program: Program, eager: Eager, example: Inputs) -> bool | None:
     """Whether program and module agree on the example and on every draw of its sizes; None where
     the module refuses all of them. A module that returns other constants disagrees."""
@@ -68,7 +72,7 @@ def same_results(program: Program, eager: Eager, case: Inputs, expected: Inputs)
     try:
         exact = eager_in_float32(eager)(*case)
         results = in_float32(program, anywhere=True)(with_states(program, case))
-    except (RuntimeError, IRError, IndexError, ValueError):
+    except _FAILURES:
         return False
     return error_of(results, exact) <= MEANING
 
@@ -83,7 +87,7 @@ def _error(program: Program, case: Inputs, expected: Inputs) -> float:
         with torch.no_grad():
             graph, weights = program.graph, program.weights
             return error_of(evaluate_anywhere(graph, with_states(program, case), weights), expected)
-    except (RuntimeError, IRError, IndexError, ValueError):
+    except _FAILURES:
         return math.inf
 
 

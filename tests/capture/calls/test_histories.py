@@ -319,6 +319,6 @@ def run_rows(module: nn.Module) -> list[int]:
 def test_a_module_without_values_of_calls_is_run_on_no_other_sizes() -> None:
     """Runs with fewer rows, and draws, are those of the capture, which compares such sizes."""
     rows = run_rows(Plain().eval())
-    assert rows.count(3) == 2 + 4
+    assert rows.count(3) == 2 + 3
     assert max(rows) == 3
     assert 9 in run_rows(Tabled().eval())
