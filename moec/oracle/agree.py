@@ -22,7 +22,6 @@ from moec.ir.sizes.dims import bind_shape
 from moec.oracle.cases import Eager, Inputs, cases
 from moec.oracle.tolerance import default_tolerance, distance, rounds_to_16_bits
 
-
 _FAILURES = (RuntimeError, IRError, IndexError, ValueError, ArithmeticError)
 """What a graph raises where it cannot be evaluated, such as 100 % n at a size of 0."""
 

@@ -150,5 +150,5 @@ def _run(program: Program, case: Sequence[torch.Tensor]) -> tuple[torch.Tensor, 
         with torch.no_grad():
             results = evaluate(program.graph, [*case, *states], program.weights)
             return results[: len(program.graph.outputs)]
-    except (RuntimeError, IRError, IndexError, ValueError):
+    except (RuntimeError, IRError, IndexError, ValueError, ArithmeticError):
         return ()
