@@ -18,7 +18,7 @@ from moec.interpret.outputs import VaryingOutput
 from moec.interpret.resized import with_sizes
 from moec.interpret.run_in_float32 import MEANING, eager_in_float32, in_float32
 from moec.ir.graph import Program
-from moec.ir.sizes.dims import bind_shape
+from moec.ir.sizes.dims import bind_shape, evaluate_dim, symbols
 from moec.oracle.cases import Eager, Inputs, cases
 from moec.oracle.tolerance import default_tolerance, distance, rounds_to_16_bits
 
@@ -48,8 +48,22 @@ def agree_at_sizes(
 
 
 def at_sizes(program: Program, example: Inputs, sizes: Mapping[str, int]) -> list[torch.Tensor]:
-    pairs = zip(example, program.graph.inputs, strict=False)
-    return [with_sizes(tensor, value.shape, sizes) for tensor, value in pairs]
+    """The example repeated and cut to `sizes`. An example without rows has none to repeat: floats
+    are random, and others 0."""
+    resized: list[torch.Tensor] = []
+    for tensor, value in zip(example, program.graph.inputs, strict=False):
+        if not tensor.numel():
+            fixed = zip(value.shape, tensor.shape, strict=True)
+            shape = [
+                evaluate_dim(dim, sizes) if symbols(dim) and symbols(dim) <= set(sizes) else size
+                for dim, size in fixed
+            ]
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(shape, generator=generator)
+            tensor = drawn if tensor.is_floating_point() else torch.zeros(shape)
+            tensor = tensor.to(example[len(resized)].dtype)
+        resized.append(with_sizes(tensor, value.shape, sizes))
+    return resized
 
 
 def sizes_of(program: Program, example: Inputs) -> dict[str, int]:
