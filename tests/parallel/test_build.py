@@ -35,7 +35,6 @@ def experts() -> int:
     return int(FAMILY.build().config.num_experts)
 
 
-@pytest.mark.long
 def test_a_module_and_a_plan(tmp_path: Path) -> None:
     """Both functions of both ranks are written; the norm of OLMoE's queries mixes heads."""
     arguments = FAMILY.build(), planned(experts(), attention=2), tmp_path / "out.ranks"
