@@ -94,8 +94,8 @@ class Criterion:
             return Criterion(tolerance, tolerance, 0.0)
         limit, of_rows = default_tolerance(graph), rounded_rows(graph)
         unit = max((UNIT.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
-        if unit:
-            return Criterion(limit, limit, 0.0, max(unit, of_rows))
+        if unit and not of_rows:
+            return Criterion(limit, limit, 0.0, unit)
         return Criterion(limit, FAR if of_rows else limit, QUANTISED_STRAYS if of_rows else 0.0)
 
     def strays(self, compared: Iterable[Comparison]) -> tuple[int, int]:
