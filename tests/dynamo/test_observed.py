@@ -149,7 +149,9 @@ def test_gradients(prepared: Around) -> None:
     F.mse_loss(compiled(model)(x), x).backward()
     F.mse_loss(eager(x), x).backward()
     for actual, right in zip(model.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(actual.grad, right.grad, **CLOSE)
+        # eager skips an expert without tokens and leaves None
+        grad = torch.zeros_like(right) if right.grad is None else right.grad
+        torch.testing.assert_close(actual.grad, grad, **CLOSE)
 
 
 def test_what_is_not_recognised_is_named() -> None:
