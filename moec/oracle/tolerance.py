@@ -19,9 +19,9 @@ rounds to them after every op, where a fused kernel does not.
 
 
 QUANTISED = 4e-3
-"""The tolerance of a model whose rows are rounded to 8 bits: half of 1/127. A row that differs in
-its last bit may round to another code, which changes a result by 1/127 of one of its dozens to
-thousands of terms; and this may happen in every layer."""
+"""The error that a row may always have where rows are rounded to 8 bits: half of 1/127. A row that
+differs in its last bit may round to another code, which changes a result by 1/127 of one of its
+dozens to thousands of terms; and this may happen in every layer."""
 
 
 EXACT_ROWS = 3e-2
@@ -60,13 +60,6 @@ def rounds_to_16_bits(graph: Graph) -> bool:
     return not computed_dtypes(graph).isdisjoint(("f16", "bf16"))
 
 
-QUANTISED_STRAYS = 0.05
-"""The share of rows (tokens) that may have a greater error, up to `FAR`, where rows are rounded to
-8 bits: of two experts with nearly equal scores rounding decides which is chosen, and a token with
-the other one is not wrong, though its numbers differ."""
-FAR = 0.5
-
-
 def row_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """For each row (all axes but the last) its greatest difference, relative to the greatest
     expected value of all rows."""
@@ -92,20 +85,6 @@ def _finite_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
 def _greatest_of_rows(difference: torch.Tensor) -> torch.Tensor:
     width = difference.shape[-1] if difference.ndim else 1
     return difference.reshape(-1, width).abs().amax(-1)
-
-
-def strays(actual: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[int, int]:
-    """The number of rows whose error exceeds `limit`, and the number of rows."""
-    errors = row_errors(actual, expected)
-    return int((errors > limit).sum()), len(errors)
-
-
-def allowed_strays(share: float, rows: int) -> float:
-    """The greatest allowed number of strays among `rows`, each a stray with probability `share`:
-    three standard deviations above the mean, which chance exceeds in one of 700 checks.
-    """
-    mean = share * rows
-    return mean + 3 * math.sqrt(mean)
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The criterion for results: in 16 bits eager's own error, else a limit."""
+"""The criterion for results: in 16 bits, or with rows of 8, eager's own error, else a limit."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from functools import cached_property
 import torch
 
 from moec.ir.graph import Graph
-from moec.oracle.rounding import UNIT, Excess, excess, row_distances
+from moec.oracle.rounding import FLOAT32_NOISE, NOISE, UNIT, Excess, excess, row_distances
 from moec.oracle.tolerance import (
-    FAR,
-    QUANTISED_STRAYS,
-    allowed_strays,
     computed_dtypes,
     default_tolerance,
     distance,
@@ -70,6 +67,12 @@ class Comparison:
         """Those of eager itself, [rows] in float64."""
         return row_errors(self.right[0], self.references[0])
 
+    def within(self, limit: float) -> bool:
+        """Whether no row is further than `limit` from its nearest reference."""
+        if self.distance == float("inf"):
+            return False
+        return not len(self.errors) or bool(self.errors.max() <= limit)
+
     @property
     def fits(self) -> bool:
         """Whether shape and dtype are eager's."""
@@ -79,24 +82,22 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Criterion:
-    """No error may exceed `greatest`, and at most a `share` of the rows may exceed `limit`. With
-    `unit`, the spacing of 16-bit floats, eager's own error is the yardstick instead."""
+    """No error may exceed `limit`. With `unit`, the spacing of 16-bit floats or the error of rows
+    that are rounded to 8 bits, eager's own error is the yardstick instead, a sample of which is
+    eager in float32 with relative `noise`."""
 
     limit: float
-    greatest: float
-    share: float
     unit: float = 0.0
+    noise: float = 0.0
 
     @staticmethod
     def of(graph: Graph, tolerance: float | None) -> Criterion:
         """That of a graph. A `tolerance` of the user's is the limit of every row."""
         if tolerance is not None:
-            return Criterion(tolerance, tolerance, 0.0)
-        limit, of_rows = default_tolerance(graph), rounded_rows(graph)
+            return Criterion(tolerance)
         unit = max((UNIT.get(dtype, 0.0) for dtype in computed_dtypes(graph)), default=0.0)
-        if unit and not of_rows:
-            return Criterion(limit, limit, 0.0, unit)
-        return Criterion(limit, FAR if of_rows else limit, QUANTISED_STRAYS if of_rows else 0.0)
+        noise = unit * NOISE or FLOAT32_NOISE
+        return Criterion(default_tolerance(graph), max(unit, rounded_rows(graph)), noise)
 
     def strays(self, compared: Iterable[Comparison]) -> tuple[int, int]:
         """(rows with an error above the limit against every reference, all rows)."""
@@ -109,16 +110,7 @@ class Criterion:
             return ""
         if self.unit:
             return next((str(why) for why in self._excesses(compared)), None)
-        for item in compared:
-            if item.distance == float("inf"):
-                return ""
-            if len(item.errors) and not item.errors.max() <= self.greatest:
-                return ""
-        if not self.share:
-            return None
-        counts = map(self.strays, _groups(compared))
-        right = all(strays <= allowed_strays(self.share, rows) for strays, rows in counts)
-        return None if right else ""
+        return None if all(item.within(self.limit) for item in compared) else ""
 
     def _excesses(self, compared: Sequence[Comparison]) -> Iterator[Excess]:
         """Those of each output over all cases."""

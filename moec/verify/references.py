@@ -15,7 +15,7 @@ from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.oracle.agree import with_states
 from moec.oracle.cases import Eager
-from moec.oracle.rounding import NOISE, SAMPLES, UNIT, meaning_excess
+from moec.oracle.rounding import SAMPLES, meaning_excess
 from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import PassResult
 from moec.verify.cases import Reference
@@ -66,16 +66,16 @@ def stable_references(
 
 
 def with_noise(
-    unit: float,
+    noise: float,
     captured: Captured,
     answers: Sequence[Reference],
     compared: Sequence[Comparison],
     owners: Sequence[int],
 ) -> list[Comparison]:
-    """The comparisons with more samples of how eager rounds to 16 bits of the spacing `unit`."""
+    """The comparisons with more samples of how eager rounds, by relative `noise`."""
     result = list(compared)
     for seed in range(SAMPLES):
-        noisy = exact_results(captured, answers, min(unit, UNIT["bf16"]) * NOISE, seed)
+        noisy = exact_results(captured, answers, noise, seed)
         result = [item.with_noisy(noisy[n]) for item, n in zip(result, owners, strict=True)]
     return result
 

@@ -90,8 +90,6 @@ def test_the_page_of_verification_has_the_tolerances():
         f"| bf16, in captures | {scientific(tolerance.TOLERANCES['bf16'])} |",
         f"| {scientific(tolerance.QUANTISED)}, or the dtype's",
         f"| {scientific(tolerance.EXACT_ROWS)} | every term",
-        f"up to {tolerance.QUANTISED_STRAYS * 100:.0f} % of the rows",
-        f"none is above {tolerance.FAR}",
         f"may have {rounding.FACTOR} times",
     ):
         assert row in page

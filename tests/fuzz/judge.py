@@ -24,13 +24,14 @@ from moec.codegen.backends import backend_for
 from moec.codegen.lower import supported
 from moec.errors import InputError, IRError, MoecError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import in_float32, wide
+from moec.interpret.run_in_float32 import eager_in_float32, in_float32, wide
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import bind_shape, evaluate_dim, parse_dim, show_bounds
 from moec.model.compiled import CompiledModel
-from moec.oracle.rounding import UNIT
-from moec.oracle.tolerance import TOLERANCES, allowed_strays, distance, row_errors
+from moec.oracle.rounding import NOISE, SAMPLES, UNIT
+from moec.oracle.tolerance import TOLERANCES, distance
+from moec.verify.comparison import Comparison, Criterion
 from tests.fuzz.layer import Layer, source
 from tests.fuzz.second_inputs import SECOND_INPUTS, Draw
 
@@ -62,13 +63,18 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What `eager` answers to a call, and the `others` that are right too, computed where a result
-    is not eager's."""
+    """What `eager` answers to a call; `run` answers it as well, in float32 if `widened`, with that
+    relative noise and seed."""
 
     words: str
     inputs: tuple[torch.Tensor, ...]
     eager: Any
-    others: Callable[[], list[Any]]
+    run: Callable[..., Any]
+
+    def tied(self, widened: bool = False) -> Any:
+        """The answer that prefers the first of equal scores."""
+        with FirstOfEquals():
+            return self.run(widened)
 
 
 def judge(layer: Layer, name: str, folder: Path, built: bool = False) -> Verdict:
@@ -150,8 +156,7 @@ def calls(layer: Layer) -> Iterator[tuple[str, str, tuple[int, int]]]:
 def _answers(module: nn.Module, layer: Layer, widened: bool = False) -> Iterator[Answer]:
     """The answers of eager, in float32 if `widened`. It must run on the example; other calls at
     which it fails are skipped."""
-    precise = copy.deepcopy(module).float() if layer.dtype in SHORT else None
-    module = precise if precise is not None and widened else copy.deepcopy(module)
+    module = copy.deepcopy(module).float() if widened else copy.deepcopy(module)
     for number, (kind, value, size) in enumerate(calls(layer)):
         inputs = draw(kind, value, size, layer)
         inputs = tuple(map(wide, inputs)) if widened else inputs
@@ -164,39 +169,63 @@ def _answers(module: nn.Module, layer: Layer, widened: bool = False) -> Iterator
                 raise
             continue
         words = " ".join(filter(None, (kind, value and f"({value})", f"{size[0]}x{size[1]}")))
-        yield Answer(words, inputs, eager, partial(_others, module, precise, inputs))
+        yield Answer(words, inputs, eager, partial(_run, module, inputs))
 
 
-def _others(
-    module: nn.Module, precise: nn.Module | None, inputs: Sequence[torch.Tensor]
-) -> list[Any]:
-    """What is as correct as eager: eager that prefers the first of equal scores, and for 16 bits
-    eager in 32, which decides otherwise where scores are nearly equal, or nearly a threshold."""
+def _run(
+    module: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    widened: bool = False,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> Any:
+    """What the module answers in eager, in float32 if `widened`."""
+    run = eager_in_float32(module, noise, seed) if widened else module
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with FirstOfEquals():
-            right = [module(*(t.clone() for t in inputs))]
-        if precise is not None:
-            right.append(precise(*(t.float() if t.is_floating_point() else t for t in inputs)))
-    return right
+        return run(*(t.clone() for t in inputs))
 
 
 def compare(
     run: Callable[..., Any], answers: Sequence[Answer], dtype: str
 ) -> tuple[list[str], list[str]]:
     """In words, the calls whose results are wrong, and those that are refused: what is refused at
-    one size may be wrong at another."""
-    wrong, refused = [], []
+    one size may be wrong at another. In 16 bits all calls are one sample."""
+    wrong, refused, compared = [], [], []
     for answer in answers:
         try:
             result = run(*answer.inputs)
         except MoecError as error:
             refused.append(f"{answer.words}: {type(error).__name__}: {error}")
             continue
-        if _difference(result, [answer.eager], dtype):
-            difference = _difference(result, [answer.eager, *answer.others()], dtype)
-            wrong += [f"{answer.words}: {difference}"] if difference else []
+        difference = _difference(result, [answer.eager], dtype)
+        if difference and dtype not in SHORT:
+            difference = _difference(result, [answer.eager, answer.tied()], dtype)
+        wrong += [f"{answer.words}: {difference}"] if difference else []
+        compared.append((answer, result))
+    if dtype in SHORT and not wrong:
+        excess = _excess(compared, UNIT[SHORT[dtype]])
+        wrong += [excess] if excess else []
     return wrong, refused
+
+
+def _excess(compared: Sequence[tuple[Answer, Any]], unit: float) -> str:
+    """How results are further from eager in float32 than eager in 16 bits; "" where none is."""
+    criterion = Criterion(0.0, unit, unit * NOISE)
+    rows = []
+    for answer, result in compared:
+        eager, exact = _tensors(answer.eager), _tensors(answer.run(True))
+        for number, (actual, right) in enumerate(zip(_tensors(result), eager, strict=True)):
+            rows.append((answer, Comparison(actual, (right,), number).with_exact(exact)))
+    why = criterion.refusal([row for _, row in rows])
+    if why is None:
+        return ""
+    rows = [(a, row.with_exact(_tensors(a.tied(True)))) for a, row in rows]
+    for seed in range(SAMPLES):
+        rows = [
+            (a, row.with_noisy(_tensors(a.run(True, criterion.noise, seed)))) for a, row in rows
+        ]
+    return criterion.refusal([row for _, row in rows]) or ""
 
 
 def interpreted(compiled: CompiledModel, widened: bool = False) -> Callable[..., Any]:
@@ -236,7 +265,7 @@ def _difference(actual: Any, right: list[Any], dtype: str) -> str:
             if a != equals[0]:
                 return f"output {number} is {a!r}, and eager's {equals[0]!r}"
             continue
-        words = _strays(a, equals, dtype) if dtype in SHORT else _apart(a, equals, dtype)
+        words = _unlike(a, equals[0]) if dtype in SHORT else _apart(a, equals, dtype)
         if words:
             return f"output {number} {words}"
     return ""
@@ -252,6 +281,10 @@ def _leaves(value: Any) -> list[Any]:
     ]
 
 
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
 def _apart(actual: torch.Tensor, answers: Sequence[torch.Tensor], dtype: str) -> str:
     """In words, how a tensor differs from each of the answers."""
     short = SHORT.get(dtype.split()[0])  # constants are folded in 16 bits
@@ -259,23 +292,6 @@ def _apart(actual: torch.Tensor, answers: Sequence[torch.Tensor], dtype: str) ->
     unlike = _unlike(actual, answers[0])
     errors = [] if unlike else [distance(actual, expected) for expected in answers]
     return unlike or (f"differs by {errors[0]:.1e}" if min(errors) > limit else "")
-
-
-def _strays(actual: torch.Tensor, answers: Sequence[torch.Tensor], dtype: str) -> str:
-    """As `_apart`, in 16 bits: some rows may be none of the answers, since nearly equal scores
-    choose other experts. The answers in 32 bits count in 16."""
-    unlike = _unlike(actual, answers[0])
-    answers = [answer.to(actual.dtype) for answer in answers]
-    if unlike or not all(answer.isfinite().all() for answer in answers):
-        return unlike
-    if not actual.is_floating_point() or actual.ndim < 2:
-        tops = [(a.double(), (actual.double() - a.double()).abs().max()) for a in answers]
-        return "" if any(error <= 0.1 * a.abs().max() + 1 for a, error in tops) else "differs"
-    errors = torch.stack([row_errors(actual, answer) for answer in answers]).amin(0)
-    strays = int((errors > TOLERANCES[SHORT[dtype]]).sum())
-    if strays > max(1.0, allowed_strays(0.05, len(errors))):
-        return f"differs in {strays} of {len(errors)} rows, by {float(errors.max()):.1e}"
-    return ""
 
 
 def _unlike(actual: torch.Tensor, expected: torch.Tensor) -> str:

@@ -24,7 +24,6 @@ from tests.fuzz.judge import (
     SIZES,
     Answer,
     Outcome,
-    _difference,
     compare,
     judge,
     load,
@@ -129,12 +128,14 @@ def test_what_does_not_run_in_eager_is_no_outcome_of_moec(tmp_path: Path) -> Non
 
 def test_rows_alike_near_a_tie_may_decide_as_in_32_bits() -> None:
     """Rows of padding decide together, so that one tie is many rows."""
-    eager = torch.ones(60, 4, dtype=torch.bfloat16)
-    other = torch.cat([torch.zeros(40, 4), torch.ones(20, 4)])
-    ours = other.to(torch.bfloat16)
-    assert not _difference(ours, [eager, eager, other], "bfloat16")
-    assert "40 of 60 rows" in _difference(ours, [eager, eager], "bfloat16")
-    assert "is torch.bfloat16" in _difference(ours, [other, other], "bfloat16")
+    x, exact = torch.ones(60, 4, dtype=torch.bfloat16), torch.ones(60, 4)
+    eager = torch.cat([torch.zeros(40, 4), torch.ones(20, 4)]).bfloat16()
+    tie = Answer("tie", (x,), eager, lambda *_: exact)
+    assert compare(lambda x: x, [tie], "bfloat16") == ([], [])
+    (wrong,), _ = compare(lambda x: eager, [replace(tie, eager=x)], "bfloat16")
+    assert "40 of 60 rows" in wrong
+    (wrong,), _ = compare(lambda x: x.float(), [tie], "bfloat16")
+    assert "is torch.float32" in wrong
 
 
 def test_calls_after_a_refused_one_are_compared() -> None:
@@ -144,17 +145,20 @@ def test_calls_after_a_refused_one_are_compared() -> None:
         return x
 
     inputs = {size: torch.ones(size, 2) for size in (1, 2, 3)}
-    answers = [Answer(f"{n}", (x,), x if n < 3 else x + 1, list) for n, x in inputs.items()]
+    other = torch.full((3, 2), 2.0)
+    answers = [
+        Answer(f"{n}", (x,), x if n < 3 else x + 1, lambda *_: other) for n, x in inputs.items()
+    ]
     wrong, refused = compare(run, answers, "float32")
     assert wrong == ["3: output 0 differs by 5.0e-01"]
     assert refused == ["1: InputError: too few rows"]
 
 
-def test_other_answers_count_where_a_result_is_not_that_of_eager() -> None:
+def test_the_first_of_equal_scores_counts_where_a_result_is_not_that_of_eager() -> None:
     x = torch.ones(2, 2)
-    other = Answer("other", (x,), x + 1, lambda: [x])
+    other = Answer("other", (x,), x + 1, lambda *_: x)
     assert compare(lambda x: x, [other], "float32") == ([], [])
-    wrong, _ = compare(lambda x: x, [replace(other, others=lambda: [x + 2])], "float32")
+    wrong, _ = compare(lambda x: x, [replace(other, run=lambda *_: x + 2)], "float32")
     assert wrong == ["other: output 0 differs by 5.0e-01"]
 
 
