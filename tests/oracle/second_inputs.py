@@ -1,32 +1,32 @@
 """Sixty layers whose second input matters at some sizes only, or not in the example, and a judge
 that calls them at other sizes with other values. The judge is eager.
 
-`python -m tests.oracle.second_inputs` says of each layer whether it is equal, wrong or refused;
-arguments are parts of names.
+`python -m tests.oracle.second_inputs --door onnx` says of each layer whether it is equal, wrong or
+refused behind this door.
 """
 
 from __future__ import annotations
 
-import inspect
+import argparse
 import itertools
-import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
-import moec
 from moec.errors import InputError, MoecError
-from tests.fuzz.judge import interpreted
 from tests.oracle.conditions import CONDITIONS
+from tests.oracle.doors import DOORS, Run
 from tests.oracle.experts import Routed
 from tests.oracle.masks import MASKS
-from tests.oracle.values import inputs
+from tests.oracle.values import inputs, parameters
 
 LAYERS: dict[str, type[Routed]] = MASKS | CONDITIONS
 SIZES = ((1, 1), (1, 2), (2, 1), (1, 5), (2, 3), (3, 4), (4, 1), (5, 8))
@@ -34,8 +34,6 @@ DRAWS = 6
 TOLERANCE = 1e-4
 """Relative to the greatest value: float32 sums of a few dozen terms in another order, after a
 softmax of logits that a temperature of 0.1 makes ten times as far apart."""
-
-Run = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,6 @@ def layer(name: str) -> Routed:
     torch.manual_seed(0)
     module: Routed = LAYERS[name]().eval()
     return module
-
-
-def parameters(module: Routed) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
-
-
-def example(module: Routed) -> tuple[Any, ...]:
-    return inputs(parameters(module), *module.example, 0)[1]
 
 
 def judge(name: str, compile: Callable[[Routed], Run]) -> Verdict:
@@ -113,24 +103,25 @@ def difference(actual: Any, expected: Any) -> str:
     return ""
 
 
-def captured(module: Routed) -> Run:
-    """The graph after all passes, interpreted."""
-    return interpreted(moec.compile(module, example(module), build=False, verify=False))
-
-
-def report(name: str) -> Verdict:
+def report(name: str, door: str) -> Verdict:
     start = time.process_time()
-    verdict = judge(name, captured)
+    with tempfile.TemporaryDirectory() as folder:
+        verdict = judge(name, lambda module: DOORS[door](module, Path(folder)))
     words = next(filter(None, (*verdict.wrong, verdict.reason, *verdict.refused)), "")
     seconds = time.process_time() - start
     print(
         f"{verdict.outcome:8}{name:22}{len(verdict.wrong):3} wrong {len(verdict.refused):3} refused"
-        f" of {verdict.calls:2} {seconds:4.1f} s  {' '.join(words.split())[:90]}"
+        f" of {verdict.calls:2} {seconds:4.1f} s  {' '.join(words.split())[:90]}",
+        flush=True,
     )
     return verdict
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.oracle.second_inputs")
+    parser.add_argument("parts", nargs="*", help="parts of names of layers; default: all")
+    parser.add_argument("--door", choices=DOORS, default="graph")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    chosen = [n for n in LAYERS if not sys.argv[1:] or any(part in n for part in sys.argv[1:])]
-    print(dict(Counter(report(name).outcome for name in chosen)))
+    chosen = [n for n in LAYERS if not options.parts or any(part in n for part in options.parts)]
+    print(dict(Counter(report(name, options.door).outcome for name in chosen)))

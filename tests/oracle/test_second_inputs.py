@@ -3,7 +3,7 @@ whose formula is one for all sizes compile for all. Eager is the judge."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,19 @@ import torch
 from torch import Tensor
 
 import moec
-import moec.dynamo  # registers the backend where moec is not installed
-from moec.export.session import open_session, runner
-from tests.fuzz.judge import interpreted
+from tests.oracle.doors import DOORS, Run
 from tests.oracle.experts import Routed
-from tests.oracle.second_inputs import (
-    LAYERS,
-    Run,
-    captured,
-    difference,
-    example,
-    judge,
-    layer,
-    parameters,
-)
-from tests.oracle.values import inputs
+from tests.oracle.second_inputs import LAYERS, difference, judge, layer
+from tests.oracle.values import inputs, parameters
+
+
+def through(door: str, folder: Path) -> Callable[[Routed], Run]:
+    return lambda module: DOORS[door](module, folder)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_captured(name: str) -> None:
-    verdict = judge(name, captured)
+def test_captured(name: str, tmp_path: Path) -> None:
+    verdict = judge(name, through("graph", tmp_path))
     assert list(verdict.wrong) == []
     assert not LAYERS[name].general or (verdict.reason, list(verdict.refused)) == ("", [])
 
@@ -43,69 +36,43 @@ COMPILED = (
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled(name: str) -> None:
-    verdict = judge(name, lambda module: moec.compile(module, example(module)))
+def test_compiled(name: str, tmp_path: Path) -> None:
+    verdict = judge(name, through("code", tmp_path))
     assert list(verdict.wrong) == []
     assert not LAYERS[name].general or (verdict.reason, list(verdict.refused)) == ("", [])
 
 
 @pytest.mark.parametrize("name", ["MaskOfManyTexts", "KeepOfManyTokens", "LastOfText", "Steps"])
 def test_pt2(name: str, tmp_path: Path) -> None:
-    """The file declares the sizes: it has the side of the example only."""
-
-    def compile(module: Routed) -> Run:
-        tensors = example(module)
-        shapes = tuple(dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO) for t in tensors)
-        exported = torch.export.export(module, tensors, dynamic_shapes=shapes)
-        torch.export.save(exported, tmp_path / "layer.pt2")
-        return interpreted(moec.compile(tmp_path / "layer.pt2", build=False, verify=False))
-
-    verdict = judge(name, compile)
+    verdict = judge(name, through("pt2", tmp_path))
     assert list(verdict.wrong) == []
     assert len(verdict.refused) < verdict.calls
 
 
 @pytest.fixture
-def dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    moec.stats(reset=True)
+def reset_dynamo() -> Iterator[None]:
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.usefixtures("dynamo")
+@pytest.mark.usefixtures("reset_dynamo")
 @pytest.mark.parametrize("name", ["MaskOfManyTexts", "LengthsOfManyTexts", "MeanOfKept", "Noise"])
-def test_torch_compile(name: str) -> None:
+def test_torch_compile(name: str, tmp_path: Path) -> None:
     """Nothing is refused: torch.compile traces again where a size takes the other side."""
-
-    def compile(module: Routed) -> Run:
-        options = {"rest": "eager", "strict": True}
-        run: Run = torch.compile(module, backend="moec", dynamic=True, options=options)
-        return run
-
-    verdict = judge(name, compile)
+    verdict = judge(name, through("torch.compile", tmp_path))
     assert (list(verdict.wrong), list(verdict.refused)) == ([], [])
     assert moec.stats().blocks
+    assert moec.stats().fallbacks == ()
 
 
 @pytest.mark.parametrize("name", ["KeepUnlessOneText", "WhereKept", "PaddingOnTheLeft", "Scale"])
 def test_onnx(name: str, tmp_path: Path) -> None:
-    """At the sizes that the file is for, which are those of the graph."""
+    assert list(judge(name, through("onnx", tmp_path)).wrong) == []
 
-    def compile(module: Routed) -> Run:
-        compiled = moec.compile(module, example(module), build=False)
-        compiled.export_onnx(tmp_path / "layer.onnx")
-        graph, run = interpreted(compiled), runner(open_session(tmp_path / "layer.onnx"))
 
-        def call(*tensors: Tensor) -> Any:
-            graph(*tensors)
-            (output,) = run(dict(zip(parameters(module), tensors, strict=True))).values()
-            return output
-
-        return call
-
-    verdict = judge(name, compile)
-    assert list(verdict.wrong) == []
+def test_command(tmp_path: Path) -> None:
+    verdict = judge("PadUnlessOneToken", through("command", tmp_path))
+    assert (verdict.reason, list(verdict.wrong)) == ("", [])
 
 
 @pytest.mark.parametrize("name", LAYERS)

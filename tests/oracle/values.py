@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tests.oracle.experts import D, E, P
+from tests.oracle.experts import D, E, P, Routed
 
 Values = dict[str, Tensor]
 Draw = Callable[[int, int, torch.Generator], Values]
@@ -165,3 +166,11 @@ def inputs(names: tuple[str, ...], B: int, S: int, number: int) -> tuple[str, tu
     chosen = [list(values)[number % len(values)] for values in drawn]
     others = [values[name] for values, name in zip(drawn, chosen, strict=True)]
     return ", ".join(chosen), (torch.randn(shape, generator=random), *others)
+
+
+def parameters(module: Routed) -> tuple[str, ...]:
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def example(module: Routed) -> tuple[Any, ...]:
+    return inputs(parameters(module), *module.example, 0)[1]
