@@ -12,14 +12,14 @@ from torch.export import ExportedProgram
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
 from moec.capture.graphs import capture_export, capture_graph
-from moec.capture.proof.agreement import allow_one, refuse_zero, refuted
-from moec.capture.proof.fixed import fixed, lost_axes
-from moec.capture.proof.settlement import bounded
 from moec.capture.request import CaptureRequest, request_of
-from moec.capture.sides import with_other_sides
+from moec.capture.sizes.axis_groups import AxisGroup
 from moec.capture.sizes.constant_sizes import fold_constant_sizes
-from moec.capture.sizes.lengths import AxisGroup
-from moec.capture.sizes.widening import Widened, at_lengths, widen
+from moec.capture.sizes.fixed_axes import fixed, lost_axes
+from moec.capture.sizes.least_sizes import allow_one, refuse_zero, refuted
+from moec.capture.sizes.settle import bounded
+from moec.capture.sizes.sides import with_other_sides
+from moec.capture.sizes.widen import Widened, at_lengths, widen
 from moec.capture.speculate import CaptureForm, SpeculatedForm, Untraceable
 from moec.capture.ways import (
     BY_CLASS,
@@ -53,7 +53,7 @@ def capture(
     """Export `model` with example arguments and convert it to a program.
 
     `dynamic_shapes` is that of torch.export; None lets batch and sequence axes vary
-    (`moec.capture.sizes.shapes`). `bounds` limits sizes by name. `allow_fixed` names inputs whose
+    (`moec.capture.sizes.wishes`). `bounds` limits sizes by name. `allow_fixed` names inputs whose
     sizes may be fixed at those of the example (True: all). `constants` names inputs that always
     have the values of the example (`moec.capture.calls.constants`). Raises CaptureError, with
     torch's reason, where the model cannot be exported, or where the example's sizes decide what

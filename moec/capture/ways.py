@@ -6,7 +6,7 @@
     masked       as speculated, and every row is computed for every expert
 
 A way is used at the lengths of the widened example first, and again at others where a size decides
-a branch (`moec.capture.sides`).
+a branch (`moec.capture.sizes.sides`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from moec.capture.export.module_export import (
     from_start,
     symbol_names,
 )
-from moec.capture.guards.domains import domain_guards
-from moec.capture.guards.guards import guards_of
-from moec.capture.proof.fixed import causes
 from moec.capture.request import CaptureRequest
-from moec.capture.sizes.widening import Widened
+from moec.capture.sizes.fixed_axes import causes
+from moec.capture.sizes.guards import domain_guards, guards_of
+from moec.capture.sizes.widen import Widened
 from moec.capture.speculate import (
     CaptureForm,
     ConvertedExport,

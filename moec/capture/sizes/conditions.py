@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import sympy
 
+from moec.capture.sizes.guards import Guard
 from moec.ir.size_expressions import indicator
 from moec.ir.sizes.dims import Bounds, show_dim
 from moec.ir.sizes.floats import is_float
-from moec.ir.sizes.thresholds import sizes_around, truth_of
+from moec.ir.sizes.thresholds import first_true, interval_around, sizes_around, truth_of
 
 _ZERO = Bounds(0, 0)
 _LONGEST = 300  # characters of an expression that is checked with each call
@@ -60,3 +61,22 @@ def as_bounds(condition: sympy.Basic) -> dict[str, Bounds]:
     if size is None or not size.free_symbols or len(show_dim(size)) > _LONGEST:
         return {}
     return {show_dim(size): limits}
+
+
+def domain_bounds(
+    guard: Guard, bounds: Mapping[str, Bounds], example: Mapping[str, int]
+) -> dict[str, Bounds]:
+    """The bounds of sizes, or of an expression of sizes, where arithmetic is defined. Empty where
+    no bounds say it."""
+    truth = truth_of(guard.condition)
+    if len(guard.names) == 1:
+        (size,) = guard.names
+        near = example[size] if size in example else first_true(truth, size)
+        limits = None if near is None else interval_around(truth, size, Bounds(), near)
+        return as_bounds(guard.condition) if limits is None else {size: limits}
+    at_least_one = {name: Bounds(1).intersect(bounds[name]) for name in guard.names}
+    tried = sizes_around([truth], {**bounds, **at_least_one}, example)
+    if not all(map(truth.holds, tried)):
+        return as_bounds(guard.condition)
+    zeros = (name for name in sorted(guard.names) if not truth.holds({**example, name: 0}))
+    return dict.fromkeys(zeros, Bounds(1))

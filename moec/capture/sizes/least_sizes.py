@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from moec.capture.sizes.lengths import AxisGroup, resized
-from moec.capture.sizes.widening import Widened
+from moec.capture.sizes.axis_groups import AxisGroup, resized
+from moec.capture.sizes.widen import Widened
 from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds

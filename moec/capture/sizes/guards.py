@@ -25,6 +25,7 @@ import sympy
 from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
 
+from moec.capture.user_code.size_domains import Domain, domains_of
 from moec.capture.user_code.sources import is_internal, is_standard, text_of
 from moec.errors import CaptureError, IRError
 from moec.ir.graph import Graph
@@ -128,6 +129,36 @@ def _place(location: Any) -> tuple[str, int, str]:
     if not isinstance(location, traceback.FrameSummary) or is_internal(location.filename):
         return "", 0, ""
     return location.filename, location.lineno or 0, location.name
+
+
+def domain_guards(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:
+    """The conditions under which the user's arithmetic on sizes is defined, without those that
+    always hold. Arithmetic on numbers of data is left out. Raises CaptureError for an operand that
+    cannot be converted."""
+    env = shape_env(exported)
+    guards: dict[sympy.Basic, Guard] = {}
+    for domain in domains_of(env):
+        operand = env.replace(domain.operand)
+        if {symbol.name for symbol in operand.free_symbols} <= rename.keys():
+            condition = _condition(domain, operand, rename)
+            guard = Guard(condition, domain.file, domain.line, domain.function, is_domain=True)
+            if condition != sympy.true:
+                guards.setdefault(condition, guard)
+    return tuple(guards.values())
+
+
+def _condition(domain: Domain, operand: sympy.Expr, rename: Mapping[str, str]) -> sympy.Basic:
+    try:
+        number = nearly_from_torch(operand, rename)
+    except (IRError, AttributeError, TypeError, ValueError) as error:
+        where = Guard(operand, domain.file, domain.line, domain.function)
+        raise CaptureError(
+            f"a number made of sizes cannot be read: {operand} ({error})\n  {where}\n"
+            "  fix the sizes that it depends on: dynamic_shapes"
+        ) from None
+    if domain.limit == "nonzero" and not number.is_nonnegative:
+        return sympy.Ne(number, 0)
+    return sympy.Ge(number, 1) if number.is_integer else sympy.Gt(number, 0)
 
 
 _CONNECTIVES = (sympy.And, sympy.Or, sympy.Not)

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 
 from moec.capture.calls.trials import Trials
-from moec.capture.sizes.lengths import Axis, AxisGroup, longer_than_one, other_lengths, resized
+from moec.capture.sizes.axis_groups import Axis, AxisGroup, longer_than_one, other_lengths, resized
 
 FIXED = "fixed"
 MOST_ASSIGNMENTS = 64
@@ -23,7 +23,7 @@ class Search:
 
     Lengths in `common`, which other axes have (of weights above all), are tried last, since a
     module may compare sizes with them. `joining` and `refuted` are those of
-    `moec.capture.sizes.widening.widen`.
+    `moec.capture.sizes.widen.widen`.
     """
 
     trials: Trials

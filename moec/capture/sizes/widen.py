@@ -16,9 +16,9 @@ import torch
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.trials import Trials
-from moec.capture.sizes.lengths import Axis, AxisGroup, groups_and_units, resized
-from moec.capture.sizes.search import Search
-from moec.capture.sizes.shapes import Axes
+from moec.capture.sizes.axis_groups import Axis, AxisGroup, groups_and_units, resized
+from moec.capture.sizes.axis_search import Search
+from moec.capture.sizes.wishes import Axes
 from moec.errors import CaptureError
 from moec.ir.graph import Value
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 import sympy
 import torch
 
-from moec.capture.guards.guards import Guard
-from moec.capture.guards.settle import GuardRefused, Settled
-from moec.capture.proof.settlement import settled
-from moec.capture.sides.programs import merge_programs
-from moec.capture.sides.sizes import Choice, Unmergeable
+from moec.capture.sizes.guards import Guard
+from moec.capture.sizes.merge import merge_programs
+from moec.capture.sizes.merged_size import Choice, Unmergeable
+from moec.capture.sizes.settle import GuardRefused, Settled, settled
 from moec.capture.speculate import CaptureForm
 from moec.errors import CaptureError
 from moec.interpret.resized import with_sizes

@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
+import torch
 
-from moec.capture.guards.conditions import as_bounds, multiples_in
-from moec.capture.guards.domains import domain_bounds
-from moec.capture.guards.false_sizes import can_run, false_at
-from moec.capture.guards.guards import Guard, axes, show
+from moec.capture.sizes.conditions import as_bounds, domain_bounds, multiples_in
+from moec.capture.sizes.false_sizes import can_run, false_at
+from moec.capture.sizes.guards import Guard, axes, show
 from moec.errors import CaptureError
-from moec.ir.graph import Graph
+from moec.ir.graph import Graph, Program
 from moec.ir.sizes.dims import Bounds, parse_dim, show_dim
 from moec.ir.sizes.thresholds import first_true, interval_around, truth_of
+from moec.oracle.agree import agree_at_sizes, sizes_of
+from moec.oracle.cases import Eager
 
 Agree = Callable[[Mapping[str, int]], bool | None]
 """Whether module and graph agree at these sizes; None where the module itself fails."""
@@ -103,6 +105,37 @@ def settle(
             else:
                 raise GuardRefused(_refusal(name, graph, guard, example), guard)
     return Settled(bounds, tuple(notes), tuple(limiting))
+
+
+def settled(
+    name: str,
+    program: Program,
+    guards: Sequence[Guard],
+    eager: Eager,
+    example: Sequence[torch.Tensor],
+) -> Settled:
+    """The bounds of the sizes under the program's guards, and notes about them.
+
+    Raises GuardRefused for a guard at whose violation graph and module differ.
+    """
+
+    def agree(other: Mapping[str, int]) -> bool | None:
+        return agree_at_sizes(program, eager, example, other)
+
+    return settle(name, program.graph, guards, sizes_of(program, example), agree)
+
+
+def bounded(program: Program, settlement: Settled) -> Program:
+    """The program with the bounds that its guards set."""
+    return replace(program, graph=replace(program.graph, bounds=settlement.bounds))
+
+
+def required(
+    name: str, program: Program, guards: Sequence[Guard], example: Sequence[torch.Tensor]
+) -> tuple[Program, tuple[str, ...]]:
+    """As `settled`, for an exported program, which is valid only where its guards hold."""
+    result = settle(name, program.graph, guards, sizes_of(program, example), None)
+    return bounded(program, result), result.notes
 
 
 def _remembered(agree: Agree) -> Agree:
