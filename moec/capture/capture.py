@@ -16,10 +16,9 @@ from moec.capture.request import CaptureRequest, request_of
 from moec.capture.sizes.axis_groups import AxisGroup
 from moec.capture.sizes.constant_sizes import fold_constant_sizes
 from moec.capture.sizes.fixed_axes import fixed, lost_axes
-from moec.capture.sizes.least_sizes import allow_one, refuse_zero, refuted
-from moec.capture.sizes.settle import bounded
+from moec.capture.sizes.least_sizes import LeastSizes
 from moec.capture.sizes.sides import with_other_sides
-from moec.capture.sizes.widen import Widened, at_lengths, widen
+from moec.capture.sizes.widen import Widened, at_lengths, refuted, widen
 from moec.capture.speculate import CaptureForm, SpeculatedForm, Untraceable
 from moec.capture.ways import (
     BY_CLASS,
@@ -33,8 +32,7 @@ from moec.capture.ways import (
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
-from moec.ir.sizes.thresholds import truth_of
-from moec.oracle.agree import agree, sizes_of
+from moec.oracle.agree import agree
 from moec.oracle.cases import shapes
 from moec.oracle.draws import constant_masks
 from moec.runtime.process.gc_pause import gc_paused
@@ -175,17 +173,10 @@ def _captured(
 
     form, settlement = with_other_sides(name, widened.form, tensors, at_sizes, request.bounds)
     eager, fixings = form.converted.eager, form.converted.fixings
-    program = bounded(form.converted.program, settlement)
+    program = settlement.bounded(form.converted.program)
     examples = (tensors, request.call.tensors)
-    sizes = sizes_of(program, tensors)
-    conditional = frozenset(
-        name
-        for guard in form.converted.guards
-        for name in guard.names & sizes.keys()
-        if not truth_of(guard.condition).holds({**sizes, name: 1})
-    )
-    program = allow_one(program, request.bounds, eager, examples, conditional)
-    program = refuse_zero(program, eager, examples)
+    least = LeastSizes(program, eager, examples, form.converted.guards)
+    program = least.bounded(fixed=request.bounds)
     program = fold_constant_sizes(program)
     masks = constant_masks(program, request.call.tensors)
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)

@@ -16,7 +16,7 @@ from moec.capture.export.module_export import convert, from_start, symbol_names
 from moec.capture.sizes.constant_sizes import fold_constant_sizes
 from moec.capture.sizes.fixed_axes import notes as fixed_notes
 from moec.capture.sizes.guard_text import guards_in_text
-from moec.capture.sizes.settle import required
+from moec.capture.sizes.settle import settled
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
@@ -56,10 +56,10 @@ def capture_export(
     program = convert(exported, names, [{} for _ in names], bounds or {}, structure.names)
     program, states = detached(program)
     eager = from_start(states, run, structure)
-    program, notes = required("the exported program", program, guards, example)
-    program = fold_constant_sizes(program)
+    settlement = settled("the exported program", program, guards, None, example)
+    program = fold_constant_sizes(settlement.bounded(program))
     always = fixed_notes(program, len(names))
-    return Captured(program, eager, example, structure, (*always, *notes))
+    return Captured(program, eager, example, structure, (*always, *settlement.notes))
 
 
 def capture_graph(

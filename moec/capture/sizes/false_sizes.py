@@ -15,6 +15,7 @@ MOST_ROWS = 1 << 15
 """The greatest product of sizes at which module and graph are run."""
 _TRIED = 3
 _MOST = 8
+_MANY = 1031
 _FURTHER = 8
 """How many times as many rows as the least sizes have, the further sizes may have."""
 
@@ -39,6 +40,16 @@ def false_at(
         others = [region for held, region in far.items() if held not in near]
         tried += [sorted(region, key=_product) for region in others]
     return [s for region in tried for s in ([*filter(can_run, region)][:_MOST] or region[:1])]
+
+
+def with_many_rows(
+    condition: sympy.Basic, bounds: Mapping[str, Bounds], false: Sequence[Mapping[str, int]]
+) -> list[Mapping[str, int]]:
+    """The first and the last of these sizes with each size in turn large, where the condition is
+    false still: a capacity of hundreds of rows makes no difference at fewer."""
+    truth = truth_of(condition)
+    many = [{**sizes, name: _MANY} for sizes in (*false[:1], *false[-1:]) for name in sizes]
+    return [sizes for sizes in many if not truth.holds(sizes) and allows(bounds, sizes)]
 
 
 def _regions(

@@ -1,15 +1,4 @@
-"""Guards: the conditions on input sizes under which an export is valid.
-
-torch.export traces with the sizes of the example and records each condition on a size that it
-evaluated with them: `if n > 8`, `int(n * 2.0 / 8) == 6`. Every guard is handled. It is one of
-
-    implied    by the types of the inputs and the bounds of the sizes: nothing to do
-    a bound    an inequality of one size: it limits that size; or one that limits a product of
-               sizes to a large number, at least where module and graph differ beyond; or a
-               condition without which the module itself fails: that S is a multiple of 4
-    harmless   module and graph agree at sizes where it is false, which is tested
-    or refused, in the user's names, with the line of code that evaluated it
-"""
+"""Guards: the conditions on input sizes under which an export is valid."""
 
 from __future__ import annotations
 
@@ -34,14 +23,12 @@ from moec.ir.sizes.dims import nearly_from_torch, show_dim, symbols
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on named sizes, and the line of the user's code that evaluated it. Where that of
-    a domain is false, Python's arithmetic on the line raises an error: it divides by 0."""
+    """A condition on named sizes, and the line of the user's code that evaluated it."""
 
     condition: sympy.Basic
     file: str = ""
     line: int = 0
     function: str = ""
-    is_domain: bool = False
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -141,7 +128,7 @@ def domain_guards(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple
         operand = env.replace(domain.operand)
         if {symbol.name for symbol in operand.free_symbols} <= rename.keys():
             condition = _condition(domain, operand, rename)
-            guard = Guard(condition, domain.file, domain.line, domain.function, is_domain=True)
+            guard = Guard(condition, domain.file, domain.line, domain.function)
             if condition != sympy.true:
                 guards.setdefault(condition, guard)
     return tuple(guards.values())

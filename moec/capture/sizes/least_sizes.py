@@ -1,143 +1,102 @@
-"""Sizes of 1 and 0, and lengths of the export, at which a captured graph and its module agree."""
+"""The least sizes, 0, 1 or 2, from which a captured graph and its module agree.
+
+torch takes it that no size is 0 or 1. It is silent about a branch on 0 (`if tokens:`), and in
+`max(tokens, 1)` it sees the tokens alone; at 1 the module may take another branch, of which there
+may be no guard.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence, Set
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from moec.capture.sizes.axis_groups import AxisGroup, resized
-from moec.capture.sizes.widen import Widened
+from moec.capture.sizes.guards import Guard
 from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
-from moec.oracle.agree import agree, at_sizes
+from moec.ir.sizes.thresholds import truth_of
+from moec.oracle.agree import agree, at_sizes, sizes_of
 from moec.oracle.cases import Eager
-
-
-def cut(tensor: torch.Tensor, axes: Sequence[int], index: int = 0, length: int = 1) -> torch.Tensor:
-    """`tensor` with each of `axes` narrowed to the one element at `index`, or to none."""
-    for axis in axes:
-        if tensor.shape[axis]:
-            tensor = tensor.narrow(axis, index % tensor.shape[axis], length)
-    return tensor
-
-
-def allow_one(
-    program: Program,
-    fixed_bounds: Collection[str],
-    eager: Eager,
-    examples: Sequence[Sequence[torch.Tensor]],
-    conditional: Set[str] = frozenset(),
-) -> Program:
-    """The program with a lower bound of 1 for each size at which graph and module agree at 1, else
-    2.
-
-    A bound of 2 comes from torch.export, which treats 1 specially, or from a branch of the module
-    (`if length > 1`); a branch may also leave no bound. Sizes in `fixed_bounds` keep their bounds,
-    and so does a size at which the module does not run with 1. Each size is tried at 1 alone and
-    together with the sizes lowered before it, in the first of `examples` that the module runs. A
-    size in `conditional`, those of which a condition changes at 1, is tried beside small and large
-    other sizes too: `if n > 1 or length > 4` shows nothing of the length where n is above 1.
-    """
-    graph = program.graph
-    bounds = dict(graph.bounds)
-    lowered: set[str] = set()
-
-    def agrees(names: Collection[str]) -> bool | None:
-        cuts = (_cut_to(1, program, tensors, names) for tensors in examples)
-        answers = ((agree(program, eager, tensors), tensors) for tensors in cuts)
-        answer, at_one = next((a for a in answers if a[0] is not None), (None, ()))
-        if not answer or not conditional & set(names):
-            return answer
-        return all(
-            agree(program, eager, t) is not False for t in _other_sizes_of(program, at_one, names)
-        )
-
-    for name, limits in graph.bounds.items():
-        if limits.low > 2 or name in fixed_bounds or not name.isidentifier():
-            continue
-        answers = [agrees(names) for names in ({name}, lowered | {name})[: 1 + bool(lowered)]]
-        if all(answers):
-            bounds[name] = replace(limits, low=min(limits.low, 1))
-            lowered.add(name)
-        elif False in answers:
-            bounds[name] = Bounds(2, limits.high)
-    return Program(replace(graph, bounds=bounds), program.weights)
-
 
 _OTHERS = (2, 3, 5, 37, 257)
 
 
-def _other_sizes_of(
-    program: Program, tensors: Sequence[torch.Tensor], names: Collection[str]
-) -> Iterator[list[torch.Tensor]]:
-    """The tensors with each size that is none of `names` small and large."""
-    for name in program.graph.bounds:
-        if name.isidentifier() and name not in names:
-            yield from (at_sizes(program, tensors, {name: size}) for size in _OTHERS)
+@dataclass(frozen=True)
+class LeastSizes:
+    """Compares a program with its module at sizes of 0 and 1, in the first of `examples` that the
+    module runs at them. `guards` are those of the program."""
 
+    program: Program
+    eager: Eager
+    examples: Sequence[Sequence[torch.Tensor]]
+    guards: Sequence[Guard]
 
-def refuse_zero(
-    program: Program, eager: Eager, examples: Sequence[Sequence[torch.Tensor]]
-) -> Program:
-    """The program with a lower bound of 1 for each size at which graph and module differ at 0, or
-    Python's arithmetic fails in the module.
+    def bounded(self, fixed: Collection[str]) -> Program:
+        """The program with a lower bound of 1 or 2 for each size at which graph and module differ
+        at 0 or at 1, and of at most 1 for each at which they agree at 1.
 
-    torch takes it that no size is 0: it is silent about a branch on it (`if tokens:`), and in
-    `max(tokens, 1)` it sees the tokens alone. Each size is 0 alone, in the first of `examples` that
-    the module runs.
-    """
-    bounds = dict(program.graph.bounds)
-    for name, limits in program.graph.bounds.items():
-        if limits.low or not name.isidentifier():
-            continue
-        tried = (_cut_to(0, program, tensors, {name}) for tensors in examples)
-        answers = (_agree_at_zero(program, eager, tensors) for tensors in tried)
-        if next((answer for answer in answers if answer is not None), None) is False:
-            bounds[name] = replace(limits, low=1)
-    return replace(program, graph=replace(program.graph, bounds=bounds))
+        Sizes in `fixed`, whose bounds the user set, are not tried at 1, and a size at which the
+        module does not run with 1 keeps its bound. Each size is tried at 1 alone and together with
+        the sizes lowered before it, and at 0 alone.
+        """
+        graph = self.program.graph
+        bounds = dict(graph.bounds)
+        lowered: frozenset[str] = frozenset()
+        for name in filter(str.isidentifier, graph.bounds):
+            if bounds[name].low <= 2 and name not in fixed:
+                tried = dict.fromkeys((frozenset({name}), lowered | {name}))
+                answers = [self._agree_at_one(names) for names in tried]
+                if all(answers):
+                    bounds[name] = replace(bounds[name], low=min(bounds[name].low, 1))
+                    lowered |= {name}
+                elif False in answers:
+                    bounds[name] = Bounds(2, bounds[name].high)
+            if not bounds[name].low:
+                bounds[name] = self._bounded_at_zero(name, bounds[name])
+        return replace(self.program, graph=replace(graph, bounds=bounds))
 
+    def _agree_at_one(self, names: Collection[str]) -> bool | None:
+        """Whether graph and module agree where these sizes are 1. If a guard changes there, also
+        with small and large other sizes: `if n > 1 or length > 4` shows nothing of the length where
+        n is above 1."""
+        for example in self.examples:
+            at_one = at_sizes(self.program, example, dict.fromkeys(names, 1))
+            answer = agree(self.program, self.eager, at_one)
+            if answer is not None:
+                break
+        if not answer or not any(self._false_at(name, 1) for name in names):
+            return answer
+        others = [name for name in self.program.graph.bounds if name.isidentifier()]
+        tried = ({name: size} for name in others if name not in names for size in _OTHERS)
+        resized = (at_sizes(self.program, at_one, sizes) for sizes in tried)
+        return all(agree(self.program, self.eager, case) is not False for case in resized)
 
-def _agree_at_zero(program: Program, eager: Eager, tensors: Sequence[torch.Tensor]) -> bool | None:
-    """Whether graph and module agree where a size is 0. An operator of torch that fails there
-    (None) has no other result."""
-    try:
-        eager(*tensors)
-    except (VaryingOutput, ArithmeticError, ValueError):
-        return False
-    except Exception:  # whatever the module raises
-        return None
-    return agree(program, eager, tensors)
+    def _false_at(self, name: str, size: int) -> Guard | None:
+        """A guard that does not hold where this one size is another than in the export."""
+        sizes: Mapping[str, int] = {**sizes_of(self.program, self.examples[0]), name: size}
+        guards = (g for g in self.guards if name in g.names and g.names <= sizes.keys())
+        return next((g for g in guards if not truth_of(g.condition).holds(sizes)), None)
 
+    def _bounded_at_zero(self, name: str, limits: Bounds) -> Bounds:
+        guard = self._false_at(name, 0)
+        for example in self.examples:
+            answer = self._agree_at_zero(at_sizes(self.program, example, {name: 0}))
+            if answer is not None:
+                break
+        if answer is False or (answer is None and guard is not None):
+            line = str(guard) if guard is not None and guard.file else limits.line
+            return replace(limits, low=1, line=line)
+        return limits
 
-def _cut_to(
-    length: int, program: Program, tensors: Sequence[torch.Tensor], names: Collection[str]
-) -> list[torch.Tensor]:
-    """The tensors with the first elements alone, 0 or 1, of each axis whose size has a name in
-    `names`."""
-    axes = [
-        [axis for axis, dim in enumerate(value.shape) if str(dim) in names]
-        for value in program.graph.inputs
-    ]
-    return [cut(t, a, length=length) for t, a in zip(tensors, axes, strict=False)]
-
-
-def refuted(
-    program: Program, eager: Eager, example: Sequence[torch.Tensor], widened: Widened
-) -> tuple[AxisGroup, ...]:
-    """The groups of axes whose exported length makes the graph wrong at the example's length.
-
-    Empty where graph and module agree on the example. Otherwise the groups that disagree when they
-    alone have the example's length, or all moved groups if none does.
-    """
-    if not widened.moved or agree(program, eager, example):
-        return ()
-    wrong = []
-    for group in widened.moved:
-        first = group.axes[0]
-        back = replace(group, length=example[first.tensor].shape[first.axis])
-        if agree(program, eager, resized(widened.tensors, [back])) is False:
-            wrong.append(group)
-    return tuple(wrong) or widened.moved
+    def _agree_at_zero(self, tensors: Sequence[torch.Tensor]) -> bool | None:
+        """Whether graph and module agree where a size is 0. An operator of torch that fails there
+        (None) has no other result; where Python's arithmetic fails, the graph has one."""
+        try:
+            self.eager(*tensors)
+        except (VaryingOutput, ArithmeticError, ValueError):
+            return False
+        except Exception:  # whatever the module raises
+            return None
+        return agree(self.program, self.eager, tensors)

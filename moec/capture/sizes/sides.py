@@ -98,7 +98,7 @@ def _wider(
             other = recapture(sizes)
         except CaptureError:
             continue
-        merged = _merged(form, other, example, sizes)
+        merged = _merged(form, other, guard, example, sizes)
         if merged is not None:
             return merged
         inputs = other.converted.program.graph.inputs
@@ -123,10 +123,14 @@ def _beyond(guard: Guard, limits: Mapping[str, Bounds], example: Sizes) -> Itera
 
 
 def _merged(
-    first: CaptureForm, second: CaptureForm, example: Sequence[torch.Tensor], sizes: Sizes
+    first: CaptureForm,
+    second: CaptureForm,
+    guard: Guard,
+    example: Sequence[torch.Tensor],
+    sizes: Sizes,
 ) -> CaptureForm | None:
-    """Both forms as one, compared with eager on both sides; None where they differ in more than
-    sizes."""
+    """Both forms, of which a guard is the condition, as one that was compared with eager on both
+    sides; None where they differ in more than sizes."""
     a, b = first.converted, second.converted
     shared = {guard.condition for guard in a.guards} & {guard.condition for guard in b.guards}
     shared |= {g.condition for g in (*a.guards, *b.guards) if _excludes_one(g.condition)}
@@ -150,8 +154,7 @@ def _merged(
     if not all(agree_at_sizes(program, a.eager, example, s) in (True, None) for s in within):
         return None
     guards = {g.condition: g for g in (*b.guards, *a.guards) if g.condition in shared}.values()
-    branch = next((guard for guard in sides[0] if not guard.is_domain), sides[0][0])
-    joined = replace(branch, condition=either, is_domain=False)
+    joined = replace(guard, condition=either)
     converted = replace(a, program=program, guards=(*guards, joined))
     return replace(first, converted=converted)
 

@@ -20,7 +20,9 @@ from moec.capture.sizes.axis_groups import Axis, AxisGroup, groups_and_units, re
 from moec.capture.sizes.axis_search import Search
 from moec.capture.sizes.wishes import Axes
 from moec.errors import CaptureError
-from moec.ir.graph import Value
+from moec.ir.graph import Program, Value
+from moec.oracle.agree import agree
+from moec.oracle.cases import Eager
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,22 @@ def _fixed_sizes(call: ModuleCall, free: Collection[Axis]) -> frozenset[int]:
         if Axis(index, number) not in free
     }
     return frozenset(fixed.union(*(weight.shape for weight in weights)))
+
+
+def refuted(
+    program: Program, eager: Eager, example: Sequence[torch.Tensor], widened: Widened
+) -> tuple[AxisGroup, ...]:
+    """The groups of axes whose exported length makes the graph wrong at the example's length.
+
+    Empty where graph and module agree on the example. Otherwise the groups that disagree when they
+    alone have the example's length, or all moved groups if none does.
+    """
+    if not widened.moved or agree(program, eager, example):
+        return ()
+    wrong = []
+    for group in widened.moved:
+        first = group.axes[0]
+        back = replace(group, length=example[first.tensor].shape[first.axis])
+        if agree(program, eager, resized(widened.tensors, [back])) is False:
+            wrong.append(group)
+    return tuple(wrong) or widened.moved
