@@ -43,43 +43,69 @@ def with_other_sides(
     alone.
     """
     forms = [(form, _settled(name, form, example))]
-    skipped: set[sympy.Basic] = set()
+    unjoined: set[sympy.Basic] = set()
     while len(forms) < MOST_SIDES:
         last, settlement = forms[-1]
-        guard = _restricting(settlement, skipped)
+        guard = _restricting(settlement, unjoined)
         if guard is None:
             break
         wider = _wider(name, last, guard, example, recapture, limits)
         if wider is None:
-            skipped.add(guard.condition)
+            unjoined.add(guard.condition)
         else:
             forms.append((wider, _settled(name, wider, example)))
     for wider, settlement in reversed(forms):
         if isinstance(settlement, Settled):
-            return wider, settlement
+            return wider, _compared(name, wider, settlement, example, unjoined, limits)
     _, refusal = forms[0]
     assert isinstance(refusal, GuardRefused)
     raise refusal
 
 
 def _settled(
-    name: str, form: CaptureForm, example: Sequence[torch.Tensor]
+    name: str,
+    form: CaptureForm,
+    example: Sequence[torch.Tensor],
+    unjoined: Collection[sympy.Basic] = (),
 ) -> Settled | GuardRefused:
-    """The settled guards of a form, or the refusal of one. Each form is settled once, because this
-    runs module and graph at many sizes."""
+    """The settled guards of a form, or the refusal of one. This runs module and graph at many
+    sizes."""
     converted = form.converted
     try:
-        return settled(name, converted.program, converted.guards, converted.eager, example)
+        return settled(
+            name, converted.program, converted.guards, converted.eager, example, unjoined
+        )
     except GuardRefused as refusal:
         return refusal
 
 
+def _compared(
+    name: str,
+    form: CaptureForm,
+    settlement: Settled,
+    example: Sequence[torch.Tensor],
+    unjoined: Collection[sympy.Basic],
+    limits: Mapping[str, Bounds],
+) -> Settled:
+    """The settlement without bounds of sizes beyond which the form computes the same as the module,
+    though the sides of the branch could not be joined: they have other operations."""
+    alone = [g for g in settlement.limiting if g.condition in unjoined and len(g.names) == 1]
+    if not alone:
+        return settlement
+    program = form.converted.program
+    wide = {size: limits.get(size, Bounds()) for guard in alone for size in guard.names}
+    graph = replace(program.graph, bounds={**program.graph.bounds, **wide})
+    converted = replace(form.converted, program=replace(program, graph=graph))
+    wider = _settled(name, replace(form, converted=converted), example, unjoined)
+    return wider if isinstance(wider, Settled) else settlement
+
+
 def _restricting(
-    settlement: Settled | GuardRefused, skipped: Collection[sympy.Basic] = ()
+    settlement: Settled | GuardRefused, unjoined: Collection[sympy.Basic] = ()
 ) -> Guard | None:
-    """The first guard outside `skipped` that is refused or limits a size."""
+    """The first guard outside `unjoined` that is refused or limits a size."""
     limiting = settlement.limiting if isinstance(settlement, Settled) else (settlement.guard,)
-    return next((guard for guard in limiting if guard.condition not in skipped), None)
+    return next((guard for guard in limiting if guard.condition not in unjoined), None)
 
 
 def _wider(
