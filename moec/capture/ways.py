@@ -31,7 +31,7 @@ from moec.capture.export.module_export import (
 )
 from moec.capture.request import CaptureRequest
 from moec.capture.sizes.fixed_axes import causes
-from moec.capture.sizes.guards import domain_guards, guards_of
+from moec.capture.sizes.guards import guards_of
 from moec.capture.sizes.widen import Widened
 from moec.capture.speculate import (
     CaptureForm,
@@ -116,7 +116,7 @@ def _converted(
 ) -> ConvertedExport:
     """The program of an export. Reads the guards first, because decomposition adds more."""
     rename = symbol_names(exported, general.wishes, general.groups)
-    guards = (*domain_guards(exported, rename), *guards_of(exported, rename))
+    guards = guards_of(exported, rename)
     fixings = causes(exported)
     program = convert(
         exported, request.names, general.wishes, request.bounds, structure.names, general.groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import sympy
@@ -31,12 +31,10 @@ def false_at(
     truth = truth_of(condition)
     products = {name: limits for name, limits in bounds.items() if not name.isidentifier()}
     least = {name: replace(limits, low=max(limits.low, 1)) for name, limits in bounds.items()}
-    around = (s for s in sizes_around([truth], least, example) if allows(products, s))
-    near, true = _regions(truth, around)
-    tried = [_some_of(region, truth.names, true) for region in near.values()]
+    near = _regions(truth, products, sizes_around([truth], least, example))
+    tried = [_some_of(region, truth) for region in near.values()]
     if len(truth.names) > 1:  # a product may pass a number only where one size is large
-        beyond = (s for s in far_sizes(truth, least, example) if allows(products, s))
-        far, _ = _regions(truth, beyond)
+        far = _regions(truth, products, far_sizes(truth, least, example))
         others = [region for held, region in far.items() if held not in near]
         tried += [sorted(region, key=_product) for region in others]
     return [s for region in tried for s in ([*filter(can_run, region)][:_MOST] or region[:1])]
@@ -53,22 +51,17 @@ def with_many_rows(
 
 
 def _regions(
-    truth: Truth, tried: Iterable[Mapping[str, int]]
-) -> tuple[dict[tuple[bool, ...], list[Mapping[str, int]]], set[tuple[int, ...]]]:
-    """The sizes of `tried` at which a condition is false, by the relations of it that hold there,
-    and the keys of those at which it is true."""
-    relations = [
-        truth_of(part) for part in truth.expression.atoms(sympy.core.relational.Relational)
-    ]
-    true: set[tuple[int, ...]] = set()
+    truth: Truth, products: Mapping[str, Bounds], tried: Iterable[Mapping[str, int]]
+) -> dict[tuple[bool, ...], list[Mapping[str, int]]]:
+    """The sizes of `tried` within bounds at which a condition is false, by the relations of it that
+    hold there."""
+    relations = truth.expression.atoms(sympy.core.relational.Relational)
+    parts = [truth_of(relation) for relation in relations]
     regions: dict[tuple[bool, ...], list[Mapping[str, int]]] = {}
     for sizes in tried:
-        if truth.holds(sizes):
-            true.add(_key(sizes, truth.names))
-        else:
-            held = tuple(relation.holds(sizes) for relation in relations)
-            regions.setdefault(held, []).append(sizes)
-    return regions, true
+        if not truth.holds(sizes) and allows(products, sizes):
+            regions.setdefault(tuple(part.holds(sizes) for part in parts), []).append(sizes)
+    return regions
 
 
 def _product(sizes: Mapping[str, int]) -> int:
@@ -80,31 +73,21 @@ def can_run(sizes: Mapping[str, int]) -> bool:
     return _product(sizes) <= MOST_ROWS
 
 
-def _some_of(
-    region: Sequence[Mapping[str, int]], names: Set[str], true: Set[tuple[int, ...]]
-) -> list[Mapping[str, int]]:
-    """The first few of a region's sizes, larger ones, and the largest beside one of `true`: 100
-    rows of `64 if rows > 100 else rows`, which is 64 at 64 rows too."""
-    most = max(_FURTHER * _rows(region[0], names), 64)
-    near = [sizes for sizes in region[_TRIED:] if _rows(sizes, names) <= most]
-    further = sorted(near, key=lambda s: (min(s[n] for n in names), _rows(s, names)))
-    edge = [sizes for sizes in region if not true.isdisjoint(_neighbours(_key(sizes, names)))]
-    edge = [sizes for sizes in edge if _rows(sizes, names) <= max(4 * _rows(edge[0], names), 64)]
-    last = sorted(edge, key=lambda sizes: _rows(sizes, names))[-1:]
+def _some_of(region: Sequence[Mapping[str, int]], truth: Truth) -> list[Mapping[str, int]]:
+    """The first few of a region's sizes, larger ones, and the largest beside sizes at which the
+    condition is true: 100 rows of `64 if rows > 100 else rows`, which is 64 at 64 rows too."""
+
+    def rows(sizes: Mapping[str, int]) -> int:
+        return math.prod(sizes[name] for name in truth.names)
+
+    def is_edge(sizes: Mapping[str, int]) -> bool:
+        return any(truth.holds({**sizes, n: sizes[n] + d}) for n in truth.names for d in (-1, 1))
+
+    most = max(_FURTHER * rows(region[0]), 64)
+    near = [sizes for sizes in region[_TRIED:] if rows(sizes) <= most]
+    further = sorted(near, key=lambda s: (min(s[n] for n in truth.names), rows(s)))
+    edge = list(filter(is_edge, region))
+    edge = [sizes for sizes in edge if rows(sizes) <= max(4 * rows(edge[0]), 64)]
+    last = sorted(edge, key=rows)[-1:]
     tried = [*region[:_TRIED], *further[-1:], *near[len(near) // 2 :][:1], *last]
-    return list({_key(sizes, names): sizes for sizes in tried}.values())
-
-
-def _key(sizes: Mapping[str, int], names: Set[str]) -> tuple[int, ...]:
-    return tuple(size for name, size in sorted(sizes.items()) if name in names)
-
-
-def _neighbours(key: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """The sizes that differ by 1 in one of them."""
-    for axis, size in enumerate(key):
-        for other in (size - 1, size + 1):
-            yield (*key[:axis], other, *key[axis + 1 :])
-
-
-def _rows(sizes: Mapping[str, int], names: Set[str]) -> int:
-    return math.prod(sizes[name] for name in names)
+    return list({tuple(sizes.items()): sizes for sizes in tried}.values())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +14,7 @@ import sympy
 from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
 
-from moec.capture.user_code.size_domains import Domain, domains_of
+from moec.capture.user_code.size_domains import Limit, domains_of
 from moec.capture.user_code.sources import is_internal, is_standard, text_of
 from moec.errors import CaptureError, IRError
 from moec.ir.graph import Graph
@@ -58,36 +58,44 @@ def located() -> Any:
 
 
 def guards_of(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:
-    """The guards of an export without duplicates and without guards that its inputs' shapes imply.
+    """The guards of an export without duplicates and without guards that its inputs' shapes imply,
+    after the conditions under which the user's arithmetic on sizes, not on numbers of data, is
+    defined.
 
     Call it before the export is decomposed, because decomposition adds guards. `rename` maps
     torch's symbols to named sizes. Raises CaptureError for a guard that cannot be converted.
     """
     env = shape_env(exported)
-    return () if env is None else guards_in(env, rename)
+    if env is None:
+        return ()
+    guards: dict[sympy.Basic, Guard] = {}
+    for domain in domains_of(env):
+        operand = env.replace(domain.operand)
+        if {symbol.name for symbol in operand.free_symbols} <= rename.keys():
+            raw = Guard(operand, domain.file, domain.line, domain.function)
+            guard = _read(raw, partial(_defined, rename=rename, limit=domain.limit))
+            if guard.condition != sympy.true:
+                guards.setdefault(guard.condition, guard)
+    return (*guards.values(), *guards_in(env, rename))
 
 
 def guards_in(env: Any, rename: Mapping[str, str]) -> tuple[Guard, ...]:
-    """As `guards_of`, of torch's record of the sizes of a trace."""
+    """The guards in torch's record of the sizes of a trace."""
     guards: dict[sympy.Basic, Guard] = {}
-    for guard in env.guards:
-        condition = env.replace(guard.expr)
-        if condition == sympy.true:
-            continue
-        location = _place(guard.sloc.framework_loc)
-        guards.setdefault(condition, _guard(condition, rename, location))
+    for each in env.guards:
+        guard = replace(guard_at(each), condition=env.replace(each.expr))
+        if guard.condition != sympy.true and guard.condition not in guards:
+            guards[guard.condition] = _read(guard, partial(_converted, rename=rename))
     return tuple(guards.values())
 
 
-def _guard(
-    condition: sympy.Basic, rename: Mapping[str, str], location: tuple[str, int, str]
-) -> Guard:
+def _read(guard: Guard, convert: Callable[[Any], sympy.Basic]) -> Guard:
+    """A guard over torch's symbols as one over named sizes."""
     try:
-        return Guard(_converted(condition, rename), *location)
+        return replace(guard, condition=convert(guard.condition))
     except (IRError, AttributeError, TypeError, ValueError) as error:
-        where = Guard(condition, *location)
         raise CaptureError(
-            f"a condition on sizes cannot be read: {condition} ({error})\n  {where}\n"
+            f"a condition on sizes cannot be read: {guard.condition} ({error})\n  {guard}\n"
             "  fix the sizes that it depends on: dynamic_shapes"
         ) from None
 
@@ -104,46 +112,21 @@ def shape_env(exported: ExportedProgram) -> Any:
 def raw_guards(exported: ExportedProgram) -> list[Guard]:
     """All guards of an export over torch's symbols, including those that its shapes imply."""
     env = shape_env(exported)
-    return [] if env is None else [guard_at(guard) for guard in env.guards]
+    return [] if env is None else list(map(guard_at, env.guards))
 
 
 def guard_at(guard: Any) -> Guard:
     """A guard of torch over torch's symbols, with the user's line that evaluated it."""
-    return Guard(guard.expr, *_place(guard.sloc.framework_loc))
-
-
-def _place(location: Any) -> tuple[str, int, str]:
+    location = guard.sloc.framework_loc
     if not isinstance(location, traceback.FrameSummary) or is_internal(location.filename):
-        return "", 0, ""
-    return location.filename, location.lineno or 0, location.name
+        return Guard(guard.expr)
+    return Guard(guard.expr, location.filename, location.lineno or 0, location.name)
 
 
-def domain_guards(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:
-    """The conditions under which the user's arithmetic on sizes is defined, without those that
-    always hold. Arithmetic on numbers of data is left out. Raises CaptureError for an operand that
-    cannot be converted."""
-    env = shape_env(exported)
-    guards: dict[sympy.Basic, Guard] = {}
-    for domain in domains_of(env):
-        operand = env.replace(domain.operand)
-        if {symbol.name for symbol in operand.free_symbols} <= rename.keys():
-            condition = _condition(domain, operand, rename)
-            guard = Guard(condition, domain.file, domain.line, domain.function)
-            if condition != sympy.true:
-                guards.setdefault(condition, guard)
-    return tuple(guards.values())
-
-
-def _condition(domain: Domain, operand: sympy.Expr, rename: Mapping[str, str]) -> sympy.Basic:
-    try:
-        number = nearly_from_torch(operand, rename)
-    except (IRError, AttributeError, TypeError, ValueError) as error:
-        where = Guard(operand, domain.file, domain.line, domain.function)
-        raise CaptureError(
-            f"a number made of sizes cannot be read: {operand} ({error})\n  {where}\n"
-            "  fix the sizes that it depends on: dynamic_shapes"
-        ) from None
-    if domain.limit == "nonzero" and not number.is_nonnegative:
+def _defined(operand: sympy.Expr, rename: Mapping[str, str], limit: Limit) -> sympy.Basic:
+    """Where an operand over torch's symbols is not 0, or positive."""
+    number = nearly_from_torch(operand, rename)
+    if limit == "nonzero" and not number.is_nonnegative:
         return sympy.Ne(number, 0)
     return sympy.Ge(number, 1) if number.is_integer else sympy.Gt(number, 0)
 
