@@ -18,7 +18,7 @@ from moec.capture.sizes.constant_sizes import fold_constant_sizes
 from moec.capture.sizes.fixed_axes import fixed, lost_axes
 from moec.capture.sizes.least_sizes import LeastSizes
 from moec.capture.sizes.sides import with_other_sides
-from moec.capture.sizes.widen import Widened, at_lengths, refuted, widen
+from moec.capture.sizes.widen import Widened, at_lengths, excluded, refuted, widen
 from moec.capture.speculate import CaptureForm, SpeculatedForm, Untraceable
 from moec.capture.ways import (
     BY_CLASS,
@@ -85,9 +85,10 @@ def capture(
             raise error from error.__cause__
 
 
-def _traced(request: CaptureRequest) -> Captured:
-    """Capture with torch.export alone, widening the example until graph and module agree."""
-    wrong = list[AxisGroup]()
+def _traced(request: CaptureRequest, refuted_before: Sequence[AxisGroup] = ()) -> Captured:
+    """Capture with torch.export alone, widening the example until graph and module agree, without
+    the groups that were refuted before."""
+    wrong = list(refuted_before)
     special = frozenset[int]()
     while True:
         with PROCESS_STATE, gc_paused():
@@ -111,7 +112,10 @@ def _traced(request: CaptureRequest) -> Captured:
             f"drawn inputs {shapes(general.tensors)}: the values of an input decide what is "
             "computed; use torch.where in place of Python's conditions"
         )
-    return _captured(request, WidenedForm(TRACED, general, form), partial(_speculated, request))
+    other = partial(_speculated, request)
+    captured = _captured(request, WidenedForm(TRACED, general, form), other)
+    example = excluded(captured.program, request.call.tensors, general, request.bounds)
+    return _traced(request, (*wrong, *example)) if example else captured
 
 
 def _widened(

@@ -21,6 +21,7 @@ from moec.capture.sizes.axis_search import Search
 from moec.capture.sizes.wishes import Axes
 from moec.errors import CaptureError
 from moec.ir.graph import Program, Value
+from moec.ir.sizes.dims import Bounds
 from moec.oracle.agree import agree
 from moec.oracle.cases import Eager
 
@@ -123,3 +124,18 @@ def refuted(
         if agree(program, eager, resized(widened.tensors, [back])) is False:
             wrong.append(group)
     return tuple(wrong) or widened.moved
+
+
+def excluded(
+    program: Program, example: Sequence[torch.Tensor], widened: Widened, fixed: Collection[str]
+) -> tuple[AxisGroup, ...]:
+    """The groups whose length in the example is outside of the program's bounds, other than those
+    in `fixed`, which the user set."""
+    groups = []
+    for group in widened.moved:
+        tensor, axis = group.axes[0]
+        name = str(program.graph.inputs[tensor].shape[axis])
+        limits = program.graph.bounds.get(name, Bounds())
+        if name not in fixed and not limits.contains(example[tensor].shape[axis]):
+            groups.append(group)
+    return tuple(groups)
