@@ -16,10 +16,11 @@ from moec.capture.request import CaptureRequest, request_of
 from moec.capture.sizes.axis_groups import AxisGroup
 from moec.capture.sizes.constant_sizes import fold_constant_sizes
 from moec.capture.sizes.fixed_axes import fixed, lost_axes
+from moec.capture.sizes.guards import CaptureForm
 from moec.capture.sizes.least_sizes import LeastSizes
 from moec.capture.sizes.sides import with_other_sides
 from moec.capture.sizes.widen import Widened, at_lengths, excluded, refuted, widen
-from moec.capture.speculate import CaptureForm, SpeculatedForm, Untraceable
+from moec.capture.speculate import SpeculatedForm, Untraceable
 from moec.capture.ways import (
     BY_CLASS,
     IN_PIECES,

@@ -31,11 +31,9 @@ from moec.capture.export.module_export import (
 )
 from moec.capture.request import CaptureRequest
 from moec.capture.sizes.fixed_axes import causes
-from moec.capture.sizes.guards import guards_of
+from moec.capture.sizes.guards import CaptureForm, ConvertedExport, guards_of
 from moec.capture.sizes.widen import Widened
 from moec.capture.speculate import (
-    CaptureForm,
-    ConvertedExport,
     SpeculatedForm,
     masked,
     refuse_random,

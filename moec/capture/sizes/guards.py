@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from torch.fx.experimental import symbolic_shapes
 from moec.capture.user_code.size_domains import Limit, domains_of
 from moec.capture.user_code.sources import is_internal, is_standard, text_of
 from moec.errors import CaptureError, IRError
-from moec.ir.graph import Graph
+from moec.interpret.outputs import Structure
+from moec.ir.graph import Graph, Program
 from moec.ir.sizes.dims import nearly_from_torch, show_dim, symbols
+from moec.oracle.cases import Eager
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,26 @@ class Guard:
             return "a guard of the export"
         where = f"{Path(self.file).name}:{self.line} in {self.function}"
         return f"{where}: {self.text}" if self.text else where
+
+
+@dataclass(frozen=True)
+class ConvertedExport:
+    """The program of an export, the module in eager, the guards of the export, and those that fixed
+    an axis of an input: (number of the input, number of its axis)."""
+
+    program: Program
+    eager: Eager
+    guards: Sequence[Guard] = ()
+    fixings: Mapping[tuple[int, int], Guard] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CaptureForm:
+    """One form of a capture: its program, the structure of the module's result, report notes."""
+
+    converted: ConvertedExport
+    structure: Structure
+    notes: tuple[str, ...] = ()
 
 
 class _Internal:

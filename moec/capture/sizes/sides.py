@@ -8,11 +8,10 @@ from dataclasses import replace
 import sympy
 import torch
 
-from moec.capture.sizes.guards import Guard
+from moec.capture.sizes.guards import CaptureForm, Guard
 from moec.capture.sizes.merge import merge_programs
 from moec.capture.sizes.merged_size import Choice, Unmergeable
 from moec.capture.sizes.settle import GuardRefused, Settled, settled
-from moec.capture.speculate import CaptureForm
 from moec.errors import CaptureError
 from moec.interpret.resized import with_sizes
 from moec.ir.sizes.dims import Bounds
