@@ -12,15 +12,15 @@ from torch.export import ExportedProgram
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
 from moec.capture.graphs import capture_export, capture_graph
-from moec.capture.proof.agreement import allow_one, refuse_zero, refuted
-from moec.capture.proof.fixed import fixed, lost_axes
-from moec.capture.proof.settlement import bounded
 from moec.capture.request import CaptureRequest, request_of
-from moec.capture.sides import with_other_sides
+from moec.capture.sizes.axis_groups import AxisGroup
 from moec.capture.sizes.constant_sizes import fold_constant_sizes
-from moec.capture.sizes.lengths import AxisGroup
-from moec.capture.sizes.widening import Widened, at_lengths, widen
-from moec.capture.speculate import CaptureForm, SpeculatedForm, Untraceable
+from moec.capture.sizes.fixed_axes import fixed, lost_axes
+from moec.capture.sizes.guards import CaptureForm
+from moec.capture.sizes.least_sizes import LeastSizes
+from moec.capture.sizes.sides import with_other_sides
+from moec.capture.sizes.widen import Widened, at_lengths, excluded, refuted, widen
+from moec.capture.speculate import SpeculatedForm, Untraceable
 from moec.capture.ways import (
     BY_CLASS,
     IN_PIECES,
@@ -33,8 +33,7 @@ from moec.capture.ways import (
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
-from moec.ir.sizes.thresholds import truth_of
-from moec.oracle.agree import agree, sizes_of
+from moec.oracle.agree import agree
 from moec.oracle.cases import shapes
 from moec.oracle.draws import constant_masks
 from moec.runtime.process.gc_pause import gc_paused
@@ -53,7 +52,7 @@ def capture(
     """Export `model` with example arguments and convert it to a program.
 
     `dynamic_shapes` is that of torch.export; None lets batch and sequence axes vary
-    (`moec.capture.sizes.shapes`). `bounds` limits sizes by name. `allow_fixed` names inputs whose
+    (`moec.capture.sizes.wishes`). `bounds` limits sizes by name. `allow_fixed` names inputs whose
     sizes may be fixed at those of the example (True: all). `constants` names inputs that always
     have the values of the example (`moec.capture.calls.constants`). Raises CaptureError, with
     torch's reason, where the model cannot be exported, or where the example's sizes decide what
@@ -87,9 +86,10 @@ def capture(
             raise error from error.__cause__
 
 
-def _traced(request: CaptureRequest) -> Captured:
-    """Capture with torch.export alone, widening the example until graph and module agree."""
-    wrong = list[AxisGroup]()
+def _traced(request: CaptureRequest, refuted_before: Sequence[AxisGroup] = ()) -> Captured:
+    """Capture with torch.export alone, widening the example until graph and module agree, without
+    the groups that were refuted before."""
+    wrong = list(refuted_before)
     special = frozenset[int]()
     while True:
         with PROCESS_STATE, gc_paused():
@@ -113,7 +113,10 @@ def _traced(request: CaptureRequest) -> Captured:
             f"drawn inputs {shapes(general.tensors)}: the values of an input decide what is "
             "computed; use torch.where in place of Python's conditions"
         )
-    return _captured(request, WidenedForm(TRACED, general, form), partial(_speculated, request))
+    other = partial(_speculated, request)
+    captured = _captured(request, WidenedForm(TRACED, general, form), other)
+    example = excluded(captured.program, request.call.tensors, general, request.bounds)
+    return _traced(request, (*wrong, *example)) if example else captured
 
 
 def _widened(
@@ -175,17 +178,10 @@ def _captured(
 
     form, settlement = with_other_sides(name, widened.form, tensors, at_sizes, request.bounds)
     eager, fixings = form.converted.eager, form.converted.fixings
-    program = bounded(form.converted.program, settlement)
+    program = settlement.bounded(form.converted.program)
     examples = (tensors, request.call.tensors)
-    sizes = sizes_of(program, tensors)
-    conditional = frozenset(
-        name
-        for guard in form.converted.guards
-        for name in guard.names & sizes.keys()
-        if not truth_of(guard.condition).holds({**sizes, name: 1})
-    )
-    program = allow_one(program, request.bounds, eager, examples, conditional)
-    program = refuse_zero(program, eager, examples)
+    least = LeastSizes(program, eager, examples, form.converted.guards)
+    program = least.bounded(fixed=request.bounds)
     program = fold_constant_sizes(program)
     masks = constant_masks(program, request.call.tensors)
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)

@@ -13,10 +13,10 @@ from moec.capture.calls.states import detached
 from moec.capture.captured import Captured
 from moec.capture.conversion.exported import structure_of
 from moec.capture.export.module_export import convert, from_start, symbol_names
-from moec.capture.guards.guard_text import guards_in_text
-from moec.capture.proof.fixed import notes as fixed_notes
-from moec.capture.proof.settlement import required
 from moec.capture.sizes.constant_sizes import fold_constant_sizes
+from moec.capture.sizes.fixed_axes import notes as fixed_notes
+from moec.capture.sizes.guard_text import guards_in_text
+from moec.capture.sizes.settle import settled
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
@@ -56,10 +56,10 @@ def capture_export(
     program = convert(exported, names, [{} for _ in names], bounds or {}, structure.names)
     program, states = detached(program)
     eager = from_start(states, run, structure)
-    program, notes = required("the exported program", program, guards, example)
-    program = fold_constant_sizes(program)
+    settlement = settled("the exported program", program, guards, None, example)
+    program = fold_constant_sizes(settlement.bounded(program))
     always = fixed_notes(program, len(names))
-    return Captured(program, eager, example, structure, (*always, *notes))
+    return Captured(program, eager, example, structure, (*always, *settlement.notes))
 
 
 def capture_graph(

@@ -10,8 +10,8 @@ import torch
 
 from moec.capture.calls.call import ModuleCall, named_arguments, tensor_names
 from moec.capture.calls.constants import constant_numbers, noted
-from moec.capture.sizes.lengths import Axis
-from moec.capture.sizes.shapes import Axes, default_wishes, wished_axes, wished_bounds
+from moec.capture.sizes.axis_groups import Axis
+from moec.capture.sizes.wishes import Axes, default_wishes, wished_axes, wished_bounds
 from moec.errors import CaptureError
 from moec.ir.sizes.dims import Bounds
 

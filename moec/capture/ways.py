@@ -6,7 +6,7 @@
     masked       as speculated, and every row is computed for every expert
 
 A way is used at the lengths of the widened example first, and again at others where a size decides
-a branch (`moec.capture.sides`).
+a branch (`moec.capture.sizes.sides`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,11 @@ from moec.capture.export.module_export import (
     from_start,
     symbol_names,
 )
-from moec.capture.guards.domains import domain_guards
-from moec.capture.guards.guards import guards_of
-from moec.capture.proof.fixed import causes
 from moec.capture.request import CaptureRequest
-from moec.capture.sizes.widening import Widened
+from moec.capture.sizes.fixed_axes import causes
+from moec.capture.sizes.guards import CaptureForm, ConvertedExport, guards_of
+from moec.capture.sizes.widen import Widened
 from moec.capture.speculate import (
-    CaptureForm,
-    ConvertedExport,
     SpeculatedForm,
     masked,
     refuse_random,
@@ -117,7 +114,7 @@ def _converted(
 ) -> ConvertedExport:
     """The program of an export. Reads the guards first, because decomposition adds more."""
     rename = symbol_names(exported, general.wishes, general.groups)
-    guards = (*domain_guards(exported, rename), *guards_of(exported, rename))
+    guards = guards_of(exported, rename)
     fixings = causes(exported)
     program = convert(
         exported, request.names, general.wishes, request.bounds, structure.names, general.groups

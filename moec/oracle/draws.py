@@ -108,7 +108,7 @@ def values_of(
     value, tensor = program.graph.inputs[number], example[number]
     match role_of(program, value, tensor):
         case Role.TOKENS:
-            yield _tokens(tensor, draw, generator)
+            yield tokens_of(tensor, draw, generator)
         case Role.IDS:
             ids = _ids(program, value, tensor, draw, generator)
             yield ids
@@ -125,7 +125,8 @@ def values_of(
             yield from _integers(program, number, example, draw, generator)
 
 
-def _tokens(tensor: torch.Tensor, draw: Draw, generator: torch.Generator) -> torch.Tensor:
+def tokens_of(tensor: torch.Tensor, draw: Draw, generator: torch.Generator) -> torch.Tensor:
+    """Tokens as a draw has them, of the shape and dtype of `tensor`."""
     drawn = torch.randn(tensor.shape, generator=generator)
     if draw.tokens == "tied":
         drawn = torch.zeros(tensor.shape)

@@ -9,6 +9,7 @@ import torch
 from moec.dtypes import FLOATS
 from moec.ir.graph import Graph
 from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.oracle.rounding import FLOAT32_UNIT
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
 """The greatest error allowed, relative to the greatest value of the output.
@@ -85,6 +86,11 @@ def _finite_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
 def _greatest_of_rows(difference: torch.Tensor) -> torch.Tensor:
     width = difference.shape[-1] if difference.ndim else 1
     return difference.reshape(-1, width).abs().amax(-1)
+
+
+def are_close(actual: torch.Tensor, expected: torch.Tensor, limit: float = FLOAT32_UNIT) -> bool:
+    """Whether their distance is at most a limit, by default that of float32 for reordered sums."""
+    return distance(actual, expected) <= limit
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from moec.capture.guards.settle import Settled
+from moec.capture.sizes.settle import Settled
 from moec.errors import InputError, IRError
 from moec.ir.graph import Program
 from moec.passes.core.runner import Log
@@ -188,7 +188,7 @@ def test_a_guard_that_is_dropped_is_found(
     layer: Layer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "moec.capture.sides.search.settled",
+        "moec.capture.sizes.sides.settled",
         lambda name, program, *rest: Settled(program.graph.bounds, ()),
     )
     assert judge(layer, "unguarded", tmp_path).outcome is Outcome.WRONG

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from moec.capture.behaviour.failure import frames
-from moec.capture.guards.guards import Guard, guards_in
-from moec.capture.guards.settle import GuardRefused
-from moec.capture.sizes.shapes import name_symbols
-from moec.capture.sizes.widening import Widened
+from moec.capture.sizes.guards import Guard, guards_in
+from moec.capture.sizes.settle import GuardRefused
+from moec.capture.sizes.widen import Widened
+from moec.capture.sizes.wishes import name_symbols
 
 
 def guards_before(error: BaseException) -> tuple[Guard, ...]:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 import sympy
 
 from moec.capture.captured import Captured
-from moec.capture.guards.false_sizes import MOST_ROWS, can_run, false_at
-from moec.capture.guards.guards import Guard, show
+from moec.capture.sizes.false_sizes import MOST_ROWS, can_run, false_at
+from moec.capture.sizes.guards import Guard, show
 from moec.ir.graph import Graph
 from moec.ir.size_expressions import size_expressions
 from moec.ir.sizes.dims import parse_dim

@@ -22,7 +22,7 @@ from moec.capture.behaviour.inference.constants import SAFE, find_added, find_no
 from moec.capture.behaviour.inference.draws import all_on, draws, ties
 from moec.capture.behaviour.inference.drops import find_capacity
 from moec.capture.behaviour.inference.fit import fit
-from moec.capture.behaviour.inference.probe import Probe, affordable_lengths, are_close
+from moec.capture.behaviour.inference.probe import Probe, affordable_lengths
 from moec.capture.behaviour.inference.sources import find_experts, find_router
 from moec.capture.behaviour.inference.thresholds import narrowed
 from moec.capture.behaviour.layer.arguments import Arguments
@@ -33,6 +33,7 @@ from moec.capture.behaviour.layer.rules import SCORES
 from moec.capture.behaviour.proof.proof import Differs, Proof, prove
 from moec.capture.behaviour.replacement import Replacement, choices
 from moec.errors import NoMatch
+from moec.oracle.tolerance import are_close
 
 _ROWS = 96
 """Tokens of one experiment."""

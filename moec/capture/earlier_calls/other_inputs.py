@@ -30,7 +30,7 @@ from moec.errors import CaptureError
 from moec.ir.sizes.thresholds import nearest_allowed
 from moec.oracle.agree import at_sizes, sizes_of
 from moec.oracle.cases import drawn
-from moec.oracle.draws import DRAWS
+from moec.oracle.draws import DRAWS, Draw
 
 Tensors = Sequence[torch.Tensor]
 Run = Callable[..., Any]
@@ -168,16 +168,13 @@ def _inputs(captured: Captured) -> list[Tensors]:
     program, example, bounds = captured.program, captured.example, captured.program.graph.bounds
     example_sizes = sizes_of(program, example)
 
-    def sized(size_of: Callable[[int], int], scale: float) -> Tensors:
+    def sized(size_of: Callable[[int], int], draw: Draw) -> Tensors:
         sizes = {
             name: min(max(size_of(example_sizes.get(name, 2)), limits.low), limits.high or 2**31)
             for name, limits in bounds.items()
             if name.isidentifier()
         }
-        tensors = at_sizes(program, example, nearest_allowed(bounds, sizes))
-        return [
-            tensor * scale if tensor.is_floating_point() else tensor
-            for tensor in drawn(program, tensors, DRAWS[0])
-        ]
+        return drawn(program, at_sizes(program, example, nearest_allowed(bounds, sizes)), draw)
 
-    return [sized(lambda size: 2 * size + 3, 30.0), example, sized(lambda size: 1, -1.0)]
+    large, few = DRAWS[2], DRAWS[0]
+    return [sized(lambda size: 2 * size + 3, large), example, sized(lambda size: 1, few)]

@@ -22,10 +22,8 @@ from moec.capture.earlier_calls.source_lines import clocks, reads
 from moec.capture.state.reach import snapshot
 from moec.capture.state.snapshot import CONSTANTS, Slot, Snapshot
 from moec.errors import CaptureError
-from moec.oracle.tolerance import distance
+from moec.oracle.tolerance import are_close
 
-_ROUNDING = 1e-5
-"""Sums of a matrix product may round by the addresses of their operands."""
 _CHANGES = "its result depends on {}, which changes from call to call"
 _ARGUMENT = (
     "a compiled model computes the same in every call",
@@ -176,7 +174,7 @@ def agree(first: Sequence[Any] | None, second: Sequence[Any] | None) -> bool:
 
 def _agree(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return distance(one, other) <= _ROUNDING
+        return are_close(one, other)  # sums round by the addresses of their operands
     return not isinstance(one, CONSTANTS) or repr(one) == repr(other)
 
 

@@ -18,7 +18,6 @@ from moec.capture.calls.trials import quiet
 from moec.capture.conversion.exported import to_program
 from moec.capture.decomposition import decompose
 from moec.capture.export.huggingface import experts_as_ops
-from moec.capture.guards.guards import located
 from moec.capture.linear_attention.lightning import lightning_as_ops
 from moec.capture.linear_attention.scans import scans_as_ops
 from moec.capture.size_functions.float_ranges import float_ranges_known
@@ -29,9 +28,10 @@ from moec.capture.size_functions.size_text import texts_guarded
 from moec.capture.size_functions.sizes_as_keys import SizeAsKey, sizes_as_keys
 from moec.capture.size_functions.sizes_as_numbers import sizes_as_numbers
 from moec.capture.size_functions.sym_bools import sym_bools_answered
-from moec.capture.sizes.lengths import AxisGroup
-from moec.capture.sizes.shapes import Axes, name_symbols
-from moec.capture.sizes.widening import Widened
+from moec.capture.sizes.axis_groups import AxisGroup
+from moec.capture.sizes.guards import located
+from moec.capture.sizes.widen import Widened
+from moec.capture.sizes.wishes import Axes, name_symbols
 from moec.capture.speculate import explained, scripts_as_python
 from moec.capture.state.reach import values_kept
 from moec.capture.state.size_tables import tables_by_size

@@ -21,7 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from moec.capture.guards.guards import Guard, raw_guards
+from moec.capture.sizes.guards import Guard, raw_guards
 from moec.capture.user_code.shadows import CONVERSIONS, SHADOWS, python_type, shadowed
 
 _ASKS = re.compile(r"\b(int|float|len|one_hot)\b")

@@ -10,16 +10,12 @@ from moec.capture.speculate.patches import scripts_as_python
 from moec.capture.speculate.randomness import refuse_random
 from moec.capture.speculate.refusals import Untraceable, explained
 from moec.capture.speculate.search import (
-    CaptureForm,
-    ConvertedExport,
     SpeculatedForm,
     masked,
     speculate,
 )
 
 __all__ = [
-    "CaptureForm",
-    "ConvertedExport",
     "SpeculatedForm",
     "Untraceable",
     "explained",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.capture.guards.guards import Guard
+from moec.capture.sizes.guards import Guard
 from moec.capture.speculate.branches import Question
 from moec.capture.speculate.draws import draws, not_finite
 from moec.capture.speculate.sites import Site

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 
 from moec.capture.calls.call import ModuleCall
+from moec.capture.sizes.guards import CaptureForm, ConvertedExport
 from moec.capture.speculate.masked import MaskedInterpreter
 from moec.capture.speculate.proof import Verdict, examine
 from moec.capture.speculate.refusals import (
@@ -25,19 +25,6 @@ from moec.capture.speculate.trace import Assumed, Export, Traced, trace
 from moec.errors import CaptureError
 from moec.interpret.outputs import Structure
 from moec.ir.graph import Program
-from moec.oracle.cases import Eager
-
-
-@dataclass(frozen=True)
-class ConvertedExport:
-    """The program of an export, the module in eager, and the guards of the export: all of them, and
-    those that fixed an axis."""
-
-    program: Program
-    eager: Eager
-    guards: Any = ()
-    fixings: Any = ()
-
 
 Convert = Callable[[ExportedProgram, Structure], ConvertedExport]
 """Converts an export, given the structure of the module's result."""
@@ -45,15 +32,6 @@ Examples = Sequence[Sequence[torch.Tensor]]
 
 MOST_FLIPS = 8
 """How many branches are tried the other way, one at a time, before a capture is refused."""
-
-
-@dataclass(frozen=True)
-class CaptureForm:
-    """One form of a capture: its program, the structure of the module's result, report notes."""
-
-    converted: ConvertedExport
-    structure: Structure
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +114,7 @@ def masked(
         converted = convert(exported, structure)
     # The decomposed program has the example's side of each guard of its own export.
     guards = {guard.condition: guard for guard in (*form.converted.guards, *converted.guards)}
-    fixings = (*form.converted.fixings, *converted.fixings)
+    fixings = {**converted.fixings, **form.converted.fixings}
     converted = replace(converted, guards=tuple(guards.values()), fixings=fixings)
     program, eager, count = converted.program, converted.eager, structure.count
     verdict = examine(program, eager, examples, Assumed(), count, converted.guards)

@@ -8,7 +8,7 @@ from torch import nn
 
 import moec
 from moec.capture.behaviour.other_sizes import guards_of_graph
-from moec.capture.guards.guards import show
+from moec.capture.sizes.guards import show
 from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from moec.ir.text import parse

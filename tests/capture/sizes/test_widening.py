@@ -244,3 +244,23 @@ def test_a_size_that_a_view_has_too(size: tuple[int, int]) -> None:
         x = torch.randn(*other, 6)
         (y,) = evaluate(program.graph, [x], program.weights)
         torch.testing.assert_close(y, module(x))
+
+
+class Pooled(nn.Module):
+    """One text alone is pooled without its mask."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = x.sum(-1)
+        if x.shape[0] > 1:
+            scores = scores + mask
+        return (scores.softmax(-1)[..., None] * x).sum(1)
+
+
+def test_a_mask_that_one_text_does_not_read_has_its_length() -> None:
+    x, mask = floats(1, 6, WIDTH), torch.zeros(1, 6)
+    captured = capture(Pooled(), (x, mask))
+    assert shapes(captured) == [f"1xTx{WIDTH}", "BxT"]
+    for length in (1, 2, 9):
+        x, mask = floats(1, length, WIDTH), floats(1, length)
+        (result,) = evaluate(captured.program.graph, (x, mask), captured.program.weights)
+        assert distance(result, Pooled()(x, mask)) < 1e-5

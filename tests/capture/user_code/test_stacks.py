@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moec.capture.guards.guards import located
+from moec.capture.sizes.guards import located
 from moec.capture.user_code.sources import is_internal
 from moec.capture.user_code.stacks import short_stacks
 from tests.capture.modules import WIDTH, Moe

@@ -11,6 +11,7 @@ import torch
 from moec.capture.behaviour.inference.code_numbers import numbers_of_code
 from moec.capture.behaviour.inference.draws import all_on, draws, near_threshold, ties
 from moec.capture.behaviour.inference.probe import Probe
+from moec.oracle.draws import Draw, tokens_of
 
 SIZES = ((2, 12), (1, 1), (3, 29), (1, 7), (5, 3), (1, 200), (4, 64))
 LENGTHS = (3, 9, 16, 17, 20, 33, 41, 255, 1000)
@@ -104,16 +105,16 @@ def _shapes(probe: Probe) -> Iterator[BehaviourCase]:
 def _equal_tokens(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[BehaviourCase]:
     """Tokens that are all equal, of two kinds, or zero, so that their routing is tied or equal."""
     x, *rest = probe.inputs(*size, seed=seed)
-    rows = size[0] * size[1]
-    first = x.reshape(-1, probe.width)[:1].expand(rows, -1)
-    odd = (torch.arange(rows) % 2)[:, None]
-    kinds = {
-        "tokens all alike": first,
-        "tokens of two kinds": torch.where(odd == 1, -first, first),
-        "tokens of zeros": torch.zeros_like(first),
-    }
-    for kind, tokens in kinds.items():
-        yield BehaviourCase(kind, size, (tokens.reshape(x.shape), *rest))
+    generator = torch.Generator().manual_seed(seed)
+    for kind, draw in _KINDS.items():
+        yield BehaviourCase(kind, size, (tokens_of(x, draw, generator), *rest))
+
+
+_KINDS = {
+    "tokens all alike": Draw("alike", 0),
+    "tokens of two kinds": Draw("two", 0),
+    "tokens of zeros": Draw("tied", 0),
+}
 
 
 def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -19,10 +19,6 @@ from moec.capture.behaviour.layer.parts import tensor, walk
 from moec.capture.behaviour.layer.steering import Steer
 from moec.errors import NoMatch
 
-TOLERANCE = 2e-5
-"""Relative to the greatest output: float32 programs that sum in other orders differ by less."""
-
-
 _AFFORDABLE = ((0.015, 4097), (0.05, 1025))
 """(CPU seconds that 256 tokens take, longest run that is then made). The runs of a proof have about
 as many tokens as twenty of the longest, so a loop over tokens is proved within about 15 s."""
@@ -253,14 +249,3 @@ def result_leaves(result: Any, name: str = "output") -> list[tuple[str, Any]]:
     else:
         return [(name, result)]
     return [leaf for key, value in items for leaf in result_leaves(value, f"{name}.{key}")]
-
-
-def are_close(a: torch.Tensor, b: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Whether a and b differ by at most `tolerance` of the greatest finite value of b, with
-    infinities and NaN in the same positions."""
-    if a.shape != b.shape:
-        return False
-    finite = b.detach()[b.isfinite()].double().abs()
-    limit = tolerance * (float(finite.max()) if finite.numel() else 1.0) + 1e-12
-    near = (a.double() - b.double()).abs() <= limit
-    return bool((near | (a == b) | (a.isnan() & b.isnan())).all())

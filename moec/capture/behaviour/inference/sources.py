@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from moec.capture.behaviour.inference.probe import Probe, SubmoduleCall, are_close
+from moec.capture.behaviour.inference.probe import Probe, SubmoduleCall
 from moec.capture.behaviour.layer.description import Description, Path, Router
 from moec.capture.behaviour.layer.feed_forward import feed_forwards
 from moec.capture.behaviour.replacement import router_logits
 from moec.errors import NoMatch
+from moec.oracle.tolerance import are_close
 
 EXPLAINED = 1e-3
 """The greatest relative remainder, in float32, of an output that is a sum of the parts tried."""

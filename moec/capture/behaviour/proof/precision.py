@@ -17,12 +17,10 @@ from moec.capture.behaviour.layer.description import PRECISIONS, Description
 from moec.capture.behaviour.layer.parts import float_dtype
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.errors import NoMatch
+from moec.oracle.rounding import FLOAT64_UNIT, row_distances
 
 _SHAPE = (4, 128)
 """(sequences, tokens of each): enough for some scores to be equal in 16 bits but not in float32."""
-
-_EXACT = 1e-12
-"""The mean relative difference of modules of float64 that are computed alike."""
 
 
 def with_precision(module: nn.Module, probe: Probe, description: Description) -> Description:
@@ -46,17 +44,13 @@ def with_precision(module: nn.Module, probe: Probe, description: Description) ->
         with torch.no_grad():
             results = outputs(block, tokens, *ids)
         pairs = zip(results, expected, strict=True)
-        return sum(_distance(a, b) for a, b in pairs if isinstance(b, torch.Tensor))
+        tensors = (
+            (a, b) for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+        )
+        return sum(float(row_distances(a, b)[1].mean()) for a, b in tensors)
 
     candidates = [replace(description, precision=precision) for precision in PRECISIONS]
     best = min(candidates, key=error)
-    if dtype is torch.float64 and error(best) > _EXACT:
+    if dtype is torch.float64 and error(best) > FLOAT64_UNIT:
         raise NoMatch("it is of float64, and computes a part in fewer digits that was not found")
     return best
-
-
-def _distance(a: object, b: torch.Tensor) -> float:
-    """The mean absolute difference relative to the mean absolute value of `b`."""
-    assert isinstance(a, torch.Tensor)
-    difference = (a.double() - b.double()).abs().nan_to_num(0.0)
-    return float(difference.mean() / (b.double().abs().nan_to_num(0.0).mean() + 1e-12))

@@ -14,10 +14,8 @@ from torch import nn
 from moec.capture.behaviour.inference.cases import SCALES, BehaviourCase, cases, far_cases
 from moec.capture.behaviour.inference.probe import (
     LONGEST,
-    TOLERANCE,
     Probe,
     Run,
-    are_close,
     result_leaves,
 )
 from moec.capture.behaviour.layer.description import Description
@@ -26,6 +24,8 @@ from moec.capture.behaviour.proof.precision import with_precision
 from moec.capture.behaviour.proof.side_outputs import cast_outputs, find_outputs
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.errors import NoMatch
+from moec.oracle.rounding import FLOAT32_UNIT
+from moec.oracle.tolerance import are_close
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Proof:
     overflows: int = 0
     longest: int = LONGEST
     farthest: int = LONGEST
-    tolerance: float = TOLERANCE
+    tolerance: float = FLOAT32_UNIT
 
     def __str__(self) -> str:
         text = (

@@ -176,6 +176,45 @@ def test_a_condition_that_changes_nothing_is_dropped_and_noted() -> None:
     assert note.startswith("the same where not Mod(T, 2) == 0, as was tried: test_guards.py:")
 
 
+def decoded(x: torch.Tensor) -> torch.Tensor:
+    """Few rows with other operations: the same."""
+    return x * 2 if x.shape[0] > 8 else x + x
+
+
+def kept(x: torch.Tensor) -> torch.Tensor:
+    """All rows have a place, up to 300."""
+    return x * 2 if x.shape[0] <= 16 else functional.pad(x[:300] * 2, (0, 0, 0, len(x[300:])))
+
+
+def stepped(x: torch.Tensor) -> torch.Tensor:
+    if x.shape[0] < 4:
+        return x * 2
+    return x + x if x.shape[0] < 40 else x * 3
+
+
+OTHER_SIDES = {
+    (decoded, 24): Bounds(0),
+    (decoded, 6): Bounds(0),
+    (kept, 24): Bounds(0),
+    (kept, 6): Bounds(0, 16),
+    (stepped, 24): Bounds(0, 39),
+    (stepped, 80): Bounds(40),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "length"), OTHER_SIDES, ids=lambda v: getattr(v, "__name__", v)
+)
+def test_an_inequality_is_no_bound_where_the_other_side_computes_the_same(
+    function: Any, length: int
+) -> None:
+    captured = capture(Function(function), (torch.randn(length, 8),))
+    limits = captured.program.graph.bounds["T"]
+    assert limits == OTHER_SIDES[function, length]
+    for size in filter(limits.contains, (*SIZES, 300, 301, 1200)):
+        at(captured, torch.randn(size, 8))
+
+
 def test_a_size_that_the_export_fixed_is_an_error() -> None:
     def looped(x: torch.Tensor) -> torch.Tensor:
         return x * sum(1 for _ in range(x.shape[0]))

@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 
-from moec.capture.sides.sizes import Choice, Unmergeable
+from moec.capture.sizes.merged_size import Choice, Unmergeable
 from moec.ir.graph import Attr, Graph, Op, Program, State, TensorType, Value
 
 _SIZED = re.compile(r"\b(?:SymInt|Scalar|Tensor)(?:\[\d*\])?\?? (\w+)")

@@ -8,12 +8,10 @@ from dataclasses import replace
 import sympy
 import torch
 
-from moec.capture.guards.guards import Guard
-from moec.capture.guards.settle import GuardRefused, Settled
-from moec.capture.proof.settlement import settled
-from moec.capture.sides.programs import merge_programs
-from moec.capture.sides.sizes import Choice, Unmergeable
-from moec.capture.speculate import CaptureForm
+from moec.capture.sizes.guards import CaptureForm, Guard
+from moec.capture.sizes.merge import merge_programs
+from moec.capture.sizes.merged_size import Choice, Unmergeable
+from moec.capture.sizes.settle import GuardRefused, Settled, settled
 from moec.errors import CaptureError
 from moec.interpret.resized import with_sizes
 from moec.ir.sizes.dims import Bounds
@@ -44,43 +42,69 @@ def with_other_sides(
     alone.
     """
     forms = [(form, _settled(name, form, example))]
-    skipped: set[sympy.Basic] = set()
+    unjoined: set[sympy.Basic] = set()
     while len(forms) < MOST_SIDES:
         last, settlement = forms[-1]
-        guard = _restricting(settlement, skipped)
+        guard = _restricting(settlement, unjoined)
         if guard is None:
             break
         wider = _wider(name, last, guard, example, recapture, limits)
         if wider is None:
-            skipped.add(guard.condition)
+            unjoined.add(guard.condition)
         else:
             forms.append((wider, _settled(name, wider, example)))
     for wider, settlement in reversed(forms):
         if isinstance(settlement, Settled):
-            return wider, settlement
+            return wider, _compared(name, wider, settlement, example, unjoined, limits)
     _, refusal = forms[0]
     assert isinstance(refusal, GuardRefused)
     raise refusal
 
 
 def _settled(
-    name: str, form: CaptureForm, example: Sequence[torch.Tensor]
+    name: str,
+    form: CaptureForm,
+    example: Sequence[torch.Tensor],
+    unjoined: Collection[sympy.Basic] = (),
 ) -> Settled | GuardRefused:
-    """The settled guards of a form, or the refusal of one. Each form is settled once, because this
-    runs module and graph at many sizes."""
+    """The settled guards of a form, or the refusal of one. This runs module and graph at many
+    sizes."""
     converted = form.converted
     try:
-        return settled(name, converted.program, converted.guards, converted.eager, example)
+        return settled(
+            name, converted.program, converted.guards, converted.eager, example, unjoined
+        )
     except GuardRefused as refusal:
         return refusal
 
 
+def _compared(
+    name: str,
+    form: CaptureForm,
+    settlement: Settled,
+    example: Sequence[torch.Tensor],
+    unjoined: Collection[sympy.Basic],
+    limits: Mapping[str, Bounds],
+) -> Settled:
+    """The settlement without bounds of sizes beyond which the form computes the same as the module,
+    though the sides of the branch could not be joined: they have other operations."""
+    alone = [g for g in settlement.limiting if g.condition in unjoined and len(g.names) == 1]
+    if not alone:
+        return settlement
+    program = form.converted.program
+    wide = {size: limits.get(size, Bounds()) for guard in alone for size in guard.names}
+    graph = replace(program.graph, bounds={**program.graph.bounds, **wide})
+    converted = replace(form.converted, program=replace(program, graph=graph))
+    wider = _settled(name, replace(form, converted=converted), example, unjoined)
+    return wider if isinstance(wider, Settled) else settlement
+
+
 def _restricting(
-    settlement: Settled | GuardRefused, skipped: Collection[sympy.Basic] = ()
+    settlement: Settled | GuardRefused, unjoined: Collection[sympy.Basic] = ()
 ) -> Guard | None:
-    """The first guard outside `skipped` that is refused or limits a size."""
+    """The first guard outside `unjoined` that is refused or limits a size."""
     limiting = settlement.limiting if isinstance(settlement, Settled) else (settlement.guard,)
-    return next((guard for guard in limiting if guard.condition not in skipped), None)
+    return next((guard for guard in limiting if guard.condition not in unjoined), None)
 
 
 def _wider(
@@ -99,7 +123,7 @@ def _wider(
             other = recapture(sizes)
         except CaptureError:
             continue
-        merged = _merged(form, other, example, sizes)
+        merged = _merged(form, other, guard, example, sizes)
         if merged is not None:
             return merged
         inputs = other.converted.program.graph.inputs
@@ -124,10 +148,14 @@ def _beyond(guard: Guard, limits: Mapping[str, Bounds], example: Sizes) -> Itera
 
 
 def _merged(
-    first: CaptureForm, second: CaptureForm, example: Sequence[torch.Tensor], sizes: Sizes
+    first: CaptureForm,
+    second: CaptureForm,
+    guard: Guard,
+    example: Sequence[torch.Tensor],
+    sizes: Sizes,
 ) -> CaptureForm | None:
-    """Both forms as one, compared with eager on both sides; None where they differ in more than
-    sizes."""
+    """Both forms, of which a guard is the condition, as one that was compared with eager on both
+    sides; None where they differ in more than sizes."""
     a, b = first.converted, second.converted
     shared = {guard.condition for guard in a.guards} & {guard.condition for guard in b.guards}
     shared |= {g.condition for g in (*a.guards, *b.guards) if _excludes_one(g.condition)}
@@ -151,8 +179,7 @@ def _merged(
     if not all(agree_at_sizes(program, a.eager, example, s) in (True, None) for s in within):
         return None
     guards = {g.condition: g for g in (*b.guards, *a.guards) if g.condition in shared}.values()
-    branch = next((guard for guard in sides[0] if not guard.is_domain), sides[0][0])
-    joined = replace(branch, condition=either, is_domain=False)
+    joined = replace(guard, condition=either)
     converted = replace(a, program=program, guards=(*guards, joined))
     return replace(first, converted=converted)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import sympy
 
-from moec.capture.sides.sizes import Choice, Unmergeable
+from moec.capture.sizes.merged_size import Choice, Unmergeable
 from moec.ir.size_expressions import indicator
 from moec.ir.sizes.dims import Bounds, symbol
 from moec.ir.sizes.floats import f64

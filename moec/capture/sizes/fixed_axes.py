@@ -15,8 +15,8 @@ import sympy
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.guards.guards import Guard, guard_at, shape_env
-from moec.capture.sizes.shapes import Axes
+from moec.capture.sizes.guards import Guard, guard_at, shape_env
+from moec.capture.sizes.wishes import Axes
 from moec.errors import CaptureError, UsageError
 from moec.interpret.resized import resized_axes
 from moec.ir.graph import Program

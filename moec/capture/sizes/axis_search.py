@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, islice, product
 
 import torch
 
 from moec.capture.calls.trials import Trials
-from moec.capture.sizes.lengths import Axis, AxisGroup, longer_than_one, other_lengths, resized
+from moec.capture.sizes.axis_groups import Axis, AxisGroup, longer_than_one, other_lengths, resized
 
 FIXED = "fixed"
 MOST_ASSIGNMENTS = 64
@@ -23,7 +22,7 @@ class Search:
 
     Lengths in `common`, which other axes have (of weights above all), are tried last, since a
     module may compare sizes with them. `joining` and `refuted` are those of
-    `moec.capture.sizes.widening.widen`.
+    `moec.capture.sizes.widen.widen`.
     """
 
     trials: Trials
@@ -63,7 +62,8 @@ class Search:
     ) -> Iterator[tuple[AxisGroup, ...]]:
         """For each assignment that runs: the groups, extended by the axes of length 1 at new
         lengths."""
-        for labels in _assignments(units, self.joining) if units else ():
+        assignments = _assignments(units, self.joining) if units else ()
+        for labels in islice(assignments, MOST_ASSIGNMENTS):
             for short in (False, True):
                 groups = self._labelled(long, units, labels, short)
                 if groups is not None and self.runs(*groups):
@@ -136,6 +136,8 @@ class Search:
         for axes in _subsets(group.axes):
             part, rest = _parted(group, axes)
             moved, still = replace(part, length=other), replace(rest, length=other)
+            if self.refuted and any(self.joining.issuperset(p.axes) for p in (part, rest)):
+                continue  # a mask that one text alone does not need still has its length
             if self.runs(*others, moved, rest) and self.runs(*others, part, still):
                 return rest, moved
         return ()
@@ -170,21 +172,14 @@ class Search:
         done: list[AxisGroup] = []
         for index, group in enumerate(groups):
             rest = groups[index + 1 :]
+            used = {*self.common, *(other.length for other in (*done, *rest))}
             if self._refuted(group):
                 group = replace(group, length=self._length(group))
             elif group.length and group.length in {*self.common, *(g.length for g in done)}:
-                used = {*self.common, *(other.length for other in (*done, *rest))}
-                moves = (replace(group, length=n) for n in other_lengths(group.length))
-                group = next(
-                    (
-                        moved
-                        for moved in moves
-                        if moved.length not in used
-                        and group.allows(moved.length)
-                        and self.runs(*done, moved, *rest)
-                    ),
-                    group,
-                )
+                lengths = [n for n in other_lengths(group.length) if n not in used]
+                moves = [replace(group, length=n) for n in lengths if group.allows(n)]
+                running = (moved for moved in moves if self.runs(*done, moved, *rest))
+                group = next(running, group)
             done.append(group)
         return tuple(done)
 
@@ -200,26 +195,17 @@ def _assignments(units: Sequence[AxisGroup], joining: frozenset[Axis]) -> Iterat
     A unit in `joining` gets the label of another unit if possible, and FIXED otherwise.
     """
     labels = sorted({_label(u) for u in units if not u.name and not joining.intersection(u.axes)})
-    options: list[list[tuple[int, str]]] = []
+    options: list[list[str]] = []
     for unit in units:
-        label = _label(unit)
-        others = [(1, other) for other in labels if other != label and not unit.name]
         if joining.intersection(unit.axes):
-            options.append([*((0, other) for other in reversed(labels)), (1, FIXED)])
+            options.append([*reversed(labels), FIXED])
         else:
-            options.append([(0, label), *others, (2, FIXED)])
-    first = (0,) * len(units)
-    heap, met = [(0, first)], {first}
-    for _ in range(MOST_ASSIGNMENTS):
-        if not heap:
-            return
-        _, chosen = heapq.heappop(heap)
-        yield tuple(options[i][c][1] for i, c in enumerate(chosen))
-        for i, c in enumerate(chosen):
-            more = (*chosen[:i], c + 1, *chosen[i + 1 :])
-            if c + 1 < len(options[i]) and more not in met:
-                met.add(more)
-                heapq.heappush(heap, (sum(options[j][k][0] for j, k in enumerate(more)), more))
+            others = [] if unit.name else [other for other in labels if other != _label(unit)]
+            options.append([_label(unit), *others, FIXED])
+    for count in range(len(units) + 1):
+        for changed in combinations(range(len(units)), count):
+            choices = (o[1:] if i in changed else o[:1] for i, o in enumerate(options))
+            yield from product(*choices)
 
 
 def _label(unit: AxisGroup) -> str:

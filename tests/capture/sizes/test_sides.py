@@ -16,10 +16,9 @@ from torch.nn import functional
 
 import moec
 from moec.capture import capture
-from moec.capture.guards.guards import Guard
-from moec.capture.guards.settle import settle
-from moec.capture.proof.settlement import settled
-from moec.capture.sides import search
+from moec.capture.sizes import sides
+from moec.capture.sizes.guards import Guard
+from moec.capture.sizes.settle import settle, settled
 from moec.capture.speculate.facts.singles import (
     OPERATIONS,
     Single,
@@ -282,7 +281,7 @@ def test_the_guards_of_each_side_are_settled_once(monkeypatch: pytest.MonkeyPatc
         programs.append(program)
         return settled(name, program, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(search, "settled", counted)
+    monkeypatch.setattr(sides, "settled", counted)
     capture(Function(rounded_up), (torch.randn(22, 3),))
     assert len(programs) == len({id(program) for program in programs}) > 1
 

@@ -16,11 +16,14 @@ import torch
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.trials import Trials
-from moec.capture.sizes.lengths import Axis, AxisGroup, groups_and_units, resized
-from moec.capture.sizes.search import Search
-from moec.capture.sizes.shapes import Axes
+from moec.capture.sizes.axis_groups import Axis, AxisGroup, groups_and_units, resized
+from moec.capture.sizes.axis_search import Search
+from moec.capture.sizes.wishes import Axes
 from moec.errors import CaptureError
-from moec.ir.graph import Value
+from moec.ir.graph import Program, Value
+from moec.ir.sizes.dims import Bounds
+from moec.oracle.agree import agree
+from moec.oracle.cases import Eager
 
 
 @dataclass(frozen=True)
@@ -102,3 +105,37 @@ def _fixed_sizes(call: ModuleCall, free: Collection[Axis]) -> frozenset[int]:
         if Axis(index, number) not in free
     }
     return frozenset(fixed.union(*(weight.shape for weight in weights)))
+
+
+def refuted(
+    program: Program, eager: Eager, example: Sequence[torch.Tensor], widened: Widened
+) -> tuple[AxisGroup, ...]:
+    """The groups of axes whose exported length makes the graph wrong at the example's length.
+
+    Empty where graph and module agree on the example. Otherwise the groups that disagree when they
+    alone have the example's length, or all moved groups if none does.
+    """
+    if not widened.moved or agree(program, eager, example):
+        return ()
+    wrong = []
+    for group in widened.moved:
+        first = group.axes[0]
+        back = replace(group, length=example[first.tensor].shape[first.axis])
+        if agree(program, eager, resized(widened.tensors, [back])) is False:
+            wrong.append(group)
+    return tuple(wrong) or widened.moved
+
+
+def excluded(
+    program: Program, example: Sequence[torch.Tensor], widened: Widened, fixed: Collection[str]
+) -> tuple[AxisGroup, ...]:
+    """The groups whose length in the example is outside of the program's bounds, other than those
+    in `fixed`, which the user set."""
+    groups = []
+    for group in widened.moved:
+        tensor, axis = group.axes[0]
+        name = str(program.graph.inputs[tensor].shape[axis])
+        limits = program.graph.bounds.get(name, Bounds())
+        if name not in fixed and not limits.contains(example[tensor].shape[axis]):
+            groups.append(group)
+    return tuple(groups)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.export import Dim as TorchDim
 
-from moec.capture.sizes.shapes import Axes, dim_name
+from moec.capture.sizes.wishes import Axes, dim_name
 from moec.interpret.resized import resize_axis
 
 BATCH = (2, 3, 5, 7, 11)

@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.capture.conversion.arithmetic import number
-from moec.capture.guards.guards import Guard
+from moec.capture.sizes.guards import Guard
 from moec.errors import CaptureError
 from moec.ir.sizes.dims import Dim, from_torch
 from moec.ir.sizes.floats import ceil, f64, floor, round_half_even, trunc

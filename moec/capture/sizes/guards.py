@@ -1,22 +1,11 @@
-"""Guards: the conditions on input sizes under which an export is valid.
-
-torch.export traces with the sizes of the example and records each condition on a size that it
-evaluated with them: `if n > 8`, `int(n * 2.0 / 8) == 6`. Every guard is handled. It is one of
-
-    implied    by the types of the inputs and the bounds of the sizes: nothing to do
-    a bound    an inequality of one size: it limits that size; or one that limits a product of
-               sizes to a large number, at least where module and graph differ beyond; or a
-               condition without which the module itself fails: that S is a multiple of 4
-    harmless   module and graph agree at sizes where it is false, which is tested
-    or refused, in the user's names, with the line of code that evaluated it
-"""
+"""Guards: the conditions on input sizes under which an export is valid."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,22 +14,23 @@ import sympy
 from torch.export import ExportedProgram
 from torch.fx.experimental import symbolic_shapes
 
+from moec.capture.user_code.size_domains import Limit, domains_of
 from moec.capture.user_code.sources import is_internal, is_standard, text_of
 from moec.errors import CaptureError, IRError
-from moec.ir.graph import Graph
+from moec.interpret.outputs import Structure
+from moec.ir.graph import Graph, Program
 from moec.ir.sizes.dims import nearly_from_torch, show_dim, symbols
+from moec.oracle.cases import Eager
 
 
 @dataclass(frozen=True)
 class Guard:
-    """A condition on named sizes, and the line of the user's code that evaluated it. Where that of
-    a domain is false, Python's arithmetic on the line raises an error: it divides by 0."""
+    """A condition on named sizes, and the line of the user's code that evaluated it."""
 
     condition: sympy.Basic
     file: str = ""
     line: int = 0
     function: str = ""
-    is_domain: bool = False
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -57,6 +47,26 @@ class Guard:
         return f"{where}: {self.text}" if self.text else where
 
 
+@dataclass(frozen=True)
+class ConvertedExport:
+    """The program of an export, the module in eager, the guards of the export, and those that fixed
+    an axis of an input: (number of the input, number of its axis)."""
+
+    program: Program
+    eager: Eager
+    guards: Sequence[Guard] = ()
+    fixings: Mapping[tuple[int, int], Guard] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CaptureForm:
+    """One form of a capture: its program, the structure of the module's result, report notes."""
+
+    converted: ConvertedExport
+    structure: Structure
+    notes: tuple[str, ...] = ()
+
+
 class _Internal:
     """The set of files that hold no user code, in the form that torch's search for a line takes."""
 
@@ -70,36 +80,44 @@ def located() -> Any:
 
 
 def guards_of(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:
-    """The guards of an export without duplicates and without guards that its inputs' shapes imply.
+    """The guards of an export without duplicates and without guards that its inputs' shapes imply,
+    after the conditions under which the user's arithmetic on sizes, not on numbers of data, is
+    defined.
 
     Call it before the export is decomposed, because decomposition adds guards. `rename` maps
     torch's symbols to named sizes. Raises CaptureError for a guard that cannot be converted.
     """
     env = shape_env(exported)
-    return () if env is None else guards_in(env, rename)
+    if env is None:
+        return ()
+    guards: dict[sympy.Basic, Guard] = {}
+    for domain in domains_of(env):
+        operand = env.replace(domain.operand)
+        if {symbol.name for symbol in operand.free_symbols} <= rename.keys():
+            raw = Guard(operand, domain.file, domain.line, domain.function)
+            guard = _read(raw, partial(_defined, rename=rename, limit=domain.limit))
+            if guard.condition != sympy.true:
+                guards.setdefault(guard.condition, guard)
+    return (*guards.values(), *guards_in(env, rename))
 
 
 def guards_in(env: Any, rename: Mapping[str, str]) -> tuple[Guard, ...]:
-    """As `guards_of`, of torch's record of the sizes of a trace."""
+    """The guards in torch's record of the sizes of a trace."""
     guards: dict[sympy.Basic, Guard] = {}
-    for guard in env.guards:
-        condition = env.replace(guard.expr)
-        if condition == sympy.true:
-            continue
-        location = _place(guard.sloc.framework_loc)
-        guards.setdefault(condition, _guard(condition, rename, location))
+    for each in env.guards:
+        guard = replace(guard_at(each), condition=env.replace(each.expr))
+        if guard.condition != sympy.true and guard.condition not in guards:
+            guards[guard.condition] = _read(guard, partial(_converted, rename=rename))
     return tuple(guards.values())
 
 
-def _guard(
-    condition: sympy.Basic, rename: Mapping[str, str], location: tuple[str, int, str]
-) -> Guard:
+def _read(guard: Guard, convert: Callable[[Any], sympy.Basic]) -> Guard:
+    """A guard over torch's symbols as one over named sizes."""
     try:
-        return Guard(_converted(condition, rename), *location)
+        return replace(guard, condition=convert(guard.condition))
     except (IRError, AttributeError, TypeError, ValueError) as error:
-        where = Guard(condition, *location)
         raise CaptureError(
-            f"a condition on sizes cannot be read: {condition} ({error})\n  {where}\n"
+            f"a condition on sizes cannot be read: {guard.condition} ({error})\n  {guard}\n"
             "  fix the sizes that it depends on: dynamic_shapes"
         ) from None
 
@@ -116,18 +134,23 @@ def shape_env(exported: ExportedProgram) -> Any:
 def raw_guards(exported: ExportedProgram) -> list[Guard]:
     """All guards of an export over torch's symbols, including those that its shapes imply."""
     env = shape_env(exported)
-    return [] if env is None else [guard_at(guard) for guard in env.guards]
+    return [] if env is None else list(map(guard_at, env.guards))
 
 
 def guard_at(guard: Any) -> Guard:
     """A guard of torch over torch's symbols, with the user's line that evaluated it."""
-    return Guard(guard.expr, *_place(guard.sloc.framework_loc))
-
-
-def _place(location: Any) -> tuple[str, int, str]:
+    location = guard.sloc.framework_loc
     if not isinstance(location, traceback.FrameSummary) or is_internal(location.filename):
-        return "", 0, ""
-    return location.filename, location.lineno or 0, location.name
+        return Guard(guard.expr)
+    return Guard(guard.expr, location.filename, location.lineno or 0, location.name)
+
+
+def _defined(operand: sympy.Expr, rename: Mapping[str, str], limit: Limit) -> sympy.Basic:
+    """Where an operand over torch's symbols is not 0, or positive."""
+    number = nearly_from_torch(operand, rename)
+    if limit == "nonzero" and not number.is_nonnegative:
+        return sympy.Ne(number, 0)
+    return sympy.Ge(number, 1) if number.is_integer else sympy.Gt(number, 0)
 
 
 _CONNECTIVES = (sympy.And, sympy.Or, sympy.Not)

@@ -1,1 +1,0 @@
-"""The conditions on sizes under which an export is valid."""

@@ -1,1 +1,0 @@
-"""Compares a captured graph with its module, and settles its guards."""
