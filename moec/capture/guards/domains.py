@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 
 from moec.capture.guards.conditions import as_bounds
 from moec.capture.guards.guards import Guard, shape_env
-from moec.capture.user_code.size_domains import Domain, domains_of
+from moec.capture.intercept.arithmetic import Domain, domains_of
 from moec.errors import CaptureError, IRError
 from moec.ir.sizes.dims import Bounds, nearly_from_torch
 from moec.ir.sizes.thresholds import first_true, interval_around, sizes_around, truth_of
@@ -40,7 +40,7 @@ def _condition(domain: Domain, operand: sympy.Expr, rename: Mapping[str, str]) -
             f"a number made of sizes cannot be read: {operand} ({error})\n  {where}\n"
             "  fix the sizes that it depends on: dynamic_shapes"
         ) from None
-    if domain.limit == "nonzero" and not number.is_nonnegative:
+    if not number.is_nonnegative:
         return sympy.Ne(number, 0)
     return sympy.Ge(number, 1) if number.is_integer else sympy.Gt(number, 0)
 

@@ -19,13 +19,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import sympy
 from torch.export import ExportedProgram
-from torch.fx.experimental import symbolic_shapes
 
-from moec.capture.user_code.sources import is_internal, is_standard, text_of
+from moec.capture.user_code.sources import is_internal, text_of
 from moec.errors import CaptureError, IRError
 from moec.ir.graph import Graph
 from moec.ir.sizes.dims import nearly_from_torch, show_dim, symbols
@@ -55,18 +53,6 @@ class Guard:
             return "a guard of the export"
         where = f"{Path(self.file).name}:{self.line} in {self.function}"
         return f"{where}: {self.text}" if self.text else where
-
-
-class _Internal:
-    """The set of files that hold no user code, in the form that torch's search for a line takes."""
-
-    def __contains__(self, file: object) -> bool:
-        return isinstance(file, str) and (is_internal(file) or is_standard(file))
-
-
-def located() -> Any:
-    """While open, torch records the user's line for a guard, not one of torch's or moec's."""
-    return mock.patch.object(symbolic_shapes, "uninteresting_files", _Internal)
 
 
 def guards_of(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:

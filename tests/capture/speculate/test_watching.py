@@ -27,7 +27,7 @@ def load(name, path):
     spec.loader.exec_module(module)
     return module
 sites, watching, branching = map(load, (
-    "moec.capture.speculate.sites", "moec.capture.speculate.watching", "branching"), sys.argv[1:])
+    "moec.capture.user_code.sites", "moec.capture.speculate.watching", "branching"), sys.argv[1:])
 assert branching.seen(sites, watching) == branching.EXPECTED, branching.seen(sites, watching)
 """
 
