@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moec.capture.speculate import sites, watching
+from moec.capture.speculate import watching
+from moec.capture.user_code import sites
 from tests.capture.speculate import branching
 
 
@@ -18,7 +19,7 @@ def test_branches_are_seen_both_ways() -> None:
 
 ALONE = """
 import importlib.util, sys, types
-for name in ("moec", "moec.capture", "moec.capture.speculate"):
+for name in ("moec", "moec.capture", "moec.capture.speculate", "moec.capture.user_code"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = []
 def load(name, path):
