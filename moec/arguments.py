@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from moec.capture.doors import Source
 from moec.dtypes import MODEL_DTYPES
@@ -21,6 +20,7 @@ from moec.pipeline import PassSpec
 from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import TF32, CudaTarget
 from moec.target.named import AnyTarget, missing_features, parse, parse_both
+from moec.torch_private import pytree
 
 DTYPES = {name: getattr(torch, name) for name in MODEL_DTYPES}
 

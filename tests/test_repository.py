@@ -80,7 +80,7 @@ def test_every_folder_of_code_is_a_package():
 
 def test_the_top_of_moec_is_short():
     """Each topic has a folder; import-linter checks what each may import."""
-    assert len(list((ROOT / "moec").glob("*.py"))) <= 12
+    assert len(list((ROOT / "moec").glob("*.py"))) <= 13
 
 
 def test_folders_are_short():
@@ -91,10 +91,10 @@ def test_folders_are_short():
 
 
 BUDGETS = {
-    ("moec/capture",): 16_750,
+    ("moec/capture",): 16_150,
     ("passes/recognise",): 7_100,
     ("codegen/cuda",): 6_000,
-    ("moec", *LINKED): 98_600,
+    ("moec", *LINKED): 98_400,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,
 recognise to 6,000, and the whole to 92,000."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from moec.capture.calls.states import detached
 from moec.capture.captured import Captured
@@ -20,6 +19,7 @@ from moec.capture.sizes.settle import settled
 from moec.errors import CaptureError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
+from moec.torch_private import pytree
 
 
 def capture_export(

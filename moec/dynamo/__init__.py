@@ -6,12 +6,13 @@ registers it.
 
 from __future__ import annotations
 
-from torch._dynamo import list_backends, register_backend
+from torch.compiler import list_backends
 
 from moec.dynamo.compiler import backend
 from moec.dynamo.preparation import prepare
 from moec.dynamo.record import Fallback, FallbackError, FallbackWarning, Stats, stats
 from moec.dynamo.skipped import watch
+from moec.torch_private import register_backend
 
 __all__ = [
     "Fallback",

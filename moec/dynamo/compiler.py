@@ -45,6 +45,7 @@ from moec.passes.core.runner import run
 from moec.passes.recognise import RecogniseExperts
 from moec.pipeline import CANONICALISE, RECOGNISE
 from moec.target.cpu import CpuTarget
+from moec.torch_private import dynamo_timed
 
 RECOGNITION = (*CANONICALISE.passes, *RECOGNISE.passes)
 
@@ -68,7 +69,7 @@ def backend(
     """
     settings = parse(options, mode)
     watch(backend)
-    with torch._dynamo.utils.dynamo_timed("moec_backend"):
+    with dynamo_timed("moec_backend"):
         inputs, parts = take_local_parts(module, inputs)
         sites, module, left = replace_blocks(module, inputs, settings)
     run = (direct(module) if sites else None) or compile_rest(module, inputs, settings.rest)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from moec.capture.behaviour.door import ModelExample
 from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall
@@ -32,6 +31,7 @@ from moec.dynamo.record import Fallback
 from moec.dynamo.structure import ModuleStructure
 from moec.errors import CaptureError, NoMatch
 from moec.interpret.resized import resize_axis
+from moec.torch_private import dynamo, pytree
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _observed(module: nn.Module, call: RecordedCall) -> Observed:
 
 
 def _leaves(module: nn.Module, tokens: torch.Tensor) -> list[Any]:
-    return tree_leaves(module(tokens))
+    return list(pytree.tree_leaves(module(tokens)))
 
 
 def _inputs(tokens: torch.Tensor) -> list[Sequence[torch.Tensor]]:
@@ -160,7 +160,6 @@ def _inputs(tokens: torch.Tensor) -> list[Sequence[torch.Tensor]]:
 
 def _captured(module: nn.Module, call: RecordedCall) -> bool:
     """Whether Dynamo makes one graph of the module, as it does in a prepared model."""
-    dynamo: Any = torch._dynamo  # it has no types
     try:
         patch = dynamo.config.patch(capture_dynamic_output_shape_ops=True)
         with values_kept(module), patch, torch.no_grad():

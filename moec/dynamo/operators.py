@@ -29,6 +29,7 @@ from moec.ir.sizes.dims import symbols
 from moec.runtime.call.executor import Executor
 from moec.runtime.checks import check_inputs
 from moec.runtime.device.device import device_of
+from moec.torch_private import schema_of, version_of
 
 
 @dataclass(eq=False)
@@ -184,7 +185,7 @@ def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]] | None:
     """A key of the state of weights: the address, version, shape and strides of each. None where
     one is an inference tensor, which has no version."""
     try:
-        return [(p.data_ptr(), p._version, p.shape, p.stride()) for p in params]
+        return [(p.data_ptr(), version_of(p), p.shape, p.stride()) for p in params]
     except RuntimeError:
         return None
 
@@ -234,7 +235,8 @@ block.register_fake(_fake)
 # small layer.
 _library: Any = torch.library  # it has no types
 _LIBRARY = _library.Library("moec", "FRAGMENT")
-_LIBRARY.define("block_forward" + str(torch.ops.moec.block.default._schema).partition("block")[2])
+_SCHEMA = str(schema_of(torch.ops.moec.block.default))
+_LIBRARY.define("block_forward" + _SCHEMA.partition("block")[2])
 _LIBRARY.impl("block_forward", _run, "CPU")
 _LIBRARY.impl("block_forward", _run, "CUDA")
 torch.library.register_fake("moec::block_forward", _fake, lib=_LIBRARY)

@@ -15,7 +15,6 @@ import re
 from typing import Any, TypeVar
 
 import torch
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moec.capture.export.huggingface import switch_experts
 from moec.dynamo.compiler import backend
@@ -24,6 +23,7 @@ from moec.dynamo.observed import is_observed, observe_experts
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.skipped import watch
 from moec.errors import UsageError
+from moec.torch_private import GuardOnDataDependentSymNode, dynamo_config
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -51,7 +51,7 @@ def prepare(model: Model, *args: Any, **kwargs: Any) -> Model:
 def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not self.__dict__.get(_UNCAPTURED):
         try:
-            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            with dynamo_config.patch(capture_dynamic_output_shape_ops=True):
                 return previous_forward(self, _NAME, *args, **kwargs)
         except GuardOnDataDependentSymNode as error:
             where = type(self).__name__
@@ -74,5 +74,5 @@ def _on_data(error: GuardOnDataDependentSymNode) -> str:
     )
 
 
-_disable: Any = torch._dynamo.disable  # it has no types
+_disable: Any = torch.compiler.disable  # it has no types
 _PREPARED = _disable(forward, recursive=False)  # Dynamo does not capture it, but what it calls

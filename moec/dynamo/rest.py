@@ -6,11 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import fx
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch._aot_autograd.utils import make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from moec.errors import UsageError
+from moec.torch_private import aot_autograd, make_boxed_func, min_cut_rematerialization_partition
 
 Callee = Callable[..., Any]
 
@@ -32,13 +30,12 @@ def _as_it_is(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
 
 
 def _inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
-    from torch._inductor import exc
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.cpp_builder import get_cpp_compiler
+    # Inductor takes long to import
+    from moec.torch_private import InvalidCxxCompiler, compile_fx, get_cpp_compiler
 
     try:
         get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
+    except InvalidCxxCompiler as error:
         raise UsageError(
             "Inductor compiles what is no MoE block, and finds no C++ compiler: install g++ or "
             'clang++, or run the rest as it is with options={"rest": "eager"}'

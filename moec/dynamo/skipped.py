@@ -16,9 +16,8 @@ from functools import cache
 from types import FrameType
 from typing import Any
 
-import torch
-
 from moec.dynamo.record import RECORDER, Fallback, FallbackWarning
+from moec.torch_private import dynamo
 
 _SAID: Mapping[tuple[str, ...], str] = {
     ("capture_dynamic_output_shape_ops",): (
@@ -38,7 +37,6 @@ _SAID: Mapping[tuple[str, ...], str] = {
 def watch(backend: object) -> None:
     """Report each function that Dynamo skips for one of these reasons instead of calling `backend`.
     Needed once, and again after a reset of Dynamo, which removes listeners."""
-    dynamo: Any = torch._dynamo  # it has no types
     handler, listener = dynamo.callback_handler, _listener(backend)
     if listener not in handler.end_callbacks:
         handler.register_end_callback(listener)
@@ -89,6 +87,5 @@ def _frames() -> Iterator[FrameType]:
 
 def _calls(called: Any, backend: object) -> bool:
     """Whether Dynamo would call `backend` for this callable."""
-    dynamo: Any = torch._dynamo
     innermost = dynamo.eval_frame.innermost_backend(called)
     return getattr(innermost, "compiler_fn", innermost) is backend

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moec.dynamo.forwards import FORWARDS
+from moec.torch_private import hooks_of, pre_hooks_of
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType)
 
@@ -49,7 +50,7 @@ def _parts(module: nn.Module) -> Iterator[tuple[object, ...]]:
             name,
             type(part),
             part.training,
-            *(tuple(hooks) for hooks in (part._forward_hooks, part._forward_pre_hooks)),
+            *(tuple(hooks) for hooks in (hooks_of(part), pre_hooks_of(part))),
             *(f"{key} {tuple(p.shape)}" for key, p in part.named_parameters(recurse=False)),
             *(f"{key} {tuple(b.shape)}" for key, b in part.named_buffers(recurse=False)),
             FORWARDS not in part.__dict__ and _has_own_forward(part),

@@ -19,6 +19,7 @@ from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Graph, Program
 from moec.ir.text import parse, print_graph
 from moec.runtime.call.arguments import bind
+from moec.torch_private import children_of
 
 Example = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -65,7 +66,7 @@ class GraphModule(nn.Module):
         *path, last = name.split(".")
         owner: nn.Module = self
         for depth, part in enumerate(path):
-            child = owner._modules.get(part)
+            child = children_of(owner).get(part)
             if child is None and hasattr(owner, part):
                 path, last = path[:depth], "_".join(name.split(".")[depth:])
                 break

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch.utils import _pytree as pytree
 
 from moec.errors import CaptureError
+from moec.torch_private import pytree
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.interpret.evaluate import evaluate, evaluate_anywhere, run_graph, run_op
 from moec.ir.graph import Module, Program, Value
 from moec.ir.size_expressions import size_expressions
 from moec.ir.upcast import widen
+from moec.torch_private import TorchDispatchMode, pytree, schema_of
 
 MEANING = 2e-4
 """Equivalent graphs in float32 differ by less than this, relative to the greatest value."""
@@ -102,7 +101,7 @@ def wide(value: Any) -> Any:
     return value.float() if low else value
 
 
-class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class InFloat32(TorchDispatchMode):  # type: ignore[misc]
     """A mode in which eager computes in float32 instead of 16-bit floats.
 
     Operators get float32 for each 16-bit float tensor and dtype, so that weights are cast as they
@@ -111,7 +110,7 @@ class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.noise = noise
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -125,12 +124,12 @@ class InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if "_assert_tensor_metadata" in str(func):
             return None
         named = dict(kwargs or {})
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             target = args[0] if args else None
             if isinstance(target, torch.Tensor) and target.dtype in _LOW:
                 return func(*args, **named)
         result = func(*pytree.tree_map(wide, args), **pytree.tree_map(wide, named))
-        if self.noise and func._schema.name in _ROUNDED and result.dtype == torch.float32:
+        if self.noise and schema_of(func).name in _ROUNDED and result.dtype == torch.float32:
             drawn = torch.randn(result.shape, generator=self.generator)
             return result * (1 + self.noise * drawn)
         return result

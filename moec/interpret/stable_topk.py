@@ -11,16 +11,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from moec.torch_private import TorchDispatchMode
 
 aten = torch.ops.aten
 
 
-class FirstOfEquals(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FirstOfEquals(TorchDispatchMode):  # type: ignore[misc]
     """While open, choices among equal values take the first; `met` is set once an op chose."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.met = False
 
     def __torch_dispatch__(

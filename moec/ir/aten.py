@@ -15,6 +15,7 @@ from moec.dtypes import LONG_NAMES
 from moec.errors import IRError
 from moec.ir.graph import Attr, DType, Op, Ref, Value
 from moec.ir.sizes.dims import evaluate_dim
+from moec.torch_private import schema_of
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, long) for name, long in LONG_NAMES.items()
@@ -155,7 +156,7 @@ def _schema(name: str) -> tuple[_Parameter, ...]:
             a.kwarg_only,
             a.default_value if a.has_default_value() else _MISSING,
         )
-        for a in overload(name)._schema.arguments
+        for a in schema_of(overload(name)).arguments
     )
 
 

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from moec.errors import UsageError
+from moec.torch_private import children_of, parameters_of
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def _check_alone(model: nn.Module, ffn: NamedFFN) -> None:
     """Raises UsageError for layers or weights that are used more than once."""
     for name, linear in ffn.linears:
         owners = [
-            m for m in model.modules() if any(p is linear.weight for p in m._parameters.values())
+            m for m in model.modules() if any(p is linear.weight for p in parameters_of(m).values())
         ]
-        holders = [c for m in model.modules() for c in m._modules.values() if c is linear]
+        holders = [c for m in model.modules() for c in children_of(m).values() if c is linear]
         if len(owners) > 1 or len(holders) > 1:
             raise UsageError(
                 f"{name} shares its weight with another layer of {type(model).__name__}, which "

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from moec.arguments import cast, changes, check_kinds, example_inputs, text, tolerance
 from moec.capture import Captured
@@ -29,6 +28,7 @@ from moec.passes.core.damage import Damage
 from moec.passes.core.runner import Declined, PassResult, run
 from moec.passes.quantise.codes import QuantisingPass
 from moec.pipeline import PassChanges, PassSpec, choose, from_stage, prepare
+from moec.torch_private import pytree
 from moec.transformation.hf_module import resize_experts
 from moec.verify import check as checking
 

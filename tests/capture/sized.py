@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from math import isqrt, log2
+from math import isqrt
 
 import torch
 
@@ -86,7 +86,7 @@ RIGHT: dict[str, Function] = {
     "int(numel*0.1)": lambda x: slots(x, int(x.numel() * 0.1)),
     "int(size*1.2)": lambda x: slots(x, int(x.size(0) * 1.2)),
     "accumulated": accumulated,
-    # roots, logarithms and powers
+    # roots and powers
     "isqrt(n)": lambda x: slots(x, math.isqrt(x.shape[0])),
     "int(sqrt(n))": lambda x: first(x, int(math.sqrt(x.shape[0]))),
     "ceil(sqrt(n))": lambda x: slots(x, math.ceil(math.sqrt(x.shape[0]))),
@@ -95,34 +95,15 @@ RIGHT: dict[str, Function] = {
     "int(n**0.5)": lambda x: first(x, int(x.shape[0] ** 0.5)),
     "int(n**0.75)": lambda x: slots(x, int(x.shape[0] ** 0.75)),
     "n**0.5//1": lambda x: first(x, x.shape[0] ** 0.5 // 1),
-    "int(log2(n))": lambda x: slots(x, int(math.log2(x.shape[0]))),
-    "x[:int(log2(n))]": lambda x: x + x[: int(math.log2(x.shape[0]))].sum(0),
-    "round(log2(n))": lambda x: slots(x, round(math.log2(x.shape[0]))),
-    "int(log(n,3))": lambda x: slots(x, int(math.log(x.shape[0], 3))),
-    "int(2*log(n)+1)": lambda x: slots(x, int(2 * math.log(x.shape[0]) + 1)),
-    "ceil(log10(n))": lambda x: slots(x, math.ceil(math.log10(x.shape[0]))),
-    "int(n/log(n+2))": lambda x: slots(x, int(x.shape[0] / math.log(x.shape[0] + 2))),
-    "int(exp(log(n)/2))": lambda x: slots(x, int(math.exp(math.log(x.shape[0]) / 2))),
-    "bit_length": lambda x: slots(x, x.shape[0].bit_length()),
-    "1<<bit_length": lambda x: slots(x, 1 << (x.shape[0] - 1).bit_length()),
-    "2**ceil(log2(n))": lambda x: slots(x, 2 ** math.ceil(math.log2(x.shape[0]))),
-    "pow(2,ceil(log2(n)))": lambda x: slots(x, int(math.pow(2, math.ceil(math.log2(x.shape[0]))))),
-    "(n+7)&~7": lambda x: slots(x, (x.shape[0] + 7) & ~7),
-    "n&3|4": lambda x: slots(x, (x.shape[0] & 3) + (x.shape[0] | 3)),
-    "n&6": lambda x: slots(x, x.shape[0] & 6),
-    "(n-9)&45|80": lambda x: slots(x, ((x.shape[0] - 9) & 45) + (x.shape[0] | 80)),
-    "n&-7": lambda x: first(x, (x.shape[0] & -7) // 2),
-    "n^3": lambda x: slots(x, (x.shape[0] ^ 3) + (5 ^ x.shape[0])),
-    "~n": lambda x: slots(x, ~x.shape[0] + 500),
     "n<<2>>1": lambda x: slots(x, (x.shape[0] << 2) >> 1),
-    "isqrt, imported": lambda x: slots(x, isqrt(x.shape[0]) + int(log2(x.shape[0]))),
     "n//int(sqrt(n))": lambda x: slots(x, x.shape[0] // int(math.sqrt(x.shape[0]))),
     "n%int(sqrt(n))": lambda x: slots(x, x.shape[0] % int(math.sqrt(x.shape[0]))),
+    "pow(isqrt(n),2)": lambda x: slots(x, int(math.pow(math.isqrt(x.shape[0]), 2))),
+    "isqrt, imported": lambda x: slots(x, isqrt(x.shape[0])),
     # floats that are divided and rounded down
-    "n//3.5": lambda x: first(x, x.shape[0] // 3.5),
-    "int(n//0.1)//20": lambda x: slots(x, int(x.shape[0] // 0.1) // 20),
-    "100//(n/7)": lambda x: slots(x, int(100 // (x.shape[0] / 7))),
-    "int(n%0.7*10)": lambda x: slots(x, int(x.shape[0] % 0.7 * 10)),
+    "int(n*1.1//6)": lambda x: first(x, int(x.shape[0] * 1.1 // 6)),
+    "int(n*0.1//1)": lambda x: slots(x, int(x.shape[0] * 0.1 // 1)),
+    "int(n*1.3//2.0//3)": lambda x: slots(x, int(x.shape[0] * 1.3 // 2.0 // 3)),
     "int(len*float(text))": lambda x: first(x, int(len(x) * float("0.6"))),
 }
 """What is symbolic, and equal to Python at every size."""
@@ -147,14 +128,6 @@ REFUSED: dict[str, tuple[Function, str]] = {
         lambda x: slots(x, 3 ** (x.shape[0] // 16)),
         r"3 to the power of a size is no expression of sizes",
     ),
-    "lowest bit": (
-        lambda x: slots(x, x.shape[0] & -x.shape[0]),
-        r"bitwise_and of a size is no expression of sizes",
-    ),
-    "bits of two sizes": (
-        lambda x: slots(x, x.shape[0] ^ (x.shape[0] // 2)),
-        r"bitwise_xor of a size is no expression of sizes",
-    ),
     "pairs": (lambda x: slots(x, math.comb(x.shape[0], 2)), r"would always be 24"),
     "greatest common divisor": (
         lambda x: first(x, math.gcd(x.shape[0], 8)),
@@ -169,6 +142,25 @@ REFUSED: dict[str, tuple[Function, str]] = {
 }
 """What would be wrong at other sizes, and the words that say so."""
 
+UNSUPPORTED: dict[str, tuple[Function, str]] = {
+    "log2": (lambda x: slots(x, int(math.log2(x.shape[0]))), r"would always be 24"),
+    "log to a base": (lambda x: slots(x, int(math.log(x.shape[0], 3))), r"would always be 24"),
+    "exp": (lambda x: slots(x, int(math.exp(x.shape[0] / 9))), r"would always be 24"),
+    "bit_length": (lambda x: slots(x, x.shape[0].bit_length()), r"would always be 24"),
+    "aligned": (lambda x: slots(x, (x.shape[0] + 7) & ~7), r"bits of a size"),
+    "lowest bit": (lambda x: slots(x, x.shape[0] & -x.shape[0]), r"bits of a size"),
+    "or": (lambda x: slots(x, x.shape[0] | 3), r"bits of a size"),
+    "xor": (lambda x: slots(x, 5 ^ x.shape[0]), r"bits of a size"),
+    "bits of two sizes": (lambda x: slots(x, x.shape[0] ^ (x.shape[0] // 2)), r"bits of a size"),
+    "invert": (lambda x: slots(x, ~x.shape[0] + 500), r"bad operand type for unary ~"),
+    "n // 3.5": (lambda x: first(x, int(x.shape[0] // 3.5)), r"for whole b only"),
+    "n // 0.1": (lambda x: slots(x, int(x.shape[0] // 0.1) // 20), r"for whole b only"),
+    "n / 6 // 0.1": (lambda x: slots(x, int(x.shape[0] / 6 // 0.1)), r"for whole b only"),
+    "100 // (n / 7)": (lambda x: slots(x, int(100 // (x.shape[0] / 7))), r"for whole b only"),
+    "n % 0.7": (lambda x: slots(x, int(x.shape[0] % 0.7 * 10)), r"a % b of floats of sizes"),
+}
+"""What no MoE module computes of a size: refused with the line, and the words that say so."""
+
 BOUNDED: dict[str, tuple[Function, tuple[int, int | None]]] = {
     "n > 8": (lambda x: x * 2 if x.shape[0] > 8 else x, (9, None)),
     "n >= 8": (lambda x: x * 2 if len(x) >= 8 else x, (8, None)),
@@ -176,8 +168,6 @@ BOUNDED: dict[str, tuple[Function, tuple[int, int | None]]] = {
     "int(n*2.0/8) > 5": (lambda x: x * 2 if int(x.shape[0] * 2.0 / 8) > 5 else x, (24, None)),
     "n*1.1 <= 55": (lambda x: x * 2 if x.shape[0] * 1.1 <= 55 else x, (0, 49)),
     "isqrt(n) >= 4": (lambda x: x * 2 if math.isqrt(x.shape[0]) >= 4 else x, (16, None)),
-    "log2(n) < 6.5": (lambda x: x * 2 if math.log2(x.shape[0]) < 6.5 else x, (1, 90)),
-    "n.bit_length() < 7": (lambda x: x * 2 if x.shape[0].bit_length() < 7 else x, (0, 63)),
     "n // 2 or 1": (lambda x: first(x, x.shape[0] // 2 or 1), (2, None)),
     "int(n * 0.5) and": (lambda x: x * 2 if int(x.shape[0] * 0.5) and True else x, (2, None)),
     "16 < n <= 32": (lambda x: x * 2 if 16 < x.shape[0] <= 32 else x, (17, 32)),

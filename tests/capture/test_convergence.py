@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moec.capture import capture
 from moec.capture.behaviour.layer.steering import Steer
-from moec.capture.speculate.sites import Site
+from moec.capture.user_code.sites import Site
 from moec.errors import CaptureError, NoMatch
 
 E, D = 3, 6

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from moec.capture.behaviour.inference.probe import Probe, affordable_lengths
 from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall
 from moec.capture.behaviour.layer.parts import in_float32
 from moec.capture.behaviour.proof.proof import Proof, prove_forward
 from moec.errors import NoMatch
+from moec.torch_private import pytree
 
 Forward = Callable[..., Any]
 """Called with the module, then with the arguments of the module's own forward."""

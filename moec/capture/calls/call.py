@@ -6,20 +6,18 @@ All other arguments (flags, None, numbers) keep the values that they have in the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from torch.utils import _pytree as pytree
 
 from moec.capture.calls.constants import constants_computed
 from moec.capture.calls.rope_index import positions_as_tensors
 from moec.capture.state.traced_changes import as_traced
 from moec.errors import CaptureError
 from moec.interpret.outputs import Structure, checked, flatten
+from moec.torch_private import pytree
 
 PREFIX = "module"
 
@@ -94,28 +92,6 @@ class FlatCall(ModuleCall):
             return None
         size: Any = value
         return torch.full((), size, dtype=torch.int64)
-
-
-@contextmanager
-def casts_done() -> Iterator[None]:
-    """While open, `Module.to` does nothing for a module that already has the dtype and device.
-
-    Some modules cast a submodule in their forward (the router of Switch Transformers does).
-    torch.export cannot trace `Module.to`, even where it changes nothing.
-    """
-    original = torch.nn.Module.to
-
-    def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        done = all(
-            (dtype is None or not p.is_floating_point() or p.dtype == dtype)
-            and (device is None or p.device == torch.device(device))
-            for p in self.parameters()
-        )
-        return self if done else original(self, *args, **kwargs)
-
-    with mock.patch.object(torch.nn.Module, "to", to):
-        yield
 
 
 def named_arguments(

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from moec.errors import UsageError
+from moec.torch_private import disable_current_modes, pytree
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _CREATION = frozenset({"arange", "tensor", "linspace"})
@@ -82,7 +81,7 @@ class _Constants(TorchFunctionMode):
         symbolic = any(isinstance(leaf, _SYMBOLIC) for leaf in leaves)
         name = getattr(func, "__name__", "")
         if not symbolic and (all(map(is_ordinary, tensors)) if tensors else name in _CREATION):
-            with _disable_current_modes():
+            with disable_current_modes():
                 return func(*args, **named)
         if args and is_ordinary(args[0]) and _writes(name):
             traced = args[0].clone()

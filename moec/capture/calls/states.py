@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
 from moec.ir.graph import Program
+from moec.torch_private import update_program
 
 
 def as_buffers(exported: ExportedProgram) -> ExportedProgram:
@@ -51,8 +52,8 @@ def as_buffers(exported: ExportedProgram) -> ExportedProgram:
             replace(spec, kind=InputKind.BUFFER, persistent=False) if constant else spec
         )
     module.recompile()
-    updated: ExportedProgram = exported._update(
-        module, replace(signature, input_specs=input_specs), constants=constants
+    updated: ExportedProgram = update_program(
+        exported, module, replace(signature, input_specs=input_specs), constants=constants
     )
     return updated
 

@@ -12,12 +12,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.state.reach import values_kept
+from moec.torch_private import TorchDispatchMode, pytree, schema_of
 
 _SIZES_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
@@ -93,18 +92,18 @@ def _padded(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
     return tuple(padded)
 
 
-class Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Undone(TorchDispatchMode):  # type: ignore[misc]
     """Copies each storage before an operator writes into it, and restores all on leaving, except
     those that were allocated while open: a call may fill a table and keep it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.before: dict[int, tuple[Any, Any]] = {}
         self.allocated: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for position, argument in enumerate(func._schema.arguments):
+        for position, argument in enumerate(schema_of(func).arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             written = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -119,7 +118,7 @@ class Undone(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)  # type: ignore[no-untyped-call]
+        super().__exit__(*reason)
         for storage, copy in self.before.values():
             if storage.nbytes() == copy.nbytes():
                 storage.copy_(copy)

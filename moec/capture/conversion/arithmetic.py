@@ -19,9 +19,8 @@ from typing import Any
 import sympy
 import torch
 
-from moec.capture.user_code import size_nodes
 from moec.ir.sizes.floats import ceil, f64, floor, round_half_even, trunc
-from moec.ir.sizes.functions import exp, log, log2, log10, power, sqrt
+from moec.ir.sizes.functions import power, sqrt
 
 _FLOAT: Mapping[Any, Callable[..., sympy.Expr]] = {
     torch.sym_float: f64,
@@ -35,12 +34,6 @@ _FLOAT: Mapping[Any, Callable[..., sympy.Expr]] = {
     torch.sym_min: sympy.Min,
     torch.sym_sqrt: sqrt,
     operator.pow: power,
-    size_nodes.floor_quotient: lambda a, b: f64(floor(a / b)),
-    size_nodes.remainder: lambda a, b: f64(sympy.Mod(a, b)),
-    size_nodes.log: log,
-    size_nodes.log2: log2,
-    size_nodes.log10: log10,
-    size_nodes.exp: exp,
 }
 """Operations whose result is a float; the operands are integers or floats."""
 

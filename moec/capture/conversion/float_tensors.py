@@ -19,7 +19,6 @@ from typing import Any, Protocol, cast
 import sympy
 import torch
 
-from moec.capture.user_code import size_nodes
 from moec.ir.aten import IR_DTYPES
 from moec.ir.graph import DType, Op, TensorType, Value
 
@@ -31,10 +30,6 @@ _TARGETS: Mapping[Any, str] = {
     operator.pow: "aten.pow.Tensor_Tensor",
     operator.neg: "aten.neg.default",
     torch.sym_sqrt: "aten.sqrt.default",
-    size_nodes.log: "aten.log.default",
-    size_nodes.log2: "aten.log2.default",
-    size_nodes.log10: "aten.log10.default",
-    size_nodes.exp: "aten.exp.default",
     torch.sym_max: "aten.maximum.default",
     torch.sym_min: "aten.minimum.default",
 }

@@ -26,6 +26,7 @@ from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
 from moec.ir.sizes.dims import Dim, canonical, from_torch
+from moec.torch_private import HigherOrderOperator, schema_of
 
 _IGNORED_ARGUMENTS = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default")
@@ -159,7 +160,7 @@ class Converter:
         if any(name in target for name in _INLINED):
             self.inline(node)
             return
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator):
             raise CaptureError(
                 f"{self.where(node) or node.name}: control flow ({target}) cannot be compiled; "
                 "write it with torch.where, or fix the branch before the export"
@@ -195,7 +196,7 @@ class Converter:
     def attributes(self, node: torch.fx.Node, inputs: list[Value]) -> dict[str, Attr]:
         """The arguments that are not plain tensors; plain tensors are appended to `inputs`."""
         attrs: dict[str, Attr] = {}
-        schema = cast(Any, node.target)._schema.arguments
+        schema = schema_of(node.target).arguments
         for index, argument in enumerate(schema):
             if index < len(node.args) and not argument.kwarg_only:
                 node_arg = node.args[index]

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from moec.capture.decomposition.kernels import WRITTEN_OUT
+from moec.torch_private import OpOverload, has_kernel_for, registrations_of
 
 WHOLE = frozenset(
     {
@@ -43,7 +44,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 def composite_count() -> int:
     """The number of registered composite operators, torch's and others."""
-    return len(torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd"))
+    return len(registrations_of("CompositeImplicitAutograd"))
 
 
 def is_composite(node: fx.Node, table: Collection[Any]) -> bool:
@@ -56,8 +57,7 @@ def is_composite(node: fx.Node, table: Collection[Any]) -> bool:
 def is_implicit(target: Any) -> bool:
     """Whether an operator is composed of others on every device. Its result may be a view of an
     operand, or the operand itself (dropout in eval), even if its schema does not say so."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     name = cast(Any, target).name()
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return has_kernel(name, "CompositeImplicitAutograd")
+    return bool(has_kernel_for(name, "CompositeImplicitAutograd"))

@@ -16,11 +16,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-import torch._dynamo.config as dynamo_config
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, TensorArgument
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moec.capture.calls.states import as_buffers
 from moec.capture.decomposition.composite import decompositions, is_composite
@@ -32,9 +30,14 @@ from moec.capture.decomposition.functional import (
     writes,
 )
 from moec.capture.decomposition.parts import operands_of, parts_in
-from moec.capture.user_code.size_nodes import size_nodes_allowed
 from moec.capture.user_code.sources import user_code
 from moec.errors import CaptureError
+from moec.torch_private import (
+    GuardOnDataDependentSymNode,
+    dynamo_config,
+    local_scalar_dense,
+    update_program,
+)
 
 _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default)
 """Composite operators whose result size depends on data; tracing them again would create a new
@@ -43,11 +46,7 @@ symbol for it."""
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """`program` in core ATen. Raises CaptureError where torch cannot decompose it."""
-    with (
-        warnings.catch_warnings(),
-        dynamo_config.patch(fake_tensor_cache_enabled=False),
-        size_nodes_allowed(),
-    ):
+    with warnings.catch_warnings(), dynamo_config.patch(fake_tensor_cache_enabled=False):
         warnings.simplefilter("ignore", FutureWarning)  # of torch about its own classes
         try:
             program = as_buffers(program)
@@ -96,8 +95,8 @@ def expand(program: ExportedProgram) -> ExportedProgram | None:
     writer.graph.eliminate_dead_code()
     module = fx.GraphModule(source, writer.graph)
     module.meta.update(source.meta)
-    expanded: ExportedProgram = program._update(
-        module, _named(program.graph_signature, writer.graph)
+    expanded: ExportedProgram = update_program(
+        program, module, _named(program.graph_signature, writer.graph)
     )
     return expanded
 
@@ -139,7 +138,7 @@ class _Writer:
             copy.name = node.name  # the signature refers to it by name
         # its decomposition would create a new symbol for the number
         if node.target is torch.ops.aten.item.default:
-            copy.target = torch.ops.aten._local_scalar_dense.default
+            copy.target = local_scalar_dense
         return copy
 
     def splice(self, node: fx.Node, parts: fx.Graph) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from moec.capture.decomposition.composite import is_implicit
+from moec.torch_private import HigherOrderOperator, OpOverload, overload_name_of, schema_of
 
 _aten = torch.ops.aten
 SCATTERS: dict[Any, Any] = {
@@ -40,23 +41,23 @@ class Write:
 
 def writes(node: fx.Node) -> bool:
     """Whether `node` writes into an operand."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
 def is_function(node: fx.Node) -> bool:
     """Whether a node is a pure function of its operands."""
     if node.op != "call_function":
         return node.op in ("placeholder", "output")
-    return not isinstance(node.target, torch._ops.HigherOrderOperator) and not writes(node)
+    return not isinstance(node.target, HigherOrderOperator) and not writes(node)
 
 
 def write_of(node: fx.Node) -> Write:
     """`node`, which writes into its first operand, as a function. Raises Retrace where there is
     none, or where the memory is read under another name afterwards."""
     target: Any = node.target
-    namespace, name = target._schema.name.split("::")
+    namespace, name = schema_of(target).name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    overload = getattr(packet, target._overloadname, None)
+    overload = getattr(packet, overload_name_of(target), None)
     if not name.endswith("_") or overload is None or not _is_same_call(target, overload):
         raise Retrace(f"{target} has no function of the same arguments")
     written, views = cast(fx.Node, node.args[0]), list[fx.Node]()
@@ -70,14 +71,14 @@ def write_of(node: fx.Node) -> Write:
 
 def _is_same_call(target: Any, overload: Any) -> bool:
     """Whether `overload` takes the same arguments, writes nothing, and returns new memory."""
-    before, after = target._schema.arguments, overload._schema.arguments
+    before, after = schema_of(target).arguments, schema_of(overload).arguments
     first, *others = (argument.alias_info for argument in before)
     return (
         [(a.name, str(a.type)) for a in before] == [(a.name, str(a.type)) for a in after]
         and first is not None
         and first.is_write
         and not any(alias is not None and alias.is_write for alias in others)
-        and not any(a.alias_info for a in (*after, *overload._schema.returns))
+        and not any(a.alias_info for a in (*after, *schema_of(overload).returns))
     )
 
 
@@ -121,6 +122,6 @@ def _may_alias(node: fx.Node) -> bool:
     """Whether the result of `node` may share memory with an operand."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return _may_alias(node.args[0])
-    if not isinstance(node.target, torch._ops.OpOverload) or is_implicit(node.target):
+    if not isinstance(node.target, OpOverload) or is_implicit(node.target):
         return True
-    return any(result.alias_info is not None for result in node.target._schema.returns)
+    return any(result.alias_info is not None for result in schema_of(node.target).returns)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec import torch_private
+
 
 def cdist_forward(x: Tensor, y: Tensor, p: float, compute_mode: int | None) -> Tensor:
     """The distances [.., N, M] of rows x [.., N, D] and y [.., M, D] in the norm p."""
@@ -41,6 +43,6 @@ def batch_norm_no_training(
 
 
 WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
-    torch.ops.aten._cdist_forward.default: cdist_forward,
-    torch.ops.aten._native_batch_norm_legit_no_training.default: batch_norm_no_training,
+    torch_private.cdist_forward: cdist_forward,
+    torch_private.batch_norm_no_training: batch_norm_no_training,
 }

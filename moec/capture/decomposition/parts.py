@@ -7,20 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.export import exported_program
-from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from moec import torch_private
 from moec.capture.decomposition.composite import composite_count, decompositions
 from moec.capture.decomposition.functional import Retrace, is_function
-
-_exports = cast(Any, exported_program)  # only private members of it are used
-_DESCRIBE = "_extract_tensor_metadata"
+from moec.torch_private import (
+    MissingTorchName,
+    enable_python_dispatcher,
+    free_unbacked_symbols,
+    make_fx,
+    place,
+)
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,13 @@ class Parts:
         """The graph of `function` on fake operands. Raises Retrace where torch cannot trace it."""
         rules = cast(Any, self.rules)
         try:
-            with _without_layouts():
-                return make_fx(function, decomposition_table=rules)(*operands).graph
+            # torch would look for the memory format of each tensor that it traces, which takes a
+            # tenth of the time: only fake tensors are taken from the traces.
+            with mock.patch.object(*place("extract_tensor_metadata"), lambda tensor: None):
+                traced: fx.GraphModule = make_fx(function, decomposition_table=rules)(*operands)
+                return traced.graph
         except Exception as error:
             raise Retrace(f"{function} cannot be traced alone") from error
-
-
-@contextmanager
-def _without_layouts() -> Iterator[None]:
-    """While open, torch does not look for the memory format of each tensor that it traces: only
-    fake tensors are taken from the traces, and the search takes a tenth of their time."""
-    tracing = cast(Any, proxy_tensor)
-    describe = getattr(tracing, _DESCRIBE, None)  # a torch without this function needs no change
-    if describe is None:
-        yield
-        return
-    setattr(tracing, _DESCRIBE, lambda tensor: None)
-    try:
-        yield
-    finally:
-        setattr(tracing, _DESCRIBE, describe)
 
 
 @cache
@@ -74,7 +62,7 @@ def _split(registrations: int) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """(composite, others): the rules of `decompositions` for composite operators that the
     dispatcher would not apply by itself, and those for other operators. Cached, because torch walks
     all of its operators to split them."""
-    composite, rules = _exports._split_decomp_table_to_cia_and_python_decomp(decompositions())
+    composite, rules = torch_private.split_decompositions(decompositions())
     return {op: rule for op, rule in composite.items() if not _is_kernel_of(op, rule)}, rules
 
 
@@ -89,11 +77,10 @@ def parts_in(source: fx.GraphModule) -> Iterator[Parts]:
     """While open, operators of `source` can be traced. Raises Retrace where torch lacks the private
     functions that this needs, and where no tensor is fake."""
     try:
-        detect = _exports._detect_fake_mode_from_gm
+        detect, override = torch_private.fake_mode_of, torch_private.override_composite
         composite, rules = _split(composite_count())
-        override = _exports._override_composite_implicit_decomp
-    except AttributeError as error:
-        raise Retrace(f"this torch has no {error.name}") from None
+    except MissingTorchName as error:
+        raise Retrace(str(error)) from None
     mode = detect(source)
     if mode is None:
         raise Retrace("no tensor of the program is fake")

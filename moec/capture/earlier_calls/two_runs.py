@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils import _pytree as pytree
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.process_state import PROCESS_STATE
@@ -23,6 +22,7 @@ from moec.capture.state.reach import snapshot
 from moec.capture.state.snapshot import CONSTANTS, Slot, Snapshot
 from moec.errors import CaptureError
 from moec.oracle.tolerance import are_close
+from moec.torch_private import buffers_of, pytree
 
 _CHANGES = "its result depends on {}, which changes from call to call"
 _ARGUMENT = (
@@ -141,13 +141,13 @@ def _leaves(example: ModuleCall) -> list[Any] | None:
 @contextmanager
 def _buffers_kept(module: torch.nn.Module) -> Iterator[None]:
     """On leaving, each buffer is the tensor that it was on entering."""
-    before = [(part, dict(part._buffers)) for part in module.modules()]
+    before = [(part, dict(buffers_of(part))) for part in module.modules()]
     try:
         yield
     finally:
         for part, buffers in before:
-            part._buffers.clear()
-            part._buffers.update(buffers)
+            buffers_of(part).clear()
+            buffers_of(part).update(buffers)
 
 
 @contextmanager

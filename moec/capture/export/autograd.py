@@ -7,14 +7,16 @@ from contextlib import contextmanager
 
 import torch
 
+from moec.torch_private import DispatchKey, ForceDispatchKeyGuard, excluded_keys, included_keys
+
 
 @contextmanager
 def autograd_inside() -> Iterator[None]:
     """While open, operations are recorded for autograd, even inside a custom operator."""
-    key = torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
+    key = DispatchKey
+    excluded = excluded_keys()
     for name in (key.AutogradFunctionality, key.AutogradOther, key.ADInplaceOrView):
         excluded = excluded.remove(name)
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    included = included_keys()
+    with ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield

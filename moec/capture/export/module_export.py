@@ -3,43 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch._dynamo.config as dynamo_config
-import torch.fx.experimental._config as symbolic_config
 from torch.export import ExportedProgram
 
-from moec.capture.calls.call import PREFIX, ModuleCall, casts_done
+from moec.capture.calls.call import PREFIX, ModuleCall
 from moec.capture.calls.states import States
 from moec.capture.calls.trials import quiet
 from moec.capture.conversion.exported import to_program
 from moec.capture.decomposition import decompose
 from moec.capture.export.huggingface import experts_as_ops
-from moec.capture.linear_attention.lightning import lightning_as_ops
-from moec.capture.linear_attention.scans import scans_as_ops
-from moec.capture.size_functions.float_ranges import float_ranges_known
-from moec.capture.size_functions.literals import floats_symbolic
-from moec.capture.size_functions.numbers import export_keeping_sizes
-from moec.capture.size_functions.size_math import math_of_sizes
-from moec.capture.size_functions.size_text import texts_guarded
-from moec.capture.size_functions.sizes_as_keys import SizeAsKey, sizes_as_keys
-from moec.capture.size_functions.sizes_as_numbers import sizes_as_numbers
-from moec.capture.size_functions.sym_bools import sym_bools_answered
+from moec.capture.export.keeping_sizes import Files, export_keeping_sizes
+from moec.capture.intercept.interceptor import Handler, intercepted
+from moec.capture.intercept.table import traced_handlers
+from moec.capture.linear_attention.lightning import lightning_handlers
+from moec.capture.linear_attention.scans import scan_handlers
 from moec.capture.sizes.axis_groups import AxisGroup
-from moec.capture.sizes.guards import located
 from moec.capture.sizes.widen import Widened
 from moec.capture.sizes.wishes import Axes, name_symbols
-from moec.capture.speculate import explained, scripts_as_python
+from moec.capture.speculate import explained
 from moec.capture.state.reach import values_kept
-from moec.capture.state.size_tables import tables_by_size
-from moec.capture.user_code.stacks import short_stacks
 from moec.interpret.outputs import Structure, flatten
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
 from moec.oracle.cases import Eager
+from moec.torch_private import dynamo_config, symbolic_config
 
 
 def export_call(call: ModuleCall, general: Widened) -> ExportedProgram:
@@ -55,36 +46,17 @@ def export_call(call: ModuleCall, general: Widened) -> ExportedProgram:
             return attempt()
 
 
-def export_module(general: Widened, module: torch.nn.Module) -> ExportedProgram:
-    """Export `module` with the tensors of `general`. Raises what torch.export raises."""
-    try:
-        return _export(general, module)
-    except SizeAsKey:
-        with tables_by_size(module):
-            return _export(general, module)
-
-
-def _export(general: Widened, module: torch.nn.Module) -> ExportedProgram:
+def export_module(
+    general: Widened, module: torch.nn.Module, files: Files | None = None
+) -> ExportedProgram:
+    """Export `module` with the tensors of `general`, and the substitutes of builtins in `files`.
+    Raises what torch.export raises."""
     with (
         torch.no_grad(),
         values_kept(module),
         experts_as_ops(module),
-        scans_as_ops(module),
-        lightning_as_ops(module),
-        casts_done(),
-        scripts_as_python(),
-        sym_bools_answered(module),
-        sizes_as_numbers(module),
-        sizes_as_keys(module),
-        math_of_sizes(module),
-        texts_guarded(),
-        floats_symbolic(),
-        float_ranges_known(),
-        located(),
-        short_stacks(),
-        symbolic_config.patch(  # type: ignore[attr-defined]
-            backed_size_oblivious=True, use_duck_shape=False
-        ),
+        intercepted(module, handlers_of(module), files=files),
+        symbolic_config.patch(backed_size_oblivious=True, use_duck_shape=False),
         # Hashing symbolic operands takes longer than inferring an operator's result again.
         dynamo_config.patch(fake_tensor_cache_enabled=False),
         warnings.catch_warnings(),
@@ -96,6 +68,13 @@ def _export(general: Widened, module: torch.nn.Module) -> ExportedProgram:
         return torch.export.export(
             module, general.tensors, dynamic_shapes=(general.wishes,), strict=False
         )
+
+
+def handlers_of(module: torch.nn.Module) -> Iterator[Handler]:
+    """What is replaced while a module is exported."""
+    yield from traced_handlers()
+    yield from scan_handlers(module)
+    yield from lightning_handlers(module)
 
 
 def convert(

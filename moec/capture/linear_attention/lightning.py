@@ -9,12 +9,11 @@ original forward on random rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
+from moec.capture.intercept.interceptor import Handler
 from moec.capture.linear_attention.scans import carry
 
 _BUFFERS = {"slope_rate", "query_decay", "key_decay", "diagonal_decay"}
@@ -80,13 +79,10 @@ def _agrees(module: Any) -> bool:
     return bool((actual - expected).abs().max() <= limit * expected.abs().max())
 
 
-@contextmanager
-def lightning_as_ops(model: torch.nn.Module) -> Iterator[None]:
-    """While open, the model's lightning attention calls `moec::linear_attention`. A class whose
-    forward computes something else is not patched."""
+def lightning_handlers(model: torch.nn.Module) -> Iterator[Handler]:
+    """The model's lightning attention calls `moec::linear_attention`. A class whose forward
+    computes something else stays."""
     modules = {type(module): module for module in model.modules() if is_lightning(module)}
-    with ExitStack() as stack:
-        for kind, module in modules.items():
-            if _agrees(module):
-                stack.enter_context(mock.patch.object(kind, "forward", _spelled(kind.forward)))
-        yield
+    for kind, module in modules.items():
+        if _agrees(module):
+            yield Handler(kind, "forward", _spelled(kind.forward))

@@ -12,15 +12,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.nn import functional
 
+from moec.capture.intercept.interceptor import Handler
 from moec.errors import CaptureError
 from moec.ops.dense.linear_attention import recurrence
 
@@ -231,24 +230,13 @@ def _agrees(function: Any, kernel: _ScanKernel) -> bool:
         return False
 
 
-@contextmanager
-def scans_as_ops(model: torch.nn.Module) -> Iterator[None]:
-    """While open, the linear attention of the model's classes calls `moec::linear_attention`.
-
-    A function that does not compute what the kernel of its name computes is not patched.
-    """
-    files = {c.__module__ for module in model.modules() for c in type(module).__mro__}
-    with ExitStack() as stack:
-        for file in files:
-            python_module = sys.modules.get(file)
-            for name, value in list(vars(python_module).items()) if python_module else ():
-                kernel = (
-                    _SCAN_KERNELS.get(kernel_name(value) or "")
-                    if inspect.isfunction(value)
-                    else None
-                )
-                if kernel is not None and _agrees(value, kernel):
-                    stack.enter_context(
-                        mock.patch.object(python_module, name, _spelled(value, kernel))
-                    )
-        yield
+def scan_handlers(model: torch.nn.Module) -> Iterator[Handler]:
+    """The linear attention of the model's classes calls `moec::linear_attention`. A function that
+    does not compute what the kernel of its name computes stays."""
+    for name in {c.__module__ for module in model.modules() for c in type(module).__mro__}:
+        source = sys.modules.get(name)
+        for key, value in list(vars(source).items()) if source else ():
+            named = kernel_name(value) if inspect.isfunction(value) else None
+            kernel = _SCAN_KERNELS.get(named or "")
+            if kernel is not None and _agrees(value, kernel):
+                yield Handler(source, key, _spelled(value, kernel))

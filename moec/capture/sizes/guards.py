@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import sympy
 from torch.export import ExportedProgram
-from torch.fx.experimental import symbolic_shapes
 
-from moec.capture.user_code.size_domains import Limit, domains_of
-from moec.capture.user_code.sources import is_internal, is_standard, text_of
+from moec.capture.intercept.arithmetic import domains_of
+from moec.capture.user_code.sources import is_internal, text_of
 from moec.errors import CaptureError, IRError
 from moec.interpret.outputs import Structure
 from moec.ir.graph import Graph, Program
@@ -67,18 +65,6 @@ class CaptureForm:
     notes: tuple[str, ...] = ()
 
 
-class _Internal:
-    """The set of files that hold no user code, in the form that torch's search for a line takes."""
-
-    def __contains__(self, file: object) -> bool:
-        return isinstance(file, str) and (is_internal(file) or is_standard(file))
-
-
-def located() -> Any:
-    """While open, torch records the user's line for a guard, not one of torch's or moec's."""
-    return mock.patch.object(symbolic_shapes, "uninteresting_files", _Internal)
-
-
 def guards_of(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Guard, ...]:
     """The guards of an export without duplicates and without guards that its inputs' shapes imply,
     after the conditions under which the user's arithmetic on sizes, not on numbers of data, is
@@ -95,7 +81,7 @@ def guards_of(exported: ExportedProgram, rename: Mapping[str, str]) -> tuple[Gua
         operand = env.replace(domain.operand)
         if {symbol.name for symbol in operand.free_symbols} <= rename.keys():
             raw = Guard(operand, domain.file, domain.line, domain.function)
-            guard = _read(raw, partial(_defined, rename=rename, limit=domain.limit))
+            guard = _read(raw, partial(_defined, rename=rename))
             if guard.condition != sympy.true:
                 guards.setdefault(guard.condition, guard)
     return (*guards.values(), *guards_in(env, rename))
@@ -145,10 +131,10 @@ def guard_at(guard: Any) -> Guard:
     return Guard(guard.expr, location.filename, location.lineno or 0, location.name)
 
 
-def _defined(operand: sympy.Expr, rename: Mapping[str, str], limit: Limit) -> sympy.Basic:
-    """Where an operand over torch's symbols is not 0, or positive."""
+def _defined(operand: sympy.Expr, rename: Mapping[str, str]) -> sympy.Basic:
+    """Where an operand over torch's symbols is not 0."""
     number = nearly_from_torch(operand, rename)
-    if limit == "nonzero" and not number.is_nonnegative:
+    if not number.is_nonnegative:
         return sympy.Ne(number, 0)
     return sympy.Ge(number, 1) if number.is_integer else sympy.Gt(number, 0)
 

@@ -12,6 +12,7 @@ import torch
 
 from moec.capture.sizes.merged_size import Choice, Unmergeable
 from moec.ir.graph import Attr, Graph, Op, Program, State, TensorType, Value
+from moec.torch_private import schema_of
 
 _SIZED = re.compile(r"\b(?:SymInt|Scalar|Tensor)(?:\[\d*\])?\?? (\w+)")
 """Arguments, in a schema of ATen, that may be expressions of sizes, some in place of a tensor."""
@@ -138,4 +139,4 @@ def _sized_arguments(name: str) -> Sequence[str]:
     if not name.startswith("aten."):
         return ()
     _, packet, overload = name.split(".")
-    return _SIZED.findall(str(getattr(getattr(torch.ops.aten, packet), overload)._schema))
+    return _SIZED.findall(str(schema_of(getattr(getattr(torch.ops.aten, packet), overload))))

@@ -14,6 +14,7 @@ from torch.export import Dim as TorchDim
 
 from moec.errors import CaptureError
 from moec.ir.sizes.dims import Bounds
+from moec.torch_private import pytree
 
 Axes = Mapping[int, Any]
 """For each axis that may vary, a torch.export Dim or hint."""
@@ -75,7 +76,7 @@ def wished_axes(arguments: Mapping[str, Any], shapes: Any) -> list[Axes]:
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(value)
+    leaves = pytree.tree_leaves(value)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 

@@ -6,7 +6,6 @@ routings for which every such branch goes both ways. What cannot be proved is re
 user's line. Read `search.py` first.
 """
 
-from moec.capture.speculate.patches import scripts_as_python
 from moec.capture.speculate.randomness import refuse_random
 from moec.capture.speculate.refusals import Untraceable, explained
 from moec.capture.speculate.search import (
@@ -21,6 +20,5 @@ __all__ = [
     "explained",
     "masked",
     "refuse_random",
-    "scripts_as_python",
     "speculate",
 ]

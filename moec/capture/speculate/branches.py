@@ -11,10 +11,10 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 
-from moec.capture.speculate.sites import Foreign, Site, site_of
+from moec.capture.user_code.sites import Foreign, Site, site_of
 from moec.errors import CaptureError
+from moec.torch_private import ShapeEnv, free_unbacked_symbols
 
 _HERE = str(Path(__file__).parent)
 _MANY = 10**6

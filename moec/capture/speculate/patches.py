@@ -1,28 +1,32 @@
-"""Replaces private functions of torch while a module is traced.
-
-All knowledge of torch's private code in this package is in this file and in `branches.py`.
-"""
+"""What is replaced, beside what every export replaces, while a module is traced under hooks."""
 
 from __future__ import annotations
 
+import builtins
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from moec import torch_private
+from moec.capture.intercept.arithmetic import floor_divides
+from moec.capture.intercept.interceptor import Handler, intercepted
+from moec.capture.intercept.substitutes import SHADOWS
 from moec.capture.speculate.branches import Branches, is_condition
 from moec.capture.speculate.facts.rounding import Rounding, divided
 from moec.capture.speculate.operators.chosen import update_counter
 from moec.capture.speculate.operators.hooks import Trace
 from moec.capture.speculate.operators.mode import Speculation
-from moec.capture.speculate.user_globals import user_globals
-from moec.capture.user_code.shadows import SHADOWS, shadowed
+from moec.torch_private import (
+    FakeTensor,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    place,
+    plain_setup_context,
+)
 
 _CONTEXT = (
     "save_for_backward save_for_forward mark_non_differentiable mark_dirty set_materialize_grads"
@@ -33,31 +37,19 @@ _CONTEXT = (
 def speculating(module: torch.nn.Module, trace: Trace) -> Iterator[Speculation]:
     """While open, the code of `module` runs under the hooks of `trace`. One thread at a time."""
     mode = Speculation(trace)
-    with ExitStack() as stack:
-        for names in user_globals(module, trace.branches.foreign):
-            stack.enter_context(mock.patch.dict(names, shadowed(names, SHADOWS)))
-        for owner, name, function in _functions(mode, trace):
-            stack.enter_context(mock.patch.object(owner, name, function, create=True))
-        stack.enter_context(mode)
+    with intercepted(module, _handlers(mode, trace), trace.branches.foreign), mode:
         yield mode
 
 
-@contextmanager
-def scripts_as_python() -> Iterator[None]:
-    """While open, a scripted function runs as the Python function that it was compiled from.
-    TorchScript would use the example's numbers for sizes and record no guard."""
-    with mock.patch.object(torch.jit.ScriptFunction, "__call__", _as_python):
-        yield
-
-
-def _functions(mode: Speculation, trace: Trace) -> Iterator[tuple[Any, str, Any]]:
-    yield ShapeEnv, "evaluate_expr", _evaluate(ShapeEnv.evaluate_expr, trace.branches)
-    yield Counter, "update", update_counter(Counter.update)
-    yield FakeTensor, "tolist", lambda tensor: mode.hooks["tolist"](None, tensor)
-    yield torch.autograd.Function, "apply", classmethod(_forward_alone)
+def _handlers(mode: Speculation, trace: Trace) -> Iterator[Handler]:
+    yield from (Handler(builtins, name, handler) for name, handler in SHADOWS.items())
+    yield Handler(*place("evaluate_expr"), _evaluate(torch_private.evaluate_expr, trace.branches))
+    yield Handler(Counter, "update", update_counter(Counter.update))
+    yield Handler(FakeTensor, "tolist", lambda tensor: mode.hooks["tolist"](None, tensor))
+    yield Handler(torch.autograd.Function, "apply", classmethod(_forward_alone))
     for how in ("floor", "ceil", "trunc"):
         name = f"__{how}__"
-        yield torch.SymFloat, name, _rounded(how, getattr(torch.SymFloat, name), trace)
+        yield Handler(torch.SymFloat, name, _rounded(how, getattr(torch.SymFloat, name), trace))
 
 
 def _evaluate(original: Callable[..., Any], branches: Branches) -> Callable[..., Any]:
@@ -76,7 +68,7 @@ def _evaluate(original: Callable[..., Any], branches: Branches) -> Callable[...,
 
 def _forward_alone(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """Runs the forward of a custom autograd.Function; what it saves for backward is discarded."""
-    split = cls.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context
+    split = cls.setup_context is not plain_setup_context
     if split:
         return cls.forward(*args, **kwargs)
     nothing = dict.fromkeys(_CONTEXT, lambda *_, **__: None)
@@ -84,16 +76,11 @@ def _forward_alone(cls: Any, *args: Any, **kwargs: Any) -> Any:
     return cls.forward(context, *args, **kwargs)
 
 
-def _as_python(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls the Python function that a scripted function was compiled from."""
-    return function._torchdynamo_inline(*args, **kwargs)
-
-
 def _rounded(how: Any, original: Callable[[Any], Any], trace: Trace) -> Callable[[Any], Any]:
     rounding: Rounding = how
 
     def rounded(value: torch.SymFloat) -> Any:
-        integer = divided(value, rounding, trace.sizes)
+        integer = None if floor_divides() else divided(value, rounding, trace.sizes)
         return original(value) if integer is None else integer
 
     return rounded

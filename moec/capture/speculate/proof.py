@@ -11,9 +11,9 @@ import torch
 from moec.capture.sizes.guards import Guard
 from moec.capture.speculate.branches import Question
 from moec.capture.speculate.draws import draws, not_finite
-from moec.capture.speculate.sites import Site
 from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.watching import Ways, watched
+from moec.capture.user_code.sites import Site
 from moec.errors import CaptureError, IRError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.outputs import VaryingOutput

@@ -8,6 +8,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.errors import CaptureError
+from moec.torch_private import OpOverload, schema_of
 
 
 def refuse_random(name: str, exported: ExportedProgram, lines: Sequence[str] = ()) -> None:
@@ -30,9 +31,9 @@ def refuse_random(name: str, exported: ExportedProgram, lines: Sequence[str] = (
 def _draws(node: torch.fx.Node) -> bool:
     """Whether an op draws random numbers. Dropout does not in eval mode or where p is 0."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
-    names = [argument.name for argument in target._schema.arguments]
+    names = [argument.name for argument in schema_of(target).arguments]
     values = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     idle = values.get("train") is False or values.get("training") is False
     if idle or any(name in names and not values.get(name) for name in ("dropout_p", "p")):

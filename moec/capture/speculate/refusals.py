@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from moec.capture.speculate.proof import Verdict
-from moec.capture.speculate.sites import Site, foreign
 from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.violated_dims import violated_dim
+from moec.capture.user_code.sites import Site, foreign
 from moec.errors import CaptureError
 
 _REMEDY = "  compute both sides and choose with torch.where, or keep the numbers in tensors"
@@ -102,6 +102,11 @@ def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:
 
 def _reason(error: Exception) -> str:
     """The first sentence of torch's message, in one line."""
+    if isinstance(error, TypeError) and "unhashable type" in str(error) and "Sym" in str(error):
+        return (
+            "a size that varies is a key of a dict, a set or a cache: compute the value of the "
+            "entry from the size instead"
+        )
     text = " ".join(str(error).split("\n\n")[0].split())
     return text if len(text) <= 240 else f"{text[:237]}..."
 

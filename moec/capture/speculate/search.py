@@ -20,8 +20,8 @@ from moec.capture.speculate.refusals import (
     unproved,
 )
 from moec.capture.speculate.self_test import hooks_fit
-from moec.capture.speculate.sites import Site
 from moec.capture.speculate.trace import Assumed, Export, Traced, trace
+from moec.capture.user_code.sites import Site
 from moec.errors import CaptureError
 from moec.interpret.outputs import Structure
 from moec.ir.graph import Program

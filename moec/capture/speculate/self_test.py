@@ -6,15 +6,12 @@ import warnings
 from functools import cache
 
 import torch
-import torch.fx.experimental._config as symbolic_config
 from torch.export import Dim, ExportedProgram
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.speculate.trace import trace
 from moec.capture.user_code.probe import SpeculationProbe
-
-TESTED = "2.13 to 2.15"
-"""Versions of torch; docs/install.md lists which tests pass with each."""
+from moec.torch_private import TESTED, MissingTorchName, symbolic_config
 
 
 @cache
@@ -40,9 +37,7 @@ def describe_misfit() -> str:
     x = torch.randn(5, 3)
 
     def export(module: torch.nn.Module) -> ExportedProgram:
-        options = symbolic_config.patch(  # type: ignore[attr-defined]
-            backed_size_oblivious=True, use_duck_shape=False
-        )
+        options = symbolic_config.patch(backed_size_oblivious=True, use_duck_shape=False)
         with torch.no_grad(), options, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(
@@ -53,6 +48,8 @@ def describe_misfit() -> str:
         traced = trace(ModuleCall(SpeculationProbe(), (x,), {}), export, {})
         met = list(traced.assumed.branches.values())
         results = traced.exported.module(check_guards=False)(x)
+    except MissingTorchName as error:
+        return str(error)
     except Exception as error:
         return f"{type(error).__name__} where a small module is traced"
     if met != [False]:

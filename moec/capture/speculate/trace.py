@@ -19,7 +19,7 @@ from moec.capture.speculate.operators.held_numbers import hold
 from moec.capture.speculate.operators.hooks import Trace
 from moec.capture.speculate.patches import speculating
 from moec.capture.speculate.randomness import refuse_random
-from moec.capture.speculate.sites import Site, foreign
+from moec.capture.user_code.sites import Site, foreign
 from moec.interpret.outputs import Structure
 
 Export = Callable[[torch.nn.Module], ExportedProgram]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 
-from moec.capture.speculate.sites import Site
+from moec.capture.user_code.sites import Site
 
 Ways = dict[Site, set[int]]
 """For each branch, the offsets at which execution continued; two where it went both ways."""

@@ -23,14 +23,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from moec.capture.state.snapshot import CONSTANTS, ELEMENTS, Slot, Snapshot
 from moec.capture.user_code.sources import is_internal, is_standard, package_of, packages_of
+from moec.torch_private import PRIVATE
 
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
-_TABLES = {"_buffers", "_non_persistent_buffers_set"} | {
+_TABLES = {PRIVATE["buffers_of"].attribute, PRIVATE["passing_buffers_of"].attribute} | {
     name for name in _OF_TORCH if name.endswith("_hooks")
 }
 """Tables of torch that go back. A first call of transformers' models adds hooks and sets an
 attribute that says so; both go back together, or the next call would add them twice."""
-_PARTS = ("_parameters", "_modules")
+_PARTS = (PRIVATE["parameters_of"].attribute, PRIVATE["children_of"].attribute)
 """Parameters and submodules that are there stay as a forward leaves them, since modules are cast
 and filled; new ones go."""
 _LIBRARIES = {"numpy", "transformers"}

@@ -1,1 +1,1 @@
-"""The user's lines of code, and replacements of functions that they call."""
+"""The lines of the user's code."""

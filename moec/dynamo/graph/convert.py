@@ -27,6 +27,7 @@ from moec.passes.core.runner import run
 from moec.passes.simplify.canonicalise import Canonicalise
 from moec.passes.simplify.share_common import ShareCommon
 from moec.runtime.device.device import CPU, CUDA
+from moec.torch_private import OpOverload, schema_of
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ def _convertible(node: fx.Node, converter: Converter) -> bool:
     """Whether the IR has an op for the node, and values for all of its inputs."""
     if any(source not in converter.values for source in node.all_input_nodes):
         return False
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         # Arithmetic of sizes, or `getitem`, which unpacks a tuple.
         return node.target is operator.getitem or not isinstance(node.meta.get("val"), torch.Tensor)
-    supported = node.target.namespace in ("aten", "moec") and not node.target._schema.is_mutable
+    supported = node.target.namespace in ("aten", "moec") and not schema_of(node.target).is_mutable
     return supported and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 

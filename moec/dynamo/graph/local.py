@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+
+from moec.torch_private import ConstantSource, DimDynamic, StatefulSymbolicContext, TracingContext
 
 Run = Callable[..., Any]
 

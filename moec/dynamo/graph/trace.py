@@ -13,23 +13,40 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.source import LocalSource
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from moec.capture.decomposition import decompositions
 from moec.errors import NoMatch
 from moec.runtime.device.device import CPU, CUDA
+from moec.torch_private import (
+    PRIVATE,
+    DispatchKey,
+    DispatchKeySet,
+    ExcludeDispatchKeyGuard,
+    FakeTensorMode,
+    FunctionalTensor,
+    FunctionalTensorMode,
+    HigherOrderOperator,
+    LocalSource,
+    TensorifyScalarRestartAnalysis,
+    TensorifyState,
+    TracingContext,
+    assert_scalar,
+    enable_python_dispatcher,
+    expr_of,
+    from_functional_tensor,
+    has_data_mutation,
+    has_metadata_mutation,
+    layer_stack_depth,
+    make_fx,
+    pytree,
+    sync,
+    to_copy,
+    undo_layer_stack,
+)
 
-_torch: Any = torch  # functionalisation has no types
 _DATA = "_get_data_attr"
+_SOURCE = PRIVATE["dynamo_source_of"].attribute
 STATIC = "_dynamo_static_input_type"
 
 
@@ -40,7 +57,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> f
     if enabled or any("autocast" in str(node.target) for node in module.graph.nodes):
         raise NoMatch("autocast is on, and its casts are not in the graph; cast the model instead")
     for node in module.graph.nodes:
-        if training and isinstance(node.target, torch._ops.HigherOrderOperator):
+        if training and isinstance(node.target, HigherOrderOperator):
             raise NoMatch(f"{node.target} has its own backward, which tracing would lose")
         if _detaches(node) and any(_writes(user) for user in node.users):
             raise NoMatch(f"the graph writes into {node.name}, a detached tensor")
@@ -49,15 +66,15 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> f
     mode = context.fake_mode
     assert mode is not None
     fake = [_fake(mode, context, value) for value in inputs]
-    depth = _torch._C._functorch.get_dynamic_layer_stack_depth()
+    depth = layer_stack_depth()
     try:
         with mode, enable_python_dispatcher(), fx_traceback.preserve_node_meta():
-            traced = make_fx(
+            traced: fx.GraphModule = make_fx(
                 _functional(module), decomposition_table=decompositions(), pre_dispatch=True
             )(*fake)
     except Exception as error:
         # A failure inside a vmap leaves the vmap open, and Dynamo's guards would see it.
-        _torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        undo_layer_stack(depth)
         if any("vmap" in str(node.target) for node in module.graph.nodes):
             raise NoMatch("the graph has a vmap, which cannot be traced to ATen") from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -66,8 +83,8 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any], *, training: bool) -> f
         for key in ("tensor_dict", "grapharg"):
             if key in old.meta:
                 new.meta[key] = old.meta[key]
-        if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source
+        if hasattr(old, _SOURCE):
+            setattr(new, _SOURCE, getattr(old, _SOURCE))
     traced.meta.update(module.meta)
     _plain(traced)
     return traced
@@ -84,7 +101,7 @@ def _fix_numbers(module: fx.GraphModule) -> None:
         memo = getattr(node.meta.get("example_value"), "item_memo", None)
         source = getattr(node.meta.get("grapharg"), "source", None)
         if isinstance(memo, torch.SymFloat) and not _passed(source):
-            TensorifyState.specialize(str(memo.node._expr))
+            TensorifyState.specialize(str(expr_of(memo.node)))
             restart = True
     if restart:
         raise TensorifyScalarRestartAnalysis
@@ -111,7 +128,7 @@ def _plain(traced: fx.GraphModule) -> None:
             if (operand.dtype, operand.device) != (result.dtype, result.device):
                 with traced.graph.inserting_before(node):
                     cast_node = traced.graph.call_function(
-                        torch.ops.aten._to_copy.default,
+                        to_copy,
                         (source,),
                         {"dtype": result.dtype, "device": result.device},
                     )
@@ -125,7 +142,7 @@ def _plain(traced: fx.GraphModule) -> None:
 
 def _says_a_size_is_one(node: fx.Node) -> bool:
     """Whether the node asserts size >= 0, as torch does for every size that depends on data."""
-    if node.target is not torch.ops.aten._assert_scalar.default:
+    if node.target is not assert_scalar:
         return False
     condition = node.args[0]
     if (
@@ -146,9 +163,7 @@ def _written_over(node: fx.Node) -> None:
         new = node.graph.call_function(torch.ops.aten.expand_as.default, (source, node.args[0]))
         new.meta = {**node.meta, "val": source.meta["val"].expand_as(destination)}
         if source.meta["val"].dtype != destination.dtype:
-            new = node.graph.call_function(
-                torch.ops.aten._to_copy.default, (new,), {"dtype": destination.dtype}
-            )
+            new = node.graph.call_function(to_copy, (new,), {"dtype": destination.dtype})
             new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
@@ -212,9 +227,9 @@ def _detaches(node: fx.Node) -> bool:
 
 def _functional(module: fx.GraphModule) -> Any:
     def run(*arguments: Any) -> Any:
-        above = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        above = DispatchKeySet(DispatchKey.Functionalize)
         with (
-            torch._C._ExcludeDispatchKeyGuard(above),
+            ExcludeDispatchKeyGuard(above),
             FunctionalTensorMode(pre_dispatch=True, export=True),
         ):
             wrapped = pytree.tree_map_only(
@@ -232,8 +247,8 @@ def _functional(module: fx.GraphModule) -> Any:
 
 
 def _synced(tensor: FunctionalTensor) -> torch.Tensor:
-    _torch._sync(tensor)
-    inner: torch.Tensor = _torch._from_functional_tensor(tensor.elem)
+    sync(tensor)
+    inner: torch.Tensor = from_functional_tensor(tensor.elem)
     return inner
 
 
@@ -243,7 +258,7 @@ def _written(argument: Any) -> torch.Tensor | None:
     if not isinstance(argument, FunctionalTensor):
         return None
     after = _synced(argument)
-    if _torch._functionalize_has_metadata_mutation(argument.elem):
+    if has_metadata_mutation(argument.elem):
         raise NoMatch("the graph changes the shape or strides of an input in place")
-    changed = _torch._functionalize_has_data_mutation(argument.elem)
+    changed = has_data_mutation(argument.elem)
     return after if changed else None

@@ -13,8 +13,9 @@ import torch
 from torch import fx
 
 from moec.dynamo.graph.regions import Region
+from moec.torch_private import set_grad_enabled
 
-_SWITCH = torch._C._set_grad_enabled
+_SWITCH = set_grad_enabled
 
 
 def needs_gradient(inputs: Sequence[Any]) -> bool:

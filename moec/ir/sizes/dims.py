@@ -17,7 +17,7 @@ import sympy
 from moec.errors import IRError
 from moec.ir.sizes.exact import function_of
 from moec.ir.sizes.floats import ceil, f64, floor, rint, round_half_even, trunc
-from moec.ir.sizes.functions import FUNCTIONS, exp, log, log2, log10, pow2, power, sqrt
+from moec.ir.sizes.functions import FUNCTIONS, pow2, power, sqrt
 
 Dim: TypeAlias = int | sympy.Expr
 
@@ -65,12 +65,6 @@ _TORCH_FUNCTIONS = {
     "PowByNatural": _natural_power,
     "Pow": _natural_power,
     "OpaqueUnaryFn_sqrt": sqrt,
-    "log": log,
-    "log2": log2,
-    "log10": log10,
-    "exp": exp,
-    "floor_quotient": lambda a, b: sympy.floor(a / b),
-    "remainder": lambda a, b: f64(sympy.Mod(a, b)),
 }
 
 

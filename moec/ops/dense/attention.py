@@ -16,6 +16,7 @@ from moec.dtypes import FLOATS
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
 from moec.ir.sizes.dims import Dim, broadcasts
+from moec.torch_private import safe_softmax
 
 OPERANDS = ("q", "k", "v", "out")
 SWAP = (0, 2, 1, 3)
@@ -174,7 +175,7 @@ def attention(
     if sinks is not None:
         column = sinks.to(full)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], -1)
-    shares = torch.ops.aten._safe_softmax(scores, -1)
+    shares = safe_softmax(scores, -1)
     out = (shares[..., : k.shape[2]] @ v).to(q.dtype)
     return out.permute(SWAP) if "out" in a.tokens_first else out
 

@@ -70,7 +70,7 @@ class Grown(Keeping):
         return self.linear(x) * (2.0 if len(self.history) > 60 else 1.0)
 
 
-class Entry(Keeping):
+class Handler(Keeping):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.stats["calls"] += 1
         return self.linear(x) * (2.0 if self.stats["calls"] % 61 == 0 else 1.0)
@@ -175,7 +175,7 @@ REFUSED = {
     Array: ("self.array", "self.array[0]"),
 }
 NOTED = {
-    Entry: 'self.stats["calls"] % 61',
+    Handler: 'self.stats["calls"] % 61',
     Later: "if self.count == 60:",
     Ticks: "next(self.ticks) > 60",
     Chance: "random.random() > 0.9",

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moec.capture.speculate import sites, watching
+from moec.capture.speculate import watching
+from moec.capture.user_code import sites
 from tests.capture.speculate import branching
 
 
@@ -18,7 +19,7 @@ def test_branches_are_seen_both_ways() -> None:
 
 ALONE = """
 import importlib.util, sys, types
-for name in ("moec", "moec.capture", "moec.capture.speculate"):
+for name in ("moec", "moec.capture", "moec.capture.speculate", "moec.capture.user_code"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = []
 def load(name, path):
@@ -27,7 +28,7 @@ def load(name, path):
     spec.loader.exec_module(module)
     return module
 sites, watching, branching = map(load, (
-    "moec.capture.speculate.sites", "moec.capture.speculate.watching", "branching"), sys.argv[1:])
+    "moec.capture.user_code.sites", "moec.capture.speculate.watching", "branching"), sys.argv[1:])
 assert branching.seen(sites, watching) == branching.EXPECTED, branching.seen(sites, watching)
 """
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from moec.errors import NoMatch
+from moec.torch_private import pytree
 
 
 @dataclass(frozen=True)

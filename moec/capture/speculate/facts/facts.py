@@ -10,6 +10,7 @@ import torch
 
 from moec.capture.speculate.facts.singles import Single
 from moec.capture.speculate.facts.sums import Counts, Sums
+from moec.torch_private import address_of
 
 Recipe = Callable[[torch.Tensor], torch.Tensor]
 Truth = Literal["count", "some", "none"]
@@ -134,7 +135,7 @@ class Facts:
         of its memory. Which rows of a buffer they are does not change."""
         if not isinstance(value, torch.Tensor) or not self._held:
             return
-        memory = value.untyped_storage()._cdata
+        memory = address_of(value.untyped_storage())
         for key, (tensor, fact) in list(self._held.items()):
-            if tensor is value or tensor.untyped_storage()._cdata == memory:
+            if tensor is value or address_of(tensor.untyped_storage()) == memory:
                 self._held[key] = (tensor, Fact(piece=fact.piece))

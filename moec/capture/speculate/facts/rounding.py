@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moec.capture.speculate.facts.symbols import expression
+from moec.torch_private import free_unbacked_symbols
 
 LIMIT = 1 << 20
 """Sizes (tokens of one call) below which the floats are compared with the integers."""
@@ -43,8 +43,6 @@ _FLOATS = {
     "RoundToInt": np.round,
     "Greatest": np.maximum,
     "Least": np.minimum,
-    "floor_quotient": np.floor_divide,
-    "remainder": np.mod,
 }
 _EXTREMES = {"Max": sympy.Function("Greatest"), "Min": sympy.Function("Least")}
 """numpy has functions of two arrays for these, and sympy prints others of a list of arrays."""

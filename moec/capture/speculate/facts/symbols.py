@@ -6,7 +6,8 @@ from typing import Any, TypeGuard
 
 import sympy
 import torch
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from moec.torch_private import free_unbacked_symbols
 
 Number = int | torch.SymInt
 Real = int | float | torch.SymInt | torch.SymFloat

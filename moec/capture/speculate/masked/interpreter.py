@@ -15,6 +15,7 @@ from moec.capture.speculate.facts.symbols import reads_data
 from moec.capture.speculate.masked.rules import RULES, Increment, names_of
 from moec.capture.speculate.masked.values import Count, Rows, Unmasked, count, full, leaves
 from moec.errors import CaptureError
+from moec.torch_private import OpOverload, buffers_of, pytree, schema_of
 
 _LINEAR = ("mm", "bmm", "matmul", "addmm", "dot", "mv", "sum")
 _ROW_BY_ROW = ("select squeeze view alias clone slice reshape unsqueeze _to_copy detach").split()
@@ -83,7 +84,7 @@ def _result(node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
         length = rows.tensor.shape[args[1]]
         counts = args[1] == rows.axis
         return Count(rows.mask.sum(), length, rows.mask) if counts else length
-    if not isinstance(node.target, torch._ops.OpOverload) or name.startswith("sym_"):
+    if not isinstance(node.target, OpOverload) or name.startswith("sym_"):
         if any(isinstance(value, Count) for value in operands):
             return count(node.target, *args)
         return node.target(*args)  # type: ignore[operator]
@@ -109,7 +110,7 @@ def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) 
     if not all(axes):
         if names_of(node) not in _LINEAR:
             raise Unmasked(f"{names_of(node)} joins rows that data choose")
-        args = torch.utils._pytree.tree_map(
+        args = pytree.tree_map(
             lambda value: value.zeroed() if isinstance(value, Rows) else value,
             args,
             is_leaf=lambda value: isinstance(value, Rows),
@@ -126,7 +127,7 @@ def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) 
 def _with_numbers(target: Any, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of an op with numbers read from data as tensors, where the op takes tensors.
     Raises Unmasked where it takes a number."""
-    schema = target._schema.arguments
+    schema = schema_of(target).arguments
 
     def argument(value: Any, kind: str) -> Any:
         if not isinstance(value, Count) or "int" in kind.lower():
@@ -147,7 +148,7 @@ def _hold(root: nn.Module, path: str, tensor: torch.Tensor) -> None:
         if not hasattr(root, parent):
             root.add_module(parent, nn.Module())
         root = getattr(root, parent)
-    if name not in root._buffers:
+    if name not in buffers_of(root):
         root.register_buffer(name, tensor)
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from moec.capture.speculate.masked.values import Rows, Unmasked
+from moec.torch_private import schema_of
 
 Rule = Callable[..., Any]
 
 
 def axes_of(node: Any, x: Rows, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
     """The axes along which an op of `x` works."""
-    names = [argument.name for argument in node.target._schema.arguments]
+    names = [argument.name for argument in schema_of(node.target).arguments]
     dim = {**dict(zip(names[1:], args, strict=False)), **kwargs}.get("dim")
     dims = [dim] if isinstance(dim, int) else list(dim or range(x.tensor.ndim))
     return [axis % x.tensor.ndim for axis in dims]
@@ -84,7 +85,7 @@ def _number(x: Rows, axes: Sequence[int]) -> torch.Tensor:
 
 
 def _keeps(node: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    names = [argument.name for argument in node.target._schema.arguments]
+    names = [argument.name for argument in schema_of(node.target).arguments]
     return bool({**dict(zip(names[1:], args, strict=False)), **kwargs}.get("keepdim", False))
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from moec.torch_private import pytree
 
 
 class Unmasked(Exception):
@@ -59,7 +60,7 @@ def is_leaf(value: Any) -> bool:
 
 
 def leaves(tree: Any) -> list[Any]:
-    return pytree.tree_leaves(tree, is_leaf=is_leaf)
+    return list(pytree.tree_leaves(tree, is_leaf=is_leaf))
 
 
 def full(tree: Any, length: Any) -> Any:

@@ -12,10 +12,10 @@ from typing import Any
 
 import sympy
 import torch
-from torch.utils._sympy.functions import Max, Min
 
 from moec.capture.speculate.facts.symbols import expression, reads_data
 from moec.capture.speculate.operators.hooks import Trace
+from moec.torch_private import Max, Min
 
 
 def hold(trace: Trace, value: Any) -> torch.Tensor | None:

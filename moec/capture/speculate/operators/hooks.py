@@ -18,7 +18,7 @@ from moec.capture.speculate.branches import Branches
 from moec.capture.speculate.facts.facts import Facts
 from moec.capture.speculate.facts.sums import Counts
 from moec.capture.speculate.facts.symbols import expression, reads_data
-from moec.capture.speculate.sites import site_of
+from moec.capture.user_code.sites import site_of
 
 Hook = Callable[..., Any]
 Hooks = Mapping[str, Hook]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from moec.capture.intercept.substitutes import python_type
 from moec.capture.speculate.facts.following import follow
 from moec.capture.speculate.operators.counting import COUNTING
 from moec.capture.speculate.operators.evaluation import EVALUATION
@@ -20,7 +20,7 @@ from moec.capture.speculate.operators.scattering import SCATTERING
 from moec.capture.speculate.operators.sized_tensors import SIZING
 from moec.capture.speculate.operators.slicing import SLICING
 from moec.capture.speculate.operators.writing import WRITING
-from moec.capture.user_code.shadows import python_type
+from moec.torch_private import pytree
 
 _HOOKS: Hooks = {
     **READING,

@@ -9,6 +9,7 @@ import torch
 from moec.capture.speculate.facts.sums import Sums
 from moec.capture.speculate.facts.symbols import expression
 from moec.capture.speculate.operators.hooks import Trace
+from moec.torch_private import check
 
 
 def number(trace: Trace, tensor: torch.Tensor) -> Any:
@@ -62,6 +63,6 @@ def _elements(trace: Trace, tensor: torch.Tensor, positive: bool = False) -> lis
     values = [trace.read(part.item(), part, positive) for part in parts]
     if not tensor.is_floating_point():
         for value in values:
-            torch._check(value >= 0)  # type: ignore[no-untyped-call]
+            check(value >= 0)
     trace.facts.note(tensor, elements=tuple(values))
     return values

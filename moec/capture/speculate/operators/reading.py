@@ -18,6 +18,7 @@ from moec.capture.speculate.operators.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.operators.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.operators.numbers import as_number, number, numbers
 from moec.errors import CaptureError
+from moec.torch_private import check
 
 
 def one_hot(trace: Trace, func: Hook, ids: torch.Tensor, num_classes: Any = -1) -> Any:
@@ -27,7 +28,7 @@ def one_hot(trace: Trace, func: Hook, ids: torch.Tensor, num_classes: Any = -1) 
             return NotImplemented
         num_classes = fact.choice.classes
     if reads_data(num_classes):
-        torch._check(num_classes > 1)  # type: ignore[no-untyped-call] # one class would broadcast
+        check(num_classes > 1)  # one class would broadcast
     hot = (ids[..., None] == torch.arange(num_classes)).to(torch.int64)
     if reads_data(num_classes):
         return trace.facts.note(hot, one_hot_of=ids)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moec.capture.intercept.substitutes import integer_of
 from moec.capture.speculate.facts.rounding import ROUNDINGS, Rounding
 from moec.capture.speculate.facts.singles import (
     OPERATIONS,
@@ -19,7 +20,6 @@ from moec.capture.speculate.facts.singles import (
     single_of,
 )
 from moec.capture.speculate.operators.hooks import Hook, Hooks, Trace
-from moec.capture.user_code.shadows import integer_of
 from moec.errors import CaptureError
 
 

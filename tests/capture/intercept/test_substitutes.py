@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, export
 
-from moec.capture.user_code.shadows import SHADOWS, Integer, Real, integer_of, python_type
+from moec.capture.intercept.substitutes import SHADOWS, Integer, Real, integer_of, python_type
 
 
 @pytest.mark.parametrize(

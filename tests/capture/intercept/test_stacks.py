@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-from moec.capture.sizes.guards import located
+from moec.capture.intercept.interceptor import intercepted
+from moec.capture.intercept.table import traced_handlers
 from moec.capture.user_code.sources import is_internal
-from moec.capture.user_code.stacks import short_stacks
 from tests.capture.modules import WIDTH, Moe
 
 
@@ -26,16 +25,17 @@ class Outer(torch.nn.Module):
         return x + self.inner(x)
 
 
-def recorded(stacks: Any) -> list[str | None]:
-    """The stack of each node of an export."""
-    x = torch.randn(5, WIDTH)
-    with located(), stacks:
-        exported = torch.export.export(Outer(), (x,), strict=False)
+def recorded(*without: str) -> list[str | None]:
+    """The stack of each node of an export, with what moec replaces but for these names."""
+    x, module = torch.randn(5, WIDTH), Outer()
+    handlers = [handler for handler in traced_handlers() if handler.name not in without]
+    with intercepted(module, handlers):
+        exported = torch.export.export(module, (x,), strict=False)
     return [node.meta.get("stack_trace") for node in exported.graph.nodes]
 
 
 def test_stacks_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    stacks = recorded(nullcontext())
+    stacks = recorded("CapturedTraceback")
     counts = Counter(text.count("in forward") for text in stacks if text)
     assert counts[2] > 20
     assert counts[1] == 1
@@ -44,11 +44,11 @@ def test_stacks_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("torch reads the stack of the process")
 
     monkeypatch.setattr("torch.utils._traceback._extract_symbolized_tb", refuse)
-    assert recorded(short_stacks()) == stacks
+    assert recorded() == stacks
 
 
 def test_files_of_torch_and_moec_are_internal() -> None:
-    from moec.capture.user_code import stacks
+    from moec.capture.intercept import stacks
     from moec.interpret import graph_module as module
 
     files = (torch.__file__, torch.nn.functional.__file__, module.__file__, stacks.__file__)

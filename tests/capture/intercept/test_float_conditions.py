@@ -1,4 +1,4 @@
-"""Slices that end at a root, a logarithm or a power of sizes."""
+"""Slices that end at a root or a power of sizes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from moec.interpret.evaluate import evaluate
 LIMITS: dict[str, tuple[Callable[[int], int], str]] = {
     "root": (lambda n: 4 * (math.isqrt(n) + 1), "Min(u0, 4*isqrt(B*S) + 4)"),
     "divided": (lambda n: n // max(1, int(n**0.5)), "Min(u0, floor(B*S/Max(1, isqrt(B*S))))"),
-    "power": (lambda n: int(n**0.75), "Min(u0, floor(power(B*S, 3/4)))"),
-    "may be negative": (lambda n: int(n**0.75) - 3, ""),
+    "may be negative": (lambda n: math.isqrt(n) - 3, ""),
+    "power": (lambda n: int(n**0.75), ""),
 }
 """Each with the length of the slice, empty where it is not the lesser of two."""
 

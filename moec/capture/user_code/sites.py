@@ -64,9 +64,9 @@ class Foreign:
 
 
 def foreign(packages: Iterable[str]) -> Foreign:
-    """The files of the named packages, which must be imported, and of this package."""
+    """The files of the named packages, which must be imported, and of `moec.capture.speculate`."""
     paths = [str(Path(sys.modules[name].__file__ or "").parent) for name in packages]
-    return Foreign((*paths, str(Path(__file__).parent), "<frozen", "<string>"))
+    return Foreign((*paths, str(Path(__file__).parents[1] / "speculate"), "<frozen", "<string>"))
 
 
 def site_of(frame: FrameType) -> Site:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import sys
 from traceback import FrameSummary, StackSummary
 from types import FrameType
-from typing import Any
-from unittest import mock
 
-from torch.fx import proxy
-
-from moec.capture.user_code.sources import is_internal
+from moec.capture.user_code.sources import is_internal, is_standard
 
 
-class _Stack:
+class ShortStack:
     """In place of torch's CapturedTraceback, which reads the source line of each frame of the
-    process for each node. torch keeps the frames of `forward` that are not internal."""
+    process for each node. torch keeps the frames of `forward` that are not internal: the text is
+    the same, in a third of the time."""
 
     @staticmethod
-    def extract() -> _Stack:
-        return _Stack()
+    def extract() -> ShortStack:
+        return ShortStack()
 
     def summary(self) -> StackSummary:
         """The stack of the caller without internal frames, outermost frame first. Lines are read
@@ -34,7 +31,9 @@ class _Stack:
         return StackSummary(FrameSummary(*entry, lookup_line=False) for entry in reversed(frames))
 
 
-def short_stacks() -> Any:
-    """While open, torch records the stack of a node in a third of the time. The text is the
-    same."""
-    return mock.patch.object(proxy, "CapturedTraceback", _Stack, create=True)
+class Internal:
+    """In place of torch's set of files without user code, among which it looks for the line of a
+    guard: those of torch, moec and Python."""
+
+    def __contains__(self, file: object) -> bool:
+        return isinstance(file, str) and (is_internal(file) or is_standard(file))

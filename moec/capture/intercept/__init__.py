@@ -1,0 +1,1 @@
+"""Functions that are replaced while a module is traced. `table.py` lists them."""

@@ -1,1 +1,0 @@
-"""Functions of Python on symbolic sizes, during an export."""
