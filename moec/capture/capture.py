@@ -77,23 +77,26 @@ def capture(
         allow_fixed=allow_fixed,
         constants=constants,
     )
+    general = _widened(request)
     try:
-        return _traced(request)
+        return _traced(request, general)
     except CaptureError as error:
         try:
-            return _speculated(request)
+            return _speculated(request, general)
         except Untraceable:
             raise error from error.__cause__
 
 
-def _traced(request: CaptureRequest, refuted_before: Sequence[AxisGroup] = ()) -> Captured:
-    """Capture with torch.export alone, widening the example until graph and module agree, without
-    the groups that were refuted before."""
+def _traced(
+    request: CaptureRequest, first: Widened, refuted_before: Sequence[AxisGroup] = ()
+) -> Captured:
+    """Capture with torch.export alone, at the lengths of `first`, and at others until graph and
+    module agree, without the groups that were refuted before."""
     wrong = list(refuted_before)
+    general = _widened(request, wrong) if wrong else first
     special = frozenset[int]()
     while True:
         with PROCESS_STATE, gc_paused():
-            general = _widened(request, wrong, special)
             form = TRACED.capture_at(request, general)
         program, eager = form.converted.program, form.converted.eager
         # The module may compare a size with a constant that happens to be the widened length, as
@@ -101,22 +104,25 @@ def _traced(request: CaptureRequest, refuted_before: Sequence[AxisGroup] = ()) -
         lost = () if special else lost_axes(program, general.wishes)
         if lost:
             special = frozenset(general.tensors[tensor].shape[axis] for tensor, axis in lost)
-            if _shapes(_widened(request, wrong, special)) != _shapes(general):
+            longer = _widened(request, wrong, special)
+            if _shapes(longer) != _shapes(general):
+                general = longer
                 continue
         more = refuted(program, eager, request.call.tensors, general)
         if not more:
             break
         wrong += more
+        general = _widened(request, wrong, special)
     if agree(program, eager, general.tensors) is False:
         raise CaptureError(
             f"{request.module_name}: its exported graph computes other values than the module, on "
             f"drawn inputs {shapes(general.tensors)}: the values of an input decide what is "
             "computed; use torch.where in place of Python's conditions"
         )
-    other = partial(_speculated, request)
+    other = partial(_speculated, request, first)
     captured = _captured(request, WidenedForm(TRACED, general, form), other)
     example = excluded(captured.program, request.call.tensors, general, request.bounds)
-    return _traced(request, (*wrong, *example)) if example else captured
+    return _traced(request, first, (*wrong, *example)) if example else captured
 
 
 def _widened(
@@ -125,17 +131,17 @@ def _widened(
     """The example of a request at general lengths, with neither the groups `refused` nor the
     lengths `special`."""
     axes = [group.axes for group in refused]
-    return widen(request.call, request.wishes, request.joining, axes, special)
+    with PROCESS_STATE, gc_paused():
+        return widen(request.call, request.wishes, request.joining, axes, special)
 
 
 def _shapes(general: Widened) -> tuple[torch.Size, ...]:
     return tuple(tensor.shape for tensor in general.tensors)
 
 
-def _speculated(request: CaptureRequest) -> Captured:
-    """Capture with branches on data answered and proved. Raises CaptureError where one is not."""
-    with PROCESS_STATE, gc_paused():
-        general = _widened(request)
+def _speculated(request: CaptureRequest, general: Widened) -> Captured:
+    """Capture with branches on data answered and proved, at the lengths of `general`. Raises
+    CaptureError where one is not."""
     with PROCESS_STATE, gc_paused():
         rows = speculated_form(request, general, request.call.tensors)
     next_way = _in_pieces if rows.traced.lists_classes else _masked

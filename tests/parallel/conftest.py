@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.multiprocessing import ProcessContext
 
 from moec.parallel.save import TextFiles, save_ranks
@@ -16,6 +19,21 @@ SOON = 240
 """Seconds, on a machine however busy, from a failure to the end of all ranks: less than every
 time-out, so that what was noticed by none of them ends sooner."""
 LONGER = 600  # seconds
+
+
+def method_name(depth: int = 2) -> str:
+    """The name of the function `depth` calls above."""
+    return sys._getframe(depth).f_code.co_name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_stacks() -> Iterator[None]:
+    """torch's launcher names the method of each of its events by `inspect.stack`, twice, which
+    looks for the source of every frame in every imported module: of these a test run has
+    thousands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_rendezvous, "get_method_name", method_name)
+        yield
 
 
 @pytest.fixture

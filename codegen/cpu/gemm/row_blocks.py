@@ -9,16 +9,17 @@ from tvm.script.ir_builder import tirx as T
 
 
 def each_row_block(count: Expr, most: int, body: Callable[[Expr, int], None]) -> None:
-    """Calls `body(row, m)` once for each block of rows: its first row and its number of rows."""
+    """Calls `body(row, m)` once for each block of rows: its first row and its number of rows. The
+    code of a height is emitted once, for a short block and for a last one."""
     blocks, part, rest = row_blocks(count, most)
     with T.serial(0, blocks) as i:
         body(T.bind(i * most), most)
-    for m in range(1, most):
-        with T.If(part == m), T.Then():
-            body(T.bind(blocks * most), m)
-    for m in halves(most):
-        with T.If(rest == m), T.Then():
-            body(T.bind(count - m), m)
+    with T.serial(0, T.Select(rest > 0, T.int64(2), T.int64(1))) as j:
+        row = T.bind(T.Select(j == 0, blocks * most, count - rest))
+        height = T.bind(T.Select(j == 0, part, rest))
+        for m in range(1, most):
+            with T.If(height == m), T.Then():
+                body(row, m)
 
 
 def row_blocks(count: Expr, most: int) -> tuple[Expr, Expr, Expr]:
@@ -38,11 +39,6 @@ def row_blocks(count: Expr, most: int) -> tuple[Expr, Expr, Expr]:
         T.bind(T.truncmod(before, T.int64(most))),
         rest,
     )
-
-
-def halves(most: int) -> list[int]:
-    """The possible heights of the last block, if two blocks share the remaining rows."""
-    return sorted({(most + left) // 2 for left in range(1, _few(most) + 1)})
 
 
 def _few(most: int) -> int:

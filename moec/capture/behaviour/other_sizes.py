@@ -27,14 +27,13 @@ def difference_at_other_sizes(described: Captured, guards: Iterable[Guard]) -> s
     program = described.program
     example = sizes_of(program, described.example)
     tried: dict[tuple[tuple[str, int], ...], None] = {}
-    for guard in guards:
-        if not guard.names <= example.keys():
-            continue
-        for side in (guard.condition, sympy.Not(guard.condition)):
+    conditions = dict.fromkeys(g.condition for g in guards if g.names <= example.keys())
+    for condition in conditions:
+        for side in (condition, sympy.Not(condition)):
             sizes = false_at(side, program.graph.bounds, example)
             if not all(map(can_run, sizes)):
                 return (
-                    f"its code changes at {show(guard.condition)}, beyond {MOST_ROWS} tokens: it "
+                    f"its code changes at {show(condition)}, beyond {MOST_ROWS} tokens: it "
                     "was not compared there"
                 )
             tried |= dict.fromkeys(tuple(sorted(other.items())) for other in sizes)

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.state.reach import values_kept
-from moec.torch_private import TorchDispatchMode, pytree, schema_of
+from moec.torch_private import TorchDispatchMode, schema_of
 
 _SIZES_LOG = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
@@ -103,18 +103,16 @@ class Undone(TorchDispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for position, argument in enumerate(schema_of(func).arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            written = args[position] if position < len(args) else kwargs.get(argument.name)
+        for position, name in _written(func):
+            written = args[position] if position < len(args) else kwargs.get(name)
             for tensor in written if isinstance(written, list | tuple) else [written]:
                 if isinstance(tensor, torch.Tensor):
                     storage: Any = tensor.untyped_storage()
                     if storage.data_ptr() not in self.allocated:
                         self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         result = func(*args, **kwargs)
-        operands = set() if func in _OF_PYTHON else _addresses((args, kwargs))
-        self.allocated |= _addresses(result) - operands
+        operands = () if func in _OF_PYTHON else _addresses(args, kwargs)
+        self.allocated |= {*_addresses(result)}.difference(operands)
         return result
 
     def __exit__(self, *reason: Any) -> None:
@@ -128,8 +126,22 @@ _OF_PYTHON = (torch.ops.aten.lift_fresh.default,)
 """Operators whose operand was just made of Python numbers."""
 
 
-def _addresses(values: Any) -> set[int]:
-    """The addresses of the storages of all tensors in `values`."""
-    leaves = pytree.tree_leaves(values)
-    tensors = [leaf for leaf in leaves if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+@cache
+def _written(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+    """The positions and names of the arguments that an operator writes into."""
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema_of(func).arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+
+
+def _addresses(*values: Any) -> Iterator[int]:
+    """The addresses of the storages of all tensors in arguments or results of an operator."""
+    for value in values:
+        if type(value) in (torch.Tensor, torch.nn.Parameter):
+            yield value.untyped_storage().data_ptr()
+        elif isinstance(value, list | tuple):
+            yield from _addresses(*value)
+        elif isinstance(value, dict):
+            yield from _addresses(*value.values())

@@ -96,6 +96,9 @@ def function_of(expression: sympy.Basic) -> Function:
     if len(parts) == 1:
         (inner,) = parts
         return lambda sizes: function(inner(sizes))
+    if len(parts) == 2:  # most have two, which to list takes as long as to compute
+        first, second = parts
+        return lambda sizes: function(first(sizes), second(sizes))
     return lambda sizes: function(*[part(sizes) for part in parts])
 
 
