@@ -294,5 +294,13 @@ def _eager(model: str, dtype: str | None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = getattr(torch, dtype) if dtype else "auto"
-    return AutoModelForCausalLM.from_pretrained(model, dtype=kind, local_files_only=True)
+    from moec.capture.hub import own_config
+
+    model_path.kind_of_model(model)  # with --artifact, nothing else has looked at its files
+    return AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=getattr(torch, dtype) if dtype else "auto",
+        use_safetensors=True,
+        config=own_config(Path(model)),
+        local_files_only=True,
+    )
