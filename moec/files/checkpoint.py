@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import CaptureError
-from moec.files.config_fields import check_fields, check_folder
+from moec.files.config_fields import check_fields, check_folder, check_numbers
 from moec.files.os_errors import reason
 
 CONFIG = "config.json"
@@ -36,14 +36,15 @@ _SHARED_LAYERS = 1000  # may be more than there are tensors: layers can share th
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The configuration of the checkpoint.
 
-    Raises CaptureError, naming the file, where a required file is missing or malformed, or where
-    the configuration is far too large for the weights, and UsageError where a file names code or
-    other files.
+    Raises CaptureError, naming the file, where a required file is missing or malformed, where a
+    configuration has NaN or is far too large for the weights, and UsageError where a file names
+    code or other files.
     """
     check_folder(folder, TOKENIZER_FILES)
     contents = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
     for name in (CONFIG, _GENERATION):
         check_fields(folder / name, contents.get(name, {}))
+        check_numbers(folder / name, contents.get(name, {}))
     if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
         _check_index(folder)
     weights = sorted(folder.glob("*.safetensors"))

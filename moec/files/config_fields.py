@@ -1,4 +1,5 @@
-"""Refuses checkpoints whose files choose code, or other files, that transformers would load.
+"""Refuses checkpoints whose files choose code, or other files, that transformers would load, or
+hold numbers that are none.
 
 moec sets the implementations of attention and experts itself. Names of transformers' own ones have
 no effect; names of anything else are refused before transformers sees them.
@@ -6,18 +7,20 @@ no effect; names of anything else are refused before transformers sees them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moec.errors import UsageError
+from moec.errors import CaptureError, UsageError
 
 _CODE = frozenset({"auto_map", "custom_pipelines", "fusion_config", "kernel_config"})
 _FILES = frozenset({"configuration_files", "transformers_weights"})
 _IMPLEMENTATION = re.compile(r"\w*_implementation(_\w+)?|\w*kernels?(_\w+)?")
 _OF_TRANSFORMERS = re.compile(r"[\w|-]*")
 _REMOTE = re.compile(r"(hf[-_]hub|local-dir):.*", re.DOTALL)  # names of timm's models
+_LIMIT = re.compile(r"\w*_(limit|max|min)")  # such as time_step_limit, [0, Infinity] in Mamba
 _ADAPTER = "adapter_config.json"
 
 Fields = Iterator[tuple[str, Any]]
@@ -45,6 +48,38 @@ def check_fields(path: Path, config: Mapping[str, Any]) -> None:
                     f"{path}: {place} is {text!r}, code of the hub, which moec does "
                     "not run: remove the field"
                 )
+
+
+def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises CaptureError, naming the field, for NaN, and for infinity where it is no limit: the
+    model would compute nothing but NaN with it."""
+    for name, value in fields(config):
+        # a value of {"__float__": "Infinity"} is how transformers writes infinity
+        field = name.removesuffix(".__float__").rpartition(".")[2]
+        for item in _items(value):
+            number = _float(item) if name.endswith(".__float__") else item
+            if not isinstance(number, float) or math.isfinite(number):
+                continue
+            if math.isnan(number) or not _LIMIT.fullmatch(field):
+                raise CaptureError(
+                    f"{path}: {name.removesuffix('.__float__')} is {number}, which is no number "
+                    "to compute with: copy the file again from the source of the checkpoint"
+                )
+
+
+def _items(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _items(item)
+    else:
+        yield value
+
+
+def _float(text: Any) -> Any:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text
 
 
 def check_folder(folder: Path, names: tuple[str, ...]) -> None:

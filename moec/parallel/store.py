@@ -122,12 +122,16 @@ def verify_folder(path: Path, signed_by: Path | None = None) -> tuple[FolderMani
     manifests of the ranks. Raises ArtifactError."""
     content = _manifest_content(path, signed_by)
     manifest = _decoded(path, content)
+    container = open_container(path)
+    listed = {MANIFEST, *manifest.parts}
     for name in manifest.parts:
         part = _checked(path, name, manifest)
         if name.startswith("rank."):
             of_rank = manifests.load(part)
-            parts = artifact.parts_of(path, open_container(path), of_rank)
+            parts = artifact.parts_of(path, container, of_rank)
             check_digests(path, parts, of_rank.parts)
+            listed |= of_rank.parts.keys()
+    artifact.check_listed(path, container, listed)
     return manifest, content
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -178,8 +178,8 @@ def read(
     mapping it: what becomes of the file later has no effect.
 
     Raises ArtifactError where it is missing, truncated, altered, of another version, for another
-    CPU, not signed with that key, or larger than the memory for its copy, and UsageError where the
-    key cannot be used.
+    CPU, with parts that its manifest does not list, not signed with that key, or larger than the
+    memory for its copy, and UsageError where the key cannot be used.
     """
     path = Path(path)
     container = open_container(path, copy=copy)
@@ -212,6 +212,7 @@ def read(
         if (text := graph_part(name)) not in small:
             raise ArtifactError(f"{path} has no {text}; compile or copy the artifact again")
         graphs[name] = bytes(small[text]).decode(errors="replace")
+    check_listed(path, container, {manifests.NAME, *manifest.parts})
     code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU) and native}
 
     def with_parts(package: Package, part: str, arrays: Mapping[str, Stored]) -> Package:
@@ -257,6 +258,18 @@ def parts_of(
                 f"{part.size}; compile or copy the artifact again"
             )
     return parts
+
+
+def check_listed(path: Path, names: Iterable[str], listed: Collection[str]) -> None:
+    """Raises ArtifactError for a part that no manifest lists: it has no digest, and a signature
+    does not cover it."""
+    others = sorted(set(names) - set(listed))
+    if others:
+        more = f", and {len(others) - 1} others" if len(others) > 1 else ""
+        raise ArtifactError(
+            f"{path} holds {others[0]!r}{more}, which its manifest does not list: it was added "
+            "after the artifact was written; remove it, or copy the artifact again"
+        )
 
 
 def graph_part(name: str) -> str:

@@ -108,7 +108,7 @@ class _Folder(Mapping[str, memoryview]):
 
     def __iter__(self) -> Iterator[str]:
         for path in sorted(self._root.rglob("*")):
-            if path.is_file():
+            if path.is_symlink() or not path.is_dir():
                 yield path.relative_to(self._root).as_posix()
 
     def __len__(self) -> int:

@@ -145,8 +145,38 @@ HARMLESS = [
     sets(4, "conv_kernel"),
     sets({}, "auto_map"),
     sets([0.0, float("inf")], "time_step_limit"),
+    sets([0.0, {"__float__": "Infinity"}], "text_config", "time_step_limit"),
     links("chat_template.jinja", "tokenizer_config.json"),
 ]
+
+
+NUMBER = "which is no number to compute with: copy the file again from the source"
+NO_NUMBERS = [
+    (sets(float("nan"), "rms_norm_eps"), f"rms_norm_eps is nan, {NUMBER}"),
+    (sets(float("inf"), "rope_theta"), f"rope_theta is inf, {NUMBER}"),
+    (sets(-float("inf"), "text_config", "a"), f"text_config.a is -inf, {NUMBER}"),
+    (sets([1.0, float("nan")], "factors"), f"factors is nan, {NUMBER}"),
+    (sets([[1.0], [float("inf")]], "tables"), f"tables is inf, {NUMBER}"),
+    (sets({"__float__": "NaN"}, "rms_norm_eps"), f"rms_norm_eps is nan, {NUMBER}"),
+    (sets(float("nan"), "time_step_limit"), f"time_step_limit is nan, {NUMBER}"),
+    (
+        sets(float("nan"), "temperature", file="generation_config.json"),
+        f"temperature is nan, {NUMBER}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), NO_NUMBERS)
+def test_no_configuration_computes_with_nan(
+    damage: Callable[[Path], None], words: str, tmp_path: Path
+) -> None:
+    """JSON has no NaN and no infinity, but Python reads and writes both."""
+    folder = Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
+    damage(folder)
+    with pytest.raises(CaptureError) as caught:
+        check_checkpoint(folder)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(str(folder))
 
 
 @pytest.mark.parametrize(("damage", "words"), CODE)
