@@ -12,7 +12,7 @@ import numpy as np
 from moec.errors import ArtifactError
 from moec.runtime.artifact.container import Container
 from moec.runtime.artifact.manifest import Manifest, ManifestPart, Stored
-from moec.runtime.artifact.open_file import OpenFile
+from moec.runtime.artifact.open_file import FileState, OpenFile
 from moec.runtime.artifact.part_writers import Buffer, on_all_cores
 from moec.runtime.dtypes import NUMPY, Array
 
@@ -31,6 +31,7 @@ class MappedArrays(Mapping[str, Array]):
     def verify(self) -> None:
         with self._lock:
             if not self._verified:
+                self._check_content({file: file.current() for file in self._states})
                 check_digests(self._path, self._parts, self._manifest.parts)
                 self._verified = True
 
@@ -41,26 +42,24 @@ class MappedArrays(Mapping[str, Array]):
         A file that was only renamed, linked or unlinked looks like one whose time of writing was
         set back: the weights are then hashed again, once.
         """
-        for file in self._states:
-            if file.current() != self._states[file]:
-                with self._lock:
-                    self._check_again(file)
+        current = {file: file.current() for file in self._states}
+        if current != self._states:
+            with self._lock:
+                self._check_again(current)
 
-    def _check_again(self, file: OpenFile) -> None:
-        current = file.current()
-        unchanged = current.same_content(self._states[file])
-        if unchanged:
-            try:
-                check_digests(self._path, self._parts, self._manifest.parts)
-            except ArtifactError:
-                unchanged = False
-        if not unchanged:
-            raise ArtifactError(
-                f"{file.path} was changed while the model in it is in use: load it again. To "
-                "replace an artifact that may be in use, write a new file and rename it over "
-                "the old one"
-            )
-        self._states[file] = current
+    def _check_content(self, current: Mapping[OpenFile, FileState]) -> None:
+        """Before anything is read: reading a file that was cut ends the process."""
+        for file, state in current.items():
+            if not state.same_content(self._states[file]):
+                raise _changed(file.path)
+
+    def _check_again(self, current: Mapping[OpenFile, FileState]) -> None:
+        self._check_content(current)
+        try:
+            check_digests(self._path, self._parts, self._manifest.parts)
+        except ArtifactError:
+            raise _changed(self._path) from None
+        self._states |= current
 
     def __getitem__(self, name: str) -> Array:
         stored = self._arrays[name]
@@ -72,6 +71,13 @@ class MappedArrays(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._arrays)
+
+
+def _changed(path: Path) -> ArtifactError:
+    return ArtifactError(
+        f"{path} was changed while the model in it is in use: load it again. To replace an "
+        "artifact that may be in use, write a new file and rename it over the old one"
+    )
 
 
 def array_of(stored: Stored, part: memoryview) -> Array:

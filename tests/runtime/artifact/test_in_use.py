@@ -151,6 +151,18 @@ def test_a_folder_that_is_moved_and_then_written_to(saved: Path) -> None:
         model(toy.inputs())
 
 
+def test_a_folder_of_which_one_file_is_moved_and_another_cut(saved: Path) -> None:
+    """The first is verified again by all digests, which would read the second."""
+    folder = saved.with_suffix(".folder")
+    shutil.unpack_archive(saved, folder, "zip")
+    model = load(folder)
+    weights = sorted(folder.glob("weights/*.bin"))
+    weights[0].chmod(0o400)
+    os.truncate(weights[-1], 1)
+    with pytest.raises(ArtifactError, match=f"{weights[-1].name} was changed while"):
+        model(toy.inputs())
+
+
 def weights_of(path: Path) -> slice:
     """The bytes of the largest weight in an artifact's file."""
     spans = container.part_spans(path, memoryview(path.read_bytes()))
