@@ -218,7 +218,7 @@ def _bench(
     with_files = [name for name in names if name in PACKAGES]
     others = [
         *contenders.transformers(
-            [name for name in names if name not in PACKAGES], lambda: _eager(model, dtype)
+            [name for name in names if name not in PACKAGES], lambda: load_eager(model, dtype)
         ),
         *of_files.of_files(with_files, files, threads),
     ]
@@ -290,7 +290,7 @@ def _open(
     return opened.package, start(opened), opened.graphs.get(DECODE, "")
 
 
-def _eager(model: str, dtype: str | None) -> Any:
+def load_eager(model: str, dtype: str | None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 

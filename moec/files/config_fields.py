@@ -42,10 +42,10 @@ def check_fields(path: Path, config: Mapping[str, Any]) -> None:
                 "the field"
             )
         chosen = _IMPLEMENTATION.fullmatch(field) is not None
-        for place, text in _texts(name, value):
+        for dotted, text in _texts(name, value):
             if (chosen and not _OF_TRANSFORMERS.fullmatch(text)) or _REMOTE.fullmatch(text):
                 raise UsageError(
-                    f"{path}: {place} is {text!r}, code of the hub, which moec does "
+                    f"{path}: {dotted} is {text!r}, code of the hub, which moec does "
                     "not run: remove the field"
                 )
 

@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeModel
 import moec
 from moec.capture.doors import open_source
 from moec.capture.hub import hub_off
-from moec.commands.bench import _eager
+from moec.commands.bench import load_eager
 from moec.errors import CaptureError, UsageError
 
 
@@ -48,7 +48,7 @@ def with_field(tiny_moe: Path, folder: Path, **fields: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    "load", [open_source, lambda path: _eager(path, None)], ids=["open", "bench"]
+    "load", [open_source, lambda path: load_eager(path, None)], ids=["open", "bench"]
 )
 def test_no_kernel_that_a_file_names_is_loaded(
     load: Callable[[str], Any], tiny_moe: Path, tmp_path: Path, kernels: list[str]
