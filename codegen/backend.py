@@ -65,7 +65,8 @@ class Backend:
     `kernels` maps the type of a spec to the generator of its kernel (`Lowering.kernel`). `loop`
     makes one kernel of a group of ops without a rule. `library` compiles a module of Relax
     functions and kernels, and links it. `ready` raises TargetError if this machine lacks what
-    `library` needs. With `destinations`, functions write results into memory of the caller.
+    `library` needs. With `destinations`, functions write results into memory of the caller; with
+    `index_checks`, they refuse indices outside of their axis, as eager does.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class Backend:
     library: Callable[[IRModule, Any, int, Store | None], BuiltLibrary]
     ready: Callable[[Any], object] = lambda target: None
     destinations: bool = False
+    index_checks: bool = False
 
     def select(self, graph: Graph) -> Selection:
         """For each op, the first rule in order that does not refuse it."""

@@ -22,6 +22,7 @@ from moec.codegen.backend import Backend, Refusal, Selection
 from moec.codegen.destinations import ATTRIBUTE
 from moec.codegen.fusion import partition
 from moec.codegen.host_sizes import with_host_sizes
+from moec.codegen.index_checks import with_index_checks
 from moec.codegen.loops.index import Sizes, names
 from moec.codegen.module_builder import Lowering, ModuleBuilder, Param
 from moec.codegen.rules.sizes import bind_host_sizes
@@ -76,7 +77,10 @@ def lower(
         origins: tuple[tuple[str, str], ...] = ()
         refusals: dict[Refusal, None] = {}
         for name in module:
-            graph, host_sizes = with_host_sizes(module[name].graph)
+            graph = module[name].graph
+            if backend.index_checks:
+                graph = with_index_checks(graph, module[name].weights)
+            graph, host_sizes = with_host_sizes(graph)
             selection = backend.select(graph)
             refusals |= dict.fromkeys(selection.refusals)
             in_memory = backend.destinations and name not in WITH_CACHES

@@ -22,6 +22,7 @@ from moec.arguments import (
 from moec.capture.behaviour.door import Declared, Described
 from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
+from moec.capture.hub import checkpoints_without_hub
 from moec.errors import UsageError
 from moec.formats.notation import Quantisation, parse_parts
 from moec.interpret.threads import threads_for
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from moec.target.cpu import CpuTarget
 
 
+@checkpoints_without_hub
 @gc_paused()
 def compile(
     model: Any,

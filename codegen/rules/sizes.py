@@ -13,9 +13,11 @@ from moec.codegen.fusion import FusionGroup
 from moec.codegen.loops.index import names
 from moec.codegen.module_builder import Lowering
 from moec.ir.graph import DType, Op, TensorType, Value
+from moec.ir.index_uses import REQUIRE
 from moec.ir.sizes.dims import Dim, show_dim
 from moec.runtime.sizes.counts import NAME
 from moec.runtime.sizes.expressions import NAME as SIZE
+from moec.runtime.sizes.indices import NAME as INDEX
 
 
 def _size(low: Lowering, op: Op) -> list[relax.Expr]:
@@ -60,6 +62,23 @@ def _require_count(low: Lowering, op: Op) -> list[relax.Expr]:
     return [low.value(order)]
 
 
+def _require_index(low: Lowering, op: Op) -> list[relax.Expr]:
+    """Calls `moec.runtime.sizes.indices.require_index`, as `_require_count` its function. On a GPU
+    values are not read back: kernels use the nearest row."""
+    ids = low.value(op.inputs[0])
+    if low.target.kind == "cpu":
+        rows = [low.sizes.expr(cast("Dim", op.attrs["rows"]))]
+        arguments = [
+            ids,
+            relax.ShapeExpr(rows),
+            relax.prim_value(int(cast(bool, op.attrs["negative"]))),
+            cast(str, op.attrs["what"]),
+        ]
+        call = relax.op.call_pure_packed(INDEX, *arguments, ty_args=relax.ShapeType(ndim=1))
+        low.builder.match_cast(low.builder.emit(call), relax.ShapeType(rows))
+    return [ids]
+
+
 def _as_shape(low: Lowering, source: Value) -> relax.Expr:
     """One integer of a tensor as a shape of one axis."""
     scalar = low.value(source)
@@ -76,4 +95,5 @@ def _as_shape(low: Lowering, source: Value) -> relax.Expr:
 RULES = (
     Rule("size", ("moec.size",), always, _size),
     Rule("require_count", ("moec.require_count",), always, _require_count),
+    Rule("require_index", (REQUIRE,), always, _require_index),
 )

@@ -24,22 +24,15 @@ from moec.capture.capture import capture
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
+from moec.capture.hub import hub_off, own_config
 from moec.capture.pt2 import check_archive
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, UsageError
-from moec.files.checkpoint import CONFIG
+from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
 from moec.model_path import kind_of_model
 from moec.spelling import did_you_mean
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -212,22 +205,20 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise UsageError(
             f"{folder}: reading a checkpoint needs transformers: pip install 'moec[hf]'"
         )
-    if config.get("auto_map"):
-        raise UsageError(
-            f"{folder} brings its own code (auto_map), which moec does not run; load the model "
-            "yourself and give it to moec.compile, or write file.py:factory"
-        )
     _check_config(folder / CONFIG, config)
     seq2seq = bool(config.get("is_encoder_decoder"))
     loader = auto_class(folder, config, kwargs)
     try:
-        model, loading = loader.auto.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
-        )
+        with hub_off():
+            model, loading = loader.auto.from_pretrained(
+                folder,
+                config=own_config(folder),
+                dtype="auto",
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )
     except Exception as error:
         if "can't allocate memory" in str(error):
             raise CaptureError(

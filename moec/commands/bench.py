@@ -218,7 +218,7 @@ def _bench(
     with_files = [name for name in names if name in PACKAGES]
     others = [
         *contenders.transformers(
-            [name for name in names if name not in PACKAGES], lambda: _eager(model, dtype)
+            [name for name in names if name not in PACKAGES], lambda: load_eager(model, dtype)
         ),
         *of_files.of_files(with_files, files, threads),
     ]
@@ -290,9 +290,17 @@ def _open(
     return opened.package, start(opened), opened.graphs.get(DECODE, "")
 
 
-def _eager(model: str, dtype: str | None) -> Any:
+def load_eager(model: str, dtype: str | None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind = getattr(torch, dtype) if dtype else "auto"
-    return AutoModelForCausalLM.from_pretrained(model, dtype=kind, local_files_only=True)
+    from moec.capture.hub import own_config
+
+    model_path.kind_of_model(model)  # with --artifact, nothing else has looked at its files
+    return AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=getattr(torch, dtype) if dtype else "auto",
+        use_safetensors=True,
+        config=own_config(Path(model)),
+        local_files_only=True,
+    )

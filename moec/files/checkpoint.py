@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import CaptureError
+from moec.files.config_fields import check_fields, check_folder, check_numbers
 from moec.files.os_errors import reason
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-_JSON = (CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_GENERATION = "generation_config.json"
+_JSON = (CONFIG, _GENERATION, "tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    _GENERATION,
+    "chat_template.jinja",
+)
+"""The files that an artifact has a copy of."""
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(en|de)coder_layers")
 _SIZES = re.compile(
@@ -26,10 +36,15 @@ _SHARED_LAYERS = 1000  # may be more than there are tensors: layers can share th
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """The configuration of the checkpoint.
 
-    Raises CaptureError, naming the file, where a required file is missing or malformed, or where
-    the configuration is far too large for the weights.
+    Raises CaptureError, naming the file, where a required file is missing or malformed, where a
+    configuration has NaN or is far too large for the weights, and UsageError where a file names
+    code or other files.
     """
+    check_folder(folder, TOKENIZER_FILES)
     contents = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
+    for name in (CONFIG, _GENERATION):
+        check_fields(folder / name, contents.get(name, {}))
+        check_numbers(folder / name, contents.get(name, {}))
     if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
         _check_index(folder)
     weights = sorted(folder.glob("*.safetensors"))

@@ -101,13 +101,16 @@ def load(
     *,
     copies: bool = False,
     signed_by: Path | str | None = None,
+    copy: bool = False,
 ) -> LoadedModel:
     """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. The default is
     the CPU, or the first GPU where the model was compiled for GPUs only.
 
     A model on a GPU takes and returns torch tensors on that GPU; with `copies`, arrays or tensors
     in CPU memory. `signed_by` is the file of the public key by which the artifact must be signed
-    (`moec sign`); without one, the origin of the code that it runs is not checked.
+    (`moec sign`); without one, the origin of the code that it runs is not checked. The file is
+    mapped: writing to it, instead of renaming another over it, makes later calls fail. With `copy`
+    it is read into memory that belongs to this process, and may then change.
 
     Raises UsageError where `path` is no path or the key cannot be used, ArtifactError where any
     part of the artifact is damaged, not signed with the key, or without code for the device, and
@@ -116,6 +119,6 @@ def load(
     if not isinstance(path, str | Path):
         raise UsageError(f"{path!r} is not the path of an artifact: give text or a Path")
     on = None if device is None else device_of(device, copies=copies)
-    opened = read(path, signed_by=signed_by)
+    opened = read(path, signed_by=signed_by, copy=copy)
     opened = opened if on is None else only_for(opened, on)
     return LoadedModel(Path(path), opened, start(opened, on))

@@ -24,7 +24,7 @@ from moec.ops.experts import (
 )
 from moec.ops.parallel import dist
 from moec.ops.routing import force, gate, hierarchy
-from moec.ops.sizes import bound, require_count, size
+from moec.ops.sizes import bound, require_count, require_index, size
 
 __all__ = [
     "OPS",
@@ -48,6 +48,7 @@ __all__ = [
     "quantised",
     "quantised_linear",
     "require_count",
+    "require_index",
     "rotary",
     "size",
     "soft_mixture",

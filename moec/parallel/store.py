@@ -31,8 +31,8 @@ from moec.parallel.segments import RankCode
 from moec.plan.plan import Plan
 from moec.runtime.artifact import artifact
 from moec.runtime.artifact import manifest as manifests
-from moec.runtime.artifact.artifact import MappedArrays
 from moec.runtime.artifact.container import open_container
+from moec.runtime.artifact.mapped_arrays import MappedArrays, check_digests
 from moec.runtime.artifact.signature import check_signature
 from moec.runtime.package import DECODE, MAIN, Function, Generation
 from moec.runtime.text.prompt import FOLDER
@@ -122,12 +122,16 @@ def verify_folder(path: Path, signed_by: Path | None = None) -> tuple[FolderMani
     manifests of the ranks. Raises ArtifactError."""
     content = _manifest_content(path, signed_by)
     manifest = _decoded(path, content)
+    container = open_container(path)
+    listed = {MANIFEST, *manifest.parts}
     for name in manifest.parts:
         part = _checked(path, name, manifest)
         if name.startswith("rank."):
             of_rank = manifests.load(part)
-            parts = artifact.parts_of(path, open_container(path), of_rank)
-            artifact.check_digests(path, parts, of_rank.parts)
+            parts = artifact.parts_of(path, container, of_rank)
+            check_digests(path, parts, of_rank.parts)
+            listed |= of_rank.parts.keys()
+    artifact.check_listed(path, container, listed)
     return manifest, content
 
 
@@ -164,17 +168,18 @@ def _code(path: Path, rank: int, function: str, content: bytes) -> RankCode:
         artifact.check_features(manifest.package.target)
     except ArtifactError as error:
         raise ArtifactError(f"{path}, rank {rank}: {error}") from error
-    parts = artifact.parts_of(path, open_container(path), manifest)
+    container = open_container(path)
+    parts = artifact.parts_of(path, container, manifest)
     weights = {array.part for array in manifest.arrays.values()}
     small = {name: part for name, part in parts.items() if name not in weights}
-    artifact.check_digests(path, small, manifest.parts)
+    check_digests(path, small, manifest.parts)
     record = msgspec.convert(manifest.extra, CodeSignature)
     graph = parse(bytes(parts[graph_file(rank, function)]).decode())
     verify(graph, Stage.GROUPED)
     package = replace(
         manifest.package,
         library=bytes(parts[library_file(rank, function)]),
-        arrays=MappedArrays(path, parts, manifest, manifest.arrays),
+        arrays=MappedArrays(path, container, manifest, manifest.arrays),
     )
     return RankCode(graph, record.signature, package, record.generation)
 

@@ -17,6 +17,7 @@ from moec.arguments import cast, changes, check_kinds, example_inputs, text, tol
 from moec.capture import Captured
 from moec.capture.calls.call import ModuleCall
 from moec.capture.doors import Source, capture_source, open_source
+from moec.capture.hub import checkpoints_without_hub
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch, UsageError, VerificationError
 from moec.interpret.graph_module import GraphModule
@@ -46,6 +47,7 @@ class Transformation:
     declined: tuple[Declined, ...]
 
 
+@checkpoints_without_hub
 def transform(
     model: Any,
     passes: PassChanges,

@@ -18,12 +18,10 @@ nothing runs on unverified bytes.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -33,10 +31,11 @@ import numpy as np
 
 from moec.errors import ArtifactError, TargetError
 from moec.runtime.artifact import manifest as manifests
-from moec.runtime.artifact.container import open_container, replacing, stamps
+from moec.runtime.artifact.container import open_container, replacing
 from moec.runtime.artifact.manifest import Manifest, ManifestPart, Stored, StoredSample, Variant
-from moec.runtime.artifact.part_writers import Buffer, on_all_cores
-from moec.runtime.dtypes import NUMPY, Array, name_of
+from moec.runtime.artifact.mapped_arrays import MappedArrays, array_of, check_digests
+from moec.runtime.artifact.part_writers import Buffer
+from moec.runtime.dtypes import Array, name_of
 from moec.runtime.package import Package
 from moec.target import cpu
 from moec.target.cpu import CpuNeeds
@@ -82,50 +81,6 @@ class Artifact:
         for package in (self.package, self.for_gpu):
             if package is not None and isinstance(package.arrays, MappedArrays):
                 package.arrays.verify()
-
-
-class MappedArrays(Mapping[str, Array]):
-    """The memory-mapped arrays of an artifact. The first access waits until all are verified."""
-
-    def __init__(
-        self,
-        path: Path,
-        parts: Mapping[str, memoryview],
-        manifest: Manifest,
-        arrays: Mapping[str, Stored],
-    ) -> None:
-        self._path, self._manifest, self._arrays = path, manifest, arrays
-        self._parts = {a.part: parts[a.part] for a in arrays.values()}
-        self._lock, self._verified = threading.Lock(), False
-        self._stamps = stamps(path, self._parts)
-
-    def verify(self) -> None:
-        with self._lock:
-            if not self._verified:
-                check_digests(self._path, self._parts, self._manifest.parts)
-                self._verified = True
-
-    def check_unchanged(self) -> None:
-        """Raises ArtifactError where the file was written to since it was opened, as weights that
-        have not been read yet may have changed."""
-        for stamp in self._stamps:
-            if stamp.changed():
-                raise ArtifactError(
-                    f"{stamp.path} was changed while the model in it is in use: load it again. To "
-                    "replace an artifact that may be in use, write a new file and rename it over "
-                    "the old one"
-                )
-
-    def __getitem__(self, name: str) -> Array:
-        stored = self._arrays[name]
-        self.verify()
-        return _array(stored, self._parts[stored.part])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
 
 
 def write(
@@ -209,16 +164,25 @@ def write(
         writer.add({manifests.NAME: manifests.dump(replace(manifest, parts=listed))})
 
 
-def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None = None) -> Artifact:
+def read(
+    path: Path | str,
+    *,
+    native: bool = True,
+    signed_by: Path | str | None = None,
+    copy: bool = False,
+) -> Artifact:
     """Open the artifact at `path` (a file or a folder). Nothing in it is loaded or run.
 
     `native=False` ignores its code, and so accepts code for another machine or TVM. `signed_by` is
-    the file of a public key with which it must be signed. Raises ArtifactError where it is missing,
-    truncated, altered, of another version, for another CPU, or not signed with that key, and
-    UsageError where the key cannot be used.
+    the file of a public key with which it must be signed. `copy` reads it into memory instead of
+    mapping it: what becomes of the file later has no effect.
+
+    Raises ArtifactError where it is missing, truncated, altered, of another version, for another
+    CPU, with parts that its manifest does not list, not signed with that key, or larger than the
+    memory for its copy, and UsageError where the key cannot be used.
     """
     path = Path(path)
-    container = open_container(path)
+    container = open_container(path, copy=copy)
     content = container.get(manifests.NAME)
     if content is None:
         raise ArtifactError(f"{path} is not a moec artifact: it has no {manifests.NAME}")
@@ -248,19 +212,20 @@ def read(path: Path | str, *, native: bool = True, signed_by: Path | str | None 
         if (text := graph_part(name)) not in small:
             raise ArtifactError(f"{path} has no {text}; compile or copy the artifact again")
         graphs[name] = bytes(small[text]).decode(errors="replace")
+    check_listed(path, container, {manifests.NAME, *manifest.parts})
     code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU) and native}
 
     def with_parts(package: Package, part: str, arrays: Mapping[str, Stored]) -> Package:
         library = bytes(small.get(part, b"")) if native else b""
         _check_library(path, part, library, manifest.machine)
         gpu = package.gpu and replace(package.gpu, parts=code)
-        mapped = MappedArrays(path, parts, manifest, arrays)
+        mapped = MappedArrays(path, container, manifest, arrays)
         return replace(package, arrays=mapped, library=library, gpu=gpu)
 
     sampled = tuple(
         Sample(
-            {name: _array(stored, parts[stored.part]) for name, stored in s.inputs.items()},
-            {name: _array(stored, parts[stored.part]) for name, stored in s.outputs.items()},
+            {name: array_of(stored, parts[stored.part]) for name, stored in s.inputs.items()},
+            {name: array_of(stored, parts[stored.part]) for name, stored in s.outputs.items()},
         )
         for s in manifest.samples
     )
@@ -293,6 +258,18 @@ def parts_of(
                 f"{part.size}; compile or copy the artifact again"
             )
     return parts
+
+
+def check_listed(path: Path, names: Iterable[str], listed: Collection[str]) -> None:
+    """Raises ArtifactError for a part that no manifest lists: it has no digest, and a signature
+    does not cover it."""
+    others = sorted(set(names) - set(listed))
+    if others:
+        more = f", and {len(others) - 1} others" if len(others) > 1 else ""
+        raise ArtifactError(
+            f"{path} holds {others[0]!r}{more}, which its manifest does not list: it was added "
+            "after the artifact was written; remove it, or copy the artifact again"
+        )
 
 
 def graph_part(name: str) -> str:
@@ -351,30 +328,3 @@ def _version(distribution: str) -> str:
 def _bytes(array: Array) -> memoryview:
     contiguous = array if array.flags.c_contiguous else array.copy(order="C")
     return contiguous.reshape(-1).view(np.uint8).data
-
-
-def _array(stored: Stored, part: memoryview) -> Array:
-    array: Array = np.frombuffer(part, NUMPY[stored.dtype]).reshape(stored.shape)
-    return array
-
-
-def check_digests(
-    path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, ManifestPart]
-) -> None:
-    """Raises ArtifactError where a part is altered."""
-    for name, digest in zip(contents, _digests(contents.values()), strict=True):
-        if digest != parts[name].sha256:
-            raise ArtifactError(
-                f"{path}: {name} was altered: its SHA-256 differs; "
-                "compile or copy the artifact again"
-            )
-
-
-def _digests(contents: Iterable[Buffer]) -> list[str]:
-    """SHA-256 of each, on all cores: hashlib lets other threads run meanwhile."""
-    buffers = list(contents)
-    return on_all_cores(_digest, buffers, [memoryview(buffer).nbytes for buffer in buffers])
-
-
-def _digest(content: Buffer) -> str:
-    return hashlib.sha256(content).hexdigest()

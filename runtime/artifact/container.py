@@ -3,7 +3,7 @@
 In the zip, members are stored, not compressed, and each starts on a page boundary. The file is
 mapped once and a weight is a slice of the mapping; nothing is copied and nothing is extracted by
 name. Mappings are private: writing to a weight does not change the file. Writing to the file may
-change a mapping, so a caller compares `stamps` before each run.
+change a mapping, so a caller compares the states of the open `files` before each run.
 
 Both forms are written beside their destination and renamed when complete; a failure leaves the old
 artifact. (A file is replaced atomically; replacing a folder leaves a short gap.)
@@ -12,7 +12,6 @@ artifact. (A file is replaced atomically; replacing a folder leaves a short gap.
 from __future__ import annotations
 
 import glob
-import mmap
 import os
 import platform
 import re
@@ -20,99 +19,100 @@ import shutil
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from moec.errors import ArtifactError, UsageError
 from moec.files.os_errors import reason
+from moec.runtime.artifact.open_file import OpenFile, private_copy
 from moec.runtime.artifact.part_writers import PART_NAME, FolderWriter, PartWriter, ZipWriter
 from moec.spelling import did_you_mean_file
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-def open_container(path: Path) -> Mapping[str, memoryview]:
-    """The parts of the artifact at `path` by name, mapped and not yet verified.
+Files = Callable[[Iterable[str]], tuple[OpenFile, ...]]
 
-    Raises ArtifactError where it is missing, truncated, or not of the form that moec writes.
+
+class Container(Mapping[str, memoryview]):
+    """The parts by name, not yet verified, and the open files that they are mapped from: none where
+    they were copied into memory."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, memoryview],
+        files: Callable[[Iterable[str]], tuple[OpenFile, ...]],
+    ) -> None:
+        self._parts, self.files = parts, files
+
+    def __getitem__(self, name: str) -> memoryview:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
+def open_container(path: Path, *, copy: bool = False) -> Container:
+    """The parts of the artifact at `path`, mapped or, with `copy`, read into memory.
+
+    Raises ArtifactError where it is missing, truncated, not of the form that moec writes, or larger
+    than the memory that is to hold it.
     """
     if "\0" in str(path):
         raise ArtifactError(f"{str(path)!r} contains a zero byte, which no file name may")
     if path.is_dir():
-        return _Folder(path)
+        folder = _Folder(path, copy=copy)
+        return Container(folder, folder.files)
     if not path.exists():
         raise ArtifactError(f"{path}: there is no such file{did_you_mean_file(path)}")
     if not path.is_file():
         raise ArtifactError(f"{path} is not a regular file")
     try:
-        return _read_zip(path)
+        files = () if copy else (OpenFile(path),)
+        content = files[0].content if files else private_copy(path)
+        parts = {name: content[span] for name, span in part_spans(path, content).items()}
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {reason(error)}") from error
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """The state of a file when it was mapped, to detect later writes."""
-
-    path: Path
-    inode: tuple[int, int]
-    version: tuple[int, int, int]
-
-    @staticmethod
-    def of(path: Path) -> Stamp:
-        state = path.stat()
-        version = (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-        return Stamp(path, (state.st_dev, state.st_ino), version)
-
-    def changed(self) -> bool:
-        """Whether the mapped file has been written to. Replacing it by another file is no write:
-        the mapping keeps the old one."""
-        try:
-            now = Stamp.of(self.path)
-        except OSError:
-            return False
-        return now.inode == self.inode and now.version[:2] != self.version[:2]
-
-
-def stamps(path: Path, names: Iterable[str]) -> tuple[Stamp, ...]:
-    """The stamps of an artifact's file, or of these parts of its folder."""
-    paths = [path / name for name in names] if path.is_dir() else [path]
-    return tuple(map(Stamp.of, paths))
-
-
-def _map(path: Path) -> memoryview:
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    return Container(parts, lambda names: files)
 
 
 class _Folder(Mapping[str, memoryview]):
     """A folder whose files are mapped on access. A name cannot refer to a path outside of it."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root.resolve()
+    def __init__(self, root: Path, *, copy: bool) -> None:
+        self._root, self._copy = root.resolve(), copy
+        self._contents: dict[str, memoryview] = {}
+        self._files: dict[str, OpenFile] = {}
+
+    def files(self, names: Iterable[str]) -> tuple[OpenFile, ...]:
+        """Those of the parts that have been accessed."""
+        return tuple(self._files[name] for name in names if name in self._files)
 
     def __getitem__(self, name: str) -> memoryview:
         path = self._root / name
         if not PART_NAME.fullmatch(name) or path.resolve() != path or not path.is_file():
             raise KeyError(name)
-        return _map(path)
+        if name not in self._contents:
+            self._contents[name] = self._opened(name, path)
+        return self._contents[name]
+
+    def _opened(self, name: str, path: Path) -> memoryview:
+        if self._copy:
+            return private_copy(path)
+        self._files[name] = OpenFile(path)
+        return self._files[name].content
 
     def __iter__(self) -> Iterator[str]:
         for path in sorted(self._root.rglob("*")):
-            if path.is_file():
+            if path.is_symlink() or not path.is_dir():
                 yield path.relative_to(self._root).as_posix()
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def _read_zip(path: Path) -> Mapping[str, memoryview]:
-    content = _map(path)
-    return {name: content[span] for name, span in part_spans(path, content).items()}
 
 
 def part_spans(path: Path, content: memoryview) -> dict[str, slice]:

@@ -21,7 +21,8 @@ import numpy as np
 
 from moec.errors import InputError
 from moec.runtime.artifact import artifact
-from moec.runtime.artifact.artifact import Artifact, MappedArrays
+from moec.runtime.artifact.artifact import Artifact
+from moec.runtime.artifact.mapped_arrays import MappedArrays
 from moec.runtime.call.caches import Cache, caches_of, keep
 from moec.runtime.call.recorder import Recorder
 from moec.runtime.checks import CPU, check_inputs, check_memory, destination_shapes
@@ -47,12 +48,13 @@ from moec.runtime.package import (
 )
 
 
-def load(path: Path | str) -> Executor:
-    """The model in the artifact at `path`, ready to run.
+def load(path: Path | str, *, copy: bool = False) -> Executor:
+    """The model in the artifact at `path`, ready to run. `copy` reads it into memory instead of
+    mapping it.
 
     Raises ArtifactError where any part of it is damaged, or this machine cannot run it.
     """
-    return start(artifact.read(path))
+    return start(artifact.read(path, copy=copy))
 
 
 def start(opened: Artifact, device: Device | None = None) -> Executor:

@@ -19,7 +19,7 @@ from typing import Any
 from moec.errors import ArtifactError
 from moec.runtime.process.pool import share_pool
 from moec.runtime.process.threads import set_threads
-from moec.runtime.sizes import counts
+from moec.runtime.sizes import counts, indices
 from moec.runtime.sizes import expressions as sizes
 from moec.temporary import temporary_folder
 
@@ -48,6 +48,7 @@ def tvm_ffi() -> ModuleType:
         ctypes.CDLL(str(folder / "libtvm_runtime.so"), ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(folder / "libtvm_runtime_extra.so"), ctypes.RTLD_LOCAL)  # sort, for topk
     ffi.register_global_func(counts.NAME, counts.require_count, override=True)
+    ffi.register_global_func(indices.NAME, indices.require_index, override=True)
     ffi.register_global_func(
         sizes.NAME,
         lambda values, size, names: ffi.Shape((sizes.value_of_size(size, names, tuple(values)),)),

@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", choices=[*KINDS, []], metavar="KIND")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="the first case")
-    parser.add_argument("--cases", type=int, help="default: 10,000 artifacts, 1,000 of others")
+    parser.add_argument("--cases", type=int, help="default: 200 to 10,000")
     parser.add_argument("--keep", type=Path, help="a folder for the files of the last case")
     options = parser.parse_args()
     count = 0

@@ -1,4 +1,5 @@
-"""The six kinds of attack. A case is one call of the command line, as by a user.
+"""The kinds of attack. A case is one or more calls of the command line, as by a user, or the use of
+a model in the process.
 
 artifacts   damaged bytes of artifacts: only untouched parts may be accepted
 forged      changed manifests and parts, with correct digests
@@ -6,6 +7,9 @@ tensors     .npy, .npz and .safetensors, damaged or forged
 graphs      texts of graphs in an artifact with correct digests
 rebuilt     the same, for an artifact that is recompiled and run
 commands    command lines of valid and odd words
+unlisted    artifacts with members that no manifest lists: each command refuses them
+hub         checkpoints whose files name code, models of the hub, other files, and NaN
+moved       a model in use whose file is moved, replaced, cut or written to
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 import string
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moec.runtime.artifact import manifest
+from tests.attack.in_use import use_case
 from tests.attack.mutate import mutated_bytes, mutated_indices, mutated_json, mutated_text
 from tests.attack.seeds import REBUILT, graphs, write_rebuilt, write_seeds
 
@@ -30,13 +36,16 @@ Words = list[str]
 class Kind:
     """`seeds` writes the files to damage; `case(folder, draw)` writes the files of a case, and
     returns the words of its commands. `acts` are otherwise forbidden actions that these commands
-    may do. The suite runs `short` cases."""
+    may do. `use(folder, draw)` is what the process does instead of commands, and returns its
+    faults. With `refuses`, a command that succeeds is a fault. The suite runs `short` cases."""
 
     case: Callable[[Path, random.Random], list[Words]]
     short: int
     long: int
     acts: frozenset[str] = frozenset()
     seeds: Callable[[Path], None] = write_seeds
+    use: Callable[[Path, random.Random], list[str]] | None = None
+    refuses: bool = False
 
 
 def _artifacts(folder: Path, draw: random.Random) -> list[Words]:
@@ -106,6 +115,36 @@ def _tensors(folder: Path, draw: random.Random) -> list[Words]:
     path = (folder / "case").with_suffix(Path(name).suffix)
     path.write_bytes(content)
     return [["run", str(folder / "toy.moec"), "--input", str(path)]]
+
+
+def _hub(folder: Path, draw: random.Random) -> list[str]:
+    from tests.attack.checkpoints import checkpoint_case  # imports torch, which others do without
+
+    return checkpoint_case(folder, draw)
+
+
+def _none(folder: Path, draw: random.Random) -> list[Words]:
+    """No commands: the process uses a model."""
+    return []
+
+
+_NAMES = ("kernels/other.so", "notes.txt", "weights/99999.bin", "tokenizer/x.json", "samples/x")
+
+
+def _unlisted(folder: Path, draw: random.Random) -> list[Words]:
+    path = folder / "case_unlisted"
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    name, content = draw.choice(_NAMES), draw.randbytes(draw.randint(0, 5000))
+    if draw.random() < 0.5:
+        shutil.unpack_archive(folder / "toy.moec", path, "zip")
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(content)
+    else:
+        shutil.copy(folder / "toy.moec", path)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(name, content)
+    return [["verify", str(path)], ["run", str(path), "--check"]]
 
 
 _COMMANDS = {
@@ -187,6 +226,8 @@ def _written(path: Path, parts: Mapping[str, bytes], text: object) -> Path:
     return path
 
 
+_LINKS = frozenset({"os.symlink", "os.chmod"})  # as the files of a case are written
+_CHANGES = _LINKS | {"os.truncate"}
 _COMPILES = frozenset({"subprocess.Popen"})  # the linker
 
 KINDS: Mapping[str, Kind] = {
@@ -196,6 +237,9 @@ KINDS: Mapping[str, Kind] = {
     "graphs": Kind(_graphs, 30, 1_000),
     "rebuilt": Kind(_rebuilt, 6, 200, _COMPILES, write_rebuilt),
     "commands": Kind(_commands, 25, 200),
+    "unlisted": Kind(_unlisted, 30, 2_000, refuses=True),
+    "hub": Kind(_none, 20, 2_000, _LINKS, use=_hub),
+    "moved": Kind(_none, 40, 2_000, _CHANGES, use=use_case),
 }
 
 

@@ -251,8 +251,13 @@ def test_writes_out_of_range_are_left_out() -> None:
       a: f32[4, 2] = aten.scatter.value(x, i) <dim=0, value=9.0>
       return a
     }""")
-    x = torch.zeros(4, 2)
-    (result,) = run(graph, {"x": x, "i": torch.tensor([[2**40, 1], [-1, -(2**40)]])}, {})
+    x, ids = torch.zeros(4, 2), torch.tensor([[2**40, 1], [-1, -(2**40)]])
+    package = build(Module.of(Program(graph, {})), host())
+    assert package.main.index_ranges == {"i": (0, 3)}
+    with pytest.raises(InputError, match="its values must be from 0 to 3"):
+        Executor(package)({"x": x, "i": ids})
+    main = replace(package.main, index_ranges={})  # as in a forged manifest
+    (result,) = Executor(replace(package, functions={"main": main}))({"x": x, "i": ids}).values()
     assert torch.equal(result, torch.tensor([[0.0, 0], [0, 9], [0, 0], [9, 0]]))
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import moec
 from moec.__main__ import cli
+from moec.errors import ArtifactError
 from moec.runtime.artifact import artifact
 from tests.runtime import toy
 
@@ -37,6 +41,31 @@ def test_an_intact_artifact(path: Path) -> None:
     assert "functions main, for generic" in out
     code, out, _ = run(path, "--json")
     assert json.loads(out)["graphs_checked"] is True
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_member_that_the_manifest_does_not_list(path: Path, folder: bool) -> None:
+    """It has no digest: "intact and signed" would be said of anything that was added."""
+    if folder:
+        shutil.unpack_archive(path, path := path.with_suffix(".folder"), "zip")
+        (path / "kernels").mkdir(exist_ok=True)
+        (path / "kernels/other.so").write_bytes(b"added")
+    else:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("kernels/other.so", b"added")
+    code, out, err = run(path)
+    assert (code, out) == (1, "")
+    assert "holds 'kernels/other.so', which its manifest does not list" in err
+    with pytest.raises(ArtifactError, match="which its manifest does not list"):
+        moec.load(path)
+
+
+def test_a_link_that_the_manifest_does_not_list(path: Path) -> None:
+    shutil.unpack_archive(path, folder := path.with_suffix(".folder"), "zip")
+    (folder / "notes").symlink_to(path.parent)
+    code, _, err = run(folder)
+    assert code == 1
+    assert "holds 'notes', which its manifest does not list" in err
 
 
 def test_a_weight_that_was_altered(path: Path) -> None:

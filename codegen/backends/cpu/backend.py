@@ -80,4 +80,5 @@ CPU = Backend(
     loop=write,
     library=_library,
     ready=linker_for,
+    index_checks=True,
 )

@@ -154,3 +154,9 @@ def require_count(c: Call) -> str:
         wrong = c.w("Not", c.w("Equal", c.read(count), rows))
     beyond = c.w("Mul", c.w.cast(wrong, "bool", "i64"), c.w.constant(_BEYOND))
     return c.w("Add", c.read(order), beyond)
+
+
+@build("moec.require_index")
+def require_index(c: Call) -> str:
+    """ONNX has no assertions: where ONNX Runtime does not refuse an index itself, it is used."""
+    return c.read(c.op.inputs[0])

@@ -33,10 +33,14 @@ _VIEWS = ("aten.view.default", "aten._unsafe_view.default")
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
+COMPOSITE = "original_aten"
+"""The key of a node's `meta` under which torch has the operator that the node is a part of."""
+
+
 @dataclass
 class Converter:
     """The state of one conversion: what each node of the export became. `line` is the user's line
-    of the current node."""
+    of the current node; `written` are the ops that were an index_add or an index_copy."""
 
     rename: Mapping[str, str]
     root: torch.nn.Module
@@ -46,6 +50,7 @@ class Converter:
     computed: dict[sympy.Expr, sympy.Expr] = field(default_factory=dict)
     floats: dict[torch.fx.Node, Value] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
+    written: dict[Op, str] = field(default_factory=dict)
     line: str = ""
 
     def where(self, node: torch.fx.Node) -> str:
@@ -190,7 +195,11 @@ class Converter:
         if target in OWN:  # its inputs have the order of the op
             target = OWN[target]
             attrs = {name: attr for name, attr in attrs.items() if attr is True}
-        self.ops.append(Op(target, tuple(inputs), outputs, attrs, None, where, self.line))
+        op = Op(target, tuple(inputs), outputs, attrs, None, where, self.line)
+        self.ops.append(op)
+        composite = str(node.meta.get(COMPOSITE)).removeprefix("aten.").split(".")[0].rstrip("_")
+        if "index_put" in target and composite in ("index_add", "index_copy"):
+            self.written[op] = composite
         self.values[node] = outputs if isinstance(value, tuple | list) else outputs[0]
 
     def attributes(self, node: torch.fx.Node, inputs: list[Value]) -> dict[str, Attr]:

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+import moec
 from moec.codegen.package import build
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
 from moec.runtime import checks
-from moec.runtime.artifact import artifact, container
+from moec.runtime.artifact import artifact, container, mapped_arrays, open_file
 from moec.runtime.call.executor import load
 from moec.runtime.device import device
 from moec.runtime.package import Package
@@ -105,6 +106,129 @@ def test_a_file_that_is_replaced_stays_mapped(saved: Path, original: Path) -> No
     np.testing.assert_array_equal(model(toy.inputs())["y"], before)
     saved.unlink()
     np.testing.assert_array_equal(model(toy.inputs())["y"], before)
+
+
+def switch(link: Path, target: Path) -> None:
+    """Replace a link in one step, as a deployment between two slots does."""
+    (new := link.with_name("next")).symlink_to(target)
+    new.rename(link)
+
+
+def test_a_slot_behind_a_link_that_is_written_to(saved: Path) -> None:
+    """The path of the model leads to the other slot when its file is written to."""
+    (green := saved.with_name("green.moec")).write_bytes(saved.read_bytes())
+    switch(current := saved.with_name("current.moec"), saved)
+    model = load(current)
+    model(toy.inputs())
+    switch(current, green)
+    model(toy.inputs())
+    saved.write_bytes(b"\0" * saved.stat().st_size)
+    with pytest.raises(ArtifactError, match=r"current\.moec was changed while"):
+        model(toy.inputs())
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_a_file_that_is_moved_and_then_written_to(saved: Path, size: int | None) -> None:
+    """Cut to one byte, the kernels would end the process with a bus error."""
+    model = load(saved)
+    moved = saved.rename(saved.with_name("moved.moec"))
+    if size is None:
+        moved.write_bytes(b"\0" * moved.stat().st_size)
+    else:
+        os.truncate(moved, size)
+    with pytest.raises(ArtifactError, match=r"toy\.moec was changed while"):
+        model(toy.inputs())
+
+
+def test_a_folder_that_is_moved_and_then_written_to(saved: Path) -> None:
+    folder = saved.with_suffix(".folder")
+    shutil.unpack_archive(saved, folder, "zip")
+    model = load(folder)
+    moved = folder.rename(saved.with_name("moved"))
+    part = max(moved.glob("weights/*.bin"), key=lambda path: path.stat().st_size)
+    os.truncate(part, 1)
+    with pytest.raises(ArtifactError, match=f"{part.name} was changed while"):
+        model(toy.inputs())
+
+
+def test_a_folder_of_which_one_file_is_moved_and_another_cut(saved: Path) -> None:
+    """The first is verified again by all digests, which would read the second."""
+    folder = saved.with_suffix(".folder")
+    shutil.unpack_archive(saved, folder, "zip")
+    model = load(folder)
+    weights = sorted(folder.glob("weights/*.bin"))
+    weights[0].chmod(0o400)
+    os.truncate(weights[-1], 1)
+    with pytest.raises(ArtifactError, match=f"{weights[-1].name} was changed while"):
+        model(toy.inputs())
+
+
+def weights_of(path: Path) -> slice:
+    """The bytes of the largest weight in an artifact's file."""
+    spans = container.part_spans(path, memoryview(path.read_bytes()))
+    weights = [span for name, span in spans.items() if name.startswith("weights/")]
+    return max(weights, key=lambda span: span.stop - span.start)
+
+
+def test_a_file_whose_time_was_set_back(saved: Path) -> None:
+    """As by tools that copy times; only the time of the change of the file's state differs."""
+    model, before = load(saved), saved.stat()
+    span = weights_of(saved)
+    with saved.open("r+b") as file:
+        file.seek(span.start)
+        file.write(b"\0" * (span.stop - span.start))
+    os.utime(saved, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="was changed while"):
+            model(toy.inputs())
+
+
+def test_other_names_and_rights_of_a_file_change_nothing(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are verified by the digests, once."""
+    model = load(saved)
+    before = model(toy.inputs())["y"]
+    hashed = []
+    check = mapped_arrays.check_digests
+    monkeypatch.setattr(mapped_arrays, "check_digests", lambda *a: (hashed.append(1), check(*a)))
+    for change in (lambda: saved.chmod(0o400), lambda: os.link(saved, saved.with_name("other"))):
+        change()
+        for _ in range(3):
+            np.testing.assert_array_equal(model(toy.inputs())["y"], before)
+    assert len(hashed) == 2
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_private_copy_is_not_affected(saved: Path, folder: bool) -> None:
+    path = saved
+    if folder:
+        path = saved.with_suffix(".folder")
+        shutil.unpack_archive(saved, path, "zip")
+    models = load(path, copy=True), moec.load(path, copy=True).executor
+    before = [model(toy.inputs())["y"] for model in models]
+    for file in path.rglob("*.bin") if folder else [path]:
+        os.truncate(file, 1)
+    for model, y in zip(models, before, strict=True):
+        np.testing.assert_array_equal(model(toy.inputs())["y"], y)
+
+
+def test_a_private_copy_that_no_memory_holds(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_file, "free_memory", lambda: 10)
+    size = f"{saved.stat().st_size:,}"
+    with pytest.raises(ArtifactError, match=rf"its copy takes {size} bytes, and 10 bytes of mem"):
+        load(saved, copy=True)
+
+
+def test_no_file_stays_open(saved: Path) -> None:
+    def files() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    load(saved)(toy.inputs())
+    before = files()
+    load(saved)(toy.inputs())
+    assert files() == before
 
 
 def test_what_a_killed_writer_left_is_removed(saved: Path) -> None:

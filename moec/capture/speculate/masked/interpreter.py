@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -13,11 +14,20 @@ from torch.export import ExportedProgram
 
 from moec.capture.speculate.facts.symbols import reads_data
 from moec.capture.speculate.masked.rules import RULES, Increment, names_of
-from moec.capture.speculate.masked.values import Count, Rows, Unmasked, count, full, leaves
+from moec.capture.speculate.masked.values import (
+    Count,
+    Rows,
+    Unmasked,
+    count,
+    full,
+    is_leaf,
+    leaves,
+)
 from moec.errors import CaptureError
 from moec.torch_private import OpOverload, buffers_of, pytree, schema_of
 
 _LINEAR = ("mm", "bmm", "matmul", "addmm", "dot", "mv", "sum")
+_LOOKUPS = ("embedding", "gather", "index_select", "take", "take_along_dim")
 _ROW_BY_ROW = ("select squeeze view alias clone slice reshape unsqueeze _to_copy detach").split()
 
 
@@ -115,6 +125,8 @@ def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) 
             args,
             is_leaf=lambda value: isinstance(value, Rows),
         )
+    if names_of(node) in _LOOKUPS:
+        args = torch.utils._pytree.tree_map(_inside, args, is_leaf=is_leaf)
     result = target(*full(args, length), **full(kwargs, length))
     keeps = rows.identity and names_of(node) in _ROW_BY_ROW
     parts = [
@@ -122,6 +134,12 @@ def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) 
         for part, which in zip([result] if single else result, axes, strict=True)
     ]
     return parts[0] if single else parts
+
+
+def _inside(value: Any) -> Any:
+    """Indices with 0 in the rows that are not set, whose indices eager does not use."""
+    indices = isinstance(value, Rows) and value.tensor.dtype in (torch.int64, torch.int32)
+    return replace(value, tensor=value.positions()) if indices else value
 
 
 def _with_numbers(target: Any, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:

@@ -1,0 +1,75 @@
+"""Checkpoints are loaded and run without the hub: neither files nor kernels come from it.
+
+transformers loads some kernels from the hub when a model is made or first run, if the package
+`kernels` is installed. The environment of the process, and of its children, stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Never, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@contextmanager
+def hub_off() -> Iterator[None]:
+    """While open, huggingface_hub sends no request and transformers takes no kernel of the hub,
+    from its cache either, in all threads of the process."""
+    from huggingface_hub import constants
+    from transformers.integrations import hub_kernels
+
+    offline = constants.HF_HUB_OFFLINE
+    get_kernel = hub_kernels.get_kernel
+    constants.HF_HUB_OFFLINE = True
+    hub_kernels.get_kernel = _refuse
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+        hub_kernels.get_kernel = get_kernel
+
+
+def own_config(folder: Path) -> Any:
+    """The configuration of a checkpoint, with transformers' own choice of the implementations of
+    attention and experts, whatever its files say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config._attn_implementation = config._experts_implementation = None  # also of those in it
+    return config
+
+
+def checkpoints_without_hub(function: Callable[P, R]) -> Callable[P, R]:
+    """Calls `function` with the hub off where its first argument, `model`, is a checkpoint."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        model = args[0] if args else kwargs.get("model")
+        if not _is_checkpoint(model):
+            return function(*args, **kwargs)
+        with hub_off():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _is_checkpoint(model: Any) -> bool:
+    try:
+        return (
+            isinstance(model, str | Path)
+            and Path(model).is_dir()
+            and find_spec("transformers") is not None
+        )
+    except (OSError, ValueError):  # no path: the error is reported where it is opened
+        return False
+
+
+def _refuse(kernel: str, *args: Any, **kwargs: Any) -> Never:
+    # where a kernel is only faster, transformers computes without it after this error
+    raise FileNotFoundError(f"moec loads no code of the hub, so the kernel {kernel} is missing")
