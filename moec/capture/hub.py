@@ -6,6 +6,7 @@ transformers loads some kernels from the hub when a model is made or first run, 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -17,22 +18,45 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+class _Hub:
+    """The switches of the hub in this process: off while one of several threads wants it off."""
+
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+        self.before: tuple[Any, Any] = (None, None)
+
+    def switch_off(self) -> None:
+        from huggingface_hub import constants
+        from transformers.integrations import hub_kernels
+
+        with self.lock:
+            if not self.users:
+                self.before = constants.HF_HUB_OFFLINE, hub_kernels.get_kernel
+                constants.HF_HUB_OFFLINE, hub_kernels.get_kernel = True, _refuse
+            self.users += 1
+
+    def put_back(self) -> None:
+        from huggingface_hub import constants
+        from transformers.integrations import hub_kernels
+
+        with self.lock:
+            self.users -= 1
+            if not self.users:
+                constants.HF_HUB_OFFLINE, hub_kernels.get_kernel = self.before
+
+
+_HUB = _Hub()
+
+
 @contextmanager
 def hub_off() -> Iterator[None]:
     """While open, huggingface_hub sends no request and transformers takes no kernel of the hub,
     from its cache either, in all threads of the process."""
-    from huggingface_hub import constants
-    from transformers.integrations import hub_kernels
-
-    offline = constants.HF_HUB_OFFLINE
-    get_kernel = hub_kernels.get_kernel
-    constants.HF_HUB_OFFLINE = True
-    hub_kernels.get_kernel = _refuse
+    _HUB.switch_off()
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = offline
-        hub_kernels.get_kernel = get_kernel
+        _HUB.put_back()
 
 
 def own_config(folder: Path) -> Any:

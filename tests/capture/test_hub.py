@@ -118,6 +118,15 @@ def test_an_error_switches_the_hub_on_again(kernels: list[str]) -> None:
     assert not is_offline_mode()
 
 
+def test_of_two_threads_the_last_one_switches_the_hub_on(kernels: list[str]) -> None:
+    first, second = hub_off(), hub_off()
+    with first:
+        second.__enter__()
+    assert is_offline_mode()
+    second.__exit__(None, None, None)
+    assert not is_offline_mode()
+
+
 def test_pickled_weights_beside_others_are_not_read(tiny_moe: Path, tmp_path: Path) -> None:
     """A file of another name has the suffix that the folder needs, and transformers reads none of
     that name, but pytorch_model.bin."""
