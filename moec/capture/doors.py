@@ -25,19 +25,24 @@ from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.pt2 import check_archive
+from moec.checkpoint.coverage import check_loading
+from moec.checkpoint.load import load_model
+from moec.checkpoint.table import format_of, quantization_of
+from moec.checkpoint.tensors import map_folder
 from moec.dtypes import MODEL_DTYPES
-from moec.errors import CaptureError, UsageError
+from moec.errors import CaptureError, MoecError, UsageError
 from moec.files.checkpoint import CONFIG
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
 from moec.model_path import kind_of_model
 from moec.spelling import did_you_mean
 
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "generation_config.json",
+    GENERATION_CONFIG,
     "chat_template.jinja",
 )
 
@@ -220,14 +225,14 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     _check_config(folder / CONFIG, config)
     seq2seq = bool(config.get("is_encoder_decoder"))
     loader = auto_class(folder, config, kwargs)
+    tensors = map_folder(folder)
+    format = format_of(config, tuple(tensors))
+    weights = format.read(quantization_of(config) or {}, tensors)
     try:
-        model, loading = loader.auto.from_pretrained(
-            folder,
-            dtype="auto",
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
-        )
+        model, loading = load_model(loader.auto, _configuration(folder), weights)
+        _add_generation_config(folder, model)
+    except MoecError:
+        raise
     except Exception as error:
         if "can't allocate memory" in str(error):
             raise CaptureError(
@@ -235,7 +240,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 "this machine's memory"
             ) from error
         raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
-    _check_weights(folder, loading)
+    check_loading(str(folder), loading, images=bool(loader.notes))
     model.eval()
     files = {f"tokenizer/{n}": folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
     if not args and not kwargs:
@@ -270,24 +275,22 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise CaptureError(f"{path}: the dtype {dtype!r} is not one of torch's{near}")
 
 
-def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:
-    """Raises CaptureError, naming the first, where weights are missing or have other shapes than
-    the configuration: transformers would fill them with random values."""
-    others = sorted(loading["mismatched_keys"])
-    if others:
-        name, stored, expected = others[0]
-        more = f", and {len(others) - 1} others differ too" if len(others) > 1 else ""
-        raise CaptureError(
-            f"{folder}: the weight {name} is {list(stored)}, and config.json makes it "
-            f"{list(expected)}{more}: they are of different models"
-        )
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        more = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise CaptureError(
-            f"{folder} lacks the weight {missing[0]}{more}: config.json is of another model, or "
-            "a .safetensors is missing"
-        )
+def _configuration(folder: Path) -> Any:
+    """The configuration of a folder, without what says how weights are stored: moec reads them."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return config
+
+
+def _add_generation_config(folder: Path, model: Any) -> None:
+    import transformers
+
+    if (folder / GENERATION_CONFIG).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:

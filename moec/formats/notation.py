@@ -27,12 +27,14 @@ WIDE_ROWS = "rows16"
 @dataclass(frozen=True)
 class Format:
     """The format of a weight, and the bits (8 or 16) to which the rows it multiplies are rounded.
-    `block` 0 means one scale per row."""
+    `block` 0 means one scale per row. `scales` is the dtype of the scales of integers: moec writes
+    bf16, checkpoints of others have f16 or f32 too."""
 
     kind: str
     block: int = 0
     asymmetric: bool = False
     row_bits: int = 8
+    scales: str = "bf16"
 
     @property
     def bits(self) -> int:
@@ -40,8 +42,9 @@ class Format:
 
     @property
     def scale_dtype(self) -> str:
-        """bf16, with the range of float32 in half of its bytes; u8 exponents for mxfp4."""
-        return "u8" if self.kind == "mxfp4" else "bf16"
+        """bf16, with the range of float32 in half of its bytes, unless a checkpoint has others; u8
+        exponents for mxfp4."""
+        return "u8" if self.kind == "mxfp4" else self.scales
 
     def blocks(self, width: int) -> int:
         """The number of scales in a row of `width` weights."""
@@ -49,13 +52,15 @@ class Format:
 
     def nbytes(self, rows: int, width: int) -> int:
         """The bytes of `rows` rows of codes, scales and zeros, without padding."""
-        each = self.blocks(width) * (1 if self.kind == "mxfp4" else 2 + self.asymmetric)
+        scale = {"u8": 1, "bf16": 2, "f16": 2, "f32": 4}[self.scale_dtype]
+        each = self.blocks(width) * (scale + self.asymmetric)
         return rows * (-(-width * self.bits // 8) + each)
 
     def __str__(self) -> str:
         block = f":{self.block}" if self.block and self.kind != "mxfp4" else ""
         rows = f":{WIDE_ROWS}" if self.row_bits == 16 else ""
-        return self.kind + block + (":asymmetric" if self.asymmetric else "") + rows
+        scales = "" if self.scale_dtype in ("bf16", "u8") else f":{self.scales}"
+        return self.kind + block + (":asymmetric" if self.asymmetric else "") + rows + scales
 
 
 def parse(text: str) -> Format:
