@@ -41,16 +41,17 @@ from moec.pipeline import (
     choose,
     decode_passes,
     from_stage,
+    keeping,
     prepare,
     quantising,
     truncate_after,
 )
 from moec.report.quantisation import quantised_lines
 from moec.runtime.process.gc_pause import gc_paused
+from moec.target.cpu import CpuTarget
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
-    from moec.target.cpu import CpuTarget
 
 
 @gc_paused()
@@ -108,7 +109,9 @@ def compile(
     block size (":32", ":64", ":128") and ":asymmetric", or "mxfp4". It is the last step. Rows that
     are multiplied with such weights are rounded to 8 bits, or with ":rows16" to 16. With
     "int8,linears=int8,head=int8" other linear layers and the head are quantised too. Codes are
-    rounded to nearest, or with `calib` chosen by GPTQ on that data.
+    rounded to nearest, or with `calib` chosen by GPTQ on that data. Without `quant`, weights that a
+    checkpoint stores in few bits keep its codes on CPUs ("checkpoint", "checkpoint:rows16"); "none"
+    dequantises them.
 
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt file. `budget`
@@ -128,7 +131,7 @@ def compile(
         constants=constants,
     )  # fmt: skip
     clock = Clock(progress)
-    stored = Quantisation() if quant is None else parse_parts(quant)
+    stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     requested = (*choose(opt_level, changes(passes)), *quantising(stored))
     chosen = truncate_after(requested, stop_after)
     allowed = allowed_budget(requested, chosen, calib, text("budget", budget), strict)
@@ -147,6 +150,8 @@ def compile(
                 )
 
         captured = bound(capture(), exact)
+    if stop_after is None and isinstance(targets.target, CpuTarget) and targets.beside is None:
+        chosen = (*chosen, *keeping(source, stored.checkpoint))
     check_tf32(targets.beside or targets.target, captured.program.weights)
     if runs and not captured.example and captured.program.graph.inputs:
         raise UsageError(

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,12 @@ from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.pt2 import check_archive
+from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
 from moec.checkpoint.load import load_model
 from moec.checkpoint.table import format_of, quantization_of
 from moec.checkpoint.tensors import map_folder
+from moec.checkpoint.weight import in_few_bits
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, MoecError, UsageError
 from moec.files.checkpoint import CONFIG
@@ -51,7 +53,8 @@ TOKENIZER_FILES = (
 class Source:
     """A model with what is needed to call it. `files` are copied into the artifact. `unnamed` is
     True where the caller gave a folder and so named no class; the model's results then have the
-    type that the artifact gives them. `notes` are for the report."""
+    type that the artifact gives them. `notes` are for the report. `codes` reads the weights that
+    the model's checkpoint stores in few bits."""
 
     model: torch.nn.Module | ExportedProgram
     args: tuple[Any, ...] = ()
@@ -62,6 +65,7 @@ class Source:
     files: Mapping[str, Path] = field(default_factory=dict)
     unnamed: bool = False
     notes: tuple[str, ...] = ()
+    codes: Callable[[], ArrangedCodes] | None = None
 
 
 def capture_source(
@@ -255,6 +259,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         files=files,
         unnamed=True,
         notes=loader.notes,
+        codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
     )
 
 

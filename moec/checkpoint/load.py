@@ -30,7 +30,8 @@ class _Lazy:
             raise CaptureError(
                 f"the weight {self.name} is {list(values.shape)}, not {list(self.weight.shape)}"
             )
-        return values[index]
+        # codes are views of weights in the order of memory
+        return values[index].contiguous()
 
 
 def load_model(

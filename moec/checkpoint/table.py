@@ -13,7 +13,6 @@ from moec.checkpoint.weight import CheckpointWeight, plain
 from moec.errors import CaptureError
 from moec.spelling import did_you_mean
 
-WIDE = "the dtype of config.json, dequantised"
 Reader = Callable[[Mapping[str, Any], Tensors], dict[str, CheckpointWeight]]
 
 
@@ -49,35 +48,35 @@ FORMATS = (
         "gptq",
         ("gptq",),
         "integers of 2, 4, 8 bits, one scale a group or row, with or without zeros; act-order",
-        WIDE,
+        "int4, int8; act-order: int8, rounded",
         gptq.read,
     ),
     CheckpointFormat(
         "awq",
         ("awq",),
         "integers of 4 bits in groups (gemm)",
-        WIDE,
+        "int4",
         awq.read,
     ),
     CheckpointFormat(
         "compressed-tensors",
         ("compressed-tensors",),
         "integers of 2, 4, 8 bits, packed or not; e4m3",
-        WIDE,
+        "int4, int8; act-order, e4m3: int8, rounded",
         compressed_tensors.read,
     ),
     CheckpointFormat(
         "fp8",
         ("fp8", "fbgemm_fp8"),
         "e4m3, e5m2 with one scale a tensor, row, or block of 128 x 128",
-        WIDE,
+        "int8, rounded",
         fp8.read,
     ),
     CheckpointFormat(
         "mxfp4",
         ("mxfp4",),
         "e2m1 in blocks of 32 (gpt-oss)",
-        WIDE,
+        "mxfp4",
         mxfp4.read,
     ),
 )

@@ -60,6 +60,10 @@ def in_codes(
     return CheckpointWeight(shape, tensors, codes.values, codes)
 
 
+def in_few_bits(weight: CheckpointWeight) -> bool:
+    return weight.codes is not None or weight.nearest is not None
+
+
 def nearest_int8(width: int) -> Format:
     """The 8-bit format with the largest block that divides a row of `width` weights."""
     return Format("int8", next((b for b in (128, 64, 32) if width % b == 0), 0))

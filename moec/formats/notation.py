@@ -101,25 +101,37 @@ PARTS = ("experts", "linears", "head")
 @dataclass(frozen=True)
 class Quantisation:
     """The formats of the parts of a model; None means not quantised. `linears` are all linear
-    layers except routers and the head."""
+    layers except routers and the head. `checkpoint` is the number of bits (8 or 16) to which rows
+    are rounded where weights stay in the codes of their checkpoint; 0 dequantises them."""
 
     experts: Format | None = None
     linears: Format | None = None
     head: Format | None = None
+    checkpoint: int = 0
 
     def __str__(self) -> str:
         formats = ((part, getattr(self, part)) for part in PARTS)
         return ",".join(f"{part}={format}" for part, format in formats if format is not None)
 
 
+UNCHANGED = {
+    "none": Quantisation(),
+    "checkpoint": Quantisation(checkpoint=8),
+    "checkpoint:rows16": Quantisation(checkpoint=16),
+}
+"""Texts that name no format: dequantise what a checkpoint quantised, or keep its codes."""
+
+
 def parse_parts(text: str) -> Quantisation:
-    """Parse a text such as "int4:64,linears=int8,head=int8"; a format without a name is that of
-    the experts.
+    """Parse a text such as "int4:64,linears=int8,head=int8", or one of UNCHANGED; a format without
+    a name is that of the experts.
 
     Raises UsageError, naming the wrong part, for any other text.
     """
     if not isinstance(text, str):
         raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
+    if text in UNCHANGED:
+        return UNCHANGED[text]
     formats: dict[str, Format] = {}
     for item in text.split(","):
         part, equals, format = item.strip().partition("=")
@@ -131,4 +143,4 @@ def parse_parts(text: str) -> Quantisation:
         if part in formats:
             raise UsageError(f"quant {text!r}: {part} is repeated")
         formats[part] = parsed
-    return Quantisation(**formats)
+    return Quantisation(*(formats.get(part) for part in PARTS))
