@@ -86,9 +86,9 @@ def compile(
     """Compile a complete mixture-of-experts model.
 
     `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the folder of
-    a Hugging Face checkpoint, a .pt2 file, or "file.py:factory". Batch and sequence sizes vary
-    unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names inputs whose sizes
-    the module may fix at the example's (True: all inputs); otherwise a fixed size is an error.
+    a Hugging Face checkpoint, a .gguf or .pt2 file, or "file.py:factory". Batch and sequence sizes
+    vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names inputs whose
+    sizes the module may fix at the example's (True: all inputs); else a fixed size is an error.
     `constants` names inputs that always have the values of the example, such as `image_grid_thw`:
     the compiled model does not take them.
     `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes

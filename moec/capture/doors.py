@@ -27,13 +27,16 @@ from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.pt2 import check_archive
 from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
+from moec.checkpoint.gguf import dtype_of
+from moec.checkpoint.gguf_model import configuration
 from moec.checkpoint.load import load_model
-from moec.checkpoint.table import format_of, quantization_of
+from moec.checkpoint.table import GGUF, format_of, quantization_of
 from moec.checkpoint.tensors import map_folder
 from moec.checkpoint.weight import in_few_bits
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, MoecError, UsageError
 from moec.files.checkpoint import CONFIG
+from moec.files.gguf import read_header
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
 from moec.model_path import kind_of_model
@@ -132,7 +135,7 @@ def open_source(
     if not isinstance(model, str | Path):
         raise UsageError(
             f"a {type(model).__name__} is not a model: give a torch module, an exported program, "
-            "the folder of a checkpoint, a .pt2 file, or file.py:factory"
+            "the folder of a checkpoint, a .gguf or .pt2 file, or file.py:factory"
         )
     text = str(model)
     match kind_of_model(text):
@@ -143,6 +146,8 @@ def open_source(
             return _factory(Path(file), factory)
         case "checkpoint":
             return _checkpoint(Path(text), args, kwargs)
+        case "gguf":
+            return _gguf(Path(text), args, kwargs)
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
 
@@ -278,6 +283,36 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
     if name not in (None, "auto") and not isinstance(getattr(torch, str(name), None), torch.dtype):
         near = did_you_mean(str(name), MODEL_DTYPES)
         raise CaptureError(f"{path}: the dtype {dtype!r} is not one of torch's{near}")
+
+
+def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
+    """The source of a GGUF file. Its tokenizer is not read."""
+    for package, extra in (("transformers", "hf"), ("gguf", "gguf")):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{path}: reading GGUF needs {package}: pip install 'moec[{extra}]'")
+    import transformers
+
+    header = read_header(path)
+    try:
+        fields = configuration(header)
+        weights = GGUF.read(fields, header)
+        config = transformers.AutoConfig.for_model(**fields, dtype=dtype_of(header))
+        model, loading = load_model(transformers.AutoModelForCausalLM, config, weights)
+    except MoecError as error:
+        raise type(error)(f"{path}: {error}") from None
+    except Exception as error:
+        raise CaptureError(f"{path} cannot be loaded: {_shown(error)}") from error
+    check_loading(str(path), loading, images=False)
+    model.eval()
+    if not args and not kwargs:
+        kwargs = example_tokens(model, seq2seq=False)
+    return replace(
+        _module(model, args, kwargs),
+        bounds=_limits(model.config),
+        name=path.name,
+        unnamed=True,
+        codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
+    )
 
 
 def _configuration(folder: Path) -> Any:

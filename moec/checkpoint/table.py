@@ -7,28 +7,34 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moec.checkpoint import awq, compressed_tensors, fp8, gptq, mxfp4
+from moec.checkpoint import awq, compressed_tensors, fp8, gguf, gptq, mxfp4
+from moec.checkpoint.gguf_model import MODEL_TYPES
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, plain
 from moec.errors import CaptureError
+from moec.files.gguf import BLOCKS
 from moec.spelling import did_you_mean
 
-Reader = Callable[[Mapping[str, Any], Tensors], dict[str, CheckpointWeight]]
+Reader = Callable[[Mapping[str, Any], Any], dict[str, CheckpointWeight]]
 
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """A format of the weights of a folder. `methods` are the values of `quant_method` in
-    config.json by which it is recognised; `holds` and `stored_as` are for people."""
+    """A format of the weights of a folder or file. `methods` are the values of `quant_method` in
+    config.json by which a folder is recognised, `magic` is the start of a file; `holds` and
+    `stored_as` are for people."""
 
     name: str
     methods: tuple[str, ...]
     holds: str
     stored_as: str
     read: Reader
+    magic: str = ""
 
     @property
     def recognised_by(self) -> str:
+        if self.magic:
+            return f"a file that starts with {self.magic}"
         return " or ".join(map("quant_method {}".format, self.methods)) or "no quantization_config"
 
 
@@ -36,7 +42,7 @@ def _plain(config: Mapping[str, Any], tensors: Tensors) -> dict[str, CheckpointW
     return {name: plain(tensors, name) for name in tensors}
 
 
-FORMATS = (
+FOLDERS = (
     CheckpointFormat(
         "safetensors",
         (),
@@ -81,6 +87,16 @@ FORMATS = (
     ),
 )
 
+GGUF = CheckpointFormat(
+    "gguf",
+    (),
+    f"{', '.join(BLOCKS)}; of {', '.join(MODEL_TYPES)}, llama with experts (mixtral)",
+    "Q8_0: int8, Q4_0: int4, MXFP4: mxfp4; others: int8, rounded",
+    gguf.read,
+    "GGUF",
+)
+FORMATS = (*FOLDERS, GGUF)
+
 
 def format_of(config: Mapping[str, Any], names: Collection[str]) -> CheckpointFormat:
     """The format of a folder with this config.json and tensors of these names.
@@ -96,11 +112,11 @@ def format_of(config: Mapping[str, Any], names: Collection[str]) -> CheckpointFo
                     f"the tensor {name} is quantised, and config.json has no quantization_config "
                     "that says how: copy config.json again from the source of the checkpoint"
                 )
-        return FORMATS[0]
-    for format in FORMATS:
+        return FOLDERS[0]
+    for format in FOLDERS:
         if method in format.methods:
             return format
-    methods = [each for format in FORMATS for each in format.methods]
+    methods = [each for format in FOLDERS for each in format.methods]
     raise CaptureError(
         f"config.json: weights of quant_method {method!r} are not supported"
         f"{did_you_mean(method, methods)}; moec reads {', '.join(methods)}"

@@ -143,4 +143,4 @@ def parse_parts(text: str) -> Quantisation:
         if part in formats:
             raise UsageError(f"quant {text!r}: {part} is repeated")
         formats[part] = parsed
-    return Quantisation(*(formats.get(part) for part in PARTS))
+    return Quantisation(formats.get("experts"), formats.get("linears"), formats.get("head"))
