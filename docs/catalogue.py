@@ -1,4 +1,4 @@
-"""Writes docs/ops.md and docs/passes.md from the tables of ops and passes.
+"""Writes docs/ops.md, docs/passes.md and the table in docs/formats.md from the tables of moec.
 
 python -m docs.catalogue
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from moec import pipeline
 from moec.codegen.loops.emit import EMIT
-from moec.commands.list import first_line, opt_in_passes, passes
+from moec.commands.list import first_line, formats, opt_in_passes, passes
 from moec.ops import OPS
 
 FOLDER = Path(__file__).parent
@@ -26,6 +26,7 @@ FAMILIES = {
     "dist": "Rows between the ranks of a plan",
 }
 WRITTEN = "<!-- Written by `python -m docs.catalogue`; not edited. -->"
+END = "<!-- The end of what is written. -->"
 
 
 def fenced(text: str) -> str:
@@ -130,7 +131,20 @@ def _file(module: str) -> str:
     return "/".join(parts[1:] if linked else parts) + ".py"
 
 
-PAGES = {"ops.md": ops_page, "passes.md": passes_page}
+def formats_page() -> str:
+    """The page on checkpoints, with its table."""
+    page = (FOLDER / "formats.md").read_text(encoding="utf-8")
+    before, _, rest = page.partition(WRITTEN)
+    _, _, after = rest.partition(END)
+    rows = formats()
+    table = [" | ".join(column.replace("_", " ") for column in rows[0])]
+    table.append(" | ".join("---" for _ in rows[0]))
+    table += [" | ".join(row.values()) for row in rows]
+    lines = "\n".join(f"| {line} |" for line in table)
+    return f"{before}{WRITTEN}\n\n{lines}\n\n{END}{after}"
+
+
+PAGES = {"ops.md": ops_page, "passes.md": passes_page, "formats.md": formats_page}
 
 if __name__ == "__main__":
     for page, text in PAGES.items():

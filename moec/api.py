@@ -42,16 +42,17 @@ from moec.pipeline import (
     choose,
     decode_passes,
     from_stage,
+    keeping,
     prepare,
     quantising,
     truncate_after,
 )
 from moec.report.quantisation import quantised_lines
 from moec.runtime.process.gc_pause import gc_paused
+from moec.target.cpu import CpuTarget
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
-    from moec.target.cpu import CpuTarget
 
 
 @checkpoints_without_hub
@@ -87,9 +88,9 @@ def compile(
     """Compile a complete mixture-of-experts model.
 
     `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the folder of
-    a Hugging Face checkpoint, a .pt2 file, or "file.py:factory". Batch and sequence sizes vary
-    unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names inputs whose sizes
-    the module may fix at the example's (True: all inputs); otherwise a fixed size is an error.
+    a Hugging Face checkpoint, a .gguf or .pt2 file, or "file.py:factory". Batch and sequence sizes
+    vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names inputs whose
+    sizes the module may fix at the example's (True: all inputs); else a fixed size is an error.
     `constants` names inputs that always have the values of the example, such as `image_grid_thw`:
     the compiled model does not take them.
     `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes
@@ -110,7 +111,9 @@ def compile(
     block size (":32", ":64", ":128") and ":asymmetric", or "mxfp4". It is the last step. Rows that
     are multiplied with such weights are rounded to 8 bits, or with ":rows16" to 16. With
     "int8,linears=int8,head=int8" other linear layers and the head are quantised too. Codes are
-    rounded to nearest, or with `calib` chosen by GPTQ on that data.
+    rounded to nearest, or with `calib` chosen by GPTQ on that data. Without `quant`, weights that a
+    checkpoint stores in few bits keep its codes on CPUs ("checkpoint", "checkpoint:rows16"); "none"
+    dequantises them.
 
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt file. `budget`
@@ -130,7 +133,7 @@ def compile(
         constants=constants,
     )  # fmt: skip
     clock = Clock(progress)
-    stored = Quantisation() if quant is None else parse_parts(quant)
+    stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     requested = (*choose(opt_level, changes(passes)), *quantising(stored))
     chosen = truncate_after(requested, stop_after)
     allowed = allowed_budget(requested, chosen, calib, text("budget", budget), strict)
@@ -149,6 +152,8 @@ def compile(
                 )
 
         captured = bound(capture(), exact)
+    if stop_after is None and isinstance(targets.target, CpuTarget) and targets.beside is None:
+        chosen = (*chosen, *keeping(source, stored.checkpoint))
     check_tf32(targets.beside or targets.target, captured.program.weights)
     if runs and not captured.example and captured.program.graph.inputs:
         raise UsageError(

@@ -8,13 +8,15 @@ EXTRAS = {
     "onnx": ("onnx", "onnxruntime"),
     "hf": ("transformers",),
     "sign": ("cryptography",),
-    "bench": ("matplotlib", "sklearn", "gguf", "accelerate"),
+    "gguf": ("gguf",),
+    "bench": ("matplotlib", "sklearn", "accelerate"),
 }
 NEEDED_FOR = {
     "text": "writing text",
     "compile": "compiling a model",
     "onnx": "ONNX files",
     "hf": "Hugging Face checkpoints",
+    "gguf": "GGUF files",
     "sign": "a signature",
     "bench": "this benchmark",
 }

@@ -7,9 +7,10 @@ from typing import Literal
 
 from moec.errors import UsageError
 from moec.files.checkpoint import check_checkpoint
+from moec.files.gguf import is_gguf, read_header
 from moec.spelling import did_you_mean_file
 
-Kind = Literal["factory", "checkpoint", "pt2"]
+Kind = Literal["factory", "checkpoint", "gguf", "pt2"]
 
 
 def kind_of_model(text: str) -> Kind:
@@ -35,15 +36,18 @@ def kind_of_model(text: str) -> Kind:
             raise UsageError(f"{path} is not a checkpoint: it has no config.json")
         check_checkpoint(path)
         return "checkpoint"
+    if path.is_file() and (path.suffix == ".gguf" or is_gguf(path)):
+        read_header(path)
+        return "gguf"
     if path.suffix == ".pt2" and path.is_file():
         return "pt2"
     if path.suffix == ".py":
         raise UsageError(f"{text}: name the function that returns the model: {text}:factory")
     if not exists:
         near = did_you_mean_file(path)
-        forms = "give the folder of a checkpoint, a .pt2 file, or file.py:factory"
+        forms = "give the folder of a checkpoint, a .gguf or .pt2 file, or file.py:factory"
         raise UsageError(f"{text} does not exist{near or f': {forms} (models are not downloaded)'}")
     raise UsageError(
-        f"{text} is not a model that moec can read: give the folder of a checkpoint, a .pt2 "
-        "file, or file.py:factory"
+        f"{text} is not a model that moec can read: give the folder of a checkpoint, a .gguf "
+        "or .pt2 file, or file.py:factory"
     )

@@ -21,7 +21,9 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
-from moec.capture.doors import open_source
+from torch.nn import Module
+
+from moec.capture.doors import Source, open_source
 from moec.errors import UsageError
 from moec.formats.notation import Format, Quantisation
 from moec.ir.graph import Stage
@@ -59,6 +61,7 @@ from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.parallel.plan_parallelism import PlanParallelism
 from moec.passes.quantise.gptq_codes import CalibratedQuantisation
+from moec.passes.quantise.keep_codes import KeepCodes
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
 from moec.passes.recognise import RECOGNISERS
@@ -178,6 +181,16 @@ def quantising(formats: Quantisation) -> tuple[Pass, ...]:
     if formats.linears is None and formats.head is None:
         return experts
     return (*experts, QuantiseLinears(formats.linears, formats.head))
+
+
+def keeping(source: Source, row_bits: int) -> tuple[Pass, ...]:
+    """The pass that keeps the codes of the source's checkpoint, if it has any and rows may be
+    rounded to `row_bits` bits (0: the weights are dequantised)."""
+    if source.codes is None or not row_bits or not isinstance(source.model, Module):
+        return ()
+    parameters = source.model.named_parameters()
+    names = {p.untyped_storage().data_ptr(): name for name, p in parameters}
+    return (KeepCodes(source.codes(), names, row_bits),)
 
 
 def all_passes() -> tuple[Pass, ...]:

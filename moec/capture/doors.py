@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,18 @@ from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.hub import hub_off, own_config
 from moec.capture.pt2 import check_archive
+from moec.checkpoint.arrange import ArrangedCodes, arrange
+from moec.checkpoint.coverage import check_loading
+from moec.checkpoint.gguf import dtype_of
+from moec.checkpoint.gguf_model import configuration
+from moec.checkpoint.load import load_model
+from moec.checkpoint.table import GGUF, format_of, quantization_of
+from moec.checkpoint.tensors import map_folder
+from moec.checkpoint.weight import in_few_bits
 from moec.dtypes import MODEL_DTYPES
-from moec.errors import CaptureError, UsageError
-from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
+from moec.errors import CaptureError, MoecError, UsageError
+from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from moec.files.gguf import read_header
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
 from moec.model_path import kind_of_model
@@ -39,7 +48,8 @@ from moec.spelling import did_you_mean
 class Source:
     """A model with what is needed to call it. `files` are copied into the artifact. `unnamed` is
     True where the caller gave a folder and so named no class; the model's results then have the
-    type that the artifact gives them. `notes` are for the report."""
+    type that the artifact gives them. `notes` are for the report. `codes` reads the weights that
+    the model's checkpoint stores in few bits."""
 
     model: torch.nn.Module | ExportedProgram
     args: tuple[Any, ...] = ()
@@ -50,6 +60,7 @@ class Source:
     files: Mapping[str, Path] = field(default_factory=dict)
     unnamed: bool = False
     notes: tuple[str, ...] = ()
+    codes: Callable[[], ArrangedCodes] | None = None
 
 
 def capture_source(
@@ -116,7 +127,7 @@ def open_source(
     if not isinstance(model, str | Path):
         raise UsageError(
             f"a {type(model).__name__} is not a model: give a torch module, an exported program, "
-            "the folder of a checkpoint, a .pt2 file, or file.py:factory"
+            "the folder of a checkpoint, a .gguf or .pt2 file, or file.py:factory"
         )
     text = str(model)
     match kind_of_model(text):
@@ -127,6 +138,8 @@ def open_source(
             return _factory(Path(file), factory)
         case "checkpoint":
             return _checkpoint(Path(text), args, kwargs)
+        case "gguf":
+            return _gguf(Path(text), args, kwargs)
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
 
@@ -208,17 +221,15 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     _check_config(folder / CONFIG, config)
     seq2seq = bool(config.get("is_encoder_decoder"))
     loader = auto_class(folder, config, kwargs)
+    tensors = map_folder(folder)
+    format = format_of(config, tuple(tensors))
+    weights = format.read(quantization_of(config) or {}, tensors)
     try:
         with hub_off():
-            model, loading = loader.auto.from_pretrained(
-                folder,
-                config=own_config(folder),
-                dtype="auto",
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
-            )
+            model, loading = load_model(loader.auto, _configuration(folder), weights)
+        _add_generation_config(folder, model)
+    except MoecError:
+        raise
     except Exception as error:
         if "can't allocate memory" in str(error):
             raise CaptureError(
@@ -226,7 +237,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
                 "this machine's memory"
             ) from error
         raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
-    _check_weights(folder, loading)
+    check_loading(str(folder), loading, images=bool(loader.notes))
     model.eval()
     files = {f"tokenizer/{n}": folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
     if not args and not kwargs:
@@ -241,6 +252,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         files=files,
         unnamed=True,
         notes=loader.notes,
+        codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
     )
 
 
@@ -261,24 +273,50 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise CaptureError(f"{path}: the dtype {dtype!r} is not one of torch's{near}")
 
 
-def _check_weights(folder: Path, loading: Mapping[str, Any]) -> None:
-    """Raises CaptureError, naming the first, where weights are missing or have other shapes than
-    the configuration: transformers would fill them with random values."""
-    others = sorted(loading["mismatched_keys"])
-    if others:
-        name, stored, expected = others[0]
-        more = f", and {len(others) - 1} others differ too" if len(others) > 1 else ""
-        raise CaptureError(
-            f"{folder}: the weight {name} is {list(stored)}, and config.json makes it "
-            f"{list(expected)}{more}: they are of different models"
-        )
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        more = f", and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise CaptureError(
-            f"{folder} lacks the weight {missing[0]}{more}: config.json is of another model, or "
-            "a .safetensors is missing"
-        )
+def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
+    """The source of a GGUF file. Its tokenizer is not read."""
+    for package, extra in (("transformers", "hf"), ("gguf", "gguf")):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{path}: reading GGUF needs {package}: pip install 'moec[{extra}]'")
+    import transformers
+
+    header = read_header(path)
+    try:
+        fields = configuration(header)
+        weights = GGUF.read(fields, header)
+        config = transformers.AutoConfig.for_model(**fields, dtype=dtype_of(header))
+        model, loading = load_model(transformers.AutoModelForCausalLM, config, weights)
+    except MoecError as error:
+        raise type(error)(f"{path}: {error}") from None
+    except Exception as error:
+        raise CaptureError(f"{path} cannot be loaded: {_shown(error)}") from error
+    check_loading(str(path), loading, images=False)
+    model.eval()
+    if not args and not kwargs:
+        kwargs = example_tokens(model, seq2seq=False)
+    return replace(
+        _module(model, args, kwargs),
+        bounds=_limits(model.config),
+        name=path.name,
+        unnamed=True,
+        codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
+    )
+
+
+def _configuration(folder: Path) -> Any:
+    """The configuration of a folder, without what says how weights are stored: moec reads them."""
+    config = own_config(folder)
+    for name in ("quantization_config", "compression_config"):
+        if hasattr(config, name):
+            delattr(config, name)
+    return config
+
+
+def _add_generation_config(folder: Path, model: Any) -> None:
+    import transformers
+
+    if (folder / GENERATION_CONFIG).is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
 
 
 def example_tokens(model: Any, seq2seq: bool) -> dict[str, Any]:

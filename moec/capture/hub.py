@@ -87,7 +87,7 @@ def _is_checkpoint(model: Any) -> bool:
     try:
         return (
             isinstance(model, str | Path)
-            and Path(model).is_dir()
+            and (Path(model).is_dir() or Path(model).suffix == ".gguf")
             and find_spec("transformers") is not None
         )
     except (OSError, ValueError):  # no path: the error is reported where it is opened

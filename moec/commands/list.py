@@ -1,4 +1,4 @@
-"""`moec list passes|targets|models`."""
+"""`moec list passes|targets|models|formats`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ if TYPE_CHECKING:
     from moec.target.cuda import CudaTarget
 
 _BRIEF = ("pass", "from", "kind", "what_it_does")
-_NAMES = {"pass", "gives", "target", "model", "class", "from", "kind"}
+_NAMES = {"pass", "gives", "target", "model", "class", "from", "kind", "format"}
 """Columns that are never wrapped, so that their values can be copied and searched."""
 
 
-@click.command("list", short_help="List passes, targets or models.")
-@click.argument("what", type=OneOf(["passes", "targets", "models"]))
+@click.command("list", short_help="List passes, targets, models or formats.")
+@click.argument("what", type=OneOf(["passes", "targets", "models", "formats"]))
 @click.argument("name", required=False)
 @json_option
 def command(what: str, name: str | None, as_json: bool) -> None:
-    """List the passes in their order, the targets, or the models known to work.
+    """List the passes in their order, the targets, the models known to work, or the formats of
+    checkpoints.
 
     With the NAME of a pass, say what it does, its options and its source.
     """
-    rows = {"passes": every_pass, "targets": targets, "models": models}[what]()
+    rows = {"passes": every_pass, "targets": targets, "models": models, "formats": formats}[what]()
     if name is not None:
         if what != "passes":
             raise UsageError(f"list {what} takes no name: leave out {name}")
@@ -194,4 +195,19 @@ def models() -> list[dict[str, Any]]:
     return [
         *({"model": f.model_type, "class": f.architecture, "what": f.what} for f in FAMILIES),
         *({"model": "any module", "class": form, "what": says} for form, says in FORMS.items()),
+    ]
+
+
+def formats() -> list[dict[str, Any]]:
+    """One row for each format of checkpoints, in the order in which they are recognised."""
+    from moec.checkpoint.table import FORMATS
+
+    return [
+        {
+            "format": format.name,
+            "recognised_by": format.recognised_by,
+            "weights": format.holds,
+            "in_the_artifact": format.stored_as,
+        }
+        for format in FORMATS
     ]

@@ -12,20 +12,19 @@ from typing import Any
 from moec.errors import CaptureError
 from moec.files.config_fields import check_fields, check_folder, check_numbers
 from moec.files.os_errors import reason
+from moec.files.safetensors import INDEX, SINGLE, read_entries, weight_files
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-_GENERATION = "generation_config.json"
-_JSON = (CONFIG, _GENERATION, "tokenizer.json", "tokenizer_config.json")
+GENERATION_CONFIG = "generation_config.json"
+_JSON = (CONFIG, GENERATION_CONFIG, "tokenizer.json", "tokenizer_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    _GENERATION,
+    GENERATION_CONFIG,
     "chat_template.jinja",
 )
 """The files that an artifact has a copy of."""
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
 _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(en|de)coder_layers")
 _SIZES = re.compile(
     r"(vocab|(\w+_)?(hidden|intermediate))_size|d_model|d_ff|n_embd|head_dim|\w+_experts"
@@ -42,15 +41,17 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     """
     check_folder(folder, TOKENIZER_FILES)
     contents = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
-    for name in (CONFIG, _GENERATION):
+    for name in (CONFIG, GENERATION_CONFIG):
         check_fields(folder / name, contents.get(name, {}))
         check_numbers(folder / name, contents.get(name, {}))
-    if not (folder / "model.safetensors").exists() and (folder / INDEX).exists():
+    if not (folder / SINGLE).exists() and (folder / INDEX).exists():
         _check_index(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    files = weight_files(folder)
+    if not files:
         raise CaptureError(f"{folder} has no .safetensors; save the model with save_pretrained")
-    shapes = [shape for path in weights for shape in _checked_shapes(path)]
+    if len(files) > 1 and not (folder / INDEX).exists():
+        raise CaptureError(f"{folder} has several .safetensors, and no {INDEX} that names them")
+    shapes = [list(entry.shape) for entry in read_entries(files).values()]
     _check_sizes(folder / CONFIG, contents[CONFIG], shapes)
     return contents[CONFIG]
 
@@ -110,27 +111,3 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield from _numbers(value)
         elif isinstance(value, int):
             yield name, value
-
-
-def _checked_shapes(path: Path) -> list[list[int]]:
-    """The shapes in the header of a file of weights. Raises CaptureError if its tensors do not end
-    where the file ends."""
-    shapes: list[list[int]] = []
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size) if size < _LONGEST_HEADER else b"")
-        length = path.stat().st_size
-        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-        ends = [tensor["data_offsets"][1] for tensor in tensors]
-        shapes = [[int(size) for size in tensor["shape"]] for tensor in tensors]
-        length_fits = 8 + size + max(ends, default=0) == length
-    except OSError as error:
-        raise CaptureError(f"{path} cannot be read: {reason(error)}") from None
-    except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
-        length_fits = False
-    if not length_fits:
-        raise CaptureError(
-            f"{path} is truncated or damaged: copy it again from the source of the checkpoint"
-        )
-    return shapes

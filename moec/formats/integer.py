@@ -33,7 +33,8 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Quantised:
-    """codes u8[E, N, K], scales bf16 or u8[E, N, blocks], zeros u8[E, N, blocks] or None."""
+    """codes u8[E, N, K], scales bf16, f16, f32 or u8[E, N, blocks], zeros u8[E, N, blocks] or
+    None."""
 
     codes: Tensor
     scales: Tensor

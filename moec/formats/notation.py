@@ -27,12 +27,14 @@ WIDE_ROWS = "rows16"
 @dataclass(frozen=True)
 class Format:
     """The format of a weight, and the bits (8 or 16) to which the rows it multiplies are rounded.
-    `block` 0 means one scale per row."""
+    `block` 0 means one scale per row. `scales` is the dtype of the scales of integers: moec writes
+    bf16, checkpoints of others have f16 or f32 too."""
 
     kind: str
     block: int = 0
     asymmetric: bool = False
     row_bits: int = 8
+    scales: str = "bf16"
 
     @property
     def bits(self) -> int:
@@ -40,8 +42,9 @@ class Format:
 
     @property
     def scale_dtype(self) -> str:
-        """bf16, with the range of float32 in half of its bytes; u8 exponents for mxfp4."""
-        return "u8" if self.kind == "mxfp4" else "bf16"
+        """bf16, with the range of float32 in half of its bytes, unless a checkpoint has others; u8
+        exponents for mxfp4."""
+        return "u8" if self.kind == "mxfp4" else self.scales
 
     def blocks(self, width: int) -> int:
         """The number of scales in a row of `width` weights."""
@@ -49,13 +52,15 @@ class Format:
 
     def nbytes(self, rows: int, width: int) -> int:
         """The bytes of `rows` rows of codes, scales and zeros, without padding."""
-        each = self.blocks(width) * (1 if self.kind == "mxfp4" else 2 + self.asymmetric)
+        scale = {"u8": 1, "bf16": 2, "f16": 2, "f32": 4}[self.scale_dtype]
+        each = self.blocks(width) * (scale + self.asymmetric)
         return rows * (-(-width * self.bits // 8) + each)
 
     def __str__(self) -> str:
         block = f":{self.block}" if self.block and self.kind != "mxfp4" else ""
         rows = f":{WIDE_ROWS}" if self.row_bits == 16 else ""
-        return self.kind + block + (":asymmetric" if self.asymmetric else "") + rows
+        scales = "" if self.scale_dtype in ("bf16", "u8") else f":{self.scales}"
+        return self.kind + block + (":asymmetric" if self.asymmetric else "") + rows + scales
 
 
 def parse(text: str) -> Format:
@@ -96,25 +101,37 @@ PARTS = ("experts", "linears", "head")
 @dataclass(frozen=True)
 class Quantisation:
     """The formats of the parts of a model; None means not quantised. `linears` are all linear
-    layers except routers and the head."""
+    layers except routers and the head. `checkpoint` is the number of bits (8 or 16) to which rows
+    are rounded where weights stay in the codes of their checkpoint; 0 dequantises them."""
 
     experts: Format | None = None
     linears: Format | None = None
     head: Format | None = None
+    checkpoint: int = 0
 
     def __str__(self) -> str:
         formats = ((part, getattr(self, part)) for part in PARTS)
         return ",".join(f"{part}={format}" for part, format in formats if format is not None)
 
 
+UNCHANGED = {
+    "none": Quantisation(),
+    "checkpoint": Quantisation(checkpoint=8),
+    "checkpoint:rows16": Quantisation(checkpoint=16),
+}
+"""Texts that name no format: dequantise what a checkpoint quantised, or keep its codes."""
+
+
 def parse_parts(text: str) -> Quantisation:
-    """Parse a text such as "int4:64,linears=int8,head=int8"; a format without a name is that of
-    the experts.
+    """Parse a text such as "int4:64,linears=int8,head=int8", or one of UNCHANGED; a format without
+    a name is that of the experts.
 
     Raises UsageError, naming the wrong part, for any other text.
     """
     if not isinstance(text, str):
         raise UsageError(f"quant is a {type(text).__name__}: {SPELLING}")
+    if text in UNCHANGED:
+        return UNCHANGED[text]
     formats: dict[str, Format] = {}
     for item in text.split(","):
         part, equals, format = item.strip().partition("=")
@@ -126,4 +143,4 @@ def parse_parts(text: str) -> Quantisation:
         if part in formats:
             raise UsageError(f"quant {text!r}: {part} is repeated")
         formats[part] = parsed
-    return Quantisation(**formats)
+    return Quantisation(formats.get("experts"), formats.get("linears"), formats.get("head"))

@@ -67,7 +67,7 @@ class Comparison:
         """Those of eager itself, [rows] in float64."""
         return row_errors(self.right[0], self.references[0])
 
-    def within(self, limit: float) -> bool:
+    def is_within(self, limit: float) -> bool:
         """Whether no row is further than `limit` from its nearest reference."""
         if self.distance == float("inf"):
             return False
@@ -110,7 +110,7 @@ class Criterion:
             return ""
         if self.unit:
             return next((str(why) for why in self._excesses(compared)), None)
-        return None if all(item.within(self.limit) for item in compared) else ""
+        return None if all(item.is_within(self.limit) for item in compared) else ""
 
     def _excesses(self, compared: Sequence[Comparison]) -> Iterator[Excess]:
         """Those of each output over all cases."""

@@ -36,10 +36,10 @@ class QuantiseLinears(QuantisingPass):
     name: ClassVar[str] = "quantise-linears"
 
     def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
-        routers, heads, params = _routers(graph), _heads(graph), set(graph.params)
+        left_out, heads, params = routers(graph), _heads(graph), set(graph.params)
         targets = []
         for op in graph.ops:
-            if op.name == LINEAR and op.inputs[1] in params and op not in routers:
+            if op.name == LINEAR and op.inputs[1] in params and op not in left_out:
                 format = self.head if op in heads else self.linears
                 if format is not None:
                     targets.append((op, format))
@@ -57,7 +57,7 @@ class QuantiseLinears(QuantisingPass):
         return b.emit("nn.quantised_linear", inputs, like=op, attrs=attrs)
 
 
-def _routers(graph: Graph) -> set[Op]:
+def routers(graph: Graph) -> set[Op]:
     """The linear layers whose results choose experts, through ops other than products."""
     chosen = [op.inputs[0] for op in graph.ops if op.name == "moe.route"]
     for op in graph.ops:

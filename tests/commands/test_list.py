@@ -1,4 +1,4 @@
-"""moec list: passes, targets and models."""
+"""moec list: passes, targets, models and formats of checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from moec import __main__ as front
+from moec.checkpoint.table import FOLDERS, FORMATS
 from moec.commands.families import FAMILIES, FORMS
 from moec.passes import recognise
 from moec.pipeline import OPT_IN
@@ -46,6 +47,14 @@ def test_models() -> None:
         assert family.model_type in shown
     for form in FORMS:
         assert form in shown
+
+
+def test_formats_are_those_that_dispatch() -> None:
+    rows = json.loads(run("formats", "--json").stdout)
+    assert [row["format"] for row in rows] == [format.name for format in FORMATS]
+    methods = {f"quant_method {method}" for format in FOLDERS for method in format.methods}
+    assert methods <= {each for row in rows for each in row["recognised_by"].split(" or ")}
+    assert all(row["format"] in run("formats").stdout for row in rows)
 
 
 def test_forms_are_called_what_reports_call_them() -> None:

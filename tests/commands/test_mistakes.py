@@ -99,7 +99,7 @@ def test_of_the_cache() -> None:
         "cache", MOEC_CACHE="/dev/null"
     )
     words = refused("list", "pases")
-    assert "'pases' is not one of passes, targets, models; did you mean 'passes'?" in words
+    assert "'pases' is not one of passes, targets, models, formats; did you mean 'passes'?" in words
 
 
 def test_of_a_folder_that_is_no_output(tmp_path: Path) -> None:

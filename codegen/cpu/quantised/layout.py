@@ -20,6 +20,7 @@ from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.pack import Array
 from moec.codegen.cpu.quantised.dot_products import Way, way
 from moec.codegen.specs.products import QuantisedSpec
+from moec.dtypes import LONG_NAMES
 from moec.formats.integer import E2M1_ZERO
 
 ROW_STEP = 64
@@ -130,7 +131,8 @@ class QuantisedLayout(Layout):
 
     @property
     def scale_dtype(self) -> str:
-        return {"bf16": "bfloat16", "u8": "uint8"}[self.spec.format.scale_dtype]
+        stored = self.spec.format.scale_dtype
+        return "uint8" if stored == "u8" else LONG_NAMES[stored]
 
     @property
     def scale_shape(self) -> tuple[int, int, int, int]:

@@ -156,7 +156,7 @@ class QuantisedTile(Tile):
     def _scales(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
         v, lay, scales = self.vector, self.layout, self.operands.w_scales
         starts = [j * v.lanes for j in range(lay.vectors)]
-        if lay.scale_dtype == "bfloat16":
+        if lay.scale_dtype != "uint8":
             return [v.load(scales, [group, tile, block, start]) for start in starts]
         # An exponent becomes the upper bits of a float32; codes of e2m1 are twice their values.
         half = T.broadcast(T.float32(0.5), v.lanes)

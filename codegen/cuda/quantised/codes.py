@@ -88,6 +88,8 @@ def check_codes(spec: QuantisedSpec, epilogue: Epilogue | None) -> None:
     piece, size = piece_of(spec.format.bits), spec.k // spec.format.blocks(spec.k)
     if spec.dtype not in (*HALVES, "float32"):
         raise NoMatch(f"its result is {spec.dtype}")
+    if spec.format.scale_dtype not in ("bf16", "u8"):
+        raise NoMatch(f"its scales are {spec.format.scale_dtype}: CUDA kernels read bf16")
     if size % piece:
         raise NoMatch(f"{piece} codes, which are loaded together, would have two scales")
     if size != spec.k and size not in _BLOCKS:

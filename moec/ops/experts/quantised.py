@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from moec.dtypes import VECTOR_DTYPES
 from moec.formats.integer import MOST_SUMMED, dequantise, round_rows
 from moec.formats.notation import KINDS, MXFP4_BLOCK, ROW_BITS, Format
 from moec.ir.graph import Op, TensorType, Value
@@ -55,7 +56,9 @@ def format_of(op: Op, matrix: Matrix) -> Format:
     block = width // blocks if blocks > 1 or kind == "mxfp4" else 0
     bits = op.attrs.get("row_bits", 8)
     require(op, bits in ROW_BITS, f"row_bits is {bits}, not one of 8, 16")
-    format = Format(cast(str, kind), block, zeros, cast(int, bits))
+    stored = "bf16" if kind == "mxfp4" else scales.dtype
+    require(op, stored in VECTOR_DTYPES, f"{scales} is not of {', '.join(VECTOR_DTYPES)}")
+    format = Format(cast(str, kind), block, zeros, cast(int, bits), stored)
     if kind == "mxfp4":
         require(op, block == MXFP4_BLOCK, "mxfp4 has blocks of 32")
     require(op, not (zeros and kind in ("mxfp4", "fp8")), f"{kind} has no zeros")

@@ -1,0 +1,1 @@
+"""Checkpoints as people have them: recognised by their contents, read weight by weight."""

@@ -1,0 +1,87 @@
+"""A model of transformers with the weights of a checkpoint, each read when it is converted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moec.checkpoint.coverage import check_experts
+from moec.checkpoint.weight import CheckpointWeight
+from moec.errors import CaptureError
+
+MOST_MISSING = 1 << 27
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """A weight as transformers takes it: its values are read by `[...]`."""
+
+    name: str
+    weight: CheckpointWeight
+
+    def __getitem__(self, index: Any) -> Tensor:
+        values = self.weight.values()
+        if values.shape != self.weight.shape:
+            raise CaptureError(
+                f"the weight {self.name} is {list(values.shape)}, not {list(self.weight.shape)}"
+            )
+        # codes are views of weights in the order of memory
+        return values[index].contiguous()
+
+
+def load_model(
+    auto: Any, config: Any, weights: Mapping[str, CheckpointWeight]
+) -> tuple[Any, Mapping[str, Any]]:
+    """The model of a configuration, and what transformers says of loading it.
+
+    Raises CaptureError where experts are missing or a weight cannot be read.
+    """
+    check_experts(weights)
+    model_class, config = _class_of(auto, config)
+    _check_size(model_class, config, weights)
+    return model_class.from_pretrained(  # type: ignore[no-any-return]
+        None,
+        config=config,
+        state_dict={name: _Lazy(name, weight) for name, weight in weights.items()},
+        dtype=_dtype(config, weights),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named by check_loading
+    )
+
+
+def _check_size(model_class: Any, config: Any, weights: Mapping[str, CheckpointWeight]) -> None:
+    """Raises CaptureError where transformers would fill more than `MOST_MISSING` numbers that the
+    checkpoint lacks: a small file with the configuration of a large model ends in memory."""
+    with torch.device("meta"):
+        empty = model_class(config)
+    needed = sum(parameter.numel() for parameter in empty.parameters())
+    stored = sum(math.prod(weight.shape) for weight in weights.values())
+    if needed - stored > MOST_MISSING:
+        raise CaptureError(
+            f"config.json makes a model of {needed:,} numbers, and the weights next to it hold "
+            f"{stored:,}: they are of different models"
+        )
+
+
+def _class_of(auto: Any, config: Any) -> tuple[Any, Any]:
+    """The class that an Auto class chooses for a configuration, and the part of it that is the
+    language model's where the class is one. (The Auto classes themselves take only paths.)"""
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    model_class = _get_model_class(config, auto._model_mapping)
+    text = config.sub_configs.get("text_config")
+    of_text = text is not None and getattr(model_class, "config_class", None) == text
+    return model_class, config.get_text_config() if of_text else config
+
+
+def _dtype(config: Any, weights: Mapping[str, CheckpointWeight]) -> torch.dtype | str:
+    """The dtype of the model: that of its configuration, else of its first floating weight."""
+    if getattr(config, "dtype", None) is not None:
+        return "auto"
+    stored = (weight.dtype for weight in weights.values())
+    return next((d for d in stored if d is not None and d.is_floating_point), torch.bfloat16)

@@ -1,0 +1,183 @@
+"""Checkpoints that do not cover their model, or are damaged: one sentence, with the name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moec.capture.doors import open_source
+from moec.errors import CaptureError
+from tests.checkpoint import writers
+from tests.checkpoint.families import model
+from tests.checkpoint.test_values import FORMS
+
+Damage = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+LAYER = "model.layers.0.block_sparse_moe.experts"
+W1 = f"{LAYER}.2.w1"
+
+
+@pytest.fixture(scope="module", params=["gptq", "awq", "fp8-blocks"])
+def written(request, tmp_path_factory) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, writers.write(model("mixtral"), folder, *FORMS[request.param])
+
+
+def damaged(folder: Path, to: Path, damage: Damage) -> Path:
+    """A copy of a folder with other tensors and another configuration."""
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    damage(tensors, config)
+    to.mkdir()
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CaptureError) as caught:
+        open_source(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def without(*names: str) -> Damage:
+    def damage(tensors, config):
+        for name in list(tensors):
+            if name.startswith(names):
+                del tensors[name]
+
+    return damage
+
+
+def test_an_expert_is_missing(written, tmp_path):
+    folder = damaged(written[1], tmp_path / "damaged", without(f"{LAYER}.2."))
+    assert f"the checkpoint lacks {LAYER}.2.w1.weight, which other experts have" in refusal(folder)
+
+
+def test_a_weight_of_an_expert_is_missing(written, tmp_path):
+    folder = damaged(written[1], tmp_path / "damaged", without(f"{LAYER}.3.w2"))
+    assert f"lacks {LAYER}.3.w2.weight" in refusal(folder)
+
+
+def test_the_last_expert_is_missing_everywhere(written, tmp_path):
+    folder = damaged(written[1], tmp_path / "damaged", without(f"{LAYER}.3."))
+    assert "experts.down_proj is [3, 64, 96], and config.json makes it [4, 64, 96]" in refusal(
+        folder
+    )
+
+
+def test_a_layer_is_missing(written, tmp_path):
+    folder = damaged(written[1], tmp_path / "damaged", without("model.layers.1.self_attn.o_proj"))
+    assert "lacks the weight model.layers.1.self_attn.o_proj.weight: config.json is" in refusal(
+        folder
+    )
+
+
+def test_nothing_reads_a_tensor(written, tmp_path):
+    def damage(tensors, config):
+        tensors["model.layers.0.extra.weight"] = torch.ones(2)
+
+    folder = damaged(written[1], tmp_path / "damaged", damage)
+    assert "holds model.layers.0.extra.weight, which no weight of the model reads" in refusal(
+        folder
+    )
+
+
+def test_scales_are_missing(written, tmp_path):
+    form, folder = written
+    part = "weight_scale_inv" if form == "fp8-blocks" else "scales"
+    folder = damaged(folder, tmp_path / "damaged", without(f"{W1}.{part}"))
+    assert f"{W1}.{part}" in refusal(folder)
+
+
+def test_scales_have_another_shape(written, tmp_path):
+    form, folder = written
+    name = f"{W1}.weight_scale_inv" if form == "fp8-blocks" else f"{W1}.scales"
+
+    def damage(tensors, config):
+        tensors[name] = tensors[name][:, :1].repeat(1, 5)
+
+    assert name in refusal(damaged(folder, tmp_path / "damaged", damage))
+
+
+def test_the_configuration_says_nothing(written, tmp_path):
+    def damage(tensors, config):
+        del config["quantization_config"]
+
+    message = refusal(damaged(written[1], tmp_path / "damaged", damage))
+    assert "config.json has no quantization_config" in message
+
+
+CONFIGURATIONS = [
+    ({"quant_method": "gptqq"}, "quant_method 'gptqq' are not supported; did you mean 'gptq'?"),
+    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' are not supported"),
+    ([4], "quantization_config is a list, no object"),
+    ({"quant_method": "gptq", "bits": 3}, "bits is 3; moec reads 2, 4, 8"),
+    ({"quant_method": "gptq", "bits": "4"}, "bits is '4'"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 48}, "groups of 48 do not divide rows"),
+    ({"quant_method": "gptq", "bits": 4, "group_size": 2**60}, "do not divide rows of 64"),
+    ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+    ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version is 'gemv'"),
+    ({"quant_method": "fp8", "weight_block_size": [0, 3]}, "weight_block_size is [0, 3]"),
+]
+
+
+@pytest.mark.parametrize(("quantization", "words"), CONFIGURATIONS)
+def test_configurations(quantization, words, tmp_path):
+    source = writers.write(model("mixtral"), tmp_path, *FORMS["gptq"])
+
+    def damage(tensors, config):
+        config["quantization_config"] = quantization
+
+    assert words in refusal(damaged(source, tmp_path / "damaged", damage))
+
+
+def test_sym_is_said_and_zeros_are_others(tmp_path):
+    quantization, writer = FORMS["gptq-asymmetric"]
+    source = writers.write(model("mixtral"), tmp_path, quantization | {"sym": True}, writer)
+    assert "quantization_config says sym, and model.layers" in refusal(source)
+
+
+def test_groups_that_do_not_exist(tmp_path):
+    source = writers.write(model("mixtral"), tmp_path, *FORMS["gptq-act-order"])
+
+    def damage(tensors, config):
+        tensors[f"{W1}.g_idx"][5] = 2**30
+
+    assert f"{W1}.g_idx names groups that {W1}.scales does not have" in refusal(
+        damaged(source, tmp_path / "damaged", damage)
+    )
+
+
+HEADERS = [
+    ({"shape": [2**60, 2], "dtype": "F32", "data_offsets": [0, 8]}, "the bytes of its shape"),
+    ({"shape": [2], "dtype": "F32", "data_offsets": [8, 0]}, "truncated or damaged"),
+    ({"shape": [-2], "dtype": "F32", "data_offsets": [0, 8]}, "the bytes of its shape"),
+    ({"shape": [2], "dtype": "F4", "data_offsets": [0, 8]}, "of dtype 'F4', unknown to moec"),
+    ({"shape": "2", "dtype": "F32", "data_offsets": [0, 8]}, "the bytes of its shape"),
+    ({"shape": [2], "dtype": [], "data_offsets": [0, 8]}, "the bytes of its shape"),
+]
+
+
+@pytest.mark.parametrize(("entry", "words"), HEADERS)
+def test_headers(entry, words, tmp_path):
+    header = json.dumps({"model.norm.weight": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + b"\0" * 8
+    (tmp_path / "model.safetensors").write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    assert words in refusal(tmp_path)
+
+
+def test_a_small_file_with_the_configuration_of_a_large_model(tmp_path):
+    save_file({"model.norm.weight": torch.ones(4096)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    assert "config.json makes a model of 46,702,792,704 numbers, and the weights" in refusal(
+        tmp_path
+    )

@@ -1,0 +1,217 @@
+"""GGUF files, written by the package gguf from a model's weights, in llama.cpp's layout."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+import moec
+from moec.capture.doors import open_source
+from moec.errors import CaptureError
+from moec.formats.integer import dequantise
+from tests.checkpoint.families import COMMON, model
+
+gguf = pytest.importorskip("gguf")
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate_inp",
+}
+OUTER = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
+TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K", "MXFP4")
+EXACT = ("Q8_0", "Q4_0", "MXFP4")
+
+
+def paired(weight, heads):
+    """llama.cpp's order of the rows of q and k, as its converter permutes them."""
+    n, k = weight.shape
+    return weight.reshape(heads, 2, n // heads // 2, k).swapaxes(1, 2).reshape(n, k)
+
+
+def encoded(weight, kind, seed):
+    """The bytes of a weight; types that the package cannot write get random blocks."""
+    kind = gguf.GGMLQuantizationType[kind]
+    try:
+        return gguf.quants.quantize(weight, kind)
+    except NotImplementedError:
+        generator = np.random.default_rng(seed)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        count = weight.shape[-1] // block
+        data = generator.integers(0, 256, (*weight.shape[:-1], count, size), np.uint8)
+        scale = np.frombuffer(np.float16(0.003).tobytes(), np.uint8)
+        for at in {"Q4_K": (0, 2), "Q6_K": (208,)}[kind.name]:
+            data[..., at : at + 2] = scale
+        return data.reshape(*weight.shape[:-1], -1)
+
+
+def write(path, family, kind):
+    """A file, and the weights of transformers' model that it means, in float32."""
+    wide = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
+    built = model(family, **wide | {"head_dim": 64})
+    config, architecture = built.config, ARCHITECTURES[family]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(64)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if family == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    values = {}
+
+    def add(name, weight, heads=0):
+        """One tensor in `kind`; returns its values in the order of the model."""
+        weight = weight.float().numpy()
+        if weight.ndim < 2 or "gate_inp" in name or "token_embd" in name:
+            writer.add_tensor(name, weight)
+            return torch.from_numpy(weight)
+        weight = paired(weight, heads) if heads else weight
+        data = encoded(weight, kind, len(values))
+        raw = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, data, raw_dtype=raw)
+        read = gguf.quants.dequantize(data, raw).reshape(weight.shape)
+        if heads:
+            n, k = weight.shape
+            read = read.reshape(heads, n // heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
+        return torch.from_numpy(np.array(read))
+
+    for name, weight in built.state_dict().items():
+        stem, _, part = name.rpartition(".")
+        if stem in OUTER:
+            values[name] = add(f"{OUTER[stem]}.{part}", weight)
+            continue
+        layer = name.split(".")[2]
+        inner = stem.removeprefix(f"model.layers.{layer}.")
+        if part == "gate_up_proj":
+            gate, up = weight.chunk(2, 1)
+            read = [
+                add(f"blk.{layer}.ffn_{side}_exps.weight", half.contiguous())
+                for side, half in (("gate", gate), ("up", up))
+            ]
+            values[name] = torch.cat(read, 1)
+        elif part == "down_proj":
+            values[name] = add(f"blk.{layer}.ffn_down_exps.weight", weight)
+        else:
+            heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(inner, 0)
+            paired_rows = heads if architecture == "llama" else 0
+            values[name] = add(f"blk.{layer}.{NAMES[inner]}.{part}", weight, paired_rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("kind", TYPES)
+def test_values(kind, family, tmp_path):
+    path = tmp_path / "model.gguf"
+    values = write(path, family, kind)
+    source = open_source(path)
+    read = source.model.state_dict()
+    assert read.keys() == values.keys()
+    for name, tensor in values.items():
+        assert torch.equal(read[name], tensor.to(read[name].dtype)), name
+    if kind not in EXACT:
+        return
+    arranged = source.codes()
+    assert not arranged.nearest
+    for name, stored in arranged.stored.items():
+        parts = stored.parts
+        held = dequantise(stored.format.kind, parts.codes, parts.scales, parts.zeros)
+        assert torch.equal(held, values[name]), name
+    assert len(arranged.stored) == 2 * 6 + 1  # q, k, v, o, two of experts; the head
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("Q4_0", "weights keep the codes of the checkpoint, as int4:32:f16"),
+    ("Q6_K", "weights are rounded to int8:32: kernels read no Q6_K"),
+])  # fmt: skip
+def test_compiled(kind, words, tmp_path):
+    write(tmp_path / "model.gguf", "mixtral", kind)
+    compiled = moec.compile(str(tmp_path / "model.gguf"), build=False)
+    assert words in " ".join(str(compiled.report()).split())
+
+
+def test_the_configuration(tmp_path):
+    write(tmp_path / "model.gguf", "mixtral", "F16")
+    config = open_source(tmp_path / "model.gguf").model.config
+    assert config.model_type == "mixtral"
+    assert config.vocab_size == COMMON["vocab_size"]
+    assert (config.num_local_experts, config.num_experts_per_tok) == (4, 2)
+
+
+def test_cut_anywhere(tmp_path):
+    path = tmp_path / "model.gguf"
+    write(path, "qwen3_moe", "Q8_0")
+    content = path.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for length in [*range(0, 3000, 37), len(content) // 2, len(content) - 1]:
+        cut.write_bytes(content[:length])
+        with pytest.raises(CaptureError) as caught:
+            open_source(cut)
+        assert "\n" not in str(caught.value)
+
+
+def header(*fields, tensors=0):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields)) + b"".join(fields)
+
+
+def field(name, kind, value):
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+PADDING = b"\0" * 4096
+DAMAGED = [
+    (b"GGUX" + PADDING, "does not start with GGUF"),
+    (b"GGUF" + struct.pack("<I", 9) + PADDING, "its version is 9"),
+    (header(tensors=2**60) + PADDING, "tensors and 0 fields pass its end"),
+    (header(field(b"a", 8, struct.pack("<Q", 2**60))) + PADDING, "passes its end"),
+    (header(field(b"a", 9, struct.pack("<IQ", 0, 2**60))) + PADDING, "passes its end"),
+    (header(field(b"a", 9, struct.pack("<IQ", 9, 1))) + PADDING, "elements of type 9"),
+    (header(field(b"a", 77, b"")) + PADDING, "has the type 77"),
+    (header(field(b"\xff\xfe", 0, b"\1")) + PADDING, "no UTF-8"),
+    (header(field(b"general.alignment", 4, struct.pack("<I", 0))) + PADDING, "alignment is 0"),
+    (header(field(b"split.count", 2, struct.pack("<H", 3))) + PADDING, "part of a model in 3"),
+    (header(field(b"split.count", 8, struct.pack("<Q", 1) + b"x")) + PADDING, "one of 'x' files"),
+    (header() + PADDING, "general.architecture is None"),
+    (b"", "cannot be read|truncated or damaged"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), DAMAGED)
+def test_damaged(content, words, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(CaptureError, match=words) as caught:
+        open_source(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_list_that_names_itself(tmp_path):
+    """Each part says that it is the first of two: no part is read twice."""
+    fields = [field(b"split.count", 2, struct.pack("<H", 2)), field(b"split.no", 2, b"\0\0")]
+    for part in (1, 2):
+        (tmp_path / f"m-0000{part}-of-00002.gguf").write_bytes(header(*fields) + PADDING)
+    with pytest.raises(CaptureError, match="is not part 2 of 2, as its name says"):
+        open_source(tmp_path / "m-00001-of-00002.gguf")
