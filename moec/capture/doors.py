@@ -30,6 +30,7 @@ from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
 from moec.checkpoint.gguf import dtype_of
 from moec.checkpoint.gguf_model import configuration
+from moec.checkpoint.gguf_tokenizer import tokenizer_files
 from moec.checkpoint.load import load_model
 from moec.checkpoint.table import GGUF, format_of, quantization_of
 from moec.checkpoint.tensors import map_folder
@@ -41,6 +42,7 @@ from moec.files.gguf import read_header
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
 from moec.model_path import kind_of_model
+from moec.runtime.text.prompt import FOLDER
 from moec.spelling import did_you_mean
 
 
@@ -57,7 +59,7 @@ class Source:
     dynamic_shapes: Any = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     name: str = ""
-    files: Mapping[str, Path] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
     unnamed: bool = False
     notes: tuple[str, ...] = ()
     codes: Callable[[], ArrangedCodes] | None = None
@@ -239,7 +241,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
     check_loading(str(folder), loading, images=bool(loader.notes))
     model.eval()
-    files = {f"tokenizer/{n}": folder / n for n in TOKENIZER_FILES if (folder / n).is_file()}
+    files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
     if not args and not kwargs:
         kwargs = example_tokens(model, seq2seq)
     source = _module(model, args, kwargs)
@@ -249,7 +251,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         source,
         bounds=_limits(model.config),
         name=name,
-        files=files,
+        files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
         notes=loader.notes,
         codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
@@ -274,7 +276,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
-    """The source of a GGUF file. Its tokenizer is not read."""
+    """The source of a GGUF file, with its tokenizer and chat template."""
     for package, extra in (("transformers", "hf"), ("gguf", "gguf")):
         if importlib.util.find_spec(package) is None:
             raise UsageError(f"{path}: reading GGUF needs {package}: pip install 'moec[{extra}]'")
@@ -285,7 +287,9 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
         fields = configuration(header)
         weights = GGUF.read(fields, header)
         config = transformers.AutoConfig.for_model(**fields, dtype=dtype_of(header))
-        model, loading = load_model(transformers.AutoModelForCausalLM, config, weights)
+        with hub_off():
+            model, loading = load_model(transformers.AutoModelForCausalLM, config, weights)
+        files = tokenizer_files(header.fields)
     except MoecError as error:
         raise type(error)(f"{path}: {error}") from None
     except Exception as error:
@@ -298,6 +302,7 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
         _module(model, args, kwargs),
         bounds=_limits(model.config),
         name=path.name,
+        files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
         codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
     )

@@ -82,7 +82,7 @@ class CompiledModel(Compilation):
 
         Raises ArtifactError where the model has no tokenizer.
         """
-        return load_tokenizer({n: path.read_bytes() for n, path in self.source.files.items()})
+        return load_tokenizer(self.source.files)
 
     @property
     def _writer(self) -> Writer:
@@ -159,7 +159,7 @@ class CompiledModel(Compilation):
             samples=self._samples(package),
             tolerance=checked.tolerance if checked else default_tolerance(self.graph),
             extra={"report": self.report().to_dict()},
-            files={name: file.read_bytes() for name, file in self.source.files.items()},
+            files=self.source.files,
             native=native,
             overwrite=overwrite,
             for_gpu=self.for_gpu,

@@ -80,12 +80,11 @@ def _verification_notes(compiled: Compilation, checked: Checked) -> tuple[str, .
             f"graph before these passes was compared with eager{above}",
         )
     if checked.strays:
+        rows = "in 16 bits" if not compiled.quantised else "where rows are rounded to 8 bits"
         why = (
-            "in 16 bits nearly equal router scores may choose other experts; of the rows of eager "
-            f"in 16 bits {checked.eager_strays} differ so from eager in float32"
+            f"{rows} nearly equal router scores may choose other experts, and small errors grow; "
+            f"rounding alone moves {checked.eager_strays} rows so far from eager in float32"
         )
-        if compiled.quantised:
-            why = "nearly equal router scores may choose other experts than the graph's"
         notes += (
             f"{checked.strays} of {checked.rows} rows of the outputs differ by more than the "
             f"tolerance: {why}",

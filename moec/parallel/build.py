@@ -90,7 +90,7 @@ def compile_ranks(
             if verify is not False:
                 check_ranks(captured, Ranked(step, steps, plan, DECODE), limit)
             module = Module({**module.programs, **steps.programs})
-            files = {name: file.read_bytes() for name, file in compiled.source.files.items()}
+            files = compiled.source.files
             text = TextFiles(files, stop_tokens(compiled.source.model))
     save_ranks(module, plan, folder, text=text, replace=overwrite)
     return CompiledRanks(folder, tuple(log.declined))

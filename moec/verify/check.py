@@ -40,7 +40,7 @@ class Checked:
 
     `errors` has the greatest error of each output, against eager in float32 where the model
     computes in 16 bits; `strays` is the number of the `rows` with a greater error than `tolerance`,
-    and `eager_strays` that of eager in 16 bits, whose own error is the yardstick there
+    and `eager_strays` that of eager and of samples of its rounding, the yardstick there
     (`moec.oracle.rounding`); `ties` is the number of rows that differ from eager's only in the
     choice among equal values (see `moec.interpret.stable_topk`). `notes` has a
     sentence for each case in which the module fails, and one where the module itself gives NaN.
@@ -158,7 +158,7 @@ def _check(
         raise VerificationError(f"{name} {words} (inputs {shapes(case)}); {culprit}")
     strays, rows = criterion.strays(right_by)
     ties = criterion.strays(compared)[0] - strays
-    eager_strays = sum(int((item.eager_errors > criterion.limit).sum()) for item in right_by)
+    eager_strays = criterion.eager_strays(right_by)
     errors: dict[str, float] = {}
     for before, item in zip(compared, right_by, strict=True):
         name = _name(names, item)

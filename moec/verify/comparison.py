@@ -64,8 +64,9 @@ class Comparison:
 
     @cached_property
     def eager_errors(self) -> torch.Tensor:
-        """Those of eager itself, [rows] in float64."""
-        return row_errors(self.right[0], self.references[0])
+        """Those of eager and of the noisy samples, [samples, rows] in float64."""
+        samples = (self.right[0], *(noisy.to(self.right[0].dtype) for noisy in self.noisy))
+        return torch.stack([row_errors(sample, self.references[0]) for sample in samples])
 
     def is_within(self, limit: float) -> bool:
         """Whether no row is further than `limit` from its nearest reference."""
@@ -103,6 +104,11 @@ class Criterion:
         """(rows with an error above the limit against every reference, all rows)."""
         errors = [item.errors for item in compared]
         return sum(int((e > self.limit).sum()) for e in errors), sum(map(len, errors))
+
+    def eager_strays(self, compared: Iterable[Comparison]) -> int:
+        """The greatest number of such rows in a sample of eager's rounding."""
+        counts = [(item.eager_errors > self.limit).sum(-1) for item in compared]
+        return int(torch.stack(counts).sum(0).max()) if counts else 0
 
     def refusal(self, compared: Sequence[Comparison]) -> str | None:
         """Why the results are not right; "" where the error of an output says enough."""

@@ -36,7 +36,7 @@ class Calibration:
     domains: tuple[str, ...] = ()
 
 
-def load_calibration(calib: Any, program: Program, files: Mapping[str, Path]) -> Calibration:
+def load_calibration(calib: Any, program: Program, files: Mapping[str, bytes]) -> Calibration:
     """The calibration data of a program. `files` are its source's files, perhaps with a tokenizer.
 
     A .txt file gives at most 16 windows of at most 256 tokens, evenly spaced over the text. Raises
@@ -54,7 +54,7 @@ def load_calibration(calib: Any, program: Program, files: Mapping[str, Path]) ->
 
 
 def _load_domain(
-    calib: Any, where: str, program: Program, files: Mapping[str, Path]
+    calib: Any, where: str, program: Program, files: Mapping[str, bytes]
 ) -> tuple[list[Inputs], int]:
     """The cases, and how many tokens they hold."""
     graph = program.graph
@@ -108,7 +108,7 @@ def _cases(batch: Inputs, inputs: list[Value], graph: Graph) -> list[Inputs]:
 
 
 def _tokens(
-    path: Path, where: str, graph: Graph, inputs: list[Value], files: Mapping[str, Path]
+    path: Path, where: str, graph: Graph, inputs: list[Value], files: Mapping[str, bytes]
 ) -> torch.Tensor:
     value = inputs[0]
     if len(inputs) > 1 or value.dtype not in INDEX_DTYPES or len(value.shape) != 2:
@@ -120,7 +120,7 @@ def _tokens(
     from moec.runtime.text.prompt import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer({name: file.read_bytes() for name, file in files.items()})
+        tokenizer = load_tokenizer(files)
     except MoecError:
         raise UsageError(
             f"{where}: the model has no tokenizer.json to encode a text; give token ids in an "

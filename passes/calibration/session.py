@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -86,7 +85,7 @@ class CalibrationSession:
     distance so far from the model before the first of them."""
 
     calib: Any
-    files: Mapping[str, Path]
+    files: Mapping[str, bytes]
     budget: Budget = field(default_factory=Budget)
     strict: bool = False
     evaluator: Evaluator | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +43,7 @@ class CalibratedQuantisation(Pass):
 
     inner: QuantiseExperts | QuantiseLinears
     calib: Any
-    files: Mapping[str, Path]
+    files: Mapping[str, bytes]
     takes: ClassVar[Stage] = Stage.GROUPED
     gives: ClassVar[Stage] = Stage.GROUPED
     kind: ClassVar[Kind] = Kind.QUANTISES

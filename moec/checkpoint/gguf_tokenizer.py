@@ -1,0 +1,94 @@
+"""The tokenizer and the chat template of a GGUF file, as the files of a transformers folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from moec.errors import CaptureError
+
+_FIELDS = {
+    "tokenizer_type": "model",
+    "pre_tokenizer_type": "pre",
+    "tokens": "tokens",
+    "scores": "scores",
+    "token_type": "token_type",
+    "merges": "merges",
+    "add_prefix_space": "add_space_prefix",
+}
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
+_TYPES = ("gpt2", "llama")
+
+
+def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, bytes]:
+    """tokenizer.json, tokenizer_config.json and generation_config.json of a file's fields; none
+    where it has no tokens.
+
+    Raises CaptureError where a field is damaged, or the kind of the vocabulary is not one that is
+    read.
+    """
+    stored = {name: fields.get(f"tokenizer.ggml.{key}") for name, key in _FIELDS.items()}
+    if stored["tokens"] is None:
+        return {}
+    _check(stored)
+    from transformers.integrations.gguf import convert_gguf_tokenizer
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+    settings = _settings(fields, stored["tokens"], stored["tokenizer_type"])
+    present = {name: value for name, value in stored.items() if value is not None}
+    try:
+        backend, _ = convert_gguf_tokenizer(fields["general.architecture"], present)
+        # adds the tokens that begin and end a text
+        tokenizer = TokenizersBackend(tokenizer_object=backend, **settings)
+    except Exception as error:  # the package tokenizers raises nothing narrower
+        raise CaptureError(f"its tokenizer cannot be read: {error}") from error
+    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    generation = {"eos_token_id": sorted({end for end in ends if isinstance(end, int)})}
+    return {
+        "tokenizer.json": tokenizer.backend_tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+        "generation_config.json": json.dumps(generation).encode(),
+    }
+
+
+def _check(stored: Mapping[str, Any]) -> None:
+    """Raises CaptureError where a field is not of the type that the others need."""
+    kind, tokens = stored["tokenizer_type"], stored["tokens"]
+    if kind not in _TYPES:
+        raise CaptureError(
+            f"its tokenizer is of the kind {kind!r}; moec reads {' and '.join(_TYPES)}"
+        )
+    for name in ("tokens", "merges"):
+        value = stored[name]
+        texts = value is None or isinstance(value, list)
+        if not texts or not all(isinstance(text, str) for text in value or ()):
+            raise CaptureError(f"tokenizer.ggml.{_FIELDS[name]} is no list of texts")
+    for name in ("scores", "token_type"):
+        value = stored[name]
+        if value is not None and (not isinstance(value, list) or len(value) != len(tokens)):
+            raise CaptureError(f"tokenizer.ggml.{_FIELDS[name]} has no number for each token")
+    if stored["merges"] is None and stored["scores"] is None:
+        raise CaptureError("its tokenizer has neither merges nor scores")
+
+
+def _settings(fields: Mapping[str, Any], tokens: list[str], kind: Any) -> dict[str, Any]:
+    """Special tokens, whether they begin and end a text, and the chat template."""
+    settings: dict[str, Any] = {
+        "add_bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama")),
+        "add_eos_token": bool(fields.get("tokenizer.ggml.add_eos_token", False)),
+    }
+    for name, key in _SPECIAL.items():
+        number = fields.get(f"tokenizer.ggml.{key}")
+        if number is not None and not (isinstance(number, int) and 0 <= number < len(tokens)):
+            raise CaptureError(f"tokenizer.ggml.{key} is {number!r}, and has to be a token")
+        settings[name] = None if number is None else tokens[number]
+    template = fields.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        settings["chat_template"] = template
+    return settings
