@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.export import ExportedProgram
 
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
+from moec.capture.conversion.index_requirements import with_asserted
 from moec.capture.graphs import capture_export, capture_graph
 from moec.capture.request import CaptureRequest, request_of
 from moec.capture.sizes.axis_groups import AxisGroup
@@ -189,6 +191,7 @@ def _captured(
     least = LeastSizes(program, eager, examples, form.converted.guards)
     program = least.bounded(fixed=request.bounds)
     program = fold_constant_sizes(program)
+    program = replace(program, graph=with_asserted(program.graph, program.weights))
     masks = constant_masks(program, request.call.tensors)
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)
     return Captured(

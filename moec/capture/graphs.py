@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.export import ExportedProgram
 from moec.capture.calls.states import detached
 from moec.capture.captured import Captured
 from moec.capture.conversion.exported import structure_of
+from moec.capture.conversion.index_requirements import with_asserted
 from moec.capture.export.module_export import convert, from_start, symbol_names
 from moec.capture.sizes.constant_sizes import fold_constant_sizes
 from moec.capture.sizes.fixed_axes import notes as fixed_notes
@@ -58,6 +60,7 @@ def capture_export(
     eager = from_start(states, run, structure)
     settlement = settled("the exported program", program, guards, None, example)
     program = fold_constant_sizes(settlement.bounded(program))
+    program = replace(program, graph=with_asserted(program.graph, program.weights))
     always = fixed_notes(program, len(names))
     return Captured(program, eager, example, structure, (*always, *settlement.notes))
 

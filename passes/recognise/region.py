@@ -12,6 +12,7 @@ import torch
 from moec.dtypes import INDEX_DTYPES
 from moec.errors import IRError, NoMatch
 from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
+from moec.ir.index_uses import REQUIRE
 from moec.ir.sizes.dims import Dim, product, symbols
 from moec.ir.traits import CASTS, CHOICES, LIKES, THROUGH, VIEWS, is_elementwise, rounds_doubles
 from moec.passes.core.rewrite import Builder, rebuild
@@ -302,9 +303,7 @@ ROUTING = frozenset(
 
 
 def is_routing(op: Op) -> bool:
-    if op.name in ROUTING:
-        return True
-    return is_elementwise(op.name)
+    return op.name in ROUTING or op.name == REQUIRE or is_elementwise(op.name)
 
 
 def routing_behind(

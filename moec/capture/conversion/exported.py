@@ -19,7 +19,7 @@ from torch.export.graph_signature import (
 )
 
 from moec.capture.conversion.dropped_nodes import dropped
-from moec.capture.conversion.index_requirements import with_requirements
+from moec.capture.conversion.index_requirements import with_written
 from moec.capture.conversion.node_converter import Converter, relative_path
 from moec.errors import CaptureError
 from moec.interpret.outputs import SLOT, Structure, of_leaves
@@ -99,7 +99,7 @@ def to_program(
         ordered,
         limits,
     )
-    return Program(with_requirements(graph, weights, converter.written), weights)
+    return Program(with_written(graph, weights, converter.written), weights)
 
 
 def _ranges(exported: ExportedProgram, rename: Mapping[str, str]) -> dict[str, Bounds]:

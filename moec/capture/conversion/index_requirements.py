@@ -24,61 +24,79 @@ _NOT = "aten.logical_not.default"
 _ANY = frozenset({"aten.any.default", "aten.any.dims"})
 
 
-def with_requirements(
-    graph: Graph, weights: Mapping[str, torch.Tensor], written: Mapping[Op, str]
-) -> Graph:
-    """The graph with these requirements; `written` are the ops that had another name."""
+def with_asserted(graph: Graph, weights: Mapping[str, torch.Tensor]) -> Graph:
+    """The graph with the requirements of one_hot: after the other side of a branch on sizes was
+    joined, since the ranges of the ids may follow on one side only."""
     ranges = ValueRanges(graph, weights)
-    asserted = {
-        ids: (rows, op)
-        for ids, rows, op in _asserted(graph)
+    needed = {
+        ids: IndexUse(ids, rows)
+        for ids, rows in _asserted(graph)
         if not ranges.inside(IndexUse(ids, rows))
     }
-    writes = {
-        op: use
-        for op in written
+    conditions = ("aten.ge.Scalar", "aten.lt.Scalar")
+    uses = {
+        op: {ids: (needed[ids], "one_hot") for ids in op.inputs if ids in needed}
+        for op in graph.ops
+        if op.name not in conditions
+    }
+    return _required(graph, uses) if needed else graph
+
+
+def with_written(
+    graph: Graph, weights: Mapping[str, torch.Tensor], written: Mapping[Op, str]
+) -> Graph:
+    """The graph with the requirements of index_add and index_copy; `written` are the ops that had
+    these names."""
+    ranges = ValueRanges(graph, weights)
+    uses = {
+        op: {use.ids: (use, name)}
+        for op, name in written.items()
         for use in index_uses(op)
         if not ranges.inside(replace(use, negative=False))
     }
-    if not asserted and not writes:
-        return graph
+    return _required(graph, uses) if uses else graph
+
+
+def _required(graph: Graph, uses: Mapping[Op, Mapping[Value, tuple[IndexUse, str]]]) -> Graph:
+    """The graph in which each of these ops reads its indices after a requirement."""
     names = {value.name for value in graph.values()}
-    inside: dict[Value, Value] = {}
+    inside: dict[IndexUse, Value] = {}
     ops: list[Op] = []
-
-    def require(ids: Value, rows: Dim, what: str, op: Op) -> Value:
-        name = f"{ids.name}_required"
-        while name in names:
-            name += "_"
-        names.add(name)
-        attrs: Any = {"rows": rows, "negative": False, "what": what}
-        output = Value(name, ids.type)
-        ops.append(Op(REQUIRE, (ids,), (output,), attrs, None, op.origin, op.line))
-        return output
-
-    conditions = {op for op in graph.ops if op.name in ("aten.ge.Scalar", "aten.lt.Scalar")}
     for op in graph.ops:
-        values = dict(inside) if op not in conditions else {}
-        for ids in op.inputs:
-            if ids in asserted and ids not in inside and op not in conditions:
-                rows, _ = asserted[ids]
-                inside[ids] = values[ids] = require(ids, rows, _description("one_hot", op), op)
-        if op in writes and writes[op].ids not in values:
-            ids = writes[op].ids
-            values[ids] = require(ids, writes[op].size, _description(written[op], op), op)
+        values: dict[Value, Value] = {}
+        for ids, (use, name) in uses.get(op, {}).items():
+            if use not in inside:
+                check = _requirement(use, f"{name}{_where(op)}", op, names)
+                ops.append(check)
+                (inside[use],) = check.outputs
+            values[ids] = inside[use]
         inputs = tuple(values.get(value, value) for value in op.inputs)
         ops.append(op if inputs == op.inputs else replace(op, inputs=inputs))
     return replace(graph, ops=tuple(ops))
 
 
-def _asserted(graph: Graph) -> Iterator[tuple[Value, Dim, Op]]:
+def _requirement(use: IndexUse, what: str, op: Op, names: set[str]) -> Op:
+    name = f"{use.ids.name}_required"
+    while name in names:
+        name += "_"
+    names.add(name)
+    attrs: Any = {"rows": use.size, "negative": False, "what": what}
+    return Op(REQUIRE, (use.ids,), (Value(name, use.ids.type),), attrs, None, op.origin, op.line)
+
+
+def _where(op: Op) -> str:
+    where = op.line or op.origin
+    return f" ({where})" if where else ""
+
+
+def _asserted(graph: Graph) -> Iterator[tuple[Value, Dim]]:
     """Ids of which the export asserts that they are at least 0, and less than a number of classes:
     `not any(not ids < n)`, which nothing reads."""
     natural = {op.inputs[0] for op in graph.ops if _bounds(graph, op, "aten.ge.Scalar", 0)}
     for op in graph.ops:
         rows: Any = op.attrs.get("other")
         if _bounds(graph, op, "aten.lt.Scalar", rows) and op.inputs[0] in natural:
-            yield op.inputs[0], rows, op
+            yield op.inputs[0], rows
 
 
 def _bounds(graph: Graph, op: Op, name: str, other: Any) -> bool:
@@ -91,8 +109,3 @@ def _bounds(graph: Graph, op: Op, name: str, other: Any) -> bool:
             return False
         (op,) = following
     return not graph.readers.get(op.outputs[0]) and op.outputs[0] not in graph.results
-
-
-def _description(name: str, op: Op) -> str:
-    where = op.line or op.origin
-    return f"{name} ({where})" if where else name
