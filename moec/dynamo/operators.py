@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -29,7 +30,7 @@ from moec.ir.sizes.dims import symbols
 from moec.runtime.call.executor import Executor
 from moec.runtime.checks import check_inputs
 from moec.runtime.device.device import device_of
-from moec.torch_private import schema_of, version_of
+from moec.torch_private import place, schema_of
 
 
 @dataclass(eq=False)
@@ -181,11 +182,15 @@ def _size(dim: Any, sizes: dict[str, Any]) -> Any:
     return sympy.lambdify(names, dim)(*(sizes[name] for name in names))
 
 
+_VERSION = attrgetter(place("version_of")[1])
+"""Reads the version of a tensor without Python of its own: each call reads that of every weight."""
+
+
 def _states(params: Sequence[torch.Tensor]) -> list[tuple[object, ...]] | None:
     """A key of the state of weights: the address, version, shape and strides of each. None where
     one is an inference tensor, which has no version."""
     try:
-        return [(p.data_ptr(), version_of(p), p.shape, p.stride()) for p in params]
+        return [(p.data_ptr(), _VERSION(p), p.shape, p.stride()) for p in params]
     except RuntimeError:
         return None
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from moec.dtypes import INDEX_DTYPES
 from moec.ir.aten import named
@@ -21,6 +20,7 @@ from moec.ir.graph import Graph, Op, Value
 from moec.ir.index_uses import REQUIRE, IndexUse
 from moec.ir.sizes.dims import Bounds, Dim, canonical, product, symbols
 from moec.ir.traits import THROUGH
+from moec.torch_private import FakeTensor
 
 
 @dataclass(frozen=True)

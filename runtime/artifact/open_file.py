@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moec.errors import ArtifactError
-from moec.runtime.checks import free_memory
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ def private_copy(path: Path) -> memoryview:
 
     Raises ArtifactError where the memory does not hold them, or the file is cut meanwhile.
     """
+    from moec.runtime.checks import free_memory  # imports numpy
+
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         if size > (free := free_memory()):

@@ -127,7 +127,7 @@ _OF_PYTHON = (torch.ops.aten.lift_fresh.default,)
 
 
 @cache
-def _written(func: torch._ops.OpOverload) -> tuple[tuple[int, str], ...]:
+def _written(func: Any) -> tuple[tuple[int, str], ...]:
     """The positions and names of the arguments that an operator writes into."""
     return tuple(
         (position, argument.name)

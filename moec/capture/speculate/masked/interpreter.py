@@ -126,7 +126,7 @@ def _row_by_row(node: torch.fx.Node, args: Any, kwargs: Any, rows: Rows | None) 
             is_leaf=lambda value: isinstance(value, Rows),
         )
     if names_of(node) in _LOOKUPS:
-        args = torch.utils._pytree.tree_map(_inside, args, is_leaf=is_leaf)
+        args = pytree.tree_map(_inside, args, is_leaf=is_leaf)
     result = target(*full(args, length), **full(kwargs, length))
     keeps = rows.identity and names_of(node) in _ROW_BY_ROW
     parts = [
