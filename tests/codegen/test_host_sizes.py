@@ -55,17 +55,17 @@ def test_a_graph_without_them_stays() -> None:
 
 
 class Roots(nn.Module):
-    """Rows, a capacity and a width that depend on roots and logarithms."""
+    """Rows, a capacity and a width that depend on roots, powers and floats."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         n = x.shape[0]
-        root, levels = math.isqrt(n), int(math.log(n, 3))
+        root, most = math.isqrt(n), int(n**0.75)
         position = torch.arange(n)
         return (
             x[:root].relu(),
-            x * (position < levels)[:, None],
-            (x.sum() + torch.arange(1 << (n - 1).bit_length())) * root,
-            torch.zeros(max(1, int(n // 0.3) // 3)) + x.sum(),
+            x * (position < most)[:, None],
+            (x.sum() + torch.arange(n // root)) * root,
+            torch.zeros(max(1, int(n * 1.3 // 3))) + x.sum(),
         )
 
 
@@ -85,5 +85,5 @@ def test_a_size_without_a_value_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"the size floor\(log\(T\)\) has no value where T = 0"):
         value_of_size("floor(log(T))", "T", (0,))
     compiled = moec.compile(Roots().eval(), (torch.randn(6, 4),), verify=False)
-    with pytest.raises(InputError, match=r"T at least 1 \(test_host_sizes\.py:.*log\(n, 3\)"):
+    with pytest.raises(InputError, match=r"T at least 1 \(test_host_sizes\.py:.*n // root"):
         compiled(torch.randn(0, 4))

@@ -125,12 +125,15 @@ def _is_machinery(file: str) -> bool:
 
 
 def floor_divided(plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """In the place of `SymFloat.__floordiv__`: a // b for a whole b, `int(n * factor // experts)`,
-    is that of the whole part of a."""
+    """In the place of `__floordiv__`: a // b of a float and a whole b, as in
+    `int(n * factor // experts)` or `n // 2.0`, is that of the whole part of a."""
 
     def divide(number: Any, other: Any) -> Any:
-        integral = isinstance(other, int | float) and other > 0 and other == int(other)
-        return _float(math.floor(number) // int(other)) if integral else plain(number, other)
+        floats = isinstance(number, torch.SymFloat) or isinstance(other, float)
+        whole = isinstance(other, int | float) and other > 0 and other == int(other)
+        if floats and whole:
+            return _float(math.floor(number) // int(other))
+        return plain(number, other)
 
     return divide
 

@@ -27,7 +27,8 @@ def traced_handlers() -> Iterator[Handler]:
     yield from (Handler(math, name, of_sizes(getattr(math, name))) for name in MATH)
     yield from (Handler(kind, "__repr__", text_of(kind)) for kind in NUMBERS)
     yield Handler(torch.SymInt, "__round__", rounded)
-    yield Handler(torch.SymFloat, "__floordiv__", floor_divided(torch.SymFloat.__floordiv__))
+    for kind in (torch.SymInt, torch.SymFloat):
+        yield Handler(kind, "__floordiv__", floor_divided(kind.__floordiv__))
     # functions of torch that an export cannot trace as they are
     attention = torch.nn.functional.scaled_dot_product_attention
     yield Handler(torch.nn.functional, attention.__name__, _with_plain_bools(attention))

@@ -83,8 +83,6 @@ class Roots(nn.Module):
             x * max(1.0, math.sqrt(n) / 2),
             x * math.pow(n, -0.25),
             x.sum() * (math.sqrt(16) + math.sqrt(n + 2)),
-            x * math.log(n + 1) - math.log2(n + 3) * math.log10(n + 5),
-            x * math.exp(-n / 10),
         )
 
 

@@ -16,9 +16,8 @@ CAPACITIES: dict[str, Callable[[int], int]] = {
     "a root": lambda n: max(1, math.isqrt(n)),
     "a root rounded up": lambda n: math.ceil(math.sqrt(n) * 1.5),
     "a power": lambda n: int(n**0.75),
-    "a logarithm": lambda n: 1 + int(math.log2(n + 1)),
-    "a quotient of floats": lambda n: int(n // (0.8 * 4)),
-    "a remainder of floats": lambda n: 2 + int(n % 3.5),
+    "a quotient of a float": lambda n: int(n * 1.25 // 4),
+    "a quotient by a whole float": lambda n: int(n // 4.0) + 1,
 }
 
 
