@@ -28,9 +28,9 @@ from moec.capture.hub import hub_off, own_config
 from moec.capture.pt2 import check_archive
 from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
-from moec.checkpoint.gguf import dtype_of
-from moec.checkpoint.gguf_model import configuration
-from moec.checkpoint.gguf_tokenizer import tokenizer_files
+from moec.checkpoint.gguf.model import configuration
+from moec.checkpoint.gguf.tokenizer import tokenizer_files
+from moec.checkpoint.gguf.weights import dtype_of
 from moec.checkpoint.load import load_model
 from moec.checkpoint.table import GGUF, format_of, quantization_of
 from moec.checkpoint.tensors import map_folder

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moec.checkpoint import awq, compressed_tensors, fp8, gguf, gptq, mxfp4
-from moec.checkpoint.gguf_model import MODEL_TYPES
+from moec.checkpoint import awq, compressed_tensors, fp8, gptq, mxfp4
+from moec.checkpoint.gguf import weights as gguf_weights
+from moec.checkpoint.gguf.model import MODEL_TYPES
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, plain
 from moec.errors import CaptureError
@@ -92,7 +93,7 @@ GGUF = CheckpointFormat(
     (),
     f"{', '.join(BLOCKS)}; of {', '.join(MODEL_TYPES)}, llama with experts (mixtral)",
     "Q8_0: int8, Q4_0: int4, MXFP4: mxfp4; others: int8, rounded",
-    gguf.read,
+    gguf_weights.read,
     "GGUF",
 )
 FORMATS = (*FOLDERS, GGUF)

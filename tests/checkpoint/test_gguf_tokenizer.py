@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from moec.checkpoint.gguf_tokenizer import tokenizer_files
+from moec.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.errors import CaptureError
 from moec.runtime.text.prompt import FOLDER, Tokenizer, load_tokenizer
 

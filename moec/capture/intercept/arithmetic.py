@@ -130,8 +130,8 @@ def floor_divided(plain: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
 
     def divide(number: Any, other: Any) -> Any:
         floats = isinstance(number, torch.SymFloat) or isinstance(other, float)
-        whole = isinstance(other, int | float) and other > 0 and other == int(other)
-        if floats and whole:
+        integral = isinstance(other, int | float) and other > 0 and other == int(other)
+        if floats and integral:
             return _float(math.floor(number) // int(other))
         return plain(number, other)
 

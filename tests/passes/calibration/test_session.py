@@ -275,7 +275,7 @@ def test_data_from_files(tmp_path: Path) -> None:
 
 def test_text(tiny_moe: Path, tmp_path: Path) -> None:
     """Windows of a text, with the checkpoint's tokenizer."""
-    files = {"tokenizer/tokenizer.json": tiny_moe / "tokenizer.json"}
+    files = {"tokenizer/tokenizer.json": (tiny_moe / "tokenizer.json").read_bytes()}
     captured = Program(parse("""
     graph main(input_ids: i64[B, S]; embed: f32[1024, 8]) {
       size B in [1, inf]

@@ -20,7 +20,7 @@ from moec.errors import ArtifactError, InputError, UsageError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
 from moec.runtime import checks
-from moec.runtime.artifact import artifact, container, mapped_arrays, open_file
+from moec.runtime.artifact import artifact, container, mapped_arrays
 from moec.runtime.call.executor import load
 from moec.runtime.device import device
 from moec.runtime.package import Package
@@ -214,7 +214,7 @@ def test_a_private_copy_is_not_affected(saved: Path, folder: bool) -> None:
 
 
 def test_a_private_copy_that_no_memory_holds(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_file, "free_memory", lambda: 10)
+    monkeypatch.setattr(checks, "free_memory", lambda: 10)
     size = f"{saved.stat().st_size:,}"
     with pytest.raises(ArtifactError, match=rf"its copy takes {size} bytes, and 10 bytes of mem"):
         load(saved, copy=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.checkpoint.gguf_model import model_name
+from moec.checkpoint.gguf.model import model_name
 from moec.checkpoint.tensors import mapped
 from moec.checkpoint.weight import CheckpointWeight, WeightCodes
 from moec.errors import CaptureError

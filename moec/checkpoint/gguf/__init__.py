@@ -1,0 +1,1 @@
+"""GGUF files: their weights, the configuration of their model, their tokenizer."""
