@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moec
-from moec.codegen.onnx.rules import BUILD
+from moec.codegen.onnx.lower import BUILD  # with all builders registered
 from moec.errors import UnsupportedError, VerificationError
 from moec.export.kv_cache import CachedTexts
 from moec.export.session import open_session, runner
