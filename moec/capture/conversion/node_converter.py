@@ -20,6 +20,7 @@ from moec.capture.conversion.float_tensors import (
 )
 from moec.capture.conversion.scaled_operators import emit_scaled
 from moec.capture.conversion.views import view_shape
+from moec.capture.decomposition.expand import COMPOSITE
 from moec.capture.linear_attention.scans import OWN
 from moec.capture.user_code.sources import named, user_code, user_line
 from moec.errors import CaptureError, IRError
@@ -31,10 +32,6 @@ from moec.torch_private import HigherOrderOperator, schema_of
 _IGNORED_ARGUMENTS = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default")
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
-
-
-COMPOSITE = "original_aten"
-"""The key of a node's `meta` under which torch has the operator that the node is a part of."""
 
 
 @dataclass

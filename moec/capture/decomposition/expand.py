@@ -39,7 +39,7 @@ from moec.torch_private import (
     update_program,
 )
 
-_COMPOSITE = "original_aten"
+COMPOSITE = "original_aten"
 """The key of `meta` under which torch, too, has the operator that a node is a part of."""
 _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default)
 """Composite operators whose result size depends on data; tracing them again would create a new
@@ -155,7 +155,7 @@ class _Writer:
                 return fx.map_arg(part.args[0], inner.__getitem__)
             else:
                 inner[part] = self.graph.node_copy(part, inner.__getitem__)
-                inner[part].meta = {**about, "val": part.meta.get("val"), _COMPOSITE: node.target}
+                inner[part].meta = {**about, "val": part.meta.get("val"), COMPOSITE: node.target}
         raise AssertionError("a graph without an output")
 
     def positions(self, node: fx.Node) -> list[fx.Node]:
