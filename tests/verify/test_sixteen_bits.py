@@ -74,3 +74,17 @@ def test_code_that_is_off_by_four_roundings_is_found(compiled: CompiledModel) ->
     check(compiled.captured, runs(compiled), compiled.pass_results)
     with pytest.raises(VerificationError, match=r"differ from eager in float32 .*code is wrong"):
         check(compiled.captured, runs(compiled, 1 + 4 * spacing), compiled.pass_results)
+
+
+def test_nan_of_eager_in_float32_excuses_nothing(
+    compiled: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are NaN there differ from eager's too, which would allow any other row."""
+    monkeypatch.setattr(
+        "moec.verify.references.exact_eager",
+        lambda captured, *rest: (
+            lambda *case: [out.float() * torch.nan for out in captured.eager(*case)]
+        ),
+    )
+    with pytest.raises(VerificationError):
+        check(compiled.captured, runs(compiled, 1.5), compiled.pass_results)
