@@ -16,6 +16,7 @@ from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.module_builder import Param, as_array
 from moec.codegen.tuning.tunable import Tunings
 from moec.ir.graph import Module, Program, Value
+from moec.memory.memory import InMemory
 from moec.runtime.dtypes import Array
 from moec.runtime.package import (
     DECODE,
@@ -40,12 +41,14 @@ def build(
     opt_level: int = 2,
     tunings: Tunings = MappingProxyType({}),
     backend: Backend | None = None,
+    memory: InMemory | None = None,
 ) -> Package:
     """Compiles programs of any stage that `lower` takes, each as a function of the library;
     `moec.runtime.package` documents the functions' names. `backend` defaults to that of the
     target's kind.
 
-    Arrays that no kernel packs share the memory of the program's weights. `opt_level` 0 disables
+    Arrays that no kernel packs share the memory of the program's weights, unless that is bounded;
+    `memory` is where the weights are, and the arrays. `opt_level` 0 disables
     LLVM's optimisation. `tunings` are the values of kernels, by their key.
 
     Raises UnsupportedError (for everything without a kernel at once) and TargetError (no linker).
@@ -55,7 +58,7 @@ def build(
     library = backend.library(lowered.module, target, opt_level, None)
     kernels = {kernel.key: kernel for kernel in lowered.tunable}
     values = {key: kernels[key].complete(changed) for key, changed in tunings.items()}
-    return replace(package(module, target, lowered, library), tunings=values)
+    return replace(package(module, target, lowered, library, memory=memory), tunings=values)
 
 
 def package(
@@ -65,6 +68,7 @@ def package(
     library: BuiltLibrary,
     *,
     weights: bool = True,
+    memory: InMemory | None = None,
 ) -> Package:
     """The result of `build`, for programs that are already lowered and compiled.
 
@@ -80,7 +84,7 @@ def package(
     copies: dict[str, tuple[tuple[Array, Array], ...]] = {}
     for name in module if weights else ():
         params = tuple(param for param in lowered.params[name] if param.name not in arrays)
-        arrays |= packed_arrays(params, module[name].weights)
+        arrays |= packed_arrays(params, module[name].weights, memory or InMemory())
         copies |= strided_copies(params, module[name].weights, arrays)
     for state in (state for function in functions.values() for state in function.states):
         if state.initial:
@@ -167,14 +171,15 @@ def _size(dim: object) -> Size:
 
 
 def packed_arrays(
-    params: tuple[Param, ...], weights: Mapping[str, torch.Tensor]
+    params: tuple[Param, ...], weights: Mapping[str, torch.Tensor], memory: InMemory
 ) -> dict[str, Array]:
     """The arrays of a package: weights by name, in the layouts of the kernels."""
     arrays = {}
     for param in params:
         tensors = [weights[value.name].detach() for value in param.values]
+        memory.fill(tensors)
         array = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
-        arrays[param.name] = array
+        arrays[param.name] = memory.array(array)
     return arrays
 
 

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from moec.arguments import (
     allowed_budget,
+    allowed_bytes,
     cast,
     changes,
     check_kinds,
@@ -84,6 +85,7 @@ def compile(
     watch: Callable[[PassResult], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
     descriptions: Sequence[Declared] = (),
+    memory: int | str | None = None,
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
@@ -121,6 +123,10 @@ def compile(
     with `strict` raise an error. `verify` then compares with the changed graph. Exact opt-in
     passes, `[Specialise({"task_id": 3})]`, need neither.
 
+    `memory` ("6GiB", or bytes) is about how much of this machine's memory the compilation of a
+    checkpoint may take, by default half of what is free. Weights that do not fit are read from the
+    checkpoint when they are needed, and packed ones are kept in a temporary file.
+
     `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
     description is proved against its module.
 
@@ -142,63 +148,70 @@ def compile(
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
     limit = tolerance(verify)
     with clock.phase("capture"):
-        source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
+        source = open_source(model, *example_inputs(args, kwargs), memory=allowed_bytes(memory))
+    with source.memory.reading():
+        with clock.phase("capture"):
+            source = cast(source, dtype)
         exact = [p for p in requested if not isinstance(p, Approximate)]
 
         def capture(observed: Sequence[Described] = ()) -> Captured:
-            with threads_for(_elements(source.model)):
+            with threads_for(_elements(source.model)), source.memory.share_values():
                 return capture_source(
                     source, dynamic_shapes, allow_fixed, descriptions, observed, constants
                 )
 
-        captured = bound(capture(), exact)
-    if stop_after is None and isinstance(targets.target, CpuTarget) and targets.beside is None:
-        chosen = (*chosen, *keeping(source, stored.checkpoint))
-    check_tf32(targets.beside or targets.target, captured.program.weights)
-    if runs and not captured.example and captured.program.graph.inputs:
-        raise UsageError(
-            f"{source.name} has no example inputs to verify with: give args, or verify=False"
-        )
-    with clock.phase("passes"):
+        with clock.phase("capture"):
+            captured = bound(capture(), exact)
+        if stop_after is None and isinstance(targets.target, CpuTarget) and targets.beside is None:
+            chosen = (*chosen, *keeping(source, stored.checkpoint))
+        check_tf32(targets.beside or targets.target, captured.program.weights)
+        if runs and not captured.example and captured.program.graph.inputs:
+            raise UsageError(
+                f"{source.name} has no example inputs to verify with: give args, or verify=False"
+            )
+        with clock.phase("passes"):
 
-        def transform(captured: Captured) -> tuple[PassResult, ...]:
-            # One session for each form of the model: its original is that form.
-            session = CalibrationSession(calib, source.files, allowed, strict)
-            stage = stage_of(captured.program.graph)
-            todo = from_stage(prepare(chosen, session), stage)
-            return tuple(run(captured.program, todo, stage=stage, fuel=fuel, watch=watch))
+            def transform(captured: Captured) -> tuple[PassResult, ...]:
+                # One session for each form of the model: its original is that form.
+                session = CalibrationSession(calib, source.files, allowed, strict)
+                stage = stage_of(captured.program.graph)
+                todo = from_stage(prepare(chosen, session), stage)
+                runs = run(
+                    captured.program, todo, stage=stage, fuel=fuel, watch=watch,
+                    memory=source.memory,
+                )  # fmt: skip
+                return tuple(runs)
 
-        form = (
-            ModelForm(captured, transform(captured))
-            if stop_after is not None
-            else best_form(source, captured, transform, capture, exact, targets.backend)
+            form = (
+                ModelForm(captured, transform(captured))
+                if stop_after is not None
+                else best_form(source, captured, transform, capture, exact, targets.backend)
+            )
+            quantised = quantised_lines(form.pass_results)
+        compiled = CompiledModel(
+            source=source,
+            captured=form.captured,
+            pass_results=form.pass_results,
+            blocks=form.blocks,
+            declined=form.declined,
+            target=targets.target,
+            beside=targets.beside,
+            quantised=quantised,
+            phases=clock.seconds,
         )
-        quantised = quantised_lines(form.pass_results)
-    compiled = CompiledModel(
-        source=source,
-        captured=form.captured,
-        pass_results=form.pass_results,
-        blocks=form.blocks,
-        declined=form.declined,
-        target=targets.target,
-        beside=targets.beside,
-        quantised=quantised,
-        phases=clock.seconds,
-    )
-    if not builds:
-        return compiled
-    if kv_cache:
-        with clock.phase("generation"):
-            after = decode_passes(opt_level, changes(passes))
-            compiled = with_decode(compiled, after, targets.backend)
-    if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
-        compiled = with_routers(compiled)
-    if record_routing:
-        compiled = with_recording(compiled)
-    built = build_model(compiled, opt_level, clock, targets.backend, tune)
-    if targets.beside is not None:
-        built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
-    return built if verify is False else verify_model(built, limit, clock)
+        if not builds:
+            return compiled
+        if kv_cache:
+            with clock.phase("generation"):
+                after = decode_passes(opt_level, changes(passes))
+                compiled = with_decode(compiled, after, targets.backend)
+        if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
+            compiled = with_routers(compiled)
+        compiled = with_recording(compiled) if record_routing else compiled
+        built = build_model(compiled, opt_level, clock, targets.backend, tune)
+        if targets.beside is not None:
+            built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
+        return built if verify is False else verify_model(built, limit, clock)
 
 
 def _elements(model: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate
 from moec.passes.quantise.codes import QuantisingPass
 from moec.pipeline import PassSpec
+from moec.runtime.checks import free_memory
 from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import TF32, CudaTarget
 from moec.target.named import AnyTarget, missing_features, parse, parse_both
@@ -75,6 +77,26 @@ def tolerance(verify: Any) -> float | None:
             f"verify is {verify!r}: give True, False or the greatest error allowed, such as 1e-4"
         )
     return float(verify)
+
+
+def allowed_bytes(memory: Any) -> int:
+    """The bytes that `memory` names; half of the free memory for None.
+
+    Raises UsageError for anything but a positive number of bytes or a size such as "6GiB".
+    """
+    if memory is None:
+        return free_memory() // 2
+    match = _SIZE.fullmatch(memory) if isinstance(memory, str) else None
+    count = float(match[1]) * _UNITS[match[2]] if match else memory
+    if isinstance(count, bool) or not isinstance(count, int | float) or not 0 < count < 1 << 60:
+        raise UsageError(
+            f'memory is {memory!r}: give bytes, or a size with GiB, GB, MiB or MB, such as "6GiB"'
+        )
+    return int(count)
+
+
+_UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
+_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
 
 def both_targets(target: Any) -> tuple[Any, CudaTarget | None]:
@@ -173,7 +195,7 @@ def cast(source: Source, dtype: Any) -> Source:
     if dtype is None:
         return source
     torch_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if torch_dtype not in DTYPES.values():
+    if torch_dtype is None or torch_dtype not in DTYPES.values():
         raise UsageError(f"dtype {dtype}: models are {', '.join(DTYPES)}")
     if not isinstance(source.model, torch.nn.Module):
         raise UsageError(
@@ -186,6 +208,9 @@ def cast(source: Source, dtype: Any) -> Source:
         return value.to(torch_dtype) if floating else value
 
     args, kwargs = pytree.tree_map(converted, (source.args, dict(source.kwargs)))
+    for parameter in source.model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = source.memory.cast(parameter.data, torch_dtype)
     return replace(source, model=source.model.to(torch_dtype), args=args, kwargs=kwargs)
 
 

@@ -142,7 +142,9 @@ def _stored(
 ) -> Any:
     tensors = [weights[param].detach() for param in weight.params]
     tensor = weight.make(*tensors).contiguous()
-    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    # a copy, because the weights of a large checkpoint have values for operators of torch only
+    flat = tensor.reshape(-1).clone().view(torch.uint8)
+    raw: Any = flat.numpy() if tensor.numel() else b""
     proto = TensorProto(name=name, data_type=onnx_type(weight.dtype), dims=weight.shape)
     if len(raw) < INLINE:
         proto.raw_data = bytes(raw)

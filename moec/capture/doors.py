@@ -30,8 +30,8 @@ from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
 from moec.checkpoint.gguf.model import configuration
 from moec.checkpoint.gguf.tokenizer import tokenizer_files
-from moec.checkpoint.gguf.weights import dtype_of
-from moec.checkpoint.load import load_model
+from moec.checkpoint.gguf.weights import dtype_of, map_gguf
+from moec.checkpoint.load import load_model, memory_for
 from moec.checkpoint.table import GGUF, format_of, quantization_of
 from moec.checkpoint.tensors import map_folder
 from moec.checkpoint.weight import in_few_bits
@@ -41,6 +41,7 @@ from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.gguf import read_header
 from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
+from moec.memory.memory import InMemory
 from moec.model_path import kind_of_model
 from moec.runtime.text.prompt import FOLDER
 from moec.spelling import did_you_mean
@@ -51,7 +52,8 @@ class Source:
     """A model with what is needed to call it. `files` are copied into the artifact. `unnamed` is
     True where the caller gave a folder and so named no class; the model's results then have the
     type that the artifact gives them. `notes` are for the report. `codes` reads the weights that
-    the model's checkpoint stores in few bits."""
+    the model's checkpoint stores in few bits. `memory` is where weights are: those of a large
+    checkpoint have values only while `memory.reading()` is open."""
 
     model: torch.nn.Module | ExportedProgram
     args: tuple[Any, ...] = ()
@@ -63,6 +65,7 @@ class Source:
     unnamed: bool = False
     notes: tuple[str, ...] = ()
     codes: Callable[[], ArrangedCodes] | None = None
+    memory: InMemory = field(default_factory=InMemory)
 
 
 def capture_source(
@@ -114,10 +117,14 @@ def example_of(source: Source) -> ModelExample:
 
 
 def open_source(
-    model: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    memory: int = sys.maxsize,
 ) -> Source:
     """The source for any model that moec accepts. Arguments given here replace the example inputs
-    of a checkpoint or an export.
+    of a checkpoint or an export. A checkpoint whose compilation needs more than `memory` bytes
+    is not read into memory at once.
 
     Raises UsageError where `model` is of no supported kind, CaptureError where it cannot be loaded.
     """
@@ -139,9 +146,9 @@ def open_source(
             file, _, factory = text.rpartition(":")
             return _factory(Path(file), factory)
         case "checkpoint":
-            return _checkpoint(Path(text), args, kwargs)
+            return _checkpoint(Path(text), args, kwargs, memory)
         case "gguf":
-            return _gguf(Path(text), args, kwargs)
+            return _gguf(Path(text), args, kwargs, memory)
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
 
@@ -212,7 +219,7 @@ def _shown(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
+def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any], memory: int) -> Source:
     """The source of a Hugging Face folder: config.json, safetensors, and a tokenizer if present."""
     # its files were checked when the kind of the path was determined
     config = json.loads((folder / CONFIG).read_bytes())
@@ -226,9 +233,10 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     tensors = map_folder(folder)
     format = format_of(config, tuple(tensors))
     weights = format.read(quantization_of(config) or {}, tensors)
+    placed = memory_for(weights, tensors.maps.values(), memory)
     try:
         with hub_off():
-            model, loading = load_model(loader.auto, _configuration(folder), weights)
+            model, loading = load_model(loader.auto, _configuration(folder), weights, placed)
         _add_generation_config(folder, model)
     except MoecError:
         raise
@@ -255,6 +263,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         unnamed=True,
         notes=loader.notes,
         codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
+        memory=placed,
     )
 
 
@@ -275,7 +284,7 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise CaptureError(f"{path}: the dtype {dtype!r} is not one of torch's{near}")
 
 
-def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
+def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], memory: int) -> Source:
     """The source of a GGUF file, with its tokenizer and chat template."""
     for package, extra in (("transformers", "hf"), ("gguf", "gguf")):
         if importlib.util.find_spec(package) is None:
@@ -285,10 +294,12 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
     header = read_header(path)
     try:
         fields = configuration(header)
-        weights = GGUF.read(fields, header)
+        tensors = map_gguf(header)
+        weights = GGUF.read(fields, tensors)
+        placed = memory_for(weights, tensors.maps.values(), memory)
         config = transformers.AutoConfig.for_model(**fields, dtype=dtype_of(header))
         with hub_off():
-            model, loading = load_model(transformers.AutoModelForCausalLM, config, weights)
+            model, loading = load_model(transformers.AutoModelForCausalLM, config, weights, placed)
         files = tokenizer_files(header.fields)
     except MoecError as error:
         raise type(error)(f"{path}: {error}") from None
@@ -305,6 +316,7 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
         codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
+        memory=placed,
     )
 
 

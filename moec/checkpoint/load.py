@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moec.checkpoint.coverage import check_experts
+from moec.checkpoint.paged import large_weights, page
 from moec.checkpoint.weight import CheckpointWeight
 from moec.errors import CaptureError
+from moec.memory.memory import Bounded, InMemory
 
 MOST_MISSING = 1 << 27
+_ITEM_BYTES = 2
+_COPIES = 3
+"""Weights as they are loaded, as passes change them, and packed for kernels."""
 
 
 @dataclass(frozen=True)
 class _Lazy:
-    """A weight as transformers takes it: its values are read by `[...]`."""
+    """A weight as transformers takes it: its values are read by `[...]`, and `copied` if the file
+    will not stay in memory."""
 
     name: str
     weight: CheckpointWeight
+    copied: bool
 
     def __getitem__(self, index: Any) -> Tensor:
         values = self.weight.values()
@@ -31,34 +39,53 @@ class _Lazy:
                 f"the weight {self.name} is {list(values.shape)}, not {list(self.weight.shape)}"
             )
         # codes are views of weights in the order of memory
-        return values[index].contiguous()
+        return values[index].clone() if self.copied else values[index].contiguous()
 
 
 def load_model(
-    auto: Any, config: Any, weights: Mapping[str, CheckpointWeight]
+    auto: Any, config: Any, weights: Mapping[str, CheckpointWeight], memory: InMemory
 ) -> tuple[Any, Mapping[str, Any]]:
-    """The model of a configuration, and what transformers says of loading it.
+    """The model of a configuration, and what transformers says of loading it. Its large weights
+    are read when they are needed, if `memory` is bounded.
 
     Raises CaptureError where experts are missing or a weight cannot be read.
     """
     check_experts(weights)
     model_class, config = _class_of(auto, config)
-    _check_size(model_class, config, weights)
-    return model_class.from_pretrained(  # type: ignore[no-any-return]
+    with torch.device("meta"):
+        empty = model_class(config)
+    _check_size(empty, weights)
+    paged = memory.paged
+    state: dict[str, Any] = {n: _Lazy(n, w, paged is not None) for n, w in weights.items()}
+    model, loading = model_class.from_pretrained(
         None,
         config=config,
-        state_dict={name: _Lazy(name, weight) for name, weight in weights.items()},
+        state_dict=state if paged is None else state | large_weights(empty, weights),
         dtype=_dtype(config, weights),
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named by check_loading
     )
+    if paged is not None:
+        page(model, weights, paged)
+    return model, loading
 
 
-def _check_size(model_class: Any, config: Any, weights: Mapping[str, CheckpointWeight]) -> None:
+def memory_for(
+    weights: Mapping[str, CheckpointWeight], files: Iterable[mmap], limit: int
+) -> InMemory:
+    """Where the weights of a checkpoint in these `files` are while it is compiled: in memory if a
+    compilation of them fits into `limit` bytes."""
+    size = sum(math.prod(weight.shape) * _ITEM_BYTES for weight in weights.values())
+    if size * _COPIES <= limit:
+        return InMemory()
+    bounded = Bounded(limit)
+    bounded.paged.files.extend(files)
+    return bounded
+
+
+def _check_size(empty: Any, weights: Mapping[str, CheckpointWeight]) -> None:
     """Raises CaptureError where transformers would fill more than `MOST_MISSING` numbers that the
     checkpoint lacks: a small file with the configuration of a large model ends in memory."""
-    with torch.device("meta"):
-        empty = model_class(config)
     needed = sum(parameter.numel() for parameter in empty.parameters())
     stored = sum(math.prod(weight.shape) for weight in weights.values())
     if needed - stored > MOST_MISSING:

@@ -85,6 +85,11 @@ LOGGER = logging.getLogger(__name__)
     help="Measure variants of the kernels on this machine, use the fastest, and remember them.",
 )  # fmt: skip
 @click.option(
+    "--memory", metavar="SIZE",
+    help="How much memory to take for a checkpoint, e.g. 6GiB; by default half of what is free. "
+    "Weights that do not fit stay in files.",
+)  # fmt: skip
+@click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE",
     help="Compile each rank of a plan of `moec plan`, into a folder for `moec run --nproc`.",
 )  # fmt: skip
@@ -214,6 +219,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             kv_cache=request.kv_cache,
             record_routing=request.record_routing,
             tune=request.tune,
+            memory=request.memory,
             watch=watch,
             progress=progress.phase,
         )

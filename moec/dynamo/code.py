@@ -28,6 +28,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.canonical import without_origins
 from moec.ir.graph import Graph, Module, Op, Program, Stage, Value
 from moec.ir.text import print_graph
+from moec.memory.memory import InMemory
 from moec.passes.core.runner import PassResult, run
 from moec.pipeline import TRAIN, after_recognition
 from moec.runtime.package import MAIN, BuiltLibrary, Package
@@ -65,7 +66,7 @@ class Code:
         named = {v.name: t for v, t in zip(self.folded.outputs, results, strict=True)}
         params = self.lowered.params[MAIN]
         if self.package.gpu is None:
-            return packed_arrays(params, named)
+            return packed_arrays(params, named, InMemory())
         # On a GPU, kernels read weights that they do not pack where PyTorch has them.
         arrays: dict[str, Any] = {}
         for param in params:
@@ -73,7 +74,7 @@ class Code:
                 arrays[param.name] = named[param.values[0].name].detach().contiguous()
             else:
                 on_host = {value.name: named[value.name].cpu() for value in param.values}
-                arrays |= packed_arrays((param,), on_host)
+                arrays |= packed_arrays((param,), on_host, InMemory())
         return arrays
 
 

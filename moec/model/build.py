@@ -54,7 +54,8 @@ def build_model(
         from moec.codegen.package import build as generate
 
         with list_unrecognised(compiled):
-            package = generate(module, target, opt_level, tunings, backend)
+            memory = compiled.source.memory
+            package = generate(module, target, opt_level, tunings, backend, memory)
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
@@ -91,7 +92,8 @@ def build_for_gpu(
         if supported(compiled.module[DECODE].graph, backend or backend_for(target)):
             programs[DECODE] = compiled.module[DECODE]
     with clock.phase("kernels for GPUs"), list_unrecognised(compiled):
-        package = generate(Module(programs), target, opt_level, backend=backend)
+        memory = compiled.source.memory
+        package = generate(Module(programs), target, opt_level, backend=backend, memory=memory)
     if package.generation is None:
         return replace(compiled, for_gpu=replace(package, no_generation=why))
     stop = stop_tokens(compiled.source.model)

@@ -207,10 +207,11 @@ class CompiledModel(Compilation):
         compare = verify is not False
         limit = tolerance(verify)
         model = Transformed(self.source.name, self.captured, self.pass_results, self.quantised)
-        return export(
-            model, path, ep, quant, opset, moe=moe, cache=cache, tolerance=limit, verify=compare,
-            progress=progress,
-        )  # fmt: skip
+        with self.source.memory.reading():
+            return export(
+                model, path, ep, quant, opset, moe=moe, cache=cache, tolerance=limit,
+                verify=compare, progress=progress,
+            )  # fmt: skip
 
     def _samples(self, package: Package) -> list[Sample]:
         """The example and its outputs; empty where there is no example, where this machine cannot

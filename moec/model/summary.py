@@ -55,6 +55,7 @@ def _notes(compiled: Compilation) -> tuple[str, ...]:
         f"{result.name}: {line}" for result in compiled.pass_results for line in result.says
     )
     notes = (*captured.fixed, *captured.notes, *messages, *captured.structure.constants)
+    notes += (compiled.source.memory.note,) if compiled.source.memory.note else ()
     if package:
         notes += package.notes
     if package and missing_features(compiled.target):

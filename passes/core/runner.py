@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 from moec.errors import IRError
 from moec.interpret.verifier import verify
 from moec.ir.graph import Program, Stage
+from moec.memory.memory import InMemory
 
 if TYPE_CHECKING:
     from moec.passes.core.damage import Damage
@@ -34,7 +35,7 @@ class Declined:
 class Log:
     """The record of a run of passes. `spend` is called before each rewrite and counts it against
     the fuel. `damage` is the loss of quality of an approximate pass, `fits` the rounding errors of
-    calibrated codes, `says` lines for the report."""
+    calibrated codes, `says` lines for the report. `memory` is where new weights are."""
 
     fuel: int | None = None
     rewrites: int = 0
@@ -43,6 +44,7 @@ class Log:
     damage: Damage | None = None
     fits: list[RoundingStats] = field(default_factory=list)
     says: list[str] = field(default_factory=list)
+    memory: InMemory = field(default_factory=InMemory)
 
     def spend(self, what: str) -> bool:
         """Whether one more rewrite is allowed; `what` names it for `moec bisect`."""
@@ -137,12 +139,13 @@ def run(
     stage: Stage = Stage.ATEN,
     fuel: int | None = None,
     watch: Callable[[PassResult], None] | None = None,
+    memory: InMemory | None = None,
 ) -> list[PassResult]:
     """Run passes in order. The first result holds the input program, the last the final one.
 
     `stage` is the stage of the input, `fuel` caps the rewrites of the run, `watch` is called with
-    each result after its pass. Raises IRError if a pass takes an earlier stage than the graph
-    has, or returns an invalid graph (naming the pass).
+    each result after its pass, `memory` is where new weights are. Raises IRError if a pass takes an
+    earlier stage than the graph has, or returns an invalid graph (naming the pass).
     """
     verify(program.graph, stage)
     pass_results = [PassResult("capture", program, stage, 0.0, 0, ())]
@@ -152,7 +155,9 @@ def run(
     for pass_ in passes:
         if stage > pass_.takes:
             raise IRError(f"{pass_.name} takes {pass_.takes.name}, the graph is {stage.name}")
-        log = Log(None if fuel is None else fuel - spent, rule=pass_.name)
+        log = Log(
+            None if fuel is None else fuel - spent, rule=pass_.name, memory=memory or InMemory()
+        )
         start = time.perf_counter()
         program = pass_.run(program, log)
         stage = max(stage, pass_.gives)

@@ -14,6 +14,7 @@ from moec.errors import NoMatch
 from moec.formats.integer import MOST_SUMMED, Quantised, quantise
 from moec.formats.notation import Format
 from moec.ir.graph import Attr, Graph, Op, Program, Stage, TensorType, Value
+from moec.memory.memory import InMemory
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Kind, Log, Pass
 
@@ -32,10 +33,11 @@ class Codes:
     """The weights of `program` that have been quantised so far, each once.
 
     `calibrated` holds codes that were chosen on calibration data, by name and format; all other
-    weights are rounded to nearest. `tensors` maps the new params to their contents.
+    weights are rounded to nearest. `tensors` maps the new params to their contents, in `memory`.
     """
 
     program: Program
+    memory: InMemory
     calibrated: dict[tuple[str, Format], Quantised] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     memo: dict[tuple[Value, Format], tuple[Value, ...]] = field(default_factory=dict)
@@ -76,7 +78,8 @@ class Codes:
         values = []
         for name, type, tensor in parts:
             values.append(b.param(f"{matrix.name}.{name}", type))
-            self.tensors[values[-1].name] = tensor.reshape([int(str(d)) for d in type.shape])
+            shape = [int(str(d)) for d in type.shape]
+            self.tensors[values[-1].name] = self.memory.tensor(tensor.reshape(shape))
         return tuple(values)
 
     def program_of(self, graph: Graph) -> Program:
@@ -102,7 +105,7 @@ class QuantisingPass(Pass, ABC):
         """Emits the quantised op. Raises NoMatch if `format` cannot hold its weights."""
 
     def run(self, program: Program, log: Log) -> Program:
-        return self.rounded(program, log, Codes(program))
+        return self.rounded(program, log, Codes(program, log.memory))
 
     def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
         """The program with weights replaced by `codes`."""

@@ -53,7 +53,7 @@ class CalibratedQuantisation(Pass):
         return self.inner.name
 
     def run(self, program: Program, log: Log) -> Program:
-        codes = Codes(program)
+        codes = Codes(program, log.memory)
         targets = [(op, format) for op, format in self.inner.targets(program.graph)]
         data = load_calibration(self.calib, program, self.files)
         for (op, format), rows in zip(

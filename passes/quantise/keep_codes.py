@@ -50,7 +50,7 @@ class KeepCodes(QuantisingPass):
         return list(self.chosen)
 
     def run(self, program: Program, log: Log) -> Program:
-        codes, lines = Codes(program), Counter[str]()
+        codes, lines = Codes(program, log.memory), Counter[str]()
         chosen: list[tuple[Op, Format]] = []
         left_out = routers(program.graph)
         for op in program.graph.ops:

@@ -63,7 +63,7 @@ class FoldConstants(Pass):
                 ops.append(op)
                 continue
             for value, tensor in zip(op.outputs, tensors, strict=True):
-                constants[value] = tensor
+                constants[value] = log.memory.tensor(tensor)
                 params[value] = value
             uses.subtract(op.inputs)
             for value in {*op.inputs} & lighter:  # large, and no longer read

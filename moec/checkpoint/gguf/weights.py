@@ -72,13 +72,17 @@ class GgufWeights:
         return Quantised(codes, scales, None)
 
 
-def read(config: Mapping[str, Any], header: GgufHeader) -> dict[str, CheckpointWeight]:
+def map_gguf(header: GgufHeader) -> GgufWeights:
+    """The tensors of a GGUF file and of those that it is split into."""
+    return GgufWeights(header, {path: mapped(path) for path in header.files})
+
+
+def read(config: Mapping[str, Any], files: GgufWeights) -> dict[str, CheckpointWeight]:
     """The weights under transformers' names. Raises CaptureError where gate and up differ."""
-    files = GgufWeights(header, {path: mapped(path) for path in header.files})
     weights: dict[str, CheckpointWeight] = {}
     experts: dict[str, dict[str, CheckpointWeight]] = {}
     paired = config["model_type"] in ("llama", "mixtral")
-    for name, tensor in header.tensors.items():
+    for name, tensor in files.header.tensors.items():
         weight = _weight(files, name, tensor)
         if match := _EXPERTS.fullmatch(name):
             experts.setdefault(match[1], {})[match[2]] = weight

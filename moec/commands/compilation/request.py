@@ -31,6 +31,7 @@ class CompileRequest:
     kv_cache: bool
     record_routing: bool
     tune: bool
+    memory: str | None
     plan_file: Path | None
     dry_run: bool
     as_json: bool

@@ -1,0 +1,103 @@
+"""A checkpoint that is larger than the memory allowed compiles to the same artifact."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import moec
+from moec.capture.doors import open_source
+from moec.checkpoint import paged
+from moec.errors import UsageError
+from moec.memory import spool
+from moec.memory.memory import Bounded
+from tests.checkpoint import writers
+from tests.checkpoint.families import FAMILIES, model
+from tests.checkpoint.test_values import AWQ, FORMS
+
+SMALL = 1 << 17
+"""Bytes: an eighth of it holds one weight of these models, and not two."""
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(paged, "LEAST", 0)
+    monkeypatch.setattr(spool, "LEAST", 0)
+
+
+def save(family: str, folder: Path, **changes) -> Path:
+    model(family, **changes).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_has_the_values_of_the_checkpoint(family, tmp_path):
+    folder = save(family, tmp_path)
+    expected = open_source(folder).model.state_dict()
+    source = open_source(folder, memory=SMALL)
+    assert isinstance(source.memory, Bounded)
+    parameters = dict(source.model.named_parameters())
+    assert all(p.isnan().all() for p in parameters.values() if source.memory.paged.contains(p))
+    with source.memory.reading():
+        for name, tensor in source.model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "fp8-blocks", "gptq-act-order"])
+def test_formats_of_few_bits(form, tmp_path):
+    quantization, writer = FORMS[form]
+    folder = writers.write(model("qwen3_moe"), tmp_path, quantization, writer)
+    expected = open_source(folder).model.state_dict()
+    source = open_source(folder, memory=SMALL)
+    with source.memory.reading():
+        for name, tensor in source.model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_tied_weights_stay_one(tmp_path):
+    folder = save("mixtral", tmp_path, tie_word_embeddings=True)
+    loaded = open_source(folder, memory=SMALL).model
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def weights_of(artifact: Path) -> dict[str, int]:
+    """The checksums of the weights of an artifact."""
+    with zipfile.ZipFile(artifact) as archive:
+        members = {member.filename: member.CRC for member in archive.infolist()}
+    return {name: crc for name, crc in members.items() if name.startswith("weights/")}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("mixtral", {}), ("deepseek_v3", {"quant": "int4:32"}), ("qwen3_moe", {"dtype": "float32"})],
+    ids=lambda value: str(value),
+)
+def test_the_artifact_is_the_same(family, options, tmp_path):
+    folder = save(family, tmp_path / "checkpoint")
+    moec.compile(folder, **options).save(tmp_path / "a.moec")
+    compiled = moec.compile(folder, **options, memory=SMALL)
+    compiled.save(tmp_path / "b.moec")
+    assert weights_of(tmp_path / "a.moec") == weights_of(tmp_path / "b.moec")
+    assert "(--memory)" in str(compiled.report().notes)
+
+
+def test_codes_of_a_checkpoint_are_kept(tmp_path):
+    folder = writers.write(model("mixtral"), tmp_path, AWQ, writers.awq())
+    compiled = moec.compile(folder, memory=SMALL, kv_cache=False)
+    assert "keep the codes of the checkpoint" in str(compiled.report())
+
+
+def test_onnx_after_compilation(tmp_path):
+    """Weights are read again when a method of the result needs them."""
+    folder = save("mixtral", tmp_path / "checkpoint")
+    compiled = moec.compile(folder, memory=SMALL, build=False, dtype="float32")
+    compiled.export_onnx(tmp_path / "m.onnx", cache=False)
+
+
+@pytest.mark.parametrize("memory", ["6 gigs", 0, -1, True, [], "1e3GiB", float("nan")])
+def test_a_size_that_is_none_is_refused(memory, tmp_path):
+    with pytest.raises(UsageError, match="give bytes, or a size with GiB, GB, MiB or MB, such as"):
+        moec.compile(tmp_path, memory=memory)
