@@ -84,15 +84,17 @@ def compile(
     watch: Callable[[PassResult], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
     descriptions: Sequence[Declared] = (),
+    revision: str | None = None,
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
     `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the folder of
-    a Hugging Face checkpoint, a .gguf or .pt2 file, or "file.py:factory". Batch and sequence sizes
-    vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names inputs whose
-    sizes the module may fix at the example's (True: all inputs); else a fixed size is an error.
-    `constants` names inputs that always have the values of the example, such as `image_grid_thw`:
-    the compiled model does not take them.
+    a Hugging Face checkpoint, a .gguf or .pt2 file, "file.py:factory", or the id of a model of the
+    hub, "org/name" or "org/name:file.gguf", at `revision`: a branch, tag or commit. Batch and
+    sequence sizes vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names
+    inputs whose sizes the module may fix at the example's (True: all inputs); else a fixed size is
+    an error. `constants` names inputs that always have the values of the example, such as
+    `image_grid_thw`: the compiled model does not take them.
     `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes
     the passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
     greatest error allowed, relative to the greatest value of an output. `fuel` limits the number of

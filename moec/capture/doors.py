@@ -37,6 +37,7 @@ from moec.checkpoint.tensors import map_folder
 from moec.checkpoint.weight import in_few_bits
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, MoecError, UsageError
+from moec.files import hub_files
 from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.gguf import read_header
 from moec.interpret.graph_module import GraphModule
@@ -144,6 +145,8 @@ def open_source(
             return _gguf(Path(text), args, kwargs)
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
+        case "hub":
+            raise UsageError(f"{text} does not exist: here, give a path and no id of the hub")
 
 
 def _module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
@@ -245,15 +248,13 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not args and not kwargs:
         kwargs = example_tokens(model, seq2seq)
     source = _module(model, args, kwargs)
-    # the last two folders only: the artifact does not record the user's home
-    name = "/".join(folder.resolve().parts[-2:])
     return replace(
         source,
         bounds=_limits(model.config),
-        name=name,
+        name=hub_files.short_name(folder),
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
-        notes=loader.notes,
+        notes=(*hub_files.notes(folder), *loader.notes),
         codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
     )
 
@@ -304,6 +305,7 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
         name=path.name,
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
+        notes=hub_files.notes(path),
         codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
     )
 

@@ -62,13 +62,14 @@ def transform(
     allow_fixed: bool | str | Collection[str] = False,
     form: str = "auto",
     verify: bool | float = True,
+    revision: str | None = None,
 ) -> torch.nn.Module:
     """Apply passes that change a model, and return the changed model as a trainable module.
 
     `model`, `args`, `kwargs`, `passes`, `calib`, `budget`, `strict`, `dtype`, `dynamic_shapes`,
-    `allow_fixed` and `verify` are those of `moec.compile`; the model itself does not change, except
-    for its dtype and eval mode. The result computes what `moec.compile` would with the same passes,
-    is called like the model, and can be compiled, or transformed, again.
+    `allow_fixed`, `verify` and `revision` are those of `moec.compile`; the model itself does not
+    change, except for its dtype and eval mode. The result computes what `moec.compile` would with
+    the same passes, is called like the model, and can be compiled, or transformed, again.
 
     `form="class"` requires a module of the model's own Hugging Face class, which can be saved with
     save_pretrained. That is possible where experts were pruned to one number in all layers. "graph"

@@ -25,6 +25,10 @@ signed_by_option = click.option(
     "--signed-by", type=click.Path(path_type=Path), metavar="FILE",
     help="Refuse the artifact unless it is signed with the private key of this public key.",
 )  # fmt: skip
+revision_option = click.option(
+    "--revision", metavar="BRANCH|TAG|COMMIT",
+    help="Of a model that is named by its id on the Hugging Face hub, ORG/NAME.",
+)  # fmt: skip
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
 
@@ -105,6 +109,7 @@ def model_options(command: F) -> F:
             "--constant", "constants", multiple=True, metavar="INPUT",
             help="An input that always has the example's values, such as image_grid_thw.",
         ),
+        revision_option,
     ):  # fmt: skip
         command = decorator(command)
     return command
