@@ -8,13 +8,14 @@ checks that they have the values of the weights: passes/quantise/keep_codes.py.)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moec.checkpoint.conversion import conversion_of
 from moec.checkpoint.weight import CheckpointWeight
 from moec.formats.integer import Quantised
 from moec.formats.notation import Format
@@ -75,50 +76,14 @@ class ArrangedCodes:
 
 def arrange(model: Any, weights: Mapping[str, CheckpointWeight]) -> ArrangedCodes:
     """The codes of the model's weights."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    mapping = get_model_conversion_mapping(model, None, None)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    state = model.state_dict()
-    sources: dict[str, list[tuple[str | None, str]]] = {}
-    for name in sorted(weights, key=dot_natural_key):
-        target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
-        if name in state:
-            target, pattern = name, None
-        sources.setdefault(target, []).append((pattern, name))
+    conversion = conversion_of(model)
     stored: dict[str, StoredWeight] = {}
     nearest: dict[str, tuple[Format, str]] = {}
-    for target, group in sources.items():
+    for target, group in conversion.groups(weights).items():
         members = [weights[name] for _, name in group]
         if all(member.nearest is None and member.codes is None for member in members):
             continue
-        pattern = group[0][0]
-
-        def convert(
-            tensors: Sequence[Tensor],
-            target: str = target,
-            group: Sequence[tuple[str | None, str]] = group,
-            pattern: str | None = pattern,
-        ) -> dict[str, Tensor]:
-            if pattern is None:
-                return {target: tensors[0]}
-            converter = deepcopy(of_pattern[pattern])
-            for (source, name), tensor in zip(group, tensors, strict=True):
-                converter.add_tensor(target, name, source, lambda tensor=tensor: tensor)
-            converted = converter.convert(target, model=model, config=model.config)
-            return {n: t[0] if isinstance(t, list) else t for n, t in converted.items()}
-
-        arranged = _converted(members, convert)
+        arranged = _converted(members, partial(conversion.convert, target, group))
         stored |= arranged
         first = next((member for member in members if member.nearest is not None), None)
         if not arranged and first is not None and first.nearest is not None:
