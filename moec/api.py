@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,6 +86,7 @@ def compile(
     progress: Callable[[str], None] = lambda phase: None,
     descriptions: Sequence[Declared] = (),
     revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
@@ -123,6 +125,8 @@ def compile(
     with `strict` raise an error. `verify` then compares with the changed graph. Exact opt-in
     passes, `[Specialise({"task_id": 3})]`, need neither.
 
+    `adapters` are folders of PEFT (LoRA, DoRA), merged into the weights of a checkpoint in order.
+
     `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
     description is proved against its module.
 
@@ -132,7 +136,7 @@ def compile(
     check_kinds(
         stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
         dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
-        constants=constants,
+        constants=constants, adapters=adapters,
     )  # fmt: skip
     clock = Clock(progress)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
@@ -144,7 +148,7 @@ def compile(
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
     limit = tolerance(verify)
     with clock.phase("capture"):
-        source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
+        source = cast(open_source(model, *example_inputs(args, kwargs), adapters), dtype)
         exact = [p for p in requested if not isinstance(p, Approximate)]
 
         def capture(observed: Sequence[Described] = ()) -> Captured:

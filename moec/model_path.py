@@ -7,7 +7,9 @@ from typing import Literal
 
 from moec.errors import UsageError
 from moec.files import hub_files
+from moec.files.adapter import base_of
 from moec.files.checkpoint import check_checkpoint
+from moec.files.config_fields import ADAPTER_CONFIG
 from moec.files.gguf import is_gguf, read_header
 from moec.spelling import did_you_mean_file
 
@@ -59,6 +61,9 @@ def kind_of_model(text: str) -> Kind:
     except (OSError, ValueError) as error:  # too long, or with a zero byte
         raise UsageError(f"{text[:80]!r} cannot be the path of a model") from error
     if folder:
+        if not (path / "config.json").is_file() and (path / ADAPTER_CONFIG).is_file():
+            base = base_of(path) or "MODEL"
+            raise UsageError(f"{path} is an adapter: give the model, {base} --adapter {path}")
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} is not a checkpoint: it has no config.json")
         check_checkpoint(path)

@@ -26,6 +26,7 @@ from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.hub import hub_off, own_config
 from moec.capture.pt2 import check_archive
+from moec.checkpoint.adapters.merge import merge_adapters
 from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
 from moec.checkpoint.gguf.model import configuration
@@ -38,6 +39,7 @@ from moec.checkpoint.weight import in_few_bits
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, MoecError, UsageError
 from moec.files import hub_files
+from moec.files.adapter import AdapterConfig, read_adapter
 from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.gguf import read_header
 from moec.interpret.graph_module import GraphModule
@@ -115,14 +117,25 @@ def example_of(source: Source) -> ModelExample:
 
 
 def open_source(
-    model: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    adapters: Sequence[str | Path] = (),
 ) -> Source:
     """The source for any model that moec accepts. Arguments given here replace the example inputs
-    of a checkpoint or an export.
+    of a checkpoint or an export; `adapters` are folders, merged into a checkpoint in order.
 
     Raises UsageError where `model` is of no supported kind, CaptureError where it cannot be loaded.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
+    configs = tuple(read_adapter(Path(folder)) for folder in adapters)
+    if configs and not (
+        isinstance(model, str | Path) and kind_of_model(str(model)) in ("checkpoint", "gguf")
+    ):
+        raise UsageError(
+            "adapters are merged into checkpoints and GGUF files: give one of these, or merge them "
+            "into the module with PEFT (merge_and_unload)"
+        )
     if isinstance(model, torch.nn.Module):
         return _module(model, args, kwargs)
     if isinstance(model, ExportedProgram):
@@ -140,9 +153,9 @@ def open_source(
             file, _, factory = text.rpartition(":")
             return _factory(Path(file), factory)
         case "checkpoint":
-            return _checkpoint(Path(text), args, kwargs)
+            return _checkpoint(Path(text), args, kwargs, configs)
         case "gguf":
-            return _gguf(Path(text), args, kwargs)
+            return _gguf(Path(text), args, kwargs, configs)
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
         case "hub":
@@ -215,7 +228,12 @@ def _shown(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
+def _checkpoint(
+    folder: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    adapters: Sequence[AdapterConfig],
+) -> Source:
     """The source of a Hugging Face folder: config.json, safetensors, and a tokenizer if present."""
     # its files were checked when the kind of the path was determined
     config = json.loads((folder / CONFIG).read_bytes())
@@ -243,6 +261,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             ) from error
         raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
     check_loading(str(folder), loading, images=bool(loader.notes))
+    merged = merge_adapters(model, weights, adapters)
     model.eval()
     files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
     if not args and not kwargs:
@@ -254,8 +273,10 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         name=hub_files.short_name(folder),
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
-        notes=(*hub_files.notes(folder), *loader.notes),
-        codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
+        notes=(*hub_files.notes(folder), *merged.notes, *loader.notes),
+        codes=partial(arrange, model, weights, merged.names)
+        if any(map(in_few_bits, weights.values()))
+        else None,
     )
 
 
@@ -276,7 +297,9 @@ def _check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise CaptureError(f"{path}: the dtype {dtype!r} is not one of torch's{near}")
 
 
-def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
+def _gguf(
+    path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], adapters: Sequence[AdapterConfig]
+) -> Source:
     """The source of a GGUF file, with its tokenizer and chat template."""
     for package, extra in (("transformers", "hf"), ("gguf", "gguf")):
         if importlib.util.find_spec(package) is None:
@@ -296,6 +319,7 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
     except Exception as error:
         raise CaptureError(f"{path} cannot be loaded: {_shown(error)}") from error
     check_loading(str(path), loading, images=False)
+    merged = merge_adapters(model, weights, adapters)
     model.eval()
     if not args and not kwargs:
         kwargs = example_tokens(model, seq2seq=False)
@@ -305,8 +329,10 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
         name=path.name,
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
-        notes=hub_files.notes(path),
-        codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
+        notes=(*hub_files.notes(path), *merged.notes),
+        codes=partial(arrange, model, weights, merged.names)
+        if any(map(in_few_bits, weights.values()))
+        else None,
     )
 
 

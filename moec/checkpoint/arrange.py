@@ -7,7 +7,7 @@ checks that they have the values of the weights: passes/quantise/keep_codes.py.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -74,8 +74,10 @@ class ArrangedCodes:
     nearest: Mapping[str, tuple[Format, str]]
 
 
-def arrange(model: Any, weights: Mapping[str, CheckpointWeight]) -> ArrangedCodes:
-    """The codes of the model's weights."""
+def arrange(
+    model: Any, weights: Mapping[str, CheckpointWeight], others: Collection[str] = ()
+) -> ArrangedCodes:
+    """The codes of the model's weights, without the `others`, which have other values now."""
     conversion = conversion_of(model)
     stored: dict[str, StoredWeight] = {}
     nearest: dict[str, tuple[Format, str]] = {}
@@ -84,9 +86,11 @@ def arrange(model: Any, weights: Mapping[str, CheckpointWeight]) -> ArrangedCode
         if all(member.nearest is None and member.codes is None for member in members):
             continue
         arranged = _converted(members, partial(conversion.convert, target, group))
-        stored |= arranged
+        stored |= {name: codes for name, codes in arranged.items() if name not in others}
+        if arranged or target in others:
+            continue
         first = next((member for member in members if member.nearest is not None), None)
-        if not arranged and first is not None and first.nearest is not None:
+        if first is not None and first.nearest is not None:
             nearest[target] = first.nearest, first.reason
     return ArrangedCodes(stored, nearest)
 

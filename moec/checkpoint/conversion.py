@@ -17,7 +17,7 @@ matched, or None if it is only renamed."""
 
 @dataclass(frozen=True)
 class Conversion:
-    """The renamings and converters of a model, whose tensors are `state`."""
+    """The renamings and converters of a model. `state` has its tensors without their values."""
 
     model: Any
     renamings: Sequence[Any]
@@ -67,5 +67,5 @@ def conversion_of(model: Any) -> Conversion:
         model,
         [entry for entry in mapping if isinstance(entry, WeightRenaming)],
         [entry for entry in mapping if isinstance(entry, WeightConverter)],
-        model.state_dict(),
+        {name: tensor.to("meta") for name, tensor in model.state_dict().items()},
     )

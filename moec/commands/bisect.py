@@ -52,6 +52,7 @@ def command(
     constants: tuple[str, ...],
     describe: str | None,
     revision: str | None,
+    adapters: tuple[str, ...],
 ) -> None:
     """Find the first rewrite of the passes that changes what MODEL computes.
 
@@ -63,7 +64,12 @@ def command(
 
     check_changes(passes)
     arguments = api_arguments(
-        shapes, describe, dtype=dtype, allow_fixed=allow_fixed, constants=constants
+        shapes,
+        describe,
+        dtype=dtype,
+        allow_fixed=allow_fixed,
+        constants=constants,
+        adapters=adapters,
     )
     model = local_model(model, revision, quiet or as_json)
     shorten_spinning()

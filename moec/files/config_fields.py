@@ -83,12 +83,12 @@ def _float(text: Any) -> Any:
 
 
 def check_folder(folder: Path, names: tuple[str, ...]) -> None:
-    """Raises UsageError for an adapter, which transformers may apply or ignore, and where one of
+    """Raises UsageError for an adapter, which transformers would apply or ignore, and where one of
     the files `names`, which are copied into the artifact, is a link out of the folder."""
     if (folder / ADAPTER_CONFIG).exists():
         raise UsageError(
-            f"{folder} has an adapter ({ADAPTER_CONFIG}), which moec does not read: merge it into "
-            "the model (merge_and_unload) and save that"
+            f"{folder} has an adapter ({ADAPTER_CONFIG}) and a model: move the adapter's two files "
+            "into another folder, and give that with --adapter to merge it"
         )
     inside = (folder.resolve(), *_blobs(folder))
     for path in (folder / name for name in names):

@@ -201,6 +201,8 @@ TINY = str(Path(__file__).parents[2] / "examples/tiny_moe/checkpoint")
 DRY = ["compile", TINY, "--dry-run"]
 TYPOS = (
     (["compile", "no-model", "-o", "x.moec"], "no-model does not exist: give the folder"),
+    ([*DRY, "--adapter", "none"], "the adapter none is no folder"),
+    ([*DRY, "--adapter", TINY], "checkpoint is no adapter of PEFT: it has no adapter_config.json"),
     (["compile", "no/model", "-o", "x.moec"], "no/model does not exist here, and the hub's cache"),
     (
         ["compile", TINY, "-o", "x.moec", "--revision", "v1"],

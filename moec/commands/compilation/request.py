@@ -83,7 +83,8 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     options = request.options
     files = (request.dump_ir, request.emit, request.plan_file, options["calib"])
     cached = store.folder is not None and request.builds
-    if not cached or any(files) or request.tune or options["describe"]:
+    others = options["describe"] or options["adapters"]
+    if not cached or any(files) or request.tune or others:
         return None
     names = ("target", "verify", "kv_cache", "record_routing")
     more = {name: getattr(request, name) for name in names}

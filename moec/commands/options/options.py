@@ -10,6 +10,7 @@ import click
 
 from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
 from moec.errors import UsageError
+from moec.files.adapter import read_adapter
 from moec.spelling import did_you_mean, did_you_mean_file
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -109,6 +110,10 @@ def model_options(command: F) -> F:
             "--constant", "constants", multiple=True, metavar="INPUT",
             help="An input that always has the example's values, such as image_grid_thw.",
         ),
+        click.option(
+            "--adapter", "adapters", multiple=True, metavar="DIR",
+            help="Merge this LoRA or DoRA adapter of PEFT into the weights; several in order.",
+        ),
         revision_option,
     ):  # fmt: skip
         command = decorator(command)
@@ -152,6 +157,8 @@ def api_arguments(
     from moec.commands.options.shapes import dynamic_shapes, parse
 
     check_changes(**{name: options[name] for name in CHANGES if name in options})
+    for folder in options.get("adapters", ()):
+        read_adapter(Path(folder))
     parsed = parse(shapes)
     if describe is not None:
         if not Path(describe).is_file():
