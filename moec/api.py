@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,16 +86,19 @@ def compile(
     watch: Callable[[PassResult], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
     descriptions: Sequence[Declared] = (),
+    revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
     memory: int | str | None = None,
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
     `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the folder of
-    a Hugging Face checkpoint, a .gguf or .pt2 file, or "file.py:factory". Batch and sequence sizes
-    vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names inputs whose
-    sizes the module may fix at the example's (True: all inputs); else a fixed size is an error.
-    `constants` names inputs that always have the values of the example, such as `image_grid_thw`:
-    the compiled model does not take them.
+    a Hugging Face checkpoint, a .gguf or .pt2 file, "file.py:factory", or the id of a model of the
+    hub, "org/name" or "org/name:file.gguf", at `revision`: a branch, tag or commit. Batch and
+    sequence sizes vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names
+    inputs whose sizes the module may fix at the example's (True: all inputs); else a fixed size is
+    an error. `constants` names inputs that always have the values of the example, such as
+    `image_grid_thw`: the compiled model does not take them.
     `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes
     the passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
     greatest error allowed, relative to the greatest value of an output. `fuel` limits the number of
@@ -123,6 +127,7 @@ def compile(
     with `strict` raise an error. `verify` then compares with the changed graph. Exact opt-in
     passes, `[Specialise({"task_id": 3})]`, need neither.
 
+    `adapters` are folders of PEFT (LoRA, DoRA), merged into the weights of a checkpoint in order.
     `memory` ("6GiB", or bytes) is about how much of this machine's memory the compilation of a
     checkpoint may take, by default half of what is free. Weights that do not fit are read from the
     checkpoint when they are needed, and packed ones are kept in a temporary file.
@@ -136,7 +141,7 @@ def compile(
     check_kinds(
         stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
         dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
-        constants=constants,
+        constants=constants, adapters=adapters,
     )  # fmt: skip
     clock = Clock(progress)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
@@ -148,7 +153,8 @@ def compile(
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
     limit = tolerance(verify)
     with clock.phase("capture"):
-        source = open_source(model, *example_inputs(args, kwargs), memory=allowed_bytes(memory))
+        example = example_inputs(args, kwargs)
+        source = open_source(model, *example, adapters, allowed_bytes(memory))
     with source.memory.reading():
         with clock.phase("capture"):
             source = cast(source, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,6 +236,10 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "descriptions": (
         lambda v: isinstance(v, Sequence) and not isinstance(v, str),
         "give a list of the results of moec.describe",
+    ),
+    "adapters": (
+        lambda v: isinstance(v, list | tuple) and all(isinstance(a, str | Path) for a in v),
+        "give a list of folders",
     ),
 }
 

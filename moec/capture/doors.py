@@ -26,17 +26,19 @@ from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.hub import hub_off, own_config
 from moec.capture.pt2 import check_archive
+from moec.checkpoint.adapters.merge import merge_adapters
 from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
 from moec.checkpoint.gguf.model import configuration
 from moec.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.checkpoint.gguf.weights import dtype_of, map_gguf
-from moec.checkpoint.load import load_model, memory_for
+from moec.checkpoint.load import check_config, load_model, memory_for
 from moec.checkpoint.table import GGUF, format_of, quantization_of
 from moec.checkpoint.tensors import map_folder
 from moec.checkpoint.weight import in_few_bits
-from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError, MoecError, UsageError
+from moec.files import hub_files
+from moec.files.adapter import AdapterConfig, read_adapter
 from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.gguf import read_header
 from moec.interpret.graph_module import GraphModule
@@ -44,7 +46,6 @@ from moec.ir.sizes.dims import Bounds
 from moec.memory.memory import InMemory
 from moec.model_path import kind_of_model
 from moec.runtime.text.prompt import FOLDER
-from moec.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,24 @@ def open_source(
     model: Any,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
+    adapters: Sequence[str | Path] = (),
     memory: int = sys.maxsize,
 ) -> Source:
     """The source for any model that moec accepts. Arguments given here replace the example inputs
-    of a checkpoint or an export. A checkpoint whose compilation needs more than `memory` bytes
-    is not read into memory at once.
+    of a checkpoint or an export; `adapters` are folders, merged into a checkpoint in order. A
+    checkpoint whose compilation needs more than `memory` bytes is not read into memory at once.
 
     Raises UsageError where `model` is of no supported kind, CaptureError where it cannot be loaded.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
+    configs = tuple(read_adapter(Path(folder)) for folder in adapters)
+    if configs and not (
+        isinstance(model, str | Path) and kind_of_model(str(model)) in ("checkpoint", "gguf")
+    ):
+        raise UsageError(
+            "adapters are merged into checkpoints and GGUF files: give one of these, or merge them "
+            "into the module with PEFT (merge_and_unload)"
+        )
     if isinstance(model, torch.nn.Module):
         return _module(model, args, kwargs)
     if isinstance(model, ExportedProgram):
@@ -146,11 +156,13 @@ def open_source(
             file, _, factory = text.rpartition(":")
             return _factory(Path(file), factory)
         case "checkpoint":
-            return _checkpoint(Path(text), args, kwargs, memory)
+            return _checkpoint(Path(text), args, kwargs, configs, memory)
         case "gguf":
-            return _gguf(Path(text), args, kwargs, memory)
+            return _gguf(Path(text), args, kwargs, configs, memory)
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
+        case "hub":
+            raise UsageError(f"{text} does not exist: here, give a path and no id of the hub")
 
 
 def _module(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
@@ -219,7 +231,13 @@ def _shown(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any], memory: int) -> Source:
+def _checkpoint(
+    folder: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    adapters: Sequence[AdapterConfig],
+    memory: int,
+) -> Source:
     """The source of a Hugging Face folder: config.json, safetensors, and a tokenizer if present."""
     # its files were checked when the kind of the path was determined
     config = json.loads((folder / CONFIG).read_bytes())
@@ -227,7 +245,7 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any], mem
         raise UsageError(
             f"{folder}: reading a checkpoint needs transformers: pip install 'moec[hf]'"
         )
-    _check_config(folder / CONFIG, config)
+    check_config(folder / CONFIG, config)
     seq2seq = bool(config.get("is_encoder_decoder"))
     loader = auto_class(folder, config, kwargs)
     tensors = map_folder(folder)
@@ -248,43 +266,33 @@ def _checkpoint(folder: Path, args: tuple[Any, ...], kwargs: dict[str, Any], mem
             ) from error
         raise CaptureError(f"{folder} cannot be loaded: {_shown(error)}") from error
     check_loading(str(folder), loading, images=bool(loader.notes))
+    merged = merge_adapters(model, weights, adapters, placed)
     model.eval()
     files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
     if not args and not kwargs:
         kwargs = example_tokens(model, seq2seq)
     source = _module(model, args, kwargs)
-    # the last two folders only: the artifact does not record the user's home
-    name = "/".join(folder.resolve().parts[-2:])
     return replace(
         source,
         bounds=_limits(model.config),
-        name=name,
+        name=hub_files.short_name(folder),
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
-        notes=loader.notes,
-        codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
+        notes=(*hub_files.notes(folder), *merged.notes, *loader.notes),
+        codes=partial(arrange, model, weights, merged.names)
+        if any(map(in_few_bits, weights.values()))
+        else None,
         memory=placed,
     )
 
 
-def _check_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises CaptureError for a model type that transformers lacks or a dtype that torch lacks."""
-    import transformers
-
-    model = config.get("model_type")
-    if model not in transformers.CONFIG_MAPPING:
-        near = did_you_mean(str(model), transformers.CONFIG_MAPPING)
-        raise CaptureError(
-            f"{path}: transformers {transformers.__version__} knows no model_type {model!r}{near}"
-        )
-    dtype = config.get("dtype", config.get("torch_dtype"))
-    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
-    if name not in (None, "auto") and not isinstance(getattr(torch, str(name), None), torch.dtype):
-        near = did_you_mean(str(name), MODEL_DTYPES)
-        raise CaptureError(f"{path}: the dtype {dtype!r} is not one of torch's{near}")
-
-
-def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], memory: int) -> Source:
+def _gguf(
+    path: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    adapters: Sequence[AdapterConfig],
+    memory: int,
+) -> Source:
     """The source of a GGUF file, with its tokenizer and chat template."""
     for package, extra in (("transformers", "hf"), ("gguf", "gguf")):
         if importlib.util.find_spec(package) is None:
@@ -306,6 +314,7 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], memory: int
     except Exception as error:
         raise CaptureError(f"{path} cannot be loaded: {_shown(error)}") from error
     check_loading(str(path), loading, images=False)
+    merged = merge_adapters(model, weights, adapters, placed)
     model.eval()
     if not args and not kwargs:
         kwargs = example_tokens(model, seq2seq=False)
@@ -315,7 +324,10 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any], memory: int
         name=path.name,
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
-        codes=partial(arrange, model, weights) if any(map(in_few_bits, weights.values())) else None,
+        notes=(*hub_files.notes(path), *merged.notes),
+        codes=partial(arrange, model, weights, merged.names)
+        if any(map(in_few_bits, weights.values()))
+        else None,
         memory=placed,
     )
 

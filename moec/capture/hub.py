@@ -1,4 +1,5 @@
-"""Checkpoints are loaded and run without the hub: neither files nor kernels come from it.
+"""Checkpoints are loaded and run without the hub: neither files nor kernels come from it. What a
+user names by its id there is downloaded before.
 
 transformers loads some kernels from the hub when a model is made or first run, if the package
 `kernels` is installed. The environment of the process, and of its children, stays as it is.
@@ -6,6 +7,7 @@ transformers loads some kernels from the hub when a model is made or first run, 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +15,8 @@ from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Never, ParamSpec, TypeVar
+
+from moec.model_path import check_no_revision, local_path
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,15 +74,22 @@ def own_config(folder: Path) -> Any:
 
 
 def checkpoints_without_hub(function: Callable[P, R]) -> Callable[P, R]:
-    """Calls `function` with the hub off where its first argument, `model`, is a checkpoint."""
+    """Calls `function` with the hub off where its argument `model` is a checkpoint. An id of the
+    hub, at `revision`, is replaced by the path of what is downloaded, and the revision by None."""
+    signature = inspect.signature(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        model = args[0] if args else kwargs.get("model")
+        bound = signature.bind(*args, **kwargs)
+        model, revision = bound.arguments["model"], bound.arguments.pop("revision", None)
+        if isinstance(model, str):
+            bound.arguments["model"] = model = local_path(model, revision)
+        else:
+            check_no_revision(type(model).__name__, revision)
         if not _is_checkpoint(model):
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
         with hub_off():
-            return function(*args, **kwargs)
+            return function(*bound.args, **bound.kwargs)
 
     return call
 

@@ -7,14 +7,15 @@ checks that they have the values of the weights: passes/quantise/keep_codes.py.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moec.checkpoint.conversion import Conversion, conversions
+from moec.checkpoint.conversion import conversion_of
 from moec.checkpoint.weight import CheckpointWeight
 from moec.formats.integer import Quantised
 from moec.formats.notation import Format
@@ -73,23 +74,30 @@ class ArrangedCodes:
     nearest: Mapping[str, tuple[Format, str]]
 
 
-def arrange(model: Any, weights: Mapping[str, CheckpointWeight]) -> ArrangedCodes:
-    """The codes of the model's weights."""
+def arrange(
+    model: Any, weights: Mapping[str, CheckpointWeight], others: Collection[str] = ()
+) -> ArrangedCodes:
+    """The codes of the model's weights, without the `others`, which have other values now."""
+    conversion = conversion_of(model)
     stored: dict[str, StoredWeight] = {}
     nearest: dict[str, tuple[Format, str]] = {}
-    for conversion in conversions(model, weights):
-        members = [weights[name] for name in conversion.sources]
+    for target, group in conversion.groups(weights).items():
+        members = [weights[name] for _, name in group]
         if all(member.nearest is None and member.codes is None for member in members):
             continue
-        arranged = _converted(members, conversion)
-        stored |= arranged
+        arranged = _converted(members, partial(conversion.convert, target, group))
+        stored |= {name: codes for name, codes in arranged.items() if name not in others}
+        if arranged or target in others:
+            continue
         first = next((member for member in members if member.nearest is not None), None)
-        if not arranged and first is not None and first.nearest is not None:
-            nearest[conversion.target] = first.nearest, first.reason
+        if first is not None and first.nearest is not None:
+            nearest[target] = first.nearest, first.reason
     return ArrangedCodes(stored, nearest)
 
 
-def _converted(members: Sequence[CheckpointWeight], convert: Conversion) -> dict[str, StoredWeight]:
+def _converted(
+    members: Sequence[CheckpointWeight], convert: Callable[[Sequence[Tensor]], dict[str, Tensor]]
+) -> dict[str, StoredWeight]:
     """The weights that the members are converted to; none where their formats differ."""
     held = [member.codes for member in members if member.codes is not None]
     if len(held) < len(members):

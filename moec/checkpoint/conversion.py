@@ -1,67 +1,78 @@
-"""How transformers makes the weights of a model from those of a checkpoint: it renames, stacks
+"""How the names and tensors of a checkpoint become those of a model: transformers renames, stacks
 experts, concatenates gate and up, and so on."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+Group = Sequence[tuple[str | None, str]]
+"""The weights of a checkpoint that are converted together: each with the pattern that its name
+matched, or None if it is only renamed."""
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """Weights of a model by the `sources` of a checkpoint that they are made of. `target` is their
-    name, or the first of several."""
+    """The renamings and converters of a model. `state` has its tensors without their values."""
 
-    target: str
-    sources: tuple[str, ...]
     model: Any
-    converter: Any | None = None
-    patterns: tuple[str, ...] = ()
+    renamings: Sequence[Any]
+    converters: Sequence[Any]
+    state: Mapping[str, Tensor]
 
-    def __call__(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The weights by name, from the tensors of the sources."""
-        if self.converter is None:
-            return {self.target: tensors[0]}
-        converter = deepcopy(self.converter)
-        for pattern, name, tensor in zip(self.patterns, self.sources, tensors, strict=True):
-            converter.add_tensor(self.target, name, pattern, lambda tensor=tensor: tensor)
-        converted = converter.convert(self.target, model=self.model, config=self.model.config)
+    def target(self, name: str) -> tuple[str, str | None]:
+        """The weight of the model that a weight of a checkpoint is a part of, the first one where
+        it is split; and the pattern of its converter, or None where it is that weight."""
+        from transformers.core_model_loading import rename_source_key
+
+        if name in self.state:
+            return name, None
+        return rename_source_key(  # type: ignore[no-any-return]
+            name, self.renamings, self.converters, self.model.base_model_prefix, self.state
+        )
+
+    def groups(self, names: Iterable[str]) -> dict[str, Group]:
+        """The weights of a checkpoint by their target, in the order in which they are stacked."""
+        from transformers.core_model_loading import dot_natural_key
+
+        groups: dict[str, list[tuple[str | None, str]]] = {}
+        for name in sorted(names, key=dot_natural_key):
+            target, pattern = self.target(name)
+            groups.setdefault(target, []).append((pattern, name))
+        return dict(groups)
+
+    def convert(self, target: str, group: Group, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors of the model that those of a group become."""
+        converter = deepcopy(self._converter(group))
+        if converter is None:
+            return {target: tensors[0]}
+        for (source, name), tensor in zip(group, tensors, strict=True):
+            converter.add_tensor(target, name, source, lambda tensor=tensor: tensor)
+        converted = converter.convert(target, model=self.model, config=self.model.config)
         return {n: t[0] if isinstance(t, list) else t for n, t in converted.items()}
 
+    def needs_values(self, group: Group) -> bool:
+        """Whether transformers copies the tensors to the CPU while it converts them."""
+        return getattr(self._converter(group), "force_cpu", False)
 
-def conversions(model: Any, names: Collection[str]) -> list[Conversion]:
-    """The conversions from the weights of a checkpoint, by name, to those of the model."""
+    def _converter(self, group: Group) -> Any | None:
+        of_pattern = {p: each for each in self.converters for p in each.source_patterns}
+        pattern = group[0][0]
+        return None if pattern is None else of_pattern[pattern]
+
+
+def conversion_of(model: Any) -> Conversion:
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     mapping = get_model_conversion_mapping(model, None, None)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    of_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    state = model.state_dict()
-    groups: dict[str, list[tuple[str | None, str]]] = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
-        if name in state:
-            target, pattern = name, None
-        groups.setdefault(target, []).append((pattern, name))
-    result = []
-    for target, group in groups.items():
-        sources, first = tuple(name for _, name in group), group[0][0]
-        if first is None:
-            result.append(Conversion(target, sources, model))
-        else:
-            patterns = tuple(str(pattern) for pattern, _ in group)
-            result.append(Conversion(target, sources, model, of_pattern[first], patterns))
-    return result
+    return Conversion(
+        model,
+        [entry for entry in mapping if isinstance(entry, WeightRenaming)],
+        [entry for entry in mapping if isinstance(entry, WeightConverter)],
+        {name: tensor.to("meta") for name, tensor in model.state_dict().items()},
+    )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from mmap import mmap
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 from moec.checkpoint.coverage import check_experts
 from moec.checkpoint.paged import large_weights, page
 from moec.checkpoint.weight import CheckpointWeight
+from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError
 from moec.memory.memory import Bounded, InMemory
+from moec.spelling import did_you_mean
 
 MOST_MISSING = 1 << 27
 _ITEM_BYTES = 2
@@ -112,3 +115,20 @@ def _dtype(config: Any, weights: Mapping[str, CheckpointWeight]) -> torch.dtype 
         return "auto"
     stored = (weight.dtype for weight in weights.values())
     return next((d for d in stored if d is not None and d.is_floating_point), torch.bfloat16)
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises CaptureError for a model type that transformers lacks or a dtype that torch lacks."""
+    import transformers
+
+    model = config.get("model_type")
+    if model not in transformers.CONFIG_MAPPING:
+        near = did_you_mean(str(model), transformers.CONFIG_MAPPING)
+        raise CaptureError(
+            f"{path}: transformers {transformers.__version__} knows no model_type {model!r}{near}"
+        )
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    if name not in (None, "auto") and not isinstance(getattr(torch, str(name), None), torch.dtype):
+        near = did_you_mean(str(name), MODEL_DTYPES)
+        raise CaptureError(f"{path}: the dtype {dtype!r} is not one of torch's{near}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from moec.checkpoint.conversion import Conversion, conversions
+from moec.checkpoint.conversion import Conversion, Group, conversion_of
 from moec.checkpoint.weight import CheckpointWeight
 from moec.errors import CaptureError
 from moec.memory.paged import PagedWeights
@@ -40,11 +40,9 @@ def large_weights(model: Any, weights: Mapping[str, CheckpointWeight]) -> dict[s
     """The weights of a checkpoint that make large weights of the model, which has no values."""
     large = {name for name, weight in model.named_parameters() if weight.nbytes >= LEAST}
     later: dict[str, ReadLater] = {}
-    for conversion in conversions(model, weights):
-        if large.isdisjoint(_targets(conversion, weights)):
-            continue
-        if not getattr(conversion.converter, "force_cpu", False):
-            later |= {name: ReadLater(weights[name].shape) for name in conversion.sources}
+    for part in _parts(model, weights):
+        if part.name in large:
+            later |= {name: ReadLater(weights[name].shape) for _, name in part.group}
     return later
 
 
@@ -52,39 +50,53 @@ def page(model: Any, weights: Mapping[str, CheckpointWeight], paged: PagedWeight
     """Give a paged weight to the model for each one without values."""
     parameters = dict(model.named_parameters())
     pages: dict[int, Parameter] = {}
-    for conversion in conversions(model, weights):
-        sources = [weights[name] for name in conversion.sources]
-        for target in _targets(conversion, weights):
-            weight = parameters.get(target)
-            if weight is None or not weight.is_meta or id(weight) in pages:
-                continue
-            runs = _runs(conversion, target, [source.shape for source in sources], weight.shape)
-            if runs is None:
-                tensor = paged.add(
-                    weight.shape, weight.dtype, partial(_convert, conversion, target, sources)
-                )
-            else:
-                tensor = paged.add(weight.shape, weight.dtype, partial(_copy, sources, runs))
-            pages[id(weight)] = Parameter(tensor, requires_grad=weight.requires_grad)
+    for part in _parts(model, weights):
+        weight = parameters.get(part.name)
+        if weight is None or not weight.is_meta or id(weight) in pages:
+            continue
+        runs = _runs(part, weight.shape)
+        read = partial(_convert, part) if runs is None else partial(_copy, part.sources, runs)
+        tensor = paged.add(weight.shape, weight.dtype, read)
+        pages[id(weight)] = Parameter(tensor, requires_grad=weight.requires_grad)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(weight) in pages:  # tied weights stay one
                 setattr(module, name, pages[id(weight)])
 
 
-def _targets(conversion: Conversion, weights: Mapping[str, CheckpointWeight]) -> Set[str]:
-    """The names of the weights of the model that the conversion gives."""
-    shapes = (weights[name].shape for name in conversion.sources)
-    return conversion([torch.empty(shape, device="meta") for shape in shapes]).keys()
+@dataclass(frozen=True)
+class _Part:
+    """The weight `name` of a model, and the `sources` that are converted to it."""
+
+    name: str
+    conversion: Conversion
+    target: str
+    group: Group
+    sources: tuple[CheckpointWeight, ...]
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The weight, from the tensors of the sources."""
+        return self.conversion.convert(self.target, self.group, tensors)[self.name]
 
 
-def _convert(
-    conversion: Conversion, target: str, sources: Sequence[CheckpointWeight], tensor: Tensor
-) -> None:
+def _parts(model: Any, weights: Mapping[str, CheckpointWeight]) -> Iterator[_Part]:
+    """The weights of the model that may be read later."""
+    conversion = conversion_of(model)
+    for target, group in conversion.groups(weights).items():
+        sources = tuple(weights[name] for _, name in group)
+        empty = [torch.empty(source.shape, device="meta") for source in sources]
+        if not conversion.needs_values(group):
+            for name in conversion.convert(target, group, empty):
+                yield _Part(name, conversion, target, group, sources)
+
+
+def _convert(part: _Part, tensor: Tensor) -> None:
     """Writes a weight of the model. Raises CaptureError for another shape."""
-    values = conversion([source.values() for source in sources])[target]
+    values = part.of([source.values() for source in part.sources])
     if values.shape != tensor.shape:
-        raise CaptureError(f"the weight {target} is {list(values.shape)}, not {list(tensor.shape)}")
+        raise CaptureError(
+            f"the weight {part.name} is {list(values.shape)}, not {list(tensor.shape)}"
+        )
     tensor.copy_(values)
 
 
@@ -108,26 +120,22 @@ def _copy(sources: Sequence[CheckpointWeight], runs: Sequence[_Run], tensor: Ten
         rows[run.start : run.start + run.count] = values[run.first : run.first + run.count]
 
 
-def _runs(
-    conversion: Conversion,
-    target: str,
-    shapes: Sequence[tuple[int, ...]],
-    shape: torch.Size,
-) -> list[_Run] | None:
+def _runs(part: _Part, shape: torch.Size) -> list[_Run] | None:
     """The rows of a weight of the model where the conversion moves rows and does nothing else. It
     is tried with the numbers of the rows, and with drawn values."""
+    shapes = [source.shape for source in part.sources]
     if len(shape) < 2 or any(len(s) < 2 or s[-1] != shape[-1] for s in shapes):
         return None
     counts = [prod(s[:-1]) for s in shapes]
     stops = torch.tensor(counts).cumsum(0)
     numbers = torch.split(torch.arange(int(stops[-1])), counts)
-    moved = conversion([n.view(*s[:-1], 1) for n, s in zip(numbers, shapes, strict=True)])[target]
+    moved = part.of([n.view(*s[:-1], 1) for n, s in zip(numbers, shapes, strict=True)])
     if moved.shape != (*shape[:-1], 1) or moved.dtype != torch.int64:
         return None
     rows = moved.flatten()
     values = torch.rand(int(stops[-1]), 2, generator=torch.Generator().manual_seed(0))
     drawn = torch.split(values, counts)
-    tried = conversion([d.view(*s[:-1], 2) for d, s in zip(drawn, shapes, strict=True)])[target]
+    tried = part.of([d.view(*s[:-1], 2) for d, s in zip(drawn, shapes, strict=True)])
     if not torch.equal(tried.flatten(0, -2), values[rows]):
         return None
     return list(_grouped(rows, stops))

@@ -19,9 +19,16 @@ from moec import model_path
 from moec.bench.names import PACKAGES, check_names, files_of
 from moec.commands.inspect import is_artifact
 from moec.commands.options.files import OutputFile
-from moec.commands.options.options import DTypeName, check_changes, json_option
+from moec.commands.options.options import (
+    DTypeName,
+    check_changes,
+    json_option,
+    revision_option,
+)
+from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
+from moec.files.hub_files import short_name
 from moec.target.cpu import processor
 
 if TYPE_CHECKING:
@@ -48,6 +55,7 @@ if TYPE_CHECKING:
     "--file", "files", type=click.Path(path_type=Path, dir_okay=False), multiple=True,
     metavar="FILE", help="The file that a baseline runs: an .onnx with a KV cache, or a .gguf.",
 )  # fmt: skip
+@revision_option
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
@@ -89,6 +97,7 @@ def command(
     append: Path | None,
     as_json: bool,
     quiet: bool,
+    revision: str | None,
 ) -> None:
     """Time prefill and decode of MODEL_OR_ARTIFACT.
 
@@ -111,6 +120,8 @@ def command(
     check_names(names)
     files_of([name for name in names if name in PACKAGES], files)
     opened = _artifact_of(model, artifact, names, quant)
+    if opened is None or any(name not in PACKAGES for name in names):
+        model = local_model(model, revision, quiet or as_json)
     from moec.runtime.process.threads import set_threads
 
     count = set_threads(threads)
@@ -145,7 +156,7 @@ def _artifact_of(
     model: str, artifact: Path | None, names: Sequence[str], quant: str | None
 ) -> Path | None:
     """The artifact to time; None where `model` is to be compiled. Raises UsageError for options
-    that exclude one another, MoecError for a model that cannot be read."""
+    that exclude one another."""
     check_changes(quant=quant)
     path = Path(model)
     of_artifact = is_artifact(path)
@@ -159,8 +170,6 @@ def _artifact_of(
             f"{model} is an artifact: give the checkpoint that it was compiled from, and "
             f"--artifact {model}"
         )
-    if not of_artifact and artifact is None:
-        model_path.kind_of_model(model)
     return path if of_artifact else artifact
 
 
@@ -241,7 +250,7 @@ def _bench(
         return max(needed.flops / peak, needed.bytes / stream)
 
     return result(
-        Path(model).resolve().name,
+        Path(short_name(Path(model))).name,
         logits.dtype,
         f"{processor()}, {platform.machine()}",
         threads,

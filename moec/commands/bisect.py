@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import click
 
-from moec import model_path
 from moec.commands.options.options import (
     Tolerance,
     api_arguments,
@@ -15,6 +14,7 @@ from moec.commands.options.options import (
     json_option,
     model_options,
 )
+from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.runtime.process.threads import shorten_spinning
@@ -51,6 +51,8 @@ def command(
     allow_fixed: tuple[str, ...],
     constants: tuple[str, ...],
     describe: str | None,
+    revision: str | None,
+    adapters: tuple[str, ...],
 ) -> None:
     """Find the first rewrite of the passes that changes what MODEL computes.
 
@@ -60,11 +62,16 @@ def command(
     from moec.commands.options.shapes import explain_sizes
     from moec.commands.output.progress import Progress, hush
 
-    model_path.kind_of_model(model)
     check_changes(passes)
     arguments = api_arguments(
-        shapes, describe, dtype=dtype, allow_fixed=allow_fixed, constants=constants
+        shapes,
+        describe,
+        dtype=dtype,
+        allow_fixed=allow_fixed,
+        constants=constants,
+        adapters=adapters,
     )
+    model = local_model(model, revision, quiet or as_json)
     shorten_spinning()
     hush()
     with explain_sizes(), Progress(quiet=quiet or as_json) as progress:

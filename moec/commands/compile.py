@@ -25,6 +25,7 @@ from moec.commands.options.options import (
     model_options,
     quiet_option,
 )
+from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UnsupportedError
@@ -105,9 +106,9 @@ LOGGER = logging.getLogger(__name__)
 def command(**values: Any) -> None:
     """Compile MODEL into an artifact that runs without PyTorch.
 
-    MODEL is a folder with a Hugging Face checkpoint, a .pt2 file of torch.export, or
-    FILE.py:FACTORY, a function that returns (module, arguments) or (module, arguments,
-    dynamic_shapes).
+    MODEL is a folder with a Hugging Face checkpoint, ORG/NAME or ORG/NAME:FILE.gguf for one of the
+    hub, which is downloaded, a .gguf file, a .pt2 file of torch.export, or FILE.py:FACTORY, a
+    function that returns (module, arguments) or (module, arguments, dynamic_shapes).
 
     The result is compared with eager PyTorch on random inputs. If they differ, nothing is written
     and the exit code is 2.
@@ -122,6 +123,8 @@ def command(**values: Any) -> None:
     request = request_of(values)
     check(request)
     arguments = api_arguments(**request.options)
+    model = local_model(request.model, request.revision, request.silent)
+    request = replace(request, model=model)
     store = default_store()
     key = cache_key(request, store)
     if key is not None and _write_cached(request, store, key):
@@ -204,8 +207,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
     hush()
     if cost := estimate.of_files(request.model):
         LOGGER.info(cost)
-    silent = request.quiet or (request.as_json and not _on_terminal())
-    with explain_sizes(), Progress(silent, plan=_phases(request)) as progress:
+    with explain_sizes(), Progress(request.silent, plan=_phases(request)) as progress:
         progress.phase("start")  # imports torch, which takes a moment, and checks options
         from moec import compile as compile_model
 
@@ -303,10 +305,6 @@ class Dump:
         path = self.folder / f"{self.written:02d}-{pass_result.name}.moe"
         path.write_text(print_graph(pass_result.program.graph))
         self.written += 1
-
-
-def _on_terminal() -> bool:
-    return sys.stderr.isatty()
 
 
 def _stdout_is_terminal() -> bool:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec import model_path
 from moec.commands.options.files import check_output
 from moec.commands.options.options import (
     OneOf,
@@ -20,6 +19,7 @@ from moec.commands.options.options import (
     model_options,
     quiet_option,
 )
+from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
@@ -76,12 +76,13 @@ def command(
     as_json: bool,
     quiet: bool,
     force: bool,
+    revision: str | None,
     **options: Any,
 ) -> None:
     """Write the complete MODEL as an ONNX file, with its weights in a second file.
 
-    MODEL is a folder with a Hugging Face checkpoint, a .pt2 file of torch.export, or
-    FILE.py:FACTORY, as for `moec compile`.
+    MODEL is a folder with a Hugging Face checkpoint, ORG/NAME of the hub, a .pt2 file of
+    torch.export, or FILE.py:FACTORY, as for `moec compile`.
 
     The file is run in ONNX Runtime and compared with eager PyTorch on random inputs. If they
     differ, nothing is written and the exit code is 2.
@@ -93,8 +94,8 @@ def command(
     from moec.commands.options.shapes import explain_sizes
 
     path = _output(output, force)
-    model_path.kind_of_model(model)
     arguments = api_arguments(**options)
+    model = local_model(model, revision, quiet or as_json)
 
     from moec.commands.output.progress import Progress, hush
 

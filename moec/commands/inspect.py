@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moec import model_path
 from moec.commands.options.files import OutputFile
 from moec.commands.options.options import api_arguments, json_option, model_options
+from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import ArtifactError
@@ -39,6 +39,7 @@ def command(
     picture: Path | None,
     as_json: bool,
     quiet: bool,
+    revision: str | None,
     **options: Any,
 ) -> None:
     """Show what moec recognises in a model, or what was compiled into an artifact.
@@ -52,8 +53,9 @@ def command(
         if picture:
             graph = _graph(Path(model), text)
     else:
-        model_path.kind_of_model(model)
-        report, graph = of_model(model, api_arguments(**options), quiet or as_json)
+        arguments = api_arguments(**options)
+        model = local_model(model, revision, quiet or as_json)
+        report, graph = of_model(model, arguments, quiet or as_json)
     if picture and graph is not None:
         from moec.report.picture import save, scene
 

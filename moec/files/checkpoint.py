@@ -40,7 +40,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     code or other files.
     """
     check_folder(folder, TOKENIZER_FILES)
-    contents = {name: _object(folder / name) for name in _JSON if (folder / name).exists()}
+    contents = {name: json_object(folder / name) for name in _JSON if (folder / name).exists()}
     for name in (CONFIG, GENERATION_CONFIG):
         check_fields(folder / name, contents.get(name, {}))
         check_numbers(folder / name, contents.get(name, {}))
@@ -56,8 +56,8 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     return contents[CONFIG]
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CaptureError, naming the file, where there is none."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -74,7 +74,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _check_index(folder: Path) -> None:
     path = folder / INDEX
-    files = _object(path).get("weight_map")
+    files = json_object(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise CaptureError(f"{path} has no weight_map, which names the file of each weight")
     for name in sorted(set(files.values())):

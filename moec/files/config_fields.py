@@ -21,7 +21,7 @@ _IMPLEMENTATION = re.compile(r"\w*_implementation(_\w+)?|\w*kernels?(_\w+)?")
 _OF_TRANSFORMERS = re.compile(r"[\w|-]*")
 _REMOTE = re.compile(r"(hf[-_]hub|local-dir):.*", re.DOTALL)  # names of timm's models
 _LIMIT = re.compile(r"\w*_(limit|max|min)")  # such as time_step_limit, [0, Infinity] in Mamba
-_ADAPTER = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 Fields = Iterator[tuple[str, Any]]
 
@@ -83,14 +83,14 @@ def _float(text: Any) -> Any:
 
 
 def check_folder(folder: Path, names: tuple[str, ...]) -> None:
-    """Raises UsageError for an adapter, which transformers may apply or ignore, and where one of
+    """Raises UsageError for an adapter, which transformers would apply or ignore, and where one of
     the files `names`, which are copied into the artifact, is a link out of the folder."""
-    if (folder / _ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         raise UsageError(
-            f"{folder} has an adapter ({_ADAPTER}), which moec does not read: merge it into the "
-            "model (merge_and_unload) and save that"
+            f"{folder} has an adapter ({ADAPTER_CONFIG}) and a model: move the adapter's two files "
+            "into another folder, and give that with --adapter to merge it"
         )
-    inside = (folder.resolve(), _blobs(folder))
+    inside = (folder.resolve(), *_blobs(folder))
     for path in (folder / name for name in names):
         if path.is_symlink() and not any(path.resolve().is_relative_to(f) for f in inside):
             raise UsageError(
@@ -99,9 +99,10 @@ def check_folder(folder: Path, names: tuple[str, ...]) -> None:
             )
 
 
-def _blobs(folder: Path) -> Path:
-    """Where Hugging Face's cache has the files of a snapshot, MODEL/snapshots/REVISION."""
-    return folder.resolve().parents[1] / "blobs" if len(folder.resolve().parents) > 1 else folder
+def _blobs(folder: Path) -> list[Path]:
+    """Where Hugging Face's cache has the files of a snapshot, MODEL/snapshots/REVISION: in the
+    folder of the model, or in one that all models share."""
+    return [parent / "blobs" for parent in folder.resolve().parents[1:3]]
 
 
 def fields(config: Mapping[str, Any], within: str = "") -> Fields:

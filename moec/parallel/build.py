@@ -25,7 +25,7 @@ from moec.verify.references import intended
 
 OPTIONS = frozenset(
     "dynamic_shapes allow_fixed constants dtype opt_level passes calib budget strict descriptions "
-    "progress".split()
+    "progress revision adapters".split()
 )
 """The options of `moec.compile` that `compile_ranks` takes too."""
 
@@ -54,10 +54,10 @@ def compile_ranks(
 
     `model`, `args` and `kwargs` are those of `moec.compile`, and so are the `options`
     dynamic_shapes, allow_fixed, constants, dtype, opt_level, passes, calib, budget, strict,
-    descriptions and progress. `plan` is a plan or a file that `moec plan` wrote. `verify` simulates
-    all ranks in this process and compares their results with eager's before anything is written; a
-    float is the greatest error allowed, relative to the greatest value of an output. `overwrite`
-    replaces a folder at `output`.
+    descriptions, progress, revision and adapters. `plan` is a plan or a file that `moec plan`
+    wrote. `verify` simulates all ranks in this process and compares their results with eager's
+    before anything is written; a float is the greatest error allowed, relative to the greatest
+    value of an output. `overwrite` replaces a folder at `output`.
 
     Raises UsageError for a plan of another model, UnsupportedError for what ranks cannot compute,
     VerificationError where the ranks together do not compute the model's results, and what

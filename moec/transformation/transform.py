@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,13 +63,16 @@ def transform(
     allow_fixed: bool | str | Collection[str] = False,
     form: str = "auto",
     verify: bool | float = True,
+    revision: str | None = None,
+    adapters: Sequence[str | Path] = (),
 ) -> torch.nn.Module:
     """Apply passes that change a model, and return the changed model as a trainable module.
 
     `model`, `args`, `kwargs`, `passes`, `calib`, `budget`, `strict`, `dtype`, `dynamic_shapes`,
-    `allow_fixed` and `verify` are those of `moec.compile`; the model itself does not change, except
-    for its dtype and eval mode. The result computes what `moec.compile` would with the same passes,
-    is called like the model, and can be compiled, or transformed, again.
+    `allow_fixed`, `verify`, `revision` and `adapters` are those of `moec.compile`; the model itself
+    does not change, except for its dtype and eval mode. The result computes what `moec.compile`
+    would with the same passes, is called like the model, and can be compiled, or transformed,
+    again.
 
     `form="class"` requires a module of the model's own Hugging Face class, which can be saved with
     save_pretrained. That is possible where experts were pruned to one number in all layers. "graph"
@@ -80,14 +84,14 @@ def transform(
     """
     if form not in FORMS:
         raise UsageError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
-    check_kinds(dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed)
+    check_kinds(dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, adapters=adapters)
     chosen = _chosen(changes(passes))
     check_calibration(calib)
     limits = parse_budget(text("budget", budget))
     if strict and not budget:
         raise UsageError("strict fails when the budget is exceeded: give budget too")
     limit = tolerance(verify)
-    source = cast(open_source(model, *example_inputs(args, kwargs)), dtype)
+    source = cast(open_source(model, *example_inputs(args, kwargs), adapters), dtype)
     captured = capture_source(source, dynamic_shapes, allow_fixed)
     session = CalibrationSession(calib, source.files, limits, strict)
     stage = stage_of(captured.program.graph)

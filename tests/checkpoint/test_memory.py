@@ -90,6 +90,18 @@ def test_codes_of_a_checkpoint_are_kept(tmp_path):
     assert "keep the codes of the checkpoint" in str(compiled.report())
 
 
+def test_adapters_change_weights_that_are_read_later(tmp_path):
+    folder, adapter = save("mixtral", tmp_path / "checkpoint"), tmp_path / "adapter"
+    name = "model.layers.1.self_attn.q_proj"
+    adapters.write(adapter, adapters.low_rank({name: (64, 64)}), target_modules=["q_proj"])
+    expected = open_source(folder, adapters=[adapter]).model.state_dict()
+    source = open_source(folder, adapters=[adapter], memory=SMALL)
+    assert not torch.equal(expected[f"{name}.weight"], open_source(folder).model.state_dict()[f"{name}.weight"])
+    with source.memory.reading():
+        for key, tensor in source.model.state_dict().items():
+            assert torch.equal(tensor, expected[key]), key
+
+
 def test_onnx_after_compilation(tmp_path):
     """Weights are read again when a method of the result needs them."""
     folder = save("mixtral", tmp_path / "checkpoint")

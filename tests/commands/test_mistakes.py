@@ -200,7 +200,14 @@ def test_a_full_folder_for_temporary_files(tmp_path: Path) -> None:
 TINY = str(Path(__file__).parents[2] / "examples/tiny_moe/checkpoint")
 DRY = ["compile", TINY, "--dry-run"]
 TYPOS = (
-    (["compile", "no/model", "-o", "x.moec"], "no/model does not exist: give the folder"),
+    (["compile", "no-model", "-o", "x.moec"], "no-model does not exist: give the folder"),
+    ([*DRY, "--adapter", "none"], "the adapter none is no folder"),
+    ([*DRY, "--adapter", TINY], "checkpoint is no adapter of PEFT: it has no adapter_config.json"),
+    (["compile", "no/model", "-o", "x.moec"], "no/model does not exist here, and the hub's cache"),
+    (
+        ["compile", TINY, "-o", "x.moec", "--revision", "v1"],
+        "no id of the hub, and only these have",
+    ),
     (["compile", ".", "-o", "x.moec"], ". is not a checkpoint: it has no config.json"),
     (["compile", "none.py", "--dry-run"], "name the function that returns the model"),
     (["compile", "none.py:f", "--dry-run"], "none.py does not exist"),

@@ -130,7 +130,7 @@ CODE = [
     (sets({"kernel_mapping": {}}, "kernel_config"), "brings its own code (kernel_config)"),
     (sets(["config.4.0.json"], "configuration_files"), "configuration_files names other files"),
     (sets("../w.safetensors", "transformers_weights"), "transformers_weights names other files"),
-    (writes("adapter_config.json", b"{}"), "has an adapter (adapter_config.json), which moec does"),
+    (writes("adapter_config.json", b"{}"), "has an adapter (adapter_config.json) and a model: "),
     (links("chat_template.jinja", "../secret"), "chat_template.jinja leads out of its folder"),
     (links("special_tokens_map.json", "/etc/hostname"), "leads out of its folder"),
 ]

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from moec.cache import key_of, source_version
+from moec.files import hub_files
 from moec.runtime.artifact.part_writers import on_all_cores
 from moec.target import cpu
 
@@ -73,7 +74,7 @@ def checkpoint_key(model: str, options: Mapping[str, object]) -> CheckpointKey |
     if not (folder / "config.json").is_file():
         return None
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    name = folder.resolve().parts[-2:]  # the report and the artifact contain it
+    name = (hub_files.short_name(folder), hub_files.notes(folder))  # the artifact contains them
     machine = (cpu.host(), cpu.processor())
     versions = [_version(name) for name in _PACKAGES]
     start = key_of(name, sorted(options.items()), machine, source_version(), versions)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from moec import model_path
 from moec.cache import Store
 from moec.commands.compilation.checkpoint_key import CheckpointKey, checkpoint_key
 from moec.commands.options.files import check_folder, check_writable
@@ -22,6 +22,7 @@ class CompileRequest:
     `changing_options`."""
 
     model: str
+    revision: str | None
     output: Path | None
     target: str
     verify: float | bool
@@ -45,6 +46,11 @@ class CompileRequest:
         return not (self.dry_run or self.stop_after)
 
     @property
+    def silent(self) -> bool:
+        """Whether no progress is shown: JSON goes to stdout, and progress only to a terminal."""
+        return self.quiet or (self.as_json and not sys.stderr.isatty())
+
+    @property
     def verified(self) -> float | bool:
         """The tolerance; False where nothing can be or is to be verified."""
         return self.verify if self.builds else False
@@ -58,14 +64,13 @@ def request_of(values: Mapping[str, Any]) -> CompileRequest:
 
 
 def check(request: CompileRequest) -> None:
-    """Raises MoecError for what could not be compiled or written."""
+    """Raises MoecError for options that exclude one another, and what could not be written."""
     _check_output(request)
     for option, folder in (("--dump-ir", request.dump_ir), ("--emit", request.emit)):
         if folder is not None:
             check_folder(folder, f"{option} {folder}")
     if request.emit is not None and not (request.builds and "cuda" in request.target):
         raise UsageError("--emit writes GPU code: give -o and a GPU, such as --target cuda:sm_80")
-    model_path.kind_of_model(request.model)
     parse_both(request.target)
     if request.stop_after is not None:
         check_last(request.stop_after)
@@ -79,7 +84,8 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     options = request.options
     files = (request.dump_ir, request.emit, request.plan_file, options["calib"])
     cached = store.folder is not None and request.builds
-    if not cached or any(files) or request.tune or options["describe"]:
+    others = options["describe"] or options["adapters"]
+    if not cached or any(files) or request.tune or others:
         return None
     names = ("target", "verify", "kv_cache", "record_routing")
     more = {name: getattr(request, name) for name in names}

@@ -10,6 +10,7 @@ import click
 
 from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
 from moec.errors import UsageError
+from moec.files.adapter import read_adapter
 from moec.spelling import did_you_mean, did_you_mean_file
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -24,6 +25,10 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warn
 signed_by_option = click.option(
     "--signed-by", type=click.Path(path_type=Path), metavar="FILE",
     help="Refuse the artifact unless it is signed with the private key of this public key.",
+)  # fmt: skip
+revision_option = click.option(
+    "--revision", metavar="BRANCH|TAG|COMMIT",
+    help="Of a model that is named by its id on the Hugging Face hub, ORG/NAME.",
 )  # fmt: skip
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
@@ -105,6 +110,11 @@ def model_options(command: F) -> F:
             "--constant", "constants", multiple=True, metavar="INPUT",
             help="An input that always has the example's values, such as image_grid_thw.",
         ),
+        click.option(
+            "--adapter", "adapters", multiple=True, metavar="DIR",
+            help="Merge this LoRA or DoRA adapter of PEFT into the weights; several in order.",
+        ),
+        revision_option,
     ):  # fmt: skip
         command = decorator(command)
     return command
@@ -147,6 +157,8 @@ def api_arguments(
     from moec.commands.options.shapes import dynamic_shapes, parse
 
     check_changes(**{name: options[name] for name in CHANGES if name in options})
+    for folder in options.get("adapters", ()):
+        read_adapter(Path(folder))
     parsed = parse(shapes)
     if describe is not None:
         if not Path(describe).is_file():

@@ -1,0 +1,1 @@
+"""Adapters of PEFT, merged into the weights of a model when it is loaded."""

@@ -1,0 +1,265 @@
+"""The files of a model of the Hugging Face hub: which are needed, and their download.
+
+Cache, token, server and offline mode are those of huggingface_hub and of its environment variables.
+Only configuration, tokenizer and weights are downloaded: no code, and nothing that is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from moec.errors import UsageError
+from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
+from moec.files.config_fields import ADAPTER_CONFIG
+from moec.files.hub_errors import explained
+from moec.files.safetensors import INDEX, SINGLE
+from moec.spelling import did_you_mean, did_you_mean_file
+
+LOGGER = logging.getLogger(__name__)
+
+_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([^:]+\.gguf))?", re.ASCII)
+_OF_FILES = (".gguf", ".moec", ".pt2", ".py")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SPLIT = re.compile(r"(.*-)00001(-of-(\d{5})\.gguf)")
+_MARGIN = 1 << 26  # bytes, for other writers
+_MOST_NAMES = 8
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """The files `names` of a repository at a commit. `missing` has the bytes of each that is not in
+    the cache; `gguf` is the file that is the model, or empty where the folder is."""
+
+    repository: str
+    revision: str
+    commit: str
+    names: tuple[str, ...]
+    missing: Mapping[str, int]
+    gguf: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(self.missing.values())
+
+
+def is_id(text: str) -> bool:
+    """Whether text has the form of an id, ORG/NAME or ORG/NAME:FILE.gguf, and not of a file."""
+    match = _ID.fullmatch(text)
+    return match is not None and not match[1].endswith(_OF_FILES)
+
+
+def origin(path: Path) -> tuple[str, str] | None:
+    """The repository and the commit of a folder, or of a file in it, of the hub's cache."""
+    parts = path.absolute().parts
+    for models, snapshots, commit in zip(parts, parts[1:], parts[2:], strict=False):
+        if models.startswith("models--") and snapshots == "snapshots" and _COMMIT.fullmatch(commit):
+            return models.removeprefix("models--").replace("--", "/"), commit
+    return None
+
+
+def notes(path: Path) -> tuple[str, ...]:
+    """What a report says of a model in the hub's cache: its repository and its commit."""
+    of_hub = origin(path)
+    return (f"{of_hub[0]} of the hub, commit {of_hub[1]}",) if of_hub else ()
+
+
+def short_name(folder: Path) -> str:
+    """The id of a model in the hub's cache; of any other folder the last two names only, because
+    artifacts do not record the user's home."""
+    of_hub = origin(folder.resolve())
+    return of_hub[0] if of_hub else "/".join(folder.resolve().parts[-2:])
+
+
+def find(text: str, revision: str | None = None) -> HubFiles:
+    """The files of the id `text` at a branch, tag or commit. In offline mode, those in the cache.
+
+    Raises UsageError where the model cannot be read, has no weights that moec reads, or is not in
+    the cache in offline mode.
+    """
+    match = _ID.fullmatch(text)
+    assert match is not None, "the caller checked that it is an id"
+    repository, gguf = match[1], match[2] or ""
+    for package in ("huggingface_hub", "transformers"):
+        if find_spec(package) is None:
+            raise UsageError(
+                f"{text} does not exist{did_you_mean_file(Path(text))}: to download a model "
+                f"of this name, install {package}: pip install 'moec[hf]'"
+            )
+    from huggingface_hub import HfApi, is_offline_mode
+
+    if is_offline_mode():
+        return _of_cache(text, repository, gguf, revision or "main")
+    with explained(text, revision):
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        commit = str(info.sha)
+
+        def index() -> bytes:
+            return Path(_downloaded(repository, INDEX, commit)).read_bytes()
+
+        names = _needed(text, repository, gguf, sizes, index)
+        _check_present(names, sizes, f"{text} has none of this name: give another revision")
+        missing = {n: sizes[n] for n in names if _cached(repository, n, commit) is None}
+    return HubFiles(repository, revision or "main", commit, names, missing, gguf)
+
+
+def download(files: HubFiles, shares: bool = False) -> Path:
+    """The path of a model in the cache, with all its files. With `shares`, what is done is logged,
+    for a `Progress`; otherwise huggingface_hub shows its bars.
+
+    Raises UsageError where the disk is too small or the download ends early.
+    """
+    text = f"{files.repository}:{files.gguf}" if files.gguf else files.repository
+    if files.missing:
+        _check_room(files)
+    bar = _shares(files.size) if shares else None
+    with explained(text, files.revision, downloads=bool(files.missing)):
+        for name in files.missing:
+            _downloaded(files.repository, name, files.commit, bar)
+        first = files.names[0]
+        path = _cached(files.repository, first, files.commit)
+        if path != _cached(files.repository, first, files.revision):
+            # notes the commit of the branch in the cache, where offline mode looks it up
+            _downloaded(files.repository, first, files.revision)
+    assert path is not None, "it was downloaded"
+    return path if files.gguf else path.parent
+
+
+def _of_cache(text: str, repository: str, gguf: str, revision: str) -> HubFiles:
+    first = gguf or CONFIG
+    path = _cached(repository, first, revision)
+    if path is None:
+        near = did_you_mean_file(Path(text))
+        raise UsageError(
+            f"{text} does not exist here{near}, and the hub's cache does not hold it at {revision}:"
+            " HF_HUB_OFFLINE is set, and only without it the model is downloaded"
+        )
+    folder = path.parents[first.count("/")]
+    present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    names = _needed(text, repository, gguf, present, (folder / INDEX).read_bytes)
+    remedy = f"the hub's cache has none for {text}: run the same command without HF_HUB_OFFLINE"
+    _check_present(names, present, remedy)
+    return HubFiles(repository, revision, folder.name, names, {}, gguf)
+
+
+def _check_present(names: Collection[str], present: Collection[str], words: str) -> None:
+    for name in names:
+        if name not in present:
+            raise UsageError(f"the file {name} is needed, and {words}")
+
+
+def _needed(
+    text: str, repository: str, gguf: str, present: Collection[str], index: Callable[[], bytes]
+) -> tuple[str, ...]:
+    """The names of the files to read, the first of which is the model's or its configuration."""
+    if gguf:
+        if gguf not in present:
+            raise UsageError(f"{repository} has no file {gguf}{did_you_mean(gguf, present)}")
+        match = _SPLIT.fullmatch(gguf)
+        last = int(match[3]) if match else 1
+        return (gguf, *(f"{match[1]}{i:05}{match[2]}" for i in range(2, last + 1) if match))
+    weights = _weights(repository, present, index)
+    if CONFIG not in present or not weights:
+        raise UsageError(_without_weights(text, present))
+    more = (name for name in (GENERATION_CONFIG, *TOKENIZER_FILES) if name in present)
+    return tuple(dict.fromkeys((CONFIG, *more, *weights)))
+
+
+def _weights(
+    repository: str, present: Collection[str], index: Callable[[], bytes]
+) -> tuple[str, ...]:
+    """The .safetensors that `moec.files.safetensors.weight_files` reads, and their index."""
+    if SINGLE in present:
+        return (SINGLE,)
+    if INDEX in present:
+        try:
+            names = sorted(set(json.loads(index())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UsageError(f"{INDEX} of {repository} is damaged: give another revision") from None
+        return (INDEX, *(str(name) for name in names))
+    others = [n for n in present if n.endswith(".safetensors") and "/" not in n]
+    return tuple(others) if len(others) == 1 else ()
+
+
+def _without_weights(text: str, present: Collection[str]) -> str:
+    ggufs = sorted(name for name in present if name.endswith(".gguf"))
+    if ggufs:
+        more = f" and {len(ggufs) - _MOST_NAMES} others" if len(ggufs) > _MOST_NAMES else ""
+        return (
+            f"{text} holds GGUF files: name one of them, as in {text}:{ggufs[0]} (it has "
+            f"{', '.join(ggufs[:_MOST_NAMES])}{more})"
+        )
+    if CONFIG not in present and ADAPTER_CONFIG in present:
+        return (
+            f"{text} is an adapter: give the model that it changes, and the adapter in a folder "
+            "with --adapter"
+        )
+    pickled = next((n for n in sorted(present) if n.endswith((".bin", ".pt", ".pth"))), None)
+    if CONFIG in present and pickled is not None:
+        return (
+            f"{text} has no .safetensors but {pickled}, which is pickled: it could run any code, "
+            "so moec does not read it; choose a revision or a copy with safetensors"
+        )
+    what = CONFIG if CONFIG not in present else ".safetensors"
+    return f"{text} is no model that moec can read: the repository has no {what}"
+
+
+def _cached(repository: str, name: str, revision: str) -> Path | None:
+    """The file in the cache, if it is there. No request is sent."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository, name, revision=revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def _downloaded(repository: str, name: str, revision: str, bar: Any = None) -> str:
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(repository, name, revision=revision, tqdm_class=bar)
+
+
+def _check_room(files: HubFiles) -> None:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < files.size + _MARGIN:
+        raise UsageError(
+            f"{files.repository} needs {files.size / 1e9:.1f} GB more in {cache}, and "
+            f"{free / 1e9:.1f} GB are free: free some, or set HF_HOME to a folder on another disk"
+        )
+
+
+def _shares(total: int) -> type:
+    """A class of progress bars that log how much of all files is done, instead of drawing it."""
+    from tqdm.auto import tqdm
+
+    done = 0
+
+    class Shares(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal done
+            done += int(n or 0)
+            share = min(done / total, 1.0) if total else 1.0
+            detail = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+            LOGGER.debug("download %s", detail, extra={"share": share, "detail": detail})
+            return None
+
+        # Bytes of the network, which may be compressed; those that are written are counted above.
+        def update_transfer(self, n: float | None = 1) -> None: ...
+
+        def set_transfer_postfix_str(self, *args: Any, **kwargs: Any) -> None: ...
+
+    return Shares
