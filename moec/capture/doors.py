@@ -279,7 +279,7 @@ def _checkpoint(
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
         notes=(*hub_files.notes(folder), *merged.notes, *loader.notes),
-        codes=partial(arrange, model, weights, merged.names)
+        codes=partial(arrange, model, weights, merged.names, placed)
         if any(map(in_few_bits, weights.values()))
         else None,
         memory=placed,
@@ -325,7 +325,7 @@ def _gguf(
         files={f"{FOLDER}{name}": content for name, content in files.items()},
         unnamed=True,
         notes=(*hub_files.notes(path), *merged.notes),
-        codes=partial(arrange, model, weights, merged.names)
+        codes=partial(arrange, model, weights, merged.names, placed)
         if any(map(in_few_bits, weights.values()))
         else None,
         memory=placed,

@@ -19,6 +19,7 @@ from moec.checkpoint.conversion import conversion_of
 from moec.checkpoint.weight import CheckpointWeight
 from moec.formats.integer import Quantised
 from moec.formats.notation import Format
+from moec.memory.memory import InMemory
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ class ArrangedCodes:
 
 
 def arrange(
-    model: Any, weights: Mapping[str, CheckpointWeight], others: Collection[str] = ()
+    model: Any,
+    weights: Mapping[str, CheckpointWeight],
+    others: Collection[str],
+    memory: InMemory,
 ) -> ArrangedCodes:
-    """The codes of the model's weights, without the `others`, which have other values now."""
+    """The codes of the model's weights in `memory`, without the `others`, which have other values
+    now."""
     conversion = conversion_of(model)
     stored: dict[str, StoredWeight] = {}
     nearest: dict[str, tuple[Format, str]] = {}
@@ -85,7 +90,7 @@ def arrange(
         members = [weights[name] for _, name in group]
         if all(member.nearest is None and member.codes is None for member in members):
             continue
-        arranged = _converted(members, partial(conversion.convert, target, group))
+        arranged = _converted(members, partial(conversion.convert, target, group), memory)
         stored |= {name: codes for name, codes in arranged.items() if name not in others}
         if arranged or target in others:
             continue
@@ -96,7 +101,9 @@ def arrange(
 
 
 def _converted(
-    members: Sequence[CheckpointWeight], convert: Callable[[Sequence[Tensor]], dict[str, Tensor]]
+    members: Sequence[CheckpointWeight],
+    convert: Callable[[Sequence[Tensor]], dict[str, Tensor]],
+    memory: InMemory,
 ) -> dict[str, StoredWeight]:
     """The weights that the members are converted to; none where their formats differ."""
     held = [member.codes for member in members if member.codes is not None]
@@ -114,7 +121,7 @@ def _converted(
     across = held[0].transposed
 
     def laid_out(tensor: Tensor) -> Tensor:
-        return tensor.mT.contiguous() if across else tensor.contiguous()
+        return memory.tensor(tensor.mT.contiguous() if across else tensor.contiguous())
 
     return {
         name: StoredWeight(

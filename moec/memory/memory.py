@@ -74,6 +74,11 @@ class Bounded(InMemory):
         try:
             with ReadsWeights(self.paged):
                 yield
+        except Exception as error:
+            raise self.paged.failure or error from error.__cause__
+        else:
+            if self.paged.failure is not None:
+                raise self.paged.failure
         finally:
             stopped.set()
             thread.join()

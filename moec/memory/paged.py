@@ -27,13 +27,19 @@ Read = Callable[[Tensor], None]
 """Writes the values of a weight into a tensor."""
 
 
+class UnreadableWeight(MoecError):
+    """A weight could not be read, so that what was computed with it means nothing."""
+
+
 class PagedWeights:
     """Weights of at most `limit` bytes in memory, those in use by one operator excepted. `files`
-    are discarded from memory after each weight that is read."""
+    are discarded from memory after each weight that is read. `failure` is the last error: code that
+    tries what a model accepts takes it for a refusal of the model."""
 
     def __init__(self, limit: int, spool: Spool) -> None:
         self.limit = limit
         self.files: list[mmap.mmap] = []
+        self.failure: UnreadableWeight | None = None
         self._spool = spool
         self._samples: dict[tuple[torch.Size, torch.dtype], int] | None = None
         self._weights: dict[int, _Weight] = {}  # by address
@@ -85,9 +91,10 @@ class PagedWeights:
         weight.region.provide()
         try:
             self._reader.submit(_fill, weight).result()
-        except BaseException:
+        except Exception as error:
             weight.region.drop()
-            raise
+            self.failure = UnreadableWeight(f"a weight of the checkpoint cannot be read: {error}")
+            raise self.failure from error
         for file in self.files:
             file.madvise(mmap.MADV_DONTNEED)
         if self._samples is not None:

@@ -41,7 +41,7 @@ class Spool:
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """The same values in the file. Raises UsageError where the disk is full."""
-        if not tensor.nbytes or tensor.nbytes < LEAST:
+        if not tensor.nbytes or tensor.nbytes < LEAST or self._holds(tensor):
             return tensor
         flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
         buffer = self._store(flat.numpy())
@@ -54,6 +54,10 @@ class Spool:
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         stored: Array = np.frombuffer(self._store(flat), np.uint8).view(array.dtype)
         return stored.reshape(array.shape)
+
+    def _holds(self, tensor: Tensor) -> bool:
+        start = tensor.untyped_storage().data_ptr()
+        return tensor.is_contiguous() and any(start == part.address for part in self._regions)
 
     def discard(self) -> None:
         """Give back the memory of all tensors that were read; their values stay in the file."""

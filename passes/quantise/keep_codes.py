@@ -23,6 +23,7 @@ from moec.checkpoint.weight import nearest_int8
 from moec.formats.integer import TINY, Quantised, dequantise
 from moec.formats.notation import Format
 from moec.ir.graph import Graph, Op, Program, Value
+from moec.memory.memory import InMemory
 from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.core.rewrite import Builder
 from moec.passes.core.runner import Log
@@ -67,7 +68,7 @@ class KeepCodes(QuantisingPass):
             chosen.append((op, format))
             for matrix, part in zip(matrices, parts, strict=True):
                 if part.codes is not None:
-                    codes.calibrated[matrix.name, format] = part.codes
+                    codes.calibrated[matrix.name, format] = _in_memory(log.memory, part.codes)
                 lines[part.line] += 1
         log.says += [line.format(count) for line, count in sorted(lines.items())]
         return replace(self, chosen=tuple(chosen)).rounded(program, log, codes)
@@ -95,6 +96,11 @@ class KeepCodes(QuantisingPass):
         if not _agrees(stored.format, parts, weight):
             return _Part(nearest_int8(weight.shape[-1]), None, "a pass changed its values")
         return _Part(stored.format, parts)
+
+
+def _in_memory(memory: InMemory, parts: Quantised) -> Quantised:
+    zeros = None if parts.zeros is None else memory.tensor(parts.zeros)
+    return Quantised(memory.tensor(parts.codes), memory.tensor(parts.scales), zeros)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from moec.checkpoint import paged
 from moec.errors import UsageError
 from moec.memory import spool
 from moec.memory.memory import Bounded
-from tests.checkpoint import writers
+from moec.memory.paged import UnreadableWeight
+from tests.checkpoint import adapters, writers
 from tests.checkpoint.families import FAMILIES, model
 from tests.checkpoint.test_values import AWQ, FORMS
 
@@ -93,10 +95,11 @@ def test_codes_of_a_checkpoint_are_kept(tmp_path):
 def test_adapters_change_weights_that_are_read_later(tmp_path):
     folder, adapter = save("mixtral", tmp_path / "checkpoint"), tmp_path / "adapter"
     name = "model.layers.1.self_attn.q_proj"
-    adapters.write(adapter, adapters.low_rank({name: (64, 64)}), target_modules=["q_proj"])
+    adapters.write(adapter, adapters.factors(name, 64, 64), target_modules=["q_proj"])
     expected = open_source(folder, adapters=[adapter]).model.state_dict()
     source = open_source(folder, adapters=[adapter], memory=SMALL)
-    assert not torch.equal(expected[f"{name}.weight"], open_source(folder).model.state_dict()[f"{name}.weight"])
+    base = open_source(folder).model.state_dict()
+    assert not torch.equal(expected[f"{name}.weight"], base[f"{name}.weight"])
     with source.memory.reading():
         for key, tensor in source.model.state_dict().items():
             assert torch.equal(tensor, expected[key]), key
@@ -107,6 +110,29 @@ def test_onnx_after_compilation(tmp_path):
     folder = save("mixtral", tmp_path / "checkpoint")
     compiled = moec.compile(folder, memory=SMALL, build=False, dtype="float32")
     compiled.export_onnx(tmp_path / "m.onnx", cache=False)
+
+
+def test_a_weight_that_cannot_be_read_ends_the_compilation(tmp_path, monkeypatch):
+    """Eager fails without it, which by itself would only mean that the model refuses an input."""
+    source = open_source(save("mixtral", tmp_path), memory=SMALL)
+    count = 0
+
+    def cut(*args):
+        nonlocal count
+        count += 1
+        if count > 5:
+            raise OSError("the disk is gone")
+
+    def try_often() -> None:
+        with source.memory.reading():
+            for _ in range(3):
+                with contextlib.suppress(Exception):
+                    source.model(**source.kwargs)
+
+    monkeypatch.setattr("moec.memory.paged._fill", cut)
+    with pytest.raises(UnreadableWeight) as raised:
+        try_often()
+    assert str(raised.value) == "a weight of the checkpoint cannot be read: the disk is gone"
 
 
 @pytest.mark.parametrize("memory", ["6 gigs", 0, -1, True, [], "1e3GiB", float("nan")])

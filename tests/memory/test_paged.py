@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moec.errors import MoecError
-from moec.memory.paged import PagedWeights, ReadsWeights
+from moec.memory.paged import PagedWeights, ReadsWeights, UnreadableWeight
 from moec.memory.spool import Spool
 
 SIZE = 1 << 16
@@ -112,8 +112,9 @@ def test_an_error_of_a_reader_is_the_operators(weights):
         raise MoecError("the file was cut")
 
     tensor = weights.add(torch.Size((4,)), torch.float32, read)
-    with ReadsWeights(weights), pytest.raises(MoecError, match="the file was cut"):
+    with ReadsWeights(weights), pytest.raises(UnreadableWeight, match="the file was cut"):
         tensor.sum()
+    assert "the file was cut" in str(weights.failure)
     assert tensor.isnan().all()
 
 
