@@ -24,6 +24,8 @@ MOST_MISSING = 1 << 27
 _ITEM_BYTES = 2
 _COPIES = 3
 """Weights as they are loaded, as passes change them, and packed for kernels."""
+_LEAST_STORED = 0.75
+"""The part of the weights that a temporary file holds at least: codes of 8 bits, and packed."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def memory_for(
     if size * _COPIES <= limit:
         return InMemory()
     bounded = Bounded(limit)
+    bounded.check_room(_LEAST_STORED * size)
     bounded.paged.files.extend(files)
     return bounded
 

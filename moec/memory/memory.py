@@ -38,6 +38,9 @@ class InMemory:
         """While open, weights may have the values of others of their shape."""
         yield
 
+    def check_room(self, size: float) -> None:
+        """Raises UsageError where weights of `size` bytes cannot be stored."""
+
     def fill(self, weights: Sequence[Tensor]) -> None:
         """Give the weights their values, for code that reads them without operators of torch."""
 
@@ -59,6 +62,7 @@ class Bounded(InMemory):
     in a file, in a process that is to take about `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
+        self.limit = limit
         self._limit, self._spool = limit // _PARTS, Spool()
         self.note = (
             "weights stayed in files while the model was compiled, with about "
@@ -89,6 +93,9 @@ class Bounded(InMemory):
     def share_values(self) -> Iterator[None]:
         with self.paged.share_values():
             yield
+
+    def check_room(self, size: float) -> None:
+        self._spool.check_room(int(size))
 
     def fill(self, weights: Sequence[Tensor]) -> None:
         self.paged.fill(weights)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moec.errors import UsageError
 from moec.memory.ranges import PAGE, FileRange
+from moec.runtime.checks import show_bytes
 from moec.runtime.dtypes import Array
 
 LEAST = 1 << 20
@@ -64,6 +65,16 @@ class Spool:
         for region in list(self._regions):
             region.discard()
 
+    def check_room(self, size: int) -> None:
+        """Raises UsageError where the disk has no room for `size` bytes more."""
+        free = shutil.disk_usage(self._folder).free
+        if free < size:
+            raise UsageError(
+                f"{self._folder}, for temporary files, has {show_bytes(free)} free, and weights of "
+                f"{show_bytes(size)} are to be kept there: free some, set TMPDIR to a folder on "
+                "another disk, or allow more memory (--memory)"
+            )
+
     def write(self, content: Any) -> int:
         """Write the content, any buffer, and return where it starts. Raises UsageError."""
         view = memoryview(content).cast("B")
@@ -75,11 +86,9 @@ class Spool:
                 count = os.pwrite(self.file, view[: 1 << 26], at)
                 view, at = view[count:], at + count
         except OSError as error:
-            free = shutil.disk_usage(self._folder).free
             raise UsageError(
-                f"{self._folder}, for temporary files, cannot take {view.nbytes / 1e6:,.0f} MB "
-                f"more ({error.strerror}; {free / 1e6:,.0f} MB are free): free some, or set TMPDIR "
-                "to a folder on another disk"
+                f"{self._folder}, for temporary files, cannot take {show_bytes(view.nbytes)} more "
+                f"({error.strerror}): free some, or set TMPDIR to a folder on another disk"
             ) from error
         return start
 

@@ -55,6 +55,7 @@ def build_model(
 
         with list_unrecognised(compiled):
             memory = compiled.source.memory
+            memory.check_room(_bytes(module))
             package = generate(module, target, opt_level, tunings, backend, memory)
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
@@ -71,6 +72,12 @@ def build_model(
 
         executor = Executor(package)
     return replace(compiled, package=package, executor=executor)
+
+
+def _bytes(module: Module) -> int:
+    """Those of the weights of all programs, each once."""
+    weights = {name: w for program in module for name, w in module[program].weights.items()}
+    return sum(weight.nbytes for weight in weights.values())
 
 
 def build_for_gpu(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -56,10 +57,23 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(UsageError) as raised:
         Spool().tensor(torch.zeros(1 << 20))
-    assert str(raised.value).startswith(
-        f"{tmp_path}, for temporary files, cannot take 4 MB more (No space left on device; "
+    assert str(raised.value) == (
+        f"{tmp_path}, for temporary files, cannot take 4.2 MB more (No space left on device): free "
+        "some, or set TMPDIR to a folder on another disk"
     )
-    assert "set TMPDIR to a folder on another disk" in str(raised.value)
+
+
+def test_room_is_checked_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5_000_000))
+    spool = Spool()
+    spool.check_room(4_000_000)
+    with pytest.raises(UsageError) as raised:
+        spool.check_room(6_000_000)
+    assert str(raised.value) == (
+        f"{tmp_path}, for temporary files, has 5.0 MB free, and weights of 6.0 MB are to be kept "
+        "there: free some, set TMPDIR to a folder on another disk, or allow more memory (--memory)"
+    )
 
 
 def test_discarding_gives_memory_back():

@@ -36,6 +36,19 @@ def of_files(model: str) -> str:
     return f"{size(weights)} of weights: {memory(weights)}" if weights else ""
 
 
+def _bounded(compiled: CompiledModel, weights: int) -> str:
+    """As `memory`, also where the model is not in memory as a whole."""
+    from moec.memory.memory import Bounded
+
+    held = compiled.source.memory
+    if not isinstance(held, Bounded):
+        return memory(weights)
+    return (
+        f"about {size(held.limit)} of memory and {size(2 * weights)} of disk, half of it for the "
+        "artifact"
+    )
+
+
 def of_model(compiled: CompiledModel, opt_level: int, weights: int) -> str:
     """An estimate for a model that is captured but not built, without its decode program. Raises
     UnsupportedError where it cannot be compiled."""
@@ -45,11 +58,11 @@ def of_model(compiled: CompiledModel, opt_level: int, weights: int) -> str:
     from moec.target.cpu import CpuTarget
 
     if not isinstance(compiled.target, CpuTarget) or compiled.target.kind != "cpu":
-        return f"a compilation needs {memory(weights)}"
+        return f"a compilation needs {_bounded(compiled, weights)}"
     lowered = lower(compiled.module, compiled.target, backend_for(compiled.target))
     count, missing = kernels_to_compile(lowered.module, compiled.target, opt_level)
     seconds = sum(compiled.phases.values()) + missing * KERNEL_SECONDS
     return (
-        f"a compilation takes about {about(seconds)} and {memory(weights)}: {missing} of {count} "
-        "kernels of the forward pass are not in the cache"
+        f"a compilation takes about {about(seconds)} and {_bounded(compiled, weights)}: {missing} "
+        f"of {count} kernels of the forward pass are not in the cache"
     )
