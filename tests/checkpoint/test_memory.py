@@ -12,6 +12,7 @@ import torch
 import moec
 from moec.capture.doors import open_source
 from moec.checkpoint import paged
+from moec.checkpoint.tensors import Tensors
 from moec.errors import UsageError
 from moec.memory import spool
 from moec.memory.memory import Bounded
@@ -115,13 +116,13 @@ def test_onnx_after_compilation(tmp_path):
 def test_a_weight_that_cannot_be_read_ends_the_compilation(tmp_path, monkeypatch):
     """Eager fails without it, which by itself would only mean that the model refuses an input."""
     source = open_source(save("mixtral", tmp_path), memory=SMALL)
-    count = 0
+    read, names = Tensors.read, []
 
-    def cut(*args):
-        nonlocal count
-        count += 1
-        if count > 5:
+    def fail_later(tensors, name):
+        names.append(name)
+        if len(names) > 5:
             raise OSError("the disk is gone")
+        return read(tensors, name)
 
     def try_often() -> None:
         with source.memory.reading():
@@ -129,7 +130,7 @@ def test_a_weight_that_cannot_be_read_ends_the_compilation(tmp_path, monkeypatch
                 with contextlib.suppress(Exception):
                     source.model(**source.kwargs)
 
-    monkeypatch.setattr("moec.memory.paged._fill", cut)
+    monkeypatch.setattr(Tensors, "read", fail_later)
     with pytest.raises(UnreadableWeight) as raised:
         try_often()
     assert str(raised.value) == "a weight of the checkpoint cannot be read: the disk is gone"
