@@ -89,13 +89,19 @@ def allowed_bytes(memory: Any) -> int:
         return free_memory() // 2
     match = _SIZE.fullmatch(memory) if isinstance(memory, str) else None
     count = float(match[1]) * _UNITS[match[2]] if match else memory
-    if isinstance(count, bool) or not isinstance(count, int | float) or not 0 < count < 1 << 60:
+    if (
+        isinstance(count, bool)
+        or not isinstance(count, int | float)
+        or not 0 < count <= MOST_MEMORY
+    ):
         raise UsageError(
             f'memory is {memory!r}: give bytes, or a size with GiB, GB, MiB or MB, such as "6GiB"'
         )
     return int(count)
 
 
+MOST_MEMORY = 1 << 60
+"""Bytes: no weights are kept in files."""
 _UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 

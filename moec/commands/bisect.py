@@ -86,21 +86,22 @@ def command(
             "bisect searches exact rewrites, and this pass changes numbers on purpose: leave it out"
         )
         chosen = exact(choose(opt_level, passes), why)
-        captured = compile_model(
+        compiled = compile_model(
             model,
             **arguments,
             stop_after="capture",
             progress=progress.phase,
-        ).captured
-        captured = bound(captured, chosen)
-        progress.phase("passes")
-        bisection = bisect(
-            captured.program,
-            chosen,
-            drawn_cases(captured, seed),
-            tolerance=MEANING if tolerance is None else tolerance,
-            progress=progress.phase,
         )
+        with compiled.source.memory.reading():
+            captured = bound(compiled.captured, chosen)
+            progress.phase("passes")
+            bisection = bisect(
+                captured.program,
+                chosen,
+                drawn_cases(captured, seed),
+                tolerance=MEANING if tolerance is None else tolerance,
+                progress=progress.phase,
+            )
     if as_json:
         click.echo(json.dumps(asdict(bisection), indent=1))
     else:

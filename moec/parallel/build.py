@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moec.api import compile
-from moec.arguments import tolerance
+from moec.arguments import MOST_MEMORY, tolerance
 from moec.capture.doors import stop_tokens
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Module
@@ -72,7 +72,9 @@ def compile_ranks(
     limit, folder = tolerance(verify), Path(output)
     check_replaceable(folder, overwrite)
     plan = plan if isinstance(plan, Plan) else read_plan(Path(plan))
-    compiled = compile(model, args, kwargs, verify=False, stop_after="split-packed", **options)
+    compiled = compile(
+        model, args, kwargs, verify=False, stop_after="split-packed", memory=MOST_MEMORY, **options
+    )
     program, log = compiled.pass_results[-1].program, Log()
     module = rank_programs(program, plan, log)
     captured = intended(compiled.captured, compiled.pass_results)
