@@ -119,7 +119,7 @@ def format_of(config: Mapping[str, Any], names: Collection[str]) -> CheckpointFo
             return format
     methods = [each for format in FOLDERS for each in format.methods]
     raise CaptureError(
-        f"config.json: weights of quant_method {method!r} are not supported"
+        f"config.json: weights of quant_method {method[:40]!r} are not supported"
         f"{did_you_mean(method, methods)}; moec reads {', '.join(methods)}"
     )
 

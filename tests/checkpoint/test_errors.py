@@ -15,6 +15,7 @@ from moec.capture.doors import open_source
 from moec.errors import CaptureError
 from tests.checkpoint import writers
 from tests.checkpoint.families import model
+from tests.checkpoint.test_oracles import compressed
 from tests.checkpoint.test_values import FORMS
 
 Damage = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
@@ -145,6 +146,38 @@ def test_sym_is_said_and_zeros_are_others(tmp_path):
     assert "quantization_config says sym, and model.layers" in refusal(source)
 
 
+def test_scales_of_another_dtype(written, tmp_path):
+    form, folder = written
+    name = f"{W1}.weight_scale_inv" if form == "fp8-blocks" else f"{W1}.scales"
+
+    def damage(tensors, config):
+        tensors[name] = tensors[name].int()
+
+    assert f"{name} is of int32, and its format makes it float16 or bfloat16 or float32" in refusal(
+        damaged(folder, tmp_path / "damaged", damage)
+    )
+
+
+def test_zeros_and_orders_that_the_configuration_says_are_there(tmp_path):
+    source = writers.write(model("mixtral"), tmp_path / "a", *FORMS["gptq-act-order"])
+    folder = damaged(source, tmp_path / "x", without(f"{W1}.g_idx"))
+    assert f"says desc_act, and {W1}.qweight has no {W1}.g_idx" in refusal(folder)
+    source = writers.write(model("mixtral"), tmp_path / "b", *compressed("int4-asymmetric"))
+    folder = damaged(source, tmp_path / "y", without(f"{W1}.weight_zero_point"))
+    assert f"says symmetric: false, and {W1}.weight has no zero points" in refusal(folder)
+
+
+def test_integers_that_no_configuration_explains(tmp_path):
+    source = writers.write(model("mixtral"), tmp_path, *FORMS["gptq"])
+
+    def damage(tensors, config):
+        norm = "model.norm.weight"
+        tensors[norm] = tensors[norm].to(torch.int8)
+
+    message = refusal(damaged(source, tmp_path / "damaged", damage))
+    assert "the weight model.norm.weight is of int8, and config.json names no quant" in message
+
+
 def test_groups_that_do_not_exist(tmp_path):
     source = writers.write(model("mixtral"), tmp_path, *FORMS["gptq-act-order"])
 
@@ -164,6 +197,19 @@ HEADERS = [
     ({"shape": "2", "dtype": "F32", "data_offsets": [0, 8]}, "the bytes of its shape"),
     ({"shape": [2], "dtype": [], "data_offsets": [0, 8]}, "the bytes of its shape"),
 ]
+
+
+def test_tensors_that_share_bytes_and_names_that_are_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    entry = {"shape": [2], "dtype": "F32", "data_offsets": [0, 8]}
+    for names, words in (
+        (["a", "b"], "truncated or damaged"),
+        (["a\nb"], r"a tensor 'a\nb', which"),
+    ):
+        header = json.dumps(dict.fromkeys(names, entry)).encode()
+        content = len(header).to_bytes(8, "little") + header + b"\0" * 8
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert words in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(("entry", "words"), HEADERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 import moec
 from moec.capture.doors import open_source
+from moec.checkpoint.gguf.model import configuration
 from moec.errors import CaptureError
+from moec.files.gguf import read_header
 from moec.formats.integer import dequantise
 from tests.checkpoint.families import COMMON, model
 
@@ -181,6 +184,12 @@ def field(name, kind, value):
     return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
 
 
+def entry(name, offset):
+    """A tensor of eight float32 numbers."""
+    sizes = struct.pack("<IQIQ", 1, 8, 0, offset)
+    return struct.pack("<Q", len(name)) + name + sizes
+
+
 PADDING = b"\0" * 4096
 DAMAGED = [
     (b"GGUX" + PADDING, "does not start with GGUF"),
@@ -191,9 +200,12 @@ DAMAGED = [
     (header(field(b"a", 9, struct.pack("<IQ", 9, 1))) + PADDING, "elements of type 9"),
     (header(field(b"a", 77, b"")) + PADDING, "has the type 77"),
     (header(field(b"\xff\xfe", 0, b"\1")) + PADDING, "no UTF-8"),
+    (header(field(b"a", 0, b"\1"), field(b"a", 0, b"\1")) + PADDING, "the field a twice"),
     (header(field(b"general.alignment", 4, struct.pack("<I", 0))) + PADDING, "alignment is 0"),
     (header(field(b"split.count", 2, struct.pack("<H", 3))) + PADDING, "part of a model in 3"),
     (header(field(b"split.count", 8, struct.pack("<Q", 1) + b"x")) + PADDING, "one of 'x' files"),
+    (header(tensors=2) + entry(b"a", 0) + entry(b"b", 0) + PADDING, "b does not begin where the"),
+    (header(tensors=1) + entry(b"a\nb", 0) + PADDING, "which is no name"),
     (header() + PADDING, "general.architecture is None"),
     (b"", "cannot be read|truncated or damaged"),
 ]  # fmt: skip
@@ -206,6 +218,22 @@ def test_damaged(content, words, tmp_path):
     with pytest.raises(CaptureError, match=words) as caught:
         open_source(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("block_count", 10**9, "block_count is 1,000,000,000, and the file holds 2 blocks"),
+    ("block_count", 2**31, "block_count is 2147483648, and has to be a whole number from 1"),
+    ("expert_used_count", 0, "expert_used_count is 0, and has to be a whole number from 1"),
+    ("expert_used_count", 5, "expert_used_count has to be 1 to 4"),
+    ("rope.freq_base", float("nan"), "rope.freq_base is nan, and has to be a positive number"),
+    ("attention.layer_norm_rms_epsilon", "x", "is x, and has to be a positive number"),
+])  # fmt: skip
+def test_fields_that_are_no_numbers_of_the_model(name, value, words, tmp_path):
+    write(tmp_path / "model.gguf", "mixtral", "F16")
+    file = read_header(tmp_path / "model.gguf")
+    fields = {**file.fields, f"llama.{name}": value}
+    with pytest.raises(CaptureError, match=words):
+        configuration(replace(file, fields=fields))
 
 
 def test_a_split_list_that_names_itself(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,8 @@ _FIELDS = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+_OF_EXPERTS = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
@@ -68,6 +70,8 @@ _INNER = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+MOST = 1 << 31
+"""No count or size of a model is as large."""
 
 
 def configuration(header: GgufHeader) -> dict[str, Any]:
@@ -75,9 +79,9 @@ def configuration(header: GgufHeader) -> dict[str, Any]:
     that moec does not map."""
     fields = header.fields
     architecture = fields.get("general.architecture")
-    if architecture not in MODEL_TYPES:
+    if not isinstance(architecture, str) or architecture not in MODEL_TYPES:
         raise CaptureError(
-            f"general.architecture is {architecture!r}; moec reads {', '.join(MODEL_TYPES)}"
+            f"general.architecture is {architecture!r:.40}; moec reads {', '.join(MODEL_TYPES)}"
         )
     model_type = MODEL_TYPES[architecture]
     experts = _integer(fields, f"{architecture}.expert_count", 0)
@@ -88,19 +92,19 @@ def configuration(header: GgufHeader) -> dict[str, Any]:
         if value not in allowed:
             raise CaptureError(f"{architecture}.{name} is {value!r}, which moec does not map")
     config: dict[str, Any] = {"model_type": model_type, **_FIXED.get(model_type, {})}
-    for name, key in _FIELDS.items():
-        value = fields.get(f"{architecture}.{name}")
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CaptureError(f"{architecture}.{name} is {str(value)[:40]}, not one number")
-        config[key] = value
+    for name, key in (_FIELDS | (_OF_EXPERTS if experts else {})).items():
+        if f"{architecture}.{name}" in fields:
+            config[key] = _integer(fields, f"{architecture}.{name}", 0, least=1)
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-        if not isinstance(config.get(name), int) or config[name] < 1:
+        if name not in config:
             raise CaptureError(f"the file says no {name} of {architecture}")
+    _check_layers(header, config["num_hidden_layers"])
     if experts:
         config["num_local_experts" if model_type == "mixtral" else "num_experts"] = experts
-    theta = fields.get(f"{architecture}.rope.freq_base", 10000.0)
+        if not 1 <= config.get("num_experts_per_tok", 0) <= experts:
+            raise CaptureError(f"{architecture}.expert_used_count has to be 1 to {experts}")
+    config["rms_norm_eps"] = _real(fields, f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)
+    theta = _real(fields, f"{architecture}.rope.freq_base", 10000.0)
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     if "token_embd.weight" in header.tensors:
         config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
@@ -112,11 +116,28 @@ def configuration(header: GgufHeader) -> dict[str, Any]:
     return config
 
 
-def _integer(fields: Mapping[str, Any], name: str, default: int) -> int:
+def _integer(fields: Mapping[str, Any], name: str, default: int, least: int = 0) -> int:
     value = fields.get(name, default)
-    if not isinstance(value, int) or value < 0:
-        raise CaptureError(f"{name} is {str(value)[:40]}, not a number of things")
+    if type(value) is not int or not least <= value < MOST:
+        raise CaptureError(
+            f"{name} is {str(value)[:40]}, and has to be a whole number from {least}"
+        )
     return value
+
+
+def _real(fields: Mapping[str, Any], name: str, default: float) -> float:
+    value = fields.get(name, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CaptureError(f"{name} is {str(value)[:40]}, and has to be a positive number")
+    return float(value)
+
+
+def _check_layers(header: GgufHeader, count: int) -> None:
+    """Raises CaptureError where the file has not so many blocks: transformers would first make
+    the layers, billions perhaps."""
+    blocks = {match[1] for name in header.tensors if (match := _LAYER.match(name))}
+    if count > len(blocks):
+        raise CaptureError(f"block_count is {count:,}, and the file holds {len(blocks):,} blocks")
 
 
 def model_name(name: str) -> str:
