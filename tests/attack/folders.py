@@ -25,6 +25,8 @@ _FORMS = {
     "gptq-act-order": FORMS["gptq-act-order"],
     "awq": FORMS["awq"],
     "fp8": FORMS["fp8-blocks"],
+    "nf4": FORMS["nf4-nested"],
+    "bnb-int8": FORMS["bnb-int8"],
 }
 _SCHEMES = ("int4-asymmetric", "w8a8")
 NAMES = (*_FORMS, *_SCHEMES, "mxfp4")
@@ -66,6 +68,8 @@ _PARTS: Mapping[str, tuple[str, ...]] = {
     "gptq-act-order": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
     "fp8": ("weight_scale_inv",),
+    "nf4": ("absmax", "quant_map", "__nf4"),
+    "bnb-int8": ("SCB",),
     "int4-asymmetric": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
     "w8a8": ("weight_scale",),
     "mxfp4": ("_blocks", "_scales"),
@@ -133,7 +137,7 @@ def _shape(draft: Draft, draw: random.Random) -> None:
 
 
 def _shape_of_others(draft: Draft, draw: random.Random) -> None:
-    name = draw.choice([n for n in draft.tensors if n not in draft.parts() and "layers" in n])
+    name = draw.choice([n for n in draft.tensors if "norm" in n or "embed" in n])
     tensor = draft.tensors[name]
     draft.tensors[name] = draw.choice((torch.cat((tensor, tensor[:1])), tensor[1:], tensor[None]))
 
@@ -250,8 +254,10 @@ _OF_DRAFT: Mapping[str, OfDraft] = {
 _ONLY: Mapping[str, tuple[str, ...]] = {
     "group index": ("gptq-act-order",),
     "bits": ("gptq", "awq", "fp8"),
+    "method": tuple(name for name in NAMES if name not in ("nf4", "bnb-int8")),
 }
-"""The formats that a damage is of, where it is not of all."""
+"""The formats that a damage is of, where it is not of all. (bitsandbytes is recognised without a
+quant_method, too.)"""
 
 
 def _damaged(name: str) -> Callable[[Path, random.Random], Path]:

@@ -118,7 +118,8 @@ def test_the_configuration_says_nothing(written, tmp_path):
 
 CONFIGURATIONS = [
     ({"quant_method": "gptqq"}, "quant_method 'gptqq' are not supported; did you mean 'gptq'?"),
-    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' are not supported"),
+    ({"quant_method": "aqlm"}, "quant_method 'aqlm' are not supported"),
+    ({"load_in_4bit": False}, "quant_method '' are not supported"),
     ([4], "quantization_config is a list, no object"),
     ({"quant_method": "gptq", "bits": 3}, "bits is 3; moec reads 2, 4, 8"),
     ({"quant_method": "gptq", "bits": "4"}, "bits is '4'"),
@@ -176,6 +177,47 @@ def test_integers_that_no_configuration_explains(tmp_path):
 
     message = refusal(damaged(source, tmp_path / "damaged", damage))
     assert "the weight model.norm.weight is of int8, and config.json names no quant" in message
+
+
+STATES = [
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 2', "is damaged, or no nf4 or fp4 of"),
+    (b'{"quant_type": "nf4", "blocksize": 0, "shape": [96, 64]}', "is damaged, or no nf4 or fp4"),
+    (b'{"quant_type": "fp4", "blocksize": 64, "shape": [96, 64]}', "is damaged, or no nf4 or fp4"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [1e9, 64]}', "is damaged, or no nf4 or"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 128]}', "of 64 makes it 6144"),
+    (b'{"quant_type": "nf4", "blocksize": 32, "shape": [96, 64]}', "in blocks of 32 makes it 192"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 64], "nested_blocksize": 256, '
+     b'"nested_offset": 0.5}', f"{W1}.weight.nested_absmax next to it"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 64], "nested_blocksize": 256, '
+     b'"nested_offset": NaN}', "is damaged, or no nf4 or fp4"),
+    (b"\xff", "is damaged, or no nf4 or fp4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "words"), STATES)
+def test_states_of_four_bits(state, words, tmp_path):
+    source = writers.write(model("mixtral"), tmp_path, *FORMS["nf4"])
+
+    def damage(tensors, config):
+        name = f"{W1}.weight.quant_state.bitsandbytes__nf4"
+        tensors[name] = torch.tensor(list(state), dtype=torch.uint8)
+
+    assert words in refusal(damaged(source, tmp_path / "damaged", damage))
+
+
+def test_parts_of_bitsandbytes(tmp_path):
+    four = writers.write(model("mixtral"), tmp_path / "four", *FORMS["nf4"])
+    folder = damaged(four, tmp_path / "a", without(f"{W1}.weight.quant_state"))
+    assert f"the packed weight {W1}.weight has no {W1}.weight.quant_state" in refusal(folder)
+    eight = writers.write(model("mixtral"), tmp_path / "eight", *FORMS["bnb-int8"])
+    folder = damaged(eight, tmp_path / "b", without(f"{W1}.SCB"))
+    assert f"the integers {W1}.weight have no {W1}.SCB" in refusal(folder)
+
+    def damage(tensors, config):
+        tensors[f"{W1}.weight_format"] += 1
+
+    words = f"{W1}.weight_format says that {W1}.weight is not stored by rows"
+    assert words in refusal(damaged(eight, tmp_path / "c", damage))
 
 
 def test_groups_that_do_not_exist(tmp_path):
