@@ -75,16 +75,11 @@ def _four_bits(tensors: Tensors, name: str, kind: str) -> CheckpointWeight:
             raise CaptureError(f"{state_name} has no {each} next to it")
     n, k = state.shape
     blocks = -(-n * k // state.block)
-    shapes = {name: -(-n * k // 2), parts[0]: blocks, parts[1]: 16}
-    if state.nested:
-        shapes |= {parts[2]: -(-blocks // state.nested), parts[3]: 256}
-    for each, count in shapes.items():
-        stored = tensors.dtype(each).itemsize if each == name else 1  # bytes in words, for FSDP
-        if math.prod(tensors.shape(each)) * stored != count:
-            raise CaptureError(
-                f"the tensor {each} is {list(tensors.shape(each))}, and its weight of {[n, k]} in "
-                f"blocks of {state.block} makes it {count}"
-            )
+    counts = (blocks, 16, *((-(-blocks // state.nested), 256) if state.nested else ()))
+    for each, count in zip(parts, counts, strict=True):
+        check_shape(each, tensors.shape(each), (count,))
+    words = -(-n * k // 2) // tensors.dtype(name).itemsize  # bytes, or words of them for FSDP
+    check_shape(name, tensors.shape(name), (words, 1), (1, words))
     check_dtype(tensors, parts[0], torch.uint8 if state.nested else torch.float32)
     for each in parts[1:]:
         check_dtype(tensors, each, torch.float32)
@@ -92,7 +87,7 @@ def _four_bits(tensors: Tensors, name: str, kind: str) -> CheckpointWeight:
     def values() -> Tensor:
         packed = tensors.read(name).flatten().view(torch.uint8)
         codes = torch.stack((packed >> 4, packed & 15), -1).flatten()[: n * k]
-        scales = tensors.read(parts[0]).flatten()
+        scales = tensors.read(parts[0])
         if state.nested:
             outer = _by_block(tensors.read(parts[2]), state.nested, blocks)
             scales = tensors.read(parts[3])[scales.int()] * outer + state.offset
@@ -108,14 +103,14 @@ def _four_bits(tensors: Tensors, name: str, kind: str) -> CheckpointWeight:
 
 def _by_block(scales: Tensor, block: int, count: int) -> Tensor:
     """The scale of each of `count` numbers; the last block may be shorter."""
-    return scales.flatten().repeat_interleave(block)[:count]
+    return scales.repeat_interleave(block)[:count]
 
 
 def _state(tensors: Tensors, name: str, kind: str) -> _State:
     """Raises CaptureError where the JSON is damaged."""
     check_dtype(tensors, name, torch.uint8)
     try:
-        content = json.loads(bytes(tensors.read(name).flatten().tolist()))
+        content = json.loads(bytes(tensors.read(name).tolist()))
         n, k = content["shape"]
         nested = content.get("nested_blocksize", 0)
         state = _State(

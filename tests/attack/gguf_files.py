@@ -15,7 +15,6 @@ U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
 ALIGNMENT = 32
 HUGE = (2**31, 2**32 - 1, 2**48, 2**60, 2**63, 2**64 - 1)
 _F32, _Q8_0 = 0, 8
-_PREFIX = "llama."
 
 
 def text(content: str | bytes) -> bytes:
@@ -49,6 +48,7 @@ class Draft:
     """A file to damage: fields by name, each a type and its bytes, and tensors. `tensors_count` and
     `fields_count` are the true ones where they are None."""
 
+    architecture: str
     fields: list[tuple[bytes, int, bytes]]
     tensors: list[Entry]
     magic: bytes = b"GGUF"
@@ -90,19 +90,21 @@ class Draft:
         return head + data
 
 
-def draft() -> Draft:
-    """A llama of one layer with four experts, which moec reads."""
+def draft(architecture: str = "llama") -> Draft:
+    """A model of one layer with four experts, which moec reads: a llama, or a deepseek2."""
     fields = {
-        "general.architecture": (STRING, text("llama")),
-        **{f"{_PREFIX}{name}": number(value) for name, value in _NUMBERS.items()},
-        f"{_PREFIX}attention.layer_norm_rms_epsilon": real(1e-6),
-        f"{_PREFIX}rope.freq_base": real(10000.0),
+        "general.architecture": (STRING, text(architecture)),
+        **{f"{architecture}.{name}": number(v) for name, v in _NUMBERS[architecture].items()},
+        f"{architecture}.attention.layer_norm_rms_epsilon": real(1e-6),
+        f"{architecture}.rope.freq_base": real(10000.0),
     }
-    tensors = [Entry(name.encode(), [*sizes], *content) for name, sizes, content in _tensors()]
-    return Draft([(name.encode(), *value) for name, value in fields.items()], tensors)
+    entries = [
+        Entry(n.encode(), [*sizes], *content) for n, sizes, content in _tensors(architecture)
+    ]
+    return Draft(architecture, [(name.encode(), *value) for name, value in fields.items()], entries)
 
 
-_NUMBERS = {
+_COMMON = {
     "block_count": 1,
     "context_length": 64,
     "embedding_length": 64,
@@ -112,29 +114,57 @@ _NUMBERS = {
     "expert_count": 4,
     "expert_used_count": 2,
 }
-_SIZES = {
+_NUMBERS = {
+    "llama": _COMMON,
+    "deepseek2": _COMMON
+    | {
+        **{"attention.kv_lora_rank": 32, "attention.key_length": 48, "attention.value_length": 32},
+        **{"attention.key_length_mla": 48, "attention.value_length_mla": 32},
+        **{"rope.dimension_count": 16, "expert_feed_forward_length": 96, "expert_shared_count": 1},
+        "expert_gating_func": 2,
+    },
+}
+_OF_BOTH = {
     "token_embd": (64, 96),
     "output_norm": (64,),
     "output": (64, 96),
     "blk.0.attn_norm": (64,),
     "blk.0.ffn_norm": (64,),
-    "blk.0.attn_q": (64, 64),
-    "blk.0.attn_k": (64, 32),
-    "blk.0.attn_v": (64, 32),
-    "blk.0.attn_output": (64, 64),
     "blk.0.ffn_gate_inp": (64, 4),
     "blk.0.ffn_gate_exps": (64, 96, 4),
     "blk.0.ffn_up_exps": (64, 96, 4),
     "blk.0.ffn_down_exps": (96, 64, 4),
 }
+_SIZES: dict[str, dict[str, tuple[int, ...]]] = {
+    "llama": _OF_BOTH
+    | {
+        "blk.0.attn_q": (64, 64),
+        "blk.0.attn_k": (64, 32),
+        "blk.0.attn_v": (64, 32),
+        "blk.0.attn_output": (64, 64),
+    },
+    "deepseek2": _OF_BOTH
+    | {
+        "blk.0.attn_q": (64, 192),
+        "blk.0.attn_kv_a_mqa": (64, 48),
+        "blk.0.attn_kv_a_norm": (32,),
+        "blk.0.attn_k_b": (32, 32, 4),
+        "blk.0.attn_v_b": (32, 32, 4),
+        "blk.0.attn_output": (128, 64),
+        "blk.0.exp_probs_b": (4,),
+        "blk.0.ffn_gate_shexp": (64, 96),
+        "blk.0.ffn_up_shexp": (64, 96),
+        "blk.0.ffn_down_shexp": (96, 64),
+    },
+}
 
 
 @functools.cache
-def _tensors() -> tuple[tuple[str, tuple[int, ...], tuple[int, bytes]], ...]:
+def _tensors(architecture: str) -> tuple[tuple[str, tuple[int, ...], tuple[int, bytes]], ...]:
     """Names, sizes, and the type and bytes of each: random codes with one scale."""
     draw = np.random.default_rng(0)
     entries = []
-    for name, sizes in _SIZES.items():
+    for name, sizes in _SIZES[architecture].items():
         count = int(np.prod(sizes))
         if len(sizes) == 1 or "inp" in name:
             content = (_F32, draw.standard_normal(count, np.float32).tobytes())
@@ -142,7 +172,8 @@ def _tensors() -> tuple[tuple[str, tuple[int, ...], tuple[int, bytes]], ...]:
             blocks = draw.integers(0, 256, (count // 32, 34), np.uint8)
             blocks[:, :2] = np.frombuffer(np.float16(0.003).tobytes(), np.uint8)
             content = (_Q8_0, blocks.tobytes())
-        entries.append((f"{name}.weight", sizes, content))
+        ending = "bias" if "probs" in name else "weight"
+        entries.append((f"{name}.{ending}", sizes, content))
     return tuple(entries)
 
 
@@ -244,19 +275,45 @@ def _magic(file: Draft, draw: random.Random) -> None:
 
 def _value(file: Draft, draw: random.Random) -> None:
     """A number of the model that is none, or of another type."""
-    name = draw.choice([*_NUMBERS])
+    name = draw.choice([*_NUMBERS[file.architecture]])
     values = (
         *((STRING, text("64")), (BOOL, b"\1"), real(float("nan")), real(-1.0), real(1.5)),
         *((U64, struct.pack("<Q", huge)) for huge in (2**31, 2**48, 2**60)),
         (ARRAY, struct.pack("<IQI", U32, 1, 4)),
         (11, struct.pack("<q", -1)),
     )
-    file.replace(_PREFIX + name, *draw.choice(values))
+    file.replace(f"{file.architecture}.{name}", *draw.choice(values))
+
+
+_MAY_BE_ZERO = (
+    *("context_length", "attention.value_length"),
+    *("attention.key_length_mla", "attention.value_length_mla"),
+)
+"""Sizes that shapes say too, or that older files lack and other fields have."""
 
 
 def _zero(file: Draft, draw: random.Random) -> None:
-    name = draw.choice([name for name in _NUMBERS if name != "context_length"])
-    file.replace(_PREFIX + name, *number(0))
+    names = [name for name in _NUMBERS[file.architecture] if name not in _MAY_BE_ZERO]
+    file.replace(f"{file.architecture}.{draw.choice(names)}", *number(0))
+
+
+def _unknown(file: Draft, draw: random.Random) -> None:
+    """A field that may change the model, and another type of scaling."""
+    name, value = draw.choice(
+        (
+            ("attention.clamp_kqv", real(8.0)),
+            ("final_logit_softcapping", real(30.0)),
+            ("rope.scaling.type", (STRING, text("longrope"))),
+            ("rope.scaling.type", number(3)),
+            ("rope.scaling.factor", real(float("nan"))),
+            ("rope.scaling.attn_factor", real(2.0)),
+            ("expert_gating_func", number(7)),
+            ("expert_weights_norm", number(3)),
+            ("nextn_predict_layers", number(1)),
+            ("nextn_predict_layers", (STRING, text("1"))),
+        )
+    )
+    file.replace(f"{file.architecture}.{name}", *value)
 
 
 def _real(file: Draft, draw: random.Random) -> None:
@@ -266,7 +323,7 @@ def _real(file: Draft, draw: random.Random) -> None:
         (STRING, text("1e-6")),
         (ARRAY, struct.pack("<IQf", F32, 1, 1e-6)),
     )
-    file.replace(_PREFIX + name, *draw.choice(values))
+    file.replace(f"{file.architecture}.{name}", *draw.choice(values))
 
 
 def _architecture(file: Draft, draw: random.Random) -> None:
@@ -333,6 +390,7 @@ DAMAGES: Mapping[str, Damage] = {
     "value": _value,
     "zero": _zero,
     "real number": _real,
+    "unknown field": _unknown,
     "architecture": _architecture,
     "lacks a tensor": _lacks,
     "another name": _another_name,
@@ -342,7 +400,7 @@ DAMAGES: Mapping[str, Damage] = {
 
 def _damaged(damage: Damage) -> Callable[[Path, random.Random], Path]:
     def write(folder: Path, draw: random.Random) -> Path:
-        file = draft()
+        file = draft(draw.choice([*_NUMBERS]))
         damage(file, draw)
         path = folder / "model.gguf"
         path.write_bytes(file.encode())

@@ -33,8 +33,9 @@ def test_damaged_gguf_files(name: str, tmp_path: Path) -> None:
 
 
 def test_what_is_not_damaged_is_read(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(gguf_files.draft().encode())
-    assert refusal.faults_of(tmp_path / "model.gguf") == ["is read, and should be refused"]
+    for name in ("llama", "deepseek2"):
+        (tmp_path / "model.gguf").write_bytes(gguf_files.draft(name).encode())
+        assert refusal.faults_of(tmp_path / "model.gguf") == ["is read, and should be refused"]
     for name in folders.NAMES:
         path = folder / f"formats/{name}/quantised"
         assert refusal.faults_of(path) == ["is read, and should be refused"], name

@@ -184,8 +184,8 @@ STATES = [
     (b'{"quant_type": "nf4", "blocksize": 0, "shape": [96, 64]}', "is damaged, or no nf4 or fp4"),
     (b'{"quant_type": "fp4", "blocksize": 64, "shape": [96, 64]}', "is damaged, or no nf4 or fp4"),
     (b'{"quant_type": "nf4", "blocksize": 64, "shape": [1e9, 64]}', "is damaged, or no nf4 or"),
-    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 128]}', "of 64 makes it 6144"),
-    (b'{"quant_type": "nf4", "blocksize": 32, "shape": [96, 64]}', "in blocks of 32 makes it 192"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 128]}', "its weight makes it [192]"),
+    (b'{"quant_type": "nf4", "blocksize": 32, "shape": [96, 64]}', "and its weight makes it [192]"),
     (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 64], "nested_blocksize": 256, '
      b'"nested_offset": 0.5}', f"{W1}.weight.nested_absmax next to it"),
     (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 64], "nested_blocksize": 256, '
