@@ -29,6 +29,7 @@ from moec.capture.pt2 import check_archive
 from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
 from moec.checkpoint.gguf.model import configuration
+from moec.checkpoint.gguf.rotary import divide_frequencies, frequency_factors
 from moec.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.checkpoint.gguf.weights import dtype_of
 from moec.checkpoint.load import load_model
@@ -290,6 +291,8 @@ def _gguf(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
         config = transformers.AutoConfig.for_model(**fields, dtype=dtype_of(header))
         with hub_off():
             model, loading = load_model(transformers.AutoModelForCausalLM, config, weights)
+        if (factors := frequency_factors(header)) is not None:
+            divide_frequencies(model, factors)
         files = tokenizer_files(header.fields)
     except MoecError as error:
         raise type(error)(f"{path}: {error}") from None

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.checkpoint import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
-from moec.checkpoint.gguf import weights as gguf_weights
-from moec.checkpoint.gguf.model import MODEL_TYPES
+from moec.checkpoint.gguf import arrange as gguf_weights
+from moec.checkpoint.gguf.architectures import NAMES
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, plain
 from moec.errors import CaptureError
@@ -98,7 +98,7 @@ FOLDERS = (
 GGUF = CheckpointFormat(
     "gguf",
     (),
-    f"{', '.join(BLOCKS)}; of {', '.join(MODEL_TYPES)}, llama with experts (mixtral)",
+    f"{', '.join(BLOCKS)}; of {', '.join(NAMES)} (llama with experts is mixtral)",
     "Q8_0: int8, Q4_0: int4, MXFP4: mxfp4; others: int8, rounded",
     gguf_weights.read,
     "GGUF",
