@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "gpt_oss",
         LOCAL
-        | {"head_dim": 16, "sliding_window": 4}
+        | {"head_dim": 64, "sliding_window": 4}
         | {"rope_parameters": YARN | {"truncate": False}},
     ),
     "phimoe": (
