@@ -30,6 +30,7 @@ from moec.checkpoint.adapters.merge import merge_adapters
 from moec.checkpoint.arrange import ArrangedCodes, arrange
 from moec.checkpoint.coverage import check_loading
 from moec.checkpoint.gguf.model import configuration
+from moec.checkpoint.gguf.rotary import divide_frequencies, frequency_factors
 from moec.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.checkpoint.gguf.weights import dtype_of, map_gguf
 from moec.checkpoint.load import check_config, load_model, memory_for
@@ -308,6 +309,8 @@ def _gguf(
         config = transformers.AutoConfig.for_model(**fields, dtype=dtype_of(header))
         with hub_off():
             model, loading = load_model(transformers.AutoModelForCausalLM, config, weights, placed)
+        if (factors := frequency_factors(tensors)) is not None:
+            divide_frequencies(model, factors)
         files = tokenizer_files(header.fields)
     except MoecError as error:
         raise type(error)(f"{path}: {error}") from None

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
+
+from moec.checkpoint.tensors import Tensors
 from moec.errors import CaptureError
+
+SCALES = (torch.float16, torch.bfloat16, torch.float32)
+"""The dtypes of scales."""
 
 
 def number(config: Mapping[str, Any], name: str, allowed: Collection[int], default: int) -> int:
@@ -38,6 +44,14 @@ def group(config: Mapping[str, Any], width: int, name: str) -> int:
     if not isinstance(size, int) or size < 1 or width % size:
         raise CaptureError(f"{name}: groups of {size!r} do not divide rows of {width} weights")
     return size
+
+
+def check_dtype(tensors: Tensors, name: str, *allowed: torch.dtype) -> None:
+    """Raises CaptureError unless a tensor has one of the allowed dtypes."""
+    dtype = tensors.dtype(name)
+    if dtype not in allowed:
+        message = f"the tensor {name} is of {dtype}, and its format makes it "
+        raise CaptureError((message + " or ".join(map(str, allowed))).replace("torch.", ""))
 
 
 def check_shape(name: str, shape: tuple[int, ...], *expected: tuple[int, ...]) -> None:

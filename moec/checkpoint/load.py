@@ -125,10 +125,11 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     import transformers
 
     model = config.get("model_type")
-    if model not in transformers.CONFIG_MAPPING:
+    if not isinstance(model, str) or model not in transformers.CONFIG_MAPPING:
         near = did_you_mean(str(model), transformers.CONFIG_MAPPING)
         raise CaptureError(
-            f"{path}: transformers {transformers.__version__} knows no model_type {model!r}{near}"
+            f"{path}: transformers {transformers.__version__} knows no model_type "
+            f"{str(model)[:40]!r}{near}"
         )
     dtype = config.get("dtype", config.get("torch_dtype"))
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moec.checkpoint import awq, compressed_tensors, fp8, gptq, mxfp4
-from moec.checkpoint.gguf import weights as gguf_weights
-from moec.checkpoint.gguf.model import MODEL_TYPES
+from moec.checkpoint.folders import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
+from moec.checkpoint.gguf import arrange as gguf_weights
+from moec.checkpoint.gguf.architectures import NAMES
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, plain
 from moec.errors import CaptureError
@@ -86,12 +86,19 @@ FOLDERS = (
         "mxfp4",
         mxfp4.read,
     ),
+    CheckpointFormat(
+        "bitsandbytes",
+        ("bitsandbytes",),
+        "nf4, fp4 in blocks, with scales of 8 bits or not; int8 with one scale a row",
+        "int8; nf4, fp4: int8, rounded",
+        bitsandbytes.read,
+    ),
 )
 
 GGUF = CheckpointFormat(
     "gguf",
     (),
-    f"{', '.join(BLOCKS)}; of {', '.join(MODEL_TYPES)}, llama with experts (mixtral)",
+    f"{', '.join(BLOCKS)}; of {', '.join(NAMES)} (llama with experts is mixtral)",
     "Q8_0: int8, Q4_0: int4, MXFP4: mxfp4; others: int8, rounded",
     gguf_weights.read,
     "GGUF",
@@ -108,7 +115,9 @@ def format_of(config: Mapping[str, Any], names: Collection[str]) -> CheckpointFo
     method = method_of(config)
     if method is None:
         for name in names:
-            if name.endswith((".qweight", ".weight_packed", ".weight_scale_inv")):
+            if name.endswith(
+                (".qweight", ".weight_packed", ".weight_scale_inv", ".SCB", ".absmax")
+            ):
                 raise CaptureError(
                     f"the tensor {name} is quantised, and config.json has no quantization_config "
                     "that says how: copy config.json again from the source of the checkpoint"
@@ -119,7 +128,7 @@ def format_of(config: Mapping[str, Any], names: Collection[str]) -> CheckpointFo
             return format
     methods = [each for format in FOLDERS for each in format.methods]
     raise CaptureError(
-        f"config.json: weights of quant_method {method!r} are not supported"
+        f"config.json: weights of quant_method {method[:40]!r} are not supported"
         f"{did_you_mean(method, methods)}; moec reads {', '.join(methods)}"
     )
 
@@ -129,12 +138,10 @@ def method_of(config: Mapping[str, Any]) -> str | None:
     quantization = quantization_of(config)
     if quantization is None:
         return None
-    return (
-        str(quantization.get("quant_method", ""))
-        .lower()
-        .replace("_", "-")
-        .replace("fbgemm-fp8", "fbgemm_fp8")
-    )
+    method = quantization.get("quant_method", "")
+    if not method and any(quantization.get(f"load_in_{bits}bit") is True for bits in (4, 8)):
+        return "bitsandbytes"  # whose older versions did not write their name
+    return str(method).lower().replace("_", "-").replace("fbgemm-fp8", "fbgemm_fp8")
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

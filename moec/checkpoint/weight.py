@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from moec.checkpoint.tensors import Tensors
+from moec.errors import CaptureError
 from moec.formats.integer import Quantised, dequantise
 from moec.formats.notation import Format
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,13 @@ class CheckpointWeight:
 
 
 def plain(tensors: Tensors, name: str) -> CheckpointWeight:
-    """A weight that is stored as it is."""
+    """A weight that is stored as it is. Raises CaptureError where its numbers are no floats."""
     shape, dtype = tensors.shape(name), tensors.dtype(name)
+    if dtype not in _FLOATS and name.endswith((".weight", "_proj")):
+        raise CaptureError(
+            f"the weight {name} is of {str(dtype)[6:]}, and config.json names "
+            "no quantisation that says what its numbers mean: copy config.json again"
+        )
     return CheckpointWeight(shape, (name,), lambda: tensors.read(name), dtype=dtype)
 
 

@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 """The files that an artifact has a copy of."""
 _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(en|de)coder_layers")
 _SIZES = re.compile(
-    r"(vocab|(\w+_)?(hidden|intermediate))_size|d_model|d_ff|n_embd|head_dim|\w+_experts"
+    r"(vocab|(\w+_)?(hidden|intermediate))_size|d_model|d_ff|n_embd|head_dim|\w+_(experts|heads)|n_head"
 )
 _SHARED_LAYERS = 1000  # may be more than there are tensors: layers can share their weights
 

@@ -180,6 +180,8 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
     fields: dict[str, Any] = {}
     for _ in range(fields_count):
         name = cursor.string()
+        if name in fields:
+            raise _Damaged(f"it has the field {name} twice")
         fields[name] = cursor.value(cursor.scalar("<I"))
     entries = [_entry(cursor) for _ in range(count)]
     alignment = fields.get("general.alignment", 32)
@@ -187,16 +189,20 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
         raise _Damaged(f"its alignment is {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
+    end = 0
     for name, kind, shape, offset in entries:
         if kind not in _TYPES:
             raise CaptureError(
                 f"{path}: {name} has the type {kind}; moec reads {', '.join(BLOCKS)}"
             )
         label, block, size = _TYPES[kind]
-        if not shape or shape[-1] % block:
+        if not shape or 0 in shape or shape[-1] % block:
             raise _Damaged(f"the rows of {name} are no blocks of {block}")
         length = math.prod(shape) // block * size
-        if offset % alignment or start + offset + length > len(cursor.data):
+        if offset != end:
+            raise _Damaged(f"the tensor {name} does not begin where the one before it ends")
+        end = offset + -(-length // alignment) * alignment
+        if start + offset + length > len(cursor.data):
             raise _Damaged(f"the tensor {name} passes its end")
         if name in tensors:
             raise _Damaged(f"it holds {name} twice")
@@ -206,6 +212,8 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
 
 def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
     name, dimensions = cursor.string(), cursor.scalar("<I")
+    if not name.isprintable():
+        raise _Damaged(f"it names a tensor {name[:40]!r}, which is no name")
     if dimensions > MOST_DIMENSIONS:
         raise _Damaged(f"{name} has {dimensions} dimensions")
     sizes = [cursor.scalar("<Q") for _ in range(dimensions)]

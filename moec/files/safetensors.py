@@ -61,7 +61,8 @@ def read_entries(files: list[Path]) -> dict[str, TensorHeader]:
 def read_header(path: Path) -> tuple[int, Mapping[str, Any]]:
     """The offset of the data of a file, and what its header says of each tensor.
 
-    Raises CaptureError where the file cannot be read or the tensors do not end where it ends.
+    Raises CaptureError where the file cannot be read or its tensors do not fill it, each beginning
+    where the one before ends.
     """
     try:
         with path.open("rb") as file:
@@ -69,8 +70,9 @@ def read_header(path: Path) -> tuple[int, Mapping[str, Any]]:
             header = json.loads(file.read(size) if size < _LONGEST_HEADER else b"")
         length = path.stat().st_size
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
-        fits = 8 + size + max(ends, default=0) == length
+        ranges = sorted(tensor["data_offsets"] for tensor in tensors.values())
+        ends = [0, *(end for _, end in ranges)]
+        fits = [start for start, _ in ranges] == ends[:-1] and 8 + size + ends[-1] == length
     except OSError as error:
         raise CaptureError(f"{path} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError, AttributeError, LookupError, TypeError):
@@ -86,6 +88,8 @@ def _entries(path: Path) -> dict[str, TensorHeader]:
     data, tensors = read_header(path)
     entries = {}
     for name, tensor in tensors.items():
+        if not name.isprintable():
+            raise CaptureError(f"{path} names a tensor {name[:40]!r}, which is no name")
         try:
             shape, (start, end) = tuple(tensor["shape"]), tensor["data_offsets"]
             bits = _BITS.get(tensor["dtype"])

@@ -9,6 +9,8 @@ rebuilt     the same, for an artifact that is recompiled and run
 commands    command lines of valid and odd words
 unlisted    artifacts with members that no manifest lists: each command refuses them
 hub         checkpoints whose files name code, models of the hub, other files, and NaN
+folders     damaged folders of quantised checkpoints: each is refused, with little memory
+gguf        damaged GGUF files: the same
 moved       a model in use whose file is moved, replaced, cut or written to
 """
 
@@ -121,6 +123,28 @@ def _hub(folder: Path, draw: random.Random) -> list[str]:
     from tests.attack.checkpoints import checkpoint_case  # imports torch, which others do without
 
     return checkpoint_case(folder, draw)
+
+
+def _folders(folder: Path, draw: random.Random) -> list[str]:
+    from tests.attack import folders, refusal
+
+    return refusal.case(folders.WRITERS, folder, draw)
+
+
+def _gguf(folder: Path, draw: random.Random) -> list[str]:
+    from tests.attack import gguf_files, refusal
+
+    return refusal.case(gguf_files.WRITERS, folder, draw)
+
+
+def _write_folders(folder: Path) -> None:
+    from tests.attack.folders import write_seeds
+
+    write_seeds(folder)
+
+
+def _no_seeds(folder: Path) -> None:
+    """The cases are written from nothing."""
 
 
 def _none(folder: Path, draw: random.Random) -> list[Words]:
@@ -239,6 +263,8 @@ KINDS: Mapping[str, Kind] = {
     "commands": Kind(_commands, 25, 200),
     "unlisted": Kind(_unlisted, 30, 2_000, refuses=True),
     "hub": Kind(_none, 20, 2_000, _LINKS, use=_hub),
+    "folders": Kind(_none, 20, 250, seeds=_write_folders, use=_folders),
+    "gguf": Kind(_none, 20, 150, seeds=_no_seeds, use=_gguf),
     "moved": Kind(_none, 40, 2_000, _CHANGES, use=use_case),
 }
 

@@ -17,11 +17,11 @@ from tests.checkpoint.families import FAMILIES, model
 from tests.checkpoint.test_oracles import compressed, write_mxfp4
 from tests.checkpoint.test_values import FORMS
 
-EXACT = ("gptq", "gptq-asymmetric", "gptq-v2", "gptq-8", "gptq-rows", "awq")
+EXACT = ("gptq", "gptq-asymmetric", "gptq-v2", "gptq-8", "gptq-rows", "awq", "bnb-int8")
 EXACT_SCHEMES = ("int4-group", "int4-asymmetric", "int8-channel", "w8a8")
 STORED = (
     *("qweight", "qzeros", "scales"),
-    *("weight_packed", "weight_scale", "weight_zero_point", "weight"),
+    *("weight_packed", "weight_scale", "weight_zero_point", "weight", "SCB"),
 )
 
 
@@ -46,7 +46,9 @@ def test_the_same_values_and_bytes(name, family, tmp_path):
         size += stored.format.nbytes(values.numel() // width, width)
         count += values.numel()
     tensors = load_file(folder / "model.safetensors")
-    layers = {n.rpartition(".")[0] for n in tensors if n.endswith(("qweight", "weight_scale"))}
+    layers = {
+        n.rpartition(".")[0] for n in tensors if n.endswith(("qweight", "weight_scale", "SCB"))
+    }
     held = [
         tensor.nbytes
         for n, tensor in tensors.items()
@@ -88,6 +90,7 @@ def test_logits(name, family, tmp_path):
     ("name", "words"),
     [
         ("gptq-act-order", "weights are rounded to int8:32: act-order"),
+        ("nf4-nested", "weights are rounded to int8:32: kernels multiply integers, and nf4 is a"),
         ("fp8-blocks", "weights are rounded to int8:64: kernels for CPUs read no fp8"),
     ],
 )

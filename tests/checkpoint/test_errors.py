@@ -15,6 +15,7 @@ from moec.capture.doors import open_source
 from moec.errors import CaptureError
 from tests.checkpoint import writers
 from tests.checkpoint.families import model
+from tests.checkpoint.test_oracles import compressed
 from tests.checkpoint.test_values import FORMS
 
 Damage = Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
@@ -117,7 +118,8 @@ def test_the_configuration_says_nothing(written, tmp_path):
 
 CONFIGURATIONS = [
     ({"quant_method": "gptqq"}, "quant_method 'gptqq' are not supported; did you mean 'gptq'?"),
-    ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' are not supported"),
+    ({"quant_method": "aqlm"}, "quant_method 'aqlm' are not supported"),
+    ({"load_in_4bit": False}, "quant_method '' are not supported"),
     ([4], "quantization_config is a list, no object"),
     ({"quant_method": "gptq", "bits": 3}, "bits is 3; moec reads 2, 4, 8"),
     ({"quant_method": "gptq", "bits": "4"}, "bits is '4'"),
@@ -145,6 +147,79 @@ def test_sym_is_said_and_zeros_are_others(tmp_path):
     assert "quantization_config says sym, and model.layers" in refusal(source)
 
 
+def test_scales_of_another_dtype(written, tmp_path):
+    form, folder = written
+    name = f"{W1}.weight_scale_inv" if form == "fp8-blocks" else f"{W1}.scales"
+
+    def damage(tensors, config):
+        tensors[name] = tensors[name].int()
+
+    assert f"{name} is of int32, and its format makes it float16 or bfloat16 or float32" in refusal(
+        damaged(folder, tmp_path / "damaged", damage)
+    )
+
+
+def test_zeros_and_orders_that_the_configuration_says_are_there(tmp_path):
+    source = writers.write(model("mixtral"), tmp_path / "a", *FORMS["gptq-act-order"])
+    folder = damaged(source, tmp_path / "x", without(f"{W1}.g_idx"))
+    assert f"says desc_act, and {W1}.qweight has no {W1}.g_idx" in refusal(folder)
+    source = writers.write(model("mixtral"), tmp_path / "b", *compressed("int4-asymmetric"))
+    folder = damaged(source, tmp_path / "y", without(f"{W1}.weight_zero_point"))
+    assert f"says symmetric: false, and {W1}.weight has no zero points" in refusal(folder)
+
+
+def test_integers_that_no_configuration_explains(tmp_path):
+    source = writers.write(model("mixtral"), tmp_path, *FORMS["gptq"])
+
+    def damage(tensors, config):
+        norm = "model.norm.weight"
+        tensors[norm] = tensors[norm].to(torch.int8)
+
+    message = refusal(damaged(source, tmp_path / "damaged", damage))
+    assert "the weight model.norm.weight is of int8, and config.json names no quant" in message
+
+
+STATES = [
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 2', "is damaged, or no nf4 or fp4 of"),
+    (b'{"quant_type": "nf4", "blocksize": 0, "shape": [96, 64]}', "is damaged, or no nf4 or fp4"),
+    (b'{"quant_type": "fp4", "blocksize": 64, "shape": [96, 64]}', "is damaged, or no nf4 or fp4"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [1e9, 64]}', "is damaged, or no nf4 or"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 128]}', "its weight makes it [192]"),
+    (b'{"quant_type": "nf4", "blocksize": 32, "shape": [96, 64]}', "and its weight makes it [192]"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 64], "nested_blocksize": 256, '
+     b'"nested_offset": 0.5}', f"{W1}.weight.nested_absmax next to it"),
+    (b'{"quant_type": "nf4", "blocksize": 64, "shape": [96, 64], "nested_blocksize": 256, '
+     b'"nested_offset": NaN}', "is damaged, or no nf4 or fp4"),
+    (b"\xff", "is damaged, or no nf4 or fp4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "words"), STATES)
+def test_states_of_four_bits(state, words, tmp_path):
+    source = writers.write(model("mixtral"), tmp_path, *FORMS["nf4"])
+
+    def damage(tensors, config):
+        name = f"{W1}.weight.quant_state.bitsandbytes__nf4"
+        tensors[name] = torch.tensor(list(state), dtype=torch.uint8)
+
+    assert words in refusal(damaged(source, tmp_path / "damaged", damage))
+
+
+def test_parts_of_bitsandbytes(tmp_path):
+    four = writers.write(model("mixtral"), tmp_path / "four", *FORMS["nf4"])
+    folder = damaged(four, tmp_path / "a", without(f"{W1}.weight.quant_state"))
+    assert f"the packed weight {W1}.weight has no {W1}.weight.quant_state" in refusal(folder)
+    eight = writers.write(model("mixtral"), tmp_path / "eight", *FORMS["bnb-int8"])
+    folder = damaged(eight, tmp_path / "b", without(f"{W1}.SCB"))
+    assert f"the integers {W1}.weight have no {W1}.SCB" in refusal(folder)
+
+    def damage(tensors, config):
+        tensors[f"{W1}.weight_format"] += 1
+
+    words = f"{W1}.weight_format says that {W1}.weight is not stored by rows"
+    assert words in refusal(damaged(eight, tmp_path / "c", damage))
+
+
 def test_groups_that_do_not_exist(tmp_path):
     source = writers.write(model("mixtral"), tmp_path, *FORMS["gptq-act-order"])
 
@@ -164,6 +239,19 @@ HEADERS = [
     ({"shape": "2", "dtype": "F32", "data_offsets": [0, 8]}, "the bytes of its shape"),
     ({"shape": [2], "dtype": [], "data_offsets": [0, 8]}, "the bytes of its shape"),
 ]
+
+
+def test_tensors_that_share_bytes_and_names_that_are_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    entry = {"shape": [2], "dtype": "F32", "data_offsets": [0, 8]}
+    for names, words in (
+        (["a", "b"], "truncated or damaged"),
+        (["a\nb"], r"a tensor 'a\nb', which"),
+    ):
+        header = json.dumps(dict.fromkeys(names, entry)).encode()
+        content = len(header).to_bytes(8, "little") + header + b"\0" * 8
+        (tmp_path / "model.safetensors").write_bytes(content)
+        assert words in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(("entry", "words"), HEADERS)

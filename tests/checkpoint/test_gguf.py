@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,41 +11,21 @@ import torch
 
 import moec
 from moec.capture.doors import open_source
+from moec.checkpoint.gguf.model import configuration
 from moec.errors import CaptureError
+from moec.files.gguf import read_header
 from moec.formats.integer import dequantise
+from tests.checkpoint import gguf_writer
 from tests.checkpoint.families import COMMON, model
+from tests.checkpoint.gguf_writer import gguf
 
-gguf = pytest.importorskip("gguf")
-NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate": "ffn_gate_inp",
-}
-OUTER = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-ARCHITECTURES = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}
+FAMILIES = ("mixtral", "qwen3_moe")
 TYPES = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K", "MXFP4")
 EXACT = ("Q8_0", "Q4_0", "MXFP4")
 
 
-def paired(weight, heads):
-    """llama.cpp's order of the rows of q and k, as its converter permutes them."""
-    n, k = weight.shape
-    return weight.reshape(heads, 2, n // heads // 2, k).swapaxes(1, 2).reshape(n, k)
-
-
 def encoded(weight, kind, seed):
     """The bytes of a weight; types that the package cannot write get random blocks."""
-    kind = gguf.GGMLQuantizationType[kind]
     try:
         return gguf.quants.quantize(weight, kind)
     except NotImplementedError:
@@ -58,76 +39,30 @@ def encoded(weight, kind, seed):
         return data.reshape(*weight.shape[:-1], -1)
 
 
-def write(path, family, kind):
-    """A file, and the weights of transformers' model that it means, in float32."""
+def write(path, family, kind, dequantised=False):
+    """A file with matrices of a type, or with their values in float32."""
     wide = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256}
-    built = model(family, **wide | {"head_dim": 64})
-    config, architecture = built.config, ARCHITECTURES[family]
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(64)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_expert_count(4)
-    writer.add_expert_used_count(config.num_experts_per_tok)
-    if family == "qwen3_moe":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    values = {}
+    raw = gguf.GGMLQuantizationType[kind]
 
-    def add(name, weight, heads=0):
-        """One tensor in `kind`; returns its values in the order of the model."""
-        weight = weight.float().numpy()
+    def encode(name, weight):
         if weight.ndim < 2 or "gate_inp" in name or "token_embd" in name:
-            writer.add_tensor(name, weight)
-            return torch.from_numpy(weight)
-        weight = paired(weight, heads) if heads else weight
-        data = encoded(weight, kind, len(values))
-        raw = gguf.GGMLQuantizationType[kind]
-        writer.add_tensor(name, data, raw_dtype=raw)
-        read = gguf.quants.dequantize(data, raw).reshape(weight.shape)
-        if heads:
-            n, k = weight.shape
-            read = read.reshape(heads, n // heads // 2, 2, k).swapaxes(1, 2).reshape(n, k)
-        return torch.from_numpy(np.array(read))
+            return weight, None
+        data = encoded(weight, raw, len(name))
+        if not dequantised:
+            return data, raw
+        return gguf.quants.dequantize(data, raw).reshape(weight.shape), None
 
-    for name, weight in built.state_dict().items():
-        stem, _, part = name.rpartition(".")
-        if stem in OUTER:
-            values[name] = add(f"{OUTER[stem]}.{part}", weight)
-            continue
-        layer = name.split(".")[2]
-        inner = stem.removeprefix(f"model.layers.{layer}.")
-        if part == "gate_up_proj":
-            gate, up = weight.chunk(2, 1)
-            read = [
-                add(f"blk.{layer}.ffn_{side}_exps.weight", half.contiguous())
-                for side, half in (("gate", gate), ("up", up))
-            ]
-            values[name] = torch.cat(read, 1)
-        elif part == "down_proj":
-            values[name] = add(f"blk.{layer}.ffn_down_exps.weight", weight)
-        else:
-            heads = {"self_attn.q_proj": 4, "self_attn.k_proj": 2}.get(inner, 0)
-            paired_rows = heads if architecture == "llama" else 0
-            values[name] = add(f"blk.{layer}.{NAMES[inner]}.{part}", weight, paired_rows)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return values
+    gguf_writer.write(path, model(family, **wide | {"head_dim": 64}), encode)
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", TYPES)
 def test_values(kind, family, tmp_path):
-    path = tmp_path / "model.gguf"
-    values = write(path, family, kind)
-    source = open_source(path)
+    """The weights of a file, and its codes, have the values that the package gives."""
+    for name, dequantised in (("model", False), ("values", True)):
+        write(tmp_path / f"{name}.gguf", family, kind, dequantised)
+    values = open_source(tmp_path / "values.gguf").model.state_dict()
+    source = open_source(tmp_path / "model.gguf")
     read = source.model.state_dict()
     assert read.keys() == values.keys()
     for name, tensor in values.items():
@@ -181,6 +116,12 @@ def field(name, kind, value):
     return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
 
 
+def entry(name, offset):
+    """A tensor of eight float32 numbers."""
+    sizes = struct.pack("<IQIQ", 1, 8, 0, offset)
+    return struct.pack("<Q", len(name)) + name + sizes
+
+
 PADDING = b"\0" * 4096
 DAMAGED = [
     (b"GGUX" + PADDING, "does not start with GGUF"),
@@ -191,9 +132,12 @@ DAMAGED = [
     (header(field(b"a", 9, struct.pack("<IQ", 9, 1))) + PADDING, "elements of type 9"),
     (header(field(b"a", 77, b"")) + PADDING, "has the type 77"),
     (header(field(b"\xff\xfe", 0, b"\1")) + PADDING, "no UTF-8"),
+    (header(field(b"a", 0, b"\1"), field(b"a", 0, b"\1")) + PADDING, "the field a twice"),
     (header(field(b"general.alignment", 4, struct.pack("<I", 0))) + PADDING, "alignment is 0"),
     (header(field(b"split.count", 2, struct.pack("<H", 3))) + PADDING, "part of a model in 3"),
     (header(field(b"split.count", 8, struct.pack("<Q", 1) + b"x")) + PADDING, "one of 'x' files"),
+    (header(tensors=2) + entry(b"a", 0) + entry(b"b", 0) + PADDING, "b does not begin where the"),
+    (header(tensors=1) + entry(b"a\nb", 0) + PADDING, "which is no name"),
     (header() + PADDING, "general.architecture is None"),
     (b"", "cannot be read|truncated or damaged"),
 ]  # fmt: skip
@@ -206,6 +150,22 @@ def test_damaged(content, words, tmp_path):
     with pytest.raises(CaptureError, match=words) as caught:
         open_source(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("block_count", 10**9, "block_count is 1,000,000,000, and the file holds 2 blocks"),
+    ("block_count", 2**31, "block_count is 2147483648, and has to be a whole number from 1"),
+    ("expert_used_count", 0, "expert_used_count is 0, and has to be a whole number from 1"),
+    ("expert_used_count", 5, "expert_used_count has to be 1 to 4"),
+    ("rope.freq_base", float("nan"), "rope.freq_base is nan, and has to be a positive number"),
+    ("attention.layer_norm_rms_epsilon", "x", "is 'x', and has to be a positive number"),
+])  # fmt: skip
+def test_fields_that_are_no_numbers_of_the_model(name, value, words, tmp_path):
+    write(tmp_path / "model.gguf", "mixtral", "F16")
+    file = read_header(tmp_path / "model.gguf")
+    fields = {**file.fields, f"llama.{name}": value}
+    with pytest.raises(CaptureError, match=words):
+        configuration(replace(file, fields=fields))
 
 
 def test_a_split_list_that_names_itself(tmp_path):

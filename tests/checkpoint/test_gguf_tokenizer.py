@@ -67,6 +67,28 @@ def test_chat_template_and_tokens_that_begin_and_end_a_text(original: Backend) -
     assert tokenizer.template.render([{"role": "user", "content": "hi"}]) == "<user>hi"
 
 
+PIECES = {
+    "gpt-2": ["it", "'s", " 12345", "!!", "\n", "\n", "x"],
+    "smollm": ["it", "'s", " ", "1", "2", "3", "4", "5", "!!", "\n", "\n", "x"],
+    "llama-bpe": ["it", "'s", " ", "123", "45", "!!\n\n", "x"],
+    "glm4": ["it", "'s", " ", "123", "45", "!!\n\n", "x"],
+    "deepseek-v3": ["it", "'s", " ", "123", "45", "!!\n\n", "x"],
+    "deepseek-llm": ["it", "'", "s", " ", "12345", "!!", "\n", "\n", "x"],
+    "deepseek-coder": ["it", "'", "s", " ", "1", "2", "3", "4", "5", "!!", "\n", "\n", "x"],
+    "falcon": ["it", "'", "s", " ", "123", "45", "!!", "\n", "\n", "x"],
+}
+"""By the name of a split, the pieces of a text, worked out from llama.cpp's expressions."""
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_splits(original: Backend, name: str) -> None:
+    text = "it's 12345!!\n\nx"
+    files = tokenizer_files(fields_of(original, pre=name))
+    split = Backend.from_str(files["tokenizer.json"].decode()).pre_tokenizer
+    pieces = [text[start:end] for _, (start, end) in split.pre_tokenize_str(text)]
+    assert pieces == PIECES[name]
+
+
 def test_a_vocabulary_of_sentencepiece() -> None:
     """Merges follow from the scores; unknown characters are bytes, and a text begins with a space
     and with the token that begins a text."""
@@ -97,6 +119,7 @@ def test_a_file_without_tokens_has_no_tokenizer() -> None:
     [
         ({"model": "bert"}, r"its tokenizer is of the kind 'bert'; moec reads gpt2 and llama"),
         ({"tokens": [1, 2]}, r"tokenizer\.ggml\.tokens is no list of texts"),
+        ({"pre": "bloom"}, r"tokenizer\.ggml\.pre is 'bloom', whose split of texts moec does not"),
         ({"merges": "a b"}, r"tokenizer\.ggml\.merges is no list of texts"),
         ({"merges": None}, r"its tokenizer has neither merges nor scores"),
         ({"merges": ["no such pair"]}, r"its tokenizer cannot be read"),

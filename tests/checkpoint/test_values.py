@@ -13,6 +13,8 @@ from tests.checkpoint.families import FAMILIES, model
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+INT8 = {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}  # without its name, as before
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FORMS = {
     "gptq": (GPTQ, writers.gptq()),
@@ -35,6 +37,11 @@ FORMS = {
         FP8 | {"weight_block_size": [64, 64]},
         writers.fp8("weight_scale_inv", writers.of_blocks, E4M3),
     ),
+    "nf4": (NF4, writers.four_bits()),
+    "nf4-nested": (NF4, writers.four_bits(block=128, nested=8)),
+    "nf4-words": (NF4, writers.four_bits(words=True)),
+    "fp4": (NF4 | {"bnb_4bit_quant_type": "fp4"}, writers.four_bits("fp4", block=4096)),
+    "bnb-int8": (INT8, writers.int8_rows),
     "fp8-e5m2": (FP8, writers.fp8("weight_scale", writers.of_tensor, E5M2)),
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -142,6 +143,63 @@ def fp8(name: str, scale_of: Callable[[Tensor], Tensor], dtype: torch.dtype) -> 
         return {"weight": codes, name: scale}, codes.float() * full
 
     return written
+
+
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_FP4 = (0, 0.0052083333, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25)
+FP4 = (*_FP4, *(-value for value in _FP4))
+"""The tables of the paper (Dettmers et al. 2023) and of bitsandbytes."""
+
+
+def four_bits(kind: str = "nf4", block: int = 64, nested: int = 0, words: bool = False) -> Writer:
+    """`nested` is the block in which scales are quantised again; with `words` the bytes are stored
+    as bfloat16 numbers, for FSDP."""
+
+    def written(weight: Tensor) -> Written:
+        table = np.array(NF4 if kind == "nf4" else FP4, np.float32)
+        flat = weight.numpy().ravel()
+        blocks = np.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
+        scales = np.abs(blocks).max(1)
+        state = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16"}
+        state["shape"] = list(weight.shape)
+        tensors = {"weight.quant_map": table}
+        tensors["weight.absmax"] = scales
+        if nested:
+            inner = np.linspace(-1, 1, 256, dtype=np.float32) ** 3
+            offset = np.float32(scales.mean())
+            rest = np.pad(scales - offset, (0, -len(scales) % nested)).reshape(-1, nested)
+            outer = np.abs(rest).max(1)
+            nearest = np.abs((rest / outer[:, None])[..., None] - inner).argmin(-1)
+            full = inner[nearest] * outer[:, None] + offset
+            tensors["weight.absmax"] = nearest.ravel()[: len(scales)].astype(np.uint8)
+            tensors |= {"weight.nested_absmax": outer, "weight.nested_quant_map": inner}
+            state |= {"nested_blocksize": nested, "nested_dtype": "float32"}
+            state["nested_offset"] = float(offset)
+            scales = full.ravel()[: len(scales)]
+        codes = np.abs((blocks / scales[:, None])[..., None] - table).argmin(-1)
+        values = (table[codes] * scales[:, None]).ravel()[: len(flat)].reshape(weight.shape)
+        pairs = codes.ravel()[: len(flat)].reshape(-1, 2).astype(np.uint8)
+        packed = torch.from_numpy(pairs[:, 0] << 4 | pairs[:, 1])
+        text = np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
+        parts = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+        parts["weight"] = (packed.view(torch.bfloat16) if words else packed)[:, None]
+        parts[f"weight.quant_state.bitsandbytes__{kind}"] = torch.from_numpy(text)
+        return parts, torch.from_numpy(values)
+
+    return written
+
+
+def int8_rows(weight: Tensor) -> Written:
+    """LLM.int8()."""
+    scales = weight.abs().amax(1)
+    codes = (weight * (127 / scales)[:, None]).round().to(torch.int8)
+    parts = {"weight": codes, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return parts, codes.float() * (scales / 127)[:, None]
 
 
 def of_tensor(weight: Tensor) -> Tensor:

@@ -6,124 +6,148 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from moec.checkpoint.gguf import rotary
+from moec.checkpoint.gguf.architectures import (
+    INNER,
+    INTEGERS,
+    OTHERS,
+    OUTER,
+    REALS,
+    SAY_NOTHING,
+    Architecture,
+    architecture_of,
+)
+from moec.checkpoint.gguf.fields import flag, integer, real
 from moec.errors import CaptureError
 from moec.files.gguf import GgufHeader
 
-MODEL_TYPES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen2moe": "qwen2_moe",
-    "qwen3moe": "qwen3_moe",
-    "olmoe": "olmoe",
-}
-"""llama.cpp's architectures; a llama with experts is a mixtral."""
-_FIELDS = {
-    "context_length": "max_position_embeddings",
-    "block_count": "num_hidden_layers",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
-_FIXED: Mapping[str, Mapping[str, Any]] = {
-    "qwen3_moe": {"norm_topk_prob": True},
-    "qwen2_moe": {"norm_topk_prob": False},
-    "olmoe": {"norm_topk_prob": False},
-}
-"""What llama.cpp's code does, and no field says."""
-_REFUSED = {
-    "rope.scaling.type": ("none",),
-    "expert_gating_func": (0, 1),
-    "expert_weights_scale": (0.0, 1.0),
-    "expert_group_count": (0, 1),
-}
-"""Fields whose other values change the model in ways that are not mapped."""
-_OUTER = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_INNER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
-    "ffn_up_shexp": "mlp.shared_expert.up_proj",
-    "ffn_down_shexp": "mlp.shared_expert.down_proj",
-    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
-}
-_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+LAYER = re.compile(r"blk\.(\d+)\.(.+)")
+_FROM_ZERO = (
+    *("expert_shared_count", "expert_group_count", "expert_group_used_count"),
+    *("leading_dense_block_count", "attention.sliding_window"),
+)
+_LATENT = ("attention.key_length_mla", "attention.value_length_mla")
 
 
 def configuration(header: GgufHeader) -> dict[str, Any]:
     """The configuration, with `model_type`. Raises CaptureError for an architecture or a field
     that moec does not map."""
     fields = header.fields
-    architecture = fields.get("general.architecture")
-    if architecture not in MODEL_TYPES:
-        raise CaptureError(
-            f"general.architecture is {architecture!r}; moec reads {', '.join(MODEL_TYPES)}"
-        )
-    model_type = MODEL_TYPES[architecture]
-    experts = _integer(fields, f"{architecture}.expert_count", 0)
-    if model_type == "llama" and experts:
-        model_type = "mixtral"
-    for name, allowed in _REFUSED.items():
-        value = fields.get(f"{architecture}.{name}", allowed[0])
-        if value not in allowed:
-            raise CaptureError(f"{architecture}.{name} is {value!r}, which moec does not map")
-    config: dict[str, Any] = {"model_type": model_type, **_FIXED.get(model_type, {})}
-    for name, key in _FIELDS.items():
-        value = fields.get(f"{architecture}.{name}")
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CaptureError(f"{architecture}.{name} is {str(value)[:40]}, not one number")
-        config[key] = value
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
-        if not isinstance(config.get(name), int) or config[name] < 1:
-            raise CaptureError(f"the file says no {name} of {architecture}")
-    if experts:
-        config["num_local_experts" if model_type == "mixtral" else "num_experts"] = experts
-    theta = fields.get(f"{architecture}.rope.freq_base", 10000.0)
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    name, architecture = architecture_of(fields)
+    latent = "attention.kv_lora_rank" in architecture.integers
+    _check_fields(fields, name, architecture, (*rotary.NAMES, *(_LATENT if latent else ())))
+    config: dict[str, Any] = {"model_type": architecture.model_type, **architecture.fixed}
+    for part, key in (INTEGERS | dict(architecture.integers)).items():
+        if f"{name}.{part}" in fields:
+            value = integer(fields, f"{name}.{part}", 0, least=0 if part in _FROM_ZERO else 1)
+            config |= {key: value} if value or key not in config else {}
+    for part, key in (REALS | dict(architecture.reals)).items():
+        if f"{name}.{part}" in fields:
+            config[key] = real(fields, f"{name}.{part}", 1.0)
+    for part, key in architecture.flags.items():
+        config[key] = flag(fields, f"{name}.{part}", config[key])
+    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if key not in config:
+            raise CaptureError(f"the file says no {key} of {name}")
+    _check_counts(header, name, architecture, config)
+    config["num_hidden_layers"] -= integer(fields, f"{name}.nextn_predict_layers", 0)
+    if latent:
+        _set_latent(fields, name, config)
+    _set_rotary(fields, name, config)
+    if "attention.scale" in architecture.reals:
+        width = config["hidden_size"] // config["num_attention_heads"]
+        config.setdefault("attention_multiplier", width**-0.5)
     if "token_embd.weight" in header.tensors:
         config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
-    if model_type == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+    config |= {key: tensor in header.tensors for key, tensor in architecture.present.items()}
     for token in ("bos", "eos"):
         config[f"{token}_token_id"] = fields.get(f"tokenizer.ggml.{token}_token_id")
     return config
 
 
-def _integer(fields: Mapping[str, Any], name: str, default: int) -> int:
-    value = fields.get(name, default)
-    if not isinstance(value, int) or value < 0:
-        raise CaptureError(f"{name} is {str(value)[:40]}, not a number of things")
-    return value
+def _check_fields(
+    fields: Mapping[str, Any], name: str, architecture: Architecture, others: tuple[str, ...]
+) -> None:
+    """Raises CaptureError for a field of the architecture that is not mapped, and changes the
+    model or may."""
+    maps = (INTEGERS, REALS, architecture.integers, architecture.reals, architecture.flags)
+    mapped = {*others, *SAY_NOTHING}.union(*maps)
+    for field, value in fields.items():
+        part = field.removeprefix(f"{name}.")
+        if part in SAY_NOTHING:
+            integer(fields, field, 0)
+        if part == field or part in mapped:
+            continue
+        if value not in architecture.allowed.get(part, OTHERS.get(part, ())):
+            raise CaptureError(f"{field} is {value!r:.40}, which moec does not map")
 
 
-def model_name(name: str) -> str:
+def _check_counts(
+    header: GgufHeader, name: str, architecture: Architecture, config: Mapping[str, Any]
+) -> None:
+    """Raises CaptureError where the file has another number of blocks, as transformers would first
+    make the layers, billions perhaps; or where a token needs more experts than there are."""
+    blocks = {match[1] for tensor in header.tensors if (match := LAYER.match(tensor))}
+    count = config["num_hidden_layers"]
+    layers = count - integer(header.fields, f"{name}.nextn_predict_layers", 0)
+    if layers < 1 or not layers <= len(blocks) <= count:
+        raise CaptureError(f"block_count is {count:,}, and the file holds {len(blocks):,} blocks")
+    if "expert_count" in architecture.integers:
+        experts, used = (
+            config.get(architecture.integers[f"expert_{part}"], 0)
+            for part in ("count", "used_count")
+        )
+        if not 1 <= used <= experts:
+            raise CaptureError(f"{name}.expert_used_count has to be 1 to {experts}")
+
+
+def _set_latent(fields: Mapping[str, Any], name: str, config: dict[str, Any]) -> None:
+    """Sizes of the heads of attention with latent keys. Newer files give those of the attention
+    that llama.cpp computes under the common names, and the model's under names of their own."""
+    sizes = [
+        integer(fields, f"{name}.attention.{side}_length_mla", 0)
+        or integer(fields, f"{name}.attention.{side}_length", 0, least=1)
+        for side in ("key", "value")
+    ]
+    rotated = integer(fields, f"{name}.rope.dimension_count", 0, least=1)
+    config.pop("head_dim", None)
+    config |= {
+        "num_key_value_heads": config["num_attention_heads"],
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": sizes[0] - rotated,
+        "v_head_dim": sizes[1],
+    }
+    if rotated >= sizes[0]:
+        raise CaptureError(f"{name}.rope.dimension_count is {rotated} of {sizes[0]}")
+    if config["model_type"] == "deepseek_v2":
+        limited = config["n_group"] > 1
+        config["topk_method"] = "group_limited_greedy" if limited else "greedy"
+
+
+def _set_rotary(fields: Mapping[str, Any], name: str, config: dict[str, Any]) -> None:
+    latent = "qk_rope_head_dim" in config
+    parameters = rotary.rope_parameters(fields, name, latent)
+    width = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    rotated = integer(fields, f"{name}.rope.dimension_count", width, least=1)
+    if config["model_type"] == "glm4_moe":
+        parameters["partial_rotary_factor"] = rotated / width
+    elif rotated != width and not latent:
+        raise CaptureError(f"{name}.rope.dimension_count is {rotated}, and heads have {width}")
+    if config["model_type"] == "gpt_oss" and parameters["rope_type"] == "yarn":
+        parameters["truncate"] = False  # as in all configurations of the model
+    config["rope_parameters"] = parameters
+
+
+def model_name(architecture: Architecture, name: str) -> str:
     """transformers' name of a tensor. Unknown names stay, so that nothing reads them."""
-    if name in _OUTER:
-        return _OUTER[name]
-    match = _LAYER.fullmatch(name)
-    if match is None or match[2] not in _INNER:
+    match = LAYER.fullmatch(name)
+    names, part = (INNER | dict(architecture.names), match[2]) if match else (OUTER, name)
+    stem, _, ending = part.rpartition(".")
+    if part in names:
+        renamed = names[part]
+    elif stem in names and ending in ("weight", "bias"):
+        renamed = f"{names[stem]}.{ending}"
+    else:
         return name
-    return f"model.layers.{match[1]}.{_INNER[match[2]]}.{match[3]}"
+    return f"model.layers.{match[1]}.{renamed}" if match else renamed

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from moec.checkpoint.gguf.splits import set_splits
 from moec.errors import CaptureError
 
 _FIELDS = {
@@ -44,8 +45,12 @@ def tokenizer_files(fields: Mapping[str, Any]) -> dict[str, bytes]:
     present = {name: value for name, value in stored.items() if value is not None}
     try:
         backend, _ = convert_gguf_tokenizer(fields["general.architecture"], present)
+        if stored["tokenizer_type"] == "gpt2":
+            set_splits(backend, stored["pre_tokenizer_type"])
         # adds the tokens that begin and end a text
         tokenizer = TokenizersBackend(tokenizer_object=backend, **settings)
+    except CaptureError:
+        raise
     except Exception as error:  # the package tokenizers raises nothing narrower
         raise CaptureError(f"its tokenizer cannot be read: {error}") from error
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]

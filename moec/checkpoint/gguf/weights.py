@@ -5,25 +5,21 @@
     MXFP4   exponent u8, 16 bytes in the same order                 mxfp4, exactly
     others  dequantised by the package gguf, then int8:32
 
-llama.cpp stores the rows of q and k of llamas in pairs; here they return to transformers' order.
+How tensors become the weights of a model is in arrange.py.
 """
 
 from __future__ import annotations
 
 import mmap
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moec.checkpoint.gguf.model import model_name
 from moec.checkpoint.tensors import mapped
 from moec.checkpoint.weight import CheckpointWeight, WeightCodes
-from moec.errors import CaptureError
 from moec.files.gguf import BLOCKS, GgufHeader, GgufTensor
 from moec.formats.integer import Quantised
 from moec.formats.notation import Format
@@ -35,7 +31,6 @@ EXACT = {
     "MXFP4": Format("mxfp4", 32),
 }
 NEAREST = Format("int8", 32)
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
 
 
 @dataclass(frozen=True)
@@ -77,31 +72,9 @@ def map_gguf(header: GgufHeader) -> GgufWeights:
     return GgufWeights(header, {path: mapped(path) for path in header.files})
 
 
-def read(config: Mapping[str, Any], files: GgufWeights) -> dict[str, CheckpointWeight]:
-    """The weights under transformers' names. Raises CaptureError where gate and up differ."""
-    weights: dict[str, CheckpointWeight] = {}
-    experts: dict[str, dict[str, CheckpointWeight]] = {}
-    paired = config["model_type"] in ("llama", "mixtral")
-    for name, tensor in files.header.tensors.items():
-        weight = _weight(files, name, tensor)
-        if match := _EXPERTS.fullmatch(name):
-            experts.setdefault(match[1], {})[match[2]] = weight
-            continue
-        if paired and name.endswith(("attn_q.weight", "attn_k.weight")):
-            key = "num_attention_heads" if "attn_q" in name else "num_key_value_heads"
-            heads = config.get(key, config["num_attention_heads"])
-            weight = _reordered(weight, _unpaired(name, tensor.shape[0], heads))
-        if name.endswith("ffn_gate_inp_shexp.weight") and len(weight.shape) == 1:
-            weight = replace(weight, shape=(1, *weight.shape), values=_row(weight.values))
-        weights[model_name(name)] = weight
-    for layer, parts in experts.items():
-        stem = f"model.layers.{layer}.mlp.experts"
-        for part in ("gate", "up", "down"):
-            if part not in parts:
-                raise CaptureError(f"the file has no blk.{layer}.ffn_{part}_exps.weight")
-        weights[f"{stem}.gate_up_proj"] = _joined(parts["gate"], parts["up"])
-        weights[f"{stem}.down_proj"] = parts["down"]
-    return weights
+def stored_weights(files: GgufWeights) -> dict[str, CheckpointWeight]:
+    """The tensors of the files, under their own names."""
+    return {name: _weight(files, name, tensor) for name, tensor in files.header.tensors.items()}
 
 
 def _weight(files: GgufWeights, name: str, tensor: GgufTensor) -> CheckpointWeight:
@@ -117,59 +90,6 @@ def _weight(files: GgufWeights, name: str, tensor: GgufTensor) -> CheckpointWeig
 def _halves(data: Tensor) -> Tensor:
     """bytes u8[.., 16] -> codes u8[.., 32] with the low halves first, in one row."""
     return torch.cat((data & 15, data >> 4), -1).flatten(-2)
-
-
-def _row(values: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    return lambda: values()[None]
-
-
-def _unpaired(name: str, rows: int, heads: int) -> Tensor:
-    """The rows in transformers' order: halves of a head, where llama.cpp has pairs."""
-    if heads < 1 or rows % (2 * heads):
-        raise CaptureError(f"the {rows} rows of {name} are not of {heads} heads")
-    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
-
-
-def _reordered(weight: CheckpointWeight, order: Tensor) -> CheckpointWeight:
-    """The weight with its rows [N, K] in another order."""
-    values = weight.values
-    if weight.codes is None:
-        return replace(weight, values=lambda: values()[order])
-    codes = weight.codes
-
-    def reordered() -> Quantised:
-        parts = codes.read()
-        return Quantised(parts.codes[order], parts.scales[order], None)
-
-    held = replace(codes, read=reordered)
-    return replace(weight, codes=held, values=held.values)
-
-
-def _joined(gate: CheckpointWeight, up: CheckpointWeight) -> CheckpointWeight:
-    """gate and up [E, H, D] as one weight [E, 2 * H, D]."""
-    if gate.shape != up.shape or len(gate.shape) != 3:
-        raise CaptureError(
-            f"{gate.tensors[0]} is {list(gate.shape)}, and {up.tensors[0]} is {list(up.shape)}"
-        )
-    e, h, d = gate.shape
-    both = replace(
-        gate,
-        shape=(e, 2 * h, d),
-        tensors=gate.tensors + up.tensors,
-        values=lambda: torch.cat((gate.values(), up.values()), 1),
-        codes=None,
-    )
-    first, second = gate.codes, up.codes
-    if first is None and second is None:
-        return both
-    if first is None or second is None or first.format != second.format:
-        return replace(both, nearest=NEAREST, reason="gate and up are of different types")
-
-    def codes() -> Quantised:
-        a, b = first.read(), second.read()
-        return Quantised(torch.cat((a.codes, b.codes), 1), torch.cat((a.scales, b.scales), 1), None)
-
-    return replace(both, codes=WeightCodes(first.format, codes))
 
 
 def dtype_of(header: GgufHeader) -> torch.dtype:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.checkpoint import fp8
-from moec.checkpoint.fields import check_shape
-from moec.checkpoint.packed_integers import unpack_first, unpack_last
+from moec.checkpoint.fields import SCALES, check_dtype, check_shape
+from moec.checkpoint.folders import fp8
+from moec.checkpoint.folders.packed_integers import unpack_first, unpack_last
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import (
     CheckpointWeight,
@@ -45,9 +45,27 @@ def read(config: Mapping[str, Any], tensors: Tensors) -> dict[str, CheckpointWei
             weights[module + _WEIGHT] = _packed(tensors, module)
         elif name.endswith(_WEIGHT) and tensors.dtype(name) == torch.int8:
             weights[name] = _int8(tensors, name)
+    if _says_zeros(config):
+        for name, weight in weights.items():
+            if not any(part.endswith("_zero_point") for part in weight.tensors):
+                raise CaptureError(
+                    f"quantization_config says symmetric: false, and {name} has no zero points"
+                )
     weights |= fp8.weights_of(tensors, fp8.block_of(config))
     claimed = {name for weight in weights.values() for name in weight.tensors}
     return weights | {name: plain(tensors, name) for name in tensors if name not in claimed}
+
+
+def _says_zeros(config: Mapping[str, Any]) -> bool:
+    """Whether the weights of each group of the configuration have zero points."""
+    groups = config.get("config_groups")
+    plans = [
+        group.get("weights") if isinstance(group, Mapping) else None
+        for group in (groups.values() if isinstance(groups, Mapping) else ())
+    ]
+    return bool(plans) and all(
+        isinstance(p, Mapping) and p.get("symmetric") is False for p in plans
+    )
 
 
 def _packed(tensors: Tensors, module: str) -> CheckpointWeight:
@@ -57,6 +75,8 @@ def _packed(tensors: Tensors, module: str) -> CheckpointWeight:
             raise CaptureError(f"{names[0]} has no {name} next to it")
     packed, scales, shape_name = names
     words = tensors.shape(packed)
+    check_dtype(tensors, shape_name, torch.int64, torch.int32)
+    check_shape(shape_name, tensors.shape(shape_name), (2,))
     shape = tuple(tensors.read(shape_name).tolist())
     fits = len(words) == len(shape) == 2 and words[0] == shape[0] and shape[1] > 0
     bits = next((b for b in (2, 4, 8) if fits and -(-shape[1] * b // 32) == words[1]), None)
@@ -72,6 +92,7 @@ def _packed(tensors: Tensors, module: str) -> CheckpointWeight:
     if asymmetric:
         names.append(zeros)
         check_shape(zeros, tensors.shape(zeros), (-(-n * bits // 32), groups))
+        check_dtype(tensors, zeros, torch.int32)
 
     def codes() -> Quantised:
         stored = unpack_first(tensors.read(zeros), bits)[:, :n].T if asymmetric else None
@@ -102,6 +123,7 @@ def _int8(tensors: Tensors, name: str) -> CheckpointWeight:
     if asymmetric:
         names.append(zeros)
         check_shape(zeros, tensors.shape(zeros), tensors.shape(scales))
+        check_dtype(tensors, zeros, torch.int8)
     names += [extra for extra in (f"{name}_shape",) if extra in tensors]
 
     def codes() -> Quantised:
@@ -122,6 +144,7 @@ def _unsigned(integers: Tensor) -> Tensor:
 
 def _groups(tensors: Tensors, name: str, n: int, k: int) -> int:
     """The scales of a row: one, also where all rows share it, or one a group."""
+    check_dtype(tensors, name, *SCALES)
     shape = tensors.shape(name)
     if shape in ((), (1,), (n,), (n, 1)):
         return 1
@@ -146,6 +169,7 @@ def _in_groups(
     if order_name not in tensors:
         return in_codes(shape, tuple(names), codes)
     check_shape(order_name, tensors.shape(order_name), (shape[1],))
+    check_dtype(tensors, order_name, torch.int32, torch.int64)
     order, size = tensors.read(order_name).long(), codes.format.block or shape[1]
     if bool((order == torch.arange(shape[1]) // size).all()) or bool((order == -1).all()):
         return in_codes(shape, (*names, order_name), codes)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moec.checkpoint.fields import check_shape
+from moec.checkpoint.fields import check_dtype, check_shape
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, WeightCodes, in_codes, plain
 from moec.errors import CaptureError
@@ -40,6 +40,7 @@ def _weight(tensors: Tensors, stem: str) -> CheckpointWeight:
     if scales not in tensors or len(shape) != 4 or shape[-1] != MXFP4_BLOCK // 2:
         raise CaptureError(f"{blocks} has no {scales} next to it, or is not [E, N, blocks, 16]")
     check_shape(scales, tensors.shape(scales), shape[:-1])
+    check_dtype(tensors, scales, torch.uint8)
 
     def codes() -> Quantised:
         bytes = tensors.read(blocks)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moec.checkpoint.fields import check_shape, group, number, text
-from moec.checkpoint.packed_integers import unpack_awq
+import torch
+
+from moec.checkpoint.fields import SCALES, check_dtype, check_shape, group, number, text
+from moec.checkpoint.folders.packed_integers import unpack_awq
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, WeightCodes, in_codes, plain, scale_name
 from moec.errors import CaptureError
@@ -45,6 +47,9 @@ def _weight(config: Mapping[str, Any], tensors: Tensors, module: str) -> Checkpo
             raise CaptureError(f"{names[0]} has no {name} next to it")
     packed, scales = names[:2]
     shape = tensors.shape(packed)
+    for name in (packed, *names[2:]):
+        check_dtype(tensors, name, torch.int32)
+    check_dtype(tensors, scales, *SCALES)
     if len(shape) != 2:
         raise CaptureError(f"the tensor {packed} is no matrix")
     k, n = shape[0], shape[1] * 8

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.checkpoint.fields import check_shape, group, number, text
-from moec.checkpoint.packed_integers import unpack_first, unpack_last
+from moec.checkpoint.fields import SCALES, check_dtype, check_shape, group, number, text
+from moec.checkpoint.folders.packed_integers import unpack_first, unpack_last
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import (
     CheckpointWeight,
@@ -62,10 +62,15 @@ def _weight(
     size = group(config, k, packed)
     check_shape(scales_name, tensors.shape(scales_name), (k // size, n))
     check_shape(zeros_name, tensors.shape(zeros_name), (k // size, n // each))
+    check_dtype(tensors, scales_name, *SCALES)
+    check_dtype(tensors, zeros_name, torch.int32)
     order_name = f"{module}.g_idx"
     if order_name in tensors:
         names.append(order_name)
         check_shape(order_name, tensors.shape(order_name), (k,))
+        check_dtype(tensors, order_name, torch.int32, torch.int64)
+    elif config.get("desc_act") is True:
+        raise CaptureError(f"quantization_config says desc_act, and {packed} has no {order_name}")
     symmetric = config.get("sym", True) is True
 
     def zeros() -> Tensor:
@@ -108,8 +113,9 @@ def _weight(
 
 def _matrix(tensors: Tensors, name: str) -> tuple[int, int]:
     shape = tensors.shape(name)
-    if len(shape) != 2 or tensors.dtype(name) != torch.int32:
-        raise CaptureError(f"the tensor {name} is not a matrix of 32-bit words")
+    check_dtype(tensors, name, torch.int32)
+    if len(shape) != 2:
+        raise CaptureError(f"the tensor {name} is no matrix")
     return shape[0], shape[1]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.checkpoint.fields import SCALES, check_dtype
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, nearest_int8, plain
 from moec.errors import CaptureError
@@ -55,6 +56,7 @@ def _weight(tensors: Tensors, name: str, block: tuple[int, int] | None) -> Check
     shape = tensors.shape(name)
     if scales is None or len(shape) < 2:
         raise CaptureError(f"the 8-bit floats {name} have no {name}_scale or {name}_scale_inv")
+    check_dtype(tensors, scales, *SCALES, torch.float8_e8m0fnu)
     sides = _sides(shape, tensors.shape(scales), block, scales)
     stem = name.rpartition(".")[0]
     of_rows = tuple(n for n in (f"{stem}.{part}" for part in _OF_ROWS) if n in tensors)

@@ -1,0 +1,1 @@
+"""Formats of quantised folders, each by its published layout."""
