@@ -152,18 +152,19 @@ class CompiledModel(Compilation):
 
         package = self._package()
         checked = self.checked
-        artifact.write(
-            package,
-            path,
-            graphs={name: print_graph(self.module[name].graph) for name in self.module},
-            samples=self._samples(package),
-            tolerance=checked.tolerance if checked else default_tolerance(self.graph),
-            extra={"report": self.report().to_dict()},
-            files=self.source.files,
-            native=native,
-            overwrite=overwrite,
-            for_gpu=self.for_gpu,
-        )
+        with self.source.memory.reading():
+            artifact.write(
+                package,
+                path,
+                graphs={name: print_graph(self.module[name].graph) for name in self.module},
+                samples=self._samples(package),
+                tolerance=checked.tolerance if checked else default_tolerance(self.graph),
+                extra={"report": self.report().to_dict()},
+                files=self.source.files,
+                native=native,
+                overwrite=overwrite,
+                for_gpu=self.for_gpu,
+            )
 
     def export_onnx(
         self,
