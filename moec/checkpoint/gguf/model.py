@@ -18,7 +18,7 @@ MODEL_TYPES = {
     "olmoe": "olmoe",
 }
 """llama.cpp's architectures; a llama with experts is a mixtral."""
-_FIELDS = {
+FIELDS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -88,7 +88,7 @@ def configuration(header: GgufHeader) -> dict[str, Any]:
         if value not in allowed:
             raise CaptureError(f"{architecture}.{name} is {value!r}, which moec does not map")
     config: dict[str, Any] = {"model_type": model_type, **_FIXED.get(model_type, {})}
-    for name, key in _FIELDS.items():
+    for name, key in FIELDS.items():
         value = fields.get(f"{architecture}.{name}")
         if value is None:
             continue
