@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moec.capture.auto_class import auto_class
-from moec.capture.hub import hub_off, own_config
-from moec.checkpoint.conversion import Conversion, conversion_of
-from moec.checkpoint.coverage import check_experts
-from moec.checkpoint.load import check_config, empty_model
+from moec.checkpoint.conversion import Conversion
 from moec.checkpoint.packed_integers import pack_last
-from moec.checkpoint.table import format_of, quantization_of
-from moec.checkpoint.tensors import DTYPES, map_folder
+from moec.checkpoint.tensors import DTYPES
 from moec.checkpoint.weight import CheckpointWeight
 from moec.errors import CaptureError, UsageError
+from moec.export.source_checkpoint import SourceCheckpoint, open_checkpoint
 from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
 from moec.files.config_fields import check_folder
 from moec.files.safetensors_shards import LARGEST, NewTensor, TensorGroup, write_shards
@@ -66,16 +63,6 @@ class _Matrix:
     name: str
     shape: tuple[int, ...]
     format: Format | None
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint, and a model of transformers without values that determines what its weights
-    are. `dtype` is that of weights that are stored in few bits and do not stay so."""
-
-    weights: Mapping[str, CheckpointWeight]
-    conversion: Conversion
-    dtype: torch.dtype
 
 
 def parse_conversion(text: str) -> Quantisation:
@@ -115,53 +102,35 @@ def convert(
     transformers cannot divide, UsageError where blocks do not divide a row or the disk is full.
     """
     progress("read")
-    config = json.loads((folder / CONFIG).read_bytes())
     check_folder(folder, COPIED)
-    source = _source(folder, config)
+    source = open_checkpoint(folder)
     groups: list[TensorGroup] = []
     matrices: list[_Matrix] = []
     for name, weight in source.weights.items():
         group, parts = _group(source, quant, name, weight)
         groups.append(group)
         matrices += parts
-    config = {k: v for k, v in config.items() if k != "compression_config"}
+    config = {k: v for k, v in source.fields.items() if k != "compression_config"}
     config["quantization_config"] = _quantization(source, quant, matrices)
     copied = [folder / name for name in COPIED if (folder / name).is_file()]
     size = sum(group.nbytes for group in groups) + sum(path.stat().st_size for path in copied)
     check_room(output, size)
     progress("write")
     with whole_folder(output) as new:
-        files = write_shards(new, _watched(groups, progress), largest)
+        files = write_shards(new, groups, largest, progress)
         for path in copied:
             shutil.copyfile(path, new / path.name)
         (new / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    formats: dict[str, int] = {}
-    for matrix in matrices:
-        if matrix.format is not None:
-            key = f"{_part_of(matrix.name)} {matrix.format}"
-            formats[key] = formats.get(key, 0) + 1
-    unchanged = len(matrices) - sum(formats.values())
-    return ConvertedCheckpoint(str(output), size, len(files), formats, unchanged)
-
-
-def _source(folder: Path, config: Mapping[str, Any]) -> _Source:
-    check_config(folder / CONFIG, config)
-    tensors = map_folder(folder)
-    weights = format_of(config, tuple(tensors)).read(quantization_of(config) or {}, tensors)
-    check_experts(weights)
-    with hub_off():
-        settings = own_config(folder)
-        empty = empty_model(auto_class(folder, config, ()).auto, settings)
-    dtype = getattr(settings, "dtype", None)
-    floats = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-    return _Source(weights, conversion_of(empty), floats)
+    formats = Counter(f"{_part_of(m.name)} {m.format}" for m in matrices if m.format is not None)
+    unchanged = len(matrices) - formats.total()
+    return ConvertedCheckpoint(str(output), size, len(files), dict(formats), unchanged)
 
 
 def _group(
-    source: _Source, quant: Quantisation, name: str, weight: CheckpointWeight
+    source: SourceCheckpoint, quant: Quantisation, name: str, weight: CheckpointWeight
 ) -> tuple[TensorGroup, list[_Matrix]]:
     """What is written of a weight, and the matrices in it."""
-    dtype = weight.dtype or source.dtype
+    dtype = weight.dtype or getattr(source.config, "dtype", None) or torch.bfloat16
     divide = partial(_divided, source, quant, name)
     shapes = divide(torch.empty(weight.shape, dtype=dtype, device="meta"))
     matrices = [
@@ -178,7 +147,9 @@ def _group(
     return TensorGroup(tuple(headers), read), [m for m in matrices if len(m.shape) > 1]
 
 
-def _divided(source: _Source, quant: Quantisation, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _divided(
+    source: SourceCheckpoint, quant: Quantisation, name: str, tensor: Tensor
+) -> dict[str, Tensor]:
     """The tensor by its name; a stack of experts that is to be quantised, as one matrix an expert.
 
     Raises CaptureError where transformers has no names for these.
@@ -207,7 +178,9 @@ def _is_stack(conversion: Conversion, target: str) -> bool:
     return not isinstance(module, nn.Conv1d)
 
 
-def _format(source: _Source, quant: Quantisation, name: str, tensor: Tensor) -> Format | None:
+def _format(
+    source: SourceCheckpoint, quant: Quantisation, name: str, tensor: Tensor
+) -> Format | None:
     """The format of a tensor; None where it stays as it is.
 
     Raises UsageError where its blocks do not divide a row.
@@ -274,7 +247,7 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _quantization(
-    source: _Source, quant: Quantisation, matrices: Sequence[_Matrix]
+    source: SourceCheckpoint, quant: Quantisation, matrices: Sequence[_Matrix]
 ) -> dict[str, Any]:
     """The quantization_config. Readers ask it for the format of a module by its name."""
     by_format: dict[Format, list[str]] = {}
@@ -314,15 +287,3 @@ def _quantization(
         "ignore": sorted(ignored),
         "kv_cache_scheme": None,
     }
-
-
-def _watched(
-    groups: Sequence[TensorGroup], progress: Callable[[str], None]
-) -> Sequence[TensorGroup]:
-    """The groups, each of which reports that it is written."""
-
-    def read(i: int, group: TensorGroup) -> Sequence[Any]:
-        progress(f"write {i + 1}/{len(groups)} tensors")
-        return group.read()
-
-    return [TensorGroup(g.tensors, partial(read, i, g)) for i, g in enumerate(groups)]

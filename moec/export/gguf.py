@@ -7,8 +7,9 @@ written one after another, a stack of experts at a time.
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,17 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moec.capture.auto_class import auto_class
-from moec.capture.hub import hub_off, own_config
-from moec.checkpoint.conversion import Conversion, Group, conversion_of
-from moec.checkpoint.coverage import check_experts
+from moec.checkpoint.conversion import Group
 from moec.checkpoint.gguf.model import FIELDS, MODEL_TYPES, configuration, model_name
-from moec.checkpoint.load import check_config, empty_model
-from moec.checkpoint.table import format_of, quantization_of
-from moec.checkpoint.tensors import map_folder
-from moec.checkpoint.weight import CheckpointWeight
 from moec.errors import CaptureError
 from moec.export.gguf_tokenizer import tokenizer_fields
+from moec.export.source_checkpoint import SourceCheckpoint, open_checkpoint
 from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
 from moec.files.gguf import BLOCKS, GgufHeader, GgufTensor
 from moec.files.whole_file import whole_file
@@ -46,6 +41,7 @@ _UNSAID = {
     *("_name_or_path", "max_window_layers", "compression_config"),
 }
 """Fields of a configuration that do not change what a model computes with given tokens."""
+Read = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class _NewTensor:
     name: str
     type: str
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Read
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -94,18 +90,15 @@ def export_gguf(
     import gguf  # not a part of every installation
 
     progress("read")
-    config = json.loads((folder / CONFIG).read_bytes())
-    architecture = ARCHITECTURES.get(config.get("model_type"), "")
+    source = open_checkpoint(folder)
+    settings = source.config
+    architecture = ARCHITECTURES.get(settings.model_type, "")
     if not architecture:
         raise CaptureError(
             f"{folder / CONFIG}: GGUF files are written of {', '.join(ARCHITECTURES)}, not of "
-            f"{config.get('model_type')!r}"
+            f"{settings.model_type!r}"
         )
-    check_config(folder / CONFIG, config)
-    with hub_off():
-        settings = own_config(folder)
-        conversion = conversion_of(empty_model(auto_class(folder, config, ()).auto, settings))
-    tensors = _tensors(folder, config, conversion, architecture, type)
+    tensors = _tensors(source, architecture, type)
     fields = _model_fields(settings, architecture)
     _check_configuration(settings, fields, tensors)
     files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
@@ -122,28 +115,21 @@ def export_gguf(
     progress("write")
     with whole_file(output) as file:
         _write(Path(file.name), architecture, fields, tensors, progress)
-    types: dict[str, int] = {}
-    for tensor in tensors:
-        types[tensor.type] = types.get(tensor.type, 0) + 1
+    types = dict(Counter(tensor.type for tensor in tensors))
     tokens = len(fields.get("tokenizer.ggml.tokens", ()))
     return ExportedGguf(str(output), output.stat().st_size, architecture, types, tokens)
 
 
-def _tensors(
-    folder: Path, config: Mapping[str, Any], conversion: Conversion, architecture: str, type: str
-) -> list[_NewTensor]:
+def _tensors(source: SourceCheckpoint, architecture: str, type: str) -> list[_NewTensor]:
     """The tensors to write. Raises CaptureError where the checkpoint lacks one."""
     import gguf
 
-    mapped = map_folder(folder)
-    weights = format_of(config, tuple(mapped)).read(quantization_of(config) or {}, mapped)
-    check_experts(weights)
-    groups = conversion.groups(weights)
-    settings = conversion.model.config
+    conversion, settings = source.conversion, source.config
+    groups = conversion.groups(source.weights)
     if settings.tie_word_embeddings and architecture in _WITH_HEAD:
         raise CaptureError(
-            f"{folder / CONFIG}: tie_word_embeddings is set, and llama.cpp reads {architecture} "
-            "only with a head: save the model with the embedding as lm_head.weight, and without it"
+            f"config.json: tie_word_embeddings is set, and llama.cpp reads {architecture} only "
+            "with a head: save the model with the embedding as lm_head.weight, and without it"
         )
     heads = {"lm_head.weight"} if settings.tie_word_embeddings else set()
     architectures = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -153,42 +139,41 @@ def _tensors(
         if target in heads:
             continue  # llama.cpp takes the embedding
         if target not in groups:
-            raise CaptureError(f"{folder} lacks the weight {target}")
-        read = partial(_values, conversion, weights, target, groups[target])
-        for part, shape, take in _parts(target, tuple(expected.shape), settings, architecture):
+            raise CaptureError(f"the checkpoint lacks the weight {target}")
+        read = partial(_values, source, target, groups[target])
+        for part, shape, values in _parts(target, expected.shape, read, settings, architecture):
             name = names.get_name(part, try_suffixes=(".weight", ".bias")) or part
             name = f"{name}.weight" if name.endswith("_exps") else name
             if "_exps" not in name and model_name(name) != part:
-                raise CaptureError(
-                    f"{folder}: {target} has no name in GGUF files of {architecture}"
-                )
-            tensors.append(_NewTensor(name, _type(name, shape, type), shape, _taken(read, take)))
+                raise CaptureError(f"{target} has no name in GGUF files of {architecture}")
+            tensors.append(_NewTensor(name, _type(name, shape, type), shape, values))
     if unread := sorted(groups.keys() - conversion.state.keys()):
-        raise CaptureError(f"{folder} holds {unread[0]}, which no weight of the model reads")
+        raise CaptureError(f"the checkpoint holds {unread[0]}, which no weight of the model reads")
     return tensors
 
 
-def _values(
-    conversion: Conversion, weights: Mapping[str, CheckpointWeight], target: str, group: Group
-) -> Tensor:
-    tensors = [weights[name].values() for _, name in group]
-    return conversion.convert(target, group, tensors)[target]
-
-
-def _taken(read: Callable[[], Tensor], take: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-    return lambda: take(read())
+def _values(source: SourceCheckpoint, target: str, group: Group) -> Tensor:
+    tensors = [source.weights[name].values() for _, name in group]
+    values = source.conversion.convert(target, group, tensors)[target]
+    expected = source.conversion.state[target].shape
+    if values.shape != expected:
+        raise CaptureError(
+            f"the weight {target} is {list(values.shape)}, and config.json makes it "
+            f"{list(expected)}: they are of different models"
+        )
+    return values
 
 
 def _parts(
-    target: str, shape: tuple[int, ...], config: Any, architecture: str
-) -> list[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]]:
-    """What a weight of the model is in a file: names of transformers, shapes, and how each is
-    taken from the weight."""
+    target: str, shape: tuple[int, ...], read: Read, config: Any, architecture: str
+) -> list[tuple[str, tuple[int, ...], Read]]:
+    """What a weight of the model, which `read` gives, is in a file: names of transformers, shapes
+    and values."""
     if target.endswith("experts.gate_up_proj"):
         e, both, d = shape
         stem = target.removesuffix("gate_up_proj")
         return [
-            (f"{stem}{part}_proj", (e, both // 2, d), partial(_half, i))
+            (f"{stem}{part}_proj", (e, both // 2, d), partial(_half, read, i))
             for i, part in enumerate(("gate", "up"))
         ]
     if architecture == "llama" and target.endswith(("q_proj.bias", "k_proj.bias")):
@@ -196,18 +181,19 @@ def _parts(
     if architecture == "llama" and target.endswith(("q_proj.weight", "k_proj.weight")):
         of_queries = target.endswith("q_proj.weight")
         heads = config.num_attention_heads if of_queries else config.num_key_value_heads
-        return [(target, shape, partial(_paired, heads))]
+        return [(target, tuple(shape), partial(_paired, read, heads))]
     if target.endswith("shared_expert_gate.weight"):
-        return [(target, shape[1:], lambda weight: weight[0])]
-    return [(target, shape, lambda weight: weight)]
+        return [(target, tuple(shape[1:]), lambda: read()[0])]
+    return [(target, tuple(shape), read)]
 
 
-def _half(part: int, weight: Tensor) -> Tensor:
-    return weight.chunk(2, 1)[part]
+def _half(read: Read, part: int) -> Tensor:
+    return read().chunk(2, 1)[part]
 
 
-def _paired(heads: int, weight: Tensor) -> Tensor:
+def _paired(read: Read, heads: int) -> Tensor:
     """llama.cpp's order of the rows of q and k: the halves of a head, in turn."""
+    weight = read()
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -268,13 +254,13 @@ def _write(
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(tensor.name, tensor.stored_shape, bytes_type, tensor.nbytes, kind)
-    writer.write_header_to_file(path)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for i, tensor in enumerate(tensors):
-        progress(f"write {i + 1}/{len(tensors)} tensors")
-        writer.write_tensor_data(_encoded(tensor))
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for i, tensor in enumerate(tensors):
+            progress(f"write {i + 1}/{len(tensors)} tensors")
+            writer.write_tensor_data(_encoded(tensor))
 
 
 def _encoded(tensor: _NewTensor) -> Any:

@@ -41,7 +41,12 @@ class TensorGroup:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def write_shards(folder: Path, groups: Sequence[TensorGroup], largest: int = LARGEST) -> list[Path]:
+def write_shards(
+    folder: Path,
+    groups: Sequence[TensorGroup],
+    largest: int,
+    progress: Callable[[str], None],
+) -> list[Path]:
     """Writes the groups in order, into files of at most `largest` bytes (a larger group has a file
     by itself), with an index where there are several."""
     shards = list(_shards(groups, largest))
@@ -50,7 +55,8 @@ def write_shards(folder: Path, groups: Sequence[TensorGroup], largest: int = LAR
         folder / (SINGLE if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors")
         for i in range(count)
     ]
-    for path, shard in zip(paths, shards, strict=True):
+    for i, (path, shard) in enumerate(zip(paths, shards, strict=True)):
+        progress(f"write {i + 1}/{count} files")
         _write(path, shard)
     if count > 1:
         weight_map = {

@@ -118,6 +118,16 @@ def test_what_a_file_cannot_say_is_refused(family, changes, words, tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_weights_of_another_model_are_refused(tmp_path):
+    saved(tmp_path / "source", "qwen2")
+    path = tmp_path / "source/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 64}))
+    words = r"gate_proj.weight is \[96, 64\], and config.json makes it \[64, 64\]"
+    with pytest.raises(CaptureError, match=words):
+        export_gguf(tmp_path / "source", tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
+
+
 def test_other_architectures_are_refused(tmp_path):
     saved(tmp_path / "source", "qwen2")
     path = tmp_path / "source/config.json"
