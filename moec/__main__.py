@@ -32,7 +32,8 @@ from moec.spelling import did_you_mean
 COMMANDS = {
     "compile": ("moec.commands.compile", "Compile a model into an artifact."),
     "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
-    "export": ("moec.commands.export", "Write a model as an ONNX file."),
+    "export": ("moec.commands.export", "Write a model as an ONNX or a GGUF file."),
+    "convert": ("moec.commands.convert", "Quantise a checkpoint for other runtimes."),
     "verify": ("moec.commands.verify", "Check an artifact without running it."),
     "sign": ("moec.commands.sign", "Sign an artifact, so that who runs it can check its author."),
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),

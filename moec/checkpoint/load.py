@@ -57,8 +57,7 @@ def load_model(
     """
     check_experts(weights)
     model_class, config = _class_of(auto, config)
-    with torch.device("meta"):
-        empty = model_class(config)
+    empty = empty_model(auto, config)
     _check_size(empty, weights)
     paged = memory.paged
     state: dict[str, Any] = {n: _Lazy(n, w, paged is not None) for n, w in weights.items()}
@@ -73,6 +72,13 @@ def load_model(
     if paged is not None:
         page(model, weights, paged)
     return model, loading
+
+
+def empty_model(auto: Any, config: Any) -> Any:
+    """The model of a configuration, with tensors that have no values."""
+    model_class, config = _class_of(auto, config)
+    with torch.device("meta"):
+        return model_class(config)
 
 
 def memory_for(

@@ -1,12 +1,14 @@
-"""`moec export MODEL -o out.onnx`."""
+"""`moec export MODEL -o out.onnx`, or out.gguf."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moec.commands.options.files import check_output
 from moec.commands.options.options import (
@@ -23,18 +25,33 @@ from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
+from moec.model_path import kind_of_model
+from moec.report.units import size
 from moec.runtime.process.threads import shorten_spinning
 
 if TYPE_CHECKING:
+    from moec.export.gguf import ExportedGguf
     from moec.export.onnx import Exported
 
 
+FORMATS = ("onnx", "gguf")
+GGUF_TYPES = ("bf16", "q8_0", "q4_0")
+OF_GGUF = {
+    *("model", "output", "form", "quant", "revision"),
+    *("as_json", "quiet", "force", "verbose", "log_file"),
+}
+"""Options that a GGUF file has; the others are of ONNX files."""
 NEAR_TIES = "tokens with nearly equal router scores may choose other experts after rounding"
 
 
-@click.command("export", short_help="Write a model as an ONNX file.")
+@click.command("export", short_help="Write a model as an ONNX or a GGUF file.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The .onnx file to write.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The .onnx or .gguf file to write."
+)
+@click.option(
+    "--format", "form", type=OneOf(FORMATS), help="Default: by the name of the file."
+)  # fmt: skip
 @click.option(
     "--ep", type=OneOf(["cpu", "cuda", "portable"]), default="cpu", show_default=True,
     help="Execution provider: ONNX Runtime's CPU or CUDA kernels, or standard operators only.",
@@ -68,6 +85,7 @@ NEAR_TIES = "tokens with nearly equal router scores may choose other experts aft
 def command(
     model: str,
     output: Path | None,
+    form: str | None,
     ep: str,
     moe: str,
     cache: bool | None,
@@ -79,7 +97,8 @@ def command(
     revision: str | None,
     **options: Any,
 ) -> None:
-    """Write the complete MODEL as an ONNX file, with its weights in a second file.
+    """Write the complete MODEL as an ONNX file, with its weights in a second file, or as a GGUF
+    file for llama.cpp.
 
     MODEL is a folder with a Hugging Face checkpoint, ORG/NAME of the hub, a .pt2 file of
     torch.export, or FILE.py:FACTORY, as for `moec compile`.
@@ -90,10 +109,16 @@ def command(
     --quant and approximate passes (--passes, --calib, --budget) change the model as in `moec
     compile`. With --quant the file is compared with the quantised weights in float32, and the
     report also shows the distance to the unquantised model.
+
+    A GGUF file is written of a checkpoint folder, with its tokenizer; --quant is bf16 (the
+    default), q8_0 or q4_0, and the other options are of ONNX files.
     """
     from moec.commands.options.shapes import explain_sizes
 
-    path = _output(output, force)
+    path, form = _output(output, form, force)
+    if form == "gguf":
+        _export_gguf(model, path)
+        return
     arguments = api_arguments(**options)
     model = local_model(model, revision, quiet or as_json)
 
@@ -120,6 +145,42 @@ def command(
         click.echo(json.dumps(exported.to_dict(), indent=1))
     elif not quiet:
         echo(render(exported))
+
+
+def _export_gguf(model: str, path: Path) -> None:
+    """Writes a GGUF file. Raises UsageError for options that it does not have."""
+    from moec.commands.output.progress import Progress, hush
+
+    ctx = click.get_current_context()
+    for option in ctx.command.params:
+        source = ctx.get_parameter_source(option.name or "")
+        if option.name not in OF_GGUF and source is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option.opts[0]} is of ONNX files: leave it out for {path}")
+    options = ctx.params
+    quant = options["quant"] or GGUF_TYPES[0]
+    if quant not in GGUF_TYPES:
+        raise UsageError(f"--quant {quant}: a GGUF file has {', '.join(GGUF_TYPES)}")
+    quiet = options["quiet"] or options["as_json"]
+    model = local_model(model, options["revision"], quiet)
+    if kind_of_model(model) != "checkpoint":
+        raise UsageError(f"{model} is no folder with a checkpoint, which a GGUF file is written of")
+    hush()
+    from moec.export.gguf import export_gguf
+
+    with Progress(quiet=quiet) as progress:
+        exported = export_gguf(Path(model), path, quant, progress.phase)
+    if options["as_json"]:
+        click.echo(json.dumps(asdict(exported), indent=1))
+    elif not options["quiet"]:
+        echo(render_gguf(exported))
+
+
+def render_gguf(exported: ExportedGguf) -> str:
+    types = ", ".join(f"{count} {name}" for name, count in exported.types.items())
+    text = f"{exported.tokens} tokens" if exported.tokens else "none: the model takes token ids"
+    lines = [("for", f"llama.cpp, {exported.architecture}"), ("tensors", types), ("text", text)]
+    written = f"wrote {exported.path} ({size(exported.bytes)})"
+    return "\n".join([*(f"{name:<10}  {words}" for name, words in lines), written])
 
 
 def render(exported: Exported) -> str:
@@ -155,11 +216,13 @@ def render(exported: Exported) -> str:
     )
 
 
-def _output(output: Path | None, force: bool) -> Path:
-    """The output path. Raises UsageError, before minutes of work, if it could not be written."""
+def _output(output: Path | None, form: str | None, force: bool) -> tuple[Path, str]:
+    """The output path and its format. Raises UsageError, before minutes of work, if it could not
+    be written."""
     if output is None:
-        raise UsageError("name the file with -o OUT.onnx")
-    if output.suffix != ".onnx":
-        raise UsageError(f"{output}: give the file a name that ends in .onnx")
+        raise UsageError("name the file with -o OUT.onnx or -o OUT.gguf")
+    form = form or output.suffix.removeprefix(".")
+    if form not in FORMATS or (form == "onnx" and output.suffix != ".onnx"):
+        raise UsageError(f"{output}: give the file a name that ends in .onnx or .gguf")
     check_output(output, str(output), force=force)
-    return output
+    return output, form

@@ -190,7 +190,7 @@ def gpu_here(target: CudaTarget) -> str:
 
 
 def models() -> list[dict[str, Any]]:
-    from moec.commands.families import FAMILIES, FORMS
+    from moec.commands.output.families import FAMILIES, FORMS
 
     return [
         *({"model": f.model_type, "class": f.architecture, "what": f.what} for f in FAMILIES),

@@ -15,7 +15,7 @@ from moec.files.os_errors import reason
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors reads no longer one
-_BITS = {
+BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
@@ -92,7 +92,7 @@ def _entries(path: Path) -> dict[str, TensorHeader]:
             raise CaptureError(f"{path} names a tensor {name[:40]!r}, which is no name")
         try:
             shape, (start, end) = tuple(tensor["shape"]), tensor["data_offsets"]
-            bits = _BITS.get(tensor["dtype"])
+            bits = BITS.get(tensor["dtype"])
             sizes = (*shape, start, end)
             sizes_fit = all(type(size) is int and size >= 0 for size in sizes) and start <= end
         except (ValueError, LookupError, TypeError):

@@ -117,8 +117,11 @@ def test_what_has_no_form_is_said_and_nothing_written(factory: str, tmp_path: Pa
 
 
 WRONG = [
-    ([], "name the file with -o OUT.onnx"),
-    (["-o", "out.pb"], "out.pb: give the file a name that ends in .onnx"),
+    ([], "name the file with -o OUT.onnx or -o OUT.gguf"),
+    (["-o", "out.pb"], "out.pb: give the file a name that ends in .onnx or .gguf"),
+    (["-o", "x.pb", "--format", "onnx"], "x.pb: give the file a name that ends in .onnx"),
+    (["-o", "x.gguf", "--ep", "cpu"], "--ep is of ONNX files: leave it out for x.gguf"),
+    (["-o", "x.gguf", "--quant", "int8"], "--quant int8: a GGUF file has bf16, q8_0, q4_0"),
     (["-o", "none/out.onnx"], "the folder none does not exist"),
     (["-o", "x.onnx", "--ep", "tpu"], "'tpu' is not one of cpu, cuda, portable"),
 ]
@@ -137,6 +140,26 @@ def test_an_existing_file_stays(tmp_path: Path) -> None:
     result = run("model", "-o", out)
     assert f"{out} exists; --force replaces it" in result.stderr
     assert out.read_text() == "mine"
+
+
+def test_a_gguf_file(tiny_moe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    out = tmp_path / "model.bin"
+    result = run(tiny_moe, "-o", out, "--format", "gguf", "--quant", "q8_0")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[:3] == [
+        "for         llama.cpp, qwen3moe",
+        "tensors     29 Q8_0, 21 F32",
+        "text        1024 tokens",
+    ]
+    assert out.read_bytes()[:4] == b"GGUF"
+    report = json.loads(run(tiny_moe, "-o", out, "--format", "gguf", "--force", "--json").stdout)
+    assert report["types"] == {"BF16": 29, "F32": 21}
+
+
+def test_a_gguf_file_is_written_of_a_folder(factory: str, tmp_path: Path) -> None:
+    result = run(factory + "block", "-o", tmp_path / "out.gguf")
+    assert "is no folder with a checkpoint, which a GGUF file is written of" in result.stderr
 
 
 def test_report_of_few_bits(golden: Callable[[str], None]) -> None:

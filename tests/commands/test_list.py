@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from moec import __main__ as front
 from moec.checkpoint.table import FOLDERS, FORMATS
-from moec.commands.families import FAMILIES, FORMS
+from moec.commands.output.families import FAMILIES, FORMS
 from moec.passes import recognise
 from moec.pipeline import OPT_IN
 from moec.target import cpu as target

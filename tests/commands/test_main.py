@@ -129,7 +129,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_completion_offers_the_commands() -> None:
     result = run(
-        env={"_MOEC_COMPLETE": "bash_complete", "COMP_WORDS": "moec co", "COMP_CWORD": "1"}
+        env={"_MOEC_COMPLETE": "bash_complete", "COMP_WORDS": "moec com", "COMP_CWORD": "1"}
     )
     assert result.stdout == "plain,compile\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """AWQ puts column i of eight into the halves of bytes in this order, counted from the lowest."""
@@ -16,6 +17,14 @@ def unpack_last(words: Tensor, bits: int) -> Tensor:
         return bytes
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     return (bytes[..., None] >> shifts & (1 << bits) - 1).flatten(-2)
+
+
+def pack_last(integers: Tensor, bits: int) -> Tensor:
+    """The inverse: integers u8[.., K] of 4 or 8 bits -> words i32[.., ceil(K * bits / 32)]."""
+    each = 32 // bits
+    padded = pad(integers, (0, -integers.shape[-1] % each))
+    bytes = padded if bits == 8 else padded[..., ::2] | padded[..., 1::2] << 4
+    return bytes.contiguous().view(torch.int32)
 
 
 def unpack_first(words: Tensor, bits: int) -> Tensor:
