@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,21 +153,20 @@ def compile(
     runs = builds and verify is not False
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
     limit = tolerance(verify)
-    with clock.phase("capture"):
-        example = example_inputs(args, kwargs)
-        source = open_source(model, *example, adapters, allowed_bytes(memory))
-    with source.memory.reading():
+    with ExitStack() as reading:
         with clock.phase("capture"):
+            example = example_inputs(args, kwargs)
+            source = open_source(model, *example, adapters, allowed_bytes(memory))
+            reading.enter_context(source.memory.reading())
             source = cast(source, dtype)
-        exact = [p for p in requested if not isinstance(p, Approximate)]
+            exact = [p for p in requested if not isinstance(p, Approximate)]
 
-        def capture(observed: Sequence[Described] = ()) -> Captured:
-            with threads_for(_elements(source.model)), source.memory.share_values():
-                return capture_source(
-                    source, dynamic_shapes, allow_fixed, descriptions, observed, constants
-                )
+            def capture(observed: Sequence[Described] = ()) -> Captured:
+                with threads_for(_elements(source.model)), source.memory.share_values():
+                    return capture_source(
+                        source, dynamic_shapes, allow_fixed, descriptions, observed, constants
+                    )
 
-        with clock.phase("capture"):
             captured = bound(capture(), exact)
         if stop_after is None and isinstance(targets.target, CpuTarget) and targets.beside is None:
             chosen = (*chosen, *keeping(source, stored.checkpoint))

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moec import model_path
+from moec.capture.doors import Source
 from moec.ir.graph import Program, Stage
 from moec.passes.core.runner import PassResult
 from moec.report.report import Report
@@ -46,6 +48,7 @@ class FakeCompiler:
 class FakeCompiled:
     pass_results: list[PassResult]
     target: None = None
+    source: Source = field(default_factory=lambda: Source(torch.nn.Identity()))
 
     def report(self) -> Report:
         return models.report()

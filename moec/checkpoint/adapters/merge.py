@@ -141,6 +141,7 @@ def _assign(model: Any, name: str, tensor: Tensor) -> None:
     """Gives a weight its values: it alone, where others have been tied to it."""
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
-    if leaf in owner._parameters:
-        tensor = torch.nn.Parameter(tensor, owner._parameters[leaf].requires_grad)
+    parameter = dict(owner.named_parameters(recurse=False, remove_duplicate=False)).get(leaf)
+    if parameter is not None:
+        tensor = torch.nn.Parameter(tensor, parameter.requires_grad)
     setattr(owner, leaf, tensor)
