@@ -13,7 +13,6 @@ from torch.nn.parameter import is_lazy
 
 from moec.arguments import (
     allowed_budget,
-    allowed_bytes,
     cast,
     changes,
     check_kinds,
@@ -30,6 +29,7 @@ from moec.errors import UsageError
 from moec.formats.notation import Quantisation, parse_parts
 from moec.interpret.threads import threads_for
 from moec.ir.graph import stage_of
+from moec.memory.allowed import allowed_bytes
 from moec.model.bind_inputs import bound
 from moec.model.build import build_for_gpu, build_model, verify_model
 from moec.model.clock import Clock

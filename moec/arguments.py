@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate
 from moec.passes.quantise.codes import QuantisingPass
 from moec.pipeline import PassSpec
-from moec.runtime.checks import free_memory
 from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import TF32, CudaTarget
 from moec.target.named import AnyTarget, missing_features, parse, parse_both
@@ -78,32 +76,6 @@ def tolerance(verify: Any) -> float | None:
             f"verify is {verify!r}: give True, False or the greatest error allowed, such as 1e-4"
         )
     return float(verify)
-
-
-def allowed_bytes(memory: Any) -> int:
-    """The bytes that `memory` names; half of the free memory for None.
-
-    Raises UsageError for anything but a positive number of bytes or a size such as "6GiB".
-    """
-    if memory is None:
-        return free_memory() // 2
-    match = _SIZE.fullmatch(memory) if isinstance(memory, str) else None
-    count = float(match[1]) * _UNITS[match[2]] if match else memory
-    if (
-        isinstance(count, bool)
-        or not isinstance(count, int | float)
-        or not 0 < count <= MOST_MEMORY
-    ):
-        raise UsageError(
-            f'memory is {memory!r}: give bytes, or a size with GiB, GB, MiB or MB, such as "6GiB"'
-        )
-    return int(count)
-
-
-MOST_MEMORY = 1 << 60
-"""Bytes: no weights are kept in files."""
-_UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
-_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
 
 def both_targets(target: Any) -> tuple[Any, CudaTarget | None]:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from moec.api import compile
-from moec.arguments import MOST_MEMORY, tolerance
+from moec.arguments import tolerance
 from moec.capture.doors import stop_tokens
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Module
+from moec.memory.allowed import MOST_MEMORY
 from moec.parallel.save import TextFiles, check_replaceable, save_ranks
 from moec.passes.core.runner import Declined, Log
 from moec.passes.decode import continues_text, incremental

@@ -100,6 +100,13 @@ def test_dry_run_builds_nothing(compiler: FakeCompiler, tmp_path: Path) -> None:
     assert compiler.request["build"] is False
 
 
+def test_a_memory_that_is_no_size_is_reported_at_once(compiler: FakeCompiler) -> None:
+    result = run("--dry-run", "--memory", "6gigs")
+    assert result.exit_code == 1
+    assert "error: memory is '6gigs': give bytes, or a size with GiB" in result.stderr
+    assert compiler.request == {}
+
+
 def test_dump_ir_writes_every_step(compiler: FakeCompiler, tmp_path: Path) -> None:
     folder = tmp_path / "ir"
     run("--dry-run", "--dump-ir", folder)

@@ -65,6 +65,8 @@ def request_of(values: Mapping[str, Any]) -> CompileRequest:
 
 def check(request: CompileRequest) -> None:
     """Raises MoecError for options that exclude one another, and what could not be written."""
+    from moec.memory.allowed import allowed_bytes
+
     _check_output(request)
     for option, folder in (("--dump-ir", request.dump_ir), ("--emit", request.emit)):
         if folder is not None:
@@ -72,6 +74,7 @@ def check(request: CompileRequest) -> None:
     if request.emit is not None and not (request.builds and "cuda" in request.target):
         raise UsageError("--emit writes GPU code: give -o and a GPU, such as --target cuda:sm_80")
     parse_both(request.target)
+    allowed_bytes(request.memory)
     if request.stop_after is not None:
         check_last(request.stop_after)
     if request.plan_file is not None:
