@@ -14,7 +14,7 @@ from torch import Tensor
 import moec
 import moec.dynamo  # registers the backend where moec is not installed
 from moec.__main__ import cli
-from moec.errors import MoecError
+from moec.errors import MoecError, UsageError
 from moec.export.session import open_session, runner
 from tests.fuzz.judge import interpreted
 from tests.oracle.experts import Routed
@@ -52,7 +52,10 @@ def pt2(module: Routed, folder: Path) -> Run:
     """A file of torch.export, which declares the sizes: it has the side of the example only."""
     tensors = example(module)
     shapes = tuple(dict.fromkeys(range(t.ndim), torch.export.Dim.AUTO) for t in tensors)
-    exported = torch.export.export(module, tensors, dynamic_shapes=shapes)
+    try:
+        exported = torch.export.export(module, tensors, dynamic_shapes=shapes)
+    except Exception as error:  # a branch on values, for example
+        raise UsageError(f"torch.export: {error}") from error
     torch.export.save(exported, folder / "layer.pt2")
     return interpreted(moec.compile(folder / "layer.pt2", build=False, verify=False))
 
