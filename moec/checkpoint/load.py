@@ -22,6 +22,7 @@ from moec.spelling import did_you_mean
 
 MOST_MISSING = 1 << 27
 _ITEM_BYTES = 2
+"""Those of a weight that is stored in few bits, once it is dequantised."""
 _COPIES = 3
 """Weights as they are loaded, as passes change them, and packed for kernels."""
 _LEAST_STORED = 0.75
@@ -86,7 +87,10 @@ def memory_for(
 ) -> InMemory:
     """Where the weights of a checkpoint in these `files` are while it is compiled: in memory if a
     compilation of them fits into `limit` bytes."""
-    size = sum(math.prod(weight.shape) * _ITEM_BYTES for weight in weights.values())
+    size = sum(
+        math.prod(weight.shape) * (_ITEM_BYTES if weight.dtype is None else weight.dtype.itemsize)
+        for weight in weights.values()
+    )
     if size * _COPIES <= limit:
         return InMemory()
     bounded = Bounded(limit)

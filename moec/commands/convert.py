@@ -47,7 +47,7 @@ def command(
 
     MODEL is a folder with a Hugging Face checkpoint, or ORG/NAME of the hub. Weights are rounded
     as by `moec compile --quant`, and stored as compressed-tensors (pack-quantized), which
-    transformers, vLLM and `moec compile` read. Routers, embeddings and the head stay as they are.
+    transformers and `moec compile` read. Routers, embeddings and the head stay as they are.
     """
     if output is None:
         raise UsageError("name the folder with -o FOLDER")

@@ -68,7 +68,7 @@ class _Matrix:
 def parse_conversion(text: str) -> Quantisation:
     """The formats of --quant: one without a name is that of experts and linear layers.
 
-    Raises UsageError for a format that transformers and vLLM do not read.
+    Raises UsageError for a format that transformers does not read.
     """
     quant = parse_parts(text)
     if "=" not in text:

@@ -20,11 +20,23 @@ def whole_folder(path: Path) -> Iterator[Path]:
         new = temporary / "new"
         new.mkdir()
         yield new
-        if path.exists():
-            path.rename(temporary / "old")
-        new.rename(path)
+        swap(new, path, temporary / "old")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def swap(new: Path, path: Path, old: Path) -> None:
+    """Renames `new` to `path`, and what was there to `old`, or back where that fails: the caller
+    removes `old`."""
+    existed = path.exists()
+    if existed:
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if existed:
+            old.rename(path)
+        raise
 
 
 def check_new_folder(path: Path, marker: str, *, force: bool) -> None:

@@ -72,6 +72,7 @@ class Bounded(InMemory):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
+        self.paged.failure = None
         stopped = threading.Event()
         thread = threading.Thread(target=self._discard_until, args=(stopped,), daemon=True)
         thread.start()
@@ -79,7 +80,9 @@ class Bounded(InMemory):
             with ReadsWeights(self.paged):
                 yield
         except Exception as error:
-            raise self.paged.failure or error from error.__cause__
+            if self.paged.failure is not None:
+                raise self.paged.failure from error
+            raise
         else:
             if self.paged.failure is not None:
                 raise self.paged.failure

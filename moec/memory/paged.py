@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ class PagedWeights:
         if self._samples is not None:
             self._samples[key] = self._spool.write(weight.region.buffer())
 
-    def contains(self, tensor: Tensor) -> bool:
+    def contains(self, tensor: Tensor | None) -> bool:
         """Whether the tensor is a paged weight or a view of one."""
         return self._address(tensor) is not None
 
@@ -108,9 +108,9 @@ class PagedWeights:
         """Give the memory of all weights back."""
         self._make_room(self.limit + 1, frozenset())
 
-    def _address(self, tensor: Tensor) -> int | None:
+    def _address(self, tensor: Tensor | None) -> int | None:
         """The address of the weight that the tensor is a view of, if any."""
-        if type(tensor) not in _PLAIN or tensor.device.type != "cpu":
+        if tensor is None or type(tensor) not in _PLAIN or tensor.device.type != "cpu":
             return None
         at = tensor.untyped_storage().data_ptr()
         return at if at in self._weights else None
@@ -146,6 +146,15 @@ _VIEWS = frozenset(
 """Operators that never read. (In inference mode, those that may copy come here as a whole.)"""
 
 
+def _written(schema: Any, args: Sequence[Any], named: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes to."""
+    if not schema.is_mutable:
+        return []
+    values = dict(zip((a.name for a in schema.arguments), args, strict=False)) | dict(named)
+    written = (a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write)
+    return [leaf for name in written for leaf in pytree.tree_leaves(values.get(name))]
+
+
 class ReadsWeights(TorchDispatchMode):  # type: ignore[misc]
     """A mode in which operators find the paged weights that they read. It is entered before all
     other modes, so that it sees the operators that those call."""
@@ -165,7 +174,7 @@ class ReadsWeights(TorchDispatchMode):  # type: ignore[misc]
         if schema_of(func).name not in _VIEWS:
             leaves = pytree.tree_leaves((args, named))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            if schema_of(func).is_mutable and any(map(self.weights.contains, tensors[:1])):
+            if any(map(self.weights.contains, _written(schema_of(func), args, named))):
                 raise MoecError(f"the model writes to one of its weights ({func})")
             self.weights.fill(tensors)
         return func(*args, **named)

@@ -20,7 +20,20 @@ _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 
-class AddressRange:
+class MappedRange:
+    """`size` bytes at an `address`."""
+
+    size: int
+    address: int
+
+    def buffer(self) -> ctypes.Array[ctypes.c_char]:
+        """The bytes of the range, which keep it mapped."""
+        buffer = (ctypes.c_char * self.size).from_address(self.address)
+        buffer.range = self  # type: ignore[attr-defined]
+        return buffer
+
+
+class AddressRange(MappedRange):
     """`size` bytes of addresses, absent at first; unmapped when the last buffer of it is gone."""
 
     def __init__(self, size: int) -> None:
@@ -30,42 +43,30 @@ class AddressRange:
         weakref.finalize(self, _unmap, self.address, self._length)
         self.drop()
 
-    def buffer(self) -> ctypes.Array[ctypes.c_char]:
-        """The bytes of the region, which keep it mapped."""
-        buffer = (ctypes.c_char * self.size).from_address(self.address)
-        buffer.region = self  # type: ignore[attr-defined]
-        return buffer
-
     def provide(self) -> None:
-        """Give the region memory of zeros, to be written to."""
+        """Give the range memory of zeros, to be written to."""
         _map(self.address, self._length, _READ_WRITE, _ANONYMOUS | _FIXED, -1, 0)
 
     def show(self, file: int, start: int) -> None:
-        """Give the region the bytes of a file from `start`, to be read only."""
+        """Give the range the bytes of a file from `start`, to be read only."""
         flags = mmap.MAP_SHARED | _FIXED
         _map(self.address, self._length, mmap.PROT_READ, flags, file, start)
 
     def drop(self) -> None:
-        """Give the memory back; the region is absent."""
+        """Give the memory back; the range is absent."""
         for start in range(0, self._length, _ABSENT_BYTES):
             length = min(_ABSENT_BYTES, self._length - start)
             flags = mmap.MAP_SHARED | _FIXED
             _map(self.address + start, length, mmap.PROT_READ, flags, _absent_file(), 0)
 
 
-class FileRange:
+class FileRange(MappedRange):
     """Bytes of a file, mapped; `discard` gives back the memory that reading them took."""
 
     def __init__(self, file: int, start: int, size: int) -> None:
         self.size = size
         self.address = _map(None, size, _READ_WRITE, mmap.MAP_SHARED, file, start)
         weakref.finalize(self, _unmap, self.address, size)
-
-    def buffer(self) -> ctypes.Array[ctypes.c_char]:
-        """The bytes of the region, which keep it mapped."""
-        buffer = (ctypes.c_char * self.size).from_address(self.address)
-        buffer.region = self  # type: ignore[attr-defined]
-        return buffer
 
     def discard(self) -> None:
         """Unmap the pages from memory. Their content, also what was written, is in the file."""
@@ -96,7 +97,7 @@ def _unmap(address: int, length: int) -> None:
 
 @cache
 def _absent_file() -> int:
-    """A file of ones in memory, mapped wherever a region is absent: NaN in every float."""
+    """A file of ones in memory, mapped wherever a range is absent: NaN in every float."""
     file = os.memfd_create("absent")
     os.write(file, b"\xff" * _ABSENT_BYTES)
     return file

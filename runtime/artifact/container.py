@@ -25,6 +25,7 @@ from pathlib import Path
 
 from moec.errors import ArtifactError, UsageError
 from moec.files.os_errors import reason
+from moec.files.whole_folder import swap
 from moec.runtime.artifact.open_file import OpenFile, private_copy
 from moec.runtime.artifact.part_writers import PART_NAME, FolderWriter, PartWriter, ZipWriter
 from moec.spelling import did_you_mean_file
@@ -201,9 +202,10 @@ def replacing(path: Path, *, folder: bool, overwrite: bool = True) -> Iterator[P
             raise UsageError(
                 f"{path} was written by another process meanwhile, and is left as it is"
             )
-        if path.is_dir() or (folder and path.exists()):
-            path.rename(temporary / "old")
-        new.rename(path)
+        if path.is_dir() or folder:
+            swap(new, path, temporary / "old")
+        else:
+            new.rename(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {reason(error)}") from error
     finally:

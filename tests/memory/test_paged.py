@@ -74,6 +74,11 @@ def test_writing_to_a_weight_is_refused(weights):
     with ReadsWeights(weights), pytest.raises(MoecError) as raised:
         tensor.mul_(2)
     assert str(raised.value) == "the model writes to one of its weights (aten.mul_.Tensor)"
+    one = torch.ones(tensor.shape)
+    with ReadsWeights(weights), pytest.raises(MoecError, match="writes to one of its weights"):
+        torch.add(one, one, out=tensor)
+    with ReadsWeights(weights):
+        assert one.mul_(tensor).eq(1).all()  # it is read there, and not written to
 
 
 def test_alike_weights_have_the_values_of_the_first(weights):
