@@ -129,16 +129,24 @@ def _runs(part: _Part, shape: torch.Size) -> list[_Run] | None:
     counts = [prod(s[:-1]) for s in shapes]
     stops = torch.tensor(counts).cumsum(0)
     numbers = torch.split(torch.arange(int(stops[-1])), counts)
-    moved = part.of([n.view(*s[:-1], 1) for n, s in zip(numbers, shapes, strict=True)])
-    if moved.shape != (*shape[:-1], 1) or moved.dtype != torch.int64:
+    moved = _tried(part, [n.view(*s[:-1], 1) for n, s in zip(numbers, shapes, strict=True)])
+    if moved is None or moved.shape != (*shape[:-1], 1) or moved.dtype != torch.int64:
         return None
     rows = moved.flatten()
     values = torch.rand(int(stops[-1]), 2, generator=torch.Generator().manual_seed(0))
     drawn = torch.split(values, counts)
-    tried = part.of([d.view(*s[:-1], 2) for d, s in zip(drawn, shapes, strict=True)])
-    if not torch.equal(tried.flatten(0, -2), values[rows]):
+    tried = _tried(part, [d.view(*s[:-1], 2) for d, s in zip(drawn, shapes, strict=True)])
+    if tried is None or not torch.equal(tried.flatten(0, -2), values[rows]):
         return None
     return list(_grouped(rows, stops))
+
+
+def _tried(part: _Part, tensors: Sequence[Tensor]) -> Tensor | None:
+    """The weight, from tensors with other rows; None for a conversion that needs whole ones."""
+    try:
+        return part.of(tensors)
+    except Exception:  # whatever transformers raises: the rows are converted as they are then
+        return None
 
 
 def _grouped(rows: Tensor, stops: Tensor) -> Iterator[_Run]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import moec
+from moec.arguments import cast
 from moec.capture.doors import open_source
 from moec.checkpoint import paged
 from moec.checkpoint.tensors import Tensors
@@ -85,6 +86,13 @@ def test_the_artifact_is_the_same(family, options, tmp_path):
     compiled.save(tmp_path / "b.moec")
     assert weights_of(tmp_path / "a.moec") == weights_of(tmp_path / "b.moec")
     assert "(--memory)" in str(compiled.report().notes)
+
+
+def test_weights_of_another_dtype_are_read_later_too(tmp_path):
+    source = cast(open_source(save("mixtral", tmp_path), memory=SMALL), "float32")
+    for parameter in source.model.parameters():
+        assert parameter.dtype == torch.float32
+        assert source.memory.paged.contains(parameter)
 
 
 def test_codes_of_a_checkpoint_are_kept(tmp_path):
