@@ -66,7 +66,8 @@ class Backend:
     makes one kernel of a group of ops without a rule. `library` compiles a module of Relax
     functions and kernels, and links it. `ready` raises TargetError if this machine lacks what
     `library` needs. With `destinations`, functions write results into memory of the caller; with
-    `index_checks`, they refuse indices outside of their axis, as eager does.
+    `index_checks`, they refuse indices outside of their axis, as eager does. `slots` makes the
+    arguments of products whose experts are read from disk, for `Lowering.slots`.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Backend:
     ready: Callable[[Any], object] = lambda target: None
     destinations: bool = False
     index_checks: bool = False
+    slots: Callable[[], Any] | None = None
 
     def select(self, graph: Graph) -> Selection:
         """For each op, the first rule in order that does not refuse it."""

@@ -30,7 +30,7 @@ from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
 from moec.errors import UnsupportedError
 from moec.ir.graph import Graph, Module, Value
-from moec.runtime.package import WITH_CACHES
+from moec.runtime.package import DECODE, MAIN, WITH_CACHES, Stack, stored
 from moec.target.base import Target
 
 _KERNEL_CALL = tvm.ir.Op.get("relax.call_tir")
@@ -45,7 +45,9 @@ class LoweredModule:
     the caller's inputs, the states, memory for results, then its weights: `params`, by the
     function's name. `destinations` are the outputs, by index, that have such memory. `kernels`
     pairs the origin of each op of the first program with its kernel; `refusals` are the reasons of
-    ops without one. `tunable` are the kernels that tuning can change."""
+    ops without one. `tunable` are the kernels that tuning can change. `stacks` are those of each
+    layer in the functions that read experts from disk (`moec.runtime.package.stored`); without any,
+    there are no such functions."""
 
     module: tvm.IRModule
     params: Mapping[str, tuple[Param, ...]]
@@ -53,13 +55,19 @@ class LoweredModule:
     refusals: tuple[Refusal, ...] = ()
     tunable: tuple[Tunable, ...] = ()
     destinations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stacks: tuple[tuple[Stack, ...], ...] = ()
 
 
 def lower(
-    module: Module, target: Target, backend: Backend, tunings: Tunings = MappingProxyType({})
+    module: Module,
+    target: Target,
+    backend: Backend,
+    tunings: Tunings = MappingProxyType({}),
+    *,
+    store: bool = False,
 ) -> LoweredModule:
     """The Relax module of `module`. `tunings` are values of kernels by their key; others have the
-    default.
+    default. `store` adds the functions that read experts from disk.
 
     Raises UnsupportedError that lists every op without a kernel and every unknown size.
     """
@@ -69,28 +77,58 @@ def lower(
             relax.BlockBuilder(),
             backend.kernels,
             backend.loop,
-            name_counts=Counter(module),
+            name_counts=Counter([*module, *map(stored, module)]),
             tunings=tunings,
         )
         params: dict[str, tuple[Param, ...]] = {}
         destinations: dict[str, tuple[int, ...]] = {}
         origins: tuple[tuple[str, str], ...] = ()
         refusals: dict[Refusal, None] = {}
-        for name in module:
+        stacks: dict[str, tuple[tuple[Stack, ...], ...]] = {}
+
+        def add(name: str, function: str, slots: Any = None) -> None:
+            nonlocal origins
             graph = module[name].graph
             if backend.index_checks:
                 graph = with_index_checks(graph, module[name].weights)
             graph, host_sizes = with_host_sizes(graph)
             selection = backend.select(graph)
-            refusals |= dict.fromkeys(selection.refusals)
+            refusals.update(dict.fromkeys(selection.refusals))
             in_memory = backend.destinations and name not in WITH_CACHES
-            params[name], destinations[name] = _function(
-                name, graph, target, kernels, selection, host_sizes, in_memory
+            params[function], destinations[function] = _function(
+                function, graph, target, kernels, selection, host_sizes, in_memory, slots
             )
             origins = origins or tuple(kernels.sites)
+
+        for name in module:
+            add(name, name)
+        if store and backend.slots is not None:
+            for name in (name for name in (MAIN, DECODE) if name in module):
+                slots = backend.slots()
+                add(name, stored(name), slots)
+                stacks[name] = slots.layers()
         tunable = tuple(kernels.tunable.values())
         finished = kernels.builder.finalize()
-        return LoweredModule(finished, params, origins, tuple(refusals), tunable, destinations)
+        return LoweredModule(
+            finished,
+            params,
+            origins,
+            tuple(refusals),
+            tunable,
+            destinations,
+            _same_stacks(stacks),
+        )
+
+
+def _same_stacks(
+    stacks: Mapping[str, tuple[tuple[Stack, ...], ...]],
+) -> tuple[tuple[Stack, ...], ...]:
+    """The stacks of all functions; none where functions read the same weights in other layouts,
+    which would need slots for each."""
+    names = [
+        tuple(tuple(s.arrays for s in layer) for layer in layers) for layers in stacks.values()
+    ]
+    return next(iter(stacks.values()), ()) if len(set(names)) == 1 else ()
 
 
 def supported(graph: Graph, backend: Backend) -> bool:
@@ -111,6 +149,7 @@ def _function(
     selection: Selection,
     host_sizes: Mapping[str, sympy.Expr],
     in_memory: bool,
+    slots: Any,
 ) -> tuple[tuple[Param, ...], tuple[int, ...]]:
     """Adds the function of a graph; returns its params in order, and the outputs, by index, that
     it writes into memory of the caller, which are none without `in_memory`. `host_sizes` are the
@@ -123,7 +162,7 @@ def _function(
     read = {str(op.attrs["name"]) for op in graph.ops if op.name == "moec.size"}
     all_names = shaped | read | host_sizes.keys() | names(*host_sizes.values())
     sizes = Sizes({name: tirx.Var(name, "int64") for name in sorted(all_names)})
-    low = Lowering(graph, target, kernels, sizes, rules)
+    low = Lowering(graph, target, kernels, sizes, rules, slots=slots)
     # The caller's inputs first, then the states in order.
     before = [state.before for state in graph.states]
     ordered = [*(v for v in graph.inputs if v not in before), *before]

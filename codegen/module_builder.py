@@ -84,6 +84,7 @@ class Lowering:
     sorted: dict[object, list[relax.Expr]] = field(default_factory=dict)
     rounded: dict[object, list[relax.Expr]] = field(default_factory=dict)
     masks: dict[object, Value] = field(default_factory=dict)
+    slots: Any = None  # of the backend, where weights of experts are read from disk into slots
     bases: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
     views: dict[tuple[relax.Expr, TensorType], relax.Expr] = field(default_factory=dict)
 

@@ -29,6 +29,8 @@ from moec.runtime.package import (
     Port,
     Size,
     StatePort,
+    StoredExperts,
+    stored,
 )
 from moec.target.base import Target
 
@@ -42,19 +44,21 @@ def build(
     tunings: Tunings = MappingProxyType({}),
     backend: Backend | None = None,
     memory: InMemory | None = None,
+    store: bool = False,
 ) -> Package:
     """Compiles programs of any stage that `lower` takes, each as a function of the library;
     `moec.runtime.package` documents the functions' names. `backend` defaults to that of the
     target's kind.
 
     Arrays that no kernel packs share the memory of the program's weights, unless that is bounded;
-    `memory` is where the weights are, and the arrays. `opt_level` 0 disables
-    LLVM's optimisation. `tunings` are the values of kernels, by their key.
+    `memory` is where the weights are, and the arrays. `opt_level` 0 disables LLVM's optimisation.
+    `store` adds functions that read experts from disk. `tunings` are the values of kernels, by
+    their key.
 
     Raises UnsupportedError (for everything without a kernel at once) and TargetError (no linker).
     """
     backend = backend or backend_for(target)
-    lowered = lower(module, target, backend, tunings)
+    lowered = lower(module, target, backend, tunings, store=store)
     library = backend.library(lowered.module, target, opt_level, None)
     kernels = {kernel.key: kernel for kernel in lowered.tunable}
     values = {key: kernels[key].complete(changed) for key, changed in tunings.items()}
@@ -105,7 +109,23 @@ def package(
         },
         generation=generation_of(functions[DECODE]) if DECODE in functions else None,
         copies=copies,
+        store=stored_experts(module, lowered),
     )
+
+
+def stored_experts(module: Module, lowered: LoweredModule) -> StoredExperts | None:
+    """The functions that read experts from disk; None without any."""
+    functions = {
+        name: signature(
+            name,
+            module[name],
+            ports(lowered.params[stored(name)]),
+            lowered.destinations[stored(name)],
+        )
+        for name in module
+        if stored(name) in lowered.params
+    }
+    return StoredExperts(functions, lowered.stacks) if lowered.stacks else None
 
 
 def ports(params: tuple[Param, ...]) -> tuple[Port, ...]:

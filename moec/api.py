@@ -90,6 +90,7 @@ def compile(
     revision: str | None = None,
     adapters: Sequence[str | Path] = (),
     memory: int | str | None = None,
+    store: bool | None = None,
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
@@ -131,7 +132,9 @@ def compile(
     `adapters` are folders of PEFT (LoRA, DoRA), merged into the weights of a checkpoint in order.
     `memory` ("6GiB", or bytes) is about how much of this machine's memory the compilation of a
     checkpoint may take, by default half of what is free. Weights that do not fit are read from the
-    checkpoint when they are needed, and packed ones are kept in a temporary file.
+    checkpoint when they are needed, and packed ones are kept in a temporary file. `store` adds the
+    code for `moec.load(path, memory=...)`, which reads experts from the artifact when they are
+    needed; by default, it is added where the weights take 1 GiB or more.
 
     `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
     description is proved against its module.
@@ -142,7 +145,7 @@ def compile(
     check_kinds(
         stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
         dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
-        constants=constants, adapters=adapters,
+        constants=constants, adapters=adapters, store=store,
     )  # fmt: skip
     clock = Clock(progress)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
@@ -214,7 +217,7 @@ def compile(
         if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
             compiled = with_routers(compiled)
         compiled = with_recording(compiled) if record_routing else compiled
-        built = build_model(compiled, opt_level, clock, targets.backend, tune)
+        built = build_model(compiled, opt_level, clock, targets.backend, tune, store)
         if targets.beside is not None:
             built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
         return built if verify is False else verify_model(built, limit, clock)

@@ -219,6 +219,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: isinstance(v, list | tuple) and all(isinstance(a, str | Path) for a in v),
         "give a list of folders",
     ),
+    "store": (lambda v: isinstance(v, bool), "give True or False"),
 }
 
 

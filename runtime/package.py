@@ -19,6 +19,9 @@ returns. A port of dtype c64 is passed as f32 with a last axis of 2: real part, 
         If routers need different inputs: the routers that need these inputs.
     routed(inputs..., outputs of route..., states..., params...) -> outputs of main
         The model, with the choices of its hoisted routers as inputs.
+    stored_main, stored_decode
+        `main` and `decode` with experts that are read from disk when they are needed: see
+        `StoredExperts`.
     recorded, recorded_decode
         `main` and `decode` with the choices [T, k] of every layer of `Package.recorded` as further
         outputs, the last ones.
@@ -126,6 +129,34 @@ class RouterPorts:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """The weights of one product of a layer, for all experts: `arrays` [E, ...]. `key` is the param
+    that leads to them in an expert store."""
+
+    key: str
+    layer: str
+    arrays: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """Functions that read experts from disk (`stored_main`, `stored_decode`), by the name of the
+    function that they replace, and the stacks of each layer, in the order in which it reads them.
+
+    In their params, the arrays of stacks have any number of slots in place of E, and each stack has
+    its key.
+    """
+
+    functions: Mapping[str, Function]
+    layers: tuple[tuple[Stack, ...], ...]
+
+
+def stored(name: str) -> str:
+    """The function of the library that replaces function `name` where experts are on disk."""
+    return f"stored_{name}"
+
+
+@dataclass(frozen=True)
 class RecordedLayer:
     """A layer whose choices can be recorded, and the number of its experts."""
 
@@ -180,7 +211,8 @@ class Package:
     returns, `recorded` the layers whose choices can be recorded. `tunings` are the values of tuned
     kernels, by the kernel's key. `copies` are, for arrays that are strided copies of the model's
     weights, the pairs of views of the array and of the weight that is copied there; they are not
-    stored. `gpu` holds the GPU kernels that the library launches.
+    stored. `gpu` holds the GPU kernels that the library launches. `store` is None where experts
+    cannot stay on disk.
     """
 
     target: CpuNeeds
@@ -197,6 +229,7 @@ class Package:
     recorded: tuple[RecordedLayer, ...] = ()
     tunings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     gpu: GpuCode | None = None
+    store: StoredExperts | None = None
     copies: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:

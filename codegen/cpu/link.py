@@ -1,6 +1,7 @@
 """Links objects to a shared library with a C compiler, this machine's or a cross compiler.
 
-Libraries for Linux carry the thread pool of pool.c, which `moec.runtime.process.pool` connects.
+Libraries for Linux carry the thread pool of pool.c, which `moec.runtime.process.pool` connects, and
+the store of experts on disk of expert_store.c (`moec.runtime.expert_store`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
 
 COMPILERS = ("cc", "gcc", "clang")
-POOL = Path(__file__).parent / "pool.c"
+POOL, STORE = (Path(__file__).parent / name for name in ("pool.c", "expert_store.c"))
+"""The sources that every library for Linux contains."""
 
 
 class Exportable(Protocol):
@@ -44,31 +46,32 @@ def linked(built: Exportable, target: CpuTarget) -> bytes:
     command = linker_for(target)
 
     with temporary_folder(0) as folder:
-        path, pool = folder / "lib.so", folder / "pool.o"
+        path = folder / "lib.so"
 
         def link(output: str, objects: Sequence[str]) -> None:
             words = ["-shared", "-fPIC", "-o", output, *objects]
             if sys.platform == "darwin":
                 words += ["-undefined", "dynamic_lookup"]
-            if _for_linux(target):
-                pool.write_bytes(_pool(command, target))
-                words.append(str(pool))
+            for source in (POOL, STORE) if for_linux(target) else ():
+                part = folder / f"{source.stem}.o"
+                part.write_bytes(_compiled(source, command, target))
+                words.append(str(part))
             _run(command, words, target)
 
         built.export_library(str(path), fcompile=link)
         return path.read_bytes()
 
 
-def _for_linux(target: CpuTarget) -> bool:
+def for_linux(target: CpuTarget) -> bool:
     return "linux" in (target.mtriple or sys.platform)
 
 
 @cache
-def _pool(command: tuple[str, ...], target: CpuTarget) -> bytes:
-    """The object file of the thread pool."""
+def _compiled(source: Path, command: tuple[str, ...], target: CpuTarget) -> bytes:
+    """The object file of a source."""
     with temporary_folder(0) as folder:
-        path = folder / "pool.o"
-        words = ["-std=gnu11", "-O2", "-fPIC", "-c", str(POOL), "-o", str(path)]
+        path = folder / "part.o"
+        words = ["-std=gnu11", "-O2", "-fPIC", "-c", str(source), "-o", str(path)]
         _run(command, words, target)
         return path.read_bytes()
 

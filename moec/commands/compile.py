@@ -91,6 +91,11 @@ LOGGER = logging.getLogger(__name__)
     "Weights that do not fit stay in files.",
 )  # fmt: skip
 @click.option(
+    "--store/--no-store", default=None,
+    help="Include the code for `moec run --memory`, which reads experts from the artifact when "
+    "they are needed; by default, for models of 1 GiB or more.",
+)  # fmt: skip
+@click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE",
     help="Compile each rank of a plan of `moec plan`, into a folder for `moec run --nproc`.",
 )  # fmt: skip
@@ -222,6 +227,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             record_routing=request.record_routing,
             tune=request.tune,
             memory=request.memory,
+            store=request.store,
             watch=watch,
             progress=progress.phase,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from moec.errors import UsageError, VerificationError
 if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
     from moec.runtime.call.executor import Executor
+    from moec.runtime.expert_store.device import StoreReport
 
 
 @click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
@@ -62,6 +63,11 @@ if TYPE_CHECKING:
     "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True,
     help="Seconds that a rank waits for the other ranks.",
 )  # fmt: skip
+@click.option(
+    "--memory", metavar="SIZE",
+    help="The most memory to take, e.g. 4GiB: experts that do not fit are read from the artifact "
+    "when a token chooses them.",
+)  # fmt: skip
 @json_option
 @quiet_option
 @log_options
@@ -77,6 +83,7 @@ def command(
     threads: int | None,
     nproc: int | None,
     timeout: float,
+    memory: str | None,
     as_json: bool,
     quiet: bool,
     **text: Any,
@@ -88,7 +95,7 @@ def command(
     """
     options = TextOptions(**text)
     if holds_ranks(artifact):
-        _check_ranks(artifact, rebuild, alone=bool(check or trace or device))
+        _check_ranks(artifact, rebuild, alone=bool(check or trace or device or memory))
         run_ranks(
             artifact, source, output, options, nproc, timeout, threads, as_json, quiet, signed_by
         )
@@ -101,9 +108,12 @@ def command(
     from moec.runtime.artifact import artifact as artifacts
     from moec.runtime.call.executor import start
     from moec.runtime.device.device import default_device, device_of, only_for
+    from moec.runtime.expert_store.start import store_report
+    from moec.runtime.process.byte_sizes import bytes_of
     from moec.runtime.process.threads import set_threads
 
     set_threads(threads)
+    limit = None if memory is None else bytes_of(memory)
     prompts = read_prompts(options)
     for path in (source, output):
         if path is not None:
@@ -119,7 +129,7 @@ def command(
         from moec.model.rebuild import rebuild as recompile
 
         opened = replace(opened, package=recompile(opened))
-    executor = start(opened, on)
+    executor = start(opened, on) if limit is None else _start_within(opened, limit, trace)
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code is always checked
         answer["check"] = _check(opened, executor, quiet or as_json)
@@ -133,8 +143,35 @@ def command(
             answer |= write_texts(
                 opened.files, executor, options, prompts, as_json=as_json, quiet=quiet
             )
+    if stored := store_report(executor):
+        answer["store"] = asdict(stored)
+        if not (quiet or as_json):
+            echo(_store_line(stored), err=True)
     if as_json:
         click.echo(json.dumps(answer, indent=1))
+
+
+def _start_within(opened: Artifact, limit: int, trace: Path | None) -> Executor:
+    from moec.runtime.expert_store.start import start_within
+
+    if opened.package.gpu is not None:
+        raise UsageError("--memory limits a model on a CPU, and this one runs on a GPU")
+    if trace is not None:
+        raise UsageError("--record-routing needs all experts in memory: leave --memory out")
+    return start_within(opened, limit)
+
+
+def _store_line(stored: StoreReport) -> str:
+    from moec.runtime.checks import show_bytes
+
+    counts = stored.counts
+    share = counts.hits / max(1, counts.visits)
+    return (
+        f"{show_bytes(stored.slot_bytes)} of {show_bytes(stored.expert_bytes)} of experts in "
+        f"memory: {share:.0%} of those needed were there, {show_bytes(counts.bytes_read)} were "
+        f"read ({stored.reading}) in {counts.read_seconds:.1f} s, and threads waited for "
+        f"{counts.stall_seconds:.1f} s"
+    )
 
 
 def _check_ranks(artifact: Path, rebuild: bool, *, alone: bool) -> None:

@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from moec.errors import UsageError
 from moec.runtime.checks import free_memory
-
-MOST_MEMORY = 1 << 60
-"""Bytes: no weights are kept in files."""
-_UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
-_SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
+from moec.runtime.process.byte_sizes import bytes_of
 
 
 def allowed_bytes(memory: Any) -> int:
-    """The bytes that `memory` names; half of the free memory for None.
-
-    Raises UsageError for anything but a positive number of bytes or a size such as "6GiB".
-    """
-    if memory is None:
-        return free_memory() // 2
-    match = _SIZE.fullmatch(memory) if isinstance(memory, str) else None
-    count = float(match[1]) * _UNITS[match[2]] if match else memory
-    if (
-        isinstance(count, bool)
-        or not isinstance(count, int | float)
-        or not 0 < count <= MOST_MEMORY
-    ):
-        raise UsageError(
-            f'memory is {memory!r}: give bytes, or a size with GiB, GB, MiB or MB, such as "6GiB"'
-        )
-    return int(count)
+    """The bytes that `memory` names; half of the free memory for None. Raises UsageError as
+    `bytes_of` does."""
+    return free_memory() // 2 if memory is None else bytes_of(memory)

@@ -37,8 +37,10 @@ def build_model(
     clock: Clock,
     backend: Backend | None,
     tune: bool = False,
+    store: bool | None = None,
 ) -> CompiledModel:
-    """The model with code, and with an executor where this machine can run it."""
+    """The model with code, and with an executor where this machine can run it. `store`: experts can
+    be read from disk; by default, if the model has many weights."""
     module, target = compiled.module, compiled.target
     tunings: dict[str, Values] = {}
     if tune:
@@ -56,7 +58,9 @@ def build_model(
         with list_unrecognised(compiled):
             memory = compiled.source.memory
             memory.check_room(_bytes(module))
-            package = generate(module, target, opt_level, tunings, backend, memory)
+            package = generate(
+                module, target, opt_level, tunings, backend, memory, _stored(store, module)
+            )
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
@@ -72,6 +76,14 @@ def build_model(
 
         executor = Executor(package)
     return replace(compiled, package=package, executor=executor)
+
+
+LARGE = 1 << 30
+"""Bytes of weights from which on experts can be read from disk by default."""
+
+
+def _stored(store: bool | None, module: Module) -> bool:
+    return _bytes(module) >= LARGE if store is None else store
 
 
 def _bytes(module: Module) -> int:

@@ -16,7 +16,7 @@ from moec.runtime.call.arguments import Choices, call, routed, routers
 from moec.runtime.call.executor import Executor, start
 from moec.runtime.call.recorder import Recorder
 from moec.runtime.call.recording import record_routing
-from moec.runtime.device.device import device_of, only_for
+from moec.runtime.device.device import CPU, device_of, only_for
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 
 
@@ -102,6 +102,7 @@ def load(
     copies: bool = False,
     signed_by: Path | str | None = None,
     copy: bool = False,
+    memory: int | str | None = None,
 ) -> LoadedModel:
     """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. The default is
     the CPU, or the first GPU where the model was compiled for GPUs only.
@@ -112,6 +113,10 @@ def load(
     mapped: writing to it, instead of renaming another over it, makes later calls fail. With `copy`
     it is read into memory that belongs to this process, and may then change.
 
+    `memory` ("4GiB", or bytes) is the most memory that this process may take with the model, on a
+    CPU: experts that do not fit stay in the file, and are read when a token chooses them. No bit of
+    a result depends on it. Needs a model compiled with `store=True`, the default for large ones.
+
     Raises UsageError where `path` is no path or the key cannot be used, ArtifactError where any
     part of the artifact is damaged, not signed with the key, or without code for the device, and
     TargetError where this machine cannot run it.
@@ -121,4 +126,17 @@ def load(
     on = None if device is None else device_of(device, copies=copies)
     opened = read(path, signed_by=signed_by, copy=copy)
     opened = opened if on is None else only_for(opened, on)
-    return LoadedModel(Path(path), opened, start(opened, on))
+    if memory is None:
+        return LoadedModel(Path(path), opened, start(opened, on))
+    from moec.runtime.expert_store.start import start_within
+    from moec.runtime.process.byte_sizes import bytes_of
+
+    if copy:
+        raise UsageError(
+            "memory leaves experts in the file, and copy reads all of it: leave one out"
+        )
+    if on is not None and on.kind != CPU:
+        raise UsageError(
+            f"memory limits a model on a CPU, and the device is {device}: leave it out"
+        )
+    return LoadedModel(Path(path), opened, start_within(opened, bytes_of(memory)))

@@ -26,7 +26,7 @@ def rebuild(opened: Artifact) -> Package:
     """
     from moec.codegen.backends import backend_for
     from moec.codegen.lower import lower
-    from moec.codegen.package import ports
+    from moec.codegen.package import ports, stored_experts
     from moec.ir.graph import Module, Program
     from moec.model.stored import stored_graph
     from moec.target import cpu
@@ -52,7 +52,7 @@ def rebuild(opened: Artifact) -> Package:
         _check_signature(opened, name, module[name], function)
     backend = backend_for(target)
     try:
-        lowered = lower(module, target, backend, package.tunings)
+        lowered = lower(module, target, backend, package.tunings, store=package.store is not None)
     except ValueError as error:
         raise ArtifactError(
             f"{opened.path} was tuned by another version of moec: {error}"
@@ -62,12 +62,12 @@ def rebuild(opened: Artifact) -> Package:
             f"{opened.path} was tuned for kernels that this version of moec generates "
             "differently; compile the model again"
         )
-    for name, function in package.functions.items():
-        if ports(lowered.params[name]) != function.params:
-            raise ArtifactError(
-                f"{opened.path} has its weights in a layout of another version of moec; compile "
-                "the model again"
-            )
+    same = (ports(lowered.params[n]) == f.params for n, f in package.functions.items())
+    if not all(same) or stored_experts(module, lowered) != package.store:
+        raise ArtifactError(
+            f"{opened.path} has its weights in a layout of another version of moec; compile "
+            "the model again"
+        )
     library = backend.library(lowered.module, target, 2, None)
     return replace(package, library=library.host, gpu=library.gpu)
 

@@ -14,13 +14,13 @@ from moec.arguments import tolerance
 from moec.capture.doors import stop_tokens
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Module
-from moec.memory.allowed import MOST_MEMORY
 from moec.parallel.save import TextFiles, check_replaceable, save_ranks
 from moec.passes.core.runner import Declined, Log
 from moec.passes.decode import continues_text, incremental
 from moec.passes.parallel.plan_parallelism import rank_programs
 from moec.plan.plan import Plan, read_plan
 from moec.runtime.package import DECODE
+from moec.runtime.process.byte_sizes import MOST_MEMORY
 from moec.verify.ranks import Ranked, check_ranks
 from moec.verify.references import intended
 

@@ -128,8 +128,8 @@ def verify_folder(path: Path, signed_by: Path | None = None) -> tuple[FolderMani
         part = _checked(path, name, manifest)
         if name.startswith("rank."):
             of_rank = manifests.load(part)
-            parts = artifact.parts_of(path, container, of_rank)
-            check_digests(path, parts, of_rank.parts)
+            artifact.check_sizes(path, container, of_rank)
+            check_digests(path, {n: container[n] for n in of_rank.parts}, of_rank.parts)
             listed |= of_rank.parts.keys()
     artifact.check_listed(path, container, listed)
     return manifest, content
@@ -169,16 +169,16 @@ def _code(path: Path, rank: int, function: str, content: bytes) -> RankCode:
     except ArtifactError as error:
         raise ArtifactError(f"{path}, rank {rank}: {error}") from error
     container = open_container(path)
-    parts = artifact.parts_of(path, container, manifest)
+    artifact.check_sizes(path, container, manifest)
     weights = {array.part for array in manifest.arrays.values()}
-    small = {name: part for name, part in parts.items() if name not in weights}
+    small = {name: container[name] for name in manifest.parts if name not in weights}
     check_digests(path, small, manifest.parts)
     record = msgspec.convert(manifest.extra, CodeSignature)
-    graph = parse(bytes(parts[graph_file(rank, function)]).decode())
+    graph = parse(bytes(small[graph_file(rank, function)]).decode())
     verify(graph, Stage.GROUPED)
     package = replace(
         manifest.package,
-        library=bytes(parts[library_file(rank, function)]),
+        library=bytes(small[library_file(rank, function)]),
         arrays=MappedArrays(path, container, manifest, manifest.arrays),
     )
     return RankCode(graph, record.signature, package, record.generation)

@@ -8,6 +8,8 @@
     weights/N.bin    one packed array each, little-endian, memory-mapped
     samples/N.bin    inputs and expected outputs for `moec run --check`
     tokenizer/*      the tokenizer's files, if the model has one
+    store/digests.bin  SHA-256 of each expert, if experts can stay on disk: of each array in the
+                     order of `StoredExperts`
 
 `read` checks the format, the versions, the CPU, and the size and SHA-256 of every part except the
 weights. Weights can be gigabytes, and SHA-256 takes about 1 s per GB and core, so they are hashed
@@ -18,6 +20,7 @@ nothing runs on unverified bytes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import platform
 import sys
@@ -31,12 +34,12 @@ import numpy as np
 
 from moec.errors import ArtifactError, TargetError
 from moec.runtime.artifact import manifest as manifests
-from moec.runtime.artifact.container import open_container, replacing
+from moec.runtime.artifact.container import Container, open_container, replacing
 from moec.runtime.artifact.manifest import Manifest, ManifestPart, Stored, StoredSample, Variant
 from moec.runtime.artifact.mapped_arrays import MappedArrays, array_of, check_digests
-from moec.runtime.artifact.part_writers import Buffer
+from moec.runtime.artifact.part_writers import Buffer, on_all_cores
 from moec.runtime.dtypes import Array, name_of
-from moec.runtime.package import Package
+from moec.runtime.package import Package, StoredExperts
 from moec.target import cpu
 from moec.target.cpu import CpuNeeds
 
@@ -44,6 +47,7 @@ LOGGER = logging.getLogger(__name__)
 LIBRARY = "kernels/lib.so"
 GPU_LIBRARY = "kernels/gpu.so"
 GPU = "kernels/gpu/"
+DIGESTS = "store/digests.bin"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
@@ -62,7 +66,7 @@ class Artifact:
     `package.library` is empty if the native code was left out. `graphs` are the texts of its
     functions, by name. `files` are the parts that were added by name, such as
     `tokenizer/tokenizer.json`. `for_gpu` is the model for GPUs, if it was compiled for both and
-    `package` is for a CPU.
+    `package` is for a CPU. `expert_digests` are the SHA-256 of experts.
     """
 
     path: Path
@@ -72,6 +76,7 @@ class Artifact:
     samples: tuple[Sample, ...]
     files: Mapping[str, bytes]
     for_gpu: Package | None = None
+    expert_digests: bytes = b""
 
     def __repr__(self) -> str:
         return f"<artifact {self.path}: {len(self.manifest.parts)} parts, {self.package!r}>"
@@ -115,6 +120,8 @@ def write(
             parts[GPU_LIBRARY] = for_gpu.library
         gpu = (for_gpu or package).gpu
         parts |= {GPU + n: part for n, part in gpu.parts.items()} if gpu else {}
+    if package.store is not None:
+        parts[DIGESTS] = _expert_digests(package, package.store)
     stored: dict[tuple[int, Stored], Stored] = {}
 
     def store(folder: str, array: Any) -> Stored:
@@ -199,12 +206,12 @@ def read(
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
-    parts = parts_of(path, container, manifest)
-    LOGGER.info("%s has %d parts and is for %s", path, len(parts), manifest.target_name)
+    check_sizes(path, container, manifest)
+    LOGGER.info("%s has %d parts and is for %s", path, len(container), manifest.target_name)
     variant = manifest.for_gpu
     stored = [*manifest.arrays.values(), *(variant.arrays.values() if variant else ())]
     weights = {array.part for array in stored}
-    small = {name: part for name, part in parts.items() if name not in weights}
+    small = {name: container[name] for name in manifest.parts if name not in weights}
     check_digests(path, small, manifest.parts)
 
     graphs = {}
@@ -224,12 +231,12 @@ def read(
 
     sampled = tuple(
         Sample(
-            {name: array_of(stored, parts[stored.part]) for name, stored in s.inputs.items()},
-            {name: array_of(stored, parts[stored.part]) for name, stored in s.outputs.items()},
+            {name: array_of(stored, small[stored.part]) for name, stored in s.inputs.items()},
+            {name: array_of(stored, small[stored.part]) for name, stored in s.outputs.items()},
         )
         for s in manifest.samples
     )
-    inner = ("samples/", "kernels/", "graphs/")
+    inner = ("samples/", "kernels/", "graphs/", DIGESTS)
     named = {name for name in small if not name.startswith(inner)}
     return Artifact(
         path,
@@ -239,25 +246,22 @@ def read(
         sampled,
         {name: bytes(small[name]) for name in sorted(named)},
         None if variant is None else with_parts(variant.package, GPU_LIBRARY, variant.arrays),
+        bytes(small.get(DIGESTS, b"")),
     )
 
 
-def parts_of(
-    path: Path, container: Mapping[str, memoryview], manifest: Manifest
-) -> dict[str, memoryview]:
-    """The parts that a manifest lists. Raises ArtifactError where one is missing, or its size is
+def check_sizes(path: Path, container: Container, manifest: Manifest) -> None:
+    """Raises ArtifactError where a part that the manifest lists is missing, or its size is
     another."""
-    listed = [(name, container.get(name)) for name in manifest.parts]
-    parts = {name: part for name, part in listed if part is not None}
     for name, part in manifest.parts.items():
-        if name not in parts:
+        file_part = container.file_parts.get(name)
+        if file_part is None:
             raise ArtifactError(f"{path}: {name} is missing; compile or copy the artifact again")
-        if parts[name].nbytes != part.size:
+        if file_part.size != part.size:
             raise ArtifactError(
-                f"{path}: {name} has {parts[name].nbytes} bytes where the manifest says "
+                f"{path}: {name} has {file_part.size} bytes where the manifest says "
                 f"{part.size}; compile or copy the artifact again"
             )
-    return parts
 
 
 def check_listed(path: Path, names: Iterable[str], listed: Collection[str]) -> None:
@@ -323,6 +327,17 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "none"
+
+
+def _expert_digests(package: Package, store: StoredExperts) -> bytes:
+    names = [name for layer in store.layers for stack in layer for name in stack.arrays]
+
+    def digests(name: str) -> bytes:
+        return b"".join(
+            hashlib.sha256(_bytes(e)).digest() for e in np.asarray(package.arrays[name])
+        )
+
+    return b"".join(on_all_cores(digests, names, [package.arrays[n].nbytes for n in names]))
 
 
 def _bytes(array: Array) -> memoryview:

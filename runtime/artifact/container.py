@@ -1,9 +1,9 @@
 """A named set of byte strings on disk: a zip whose members can be mapped, or a folder.
 
-In the zip, members are stored, not compressed, and each starts on a page boundary. The file is
-mapped once and a weight is a slice of the mapping; nothing is copied and nothing is extracted by
-name. Mappings are private: writing to a weight does not change the file. Writing to the file may
-change a mapping, so a caller compares the states of the open `files` before each run.
+In the zip, members are stored, not compressed, and each starts on a page boundary. A part is mapped
+when it is read; nothing is copied and nothing is extracted by name. Mappings are private: writing
+to a weight does not change the file. Writing to the file may change a mapping, so a caller compares
+the states of the open `files` before each run.
 
 Both forms are written beside their destination and renamed when complete; a failure leaves the old
 artifact. (A file is replaced atomically; replacing a folder leaves a short gap.)
@@ -26,35 +26,41 @@ from pathlib import Path
 from moec.errors import ArtifactError, UsageError
 from moec.files.os_errors import reason
 from moec.files.whole_folder import swap
-from moec.runtime.artifact.open_file import OpenFile, private_copy
+from moec.runtime.artifact.open_file import FilePart, OpenFile, check_copy
 from moec.runtime.artifact.part_writers import PART_NAME, FolderWriter, PartWriter, ZipWriter
 from moec.spelling import did_you_mean_file
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
-Files = Callable[[Iterable[str]], tuple[OpenFile, ...]]
-
-
 class Container(Mapping[str, memoryview]):
-    """The parts by name, not yet verified, and the open files that they are mapped from: none where
-    they were copied into memory."""
+    """The parts by name, not yet verified, of the artifact at `path`. `file_parts` are where they
+    are; with `copy` they are read into memory at once."""
 
     def __init__(
-        self,
-        parts: Mapping[str, memoryview],
-        files: Callable[[Iterable[str]], tuple[OpenFile, ...]],
+        self, path: Path, file_parts: Mapping[str, FilePart], *, copy: bool = False
     ) -> None:
-        self._parts, self.files = parts, files
+        self.file_parts, self._copy = file_parts, copy
+        self._contents: dict[str, memoryview] = {}
+        if copy:
+            check_copy(path, sum(file_part.size for file_part in file_parts.values()))
+            self._contents = {name: file_part.copied() for name, file_part in file_parts.items()}
+
+    def files(self, names: Iterable[str]) -> tuple[OpenFile, ...]:
+        """The files that the parts are mapped from: none where they were copied into memory."""
+        files = {} if self._copy else {self.file_parts[name].file: None for name in names}
+        return tuple(files)
 
     def __getitem__(self, name: str) -> memoryview:
-        return self._parts[name]
+        if name not in self._contents:
+            self._contents[name] = self.file_parts[name].mapped()
+        return self._contents[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
+        return iter(self.file_parts)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self.file_parts)
 
 
 def open_container(path: Path, *, copy: bool = False) -> Container:
@@ -66,46 +72,35 @@ def open_container(path: Path, *, copy: bool = False) -> Container:
     if "\0" in str(path):
         raise ArtifactError(f"{str(path)!r} contains a zero byte, which no file name may")
     if path.is_dir():
-        folder = _Folder(path, copy=copy)
-        return Container(folder, folder.files)
+        return Container(path, _Folder(path), copy=copy)
     if not path.exists():
         raise ArtifactError(f"{path}: there is no such file{did_you_mean_file(path)}")
     if not path.is_file():
         raise ArtifactError(f"{path} is not a regular file")
     try:
-        files = () if copy else (OpenFile(path),)
-        content = files[0].content if files else private_copy(path)
-        parts = {name: content[span] for name, span in part_spans(path, content).items()}
+        file = OpenFile(path)
+        spans = part_spans(path, file.read)
+        file_parts = {n: FilePart(file, s.start, s.stop - s.start) for n, s in spans.items()}
+        return Container(path, file_parts, copy=copy)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {reason(error)}") from error
-    return Container(parts, lambda names: files)
 
 
-class _Folder(Mapping[str, memoryview]):
-    """A folder whose files are mapped on access. A name cannot refer to a path outside of it."""
+class _Folder(Mapping[str, FilePart]):
+    """A folder whose files are opened on access. A name cannot refer to a path outside of it."""
 
-    def __init__(self, root: Path, *, copy: bool) -> None:
-        self._root, self._copy = root.resolve(), copy
-        self._contents: dict[str, memoryview] = {}
-        self._files: dict[str, OpenFile] = {}
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._opened: dict[str, FilePart] = {}
 
-    def files(self, names: Iterable[str]) -> tuple[OpenFile, ...]:
-        """Those of the parts that have been accessed."""
-        return tuple(self._files[name] for name in names if name in self._files)
-
-    def __getitem__(self, name: str) -> memoryview:
+    def __getitem__(self, name: str) -> FilePart:
         path = self._root / name
         if not PART_NAME.fullmatch(name) or path.resolve() != path or not path.is_file():
             raise KeyError(name)
-        if name not in self._contents:
-            self._contents[name] = self._opened(name, path)
-        return self._contents[name]
-
-    def _opened(self, name: str, path: Path) -> memoryview:
-        if self._copy:
-            return private_copy(path)
-        self._files[name] = OpenFile(path)
-        return self._files[name].content
+        if name not in self._opened:
+            file = OpenFile(path)
+            self._opened[name] = FilePart(file, 0, file.state.size)
+        return self._opened[name]
 
     def __iter__(self) -> Iterator[str]:
         for path in sorted(self._root.rglob("*")):
@@ -116,12 +111,16 @@ class _Folder(Mapping[str, memoryview]):
         return sum(1 for _ in self)
 
 
-def part_spans(path: Path, content: memoryview) -> dict[str, slice]:
-    """The places of the parts in the file at `path`, whose bytes are `content`, by name.
+Read = Callable[[int, int], bytes | memoryview]
+"""(start, size) -> bytes of a file, fewer at its end."""
+
+
+def part_spans(path: Path, read: Read) -> dict[str, slice]:
+    """The file_parts of the parts in the file at `path`, by name.
 
     Raises ArtifactError where it is truncated, or not of the form that moec writes.
     """
-    if bytes(content[:2]) != b"PK":
+    if bytes(read(0, 2)) != b"PK":
         raise ArtifactError(f"{path} is not a moec artifact; `moec compile -o` makes one")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -146,7 +145,7 @@ def part_spans(path: Path, content: memoryview) -> dict[str, slice]:
                 f"{path}: {name!r} is compressed or encrypted, so it cannot be mapped; "
                 "unpack the file and run the folder"
             )
-        start = _start(content, member, directory)
+        start = _start(read, member, directory)
         if start is None or member.header_offset < end:
             raise ArtifactError(f"{path}: {name!r} is not where the zip directory says")
         end = start + member.file_size
@@ -154,15 +153,17 @@ def part_spans(path: Path, content: memoryview) -> dict[str, slice]:
     return spans
 
 
-def _start(content: memoryview, member: zipfile.ZipInfo, directory: int) -> int | None:
+def _start(read: Read, member: zipfile.ZipInfo, directory: int) -> int | None:
     """The offset of a member's bytes; None if its local header contradicts the directory."""
     at = member.header_offset
     if not 0 <= at <= directory - _LOCAL_HEADER.size:
         return None
-    magic, name_size, extra_size = _LOCAL_HEADER.unpack_from(content, at)
-    name_at = at + _LOCAL_HEADER.size
-    start: int = name_at + name_size + extra_size
-    if magic != b"PK\3\4" or content[name_at : name_at + name_size] != member.filename.encode():
+    header = read(at, _LOCAL_HEADER.size + len(member.filename.encode()))
+    magic, name_size, extra_size = _LOCAL_HEADER.unpack_from(header)
+    start: int = at + _LOCAL_HEADER.size + name_size + extra_size
+    if magic != b"PK\3\4" or header[_LOCAL_HEADER.size :] != member.filename.encode():
+        return None
+    if name_size != len(header) - _LOCAL_HEADER.size:
         return None
     fits = member.file_size == member.compress_size and start + member.file_size <= directory
     return start if fits else None

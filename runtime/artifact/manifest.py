@@ -29,6 +29,7 @@ from moec.runtime.package import (
     Package,
     Port,
     Size,
+    StoredExperts,
     grows,
 )
 from moec.runtime.sizes import expressions as sizes
@@ -187,7 +188,12 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
-    functions = package.functions.values()
+    functions = list(package.functions.values())
+    keys: set[str] = set()
+    if package.store is not None:
+        functions += package.store.functions.values()
+        keys = {stack.key for layer in package.store.layers for stack in layer}
+        _check_store(package.store, package, arrays)
     if MAIN not in package.functions:
         raise ValueError(f"there is no function {MAIN!r}")
     for port in (port for f in functions for port in (*f.ports, *f.params)):
@@ -206,7 +212,8 @@ def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
             for size in limits:
                 sizes.names(size)
         for port in function.params:
-            _check_bound(port.name, port, port.shape, arrays)
+            if port.name not in keys:
+                _check_bound(port.name, port, port.shape, arrays)
         for cache in function.caches:
             texts, *rest = cache.shape
             fixed = [n for axis, n in enumerate(rest) if not (grows(cache) and axis == 1)]
@@ -228,6 +235,22 @@ def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
         if not {layer.experts, layer.weights or layer.experts} <= set(outputs):
             raise ValueError(f"{ROUTE!r} does not return the choices of {layer.layer}")
     _check_recorded(package)
+
+
+def _check_store(store: StoredExperts, package: Package, arrays: Mapping[str, Stored]) -> None:
+    """Each stack has arrays of as many experts as the others of its layer, and each function is one
+    of the package with keys among its params."""
+    for layer in store.layers:
+        shapes = [arrays[name].shape for stack in layer for name in stack.arrays]
+        if len({shape[:1] for shape in shapes}) != 1 or not all(map(math.prod, shapes)):
+            raise ValueError("the stacks of a layer have different numbers of experts")
+    keys = [Port(stack.key, "i64", (2,)) for layer in store.layers for stack in layer]
+    for name, function in store.functions.items():
+        others = tuple(port for port in function.params if port not in keys)
+        if len(function.params) != len(others) + len(keys) or replace(
+            function, params=()
+        ) != replace(package.functions[name], params=()):
+            raise ValueError(f"stored {name!r} is not {name!r} with experts in a store")
 
 
 def _check_recorded(package: Package) -> None:

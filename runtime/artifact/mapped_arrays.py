@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +13,70 @@ import numpy as np
 from moec.errors import ArtifactError
 from moec.runtime.artifact.container import Container
 from moec.runtime.artifact.manifest import Manifest, ManifestPart, Stored
-from moec.runtime.artifact.open_file import FileState, OpenFile
-from moec.runtime.artifact.part_writers import Buffer, on_all_cores
+from moec.runtime.artifact.open_file import FilePart, FileState, OpenFile
+from moec.runtime.artifact.part_writers import BLOCK_BYTES, on_all_cores
 from moec.runtime.dtypes import NUMPY, Array
 
 
-class MappedArrays(Mapping[str, Array]):
+class CheckedArrays(Mapping[str, Array]):
+    """Arrays that a write to a file may change while they are in use."""
+
+    @abstractmethod
+    def check_unchanged(self) -> object:
+        """Raises ArtifactError where a file was written to since it was opened."""
+
+
+class MappedArrays(CheckedArrays):
     """The memory-mapped arrays of an artifact. The first access waits until all are verified."""
 
     def __init__(
-        self, path: Path, container: Container, manifest: Manifest, arrays: Mapping[str, Stored]
+        self,
+        path: Path,
+        container: Container,
+        manifest: Manifest,
+        arrays: Mapping[str, Stored],
+        streamed: Collection[str] = (),
+        *,
+        verified: bool = False,
     ) -> None:
-        self._path, self._manifest, self._arrays = path, manifest, arrays
-        self._parts = {a.part: container[a.part] for a in arrays.values()}
+        """The arrays in `streamed` are never mapped: they are verified by reading their parts, or
+        are `verified` by who reads them."""
+        self.path, self._container, self._manifest, self.stored = path, container, manifest, arrays
+        self._names = tuple({array.part: None for array in arrays.values()})
+        self._streamed = {arrays[name].part for name in streamed}
+        self._hashed = [n for n in self._names if not (verified and n in self._streamed)]
         self._lock, self._verified = threading.Lock(), False
-        self._states = {file: file.state for file in container.files(self._parts)}
+        self._states = {file: file.state for file in container.files(self._names)}
+
+    def streaming(self, names: Collection[str], *, verified: bool) -> MappedArrays:
+        """The same arrays, some of which are never mapped."""
+        return MappedArrays(
+            self.path, self._container, self._manifest, self.stored, names, verified=verified
+        )
+
+    def file_part(self, name: str) -> FilePart:
+        """Where an array is; nothing of it is verified."""
+        return self._container.file_parts[self.stored[name].part]
+
+    @property
+    def _parts(self) -> dict[str, memoryview | FilePart]:
+        return {
+            name: self._container.file_parts[name]
+            if name in self._streamed
+            else self._container[name]
+            for name in self._hashed
+        }
 
     def verify(self) -> None:
         with self._lock:
             if not self._verified:
                 self._check_content({file: file.current() for file in self._states})
-                check_digests(self._path, self._parts, self._manifest.parts)
+                check_digests(self.path, self._parts, self._manifest.parts)
                 self._verified = True
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self) -> bool:
         """Raises ArtifactError where a file was written to since it was opened, as weights that
-        have not been read yet may have changed.
+        have not been read yet may have changed. Returns whether that had to be verified.
 
         A file that was only renamed, linked or unlinked looks like one whose time of writing was
         set back: the weights are then hashed again, once.
@@ -46,6 +85,8 @@ class MappedArrays(Mapping[str, Array]):
         if current != self._states:
             with self._lock:
                 self._check_again(current)
+            return True
+        return False
 
     def _check_content(self, current: Mapping[OpenFile, FileState]) -> None:
         """Before anything is read: reading a file that was cut ends the process."""
@@ -56,21 +97,21 @@ class MappedArrays(Mapping[str, Array]):
     def _check_again(self, current: Mapping[OpenFile, FileState]) -> None:
         self._check_content(current)
         try:
-            check_digests(self._path, self._parts, self._manifest.parts)
+            check_digests(self.path, self._parts, self._manifest.parts)
         except ArtifactError:
-            raise _changed(self._path) from None
+            raise _changed(self.path) from None
         self._states |= current
 
     def __getitem__(self, name: str) -> Array:
-        stored = self._arrays[name]
+        stored = self.stored[name]
         self.verify()
-        return array_of(stored, self._parts[stored.part])
+        return array_of(stored, self._container[stored.part])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return len(self.stored)
 
 
 def _changed(path: Path) -> ArtifactError:
@@ -87,9 +128,9 @@ def array_of(stored: Stored, part: memoryview) -> Array:
 
 
 def check_digests(
-    path: Path, contents: Mapping[str, memoryview], parts: Mapping[str, ManifestPart]
+    path: Path, contents: Mapping[str, memoryview | FilePart], parts: Mapping[str, ManifestPart]
 ) -> None:
-    """Raises ArtifactError where a part is altered."""
+    """Raises ArtifactError where a part, in memory or in a file, is altered."""
     for name, digest in zip(contents, _digests(contents.values()), strict=True):
         if digest != parts[name].sha256:
             raise ArtifactError(
@@ -98,11 +139,17 @@ def check_digests(
             )
 
 
-def _digests(contents: Iterable[Buffer]) -> list[str]:
+def _digests(contents: Iterable[memoryview | FilePart]) -> list[str]:
     """SHA-256 of each, on all cores: hashlib lets other threads run meanwhile."""
     buffers = list(contents)
-    return on_all_cores(_digest, buffers, [memoryview(buffer).nbytes for buffer in buffers])
+    sizes = [part.size if isinstance(part, FilePart) else part.nbytes for part in buffers]
+    return on_all_cores(_digest, buffers, sizes)
 
 
-def _digest(content: Buffer) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _digest(content: memoryview | FilePart) -> str:
+    if not isinstance(content, FilePart):
+        return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256()
+    for block in content.blocks(BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from moec.errors import ArtifactError
+from moec.files.os_errors import reason
 
 
 @dataclass(frozen=True)
@@ -42,43 +44,72 @@ class FileState:
 
 
 class OpenFile:
-    """The file at `path`. `content` is a private mapping: writing to it does not change the
-    file."""
+    """The file at `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         file = path.open("rb", buffering=0)
         weakref.finalize(self, file.close)
-        self._descriptor = file.fileno()
+        self.descriptor = file.fileno()
         self.state = self.current()
-        self.content = (
-            memoryview(mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY))
-            if self.state.size
-            else memoryview(b"")
-        )
 
     def current(self) -> FileState:
-        return FileState.of(self._descriptor)
+        return FileState.of(self.descriptor)
+
+    def read(self, start: int, size: int) -> bytes:
+        """Fewer bytes at the end of the file."""
+        return os.pread(self.descriptor, size, start)
 
 
-def private_copy(path: Path) -> memoryview:
-    """The bytes of the file at `path`, in memory of this process and aligned to a page.
+@dataclass(frozen=True)
+class FilePart:
+    """Some bytes of a file."""
 
-    Raises ArtifactError where the memory does not hold them, or the file is cut meanwhile.
-    """
+    file: OpenFile
+    start: int
+    size: int
+
+    def mapped(self) -> memoryview:
+        """A private mapping: writing to it does not change the file. Raises ArtifactError where
+        the system gives it no addresses."""
+        if not self.size:
+            return memoryview(b"")
+        before = self.start % mmap.ALLOCATIONGRANULARITY
+        try:
+            mapping = mmap.mmap(
+                self.file.descriptor,
+                before + self.size,
+                access=mmap.ACCESS_COPY,
+                offset=self.start - before,
+            )
+        except OSError as error:
+            raise ArtifactError(f"{self.file.path} cannot be mapped: {reason(error)}") from error
+        return memoryview(mapping)[before:]
+
+    def blocks(self, size: int) -> Iterator[bytes]:
+        """The bytes in order, `size` at a time, fewer where the file was cut."""
+        for at in range(0, self.size, size):
+            yield self.file.read(self.start + at, min(size, self.size - at))
+
+    def copied(self) -> memoryview:
+        """The bytes in memory of this process, aligned to a page. Raises ArtifactError where the
+        file is cut meanwhile."""
+        content = memoryview(mmap.mmap(-1, self.size) if self.size else b"")
+        at = 0
+        while at < self.size:
+            count = os.preadv(self.file.descriptor, [content[at:]], self.start + at)
+            if not count:
+                raise ArtifactError(f"{self.file.path} was cut while it was read: load it again")
+            at += count
+        return content
+
+
+def check_copy(path: Path, size: int) -> None:
+    """Raises ArtifactError where the memory does not hold a copy of `size` bytes."""
     from moec.runtime.checks import free_memory  # imports numpy
 
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > (free := free_memory()):
-            raise ArtifactError(
-                f"{path}: its copy takes {size:,} bytes, and {free:,} bytes of memory are free; "
-                "load it without copy"
-            )
-        content = memoryview(mmap.mmap(-1, size) if size else b"")
-        at = 0
-        while at < size:
-            if not (count := file.readinto(content[at:])):
-                raise ArtifactError(f"{path} was cut while it was read: load it again")
-            at += count
-    return content
+    if size > (free := free_memory()):
+        raise ArtifactError(
+            f"{path}: its copy takes {size:,} bytes, and {free:,} bytes of memory are free; "
+            "load it without copy"
+        )

@@ -22,7 +22,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.artifact import artifact
 from moec.runtime.artifact.artifact import Artifact
-from moec.runtime.artifact.mapped_arrays import MappedArrays
+from moec.runtime.artifact.mapped_arrays import CheckedArrays
 from moec.runtime.call.caches import Cache, caches_of, keep
 from moec.runtime.call.recorder import Recorder
 from moec.runtime.checks import CPU, check_inputs, check_memory, destination_shapes
@@ -134,18 +134,18 @@ class Executor:
         Raises ArtifactError where they do not fit.
         """
         self.package = package
-        self._device = device or (default_device(package) if functions is None else Cpu())
-        functions = functions or self._device.functions(package)
+        self.device = device or (default_device(package) if functions is None else Cpu())
+        functions = functions or self.device.functions(package)
         self._entries = {n: _Entry(f, functions[n]) for n, f in package.functions.items()}
         self._main = self._entries[MAIN]
         self._lock = threading.RLock()  # of a thread that forks in a call, too
         self._caller: ThreadPoolExecutor | None = None
         self._recorder: Recorder | None = None
         self._requests = 0
-        self._token = self._device.repeated()
+        self._token = self.device.repeated()
         self._counts: list[Any] = []  # the latest inputs of `decode`, whose memory the next take
         arrays = package.arrays
-        self._mapped = arrays if isinstance(arrays, MappedArrays) else None
+        self._checked = arrays if isinstance(arrays, CheckedArrays) else None
         self.bind(package.arrays)
         self._states: dict[str, Any] = {}
         self.reset()
@@ -153,8 +153,8 @@ class Executor:
             _EXECUTORS.add(self)
 
     def _invoke(self, entry: _Entry, arguments: Sequence[Any]) -> Any:
-        if self._mapped is not None:
-            self._mapped.check_unchanged()
+        if self._checked is not None:
+            self._checked.check_unchanged()
         if self._caller is None:
             return entry.function(*arguments, *entry.params)
         return self._caller.submit(entry.function, *arguments, *entry.params).result()
@@ -163,10 +163,10 @@ class Executor:
         """Replace the weights, by name and packed like those of the package: numpy arrays, or torch
         tensors on the model's device, whose memory is shared."""
         if arrays is not self.package.arrays:
-            self._mapped = None
+            self._checked = None
         with self._lock:
             self._arrays = {name: arrays[name] for name in self.package.params}  # keeps the memory
-            self._device.reserve(sum(array.nbytes for array in self._arrays.values()))
+            self.device.reserve(sum(array.nbytes for array in self._arrays.values()))
             tensors = {name: self._on_device(array) for name, array in self._arrays.items()}
             self._owned = {tensor.data_ptr() for tensor in tensors.values()}
             for entry in self._entries.values():
@@ -175,7 +175,7 @@ class Executor:
     def _on_device(self, array: Any) -> Any:
         """A weight as a tensor of the device; a torch tensor must be there already."""
         if isinstance(array, np.ndarray):
-            return self._device.moved(from_numpy(array))
+            return self.device.moved(from_numpy(array))
         (tensor,), _ = arguments_of([array])
         return tensor
 
@@ -187,7 +187,7 @@ class Executor:
                 array = self.package.arrays[port.initial]
             else:
                 array = np.zeros(tuple(int(size) for size in port.shape), NUMPY[port.dtype])
-            states[name] = self._device.moved(from_numpy(aligned_copy(array)))
+            states[name] = self.device.moved(from_numpy(aligned_copy(array)))
         with self._lock:
             self._states = states
 
@@ -222,8 +222,8 @@ class Executor:
             names = ", ".join(self._entries)
             raise InputError(f"the model has no function {function!r}; it has {names}")
         entry = self._entries[function]
-        sizes = check_inputs(entry.signature, inputs, self._device.takes)
-        check_memory(entry.signature, sizes, self._device.free_memory)
+        sizes = check_inputs(entry.signature, inputs, self.device.takes)
+        check_memory(entry.signature, sizes, self.device.free_memory)
         return self._call(entry, [inputs[port.name] for port in entry.signature.inputs], caches)
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
@@ -236,8 +236,8 @@ class Executor:
         arguments, torch = arguments_of(inputs)
         shape: Sequence[int] = arguments[0].shape if arguments else ()
         requests = self.number_requests(int(shape[0]) if len(shape) else 1)
-        with self._lock, _refusals(self._device), self._device.running():
-            arguments = self._device.arguments(arguments)
+        with self._lock, _refusals(self.device), self.device.running():
+            arguments = self.device.arguments(arguments)
             recorder = self._recorder if entry is self._main else None
             if recorder:
                 entry = self._entries[RECORDED]
@@ -250,13 +250,13 @@ class Executor:
             end = count + len(states)
             results = results_of(raw, end + len(caches))
             keep(caches, entry.signature.caches, results[end:])
-            results[:count] = self._device.results(results[:count], memory)
+            results[:count] = self.device.results(results[:count], memory)
             shared = (*arguments, *before, *held, *results[count:])
             self._states |= {p.name: t for p, t in zip(states, results[count:end], strict=True)}
             if recorder:
                 count -= len(recorder.layers)
                 choices = zip(results[count:], outputs[count:], strict=False)
-                to_host = self._device.to_host
+                to_host = self.device.to_host
                 recorder.add_main([to_numpy(to_host(r), port) for r, port in choices], requests)
             return self._returned(results[:count], outputs[:count], shared, torch)
 
@@ -270,10 +270,10 @@ class Executor:
             entry.shapes = (lengths, destination_shapes(function, named))
         before = entry.memory or [None] * len(function.destinations)
         memory = [
-            self._device.destination(port, shape, latest)
+            self.device.destination(port, shape, latest)
             for (port, shape), latest in zip(entry.shapes[1], before, strict=True)
         ]
-        if self._device.takes == CPU:  # else the caller alone decides how long results are kept
+        if self.device.takes == CPU:  # else the caller alone decides how long results are kept
             entry.memory = memory
         indices = [n for n, p in enumerate(function.outputs) if p.name in function.destinations]
         return dict(zip(indices, memory, strict=True))
@@ -301,11 +301,11 @@ class Executor:
         """
         held = [cache.tensor for cache in caches]
         item = tvm_ffi().get_global_func("ffi.ArrayGetItem")
-        with self._lock, _refusals(self._device):
+        with self._lock, _refusals(self.device):
             recorder = self._recorder
             entry = self._entries[RECORDED_DECODE if recorder else DECODE]
             logits, *layers = entry.signature.outputs
-            moved, before = self._device.moved, self._counts or [None] * len(counts)
+            moved, before = self.device.moved, self._counts or [None] * len(counts)
             self._counts = list(map(moved, map(from_numpy, counts), before))
             arguments = [*self._counts, *held]
             call = partial(self._invoke, entry, arguments)
@@ -314,9 +314,9 @@ class Executor:
             else:
                 key = tuple(tensor.data_ptr() for tensor in (*arguments, *entry.params))
                 results = self._token.run((*counts[0].shape, *key), call)
-            scores = to_numpy(self._device.to_host(item(results, 0)), logits)
+            scores = to_numpy(self.device.to_host(item(results, 0)), logits)
             if recorder:
-                to_host = self._device.to_host
+                to_host = self.device.to_host
                 raw = [to_host(item(results, n)) for n in range(1, len(layers) + 1)]
                 choices = list(map(np.from_dlpack, raw))  # ids are integers that numpy has
                 recorder.add_decode(choices, lengths, counts[0].shape[1], requests)
@@ -326,7 +326,7 @@ class Executor:
 
     def new_caches(self, texts: int, room: int) -> list[Cache]:
         """Caches of the function `decode` for some texts of at most `room` tokens each."""
-        return caches_of(self.package.functions[DECODE].caches, texts, room, self._device)
+        return caches_of(self.package.functions[DECODE].caches, texts, room, self.device)
 
     def states(self) -> dict[str, Array]:
         """Copies of the current contents of the states, by name."""

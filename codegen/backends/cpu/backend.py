@@ -8,6 +8,7 @@ from tvm.tirx import PrimFunc
 from moec.cache import Store
 from moec.codegen.backend import Backend
 from moec.codegen.backends.cpu import compressed, dense, grouped, quantised, quantised_dense
+from moec.codegen.backends.cpu.slots import SlotArguments
 from moec.codegen.build import compile_module
 from moec.codegen.cpu.attention.append import append
 from moec.codegen.cpu.attention.attention import attention
@@ -81,4 +82,5 @@ CPU = Backend(
     library=_library,
     ready=linker_for,
     index_checks=True,
+    slots=SlotArguments,
 )

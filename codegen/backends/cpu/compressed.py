@@ -37,11 +37,12 @@ def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
         CompressedSpec, op, parts, kind=parts.kind, bytes_of_counts=_bytes_of_counts(parts)
     )
     rows = rounded(low, parts.x, form=PAIRS)
-    weights = []
+    weights: list[tuple[object, Param]] = []
     if parts.kind == "ternary":
         entries = _dictionary(low.target)
-        weights.append(low.param(entries.name, entries))
-    weights += [low.value(value) for matrix in parts.matrices for value in matrix]
+        weights.append((entries.name, entries))
+    values = [value for matrix in parts.matrices for value in matrix]
+    weights += [(value, Param(value.name, value.type, (value,))) for value in values]
     word = {"ternary": "ternary", "2bit": "two_bits"}[parts.kind]
 
     def make(
@@ -49,7 +50,8 @@ def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
     ) -> PrimFunc:
         return compressed_linear(low.target, spec, top_k, epilogue, scale, name)
 
-    return product(low, op, parts, word, Layout(spec, low.target), make, rows, weights)
+    layout = Layout(spec, low.target)
+    return product(low, op, parts, word, layout, make, rows, weights, in_slots=False)
 
 
 def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:

@@ -49,16 +49,21 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     )
 
     def make(
-        top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, tuning: Tuning
+        top_k: int,
+        epilogue: Epilogue | None,
+        scale: str | None,
+        name: str,
+        tuning: Tuning,
+        **form: bool,
     ) -> PrimFunc:
         if top_k:
             return gathered_linear(
-                low.target, spec, top_k, epilogue, scale, name, zero_unowned_rows, tuning
+                low.target, spec, top_k, epilogue, scale, name, zero_unowned_rows, tuning, **form
             )
-        return grouped_linear(low.target, spec, epilogue, name, zero_unowned_rows, tuning)
+        return grouped_linear(low.target, spec, epilogue, name, zero_unowned_rows, tuning, **form)
 
     rows = [low.value(parts.x)]
-    weights = [low.param(*packed(layout, parts.matrices))]
+    weights = [packed(layout, parts.matrices)]
     return product(
         low, op, parts, "", layout, make, rows, weights, zero_unowned_rows, values=layout.tuned
     )

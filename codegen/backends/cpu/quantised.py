@@ -43,11 +43,11 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     layout = QuantisedLayout(spec, low.target)
     rows = rounded(low, parts.x, layout.blocks, layout.row_codes)
     weights = [
-        low.param(*packed_codes(layout, tuple(m.codes for m in parts.matrices))),
-        low.param(*packed_scales(layout, tuple(m.scales for m in parts.matrices))),
+        packed_codes(layout, tuple(m.codes for m in parts.matrices)),
+        packed_scales(layout, tuple(m.scales for m in parts.matrices)),
     ]
     if zeros := tuple(m.zeros for m in parts.matrices if m.zeros is not None):
-        weights.append(low.param(*packed_scales(layout, zeros)))
+        weights.append(packed_scales(layout, zeros))
     make = partial(quantised_linear, low.target, spec)
     return product(
         low, op, parts, parts.format.kind, layout, make, rows, weights, values=layout.tuned

@@ -10,21 +10,22 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import require
 from moec.codegen.backends.cpu.dense import packed_bias
+from moec.codegen.backends.cpu.slots import used_once
 from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.epilogue import vector_body
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.tile import Epilogue
-from moec.codegen.cpu.tuning import Tuning, tuning_of
+from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
-from moec.codegen.module_builder import Lowering
+from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.experts import check_sorted
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
 from moec.ops.experts.dispatch import SORTS
 from moec.ops.experts.grouped import Grouped
 
-Make = Callable[[int, Epilogue | None, str | None, str, Tuning], PrimFunc]
-"""(top_k, epilogue, dtype of the scale, name, tuning) -> a kernel."""
+Make = Callable[..., PrimFunc]
+"""(top_k, epilogue, dtype of the scale, name, tuning) -> a kernel; with `from_slots=True`, of
+experts in slots."""
 
 
 def check_products(op: Op, graph: Graph, parts: Grouped[Any], stored: Iterable[Value]) -> None:
@@ -51,32 +52,40 @@ def product(
     layout: Layout,
     make: Make,
     rows: Sequence[relax.Expr],
-    weights: Sequence[relax.Expr],
+    weights: Sequence[tuple[object, Param]],
     *choices: object,
     values: tuple[str, ...] = (),
+    in_slots: bool = True,
 ) -> list[relax.Expr]:
     """Calls the kernel that `make` generates, once for all products of this spec and `choices`.
-    `rows` and `weights` are its operands; `values` are the names of its tuning values."""
+    `rows` are its operands, and `weights` its params by their keys; `values` are the names of its
+    tuning values. `in_slots`: it has a form for experts in slots."""
     top_k = cast(int, op.attrs.get("gather", 0))
     scale = None if parts.scale is None else sc.STORED[parts.scale.dtype]
     body = None if op.body is None else vector_body(op.body)
+    if parts.biases:
+        weights = [*weights, packed_bias(layout, parts.biases)]
+    in_slots = in_slots and low.slots is not None and used_once(low, weights)
+    form = {"from_slots": True} if in_slots else {}
     name = "_".join(filter(None, (kind, "gathered" if top_k else "grouped")))
 
     def make_kernel(name: str, values: Mapping[str, int]) -> PrimFunc:
         epilogue = None if body is None else body.epilogue(low.target)
-        return make(top_k, epilogue, scale, name, tuning_of(values))
+        return make(top_k, epilogue, scale, name, tuning_of(values), **form)
 
-    key = (layout.spec, top_k, scale, None if body is None else body.text, *choices)
+    key = (layout.spec, top_k, scale, None if body is None else body.text, *choices, *form)
     label = name if body is None else f"{name} with {body.name}"
     many = top_k or _rows_a_token(parts, low.graph)
-    kernel = tunable(label, key, (layout,), many, make_kernel, values)
+    kernel = tunable(label, key, (layout,), many, make_kernel, () if in_slots else values)
     function = low.tuned(kernel, name if body is None else f"{name}_{body.name}")
     arguments = list(rows)
     if top_k and parts.order is not None:
         arguments.append(low.value(parts.order))
-    arguments += [low.value(parts.ends), *weights]
-    if parts.biases:
-        arguments.append(low.param(*packed_bias(layout, parts.biases)))
+    arguments.append(low.value(parts.ends))
+    if in_slots:
+        arguments += low.slots.add(low, parts.ends, rows[0], weights, op.origin or label)
+    else:
+        arguments += [low.param(*each) for each in weights]
     if parts.scale is not None:
         arguments.append(low.value(parts.scale))
     low.note(op, label)

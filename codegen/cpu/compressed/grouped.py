@@ -263,7 +263,7 @@ def compressed_linear(
     product = TileProduct(
         lay,
         lambda rows: RoundedRows.of(rows, spec.k, form=PAIRS),
-        lambda suffix: compressed_weights.weights(spec, target),
+        lambda suffix, groups: compressed_weights.weights(spec, target),
         tile,
     )
     return sorted_product(product, name, top_k, scale_dtype)

@@ -26,9 +26,14 @@ def grouped_linear(
     name: str = "grouped",
     zero_unowned_rows: bool = True,
     tuning: Tuning = DEFAULT,
+    *,
+    from_slots: bool = False,
 ) -> PrimFunc:
-    """A kernel (x[R, k], ends i32[E], w packed[, bias packed], y[R, n])."""
-    return _grouped(target, spec, epilogue, name, 0, None, zero_unowned_rows, tuning)
+    """A kernel (x[R, k], ends i32[E][, key, plan], w packed[, bias packed], y[R, n]).
+
+    `from_slots` is that of `sorted_product`.
+    """
+    return _grouped(target, spec, epilogue, name, 0, None, zero_unowned_rows, tuning, from_slots)
 
 
 def gathered_linear(
@@ -40,13 +45,18 @@ def gathered_linear(
     name: str = "gathered",
     zero_unowned_rows: bool = True,
     tuning: Tuning = DEFAULT,
+    *,
+    from_slots: bool = False,
 ) -> PrimFunc:
-    """A kernel (x[T, k], order i32[R], ends i32[E], w packed[, bias packed][, scale], y[R, n]).
+    """A kernel (x[T, k], order i32[R], ends i32[E][, key, plan], w packed[, bias packed][, scale],
+    y[R, n]).
 
     With `scale_dtype`, scale[T, top_k] multiplies the row of x of each choice (the product is
-    scaled before the bias is added, which is equivalent).
+    scaled before the bias is added, which is equivalent). `from_slots` is that of `sorted_product`.
     """
-    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, zero_unowned_rows, tuning)
+    return _grouped(
+        target, spec, epilogue, name, top_k, scale_dtype, zero_unowned_rows, tuning, from_slots
+    )
 
 
 def _grouped(
@@ -58,8 +68,11 @@ def _grouped(
     scale_dtype: str | None,
     zero_unowned_rows: bool,
     tuning: Tuning,
+    from_slots: bool,
 ) -> PrimFunc:
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
     product = plain_product(target, spec, epilogue, tuning)
-    return sorted_product(product, name, top_k, scale_dtype, zero_unowned_rows)
+    return sorted_product(
+        product, name, top_k, scale_dtype, zero_unowned_rows, from_slots=from_slots
+    )

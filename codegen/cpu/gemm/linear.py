@@ -73,7 +73,7 @@ def plain_product(
     return TileProduct(
         layout,
         lambda rows: argument("x", (rows, spec.k), spec.dtype),
-        lambda suffix: argument(f"w{suffix}", layout.shape, layout.dtype),
+        lambda suffix, groups: argument(f"w{suffix}", (groups, *layout.shape[1:]), layout.dtype),
         lambda x, w, out: kind(layout, Operands(x, w, *out), epilogue),
     )
 
@@ -83,7 +83,7 @@ def dense_products(products: Sequence[TileProduct[X, W]], name: str) -> PrimFunc
     with kernel(name, products[0].layout.target) as frame:
         t = T.int64()
         x = products[0].rows(t)
-        read = [(p.weights(str(i)), p.bias(str(i))) for i, p in enumerate(products)]
+        read = [(p.weights(str(i), 1), p.bias(str(i), 1)) for i, p in enumerate(products)]
         tiles = []
         for i, (product, (w, bias)) in enumerate(zip(products, read, strict=True)):
             spec = product.layout.spec

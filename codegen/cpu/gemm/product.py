@@ -34,16 +34,17 @@ class ProductOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class TileProduct(Generic[X, W]):
-    """`rows(count)` and `weights(suffix)` declare arguments; `tile` multiplies them."""
+    """`rows(count)` and `weights(suffix, groups)` declare arguments, the weights of so many groups;
+    `tile` multiplies them."""
 
     layout: Layout
     rows: Callable[[Expr], X]
-    weights: Callable[[str], W]
+    weights: Callable[[str, Expr | int], W]
     tile: Callable[[X, W, ProductOutput], Tile]
 
-    def bias(self, suffix: str) -> Buffer | None:
-        """Declares the bias if the product has one."""
+    def bias(self, suffix: str, groups: Expr | int) -> Buffer | None:
+        """Declares the bias of so many groups if the product has one."""
         layout = self.layout
         if not layout.spec.bias:
             return None
-        return argument(f"bias{suffix}", layout.bias_shape, "float32")
+        return argument(f"bias{suffix}", (groups, *layout.bias_shape[1:]), "float32")

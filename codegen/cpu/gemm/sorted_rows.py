@@ -3,12 +3,17 @@
 The threads share pairs of an expert and one or more tiles, with tiles as the outer loop: for any
 routing, each thread computes every expert's rows for its share of the columns, so the load is even
 without planning.
+
+Where experts are on disk, they are the outer loop, in the order of the store's plan: a task waits
+until the weights of its expert are in a slot (expert_store.c), and reads that slot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer, PrimFunc
@@ -26,13 +31,17 @@ def sorted_product(
     top_k: int = 0,
     scale_dtype: str | None = None,
     zero_unowned_rows: bool = True,
+    *,
+    from_slots: bool = False,
 ) -> PrimFunc:
-    """A kernel (rows of x[, order i32[R]], ends i32[E], weights[, bias packed][, scale[T, top_k]],
-    y[R, n]).
+    """A kernel (rows of x[, order i32[R]], ends i32[E][, key i64[2], plan i32[E + 1]], weights[,
+    bias packed][, scale[T, top_k]], y[R, n]).
 
     With `top_k`, row r of y is computed from row order[r] // top_k of the T rows of x; with 0, R is
     T. With `scale_dtype`, `scale` multiplies the row of x of each choice (the product is scaled
-    before the bias is added, which is equivalent). `zero_unowned_rows`: see each_expert.
+    before the bias is added, which is equivalent). `zero_unowned_rows`: see each_expert. With
+    `from_slots`, weights and bias are those of experts in slots, any number of them; the key and
+    the plan are those of the expert store.
     """
     layout = product.layout
     spec = layout.spec
@@ -41,15 +50,32 @@ def sorted_product(
         x = product.rows(t if top_k else r)
         order = argument("order", (r,), "int32") if top_k else None
         ends = argument("ends", (spec.groups,), "int32")
-        w = product.weights("")
-        bias = product.bias("")
+        slots = _slots(spec.groups) if from_slots else None
+        groups = spec.groups if slots is None else T.int64()
+        w = product.weights("", groups)
+        bias = product.bias("", groups)
         scale = argument("scale", (t, top_k), scale_dtype) if scale_dtype and top_k else None
         y = argument("y", (r, spec.n), spec.y_dtype)
         tokens = token_of(order, top_k)
         scales = scale_of(Vector(layout.target), scale, order, top_k)
         tile = product.tile(x, w, ProductOutput(y, bias, tokens, scales, order is not None))
-        each_expert(tile, ends, r, zero_unowned_rows)
+        if slots is None:
+            each_expert(tile, ends, r, zero_unowned_rows)
+        else:
+            each_visit(tile, ends, slots, r, zero_unowned_rows)
     return frame.function
+
+
+class _Slots(NamedTuple):
+    """The arguments by which a kernel finds experts in slots."""
+
+    key: Buffer  # the address of the store, and the number of the stack
+    plan: Buffer  # how many experts to visit, then which
+
+
+def _slots(experts: int) -> _Slots:
+    key = argument("key", (2,), "int64")
+    return _Slots(key, argument("plan", (experts + 1,), "int32"))
 
 
 def token_of(order: Buffer | None, top_k: int) -> Callable[[Expr], Expr]:
@@ -103,6 +129,37 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = 
         if zero_unowned_rows:
             with T.If(i == count - 1), T.Then(), T.serial(0, tile_count) as t:
                 tile.zero_rows(column + t, end, rows - end)
+
+
+def each_visit(
+    tile: Tile, ends: Buffer, slots: _Slots, rows: Expr, zero_unowned_rows: bool = True
+) -> None:
+    """As `each_expert`, for experts in slots, in the order of the plan."""
+    tiles, at_once = tile.layout.tiles, tile.tiles_at_once
+    blocks = -(-tiles // at_once)
+    visits = T.bind(slots.plan[0])
+    count = T.bind(T.max(visits, 1))
+    weights = T.cast(count, "int64") * tile.layout.bytes
+    worth = tile.layout.tuning.worth
+    store = T.bind(slots.key[0])
+    stack = T.bind(T.cast(slots.key[1], "int32"))
+    with parallel.parallel_for(count * blocks, rows * tile.layout.sums, weights, worth) as unit:
+        i = T.bind(T.cast(T.truncdiv(unit, blocks), "int32"))
+        column = T.bind(T.cast(T.truncmod(unit, blocks), "int32") * at_once)
+        tile_count = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1
+        first, end = _bounds(ends, T.bind(slots.plan[i + 1]))
+        with T.If(i < visits), T.Then():
+            slot = T.bind(T.call_extern("int32", "expert_store_wait", store, stack, i))
+            with T.If(slot < 0), T.Then():
+                T.evaluate(tirx.tvm_throw_last_error())
+            group = T.bind(T.cast(slot, "int64"))
+            following = T.bind(T.min(column + at_once, tiles - 1))
+            tile.rows(group, column, first, end - first, (group, following), tile_count)
+            T.evaluate(T.call_extern("int32", "expert_store_done", store, stack, i, blocks))
+        if zero_unowned_rows:
+            with T.If(i == count - 1), T.Then(), T.serial(0, tile_count) as t:
+                past = T.bind(T.cast(ends[tile.layout.spec.groups - 1], "int64"))
+                tile.zero_rows(column + t, past, rows - past)
 
 
 def _active(ends: Buffer, experts: int) -> tuple[Buffer, Expr]:

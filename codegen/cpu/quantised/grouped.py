@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tvm.ir import Expr
 from tvm.tirx import Buffer, PrimFunc
 
 from moec.codegen.cpu.frame import argument
@@ -28,12 +29,13 @@ class QuantisedWeights:
     zeros: Buffer | None
 
     @staticmethod
-    def of(lay: QuantisedLayout, suffix: str) -> QuantisedWeights:
+    def of(lay: QuantisedLayout, suffix: str, groups: Expr | int) -> QuantisedWeights:
         zeros, asymmetric = f"zeros{suffix}", lay.spec.format.asymmetric
+        scales = (groups, *lay.scale_shape[1:])
         return QuantisedWeights(
-            argument(f"w{suffix}", lay.shape, lay.dtype),
-            argument(f"w_scales{suffix}", lay.scale_shape, lay.scale_dtype),
-            argument(zeros, lay.scale_shape, "uint8") if asymmetric else None,
+            argument(f"w{suffix}", (groups, *lay.shape[1:]), lay.dtype),
+            argument(f"w_scales{suffix}", scales, lay.scale_dtype),
+            argument(zeros, scales, "uint8") if asymmetric else None,
         )
 
 
@@ -53,7 +55,7 @@ def quantised_product(
     return TileProduct(
         lay,
         lambda rows: RoundedRows.of(rows, spec.k, lay.blocks, lay.row_codes),
-        lambda suffix: QuantisedWeights.of(lay, suffix),
+        lambda suffix, groups: QuantisedWeights.of(lay, suffix, groups),
         tile,
     )
 
@@ -66,11 +68,13 @@ def quantised_linear(
     scale_dtype: str | None = None,
     name: str = "quantised",
     tuning: Tuning = DEFAULT,
+    *,
+    from_slots: bool = False,
 ) -> PrimFunc:
-    """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E], w, its scales[, its
-    zeros][, bias packed][, scale[T, top_k]], y[R, n]), as documented in `sorted_product`."""
+    """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, key, plan], w, its
+    scales[, its zeros][, bias packed][, scale[T, top_k]], y[R, n]), as documented in
+    `sorted_product`."""
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    return sorted_product(
-        quantised_product(target, spec, epilogue, tuning), name, top_k, scale_dtype
-    )
+    product = quantised_product(target, spec, epilogue, tuning)
+    return sorted_product(product, name, top_k, scale_dtype, from_slots=from_slots)

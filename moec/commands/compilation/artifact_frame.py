@@ -61,7 +61,7 @@ def frame_of(compiled: CompiledModel, artifact: Path, folder: Path, most: int) -
     files = [(path, _mapped(path)) for path in paths]
     origins = origins_of(files, _memories(compiled))
     content = _mapped(artifact)
-    spans = part_spans(artifact, content)
+    spans = part_spans(artifact, lambda start, size: content[start : start + size])
     manifest = manifests.load(content[spans[manifests.NAME]])
     parts: dict[str, LeftOut] = {}
     for name, stored in manifest.arrays.items():

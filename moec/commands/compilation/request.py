@@ -33,6 +33,7 @@ class CompileRequest:
     record_routing: bool
     tune: bool
     memory: str | None
+    store: bool | None
     plan_file: Path | None
     dry_run: bool
     as_json: bool
@@ -90,7 +91,7 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     others = options["describe"] or options["adapters"]
     if not cached or any(files) or request.tune or others:
         return None
-    names = ("target", "verify", "kv_cache", "record_routing")
+    names = ("target", "verify", "kv_cache", "record_routing", "store")
     more = {name: getattr(request, name) for name in names}
     return checkpoint_key(request.model, {**options, **more})
 

@@ -165,7 +165,8 @@ def test_a_folder_of_which_one_file_is_moved_and_another_cut(saved: Path) -> Non
 
 def weights_of(path: Path) -> slice:
     """The bytes of the largest weight in an artifact's file."""
-    spans = container.part_spans(path, memoryview(path.read_bytes()))
+    content = path.read_bytes()
+    spans = container.part_spans(path, lambda start, size: content[start : start + size])
     weights = [span for name, span in spans.items() if name.startswith("weights/")]
     return max(weights, key=lambda span: span.stop - span.start)
 
@@ -215,8 +216,7 @@ def test_a_private_copy_is_not_affected(saved: Path, folder: bool) -> None:
 
 def test_a_private_copy_that_no_memory_holds(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "free_memory", lambda: 10)
-    size = f"{saved.stat().st_size:,}"
-    with pytest.raises(ArtifactError, match=rf"its copy takes {size} bytes, and 10 bytes of mem"):
+    with pytest.raises(ArtifactError, match=r"its copy takes [\d,]+ bytes, and 10 bytes of mem"):
         load(saved, copy=True)
 
 

@@ -233,11 +233,11 @@ def test_a_token_can_be_captured_in_a_graph(process: tuple[Path, dict[str, str]]
         "assert not any(refused), list(counts)\n"
         "steps = [ids[:, 4:5].copy(), np.full(2, 4), np.arange(2), np.full(2, 4)]\n"
         "for step, to in zip(steps, inputs):\n"
-        "    executor._device.moved(from_numpy(step), to)\n"
+        "    executor.device.moved(from_numpy(step), to)\n"
         "cudart.cudaGraphLaunch(graph, stream)\n"
         "item = ffi.get_global_func('ffi.ArrayGetItem')\n"
         "(port,) = entry.signature.outputs\n"
-        "logits = to_numpy(executor._device.to_host(item(results, 0)), port)[:, 0]\n"
+        "logits = to_numpy(executor.device.to_host(item(results, 0)), port)[:, 0]\n"
         "np.testing.assert_allclose(logits, expected['logits'][:, 4], rtol=1e-4, atol=1e-5)\n",
     )
 

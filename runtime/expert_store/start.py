@@ -1,0 +1,95 @@
+"""Starts a model whose experts stay in the artifact's file, within a limit of memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moec.errors import UsageError
+from moec.runtime.artifact.artifact import Artifact
+from moec.runtime.artifact.mapped_arrays import MappedArrays
+from moec.runtime.call.executor import Executor, start
+from moec.runtime.checks import free_memory
+from moec.runtime.device.library import tvm_ffi
+from moec.runtime.expert_store.device import (
+    BUFFERED,
+    DIRECT,
+    SlotArrays,
+    StoreReport,
+    StoringCpu,
+    sizes_of,
+)
+from moec.runtime.expert_store.native import StoreOptions, hash_function
+from moec.runtime.expert_store.slots import MemoryLimit, slots_within
+from moec.runtime.package import DECODE
+
+
+def start_within(opened: Artifact, limit: int) -> Executor:
+    """The model, in at most `limit` bytes of memory. Where all of it fits, no store is needed.
+
+    Raises UsageError where the limit is too small, or the model was compiled without a store, and
+    ArtifactError as `runtime.call.executor.start` does.
+    """
+    package, arrays = opened.package, _arrays(opened)
+    total = sum(array.nbytes for array in arrays.stored.values())
+    used = _process_bytes()
+    if MemoryLimit(limit, used, total).experts >= 0:
+        return start(opened)
+    if package.store is None:
+        raise UsageError(
+            f"{opened.path} takes {total:,} bytes and was compiled without a store of experts: "
+            "compile it with store=True (--store), or load it without a limit of memory"
+        )
+    sizes = sizes_of(package, arrays)
+    experts = sum(layer.experts * layer.expert_bytes for layer in sizes)
+    tvm_ffi()  # a part of what the process takes
+    slots = slots_within(MemoryLimit(limit, _process_bytes(), total - experts), sizes)
+    return start_with_slots(opened, slots)
+
+
+def start_with_slots(
+    opened: Artifact,
+    slots: Sequence[int],
+    reading: str | None = None,
+    options: StoreOptions | None = None,
+) -> Executor:
+    """The model with this number of slots for each layer of the store. `reading` is `direct`,
+    `buffered`, or the one that suits the free memory."""
+    package, arrays = opened.package, _arrays(opened)
+    assert package.store is not None
+    names = {name for layer in package.store.layers for s in layer for name in s.arrays}
+    experts = arrays.streaming(names, verified=hash_function() is not None)
+    experts.verify()
+    size = sum(arrays.stored[name].nbytes for name in names)
+    reading = reading or (BUFFERED if 2 * size < free_memory() else DIRECT)
+    device = StoringCpu(opened, experts, tuple(slots), reading, options)
+    functions = package.store.functions
+    held = replace(
+        package,
+        functions=functions,
+        arrays=SlotArrays(experts, device.in_memory, device),
+        generation=package.generation if DECODE in functions else None,
+        routers=(),
+        recorded=(),
+    )
+    return Executor(held, device=device)
+
+
+def store_report(executor: Executor) -> StoreReport | None:
+    """None where all experts are in memory."""
+    device = executor.device
+    return device.report() if isinstance(device, StoringCpu) else None
+
+
+def _arrays(opened: Artifact) -> MappedArrays:
+    arrays = opened.package.arrays
+    if not isinstance(arrays, MappedArrays):
+        raise UsageError("a model with a limit of memory is read from its file: leave copy out")
+    return arrays
+
+
+def _process_bytes() -> int:
+    """What the process holds in memory now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
