@@ -28,9 +28,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { DIGEST = 32, PAGE = 4096, BOUNCE = 1 << 20, BLOCK = 4 << 20, SPINS = 2000, AGES = 256, MOST_READERS = 8 };
+enum { DIGEST = 32, PAGE = 4096, BOUNCE = 1 << 20, BLOCK = 4 << 20, SPINS = 2000, AGES = 4096, MOST_READERS = 8 };
 enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
-enum { LRU, LFU };
+enum { LRU, LFU, SLRU };
 enum { EMPTY, QUEUED, READING, FULL }; /* a slot */
 enum { PENDING, READY, FAILED };       /* a visit */
 
@@ -85,6 +85,7 @@ typedef struct {
   int32_t *where; /* expert -> slot, or -1 */
   int64_t *last;  /* expert -> the call that used it last */
   char *trusted;  /* expert -> its digest was right */
+  char *safe;     /* expert -> used again while it was in a slot, of which 4/5 of the slots remember */
   double *score;  /* expert -> uses, each of which counts half after `half_life` calls */
   int32_t visits, filled;
   int64_t call;
@@ -266,8 +267,8 @@ static void restart_after_fork(Store *s) {
 
 static double worth(const Store *s, const Stack *of, int expert) {
   int64_t age = of->call - of->last[expert];
-  if (s->options.policy == LRU)
-    return -(double)age;
+  if (s->options.policy != LFU)
+    return 1e12 * of->safe[expert] - (double)age;
   double score = age < AGES ? of->score[expert] * s->decay[age] : 0;
   return score - 1e-9 * (double)age; /* of equal ones, the one that was not used for longest */
 }
@@ -286,8 +287,10 @@ static int free_slot(Store *s, Stack *of) {
     if (best < 0 || value < least)
       best = i, least = value;
   }
-  if (best >= 0)
-    of->where[of->slot[best].expert] = -1, of->slot[best].state = EMPTY;
+  if (best >= 0) {
+    int expert = of->slot[best].expert;
+    of->where[expert] = -1, of->safe[expert] = 0, of->slot[best].state = EMPTY;
+  }
   return best;
 }
 
@@ -309,6 +312,21 @@ static void fill(Store *s, int stack) {
   }
   if (queued)
     wake_all(&s->work);
+}
+
+/* At most 4/5 of the slots are safe: those that were used last. */
+static void limit_safe(Stack *of) {
+  for (;;) {
+    int count = 0, oldest = -1;
+    for (int e = 0; e < of->shape.experts; e++) {
+      count += of->safe[e];
+      if (of->safe[e] && (oldest < 0 || of->last[e] < of->last[oldest]))
+        oldest = e;
+    }
+    if (count <= of->shape.slots * 4 / 5)
+      return;
+    of->safe[oldest] = 0;
+  }
 }
 
 static void use(Store *s, Stack *of, int expert) {
@@ -340,7 +358,10 @@ static void start(Store *s, int stack, const int32_t *ends) {
         of->slot[where].visit = of->visits;
       s->counts.hits += ready, s->counts.visits++, of->visits++;
       use(s, of, e);
+      of->safe[e] = s->options.policy == SLRU && ready;
     }
+  if (s->options.policy == SLRU)
+    limit_safe(of);
   fill(s, stack);
 }
 
@@ -441,9 +462,11 @@ static int allocate(Store *s) {
     of->last = calloc(shape.experts, sizeof *of->last);
     of->score = calloc(shape.experts, sizeof *of->score);
     of->trusted = calloc(shape.experts, 1);
+    of->safe = calloc(shape.experts, 1);
     Piece *piece = malloc(shape.pieces * sizeof *piece);
     of->shape.piece = piece;
-    if (!of->slot || !of->visit || !of->where || !of->last || !of->score || !of->trusted || !piece)
+    if (!of->slot || !of->visit || !of->where || !of->last || !of->score || !of->trusted ||
+        !of->safe || !piece)
       return 0;
     memcpy(piece, shape.piece, shape.pieces * sizeof *piece);
     for (int e = 0; e < shape.experts; e++)
@@ -458,7 +481,7 @@ static void release(Store *s) {
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
     free(of->slot), free(of->visit), free(of->where), free(of->last), free(of->score);
-    free(of->trusted), free((void *)of->shape.piece);
+    free(of->trusted), free(of->safe), free((void *)of->shape.piece);
   }
   free(s->stack), free(s->queue), free(s);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from moec.commands.options.files import check_output
 from moec.commands.options.options import force_option, json_option
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
+
+if TYPE_CHECKING:
+    from moec.plan.inputs.importers import ImportedRouting
 
 OUT = click.Path(path_type=Path, dir_okay=False)
 
@@ -21,10 +25,20 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "-o", "--output", type=OUT, metavar="FILE.npz", help="Write the routing as a trace of moec."
 )
+@click.option(
+    "--cache", is_flag=True,
+    help="Replay the trace with a part of the experts in memory, as moec run --memory has, by "
+    "several policies.",
+)  # fmt: skip
 @json_option
 @force_option
 def command(
-    source: Path, picture: Path | None, output: Path | None, as_json: bool, force: bool
+    source: Path,
+    picture: Path | None,
+    output: Path | None,
+    cache: bool,
+    as_json: bool,
+    force: bool,
 ) -> None:
     """Show the load of experts by layer: balance, unused experts, drift and co-activation.
 
@@ -41,6 +55,8 @@ def command(
             check_output(path, str(path), force=force)
     if picture:
         check_picture_name(picture)
+    if cache and picture:
+        raise UsageError("--picture shows loads, and --cache hits: leave one out")
     if output and output.suffix != ".npz":
         raise UsageError(f"-o {output}: the name of a trace ends in .npz")
     routing = read_routing(source)
@@ -48,6 +64,9 @@ def command(
         if routing.trace is None:
             raise UsageError(f"{source} has counts only; a trace needs the experts of each token")
         save_trace(routing.trace, output)
+    if cache:
+        _show_cache(source, routing, as_json=as_json)
+        return
     layers = balance(routing)
     if picture:
         title = f"Load of experts, {source.name}"
@@ -76,3 +95,27 @@ def command(
     for path in (picture, output):
         if path:
             echo(f"wrote {path}")
+
+
+def _show_cache(source: Path, routing: ImportedRouting, *, as_json: bool) -> None:
+    """The share of needed experts that are in memory, by policy and by how many experts are."""
+    from moec.plan.report.text import columns
+    from moec.plan.simulation.residency import SHARES, hit_rates
+    from moec.runtime.expert_store.native import POLICIES
+
+    if routing.trace is None:
+        raise UsageError(f"{source} has counts only; --cache needs the experts of each token")
+    rates = hit_rates(routing.trace)
+    best = max(
+        (e for e in rates if e.policy in POLICIES), key=lambda eviction: sum(rates[eviction])
+    )
+    if as_json:
+        rows = [{"policy": e.label, "hits": rates[e], "best": e == best} for e in rates]
+        click.echo(json.dumps({"shares": SHARES, "policies": rows}, indent=1))
+        return
+    lines = [("policy", *(f"{share:.0%} in memory" for share in SHARES))]
+    lines += [(e.label, *(f"{hits:.1%}" for hits in rates[e])) for e in rates]
+    echo("\n".join(line.rstrip() for line in columns(lines)))
+    click.echo("\npinned and belady know the trace before they replay it; a belady needs routers")
+    click.echo("that are hoisted, and sees as many steps ahead as it says")
+    echo(f"the best that moec run --memory has: {best.label}")

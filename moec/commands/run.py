@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
     from moec.runtime.call.executor import Executor
     from moec.runtime.expert_store.device import StoreReport
+    from moec.runtime.expert_store.slots import LayerSize, MemoryLimit
+    from moec.runtime.expert_store.start import Fit
 
 
 @click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
@@ -68,6 +71,10 @@ if TYPE_CHECKING:
     help="The most memory to take, e.g. 4GiB: experts that do not fit are read from the artifact "
     "when a token chooses them.",
 )  # fmt: skip
+@click.option(
+    "--routing", type=click.Path(path_type=Path), metavar="FILE.npz",
+    help="With --memory: recorded routing, by which the experts that stay in memory are chosen.",
+)  # fmt: skip
 @json_option
 @quiet_option
 @log_options
@@ -84,6 +91,7 @@ def command(
     nproc: int | None,
     timeout: float,
     memory: str | None,
+    routing: Path | None,
     as_json: bool,
     quiet: bool,
     **text: Any,
@@ -114,6 +122,8 @@ def command(
 
     set_threads(threads)
     limit = None if memory is None else bytes_of(memory)
+    if routing is not None and limit is None:
+        raise UsageError("--routing chooses what --memory holds: give both")
     prompts = read_prompts(options)
     for path in (source, output):
         if path is not None:
@@ -129,7 +139,7 @@ def command(
         from moec.model.rebuild import rebuild as recompile
 
         opened = replace(opened, package=recompile(opened))
-    executor = start(opened, on) if limit is None else _start_within(opened, limit, trace)
+    executor = start(opened, on) if limit is None else _start_within(opened, limit, trace, routing)
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code is always checked
         answer["check"] = _check(opened, executor, quiet or as_json)
@@ -151,14 +161,31 @@ def command(
         click.echo(json.dumps(answer, indent=1))
 
 
-def _start_within(opened: Artifact, limit: int, trace: Path | None) -> Executor:
-    from moec.runtime.expert_store.start import start_within
+def _start_within(
+    opened: Artifact, limit: int, trace: Path | None, routing: Path | None
+) -> Executor:
+    from moec.runtime.expert_store.start import fit_evenly, start_within
 
     if opened.package.gpu is not None:
         raise UsageError("--memory limits a model on a CPU, and this one runs on a GPU")
     if trace is not None:
         raise UsageError("--record-routing needs all experts in memory: leave --memory out")
-    return start_within(opened, limit)
+    return start_within(opened, limit, fit_evenly if routing is None else _fit_to(routing))
+
+
+def _fit_to(routing: Path) -> Fit:
+    """Slots and policy by a replay."""
+    from moec.plan.simulation.slots_by_trace import slots_by_trace
+    from moec.runtime.call.routing_trace import load_trace
+    from moec.runtime.expert_store.native import StoreOptions
+
+    trace = load_trace(routing)
+
+    def fit(limit: MemoryLimit, layers: Sequence[LayerSize]) -> tuple[Sequence[int], StoreOptions]:
+        slots, best = slots_by_trace(trace, limit, layers)
+        return slots, StoreOptions(policy=best.policy, half_life=best.half_life)
+
+    return fit
 
 
 def _store_line(stored: StoreReport) -> str:

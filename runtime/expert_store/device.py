@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,8 @@ class StoringCpu(Cpu):
         self.in_memory: Mapping[str, Array] = {**self._in_slots, **self._keys}
         self.reading = self._read_past_cache() if reading == DIRECT else BUFFERED
         readers = DIRECT_READERS if self.reading == DIRECT else 1
-        self._options = options or StoreOptions(readers=readers)
+        options = options or StoreOptions()
+        self._options = replace(options, readers=options.readers or readers)
 
     def functions(self, package: Package) -> Mapping[str, Any]:
         """Raises ArtifactError where the library does not load, or has no store."""

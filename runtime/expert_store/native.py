@@ -20,7 +20,7 @@ DIGEST = 32
 SHORTER, ALTERED = -1, -2
 """Errors of a read that are not the system's: the file is shorter than before, or its content is
 not what was written."""
-POLICIES = ("lru", "lfu")
+POLICIES = ("lru", "lfu", "slru")
 MOST_READERS = 8
 
 
@@ -52,11 +52,12 @@ class StackInSlots:
 
 @dataclass(frozen=True)
 class StoreOptions:
-    """`half_life`: the calls of a layer after which the use of an expert counts half (lfu)."""
+    """`readers`: threads that read, 0 for as many as suit. `half_life`: the calls of a layer after
+    which the use of an expert counts half (lfu)."""
 
-    readers: int = 1
+    readers: int = 0
     policy: str = "lfu"
-    half_life: int = 16
+    half_life: int = 64
 
 
 @dataclass(frozen=True)

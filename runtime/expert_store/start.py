@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from moec.errors import UsageError
@@ -21,11 +21,18 @@ from moec.runtime.expert_store.device import (
     sizes_of,
 )
 from moec.runtime.expert_store.native import StoreOptions, hash_function
-from moec.runtime.expert_store.slots import MemoryLimit, slots_within
+from moec.runtime.expert_store.slots import LayerSize, MemoryLimit, slots_within
 from moec.runtime.package import DECODE
 
+Fit = Callable[[MemoryLimit, Sequence[LayerSize]], tuple[Sequence[int], StoreOptions | None]]
+"""(limit, layers) -> the slots of each layer, and options of the store (None: the default)."""
 
-def start_within(opened: Artifact, limit: int) -> Executor:
+
+def fit_evenly(limit: MemoryLimit, layers: Sequence[LayerSize]) -> tuple[Sequence[int], None]:
+    return slots_within(limit, layers), None
+
+
+def start_within(opened: Artifact, limit: int, fit: Fit = fit_evenly) -> Executor:
     """The model, in at most `limit` bytes of memory. Where all of it fits, no store is needed.
 
     Raises UsageError where the limit is too small, or the model was compiled without a store, and
@@ -44,8 +51,8 @@ def start_within(opened: Artifact, limit: int) -> Executor:
     sizes = sizes_of(package, arrays)
     experts = sum(layer.experts * layer.expert_bytes for layer in sizes)
     tvm_ffi()  # a part of what the process takes
-    slots = slots_within(MemoryLimit(limit, _process_bytes(), total - experts), sizes)
-    return start_with_slots(opened, slots)
+    slots, options = fit(MemoryLimit(limit, _process_bytes(), total - experts), sizes)
+    return start_with_slots(opened, slots, options=options)
 
 
 def start_with_slots(

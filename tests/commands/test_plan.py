@@ -257,3 +257,18 @@ def test_groups_that_are_refused(model: str, tmp_path: Path, text: str, words: s
     assert result.exit_code == 1
     assert words in result.stderr
     assert not output.exists()
+
+
+def test_routing_with_a_part_in_memory(trace: str, tmp_path: Path) -> None:
+    result = run("routing", trace, "--cache")
+    assert result.exit_code == 0, result.stderr
+    header, *rows = result.stdout.splitlines()
+    assert header.split()[:4] == ["policy", "12%", "in", "memory"]
+    assert [row.split()[0] for row in rows[:6]] == ["lru", "slru", "lfu", "lfu", "lfu", "pinned"]
+    shown = json.loads(run("routing", trace, "--cache", "--json").stdout)
+    assert [row["policy"] for row in shown["policies"] if row["best"]]
+    picture = run("routing", trace, "--cache", "--picture", str(tmp_path / "p.svg"))
+    assert "--picture shows loads, and --cache hits: leave one out" in picture.stderr
+    np.save(tmp_path / "counts.npy", np.ones((2, 8), np.int64))
+    counts = run("routing", str(tmp_path / "counts.npy"), "--cache")
+    assert "has counts only; --cache needs the experts of each token" in counts.stderr

@@ -1,0 +1,85 @@
+"""Slots of an expert store for each layer, and its policy, by replaying recorded routing."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from moec.errors import UsageError
+from moec.plan.simulation.residency import EVICTIONS, Eviction, hit_rates, layer_hits
+from moec.runtime.call.routing_trace import RoutingTrace
+from moec.runtime.expert_store.native import POLICIES
+from moec.runtime.expert_store.slots import LayerSize, MemoryLimit, slots_within
+
+STEPS = 16
+"""Numbers of slots of a layer that are replayed, evenly spaced."""
+
+
+def slots_by_trace(
+    trace: RoutingTrace, limit: MemoryLimit, layers: Sequence[LayerSize]
+) -> tuple[list[int], Eviction]:
+    """The slots of each layer within the limit, and the policy, with which the trace has the most
+    hits. Layers whose choices are concentrated need fewer slots than others.
+
+    Raises UsageError where the trace is of another model, or the limit holds less than one expert
+    of each layer.
+    """
+    experts = [int(count) for count in trace.experts]
+    of_model = [layer.experts for layer in layers]
+    if experts != of_model:
+        raise UsageError(
+            f"the routing is of {len(experts)} layers with {_range(experts)} experts, and the "
+            f"model has {len(of_model)} with {_range(of_model)}: record it with this model"
+        )
+    even = slots_within(limit, layers)
+    share = sum(even) / sum(experts)
+    rates = hit_rates(trace, [e for e in EVICTIONS if e.policy in POLICIES], (share,))
+    best = max(rates, key=lambda eviction: rates[eviction])
+    fitted = _by_gain(trace, best, limit.experts, layers)
+    return (fitted if _hits(trace, fitted, best) > _hits(trace, even, best) else even), best
+
+
+def _by_gain(
+    trace: RoutingTrace, eviction: Eviction, room: int, layers: Sequence[LayerSize]
+) -> list[int]:
+    """From one slot each, the step with the most hits for its bytes that still fits, again and
+    again."""
+    slots = [1] * len(layers)
+    left = room - sum(layer.expert_bytes for layer in layers)
+    curves = [_curve(trace, n, layer.experts, eviction) for n, layer in enumerate(layers)]
+    queue: list[tuple[float, int, int]] = []
+
+    def push(n: int) -> None:
+        """The best step of a layer that fits."""
+        size = layers[n].expert_bytes
+        steps = [
+            ((curves[n][slots[n]] - hits) / ((count - slots[n]) * size), n, count)
+            for count, hits in curves[n].items()
+            if slots[n] < count <= slots[n] + left // size
+        ]
+        if steps:
+            heapq.heappush(queue, min(steps))
+
+    for n in range(len(layers)):
+        push(n)
+    while queue:
+        _, n, count = heapq.heappop(queue)
+        size = (count - slots[n]) * layers[n].expert_bytes
+        if size <= left:
+            slots[n], left = count, left - size
+        push(n)
+    return slots
+
+
+def _curve(trace: RoutingTrace, layer: int, experts: int, eviction: Eviction) -> dict[int, int]:
+    """The hits of a layer by its number of slots."""
+    counts = sorted({1, *(round(experts * n / STEPS) or 1 for n in range(1, STEPS + 1))})
+    return {count: layer_hits(trace, layer, count, eviction)[0] for count in counts}
+
+
+def _hits(trace: RoutingTrace, slots: Sequence[int], eviction: Eviction) -> int:
+    return sum(layer_hits(trace, n, count, eviction)[0] for n, count in enumerate(slots))
+
+
+def _range(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
