@@ -32,14 +32,16 @@ LoopMaker: TypeAlias = Callable[[FusionGroup, str, Any], LoopKernel]
 @dataclass(frozen=True)
 class Param:
     """A weight argument of `main`: what `pack` computes from values of the graph (None: the
-    value). `copies` are the strided copies from these values by which it fills such an array, as
-    pairs of views, where it consists of such copies."""
+    value), and from those `beside` them, which it does not store. `copies` are the strided copies
+    from `values` by which it fills such an array, as pairs of views, where it consists of such
+    copies."""
 
     name: str
     type: TensorType
     values: tuple[Value, ...]
     pack: Callable[..., Any] | None = None
     copies: Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None
+    beside: tuple[Value, ...] = ()
 
 
 def as_array(tensor: torch.Tensor) -> Array:

@@ -196,7 +196,8 @@ def packed_arrays(
     """The arrays of a package: weights by name, in the layouts of the kernels."""
     arrays = {}
     for param in params:
-        tensors = [weights[value.name].detach() for value in param.values]
+        values = (*param.values, *param.beside)
+        tensors = [weights[value.name].detach() for value in values]
         memory.fill(tensors)
         array = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
         arrays[param.name] = memory.array(array)

@@ -26,7 +26,7 @@ from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
 from moec.capture.hub import checkpoints_without_hub
 from moec.errors import UsageError
-from moec.formats.notation import Quantisation, parse_parts
+from moec.formats.notation import Quantisation, parse_parts, with_float_rows
 from moec.interpret.threads import threads_for
 from moec.ir.graph import stage_of
 from moec.memory.allowed import allowed_bytes
@@ -116,8 +116,9 @@ def compile(
     kind.
 
     `quant` stores the weights of experts in few bits: "int8" or "int4", each optionally with a
-    block size (":32", ":64", ":128") and ":asymmetric", or "mxfp4". It is the last step. Rows that
-    are multiplied with such weights are rounded to 8 bits, or with ":rows16" to 16. With
+    block size (":32", ":64", ":128") and ":asymmetric", "fp8", or "mxfp4". It is the last step.
+    Rows that are multiplied with such weights are rounded to 8 bits, or with ":rows16" to 16; on
+    CPUs those of fp8 weights are not rounded. With
     "int8,linears=int8,head=int8" other linear layers and the head are quantised too. Codes are
     rounded to nearest, or with `calib` chosen by GPTQ on that data. Without `quant`, weights that a
     checkpoint stores in few bits keep its codes on CPUs ("checkpoint", "checkpoint:rows16"); "none"
@@ -148,13 +149,14 @@ def compile(
         constants=constants, adapters=adapters, store=store,
     )  # fmt: skip
     clock = Clock(progress)
-    stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
-    requested = (*choose(opt_level, changes(passes)), *quantising(stored))
-    chosen = truncate_after(requested, stop_after)
-    allowed = allowed_budget(requested, chosen, calib, text("budget", budget), strict)
     builds = build and stop_after is None
     runs = builds and verify is not False
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
+    stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
+    stored = with_float_rows(stored) if targets.only_cpus else stored
+    requested = (*choose(opt_level, changes(passes)), *quantising(stored))
+    chosen = truncate_after(requested, stop_after)
+    allowed = allowed_budget(requested, chosen, calib, text("budget", budget), strict)
     limit = tolerance(verify)
     with ExitStack() as reading:
         with clock.phase("capture"):
@@ -171,7 +173,7 @@ def compile(
                     )
 
             captured = bound(capture(), exact)
-        if stop_after is None and isinstance(targets.target, CpuTarget) and targets.beside is None:
+        if stop_after is None and targets.only_cpus:
             chosen = (*chosen, *keeping(source, stored.checkpoint))
         check_tf32(targets.beside or targets.target, captured.program.weights)
         if runs and not captured.example and captured.program.graph.inputs:

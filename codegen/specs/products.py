@@ -32,7 +32,8 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class QuantisedSpec(LinearSpec):
-    """Like LinearSpec, for weights of `format`. x is codes; `dtype` does not apply to it."""
+    """Like LinearSpec, for weights of `format`. x is codes, to which `dtype` does not apply; for
+    fp8 on CPUs x is floats."""
 
     format: Format = INT8
 

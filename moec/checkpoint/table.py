@@ -69,14 +69,14 @@ FOLDERS = (
         "compressed-tensors",
         ("compressed-tensors",),
         "integers of 2, 4, 8 bits, packed or not; e4m3",
-        "int4, int8; act-order, e4m3: int8, rounded",
+        "int4, int8, fp8; act-order: int8, rounded",
         compressed_tensors.read,
     ),
     CheckpointFormat(
         "fp8",
         ("fp8", "fbgemm_fp8"),
         "e4m3, e5m2 with one scale a tensor, row, or block of 128 x 128",
-        "int8, rounded",
+        "fp8; e5m2: int8, rounded",
         fp8.read,
     ),
     CheckpointFormat(

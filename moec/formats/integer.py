@@ -140,10 +140,13 @@ def most_of(bits: int) -> float:
 
 
 def round_rows(x: Tensor, blocks: int, bits: int = 8) -> Tensor:
-    """x[R, K] in float32 after rounding to integers of `bits` bits, with a scale for each block.
+    """x[R, K] in float32 after rounding to integers of `bits` bits, with a scale for each block;
+    not rounded with 0 bits.
 
     A block that holds an infinity or a NaN becomes NaN.
     """
+    if not bits:
+        return x.float()
     full = x.float().reshape(*x.shape[:-1], blocks, x.shape[-1] // blocks)
     greatest = full.abs().amax(-1, keepdim=True)
     most = most_of(bits)

@@ -6,13 +6,13 @@ The meaning of codes and scales is in integer.py. This file needs no torch, so t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moec.errors import UsageError
 
 KINDS = ("int8", "int4", "fp8", "mxfp4")
 BLOCKS = (32, 64, 128)
-ROW_BITS = (8, 16)
+ROW_BITS = (0, 8, 16)
 BITS = {"int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4}
 MXFP4_BLOCK = 32
 
@@ -26,7 +26,8 @@ WIDE_ROWS = "rows16"
 
 @dataclass(frozen=True)
 class Format:
-    """The format of a weight, and the bits (8 or 16) to which the rows it multiplies are rounded.
+    """The format of a weight, and the bits (8 or 16) to which the rows it multiplies are rounded,
+    0 if they are not.
     `block` 0 means one scale per row. `scales` is the dtype of the scales of integers: moec writes
     bf16, checkpoints of others have f16 or f32 too."""
 
@@ -112,6 +113,16 @@ class Quantisation:
     def __str__(self) -> str:
         formats = ((part, getattr(self, part)) for part in PARTS)
         return ",".join(f"{part}={format}" for part, format in formats if format is not None)
+
+
+def with_float_rows(formats: Quantisation) -> Quantisation:
+    """The formats for CPUs, whose kernels do not round the rows that fp8 weights multiply."""
+
+    for part in PARTS:
+        format = getattr(formats, part)
+        if format is not None and format.kind == "fp8":
+            formats = replace(formats, **{part: replace(format, row_bits=0)})
+    return formats
 
 
 UNCHANGED = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from moec.model.compilation import Compilation
+from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import Kind
 from moec.pipeline import without_effect
 from moec.report.data import DeclinedLine, ErrorLine, LoopLine
@@ -81,7 +82,8 @@ def _verification_notes(compiled: Compilation, checked: Checked) -> tuple[str, .
             f"graph before these passes was compared with eager{above}",
         )
     if checked.strays:
-        rows = "in 16 bits" if not compiled.quantised else "where rows are rounded to 8 bits"
+        rounds = compiled.quantised and rounded_rows(compiled.pass_results[-1].program.graph)
+        rows = "where rows are rounded to 8 bits" if rounds else "in 16 bits"
         why = (
             f"{rows} nearly equal router scores may choose other experts, and small errors grow; "
             f"rounding alone moves {checked.eager_strays} rows so far from eager in float32"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.arguments import both_targets, check_tuning, target_of
 from moec.codegen.backends import backend_for
+from moec.target.cpu import CpuTarget
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
@@ -22,6 +23,10 @@ class Targets:
     backend: Backend
     beside: CudaTarget | None = None
     beside_backend: Backend | None = None
+
+    @property
+    def only_cpus(self) -> bool:
+        return isinstance(self.target, CpuTarget) and self.beside is None
 
 
 def choose_targets(

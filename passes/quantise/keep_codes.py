@@ -64,7 +64,8 @@ class KeepCodes(QuantisingPass):
                 names = ", ".join(sorted(map(str, formats)))
                 log.decline(matrices[0].name, f"its weights have different formats: {names}")
                 continue
-            format = replace(parts[0].format, row_bits=self.row_bits)
+            format = parts[0].format
+            format = replace(format, row_bits=0 if format.kind == "fp8" else self.row_bits)
             chosen.append((op, format))
             for matrix, part in zip(matrices, parts, strict=True):
                 if part.codes is not None:

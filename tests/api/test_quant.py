@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moec
 from moec.errors import UnsupportedError, UsageError, VerificationError
@@ -23,6 +24,7 @@ from moec.formats.notation import parse_parts
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage
 from moec.model.rebuild import rebuild
+from moec.ops.experts.quantised_linear import QUANTISED_OPS
 from moec.passes.core.runner import Log, run
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.pipeline import quantising
@@ -75,6 +77,31 @@ def test_every_level_runs_it(text: str, dtype: torch.dtype) -> None:
     assert model.checked.moved[0].error < 0.02
     if dtype is torch.float32:  # of rows that a kernel rounds to another code than eager
         assert model.checked.tolerance == (1e-4 if text.endswith("rows16") else 4e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype"),
+    [
+        ("fp8", torch.bfloat16),
+        ("fp8:128", torch.float32),
+        ("fp8:128:rows16,linears=fp8,head=fp8:64", torch.bfloat16),
+    ],
+)
+def test_rows_that_fp8_weights_multiply_stay_floats(text: str, dtype: torch.dtype) -> None:
+    """Verified by `compile` against the graph with float rows, with the tolerance of the dtype."""
+    config = OlmoeConfig(
+        vocab_size=96, hidden_size=256, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=6, num_experts_per_tok=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    module = OlmoeForCausalLM(config).to(dtype)
+    model = moec.compile(module, (torch.randint(96, (2, 9)),), quant=text)
+    assert model.checked is not None
+    assert model.checked.tolerance == (1e-4 if dtype is torch.float32 else 2e-2)
+    ops = [op for op in model.pass_results[-1].program.graph.ops if op.name in QUANTISED_OPS]
+    kinds = {(op.name, op.attrs["kind"], op.attrs["row_bits"]) for op in ops}
+    names = QUANTISED_OPS if "linears" in text else QUANTISED_OPS[:1]
+    assert kinds == {(name, "fp8", 0) for name in names}
 
 
 def test_wrong_formats_are_refused_before_anything_slow() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moec
 from moec.capture.doors import open_source
+from moec.checkpoint.folders import fp8
+from moec.checkpoint.tensors import map_folder
 from moec.formats.integer import dequantise
 from moec.ops.experts.quantised import format_of
 from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
@@ -59,6 +61,38 @@ def test_the_same_values_and_bytes(name, family, tmp_path):
     assert count == sum(original[f"{layer}.weight"].numel() for layer in layers)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["fp8-tensor", "fp8-rows", "fp8-blocks"])
+def test_the_same_values_of_fp8(name, family, tmp_path):
+    """The same codes. Scales of tensors and of blocks are repeated for each row: beside rows of
+    thousands of weights, other than these, they are small."""
+    folder = writers.write(model(family), tmp_path, *FORMS[name])
+    arranged = open_source(folder).codes()
+    assert not arranged.nearest
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    expected = plain.state_dict()
+    for weight, stored in arranged.stored.items():
+        assert (stored.format.kind, stored.format.scales) == ("fp8", "f32")
+        values = dequantise("fp8", stored.parts.codes, stored.parts.scales)
+        assert torch.equal(values, expected[weight]), weight
+    tensors = load_file(folder / "model.safetensors")
+    held = sum(t.numel() for t in tensors.values() if t.dtype == torch.float8_e4m3fn)
+    assert sum(stored.parts.codes.numel() for stored in arranged.stored.values()) == held
+
+
+def test_blocks_that_a_row_cuts(tmp_path):
+    """Of 64 x 64 weights, of which the last ones have 16 rows and 32 columns."""
+    tensors = {
+        "w.weight": torch.randn(80, 96).to(torch.float8_e4m3fn),
+        "w.weight_scale_inv": torch.rand(2, 2),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    weight = fp8.read({"weight_block_size": [64, 64]}, map_folder(tmp_path))["w.weight"]
+    assert str(weight.codes.format) == "fp8:32:f32"
+    scale = tensors["w.weight_scale_inv"].repeat_interleave(64, 0).repeat_interleave(64, 1)
+    assert torch.equal(weight.values(), tensors["w.weight"].float() * scale[:80, :96])
+
+
 def formats(compiled):
     ops = [op for op in compiled.pass_results[-1].program.graph.ops if op.name in QUANTISED_OPS]
     return [str(format_of(op, matrix)) for op in ops for matrix in matrices_of(op)]
@@ -66,7 +100,12 @@ def formats(compiled):
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("gptq-asymmetric", "qwen3_moe"), ("w8a8", "deepseek_v3"), ("mxfp4", "gpt_oss")],
+    [
+        ("gptq-asymmetric", "qwen3_moe"),
+        ("w8a8", "deepseek_v3"),
+        ("mxfp4", "gpt_oss"),
+        ("fp8-blocks", "deepseek_v3"),
+    ],
 )
 def test_logits(name, family, tmp_path):
     """The compiled codes against eager with the dequantised float32 weights, and rows of 16 bits,
@@ -91,7 +130,7 @@ def test_logits(name, family, tmp_path):
     [
         ("gptq-act-order", "weights are rounded to int8:32: act-order"),
         ("nf4-nested", "weights are rounded to int8:32: kernels multiply integers, and nf4 is a"),
-        ("fp8-blocks", "weights are rounded to int8:64: kernels for CPUs read no fp8"),
+        ("fp8-e5m2", "weights are rounded to int8:64: kernels read no e5m2"),
     ],
 )
 def test_the_nearest_format(name, words, tmp_path):

@@ -146,11 +146,11 @@ def test_two_ops_of_one_name_have_reasons_of_their_own() -> None:
     assert "its weight or bias is computed" in first
     assert "fp8" not in first
     assert first.endswith("at first)")
-    assert "its weights are fp8" in second
+    assert "do not round those of fp8 weights" in second
     assert second.endswith("at second)")
 
 
-def test_fp8_weights_are_refused_by_a_cpu_in_words() -> None:
+def test_rounded_rows_of_fp8_weights_are_refused_by_a_cpu_in_words() -> None:
     graph = parse("""
     graph main(x: f32[T, 64], ends: i32[3];
                c: u8[3, 4, 64], s: bf16[3, 4, 1], d: u8[8, 64], t: bf16[8, 1]) {
@@ -160,11 +160,28 @@ def test_fp8_weights_are_refused_by_a_cpu_in_words() -> None:
     }""")
     with pytest.raises(UnsupportedError) as error:
         lower(Module.of(Program(graph, {})), host(), CPU)
-    why = "its weights are fp8, and CPU kernels support int8, int4 and mxfp4: choose one of these"
+    why = "its rows are rounded to 8 bits, and CPU kernels do not round those of fp8 weights"
     for name, at in (("grouped.quantised", "experts"), ("nn.quantised_linear", "head")):
         (line,) = [line for line in str(error.value).splitlines() if name in line]
         assert why in line
-        assert line.endswith(f"or a CUDA target (1 time: at {at})")
+        assert line.endswith(f"compile for CPUs alone, or choose int8 (1 time: at {at})")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "width", "blocks", "why"),
+    [
+        ('kind="int8", row_bits=0', 64, 1, "as CPU kernels of int8 need"),
+        ('kind="fp8", row_bits=0', 66, 11, "its blocks are of 6 weights"),
+    ],
+)
+def test_rows_and_blocks_that_no_kernel_multiplies(attributes, width, blocks, why) -> None:
+    graph = parse(f"""
+    graph main(x: f32[T, {width}]; c: u8[8, {width}], s: bf16[8, {blocks}]) {{
+      a: f32[T, 8] = nn.quantised_linear(x, c, s) <{attributes}>
+      return a
+    }}""")
+    with pytest.raises(UnsupportedError, match=why):
+        lower(Module.of(Program(graph, {})), host(), CPU)
 
 
 def test_a_size_that_the_export_fixed_is_refused() -> None:

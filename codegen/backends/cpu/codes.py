@@ -1,8 +1,9 @@
 """The operands of kernels with few bits: packed codes and scales of weights, and rows rounded to
-codes."""
+codes or, for fp8 weights, as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from moec.codegen.cpu.quantised.layout import (
     BYTES,
     QuantisedLayout,
     RowCodes,
+    mark_nan,
     pack_codes,
     pack_scales,
 )
@@ -21,6 +23,7 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
 from moec.ir.graph import TensorType, Value
 from moec.ir.sizes.dims import product
+from moec.ops.experts.quantised import Matrix
 
 
 def rounded(low: Lowering, x: Value, blocks: int = 1, form: RowCodes = BYTES) -> list[relax.Expr]:
@@ -45,6 +48,25 @@ def rounded(low: Lowering, x: Value, blocks: int = 1, form: RowCodes = BYTES) ->
     return low.rounded[key]
 
 
+def rows_for(low: Lowering, x: Value, layout: QuantisedLayout) -> list[relax.Expr]:
+    """The rows of x[.., K] as kernels of `layout` read them."""
+    if layout.floats:
+        return [low.shaped(x, TensorType(x.dtype, (product(x.shape[:-1]), layout.spec.k)))]
+    return list(rounded(low, x, layout.blocks, layout.row_codes))
+
+
+def packed_matrices(
+    layout: QuantisedLayout, matrices: Sequence[Matrix]
+) -> list[tuple[object, Param]]:
+    """Packed codes, scales and, if there are any, zeros."""
+    codes, scales = (tuple(getattr(m, part) for m in matrices) for part in ("codes", "scales"))
+    marked = codes if layout.floats else ()
+    params = [packed_codes(layout, codes), packed_scales(layout, scales, marked)]
+    if zeros := tuple(m.zeros for m in matrices if m.zeros is not None):
+        params.append(packed_scales(layout, zeros))
+    return params
+
+
 def packed_codes(layout: QuantisedLayout, codes: tuple[Value, ...]) -> tuple[object, Param]:
     def make(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
         return pack_codes(layout, *map(_stacked, tensors))
@@ -53,12 +75,19 @@ def packed_codes(layout: QuantisedLayout, codes: tuple[Value, ...]) -> tuple[obj
     return (layout, codes), Param(_name(codes), type, codes, make)
 
 
-def packed_scales(layout: QuantisedLayout, scales: tuple[Value, ...]) -> tuple[object, Param]:
+def packed_scales(
+    layout: QuantisedLayout, scales: tuple[Value, ...], marked: tuple[Value, ...] = ()
+) -> tuple[object, Param]:
+    """Packed scales; those of `marked` codes of e4m3 are NaN where a code is."""
+
     def make(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
-        return pack_scales(layout, *map(_stacked, tensors))
+        parts = tensors[: len(scales)]
+        if marked:
+            parts = tuple(map(mark_nan, parts, tensors[len(scales) :]))
+        return pack_scales(layout, *map(_stacked, parts))
 
     type = TensorType(scales[0].dtype, layout.scale_shape)
-    return (layout, scales), Param(_name(scales), type, scales, make)
+    return (layout, scales), Param(_name(scales), type, scales, make, beside=marked)
 
 
 def _name(values: tuple[Value, ...]) -> str:

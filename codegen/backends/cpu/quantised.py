@@ -1,4 +1,5 @@
-"""Products with weights of few bits: rows are rounded to codes, then codes are multiplied."""
+"""Products with weights of few bits: rows are rounded to codes, then codes are multiplied; those of
+fp8 weights stay floats."""
 
 from __future__ import annotations
 
@@ -7,10 +8,11 @@ from functools import partial
 from tvm import relax
 
 from moec.codegen.backend import Rule, require
-from moec.codegen.backends.cpu.codes import packed_codes, packed_scales, rounded
+from moec.codegen.backends.cpu.codes import packed_matrices, rows_for
 from moec.codegen.backends.cpu.sorted_rows import check_products, product
 from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
+from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
@@ -20,12 +22,13 @@ from moec.ops.experts.quantised import GroupedQuantised
 
 
 def check_format(format: Format) -> None:
-    """Raises NoMatch for formats whose codes are not integers: these kernels sum integers."""
-    require(
-        format.kind != "fp8",
-        "its weights are fp8, and CPU kernels support int8, int4 and mxfp4: choose one of these, "
-        "or a CUDA target",
-    )
+    """Raises NoMatch where rows are not in the form that kernels multiply: integers, or with fp8
+    weights floats. Words of four codes belong to one scale."""
+    floats, bits = format.kind == "fp8", format.row_bits
+    why = f"its rows are rounded to {bits} bits, and CPU kernels do not round those of fp8 weights"
+    require(bits == 0 or not floats, f"{why}: compile for CPUs alone, or choose int8")
+    require(bits != 0 or floats, f"its rows are not rounded, as CPU kernels of {format.kind} need")
+    require(not floats or format.block % 4 == 0, f"its blocks are of {format.block} weights")
 
 
 def _check(op: Op, graph: Graph) -> None:
@@ -39,15 +42,9 @@ def _check(op: Op, graph: Graph) -> None:
 
 def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedQuantised.of(op)
-    spec = spec_of(QuantisedSpec, op, parts, format=parts.format)
+    spec = spec_of(QuantisedSpec, op, parts, sc.STORED[parts.x.dtype], format=parts.format)
     layout = QuantisedLayout(spec, low.target)
-    rows = rounded(low, parts.x, layout.blocks, layout.row_codes)
-    weights = [
-        packed_codes(layout, tuple(m.codes for m in parts.matrices)),
-        packed_scales(layout, tuple(m.scales for m in parts.matrices)),
-    ]
-    if zeros := tuple(m.zeros for m in parts.matrices if m.zeros is not None):
-        weights.append(packed_scales(layout, zeros))
+    rows, weights = rows_for(low, parts.x, layout), packed_matrices(layout, parts.matrices)
     make = partial(quantised_linear, low.target, spec)
     return product(
         low, op, parts, parts.format.kind, layout, make, rows, weights, values=layout.tuned

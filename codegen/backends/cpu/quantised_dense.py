@@ -9,7 +9,7 @@ from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
-from moec.codegen.backends.cpu.codes import packed_codes, packed_scales, rounded
+from moec.codegen.backends.cpu.codes import packed_matrices, rows_for
 from moec.codegen.backends.cpu.dense import MOST_TOGETHER, dense_values, packed_bias
 from moec.codegen.backends.cpu.quantised import check_format
 from moec.codegen.backends.cpu.tunable import tunable
@@ -44,12 +44,9 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
     every = [QuantisedLinear.of(one) for one in together]
     specs = tuple(_spec(parts) for parts in every)
     layouts = [QuantisedLayout(spec, low.target) for spec in specs]
-    arguments = list(rounded(low, every[0].x, layouts[0].blocks, layouts[0].row_codes))
+    arguments = rows_for(low, every[0].x, layouts[0])
     for one, layout, parts in zip(together, layouts, every, strict=True):
-        arguments.append(low.param(*packed_codes(layout, (parts.matrix.codes,))))
-        arguments.append(low.param(*packed_scales(layout, (parts.matrix.scales,))))
-        if parts.matrix.zeros is not None:
-            arguments.append(low.param(*packed_scales(layout, (parts.matrix.zeros,))))
+        arguments += [low.param(*each) for each in packed_matrices(layout, (parts.matrix,))]
         if parts.bias is not None:
             arguments.append(low.param(*packed_bias(layout, (parts.bias,))))
         low.note(one, f"{parts.format.kind} linear")
@@ -89,7 +86,7 @@ def _spec(parts: QuantisedLinear) -> QuantisedSpec:
     n, k = cast(tuple[int, int], parts.matrix.codes.shape)
     biased = parts.bias is not None
     stored = sc.STORED[parts.x.dtype]
-    return QuantisedSpec(n, k, "float32", stored, bias=biased, format=parts.format)
+    return QuantisedSpec(n, k, stored, bias=biased, format=parts.format)
 
 
 RULES = (Rule("quantised linear", ("nn.quantised_linear",), _check, _linears),)

@@ -35,6 +35,7 @@ def _spec(op: Op, parts: GroupedQuantised) -> QuantisedSpec:
 def _check_product(op: Op, graph: Graph) -> None:
     parts = GroupedQuantised.of(op)
     require(not op.attrs.get("exact_rows"), "its rows must not be rounded (:rows16)")
+    require(parts.format.row_bits != 0, "its rows must not be rounded (row_bits=0, for CPUs)")
     stored = [value for matrix in parts.matrices for value in matrix.values]
     check_experts(op, parts, stored, graph)
     shapes = {m.codes.shape for m in parts.matrices}

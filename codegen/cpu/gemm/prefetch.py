@@ -27,7 +27,7 @@ class Stream:
     def at(self, k: Expr) -> list[Expr]:
         """The index of the first element that step k prefetches."""
         last = self.offset + k * self.each
-        return [_wide(self.group), _wide(self.tile), _wide(self.step), T.bind(last)]
+        return [wide(self.group), wide(self.tile), wide(self.step), T.bind(last)]
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ def select_stream(condition: Expr, yes: Stream, no: Stream) -> Stream:
     """One of two streams, chosen at run time."""
 
     def chosen(name: str) -> Expr:
-        return T.bind(T.Select(condition, _wide(getattr(yes, name)), _wide(getattr(no, name))))
+        return T.bind(T.Select(condition, wide(getattr(yes, name)), wide(getattr(no, name))))
 
     return Stream(*map(chosen, Stream.__dataclass_fields__))
 
 
-def _wide(value: Expr | int) -> Expr:
+def wide(value: Expr | int) -> Expr:
     return T.int64(value) if isinstance(value, int) else T.cast(value, "int64")

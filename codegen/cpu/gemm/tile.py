@@ -14,7 +14,7 @@ float16, and bf16 without dot products, are converted to float32 first (upconver
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tvm.ir import Expr
@@ -84,6 +84,17 @@ class Tile:
         return self.layout.pairs and self.layout.target.bf16_dot
 
     @property
+    def factor(self) -> int:
+        """Elements of K that a step takes."""
+        return 2 if self.dots else 1
+
+    @property
+    def _lanes(self) -> list[Expr]:
+        """The columns of each vector of a tile."""
+        lanes = self.vector.lanes
+        return [T.ramp(j * lanes, 1, lanes) for j in range(self.layout.vectors)]
+
+    @property
     def row_chunk(self) -> int:
         """Rows of a dense product that a thread takes at once."""
         return ROW_CHUNK
@@ -133,9 +144,10 @@ class Tile:
         blocks = ceil_of(lay.depth, lay.depth_block)
         if blocks == 1:
             after = Following(*following, 0, 0, lay.depth)
+            ready = self._ready(group, tile, 0, lay.depth)
 
             def full_depth(row: Expr, m: int, fetch: Fetch | None) -> None:
-                self._block(group, tile, row, m, 0, lay.depth, None, fetch)
+                ready._block(group, tile, row, m, 0, lay.depth, None, fetch)
 
             self._in_blocks(group, tile, first, count, lay.target.tile_rows, after, full_depth)
             return
@@ -147,6 +159,7 @@ class Tile:
             with T.serial(0, T.int64(blocks)) as b:
                 start = T.bind(b * lay.depth_block)
                 stop = stop_of(start, lay.depth_block, lay.depth)
+                ready = self._ready(group, tile, start, stop)
                 inside = T.bind(T.Or(b < blocks - 1, c < chunks - 1))
                 after = Following(
                     T.bind(T.Select(inside, group, following[0])),
@@ -162,9 +175,13 @@ class Tile:
                         b > 0,
                         b == blocks - 1,
                     )
-                    self._block(group, tile, row, m, start, stop, sums, fetch)
+                    ready._block(group, tile, row, m, start, stop, sums, fetch)
 
                 self._in_blocks(group, tile, base, n, lay.target.tile_rows, after, part)
+
+    def _ready(self, group: Expr, tile: Expr, start: Expr | int, stop: Expr | int) -> Tile:
+        """The tile for a block of K, after what precedes the products of all its rows."""
+        return self
 
     def zero_rows(self, tile: Expr, first: Expr, count: Expr) -> None:
         """Sets y[first : first + count, columns of tile] to 0."""
@@ -273,29 +290,31 @@ class Tile:
         stop: Expr | int,
         fetch: Fetch | None,
     ) -> None:
-        v, lay, x, w = self.vector, self.layout, self.operands.x, self.operands.w
+        v, x, size = self.vector, self.operands.x, self.factor
+        full, depth = self.layout.spec.k // size, self.layout.depth
 
-        def weights(k: Expr | int) -> list[Expr]:
-            at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
-            return [T.bind(w[group, tile, k, lane]) for lane in at]
+        def products(k: Expr | int, fetch: Fetch | None, elements: int) -> None:
+            for i, weights in enumerate(self._weights(group, tile, k, fetch)):
+                if (left := elements - 2 * i) <= 0:
+                    return
+                read = (v.pair if left > 1 else v.last) if self.dots else v.scalar
+                for row, r in zip(acc, x_rows, strict=True):
+                    a = v.splat(read(x, [r, k * size + 2 * i]))
+                    self._accumulate(row, a, weights, v.dot2 if self.dots else self._fma)
 
-        odd = self.dots and lay.spec.k % 2 == 1
-        even_stop = T.min(stop, lay.depth - 1) if odd else stop
-        with T.serial(0, even_stop - start) as step:
-            k = start + step
-            if fetch is not None:
-                fetch(k)
-            b = weights(k)
-            for i, r in enumerate(x_rows):
-                if self.dots:
-                    self._accumulate(acc[i], v.splat(v.pair(x, [r, k * 2])), b, v.dot2)
-                else:
-                    self._accumulate(acc[i], v.splat(v.scalar(x, [r, k])), b, self._fma)
-        if odd:
-            with T.If(stop == lay.depth), T.Then():
-                b = weights(lay.depth - 1)
-                for i, r in enumerate(x_rows):
-                    self._accumulate(acc[i], v.splat(v.last(x, [r, lay.spec.k - 1])), b, v.dot2)
+        with T.serial(0, (stop if full == depth else T.min(stop, full)) - start) as step:
+            products(start + step, fetch, size)
+        if full < depth:
+            with T.If(stop == depth), T.Then():
+                products(full, None, self.layout.spec.k % size)
+
+    def _weights(
+        self, group: Expr, tile: Expr, k: Expr | int, fetch: Fetch | None
+    ) -> Iterator[list[Expr]]:
+        """The vectors of weights of a step, for one operand from x after the other."""
+        if fetch is not None:
+            fetch(k)
+        yield [T.bind(self.operands.w[group, tile, k, lanes]) for lanes in self._lanes]
 
     def _fma(self, c: Expr, a: Expr, b: Expr) -> Expr:
         return self.vector.fma(a, b, c)

@@ -18,16 +18,18 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.cpu.gemm.prefetch import Following
+from moec.codegen.cpu.gemm.prefetch import Following, wide
 from moec.codegen.cpu.gemm.row_blocks import ceil_of, ceildiv, each_row_block, stop_of
 from moec.codegen.cpu.gemm.tile import PARTIAL_ROWS, Fetch, Partial, Registers, Tile, Where
 
 WEIGHTS = 16 * 1024  # bytes of a panel of weights, half of a small L1 cache
 MORE = 4  # times as many tiles at once as in other kernels
 
+Elements = list[list[Expr]]  # of a step of K, in order: the weights of each vector of a tile
+
 
 @dataclass(frozen=True)
-class _DepthBlock:
+class DepthBlock:
     """Steps `start` .. `stop` of K, of the weights of one tile."""
 
     group: Expr
@@ -42,7 +44,6 @@ class WidenedTile(Tile):
 
     @property
     def factor(self) -> int:
-        """Elements of K that a step takes."""
         return 2 if self.layout.pairs else 1
 
     @property
@@ -75,7 +76,7 @@ class WidenedTile(Tile):
         tiles: Expr | int = 1,
     ) -> None:
         height, depth = self.layout.target.tile_rows, self.layout.depth
-        full_block = _DepthBlock(group, tile, 0, depth)
+        full_block = DepthBlock(group, tile, 0, depth)
         with T.If(count < height):
             with T.Then():
                 panel = self.vector.scratch((height - 1, depth * self.factor), "float32")
@@ -84,7 +85,7 @@ class WidenedTile(Tile):
                 self._many(full_block, tiles, first, count, following)
 
     def _few(
-        self, full_block: _DepthBlock, tiles: Expr | int, first: Expr, count: Expr, panel: Buffer
+        self, full_block: DepthBlock, tiles: Expr | int, first: Expr, count: Expr, panel: Buffer
     ) -> None:
         height = self.layout.target.tile_rows
         accumulators = self.vector.scratch((height - 1, self.layout.columns), "float32")
@@ -100,13 +101,13 @@ class WidenedTile(Tile):
             ask = None if ahead is None else self._prefetcher(ahead)
 
             def multiply(acc: Registers) -> None:
-                with T.serial(0, T.int64(self.layout.depth)) as step:
-                    if ask is not None:
-                        ask(step)
-                    for h, weights in enumerate(self._halves(full_block.group, tile, step)):
+                def products(step: Expr, elements: Elements) -> None:
+                    for h, weights in enumerate(elements):
                         for i, row_acc in enumerate(acc):
                             a = panel[i, step * self.factor + h]
                             self._accumulate(row_acc, self.vector.splat(a), weights, self._fma)
+
+                self._each_step(replace(full_block, tile=tile), ask, products)
 
             for m in range(1, height):
                 with T.If(count == m), T.Then():
@@ -117,7 +118,7 @@ class WidenedTile(Tile):
 
     def _many(
         self,
-        full_block: _DepthBlock,
+        full_block: DepthBlock,
         tiles: Expr | int,
         first: Expr,
         count: Expr,
@@ -140,7 +141,7 @@ class WidenedTile(Tile):
             # The block that is converted after this block of all tiles.
             leaves = T.bind(T.And(done, c == chunks - 1))
             group = T.bind(T.Select(leaves, following[0], full_block.group))
-            coming = _DepthBlock(
+            coming = DepthBlock(
                 group, T.Select(leaves, following[1], full_block.tile), after, after
             )
             block = replace(full_block, start=start, stop=stop)
@@ -149,7 +150,7 @@ class WidenedTile(Tile):
             with T.serial(0, tiles) as t:
                 tile = T.bind(full_block.tile + t)
                 last = T.bind(t == tiles - 1)
-                then = _DepthBlock(
+                then = DepthBlock(
                     T.bind(T.Select(last, coming.group, full_block.group)),
                     T.bind(T.Select(last, coming.tile, tile + 1)),
                     T.bind(T.Select(last, coming.start, start)),
@@ -167,13 +168,13 @@ class WidenedTile(Tile):
 
     def _all_rows(
         self,
-        block: _DepthBlock,
+        block: DepthBlock,
         count: Expr,
         weights: Buffer,
         panel: Buffer,
         sums: Callable[[Expr | int, int], Where],
         begun: Expr,
-        then: _DepthBlock,
+        then: DepthBlock,
     ) -> None:
         """Multiplies the block of `count` rows in `panel` with that of a tile in `weights`."""
         height = self.layout.target.tile_rows
@@ -197,7 +198,7 @@ class WidenedTile(Tile):
         weights: Buffer,
         panel: Buffer,
         at: Expr,
-        block: _DepthBlock,
+        block: DepthBlock,
         fetch: Fetch,
     ) -> None:
         """Adds the products of rows with tile `t`, both as float32.
@@ -215,7 +216,17 @@ class WidenedTile(Tile):
                 for i, sums in enumerate(acc):
                     self._accumulate(sums, v.splat(panel[at + i, k]), b, self._fma)
 
-    def _halves(self, group: Expr, tile: Expr, step: Expr) -> list[list[Expr]]:
+    def _each_step(
+        self, block: DepthBlock, ask: Fetch | None, action: Callable[[Expr, Elements], None]
+    ) -> None:
+        """Calls `action` with each step, counted from the block's first, and its weights as
+        float32; `ask` prefetches."""
+        with T.serial(0, wide(block.stop - block.start)) as step:
+            if ask is not None:
+                ask(step)
+            action(step, self._halves(block.group, block.tile, block.start + step))
+
+    def _halves(self, group: Expr, tile: Expr, step: Expr) -> Elements:
         """The weights of each element of a step, as float32."""
         v, lay, w = self.vector, self.layout, self.operands.w
         starts = [j * v.lanes for j in range(lay.vectors)]
@@ -224,16 +235,19 @@ class WidenedTile(Tile):
         pairs = [T.bind(w[group, tile, step, T.ramp(start, 1, v.lanes)]) for start in starts]
         return [[take(pair) for pair in pairs] for take in (v.low, v.high)]
 
-    def _widen_weights(self, block: _DepthBlock, weights: Buffer) -> None:
+    def _widen_weights(self, block: DepthBlock, weights: Buffer) -> None:
         """weights[t, k, :] = the weights of each tile, from the block's first element of K on."""
         v = self.vector
-        with T.serial(0, block.stop - block.start) as step:
-            for h, half in enumerate(self._halves(block.group, block.tile, block.start + step)):
-                for j, vector in enumerate(half):
+
+        def store(step: Expr, elements: Elements) -> None:
+            for h, element in enumerate(elements):
+                for j, vector in enumerate(element):
                     v.store(weights, [step * self.factor + h, j * v.lanes], vector)
 
-    def _widen_row(self, row: Expr, block: _DepthBlock, panel: Buffer, i: Expr | int) -> None:
-        """panel[i, :] = the block of a row as float32, padded with 0 after an odd end."""
+        self._each_step(block, None, store)
+
+    def _widen_row(self, row: Expr, block: DepthBlock, panel: Buffer, i: Expr | int) -> None:
+        """panel[i, :] = the block of a row as float32, padded with 0 to whole steps."""
         v, lay, ops = self.vector, self.layout, self.operands
         begin = block.start * self.factor
         count = (block.stop - block.start) * self.factor
@@ -253,4 +267,5 @@ class WidenedTile(Tile):
                 v.store_tail(panel, [i, at], tail, rest)
         if lay.spec.k % self.factor:
             with T.If(begin + count == lay.spec.k), T.Then():
-                v.store_tail(panel, [i, count], v.splat(0.0), T.int32(1))
+                missing = -lay.spec.k % self.factor
+                v.store_tail(panel, [i, count], v.splat(0.0), T.int32(missing))

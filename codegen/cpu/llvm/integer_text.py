@@ -1,14 +1,24 @@
-"""LLVM functions on int32 lanes and the bytes in them: codes of rows and of weights."""
+"""LLVM functions on int32 lanes and the bytes in them: codes of rows and of weights.
+
+A code of e4m3 in the place of a 16-bit float keeps its sign and fraction, and its exponent has
+another bias. In float16 it is a number, 2^-8 of its value. In bf16 the bias is added; to the eight
+magnitudes without an exponent, which no instruction would normalise, something else is added, from
+a table in a register. The two NaN of e4m3 become finite: packing marks them in the scales.
+"""
 
 from __future__ import annotations
 
 from functools import cache
+
+import numpy as np
 
 from moec.codegen.cpu.llvm.constants import splat
 from moec.codegen.cpu.llvm.dot_product_text import dot_product_functions
 from moec.formats.integer import E2M1_TWICE, E2M1_ZERO
 from moec.target.cpu import CpuTarget
 
+_FRACTIONS = np.arange(8)
+_SMALL = (((_FRACTIONS / 512).astype("f4").view("u4") >> 16) - (_FRACTIONS << 4)).tolist()
 _ROUNDER, _ROUNDER_BITS = "0x4168000000000000", "1262485504"  # 1.5 * 2^23, and its bits
 
 
@@ -23,6 +33,8 @@ def integer_functions(target: CpuTarget) -> str:
         + _minus4(n)
         + dot_product_functions(target)
         + _e2m1(target)
+        + "".join(_e4m3_floats(n, element) for element in range(4))
+        + ("".join(map(_e4m3_pairs, range(2))) if target.bf16_dot else "")
     )
 
 
@@ -116,3 +128,51 @@ declare {c} {shuffle[1]}({c}, {c})
   %minus = sub {c} zeroinitializer, %size
   %signed = select {b} %negative, {c} %minus, {c} %size
   %v = add {c} %signed, {const(E2M1_ZERO)}{tail}"""
+
+
+def _e4m3_floats(n: int, element: int) -> str:
+    """Lanes of words -> float32 lanes: the lower or upper half of the 16-bit lanes' low or high
+    bytes."""
+    odd, half = divmod(element, 2)
+    h, lanes = f"<{2 * n} x i16>", ", ".join(f"i32 {half * n + i}" for i in range(n))
+    return f"""
+define linkonce_odr <{n} x float> @moec_e4m3_{element}_{n}(<{n} x i32> %words) alwaysinline {{
+  %w = bitcast <{n} x i32> %words to {h}
+  %c = shl {h} %w, {splat(2 * n, "i16", "0" if odd else "8")}
+  %s = ashr {h} %c, {splat(2 * n, "i16", "1")}
+  %m = and {h} %s, {splat(2 * n, "i16", str(0xBF80 - 2**16))}
+  %e = shufflevector {h} %m, {h} poison, <{n} x i32> <{lanes}>
+  %p = alloca <{n} x i16>
+  store <{n} x i16> %e, ptr %p, align 2
+  %f = call <{n} x float> @moec_load_float16_{n}(ptr %p)
+  ret <{n} x float> %f
+}}
+"""
+
+
+def _e4m3_pairs(odd: int) -> str:
+    """Lanes of words -> lanes of bf16 pairs: of the 16-bit lanes' low or high bytes."""
+    i, h = "<16 x i32>", "<32 x i16>"
+    up, down, bits, exponent, four, bias = (
+        splat(32, "i16", value)
+        for value in (8 * (1 - odd), 8 * odd, 0x87F0 - 2**16, 0x78 << 8 * odd, 4, 120 << 7)
+    )
+    table = ", ".join(f"i16 {value}" for value in _SMALL * 4)
+    permute = "@llvm.x86.avx512.permvar.hi.512"
+    return f"""
+declare {h} {permute}({h}, {h})
+define linkonce_odr {i} @moec_e4m3_pairs_{odd}_16({i} %words) alwaysinline {{
+  %w = bitcast {i} %words to {h}
+  %c = shl {h} %w, {up}
+  %s = ashr {h} %c, {four}
+  %m = and {h} %s, {bits}
+  %x = and {h} %w, {exponent}
+  %small = icmp eq {h} %x, zeroinitializer
+  %i = lshr {h} %w, {down}
+  %more = call {h} {permute}({h} <{table}>, {h} %i)
+  %add = select <32 x i1> %small, {h} %more, {h} {bias}
+  %b = add {h} %m, %add
+  %r = bitcast {h} %b to {i}
+  ret {i} %r
+}}
+"""

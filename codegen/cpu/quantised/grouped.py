@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tvm.ir import Expr
 from tvm.tirx import Buffer, PrimFunc
@@ -10,8 +11,9 @@ from tvm.tirx import Buffer, PrimFunc
 from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
-from moec.codegen.cpu.gemm.tile import Epilogue, Tile
+from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.quantised.amx_tile import AmxQuantisedTile
+from moec.codegen.cpu.quantised.fp8_tile import Fp8Tile, Fp8WidenedTile
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
 from moec.codegen.cpu.quantised.tile import QuantisedOperands, QuantisedTile
@@ -44,17 +46,27 @@ def quantised_product(
     spec: QuantisedSpec,
     epilogue: Epilogue | None = None,
     tuning: Tuning = DEFAULT,
-) -> TileProduct[RoundedRows, QuantisedWeights]:
+) -> TileProduct[Any, QuantisedWeights]:
+    """A product of rows that are rounded to codes, or with fp8 weights of rows of floats."""
     lay = QuantisedLayout(spec, target, tuning)
 
-    def tile(x: RoundedRows, w: QuantisedWeights, out: ProductOutput) -> Tile:
+    def rows(count: Expr) -> Any:
+        if lay.floats:
+            return argument("x", (count, spec.k), spec.dtype)
+        return RoundedRows.of(count, spec.k, lay.blocks, lay.row_codes)
+
+    def tile(x: Any, w: QuantisedWeights, out: ProductOutput) -> Tile:
+        if lay.floats:
+            dots = lay.pairs and target.bf16_dot
+            float_kind = Fp8Tile if dots else Fp8WidenedTile
+            return float_kind(lay, Operands(x, w.codes, *out), epilogue, w.scales)
         operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
         kind = AmxQuantisedTile if lay.amx else QuantisedTile
         return kind(lay, operands, epilogue)
 
     return TileProduct(
         lay,
-        lambda rows: RoundedRows.of(rows, spec.k, lay.blocks, lay.row_codes),
+        rows,
         lambda suffix, groups: QuantisedWeights.of(lay, suffix, groups),
         tile,
     )
@@ -73,7 +85,7 @@ def quantised_linear(
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, key, plan], w, its
     scales[, its zeros][, bias packed][, scale[T, top_k]], y[R, n]), as documented in
-    `sorted_product`."""
+    `sorted_product`; with fp8 weights x[T, k] itself."""
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
     product = quantised_product(target, spec, epilogue, tuning)

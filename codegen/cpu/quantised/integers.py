@@ -75,5 +75,18 @@ def e2m1(v: Vector, codes: Expr) -> Expr:
     return T.bind(_call(v, f"int32x{v.lanes}", "e2m1", codes))
 
 
+E4M3_UNIT = 256.0  # what `e4m3` leaves to multiply with
+
+
+def e4m3(v: Vector, words: Expr) -> list[Expr]:
+    """Words of four codes (layout.py) -> float32 lanes, codes in order, over E4M3_UNIT."""
+    return [T.bind(_call(v, v.dtype, f"e4m3_{i}", words)) for i in range(4)]
+
+
+def e4m3_pairs(v: Vector, words: Expr, half: int) -> Expr:
+    """Words of four codes (layout.py) -> the first or second two as a bf16 pair."""
+    return T.bind(_call(v, f"int32x{v.lanes}", f"e4m3_pairs_{half}", words))
+
+
 def _call(v: Vector, dtype: str, name: str, *args: Expr) -> Expr:
     return T.call_extern(dtype, f"moec_{name}_{v.lanes}", *args)

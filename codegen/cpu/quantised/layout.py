@@ -6,6 +6,12 @@
 A tile of codes is one contiguous stream, and the scales of its blocks are a second one. For four
 bits, the low halves of a word's bytes are its first four codes and the high halves the last four,
 so that two masks unpack it. Missing columns and codes after K are 0; so are rows of x there.
+
+The bytes of a vector of words of e4m3 are permuted: codes 0 and 1 of each word are the lower bytes
+of two 16-bit lanes, 2 and 3 the upper bytes. A shift and a mask leave them as 16-bit floats:
+
+    bf16 dot products   lanes 2c and 2c + 1 of n words are those of column c
+    float32 otherwise   lanes c and n + c
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ from torch import Tensor
 
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.pack import Array
+from moec.codegen.cpu.gemm.row_blocks import ceil_of
 from moec.codegen.cpu.quantised.dot_products import Way, way
 from moec.codegen.specs.products import QuantisedSpec
 from moec.dtypes import LONG_NAMES
@@ -61,6 +68,11 @@ class QuantisedLayout(Layout):
     spec: QuantisedSpec
 
     @property
+    def floats(self) -> bool:
+        """Whether rows are floats of the spec's dtype, and weights e4m3 (fp8_tile.py)."""
+        return self.spec.format.kind == "fp8"
+
+    @property
     def tile_rows(self) -> int:
         """Rows of the register tile. Each plane of codes needs registers for its sums; scales per
         block need another set, for the float sums of all blocks."""
@@ -76,7 +88,7 @@ class QuantisedLayout(Layout):
     @property
     def _most_vectors(self) -> int:
         most = self.target.tile_vectors
-        return min(most, 2) if self.blocks > 1 else most
+        return min(most, 2) if self.blocks > 1 and not self.floats else most
 
     @property
     def blocks(self) -> int:
@@ -85,7 +97,8 @@ class QuantisedLayout(Layout):
     @property
     def amx(self) -> bool:
         """Whether AMX is used: blocks of codes fill tile registers, of 64 codes a row."""
-        return self.target.int8_tiles and self.spec.k // self.blocks % 64 == 0
+        codes = self.spec.k // self.blocks
+        return self.target.int8_tiles and not self.floats and codes % 64 == 0
 
     @property
     def tuned(self) -> tuple[str, ...]:
@@ -118,12 +131,15 @@ class QuantisedLayout(Layout):
 
     @property
     def depth_block(self) -> int:
-        """Words of a block of scales."""
+        """Words of a block of scales; of e4m3 with one scale, at most half of the L2 cache."""
+        if self.floats and self.blocks == 1:
+            blocks = ceil_of(self.depth * self.columns * 8, self.target.l2 // 2)
+            return ceil_of(self.depth, blocks)
         return self.depth // self.blocks
 
     @property
     def pairs(self) -> bool:
-        return False
+        return self.floats and self.spec.dtype == "bfloat16"
 
     @property
     def dtype(self) -> str:
@@ -152,15 +168,32 @@ def pack_codes(layout: QuantisedLayout, *parts: Tensor) -> Array:
     """codes u8[E, N, K], for a gated layout gate and up -> int32 of `layout.shape`."""
     spec, each = layout.spec, layout.per_word
     packed = torch.zeros(layout.shape, dtype=torch.int32)
-    for half, codes in enumerate(parts):
-        for e in range(spec.groups):  # so that intermediate tensors stay small
+    for e in range(spec.groups):  # so that intermediate tensors stay small
+        for half, codes in enumerate(parts):
             depth = torch.nn.functional.pad(codes[e], (0, layout.depth * each - spec.k))
             if each == 8:
                 quads = depth.view(spec.n, layout.depth, 2, 4)
                 depth = quads[:, :, 0] | (quads[:, :, 1] << 4)
             words = depth.reshape(spec.n, -1).view(torch.int32)
             _place(layout, packed[e], half, words)
+        if layout.floats:
+            packed[e] = _widening_order(layout, packed[e])
     return packed.numpy()
+
+
+def _widening_order(layout: QuantisedLayout, words: Tensor) -> Tensor:
+    """Packed words [.., columns] with the bytes in the order of e4m3 (see above)."""
+    # vectors, columns, bytes, 16-bit lanes of a column
+    codes = words.view(torch.uint8).view(-1, layout.target.vector_lanes, 2, 2)
+    axes = (0, 1, 3, 2) if layout.pairs and layout.target.bf16_dot else (0, 3, 1, 2)
+    return codes.permute(axes).flatten().view(torch.int32).view(words.shape)
+
+
+def mark_nan(scales: Tensor, codes: Tensor) -> Tensor:
+    """Scales [.., N, blocks], NaN where a block of e4m3 codes u8[.., N, K] holds a NaN: all its
+    products have a NaN in their sum. Kernels then need not tell NaN from numbers."""
+    nan = (codes & 0x7F == 0x7F).reshape(*scales.shape, -1).any(-1)
+    return scales.masked_fill(nan, torch.nan)
 
 
 def pack_scales(layout: QuantisedLayout, *parts: Tensor) -> Array:

@@ -7,6 +7,7 @@ weight e4m3[.., N, K]   weight_scale or weight_scale_inv, by which the codes are
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd
 from typing import Any
 
 import torch
@@ -14,14 +15,24 @@ from torch import Tensor
 
 from moec.checkpoint.fields import SCALES, check_dtype
 from moec.checkpoint.tensors import Tensors
-from moec.checkpoint.weight import CheckpointWeight, nearest_int8, plain
+from moec.checkpoint.weight import (
+    CheckpointWeight,
+    WeightCodes,
+    in_codes,
+    nearest_int8,
+    plain,
+    scale_name,
+)
+from moec.dtypes import LONG_NAMES
 from moec.errors import CaptureError
+from moec.formats.integer import Quantised
+from moec.formats.notation import Format
 
 _FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = ("_scale_inv", "_scale")
 _OF_ROWS = ("input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale")
 """Scales of activations, which moec takes from the rows themselves."""
-REASON = "kernels for CPUs read no fp8"
+REASON = "kernels read no e5m2"
 
 
 def read(config: Mapping[str, Any], tensors: Tensors) -> dict[str, CheckpointWeight]:
@@ -61,18 +72,32 @@ def _weight(tensors: Tensors, name: str, block: tuple[int, int] | None) -> Check
     stem = name.rpartition(".")[0]
     of_rows = tuple(n for n in (f"{stem}.{part}" for part in _OF_ROWS) if n in tensors)
 
-    def values() -> Tensor:
-        full = tensors.read(name).float()
-        scale = tensors.read(scales).float()
-        if sides is None:
-            return full * (scale[:, None] if scale.shape == shape[:1] else scale)
-        for axis, side in zip((-2, -1), sides, strict=True):
-            scale = scale.repeat_interleave(side, axis).narrow(axis, 0, shape[axis])
-        return full * scale
+    n, k = shape[-2:]
+    # A block that the end of a row cuts is two or more blocks that fit.
+    rows, columns = sides or (1, k)
+    width = k if columns >= k else gcd(columns, k)
+    format = Format("fp8", width if width < k else 0, scales=scale_name(tensors.dtype(scales)))
 
-    return CheckpointWeight(
-        shape, (name, scales, *of_rows), values, nearest=nearest_int8(shape[-1]), reason=REASON
-    )
+    def row_scales() -> Tensor:
+        """[.., N, K / width]"""
+        scale = tensors.read(scales).to(getattr(torch, LONG_NAMES[format.scales]))
+        if sides is None:
+            column = scale[:, None] if scale.shape == shape[:1] else scale
+            return column.expand(*shape[:-1], 1).contiguous()
+        for axis, side, size in ((-2, rows, n), (-1, max(1, columns // width), k // width)):
+            scale = scale.repeat_interleave(side, axis).narrow(axis, 0, size)
+        return scale.contiguous()
+
+    def values() -> Tensor:
+        return tensors.read(name).float() * row_scales().float().repeat_interleave(width, -1)
+
+    def codes() -> Quantised:
+        return Quantised(tensors.read(name).view(torch.uint8), row_scales(), None)
+
+    parts = (name, scales, *of_rows)
+    if tensors.dtype(name) != torch.float8_e4m3fn:
+        return CheckpointWeight(shape, parts, values, nearest=nearest_int8(k), reason=REASON)
+    return in_codes(shape, parts, WeightCodes(format, codes))
 
 
 def _sides(

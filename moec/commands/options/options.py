@@ -138,7 +138,7 @@ def changing_options(command: F) -> F:
         ),
         click.option(
             "--quant", metavar="FORMAT",
-            help="Quantise experts: int8, int4[:32|64|128], fp8 or mxfp4; options :rows16, "
+            help="Quantise experts: int8, int4, fp8 (each [:32|64|128]) or mxfp4; options :rows16, "
             ",linears=… and ,head=… are explained above.",
         ),
     ):  # fmt: skip

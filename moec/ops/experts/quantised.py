@@ -55,7 +55,7 @@ def format_of(op: Op, matrix: Matrix) -> Format:
     require(op, width // blocks <= MOST_SUMMED, f"one scale of {width // blocks} weights")
     block = width // blocks if blocks > 1 or kind == "mxfp4" else 0
     bits = op.attrs.get("row_bits", 8)
-    require(op, bits in ROW_BITS, f"row_bits is {bits}, not one of 8, 16")
+    require(op, bits in ROW_BITS, f"row_bits is {bits}, not one of 0, 8, 16")
     stored = "bf16" if kind == "mxfp4" else scales.dtype
     require(op, stored in VECTOR_DTYPES, f"{scales} is not of {', '.join(VECTOR_DTYPES)}")
     format = Format(cast(str, kind), block, zeros, cast(int, bits), stored)
@@ -94,10 +94,10 @@ def grouped_quantised(
     order[R]?, scale[T, k]? -> h[R, N].
 
     As grouped.linear, where matrix j of expert e is `formats.integer.dequantise` of codes, scales
-    and zeros, the row is `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16),
-    and products are in float32. `kind` is int8, int4, fp8 or mxfp4; `zeros` is set where zeros
-    exist. `scaled` multiplies the product. `exact_rows` does not round the rows; no kernel of moec
-    computes that.
+    and zeros, the row is `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16;
+    0: not rounded), and products are in float32. `kind` is int8, int4, fp8 or mxfp4; `zeros` is set
+    where zeros exist. `scaled` multiplies the product. `exact_rows` does not round the rows,
+    whatever `row_bits` is; no kernel of moec computes that.
     """
     inputs = tensors_of("grouped.quantised", op, tensors, attrs)
     x, kind = inputs["x"], attrs["kind"]

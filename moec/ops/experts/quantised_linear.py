@@ -48,8 +48,8 @@ def quantised_linear(
     """x[.., K], codes u8[N, K], scales[N, b], zeros u8[N, b]?, bias[N]? -> y[.., N].
 
     The weight is `formats.integer.dequantise` of codes, scales and zeros, the row is
-    `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16); the product and the
-    bias are added in float32, then cast.
+    `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16; 0: not rounded);
+    the product and the bias are added in float32, then cast.
     """
     x, codes, scales, zeros, bias = tensors_of("nn.quantised_linear", op, tensors, attrs).values()
     rows = round_rows(x, scales.shape[-1], attrs.get("row_bits", 8))
