@@ -20,6 +20,7 @@ from moec.arguments import (
     example_inputs,
     text,
     tolerance,
+    verification,
 )
 from moec.capture.behaviour.door import Declared, Described
 from moec.capture.captured import Captured
@@ -76,7 +77,7 @@ def compile(
     calib: Any = None,
     budget: str = "",
     strict: bool = False,
-    verify: bool | float = True,
+    verify: bool | float | str = True,
     fuel: int | None = None,
     stop_after: str | None = None,
     build: bool = True,
@@ -103,8 +104,11 @@ def compile(
     `image_grid_thw`: the compiled model does not take them.
     `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes
     the passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
-    greatest error allowed, relative to the greatest value of an output. `fuel` limits the number of
-    rewrites. `stop_after` names the last pass to run; `build=False` stops before code generation.
+    greatest error allowed, relative to the greatest value of an output. Where weights stay in
+    files, eager reads each of them once, layer by layer, for all inputs of the comparison
+    ("layers"), or evaluates the model for one input after the other ("whole"). `fuel` limits the
+    number of rewrites. `stop_after` names the last pass to run; `build=False` stops before code
+    generation.
     `kv_cache=False` omits the code with which `generate` computes one token at a time.
     `record_routing` adds what `CompiledModel.record_routing` needs; other calls do not change.
     `opt_level` chooses passes; 0 also omits LLVM's optimisation, on CPUs only. `tune` measures
@@ -150,14 +154,15 @@ def compile(
     )  # fmt: skip
     clock = Clock(progress)
     builds = build and stop_after is None
-    runs = builds and verify is not False
+    verified, way = verification(verify)
+    runs = builds and verified is not False
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     stored = with_float_rows(stored) if targets.only_cpus else stored
     requested = (*choose(opt_level, changes(passes)), *quantising(stored))
     chosen = truncate_after(requested, stop_after)
     allowed = allowed_budget(requested, chosen, calib, text("budget", budget), strict)
-    limit = tolerance(verify)
+    limit = tolerance(verified)
     with ExitStack() as reading:
         with clock.phase("capture"):
             example = example_inputs(args, kwargs)
@@ -222,7 +227,7 @@ def compile(
         built = build_model(compiled, opt_level, clock, targets.backend, tune, store)
         if targets.beside is not None:
             built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
-        return built if verify is False else verify_model(built, limit, clock)
+        return verify_model(built, limit, clock, way) if runs else built
 
 
 def _elements(model: Any) -> int:

@@ -64,6 +64,21 @@ def changes(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else text("passes", value)
 
 
+LAYERS, WHOLE = "layers", "whole"
+"""Ways to verify where weights stay in files: they are read once for all inputs, or for each."""
+
+
+def verification(verify: Any) -> tuple[bool | float, str]:
+    """Whether to verify, or the greatest error allowed; and the way, by default LAYERS.
+
+    Raises UsageError for anything but "off", a way, True, False and a number that is not negative.
+    """
+    if verify in ("off", LAYERS, WHOLE):
+        return verify != "off", verify
+    limit = tolerance(verify)
+    return (bool(verify) if limit is None else limit), LAYERS
+
+
 def tolerance(verify: Any) -> float | None:
     """The greatest error that `verify` allows; None where the dtype decides.
 

@@ -59,8 +59,9 @@ LOGGER = logging.getLogger(__name__)
 @model_options
 @changing_options
 @click.option(
-    "--verify", type=Tolerance(), default="on", show_default=True,
-    help="Greatest relative error allowed against eager PyTorch, or off.",
+    "--verify", type=Tolerance("layers", "whole"), default="on", show_default=True,
+    help="Greatest relative error allowed against eager PyTorch, or off. Where weights stay in "
+    "files, eager runs layer by layer for all inputs (layers, default) or input by input (whole).",
 )  # fmt: skip
 @click.option(
     "--dump-ir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",

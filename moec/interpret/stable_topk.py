@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 
-from moec.torch_private import TorchDispatchMode
+from moec.torch_private import TorchDispatchMode, pytree
 
 aten = torch.ops.aten
 
 
 class FirstOfEquals(TorchDispatchMode):  # type: ignore[misc]
-    """While open, choices among equal values take the first; `met` is set once an op chose."""
+    """While open, choices among equal values take the first; `met` is set once an op chose. With
+    `notes_only`, choices are torch's, and `met` is set once one of them is another."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, notes_only: bool = False) -> None:
         super().__init__()
-        self.met = False
+        self.met, self.notes_only = False, notes_only
 
     def __torch_dispatch__(
         self,
@@ -34,8 +35,14 @@ class FirstOfEquals(TorchDispatchMode):  # type: ignore[misc]
         stable = _STABLE.get(func)
         if stable is None:
             return func(*args, **(kwargs or {}))
-        self.met = True
-        return stable(*args, **(kwargs or {}))
+        first = stable(*args, **(kwargs or {}))
+        if not self.notes_only:
+            self.met = True
+            return first
+        chosen = func(*args, **(kwargs or {}))
+        same = all(map(torch.equal, pytree.tree_leaves(chosen), pytree.tree_leaves(first)))
+        self.met = self.met or not same
+        return chosen
 
 
 def _sort(x: torch.Tensor, dim: int = -1, descending: bool = False) -> Any:

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moec.errors import MoecError
+from moec.memory.lock_step import LockStep, Result
 from moec.memory.ranges import AddressRange
 from moec.memory.spool import Spool
 from moec.torch_private import TorchDispatchMode, pytree, schema_of
@@ -41,6 +43,7 @@ class PagedWeights:
         self.files: list[mmap.mmap] = []
         self.failure: UnreadableWeight | None = None
         self._spool = spool
+        self.lock_step: LockStep | None = None
         self._samples: dict[tuple[torch.Size, torch.dtype], int] | None = None
         self._weights: dict[int, _Weight] = {}  # by address
         self._present: OrderedDict[int, int] = OrderedDict()  # bytes, least recently used first
@@ -63,6 +66,8 @@ class PagedWeights:
     def fill(self, tensors: Iterable[Tensor]) -> None:
         """Read the paged weights at the addresses of `tensors`."""
         needed = {at for tensor in tensors if (at := self._address(tensor)) is not None}
+        if self.lock_step is not None and not self._has(needed):
+            self.lock_step.wait(needed)
         for address in needed & self._present.keys():
             self._present.move_to_end(address)
         for address in sorted(needed - self._present.keys()):
@@ -70,6 +75,17 @@ class PagedWeights:
             self._make_room(weight.region.size, needed)
             self._read(weight)
             self._present[address] = weight.region.size
+
+    def evaluate_together(self, evaluations: Sequence[Callable[[], Result]]) -> list[Result]:
+        """The results of evaluations, for all of which a weight is read once (`LockStep`)."""
+        self.lock_step = LockStep(self._has, lambda: ReadsWeights(self))
+        try:
+            return self.lock_step.run(evaluations)
+        finally:
+            self.lock_step = None
+
+    def _has(self, needed: Set[int]) -> bool:
+        return needed <= self._present.keys()
 
     @contextmanager
     def share_values(self) -> Iterator[None]:
@@ -155,6 +171,10 @@ def _written(schema: Any, args: Sequence[Any], named: Mapping[str, Any]) -> list
     return [leaf for name in written for leaf in pytree.tree_leaves(values.get(name))]
 
 
+_CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+"""How evaluations in float32 cast the weights that an operator takes."""
+
+
 class ReadsWeights(TorchDispatchMode):  # type: ignore[misc]
     """A mode in which operators find the paged weights that they read. It is entered before all
     other modes, so that it sees the operators that those call."""
@@ -177,4 +197,8 @@ class ReadsWeights(TorchDispatchMode):  # type: ignore[misc]
             if any(map(self.weights.contains, _written(schema_of(func), args, named))):
                 raise MoecError(f"the model writes to one of its weights ({func})")
             self.weights.fill(tensors)
+            step = self.weights.lock_step
+            if step is not None and func in _CASTS and self.weights.contains(args[0]):
+                cast = partial(func, *args, **named)
+                return step.cast(args[0], (*args[1:], *named.items()), cast)
         return func(*args, **named)

@@ -8,10 +8,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from moec.arguments import LAYERS, WHOLE
 from moec.capture.doors import stop_tokens
 from moec.errors import UnsupportedError
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Module
+from moec.memory.lock_step import one_by_one
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Declined
@@ -136,9 +138,14 @@ def _not_recognised(declined: Sequence[Declined]) -> str:
     return f"\nexperts were not recognised, which would compile:{''.join(lines)}" if lines else ""
 
 
-def verify_model(compiled: CompiledModel, limit: float | None, clock: Clock) -> CompiledModel:
-    """The model with the result of `moec.verify.check`. Raises VerificationError."""
+def verify_model(
+    compiled: CompiledModel, limit: float | None, clock: Clock, way: str = LAYERS
+) -> CompiledModel:
+    """The model with the result of `moec.verify.check`. `way` is LAYERS or WHOLE.
+    Raises VerificationError."""
     _, executor = compiled.ready()
+    paged = compiled.source.memory.paged
+    together = one_by_one if way == WHOLE or paged is None else paged.evaluate_together
 
     def run_afresh(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         executor.reset()
@@ -152,13 +159,10 @@ def verify_model(compiled: CompiledModel, limit: float | None, clock: Clock) -> 
         pieces = None
         if DECODE in compiled.module:
             pieces = (logits_of(compiled.graph).name, partial(feed_in_chunks, executor))
-        checked = checking.check(
-            compiled.captured, run_afresh, compiled.pass_results, limit, pieces
-        )
+        check = partial(checking.check, compiled.captured, together=together)
+        checked = check(run_afresh, compiled.pass_results, limit, pieces)
         if ROUTED in compiled.module:
-            checking.check(
-                compiled.captured, partial(_by_parts, executor), compiled.pass_results, limit
-            )
+            check(partial(_by_parts, executor), compiled.pass_results, limit)
         executor.reset()
     return replace(compiled, checked=checked)
 

@@ -34,6 +34,7 @@ def report_of(compiled: Compilation) -> Report:
         kernels=dict(Counter(kernel for _, kernel in package.kernels)) if package else {},
         loops=tuple(LoopLine(*line) for line in package.refusals) if package else (),
         verification=_errors(checked) if checked else (),
+        verified="off" if checked is None else "layers" if checked.layers else "whole",
         quantised=compiled.quantised,
         moved=checked.moved if checked else (),
         tuned=compiled.tuned,
@@ -74,6 +75,8 @@ def _notes(compiled: Compilation) -> tuple[str, ...]:
 def _verification_notes(compiled: Compilation, checked: Checked) -> tuple[str, ...]:
     """What the errors of the report were measured against, and rows that they leave out."""
     notes = checked.notes
+    if checked.layers:
+        notes += ("eager ran layer by layer for all inputs of the comparison (--verify layers)",)
     if any(r.kind is Kind.CHANGES and r.rewrites for r in compiled.pass_results):
         damaged = any(result.damage for result in compiled.pass_results)
         above = "; the distance to the original model is listed above" if damaged else ""

@@ -46,7 +46,7 @@ def compile_ranks(
     args: Sequence[Any] | torch.Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    verify: bool | float = True,
+    verify: bool | float | str = True,
     overwrite: bool = False,
     **options: Any,
 ) -> CompiledRanks:

@@ -136,7 +136,8 @@ class LoopLine:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All facts about a compilation. `bytes_out` is None where no weights were packed."""
+    """All facts about a compilation. `bytes_out` is None where no weights were packed. `verified`
+    is how the code was compared with eager: "off", "layers" or "whole"."""
 
     model: str
     target: str = ""
@@ -154,6 +155,7 @@ class ReportData:
     kernels: Mapping[str, int] = field(default_factory=dict)
     loops: tuple[LoopLine, ...] = ()
     verification: tuple[ErrorLine, ...] = ()
+    verified: str = "off"
     quantised: tuple[QuantisedLine, ...] = ()
     moved: tuple[MovedLine, ...] = ()
     tuned: tuple[TunedLine, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -11,6 +12,7 @@ from moec.errors import CaptureError
 from moec.ir.graph import Graph
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import allows, nearest_allowed
+from moec.memory.lock_step import Together, one_by_one
 from moec.oracle.agree import at_sizes
 from moec.oracle.cases import Case, drawn_and_run, has_other_roles, shapes
 from moec.oracle.draws import DRAWS, Draw
@@ -75,32 +77,38 @@ def _zeros(graph: Graph) -> Iterator[dict[str, int]]:
 
 
 def references(
-    captured: Captured, *, empty: bool = True
+    captured: Captured, *, empty: bool = True, together: Together = one_by_one
 ) -> tuple[list[Reference], tuple[str, ...]]:
     """The module's results for the example and for each plan, and a sentence for each size at which
     it fails, other than 0. Without `empty` no size is 0.
 
     Raises CaptureError where it fails on its example.
     """
-    program, example, eager = captured.program, captured.example, captured.eager
+    planned = [p for p in plans(captured) if empty or 0 not in p[0].values()]
+    answers = together(
+        [partial(_of_example, captured), *(partial(_of_plan, captured, *p) for p in planned)]
+    )
+    skipped = [answer for answer in answers if isinstance(answer, str)]
+    results = [answer for answer in answers if not isinstance(answer, str)]
+    return results, tuple(dict.fromkeys(filter(None, skipped)))
+
+
+def _of_example(captured: Captured) -> Reference | str:
     try:
-        results: list[Reference] = [(example, eager(*example))]
+        return captured.example, captured.eager(*captured.example)
     except Exception as error:
         raise CaptureError(f"the model fails on its example inputs: {error}") from error
-    skipped: list[str] = []
-    for sizes, draw in plans(captured):
-        if not empty and 0 in sizes.values():
-            continue
-        resized = at_sizes(program, example, sizes)
-        accepted = drawn_and_run(program, resized, eager, draw)
-        if accepted is not None:
-            results.append(accepted)
-            continue
-        try:
-            results.append((tuple(resized), eager(*resized)))
-        except Exception as error:
-            if 0 not in sizes.values():
-                skipped.append(
-                    f"inputs {shapes(resized)} were not compared: the model fails: {error}"
-                )
-    return results, tuple(dict.fromkeys(skipped))
+
+
+def _of_plan(captured: Captured, sizes: Mapping[str, int], draw: Draw) -> Reference | str:
+    """The inputs of a plan and the module's results, or why there are none ("" at a size of 0)."""
+    resized = at_sizes(captured.program, captured.example, sizes)
+    accepted = drawn_and_run(captured.program, resized, captured.eager, draw)
+    if accepted is not None:
+        return accepted
+    try:
+        return tuple(resized), captured.eager(*resized)
+    except Exception as error:
+        if 0 in sizes.values():
+            return ""
+        return f"inputs {shapes(resized)} were not compared: the model fails: {error}"

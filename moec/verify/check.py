@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from moec.capture import Captured
 from moec.errors import VerificationError
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.memory.lock_step import Together, one_by_one
 from moec.oracle.agree import with_states
-from moec.oracle.cases import shapes
+from moec.oracle.cases import Case, shapes
 from moec.passes.core.runner import PassResult
 from moec.report.data import MovedLine
 from moec.report.quantisation import before_quantisation, moved_lines
@@ -31,7 +33,20 @@ from moec.verify.references import (
 Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
 """(name, feed): the output that holds the logits, and a function that feeds token ids [B, S] in
 pieces and yields the end of each piece and the logits [B, V] after it."""
-Run = Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]]
+Named = Mapping[str, torch.Tensor]
+Run = Callable[[Mapping[str, Any]], Named]
+_RunAll = Callable[[Sequence[Case]], Iterable[Named]]
+_Evaluated = tuple[Case, tuple[torch.Tensor, ...], Named]
+"""Inputs, the module's results, and those that were compared with them."""
+
+
+@dataclass(frozen=True)
+class _How:
+    """`check` with these of its arguments."""
+
+    tolerance: float | None
+    empty: bool
+    together: Together
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Checked:
     choice among equal values (see `moec.interpret.stable_topk`). `notes` has a
     sentence for each case in which the module fails, and one where the module itself gives NaN.
     `moved` is the distance of quantised outputs from the exact ones; `errors` are then relative to
-    the quantised graph.
+    the quantised graph. With `layers`, all cases were evaluated together, layer by layer.
     """
 
     errors: Mapping[str, float]
@@ -56,6 +71,7 @@ class Checked:
     notes: tuple[str, ...] = ()
     moved: tuple[MovedLine, ...] = ()
     eager_strays: int = 0
+    layers: bool = False
 
 
 def check(
@@ -66,80 +82,116 @@ def check(
     pieces: Pieces | None = None,
     *,
     empty: bool = True,
+    together: Together = one_by_one,
 ) -> Checked:
     """Compare `run` with eager on every case, and `pieces` where a model continues text. `empty`
-    is False where `run` takes no inputs without elements.
+    is False where `run` takes no inputs without elements. `together` evaluates eager and graphs.
 
     Where passes changed the model on purpose, the graph before the first of them is compared with
-    eager, and `run` with the graph after the last. Raises as `_check` does.
+    eager, and `run` with the graph after the last. Raises VerificationError, naming the first pass
+    that changed the numbers, where the error of an output exceeds what the criterion allows, also
+    if eager and graphs are evaluated for one case after the other.
     """
+    how = _How(tolerance, empty, together)
+    try:
+        checked = _check_all(captured, run, pass_results, pieces, how)
+        return replace(checked, layers=together is not one_by_one)
+    except VerificationError:
+        if together is one_by_one:
+            raise
+    how = replace(how, together=one_by_one)
+    checked = _check_all(captured, run, pass_results, pieces, how)
+    note = "eager ran for one input after the other: layer by layer it gives other results"
+    return replace(checked, notes=(*checked.notes, note))
+
+
+def _check_all(
+    captured: Captured,
+    run: Run,
+    pass_results: Sequence[PassResult],
+    pieces: Pieces | None,
+    how: _How,
+) -> Checked:
+    inputs = [value.name for value in captured.program.graph.inputs][: len(captured.example)]
+
+    def run_all(cases: Sequence[Case]) -> Iterator[Named]:
+        for case in cases:
+            yield run(dict(zip(inputs, case, strict=True)))
+
     changes = [i for i, pass_result in enumerate(pass_results) if pass_result.changed]
     if not changes:
-        return _check(captured, run, pass_results, tolerance, pieces, empty)
-    before = pass_results[: changes[0]]
-    _check(captured, _in_eager(before[-1].program), before, tolerance, None)
+        return _check(captured, run_all, pass_results, pieces, how)[0]
+    before, exact = pass_results[: changes[0]], before_quantisation(pass_results)
+    evaluate = _in_eager(before[-1].program, how.together)
+    _, evaluated = _check(captured, evaluate, before, None, replace(how, empty=True))
     changed = intended(captured, pass_results)
-    checked = _check(changed, run, pass_results[changes[-1] :], tolerance, pieces, empty)
-    exact = before_quantisation(pass_results)
+    checked, outcomes = _check(changed, run_all, pass_results[changes[-1] :], pieces, how)
     if len(exact) == len(pass_results):
         return checked
-    answers, _ = references(changed, empty=empty)
-    original = _in_eager(exact[-1].program)
-    inputs = [value.name for value in captured.program.graph.inputs][: len(captured.example)]
+    if exact[-1].program is not before[-1].program:
+        evaluate, evaluated = _in_eager(exact[-1].program, how.together), []
+    rows = [outcome for outcome in outcomes if any(tensor.numel() for tensor in outcome[1])]
+    originals = _reused(evaluate, evaluated)([case for case, _, _ in rows])
     names = [value.name for value in changed.program.graph.outputs]
-    originals = [original(dict(zip(inputs, case, strict=True))) for case, _ in answers]
-    return replace(
-        checked,
-        moved=moved_lines(
-            names, [[f[n] for n in names] for f in originals], [e for _, e in answers]
-        ),
-    )
+    expected = [[results[name] for name in names] for results in originals]
+    return replace(checked, moved=moved_lines(names, expected, [right for _, right, _ in rows]))
 
 
-def _in_eager(program: Program) -> Run:
-    """A function that evaluates the program op by op, with inputs and outputs by name."""
-    names = [value.name for value in program.graph.inputs]
-    states = {state.before.name for state in program.graph.states}
+def _in_eager(program: Program, together: Together) -> _RunAll:
+    """A function that evaluates the program op by op, with outputs by name."""
 
-    def run(inputs: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-        case = [inputs[name] for name in names if name not in states]
+    def run(case: Case) -> Named:
         results = evaluate(program.graph, with_states(program, case), program.weights)
         return {v.name: t for v, t in zip(program.graph.outputs, results, strict=False)}
 
-    return run
+    return lambda cases: together([partial(run, case) for case in cases])
+
+
+def _reused(run: _RunAll, evaluated: Sequence[_Evaluated]) -> _RunAll:
+    """`run` of the cases that it was not yet run for."""
+
+    def find(case: Case) -> Named | None:
+        return next((n for other, _, n in evaluated if all(map(torch.equal, case, other))), None)
+
+    def run_rest(cases: Sequence[Case]) -> Iterator[Named]:
+        rest = iter(run([case for case in cases if find(case) is None]))
+        return (find(case) or next(rest) for case in cases)
+
+    return run_rest
 
 
 def _check(
     captured: Captured,
-    run: Run,
+    run_all: _RunAll,
     pass_results: Sequence[PassResult],
-    tolerance: float | None,
     pieces: Pieces | None,
-    empty: bool = True,
-) -> Checked:
-    """Compare `run` with eager on every case, and `pieces` where a model continues text.
+    how: _How,
+) -> tuple[Checked, list[_Evaluated]]:
+    """Compare `run_all` with eager on every case, and `pieces` where a model continues text.
 
     Raises VerificationError, naming the first pass that changed the numbers, where the error of an
     output exceeds what the criterion allows.
     """
-    graph = captured.program.graph
-    criterion = Criterion.of(graph, tolerance)
+    graph, together = captured.program.graph, how.together
+    criterion = Criterion.of(graph, how.tolerance)
     names = [value.name for value in graph.outputs]
-    answers, skipped = references(captured, empty=empty)
-    compared, owners = _compared(captured, run, pieces, answers)
+    answers, skipped = references(captured, empty=how.empty, together=together)
+    actual = run_all([case for case, _ in answers])
+    compared, owners, evaluated = _compared(names, actual, pieces, answers)
     reason = _nan_of_eager(captured.program, answers)
-    if criterion.unit:
-        exact = exact_results(captured, answers)
-        compared = [item.with_exact(exact[n]) for item, n in zip(compared, owners, strict=True)]
+    exact = exact_results(captured, answers, together) if criterion.unit else None
+    if exact is not None:
+        right, _ = exact
+        compared = [item.with_exact(right[n]) for item, n in zip(compared, owners, strict=True)]
     right_by, why = compared, criterion.refusal(compared)
     if why is not None:
-        stable = stable_references(criterion, captured, answers, compared, owners)
+        stable = stable_references(captured, answers, compared, owners, exact, together)
         right_by, why = (compared, why) if stable is None else (stable, criterion.refusal(stable))
     if why and criterion.unit:
-        right_by = with_noise(criterion.noise, captured, answers, right_by, owners)
+        right_by = with_noise(criterion.noise, captured, answers, right_by, owners, together)
         why = criterion.refusal(right_by)
-    if why is None and criterion.unit and pass_results and not captured.is_graph:
-        why, note = meaning(captured, pass_results[-1].program, answers, exact)
+    if why is None and exact is not None and pass_results and not captured.is_graph:
+        why, note = meaning(captured, pass_results[-1].program, answers, exact, together)
         skipped = (*skipped, *note)
     if why is not None:
         if reason:
@@ -149,6 +201,8 @@ def _check(
             )
         worst = max(range(len(compared)), key=lambda n: compared[n].distance)
         case, _ = answers[owners[worst]]
+        if together is not one_by_one:
+            raise VerificationError("to be repeated for one case after the other")
         culprit = first_bad_pass(criterion.limit, captured, answers, pass_results)
         words = why or (
             f"differs from eager by {compared[worst].distance:.1e} of its greatest value, and at "
@@ -165,21 +219,24 @@ def _check(
         error = float(item.errors.max()) if ties and len(item.errors) else before.distance
         errors[name] = max(errors.get(name, 0.0), error)
     notes = (*skipped, *([reason] if reason else []))
-    return Checked(errors, criterion.limit, strays, rows, ties, notes, eager_strays=eager_strays)
+    checked = Checked(errors, criterion.limit, strays, rows, ties, notes, eager_strays=eager_strays)
+    return checked, evaluated
 
 
 def _compared(
-    captured: Captured, run: Run, pieces: Pieces | None, answers: Sequence[Reference]
-) -> tuple[list[Comparison], list[int]]:
-    """The results of `run` and of `pieces` with eager's, and the number of each one's case."""
-    graph = captured.program.graph
-    names = [value.name for value in graph.outputs]
-    inputs = [value.name for value in graph.inputs][: len(captured.example)]
+    names: Sequence[str],
+    actual: Iterable[Named],
+    pieces: Pieces | None,
+    answers: Sequence[Reference],
+) -> tuple[list[Comparison], list[int], list[_Evaluated]]:
+    """The `actual` results and those of `pieces` with eager's, the number of each one's case, and
+    what was compared."""
     compared: list[Comparison] = []
     owners: list[int] = []
-    for number, (case, expected) in enumerate(answers):
-        actual = run(dict(zip(inputs, case, strict=True)))
-        items = [Comparison(actual[name], (), i) for i, name in enumerate(names)]
+    evaluated: list[_Evaluated] = []
+    for number, ((case, expected), named) in enumerate(zip(answers, actual, strict=True)):
+        evaluated.append((case, expected, named))
+        items = [Comparison(named[name], (), i) for i, name in enumerate(names)]
         if pieces is not None:
             name, fed = pieces
             items += [
@@ -187,7 +244,7 @@ def _compared(
             ]
         compared += [item.with_reference(expected) for item in items]
         owners += [number] * len(items)
-    return compared, owners
+    return compared, owners, evaluated
 
 
 def _nan_of_eager(program: Program, answers: Sequence[Reference]) -> str:

@@ -14,6 +14,7 @@ from moec.oracle.agree import error_of, with_states
 from moec.oracle.rounding import meaning_excess
 from moec.oracle.tolerance import rounds_to_16_bits
 from moec.passes.core.runner import PassResult
+from moec.runtime.checks import free_memory, show_bytes
 from moec.verify.cases import Reference
 
 _Results = tuple[torch.Tensor, ...]
@@ -34,6 +35,9 @@ def first_bad_pass(
     if not pass_results:
         return "the generated code is wrong"
     start = pass_results[0].program
+    cast = 8 * sum(weight.numel() for weight in start.weights.values())
+    if cast > free_memory():
+        return f"which pass is wrong was not searched: that takes {show_bytes(cast)} of memory"
     inputs = [with_states(start, case) for case, _ in answers]
     try:
         references = list(map(in_float32(start), inputs))

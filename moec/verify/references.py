@@ -3,8 +3,10 @@ chosen, and with the noise of rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
@@ -13,55 +15,89 @@ from moec.interpret.evaluate import evaluate
 from moec.interpret.run_in_float32 import eager_in_float32, folded_in_float32, in_float32
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
+from moec.memory.lock_step import Together, one_by_one
 from moec.oracle.agree import with_states
 from moec.oracle.cases import Eager
 from moec.oracle.rounding import SAMPLES, meaning_excess
 from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import PassResult
 from moec.verify.cases import Reference
-from moec.verify.comparison import Comparison, Criterion
+from moec.verify.comparison import Comparison
 
 _MOST_CAST = 1 << 29
 """The most weights of a graph that are cast to float32 at once, 2 GiB."""
 
+Results: TypeAlias = tuple[torch.Tensor, ...]
+
+
+Exact: TypeAlias = tuple[list[Results], bool]
+"""The source's results in float32 in each case (`exact_eager`), and whether it chose another one of
+equal values than the first."""
+
 
 def exact_results(
-    captured: Captured, answers: Sequence[Reference], noise: float = 0.0, seed: int = 0
-) -> list[tuple[torch.Tensor, ...]]:
-    """The source's results in float32 in each case, see `exact_eager`."""
-    run = exact_eager(captured, noise, seed)
-    return [run(*case) for case, _ in answers]
+    captured: Captured, answers: Sequence[Reference], together: Together = one_by_one
+) -> Exact:
+    choices = FirstOfEquals(notes_only=True)
+    return _evaluate(choices, captured, answers, together), choices.met
+
+
+def _evaluate(
+    choices: FirstOfEquals, captured: Captured, answers: Sequence[Reference], together: Together
+) -> list[Results]:
+    return together([partial(_enter, choices, run) for run in _exact_runs(captured, answers)])
+
+
+def _enter(choices: FirstOfEquals, run: Callable[[], Results]) -> Results:
+    with choices:  # modes are a thread's
+        return run()
 
 
 def exact_eager(captured: Captured, noise: float = 0.0, seed: int = 0) -> Eager:
     """The source in float32: a graph by its types, a module under a dispatch mode. `noise` is that
     of `eager_in_float32`."""
+    return eager_in_float32(_typed_float32(captured), noise, seed)
+
+
+def _typed_float32(captured: Captured) -> Eager:
+    """The source, a graph with float32 for 16-bit floats. Its weights are cast once."""
     if not captured.is_graph:
-        return eager_in_float32(captured.eager, noise, seed)
+        return captured.eager
     run, program = in_float32(captured.program), captured.program
-    return eager_in_float32(lambda *case: run(with_states(program, case)), noise, seed)
+    return lambda *case: run(with_states(program, case))
+
+
+def _exact_runs(
+    captured: Captured, answers: Sequence[Reference], noise: float = 0.0, samples: int = 1
+) -> list[Callable[[], Results]]:
+    """Evaluations in float32: those of each sample of `noise`, in each case."""
+    source = replace(captured, eager=_typed_float32(captured), is_graph=False)
+    runs = [exact_eager(source, noise, seed) for seed in range(samples)]
+    return [partial(run, *case) for run in runs for case, _ in answers]
 
 
 def stable_references(
-    criterion: Criterion,
     captured: Captured,
     answers: Sequence[Reference],
     compared: Sequence[Comparison],
     owners: Sequence[int],
+    exact: Exact | None = None,
+    together: Together = one_by_one,
 ) -> list[Comparison] | None:
-    """The comparisons with one more reference each, eager with the first of equal values chosen.
-    None where no values are equal. The captured graph is no reference, because it may be wrong."""
-    tied = FirstOfEquals()
-    with tied:
-        if criterion.unit:
-            results = exact_results(captured, answers)
-        else:
-            results = [captured.eager(*case) for case, _ in answers]
-    if not tied.met:
-        return None
+    """The comparisons with one more reference each, eager with the first of equal values chosen,
+    in float32 if there are `exact` results. None where that is eager's own choice. The captured
+    graph is no reference, because it may be wrong."""
     pairs = zip(compared, owners, strict=True)
-    if criterion.unit:
+    if exact is not None:
+        if not exact[1]:
+            return None
+        results = _evaluate(FirstOfEquals(), captured, answers, together)
         return [item.with_exact(results[owner]) for item, owner in pairs]
+    choices = FirstOfEquals()
+    runs = [partial(captured.eager, *case) for case, _ in answers]
+    results = together([partial(_enter, choices, run) for run in runs])
+    if not choices.met:
+        return None
     return [item.with_reference(results[owner]) for item, owner in pairs]
 
 
@@ -71,20 +107,22 @@ def with_noise(
     answers: Sequence[Reference],
     compared: Sequence[Comparison],
     owners: Sequence[int],
+    together: Together = one_by_one,
 ) -> list[Comparison]:
     """The comparisons with more samples of how eager rounds, by relative `noise`."""
-    result = list(compared)
-    for seed in range(SAMPLES):
-        noisy = exact_results(captured, answers, noise, seed)
-        result = [item.with_noisy(noisy[n]) for item, n in zip(result, owners, strict=True)]
-    return result
+    results = together(_exact_runs(captured, answers, noise, SAMPLES))
+    for start in range(0, len(results), len(answers)):
+        noisy = results[start : start + len(answers)]
+        compared = [item.with_noisy(noisy[n]) for item, n in zip(compared, owners, strict=True)]
+    return list(compared)
 
 
 def meaning(
     captured: Captured,
     final: Program,
     answers: Sequence[Reference],
-    exact: Sequence[tuple[torch.Tensor, ...]],
+    exact: Exact,
+    together: Together = one_by_one,
 ) -> tuple[str | None, tuple[str, ...]]:
     """How the graph after all passes differs from eager, both in float32, where an error in a
     weight is not hidden by rounding; and a note where its weights are too many to be cast."""
@@ -97,13 +135,13 @@ def meaning(
     run = in_float32(final)
     results = [run(with_states(final, case)) for case, _ in answers]
     unit = rounded_rows(final.graph)
-    more = meaning_excess(results, exact, exact, unit)
+    more = meaning_excess(results, exact[0], exact[0], unit)
     if more is not None:
-        with FirstOfEquals() as tied:
-            stable = exact_results(captured, answers)
+        stable, tied = exact
+        stable = _evaluate(FirstOfEquals(), captured, answers, together) if tied else stable
         fold = folded_in_float32(captured.program)
         folded = [fold(with_states(captured.program, case)) for case, _ in answers]
-        more = meaning_excess(results, stable if tied.met else exact, folded, unit)
+        more = meaning_excess(results, stable, folded, unit)
     return (None if more is None else f"of the graph in float32: {more}"), ()
 
 

@@ -25,7 +25,7 @@ class CompileRequest:
     revision: str | None
     output: Path | None
     target: str
-    verify: float | bool
+    verify: float | bool | str
     dump_ir: Path | None
     emit: Path | None
     stop_after: str | None
@@ -52,7 +52,7 @@ class CompileRequest:
         return self.quiet or (self.as_json and not sys.stderr.isatty())
 
     @property
-    def verified(self) -> float | bool:
+    def verified(self) -> float | bool | str:
         """The tolerance; False where nothing can be or is to be verified."""
         return self.verify if self.builds else False
 

@@ -34,7 +34,7 @@ def compile_ranks(
     plan_file: Path,
     output: Path,
     arguments: Mapping[str, Any],
-    verify: bool | float,
+    verify: bool | float | str,
     force: bool,
 ) -> None:
     """Write the graphs and weights of the ranks, and print what does not run as planned. Raises as

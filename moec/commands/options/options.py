@@ -34,13 +34,16 @@ force_option = click.option("--force", is_flag=True, help="Replace the output if
 
 
 class Tolerance(click.ParamType[Any]):
-    """A positive number, `on` or `off`."""
+    """A positive number, `on`, `off`, or one of `ways`."""
 
-    name = "TOL|off"
+    def __init__(self, *ways: str) -> None:
+        self.ways, self.name = ways, "|".join(["TOL", "off", *ways])
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | bool:
+    ) -> float | bool | str:
+        if value in self.ways:
+            return str(value)
         if value in ("on", "off"):
             return bool(value == "on")
         if isinstance(value, bool | float):
