@@ -43,6 +43,7 @@ from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.hoist_routers import HoistRouters
 from moec.pipeline import (
     PassChanges,
+    PassSpec,
     choose,
     decode_passes,
     from_stage,
@@ -221,13 +222,20 @@ def compile(
             with clock.phase("generation"):
                 after = decode_passes(opt_level, changes(passes))
                 compiled = with_decode(compiled, after, targets.backend)
-        if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
-            compiled = with_routers(compiled)
-        compiled = with_recording(compiled) if record_routing else compiled
+        compiled = _with_other_programs(compiled, chosen, record_routing=record_routing)
         built = build_model(compiled, opt_level, clock, targets.backend, tune, store)
         if targets.beside is not None:
             built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
         return verify_model(built, limit, clock, way) if runs else built
+
+
+def _with_other_programs(
+    compiled: CompiledModel, chosen: Sequence[PassSpec], *, record_routing: bool
+) -> CompiledModel:
+    """The model with its hoisted routers, and the programs that record routing."""
+    if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
+        compiled = with_routers(compiled)
+    return with_recording(compiled) if record_routing else compiled
 
 
 def _elements(model: Any) -> int:
