@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moec.errors import MoecError
     from moec.model.compiled import CompiledModel
     from moec.model.load import LoadedModel, load
+    from moec.optimisation.optimize import optimize
     from moec.parallel.build import compile_ranks
     from moec.transformation.transform import transform
 
@@ -38,6 +39,7 @@ __all__ = [
     "compile_ranks",
     "describe",
     "load",
+    "optimize",
     "prepare",
     "stats",
     "train",
@@ -52,11 +54,12 @@ _WHERE = {
     "compile_ranks": "moec.parallel.build",
     "describe": "moec.capture.behaviour.describe",
     "load": "moec.model.load",
+    "optimize": "moec.optimisation.optimize",
     "prepare": "moec.dynamo",
     "stats": "moec.dynamo",
     "transform": "moec.transformation.transform",
 }
-_COMPILES = {"compile", "compile_ranks", "describe", "prepare", "transform"}
+_COMPILES = {"compile", "compile_ranks", "describe", "optimize", "prepare", "transform"}
 """The names whose modules import TVM's compiler."""
 
 

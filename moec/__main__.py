@@ -34,6 +34,10 @@ COMMANDS = {
     "run": ("moec.commands.run", "Run an artifact on inputs, or on a prompt."),
     "export": ("moec.commands.export", "Write a model as an ONNX or a GGUF file."),
     "convert": ("moec.commands.convert", "Quantise a checkpoint for other runtimes."),
+    "optimize": (
+        "moec.commands.compilation.optimize",
+        "Choose the formats of weights for a memory or a quality.",
+    ),
     "verify": ("moec.commands.verify", "Check an artifact without running it."),
     "sign": ("moec.commands.sign", "Sign an artifact, so that who runs it can check its author."),
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),

@@ -16,6 +16,7 @@ from moec.errors import UsageError
 from moec.passes.calibration.budget import Budget, parse_budget
 from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate
+from moec.passes.quantise.choose.choose_formats import ChooseFormats
 from moec.passes.quantise.codes import QuantisingPass
 from moec.pipeline import PassSpec
 from moec.target.cpu import NULL, CpuTarget
@@ -142,7 +143,7 @@ def allowed_budget(
     """The budget. Raises UsageError where passes lack what they need, or where an option is given
     that no pass uses."""
     for pass_ in chosen:
-        if isinstance(pass_, Approximate) and calib is None:
+        if isinstance(pass_, Approximate | ChooseFormats) and calib is None:
             raise UsageError(
                 f"{pass_.name} needs calibration data: give --calib FILE (calib=... in Python)"
             )
@@ -157,7 +158,7 @@ def allowed_budget(
     if (
         calib is not None
         and not changes
-        and not any(isinstance(p, QuantisingPass) for p in requested)
+        and not any(isinstance(p, QuantisingPass | ChooseFormats) for p in requested)
     ):
         raise UsageError(
             "--calib is for passes that change the model and for --quant, and neither was "

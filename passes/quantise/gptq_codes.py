@@ -24,9 +24,7 @@ from moec.passes.calibration.gptq import hessian, solve
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.rounding_stats import FEWEST, RoundingStats
 from moec.passes.core.runner import Kind, Log, Pass
-from moec.passes.quantise.codes import Codes
-from moec.passes.quantise.quantise_experts import QuantiseExperts
-from moec.passes.quantise.quantise_linears import QuantiseLinears
+from moec.passes.quantise.codes import Codes, QuantisingPass
 
 DAMPING = 0.01
 """Damping of the Hessian, the value that GPTQ uses for four bits and more."""
@@ -41,7 +39,7 @@ class CalibratedQuantisation(Pass):
     """A pass that quantises, with codes chosen on calibration data: `calib` as `moec.compile`
     takes it, `files` of the model's source."""
 
-    inner: QuantiseExperts | QuantiseLinears
+    inner: QuantisingPass
     calib: Any
     files: Mapping[str, bytes]
     takes: ClassVar[Stage] = Stage.GROUPED

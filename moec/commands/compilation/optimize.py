@@ -1,0 +1,98 @@
+"""`moec optimize MODEL --calib FILE --memory SIZE --loss LIMIT -o out.moec`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moec.commands.options.files import check_writable
+from moec.commands.options.options import (
+    api_arguments,
+    force_option,
+    json_option,
+    model_options,
+    quiet_option,
+)
+from moec.commands.output.download import local_model
+from moec.commands.output.echo import echo
+from moec.commands.output.logs import log_options
+from moec.errors import UsageError
+from moec.runtime.process.byte_sizes import bytes_of
+from moec.runtime.process.threads import shorten_spinning
+
+
+@click.command("optimize", short_help="Choose the formats of weights for a memory or a quality.")
+@click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact to write."
+)
+@click.option(
+    "--calib", metavar="FILE", required=True,
+    help="Data on which damage is measured: inputs by name (.npz, .safetensors), or a text (.txt).",
+)  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="The most that all weights may take, e.g. 4GiB.")
+@click.option(
+    "--loss", metavar="LIMIT", help="kl<=0.02, perplexity<=+1%, perplexity<=12 or error<=0.05."
+)
+@click.option(
+    "--formats", default="int8,int4:32,int4:128", show_default=True, metavar="F,F,…",
+    help="The formats to choose from, besides leaving weights as they are.",
+)  # fmt: skip
+@model_options
+@json_option
+@quiet_option
+@force_option
+@log_options
+def command(
+    model: str,
+    output: Path,
+    calib: str,
+    memory: str | None,
+    loss: str | None,
+    formats: str,
+    as_json: bool,
+    quiet: bool,
+    force: bool,
+    revision: str | None,
+    **options: Any,
+) -> None:
+    """Compile MODEL with the format for each product's weights that suits a limit.
+
+    With --memory, of the choices that fit the one that changes the model least; with --loss, of
+    those within it the one with the fewest bytes; with both, that one has to fit. Damage is
+    measured on the data of --calib, and the result is verified as by `moec compile`.
+    """
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; --force replaces it")
+    check_writable(output, str(output))
+    if memory is None and loss is None:
+        raise UsageError("moec optimize needs a limit: give --memory, --loss, or both")
+    if memory is not None:
+        bytes_of(memory)
+    arguments = api_arguments(calib=calib, **options)
+    model = local_model(model, revision, quiet or as_json)
+    shorten_spinning()
+    from moec.commands.output.progress import COMPILE, Progress, hush
+
+    hush()
+    with Progress(quiet or as_json, plan=dict(COMPILE)) as progress:
+        progress.phase("start")
+        from moec.optimisation.optimize import optimize
+
+        compiled = optimize(
+            model, memory=memory, loss=loss, formats=formats.split(","),
+            progress=progress.phase, **arguments,
+        )  # fmt: skip
+        progress.phase("save")
+        compiled.save(output, overwrite=force)
+    report = compiled.report()
+    if as_json:
+        click.echo(json.dumps({**report.to_dict(), "output": str(output)}, indent=1))
+    elif not quiet:
+        from moec.report.text import render, terminal_width
+
+        click.echo(render(report, terminal_width(), color=False), nl=False)
+        echo(f"wrote {output}")

@@ -1,0 +1,1 @@
+"""Chooses the formats of weights for a limit of memory or of quality."""

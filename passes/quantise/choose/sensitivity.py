@@ -1,0 +1,148 @@
+"""What each format of each product's weights costs in bytes and in quality, measured on data.
+
+The relative error of a product's results, on sampled rows of each expert, is measured for every
+format. How much the model suffers from an error there is measured once a product: the divergence of
+the model's next token (or, for other models, the squared relative error of its outputs) with that
+product alone in the coarsest format. The damage of a format is predicted as proportional to its
+squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moec.errors import NoMatch
+from moec.formats.integer import dequantise, quantise, round_rows
+from moec.formats.notation import Format
+from moec.ir.graph import Op, Program
+from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.core.damage import Distance
+from moec.passes.core.runner import Log
+from moec.passes.quantise.choose.fixed_formats import FixedFormats, products
+from moec.passes.quantise.codes import Codes
+from moec.passes.quantise.gptq_codes import rows_of, stored
+
+SAMPLED = 64
+"""Rows of each expert on which errors are measured."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A format for the weights of a product (None: as they are), their bytes, and the predicted
+    damage."""
+
+    format: Format | None
+    bytes: int
+    damage: float
+
+
+@dataclass(frozen=True)
+class StoredProduct:
+    """A product that can be quantised: the name of its result, and its options, the first of which
+    is not to."""
+
+    name: str
+    origin: str
+    options: tuple[Option, ...]
+
+
+def damage_of(distance: Distance) -> float:
+    return distance.error**2 if distance.kl is None else distance.kl
+
+
+def measure_products(
+    program: Program, evaluator: Evaluator, formats: Sequence[Format], log: Log
+) -> tuple[StoredProduct, ...]:
+    """Every product with the bytes and the predicted damage of each format that fits it."""
+    ops = products(program.graph)
+    measured = []
+    for op, rows in zip(ops, rows_of(program, evaluator.calibration, ops), strict=True):
+        fitting = [f for f in formats if _fits(program, op, f, log)]
+        errors = {f: _relative_error(program, op, f, rows) for f in fitting}
+        options = [Option(None, _bytes_now(program, op), 0.0)]
+        if errors:
+            probe = max(errors, key=lambda format: errors[format])
+            harm = _harm(program, evaluator, op, probe, log) if errors[probe] else 0.0
+            scale = harm / errors[probe] if errors[probe] else 0.0
+            options += [Option(f, _bytes(op, f), scale * error) for f, error in errors.items()]
+        measured.append(
+            StoredProduct(op.outputs[0].name, op.origin or op.outputs[0].name, tuple(options))
+        )
+    return tuple(measured)
+
+
+def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:
+    codes = Codes(program, log.memory)
+    try:
+        for matrix in stored(op):
+            codes.check(matrix, format)
+    except NoMatch as why:
+        log.decline(op.origin or op.outputs[0].name, f"{format}: {why}")
+        return False
+    return True
+
+
+def _harm(program: Program, evaluator: Evaluator, op: Op, format: Format, log: Log) -> float:
+    """The damage to the model of one product in a format."""
+    alone = FixedFormats({op.outputs[0].name: format})
+    changed = alone.run(program, Log(memory=log.memory))
+    return damage_of(evaluator.measure(changed)[0])
+
+
+def _relative_error(program: Program, op: Op, format: Format, rows: Sequence[Tensor]) -> float:
+    """The squared error of the product's results, relative to their squared norm, with rounded
+    weights and rows. Each expert counts as often as it was chosen."""
+    off = norm = 0.0
+    for matrix in stored(op):
+        weight = program.weights[matrix.name].detach()
+        stacked = weight if weight.ndim == 3 else weight[None]
+        for expert, x in enumerate(rows):
+            if not len(x):
+                continue
+            sample, part = _sample(x), stacked[expert : expert + 1]
+            codes = quantise(format, part)
+            wide = part[0].float()
+            rounded = dequantise(format.kind, codes.codes, codes.scales, codes.zeros)[0]
+            rows_in_use = round_rows(sample, codes.scales.shape[-1], format.row_bits)
+            right, share = sample @ wide.mT, len(x) / len(sample)
+            off += share * float((rows_in_use @ rounded.mT - right).square().sum())
+            norm += share * float(right.square().sum())
+    return off / norm if norm else 0.0
+
+
+def _sample(rows: Tensor) -> Tensor:
+    """Some of the rows, evenly spaced, in float32."""
+    step = -(-len(rows) // SAMPLED)
+    return rows[::step].float()
+
+
+def _bytes_now(program: Program, op: Op) -> int:
+    return sum(program.weights[matrix.name].nbytes for matrix in stored(op))
+
+
+def _bytes(op: Op, format: Format) -> int:
+    return sum(
+        format.nbytes(_rows(matrix.shape), int(str(matrix.shape[-1]))) for matrix in stored(op)
+    )
+
+
+def _rows(shape: Sequence[object]) -> int:
+    *leading, _ = (int(str(size)) for size in shape)
+    return int(torch.Size(leading).numel())
+
+
+def formats_of(products: Sequence[StoredProduct], picks: Sequence[Option]) -> dict[str, Format]:
+    """The formats of the products that are quantised, by name."""
+    return dict(_quantised(products, picks))
+
+
+def _quantised(
+    products: Sequence[StoredProduct], picks: Sequence[Option]
+) -> Iterator[tuple[str, Format]]:
+    for product, option in zip(products, picks, strict=True):
+        if option.format is not None:
+            yield product.name, option.format

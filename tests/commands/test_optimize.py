@@ -1,0 +1,64 @@
+"""`moec optimize`: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from moec import __main__ as front
+
+MODEL = "examples/tiny_moe/checkpoint"
+TEXT = "README.md"
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(front.cli, list(map(str, arguments)), prog_name="moec")
+
+
+@pytest.fixture
+def calib(tmp_path: Path) -> Path:
+    path = tmp_path / "calib.txt"
+    path.write_text(Path(TEXT).read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tiny.moec"
+    result = run("optimize", MODEL, "--calib", calib, "-o", output, "--memory", "3MB", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    notes = " ".join(report["notes"])
+    assert "choose-formats: chose" in notes
+    assert "kl " in notes
+    assert len({line["format"] for line in report["quantised"]}) > 1
+    weights = sum(line["bytes_after"] for line in report["quantised"])
+    assert 1_500_000 < weights <= 3_000_000
+    assert run("run", output, "--prompt", "def ", "--max-new-tokens", "3", "-q").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "moec optimize needs a limit: give --memory, --loss, or both"),
+        (("--memory", "some"), "memory is 'some': give bytes"),
+        (("--loss", "kl<0.1"), "write kl<=0.02, perplexity<="),
+        (("--memory", "3MB", "--formats", "int3"), "'int3' is not a format"),
+    ],
+)
+def test_refusals(arguments: tuple[str, ...], message: str, calib: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.moec"
+    result = run("optimize", MODEL, "--calib", calib, "-o", output, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not output.exists()
+
+
+def test_an_artifact_is_not_replaced(calib: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.moec"
+    output.write_bytes(b"")
+    result = run("optimize", MODEL, "--calib", calib, "-o", output, "--memory", "3MB")
+    assert "exists; --force replaces it" in result.stderr
