@@ -7,6 +7,7 @@ EXTRAS = {
     "compile": ("torch", "networkx", "numba", "scipy", "sympy", "yaml"),
     "onnx": ("onnx", "onnxruntime"),
     "hf": ("transformers",),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
     "sign": ("cryptography",),
     "gguf": ("gguf",),
     "bench": ("matplotlib", "sklearn", "accelerate"),
@@ -17,6 +18,7 @@ NEEDED_FOR = {
     "onnx": "ONNX files",
     "hf": "Hugging Face checkpoints",
     "gguf": "GGUF files",
+    "serve": "a server",
     "sign": "a signature",
     "bench": "this benchmark",
 }

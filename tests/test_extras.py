@@ -143,6 +143,7 @@ def test_python_says_the_same() -> None:
 def test_the_extras_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {"sklearn": "scikit-learn", "onnxruntime": "onnxruntime-gpu", "yaml": "pyyaml"}
+    names["prometheus_client"] = "prometheus-client"
     for extra, packages in EXTRAS.items():
         listed = {re.split(r"[\[<>=]", item)[0] for item in project["optional-dependencies"][extra]}
         assert {names.get(package, package) for package in packages} <= listed

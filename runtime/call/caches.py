@@ -56,13 +56,39 @@ def copy_text(source: Cache, text: int, to: Cache, number: int) -> None:
     _copy(_text(source, text), _text(to, number))
 
 
+def copy_tokens(port: Port, source: Cache, text: int, to: Cache, number: int, tokens: int) -> None:
+    """As `copy_text`, but of a cache that grows only the first `tokens` entries of each head."""
+    old, new = _text(source, text), _text(to, number)
+    if not grows(port) or tokens == old.shape[1]:
+        _copy(old, new)
+        return
+    for head in range(old.shape[0]):
+        _copy(_entries(old, head, tokens), _entries(new, head, tokens))
+
+
+def first_texts(caches: Sequence[Cache], count: int) -> list[Cache]:
+    """The caches of the first `count` texts, which share the memory."""
+    return [Cache(_view(c.tensor, (count, *c.shape[1:]), 0)) for c in caches]
+
+
 def _text(cache: Cache, number: int) -> Any:
     """The part of one text, which shares the memory."""
-    ffi, tensor = tvm_ffi(), cache.tensor
+    shape = cache.shape[1:]
+    return _view(cache.tensor, shape, number * math.prod(shape))
+
+
+def _entries(text: Any, head: int, tokens: int) -> Any:
+    """The first entries of one head of a part [heads, room, width]."""
+    _, room, width = text.shape
+    return _view(text, (tokens, width), head * room * width)
+
+
+def _view(tensor: Any, shape: Sequence[int], start: int) -> Any:
+    """Elements of a tensor from `start` on, in its memory."""
+    ffi = tvm_ffi()
     view = ffi.get_global_func("runtime.TVMTensorCreateView")
     dtype = ffi.dtype(str(tensor.dtype))
-    size = math.prod(tensor.shape[1:]) * dtype.itemsize
-    return view(tensor, ffi.Shape(tensor.shape[1:]), dtype, number * size)
+    return view(tensor, ffi.Shape(shape), dtype, start * dtype.itemsize)
 
 
 def _copy(source: Any, to: Any) -> None:

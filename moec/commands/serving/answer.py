@@ -1,0 +1,174 @@
+"""The answer to one request: its texts as they are computed, and the objects that hold them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moec.commands.serving.errors import ApiError
+from moec.commands.serving.fields import Fields
+from moec.commands.serving.service import Service
+from moec.commands.serving.worker import Ticket, Update
+from moec.runtime.text.engine import FAILED, STOP
+from moec.runtime.text.generate import Request
+from moec.runtime.text.write_text import Text, new_texts
+
+PING_SECONDS = 15.0
+LOGGER = logging.getLogger("moec.serve")
+
+
+@dataclass(eq=False)
+class Choice:
+    """One text of an answer. `end` is its finish reason, empty until it has one; `first` is the
+    time of its first token."""
+
+    ticket: Ticket
+    text: Text
+    count: int = 0
+    end: str = ""
+    first: float = 0.0
+
+    def add(self, update: Update) -> str:
+        """The characters that become certain. Raises ApiError where the text failed."""
+        if update.end == FAILED:
+            raise ApiError(500, update.error)
+        self.count += 1
+        piece = self.text.add(update.token, self.ticket.request.stop)
+        self.end = STOP if self.text.cut.ended else update.end
+        return piece + self.text.end() if self.end else piece
+
+
+class Answer:
+    """Uses a place in the queue for each of its texts until it is closed.
+
+    `prompts` are tokens. Raises ApiError, and uses none, where one is too long, or the queue is
+    full.
+    """
+
+    def __init__(
+        self, service: Service, fields: Fields, prompts: Sequence[Sequence[int]], chat: bool
+    ) -> None:
+        self._fields, self._service, self._chat = fields, service, chat
+        self._start, self._closed = time.perf_counter(), False
+        self._updates: asyncio.Queue[Update] = asyncio.Queue()
+        self._choices: list[Choice] = []
+        self._head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.model,
+            "system_fingerprint": service.fingerprint,
+        }
+        self._prompt_tokens = sum(map(len, prompts))
+        stop = frozenset(() if fields.ignore_eos else service.stop) | {*fields.stop_token_ids}
+        for prompt in prompts:
+            request = Request(service.most(prompt, fields), fields.sampling, stop)
+            for number in range(fields.n):
+                ticket = Ticket(prompt, request, number, len(self._choices), self._updates)
+                (text,) = new_texts(service.tokenizer, [prompt], fields.stops)
+                self._choices.append(Choice(ticket, text))
+        service.admit(len(self._choices))
+        for choice in self._choices:
+            service.worker.submit(choice.ticket)
+
+    def close(self, reason: str = "abort") -> None:
+        """Cancel what has not ended, and give the places in the queue back."""
+        if self._closed:
+            return
+        self._closed = True
+        self._service.used -= len(self._choices)
+        for choice in self._choices:
+            if not choice.end:
+                self._service.worker.cancel(choice.ticket)
+                self._service.metrics.ended(reason)
+                LOGGER.info("%s: text %d: %s", self._head["id"], choice.ticket.index, reason)
+
+    async def complete(self) -> dict[str, Any]:
+        """The object of an answer that is not streamed."""
+        async for _ in self._pieces():
+            pass
+        choices = []
+        for choice in self._choices:
+            text = choice.text.written
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content = {"message": message} if self._chat else {"text": text}
+            choices.append(_choice(choice.ticket.index, content, choice.end))
+        return self._object(choices, usage=self._usage)
+
+    async def events(self) -> AsyncIterator[str]:
+        """The events of an answer that is streamed. An error ends them without [DONE]."""
+        includes = self._fields.stream_options and self._fields.stream_options.include_usage
+        usage = {"usage": None} if includes else {}
+        try:
+            async for item in self._pieces():
+                if item is None:
+                    yield ": ping\n\n"
+                    continue
+                for chunk in self._chunks(*item):
+                    yield _event(self._object([chunk], ".chunk", **usage))
+        except ApiError as error:
+            self.close("error")
+            yield _event(error.body)
+            return
+        if includes:
+            yield _event(self._object([], ".chunk", usage=self._usage))
+        yield "data: [DONE]\n\n"
+
+    async def _pieces(self) -> AsyncIterator[tuple[Choice, str, bool] | None]:
+        """Each piece of a text, with whether it is the first; None where nothing came for long."""
+        while not all(choice.end for choice in self._choices):
+            try:
+                update = await asyncio.wait_for(self._updates.get(), PING_SECONDS)
+            except TimeoutError:
+                yield None
+                continue
+            choice = self._choices[update.index]
+            if choice.end:  # a token that was computed before a string cut the text
+                continue
+            piece, first = choice.add(update), choice.count == 1
+            self._observe(choice)
+            if piece or first or choice.end:
+                yield choice, piece, first
+
+    def _observe(self, choice: Choice) -> None:
+        metrics, now = self._service.metrics, time.perf_counter()
+        if choice.count == 1:
+            choice.first = now
+            metrics.first_token.observe(now - self._start)
+        if choice.end:
+            self._service.worker.cancel(choice.ticket)  # or it goes on where a string cut it
+            metrics.ended(choice.end)
+            metrics.latency.observe(now - self._start)
+            if choice.count > 1:
+                metrics.per_token.observe((now - choice.first) / (choice.count - 1))
+
+    @property
+    def _usage(self) -> dict[str, int]:
+        read, count = self._prompt_tokens, sum(choice.count for choice in self._choices)
+        return {"prompt_tokens": read, "completion_tokens": count, "total_tokens": read + count}
+
+    def _object(self, choices: list[Any], suffix: str = "", **usage: Any) -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self._chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, **usage}
+
+    def _chunks(self, choice: Choice, piece: str, first: bool) -> list[dict[str, Any]]:
+        """The choices of the chunks for a piece: in a chat, role, content and end each have one."""
+        index, end = choice.ticket.index, choice.end or None
+        if not self._chat:
+            return [_choice(index, {"text": piece}, end)]
+        deltas = [{"role": "assistant", "content": ""}] * first + [{"content": piece}] * bool(piece)
+        chunks = [_choice(index, {"delta": delta}, None) for delta in deltas]
+        return [*chunks, _choice(index, {"delta": {}}, end)] if end else chunks
+
+
+def _choice(index: int, content: dict[str, Any], end: str | None) -> dict[str, Any]:
+    return {"index": index, **content, "logprobs": None, "finish_reason": end}
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

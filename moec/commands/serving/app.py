@@ -1,0 +1,179 @@
+"""The routes of the server, as an ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from moec.commands.serving.answer import Answer
+from moec.commands.serving.errors import ERROR_HEADERS, ApiError, invalid
+from moec.commands.serving.fields import json_body, read_fields
+from moec.commands.serving.service import Service
+from moec.errors import MoecError
+
+MOST_BYTES = 8_000_000  # of a body
+OPEN = ("/health", "/ready", "/metrics")  # without a key
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on
+
+Handler = Callable[[Service, Request], Awaitable[Response]]
+
+
+def application(service: Service) -> Starlette:
+    """The application; its lifespan is that of the engine's thread."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await asyncio.to_thread(service.worker.stop)
+
+    posts: dict[str, Handler] = {
+        "/v1/chat/completions": partial(_complete, chat=True),
+        "/v1/completions": partial(_complete, chat=False),
+        "/tokenize": _tokenize,
+        "/detokenize": _detokenize,
+    }
+    gets: dict[str, Handler] = {
+        "/v1/models": _models,
+        "/v1/models/{model:path}": _models,
+        "/health": _health,
+        "/ready": _ready,
+        "/metrics": _metrics,
+    }
+    routes = [Route(p, partial(_guarded, service, h), methods=["POST"]) for p, h in posts.items()]
+    routes += [Route(p, partial(_guarded, service, h)) for p, h in gets.items()]
+    handlers: Any = {ApiError: _error, HTTPException: _http_error, Exception: _defect}
+    handlers[ClientDisconnect] = lambda *_: Response(status_code=499)
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+
+async def _guarded(service: Service, handler: Handler, request: Request) -> Response:
+    """Raises ApiError where the key is not the server's; compares in constant time."""
+    if service.key is not None and request.url.path not in OPEN:
+        key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(key.encode("latin-1"), service.key.encode()):
+            rule = "the key is missing or wrong: send the header Authorization: Bearer KEY"
+            raise ApiError(401, rule, code="invalid_api_key")
+    return await handler(service, request)
+
+
+async def _complete(service: Service, request: Request, chat: bool) -> Response:
+    service.check_open()
+    fields = read_fields(await _body(service, request), chat)
+    prompts = await run_in_threadpool(service.tokens, fields)
+    service.check_open()  # again, as time has passed
+    answer = Answer(service, fields, prompts, chat)
+    if fields.stream:
+        return _Events(answer)
+    work = asyncio.ensure_future(answer.complete())
+    left = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(work.result()) if work.done() else Response(status_code=499)
+    finally:
+        answer.close("error" if work.done() else "abort")
+        work.cancel()
+        left.cancel()
+
+
+class _Events(StreamingResponse):
+    """A stream of events, whose texts end with it, however that comes."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.events(), media_type="text/event-stream", headers=HEADERS)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(service: Service, request: Request) -> dict[str, Any]:
+    """Raises ApiError for a body that is too long, no JSON object, or for another model."""
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > MOST_BYTES:
+            raise ApiError(413, f"the body has more than {MOST_BYTES} bytes: send a shorter one")
+    body = json_body(bytes(content))
+    service.check_model(body.get("model"))
+    return body
+
+
+async def _models(service: Service, request: Request) -> Response:
+    name = request.path_params.get("model")
+    service.check_model(name)
+    model = {"id": service.model, "object": "model", "created": service.created}
+    model |= {"owned_by": "moec", "max_model_len": service.engine.room}
+    return JSONResponse(model if name else {"object": "list", "data": [model]})
+
+
+async def _tokenize(service: Service, request: Request) -> Response:
+    body = await _body(service, request)
+    if "messages" in body:
+        (tokens,) = await run_in_threadpool(service.tokens, read_fields(body, chat=True))
+    else:
+        tokens = await _checked(service.tokenizer.encode, body, "prompt")
+    return JSONResponse({"tokens": tokens, "count": len(tokens)})
+
+
+async def _detokenize(service: Service, request: Request) -> Response:
+    body = await _body(service, request)
+    return JSONResponse({"prompt": await _checked(service.tokenizer.decode, body, "tokens")})
+
+
+async def _checked(function: Callable[[Any], Any], body: dict[str, Any], field: str) -> Any:
+    """The result of a function of a field. Raises ApiError where the function refuses it."""
+    try:
+        return await run_in_threadpool(function, body.get(field))
+    except MoecError as error:
+        raise invalid(field, str(error)) from error
+
+
+async def _health(service: Service, request: Request) -> Response:
+    healthy = service.worker.healthy
+    content = {"status": "ok" if healthy else service.worker.error or "the engine is stuck"}
+    return JSONResponse(content, 200 if healthy else 503)
+
+
+async def _ready(service: Service, request: Request) -> Response:
+    return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+
+
+async def _metrics(service: Service, request: Request) -> Response:
+    content = generate_latest(service.metrics.registry)
+    return Response(content, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+async def _error(request: Request, error: ApiError) -> Response:
+    return JSONResponse(error.body, error.status, ERROR_HEADERS.get(error.status))
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+    return await _error(request, ApiError(error.status_code, message))
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    message = f"{type(error).__name__}: this is a bug in moec, and its log has the traceback"
+    return await _error(request, ApiError(500, message))

@@ -1,0 +1,154 @@
+"""The fields of requests: each is honoured, ignored as listed here, or refused by its name."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from moec.commands.serving.errors import ApiError, invalid
+from moec.runtime.text.sampling import GREEDY, Sampling
+
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier"),
+    *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
+    "top_logprobs": (0,),
+    **dict.fromkeys(("repetition_penalty", "best_of"), (1,)),
+    **dict.fromkeys(("logprobs", "echo"), (False,)),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    **dict.fromkeys(("tool_choice", "function_call"), ("none",)),
+    "parallel_tool_calls": (True, False),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+"""What is not supported, with the values that change nothing."""
+
+UNKNOWN = "this field is not known, or not supported: leave it out"
+COMPLETION = "max_completion_tokens"
+Stop: TypeAlias = Annotated[str, Meta(min_length=1)]
+Count: TypeAlias = Annotated[int, Meta(ge=1)]
+SHORT = 16  # max_tokens of a completion without one, as OpenAI has it
+
+
+class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
+    """A part of the content of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
+    """A message of a chat; the developer is the system."""
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: str | list[ContentPart]
+
+    def plain(self) -> dict[str, str]:
+        role, content = "system" if self.role == "developer" else self.role, self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        return {"role": role, "content": content}
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Whether a last chunk has the usage."""
+
+    include_usage: bool = False
+
+
+class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """What both kinds of requests have. A text has as many tokens as there is room for where both
+    maxima are None."""
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] = 1
+    stop: Stop | Annotated[list[Stop], Meta(max_length=4)] = []
+    seed: Annotated[int, Meta(ge=0)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1)] = -1  # -1 and 0: all
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = []
+    prompt: str | list[str | int | list[int]] = []
+    messages: list[ChatMessage] = []
+
+    @property
+    def sampling(self) -> Sampling:
+        if self.temperature == 0:  # the likeliest token is among those of any top_p and top_k
+            return GREEDY
+        return Sampling(self.temperature, self.top_p, max(self.top_k, 0) or None, self.seed)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return tuple([self.stop] if isinstance(self.stop, str) else self.stop)
+
+    @property
+    def prompts(self) -> list[Any]:
+        """Texts, and lists of tokens."""
+        if isinstance(self.prompt, list) and not any(isinstance(p, int) for p in self.prompt):
+            return self.prompt
+        return [self.prompt]
+
+
+def read_fields(body: dict[str, Any], chat: bool) -> Fields:
+    """Raises ApiError, naming the field, for one that is wrong, unknown or unsupported."""
+    present = {name: value for name, value in body.items() if name not in IGNORED}
+    for name, neutral in NEUTRAL.items():
+        if name in present and present.pop(name) not in neutral:
+            raise invalid(name, "this field is not supported: leave it out")
+    needed, others = ("messages", {"prompt"}) if chat else ("prompt", {"messages", COMPLETION})
+    if not present.get(needed):
+        raise invalid(needed, "it is missing or empty")
+    for name in others & present.keys():
+        raise invalid(name, UNKNOWN)
+    if {"max_tokens", COMPLETION} <= present.keys():
+        raise invalid("max_tokens", f"{COMPLETION} means the same: leave one out")
+    try:
+        fields = msgspec.convert(present, Fields)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
+    if fields.stream_options and not fields.stream:
+        raise invalid("stream_options", "it needs stream: true")
+    if not chat and fields.max_tokens is None:
+        fields.max_tokens = SHORT
+    if not isinstance(fields.prompt, str) and len({type(item) for item in fields.prompt}) > 1:
+        raise invalid("prompt", "give texts, or tokens, not both")
+    return fields
+
+
+def _refusal(text: str) -> ApiError:
+    """msgspec's sentence, such as: Expected `int` >= 1 - at `$.n`."""
+    rule, _, path = text.partition(" - at `$")
+    path = path.strip("`.")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", rule):
+        path = ".".join(filter(None, (path, unknown[1])))
+        rule = UNKNOWN
+    return invalid(path, rule[:1].lower() + rule[1:])
+
+
+def json_body(content: bytes) -> dict[str, Any]:
+    """The object in a body, without its nulls. Raises ApiError where it is none."""
+    try:
+        body = _without_nulls(msgspec.json.decode(content))
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is no JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body is no JSON object: give one with the fields of the request")
+    return body
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,57 @@
+"""Metrics for Prometheus, with vLLM's names below `moec:`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from moec.runtime.text.engine import Engine, StepResult
+
+FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20)
+TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
+REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of its own."""
+
+    def __init__(self, model: str) -> None:
+        self.registry, self._model = CollectorRegistry(), model
+        self._running = self._of(Gauge, "num_requests_running", "Texts that hold a slot")
+        self._waiting = self._of(Gauge, "num_requests_waiting", "Texts that wait for a slot")
+        self._usage = self._of(Gauge, "kv_cache_usage_perc", "Share of the caches in use, 0 to 1")
+        self._prompt = self._of(Counter, "prompt_tokens", "Tokens of prompts processed")
+        self._generated = self._of(Counter, "generation_tokens", "Tokens generated")
+        self.rejections = self._of(Counter, "admission_rejections", "Requests answered with 429")
+        self._ended = Counter(
+            "moec:request_success", "Texts that ended: stop, length, abort, error",
+            ["model_name", "finished_reason"], registry=self.registry,
+        )  # fmt: skip
+        self.first_token = self._of(
+            Histogram, "time_to_first_token_seconds", "From request to first token",
+            buckets=(*FIRST, 40, 80, 160, 640, 2560),
+        )  # fmt: skip
+        self.per_token = self._of(
+            Histogram, "time_per_output_token_seconds", "(last - first) / (tokens - 1) of a text",
+            buckets=TOKEN,
+        )  # fmt: skip
+        self.latency = self._of(
+            Histogram, "e2e_request_latency_seconds", "From request to end", buckets=REQUEST
+        )
+
+    def _of(self, kind: Any, name: str, text: str, **options: Any) -> Any:
+        metric = kind(f"moec:{name}", text, ["model_name"], registry=self.registry, **options)
+        return metric.labels(self._model)
+
+    def observe(self, engine: Engine, step: StepResult | None = None) -> None:
+        """The state of the engine, and what a step added."""
+        self._running.set(engine.running)
+        self._waiting.set(len(engine.waiting))
+        self._usage.set(engine.cached / (engine.slots * engine.room))
+        if step is not None:
+            self._prompt.inc(step.prompt_tokens)
+            self._generated.inc(len(step.advanced))
+
+    def ended(self, reason: str) -> None:
+        self._ended.labels(self._model, reason).inc()

@@ -1,0 +1,70 @@
+"""uvicorn, with signals that let the texts under way end before the process does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from moec.commands.output.echo import echo
+from moec.commands.serving.app import application
+from moec.commands.serving.service import Service
+from moec.errors import UsageError
+from moec.files.os_errors import reason
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CLOSE_SECONDS = 5  # for the last bytes of answers that were cut
+
+
+class Server(uvicorn.Server):
+    """The first signal refuses new requests, waits up to `drain` seconds for those under way, and
+    ends the rest with an error; the second ends the process."""
+
+    def __init__(self, service: Service, drain: float) -> None:
+        app, close = application(service), CLOSE_SECONDS
+        super().__init__(
+            uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=close)
+        )
+        self._service, self._drain = service, drain
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Replaces uvicorn's, which raises the signal again at the end: the exit code is 0."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._stop, number)
+        yield
+
+    def _stop(self, number: int) -> None:
+        if self._service.draining:
+            os._exit(128 + number)
+        self._service.draining = True
+        texts, seconds = self._service.used, self._drain
+        echo(f"shutting down: {texts} texts under way have {seconds:g} s", err=True)
+        self._task = asyncio.ensure_future(self._finish())  # the loop holds it but weakly
+
+    async def _finish(self) -> None:
+        await self._until_idle(self._drain)
+        await asyncio.to_thread(self._service.worker.stop)
+        await self._until_idle(CLOSE_SECONDS)
+        self.should_exit = True
+
+    async def _until_idle(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._service.used:
+                    await asyncio.sleep(0.02)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for connections; port 0 is any free one. Raises UsageError where it is in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(f"--host {host} --port {port}: {reason(error)}") from error

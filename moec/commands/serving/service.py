@@ -1,0 +1,92 @@
+"""What all requests of a server share: the model, its limits, and the places in its queue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from moec.commands.serving.errors import ApiError, invalid
+from moec.commands.serving.fields import COMPLETION, Fields
+from moec.commands.serving.metrics import Metrics
+from moec.commands.serving.worker import SHUTTING_DOWN, Worker
+from moec.errors import InputError, MoecError
+from moec.runtime.text.engine import Engine
+from moec.runtime.text.prompt import Tokenizer
+
+
+@dataclass
+class Service:
+    """A model being served. `used` of the `places` are taken by texts that run or wait, counted in
+    the event loop alone. `stop` are the tokens that end a text, `fingerprint` that of the code and
+    weights."""
+
+    model: str
+    fingerprint: str
+    engine: Engine
+    tokenizer: Tokenizer
+    stop: frozenset[int]
+    queue: int
+    key: str | None = None
+    used: int = 0
+    draining: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.model)
+        self.worker = Worker(self.engine, self.metrics)
+        self.places = self.engine.slots + self.queue
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and self.worker.healthy and self.used < self.places
+
+    def check_open(self) -> None:
+        """Raises ApiError where no request is accepted any more."""
+        if self.draining:
+            raise ApiError(503, SHUTTING_DOWN)
+        if self.worker.error:
+            raise ApiError(500, self.worker.error)
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model):
+            message = f"the model {name!r} is not served here; {self.model!r} is"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def tokens(self, fields: Fields) -> list[list[int]]:
+        """The tokens of the prompts. Raises ApiError where there are none, or a chat needs a
+        template."""
+        name = "messages" if fields.messages else "prompt"
+        if fields.messages and self.tokenizer.template is None:
+            raise invalid(name, "the model has no chat template: send text to /v1/completions")
+        try:
+            if fields.messages:
+                return [self.tokenizer.chat([message.plain() for message in fields.messages])]
+            encode = self.tokenizer.encode
+            return [encode(p) if isinstance(p, str) else p for p in fields.prompts]
+        except MoecError as error:
+            raise invalid(name, str(error)) from error
+
+    def most(self, prompt: Sequence[int], fields: Fields) -> int:
+        """The most new tokens of a prompt. Raises ApiError where there is no room for them."""
+        room = self.engine.room - len(prompt)
+        most = fields.max_completion_tokens or fields.max_tokens or max(1, room)
+        name = "messages" if fields.messages else "prompt"
+        if 0 < room < most:
+            name = COMPLETION if fields.max_completion_tokens else "max_tokens"
+        code = "context_length_exceeded" if room < most else None
+        try:
+            self.engine.check(prompt, most)
+        except InputError as error:
+            raise invalid(name, str(error), code) from error
+        return most
+
+    def admit(self, count: int) -> None:
+        """Use places for some texts. Raises ApiError where too few are free."""
+        if count > self.places:
+            raise invalid("n", f"{count} texts, and at most {self.places} run or wait here")
+        if self.used + count > self.places:
+            self.metrics.rejections.inc()
+            message = f"{self.used} texts run or wait already: retry later"
+            raise ApiError(429, message, code="queue_full")
+        self.used += count

@@ -1,0 +1,123 @@
+"""The thread that steps the engine. Texts and cancellations reach it between two steps; it hands
+the tokens of a step over together, to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+from moec.commands.serving.metrics import Metrics
+from moec.runtime.text.engine import FAILED, Continuation, Engine
+from moec.runtime.text.generate import Request
+
+SHUTTING_DOWN = "the server is shutting down: send the request to another"
+STALLED_SECONDS = 120.0  # a step of a busy engine that takes longer counts as stuck
+
+
+@dataclass(frozen=True)
+class Update:
+    """One more token of a text of a request, by its index; `end` and `error` of a Continuation."""
+
+    index: int
+    token: int | None
+    end: str
+    error: str = ""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A text for the engine: choice number `choice` of its prompt, text `index` of its request."""
+
+    prompt: Sequence[int]
+    request: Request
+    choice: int
+    index: int
+    updates: asyncio.Queue[Update]
+    text: Continuation | None = None
+
+
+class Worker:
+    """Runs an engine in a thread. Its methods are called from the event loop."""
+
+    def __init__(self, engine: Engine, metrics: Metrics) -> None:
+        self.engine, self._metrics = engine, metrics
+        self.error = ""  # the sentence of what ended the thread
+        self._inbox: SimpleQueue[tuple[Ticket | None, bool]] = SimpleQueue()
+        self._tickets: dict[Continuation, Ticket] = {}
+        self._stepped = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="moec engine", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its step, and every text with an error; waits for that."""
+        self._inbox.put((None, False))
+        self._thread.join()
+
+    def submit(self, ticket: Ticket) -> None:
+        self._inbox.put((ticket, True))
+        if self.error:  # the thread may have ended before it took the ticket
+            ticket.updates.put_nowait(Update(ticket.index, None, FAILED, self.error))
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Before the next step; does nothing where the text has ended."""
+        self._inbox.put((ticket, False))
+
+    @property
+    def healthy(self) -> bool:
+        waited = time.monotonic() - self._stepped
+        return self._thread.is_alive() and (not self.engine.busy or waited < STALLED_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                step = self.engine.step()
+                self._metrics.observe(self.engine, step)
+                self._deliver(step.advanced)
+            self.error = SHUTTING_DOWN
+        except Exception as error:  # of any kind: the clients must hear of it
+            reason = (str(error).splitlines() or [""])[0]
+            self.error = f"the model failed: {type(error).__name__}: {reason}"
+        self._receive()
+        for text in self._tickets:
+            text.end, text.error = FAILED, self.error
+        self._deliver(tuple(self._tickets))
+
+    def _receive(self) -> bool:
+        """Take all that has come, and wait where there is nothing to do. False: end the thread."""
+        with suppress(Empty):
+            while True:
+                ticket, joins = self._inbox.get(block=not (self.engine.busy or self.error))
+                self._stepped = time.monotonic()
+                if ticket is None:
+                    return False
+                if joins:
+                    ticket.text = self.engine.submit(ticket.prompt, ticket.request, ticket.choice)
+                    self._tickets[ticket.text] = ticket
+                elif ticket.text is not None:
+                    self.engine.cancel(ticket.text)
+                    self._tickets.pop(ticket.text, None)
+                self._metrics.observe(self.engine)
+        self._stepped = time.monotonic()
+        return True
+
+    def _deliver(self, texts: Sequence[Continuation]) -> None:
+        updates = []
+        for text in texts:
+            ticket = self._tickets.pop(text) if text.end else self._tickets[text]
+            token = None if text.end == FAILED else text.tokens[-1]
+            updates.append((ticket, Update(ticket.index, token, text.end, text.error)))
+        with suppress(RuntimeError):  # the loop has ended, and with it all who wait
+            self._loop.call_soon_threadsafe(_hand_over, updates)
+
+
+def _hand_over(updates: Sequence[tuple[Ticket, Update]]) -> None:
+    for ticket, update in updates:
+        ticket.updates.put_nowait(update)

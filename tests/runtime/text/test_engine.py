@@ -1,0 +1,221 @@
+"""Continuous batching: every text has the bits that it has alone, whatever joins, leaves, ends."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import moec
+from moec.errors import InputError
+from moec.runtime.artifact.artifact import read
+from moec.runtime.call.caches import Cache
+from moec.runtime.call.executor import Executor, start
+from moec.runtime.dtypes import Array
+from moec.runtime.expert_store.device import DIRECT
+from moec.runtime.expert_store.native import StoreOptions
+from moec.runtime.expert_store.start import start_with_slots
+from moec.runtime.package import Package, carries
+from moec.runtime.text.engine import CANCELLED, FAILED, LENGTH, STOP, Continuation, Engine
+from moec.runtime.text.generate import Request, generate
+from moec.runtime.text.sampling import Sampling
+from moec.runtime.text.texts import PIECE, Decoder
+from tests.models.other_families import OTHER_FAMILIES
+from tests.once import Once
+from tests.runtime.expert_store.models import LAYERS, artifact
+
+ROOM = {"cache": 720, "states": 60, "disk": 60}
+
+
+class Traced:
+    """An executor with the logits of each text, by its number; those of `poisoned` become NaN."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self.logits: dict[int, list[bytes]] = defaultdict(list)
+        self.poisoned: set[int] = set()
+
+    @property
+    def package(self) -> Package:
+        return self.executor.package
+
+    def number_requests(self, count: int) -> Array:
+        return self.executor.number_requests(count)
+
+    def new_caches(self, texts: int, room: int) -> list[Cache]:
+        """Full of NaN where caches grow, so that no result may depend on what was there before."""
+        caches = self.executor.new_caches(texts, room)
+        for port, cache in zip(self.package.functions["decode"].caches, caches, strict=True):
+            if len(port.shape) == 4 and isinstance(port.shape[2], str) and port.dtype == "f32":
+                np.from_dlpack(cache.tensor)[...] = np.nan
+        return caches
+
+    def decode(
+        self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
+    ) -> Array:
+        logits = self.executor.decode(counts, caches, requests, lengths)
+        for number, row in zip(requests.tolist(), logits, strict=True):
+            self.logits[number].append(row.tobytes())
+            if number in self.poisoned:
+                row[...] = np.nan
+        return logits
+
+
+@pytest.fixture(scope="module")
+def cached(compiled_tiny_moe: moec.CompiledModel) -> Executor:
+    assert isinstance(compiled_tiny_moe.executor, Executor)
+    return compiled_tiny_moe.executor
+
+
+@pytest.fixture(scope="module", params=ROOM)
+def model(request: pytest.FixtureRequest, once: Once) -> tuple[Executor, int]:
+    """Attention alone; convolutions too, whose states forbid padding; experts on disk."""
+    kind = request.param
+    executor: Any
+    if kind == "cache":
+        executor = request.getfixturevalue("cached")
+    elif kind == "states":
+        family = OTHER_FAMILIES["lfm2_moe"]
+        executor = moec.compile(family.build(), (), family.inputs(2, 7), verify=False).executor
+        assert carries(executor.package.functions["decode"])
+    else:
+        opened = read(artifact(once, None))
+        executor = start_with_slots(opened, [2] * LAYERS, DIRECT, StoreOptions())
+    return executor, ROOM[kind]
+
+
+def job(random: random.Random, room: int) -> tuple[list[int], Request]:
+    """Prompts of one token, of few, of one chunk and of two; half of the texts are sampled."""
+    longest = room - 30
+    length = min(random.choice([1, 2, 7, 15, 16, 29, 200, PIECE + 3, PIECE + 170]), longest)
+    prompt = [random.randrange(3, 100) for _ in range(length)]
+    draws = Sampling(1.5, 0.95, None, random.randrange(5))
+    sampling = random.choice([Sampling(), draws])
+    stop = frozenset(random.sample(range(100), 2))
+    return prompt, Request(random.randrange(1, 30), sampling, stop)
+
+
+def run(engine: Engine, jobs: list[tuple[list[int], Request]], seed: int) -> list[Continuation]:
+    """Texts that join and are cancelled at random steps."""
+    chance = random.Random(seed)
+    texts: list[Continuation] = []
+    while len(texts) < len(jobs) or engine.busy:
+        if len(texts) < len(jobs) and chance.random() < 0.4:
+            texts.append(engine.submit(*jobs[len(texts)]))
+        if texts and chance.random() < 0.04:
+            engine.cancel(chance.choice(texts))
+        engine.step()
+        assert engine.running <= engine.slots
+    return texts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_text_has_the_bits_that_it_has_alone(model: tuple[Executor, int], seed: int) -> None:
+    executor, room = model
+    jobs = [job(random.Random(100 * seed + n), room) for n in range(14)]
+    traced = Traced(executor)
+    texts = run(Engine(traced, 4, room), jobs, seed)
+    ends = [text.end for text in texts]
+    assert {LENGTH, CANCELLED} <= set(ends) <= {LENGTH, STOP, CANCELLED}
+    for text, (prompt, request) in zip(texts, jobs, strict=True):
+        alone = Traced(executor)
+        tokens = [token for (token,) in generate(alone, [prompt], request)]
+        count = len(text.tokens)
+        assert text.tokens == tokens[:count]
+        assert count == len(tokens) or text.end == CANCELLED
+        (logits,) = alone.logits.values()
+        final = len(logits) - len(tokens)  # before it are the chunks of the prompt but the last
+        assert traced.logits[int(text.number[0])][final:] == logits[final:][:count]
+
+
+def test_smaller_chunks_give_the_same_bits(cached: Executor) -> None:
+    """Chunks of 16 rows and more run the kernels of a long prompt."""
+    prompt = [n % 90 + 3 for n in range(150)]
+    alone = [token for (token,) in generate(cached, [prompt], Request(8))]
+    engine = Engine(cached, 2, 200, piece=32)
+    first = engine.submit([5], Request(20))
+    text = engine.submit(prompt, Request(8))
+    while not text.end:
+        before = len(first.tokens)
+        assert engine.step().prompt_tokens <= 32
+        assert len(first.tokens) == before + 1 or first.end  # no chunk stops the other text
+    assert text.tokens == alone
+
+
+def test_a_text_of_nan_ends_alone(cached: Executor) -> None:
+    traced = Traced(cached)
+    engine = Engine(traced, 3, 64)
+    texts = [engine.submit([n + 5], Request(6)) for n in range(3)]
+    for _ in range(4):
+        engine.step()
+    traced.poisoned = {int(texts[0].number[0])}
+    while engine.busy:
+        engine.step()
+    assert [text.end for text in texts] == [FAILED, LENGTH, LENGTH]
+    assert "the logits hold NaN after 5 tokens" in texts[0].error
+    for n in (1, 2):
+        assert texts[n].tokens == [t for (t,) in generate(cached, [[n + 5]], Request(6))]
+
+
+def test_a_cancelled_text_frees_its_slot_at_once(cached: Executor) -> None:
+    engine = Engine(cached, 1, 64)
+    first, second, third = (engine.submit([n + 5], Request(9)) for n in range(3))
+    engine.step()
+    engine.step()
+    assert (engine.running, engine.cached, len(engine.waiting)) == (1, 2, 2)
+    engine.cancel(second)  # as it waits
+    engine.cancel(first)  # as it decodes
+    assert (engine.running, engine.cached, len(engine.waiting)) == (0, 0, 1)
+    engine.step()
+    engine.cancel(first)
+    assert len(third.tokens) == 1
+    long = Engine(cached, 2, 64, piece=16)
+    text = long.submit(range(3, 43), Request(9))
+    long.step()
+    long.cancel(text)  # as its prompt is processed
+    assert not long.busy
+    assert long.cached == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "most", "words"),
+    [
+        ([], 1, "the prompt has no tokens"),
+        ([5] * 60, 5, "the prompt has 60 tokens and 5 more may follow, and a text has at most 64"),
+        ([1024], 1, "token 1024 is not one of the model's 1024 tokens"),
+        ([-1], 1, "token -1 is not one of the model's 1024 tokens"),
+    ],
+)
+def test_prompts_that_are_refused(
+    cached: Executor, prompt: list[int], most: int, words: str
+) -> None:
+    engine = Engine(cached, 2, 64)
+    text = engine.submit([5] * 60, Request(4))
+    with pytest.raises(InputError, match=words):
+        engine.submit(prompt, Request(most))
+    while engine.busy:
+        engine.step()
+    assert text.end == LENGTH
+
+
+def test_models_and_sizes_that_are_refused(cached: Executor, speaker: Path) -> None:
+    without: Decoder = start(read(speaker))
+    with pytest.raises(InputError, match="cannot be batched continuously: the model was compiled"):
+        Engine(without, 2, 8)
+    with pytest.raises(InputError, match=r"2 slots of 1025 tokens.* takes at most 1024"):
+        Engine(cached, 2, 1025)
+
+
+def test_choices_draw_from_streams_of_their_own(cached: Executor) -> None:
+    request = Request(8, Sampling(1.5, seed=3))
+    engine = Engine(cached, 4, 64)
+    texts = [engine.submit([9, 8], request, index) for index in range(3)]
+    while engine.busy:
+        engine.step()
+    drawn = zip(*generate(cached, [[9, 8]] * 3, request), strict=True)
+    assert [text.tokens for text in texts] == list(map(list, drawn))
