@@ -139,7 +139,10 @@ def command(
         from moec.model.rebuild import rebuild as recompile
 
         opened = replace(opened, package=recompile(opened))
-    executor = start(opened, on) if limit is None else _start_within(opened, limit, trace, routing)
+    texts = options.batch if options.prompts else 1
+    executor = (
+        start(opened, on) if limit is None else _start_within(opened, limit, trace, routing, texts)
+    )
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code is always checked
         answer["check"] = _check(opened, executor, quiet or as_json)
@@ -162,15 +165,16 @@ def command(
 
 
 def _start_within(
-    opened: Artifact, limit: int, trace: Path | None, routing: Path | None
+    opened: Artifact, limit: int, trace: Path | None, routing: Path | None, texts: int
 ) -> Executor:
-    from moec.runtime.expert_store.start import fit_evenly, start_within
+    from moec.runtime.expert_store.start import TextRoom, fit_evenly, start_within
 
     if opened.package.gpu is not None:
         raise UsageError("--memory limits a model on a CPU, and this one runs on a GPU")
     if trace is not None:
         raise UsageError("--record-routing needs all experts in memory: leave --memory out")
-    return start_within(opened, limit, fit_evenly if routing is None else _fit_to(routing))
+    fit = fit_evenly if routing is None else _fit_to(routing)
+    return start_within(opened, limit, fit, TextRoom(texts))
 
 
 def _fit_to(routing: Path) -> Fit:

@@ -138,6 +138,15 @@ class Engine:
             text.end = CANCELLED
             self._release(text)
 
+    def fail(self, error: str) -> tuple[Continuation, ...]:
+        """End all texts that hold a slot, with a sentence, after a step that raised an error."""
+        joining = (self._joining[0],) if self._joining else ()
+        failed = (*self.decoding, *joining)
+        for text in failed:
+            text.end, text.error = FAILED, error
+        self.decoding, self._joining = [], None
+        return failed
+
     def step(self) -> StepResult:
         """One token of every text that decodes, and a chunk of a prompt. The texts that ended in it
         have left their slots."""
