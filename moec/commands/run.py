@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.execution.prompts import SOME_FAILED
 from moec.commands.execution.ranks import holds_ranks, run_ranks
 from moec.commands.execution.text import TextOptions, read_prompts, text_options, write_texts
 from moec.commands.options.options import json_option, quiet_option, signed_by_option
@@ -156,12 +157,15 @@ def command(
             answer |= write_texts(
                 opened.files, executor, options, prompts, as_json=as_json, quiet=quiet
             )
+    failed = any("error" in row for row in answer.get("texts", ()))
     if stored := store_report(executor):
         answer["store"] = asdict(stored)
         if not (quiet or as_json):
             echo(_store_line(stored), err=True)
     if as_json:
         click.echo(json.dumps(answer, indent=1))
+    if failed:
+        click.get_current_context().exit(SOME_FAILED)
 
 
 def _start_within(

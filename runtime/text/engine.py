@@ -126,7 +126,7 @@ class Engine:
         Raises InputError as `check`.
         """
         self.check(prompt, request.most)
-        generator = request.sampling.generators(index + 1)[index]
+        generator = request.sampling.generator(index)
         number = self._executor.number_requests(1)
         text = Continuation(tuple(prompt), request, generator, number)
         self.waiting.append(text)
