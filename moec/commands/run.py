@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.execution.prompts import SOME_FAILED
 from moec.commands.execution.ranks import holds_ranks, run_ranks
 from moec.commands.execution.text import TextOptions, read_prompts, text_options, write_texts
 from moec.commands.options.options import json_option, quiet_option, signed_by_option
@@ -139,7 +140,10 @@ def command(
         from moec.model.rebuild import rebuild as recompile
 
         opened = replace(opened, package=recompile(opened))
-    executor = start(opened, on) if limit is None else _start_within(opened, limit, trace, routing)
+    texts = options.batch if options.prompts else 1
+    executor = (
+        start(opened, on) if limit is None else _start_within(opened, limit, trace, routing, texts)
+    )
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code is always checked
         answer["check"] = _check(opened, executor, quiet or as_json)
@@ -153,24 +157,28 @@ def command(
             answer |= write_texts(
                 opened.files, executor, options, prompts, as_json=as_json, quiet=quiet
             )
+    failed = any("error" in row for row in answer.get("texts", ()))
     if stored := store_report(executor):
         answer["store"] = asdict(stored)
         if not (quiet or as_json):
             echo(_store_line(stored), err=True)
     if as_json:
         click.echo(json.dumps(answer, indent=1))
+    if failed:
+        click.get_current_context().exit(SOME_FAILED)
 
 
 def _start_within(
-    opened: Artifact, limit: int, trace: Path | None, routing: Path | None
+    opened: Artifact, limit: int, trace: Path | None, routing: Path | None, texts: int
 ) -> Executor:
-    from moec.runtime.expert_store.start import fit_evenly, start_within
+    from moec.runtime.expert_store.start import TextRoom, fit_evenly, start_within
 
     if opened.package.gpu is not None:
         raise UsageError("--memory limits a model on a CPU, and this one runs on a GPU")
     if trace is not None:
         raise UsageError("--record-routing needs all experts in memory: leave --memory out")
-    return start_within(opened, limit, fit_evenly if routing is None else _fit_to(routing))
+    fit = fit_evenly if routing is None else _fit_to(routing)
+    return start_within(opened, limit, fit, TextRoom(texts))
 
 
 def _fit_to(routing: Path) -> Fit:

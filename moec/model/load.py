@@ -103,6 +103,8 @@ def load(
     signed_by: Path | str | None = None,
     copy: bool = False,
     memory: int | str | None = None,
+    texts: int = 1,
+    room: int = 4096,
 ) -> LoadedModel:
     """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. The default is
     the CPU, or the first GPU where the model was compiled for GPUs only.
@@ -115,7 +117,8 @@ def load(
 
     `memory` ("4GiB", or bytes) is the most memory that this process may take with the model, on a
     CPU: experts that do not fit stay in the file, and are read when a token chooses them. No bit of
-    a result depends on it. Needs a model compiled with `store=True`, the default for large ones.
+    a result depends on it. It includes the caches of `texts` of at most `room` tokens each; more
+    are refused. Needs a model compiled with `store=True`, the default for large ones.
 
     Raises UsageError where `path` is no path or the key cannot be used, ArtifactError where any
     part of the artifact is damaged, not signed with the key, or without code for the device, and
@@ -128,7 +131,7 @@ def load(
     opened = opened if on is None else only_for(opened, on)
     if memory is None:
         return LoadedModel(Path(path), opened, start(opened, on))
-    from moec.runtime.expert_store.start import start_within
+    from moec.runtime.expert_store.start import TextRoom, start_within
     from moec.runtime.process.byte_sizes import bytes_of
 
     if copy:
@@ -139,4 +142,5 @@ def load(
         raise UsageError(
             f"memory limits a model on a CPU, and the device is {device}: leave it out"
         )
-    return LoadedModel(Path(path), opened, start_within(opened, bytes_of(memory)))
+    executor = start_within(opened, bytes_of(memory), room=TextRoom(texts, room))
+    return LoadedModel(Path(path), opened, executor)

@@ -36,6 +36,13 @@ def caches_of(
     return [_cache(port, texts, room, device or Cpu()) for port in ports]
 
 
+def bytes_of_caches(ports: Sequence[Port], texts: int, room: int) -> int:
+    """Those of `caches_of`."""
+    sizes = [[room if isinstance(n, str) else n for n in port.shape[1:]] for port in ports]
+    each = [math.prod(n) * NUMPY[p.dtype].itemsize for n, p in zip(sizes, ports, strict=True)]
+    return texts * sum(each)
+
+
 def _cache(port: Port, texts: int, room: int, device: Device) -> Cache:
     inner = [room if isinstance(size, str) else size for size in port.shape[1:]]
     array = empty((texts, *inner), NUMPY[port.dtype])

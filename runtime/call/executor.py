@@ -23,7 +23,7 @@ from moec.errors import InputError
 from moec.runtime.artifact import artifact
 from moec.runtime.artifact.artifact import Artifact
 from moec.runtime.artifact.mapped_arrays import CheckedArrays
-from moec.runtime.call.caches import Cache, caches_of, keep
+from moec.runtime.call.caches import Cache, bytes_of_caches, caches_of, keep
 from moec.runtime.call.recorder import Recorder
 from moec.runtime.checks import CPU, check_inputs, check_memory, destination_shapes
 from moec.runtime.device.device import Cpu, Device, default_device, only_for
@@ -326,7 +326,9 @@ class Executor:
 
     def new_caches(self, texts: int, room: int) -> list[Cache]:
         """Caches of the function `decode` for some texts of at most `room` tokens each."""
-        return caches_of(self.package.functions[DECODE].caches, texts, room, self.device)
+        ports = self.package.functions[DECODE].caches
+        self.device.check_caches(bytes_of_caches(ports, texts, room))
+        return caches_of(ports, texts, room, self.device)
 
     def states(self) -> dict[str, Array]:
         """Copies of the current contents of the states, by name."""

@@ -63,6 +63,9 @@ class GpuDevice:
                 f"on GPU {self.index}: free some of it, or compile the model for a CPU"
             )
 
+    def check_caches(self, size: int) -> None:
+        """Nothing: the allocation fails where so many bytes do not fit."""
+
     def free_memory(self) -> int:
         return nvidia.free_memory(self.index)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from moec.errors import ArtifactError, MoecError
+from moec.errors import ArtifactError, InputError, MoecError
 from moec.runtime.artifact.artifact import Artifact
 from moec.runtime.artifact.mapped_arrays import CheckedArrays, MappedArrays
 from moec.runtime.artifact.open_file import OpenFile
+from moec.runtime.checks import show_bytes
 from moec.runtime.device.device import Cpu
 from moec.runtime.device.library import open_library
 from moec.runtime.dtypes import NUMPY, Array
@@ -82,10 +83,12 @@ class StoringCpu(Cpu):
         slots: tuple[int, ...],
         reading: str,
         options: StoreOptions | None,
+        caches: int | None = None,
     ) -> None:
+        """`caches`: the most bytes of caches of texts."""
         assert opened.package.store is not None
         self._path, self._layers, self._slots = opened.path, opened.package.store.layers, slots
-        self._sizes = sizes_of(opened.package, arrays)
+        self._sizes, self._caches = sizes_of(opened.package, arrays), caches
         self._mapped = arrays
         self._files: dict[OpenFile, int] = {}
         counts = [n for n, layer in zip(slots, self._layers, strict=True) for _ in layer]
@@ -105,6 +108,14 @@ class StoringCpu(Cpu):
         readers = DIRECT_READERS if self.reading == DIRECT else 1
         options = options or StoreOptions()
         self._options = replace(options, readers=options.readers or readers)
+
+    def check_caches(self, size: int) -> None:
+        """Raises InputError where texts need more than the limit of memory leaves them."""
+        if self._caches is not None and size > self._caches:
+            raise InputError(
+                f"the caches of the texts take {show_bytes(size)}, and memory has room for "
+                f"{show_bytes(self._caches)} of them: give fewer or shorter texts at once"
+            )
 
     def functions(self, package: Package) -> Mapping[str, Any]:
         """Raises ArtifactError where the library does not load, or has no store."""

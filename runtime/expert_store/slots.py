@@ -10,7 +10,7 @@ from moec.errors import UsageError
 from moec.runtime.checks import show_bytes
 
 WORKING_SHARE = 16
-"""One part in so many of the limit is for caches of texts and intermediate values, ..."""
+"""One part in so many of the limit is for intermediate values, ..."""
 LEAST_WORKING = 96 << 20
 """... and so many bytes at least."""
 
@@ -26,12 +26,13 @@ class LayerSize:
 @dataclass(frozen=True)
 class MemoryLimit:
     """A limit of memory in bytes. `experts` are the bytes that are left for experts: without what
-    the process takes before it loads weights, the weights that are always in memory, and a part for
-    caches of texts and intermediate values."""
+    the process takes before it loads weights, the weights that are always in memory, the `caches`
+    of texts, and a part for intermediate values."""
 
     bytes: int
     process: int
     resident: int
+    caches: int = 0
 
     @property
     def working(self) -> int:
@@ -39,7 +40,7 @@ class MemoryLimit:
 
     @property
     def experts(self) -> int:
-        return self.bytes - self.process - self.resident - self.working
+        return self.bytes - self.process - self.resident - self.caches - self.working
 
 
 def slots_within(limit: MemoryLimit, layers: Sequence[LayerSize]) -> list[int]:
@@ -55,7 +56,7 @@ def slots_within(limit: MemoryLimit, layers: Sequence[LayerSize]) -> list[int]:
             f"memory is {show_bytes(limit.bytes)}, and this model needs {show_bytes(needed)}: "
             f"{show_bytes(limit.resident)} of weights that are always in memory, "
             f"{show_bytes(least)} for one expert of each layer, {show_bytes(limit.process)} of "
-            f"the process and {show_bytes(limit.working)} for texts"
+            f"the process and {show_bytes(limit.working + limit.caches)} for texts"
         )
     total = sum(layer.experts * layer.expert_bytes for layer in layers)
     share = min(1.0, limit.experts / total)

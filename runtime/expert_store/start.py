@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from moec.errors import UsageError
 from moec.runtime.artifact.artifact import Artifact
 from moec.runtime.artifact.mapped_arrays import MappedArrays
+from moec.runtime.call.caches import bytes_of_caches
 from moec.runtime.call.executor import Executor, start
 from moec.runtime.checks import free_memory
 from moec.runtime.device.library import tvm_ffi
@@ -22,7 +23,7 @@ from moec.runtime.expert_store.device import (
 )
 from moec.runtime.expert_store.native import StoreOptions, hash_function
 from moec.runtime.expert_store.slots import LayerSize, MemoryLimit, slots_within
-from moec.runtime.package import DECODE
+from moec.runtime.package import DECODE, Package
 
 Fit = Callable[[MemoryLimit, Sequence[LayerSize]], tuple[Sequence[int], StoreOptions | None]]
 """(limit, layers) -> the slots of each layer, and options of the store (None: the default)."""
@@ -32,8 +33,22 @@ def fit_evenly(limit: MemoryLimit, layers: Sequence[LayerSize]) -> tuple[Sequenc
     return slots_within(limit, layers), None
 
 
-def start_within(opened: Artifact, limit: int, fit: Fit = fit_evenly) -> Executor:
-    """The model, in at most `limit` bytes of memory. Where all of it fits, no store is needed.
+@dataclass(frozen=True)
+class TextRoom:
+    """The texts that caches are for, and the most tokens of each."""
+
+    texts: int = 1
+    tokens: int = 4096
+
+
+ONE_TEXT = TextRoom()
+
+
+def start_within(
+    opened: Artifact, limit: int, fit: Fit = fit_evenly, room: TextRoom = ONE_TEXT
+) -> Executor:
+    """The model, in at most `limit` bytes of memory, with the caches of some texts. Where all of it
+    fits, no store is needed.
 
     Raises UsageError where the limit is too small, or the model was compiled without a store, and
     ArtifactError as `runtime.call.executor.start` does.
@@ -41,7 +56,8 @@ def start_within(opened: Artifact, limit: int, fit: Fit = fit_evenly) -> Executo
     package, arrays = opened.package, _arrays(opened)
     total = sum(array.nbytes for array in arrays.stored.values())
     used = _process_bytes()
-    if MemoryLimit(limit, used, total).experts >= 0:
+    caches = _cache_bytes(package, room)
+    if MemoryLimit(limit, used, total, caches).experts >= 0:
         return start(opened)
     if package.store is None:
         raise UsageError(
@@ -51,8 +67,9 @@ def start_within(opened: Artifact, limit: int, fit: Fit = fit_evenly) -> Executo
     sizes = sizes_of(package, arrays)
     experts = sum(layer.experts * layer.expert_bytes for layer in sizes)
     tvm_ffi()  # a part of what the process takes
-    slots, options = fit(MemoryLimit(limit, _process_bytes(), total - experts), sizes)
-    return start_with_slots(opened, slots, options=options)
+    left = MemoryLimit(limit, _process_bytes(), total - experts, caches)
+    slots, options = fit(left, sizes)
+    return start_with_slots(opened, slots, options=options, caches=caches)
 
 
 def start_with_slots(
@@ -60,9 +77,10 @@ def start_with_slots(
     slots: Sequence[int],
     reading: str | None = None,
     options: StoreOptions | None = None,
+    caches: int | None = None,
 ) -> Executor:
     """The model with this number of slots for each layer of the store. `reading` is `direct`,
-    `buffered`, or the one that suits the free memory."""
+    `buffered`, or the one that suits the free memory. `caches` limits the bytes of caches."""
     package, arrays = opened.package, _arrays(opened)
     assert package.store is not None
     names = {name for layer in package.store.layers for s in layer for name in s.arrays}
@@ -70,7 +88,7 @@ def start_with_slots(
     experts.verify()
     size = sum(arrays.stored[name].nbytes for name in names)
     reading = reading or (BUFFERED if 2 * size < free_memory() else DIRECT)
-    device = StoringCpu(opened, experts, tuple(slots), reading, options)
+    device = StoringCpu(opened, experts, tuple(slots), reading, options, caches)
     functions = package.store.functions
     held = replace(
         package,
@@ -81,6 +99,15 @@ def start_with_slots(
         recorded=(),
     )
     return Executor(held, device=device)
+
+
+def _cache_bytes(package: Package, room: TextRoom) -> int:
+    """Those of the caches of texts, none longer than the model takes."""
+    if package.generation is None:
+        return 0
+    longest = package.generation.longest or room.tokens
+    ports = package.functions[DECODE].caches
+    return bytes_of_caches(ports, room.texts, min(longest, room.tokens))
 
 
 def store_report(executor: Executor) -> StoreReport | None:

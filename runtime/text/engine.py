@@ -126,7 +126,7 @@ class Engine:
         Raises InputError as `check`.
         """
         self.check(prompt, request.most)
-        generator = request.sampling.generators(index + 1)[index]
+        generator = request.sampling.generator(index)
         number = self._executor.number_requests(1)
         text = Continuation(tuple(prompt), request, generator, number)
         self.waiting.append(text)
@@ -137,6 +137,15 @@ class Engine:
         if not text.end:
             text.end = CANCELLED
             self._release(text)
+
+    def fail(self, error: str) -> tuple[Continuation, ...]:
+        """End all texts that hold a slot, with a sentence, after a step that raised an error."""
+        joining = (self._joining[0],) if self._joining else ()
+        failed = (*self.decoding, *joining)
+        for text in failed:
+            text.end, text.error = FAILED, error
+        self.decoding, self._joining = [], None
+        return failed
 
     def step(self) -> StepResult:
         """One token of every text that decodes, and a chunk of a prompt. The texts that ended in it

@@ -50,12 +50,13 @@ class Sampling:
                 "temperature, such as 1"
             )
 
+    def generator(self, text: int) -> np.random.Generator:
+        """The stream of random numbers of text number `text`; a new one without a seed."""
+        return np.random.default_rng(None if self.seed is None else [self.seed, text])
+
     def generators(self, texts: int) -> list[np.random.Generator]:
         """A stream of random numbers for each text."""
-        sequence = np.random.SeedSequence(self.seed)
-        if self.seed is not None:
-            return [np.random.default_rng([self.seed, text]) for text in range(texts)]
-        return [np.random.default_rng(child) for child in sequence.spawn(texts)]
+        return [self.generator(text) for text in range(texts)]
 
 
 def _is_a(value: object, *types: type) -> bool:

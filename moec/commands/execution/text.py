@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
+from moec.commands.execution.prompts import completed, continue_prompts
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.os_errors import reason
@@ -34,6 +35,7 @@ class TextOptions:
 
     prompt: str | None
     prompts: Path | None
+    resume: Path | None
     chat: bool
     stop: tuple[str, ...]
     batch: int
@@ -62,7 +64,12 @@ def text_options(command: F) -> F:
         click.option(
             "--prompts", type=click.Path(path_type=Path, allow_dash=True), metavar="FILE",
             help="Continue each line of a text file, or each string of a .jsonl; - reads stdin. "
-            "Prints one line of JSON for each: prompt, text, tokens.",
+            "Prints one line of JSON for each as its text ends: index (the line, from 0), prompt, "
+            "text, tokens; or index, error, and the exit code is 3.",
+        ),
+        click.option(
+            "--resume", type=click.Path(path_type=Path), metavar="FILE",
+            help="With --prompts: skip those that have texts in the results of an earlier run.",
         ),
         click.option(
             "--chat", is_flag=True,
@@ -73,7 +80,7 @@ def text_options(command: F) -> F:
         ),
         click.option(
             "--batch", type=click.IntRange(min=1), default=8, show_default=True,
-            help="How many of --prompts are continued in one batch.",
+            help="How many of --prompts are continued at a time.",
         ),
         click.option(
             "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True
@@ -95,8 +102,11 @@ def text_options(command: F) -> F:
     return command
 
 
-def read_prompts(options: TextOptions) -> list[str]:
-    """The prompts; empty for a chat. Raises UsageError where a file has none."""
+def read_prompts(options: TextOptions) -> list[str | None]:
+    """The prompts, one for each line of a file (None: it is no JSON string); empty for a chat.
+    Raises UsageError where a file has none, or cannot be read."""
+    if options.resume is not None and options.prompts is None:
+        raise UsageError("--resume continues a run of --prompts: give both")
     if options.prompt == "-":
         return [_decoded("stdin", _read("stdin", sys.stdin.buffer))]
     if options.prompt is not None:
@@ -110,10 +120,10 @@ def read_prompts(options: TextOptions) -> list[str]:
             content = _read(name, file)
     except OSError as error:
         raise UsageError(f"{name}: {reason(error)}") from error
-    lines = [line for line in _decoded(name, content).splitlines() if line.strip()]
-    if not lines:
+    lines = _decoded(name, content).splitlines()
+    if not any(line.strip() for line in lines):
         raise UsageError(f"{name} has no prompt: write one per line")
-    return [_string(path, line) for line in lines] if path.suffix == ".jsonl" else lines
+    return list(map(_string, lines)) if path.suffix == ".jsonl" else [*lines]
 
 
 def _read(name: str, file: BinaryIO) -> bytes:
@@ -131,21 +141,19 @@ def _decoded(name: str, content: bytes) -> str:
         raise UsageError(f"{name} is not UTF-8 at byte {error.start}: convert it first") from error
 
 
-def _string(path: Path, line: str) -> str:
+def _string(line: str) -> str | None:
     try:
-        value = json.loads(line)
+        value = json.loads(line) if line.strip() else ""
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, str):
-        raise UsageError(f"--prompts {path}: {line[:60]} is no JSON string")
-    return value
+        return None
+    return value if isinstance(value, str) else None
 
 
 def write_texts(
     files: Mapping[str, bytes],
     executor: Decoder,
     options: TextOptions,
-    prompts: Sequence[str],
+    prompts: Sequence[str | None],
     *,
     as_json: bool,
     quiet: bool,
@@ -169,10 +177,14 @@ def write_texts(
     if options.chat:
         return {"messages": _chat(tokenizer, executor, request, options.stop, not as_json)}
     if options.prompts is not None:
-        texts = _many(tokenizer, executor, request, options, prompts)
-        return {"texts": [*texts] if as_json else [_shown(text) for text in texts]}
-    return {"prompt": prompts[0]} | _write_text(
-        tokenizer, executor, request, options.stop, prompts[0], not as_json, quiet
+        done = completed(options.resume, prompts) if options.resume else set()
+        left = {index: p for index, p in enumerate(prompts) if index not in done}
+        rows = continue_prompts(tokenizer, executor, request, options.stop, options.batch, left)
+        return {"texts": [*rows] if as_json else [_shown(row) for row in rows]}
+    (prompt,) = prompts
+    assert prompt is not None
+    return {"prompt": prompt} | _write_text(
+        tokenizer, executor, request, options.stop, prompt, not as_json, quiet
     )
 
 
@@ -216,25 +228,6 @@ def _write_text(
         "generate_seconds": round(seconds, 4),
         "tokens_per_second": round(speed, 2),
     }
-
-
-def _many(
-    tokenizer: Tokenizer,
-    executor: Decoder,
-    request: Request,
-    options: TextOptions,
-    prompts: Sequence[str],
-) -> Iterator[dict[str, Any]]:
-    """Each prompt with its text, in order; yields a batch once all of it has ended."""
-    from moec.runtime.text.write_text import new_texts, write
-
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    for start in range(0, len(prompts), options.batch):
-        texts = new_texts(tokenizer, encoded[start : start + options.batch], options.stop)
-        for _ in write(executor, texts, request):
-            pass
-        for prompt, text in zip(prompts[start:], texts, strict=False):
-            yield {"prompt": prompt, "text": text.written, "tokens": len(text.tokens)}
 
 
 def _shown(text: dict[str, Any]) -> dict[str, Any]:

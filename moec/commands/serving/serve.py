@@ -83,7 +83,10 @@ def command(
 
     set_threads(threads)
     with listen(host, port) as listener:
-        model = load(artifact, signed_by=signed_by, memory=memory)
+        model = load(
+            artifact, signed_by=signed_by, memory=memory,
+            texts=slots + 1, room=context or CONTEXT,  # one more comes in
+        )  # fmt: skip
         generation = model.artifact.package.generation
         longest = generation.longest if generation else None
         engine = Engine(model.executor, slots, context or min(longest or CONTEXT, CONTEXT))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from moec.commands.serving.metrics import Metrics
+from moec.errors import MoecError
 from moec.runtime.text.engine import FAILED, Continuation, Engine
 from moec.runtime.text.generate import Request
 
@@ -78,7 +79,11 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._receive():
-                step = self.engine.step()
+                try:
+                    step = self.engine.step()
+                except MoecError as error:  # such as a read of an expert that failed
+                    self._deliver(self.engine.fail(str(error)))
+                    continue
                 self._metrics.observe(self.engine, step)
                 self._deliver(step.advanced)
             self.error = SHUTTING_DOWN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,17 @@ import moec
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime.artifact.artifact import DIGESTS, read
 from moec.runtime.artifact.container import part_spans
+from moec.runtime.call.caches import bytes_of_caches
 from moec.runtime.call.executor import Executor, start
 from moec.runtime.expert_store.device import BUFFERED, DIRECT
 from moec.runtime.expert_store.native import POLICIES, StoreOptions
 from moec.runtime.expert_store.slot_memory import allocate
-from moec.runtime.expert_store.start import start_with_slots, start_within, store_report
+from moec.runtime.expert_store.start import (
+    TextRoom,
+    start_with_slots,
+    start_within,
+    store_report,
+)
 from tests.runtime.expert_store.models import EXPERTS, FORMATS, LAYERS, artifact
 
 IDS = np.random.default_rng(0).integers(100, size=(3, 12))
@@ -316,3 +323,28 @@ def test_memory_that_the_system_does_not_give(path, monkeypatch):
         allocate([((10**6,), np.dtype(np.int64))])
     with pytest.raises(ArtifactError, match=r"model\.moec cannot be mapped: no memory"):
         read(path)
+
+
+def test_caches_beyond_the_limit_are_refused(path):
+    opened = read(path)
+    ports = opened.package.functions["decode"].caches
+    caches = bytes_of_caches(ports, texts=1, room=20)
+    executor = start_with_slots(opened, [2] * LAYERS, caches=caches)
+    model = moec.model.load.LoadedModel(path, opened, executor)
+    assert len(model.generate([[1] * 10], max_new_tokens=10)[0]) == 20
+    message = "the caches of the texts take .*, and memory has room for .* give fewer or shorter"
+    with pytest.raises(InputError, match=message):
+        model.generate([[1] * 10] * 2, max_new_tokens=10)
+
+
+def test_room_for_caches_is_a_part_of_the_limit(path):
+    least = re.compile(r"this model needs ([\d.]+) MB")
+    sizes = []
+    for room in (TextRoom(1, 32), TextRoom(10_000, 32)):
+        with pytest.raises(UsageError, match=least) as refusal:
+            start_within(read(path), 1, room=room)
+        match = least.search(str(refusal.value))
+        assert match
+        sizes.append(float(match[1]))
+    ports = read(path).package.functions["decode"].caches
+    assert sizes[1] - sizes[0] == pytest.approx(bytes_of_caches(ports, 9_999, 32) / 1e6, abs=5)

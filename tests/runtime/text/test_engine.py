@@ -219,3 +219,20 @@ def test_choices_draw_from_streams_of_their_own(cached: Executor) -> None:
         engine.step()
     drawn = zip(*generate(cached, [[9, 8]] * 3, request), strict=True)
     assert [text.tokens for text in texts] == list(map(list, drawn))
+
+
+def test_a_step_that_fails_ends_the_texts_in_it_and_no_others(cached: Executor) -> None:
+    """As a disk does where experts are read from it."""
+    traced = Traced(cached)
+    engine = Engine(traced, 2, 60)
+    prompt, request = [5, 6, 7], Request(8)
+    right = [token for (token,) in generate(cached, [prompt], request)]
+    texts = [engine.submit(prompt, request) for _ in range(4)]
+    for _ in range(3):
+        engine.step()
+    failed = engine.fail("the disk is gone")
+    assert set(failed) == set(texts[:2])
+    assert {(text.end, text.error) for text in failed} == {(FAILED, "the disk is gone")}
+    while engine.busy:
+        engine.step()
+    assert [text.tokens for text in texts[2:]] == [right, right]
