@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.execution.memory import limit_of, start_limited, store_answer
 from moec.commands.execution.prompts import SOME_FAILED
 from moec.commands.execution.ranks import holds_ranks, run_ranks
 from moec.commands.execution.text import TextOptions, read_prompts, text_options, write_texts
@@ -22,9 +22,6 @@ from moec.errors import UsageError, VerificationError
 if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
     from moec.runtime.call.executor import Executor
-    from moec.runtime.expert_store.device import StoreReport
-    from moec.runtime.expert_store.slots import LayerSize, MemoryLimit
-    from moec.runtime.expert_store.start import Fit
 
 
 @click.command("run", short_help="Run an artifact on inputs, or on a prompt.")
@@ -117,14 +114,10 @@ def command(
     from moec.runtime.artifact import artifact as artifacts
     from moec.runtime.call.executor import start
     from moec.runtime.device.device import default_device, device_of, only_for
-    from moec.runtime.expert_store.start import store_report
-    from moec.runtime.process.byte_sizes import bytes_of
     from moec.runtime.process.threads import set_threads
 
     set_threads(threads)
-    limit = None if memory is None else bytes_of(memory)
-    if routing is not None and limit is None:
-        raise UsageError("--routing chooses what --memory holds: give both")
+    limit = limit_of(memory, routing)
     prompts = read_prompts(options)
     for path in (source, output):
         if path is not None:
@@ -142,7 +135,7 @@ def command(
         opened = replace(opened, package=recompile(opened))
     texts = options.batch if options.prompts else 1
     executor = (
-        start(opened, on) if limit is None else _start_within(opened, limit, trace, routing, texts)
+        start(opened, on) if limit is None else start_limited(opened, limit, trace, routing, texts)
     )
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code is always checked
@@ -157,56 +150,11 @@ def command(
             answer |= write_texts(
                 opened.files, executor, options, prompts, as_json=as_json, quiet=quiet
             )
-    failed = any("error" in row for row in answer.get("texts", ()))
-    if stored := store_report(executor):
-        answer["store"] = asdict(stored)
-        if not (quiet or as_json):
-            echo(_store_line(stored), err=True)
+    answer |= store_answer(executor, quiet or as_json)
     if as_json:
         click.echo(json.dumps(answer, indent=1))
-    if failed:
+    if any("error" in row for row in answer.get("texts", ())):
         click.get_current_context().exit(SOME_FAILED)
-
-
-def _start_within(
-    opened: Artifact, limit: int, trace: Path | None, routing: Path | None, texts: int
-) -> Executor:
-    from moec.runtime.expert_store.start import TextRoom, fit_evenly, start_within
-
-    if opened.package.gpu is not None:
-        raise UsageError("--memory limits a model on a CPU, and this one runs on a GPU")
-    if trace is not None:
-        raise UsageError("--record-routing needs all experts in memory: leave --memory out")
-    fit = fit_evenly if routing is None else _fit_to(routing)
-    return start_within(opened, limit, fit, TextRoom(texts))
-
-
-def _fit_to(routing: Path) -> Fit:
-    """Slots and policy by a replay."""
-    from moec.plan.simulation.slots_by_trace import slots_by_trace
-    from moec.runtime.call.routing_trace import load_trace
-    from moec.runtime.expert_store.native import StoreOptions
-
-    trace = load_trace(routing)
-
-    def fit(limit: MemoryLimit, layers: Sequence[LayerSize]) -> tuple[Sequence[int], StoreOptions]:
-        slots, best = slots_by_trace(trace, limit, layers)
-        return slots, StoreOptions(policy=best.policy, half_life=best.half_life)
-
-    return fit
-
-
-def _store_line(stored: StoreReport) -> str:
-    from moec.runtime.checks import show_bytes
-
-    counts = stored.counts
-    share = counts.hits / max(1, counts.visits)
-    return (
-        f"{show_bytes(stored.slot_bytes)} of {show_bytes(stored.expert_bytes)} of experts in "
-        f"memory: {share:.0%} of those needed were there, {show_bytes(counts.bytes_read)} were "
-        f"read ({stored.reading}) in {counts.read_seconds:.1f} s, and threads waited for "
-        f"{counts.stall_seconds:.1f} s"
-    )
 
 
 def _check_ranks(artifact: Path, rebuild: bool, *, alone: bool) -> None:

@@ -19,6 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from moec.torch_private import version_of
+
 Result = TypeVar("Result")
 
 
@@ -85,9 +87,9 @@ class LockStep:
         share it until one of them reads other weights, or writes to it."""
         key = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, options
         cast, version = self._casts.get(key, (None, 0))
-        if cast is None or cast._version != version:
+        if cast is None or version_of(cast) != version:
             cast = compute()
-            self._casts[key] = cast, cast._version
+            self._casts[key] = cast, version_of(cast)
         return cast
 
     def run(self, evaluations: Sequence[Callable[[], Result]]) -> list[Result]:

@@ -23,7 +23,7 @@ from moec.errors import MoecError
 from moec.memory.lock_step import LockStep, Result
 from moec.memory.ranges import AddressRange
 from moec.memory.spool import Spool
-from moec.torch_private import TorchDispatchMode, pytree, schema_of
+from moec.torch_private import TorchDispatchMode, pytree, schema_of, to_copy
 
 Read = Callable[[Tensor], None]
 """Writes the values of a weight into a tensor."""
@@ -171,7 +171,7 @@ def _written(schema: Any, args: Sequence[Any], named: Mapping[str, Any]) -> list
     return [leaf for name in written for leaf in pytree.tree_leaves(values.get(name))]
 
 
-_CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+_CASTS = (torch.ops.aten.to.dtype, to_copy)
 """How evaluations in float32 cast the weights that an operator takes."""
 
 
