@@ -338,7 +338,7 @@ def test_caches_beyond_the_limit_are_refused(path):
 
 
 def test_room_for_caches_is_a_part_of_the_limit(path):
-    least = re.compile(r"this model needs ([\d.]+) MB")
+    least = re.compile(r" and ([\d.]+) MB for texts")
     sizes = []
     for room in (TextRoom(1, 32), TextRoom(10_000, 32)):
         with pytest.raises(UsageError, match=least) as refusal:

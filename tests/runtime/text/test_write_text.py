@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +137,13 @@ def run(*words: object, stdin: str = "") -> Any:
 def test_prompts_from_files_and_stdin(path: Path, tmp_path: Path) -> None:
     (lines := tmp_path / "p.txt").write_text("b c\n\ne\na\n")
     done = run(path, "--prompts", lines, "--batch", 2)
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [
-        {"prompt": "b c", "text": " d e f g", "tokens": 4},
-        {"prompt": "e", "text": " f g", "tokens": 2},
-        {"prompt": "a", "text": " b c d e f g", "tokens": 6},
+    assert done.exit_code == 3
+    rows = sorted((json.loads(line) for line in done.stdout.splitlines()), key=itemgetter("index"))
+    assert rows == [
+        {"index": 0, "prompt": "b c", "text": " d e f g", "tokens": 4},
+        {"index": 1, "error": "the prompt is empty"},
+        {"index": 2, "prompt": "e", "text": " f g", "tokens": 2},
+        {"index": 3, "prompt": "a", "text": " b c d e f g", "tokens": 6},
     ]
     (strings := tmp_path / "p.jsonl").write_text('"b\\nc"\n')
     assert json.loads(run(path, "--prompts", strings).stdout)["prompt"] == "b\nc"
@@ -174,4 +178,6 @@ def test_files_that_hold_no_text(path: Path, tmp_path: Path) -> None:
     (file := tmp_path / "p.txt").write_bytes(b"a\n\xff")
     assert "p.txt is not UTF-8 at byte 2" in run(path, "--prompts", file).stderr
     (file := tmp_path / "p.jsonl").write_text("{}\n")
-    assert "p.jsonl: {} is no JSON string" in run(path, "--prompts", file).stderr
+    done = run(path, "--prompts", file)
+    assert done.exit_code == 3
+    assert json.loads(done.stdout) == {"index": 0, "error": "the line is no JSON string"}
