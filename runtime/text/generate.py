@@ -37,11 +37,13 @@ class Whole(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """A request for at most `most` new tokens per text, until one of `stop` is drawn."""
+    """A request for at most `most` new tokens per text, until one of `stop` is drawn. `streams` are
+    the numbers of the texts' random numbers, by default from 0."""
 
     most: int = 64
     sampling: Sampling = GREEDY
     stop: frozenset[int] = frozenset()
+    streams: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.most, bool) or not isinstance(self.most, int | np.integer):
@@ -74,7 +76,8 @@ def generate(
     limit = longest_of(executor)
     room = max(len(prompt) + request.most for prompt in prompts)
     feed = _feed(executor, prompts, room if limit is None else min(room, limit))
-    generators = request.sampling.generators(len(prompts))
+    streams = request.streams or range(len(prompts))
+    generators = [request.sampling.generator(number) for number in streams]
     lengths = [len(prompt) for prompt in prompts]
     fresh: list[Sequence[int]] = list(prompts)
     open_ = [True] * len(prompts)

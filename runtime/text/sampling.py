@@ -54,10 +54,6 @@ class Sampling:
         """The stream of random numbers of text number `text`; a new one without a seed."""
         return np.random.default_rng(None if self.seed is None else [self.seed, text])
 
-    def generators(self, texts: int) -> list[np.random.Generator]:
-        """A stream of random numbers for each text."""
-        return [self.generator(text) for text in range(texts)]
-
 
 def _is_a(value: object, *types: type) -> bool:
     """Whether a value is of one of the types; a bool, which Python counts as an int, is not."""

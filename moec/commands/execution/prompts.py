@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,8 +100,6 @@ def _by_engine(
     batch: int,
     prompts: Mapping[int, Sequence[int]],
 ) -> Iterator[tuple[int, Row]]:
-    from dataclasses import replace
-
     from moec.runtime.text.engine import Engine
     from moec.runtime.text.generate import longest_of
     from moec.runtime.text.write_text import new_texts
@@ -159,7 +158,7 @@ def _in_batches(
         part = indices[start : start + batch]
         texts = new_texts(tokenizer, [prompts[index] for index in part], stops)
         try:
-            for _ in write(executor, texts, request):
+            for _ in write(executor, texts, replace(request, streams=tuple(part))):
                 pass
         except InputError as error:
             yield from ((index, {"error": str(error)}) for index in part)

@@ -18,13 +18,13 @@ LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 
 def draws(count: int, **how: Any) -> Counter[int]:
     sampling = Sampling(seed=5, **how)
-    (generator,) = sampling.generators(1)
+    generator = sampling.generator(0)
     return Counter(choose(LOGITS[None], sampling, [generator])[0] for _ in range(count))
 
 
 def test_the_likeliest_and_of_equals_the_first() -> None:
     rows = np.array([[0, 2, 1, 2], [-np.inf, -np.inf, -3, -np.inf]], np.float32)
-    assert choose(rows, Sampling(), Sampling().generators(2)) == [1, 2]
+    assert choose(rows, Sampling(), [Sampling().generator(n) for n in range(2)]) == [1, 2]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -51,14 +51,14 @@ def test_a_seed_gives_a_text_whatever_it_is_batched_with() -> None:
     sampling = Sampling(temperature=1.0, seed=7)
 
     def speak(texts: int) -> list[list[int]]:
-        generators = sampling.generators(texts)
+        generators = [sampling.generator(n) for n in range(texts)]
         return [choose(np.tile(LOGITS, (texts, 1)), sampling, generators) for _ in range(20)]
 
     one, two = speak(1), speak(2)
     assert [row[0] for row in two] == [row[0] for row in one]
     assert [row[1] for row in two] != [row[0] for row in one]
     fresh = Sampling(temperature=1.0)
-    assert fresh.generators(1)[0].random() != fresh.generators(1)[0].random()
+    assert fresh.generator(0).random() != fresh.generator(0).random()
 
 
 @given(
@@ -72,7 +72,7 @@ def test_a_drawn_token_is_among_the_likeliest(
 ) -> None:
     sampling = Sampling(temperature, top_p, top_k, seed=0)
     row = np.array(scores, np.float32)
-    (token,) = choose(row[None], sampling, sampling.generators(1))
+    (token,) = choose(row[None], sampling, [sampling.generator(0)])
     assert (row > row[token]).sum() < top_k
 
 
