@@ -14,7 +14,7 @@ from moec.commands.execution.memory import limit_of, start_limited, store_answer
 from moec.commands.execution.prompts import SOME_FAILED
 from moec.commands.execution.ranks import holds_ranks, run_ranks
 from moec.commands.execution.text import TextOptions, read_prompts, text_options, write_texts
-from moec.commands.options.options import json_option, quiet_option, signed_by_option
+from moec.commands.options.options import json_option, memory_option, quiet_option, signed_by_option
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError, VerificationError
@@ -64,11 +64,7 @@ if TYPE_CHECKING:
     "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True,
     help="Seconds that a rank waits for the other ranks.",
 )  # fmt: skip
-@click.option(
-    "--memory", metavar="SIZE",
-    help="The most memory to take, e.g. 4GiB: experts that do not fit are read from the artifact "
-    "when a token chooses them.",
-)  # fmt: skip
+@memory_option
 @click.option(
     "--routing", type=click.Path(path_type=Path), metavar="FILE.npz",
     help="With --memory: recorded routing, by which the experts that stay in memory are chosen.",

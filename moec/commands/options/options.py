@@ -22,6 +22,11 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON document."
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
+memory_option = click.option(
+    "--memory", metavar="SIZE",
+    help="The most memory to take, e.g. 4GiB: experts that do not fit are read from the artifact "
+    "when a token chooses them.",
+)  # fmt: skip
 signed_by_option = click.option(
     "--signed-by", type=click.Path(path_type=Path), metavar="FILE",
     help="Refuse the artifact unless it is signed with the private key of this public key.",

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from moec.commands.execution.ranks import holds_ranks
-from moec.commands.options.options import signed_by_option
+from moec.commands.options.options import memory_option, signed_by_option
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
@@ -39,11 +39,7 @@ CONTEXT = 4096  # of a model that takes more, unless the user says otherwise
     help="Requests need this key; better set as MOEC_API_KEY, as arguments show in ps.",
 )  # fmt: skip
 @click.option("--name", help="The model's name in requests; default: that of the file.")
-@click.option(
-    "--memory", metavar="SIZE",
-    help="The most memory to take, e.g. 4GiB: experts that do not fit are read from the artifact "
-    "when a token chooses them.",
-)  # fmt: skip
+@memory_option
 @click.option(
     "--threads", type=click.IntRange(1, 4096), help="Threads of the kernels; default: one per core."
 )
