@@ -30,6 +30,7 @@ from moec.__main__ import cli
 from moec.commands.serving.app import MOST_BYTES, application
 from moec.commands.serving.server import listen
 from moec.commands.serving.service import Service
+from moec.errors import ArtifactError
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
 from moec.runtime.dtypes import Array
@@ -47,7 +48,8 @@ class Paced:
     """An executor each of whose calls takes some seconds more, or fails."""
 
     def __init__(self, executor: Executor) -> None:
-        self.executor, self.seconds, self.fails = executor, 0.0, False
+        self.executor, self.seconds = executor, 0.0
+        self.fails: Exception | None = None
 
     @property
     def package(self) -> Package:
@@ -63,7 +65,7 @@ class Paced:
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
         if self.fails:
-            raise RuntimeError("the disk is gone\nand more")
+            raise self.fails
         time.sleep(self.seconds)
         return self.executor.decode(counts, caches, requests, lengths)
 
@@ -472,13 +474,27 @@ def test_an_engine_that_fails_says_so(model: moec.LoadedModel) -> None:
         body = TEXT | {"max_tokens": 400, "stream": True, "ignore_eos": True}
         with begin(running, body) as connection:
             read_until(connection, b"data: ")
-            running.executor.fails = True
+            running.executor.fails = RuntimeError("the disk is gone\nand more")
             content = read_until(connection, b"\r\n0\r\n\r\n")
         assert b'"message":"the model failed: RuntimeError: the disk is gone"' in content
         assert b"[DONE]" not in content
         status, answer, _ = running.send("/v1/completions", TEXT)
         assert (status, answer["error"]["type"]) == (500, "server_error")
         assert running.send("/health")[0] == 503
+
+
+def test_a_read_that_fails_ends_the_texts_in_it_and_no_others(model: moec.LoadedModel) -> None:
+    with serving(model) as running:
+        body = TEXT | {"temperature": 0}
+        right = running.send("/v1/completions", body)[1]["choices"]
+        running.executor.fails = ArtifactError("expert 3 of layer 0 cannot be read")
+        status, answer, _ = running.send("/v1/completions", body)
+        assert status == 500
+        assert "expert 3 of layer 0 cannot be read" in answer["error"]["message"]
+        running.executor.fails = None
+        assert running.send("/health")[0] == 200
+        status, answer, _ = running.send("/v1/completions", body)
+        assert (status, answer["choices"]) == (200, right)
 
 
 @contextlib.contextmanager
