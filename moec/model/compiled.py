@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from moec.errors import UsageError
 from moec.ir.graph import Graph, Module
 from moec.ir.text import print_graph
 from moec.model.compilation import Compilation
-from moec.model.generate import Prompts, Writer, continued, stream
+from moec.model.generate import TextModel, Writer
 from moec.oracle.tolerance import default_tolerance
 from moec.report.data import DeclinedLine
 from moec.report.units import counted
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False)
-class CompiledModel(Compilation):
+class CompiledModel(TextModel, Compilation):
     """A model compiled for one target; call it like the module that it was compiled from.
 
     torch tensors as inputs give torch tensors as results, numpy arrays give numpy arrays. The
@@ -54,26 +54,6 @@ class CompiledModel(Compilation):
         if self.source.unnamed or structure.count != len(package.main.outputs):
             return call(executor, names, args, kwargs)
         return structure.rebuild(list(executor(bind(names, args, kwargs)).values()))
-
-    def generate(self, prompts: Prompts, **options: Any) -> Any:
-        """Continue texts. `prompts` are a string or a list of strings, where the model has a
-        tokenizer; or token ids [B, S], or a list of lists of ids of any lengths.
-
-        Returns the prompts with their continuations, in the same form; a row that ended early is
-        filled up with its last token. Options: `max_new_tokens` (64), `temperature` (0: the
-        likeliest token), `top_p`, `top_k`, `seed`, and `stop`: the tokens that end a text (default:
-        those of the model's configuration) and, for text, strings that end it and are left out.
-
-        Raises InputError where the model does not continue text, or an option or a prompt is out of
-        range; ArtifactError for text without a tokenizer.
-        """
-        return continued(self._writer, prompts, **options)
-
-    def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
-        """As `generate`, but yields as tokens are computed: the next token of each text, or None
-        where it has ended. For a string, yields its pieces; for a list of strings, the next piece
-        of each."""
-        return stream(self._writer, prompts, **options)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -23,9 +24,6 @@ Prompts: TypeAlias = Any
 or a list of strings."""
 
 
-OPTIONS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-
-
 @dataclass(frozen=True)
 class Writer:
     """What is needed to continue texts: the model, and a function that loads its tokenizer."""
@@ -38,9 +36,16 @@ def request_of(
     writer: Writer,
     *,
     max_new_tokens: int = 64,
+    min_tokens: int = 0,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int | None = None,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
     seed: int | None = None,
     stop: int | str | Sequence[int | str] | None = None,
 ) -> tuple[Request, tuple[str, ...]]:
@@ -57,8 +62,57 @@ def request_of(
     if not tokens and (stops is None or strings):
         generation = writer.executor.package.generation
         tokens = list(generation.stop) if generation is not None else []
-    sampling = Sampling(temperature, top_p, top_k, seed)
-    return Request(max_new_tokens, sampling, frozenset(map(int, tokens))), strings
+    if not isinstance(logit_bias, Mapping | None):
+        raise InputError(f"logit_bias is {logit_bias!r}; it maps token ids to numbers")
+    sampling = Sampling(
+        temperature, top_p, top_k, seed, min_p, typical_p,
+        repetition_penalty, presence_penalty, frequency_penalty, tuple((logit_bias or {}).items()),
+    )  # fmt: skip
+    ids = frozenset(map(int, tokens))
+    return Request(max_new_tokens, sampling, ids, least=min_tokens), strings
+
+
+OPTIONS = tuple(inspect.signature(request_of).parameters.values())[1:]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_options(method: F) -> F:
+    """A method whose signature shows the options of `request_of`, for help() and editors."""
+    signature = inspect.signature(method)
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    method.__signature__ = signature.replace(parameters=[*named, *OPTIONS])  # type: ignore[attr-defined]
+    return method
+
+
+class TextModel:
+    """The methods of a model that continues texts."""
+
+    @property
+    def _writer(self) -> Writer:
+        raise NotImplementedError
+
+    @with_options
+    def generate(self, prompts: Prompts, **options: Any) -> Any:
+        """Continue texts. `prompts` are a string or a list of strings, where the model has a
+        tokenizer; or token ids [B, S], or a list of lists of ids of any lengths.
+
+        Returns the prompts with their continuations, in the same form; a row that ended early is
+        filled up with its last token. `temperature` 0 takes the likeliest token; `stop` are the
+        tokens that end a text (default: those of the model's configuration), of which none is among
+        the first `min_tokens`, and, for text, strings that end it and are left out. The others are
+        those of `moec.runtime.text.sampling.Sampling`.
+
+        Raises InputError where the model does not continue text, or an option or a prompt is out of
+        range; ArtifactError for text without a tokenizer.
+        """
+        return continued(self._writer, prompts, **options)
+
+    @with_options
+    def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
+        """As `generate`, but yields as tokens are computed: the next token of each text, or None
+        where it has ended. For a string, yields its pieces; for a list of strings, the next piece
+        of each."""
+        return stream(self._writer, prompts, **options)
 
 
 def continued(writer: Writer, prompts: Prompts, **options: Any) -> Any:
@@ -99,8 +153,9 @@ def stream(writer: Writer, prompts: Prompts, **options: Any) -> Iterator[Any]:
 
 
 def _checked(writer: Writer, options: Mapping[str, Any]) -> tuple[Request, tuple[str, ...]]:
-    if unknown := [name for name in options if name not in OPTIONS]:
-        near = did_you_mean(unknown[0], OPTIONS) or f"; the options are {', '.join(OPTIONS)}"
+    names = [option.name for option in OPTIONS]
+    if unknown := [name for name in options if name not in names]:
+        near = did_you_mean(unknown[0], names) or f"; the options are {', '.join(names)}"
         raise UsageError(f"text is generated without an option {unknown[0]!r}{near}")
     checked = request_of(writer, **options)
     if why := slow(writer.executor):

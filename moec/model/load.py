@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from moec.errors import UsageError
-from moec.model.generate import Prompts, Writer, continued, stream
+from moec.model.generate import TextModel, Writer
 from moec.runtime.artifact.artifact import Artifact, read
 from moec.runtime.call.arguments import Choices, call, routed, routers
 from moec.runtime.call.executor import Executor, start
@@ -21,7 +20,7 @@ from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True, repr=False)
-class LoadedModel:
+class LoadedModel(TextModel):
     """A compiled model loaded from its artifact. Call it like the result of `moec.compile`."""
 
     path: Path
@@ -32,14 +31,6 @@ class LoadedModel:
         """Run the model. Raises InputError where an input does not fit."""
         names = [port.name for port in self.artifact.package.main.inputs]
         return call(self.executor, names, args, kwargs)
-
-    def generate(self, prompts: Prompts, **options: Any) -> Any:
-        """See `CompiledModel.generate`."""
-        return continued(self._writer, prompts, **options)
-
-    def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
-        """See `CompiledModel.stream`."""
-        return stream(self._writer, prompts, **options)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moec.model.generate import Prompts, Writer, continued, stream
+from moec.model.generate import Prompts, Writer, continued, stream, with_options
 from moec.parallel.decoder import RankDecoder
 from moec.parallel.process import Job, joined
 from moec.parallel.process_ranks import ProcessRanks
@@ -26,10 +26,12 @@ class RankWriter:
     writer: Writer
     ranks: ProcessRanks
 
+    @with_options
     def generate(self, prompts: Prompts, **options: Any) -> Any:
         """As `CompiledModel.generate`; the result is the same on every rank."""
         return continued(self.writer, prompts, **self._seeded(options))
 
+    @with_options
     def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
         """As `CompiledModel.stream`."""
         return stream(self.writer, prompts, **self._seeded(options))

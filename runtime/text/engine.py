@@ -20,7 +20,7 @@ from moec.runtime.call.caches import Cache, copy_tokens, first_texts
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, carries
 from moec.runtime.text.generate import Request
-from moec.runtime.text.sampling import choose
+from moec.runtime.text.sampling import Logprobs, Sampler, logprobs
 from moec.runtime.text.texts import PIECE, Decoder
 
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
@@ -31,14 +31,16 @@ class Continuation:
     """One prompt and its new `tokens`.
 
     `end` is empty until it is STOP (the last token is one of `request.stop`), LENGTH, CANCELLED, or
-    FAILED, with the sentence `error`.
+    FAILED, with the sentence `error`. `logprobs` has an item for each token where they were
+    requested.
     """
 
     prompt: Sequence[int]
     request: Request
-    generator: np.random.Generator
+    sampler: Sampler
     number: Array  # i32[1], which identifies it in traces
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
     read: int = 0  # how many tokens of the prompt are in its caches
     end: str = ""
     error: str = ""
@@ -80,7 +82,7 @@ class Engine:
         self.slots, self.room = slots, room
         self.waiting: deque[Continuation] = deque()
         self.decoding: list[Continuation] = []  # by slot
-        self._vocabulary = package.generation.vocabulary
+        self.vocabulary = package.generation.vocabulary
         self._ports = package.functions[DECODE].caches
         self._carries = carries(package.functions[DECODE])
         self._executor, self._piece = executor, piece
@@ -103,8 +105,9 @@ class Engine:
         joining = self._joining[0].cached if self._joining else 0
         return joining + sum(text.cached for text in self.decoding)
 
-    def check(self, prompt: Sequence[int], most: int) -> None:
-        """Raises InputError for a prompt that cannot be continued by `most` tokens."""
+    def check(self, prompt: Sequence[int], request: Request) -> None:
+        """Raises InputError for a prompt that cannot be continued as requested."""
+        most = request.most
         if not len(prompt):
             raise InputError("the prompt has no tokens; give at least one")
         if len(prompt) + most > self.room:
@@ -112,11 +115,12 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and {most} more may follow, and a text has "
                 f"at most {self.room}: shorten one of them"
             )
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= self._vocabulary:
+        biased = [token for token, _ in request.sampling.logit_bias]
+        low, high = min((*prompt, *biased)), max((*prompt, *biased))
+        if low < 0 or high >= self.vocabulary:
             raise InputError(
                 f"token {low if low < 0 else high} is not one of the model's "
-                f"{self._vocabulary} tokens"
+                f"{self.vocabulary} tokens"
             )
 
     def submit(self, prompt: Sequence[int], request: Request, index: int = 0) -> Continuation:
@@ -125,10 +129,10 @@ class Engine:
 
         Raises InputError as `check`.
         """
-        self.check(prompt, request.most)
-        generator = request.sampling.generator(index)
+        self.check(prompt, request)
+        sampler = Sampler(request.sampling, prompt, index)
         number = self._executor.number_requests(1)
-        text = Continuation(tuple(prompt), request, generator, number)
+        text = Continuation(tuple(prompt), request, sampler, number)
         self.waiting.append(text)
         return text
 
@@ -233,9 +237,12 @@ def _draw(text: Continuation, logits: Array) -> None:
             "token can be chosen"
         )
         return
-    (token,) = choose(logits[None], text.request.sampling, [text.generator])
+    request = text.request
+    token = text.sampler.draw(logits, request.stop if len(text.tokens) < request.least else ())
     text.tokens.append(token)
-    if token in text.request.stop:
+    if request.logprobs is not None:
+        text.logprobs.append(logprobs(logits, token, request.logprobs))
+    if token in request.stop:
         text.end = STOP
-    elif len(text.tokens) == text.request.most:
+    elif len(text.tokens) == request.most:
         text.end = LENGTH

@@ -17,7 +17,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.dtypes import Array
 from moec.runtime.text.causal_lm import CausalLM, causal_lm, inputs
-from moec.runtime.text.sampling import GREEDY, Sampling, choose
+from moec.runtime.text.sampling import GREEDY, Sampler, Sampling
 from moec.runtime.text.texts import Decoder, Texts
 
 Feed = Callable[[Sequence[Sequence[int]]], Array]
@@ -37,19 +37,28 @@ class Whole(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """A request for at most `most` new tokens per text, until one of `stop` is drawn. `streams` are
-    the numbers of the texts' random numbers, by default from 0."""
+    """A request for at most `most` new tokens per text, until one of `stop` is drawn, which none of
+    the first `least` is. `streams` are the numbers of the texts' random numbers, by default from 0.
+    With `logprobs` each token has its log probability, and those of so many likeliest ones."""
 
     most: int = 64
     sampling: Sampling = GREEDY
     stop: frozenset[int] = frozenset()
     streams: tuple[int, ...] = ()
+    least: int = 0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.most, bool) or not isinstance(self.most, int | np.integer):
             raise InputError(f"max_new_tokens is {self.most!r}; it must be a whole number")
         if self.most < 1:
             raise InputError(f"max_new_tokens is {self.most}; it must be at least 1")
+        if isinstance(self.least, bool) or not isinstance(self.least, int | np.integer):
+            raise InputError(f"min_tokens is {self.least!r}; it must be a whole number")
+        if not 0 <= self.least <= self.most:
+            raise InputError(
+                f"min_tokens is {self.least}; it must be from 0 to max_new_tokens, {self.most}"
+            )
 
 
 def slow(executor: Decoder) -> str:
@@ -77,11 +86,11 @@ def generate(
     room = max(len(prompt) + request.most for prompt in prompts)
     feed = _feed(executor, prompts, room if limit is None else min(room, limit))
     streams = request.streams or range(len(prompts))
-    generators = [request.sampling.generator(number) for number in streams]
+    samplers = [Sampler(request.sampling, p, n) for p, n in zip(prompts, streams, strict=False)]
     lengths = [len(prompt) for prompt in prompts]
     fresh: list[Sequence[int]] = list(prompts)
     open_ = [True] * len(prompts)
-    for _ in range(request.most):
+    for count in range(request.most):
         open_ = [o and (limit is None or n <= limit) for o, n in zip(open_, lengths, strict=True)]
         if not any(open_):
             return
@@ -91,7 +100,11 @@ def generate(
                 raise InputError(
                     f"the logits hold NaN after {lengths[text]} tokens: no next token can be chosen"
                 )
-        tokens = choose(logits, request.sampling, generators)
+        banned = request.stop if count < request.least else ()
+        tokens = [
+            sampler.draw(row, banned) if o else 0
+            for o, sampler, row in zip(open_, samplers, logits, strict=True)
+        ]
         yield tuple(token if o else None for o, token in zip(open_, tokens, strict=True))
         fresh = [[token] for token in tokens]
         lengths = [n + o for n, o in zip(lengths, open_, strict=True)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.extras import missing_extra
 from moec.runtime.text.chat import ChatTemplate, Message
+from moec.runtime.text.token_bytes import bytes_of
 
 FOLDER = "tokenizer/"
 
@@ -74,6 +76,11 @@ class Tokenizer:
 
         stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
         return lambda token: stream.step(self.tokenizer, token) or ""
+
+    @cached_property
+    def bytes_of(self) -> Callable[[int], bytes]:
+        """The bytes of a token, which may be a part of a character; of a special one its text."""
+        return bytes_of(self.tokenizer)
 
 
 def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:

@@ -1,9 +1,10 @@
-"""Sampling: the next token of each text from its logits."""
+"""Sampling: the next token of a text from its logits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,14 +12,29 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.dtypes import Array
 
+LIKELIEST = 512  # tokens that are sorted first where a share of the probability is searched
+NEUTRAL = {
+    "temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0,
+    "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+}  # fmt: skip
+"""The numbers among the options, with the values that change nothing."""
+SHARES = ("top_p", "min_p", "typical_p")
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn.
 
+    First the logits of tokens change: those of tokens that the prompt or the text has are divided
+    by `repetition_penalty` (multiplied where they are negative, arXiv 1909.05858); those of tokens
+    that the text has fall by `presence_penalty`, and by `frequency_penalty` for each time, as at
+    OpenAI; each (token, bias) of `logit_bias` is added.
+
     `temperature` 0 takes the likeliest token (of equals the lowest id). Otherwise logits are
-    divided by it; `top_k` keeps the k likeliest tokens, then `top_p` the fewest whose
-    probabilities reach p (nucleus sampling, arXiv 1904.09751). The same `seed` gives the same
+    divided by it; then `top_k` keeps the k likeliest tokens, `top_p` the fewest whose probabilities
+    reach p (nucleus sampling, arXiv 1904.09751), `min_p` those at least p times as likely as the
+    likeliest (arXiv 2407.01082), and `typical_p` the fewest that reach p, with those first whose
+    information is nearest to the expected one (arXiv 2202.00666). The same `seed` gives the same
     texts, independent of the other texts of the batch; None takes a new seed each time.
     """
 
@@ -26,33 +42,60 @@ class Sampling:
     top_p: float = 1.0
     top_k: int | None = None
     seed: int | None = None
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         """Raises InputError where a value is of another type, or out of range."""
-        for name in ("temperature", "top_p"):
-            if not _is_a(getattr(self, name), int, float, np.integer, np.floating):
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be a number")
+        for name in NEUTRAL:
+            value = getattr(self, name)
+            if not _is_a(value, int, float, np.integer, np.floating):
+                raise InputError(f"{name} is {value!r}; it must be a number")
+            if not math.isfinite(value):
+                raise InputError(f"{name} is {value}; it must be finite")
         for name in ("top_k", "seed"):
             value = getattr(self, name)
             if value is not None and not _is_a(value, int, np.integer):
                 raise InputError(f"{name} is {value!r}; it must be a whole number, or omitted")
         if self.seed is not None and self.seed < 0:
             raise InputError(f"seed is {self.seed}; it must be 0 or more")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if self.temperature < 0:
             raise InputError(f"temperature is {self.temperature}; it must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.repetition_penalty <= 0:
+            raise InputError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0, and 1 "
+                "changes nothing"
+            )
+        for name in ("top_p", "typical_p"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise InputError(f"{name} is {value}; it must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p is {self.min_p}; it must be from 0 to 1")
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k is {self.top_k}; it must be at least 1, or omitted")
-        if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
+        limits = [name for name in SHARES if getattr(self, name) != NEUTRAL[name]]
+        if self.temperature == 0 and (limits or self.top_k is not None):
+            names = " and ".join(limits + ["top_k"] * (self.top_k is not None))
             raise InputError(
-                "top_p and top_k limit sampling, and temperature 0 does not sample: set a "
+                f"{names}: temperature 0 does not sample, and these limit sampling: set a "
                 "temperature, such as 1"
             )
+        for item in self.logit_bias:
+            token, bias = item if isinstance(item, tuple) and len(item) == 2 else (None, None)
+            if not (_is_a(token, int, np.integer) and _is_a(bias, int, float)):
+                raise InputError(f"logit_bias holds {item!r}; it is a token id and a number")
+            if not math.isfinite(bias or 0):
+                raise InputError(f"logit_bias of token {token} is {bias}; it must be finite")
 
-    def generator(self, text: int) -> np.random.Generator:
-        """The stream of random numbers of text number `text`; a new one without a seed."""
-        return np.random.default_rng(None if self.seed is None else [self.seed, text])
+    @property
+    def penalises(self) -> bool:
+        """Whether logits depend on the tokens before."""
+        names = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        return any(getattr(self, name) != NEUTRAL[name] for name in names)
 
 
 def _is_a(value: object, *types: type) -> bool:
@@ -63,26 +106,102 @@ def _is_a(value: object, *types: type) -> bool:
 GREEDY = Sampling()
 
 
-def choose(
-    logits: Array, sampling: Sampling, generators: Sequence[np.random.Generator]
-) -> list[int]:
-    """The next token of each row of logits f32[B, V]."""
-    if sampling.temperature == 0:
-        return [int(token) for token in logits.argmax(-1)]
-    return [_draw(row, sampling, g) for row, g in zip(logits, generators, strict=True)]
+class Sampler:
+    """Draws the tokens of one text after a prompt. `stream` selects the text's stream of random
+    numbers among those of the seed."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], stream: int) -> None:
+        seed = None if sampling.seed is None else [sampling.seed, stream]
+        self._sampling, self._generator = sampling, np.random.default_rng(seed)
+        self._prompt = np.unique(np.array(prompt, np.int64)) if sampling.penalises else None
+        self._counts: Counter[int] = Counter()
+
+    def draw(self, logits: Array, banned: Collection[int] = ()) -> int:
+        """The next token, from its logits f32[V] without NaN; none of `banned`."""
+        sampling = self._sampling
+        scores = logits
+        if self._prompt is not None or sampling.logit_bias or banned:
+            scores = self._changed(logits, banned)
+        token = int(scores.argmax()) if sampling.temperature == 0 else self._sample(scores)
+        if self._prompt is not None:
+            self._counts[token] += 1
+        return token
+
+    def _changed(self, logits: Array, banned: Collection[int]) -> Array:
+        scores, sampling = logits.astype(np.float64), self._sampling
+        if self._prompt is not None:
+            tokens = np.array([*self._counts], np.int64)
+            times = np.array([*self._counts.values()], np.float64)
+            every = np.union1d(self._prompt, tokens)
+            old, penalty = scores[every], sampling.repetition_penalty
+            scores[every] = np.where(old < 0, old * penalty, old / penalty)
+            scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
+        for token, bias in sampling.logit_bias:
+            scores[token] += bias
+        scores[[*banned]] = -np.inf
+        return scores
+
+    def _sample(self, scores: Array) -> int:
+        tokens, shares = nucleus(scores, self._sampling)
+        ends = np.cumsum(shares)
+        index = np.searchsorted(ends, self._generator.random() * ends[-1], side="right")
+        return int(tokens[min(int(index), len(tokens) - 1)])
 
 
-def _draw(logits: Array, sampling: Sampling, generator: np.random.Generator) -> int:
-    scores = logits.astype(np.float64)
-    order = np.argsort(-scores, kind="stable")
-    if sampling.top_k is not None:
-        order = order[: sampling.top_k]
-    with np.errstate(over="ignore"):  # at a temperature near 0 all but the likeliest have none
-        shares = np.exp((scores[order] - scores[order[0]]) / sampling.temperature)
-    shares /= shares.sum()
+def nucleus(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
+    """The tokens i64[n] that a text may go on with, and their probabilities f64[n], whose sum is
+    not 1 where some are left out."""
+    scores = scores.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # at a temperature near 0
+        shares = np.exp((scores - scores.max()) / sampling.temperature)
+    count = len(scores) if sampling.top_k is None else min(sampling.top_k, len(scores))
+    tokens = np.arange(len(scores)) if count == len(scores) else _likeliest(scores, count)
     if sampling.top_p < 1:
-        count = int(np.searchsorted(np.cumsum(shares), sampling.top_p)) + 1
-        order, shares = order[:count], shares[:count]
-    ends = np.cumsum(shares)
-    index = np.searchsorted(ends, generator.random() * ends[-1], side="right")
-    return int(order[min(int(index), len(order) - 1)])
+        total, count = shares[tokens].sum(), min(LIKELIEST, len(tokens))
+        while True:
+            first = tokens[_likeliest(scores[tokens], count)]
+            reached = np.cumsum(shares[first]) >= sampling.top_p * total
+            if reached.any() or count == len(tokens):
+                break
+            count = min(8 * count, len(tokens))
+        tokens = first[: int(reached.argmax()) + 1] if reached.any() else first
+    if sampling.min_p > 0:
+        tokens = tokens[shares[tokens] >= sampling.min_p * shares[tokens].max()]
+    if sampling.typical_p < 1:
+        tokens = tokens[_typical(shares[tokens] / shares[tokens].sum(), sampling.typical_p)]
+    return tokens, shares[tokens]
+
+
+def _likeliest(scores: Array, count: int) -> Array:
+    """The indices of the greatest `count` scores, in their order; of equals the lower first."""
+    if count == len(scores):
+        return np.argsort(-scores, kind="stable")
+    least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
+    indices = np.concatenate([above, equal[: count - len(above)]])
+    return indices[np.argsort(-scores[indices], kind="stable")]
+
+
+def _typical(shares: Array, mass: float) -> Array:
+    information = -np.log(np.maximum(shares, np.finfo(np.float64).tiny))
+    expected = (shares * information).sum()
+    order = np.argsort(np.abs(information - expected), kind="stable")
+    count = int((np.cumsum(shares[order]) < mass).sum()) + 1
+    return order[:count]
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """The log probability of a token, in the model's own distribution before any of `Sampling`, and
+    those of the likeliest tokens, as (token, logprob)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def logprobs(logits: Array, token: int, top: int) -> Logprobs:
+    """Those of a token that was drawn from logits f32[V]."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max() + math.log(np.exp(scores - scores.max()).sum())
+    first = _likeliest(scores, min(top, len(scores))) if top else ()
+    return Logprobs(float(scores[token]), tuple((int(t), float(scores[t])) for t in first))

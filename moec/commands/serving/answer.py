@@ -8,15 +8,15 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from moec.commands.serving.errors import ApiError
 from moec.commands.serving.fields import Fields
+from moec.commands.serving.scores import Score, of_chat, of_completion
 from moec.commands.serving.service import Service
 from moec.commands.serving.worker import Ticket, Update
 from moec.runtime.text.engine import FAILED, STOP
-from moec.runtime.text.generate import Request
 from moec.runtime.text.write_text import Text, new_texts
 
 PING_SECONDS = 15.0
@@ -26,20 +26,24 @@ LOGGER = logging.getLogger("moec.serve")
 @dataclass(eq=False)
 class Choice:
     """One text of an answer. `end` is its finish reason, empty until it has one; `first` is the
-    time of its first token."""
+    time of its first token, `scores` have the tokens since the last chunk of a stream."""
 
     ticket: Ticket
     text: Text
     count: int = 0
     end: str = ""
     first: float = 0.0
+    scores: list[Score] = field(default_factory=list)
 
     def add(self, update: Update) -> str:
         """The characters that become certain. Raises ApiError where the text failed."""
         if update.end == FAILED:
             raise ApiError(500, update.error)
         self.count += 1
-        piece = self.text.add(update.token, self.ticket.request.stop)
+        stop, offset = self.ticket.request.stop, len(self.text.written) + len(self.text.cut.held)
+        if update.logprobs and update.token is not None and update.token not in stop:
+            self.scores.append(Score(update.token, update.logprobs, offset))
+        piece = self.text.add(update.token, stop)
         self.end = STOP if self.text.cut.ended else update.end
         return piece + self.text.end() if self.end else piece
 
@@ -65,9 +69,8 @@ class Answer:
             "system_fingerprint": service.fingerprint,
         }
         self._prompt_tokens = sum(map(len, prompts))
-        stop = frozenset(() if fields.ignore_eos else service.stop) | {*fields.stop_token_ids}
         for prompt in prompts:
-            request = Request(service.most(prompt, fields), fields.sampling, stop)
+            request = service.request(prompt, fields)
             for number in range(fields.n):
                 ticket = Ticket(prompt, request, number, len(self._choices), self._updates)
                 (text,) = new_texts(service.tokenizer, [prompt], fields.stops)
@@ -97,7 +100,7 @@ class Answer:
             text = choice.text.written
             message = {"role": "assistant", "content": text, "refusal": None}
             content = {"message": message} if self._chat else {"text": text}
-            choices.append(_choice(choice.ticket.index, content, choice.end))
+            choices.append(self._content(choice, content, choice.end))
         return self._object(choices, usage=self._usage)
 
     async def events(self) -> AsyncIterator[str]:
@@ -132,7 +135,7 @@ class Answer:
                 continue
             piece, first = choice.add(update), choice.count == 1
             self._observe(choice)
-            if piece or first or choice.end:
+            if piece or first or choice.end or choice.scores:
                 yield choice, piece, first
 
     def _observe(self, choice: Choice) -> None:
@@ -158,16 +161,29 @@ class Answer:
 
     def _chunks(self, choice: Choice, piece: str, first: bool) -> list[dict[str, Any]]:
         """The choices of the chunks for a piece: in a chat, role, content and end each have one."""
-        index, end = choice.ticket.index, choice.end or None
+        end = choice.end or None
         if not self._chat:
-            return [_choice(index, {"text": piece}, end)]
-        deltas = [{"role": "assistant", "content": ""}] * first + [{"content": piece}] * bool(piece)
-        chunks = [_choice(index, {"delta": delta}, None) for delta in deltas]
-        return [*chunks, _choice(index, {"delta": {}}, end)] if end else chunks
+            return [self._content(choice, {"text": piece}, end)]
+        chunks = []
+        if first:
+            chunks.append(_choice(choice, {"delta": {"role": "assistant", "content": ""}}))
+        if piece or choice.scores:
+            chunks.append(self._content(choice, {"delta": {"content": piece}}, None))
+        return [*chunks, _choice(choice, {"delta": {}}, end)] if end else chunks
+
+    def _content(self, choice: Choice, content: dict[str, Any], end: str | None) -> dict[str, Any]:
+        """A choice with content, and the log probabilities of its tokens, which are used up."""
+        scores, choice.scores = choice.scores, []
+        if self._fields.scores is None:
+            return _choice(choice, content, end)
+        shown = of_chat if self._chat else of_completion
+        return _choice(choice, content, end, shown(scores, self._service.tokenizer.bytes_of))
 
 
-def _choice(index: int, content: dict[str, Any], end: str | None) -> dict[str, Any]:
-    return {"index": index, **content, "logprobs": None, "finish_reason": end}
+def _choice(
+    choice: Choice, content: dict[str, Any], end: str | None = None, scores: Any = None
+) -> dict[str, Any]:
+    return {"index": choice.ticket.index, **content, "logprobs": scores, "finish_reason": end}
 
 
 def _event(content: dict[str, Any]) -> str:

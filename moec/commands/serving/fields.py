@@ -9,21 +9,18 @@ import msgspec
 from msgspec import Meta
 
 from moec.commands.serving.errors import ApiError, invalid
-from moec.runtime.text.sampling import GREEDY, Sampling
+from moec.runtime.text.sampling import Sampling
 
 IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier"),
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "min_tokens"), (0,)),
-    "top_logprobs": (0,),
-    **dict.fromkeys(("repetition_penalty", "best_of"), (1,)),
-    **dict.fromkeys(("logprobs", "echo"), (False,)),
+    "best_of": (1,),
+    "echo": (False,),
     **dict.fromkeys(("tools", "functions"), ([],)),
     **dict.fromkeys(("tool_choice", "function_call"), ("none",)),
     "parallel_tool_calls": (True, False),
-    "logit_bias": ({},),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -34,6 +31,10 @@ UNKNOWN = "this field is not known, or not supported: leave it out"
 COMPLETION = "max_completion_tokens"
 Stop: TypeAlias = Annotated[str, Meta(min_length=1)]
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
+Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
+Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
+Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
+MOST_LOGPROBS = 20
 SHORT = 16  # max_tokens of a completion without one, as OpenAI has it
 
 
@@ -74,8 +75,17 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: Stop | Annotated[list[Stop], Meta(max_length=4)] = []
     seed: Annotated[int, Meta(ge=0)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_p: Share = 1.0
     top_k: Annotated[int, Meta(ge=-1)] = -1  # -1 and 0: all
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    typical_p: Share = 1.0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[str, Bias] = {}
+    logprobs: bool | Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     ignore_eos: bool = False
@@ -85,9 +95,20 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def sampling(self) -> Sampling:
-        if self.temperature == 0:  # the likeliest token is among those of any top_p and top_k
-            return GREEDY
-        return Sampling(self.temperature, self.top_p, max(self.top_k, 0) or None, self.seed)
+        bias = tuple((int(token), bias) for token, bias in self.logit_bias.items())
+        penalties = self.repetition_penalty, self.presence_penalty, self.frequency_penalty
+        limits = self.top_p, max(self.top_k, 0) or None, self.seed, self.min_p, self.typical_p
+        if self.temperature == 0:  # the likeliest token is within any limits
+            limits = 1.0, None, None, 0.0, 1.0
+        return Sampling(self.temperature, *limits, *penalties, bias)
+
+    @property
+    def scores(self) -> int | None:
+        """The number of likeliest tokens with log probabilities beside each token; None for no
+        log probabilities."""
+        if self.messages:
+            return (self.top_logprobs or 0) if self.logprobs else None
+        return None if self.logprobs is False else int(self.logprobs)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -122,6 +143,14 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
         raise invalid("stream_options", "it needs stream: true")
     if not chat and fields.max_tokens is None:
         fields.max_tokens = SHORT
+    if not isinstance(fields.logprobs, bool) and chat:
+        raise invalid("logprobs", "expected `bool`: top_logprobs is their number")
+    if fields.logprobs is True and not chat:
+        raise invalid("logprobs", "expected `int`: the number of likeliest tokens")
+    if fields.top_logprobs is not None and not (chat and fields.logprobs):
+        raise invalid("top_logprobs", "it needs a chat, and logprobs: true")
+    if any(not token.isascii() or not token.isdigit() for token in fields.logit_bias):
+        raise invalid("logit_bias", 'its keys are token ids, such as "50"')
     if not isinstance(fields.prompt, str) and len({type(item) for item in fields.prompt}) > 1:
         raise invalid("prompt", "give texts, or tokens, not both")
     return fields

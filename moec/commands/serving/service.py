@@ -12,6 +12,7 @@ from moec.commands.serving.metrics import Metrics
 from moec.commands.serving.worker import SHUTTING_DOWN, Worker
 from moec.errors import InputError, MoecError
 from moec.runtime.text.engine import Engine
+from moec.runtime.text.generate import Request
 from moec.runtime.text.prompt import Tokenizer
 
 
@@ -67,19 +68,30 @@ class Service:
         except MoecError as error:
             raise invalid(name, str(error)) from error
 
-    def most(self, prompt: Sequence[int], fields: Fields) -> int:
-        """The most new tokens of a prompt. Raises ApiError where there is no room for them."""
+    def request(self, prompt: Sequence[int], fields: Fields) -> Request:
+        """The request for a prompt. Raises ApiError where there is no room for it, or it has a
+        token that the model has not."""
         room = self.engine.room - len(prompt)
         most = fields.max_completion_tokens or fields.max_tokens or max(1, room)
         name = "messages" if fields.messages else "prompt"
         if 0 < room < most:
             name = COMPLETION if fields.max_completion_tokens else "max_tokens"
         code = "context_length_exceeded" if room < most else None
+        if fields.min_tokens > most:
+            raise invalid("min_tokens", f"it is {fields.min_tokens}, and at most {most} may come")
+        vocabulary = self.engine.vocabulary
+        if outside := [token for token in map(int, fields.logit_bias) if token >= vocabulary]:
+            rule = f"token {outside[0]} is not one of the model's {vocabulary} tokens"
+            raise invalid("logit_bias", rule)
+        stop = frozenset(() if fields.ignore_eos else self.stop) | {*fields.stop_token_ids}
+        request = Request(
+            most, fields.sampling, stop, least=fields.min_tokens, logprobs=fields.scores
+        )
         try:
-            self.engine.check(prompt, most)
+            self.engine.check(prompt, request)
         except InputError as error:
             raise invalid(name, str(error), code) from error
-        return most
+        return request
 
     def admit(self, count: int) -> None:
         """Use places for some texts. Raises ApiError where too few are free."""

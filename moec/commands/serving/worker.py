@@ -15,6 +15,7 @@ from moec.commands.serving.metrics import Metrics
 from moec.errors import MoecError
 from moec.runtime.text.engine import FAILED, Continuation, Engine
 from moec.runtime.text.generate import Request
+from moec.runtime.text.sampling import Logprobs
 
 SHUTTING_DOWN = "the server is shutting down: send the request to another"
 STALLED_SECONDS = 120.0  # a step of a busy engine that takes longer counts as stuck
@@ -22,12 +23,14 @@ STALLED_SECONDS = 120.0  # a step of a busy engine that takes longer counts as s
 
 @dataclass(frozen=True)
 class Update:
-    """One more token of a text of a request, by its index; `end` and `error` of a Continuation."""
+    """One more token of a text of a request, by its index, with its log probability if that was
+    requested; `end` and `error` of a Continuation."""
 
     index: int
     token: int | None
     end: str
     error: str = ""
+    logprobs: Logprobs | None = None
 
 
 @dataclass(eq=False)
@@ -118,7 +121,8 @@ class Worker:
         for text in texts:
             ticket = self._tickets.pop(text) if text.end else self._tickets[text]
             token = None if text.end == FAILED else text.tokens[-1]
-            updates.append((ticket, Update(ticket.index, token, text.end, text.error)))
+            scores = text.logprobs[-1] if text.logprobs else None
+            updates.append((ticket, Update(ticket.index, token, text.end, text.error, scores)))
         with suppress(RuntimeError):  # the loop has ended, and with it all who wait
             self._loop.call_soon_threadsafe(_hand_over, updates)
 

@@ -1,0 +1,146 @@
+"""A server in a thread of the test, and its official client."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import uvicorn
+from prometheus_client import generate_latest
+
+import moec
+from moec.commands.serving.app import application
+from moec.commands.serving.server import listen
+from moec.commands.serving.service import Service
+from moec.runtime.call.caches import Cache
+from moec.runtime.call.executor import Executor
+from moec.runtime.dtypes import Array
+from moec.runtime.package import Package
+from moec.runtime.text.chat import ChatTemplate
+from moec.runtime.text.engine import Engine
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}def "
+MODEL, PROMPT = "tiny", "def main("
+GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
+
+
+TEXT = {"prompt": PROMPT}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+
+
+class Paced:
+    """An executor each of whose calls takes some seconds more, or fails."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor, self.seconds = executor, 0.0
+        self.fails: Exception | None = None
+
+    @property
+    def package(self) -> Package:
+        return self.executor.package
+
+    def number_requests(self, count: int) -> Array:
+        return self.executor.number_requests(count)
+
+    def new_caches(self, texts: int, room: int) -> list[Cache]:
+        return self.executor.new_caches(texts, room)
+
+    def decode(
+        self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
+    ) -> Array:
+        if self.fails:
+            raise self.fails
+        time.sleep(self.seconds)
+        return self.executor.decode(counts, caches, requests, lengths)
+
+
+@dataclass
+class Running:
+    """A server in a thread of the test, and what it serves."""
+
+    service: Service
+    executor: Paced
+    port: int
+    client: openai.OpenAI
+    lenient: openai.OpenAI
+    """For streams of completions: their chunks have `finish_reason` null until the last, from
+    OpenAI too, and the client's type has no null."""
+
+    def send(
+        self, path: str, body: Any = None, **headers: str
+    ) -> tuple[int, dict[str, Any], dict[str, str]]:
+        """The status, the object, and the headers of a response."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        content = body if body is None or isinstance(body, bytes) else json.dumps(body)
+        with contextlib.closing(connection):
+            connection.request("GET" if body is None else "POST", path, content, headers)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read()), dict(response.headers)
+
+    def metric(self, name: str) -> float:
+        text = generate_latest(self.service.metrics.registry).decode()
+        (value,) = re.findall(rf'^moec:{name}{{model_name="tiny"}} (.*)$', text, re.MULTILINE)
+        return float(value)
+
+
+@contextlib.contextmanager
+def serving(
+    model: moec.LoadedModel, slots: int = 4, queue: int = 60, key: str | None = None
+) -> Iterator[Running]:
+    executor = Paced(model.executor)
+    tokenizer = replace(model.tokenizer, template=ChatTemplate(TEMPLATE))
+    engine = Engine(executor, slots, 512)
+    service = Service(MODEL, "0123", engine, tokenizer, tokenizer.stop, queue, key)
+    config = uvicorn.Config(application(service), log_level="critical", lifespan="on")
+    server = uvicorn.Server(config)
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    port = listener.getsockname()[1]
+    clients = [
+        openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=60,
+            _strict_response_validation=checks,
+        )
+        for checks in (True, False)
+    ]
+    running = Running(service, executor, port, *clients)
+    try:
+        until(lambda: server.started)
+        yield running
+    finally:
+        for client in clients:
+            client.close()
+        server.should_exit = True
+        thread.join()
+    assert service.used == 0
+    if not service.worker.error:
+        assert not engine.busy
+        assert engine.cached == 0
+
+
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> float:
+    """Waits for a condition; returns the seconds it took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, "the condition did not come true"
+        time.sleep(0.002)
+    return time.monotonic() - start
+
+
+def continuation(model: moec.LoadedModel, prompt: str, count: int, **options: Any) -> str:
+    text: str = model.generate(prompt, max_new_tokens=count, **options)
+    return text.removeprefix(prompt)
