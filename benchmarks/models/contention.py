@@ -68,7 +68,8 @@ def serve(artifact: str, pool: str) -> None:
     many."""
     import moec.runtime.process.pool as pools
     from moec.runtime.call.executor import load
-    from moec.runtime.text.generate import Request, generate
+    from moec.runtime.text.generate import generate
+    from moec.runtime.text.request import Request
 
     if pool == "TVM":
         pools.NAME = "that of no library"

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from moec.errors import InputError, UsageError
-from moec.runtime.text.generate import Request, generate, slow
+from moec.runtime.text.generate import generate, slow
 from moec.runtime.text.prompt import Tokenizer
+from moec.runtime.text.request import Request
 from moec.runtime.text.sampling import Sampling
 from moec.runtime.text.texts import Decoder
 from moec.runtime.text.write_text import new_texts, write

@@ -24,6 +24,8 @@ from moec.runtime.package import DECODE, Package
 class RankDecoder:
     """The decoder of one of several ranks, for `Texts` (`moec.runtime.text.texts.Decoder`)."""
 
+    holds_all_texts = False
+
     def __init__(self, files: RankFiles, ranks: ProcessRanks) -> None:
         self._ranks, self._meanings = ranks, named_meanings(ranks)
         code = files.code

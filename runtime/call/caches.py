@@ -12,7 +12,7 @@ import numpy as np
 from moec.runtime.device.device import Cpu, Device
 from moec.runtime.device.library import tvm_ffi
 from moec.runtime.device.tensors import empty, from_numpy
-from moec.runtime.dtypes import NUMPY
+from moec.runtime.dtypes import NUMPY, Array
 from moec.runtime.package import Port, grows
 
 
@@ -76,6 +76,18 @@ def copy_tokens(port: Port, source: Cache, text: int, to: Cache, number: int, to
 def first_texts(caches: Sequence[Cache], count: int) -> list[Cache]:
     """The caches of the first `count` texts, which share the memory."""
     return [Cache(_view(c.tensor, (count, *c.shape[1:]), 0)) for c in caches]
+
+
+def token_arrays(ports: Sequence[Port], caches: Sequence[Cache]) -> list[Array]:
+    """The memory [texts, heads, room, width] of caches that grow, on the CPU, as integers of the
+    size of their elements."""
+    ffi, arrays = tvm_ffi(), []
+    view = ffi.get_global_func("runtime.TVMTensorCreateView")
+    for port, cache in zip(ports, caches, strict=True):
+        assert grows(port)
+        integer = ffi.dtype(f"int{8 * NUMPY[port.dtype].itemsize}")
+        arrays.append(np.from_dlpack(view(cache.tensor, ffi.Shape(cache.shape), integer, 0)))
+    return arrays
 
 
 def _text(cache: Cache, number: int) -> Any:

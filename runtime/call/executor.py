@@ -123,6 +123,8 @@ class Executor:
     a forked process calls the functions from a new thread.
     """
 
+    holds_all_texts = True
+
     def __init__(
         self,
         package: Package,

@@ -1,10 +1,11 @@
 """Continuous batching: texts join and leave between the steps of one model.
 
 All texts are slots of one set of caches, the texts that decode the first n of them, so that the
-function `decode` runs on the first n rows. A step is at most one chunk of the prompt of one text,
-in caches of that text alone, and one token of every text that decodes. The bits of a text do not
-depend on the others: its prompt is processed in the chunks of `Texts`, and every row of `decode`
-is computed as if it were alone.
+function `decode` runs on the first n rows. A step is at most one call for prompts and one token of
+every text that decodes. The bits of a text do not depend on the others, nor on how its prompt is
+cut, nor on whether the beginning of its prompt was known: kernels compute every row as if it were
+alone, and round the same for any number of rows of a text of at least ROWS. Shorter prompts are
+read in one call, of as many rows.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from moec.errors import InputError
 from moec.runtime.call.caches import Cache, copy_tokens, first_texts
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, carries
-from moec.runtime.text.generate import Request
+from moec.runtime.text.prefixes import Prefixes
+from moec.runtime.text.request import Request
 from moec.runtime.text.sampling import Logprobs, Sampler, logprobs
 from moec.runtime.text.texts import PIECE, Decoder
 
+ROWS = 32  # above the most rows for which attention has a kernel of its own, 24
+PADDED = 4 / 3  # the most rows of a prompt that is read with others, by its tokens
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
 
 
@@ -32,7 +36,7 @@ class Continuation:
 
     `end` is empty until it is STOP (the last token is one of `request.stop`), LENGTH, CANCELLED, or
     FAILED, with the sentence `error`. `logprobs` has an item for each token where they were
-    requested.
+    requested. The first `known` tokens of the prompt were not computed for it.
     """
 
     prompt: Sequence[int]
@@ -41,6 +45,7 @@ class Continuation:
     number: Array  # i32[1], which identifies it in traces
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
+    known: int = 0
     read: int = 0  # how many tokens of the prompt are in its caches
     end: str = ""
     error: str = ""
@@ -50,24 +55,41 @@ class Continuation:
         """The number of tokens in its caches: all but the latest."""
         return self.read + max(0, len(self.tokens) - 1)
 
+    @property
+    def left(self) -> int:
+        """The number of tokens of the prompt that are not in its caches."""
+        return len(self.prompt) - self.read
+
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What one step did: the texts with one more token, and the tokens of prompts it processed."""
+    """What one step did: the texts with one more token, the tokens of prompts it processed, and
+    those that were known for the prompt that it began with."""
 
     advanced: tuple[Continuation, ...]
-    prompt_tokens: int
+    prompt_tokens: int = 0
+    known_tokens: int = 0
 
 
 class Engine:
     """Continues texts, at most `slots` at a time, of at most `room` tokens each, prompt and new
-    tokens. Not safe to call from several threads.
+    tokens but the last. Not safe to call from several threads.
 
-    `piece` is the most tokens of a prompt that a step processes: between two tokens of a text is
-    the time of one such chunk.
+    `piece` is the most tokens of prompts that a step processes: between two tokens of a text is the
+    time of one such call. With `prompts_first` no token is decoded while prompts wait for a free
+    slot, which takes fewer steps in all. The keys and values of `prefix_tokens` tokens of prompts
+    are stored, and used for prompts that begin alike; a model with recurrent states has none.
     """
 
-    def __init__(self, executor: Decoder, slots: int, room: int, piece: int = PIECE) -> None:
+    def __init__(
+        self,
+        executor: Decoder,
+        slots: int,
+        room: int,
+        piece: int = PIECE,
+        prompts_first: bool = False,
+        prefix_tokens: int = 0,
+    ) -> None:
         """Raises InputError where the model has no `decode`, or `room` exceeds its limit."""
         package = executor.package
         if package.generation is None:
@@ -79,21 +101,27 @@ class Engine:
                 f"{slots} slots of {room} tokens: there must be at least one of each, and the "
                 f"model takes {limit} tokens"
             )
+        if piece < 2 * ROWS:
+            raise InputError(f"a step processes {piece} tokens of a prompt: at least {2 * ROWS}")
         self.slots, self.room = slots, room
         self.waiting: deque[Continuation] = deque()
         self.decoding: list[Continuation] = []  # by slot
         self.vocabulary = package.generation.vocabulary
         self._ports = package.functions[DECODE].caches
         self._carries = carries(package.functions[DECODE])
-        self._executor, self._piece = executor, piece
+        self._executor, self._piece, self._prompts_first = executor, piece, prompts_first
         self._caches = executor.new_caches(slots, room)
         self._views: dict[int, list[Cache]] = {}  # the caches of the first n texts
-        self._joining: tuple[Continuation, list[Cache]] | None = None
+        self._joining: list[Continuation] = []
+        self._joining_caches: list[Cache] = []
+        self._prefixes: Prefixes | None = None
+        if prefix_tokens and not self._carries:
+            self._prefixes = Prefixes(executor, self._ports, prefix_tokens)
 
     @property
     def running(self) -> int:
         """The number of texts that hold a slot."""
-        return len(self.decoding) + (self._joining is not None)
+        return len(self.decoding) + len(self._joining)
 
     @property
     def busy(self) -> bool:
@@ -102,25 +130,23 @@ class Engine:
     @property
     def cached(self) -> int:
         """The number of tokens in all caches."""
-        joining = self._joining[0].cached if self._joining else 0
-        return joining + sum(text.cached for text in self.decoding)
+        return sum(text.cached for text in (*self.decoding, *self._joining))
 
     def check(self, prompt: Sequence[int], request: Request) -> None:
         """Raises InputError for a prompt that cannot be continued as requested."""
-        most = request.most
         if not len(prompt):
             raise InputError("the prompt has no tokens; give at least one")
-        if len(prompt) + most > self.room:
+        if len(prompt) + request.most - 1 > self.room:
             raise InputError(
-                f"the prompt has {len(prompt)} tokens and {most} more may follow, and a text has "
-                f"at most {self.room}: shorten one of them"
+                f"the prompt has {len(prompt)} tokens and {request.most} more may follow, and a "
+                f"text has at most {self.room}: shorten one of them"
             )
         biased = [token for token, _ in request.sampling.logit_bias]
         low, high = min((*prompt, *biased)), max((*prompt, *biased))
         if low < 0 or high >= self.vocabulary:
             raise InputError(
-                f"token {low if low < 0 else high} is not one of the model's "
-                f"{self.vocabulary} tokens"
+                f"token {low if low < 0 else high} is not one of the model's {self.vocabulary} "
+                "tokens"
             )
 
     def submit(self, prompt: Sequence[int], request: Request, index: int = 0) -> Continuation:
@@ -144,43 +170,40 @@ class Engine:
 
     def fail(self, error: str) -> tuple[Continuation, ...]:
         """End all texts that hold a slot, with a sentence, after a step that raised an error."""
-        joining = (self._joining[0],) if self._joining else ()
-        failed = (*self.decoding, *joining)
+        failed = (*self.decoding, *self._joining)
         for text in failed:
             text.end, text.error = FAILED, error
-        self.decoding, self._joining = [], None
+        self.decoding, self._joining = [], []
         return failed
 
     def step(self) -> StepResult:
-        """One token of every text that decodes, and a chunk of a prompt. The texts that ended in it
-        have left their slots."""
-        advanced = self._decode() if self.decoding else []
-        if self._joining is None and self.waiting and len(self.decoding) < self.slots:
-            self._joining = self.waiting.popleft(), self._executor.new_caches(1, self.room)
-        if self._joining is None:
-            return StepResult(tuple(advanced), 0)
-        text, caches = self._joining
-        before = text.read
-        row = self._read(text, caches)
-        if text.read == len(text.prompt):
-            self._joining = None
-            advanced.append(text)
-            _draw(text, row)
-            if not text.end:
-                self._copy(caches, 0, len(self.decoding), text.cached)
-                self.decoding.append(text)
-        return StepResult(tuple(advanced), text.read - before)
+        """One token of every text that decodes, and a part of a prompt, or several short prompts.
+        The texts that ended in it have left their slots."""
+        prompts_wait = self._joining or (self.waiting and len(self.decoding) < self.slots)
+        advanced: list[Continuation] = []
+        if self.decoding and not (self._prompts_first and prompts_wait):
+            advanced = self._decode()
+        known = 0
+        if not self._joining and self.waiting and len(self.decoding) < self.slots:
+            known = self._join()
+        if not self._joining:
+            return StepResult(tuple(advanced))
+        before = sum(text.read for text in self._joining)
+        rows = self._read()
+        count = sum(text.read for text in self._joining) - before
+        if not self._joining[0].left:
+            advanced += self._joining
+            self._joined(rows)
+        return StepResult(tuple(advanced), count, known)
 
     def _decode(self) -> list[Continuation]:
         texts = list(self.decoding)
         count = len(texts)
-        if count not in self._views:
-            self._views[count] = first_texts(self._caches, count)
         tokens = np.array([[text.tokens[-1]] for text in texts], np.int64)
         first = np.array([text.cached for text in texts], np.int64)
         logits = self._executor.decode(
             [tokens, first, np.arange(count), first],
-            self._views[count],
+            self._first(count),
             np.concatenate([text.number for text in texts]),
             np.ones(count, np.int64),
         )
@@ -191,25 +214,73 @@ class Engine:
                 self._release(text)
         return texts
 
-    def _read(self, text: Continuation, caches: list[Cache]) -> Array:
-        """The logits f32[V] after the next chunk of a prompt.
+    def _first(self, count: int) -> list[Cache]:
+        if count not in self._views:
+            self._views[count] = first_texts(self._caches, count)
+        return self._views[count]
 
-        Chunks are those of `Texts`: the short one is the first, padded to the size of the others,
-        because kernels for a few rows round differently; a recurrent state forbids padding, and the
-        short one is the last.
-        """
-        start, most = text.read, self._piece
-        left, padding = len(text.prompt) - start, 0
-        size = min(left, most) if self._carries else left % most or most
-        if len(text.prompt) > most and not self._carries:
-            padding = most - size
-        tokens = np.zeros((1, size + padding), np.int64)
-        tokens[0, :size] = text.prompt[start : start + size]
-        counts = [np.array([n], np.int64) for n in (start, size - 1, start + size - 1, size)]
-        text.read += size
-        logits = self._executor.decode([tokens, *counts[:3]], caches, text.number, counts[3])
-        row: Array = logits[0]
-        return row
+    def _join(self) -> int:
+        """Take the text that waits longest, and short ones that one call can process with it.
+        Returns the number of its tokens that were known."""
+        text = self.waiting.popleft()
+        self._joining = [text]
+        if self._prefixes is None:
+            for other in [*self.waiting]:
+                if self.running < self.slots and self._fits(other):
+                    self.waiting.remove(other)
+                    self._joining.append(other)
+        # Where none decodes, the first slots are free, and the prompts are read into them; but
+        # recurrent states must be new.
+        count, new = len(self._joining), self._executor.new_caches
+        in_place = not self.decoding and not self._carries
+        self._joining_caches = self._first(count) if in_place else new(count, self.room)
+        if self._prefixes is not None:
+            most = max(0, len(text.prompt) - ROWS)  # so that at least ROWS are read
+            text.known = text.read = self._prefixes.load(text.prompt, most, self._joining_caches)
+        return text.known
+
+    def _fits(self, text: Continuation) -> bool:
+        """Whether one call can process a prompt with those that join, with little padding."""
+        sizes = [len(other.prompt) for other in (*self._joining, text)]
+        most, least = max(sizes), min(sizes)
+        if most * len(sizes) > self._piece or most > self.room:
+            return False
+        return most == least or (not self._carries and ROWS <= least and most <= PADDED * least)
+
+    def _read(self) -> Array:
+        """The logits f32[texts, V] after the next part of the prompts that join."""
+        texts, left = self._joining, self._joining[0].left
+        columns = max(text.left for text in texts)
+        if left > self._piece:  # then it joins alone; the last part has at least ROWS
+            columns = self._piece - ROWS * (left - self._piece < ROWS)
+        tokens = np.zeros((len(texts), columns), np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            part = text.prompt[text.read : text.read + columns]
+            row[: len(part)] = part
+        first = np.array([text.read for text in texts], np.int64)
+        lengths = np.array([min(text.left, columns) for text in texts], np.int64)
+        rows = np.arange(len(texts)) * columns + lengths - 1
+        numbers = np.concatenate([text.number for text in texts])
+        counts = [tokens, first, rows, first + lengths - 1]
+        logits = self._executor.decode(counts, self._joining_caches, numbers, lengths)
+        for text, length in zip(texts, lengths.tolist(), strict=True):
+            text.read += length
+        return logits
+
+    def _joined(self, logits: Array) -> None:
+        """Draw the first tokens of texts whose prompts are read, and let them decode."""
+        texts, caches = self._joining, self._joining_caches
+        self._joining, in_place = [], caches is self._views.get(len(texts))
+        if self._prefixes is not None and len(texts[0].prompt) >= ROWS:
+            self._prefixes.add(texts[0].prompt, caches, 0)
+        for number, (text, row) in enumerate(zip(texts, logits, strict=True)):
+            _draw(text, row)
+            if text.end:
+                continue
+            slot = len(self.decoding)
+            if not in_place or slot != number:
+                self._copy(caches, number, slot, text.cached)
+            self.decoding.append(text)
 
     def _release(self, text: Continuation) -> None:
         """Take a text out; the text in the last slot moves to its slot."""
@@ -218,8 +289,8 @@ class Engine:
             if last is not text:
                 self._copy(self._caches, len(self.decoding), slot, last.cached)
                 self.decoding[slot] = last
-        elif self._joining is not None and self._joining[0] is text:
-            self._joining = None
+        elif text in self._joining:
+            self._joining.remove(text)
         elif text in self.waiting:
             self.waiting.remove(text)
 

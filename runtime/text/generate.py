@@ -1,14 +1,14 @@
 """Text generation with a compiled causal language model.
 
-If the model has the function `decode`, the prompt is processed once, then one token at a time. A
-model that was captured with a cache uses it. Any other model processes the entire text for each
-token; `slow` returns the reason.
+If the model has the function `decode`, an engine continues all texts; on the ranks of a plan, which
+share the texts, all texts take the same steps. A model that was captured with a cache uses it. Any
+other model processes the entire text for each token; `slow` returns the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,9 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.dtypes import Array
 from moec.runtime.text.causal_lm import CausalLM, causal_lm, inputs
-from moec.runtime.text.sampling import GREEDY, Sampler, Sampling
+from moec.runtime.text.engine import FAILED, Engine
+from moec.runtime.text.request import Request
+from moec.runtime.text.sampling import Sampler
 from moec.runtime.text.texts import Decoder, Texts
 
 Feed = Callable[[Sequence[Sequence[int]]], Array]
@@ -33,32 +35,6 @@ class Whole(Protocol):
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Any]:
         """The outputs of `main`, by name."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request for at most `most` new tokens per text, until one of `stop` is drawn, which none of
-    the first `least` is. `streams` are the numbers of the texts' random numbers, by default from 0.
-    With `logprobs` each token has its log probability, and those of so many likeliest ones."""
-
-    most: int = 64
-    sampling: Sampling = GREEDY
-    stop: frozenset[int] = frozenset()
-    streams: tuple[int, ...] = ()
-    least: int = 0
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.most, bool) or not isinstance(self.most, int | np.integer):
-            raise InputError(f"max_new_tokens is {self.most!r}; it must be a whole number")
-        if self.most < 1:
-            raise InputError(f"max_new_tokens is {self.most}; it must be at least 1")
-        if isinstance(self.least, bool) or not isinstance(self.least, int | np.integer):
-            raise InputError(f"min_tokens is {self.least!r}; it must be a whole number")
-        if not 0 <= self.least <= self.most:
-            raise InputError(
-                f"min_tokens is {self.least}; it must be from 0 to max_new_tokens, {self.most}"
-            )
 
 
 def slow(executor: Decoder) -> str:
@@ -82,6 +58,9 @@ def generate(
     Raises InputError where a prompt is empty or longer than that.
     """
     _check(executor, prompts)
+    if executor.package.generation is not None and executor.holds_all_texts:
+        yield from _by_engine(executor, prompts, request)
+        return
     limit = longest_of(executor)
     room = max(len(prompt) + request.most for prompt in prompts)
     feed = _feed(executor, prompts, room if limit is None else min(room, limit))
@@ -109,6 +88,30 @@ def generate(
         fresh = [[token] for token in tokens]
         lengths = [n + o for n, o in zip(lengths, open_, strict=True)]
         open_ = [o and token not in request.stop for o, token in zip(open_, tokens, strict=True)]
+
+
+def _by_engine(
+    executor: Decoder, prompts: Sequence[Sequence[int]], request: Request
+) -> Iterator[tuple[int | None, ...]]:
+    limit = longest_of(executor)
+    mosts = [min(request.most, limit + 1 - len(p)) if limit else request.most for p in prompts]
+    room = max(len(p) + most - 1 for p, most in zip(prompts, mosts, strict=True))
+    engine = Engine(executor, len(prompts), room, prompts_first=True)
+    streams = request.streams or range(len(prompts))
+    texts = [
+        engine.submit(prompt, replace(request, most=most, least=min(request.least, most)), stream)
+        for prompt, most, stream in zip(prompts, mosts, streams, strict=False)
+    ]
+    for count in range(max(mosts)):
+        while any(not text.end and len(text.tokens) <= count for text in texts):
+            engine.step()
+        for text in texts:
+            if text.end == FAILED and len(text.tokens) == count:
+                raise InputError(text.error)
+        tokens = [text.tokens[count] if count < len(text.tokens) else None for text in texts]
+        if not any(token is not None for token in tokens):
+            return
+        yield tuple(tokens)
 
 
 def _check(executor: Decoder, prompts: Sequence[Sequence[int]]) -> None:

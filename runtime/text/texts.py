@@ -25,6 +25,10 @@ class Decoder(Protocol):
     def package(self) -> Package:
         """The package, with the signature of `decode` and its `generation`."""
 
+    @property
+    def holds_all_texts(self) -> bool:
+        """Whether the caches of `new_caches` are those of all texts, not of a rank's share."""
+
     def number_requests(self, count: int) -> Array:
         """The numbers i32[count] of the next requests."""
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from moec.errors import InputError
-from moec.runtime.text.generate import Request, generate
+from moec.runtime.text.generate import generate
 from moec.runtime.text.prompt import Tokenizer
+from moec.runtime.text.request import Request
 from moec.runtime.text.texts import Decoder
 
 

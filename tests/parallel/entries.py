@@ -26,7 +26,8 @@ from moec.parallel.store import load_rank
 from moec.parallel.worker import outputs_of, run_rank
 from moec.plan.groups import WORLD, groups_of
 from moec.runtime.package import DECODE
-from moec.runtime.text.generate import Request, generate
+from moec.runtime.text.generate import generate
+from moec.runtime.text.request import Request
 from moec.runtime.text.texts import Texts
 
 PATIENCE = timedelta(seconds=10)

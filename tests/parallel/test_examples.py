@@ -17,7 +17,7 @@ from moec import __main__ as front
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.plan.plan import LayerPlan, Plan, write_plan
-from moec.runtime.text.generate import Request
+from moec.runtime.text.request import Request
 from tests.parallel import entries
 from tests.passes.parallel.test_plan_parallelism import plan
 from tests.systems.records import load

@@ -27,7 +27,7 @@ from moec.plan.placement.placement import place
 from moec.plan.plan import LayerPlan, Plan
 from moec.runtime.artifact import manifest as manifests
 from moec.runtime.package import DECODE, MAIN
-from moec.runtime.text.generate import Request
+from moec.runtime.text.request import Request
 from moec.target import cpu
 from moec.verify.ranks import Ranked, check_ranks
 from tests.models.families import FAMILIES, Family

@@ -13,8 +13,8 @@ from moec.files.os_errors import reason
 
 if TYPE_CHECKING:
     from moec.runtime.text.engine import Continuation
-    from moec.runtime.text.generate import Request
     from moec.runtime.text.prompt import Tokenizer
+    from moec.runtime.text.request import Request
     from moec.runtime.text.texts import Decoder
     from moec.runtime.text.write_text import Text
 
@@ -109,7 +109,7 @@ def _by_engine(
     longest = longest_of(executor)
     most = max(map(len, prompts.values())) + request.most
     room = most if longest is None else min(most, longest)
-    engine = Engine(executor, min(batch, len(prompts)), room)
+    engine = Engine(executor, min(batch, len(prompts)), room, prompts_first=True)
     waiting = iter(prompts.items())
     texts: dict[Continuation, tuple[int, Text]] = {}
     while True:

@@ -20,8 +20,8 @@ from moec.files.os_errors import reason
 from moec.files.printable import printable, printable_json
 
 if TYPE_CHECKING:
-    from moec.runtime.text.generate import Request
     from moec.runtime.text.prompt import Tokenizer
+    from moec.runtime.text.request import Request
     from moec.runtime.text.texts import Decoder
 
 MOST_BYTES = 256_000_000  # of prompts
@@ -160,8 +160,9 @@ def write_texts(
 ) -> dict[str, Any]:
     """Continue the prompts, or chat, with the tokenizer among an artifact's files; returns the
     result for --json."""
-    from moec.runtime.text.generate import Request, slow
+    from moec.runtime.text.generate import slow
     from moec.runtime.text.prompt import load_tokenizer
+    from moec.runtime.text.request import Request
     from moec.runtime.text.sampling import Sampling
 
     if (why := slow(executor)) and not quiet:

@@ -151,9 +151,17 @@ class Answer:
                 metrics.per_token.observe((now - choice.first) / (choice.count - 1))
 
     @property
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> dict[str, Any]:
+        """`cached_tokens` are those of the first text of each prompt, which is counted once."""
         read, count = self._prompt_tokens, sum(choice.count for choice in self._choices)
-        return {"prompt_tokens": read, "completion_tokens": count, "total_tokens": read + count}
+        texts = [choice.ticket.text for choice in self._choices if choice.ticket.choice == 0]
+        known = sum(text.known for text in texts if text is not None)
+        return {
+            "prompt_tokens": read,
+            "completion_tokens": count,
+            "total_tokens": read + count,
+            "prompt_tokens_details": {"cached_tokens": known},
+        }
 
     def _object(self, choices: list[Any], suffix: str = "", **usage: Any) -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self._chat else "text_completion"

@@ -23,6 +23,10 @@ class Metrics:
         self._usage = self._of(Gauge, "kv_cache_usage_perc", "Share of the caches in use, 0 to 1")
         self._prompt = self._of(Counter, "prompt_tokens", "Tokens of prompts processed")
         self._generated = self._of(Counter, "generation_tokens", "Tokens generated")
+        self._queries = self._of(
+            Counter, "prefix_cache_queries", "Tokens of prompts that were sought"
+        )
+        self._hits = self._of(Counter, "prefix_cache_hits", "Tokens of prompts that were known")
         self.rejections = self._of(Counter, "admission_rejections", "Requests answered with 429")
         self._ended = Counter(
             "moec:request_success", "Texts that ended: stop, length, abort, error",
@@ -52,6 +56,8 @@ class Metrics:
         if step is not None:
             self._prompt.inc(step.prompt_tokens)
             self._generated.inc(len(step.advanced))
+            self._queries.inc(step.prompt_tokens + step.known_tokens)
+            self._hits.inc(step.known_tokens)
 
     def ended(self, reason: str) -> None:
         self._ended.labels(self._model, reason).inc()

@@ -31,6 +31,11 @@ CONTEXT = 4096  # of a model that takes more, unless the user says otherwise
     help=f"The most tokens of a text, with its prompt; default: the model's limit, or {CONTEXT}.",
 )  # fmt: skip
 @click.option(
+    "--prefix-tokens", type=click.IntRange(min=0), metavar="N",
+    help="How many tokens of prompts are stored, for prompts that begin alike; 0: none. "
+    "Default: as many as --slots hold.",
+)  # fmt: skip
+@click.option(
     "--queue", type=click.IntRange(min=0), default=64, show_default=True,
     help="How many texts wait for a slot; more are refused with 429.",
 )  # fmt: skip
@@ -55,6 +60,7 @@ def command(
     port: int,
     slots: int,
     context: int | None,
+    prefix_tokens: int | None,
     queue: int,
     api_key: str | None,
     name: str | None,
@@ -74,18 +80,24 @@ def command(
     from moec import load
     from moec.commands.serving.server import Server, listen
     from moec.commands.serving.service import Service
+    from moec.runtime.device.device import CPU
     from moec.runtime.process.threads import set_threads
     from moec.runtime.text.engine import Engine
 
     set_threads(threads)
     with listen(host, port) as listener:
+        most = context or CONTEXT
+        stored = slots if prefix_tokens is None else -(-prefix_tokens // most)
         model = load(
             artifact, signed_by=signed_by, memory=memory,
-            texts=slots + 1, room=context or CONTEXT,  # one more comes in
+            texts=slots + stored + 1, room=most,  # one more comes in
         )  # fmt: skip
         generation = model.artifact.package.generation
         longest = generation.longest if generation else None
-        engine = Engine(model.executor, slots, context or min(longest or CONTEXT, CONTEXT))
+        room = context or min(longest or CONTEXT, CONTEXT)
+        if prefix_tokens is None:
+            prefix_tokens = slots * room if model.executor.device.kind == CPU else 0
+        engine = Engine(model.executor, slots, room, prefix_tokens=prefix_tokens)
         stop = frozenset(generation.stop if generation else ()) or model.tokenizer.stop
         digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
         fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]

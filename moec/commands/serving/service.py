@@ -12,8 +12,8 @@ from moec.commands.serving.metrics import Metrics
 from moec.commands.serving.worker import SHUTTING_DOWN, Worker
 from moec.errors import InputError, MoecError
 from moec.runtime.text.engine import Engine
-from moec.runtime.text.generate import Request
 from moec.runtime.text.prompt import Tokenizer
+from moec.runtime.text.request import Request
 
 
 @dataclass
@@ -74,9 +74,14 @@ class Service:
         room = self.engine.room - len(prompt)
         most = fields.max_completion_tokens or fields.max_tokens or max(1, room)
         name = "messages" if fields.messages else "prompt"
-        if 0 < room < most:
-            name = COMPLETION if fields.max_completion_tokens else "max_tokens"
-        code = "context_length_exceeded" if room < most else None
+        if room < most:
+            if room > 0:
+                name = COMPLETION if fields.max_completion_tokens else "max_tokens"
+            rule = (
+                f"the prompt has {len(prompt)} tokens and {most} more may follow, and a text has "
+                f"at most {self.engine.room}: shorten one of them"
+            )
+            raise invalid(name, rule, "context_length_exceeded")
         if fields.min_tokens > most:
             raise invalid("min_tokens", f"it is {fields.min_tokens}, and at most {most} may come")
         vocabulary = self.engine.vocabulary
@@ -90,7 +95,7 @@ class Service:
         try:
             self.engine.check(prompt, request)
         except InputError as error:
-            raise invalid(name, str(error), code) from error
+            raise invalid(name, str(error)) from error
         return request
 
     def admit(self, count: int) -> None:

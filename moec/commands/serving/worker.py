@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 from moec.commands.serving.metrics import Metrics
 from moec.errors import MoecError
 from moec.runtime.text.engine import FAILED, Continuation, Engine
-from moec.runtime.text.generate import Request
+from moec.runtime.text.request import Request
 from moec.runtime.text.sampling import Logprobs
 
 SHUTTING_DOWN = "the server is shutting down: send the request to another"

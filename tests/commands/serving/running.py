@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +47,8 @@ class Paced:
     def __init__(self, executor: Executor) -> None:
         self.executor, self.seconds = executor, 0.0
         self.fails: Exception | None = None
+
+    holds_all_texts = True
 
     @property
     def package(self) -> Package:
@@ -95,11 +100,15 @@ class Running:
 
 @contextlib.contextmanager
 def serving(
-    model: moec.LoadedModel, slots: int = 4, queue: int = 60, key: str | None = None
+    model: moec.LoadedModel,
+    slots: int = 4,
+    queue: int = 60,
+    key: str | None = None,
+    prefix_tokens: int = 0,
 ) -> Iterator[Running]:
     executor = Paced(model.executor)
     tokenizer = replace(model.tokenizer, template=ChatTemplate(TEMPLATE))
-    engine = Engine(executor, slots, 512)
+    engine = Engine(executor, slots, 512, prefix_tokens=prefix_tokens)
     service = Service(MODEL, "0123", engine, tokenizer, tokenizer.stop, queue, key)
     config = uvicorn.Config(application(service), log_level="critical", lifespan="on")
     server = uvicorn.Server(config)
@@ -144,3 +153,19 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> float:
 def continuation(model: moec.LoadedModel, prompt: str, count: int, **options: Any) -> str:
     text: str = model.generate(prompt, max_new_tokens=count, **options)
     return text.removeprefix(prompt)
+
+
+@contextlib.contextmanager
+def process(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`moec serve` in a process, and its port."""
+    command = [sys.executable, "-m", "moec", "serve", str(path), "--port", "0", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            assert child.stderr is not None
+            line = child.stderr.readline()
+            port = re.search(r"^tiny at http://127.0.0.1:(\d+)/v1$", line)
+            assert port, line + child.stderr.read()
+            yield child, int(port[1])
+        finally:
+            child.kill()

@@ -6,13 +6,11 @@ import contextlib
 import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ import moec
 from moec.__main__ import cli
 from moec.commands.serving.server import listen
 from moec.errors import ArtifactError
-from tests.commands.serving.running import CHAT, MODEL, ROOT, TEXT, Running, serving, until
+from tests.commands.serving.running import CHAT, MODEL, ROOT, TEXT, Running, process, serving, until
 
 
 def test_a_key(model: moec.LoadedModel) -> None:
@@ -127,22 +125,6 @@ def test_a_read_that_fails_ends_the_texts_in_it_and_no_others(model: moec.Loaded
         assert running.send("/health")[0] == 200
         status, answer, _ = running.send("/v1/completions", body)
         assert (status, answer["choices"]) == (200, right)
-
-
-@contextlib.contextmanager
-def process(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """`moec serve` in a process, and its port."""
-    command = [sys.executable, "-m", "moec", "serve", str(path), "--port", "0", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        try:
-            assert child.stderr is not None
-            line = child.stderr.readline()
-            port = re.search(r"^tiny at http://127.0.0.1:(\d+)/v1$", line)
-            assert port, line + child.stderr.read()
-            yield child, int(port[1])
-        finally:
-            child.kill()
 
 
 def collect(port: int, started: threading.Barrier, texts: int) -> str:

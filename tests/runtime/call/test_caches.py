@@ -13,7 +13,8 @@ from moec.errors import InputError
 from moec.runtime.artifact import artifact
 from moec.runtime.call.executor import load
 from moec.runtime.text.causal_lm import causal_lm
-from moec.runtime.text.generate import Request, generate, slow
+from moec.runtime.text.generate import generate, slow
+from moec.runtime.text.request import Request
 
 LONGEST, WIDTH, VOCABULARY = 12, 8, 11
 

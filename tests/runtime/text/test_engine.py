@@ -22,7 +22,8 @@ from moec.runtime.expert_store.native import StoreOptions
 from moec.runtime.expert_store.start import start_with_slots
 from moec.runtime.package import Package, carries
 from moec.runtime.text.engine import CANCELLED, FAILED, LENGTH, STOP, Continuation, Engine
-from moec.runtime.text.generate import Request, generate
+from moec.runtime.text.generate import generate
+from moec.runtime.text.request import Request
 from moec.runtime.text.sampling import Sampling
 from moec.runtime.text.texts import PIECE, Decoder
 from tests.models.other_families import OTHER_FAMILIES
@@ -39,6 +40,8 @@ class Traced:
         self.executor = executor
         self.logits: dict[int, list[bytes]] = defaultdict(list)
         self.poisoned: set[int] = set()
+
+    holds_all_texts = True
 
     @property
     def package(self) -> Package:
@@ -90,10 +93,13 @@ def model(request: pytest.FixtureRequest, once: Once) -> tuple[Executor, int]:
 
 
 def job(random: random.Random, room: int) -> tuple[list[int], Request]:
-    """Prompts of one token, of few, of one chunk and of two; half of the texts are sampled."""
+    """Prompts of one token, of few, of one call and of two, which begin alike; half of the texts
+    are sampled."""
     longest = room - 30
-    length = min(random.choice([1, 2, 7, 15, 16, 29, 200, PIECE + 3, PIECE + 170]), longest)
-    prompt = [random.randrange(3, 100) for _ in range(length)]
+    sizes = [1, 2, 7, 7, 15, 16, 29, 40, 47, 64, 96, 97, 200, 201, PIECE + 3, PIECE + 170]
+    length = min(random.choice(sizes), longest)
+    alike = random.choice([0, 10, 40, 64, 150, 600])
+    prompt = [n % 90 + 3 if n < alike else random.randrange(3, 100) for n in range(length)]
     draws = Sampling(1.5, 0.95, None, random.randrange(5))
     sampling = random.choice([Sampling(), draws])
     stop = frozenset(random.sample(range(100), 2))
@@ -107,21 +113,39 @@ def run(engine: Engine, jobs: list[tuple[list[int], Request]], seed: int) -> lis
     while len(texts) < len(jobs) or engine.busy:
         if len(texts) < len(jobs) and chance.random() < 0.4:
             texts.append(engine.submit(*jobs[len(texts)]))
-        if texts and chance.random() < 0.04:
+        if texts and chance.random() < 0.08:
             engine.cancel(chance.choice(texts))
         engine.step()
         assert engine.running <= engine.slots
     return texts
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_text_has_the_bits_that_it_has_alone(model: tuple[Executor, int], seed: int) -> None:
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"prompts_first": True},
+    {"piece": 64},
+    {"piece": 100, "prompts_first": True},
+    {"prefix_tokens": 4096},
+    {"prefix_tokens": 200, "piece": 128},  # of which blocks leave
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "+".join(way) or "default")
+def test_a_text_has_the_bits_that_it_has_alone(
+    model: tuple[Executor, int], way: dict[str, Any]
+) -> None:
     executor, room = model
-    jobs = [job(random.Random(100 * seed + n), room) for n in range(14)]
+    seed = WAYS.index(way)
+    if carries(executor.package.functions["decode"]):  # their bits depend on the parts of a prompt
+        way = {name: value for name, value in way.items() if name != "piece"}
+    jobs = [job(random.Random(100 * seed + n), room) for n in range(16)]
     traced = Traced(executor)
-    texts = run(Engine(traced, 4, room), jobs, seed)
+    engine = Engine(traced, 4, room, **way)
+    texts = run(engine, jobs, seed)
+    if "prefix_tokens" in way and room > 100:
+        assert sum(text.known > 0 for text in texts) > 1
     ends = [text.end for text in texts]
-    assert {LENGTH, CANCELLED} <= set(ends) <= {LENGTH, STOP, CANCELLED}
+    assert {LENGTH} < set(ends) <= {LENGTH, STOP, CANCELLED}
     for text, (prompt, request) in zip(texts, jobs, strict=True):
         alone = Traced(executor)
         tokens = [token for (token,) in generate(alone, [prompt], request)]
@@ -129,22 +153,81 @@ def test_a_text_has_the_bits_that_it_has_alone(model: tuple[Executor, int], seed
         assert text.tokens == tokens[:count]
         assert count == len(tokens) or text.end == CANCELLED
         (logits,) = alone.logits.values()
-        final = len(logits) - len(tokens)  # before it are the chunks of the prompt but the last
-        assert traced.logits[int(text.number[0])][final:] == logits[final:][:count]
+        # before them are those of the parts of the prompt but the last
+        company = traced.logits[int(text.number[0])]
+        assert count == 0 or company[len(company) - count :] == logits[-len(tokens) :][:count]
 
 
-def test_smaller_chunks_give_the_same_bits(cached: Executor) -> None:
-    """Chunks of 16 rows and more run the kernels of a long prompt."""
+def test_smaller_calls_give_the_same_tokens(cached: Executor) -> None:
     prompt = [n % 90 + 3 for n in range(150)]
     alone = [token for (token,) in generate(cached, [prompt], Request(8))]
-    engine = Engine(cached, 2, 200, piece=32)
+    engine = Engine(cached, 2, 200, piece=64)
     first = engine.submit([5], Request(20))
     text = engine.submit(prompt, Request(8))
+    sizes = []
     while not text.end:
         before = len(first.tokens)
-        assert engine.step().prompt_tokens <= 32
-        assert len(first.tokens) == before + 1 or first.end  # no chunk stops the other text
+        sizes.append(engine.step().prompt_tokens)
+        assert len(first.tokens) == before + 1 or first.end  # no prompt stops the other text
+    assert [size for size in sizes if size] == [1, 64, 32, 54]  # the last has 32 tokens or more
     assert text.tokens == alone
+
+
+def test_texts_of_a_batch_have_the_tokens_that_they_have_alone(cached: Executor) -> None:
+    """40 texts: one call for all had few rows of each."""
+    random_ = random.Random(5)
+    prompts = [[random_.randrange(3, 99) for _ in range(17 + 2 * n)] for n in range(40)]
+    batch = zip(*generate(cached, prompts, Request(12)), strict=True)
+    for prompt, tokens in zip(prompts, batch, strict=True):
+        assert list(tokens) == [token for (token,) in generate(cached, [prompt], Request(12))]
+
+
+def test_short_prompts_are_read_together(cached: Executor) -> None:
+    engine = Engine(cached, 8, 720, prompts_first=True)
+    for size in (40, 9, 50, 33, 9, 80, 600):
+        engine.submit([5] * size, Request(3))
+    sizes = []
+    while engine.busy:
+        sizes.append(engine.step().prompt_tokens)
+    # 40 and 50 together, but not 33: the longest is at most a third longer than the shortest
+    assert sizes == [90, 18, 33, 80, 512, 88, 0, 0]
+
+
+def test_what_is_known_of_a_prompt_is_not_computed_again(cached: Executor) -> None:
+    engine = Engine(cached, 2, 300, prefix_tokens=1024)
+
+    def speak(prompt: list[int]) -> tuple[int, int, list[int]]:
+        text, count = engine.submit(prompt, Request(5)), 0
+        while not text.end:
+            count += engine.step().prompt_tokens
+        alone = [token for (token,) in generate(cached, [prompt], Request(5))]
+        assert text.tokens == alone
+        return text.known, count, text.tokens
+
+    prompt = [n % 90 + 3 for n in range(200)]
+    assert speak(prompt)[:2] == (0, 200)
+    known, count, tokens = speak(prompt)
+    assert (known, count) == (160, 40)  # of which 32 tokens or more are read anew
+    assert speak(prompt + tokens + [7] * 40)[:2] == (192, 53)
+    assert speak(prompt[:64])[:2] == (32, 32)
+    assert speak(prompt[:31])[:2] == (0, 31)
+    assert speak([9, *prompt])[:2] == (0, 201)
+
+
+def test_the_blocks_that_were_used_last_remain(cached: Executor) -> None:
+    engine = Engine(cached, 1, 200, prefix_tokens=128)  # four blocks
+
+    def known(token: int, size: int) -> int:
+        text = engine.submit([token] * size, Request(1))
+        while not text.end:
+            engine.step()
+        return text.known
+
+    assert [known(5, 96), known(6, 40), known(5, 96)] == [0, 0, 64]  # three and one
+    assert known(7, 64) == 0  # makes room by 6, then by the last of 5
+    assert [known(5, 96), known(6, 64)] == [64, 0]
+    assert known(8, 200) == 0  # more than there is room for
+    assert known(8, 200) == 128
 
 
 def test_a_text_of_nan_ends_alone(cached: Executor) -> None:
@@ -174,8 +257,8 @@ def test_a_cancelled_text_frees_its_slot_at_once(cached: Executor) -> None:
     engine.step()
     engine.cancel(first)
     assert len(third.tokens) == 1
-    long = Engine(cached, 2, 64, piece=16)
-    text = long.submit(range(3, 43), Request(9))
+    long = Engine(cached, 2, 120, piece=64)
+    text = long.submit(range(3, 103), Request(9))
     long.step()
     long.cancel(text)  # as its prompt is processed
     assert not long.busy
@@ -186,7 +269,7 @@ def test_a_cancelled_text_frees_its_slot_at_once(cached: Executor) -> None:
     ("prompt", "most", "words"),
     [
         ([], 1, "the prompt has no tokens"),
-        ([5] * 60, 5, "the prompt has 60 tokens and 5 more may follow, and a text has at most 64"),
+        ([5] * 60, 6, "the prompt has 60 tokens and 6 more may follow, and a text has at most 64"),
         ([1024], 1, "token 1024 is not one of the model's 1024 tokens"),
         ([-1], 1, "token -1 is not one of the model's 1024 tokens"),
     ],
@@ -207,6 +290,8 @@ def test_models_and_sizes_that_are_refused(cached: Executor, speaker: Path) -> N
     without: Decoder = start(read(speaker))
     with pytest.raises(InputError, match="cannot be batched continuously: the model was compiled"):
         Engine(without, 2, 8)
+    with pytest.raises(InputError, match="processes 63 tokens of a prompt: at least 64"):
+        Engine(cached, 2, 64, piece=63)
     with pytest.raises(InputError, match=r"2 slots of 1025 tokens.* takes at most 1024"):
         Engine(cached, 2, 1025)
 

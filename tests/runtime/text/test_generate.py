@@ -15,8 +15,9 @@ from moec.runtime.call.executor import Executor
 from moec.runtime.checks import check_inputs
 from moec.runtime.package import Package, Port, StatePort
 from moec.runtime.text.causal_lm import causal_lm
-from moec.runtime.text.generate import Request, generate
+from moec.runtime.text.generate import generate
 from moec.runtime.text.prompt import load_tokenizer
+from moec.runtime.text.request import Request
 from tests.runtime import toy
 
 

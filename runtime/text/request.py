@@ -1,0 +1,36 @@
+"""What is asked of a model that continues texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moec.errors import InputError
+from moec.runtime.text.sampling import GREEDY, Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request for at most `most` new tokens per text, until one of `stop` is drawn, which none of
+    the first `least` is. `streams` are the numbers of the texts' random numbers, by default from 0.
+    With `logprobs` each token has its log probability, and those of so many likeliest ones."""
+
+    most: int = 64
+    sampling: Sampling = GREEDY
+    stop: frozenset[int] = frozenset()
+    streams: tuple[int, ...] = ()
+    least: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.most, bool) or not isinstance(self.most, int | np.integer):
+            raise InputError(f"max_new_tokens is {self.most!r}; it must be a whole number")
+        if self.most < 1:
+            raise InputError(f"max_new_tokens is {self.most}; it must be at least 1")
+        if isinstance(self.least, bool) or not isinstance(self.least, int | np.integer):
+            raise InputError(f"min_tokens is {self.least!r}; it must be a whole number")
+        if not 0 <= self.least <= self.most:
+            raise InputError(
+                f"min_tokens is {self.least}; it must be from 0 to max_new_tokens, {self.most}"
+            )
