@@ -8,6 +8,7 @@ EXTRAS = {
     "onnx": ("onnx", "onnxruntime"),
     "hf": ("transformers",),
     "serve": ("starlette", "uvicorn", "prometheus_client"),
+    "guided": ("llguidance",),
     "sign": ("cryptography",),
     "gguf": ("gguf",),
     "bench": ("matplotlib", "sklearn", "accelerate"),
@@ -19,6 +20,7 @@ NEEDED_FOR = {
     "hf": "Hugging Face checkpoints",
     "gguf": "GGUF files",
     "serve": "a server",
+    "guided": "a response_format",
     "sign": "a signature",
     "bench": "this benchmark",
 }

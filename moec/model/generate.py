@@ -48,6 +48,7 @@ def request_of(
     frequency_penalty: float = 0.0,
     logit_bias: Mapping[int, float] | None = None,
     seed: int | None = None,
+    response_format: Mapping[str, Any] | None = None,
     stop: int | str | Sequence[int | str] | None = None,
 ) -> tuple[Request, tuple[str, ...]]:
     """The request, and the strings that end a text. Raises InputError for an option of another type
@@ -69,8 +70,13 @@ def request_of(
         temperature, top_p, top_k, seed, min_p, typical_p,
         repetition_penalty, presence_penalty, frequency_penalty, tuple((logit_bias or {}).items()),
     )  # fmt: skip
+    if not isinstance(response_format, Mapping | None):
+        raise InputError(
+            f'response_format is {response_format!r}; such as {{"type": "json_object"}}'
+        )
+    guide = response_format and writer.tokenizer().grammars.guide(response_format)
     ids = frozenset(map(int, tokens))
-    return Request(max_new_tokens, sampling, ids, least=min_tokens), strings
+    return Request(max_new_tokens, sampling, ids, least=min_tokens, guide=guide or None), strings
 
 
 OPTIONS = tuple(inspect.signature(request_of).parameters.values())[1:]
@@ -100,8 +106,9 @@ class TextModel:
         Returns the prompts with their continuations, in the same form; a row that ended early is
         filled up with its last token. `temperature` 0 takes the likeliest token; `stop` are the
         tokens that end a text (default: those of the model's configuration), of which none is among
-        the first `min_tokens`, and, for text, strings that end it and are left out. The others are
-        those of `moec.runtime.text.sampling.Sampling`.
+        the first `min_tokens`, and, for text, strings that end it and are left out.
+        `response_format` is a grammar that the text keeps to, as in `moec.runtime.text.guide`. The
+        others are those of `moec.runtime.text.sampling.Sampling`.
 
         Raises InputError where the model does not continue text, or an option or a prompt is out of
         range; ArtifactError for text without a tokenizer.

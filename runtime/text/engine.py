@@ -22,7 +22,8 @@ from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, carries
 from moec.runtime.text.prefixes import Prefixes
 from moec.runtime.text.request import Request
-from moec.runtime.text.sampling import Logprobs, Sampler, logprobs
+from moec.runtime.text.sampler import Sampler
+from moec.runtime.text.sampling import Logprobs, logprobs
 from moec.runtime.text.texts import PIECE, Decoder
 
 ROWS = 32  # above the most rows for which attention has a kernel of its own, 24
@@ -34,9 +35,10 @@ STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
 class Continuation:
     """One prompt and its new `tokens`.
 
-    `end` is empty until it is STOP (the last token is one of `request.stop`), LENGTH, CANCELLED, or
-    FAILED, with the sentence `error`. `logprobs` has an item for each token where they were
-    requested. The first `known` tokens of the prompt were not computed for it.
+    `end` is empty until it is STOP (the last token is one of `request.stop`, or completes its
+    grammar), LENGTH, CANCELLED, or FAILED, with the sentence `error`. `logprobs` has an item for
+    each token where they were requested. The first `known` tokens of the prompt were not computed
+    for it.
     """
 
     prompt: Sequence[int]
@@ -156,9 +158,8 @@ class Engine:
         Raises InputError as `check`.
         """
         self.check(prompt, request)
-        sampler = Sampler(request.sampling, prompt, index)
         number = self._executor.number_requests(1)
-        text = Continuation(tuple(prompt), request, sampler, number)
+        text = Continuation(tuple(prompt), request, Sampler(request, prompt, index), number)
         self.waiting.append(text)
         return text
 
@@ -301,19 +302,17 @@ class Engine:
 
 def _draw(text: Continuation, logits: Array) -> None:
     """Add the next token, from logits f32[V], and set `end` where it is the last."""
-    if np.isnan(logits).any():
-        text.end = FAILED
-        text.error = (
-            f"the logits hold NaN after {len(text.prompt) + len(text.tokens)} tokens: no next "
-            "token can be chosen"
-        )
-        return
     request = text.request
-    token = text.sampler.draw(logits, request.stop if len(text.tokens) < request.least else ())
+    try:
+        token, complete = text.sampler.draw(logits)
+    except InputError as error:
+        text.end = FAILED
+        text.error = f"after {len(text.prompt) + len(text.tokens)} tokens: {error}"
+        return
     text.tokens.append(token)
     if request.logprobs is not None:
         text.logprobs.append(logprobs(logits, token, request.logprobs))
-    if token in request.stop:
+    if complete:
         text.end = STOP
     elif len(text.tokens) == request.most:
         text.end = LENGTH

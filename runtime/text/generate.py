@@ -19,7 +19,7 @@ from moec.runtime.dtypes import Array
 from moec.runtime.text.causal_lm import CausalLM, causal_lm, inputs
 from moec.runtime.text.engine import FAILED, Engine
 from moec.runtime.text.request import Request
-from moec.runtime.text.sampling import Sampler
+from moec.runtime.text.sampler import Sampler
 from moec.runtime.text.texts import Decoder, Texts
 
 Feed = Callable[[Sequence[Sequence[int]]], Array]
@@ -65,29 +65,28 @@ def generate(
     room = max(len(prompt) + request.most for prompt in prompts)
     feed = _feed(executor, prompts, room if limit is None else min(room, limit))
     streams = request.streams or range(len(prompts))
-    samplers = [Sampler(request.sampling, p, n) for p, n in zip(prompts, streams, strict=False)]
+    samplers = [Sampler(request, p, n) for p, n in zip(prompts, streams, strict=False)]
     lengths = [len(prompt) for prompt in prompts]
     fresh: list[Sequence[int]] = list(prompts)
     open_ = [True] * len(prompts)
-    for count in range(request.most):
+    for _ in range(request.most):
         open_ = [o and (limit is None or n <= limit) for o, n in zip(open_, lengths, strict=True)]
         if not any(open_):
             return
         logits = feed([new_tokens if o else () for new_tokens, o in zip(fresh, open_, strict=True)])
-        for text, row in enumerate(logits):
-            if open_[text] and np.isnan(row).any():
-                raise InputError(
-                    f"the logits hold NaN after {lengths[text]} tokens: no next token can be chosen"
-                )
-        banned = request.stop if count < request.least else ()
-        tokens = [
-            sampler.draw(row, banned) if o else 0
-            for o, sampler, row in zip(open_, samplers, logits, strict=True)
-        ]
-        yield tuple(token if o else None for o, token in zip(open_, tokens, strict=True))
-        fresh = [[token] for token in tokens]
-        lengths = [n + o for n, o in zip(lengths, open_, strict=True)]
-        open_ = [o and token not in request.stop for o, token in zip(open_, tokens, strict=True)]
+        tokens: list[int | None] = []
+        for text, (sampler, row) in enumerate(zip(samplers, logits, strict=True)):
+            if not open_[text]:
+                tokens.append(None)
+                continue
+            try:
+                token, complete = sampler.draw(row)
+            except InputError as error:
+                raise InputError(f"after {lengths[text]} tokens: {error}") from error
+            tokens.append(token)
+            fresh[text], open_[text] = [token], not complete
+            lengths[text] += 1
+        yield tuple(tokens)
 
 
 def _by_engine(

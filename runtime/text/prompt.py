@@ -11,6 +11,7 @@ from typing import Any
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.extras import missing_extra
 from moec.runtime.text.chat import ChatTemplate, Message
+from moec.runtime.text.guide import Grammars
 from moec.runtime.text.token_bytes import bytes_of
 
 FOLDER = "tokenizer/"
@@ -81,6 +82,11 @@ class Tokenizer:
     def bytes_of(self) -> Callable[[int], bytes]:
         """The bytes of a token, which may be a part of a character; of a special one its text."""
         return bytes_of(self.tokenizer)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """The grammars that texts may keep to. Raises UsageError where llguidance is missing."""
+        return Grammars(self.tokenizer, self.stop)
 
 
 def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:

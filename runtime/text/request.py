@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moec.errors import InputError
+from moec.runtime.text.guide import Guide
 from moec.runtime.text.sampling import GREEDY, Sampling
 
 
@@ -14,7 +15,8 @@ from moec.runtime.text.sampling import GREEDY, Sampling
 class Request:
     """A request for at most `most` new tokens per text, until one of `stop` is drawn, which none of
     the first `least` is. `streams` are the numbers of the texts' random numbers, by default from 0.
-    With `logprobs` each token has its log probability, and those of so many likeliest ones."""
+    With `logprobs` each token has its log probability, and those of so many likeliest ones. `guide`
+    is the beginning of a grammar that texts keep to."""
 
     most: int = 64
     sampling: Sampling = GREEDY
@@ -22,6 +24,7 @@ class Request:
     streams: tuple[int, ...] = ()
     least: int = 0
     logprobs: int | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.most, bool) or not isinstance(self.most, int | np.integer):

@@ -1,10 +1,8 @@
-"""Sampling: the next token of a text from its logits."""
+"""Sampling: how the next token of a text is drawn from its logits."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,48 +102,6 @@ def _is_a(value: object, *types: type) -> bool:
 
 
 GREEDY = Sampling()
-
-
-class Sampler:
-    """Draws the tokens of one text after a prompt. `stream` selects the text's stream of random
-    numbers among those of the seed."""
-
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], stream: int) -> None:
-        seed = None if sampling.seed is None else [sampling.seed, stream]
-        self._sampling, self._generator = sampling, np.random.default_rng(seed)
-        self._prompt = np.unique(np.array(prompt, np.int64)) if sampling.penalises else None
-        self._counts: Counter[int] = Counter()
-
-    def draw(self, logits: Array, banned: Collection[int] = ()) -> int:
-        """The next token, from its logits f32[V] without NaN; none of `banned`."""
-        sampling = self._sampling
-        scores = logits
-        if self._prompt is not None or sampling.logit_bias or banned:
-            scores = self._changed(logits, banned)
-        token = int(scores.argmax()) if sampling.temperature == 0 else self._sample(scores)
-        if self._prompt is not None:
-            self._counts[token] += 1
-        return token
-
-    def _changed(self, logits: Array, banned: Collection[int]) -> Array:
-        scores, sampling = logits.astype(np.float64), self._sampling
-        if self._prompt is not None:
-            tokens = np.array([*self._counts], np.int64)
-            times = np.array([*self._counts.values()], np.float64)
-            every = np.union1d(self._prompt, tokens)
-            old, penalty = scores[every], sampling.repetition_penalty
-            scores[every] = np.where(old < 0, old * penalty, old / penalty)
-            scores[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * times
-        for token, bias in sampling.logit_bias:
-            scores[token] += bias
-        scores[[*banned]] = -np.inf
-        return scores
-
-    def _sample(self, scores: Array) -> int:
-        tokens, shares = nucleus(scores, self._sampling)
-        ends = np.cumsum(shares)
-        index = np.searchsorted(ends, self._generator.random() * ends[-1], side="right")
-        return int(tokens[min(int(index), len(tokens) - 1)])
 
 
 def nucleus(scores: Array, sampling: Sampling) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ from moec.commands.serving.scores import Score, of_chat, of_completion
 from moec.commands.serving.service import Service
 from moec.commands.serving.worker import Ticket, Update
 from moec.runtime.text.engine import FAILED, STOP
+from moec.runtime.text.guide import Guide
 from moec.runtime.text.write_text import Text, new_texts
 
 PING_SECONDS = 15.0
@@ -56,7 +57,12 @@ class Answer:
     """
 
     def __init__(
-        self, service: Service, fields: Fields, prompts: Sequence[Sequence[int]], chat: bool
+        self,
+        service: Service,
+        fields: Fields,
+        prompts: Sequence[Sequence[int]],
+        guide: Guide | None,
+        chat: bool,
     ) -> None:
         self._fields, self._service, self._chat = fields, service, chat
         self._start, self._closed = time.perf_counter(), False
@@ -70,7 +76,7 @@ class Answer:
         }
         self._prompt_tokens = sum(map(len, prompts))
         for prompt in prompts:
-            request = service.request(prompt, fields)
+            request = service.request(prompt, fields, guide)
             for number in range(fields.n):
                 ticket = Ticket(prompt, request, number, len(self._choices), self._updates)
                 (text,) = new_texts(service.tokenizer, [prompt], fields.stops)

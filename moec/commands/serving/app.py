@@ -74,8 +74,9 @@ async def _complete(service: Service, request: Request, chat: bool) -> Response:
     service.check_open()
     fields = read_fields(await _body(service, request), chat)
     prompts = await run_in_threadpool(service.tokens, fields)
+    guide = await run_in_threadpool(service.guide, fields)
     service.check_open()  # again, as time has passed
-    answer = Answer(service, fields, prompts, chat)
+    answer = Answer(service, fields, prompts, guide, chat)
     if fields.stream:
         return _Events(answer)
     work = asyncio.ensure_future(answer.complete())

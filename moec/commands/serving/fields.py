@@ -22,7 +22,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("tool_choice", "function_call"), ("none",)),
     "parallel_tool_calls": (True, False),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 """What is not supported, with the values that change nothing."""
@@ -90,6 +89,7 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_completion_tokens: Count | None = None
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
+    response_format: dict[str, Any] = {}
     prompt: str | list[str | int | list[int]] = []
     messages: list[ChatMessage] = []
 

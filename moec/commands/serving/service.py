@@ -12,6 +12,7 @@ from moec.commands.serving.metrics import Metrics
 from moec.commands.serving.worker import SHUTTING_DOWN, Worker
 from moec.errors import InputError, MoecError
 from moec.runtime.text.engine import Engine
+from moec.runtime.text.guide import Guide
 from moec.runtime.text.prompt import Tokenizer
 from moec.runtime.text.request import Request
 
@@ -54,6 +55,15 @@ class Service:
             message = f"the model {name!r} is not served here; {self.model!r} is"
             raise ApiError(404, message, "model", "model_not_found")
 
+    def guide(self, fields: Fields) -> Guide | None:
+        """The grammar of the texts. Raises ApiError for one that is wrong."""
+        if not fields.response_format:
+            return None
+        try:
+            return self.tokenizer.grammars.guide(fields.response_format)
+        except MoecError as error:
+            raise invalid("response_format", str(error)) from error
+
     def tokens(self, fields: Fields) -> list[list[int]]:
         """The tokens of the prompts. Raises ApiError where there are none, or a chat needs a
         template."""
@@ -68,7 +78,7 @@ class Service:
         except MoecError as error:
             raise invalid(name, str(error)) from error
 
-    def request(self, prompt: Sequence[int], fields: Fields) -> Request:
+    def request(self, prompt: Sequence[int], fields: Fields, guide: Guide | None) -> Request:
         """The request for a prompt. Raises ApiError where there is no room for it, or it has a
         token that the model has not."""
         room = self.engine.room - len(prompt)
@@ -90,7 +100,12 @@ class Service:
             raise invalid("logit_bias", rule)
         stop = frozenset(() if fields.ignore_eos else self.stop) | {*fields.stop_token_ids}
         request = Request(
-            most, fields.sampling, stop, least=fields.min_tokens, logprobs=fields.scores
+            most,
+            fields.sampling,
+            stop,
+            least=fields.min_tokens,
+            logprobs=fields.scores,
+            guide=guide,
         )
         try:
             self.engine.check(prompt, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,25 @@ def test_stop_tokens_have_no_log_probability(shared: Running, model: moec.Loaded
     (choice,) = shared.send("/v1/completions", body)[1]["choices"]
     assert choice["finish_reason"] == "stop"
     assert len(choice["logprobs"]["tokens"]) == free.index(free[4])
+
+
+def test_a_response_keeps_to_its_format(shared: Running, model: moec.LoadedModel) -> None:
+    """tiny_moe has read no JSON; the regular expression lets it end."""
+    answer_format: Any = {"type": "regex", "regex": "(yes|no), [a-z]{3} [0-9]{2}"}
+    answer = shared.send("/v1/chat/completions", CHAT | GREEDY | {"response_format": answer_format})
+    (choice,) = answer[1]["choices"]
+    assert re.fullmatch(answer_format["regex"], choice["message"]["content"])
+    assert choice["finish_reason"] == "stop"
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yz"]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    json_schema: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    completion = shared.client.chat.completions.create(
+        response_format=json_schema, n=2, seed=1, temperature=1.5, model=MODEL, **CHAT
+    )
+    for each in completion.choices:
+        assert json.loads(each.message.content or "")["a"] in ("x", "yz")
+    text = model.generate(PROMPT, response_format=answer_format)
+    assert re.fullmatch(answer_format["regex"], text.removeprefix(PROMPT))
 
 
 def tokenizer(tokens: list[str], decoder: Any) -> tokenizers.Tokenizer:

@@ -145,7 +145,8 @@ def test_a_text_has_the_bits_that_it_has_alone(
     if "prefix_tokens" in way and room > 100:
         assert sum(text.known > 0 for text in texts) > 1
     ends = [text.end for text in texts]
-    assert {LENGTH} < set(ends) <= {LENGTH, STOP, CANCELLED}
+    assert LENGTH in ends
+    assert set(ends) <= {LENGTH, STOP, CANCELLED}
     for text, (prompt, request) in zip(texts, jobs, strict=True):
         alone = Traced(executor)
         tokens = [token for (token,) in generate(alone, [prompt], request)]
@@ -240,7 +241,7 @@ def test_a_text_of_nan_ends_alone(cached: Executor) -> None:
     while engine.busy:
         engine.step()
     assert [text.end for text in texts] == [FAILED, LENGTH, LENGTH]
-    assert "the logits hold NaN after 5 tokens" in texts[0].error
+    assert "after 5 tokens: the logits hold NaN" in texts[0].error
     for n in (1, 2):
         assert texts[n].tokens == [t for (t,) in generate(cached, [[n + 5]], Request(6))]
 

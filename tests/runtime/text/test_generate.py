@@ -71,7 +71,7 @@ def test_nan_is_no_likeliest_token() -> None:
     table = package.arrays["table"].copy()
     table[3, 5] = np.nan
     model = Executor(replace(package, arrays={"table": table}))
-    with pytest.raises(InputError, match="the logits hold NaN after 3 tokens"):
+    with pytest.raises(InputError, match="after 3 tokens: the logits hold NaN"):
         list(generate(model, [[1, 2]], Request(9)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,20 +20,28 @@ from transformers.generation.logits_process import (
 )
 
 from moec.errors import InputError
-from moec.runtime.text.sampling import Logprobs, Sampler, Sampling, logprobs, nucleus
+from moec.runtime.text.request import Request
+from moec.runtime.text.sampler import Sampler
+from moec.runtime.text.sampling import Logprobs, Sampling, logprobs, nucleus
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 
 
+def sampler_of(
+    sampling: Sampling, prompt: Sequence[int] = (), stream: int = 0, banned: Sequence[int] = ()
+) -> Sampler:
+    return Sampler(Request(99, sampling, frozenset(banned), least=99), prompt, stream)
+
+
 def draws(count: int, **how: Any) -> Counter[int]:
     sampling = Sampling(seed=5, **how)
-    sampler = Sampler(sampling, [], 0)
-    return Counter(sampler.draw(LOGITS) for _ in range(count))
+    sampler = sampler_of(sampling)
+    return Counter(sampler.draw(LOGITS)[0] for _ in range(count))
 
 
 def test_the_likeliest_and_of_equals_the_first() -> None:
     rows = np.array([[0, 2, 1, 2], [-np.inf, -np.inf, -3, -np.inf]], np.float32)
-    assert [Sampler(Sampling(), [], 0).draw(row) for row in rows] == [1, 2]
+    assert [sampler_of(Sampling()).draw(row) for row in rows] == [(1, False), (2, False)]
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -57,8 +66,8 @@ def test_what_is_drawn_from() -> None:
 
 def test_each_text_of_a_seed_has_a_stream_of_its_own() -> None:
     def speak(seed: int | None, stream: int) -> list[int]:
-        sampler = Sampler(Sampling(temperature=1.0, seed=seed), [1, 2], stream)
-        return [sampler.draw(LOGITS) for _ in range(30)]
+        sampler = sampler_of(Sampling(temperature=1.0, seed=seed), [1, 2], stream)
+        return [sampler.draw(LOGITS)[0] for _ in range(30)]
 
     assert speak(7, 0) == speak(7, 0)
     assert speak(7, 0) != speak(7, 1)
@@ -76,7 +85,7 @@ def test_a_drawn_token_is_among_the_likeliest(
 ) -> None:
     sampling = Sampling(temperature, top_p, top_k, seed=0)
     row = np.array(scores, np.float32)
-    token = Sampler(sampling, [], 0).draw(row)
+    token, _ = sampler_of(sampling).draw(row)
     assert (row > row[token]).sum() < top_k
 
 
@@ -136,28 +145,30 @@ def test_a_repetition_is_penalised_as_in_transformers() -> None:
     draw = np.random.default_rng(0)
     prompt, tokens = [3, 9, 3], [5, 9]
     scores = draw.standard_normal(12).astype(np.float32)
-    sampler = Sampler(Sampling(repetition_penalty=1.7), prompt, 0)
+    sampler = sampler_of(Sampling(repetition_penalty=1.7), prompt)
     sampler._counts.update(tokens)
     ids = torch.tensor([prompt + tokens])
     expected = RepetitionPenaltyLogitsProcessor(1.7)(ids, torch.from_numpy(scores)[None])[0]
-    np.testing.assert_allclose(sampler._changed(scores, ()), expected.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(sampler._changed(scores, []), expected.numpy(), rtol=1e-6)
 
 
 def test_penalties_count_the_tokens_of_the_text_and_not_of_the_prompt() -> None:
-    sampler = Sampler(Sampling(presence_penalty=0.5, frequency_penalty=0.25), [1, 1], 0)
+    sampler = sampler_of(Sampling(presence_penalty=0.5, frequency_penalty=0.25), [1, 1])
     logits = np.array([0, 3, 2.6, 2.0], np.float32)
     # 3; 2.25 < 2.6; 2.25 > 1.85; 2.0 is both 2.0 and 2.0: the lower id
-    assert [sampler.draw(logits) for _ in range(4)] == [1, 2, 1, 1]
-    assert [sampler.draw(logits) for _ in range(2)] == [3, 2]
+    assert [sampler.draw(logits)[0] for _ in range(4)] == [1, 2, 1, 1]
+    assert [sampler.draw(logits)[0] for _ in range(2)] == [3, 2]
 
 
 def test_biases_and_banned_tokens() -> None:
     sampling = Sampling(logit_bias=((0, 100.0), (1, -0.2)))
-    assert Sampler(sampling, [], 0).draw(LOGITS) == 0
-    assert Sampler(sampling, [], 0).draw(LOGITS, {0}) == 1
-    assert Sampler(Sampling(), [], 0).draw(LOGITS, {1, 3}) == 2
-    drawn = Sampler(Sampling(2.0, seed=1), [], 0)
-    assert {drawn.draw(LOGITS, {1, 2}) for _ in range(50)} == {0, 3}
+    assert sampler_of(sampling).draw(LOGITS) == (0, False)
+    assert sampler_of(sampling, banned=[0]).draw(LOGITS) == (1, False)
+    assert sampler_of(Sampling(), banned=[1, 3]).draw(LOGITS) == (2, False)
+    drawn = sampler_of(Sampling(2.0, seed=1), banned=[1, 2])
+    assert {drawn.draw(LOGITS)[0] for _ in range(50)} == {0, 3}
+    late = Sampler(Request(9, Sampling(), frozenset([1]), least=2), [], 0)
+    assert [late.draw(LOGITS) for _ in range(3)] == [(3, False), (3, False), (1, True)]
 
 
 def test_log_probabilities_are_those_of_the_model() -> None:

@@ -1,0 +1,103 @@
+"""Texts that keep to a grammar, by llguidance: tokens that cannot go on are not drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from moec.errors import InputError, UsageError
+from moec.extras import missing_extra
+from moec.runtime.dtypes import Array
+
+SPACE = r"[ \n\r\t]{0,32}"  # a model may write blanks without end between two values otherwise
+
+
+class Guide(Protocol):
+    """Where one text is in its grammar."""
+
+    def copy(self) -> Guide:
+        """For another text that begins here."""
+
+    def restrict(self, logits: Array) -> Array:
+        """Logits f32[V] with -inf for the tokens that cannot come next.
+
+        Raises InputError where there is no other.
+        """
+
+    def advance(self, token: int) -> bool:
+        """Go on with a token; returns whether the text is complete."""
+
+
+class Grammars:
+    """The grammars of a tokenizer, which `stop` ends the texts of."""
+
+    def __init__(self, tokenizer: Any, stop: Collection[int]) -> None:
+        """Raises UsageError where llguidance is missing."""
+        try:
+            import llguidance
+        except ModuleNotFoundError as error:
+            raise UsageError(missing_extra(error)) from None
+        self._library = llguidance
+        self._tokenizer = llguidance.LLTokenizer(tokenizer.to_str(), eos_token=sorted(stop) or None)
+
+    def guide(self, response_format: Mapping[str, Any]) -> Guide | None:
+        """The beginning of a text of a format: OpenAI's {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"schema": ...}} and {"type": "text"}, or
+        {"type": "regex", "regex": ...}.
+
+        Raises InputError for another, and for a grammar that is wrong or too complex.
+        """
+        if (kind := response_format.get("type")) == "text":
+            return None
+        new = self._library.LLMatcher
+        if kind == "regex":
+            grammar = new.grammar_from_regex(_field(response_format, "regex", str))
+        elif kind in ("json_object", "json_schema"):
+            schema = {"type": "object"}
+            if kind == "json_schema":
+                schema = _field(_field(response_format, "json_schema", Mapping), "schema", Mapping)
+            options = {"whitespace_pattern": SPACE}
+            grammar = new.grammar_from_json_schema(json.dumps(schema), overrides=options)
+        else:
+            raise InputError(
+                f"response_format has the type {kind!r}: give text, json_object, json_schema or "
+                "regex"
+            )
+        matcher = new(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise InputError(f"response_format: {_sentence(matcher)}")
+        return _Matcher(matcher)
+
+
+def _field(mapping: Mapping[str, Any], name: str, kind: type) -> Any:
+    if not isinstance(value := mapping.get(name), kind):
+        what = "text" if kind is str else "an object"
+        raise InputError(f"response_format: {name} is {value!r}; it must be {what}")
+    return value
+
+
+class _Matcher:
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def copy(self) -> Guide:
+        return _Matcher(self._matcher.deep_copy())
+
+    def restrict(self, logits: Array) -> Array:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, bitorder="little", count=len(logits)).astype(bool)
+        scores = np.where(allowed, logits, -np.inf)
+        if self._matcher.is_error() or np.isneginf(scores).all():
+            raise InputError(f"no token fits response_format here: {_sentence(self._matcher)}")
+        return scores
+
+    def advance(self, token: int) -> bool:
+        self._matcher.consume_token(token)
+        return bool(self._matcher.is_stopped())
+
+
+def _sentence(matcher: Any) -> str:
+    return (str(matcher.get_error()).strip().splitlines() or ["the grammar has no such text"])[0]
