@@ -28,6 +28,7 @@ from prometheus_client import generate_latest
 import moec
 from moec.__main__ import cli
 from moec.commands.serving.app import MOST_BYTES, application
+from moec.commands.serving.routing_watch import RoutingWatch
 from moec.commands.serving.server import listen
 from moec.commands.serving.service import Service
 from moec.errors import ArtifactError
@@ -113,12 +114,17 @@ def model(path: Path) -> moec.LoadedModel:
 
 @contextlib.contextmanager
 def serving(
-    model: moec.LoadedModel, slots: int = 4, queue: int = 60, key: str | None = None
+    model: moec.LoadedModel,
+    slots: int = 4,
+    queue: int = 60,
+    key: str | None = None,
+    recorded: bool = False,
 ) -> Iterator[Running]:
     executor = Paced(model.executor)
     tokenizer = replace(model.tokenizer, template=ChatTemplate(TEMPLATE))
     engine = Engine(executor, slots, 512)
-    service = Service(MODEL, "0123", engine, tokenizer, tokenizer.stop, queue, key)
+    routing = RoutingWatch(model.executor) if recorded else None
+    service = Service(MODEL, "0123", engine, tokenizer, tokenizer.stop, queue, key, routing)
     config = uvicorn.Config(application(service), log_level="critical", lifespan="on")
     server = uvicorn.Server(config)
     listener = listen("127.0.0.1", 0)
@@ -144,6 +150,7 @@ def serving(
             client.close()
         server.should_exit = True
         thread.join()
+    assert routing is None or not routing.counting
     assert service.used == 0
     if not service.worker.error:
         assert not engine.busy

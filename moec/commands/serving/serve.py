@@ -18,6 +18,9 @@ from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
 
+UNCOUNTED = "Tokens of experts are counted where the model was compiled with --record-routing"
+UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
+
 
 @click.command("serve", short_help="Serve an artifact over HTTP, as OpenAI does.")
 @click.argument("artifact", type=click.Path(path_type=Path))
@@ -62,6 +65,7 @@ def command(
     check_one_process(artifact)
     if api_key == "":
         raise UsageError("--api-key is empty: give a key, or leave it out")
+    from moec.commands.serving.routing_watch import RoutingWatch
     from moec.commands.serving.server import Server, listen
     from moec.commands.serving.service import Service
 
@@ -69,9 +73,11 @@ def command(
         model, engine, stop = open_engine(artifact, slots, EngineOptions(**options))
         digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
         fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        routing = RoutingWatch(model.executor) if model.executor.package.recorded else None
         service = Service(
-            name or artifact.stem, fingerprint, engine, model.tokenizer, stop, queue, api_key
-        )
+            name or artifact.stem, fingerprint, engine, model.tokenizer, stop, queue, api_key,
+            routing, UNCOUNTED_STORE if model.artifact.package.recorded else UNCOUNTED,
+        )  # fmt: skip
         address = f"[{host}]" if ":" in host else host
         echo(f"{service.model} at http://{address}:{listener.getsockname()[1]}/v1", err=True)
         Server(service, drain).run([listener])
