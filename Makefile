@@ -11,13 +11,19 @@ python := $(venv)/bin/python
 installed := $(venv)/.installed
 run_tests := $(python) -m pytest -n $(JOBS) --dist worksteal --slowest 20
 
-.PHONY: demo help test test-rest test-all test-changed times replay lint docs pages format golden clean
+.PHONY: demo help chromium test test-rest test-all test-changed times replay lint docs pages format golden clean
 
 demo: $(installed)
 	$(python) examples/demo.py
 
 help:
 	@sed -n 's/^    make /make /p' CONTRIBUTING.md
+
+# A browser for the tests of the page of `moec serve`, which are skipped without one.
+chromium:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null 2>&1 \
+	  || echo 'no Chromium, and it cannot be installed here: the tests of the page are skipped'
 
 # Which tests are fast, tests/times.json records.
 test: $(installed)

@@ -90,7 +90,7 @@ def command(
     quiet: bool,
     **text: Any,
 ) -> None:
-    """Run ARTIFACT on the tensors in a file, continue prompts with it, or chat.
+    """Run ARTIFACT on the tensors in a file, or continue prompts with it.
 
     Outputs are summarised on stdout, or written with --output. The continuation of a prompt is
     printed as it is computed. Exit code 2 means that --check found a difference.
@@ -169,7 +169,7 @@ def _check_work(
 ) -> None:
     """Raises UsageError where there is nothing to do, or two things at once."""
     if source is None and not (options.form or compares):
-        raise UsageError("give one of --input FILE, --prompt TEXT, --chat or --check")
+        raise UsageError("give one of --input FILE, --prompt TEXT or --check")
     if source is not None and options.form:
         raise UsageError(f"--input and {options.form} cannot be combined: leave one out")
     if output is not None and source is None:

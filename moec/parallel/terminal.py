@@ -1,22 +1,17 @@
-"""One terminal for all ranks of a run: rank 0 writes to it, and all ranks read the same lines.
-
-    launcher's stdout  <-  rank 0 <- its output            the output of rank 1 … is discarded
-    launcher's stdin   ->  rank 0 -> every rank's stdin
-
-Each rank can therefore run the same code as a single process. Under torchrun the terminal is rank
-0's own.
+"""One terminal for all ranks of a run: rank 0 writes to the launcher's, and the output of the
+others is discarded, so that each can run the same code as a single process. Under torchrun the
+terminal is rank 0's own.
 """
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from multiprocessing.connection import Client, Connection, Listener
-from queue import Empty, Queue
 from threading import Thread
-from typing import Any, TextIO, TypeVar, cast
+from typing import TextIO, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -25,7 +20,7 @@ from moec.parallel.process_ranks import ProcessRanks, as_rank_errors
 
 T = TypeVar("T")
 
-LINE, OUT, ERR = "line", "out", "err"
+OUT, ERR = "out", "err"
 
 
 def agreed(ranks: ProcessRanks, value: T) -> T:
@@ -48,16 +43,13 @@ def served() -> Iterator[str]:
         finally:
             with suppress(OSError):
                 Client(address).close()  # wakes the thread if no rank came
-            thread.join(1.0)  # it may wait for a line that is never typed
+            thread.join(1.0)
 
 
 def _serve(listener: Listener) -> None:
     with suppress(EOFError, OSError), listener.accept() as connection:
         while True:
             kind, text = connection.recv()
-            if kind == LINE:
-                connection.send(sys.stdin.readline())
-                continue
             stream = sys.stdout if kind == OUT else sys.stderr
             stream.write(text)
             stream.flush()
@@ -65,33 +57,18 @@ def _serve(listener: Listener) -> None:
 
 @contextmanager
 def terminal_of(job: Job, ranks: ProcessRanks) -> Iterator[None]:
-    """While open, redirects stdin, stdout and stderr of this rank."""
+    """While open, redirects stdout and stderr of this rank."""
     with ExitStack() as stack:
         out: TextIO = io.StringIO()
         err: TextIO = io.StringIO()
-        ask = sys.stdin.readline
         if ranks.rank == 0 and job.terminal is None:
             out, err = sys.stdout, sys.stderr
         elif ranks.rank == 0:
             connection = stack.enter_context(Client(cast(str, job.terminal)))
             out, err = (cast(TextIO, _Sent(connection, kind)) for kind in (OUT, ERR))
-            ask = _line_reader(connection)
         stack.enter_context(redirect_stdout(out))
         stack.enter_context(redirect_stderr(err))
-        stack.callback(setattr, sys, "stdin", sys.stdin)
-        sys.stdin = cast(TextIO, _Lines(ranks, ask, job.timeout / 3))
         yield
-
-
-def _line_reader(connection: Connection) -> Callable[[], str]:
-    def ask() -> str:
-        try:
-            connection.send((LINE, ""))
-            return cast(str, connection.recv())
-        except (EOFError, OSError):
-            return ""  # the launcher has ended: no more lines
-
-    return ask
 
 
 class _Sent(io.TextIOBase):
@@ -108,23 +85,3 @@ class _Sent(io.TextIOBase):
         if text:
             self._connection.send((self._kind, text))
         return len(text)
-
-
-class _Lines(io.TextIOBase):
-    """The lines of rank 0, on every rank. While the user types, rank 0 broadcasts None every
-    `patience` seconds, because the exchange of the others would time out."""
-
-    def __init__(self, ranks: ProcessRanks, ask: Callable[[], str], patience: float) -> None:
-        self._ranks, self._ask, self._patience = ranks, ask, patience
-
-    def readline(self, size: Any = -1, /) -> str:  # type: ignore[override]
-        lines: Queue[str] = Queue()
-        if self._ranks.rank == 0:
-            Thread(target=lambda: lines.put(self._ask()), daemon=True).start()
-        while True:
-            line = None
-            if self._ranks.rank == 0:
-                with suppress(Empty):
-                    line = lines.get(timeout=self._patience)
-            if (line := agreed(self._ranks, line)) is not None:
-                return line

@@ -24,7 +24,7 @@ from moec.runtime.artifact import artifact
 from moec.runtime.artifact.artifact import Artifact
 from moec.runtime.artifact.mapped_arrays import CheckedArrays
 from moec.runtime.call.caches import Cache, bytes_of_caches, caches_of, keep
-from moec.runtime.call.recorder import Recorder
+from moec.runtime.call.recorder import Observer
 from moec.runtime.checks import CPU, check_inputs, check_memory, destination_shapes
 from moec.runtime.device.device import Cpu, Device, default_device, only_for
 from moec.runtime.device.library import tvm_ffi
@@ -142,7 +142,7 @@ class Executor:
         self._main = self._entries[MAIN]
         self._lock = threading.RLock()  # of a thread that forks in a call, too
         self._caller: ThreadPoolExecutor | None = None
-        self._recorder: Recorder | None = None
+        self._recorder: Observer | None = None
         self._requests = 0
         self._token = self.device.repeated()
         self._counts: list[Any] = []  # the latest inputs of `decode`, whose memory the next take
@@ -193,7 +193,7 @@ class Executor:
         with self._lock:
             self._states = states
 
-    def start_recording(self, recorder: Recorder) -> None:
+    def start_recording(self, recorder: Observer) -> None:
         """Add the choices of each call to `recorder`, see `moec.runtime.call.recorder`."""
         with self._lock:
             if self._recorder is not None:

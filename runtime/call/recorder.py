@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,27 @@ from moec.runtime.dtypes import Array
 from moec.runtime.package import RecordedLayer
 
 PREFILL, DECODED = 0, 1
+
+
+class Observer(Protocol):
+    """Receives the choices of each call of an executor, in arrays that later calls overwrite."""
+
+    @property
+    def layers(self) -> tuple[RecordedLayer, ...]:
+        """The layers of the model, as in its package."""
+
+    def add_main(self, choices: Sequence[Array], requests: NDArray[np.int32]) -> None:
+        """Add choices [T, k] of each layer, for tokens of B requests of one length each."""
+
+    def add_decode(
+        self, choices: Sequence[Array], lengths: Array, piece: int, requests: NDArray[np.int32]
+    ) -> None:
+        """Add the choices of a chunk of B texts, of which lengths[b] of `piece` tokens are no
+        padding.
+
+        A layer has a row for each token, [B * piece, k], or only for the last token of each text,
+        [B, k], if the model needs no other; the other tokens then have no expert.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,18 +71,11 @@ class Recorder:
     _calls: list[_Call] = field(default_factory=list)
 
     def add_main(self, choices: Sequence[Array], requests: NDArray[np.int32]) -> None:
-        """Choices [T, k] of each layer, for tokens of B requests of one length each."""
         self._calls.append(_Call(_copies(choices), requests))
 
     def add_decode(
         self, choices: Sequence[Array], lengths: Array, piece: int, requests: NDArray[np.int32]
     ) -> None:
-        """Add the choices of a chunk of B texts, of which lengths[b] of `piece` tokens are no
-        padding.
-
-        A layer has a row for each token, [B * piece, k], or only for the last token of each text,
-        [B, k], if the model needs no other; the other tokens then have no expert.
-        """
         self._calls.append(_Call(_copies(choices), requests.copy(), lengths.copy(), piece))
 
     def _of_main(self, call: _Call) -> _Ids:

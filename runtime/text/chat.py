@@ -36,7 +36,7 @@ class ChatTemplate:
         """
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        _check(messages)
+        check_messages(messages)
         try:
             template = _environment().from_string(self.source)
             text = template.render(
@@ -51,7 +51,8 @@ class ChatTemplate:
         return str(text)
 
 
-def _check(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises InputError where there are none, or one is malformed."""
     if not messages:
         raise InputError("there are no messages: give at least one")
     for number, message in enumerate(messages):

@@ -37,7 +37,7 @@ class Continuation:
 
     `end` is empty until it is STOP (the last token is one of `request.stop`, or completes its
     grammar), LENGTH, CANCELLED, or FAILED, with the sentence `error`. `logprobs` has an item for
-    each token where they were requested. The first `known` tokens of the prompt were not computed
+    each token where they were requested. The first `reused` tokens of the prompt were not computed
     for it.
     """
 
@@ -47,7 +47,7 @@ class Continuation:
     number: Array  # i32[1], which identifies it in traces
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
-    known: int = 0
+    reused: int = 0
     read: int = 0  # how many tokens of the prompt are in its caches
     end: str = ""
     error: str = ""
@@ -70,7 +70,7 @@ class StepResult:
 
     advanced: tuple[Continuation, ...]
     prompt_tokens: int = 0
-    known_tokens: int = 0
+    reused_tokens: int = 0
 
 
 class Engine:
@@ -184,9 +184,9 @@ class Engine:
         advanced: list[Continuation] = []
         if self.decoding and not (self._prompts_first and prompts_wait):
             advanced = self._decode()
-        known = 0
+        reused = 0
         if not self._joining and self.waiting and len(self.decoding) < self.slots:
-            known = self._join()
+            reused = self._join()
         if not self._joining:
             return StepResult(tuple(advanced))
         before = sum(text.read for text in self._joining)
@@ -195,7 +195,7 @@ class Engine:
         if not self._joining[0].left:
             advanced += self._joining
             self._joined(rows)
-        return StepResult(tuple(advanced), count, known)
+        return StepResult(tuple(advanced), count, reused)
 
     def _decode(self) -> list[Continuation]:
         texts = list(self.decoding)
@@ -237,8 +237,8 @@ class Engine:
         self._joining_caches = self._first(count) if in_place else new(count, self.room)
         if self._prefixes is not None:
             most = max(0, len(text.prompt) - ROWS)  # so that at least ROWS are read
-            text.known = text.read = self._prefixes.load(text.prompt, most, self._joining_caches)
-        return text.known
+            text.reused = text.read = self._prefixes.load(text.prompt, most, self._joining_caches)
+        return text.reused
 
     def _fits(self, text: Continuation) -> bool:
         """Whether one call can process a prompt with those that join, with little padding."""

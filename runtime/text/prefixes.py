@@ -43,7 +43,7 @@ class Prefixes:
     def load(self, prompt: Sequence[int], most: int, caches: Sequence[Cache]) -> int:
         """Copy the keys and values of the longest known beginning of at most `most` tokens to the
         caches of one text; returns its length."""
-        blocks = self._known(prompt)[: most // BLOCK]
+        blocks = self._longest(prompt)[: most // BLOCK]
         for array, store in zip(token_arrays(self._ports, caches), self._arrays, strict=True):
             for index, block in enumerate(blocks):
                 array[0, :, index * BLOCK : (index + 1) * BLOCK] = store[block.slot]
@@ -51,7 +51,7 @@ class Prefixes:
 
     def add(self, prompt: Sequence[int], caches: Sequence[Cache], text: int) -> None:
         """Keep the blocks of a prompt whose keys and values are those of a text of caches."""
-        blocks = self._known(prompt)
+        blocks = self._longest(prompt)
         arrays = token_arrays(self._ports, caches)
         for index in range(len(blocks), min(len(prompt) // BLOCK, self.capacity)):
             parent = blocks[-1] if blocks else self._root
@@ -61,7 +61,7 @@ class Prefixes:
             blocks.append(block)
         self._touch(blocks)
 
-    def _known(self, prompt: Sequence[int]) -> list[_Block]:
+    def _longest(self, prompt: Sequence[int]) -> list[_Block]:
         blocks: list[_Block] = []
         block = self._root
         for start in range(0, len(prompt) - BLOCK + 1, BLOCK):

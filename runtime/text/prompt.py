@@ -61,14 +61,18 @@ class Tokenizer:
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a chat, up to the beginning of the answer (`ChatTemplate.render`).
 
-        Raises UsageError where the model came without a template.
+        Raises UsageError as `check_chat`.
         """
+        return self.encode(self.check_chat().render(messages), special=False)
+
+    def check_chat(self) -> ChatTemplate:
+        """The template. Raises UsageError where the model came without one."""
         if self.template is None:
             raise UsageError(
                 "the model has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json): use --prompt with plain text"
+                "tokenizer_config.json): continue plain text, with moec run --prompt"
             )
-        return self.encode(self.template.render(messages), special=False)
+        return self.template
 
     def decoder(self, prompt: Sequence[int]) -> Callable[[int], str]:
         """A function that takes the tokens after `prompt` one by one, and returns the characters

@@ -24,16 +24,14 @@ from tests.parallel import entries
 from tests.passes.parallel.test_plan_parallelism import plan
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_moe" / "checkpoint"
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 FORMS = {
     "prompt": ("--prompt", "def main(", "--temperature", "1.5", "--seed", "7"),
     "prompts": ("--prompts", "FOLDER/lines.txt", "--batch", "2"),
-    "chat": ("--chat",),
 }
 
 
-def cli(*arguments: str, stdin: str = "") -> Any:
-    result = CliRunner().invoke(front.cli, arguments, input=stdin, prog_name="moec")
+def cli(*arguments: str) -> Any:
+    result = CliRunner().invoke(front.cli, arguments, prog_name="moec")
     assert result.exit_code == 0, result.output
     return result
 
@@ -52,10 +50,8 @@ def fill(path: Path) -> None:
         num_experts=8, num_experts_per_tok=2, max_position_embeddings=256, eos_token_id=0,
     )  # fmt: skip
     Qwen3MoeForCausalLM(config).save_pretrained(path / "model")
-    shutil.copy(TOKENIZER / "tokenizer.json", path / "model")
-    words = json.loads((TOKENIZER / "tokenizer_config.json").read_text())
-    words |= {"chat_template": TEMPLATE}
-    (path / "model" / "tokenizer_config.json").write_text(json.dumps(words))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / name, path / "model")
     (path / "lines.txt").write_text("def main(\nimport torch\nx = 1\n")
     moec.compile(str(path / "model"), verify=False).save(path / "one.moec")
     layer = structs.replace(plan(2).layers[0], attention=2)
@@ -69,15 +65,13 @@ def fill(path: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_text_of_one_process(form: str, folder: Path) -> None:
-    """Also where tokens are drawn, where a string ends a text, and what a chat answers."""
+    """Also where tokens are drawn, and where a string ends a text."""
     options = [option.replace("FOLDER", str(folder)) for option in FORMS[form]]
     options += ["--max-new-tokens", "12", "--stop", "e"]
-    lines = "hello\nand then?\n" if form == "chat" else ""
-    one = cli("run", str(folder / "one.moec"), *options, "--quiet", stdin=lines)
+    one = cli("run", str(folder / "one.moec"), *options, "--quiet")
     two = cli(
-        "run", str(folder / "two.ranks"), "--nproc", "2", "--timeout", "300", *options, "--quiet",
-        stdin=lines,
-    )  # fmt: skip
+        "run", str(folder / "two.ranks"), "--nproc", "2", "--timeout", "300", *options, "--quiet"
+    )
     assert one.stdout.strip()
     assert two.stdout == one.stdout
 
@@ -90,7 +84,7 @@ def test_ranks_draw_by_the_seed_of_rank_0(folder: Path) -> None:
         "run", str(folder / "one.moec"), "--prompts", str(lines), "--temperature", "1.5",
         "--seed", "7", "--max-new-tokens", "12", "--batch", "3", "--json",
     )  # fmt: skip
-    options = TextOptions(None, lines, None, False, (), 3, 12, 1.5, 1.0, None, seed=None)
+    options = TextOptions(None, lines, None, (), 3, 12, 1.5, 1.0, None, seed=None)
     job = Job(folder / "two.ranks", None, None, 300.0, 1)
     result = launch(job, 2, entries.seeded, options, lines.read_text().splitlines())
     assert result["texts"] == json.loads(one.stdout)["texts"]

@@ -90,8 +90,8 @@ def run_ranks(
 def write_rank(
     job: Job, options: TextOptions, prompts: Sequence[str | None], as_json: bool, quiet: bool
 ) -> dict[str, Any]:
-    """Continue the prompts, or chat, on this process's rank together with all others; returns the
-    result for --json.
+    """Continue the prompts on this process's rank together with all others; returns the result for
+    --json.
 
     Raises RankError, ArtifactError, and the errors of `write_texts`.
     """

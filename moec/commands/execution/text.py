@@ -1,11 +1,11 @@
-"""Text of `moec run`: one prompt streamed, many prompts from a file, or a chat."""
+"""Text of `moec run`: one prompt streamed, or many prompts from a file."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import click
 
 from moec.commands.execution.prompts import completed, continue_prompts
+from moec.commands.options.sampling import sampling_options
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.os_errors import reason
@@ -36,7 +37,6 @@ class TextOptions:
     prompt: str | None
     prompts: Path | None
     resume: Path | None
-    chat: bool
     stop: tuple[str, ...]
     batch: int
     max_new_tokens: int
@@ -47,14 +47,14 @@ class TextOptions:
 
     @property
     def form(self) -> str:
-        """The option that was used for input (--prompt, --prompts or --chat); empty for none.
+        """The option that was used for input (--prompt or --prompts); empty for none.
 
-        Raises UsageError where several were used.
+        Raises UsageError where both were used.
         """
-        forms = {"--prompt": self.prompt, "--prompts": self.prompts, "--chat": self.chat or None}
+        forms = {"--prompt": self.prompt, "--prompts": self.prompts}
         names = [name for name, value in forms.items() if value is not None]
         if len(names) > 1:
-            raise UsageError(f"{' and '.join(names)} cannot be combined: leave out all but one")
+            raise UsageError("--prompt and --prompts cannot be combined: leave one out")
         return names[0] if names else ""
 
 
@@ -72,43 +72,27 @@ def text_options(command: F) -> F:
             help="With --prompts: skip those that have texts in the results of an earlier run.",
         ),
         click.option(
-            "--chat", is_flag=True,
-            help="Answer each line of stdin, using the model's chat template.",
-        ),
-        click.option(
-            "--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."
-        ),
-        click.option(
             "--batch", type=click.IntRange(min=1), default=8, show_default=True,
             help="How many of --prompts are continued at a time.",
         ),
         click.option(
             "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True
         ),
-        click.option(
-            "--temperature", type=float, default=0.0, show_default=True,
-            help="0 chooses the likeliest token; greater values sample.",
-        ),
-        click.option(
-            "--top-p", type=float, default=1.0, help="Sample from the likeliest tokens whose "
-            "probabilities sum to this."
-        ),
-        click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens."),
-        click.option(
-            "--seed", type=click.IntRange(min=0), help="Seed for sampling."
-        ),
+        sampling_options,
     ):  # fmt: skip
         command = decorator(command)
     return command
 
 
 def read_prompts(options: TextOptions) -> list[str | None]:
-    """The prompts, one for each line of a file (None: it is no JSON string); empty for a chat.
-    Raises UsageError where a file has none, or cannot be read."""
+    """The prompts, one for each line of a file (None: it is no JSON string).
+
+    Raises UsageError where a file has none, or cannot be read.
+    """
     if options.resume is not None and options.prompts is None:
         raise UsageError("--resume continues a run of --prompts: give both")
     if options.prompt == "-":
-        return [_decoded("stdin", _read("stdin", sys.stdin.buffer))]
+        return [decoded("stdin", read_limited("stdin", sys.stdin.buffer))]
     if options.prompt is not None:
         return [options.prompt]
     if options.prompts is None:
@@ -117,16 +101,16 @@ def read_prompts(options: TextOptions) -> list[str | None]:
     name = "stdin" if str(path) == "-" else f"--prompts {path}"
     try:
         with nullcontext(sys.stdin.buffer) if name == "stdin" else path.open("rb") as file:
-            content = _read(name, file)
+            content = read_limited(name, file)
     except OSError as error:
         raise UsageError(f"{name}: {reason(error)}") from error
-    lines = _decoded(name, content).splitlines()
+    lines = decoded(name, content).splitlines()
     if not any(line.strip() for line in lines):
         raise UsageError(f"{name} has no prompt: write one per line")
     return list(map(_string, lines)) if path.suffix == ".jsonl" else [*lines]
 
 
-def _read(name: str, file: BinaryIO) -> bytes:
+def read_limited(name: str, file: BinaryIO) -> bytes:
     """The whole file. Raises UsageError beyond a limit, because /dev/zero would fill the memory."""
     content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
@@ -134,7 +118,8 @@ def _read(name: str, file: BinaryIO) -> bytes:
     return content
 
 
-def _decoded(name: str, content: bytes) -> str:
+def decoded(name: str, content: bytes) -> str:
+    """The text. Raises UsageError where it is not UTF-8."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -158,8 +143,8 @@ def write_texts(
     as_json: bool,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Continue the prompts, or chat, with the tokenizer among an artifact's files; returns the
-    result for --json."""
+    """Continue the prompts with the tokenizer among an artifact's files; returns the result for
+    --json."""
     from moec.runtime.text.generate import slow
     from moec.runtime.text.prompt import load_tokenizer
     from moec.runtime.text.request import Request
@@ -175,8 +160,6 @@ def write_texts(
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
     sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
     request = Request(options.max_new_tokens, sampling, stop)
-    if options.chat:
-        return {"messages": _chat(tokenizer, executor, request, options.stop, not as_json)}
     if options.prompts is not None:
         done = completed(options.resume, prompts) if options.resume else set()
         left = {index: p for index, p in enumerate(prompts) if index not in done}
@@ -235,40 +218,6 @@ def _shown(text: dict[str, Any]) -> dict[str, Any]:
     click.echo(printable_json(json.dumps(text, ensure_ascii=False)))
     sys.stdout.flush()
     return text
-
-
-def _chat(
-    tokenizer: Tokenizer,
-    executor: Decoder,
-    request: Request,
-    stops: Sequence[str],
-    streamed: bool,
-) -> list[dict[str, str]]:
-    """The messages of a chat with their roles. The model reads the whole chat for each answer."""
-    from moec.runtime.text.write_text import new_texts, write
-
-    messages: list[dict[str, str]] = []
-    for line in _lines():
-        messages.append({"role": "user", "content": line})
-        (text,) = new_texts(tokenizer, [tokenizer.chat(messages)], stops)
-        for (piece,) in write(executor, [text], request):
-            _echo(piece, streamed)
-        if streamed:
-            click.echo()
-        messages.append({"role": "assistant", "content": text.written})
-    return messages
-
-
-def _lines() -> Iterator[str]:
-    """The non-empty lines of stdin, with a prompt sign on a terminal."""
-    while True:
-        if sys.stdin.isatty():
-            click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        if line.strip():
-            yield line.strip()
 
 
 def _echo(piece: str, streamed: bool) -> None:

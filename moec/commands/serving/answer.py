@@ -161,12 +161,12 @@ class Answer:
         """`cached_tokens` are those of the first text of each prompt, which is counted once."""
         read, count = self._prompt_tokens, sum(choice.count for choice in self._choices)
         texts = [choice.ticket.text for choice in self._choices if choice.ticket.choice == 0]
-        known = sum(text.known for text in texts if text is not None)
+        reused = sum(text.reused for text in texts if text is not None)
         return {
             "prompt_tokens": read,
             "completion_tokens": count,
             "total_tokens": read + count,
-            "prompt_tokens_details": {"cached_tokens": known},
+            "prompt_tokens_details": {"cached_tokens": reused},
         }
 
     def _object(self, choices: list[Any], suffix: str = "", **usage: Any) -> dict[str, Any]:

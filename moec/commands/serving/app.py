@@ -21,11 +21,13 @@ from starlette.types import Receive, Scope, Send
 from moec.commands.serving.answer import Answer
 from moec.commands.serving.errors import ERROR_HEADERS, ApiError, invalid
 from moec.commands.serving.fields import json_body, read_fields
+from moec.commands.serving.page import page
 from moec.commands.serving.service import Service
+from moec.commands.serving.stats import stats
 from moec.errors import MoecError
 
 MOST_BYTES = 8_000_000  # of a body
-OPEN = ("/health", "/ready", "/metrics")  # without a key
+OPEN = ("/", "/health", "/ready", "/metrics")  # without a key
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
@@ -49,6 +51,8 @@ def application(service: Service) -> Starlette:
     gets: dict[str, Handler] = {
         "/v1/models": _models,
         "/v1/models/{model:path}": _models,
+        "/": _page,
+        "/v1/moec/stats": _stats,
         "/health": _health,
         "/ready": _ready,
         "/metrics": _metrics,
@@ -164,6 +168,14 @@ async def _ready(service: Service, request: Request) -> Response:
 async def _metrics(service: Service, request: Request) -> Response:
     content = generate_latest(service.metrics.registry)
     return Response(content, media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+async def _page(service: Service, request: Request) -> Response:
+    return page()
+
+
+async def _stats(service: Service, request: Request) -> Response:
+    return JSONResponse(stats(service), headers={"Cache-Control": "no-store"})
 
 
 async def _error(request: Request, error: ApiError) -> Response:

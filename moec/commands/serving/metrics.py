@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,13 +14,45 @@ from moec.runtime.text.engine import Engine, StepResult
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20)
 TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+RATE_SECONDS = 2.0
+
+
+@dataclass(eq=False)
+class Rate:
+    """Tokens per second over the last RATE_SECONDS."""
+
+    _counts: deque[tuple[float, int]] = field(default_factory=deque)  # of tenths of seconds
+
+    def add(self, count: int) -> None:
+        now = round(time.monotonic(), 1)
+        if self._counts and self._counts[-1][0] == now:
+            now, before = self._counts.pop()
+            count += before
+        self._counts.append((now, count))
+        while self._counts[0][0] < now - RATE_SECONDS:
+            self._counts.popleft()
+
+    @property
+    def value(self) -> float:
+        start = time.monotonic() - RATE_SECONDS
+        return sum(count for now, count in list(self._counts) if now >= start) / RATE_SECONDS
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """The texts of an engine, and the share of its caches that is in use, 0 to 1."""
+
+    running: int = 0
+    waiting: int = 0
+    cached: float = 0.0
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own."""
+    """The metrics of one server, in a registry of its own; `load` and `rate` are the latest."""
 
     def __init__(self, model: str) -> None:
         self.registry, self._model = CollectorRegistry(), model
+        self.load, self.rate = EngineLoad(), Rate()
         self._running = self._of(Gauge, "num_requests_running", "Texts that hold a slot")
         self._waiting = self._of(Gauge, "num_requests_waiting", "Texts that wait for a slot")
         self._usage = self._of(Gauge, "kv_cache_usage_perc", "Share of the caches in use, 0 to 1")
@@ -50,14 +85,17 @@ class Metrics:
 
     def observe(self, engine: Engine, step: StepResult | None = None) -> None:
         """The state of the engine, and what a step added."""
-        self._running.set(engine.running)
-        self._waiting.set(len(engine.waiting))
-        self._usage.set(engine.cached / (engine.slots * engine.room))
+        share = engine.cached / (engine.slots * engine.room)
+        self.load = load = EngineLoad(engine.running, len(engine.waiting), share)
+        self._running.set(load.running)
+        self._waiting.set(load.waiting)
+        self._usage.set(load.cached)
         if step is not None:
             self._prompt.inc(step.prompt_tokens)
             self._generated.inc(len(step.advanced))
-            self._queries.inc(step.prompt_tokens + step.known_tokens)
-            self._hits.inc(step.known_tokens)
+            self._queries.inc(step.prompt_tokens + step.reused_tokens)
+            self._hits.inc(step.reused_tokens)
+            self.rate.add(len(step.advanced))
 
     def ended(self, reason: str) -> None:
         self._ended.labels(self._model, reason).inc()

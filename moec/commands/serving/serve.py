@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import click
 
-from moec.commands.execution.ranks import holds_ranks
-from moec.commands.options.options import memory_option, signed_by_option
+from moec.commands.execution.engine import (
+    EngineOptions,
+    check_one_process,
+    engine_options,
+    open_engine,
+)
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
 
-CONTEXT = 4096  # of a model that takes more, unless the user says otherwise
+UNCOUNTED = "Tokens of experts are counted where the model was compiled with --record-routing"
+UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
 
 
 @click.command("serve", short_help="Serve an artifact over HTTP, as OpenAI does.")
@@ -27,15 +33,6 @@ CONTEXT = 4096  # of a model that takes more, unless the user says otherwise
     help="How many texts are continued at the same time; each has caches for --context tokens.",
 )  # fmt: skip
 @click.option(
-    "--context", type=click.IntRange(min=2), metavar="N",
-    help=f"The most tokens of a text, with its prompt; default: the model's limit, or {CONTEXT}.",
-)  # fmt: skip
-@click.option(
-    "--prefix-tokens", type=click.IntRange(min=0), metavar="N",
-    help="How many tokens of prompts are stored, for prompts that begin alike; 0: none. "
-    "Default: as many as --slots hold.",
-)  # fmt: skip
-@click.option(
     "--queue", type=click.IntRange(min=0), default=64, show_default=True,
     help="How many texts wait for a slot; more are refused with 429.",
 )  # fmt: skip
@@ -44,66 +41,43 @@ CONTEXT = 4096  # of a model that takes more, unless the user says otherwise
     help="Requests need this key; better set as MOEC_API_KEY, as arguments show in ps.",
 )  # fmt: skip
 @click.option("--name", help="The model's name in requests; default: that of the file.")
-@memory_option
-@click.option(
-    "--threads", type=click.IntRange(1, 4096), help="Threads of the kernels; default: one per core."
-)
+@engine_options
 @click.option(
     "--drain", type=click.FloatRange(min=0), default=30.0, show_default=True,
     help="Seconds that texts under way have after SIGTERM.",
 )  # fmt: skip
-@signed_by_option
 @log_options
 def command(
     artifact: Path,
     host: str,
     port: int,
     slots: int,
-    context: int | None,
-    prefix_tokens: int | None,
     queue: int,
     api_key: str | None,
     name: str | None,
-    memory: str | None,
-    threads: int | None,
     drain: float,
-    signed_by: Path | None,
+    **options: Any,
 ) -> None:
     """Serve ARTIFACT at http://HOST:PORT/v1, for any client of OpenAI's interface.
 
     SIGTERM and Ctrl-C let texts under way end first; a second one ends the process at once.
     """
-    if holds_ranks(artifact):
-        raise UsageError(f"{artifact} has the ranks of a plan: moec serve is for one process")
+    check_one_process(artifact)
     if api_key == "":
         raise UsageError("--api-key is empty: give a key, or leave it out")
-    from moec import load
+    from moec.commands.serving.routing_watch import RoutingWatch
     from moec.commands.serving.server import Server, listen
     from moec.commands.serving.service import Service
-    from moec.runtime.device.device import CPU
-    from moec.runtime.process.threads import set_threads
-    from moec.runtime.text.engine import Engine
 
-    set_threads(threads)
     with listen(host, port) as listener:
-        most = context or CONTEXT
-        stored = slots if prefix_tokens is None else -(-prefix_tokens // most)
-        model = load(
-            artifact, signed_by=signed_by, memory=memory,
-            texts=slots + stored + 1, room=most,  # one more comes in
-        )  # fmt: skip
-        generation = model.artifact.package.generation
-        longest = generation.longest if generation else None
-        room = context or min(longest or CONTEXT, CONTEXT)
-        if prefix_tokens is None:
-            prefix_tokens = slots * room if model.executor.device.kind == CPU else 0
-        engine = Engine(model.executor, slots, room, prefix_tokens=prefix_tokens)
-        stop = frozenset(generation.stop if generation else ()) or model.tokenizer.stop
+        model, engine, stop = open_engine(artifact, slots, EngineOptions(**options))
         digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
         fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+        routing = RoutingWatch(model.executor) if model.executor.package.recorded else None
         service = Service(
-            name or artifact.stem, fingerprint, engine, model.tokenizer, stop, queue, api_key
-        )
+            name or artifact.stem, fingerprint, engine, model.tokenizer, stop, queue, api_key,
+            routing, UNCOUNTED_STORE if model.artifact.package.recorded else UNCOUNTED,
+        )  # fmt: skip
         address = f"[{host}]" if ":" in host else host
         echo(f"{service.model} at http://{address}:{listener.getsockname()[1]}/v1", err=True)
         Server(service, drain).run([listener])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from moec.commands.serving.errors import ApiError, invalid
 from moec.commands.serving.fields import COMPLETION, Fields
 from moec.commands.serving.metrics import Metrics
+from moec.commands.serving.routing_watch import RoutingWatch
 from moec.commands.serving.worker import SHUTTING_DOWN, Worker
 from moec.errors import InputError, MoecError
 from moec.runtime.text.engine import Engine
@@ -21,7 +22,7 @@ from moec.runtime.text.request import Request
 class Service:
     """A model being served. `used` of the `places` are taken by texts that run or wait, counted in
     the event loop alone. `stop` are the tokens that end a text, `fingerprint` that of the code and
-    weights."""
+    weights. `routing` counts the tokens of experts, or `no_routing` says why nothing does."""
 
     model: str
     fingerprint: str
@@ -30,13 +31,15 @@ class Service:
     stop: frozenset[int]
     queue: int
     key: str | None = None
+    routing: RoutingWatch | None = None
+    no_routing: str = ""
     used: int = 0
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.model)
-        self.worker = Worker(self.engine, self.metrics)
+        self.worker = Worker(self.engine, self.metrics, self.routing)
         self.places = self.engine.slots + self.queue
 
     @property

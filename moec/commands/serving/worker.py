@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from moec.commands.serving.metrics import Metrics
+from moec.commands.serving.routing_watch import RoutingWatch
 from moec.errors import MoecError
 from moec.runtime.text.engine import FAILED, Continuation, Engine
 from moec.runtime.text.request import Request
@@ -48,8 +49,10 @@ class Ticket:
 class Worker:
     """Runs an engine in a thread. Its methods are called from the event loop."""
 
-    def __init__(self, engine: Engine, metrics: Metrics) -> None:
-        self.engine, self._metrics = engine, metrics
+    def __init__(
+        self, engine: Engine, metrics: Metrics, routing: RoutingWatch | None = None
+    ) -> None:
+        self.engine, self._metrics, self._routing = engine, metrics, routing
         self.error = ""  # the sentence of what ended the thread
         self._inbox: SimpleQueue[tuple[Ticket | None, bool]] = SimpleQueue()
         self._tickets: dict[Continuation, Ticket] = {}
@@ -82,6 +85,8 @@ class Worker:
     def _run(self) -> None:
         try:
             while self._receive():
+                if self._routing:
+                    self._routing.switch()
                 try:
                     step = self.engine.step()
                 except MoecError as error:  # such as a read of an expert that failed
@@ -93,6 +98,8 @@ class Worker:
         except Exception as error:  # of any kind: the clients must hear of it
             reason = (str(error).splitlines() or [""])[0]
             self.error = f"the model failed: {type(error).__name__}: {reason}"
+        if self._routing:
+            self._routing.switch(ended=True)
         self._receive()
         for text in self._tickets:
             text.end, text.error = FAILED, self.error

@@ -22,6 +22,7 @@ from prometheus_client import generate_latest
 
 import moec
 from moec.commands.serving.app import application
+from moec.commands.serving.routing_watch import RoutingWatch
 from moec.commands.serving.server import listen
 from moec.commands.serving.service import Service
 from moec.runtime.call.caches import Cache
@@ -105,11 +106,13 @@ def serving(
     queue: int = 60,
     key: str | None = None,
     prefix_tokens: int = 0,
+    recorded: bool = False,
 ) -> Iterator[Running]:
     executor = Paced(model.executor)
     tokenizer = replace(model.tokenizer, template=ChatTemplate(TEMPLATE))
     engine = Engine(executor, slots, 512, prefix_tokens=prefix_tokens)
-    service = Service(MODEL, "0123", engine, tokenizer, tokenizer.stop, queue, key)
+    routing = RoutingWatch(model.executor) if recorded else None
+    service = Service(MODEL, "0123", engine, tokenizer, tokenizer.stop, queue, key, routing)
     config = uvicorn.Config(application(service), log_level="critical", lifespan="on")
     server = uvicorn.Server(config)
     listener = listen("127.0.0.1", 0)
@@ -135,6 +138,7 @@ def serving(
             client.close()
         server.should_exit = True
         thread.join()
+    assert routing is None or not routing.counting
     assert service.used == 0
     if not service.worker.error:
         assert not engine.busy

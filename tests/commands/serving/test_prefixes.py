@@ -24,16 +24,16 @@ LONG = "def area(width, height):\n    return width * height\n" * 6
 def test_what_is_known_of_a_prompt(model: moec.LoadedModel) -> None:
     with serving(model, prefix_tokens=512) as running:
         count = len(model.tokenizer.encode(LONG))
-        for known in (0, (count - 32) // 32 * 32):
+        for reused in (0, (count - 32) // 32 * 32):
             answer = running.client.completions.create(prompt=LONG, max_tokens=9, **GREEDY)
             assert answer.choices[0].text == continuation(model, LONG, 9)
             assert answer.usage is not None
             assert answer.usage.prompt_tokens == count
             assert answer.usage.prompt_tokens_details is not None
-            assert answer.usage.prompt_tokens_details.cached_tokens == known
+            assert answer.usage.prompt_tokens_details.cached_tokens == reused
         assert running.metric("prefix_cache_queries_total") == 2 * count
-        assert running.metric("prefix_cache_hits_total") == known
-        assert running.metric("prompt_tokens_total") == 2 * count - known
+        assert running.metric("prefix_cache_hits_total") == reused
+        assert running.metric("prompt_tokens_total") == 2 * count - reused
 
 
 def test_choices_read_their_prompt_once(model: moec.LoadedModel) -> None:
@@ -45,8 +45,8 @@ def test_choices_read_their_prompt_once(model: moec.LoadedModel) -> None:
         )
         expected = model.generate([LONG] * 3, max_new_tokens=9, **options)
         assert [choice.text for choice in answer.choices] == [t[len(LONG) :] for t in expected]
-        known = (count - 32) // 32 * 32
-        assert running.metric("prompt_tokens_total") == count + 2 * (count - known)
+        reused = (count - 32) // 32 * 32
+        assert running.metric("prompt_tokens_total") == count + 2 * (count - reused)
         assert answer.usage is not None
         assert answer.usage.prompt_tokens_details is not None
         assert answer.usage.prompt_tokens_details.cached_tokens == 0

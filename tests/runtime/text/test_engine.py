@@ -143,7 +143,7 @@ def test_a_text_has_the_bits_that_it_has_alone(
     engine = Engine(traced, 4, room, **way)
     texts = run(engine, jobs, seed)
     if "prefix_tokens" in way and room > 100:
-        assert sum(text.known > 0 for text in texts) > 1
+        assert sum(text.reused > 0 for text in texts) > 1
     ends = [text.end for text in texts]
     assert LENGTH in ends
     assert set(ends) <= {LENGTH, STOP, CANCELLED}
@@ -203,12 +203,12 @@ def test_what_is_known_of_a_prompt_is_not_computed_again(cached: Executor) -> No
             count += engine.step().prompt_tokens
         alone = [token for (token,) in generate(cached, [prompt], Request(5))]
         assert text.tokens == alone
-        return text.known, count, text.tokens
+        return text.reused, count, text.tokens
 
     prompt = [n % 90 + 3 for n in range(200)]
     assert speak(prompt)[:2] == (0, 200)
-    known, count, tokens = speak(prompt)
-    assert (known, count) == (160, 40)  # of which 32 tokens or more are read anew
+    reused, count, tokens = speak(prompt)
+    assert (reused, count) == (160, 40)  # of which 32 tokens or more are read anew
     assert speak(prompt + tokens + [7] * 40)[:2] == (192, 53)
     assert speak(prompt[:64])[:2] == (32, 32)
     assert speak(prompt[:31])[:2] == (0, 31)
@@ -218,17 +218,21 @@ def test_what_is_known_of_a_prompt_is_not_computed_again(cached: Executor) -> No
 def test_the_blocks_that_were_used_last_remain(cached: Executor) -> None:
     engine = Engine(cached, 1, 200, prefix_tokens=128)  # four blocks
 
-    def known(token: int, size: int) -> int:
+    def count_reused(token: int, size: int) -> int:
         text = engine.submit([token] * size, Request(1))
         while not text.end:
             engine.step()
-        return text.known
+        return text.reused
 
-    assert [known(5, 96), known(6, 40), known(5, 96)] == [0, 0, 64]  # three and one
-    assert known(7, 64) == 0  # makes room by 6, then by the last of 5
-    assert [known(5, 96), known(6, 64)] == [64, 0]
-    assert known(8, 200) == 0  # more than there is room for
-    assert known(8, 200) == 128
+    assert [count_reused(5, 96), count_reused(6, 40), count_reused(5, 96)] == [
+        0,
+        0,
+        64,
+    ]  # three and one
+    assert count_reused(7, 64) == 0  # makes room by 6, then by the last of 5
+    assert [count_reused(5, 96), count_reused(6, 64)] == [64, 0]
+    assert count_reused(8, 200) == 0  # more than there is room for
+    assert count_reused(8, 200) == 128
 
 
 def test_a_text_of_nan_ends_alone(cached: Executor) -> None:

@@ -1,4 +1,4 @@
-"""Text from text: streamed pieces, stop strings, batches, chats."""
+"""Text from text: streamed pieces, stop strings, batches, chat templates."""
 
 from __future__ import annotations
 
@@ -151,18 +151,11 @@ def test_prompts_from_files_and_stdin(path: Path, tmp_path: Path) -> None:
     assert run(path, "--prompt", "-", "--stop", "f", stdin="b\nc").stdout == " d e \n"
 
 
-def test_a_chat(path: Path) -> None:
-    """The template adds c to the messages; each answer reads the earlier messages."""
-    assert run(path, "--chat", "--max-new-tokens", 2, stdin="a\n\nb\n").stdout == " d e\n d e\n"
-    output = json.loads(run(path, "--chat", "--json", "--max-new-tokens", 1, stdin="a\n").stdout)
-    assert output["messages"][1] == {"role": "assistant", "content": " d"}
-
-
 @pytest.mark.parametrize(
     ("words", "stdin", "message"),
     [
-        (["--prompt", "a", "--chat"], "", "--prompt and --chat cannot be combined"),
-        (["--input", "x.npz", "--chat"], "", "--input and --chat cannot be combined"),
+        (["--prompt", "a", "--prompts", "-"], "", "--prompt and --prompts cannot be combined"),
+        (["--input", "x.npz", "--prompt", "a"], "", "--input and --prompt cannot be combined"),
         (["--prompts", "none.txt"], "", "--prompts none.txt: there is no such file or folder"),
         (["--prompts", "-"], "\n", "stdin has no prompt: write one per line"),
         (["--prompt", "a", "--stop", ""], "", "each must be a string"),

@@ -1,0 +1,1 @@
+"""A chat with a model: its messages, its commands, its terminal."""

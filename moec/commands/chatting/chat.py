@@ -1,0 +1,102 @@
+"""`moec chat ARTIFACT`: a chat in the terminal, or an answer to each line of stdin."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moec.commands.execution.engine import (
+    EngineOptions,
+    check_one_process,
+    engine_options,
+    open_engine,
+)
+from moec.commands.execution.memory import store_answer
+from moec.commands.execution.text import decoded
+from moec.commands.options.options import json_option
+from moec.commands.options.sampling import sampling_options
+from moec.commands.output.logs import log_options
+from moec.files.printable import printable
+
+if TYPE_CHECKING:
+    from moec.commands.chatting.answer import Chat
+
+
+@click.command("chat", short_help="Chat with an artifact in the terminal.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--system", metavar="TEXT", help="The system message, which comes before all others.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N",
+    help="The most tokens of an answer; default: what --context leaves.",
+)  # fmt: skip
+@sampling_options
+@engine_options
+@click.option("--no-history", is_flag=True, help="Neither read nor write what was typed before.")
+@json_option
+@log_options
+def command(
+    artifact: Path,
+    system: str | None,
+    max_new_tokens: int | None,
+    stop: tuple[str, ...],
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    seed: int | None,
+    no_history: bool,
+    as_json: bool,
+    **engine: Any,
+) -> None:
+    """Chat with ARTIFACT, by the model's chat template; /help lists the commands.
+
+    Where stdin or stdout is no terminal, each line of stdin is a message, and its answer is printed
+    as it comes. --json prints all messages at the end instead.
+    """
+    check_one_process(artifact)
+    from moec.commands.chatting.answer import Chat
+    from moec.runtime.text.request import Request
+    from moec.runtime.text.sampling import Sampling
+
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+    if in_terminal:  # before the model loads, as it may lack an extra
+        from moec.commands.chatting.terminal import converse, history_file, new_session, note
+
+        session = new_session(None if no_history else history_file())
+    model, texts, ends = open_engine(artifact, 1, EngineOptions(**engine))
+    model.tokenizer.check_chat()
+    chat = Chat(texts, model.tokenizer, Request(max_new_tokens or texts.room, sampling, ends), stop)
+    if system is not None:
+        chat.add("system", system)
+    if not in_terminal:
+        answer_lines(chat, as_json)
+        store = store_answer(model.executor, as_json)
+        if as_json:
+            result = {"artifact": str(artifact), "messages": chat.messages, **store}
+            click.echo(json.dumps(result, indent=1))
+        return
+    from rich.console import Console
+
+    console = Console()
+    note(console, f"{artifact.name}, {texts.room:,} tokens; /help lists the commands\n", "dim")
+    converse(chat, session, console)
+    store_answer(model.executor, silent=False)
+
+
+def answer_lines(chat: Chat, silent: bool) -> None:
+    """Answer each line of stdin that is not empty; all are messages."""
+
+    def show(piece: str) -> None:
+        if piece and not silent:
+            click.echo(printable(piece) if sys.stdout.isatty() else piece, nl=False)
+            sys.stdout.flush()
+
+    for line in sys.stdin.buffer:
+        if text := decoded("stdin", line).strip():
+            chat.add("user", text)
+            chat.answer(show)
+            show("\n")

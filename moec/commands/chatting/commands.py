@@ -1,0 +1,93 @@
+"""The commands inside a chat: /help, /save FILE and so on. Each changes the chat, and returns what
+to show."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Never
+
+from moec.commands.chatting.answer import Chat
+from moec.commands.execution.text import read_limited
+from moec.errors import UsageError
+from moec.files.os_errors import reason
+from moec.report.units import counted
+from moec.runtime.text.chat import check_messages
+from moec.spelling import did_you_mean
+
+
+def perform(chat: Chat, line: str) -> str:
+    """Perform a command. Raises UsageError for one that cannot be performed, InputError for
+    messages that are malformed, and EOFError where the chat ends."""
+    name, _, argument = line.strip().partition(" ")
+    if name not in COMMANDS:
+        names = f"; the commands are {', '.join(COMMANDS)}; a message has a space before its /"
+        raise UsageError(f"there is no command {name}{did_you_mean(name, COMMANDS) or names}")
+    form, _, function = COMMANDS[name]
+    if form.endswith("FILE") and not argument.strip():
+        raise UsageError(f"{name} needs the name of a file: {name} chat.json")
+    try:
+        return function(chat, argument.strip())
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        why = reason(error) if isinstance(error, OSError) else str(error)
+        raise UsageError(f"{line.strip()}: {why}: choose another file") from error
+
+
+def _help(chat: Chat, argument: str) -> str:
+    lines = [f"{form:<13}{meaning}" for form, meaning, _ in COMMANDS.values()]
+    return "\n".join([*lines, "Ctrl-C       stop an answer", "Ctrl-D       end the chat"])
+
+
+def _system(chat: Chat, text: str) -> str:
+    others = [message for message in chat.messages if message["role"] != "system"]
+    chat.messages[:] = [{"role": "system", "content": text}, *others] if text else others
+    return "the next answer follows it" if text else "there is no system message now"
+
+
+def _retry(chat: Chat, argument: str) -> str:
+    while chat.messages and chat.messages[-1]["role"] == "assistant":
+        chat.messages.pop()
+    if not chat.open:
+        raise UsageError("/retry: there is no message to answer yet: write one")
+    return ""
+
+
+def _clear(chat: Chat, argument: str) -> str:
+    chat.messages[:] = [message for message in chat.messages if message["role"] == "system"]
+    return "a new chat, with the same system message" if chat.messages else "a new chat"
+
+
+def _save(chat: Chat, name: str) -> str:
+    with open(os.path.expanduser(name), "x", encoding="utf-8", errors="backslashreplace") as file:
+        json.dump(chat.messages, file, indent=1, ensure_ascii=False)
+    return f"{counted(len(chat.messages), 'message')} in {name}"
+
+
+def _load(chat: Chat, name: str) -> str:
+    with open(os.path.expanduser(name), "rb") as file:
+        content = read_limited(name, file)
+    try:
+        messages = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"/load {name}: it is no JSON ({error}): use a file of /save") from error
+    if not isinstance(messages, list):
+        raise UsageError(f"/load {name}: it is no list of messages: use a file of /save")
+    check_messages(messages)
+    chat.messages[:] = messages
+    return f"{counted(len(messages), 'message')} from {name}"
+
+
+def _exit(chat: Chat, argument: str) -> Never:
+    raise EOFError
+
+
+COMMANDS = {
+    "/help": ("/help", "this list", _help),
+    "/system": ("/system TEXT", "replace the system message; without TEXT, remove it", _system),
+    "/retry": ("/retry", "answer the last message again", _retry),
+    "/clear": ("/clear", "begin a new chat, with the same system message", _clear),
+    "/save": ("/save FILE", "write the messages as JSON, into a new file", _save),
+    "/load": ("/load FILE", "continue the messages of a file", _load),
+    "/exit": ("/exit", "end the chat", _exit),
+}
+"""By name: the form, the meaning, the function."""
