@@ -11,7 +11,7 @@ python := $(venv)/bin/python
 installed := $(venv)/.installed
 run_tests := $(python) -m pytest -n $(JOBS) --dist worksteal --slowest 20
 
-.PHONY: demo help chromium test test-rest test-all test-changed times replay lint docs pages format golden clean
+.PHONY: demo help chromium openai-js test test-rest test-all test-changed times replay lint docs pages format golden clean
 
 demo: $(installed)
 	$(python) examples/demo.py
@@ -24,6 +24,12 @@ chromium:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome \
 	  || { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null 2>&1 \
 	  || echo 'no Chromium, and it cannot be installed here: the tests of the page are skipped'
+
+# OpenAI's client for JavaScript, whose test is skipped without it.
+openai-js: $(installed)
+	@test -d $(venv)/node/node_modules/openai \
+	  || npm install --silent --no-audit --no-fund --prefix $(venv)/node openai@6 >/dev/null 2>&1 \
+	  || echo 'no npm, or no registry: the test of the client for JavaScript is skipped'
 
 # Which tests are fast, tests/times.json records.
 test: $(installed)

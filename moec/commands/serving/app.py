@@ -21,13 +21,14 @@ from starlette.types import Receive, Scope, Send
 from moec.commands.serving.answer import Answer
 from moec.commands.serving.errors import ERROR_HEADERS, ApiError, invalid
 from moec.commands.serving.fields import json_body, read_fields
+from moec.commands.serving.openapi import document
 from moec.commands.serving.page import page
 from moec.commands.serving.service import Service
 from moec.commands.serving.stats import stats
 from moec.errors import MoecError
 
 MOST_BYTES = 8_000_000  # of a body
-OPEN = ("/", "/health", "/ready", "/metrics")  # without a key
+OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")  # without a key
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
@@ -56,6 +57,7 @@ def application(service: Service) -> Starlette:
         "/health": _health,
         "/ready": _ready,
         "/metrics": _metrics,
+        "/openapi.json": _openapi,
     }
     routes = [Route(p, partial(_guarded, service, h), methods=["POST"]) for p, h in posts.items()]
     routes += [Route(p, partial(_guarded, service, h)) for p, h in gets.items()]
@@ -176,6 +178,10 @@ async def _page(service: Service, request: Request) -> Response:
 
 async def _stats(service: Service, request: Request) -> Response:
     return JSONResponse(stats(service), headers={"Cache-Control": "no-store"})
+
+
+async def _openapi(service: Service, request: Request) -> Response:
+    return JSONResponse(document(service.model, service.key is not None))
 
 
 async def _error(request: Request, error: ApiError) -> Response:

@@ -1,0 +1,86 @@
+"""The interface of the server, as an OpenAPI document."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+
+from moec.commands.serving.fields import COMPLETION, Fields
+
+REFERENCES = "#/components/schemas/{name}"
+OF_CHATS = ("messages", COMPLETION, "top_logprobs")
+ERRORS = {
+    "400": "a field is wrong, not known or not supported; error.param is its name",
+    "401": "the key is missing or wrong",
+    "404": "the model is not served here",
+    "413": "the body is too long",
+    "429": "too many texts run or wait; Retry-After has the seconds",
+    "500": "the model failed",
+    "503": "the server is shutting down",
+}
+TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+SCHEMA = {"type": "object", "properties": {"schema": {"type": "object"}}, "required": ["schema"]}
+OF_FORMATS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "json_object": {},
+    "json_schema": {"json_schema": SCHEMA},
+    "regex": {"regex": {"type": "string"}},
+}
+FORMATS = [
+    {"type": "object", "properties": {"type": {"const": kind}} | more, "required": ["type", *more]}
+    for kind, more in OF_FORMATS.items()
+]
+
+
+def document(model: str, keyed: bool) -> dict[str, Any]:
+    """The document of a server of a model; `keyed` where requests need a key."""
+    _, components = msgspec.json.schema_components([Fields], ref_template=REFERENCES)
+    every = components.pop("Fields")["properties"] | {"model": {"const": model}}
+    every["response_format"] = {"anyOf": FORMATS}
+    every["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]+$"}
+    count, flag = every["top_logprobs"], {"type": "boolean", "default": False}
+    chat = {name: field for name, field in every.items() if name != "prompt"} | {"logprobs": flag}
+    text = {name: field for name, field in every.items() if name not in OF_CHATS}
+    text["logprobs"] = count
+    tokenized = {"prompt": {"type": "string"}, "messages": every["messages"]}
+    result: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "moec serve", "version": version("moec")},
+        "paths": {
+            "/v1/chat/completions": _post("Continue a chat", chat, "messages"),
+            "/v1/completions": _post("Continue texts", text, "prompt"),
+            "/tokenize": _post("The tokens of a text or a chat", tokenized),
+            "/detokenize": _post("The text of tokens", {"tokens": TOKENS}, "tokens"),
+            "/v1/models": _get("The model"),
+            "/v1/models/{model}": _get("The model", "model"),
+            "/health": _get("Whether the model advances"),
+            "/ready": _get("Whether another request would be accepted"),
+            "/metrics": _get("Metrics for Prometheus"),
+            "/v1/moec/stats": _get("The load, and the tokens of each expert by layer"),
+        },
+        "components": {"schemas": components},
+    }
+    if keyed:
+        scheme = {"type": "http", "scheme": "bearer"}
+        result["components"]["securitySchemes"] = {"key": scheme}
+        result["security"] = [{"key": []}]
+    return result
+
+
+def _get(summary: str, parameter: str = "") -> dict[str, Any]:
+    schema = {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}
+    return {"get": _operation(summary) | ({"parameters": [schema]} if parameter else {})}
+
+
+def _post(summary: str, fields: dict[str, Any], *required: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": fields, "required": [*required]}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"post": _operation(summary) | {"requestBody": body}}
+
+
+def _operation(summary: str) -> dict[str, Any]:
+    errors = {code: {"description": text} for code, text in ERRORS.items()}
+    return {"summary": summary, "responses": {"200": {"description": "done"}} | errors}
