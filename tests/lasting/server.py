@@ -108,19 +108,19 @@ async def ask(port: int, case: Case) -> tuple[int, list[str]]:
 
 
 async def run(port: int, cases: list[Case], answers: list[list[str]], concurrency: int) -> Outcome:
-    outcome, places = Outcome(), asyncio.Semaphore(concurrency)
+    outcome, semaphore = Outcome(), asyncio.Semaphore(concurrency)
 
     async def one(case: Case, texts: list[str]) -> None:
-        async with places:
+        async with semaphore:
             try:
-                status, got = await ask(port, case)
+                status, received = await ask(port, case)
             except (OSError, ValueError, IndexError) as error:
                 outcome.faults.append(f"{type(error).__name__}: {error}: {case}")
                 return
         outcome.counts[f"{case.fate} {status}"] += 1
         right = {"left": 0, "malformed": 400, "whole": 200}[case.fate]
-        if status != right or (status == 200 and got != texts):
-            outcome.faults.append(f"{status} {got!r} instead of {texts!r}: {case}")
+        if status != right or (status == 200 and received != texts):
+            outcome.faults.append(f"{status} {received!r} instead of {texts!r}: {case}")
 
     await asyncio.gather(*map(one, cases, answers))
     return outcome

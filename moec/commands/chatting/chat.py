@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moec.commands.execution.engine import (
-    EngineOptions,
     check_one_process,
+    engine_of,
     engine_options,
     open_engine,
 )
 from moec.commands.execution.memory import store_answer
 from moec.commands.execution.text import decoded
 from moec.commands.options.options import json_option
-from moec.commands.options.sampling import sampling_options
+from moec.commands.options.sampling import sampling_of, sampling_options
 from moec.commands.output.logs import log_options
 from moec.files.printable import printable
 
@@ -43,13 +43,9 @@ def command(
     system: str | None,
     max_new_tokens: int | None,
     stop: tuple[str, ...],
-    temperature: float,
-    top_p: float,
-    top_k: int | None,
-    seed: int | None,
     no_history: bool,
     as_json: bool,
-    **engine: Any,
+    **options: Any,
 ) -> None:
     """Chat with ARTIFACT, by the model's chat template; /help lists the commands.
 
@@ -59,15 +55,14 @@ def command(
     check_one_process(artifact)
     from moec.commands.chatting.answer import Chat
     from moec.runtime.text.request import Request
-    from moec.runtime.text.sampling import Sampling
 
-    sampling = Sampling(temperature, top_p, top_k, seed)
+    sampling = sampling_of(options)
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     if in_terminal:  # before the model loads, as it may lack an extra
         from moec.commands.chatting.terminal import converse, history_file, new_session, note
 
         session = new_session(None if no_history else history_file())
-    model, texts, ends = open_engine(artifact, 1, EngineOptions(**engine))
+    model, texts, ends = open_engine(artifact, 1, engine_of(options))
     model.tokenizer.check_chat()
     chat = Chat(texts, model.tokenizer, Request(max_new_tokens or texts.room, sampling, ends), stop)
     if system is not None:

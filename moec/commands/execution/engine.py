@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,6 +54,11 @@ def engine_options(command: F) -> F:
     ):  # fmt: skip
         command = decorator(command)
     return command
+
+
+def engine_of(options: Mapping[str, Any]) -> EngineOptions:
+    """The options of `engine_options` among others, by their names."""
+    return EngineOptions(**{field.name: options[field.name] for field in fields(EngineOptions)})
 
 
 def check_one_process(artifact: Path) -> None:

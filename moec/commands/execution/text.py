@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 import click
 
 from moec.commands.execution.prompts import completed, continue_prompts
-from moec.commands.options.sampling import sampling_options
+from moec.commands.options.sampling import sampling_of, sampling_options
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.os_errors import reason
@@ -43,6 +43,8 @@ class TextOptions:
     temperature: float
     top_p: float
     top_k: int | None
+    min_p: float
+    repetition_penalty: float
     seed: int | None
 
     @property
@@ -148,7 +150,6 @@ def write_texts(
     from moec.runtime.text.generate import slow
     from moec.runtime.text.prompt import load_tokenizer
     from moec.runtime.text.request import Request
-    from moec.runtime.text.sampling import Sampling
 
     if (why := slow(executor)) and not quiet:
         echo(
@@ -158,8 +159,7 @@ def write_texts(
     tokenizer = load_tokenizer(files)
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
-    sampling = Sampling(options.temperature, options.top_p, options.top_k, options.seed)
-    request = Request(options.max_new_tokens, sampling, stop)
+    request = Request(options.max_new_tokens, sampling_of(vars(options)), stop)
     if options.prompts is not None:
         done = completed(options.resume, prompts) if options.resume else set()
         left = {index: p for index, p in enumerate(prompts) if index not in done}

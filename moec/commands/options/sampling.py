@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from moec.runtime.text.sampling import Sampling
+
+NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -26,8 +30,23 @@ def sampling_options(command: F) -> F:
         ),
         click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens."),
         click.option(
+            "--min-p", type=float, default=0.0,
+            help="Sample from tokens at least this many times as likely as the likeliest.",
+        ),
+        click.option(
+            "--repetition-penalty", type=float, default=1.0,
+            help="Divides the scores of tokens that came before; 1 changes nothing.",
+        ),
+        click.option(
             "--seed", type=click.IntRange(min=0), help="Seed for sampling."
         ),
     ):  # fmt: skip
         command = decorator(command)
     return command
+
+
+def sampling_of(options: Mapping[str, Any]) -> Sampling:
+    """How tokens are drawn, by options under their names. Raises InputError as `Sampling`."""
+    from moec.runtime.text.sampling import Sampling
+
+    return Sampling(**{name: options[name] for name in NAMES})
