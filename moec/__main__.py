@@ -129,13 +129,20 @@ def verdict(error: Exception) -> tuple[int, str]:
             return 130, "interrupted"
         case ModuleNotFoundError() if extra := missing_extra(error):
             return 1, f"error: {extra}"
-        case MemoryError():
+        case MemoryError() | OSError() | RuntimeError() if _lacks_memory(error):
             return 1, "error: this machine has too little free memory for the model"
         case OSError() if error.errno in _USERS_OWN or _is_users(error.filename):
             return 1, f"error: {error.filename or 'output'}: {reason(error)}"
     name = type(error).__name__
     line = " ".join(str(error).split())
     return 70, (f"{name}: {line}\nthis is a bug in moec; set MOEC_DEBUG=1 to see the traceback")
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Also where the loader of a library, an allocator of torch or a new thread says so."""
+    words = ("failed to map segment", "annot allocate memory", "can't allocate memory",
+             "can't start new thread")  # fmt: skip
+    return isinstance(error, MemoryError) or any(part in str(error) for part in words)
 
 
 def _is_users(filename: object) -> bool:

@@ -66,6 +66,9 @@ def kind_of_model(text: str) -> Kind:
             raise UsageError(f"{path} is an adapter: give the model, {base} --adapter {path}")
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} is not a checkpoint: it has no config.json")
+        for other in sorted(path.iterdir()):
+            if other.exists() and not (other.is_file() or other.is_dir()):
+                raise UsageError(f"{other} is not a regular file: reading it might never end")
         check_checkpoint(path)
         return "checkpoint"
     if path.is_file() and (path.suffix == ".gguf" or is_gguf(path)):

@@ -131,4 +131,6 @@ def _functions(
 
 def _damaged(error: Exception) -> ArtifactError:
     line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if "failed to map segment" in line:
+        return ArtifactError("the native code needs more memory than this process may have")
     return ArtifactError(f"the native code fails to load: {line}; compile the model again")

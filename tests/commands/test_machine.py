@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,23 @@ def test_a_torch_that_capture_does_not_know_is_a_note() -> None:
     assert (check.state, check.says[:30]) == (NOTE, "moec does not know torch 9.0 (")
     assert check.mend.endswith("a version of torch that is tested")
     assert machine.capture({}).state == OK
+
+
+def test_packages_are_probed_alone_only_where_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each imports, others import too: all in one process take half the time."""
+    calls: list[list[str]] = []
+
+    def probe(programs: Mapping[str, str]) -> dict[str, str]:
+        calls.append([*programs])
+        return {"all": "fails", "numba": "is broken"} if fails else {}
+
+    monkeypatch.setattr(machine, "probe", probe)
+    for fails, expected in ((False, 1), (True, 2)):
+        calls.clear()
+        states = {check.name: check.state for check in machine.packages()}
+        assert len(calls) == expected
+        assert calls[0] == ["all"]
+        assert (states["numba"] == machine.OK) != fails
 
 
 def test_probes_survive_a_crash_and_a_hang() -> None:

@@ -99,8 +99,17 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, MemoryError())
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError("libtvm_runtime.so: failed to map segment from shared object"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_too_little_memory(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    failing(monkeypatch, error)
     assert run("doctor").stderr == "error: this machine has too little free memory for the model\n"
 
 

@@ -282,3 +282,14 @@ def test_what_draws_is_looked_for_before_minutes_of_work(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     words = refused("bench", "no/model", "--plot", tmp_path / "x.svg")
     assert "needs matplotlib, which is not installed: pip install 'moec[bench]'" in words
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="it needs named pipes")
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pipe_among_the_files_of_a_checkpoint(tiny_moe: Path, tmp_path: Path, name: str) -> None:
+    """Reading it would wait for ever."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_moe, folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert f"{name} is not a regular file" in refused("compile", folder, "-o", tmp_path / "x.moec")
