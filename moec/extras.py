@@ -12,7 +12,7 @@ EXTRAS = {
     "guided": ("llguidance",),
     "sign": ("cryptography",),
     "gguf": ("gguf",),
-    "bench": ("matplotlib", "sklearn", "accelerate"),
+    "bench": ("aiohttp", "matplotlib", "sklearn", "accelerate"),
 }
 NEEDED_FOR = {
     "text": "writing text",

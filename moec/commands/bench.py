@@ -41,6 +41,25 @@ if TYPE_CHECKING:
     "--model", "modelled", is_flag=True,
     help="Measure nothing; predict the time of MoE layers on the GPU of --target.",
 )  # fmt: skip
+@click.option(
+    "--serve", "serve", metavar="URL_OR_ARTIFACT",
+    help="Instead, load a server: at http://HOST:PORT/v1, or one that is started for an artifact.",
+)  # fmt: skip
+@click.option(
+    "--rate", default="", metavar="LIST",
+    help="With --serve: requests per second at random moments, such as 1,2,4.",
+)  # fmt: skip
+@click.option(
+    "--clients", default="", metavar="LIST",
+    help="With --serve: clients that each wait for their answer, such as 1,4,16, the default.",
+)  # fmt: skip
+@click.option(
+    "--requests", type=click.IntRange(min=1), default=64, show_default=True,
+    help="With --serve: how many are sent for each load.",
+)  # fmt: skip
+@click.option(
+    "--api-key", default="", metavar="KEY", envvar="MOEC_API_KEY", help="With --serve: its key."
+)
 @click.option("--target", metavar="GPU", help="The GPU of --model, such as cuda:sm_90a.")
 @click.option(
     "--artifact", type=click.Path(path_type=Path), metavar="FILE",
@@ -82,6 +101,11 @@ if TYPE_CHECKING:
 def command(
     model: str | None,
     modelled: bool,
+    serve: str | None,
+    rate: str,
+    clients: str,
+    requests: int,
+    api_key: str,
     target: str | None,
     artifact: Path | None,
     baseline: str,
@@ -104,9 +128,33 @@ def command(
     All contenders run in one process on the same tokens, in turn in every round, so that other load
     of the machine affects all of them. The machine's peak FLOP/s and bandwidth are measured too.
 
+    With --serve a server is loaded: time to the first token, between tokens and to the end as
+    percentiles, for each load.
+
     With --target cuda:sm_90a --model no model is run: a roofline model predicts the time of each
     kernel of known layers, printed beside published figures.
     """
+    if plot:
+        importlib.import_module("matplotlib")  # fails now, not after a run of minutes
+    if serve is not None:
+        if model is not None or modelled:
+            raise UsageError("--serve is about a server: leave MODEL_OR_ARTIFACT and --model out")
+        from moec.commands.execution.bench_serve import bench_served, numbers
+        from moec.commands.output.progress import Progress
+
+        rates, counts = numbers(rate, "--rate"), numbers(clients, "--clients")
+        counts = counts or ([] if rates else [1, 4, 16])
+        with Progress(quiet=quiet or as_json) as progress:
+            served = bench_served(
+                serve, rates, counts, requests, prompt_tokens, new_tokens, threads, api_key,
+                progress.phase,
+            )  # fmt: skip
+        if plot:
+            from moec.bench.served import plot as draw_served
+
+            draw_served(served, plot)
+        click.echo(json.dumps(served.to_dict(), indent=1) if as_json else str(served))
+        return
     if modelled or target:
         if model is not None or not (modelled and target):
             raise UsageError("give --target cuda:sm_90a and --model together, without MODEL")
@@ -114,8 +162,6 @@ def command(
         return
     if model is None:
         raise UsageError("name a model or an artifact to time")
-    if plot:
-        importlib.import_module("matplotlib")  # fails now, not after a run of minutes
     names = [name.strip() for name in baseline.split(",") if name.strip()]
     check_names(names)
     files_of([name for name in names if name in PACKAGES], files)

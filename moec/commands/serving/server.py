@@ -44,9 +44,10 @@ class Server(uvicorn.Server):
         if self._service.draining:
             os._exit(128 + number)
         self._service.draining = True
-        texts, seconds = self._service.used, self._drain
-        echo(f"shutting down: {texts} texts under way have {seconds:g} s", err=True)
         self._task = asyncio.ensure_future(self._finish())  # the loop holds it but weakly
+        texts, seconds = self._service.used, self._drain
+        with contextlib.suppress(OSError):  # nobody may read what the server says
+            echo(f"shutting down: {texts} texts under way have {seconds:g} s", err=True)
 
     async def _finish(self) -> None:
         await self._until_idle(self._drain)

@@ -153,8 +153,8 @@ def _save_png(tables: Sequence[Table], path: Path) -> None:
     width = min(14.0, max(6.0, max(each.shape[1] for each in ratios) * 0.22 + 2.5))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     every = figure.subplots(len(tables), squeeze=False, height_ratios=heights)[:, 0]
-    colors = LinearSegmentedColormap.from_list("load", [np.array(stop) / 255 for stop in _STOPS])
-    colors = colors.with_extremes(under=[channel / 255 for channel in _UNUSED])
+    scale = LinearSegmentedColormap.from_list("load", [np.array(stop) / 255 for stop in _STOPS])
+    colors = scale.with_extremes(under=[channel / 255 for channel in _UNUSED])
     for table, each, axes in zip(tables, ratios, every, strict=True):
         image = axes.imshow(
             each, cmap=colors, vmin=1e-9, vmax=len(_STOPS) - 1, aspect="auto",

@@ -174,6 +174,18 @@ def test_a_drain_that_is_too_short_ends_texts_with_an_error(path: Path) -> None:
     assert "[DONE]" not in text
 
 
+def test_a_signal_ends_a_server_whose_stderr_nobody_reads(path: Path) -> None:
+    """As of `moec serve 2>&1 | head -1`: its farewell raised, and it ran on."""
+    with process(path, "--threads", "1") as (child, port):
+        running = Running.__new__(Running)
+        running.port = port
+        assert running.send("/health")[0] == 200
+        assert child.stderr is not None
+        child.stderr.close()
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 0
+
+
 def test_a_second_signal_ends_the_process(path: Path) -> None:
     with process(path, "--threads", "1") as (child, port):
         started = threading.Barrier(2)
