@@ -1,4 +1,4 @@
-"""Dictionaries and sets of a module that are keyed by sizes, while it is traced.
+"""Dictionaries of a module that are keyed by sizes, while it is traced.
 
     if length not in self.tables:
         self.tables[length] = torch.arange(length)
@@ -10,7 +10,7 @@ guard arises where the table has a key that the size may equal.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, MutableSet
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ _MISSING = object()
 
 @contextmanager
 def tables_by_size(module: torch.nn.Module) -> Iterator[None]:
-    """While open, the dictionaries and sets of the module take symbolic sizes as keys."""
+    """While open, the dictionaries of the module take symbolic sizes as keys."""
     with values_kept(module):
         tables: dict[int, Any] = {}
         for slot, value in snapshot(module).values.values():
@@ -32,8 +32,6 @@ def tables_by_size(module: torch.nn.Module) -> Iterator[None]:
                 continue
             if type(value) in (dict, OrderedDict, defaultdict):
                 slot.put(tables.setdefault(id(value), SizeTable(value)))
-            elif type(value) is set:
-                slot.put(tables.setdefault(id(value), SizeSet(value)))
         yield
 
 
@@ -86,12 +84,6 @@ class SizeTable(OrderedDict[Any, Any]):
             stored = _SizeKey(key) if _is_symbolic(key) else key
         super().__setitem__(stored, value)
 
-    def __delitem__(self, key: Any) -> None:
-        stored = key if type(key) is _SizeKey else self._stored(key)
-        if stored is _MISSING:
-            raise KeyError(key)
-        super().__delitem__(stored)
-
     def get(self, key: Any, default: Any = None) -> Any:
         stored = self._stored(key)
         return default if stored is _MISSING else super().__getitem__(stored)
@@ -101,47 +93,8 @@ class SizeTable(OrderedDict[Any, Any]):
             self[key] = default
         return self[key]
 
-    def pop(self, key: Any, default: Any = _MISSING) -> Any:
-        value = self.get(key, default)
-        if value is _MISSING:
-            raise KeyError(key)
-        if key in self:
-            del self[key]
-        return value
-
-    def move_to_end(self, key: Any, last: bool = True) -> None:
-        super().move_to_end(self._stored(key), last)
-
     def __iter__(self) -> Iterator[Any]:
         return (k.key if type(k) is _SizeKey else k for k in super().__iter__())
-
-
-class SizeSet(MutableSet[Any]):
-    """A set whose elements may be symbolic sizes, or tuples of them."""
-
-    def __init__(self, elements: Iterable[Any] = ()) -> None:
-        self.table = SizeTable({})
-        self.update(elements)
-
-    def __contains__(self, element: Any) -> bool:
-        return element in self.table
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.table)
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def add(self, element: Any) -> None:
-        self.table[element] = True
-
-    def discard(self, element: Any) -> None:
-        self.table.pop(element, None)
-
-    def update(self, *others: Iterable[Any]) -> None:
-        for other in others:
-            for element in other:
-                self.add(element)
 
 
 def _is_symbolic(key: Any) -> bool:

@@ -149,7 +149,7 @@ class Chosen(Keyed):
 
 KINDS = (
     *(OfInstance, OfClass, ClassAttribute, Global, GlobalTensor, Recent),
-    *(Function, Constant, Method, Property, Registered, Seen),
+    *(Function, Constant, Method, Property, Registered),
 )
 
 
@@ -178,6 +178,14 @@ def test_a_table_is_computed_at_every_size_and_the_module_is_as_it_was(
         (actual,) = evaluate(program.graph, [x], program.weights)
         torch.testing.assert_close(actual, kind()(x))
     assert cached.cache_info().currsize >= cached_before
+
+
+def test_a_set_of_sizes_is_refused_with_its_line() -> None:
+    with pytest.raises(
+        CaptureError, match="a size that varies is a key of a dict, a set"
+    ) as refusal:
+        moec.compile(Seen(), (torch.randn(5, 4),), verify=False, build=False)
+    assert "if x.shape[0] not in self.seen:" in str(refusal.value)
 
 
 def test_a_table_that_has_some_sizes_only_is_no_cache() -> None:
