@@ -1,14 +1,11 @@
-"""Captures modules that cannot be traced by a description of their observed behaviour.
+"""Captures modules by a description: the user's, or one of their observed behaviour.
 
-Where a capture fails inside a module, this module, or the innermost one around it that holds
-experts, is recognised by its behaviour. A user's description is proved in the same way. During the
-capture, the module's forward is a replacement with the same parameters; afterwards the model is
-unchanged.
+Either is proved. During the capture, the module's forward is a replacement with the same
+parameters; afterwards the model is unchanged.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from moec.capture.behaviour.failed_export import guards_before
 from moec.capture.behaviour.failure import Failure, shown
 from moec.capture.behaviour.forward import Forward, proved_forward, require_rows
 from moec.capture.behaviour.hints import Hints, describe_by_hints
 from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall, record
 from moec.capture.behaviour.layer.parts import may_hold_experts
-from moec.capture.behaviour.other_sizes import difference_at_other_sizes
 from moec.capture.behaviour.proof.proof import Proof
 from moec.capture.behaviour.proof.side_outputs import result_like
 from moec.capture.behaviour.recognise import NoExperts, recognise
@@ -91,29 +86,20 @@ def capture_described(
     declared: Sequence[Declared] = (),
     observed: Sequence[Described] = (),
 ) -> Captured:
-    """The result of `capture`, with modules in which it fails replaced by their descriptions.
+    """The result of `capture`, with the described modules replaced by their descriptions.
 
-    Raises CaptureError where a description is wrong, with the input or the sizes that show it, and
-    where a module can be neither captured nor recognised.
+    Raises CaptureError where a description is wrong, with the input that shows it, and where the
+    capture fails, with the line and the module to describe.
     """
     described = [*observed, *_declared(model, declared)]
-    failures: list[CaptureError] = []
-    while True:
-        try:
-            with replaced(described):
-                captured = capture()
-        except CaptureError as error:
-            described.append(_describe(model, error, described))
-            failures.append(error)
-            continue
-        for failure in failures:
-            if why := difference_at_other_sizes(captured, guards_before(failure)):
-                location = Failure.of(failure, model.module)
-                modules, reasons = model.module.named_modules(), {described[-1].name: why}
-                raise _refusal(failure, location, reasons, dict(modules)) from failure
-        names = tuple(item.name for item in described)
-        notes = (*captured.notes, *map(str, described))
-        return replace(captured, notes=notes, described=names)
+    try:
+        with replaced(described):
+            captured = capture()
+    except CaptureError as error:
+        raise _refusal(error, model.module, described) from error
+    names = tuple(item.name for item in described)
+    notes = (*captured.notes, *map(str, described))
+    return replace(captured, notes=notes, described=names)
 
 
 @contextmanager
@@ -158,63 +144,29 @@ def _forward(
 
     @wraps(module.forward)  # named_arguments reads the names of its parameters
     def forward(*args: Any, **kwargs: Any) -> Any:
-        tokens, ids = arguments.tensors(args, kwargs)
+        tokens = arguments.tokens(args, kwargs)
         require_rows(tokens, proof)
-        return result_like(call.result, outputs(replacement, tokens, ids))
+        return result_like(call.result, outputs(replacement, tokens))
 
     return forward
 
 
-def _describe(
-    model: ModelExample, error: CaptureError, described: Sequence[Described]
-) -> Described:
-    """Recognises the innermost module around the failure that has experts.
-
-    Raises CaptureError, with the module, the line and the reason, where none is recognised.
-    """
-    failure = Failure.of(error, model.module)
-    modules = dict(model.module.named_modules())
-    names = [
-        name
-        for name in failure.modules or reversed(modules)
-        if may_hold_experts(modules[name]) and all(name != item.name for item in described)
-    ]
-    try:
-        calls = model.record(names) if names else {}
-    except Exception as eager:  # the user's code fails in eager mode too: the capture's error stays
-        raise error from eager
-    refusals: dict[str, str] = {}
-    for name in names:
-        if name not in calls:
-            continue
-        try:
-            return _recognised(name, modules[name], calls[name])
-        except NoMatch as why:
-            refusals[name] = str(why)
-    raise _refusal(error, failure, refusals, modules) from error
-
-
-_MOST_LINES = 6
-"""The most lines of a refusal: what fails and why, which modules were not recognised, remedy."""
-
-
-def _refusal(
-    error: CaptureError,
-    failure: Failure,
-    refusals: Mapping[str, str],
-    modules: Mapping[str, nn.Module],
-) -> CaptureError:
-    refused = list(refusals.items())[-2:]
+def _refusal(error: CaptureError, model: nn.Module, described: Sequence[Described]) -> CaptureError:
+    """The error of a capture with the user's line, and a remedy where a module around the line, or
+    anywhere if none is, may be an MoE layer."""
+    failure = Failure.of(error, model)
     lines = str(error).split("\n")
     if failure.line and not any(".py:" in line for line in lines):
         lines.insert(1, f"  at {failure.line}")
-    if refused and os.environ.get("MOEC_DEBUG") != "1":
-        lines = lines[: _MOST_LINES - 1 - len(refused)]
-    for name, why in refused:
-        lines.append(f"{shown(name, modules[name])} is not recognised by its behaviour: {why}")
-    if refused:
-        kind = type(modules[refused[-1][0]]).__name__
-        lines.append(f"describe it: moec.describe({kind}, router=..., experts=..., top_k=...)")
+    modules = dict(model.named_modules())
+    done = {item.name for item in described}
+    layers = (n for n in failure.modules or reversed(modules) if may_hold_experts(modules[n]))
+    if (name := next((n for n in layers if n not in done), None)) is not None:
+        kind = type(modules[name]).__name__
+        lines.append(
+            f"if {shown(name, modules[name])} is an MoE layer, describe it: "
+            f"moec.describe({kind}, router=..., experts=..., top_k=...)"
+        )
     return CaptureError("\n".join(lines))
 
 

@@ -96,10 +96,7 @@ def _one_expert(module: nn.Module, description: Description) -> OneExpert:
         assert isinstance(result, torch.Tensor)
         return result
 
-    one = of_module if body is None else of_stacks
-    if not description.log_sum_exp:
-        return one
-    return lambda rows, slices: one(rows, slices).exp()
+    return of_module if body is None else of_stacks
 
 
 class _Body(nn.Module):

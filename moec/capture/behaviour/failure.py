@@ -45,12 +45,10 @@ def shown(name: str, module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Failure:
-    """Names of the running modules, innermost first; the user's last line; the error in one
-    line."""
+    """Names of the running modules, innermost first, and the user's last line."""
 
     modules: tuple[str, ...]
     line: Line | None
-    reason: str
 
     @staticmethod
     def of(error: BaseException, model: nn.Module) -> Failure:
@@ -64,9 +62,7 @@ class Failure:
             file = frame.f_code.co_filename
             if not is_library(file):
                 line = Line(file, number)
-        innermost = tuple(dict.fromkeys(reversed(running)))
-        first = " ".join(str(error).split("\n\n")[0].split())
-        return Failure(innermost, line, f"{type(error).__name__}: {first[:200]}")
+        return Failure(tuple(dict.fromkeys(reversed(running))), line)
 
 
 def is_library(file: str) -> bool:

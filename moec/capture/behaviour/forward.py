@@ -29,14 +29,14 @@ def proved_forward(
     probe = Probe(in_float32(module), arguments)
     probe.longest, probe.farthest = affordable_lengths(probe)
 
-    def run(*tensors: torch.Tensor) -> Any:
-        args, kwargs = arguments.build(*tensors)
+    def run(tokens: torch.Tensor) -> Any:
+        args, kwargs = arguments.build(tokens)
         return forward(probe.module, *args, **kwargs)
 
     proof = prove_forward(probe, run)
 
     def proved(*args: Any, **kwargs: Any) -> Any:
-        require_rows(pytree.tree_leaves((args, kwargs))[arguments.tokens], proof)
+        require_rows(pytree.tree_leaves((args, kwargs))[arguments.position], proof)
         return forward(module, *args, **kwargs)
 
     return proof, proved

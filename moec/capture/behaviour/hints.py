@@ -118,7 +118,7 @@ def describe_by_hints(module: nn.Module, arguments: Arguments, hints: Hints) -> 
     probe.longest, probe.farthest = affordable_lengths(probe)
     experts = _experts(module, hints)
     router, probe.weight_name, probe.columns = _router(probe.module, hints)
-    added = tuple(Added((name,), 1.0, (gate,) if gate else ()) for name, gate in hints.shared)
+    added = tuple(Added((name,), (gate,) if gate else ()) for name, gate in hints.shared)
     description = Description(
         experts=experts,
         body=hints.body,

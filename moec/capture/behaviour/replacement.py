@@ -20,19 +20,17 @@ from moec.capture.behaviour.layer.description import (
     Capacity,
     Constant,
     Description,
-    NoNetwork,
     Output,
     Router,
 )
 from moec.capture.behaviour.layer.parts import tensor, walk
-from moec.capture.behaviour.layer.rules import LOSSES, SCORES, Choices, choose
+from moec.capture.behaviour.layer.rules import LOSSES, Choices, choose
 from moec.capture.export.huggingface import experts_op
 
 
 def router_logits(module: nn.Module, description: Description, flat: torch.Tensor) -> torch.Tensor:
     """flat[T, D] -> logits[T, C]."""
     router = description.router
-    assert router is not None
     if description.precision == "logits":
         router = _as_product(module, router)
     rows = walk(module, router.path, flat)
@@ -43,10 +41,7 @@ def router_logits(module: nn.Module, description: Description, flat: torch.Tenso
         if description.precision == "logits":
             rows, weight = rows.float(), weight.float()
             bias = None if bias is None else bias.float()
-        if router.cosine:
-            rows = F.normalize(rows, dim=-1) @ F.normalize(weight, dim=-1).T
-        else:
-            rows = F.linear(rows, weight, bias)
+        rows = F.linear(rows, weight, bias)
     return rows.float() if description.precision else rows
 
 
@@ -62,21 +57,19 @@ def _as_product(module: nn.Module, router: Router) -> Router:
 
 def choices(module: nn.Module, description: Description, logits: torch.Tensor) -> Choices:
     rule = description.routing
-    assert rule is not None
     return choose(rule, logits, tensor(module, rule.correction) if rule.correction else None)
 
 
 class Replacement:
-    """Called with the tokens of the module that it describes, and with expert ids where the module
-    takes them; returns by name the tensors that `description.outputs` can refer to."""
+    """Called with the tokens of the module that it describes; returns by name the tensors that
+    `description.outputs` can refer to."""
 
     def __init__(
         self, module: nn.Module, description: Description, width: int, body: str = ""
     ) -> None:
         self.module, self.description = module, description
         self.body = body or expert_body(module, description, width)
-        first = stacks(module, description)[0] if description.experts else None
-        self.count = 0 if first is None else first.shape[0]
+        self.count = stacks(module, description)[0].shape[0]
 
     def experts(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """rows[T, D], ids[T, k], weights[T, k] -> weighted sum of the experts' results [T, D]."""
@@ -86,41 +79,17 @@ class Replacement:
         return result
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        ids: torch.Tensor | None = None,
-        names: Collection[str] | None = None,
+        self, x: torch.Tensor, names: Collection[str] | None = None
     ) -> dict[str, torch.Tensor]:
         """`names` are the tensors that are computed beside "hidden"; None means all."""
-        if self.description.form == "soft slots":
-            return {"hidden": self._soft(x)}
         flat = x.reshape(-1, x.shape[-1])
-        logits = None
-        if self.description.form == "topk":
-            logits = router_logits(self.module, self.description, flat)
-        chosen = self._choices(flat, logits, ids)
-        out = self._weighted_sum(x, flat, chosen)
-        out = self._with_added(flat, out)
-        named = {"hidden": out}
-        if logits is None or (names is not None and not {*names} - named.keys()):
+        logits = router_logits(self.module, self.description, flat)
+        chosen = choices(self.module, self.description, logits)
+        named = {"hidden": self._with_added(flat, self._weighted_sum(x, flat, chosen))}
+        if names is not None and not {*names} - named.keys():
             return named
         side = self._side(logits, chosen)
         return named | {name: of() for name, of in side.items() if names is None or name in names}
-
-    def _choices(
-        self, flat: torch.Tensor, logits: torch.Tensor | None, ids: torch.Tensor | None
-    ) -> Choices:
-        if logits is not None:
-            return choices(self.module, self.description, logits)
-        if self.description.form == "given":
-            assert ids is not None
-            picked = ids.reshape(-1, 1)
-            return Choices(picked, torch.ones_like(picked, dtype=flat.dtype), flat)
-        outer = router_logits(self.module, self.description, flat).softmax(-1)
-        inner = [walk(self.module, (n,), flat).softmax(-1) for n in self.description.inner_routers]
-        weights = torch.cat([outer[:, i, None] * p for i, p in enumerate(inner)], 1)
-        every = torch.arange(self.count).expand(flat.shape[0], self.count)
-        return Choices(every, weights, weights)
 
     def _weighted_sum(self, x: torch.Tensor, flat: torch.Tensor, chosen: Choices) -> torch.Tensor:
         description = self.description
@@ -137,25 +106,14 @@ class Replacement:
             lost = dropped.sum(-1, keepdim=True)
             mask = fits if mask is None else mask & fits
             weights = weights * fits
-        ids = chosen.ids if mask is None else torch.where(mask, chosen.ids, self.sentinel)
+        ids = chosen.ids if mask is None else torch.where(mask, chosen.ids, self.count)
         if description.weighs == "input":
             out = self._input_side(rows, ids, weights)
         else:
             out = self.experts(rows, ids, weights)
-        if description.log_sum_exp:
-            out = torch.where(out == 0, description.floor, out).log()
         if lost is not None and description.capacity and description.capacity.dropped != "zero":
             out = out + lost * flat
-        for column, other in enumerate(description.no_network, start=self.count):
-            share = (weights * (ids == column)).sum(-1, keepdim=True)
-            if other.kind != "zero":
-                out = out + share * self._without_network(other, flat)
         return out
-
-    @property
-    def sentinel(self) -> int:
-        """An id that is no column of the router."""
-        return self.count + len(self.description.no_network)
 
     def _input_side(
         self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -175,30 +133,20 @@ class Replacement:
         positions = before.gather(1, chosen.ids)
         return positions < capacity_rows(capacity, size, columns)
 
-    def _without_network(self, other: NoNetwork, flat: torch.Tensor) -> torch.Tensor:
-        if other.kind == "copy":
-            return flat
-        mix = walk(self.module, other.mix, flat).softmax(-1)
-        return mix[:, :1] * flat + mix[:, 1:] * tensor(self.module, other.constants)[other.row]
-
     def _with_added(self, flat: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         for added in self.description.added:
             value = walk(self.module, added.path, flat)
             if added.gate:
                 value = value * walk(self.module, added.gate, flat).sigmoid()
-            elif added.factor != 1.0:
-                value = value * added.factor
             out = out + value
         return out
 
     def _side(self, logits: torch.Tensor, chosen: Choices) -> dict[str, Callable[[], torch.Tensor]]:
         """Functions that compute the other tensors that modules return, by name."""
-        rule = self.description.routing
-        assert rule is not None
         picked, best = chosen.chosen(), chosen.first()
         side: dict[str, Callable[[], torch.Tensor]] = {
             "logits": lambda: logits,
-            "scores": lambda: SCORES[rule.score](logits),
+            "scores": lambda: chosen.scores,
             "weights": chosen.dense,
             "top weights": lambda: chosen.weights,
             "ids": lambda: chosen.ids,
@@ -209,18 +157,6 @@ class Replacement:
             side[name] = partial(loss, logits, picked)
             side[f"{name} of first choices"] = partial(loss, logits, best)
         return side
-
-    def _soft(self, x: torch.Tensor) -> torch.Tensor:
-        """The "soft slots" form: slots are mixtures of a sequence's tokens; experts read slots."""
-        router = self.description.router
-        assert router is not None
-        z = torch.einsum("bnd,des->bnes", x, tensor(self.module, router.weight))
-        slots = torch.einsum("bnd,bnes->ebsd", x, z.softmax(1))
-        rows = slots.reshape(-1, x.shape[-1])
-        each = rows.shape[0] // self.count
-        ids = torch.arange(self.count)[:, None].expand(self.count, each).reshape(-1, 1)
-        results = self.experts(rows, ids, torch.ones_like(ids, dtype=x.dtype)).view_as(slots)
-        return torch.einsum("ebsd,bnes->bnd", results, z.flatten(2).softmax(-1).view_as(z))
 
 
 def capacity_rows(capacity: Capacity, size: int, columns: int) -> int:
@@ -234,12 +170,10 @@ def capacity_rows(capacity: Capacity, size: int, columns: int) -> int:
     return symbolic
 
 
-def outputs(
-    replacement: Replacement, x: torch.Tensor, ids: torch.Tensor | None = None
-) -> list[object]:
+def outputs(replacement: Replacement, x: torch.Tensor) -> list[object]:
     """The leaves of the module's result, in its order: tensors and constants."""
     items = replacement.description.outputs
-    named = replacement(x, ids, {item.name for item in items if isinstance(item, Output)})
+    named = replacement(x, {item.name for item in items if isinstance(item, Output)})
     return [
         item.value if isinstance(item, Constant) else shaped(named[item.name], item, x)
         for item in items

@@ -18,7 +18,6 @@ from moec.capture.conversion.float_tensors import (
     emit_call,
     operand_for,
 )
-from moec.capture.conversion.scaled_operators import emit_scaled
 from moec.capture.conversion.views import view_shape
 from moec.capture.decomposition.expand import COMPOSITE
 from moec.capture.linear_attention.scans import OWN
@@ -168,7 +167,7 @@ class Converter:
                 "write it with torch.where, or fix the branch before the export"
             )
         if any(isinstance(self.values.get(n), VaryingFloat) for n in node.all_input_nodes):
-            output = emit_scaled(self, node) or emit_call(self, node)
+            output = emit_call(self, node)
             if output is not None:
                 self.values[node] = output
                 return

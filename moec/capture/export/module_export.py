@@ -26,7 +26,6 @@ from moec.capture.sizes.widen import Widened
 from moec.capture.sizes.wishes import Axes, name_symbols
 from moec.capture.speculate import explained
 from moec.capture.state.reach import values_kept
-from moec.capture.state.size_tables import is_size_as_key, tables_by_size
 from moec.interpret.outputs import Structure, flatten
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
@@ -52,16 +51,6 @@ def export_module(
 ) -> ExportedProgram:
     """Export `module` with the tensors of `general`, and the substitutes of builtins in `files`.
     Raises what torch.export raises."""
-    try:
-        return _export(general, module, files)
-    except TypeError as error:
-        if not is_size_as_key(error):
-            raise
-        with tables_by_size(module):
-            return _export(general, module, files)
-
-
-def _export(general: Widened, module: torch.nn.Module, files: Files | None) -> ExportedProgram:
     with (
         torch.no_grad(),
         values_kept(module),

@@ -111,16 +111,6 @@ def _extreme(two: Callable[[Any, Any], Any], plain: Callable[..., Any]) -> Calla
     return extreme
 
 
-def _set_of(plain: type) -> Any:
-    """`plain`, or the classes that occur in a list that has them as `distinct`."""
-
-    def call(*values: Any) -> Any:
-        distinct = getattr(values[0], "distinct", None) if len(values) == 1 else None
-        return plain(*values) if distinct is None else distinct()
-
-    return _substitute(plain, call)
-
-
 def _isinstance(value: Any, classes: Any) -> bool:
     if isinstance(value, classes):
         return True
@@ -156,6 +146,4 @@ SHADOWS: Mapping[str, Any] = {
     **CONVERSIONS,
     "max": _extreme(torch.sym_max, max),
     "min": _extreme(torch.sym_min, min),
-    "set": _set_of(set),
-    "frozenset": _set_of(frozenset),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,6 @@ from moec.capture.intercept.interceptor import Handler, intercepted
 from moec.capture.intercept.substitutes import SHADOWS
 from moec.capture.speculate.branches import Branches, is_condition
 from moec.capture.speculate.facts.rounding import Rounding, divided
-from moec.capture.speculate.operators.chosen import update_counter
 from moec.capture.speculate.operators.hooks import Trace
 from moec.capture.speculate.operators.mode import Speculation
 from moec.torch_private import (
@@ -44,7 +42,6 @@ def speculating(module: torch.nn.Module, trace: Trace) -> Iterator[Speculation]:
 def _handlers(mode: Speculation, trace: Trace) -> Iterator[Handler]:
     yield from (Handler(builtins, name, handler) for name, handler in SHADOWS.items())
     yield Handler(*place("evaluate_expr"), _evaluate(torch_private.evaluate_expr, trace.branches))
-    yield Handler(Counter, "update", update_counter(Counter.update))
     yield Handler(FakeTensor, "tolist", lambda tensor: mode.hooks["tolist"](None, tensor))
     yield Handler(torch.autograd.Function, "apply", classmethod(_forward_alone))
     for how in ("floor", "ceil", "trunc"):

@@ -12,7 +12,6 @@ from types import FrameType, TracebackType
 from moec.capture.speculate.proof import Verdict
 from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.violated_dims import violated_dim
-from moec.capture.state.size_tables import is_size_as_key
 from moec.capture.user_code.sites import Site, foreign
 from moec.errors import CaptureError
 
@@ -103,12 +102,12 @@ def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:
 
 def _reason(error: Exception) -> str:
     """The first sentence of torch's message, in one line."""
-    if is_size_as_key(error):
+    text = " ".join(str(error).split("\n\n")[0].split())
+    if isinstance(error, TypeError) and "unhashable type" in text and "Sym" in text:
         return (
             "a size that varies is a key of a dict, a set or a cache: compute the value of the "
             "entry from the size instead"
         )
-    text = " ".join(str(error).split("\n\n")[0].split())
     return text if len(text) <= 240 else f"{text[:237]}..."
 
 

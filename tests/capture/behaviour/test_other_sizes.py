@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
 import moec
 from moec.capture.behaviour.other_sizes import guards_of_graph
 from moec.capture.sizes.guards import show
-from moec.errors import CaptureError
 from moec.interpret.evaluate import evaluate
 from moec.ir.text import parse
 from tests.capture.behaviour.modules import EXPERTS, WIDTH, expert
@@ -42,26 +40,6 @@ class FewerOfMany(OfBatches):
         return self.mix(flat, *self.choose(flat, 2 if x.shape[0] < 1500 else 1)).view(x.shape)
 
 
-class HalfOfFiftyThree(OfBatches):
-    """torch.export fails at numpy, after the condition on the batch."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, WIDTH)
-        weights, ids = self.choose(flat, 2)
-        weights = weights * (0.5 if x.shape[0] % 53 == 0 else 1.0)
-        return self.mix(flat, weights, torch.from_numpy(ids.numpy())).view(x.shape)
-
-
-class HalfOfManyTexts(OfBatches):
-    """The condition on the batch stands behind the line at which the export fails."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, WIDTH)
-        weights, ids = self.choose(flat, 2)
-        y = self.mix(flat, weights, torch.from_numpy(ids.numpy()))
-        return (y * 0.5 if len(x) > 30 else y).view(x.shape)
-
-
 def test_a_block_is_not_observed_where_a_size_of_the_code_changes() -> None:
     module = FewerOfMany().eval()
     compiled = moec.compile(module, (torch.randn(2, 4, WIDTH),), build=False, verify=False)
@@ -70,20 +48,6 @@ def test_a_block_is_not_observed_where_a_size_of_the_code_changes() -> None:
     assert high == 1499
     with torch.no_grad():
         torch.testing.assert_close(evaluate(program.graph, [x], program.weights)[0], module(x))
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (HalfOfFiftyThree, "output differs on 53 x 1 tokens, a number of its code"),
-        (HalfOfManyTexts, "output differs on 31 x 1 tokens"),
-    ],
-)
-def test_a_condition_on_sizes_in_a_module_that_cannot_be_exported(
-    kind: type[nn.Module], words: str
-) -> None:
-    with pytest.raises(CaptureError, match=words):
-        moec.compile(kind().eval(), (torch.randn(2, 4, WIDTH),), build=False)
 
 
 def test_the_conditions_of_sizes_in_a_graph() -> None:

@@ -1,4 +1,5 @@
-"""Tables keyed by sizes are computed for every size, wherever the module keeps them."""
+"""Tables of a size are computed for every size, wherever the module keeps them; a size that is a
+key is refused."""
 
 from __future__ import annotations
 
@@ -147,10 +148,7 @@ class Chosen(Keyed):
         return x + 1
 
 
-KINDS = (
-    *(OfInstance, OfClass, ClassAttribute, Global, GlobalTensor, Recent),
-    *(Function, Constant, Method, Property, Registered, Seen),
-)
+KINDS = (ClassAttribute, GlobalTensor, Function, Constant, Method, Property, Registered)
 
 
 def values(module: nn.Module) -> str:
@@ -180,7 +178,18 @@ def test_a_table_is_computed_at_every_size_and_the_module_is_as_it_was(
     assert cached.cache_info().currsize >= cached_before
 
 
-def test_a_table_that_has_some_sizes_only_is_no_cache() -> None:
-    with pytest.raises(CaptureError, match=r"the graph holds only where T != 9") as refusal:
-        moec.compile(Chosen(), (torch.randn(5, 4),), verify=False, build=False)
-    assert "if x.shape[0] in self.scales:" in str(refusal.value)
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (OfInstance, "if key not in self.held:"),
+        (OfClass, "if x.shape[0] not in self.tables:"),
+        (Global, "return x + TABLES[x.shape[0]]"),
+        (Recent, "if length in self.recent:"),
+        (Seen, "if x.shape[0] not in self.seen:"),
+        (Chosen, "if x.shape[0] in self.scales:"),
+    ],
+)
+def test_a_size_that_is_a_key_is_refused_with_its_line(kind: Any, line: str) -> None:
+    with pytest.raises(CaptureError, match="a size that varies is a key of a dict") as refusal:
+        moec.compile(kind(), (torch.randn(5, 4),), verify=False, build=False)
+    assert line in str(refusal.value)

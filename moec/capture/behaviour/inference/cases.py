@@ -29,11 +29,11 @@ length where it errs at the length, so that more of the long runs would show lit
 
 @dataclass(frozen=True)
 class BehaviourCase:
-    """Inputs, and optionally logits that replace the router's; `size` is (batch, length)."""
+    """Tokens, and optionally logits that replace the router's; `size` is (batch, length)."""
 
     kind: str
     size: tuple[int, int]
-    inputs: tuple[torch.Tensor, ...]
+    tokens: torch.Tensor
     logits: torch.Tensor | None = None
     scale: float = 1.0
 
@@ -47,45 +47,44 @@ def cases(probe: Probe) -> Iterator[BehaviourCase]:
     generator = torch.Generator().manual_seed(11)
     for seed, size in itertools.product(range(_SEEDS), SIZES):
         for scale in SCALES:
-            inputs = probe.inputs(*size, scale, seed)
-            yield BehaviourCase(f"tokens times {scale:g}", size, inputs, scale=scale)
+            tokens = probe.tokens(*size, scale, seed)
+            yield BehaviourCase(f"tokens times {scale:g}", size, tokens, scale=scale)
         yield from _equal_tokens(probe, size, seed)
         for kind, logits in _steered(probe, size[0] * size[1], generator).items():
-            yield BehaviourCase(kind, size, probe.inputs(*size, seed=seed), logits)
+            yield BehaviourCase(kind, size, probe.tokens(*size, seed=seed), logits)
     for length in (*(n for n in LENGTHS if n < probe.longest), probe.longest):
-        inputs = probe.inputs(1, length, seed=_SEEDS)
-        yield BehaviourCase("tokens times 1", (1, length), inputs)
+        tokens = probe.tokens(1, length, seed=_SEEDS)
+        yield BehaviourCase("tokens times 1", (1, length), tokens)
         steered = _steered(probe, length, generator)
         for kind in ("usual logits", "equal logits"):
             if kind in steered:
-                yield BehaviourCase(kind, (1, length), inputs, steered[kind])
+                yield BehaviourCase(kind, (1, length), tokens, steered[kind])
     yield from _shapes(probe)
     for length in _exact_lengths(probe):
         logits = all_on(0, length, probe.columns, 5.0)
-        inputs = probe.inputs(1, length, seed=_SEEDS)
-        yield BehaviourCase("a length at which the capacity is whole", (1, length), inputs, logits)
+        tokens = probe.tokens(1, length, seed=_SEEDS)
+        yield BehaviourCase("a length at which the capacity is whole", (1, length), tokens, logits)
 
 
 def far_cases(probe: Probe) -> Iterator[BehaviourCase]:
     """Natural tokens at the lengths that the module's code may treat apart, at most sixteen times
     the longest run in all, and at the greatest length."""
     left = 16 * probe.longest
-    numbers = numbers_of_code(probe.module, lambda: probe.run(probe.inputs(2, 12)))
+    numbers = numbers_of_code(probe.module, lambda: probe.run(probe.tokens(2, 12)))
     for size in _sizes_around(numbers, probe):
         rows = size[0] * size[1]
         if rows <= min(left, probe.farthest):
             left -= rows
-            inputs = probe.inputs(*size, seed=_SEEDS)
-            yield BehaviourCase("a number of its code", size, inputs)
-    inputs = probe.inputs(1, probe.farthest, seed=_SEEDS)
-    yield BehaviourCase("the most tokens", (1, probe.farthest), inputs)
+            yield BehaviourCase("a number of its code", size, probe.tokens(*size, seed=_SEEDS))
+    tokens = probe.tokens(1, probe.farthest, seed=_SEEDS)
+    yield BehaviourCase("the most tokens", (1, probe.farthest), tokens)
 
 
 def _sizes_around(numbers: Sequence[int], probe: Probe) -> Iterator[tuple[int, int]]:
     """Batches and lengths at which a number of elements, of choices or of tokens meets one of the
     numbers, or a product of two of them, or passes it."""
-    rule, flat = probe.description.routing, len(probe.arguments.shape) == 2
-    divisors = (probe.width, rule.top_k if rule else 1, 1)
+    flat = len(probe.arguments.shape) == 2
+    divisors = (probe.width, probe.description.routing.top_k or 1, 1)
     rows = [number // divisor for divisor in divisors for number in numbers]
     rows += [a * b for a, b in itertools.combinations(numbers[:_FACTORS], 2)]
     for n in dict.fromkeys(n + more for n in rows for more in (0, 1)):
@@ -98,16 +97,15 @@ def _shapes(probe: Probe) -> Iterator[BehaviourCase]:
     flat = len(probe.arguments.shape) == 2
     batches = () if flat else (*SMALL, *(n for n in LENGTHS if n not in SMALL))
     for size in (*((1, n) for n in SMALL), *((n, 1) for n in batches if n < probe.longest)):
-        inputs = probe.inputs(*size, seed=_SEEDS)
-        yield BehaviourCase("tokens times 1", size, inputs)
+        yield BehaviourCase("tokens times 1", size, probe.tokens(*size, seed=_SEEDS))
 
 
 def _equal_tokens(probe: Probe, size: tuple[int, int], seed: int) -> Iterator[BehaviourCase]:
     """Tokens that are all equal, of two kinds, or zero, so that their routing is tied or equal."""
-    x, *rest = probe.inputs(*size, seed=seed)
+    tokens = probe.tokens(*size, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for kind, draw in _KINDS.items():
-        yield BehaviourCase(kind, size, (tokens_of(x, draw, generator), *rest))
+        yield BehaviourCase(kind, size, tokens_of(tokens, draw, generator))
 
 
 _KINDS = {
@@ -120,7 +118,7 @@ _KINDS = {
 def _steered(probe: Probe, rows: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Logits of every kind, by name; empty where the router cannot be steered."""
     rule, columns = probe.description.routing, probe.columns
-    if rule is None:
+    if not probe.weight_name:
         return {}
     kinds = draws(columns, rows, generator)
     kinds["tied"] = ties(columns, rows, generator)

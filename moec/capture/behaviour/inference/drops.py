@@ -18,7 +18,7 @@ from moec.errors import NoMatch
 _LENGTHS = (*range(1, 41), 64, 100, 128, 200, 255, 512, 1000, 2000)
 
 
-def find_capacity(probe: Probe, count: int) -> Capacity | None:
+def find_capacity(probe: Probe) -> Capacity | None:
     """The capacity of the experts, and what dropped rows become; None where experts accept all
     rows.
 
@@ -35,7 +35,7 @@ def find_capacity(probe: Probe, count: int) -> Capacity | None:
         per = "sequence"
     else:
         raise NoMatch("an expert drops rows, and not the last that came")
-    dropped = _dropped(served, weights, count)
+    dropped = _dropped(served, weights, probe.columns)
     lengths = (*(n for n in _LENGTHS if n < probe.longest), probe.longest)
     table = {n: int(_served(probe, 1, n)[0].sum()) for n in lengths}
     # A smallest capacity that the table shows is one of its numbers, or fits as well as one.
@@ -52,7 +52,7 @@ def find_capacity(probe: Probe, count: int) -> Capacity | None:
 
 def _served(probe: Probe, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     logits = all_on(0, batch * length, probe.columns, 10.0)
-    weights, _ = probe.solve(probe.inputs(batch, length), logits)
+    weights, _ = probe.solve(probe.tokens(batch, length), logits)
     return weights[:, 0].abs() > 1e-3, weights
 
 
@@ -62,7 +62,7 @@ def _prefix(served: torch.Tensor) -> bool:
 
 def _dropped(served: torch.Tensor, weights: torch.Tensor, count: int) -> str:
     """What replaces a dropped row, by the token's share: "zero", "weighted" or "pass"."""
-    dropped_share = weights[~served, min(count, weights.shape[1] - 1)]
+    dropped_share = weights[~served, count]
     usual = float(weights[served, 0].median())
     for kind, share in (("zero", 0.0), ("weighted", usual), ("pass", 1.0)):
         if (dropped_share - share).abs().max() < 1e-3:

@@ -34,22 +34,19 @@ class _Nearest:
 
 
 def fit(
-    logits: torch.Tensor,
-    weights: torch.Tensor,
-    columns: int,
-    corrections: Mapping[str, torch.Tensor],
+    logits: torch.Tensor, weights: torch.Tensor, corrections: Mapping[str, torch.Tensor]
 ) -> Iterator[Fitted]:
-    """The rules by which logits [T, C] give the experts the weights [T, E].
+    """The rules by which logits [T, C] give the experts the weights [T, C].
 
     Raises NoMatch where there is none, with the nearest rule and a row on which it is wrong.
     """
-    nearest, count = _Nearest(), 0
+    nearest, count, columns = _Nearest(), 0, logits.shape[1]
     most = max(1, int((weights.abs() > _SMALL).sum(1).max()))
     plain = _plain(range(most, min(columns, most + 16) + 1))
     fewest = [rule for rule in plain if rule.top_k == most]
     families = (
-        *_families(fewest, columns, logits, weights),
-        *_families([rule for rule in plain if rule.top_k > most], columns, logits, weights),
+        *_families(fewest, columns),
+        *_families([rule for rule in plain if rule.top_k > most], columns),
     )
     for rules in families:
         for rule in itertools.chain(
@@ -82,11 +79,9 @@ def _plain(ks: Iterable[int]) -> list[RoutingRule]:
     ]
 
 
-def _families(
-    plain: list[RoutingRule], columns: int, logits: torch.Tensor, weights: torch.Tensor
-) -> Iterator[list[RoutingRule]]:
-    """Rules without a threshold: first without groups, with and without an epsilon or a
-    temperature; then the same with groups."""
+def _families(plain: list[RoutingRule], columns: int) -> Iterator[list[RoutingRule]]:
+    """Rules without a threshold: first without groups, with and without an epsilon; then the same
+    with groups."""
     normed = [r for r in plain if r.renormalise and r.score != "softmax"]
     usual = plain + [
         replace(r, eps=eps, eps_is_floor=floor)
@@ -94,9 +89,6 @@ def _families(
         for eps in (1e-20, 1e-12, 1e-9, 1e-8, 1e-6)
         for floor in (False, True)
     ]
-    temperature = _temperature(logits, weights)
-    if temperature is not None:
-        usual += [replace(r, temperature=temperature) for r in plain if r.score == "softmax"]
     yield usual
     yield [
         replace(r, groups=(count, top, best))
@@ -110,18 +102,6 @@ def _families(
     ]
 
 
-def _temperature(logits: torch.Tensor, weights: torch.Tensor) -> float | None:
-    """The factor of the logits, if the two greatest weights come from a softmax; None if it cannot
-    be estimated."""
-    if weights.shape[1] < 2:
-        return None
-    top, ids = weights.topk(2, -1)
-    z = logits.gather(1, ids)
-    clear = (top[:, 1] > 1e-2) & (top[:, 0] > 1.5 * top[:, 1])
-    ratios = ((top[:, 0] / top[:, 1]).log() / (z[:, 0] - z[:, 1]))[clear]
-    return float(f"{ratios.median():.4g}") if len(ratios) > 3 else None
-
-
 def _scaled(
     rule: RoutingRule,
     logits: torch.Tensor,
@@ -132,7 +112,7 @@ def _scaled(
     """The rule with the scale by which it gives the weights; None if no scale does."""
     if nearest.rows >= 0 and not _may_fit(rule, logits, weights, correction):
         return None
-    ruled = choose(rule, logits, correction).dense()[:, : weights.shape[1]]
+    ruled = choose(rule, logits, correction).dense()
     big = ruled.abs() > 1e-2 * ruled.abs().amax(1, keepdim=True).clamp(min=1e-3)
     scale = float((weights[big] / ruled[big]).median()) if big.any() else 0.0
     short = float(f"{scale:.3g}")
@@ -165,7 +145,7 @@ def _may_fit(
     """Whether the rule chooses the observed experts in a sample of rows of each kind of logits."""
     step = max(1, len(logits) // 40)
     few = weights[::step]
-    ruled = choose(rule, logits[::step], correction).dense()[:, : weights.shape[1]]
+    ruled = choose(rule, logits[::step], correction).dense()
     clear = few.abs() > 1e-2 * few.abs().amax(1, keepdim=True).clamp(min=2e-2)
     return not bool((clear & (ruled == 0)).any())
 
@@ -177,10 +157,9 @@ def _with_threshold(
     choices = choose(rule, logits)
     assert choices.measure is not None
     assert choices.full_weights is not None
-    inside = choices.ids < weights.shape[1]
-    observed = weights.gather(1, choices.ids.clamp(max=weights.shape[1] - 1)).abs() > _SMALL
-    dropped = choices.measure[inside & ~observed & (choices.full_weights.abs() > 3e-4)]
-    served = choices.measure[inside & observed]
+    observed = weights.gather(1, choices.ids).abs() > _SMALL
+    dropped = choices.measure[~observed & (choices.full_weights.abs() > 3e-4)]
+    served = choices.measure[observed]
     if not len(dropped) or not len(served) or not dropped.max() < served.min():
         return
     low, high = float(dropped.max()), float(served.min())
@@ -208,6 +187,6 @@ def served_and_measure(
     was kept, and the value that is compared with the threshold."""
     assert choices.measure is not None
     assert choices.full_weights is not None
-    inside = (choices.ids < weights.shape[1]) & (choices.full_weights.abs() > 3e-4)
-    observed = weights.gather(1, choices.ids.clamp(max=weights.shape[1] - 1)).abs() > _SMALL
-    return observed[inside], choices.measure[inside]
+    weighty = choices.full_weights.abs() > 3e-4
+    observed = weights.gather(1, choices.ids).abs() > _SMALL
+    return observed[weighty], choices.measure[weighty]

@@ -14,7 +14,6 @@ from torch import nn
 
 from moec.capture.behaviour.layer.arguments import Arguments
 from moec.capture.behaviour.layer.description import Description, Path
-from moec.capture.behaviour.layer.feed_forward import feed_forward
 from moec.capture.behaviour.layer.parts import tensor, walk
 from moec.capture.behaviour.layer.steering import Steer
 from moec.errors import NoMatch
@@ -63,7 +62,6 @@ class Probe:
     columns: int = 0
     longest: int = LONGEST
     farthest: int = LONGEST
-    constants: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     nodes: dict[Path, torch.Tensor] = field(default_factory=dict)
     """Results [T, d] of chains of submodules on the tokens of the last run that `watch` made."""
 
@@ -71,44 +69,35 @@ class Probe:
     def width(self) -> int:
         return self.arguments.shape[-1]
 
-    def inputs(
-        self, batch: int, length: int, scale: float = 1.0, seed: int = 0
-    ) -> tuple[torch.Tensor, ...]:
-        """Random tokens [B, S, D] or [B * S, D], and random expert ids if the module takes them."""
+    def tokens(self, batch: int, length: int, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+        """Random tokens [B, S, D] or [B * S, D]."""
         generator = torch.Generator().manual_seed(seed + 1000 * batch + length)
         flat = len(self.arguments.shape) == 2
         size = (batch * length,) if flat else (batch, length)
-        x = torch.randn(*size, self.width, generator=generator) * scale
-        if self.arguments.ids is None:
-            return (x,)
-        return (x, torch.randint(0, self._ids(), size, generator=generator))
-
-    def _ids(self) -> int:
-        return len(self.description.experts) or 1
+        return torch.randn(*size, self.width, generator=generator) * scale
 
     def run(
         self,
-        inputs: Sequence[torch.Tensor],
+        tokens: torch.Tensor,
         logits: torch.Tensor | None = None,
         observed: bool = True,
     ) -> Run:
         """Run the module, with the router's logits replaced by `logits` if given. A run that is not
         `observed` has no logits, and takes a third less in a loop over tokens. Raises NoMatch where
         the module fails on inputs of this size, or where no output has the size of the tokens."""
-        copies = [t.clone() for t in inputs]
-        args, kwargs = self.arguments.build(copies[0], copies[1] if len(copies) > 1 else None)
-        steer = self.steered(logits, math.prod(inputs[0].shape[:-1]))
+        args, kwargs = self.arguments.build(tokens.clone())
+        steer = self.steered(logits, math.prod(tokens.shape[:-1]))
         with torch.no_grad(), steer if observed or logits is not None else nullcontext():
             try:
                 results = self.module(*args, **kwargs)
             except NoMatch:
                 raise
             except Exception as error:  # of the user's code, whatever its kind
-                size = " x ".join(map(str, inputs[0].shape[:-1]))
+                size = " x ".join(map(str, tokens.shape[:-1]))
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise NoMatch(f"it does not run on {size} random tokens: {first}") from error
             leaves = result_leaves(results)
-        return Run(leaves, self._hidden(leaves, inputs[0]), steer.observed)
+        return Run(leaves, self._hidden(leaves, tokens), steer.observed)
 
     def steered(self, logits: torch.Tensor | None, rows: float = math.inf) -> Steer:
         """A context in which the router's logits are `logits`, also for a replacement. The run has
@@ -124,7 +113,7 @@ class Probe:
         raise NoMatch("no output has the size of its tokens")
 
     def watch(
-        self, inputs: Sequence[torch.Tensor], logits: torch.Tensor | None = None
+        self, tokens: torch.Tensor, logits: torch.Tensor | None = None
     ) -> list[SubmoduleCall]:
         """The calls of submodules in one run. Sets `nodes` to the results of their chains."""
         calls: list[SubmoduleCall] = []
@@ -144,11 +133,11 @@ class Probe:
             if name
         ]
         try:
-            self.run(inputs, logits)
+            self.run(tokens, logits)
         finally:
             for handle in handles:
                 handle.remove()
-        self.nodes = self._chains(calls, inputs[0].reshape(-1, self.width))
+        self.nodes = self._chains(calls, tokens.reshape(-1, self.width))
         return calls
 
     def _chains(
@@ -157,9 +146,9 @@ class Probe:
         """The results of calls that read only the tokens or another such result, by the shortest
         path of names; submodules inside experts are left out."""
         nodes: dict[Path, torch.Tensor] = {(): flat}
-        inside = tuple(name.split("*")[0].rstrip(".") + "." for name in self.description.experts)
+        inside = tuple(f"{name}." for name in self.description.experts)
         for call in calls:
-            if inside and f"{call.name}.".startswith(inside):
+            if f"{call.name}.".startswith(inside):
                 continue
             start = next(
                 (p for p, v in nodes.items() if call.alone and torch.equal(call.read, v)), None
@@ -179,31 +168,20 @@ class Probe:
         """Chains whose results are as wide as the tokens."""
         return [path for path, value in self.nodes.items() if value.shape[-1] == self.width]
 
-    def solve(
-        self,
-        inputs: Sequence[torch.Tensor],
-        logits: torch.Tensor | None = None,
-        hidden: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, float]:
+    def solve(self, tokens: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, float]:
         """(weights, remainder): the least-squares weights [T, N] by which the output is a sum of
-        all experts' results, then of the results of `wide_paths`, then of constants; and the
-        greatest relative remainder of a row. `hidden` is the output of such a run, if known.
+        all experts' results, then of the results of `wide_paths`; and the greatest relative
+        remainder of a row.
 
         Raises NoMatch where there are more parts than the width, so that weights are not unique.
         """
-        hidden = self.run(inputs, logits).hidden if hidden is None else hidden
-        flat = inputs[0].reshape(-1, self.width)
-        log_sum_exp = self.description.log_sum_exp
+        flat, hidden = tokens.reshape(-1, self.width), self.run(tokens, logits).hidden
         with torch.no_grad():
             rows = walk(self.module, self.description.source, flat)
-            parts = [expert_results(self.module, self.description, rows)]
-            if not log_sum_exp:
-                wide = [walk(self.module, path, flat) for path in self.wide_paths()]
-                parts += [torch.stack(wide, 1)]
-                parts += [value.expand(len(flat), -1, -1) for _, value in self.constants]
-        columns, target = torch.cat(parts, 1).double().mT, hidden.double()[..., None]
-        if log_sum_exp:
-            columns, target = columns.exp(), target.exp()
+            results = [self.module.get_submodule(name)(rows) for name in self.description.experts]
+            wide = [walk(self.module, path, flat) for path in self.wide_paths()]
+        columns = torch.stack([*results, *wide], 1).double().mT
+        target = hidden.double()[..., None]
         if columns.shape[2] > columns.shape[1]:
             raise NoMatch(
                 f"{columns.shape[2]} parts cannot be told apart in a width of {columns.shape[1]}"
@@ -218,23 +196,15 @@ class Probe:
 def affordable_lengths(probe: Probe) -> tuple[int, int]:
     """The length of the longest runs: `LONGEST`, or less for a slow module; and that of the run
     that bounds the tokens of a description. The proof states both."""
-    inputs = probe.inputs(1, 256)
-    probe.run(inputs)
+    tokens = probe.tokens(1, 256)
+    probe.run(tokens)
     start = time.thread_time()  # other processes on this machine do not count
-    probe.run(inputs)
+    probe.run(tokens)
     seconds = time.thread_time() - start
     longest = next((n for limit, n in _AFFORDABLE if seconds < limit), 257)
     least, most = _FARTHEST
-    tokens = int(256 * _FAR_SECONDS / max(seconds, 1e-4))
-    return longest, max(least, longest, min(most, 1 << tokens.bit_length() - 1))
-
-
-def expert_results(module: nn.Module, description: Description, rows: torch.Tensor) -> torch.Tensor:
-    """The results of every expert for every row: [T, E, D]."""
-    if description.body is None:
-        return torch.stack([module.get_submodule(n)(rows) for n in description.experts], 1)
-    stacks = [tensor(module, name) for name in description.experts]
-    return feed_forward(description.body, rows, stacks).transpose(0, 1)
+    affordable = int(256 * _FAR_SECONDS / max(seconds, 1e-4))
+    return longest, max(least, longest, min(most, 1 << affordable.bit_length() - 1))
 
 
 def result_leaves(result: Any, name: str = "output") -> list[tuple[str, Any]]:

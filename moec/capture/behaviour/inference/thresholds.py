@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,19 +20,15 @@ def narrowed(
     rule: RoutingRule,
     interval: tuple[float, float],
     logits: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-    count: int,
+    tokens: torch.Tensor,
 ) -> RoutingRule:
     """`rule` with the shortest number between the dropped and the kept choices as its threshold."""
     low, high = interval
-    rows = inputs[0].numel() // probe.width
+    rows = tokens.numel() // probe.width
     for _ in range(_ROUNDS):
         choices = choose(rule, logits)
         assert choices.measure is not None
-        outside = choices.ids >= count
-        nearest = [
-            (choices.measure - value).abs().masked_fill(outside, 9.0) for value in (low, high)
-        ]
+        nearest = [(choices.measure - value).abs() for value in (low, high)]
         k = choices.ids.shape[1]
         (row, slot), (other_row, other_slot) = (divmod(int(n.argmin()), k) for n in nearest)
         column, other_column = choices.ids[row, slot], choices.ids[other_row, other_slot]
@@ -41,8 +36,8 @@ def narrowed(
         pair = [int(column), int(other_column)]
         end[pair] = end[pair[::-1]]
         logits = torch.lerp(logits[row], end, torch.linspace(0, 1, rows)[:, None])
-        weights, _ = probe.solve(inputs, logits)
-        served, measure = served_and_measure(choose(rule, logits), weights[:, :count])
+        weights, _ = probe.solve(tokens, logits)
+        served, measure = served_and_measure(choose(rule, logits), weights[:, : probe.columns])
         low = max([low, *measure[~served].tolist()])
         high = min([high, *measure[served].tolist()])
     if rule.threshold_on == "mass":

@@ -95,33 +95,20 @@ class FeedForward(_Shown):
 @dataclass(frozen=True)
 class Router(_Shown):
     """How the logits are computed: by a `path` of submodules, or by multiplying the result of the
-    path with `weight` and adding `bias`; with `cosine`, both factors are normalised first."""
+    path with `weight` and adding `bias`."""
 
     path: Path = ()
     weight: str = ""
     bias: str = ""
-    cosine: bool = False
 
 
 @dataclass(frozen=True)
 class Added(_Shown):
-    """A term added for every token regardless of routing: the result of `path` times `factor`, or
-    times the sigmoid of the one-column result of `gate`."""
+    """A term added for every token regardless of routing: the result of `path`, times the sigmoid
+    of the one-column result of `gate` if there is one."""
 
     path: Path = ()
-    factor: float = 1.0
     gate: Path = ()
-
-
-@dataclass(frozen=True)
-class NoNetwork(_Shown):
-    """A router column beyond the experts: "zero", "copy" of the token, or "constant": the token and
-    row `row` of `constants`, weighted by the softmax of the two-column result of `mix`."""
-
-    kind: str = "zero"
-    constants: str = ""
-    row: int = 0
-    mix: Path = ()
 
 
 @dataclass(frozen=True)
@@ -154,28 +141,20 @@ PRECISIONS = ("", "scores", "logits")
 class Description(_Shown):
     """What a module computes.
 
-    `form` is "topk", "given" (the expert ids are an input), "two levels" (a router over groups, and
-    one in each group) or "soft slots" (experts read slots, which are mixtures of tokens). `experts`
-    are submodules or, with a `body`, stacked parameters; `source` is the path whose result they
-    read. `weighs` is "output" where weights multiply the results of experts, "input" where they
-    multiply what experts read. With `log_sum_exp` the result is the logarithm of the weighted sum
-    of exponentials, and `floor` replaces a sum of zero. `outputs` has an entry for each leaf of the
-    module's result. `precision` is what a 16-bit module computes in float32: nothing, the "scores"
-    of the router and what follows, or its "logits" too.
+    `experts` are submodules or, with a `body`, stacked parameters; `source` is the path whose
+    result they read. `weighs` is "output" where weights multiply the results of experts, "input"
+    where they multiply what experts read. `outputs` has an entry for each leaf of the module's
+    result. `precision` is what a 16-bit module computes in float32: nothing, the "scores" of the
+    router and what follows, or its "logits" too.
     """
 
-    form: str = "topk"
     experts: tuple[str, ...] = ()
     body: FeedForward | None = None
     source: Path = ()
-    router: Router | None = None
-    inner_routers: tuple[str, ...] = ()
-    routing: RoutingRule | None = None
+    router: Router = Router()
+    routing: RoutingRule = RoutingRule()
     weighs: str = "output"
-    log_sum_exp: bool = False
-    floor: float = 0.0
     added: tuple[Added, ...] = ()
-    no_network: tuple[NoNetwork, ...] = ()
     capacity: Capacity | None = None
     precision: str = ""
     outputs: tuple[Output | Constant, ...] = ()

@@ -1,9 +1,8 @@
-"""The feed-forward networks that stacked parameters can form."""
+"""The feed-forward network that stacked parameters form."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,42 +47,3 @@ def feed_forward(
     else:
         inner = activation(y)
     return biased(inner @ matrices[1])
-
-
-def feed_forwards(
-    stacks: Mapping[str, torch.Tensor], width: int
-) -> Iterator[tuple[FeedForward, tuple[str, ...]]]:
-    """The feed-forward networks that the shapes of stacked parameters allow, each with the names of
-    its parameters in order."""
-    shape = {name: tuple(p.shape[1:]) for name, p in stacks.items()}
-    matrices = [name for name in shape if len(shape[name]) == 2]
-    for count in (3, 2, 1):
-        turns = list(itertools.product((False, True), repeat=count))
-        for names, turned in itertools.product(itertools.permutations(matrices, count), turns):
-            sizes = [shape[n][::-1] if t else shape[n] for n, t in zip(names, turned, strict=True)]
-            for kind in _kinds(sizes, width):
-                for biases in _bias_choices(shape, sizes[0][1], width):
-                    for activation in ACTIVATIONS if count > 1 else ("none",):
-                        yield FeedForward(kind, activation, turned), (*names, *biases)
-
-
-def _kinds(sizes: Sequence[tuple[int, ...]], width: int) -> Iterator[str]:
-    hidden = sizes[0][1]
-    up, down = (width, hidden), (hidden, width)
-    forms = {
-        "gated": [up, down, up],
-        "plain": [up, down],
-        "packed": [up, (hidden // 2, width)],
-        "linear": [(width, width)],
-    }
-    return (kind for kind, form in forms.items() if form == list(sizes))
-
-
-def _bias_choices(
-    shape: Mapping[str, tuple[int, ...]], hidden: int, width: int
-) -> Iterator[tuple[str, ...]]:
-    vectors = [name for name in shape if shape[name] in ((hidden,), (width,))]
-    for count in (2, 1, 0):
-        for names in itertools.combinations(vectors, count):
-            if len({shape[name] for name in names}) == count:
-                yield names

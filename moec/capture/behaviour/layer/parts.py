@@ -1,4 +1,4 @@
-"""Parts of a module by name: parameters, stacks over a list of submodules, chains of submodules."""
+"""Parts of a module by name: tensors, chains of submodules, lists of like submodules."""
 
 from __future__ import annotations
 
@@ -12,22 +12,9 @@ from torch import nn
 
 from moec.capture.behaviour.layer.description import Path
 
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
-
 
 def tensor(module: nn.Module, name: str) -> torch.Tensor:
-    """A parameter or buffer; "list.*.weight" stacks the weights of a list's members."""
-    if ".*." in name:
-        head, rest = name.split(".*.")
-        members = module.get_submodule(head).children()
-        return torch.stack([tensor(member, rest) for member in members])
+    """A parameter or buffer."""
     owner, _, attribute = name.rpartition(".")
     value = getattr(module.get_submodule(owner), attribute)
     assert isinstance(value, torch.Tensor)
@@ -109,27 +96,6 @@ def modules_without_block(model: nn.Module, blocks: Sequence[str]) -> list[str]:
         if not any(inside):
             names.append(name)
     return names
-
-
-def stacked_groups(module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Parameters with an equal leading size [E, ..] that may be experts, a group for each size; the
-    parameters of a list's members count as stacked. Convolution kernels are no experts."""
-    kernels = {
-        id(p) for m in module.modules() if isinstance(m, _CONVOLUTIONS) for p in m.parameters()
-    }
-    stacks: dict[str, torch.Tensor] = {
-        name: p
-        for name, p in module.named_parameters()
-        if p.dim() in (2, 3) and id(p) not in kernels
-    }
-    for name, part in module.named_modules():
-        if not isinstance(part, nn.ModuleList) or len(part) < 2:
-            continue
-        shapes = [{n: p.shape for n, p in member.named_parameters()} for member in part]
-        if all(shape == shapes[0] for shape in shapes):
-            stacks |= {f"{name}.*.{n}": tensor(module, f"{name}.*.{n}") for n in shapes[0]}
-    for count in dict.fromkeys(p.shape[0] for p in stacks.values() if p.dim() == 3):
-        yield {name: p for name, p in stacks.items() if p.shape[0] == count}
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:

@@ -75,8 +75,6 @@ def prove(
     runs, overflows = 0, 0
     for subject in (probe.module, in_float32(module)):
         here = replace(probe, module=subject, description=description)
-        if not description.routing:
-            here.weight_name = ""
         block = Replacement(subject, description, probe.width, replacement.body)
         far = far_cases(here) if subject is probe.module else ()
         for case in itertools.chain(_cases_of_suspect(suspect, here), cases(here), far):
@@ -104,12 +102,12 @@ def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
     """
     runs, overflows = 0, 0
     for case in itertools.chain(cases(probe), far_cases(probe)):
-        run = probe.run(case.inputs, observed=False)
+        run = probe.run(case.tokens, observed=False)
         if _overflows(run, case):
             overflows += 1
             continue
         with torch.no_grad():
-            leaves = result_leaves(forward(*case.inputs))
+            leaves = result_leaves(forward(case.tokens))
         names, results = ([name for name, _ in each] for each in (run.leaves, leaves))
         if names != results:
             raise NoMatch(f"it returns {', '.join(names)}, and the forward {', '.join(results)}")
@@ -125,12 +123,12 @@ def _overflows(run: Run, case: BehaviourCase) -> bool:
 
 def _compare(probe: Probe, block: Replacement, case: BehaviourCase) -> bool:
     """Compare one case; False where eager overflows and there is nothing to compare."""
-    run = probe.run(case.inputs, case.logits, observed=False)
+    run = probe.run(case.tokens, case.logits, observed=False)
     if _overflows(run, case):
         return False
     steered = nullcontext() if case.logits is None else probe.steered(case.logits)
     with torch.no_grad(), steered:
-        results = outputs(block, *case.inputs)
+        results = outputs(block, case.tokens)
     _compare_leaves(run, results, case)
     return True
 

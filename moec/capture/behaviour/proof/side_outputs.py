@@ -23,14 +23,14 @@ def find_outputs(probe: Probe, replacement: Replacement) -> tuple[Output | Const
     Raises NoMatch for a tensor that the replacement does not compute, and for a number that depends
     on the input.
     """
-    inputs = probe.inputs(2, 12)
-    first, other = probe.run(inputs), probe.run(probe.inputs(1, 5))
+    tokens = probe.tokens(2, 12)
+    first, other = probe.run(tokens), probe.run(probe.tokens(1, 5))
     with torch.no_grad():
-        named = replacement(*inputs)
+        named = replacement(tokens)
     items: list[Output | Constant] = []
     for (name, value), (_, again) in zip(first.leaves, other.leaves, strict=True):
         if isinstance(value, torch.Tensor):
-            items.append(_output(name, value, named, inputs[0]))
+            items.append(_output(name, value, named, tokens))
         elif value != again:
             raise NoMatch(f"{name} is a number that depends on the input: {value}, then {again}")
         else:
@@ -45,8 +45,7 @@ def cast_outputs(
     dtype = float_dtype(module)
     if dtype is torch.float32:
         return tuple(items)
-    tokens, *ids = probe.inputs(2, 12)
-    args, kwargs = probe.arguments.build(tokens.to(dtype), *ids)
+    args, kwargs = probe.arguments.build(probe.tokens(2, 12).to(dtype))
     with torch.no_grad():
         leaves = result_leaves(module(*args, **kwargs))
     return tuple(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moec.capture.speculate.facts.symbols import reads_data
-from moec.capture.speculate.masked.reductions import REDUCTIONS, axes_of
+from moec.capture.speculate.masked.reductions import axes_of, mean
 from moec.capture.speculate.masked.values import (
     Count,
     Rows,
@@ -191,23 +191,7 @@ def scatter_reduce(
 
 
 def cat(node: Any, parts: Sequence[Any], dim: int = 0) -> Any:
-    """Concatenation of consecutive parts of all rows, in which each row is in one of them; or of
-    some rows and rows that are always there."""
-    selections = [part for part in parts if isinstance(part, Rows)]
-    if (
-        len(selections) == 1
-        and len(parts) > 1
-        and selections[0].axis == dim % selections[0].tensor.ndim
-    ):
-        tensors = [part.tensor if isinstance(part, Rows) else part for part in parts]
-        masks = [
-            part.mask if isinstance(part, Rows) else torch.ones(part.shape[dim], dtype=torch.bool)
-            for part in parts
-        ]
-        lengths = [part.shape[dim] for part in parts if not isinstance(part, Rows)]
-        nonempty = any(type(length) is int and length > 0 for length in lengths)
-        axis = selections[0].axis
-        return Rows(torch.cat(tensors, dim), torch.cat(masks), axis, nonempty=nonempty)
+    """Concatenation of consecutive parts of all rows, in which each row is in one of them."""
     if not all(isinstance(part, Rows) and part.axis == dim for part in parts):
         return NotImplemented
     total, mask = parts[0].zeroed(), parts[0].mask
@@ -225,7 +209,7 @@ def sum_(node: Any, x: Any, dim: Any = (), *rest: Any, **named: Any) -> Any:
 
 
 def along(node: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Ops that give or use the places of rows, which are refused along the axis of masked rows."""
+    """Ops that are refused along the axis of masked rows."""
     if isinstance(x, Rows) and x.axis in axes_of(node, x, args, kwargs):
         raise Unmasked(f"{names_of(node)} along rows that data choose")
     return NotImplemented
@@ -255,7 +239,10 @@ def names_of(node: torch.fx.Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
-_ALONG = "sort topk argsort argmax argmin max min flip roll".split()
+_ALONG = (
+    "sort topk argsort argmax argmin max min amax amin flip roll var linalg_vector_norm prod any "
+    "all cumsum softmax log_softmax"
+).split()
 
 RULES: dict[str, Rule] = {
     "split_with_sizes": split_with_sizes,
@@ -271,6 +258,6 @@ RULES: dict[str, Rule] = {
     "full": filled,
     "scalar_tensor": filled,
     "arange": arange,
-    **REDUCTIONS,
+    "mean": mean,
     **dict.fromkeys(_ALONG, along),
 }

@@ -20,25 +20,18 @@ class Unmasked(Exception):
 @dataclass
 class Rows:
     """The rows of `tensor` along `axis` that are set in `mask`, in order. With `identity`, the
-    values are the positions of all rows, so that indexing with them changes no row. `nonempty`
-    where a row is always set."""
+    values are the positions of all rows, so that indexing with them changes no row."""
 
     tensor: torch.Tensor
     mask: torch.Tensor
     axis: int = 0
     identity: bool = False
-    nonempty: bool = False
 
     def zeroed(self) -> torch.Tensor:
         """The tensor with zeros in the rows that are not set in the mask."""
-        return self.filled(0)
-
-    def filled(self, number: Any) -> torch.Tensor:
-        """The tensor with `number` in the rows that are not set in the mask."""
         shape = [1] * self.tensor.ndim
         shape[self.axis] = -1
-        others = torch.full_like(self.tensor, number)
-        return torch.where(self.mask.view(shape), self.tensor, others)
+        return torch.where(self.mask.view(shape), self.tensor, torch.zeros_like(self.tensor))
 
     def positions(self) -> torch.Tensor:
         """The values as positions: 0 in the rows that are not set, whose values may be beyond."""

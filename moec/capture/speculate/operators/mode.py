@@ -13,7 +13,6 @@ from moec.capture.intercept.substitutes import python_type
 from moec.capture.speculate.facts.following import follow
 from moec.capture.speculate.operators.counting import COUNTING
 from moec.capture.speculate.operators.evaluation import EVALUATION
-from moec.capture.speculate.operators.extremes import EXTREMES
 from moec.capture.speculate.operators.hooks import Hooks, Trace
 from moec.capture.speculate.operators.reading import READING
 from moec.capture.speculate.operators.scattering import SCATTERING
@@ -30,7 +29,6 @@ _HOOKS: Hooks = {
     **WRITING,
     **SCATTERING,
     **EVALUATION,
-    **EXTREMES,
 }
 
 _IN_PLACE = frozenset(

@@ -68,7 +68,7 @@ def tolist(trace: Trace, func: Hook, tensor: torch.Tensor) -> Any:
         return HitRows(tensor, lambda condition: bool(condition))
     if not all(isinstance(size, int) for size in tensor.shape):
         chosen = trace.facts.of(tensor).choice is not None
-        return ChosenIds(trace, tensor) if chosen else NotImplemented
+        return ChosenIds(tensor) if chosen else NotImplemented
     if tensor.ndim == 1:
         return numbers(trace, tensor)
     return [tolist(trace, func, row) for row in tensor]
