@@ -204,11 +204,12 @@ def _bench(
 ) -> Any:
     import torch
 
-    from moec.bench import contenders, limits, of_files
-    from moec.bench.cost import cost
+    from moec.bench import contenders, of_files
     from moec.bench.race import Load, race
     from moec.bench.result import Limits, result
     from moec.ir.text import parse
+    from moec.profile import limits
+    from moec.profile.cost import cost
     from moec.runtime.package import DECODE
 
     torch.set_num_threads(threads)
