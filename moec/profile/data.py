@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from moec.profile.cost import Cost
 
@@ -89,7 +88,3 @@ class ProfileData:
     threads: int
     limits: MachineLimits
     phases: tuple[PhaseProfile, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The profile as JSON-compatible dicts, lists and numbers."""
-        return asdict(self)

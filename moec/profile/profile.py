@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +16,9 @@ from moec.errors import ArtifactError
 from moec.ir.graph import Graph
 from moec.profile.data import KernelLine, MachineLimits, PhaseProfile, ProfileData, Time
 from moec.profile.record import TimedPhase
+from moec.profile.roofline import plot
 from moec.profile.text import lines
+from moec.profile.trace import trace
 from moec.profile.work import KernelCost, work_of
 from moec.runtime.call.profile import SHAPES, TimedCall
 from moec.runtime.package import KernelCall, Package
@@ -23,12 +27,34 @@ from moec.target.cpu import processor
 Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class ModelProfile(ProfileData):
-    """The data of a profile, printed as tables."""
+@dataclass(frozen=True, repr=False)
+class ModelProfile:
+    """A profile, printed as tables, and the calls that it is of."""
+
+    data: ProfileData
+    recorded: tuple[TimedPhase, ...]
 
     def __str__(self) -> str:
-        return "\n".join(lines(self))
+        return "\n".join(lines(self.data))
+
+    __repr__ = __str__
+
+    @property
+    def phases(self) -> tuple[PhaseProfile, ...]:
+        return self.data.phases
+
+    def to_dict(self) -> dict[str, Any]:
+        """The profile as JSON-compatible dicts, lists and numbers."""
+        return asdict(self.data)
+
+    def trace(self) -> dict[str, Any]:
+        """The calls of the last round as a trace in Chrome's format, for ui.perfetto.dev."""
+        return trace(self.data, self.recorded)
+
+    def plot(self, path: Path | str) -> None:
+        """Draw the speed of kernels under the machine's limits, as a .png, .svg or .pdf. Raises
+        UsageError where matplotlib is missing."""
+        plot(self.data, Path(path))
 
 
 def profile(
@@ -45,7 +71,8 @@ def profile(
     """
     machine = f"{processor()}, {platform.machine()}"
     parts = (phase_profile(p, package, graphs[p.function], limits) for p in phases)
-    return ModelProfile(model, machine, threads, limits, tuple(parts))
+    data = ProfileData(model, machine, threads, limits, tuple(parts))
+    return ModelProfile(data, tuple(phases))
 
 
 def phase_profile(

@@ -108,7 +108,7 @@ def test_the_work_of_one_token(profile: ModelProfile) -> None:
     (head,) = (line for line in decode.kernels if line.module == "lm_head")
     assert head.flops == 2 * WIDTH * 1024
     assert head.bytes == (WIDTH * 1024 + WIDTH + 1024) * BF16
-    limits = profile.limits
+    limits = profile.data.limits
     assert head.least == max(head.flops / limits.peak, head.bytes / limits.bandwidth)
 
 
@@ -194,3 +194,37 @@ def test_what_cannot_be_profiled(saved: Path, tiny: moec.CompiledModel) -> None:
         command.main([str(saved), "-i", "x.npz", "--prompt", "a"], standalone_mode=False)
     with pytest.raises(UsageError, match=r"1020 \+ 32 tokens are requested, and the model takes"):
         tiny.profile(prompt_tokens=1020)
+
+
+def test_the_trace_nests(profile: ModelProfile) -> None:
+    """By the rules of Chrome's format: complete events with numbers, of which those of one thread
+    contain one another or are apart. Kernels are in the library's function, which is in the
+    call."""
+    trace = json.loads(json.dumps(profile.trace()))
+    names, slices = trace["traceEvents"][:2], trace["traceEvents"][2:]
+    assert {event["ph"] for event in names} == {"M"}
+    assert {event["ph"] for event in slices} == {"X"}
+    assert all(event["ts"] >= 0 <= event["dur"] for event in slices)
+    assert {(event["pid"], event["tid"]) for event in (*names, *slices)} == {(1, 1)}
+    ends: list[float] = []
+    depths: dict[str, set[int]] = {}
+    for event in sorted(slices, key=lambda event: (event["ts"], -event["dur"])):
+        while ends and ends[-1] <= event["ts"]:
+            ends.pop()
+        assert not ends or event["ts"] + event["dur"] <= ends[-1]
+        depths.setdefault(event["cat"], set()).add(len(ends))
+        ends.append(event["ts"] + event["dur"])
+    assert depths.pop("call") == {0}
+    assert depths.pop("function") == {1}
+    assert set().union(*depths.values()) == {2}
+    calls = [event["name"] for event in slices if event["cat"] == "call"]
+    assert calls == ["prefill", *["decode"] * 3]  # of the last round
+    attention = [event for event in slices if event["name"] == "attention"]
+    assert len(attention) == LAYERS * 4
+    assert attention[1]["args"]["module"] == "model.layers.1.self_attn"
+
+
+def test_the_roofline(profile: ModelProfile, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    profile.plot(tmp_path / "r.svg")
+    assert "<svg" in (tmp_path / "r.svg").read_text()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from moec.commands.options.files import OutputFile
 from moec.commands.options.options import json_option, quiet_option
+from moec.commands.output.echo import echo
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +35,14 @@ if TYPE_CHECKING:
 @click.option(
     "--threads", type=click.IntRange(1, 4096), help="Threads of the kernels; default: one per core."
 )
+@click.option(
+    "--trace", type=OutputFile(".json"), metavar="FILE.json",
+    help="Write the calls of the last round as a trace for ui.perfetto.dev or chrome://tracing.",
+)  # fmt: skip
+@click.option(
+    "--plot", type=OutputFile(".png", ".svg", ".pdf"), metavar="FILE",
+    help="Draw the speed of kernels under the machine's limits as a .png, .svg or .pdf.",
+)  # fmt: skip
 @json_option
 @quiet_option
 def command(
@@ -43,6 +54,8 @@ def command(
     new_tokens: int,
     rounds: int,
     threads: int | None,
+    trace: Path | None,
+    plot: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -53,6 +66,8 @@ def command(
     """
     if source is not None and prompt is not None:
         raise UsageError("--input and --prompt cannot be combined: leave one out")
+    if plot:
+        importlib.import_module("matplotlib")  # fails now, not after the run
     from moec.runtime.process.threads import set_threads
 
     set_threads(threads)
@@ -77,4 +92,11 @@ def command(
             rounds=rounds,
             progress=progress.phase,
         )
+    if trace:
+        trace.write_text(json.dumps(profile.trace()), encoding="utf-8")
+    if plot:
+        profile.plot(plot)
     click.echo(json.dumps(profile.to_dict(), indent=1) if as_json else str(profile))
+    for path in (trace, plot):
+        if path and not as_json:
+            echo(f"wrote {path}")
