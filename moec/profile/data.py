@@ -56,9 +56,10 @@ class KernelLine:
 
 @dataclass(frozen=True)
 class PhaseProfile:
-    """One phase: `call` is the time of its calls with the clock, `plain` that without. `function`
-    is the part of it in the library, of which `between` kernels sizes and memory are computed;
-    `outside` is the rest. `kinds` and `layers` are sums of `kernels`. `sizes` are those of the last
+    """One phase: `call` is the time of its calls with the clock, `plain` that without, and
+    `overhead` the median of how much longer a call takes than the one before without it, as a
+    share. `between` kernels, in the library, sizes and memory are computed; `outside` of it is the
+    rest. `kinds` and `layers` are sums of `kernels`. `sizes` are those of the last
     call of a repetition."""
 
     name: str
@@ -67,16 +68,12 @@ class PhaseProfile:
     sizes: Mapping[str, int]
     call: Time
     plain: Time
+    overhead: float
     outside: Time
     between: Time
     kinds: tuple[KernelLine, ...]
     layers: tuple[KernelLine, ...]
     kernels: tuple[KernelLine, ...]
-
-    @property
-    def overhead(self) -> float:
-        """How much longer a call takes with the clock, as a share."""
-        return self.call.seconds / self.plain.seconds - 1
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def phase_profile(
         dict(phase.timed[0][-1].sizes),
         time(calls),
         _time(plain, _middle(plain)),
+        float(np.median(calls / plain)) - 1,
         time(calls - functions),
         time(functions - kernels.sum(1)),
         sums(lambda line: line.kernel),
@@ -193,5 +194,7 @@ def kind_of(symbol: str) -> str:
 
 def layer_of(module: str) -> str:
     """model.layers.0 of model.layers.0.mlp; a module in no layer is one by itself."""
+    if not module:
+        return "(no module)"
     match = re.match(r".*?(?:^|\.)\d+(?=\.|$)", module)
     return match[0] if match else module

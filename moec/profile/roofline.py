@@ -28,14 +28,18 @@ def plot(profile: ProfileData, path: Path) -> None:
     intensities = [limits.peak / limits.bandwidth]
     for phase, colour in zip(profile.phases, COLOURS, strict=False):
         axis.scatter([], [], color=colour, label=phase.name)
-        for number, line in enumerate(phase.kinds):
-            if line.flops and line.bytes:
-                at = (line.flops / line.bytes, line.flops / line.time.seconds / 1e9)
-                area = 20 + 600 * line.time.seconds / phase.call.seconds
-                axis.scatter(*at, area, color=colour, alpha=0.6)
-                apart = (10, 10 * (number % 4) - 15)  # kernels of one token are close together
-                axis.annotate(line.kernel, at, apart, textcoords="offset points", fontsize=7)
-                intensities.append(at[0])
+        points = [
+            (line.flops / line.bytes, line.flops / line.time.seconds / 1e9, line)
+            for line in phase.kinds
+            if line.flops and line.bytes
+        ]
+        for number, (intensity, speed, line) in enumerate(sorted(points, key=lambda p: -p[1])):
+            area = 20 + 600 * line.time.seconds / phase.call.seconds
+            axis.scatter(intensity, speed, area, color=colour, alpha=0.6)
+            apart = (12, 15 - 10 * number)  # kernels of one token are close together
+            style = {"xytext": apart, "textcoords": "offset points", "fontsize": 7}
+            axis.annotate(line.kernel, (intensity, speed), **style)
+            intensities.append(intensity)
     reach = np.array([min(intensities) / 4, intensities[0], max(intensities) * 4])
     roof = np.minimum(limits.peak, reach * limits.bandwidth) / 1e9
     axis.loglog(reach, roof, color="#444444", linewidth=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moec.errors import UsageError
 from moec.ir.graph import Graph
 from moec.profile.data import MachineLimits
 from moec.profile.profile import ModelProfile, profile
@@ -29,11 +30,15 @@ def profile_model(
     """The profile of a call with `inputs`, or of texts: `batch` times the tokens `prompt`, or as
     many random ones. `graph` returns that of a function.
 
-    Raises UsageError where the model does not continue text, or is for GPUs, and ArtifactError
-    where it was compiled without a clock around its kernels.
+    Raises UsageError where a number is below 1, the model does not continue text or is for GPUs,
+    and ArtifactError where it was compiled without a clock around its kernels.
     """
     from moec.profile import limits
 
+    numbers = {"batch": batch, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    for option, number in {**numbers, "rounds": rounds}.items():
+        if number < 1:
+            raise UsageError(f"{option} is {number}: it must be at least 1")
     if inputs is not None:
         function, phases = MAIN, record_call(package, inputs, rounds, progress)
     else:

@@ -83,9 +83,11 @@ def _share(part: Time, total: float) -> str:
 
 def time(time: Time) -> str:
     """12.3 us (12.0 to 12.9)."""
-    unit, per_second = ("ms", 1e3) if time.seconds >= 1e-2 else ("us", 1e6)
-    each = (time.seconds * per_second, time.low * per_second, time.high * per_second)
-    return "{:.1f} {} ({:.1f} to {:.1f})".format(each[0], unit, *each[1:])
+    unit, per_second, digits = ("ms", 1e3, 2) if time.seconds >= 1e-3 else ("us", 1e6, 1)
+    mean, low, high = (
+        f"{each * per_second:.{digits}f}" for each in (time.seconds, time.low, time.high)
+    )
+    return f"{mean} {unit} ({low} to {high})"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

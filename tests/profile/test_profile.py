@@ -14,8 +14,10 @@ import pytest
 import moec
 from moec.commands.execution.profile import command
 from moec.errors import InputError, UsageError
+from moec.model.rebuild import rebuild
 from moec.profile.data import KernelLine, PhaseProfile
 from moec.profile.profile import ModelProfile, layer_of
+from moec.runtime.artifact.artifact import read
 from moec.runtime.call.executor import Executor
 from moec.runtime.device.library import tvm_ffi
 from moec.runtime.device.timed import Spans, open_timed
@@ -194,6 +196,16 @@ def test_what_cannot_be_profiled(saved: Path, tiny: moec.CompiledModel) -> None:
         command.main([str(saved), "-i", "x.npz", "--prompt", "a"], standalone_mode=False)
     with pytest.raises(UsageError, match=r"1020 \+ 32 tokens are requested, and the model takes"):
         tiny.profile(prompt_tokens=1020)
+    with pytest.raises(UsageError, match="the prompt encodes to no tokens"):
+        tiny.profile("")
+    with pytest.raises(UsageError, match="rounds is 0: it must be at least 1"):
+        tiny.profile(rounds=0)
+
+
+def test_new_code_of_an_artifact_has_the_same_calls(saved: Path, tiny: moec.CompiledModel) -> None:
+    """Also their lines, which graphs do not hold."""
+    assert tiny.package is not None
+    assert rebuild(read(saved, native=False)).calls == tiny.package.calls
 
 
 def test_the_trace_nests(profile: ModelProfile) -> None:
