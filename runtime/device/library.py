@@ -25,8 +25,8 @@ from moec.runtime.sizes import expressions as sizes
 from moec.temporary import temporary_folder
 
 CPU, CUDA = 1, 2  # DLPack's device types
-Around: TypeAlias = Callable[[Any, Path], AbstractContextManager[None]]
-"""(module of a library, its path) -> a context."""
+Around: TypeAlias = Callable[[Any], AbstractContextManager[None]]
+"""(module of a library) -> a context."""
 _POOLED = 2  # freed memory is kept for the next call
 
 
@@ -66,7 +66,7 @@ def open_library(
     names: Iterable[str],
     kernels: Callable[[Any], object] | None = None,
     device: tuple[int, int] = (CPU, 0),
-    around: Around = lambda module, path: nullcontext(),
+    around: Around = lambda module: nullcontext(),
 ) -> dict[str, Any]:
     """The functions of a compiled model, by name.
 
@@ -126,7 +126,7 @@ def _functions(
     if kernels is not None:
         kernels(module.imports[0])  # the code; the module itself is the executable of the VM
     try:
-        with around(module, path):
+        with around(module):
             vm = module["vm_load_executable"]()
             # The last device is the one that computes sizes.
             devices = (device,) if device[0] == CPU else (device, (CPU, 0))

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,13 @@ from moec.runtime.device.library import open_library, tvm_ffi
 from moec.runtime.process.pool import address
 
 NAME = "moec_timed_1"
-"""The symbol of a library's wrapper (codegen/cpu/timed.c). The number changes with its
-interface."""
+"""The function of a library that returns the address of its wrapper (codegen/cpu/timed.c). The
+number changes with its interface."""
 ROOM = 1 << 18
 """The most calls between two times that spans are read."""
 _WRAPPER = "moec.timed"
+_GLOBAL = threading.Lock()
+"""Held while wrappers are global functions."""
 
 
 class _Log(ctypes.Structure):
@@ -96,10 +98,14 @@ def open_timed(library: bytes, names: Iterable[str]) -> tuple[Mapping[str, Any],
     """
     spans, wrappers = Spans(), list[int]()
 
-    def wrap(name: str, kernel: Any, path: Path) -> Any:
-        if not wrappers:
-            wrappers.append(_wrapper(path))
-        return spans.wrap(name, kernel, wrappers[0])
+    def wrap(name: str, kernels: Any) -> Any:
+        if not kernels.implements_function(NAME):
+            raise ArtifactError(
+                "the artifact's library has no clock around its kernels: compile the model again "
+                "with this version of moec, for Linux"
+            )
+        wrappers.append(kernels[NAME]())
+        return spans.wrap(name, kernels[name], wrappers[0])
 
     plain = _opened(library, names, wrap)
     return {name: spans.wrap(name, f, wrappers[0]) for name, f in plain.items()}, spans
@@ -114,7 +120,9 @@ def open_watched(
     Raises ArtifactError where it does not load, or lacks one of the functions.
     """
 
-    def wrap(name: str, kernel: Any, path: Path) -> Any:
+    def wrap(name: str, kernels: Any) -> Any:
+        kernel = kernels[name]
+
         def watched(*arguments: Any) -> Any:
             watch(name, arguments)
             return kernel(*arguments)
@@ -125,35 +133,26 @@ def open_watched(
 
 
 def _opened(
-    library: bytes, names: Iterable[str], wrap: Callable[[str, Any, Path], Any]
+    library: bytes, names: Iterable[str], wrap: Callable[[str, Any], Any]
 ) -> dict[str, Any]:
-    """The functions `names` of a library, which call what `wrap` returns for the name of a kernel,
-    the kernel and the library's path."""
+    """The functions `names` of a library, which call what `wrap` returns for the name of a kernel
+    and the module of all kernels."""
 
     @contextmanager
-    def wrapped(module: Any, path: Path) -> Iterator[None]:
+    def wrapped(module: Any) -> Iterator[None]:
         (kernels,) = module.imports
         called = str(module["stats"]()).rpartition("Packed functions")[2]
         inside = [n for n in re.findall(r"\w+", called) if kernels.implements_function(n)]
-        wrappers = {name: wrap(name, kernels[name], path) for name in inside}
-        module.clear_imports()
-        for name, function in wrappers.items():
-            tvm_ffi().register_global_func(name, function, override=True)
-        try:
-            yield
-        finally:
-            module.import_module(kernels)
-            for name in wrappers:
-                tvm_ffi().registry.remove_global_func(name)
+        wrappers = {name: wrap(name, kernels) for name in inside}
+        with _GLOBAL:
+            module.clear_imports()
+            for name, function in wrappers.items():
+                tvm_ffi().register_global_func(name, function, override=True)
+            try:
+                yield
+            finally:
+                module.import_module(kernels)
+                for name in wrappers:
+                    tvm_ffi().registry.remove_global_func(name)
 
     return open_library(library, names, around=wrapped)
-
-
-def _wrapper(path: Path) -> int:
-    try:
-        return address(getattr(ctypes.CDLL(str(path)), NAME))
-    except AttributeError:
-        raise ArtifactError(
-            "the artifact's library has no clock around its kernels: compile the model again with "
-            "this version of moec, for Linux"
-        ) from None
