@@ -30,7 +30,7 @@ from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
 from moec.errors import UnsupportedError
 from moec.ir.graph import Graph, Module, Value
-from moec.runtime.package import DECODE, MAIN, WITH_CACHES, Stack, stored
+from moec.runtime.package import DECODE, MAIN, WITH_CACHES, KernelCall, Stack, stored
 from moec.target.base import Target
 
 _KERNEL_CALL = tvm.ir.Op.get("relax.call_tir")
@@ -47,7 +47,8 @@ class LoweredModule:
     pairs the origin of each op of the first program with its kernel; `refusals` are the reasons of
     ops without one. `tunable` are the kernels that tuning can change. `stacks` are those of each
     layer in the functions that read experts from disk (`moec.runtime.package.stored`); without any,
-    there are no such functions."""
+    there are no such functions. `calls` are the calls of kernels by each function, in their
+    order."""
 
     module: tvm.IRModule
     params: Mapping[str, tuple[Param, ...]]
@@ -56,6 +57,7 @@ class LoweredModule:
     tunable: tuple[Tunable, ...] = ()
     destinations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stacks: tuple[tuple[Stack, ...], ...] = ()
+    calls: Mapping[str, tuple[KernelCall, ...]] = field(default_factory=dict)
 
 
 def lower(
@@ -85,6 +87,7 @@ def lower(
         origins: tuple[tuple[str, str], ...] = ()
         refusals: dict[Refusal, None] = {}
         stacks: dict[str, tuple[tuple[Stack, ...], ...]] = {}
+        calls: dict[str, Mapping[str, KernelCall]] = {}
 
         def add(name: str, function: str, slots: Any = None) -> None:
             nonlocal origins
@@ -95,7 +98,7 @@ def lower(
             selection = backend.select(graph)
             refusals.update(dict.fromkeys(selection.refusals))
             in_memory = backend.destinations and name not in WITH_CACHES
-            params[function], destinations[function] = _function(
+            params[function], destinations[function], calls[function] = _function(
                 function, graph, target, kernels, selection, host_sizes, in_memory, slots
             )
             origins = origins or tuple(kernels.sites)
@@ -117,7 +120,24 @@ def lower(
             tunable,
             destinations,
             _same_stacks(stacks),
+            _remaining(finished, calls),
         )
+
+
+def _remaining(
+    module: tvm.IRModule, calls: Mapping[str, Mapping[str, KernelCall]]
+) -> dict[str, tuple[KernelCall, ...]]:
+    """The calls by each function whose results are read: TVM leaves out the others."""
+    module = relax.transform.DeadCodeElimination()(module)
+    return {
+        name: tuple(
+            of_name[binding.var.name]
+            for block in module[name].body.blocks
+            for binding in block.bindings
+            if binding.var.name in of_name
+        )
+        for name, of_name in calls.items()
+    }
 
 
 def _same_stacks(
@@ -150,9 +170,10 @@ def _function(
     host_sizes: Mapping[str, sympy.Expr],
     in_memory: bool,
     slots: Any,
-) -> tuple[tuple[Param, ...], tuple[int, ...]]:
-    """Adds the function of a graph; returns its params in order, and the outputs, by index, that
-    it writes into memory of the caller, which are none without `in_memory`. `host_sizes` are the
+) -> tuple[tuple[Param, ...], tuple[int, ...], Mapping[str, KernelCall]]:
+    """Adds the function of a graph; returns its params in order, the outputs, by index, that it
+    writes into memory of the caller, which are none without `in_memory`, and its calls of kernels
+    by the names of their results. `host_sizes` are the
     sizes that the runtime computes."""
     rules = selection.rules
     reasons = {op: refusal.reason for op, refusal in selection.refused.items()}
@@ -177,7 +198,7 @@ def _function(
             for group in partition(graph, rules.__contains__):
                 if all(value in low.values for value in group.root.outputs):
                     continue  # emitted together with another op
-                rule = rules.get(group.root)
+                rule, low.root, low.noted = rules.get(group.root), group.root, []
                 results = low.group(group) if rule is None else rule.emit(low, group.root)
                 low.values |= dict(zip(group.root.outputs, results, strict=True))
                 if group.root.name == "moec.size":
@@ -193,7 +214,7 @@ def _function(
             attributes[ATTRIBUTE] = [[n, len(inputs) + i] for i, n in enumerate(written)]
         params = [var for _, var in low.params.values()]
         builder.emit_func_output(relax.Tuple(results), [*inputs, *memory, *params])
-    return tuple(param for param, _ in low.params.values()), written
+    return tuple(param for param, _ in low.params.values()), written, low.calls
 
 
 def _memory(low: Lowering, output: Value) -> relax.Var:

@@ -22,6 +22,7 @@ from moec.codegen.loops.index import Sizes
 from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.runtime.dtypes import Array
+from moec.runtime.package import KernelCall
 
 Maker: TypeAlias = Callable[[Any, Any, str], PrimFunc]
 """(spec, target, name) -> the kernel that computes what `spec` describes."""
@@ -87,6 +88,9 @@ class Lowering:
     rounded: dict[object, list[relax.Expr]] = field(default_factory=dict)
     masks: dict[object, Value] = field(default_factory=dict)
     slots: Any = None  # of the backend, where weights of experts are read from disk into slots
+    calls: dict[str, KernelCall] = field(default_factory=dict)  # by the names of their results
+    noted: list[Op] = field(default_factory=list)  # the ops of the next call
+    root: Op | None = None  # of the group that is lowered
     bases: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
     views: dict[tuple[relax.Expr, TensorType], relax.Expr] = field(default_factory=dict)
 
@@ -123,7 +127,8 @@ class Lowering:
         return self.function(spec, name, lambda unique: maker(spec, self.target, unique))
 
     def note(self, op: Op, kernel: str) -> None:
-        """Records for the report which kernel computes an op."""
+        """Records which kernel computes an op: the one that is called next."""
+        self.noted.append(op)
         self.kernels.sites.append((op.origin or op.outputs[0].name, kernel))
 
     def function(self, key: object, name: str, make: Callable[[str], PrimFunc]) -> Any:
@@ -149,7 +154,7 @@ class Lowering:
         expression = relax.call_tir(
             function, list(arguments), types if len(types) > 1 else types[0]
         )
-        result = self.builder.emit(expression)
+        result = self._called(expression)
         if len(types) == 1:
             return [result]
         return [self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types))]
@@ -162,7 +167,16 @@ class Lowering:
         expression = relax.op.call_tir_inplace(
             function, relax.Tuple(arguments), 0, self.type(output)
         )
-        return self.builder.emit(expression)
+        return self._called(expression)
+
+    def _called(self, expression: relax.Expr) -> relax.Expr:
+        result = self.builder.emit(expression)
+        ops, self.noted = self.noted, []
+        op = self.root if self.root in ops or not ops else ops[0]
+        if op is not None:
+            line, names = op.line.partition(": `")[0], tuple(o.outputs[0].name for o in ops)
+            self.calls[result.name] = KernelCall(names, op.origin, line)
+        return result
 
     def shaped(self, value: Value, to: TensorType) -> relax.Expr:
         """A value of the graph in another shape."""
@@ -200,6 +214,7 @@ class Lowering:
         now = dict(zip(first_order, order, strict=True))
         arguments = [self.value(v) for v in group.inputs]
         arguments += [self.sizes.variables[now[size]] for size in free]
+        self.noted = [*group.ops]
         return self.call(function, arguments, [v.type for v in root.outputs])
 
 

@@ -109,6 +109,7 @@ def package(
         },
         generation=generation_of(functions[DECODE]) if DECODE in functions else None,
         copies=copies,
+        calls={} if library.gpu else lowered.calls,
         store=stored_experts(module, lowered),
     )
 

@@ -157,6 +157,17 @@ def stored(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class KernelCall:
+    """A call of a kernel by a function: the ops of its graph that the kernel computes, by the names
+    of their first outputs (none where it prepares the operands of another kernel); the path of the
+    user's module, and the user's line."""
+
+    ops: tuple[str, ...]
+    origin: str = ""
+    line: str = ""
+
+
+@dataclass(frozen=True)
 class RecordedLayer:
     """A layer whose choices can be recorded, and the number of its experts."""
 
@@ -211,8 +222,8 @@ class Package:
     returns, `recorded` the layers whose choices can be recorded. `tunings` are the values of tuned
     kernels, by the kernel's key. `copies` are, for arrays that are strided copies of the model's
     weights, the pairs of views of the array and of the weight that is copied there; they are not
-    stored. `gpu` holds the GPU kernels that the library launches. `store` is None where experts
-    cannot stay on disk.
+    stored. `calls` are the calls of kernels by each function in their order, for a CPU. `gpu` holds
+    the GPU kernels that the library launches. `store` is None where experts cannot stay on disk.
     """
 
     target: CpuNeeds
@@ -231,6 +242,7 @@ class Package:
     gpu: GpuCode | None = None
     store: StoredExperts | None = None
     copies: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
+    calls: Mapping[str, tuple[KernelCall, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<package for {self.target_name}: {', '.join(self.functions)}>"

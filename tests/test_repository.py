@@ -94,10 +94,7 @@ BUDGETS = {
     ("moec/capture",): 15_520,
     ("passes/recognise",): 7_100,
     ("codegen/cuda",): 6_000,
-    ("moec/capture",): 15_520,
-    ("passes/recognise",): 7_100,
-    ("codegen/cuda",): 6_000,
-    ("moec", *LINKED): 110_500,
+    ("moec", *LINKED): 112_000,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,
 recognise to 6,000, and the whole to 92,000."""
@@ -200,7 +197,7 @@ def test_wheel_holds_every_module(tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     expected = {
         f"moec/{path.relative_to(ROOT)}".replace("moec/moec/", "moec/", 1)
-        for path in sources("moec", *LINKED)
+        for path in (*sources("moec", *LINKED), *(ROOT / "codegen" / "cpu").glob("*.c"))
     }
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert expected - packed == set()

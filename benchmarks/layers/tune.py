@@ -25,8 +25,8 @@ from benchmarks.layers.layer import DTYPES, SHAPES, THREADS, block
 import torch  # isort: skip
 
 import moec
-from moec.bench.limits import timed
 from moec.codegen.tuning.choose import gain
+from moec.profile.limits import timed
 from moec.report.data import TunedLine
 from moec.target.cpu import host, processor
 

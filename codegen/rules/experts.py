@@ -37,8 +37,8 @@ def _sorted(low: Lowering, op: Op, experts: Value) -> list[relax.Expr]:
             TensorType("i32", (tokens, k)),
             TensorType("i32", (count,)),
         ]
-        low.sorted[key] = low.call(function, [low.value(experts)], types)
         low.note(op, "dispatch")
+        low.sorted[key] = low.call(function, [low.value(experts)], types)
     return low.sorted[key]
 
 

@@ -24,7 +24,7 @@ FIRST, LAST = "data: ", "[DONE]"
 
 
 @dataclass(frozen=True)
-class Load:
+class ServerLoad:
     """`requests` with prompts of random tokens. `rate` requests per second in an open loop, or
     `clients` in a closed one; the other is 0."""
 
@@ -40,7 +40,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Times:
+class AnswerTimes:
     """Of one answer, in seconds from its request: the time of each event with text, and the end.
     `tokens` are the new ones."""
 
@@ -54,17 +54,17 @@ class Answers:
     """What came of a load: the times of the answers, the sentences of those that failed, and the
     seconds from the first request to the last answer."""
 
-    times: tuple[Times, ...]
+    times: tuple[AnswerTimes, ...]
     errors: tuple[str, ...]
     seconds: float
 
 
-def measure(url: str, load: Load, key: str = "", seed: int = 0) -> Answers:
+def measure(url: str, load: ServerLoad, key: str = "", seed: int = 0) -> Answers:
     """Send the requests of a load. Raises UsageError where there is no server."""
     return asyncio.run(_measure(url.rstrip("/"), load, key, seed))
 
 
-async def _measure(url: str, load: Load, key: str, seed: int) -> Answers:
+async def _measure(url: str, load: ServerLoad, key: str, seed: int) -> Answers:
     chance = random.Random(seed)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     prompts = [chance.choices(IDS, k=load.prompt_tokens) for _ in range(load.requests)]
@@ -81,11 +81,13 @@ async def _measure(url: str, load: Load, key: str, seed: int) -> Answers:
         gather = _open(send, load.rate, chance) if load.rate else _closed(send, load.clients)
         answers = await gather
         seconds = time.perf_counter() - start
-    times = tuple(answer for answer in answers if isinstance(answer, Times))
+    times = tuple(answer for answer in answers if isinstance(answer, AnswerTimes))
     return Answers(times, tuple(a for a in answers if isinstance(a, str)), seconds)
 
 
-async def _open(requests: Sequence[Any], rate: float, chance: random.Random) -> list[Times | str]:
+async def _open(
+    requests: Sequence[Any], rate: float, chance: random.Random
+) -> list[AnswerTimes | str]:
     tasks = []
     for request in requests:
         tasks.append(asyncio.ensure_future(request))
@@ -93,7 +95,7 @@ async def _open(requests: Sequence[Any], rate: float, chance: random.Random) -> 
     return list(await asyncio.gather(*tasks))
 
 
-async def _closed(requests: Sequence[Any], clients: int) -> list[Times | str]:
+async def _closed(requests: Sequence[Any], clients: int) -> list[AnswerTimes | str]:
     waiting, answers = iter(requests), []
 
     async def client() -> None:
@@ -118,7 +120,7 @@ async def _model(session: aiohttp.ClientSession, url: str) -> str:
         ) from error
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Times | str:
+async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> AnswerTimes | str:
     start, events, tokens = time.perf_counter(), [], 0
     try:
         async with session.post(f"{url}/completions", json=body) as response:
@@ -138,4 +140,4 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -
         return f"{type(error).__name__}: {error}"
     if not events:
         return "the answer has no text"
-    return Times(tuple(events), time.perf_counter() - start, tokens or len(events))
+    return AnswerTimes(tuple(events), time.perf_counter() - start, tokens or len(events))

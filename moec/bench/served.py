@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moec.bench.clients import Answers, Load
+from moec.bench.clients import Answers, ServerLoad
 
 PERCENTILES = (50, 95, 99)
 
@@ -20,7 +20,7 @@ class Served:
     events of a stream, and to the end; empty where no answer had one. `rate` are requests answered
     per second, `tokens_per_second` new tokens of all."""
 
-    load: Load
+    load: ServerLoad
     answered: int
     failed: int
     error: str
@@ -31,7 +31,7 @@ class Served:
     end: tuple[float, ...]
 
 
-def served(load: Load, answers: Answers) -> Served:
+def served(load: ServerLoad, answers: Answers) -> Served:
     times = answers.times
     gaps = [gap for each in times for gap in np.diff(each.events)]
     return Served(

@@ -17,6 +17,7 @@ import click
 
 from moec import model_path
 from moec.bench.names import PACKAGES, check_names, files_of
+from moec.commands.execution.bench_serve import ServeOptions, print_served, serve_options
 from moec.commands.inspect import is_artifact
 from moec.commands.options.files import OutputFile
 from moec.commands.options.options import (
@@ -41,25 +42,7 @@ if TYPE_CHECKING:
     "--model", "modelled", is_flag=True,
     help="Measure nothing; predict the time of MoE layers on the GPU of --target.",
 )  # fmt: skip
-@click.option(
-    "--serve", "serve", metavar="URL_OR_ARTIFACT",
-    help="Instead, load a server: at http://HOST:PORT/v1, or one that is started for an artifact.",
-)  # fmt: skip
-@click.option(
-    "--rate", default="", metavar="LIST",
-    help="With --serve: requests per second at random moments, such as 1,2,4.",
-)  # fmt: skip
-@click.option(
-    "--clients", default="", metavar="LIST",
-    help="With --serve: clients that each wait for their answer, such as 1,4,16, the default.",
-)  # fmt: skip
-@click.option(
-    "--requests", type=click.IntRange(min=1), default=64, show_default=True,
-    help="With --serve: how many are sent for each load.",
-)  # fmt: skip
-@click.option(
-    "--api-key", default="", metavar="KEY", envvar="MOEC_API_KEY", help="With --serve: its key."
-)
+@serve_options
 @click.option("--target", metavar="GPU", help="The GPU of --model, such as cuda:sm_90a.")
 @click.option(
     "--artifact", type=click.Path(path_type=Path), metavar="FILE",
@@ -101,11 +84,6 @@ if TYPE_CHECKING:
 def command(
     model: str | None,
     modelled: bool,
-    serve: str | None,
-    rate: str,
-    clients: str,
-    requests: int,
-    api_key: str,
     target: str | None,
     artifact: Path | None,
     baseline: str,
@@ -122,6 +100,7 @@ def command(
     as_json: bool,
     quiet: bool,
     revision: str | None,
+    **serving: Any,
 ) -> None:
     """Time prefill and decode of MODEL_OR_ARTIFACT.
 
@@ -134,26 +113,13 @@ def command(
     With --target cuda:sm_90a --model no model is run: a roofline model predicts the time of each
     kernel of known layers, printed beside published figures.
     """
+    served = ServeOptions(**serving)
     if plot:
         importlib.import_module("matplotlib")  # fails now, not after a run of minutes
-    if serve is not None:
+    if served.server:
         if model is not None or modelled:
             raise UsageError("--serve is about a server: leave MODEL_OR_ARTIFACT and --model out")
-        from moec.commands.execution.bench_serve import bench_served, numbers
-        from moec.commands.output.progress import Progress
-
-        rates, counts = numbers(rate, "--rate"), numbers(clients, "--clients")
-        counts = counts or ([] if rates else [1, 4, 16])
-        with Progress(quiet=quiet or as_json) as progress:
-            served = bench_served(
-                serve, rates, counts, requests, prompt_tokens, new_tokens, threads, api_key,
-                progress.phase,
-            )  # fmt: skip
-        if plot:
-            from moec.bench.served import plot as draw_served
-
-            draw_served(served, plot)
-        click.echo(json.dumps(served.to_dict(), indent=1) if as_json else str(served))
+        print_served(served, prompt_tokens, new_tokens, threads, plot, as_json, quiet)
         return
     if modelled or target:
         if model is not None or not (modelled and target):
@@ -250,11 +216,12 @@ def _bench(
 ) -> Any:
     import torch
 
-    from moec.bench import contenders, limits, of_files
-    from moec.bench.cost import cost
+    from moec.bench import contenders, of_files
     from moec.bench.race import Load, race
     from moec.bench.result import Limits, result
     from moec.ir.text import parse
+    from moec.profile import limits
+    from moec.profile.cost import cost
     from moec.runtime.package import DECODE
 
     torch.set_num_threads(threads)

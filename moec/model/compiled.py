@@ -29,6 +29,7 @@ from moec.target.named import missing_features
 
 if TYPE_CHECKING:
     from moec.export.onnx import Exported
+    from moec.profile.profile import ModelProfile
     from moec.report.picture import Picture
     from moec.report.report import Report
     from moec.runtime.artifact.artifact import Sample
@@ -113,6 +114,33 @@ class CompiledModel(TextModel, Compilation):
         from moec.model.summary import report_of
 
         return report_of(self)
+
+    def profile(
+        self,
+        prompt: str | None = None,
+        inputs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> ModelProfile:
+        """Where the time goes: each kernel of the model in prefill and decode, with its work, by
+        layer and by kind, as data that prints as tables.
+
+        Profiles the text `prompt` and its likeliest continuation, or random tokens, or a call with
+        `inputs` by name. Options: `batch` (1), `prompt_tokens` (512, without a prompt),
+        `new_tokens` (32), `rounds` (5), and `progress`, called with the name of each phase.
+
+        Raises UsageError where there are no inputs and the model does not continue text, or where
+        it is for GPUs.
+        """
+        from moec.profile.run import profile_model
+
+        return profile_model(
+            self.source.name,
+            self.ready()[0],
+            lambda name: self.module[name].graph,
+            None if prompt is None else self.tokenizer.encode(prompt),
+            inputs,
+            **options,
+        )
 
     def picture(self) -> Picture:
         """A drawing of the model, which notebooks display. Its `save` writes .svg, .html or

@@ -69,6 +69,20 @@ class LoadedModel(TextModel):
         """Reset the state (a static cache) to its first contents."""
         self.executor.reset()
 
+    def profile(self, prompt: str | None = None, inputs: Any = None, **options: Any) -> Any:
+        """See `CompiledModel.profile`. Needs torch and the compiler."""
+        from moec.model.stored import stored_graph
+        from moec.profile.run import profile_model
+
+        return profile_model(
+            self.path.name,
+            self.artifact.package,
+            lambda name: stored_graph(self.path, name, self.artifact.graphs[name]),
+            None if prompt is None else self.tokenizer.encode(prompt),
+            inputs,
+            **options,
+        )
+
     def report(self) -> Any:
         """What was recognised, declined, generated and measured when the model was compiled."""
         from moec.report.report import Report

@@ -7,15 +7,18 @@ needs the compiler, and therefore torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from moec.errors import ArtifactError
 from moec.runtime.artifact.artifact import Artifact, graph_part
-from moec.runtime.package import DECODE, Function, Package
+from moec.runtime.package import DECODE, Function, KernelCall, Package
 
 if TYPE_CHECKING:
     from moec.ir.graph import Program
+
+Calls: TypeAlias = Mapping[str, tuple[KernelCall, ...]]
 
 
 def rebuild(opened: Artifact) -> Package:
@@ -69,7 +72,17 @@ def rebuild(opened: Artifact) -> Package:
             "the model again"
         )
     library = backend.library(lowered.module, target, 2, None)
-    return replace(package, library=library.host, gpu=library.gpu)
+    calls = {} if library.gpu else _with_lines(lowered.calls, package.calls)
+    return replace(package, library=library.host, gpu=library.gpu, calls=calls)
+
+
+def _with_lines(calls: Calls, stored: Calls) -> Calls:
+    """The calls of new code, with the user's lines of the ops in the artifact: graphs have none."""
+    lines = {(name, c.ops): c.line for name, of_name in stored.items() for c in of_name}
+    return {
+        name: tuple(replace(c, line=lines.get((name, c.ops), "")) for c in of_name)
+        for name, of_name in calls.items()
+    }
 
 
 def _check_signature(opened: Artifact, name: str, program: Program, function: Function) -> None:

@@ -11,10 +11,11 @@ import ctypes
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from moec.errors import ArtifactError
 from moec.runtime.process.pool import share_pool
@@ -24,6 +25,8 @@ from moec.runtime.sizes import expressions as sizes
 from moec.temporary import temporary_folder
 
 CPU, CUDA = 1, 2  # DLPack's device types
+Around: TypeAlias = Callable[[Any], AbstractContextManager[None]]
+"""(module of a library) -> a context."""
 _POOLED = 2  # freed memory is kept for the next call
 
 
@@ -63,16 +66,18 @@ def open_library(
     names: Iterable[str],
     kernels: Callable[[Any], object] | None = None,
     device: tuple[int, int] = (CPU, 0),
+    around: Around = lambda module: nullcontext(),
 ) -> dict[str, Any]:
     """The functions of a compiled model, by name.
 
     `kernels` imports the GPU kernels that the library launches into the module that it is given;
-    they run on `device`, DLPack's device type and index. Raises ArtifactError where the library
+    they run on `device`, DLPack's device type and index. `around` is the context in which the
+    virtual machine looks up its kernels. Raises ArtifactError where the library
     does not load, or lacks one of the functions.
     """
     if not library:
         raise ArtifactError("the artifact has no native code: run it with --rebuild")
-    opened = partial(_functions, names=tuple(names), kernels=kernels, device=device)
+    opened = partial(_functions, names=tuple(names), kernels=kernels, device=device, around=around)
     functions: dict[str, Any] = _from_path(library, opened)
     return functions
 
@@ -114,16 +119,18 @@ def _functions(
     names: Sequence[str],
     kernels: Callable[[Any], object] | None,
     device: tuple[int, int],
+    around: Around,
 ) -> dict[str, Any]:
     module = _module(path)
     share_pool(module.imports[0], path)
     if kernels is not None:
         kernels(module.imports[0])  # the code; the module itself is the executable of the VM
     try:
-        vm = module["vm_load_executable"]()
-        # The last device is the one that computes sizes.
-        devices = (device,) if device[0] == CPU else (device, (CPU, 0))
-        vm["vm_initialization"](*(n for pair in devices for n in (*pair, _POOLED)))
+        with around(module):
+            vm = module["vm_load_executable"]()
+            # The last device is the one that computes sizes.
+            devices = (device,) if device[0] == CPU else (device, (CPU, 0))
+            vm["vm_initialization"](*(n for pair in devices for n in (*pair, _POOLED)))
         return {name: vm[name] for name in names}
     except (RuntimeError, AttributeError, ValueError, OSError, TypeError) as error:
         raise _damaged(error) from error

@@ -13,12 +13,12 @@ import torch
 
 import moec
 from moec.bench.contenders import Contender, compiled, transformers
-from moec.bench.cost import Cost, cost
 from moec.bench.race import Figure, Load, race
 from moec.bench.result import Limits, plot, result
 from moec.commands.bench import command
 from moec.errors import UsageError
 from moec.ir.text import parse
+from moec.profile.cost import Cost, cost
 
 GRAPH = """\
 graph step(x: bf16[B*S, 8], ends: i32[4], q: f32[B, 4, S, 2], k: f32[B, 2, L, 2], first: i64[B]; \

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import moec
 from moec.__main__ import cli
-from moec.bench.clients import Answers, Load, Times, measure
+from moec.bench.clients import Answers, AnswerTimes, ServerLoad, measure
 from moec.bench.served import ServedResult, plot, served
 from tests.commands.serving.running import Running, serving
 
@@ -50,8 +50,8 @@ def test_an_artifact_under_load(path: Path) -> None:
 def test_failures_are_counted(model: moec.LoadedModel) -> None:
     with serving(model, slots=1, queue=0) as running:
         url = f"http://127.0.0.1:{running.port}/v1"
-        answers = measure(url, Load(20, 20, 40, clients=4))
-        line = served(Load(20, 20, 40, clients=4), answers)
+        answers = measure(url, ServerLoad(20, 20, 40, clients=4))
+        line = served(ServerLoad(20, 20, 40, clients=4), answers)
         assert line.answered + line.failed == 20
         assert line.failed > 0
         assert "status 429" in line.error
@@ -60,21 +60,21 @@ def test_failures_are_counted(model: moec.LoadedModel) -> None:
 
 
 def test_percentiles_and_rates() -> None:
-    times = tuple(Times((n / 10, n / 10 + 0.02), n / 10 + 0.05, 7) for n in range(1, 101))
-    line = served(Load(100, 1, 7, rate=4.0), Answers(times, (), 20.0))
+    times = tuple(AnswerTimes((n / 10, n / 10 + 0.02), n / 10 + 0.05, 7) for n in range(1, 101))
+    line = served(ServerLoad(100, 1, 7, rate=4.0), Answers(times, (), 20.0))
     assert line.rate == 5
     assert line.tokens_per_second == 35
     assert line.first == pytest.approx((5.05, 9.505, 9.901))
     assert line.between == pytest.approx((0.02, 0.02, 0.02))
     assert line.load.name == "4/s"
-    empty = served(Load(1, 1, 1, clients=1), Answers((), ("no",), 1.0))
+    empty = served(ServerLoad(1, 1, 1, clients=1), Answers((), ("no",), 1.0))
     assert (empty.first, empty.error) == ((), "no")
 
 
 def test_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    times = (Times((0.1, 0.2), 0.3, 2),)
-    lines = tuple(served(Load(1, 1, 2, clients=n), Answers(times, (), 1.0)) for n in (1, 4))
+    times = (AnswerTimes((0.1, 0.2), 0.3, 2),)
+    lines = tuple(served(ServerLoad(1, 1, 2, clients=n), Answers(times, (), 1.0)) for n in (1, 4))
     plot(ServedResult("x", "y", lines), tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 5000
 

@@ -7,7 +7,7 @@ the T*k choices is equally likely to be any expert, E * (1 - (1 - k/E)^T) of E e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from moec.formats.notation import Format
@@ -17,6 +17,7 @@ from moec.ops.dense.attention import Attention
 from moec.ops.experts.compressed import GroupedCompressed
 from moec.ops.experts.quantised import GroupedQuantised, Matrix
 from moec.ops.experts.quantised_linear import QuantisedLinear
+from moec.runtime.call.profile import SortedRows
 from moec.runtime.dtypes import NUMPY
 
 Env = Mapping[str, int]
@@ -34,61 +35,76 @@ class Cost:
 def cost(graph: Graph, env: Env, context: int) -> Cost:
     """The cost of one call with sizes `env`, when `context` keys of each cache are read."""
     params = set(graph.params)
-    total = Cost()
-    for op in graph.ops:
-        if op.name == "grouped.linear":
-            total += _experts(op, env, params)
-        elif op.name == "grouped.quantised":
-            total += _quantised(op, env)
-        elif op.name == "nn.quantised_linear":
-            total += _quantised_linear(op, env)
-        elif op.name == "grouped.compressed":
-            total += _compressed(op, env)
-        elif op.name == "nn.attention":
-            total += _attention(op, env, context)
-        elif op.name in ("aten.linear.default", "aten.mm.default", "aten.addmm.default"):
-            total += _product(op, env, params)
-        elif op.name == "moe.gate":
+    costs = (op_cost(op, env, context, params) for op in graph.ops)
+    return sum((each for each in costs if each is not None), Cost())
+
+
+def op_cost(
+    op: Op, env: Env, context: int, params: Set[Value], rows: SortedRows | None = None
+) -> Cost | None:
+    """The arithmetic of a product, and the bytes of its weights and of the keys and values that it
+    reads; None for any other op. Without `rows`, each expert is equally likely."""
+    match op.name:
+        case "grouped.linear":
+            return _experts(op, env, params, rows)
+        case "grouped.quantised":
+            return _quantised(op, env, rows)
+        case "nn.quantised_linear":
+            return _quantised_linear(op, env)
+        case "grouped.compressed":
+            return _compressed(op, env, rows)
+        case "nn.attention":
+            return _attention(op, env, context)
+        case "aten.linear.default" | "aten.mm.default" | "aten.addmm.default":
+            return _product(op, env, params)
+        case "moe.gate":
             x, weight = op.inputs[:2]
             flops = 2.0 * _count(x, env) * evaluate_dim(weight.shape[0], env)
-            total += Cost(flops, _bytes(weight, env))
-    return total
+            return Cost(flops, size_of(weight, env))
+    return None
+
+
+def _chosen(op: Op, env: Env, experts: int, sorted_rows: SortedRows | None) -> tuple[int, float]:
+    """The rows of a grouped product, and the share of its experts that have some."""
+    if sorted_rows is not None:
+        return sorted_rows.rows, sorted_rows.used / experts
+    rows = evaluate_dim(op.outputs[0].shape[0], env)
+    return rows, 1 - (1 - 1 / experts) ** rows
 
 
 def _count(value: Value, env: Env) -> int:
     return math.prod(evaluate_dim(dim, env) for dim in value.shape)
 
 
-def _bytes(value: Value, env: Env) -> float:
+def size_of(value: Value, env: Env) -> float:
+    """Bytes."""
     return float(_count(value, env) * NUMPY[value.dtype].itemsize)
 
 
-def _product(op: Op, env: Env, params: set[Value]) -> Cost:
+def _product(op: Op, env: Env, params: Set[Value]) -> Cost:
     weights = [value for value in op.inputs if value in params]
     out = op.outputs[0]
     width = max((evaluate_dim(v.shape[-1], env) for v in op.inputs if v not in params), default=0)
-    return Cost(2.0 * _count(out, env) * width, sum(_bytes(value, env) for value in weights))
+    return Cost(2.0 * _count(out, env) * width, sum(size_of(value, env) for value in weights))
 
 
-def _experts(op: Op, env: Env, params: set[Value]) -> Cost:
+def _experts(op: Op, env: Env, params: Set[Value], sorted_rows: SortedRows | None) -> Cost:
     """Rows R = k*T times the matrices of their experts; params are stacked over E."""
-    rows = evaluate_dim(op.outputs[0].shape[0], env)
     stacked = [value for value in op.inputs if value in params and len(value.shape) == 3]
-    flops = sum(2.0 * rows * _count(v, env) / evaluate_dim(v.shape[0], env) for v in stacked)
-    share = 0.0
-    if stacked:
-        experts = evaluate_dim(stacked[0].shape[0], env)
-        share = 1 - (1 - 1 / experts) ** rows
-    held = sum(_bytes(v, env) for v in op.inputs if v in params)
+    if not stacked:
+        return Cost()
+    experts = evaluate_dim(stacked[0].shape[0], env)
+    rows, share = _chosen(op, env, experts, sorted_rows)
+    flops = sum(2.0 * rows * _count(v, env) / experts for v in stacked)
+    held = sum(size_of(v, env) for v in op.inputs if v in params)
     return Cost(flops, held * share)
 
 
-def _quantised(op: Op, env: Env) -> Cost:
+def _quantised(op: Op, env: Env, sorted_rows: SortedRows | None) -> Cost:
     parts = GroupedQuantised.of(op)
-    rows = evaluate_dim(op.outputs[0].shape[0], env)
     experts = evaluate_dim(parts.ends.shape[0], env)
+    rows, share = _chosen(op, env, experts, sorted_rows)
     held = sum(_stored(matrix, parts.format, env) for matrix in parts.matrices)
-    share = 1 - (1 - 1 / experts) ** rows
     flops = sum(2.0 * rows * _count(m.codes, env) / experts for m in parts.matrices)
     return Cost(flops, held * share)
 
@@ -102,19 +118,18 @@ def _quantised_linear(op: Op, env: Env) -> Cost:
 
 def _stored(matrix: Matrix, format: Format, env: Env) -> float:
     """The bytes of a matrix as kernels store it; in the graph each code takes one byte."""
-    rest = sum(_bytes(value, env) for value in matrix.values if value is not matrix.codes)
+    rest = sum(size_of(value, env) for value in matrix.values if value is not matrix.codes)
     return _count(matrix.codes, env) * format.bits / 8 + rest
 
 
-def _compressed(op: Op, env: Env) -> Cost:
+def _compressed(op: Op, env: Env, sorted_rows: SortedRows | None) -> Cost:
     """Compressed stacks, of which only experts with rows are read. The dictionary is cached."""
     parts = GroupedCompressed.of(op)
-    rows = evaluate_dim(op.outputs[0].shape[0], env)
     experts = evaluate_dim(parts.ends.shape[0], env)
-    width = evaluate_dim(parts.x.shape[1], env)
-    held = sum(_bytes(value, env) for matrix in parts.matrices for value in matrix)
-    share = 1 - (1 - 1 / experts) ** rows
-    return Cost(2.0 * _count(op.outputs[0], env) * width * len(parts.matrices), held * share)
+    rows, share = _chosen(op, env, experts, sorted_rows)
+    width = evaluate_dim(parts.x.shape[1], env) * evaluate_dim(op.outputs[0].shape[1], env)
+    held = sum(size_of(value, env) for matrix in parts.matrices for value in matrix)
+    return Cost(2.0 * rows * width * len(parts.matrices), held * share)
 
 
 def _attention(op: Op, env: Env, context: int) -> Cost:

@@ -1,0 +1,1 @@
+"""Where the time of a compiled model goes: its kernels, their least costs, the machine's limits."""
