@@ -8,7 +8,7 @@ nearly equal router scores are no excuse.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -20,18 +20,26 @@ from moec.interpret.run_in_float32 import MEANING, eager_in_float32, in_float32
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import bind_shape, evaluate_dim, symbols
 from moec.oracle.cases import Eager, Inputs, cases
+from moec.oracle.draws import Draw, Role, role_of
 from moec.oracle.tolerance import default_tolerance, distance, rounds_to_16_bits
 
 _FAILURES = (RuntimeError, IRError, IndexError, ValueError, ArithmeticError)
 """What a graph raises where it cannot be evaluated, such as 100 % n at a size of 0."""
 
 
-def agree(program: Program, eager: Eager, example: Inputs) -> bool | None:
-    """Whether program and module agree on the example and on every draw of its sizes; None where
-    the module refuses all of them. A module that returns other constants disagrees."""
+PARTS, POSITIONS = 8, 64
+"""How many parts of an example are compared where it is cut to few elements, of those that begin at
+so many positions."""
+
+
+def agree(
+    program: Program, eager: Eager, example: Inputs, draws: Sequence[Draw] | None = None
+) -> bool | None:
+    """Whether program and module agree on the example and on draws of its sizes (`few_draws`); None
+    where the module refuses all of them. A module that returns other constants disagrees."""
     runs = False
     try:
-        for case, expected in cases(program, example, eager):
+        for case, expected in cases(program, example, eager, draws):
             runs = True
             if not same_results(program, eager, case, expected):
                 return False
@@ -43,8 +51,48 @@ def agree(program: Program, eager: Eager, example: Inputs) -> bool | None:
 def agree_at_sizes(
     program: Program, eager: Eager, example: Inputs, sizes: Mapping[str, int]
 ) -> bool | None:
-    """As `agree`, on the example repeated and cut to `sizes`."""
-    return agree(program, eager, at_sizes(program, example, sizes))
+    """As `agree`, on the example repeated and cut to `sizes`. Where integers are cut to few, other
+    parts of the example are compared too: the first has one task, one segment, one length."""
+    answer = agree(program, eager, at_sizes(program, example, sizes))
+    if not answer:
+        return answer
+    parts = _other_parts(program, example, sizes)
+    return all(agree(program, eager, part, ()) is not False for part in parts)
+
+
+def _other_parts(
+    program: Program, example: Inputs, sizes: Mapping[str, int]
+) -> Iterator[list[torch.Tensor]]:
+    """The example at `sizes` from other positions on, if its few integers are others there."""
+    met = {_few_integers(program, at_sizes(program, example, sizes))}
+    if met == {()}:
+        return
+    for number in range(1, POSITIONS):
+        rolled = []
+        for value, tensor in zip(program.graph.inputs, example, strict=False):
+            axes = [axis for axis, dim in enumerate(value.shape) if symbols(dim) & sizes.keys()]
+            left = number
+            for axis in reversed(axes if tensor.numel() else []):
+                left, index = divmod(left, tensor.shape[axis])
+                tensor = tensor.roll(-index, axis)
+            rolled.append(tensor)
+        part = at_sizes(program, rolled, sizes)
+        if (integers := _few_integers(program, part)) not in met:
+            met.add(integers)
+            yield part
+        if len(met) == PARTS:
+            return
+
+
+def _few_integers(program: Program, case: Inputs) -> tuple[tuple[float, ...], ...]:
+    """The few integers of a case, except ids of tables of the graph, which draws vary."""
+    few = (
+        tensor
+        for value, tensor in zip(program.graph.inputs, case, strict=False)
+        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.numel() >= PARTS)
+        and role_of(program, value, tensor) is not Role.IDS
+    )
+    return tuple(tuple(tensor.flatten().tolist()) for tensor in few)
 
 
 def at_sizes(program: Program, example: Inputs, sizes: Mapping[str, int]) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import truth_of
-from moec.oracle.agree import agree, at_sizes, sizes_of
+from moec.oracle.agree import agree, agree_at_sizes, at_sizes, sizes_of
 from moec.oracle.cases import Eager
 
 _OTHERS = (2, 3, 5, 37, 257)
@@ -39,7 +39,7 @@ class LeastSizes:
 
         Sizes in `fixed`, whose bounds the user set, are not tried at 1, and a size at which the
         module does not run with 1 keeps its bound. Each size is tried at 1 alone and together with
-        the sizes lowered before it, and at 0 alone.
+        the sizes lowered before it, and at 0 alone; at the end all are tried at 1 together.
         """
         graph = self.program.graph
         bounds = dict(graph.bounds)
@@ -55,6 +55,11 @@ class LeastSizes:
                     bounds[name] = Bounds(2, bounds[name].high)
             if not bounds[name].low:
                 bounds[name] = self._bounded_at_zero(name, bounds[name])
+        # The module may refuse a size of 1 until that of another input is 1 too.
+        together = {n for n in bounds if n.isidentifier() and bounds[n].low <= 1} - {*fixed}
+        if together - lowered and self._agree_at_one(together) is False:
+            for name in together - lowered:
+                bounds[name] = Bounds(2, bounds[name].high)
         return replace(self.program, graph=replace(graph, bounds=bounds))
 
     def _agree_at_one(self, names: Collection[str]) -> bool | None:
@@ -62,8 +67,9 @@ class LeastSizes:
         with small and large other sizes: `if n > 1 or length > 4` shows nothing of the length where
         n is above 1."""
         for example in self.examples:
-            at_one = at_sizes(self.program, example, dict.fromkeys(names, 1))
-            answer = agree(self.program, self.eager, at_one)
+            ones = dict.fromkeys(names, 1)
+            at_one = at_sizes(self.program, example, ones)
+            answer = agree_at_sizes(self.program, self.eager, example, ones)
             if answer is not None:
                 break
         if not answer or not any(self._false_at(name, 1) for name in names):
