@@ -152,7 +152,7 @@ def with_mixture(scope: Scope, at: Op, terms: Sequence[Term], shares: Value) -> 
     if shares.shape[:-1] != experts[0].shape[: len(shares.shape) - 1]:
         raise NoMatch(f"its weights {shares} are not one for each {experts[0].type}")
     products = {graph.producers[term.value] for term in weighed}
-    inside = own_ops(scope, experts, products)
+    inside = own_ops(scope, experts, products, shares)
     if any(op.name.startswith("moe.") for op in inside):
         raise NoMatch("one of its experts is itself an MoE block")
     if not all(graph.producers.get(value) in inside for value in experts):
@@ -163,6 +163,8 @@ def with_mixture(scope: Scope, at: Op, terms: Sequence[Term], shares: Value) -> 
     copies = {value: Value(value.name, value.type) for value in (*inputs, *params)}
     body_ops: list[Op] = []
     for op in (op for op in graph.ops if op in inside):
+        if missing := next((v for v in op.inputs if v not in copies), None):
+            raise NoMatch(f"one of its experts reads the shape of {missing.name} alone")
         outputs = tuple(Value(value.name, value.type) for value in op.outputs)
         body_ops.append(replace(op, inputs=tuple(copies[v] for v in op.inputs), outputs=outputs))
         copies |= dict(zip(op.outputs, outputs, strict=True))
@@ -187,13 +189,13 @@ def with_mixture(scope: Scope, at: Op, terms: Sequence[Term], shares: Value) -> 
     return rebuild(graph, builder.ops, new)
 
 
-def own_ops(scope: Scope, experts: Sequence[Value], products: set[Op]) -> set[Op]:
-    """The ops that at least one expert needs, but not all, and that nothing else reads. `products`
-    are the products with the weights."""
+def own_ops(scope: Scope, experts: Sequence[Value], products: set[Op], shares: Value) -> set[Op]:
+    """The ops that at least one expert needs, but not all, nor the `shares`, and that nothing else
+    reads. `products` are the products with the weights."""
     graph = scope.graph
     upstream = [set(scope.upstream([value])) for value in experts]
     common = set.intersection(*upstream)
-    either = set.union(*upstream) - common
+    either = set.union(*upstream) - common - set(scope.upstream([shares]))
     inside: set[Op] = set()
     for op in reversed(graph.ops):
         if op not in either or op.name == "moec.size":

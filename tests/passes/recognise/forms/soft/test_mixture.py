@@ -107,3 +107,52 @@ def test_a_result_that_others_read() -> None:
     assert result.blocks == ()
     (declined,) = [d for d in result.declined if d.rule == "recognise-mixtures"]
     assert declined.reason == "the output of one of its experts is read by other ops too"
+
+
+class ReadsItsShares(Kinds):
+    """An expert computes with the weights, or with what they are made of."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.gate(x)
+        shares = logits.softmax(-1)
+        every = [shares[:, i, None] for i in range(3)]
+        a, b, c = self.experts(x)
+        a = a * {
+            "one": shares[:, :1], "sum": shares.sum(-1, keepdim=True), "logits": logits[:, :1],
+            "every": every[0] - every[1] * every[2],
+        }[self.reads].tanh()  # fmt: skip
+        return every[0] * a + every[1] * b + every[2] * c
+
+
+def check(module: nn.Module, example: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
+    compiled = moec.compile(module.eval(), example, build=False, verify=False)
+    program = compiled.pass_results[-1].program
+    (y,) = evaluate(program.graph, inputs, program.weights)
+    with torch.no_grad():
+        torch.testing.assert_close(y, module(*inputs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reads", ["one", "sum", "logits", "every"])
+def test_an_expert_that_reads_the_shares(reads: str) -> None:
+    """Where it reads every one, the softmax went into the node that has it as an input."""
+    check(ReadsItsShares(reads), (torch.randn(3, D),), (torch.randn(5, D),))
+
+
+class LikeRows(Kinds):
+    """An expert is as large as chosen rows of another input, and reads nothing else of them."""
+
+    def forward(self, x: Tensor, other: Tensor) -> Any:
+        shares = self.gate(x).softmax(-1)
+        a, b, c = self.experts(x)
+        rows = other[(other[:, 0] > 0).nonzero()[:, 0]]
+        out = torch.zeros_like(a).index_add(0, torch.arange(rows.shape[0]), torch.zeros_like(rows))
+        return shares[:, 0, None] * (a + out) + shares[:, 1, None] * b + shares[:, 2, None] * c
+
+
+def test_an_expert_that_reads_only_a_shape() -> None:
+    inputs = [(torch.randn(n, D), torch.randn(n, D)) for n in (6, 9)]
+    check(LikeRows(), *inputs)
