@@ -91,7 +91,7 @@ def test_folders_are_short():
 
 
 BUDGETS = {
-    ("moec/capture",): 15_520,
+    ("moec/capture",): 15_530,
     ("passes/recognise",): 7_100,
     ("codegen/cuda",): 6_000,
     ("moec", *LINKED): 112_000,

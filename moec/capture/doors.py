@@ -46,7 +46,7 @@ from moec.interpret.graph_module import GraphModule
 from moec.ir.sizes.dims import Bounds
 from moec.memory.memory import InMemory
 from moec.model_path import kind_of_model
-from moec.runtime.text.prompt import FOLDER
+from moec.runtime.text.prompt import FOLDER, template_notes
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,8 @@ def _checkpoint(
     check_loading(str(folder), loading, images=bool(loader.notes))
     merged = merge_adapters(model, weights, adapters, placed)
     model.eval()
-    files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
+    names = (name for name in TOKENIZER_FILES if (folder / name).is_file())
+    files = {f"{FOLDER}{name}": (folder / name).read_bytes() for name in names}
     if not args and not kwargs:
         kwargs = example_tokens(model, seq2seq)
     source = _module(model, args, kwargs)
@@ -277,9 +278,9 @@ def _checkpoint(
         source,
         bounds=_limits(model.config),
         name=hub_files.short_name(folder),
-        files={f"{FOLDER}{name}": content for name, content in files.items()},
+        files=files,
         unnamed=True,
-        notes=(*hub_files.notes(folder), *merged.notes, *loader.notes),
+        notes=(*hub_files.notes(folder), *merged.notes, *loader.notes, *template_notes(files)),
         codes=partial(arrange, model, weights, merged.names, placed)
         if any(map(in_few_bits, weights.values()))
         else None,
@@ -311,7 +312,8 @@ def _gguf(
             model, loading = load_model(transformers.AutoModelForCausalLM, config, weights, placed)
         if (factors := frequency_factors(tensors)) is not None:
             divide_frequencies(model, factors)
-        files = tokenizer_files(header.fields)
+        read = tokenizer_files(header.fields).items()
+        files = {f"{FOLDER}{name}": content for name, content in read}
     except MoecError as error:
         raise type(error)(f"{path}: {error}") from None
     except Exception as error:
@@ -325,9 +327,9 @@ def _gguf(
         _module(model, args, kwargs),
         bounds=_limits(model.config),
         name=path.name,
-        files={f"{FOLDER}{name}": content for name, content in files.items()},
+        files=files,
         unnamed=True,
-        notes=(*hub_files.notes(path), *merged.notes),
+        notes=(*hub_files.notes(path), *merged.notes, *template_notes(files)),
         codes=partial(arrange, model, weights, merged.names, placed)
         if any(map(in_few_bits, weights.values()))
         else None,

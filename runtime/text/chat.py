@@ -1,20 +1,19 @@
 """Chat templates: messages as the text that a model was trained to answer.
 
 A template is a Jinja program that comes with an artifact, which may be untrusted: it runs in
-Jinja's immutable sandbox, without access to files or Python. It can still run forever. Its
-variables are those of Hugging Face's documentation of chat templates.
+Jinja's immutable sandbox, in a process of its own with a limit of time and of memory. Its variables
+are those of Hugging Face's documentation of chat templates.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any, Never
+from functools import cached_property
+from typing import Any
 
-from moec.errors import ArtifactError, InputError, UsageError
-from moec.extras import missing_extra
+from moec.errors import ArtifactError, InputError
+from moec.runtime.text.template_process import TemplateProcess
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = Mapping[str, str]
@@ -34,21 +33,30 @@ class ChatTemplate:
         Raises InputError where a message is malformed or the template refuses the messages,
         ArtifactError where it is no template.
         """
-        from jinja2 import TemplateError, TemplateSyntaxError
-
         check_messages(messages)
-        try:
-            template = _environment().from_string(self.source)
-            text = template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
+        return self._run(
+            {
+                "messages": [dict(message) for message in messages],
+                "add_generation_prompt": True,
                 **self.tokens,
-            )
-        except TemplateSyntaxError as error:
-            raise ArtifactError(f"the chat template is malformed: {error}") from error
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise InputError(f"the chat template rejects the messages: {error}") from error
-        return str(text)
+            }
+        )
+
+    def check(self) -> None:
+        """Raises ArtifactError where it is no template."""
+        self._run(None)
+
+    @cached_property
+    def _process(self) -> TemplateProcess:
+        return TemplateProcess()
+
+    def _run(self, variables: dict[str, Any] | None) -> str:
+        answer = self._process.render(self.source, variables)
+        if "text" in answer:
+            return answer["text"]
+        if answer["error"] == "malformed":
+            raise ArtifactError(f"the chat template is malformed: {answer['words']}")
+        raise InputError(f"the chat template rejects the messages: {answer['words']}")
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -63,26 +71,3 @@ def check_messages(messages: Sequence[Message]) -> None:
                 f"message {number} is {message!r}; its role is one of {', '.join(ROLES)}, and its "
                 "content is text"
             )
-
-
-def _environment() -> Any:
-    try:
-        from jinja2 import sandbox
-    except ModuleNotFoundError as error:
-        raise UsageError(missing_extra(error)) from None
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """As Jinja's, without escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> Never:
-    raise ValueError(message)

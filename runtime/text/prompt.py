@@ -118,6 +118,18 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
     return Tokenizer(tokenizer, _stop(tokenizer, files), _template(files))
 
 
+def template_notes(files: Mapping[str, bytes]) -> tuple[str, ...]:
+    """What is wrong with the chat template among an artifact's files, if that can be told here."""
+    try:
+        if template := _template(files):
+            template.check()
+    except ArtifactError as error:
+        return (f"{error}: chats are refused",)
+    except UsageError:  # jinja2 is not installed
+        return ()
+    return ()
+
+
 def _template(files: Mapping[str, bytes]) -> ChatTemplate | None:
     config = _json(files, "tokenizer_config.json")
     content = files.get(FOLDER + "chat_template.jinja")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,15 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import moec
 from moec.__main__ import cli
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime.artifact import artifact
 from moec.runtime.text.chat import ChatTemplate
-from moec.runtime.text.prompt import load_tokenizer
+from moec.runtime.text.prompt import load_tokenizer, template_notes
+from moec.runtime.text.template_process import TemplateProcess
 from moec.runtime.text.write_text import StopCut
 from tests.runtime import toy
 
@@ -105,6 +108,10 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
         ("{{ ''.__class__.__mro__ }}", None, InputError, "access to attribute '__class__'"),
         ("{% include '/etc/passwd' %}", None, InputError, "rejects the messages"),
         ("{{ range(10 ** 9) | list }}", None, InputError, "Range too big"),
+        ("{{ 'a' * 10 ** 10 }}", None, InputError, "it needs more than 512 MB"),
+        ("{{ '%1000000000d' | format(1) | upper }}", None, InputError, "more than 512 MB"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", None, InputError, "calls itself too"),
+        ("{% set a = 'a' %}{{ a\n}}{% bad %}", None, ArtifactError, "malformed: line 2: Encount"),
     ],
 )
 def test_templates_are_in_a_sandbox(source: str, messages: Any, error: Any, words: str) -> None:
@@ -112,6 +119,48 @@ def test_templates_are_in_a_sandbox(source: str, messages: Any, error: Any, word
     with pytest.raises(error) as caught:
         ChatTemplate(source).render(output)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("a{% generation %}b{{ messages[0].role }}{% endgeneration %}c", "abuserc"),
+        ("{% set n = 1 %}{% generation %}{% set n = 2 %}{{ n }}{% endgeneration %}{{ n }}", "21"),
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "ü"}]'),
+        ("{{ messages | tojson(ensure_ascii=True) }}", '[{"role": "user", "content": "\\u00fc"}]'),
+        (
+            "{{ messages[0] | tojson(separators=(',', ':'), sort_keys=True) }}",
+            '{"content":"ü","role":"user"}',
+        ),
+        ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{% endfor %}x", "x"),
+    ],
+)
+def test_templates_have_what_those_of_transformers_have(source: str, text: str) -> None:
+    messages = [{"role": "user", "content": "ü"}]
+    assert ChatTemplate(source).render(messages) == text
+    assert render_jinja_template([messages], chat_template=source)[0] == [text]
+
+
+def test_a_malformed_template_is_noted_when_the_model_is_compiled(
+    tiny_moe: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_moe, folder)
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}\n{% if %}")
+    compiled = moec.compile(folder, build=False, verify=False)
+    (note,) = [note for note in compiled.source.notes if "template" in note]
+    assert note.startswith("the chat template is malformed: line 2: ")
+    assert note.endswith(": chats are refused")
+    assert template_notes({"tokenizer/chat_template.jinja": b"{{ bos_token }}"}) == ()
+    assert template_notes({}) == ()
+
+
+def test_a_template_without_end_is_ended() -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    process = TemplateProcess()
+    answer = process.render(endless, {}, seconds=0.5)
+    assert answer == {"error": "rejected", "words": "it takes more than 0.5 seconds"}
+    assert process.render("{{ 1 + 1 }}", {}) == {"text": "2"}
 
 
 def test_where_a_template_stands() -> None:
