@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import stat
 import subprocess
 import sys
@@ -114,6 +115,15 @@ def test_an_answer_that_is_stopped_stays(chat: Chat, model: moec.LoadedModel) ->
     assert chat.messages[1] == {"role": "assistant", "content": ""}
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Python's handler of Ctrl-C: launchers of ranks leave theirs in the process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("own_signals")
 def test_only_the_second_ctrl_c_interrupts() -> None:
     with interruptible() as interrupted:
         assert not interrupted()

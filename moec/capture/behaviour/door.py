@@ -25,6 +25,7 @@ from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
+from moec.capture.speculate.refusals import Untraceable
 from moec.errors import CaptureError, NoMatch, UsageError
 
 
@@ -161,7 +162,8 @@ def _refusal(error: CaptureError, model: nn.Module, described: Sequence[Describe
     modules = dict(model.named_modules())
     done = {item.name for item in described}
     layers = (n for n in failure.modules or reversed(modules) if may_hold_experts(modules[n]))
-    if (name := next((n for n in layers if n not in done), None)) is not None:
+    name = next((n for n in layers if n not in done), None)
+    if name is not None and (failure.line or isinstance(error, Untraceable)):
         kind = type(modules[name]).__name__
         lines.append(
             f"if {shown(name, modules[name])} is an MoE layer, describe it: "

@@ -76,8 +76,8 @@ def test_a_client_that_goes_away_frees_its_slot(model: moec.LoadedModel, stream:
         name = "num_requests_running"
         seconds = until(lambda: not running.service.used and not running.metric(name))
         assert seconds < 1  # of the 20 that the text would have taken
-        text = generate_latest(running.service.metrics.registry).decode()
-        assert 'finished_reason="abort",model_name="tiny"} 2.0' in text
+        ended = 'finished_reason="abort",model_name="tiny"} 2.0'
+        until(lambda: ended in generate_latest(running.service.metrics.registry).decode())
 
 
 def test_a_full_queue(model: moec.LoadedModel) -> None:

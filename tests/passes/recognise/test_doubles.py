@@ -88,7 +88,8 @@ def test_a_cast_of_float64_stays(choose: Choose, form: str, dtype: torch.dtype) 
     """Exact but for the order of sums."""
     module = Layer(choose, form, dtype).eval()
     x = torch.randn(300, WIDTH, dtype=dtype)
-    compiled = moec.compile(module, (x[:7],), build=False, verify=False)
+    described = [moec.describe(Layer)] if form == "observed" else []
+    compiled = moec.compile(module, (x[:7],), build=False, verify=False, descriptions=described)
     assert len(compiled.blocks) == 1
     program = compiled.pass_results[-1].program
     with torch.no_grad():
@@ -101,4 +102,7 @@ def test_a_cast_of_float64_stays(choose: Choose, form: str, dtype: torch.dtype) 
 def test_an_observed_layer_that_rounds_elsewhere_is_refused() -> None:
     module = Layer(weights_in_float32, "observed", torch.float64).eval()
     with pytest.raises(CaptureError, match="it is of float64, and computes a part in fewer digits"):
-        moec.compile(module, (torch.randn(7, WIDTH, dtype=torch.float64),), build=False)
+        moec.compile(
+            module, (torch.randn(7, WIDTH, dtype=torch.float64),), build=False,
+            descriptions=[moec.describe(Layer)],
+        )  # fmt: skip

@@ -130,7 +130,7 @@ def test_a_condition_on_numbers_is_no_choice() -> None:
     assert compiled.declined == ()
 
 
-NO_ROUTER = "4 like parts, but no product with 4 or a few more columns, a row for each token, "
+NO_ROUTER = "4 like parts, but no product with 4 columns, a row for each token, "
 
 
 @pytest.mark.parametrize(
