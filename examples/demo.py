@@ -117,6 +117,10 @@ def main(
             title("time against eager")
             race(compiled, rounds, seconds)
 
+        title("serve it over HTTP, with OpenAI's interface and a page for browsers")
+        click.echo("moec compile examples/tiny_moe/checkpoint -o tiny_moe.moec")
+        click.echo("moec serve tiny_moe.moec")
+
 
 if __name__ == "__main__":
     main()
