@@ -272,7 +272,7 @@ class Engine:
         """Draw the first tokens of texts whose prompts are read, and let them decode."""
         texts, caches = self._joining, self._joining_caches
         self._joining, in_place = [], caches is self._views.get(len(texts))
-        if self._prefixes is not None and len(texts[0].prompt) >= ROWS:
+        if self._prefixes is not None:
             self._prefixes.add(texts[0].prompt, caches, 0)
         for number, (text, row) in enumerate(zip(texts, logits, strict=True)):
             _draw(text, row)

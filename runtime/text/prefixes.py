@@ -11,7 +11,7 @@ from moec.runtime.call.caches import Cache, token_arrays
 from moec.runtime.package import Port
 from moec.runtime.text.texts import Decoder
 
-BLOCK = 32  # tokens that are known together
+BLOCK = 32  # tokens; not below the engine's ROWS, so that shorter prompts, of other bits, have none
 
 
 @dataclass(eq=False)

@@ -68,11 +68,14 @@ class TemplateProcess:
                 text=True, encoding="utf-8",
             )  # fmt: skip
             self._owner = os.getpid()
-            weakref.finalize(self, _end, self._process)
+            weakref.finalize(self, _end, self._process, self._owner)
         return self._process
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str], owner: int) -> None:
+    """End the process; does nothing in a fork of its owner."""
+    if os.getpid() != owner:
+        return
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):

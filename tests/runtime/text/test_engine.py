@@ -194,6 +194,21 @@ def test_short_prompts_are_read_together(cached: Executor) -> None:
     assert sizes == [90, 18, 33, 80, 512, 88, 0, 0]
 
 
+def test_prompts_of_few_rows_are_read_with_none_of_more(cached: Executor) -> None:
+    """Padded to the other's rows, one of two would run the kernel of many rows."""
+    for size in range(3, 32):
+        prompts = [[n % 90 + 3 for n in range(size + more)] for more in (0, size // 3)]
+        traced = Traced(cached)
+        engine = Engine(traced, 2, 64, prompts_first=True)
+        texts = [engine.submit(prompt, Request(1)) for prompt in prompts]
+        while engine.busy:
+            engine.step()
+        for text, prompt in zip(texts, prompts, strict=True):
+            alone = Traced(cached)
+            list(generate(alone, [prompt], Request(1)))
+            assert [traced.logits[int(text.number[0])]] == [*alone.logits.values()]
+
+
 def test_what_is_known_of_a_prompt_is_not_computed_again(cached: Executor) -> None:
     engine = Engine(cached, 2, 300, prefix_tokens=1024)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -161,6 +164,22 @@ def test_a_template_without_end_is_ended() -> None:
     answer = process.render(endless, {}, seconds=0.5)
     assert answer == {"error": "rejected", "words": "it takes more than 0.5 seconds"}
     assert process.render("{{ 1 + 1 }}", {}) == {"text": "2"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
+def test_a_fork_leaves_the_process_of_templates_alone() -> None:
+    program = (
+        "import os, sys\n"
+        "from moec.runtime.text.template_process import TemplateProcess\n"
+        "process = TemplateProcess()\n"
+        "process.render('a', {})\n"
+        "child = os.fork()\n"
+        "if not child: sys.exit()\n"
+        "os.waitpid(child, 0)\n"
+        "print(process._process.poll(), process.render('b', {}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "None {'text': 'b'}\n", done.stderr
 
 
 def test_where_a_template_stands() -> None:
