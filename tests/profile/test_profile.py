@@ -77,8 +77,8 @@ def test_a_slow_kernel_is_found_by_name(
     tiny: moec.CompiledModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Attention sleeps 0.1 s in layer 2, by which the whole call is longer than without the clock.
-    Both differ by the noise of a call, which takes a millisecond, and the clock's own time: 3 % of
-    the sleep are three such calls."""
+    A busy machine delays some calls by tens of milliseconds; a clock that missed the kernel would
+    differ by the whole sleep."""
     monkeypatch.setattr(Spans, "wrap", slowed("attention", 0.1, lambda n: n % LAYERS == 2))
     for phase in tiny.profile(prompt_tokens=16, new_tokens=3, rounds=3).phases:
         slowest = max(phase.kernels, key=lambda line: line.time.seconds)
@@ -90,7 +90,7 @@ def test_a_slow_kernel_is_found_by_name(
         assert max(phase.layers, key=lambda line: line.time.seconds).kernel == "model.layers.2"
         slept = phase.call.seconds - phase.plain.seconds
         assert slowest.time.seconds >= 0.1
-        assert slept == pytest.approx(slowest.time.seconds, rel=0.03)
+        assert slept == pytest.approx(slowest.time.seconds, abs=0.05)
 
 
 def test_the_work_of_one_token(profile: ModelProfile) -> None:
