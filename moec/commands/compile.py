@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,10 +22,12 @@ from moec.commands.options.options import (
     json_option,
     model_options,
     quiet_option,
+    report_option,
 )
 from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
+from moec.commands.output.report import print_json, print_report
 from moec.errors import UnsupportedError
 from moec.runtime.process.threads import shorten_spinning
 
@@ -105,6 +105,7 @@ LOGGER = logging.getLogger(__name__)
     is_flag=True,
     help="Run all passes, report what was recognised, and estimate cost; generate no code.",
 )
+@report_option
 @json_option
 @quiet_option
 @force_option
@@ -279,14 +280,9 @@ def _write_code(compiled: CompiledModel, folder: Path) -> None:
 def _tell(request: CompileRequest, report: Report, last: str) -> None:
     """Prints the report, and after a report for people the line `last`."""
     if request.as_json:
-        output = request.output and str(request.output)
-        click.echo(json.dumps({**report.to_dict(), "output": output}, indent=1))
+        print_json(report, request.output)
     elif not request.quiet:
-        from moec.report.text import render, terminal_width
-
-        click.echo(render(report, terminal_width(), color=_stdout_is_terminal()), nl=False)
-        if last:
-            echo(last)
+        print_report(report, request.full or not request.builds, last)
 
 
 _NOT_BUILT = "no code was generated; the packed size is an estimate, without padding and copies"
@@ -312,7 +308,3 @@ class Dump:
         path = self.folder / f"{self.written:02d}-{pass_result.name}.moe"
         path.write_text(print_graph(pass_result.program.graph))
         self.written += 1
-
-
-def _stdout_is_terminal() -> bool:
-    return sys.stdout.isatty()

@@ -16,6 +16,7 @@ from moec.runtime.call.executor import Executor, start
 from moec.runtime.call.recorder import Recorder
 from moec.runtime.call.recording import record_routing
 from moec.runtime.device.device import CPU, device_of, only_for
+from moec.runtime.process.pool import set_pool_threads
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
 
 
@@ -110,6 +111,7 @@ def load(
     memory: int | str | None = None,
     texts: int = 1,
     room: int = 4096,
+    threads: int | None = None,
 ) -> LoadedModel:
     """The model in the artifact at `path`, to run on `device`: cpu, cuda or cuda:1. The default is
     the CPU, or the first GPU where the model was compiled for GPUs only.
@@ -125,13 +127,19 @@ def load(
     a result depends on it. It includes the caches of `texts` of at most `room` tokens each; more
     are refused. Needs a model compiled with `store=True`, the default for large ones.
 
-    Raises UsageError where `path` is no path or the key cannot be used, ArtifactError where any
-    part of the artifact is damaged, not signed with the key, or without code for the device, and
-    TargetError where this machine cannot run it.
+    `threads` is the number of threads of kernels, one pool for all models of the process; by
+    default one for each processor that the process may use. No bit of a result depends on it.
+
+    Raises UsageError where `path` is no path, the key cannot be used, or `threads` is another
+    number than that of a model loaded before, ArtifactError where any part of the artifact is
+    damaged, not signed with the key, or without code for the device, and TargetError where this
+    machine cannot run it.
     """
     if not isinstance(path, str | Path):
         raise UsageError(f"{path!r} is not the path of an artifact: give text or a Path")
     on = None if device is None else device_of(device, copies=copies)
+    if threads is not None:
+        set_pool_threads(threads)
     opened = read(path, signed_by=signed_by, copy=copy)
     opened = opened if on is None else only_for(opened, on)
     if memory is None:

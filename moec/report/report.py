@@ -25,6 +25,13 @@ class Report(ReportData):
 
         return render(self)
 
+    @property
+    def brief(self) -> str:
+        """Blocks, verification, size and time, a line each; approximations and notes."""
+        from moec.report.brief import brief
+
+        return brief(self)
+
     __repr__ = __str__  # so that `m.report()` at a prompt shows it
 
     def _repr_html_(self) -> str:

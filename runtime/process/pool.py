@@ -16,9 +16,27 @@ import os
 from pathlib import Path
 from typing import Any
 
+from moec.errors import UsageError
+from moec.runtime.process.threads import check_threads, set_threads
+
 NAME = "moec_pool_1"
 """The symbol of a library's pool. The number changes with the pool or its interface."""
 POOLS: dict[str, ctypes.CDLL] = {}
+
+
+def set_pool_threads(count: int) -> None:
+    """Let the kernels of this process use `count` threads.
+
+    Raises UsageError where `count` is not positive, or a model was loaded with another number.
+    """
+    check_threads(count)
+    current = os.environ.get("TVM_NUM_THREADS")
+    if POOLS and current != str(count):
+        raise UsageError(
+            f"threads: {count}, and the models of this process share a pool of {current}: give the "
+            "number when the first model is loaded"
+        )
+    set_threads(count)
 
 
 def share_pool(module: Any, path: Path) -> None:

@@ -40,8 +40,8 @@ def set_threads(
 
     Raises UsageError where `count` or one of the variables is not an allowed number.
     """
-    if count is not None and count < 1:
-        raise UsageError(f"threads: {count} is not a positive number")
+    if count is not None:
+        check_threads(count)
     defaults = {
         "TVM_NUM_THREADS": (1, str(available())),
         "TVM_THREAD_POOL_SPIN_COUNT": (0, str(SPINS)),
@@ -58,6 +58,11 @@ def set_threads(
             )
         environment[variable] = value or default
     return int(environment["TVM_NUM_THREADS"])
+
+
+def check_threads(count: object) -> None:
+    if type(count) is not int or count < 1:
+        raise UsageError(f"threads: {count!r} is not a positive number")
 
 
 def shorten_spinning(environment: MutableMapping[str, str] = os.environ) -> None:

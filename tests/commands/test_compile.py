@@ -35,6 +35,8 @@ def test_writes_the_artifact_and_reports(
     assert out.read_text() == "artifact"
     assert result.stdout.endswith(f"\nwrote {out}\n")
     golden(result.stdout.replace(str(out), "out.moec"))
+    full = run("-o", out, "--force", "--report").stdout
+    assert full == f"{models.report()}wrote {out}\n"
     phases = [line.split("] ")[1] for line in result.stderr.splitlines()]
     assert phases == ["start", "capture", "passes", "kernels", "verify", "save", "done"]
 

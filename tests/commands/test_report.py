@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from moec.ir.text import parse
+from moec.passes.core.damage import Damage, Distance
+from moec.report.data import LoopLine, MovedLine, QuantisedLine
 from moec.report.module_paths import collapse_layer_indices, spans
 from moec.report.report import Report, describe_graph
 from moec.report.text import render
@@ -19,6 +21,45 @@ from tests.commands import models
 
 def test_text(golden: Callable[[str], None]) -> None:
     golden(render(models.report(), width=110))
+
+
+def test_brief(golden: Callable[[str], None]) -> None:
+    golden(models.report().brief)
+
+
+def test_brief_without_blocks_and_verification() -> None:
+    text = Report("plain", parameters=10).brief
+    assert text == (
+        "plain\n"
+        "blocks      no MoE block was recognised: the model is compiled without MoE kernels\n"
+        "verified    no: the code was not compared with eager\n"
+        "size        10 parameters\n"
+    )
+
+
+def test_brief_names_what_approximations_changed() -> None:
+    distances = Distance(0.0, 0.0, 0.0, 9.5), Distance(0.02, 0.01, 0.003, 9.6)
+    damage = Damage("prune", 512, "", 8_000_000, 6_000_000, 10, 8, *distances)
+    quantised = QuantisedLine("layers.0.moe", "int4:32", 4, 3, 100, 25, 0.05, 0.07)
+    moved = MovedLine("logits", 0.1, 3, 64)
+    loop = LoopLine("layers.0", "aten.cumsum", "an axis is not the last")
+    text = replace(
+        models.report(), damage=(damage,), quantised=(quantised,), moved=(moved,), loops=(loop,)
+    ).brief
+    for line in (
+        "loops       1 op without a kernel: plain loops",
+        "changed     prune: 8.0 MB to 6.0 MB of weights, error 2.00e-02, 1.0% of tokens choose "
+        "other experts, KL 0.0030 nats per token, perplexity 9.50 becomes 9.60",
+        "quantised   int4:32: 3 of 4 parts, error of weights at most 7.0e-02",
+        "            3 of 64 rows of logits have another argmax than unquantised",
+        "verified    against the quantised graph: error of hidden 2.0e-03, 1e-04 allowed, except "
+        "single rows: see the note",
+    ):
+        assert line in text.splitlines()
+
+
+def test_names_in_a_brief_report_are_printable() -> None:
+    assert "\x1b" not in replace(models.report(), model="a\x1b[31m").brief
 
 
 def test_narrow_text_folds_and_loses_nothing(golden: Callable[[str], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from moec.commands.options.options import (
     json_option,
     model_options,
     quiet_option,
+    report_option,
 )
 from moec.commands.output.download import local_model
-from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
+from moec.commands.output.report import print_json, print_report
 from moec.errors import UsageError
 from moec.runtime.process.byte_sizes import bytes_of
 from moec.runtime.process.threads import shorten_spinning
@@ -42,6 +42,7 @@ from moec.runtime.process.threads import shorten_spinning
     help="The formats to choose from, besides leaving weights as they are.",
 )  # fmt: skip
 @model_options
+@report_option
 @json_option
 @quiet_option
 @force_option
@@ -53,6 +54,7 @@ def command(
     memory: str | None,
     loss: str | None,
     formats: str,
+    full: bool,
     as_json: bool,
     quiet: bool,
     force: bool,
@@ -90,9 +92,6 @@ def command(
         compiled.save(output, overwrite=force)
     report = compiled.report()
     if as_json:
-        click.echo(json.dumps({**report.to_dict(), "output": str(output)}, indent=1))
+        print_json(report, output)
     elif not quiet:
-        from moec.report.text import render, terminal_width
-
-        click.echo(render(report, terminal_width(), color=False), nl=False)
-        echo(f"wrote {output}")
+        print_report(report, full, f"wrote {output}")

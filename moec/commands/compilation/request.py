@@ -36,6 +36,7 @@ class CompileRequest:
     store: bool | None
     plan_file: Path | None
     dry_run: bool
+    full: bool
     as_json: bool
     quiet: bool
     force: bool

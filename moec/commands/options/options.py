@@ -21,6 +21,10 @@ _SHORT = {name: LONG_NAMES[name] for name in VECTOR_DTYPES} | {"fp32": "float32"
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON document."
 )
+report_option = click.option(
+    "--report", "full", is_flag=True,
+    help="Print the whole report: blocks, passes, kernels, errors of each output and reasons.",
+)  # fmt: skip
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 memory_option = click.option(
     "--memory", metavar="SIZE",

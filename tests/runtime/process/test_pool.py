@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from tvm.script.ir_builder import tirx as T
 
+import moec
 from moec.codegen.build import compile_kernels
 from moec.codegen.cpu.frame import argument, kernel
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.linear import linear
 from moec.codegen.cpu.link import linked
 from moec.codegen.specs.products import LinearSpec
+from moec.errors import UsageError
 from moec.runtime.device.library import open_kernels, tvm_ffi
 from moec.runtime.device.tensors import aligned_copy
 from moec.runtime.dtypes import Array
@@ -63,6 +65,25 @@ def multiply(library: Path) -> Array:
 
 def count_threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def test_the_number_of_threads_is_given_before_a_library_is_loaded(
+    library: Path, fresh: Callable[[int], None], tmp_path: Path
+) -> None:
+    fresh(4)
+    pool.set_pool_threads(3)
+    before = count_threads()
+    multiply(Path(shutil.copy(library, tmp_path / "3.so")))
+    assert count_threads() == before + 2
+    pool.set_pool_threads(3)
+    with pytest.raises(UsageError, match="threads: 2, and the models of this process share a pool"):
+        pool.set_pool_threads(2)
+
+
+@pytest.mark.parametrize("threads", [0, True, "2", 1.5])
+def test_threads_that_are_no_number_are_refused_before_the_file_is_read(threads: Any) -> None:
+    with pytest.raises(UsageError, match="is not a positive number"):
+        moec.load("absent.moec", threads=threads)
 
 
 def test_any_number_of_threads_gives_the_same_bits(
