@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from moec.commands.execution.plan_memory import plan_memory
 from moec.commands.options.files import check_output
 from moec.commands.options.options import OneOf, force_option, json_option
 from moec.commands.output.echo import echo
@@ -80,6 +81,11 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     metavar="SECONDS",
     help="Report whether a step takes at most this time.",
 )
+@click.option(
+    "--memory",
+    metavar="SIZE,…",
+    help="Instead of a cluster: hits and tokens a second of an artifact within these limits.",
+)
 @click.option("--uniform", is_flag=True, help="Use the same parallel degrees in all layers.")
 @click.option(
     "--spare", default="0,0.0625,0.125,0.25", show_default=True, metavar="SHARE,…",
@@ -119,6 +125,7 @@ def command(
     compute: str,
     send: str,
     latency: float | None,
+    memory: str | None,
     uniform: bool,
     spare: str,
     output: Path | None,
@@ -132,8 +139,12 @@ def command(
     """Choose the parallel degrees, the exchange and the placement of experts for a cluster.
 
     MODEL is a preset (an unknown name lists them), a YAML description, or a folder with a
-    config.json. No weights are needed.
+    config.json. No weights are needed. With --memory it is an artifact: what to expect of it on
+    this machine where a part of its experts is in memory, as with `moec run --memory`.
     """
+    if memory is not None:
+        plan_memory(Path(model), memory, trace, as_json)
+        return
     import msgspec
 
     from moec.plan.inputs.model import read_model

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from moec.errors import UsageError
 from moec.runtime.artifact.artifact import Artifact
 from moec.runtime.artifact.mapped_arrays import MappedArrays
+from moec.runtime.artifact.open_file import OpenFile
 from moec.runtime.call.caches import bytes_of_caches
 from moec.runtime.call.executor import Executor, start
 from moec.runtime.checks import free_memory
@@ -53,23 +54,41 @@ def start_within(
     Raises UsageError where the limit is too small, or the model was compiled without a store, and
     ArtifactError as `runtime.call.executor.start` does.
     """
-    package, arrays = opened.package, _arrays(opened)
-    total = sum(array.nbytes for array in arrays.stored.values())
-    used = _process_bytes()
+    package, total = opened.package, _weight_bytes(opened)
     caches = _cache_bytes(package, room)
-    if MemoryLimit(limit, used, total, caches).experts >= 0:
+    if MemoryLimit(limit, _process_bytes(), total, caches).experts >= 0:
         return start(opened)
-    if package.store is None:
-        raise UsageError(
-            f"{opened.path} takes {total:,} bytes and was compiled without a store of experts: "
-            "compile it with store=True (--store), or load it without a limit of memory"
-        )
-    sizes = sizes_of(package, arrays)
-    experts = sum(layer.experts * layer.expert_bytes for layer in sizes)
-    tvm_ffi()  # a part of what the process takes
-    left = MemoryLimit(limit, _process_bytes(), total - experts, caches)
-    slots, options = fit(left, sizes)
+    sizes = stored_sizes(opened)
+    slots, options = fit(resident_limit(opened, limit, room), sizes)
     return start_with_slots(opened, slots, options=options, caches=caches)
+
+
+def stored_sizes(opened: Artifact) -> list[LayerSize]:
+    """The layers of a model's store. Raises UsageError where it was compiled without one."""
+    if opened.package.store is None:
+        raise UsageError(
+            f"{opened.path} takes {_weight_bytes(opened):,} bytes and was compiled without a store "
+            "of experts: compile it with store=True (--store), or load it without a limit of memory"
+        )
+    return sizes_of(opened.package, _arrays(opened))
+
+
+def resident_limit(opened: Artifact, limit: int, room: TextRoom) -> MemoryLimit:
+    """What is left for experts of a limit, where this process holds the model."""
+    tvm_ffi()  # a part of what the process takes
+    experts = sum(layer.experts * layer.expert_bytes for layer in stored_sizes(opened))
+    resident, caches = _weight_bytes(opened) - experts, _cache_bytes(opened.package, room)
+    return MemoryLimit(limit, _process_bytes(), resident, caches)
+
+
+def expert_file(opened: Artifact) -> OpenFile:
+    """The file that has the experts of a model with a store."""
+    assert opened.package.store is not None
+    return _arrays(opened).file_part(opened.package.store.layers[0][0].arrays[0]).file
+
+
+def _weight_bytes(opened: Artifact) -> int:
+    return sum(array.nbytes for array in _arrays(opened).stored.values())
 
 
 def start_with_slots(

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from moec.errors import UsageError
+from moec.runtime.call.recorder import DECODED
 from moec.runtime.call.routing_trace import RoutingTrace
 
 POLICIES = ("lru", "lfu", "slru", "pinned", "belady")
@@ -72,13 +74,33 @@ def hit_rates(
 def layer_hits(trace: RoutingTrace, layer: int, slots: int, eviction: Eviction) -> tuple[int, int]:
     """The hits of a layer with that many slots, all empty at first, and the experts that its steps
     needed."""
+    hits, visits = _hits_of_steps(trace, layer, slots, eviction)
+    return int(hits.sum()), int(visits.sum())
+
+
+def decode_hits(
+    trace: RoutingTrace, layer: int, slots: int, eviction: Eviction
+) -> tuple[float, float]:
+    """As `layer_hits`, per step and of steps of the decode phase only; those of the other half are
+    replayed to fill the slots, and not counted."""
+    hits, visits = _hits_of_steps(trace, layer, slots, eviction)
+    steps, first = np.unique(trace.step, return_index=True)
+    decode = trace.phase[first] == DECODED
+    decode[: len(steps) // 2] = False
+    if not decode.any():
+        raise UsageError("the second half of the trace has no steps that continue a text")
+    return float(hits[decode].mean()), float(visits[decode].mean())
+
+
+def _hits_of_steps(
+    trace: RoutingTrace, layer: int, slots: int, eviction: Eviction
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     from moec.plan.simulation.residency_loop import replay
 
     needed = _needed(trace, layer)
-    hits = replay(
-        needed, slots, POLICIES.index(eviction.policy), eviction.half_life, eviction.window
-    )
-    return int(hits), int(needed.sum())
+    policy = POLICIES.index(eviction.policy)
+    hits = replay(needed, slots, policy, eviction.half_life, eviction.window)
+    return hits, needed.sum(1)
 
 
 def _needed(trace: RoutingTrace, layer: int) -> NDArray[np.bool_]:

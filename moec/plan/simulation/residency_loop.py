@@ -13,8 +13,8 @@ _SAFE = 0.8
 
 
 @compiled
-def replay(needed: Any, slots: int, policy: int, half_life: int, window: int) -> int:
-    """The number of hits of steps that need experts, bool[steps, E]."""
+def replay(needed: Any, slots: int, policy: int, half_life: int, window: int) -> Any:
+    """The hits of each step, i64[steps], of steps that need experts, bool[steps, E]."""
     steps, experts = needed.shape
     inside = np.zeros(experts, np.bool_)
     safe = np.zeros(experts, np.bool_)
@@ -23,13 +23,13 @@ def replay(needed: Any, slots: int, policy: int, half_life: int, window: int) ->
     fixed = np.zeros(experts, np.bool_)
     if policy == PINNED:
         fixed[np.argsort(-needed.sum(0), kind="mergesort")[: slots - 1]] = True
-    hits = 0
+    hits = np.zeros(steps, np.int64)
     held = 0
     for step in range(steps):
         for e in range(experts):
             if needed[step, e]:
                 if inside[e]:
-                    hits += 1
+                    hits[step] += 1
                     safe[e] = policy == SLRU
                 age = step - last[e]
                 score[e] = 1 + score[e] * 0.5 ** (age / half_life)

@@ -1,0 +1,85 @@
+"""`moec plan --memory`: what is expected, beside what the store does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from moec.__main__ import cli
+from moec.runtime.artifact.artifact import read
+from moec.runtime.artifact.open_file import OpenFile
+from moec.runtime.call.routing_trace import RoutingTrace, save_trace
+from moec.runtime.expert_store.device import BUFFERED, DIRECT
+from moec.runtime.expert_store.read_speed import read_speed
+from moec.runtime.expert_store.start import ONE_TEXT, resident_limit, stored_sizes
+from tests.once import Once
+from tests.runtime.expert_store.models import EXPERTS, LAYERS, artifact
+
+
+@pytest.fixture(scope="module")
+def path(once: Once) -> Path:
+    return artifact(once, None)
+
+
+def plan(*words: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["plan", *map(str, words)], catch_exceptions=False)
+
+
+def limit_for(path: Path, slots: int) -> str:
+    """The limit with which each layer has at least so many slots, as this process grows a bit."""
+    opened = read(path)
+    least = -resident_limit(opened, 0, ONE_TEXT).experts
+    slot_bytes = sum(slots * layer.expert_bytes for layer in stored_sizes(opened))
+    return f"{(least + slot_bytes >> 20) + 64}MiB"
+
+
+def test_rows_of_limits(path):
+    result = plan(path, "--memory", f"{limit_for(path, EXPERTS)},64GiB", "--json")
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["speeds"]["measured"]
+    assert answer["speeds"]["disk"] > 1e6
+    assert answer["speeds"]["token"] > 0
+    for row in answer["limits"]:
+        assert row["slots"] == [EXPERTS] * LAYERS
+        assert (row["hits"], row["read"]) == (1.0, 0.0)
+        assert row["seconds"] == answer["speeds"]["token"]
+
+
+def test_as_text_with_a_trace(path, tmp_path):
+    ids = np.random.default_rng(0).integers(EXPERTS, size=(40, LAYERS, 2)).astype(np.int16)
+    numbers = np.arange(40, dtype=np.int32)
+    experts = np.full(LAYERS, EXPERTS, np.int32)
+    trace = RoutingTrace(ids, numbers, np.ones(40, np.uint8), numbers * 0, experts)
+    save_trace(trace, tmp_path / "t.npz")
+    result = plan(path, "--memory", "64GiB", "--trace", tmp_path / "t.npz")
+    assert result.exit_code == 0, result.stderr
+    first, header, row = result.stdout.splitlines()
+    assert f"routing of {tmp_path / 't.npz'}" in first
+    assert (
+        header.split() == "memory slots a layer policy hits read a token a token tokens/s".split()
+    )
+    assert row.startswith("68.7 GB  8")
+    assert "100%" in row
+
+
+def test_refusals(path, tmp_path):
+    for words, message in (
+        ((tmp_path, "--memory", "1GiB"), f"--memory plans an artifact, and {tmp_path} is none"),
+        ((path, "--memory", "1GiB,x"), "'x': give bytes, or a size with GiB"),
+        ((path, "--memory", "1MiB"), "and this model needs"),
+    ):
+        result = plan(*words)
+        assert result.exit_code == 1
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize("reading", [DIRECT, BUFFERED])
+@pytest.mark.parametrize("size", [1, 5000, 300_000])
+def test_the_speed_of_small_files(tmp_path, reading, size):
+    (tmp_path / "file").write_bytes(bytes(size))
+    assert read_speed(OpenFile(tmp_path / "file"), reading, 1 << 20) > 0
