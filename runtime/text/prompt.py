@@ -10,7 +10,7 @@ from typing import Any
 
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.extras import missing_extra
-from moec.runtime.text.chat import ChatTemplate, Message
+from moec.runtime.text.chats.chat import ChatTemplate, Message
 from moec.runtime.text.guide import Grammars
 from moec.runtime.text.token_bytes import bytes_of
 
@@ -58,12 +58,15 @@ class Tokenizer:
             raise InputError(f"the tokens are {tokens!r}: give a list of token ids")
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a chat, up to the beginning of the answer (`ChatTemplate.render`).
+    def chat(
+        self, messages: Sequence[Message], tools: Sequence[Any] = (), begun: str = ""
+    ) -> list[int]:
+        """The tokens of a chat, up to the beginning of the answer (`ChatTemplate.render`) and with
+        the characters of it that are `begun`.
 
         Raises UsageError as `check_chat`.
         """
-        return self.encode(self.check_chat().render(messages), special=False)
+        return self.encode(self.check_chat().render(messages, tools) + begun, special=False)
 
     def check_chat(self) -> ChatTemplate:
         """The template. Raises UsageError where the model came without one."""
@@ -74,12 +77,12 @@ class Tokenizer:
             )
         return self.template
 
-    def decoder(self, prompt: Sequence[int]) -> Callable[[int], str]:
+    def decoder(self, prompt: Sequence[int], special: bool = False) -> Callable[[int], str]:
         """A function that takes the tokens after `prompt` one by one, and returns the characters
-        that each completes, perhaps none."""
+        that each completes, perhaps none; with `special`, those of special tokens too."""
         from tokenizers.decoders import DecodeStream
 
-        stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+        stream = DecodeStream(ids=list(prompt), skip_special_tokens=not special)
         return lambda token: stream.step(self.tokenizer, token) or ""
 
     @cached_property

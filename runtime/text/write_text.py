@@ -33,7 +33,7 @@ class StopCut:
         if ends:
             self.ended, self.held = True, ""
             return text[: min(ends)]
-        most = max((_overlap(text, stop) for stop in self.stops), default=0)
+        most = max((overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - most :]
         return text[: len(text) - most]
 
@@ -43,7 +43,7 @@ class StopCut:
         return rest
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """The number of characters at the end of `text` that are a prefix of `stop`."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -91,7 +91,12 @@ def write(executor: Decoder, texts: Sequence[Text], request: Request) -> Iterato
 
 
 def new_texts(
-    tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stops: Sequence[str] = ()
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    stops: Sequence[str] = (),
+    special: bool = False,
 ) -> list[Text]:
-    """Texts that begin with the tokens of a prompt each, and end at the first of some strings."""
-    return [Text(prompt, tokenizer.decoder(prompt), StopCut(tuple(stops))) for prompt in prompts]
+    """Texts that begin with the tokens of a prompt each, and end at the first of some strings. With
+    `special`, they show special tokens."""
+    decoders = [tokenizer.decoder(prompt, special) for prompt in prompts]
+    return [Text(p, d, StopCut(tuple(stops))) for p, d in zip(prompts, decoders, strict=True)]

@@ -31,7 +31,7 @@ from moec.commands.chatting.answer import Chat
 from moec.commands.chatting.terminal import converse, history_file, interruptible, new_session
 from moec.errors import ArtifactError, UsageError
 from moec.runtime.artifact import artifact
-from moec.runtime.text.chat import ChatTemplate
+from moec.runtime.text.chats.chat import ChatTemplate
 from moec.runtime.text.engine import Engine
 from moec.runtime.text.request import Request
 from moec.runtime.text.sampling import Sampling
@@ -239,7 +239,9 @@ def test_an_error_of_the_model_does_not_end_the_chat(
 
 def test_models_cannot_control_the_terminal(chat: Chat) -> None:
     tokenizer = replace(chat.tokenizer)
-    object.__setattr__(tokenizer, "decoder", lambda prompt: lambda token: "\x1b]0;x\x07[red]:+1:")
+    object.__setattr__(
+        tokenizer, "decoder", lambda prompt, special: lambda token: "\x1b]0;x\x07[red]:+1:"
+    )
     shown = type_lines(replace(chat, tokenizer=tokenizer, request=Request(1)), "a")
     assert "\\x1b]0;x\\x07[red]:+1:\n" in shown
     assert "\x1b" not in shown

@@ -12,7 +12,7 @@ from moec.commands.execution.text import read_limited
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.report.units import counted
-from moec.runtime.text.chat import check_messages
+from moec.runtime.text.chats.chat import check_messages
 from moec.spelling import did_you_mean
 
 

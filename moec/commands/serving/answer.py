@@ -9,15 +9,18 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from moec.commands.serving.errors import ApiError
 from moec.commands.serving.fields import Fields
 from moec.commands.serving.scores import Score, of_chat, of_completion
 from moec.commands.serving.service import Service
+from moec.commands.serving.tools import ToolUse, shown_call
 from moec.commands.serving.worker import Ticket, Update
+from moec.runtime.text.calls import CallReader
 from moec.runtime.text.engine import FAILED, STOP
 from moec.runtime.text.guide import Guide
+from moec.runtime.text.prompt import Tokenizer
 from moec.runtime.text.write_text import Text, new_texts
 
 PING_SECONDS = 15.0
@@ -27,10 +30,15 @@ LOGGER = logging.getLogger("moec.serve")
 @dataclass(eq=False)
 class Choice:
     """One text of an answer. `end` is its finish reason, empty until it has one; `first` is the
-    time of its first token, `scores` have the tokens since the last chunk of a stream."""
+    time of its first token, `scores` have the tokens since the last chunk of a stream. `reader`
+    separates `calls` of functions from the `content`."""
 
     ticket: Ticket
     text: Text
+    reader: CallReader | None = None
+    most_calls: int | None = None
+    content: str = ""
+    calls: list[dict[str, Any]] = field(default_factory=list)
     count: int = 0
     end: str = ""
     first: float = 0.0
@@ -46,7 +54,19 @@ class Choice:
             self.scores.append(Score(update.token, update.logprobs, offset))
         piece = self.text.add(update.token, stop)
         self.end = STOP if self.text.cut.ended else update.end
-        return piece + self.text.end() if self.end else piece
+        piece += self.text.end() if self.end else ""
+        if self.reader is not None:
+            piece, calls = self.reader.feed(piece, ended=bool(self.end))
+            self.calls = [*self.calls, *map(shown_call, calls)][: self.most_calls]
+        self.content += piece
+        return piece
+
+    @property
+    def finish_reason(self) -> str | None:
+        return "tool_calls" if self.calls and self.end == STOP else self.end or None
+
+
+Piece: TypeAlias = tuple[Choice, str, bool, list[dict[str, Any]]]
 
 
 class Answer:
@@ -63,6 +83,7 @@ class Answer:
         prompts: Sequence[Sequence[int]],
         guide: Guide | None,
         chat: bool,
+        use: ToolUse | None = None,
     ) -> None:
         self._fields, self._service, self._chat = fields, service, chat
         self._start, self._closed = time.perf_counter(), False
@@ -79,8 +100,7 @@ class Answer:
             request = service.request(prompt, fields, guide)
             for number in range(fields.n):
                 ticket = Ticket(prompt, request, number, len(self._choices), self._updates)
-                (text,) = new_texts(service.tokenizer, [prompt], fields.stops)
-                self._choices.append(Choice(ticket, text))
+                self._choices.append(_choice_of(ticket, service.tokenizer, fields, use))
         service.admit(len(self._choices))
         for choice in self._choices:
             service.worker.submit(choice.ticket)
@@ -103,10 +123,12 @@ class Answer:
             pass
         choices = []
         for choice in self._choices:
-            text = choice.text.written
-            message = {"role": "assistant", "content": text, "refusal": None}
+            text = choice.content
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if choice.calls:
+                message |= {"content": text or None, "tool_calls": choice.calls}
             content = {"message": message} if self._chat else {"text": text}
-            choices.append(self._content(choice, content, choice.end))
+            choices.append(self._content(choice, content, choice.finish_reason))
         return self._object(choices, usage=self._usage)
 
     async def events(self) -> AsyncIterator[str]:
@@ -128,8 +150,9 @@ class Answer:
             yield _event(self._object([], ".chunk", usage=self._usage))
         yield "data: [DONE]\n\n"
 
-    async def _pieces(self) -> AsyncIterator[tuple[Choice, str, bool] | None]:
-        """Each piece of a text, with whether it is the first; None where nothing came for long."""
+    async def _pieces(self) -> AsyncIterator[Piece | None]:
+        """Each piece of a text, with whether it is the first, and its new calls of functions; None
+        where nothing came for long."""
         while not all(choice.end for choice in self._choices):
             try:
                 update = await asyncio.wait_for(self._updates.get(), PING_SECONDS)
@@ -139,10 +162,13 @@ class Answer:
             choice = self._choices[update.index]
             if choice.end:  # a token that was computed before a string cut the text
                 continue
+            called = len(choice.calls)
             piece, first = choice.add(update), choice.count == 1
             self._observe(choice)
-            if piece or first or choice.end or choice.scores:
-                yield choice, piece, first
+            calls = enumerate(choice.calls[called:], called)
+            new = [{"index": number, **call} for number, call in calls]
+            if piece or new or first or choice.end or choice.scores:
+                yield choice, piece, first, new
 
     def _observe(self, choice: Choice) -> None:
         metrics, now = self._service.metrics, time.perf_counter()
@@ -173,9 +199,12 @@ class Answer:
         kind = f"chat.completion{suffix}" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, **usage}
 
-    def _chunks(self, choice: Choice, piece: str, first: bool) -> list[dict[str, Any]]:
-        """The choices of the chunks for a piece: in a chat, role, content and end each have one."""
-        end = choice.end or None
+    def _chunks(
+        self, choice: Choice, piece: str, first: bool, calls: Sequence[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """The choices of the chunks for a piece: in a chat, role, content, calls and end each have
+        one."""
+        end = choice.finish_reason
         if not self._chat:
             return [self._content(choice, {"text": piece}, end)]
         chunks = []
@@ -183,6 +212,8 @@ class Answer:
             chunks.append(_choice(choice, {"delta": {"role": "assistant", "content": ""}}))
         if piece or choice.scores:
             chunks.append(self._content(choice, {"delta": {"content": piece}}, None))
+        if calls:
+            chunks.append(_choice(choice, {"delta": {"tool_calls": [*calls]}}))
         return [*chunks, _choice(choice, {"delta": {}}, end)] if end else chunks
 
     def _content(self, choice: Choice, content: dict[str, Any], end: str | None) -> dict[str, Any]:
@@ -192,6 +223,15 @@ class Answer:
             return _choice(choice, content, end)
         shown = of_chat if self._chat else of_completion
         return _choice(choice, content, end, shown(scores, self._service.tokenizer.bytes_of))
+
+
+def _choice_of(ticket: Ticket, tokenizer: Tokenizer, fields: Fields, use: ToolUse | None) -> Choice:
+    """The choice of a ticket, which may call functions."""
+    if use is None:
+        (text,) = new_texts(tokenizer, [ticket.prompt], fields.stops)
+        return Choice(ticket, text)
+    (text,) = new_texts(tokenizer, [ticket.prompt], (*fields.stops, *use.stops), use.special)
+    return Choice(ticket, text, use.reader(), None if use.parallel else 1)
 
 
 def _choice(

@@ -79,10 +79,11 @@ async def _guarded(service: Service, handler: Handler, request: Request) -> Resp
 async def _complete(service: Service, request: Request, chat: bool) -> Response:
     service.check_open()
     fields = read_fields(await _body(service, request), chat)
-    prompts = await run_in_threadpool(service.tokens, fields)
-    guide = await run_in_threadpool(service.guide, fields)
+    use = await run_in_threadpool(service.tool_use, fields)
+    prompts = await run_in_threadpool(service.tokens, fields, use)
+    guide = await run_in_threadpool(service.guide, fields, use)
     service.check_open()  # again, as time has passed
-    answer = Answer(service, fields, prompts, guide, chat)
+    answer = Answer(service, fields, prompts, guide, chat, use)
     if fields.stream:
         return _Events(answer)
     work = asyncio.ensure_future(answer.complete())

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from moec.commands.serving.errors import ApiError, invalid
+from moec.commands.serving.tools import Tool, ToolCall, ToolChoice
 from moec.runtime.text.sampling import Sampling
 
 IGNORED = {
@@ -18,9 +19,8 @@ IGNORED = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
-    **dict.fromkeys(("tools", "functions"), ([],)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none",)),
-    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none",),
     "suffix": ("",),
     "modalities": (["text"],),
 }
@@ -28,6 +28,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 UNKNOWN = "this field is not known, or not supported: leave it out"
 COMPLETION = "max_completion_tokens"
+OF_CHATS = ("messages", COMPLETION, "tools", "tool_choice", "parallel_tool_calls")
 Stop: TypeAlias = Annotated[str, Meta(min_length=1)]
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
 Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
@@ -48,13 +49,30 @@ class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
     """A message of a chat; the developer is the system."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[ContentPart]
+    content: str | list[ContentPart] | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] = []
+    tool_call_id: str = ""
 
-    def plain(self) -> dict[str, str]:
+    def plain(self) -> dict[str, Any]:
+        """As templates read it."""
         role, content = "system" if self.role == "developer" else self.role, self.content
-        if not isinstance(content, str):
+        if isinstance(content, list):
             content = "".join(part.text for part in content)
-        return {"role": role, "content": content}
+        message: dict[str, Any] = {"role": role, "content": content or ""}
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        return message | ({"tool_call_id": self.tool_call_id} if self.tool_call_id else {})
+
+    def check(self, name: str) -> None:
+        """Raises ApiError where it has what its role has not, or no content and no calls."""
+        if self.tool_calls and self.role != "assistant":
+            raise invalid(f"{name}.tool_calls", f"a message of the {self.role} has none")
+        if self.tool_call_id and self.role != "tool":
+            raise invalid(f"{name}.tool_call_id", f"a message of the {self.role} has none")
+        if self.content is msgspec.UNSET and not self.tool_calls:
+            raise invalid(name, "missing required field `content`")
+        for number, call in enumerate(self.tool_calls):
+            call.check(f"{name}.tool_calls[{number}]")
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -92,6 +110,9 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     response_format: dict[str, Any] = {}
     prompt: str | list[str | int | list[int]] = []
     messages: list[ChatMessage] = []
+    tools: Annotated[list[Tool], Meta(max_length=128)] = []
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @property
     def sampling(self) -> Sampling:
@@ -128,7 +149,7 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
     for name, neutral in NEUTRAL.items():
         if name in present and present.pop(name) not in neutral:
             raise invalid(name, "this field is not supported: leave it out")
-    needed, others = ("messages", {"prompt"}) if chat else ("prompt", {"messages", COMPLETION})
+    needed, others = ("messages", {"prompt"}) if chat else ("prompt", {*OF_CHATS})
     if not present.get(needed):
         raise invalid(needed, "it is missing or empty")
     for name in others & present.keys():
@@ -147,6 +168,10 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
         raise invalid("logprobs", "expected `bool`: top_logprobs is their number")
     if fields.logprobs is True and not chat:
         raise invalid("logprobs", "expected `int`: the number of likeliest tokens")
+    for number, message in enumerate(fields.messages):
+        message.check(f"messages[{number}]")
+    if fields.tools and fields.response_format:
+        raise invalid("response_format", "it cannot be combined with tools: leave one out")
     if fields.top_logprobs is not None and not (chat and fields.logprobs):
         raise invalid("top_logprobs", "it needs a chat, and logprobs: true")
     if any(not token.isascii() or not token.isdigit() for token in fields.logit_bias):

@@ -7,10 +7,9 @@ from typing import Any
 
 import msgspec
 
-from moec.commands.serving.fields import COMPLETION, Fields
+from moec.commands.serving.fields import OF_CHATS, Fields
 
 REFERENCES = "#/components/schemas/{name}"
-OF_CHATS = ("messages", COMPLETION, "top_logprobs")
 ERRORS = {
     "400": "a field is wrong, not known or not supported; error.param is its name",
     "401": "the key is missing or wrong",
@@ -43,7 +42,7 @@ def document(model: str, keyed: bool) -> dict[str, Any]:
     every["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]+$"}
     count, flag = every["top_logprobs"], {"type": "boolean", "default": False}
     chat = {name: field for name, field in every.items() if name != "prompt"} | {"logprobs": flag}
-    text = {name: field for name, field in every.items() if name not in OF_CHATS}
+    text = {name: field for name, field in every.items() if name not in {*OF_CHATS, "top_logprobs"}}
     text["logprobs"] = count
     tokenized = {"prompt": {"type": "string"}, "messages": every["messages"]}
     result: dict[str, Any] = {

@@ -10,6 +10,7 @@ from moec.commands.serving.errors import ApiError, invalid
 from moec.commands.serving.fields import COMPLETION, Fields
 from moec.commands.serving.metrics import Metrics
 from moec.commands.serving.routing_watch import RoutingWatch
+from moec.commands.serving.tools import ToolUse, tool_use
 from moec.commands.serving.worker import SHUTTING_DOWN, Worker
 from moec.errors import InputError, MoecError
 from moec.runtime.text.engine import Engine
@@ -58,8 +59,15 @@ class Service:
             message = f"the model {name!r} is not served here; {self.model!r} is"
             raise ApiError(404, message, "model", "model_not_found")
 
-    def guide(self, fields: Fields) -> Guide | None:
+    def tool_use(self, fields: Fields) -> ToolUse | None:
+        """How the answer may call functions. Raises ApiError where it cannot as requested."""
+        chosen = fields.tool_choice, fields.parallel_tool_calls
+        return tool_use(fields.tools, *chosen, self.tokenizer)
+
+    def guide(self, fields: Fields, use: ToolUse | None = None) -> Guide | None:
         """The grammar of the texts. Raises ApiError for one that is wrong."""
+        if use is not None:
+            return use.guide(self.tokenizer)
         if not fields.response_format:
             return None
         try:
@@ -67,7 +75,7 @@ class Service:
         except MoecError as error:
             raise invalid("response_format", str(error)) from error
 
-    def tokens(self, fields: Fields) -> list[list[int]]:
+    def tokens(self, fields: Fields, use: ToolUse | None = None) -> list[list[int]]:
         """The tokens of the prompts. Raises ApiError where there are none, or a chat needs a
         template."""
         name = "messages" if fields.messages else "prompt"
@@ -75,7 +83,9 @@ class Service:
             raise invalid(name, "the model has no chat template: send text to /v1/completions")
         try:
             if fields.messages:
-                return [self.tokenizer.chat([message.plain() for message in fields.messages])]
+                messages = [message.plain() for message in fields.messages]
+                tools, begun = ((), "") if use is None else (use.for_template, use.begun)
+                return [self.tokenizer.chat(messages, tools, begun)]
             encode = self.tokenizer.encode
             return [encode(p) if isinstance(p, str) else p for p in fields.prompts]
         except MoecError as error:

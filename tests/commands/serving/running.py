@@ -29,7 +29,7 @@ from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
 from moec.runtime.dtypes import Array
 from moec.runtime.package import Package
-from moec.runtime.text.chat import ChatTemplate
+from moec.runtime.text.chats.chat import ChatTemplate
 from moec.runtime.text.engine import Engine
 
 ROOT = Path(__file__).parents[2]
@@ -107,8 +107,9 @@ def serving(
     key: str | None = None,
     prefix_tokens: int = 0,
     recorded: bool = False,
+    paced: type[Paced] = Paced,
 ) -> Iterator[Running]:
-    executor = Paced(model.executor)
+    executor = paced(model.executor)
     tokenizer = replace(model.tokenizer, template=ChatTemplate(TEMPLATE))
     engine = Engine(executor, slots, 512, prefix_tokens=prefix_tokens)
     routing = RoutingWatch(model.executor) if recorded else None

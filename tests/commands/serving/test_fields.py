@@ -134,6 +134,10 @@ def test_models_tokens_and_health(shared: Running) -> None:
     assert shared.metric("generation_tokens_total") == before + 7
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[]"}}
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -145,7 +149,14 @@ def test_models_tokens_and_health(shared: Running) -> None:
         (CHAT | {"logprobs": 3}, "logprobs", "expected `bool`: top_logprobs is their number"),
         (CHAT | {"top_logprobs": 3}, "top_logprobs", "it needs a chat, and logprobs: true"),
         (CHAT | {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "expected `int` <= 20"),
-        (CHAT | {"tools": [{"type": "function"}]}, "tools", "not supported"),
+        (CHAT | {"tools": [{"type": "function"}]}, "tools[0]", "missing required field `function`"),
+        (CHAT | {"tools": [TOOL]}, "tools", "chat template has no calls of functions in JSON"),
+        (TEXT | {"tools": [TOOL]}, "tools", "not known, or not supported"),
+        (
+            CHAT | {"tools": [TOOL], "response_format": {"type": "json_object"}},
+            "response_format",
+            "it cannot be combined with tools",
+        ),
         (CHAT | {"response_format": {"type": "xml"}}, "response_format", "has the type 'xml'"),
         (CHAT | {"response_format": "json"}, "response_format", "expected `object`, got `str`"),
         (CHAT | {"audio": {}}, "audio", "not known, or not supported"),
@@ -190,6 +201,21 @@ def test_models_tokens_and_health(shared: Running) -> None:
             {"messages": [{"role": "user", "content": "x", "name": "Bo"}]},
             "messages[0].name",
             "not known, or not supported",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]},
+            "messages[0].tool_call_id",
+            "a message of the user has none",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_calls": [CALL]}]},
+            "messages[0].tool_calls",
+            "a message of the tool has none",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [CALL]}]},
+            "messages[0].tool_calls[0].function.arguments",
+            "it is not the JSON text of an object",
         ),
         (CHAT | {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "leave one out"),
     ],

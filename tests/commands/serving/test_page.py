@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import moec
-from moec.runtime.text.chat import ChatTemplate
+from moec.runtime.text.chats.chat import ChatTemplate
 from tests.commands.serving.running import PROMPT, TEMPLATE, Running, continuation, serving, until
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -165,7 +165,7 @@ def test_texts_are_no_html(server: Running, open_page: Open) -> None:
     markup = "<img src=x onerror=alert(1)><b>x</b>"
     tokenizer = server.service.tokenizer
     marked = replace(tokenizer)
-    object.__setattr__(marked, "decoder", lambda prompt: lambda token: markup)
+    object.__setattr__(marked, "decoder", lambda prompt, special: lambda token: markup)
     server.service.tokenizer = marked
     page = open_page(server)
     greedy(page, 1)

@@ -33,7 +33,7 @@ class TemplateProcess:
     def render(
         self, source: str, variables: dict[str, Any] | None, seconds: float = SECONDS
     ) -> dict[str, str]:
-        """See `moec.runtime.text.templates.render`. Raises UsageError where jinja2 is missing."""
+        """See `templates.render`. Raises UsageError where jinja2 is missing."""
         with self._lock:
             process = self._started()
             assert process.stdin is not None

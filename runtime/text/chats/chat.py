@@ -13,11 +13,12 @@ from functools import cached_property
 from typing import Any
 
 from moec.errors import ArtifactError, InputError
-from moec.runtime.text.template_process import TemplateProcess
+from moec.runtime.text.chats.template_process import TemplateProcess
 
 ROLES = ("system", "user", "assistant", "tool")
-Message = Mapping[str, str]
-"""`role`, one of ROLES, and `content`."""
+OF_TOOLS = {"tool_calls", "tool_call_id", "name"}
+Message = Mapping[str, Any]
+"""`role`, one of ROLES, and `content`, text; OF_TOOLS may be there too."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class ChatTemplate:
     source: str
     tokens: Mapping[str, str] = field(default_factory=dict)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text up to where the answer begins.
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+        """The text up to where the answer begins, which may call `tools`, the JSON schemas of
+        functions as transformers has them.
 
         Raises InputError where a message is malformed or the template refuses the messages,
         ArtifactError where it is no template.
@@ -38,6 +40,7 @@ class ChatTemplate:
             {
                 "messages": [dict(message) for message in messages],
                 "add_generation_prompt": True,
+                **({"tools": [*tools]} if tools else {}),
                 **self.tokens,
             }
         )
@@ -64,7 +67,7 @@ def check_messages(messages: Sequence[Message]) -> None:
     if not messages:
         raise InputError("there are no messages: give at least one")
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+        if not isinstance(message, Mapping) or message.keys() - OF_TOOLS != {"role", "content"}:
             raise InputError(f"message {number} is {message!r}; it has a role and a content")
         if message["role"] not in ROLES or not isinstance(message["content"], str):
             raise InputError(

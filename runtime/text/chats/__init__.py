@@ -1,0 +1,1 @@
+"""Chats as the texts that models were trained to answer, by their templates."""
