@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from moec.plan.inputs.model import Model
-    from moec.plan.inputs.workload import Workload
+    from moec.plan.inputs.workload import Phase, Workload
     from moec.plan.network.cluster import Cluster
     from moec.plan.plan import Plan
     from moec.plan.search.planner import Planner
@@ -62,10 +62,15 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
 )  # fmt: skip
 @click.option(
-    "--tokens", type=click.IntRange(1), help="Tokens in one step; default: 128 per device."
+    "--tokens",
+    type=click.IntRange(1),
+    help="Tokens in one step; default: 128 per device in decode, else 4096.",
 )
 @click.option(
-    "--sequences", type=click.IntRange(0), help="Sequences in the KV cache; default: 8 per device."
+    "--sequences",
+    type=click.IntRange(0),
+    help="Sequences in the KV cache; default: one for each token in decode, in prefill as many "
+    "prompts as a step has tokens for.",
 )
 @click.option(
     "--context", type=click.IntRange(0), default=2048, show_default=True, metavar="TOKENS"
@@ -112,7 +117,7 @@ def command(
     trace: Path | None,
     routing: str,
     groups: Path | None,
-    phase: str,
+    phase: Phase,
     tokens: int | None,
     sequences: int | None,
     context: int,
@@ -213,7 +218,7 @@ def shares(text: str) -> tuple[float, ...]:
 
 def workload(
     cluster: Cluster,
-    phase: str,
+    phase: Phase,
     tokens: int | None,
     sequences: int | None,
     context: int,
@@ -224,16 +229,19 @@ def workload(
     """The workload of the options. Raises UsageError for a dtype that cannot be sent, and for a
     latency that is no time."""
     from moec.plan.inputs.files import Quantity
-    from moec.plan.inputs.workload import Workload
+    from moec.plan.inputs.workload import TOKENS, Workload
 
+    tokens = tokens or TOKENS[phase] * cluster.devices
+    if sequences is None:
+        sequences = tokens if phase == "decode" else -(-tokens // max(1, context))
     if latency is not None and not 0 < latency < float("inf"):
         raise UsageError(f"--latency {latency}: write seconds above 0, such as 0.02")
     try:
         return Workload(
-            tokens=tokens or 128 * cluster.devices,
-            sequences=8 * cluster.devices if sequences is None else sequences,
+            tokens=tokens,
+            sequences=sequences,
             context=context,
-            phase=phase,  # type: ignore[arg-type]
+            phase=phase,
             compute=compute,
             send=send,
             latency=Quantity(latency, "assumed", "asked for") if latency else None,

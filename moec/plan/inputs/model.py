@@ -20,7 +20,9 @@ BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0
 
 class Layers(Record, frozen=True, kw_only=True):
     """`repeat` equal layers. `attention` is a number of parameters, `kv_values` the number of
-    values that a token adds to the cache, `dense_hidden` the width of the feed-forward network that
+    values that a token adds to the cache, `value_width` that of a head's values where it is not the
+    `head_width` of its keys, `latent` the width of compressed keys and values in the cache
+    (kv_lora_rank; 0 without compression), `dense_hidden` the width of the feed-forward network that
     all tokens pass (a dense one, shared experts, a residual MLP), `hidden` the width of an expert,
     and `matrices` 3 with a gate or 2 without."""
 
@@ -30,6 +32,8 @@ class Layers(Record, frozen=True, kw_only=True):
     head_width: Natural = 0
     kv_heads: Positive = 1
     kv_values: Natural = 0
+    value_width: Natural = 0
+    latent: Natural = 0
     dense_hidden: Natural = 0
     experts: Natural = 0
     zero_experts: Natural = 0
@@ -40,6 +44,23 @@ class Layers(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.experts and not 1 <= self.k <= self.experts + self.zero_experts:
             raise ValueError(f"{self.k} of {self.experts} experts per token is not possible")
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """The widths of a head's keys and values."""
+        return self.head_width, self.value_width or self.head_width
+
+    def pair_flop(self, decode: bool) -> int:
+        """FLOPs of the attention of one token to another: scores and the sum of values, all heads.
+
+        Compressed keys and values (MLA) are expanded for prompts. In decoding, W^UK is absorbed
+        into the queries and W^UV into the output, so that heads work on the cache itself, of
+        latent + rope values (DeepSeek-V2, arXiv 2405.04434, equations 10, 11 and 18).
+        """
+        key, value = self.widths
+        if self.latent and decode:
+            key, value = self.kv_values, self.latent
+        return 2 * self.heads * (key + value)
 
 
 class Model(Record, frozen=True, kw_only=True):
@@ -121,6 +142,7 @@ def of_config(config: Mapping[str, Any], source: str) -> Model:
     shared += hidden * first("n_shared_experts", default=0)
     attention = 2 * width * heads * head + 2 * width * kv_heads * head
     values = 2 * kv_heads * head
+    v = rank = 0
     if isinstance(config.get("kv_lora_rank"), int):
         rank, rope = first("kv_lora_rank"), first("qk_rope_head_dim")
         nope, v = first("qk_nope_head_dim"), first("v_head_dim")
@@ -139,10 +161,11 @@ def of_config(config: Mapping[str, Any], source: str) -> Model:
     skipped |= set(range(first("first_k_dense_replace", default=0)))
     step = first("decoder_sparse_step", "moe_layer_freq", default=1)
     same = {"attention": attention, "heads": heads, "head_width": head, "kv_heads": kv_heads}
+    same |= {"value_width": v, "latent": rank, "kv_values": values}
     each = tuple(
-        Layers(**same, kv_values=values, **sparse)
+        Layers(**same, **sparse)
         if experts and index not in skipped and (index + 1) % step == 0
-        else Layers(**same, kv_values=values, dense_hidden=dense)
+        else Layers(**same, dense_hidden=dense)
         for index in range(layers)
     )
     dtype = str(config.get("torch_dtype", config.get("dtype", "bfloat16")))

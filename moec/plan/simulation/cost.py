@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from moec.plan.inputs.model import Layers, Model
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, activations
 from moec.plan.network.cluster import Cluster
 from moec.plan.network.degrees import Degrees
 from moec.plan.network.exchange import CALLS, collective_seconds, even_away, exchange, seconds
@@ -74,7 +74,7 @@ class CostModel:
                 hidden = min(parts["dense"], parts["exchange out"])
         if sums := self._gradients(layer, degrees, held):
             parts["gradients"] = sums
-        return LayerCost(parts, hidden, self._memory(layer, degrees, held))
+        return LayerCost(parts, hidden, self._memory(layer, degrees, held, busiest))
 
     def reshard(self, one: int, two: int) -> float:
         """Seconds to gather activations between layers with different attention degrees."""
@@ -134,13 +134,15 @@ class CostModel:
     def _attention(self, layer: Layers, degree: int) -> float:
         work, share = self.workload, 1 / self.cluster.devices
         tokens = work.tokens * share
-        flop = work.passes * tokens * 2 * layer.attention
-        flop += work.passes * tokens * 4 * layer.heads * layer.head_width * work.context
+        pairs = work.attended * layer.pair_flop(decode=work.phase == "decode")
+        flop = work.passes * tokens * (2 * layer.attention + pairs)
         size = layer.attention * self.model.bytes_per_weight / degree + self._cache(layer, degree)
         return self._roofline(flop, size)
 
     def _cache(self, layer: Layers, degree: int) -> float:
-        """Bytes of a rank's share of a layer's KV cache."""
+        """Bytes of a rank's share of a layer's KV cache, which training does not have."""
+        if self.workload.phase == "training":
+            return 0.0
         numbers = self.workload.sequences * self.workload.context * layer.kv_values
         copies = degree / min(degree, layer.kv_heads)
         return numbers * CACHE_BYTES * copies / self.cluster.devices
@@ -223,11 +225,25 @@ class CostModel:
             total += collective_seconds("all_reduce", size, copies, devices, cluster)
         return total
 
-    def _memory(self, layer: Layers, degrees: Degrees, held: int) -> float:
+    def _memory(self, layer: Layers, degrees: Degrees, held: int, busiest: float) -> float:
         weights = self.workload.weight_bytes or self.model.bytes_per_weight
         expert = held * self.model.expert_parameters(layer) / degrees.slices
         dense = self.model.dense_parameters(layer) / degrees.attention
-        return (expert + dense) * weights + self._cache(layer, degrees.attention)
+        stored = (expert + dense) * weights + self._cache(layer, degrees.attention)
+        return stored + self._activations(layer, degrees, busiest)
+
+    def _activations(self, layer: Layers, degrees: Degrees, busiest: float) -> float:
+        """Training: bytes that the backward pass needs. The ranks of an attention each hold some
+        heads of all their tokens, or all heads of some; each slice holds rows of its own."""
+        if self.workload.phase != "training":
+            return 0.0
+        of_token, of_row = activations(self.model, layer)
+        tokens = self.workload.tokens / self.cluster.devices
+        if not layer.experts:
+            return tokens * of_token * CACHE_BYTES
+        inputs = 2 * self.model.width * (degrees.slices - 1)
+        rows = busiest * tokens * _experts_of_token(layer)
+        return (tokens * of_token + rows * (of_row + inputs)) * CACHE_BYTES
 
 
 def _experts_of_token(layer: Layers) -> float:
