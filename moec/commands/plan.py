@@ -34,6 +34,10 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     "--cluster", metavar="NAME|FILE", help="The cluster to plan for: a preset or a YAML file."
 )
 @click.option(
+    "--nodes", type=click.IntRange(1), metavar="N",
+    help="Plan for so many nodes of the cluster instead of all of them.",
+)  # fmt: skip
+@click.option(
     "--measure", type=OUT, metavar="FILE.yaml",
     help="Instead of --cluster: measure this machine with --nproc ranks, and write it as a "
     "cluster.",
@@ -112,6 +116,7 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 def command(
     model: str,
     cluster: str | None,
+    nodes: int | None,
     measure: Path | None,
     nproc: int,
     trace: Path | None,
@@ -157,7 +162,7 @@ def command(
         check_picture_name(picture)
     compared = read_plan(other) if other else None
     bound = read_groups(groups) if groups else {}
-    machine = cluster_of(cluster, measure, nproc)
+    machine = cluster_of(cluster, nodes, measure, nproc)
     work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
     planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare), bound)
     plan = best_uniform(planner) if uniform else planner.best()
@@ -189,14 +194,16 @@ def command(
             echo(f"wrote {path}")
 
 
-def cluster_of(source: str | None, measured: Path | None, ranks: int) -> Cluster:
+def cluster_of(source: str | None, nodes: int | None, measured: Path | None, ranks: int) -> Cluster:
     """The named cluster, or this machine, measured. Raises UsageError and RankError."""
     if (source is None) == (measured is None):
         raise UsageError("give either --cluster NAME|FILE, or --measure FILE.yaml for this machine")
     if source is not None:
-        from moec.plan.network.cluster import read_cluster
+        from moec.plan.network.cluster import read_cluster, with_nodes
 
-        return read_cluster(source)
+        return with_nodes(read_cluster(source), nodes) if nodes else read_cluster(source)
+    if nodes:
+        raise UsageError("--nodes is for a --cluster; --nproc is the number of ranks of --measure")
     from moec.parallel.measure import measure, write_cluster
 
     assert measured is not None

@@ -6,7 +6,7 @@ D model width, H hidden width of an expert, E experts, k experts a token.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,8 @@ class Layers(Record, frozen=True, kw_only=True):
     `head_width` of its keys, `latent` the width of compressed keys and values in the cache
     (kv_lora_rank; 0 without compression), `dense_hidden` the width of the feed-forward network that
     all tokens pass (a dense one, shared experts, a residual MLP), `hidden` the width of an expert,
-    and `matrices` 3 with a gate or 2 without."""
+    `k_groups` of how many of the `groups` of experts a token's are, and `matrices` 3 with a gate or
+    2 without."""
 
     repeat: Positive = 1
     attention: Natural = 0
@@ -38,12 +39,20 @@ class Layers(Record, frozen=True, kw_only=True):
     experts: Natural = 0
     zero_experts: Natural = 0
     k: Natural = 0
+    groups: Positive = 1
+    k_groups: Positive = 1
     hidden: Natural = 0
     matrices: Positive = 3
 
     def __post_init__(self) -> None:
         if self.experts and not 1 <= self.k <= self.experts + self.zero_experts:
             raise ValueError(f"{self.k} of {self.experts} experts per token is not possible")
+        within = self.experts // self.groups * self.k_groups
+        if self.k_groups > self.groups or (self.experts and self.k > within + self.zero_experts):
+            raise ValueError(
+                f"{self.k} of {self.experts} experts in {self.k_groups} of {self.groups} groups is "
+                "not possible"
+            )
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -132,36 +141,24 @@ def of_config(config: Mapping[str, Any], source: str) -> Model:
 
     width = first("hidden_size", "d_model", "n_embd")
     layers = first("num_hidden_layers", "num_layers", "n_layer")
-    heads = first("num_attention_heads", "num_heads", "n_head")
-    kv_heads = first("num_key_value_heads", default=heads)
-    head = first("head_dim", default=width // heads)
     experts = first("num_local_experts", "n_routed_experts", "num_experts", default=0)
     dense = first("intermediate_size", "d_ff", default=0)
     hidden = first("moe_intermediate_size", "expert_ffn_hidden_size", default=dense)
     shared = first("shared_expert_intermediate_size", default=0)
     shared += hidden * first("n_shared_experts", default=0)
-    attention = 2 * width * heads * head + 2 * width * kv_heads * head
-    values = 2 * kv_heads * head
-    v = rank = 0
-    if isinstance(config.get("kv_lora_rank"), int):
-        rank, rope = first("kv_lora_rank"), first("qk_rope_head_dim")
-        nope, v = first("qk_nope_head_dim"), first("v_head_dim")
-        q = first("q_lora_rank", default=0)
-        query = q * (width + heads * (nope + rope)) if q else width * heads * (nope + rope)
-        attention = query + width * (rank + rope) + rank * heads * (nope + v) + heads * v * width
-        values, kv_heads, head = rank + rope, 1, nope + rope
     sparse = {
         "k": first("num_experts_per_tok", "moe_topk", "top_k", default=1),
         "experts": experts,
         "zero_experts": first("zero_expert_num", default=0),
         "hidden": hidden,
+        "groups": first("n_group", default=1),
+        "k_groups": first("topk_group", default=first("n_group", default=1)),
         "dense_hidden": shared,
     }
     skipped = set(config.get("mlp_only_layers") or ())
     skipped |= set(range(first("first_k_dense_replace", default=0)))
     step = first("decoder_sparse_step", "moe_layer_freq", default=1)
-    same = {"attention": attention, "heads": heads, "head_width": head, "kv_heads": kv_heads}
-    same |= {"value_width": v, "latent": rank, "kv_values": values}
+    same = _attention(first, width)
     each = tuple(
         Layers(**same, **sparse)
         if experts and index not in skipped and (index + 1) % step == 0
@@ -178,6 +175,25 @@ def of_config(config: Mapping[str, Any], source: str) -> Model:
         vocabulary=first("vocab_size", default=0),
         layers=each,
     )
+
+
+def _attention(first: Callable[..., int], width: int) -> dict[str, int]:
+    """The sizes of the attention in a config, whose numbers `first` reads."""
+    heads = first("num_attention_heads", "num_heads", "n_head")
+    kv_heads = first("num_key_value_heads", default=heads)
+    head = first("head_dim", default=width // heads)
+    attention = 2 * width * heads * head + 2 * width * kv_heads * head
+    values, v = 2 * kv_heads * head, 0
+    if rank := first("kv_lora_rank", default=0):
+        rope, nope, v = first("qk_rope_head_dim"), first("qk_nope_head_dim"), first("v_head_dim")
+        q = first("q_lora_rank", default=0)
+        query = q * (width + heads * (nope + rope)) if q else width * heads * (nope + rope)
+        attention = query + width * (rank + rope) + rank * heads * (nope + v) + heads * v * width
+        values, kv_heads, head = rank + rope, 1, nope + rope
+    return {
+        "attention": attention, "heads": heads, "head_width": head, "kv_heads": kv_heads,
+        "value_width": v, "latent": rank, "kv_values": values,
+    }  # fmt: skip
 
 
 def of_graph(graph: Graph, name: str = "model") -> Model:

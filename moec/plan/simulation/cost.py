@@ -51,6 +51,10 @@ class CostModel:
     def layers(self) -> tuple[Layers, ...]:
         return self.model.each_layer
 
+    @cached_property
+    def devices(self) -> int:
+        return self.cluster.devices
+
     def layer(self, index: int, degrees: Degrees) -> LayerCost:
         """The cost of layer `index`."""
         busiest = 1.0
@@ -81,7 +85,7 @@ class CostModel:
         if one == two:
             return 0.0
         wide = max(one, two)
-        size = self.workload.tokens / self.cluster.devices * wide * self.model.width * CACHE_BYTES
+        size = self.workload.tokens / self.devices * wide * self.model.width * CACHE_BYTES
         return collective_seconds("all_gather", size, wide, wide, self.cluster)
 
     @property
@@ -96,7 +100,7 @@ class CostModel:
     def buffers(self) -> float:
         """Bytes of rows in transit on a rank in both directions, with room for twice the mean."""
         most = max((layer.k for layer in self.model.layers), default=0)
-        rows = self.workload.tokens / self.cluster.devices * most
+        rows = self.workload.tokens / self.devices * most
         return 2 * rows * self.model.width * sum(self.workload.row_bytes)
 
     def _common(self, index: int, degree: int) -> Mapping[str, float]:
@@ -132,7 +136,7 @@ class CostModel:
         return max(flop / rate, size / (device.memory_bandwidth.value * device.efficiency.value))
 
     def _attention(self, layer: Layers, degree: int) -> float:
-        work, share = self.workload, 1 / self.cluster.devices
+        work, share = self.workload, 1 / self.devices
         tokens = work.tokens * share
         pairs = work.attended * layer.pair_flop(decode=work.phase == "decode")
         flop = work.passes * tokens * (2 * layer.attention + pairs)
@@ -145,11 +149,11 @@ class CostModel:
             return 0.0
         numbers = self.workload.sequences * self.workload.context * layer.kv_values
         copies = degree / min(degree, layer.kv_heads)
-        return numbers * CACHE_BYTES * copies / self.cluster.devices
+        return numbers * CACHE_BYTES * copies / self.devices
 
     def _dense(self, layer: Layers, degree: int) -> float:
         parameters = self.model.dense_parameters(layer) - layer.attention
-        flop = self.workload.passes * 2 * parameters * self.workload.tokens / self.cluster.devices
+        flop = self.workload.passes * 2 * parameters * self.workload.tokens / self.devices
         return self._roofline(flop, parameters * self.model.bytes_per_weight / degree)
 
     def _experts(
@@ -157,7 +161,7 @@ class CostModel:
     ) -> dict[str, float]:
         work, model = self.workload, self.model
         k = _experts_of_token(layer)
-        tokens = work.tokens / degrees.copies(self.cluster.devices)
+        tokens = work.tokens / degrees.copies(self.devices)
         rows = busiest * tokens * k / degrees.experts
         parameters = model.expert_parameters(layer) / degrees.slices
         read = held * (1 - (1 - min(1.0, k / layer.experts)) ** tokens)
@@ -170,17 +174,17 @@ class CostModel:
         rate = self.cluster.device.dispatch_bandwidth
         if rate is None:
             return {}
-        rows = self.workload.tokens / self.cluster.devices * _experts_of_token(layer)
+        rows = self.workload.tokens / self.devices * _experts_of_token(layer)
         return {"routing": rows * self.model.width * sum(self.workload.row_bytes) / rate.value}
 
     def _exchanges(
         self, layer: Layers, degrees: Degrees, link: float, away: float | None
     ) -> dict[str, float]:
         work, k = self.workload, _experts_of_token(layer)
-        sent = work.tokens / self.cluster.devices * k * self.model.width * link
+        sent = work.tokens / self.devices * k * self.model.width * link
         if away is None and degrees.form == "deduplicated":
             nodes = degrees.experts * degrees.slices // self.cluster.node_size
-            away = even_away(layer.experts, layer.k, nodes)
+            away = even_away(layer, nodes)
         ways = ("exchange out", "exchange back")
         return {
             way: self._exchange(degrees, sent * width, away or 0.0) * (2 if work.passes > 1 else 1)
@@ -215,7 +219,7 @@ class CostModel:
         """Training: seconds to sum gradients over the ranks that hold the same weights."""
         if self.workload.phase != "training":
             return 0.0
-        cluster, devices = self.cluster, self.cluster.devices
+        cluster, devices = self.cluster, self.devices
         size = self.model.dense_parameters(layer) / degrees.attention * CACHE_BYTES
         data = devices // degrees.attention
         total = collective_seconds("all_reduce", size, data, devices, cluster)
@@ -238,7 +242,7 @@ class CostModel:
         if self.workload.phase != "training":
             return 0.0
         of_token, of_row = activations(self.model, layer)
-        tokens = self.workload.tokens / self.cluster.devices
+        tokens = self.workload.tokens / self.devices
         if not layer.experts:
             return tokens * of_token * CACHE_BYTES
         inputs = 2 * self.model.width * (degrees.slices - 1)
