@@ -89,6 +89,10 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     metavar="SECONDS",
     help="Report whether a step takes at most this time.",
 )
+@click.option(
+    "--overlap", is_flag=True,
+    help="Two micro-batches: rows of one travel during the products of the other.",
+)  # fmt: skip
 @click.option("--uniform", is_flag=True, help="Use the same parallel degrees in all layers.")
 @click.option(
     "--spare", default="0,0.0625,0.125,0.25", show_default=True, metavar="SHARE,…",
@@ -129,6 +133,7 @@ def command(
     compute: str,
     send: str,
     latency: float | None,
+    overlap: bool,
     uniform: bool,
     spare: str,
     output: Path | None,
@@ -163,7 +168,7 @@ def command(
     compared = read_plan(other) if other else None
     bound = read_groups(groups) if groups else {}
     machine = cluster_of(cluster, nodes, measure, nproc)
-    work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
+    work = workload(machine, phase, tokens, sequences, context, compute, send, latency, overlap)
     planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare), bound)
     plan = best_uniform(planner) if uniform else planner.best()
     if explain is not None and explain >= len(plan.layers):
@@ -232,6 +237,7 @@ def workload(
     compute: str,
     send: str,
     latency: float | None,
+    overlap: bool,
 ) -> Workload:
     """The workload of the options. Raises UsageError for a dtype that cannot be sent, and for a
     latency that is no time."""
@@ -252,6 +258,7 @@ def workload(
             compute=compute,
             send=send,
             latency=Quantity(latency, "assumed", "asked for") if latency else None,
+            overlap=overlap,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -17,7 +17,8 @@ class Workload(Record, frozen=True, kw_only=True):
     the cache, to which a new token attends. In prefill, a step computes parts of `sequences`
     prompts of `context` tokens; in training, texts of `context` tokens, without a cache. `send`
     and `back` are the dtypes of rows to the experts and back; `latency` is the target for a step
-    in seconds."""
+    in seconds. With `overlap`, the tokens of a rank are two micro-batches, and the exchange of one
+    runs during the products of the other (DeepSeek-V3, arXiv 2412.19437, section 3.4)."""
 
     tokens: Positive
     sequences: Natural
@@ -27,6 +28,7 @@ class Workload(Record, frozen=True, kw_only=True):
     send: str = "bf16"
     back: str = "bf16"
     latency: Quantity | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         for dtype in (self.send, self.back):

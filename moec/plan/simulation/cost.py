@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from msgspec.structs import replace
+
 from moec.plan.inputs.model import Layers, Model
 from moec.plan.inputs.workload import Workload, activations
 from moec.plan.network.cluster import Cluster
@@ -69,12 +71,14 @@ class CostModel:
         and the load of the busiest link is `link` times the mean. `away` is the number of other
         nodes that a token goes to, over its k experts; None assumes that all are equally likely."""
         layer = self.layers[index]
-        parts = dict(self._common(index, degrees.attention))
-        hidden, held = 0.0, 0
+        parts, hidden, held = self._parts_of(index, degrees.attention), 0.0, 0
         if layer.experts:
             held = self.placement(index, degrees.experts, degrees.slots).most
-            parts |= self._of_experts(index, degrees, held, busiest, link, away)
-            if layer.dense_hidden:
+            parts |= self._parts_of_experts(index, degrees, held, busiest, link, away)
+            if self.workload.overlap:
+                moved = parts["exchange out"] + parts["exchange back"]
+                hidden = min(moved, sum(parts.values()) - moved)
+            elif layer.dense_hidden:
                 hidden = min(parts["dense"], parts["exchange out"])
         if sums := self._gradients(layer, degrees, held):
             parts["gradients"] = sums
@@ -103,8 +107,18 @@ class CostModel:
         rows = self.workload.tokens / self.devices * most
         return 2 * rows * self.model.width * sum(self.workload.row_bytes)
 
-    def _common(self, index: int, degree: int) -> Mapping[str, float]:
+    @cached_property
+    def _half(self) -> CostModel:
+        """The costs of one of two micro-batches."""
+        work = self.workload
+        tokens, sequences = -(-work.tokens // 2), -(-work.sequences // 2)
+        half = replace(work, tokens=tokens, sequences=sequences, overlap=False)
+        return CostModel(self.model, self.cluster, half, self.placement)
+
+    def _parts_of(self, index: int, degree: int) -> dict[str, float]:
         """The parts that depend only on the attention degree, cached."""
+        if self.workload.overlap:
+            return _twice(self._half._parts_of(index, degree))
         if (index, degree) not in self._parts:
             layer = self.layers[index]
             self._parts[index, degree] = {
@@ -112,13 +126,16 @@ class CostModel:
                 "dense": self._dense(layer, degree),
                 "collectives": self._collectives(layer, degree),
             }
-        return self._parts[index, degree]
+        return dict(self._parts[index, degree])
 
-    def _of_experts(
+    def _parts_of_experts(
         self, index: int, degrees: Degrees, held: int, busiest: float, link: float,
         away: float | None,
     ) -> Mapping[str, float]:  # fmt: skip
         """The parts that do not depend on the attention degree, cached."""
+        if self.workload.overlap:
+            half = self._half._parts_of_experts(index, degrees, held, busiest, link, away)
+            return _twice(half)
         form, sizes = degrees.form, (degrees.experts, degrees.slices, degrees.slots)
         key = (index, form, *sizes, busiest, link, -1.0 if away is None else away)
         if key not in self._routed:
@@ -253,3 +270,7 @@ class CostModel:
 def _experts_of_token(layer: Layers) -> float:
     """The mean number of experts with a network that a token goes to."""
     return layer.k * layer.experts / (layer.experts + layer.zero_experts)
+
+
+def _twice(parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: 2 * part for name, part in parts.items()}

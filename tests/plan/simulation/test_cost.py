@@ -71,6 +71,26 @@ def test_a_step_of_prefill_is_bound_by_products() -> None:
     assert more == pytest.approx(4096 * 2048 * 81_920)
 
 
+def test_two_micro_batches() -> None:
+    """Each reads all weights and half of the cache; the shorter of products and exchanges is
+    hidden. Gradients are summed once."""
+    degrees = Degrees(1, 32, 1, 256, "deduplicated")
+    texts = {"tokens": 128 * DEVICES, "sequences": 128 * DEVICES, "context": 4096}
+    both = cost("deepseek-v3", degrees, **texts, overlap=True)
+    half = cost("deepseek-v3", degrees, **texts | {"tokens": 64 * DEVICES})
+    size = 2 * 187_105_280 + 128 * 4096 * (512 + 64) * 2
+    assert both.parts["attention"] == pytest.approx(size / BANDWIDTH)
+    assert both.parts["experts"] == pytest.approx(2 * half.parts["experts"])
+    ways = ("exchange out", "exchange back")
+    moved = sum(both.parts[way] for way in ways)
+    assert moved == pytest.approx(2 * sum(half.parts[way] for way in ways))
+    assert both.seconds == pytest.approx(max(moved, sum(both.parts.values()) - moved))
+    assert both.memory == cost("deepseek-v3", degrees, **texts).memory
+    work = {"tokens": 4096 * DEVICES, "sequences": 0, "context": 4096, "phase": "training"}
+    one, two = (cost("mixtral-8x7b", Degrees(1, 8, 1, 8), **work, overlap=o) for o in (0, 1))
+    assert one.parts["gradients"] == two.parts["gradients"] > 0
+
+
 def test_numbers_that_a_backward_pass_needs() -> None:
     """Korthikanti et al.: 34 bytes per token and width of GPT, of which 2 are masks of dropout;
     with recomputed scores."""
