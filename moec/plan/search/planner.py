@@ -309,8 +309,10 @@ class Planner:
     def too_large(self) -> str:
         least = sum(min(c.cost.memory for c in options) for options in self.candidates)
         limit = max(0.0, self.cost.memory_limit)
+        training = self.workload.phase == "training"
+        stored, fewer = ("activations", "tokens") if training else ("caches", "sequences")
         return (
             f"{self.model.name} does not fit {self.cluster.name}: at least {least / 1e9:.1f} GB a "
-            f"device for weights and caches, {limit / 1e9:.1f} GB are free; use more devices, "
-            "fewer sequences or weights of fewer bits"
+            f"device for weights and {stored}, {limit / 1e9:.1f} GB are free; use more devices, "
+            f"fewer {fewer} or weights of fewer bits"
         )
