@@ -22,7 +22,7 @@ ROUTING = "lognormal:1"
 def main() -> None:
     model, cluster = read_model("qwen3-30b-a3b"), read_cluster("h100-8")
     work = Workload(
-        tokens=128 * cluster.devices, sequences=8 * cluster.devices, context=2048, phase="decode"
+        tokens=128 * cluster.devices, sequences=128 * cluster.devices, context=2048, phase="decode"
     )
     experts = [layer.experts for layer in model.each_layer]
     loads = of_distribution(ROUTING, experts)

@@ -3,8 +3,7 @@
     python -m benchmarks.plans.scaling
 
 Routing is log-normal with sigma 1 (assumed), 100 tokens per rank. EP is over at most 256 ranks,
-flat within a node and by rail beyond. Nodes have 8 H100 with 400 Gb/s each (data sheet; latencies
-assumed).
+flat within a node and deduplicated beyond. Nodes are those of superpod-32.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def main() -> None:
         cluster = with_nodes(read_cluster("superpod-32"), devices // 8)
         work = Workload(tokens=100 * devices, sequences=0, context=0)
         planner = Planner(model, cluster, work, loads, "lognormal:1", (0.0,))
-        form = "flat" if ranks == 8 else "rail"
+        form = "flat" if ranks == 8 else "deduplicated"
         plan = planner.plan([Degrees(1, ranks, 1, 256, form)] * LAYERS, 0.0)  # type: ignore[arg-type]
         start = time.process_time()
         result = simulate(plan, planner.cost, drawn(loads, [8] * LAYERS, work.tokens))

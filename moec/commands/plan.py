@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from moec.plan.inputs.model import Model
-    from moec.plan.inputs.workload import Workload
+    from moec.plan.inputs.workload import Phase, Workload
     from moec.plan.network.cluster import Cluster
     from moec.plan.plan import Plan
     from moec.plan.search.planner import Planner
@@ -34,6 +34,10 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--cluster", metavar="NAME|FILE", help="The cluster to plan for: a preset or a YAML file."
 )
+@click.option(
+    "--nodes", type=click.IntRange(1), metavar="N",
+    help="Plan for so many nodes of the cluster instead of all of them.",
+)  # fmt: skip
 @click.option(
     "--measure", type=OUT, metavar="FILE.yaml",
     help="Instead of --cluster: measure this machine with --nproc ranks, and write it as a "
@@ -63,10 +67,15 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
 )  # fmt: skip
 @click.option(
-    "--tokens", type=click.IntRange(1), help="Tokens in one step; default: 128 per device."
+    "--tokens",
+    type=click.IntRange(1),
+    help="Tokens in one step; default: 128 per device in decode, else 4096.",
 )
 @click.option(
-    "--sequences", type=click.IntRange(0), help="Sequences in the KV cache; default: 8 per device."
+    "--sequences",
+    type=click.IntRange(0),
+    help="Sequences in the KV cache; default: one for each token in decode, in prefill as many "
+    "prompts as a step has tokens for.",
 )
 @click.option(
     "--context", type=click.IntRange(0), default=2048, show_default=True, metavar="TOKENS"
@@ -86,6 +95,10 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     metavar="SIZE,…",
     help="Instead of a cluster: hits and tokens a second of an artifact within these limits.",
 )
+@click.option(
+    "--overlap", is_flag=True,
+    help="Two micro-batches: rows of one travel during the products of the other.",
+)  # fmt: skip
 @click.option("--uniform", is_flag=True, help="Use the same parallel degrees in all layers.")
 @click.option(
     "--spare", default="0,0.0625,0.125,0.25", show_default=True, metavar="SHARE,…",
@@ -113,12 +126,13 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 def command(
     model: str,
     cluster: str | None,
+    nodes: int | None,
     measure: Path | None,
     nproc: int,
     trace: Path | None,
     routing: str,
     groups: Path | None,
-    phase: str,
+    phase: Phase,
     tokens: int | None,
     sequences: int | None,
     context: int,
@@ -126,6 +140,7 @@ def command(
     send: str,
     latency: float | None,
     memory: str | None,
+    overlap: bool,
     uniform: bool,
     spare: str,
     output: Path | None,
@@ -163,8 +178,8 @@ def command(
         check_picture_name(picture)
     compared = read_plan(other) if other else None
     bound = read_groups(groups) if groups else {}
-    machine = cluster_of(cluster, measure, nproc)
-    work = workload(machine, phase, tokens, sequences, context, compute, send, latency)
+    machine = cluster_of(cluster, nodes, measure, nproc)
+    work = workload(machine, phase, tokens, sequences, context, compute, send, latency, overlap)
     planner = planner_of(read_model(model), machine, work, trace, routing, shares(spare), bound)
     plan = best_uniform(planner) if uniform else planner.best()
     if explain is not None and explain >= len(plan.layers):
@@ -195,14 +210,16 @@ def command(
             echo(f"wrote {path}")
 
 
-def cluster_of(source: str | None, measured: Path | None, ranks: int) -> Cluster:
+def cluster_of(source: str | None, nodes: int | None, measured: Path | None, ranks: int) -> Cluster:
     """The named cluster, or this machine, measured. Raises UsageError and RankError."""
     if (source is None) == (measured is None):
         raise UsageError("give either --cluster NAME|FILE, or --measure FILE.yaml for this machine")
     if source is not None:
-        from moec.plan.network.cluster import read_cluster
+        from moec.plan.network.cluster import read_cluster, with_nodes
 
-        return read_cluster(source)
+        return with_nodes(read_cluster(source), nodes) if nodes else read_cluster(source)
+    if nodes:
+        raise UsageError("--nodes is for a --cluster; --nproc is the number of ranks of --measure")
     from moec.parallel.measure import measure, write_cluster
 
     assert measured is not None
@@ -224,30 +241,35 @@ def shares(text: str) -> tuple[float, ...]:
 
 def workload(
     cluster: Cluster,
-    phase: str,
+    phase: Phase,
     tokens: int | None,
     sequences: int | None,
     context: int,
     compute: str,
     send: str,
     latency: float | None,
+    overlap: bool,
 ) -> Workload:
     """The workload of the options. Raises UsageError for a dtype that cannot be sent, and for a
     latency that is no time."""
     from moec.plan.inputs.files import Quantity
-    from moec.plan.inputs.workload import Workload
+    from moec.plan.inputs.workload import TOKENS, Workload
 
+    tokens = tokens or TOKENS[phase] * cluster.devices
+    if sequences is None:
+        sequences = tokens if phase == "decode" else -(-tokens // max(1, context))
     if latency is not None and not 0 < latency < float("inf"):
         raise UsageError(f"--latency {latency}: write seconds above 0, such as 0.02")
     try:
         return Workload(
-            tokens=tokens or 128 * cluster.devices,
-            sequences=8 * cluster.devices if sequences is None else sequences,
+            tokens=tokens,
+            sequences=sequences,
             context=context,
-            phase=phase,  # type: ignore[arg-type]
+            phase=phase,
             compute=compute,
             send=send,
             latency=Quantity(latency, "assumed", "asked for") if latency else None,
+            overlap=overlap,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

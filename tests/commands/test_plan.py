@@ -55,6 +55,19 @@ def test_table(model: str, trace: str) -> None:
     assert "busiest/mean" in result.stdout
 
 
+def test_phases(model: str) -> None:
+    """Tokens and sequences that suit each phase, on 4 of 40 nodes."""
+    work = {}
+    for phase in ("prefill", "decode", "training"):
+        result = run("plan", model, "--cluster", "h800-40", "--nodes", "4", "--phase", phase)
+        assert "resized to 4 nodes: 32 devices" in result.stdout, result.output
+        work[phase] = result.stdout.splitlines()[1].split("; routing")[0]
+    tokens, prompts = 4096 * 32, 2 * 32
+    assert work["decode"] == "decode: 4096 tokens a step, 4096 sequences of 2048 tokens"
+    assert work["prefill"].startswith(f"prefill: {tokens} tokens a step, {prompts} sequences")
+    assert work["training"].startswith(f"training: {tokens} tokens a step, {prompts} sequences")
+
+
 def test_files(model: str, trace: str, tmp_path: Path) -> None:
     names = [tmp_path / name for name in ("p.json", "map.json", "p.svg")]
     options = zip(("-o", "--placement", "--picture"), map(str, names), strict=True)
@@ -82,7 +95,7 @@ def test_files(model: str, trace: str, tmp_path: Path) -> None:
 def test_json_and_explanation(model: str) -> None:
     plan = json.loads(run("plan", model, "--cluster", "h100-8", "--json").stdout)
     assert plan["devices"] == 8
-    assert {number["source"] for number in plan["numbers"]} == {"data sheet", "assumed"}
+    assert {number["source"] for number in plan["numbers"]} == {"data sheet", "assumed", "measured"}
     text = run("plan", model, "--cluster", "h100-8", "--explain", "1").stdout
     assert "combinations of degrees considered" in text
     assert any(line.startswith(">") for line in text.splitlines())
@@ -101,6 +114,8 @@ def test_a_token_with_many_experts_on_a_node_goes_there_once(model: str) -> None
     ("arguments", "message"),
     [
         (["--cluster", "no"], "no is neither a file nor a preset"),
+        (["--cluster", "h100-8", "--nodes", "2"], "has no links between nodes"),
+        (["--measure", "m.yaml", "--nodes", "2"], "--nodes is for a --cluster; --nproc is the"),
         (["--cluster", "h100-8", "--routing", "odd"], "odd is not a distribution"),
         (["--cluster", "h100-8", "--spare", "x"], "write shares such as 0,0.125"),
         (["--cluster", "h100-8", "--explain", "7"], "the model has 2 layers"),

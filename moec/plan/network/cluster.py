@@ -60,9 +60,15 @@ class Level(Record, frozen=True, kw_only=True):
 
 
 class Cluster(Record, frozen=True, kw_only=True):
+    """`one_sided` are the seconds of a kernel that writes rows into the memory of other ranks
+    (DeepEP), besides latency and bytes: its messages are under way together, and so are both stages
+    of an exchange that forwards rows. Without it, exchanges are collectives that send one message
+    after the other."""
+
     name: str
     device: ClusterDevice
     levels: tuple[Level, ...]
+    one_sided: Quantity | None = None
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -117,6 +123,8 @@ class Cluster(Record, frozen=True, kw_only=True):
         ]
         if device.dispatch_bandwidth:
             rows.append(("bandwidth of dispatch, bytes/s", device.dispatch_bandwidth))
+        if self.one_sided:
+            rows.append(("one-sided exchange besides latency and bytes, s", self.one_sided))
         for level in self.levels:
             rows.append((f"{level.name} latency, s", level.latency))
             rows.append((f"{level.name} bandwidth of a link, bytes/s", level.bandwidth))

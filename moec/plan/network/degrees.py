@@ -59,7 +59,7 @@ def legal(layer: Layers, cluster: Cluster, spare: tuple[float, ...] = SPARE) -> 
                 continue
             for experts in divisors(cluster.devices // slices):
                 for slots in _slots(layer.experts, experts, spare):
-                    for form in _forms(experts, slices, cluster.node_size):
+                    for form in _forms(experts, slices, cluster):
                         yield Degrees(attention, experts, slices, slots, form)
 
 
@@ -72,11 +72,12 @@ def _slots(experts: int, ranks: int, spare: tuple[float, ...]) -> list[int]:
     return sorted(numbers)
 
 
-def _forms(experts: int, slices: int, node: int) -> list[Form]:
+def _forms(experts: int, slices: int, cluster: Cluster) -> list[Form]:
     """The forms of exchange to try. With slices, rows are sent to one slice and gathered there;
-    this coordinated exchange has fewer hops and bytes than a flat one to every slice."""
+    this coordinated exchange has fewer hops and bytes than a flat one to every slice. One-sided
+    rows are forwarded, and the deduplicated form is never behind other stages."""
     forms: list[Form] = ["flat" if slices == 1 else "coordinated"]
-    near = max(1, node // slices)
+    near = max(1, cluster.node_size // slices)
     if experts > near and experts % near == 0 and near > 1:
-        forms += STAGED
+        forms += ("deduplicated",) if cluster.one_sided else STAGED
     return forms

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Literal
 
+from moec.plan.inputs.model import Layers
 from moec.plan.network.cluster import Cluster
 
 Form = Literal["flat", "hierarchical", "rail", "deduplicated", "coordinated"]
@@ -17,15 +18,17 @@ FORMS: tuple[Form, ...] = ("flat", "hierarchical", "rail", "deduplicated", "coor
 STAGED: tuple[Form, ...] = ("hierarchical", "rail", "deduplicated")
 """The forms with a stage inside nodes and a stage between them."""
 CALLS = 2
-"""Collectives of a stage in one direction, as the mean of both: counts, rows and slots on the way
-out, rows on the way back."""
+"""Rounds of an exchange in one direction, as the mean of both: counts, rows and slots on the way
+out, rows on the way back. One-sided rows without stages need one round: their buffers have room for
+any number of rows."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One direction of an exchange: the messages that a rank sends one after the other, the bytes
-    that it sends inside its node and across nodes, and the bytes that it copies in its own
-    memory."""
+    """One direction of an exchange: the messages that a rank sends, the bytes that it sends inside
+    its node and across nodes, and the bytes that it copies in its own memory. With `staged`, rows
+    change ranks between nodes and inside them one after the other; with `forwarded`, a row needs
+    not wait for others between them."""
 
     hops_inside: int
     hops_across: int
@@ -33,6 +36,7 @@ class Exchange:
     bytes_across: float
     bytes_copied: float = 0.0
     staged: bool = False
+    forwarded: bool = False
 
     @property
     def published_hops(self) -> int:
@@ -89,6 +93,7 @@ def deduplicated(ranks: int, node: int, volume: float, away: float) -> Exchange:
         volume * away,
         bytes_copied=2 * volume,
         staged=True,
+        forwarded=True,
     )
 
 
@@ -115,13 +120,24 @@ def exchange(form: Form, ranks: int, node: int, volume: float, away: float = 1.0
 def seconds(step: Exchange, cluster: Cluster, span: int) -> float:
     """Seconds of one direction, for a group whose ranks are among `span` neighbouring devices."""
     inside, across = cluster.levels[0], cluster.level_of(span)
-    stages = (inside, across) if step.staged else (across,)
-    calls = sum(CALLS * level.call_seconds for level in stages)
     near = step.bytes_inside / inside.share()
     far = step.bytes_across / across.share()
-    moved = near + far if step.staged else max(near, far)
-    latency = step.hops_inside * inside.latency.value + step.hops_across * across.latency.value
-    return calls + latency + moved + 2 * step.bytes_copied / cluster.device.copy_bandwidth
+    copied = 2 * step.bytes_copied / cluster.device.copy_bandwidth
+    if cluster.one_sided is None:
+        stages = (inside, across) if step.staged else (across,)
+        calls = sum(CALLS * level.call_seconds for level in stages)
+        latency = step.hops_inside * inside.latency.value + step.hops_across * across.latency.value
+        return calls + latency + copied + (near + far if step.staged else max(near, far))
+    kernel = cluster.one_sided.value
+    hops = ((inside, step.hops_inside), (across, step.hops_across))
+    least = [level.latency.value for level, messages in hops if messages]
+    if not least:
+        return 0.0
+    if not step.staged:
+        return kernel + max(least) + max(near, far)
+    if step.forwarded:
+        return CALLS * (kernel + sum(least)) + max(near, far)
+    return CALLS * (2 * kernel + sum(least)) + copied + near + far
 
 
 def collective_seconds(kind: str, size: float, ranks: int, span: int, cluster: Cluster) -> float:
@@ -143,6 +159,25 @@ def distinct_nodes(experts: int, k: int, nodes: int) -> float:
     return nodes * (1 - comb(experts - each, k) / comb(experts, k))
 
 
-def even_away(experts: int, k: int, nodes: int) -> float:
-    """The number of other nodes that a token goes to, over k, if all choices are equally likely."""
-    return distinct_nodes(experts, k, nodes) * (nodes - 1) / nodes / k
+def even_away(layer: Layers, nodes: int) -> float:
+    """The number of other nodes that a token goes to, over k, if all choices are equally likely.
+    With experts in groups, they are of the same few groups, and neighbouring groups share nodes."""
+    groups, chosen = layer.groups, layer.k_groups
+    if groups <= nodes:
+        among = max(1, nodes * chosen // groups)
+        distinct = distinct_nodes(layer.experts * chosen // groups, layer.k, among)
+    else:
+        each, more = divmod(groups, nodes)
+        distinct = (nodes - more) * _reached(layer, each) + more * _reached(layer, each + 1)
+    return distinct * (nodes - 1) / nodes / layer.k
+
+
+def _reached(layer: Layers, of_node: int) -> float:
+    """The probability that a token has an expert on a node that holds so many groups."""
+    groups, chosen, size = layer.groups, layer.k_groups, layer.experts // layer.groups
+    missed = sum(
+        comb(of_node, here) * comb(groups - of_node, chosen - here)
+        * comb(size * (chosen - here), layer.k)
+        for here in range(min(of_node, chosen) + 1)
+    )  # fmt: skip
+    return 1 - missed / (comb(groups, chosen) * comb(size * chosen, layer.k))

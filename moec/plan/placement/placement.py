@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +37,7 @@ class Placement:
     def ranks(self) -> int:
         return len(self.slots)
 
-    @property
+    @cached_property
     def most(self) -> int:
         """The greatest number of slots of a rank."""
         return max(map(len, self.slots))
@@ -82,17 +84,20 @@ def place(loads: Loads, ranks: int, slots: int | None = None, restarts: int = 0)
         heaviest = float(rank_loads(shares, held).max())
         if heaviest < busiest and sum(map(len, held)) == slots:
             return Placement(held, heaviest, bound)
-    order = np.lexsort((owner, rank_of))
-    ends = np.cumsum(np.bincount(rank_of, minlength=ranks))[:-1]
-    held = tuple(tuple(part.tolist()) for part in np.split(owner[order], ends))
+    experts_of = owner[np.lexsort((owner, rank_of))].tolist()
+    ends = np.cumsum(np.bincount(rank_of, minlength=ranks)).tolist()
+    held = tuple(tuple(experts_of[start:end]) for start, end in pairwise([0, *ends]))
     return Placement(held, busiest, bound)
 
 
 def rank_loads(loads: Loads, slots: Sequence[Sequence[int]]) -> Loads:
     """The load of each rank with these slots, as a share of all rows [ranks]."""
     shares = loads / max(float(loads.sum()), 1e-300)
-    copies = np.bincount([e for held in slots for e in held], minlength=len(loads))
-    return np.array([sum(shares[e] / copies[e] for e in held) for held in slots])
+    experts = np.array([e for held in slots for e in held], np.int64)
+    ranks = np.repeat(np.arange(len(slots)), list(map(len, slots)))
+    copies = np.bincount(experts, minlength=len(loads))
+    each = shares[experts] / copies[experts]
+    return np.bincount(ranks, each, len(slots)).astype(np.float64, copy=False)
 
 
 def replicate(shares: Loads, slots: int, most: int) -> Ids:

@@ -14,6 +14,11 @@ _HEAD = (
     "exchange ms", "experts ms", "layer ms",
 )  # fmt: skip
 
+_OVERLAP = {
+    False: "shared experts run while rows travel",
+    True: "rows of one micro-batch travel during the products of the other",
+}
+
 
 def show(plan: Plan) -> str:
     """The plan as a table, with the numbers on which it is based."""
@@ -34,7 +39,7 @@ def show(plan: Plan) -> str:
         "",
         "Numbers used:",
         *columns([(n.name, f"{n.value:.4g}", n.source, n.note) for n in plan.numbers]),
-        "All times are predicted from these; shared experts run while rows travel (assumed).",
+        f"All times are predicted from these; {_OVERLAP[plan.workload.overlap]} (assumed).",
     ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 

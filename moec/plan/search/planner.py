@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
-from moec.plan.inputs.model import Model
+from moec.plan.inputs.model import Layers, Model
 from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import Cluster
 from moec.plan.network.degrees import SPARE, Degrees, legal
@@ -55,6 +55,7 @@ class Planner:
     trace: RoutingTrace | None = None
     groups: Mapping[str, Sequence[int]] = field(default_factory=dict)
     _placements: dict[tuple[int, int, int], Placement] = field(default_factory=dict, repr=False)
+    _slots: dict[Layers | int, dict[Degrees, list[int]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.groups) > self.cluster.devices:
@@ -73,7 +74,19 @@ class Planner:
     def cost(self) -> CostModel:
         return CostModel(self.model, self.cluster, self.workload, self.placement)
 
+    @cached_property
+    def _representatives(self) -> tuple[int, ...]:
+        """For each layer, the first one of equal sizes and loads; without a trace, they cost the
+        same."""
+        first: dict[tuple[Layers | int, bytes], int] = {}
+        keys = [
+            (layer if self.trace is None else index, load.tobytes())
+            for index, (layer, load) in enumerate(zip(self.cost.layers, self.loads, strict=True))
+        ]
+        return tuple(first.setdefault(key, index) for index, key in enumerate(keys))
+
     def placement(self, layer: int, ranks: int, slots: int) -> Placement:
+        layer = self._representatives[layer]
         key = (layer, ranks, slots)
         if key not in self._placements:
             loads = self.loads[layer]
@@ -93,19 +106,24 @@ class Planner:
 
     @cached_property
     def _costs(self) -> list[dict[Degrees, CostedDegrees]]:
-        return [
-            {
-                degrees: CostedDegrees(degrees, self.layer_cost(index, degrees))
-                for degrees in self.legal(index)
-                if not self._spare_is_useless(index, layer.experts, degrees)
-            }
-            for index, layer in enumerate(self.cost.layers)
-        ]
+        result: list[dict[Degrees, CostedDegrees]] = []
+        for index, layer in enumerate(self.cost.layers):
+            if (first := self._representatives[index]) < index:
+                result.append(dict(result[first]))
+                continue
+            result.append(
+                {
+                    degrees: CostedDegrees(degrees, self.layer_cost(index, degrees))
+                    for degrees in self.legal(index)
+                    if not self._spare_is_useless(index, layer.experts, degrees)
+                }
+            )
+        return result
 
     def layer_cost(self, index: int, degrees: Degrees) -> LayerCost:
         """The cost of a layer. With a trace, a row of a deduplicated exchange goes to as many nodes
         as in the trace."""
-        reach = self._reach(index)
+        reach, index = self._reach(index), self._representatives[index]
         if reach is None or degrees.form != "deduplicated":
             return self.cost.layer(index, degrees)
         placement = self.placement(index, degrees.experts, degrees.slots)
@@ -177,10 +195,13 @@ class Planner:
 
     def slots_of(self, index: int) -> dict[Degrees, list[int]]:
         """The numbers of slots that a layer may have, by its degrees without them."""
-        numbers: dict[Degrees, list[int]] = {}
-        for degrees in self.legal(index):
-            numbers.setdefault(replace(degrees, slots=0), []).append(degrees.slots)
-        return numbers
+        key = index if self.groups else self.cost.layers[index]
+        if key not in self._slots:
+            numbers: dict[Degrees, list[int]] = {}
+            for degrees in self.legal(index):
+                numbers.setdefault(replace(degrees, slots=0), []).append(degrees.slots)
+            self._slots[key] = numbers
+        return self._slots[key]
 
     def _count(self, degrees: Sequence[Degrees]) -> bool:
         """Count on the trace the nodes of these degrees, whose costs were estimates; True if none
@@ -288,8 +309,10 @@ class Planner:
     def too_large(self) -> str:
         least = sum(min(c.cost.memory for c in options) for options in self.candidates)
         limit = max(0.0, self.cost.memory_limit)
+        training = self.workload.phase == "training"
+        stored, fewer = ("activations", "tokens") if training else ("caches", "sequences")
         return (
             f"{self.model.name} does not fit {self.cluster.name}: at least {least / 1e9:.1f} GB a "
-            f"device for weights and caches, {limit / 1e9:.1f} GB are free; use more devices, "
-            "fewer sequences or weights of fewer bits"
+            f"device for weights and {stored}, {limit / 1e9:.1f} GB are free; use more devices, "
+            f"fewer {fewer} or weights of fewer bits"
         )

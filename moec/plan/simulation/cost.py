@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from msgspec.structs import replace
+
 from moec.plan.inputs.model import Layers, Model
-from moec.plan.inputs.workload import Workload
+from moec.plan.inputs.workload import Workload, activations
 from moec.plan.network.cluster import Cluster
 from moec.plan.network.degrees import Degrees
 from moec.plan.network.exchange import CALLS, collective_seconds, even_away, exchange, seconds
@@ -51,6 +53,10 @@ class CostModel:
     def layers(self) -> tuple[Layers, ...]:
         return self.model.each_layer
 
+    @cached_property
+    def devices(self) -> int:
+        return self.cluster.devices
+
     def layer(self, index: int, degrees: Degrees) -> LayerCost:
         """The cost of layer `index`."""
         busiest = 1.0
@@ -65,23 +71,25 @@ class CostModel:
         and the load of the busiest link is `link` times the mean. `away` is the number of other
         nodes that a token goes to, over its k experts; None assumes that all are equally likely."""
         layer = self.layers[index]
-        parts = dict(self._common(index, degrees.attention))
-        hidden, held = 0.0, 0
+        parts, hidden, held = self._parts_of(index, degrees.attention), 0.0, 0
         if layer.experts:
             held = self.placement(index, degrees.experts, degrees.slots).most
-            parts |= self._of_experts(index, degrees, held, busiest, link, away)
-            if layer.dense_hidden:
+            parts |= self._parts_of_experts(index, degrees, held, busiest, link, away)
+            if self.workload.overlap:
+                moved = parts["exchange out"] + parts["exchange back"]
+                hidden = min(moved, sum(parts.values()) - moved)
+            elif layer.dense_hidden:
                 hidden = min(parts["dense"], parts["exchange out"])
         if sums := self._gradients(layer, degrees, held):
             parts["gradients"] = sums
-        return LayerCost(parts, hidden, self._memory(layer, degrees, held))
+        return LayerCost(parts, hidden, self._memory(layer, degrees, held, busiest))
 
     def reshard(self, one: int, two: int) -> float:
         """Seconds to gather activations between layers with different attention degrees."""
         if one == two:
             return 0.0
         wide = max(one, two)
-        size = self.workload.tokens / self.cluster.devices * wide * self.model.width * CACHE_BYTES
+        size = self.workload.tokens / self.devices * wide * self.model.width * CACHE_BYTES
         return collective_seconds("all_gather", size, wide, wide, self.cluster)
 
     @property
@@ -96,11 +104,21 @@ class CostModel:
     def buffers(self) -> float:
         """Bytes of rows in transit on a rank in both directions, with room for twice the mean."""
         most = max((layer.k for layer in self.model.layers), default=0)
-        rows = self.workload.tokens / self.cluster.devices * most
+        rows = self.workload.tokens / self.devices * most
         return 2 * rows * self.model.width * sum(self.workload.row_bytes)
 
-    def _common(self, index: int, degree: int) -> Mapping[str, float]:
+    @cached_property
+    def _half(self) -> CostModel:
+        """The costs of one of two micro-batches."""
+        work = self.workload
+        tokens, sequences = -(-work.tokens // 2), -(-work.sequences // 2)
+        half = replace(work, tokens=tokens, sequences=sequences, overlap=False)
+        return CostModel(self.model, self.cluster, half, self.placement)
+
+    def _parts_of(self, index: int, degree: int) -> dict[str, float]:
         """The parts that depend only on the attention degree, cached."""
+        if self.workload.overlap:
+            return _twice(self._half._parts_of(index, degree))
         if (index, degree) not in self._parts:
             layer = self.layers[index]
             self._parts[index, degree] = {
@@ -108,13 +126,16 @@ class CostModel:
                 "dense": self._dense(layer, degree),
                 "collectives": self._collectives(layer, degree),
             }
-        return self._parts[index, degree]
+        return dict(self._parts[index, degree])
 
-    def _of_experts(
+    def _parts_of_experts(
         self, index: int, degrees: Degrees, held: int, busiest: float, link: float,
         away: float | None,
     ) -> Mapping[str, float]:  # fmt: skip
         """The parts that do not depend on the attention degree, cached."""
+        if self.workload.overlap:
+            half = self._half._parts_of_experts(index, degrees, held, busiest, link, away)
+            return _twice(half)
         form, sizes = degrees.form, (degrees.experts, degrees.slices, degrees.slots)
         key = (index, form, *sizes, busiest, link, -1.0 if away is None else away)
         if key not in self._routed:
@@ -132,22 +153,24 @@ class CostModel:
         return max(flop / rate, size / (device.memory_bandwidth.value * device.efficiency.value))
 
     def _attention(self, layer: Layers, degree: int) -> float:
-        work, share = self.workload, 1 / self.cluster.devices
+        work, share = self.workload, 1 / self.devices
         tokens = work.tokens * share
-        flop = work.passes * tokens * 2 * layer.attention
-        flop += work.passes * tokens * 4 * layer.heads * layer.head_width * work.context
+        pairs = work.attended * layer.pair_flop(decode=work.phase == "decode")
+        flop = work.passes * tokens * (2 * layer.attention + pairs)
         size = layer.attention * self.model.bytes_per_weight / degree + self._cache(layer, degree)
         return self._roofline(flop, size)
 
     def _cache(self, layer: Layers, degree: int) -> float:
-        """Bytes of a rank's share of a layer's KV cache."""
+        """Bytes of a rank's share of a layer's KV cache, which training does not have."""
+        if self.workload.phase == "training":
+            return 0.0
         numbers = self.workload.sequences * self.workload.context * layer.kv_values
         copies = degree / min(degree, layer.kv_heads)
-        return numbers * CACHE_BYTES * copies / self.cluster.devices
+        return numbers * CACHE_BYTES * copies / self.devices
 
     def _dense(self, layer: Layers, degree: int) -> float:
         parameters = self.model.dense_parameters(layer) - layer.attention
-        flop = self.workload.passes * 2 * parameters * self.workload.tokens / self.cluster.devices
+        flop = self.workload.passes * 2 * parameters * self.workload.tokens / self.devices
         return self._roofline(flop, parameters * self.model.bytes_per_weight / degree)
 
     def _experts(
@@ -155,7 +178,7 @@ class CostModel:
     ) -> dict[str, float]:
         work, model = self.workload, self.model
         k = _experts_of_token(layer)
-        tokens = work.tokens / degrees.copies(self.cluster.devices)
+        tokens = work.tokens / degrees.copies(self.devices)
         rows = busiest * tokens * k / degrees.experts
         parameters = model.expert_parameters(layer) / degrees.slices
         read = held * (1 - (1 - min(1.0, k / layer.experts)) ** tokens)
@@ -168,17 +191,17 @@ class CostModel:
         rate = self.cluster.device.dispatch_bandwidth
         if rate is None:
             return {}
-        rows = self.workload.tokens / self.cluster.devices * _experts_of_token(layer)
+        rows = self.workload.tokens / self.devices * _experts_of_token(layer)
         return {"routing": rows * self.model.width * sum(self.workload.row_bytes) / rate.value}
 
     def _exchanges(
         self, layer: Layers, degrees: Degrees, link: float, away: float | None
     ) -> dict[str, float]:
         work, k = self.workload, _experts_of_token(layer)
-        sent = work.tokens / self.cluster.devices * k * self.model.width * link
+        sent = work.tokens / self.devices * k * self.model.width * link
         if away is None and degrees.form == "deduplicated":
             nodes = degrees.experts * degrees.slices // self.cluster.node_size
-            away = even_away(layer.experts, layer.k, nodes)
+            away = even_away(layer, nodes)
         ways = ("exchange out", "exchange back")
         return {
             way: self._exchange(degrees, sent * width, away or 0.0) * (2 if work.passes > 1 else 1)
@@ -213,7 +236,7 @@ class CostModel:
         """Training: seconds to sum gradients over the ranks that hold the same weights."""
         if self.workload.phase != "training":
             return 0.0
-        cluster, devices = self.cluster, self.cluster.devices
+        cluster, devices = self.cluster, self.devices
         size = self.model.dense_parameters(layer) / degrees.attention * CACHE_BYTES
         data = devices // degrees.attention
         total = collective_seconds("all_reduce", size, data, devices, cluster)
@@ -223,13 +246,31 @@ class CostModel:
             total += collective_seconds("all_reduce", size, copies, devices, cluster)
         return total
 
-    def _memory(self, layer: Layers, degrees: Degrees, held: int) -> float:
+    def _memory(self, layer: Layers, degrees: Degrees, held: int, busiest: float) -> float:
         weights = self.workload.weight_bytes or self.model.bytes_per_weight
         expert = held * self.model.expert_parameters(layer) / degrees.slices
         dense = self.model.dense_parameters(layer) / degrees.attention
-        return (expert + dense) * weights + self._cache(layer, degrees.attention)
+        stored = (expert + dense) * weights + self._cache(layer, degrees.attention)
+        return stored + self._activations(layer, degrees, busiest)
+
+    def _activations(self, layer: Layers, degrees: Degrees, busiest: float) -> float:
+        """Training: bytes that the backward pass needs. The ranks of an attention each hold some
+        heads of all their tokens, or all heads of some; each slice holds rows of its own."""
+        if self.workload.phase != "training":
+            return 0.0
+        of_token, of_row = activations(self.model, layer)
+        tokens = self.workload.tokens / self.devices
+        if not layer.experts:
+            return tokens * of_token * CACHE_BYTES
+        inputs = 2 * self.model.width * (degrees.slices - 1)
+        rows = busiest * tokens * _experts_of_token(layer)
+        return (tokens * of_token + rows * (of_row + inputs)) * CACHE_BYTES
 
 
 def _experts_of_token(layer: Layers) -> float:
     """The mean number of experts with a network that a token goes to."""
     return layer.k * layer.experts / (layer.experts + layer.zero_experts)
+
+
+def _twice(parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: 2 * part for name, part in parts.items()}

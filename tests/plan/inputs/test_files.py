@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from moec.errors import UsageError
 from moec.ir.text import parse
@@ -31,6 +32,7 @@ def test_models_have_as_many_parameters_as_published(name: str, billions: float)
         ("h100-8", 8, 1),
         ("superpod-32", 256, 32),
         ("superpod-128", 1024, 128),
+        ("h800-40", 320, 40),
         ("cpu-8-nodes", 16, 8),
     ],
 )
@@ -41,7 +43,7 @@ def test_clusters(name: str, devices: int, nodes: int) -> None:
 
 
 def test_every_preset_is_tested() -> None:
-    assert len(preset_names("clusters")) == 5
+    assert len(preset_names("clusters")) == 6
     assert len(preset_names("models")) == 4
 
 
@@ -79,6 +81,10 @@ def test_more_choices_than_experts(tmp_path: Path) -> None:
     path.write_text("name: m\nwidth: 8\nweights: bf16\nlayers: [{experts: 2, k: 3, hidden: 4}]")
     with pytest.raises(UsageError, match="3 of 2 experts per token is not possible"):
         read_model(str(path))
+    layer = "{experts: 8, k: 3, hidden: 4, groups: 4, k_groups: 1}"
+    path.write_text(f"name: m\nwidth: 8\nweights: bf16\nlayers: [{layer}]")
+    with pytest.raises(UsageError, match="3 of 8 experts in 1 of 4 groups is not possible"):
+        read_model(str(path))
 
 
 def test_sizes_of_a_configuration() -> None:
@@ -88,12 +94,13 @@ def test_sizes_of_a_configuration() -> None:
         "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "intermediate_size": 18432,
         "n_shared_experts": 1, "first_k_dense_replace": 3, "q_lora_rank": 1536,
         "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
-        "vocab_size": 129280, "quantization_config": {"quant_method": "fp8"},
+        "vocab_size": 129280, "n_group": 8, "topk_group": 4,
+        "quantization_config": {"quant_method": "fp8"},
     }  # fmt: skip
     model, preset = of_config(config, "config.json"), read_model("deepseek-v3")
     assert model.parameters == preset.parameters
     assert model.weights == "fp8"
-    assert [layer.kv_values for layer in model.each_layer] == [576] * 61
+    assert model.layers == tuple(replace(layer, repeat=1) for layer in preset.each_layer)
 
 
 def test_a_configuration_that_lacks_a_size() -> None:

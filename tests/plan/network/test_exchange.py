@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
+from benchmarks.plans.deepep import Figure, figures, fit
 from moec.plan.inputs.files import Quantity
-from moec.plan.inputs.model import read_model
+from moec.plan.inputs.model import Layers, read_model
 from moec.plan.inputs.popularity import of_distribution
 from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import link_graph, read_cluster, route
@@ -62,7 +63,7 @@ def test_distinct_nodes_of_a_token(nodes: int, mean: float) -> None:
 def test_a_token_crosses_once_to_each_node(nodes: int, mean: float) -> None:
     """E = 256, k = 8 on nodes of 8: each choice is a row of the other forms."""
     ranks, volume = 8 * nodes, 8.0
-    away = even_away(256, 8, nodes)
+    away = even_away(Layers(experts=256, k=8), nodes)
     once, two = deduplicated(ranks, 8, volume, away), hierarchical(ranks, 8, volume)
     assert once.bytes_across == pytest.approx(mean * (nodes - 1) / nodes, abs=0.02)
     assert once.bytes_across < two.bytes_across
@@ -70,12 +71,19 @@ def test_a_token_crosses_once_to_each_node(nodes: int, mean: float) -> None:
     assert once.bytes_inside == two.bytes_inside
 
 
+@pytest.mark.parametrize(("nodes", "mean"), [(2, 1.925), (4, 2.93), (8, 3.63), (16, 5.33)])
+def test_a_token_of_four_groups_of_eight(nodes: int, mean: float) -> None:
+    """DeepSeek-V3; means of 4000 drawn tokens."""
+    layer = read_model("deepseek-v3").layers[-1]
+    assert even_away(layer, nodes) * 8 * nodes / (nodes - 1) == pytest.approx(mean, rel=0.01)
+
+
 def test_more_nodes_than_experts() -> None:
     assert distinct_nodes(4, 2, 8) == pytest.approx(8 * (1 - 3 / 6))
 
 
 def test_two_stages_pay_for_small_messages_only() -> None:
-    cluster = read_cluster("superpod-32")
+    cluster = replace(read_cluster("superpod-32"), one_sided=None)
 
     def faster(volume: float) -> bool:
         two = seconds(hierarchical(256, 8, volume), cluster, 256)
@@ -85,9 +93,51 @@ def test_two_stages_pay_for_small_messages_only() -> None:
     assert not faster(1e9)
 
 
+def test_one_sided_messages_are_under_way_together() -> None:
+    """A flat exchange of 320 ranks has one latency, and that of the slower level."""
+    cluster = read_cluster("h800-40")
+    inside, across = cluster.levels
+    assert cluster.one_sided is not None
+    kernel, volume = cluster.one_sided.value, 1e7
+    once = kernel + across.latency.value
+    far = volume * 312 / 320 / across.bandwidth.value
+    assert seconds(flat(320, 8, volume), cluster, 320) == pytest.approx(once + far)
+    both = inside.latency.value + across.latency.value
+    step = deduplicated(320, 8, volume, 0.5)
+    forwarded = 2 * (kernel + both) + volume / 2 / across.bandwidth.value
+    assert seconds(step, cluster, 320) == pytest.approx(forwarded)
+    rail = seconds(rail_aligned(320, 8, volume), cluster, 320)
+    near = volume * 7 / 8 / inside.bandwidth.value
+    copied = 2 * volume / cluster.device.copy_bandwidth
+    sent = near + volume * 39 / 40 / across.bandwidth.value
+    assert rail == pytest.approx(2 * (2 * kernel + both) + sent + copied)
+    two_sided = replace(cluster, one_sided=None)
+    serial = 7 * inside.latency.value + 312 * across.latency.value
+    assert seconds(flat(320, 8, volume), two_sided, 320) == pytest.approx(serial + far)
+
+
+FIGURES, OTHERS = figures()
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda f: f"{f.kernel} {f.ranks} {f.way}")
+def test_published_times_of_deepep(figure: Figure) -> None:
+    """Three parameters for 20 times: the greatest error is 7.8 %."""
+    assert abs(figure.error(read_cluster("h800-40"))) < 0.2
+
+
+def test_parameters_are_those_of_least_error() -> None:
+    cluster = read_cluster("h800-40")
+    fitted = fit(cluster, FIGURES)
+    for one, two in zip(cluster.levels, fitted.levels, strict=True):
+        assert one.bandwidth.value == pytest.approx(two.bandwidth.value, rel=0.01)
+    assert cluster.one_sided is not None
+    assert fitted.one_sided is not None
+    assert cluster.one_sided.value == pytest.approx(fitted.one_sided.value, rel=0.01)
+
+
 def test_calls_and_sorted_rows_of_a_measured_cluster() -> None:
     """A stage has two collectives in one direction, and both stages of a node are on its link."""
-    cluster, volume = read_cluster("h100-8"), 1e6
+    cluster, volume = replace(read_cluster("h100-8"), one_sided=None), 1e6
     (level,) = cluster.levels
     slow = replace(level, call=Quantity(1e-3, "measured"))
     device = replace(cluster.device, dispatch_bandwidth=Quantity(1e9, "measured"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from moec.plan.inputs.model import Layers, Model, read_model
 from moec.plan.inputs.popularity import of_distribution
 from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import read_cluster, with_nodes
+from moec.plan.network.degrees import Degrees
+from moec.plan.plan import LayerPlan
 from moec.plan.search.planner import Planner
 from moec.plan.search.uniform import best_uniform
 from moec.plan.simulation.simulate import drawn, simulate, traffic
@@ -72,6 +76,45 @@ def test_eight_experts_on_two_nodes_are_reached_once_a_node() -> None:
     assert counts.sent_across.sum() == pytest.approx(0.99 * len(ids), rel=0.02)
     rail = msgspec.structs.replace(plan.layers[0], form="rail")
     assert traffic(ids, rail, 16, 8).sent_across.sum() == pytest.approx(4 * len(ids), rel=0.02)
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(40, 320), (18, 144)])
+def test_decoding_of_deepseek_v3_with_few_tokens(nodes: int, ranks: int) -> None:
+    """256 tokens for each expert, as DeepSeek-V3 decodes on 320 GPUs (arXiv 2412.19437, section
+    3.4.2): reading experts costs more than an exchange with all ranks."""
+    plan = deepseek(nodes, tokens=32, context=4989, phase="decode", sequences=32).best()
+    degrees = {(layer.ranks, layer.form) for layer in plan.layers if layer.experts}
+    assert degrees == {(ranks, "flat")}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompts_of_deepseek_v3(overlap: bool) -> None:
+    """EP 32 on 32 GPUs, as DeepSeek-V3 has it (section 3.4.1). Layers with fewer ranks are as many
+    as the rest of the memory holds."""
+    p = deepseek(4, tokens=4096, context=4096, phase="prefill", sequences=1, overlap=overlap)
+    plan = p.best()
+    layers = [layer for layer in plan.layers if layer.experts]
+    wide = [layer for layer in layers if (layer.ranks, layer.form) == (32, "deduplicated")]
+    assert wide
+    assert all(layer.ranks <= 8 for layer in layers if layer not in wide)
+    assert plan.memory > 0.98 * plan.memory_limit
+    two_nodes = p.layer_cost(10, Degrees(1, 16, 1, 256, "deduplicated"))
+    assert two_nodes.seconds == pytest.approx(p.layer_cost(10, degrees_of(wide[0])).seconds)
+
+
+def deepseek(nodes: int, tokens: int, sequences: int, **work: Any) -> Planner:
+    """Of DeepSeek-V3 in fp8 on nodes of 8 H800, with so many tokens and sequences a device."""
+    cluster = with_nodes(read_cluster("h800-40"), nodes)
+    numbers = {"tokens": tokens * cluster.devices, "sequences": sequences * cluster.devices}
+    model = read_model("deepseek-v3")
+    loads = of_distribution("uniform", [layer.experts for layer in model.each_layer])
+    workload = Workload(**numbers, compute="fp8", send="fp8", **work)
+    return Planner(model, cluster, workload, loads, "")
+
+
+def degrees_of(layer: LayerPlan) -> Degrees:
+    slots = sum(map(len, layer.slots))
+    return Degrees(layer.attention, layer.ranks, layer.slices, slots, layer.form)
 
 
 def test_a_model_that_does_not_fit() -> None:
