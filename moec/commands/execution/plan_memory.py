@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moec.commands.inspect import is_artifact, of_artifact
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 
@@ -27,14 +26,13 @@ CONTEXT = 256
 def plan_memory(path: Path, limits: str, trace: Path | None, as_json: bool) -> None:
     """Prints what is expected of a model within each of the limits, 2GiB,4GiB.
 
-    Raises UsageError for what is no artifact with a store, or no size.
+    Raises UsageError for what is no size or an artifact without a store, and ArtifactError for what
+    is none.
     """
     from moec.report.units import size
     from moec.runtime.process.byte_sizes import bytes_of
 
     sizes = [bytes_of(limit) for limit in limits.split(",")]
-    if not is_artifact(path):
-        raise UsageError(f"--memory plans an artifact, and {path} is none: compile it first")
     speeds, rows = _expected(path, sizes, trace)
     if as_json:
         rows_in_json = [asdict(row) for row in rows]
@@ -63,6 +61,7 @@ def _expected(
     path: Path, limits: Sequence[int], trace: Path | None
 ) -> tuple[Speeds, list[Residency]]:
     from moec.plan.simulation.within_memory import Speeds, expect
+    from moec.report.data import ReportData
     from moec.runtime.artifact.artifact import read
     from moec.runtime.call.routing_trace import load_trace
     from moec.runtime.checks import free_memory
@@ -82,7 +81,7 @@ def _expected(
     routing = None if trace is None else load_trace(trace)
     if DECODE not in opened.package.functions:
         raise UsageError(f"--memory plans the generation of text, and {path} generates none")
-    report, _ = of_artifact(path)
+    report = ReportData.of_dict(opened.manifest.extra["report"])
     store = opened.package.store
     assert store is not None
     top_k = [_top_k(stacks[0].layer, report.blocks) for stacks in store.layers]

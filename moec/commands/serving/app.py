@@ -23,25 +23,28 @@ from moec.commands.serving.errors import ERROR_HEADERS, ApiError, invalid
 from moec.commands.serving.fields import json_body, read_fields
 from moec.commands.serving.openapi import document
 from moec.commands.serving.page import page
-from moec.commands.serving.service import Service
+from moec.commands.serving.service import ServedModels, Service
 from moec.commands.serving.stats import stats
+from moec.commands.serving.worker import SHUTTING_DOWN
 from moec.errors import MoecError
 
 MOST_BYTES = 8_000_000  # of a body
 OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")  # without a key
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on
 
-Handler = Callable[[Service, Request], Awaitable[Response]]
+Handler = Callable[[ServedModels, Request], Awaitable[Response]]
 
 
-def application(service: Service) -> Starlette:
-    """The application; its lifespan is that of the engine's thread."""
+def application(served: ServedModels) -> Starlette:
+    """The application; its lifespan is that of the engines' threads."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        service.worker.start()
+        for service in served.models.values():
+            service.worker.start()
         yield
-        await asyncio.to_thread(service.worker.stop)
+        for service in served.models.values():
+            await asyncio.to_thread(service.worker.stop)
 
     posts: dict[str, Handler] = {
         "/v1/chat/completions": partial(_complete, chat=True),
@@ -59,26 +62,29 @@ def application(service: Service) -> Starlette:
         "/metrics": _metrics,
         "/openapi.json": _openapi,
     }
-    routes = [Route(p, partial(_guarded, service, h), methods=["POST"]) for p, h in posts.items()]
-    routes += [Route(p, partial(_guarded, service, h)) for p, h in gets.items()]
+    routes = [Route(p, partial(_guarded, served, h), methods=["POST"]) for p, h in posts.items()]
+    routes += [Route(p, partial(_guarded, served, h)) for p, h in gets.items()]
     handlers: Any = {ApiError: _error, HTTPException: _http_error, Exception: _defect}
     handlers[ClientDisconnect] = lambda *_: Response(status_code=499)
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
-async def _guarded(service: Service, handler: Handler, request: Request) -> Response:
+async def _guarded(served: ServedModels, handler: Handler, request: Request) -> Response:
     """Raises ApiError where the key is not the server's; compares in constant time."""
-    if service.key is not None and request.url.path not in OPEN:
+    if served.key is not None and request.url.path not in OPEN:
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(key.encode("latin-1"), service.key.encode()):
+        if not hmac.compare_digest(key.encode("latin-1"), served.key.encode()):
             rule = "the key is missing or wrong: send the header Authorization: Bearer KEY"
             raise ApiError(401, rule, code="invalid_api_key")
-    return await handler(service, request)
+    return await handler(served, request)
 
 
-async def _complete(service: Service, request: Request, chat: bool) -> Response:
+async def _complete(served: ServedModels, request: Request, chat: bool) -> Response:
+    if served.draining:
+        raise ApiError(503, SHUTTING_DOWN)
+    service, body = await _body(served, request)
     service.check_open()
-    fields = read_fields(await _body(service, request), chat)
+    fields = read_fields(body, chat)
     use = await run_in_threadpool(service.tool_use, fields)
     prompts = await run_in_threadpool(service.tokens, fields, use)
     guide = await run_in_threadpool(service.guide, fields, use)
@@ -116,28 +122,32 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _body(service: Service, request: Request) -> dict[str, Any]:
-    """Raises ApiError for a body that is too long, no JSON object, or for another model."""
+async def _body(served: ServedModels, request: Request) -> tuple[Service, dict[str, Any]]:
+    """The body, and its model. Raises ApiError for one that is too long, no JSON object, or for a
+    model that is not served."""
     content = bytearray()
     async for part in request.stream():
         content += part
         if len(content) > MOST_BYTES:
             raise ApiError(413, f"the body has more than {MOST_BYTES} bytes: send a shorter one")
     body = json_body(bytes(content))
-    service.check_model(body.get("model"))
-    return body
+    return served.of(body.get("model")), body
 
 
-async def _models(service: Service, request: Request) -> Response:
-    name = request.path_params.get("model")
-    service.check_model(name)
+async def _models(served: ServedModels, request: Request) -> Response:
+    if name := request.path_params.get("model"):
+        return JSONResponse(_model(served.of(name)))
+    models = [_model(service) for service in served.models.values()]
+    return JSONResponse({"object": "list", "data": models})
+
+
+def _model(service: Service) -> dict[str, Any]:
     model = {"id": service.model, "object": "model", "created": service.created}
-    model |= {"owned_by": "moec", "max_model_len": service.engine.room}
-    return JSONResponse(model if name else {"object": "list", "data": [model]})
+    return model | {"owned_by": "moec", "max_model_len": service.engine.room}
 
 
-async def _tokenize(service: Service, request: Request) -> Response:
-    body = await _body(service, request)
+async def _tokenize(served: ServedModels, request: Request) -> Response:
+    service, body = await _body(served, request)
     if "messages" in body:
         (tokens,) = await run_in_threadpool(service.tokens, read_fields(body, chat=True))
     else:
@@ -145,8 +155,8 @@ async def _tokenize(service: Service, request: Request) -> Response:
     return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
 
-async def _detokenize(service: Service, request: Request) -> Response:
-    body = await _body(service, request)
+async def _detokenize(served: ServedModels, request: Request) -> Response:
+    service, body = await _body(served, request)
     return JSONResponse({"prompt": await _checked(service.tokenizer.decode, body, "tokens")})
 
 
@@ -158,31 +168,34 @@ async def _checked(function: Callable[[Any], Any], body: dict[str, Any], field: 
         raise invalid(field, str(error)) from error
 
 
-async def _health(service: Service, request: Request) -> Response:
-    healthy = service.worker.healthy
-    content = {"status": "ok" if healthy else service.worker.error or "the engine is stuck"}
-    return JSONResponse(content, 200 if healthy else 503)
+async def _health(served: ServedModels, request: Request) -> Response:
+    sick = [service for service in served.models.values() if not service.worker.healthy]
+    words = [f"{s.model}: {s.worker.error or 'the engine is stuck'}" for s in sick]
+    content = {"status": "; ".join(words) or "ok"}
+    return JSONResponse(content, 503 if sick else 200)
 
 
-async def _ready(service: Service, request: Request) -> Response:
-    return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+async def _ready(served: ServedModels, request: Request) -> Response:
+    return JSONResponse({"ready": served.ready}, 200 if served.ready else 503)
 
 
-async def _metrics(service: Service, request: Request) -> Response:
-    content = generate_latest(service.metrics.registry)
+async def _metrics(served: ServedModels, request: Request) -> Response:
+    content = generate_latest(served.families.registry)
     return Response(content, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-async def _page(service: Service, request: Request) -> Response:
+async def _page(served: ServedModels, request: Request) -> Response:
     return page()
 
 
-async def _stats(service: Service, request: Request) -> Response:
-    return JSONResponse(stats(service), headers={"Cache-Control": "no-store"})
+async def _stats(served: ServedModels, request: Request) -> Response:
+    service = served.of(request.query_params.get("model"))
+    content = stats(service) | {"models": [*served.models]}
+    return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
 
-async def _openapi(service: Service, request: Request) -> Response:
-    return JSONResponse(document(service.model, service.key is not None))
+async def _openapi(served: ServedModels, request: Request) -> Response:
+    return JSONResponse(document([*served.models], served.key is not None))
 
 
 async def _error(request: Request, error: ApiError) -> Response:

@@ -47,11 +47,27 @@ class EngineLoad:
     cached: float = 0.0
 
 
-class Metrics:
-    """The metrics of one server, in a registry of its own; `load` and `rate` are the latest."""
+class MetricFamilies:
+    """The metrics of a server, each with a row for each model."""
 
-    def __init__(self, model: str) -> None:
-        self.registry, self._model = CollectorRegistry(), model
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._families: dict[str, Any] = {}
+
+    def of(self, kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+        """The metric `name`, which is new where no model has it."""
+        if name not in self._families:
+            names = ["model_name", *labels]
+            metric = kind(f"moec:{name}", text, names, registry=self.registry, **options)
+            self._families[name] = metric
+        return self._families[name]
+
+
+class Metrics:
+    """The metrics of one model; `load` and `rate` are the latest."""
+
+    def __init__(self, model: str, families: MetricFamilies) -> None:
+        self._families, self._model = families, model
         self.load, self.rate = EngineLoad(), Rate()
         self._running = self._of(Gauge, "num_requests_running", "Texts that hold a slot")
         self._waiting = self._of(Gauge, "num_requests_waiting", "Texts that wait for a slot")
@@ -63,9 +79,9 @@ class Metrics:
         )
         self._hits = self._of(Counter, "prefix_cache_hits", "Tokens of prompts that were known")
         self.rejections = self._of(Counter, "admission_rejections", "Requests answered with 429")
-        self._ended = Counter(
-            "moec:request_success", "Texts that ended: stop, length, abort, error",
-            ["model_name", "finished_reason"], registry=self.registry,
+        self._ended = families.of(
+            Counter, "request_success", "Texts that ended: stop, length, abort, error",
+            "finished_reason",
         )  # fmt: skip
         self.first_token = self._of(
             Histogram, "time_to_first_token_seconds", "From request to first token",
@@ -80,8 +96,7 @@ class Metrics:
         )
 
     def _of(self, kind: Any, name: str, text: str, **options: Any) -> Any:
-        metric = kind(f"moec:{name}", text, ["model_name"], registry=self.registry, **options)
-        return metric.labels(self._model)
+        return self._families.of(kind, name, text, **options).labels(self._model)
 
     def observe(self, engine: Engine, step: StepResult | None = None) -> None:
         """The state of the engine, and what a step added."""

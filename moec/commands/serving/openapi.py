@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -34,10 +35,10 @@ FORMATS = [
 ]
 
 
-def document(model: str, keyed: bool) -> dict[str, Any]:
-    """The document of a server of a model; `keyed` where requests need a key."""
+def document(models: Sequence[str], keyed: bool) -> dict[str, Any]:
+    """The document of a server of models; `keyed` where requests need a key."""
     _, components = msgspec.json.schema_components([Fields], ref_template=REFERENCES)
-    every = components.pop("Fields")["properties"] | {"model": {"const": model}}
+    every = components.pop("Fields")["properties"] | {"model": {"enum": [*models]}}
     every["response_format"] = {"anyOf": FORMATS}
     every["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]+$"}
     count, flag = every["top_logprobs"], {"type": "boolean", "default": False}
@@ -53,8 +54,8 @@ def document(model: str, keyed: bool) -> dict[str, Any]:
             "/v1/completions": _post("Continue texts", text, "prompt"),
             "/tokenize": _post("The tokens of a text or a chat", tokenized),
             "/detokenize": _post("The text of tokens", {"tokens": TOKENS}, "tokens"),
-            "/v1/models": _get("The model"),
-            "/v1/models/{model}": _get("The model", "model"),
+            "/v1/models": _get("The models"),
+            "/v1/models/{model}": _get("A model", "model"),
             "/health": _get("Whether the model advances"),
             "/ready": _get("Whether another request would be accepted"),
             "/metrics": _get("Metrics for Prometheus"),

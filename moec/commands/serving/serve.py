@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,23 +19,28 @@ from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
 
+if TYPE_CHECKING:
+    from moec.commands.serving.metrics import MetricFamilies
+    from moec.commands.serving.service import Service
+
 UNCOUNTED = "Tokens of experts are counted where the model was compiled with --record-routing"
 UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
 
 
 @click.command("serve", short_help="Serve an artifact over HTTP, as OpenAI does.")
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifacts", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: a free one."
 )
 @click.option(
     "--slots", type=click.IntRange(1, 4096), default=8, show_default=True,
-    help="How many texts are continued at the same time; each has caches for --context tokens.",
+    help="How many texts of a model are continued at the same time; each has caches for --context "
+    "tokens.",
 )  # fmt: skip
 @click.option(
     "--queue", type=click.IntRange(min=0), default=64, show_default=True,
-    help="How many texts wait for a slot; more are refused with 429.",
+    help="How many texts of a model wait for a slot; more are refused with 429.",
 )  # fmt: skip
 @click.option(
     "--api-key", metavar="KEY", envvar="MOEC_API_KEY",
@@ -48,7 +54,7 @@ UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
 )  # fmt: skip
 @log_options
 def command(
-    artifact: Path,
+    artifacts: tuple[Path, ...],
     host: str,
     port: int,
     slots: int,
@@ -58,26 +64,64 @@ def command(
     drain: float,
     **options: Any,
 ) -> None:
-    """Serve ARTIFACT at http://HOST:PORT/v1, for any client of OpenAI's interface.
+    """Serve ARTIFACTS at http://HOST:PORT/v1, for any client of OpenAI's interface.
 
+    Several are told apart by the field `model` of requests; the first is for those without one.
     SIGTERM and Ctrl-C let texts under way end first; a second one ends the process at once.
     """
-    check_one_process(artifact)
+    names = _names(artifacts, name, options["memory"])
     if api_key == "":
         raise UsageError("--api-key is empty: give a key, or leave it out")
-    from moec.commands.serving.routing_watch import RoutingWatch
+    from moec.commands.serving.metrics import MetricFamilies
     from moec.commands.serving.server import Server, listen
+    from moec.commands.serving.service import ServedModels
+
+    families, engine = MetricFamilies(), EngineOptions(**options)
+    with listen(host, port) as listener:
+        models = {
+            name: _service(artifact, name, slots, queue, engine, families)
+            for name, artifact in names.items()
+        }
+        address = f"[{host}]" if ":" in host else host
+        url = f"http://{address}:{listener.getsockname()[1]}/v1"
+        echo(f"{', '.join(models)} at {url}", err=True)
+        Server(ServedModels(models, families, api_key), drain).run([listener])
+
+
+def _names(artifacts: Sequence[Path], name: str | None, memory: str | None) -> dict[str, Path]:
+    """The artifacts by the names of their models. Raises UsageError where two have the same, or an
+    option is for one artifact."""
+    for option, value in (("--name", name), ("--memory", memory)):
+        if value is not None and len(artifacts) > 1:
+            raise UsageError(f"{option} is for one artifact, and there are {len(artifacts)}")
+    names: dict[str, Path] = {}
+    for artifact in artifacts:
+        check_one_process(artifact)
+        model = name or artifact.stem
+        if model in names:
+            raise UsageError(
+                f"{names[model]} and {artifact} are both named {model}: rename one of the files"
+            )
+        names[model] = artifact
+    return names
+
+
+def _service(
+    artifact: Path,
+    name: str,
+    slots: int,
+    queue: int,
+    options: EngineOptions,
+    families: MetricFamilies,
+) -> Service:
+    from moec.commands.serving.routing_watch import RoutingWatch
     from moec.commands.serving.service import Service
 
-    with listen(host, port) as listener:
-        model, engine, stop = open_engine(artifact, slots, EngineOptions(**options))
-        digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
-        fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
-        routing = RoutingWatch(model.executor) if model.executor.package.recorded else None
-        service = Service(
-            name or artifact.stem, fingerprint, engine, model.tokenizer, stop, queue, api_key,
-            routing, UNCOUNTED_STORE if model.artifact.package.recorded else UNCOUNTED,
-        )  # fmt: skip
-        address = f"[{host}]" if ":" in host else host
-        echo(f"{service.model} at http://{address}:{listener.getsockname()[1]}/v1", err=True)
-        Server(service, drain).run([listener])
+    model, engine, stop = open_engine(artifact, slots, options)
+    digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
+    fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
+    routing = RoutingWatch(model.executor) if model.executor.package.recorded else None
+    uncounted = UNCOUNTED_STORE if model.artifact.package.recorded else UNCOUNTED
+    return Service(
+        name, fingerprint, engine, model.tokenizer, stop, queue, families, routing, uncounted
+    )

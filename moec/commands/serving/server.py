@@ -13,7 +13,7 @@ import uvicorn
 
 from moec.commands.output.echo import echo
 from moec.commands.serving.app import application
-from moec.commands.serving.service import Service
+from moec.commands.serving.service import ServedModels
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 
@@ -25,12 +25,12 @@ class Server(uvicorn.Server):
     """The first signal refuses new requests, waits up to `drain` seconds for those under way, and
     ends the rest with an error; the second ends the process."""
 
-    def __init__(self, service: Service, drain: float) -> None:
-        app, close = application(service), CLOSE_SECONDS
+    def __init__(self, served: ServedModels, drain: float) -> None:
+        app, close = application(served), CLOSE_SECONDS
         super().__init__(
             uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=close)
         )
-        self._service, self._drain = service, drain
+        self._served, self._drain = served, drain
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -41,24 +41,25 @@ class Server(uvicorn.Server):
         yield
 
     def _stop(self, number: int) -> None:
-        if self._service.draining:
+        if self._served.draining:
             os._exit(128 + number)
-        self._service.draining = True
+        self._served.drain()
         self._task = asyncio.ensure_future(self._finish())  # the loop holds it but weakly
-        texts, seconds = self._service.used, self._drain
+        texts, seconds = self._served.texts, self._drain
         with contextlib.suppress(OSError):  # nobody may read what the server says
             echo(f"shutting down: {texts} texts under way have {seconds:g} s", err=True)
 
     async def _finish(self) -> None:
         await self._until_idle(self._drain)
-        await asyncio.to_thread(self._service.worker.stop)
+        for service in self._served.models.values():
+            await asyncio.to_thread(service.worker.stop)
         await self._until_idle(CLOSE_SECONDS)
         self.should_exit = True
 
     async def _until_idle(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._service.used:
+                while self._served.texts:
                     await asyncio.sleep(0.02)
 
 

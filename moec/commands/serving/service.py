@@ -1,14 +1,15 @@
-"""What all requests of a server share: the model, its limits, and the places in its queue."""
+"""What all requests of a model share: its engine, its limits, and the places in its queue; and
+the models of a server."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moec.commands.serving.errors import ApiError, invalid
 from moec.commands.serving.fields import COMPLETION, Fields
-from moec.commands.serving.metrics import Metrics
+from moec.commands.serving.metrics import MetricFamilies, Metrics
 from moec.commands.serving.routing_watch import RoutingWatch
 from moec.commands.serving.tools import ToolUse, tool_use
 from moec.commands.serving.worker import SHUTTING_DOWN, Worker
@@ -23,7 +24,8 @@ from moec.runtime.text.request import Request
 class Service:
     """A model being served. `used` of the `places` are taken by texts that run or wait, counted in
     the event loop alone. `stop` are the tokens that end a text, `fingerprint` that of the code and
-    weights. `routing` counts the tokens of experts, or `no_routing` says why nothing does."""
+    weights. `families` are the metrics of the server. `routing` counts the tokens of experts, or
+    `no_routing` says why nothing does."""
 
     model: str
     fingerprint: str
@@ -31,7 +33,7 @@ class Service:
     tokenizer: Tokenizer
     stop: frozenset[int]
     queue: int
-    key: str | None = None
+    families: MetricFamilies
     routing: RoutingWatch | None = None
     no_routing: str = ""
     used: int = 0
@@ -39,7 +41,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.model)
+        self.metrics = Metrics(self.model, self.families)
         self.worker = Worker(self.engine, self.metrics, self.routing)
         self.places = self.engine.slots + self.queue
 
@@ -53,11 +55,6 @@ class Service:
             raise ApiError(503, SHUTTING_DOWN)
         if self.worker.error:
             raise ApiError(500, self.worker.error)
-
-    def check_model(self, name: str | None) -> None:
-        if name not in (None, self.model):
-            message = f"the model {name!r} is not served here; {self.model!r} is"
-            raise ApiError(404, message, "model", "model_not_found")
 
     def tool_use(self, fields: Fields) -> ToolUse | None:
         """How the answer may call functions. Raises ApiError where it cannot as requested."""
@@ -135,3 +132,42 @@ class Service:
             message = f"{self.used} texts run or wait already: retry later"
             raise ApiError(429, message, code="queue_full")
         self.used += count
+
+
+@dataclass(frozen=True)
+class ServedModels:
+    """The models of a server by name; requests without one are for the first. `key` is the one that
+    requests need."""
+
+    models: Mapping[str, Service]
+    families: MetricFamilies
+    key: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        return all(service.ready for service in self.models.values())
+
+    @property
+    def draining(self) -> bool:
+        return any(service.draining for service in self.models.values())
+
+    def drain(self) -> None:
+        """Accept no more requests."""
+        for service in self.models.values():
+            service.draining = True
+
+    @property
+    def texts(self) -> int:
+        """Those that run or wait."""
+        return sum(service.used for service in self.models.values())
+
+    def of(self, name: object = None) -> Service:
+        """The model of a request. Raises ApiError where it is not served."""
+        if name is None:
+            return next(iter(self.models.values()))
+        if isinstance(name, str) and name in self.models:
+            return self.models[name]
+        verb = "is" if len(self.models) == 1 else "are"
+        names = ", ".join(map(repr, self.models))
+        message = f"the model {name!r} is not served here; {names} {verb}"
+        raise ApiError(404, message, "model", "model_not_found")

@@ -22,9 +22,10 @@ from prometheus_client import generate_latest
 
 import moec
 from moec.commands.serving.app import application
+from moec.commands.serving.metrics import MetricFamilies
 from moec.commands.serving.routing_watch import RoutingWatch
 from moec.commands.serving.server import listen
-from moec.commands.serving.service import Service
+from moec.commands.serving.service import ServedModels, Service
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
 from moec.runtime.dtypes import Array
@@ -93,9 +94,9 @@ class Running:
             response = connection.getresponse()
             return response.status, json.loads(response.read()), dict(response.headers)
 
-    def metric(self, name: str) -> float:
-        text = generate_latest(self.service.metrics.registry).decode()
-        (value,) = re.findall(rf'^moec:{name}{{model_name="tiny"}} (.*)$', text, re.MULTILINE)
+    def metric(self, name: str, model: str = MODEL) -> float:
+        text = generate_latest(self.service.families.registry).decode()
+        (value,) = re.findall(rf'^moec:{name}{{model_name="{model}"}} (.*)$', text, re.MULTILINE)
         return float(value)
 
 
@@ -108,13 +109,21 @@ def serving(
     prefix_tokens: int = 0,
     recorded: bool = False,
     paced: type[Paced] = Paced,
+    twin: str = "",
 ) -> Iterator[Running]:
+    """Serves a model, and with `twin` once more under that name, in an engine of its own."""
     executor = paced(model.executor)
     tokenizer = replace(model.tokenizer, template=ChatTemplate(TEMPLATE))
     engine = Engine(executor, slots, 512, prefix_tokens=prefix_tokens)
     routing = RoutingWatch(model.executor) if recorded else None
-    service = Service(MODEL, "0123", engine, tokenizer, tokenizer.stop, queue, key, routing)
-    config = uvicorn.Config(application(service), log_level="critical", lifespan="on")
+    families = MetricFamilies()
+    service = Service(MODEL, "0123", engine, tokenizer, tokenizer.stop, queue, families, routing)
+    models = {MODEL: service}
+    if twin:
+        other = Engine(model.executor, slots, 256)
+        models[twin] = Service(twin, "4567", other, tokenizer, tokenizer.stop, queue, families)
+    served = ServedModels(models, families, key)
+    config = uvicorn.Config(application(served), log_level="critical", lifespan="on")
     server = uvicorn.Server(config)
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -169,7 +178,9 @@ def process(path: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], 
         try:
             assert child.stderr is not None
             line = child.stderr.readline()
-            port = re.search(r"^tiny at http://127.0.0.1:(\d+)/v1$", line)
+            port = re.search(r"^tiny(?:, .*)? at http://127.0.0.1:(\d+)/v1$", line)
+            if not port:
+                child.kill()  # so that the rest of its words has an end
             assert port, line + child.stderr.read()
             yield child, int(port[1])
         finally:

@@ -78,7 +78,7 @@ def test_a_client_that_goes_away_frees_its_slot(model: moec.LoadedModel, stream:
         seconds = until(lambda: not running.service.used and not running.metric(name))
         assert seconds < 1  # of the 20 that the text would have taken
         ended = 'finished_reason="abort",model_name="tiny"} 2.0'
-        until(lambda: ended in generate_latest(running.service.metrics.registry).decode())
+        until(lambda: ended in generate_latest(running.service.families.registry).decode())
 
 
 def test_a_full_queue(model: moec.LoadedModel) -> None:

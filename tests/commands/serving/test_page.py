@@ -336,3 +336,18 @@ def test_everything_has_a_name(server: Running, open_page: Open) -> None:
     tree = page.locator("body").aria_snapshot()
     assert not re.search(r"- (textbox|spinbutton|button|img)\b(?! \")", tree), tree
     assert page.locator("html").get_attribute("lang") == "en"
+
+
+def test_one_of_two_models(model: moec.LoadedModel, open_page: Open) -> None:
+    with serving(model, twin="twin") as running:
+        page = open_page(running)
+        models = page.get_by_label("Model", exact=True)
+        expect(models).to_have_value("tiny")
+        greedy(page, 5)
+        for name in ("twin", "tiny"):
+            before = running.metric("generation_tokens_total", name)
+            models.select_option(name)
+            expect(page).to_have_title(name)
+            ask(page, "Open a file")
+            expect(page.locator("#messages .user")).to_have_count(1)
+            until(lambda n=name, b=before: running.metric("generation_tokens_total", n) == b + 5)

@@ -51,6 +51,7 @@ def test_load_and_speed(server: Running) -> None:
     assert before | {"created": 0, "experts": []} == {
         "model": MODEL, "created": 0, "chat": True, "context": 512, "slots": 4, "running": 0,
         "waiting": 0, "cache": 0.0, "tokens_per_second": 0.0, "experts": [], "no_experts": None,
+        "models": [MODEL],
     }  # fmt: skip
     server.executor.seconds = 0.01
     body: dict[str, Any] = {"prompt": PROMPT, "n": 6, "max_tokens": 400, "stream": True}

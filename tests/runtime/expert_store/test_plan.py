@@ -69,7 +69,7 @@ def test_as_text_with_a_trace(path, tmp_path):
 
 def test_refusals(path, tmp_path):
     for words, message in (
-        ((tmp_path, "--memory", "1GiB"), f"--memory plans an artifact, and {tmp_path} is none"),
+        ((tmp_path, "--memory", "1GiB"), f"{tmp_path} is not a moec artifact"),
         ((path, "--memory", "1GiB,x"), "'x': give bytes, or a size with GiB"),
         ((path, "--memory", "1MiB"), "and this model needs"),
     ):
