@@ -6,18 +6,20 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.execution.ranks import holds_ranks
 from moec.commands.options.files import OutputFile
 from moec.commands.options.options import api_arguments, json_option, model_options
 from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
-from moec.errors import ArtifactError
+from moec.errors import ArtifactError, UsageError
+from moec.files.printable import printable_json
 
 if TYPE_CHECKING:
     from moec.ir.graph import Graph
@@ -45,8 +47,14 @@ def command(
     """Show what moec recognises in a model, or what was compiled into an artifact.
 
     Lists every MoE block with its router, experts and parameters, the sizes of inputs and outputs,
-    and every candidate that was not recognised, with the reason.
+    and every candidate that was not recognised, with the reason. For a folder of the ranks of a
+    plan: the plan, and what each rank has.
     """
+    if holds_ranks(Path(model)):
+        if picture:
+            raise UsageError(f"--graph draws one model, and {model} has the ranks of a plan")
+        _show_ranks(Path(model), as_json)
+        return
     graph: Graph | None = None
     if is_artifact(Path(model)):
         report, text = of_artifact(Path(model))
@@ -68,6 +76,25 @@ def command(
     click.echo(render(report, terminal_width(), color=sys.stdout.isatty()), nl=False)
     if picture:
         echo(f"\ndrew {picture}")
+
+
+def _show_ranks(folder: Path, as_json: bool) -> None:
+    """The plan, and what each rank has."""
+    import msgspec
+
+    from moec.parallel.store import read_plan
+    from moec.plan.report.text import columns, show
+    from moec.report.units import size
+
+    plan, ranks = read_plan(folder)
+    if as_json:
+        facts = {"plan": msgspec.to_builtins(plan), "ranks": [asdict(rank) for rank in ranks]}
+        click.echo(printable_json(json.dumps(facts, indent=1)))
+        return
+    echo(show(plan))
+    lines = [("rank", "weights", "functions")]
+    lines += [(str(r.rank), size(r.weights), ", ".join(r.functions)) for r in ranks]
+    echo("\n".join(line.rstrip() for line in columns(lines)))
 
 
 def is_artifact(path: Path) -> bool:

@@ -141,6 +141,36 @@ def text_files(path: Path, signed_by: Path | None = None) -> dict[str, bytes]:
     return {n: _checked(path, n, manifest) for n in manifest.parts if n.startswith(FOLDER)}
 
 
+@dataclass(frozen=True)
+class RankSize:
+    """The functions of a rank, and the bytes of the weights that it reads."""
+
+    rank: int
+    functions: tuple[str, ...]
+    weights: int
+
+
+def read_plan(path: Path) -> tuple[Plan, list[RankSize]]:
+    """The plan of a folder, and the sizes of its ranks. Raises ArtifactError where a file that says
+    so is missing or altered."""
+    manifest, _ = manifest_of(path)
+    try:
+        plan = msgspec.json.decode(_checked(path, "plan.json", manifest), type=Plan)
+    except msgspec.MsgspecError as error:
+        raise ArtifactError(f"{path}/plan.json: {error}") from None
+    ranks = []
+    for rank in range(manifest.devices):
+        functions = tuple(f for f in (MAIN, DECODE) if code_file(rank, f) in manifest.parts)
+        files = (manifests.load(_checked(path, code_file(rank, f), manifest)) for f in functions)
+        parts = {
+            array.part: of_rank.parts[array.part].size
+            for of_rank in files
+            for array in of_rank.arrays.values()
+        }
+        ranks.append(RankSize(rank, functions, sum(parts.values())))
+    return plan, ranks
+
+
 def load_rank(
     path: Path, rank: int, function: str = MAIN, signed_by: Path | None = None
 ) -> RankFiles:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from moec.__main__ import cli
 from moec.errors import ArtifactError
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
-from moec.parallel.store import load_rank, text_files
+from moec.parallel.store import load_rank, read_plan, text_files
 from moec.parallel.worker import run_rank
+from moec.plan.report.text import show
 from tests.runtime.artifact.test_signature import public_path, write_pair
 
 
@@ -54,6 +57,25 @@ def test_signed_verified_and_refused(folder: Path, tmp_path: Path) -> None:
     )
     assert done.exit_code == 1
     assert refused in done.stderr
+
+
+def test_inspect_shows_the_plan_and_the_ranks(folder: Path) -> None:
+    result = CliRunner().invoke(cli, ["inspect", str(folder)])
+    assert result.exit_code == 0, result.output
+    plan, ranks = read_plan(folder)
+    assert result.stdout.startswith(show(plan))
+    last = [line.split(maxsplit=3) for line in result.stdout.splitlines()[-2:]]
+    assert [words[0] for words in last] == ["0", "1"]
+    assert all("main" in words[-1] for words in last)
+    facts = json.loads(CliRunner().invoke(cli, ["inspect", str(folder), "--json"]).stdout)
+    assert facts["ranks"] == [json.loads(json.dumps(asdict(rank))) for rank in ranks]
+    held = sum(f.stat().st_size for f in (folder / "weights").iterdir())
+    assert 0 < max(rank.weights for rank in ranks) <= held <= sum(rank.weights for rank in ranks)
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--graph", "x.svg"])
+    assert f"--graph draws one model, and {folder} has the ranks of a plan" in result.stderr
+    (folder / "plan.json").write_bytes(b"{}")
+    result = CliRunner().invoke(cli, ["inspect", str(folder)])
+    assert (result.exit_code, "was changed after it was written" in result.stderr) == (1, True)
 
 
 def test_damage_is_not_signed(folder: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def _row(group: Sequence[LayerPlan]) -> tuple[str, ...]:
     experts += f" x slice {one.slices}" if one.slices > 1 else ""
     experts += f" x DP {one.copies}" if one.copies > 1 else ""
     parts = ("exchange out", "exchange back")
-    moved = _mean(sum(layer.seconds[part] for part in parts) for layer in group)
+    moved = _mean(sum(layer.seconds.get(part, 0.0) for part in parts) for layer in group)
     return (
         name,
         f"TP {one.attention}",
@@ -127,7 +127,7 @@ def _row(group: Sequence[LayerPlan]) -> tuple[str, ...]:
         f"{max(layer.imbalance for layer in group):.3f}",
         f"{max(layer.bound for layer in group):.3f}",
         f"{moved * 1e3:.3f}",
-        f"{_mean(layer.seconds['experts'] for layer in group) * 1e3:.3f}",
+        f"{_mean(layer.seconds.get('experts', 0.0) for layer in group) * 1e3:.3f}",
         total,
     )
 
