@@ -18,9 +18,9 @@ from typing import Any, Literal
 from benchmarks.records import Cell, newest, read_records
 from benchmarks.render import show, table
 from docs import speeds
-from docs.measured import Figure, measured
+from docs.measured import COMPARABLE, NO_FIGURE, Figure, measured
 
-__all__ = ["Figure", "Record", "Source"]
+__all__ = ["COMPARABLE", "NO_FIGURE", "Figure", "Record", "Source"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "golden" / "systems"
@@ -42,7 +42,8 @@ described, where it cannot be traced. `agreement` is the greatest difference to 
 allows, as a share of the greatest value. Parameters, and the MB of their weights in the artifact,
 are those of the small model that the test compiles; published sizes are in the sections. Figures
 beside the papers' are counted by the tests, or measured by benchmarks ([Benchmarks](benchmarks.md)
-has commands and machines).
+has commands and machines). A figure is `comparable` only if both are the same quantity of the same
+configuration.
 
 `speed` is the time of the fastest of eager and `torch.compile` (Inductor) over moec's, for one
 layer at the size that the example's `layer()` states, measured by `benchmarks/systems/latency.py`;
@@ -226,8 +227,8 @@ def _section(
         yield f"- Missing: {reason}"
     yield ""
     if record.figures:
-        rows = [[f.quantity, f.ours, f.paper] for f in record.figures]
-        yield table([["figure", "here", "paper"], *rows])
+        rows = [[f.quantity, f.ours, f.paper, f.verdict] for f in record.figures]
+        yield table([["figure", "here", "paper", "verdict"], *rows])
         yield ""
     if row is not None:
         machine, cells = row

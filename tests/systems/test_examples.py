@@ -3,6 +3,8 @@ the records."""
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import pytest
 
 from benchmarks.systems.sparse import FORMS
@@ -22,6 +24,19 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run make pages"
     assert speeds.PICTURE.read_text(encoding="utf-8") == picture(), "run make pages"
+
+
+def test_each_figure_has_a_verdict() -> None:
+    """`comparable` alone, or with the reason why not."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    heads = [n for n, line in enumerate(lines) if line == "| figure | here | paper | verdict |"]
+    rows = [row for n in heads for row in takewhile(lambda line: line, lines[n + 2 :])]
+    verdicts = [row.strip("| ").split(" | ")[-1] for row in rows]
+    reasons = [verdict.partition("not comparable: ")[2] for verdict in verdicts]
+    assert len(rows) > 70
+    assert all(
+        verdict == "comparable" or why for verdict, why in zip(verdicts, reasons, strict=True)
+    )
 
 
 def test_a_system_with_a_dense_layer_is_compared_with_both_forms() -> None:
