@@ -152,9 +152,11 @@ CLAIMS = (
     Claim(
         "systems",
         "The twenty-four systems",
-        "Milliseconds a call, least of the rounds, of a part of each system at its paper's size "
-        "(`layer()` of its file in `examples/systems/`), in float32. `ratio` is the time of the "
-        "better of eager and Inductor over moec's.",
+        "Milliseconds a call of a part of each system at its paper's size (`layer()` of its file "
+        "in `examples/systems/`), in float32: medians of the rounds where the conditions say so, "
+        "otherwise the least. `ratio` is the time of the fastest of eager and Inductor over "
+        "moec's. Where the example evaluates every expert on every row, a sparse form runs beside "
+        "it, and `dense ratio` is over the example's form alone.",
     ),
     Claim(
         "system-examples",

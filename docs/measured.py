@@ -1,7 +1,7 @@
 """The papers' headline figures next to our benchmarks' measurements, for docs/systems.md.
 
-Each is the same quantity as the paper's. Figures that a test can count are in the system's record
-(tests/systems); these need a machine or many seeds, and come from benchmarks/results/.
+Figures that a test can count are in the system's record (tests/systems); these need a machine or
+many seeds, and come from benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,13 +15,26 @@ PREFERRED = "AMD EPYC, Zen 4"
 """The machine whose records are shown if there are several; docs/benchmarks.md has all of them."""
 
 
+COMPARABLE = ""
+NO_FIGURE = "no published figure"
+
+
 @dataclass(frozen=True)
 class Figure:
-    """One quantity as counted or measured here, and as published."""
+    """One quantity as counted or measured here, and as published.
+
+    `differs` is why the two cannot be compared. It is `COMPARABLE`, empty, only if both are the
+    same quantity of the same configuration.
+    """
 
     quantity: str
     ours: str
     paper: str
+    differs: str
+
+    @property
+    def verdict(self) -> str:
+        return f"not comparable: {self.differs}" if self.differs else "comparable"
 
 
 def measured() -> Mapping[int, tuple[Figure, ...]]:
@@ -55,7 +68,8 @@ def einsum_moe(records: Iterable[Record]) -> Iterator[Figure]:
     for record in records:
         for row in record.rows:
             quantity = f"times faster than einsums, {record.case}, {row['tokens']} tokens"
-            yield Figure(quantity, f"{row['ratio']}", "7.3 at most, whole models on GPUs, Fig. 11")
+            paper = "7.3 at most, Fig. 11"
+            yield Figure(quantity, f"{row['ratio']}", paper, "whole models on GPUs there")
 
 
 def weights_averaging(records: Iterable[Record]) -> Iterator[Figure]:
@@ -64,7 +78,7 @@ def weights_averaging(records: Iterable[Record]) -> Iterator[Figure]:
             gain = row.get("over dense, seed by seed")
             if gain is not None:
                 quantity = f"points of accuracy over dense, digits, {record.case}"
-                yield Figure(quantity, f"{gain}", "a gain, by the abstract; values not obtained")
+                yield Figure(quantity, f"{gain}", "a gain, by the abstract", NO_FIGURE)
 
 
 def zero_experts(records: Iterable[Record]) -> Iterator[Figure]:
@@ -72,7 +86,7 @@ def zero_experts(records: Iterable[Record]) -> Iterator[Figure]:
         for row in record.rows:
             quantity = f"experts' time over a vanilla MoE's, {record.case}, tau {row['tau']}"
             ours = f"{row['ratio']:.3f} (theory {row['theory']:.3f})"
-            yield Figure(quantity, ours, f"{row['paper']:.3f}")
+            yield Figure(quantity, ours, f"{row['paper']:.3f}", "measured on GPUs there")
 
 
 def compressed(records: Iterable[Record]) -> Iterator[Figure]:
@@ -81,9 +95,11 @@ def compressed(records: Iterable[Record]) -> Iterator[Figure]:
         if record.case != "one row by one expert" or not rows:
             continue
         quantity = f"times smaller than bf16, products of {len(rows)} shapes of the paper"
-        yield Figure(quantity, between(rows, "times smaller"), "20.07, MoE layers of c2048")
+        smaller = between(rows, "times smaller")
+        yield Figure(quantity, smaller, "20.07, MoE layers of c2048", "random weights here")
         quantity = f"time over bf16's, the same products, {record.machine}"
-        yield Figure(quantity, between(rows, "ratio"), "below 1 for each product")
+        ratios = between(rows, "ratio")
+        yield Figure(quantity, ratios, "below 1 for each product", "measured on GPUs there")
 
 
 def compressed_models(records: Iterable[Record]) -> Iterator[Figure]:
@@ -92,7 +108,15 @@ def compressed_models(records: Iterable[Record]) -> Iterator[Figure]:
             words = "1 token" if row["tokens"] == 1 else f"{row['tokens']} tokens"
             quantity = f"time of a model over bf16's, {record.case}, {words}, {record.machine}"
             paper = "below 1.05, next to an estimate of bf16 with one expert"
-            yield Figure(quantity, f"{row['ratio']}", paper)
+            yield Figure(quantity, f"{row['ratio']}", paper, "a smaller model here, GPUs there")
+
+
+SIZES_DIFFER = {
+    1: "other positions and norms",
+    5: "widths chosen here",
+    6: "a name of one digit",
+}
+"""Of the systems whose size at the published configuration is not the published quantity."""
 
 
 def published_sizes(records: Iterable[Record]) -> Iterator[tuple[int, Figure]]:
@@ -102,8 +126,10 @@ def published_sizes(records: Iterable[Record]) -> Iterator[tuple[int, Figure]]:
         system, _, name = record.case.partition(", ")
         agreement = f"; {row['error']} from eager" if "error" in row else ""
         ours = f"{row['parameters, M']}M, {row['difference, %']:+} %{agreement}"
-        figure = Figure(f"{name} with weights, built and run", ours, f"{row['published, M']:g}M")
-        yield int(system.partition(" ")[0]), figure
+        number = int(system.partition(" ")[0])
+        differs = SIZES_DIFFER.get(number, COMPARABLE)
+        published = f"{row['published, M']:g}M"
+        yield number, Figure(f"{name} with weights, built and run", ours, published, differs)
 
 
 def between(rows: Iterable[Mapping[str, Cell]], column: str) -> str:
@@ -125,4 +151,5 @@ def caches(records: Iterable[Record]) -> Iterator[Figure]:
             size = int(str(row["cached experts"]))
             quantity = f"hits of a cache of {size}: random, LRU, Belady; {record.case}"
             ours = ", ".join(f"{row[f'{policy} %']}" for policy in ("random", "lru", "belady"))
-            yield Figure(quantity, f"{ours} %", f"{PAPER_HITS[size]}, 7 experts")
+            paper = f"{PAPER_HITS[size]}, 7 experts"
+            yield Figure(quantity, f"{ours} %", paper, "another model, 5 experts here")

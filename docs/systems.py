@@ -18,9 +18,9 @@ from typing import Any, Literal
 from benchmarks.records import Cell, newest, read_records
 from benchmarks.render import show, table
 from docs import speeds
-from docs.measured import Figure, measured
+from docs.measured import COMPARABLE, NO_FIGURE, Figure, measured
 
-__all__ = ["Figure", "Record", "Source"]
+__all__ = ["COMPARABLE", "NO_FIGURE", "Figure", "Record", "Source"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "tests" / "golden" / "systems"
@@ -42,12 +42,15 @@ described, where it cannot be traced. `agreement` is the greatest difference to 
 allows, as a share of the greatest value. Parameters, and the MB of their weights in the artifact,
 are those of the small model that the test compiles; published sizes are in the sections. Figures
 beside the papers' are counted by the tests, or measured by benchmarks ([Benchmarks](benchmarks.md)
-has commands and machines). `speed` is the time of the better of eager and
-`torch.compile` (Inductor) over moec's, for one layer at the size that the example's `layer()`
-states, measured by `benchmarks/systems/latency.py`; the sections have the times and the machine.
-"""
+has commands and machines). A figure is `comparable` only if both are the same quantity of the same
+configuration.
 
-ALT = "Times as fast as the better of eager and Inductor, a layer of each system"
+`speed` is the time of the fastest of eager and `torch.compile` (Inductor) over moec's, for one
+layer at the size that the example's `layer()` states, measured by `benchmarks/systems/latency.py`;
+the sections have the times and the machine. Some layers evaluate every expert on every row. For
+them `speed` is over the faster of this dense form and of a sparse one with the same results
+(`benchmarks/systems/sparse.py`), and `over dense` is over the dense form alone.
+"""
 
 Process = Literal["autoregressive", "diffusion", "hybrid", "encoder", "survey"]
 
@@ -110,7 +113,8 @@ def read() -> list[Record]:
 def times() -> dict[int, tuple[str, Mapping[str, Cell]]]:
     """The newest row of each system, by its number, with its machine."""
     rows = {}
-    for record in newest(r for r in read_records() if r.claim == CLAIM):
+    records = newest(r for r in read_records() if r.claim == CLAIM)
+    for record in sorted(records, key=lambda r: r.date):
         for row in record.rows:
             threads = record.conditions.partition(",")[0]
             number = int(str(row["system"]).partition(" ")[0])
@@ -158,7 +162,7 @@ def _page(
         [
             [
                 *("", "system", "captured", "blocks", "agreement"),
-                *("parameters", "active", "MB", "speed"),
+                *("parameters", "active", "MB", "speed", "over dense"),
             ],
             *(
                 [
@@ -171,13 +175,14 @@ def _page(
                     f"{r.active_parameters:,}",
                     f"{r.bytes / 1e6:.2f}",
                     _speed(measured.get(r.source.number)),
+                    _over_dense(measured.get(r.source.number)),
                 ]
                 for r in records
             ),
         ]
     )
     yield ""
-    yield f"![{ALT}](images/systems.svg)"
+    yield f"![{speeds.TITLE}](images/systems.svg)"
     yield ""
     for record in records:
         number = record.source.number
@@ -186,6 +191,11 @@ def _page(
 
 def _speed(row: tuple[str, Mapping[str, Cell]] | None) -> str:
     return "not measured" if row is None else f"{show(row[1]['ratio'], 2)}x"
+
+
+def _over_dense(row: tuple[str, Mapping[str, Cell]] | None) -> str:
+    ratio = None if row is None else row[1].get("dense ratio")
+    return "" if ratio is None else f"{show(ratio, 2)}x"
 
 
 def anchor(source: Source) -> str:
@@ -217,8 +227,8 @@ def _section(
         yield f"- Missing: {reason}"
     yield ""
     if record.figures:
-        rows = [[f.quantity, f.ours, f.paper] for f in record.figures]
-        yield table([["figure", "here", "paper"], *rows])
+        rows = [[f.quantity, f.ours, f.paper, f.verdict] for f in record.figures]
+        yield table([["figure", "here", "paper", "verdict"], *rows])
         yield ""
     if row is not None:
         machine, cells = row

@@ -194,7 +194,9 @@ def measure(case: Case, limit: str, say: Say) -> bool:
 
 def plot(cases: Sequence[Case], path: Path) -> None:
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter
 
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
     figure, axes = plt.subplots(1, len(cases), figsize=(6 * len(cases), 5), squeeze=False)
     for position, case in zip(axes[0], cases, strict=True):
         for i, (name, points) in enumerate(case.points.items()):
@@ -206,6 +208,10 @@ def plot(cases: Sequence[Case], path: Path) -> None:
             title=case.name, xlabel="MB of weights", ylabel="perplexity (x: within the budget)"
         )
         position.set_yscale("log")
+        position.yaxis.set_major_formatter(plain)
+        low, high = position.get_ylim()
+        if high < 10 * low:  # no two powers of ten: the marks between them need numbers
+            position.yaxis.set_minor_formatter(plain)
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=80)

@@ -3,9 +3,11 @@
     python -m benchmarks.systems.latency [--systems 6,21] [--rounds 9] [--record FILE.jsonl]
 
 Each example has a function `layer()` that returns a module and its inputs; `LAYER_PASSES` are the
-opt-in passes that the example uses, if any. All three run in one process, in turn in every round.
-The script prints the least time of each in milliseconds, and the smaller time of eager and Inductor
-divided by moec's. If Inductor cannot compile a module, it prints the reason.
+opt-in passes that the example uses, if any. If an example evaluates every expert on every row, its
+sparse form (sparse.py) runs beside it, in eager and through Inductor. All run in one process, in
+turn in every round. The script prints the median time of each in milliseconds, and divided by
+moec's the smallest of the others (`ratio`) and of the dense form alone (`dense ratio`). If Inductor
+cannot compile a module, it prints the reason.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import statistics
 import sys
 import time
 import warnings
@@ -31,6 +34,7 @@ from torch import nn  # noqa: E402
 
 import moec  # noqa: E402
 from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
+from benchmarks.systems.sparse import sparse  # noqa: E402
 from moec.profile.limits import timed, warm  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402
 
@@ -67,36 +71,53 @@ def inductor(module: nn.Module, inputs: tuple[Any, ...]) -> Run | str:
 
 
 def measure(name: str, example: ModuleType, rounds: int) -> dict[str, Cell]:
-    """The row of one system. Raises SystemExit if moec's results differ from eager's."""
+    """The row of one system. Raises SystemExit if the results of moec or of the sparse form differ
+    from eager's."""
     torch.manual_seed(0)
     module, inputs = example.layer()
     module.requires_grad_(False)
     passes = getattr(example, "LAYER_PASSES", "")  # the passes that the example uses
     compiled = moec.compile(module, inputs, passes=passes, verify=False, kv_cache=False)
-    for ours, eager in zip(_tensors(compiled(*inputs)), _tensors(module(*inputs)), strict=True):
-        if float((ours - eager).abs().max()) > TOLERANCE * float(eager.abs().max()):
-            raise SystemExit(f"{name}: differs from eager")
-    ways: dict[str, Run] = {"moec": partial(compiled, *inputs), "eager": partial(module, *inputs)}
-    other = inductor(module, inputs)
-    if isinstance(other, str):
-        print(f"{name}: Inductor: {other}")
-    else:
-        ways["inductor"] = other
-    least = least_times(ways, rounds)
-    ratio = min(t for way, t in least.items() if way != "moec") / least["moec"]
-    cells: dict[str, Cell] = {way: round(1e3 * t, 3) for way, t in least.items()}
-    return {"system": name.replace("_", " "), **cells, "ratio": round(ratio, 2)}
+    forms = {"": module}
+    if (rewritten := sparse(name, module)) is not None:
+        forms["sparse "] = rewritten
+    ways: dict[str, Run] = {"moec": partial(compiled, *inputs)}
+    for form, eager in forms.items():
+        ways[f"{form}eager"] = partial(eager, *inputs)
+    for way, run in ways.items():
+        _compare(f"{name}: {way}", run(), module(*inputs))
+    for form, eager in forms.items():
+        other = inductor(eager, inputs)
+        if isinstance(other, str):
+            print(f"{name}: {form}Inductor: {other}")
+        else:
+            ways[f"{form}inductor"] = other
+    medians = median_times(ways, rounds)
+    row: dict[str, Cell] = {"system": name.replace("_", " ")}
+    row |= {way: round(1e3 * seconds, 3) for way, seconds in medians.items()}
+    ours = medians.pop("moec")
+    row["ratio"] = round(min(medians.values()) / ours, 2)
+    if len(forms) > 1:
+        dense = min(t for way, t in medians.items() if not way.startswith("sparse"))
+        row["dense ratio"] = round(dense / ours, 2)
+    return row
 
 
-def least_times(ways: Mapping[str, Run], rounds: int) -> dict[str, float]:
-    """The least time of each way in seconds, all run in turn in every round."""
-    least = dict.fromkeys(ways, float("inf"))
+def median_times(ways: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """The median time of each way in seconds, all run in turn in every round."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(rounds):
         for way, run in ways.items():
             time.sleep(PAUSE)
             warm(run)
-            least[way] = min(least[way], timed(run))
-    return least
+            times[way].append(timed(run))
+    return {way: statistics.median(each) for way, each in times.items()}
+
+
+def _compare(way: str, outputs: Any, expected: Any) -> None:
+    for ours, eager in zip(_tensors(outputs), _tensors(expected), strict=True):
+        if float((ours - eager).abs().max()) > TOLERANCE * float(eager.abs().max()):
+            raise SystemExit(f"{way} differs from eager")
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:
@@ -111,10 +132,11 @@ def main() -> int:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"torch\._dynamo")
     torch.set_num_threads(THREADS)
-    load = os.getloadavg()[0]
-    conditions = f"{THREADS} threads, float32; load average before {load:.1f}"
-    print(f"{processor()}, {conditions}")
+    threads = "1 thread" if THREADS == 1 else f"{THREADS} threads"
+    run = f"{threads}, float32, medians of {options.rounds} rounds"
+    print(f"{processor()}, {run}")
     for name, example in examples({int(n) for n in options.systems.split(",") if n}):
+        conditions = f"{run}; load average before {os.getloadavg()[0]:.1f}"
         with torch.inference_mode():
             row = measure(name, example, options.rounds)
         print("  ".join(f"{key} {cell}" for key, cell in row.items()), flush=True)

@@ -111,12 +111,15 @@ def test_published_sizes(name: str) -> None:
     assert total == pytest.approx(in_the_authors_code(name), rel=0.01)
 
 
+DIFFERS = "other positions and norms"
+
+
 def test_record(keep: Keep) -> None:
     figures = []
     for name in example.PUBLISHED:
         total, active = example.published(name)
         ours = f"{total / 1e6:.1f}M, {active / 1e6:.1f}M active"
         paper = f"{in_the_authors_code(name) / 1e6:.1f}M, counted from the authors' code"
-        figures.append(Figure(f"parameters, {name}, vocabulary 267,735", ours, paper))
+        figures.append(Figure(f"parameters, {name}, vocabulary 267,735", ours, paper, DIFFERS))
     missing = ("Adam's first layer: its three states are element-wise loops after the combine",)
     keep(record_of(compiled("heavy ball")[1], SOURCE, f"{TOLERANCE:g}", figures, missing))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import moec
-from docs.systems import Figure, Source
+from docs.systems import COMPARABLE, Figure, Source
 from moec import CompiledModel
 from moec.errors import UnsupportedError
 from moec.interpret.ranks import evaluate_ranks
@@ -220,5 +220,5 @@ def test_record(keep: Keep) -> None:
     for name, (_, paper) in example.PUBLISHED.items():
         total, active = example.published(name)
         ours = f"{total / 1e9:.1f}B, {active / 1e9:.2f}B active"
-        figures.append(Figure(f"parameters of {name}", ours, f"{paper:g}B"))
+        figures.append(Figure(f"parameters of {name}", ours, f"{paper:g}B", COMPARABLE))
     keep(record_of(compiled()[1], SOURCE, f"{TOLERANCE:g}", figures))

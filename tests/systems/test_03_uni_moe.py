@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import moec
-from docs.systems import Figure, Source
+from docs.systems import COMPARABLE, Figure, Source
 from moec import CompiledModel
 from moec.plan.placement.bound_experts import place_bound
 from tests.systems.records import Keep, load, record_of
@@ -87,5 +87,6 @@ def test_record(keep: Keep) -> None:
     figures = []
     for name, (_, *paper) in example.PUBLISHED.items():
         ours = "{:.2f}B, {:.2f}B active".format(*(n / 1e9 for n in example.published(name)))
-        figures.append(Figure(f"parameters of {name}", ours, "{}B, {}B active".format(*paper)))
+        published = "{}B, {}B active".format(*paper)
+        figures.append(Figure(f"parameters of {name}", ours, published, COMPARABLE))
     keep(record_of(compiled()[1], SOURCE, f"{TOLERANCE:g}", figures))

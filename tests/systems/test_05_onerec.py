@@ -107,6 +107,6 @@ def test_the_published_size() -> None:
 
 def test_record(keep: Keep) -> None:
     total, active = (count / 1e9 for count in example.published())
-    ours = f"{total:.3f}B, {active:.3f}B active, widths chosen here"
-    figures = [Figure("parameters of 0.1B", ours, "0.1B")]
+    ours = f"{total:.3f}B, {active:.3f}B active"
+    figures = [Figure("parameters of 0.1B", ours, "0.1B", "widths chosen here")]
     keep(record_of(compiled()[1], SOURCE, f"{TOLERANCE:g}", figures))

@@ -91,5 +91,6 @@ def test_record(keep: Keep) -> None:
         total, active = example.published(name)
         ours = f"{total / 1e9:.3f}B, {active / 1e9:.3f}B active at most"
         digit = "cut" if name.startswith("7B") else "rounded"
-        figures.append(Figure(f"parameters of {name}", ours, f"{paper}, {digit} to one digit"))
+        published = f"{paper}, {digit} to one digit"
+        figures.append(Figure(f"parameters of {name}", ours, published, "a name of one digit"))
     keep(record_of(compiled(False)[1], SOURCE, f"{TOLERANCE:g}", figures))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import moec
-from docs.systems import Figure, Source
+from docs.systems import NO_FIGURE, Figure, Source
 from moec import CompiledModel
 from tests.systems.records import Keep, load, record_of
 
@@ -99,5 +99,6 @@ def test_training_balances_the_experts() -> None:
 def test_record(keep: Keep) -> None:
     total, active = example.published("depth 8")
     ours = f"{total / 1e6:.2f}M, {active / 1e6:.2f}M active"
-    figures = [Figure("parameters of the transformer, depth 8, width 64", ours, "not obtained")]
+    quantity = "parameters of the transformer, depth 8, width 64"
+    figures = [Figure(quantity, ours, "not obtained", NO_FIGURE)]
     keep(record_of(compiled()[1], SOURCE, f"{TOLERANCE:g}", figures))

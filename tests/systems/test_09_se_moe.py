@@ -92,7 +92,10 @@ def test_devices_are_given_by_load() -> None:
 def test_record(keep: Keep) -> None:
     figures = [
         Figure(
-            "rows a device by load, over a device a task", "2.00 x, counted", "74.0 / 62.6 = 1.18 x"
+            "rows a device by load, over a device a task",
+            "2.00 x, counted",
+            "74.0 / 62.6 = 1.18 x",
+            "rows counted, not timed",
         ),
     ]
     keep(record_of(compiled("switch")[1], SOURCE, f"{TOLERANCE:g}", figures))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import moec
-from docs.systems import Figure, Source
+from docs.systems import NO_FIGURE, Figure, Source
 from moec import CompiledModel
 from tests.systems.records import Keep, load, record_of
 
@@ -97,7 +97,12 @@ def test_record(keep: Keep) -> None:
         count = sum(p.numel() for p in example.Connector(example.PUBLISHED).parameters())
     ours = f"{count / 1e6:.0f}M in the connector"
     figures = [
-        Figure("parameters at hidden 2048, 12 experts", ours, "not found"),
-        Figure("experts' work of all", "4 of 12 a vector", "every expert, then gathered"),
+        Figure("parameters at hidden 2048, 12 experts", ours, "not found", NO_FIGURE),
+        Figure(
+            "experts' work of all",
+            "4 of 12 a vector",
+            "every expert, then gathered",
+            "a property of the authors' code, no figure",
+        ),
     ]
     keep(record_of(stored(), SOURCE, f"{TOLERANCE:g}", figures))

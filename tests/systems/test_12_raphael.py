@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from docs.systems import Figure, Source
+from docs.systems import COMPARABLE, NO_FIGURE, Figure, Source
 from moec import CompiledModel
 from tests.systems.records import Keep, load, record_of
 
@@ -120,9 +120,10 @@ def test_it_learns() -> None:
 
 def test_record(keep: Keep) -> None:
     steps = 10
+    gates = f"{DEPTH}, eager {steps * DEPTH}"
     figures = [
-        Figure("gates of the text in 10 steps", f"{DEPTH}, eager {steps * DEPTH}", "not told"),
-        Figure("spatial paths", f"{6**16:,} with 16 blocks", "6^16"),
+        Figure("gates of the text in 10 steps", gates, "not told", NO_FIGURE),
+        Figure("spatial paths", f"{6**16:,} with 16 blocks", "6^16", COMPARABLE),
     ]
     missing = (
         "F.interpolate: aten.upsample_nearest2d has no kernel; the example doubles pixels with "

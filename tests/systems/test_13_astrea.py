@@ -84,5 +84,7 @@ def test_it_learns() -> None:
 
 
 def test_record(keep: Keep) -> None:
-    figures = [Figure("gain over 12 benchmarks", "not measured: no trained experts", "+4.7 %")]
+    figures = [
+        Figure("gain over 12 benchmarks", "not measured", "+4.7 %", "no trained experts here")
+    ]
     keep(record_of(compiled()[1], SOURCE, f"{TOLERANCE:g}", figures))

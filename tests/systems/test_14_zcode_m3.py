@@ -181,5 +181,6 @@ def test_it_learns_and_losses_are_not_compiled() -> None:
 
 def test_record(keep: Keep) -> None:
     count = example.parameters(example.PUBLISHED)
-    figures = [Figure("parameters, 50 languages", f"{count / 1e9:.1f}B, widths chosen here", "10B")]
+    ours = f"{count / 1e9:.1f}B"
+    figures = [Figure("parameters, 50 languages", ours, "10B", "widths chosen here")]
     keep(record_of(compiled(), SOURCE, f"{TOLERANCE:g}", figures))

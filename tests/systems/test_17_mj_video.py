@@ -129,5 +129,6 @@ def test_it_learns_to_prefer_the_better_video() -> None:
 
 def test_record(keep: Keep) -> None:
     count = example.parameters(example.INTERNVL2_2B) / 1e9
-    figures = (Figure("parameters of InternVL2-2B with the gates", f"{count:.2f} B", "2 B"),)
+    quantity = "parameters of InternVL2-2B with the gates"
+    figures = (Figure(quantity, f"{count:.2f} B", "2 B", "a name of one digit"),)
     keep(record_of(compiled()[1], SOURCE, f"{TOLERANCE:g}", figures))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import moec
-from docs.systems import Figure, Source
+from docs.systems import COMPARABLE, Figure, Source
 from moec.formats.ternary import decode, encode
 from moec.interpret.evaluate import evaluate
 from tests.systems.records import Keep, load, record_of
@@ -97,7 +97,10 @@ def test_the_count_is_that_of_the_whole_model() -> None:
 def test_record(keep: Keep) -> None:
     figures = [
         Figure(
-            f"bf16 of {name}", f"{2 * example.parameters(size)[0] / 1e9:,.1f} GB", f"{paper:,} GB"
+            f"bf16 of {name}",
+            f"{2 * example.parameters(size)[0] / 1e9:,.1f} GB",
+            f"{paper:,} GB",
+            COMPARABLE,
         )
         for name, (size, paper) in example.PUBLISHED.items()
     ]
@@ -106,6 +109,7 @@ def test_record(keep: Keep) -> None:
             f"i.i.d. {rows} x {width}, times smaller than bf16",
             f"{example.times_smaller(example.independent(rows, width)):.2f}",
             "21.11, limit 25.40",
+            "other row starts",
         )
         for rows, width in example.SHAPES[:2]
     ]

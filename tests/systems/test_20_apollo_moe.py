@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moec
-from docs.systems import Figure, Source
+from docs.systems import NO_FIGURE, Figure, Source
 from tests.systems.records import Keep, load, record_of
 
 example = load("20_apollo_moe")
@@ -106,5 +106,5 @@ def test_record(keep: Keep) -> None:
     for name, size in example.PUBLISHED.items():
         total, active = example.parameters(size)
         ours = f"{total / 1e9:.2f} B, {active / 1e9:.2f} B active"
-        figures.append(Figure(f"upcycled from {name}", ours, "not read"))
+        figures.append(Figure(f"upcycled from {name}", ours, "not read", NO_FIGURE))
     keep(record_of(compiled(False)[1], SOURCE, f"{TOLERANCE:g}", figures))

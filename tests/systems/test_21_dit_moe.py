@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moec
-from docs.systems import Figure, Source
+from docs.systems import COMPARABLE, Figure, Source
 from tests.systems.records import Keep, load, record_of
 
 example = load("21_dit_moe")
@@ -112,7 +112,8 @@ def test_record(keep: Keep) -> None:
                 f"parameters of {name}",
                 f"{ours[0] / 1e6:.0f} M, {ours[1] / 1e6:.0f} M active",
                 f"{total} M, {active} M active",
+                COMPARABLE,
             ),
-            Figure(f"GFLOPs of {name}", f"{example.gigaflops(size):.2f}", f"{flops}"),
+            Figure(f"GFLOPs of {name}", f"{example.gigaflops(size):.2f}", f"{flops}", COMPARABLE),
         ]
     keep(record_of(compiled()[2], SOURCE, f"{TOLERANCE:g}", figures))
