@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from moec.capture.behaviour.describe import describe
     from moec.dynamo import prepare, stats
     from moec.errors import MoecError
+    from moec.evaluation.evaluate import evaluate
     from moec.model.compiled import CompiledModel
     from moec.model.load import LoadedModel, load
     from moec.optimisation.optimize import optimize
@@ -38,6 +39,7 @@ __all__ = [
     "compile",
     "compile_ranks",
     "describe",
+    "evaluate",
     "load",
     "optimize",
     "prepare",
@@ -53,6 +55,7 @@ _WHERE = {
     "compile": "moec.api",
     "compile_ranks": "moec.parallel.build",
     "describe": "moec.capture.behaviour.describe",
+    "evaluate": "moec.evaluation.evaluate",
     "load": "moec.model.load",
     "optimize": "moec.optimisation.optimize",
     "prepare": "moec.dynamo",

@@ -45,6 +45,10 @@ COMMANDS = {
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
     "bench": ("moec.commands.bench", "Time prefill and decode, and compare with other runtimes."),
+    "eval": (
+        "moec.commands.execution.eval",
+        "Measure perplexity, KL and accuracy of models.",
+    ),
     "profile": ("moec.commands.execution.profile", "Time each kernel of an artifact."),
     "plan": ("moec.commands.plan", "Plan how a model runs on many devices."),
     "routing": ("moec.commands.routing", "Show which experts a recorded routing chose."),
