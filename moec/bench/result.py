@@ -12,6 +12,9 @@ from typing import Any
 from moec.bench.race import Figure, Load, Times, ratio
 from moec.errors import UsageError
 
+BUSY = 0.7
+"""The load average above which something ran in the minute before."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -83,6 +86,11 @@ class BenchResult:
             f"moec's prefill is at {self.prefill_share:.0%} of the limit, its decode at "
             f"{self.decode_share:.0%}. Columns after the speeds: time relative to moec.",
         ]
+        if self.load_average > BUSY:
+            rows.append(
+                f"Something ran before (load average {self.load_average:.1f}): if it still did, "
+                "the times depend on it, and an idle machine gives others."
+            )
         return "\n".join(rows)
 
 

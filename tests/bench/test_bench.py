@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,5 +205,10 @@ def test_the_text() -> None:
         == "measured peak 1 GFLOP/s in float32, bandwidth 2.0 GB/s, load average 0.5 before"
     )
     assert lines[5].startswith("moec ")
+    busy = str(replace(record, load_average=2.14)).splitlines()
+    assert busy[:-1] == [line.replace("average 0.5", "average 2.1") for line in lines]
+    assert busy[-1].startswith(
+        "Something ran before (load average 2.1): if it still did, the times"
+    )
     with pytest.raises((UsageError, ValueError)):
         plot(record, Path("x.unknown"))
