@@ -46,6 +46,7 @@ COMMANDS = {
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
     "bench": ("moec.commands.bench", "Time prefill and decode, and compare with other runtimes."),
     "profile": ("moec.commands.execution.profile", "Time each kernel of an artifact."),
+    "compare": ("moec.commands.execution.compare", "Compare two artifacts."),
     "plan": ("moec.commands.plan", "Plan how a model runs on many devices."),
     "routing": ("moec.commands.routing", "Show which experts a recorded routing chose."),
     "doctor": ("moec.commands.doctor", "Check this machine and say how to fix what is wrong."),
