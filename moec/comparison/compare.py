@@ -49,8 +49,8 @@ def compare(
     outputs and, where both were compiled with `record_routing`, choices of experts.
 
     Both run on `inputs` by name or in a file, on `prompt`, or on random values: of a language model
-    `prompt_tokens` token ids. With `time` they are timed in turn. B is described against A; what
-    prevents a comparison of outputs is a note of the result.
+    `prompt_tokens` token ids. Their states are reset. With `time` they are timed in turn. B is
+    described against A; what prevents a comparison of outputs is a note of the result.
 
     Raises InputError where A does not take the inputs, UsageError, and as `moec.load`.
     """
@@ -122,7 +122,8 @@ def _with_numbers(
                 for inputs in calls:
                     model.reset()
                     for name, array in sorted(model.executor(inputs).items()):
-                        rows = torch.tensor(np.atleast_2d(array).astype(np.float32))
+                        parts = array.view(np.float32) if array.dtype.kind == "c" else array
+                        rows = torch.tensor(np.atleast_2d(parts).astype(np.float32))
                         results[-1].setdefault(name, []).append(rows)
         except InputError as error:
             if model is models[0]:
@@ -147,7 +148,8 @@ def _with_numbers(
 def _output_lines(model: LoadedModel, a: Results, b: Results) -> Iterator[OutputLine]:
     """The outputs of `model`, whose results are `a`, beside those of another."""
     main, text = model.artifact.package.main, _text_port(model)
-    scores = [port.name for port in main.outputs if text and port.shape[:-1] == text.shape]
+    fits = (port.name for port in main.outputs if text and port.shape[:-1] == text.shape)
+    scores = next(fits, None)  # a model may return hidden states after them
     for line in moved_lines(list(a), *(zip(*r.values(), strict=True) for r in (a, b))):
         ours, theirs = (torch.cat([t.flatten(0, -2) for t in r[line.output]]) for r in (a, b))
         top = ours.topk(min(2, ours.shape[-1])).values
@@ -155,7 +157,7 @@ def _output_lines(model: LoadedModel, a: Results, b: Results) -> Iterator[Output
         margin, gap = float((top[:, 0] - other).max()), float((top[:, 0] - top[:, -1]).median())
         p, q = (t.clamp(min=-1e30).log_softmax(-1) for t in (ours, theirs))
         nats = kl_div(q, p, reduction="batchmean", log_target=True).clamp(min=0)
-        kl = nats.item() if line.output in scores else None
+        kl = nats.item() if line.output == scores else None
         yield OutputLine(**asdict(line), margin=margin, gap=gap, kl=kl)
 
 

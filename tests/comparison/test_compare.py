@@ -253,14 +253,14 @@ def test_the_command(plain: Path, int8: Path, tmp_path: Path) -> None:
 
 def test_refusals(plain: Path, tmp_path: Path, tiny_moe: Path) -> None:
     with pytest.raises(
-        ArtifactError, match=r"is not a moec artifact: no manifest\.json; compile it"
+        ArtifactError, match=r"is not a moec artifact \(has no manifest\.json\): compile it"
     ):
         moec.compare(plain, tiny_moe)
     with pytest.raises(UsageError, match="cannot be combined: give one of them"):
         moec.compare(plain, plain, prompt="a", prompt_tokens=3)
     for arguments, sentence in (
         ((plain, tmp_path / "none.moec"), "none.moec"),
-        ((plain, tiny_moe), "compile it first"),
+        ((plain, tiny_moe), "manifest.json): compile it"),
         ((plain, plain, "--prompt", "a"), "tokenizer"),
         ((plain, plain, "-i", tmp_path / "none.npz"), "there is no such file"),
     ):
