@@ -214,6 +214,14 @@ class Renamed(Scaled):
         return self.linear(y) * self.factor
 
 
+class Complex(Scaled):
+    """Only imaginary parts depend on the factor; a second output has no axis."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.linear(x)
+        return torch.complex(y, y * self.factor), y.sum()
+
+
 def other_model(once: Once, name: str, kind: type[Scaled], factor: float) -> Path:
     def write(folder: Path) -> None:
         torch.manual_seed(0)
@@ -238,6 +246,13 @@ def test_models_without_text(once: Once) -> None:
     assert note.startswith("outputs are not compared: B refuses inputs: there is no input 'x'")
     with pytest.raises(InputError, match="continues no text: leave out the prompt and its tokens"):
         moec.compare(one, two, prompt_tokens=3)
+
+
+def test_complex_and_scalar_outputs(once: Once) -> None:
+    """|(y + 3iy) - (y + iy)| / |y + iy| = 2 / sqrt(2)."""
+    one, three = (other_model(once, f"complex{n}", Complex, n) for n in (1, 3))
+    errors = sorted(line.error for line in moec.compare(one, three).outputs)
+    assert errors == [0, pytest.approx(2**0.5, rel=1e-5)]
 
 
 def test_the_command(plain: Path, int8: Path, tmp_path: Path) -> None:
