@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moec import train
     from moec.api import compile
     from moec.capture.behaviour.describe import describe
+    from moec.comparison.compare import compare
     from moec.dynamo import prepare, stats
     from moec.errors import MoecError
     from moec.evaluation.evaluate import evaluate
@@ -36,6 +37,7 @@ __all__ = [
     "CompiledModel",
     "LoadedModel",
     "MoecError",
+    "compare",
     "compile",
     "compile_ranks",
     "describe",
@@ -52,6 +54,7 @@ _WHERE = {
     "CompiledModel": "moec.model.compiled",
     "LoadedModel": "moec.model.load",
     "MoecError": "moec.errors",
+    "compare": "moec.comparison.compare",
     "compile": "moec.api",
     "compile_ranks": "moec.parallel.build",
     "describe": "moec.capture.behaviour.describe",

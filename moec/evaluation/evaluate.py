@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,8 @@ from moec.evaluation.estimate import Z95
 from moec.evaluation.subject import Subject, open_subject
 from moec.evaluation.tasks import TaskScore, read_tasks, score_tasks
 from moec.evaluation.text import TextScore, score_text
+from moec.files.printable import preformatted
+from moec.plan.report.text import columns
 from moec.report.units import size
 
 
@@ -49,12 +50,8 @@ class Evaluation:
         head = ("model", "weights", "tokens/s", "perplexity", "bits/byte", "KL", "same top-1")
         texts, tasks = (any(getattr(m, n) for m in self.models) for n in ("text", "tasks"))
         shown = [*head[: 7 if texts else 3], *(("accuracy", "a byte") if tasks else ())]
-        rows = [shown, *(_row(model, texts, tasks) for model in self.models)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(shown))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        rows = [tuple(shown), *(_row(model, texts, tasks) for model in self.models)]
+        lines = [line.rstrip() for line in columns(rows)]
         about = []
         if texts:
             predicted = max(m.text.predicted for m in self.models if m.text)
@@ -69,10 +66,10 @@ class Evaluation:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        return preformatted(str(self))
 
 
-def _row(model: ModelScore, texts: bool, tasks: bool) -> list[str]:
+def _row(model: ModelScore, texts: bool, tasks: bool) -> tuple[str, ...]:
     cells = [model.name, size(model.bytes), f"{model.tokens_per_second:,.0f}"]
     if texts:
         text = model.text
@@ -86,7 +83,7 @@ def _row(model: ModelScore, texts: bool, tasks: bool) -> list[str]:
         score = model.tasks
         assert score is not None
         cells += [score.accuracy.shown(".3f"), score.accuracy_norm.shown(".3f")]
-    return cells
+    return tuple(cells)
 
 
 def evaluate(

@@ -3,6 +3,7 @@ control characters, which could hide an error or fake one."""
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -33,3 +34,8 @@ def all_printable(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return type(content)(map(all_printable, content))
     return content
+
+
+def preformatted(text: str) -> str:
+    """The text as HTML in a monospaced font, for notebooks; escaped, as names come from files."""
+    return f"<pre>{html.escape(text)}</pre>"

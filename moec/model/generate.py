@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from moec.errors import InputError, UsageError
+from moec.files.printable import preformatted
 from moec.runtime.text.generate import generate, slow
 from moec.runtime.text.prompt import Tokenizer
 from moec.runtime.text.request import Request
@@ -97,6 +98,9 @@ class TextModel:
     @property
     def _writer(self) -> Writer:
         raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return preformatted(repr(self))
 
     @with_options
     def generate(self, prompts: Prompts, **options: Any) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import ArtifactError
+from moec.files.printable import preformatted
 from moec.ir.graph import Graph
 from moec.profile.data import KernelLine, MachineLimits, PhaseProfile, ProfileData, Time
 from moec.profile.record import TimedPhase
@@ -38,6 +39,9 @@ class ModelProfile:
         return "\n".join(lines(self.data))
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
 
     @property
     def phases(self) -> tuple[PhaseProfile, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from moec.files.printable import preformatted
 from moec.report.data import WHOLE, PassLine, PortLine, ReportData
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class Report(ReportData):
     __repr__ = __str__  # so that `m.report()` at a prompt shows it
 
     def _repr_html_(self) -> str:
-        """For notebooks: the text in a monospaced font, escaped, as names come from files."""
-        return f"<pre>{html.escape(str(self))}</pre>"
+        return preformatted(str(self))
 
 
 def describe_graph(graph: Graph, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import WIDE, Codes, QuantisingPass, attributes
 
 LINEAR = "aten.linear.default"
+LINEARS = (LINEAR, "nn.quantised_linear")
 FEW = 16
 """Layers with at most as many outputs are not quantised: the gate of a shared expert has one."""
 
@@ -36,11 +37,11 @@ class QuantiseLinears(QuantisingPass):
     name: ClassVar[str] = "quantise-linears"
 
     def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
-        left_out, heads, params = routers(graph), _heads(graph), set(graph.params)
+        left_out, last, params = routers(graph), heads(graph), set(graph.params)
         targets = []
         for op in graph.ops:
             if op.name == LINEAR and op.inputs[1] in params and op not in left_out:
-                format = self.head if op in heads else self.linears
+                format = self.head if op in last else self.linears
                 if format is not None:
                     targets.append((op, format))
         return targets
@@ -66,7 +67,8 @@ def routers(graph: Graph) -> set[Op]:
     return _linears_behind(graph, chosen, lambda op: True)
 
 
-def _heads(graph: Graph) -> set[Op]:
+def heads(graph: Graph) -> set[Op]:
+    """The linear layers that compute the outputs, up to casts, scalings and slices."""
     return _linears_behind(graph, graph.outputs, _reshapes)
 
 
@@ -88,7 +90,7 @@ def _linears_behind(
         if value in visited or op is None:
             continue
         visited.add(value)
-        if op.name == LINEAR:
+        if op.name in LINEARS:
             linears.add(op)
         elif op.name.startswith("aten.") and op.name not in PRODUCTS and through(op):
             waiting += op.inputs

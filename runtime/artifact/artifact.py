@@ -192,7 +192,7 @@ def read(
     container = open_container(path, copy=copy)
     content = container.get(manifests.NAME)
     if content is None:
-        raise ArtifactError(f"{path} is not a moec artifact: it has no {manifests.NAME}")
+        raise ArtifactError(f"{path} is not a moec artifact (has no {manifests.NAME}): compile it")
     if signed_by is not None:
         from moec.runtime.artifact.signature import check_signature
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def test_reprs_are_short(speaker: moec.LoadedModel) -> None:
     path = speaker.path
     parts = len(speaker.artifact.manifest.parts)
     assert repr(speaker.artifact) == f"<artifact {path}: {parts} parts, {package}>"
+    assert speaker._repr_html_() == f"<pre>{html.escape(repr(speaker))}</pre>"
     assert repr(speaker.tokenizer) == "<tokenizer of 8 tokens>"
 
 
@@ -42,7 +44,8 @@ def test_a_model_and_its_picture() -> None:
     assert repr(model).endswith(": 0 MoE blocks>")
     assert repr(model.picture()) == "<picture of Sequential>"
     assert model.picture()._repr_html_().startswith("<svg")
-    assert model.report()._repr_html_().startswith("<pre>")
+    for item in (model, model.report()):
+        assert item._repr_html_() == f"<pre>{html.escape(str(item))}</pre>"
 
 
 def test_tokens_that_are_none(speaker: moec.LoadedModel, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_completion_offers_the_commands() -> None:
     result = run(
         env={"_MOEC_COMPLETE": "bash_complete", "COMP_WORDS": "moec com", "COMP_CWORD": "1"}
     )
-    assert result.stdout == "plain,compile\n"
+    assert result.stdout == "plain,compile\nplain,compare\n"
 
 
 def test_help_and_version_import_nothing_heavy() -> None:

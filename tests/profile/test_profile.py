@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import time
 from collections.abc import Callable
@@ -164,6 +165,10 @@ def test_a_call_with_inputs(tiny: moec.CompiledModel) -> None:
     ] * LAYERS
     with pytest.raises(InputError, match="input_ids"):
         tiny.profile(inputs={"input_ids": ids.astype(np.float32)})
+
+
+def test_a_profile_in_a_notebook(profile: ModelProfile) -> None:
+    assert profile._repr_html_() == f"<pre>{html.escape(str(profile))}</pre>"
 
 
 def test_layers() -> None:

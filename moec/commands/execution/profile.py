@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -13,9 +12,6 @@ from moec.commands.options.files import OutputFile
 from moec.commands.options.options import json_option, quiet_option
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command("profile", short_help="Time each kernel of an artifact.")

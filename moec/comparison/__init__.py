@@ -1,0 +1,1 @@
+"""Two artifacts beside each other: what they hold, compute, route and take."""

@@ -1,0 +1,185 @@
+"""`moec.compare`: two artifacts beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from timeit import timeit
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import kl_div
+
+from moec.bench.contenders import compiled
+from moec.bench.race import Load, race
+from moec.codegen.module_builder import as_array
+from moec.comparison.comparison import ArtifactComparison, OutputLine
+from moec.comparison.contents import contents
+from moec.dtypes import FLOATS
+from moec.errors import InputError, UsageError
+from moec.model.load import LoadedModel, load
+from moec.report.quantisation import moved_lines
+from moec.runtime.arrays.tensor_files import read_tensors
+from moec.runtime.checks import show_shape
+from moec.runtime.dtypes import NUMPY
+from moec.runtime.package import Port
+from moec.runtime.sizes.expressions import evaluate
+
+Arrays = dict[str, Any]
+Times = Mapping[str, Mapping[str, float]]
+Results = dict[str, list[torch.Tensor]]
+TOKENS, STEPS, ROUNDS, DRAWN = 256, 16, 10, 4
+"""Tokens of a random text, steps and rounds that are timed, calls of a model without text."""
+
+
+def compare(
+    a: LoadedModel | Path | str,
+    b: LoadedModel | Path | str,
+    inputs: Mapping[str, Any] | Path | None = None,
+    *,
+    prompt: str | None = None,
+    prompt_tokens: int | None = None,
+    time: bool = False,
+) -> ArtifactComparison:
+    """What two artifacts hold and compute: formats of weights, ops and kernels, the distance of
+    outputs and, where both were compiled with `record_routing`, choices of experts.
+
+    Both run on `inputs` by name or in a file, on `prompt`, or on random values: of a language model
+    `prompt_tokens` token ids. Their states are reset. With `time` they are timed in turn. B is
+    described against A; what prevents a comparison of outputs is a note of the result.
+
+    Raises InputError where A does not take the inputs, UsageError, and as `moec.load`.
+    """
+    if sum(option is not None for option in (inputs, prompt, prompt_tokens)) > 1:
+        raise UsageError("inputs, a prompt and its tokens cannot be combined: give one of them")
+    models = [each if isinstance(each, LoadedModel) else load(each) for each in (a, b)]
+    if isinstance(inputs, Path):
+        inputs = read_tensors(inputs, models[0].artifact.package.main.inputs)
+    calls = [{n: as_array(v) if torch.is_tensor(v) else v for n, v in (inputs or {}).items()}]
+    calls = _drawn(models[0], prompt, prompt_tokens) if inputs is None else calls
+    result = _with_numbers(contents(*models), models, calls)
+    if time and inputs is None and all(m.artifact.package.generation for m in models):
+        return replace(result, times=_text_times(models, prompt_tokens))
+    return replace(result, times=_call_time(models, calls[0]) if time and result.inputs else {})
+
+
+def _text_port(model: LoadedModel) -> Port | None:
+    """The token ids of a model that continues text."""
+    main, text = model.artifact.package.main, model.artifact.package.generation
+    return next((p for p in main.inputs if text and p.name in main.index_ranges), None)
+
+
+def _drawn(model: LoadedModel, prompt: str | None, tokens: int | None) -> list[Arrays]:
+    """A text, or else calls with random floats and ids at the sizes of the artifact's sample, whose
+    other inputs they take. Raises InputError where it has none, or takes no text but is to."""
+    main, text = model.artifact.package.main, _text_port(model)
+    if text is None and (prompt, tokens) != (None, None):
+        raise InputError(f"{model.path} continues no text: leave out the prompt and its tokens")
+    example = next((dict(sample.inputs) for sample in model.artifact.samples), {})
+    ids = None if prompt is None else model.tokenizer.encode(prompt)
+    sizes: dict[Any, int] = {}
+    for port in main.inputs:
+        if port.name in example:
+            sizes |= zip(port.shape, example[port.name].shape, strict=True)
+        elif port != text:
+            raise InputError(f"{model.path} stores no sample of {port.name}: give the inputs")
+    if text is not None and (generation := model.artifact.package.generation):
+        most = generation.longest or TOKENS
+        sizes |= dict.fromkeys(text.shape[:-1], 1)
+        sizes[text.shape[-1]] = len(ids) if ids is not None else tokens or min(TOKENS, most)
+    draw = np.random.default_rng(0)
+
+    def value(port: Port) -> Any:
+        shape = [evaluate(size, sizes) or 0 for size in port.shape]
+        low, high = main.index_ranges.get(port.name, ("", ""))
+        if port == text and ids is not None:
+            return np.reshape(ids, shape)
+        if isinstance(low, int) and isinstance(high, int):
+            return draw.integers(low, high + 1, shape)
+        drawn = port.dtype in FLOATS
+        return draw.standard_normal(shape) if drawn else np.resize(example[port.name], shape)
+
+    each = range(DRAWN if text is None else 1)
+    return [{p.name: value(p).astype(NUMPY[p.dtype]) for p in main.inputs} for _ in each]
+
+
+def _with_numbers(
+    result: ArtifactComparison, models: Sequence[LoadedModel], calls: Sequence[Arrays]
+) -> ArtifactComparison:
+    """With outputs and routing, or a note that says why they are not compared."""
+    layers = [model.artifact.package.recorded for model in models]
+    record = bool(layers[0]) and layers[0] == layers[1]
+    results: list[Results] = []
+    choices = []
+    for model in models:
+        results.append({})
+        try:
+            with model.record_routing() if record else nullcontext() as recorder:
+                for inputs in calls:
+                    model.reset()
+                    for name, array in sorted(model.executor(inputs).items()):
+                        parts = array.view(np.float32) if array.dtype.kind == "c" else array
+                        rows = torch.tensor(np.atleast_2d(parts).astype(np.float32))
+                        results[-1].setdefault(name, []).append(rows)
+        except InputError as error:
+            if model is models[0]:
+                raise
+            return replace(result, notes=(f"outputs are not compared: B refuses inputs: {error}",))
+        choices += [np.sort(recorder.trace().ids, -1)] if recorder else []  # [T, L, k]
+    one, two = ("; ".join(n + show_shape(r[0].shape) for n, r in each.items()) for each in results)
+    if one != two:
+        return replace(result, notes=(f"outputs are not compared: A has {one}, and B {two}",))
+    same = []
+    if choices and choices[0].shape == choices[1].shape:
+        same = (choices[0] == choices[1]).all(-1).mean(0).tolist()
+    shapes = "; ".join(name + show_shape(np.shape(array)) for name, array in calls[0].items())
+    return replace(
+        result,
+        inputs=f"{len(calls)} x {shapes}",
+        outputs=tuple(_output_lines(models[0], *results)),
+        routing=dict(zip((layer.layer for layer in layers[0]), same, strict=False)),
+    )
+
+
+def _output_lines(model: LoadedModel, a: Results, b: Results) -> Iterator[OutputLine]:
+    """The outputs of `model`, whose results are `a`, beside those of another."""
+    main, text = model.artifact.package.main, _text_port(model)
+    fits = (port.name for port in main.outputs if text and port.shape[:-1] == text.shape)
+    scores = next(fits, None)  # a model may return hidden states after them
+    for line in moved_lines(list(a), *(zip(*r.values(), strict=True) for r in (a, b))):
+        ours, theirs = (torch.cat([t.flatten(0, -2) for t in r[line.output]]) for r in (a, b))
+        top = ours.topk(min(2, ours.shape[-1])).values
+        other = ours.gather(-1, theirs.argmax(-1, keepdim=True))[:, 0]
+        margin, gap = float((top[:, 0] - other).max()), float((top[:, 0] - top[:, -1]).median())
+        p, q = (t.clamp(min=-1e30).log_softmax(-1) for t in (ours, theirs))
+        nats = kl_div(q, p, reduction="batchmean", log_target=True).clamp(min=0)
+        kl = nats.item() if line.output == scores else None
+        yield OutputLine(**asdict(line), margin=margin, gap=gap, kl=kl)
+
+
+def _text_times(models: Sequence[LoadedModel], tokens: int | None) -> Times:
+    """Prefill of random tokens, and steps of one token, of models that continue text."""
+    limits = [g for m in models if (g := m.artifact.package.generation)]
+    longest = min(limit.longest or 1 << 30 for limit in limits)
+    prompt = min(tokens or TOKENS, max(1, longest - STEPS))
+    load = Load(1, prompt, min(STEPS, longest - prompt), min(limit.vocabulary for limit in limits))
+    each = [replace(compiled(m.executor), name=n) for m, n in zip(models, "AB", strict=True)]
+    a, b = race(each, load, ROUNDS)
+    prefill = _quotient(a.prefill, b.prefill)
+    return {f"prefill of {prompt}": prefill, "decode step": _quotient(a.decode, b.decode)}
+
+
+def _call_time(models: Sequence[LoadedModel], inputs: Arrays) -> Times:
+    calls = [partial(timeit, partial(m.executor, inputs), setup=m.reset, number=1) for m in models]
+    turns = [[call() for call in calls] for _ in range(ROUNDS + 1)][1:]  # the first warms up
+    return {"call": _quotient(*zip(*turns, strict=True))}
+
+
+def _quotient(a: Sequence[float], b: Sequence[float]) -> Mapping[str, float]:
+    low, ratio, high = np.quantile(np.divide(b, a), (0.25, 0.5, 0.75)).tolist()
+    one, two = (1e3 * float(np.median(seconds)) for seconds in (a, b))
+    return {"a": one, "b": two, "ratio": ratio, "low": low, "high": high}

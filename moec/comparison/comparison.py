@@ -1,0 +1,82 @@
+"""The comparison of two artifacts A and B: data, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, astuple, dataclass, field, fields
+from typing import Any
+
+from moec.files.printable import preformatted, printable
+from moec.plan.report.text import columns
+from moec.report.data import MovedLine
+from moec.report.module_paths import spans
+from moec.report.units import size
+
+
+@dataclass(frozen=True)
+class ComparedFact:
+    """A text or a number (of bytes, if that is the subject) of both; None where one lacks it."""
+
+    subject: str
+    name: str
+    a: str | int | None
+    b: str | int | None
+
+
+@dataclass(frozen=True)
+class OutputLine(MovedLine):
+    """`error` is that of B against A, relative to the norm. In rows with another argmax, A scores
+    its choice at most `margin` higher than B's; `gap` is the median, over all rows, of how much
+    higher A scores its first choice than its second. `kl` is the KL divergence of B's next token
+    from A's, in nats per token; None where the output has no scores of tokens."""
+
+    margin: float
+    gap: float
+    kl: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class ArtifactComparison:
+    """`altered` are the arrays of one format with other values, with the experts that differ;
+    `inputs` says what both ran on; `routing` is the share of tokens with the same set of experts,
+    by layer. `times` are median milliseconds of calls in turn, and of the quotient B / A in each
+    turn the median (`ratio`) and quartiles. `notes` say what is not compared, and why."""
+
+    facts: tuple[ComparedFact, ...]
+    altered: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: str = ""
+    outputs: tuple[OutputLine, ...] = ()
+    routing: Mapping[str, float] = field(default_factory=dict)
+    times: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        tables = (
+            [("", "", "A", "B"), *map(_cells, self.facts)],
+            [("other values", "experts"), *((n, spans(e) or "-") for n, e in self.altered.items())],
+            [tuple(f.name for f in fields(OutputLine)), *map(_cells, self.outputs)],
+            [("layer", "same experts"), *((n, f"{s:.1%}") for n, s in self.routing.items())],
+            [
+                ("time, ms", "A", "B", "B / A", "from", "to"),
+                *((n, *(f"{v:.3g}" for v in t.values())) for n, t in self.times.items()),
+            ],
+        )
+        parts = [[line.rstrip() for line in columns(t)] for t in tables if len(t) > 1]
+        parts += [[f"ran on {self.inputs}"]] if self.inputs else []
+        parts += [[f"note: {note}"] for note in self.notes]
+        return printable("\n\n".join(map("\n".join, parts)))
+
+    __repr__ = __str__  # so that `moec.compare(a, b)` at a prompt shows it
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as JSON-compatible dicts, lists and numbers."""
+        return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return preformatted(str(self))
+
+
+def _cells(line: Any) -> tuple[str, ...]:
+    show = size if getattr(line, "subject", "") == "bytes" else str
+    cells = (f"{v:.3g}" if isinstance(v, float) else v for v in astuple(line))
+    return tuple("-" if v is None else show(v) if isinstance(v, int) else v for v in cells)

@@ -1,0 +1,99 @@
+"""What two artifacts hold, from their manifests and graphs; nothing runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from math import prod
+from typing import Any
+
+from moec.comparison.comparison import ArtifactComparison, ComparedFact
+from moec.ir.graph import Graph
+from moec.model.load import LoadedModel
+from moec.model.stored import stored_graph
+from moec.ops.experts.quantised import format_of
+from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.passes.quantise.quantise_linears import LINEARS, heads
+from moec.report.units import counted
+from moec.runtime.dtypes import NUMPY
+from moec.runtime.package import DECODE, MAIN
+
+Formats = dict[str, dict[str, str]]
+COMPLETE = ("artifact", "target", "blocks", "functions", "format", "bytes")  # also if equal
+
+
+def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
+    """Of two models that did not run. Raises ArtifactError where a graph is malformed."""
+    graphs = [
+        {n: stored_graph(m.path, n, t) for n, t in m.artifact.graphs.items() if n in (MAIN, DECODE)}
+        for m in (a, b)
+    ]
+    one, two = _properties(a, graphs[0]), _properties(b, graphs[1])
+    facts = tuple(
+        ComparedFact(subject, name, ours.get(name), theirs.get(name))
+        for subject in dict.fromkeys((*one, *two))
+        for ours, theirs in [(one.get(subject, {}), two.get(subject, {}))]
+        for name in dict.fromkeys((*ours, *theirs))
+        if subject in COMPLETE or ours.get(name) != theirs.get(name)
+    )
+    return ArtifactComparison(facts, _altered(a, b, _formats(graphs[0][MAIN]).get("experts", {})))
+
+
+def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, dict[str, Any]]:
+    """Values by subject and name."""
+    manifest, package = model.artifact.manifest, model.artifact.package
+    blocks = model.report().blocks
+    choices = sorted({f"{block.top_k} of {block.experts}" for block in blocks})
+    formats, params = _formats(graphs[MAIN]), graphs[MAIN].params
+    nbytes = {p.name: prod(map(int, p.shape)) * NUMPY[p.dtype].itemsize for p in params}
+    parts: Counter[str] = Counter()
+    for name, part in manifest.parts.items():
+        parts[f"{name.partition('/')[0]}/"] += part.size
+    return {
+        "artifact": {"": model.path.name},
+        "target": {"": manifest.target_name},
+        "blocks": {"": ", ".join([counted(len(blocks), "MoE block"), *choices])},
+        "functions": {"": ", ".join(package.functions)},
+        "format": {kind: ", ".join(sorted(set(of.values()))) for kind, of in formats.items()},
+        "bytes": {kind: sum(nbytes[n] for n in of) for kind, of in formats.items()} | parts,
+        **{f"ops of {n}": Counter(op.name for op in g.ops) for n, g in graphs.items()},
+        "kernels": Counter(kernel for _, kernel in package.kernels),
+        "sizes": {n: f"{low} to {high or 'any'}" for n, (low, high) in package.main.sizes.items()},
+    }
+
+
+def _formats(graph: Graph) -> Formats:
+    """By kind, the format of each weight. Those that ops of two kinds read, such as tied
+    embeddings, are of both."""
+    kinds: Formats = {}
+    params, last = set(graph.params), heads(graph)
+    for op in graph.ops:
+        names = {value.name: value.dtype for value in op.inputs if value in params}
+        for matrix in matrices_of(op) if op.name in QUANTISED_OPS else ():
+            stored = (matrix.codes, matrix.scales, matrix.zeros)
+            names |= {v.name: str(format_of(op, matrix)) for v in stored if v is not None}
+        kind = "other weights"
+        if op.name.startswith("grouped."):
+            kind = "experts"
+        elif op.name in LINEARS:
+            kind = "head" if op in last else "linears"
+        if names:
+            kinds.setdefault(kind, {}).update(names)
+    return dict(sorted(kinds.items()))
+
+
+def _altered(a: LoadedModel, b: LoadedModel, stacks: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The arrays of one dtype and shape whose digests differ; of stacks, the experts that do."""
+    one, two = a.artifact, b.artifact
+    lines: dict[str, tuple[int, ...]] = {}
+    for name in sorted(one.manifest.arrays.keys() & two.manifest.arrays.keys()):
+        x, y = one.manifest.arrays[name], two.manifest.arrays[name]
+        digests = one.manifest.parts[x.part].sha256, two.manifest.parts[y.part].sha256
+        if (x.dtype, x.shape) == (y.dtype, y.shape) and digests[0] != digests[1]:
+            lines[name] = ()
+            if name.removesuffix(".packed").partition("+")[0] in stacks:  # or several in one array
+                rows = zip(one.package.arrays[name], two.package.arrays[name], strict=True)
+                lines[name] = tuple(
+                    e for e, (p, q) in enumerate(rows) if p.tobytes() != q.tobytes()
+                )
+    return lines
