@@ -12,6 +12,7 @@ from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
+from moec.codegen.cpu.quantised.amx_fp8_tile import AmxFp8Tile
 from moec.codegen.cpu.quantised.amx_tile import AmxQuantisedTile
 from moec.codegen.cpu.quantised.fp8_tile import Fp8Tile, Fp8WidenedTile
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
@@ -57,9 +58,11 @@ def quantised_product(
 
     def tile(x: Any, w: QuantisedWeights, out: ProductOutput) -> Tile:
         if lay.floats:
-            dots = lay.pairs and target.bf16_dot
-            float_kind = Fp8Tile if dots else Fp8WidenedTile
-            return float_kind(lay, Operands(x, w.codes, *out), epilogue, w.scales)
+            floats = lay, Operands(x, w.codes, *out), epilogue
+            if not (lay.pairs and target.bf16_dot):
+                return Fp8WidenedTile(*floats, w.scales)
+            dots = Fp8Tile(*floats, w.scales)
+            return AmxFp8Tile(*floats, dots) if lay.float_tiles else dots
         operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
         kind = AmxQuantisedTile if lay.amx else QuantisedTile
         return kind(lay, operands, epilogue)

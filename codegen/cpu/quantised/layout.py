@@ -101,6 +101,13 @@ class QuantisedLayout(Layout):
         return self.target.int8_tiles and not self.floats and codes % 64 == 0
 
     @property
+    def float_tiles(self) -> bool:
+        """Whether AMX multiplies e4m3 weights with rows of bf16: blocks of scales are whole
+        registers, of 32 elements of K."""
+        elements = self.spec.k // self.blocks
+        return self.pairs and self.target.bf16_tiles and elements % 32 == 0
+
+    @property
     def tuned(self) -> tuple[str, ...]:
         few = ("dots_below",) if self.amx else ()
         return ("fetched", *few, "tiles_at_once", "worth")

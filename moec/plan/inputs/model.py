@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from moec.errors import UsageError
-from moec.ir.graph import Graph, Op
-from moec.ir.sizes.dims import product
 from moec.plan.inputs.files import Natural, Positive, Record, read_preset_or_file
 
 BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "f64": 8.0}
@@ -194,36 +192,3 @@ def _attention(first: Callable[..., int], width: int) -> dict[str, int]:
         "attention": attention, "heads": heads, "head_width": head, "kv_heads": kv_heads,
         "value_width": v, "latent": rank, "kv_values": values,
     }  # fmt: skip
-
-
-def of_graph(graph: Graph, name: str = "model") -> Model:
-    """The sizes of the MoE blocks of a graph in stage MOE, one layer each; all other parameters
-    count as attention. Raises UsageError where no block is recognised."""
-    blocks = [op for op in graph.ops if op.name == "moe.experts"]
-    if not blocks:
-        raise UsageError(f"{name} has no recognised MoE block: moec inspect shows the reason")
-    stacks = {value for op in blocks for value in op.inputs[2:]}
-    rest = sum(_size(value.shape) for value in graph.params if value not in stacks)
-    layers = tuple(_layer(graph, op, rest // len(blocks)) for op in blocks)
-    width = cast(int, blocks[0].inputs[0].shape[1])
-    weights = blocks[0].inputs[2].dtype
-    return Model(name=name, width=width, weights=weights, layers=layers)
-
-
-def _layer(graph: Graph, op: Op, rest: int) -> Layers:
-    dispatch = graph.producers[op.inputs[1]]
-    width = cast(int, op.inputs[0].shape[1])
-    matrices = [value for value in op.inputs[2:] if len(value.shape) == 3]
-    total = sum(_size(value.shape[1:]) for value in matrices)
-    hidden = max(_size(value.shape[1:]) // width for value in matrices[-1:])
-    return Layers(
-        attention=rest,
-        experts=cast(int, dispatch.attrs["num_experts"]),
-        k=cast(int, dispatch.inputs[1].shape[1]),
-        hidden=hidden,
-        matrices=max(1, round(total / (width * hidden))),
-    )
-
-
-def _size(shape: tuple[Any, ...]) -> int:
-    return int(cast(int, product(shape)))

@@ -58,22 +58,6 @@ class Workload(Record, frozen=True, kw_only=True):
         return 3 if self.phase == "training" else 1
 
 
-def training_memory(
-    dense: float, sparse: float, activation: float, layers: int, devices: int
-) -> dict[str, float]:
-    """Bytes that training needs on all GPUs, in CPU memory and on disks, with experts stored on
-    disks and active ones in CPU memory.
-
-    SE-MoE (arXiv 2205.10034): 16 D + 4 a S / L, 16 a S and 12 S, for D dense and S sparse
-    parameters, activation probability a and L MoE layers; each is divided by `devices`.
-    """
-    return {
-        "gpu": (16 * dense + 4 * activation * sparse / layers) / devices,
-        "cpu": 16 * activation * sparse / devices,
-        "disk": 12 * sparse / devices,
-    }
-
-
 def activations(model: Model, layer: Layers) -> tuple[int, int]:
     """Numbers that the backward pass of a layer needs of each token, and of each row of an expert.
 

@@ -9,10 +9,9 @@ import pytest
 from msgspec.structs import replace
 
 from moec.errors import UsageError
-from moec.ir.text import parse
 from moec.plan.inputs.files import preset_names
-from moec.plan.inputs.model import of_config, of_graph, read_model
-from moec.plan.inputs.workload import Workload, training_memory
+from moec.plan.inputs.model import of_config, read_model
+from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import read_cluster, with_nodes
 from moec.plan.plan import LayerPlan, Plan, physical_to_logical, read_plan, write_plan
 
@@ -106,33 +105,6 @@ def test_sizes_of_a_configuration() -> None:
 def test_a_configuration_that_lacks_a_size() -> None:
     with pytest.raises(UsageError, match=r"c\.json has none of num_hidden_layers"):
         of_config({"hidden_size": 8}, "c.json")
-
-
-def test_sizes_of_a_graph() -> None:
-    graph = parse("""
-    graph main(x: f32[T, 8]; r: f32[4, 8], w1: f32[4, 16, 8], w2: f32[4, 8, 16]) {
-      logits: f32[T, 4] = aten.linear.default(x, r)
-      w: f32[T, 2], i: i64[T, 2] = moe.route(logits) <k=2>
-      rows: f32[2*T, 8], order: i32[2*T], ends: i32[4] = moe.dispatch(x, i) <num_experts=4>
-      out: f32[2*T, 8] = moe.experts(rows, ends, w1, w2) {
-        graph e(a: f32[N, 8]; v: f32[16, 8], u: f32[8, 16]) {
-          h: f32[N, 16] = aten.linear.default(a, v)
-          y: f32[N, 8] = aten.linear.default(h, u)
-          return y
-        }
-      }
-      z: f32[T, 8] = moe.combine(out, order, w) <k=2, tokens={T}, dtype=f32, weighted=true>
-      return z
-    }""")
-    (layer,) = of_graph(graph).layers
-    assert (layer.experts, layer.k, layer.hidden, layer.matrices) == (4, 2, 16, 2)
-    assert layer.attention == 32
-
-
-def test_training_memory_of_se_moe() -> None:
-    """16 D + 4 a S / L on GPUs, 16 a S in CPU memory, 12 S on disks."""
-    memory = training_memory(dense=10, sparse=1000, activation=0.1, layers=4, devices=2)
-    assert memory == {"gpu": (160 + 100) / 2, "cpu": 800.0, "disk": 6000.0}
 
 
 def plan(slots: tuple[tuple[int, ...], ...] = ((0, 1), (2, 3))) -> Plan:

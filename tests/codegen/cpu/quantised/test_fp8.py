@@ -21,10 +21,12 @@ from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.gemm.test_grouped import routing
 from tests.codegen.cpu.quantised.test_grouped import tensor
 
-# On the others code is that of avx2 or avx512-bf16.
+# On the others code is that of avx2 or avx512-bf16, but for rows of bf16 on AMX.
 RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name not in ("avx2-vnni", "amx")]
+TILES = [t for t in TARGETS.values() if t.bf16_tiles and not missing(t)]
 # A target and the dtype of x choose the tile: float32 lanes, or dot products of bf16.
-CASES = [(t, "f32") for t in RUNNABLE] + [(t, "bf16") for t in RUNNABLE] + [(RUNNABLE[-1], "f16")]
+CASES = [(t, "f32") for t in RUNNABLE] + [(t, "bf16") for t in RUNNABLE + TILES]
+CASES += [(RUNNABLE[-1], "f16")]
 IDS = [f"{t.name}-{x}" for t, x in CASES]
 # Products are exact in float32, or rounded once (scales of float32); a sum of K of them, in any
 # order, is off by at most K * 2^-24 of the sum of their magnitudes, and far less as errors cancel.
@@ -130,12 +132,18 @@ def test_widths_that_fill_no_word_and_no_vector(build, target, x, n, k):
         check(each(rows, None, bounds), each.means(rows, None, bounds), k)
 
 
-@pytest.mark.parametrize("x", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("target", "x", "block"),
+    [
+        (RUNNABLE[-1], "f32", 128),
+        *((t, "bf16", b) for t in (RUNNABLE[-1], *TILES) for b in (0, 128)),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 @pytest.mark.parametrize("scales", ["f16", "f32"])
-def test_scales_of_checkpoints(build, x, scales):
+def test_scales_of_checkpoints(build, target, x, block, scales):
     """And blocks of K, of which the cache holds one at a time."""
-    target = RUNNABLE[-1]
-    each = product(build, target, x, 1, 40, 20480, block=128, scales=scales)
+    each = product(build, target, x, 1, 40, 20480, block=block, scales=scales)
     for count in (2, 13):
         rows, ends = torch.randn(count, 20480).to(TORCH[x]), torch.tensor([count]).int()
         check(each(rows, None, ends), each.means(rows, None, ends), 20480)
@@ -146,11 +154,13 @@ def test_scales_of_checkpoints(build, x, scales):
 def test_rows_do_not_depend_on_the_rows_beside_them(build, target, x, block):
     """Bit for bit, whether weights are widened in registers or in a panel."""
     each = product(build, target, x, 1, 48, 640, block=block)
-    rows = torch.randn(13, 640).to(TORCH[x])
-    full = each(rows, None, torch.tensor([13], dtype=torch.int32))
-    for row in range(13):
-        one = each(rows[row : row + 1], None, torch.tensor([1], dtype=torch.int32))
-        assert torch.equal(one[0], full[row])
+    rows = torch.randn(70, 640).to(TORCH[x])
+    full = each(rows, None, torch.tensor([70], dtype=torch.int32))
+    for count in (1, 2, 3, 13, 33):
+        for first in range(0, 70 - count, count):
+            some = slice(first, first + count)
+            part = each(rows[some].clone(), None, torch.tensor([count], dtype=torch.int32))
+            assert torch.equal(part, full[some])
 
 
 @pytest.mark.parametrize(
