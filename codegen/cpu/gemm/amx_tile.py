@@ -112,12 +112,12 @@ class AmxTile(Tile):
         """sums[rows, columns of a tile], over a part of K."""
         vectors = self.layout.vectors
         for j in range(0, vectors, BLOCKS):
-            some = range(j, min(j + BLOCKS, vectors))
+            pair_of = range(j, min(j + BLOCKS, vectors))
             with T.serial(0, ceildiv(rows.blocks, BLOCKS)) as pair:
                 block = T.bind(pair * BLOCKS)
                 for many in range(1, BLOCKS + 1):
                     with T.If(T.min(rows.blocks - block, T.int64(BLOCKS)) == many), T.Then():
-                        self._products(_At(some, block, many), rows, depth, sums)
+                        self._products(_At(pair_of, block, many), rows, depth, sums)
 
     def _copy(self, rows: AmxRows) -> None:
         """Copies the blocks of rows that are not read where they are; rows after the last one

@@ -14,6 +14,7 @@ instruction takes numbers below 2^-126 as 0, vector registers do not.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -88,7 +89,7 @@ class AmxFp8Tile(AmxTile):
         )
 
         def zero(*registers: dict[tuple[int, int], Buffer]) -> None:
-            for register in (register for some in registers for register in some.values()):
+            for register in chain.from_iterable(sums.values() for sums in registers):
                 T.buffer_store(register, v.splat(0.0), [lanes])
 
         stream = self._weight_stream(group, tile)

@@ -158,9 +158,9 @@ def test_rows_do_not_depend_on_the_rows_beside_them(build, target, x, block):
     full = each(rows, None, torch.tensor([70], dtype=torch.int32))
     for count in (1, 2, 3, 13, 33):
         for first in range(0, 70 - count, count):
-            some = slice(first, first + count)
-            part = each(rows[some].clone(), None, torch.tensor([count], dtype=torch.int32))
-            assert torch.equal(part, full[some])
+            part = slice(first, first + count)
+            y = each(rows[part].clone(), None, torch.tensor([count], dtype=torch.int32))
+            assert torch.equal(y, full[part])
 
 
 @pytest.mark.parametrize(
