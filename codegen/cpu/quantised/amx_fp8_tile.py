@@ -102,10 +102,10 @@ class AmxFp8Tile(AmxTile):
                 with T.serial(0, WORDS) as inside:
                     word = T.bind(number * words + step * WORDS + inside)
                     for half, pairs in enumerate(self.codes._weights(group, tile, word, fetch)):
-                        for sums, take, at in ((even, v.low, 0), (odd, v.high, 1)):
+                        for sums, take, offset in ((even, v.low, 0), (odd, v.high, 1)):
                             weights = [T.bind(take(pair)) for pair in pairs]
                             for i in range(m):
-                                a = v.splat(T.bind(x[i, word * CODES + 2 * half + at]))
+                                a = v.splat(T.bind(x[i, word * CODES + 2 * half + offset]))
                                 row = [sums[i, j] for j in range(lay.vectors)]
                                 self._accumulate(row, a, weights, self._fma)
                 for at in each:
