@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from moec.commands.options.files import check_output
 from moec.commands.options.options import (
@@ -16,6 +15,7 @@ from moec.commands.options.options import (
     Tolerance,
     api_arguments,
     changing_options,
+    check_only,
     force_option,
     json_option,
     model_options,
@@ -151,12 +151,8 @@ def _export_gguf(model: str, path: Path) -> None:
     """Writes a GGUF file. Raises UsageError for options that it does not have."""
     from moec.commands.output.progress import Progress, hush
 
-    ctx = click.get_current_context()
-    for option in ctx.command.params:
-        source = ctx.get_parameter_source(option.name or "")
-        if option.name not in OF_GGUF and source is ParameterSource.COMMANDLINE:
-            raise UsageError(f"{option.opts[0]} is of ONNX files: leave it out for {path}")
-    options = ctx.params
+    check_only(OF_GGUF, f"is of ONNX files: leave it out for {path}")
+    options = click.get_current_context().params
     quant = options["quant"] or GGUF_TYPES[0]
     if quant not in GGUF_TYPES:
         raise UsageError(f"--quant {quant}: a GGUF file has {', '.join(GGUF_TYPES)}")

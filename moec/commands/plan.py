@@ -11,7 +11,7 @@ import click
 
 from moec.commands.execution.plan_memory import plan_memory
 from moec.commands.options.files import check_output
-from moec.commands.options.options import OneOf, force_option, json_option
+from moec.commands.options.options import OneOf, check_only, force_option, json_option
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.printable import printable_json
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moec.plan.plan import Plan
     from moec.plan.search.planner import Planner
 
+OF_MEMORY = ("model", "memory", "trace", "as_json")
 OUT = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -158,6 +159,7 @@ def command(
     this machine where a part of its experts is in memory, as with `moec run --memory`.
     """
     if memory is not None:
+        check_only(OF_MEMORY, "is for a cluster, and --memory for this machine: leave one out")
         plan_memory(Path(model), memory, trace, as_json)
         return
     import msgspec

@@ -44,7 +44,8 @@ class Evaluation:
             asdict(model) | {"text": model.text.to_dict() if model.text else None}
             for model in self.models
         ]
-        return {"window": self.window, "stride": self.stride, "models": models}
+        content = {"window": self.window, "stride": self.stride, "models": models}
+        return {name: _finite(value) for name, value in content.items()}
 
     def __str__(self) -> str:
         head = ("model", "weights", "tokens/s", "perplexity", "bits/byte", "KL", "same top-1")
@@ -67,6 +68,15 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         return preformatted(str(self))
+
+
+def _finite(value: Any) -> Any:
+    """Without numbers that JSON has not, such as the error of one window: None."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _row(model: ModelScore, texts: bool, tasks: bool) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from moec.errors import UsageError
 from moec.model.load import load
+from moec.runtime.artifact import manifest
 from moec.runtime.dtypes import Array
 from moec.runtime.package import MAIN
 from moec.runtime.text.prompt import Tokenizer, load_tokenizer
@@ -50,13 +51,14 @@ class Subject:
 
 
 def open_subject(model: str) -> Subject:
-    """The artifact, checkpoint folder or GGUF file.
+    """The artifact (a file or a folder), checkpoint folder or GGUF file.
 
     Raises UsageError for what is no language model with a tokenizer, and what `moec.load` and
     `moec.compile` raise.
     """
     path = Path(model)
-    return _artifact(path) if path.suffix == ".moec" else _eager(path)
+    compiled = path.suffix == ".moec" or (path / manifest.NAME).is_file()
+    return _artifact(path) if compiled else _eager(path)
 
 
 def _artifact(path: Path) -> Subject:

@@ -87,6 +87,14 @@ def test_json_is_one_document(compiler: FakeCompiler, tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("other", ["--quiet", "--json"])
+def test_a_report_that_nobody_would_see_is_refused(compiler: FakeCompiler, other: str) -> None:
+    result = run("--dry-run", "--report", other)
+    assert result.exit_code == 1
+    assert "--report is for people: leave it out with --quiet and --json" in result.stderr
+    assert compiler.request == {}
+
+
 def test_quiet_is_silent(compiler: FakeCompiler, tmp_path: Path) -> None:
     result = run("-o", tmp_path / "out.moec", "--quiet")
     assert (result.exit_code, result.output) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,22 @@ def test_an_artifact_beside_its_checkpoint(path: Path, tiny_moe: Path) -> None:
     assert ours["text"]["agreement"]["mean"] > 0.95
     assert ours["tasks"]["tasks"] == eager["tasks"]["tasks"] == 2
     assert ours["tasks"]["accuracy"]["mean"] == 1.0
+
+
+def test_one_window_has_no_interval_and_is_json(path: Path, tmp_path: Path) -> None:
+    """Of an artifact that is a folder."""
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "folder")
+    result = run(
+        tmp_path / "folder", "--text", path.parent / "text.txt", "--window", "1024", "--json"
+    )
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    (model,) = json.loads(result.stdout, parse_constant=refuse)["models"]
+    assert model["name"] == "folder"
+    assert model["text"]["nats"]["error"] is None
 
 
 def test_perplexity_is_transformers_loss(path: Path, tiny_moe: Path) -> None:

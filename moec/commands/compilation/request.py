@@ -75,6 +75,8 @@ def check(request: CompileRequest) -> None:
             check_folder(folder, f"{option} {folder}")
     if request.emit is not None and not (request.builds and "cuda" in request.target):
         raise UsageError("--emit writes GPU code: give -o and a GPU, such as --target cuda:sm_80")
+    if request.full and (request.quiet or request.as_json):
+        raise UsageError("--report is for people: leave it out with --quiet and --json")
     parse_both(request.target)
     allowed_bytes(request.memory)
     if request.stop_after is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
 from moec.errors import UsageError
@@ -21,6 +22,18 @@ _SHORT = {name: LONG_NAMES[name] for name in VECTOR_DTYPES} | {"fp32": "float32"
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON document."
 )
+
+
+def check_only(names: Collection[str], refusal: str) -> None:
+    """Raises UsageError, with `refusal` after the option, where the command line has an option
+    that is not among `names`."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name not in names and source is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option.opts[0]} {refusal}")
+
+
 report_option = click.option(
     "--report", "full", is_flag=True,
     help="Print the whole report: blocks, passes, kernels, errors of each output and reasons.",

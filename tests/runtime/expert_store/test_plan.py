@@ -72,6 +72,10 @@ def test_refusals(path, tmp_path):
         ((tmp_path, "--memory", "1GiB"), f"{tmp_path} is not a moec artifact"),
         ((path, "--memory", "1GiB,x"), "'x': give bytes, or a size with GiB"),
         ((path, "--memory", "1MiB"), "and this model needs"),
+        (
+            (path, "--memory", "1GiB", "-o", tmp_path / "plan.json"),
+            "-o is for a cluster, and --memory for this machine: leave one out",
+        ),
     ):
         result = plan(*words)
         assert result.exit_code == 1
