@@ -113,6 +113,8 @@ def test_calls_that_the_model_chooses(running: Running, scripted: Scripted) -> N
         answer = running.client.chat.completions.create(**options)
         message = answer.choices[0].message
         assert message.content == "Let me see."
+        assert answer.usage is not None  # a second call that is not wanted is not computed
+        assert (answer.usage.completion_tokens == len(scripted.script)) == parallel
         calls = [(c.function.name, c.function.arguments) for c in message.tool_calls or ()]
         assert calls == [("stocks", '{"x": "é"}')] * count
         assert answer.choices[0].finish_reason == "tool_calls"
