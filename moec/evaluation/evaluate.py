@@ -15,7 +15,7 @@ from moec.evaluation.tasks import TaskScore, read_tasks, score_tasks
 from moec.evaluation.text import TextScore, score_text
 from moec.files.printable import preformatted
 from moec.plan.report.text import columns
-from moec.report.units import size
+from moec.report.units import counted, size
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Evaluation:
                 "KL and top-1 against the first model"
             )
         if tasks:
-            about.append(f"{max(m.tasks.tasks for m in self.models if m.tasks)} tasks")
+            about.append(counted(max(m.tasks.tasks for m in self.models if m.tasks), "task"))
         return "\n".join([*lines, "", "; ".join(about) + "; ± is half of a 95 % interval"]) + "\n"
 
     __repr__ = __str__
