@@ -14,6 +14,7 @@ from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
 from moec.capture.conversion.index_requirements import with_asserted
 from moec.capture.graphs import capture_export, capture_graph
+from moec.capture.repeated import capture_repeated
 from moec.capture.request import CaptureRequest, request_of
 from moec.capture.sizes.axis_groups import AxisGroup
 from moec.capture.sizes.constant_sizes import fold_constant_sizes
@@ -80,8 +81,9 @@ def capture(
         constants=constants,
     )
     general = _widened(request)
+    traced = partial(_traced, request, general)
     try:
-        return _traced(request, general)
+        return capture_repeated(request, traced) or traced()
     except CaptureError as error:
         try:
             return _speculated(request, general)

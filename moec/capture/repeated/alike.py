@@ -1,0 +1,148 @@
+"""Layers of a model that are alike: modules of one class with equal attributes, up to their number,
+that call the same operators, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moec.capture.calls.call import ModuleCall
+from moec.capture.repeated.layer_calls import layer_calls
+from moec.torch_private import PRIVATE
+
+_TENSORS = (PRIVATE["parameters_of"].attribute, PRIVATE["buffers_of"].attribute)
+
+
+@dataclass(frozen=True)
+class LayerList:
+    """A list of layers. `kinds` has the number of the first layer that each one is like."""
+
+    path: str
+    layers: nn.ModuleList | nn.Sequential
+    kinds: tuple[int, ...]
+
+    @property
+    def traced(self) -> int:
+        """How many of the first layers have two of the kind of each later one."""
+        kinds = self.kinds
+        lengths = range(len(kinds) + 1)
+        return next(n for n in lengths if all(kinds[:n].count(kind) >= 2 for kind in kinds[n:]))
+
+    @property
+    def untraced(self) -> tuple[int, ...]:
+        """The kinds of the layers after those."""
+        return self.kinds[self.traced :]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether tracing the first layers takes at most half of the time that all take."""
+        return len(self.untraced) >= max(self.traced, 3)
+
+    def path_of(self, number: int) -> str:
+        """The path of a layer in the model."""
+        return f"{self.path}.{number}" if self.path else str(number)
+
+
+def layer_lists(call: ModuleCall) -> list[LayerList]:
+    """The lists of layers of which at most half have to be traced; no list within another. Runs
+    the module where layers have equal attributes. Raises what it raises."""
+    lists: list[LayerList] = []
+    for path, module in call.module.named_modules():
+        within = any(path.startswith(f"{each.path}." if each.path else "") for each in lists)
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not within:
+            each = LayerList(path, module, _kinds(module))
+            lists += [each] if each.is_long else []
+    calls = layer_calls(call, [list(each.layers) for each in lists]) if lists else []
+    called = [
+        replace(
+            each, kinds=_first_equal([*zip(each.kinds, (c.operators for c in noted), strict=True)])
+        )
+        for each, noted in zip(lists, calls, strict=True)
+        if noted is not None
+    ]
+    return [each for each in called if each.is_long]
+
+
+@contextmanager
+def shortened(lists: Sequence[LayerList]) -> Iterator[None]:
+    """While open, lists have only the layers that are traced."""
+    modules = [list(each.layers) for each in lists]
+    try:
+        for each in lists:
+            del each.layers[each.traced :]
+        yield
+    finally:
+        for each, layers in zip(lists, modules, strict=True):
+            each.layers.extend(layers[len(each.layers) :])
+
+
+def _kinds(layers: nn.ModuleList | nn.Sequential) -> tuple[int, ...]:
+    """For each layer, the number of the first one whose attributes are equal, up to the number. No
+    layers are alike that share weights or have names, or of which one is there twice."""
+    modules = list(layers)
+    names = [name for name, _ in layers.named_children()]
+    weights = [id(weight) for module in modules for weight in module.parameters()]
+    if names != [str(n) for n in range(len(modules))] or len({*weights}) < len(weights):
+        return tuple(range(len(modules)))
+    kinds: list[int] = []
+    for number, module in enumerate(modules):
+        firsts = sorted(set(kinds))
+        like = (n for n in firsts if _Attributes(n, number).equal(modules[n], module))
+        kinds.append(next(like, number))
+    return tuple(kinds)
+
+
+def _first_equal(items: Sequence[Hashable]) -> tuple[int, ...]:
+    return tuple(map(items.index, items))
+
+
+class _Attributes:
+    """Compares the attributes of two layers of these numbers."""
+
+    def __init__(self, *numbers: int) -> None:
+        self.numbers = numbers
+        self.compared: set[tuple[int, int]] = set()
+
+    def equal(self, one: Any, other: Any) -> bool:
+        """Whether two values are equal, or the numbers of the layers; parameters and buffers of a
+        module have equal types."""
+        if one is other or (id(one), id(other)) in self.compared:
+            return True
+        if type(one) is not type(other):
+            return False
+        self.compared.add((id(one), id(other)))
+        if isinstance(one, nn.Module):
+            return self._same_items(vars(one), vars(other))
+        if isinstance(one, Mapping):
+            return self._same_items(one, other)
+        if isinstance(one, list | tuple):
+            return len(one) == len(other) and all(map(self.equal, one, other))
+        if isinstance(one, MethodType):
+            return one.__func__ is other.__func__ and self.equal(one.__self__, other.__self__)
+        if isinstance(one, torch.Tensor):
+            return _type(one) == _type(other) and torch.equal(one, other)
+        if isinstance(one, int) and not isinstance(one, bool) and (one, other) == self.numbers:
+            return True
+        return isinstance(one, bool | int | float | str | bytes | set) and one == other
+
+    def _same_items(self, one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+        return list(one) == list(other) and all(
+            _types(value) == _types(other[name])
+            if name in _TENSORS
+            else self.equal(value, other[name])
+            for name, value in one.items()
+        )
+
+
+def _types(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, object]:
+    return {name: None if tensor is None else _type(tensor) for name, tensor in tensors.items()}
+
+
+def _type(tensor: torch.Tensor) -> object:
+    return type(tensor), tensor.shape, tensor.dtype, tensor.stride()
