@@ -40,18 +40,17 @@ def explore(
     Raises ArtifactError where the path is no artifact, or a damaged one, InputError where the trace
     or the profile is of another model, and UsageError where it, or the plan, cannot be read.
     """
-    return page(page_data(model, trace=trace, profile=profile, plan=plan))
+    return page(page_data(subject_of(model), trace=trace, profile=profile, plan=plan))
 
 
 def page_data(
-    model: CompiledModel | LoadedModel | Path | str,
+    subject: Subject,
     *,
     trace: RoutingTrace | Path | str | None = None,
     profile: ModelProfile | Path | str | None = None,
     plan: Plan | Path | str | None = None,
 ) -> dict[str, Any]:
     """What the page shows, as data; raises as `explore`."""
-    subject = _subject(model)
     # What cannot be read is refused before the graphs are compared.
     routing = None if trace is None else read_routing(trace, subject.routers(), subject.name)
     times = None if profile is None else read_profile(profile, subject)
@@ -78,7 +77,8 @@ def page_data(
     }
 
 
-def _subject(model: CompiledModel | LoadedModel | Path | str) -> Subject:
+def subject_of(model: CompiledModel | LoadedModel | Path | str) -> Subject:
+    """Raises ArtifactError where a path is no artifact, UsageError for anything else."""
     match model:
         case CompiledModel():
             return of_compiled(model)

@@ -66,13 +66,19 @@ def _read(path: Path) -> ProfileData:
 
 def _check(phase: PhaseProfile, subject: Subject, name: str) -> None:
     sites = [(site.origin, site.line) for site in subject.calls.get(phase.function, ())]
-    if sites != [(line.module, line.line) for line in phase.kernels]:
-        runs, lists = len(phase.kernels), len(sites)
-        count = f"runs {runs}" if runs != lists else "runs others"
+    lines = [(line.module, line.line) for line in phase.kernels]
+    if len(sites) != len(lines):
         raise InputError(
-            f"{name} is a profile of another artifact: its {phase.function} {count} kernels, and "
-            f"that of {subject.name} has {lists}"
+            f"{name} is a profile of another artifact: its {phase.function} runs {len(lines)} "
+            f"kernels, and that of {subject.name} has {len(sites)}"
         )
+    for number, (line, site) in enumerate(zip(lines, sites, strict=True)):
+        if line != site:
+            raise InputError(
+                f"{name} is a profile of another artifact: kernel {number} of its {phase.function} "
+                f"is of {line[0] or 'no module'}, and that of {subject.name} of "
+                f"{site[0] or 'no module'}"
+            )
 
 
 def _phase(phase: PhaseProfile) -> Mapping[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from moec.ir.graph import Graph
+from moec.ir.graph import Graph, Op
 from moec.report.weight_formats import Formats, weight_formats
 from moec.runtime.artifact.manifest import Stored
 from moec.runtime.dtypes import NUMPY
@@ -16,9 +16,11 @@ EMBEDDING = "embeddings"
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """`kind` says what reads it, `stored` is the dtype and shape in which it is stored."""
+    """`module` and `kind` say what reads it first, `stored` is the dtype and shape in which it is
+    stored."""
 
     name: str
+    module: str
     kind: str
     format: str
     stored: str
@@ -27,36 +29,53 @@ class StoredWeight:
 
 def stored_weights(arrays: Mapping[str, Stored], graph: Graph) -> tuple[StoredWeight, ...]:
     """The arrays of an artifact, packed for its kernels; those of one part are counted once."""
-    formats, embeddings = weight_formats(graph), _embeddings(graph)
+    readers = _Readers.of(graph)
     parts: dict[str, StoredWeight] = {}
     for name, array in arrays.items():
         first = name.removesuffix(".packed").partition("+")[0]  # or several weights in one array
-        kind, form = _kind_of(first, formats, embeddings, array.dtype)
         stored = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
-        parts.setdefault(array.part, StoredWeight(name, kind, form, stored, array.nbytes))
-    return tuple(sorted(parts.values(), key=lambda weight: -weight.bytes))
+        weight = StoredWeight(name, *readers.of_weight(first, array.dtype), stored, array.nbytes)
+        parts.setdefault(array.part, weight)
+    return _by_bytes(parts.values())
 
 
 def weights_of(graph: Graph) -> tuple[StoredWeight, ...]:
     """The weights of a graph, for which no code was generated."""
-    formats, embeddings = weight_formats(graph), _embeddings(graph)
-    weights = []
-    for param in graph.params:
-        kind, form = _kind_of(param.name, formats, embeddings, param.dtype)
-        nbytes = prod(int(size) for size in param.shape) * NUMPY[param.dtype].itemsize
-        weights.append(StoredWeight(param.name, kind, form, str(param.type), nbytes))
+    readers = _Readers.of(graph)
+    return _by_bytes(
+        StoredWeight(
+            param.name,
+            *readers.of_weight(param.name, param.dtype),
+            str(param.type),
+            prod(int(size) for size in param.shape) * NUMPY[param.dtype].itemsize,
+        )
+        for param in graph.params
+    )
+
+
+def _by_bytes(weights: Iterable[StoredWeight]) -> tuple[StoredWeight, ...]:
     return tuple(sorted(weights, key=lambda weight: -weight.bytes))
 
 
-def _embeddings(graph: Graph) -> set[str]:
-    reads = (op for op in graph.ops if op.name == "aten.embedding.default")
-    return {op.inputs[0].name for op in reads}
+@dataclass(frozen=True)
+class _Readers:
+    """The formats of weights by what reads them, and by name the first op that reads each."""
 
+    formats: Formats
+    first: Mapping[str, Op]
 
-def _kind_of(name: str, formats: Formats, embeddings: set[str], dtype: str) -> tuple[str, str]:
-    """What reads a weight, and its format."""
-    for kind, names in formats.items():
-        if name in names and kind != "other weights":
-            return kind, names[name]
-    form = formats.get("other weights", {}).get(name, dtype)
-    return (EMBEDDING if name in embeddings else "other weights"), form
+    @staticmethod
+    def of(graph: Graph) -> _Readers:
+        first = {p.name: ops[0] for p in graph.params if (ops := graph.readers.get(p))}
+        return _Readers(weight_formats(graph), first)
+
+    def of_weight(self, name: str, dtype: str) -> tuple[str, str, str]:
+        """Its module, kind and format."""
+        op = self.first.get(name)
+        module = op.origin if op else ""
+        for kind, names in self.formats.items():
+            if name in names and kind != "other weights":
+                return module, kind, names[name]
+        embeds = op is not None and op.name == "aten.embedding.default"
+        form = self.formats.get("other weights", {}).get(name, dtype)
+        return module, EMBEDDING if embeds else "other weights", form
