@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import moec
 
 DOCS = Path(__file__).parent
-SIZE = {"width": 1240, "height": 430}
+SIZE = {"width": 1240, "height": 400}
 
 
 def declined(browser: Browser, folder: Path) -> Page:

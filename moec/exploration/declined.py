@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from moec.exploration.subject import GraphStep
+from moec.exploration.explored_model import GraphStep
 from moec.ir.graph import Graph, Op
 from moec.report.data import DeclinedLine
 from moec.report.report import inside

@@ -8,12 +8,12 @@ from typing import Any
 
 from moec.errors import UsageError
 from moec.exploration.declined import declined_rows
-from moec.exploration.graphs import GraphTable
+from moec.exploration.explored_model import ExploredModel, of_artifact, of_compiled
+from moec.exploration.graphs import GraphTable, ports
 from moec.exploration.kernels import kernel_rows, read_profile
 from moec.exploration.page import page
 from moec.exploration.plan import read_layers
 from moec.exploration.routing import read_routing
-from moec.exploration.subject import Subject, of_artifact, of_compiled
 from moec.model.compiled import CompiledModel
 from moec.model.load import LoadedModel
 from moec.plan.plan import Plan
@@ -40,11 +40,11 @@ def explore(
     Raises ArtifactError where the path is no artifact, or a damaged one, InputError where the trace
     or the profile is of another model, and UsageError where it, or the plan, cannot be read.
     """
-    return page(page_data(subject_of(model), trace=trace, profile=profile, plan=plan))
+    return page(page_data(explored_model(model), trace=trace, profile=profile, plan=plan))
 
 
 def page_data(
-    subject: Subject,
+    model: ExploredModel,
     *,
     trace: RoutingTrace | Path | str | None = None,
     profile: ModelProfile | Path | str | None = None,
@@ -52,32 +52,32 @@ def page_data(
 ) -> dict[str, Any]:
     """What the page shows, as data; raises as `explore`."""
     # What cannot be read is refused before the graphs are compared.
-    routing = None if trace is None else read_routing(trace, subject.routers(), subject.name)
-    times = None if profile is None else read_profile(profile, subject)
-    layers = None if plan is None else read_layers(plan, subject)
+    routing = None if trace is None else read_routing(trace, model.routers(), model.name)
+    times = None if profile is None else read_profile(profile, model)
+    layers = None if plan is None else read_layers(plan, model)
     table = GraphTable()
     functions = [
-        {"name": name, "steps": table.steps(steps), **table.ports(steps[-1].graph)}
-        for name, steps in subject.functions.items()
+        {"name": name, "steps": table.steps(steps), **ports(steps[-1].graph)}
+        for name, steps in model.functions.items()
     ]
-    report = subject.report
+    report = model.report
     return {
-        "title": subject.name,
-        "artifact": subject.artifact,
+        "title": model.name,
+        "artifact": model.artifact,
         "report": report.to_dict(),
         "functions": functions,
         "texts": list(table.texts),
         "ops": list(table.ops),
-        "declined": declined_rows(report.declined, subject.functions[MAIN]),
-        "calls": kernel_rows(subject),
-        "weights": [asdict(weight) for weight in subject.weights],
+        "declined": declined_rows(report.declined, model.functions[MAIN]),
+        "calls": kernel_rows(model),
+        "weights": [asdict(weight) for weight in model.weights],
         "profile": times,
         "routing": routing,
         "plan": layers,
     }
 
 
-def subject_of(model: CompiledModel | LoadedModel | Path | str) -> Subject:
+def explored_model(model: CompiledModel | LoadedModel | Path | str) -> ExploredModel:
     """Raises ArtifactError where a path is no artifact, UsageError for anything else."""
     match model:
         case CompiledModel():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moec.exploration.subject import GraphStep
+from moec.exploration.explored_model import GraphStep
 from moec.ir.graph import Graph, Op
 from moec.ir.text import print_graph, show_attr
 
@@ -62,12 +62,13 @@ class GraphTable:
             before = after
         return rows
 
-    def ports(self, graph: Graph) -> dict[str, list[tuple[str, str]]]:
-        """The inputs and outputs of a graph."""
-        return {
-            "inputs": [(value.name, str(value.type)) for value in graph.inputs],
-            "outputs": [(value.name, str(value.type)) for value in graph.outputs],
-        }
+
+def ports(graph: Graph) -> dict[str, list[tuple[str, str]]]:
+    """The inputs and outputs of a graph."""
+    return {
+        "inputs": [(value.name, str(value.type)) for value in graph.inputs],
+        "outputs": [(value.name, str(value.type)) for value in graph.outputs],
+    }
 
 
 def hunks(before: Sequence[int], after: Sequence[int]) -> list[Hunk]:

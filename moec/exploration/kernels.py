@@ -11,17 +11,17 @@ from typing import Any
 import msgspec
 
 from moec.errors import InputError, UsageError
-from moec.exploration.subject import Subject
+from moec.exploration.explored_model import ExploredModel
 from moec.files.os_errors import reason
 from moec.profile.data import PhaseProfile, ProfileData
 from moec.profile.profile import ModelProfile
 
 
-def kernel_rows(subject: Subject) -> list[dict[str, Any]]:
+def kernel_rows(model: ExploredModel) -> list[dict[str, Any]]:
     """A row for each call of a kernel; `ops` are positions in the function's last graph."""
     rows = []
-    for function, sites in subject.calls.items():
-        graph = subject.functions[function][-1].graph
+    for function, sites in model.calls.items():
+        graph = model.functions[function][-1].graph
         position = {op.outputs[0].name: at for at, op in enumerate(graph.ops)}
         for number, site in enumerate(sites):
             ops = [position[name] for name in site.ops if name in position]
@@ -30,22 +30,22 @@ def kernel_rows(subject: Subject) -> list[dict[str, Any]]:
     return rows
 
 
-def read_profile(source: ModelProfile | Path | str, subject: Subject) -> dict[str, Any]:
+def read_profile(source: ModelProfile | Path | str, model: ExploredModel) -> dict[str, Any]:
     """The phases of a profile: time, and for each call of a kernel its name, time and work.
 
     Raises InputError where the file is no profile or one of another artifact, and UsageError where
     no code was generated.
     """
-    if not subject.calls:
-        why = "it is a model" if not subject.artifact else "it lists none, as older ones do"
+    if not model.calls:
+        why = "it is a model" if not model.artifact else "it lists none, as older ones do"
         raise UsageError(
-            f"a profile has times of an artifact's kernels, and {subject.name} has none: {why}; "
+            f"a profile has times of an artifact's kernels, and {model.name} has none: {why}; "
             "compile it and explore the artifact"
         )
     data = source.data if isinstance(source, ModelProfile) else _read(Path(source))
     name = "the profile" if isinstance(source, ModelProfile) else str(source)
     for phase in data.phases:
-        _check(phase, subject, name)
+        _check(phase, model, name)
     return {
         "machine": data.machine,
         "threads": data.threads,
@@ -64,19 +64,19 @@ def _read(path: Path) -> ProfileData:
         ) from None
 
 
-def _check(phase: PhaseProfile, subject: Subject, name: str) -> None:
-    sites = [(site.origin, site.line) for site in subject.calls.get(phase.function, ())]
+def _check(phase: PhaseProfile, model: ExploredModel, name: str) -> None:
+    sites = [(site.origin, site.line) for site in model.calls.get(phase.function, ())]
     lines = [(line.module, line.line) for line in phase.kernels]
     if len(sites) != len(lines):
         raise InputError(
             f"{name} is a profile of another artifact: its {phase.function} runs {len(lines)} "
-            f"kernels, and that of {subject.name} has {len(sites)}"
+            f"kernels, and that of {model.name} has {len(sites)}"
         )
     for number, (line, site) in enumerate(zip(lines, sites, strict=True)):
         if line != site:
             raise InputError(
                 f"{name} is a profile of another artifact: kernel {number} of its {phase.function} "
-                f"is of {line[0] or 'no module'}, and that of {subject.name} of "
+                f"is of {line[0] or 'no module'}, and that of {model.name} of "
                 f"{site[0] or 'no module'}"
             )
 

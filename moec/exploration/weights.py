@@ -15,7 +15,7 @@ EMBEDDING = "embeddings"
 
 
 @dataclass(frozen=True)
-class StoredWeight:
+class WeightLine:
     """`module` and `kind` say what reads it first, `stored` is the dtype and shape in which it is
     stored."""
 
@@ -27,23 +27,23 @@ class StoredWeight:
     bytes: int
 
 
-def stored_weights(arrays: Mapping[str, Stored], graph: Graph) -> tuple[StoredWeight, ...]:
+def stored_weights(arrays: Mapping[str, Stored], graph: Graph) -> tuple[WeightLine, ...]:
     """The arrays of an artifact, packed for its kernels; those of one part are counted once."""
     readers = _Readers.of(graph)
-    parts: dict[str, StoredWeight] = {}
+    parts: dict[str, WeightLine] = {}
     for name, array in arrays.items():
         first = name.removesuffix(".packed").partition("+")[0]  # or several weights in one array
         stored = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
-        weight = StoredWeight(name, *readers.of_weight(first, array.dtype), stored, array.nbytes)
+        weight = WeightLine(name, *readers.of_weight(first, array.dtype), stored, array.nbytes)
         parts.setdefault(array.part, weight)
     return _by_bytes(parts.values())
 
 
-def weights_of(graph: Graph) -> tuple[StoredWeight, ...]:
+def weights_of(graph: Graph) -> tuple[WeightLine, ...]:
     """The weights of a graph, for which no code was generated."""
     readers = _Readers.of(graph)
     return _by_bytes(
-        StoredWeight(
+        WeightLine(
             param.name,
             *readers.of_weight(param.name, param.dtype),
             str(param.type),
@@ -53,7 +53,7 @@ def weights_of(graph: Graph) -> tuple[StoredWeight, ...]:
     )
 
 
-def _by_bytes(weights: Iterable[StoredWeight]) -> tuple[StoredWeight, ...]:
+def _by_bytes(weights: Iterable[WeightLine]) -> tuple[WeightLine, ...]:
     return tuple(sorted(weights, key=lambda weight: -weight.bytes))
 
 

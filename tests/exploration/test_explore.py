@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import moec
 from moec import __main__ as front
 from moec.errors import ArtifactError, InputError, UsageError
-from moec.exploration.explore import page_data, subject_of
+from moec.exploration.explore import explored_model, page_data
 from moec.exploration.graphs import Hunk, hunks
 from moec.exploration.page import page, script_json
 from moec.ir.text import print_graph
@@ -82,7 +82,7 @@ def test_hunks_are_as_few_as_can_be() -> None:
 
 
 def test_graphs_of_the_page_are_those_of_the_passes(declined: moec.CompiledModel) -> None:
-    data = page_data(subject_of(declined))
+    data = page_data(explored_model(declined))
     for lines, result in zip(shown(data), declined.pass_results, strict=True):
         text = re.sub(
             r"( @ \S+)?( \{\n(    .*\n)+  \})?$", "", print_graph(result.program.graph), flags=re.M
@@ -99,7 +99,7 @@ def test_graphs_of_the_page_are_those_of_the_passes(declined: moec.CompiledModel
 
 def test_outline(declined: moec.CompiledModel, golden: Callable[[str], None]) -> None:
     """Passes with what they removed and added, blocks, the declined candidate, and weights."""
-    data = page_data(subject_of(declined))
+    data = page_data(explored_model(declined))
     lines = [data["title"]]
     for step in data["functions"][0]["steps"]:
         removed = sum(count for _, count, _ in step["hunks"])
@@ -112,7 +112,7 @@ def test_outline(declined: moec.CompiledModel, golden: Callable[[str], None]) ->
 
 
 def test_a_declined_candidate_leads_to_the_users_line(declined: moec.CompiledModel) -> None:
-    data = page_data(subject_of(declined))
+    data = page_data(explored_model(declined))
     (row,) = data["declined"]
     assert (row["where"], row["rule"]) == ("layers.1", "recognise-experts")
     assert "aten.mean.dim reduces over rows" in row["reason"]
@@ -122,8 +122,8 @@ def test_a_declined_candidate_leads_to_the_users_line(declined: moec.CompiledMod
 
 
 def test_an_artifact(files: Files) -> None:
-    subject = subject_of(files.artifact)
-    data = page_data(subject, trace=files.trace, profile=files.profile)
+    model = explored_model(files.artifact)
+    data = page_data(model, trace=files.trace, profile=files.profile)
     assert [f["name"] for f in data["functions"]] == ["main", "decode"]
     (lines,) = shown(data)
     assert lines[-1].startswith("logits: bf16[B, S, 1024]")
@@ -147,7 +147,7 @@ def test_an_artifact(files: Files) -> None:
 
 
 def test_a_built_model_has_passes_and_kernels(compiled_tiny_moe: moec.CompiledModel) -> None:
-    data = page_data(subject_of(compiled_tiny_moe))
+    data = page_data(explored_model(compiled_tiny_moe))
     assert [len(f["steps"]) > 1 for f in data["functions"]] == [True, False]
     assert {call["function"] for call in data["calls"]} == {"main", "decode"}
 
@@ -173,8 +173,8 @@ def planned(experts: int, layers: int) -> Plan:
 
 
 def test_a_plan(files: Files) -> None:
-    subject = subject_of(files.artifact)
-    plan = page_data(subject, plan=planned(8, 4))["plan"]
+    model = explored_model(files.artifact)
+    plan = page_data(model, plan=planned(8, 4))["plan"]
     assert [layer["total"] for layer in plan["layers"]] == pytest.approx([2.5e-3] * 4 + [1e-3])
     assert refused(files.artifact, plan=planned(8, 3)) == (
         "the plan is of another model (tiny): its MoE layers have [8, 8, 8] experts, and those of "
@@ -204,7 +204,7 @@ def test_a_trace_of_another_model(files: Files, tmp_path: Path) -> None:
 def test_a_long_trace_is_cut(files: Files) -> None:
     """2**20 ids are shown: 2**17 tokens of four layers and two choices."""
     trace = of_ids(np.ones((2**17 + 5, 4, 2), np.int16), 8)
-    routing = page_data(subject_of(files.artifact), trace=trace)["routing"]
+    routing = page_data(explored_model(files.artifact), trace=trace)["routing"]
     assert (routing["tokens"], routing["of"]) == (2**17, 2**17 + 5)
     assert len(routing["ids"]) == 4 * -(-(2**20) * 2 // 3)
 
@@ -270,7 +270,7 @@ def test_the_command_explores_a_model(declined: moec.CompiledModel, tmp_path: Pa
     text = output.read_text()
     assert DECLINED_LINE in text
     data = json.loads(re.findall(r'application/json">(.*?)</script>', text, re.S)[0])
-    assert data["declined"] == page_data(subject_of(declined))["declined"]
+    assert data["declined"] == page_data(explored_model(declined))["declined"]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import moec
 from moec.exploration.explore import page_data
+from moec.exploration.explored_model import ExploredModel, GraphStep
 from moec.exploration.page import page as html_of
-from moec.exploration.subject import GraphStep, Subject
 from moec.ir.text import parse
 from moec.report.data import Block, DeclinedLine
 from moec.report.report import Report, describe_graph
@@ -221,7 +221,7 @@ def test_a_phone(model_page: str, artifact_page: str, open_page: Open) -> None:
             assert width <= 390, button.inner_text()
 
 
-def hostile_subject() -> Subject:
+def hostile_model() -> ExploredModel:
     name = HOSTILE.replace("\u2028", "\\u2028")
     graph = parse(f"""
     graph main(x: f32[T, 8]; "{name}.weight": f32[8, 8]) {{
@@ -237,11 +237,11 @@ def hostile_subject() -> Subject:
         notes=(HOSTILE,),
         **describe_graph(graph, {}),
     )
-    return Subject(HOSTILE, report, {"main": [GraphStep(HOSTILE, graph)]}, ())
+    return ExploredModel(HOSTILE, report, {"main": [GraphStep(HOSTILE, graph)]}, ())
 
 
 def test_names_are_never_html(open_page: Open) -> None:
-    data = page_data(hostile_subject())
+    data = page_data(hostile_model())
     page = open_page(html_of(data))
     assert "<img src=x onerror=document.title=1>" in page.title()
     expect(page.locator("#title")).to_contain_text("<img src=x")
@@ -275,7 +275,7 @@ def test_ten_thousand_ops(open_page: Open) -> None:
     steps = [GraphStep(f"pass-{n}", many_ops(n), "MOE", n, 0.1) for n in range(PASSES)]
     report = Report("large", **describe_graph(steps[0].graph, {}))
     start = time.perf_counter()
-    html = html_of(page_data(Subject("large", report, {"main": steps}, ())))
+    html = html_of(page_data(ExploredModel("large", report, {"main": steps}, ())))
     wrote = time.perf_counter() - start
     size = len(html.encode())
     page = open_page(html)

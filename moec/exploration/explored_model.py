@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from moec.exploration.weights import StoredWeight, stored_weights, weights_of
+from moec.exploration.weights import WeightLine, stored_weights, weights_of
 from moec.ir.graph import Graph
 from moec.model.compiled import CompiledModel
 from moec.model.stored import stored_graph
@@ -32,14 +32,14 @@ class GraphStep:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExploredModel:
     """`functions` maps each function to its graph after each pass, or to the last one alone;
     `calls` are the calls of kernels of each function, none where no code was generated."""
 
     name: str
     report: ReportData
     functions: Mapping[str, Sequence[GraphStep]]
-    weights: tuple[StoredWeight, ...]
+    weights: tuple[WeightLine, ...]
     calls: Mapping[str, tuple[KernelCall, ...]] = field(default_factory=dict)
     recorded: tuple[RecordedLayer, ...] = ()
     artifact: bool = False
@@ -51,7 +51,7 @@ class Subject:
         return [(block.name, block.experts) for block in self.report.blocks]
 
 
-def of_artifact(path: Path) -> Subject:
+def of_artifact(path: Path) -> ExploredModel:
     """The artifact's own account of itself, whose weights are not read. Raises ArtifactError where
     a part is missing, altered or malformed."""
     opened = open_artifact(path)
@@ -62,7 +62,7 @@ def of_artifact(path: Path) -> Subject:
         if not name.startswith(RECORDED):
             graph = stored_graph(path, name, opened.graph(name))
             graphs[name] = _with_lines(graph, package.calls.get(name, ()))
-    return Subject(
+    return ExploredModel(
         path.name,
         opened.report(),
         {name: [GraphStep(FINAL, graph)] for name, graph in graphs.items()},
@@ -73,7 +73,7 @@ def of_artifact(path: Path) -> Subject:
     )
 
 
-def of_compiled(compiled: CompiledModel) -> Subject:
+def of_compiled(compiled: CompiledModel) -> ExploredModel:
     steps = list(_steps(compiled.pass_results))
     package, last = compiled.package, compiled.pass_results[-1].program
     others = {
@@ -82,7 +82,7 @@ def of_compiled(compiled: CompiledModel) -> Subject:
         if not name.startswith(RECORDED)
     }
     calls = package.calls if package else {}
-    return Subject(
+    return ExploredModel(
         compiled.source.name,
         compiled.report(),
         {MAIN: steps, **others},
