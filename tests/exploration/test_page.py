@@ -20,7 +20,7 @@ from moec.ir.text import parse
 from moec.report.data import Block, DeclinedLine
 from moec.report.report import Report, describe_graph
 from tests.exploration.conftest import Files
-from tests.exploration.test_explore import DECLINED_LINE
+from tests.exploration.test_explore import DECLINED_LINE, planned
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -76,7 +76,8 @@ def model_page(declined: moec.CompiledModel) -> str:
 
 @pytest.fixture(scope="module")
 def artifact_page(files: Files) -> str:
-    return moec.explore(files.artifact, trace=files.trace, profile=files.profile)
+    plan = planned(experts=8, layers=4)
+    return moec.explore(files.artifact, trace=files.trace, profile=files.profile, plan=plan)
 
 
 def tab(page: Page, name: str) -> None:
@@ -167,7 +168,7 @@ def test_keys(model_page: str, open_page: Open) -> None:
     expect(first).to_have_attribute("aria-expanded", "false")
 
 
-def test_kernels_weights_and_routing(artifact_page: str, open_page: Open) -> None:
+def test_kernels_weights_routing_and_plan(artifact_page: str, open_page: Open) -> None:
     page = open_page(artifact_page)
     tab(page, "Kernels")
     expect(page.locator("main")).to_contain_text("between kernels")
@@ -189,6 +190,9 @@ def test_kernels_weights_and_routing(artifact_page: str, open_page: Open) -> Non
     assert sum(map(int, load.all_text_contents())) == 4  # two tokens, two experts each
     page.get_by_label("Layer", exact=True).fill("3")
     expect(page.locator("main h2").nth(1)).to_have_text("model.layers.3.mlp")
+    tab(page, "Plan")
+    expect(page.locator("tbody tr").first).to_have_text("0TP 1EP 2flat81.002.500 ms")
+    expect(page.locator("tbody tr").last).to_have_text("1TP 2dense1.000 ms")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -207,6 +211,15 @@ def luminance(colour: str) -> float:
     parts = [int(n) / 255 for n in re.findall(r"\d+", colour)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_on_a_phone_the_op_is_above_its_details(model_page: str, open_page: Open) -> None:
+    page = open_page(model_page, viewport={"width": 390, "height": 844})
+    page.locator(".card .link").click()
+    row, details = page.locator(".row.on").bounding_box(), page.locator("#details").bounding_box()
+    assert row is not None
+    assert details is not None
+    assert 0 <= row["y"] < row["y"] + row["height"] <= details["y"]
 
 
 def test_a_phone(model_page: str, artifact_page: str, open_page: Open) -> None:

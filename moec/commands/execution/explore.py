@@ -70,6 +70,8 @@ def command(
     the user's line of each op, blocks that were recognised or declined with the reasons, kernels,
     and weights. It needs nothing else: no network and no other file. It is served on 127.0.0.1
     until Ctrl-C, or written to a file.
+
+    --quant and approximate passes (--passes, --calib, --budget) change MODEL as in `moec compile`.
     """
     if output and click.get_current_context().get_parameter_source("port") != DEFAULT:
         raise UsageError("-o writes the page and --port serves it: leave one out")
