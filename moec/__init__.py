@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moec.dynamo import prepare, stats
     from moec.errors import MoecError
     from moec.evaluation.evaluate import evaluate
+    from moec.exploration.explore import explore
     from moec.model.compiled import CompiledModel
     from moec.model.load import LoadedModel, load
     from moec.optimisation.optimize import optimize
@@ -42,6 +43,7 @@ __all__ = [
     "compile_ranks",
     "describe",
     "evaluate",
+    "explore",
     "load",
     "optimize",
     "prepare",
@@ -59,6 +61,7 @@ _WHERE = {
     "compile_ranks": "moec.parallel.build",
     "describe": "moec.capture.behaviour.describe",
     "evaluate": "moec.evaluation.evaluate",
+    "explore": "moec.exploration.explore",
     "load": "moec.model.load",
     "optimize": "moec.optimisation.optimize",
     "prepare": "moec.dynamo",

@@ -43,6 +43,10 @@ COMMANDS = {
     "verify": ("moec.commands.verify", "Check an artifact without running it."),
     "sign": ("moec.commands.sign", "Sign an artifact, so that who runs it can check its author."),
     "inspect": ("moec.commands.inspect", "Show the MoE blocks of a model or an artifact."),
+    "explore": (
+        "moec.commands.execution.explore",
+        "Look inside a model or an artifact in a browser.",
+    ),
     "bisect": ("moec.commands.bisect", "Find the first rewrite that changes a model's numbers."),
     "bench": ("moec.commands.bench", "Time prefill and decode, and compare with other runtimes."),
     "eval": (

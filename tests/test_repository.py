@@ -94,7 +94,7 @@ BUDGETS = {
     ("moec/capture",): 15_995,
     ("passes/recognise",): 7_100,
     ("codegen/cuda",): 6_000,
-    ("moec", *LINKED): 114_880,
+    ("moec", *LINKED): 115_775,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,
 recognise to 6,000, and the whole to 92,000."""
@@ -201,7 +201,11 @@ def test_wheel_holds_every_module(tmp_path):
     }
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert expected - packed == set()
-    assert {"moec/py.typed", "moec/commands/serving/page.html"} <= packed
+    assert {
+        "moec/py.typed",
+        "moec/commands/serving/page.html",
+        "moec/exploration/page.html",
+    } <= packed
     assert not {name.split("/")[0] for name in packed} & {*LINKED, "tests", "examples"}
     # What pip makes of the source distribution is the same wheel.
     [archive] = tmp_path.glob("*.tar.gz")

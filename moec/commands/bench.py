@@ -18,7 +18,6 @@ import click
 from moec import model_path
 from moec.bench.names import PACKAGES, check_names, files_of
 from moec.commands.execution.bench_serve import ServeOptions, print_served, serve_options
-from moec.commands.inspect import is_artifact
 from moec.commands.options.files import OutputFile
 from moec.commands.options.options import (
     DTypeName,
@@ -30,6 +29,7 @@ from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.hub_files import short_name
+from moec.report.opened import is_artifact
 from moec.target.cpu import processor
 
 if TYPE_CHECKING:

@@ -166,9 +166,9 @@ def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> 
         return False
     if not fetch(store, value, model, output, overwrite=request.force):
         return False
-    from moec.commands.inspect import of_artifact
+    from moec.report.opened import open_artifact
 
-    _tell(request, of_artifact(output)[0], f"wrote {output} (from the cache)")
+    _tell(request, open_artifact(output).report(), f"wrote {output} (from the cache)")
     return True
 
 

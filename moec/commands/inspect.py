@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -18,8 +17,10 @@ from moec.commands.options.options import api_arguments, json_option, model_opti
 from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
-from moec.errors import ArtifactError, UsageError
+from moec.errors import UsageError
 from moec.files.printable import printable_json
+from moec.report.opened import is_artifact, open_artifact
+from moec.runtime.package import MAIN
 
 if TYPE_CHECKING:
     from moec.ir.graph import Graph
@@ -57,7 +58,8 @@ def command(
         return
     graph: Graph | None = None
     if is_artifact(Path(model)):
-        report, text = of_artifact(Path(model))
+        opened = open_artifact(Path(model))
+        report, text = opened.report(), opened.graph(MAIN)
         if picture:
             graph = _graph(Path(model), text)
     else:
@@ -97,55 +99,10 @@ def _show_ranks(folder: Path, as_json: bool) -> None:
     echo("\n".join(line.rstrip() for line in columns(lines)))
 
 
-def is_artifact(path: Path) -> bool:
-    """Whether it is an artifact: a folder with a manifest, or a .moec file."""
-    if path.is_dir():
-        return (path / "manifest.json").is_file()
-    return path.is_file() and path.suffix == ".moec"
-
-
-def of_artifact(path: Path) -> tuple[Report, str]:
-    """The report stored in an artifact, and the text of its graph. Works without the compiler, and
-    for artifacts for other machines.
-
-    Raises ArtifactError where the parts that are read here are missing or altered.
-    """
-    from moec.report.report import Report
-    from moec.runtime.artifact import manifest as manifests
-    from moec.runtime.artifact.artifact import graph_part
-    from moec.runtime.artifact.container import open_container
-    from moec.runtime.package import MAIN
-
-    container = open_container(path)
-    manifest = manifests.load(_verified(path, container, manifests.NAME, None))
-    recorded = manifest.extra.get("report")
-    if not isinstance(recorded, Mapping):
-        raise ArtifactError(f"{path} has no report; compile it again with this version of moec")
-    part = graph_part(MAIN)
-    if part not in manifest.parts:
-        raise ArtifactError(f"{path} holds no {part}; compile or copy the artifact again")
-    text = _verified(path, container, part, manifest.parts[part].sha256)
-    report = Report.of_dict(recorded)
-    packed = sum(part.size for name, part in manifest.parts.items() if name.startswith("weights/"))
-    return replace(report, bytes_out=packed, phases={}), bytes(text).decode(errors="replace")
-
-
 def _graph(path: Path, text: str) -> Graph:
     from moec.model.stored import stored_graph
-    from moec.runtime.package import MAIN
 
     return stored_graph(path, MAIN, text)
-
-
-def _verified(path: Path, container: Mapping[str, Any], name: str, sha256: str | None) -> Any:
-    content = container.get(name)
-    if content is None:
-        raise ArtifactError(f"{path} is not a moec artifact: it has no {name}")
-    if sha256 and hashlib.sha256(content).hexdigest() != sha256:
-        raise ArtifactError(
-            f"{path}: {name} was changed after it was written; compile or copy the artifact again"
-        )
-    return content
 
 
 def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Report, Graph]:

@@ -11,14 +11,11 @@ from moec.comparison.comparison import ArtifactComparison, ComparedFact
 from moec.ir.graph import Graph
 from moec.model.load import LoadedModel
 from moec.model.stored import stored_graph
-from moec.ops.experts.quantised import format_of
-from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
-from moec.passes.quantise.quantise_linears import LINEARS, heads
 from moec.report.units import counted
+from moec.report.weight_formats import weight_formats
 from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import DECODE, MAIN
 
-Formats = dict[str, dict[str, str]]
 COMPLETE = ("artifact", "target", "blocks", "functions", "format", "bytes")  # also if equal
 
 
@@ -36,7 +33,9 @@ def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
         for name in dict.fromkeys((*ours, *theirs))
         if subject in COMPLETE or ours.get(name) != theirs.get(name)
     )
-    return ArtifactComparison(facts, _altered(a, b, _formats(graphs[0][MAIN]).get("experts", {})))
+    return ArtifactComparison(
+        facts, _altered(a, b, weight_formats(graphs[0][MAIN]).get("experts", {}))
+    )
 
 
 def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, dict[str, Any]]:
@@ -44,7 +43,7 @@ def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, di
     manifest, package = model.artifact.manifest, model.artifact.package
     blocks = model.report().blocks
     choices = sorted({f"{block.top_k} of {block.experts}" for block in blocks})
-    formats, params = _formats(graphs[MAIN]), graphs[MAIN].params
+    formats, params = weight_formats(graphs[MAIN]), graphs[MAIN].params
     nbytes = {p.name: prod(map(int, p.shape)) * NUMPY[p.dtype].itemsize for p in params}
     parts: Counter[str] = Counter()
     for name, part in manifest.parts.items():
@@ -60,26 +59,6 @@ def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, di
         "kernels": Counter(kernel for _, kernel in package.kernels),
         "sizes": {n: f"{low} to {high or 'any'}" for n, (low, high) in package.main.sizes.items()},
     }
-
-
-def _formats(graph: Graph) -> Formats:
-    """By kind, the format of each weight. Those that ops of two kinds read, such as tied
-    embeddings, are of both."""
-    kinds: Formats = {}
-    params, last = set(graph.params), heads(graph)
-    for op in graph.ops:
-        names = {value.name: value.dtype for value in op.inputs if value in params}
-        for matrix in matrices_of(op) if op.name in QUANTISED_OPS else ():
-            stored = (matrix.codes, matrix.scales, matrix.zeros)
-            names |= {v.name: str(format_of(op, matrix)) for v in stored if v is not None}
-        kind = "other weights"
-        if op.name.startswith("grouped."):
-            kind = "experts"
-        elif op.name in LINEARS:
-            kind = "head" if op in last else "linears"
-        if names:
-            kinds.setdefault(kind, {}).update(names)
-    return dict(sorted(kinds.items()))
 
 
 def _altered(a: LoadedModel, b: LoadedModel, stacks: Collection[str]) -> dict[str, tuple[int, ...]]:

@@ -13,9 +13,9 @@ import moec
 from moec.codegen import module_builder
 from moec.codegen.tuning import measure as measuring
 from moec.codegen.tuning.tunable import Tunable, Values
-from moec.commands.inspect import of_artifact
 from moec.errors import ArtifactError, UsageError
 from moec.model.rebuild import rebuild
+from moec.report.opened import open_artifact
 from moec.report.report import Report
 from moec.runtime.artifact import artifact
 from moec.runtime.call.executor import Executor
@@ -61,7 +61,7 @@ def test_saved_inspected_and_rebuilt(
 ) -> None:
     expected = compiled(x)
     compiled.save(path := tmp_path / "tuned.moec", native=False)
-    result, _ = of_artifact(path)
+    result = open_artifact(path).report()
     assert result.tuned == compiled.report().tuned
     opened = artifact.read(path, native=False)
     assert compiled.package is not None

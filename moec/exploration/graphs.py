@@ -1,0 +1,103 @@
+"""Graphs as data of a page: each op once, however many passes leave it as it is.
+
+Texts are numbered, ops are rows of numbers of texts, and a pass is the hunks by which its graph
+differs from the one before. 10,000 ops and 45 passes take a few megabytes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moec.exploration.explored_model import GraphStep
+from moec.ir.graph import Graph, Op
+from moec.ir.text import print_graph, show_attr
+
+Hunk = tuple[int, int, list[int]]
+"""Position in the graph before, the number of its ops that are gone, and the ops instead."""
+
+
+@dataclass
+class GraphTable:
+    """The texts and ops of all graphs, by number. An op is the numbers of its name, attributes,
+    module, line and body, its inputs, and for each output those of name and type."""
+
+    texts: dict[str, int] = field(default_factory=dict)
+    ops: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    _numbers: dict[Op, int] = field(default_factory=dict)
+
+    def text(self, text: str) -> int:
+        return self.texts.setdefault(text, len(self.texts))
+
+    def op(self, op: Op) -> int:
+        if op not in self._numbers:
+            attrs = ", ".join(f"{name}={show_attr(value)}" for name, value in op.attrs.items())
+            body = print_graph(op.body) if op.body is not None else ""
+            row = (
+                *map(self.text, (op.name, attrs, op.origin, op.line, body)),
+                tuple(self.text(value.name) for value in op.inputs),
+                tuple(self.text(t) for v in op.outputs for t in (v.name, str(v.type))),
+            )
+            self._numbers[op] = self.ops.setdefault(row, len(self.ops))
+        return self._numbers[op]
+
+    def steps(self, steps: Sequence[GraphStep]) -> list[dict[str, Any]]:
+        """Graphs in order, each as its difference to the one before."""
+        before: list[int] = []
+        rows = []
+        for step in steps:
+            after = [self.op(op) for op in step.graph.ops]
+            rows.append(
+                {
+                    "name": step.name,
+                    "stage": step.stage,
+                    "rewrites": step.rewrites,
+                    "seconds": step.seconds,
+                    "ops": len(after),
+                    "hunks": hunks(before, after),
+                }
+            )
+            before = after
+        return rows
+
+
+def ports(graph: Graph) -> dict[str, list[tuple[str, str]]]:
+    """The inputs and outputs of a graph."""
+    return {
+        "inputs": [(value.name, str(value.type)) for value in graph.inputs],
+        "outputs": [(value.name, str(value.type)) for value in graph.outputs],
+    }
+
+
+def hunks(before: Sequence[int], after: Sequence[int]) -> list[Hunk]:
+    """The fewest changes that lead from one list of distinct numbers to the other: all but a
+    longest common subsequence, which for distinct numbers is a longest increasing one."""
+    position = {number: at for at, number in enumerate(before)}
+    common = [(position[n], at) for at, n in enumerate(after) if n in position]
+    changes: list[Hunk] = []
+    i = j = 0
+    for p, q in [*_increasing(common), (len(before), len(after))]:
+        if (i, j) != (p, q):
+            changes.append((i, p - i, list(after[j:q])))
+        i, j = p + 1, q + 1
+    return changes
+
+
+def _increasing(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """A longest part of the pairs in which the first numbers increase."""
+    lasts: list[int] = []  # by length: the least first number with which such a part ends
+    ends: list[int] = []  # by length: the pair with which it ends
+    previous: list[int] = []
+    for at, (p, _) in enumerate(pairs):
+        length = bisect_left(lasts, p)
+        lasts[length : length + 1] = [p]
+        ends[length : length + 1] = [at]
+        previous.append(ends[length - 1] if length else -1)
+    part = []
+    at = ends[-1] if ends else -1
+    while at >= 0:
+        part.append(pairs[at])
+        at = previous[at]
+    return part[::-1]

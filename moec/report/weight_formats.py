@@ -1,0 +1,30 @@
+"""The formats of the weights of a graph, by what reads them."""
+
+from __future__ import annotations
+
+from moec.ir.graph import Graph
+from moec.ops.experts.quantised import format_of
+from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.passes.quantise.quantise_linears import LINEARS, heads
+
+Formats = dict[str, dict[str, str]]
+
+
+def weight_formats(graph: Graph) -> Formats:
+    """By kind, the format of each weight. Those that ops of two kinds read, such as tied
+    embeddings, are of both."""
+    kinds: Formats = {}
+    params, last = set(graph.params), heads(graph)
+    for op in graph.ops:
+        names = {value.name: value.dtype for value in op.inputs if value in params}
+        for matrix in matrices_of(op) if op.name in QUANTISED_OPS else ():
+            stored = (matrix.codes, matrix.scales, matrix.zeros)
+            names |= {v.name: str(format_of(op, matrix)) for v in stored if v is not None}
+        kind = "other weights"
+        if op.name.startswith("grouped."):
+            kind = "experts"
+        elif op.name in LINEARS:
+            kind = "head" if op in last else "linears"
+        if names:
+            kinds.setdefault(kind, {}).update(names)
+    return dict(sorted(kinds.items()))
