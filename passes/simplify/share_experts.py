@@ -39,9 +39,10 @@ class ShareExperts(Pass):
     def run(self, program: Program, log: Log) -> Program:
         graph = program.graph
         alike: dict[tuple[object, ...], list[Bank]] = {}
+        constants = {value for op in constant_ops(graph) for value in op.outputs} | {*graph.params}
         for op in graph.ops:
             bank = bank_of(graph, op) if op.name == "moe.experts" else None
-            if bank is not None:
+            if bank is not None and all(constants.issuperset(s.weights) for s in bank.stacks):
                 alike.setdefault(bank.key(graph), []).append(bank)
         groups = [
             group
@@ -134,6 +135,16 @@ def stack_of(graph: Graph, value: Value) -> WeightStack | None:
     return WeightStack(op.inputs, tuple(steps))
 
 
+def constant_ops(graph: Graph) -> list[Op]:
+    """The ops whose results depend on params alone, in order."""
+    constants, ops = set(graph.params), []
+    for op in graph.ops:
+        if op.inputs and constants.issuperset(op.inputs):
+            ops.append(op)
+            constants.update(op.outputs)
+    return ops
+
+
 def overlapping(banks: Sequence[Bank]) -> Iterator[BankGroup]:
     """Groups of several banks. Two banks with a common expert are in the same group."""
     groups: list[BankGroup] = []
@@ -145,13 +156,15 @@ def overlapping(banks: Sequence[Bank]) -> Iterator[BankGroup]:
 
 
 def share(graph: Graph, groups: Sequence[BankGroup]) -> Graph:
-    """The graph with one call of the experts of each group, in place of the first of its banks."""
+    """The graph with one call of the experts of each group, in place of the first of its banks, and
+    all weights computed before."""
     builder, new = Builder(graph), dict[Value, Value]()
     firsts = {group.banks[0].experts: group for group in groups}
     sums = {bank.combine: (bank, group) for group in groups for bank in group.banks}
     replaced_ops = {op for bank, _ in sums.values() for op in (bank.dispatch, bank.experts)}
     results: dict[BankGroup, tuple[Value, Value]] = {}
-    for op in graph.ops:
+    constant = dict.fromkeys(constant_ops(graph))
+    for op in (*constant, *(op for op in graph.ops if op not in constant)):
         if op in firsts:
             group = firsts[op]
             results[group] = run(builder, group.banks[0], group.members, new)

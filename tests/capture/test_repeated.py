@@ -120,9 +120,9 @@ def test_the_graph_is_that_of_all_layers(name, caplog):
     build, words = REPEATED[name]
     torch.manual_seed(0)
     model = build()
-    repeated, whole, lines = capture_all(model, caplog)
+    repeated, every, lines = capture_all(model, caplog)
     assert lines == [f"{text} were traced" for text in words]
-    assert_same_graphs(repeated, whole)
+    assert_same_graphs(repeated, every)
     assert_equals_eager(repeated, model)
     names = [value.name for value in repeated.program.graph.values()]
     assert len(names) == len(set(names))
@@ -132,10 +132,10 @@ def test_a_family_of_transformers(caplog):
     """Its layers have two kinds of masks in turns."""
     few = FAMILIES["gpt_oss"]
     model = replace(few, fields={**few.fields, "num_hidden_layers": 8}).build()
-    repeated, whole, lines = capture_all(model, caplog, few.inputs(2, 5))
+    repeated, every, lines = capture_all(model, caplog, few.inputs(2, 5))
     assert lines == ["4 of the 8 layers of model.layers were traced"]
-    assert_same_graphs(repeated, whole)
-    assert (repeated.fixed, repeated.notes) == (whole.fixed, whole.notes)
+    assert_same_graphs(repeated, every)
+    assert (repeated.fixed, repeated.notes) == (every.fixed, every.notes)
 
 
 class ReadsNumber(Block):
@@ -233,9 +233,9 @@ def test_other_layers_are_traced_one_by_one(name, caplog):
     build, reason = ONE_BY_ONE[name]
     torch.manual_seed(0)
     model = build()
-    captured, whole, lines = capture_all(model, caplog)
+    captured, every, lines = capture_all(model, caplog)
     assert lines == ([reason] if reason else [])
-    assert_same_graphs(captured, whole)
+    assert_same_graphs(captured, every)
     if name != "results are returned":
         assert_equals_eager(captured, model)
 

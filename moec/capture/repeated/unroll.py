@@ -58,8 +58,8 @@ def unrolled(program: Program, layers: LayerList, weights: Mapping[str, torch.Te
     ops += (replace(op, inputs=_mapped(op.inputs, final)) for op in graph.ops[end:])
     outputs = _mapped(graph.outputs, final)
     named = {**weights, **program.weights}
-    whole = replace(graph, ops=tuple(ops), params=tuple(params), outputs=outputs)
-    return Program(whole, {param.name: named[param.name] for param in params})
+    continued = replace(graph, ops=tuple(ops), params=tuple(params), outputs=outputs)
+    return Program(continued, {param.name: named[param.name] for param in params})
 
 
 def _segments(graph: Graph, layers: LayerList) -> tuple[list[_Segment], int]:

@@ -135,6 +135,26 @@ class Customised(nn.Module):
         )
 
 
+class NormedTasks(Customised):
+    """Each task's gate and experts, which have batch norms, run after those of the task before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pairs = ((self.shared, 0), (self.shared, 1), *((t, n) for t in self.tasks for n in (0, 1)))
+        for experts, number in pairs:
+            norm = nn.BatchNorm1d(8)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+            experts[number] = nn.Sequential(nn.Linear(D, 8), norm, nn.ReLU(), nn.Linear(8, D))
+
+    def forward(self, x: Tensor) -> Any:
+        shared = [expert(x) for expert in self.shared]
+        sums = []
+        for gate, experts in zip(self.gates, self.tasks, strict=True):
+            results = torch.stack([*(expert(x) for expert in experts), *shared], 1)
+            sums.append((gate(x).softmax(-1).unsqueeze(-1) * results).sum(1))
+        return tuple(sums)
+
+
 class Rectified(MultiGate):
     """What looks like a part of the experts acts on the weighed results, and weights may be
     negative."""

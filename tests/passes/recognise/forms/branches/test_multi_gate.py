@@ -75,6 +75,14 @@ def test_experts_with_batch_norms() -> None:
     assert [d for d in declined if d.rule == "recognise-experts"] == []
 
 
+def test_weights_of_a_later_gate_may_be_computed_after_the_first() -> None:
+    """Each task's experts have batch norms, whose scales are folded where the task runs them."""
+    simple, _, (block,), declined = run(multi_gate.NormedTasks)
+    assert (block.experts, block.router) == (6, "softmax, all, 2 gates")
+    assert names(simple.graph, "moe.experts") == 1
+    assert [d for d in declined if d.rule == "recognise-experts"] == []
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_shared_experts_run_once(every: bool) -> None:
     simple, lowered, (block,), declined = run(lambda: multi_gate.Customised(every))
