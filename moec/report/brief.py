@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from moec.files.printable import all_printable
 from moec.passes.core.damage import Damage
@@ -10,6 +10,10 @@ from moec.report.damage_text import distance
 from moec.report.data import Block, ErrorLine, QuantisedLine, ReportData
 from moec.report.module_paths import collapse_layer_indices
 from moec.report.units import count, counted, seconds, size
+
+
+LONG = 4096
+"""A size up to which users expect a model to work, as they expect it to for 1."""
 
 
 def brief(report: ReportData) -> str:
@@ -22,6 +26,8 @@ def brief(report: ReportData) -> str:
 
 
 def _facts(report: ReportData) -> Iterator[tuple[str, str]]:
+    if limits := [line for name, line in _limits(report.sizes) if name.isidentifier()]:
+        yield "sizes", f"calls are refused unless {' and '.join(limits)}"
     yield "blocks", _blocks(report.blocks)
     if report.declined:
         yield "declined", f"{counted(len(report.declined), 'module')} considered, not rewritten"
@@ -43,6 +49,15 @@ def _facts(report: ReportData) -> Iterator[tuple[str, str]]:
         longest = sorted(report.phases.items(), key=lambda item: -item[1])[:2]
         most = ", ".join(f"{name} {seconds(time)}" for name, time in longest)
         yield "time", f"{seconds(sum(report.phases.values()))}, of which {most}"
+
+
+def _limits(sizes: Mapping[str, tuple[int, int | None]]) -> Iterator[tuple[str, str]]:
+    """The names of sizes that may not be 1, or not `LONG`, and within what they have to be."""
+    for name, (low, high) in sizes.items():
+        if high is not None and high < LONG:
+            yield name, f"{name} is {low}" if low == high else f"{name} is from {low} to {high}"
+        elif low > 1:
+            yield name, f"{name} is at least {low}"
 
 
 def _blocks(blocks: Sequence[Block]) -> str:

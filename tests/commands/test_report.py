@@ -37,6 +37,23 @@ def test_brief_without_blocks_and_verification() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        ({"B": (0, None), "S": (1, 4096)}, ""),
+        ({"B": (1, None), "Mod(S, 4)": (0, 0)}, ""),
+        ({"S": (0, 6)}, "S is from 0 to 6"),
+        ({"B": (4, 4), "S": (2, None)}, "B is 4 and S is at least 2"),
+    ],
+)
+def test_a_brief_report_begins_with_sizes_that_users_expect_and_calls_refuse(
+    sizes: dict[str, tuple[int, int | None]], line: str
+) -> None:
+    lines = replace(models.report(), sizes=sizes).brief.splitlines()
+    expected = f"sizes       calls are refused unless {line}"
+    assert lines[1] == expected if line else "sizes " not in "\n".join(lines)
+
+
 def test_brief_names_what_approximations_changed() -> None:
     distances = Distance(0.0, 0.0, 0.0, 9.5), Distance(0.02, 0.01, 0.003, 9.6)
     damage = Damage("prune", 512, "", 8_000_000, 6_000_000, 10, 8, *distances)
