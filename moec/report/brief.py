@@ -11,7 +11,6 @@ from moec.report.data import Block, ErrorLine, QuantisedLine, ReportData
 from moec.report.module_paths import collapse_layer_indices
 from moec.report.units import count, counted, seconds, size
 
-
 LONG = 4096
 """A size up to which users expect a model to work, as they expect it to for 1."""
 
