@@ -14,13 +14,13 @@ from torch.nn.parameter import is_lazy
 from moec.arguments import (
     allowed_budget,
     cast,
-    changes,
     check_kinds,
     check_tf32,
     example_inputs,
     text,
     tolerance,
     verification,
+    with_choices,
 )
 from moec.capture.behaviour.door import Declared, Described
 from moec.capture.captured import Captured
@@ -38,6 +38,7 @@ from moec.model.compiled import CompiledModel
 from moec.model.forms import ModelForm, best_form
 from moec.model.programs import with_decode, with_recording, with_routers
 from moec.model.targets import choose_targets
+from moec.passes.approximate.choices.model_choices import ModelChoices
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.hoist_routers import HoistRouters
@@ -75,6 +76,7 @@ def compile(
     opt_level: int = 2,
     passes: PassChanges = "",
     quant: str | None = None,
+    choices: str | Path | ModelChoices | None = None,
     calib: Any = None,
     budget: str = "",
     strict: bool = False,
@@ -129,6 +131,8 @@ def compile(
     checkpoint stores in few bits keep its codes on CPUs ("checkpoint", "checkpoint:rows16"); "none"
     dequantises them.
 
+    `choices` is the path of a file of `moec optimize`: the formats that it chose for this model.
+
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt file. `budget`
     ("kl<=0.02") limits the damage measured on it; changes beyond it are undone layer by layer, or
@@ -158,9 +162,10 @@ def compile(
     verified, way = verification(verify)
     runs = builds and verified is not False
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
+    passes, quant = with_choices(choices, passes, quant)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     stored = with_float_rows(stored) if targets.only_cpus else stored
-    requested = (*choose(opt_level, changes(passes)), *quantising(stored))
+    requested = (*choose(opt_level, passes), *quantising(stored))
     chosen = truncate_after(requested, stop_after)
     allowed = allowed_budget(requested, chosen, calib, text("budget", budget), strict)
     limit = tolerance(verified)
@@ -220,7 +225,7 @@ def compile(
             return compiled
         if kv_cache:
             with clock.phase("generation"):
-                after = decode_passes(opt_level, changes(passes))
+                after = decode_passes(opt_level, passes)
                 compiled = with_decode(compiled, after, targets.backend)
         compiled = _with_other_programs(compiled, chosen, record_routing=record_routing)
         built = build_model(compiled, opt_level, clock, targets.backend, tune, store)

@@ -29,6 +29,7 @@ from moec.formats.notation import Format, Quantisation
 from moec.ir.graph import Stage
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from moec.passes.approximate.average_experts import AverageExperts
+from moec.passes.approximate.choices.choose_formats import ChooseFormats
 from moec.passes.approximate.compress_experts import CompressExperts
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.approximate.keep_used import KeepUsed
@@ -60,7 +61,6 @@ from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.parallel.plan_parallelism import PlanParallelism
-from moec.passes.quantise.choose.choose_formats import ChooseFormats
 from moec.passes.quantise.gptq_codes import CalibratedQuantisation
 from moec.passes.quantise.keep_codes import KeepCodes
 from moec.passes.quantise.quantise_experts import QuantiseExperts
@@ -301,8 +301,8 @@ def prepare(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pa
             return MeasuredPass(pass_, session)
         if isinstance(pass_, QuantiseExperts | QuantiseLinears) and session.calib is not None:
             return CalibratedQuantisation(pass_, session.calib, session.files)
-        if isinstance(pass_, ChooseFormats):
-            return replace(pass_, calib=session.calib, files=session.files)
+        if isinstance(pass_, ChooseFormats) and pass_.choices.codes == "gptq":
+            return CalibratedQuantisation(pass_, session.calib, session.files)
         if isinstance(pass_, AggregateExperts) and pass_.other and isinstance(pass_.other, str):
             return replace(pass_, other=open_source(pass_.other).model)
         return pass_

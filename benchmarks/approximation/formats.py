@@ -10,17 +10,17 @@ import argparse
 import moec
 from moec.formats.notation import Format, parse
 from moec.ir.graph import Program
-from moec.passes.calibration.data import load_calibration
-from moec.passes.calibration.evaluator import Evaluator
-from moec.passes.core.runner import Log
-from moec.passes.quantise.choose.fixed_formats import FixedFormats
-from moec.passes.quantise.choose.sensitivity import (
+from moec.optimisation.sensitivity import (
     StoredProduct,
     damage_of,
     formats_of,
     measure_products,
 )
-from moec.passes.quantise.choose.solve import least_damage
+from moec.optimisation.solve import least_damage
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.core.runner import Log
+from moec.passes.quantise.fixed_formats import FixedFormats
 
 UNIFORM = ("int8", "int4:32", "int4:128")
 

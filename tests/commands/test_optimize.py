@@ -43,6 +43,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--memory", "3MB", "--write-choices", "a.json"), "the name must end in .yaml"),
         ((), "moec optimize needs a limit: give --memory, --loss, or both"),
         (("--memory", "some"), "memory is 'some': give bytes"),
         (("--loss", "kl<0.1"), "write kl<=0.02, perplexity<="),
@@ -62,3 +63,29 @@ def test_an_artifact_is_not_replaced(calib: Path, tmp_path: Path) -> None:
     output.write_bytes(b"")
     result = run("optimize", MODEL, "--calib", calib, "-o", output, "--memory", "3MB")
     assert "exists; --force replaces it" in result.stderr
+
+
+def test_something_is_written(calib: Path) -> None:
+    result = run("optimize", MODEL, "--calib", calib, "--memory", "3MB")
+    assert "give -o OUT.moec, --write-choices FILE.yaml, or both" in result.stderr
+
+
+def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
+    choices, again, output = (tmp_path / name for name in ("a.yaml", "b.yaml", "tiny.moec"))
+    for path in (choices, again):
+        result = run(
+            "optimize", MODEL, "--calib", calib, "--write-choices", path, "--memory", "3MB"
+        )
+        assert result.exit_code == 0, result.stderr
+        assert f"wrote {path}" in result.stdout
+        assert "predicted as a sum over choices" in result.stdout
+    assert choices.read_bytes() == again.read_bytes()
+    text = choices.read_text(encoding="utf-8")
+    assert "limits: memory 3.0 MB" in text
+    assert "product: model.layers.0.mlp.experts#2" in text
+    data = ("--calib", calib) if "codes: gptq" in text else ()
+    result = run("compile", MODEL, "-o", output, "--choices", choices, "--json", *data)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert "choose-formats: chose" in " ".join(report["notes"])
+    assert len({line["format"] for line in report["quantised"]}) > 1

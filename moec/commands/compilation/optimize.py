@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moec.commands.options.files import check_writable
+from moec.commands.options.files import OutputFile, check_output
 from moec.commands.options.options import (
     api_arguments,
     force_option,
@@ -17,6 +17,7 @@ from moec.commands.options.options import (
     report_option,
 )
 from moec.commands.output.download import local_model
+from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.commands.output.report import print_json, print_report
 from moec.errors import UsageError
@@ -26,9 +27,11 @@ from moec.runtime.process.threads import shorten_spinning
 
 @click.command("optimize", short_help="Choose the formats of weights for a memory or a quality.")
 @click.argument("model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The artifact to write.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact to write."
-)
+    "--write-choices", "choices_file", type=OutputFile(".yaml"), metavar="FILE.yaml",
+    help="Write what was chosen, for `moec compile --choices`; without -o nothing is compiled.",
+)  # fmt: skip
 @click.option(
     "--calib", metavar="FILE", required=True,
     help="Data on which damage is measured: inputs by name (.npz, .safetensors), or a text (.txt).",
@@ -49,7 +52,8 @@ from moec.runtime.process.threads import shorten_spinning
 @log_options
 def command(
     model: str,
-    output: Path,
+    output: Path | None,
+    choices_file: Path | None,
     calib: str,
     memory: str | None,
     loss: str | None,
@@ -67,9 +71,10 @@ def command(
     those within it the one with the fewest bytes; with both, that one has to fit. Damage is
     measured on the data of --calib, and the result is verified as by `moec compile`.
     """
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists; --force replaces it")
-    check_writable(output, str(output))
+    if output is None and choices_file is None:
+        raise UsageError("give -o OUT.moec, --write-choices FILE.yaml, or both")
+    for path in filter(None, (output, choices_file)):
+        check_output(path, str(path), force=force)
     if memory is None and loss is None:
         raise UsageError("moec optimize needs a limit: give --memory, --loss, or both")
     if memory is not None:
@@ -80,18 +85,33 @@ def command(
     from moec.commands.output.progress import COMPILE, Progress, hush
 
     hush()
-    with Progress(quiet or as_json, plan=dict(COMPILE)) as progress:
+    with Progress(quiet or as_json, plan={"choose": 60.0, **COMPILE}) as progress:
         progress.phase("start")
-        from moec.optimisation.optimize import optimize
+        from moec.optimisation.optimize import choose_for, compile_chosen
 
-        compiled = optimize(
-            model, memory=memory, loss=loss, formats=formats.split(","),
-            progress=progress.phase, **arguments,
-        )  # fmt: skip
-        progress.phase("save")
-        compiled.save(output, overwrite=force)
-    report = compiled.report()
-    if as_json:
-        print_json(report, output)
+        arguments["progress"] = progress.phase
+        choices = choose_for(
+            model, memory=memory, loss=loss, formats=formats.split(","), **arguments
+        )
+        if choices_file is not None:
+            from moec.passes.approximate.choices.model_choices import write_choices
+
+            write_choices(choices, choices_file)
+        compiled = None
+        if output is not None:
+            compiled = compile_chosen(model, choices, **arguments)
+            progress.phase("save")
+            compiled.save(output, overwrite=force)
+    if compiled is not None:
+        if as_json:
+            print_json(compiled.report(), output)
+        elif not quiet:
+            print_report(compiled.report(), full, f"wrote {output}")
+    elif as_json:
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(choices)).decode())
     elif not quiet:
-        print_report(report, full, f"wrote {output}")
+        from moec.passes.approximate.choices.choose_formats import describe_choices
+
+        echo("\n".join((*describe_choices(choices), f"wrote {choices_file}")))

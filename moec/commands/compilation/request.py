@@ -34,6 +34,7 @@ class CompileRequest:
     tune: bool
     memory: str | None
     store: bool | None
+    choices_file: Path | None
     plan_file: Path | None
     dry_run: bool
     full: bool
@@ -81,6 +82,10 @@ def check(request: CompileRequest) -> None:
     allowed_bytes(request.memory)
     if request.stop_after is not None:
         check_last(request.stop_after)
+    if request.choices_file is not None:
+        from moec.passes.approximate.choices.model_choices import read_choices
+
+        read_choices(request.choices_file)
     if request.plan_file is not None:
         _check_plan(request, request.plan_file)
 
@@ -89,7 +94,10 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     """The key of the artifact in the cache; None where it is not cached, as with options that read
     or write other files, or that measure this machine."""
     options = request.options
-    files = (request.dump_ir, request.emit, request.plan_file, options["calib"])
+    files = (
+        *(request.dump_ir, request.emit, request.choices_file, request.plan_file),
+        options["calib"],
+    )
     cached = store.folder is not None and request.builds
     others = options["describe"] or options["adapters"]
     if not cached or any(files) or request.tune or others:
@@ -107,7 +115,10 @@ def _check_plan(request: CompileRequest, plan_file: Path) -> None:
             f"--target {request.target}: ranks of a plan run on CPUs and exchange rows over gloo; "
             "GPUs with NCCL are not supported yet"
         )
-    others = (request.target != "cpu", request.tune, request.dump_ir, request.record_routing)
+    others = (
+        *(request.target != "cpu", request.tune, request.dump_ir, request.record_routing),
+        request.choices_file,
+    )
     if not request.builds or any(others):
         raise UsageError("--plan accepts only MODEL, -o and --verify: leave out the other options")
 

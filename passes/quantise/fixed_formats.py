@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,26 +23,28 @@ class FixedFormats(QuantisingPass):
     """Store weights in the formats that were chosen for them (moec optimize)."""
 
     formats: Mapping[str, Format] = field(default_factory=dict)
-    """By the name of the product's result."""
+    """By the name of the product, as in `named_products`."""
     name: ClassVar[str] = "choose-formats"
 
     def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
-        return [
-            (op, self.formats[op.outputs[0].name])
-            for op in products(graph)
-            if op.outputs[0].name in self.formats
-        ]
+        named = named_products(graph).items()
+        return [(op, self.formats[name]) for name, op in named if name in self.formats]
 
     def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
-        return rule_of(op).quantised(op, format, codes, b)
+        rule = QuantiseExperts(_ANY) if op.name == "grouped.linear" else QuantiseLinears(_ANY, _ANY)
+        return rule.quantised(op, format, codes, b)
 
 
-def products(graph: Graph) -> list[Op]:
-    """The products of experts, linear layers and heads whose weights no other op reads."""
+def named_products(graph: Graph) -> dict[str, Op]:
+    """The products of experts, linear layers and heads whose weights no other op reads, by the path
+    of their module; from the second product of a module on, with its number: "layers.0.mlp#2"."""
     each: tuple[QuantisingPass, ...] = (QuantiseExperts(_ANY), QuantiseLinears(_ANY, _ANY))
-    ops = [op for rule in each for op, _ in rule.targets(graph)]
-    return [op for op in ops if all(len(graph.readers.get(w, ())) == 1 for w in stored(op))]
-
-
-def rule_of(op: Op) -> QuantisingPass:
-    return QuantiseExperts(_ANY) if op.name == "grouped.linear" else QuantiseLinears(_ANY, _ANY)
+    counts: Counter[str] = Counter()
+    named: dict[str, Op] = {}
+    for op in (op for rule in each for op, _ in rule.targets(graph)):
+        if not all(len(graph.readers.get(weight, ())) == 1 for weight in stored(op)):
+            continue
+        path = op.origin or "(whole model)"
+        counts[path] += 1
+        named[path if counts[path] == 1 else f"{path}#{counts[path]}"] = op
+    return named

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moec.passes.quantise.choose.sensitivity import Option, StoredProduct
+from moec.optimisation.sensitivity import Option, StoredProduct
 
 SECONDS = 30.0
 GAP = 1e-4

@@ -19,11 +19,12 @@ from moec.errors import NoMatch
 from moec.formats.integer import dequantise, quantise, round_rows
 from moec.formats.notation import Format
 from moec.ir.graph import Op, Program
+from moec.passes.approximate.choices.choose_formats import shape_of
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.damage import Distance
 from moec.passes.core.runner import Log
-from moec.passes.quantise.choose.fixed_formats import FixedFormats, products
 from moec.passes.quantise.codes import Codes
+from moec.passes.quantise.fixed_formats import FixedFormats, named_products
 from moec.passes.quantise.gptq_codes import rows_of, stored
 
 SAMPLED = 64
@@ -42,11 +43,12 @@ class Option:
 
 @dataclass(frozen=True)
 class StoredProduct:
-    """A product that can be quantised: the name of its result, and its options, the first of which
-    is not to."""
+    """A product that can be quantised: its name (`named_products`), the rows and columns of each of
+    its matrices, and its options, the first of which is not to."""
 
     name: str
-    origin: str
+    rows: int
+    columns: int
     options: tuple[Option, ...]
 
 
@@ -58,20 +60,20 @@ def measure_products(
     program: Program, evaluator: Evaluator, formats: Sequence[Format], log: Log
 ) -> tuple[StoredProduct, ...]:
     """Every product with the bytes and the predicted damage of each format that fits it."""
-    ops = products(program.graph)
+    named = named_products(program.graph)
+    ops = list(named.values())
     measured = []
-    for op, rows in zip(ops, rows_of(program, evaluator.calibration, ops), strict=True):
+    each = zip(named.items(), rows_of(program, evaluator.calibration, ops), strict=True)
+    for (name, op), rows in each:
         fitting = [f for f in formats if _fits(program, op, f, log)]
         errors = {f: _relative_error(program, op, f, rows) for f in fitting}
         options = [Option(None, _bytes_now(program, op), 0.0)]
         if errors:
             probe = max(errors, key=lambda format: errors[format])
-            harm = _harm(program, evaluator, op, probe, log) if errors[probe] else 0.0
+            harm = _harm(program, evaluator, name, probe, log) if errors[probe] else 0.0
             scale = harm / errors[probe] if errors[probe] else 0.0
             options += [Option(f, _bytes(op, f), scale * error) for f, error in errors.items()]
-        measured.append(
-            StoredProduct(op.outputs[0].name, op.origin or op.outputs[0].name, tuple(options))
-        )
+        measured.append(StoredProduct(name, *shape_of(op), tuple(options)))
     return tuple(measured)
 
 
@@ -86,9 +88,9 @@ def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:
     return True
 
 
-def _harm(program: Program, evaluator: Evaluator, op: Op, format: Format, log: Log) -> float:
+def _harm(program: Program, evaluator: Evaluator, name: str, format: Format, log: Log) -> float:
     """The damage to the model of one product in a format."""
-    alone = FixedFormats({op.outputs[0].name: format})
+    alone = FixedFormats({name: format})
     changed = alone.run(program, Log(memory=log.memory))
     return damage_of(evaluator.measure(changed)[0])
 
