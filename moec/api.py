@@ -38,6 +38,7 @@ from moec.model.compiled import CompiledModel
 from moec.model.forms import ModelForm, best_form
 from moec.model.programs import with_decode, with_recording, with_routers
 from moec.model.targets import choose_targets
+from moec.passes.approximate.choices.choose_experts import check_applied
 from moec.passes.approximate.choices.model_choices import ModelChoices
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import PassResult, run
@@ -53,6 +54,7 @@ from moec.pipeline import (
     quantising,
     truncate_after,
 )
+from moec.report.data import QuantisedLine
 from moec.report.quantisation import quantised_lines
 from moec.runtime.process.gc_pause import gc_paused
 from moec.target.cpu import CpuTarget
@@ -131,7 +133,7 @@ def compile(
     checkpoint stores in few bits keep its codes on CPUs ("checkpoint", "checkpoint:rows16"); "none"
     dequantises them.
 
-    `choices` is the path of a file of `moec optimize`: the formats that it chose for this model.
+    `choices` is the path of a file of `moec optimize`: what it chose for this model.
 
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt file. `budget`
@@ -209,7 +211,7 @@ def compile(
                 if stop_after is not None
                 else best_form(source, captured, transform, capture, exact, targets.backend)
             )
-            quantised = quantised_lines(form.pass_results)
+            quantised = _quantised(form.pass_results)
         compiled = CompiledModel(
             source=source,
             captured=form.captured,
@@ -241,6 +243,11 @@ def _with_other_programs(
     if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
         compiled = with_routers(compiled)
     return with_recording(compiled) if record_routing else compiled
+
+
+def _quantised(pass_results: Sequence[PassResult]) -> tuple[QuantisedLine, ...]:
+    check_applied(pass_results)
+    return quantised_lines(pass_results)
 
 
 def _elements(model: Any) -> int:

@@ -13,12 +13,13 @@ import torch
 from moec.capture.doors import Source
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
-from moec.passes.approximate.choices.choose_formats import ChooseFormats
+from moec.passes.approximate.choices.choose_experts import ChooseExperts, passes_of
 from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices
 from moec.passes.calibration.budget import Budget, parse_budget
 from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate
 from moec.passes.quantise.codes import QuantisingPass
+from moec.passes.quantise.fixed_formats import FixedFormats
 from moec.pipeline import PassSpec
 from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import TF32, CudaTarget
@@ -144,7 +145,7 @@ def allowed_budget(
     """The budget. Raises UsageError where passes lack what they need, or where an option is given
     that no pass uses."""
     for pass_ in chosen:
-        if calib is None and isinstance(pass_, ChooseFormats) and pass_.choices.codes == "gptq":
+        if calib is None and isinstance(pass_, FixedFormats) and pass_.calibrated:
             raise UsageError(
                 "the choices have codes that GPTQ chooses on data: give that of moec optimize with "
                 "--calib (calib=... in Python), or write codes: nearest"
@@ -161,7 +162,8 @@ def allowed_budget(
             "--budget limits passes that change the model, and no such pass was requested; see "
             "moec list passes"
         )
-    if calib is not None and not changes and not any(map(_reads_calibration, requested)):
+    quantises = any(isinstance(pass_, QuantisingPass | ChooseExperts) for pass_ in requested)
+    if calib is not None and not changes and not quantises:
         raise UsageError(
             "--calib is for passes that change the model and for --quant, and neither was "
             "requested; see moec list passes"
@@ -169,12 +171,6 @@ def allowed_budget(
     if calib is not None:
         check_calibration(calib)
     return parse_budget(budget)
-
-
-def _reads_calibration(pass_: PassSpec) -> bool:
-    if isinstance(pass_, ChooseFormats):
-        return pass_.choices.codes == "gptq"
-    return isinstance(pass_, QuantisingPass)
 
 
 def with_choices(choices: Any, passes: Any, quant: str | None) -> tuple[Any, str | None]:
@@ -190,7 +186,7 @@ def with_choices(choices: Any, passes: Any, quant: str | None) -> tuple[Any, str
         raise UsageError(f"choices is a {type(choices).__name__}: give the path of their file")
     others = changes(passes)
     others = [others] if isinstance(others, str) else others
-    return [*others, ChooseFormats(choices)], "none"
+    return [*others, *passes_of(choices)], "none"
 
 
 def check_tf32(target: AnyTarget, weights: Mapping[str, torch.Tensor]) -> None:

@@ -29,7 +29,6 @@ from moec.formats.notation import Format, Quantisation
 from moec.ir.graph import Stage
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from moec.passes.approximate.average_experts import AverageExperts
-from moec.passes.approximate.choices.choose_formats import ChooseFormats
 from moec.passes.approximate.compress_experts import CompressExperts
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.approximate.keep_used import KeepUsed
@@ -61,6 +60,7 @@ from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.parallel.plan_parallelism import PlanParallelism
+from moec.passes.quantise.fixed_formats import FixedFormats
 from moec.passes.quantise.gptq_codes import CalibratedQuantisation
 from moec.passes.quantise.keep_codes import KeepCodes
 from moec.passes.quantise.quantise_experts import QuantiseExperts
@@ -301,7 +301,7 @@ def prepare(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pa
             return MeasuredPass(pass_, session)
         if isinstance(pass_, QuantiseExperts | QuantiseLinears) and session.calib is not None:
             return CalibratedQuantisation(pass_, session.calib, session.files)
-        if isinstance(pass_, ChooseFormats) and pass_.choices.codes == "gptq":
+        if isinstance(pass_, FixedFormats) and pass_.calibrated:
             return CalibratedQuantisation(pass_, session.calib, session.files)
         if isinstance(pass_, AggregateExperts) and pass_.other and isinstance(pass_.other, str):
             return replace(pass_, other=open_source(pass_.other).model)
@@ -320,6 +320,17 @@ def after_recognition(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes that remain for a recognised block."""
     last = max(i for i, pass_ in enumerate(passes) if pass_ in RECOGNISE.passes)
     return tuple(passes[last + 1 :])
+
+
+def lowering(passes: Sequence[PassSpec]) -> tuple[Pass, ...]:
+    """The passes after the last that takes recognised blocks and leaves them."""
+
+    def leaves(pass_: PassSpec) -> bool:
+        opt_in = pass_.takes is Stage.MOE if isinstance(pass_, OptInPass) else False
+        return opt_in or isinstance(pass_, Approximate) or pass_ in SIMPLIFY.passes
+
+    last = max(i for i, pass_ in enumerate(passes) if leaves(pass_))
+    return tuple(p for p in passes[last + 1 :] if not isinstance(p, Approximate))
 
 
 def truncate_after(passes: Sequence[PassSpec], stop_after: str | None) -> tuple[PassSpec, ...]:

@@ -9,7 +9,7 @@ squared error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +19,13 @@ from moec.errors import NoMatch
 from moec.formats.integer import dequantise, quantise, round_rows
 from moec.formats.notation import Format
 from moec.ir.graph import Op, Program
-from moec.passes.approximate.choices.choose_formats import shape_of
+from moec.passes.approximate.choices.model_choices import UNCHANGED, ProductChoice, significant
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.damage import Distance
+from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Log
 from moec.passes.quantise.codes import Codes
-from moec.passes.quantise.fixed_formats import FixedFormats, named_products
+from moec.passes.quantise.fixed_formats import FixedFormats, named_products, shape_of
 from moec.passes.quantise.gptq_codes import rows_of, stored
 
 SAMPLED = 64
@@ -32,24 +33,13 @@ SAMPLED = 64
 
 
 @dataclass(frozen=True)
-class Option:
-    """A format for the weights of a product (None: as they are), their bytes, and the predicted
-    damage."""
-
-    format: Format | None
-    bytes: int
-    damage: float
-
-
-@dataclass(frozen=True)
 class StoredProduct:
-    """A product that can be quantised: its name (`named_products`), the rows and columns of each of
-    its matrices, and its options, the first of which is not to."""
+    """A product that can be quantised: its name (`named_products`), what can be chosen, first its
+    weights as they are, and the layer that has it as its experts, if their number can change."""
 
     name: str
-    rows: int
-    columns: int
-    options: tuple[Option, ...]
+    options: tuple[ProductChoice, ...]
+    layer: str = ""
 
 
 def damage_of(distance: Distance) -> float:
@@ -57,7 +47,11 @@ def damage_of(distance: Distance) -> float:
 
 
 def measure_products(
-    program: Program, evaluator: Evaluator, formats: Sequence[Format], log: Log
+    program: Program,
+    evaluator: Evaluator,
+    formats: Sequence[Format],
+    layers: Mapping[str, Layer],
+    log: Log,
 ) -> tuple[StoredProduct, ...]:
     """Every product with the bytes and the predicted damage of each format that fits it."""
     named = named_products(program.graph)
@@ -67,14 +61,27 @@ def measure_products(
     for (name, op), rows in each:
         fitting = [f for f in formats if _fits(program, op, f, log)]
         errors = {f: _relative_error(program, op, f, rows) for f in fitting}
-        options = [Option(None, _bytes_now(program, op), 0.0)]
+        shape = shape_of(op)
+        size = sum(program.weights[matrix.name].nbytes for matrix in stored(op))
+        options = [ProductChoice(*shape, UNCHANGED, size, size, 0.0)]
         if errors:
             probe = max(errors, key=lambda format: errors[format])
             harm = _harm(program, evaluator, name, probe, log) if errors[probe] else 0.0
             scale = harm / errors[probe] if errors[probe] else 0.0
-            options += [Option(f, _bytes(op, f), scale * error) for f, error in errors.items()]
-        measured.append(StoredProduct(name, *shape_of(op), tuple(options)))
+            for f, error in errors.items():
+                damage = significant(scale * error)
+                options.append(ProductChoice(*shape, str(f), _bytes(op, f), size, damage))
+        measured.append(StoredProduct(name, tuple(options), _layer_with(op, layers)))
     return tuple(measured)
+
+
+def _layer_with(op: Op, layers: Mapping[str, Layer]) -> str:
+    """The layer of experts that a product belongs to; empty for any other product."""
+    for name, layer in layers.items():
+        origins = {layer.experts.origin, *(c.experts.origin for c in layer.companions)}
+        if op.name == "grouped.linear" and op.origin in origins:
+            return name if stored(op)[0].shape[0] == layer.count else ""
+    return ""
 
 
 def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:
@@ -122,10 +129,6 @@ def _sample(rows: Tensor) -> Tensor:
     return rows[::step].float()
 
 
-def _bytes_now(program: Program, op: Op) -> int:
-    return sum(program.weights[matrix.name].nbytes for matrix in stored(op))
-
-
 def _bytes(op: Op, format: Format) -> int:
     return sum(
         format.nbytes(_rows(matrix.shape), int(str(matrix.shape[-1]))) for matrix in stored(op)
@@ -135,16 +138,3 @@ def _bytes(op: Op, format: Format) -> int:
 def _rows(shape: Sequence[object]) -> int:
     *leading, _ = (int(str(size)) for size in shape)
     return int(torch.Size(leading).numel())
-
-
-def formats_of(products: Sequence[StoredProduct], picks: Sequence[Option]) -> dict[str, Format]:
-    """The formats of the products that are quantised, by name."""
-    return dict(_quantised(products, picks))
-
-
-def _quantised(
-    products: Sequence[StoredProduct], picks: Sequence[Option]
-) -> Iterator[tuple[str, Format]]:
-    for product, option in zip(products, picks, strict=True):
-        if option.format is not None:
-            yield product.name, option.format

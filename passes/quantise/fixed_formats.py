@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from moec.formats.notation import Format
-from moec.ir.graph import Graph, Op, Value
+from moec.ir.graph import Graph, Op, Program, Value
 from moec.passes.core.rewrite import Builder
+from moec.passes.core.runner import Log
 from moec.passes.quantise.codes import Codes, QuantisingPass
 from moec.passes.quantise.gptq_codes import stored
 from moec.passes.quantise.quantise_experts import QuantiseExperts
@@ -20,19 +21,49 @@ _ANY = Format("int8")
 
 @dataclass(frozen=True)
 class FixedFormats(QuantisingPass):
-    """Store weights in the formats that were chosen for them (moec optimize)."""
+    """Store weights in the formats that were chosen for them (moec optimize).
+
+    `formats` are by the name of the product, as in `named_products`. If `shapes` has any, it has
+    the rows and columns of all products: for another graph the pass declines, as another form of
+    the model may have them. `calibrated`: codes are chosen by GPTQ."""
 
     formats: Mapping[str, Format] = field(default_factory=dict)
-    """By the name of the product, as in `named_products`."""
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    calibrated: bool = False
     name: ClassVar[str] = "choose-formats"
+    source: ClassVar[str] = ""
 
     def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
-        named = named_products(graph).items()
-        return [(op, self.formats[name]) for name, op in named if name in self.formats]
+        named = {} if self._mismatch(graph) else named_products(graph)
+        return [(op, self.formats[name]) for name, op in named.items() if name in self.formats]
 
     def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
         rule = QuantiseExperts(_ANY) if op.name == "grouped.linear" else QuantiseLinears(_ANY, _ANY)
         return rule.quantised(op, format, codes, b)
+
+    def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
+        if why := self._mismatch(program.graph):
+            log.decline("choices", why)
+        return super().rounded(program, log, codes)
+
+    def _mismatch(self, graph: Graph) -> str:
+        """The first product that differs from `shapes`; empty if none does."""
+        actual = {name: shape_of(op) for name, op in named_products(graph).items()}
+        for name in sorted(self.shapes.keys() | (actual.keys() if self.shapes else ())):
+            theirs, ours = self.shapes.get(name), actual.get(name)
+            if theirs != ours:
+                return f"{name} is {_show(theirs)} in them, and {_show(ours)} in the model"
+        return ""
+
+
+def _show(shape: tuple[int, int] | None) -> str:
+    return "not" if shape is None else f"{shape[0]} x {shape[1]}"
+
+
+def shape_of(product: Op) -> tuple[int, int]:
+    """The rows and columns of each matrix of a product, of one expert."""
+    rows, columns = stored(product)[0].shape[-2:]
+    return int(str(rows)), int(str(columns))
 
 
 def named_products(graph: Graph) -> dict[str, Op]:
@@ -42,9 +73,8 @@ def named_products(graph: Graph) -> dict[str, Op]:
     counts: Counter[str] = Counter()
     named: dict[str, Op] = {}
     for op in (op for rule in each for op, _ in rule.targets(graph)):
-        if not all(len(graph.readers.get(weight, ())) == 1 for weight in stored(op)):
-            continue
-        path = op.origin or "(whole model)"
-        counts[path] += 1
-        named[path if counts[path] == 1 else f"{path}#{counts[path]}"] = op
+        if all(len(graph.readers.get(weight, ())) == 1 for weight in stored(op)):
+            path = op.origin or "(whole model)"
+            counts[path] += 1
+            named[path if counts[path] == 1 else f"{path}#{counts[path]}"] = op
     return named

@@ -32,7 +32,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     notes = " ".join(report["notes"])
-    assert "choose-formats: chose" in notes
+    assert "choose-experts: chose" in notes
     assert "kl " in notes
     assert len({line["format"] for line in report["quantised"]}) > 1
     weights = sum(line["bytes_after"] for line in report["quantised"])
@@ -44,9 +44,11 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--memory", "3MB", "--write-choices", "a.json"), "the name must end in .yaml"),
-        ((), "moec optimize needs a limit: give --memory, --loss, or both"),
+        ((), "moec optimize needs a limit: give --memory, --token-bytes or --loss"),
         (("--memory", "some"), "memory is 'some': give bytes"),
         (("--loss", "kl<0.1"), "write kl<=0.02, perplexity<="),
+        (("--memory", "3MB", "--moves", "prunes"), "'prunes' is no move: moves are formats, prune"),
+        (("--token-bytes", "some"), "memory is 'some': give bytes"),
         (("--memory", "3MB", "--formats", "int3"), "'int3' is not a format"),
     ],
 )
@@ -82,10 +84,10 @@ def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
     assert choices.read_bytes() == again.read_bytes()
     text = choices.read_text(encoding="utf-8")
     assert "limits: memory 3.0 MB" in text
-    assert "product: model.layers.0.mlp.experts#2" in text
+    assert "model.layers.0.mlp.experts#2: {rows: 128" in text
     data = ("--calib", calib) if "codes: gptq" in text else ()
     result = run("compile", MODEL, "-o", output, "--choices", choices, "--json", *data)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert "choose-formats: chose" in " ".join(report["notes"])
+    assert "choose-experts: chose" in " ".join(report["notes"])
     assert len({line["format"] for line in report["quantised"]}) > 1

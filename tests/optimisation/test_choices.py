@@ -10,7 +10,7 @@ import torch
 
 import moec
 from moec.errors import UsageError
-from moec.optimisation.optimize import choose_for
+from moec.optimisation.optimize import choice_limits, search
 from moec.passes.approximate.choices.model_choices import (
     ModelChoices,
     read_choices,
@@ -43,7 +43,8 @@ def net(width: int = WIDTH) -> Net:
 
 
 def chosen() -> ModelChoices:
-    return choose_for(net(), ARGS, calib={"x": X}, memory=ROOM, formats=("int8", "int4:32"))
+    searched = search(net(), ARGS, calib={"x": X}, formats=("int8", "int4:32"))
+    return searched.choices(choice_limits(ROOM, None, None))
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,8 @@ def test_equal_runs_write_equal_files(choices: ModelChoices, tmp_path: Path) -> 
 
 
 def test_the_file_has_the_bytes_and_the_damage_of_each_choice(choices: ModelChoices) -> None:
-    first, second = choices.products
-    assert (first.product, first.format) == ("first", "int4:32")
-    assert (second.product, second.format) == ("second", "int8")
+    first, second = choices.products["first"], choices.products["second"]
+    assert (first.format, second.format) == ("int4:32", "int8")
     assert first.bytes_before == second.bytes_before == 4 * WIDTH * WIDTH
     assert first.bytes == WIDTH * (WIDTH // 2 + 2 * 2)
     assert choices.bytes == first.bytes + second.bytes
@@ -80,7 +80,7 @@ def test_a_file_is_applied(choices: ModelChoices, tmp_path: Path) -> None:
         "first": "int4:32",
         "second": "int8",
     }
-    assert "choose-formats: chose 1 int4:32, 1 int8" in "\n".join(model.report().notes)
+    assert "choose-experts: chose 1 int4:32, 1 int8" in "\n".join(model.report().notes)
 
 
 def test_codes_of_a_file_need_its_data(choices: ModelChoices) -> None:
@@ -89,8 +89,8 @@ def test_codes_of_a_file_need_its_data(choices: ModelChoices) -> None:
         moec.compile(net(), ARGS, choices=gptq)
     model = moec.compile(net(), ARGS, choices=gptq, calib={"x": X})
     assert all(line.solved is not None for line in model.quantised)
-    with pytest.raises(UsageError, match="--calib is for passes that change the model"):
-        moec.compile(net(), ARGS, choices=nearest(choices), calib={"x": X})
+    model = moec.compile(net(), ARGS, choices=nearest(choices), calib={"x": X})
+    assert all(line.solved is None for line in model.quantised)
 
 
 def test_another_model(choices: ModelChoices) -> None:
@@ -102,9 +102,11 @@ def test_another_model(choices: ModelChoices) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.third(x)
 
-    with pytest.raises(UsageError, match="choices: first: the model has no such product: give"):
+    with pytest.raises(
+        UsageError, match="choices: first is 64 x 64 in them, and not in the model: give"
+    ):
         moec.compile(Other(), ARGS, choices=nearest(choices))
-    message = "choices: first has 64 x 64 weights there, and 32 x 64 in the model: give those"
+    message = "choices: first is 64 x 64 in them, and 32 x 64 in the model: give those"
     with pytest.raises(UsageError, match=message):
         moec.compile(net(32), ARGS, choices=nearest(choices))
 
@@ -115,9 +117,8 @@ def test_another_model(choices: ModelChoices) -> None:
         ("codes:", "cods:", "unknown field `cods`"),
         ("codes: ", "codes: best #", "Invalid enum value 'best'"),
         ("version: 1", "version: 2", "Invalid enum value 2"),
-        ("format: int8", "format: int7", "second has the format 'int7': write unchanged, or a for"),
+        ("format: int8", "format: int7", "'int7' is not a format; write int8"),
         ("rows: 64", "rows: -64", "Expected `int` >= 0"),
-        ("product: second", "product: first", "first has two formats: leave one"),
         ("limits:", "limits: !!python/object/apply:os.getcwd []\nx:", "could not determine a con"),
         ("limits:", "[" * 5000, ""),
     ],

@@ -38,11 +38,19 @@ from moec.runtime.process.threads import shorten_spinning
 )  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="The most that all weights may take, e.g. 4GiB.")
 @click.option(
+    "--token-bytes", metavar="SIZE",
+    help="The most of them that a token reads: of its experts, and all else but embeddings.",
+)  # fmt: skip
+@click.option(
     "--loss", metavar="LIMIT", help="kl<=0.02, perplexity<=+1%, perplexity<=12 or error<=0.05."
 )
 @click.option(
     "--formats", default="int8,int4:32,int4:128", show_default=True, metavar="F,F,…",
     help="The formats to choose from, besides leaving weights as they are.",
+)  # fmt: skip
+@click.option(
+    "--moves", default="formats", show_default=True, metavar="M,M,…",
+    help="What may be chosen: formats, prune (fewer experts) and top-k (fewer for each token).",
 )  # fmt: skip
 @model_options
 @report_option
@@ -56,8 +64,10 @@ def command(
     choices_file: Path | None,
     calib: str,
     memory: str | None,
+    token_bytes: str | None,
     loss: str | None,
     formats: str,
+    moves: str,
     full: bool,
     as_json: bool,
     quiet: bool,
@@ -75,10 +85,10 @@ def command(
         raise UsageError("give -o OUT.moec, --write-choices FILE.yaml, or both")
     for path in filter(None, (output, choices_file)):
         check_output(path, str(path), force=force)
-    if memory is None and loss is None:
-        raise UsageError("moec optimize needs a limit: give --memory, --loss, or both")
-    if memory is not None:
-        bytes_of(memory)
+    if memory is None and token_bytes is None and loss is None:
+        raise UsageError("moec optimize needs a limit: give --memory, --token-bytes or --loss")
+    for size in filter(None, (memory, token_bytes)):
+        bytes_of(size)
     arguments = api_arguments(calib=calib, **options)
     model = local_model(model, revision, quiet or as_json)
     shorten_spinning()
@@ -87,19 +97,20 @@ def command(
     hush()
     with Progress(quiet or as_json, plan={"choose": 60.0, **COMPILE}) as progress:
         progress.phase("start")
-        from moec.optimisation.optimize import choose_for, compile_chosen
+        from moec.api import compile as compile_model
+        from moec.optimisation.optimize import choice_limits, search
+        from moec.passes.approximate.choices.model_choices import describe_choices, write_choices
 
+        limits = choice_limits(memory, token_bytes, loss)
         arguments["progress"] = progress.phase
-        choices = choose_for(
-            model, memory=memory, loss=loss, formats=formats.split(","), **arguments
-        )
+        choices = search(
+            model, formats=formats.split(","), moves=moves.split(","), **arguments
+        ).choices(limits)
         if choices_file is not None:
-            from moec.passes.approximate.choices.model_choices import write_choices
-
             write_choices(choices, choices_file)
         compiled = None
         if output is not None:
-            compiled = compile_chosen(model, choices, **arguments)
+            compiled = compile_model(model, choices=choices, **arguments)
             progress.phase("save")
             compiled.save(output, overwrite=force)
     if compiled is not None:
@@ -112,6 +123,4 @@ def command(
 
         click.echo(msgspec.json.format(msgspec.json.encode(choices)).decode())
     elif not quiet:
-        from moec.passes.approximate.choices.choose_formats import describe_choices
-
         echo("\n".join((*describe_choices(choices), f"wrote {choices_file}")))

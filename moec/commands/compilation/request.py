@@ -82,10 +82,6 @@ def check(request: CompileRequest) -> None:
     allowed_bytes(request.memory)
     if request.stop_after is not None:
         check_last(request.stop_after)
-    if request.choices_file is not None:
-        from moec.passes.approximate.choices.model_choices import read_choices
-
-        read_choices(request.choices_file)
     if request.plan_file is not None:
         _check_plan(request, request.plan_file)
 

@@ -1,1 +1,2 @@
-"""Applies the choices of `moec optimize`, which a file has: formats of weights."""
+"""Applies the choices of `moec optimize`, which a file has: experts, top-k and
+formats of weights."""

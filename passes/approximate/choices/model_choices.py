@@ -7,6 +7,7 @@ described here is an error.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ import msgspec
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.formats.notation import Format, parse
+from moec.runtime.checks import show_bytes
 
 UNCHANGED = "unchanged"
 """The format of a product whose weights stay as they are."""
@@ -31,7 +33,6 @@ class ProductChoice(ChoiceRecord, frozen=True):
     """The format of a product's weights: each of its matrices, or those of each expert, have `rows`
     x `columns` weights. `damage` is the predicted one."""
 
-    product: str
     rows: Count
     columns: Count
     format: str
@@ -40,38 +41,47 @@ class ProductChoice(ChoiceRecord, frozen=True):
     damage: float
 
 
+class LayerChoice(ChoiceRecord, frozen=True):
+    """The `experts` that are left `of` a layer's, and how many a token takes; the bytes that this
+    saves with weights as they are, the damage alone, and the part that the dropped experts had of
+    all contributions to the layer's results, on the data."""
+
+    experts: tuple[Count, ...]
+    of: Count
+    top_k: Count
+    top_k_before: Count
+    bytes_saved: int = 0
+    damage: float = 0.0
+    share: float = 0.0
+
+    @property
+    def changes(self) -> bool:
+        return len(self.experts) < self.of or self.top_k < self.top_k_before
+
+
 class ModelChoices(ChoiceRecord, frozen=True):
-    """All choices for a model within `limits`, in words: the bytes of all its weights then, and the
-    `metric` of its damage, as measured and as predicted. `codes` are rounded to nearest, or chosen
-    by GPTQ on the calibration data."""
+    """All choices for a model within `limits`, in words: the bytes of all its weights then, those
+    that a token reads, and the `metric` of its damage, as measured and as predicted. `codes` are
+    rounded to nearest, or chosen by GPTQ on the calibration data; `products` and the `layers` that
+    change are by name; `declined` are reasons why something could not be chosen."""
 
     limits: str
     bytes: Count
+    token_bytes: Count
     metric: Literal["kl", "squared error"]
     damage: float
     predicted: float
     codes: Literal["nearest", "gptq"]
-    products: tuple[ProductChoice, ...]
+    products: dict[str, ProductChoice]
+    layers: dict[str, LayerChoice]
+    declined: tuple[str, ...] = ()
     version: Literal[1] = 1
 
-    @property
-    def formats(self) -> dict[str, Format]:
-        """The formats of the products that are quantised, by name. Raises UsageError."""
-        return {
-            choice.product: _format(choice)
-            for choice in self.products
-            if choice.format != UNCHANGED
-        }
 
-
-def _format(choice: ProductChoice) -> Format:
-    try:
-        return parse_format(choice.format)
-    except UsageError:
-        raise UsageError(
-            f"{choice.product} has the format {choice.format!r}: write {UNCHANGED}, or a "
-            "format as for --quant, such as int4:32"
-        ) from None
+def formats_of(products: Mapping[str, ProductChoice]) -> dict[str, Format]:
+    """The formats of the products that are quantised, by name. Raises UsageError."""
+    chosen = {name: choice.format for name, choice in products.items()}
+    return {name: parse_format(f) for name, f in chosen.items() if f != UNCHANGED}
 
 
 def parse_format(text: str) -> Format:
@@ -84,18 +94,18 @@ def read_choices(path: Path) -> ModelChoices:
     """Raises UsageError for a file that cannot be read, or that has other fields or values."""
     try:
         choices = msgspec.yaml.decode(path.read_bytes(), type=ModelChoices)
+        if not formats_of(choices.products) and not choices.layers:
+            raise UsageError("nothing changes: compile without them")
     except OSError as error:
         raise UsageError(f"choices {path} cannot be read: {reason(error)}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
         raise UsageError(f"choices {path}: {' '.join(str(error).split())}") from None
-    counts = Counter(choice.product for choice in choices.products)
-    if twice := next((name for name, count in counts.items() if count > 1), None):
-        raise UsageError(f"choices {path}: {twice} has two formats: leave one")
-    try:
-        choices.formats  # noqa: B018  a wrong format is reported before any work
-    except UsageError as error:
-        raise UsageError(f"choices {path}: {error}") from None
     return choices
+
+
+def significant(number: float) -> float:
+    """With four digits, as files have numbers that were measured."""
+    return float(f"{number:.4g}")
 
 
 def write_choices(choices: ModelChoices, path: Path) -> None:
@@ -108,6 +118,20 @@ def write_choices(choices: ModelChoices, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def significant(number: float) -> float:
-    """With four digits, as files have numbers that were measured."""
-    return float(f"{number:.4g}")
+def describe_choices(choices: ModelChoices) -> list[str]:
+    """Sentences for the report: what was chosen, and why, and how well damage was predicted."""
+    counts = Counter(choice.format for choice in choices.products.values())
+    kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    layers = [
+        f"{name}: {len(choice.experts)} of {choice.of} experts, {choice.top_k} of "
+        f"{choice.top_k_before} for each token; damage {choice.damage:.3g} alone, dropped experts "
+        f"contributed {choice.share:.1%}"
+        for name, choice in choices.layers.items()
+    ]
+    return [
+        *layers,
+        f"chose {kinds}: {show_bytes(choices.bytes)} of weights, {show_bytes(choices.token_bytes)} "
+        f"of them for a token ({choices.limits})",
+        f"{choices.metric} {choices.damage:.3g} measured, {choices.predicted:.3g} predicted as a "
+        f"sum over choices; codes: {choices.codes}",
+    ]
