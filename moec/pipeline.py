@@ -323,14 +323,10 @@ def after_recognition(passes: Sequence[Pass]) -> tuple[Pass, ...]:
 
 
 def lowering(passes: Sequence[PassSpec]) -> tuple[Pass, ...]:
-    """The passes after the last that takes recognised blocks and leaves them."""
-
-    def leaves(pass_: PassSpec) -> bool:
-        opt_in = pass_.takes is Stage.MOE if isinstance(pass_, OptInPass) else False
-        return opt_in or isinstance(pass_, Approximate) or pass_ in SIMPLIFY.passes
-
-    last = max(i for i, pass_ in enumerate(passes) if leaves(pass_))
-    return tuple(p for p in passes[last + 1 :] if not isinstance(p, Approximate))
+    """The passes from the first on that is only among those of LOWER."""
+    ours = [pass_ for pass_ in LOWER.passes if pass_ not in CANONICALISE.passes]
+    first = next(i for i, pass_ in enumerate(passes) if pass_ in ours)
+    return exact(passes[first:], "it runs before blocks are lowered")
 
 
 def truncate_after(passes: Sequence[PassSpec], stop_after: str | None) -> tuple[PassSpec, ...]:

@@ -10,8 +10,9 @@ import argparse
 from dataclasses import replace
 
 from moec.optimisation.optimize import FORMATS, search
+from moec.optimisation.pareto import in_one_format
 from moec.optimisation.search import ChoiceSearch
-from moec.optimisation.sensitivity import StoredProduct, damage_of
+from moec.optimisation.sensitivity import damage_of
 from moec.optimisation.solve import SolvedChoice
 
 
@@ -24,20 +25,13 @@ def main() -> None:
     alone = replace(searched, layers={name: s[:1] for name, s in searched.layers.items()})
     print("| bytes | choice | KL | predicted |\n|---|---|---|---|")
     for format in FORMATS:
-        products = tuple(in_format(product, format) for product in searched.products)
-        uniform = replace(alone, products=products).solve("bytes")
+        uniform = in_one_format(searched, format).solve("bytes")
         assert uniform is not None
         row(searched, format, uniform)
         for moves in (alone, searched):
             pick = moves.solve("damage", bytes=uniform.bytes)
             assert pick is not None
             row(searched, describe(pick), pick)
-
-
-def in_format(product: StoredProduct, format: str) -> StoredProduct:
-    """The product with nothing else to choose, where the format fits it."""
-    fitting = tuple(option for option in product.options if option.format == format)
-    return replace(product, options=fitting or product.options[:1])
 
 
 def row(searched: ChoiceSearch, name: str, pick: SolvedChoice) -> None:

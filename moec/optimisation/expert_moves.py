@@ -20,7 +20,7 @@ from moec.optimisation.sensitivity import damage_of
 from moec.passes.approximate.choices.choose_experts import change_experts
 from moec.passes.approximate.choices.model_choices import LayerChoice, significant
 from moec.passes.approximate.prune_experts import best_experts, shortage
-from moec.passes.calibration.evaluator import Evaluator, LayerStats
+from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Log
 
@@ -46,7 +46,7 @@ def measure_layers(
         return options
     each = evaluator.layer_stats(program, list(layers.values()))
     for (name, layer), stats in zip(layers.items(), each, strict=True):
-        first, worth = options[name][0], contributions(layer, stats)
+        first, worth = options[name][0], stats.saliency(layer.count) * stats.usage(layer.count)
         counts = sorted({max(1, int(part * first.top_k)) for part in STRENGTHS} - {first.top_k})
         sets = _prunings(layer, worth) if PRUNE in moves else ()
         fewer = (replace(first, top_k=k) for k in (counts if TOP_K in moves else ()))
@@ -59,11 +59,6 @@ def measure_layers(
             for a, b in product(pruned, limited)
         )
     return options
-
-
-def contributions(layer: Layer, stats: LayerStats) -> torch.Tensor:
-    """How much each expert adds to the layer's results: the sum of norms, f64[E]."""
-    return stats.saliency(layer.count) * stats.usage(layer.count)
 
 
 def _unchanged(layer: Layer) -> LayerChoice:

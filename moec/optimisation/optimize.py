@@ -21,8 +21,6 @@ FORMATS = ("int8", "int4:32", "int4:128")
 MOVES = ("formats", PRUNE, TOP_K)
 OTHERS = ("quant", "budget", "strict", "fuel", "stop_after", "choices")
 """Options of `moec.compile` that an optimisation does not take."""
-ONCE = ("tune", "watch")
-"""Options of the compilation after the search alone."""
 
 
 def optimize(
@@ -99,7 +97,7 @@ def search(
             near = did_you_mean(move, MOVES)
             raise UsageError(f"{move!r} is no move: moves are {', '.join(MOVES)}{near}")
     considered = tuple(map(parse_format, formats)) if MOVES[0] in moves else ()
-    before = {name: value for name, value in options.items() if name not in ONCE}
+    before = {k: value for k, value in options.items() if k not in ("tune", "watch")}
     if any(isinstance(pass_, Approximate) for pass_ in choose(changes=passes)):
         before["calib"] = calib
     before |= {"passes": passes, "quant": "none", "build": False}

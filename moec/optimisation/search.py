@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -96,6 +96,10 @@ class ChoiceSearch:
                 )
             return self._with_codes(best, limits)
 
+    @property
+    def metric(self) -> Literal["kl", "squared error"]:
+        return "squared error" if self.evaluator.origin.kl is None else "kl"
+
     def solve(self, minimised: str, **limits: float | None) -> SolvedChoice | None:
         return solve(self.products, self.layers, minimised, **limits)
 
@@ -175,7 +179,7 @@ class ChoiceSearch:
             limits=str(limits),
             bytes=self.rest + pick.bytes,
             token_bytes=self.token_rest + pick.token_bytes,
-            metric="squared error" if best.distance.kl is None else "kl",
+            metric=self.metric,
             damage=significant(min(nearest, gptq)),
             predicted=significant(pick.damage),
             codes="gptq" if gptq < nearest else "nearest",

@@ -9,10 +9,10 @@ squared error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
@@ -66,8 +66,9 @@ def measure_products(
         options = [ProductChoice(*shape, UNCHANGED, size, size, 0.0)]
         if errors:
             probe = max(errors, key=lambda format: errors[format])
-            harm = _harm(program, evaluator, name, probe, log) if errors[probe] else 0.0
-            scale = harm / errors[probe] if errors[probe] else 0.0
+            alone = FixedFormats({name: probe}).run(program, Log(memory=log.memory))
+            harm = damage_of(evaluator.measure(alone)[0]) if errors[probe] else 0.0
+            scale = harm / (errors[probe] or 1.0)
             for f, error in errors.items():
                 damage = significant(scale * error)
                 options.append(ProductChoice(*shape, str(f), _bytes(op, f), size, damage))
@@ -93,13 +94,6 @@ def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:
         log.decline(op.origin or op.outputs[0].name, f"{format}: {why}")
         return False
     return True
-
-
-def _harm(program: Program, evaluator: Evaluator, name: str, format: Format, log: Log) -> float:
-    """The damage to the model of one product in a format."""
-    alone = FixedFormats({name: format})
-    changed = alone.run(program, Log(memory=log.memory))
-    return damage_of(evaluator.measure(changed)[0])
 
 
 def _relative_error(program: Program, op: Op, format: Format, rows: Sequence[Tensor]) -> float:
@@ -130,11 +124,5 @@ def _sample(rows: Tensor) -> Tensor:
 
 
 def _bytes(op: Op, format: Format) -> int:
-    return sum(
-        format.nbytes(_rows(matrix.shape), int(str(matrix.shape[-1]))) for matrix in stored(op)
-    )
-
-
-def _rows(shape: Sequence[object]) -> int:
-    *leading, _ = (int(str(size)) for size in shape)
-    return int(torch.Size(leading).numel())
+    shapes = [[int(str(size)) for size in matrix.shape] for matrix in stored(op)]
+    return sum(format.nbytes(math.prod(shape[:-1]), shape[-1]) for shape in shapes)

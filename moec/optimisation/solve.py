@@ -16,8 +16,7 @@ from moec.passes.approximate.choices.model_choices import LayerChoice, ProductCh
 
 SECONDS = 30.0
 GAP = 1e-4
-TINY = 1e-30
-"""Less damage counts as none."""
+TINY = 1e-30  # less damage counts as none
 
 
 @dataclass(frozen=True)

@@ -47,17 +47,10 @@ class FixedFormats(QuantisingPass):
         return super().rounded(program, log, codes)
 
     def _mismatch(self, graph: Graph) -> str:
-        """The first product that differs from `shapes`; empty if none does."""
+        """Why `shapes` are not those of the graph; empty if they are."""
         actual = {name: shape_of(op) for name, op in named_products(graph).items()}
-        for name in sorted(self.shapes.keys() | (actual.keys() if self.shapes else ())):
-            theirs, ours = self.shapes.get(name), actual.get(name)
-            if theirs != ours:
-                return f"{name} is {_show(theirs)} in them, and {_show(ours)} in the model"
-        return ""
-
-
-def _show(shape: tuple[int, int] | None) -> str:
-    return "not" if shape is None else f"{shape[0]} x {shape[1]}"
+        names = sorted({name for name, _ in self.shapes.items() ^ actual.items()})
+        return f"the products differ at {names[0]}" if self.shapes and names else ""
 
 
 def shape_of(product: Op) -> tuple[int, int]:

@@ -67,11 +67,6 @@ def test_an_artifact_is_not_replaced(calib: Path, tmp_path: Path) -> None:
     assert "exists; --force replaces it" in result.stderr
 
 
-def test_something_is_written(calib: Path) -> None:
-    result = run("optimize", MODEL, "--calib", calib, "--memory", "3MB")
-    assert "give -o OUT.moec, --write-choices FILE.yaml, or both" in result.stderr
-
-
 def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
     choices, again, output = (tmp_path / name for name in ("a.yaml", "b.yaml", "tiny.moec"))
     for path in (choices, again):
@@ -91,3 +86,26 @@ def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert "choose-experts: chose" in " ".join(report["notes"])
     assert len({line["format"] for line in report["quantised"]}) > 1
+
+
+def test_loss_against_bytes(calib: Path, tmp_path: Path) -> None:
+    """Choices are no worse than one format at its bytes, and better with more bytes."""
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "pareto.svg"
+    result = run(
+        *("optimize", MODEL, "--calib", calib, "--pareto", picture, "--json"),
+        *("--memory", "3.5MB", "--formats", "int8,int4:32"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "MB of weights" in picture.read_text(encoding="utf-8")
+    document = json.loads(result.stdout)
+    points = document["pareto"]
+    chosen = [point for point in points if point["choice"] == "chosen"]
+    assert [point["choice"] for point in points] == ["int8", "int4:32", *["chosen"] * 6]
+    sizes = [point["bytes"] for point in chosen]
+    assert sizes == sorted(sizes)
+    damages = [point["damage"] for point in chosen]
+    assert damages[-1] < damages[1] < damages[0]
+    int4 = next(point for point in points if point["choice"] == "int4:32")
+    assert (sizes[0], damages[0]) == (int4["bytes"], pytest.approx(int4["damage"]))
+    assert document["choices"]["bytes"] <= 3_500_000

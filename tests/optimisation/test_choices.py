@@ -102,11 +102,9 @@ def test_another_model(choices: ModelChoices) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.third(x)
 
-    with pytest.raises(
-        UsageError, match="choices: first is 64 x 64 in them, and not in the model: give"
-    ):
+    with pytest.raises(UsageError, match="choices: the products differ at first: give those"):
         moec.compile(Other(), ARGS, choices=nearest(choices))
-    message = "choices: first is 64 x 64 in them, and 32 x 64 in the model: give those"
+    message = "choices: the products differ at first: give those"
     with pytest.raises(UsageError, match=message):
         moec.compile(net(32), ARGS, choices=nearest(choices))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from moec.commands.options.files import OutputFile, check_output
 from moec.commands.options.options import (
@@ -17,20 +20,25 @@ from moec.commands.options.options import (
     report_option,
 )
 from moec.commands.output.download import local_model
-from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
-from moec.commands.output.report import print_json, print_report
+from moec.commands.output.report import print_report
 from moec.errors import UsageError
-from moec.runtime.process.byte_sizes import bytes_of
 from moec.runtime.process.threads import shorten_spinning
 
 
 @click.command("optimize", short_help="Choose the formats of weights for a memory or a quality.")
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The artifact to write.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path),
+    help="The artifact to write; without it, choices are only reported.",
+)  # fmt: skip
 @click.option(
     "--write-choices", "choices_file", type=OutputFile(".yaml"), metavar="FILE.yaml",
-    help="Write what was chosen, for `moec compile --choices`; without -o nothing is compiled.",
+    help="Write what was chosen, for `moec compile --choices`.",
+)  # fmt: skip
+@click.option(
+    "--pareto", type=OutputFile(".svg", ".png"), metavar="FILE",
+    help="Draw loss against bytes: choices for six memories, and each format alone, all measured.",
 )  # fmt: skip
 @click.option(
     "--calib", metavar="FILE", required=True,
@@ -62,6 +70,7 @@ def command(
     model: str,
     output: Path | None,
     choices_file: Path | None,
+    pareto: Path | None,
     calib: str,
     memory: str | None,
     token_bytes: str | None,
@@ -77,19 +86,18 @@ def command(
 ) -> None:
     """Compile MODEL with the format for each product's weights that suits a limit.
 
-    With --memory, of the choices that fit the one that changes the model least; with --loss, of
-    those within it the one with the fewest bytes; with both, that one has to fit. Damage is
+    With --memory or --token-bytes, of the choices that fit the one that changes the model least;
+    with --loss, of those within it the one with the fewest bytes, which has to fit. Damage is
     measured on the data of --calib, and the result is verified as by `moec compile`.
     """
-    if output is None and choices_file is None:
-        raise UsageError("give -o OUT.moec, --write-choices FILE.yaml, or both")
-    for path in filter(None, (output, choices_file)):
-        check_output(path, str(path), force=force)
-    if memory is None and token_bytes is None and loss is None:
+    limited = any((memory, token_bytes, loss))
+    if not limited and (output or choices_file or not pareto):
         raise UsageError("moec optimize needs a limit: give --memory, --token-bytes or --loss")
-    for size in filter(None, (memory, token_bytes)):
-        bytes_of(size)
+    for path in filter(None, (output, choices_file, pareto)):
+        check_output(path, str(path), force=force)
     arguments = api_arguments(calib=calib, **options)
+    if pareto:
+        importlib.import_module("matplotlib")  # fails now, not after a search of minutes
     model = local_model(model, revision, quiet or as_json)
     shorten_spinning()
     from moec.commands.output.progress import COMPILE, Progress, hush
@@ -99,28 +107,32 @@ def command(
         progress.phase("start")
         from moec.api import compile as compile_model
         from moec.optimisation.optimize import choice_limits, search
+        from moec.optimisation.pareto import draw_points, pareto_points
         from moec.passes.approximate.choices.model_choices import describe_choices, write_choices
 
-        limits = choice_limits(memory, token_bytes, loss)
+        limits = choice_limits(memory, token_bytes, loss) if limited else None
         arguments["progress"] = progress.phase
-        choices = search(
-            model, formats=formats.split(","), moves=moves.split(","), **arguments
-        ).choices(limits)
-        if choices_file is not None:
+        searched = search(model, formats=formats.split(","), moves=moves.split(","), **arguments)
+        points = pareto_points(searched) if pareto else []
+        if pareto:
+            draw_points(points, searched.metric, pareto)
+        choices = searched.choices(limits) if limits else None
+        if choices is not None and choices_file is not None:
             write_choices(choices, choices_file)
-        compiled = None
+        report = None
         if output is not None:
             compiled = compile_model(model, choices=choices, **arguments)
             progress.phase("save")
             compiled.save(output, overwrite=force)
-    if compiled is not None:
-        if as_json:
-            print_json(compiled.report(), output)
-        elif not quiet:
-            print_report(compiled.report(), full, f"wrote {output}")
-    elif as_json:
-        import msgspec
-
-        click.echo(msgspec.json.format(msgspec.json.encode(choices)).decode())
+            report = compiled.report()
+    if as_json:
+        document = {"choices": msgspec.to_builtins(choices), "pareto": msgspec.to_builtins(points)}
+        document |= {} if report is None else {**report.to_dict(), "output": str(output)}
+        click.echo(json.dumps(document, indent=1))
     elif not quiet:
-        echo("\n".join((*describe_choices(choices), f"wrote {choices_file}")))
+        if report is not None:
+            print_report(report, full, f"wrote {output}")
+        lines = [] if choices is None or report is not None else describe_choices(choices)
+        lines += [f"{p.choice}: {p.bytes / 1e6:.4g} MB, {p.damage:.3g}" for p in points]
+        lines += [f"wrote {path}" for path in (choices_file, pareto) if path]
+        click.echo("\n".join(lines), nl=bool(lines))

@@ -90,12 +90,9 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     """The key of the artifact in the cache; None where it is not cached, as with options that read
     or write other files, or that measure this machine."""
     options = request.options
-    files = (
-        *(request.dump_ir, request.emit, request.choices_file, request.plan_file),
-        options["calib"],
-    )
+    files = (request.dump_ir, request.emit, request.choices_file, request.plan_file)
     cached = store.folder is not None and request.builds
-    others = options["describe"] or options["adapters"]
+    others = options["describe"] or options["adapters"] or options["calib"]
     if not cached or any(files) or request.tune or others:
         return None
     names = ("target", "verify", "kv_cache", "record_routing", "store")
@@ -111,11 +108,8 @@ def _check_plan(request: CompileRequest, plan_file: Path) -> None:
             f"--target {request.target}: ranks of a plan run on CPUs and exchange rows over gloo; "
             "GPUs with NCCL are not supported yet"
         )
-    others = (
-        *(request.target != "cpu", request.tune, request.dump_ir, request.record_routing),
-        request.choices_file,
-    )
-    if not request.builds or any(others):
+    others = (request.target != "cpu", request.tune, request.dump_ir, request.record_routing)
+    if not request.builds or any(others) or request.choices_file:
         raise UsageError("--plan accepts only MODEL, -o and --verify: leave out the other options")
 
 

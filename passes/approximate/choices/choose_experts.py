@@ -17,7 +17,8 @@ from moec.passes.approximate.choices.model_choices import (
 )
 from moec.passes.approximate.prune_experts import drop_experts, shortage
 from moec.passes.approximate.reduce_top_k import reduce_top_k
-from moec.passes.core.moe_layer import Layer, layer_of
+from moec.passes.calibration.session import layers_of
+from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Kind, Log, OptInPass, PassResult
 from moec.passes.quantise.fixed_formats import FixedFormats
 
@@ -65,13 +66,7 @@ def check_applied(pass_results: Sequence[PassResult]) -> None:
 
 def changeable_layers(program: Program, log: Log) -> dict[str, Layer]:
     """The blocks whose experts and top-k can be changed, by the names that no two of them share."""
-    layers = []
-    for op in program.graph.ops:
-        if op.name == "moe.experts":
-            try:
-                layers.append(layer_of(program.graph, op))
-            except NoMatch as why:
-                log.decline(op.origin, str(why))
+    layers = layers_of(program, log)
     counts = Counter(layer.name for layer in layers)
     return {layer.name: layer for layer in layers if counts[layer.name] == 1}
 

@@ -25,11 +25,7 @@ UNCHANGED = "unchanged"
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class ChoiceRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A record of the file; unknown fields are an error."""
-
-
-class ProductChoice(ChoiceRecord, frozen=True):
+class ProductChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The format of a product's weights: each of its matrices, or those of each expert, have `rows`
     x `columns` weights. `damage` is the predicted one."""
 
@@ -41,7 +37,7 @@ class ProductChoice(ChoiceRecord, frozen=True):
     damage: float
 
 
-class LayerChoice(ChoiceRecord, frozen=True):
+class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The `experts` that are left `of` a layer's, and how many a token takes; the bytes that this
     saves with weights as they are, the damage alone, and the part that the dropped experts had of
     all contributions to the layer's results, on the data."""
@@ -59,7 +55,7 @@ class LayerChoice(ChoiceRecord, frozen=True):
         return len(self.experts) < self.of or self.top_k < self.top_k_before
 
 
-class ModelChoices(ChoiceRecord, frozen=True):
+class ModelChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All choices for a model within `limits`, in words: the bytes of all its weights then, those
     that a token reads, and the `metric` of its damage, as measured and as predicted. `codes` are
     rounded to nearest, or chosen by GPTQ on the calibration data; `products` and the `layers` that
