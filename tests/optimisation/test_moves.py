@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -195,7 +195,12 @@ OPTIONS = st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 10)), max_size=2
 )
 
 
+AS_IT_IS = (ProductChoice(1, 1, "unchanged", 2000, 2000, 0.0),)
+HALF = (LayerChoice((0, 1, 2, 3), 4, 2, 2), LayerChoice((0, 1), 4, 2, 2, 1000, 1.0))
+
+
 @hypothesis_settings(deadline=None)
+@example(HALF, [AS_IT_IS, AS_IT_IS], 3000)
 @given(SETTINGS, st.lists(OPTIONS, min_size=2, max_size=2), st.integers(500, 6000))
 def test_bytes_depend_on_formats_and_experts(layer_settings, options, room) -> None:
     """The solver's optimum is that of all choices, one after the other."""
