@@ -14,13 +14,13 @@ from torch.nn.parameter import is_lazy
 from moec.arguments import (
     allowed_budget,
     cast,
-    changes,
     check_kinds,
     check_tf32,
     example_inputs,
     text,
     tolerance,
     verification,
+    with_choices,
 )
 from moec.capture.behaviour.door import Declared, Described
 from moec.capture.captured import Captured
@@ -38,6 +38,8 @@ from moec.model.compiled import CompiledModel
 from moec.model.forms import ModelForm, best_form
 from moec.model.programs import with_decode, with_recording, with_routers
 from moec.model.targets import choose_targets
+from moec.passes.approximate.choices.choose_experts import check_applied
+from moec.passes.approximate.choices.model_choices import ModelChoices
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.hoist_routers import HoistRouters
@@ -52,6 +54,7 @@ from moec.pipeline import (
     quantising,
     truncate_after,
 )
+from moec.report.data import QuantisedLine
 from moec.report.quantisation import quantised_lines
 from moec.runtime.process.gc_pause import gc_paused
 from moec.target.cpu import CpuTarget
@@ -75,6 +78,7 @@ def compile(
     opt_level: int = 2,
     passes: PassChanges = "",
     quant: str | None = None,
+    choices: str | Path | ModelChoices | None = None,
     calib: Any = None,
     budget: str = "",
     strict: bool = False,
@@ -129,6 +133,8 @@ def compile(
     checkpoint stores in few bits keep its codes on CPUs ("checkpoint", "checkpoint:rows16"); "none"
     dequantises them.
 
+    `choices` is the path of a file of `moec optimize`: what it chose for this model.
+
     Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
     `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt file. `budget`
     ("kl<=0.02") limits the damage measured on it; changes beyond it are undone layer by layer, or
@@ -158,9 +164,10 @@ def compile(
     verified, way = verification(verify)
     runs = builds and verified is not False
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
+    passes, quant = with_choices(choices, passes, quant)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     stored = with_float_rows(stored) if targets.only_cpus else stored
-    requested = (*choose(opt_level, changes(passes)), *quantising(stored))
+    requested = (*choose(opt_level, passes), *quantising(stored))
     chosen = truncate_after(requested, stop_after)
     allowed = allowed_budget(requested, chosen, calib, text("budget", budget), strict)
     limit = tolerance(verified)
@@ -204,7 +211,7 @@ def compile(
                 if stop_after is not None
                 else best_form(source, captured, transform, capture, exact, targets.backend)
             )
-            quantised = quantised_lines(form.pass_results)
+            quantised = _quantised(form.pass_results)
         compiled = CompiledModel(
             source=source,
             captured=form.captured,
@@ -220,7 +227,7 @@ def compile(
             return compiled
         if kv_cache:
             with clock.phase("generation"):
-                after = decode_passes(opt_level, changes(passes))
+                after = decode_passes(opt_level, passes)
                 compiled = with_decode(compiled, after, targets.backend)
         compiled = _with_other_programs(compiled, chosen, record_routing=record_routing)
         built = build_model(compiled, opt_level, clock, targets.backend, tune, store)
@@ -236,6 +243,11 @@ def _with_other_programs(
     if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
         compiled = with_routers(compiled)
     return with_recording(compiled) if record_routing else compiled
+
+
+def _quantised(pass_results: Sequence[PassResult]) -> tuple[QuantisedLine, ...]:
+    check_applied(pass_results)
+    return quantised_lines(pass_results)
 
 
 def _elements(model: Any) -> int:

@@ -13,11 +13,13 @@ import torch
 from moec.capture.doors import Source
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
+from moec.passes.approximate.choices.choose_experts import ChooseExperts, passes_of
+from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices
 from moec.passes.calibration.budget import Budget, parse_budget
 from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate
-from moec.passes.quantise.choose.choose_formats import ChooseFormats
 from moec.passes.quantise.codes import QuantisingPass
+from moec.passes.quantise.fixed_formats import FixedFormats
 from moec.pipeline import PassSpec
 from moec.target.cpu import NULL, CpuTarget
 from moec.target.cuda import TF32, CudaTarget
@@ -143,7 +145,12 @@ def allowed_budget(
     """The budget. Raises UsageError where passes lack what they need, or where an option is given
     that no pass uses."""
     for pass_ in chosen:
-        if isinstance(pass_, Approximate | ChooseFormats) and calib is None:
+        if calib is None and isinstance(pass_, FixedFormats) and pass_.calibrated:
+            raise UsageError(
+                "the choices have codes that GPTQ chooses on data: give that of moec optimize with "
+                "--calib (calib=... in Python), or write codes: nearest"
+            )
+        if isinstance(pass_, Approximate) and calib is None:
             raise UsageError(
                 f"{pass_.name} needs calibration data: give --calib FILE (calib=... in Python)"
             )
@@ -155,11 +162,8 @@ def allowed_budget(
             "--budget limits passes that change the model, and no such pass was requested; see "
             "moec list passes"
         )
-    if (
-        calib is not None
-        and not changes
-        and not any(isinstance(p, QuantisingPass | ChooseFormats) for p in requested)
-    ):
+    quantises = any(isinstance(pass_, QuantisingPass | ChooseExperts) for pass_ in requested)
+    if calib is not None and not changes and not quantises:
         raise UsageError(
             "--calib is for passes that change the model and for --quant, and neither was "
             "requested; see moec list passes"
@@ -167,6 +171,22 @@ def allowed_budget(
     if calib is not None:
         check_calibration(calib)
     return parse_budget(budget)
+
+
+def with_choices(choices: Any, passes: Any, quant: str | None) -> tuple[Any, str | None]:
+    """The changes of the passes, and the format of weights, with `choices`: those of moec optimize,
+    or the path of their file. Raises UsageError."""
+    if choices is None:
+        return changes(passes), quant
+    if quant is not None:
+        raise UsageError("choices have the formats of weights: leave quant out")
+    if isinstance(choices, str | Path):
+        choices = read_choices(Path(choices))
+    if not isinstance(choices, ModelChoices):
+        raise UsageError(f"choices is a {type(choices).__name__}: give the path of their file")
+    others = changes(passes)
+    others = [others] if isinstance(others, str) else others
+    return [*others, *passes_of(choices)], "none"
 
 
 def check_tf32(target: AnyTarget, weights: Mapping[str, torch.Tensor]) -> None:

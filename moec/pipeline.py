@@ -60,7 +60,7 @@ from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.passes.parallel.plan_parallelism import PlanParallelism
-from moec.passes.quantise.choose.choose_formats import ChooseFormats
+from moec.passes.quantise.fixed_formats import FixedFormats
 from moec.passes.quantise.gptq_codes import CalibratedQuantisation
 from moec.passes.quantise.keep_codes import KeepCodes
 from moec.passes.quantise.quantise_experts import QuantiseExperts
@@ -301,8 +301,8 @@ def prepare(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pa
             return MeasuredPass(pass_, session)
         if isinstance(pass_, QuantiseExperts | QuantiseLinears) and session.calib is not None:
             return CalibratedQuantisation(pass_, session.calib, session.files)
-        if isinstance(pass_, ChooseFormats):
-            return replace(pass_, calib=session.calib, files=session.files)
+        if isinstance(pass_, FixedFormats) and pass_.calibrated:
+            return CalibratedQuantisation(pass_, session.calib, session.files)
         if isinstance(pass_, AggregateExperts) and pass_.other and isinstance(pass_.other, str):
             return replace(pass_, other=open_source(pass_.other).model)
         return pass_
@@ -320,6 +320,13 @@ def after_recognition(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """The passes that remain for a recognised block."""
     last = max(i for i, pass_ in enumerate(passes) if pass_ in RECOGNISE.passes)
     return tuple(passes[last + 1 :])
+
+
+def lowering(passes: Sequence[PassSpec]) -> tuple[Pass, ...]:
+    """The passes from the first on that is only among those of LOWER."""
+    ours = [pass_ for pass_ in LOWER.passes if pass_ not in CANONICALISE.passes]
+    first = next(i for i, pass_ in enumerate(passes) if pass_ in ours)
+    return exact(passes[first:], "it runs before blocks are lowered")
 
 
 def truncate_after(passes: Sequence[PassSpec], stop_after: str | None) -> tuple[PassSpec, ...]:

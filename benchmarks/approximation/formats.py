@@ -1,4 +1,5 @@
-"""Formats that `moec optimize` chooses beside one format for all products, at the same bytes.
+"""What `moec optimize` chooses beside one format for all products, at the same bytes: formats only,
+and formats with fewer experts.
 
 python -m benchmarks.approximation.formats examples/tiny_moe/checkpoint --calib TEXT.txt
 """
@@ -6,23 +7,13 @@ python -m benchmarks.approximation.formats examples/tiny_moe/checkpoint --calib 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
-import moec
-from moec.formats.notation import Format, parse
-from moec.ir.graph import Program
-from moec.passes.calibration.data import load_calibration
-from moec.passes.calibration.evaluator import Evaluator
-from moec.passes.core.runner import Log
-from moec.passes.quantise.choose.fixed_formats import FixedFormats
-from moec.passes.quantise.choose.sensitivity import (
-    StoredProduct,
-    damage_of,
-    formats_of,
-    measure_products,
-)
-from moec.passes.quantise.choose.solve import least_damage
-
-UNIFORM = ("int8", "int4:32", "int4:128")
+from moec.optimisation.optimize import FORMATS, search
+from moec.optimisation.pareto import in_one_format
+from moec.optimisation.search import ChoiceSearch
+from moec.optimisation.sensitivity import damage_of
+from moec.optimisation.solve import SolvedChoice
 
 
 def main() -> None:
@@ -30,34 +21,30 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calib", required=True)
     options = parser.parse_args()
-    compiled = moec.compile(options.model, quant="none", build=False)
-    program = compiled.pass_results[-1].program
-    data = load_calibration(options.calib, program, compiled.source.files)
-    evaluator = Evaluator(program, data)
-    formats = tuple(map(parse, UNIFORM))
-    products = measure_products(program, evaluator, formats, Log())
-    print("| bytes | all in one format | KL | chosen | KL | predicted |\n|---|---|---|---|---|---|")
-    budgets = {str(f): uniform_bytes(products, f) for f in formats}
-    for name, room in budgets.items():
-        pick = least_damage(products, room)
-        assert pick is not None
-        same = {p.name: parse(name) for p in products}
-        chosen = formats_of(products, pick.options)
-        counts = ", ".join(f"{sum(str(f) == u for f in chosen.values())} {u}" for u in UNIFORM)
-        kl = measure(program, evaluator, same), measure(program, evaluator, chosen)
-        print(
-            f"| {room / 1e6:.2f} MB | {name} | {kl[0]:.2e} | {counts} | {kl[1]:.2e} | "
-            f"{pick.damage:.2e} |"
-        )
+    searched = search(options.model, calib=options.calib, moves=("formats", "prune"))
+    alone = replace(searched, layers={name: s[:1] for name, s in searched.layers.items()})
+    print("| bytes | choice | KL | predicted |\n|---|---|---|---|")
+    for format in FORMATS:
+        uniform = in_one_format(searched, format).solve("bytes")
+        assert uniform is not None
+        row(searched, format, uniform)
+        for moves in (alone, searched):
+            pick = moves.solve("damage", bytes=uniform.bytes)
+            assert pick is not None
+            row(searched, describe(pick), pick)
 
 
-def uniform_bytes(products: tuple[StoredProduct, ...], format: Format) -> int:
-    return sum(o.bytes for p in products for o in p.options if o.format == format)
+def row(searched: ChoiceSearch, name: str, pick: SolvedChoice) -> None:
+    kl = damage_of(searched.measured(pick).distance)
+    size = (searched.rest + pick.bytes) / 1e6
+    print(f"| {size:.2f} MB | {name} | {kl:.2e} | {pick.damage:.2e} |", flush=True)
 
 
-def measure(program: Program, evaluator: Evaluator, formats: dict[str, Format]) -> float:
-    changed = FixedFormats(formats).run(program, Log())
-    return damage_of(evaluator.measure(changed)[0])
+def describe(pick: SolvedChoice) -> str:
+    formats = [option.format for option in pick.options.values()]
+    counts = [f"{formats.count(format)} {format}" for format in dict.fromkeys(formats)]
+    dropped = sum(setting.of - len(setting.experts) for setting in pick.settings.values())
+    return ", ".join([*counts, *([f"{dropped} experts dropped"] if dropped else [])])
 
 
 if __name__ == "__main__":

@@ -97,6 +97,10 @@ LOGGER = logging.getLogger(__name__)
     "they are needed; by default, for models of 1 GiB or more.",
 )  # fmt: skip
 @click.option(
+    "--choices", "choices_file", type=click.Path(path_type=Path), metavar="FILE.yaml",
+    help="Store weights as `moec optimize --write-choices` chose for this model.",
+)  # fmt: skip
+@click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE",
     help="Compile each rank of a plan of `moec plan`, into a folder for `moec run --nproc`.",
 )  # fmt: skip
@@ -230,6 +234,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             tune=request.tune,
             memory=request.memory,
             store=request.store,
+            choices=request.choices_file,
             watch=watch,
             progress=progress.phase,
         )

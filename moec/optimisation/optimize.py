@@ -1,20 +1,25 @@
-"""`moec.optimize`: the formats of weights that suit a memory and a quality."""
+"""`moec.optimize`: the formats of weights, experts and top-k that suit a memory and a quality."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from moec.api import compile as compile_model
 from moec.errors import UsageError
-from moec.formats.notation import Format, parse
 from moec.model.compiled import CompiledModel
-from moec.passes.quantise.choose.choose_formats import FORMATS, ChooseFormats
-from moec.passes.quantise.choose.loss import parse_loss
+from moec.optimisation.expert_moves import PRUNE, TOP_K
+from moec.optimisation.loss import parse_loss
+from moec.optimisation.search import ChoiceLimits, ChoiceSearch, measured_search
+from moec.passes.approximate.choices.model_choices import parse_format
+from moec.passes.calibration.session import Approximate
+from moec.pipeline import choose, lowering
 from moec.runtime.process.byte_sizes import bytes_of
+from moec.spelling import did_you_mean
 
-OTHERS = ("quant", "budget", "strict", "fuel", "stop_after")
+FORMATS = ("int8", "int4:32", "int4:128")
+MOVES = ("formats", PRUNE, TOP_K)
+OTHERS = ("quant", "budget", "strict", "fuel", "stop_after", "choices")
 """Options of `moec.compile` that an optimisation does not take."""
 
 
@@ -25,44 +30,79 @@ def optimize(
     *,
     calib: Any,
     memory: int | str | None = None,
+    token_bytes: int | str | None = None,
     loss: str | None = None,
-    formats: Sequence[str] = tuple(map(str, FORMATS)),
+    formats: Sequence[str] = FORMATS,
+    moves: Sequence[str] = MOVES[:1],
     passes: Any = "",
     **options: Any,
 ) -> CompiledModel:
     """Compile a model whose weights have the formats that suit a limit.
 
     `memory` ("4GiB", or bytes) is the most that all weights may take: of the choices that fit, the
-    one with the least damage. `loss` limits the quality, measured on `calib` (tensors by input
-    name, or the path of an .npz, .safetensors or .txt file): "kl<=0.02" (nats a token),
-    "perplexity<=+1%", "perplexity<=12" or, for models that are no language model, "error<=0.05"; of
-    the choices within it, the one with the fewest bytes. With both, that choice has to fit.
+    one with the least damage. `token_bytes` is the most of them that a token reads: of each layer
+    top-k experts, and all else but tables of embeddings. `loss` limits the quality, measured on
+    `calib` (tensors by input name, or the path of an .npz, .safetensors or .txt file): "kl<=0.02"
+    (nats a token), "perplexity<=+1%", "perplexity<=12" or, for models that are no language model,
+    "error<=0.05"; of the choices within it, the one with the fewest bytes, which has to fit.
 
-    Each product of experts, linear layer and head gets one of `formats` (as those of `quant`), or
-    keeps its weights. The damage of each is predicted from the error of its results on the data, a
-    mixed-integer program is solved, and the changed model is measured as a whole; the report has
-    the choice, the measured damage and the predicted one. Codes are chosen by GPTQ where that
-    measures better. `options` are those of `moec.compile`, which verifies the result; a checkpoint
-    that is quantised already is dequantised first.
+    `moves` are what may be chosen: "formats", "prune" (experts of a layer), "top-k" (a smaller
+    one). Each product of experts, linear layer and head gets one of `formats` (as those of
+    `quant`), or keeps its weights. The damage of each choice is measured or predicted from the
+    error of its results on the data, a mixed-integer program is solved, and the changed model is
+    measured as a whole; the report has the choice, the measured damage and the predicted one. Codes
+    are chosen by GPTQ where that measures better. `options` are those of `moec.compile`, which
+    verifies the result; a checkpoint that is quantised already is dequantised first.
 
     Raises UsageError where no choice is within the limits, and what `moec.compile` raises.
     """
+    limits = choice_limits(memory, token_bytes, loss)
+    choices = search(
+        model, args, kwargs, calib=calib, formats=formats, moves=moves, passes=passes, **options
+    ).choices(limits)
+    return compile_model(
+        model, args, kwargs, calib=calib, passes=passes, choices=choices, **options
+    )
+
+
+def choice_limits(
+    memory: int | str | None, token_bytes: int | str | None, loss: str | None
+) -> ChoiceLimits:
+    """Raises UsageError where none is set, or one has another form."""
+    if memory is None and token_bytes is None and loss is None:
+        raise UsageError("optimize needs a limit: give memory, token_bytes, loss, or several")
+    return ChoiceLimits(
+        None if memory is None else bytes_of(memory),
+        None if token_bytes is None else bytes_of(token_bytes),
+        None if loss is None else parse_loss(loss),
+    )
+
+
+def search(
+    model: Any,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    calib: Any,
+    formats: Sequence[str] = FORMATS,
+    moves: Sequence[str] = MOVES[:1],
+    passes: Any = "",
+    **options: Any,
+) -> ChoiceSearch:
+    """The costs of all that `optimize` can choose, measured. Raises what `optimize` raises."""
     if other := next((name for name in OTHERS if name in options), None):
         raise UsageError(f"optimize chooses formats itself: leave {other} out")
-    if memory is None and loss is None:
-        raise UsageError("optimize needs a limit: give memory, loss, or both")
-    choose = ChooseFormats(
-        memory=None if memory is None else bytes_of(memory),
-        loss=None if loss is None else parse_loss(loss),
-        formats=tuple(map(_format, formats)),
-    )
-    changes = [passes] if isinstance(passes, str) else list(passes)
-    return compile_model(
-        model, args, kwargs, calib=calib, quant="none", passes=[*changes, choose], **options
-    )
-
-
-def _format(text: str) -> Format:
-    """Kernels of CPUs do not round the rows that fp8 weights multiply."""
-    format = parse(text)
-    return replace(format, row_bits=0) if format.kind == "fp8" else format
+    for move in moves:
+        if move not in MOVES:
+            near = did_you_mean(move, MOVES)
+            raise UsageError(f"{move!r} is no move: moves are {', '.join(MOVES)}{near}")
+    considered = tuple(map(parse_format, formats)) if MOVES[0] in moves else ()
+    before = {k: value for k, value in options.items() if k not in ("tune", "watch")}
+    if any(isinstance(pass_, Approximate) for pass_ in choose(changes=passes)):
+        before["calib"] = calib
+    before |= {"passes": passes, "quant": "none", "build": False}
+    compiled = compile_model(model, args, kwargs, **before)
+    options.get("progress", lambda phase: None)("choose")
+    after = lowering(choose(options.get("opt_level", 2), passes))
+    with compiled.source.memory.reading():
+        return measured_search(compiled, after, calib, considered, moves)

@@ -19,11 +19,11 @@ import torch
 from moec.errors import NoMatch, UsageError
 from moec.files.os_errors import reason
 from moec.ir.graph import Program
+from moec.passes.approximate.prune_experts import drop_experts
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.options import option, validate
-from moec.passes.specialise.static_routing import restrict_experts
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class KeepUsed:
         validate(self)
 
     def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
-        experts = self.experts_to_keep(layer, stats)
-        says = f"keeps {', '.join(map(str, experts))} of {layer.count}"
-        return Change(restrict_experts(program, layer, experts), tuple((e,) for e in experts), says)
+        return drop_experts(program, layer, self.experts_to_keep(layer, stats))
 
     def experts_to_keep(self, layer: Layer, stats: LayerStats) -> list[int]:
         """The experts that stay, in rising order."""

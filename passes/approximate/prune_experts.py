@@ -25,9 +25,9 @@ from moec.ir.graph import Program, Value
 from moec.passes.approximate.reconstruction import eliminate_experts
 from moec.passes.calibration.evaluator import LayerStats
 from moec.passes.calibration.session import Approximate, Change
-from moec.passes.core.moe_layer import Layer, Splice, select_experts
+from moec.passes.core.moe_layer import Layer
 from moec.passes.core.options import option, validate
-from moec.passes.core.router_columns import keep_columns
+from moec.passes.specialise.static_routing import restrict_experts
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,9 @@ class PruneByPlan:
 
 def drop_experts(program: Program, layer: Layer, experts: Sequence[int]) -> Change:
     """The program in which the layer has only `experts`."""
-    splice = Splice(program)
-    keep_columns(splice, layer, experts)
-    select_experts(splice, layer, experts)
     says = f"keeps {', '.join(map(str, experts))} of {layer.count}"
-    return Change(splice.done(), tuple((expert,) for expert in experts), says)
+    changed = restrict_experts(program, layer, experts)
+    return Change(changed, tuple((expert,) for expert in experts), says)
 
 
 def best_experts(layer: Layer, worth: torch.Tensor, each: int) -> list[int]:

@@ -97,7 +97,7 @@ class CalibrationSession:
         if self.evaluator is not None:
             return self.evaluator
         data = load_calibration(self.calib, program, self.files)
-        layers = _layers(program, Log())
+        layers = layers_of(program, Log())
         self.evaluator = evaluator = Evaluator(
             program, data, {layer.output: layer for layer in layers}
         )
@@ -184,7 +184,7 @@ class MeasuredPass(Pass):
         """The pass, with the layers that it changes where that depends on all of them."""
         if not isinstance(self.inner, NeedsGlobalStats):
             return self.inner
-        experts = _layers(program, Log())
+        experts = layers_of(program, Log())
         stats = evaluator.layer_stats(program, experts)
         return self.inner.planned(program, zip(experts, stats, strict=True))
 
@@ -249,7 +249,7 @@ class MeasuredPass(Pass):
     ) -> tuple[Sequence[LayerRef], Iterator[Any]]:
         if isinstance(self.inner, CustomCalibration):
             return self.inner.observe(program, evaluator, log)
-        layers = _layers(program, log)
+        layers = layers_of(program, log)
         return layers, evaluator.layer_stats(program, layers)
 
     def _flops(self, program: Program) -> float:
@@ -268,7 +268,8 @@ class MeasuredPass(Pass):
         return product_flops(program.graph, sizes) / max(tokens, default=read)
 
 
-def _layers(program: Program, log: Log) -> list[Layer]:
+def layers_of(program: Program, log: Log) -> list[Layer]:
+    """The blocks whose experts and router can be changed."""
     layers = []
     for op in program.graph.ops:
         if op.name == "moe.experts":

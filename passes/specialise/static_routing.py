@@ -11,7 +11,7 @@ w, ids = moe.route(t)                  ->  w, ids = moe.route(t[:, [0, 2]])
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -103,7 +103,7 @@ def _slot(
 # ---- unreachable experts ---------------------------------------------------------------
 
 
-def restrict_experts(program: Program, layer: Layer, experts: list[int]) -> Program:
+def restrict_experts(program: Program, layer: Layer, experts: Sequence[int]) -> Program:
     """The program in which the layer has only `experts` and their columns of the router."""
     splice = Splice(program)
     keep_columns(splice, layer, experts)

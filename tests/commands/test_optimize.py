@@ -32,7 +32,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     notes = " ".join(report["notes"])
-    assert "choose-formats: chose" in notes
+    assert "choose-experts: chose" in notes
     assert "kl " in notes
     assert len({line["format"] for line in report["quantised"]}) > 1
     weights = sum(line["bytes_after"] for line in report["quantised"])
@@ -43,9 +43,12 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "moec optimize needs a limit: give --memory, --loss, or both"),
+        (("--memory", "3MB", "--write-choices", "a.json"), "the name must end in .yaml"),
+        ((), "moec optimize needs a limit: give --memory, --token-bytes or --loss"),
         (("--memory", "some"), "memory is 'some': give bytes"),
         (("--loss", "kl<0.1"), "write kl<=0.02, perplexity<="),
+        (("--memory", "3MB", "--moves", "prunes"), "'prunes' is no move: moves are formats, prune"),
+        (("--token-bytes", "some"), "memory is 'some': give bytes"),
         (("--memory", "3MB", "--formats", "int3"), "'int3' is not a format"),
     ],
 )
@@ -62,3 +65,47 @@ def test_an_artifact_is_not_replaced(calib: Path, tmp_path: Path) -> None:
     output.write_bytes(b"")
     result = run("optimize", MODEL, "--calib", calib, "-o", output, "--memory", "3MB")
     assert "exists; --force replaces it" in result.stderr
+
+
+def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
+    choices, again, output = (tmp_path / name for name in ("a.yaml", "b.yaml", "tiny.moec"))
+    for path in (choices, again):
+        result = run(
+            "optimize", MODEL, "--calib", calib, "--write-choices", path, "--memory", "3MB"
+        )
+        assert result.exit_code == 0, result.stderr
+        assert f"wrote {path}" in result.stdout
+        assert "predicted as a sum over choices" in result.stdout
+    assert choices.read_bytes() == again.read_bytes()
+    text = choices.read_text(encoding="utf-8")
+    assert "limits: memory 3.0 MB" in text
+    assert "model.layers.0.mlp.experts#2: {rows: 128" in text
+    data = ("--calib", calib) if "codes: gptq" in text else ()
+    result = run("compile", MODEL, "-o", output, "--choices", choices, "--json", *data)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert "choose-experts: chose" in " ".join(report["notes"])
+    assert len({line["format"] for line in report["quantised"]}) > 1
+
+
+def test_loss_against_bytes(calib: Path, tmp_path: Path) -> None:
+    """Choices are no worse than one format at its bytes, and better with more bytes."""
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "pareto.svg"
+    result = run(
+        *("optimize", MODEL, "--calib", calib, "--pareto", picture, "--json"),
+        *("--memory", "3.5MB", "--formats", "int8,int4:32"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "MB of weights" in picture.read_text(encoding="utf-8")
+    document = json.loads(result.stdout)
+    points = document["pareto"]
+    chosen = [point for point in points if point["choice"] == "chosen"]
+    assert [point["choice"] for point in points] == ["int8", "int4:32", *["chosen"] * 6]
+    sizes = [point["bytes"] for point in chosen]
+    assert sizes == sorted(sizes)
+    damages = [point["damage"] for point in chosen]
+    assert damages[-1] < damages[1] < damages[0]
+    int4 = next(point for point in points if point["choice"] == "int4:32")
+    assert (sizes[0], damages[0]) == (int4["bytes"], pytest.approx(int4["damage"]))
+    assert document["choices"]["bytes"] <= 3_500_000

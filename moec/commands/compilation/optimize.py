@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
-from moec.commands.options.files import check_writable
+from moec.commands.options.files import OutputFile, check_output
 from moec.commands.options.options import (
     api_arguments,
     force_option,
@@ -18,28 +21,44 @@ from moec.commands.options.options import (
 )
 from moec.commands.output.download import local_model
 from moec.commands.output.logs import log_options
-from moec.commands.output.report import print_json, print_report
+from moec.commands.output.report import print_report
 from moec.errors import UsageError
-from moec.runtime.process.byte_sizes import bytes_of
 from moec.runtime.process.threads import shorten_spinning
 
 
 @click.command("optimize", short_help="Choose the formats of weights for a memory or a quality.")
 @click.argument("model")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The artifact to write."
-)
+    "-o", "--output", type=click.Path(path_type=Path),
+    help="The artifact to write; without it, choices are only reported.",
+)  # fmt: skip
+@click.option(
+    "--write-choices", "choices_file", type=OutputFile(".yaml"), metavar="FILE.yaml",
+    help="Write what was chosen, for `moec compile --choices`.",
+)  # fmt: skip
+@click.option(
+    "--pareto", type=OutputFile(".svg", ".png"), metavar="FILE",
+    help="Draw loss against bytes: choices for six memories, and each format alone, all measured.",
+)  # fmt: skip
 @click.option(
     "--calib", metavar="FILE", required=True,
     help="Data on which damage is measured: inputs by name (.npz, .safetensors), or a text (.txt).",
 )  # fmt: skip
 @click.option("--memory", metavar="SIZE", help="The most that all weights may take, e.g. 4GiB.")
 @click.option(
+    "--token-bytes", metavar="SIZE",
+    help="The most of them that a token reads: of its experts, and all else but embeddings.",
+)  # fmt: skip
+@click.option(
     "--loss", metavar="LIMIT", help="kl<=0.02, perplexity<=+1%, perplexity<=12 or error<=0.05."
 )
 @click.option(
     "--formats", default="int8,int4:32,int4:128", show_default=True, metavar="F,F,…",
     help="The formats to choose from, besides leaving weights as they are.",
+)  # fmt: skip
+@click.option(
+    "--moves", default="formats", show_default=True, metavar="M,M,…",
+    help="What may be chosen: formats, prune (fewer experts) and top-k (fewer for each token).",
 )  # fmt: skip
 @model_options
 @report_option
@@ -49,11 +68,15 @@ from moec.runtime.process.threads import shorten_spinning
 @log_options
 def command(
     model: str,
-    output: Path,
+    output: Path | None,
+    choices_file: Path | None,
+    pareto: Path | None,
     calib: str,
     memory: str | None,
+    token_bytes: str | None,
     loss: str | None,
     formats: str,
+    moves: str,
     full: bool,
     as_json: bool,
     quiet: bool,
@@ -63,35 +86,53 @@ def command(
 ) -> None:
     """Compile MODEL with the format for each product's weights that suits a limit.
 
-    With --memory, of the choices that fit the one that changes the model least; with --loss, of
-    those within it the one with the fewest bytes; with both, that one has to fit. Damage is
+    With --memory or --token-bytes, of the choices that fit the one that changes the model least;
+    with --loss, of those within it the one with the fewest bytes, which has to fit. Damage is
     measured on the data of --calib, and the result is verified as by `moec compile`.
     """
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists; --force replaces it")
-    check_writable(output, str(output))
-    if memory is None and loss is None:
-        raise UsageError("moec optimize needs a limit: give --memory, --loss, or both")
-    if memory is not None:
-        bytes_of(memory)
+    limited = any((memory, token_bytes, loss))
+    if not limited and (output or choices_file or not pareto):
+        raise UsageError("moec optimize needs a limit: give --memory, --token-bytes or --loss")
+    for path in filter(None, (output, choices_file, pareto)):
+        check_output(path, str(path), force=force)
     arguments = api_arguments(calib=calib, **options)
+    if pareto:
+        importlib.import_module("matplotlib")  # fails now, not after a search of minutes
     model = local_model(model, revision, quiet or as_json)
     shorten_spinning()
     from moec.commands.output.progress import COMPILE, Progress, hush
 
     hush()
-    with Progress(quiet or as_json, plan=dict(COMPILE)) as progress:
+    with Progress(quiet or as_json, plan={"choose": 60.0, **COMPILE}) as progress:
         progress.phase("start")
-        from moec.optimisation.optimize import optimize
+        from moec.api import compile as compile_model
+        from moec.optimisation.optimize import choice_limits, search
+        from moec.optimisation.pareto import draw_points, pareto_points
+        from moec.passes.approximate.choices.model_choices import describe_choices, write_choices
 
-        compiled = optimize(
-            model, memory=memory, loss=loss, formats=formats.split(","),
-            progress=progress.phase, **arguments,
-        )  # fmt: skip
-        progress.phase("save")
-        compiled.save(output, overwrite=force)
-    report = compiled.report()
+        limits = choice_limits(memory, token_bytes, loss) if limited else None
+        arguments["progress"] = progress.phase
+        searched = search(model, formats=formats.split(","), moves=moves.split(","), **arguments)
+        points = pareto_points(searched) if pareto else []
+        if pareto:
+            draw_points(points, searched.metric, pareto)
+        choices = searched.choices(limits) if limits else None
+        if choices is not None and choices_file is not None:
+            write_choices(choices, choices_file)
+        report = None
+        if output is not None:
+            compiled = compile_model(model, choices=choices, **arguments)
+            progress.phase("save")
+            compiled.save(output, overwrite=force)
+            report = compiled.report()
     if as_json:
-        print_json(report, output)
+        document = {"choices": msgspec.to_builtins(choices), "pareto": msgspec.to_builtins(points)}
+        document |= {} if report is None else {**report.to_dict(), "output": str(output)}
+        click.echo(json.dumps(document, indent=1))
     elif not quiet:
-        print_report(report, full, f"wrote {output}")
+        if report is not None:
+            print_report(report, full, f"wrote {output}")
+        lines = [] if choices is None or report is not None else describe_choices(choices)
+        lines += [f"{p.choice}: {p.bytes / 1e6:.4g} MB, {p.damage:.3g}" for p in points]
+        lines += [f"wrote {path}" for path in (choices_file, pareto) if path]
+        click.echo("\n".join(lines), nl=bool(lines))

@@ -34,6 +34,7 @@ class CompileRequest:
     tune: bool
     memory: str | None
     store: bool | None
+    choices_file: Path | None
     plan_file: Path | None
     dry_run: bool
     full: bool
@@ -89,9 +90,9 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     """The key of the artifact in the cache; None where it is not cached, as with options that read
     or write other files, or that measure this machine."""
     options = request.options
-    files = (request.dump_ir, request.emit, request.plan_file, options["calib"])
+    files = (request.dump_ir, request.emit, request.choices_file, request.plan_file)
     cached = store.folder is not None and request.builds
-    others = options["describe"] or options["adapters"]
+    others = options["describe"] or options["adapters"] or options["calib"]
     if not cached or any(files) or request.tune or others:
         return None
     names = ("target", "verify", "kv_cache", "record_routing", "store")
@@ -108,7 +109,7 @@ def _check_plan(request: CompileRequest, plan_file: Path) -> None:
             "GPUs with NCCL are not supported yet"
         )
     others = (request.target != "cpu", request.tune, request.dump_ir, request.record_routing)
-    if not request.builds or any(others):
+    if not request.builds or any(others) or request.choices_file:
         raise UsageError("--plan accepts only MODEL, -o and --verify: leave out the other options")
 
 

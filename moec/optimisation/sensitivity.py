@@ -9,21 +9,23 @@ squared error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
 from moec.formats.integer import dequantise, quantise, round_rows
 from moec.formats.notation import Format
 from moec.ir.graph import Op, Program
+from moec.passes.approximate.choices.model_choices import UNCHANGED, ProductChoice, significant
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.damage import Distance
+from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Log
-from moec.passes.quantise.choose.fixed_formats import FixedFormats, products
 from moec.passes.quantise.codes import Codes
+from moec.passes.quantise.fixed_formats import FixedFormats, named_products, shape_of
 from moec.passes.quantise.gptq_codes import rows_of, stored
 
 SAMPLED = 64
@@ -31,23 +33,13 @@ SAMPLED = 64
 
 
 @dataclass(frozen=True)
-class Option:
-    """A format for the weights of a product (None: as they are), their bytes, and the predicted
-    damage."""
-
-    format: Format | None
-    bytes: int
-    damage: float
-
-
-@dataclass(frozen=True)
 class StoredProduct:
-    """A product that can be quantised: the name of its result, and its options, the first of which
-    is not to."""
+    """A product that can be quantised: its name (`named_products`), what can be chosen, first its
+    weights as they are, and the layer that has it as its experts, if their number can change."""
 
     name: str
-    origin: str
-    options: tuple[Option, ...]
+    options: tuple[ProductChoice, ...]
+    layer: str = ""
 
 
 def damage_of(distance: Distance) -> float:
@@ -55,24 +47,42 @@ def damage_of(distance: Distance) -> float:
 
 
 def measure_products(
-    program: Program, evaluator: Evaluator, formats: Sequence[Format], log: Log
+    program: Program,
+    evaluator: Evaluator,
+    formats: Sequence[Format],
+    layers: Mapping[str, Layer],
+    log: Log,
 ) -> tuple[StoredProduct, ...]:
     """Every product with the bytes and the predicted damage of each format that fits it."""
-    ops = products(program.graph)
+    named = named_products(program.graph)
+    ops = list(named.values())
     measured = []
-    for op, rows in zip(ops, rows_of(program, evaluator.calibration, ops), strict=True):
+    each = zip(named.items(), rows_of(program, evaluator.calibration, ops), strict=True)
+    for (name, op), rows in each:
         fitting = [f for f in formats if _fits(program, op, f, log)]
         errors = {f: _relative_error(program, op, f, rows) for f in fitting}
-        options = [Option(None, _bytes_now(program, op), 0.0)]
+        shape = shape_of(op)
+        size = sum(program.weights[matrix.name].nbytes for matrix in stored(op))
+        options = [ProductChoice(*shape, UNCHANGED, size, size, 0.0)]
         if errors:
             probe = max(errors, key=lambda format: errors[format])
-            harm = _harm(program, evaluator, op, probe, log) if errors[probe] else 0.0
-            scale = harm / errors[probe] if errors[probe] else 0.0
-            options += [Option(f, _bytes(op, f), scale * error) for f, error in errors.items()]
-        measured.append(
-            StoredProduct(op.outputs[0].name, op.origin or op.outputs[0].name, tuple(options))
-        )
+            alone = FixedFormats({name: probe}).run(program, Log(memory=log.memory))
+            harm = damage_of(evaluator.measure(alone)[0]) if errors[probe] else 0.0
+            scale = harm / (errors[probe] or 1.0)
+            for f, error in errors.items():
+                damage = significant(scale * error)
+                options.append(ProductChoice(*shape, str(f), _bytes(op, f), size, damage))
+        measured.append(StoredProduct(name, tuple(options), _layer_with(op, layers)))
     return tuple(measured)
+
+
+def _layer_with(op: Op, layers: Mapping[str, Layer]) -> str:
+    """The layer of experts that a product belongs to; empty for any other product."""
+    for name, layer in layers.items():
+        origins = {layer.experts.origin, *(c.experts.origin for c in layer.companions)}
+        if op.name == "grouped.linear" and op.origin in origins:
+            return name if stored(op)[0].shape[0] == layer.count else ""
+    return ""
 
 
 def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:
@@ -84,13 +94,6 @@ def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:
         log.decline(op.origin or op.outputs[0].name, f"{format}: {why}")
         return False
     return True
-
-
-def _harm(program: Program, evaluator: Evaluator, op: Op, format: Format, log: Log) -> float:
-    """The damage to the model of one product in a format."""
-    alone = FixedFormats({op.outputs[0].name: format})
-    changed = alone.run(program, Log(memory=log.memory))
-    return damage_of(evaluator.measure(changed)[0])
 
 
 def _relative_error(program: Program, op: Op, format: Format, rows: Sequence[Tensor]) -> float:
@@ -120,29 +123,6 @@ def _sample(rows: Tensor) -> Tensor:
     return rows[::step].float()
 
 
-def _bytes_now(program: Program, op: Op) -> int:
-    return sum(program.weights[matrix.name].nbytes for matrix in stored(op))
-
-
 def _bytes(op: Op, format: Format) -> int:
-    return sum(
-        format.nbytes(_rows(matrix.shape), int(str(matrix.shape[-1]))) for matrix in stored(op)
-    )
-
-
-def _rows(shape: Sequence[object]) -> int:
-    *leading, _ = (int(str(size)) for size in shape)
-    return int(torch.Size(leading).numel())
-
-
-def formats_of(products: Sequence[StoredProduct], picks: Sequence[Option]) -> dict[str, Format]:
-    """The formats of the products that are quantised, by name."""
-    return dict(_quantised(products, picks))
-
-
-def _quantised(
-    products: Sequence[StoredProduct], picks: Sequence[Option]
-) -> Iterator[tuple[str, Format]]:
-    for product, option in zip(products, picks, strict=True):
-        if option.format is not None:
-            yield product.name, option.format
+    shapes = [[int(str(size)) for size in matrix.shape] for matrix in stored(op)]
+    return sum(format.nbytes(math.prod(shape[:-1]), shape[-1]) for shape in shapes)

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 import moec
 from moec.errors import UsageError
-from moec.formats.notation import parse
+from moec.optimisation.loss import Loss, parse_loss
+from moec.optimisation.sensitivity import StoredProduct
+from moec.optimisation.solve import solve
+from moec.passes.approximate.choices.model_choices import ProductChoice
 from moec.passes.core.damage import Distance
-from moec.passes.quantise.choose.loss import Loss, parse_loss
-from moec.passes.quantise.choose.sensitivity import Option, StoredProduct
-from moec.passes.quantise.choose.solve import fewest_bytes, least_damage
 
 EXPERTS, WIDTH = 4, 64
 
@@ -99,14 +99,18 @@ def test_a_loss_has_the_fewest_bytes(net):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "optimize needs a limit: give memory, loss, or both"),
+        ({}, "optimize needs a limit: give memory, token_bytes, loss, or several"),
         ({"memory": "1MiB", "quant": "int8"}, "optimize chooses formats itself: leave quant out"),
         (
             {"memory": 9000},
-            r"in the smallest formats, .* of which no format changes: allow more me",
+            r"in the smallest formats, .* of which no format changes: allow more, name",
         ),
         ({"memory": "1GiB"}, "the limit allows the weights as they are: use moec compile"),
-        ({"loss": "error<=0.2", "memory": 9000}, "of weights, and memory is 9.0 kB: allow more l"),
+        (
+            {"loss": "error<=0.01", "memory": 24_000},
+            r"takes about 28\.\d kB of weights, and the limit is memory 24\.0 kB, where the best "
+            r"choice has error 0\.08\d*: allow more loss, or more memory",
+        ),
         ({"loss": "error<=1e-7"}, "no format of any product is within it"),
         ({"loss": "kl<=0.1"}, "kl needs a causal language model, which this model is not"),
         ({"loss": "kl<0.1"}, "write kl<=0.02, perplexity<="),
@@ -131,15 +135,14 @@ def test_losses():
     assert parse_loss("error<=0.1").damage(0.1, Distance(0.0, 0.0)) == pytest.approx(0.01)
 
 
-FORMATS = tuple(map(parse, ("int8", "int4:32", "int4:128")))
-PRODUCTS = st.lists(
-    st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 10)), min_size=0, max_size=3).map(
-        lambda pairs: StoredProduct(
-            "p", "p", (Option(None, 2000, 0.0), *(Option(FORMATS[0], *pair) for pair in pairs))
-        )
-    ),
-    min_size=1,
-    max_size=4,
+OPTIONS = st.lists(st.tuples(st.integers(1, 1000), st.floats(0, 10)), max_size=3).map(
+    lambda pairs: (
+        ProductChoice(1, 1, "unchanged", 2000, 2000, 0.0),
+        *(ProductChoice(1, 1, "int8", size, 2000, damage) for size, damage in pairs),
+    )
+)
+PRODUCTS = st.lists(OPTIONS, min_size=1, max_size=4).map(
+    lambda each: [StoredProduct(f"p{n}", options) for n, options in enumerate(each)]
 )
 
 
@@ -148,7 +151,7 @@ PRODUCTS = st.lists(
 def test_the_solver_finds_the_optimum(products, room):
     every = itertools.product(*(product.options for product in products))
     fitting = [c for c in every if sum(option.bytes for option in c) <= room]
-    pick = least_damage(products, room)
+    pick = solve(products, {}, "damage", bytes=room)
     if not fitting:
         assert pick is None
         return
@@ -161,7 +164,7 @@ def test_the_solver_finds_the_optimum(products, room):
 @settings(deadline=None)
 @given(PRODUCTS, st.floats(0, 20))
 def test_the_solver_stays_within_a_loss(products, limit):
-    pick = fewest_bytes(products, limit)
+    pick = solve(products, {}, "bytes", damage=limit)
     assert pick is not None
     assert pick.damage <= limit * (1 + 1e-6) + 1e-5
     every = itertools.product(*(product.options for product in products))

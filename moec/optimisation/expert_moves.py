@@ -1,0 +1,99 @@
+"""What fewer experts and a smaller top-k cost a layer in quality, measured on data.
+
+The experts that are left are those with the greatest contributions: the router's weight times the
+norm of the expert's result, summed over the tokens that chose it. Each setting is measured alone:
+the damage to the whole model with that layer changed and all else as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import product
+
+import torch
+from msgspec.structs import replace
+
+from moec.errors import NoMatch
+from moec.ir.graph import Program
+from moec.ir.stats import stored_bytes
+from moec.optimisation.sensitivity import damage_of
+from moec.passes.approximate.choices.choose_experts import change_experts
+from moec.passes.approximate.choices.model_choices import LayerChoice, significant
+from moec.passes.approximate.prune_experts import best_experts, shortage
+from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.core.moe_layer import Layer
+from moec.passes.core.runner import Log
+
+PRUNE, TOP_K = "prune", "top-k"
+STRENGTHS = (3 / 4, 1 / 2)
+"""The parts of a layer's experts, and of its top-k, that may be left."""
+
+
+Settings = dict[str, tuple[LayerChoice, ...]]
+"""The settings of layers by name; the first is as it is."""
+
+
+def measure_layers(
+    program: Program,
+    evaluator: Evaluator,
+    layers: Mapping[str, Layer],
+    moves: Collection[str],
+    log: Log,
+) -> Settings:
+    """Experts, top-k, and both, whose damages are added."""
+    options: Settings = {name: (_unchanged(layer),) for name, layer in layers.items()}
+    if not {PRUNE, TOP_K} & set(moves):
+        return options
+    each = evaluator.layer_stats(program, list(layers.values()))
+    for (name, layer), stats in zip(layers.items(), each, strict=True):
+        first, worth = options[name][0], stats.saliency(layer.count) * stats.usage(layer.count)
+        counts = sorted({max(1, int(part * first.top_k)) for part in STRENGTHS} - {first.top_k})
+        sets = _prunings(layer, worth) if PRUNE in moves else ()
+        fewer = (replace(first, top_k=k) for k in (counts if TOP_K in moves else ()))
+        pruned, limited = (
+            [first, *_measured(program, evaluator, layer, settings, log)]
+            for settings in (sets, fewer)
+        )
+        options[name] = tuple(
+            replace(a, top_k=b.top_k, damage=significant(a.damage + b.damage))
+            for a, b in product(pruned, limited)
+        )
+    return options
+
+
+def _unchanged(layer: Layer) -> LayerChoice:
+    k = layer.routing.k
+    return LayerChoice(tuple(range(layer.count)), layer.count, k, k)
+
+
+def _prunings(layer: Layer, worth: torch.Tensor) -> Iterator[LayerChoice]:
+    """Smaller sets of experts: without those that contribute nothing, and of each of STRENGTHS;
+    equally many of each group."""
+    groups = layer.routing.groups
+    used = int((worth.reshape(groups, -1) > 0).sum(1).max())
+    size = layer.count // groups
+    for each in sorted({used, *(int(part * size) for part in STRENGTHS)}, reverse=True):
+        if 0 < each < size and not shortage(layer, each):
+            experts = best_experts(layer, worth, each)
+            share = 1 - float(worth[experts].sum() / worth.sum().clamp(min=1e-30))
+            yield replace(
+                _unchanged(layer), experts=tuple(experts), share=significant(max(share, 0.0))
+            )
+
+
+def _measured(
+    program: Program,
+    evaluator: Evaluator,
+    layer: Layer,
+    settings: Iterable[LayerChoice],
+    log: Log,
+) -> Iterator[LayerChoice]:
+    for setting in settings:
+        try:
+            changed = change_experts(program, layer.name, setting.experts, setting.top_k)
+        except NoMatch as why:
+            log.decline(layer.name, str(why))
+            continue
+        saved = stored_bytes(program) - stored_bytes(changed)
+        damage = significant(damage_of(evaluator.measure(changed)[0]))
+        yield replace(setting, bytes_saved=saved, damage=damage)

@@ -1,0 +1,133 @@
+"""The choices of `moec optimize` for one model, and the file that has them.
+
+The file is YAML. It has no names of Python, so reading it runs no code, and a field that is not
+described here is an error.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+from moec.errors import UsageError
+from moec.files.os_errors import reason
+from moec.formats.notation import Format, parse
+from moec.runtime.checks import show_bytes
+
+UNCHANGED = "unchanged"
+"""The format of a product whose weights stay as they are."""
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class ProductChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The format of a product's weights: each of its matrices, or those of each expert, have `rows`
+    x `columns` weights. `damage` is the predicted one."""
+
+    rows: Count
+    columns: Count
+    format: str
+    bytes: Count
+    bytes_before: Count
+    damage: float
+
+
+class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The `experts` that are left `of` a layer's, and how many a token takes; the bytes that this
+    saves with weights as they are, the damage alone, and the part that the dropped experts had of
+    all contributions to the layer's results, on the data."""
+
+    experts: tuple[Count, ...]
+    of: Count
+    top_k: Count
+    top_k_before: Count
+    bytes_saved: int = 0
+    damage: float = 0.0
+    share: float = 0.0
+
+    @property
+    def changes(self) -> bool:
+        return len(self.experts) < self.of or self.top_k < self.top_k_before
+
+
+class ModelChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All choices for a model within `limits`, in words: the bytes of all its weights then, those
+    that a token reads, and the `metric` of its damage, as measured and as predicted. `codes` are
+    rounded to nearest, or chosen by GPTQ on the calibration data; `products` and the `layers` that
+    change are by name; `declined` are reasons why something could not be chosen."""
+
+    limits: str
+    bytes: Count
+    token_bytes: Count
+    metric: Literal["kl", "squared error"]
+    damage: float
+    predicted: float
+    codes: Literal["nearest", "gptq"]
+    products: dict[str, ProductChoice]
+    layers: dict[str, LayerChoice]
+    declined: tuple[str, ...] = ()
+    version: Literal[1] = 1
+
+
+def formats_of(products: Mapping[str, ProductChoice]) -> dict[str, Format]:
+    """The formats of the products that are quantised, by name. Raises UsageError."""
+    chosen = {name: choice.format for name, choice in products.items()}
+    return {name: parse_format(f) for name, f in chosen.items() if f != UNCHANGED}
+
+
+def parse_format(text: str) -> Format:
+    """The format, with the rows of fp8 weights not rounded, as in kernels of CPUs."""
+    format = parse(text)
+    return replace(format, row_bits=0) if format.kind == "fp8" else format
+
+
+def read_choices(path: Path) -> ModelChoices:
+    """Raises UsageError for a file that cannot be read, or that has other fields or values."""
+    try:
+        choices = msgspec.yaml.decode(path.read_bytes(), type=ModelChoices)
+        if not formats_of(choices.products) and not choices.layers:
+            raise UsageError("nothing changes: compile without them")
+    except OSError as error:
+        raise UsageError(f"choices {path} cannot be read: {reason(error)}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, UsageError) as error:
+        raise UsageError(f"choices {path}: {' '.join(str(error).split())}") from None
+    return choices
+
+
+def significant(number: float) -> float:
+    """With four digits, as files have numbers that were measured."""
+    return float(f"{number:.4g}")
+
+
+def write_choices(choices: ModelChoices, path: Path) -> None:
+    """The same choices are the same bytes."""
+    import yaml
+
+    text = yaml.safe_dump(
+        msgspec.to_builtins(choices), sort_keys=False, default_flow_style=None, width=140
+    )
+    path.write_text(text, encoding="utf-8")
+
+
+def describe_choices(choices: ModelChoices) -> list[str]:
+    """Sentences for the report: what was chosen, and why, and how well damage was predicted."""
+    counts = Counter(choice.format for choice in choices.products.values())
+    kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    layers = [
+        f"{name}: {len(choice.experts)} of {choice.of} experts, {choice.top_k} of "
+        f"{choice.top_k_before} for each token; damage {choice.damage:.3g} alone, dropped experts "
+        f"contributed {choice.share:.1%}"
+        for name, choice in choices.layers.items()
+    ]
+    return [
+        *layers,
+        f"chose {kinds}: {show_bytes(choices.bytes)} of weights, {show_bytes(choices.token_bytes)} "
+        f"of them for a token ({choices.limits})",
+        f"{choices.metric} {choices.damage:.3g} measured, {choices.predicted:.3g} predicted as a "
+        f"sum over choices; codes: {choices.codes}",
+    ]
