@@ -64,7 +64,7 @@ lint: $(installed)
 docs: $(installed)
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
-# What is written from tables: docs/ops.md, passes.md, benchmarks.md, systems.md, the picture.
+# What is written from tables: docs/ops.md, passes.md, benchmarks/, systems.md, the picture.
 pages: $(installed)
 	$(python) -m docs.catalogue
 	$(python) -m docs.pictures

@@ -1,4 +1,4 @@
-"""The claims of the measurements: one claim per table of docs/benchmarks.md."""
+"""The claims of the measurements: one claim for each page of docs/benchmarks."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ CLAIMS = (
     Claim(
         "layer-f32",
         "One MoE layer in float32",
-        "As above. `MoE op` is ONNX Runtime's com.microsoft.MoE, `ONNX rows` is moec's export "
-        "with one product per expert, both run by ONNX Runtime.",
+        "As for one layer in bf16. `MoE op` is ONNX Runtime's com.microsoft.MoE, `ONNX rows` is "
+        "moec's export with one product per expert, both run by ONNX Runtime.",
     ),
     Claim(
         "layer-quantised",

@@ -1,31 +1,36 @@
-"""Writes docs/benchmarks.md from benchmarks/results/*.jsonl: one table per claim.
+"""Writes docs/benchmarks/ from benchmarks/results/*.jsonl: a page for each claim, and an index.
 
 python -m benchmarks.render
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.claims import CLAIMS, Claim
 from benchmarks.records import RESULTS, Cell, Record, newest, read_records
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-HEAD = """\
+PAGES = Path(__file__).parents[1] / "docs" / "benchmarks"
+WRITTEN = "<!-- Written by `python -m benchmarks.render` from benchmarks/results/*.jsonl. -->"
+HEAD = f"""\
 # Benchmarks
 
-<!-- Written by `python -m benchmarks.render` from benchmarks/results/*.jsonl; not edited. -->
+{WRITTEN}
 
-Each table is one claim and holds the newest run of each case on each kind of machine. Every machine
+Each page is one claim and holds the newest run of each case on each kind of machine. Every machine
 is a virtual one with two cores, shared with others: its speed changes from minute to minute.
 Compare rows of one run, not of two. Weights are random unless a table says otherwise. The Xeon
 shares a third-level cache of 480 MB with other machines, so that the few weights of one token may
 come from there faster than the measured bandwidth of the memory. For the records whose machine says
 "generation not recorded" or "not recorded" nobody wrote down more.
 
-Commands, dates and conditions are below each table. `recorded` is the commit that wrote the figures
-down.
+Commands, dates and conditions are at the end of each page. `recorded` is the commit that wrote the
+figures down.
+"""
+SPEEDS = """\
+Tokens a second of a model with the shape of Granite-3.0-1B-A400M ([its page](model.md) has the
+shares of the measured peak and bandwidth):
 """
 
 
@@ -85,7 +90,7 @@ def section(claim: Claim, records: Sequence[Record]) -> str:
     shown = newest(records)
     shown.sort(key=lambda record: record.machine)
     tables = [[record] for record in shown] if claim.by_case else [shown]
-    lines = [f"## {claim.title}", "", claim.text, ""]
+    lines = [f"# {claim.title}", "", WRITTEN, "", claim.text, ""]
     for part in tables:
         caption = [f"**{part[0].case}** ({part[0].machine})", ""] if len(part) == 1 else []
         lines += [*caption, table(cells(part)), ""]
@@ -94,22 +99,45 @@ def section(claim: Claim, records: Sequence[Record]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def render(folder: Path = RESULTS) -> str:
-    """The page. Raises ValueError for a record whose claim does not exist."""
+def index(by_claim: Mapping[str, Sequence[Record]]) -> str:
+    """The page that lists the claims, and the tokens per second of a model."""
+    rows = [["claim", "cases", "machines", "newest"]]
+    for claim in (claim for claim in CLAIMS if claim.name in by_claim):
+        shown = newest(by_claim[claim.name])
+        cases, machines = ({r.case for r in shown}, {r.machine for r in shown})
+        dates = max(record.date for record in shown)
+        link = f"[{claim.title}]({claim.name}.md)"
+        rows.append([link, str(len(cases)), str(len(machines)), dates])
+    model = by_claim.get("model", ())
+    machines = sorted({record.machine for record in newest(model)})
+    speeds = [f"**{machine}**\n\n{speed_table(model, machine)}\n" for machine in machines]
+    return "\n".join((HEAD, SPEEDS, *speeds, table(rows), ""))
+
+
+def render(folder: Path = RESULTS) -> dict[str, str]:
+    """The pages by file name. Raises ValueError for a record whose claim does not exist."""
     by_claim: dict[str, list[Record]] = {}
     for record in read_records(folder):
         by_claim.setdefault(record.claim, []).append(record)
     if unknown := set(by_claim) - {claim.name for claim in CLAIMS}:
         raise ValueError(f"no such claims: {sorted(unknown)}; they are listed in claims.py")
-    parts = [section(claim, by_claim[claim.name]) for claim in CLAIMS if claim.name in by_claim]
-    return "\n".join((HEAD, *parts))
+    pages = {
+        f"{claim.name}.md": section(claim, by_claim[claim.name])
+        for claim in CLAIMS
+        if claim.name in by_claim
+    }
+    return {"index.md": index(by_claim), **pages}
 
 
 def readme_table(machine: str = "AMD EPYC, Zen 4") -> str:
     """Tokens per second of moec and of other runtimes in the same run, for README.md."""
+    return speed_table([r for r in read_records() if r.claim == "model"], machine)
+
+
+def speed_table(records: Sequence[Record], machine: str) -> str:
     head = ["moec in", "beside", "prefill: moec", "other", "", "decode: moec", "other", ""]
     rows = [head]
-    for record in newest(r for r in read_records() if r.claim == "model"):
+    for record in newest(records):
         if record.machine != machine:
             continue
         ours, *others = record.rows
@@ -123,4 +151,6 @@ def readme_table(machine: str = "AMD EPYC, Zen 4") -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(), encoding="utf-8")
+    PAGES.mkdir(exist_ok=True)
+    for name, text in render().items():
+        (PAGES / name).write_text(text, encoding="utf-8")

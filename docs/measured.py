@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from benchmarks.records import Cell, Record, newest, read_records
 
 PREFERRED = "AMD EPYC, Zen 4"
-"""The machine whose records are shown if there are several; docs/benchmarks.md has all of them."""
+"""The machine whose records are shown if there are several; docs/benchmarks has all of them."""
 
 
 COMPARABLE = ""

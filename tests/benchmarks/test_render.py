@@ -16,7 +16,7 @@ from benchmarks.records import (
     parse_record,
     read_records,
 )
-from benchmarks.render import PAGE, cells, readme_table, render, section, table
+from benchmarks.render import PAGES, cells, readme_table, render, section, table
 from moec.bench.race import Figure, Load
 from moec.bench.result import BenchResult, ContenderLine, Limits
 
@@ -27,8 +27,13 @@ def record(machine: str, date: str, case: str = "", milliseconds: float = 1.0) -
     return Record("layer", machine, ({"ms": milliseconds},), case, date)
 
 
-def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf-8") == render(), "run make pages"
+def test_the_pages_are_up_to_date():
+    pages = {path.name: path.read_text(encoding="utf-8") for path in PAGES.iterdir()}
+    assert pages == render(), "run make pages"
+
+
+def test_pages_are_short():
+    assert max(len(text.split()) for text in render().values()) < 4000
 
 
 def test_the_readme_has_the_table_of_the_records():
