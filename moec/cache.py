@@ -6,11 +6,12 @@
       artifacts/KEY   the artifact of one checkpoint, by `moec compile`
       frames/KEY      a large one, without the weights that follow from the checkpoint
       tunings/KEY     the measurements of one kernel, as JSON
+      runs/KEY        how long the phases of the last compilations took, as JSON
 
-Threat model: all entries but tunings are native code that moec links and runs, and a hash in the
-same file does not stop anybody who can write there. So the folder is trusted only because it is the
-user's: nothing is read from a folder or entry that belongs to another user or that others may
-write. The hash detects damage: an entry that is truncated, changed or misnamed counts as missing.
+Threat model: all entries but tunings and runs are native code that moec links and runs, and a hash
+in the same file does not stop anybody who can write there. So the folder is trusted only because it
+is the user's: nothing is read from a folder or entry that belongs to another user or that others
+may write. The hash detects damage: an entry that is truncated, changed or misnamed counts as missing.
 
 If the cache cannot be used, everything is compiled, with one CacheWarning.
 """
@@ -35,9 +36,9 @@ import platformdirs
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 
-OBJECTS, LIBRARIES, TUNINGS = "objects", "libraries", "tunings"
+OBJECTS, LIBRARIES, TUNINGS, RUNS = "objects", "libraries", "tunings", "runs"
 ARTIFACTS, FRAMES = "artifacts", "frames"
-KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, FRAMES, TUNINGS)
+KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, FRAMES, TUNINGS, RUNS)
 DEFAULT_LIMIT = 2 * 2**30  # bytes
 
 _MAGIC = b"moec cache 1\n"

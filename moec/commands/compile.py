@@ -243,17 +243,39 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             compiled.save(request.output, overwrite=request.force)
         if request.emit is not None:
             _write_code(compiled, request.emit)
+    _note_times(request, compiled, progress.times())
     return compiled
+
+
+def _note_times(
+    request: CompileRequest, compiled: CompiledModel, seconds: Mapping[str, float]
+) -> None:
+    """Logs the slowest steps, and remembers the phases of a whole compilation."""
+    from moec.cache import default_store
+    from moec.commands.compilation.estimate import bytes_of_files
+    from moec.commands.compilation.past_runs import PastRun, remember
+
+    slowest = sorted(seconds.items(), key=lambda item: -item[1])[:3]
+    passes = sorted(compiled.pass_results, key=lambda result: -result.seconds)[:3]
+    steps = [*slowest, *((f"pass {result.name}", result.seconds) for result in passes)]
+    LOGGER.info("the slowest: %s", ", ".join(f"{name} {time:.2f} s" for name, time in steps))
+    if request.builds and (weights := bytes_of_files(request.model)):
+        remember(default_store(), PastRun(weights, seconds))
 
 
 def _phases(request: CompileRequest) -> dict[str, float]:
     """The seconds that each phase is expected to take, by name."""
+    from moec.cache import default_store
+    from moec.commands.compilation.estimate import bytes_of_files
+    from moec.commands.compilation.past_runs import expected, past_runs
     from moec.commands.output.progress import BEFORE_CODE, COMPILE
 
     names = set(COMPILE if request.builds else BEFORE_CODE)
     if request.verified is False:
         names.discard("verify")
-    return {name: seconds for name, seconds in COMPILE.items() if name in names}
+    otherwise = {name: seconds for name, seconds in COMPILE.items() if name in names}
+    weights = bytes_of_files(request.model)
+    return expected(past_runs(default_store()), weights, otherwise) if weights else otherwise
 
 
 def _planned(compiled: CompiledModel, request: CompileRequest) -> Report:

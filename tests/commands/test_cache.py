@@ -37,6 +37,7 @@ def test_it_shows_what_is_kept(folder: Path) -> None:
         ["artifacts", "0", "0", "bytes"],
         ["frames", "0", "0", "bytes"],
         ["tunings", "1", "47", "bytes"],
+        ["runs", "0", "0", "bytes"],
     ]
     shown = json.loads(run("--json").stdout)
     assert (shown["folder"], shown["limit"]) == (str(folder), 2**30)

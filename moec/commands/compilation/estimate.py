@@ -30,9 +30,14 @@ def memory(weights: int) -> str:
     return f"about {size(int(COMPILER + COPIES * weights))} of memory"
 
 
+def bytes_of_files(model: str) -> int:
+    """The bytes of a checkpoint's weights, 0 for anything else."""
+    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+
+
 def of_files(model: str) -> str:
     """An estimate from the files of a checkpoint; empty for anything else."""
-    weights = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    weights = bytes_of_files(model)
     return f"{size(weights)} of weights: {memory(weights)}" if weights else ""
 
 
