@@ -41,8 +41,8 @@ says otherwise.
 described, where it cannot be traced. `agreement` is the greatest difference to eager that the test
 allows, as a share of the greatest value. Parameters, and the MB of their weights in the artifact,
 are those of the small model that the test compiles; published sizes are in the sections. Figures
-beside the papers' are counted by the tests, or measured by benchmarks ([Benchmarks](benchmarks/index.md)
-has commands and machines). A figure is `comparable` only if both are the same quantity of the same
+beside the papers' are counted by the tests, or measured by benchmarks
+([Benchmarks](benchmarks/index.md) has commands and machines). A figure is `comparable` only if both are the same quantity of the same
 configuration.
 
 `speed` is the time of the fastest of eager and `torch.compile` (Inductor) over moec's, for one

@@ -10,8 +10,8 @@ the best of five for EWA, by the loss on 300 of the training images, in runs wit
 results are a tie.
 
 With 100 images, all in each batch, the random partition is the only noise in the gradients. There
-EWA is better than dense training, and worse than dense training with dropout. docs/benchmarks/ewa.md
-has both tables, benchmarks/results/ewa_search.txt the search for the parameters.
+EWA is better than dense training, and worse than dense training with dropout. Both tables are in
+docs/benchmarks/ewa.md, the search for the parameters in benchmarks/results/ewa_search.txt.
 
     python examples/10_ewa.py           # a few steps of one seed, to see it run
     python examples/10_ewa.py --full    # twenty seeds, the means and their confidence intervals

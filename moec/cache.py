@@ -11,7 +11,8 @@
 Threat model: all entries but tunings and runs are native code that moec links and runs, and a hash
 in the same file does not stop anybody who can write there. So the folder is trusted only because it
 is the user's: nothing is read from a folder or entry that belongs to another user or that others
-may write. The hash detects damage: an entry that is truncated, changed or misnamed counts as missing.
+may write. The hash detects damage: an entry that is truncated, changed or misnamed counts as
+missing.
 
 If the cache cannot be used, everything is compiled, with one CacheWarning.
 """

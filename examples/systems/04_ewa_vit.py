@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         error = (compiled(test_images) - model(test_images)).abs().max()
     print(f"greatest difference to eager: {error:.1e}")
     print(f"accuracy on digits after 60 steps: {accuracy(compiled, test_images, test_labels):.3f}")
-    print("the paper's gains were not at hand; docs/benchmarks/ewa.md has those of examples/10_ewa.py")
+    print("no gains of the paper here; those of examples/10_ewa.py: docs/benchmarks/ewa.md")
 
 
 if __name__ == "__main__":
