@@ -42,8 +42,8 @@ described, where it cannot be traced. `agreement` is the greatest difference to 
 allows, as a share of the greatest value. Parameters, and the MB of their weights in the artifact,
 are those of the small model that the test compiles; published sizes are in the sections. Figures
 beside the papers' are counted by the tests, or measured by benchmarks
-([Benchmarks](benchmarks/index.md) has commands and machines). A figure is `comparable` only if both are the same quantity of the same
-configuration.
+([Benchmarks](benchmarks/index.md) has commands and machines). A figure is `comparable` only if both
+are the same quantity of the same configuration.
 
 `speed` is the time of the fastest of eager and `torch.compile` (Inductor) over moec's, for one
 layer at the size that the example's `layer()` states, measured by `benchmarks/systems/latency.py`;
