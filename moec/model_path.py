@@ -13,9 +13,10 @@ from moec.files.config_fields import ADAPTER_CONFIG
 from moec.files.gguf import is_gguf, read_header
 from moec.spelling import did_you_mean_file
 
-Kind = Literal["factory", "checkpoint", "gguf", "pt2", "hub"]
+Kind = Literal["factory", "checkpoint", "gguf", "pt2", "onnx", "hub"]
 _FORMS = (
-    "give the folder of a checkpoint, a .gguf or .pt2 file, file.py:factory, or ORG/NAME of the hub"
+    "give the folder of a checkpoint, a .gguf, .pt2 or .onnx file, file.py:factory, or ORG/NAME of "
+    "the hub"
 )
 
 
@@ -76,6 +77,8 @@ def kind_of_model(text: str) -> Kind:
         return "gguf"
     if path.suffix == ".pt2" and path.is_file():
         return "pt2"
+    if path.suffix == ".onnx" and path.is_file():
+        return "onnx"
     if path.suffix == ".py":
         raise UsageError(f"{text}: name the function that returns the model: {text}:factory")
     if not exists:

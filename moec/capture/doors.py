@@ -147,7 +147,7 @@ def open_source(
     if not isinstance(model, str | Path):
         raise UsageError(
             f"a {type(model).__name__} is not a model: give a torch module, an exported program, "
-            "the folder of a checkpoint, a .gguf or .pt2 file, or file.py:factory"
+            "the folder of a checkpoint, a .gguf, .pt2 or .onnx file, or file.py:factory"
         )
     text = str(model)
     match kind_of_model(text):
@@ -162,6 +162,8 @@ def open_source(
             return _gguf(Path(text), args, kwargs, configs, memory)
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
+        case "onnx":
+            return _onnx(Path(text), args, kwargs)
         case "hub":
             raise UsageError(f"{text} does not exist: here, give a path and no id of the hub")
 
@@ -190,6 +192,19 @@ def _export(path: Path) -> Source:
             f"{path} cannot be read as a torch.export program: {error}; save it again with "
             "torch.export.save, with this version of torch"
         ) from error
+
+
+def _onnx(path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Source:
+    """The source of an ONNX file. Its inputs are given by name; named sizes vary."""
+    for package in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{path}: reading ONNX needs {package}: pip install 'moec[onnx]'")
+    from moec.onnx_source import open_onnx
+
+    model = open_onnx(path)
+    inputs = kwargs | dict(zip(model.inputs, args, strict=False)) or dict(model.inputs)
+    shapes = {name: dict.fromkeys(axes, torch.export.Dim.AUTO) for name, axes in model.axes.items()}
+    return Source(model.module, (), inputs, shapes, name=path.name, notes=model.notes)
 
 
 def _factory(path: Path, name: str) -> Source:

@@ -118,8 +118,8 @@ def command(**values: Any) -> None:
     """Compile MODEL into an artifact that runs without PyTorch.
 
     MODEL is a folder with a Hugging Face checkpoint, ORG/NAME or ORG/NAME:FILE.gguf for one of the
-    hub, which is downloaded, a .gguf file, a .pt2 file of torch.export, or FILE.py:FACTORY, a
-    function that returns (module, arguments) or (module, arguments, dynamic_shapes).
+    hub, which is downloaded, a .gguf file, a .pt2 file of torch.export, an .onnx file, or
+    FILE.py:FACTORY, a function that returns (module, arguments) or (module, arguments, dynamic_shapes).
 
     The result is compared with eager PyTorch on random inputs. If they differ, nothing is written
     and the exit code is 2.

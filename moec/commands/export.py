@@ -101,7 +101,7 @@ def command(
     file for llama.cpp.
 
     MODEL is a folder with a Hugging Face checkpoint, ORG/NAME of the hub, a .pt2 file of
-    torch.export, or FILE.py:FACTORY, as for `moec compile`.
+    torch.export, an .onnx file, or FILE.py:FACTORY, as for `moec compile`.
 
     The file is run in ONNX Runtime and compared with eager PyTorch on random inputs. If they
     differ, nothing is written and the exit code is 2.
