@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import moec
 from moec.capture import capture
+from moec.capture.decomposition.kernels import embedding_bag, kthvalue, median
 from moec.capture.decomposition.pooling import avg_pool, max_pool2d
 from moec.codegen.loops.emit import EMIT
 from moec.errors import UnsupportedError
@@ -63,6 +64,8 @@ ON_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "maxima of rows": lambda x: F.max_pool1d(x, 3, 2, 1),
     "averages of rows": lambda x: F.avg_pool1d(x, 3, 2, 1),
     "adaptive averages of rows": lambda x: F.adaptive_avg_pool1d(x, 3),
+    "a median": lambda x: x.median(1)[0],
+    "the second smallest": lambda x: x.kthvalue(2, keepdim=True)[0],
     "powers of two": lambda x: torch.ldexp(x, torch.tensor(2)),
 }
 RESPONSES = {"a local response norm": (lambda x: F.local_response_norm(x, 2), IMAGES[:3])}
@@ -142,6 +145,48 @@ def test_pools_are_eagers(
         y = avg_pool(x, kernel, stride, padding, ceil, *arguments, axes=2)
         eager = F.avg_pool2d(x, kernel, stride, padding, ceil, *arguments)
         torch.testing.assert_close(y, eager, equal_nan=True)
+
+
+HOLES = torch.tensor([[3, 1, 2, 7], [4, math.nan, 0, 1], [-math.inf, math.inf, 0, math.nan]])
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_order_statistics_are_eagers(dim: int, keepdim: bool) -> None:
+    """No value is twice on an axis, so that positions can be compared; NaN is the largest."""
+    for x in (HOLES, HOLES[:2].nan_to_num(9).long(), torch.randn(5, 6)):
+        for k in (1, 2):
+            eager = torch.kthvalue(x, k, dim, keepdim)
+            torch.testing.assert_close(kthvalue(x, k, dim, keepdim), tuple(eager), equal_nan=True)
+        eager = torch.median(x, dim, keepdim)
+        torch.testing.assert_close(median(x, dim, keepdim), tuple(eager), equal_nan=True)
+
+
+IDS, OFFSETS = torch.tensor([3, 1, 3, 0, 3, 5, 1]), torch.tensor([0, 0, 2, 3, 7])
+
+
+@pytest.mark.parametrize("padding", [-1, 3])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_are_eagers(mode: str, closed: bool, padding: int) -> None:
+    """With empty bags at both ends, and a bag of padding only."""
+    table = torch.randn(6, 4)
+    scales = torch.randn(7) if mode == "sum" else None
+    number = ("sum", "mean", "max").index(mode)
+    y, *_ = embedding_bag(table, IDS, OFFSETS, False, number, False, scales, closed, padding)
+    options = {"include_last_offset": closed, "padding_idx": padding if padding >= 0 else None}
+    eager = F.embedding_bag(IDS, table, OFFSETS, mode=mode, per_sample_weights=scales, **options)
+    torch.testing.assert_close(y, eager)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_bags_of_equal_sizes_are_compiled(gradients: bool) -> None:
+    """torch has one operator for weights with gradients, and another for those without."""
+    bags = nn.EmbeddingBag(6, 4, mode="max", padding_idx=3).requires_grad_(gradients).eval()
+    compiled = moec.compile(bags, (torch.randint(0, 6, (3, 5)),))
+    for shape in ((1, 4), (4, 1)):
+        ids = torch.randint(0, 6, shape)
+        torch.testing.assert_close(compiled(ids), bags(ids).detach())
 
 
 COMPILED = ("maxima with dilation", "averages of what is inside", "a group norm", "a grid")

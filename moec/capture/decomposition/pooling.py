@@ -1,5 +1,4 @@
-"""Pooling of windows, one axis after another: maxima and sums over a window are those over its
-columns of those over its rows."""
+"""Pooling, one axis after another: the maximum or sum of a window is that of its rows'."""
 
 from __future__ import annotations
 
@@ -72,13 +71,12 @@ def avg_pool(
     `count_include_pad`, a window is divided by the elements of x in it."""
     if not x.is_floating_point():
         return NotImplemented
-    windows = _each(axes, kernel_size, stride or kernel_size, padding, (1,))
+    windows = _each(axes, kernel_size, stride or kernel_size, padding)
     varies = divisor_override is None and (ceil_mode or not count_include_pad)
     y = widened(x)
-    for axis, *window in zip(range(-axes, 0), *windows, strict=True):
-        y = _windows(y, axis, window, ceil_mode, 0.0).sum(-1)
+    for axis, k, s, p in zip(range(-axes, 0), *windows, strict=True):
+        y = _windows(y, axis, (k, s, p, 1), ceil_mode, 0.0).sum(-1)
         if varies:
-            k, s, p, _ = window
             beyond = p if count_include_pad else 0
             start = torch.arange(y.shape[axis], device=x.device) * s - p
             end = (start + k).clamp(max=x.shape[axis] + beyond)
