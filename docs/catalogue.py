@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moec import pipeline
+from moec.capture.decomposition.kernels import LEFT_OUT, WRITTEN_OUT
 from moec.codegen.loops.emit import EMIT
 from moec.commands.list import first_line, formats, opt_in_passes, passes
 from moec.ops import OPS
@@ -61,11 +62,19 @@ def _ops() -> Iterator[str]:
     yield "## Operators of ATen that become loops"
     yield (
         "These compile on every target. Linear layers, attention, norms and top-k have kernels "
-        "of their own besides (`codegen/rules/`). Any other operator stops the compilation; all "
-        "of them are named in one message."
+        "of their own besides (`codegen/rules/`). Composite operators become them in the "
+        "capture, by torch's rules, and by those of the list after this one. Any other "
+        "operator stops the compilation; all of them are named in one message."
     )
     aten = sorted(name.removeprefix("aten.") for name in EMIT if name.startswith("aten."))
     yield ", ".join(f"`{name}`" for name in aten)
+    yield (
+        "These are written out in them (`moec/capture/decomposition/`); "
+        "positions of maxima, averages of integers and adaptive maxima of more than one window "
+        "stay refused. A NaN in a bag makes its maximum NaN; eager's depends on the order of rows."
+    )
+    written = sorted(str(op).removeprefix("aten.") for op in (*WRITTEN_OUT, *LEFT_OUT))
+    yield ", ".join(f"`{name}`" for name in written)
 
 
 def _order(name: str) -> tuple[int, str]:

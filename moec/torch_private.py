@@ -146,6 +146,11 @@ PRIVATE: Mapping[str, PrivateName] = {
     "batch_norm_no_training": PrivateName(
         "torch.ops.aten._native_batch_norm_legit_no_training.default", _TRACES
     ),
+    "instance_norm": PrivateName("torch.ops.aten._native_batch_norm_legit.no_stats", _TRACES),
+    "adaptive_avg_pool2d": PrivateName("torch.ops.aten._adaptive_avg_pool2d.default", _TRACES),
+    "embedding_bag": PrivateName("torch.ops.aten._embedding_bag_forward_only.default", _TRACES),
+    "training_bag": PrivateName("torch.ops.aten._embedding_bag.default", _TRACES),
+    "get_decompositions": PrivateName("torch._decomp.get_decompositions", _TRACES),
     "safe_softmax": PrivateName("torch.ops.aten._safe_softmax", "run attention with masks"),
     "to_copy": PrivateName("torch.ops.aten._to_copy.default", _TRACES),
     # dispatch and autograd

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from moec.capture.decomposition.kernels import WRITTEN_OUT
-from moec.torch_private import OpOverload, has_kernel_for, registrations_of
+from moec.capture.decomposition.kernels import LEFT_OUT, WRITTEN_OUT
+from moec.torch_private import OpOverload, get_decompositions, has_kernel_for, registrations_of
 
 WHOLE = frozenset(
     {
@@ -31,7 +31,8 @@ WHOLE = frozenset(
 @cache
 def _decompositions(composite: int) -> Mapping[Any, Callable[..., Any]]:
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
-    return {op: table[op] for op in list(table) if str(op) not in WHOLE} | dict(WRITTEN_OUT)
+    table = {op: table[op] for op in list(table) if str(op) not in WHOLE}
+    return {**table, **get_decompositions(LEFT_OUT), **WRITTEN_OUT}
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
