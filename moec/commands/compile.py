@@ -119,7 +119,8 @@ def command(**values: Any) -> None:
 
     MODEL is a folder with a Hugging Face checkpoint, ORG/NAME or ORG/NAME:FILE.gguf for one of the
     hub, which is downloaded, a .gguf file, a .pt2 file of torch.export, an .onnx file, or
-    FILE.py:FACTORY, a function that returns (module, arguments) or (module, arguments, dynamic_shapes).
+    FILE.py:FACTORY, a function that returns (module, arguments) or (module, arguments,
+    dynamic_shapes).
 
     The result is compared with eager PyTorch on random inputs. If they differ, nothing is written
     and the exit code is 2.

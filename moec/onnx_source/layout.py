@@ -30,13 +30,13 @@ def _reshape(attributes: Attributes, x: Value, shape: Value) -> Value:
     if is_sizes(x):
         target = sizes(shape)
         return sizes(x) if len(target) == 1 else size(x)
-    whole = tensor(x)
+    data = tensor(x)
     zeros = not attributes.get("allowzero")
     copied = [
-        whole.shape[i] if zeros and is_number(s) and s == 0 else s
+        data.shape[i] if zeros and is_number(s) and s == 0 else s
         for i, s in enumerate(sizes(shape))
     ]
-    return whole.reshape(copied)
+    return data.reshape(copied)
 
 
 def _flatten(attributes: Attributes, x: Tensor) -> Tensor:
@@ -53,18 +53,18 @@ def _unsqueeze(attributes: Attributes, x: Value, axes: Value = None) -> Value:
     where = _axes(attributes, axes)
     if is_sizes(x) and not isinstance(x, list) and len(where) == 1:
         return [x]
-    whole = tensor(x)
-    for axis in sorted(axis % (whole.ndim + len(where)) for axis in where):
-        whole = whole.unsqueeze(axis)
-    return whole
+    data = tensor(x)
+    for axis in sorted(axis % (data.ndim + len(where)) for axis in where):
+        data = data.unsqueeze(axis)
+    return data
 
 
 def _squeeze(attributes: Attributes, x: Value, axes: Value = None) -> Value:
     if is_sizes(x):
         return size(x)
     where = _axes(attributes, axes)
-    whole = tensor(x)
-    return whole.squeeze(tuple(where)) if where else whole.squeeze()
+    data = tensor(x)
+    return data.squeeze(tuple(where)) if where else data.squeeze()
 
 
 def _concat(attributes: Attributes, *inputs: Value) -> Value:
@@ -92,30 +92,30 @@ def _slice(attributes: Attributes, x: Value, *bounds: Value) -> Value:
         axes, steps = list(attributes.get("axes", range(len(starts)))), [1] * len(starts)
     if is_sizes(x):
         return sizes(x)[starts[0] : ends[0] : steps[0]]
-    whole = tensor(x)
+    data = tensor(x)
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if is_number(step) and step < 0:
             raise NotImplementedError("Slice with a negative step")
         endless = is_number(end) and end >= ENDLESS
-        index: list[Any] = [slice(None)] * whole.ndim
+        index: list[Any] = [slice(None)] * data.ndim
         index[axis] = slice(start, None if endless else end, step)
-        whole = whole[tuple(index)]
-    return whole
+        data = data[tuple(index)]
+    return data
 
 
 def _gather(attributes: Attributes, x: Value, ids: Value) -> Value:
     if is_sizes(x) and is_sizes(ids):
         values = sizes(x)
         return [values[i] for i in ids] if isinstance(ids, list) else values[size(ids)]
-    whole, axis = tensor(x), attributes.get("axis", 0)
+    data, axis = tensor(x), attributes.get("axis", 0)
     if is_sizes(ids) and not isinstance(ids, list):
-        return whole.select(axis, size(ids))
+        return data.select(axis, size(ids))
     rows = tensor(ids)
-    if axis == 0 and whole.ndim == 2 and rows.ndim > 0 and isinstance(x, torch.nn.Parameter):
-        return F.embedding(rows, whole)
-    axis %= whole.ndim
-    picked = whole.index_select(axis, rows.reshape(-1))
-    return picked.reshape(*whole.shape[:axis], *rows.shape, *whole.shape[axis + 1 :])
+    if axis == 0 and data.ndim == 2 and rows.ndim > 0 and isinstance(x, torch.nn.Parameter):
+        return F.embedding(rows, data)
+    axis %= data.ndim
+    picked = data.index_select(axis, rows.reshape(-1))
+    return picked.reshape(*data.shape[:axis], *rows.shape, *data.shape[axis + 1 :])
 
 
 def _gather_elements(attributes: Attributes, x: Tensor, ids: Tensor) -> Tensor:
@@ -150,16 +150,16 @@ def _reduction(attributes: Attributes) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _expand(attributes: Attributes, x: Value, shape: Value) -> Value:
-    target = sizes(shape)
+def _expand(attributes: Attributes, x: Value, wide: Value) -> Value:
+    target = sizes(wide)
     if is_sizes(x) and len(target) == 1 and is_number(target[0]):
         return sizes(x) * (target[0] if len(sizes(x)) == 1 else 1)
-    whole = tensor(x)
-    missing = whole.ndim - len(target)
+    data = tensor(x)
+    missing = data.ndim - len(target)
     target = [*[1] * missing, *target] if missing > 0 else target
-    own = [1] * (len(target) - whole.ndim) + list(whole.shape)
-    kept = [o if is_number(t) and t == 1 else t for o, t in zip(own, target, strict=True)]
-    return whole.expand(kept)
+    shape = [1] * (len(target) - data.ndim) + list(data.shape)
+    lengths = [s if is_number(t) and t == 1 else t for s, t in zip(shape, target, strict=True)]
+    return data.expand(lengths)
 
 
 def _tile(attributes: Attributes, x: Tensor, repeats: Value) -> Tensor:
@@ -198,7 +198,7 @@ def _range(attributes: Attributes, start: Value, end: Value, step: Value) -> Ten
 
 def _one_hot(attributes: Attributes, chosen: Value, depth: Value, values: Value) -> Value:
     count = size(depth if is_sizes(depth) else int(tensor(depth)))
-    if is_sizes(chosen) and is_sizes(values):  # repeats of each axis: one row, without its own axis
+    if is_sizes(chosen) and is_sizes(values):  # repeats of each axis: one row, without its axis
         off, on = sizes(values)
         return [on if axis == size(chosen) % count else off for axis in range(count)]
     ids, values = tensor(chosen), tensor(values)

@@ -77,7 +77,7 @@ class OnnxModule(nn.Module):
         self.nodes: list[OnnxNode] = []
         for node in nodes:
             module = OnnxNode(node, TABLE[_name(node)])
-            names.place(self, node.name or node.op_type, module)
+            names.attach(self, node.name or node.op_type, module)
             self.nodes.append(module)
         self.results = tuple(output.name for output in graph.output)
         last = {name: i for i, node in enumerate(self.nodes) for name in node.inputs}
@@ -87,7 +87,7 @@ class OnnxModule(nn.Module):
                 self.freed[position].append(name)
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        held = {name: getattr(*place) for name, place in self.weights.items()}
+        held = {name: getattr(module, leaf) for name, (module, leaf) in self.weights.items()}
         values: dict[str, Value] = {**self.constants, **held, **inputs}
         for node, freed in zip(self.nodes, self.freed, strict=True):
             result = node(*(values[name] for name in node.inputs))
@@ -111,7 +111,7 @@ class OnnxModule(nn.Module):
             self.constants[name] = few
             return
         held = nn.Parameter(value, requires_grad=False) if value.is_floating_point() else value
-        self.weights[name] = names.place(self, name, held)
+        self.weights[name] = names.attach(self, name, held)
 
 
 class _Names:
@@ -120,7 +120,7 @@ class _Names:
     def __init__(self) -> None:
         self.used: Counter[str] = Counter()
 
-    def place(self, root: nn.Module, name: str, part: nn.Module | Tensor) -> tuple[nn.Module, str]:
+    def attach(self, root: nn.Module, name: str, part: nn.Module | Tensor) -> tuple[nn.Module, str]:
         """Puts a node or weight where its name says; returns the module that has it, and its name
         there."""
         path = [re.sub(r"\W", "_", word) or "_" for word in re.split(r"[/.]+", name.strip("/."))]

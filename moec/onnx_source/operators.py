@@ -213,12 +213,12 @@ _REDUCTIONS: dict[str, Callable[..., Tensor]] = {
 
 def _reduction(function: Callable[..., Tensor]) -> Operator:
     def run(attributes: Attributes, x: Value, axes: Value = None) -> Tensor:
-        whole = tensor(x)
+        data = tensor(x)
         named = attributes.get("axes") if axes is None else sizes(axes)
         if not named and attributes.get("noop_with_empty_axes"):
-            return whole
-        dims = list(named or range(whole.ndim))
-        return function(whole, dim=dims, keepdim=bool(attributes.get("keepdims", 1)))
+            return data
+        dims = list(named or range(data.ndim))
+        return function(data, dim=dims, keepdim=bool(attributes.get("keepdims", 1)))
 
     return run
 

@@ -149,10 +149,10 @@ def test_a_family_of_transformers(tmp_path: Path) -> None:
     assert (block.router, block.activation) == ("softmax, top-2, renormalised", "swiglu")
     ids, mask = torch.randint(3, 160, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
     mask[1, :4] = 0
-    kept = mask.bool()
-    expected = in_onnx_runtime(path, x=ids, mask=mask)[kept]
+    unpadded = mask.bool()
+    expected = in_onnx_runtime(path, x=ids, mask=mask)[unpadded]
     torch.testing.assert_close(
-        compiled(x=ids, mask=mask)["y"][kept], expected, rtol=1e-4, atol=1e-4
+        compiled(x=ids, mask=mask)["y"][unpadded], expected, rtol=1e-4, atol=1e-4
     )
 
 
