@@ -36,6 +36,7 @@ class Function(nn.Module):
 
 IMAGES = ((2, 4, 9, 7), (1, 4, 12, 7), (3, 4, 10, 7), (0, 4, 9, 7))
 ROWS = ((3, 6, 7), (1, 5, 7), (0, 6, 7))
+EDGES = torch.tensor([-1.0, 0.0, 0.0, 1.0])
 GRID, SCALE = torch.rand(1, 3, 2, 2) * 2 - 1, torch.arange(4.0)
 
 ON_IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -68,11 +69,16 @@ ON_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "the second smallest": lambda x: x.kthvalue(2, keepdim=True)[0],
     "powers of two": lambda x: torch.ldexp(x, torch.tensor(2)),
 }
+COUNTS: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
+    "positions among sorted ones": (lambda x: torch.searchsorted(x.sort(-1)[0], x * 1.5), ROWS),
+    "positions to the right": (lambda x: torch.searchsorted(EDGES, x.log(), right=True), ROWS),
+}
 RESPONSES = {"a local response norm": (lambda x: F.local_response_norm(x, 2), IMAGES[:3])}
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = (
     {name: (f, IMAGES) for name, f in ON_IMAGES.items()}
     | {name: (f, ROWS) for name, f in ON_ROWS.items()}
     | RESPONSES
+    | COUNTS
 )
 
 
@@ -94,10 +100,10 @@ def test_the_graph_computes_what_eager_does(name: str) -> None:
         torch.testing.assert_close(y, module(x))
 
 
-@pytest.mark.parametrize("name", CASES.keys() - {"a local response norm"})
+@pytest.mark.parametrize("name", CASES.keys() - RESPONSES.keys() - COUNTS.keys())
 def test_bfloat16_is_as_close_to_float32_as_eager_is(name: str) -> None:
     """Eager rounds elsewhere. One unit of the largest result is the error of its last rounding;
-    it has no local response norm of bfloat16."""
+    it has no local response norm of bfloat16, and counts are not near one another."""
     function, shapes = CASES[name]
     module = Function(function).eval()
     x = torch.randn(shapes[0], generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -82,6 +82,17 @@ def median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, ...]:
     return tuple(b.where(last[0].isnan(), a) for a, b in zip(middle, last, strict=True))
 
 
+def searchsorted(edges: Tensor, x: Tensor, **options: Any) -> Tensor:
+    """How many of the sorted edges [.., N] are below each of x [.., M], or of all x where edges has
+    one axis. NaN is above all."""
+    if (sorter := options.get("sorter")) is not None:
+        edges = edges.gather(-1, sorter)
+    right = options.get("right") or options.get("side") == "right"
+    rows, columns = edges.unsqueeze(-2) if edges.ndim > 1 else edges, x.unsqueeze(-1)
+    count = (~(rows > columns if right else rows >= columns)).sum(-1)
+    return count.int() if options.get("out_int32") else count
+
+
 WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
     torch_private.cdist_forward: cdist_forward,
     torch_private.batch_norm_no_training: batch_norm,
@@ -93,6 +104,7 @@ WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.avg_pool3d.default: partial(pooling.avg_pool, axes=3),
     torch.ops.aten.kthvalue.default: kthvalue,
     torch.ops.aten.median.dim: median,
+    torch.ops.aten.searchsorted.Tensor: searchsorted,
     torch.ops.aten.max_pool2d_with_indices.default: pooling.max_pool2d,
     torch.ops.aten.native_group_norm.default: group_norm,
 }

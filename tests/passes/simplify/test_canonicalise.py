@@ -1,5 +1,7 @@
 """Equivalent ops get one form."""
 
+import math
+
 import pytest
 import torch
 
@@ -94,6 +96,7 @@ def test_the_numbers_hold(ops):
     )
     before = parse(text)
     inputs = [torch.randn(5, 4), torch.arange(5), torch.randn(5, 1, 4)]
+    inputs[0][2, 1] = math.nan if "bucketize" in ops else 0.0
     weights = {"w": torch.randn(3, 4), "v": torch.randn(4, 3), "b": torch.randn(3).sort().values}
     after = run(Program(before, weights), [Canonicalise()])[-1].program.graph
     # The same products and sums, of which torch may choose another order.
