@@ -13,7 +13,7 @@ x[mask], x.masked_scatter(mask) -> x[where the mask is set]
 x.masked_scatter(mask, y), x[mask] = y -> where(mask, y[cumsum(mask) - 1], x)
                                                     (of known or named sizes)
 softmax(x, dtype=f32), sum(x, dtype=f32) of float64 -> softmax(cast(x)), sum(cast(x))
-bucketize(x, edges)             -> sum(edges < x[.., None], -1)
+bucketize(x, edges)             -> sum(not edges >= x[.., None], -1)
 """
 
 from __future__ import annotations
