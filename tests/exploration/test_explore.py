@@ -298,8 +298,16 @@ def test_a_port_in_use(files: Files) -> None:
     assert f"--port {port} cannot be used: address already in use" in result.output.lower()
 
 
+INTERRUPTIBLE = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in background
+from moec.__main__ import main
+main()
+"""
+
+
 def test_it_is_served_until_interrupted(files: Files) -> None:
-    command = [sys.executable, "-m", "moec", "explore", str(files.artifact)]
+    command = [sys.executable, "-c", INTERRUPTIBLE, "explore", str(files.artifact)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -313,9 +321,10 @@ def test_it_is_served_until_interrupted(files: Files) -> None:
             ):
                 with pytest.raises(OSError, match=str(status)):
                     urlopen(Request(url, headers={"Host": host}))
-        finally:
             process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
 
 
 def test_a_page_needs_only_its_data() -> None:
