@@ -144,6 +144,30 @@ class ReadsNumber(Block):
         return y * 1.01 if self.number == 4 else y
 
 
+class ReadsNumberOfLongRows(Block):
+    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().forward(x, keep)
+        return y * 2 if x.shape[1] > 5 and self.number >= 4 else y
+
+
+class OtherMasks(Stack):
+    """The later layers get another mask, which is equal on the example."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keep = torch.ones_like(x[..., 0])
+        near = (torch.arange(x.shape[1]) < 6).to(x.dtype) * keep
+        for layer, mask in zip(self.layers, [keep] * 3 + [near] * 3, strict=False):
+            x = layer(x, mask)
+        return x
+
+
+class LoopOfLongRows(Stack):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            x = layer(x, x.sum(-1) if number > 3 and x.shape[1] > 5 else None)
+        return x
+
+
 class SumOfLayers(Stack):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         total = x
@@ -208,6 +232,12 @@ def tensors_as_attributes() -> nn.Module:
 
 ONE_BY_ONE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a layer reads its number": (lambda: Stack(*map(ReadsNumber, range(7))), ""),
+    "a layer reads its number for long rows": (
+        lambda: Stack(*map(ReadsNumberOfLongRows, range(7))),
+        "",
+    ),
+    "a loop reads numbers for long rows": (lambda: LoopOfLongRows(*blocks(6)), ""),
+    "other masks": (lambda: OtherMasks(*blocks(6)), ""),
     "other numbers as attributes": (lambda: Stack(*(Block(n, scale=n / 3) for n in range(6))), ""),
     "other tensors as attributes": (tensors_as_attributes, ""),
     "one module": (one_module, ""),
@@ -236,7 +266,9 @@ def test_other_layers_are_traced_one_by_one(name, caplog):
     captured, every, lines = capture_all(model, caplog)
     assert lines == ([reason] if reason else [])
     assert_same_graphs(captured, every)
-    if name != "results are returned":
+    bounds = captured.program.graph.bounds
+    assert {n: b.high for n, b in bounds.items()} == {"B": None, "S": 5 if "long" in name else None}
+    if name != "results are returned" and "long" not in name:
         assert_equals_eager(captured, model)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from moec.capture.calls.call import ModuleCall
 from moec.capture.repeated.layer_calls import layer_calls
+from moec.capture.repeated.numbers import number_decides
 from moec.torch_private import PRIVATE
 
 _TENSORS = (PRIVATE["parameters_of"].attribute, PRIVATE["buffers_of"].attribute)
@@ -57,11 +58,16 @@ def layer_lists(call: ModuleCall) -> list[LayerList]:
         within = any(path.startswith(f"{each.path}." if each.path else "") for each in lists)
         if isinstance(module, nn.ModuleList | nn.Sequential) and not within:
             each = LayerList(path, module, _kinds(module))
-            lists += [each] if each.is_long else []
+            owner = call.module.get_submodule(path.rpartition(".")[0])
+            if each.is_long and not number_decides(owner, list(module)):
+                lists.append(each)
     calls = layer_calls(call, [list(each.layers) for each in lists]) if lists else []
     called = [
         replace(
-            each, kinds=_first_equal([*zip(each.kinds, (c.operators for c in noted), strict=True)])
+            each,
+            kinds=_first_equal(
+                [*zip(each.kinds, ([c.beside, c.operators] for c in noted), strict=True)]
+            ),
         )
         for each, noted in zip(lists, calls, strict=True)
         if noted is not None

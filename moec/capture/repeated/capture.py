@@ -30,7 +30,8 @@ def capture_repeated(request: CaptureRequest, capture: Callable[[], Captured]) -
     with PROCESS_STATE, values_kept(module):
         try:
             lists = layer_lists(request.call)
-        except Exception:  # whatever the module raises: its capture says so
+        except Exception as error:  # whatever the module raises: its capture says so
+            _log.info("alike layers are traced one by one: %s", type(error).__name__)
             return None
         if not lists:
             return None

@@ -19,10 +19,12 @@ from moec.torch_private import TorchDispatchMode, pytree
 
 @dataclass
 class LayerCall:
-    """One call of a layer: its number, the operators that it calls with their arguments (of
-    tensors, the types), and the tensors that go in and come out."""
+    """One call of a layer: its number, its arguments beside the result of the layer before (of
+    tensors, which they are), the operators that it calls with their arguments (of tensors, the
+    types), and the tensors that go in and come out."""
 
     number: int
+    beside: list[Any]
     operators: list[str] = field(default_factory=list)
     arguments: list[torch.Tensor] = field(default_factory=list)
     results: list[torch.Tensor] = field(default_factory=list)
@@ -41,6 +43,10 @@ def layer_calls(
                 for hook in record.hooks(layer, number, noted):
                     stack.callback(hook.remove)
         call(*(tensor.clone() for tensor in call.tensors))
+    for noted in calls:  # what only the first layer reads is carried to it
+        others = {each for later in noted[1:] for each in later.beside}
+        for first in noted[:1]:
+            first.beside = [each for each in first.beside if each in others]
     return [
         noted if _is_chain(noted, len(each)) else None
         for each, noted in zip(lists, calls, strict=True)
@@ -63,7 +69,11 @@ class _Record(TorchDispatchMode):  # type: ignore[misc]
 
     def hooks(self, layer: nn.Module, number: int, calls: list[LayerCall]) -> list[Any]:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls.append(LayerCall(number, arguments=_tensors((args, kwargs))))
+            results = calls[-1].results if calls else []
+            carried = {id(result) for result in results}
+            leaves = pytree.tree_leaves((args, kwargs))
+            beside = [_named(leaf) for leaf in leaves if id(leaf) not in carried]
+            calls.append(LayerCall(number, beside, [], _tensors((args, kwargs))))
             self.running.append(calls[-1])
 
         def leave(module: nn.Module, args: Any, result: Any) -> None:
@@ -90,6 +100,11 @@ class _Record(TorchDispatchMode):  # type: ignore[misc]
 def _described(value: Any) -> Any:
     tensor = isinstance(value, torch.Tensor)
     return f"{value.dtype} {tuple(value.shape)} {value.stride()}" if tensor else value
+
+
+def _named(value: Any) -> Any:
+    """An argument beside the last layer's result: of tensors, which one it is."""
+    return id(value) if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
