@@ -138,6 +138,20 @@ def test_rows_alike_near_a_tie_may_decide_as_in_32_bits() -> None:
     assert "is torch.float32" in wrong
 
 
+def test_constants_in_16_bits_excuse_no_more_than_they_cause() -> None:
+    """A normed weight that a pass rounds to 16 bits moves all results, and may flip a choice."""
+    x, exact = torch.ones(40, 4), torch.linspace(1, 2, 160).reshape(40, 4)
+    answers = [Answer("rounded", (x,), exact, lambda *_: exact)]
+    rounded = exact * (1 + 2.0**-9)
+    assert compare(lambda _: rounded, answers, "float32", lambda _: rounded) == ([], [])
+    (wrong,), _ = compare(lambda _: exact * 1.02, answers, "float32", lambda _: rounded)
+    assert "differs by 2.0e-02" in wrong
+    (wrong,), _ = compare(lambda _: rounded, answers, "float32", lambda _: exact)
+    assert "differs by" in wrong
+    (wrong,), _ = compare(lambda _: rounded.half(), answers, "float32", lambda _: rounded)
+    assert "is torch.float16" in wrong
+
+
 def test_calls_after_a_refused_one_are_compared() -> None:
     def run(x: torch.Tensor) -> torch.Tensor:
         if len(x) == 1:
