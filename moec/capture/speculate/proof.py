@@ -15,7 +15,7 @@ from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.watching import Ways, watched
 from moec.capture.user_code.sites import Site
 from moec.errors import CaptureError, IRError
-from moec.interpret.evaluate import evaluate
+from moec.interpret.evaluate import evaluate_anywhere
 from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
 from moec.ir.sizes.thresholds import truth_of
@@ -100,7 +100,7 @@ def examine(
     try:
         for case, (went, expected), finite in attempts():
             compared += 1
-            results = _run(program, case)
+            results = run_program(program, case)
             error = error_of(results[:outputs], expected)
             equal = error <= limit or same_results(program, eager, case, expected)
             if not equal and (not finite or not _hold(guards, program, case)):
@@ -143,12 +143,12 @@ def _outcomes(
             yield number, bool(outcome)
 
 
-def _run(program: Program, case: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def run_program(program: Program, case: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The program's outputs; empty where it fails although eager does not."""
     states = [program.weights[state.before.name] for state in program.graph.states]
     try:
         with torch.no_grad():
-            results = evaluate(program.graph, [*case, *states], program.weights)
+            results = evaluate_anywhere(program.graph, [*case, *states], program.weights)
             return results[: len(program.graph.outputs)]
     except (RuntimeError, IRError, IndexError, ValueError, ArithmeticError):
         return ()

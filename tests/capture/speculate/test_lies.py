@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from moec.capture import capture
+from moec.capture.speculate.proof import run_program
 from moec.errors import CaptureError
+from moec.ir.graph import Program
+from moec.ir.text import parse
 from tests.capture.speculate.layer import D, Layer
 from tests.capture.speculate.lies import LIES
 
@@ -37,3 +40,11 @@ def test_a_lie_is_refused_with_its_line(name: str) -> None:
     for words in WORDS[name]:
         assert words in message
     assert len(message.splitlines()) <= 6
+
+
+def test_a_program_is_also_compared_beyond_its_bounds() -> None:
+    """An export at S > 8 may compute the same below; its answers are then read there too."""
+    text = "graph main(x: f32[S]) {\n size S in [9, inf]\n y: f32[S] = aten.relu.default(x)\n"
+    program = Program(parse(f"{text} return y\n}}"), {})
+    (result,) = run_program(program, [torch.ones(6)])
+    assert torch.equal(result, torch.ones(6))
