@@ -12,7 +12,7 @@ from moec.dtypes import FLOATS
 from moec.errors import NoMatch
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Value
-from moec.ir.sizes.dims import evaluate_dim
+from moec.ir.sizes.dims import Dim, evaluate_dim
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,15 @@ class Ids:
     absent: bool = False
     distinct: bool = True
     negative: bool = False
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """The input [.., ..] holds numbers of rows below `rows`, distinct along `axis`, as those that a
+    top-k over the rows chooses."""
+
+    rows: Dim
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,9 @@ class Uniform:
     """The input holds numbers in [0, 1) by which choices are dropped or kept."""
 
 
-Feed = Ids | OneHot | AnyMask | Logits | Correction | Positive | Sparse | Uniform | None
+Feed = (
+    Ids | ChosenRows | OneHot | AnyMask | Logits | Correction | Positive | Sparse | Uniform | None
+)
 """The kind of a random input; None means any floats."""
 
 
@@ -91,6 +102,13 @@ def sample(
         case Ids():
             tokens = math.prod(shape) // feed.slots
             return _ids(tokens, feed, pattern, generator).reshape(shape).to(dtype)
+        case ChosenRows():
+            rows = evaluate_dim(feed.rows, sizes)
+            scores = torch.rand((shape[1 - feed.axis], rows), generator=generator)
+            if pattern == "one expert":  # all experts choose as it does
+                scores = scores[:1].expand_as(scores)
+            chosen = scores.topk(shape[feed.axis]).indices.to(dtype)
+            return chosen if feed.axis == 1 else chosen.T
         case OneHot():
             count = shape[-1]
             ids = _ids(math.prod(shape[:-1]), Ids(count, 1, absent=True), pattern, generator)

@@ -7,6 +7,7 @@
     t = where(ids == e);    out[t] = expert_e(x[t]) * weights[t]                 rows still zero
     out = where((ids == e)[:, None], expert_e(x) * weights[:, None], out)        rows still zero
     t = where(ids == e)[:C]; out[t] = expert_e(x[t])                     see limited_rows
+    t = scores[:, e].topk(C)[1]; out[t] += expert_e(x[t])                see expert_choice
 
 Experts without a network (zero_experts.py) come after the others. The links of a
 chain are branches with the same sequence of op names. The initial value of the chain is added after
@@ -39,6 +40,7 @@ from moec.passes.recognise.forms.branches.unrolled_experts import (
     selected_by,
 )
 from moec.passes.recognise.forms.loops.chains import Chain, chains
+from moec.passes.recognise.forms.loops.expert_choice import chosen_by_experts
 from moec.passes.recognise.forms.loops.limited_rows import limit, overwritten, passed_through
 from moec.passes.recognise.forms.loops.masks_of_experts import open_experts
 from moec.passes.recognise.forms.loops.zero_experts import zero_experts
@@ -172,9 +174,12 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             )
     except NoMatch as error:
         no_choice = error
-    if zero is None and copies is None and limited is None:
+    if zero is None and copies is None:
         columns = [branch.reader.uses for branch in experts.branches]
-        for mask in open_experts(scope, evidence, columns):
+        masks = list(chosen_by_experts(scope, evidence, columns))
+        if limited is None:
+            masks += open_experts(scope, evidence, columns)
+        for mask in masks:
             cut = tuple(dict.fromkeys((first.reader.root, *mask.cut, *start)))
             yield block(
                 SOME,

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
-from moec.ir.graph import Attr, TensorType, Value
+from moec.ir.graph import Attr, Op, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, VIEWS
 from moec.passes.proof.input_generators import AnyMask, Feed, Sparse
@@ -25,7 +26,6 @@ from moec.passes.recognise.routers.routing_weights import dense_weights, unweigh
 
 _LISTS = VIEWS | CASTS | {"aten.slice.Tensor", "aten.nonzero.default"}
 _COMPARISONS = {f"aten.{name}.Scalar" for name in ("gt", "ge", "lt", "le", "ne")}
-_RANKINGS = {"aten.topk.default", "aten.sort.default", "aten.sort.stable"}
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,16 @@ class OpenExperts:
 
 
 def _table(scope: Scope, selects: Sequence[Value], tokens: Dim) -> ExpertTable | None:
-    """The table whose column e is behind `selects[e]`; None if there is none, or if a ranking makes
-    it, which gives each token a fixed number of experts."""
+    """The table whose column e is behind `selects[e]`; None if there is none, or if a top-k among
+    the experts makes it, which gives each token a fixed number of them."""
     tables = {_column(scope, value, number) for number, value in enumerate(selects)}
     table = tables.pop() if len(tables) == 1 else None
     if table is None or product(table.source.shape) != product((tokens, len(selects))):
         return None
-    ranked = any(op.name in _RANKINGS for op in choices(scope, [table.source]))
+    ranked = any(
+        op.name == "aten.topk.default" and _among(op) == len(selects)
+        for op in choices(scope, [table.source])
+    )
     return None if ranked else table
 
 
@@ -108,15 +111,18 @@ def open_experts(
     for weights in all_weights if role == "order" else (table.source,):
         cut = (table.source,) if weights in (None, table.source) else (table.source, weights)
         feeds = dict.fromkeys(cut, Sparse()) | {table.source: feed}
-        recipe = None if weights is None else _rows(weights, tokens, experts)
+        recipe = None if weights is None else partial(as_rows, weights, tokens, experts)
         yield OpenExperts(ids, recipe, cut, feeds)
 
 
-def _rows(weights: Value, tokens: Dim, experts: int) -> Recipe:
-    def make(emit: RegionEmitter) -> Value:
-        value = emit.old(weights)
-        if value.shape[-1] != experts:
-            value = emit.permute(value, (1, 0))
-        return emit.reshape(value, (tokens, experts))
+def as_rows(weights: Value, tokens: Dim, experts: int, emit: RegionEmitter) -> Value:
+    """Weights of all experts, [.., E] or [E, T], as [T, E]."""
+    value = emit.old(weights)
+    if value.shape[-1] != experts:
+        value = emit.permute(value, (1, 0))
+    return emit.reshape(value, (tokens, experts))
 
-    return make
+
+def _among(op: Op) -> Dim:
+    """How many elements a choice chooses among."""
+    return op.inputs[0].shape[cast(int, op.attrs.get("dim", -1))]

@@ -114,7 +114,10 @@ def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Propos
         alone = Reader(scope, fans=fans.get)
         try:
             alone.begin(rows_read(scope, anchor, fans))
-            yield from own_rows.proposals(alone, ends_of(alone, anchor, fans).likely)
+            ends = ends_of(alone, anchor, fans).likely
+            if anchor in fans:  # the experts end here
+                ends.append((anchor.outputs[0], alone.memo[anchor.outputs[0]]))
+            yield from own_rows.proposals(alone, ends)
         except NoMatch:
             pass  # report the first reason: it is more specific
         raise

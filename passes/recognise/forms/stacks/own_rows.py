@@ -32,7 +32,8 @@ def proposals(reader: Reader, ends: Sequence[tuple[Value, ExpertLayout]]) -> Ite
     x, experts = reader.x, reader.writer.experts
     assert x is not None
     assert experts is not None
-    results = [(value, layout) for value, layout in ends if not layout.reduced]
+    rows = [(value, layout) for value, layout in ends if not layout.reduced]
+    results = [(value, layout) for value, layout in rows if layout.axes[-1] == layout.features]
     for value, layout in results[:_MOST]:
         body, stacks = reader.body(layout)
         if sum(op.name in PRODUCTS for op in body.ops) < 2:

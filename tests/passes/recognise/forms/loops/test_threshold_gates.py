@@ -87,6 +87,18 @@ class EveryToken(OwnRows):
         return sum(results[1:], results[0]) / active.sum(1, keepdim=True)
 
 
+class Mass(OwnRows):
+    """The likeliest experts up to a mass of 0.6, in the order of a sort."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores, order = (x @ self.similarity).softmax(-1).sort(-1, descending=True)
+        scores = scores * (scores.cumsum(-1) - scores < 0.6)
+        table, y = torch.zeros_like(scores).scatter(1, order, scores), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            y = y + table[:, number, None] * expert(x)
+        return y
+
+
 class OtherLimit(OwnRows):
     """The last expert has a threshold of its own."""
 
@@ -101,7 +113,7 @@ class OtherColumn(OwnRows):
         return active[:, (number + 1) % E] > 0
 
 
-@pytest.mark.parametrize("kind", [OwnRows, Booleans, EveryToken, OtherLimit, OtherColumn])
+@pytest.mark.parametrize("kind", [OwnRows, Booleans, EveryToken, Mass, OtherLimit, OtherColumn])
 def test_loops_over_the_columns_of_a_table(kind: type[nn.Module]) -> None:
     """All are right; those whose experts compare a table in one way are blocks."""
     torch.manual_seed(0)
