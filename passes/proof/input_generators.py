@@ -38,6 +38,14 @@ class ChosenRows:
 
 
 @dataclass(frozen=True)
+class Flags:
+    """The input holds masks, or integers that are compared with `numbers`: 0, 1, another true
+    value, and the numbers with their neighbours."""
+
+    numbers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class OneHot:
     """The input holds masks [.., E] with at most one expert set."""
 
@@ -74,7 +82,17 @@ class Uniform:
 
 
 Feed = (
-    Ids | ChosenRows | OneHot | AnyMask | Logits | Correction | Positive | Sparse | Uniform | None
+    Ids
+    | ChosenRows
+    | Flags
+    | OneHot
+    | AnyMask
+    | Logits
+    | Correction
+    | Positive
+    | Sparse
+    | Uniform
+    | None
 )
 """The kind of a random input; None means any floats."""
 
@@ -109,6 +127,10 @@ def sample(
                 scores = scores[:1].expand_as(scores)
             chosen = scores.topk(shape[feed.axis]).indices.to(dtype)
             return chosen if feed.axis == 1 else chosen.T
+        case Flags():
+            near = {number + step for number in feed.numbers for step in (-1, 0, 1)}
+            values = torch.tensor(sorted({0, 1, 2} | near))
+            return values[torch.randint(len(values), shape, generator=generator)].to(dtype)
         case OneHot():
             count = shape[-1]
             ids = _ids(math.prod(shape[:-1]), Ids(count, 1, absent=True), pattern, generator)
@@ -119,8 +141,8 @@ def sample(
         case Logits():
             return _logits(shape, pattern, generator).to(dtype)
         case Correction():
-            scale = {"tied": 0.0, "one expert": 1.0}.get(pattern, 0.1)
-            return (torch.randn(shape, generator=generator) * scale).to(dtype)
+            drawn = torch.randn(shape, generator=generator)
+            return (drawn * correction_scale(pattern)).to(dtype)
         case Positive():
             weights = torch.rand(shape, generator=generator)
             if pattern.startswith(_ABOUT):
@@ -134,6 +156,11 @@ def sample(
     if value.dtype not in FLOATS:
         raise NoMatch(f"{value.name} is {value.type}, and its range of values is unknown")
     return torch.randn(shape, generator=generator).to(dtype)
+
+
+def correction_scale(pattern: str) -> float:
+    """The size of what is added to scores: none, small as after training, or decisive."""
+    return {"tied": 0.0, "one expert": 1.0}.get(pattern, 0.1)
 
 
 def _ids(tokens: int, feed: Ids, pattern: str, generator: torch.Generator) -> torch.Tensor:

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cached_property
 
 import sympy
 import torch
@@ -25,22 +25,18 @@ from moec.interpret.evaluate import run_graph
 from moec.interpret.threads import threads_for
 from moec.ir.canonical import canonical_text
 from moec.ir.graph import Graph, Op, Value
-from moec.ir.sizes.dims import Bounds, evaluate_dim, symbols
+from moec.ir.sizes.dims import Bounds, symbols
 from moec.ir.sizes.thresholds import nearest_allowed
-from moec.ir.traits import CASTS, VIEWS
 from moec.ir.upcast import widen
 from moec.passes.proof.branch_coverage import branch_taken, require_both_branches, thresholds
-from moec.passes.proof.input_generators import Feed, input_cases, sample
+from moec.passes.proof.input_generators import Feed, correction_scale, input_cases, sample
+from moec.passes.proof.random_params import RandomParams, is_constant
 
 TOLERANCE = 2e-4
 """Tolerance, relative to the largest result: float32 sums of a few thousand terms, reordered."""
-_POOL = 1 << 22
-_FEW = 1 << 14
 _COUNTS = (1, 5, 13)
 _MOST = 1 << 11
 _ORDERINGS = tuple(f"aten.{name}.Scalar" for name in ("lt", "le", "gt", "ge"))
-_ROOTS = ("aten.sqrt.default", "aten.rsqrt.default", "aten.log.default")
-_SHIFTS = VIEWS | CASTS | {"aten.add.Tensor", "aten.select.int", "aten.stack.default"}
 _SCORES = ("aten.softmax.int", "aten.sigmoid.default", "aten.div.Tensor")
 _NARROW = (torch.bfloat16, torch.float16)
 _HEAVY = 1 << 24  # elements of weights: beyond it only one token count is tried
@@ -63,6 +59,7 @@ class Case:
     inputs: Sequence[torch.Tensor]
     env: Mapping[str, int]
     result: Results
+    scale: float  # of the params that correct scores
 
 
 @dataclass
@@ -112,7 +109,10 @@ class Prover:
     weights: Mapping[str, torch.Tensor]
     verdicts: dict[str, str] = field(default_factory=dict)
     runs: dict[str, Cases] = field(default_factory=dict)
-    pools: dict[float, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def params(self) -> RandomParams:
+        return RandomParams(self.weights)
 
     def prove(
         self,
@@ -164,6 +164,8 @@ class Prover:
                 if decisions and explained:
                     list(self.runs[left])
                 wide = widen(after)
+                if all(_is_zero(case) for case in self.runs[left]):
+                    raise NoMatch("its result is 0 on all random inputs: every block agrees")
                 for case in self.runs[left]:
                     tensors = self._tensors(case, before, after)
                     result = _run("its replacement", wide, tensors, case.env)
@@ -182,7 +184,7 @@ class Prover:
         return all(weight.dtype not in _NARROW for weight in self.weights.values())
 
     def _constants(self, graph: Graph) -> str:
-        fixed = (self.weights.get(p.name) for p in graph.params if _is_constant(p))
+        fixed = (self.weights.get(p.name) for p in graph.params if is_constant(p))
         return repr([t.tolist() if t is not None and t.numel() < 4096 else None for t in fixed])
 
     def _cases(
@@ -200,8 +202,6 @@ class Prover:
         results, by_name = len(wide.outputs), {v.name: v for v in wide.values()}
         watched = [by_name[v.name] for op in decisions for v in (op.inputs[0], op.outputs[0])]
         wide = replace(wide, outputs=(*wide.outputs, *watched))
-        roots = under_roots(before)
-        params = [self._param(p, i, p in roots) for i, p in enumerate(before.params)]
         outcomes = []
         for sizes in _sizes(before, counts):
             for pattern in input_cases(feeds, thresholds(decisions)):
@@ -211,6 +211,8 @@ class Prover:
                 ]
                 named = dict(zip(before.inputs, inputs, strict=True))
                 env = dict(sizes) | dict(bind(named) if bind else {})
+                scale = correction_scale(pattern)
+                params = self.params.of(before, before.params, scale)
                 result = _run("it", wide, [*inputs, *params], env)
                 shown = ", ".join(f"{name}={size}" for name, size in sizes.items())
                 name = f"{pattern}{'; ' + shown if shown else ''}"
@@ -218,75 +220,18 @@ class Prover:
                 outcomes.append(
                     [*map(branch_taken, decisions, watched_values[::2], watched_values[1::2])]
                 )
-                yield Case(name, inputs, env, result[:results])
+                yield Case(name, inputs, env, result[:results], scale)
         require_both_branches(decisions, outcomes)
 
     def _tensors(self, case: Case, before: Graph, after: Graph) -> list[torch.Tensor]:
         """The inputs and params of `after` in a case of `before`."""
         inputs = dict(zip(before.inputs, case.inputs, strict=True))
-        indices = {p: i for i, p in enumerate(dict.fromkeys((*before.params, *after.params)))}
-        roots = under_roots(before)
-        params = (self._param(p, indices[p], p in roots) for p in after.params)
+        params = self.params.of(before, after.params, case.scale)
         return [*(inputs[v] for v in after.inputs), *params]
 
-    def _pool(self, scale: float) -> torch.Tensor:
-        if scale not in self.pools:
-            self.pools[scale] = _normal() * scale
-        return self.pools[scale]
 
-    def _param(self, value: Value, index: int, positive: bool = False) -> torch.Tensor:
-        shape = tuple(evaluate_dim(d, {}) for d in value.shape)
-        if _is_constant(value):
-            real = self.weights.get(value.name)
-            if real is None:
-                raise NoMatch(f"the values of the constant {value.name} are not known")
-            return real.float() if value.dtype in FLOATS and real.dtype != torch.float64 else real
-        dtype = torch.float64 if value.dtype == "f64" else torch.float32
-        scale = max(shape[-1], 1) ** -0.5 if len(shape) > 1 else 1.0
-        # The same numbers: a pool has millions, and most proofs read a few hundred of them.
-        if math.prod(shape) <= _FEW:
-            values = window(_normal(), shape, 7919 * index) * scale
-        else:
-            values = window(self._pool(scale), shape, 7919 * index)
-        values = values.to(dtype)
-        return values.abs() if positive else values
-
-
-def under_roots(graph: Graph) -> frozenset[Value]:
-    """The params of which, plus constants, roots are taken, such as the variances of a norm."""
-    sources = {value: op for op in graph.ops for value in op.outputs}
-    params = set(graph.params)
-    positive = set()
-    for op in graph.ops:
-        if op.name in _ROOTS:
-            value = op.inputs[0]
-            while value in sources and sources[value].name in _SHIFTS and sources[value].inputs:
-                value = sources[value].inputs[0]
-            positive |= {value} & params
-    return frozenset(positive)
-
-
-@cache
-def _normal() -> torch.Tensor:
-    """Random numbers that all pools share: drawing them would take longer than most proofs."""
-    return torch.randn(_POOL, generator=torch.Generator().manual_seed(19))
-
-
-def window(pool: torch.Tensor, shape: tuple[int, ...], start: int) -> torch.Tensor:
-    """A random tensor: distinct elements where it is small, overlapping windows where not."""
-    count = 1
-    for size in shape:
-        count *= size
-    if count <= 1 << 20:
-        start %= len(pool) - count
-        return pool[start : start + count].reshape(shape)
-    # Odd strides: no window is symmetric, and no two experts or rows are equal.
-    strides, reach = [], 1
-    for axis, size in enumerate(reversed(shape)):
-        strides.append((1, 7, 10007, 1000003)[min(axis, 3)])
-        reach += strides[-1] * (size - 1)
-    source = pool.repeat(-(-(reach + 8192) // len(pool))) if reach + 8192 > len(pool) else pool
-    return source.as_strided(shape, tuple(reversed(strides)), start % 8192)
+def _is_zero(case: Case) -> bool:
+    return not any(bool(result.any()) for result in case.result)
 
 
 def _limits(graph: Graph) -> Iterator[int]:
@@ -347,11 +292,6 @@ def _rounds_to(graph: Graph) -> str:
         if op.body is not None and (narrow := _rounds_to(op.body)):
             return narrow
     return ""
-
-
-def _is_constant(value: Value) -> bool:
-    """Whether a param keeps its real content (ids, masks, scalars); all others are random."""
-    return value.dtype not in FLOATS or not value.shape
 
 
 def _sizes(graph: Graph, counts: Sequence[int]) -> Iterator[dict[str, int]]:

@@ -212,6 +212,8 @@ def compare(
             continue
         difference = _difference(result, [answer.eager], dtype)
         if difference and dtype not in SHORT:
+            with FirstOfEquals():  # for ops of the graph that are eager's, as kernels choose
+                result = run(*answer.inputs)
             difference = _difference(result, [answer.eager, answer.tied()], dtype)
         wrong += [f"{answer.words}: {difference}"] if difference else []
         compared.append((answer, result))

@@ -14,7 +14,7 @@ from moec.dtypes import FLOATS
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim
 from moec.ir.traits import CHOICES, THROUGH, rounds_doubles
-from moec.passes.proof.input_generators import Feed, Ids, Logits, Positive, Uniform
+from moec.passes.proof.input_generators import Feed, Flags, Logits, Positive, Uniform
 from moec.passes.recognise.reading.block import RecognisedCapacity
 from moec.passes.recognise.region import (
     Scope,
@@ -23,9 +23,6 @@ from moec.passes.recognise.region import (
 )
 from moec.passes.recognise.routers.evidence import Evidence
 from moec.passes.recognise.routers.expert_ids import Chosen
-
-_FLAGS = Ids(3, 1)
-"""An input of integers or booleans is a mask: false, true, and of integers another true value."""
 
 
 def capacities(scope: Scope, evidence: Evidence, total: int) -> Iterator[RecognisedCapacity]:
@@ -71,11 +68,26 @@ def cuts(
         numbers = other_inputs(scope, evidence, value)
         if numbers:
             feeds: dict[Value, Feed] = {
-                v: Uniform() if v.dtype in FLOATS else _FLAGS for v in numbers
+                v: Uniform() if v.dtype in FLOATS else Flags(_compared_with(scope, v))
+                for v in numbers
             }
             yield (value, *numbers), {value: Logits(), **feeds}
             return
     yield tuple(near), near
+
+
+def _compared_with(scope: Scope, flags: Value) -> tuple[int, ...]:
+    """The numbers that an input of integers is compared with."""
+    numbers: dict[int, None] = {}
+    pending = [flags]
+    while pending:
+        for op in scope.graph.readers.get(pending.pop(), ()):
+            other = op.attrs.get("other")
+            if isinstance(other, int):
+                numbers[int(other)] = None
+            elif op.name in THROUGH:
+                pending += op.outputs
+    return tuple(numbers)
 
 
 def closes(scope: Scope, evidence: Evidence, cut: tuple[Value, ...]) -> bool:

@@ -64,18 +64,6 @@ class MoreThanUsed(Loop):
         return sum(shares[:, e, None] * expert(x) for e, expert in enumerate(self.experts))
 
 
-class ExpertChoice(Loop):
-    """Each expert chooses its tokens."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, rows = self.router.gate(x).softmax(-1).t().topk(max(1, len(x) // 2), dim=-1)
-        out = torch.zeros_like(x)
-        for number, expert in enumerate(self.experts):
-            y = expert(x[rows[number]]) * weights[number, :, None]
-            out = out.index_add(0, rows[number], y)
-        return out
-
-
 class ProductKeys(nn.Module):
     """The best sums of two scores, each of which has its own keys; an expert is one neuron."""
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from moec.errors import NoMatch
 from moec.interpret.evaluate import run_graph
@@ -10,8 +11,10 @@ from moec.ir.graph import Graph, Value
 from moec.ir.sizes.dims import Bounds
 from moec.ir.text import parse
 from moec.passes.proof import prove
-from moec.passes.proof.input_generators import Feed, Positive
+from moec.passes.proof.input_generators import Feed, Flags, Logits, Positive
 from moec.passes.proof.prove import Prover
+from moec.passes.proof.random_params import corrections
+from moec.passes.recognise.region import Scope
 
 
 def counted(limit: int | None) -> Graph:
@@ -163,4 +166,64 @@ def test_small_weights_need_no_pool(rows: int, pools: int) -> None:
     """A pool has four million numbers, and each proof with weights of another width made one."""
     graph, prover = scaled(rows), Prover({})
     prover.prove(graph, graph, feeds(graph))
-    assert len(prover.pools) == pools
+    assert len(prover.params.pools) == pools
+
+
+def test_what_is_zero_on_all_inputs_proves_nothing():
+    """Positions that are never drawn above 3 close every expert: any block would agree."""
+    before, after = (
+        parse(f"""
+        graph main(x: f32[T, 4], positions: i64[T, 1]) {{
+          late: bool[T, 1] = aten.gt.Scalar(positions) <other={limit}>
+          y: f32[T, 4] = aten.mul.Tensor(x, late)
+          return y
+        }}""")
+        for limit in (3, 5)
+    )
+    _, positions = before.inputs
+    after = with_inputs_of(before, after)
+    with pytest.raises(NoMatch, match="its result is 0 on all random inputs"):
+        Prover({}).prove(before, after, {positions: Flags()})
+    with pytest.raises(NoMatch, match="the numbers differ"):
+        Prover({}).prove(before, after, {positions: Flags((3,))})
+    Prover({}).prove(before, before, {positions: Flags((3,))})
+
+
+CORRECTED = """
+graph main(scores: f32[T, 4]; correction: f32[4]) {
+  s: f32[T, 4] = aten.sigmoid.default(scores)
+  c: f32[T, 4] = aten.add.Tensor(s, correction)
+  w: f32[T, 2], ids: i64[T, 2] = aten.topk.default(c) <k=2, dim=-1>
+  first: i64[T] = aten.select.int(ids) <dim=1, index=0>
+  hot: bool[T] = aten.eq.Scalar(first) <other=0>
+  y: f32[T] = aten._to_copy.default(hot) <dtype=f32>
+  return y
+}"""
+
+
+def test_corrections_do_not_decide_all_choices():
+    """A correction that is as large as its shape suggests sends all tokens to the same experts."""
+    before = parse(CORRECTED)
+    assert {value.name for value in corrections(before)} == {"correction"}
+    prover = Prover({})
+    prover.prove(before, before, {before.inputs[0]: Logits()})
+    (cases,) = prover.runs.values()
+    random = next(case for case in cases.computed if case.name.startswith("random; T=13"))
+    assert 0 < float(random.result[0].sum()) < 13
+
+
+def test_a_region_reads_what_is_drawn_where_it_begins_at_one_of_two_results():
+    """The indices of a top-k whose values the region computes: those computed replaced the drawn,
+    so that no case had a full expert."""
+    graph = parse("""
+    graph main(x: f32[T, 4]) {
+      w: f32[T, 2], ids: i64[T, 2] = aten.topk.default(x) <k=2, dim=-1>
+      last: i64[T] = aten.select.int(ids) <dim=1, index=1>
+      y: f32[T, 2] = aten.mul.Tensor(w, ids)
+      return y
+    }""")
+    values = {value.name: value for value in graph.values()}
+    region = Scope(graph).cut([values["y"]], [values["x"], values["ids"]])
+    ids = torch.tensor([[2, 3]])
+    (y,) = run_graph(region, [torch.tensor([[4.0, 3.0, 2.0, 1.0]]), ids])
+    assert y.tolist() == [[8.0, 9.0]]

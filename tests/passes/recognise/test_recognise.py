@@ -293,7 +293,6 @@ def test_experts_that_are_chosen_and_not_used_are_left_out() -> None:
 
 
 REFUSED: dict[Callable[[], nn.Module], str] = {
-    others.ExpertChoice: "experts choose their tokens: aten.topk.default chooses among T of them",
     others.Unequal: "only 2 of the 4 experts that the router chooses among are alike",
     others.Missing: "its branches are the experts [0, 1, 3], expected 0 to 2",
     others.Thresholded: "static loop: the numbers differ by",

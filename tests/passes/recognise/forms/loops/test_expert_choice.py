@@ -123,6 +123,9 @@ def test_experts_choose_tokens(kind: type[nn.Module]) -> None:
             torch.testing.assert_close(y, module(x), rtol=1e-5, atol=1e-6)
     forms = {Stacked: ["each expert for its own rows"], OtherWeights: [], Repeated: []}
     assert [block.form for block in compiled.blocks] == forms.get(kind, [SOME])
+    if kind is OtherWeights:
+        (reason, *_) = (d.reason for d in compiled.declined)
+        assert "experts choose their tokens: aten.topk.default chooses among T of them" in reason
 
 
 def test_code_of_chosen_tokens() -> None:
