@@ -19,7 +19,7 @@ from moec.capture import capture
 from moec.capture.decomposition.kernels import embedding_bag, kthvalue, median
 from moec.capture.decomposition.pooling import avg_pool, max_pool2d
 from moec.codegen.loops.emit import EMIT
-from moec.errors import UnsupportedError
+from moec.errors import CaptureError, UnsupportedError
 from moec.interpret.evaluate import evaluate
 
 
@@ -219,3 +219,19 @@ REFUSED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_other_pools_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"operator aten\.{name}\.default has no kernel"):
         moec.compile(Function(REFUSED[name]).eval(), (torch.randn(2, 4, 8, 8),))
+
+
+class Bags(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.bags = nn.EmbeddingBag(6, 4, mode=mode)
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        return self.bags(ids, offsets)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", ["max", "sum"])
+def test_offsets_of_bags_that_are_an_input_are_refused(mode: str) -> None:
+    """torch ends the process at some that do not ascend, so that none may be drawn."""
+    with pytest.raises(CaptureError, match=r"offsets of an EmbeddingBag are an input .*ascend"):
+        moec.compile(Bags(mode).eval(), (IDS, OFFSETS), build=False, verify=False)

@@ -46,8 +46,12 @@ _POSITIONS = (torch.ops.aten.nonzero_numpy.default, torch.ops.aten.where.default
 symbol for it."""
 
 
+_BAGS = (torch.ops.aten.embedding_bag.padding_idx, torch.ops.aten.embedding_bag.default)
+
+
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """`program` in core ATen. Raises CaptureError where torch cannot decompose it."""
+    _check_bags(program)
     with warnings.catch_warnings(), dynamo_config.patch(fake_tensor_cache_enabled=False):
         warnings.simplefilter("ignore", FutureWarning)  # of torch about its own classes
         try:
@@ -55,6 +59,19 @@ def decompose(program: ExportedProgram) -> ExportedProgram:
             return expand(program) or program.run_decompositions(decompositions())
         except Exception as error:
             raise CaptureError(_refusal(program, error)) from error
+
+
+def _check_bags(program: ExportedProgram) -> None:
+    """Raises CaptureError for bags whose offsets are an input: torch defines what offsets do that
+    ascend from 0, checks no others, and ends the process at some of them."""
+    inputs = program.graph_signature.user_inputs
+    for node in program.graph.nodes:
+        if node.target in _BAGS and cast(fx.Node, node.args[2]).name in inputs:
+            raise CaptureError(
+                f"the offsets of an EmbeddingBag are an input ({user_code(node)}), and torch does "
+                "not check that they ascend from 0 and stay within the ids: give ids [bags, ids of "
+                "a bag] with padding_idx, or compute the offsets from lengths in the module"
+            )
 
 
 def _refusal(program: ExportedProgram, error: Exception) -> str:
