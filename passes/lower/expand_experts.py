@@ -7,7 +7,8 @@
 
 A linear becomes one grouped.linear over the stacked weights. A row-wise op is applied to all rows
 at once. A param of a row-wise op (the weight of a norm, a scale) is gathered per row, by the row's
-expert.
+expert. Choices that no expert takes have the rows after the last end, which are 0 after a grouped
+linear; a body that ends in another op, as x + linear(x) does, is followed by one that clears them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import sympy
 from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
 from moec.ir.sizes.dims import Dim, canonical, symbol, symbols
-from moec.ir.traits import IDENTITIES, is_elementwise, is_pointwise
+from moec.ir.traits import CASTS, IDENTITIES, VIEWS, is_elementwise, is_pointwise
+from moec.ops.experts.dispatch import SORTS
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 
@@ -38,6 +40,10 @@ _ROWWISE = frozenset(
         "aten.cat.default",
     }
 )
+_KEEP_ZERO = CASTS | {f"aten.{name}.default" for name in ("gelu", "neg", "relu", "silu", "tanh")}
+"""Ops that make 0 of 0."""
+_TAKEN = frozenset({"moe.route", "aten.topk.default", "aten.argmax.default", "aten.expand.default"})
+"""Ops whose results are ids of experts only."""
 _SHAPES = frozenset({"aten.reshape.default", "aten.expand.default"})
 
 
@@ -93,7 +99,41 @@ class _Expansion:
         result = self.rows.get(self.body.outputs[0])
         if result is None:
             raise NoMatch("an expert's result does not depend on its rows")
+        if self.may_drop() and not self.clears(self.body.outputs[0]):
+            result = self.cleared(result)
         return (result,)
+
+    def may_drop(self) -> bool:
+        """Whether there may be choices that no expert takes."""
+        graph = self.b.graph
+        value, sort = self.op.inputs[0], graph.producers.get(self.op.inputs[0])
+        while sort is not None and (sort.name in SORTS or sort.name in VIEWS):
+            value = sort.inputs[1 if sort.name == "moe.dispatch" else 0]
+            sort = graph.producers.get(value)
+        return sort is None or sort.name not in _TAKEN
+
+    def clears(self, value: Value) -> bool:
+        """Whether a value of the body is 0 in rows without an expert."""
+        op = self.body.producers.get(value)
+        if op is None or op.name == "aten.linear.default":
+            return op is not None
+        return op.name in _KEEP_ZERO and self.clears(op.inputs[0])
+
+    def cleared(self, rows: Value) -> Value:
+        """The rows, 0 after the last end."""
+        like, flags = self.op, TensorType("bool", (self.count,))
+        indices, last = TensorType("i64", (self.count,)), TensorType("i32", ())
+        (row,) = self.b.emit(
+            "aten.arange.default", [], [indices], like=like, attrs={"end": self.count}
+        )
+        (end,) = self.b.emit(
+            "aten.select.int", [self.ends], [last], like=like, attrs={"dim": 0, "index": -1}
+        )
+        (beyond,) = self.b.emit("aten.ge.Tensor", [row, end], [flags], like=like)
+        mask = self.b.reshape(beyond, (self.count, *[1] * (len(rows.shape) - 1)), like=like)
+        return self.b.emit(
+            "aten.masked_fill.Scalar", [rows, mask], [rows.type], like=like, attrs={"value": 0}
+        )[0]
 
     def linear(self, inner: Op) -> None:
         x, weight, *bias = inner.inputs
