@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moec.capture.doors import Source
+from moec.capture.source import Source
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
 from moec.passes.approximate.choices.choose_experts import ChooseExperts, passes_of

@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 
 from torch.nn import Module
 
-from moec.capture.doors import Source, open_source
+from moec.capture.doors import open_source
+from moec.capture.source import Source
 from moec.errors import UsageError
 from moec.formats.notation import Format, Quantisation
 from moec.ir.graph import Stage

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moec.arguments import LAYERS, WHOLE
-from moec.capture.doors import stop_tokens
+from moec.capture.language_models import stop_tokens
 from moec.errors import UnsupportedError
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Module

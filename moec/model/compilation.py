@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moec.capture import Captured
-from moec.capture.doors import Source
+from moec.capture.source import Source
 from moec.ir.graph import Program
 from moec.passes.core.runner import Declined, PassResult
 from moec.report.data import Block, QuantisedLine, TunedLine

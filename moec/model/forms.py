@@ -16,7 +16,7 @@ from moec.capture.behaviour.door import Described, observe
 from moec.capture.behaviour.layer.parts import modules_without_block
 from moec.capture.behaviour.other_sizes import difference_at_other_sizes, guards_of_graph
 from moec.capture.captured import Captured
-from moec.capture.doors import Source, example_of, traceable
+from moec.capture.source import Source, example_of, traceable
 from moec.codegen.lower import supported
 from moec.errors import CaptureError
 from moec.ir.graph import Stage

@@ -11,7 +11,7 @@ import torch
 
 from moec.api import compile
 from moec.arguments import tolerance
-from moec.capture.doors import stop_tokens
+from moec.capture.language_models import stop_tokens
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Module
 from moec.parallel.save import TextFiles, check_replaceable, save_ranks

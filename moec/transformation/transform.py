@@ -17,8 +17,9 @@ import torch
 from moec.arguments import cast, changes, check_kinds, example_inputs, text, tolerance
 from moec.capture import Captured
 from moec.capture.calls.call import ModuleCall
-from moec.capture.doors import Source, capture_source, open_source
+from moec.capture.doors import capture_source, open_source
 from moec.capture.hub import checkpoints_without_hub
+from moec.capture.source import Source
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch, UsageError, VerificationError
 from moec.interpret.graph_module import GraphModule

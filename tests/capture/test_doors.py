@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from moec.capture import capture
-from moec.capture.doors import Source, open_source
+from moec.capture.doors import open_source
+from moec.capture.source import Source
 from moec.errors import CaptureError, MoecError, UsageError
 from moec.interpret.evaluate import evaluate
 from tests.capture.modules import WIDTH, Moe

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moec import model_path
-from moec.capture.doors import Source
+from moec.capture.source import Source
 from moec.ir.graph import Program, Stage
 from moec.passes.core.runner import PassResult
 from moec.report.report import Report
