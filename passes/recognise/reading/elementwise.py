@@ -99,16 +99,36 @@ def norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
     shifted = step("aten.add.Tensor", [mean], narrow, other=op.attrs["epsilon"])
     scale = step("aten.rsqrt.default", [shifted], narrow)
     y = step("aten.mul.Tensor", [x, scale], full)
-    gain = reader.read(op.inputs[1]) if len(op.inputs) > 1 else None
-    if len(op.inputs) > 1 and (gain is None or not gain.param):
-        raise NoMatch(f"{op.inputs[1].name} scales a norm and is not a weight")
+    gain = _norm_weight(reader, op.inputs[1]) if len(op.inputs) > 1 else None
     if op.attrs.get("round_first"):
         y = as_dtype(y, dtype)
     if gain is not None:
-        weight = reader.writer.slice_of(gain, [gain.axes[-1]], [0], [0])
-        weight = weight if op.attrs.get("round_first") else as_dtype(weight, "f32")
+        weight = gain if op.attrs.get("round_first") else as_dtype(gain, "f32")
         y = step("aten.mul.Tensor", [y, weight], TensorType(y.dtype, shape))
     return replace(plain, base=as_dtype(y, dtype), applied=source.applied or gain is not None)
+
+
+def layer_norm(reader: Reader, op: Op, source: ExpertLayout) -> ExpertLayout | None:
+    """aten.layer_norm over the last axis, whose weight and bias may differ per expert."""
+    if source.param:
+        return None
+    normalised = cast(tuple[Attr, ...], op.attrs["normalized_shape"])
+    if len(normalised) != 1 or not source.axes[-1] or not only_features(source.axes[-1]):
+        raise not_row_wise(op, "reduces over rows")
+    plain = reader.writer.ordered(source, [source.axes[-1]], last=True)
+    affine = [_norm_weight(reader, value) for value in op.inputs[1:]]
+    type = TensorType(op.outputs[0].dtype, plain.base.shape)
+    inputs = [plain.base, *affine]
+    (base,) = reader.writer.add(op.name, inputs, [type], op.attrs, op.outputs[0].name)
+    return replace(plain, base=base, applied=source.applied or bool(affine))
+
+
+def _norm_weight(reader: Reader, value: Value) -> Value:
+    """One expert's slice of a weight of a norm."""
+    layout = reader.read(value)
+    if layout is None or not layout.param:
+        raise NoMatch(f"{value.name} scales a norm and is not a weight")
+    return reader.writer.slice_of(layout, [layout.axes[-1]], [0], [0])
 
 
 def cat(reader: Reader, op: Op) -> ExpertLayout | None:

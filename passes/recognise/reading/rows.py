@@ -219,6 +219,8 @@ class Reader:
             return [None if first is None else gathers.index(self, op, first)]
         if name == "nn.rms_norm":
             return [None if first is None else elementwise.norm(self, op, first)]
+        if name == "aten.layer_norm.default":
+            return [None if first is None else elementwise.layer_norm(self, op, first)]
         if name == "aten.gather.default":
             return [None if first is None else gathers.gather(self, op, first)]
         if name in ("aten.slice.Tensor", "aten.select.int", "aten.split_with_sizes.default"):

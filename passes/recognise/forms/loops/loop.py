@@ -73,7 +73,10 @@ def candidates(scope: Scope) -> Iterator[Candidate]:
         copying = passed_through(scope, op) if chain.start is None else None
         if copying is not None:
             yield Candidate(copying, partial(propose, scope, copying, chain))
-        yield Candidate(op, partial(propose, scope, op, chain))
+        # A term that a choice weighs after the experts may be a shared layer, and no expert.
+        for count in reversed(range(len(chain.zero) + 1)):
+            shorter = replace(chain, zero=chain.zero[:count])
+            yield Candidate(shorter.last, partial(propose, scope, shorter.last, shorter))
 
 
 def once_each(branches: list[Branch]) -> list[Branch]:
