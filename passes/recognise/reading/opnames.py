@@ -29,6 +29,7 @@ ZEROS = {
     "aten.empty_like.default",
     "aten.full.default",
     "aten.full_like.default",
+    "aten.scalar_tensor.default",
     "aten.zeros_like.default",
     "aten.zeros.default",
     "aten.empty.memory_format",

@@ -182,7 +182,7 @@ class Reader:
 
     def is_zeros(self, value: Value) -> bool:
         op = self.scope.made_by(value, *ZEROS)
-        return op is not None and op.attrs.get("fill_value", 0) in (0, 0.0, False)
+        return op is not None and op.attrs.get("fill_value", op.attrs.get("s", 0)) in (0, False)
 
     def use(self, role: str, value: Value) -> None:
         values = self.uses.setdefault(role, [])

@@ -47,6 +47,18 @@ class Batched3D(Loop):
         return out
 
 
+class PositiveShares(Loop):
+    """Results only where the share of an expert is positive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            share = (weights * (chosen == number)).sum(-1, keepdim=True)
+            out = out + torch.where(share > 0, expert(x) * share, 0.0)
+        return out
+
+
 class OneHotLoop(Loop):
     """The share of each expert from an einsum with one-hot ids."""
 

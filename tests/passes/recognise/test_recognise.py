@@ -65,6 +65,7 @@ LOOPS = {
     "loop": loops.Loop,
     "batched-loop": loops.Batched3D,
     "one-hot": loops.OneHotLoop,
+    "positive-shares": loops.PositiveShares,
     "rows": loops.RowsLoop,
     "slices": loops.SlicedLoop,
     "slots": loops.SlotLoop,
