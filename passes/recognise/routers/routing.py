@@ -20,7 +20,12 @@ from moec.passes.recognise.region import Scope, choices
 from moec.passes.recognise.routers.evidence import Evidence
 from moec.passes.recognise.routers.expert_ids import Chosen, are_of_rows, chosen, masks
 from moec.passes.recognise.routers.region_boundary import capacities, counts_slots, cuts
-from moec.passes.recognise.routers.routing_weights import unweighted_dropped, weightings
+from moec.passes.recognise.routers.routing_weights import (
+    conditions,
+    unfulfilled_dropped,
+    unweighted_dropped,
+    weightings,
+)
 
 
 class Unlike(NoMatch):
@@ -80,11 +85,14 @@ def drops(
 ) -> Iterator[tuple[Recipe, RecognisedCapacity | None]]:
     """Which choices an expert keeps: at most the capacity; those with a nonzero weight, if
     positions are counted in another way (per text, or in random order) or the routing is `masked`
-    by an input (padding); all."""
+    by an input (padding); those whose weight fulfils a condition; all."""
     for capacity in capacities(scope, evidence, ids.per_row):
         yield ids.recipe, capacity
     if weights is not None and (masked or counts_slots(scope, evidence)):
         yield unweighted_dropped(ids.recipe, weights, evidence.experts), None
+    if weights is not None:
+        for condition in conditions(scope, evidence):
+            yield unfulfilled_dropped(ids.recipe, weights, condition, evidence.experts), None
     yield ids.recipe, None
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from moec.dtypes import FLOATS
 from moec.ir.graph import Attr, TensorType, Value
 from moec.ir.sizes.dims import Dim, product
-from moec.ir.traits import THROUGH, rounds_doubles
+from moec.ir.traits import THROUGH, VIEWS, rounds_doubles
 from moec.passes.proof.input_generators import Ids
 from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.layout import divide
@@ -21,6 +22,7 @@ from moec.passes.recognise.region import (
 from moec.passes.recognise.routers.evidence import Evidence
 from moec.passes.recognise.routers.expert_ids import Chosen, repeated
 
+_LISTS = VIEWS | {"aten.nonzero.default", "aten.slice.Tensor"}
 _NEAREST = 5
 """For weights with one value per slot: every ordering of so many nearest values is tried."""
 
@@ -156,6 +158,39 @@ def unweighted_dropped(experts: Recipe, weights: Recipe, count: int) -> Recipe:
         ids, weight = experts(emit), weights(emit)
         zero = TensorType("bool", weight.shape)
         (dropped,) = emit("aten.eq.Scalar", [weight], [zero], attrs={"other": 0})
+        attrs: dict[str, Attr] = {"value": count}
+        return emit("aten.masked_fill.Scalar", [ids, dropped], [ids.type], attrs=attrs)[0]
+
+    return make
+
+
+Condition = tuple[str, float]
+"""A comparison of weights with a number: an ATen op, and the number."""
+_COMPARISONS = {f"aten.{name}.Scalar" for name in ("gt", "ge", "lt", "le")}
+
+
+def conditions(scope: Scope, evidence: Evidence) -> tuple[Condition, ...]:
+    """The comparisons of floats with a number that decide which rows an expert reads."""
+    numbers: dict[Condition, None] = {}
+    for value in evidence.values("order", "mask"):
+        op = scope.made_by(scope.source_of(value, _LISTS), *_COMPARISONS)
+        if op is not None and op.inputs[0].dtype in FLOATS:
+            numbers[op.name, cast(float, op.attrs["other"])] = None
+    return tuple(numbers)
+
+
+def unfulfilled_dropped(
+    experts: Recipe, weights: Recipe, condition: Condition, count: int
+) -> Recipe:
+    """The ids [T, k], with `count`, which is no expert, where the weight does not fulfil a
+    condition."""
+    name, other = condition
+
+    def make(emit: RegionEmitter) -> Value:
+        ids, weight = experts(emit), weights(emit)
+        flags = TensorType("bool", weight.shape)
+        (fulfilled,) = emit(name, [weight], [flags], attrs={"other": other})
+        (dropped,) = emit("aten.logical_not.default", [fulfilled], [flags])
         attrs: dict[str, Attr] = {"value": count}
         return emit("aten.masked_fill.Scalar", [ids, dropped], [ids.type], attrs=attrs)[0]
 

@@ -91,3 +91,45 @@ def test_onnx(compiled: moec.CompiledModel, module: nn.Module, tmp_path: Path) -
     with torch.no_grad():
         expected = module(x)
     torch.testing.assert_close(torch.from_numpy(result), expected, atol=1e-5, rtol=1e-5)
+
+
+class AboveThreshold(Dropping):
+    """An expert reads the tokens whose weight for it is above a threshold."""
+
+    def reads(self, share: Tensor, number: int) -> Tensor:
+        return share > 0.3
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(3, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            share = (weights * (ids == number)).sum(-1)
+            rows = self.reads(share, number).nonzero()[:, 0]
+            y.index_add_(0, rows, expert(x[rows]) * share[rows, None])
+        return y
+
+
+class AtLeast(AboveThreshold):
+    def reads(self, share: Tensor, number: int) -> Tensor:
+        return share >= 0.25
+
+
+class OtherThreshold(AboveThreshold):
+    """The last expert has a threshold of its own."""
+
+    def reads(self, share: Tensor, number: int) -> Tensor:
+        return share > (0.3 if number < E - 1 else 0.4)
+
+
+@pytest.mark.parametrize("kind", [AboveThreshold, AtLeast, OtherThreshold])
+def test_rows_above_a_threshold(kind: type[AboveThreshold]) -> None:
+    torch.manual_seed(0)
+    module = kind().eval()
+    compiled = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
+    assert len(compiled.blocks) == (kind is not OtherThreshold)
+    program = compiled.pass_results[-1].program
+    for tokens in (1, 5, 64):
+        x = torch.randn(tokens, D)
+        (y,) = evaluate(program.graph, [x], program.weights)
+        torch.testing.assert_close(y, module(x).detach(), rtol=1e-5, atol=1e-6)
