@@ -9,10 +9,10 @@ in the order of its ports. Destinations are memory for some outputs, which the f
 returns. A port of dtype c64 is passed as f32 with a last axis of 2: real part, imaginary part.
 `main` is the model as it was captured. The other functions are:
 
-    decode(input_ids[B, S], first[B], rows[B], last[B], caches..., params...) -> logits, caches
-        The next S tokens of B texts, after first[b] earlier tokens. The logits [B, 1, V] are those
-        of row rows[b] of the B*S rows, which is token last[b] of its text. The function checks
-        nothing: first[b] + S must be at most the caches' length and `Generation.longest`.
+    decode(input_ids[B, S], first[B], rows[B, Q], last[B], caches..., params...) -> logits, caches
+        The next S tokens of B texts, after first[b] earlier tokens. The logits [B, Q, V] are those
+        of rows rows[b, q] of the B*S rows, which are tokens last[b] + q of their text. The function
+        checks nothing: first[b] + S must be at most the caches' length and `Generation.longest`.
     route(inputs..., params...) -> outputs
         The routers that read no hidden state, from the inputs that they need.
     route_part_N(inputs..., params...) -> some outputs of route

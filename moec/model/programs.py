@@ -73,8 +73,9 @@ def with_recording(compiled: CompiledModel) -> CompiledModel:
     try:
         programs[RECORDED] = with_choices(compiled.module.main)
         if DECODE in programs:
-            texts, piece = programs[DECODE].graph.inputs[0].shape
-            programs[RECORDED_DECODE] = with_choices(programs[DECODE], (texts * piece, texts))
+            tokens, _, rows, *_ = programs[DECODE].graph.inputs
+            counts = [value.shape[0] * value.shape[1] for value in (tokens, rows)]
+            programs[RECORDED_DECODE] = with_choices(programs[DECODE], counts)
     except NoMatch as why:
         raise UsageError(
             f"the routing of {compiled.source.name} cannot be recorded: {why}"
