@@ -15,6 +15,7 @@ from moec.commands.execution.engine import (
     engine_options,
     open_engine,
 )
+from moec.commands.options.sampling import speculate_option
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
@@ -48,6 +49,7 @@ UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
 )  # fmt: skip
 @click.option("--name", help="The model's name in requests; default: that of the file.")
 @engine_options
+@speculate_option
 @click.option(
     "--drain", type=click.FloatRange(min=0), default=30.0, show_default=True,
     help="Seconds that texts under way have after SIGTERM.",
@@ -62,6 +64,7 @@ def command(
     api_key: str | None,
     name: str | None,
     drain: float,
+    speculate: int | str,
     **options: Any,
 ) -> None:
     """Serve ARTIFACTS at http://HOST:PORT/v1, for any client of OpenAI's interface.
@@ -79,7 +82,7 @@ def command(
     families, engine = MetricFamilies(), EngineOptions(**options)
     with listen(host, port) as listener:
         models = {
-            name: _service(artifact, name, slots, queue, engine, families)
+            name: _service(artifact, name, slots, queue, engine, families, speculate)
             for name, artifact in names.items()
         }
         address = f"[{host}]" if ":" in host else host
@@ -113,15 +116,19 @@ def _service(
     queue: int,
     options: EngineOptions,
     families: MetricFamilies,
+    speculate: int | str,
 ) -> Service:
     from moec.commands.serving.routing_watch import RoutingWatch
     from moec.commands.serving.service import Service
+    from moec.runtime.text.request import Request
 
     model, engine, stop = open_engine(artifact, slots, options)
+    engine.check([0], Request(1, speculate=speculate))  # refused now, not at the first text
     digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
     fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     routing = RoutingWatch(model.executor) if model.executor.package.recorded else None
     uncounted = UNCOUNTED_STORE if model.artifact.package.recorded else UNCOUNTED
     return Service(
-        name, fingerprint, engine, model.tokenizer, stop, queue, families, routing, uncounted
-    )
+        name, fingerprint, engine, model.tokenizer, stop, queue, families, routing, uncounted,
+        speculate,
+    )  # fmt: skip

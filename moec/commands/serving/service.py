@@ -17,15 +17,15 @@ from moec.errors import InputError, MoecError
 from moec.runtime.text.engine import Engine
 from moec.runtime.text.guide import Guide
 from moec.runtime.text.prompt import Tokenizer
-from moec.runtime.text.request import Request
+from moec.runtime.text.request import AUTO, Request
 
 
 @dataclass
 class Service:
     """A model being served. `used` of the `places` are taken by texts that run or wait, counted in
     the event loop alone. `stop` are the tokens that end a text, `fingerprint` that of the code and
-    weights. `families` are the metrics of the server. `routing` counts the tokens of experts, or
-    `no_routing` says why nothing does."""
+    weights. `families` are the metrics of the server. `speculate` is that of every
+    request. `routing` counts the tokens of experts, or `no_routing` says why nothing does."""
 
     model: str
     fingerprint: str
@@ -36,6 +36,7 @@ class Service:
     families: MetricFamilies
     routing: RoutingWatch | None = None
     no_routing: str = ""
+    speculate: int | str = AUTO
     used: int = 0
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
@@ -116,6 +117,7 @@ class Service:
             least=fields.min_tokens,
             logprobs=fields.scores,
             guide=guide,
+            speculate=self.speculate,
         )
         try:
             self.engine.check(prompt, request)
