@@ -12,10 +12,12 @@ from moec.ir.graph import Stage
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Declined, Pass, run
 from moec.passes.decode import continues_text, incremental
+from moec.passes.specialise.hidden_states import without_head
 from moec.passes.specialise.hoist_routers import split
 from moec.passes.specialise.record_routing import recorded_layers, with_choices
 from moec.runtime.package import (
     DECODE,
+    HIDDEN,
     RECORDED,
     RECORDED_DECODE,
     ROUTE,
@@ -63,6 +65,15 @@ def with_routers(compiled: CompiledModel) -> CompiledModel:
     parts = {route_part(number): part for number, part in enumerate(hoisted.parts, 1)}
     programs = {**compiled.programs, ROUTE: hoisted.route, **parts, ROUTED: hoisted.routed}
     return replace(compiled, programs=programs, router_ports=layers)
+
+
+def with_hidden_states(compiled: CompiledModel) -> CompiledModel:
+    """The model with a program for its embeddings. Raises UsageError where it has no head."""
+    try:
+        hidden = without_head(compiled.module.main)
+    except NoMatch as why:
+        raise UsageError(f"{compiled.source.name} gives no embeddings: {why}") from None
+    return replace(compiled, programs={**compiled.programs, HIDDEN: hidden})
 
 
 def with_recording(compiled: CompiledModel) -> CompiledModel:

@@ -265,8 +265,10 @@ class Engine:
             return none
         nexts = [text.guesses.next() for text in texts]
         chances = [(len(n), text.guesses.chance) for n, text in zip(nexts, texts, strict=True)]
-        asked = max(min(text.guesses.asked, n) for text, (n, _) in zip(texts, chances, strict=True))
-        if (rows := max(account.rows(chances), 1 + asked)) == 1:
+        requested = max(
+            min(text.guesses.requested, n) for text, (n, _) in zip(texts, chances, strict=True)
+        )
+        if (rows := max(account.rows(chances), 1 + requested)) == 1:
             return none
         rows = min(rows, self._piece // len(texts), *(self.room - text.cached for text in texts))
         left = (text.request.most - len(text.tokens) for text in texts)

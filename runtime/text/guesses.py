@@ -15,10 +15,10 @@ class Guesses:
     before. `chance` is the share of them that were right lately, also of those that no call
     verified."""
 
-    def __init__(self, tokens: Sequence[int], asked: int | None = None) -> None:
-        """As many guesses are verified as `asked`, 0 for none; None: as many as pay."""
-        self.chance, self.asked = 0.0, asked or 0
-        self._pays, self._most = asked is None, MOST if asked is None else asked
+    def __init__(self, tokens: Sequence[int], requested: int | None = None) -> None:
+        """As many guesses are verified as `requested`, 0 for none; None: as many as pay."""
+        self.chance, self.requested = 0.0, requested or 0
+        self._pays, self._most = requested is None, MOST if requested is None else requested
         self._text: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}  # where tokens occurred last, and others follow
         self._next: list[int] = []

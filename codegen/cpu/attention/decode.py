@@ -45,7 +45,7 @@ class PartialSoftmax:
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Some rows of one key head, at most FEW: `count` from `first` on."""
 
     number: Expr
@@ -77,7 +77,7 @@ def few(p: Problem) -> None:
         first = T.bind(index * rows)
         end = p.end(head)
         with T.If(n * CHUNK < end), T.Then():
-            block = Block(number, head, first, T.bind(T.min(p.rows - first, rows)))
+            block = RowBlock(number, head, first, T.bind(T.min(p.rows - first, rows)))
             _chunk(p, parts, block, n, end)
     with parallel.parallel_for(
         p.heads * p.rows, p.heads * p.rows * chunks * (p.width * ELEMENT)
@@ -88,7 +88,7 @@ def few(p: Problem) -> None:
         _join(p, parts, p.query_at(head, row), at, T.bind(T.ceildiv(p.end(head), CHUNK)))
 
 
-def _chunk(p: Problem, parts: PartialSoftmax, block: Block, n: Expr, end: Expr) -> None:
+def _chunk(p: Problem, parts: PartialSoftmax, block: RowBlock, n: Expr, end: Expr) -> None:
     v, soft = p.vector, p.soft
     first = T.bind(n * CHUNK)
     left = T.bind(T.min(end - first, CHUNK))
@@ -132,7 +132,7 @@ def _chunk(p: Problem, parts: PartialSoftmax, block: Block, n: Expr, end: Expr) 
     _weigh(p, parts, (block, n), scores, first, left)
 
 
-def _dots(p: Problem, block: Block) -> Callable[[Expr, Expr], Expr]:
+def _dots(p: Problem, block: RowBlock) -> Callable[[Expr, Expr], Expr]:
     """A function of a row and a key: the products of that row with the next `lanes` keys."""
     v, spec = p.vector, p.spec
     lane = T.ramp(0, 1, v.lanes)
@@ -190,7 +190,7 @@ def _dots(p: Problem, block: Block) -> Callable[[Expr, Expr], Expr]:
 def _weigh(
     p: Problem,
     parts: PartialSoftmax,
-    at: tuple[Block, Expr],
+    at: tuple[RowBlock, Expr],
     weights: Buffer,
     first: Expr,
     left: Expr,

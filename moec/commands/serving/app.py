@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from moec.commands.serving.answer import Answer
+from moec.commands.serving.embeddings import embeddings
 from moec.commands.serving.errors import ERROR_HEADERS, ApiError, invalid
 from moec.commands.serving.fields import json_body, read_fields
 from moec.commands.serving.openapi import document
@@ -49,6 +50,7 @@ def application(served: ServedModels) -> Starlette:
     posts: dict[str, Handler] = {
         "/v1/chat/completions": partial(_complete, chat=True),
         "/v1/completions": partial(_complete, chat=False),
+        "/v1/embeddings": _embed,
         "/tokenize": _tokenize,
         "/detokenize": _detokenize,
     }
@@ -101,6 +103,12 @@ async def _complete(served: ServedModels, request: Request, chat: bool) -> Respo
         answer.close("error" if work.done() else "abort")
         work.cancel()
         left.cancel()
+
+
+async def _embed(served: ServedModels, request: Request) -> Response:
+    service, body = await _body(served, request)
+    service.check_open()
+    return JSONResponse(await embeddings(service, body))
 
 
 class _Events(StreamingResponse):

@@ -159,7 +159,7 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
     try:
         fields = msgspec.convert(present, Fields)
     except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from None
+        raise refusal(str(error)) from None
     if fields.stream_options and not fields.stream:
         raise invalid("stream_options", "it needs stream: true")
     if not chat and fields.max_tokens is None:
@@ -181,7 +181,7 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
     return fields
 
 
-def _refusal(text: str) -> ApiError:
+def refusal(text: str) -> ApiError:
     """msgspec's sentence, such as: Expected `int` >= 1 - at `$.n`."""
     rule, _, path = text.partition(" - at `$")
     path = path.strip("`.")
