@@ -44,8 +44,9 @@ class Continuation:
 
     `end` is empty until it is STOP (the last token is one of `request.stop`, or completes its
     grammar), LENGTH, CANCELLED, or FAILED, with the sentence `error`. `logprobs` has an item for
-    each token where they were requested. The first `reused` tokens of the prompt were not computed
-    for it. `new` is how many of `tokens` the latest step added.
+    each token where they were requested, `prompt_logprobs` for each of the prompt but the first.
+    The first `reused` tokens of the prompt were not computed for it. `new` is how many of `tokens`
+    the latest step added.
     """
 
     prompt: Sequence[int]
@@ -55,6 +56,7 @@ class Continuation:
     guesses: Guesses
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
     reused: int = 0
     read: int = 0  # how many tokens of the prompt are in its caches
     end: str = ""
@@ -284,7 +286,7 @@ class Engine:
         Returns the number of its tokens that were known."""
         text = self.waiting.popleft()
         self._joining = [text]
-        if self._prefixes is None:
+        if self._prefixes is None and not text.request.scores_prompt:
             for other in [*self.waiting]:
                 if self.running < self.slots and self._fits(other):
                     self.waiting.remove(other)
@@ -294,13 +296,15 @@ class Engine:
         count, new = len(self._joining), self._executor.new_caches
         in_place = not self.decoding and not self._carries
         self._joining_caches = self._first(count) if in_place else new(count, self.room)
-        if self._prefixes is not None:
+        if self._prefixes is not None and not text.request.scores_prompt:
             most = max(0, len(text.prompt) - ROWS)  # so that at least ROWS are read
             text.reused = text.read = self._prefixes.load(text.prompt, most, self._joining_caches)
         return text.reused
 
     def _fits(self, text: Continuation) -> bool:
         """Whether one call can process a prompt with those that join, with little padding."""
+        if text.request.scores_prompt:
+            return False
         sizes = [len(other.prompt) for other in (*self._joining, text)]
         most, least = max(sizes), min(sizes)
         if most * len(sizes) > self._piece or most > self.room:
@@ -310,9 +314,11 @@ class Engine:
     def _read(self) -> Array:
         """The logits f32[texts, V] after the next part of the prompts that join."""
         texts, left = self._joining, self._joining[0].left
-        columns = max(text.left for text in texts)
-        if left > self._piece:  # then it joins alone; the last part has at least ROWS
-            columns = self._piece - ROWS * (left - self._piece < ROWS)
+        columns, scored = max(text.left for text in texts), texts[0].request.scores_prompt
+        # Logits of all tokens take much memory.
+        piece = 2 * ROWS if scored and not self._carries else self._piece
+        if left > piece:  # then it joins alone; the last part has at least ROWS
+            columns = piece - ROWS * (left - piece < ROWS)
         tokens = np.zeros((len(texts), columns), np.int64)
         for row, text in zip(tokens, texts, strict=True):
             part = text.prompt[text.read : text.read + columns]
@@ -321,11 +327,20 @@ class Engine:
         lengths = np.array([min(text.left, columns) for text in texts], np.int64)
         rows = (np.arange(len(texts)) * columns + lengths - 1)[:, None]
         numbers = np.concatenate([text.number for text in texts])
-        counts = [tokens, first, rows, first + lengths - 1]
-        logits = self._executor.decode(counts, self._joining_caches, numbers, lengths)
+        calls = [rows]
+        if scored:  # the last row has other bits alone, with which a text goes on
+            every = np.arange(columns)[None]
+            calls = [every] if self._carries or columns < left else [every, rows]
+        for rows in calls:
+            counts = [tokens, first, rows, first + lengths - rows.shape[1]]
+            logits = self._executor.decode(counts, self._joining_caches, numbers, lengths)
+            if rows.shape[1] > 1:
+                text, top = texts[0], texts[0].request.logprobs or 0
+                pairs = zip(logits[0], text.prompt[text.read + 1 :], strict=False)
+                text.prompt_logprobs += (logprobs(row, token, top) for row, token in pairs)
         for text, length in zip(texts, lengths.tolist(), strict=True):
             text.read += length
-        return logits[:, 0]
+        return logits[:, -1]
 
     def _joined(self, logits: Array) -> None:
         """Draw the first tokens of texts whose prompts are read, and let them decode."""

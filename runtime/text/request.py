@@ -18,10 +18,10 @@ AUTO, OFF = "auto", "off"
 class Request:
     """A request for at most `most` new tokens per text, until one of `stop` is drawn, which none of
     the first `least` is. `streams` are the numbers of the texts' random numbers, by default from 0.
-    With `logprobs` each token has its log probability, and those of so many likeliest ones. `guide`
-    is the beginning of a grammar that texts keep to. `speculate` is how many tokens of a text are
-    guessed and verified at a time: a number, AUTO where that is measured to pay, or OFF; it changes
-    no token."""
+    With `logprobs` each token has its log probability, and those of so many likeliest ones; with
+    `scores_prompt` those of the prompt too. `guide` is the beginning of a grammar that texts keep
+    to. `speculate` is how many tokens of a text are guessed and verified at a time: a number, AUTO
+    where that is measured to pay, or OFF; it changes no token."""
 
     most: int = 64
     sampling: Sampling = GREEDY
@@ -31,6 +31,7 @@ class Request:
     logprobs: int | None = None
     guide: Guide | None = None
     speculate: int | str = AUTO
+    scores_prompt: bool = False
 
     @property
     def guesses(self) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from moec.commands.serving.embeddings import EmbeddingFields
-from moec.commands.serving.fields import OF_CHATS, Fields
+from moec.commands.serving.fields import OF_CHATS, OF_TEXTS, Fields
 
 REFERENCES = "#/components/schemas/{name}"
 ERRORS = {
@@ -45,7 +45,8 @@ def document(models: Sequence[str], keyed: bool) -> dict[str, Any]:
     every["response_format"] = {"anyOf": FORMATS}
     every["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]+$"}
     count, flag = every["top_logprobs"], {"type": "boolean", "default": False}
-    chat = {name: field for name, field in every.items() if name != "prompt"} | {"logprobs": flag}
+    chat = {name: f for name, f in every.items() if name not in ("prompt", *OF_TEXTS)}
+    chat["logprobs"] = flag
     text = {name: field for name, field in every.items() if name not in {*OF_CHATS, "top_logprobs"}}
     text["logprobs"] = count
     embedding = components.pop("EmbeddingFields")["properties"] | {"model": {"enum": [*models]}}

@@ -98,6 +98,8 @@ class Service:
         token that the model has not."""
         room = self.engine.room - len(prompt)
         most = fields.max_completion_tokens or fields.max_tokens or max(1, room)
+        if fields.max_tokens == 0:  # one is drawn, and dropped
+            most = 1
         name = "messages" if fields.messages else "prompt"
         if room < most:
             if room > 0:
@@ -119,7 +121,8 @@ class Service:
             fields.sampling,
             stop,
             least=fields.min_tokens,
-            logprobs=fields.scores,
+            logprobs=0 if fields.scores is None and fields.best_of else fields.scores,
+            scores_prompt=fields.echo and fields.scores is not None,
             guide=guide,
             speculate=self.speculate,
         )

@@ -177,6 +177,14 @@ def test_models_that_are_refused(speaker: Path) -> None:
     with pytest.raises(InputError, match=rule):
         model.generate([[1, 2]], speculate=3)
     assert model.generate([[1, 2]], max_new_tokens=2, speculate="auto")
+    texts = []
+    for scores in (False, True):  # the prompt is read once, or its states would go on
+        engine = Engine(model.executor, 1, 40)
+        texts.append(engine.submit([1, 2, 3], Request(5, logprobs=0, scores_prompt=scores)))
+        while engine.busy:
+            engine.step()
+    assert texts[0].tokens == texts[1].tokens
+    assert len(texts[1].prompt_logprobs) == 2
 
 
 def test_nothing_is_guessed_while_routing_is_recorded(tiny: moec.CompiledModel) -> None:
