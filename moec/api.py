@@ -231,9 +231,7 @@ def compile(
             with clock.phase("generation"):
                 after = decode_passes(opt_level, passes)
                 compiled = with_decode(compiled, after, targets.backend)
-        if embeddings:
-            compiled = with_hidden_states(compiled)
-        compiled = _with_other_programs(compiled, chosen, record_routing=record_routing)
+        compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
         built = build_model(compiled, opt_level, clock, targets.backend, tune, store)
         if targets.beside is not None:
             built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
@@ -241,9 +239,11 @@ def compile(
 
 
 def _with_other_programs(
-    compiled: CompiledModel, chosen: Sequence[PassSpec], *, record_routing: bool
+    compiled: CompiledModel, chosen: Sequence[PassSpec], record_routing: bool, embeddings: bool
 ) -> CompiledModel:
-    """The model with its hoisted routers, and the programs that record routing."""
+    """The model with its hoisted routers, and the programs for embeddings and recordings."""
+    if embeddings:
+        compiled = with_hidden_states(compiled)
     if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
         compiled = with_routers(compiled)
     return with_recording(compiled) if record_routing else compiled

@@ -79,8 +79,8 @@ class Choice:
         text = self.ticket.text
         if self.echo is None or text is None:
             return ""
-        shown, known = "", [None, *text.prompt_logprobs]
-        for token, score in itertools.zip_longest(text.prompt, known):
+        shown, scores = "", [None, *text.prompt_logprobs]
+        for token, score in itertools.zip_longest(text.prompt, scores):
             if self.ticket.request.scores_prompt:
                 self.scores.append(Score(token, score, len(shown)))
             shown += self.echo(token)

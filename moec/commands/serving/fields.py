@@ -164,7 +164,7 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
     try:
         fields = msgspec.convert(present, Fields)
     except msgspec.ValidationError as error:
-        raise refusal(str(error)) from None
+        raise _refusal(str(error)) from None
     if fields.stream_options and not fields.stream:
         raise invalid("stream_options", "it needs stream: true")
     if fields.max_tokens == 0 and not fields.echo:
@@ -190,7 +190,38 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
     return fields
 
 
-def refusal(text: str) -> ApiError:
+class EmbeddingFields(msgspec.Struct, forbid_unknown_fields=True):
+    """A text, tokens, or a list of either."""
+
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @property
+    def texts(self) -> list[Any]:
+        """Texts, and lists of tokens."""
+        alone = isinstance(self.input, str) or isinstance(self.input[0], int)
+        return [self.input] if alone else [*self.input]
+
+
+def read_embedding_fields(body: dict[str, Any]) -> EmbeddingFields:
+    """Raises ApiError, naming the field, for one that is wrong, unknown or unsupported."""
+    present = {name: value for name, value in body.items() if name not in IGNORED}
+    if "dimensions" in present:
+        rule = "embeddings have all dimensions of the model's hidden states: leave it out"
+        raise invalid("dimensions", rule)
+    try:
+        fields = msgspec.convert(present, EmbeddingFields)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
+    if not fields.input:
+        raise invalid("input", "it is missing or empty")
+    if not isinstance(fields.input, str) and len({type(item) for item in fields.input}) > 1:
+        raise invalid("input", "give texts, or tokens, not both")
+    return fields
+
+
+def _refusal(text: str) -> ApiError:
     """msgspec's sentence, such as: Expected `int` >= 1 - at `$.n`."""
     rule, _, path = text.partition(" - at `$")
     path = path.strip("`.")

@@ -8,8 +8,7 @@ from typing import Any
 
 import msgspec
 
-from moec.commands.serving.embeddings import EmbeddingFields
-from moec.commands.serving.fields import OF_CHATS, OF_TEXTS, Fields
+from moec.commands.serving.fields import OF_CHATS, OF_TEXTS, EmbeddingFields, Fields
 
 REFERENCES = "#/components/schemas/{name}"
 ERRORS = {

@@ -61,8 +61,8 @@ def test_the_prompt_has_log_probabilities(
     (choice,) = answer["choices"]
     scores = choice["logprobs"]
     assert "".join(scores["tokens"]) == choice["text"]
-    places = zip(scores["text_offset"], scores["tokens"], strict=True)
-    assert [choice["text"][at:][: len(token)] for at, token in places] == scores["tokens"]
+    offsets = zip(scores["text_offset"], scores["tokens"], strict=True)
+    assert [choice["text"][at:][: len(token)] for at, token in offsets] == scores["tokens"]
     assert scores["token_logprobs"][0] is None
     assert scores["top_logprobs"][0] is None
     tokens = model.tokenizer.encode(choice["text"])

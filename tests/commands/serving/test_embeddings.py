@@ -37,9 +37,9 @@ def running(embedding: moec.LoadedModel) -> Iterator[Running]:
         yield running
 
 
-def vectors(running: Running, given: Any, **more: Any) -> np.ndarray[Any, Any]:
+def vectors(running: Running, request: Any, **more: Any) -> np.ndarray[Any, Any]:
     client = running.client if "encoding_format" in more else running.lenient
-    answer = client.embeddings.create(input=given, model=MODEL, **more)
+    answer = client.embeddings.create(input=request, model=MODEL, **more)
     assert [item.index for item in answer.data] == [*range(len(answer.data))]
     return np.array([item.embedding for item in answer.data])
 
@@ -73,9 +73,9 @@ def test_texts_tokens_and_both_formats(running: Running, embedding: moec.LoadedM
     """The client asks for base64 by default, which its own type of the answer has not."""
     tokens = [embedding.tokenizer.encode(text) for text in TEXTS]
     expected = np.array([embed(embedding.executor, text, "mean") for text in tokens])
-    for given in (TEXTS, tokens):
+    for request in (TEXTS, tokens):
         for more in ({}, {"encoding_format": "float"}, {"user": "me"}):
-            np.testing.assert_array_equal(vectors(running, given, **more).astype("f4"), expected)
+            np.testing.assert_array_equal(vectors(running, request, **more).astype("f4"), expected)
     for alone in (TEXTS[0], tokens[0]):
         np.testing.assert_array_equal(vectors(running, alone).astype("f4"), expected[:1])
     body = {"input": TEXTS, "encoding_format": "base64"}
