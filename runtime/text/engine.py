@@ -272,7 +272,8 @@ class Engine:
         )
         if (rows := max(account.rows(chances), 1 + requested)) == 1:
             return none
-        rows = min(rows, self._piece // len(texts), *(self.room - text.cached for text in texts))
+        most = max(1, self._piece // len(texts))  # tokens of all texts bound the memory of a call
+        rows = min(rows, most, *(self.room - text.cached for text in texts))
         left = (text.request.most - len(text.tokens) for text in texts)
         return [guesses[: min(rows, n) - 1] for guesses, n in zip(nexts, left, strict=True)]
 

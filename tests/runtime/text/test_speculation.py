@@ -119,6 +119,26 @@ def test_a_text_has_the_tokens_that_it_has_without_guesses(
             assert outcome(text) == outcome(right)
 
 
+def test_more_texts_than_tokens_of_a_call(
+    tiny: moec.CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then none is guessed for; for half as many, one token each."""
+    executor = tiny.executor
+    assert isinstance(executor, Executor)
+    monkeypatch.setattr(executor, "account", AnyRows(0))
+    right = alone(executor, [5] * 6, Request(8)).tokens
+    for count, most in ((70, 0), (32, 1)):
+        engine = Engine(executor, count, 20, piece=64, prompts_first=True)
+        texts = [engine.submit([5] * 6, Request(8)) for _ in range(count)]
+        guessed = 0
+        while engine.busy:
+            step = engine.step()
+            assert step.guessed_tokens <= most * count
+            guessed += step.guessed_tokens
+        assert (guessed > 0) == (most > 0)
+        assert all(text.tokens == right for text in texts)
+
+
 @pytest.fixture(scope="module")
 def tiny(compiled_tiny_moe: moec.CompiledModel) -> moec.CompiledModel:
     return compiled_tiny_moe
