@@ -36,7 +36,7 @@ from moec.model.build import build_for_gpu, build_model, verify_model
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.model.forms import ModelForm, best_form
-from moec.model.programs import with_decode, with_recording, with_routers
+from moec.model.programs import with_decode, with_hidden_states, with_recording, with_routers
 from moec.model.targets import choose_targets
 from moec.passes.approximate.choices.choose_experts import check_applied
 from moec.passes.approximate.choices.model_choices import ModelChoices
@@ -88,6 +88,7 @@ def compile(
     build: bool = True,
     kv_cache: bool = True,
     record_routing: bool = False,
+    embeddings: bool = False,
     tune: bool = False,
     backend: Backend | None = None,
     watch: Callable[[PassResult], None] | None = None,
@@ -116,6 +117,7 @@ def compile(
     generation.
     `kv_cache=False` omits the code with which `generate` computes one token at a time.
     `record_routing` adds what `CompiledModel.record_routing` needs; other calls do not change.
+    `embeddings` adds what `/v1/embeddings` of `moec serve` needs, without further weights.
     `opt_level` chooses passes; 0 also omits LLVM's optimisation, on CPUs only. `tune` measures
     kernels with several parameter values on this machine, and stores the results for later
     compilations; kernels of compressed weights have no such values. `backend` replaces the
@@ -229,7 +231,7 @@ def compile(
             with clock.phase("generation"):
                 after = decode_passes(opt_level, passes)
                 compiled = with_decode(compiled, after, targets.backend)
-        compiled = _with_other_programs(compiled, chosen, record_routing=record_routing)
+        compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
         built = build_model(compiled, opt_level, clock, targets.backend, tune, store)
         if targets.beside is not None:
             built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
@@ -237,9 +239,11 @@ def compile(
 
 
 def _with_other_programs(
-    compiled: CompiledModel, chosen: Sequence[PassSpec], *, record_routing: bool
+    compiled: CompiledModel, chosen: Sequence[PassSpec], record_routing: bool, embeddings: bool
 ) -> CompiledModel:
-    """The model with its hoisted routers, and the programs that record routing."""
+    """The model with its hoisted routers, and the programs for embeddings and recordings."""
+    if embeddings:
+        compiled = with_hidden_states(compiled)
     if any(isinstance(pass_, HoistRouters) for pass_ in chosen):
         compiled = with_routers(compiled)
     return with_recording(compiled) if record_routing else compiled

@@ -9,10 +9,12 @@ in the order of its ports. Destinations are memory for some outputs, which the f
 returns. A port of dtype c64 is passed as f32 with a last axis of 2: real part, imaginary part.
 `main` is the model as it was captured. The other functions are:
 
-    decode(input_ids[B, S], first[B], rows[B], last[B], caches..., params...) -> logits, caches
-        The next S tokens of B texts, after first[b] earlier tokens. The logits [B, 1, V] are those
-        of row rows[b] of the B*S rows, which is token last[b] of its text. The function checks
-        nothing: first[b] + S must be at most the caches' length and `Generation.longest`.
+    decode(input_ids[B, S], first[B], rows[B, Q], last[B], caches..., params...) -> logits, caches
+        The next S tokens of B texts, after first[b] earlier tokens. The logits [B, Q, V] are those
+        of rows rows[b, q] of the B*S rows, which are tokens last[b] + q of their text. The function
+        checks nothing: first[b] + S must be at most the caches' length and `Generation.longest`.
+    hidden(inputs..., params...) -> hidden states [B, S, D]
+        What the head of a language model reads.
     route(inputs..., params...) -> outputs
         The routers that read no hidden state, from the inputs that they need.
     route_part_N(inputs..., params...) -> some outputs of route
@@ -38,6 +40,7 @@ from moec.target.cpu import CpuNeeds
 Size: TypeAlias = int | str  # a number, or an expression over named sizes (sizes.parse_dim)
 
 MAIN, DECODE = "main", "decode"
+HIDDEN = "hidden"
 ROUTE, ROUTED = "route", "routed"
 RECORDED, RECORDED_DECODE = "recorded", "recorded_decode"
 WITH_CACHES = (DECODE, RECORDED_DECODE)

@@ -43,7 +43,7 @@ def steps(model: moec.CompiledModel) -> tuple[float, float]:
         model.save(path)
         executor = load(path)
         caches = executor.new_caches(4, 64)
-        rows, requests = np.arange(4), executor.number_requests(4)
+        rows, requests = np.arange(4)[:, None], executor.number_requests(4)
         times = np.empty((STEPS, 2))
         for step in range(-10, STEPS):
             counts = [np.full((4, 1), 5), np.full(4, step % 64), rows, np.zeros(4, np.int64)]

@@ -256,7 +256,7 @@ def _bench(
     times = race([ours, *others], load, rounds, progress)
     second = measure()
     peak, stream = max(first[0], second[0]), max(first[1], second[1])
-    sizes = {"B": batch, "L": prompt + new}
+    sizes = {"B": batch, "Q": 1, "L": prompt + new}
 
     def least(tokens: int, context: int) -> float:
         needed = cost(graph, sizes | {"S": tokens}, context)

@@ -83,6 +83,10 @@ LOGGER = logging.getLogger(__name__)
     help="Include the code for `moec run --record-routing FILE.npz`.",
 )  # fmt: skip
 @click.option(
+    "--embeddings", is_flag=True,
+    help="Include the code for /v1/embeddings of `moec serve`; it needs no further weights.",
+)  # fmt: skip
+@click.option(
     "--tune", is_flag=True,
     help="Measure variants of the kernels on this machine, use the fastest, and remember them.",
 )  # fmt: skip
@@ -232,6 +236,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             build=request.builds,
             kv_cache=request.kv_cache,
             record_routing=request.record_routing,
+            embeddings=request.embeddings,
             tune=request.tune,
             memory=request.memory,
             store=request.store,

@@ -15,7 +15,7 @@ from moec.errors import InputError, UsageError
 from moec.files.printable import preformatted
 from moec.runtime.text.generate import generate, slow
 from moec.runtime.text.prompt import Tokenizer
-from moec.runtime.text.request import Request
+from moec.runtime.text.request import AUTO, Request
 from moec.runtime.text.sampling import Sampling
 from moec.runtime.text.texts import Decoder
 from moec.runtime.text.write_text import new_texts, write
@@ -50,6 +50,7 @@ def request_of(
     logit_bias: Mapping[int, float] | None = None,
     seed: int | None = None,
     response_format: Mapping[str, Any] | None = None,
+    speculate: int | str = AUTO,
     stop: int | str | Sequence[int | str] | None = None,
 ) -> tuple[Request, tuple[str, ...]]:
     """The request, and the strings that end a text. Raises InputError for an option of another type
@@ -77,7 +78,10 @@ def request_of(
         )
     guide = response_format and writer.tokenizer().grammars.guide(response_format)
     ids = frozenset(map(int, tokens))
-    return Request(max_new_tokens, sampling, ids, least=min_tokens, guide=guide or None), strings
+    request = Request(
+        max_new_tokens, sampling, ids, least=min_tokens, guide=guide or None, speculate=speculate
+    )
+    return request, strings
 
 
 OPTIONS = tuple(inspect.signature(request_of).parameters.values())[1:]
@@ -111,8 +115,10 @@ class TextModel:
         filled up with its last token. `temperature` 0 takes the likeliest token; `stop` are the
         tokens that end a text (default: those of the model's configuration), of which none is among
         the first `min_tokens`, and, for text, strings that end it and are left out.
-        `response_format` is a grammar that the text keeps to, as in `moec.runtime.text.guide`. The
-        others are those of `moec.runtime.text.sampling.Sampling`.
+        `response_format` is a grammar that the text keeps to, as in `moec.runtime.text.guide`.
+        `speculate` is how many tokens are guessed and verified at a time, "off", or "auto", where
+        that is measured to pay; it changes no token. The others are those of
+        `moec.runtime.text.sampling.Sampling`.
 
         Raises InputError where the model does not continue text, or an option or a prompt is out of
         range; ArtifactError for text without a tokenizer.

@@ -12,10 +12,12 @@ from moec.ir.graph import Stage
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Declined, Pass, run
 from moec.passes.decode import continues_text, incremental
+from moec.passes.specialise.hidden_states import without_head
 from moec.passes.specialise.hoist_routers import split
 from moec.passes.specialise.record_routing import recorded_layers, with_choices
 from moec.runtime.package import (
     DECODE,
+    HIDDEN,
     RECORDED,
     RECORDED_DECODE,
     ROUTE,
@@ -65,6 +67,15 @@ def with_routers(compiled: CompiledModel) -> CompiledModel:
     return replace(compiled, programs=programs, router_ports=layers)
 
 
+def with_hidden_states(compiled: CompiledModel) -> CompiledModel:
+    """The model with a program for its embeddings. Raises UsageError where it has no head."""
+    try:
+        hidden = without_head(compiled.module.main)
+    except NoMatch as why:
+        raise UsageError(f"{compiled.source.name} gives no embeddings: {why}") from None
+    return replace(compiled, programs={**compiled.programs, HIDDEN: hidden})
+
+
 def with_recording(compiled: CompiledModel) -> CompiledModel:
     """The model with second versions of `main` and `decode` that also return the choices of
     experts. Raises UsageError where no layer routes, or where routing is not by one row per
@@ -73,8 +84,9 @@ def with_recording(compiled: CompiledModel) -> CompiledModel:
     try:
         programs[RECORDED] = with_choices(compiled.module.main)
         if DECODE in programs:
-            texts, piece = programs[DECODE].graph.inputs[0].shape
-            programs[RECORDED_DECODE] = with_choices(programs[DECODE], (texts * piece, texts))
+            tokens, _, rows, *_ = programs[DECODE].graph.inputs
+            counts = [value.shape[0] * value.shape[1] for value in (tokens, rows)]
+            programs[RECORDED_DECODE] = with_choices(programs[DECODE], counts)
     except NoMatch as why:
         raise UsageError(
             f"the routing of {compiled.source.name} cannot be recorded: {why}"

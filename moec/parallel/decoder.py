@@ -25,6 +25,7 @@ class RankDecoder:
     """The decoder of one of several ranks, for `Texts` (`moec.runtime.text.texts.Decoder`)."""
 
     holds_all_texts = False
+    account = None
 
     def __init__(self, files: RankFiles, ranks: ProcessRanks) -> None:
         self._ranks, self._meanings = ranks, named_meanings(ranks)
@@ -54,7 +55,7 @@ class RankDecoder:
     def decode(
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
-        """Logits f32[B, V] of all texts. Raises RankError where an exchange fails."""
+        """Logits f32[B, 1, V] of all texts. Raises RankError where an exchange fails."""
         ids, first, rows, last = counts
         shares = self._shares(len(ids))
         own_texts = shares[self._ranks.rank]
@@ -63,7 +64,7 @@ class RankDecoder:
         inputs = [ids[own_texts], first[own_texts], rows[own_texts] - before, last[own_texts]]
         (logits,) = self._model([*map(torch.from_numpy, inputs)], self._meanings, caches)
         with as_rank_errors(self._ranks, "the logits", "all_gather"):
-            gathered = self._ranks.gather(WORLD, logits[:, 0].float(), [*map(len, shares)])
+            gathered = self._ranks.gather(WORLD, logits.float(), [*map(len, shares)])
         return gathered.numpy()
 
     def _shares(self, texts: int) -> list[Array]:

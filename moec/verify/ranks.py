@@ -225,4 +225,5 @@ def first_step(
         for value in (state.before for state in step.graph.states)
     ]
     last = torch.full((texts,), tokens - 1)
-    return ids, torch.zeros_like(last), torch.arange(texts) * tokens + last, last, *caches
+    rows = torch.arange(texts) * tokens + last
+    return ids, torch.zeros_like(last), rows[:, None], last, *caches

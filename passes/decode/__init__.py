@@ -2,8 +2,8 @@
 
     f(input_ids[B, S]) -> logits[B, S, V]
     ->
-    step(input_ids[B, S], first[B], rows[B], last[B]; caches[B, heads, L, width] ..)
-        -> logits[B, 1, V]
+    step(input_ids[B, S], first[B], rows[B, Q], last[B]; caches[B, heads, L, width] ..)
+        -> logits[B, Q, V]
 
 The step takes the next S tokens of each sequence: a prompt, a chunk of one, or one token. It is
 derived from the graph after the other passes, so the captured model needs no cache, and every model

@@ -23,6 +23,7 @@ from moec.errors import InputError
 from moec.runtime.artifact import artifact
 from moec.runtime.artifact.artifact import Artifact
 from moec.runtime.artifact.mapped_arrays import CheckedArrays
+from moec.runtime.call.account import Account
 from moec.runtime.call.caches import Cache, bytes_of_caches, caches_of, keep
 from moec.runtime.call.recorder import Observer
 from moec.runtime.checks import CPU, check_inputs, check_memory, destination_shapes
@@ -143,6 +144,8 @@ class Executor:
         self._lock = threading.RLock()  # of a thread that forks in a call, too
         self._caller: ThreadPoolExecutor | None = None
         self._recorder: Observer | None = None
+        # On GPUs the rows of a text have other bits than alone.
+        self.account = Account() if self.device.kind == CPU else None
         self._requests = 0
         self._token = self.device.repeated()
         self._counts: list[Any] = []  # the latest inputs of `decode`, whose memory the next take
@@ -201,10 +204,16 @@ class Executor:
                     "the routing of this model is already being recorded: end that recording first"
                 )
             self._recorder = recorder
+            self._pause(True)
 
     def stop_recording(self) -> None:
         with self._lock:
             self._recorder = None
+            self._pause(False)
+
+    def _pause(self, paused: bool) -> None:
+        if self.account is not None:
+            self.account.paused = paused
 
     def number_requests(self, count: int) -> Array:
         """The numbers i32[count] of the next requests, which identify them in traces."""
@@ -295,7 +304,7 @@ class Executor:
     def decode(
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
-        """Logits f32[B, V] of the function `decode`, which updates `caches`.
+        """Logits f32[B, Q, V] of the function `decode`, which updates `caches`.
 
         `counts` are input_ids, first, rows and last, all i64; the caller must ensure that they are
         within their bounds. For recordings, `requests` i32[B] are the numbers of the texts, and
@@ -324,7 +333,7 @@ class Executor:
                 recorder.add_decode(choices, lengths, counts[0].shape[1], requests)
             after = [item(results, 1 + len(layers) + index) for index in range(len(caches))]
             keep(caches, entry.signature.caches, after)
-        return scores[:, 0].astype(np.float32)
+        return scores.astype(np.float32)
 
     def new_caches(self, texts: int, room: int) -> list[Cache]:
         """Caches of the function `decode` for some texts of at most `room` tokens each."""

@@ -53,6 +53,7 @@ class TimedDecoder:
     arguments of the kernels of the current call."""
 
     holds_all_texts: ClassVar[bool] = True
+    account: ClassVar[None] = None
     executor: Executor
     clock: Spans | None = None
     watched: list[tuple[SortedRows, ...]] = field(default_factory=list)
@@ -74,7 +75,7 @@ class TimedDecoder:
         """See `Executor.decode`."""
         texts, piece = counts[0].shape
         context = int(counts[1].max()) + piece
-        sizes = {"B": texts, "S": piece, "L": context}
+        sizes = {"B": texts, "S": piece, "Q": counts[2].shape[1], "L": context}
         logits: Array = self._timed(
             sizes, context, lambda: self.executor.decode(counts, caches, requests, lengths)
         )

@@ -3,13 +3,19 @@
 All texts are slots of one set of caches, the texts that decode the first n of them, so that the
 function `decode` runs on the first n rows. A step is at most one call for prompts and one token of
 every text that decodes. The bits of a text do not depend on the others, nor on how its prompt is
-cut, nor on whether the beginning of its prompt was known: kernels compute every row as if it were
-alone, and round the same for any number of rows of a text of at least ROWS. Shorter prompts are
-read in one call, of as many rows.
+cut, nor on whether the beginning of its prompt was known, nor on whether tokens were verified
+together: kernels compute every row as if it were alone, and round the same for up to 8 rows of
+a text, and for any number of at least ROWS. Shorter prompts are read in one call, of as many
+rows.
+
+Tokens are verified by drawing: where a text has guesses, the rows of a call are its last token and
+they, and tokens are drawn from the logits in turn, as without guesses, until one is not the guess.
+The cache entries of wrong guesses are overwritten by the tokens that follow.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +26,7 @@ from moec.errors import InputError
 from moec.runtime.call.caches import Cache, copy_tokens, first_texts
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, carries
+from moec.runtime.text.guesses import Guesses
 from moec.runtime.text.prefixes import Prefixes
 from moec.runtime.text.request import Request
 from moec.runtime.text.sampler import Sampler
@@ -37,20 +44,29 @@ class Continuation:
 
     `end` is empty until it is STOP (the last token is one of `request.stop`, or completes its
     grammar), LENGTH, CANCELLED, or FAILED, with the sentence `error`. `logprobs` has an item for
-    each token where they were requested. The first `reused` tokens of the prompt were not computed
-    for it.
+    each token where they were requested, `prompt_logprobs` for each of the prompt but the first.
+    The first `reused` tokens of the prompt were not computed for it. `new` is how many of `tokens`
+    the latest step added.
     """
 
     prompt: Sequence[int]
     request: Request
     sampler: Sampler
     number: Array  # i32[1], which identifies it in traces
+    guesses: Guesses
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
     reused: int = 0
     read: int = 0  # how many tokens of the prompt are in its caches
     end: str = ""
     error: str = ""
+    new: int = 0
+
+    @property
+    def latest(self) -> list[int]:
+        """The tokens that the latest step added."""
+        return self.tokens[len(self.tokens) - self.new :]
 
     @property
     def cached(self) -> int:
@@ -65,12 +81,19 @@ class Continuation:
 
 @dataclass(frozen=True, eq=False)
 class StepResult:
-    """What one step did: the texts with one more token, the tokens of prompts it processed, and
-    those that were known for the prompt that it began with."""
+    """What one step did: the texts with `new` tokens, or an error; the tokens of prompts it
+    processed, those that were known for the prompt that it began with; and the tokens that were
+    guessed, and those that were drawn of them."""
 
     advanced: tuple[Continuation, ...]
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(text.new for text in self.advanced)
 
 
 class Engine:
@@ -111,6 +134,7 @@ class Engine:
         self.vocabulary = package.generation.vocabulary
         self._ports = package.functions[DECODE].caches
         self._carries = carries(package.functions[DECODE])
+        self._account = None if self._carries else executor.account
         self._executor, self._piece, self._prompts_first = executor, piece, prompts_first
         self._caches = executor.new_caches(slots, room)
         self._views: dict[int, list[Cache]] = {}  # the caches of the first n texts
@@ -150,6 +174,9 @@ class Engine:
                 f"token {low if low < 0 else high} is not one of the model's {self.vocabulary} "
                 "tokens"
             )
+        if request.guesses and self._account is None:
+            why = "has recurrent states, which cannot go back" if self._carries else "is on a GPU"
+            raise InputError(f"speculate is {request.guesses}, and the model {why}: leave it out")
 
     def submit(self, prompt: Sequence[int], request: Request, index: int = 0) -> Continuation:
         """Append a text to those that wait for a slot; once it is here it is always continued.
@@ -159,7 +186,9 @@ class Engine:
         """
         self.check(prompt, request)
         number = self._executor.number_requests(1)
-        text = Continuation(tuple(prompt), request, Sampler(request, prompt, index), number)
+        sampler = Sampler(request, prompt, index)
+        guesses = Guesses(prompt, 0 if self._account is None else request.guesses)
+        text = Continuation(tuple(prompt), request, sampler, number, guesses)
         self.waiting.append(text)
         return text
 
@@ -173,47 +202,80 @@ class Engine:
         """End all texts that hold a slot, with a sentence, after a step that raised an error."""
         failed = (*self.decoding, *self._joining)
         for text in failed:
-            text.end, text.error = FAILED, error
+            text.end, text.error, text.new = FAILED, error, 0
         self.decoding, self._joining = [], []
         return failed
 
     def step(self) -> StepResult:
-        """One token of every text that decodes, and a part of a prompt, or several short prompts.
-        The texts that ended in it have left their slots."""
+        """A token of every text that decodes, or several, and a part of a prompt, or several short
+        prompts. The texts that ended in it have left their slots."""
         prompts_wait = self._joining or (self.waiting and len(self.decoding) < self.slots)
         advanced: list[Continuation] = []
+        guessed = accepted = 0
         if self.decoding and not (self._prompts_first and prompts_wait):
-            advanced = self._decode()
+            advanced = [*self.decoding]
+            guessed, accepted = self._decode(advanced)
         reused = 0
         if not self._joining and self.waiting and len(self.decoding) < self.slots:
             reused = self._join()
         if not self._joining:
-            return StepResult(tuple(advanced))
+            return StepResult(tuple(advanced), 0, 0, guessed, accepted)
         before = sum(text.read for text in self._joining)
         rows = self._read()
         count = sum(text.read for text in self._joining) - before
         if not self._joining[0].left:
             advanced += self._joining
             self._joined(rows)
-        return StepResult(tuple(advanced), count, reused)
+        return StepResult(tuple(advanced), count, reused, guessed, accepted)
 
-    def _decode(self) -> list[Continuation]:
-        texts = list(self.decoding)
-        count = len(texts)
-        tokens = np.array([[text.tokens[-1]] for text in texts], np.int64)
+    def _decode(self, texts: Sequence[Continuation]) -> tuple[int, int]:
+        """Draw the next tokens of all texts that decode. Returns how many were guessed, and drawn
+        of these."""
+        account, guesses = self._account, self._guesses(texts)
+        count, rows = len(texts), 1 + max(map(len, guesses))
+        tokens = np.zeros((count, rows), np.int64)  # rows after a text's guesses are not drawn from
+        for row, text, guessed in zip(tokens, texts, guesses, strict=True):
+            row[: 1 + len(guessed)] = [text.tokens[-1], *guessed]
         first = np.array([text.cached for text in texts], np.int64)
+        start = time.perf_counter()
         logits = self._executor.decode(
-            [tokens, first, np.arange(count), first],
+            [tokens, first, np.arange(count * rows).reshape(count, rows), first],
             self._first(count),
             np.concatenate([text.number for text in texts]),
-            np.ones(count, np.int64),
+            np.full(count, rows),
         )
-        for text, row in zip(texts, logits, strict=True):
-            _draw(text, row)
+        seconds = time.perf_counter() - start
+        for text, guessed, scores in zip(texts, guesses, logits, strict=True):
+            text.new = 0
+            for row, guess in zip(scores, [*guessed, None], strict=False):
+                _draw(text, row)
+                if text.end or text.tokens[-1] != guess:
+                    break
         for text in texts:
             if text.end:
                 self._release(text)
-        return texts
+        verified = sum(map(len, guesses))
+        accepted = sum(max(0, text.new - 1) for text in texts)
+        if account is not None:
+            account.add(count, rows, seconds, verified, accepted)
+        return verified, accepted
+
+    def _guesses(self, texts: Sequence[Continuation]) -> list[list[int]]:
+        """The guesses of each text that the next call verifies."""
+        account, none = self._account, list[list[int]]([] for _ in texts)
+        if account is None or account.paused:
+            return none
+        nexts = [text.guesses.next() for text in texts]
+        chances = [(len(n), text.guesses.chance) for n, text in zip(nexts, texts, strict=True)]
+        requested = max(
+            min(text.guesses.requested, n) for text, (n, _) in zip(texts, chances, strict=True)
+        )
+        if (rows := max(account.rows(chances), 1 + requested)) == 1:
+            return none
+        most = max(1, self._piece // len(texts))  # tokens of all texts bound the memory of a call
+        rows = min(rows, most, *(self.room - text.cached for text in texts))
+        left = (text.request.most - len(text.tokens) for text in texts)
+        return [guesses[: min(rows, n) - 1] for guesses, n in zip(nexts, left, strict=True)]
 
     def _first(self, count: int) -> list[Cache]:
         if count not in self._views:
@@ -225,7 +287,7 @@ class Engine:
         Returns the number of its tokens that were known."""
         text = self.waiting.popleft()
         self._joining = [text]
-        if self._prefixes is None:
+        if self._prefixes is None and not text.request.scores_prompt:
             for other in [*self.waiting]:
                 if self.running < self.slots and self._fits(other):
                     self.waiting.remove(other)
@@ -235,13 +297,15 @@ class Engine:
         count, new = len(self._joining), self._executor.new_caches
         in_place = not self.decoding and not self._carries
         self._joining_caches = self._first(count) if in_place else new(count, self.room)
-        if self._prefixes is not None:
+        if self._prefixes is not None and not text.request.scores_prompt:
             most = max(0, len(text.prompt) - ROWS)  # so that at least ROWS are read
             text.reused = text.read = self._prefixes.load(text.prompt, most, self._joining_caches)
         return text.reused
 
     def _fits(self, text: Continuation) -> bool:
         """Whether one call can process a prompt with those that join, with little padding."""
+        if text.request.scores_prompt:
+            return False
         sizes = [len(other.prompt) for other in (*self._joining, text)]
         most, least = max(sizes), min(sizes)
         if most * len(sizes) > self._piece or most > self.room:
@@ -251,22 +315,33 @@ class Engine:
     def _read(self) -> Array:
         """The logits f32[texts, V] after the next part of the prompts that join."""
         texts, left = self._joining, self._joining[0].left
-        columns = max(text.left for text in texts)
-        if left > self._piece:  # then it joins alone; the last part has at least ROWS
-            columns = self._piece - ROWS * (left - self._piece < ROWS)
+        columns, scored = max(text.left for text in texts), texts[0].request.scores_prompt
+        # Logits of all tokens take much memory.
+        piece = 2 * ROWS if scored and not self._carries else self._piece
+        if left > piece:  # then it joins alone; the last part has at least ROWS
+            columns = piece - ROWS * (left - piece < ROWS)
         tokens = np.zeros((len(texts), columns), np.int64)
         for row, text in zip(tokens, texts, strict=True):
             part = text.prompt[text.read : text.read + columns]
             row[: len(part)] = part
         first = np.array([text.read for text in texts], np.int64)
         lengths = np.array([min(text.left, columns) for text in texts], np.int64)
-        rows = np.arange(len(texts)) * columns + lengths - 1
+        rows = (np.arange(len(texts)) * columns + lengths - 1)[:, None]
         numbers = np.concatenate([text.number for text in texts])
-        counts = [tokens, first, rows, first + lengths - 1]
-        logits = self._executor.decode(counts, self._joining_caches, numbers, lengths)
+        calls = [rows]
+        if scored:  # the last row has other bits alone, with which a text goes on
+            every = np.arange(columns)[None]
+            calls = [every] if self._carries or columns < left else [every, rows]
+        for rows in calls:
+            counts = [tokens, first, rows, first + lengths - rows.shape[1]]
+            logits = self._executor.decode(counts, self._joining_caches, numbers, lengths)
+            if rows.shape[1] > 1:
+                text, top = texts[0], texts[0].request.logprobs or 0
+                pairs = zip(logits[0], text.prompt[text.read + 1 :], strict=False)
+                text.prompt_logprobs += (logprobs(row, token, top) for row, token in pairs)
         for text, length in zip(texts, lengths.tolist(), strict=True):
             text.read += length
-        return logits
+        return logits[:, -1]
 
     def _joined(self, logits: Array) -> None:
         """Draw the first tokens of texts whose prompts are read, and let them decode."""
@@ -310,6 +385,8 @@ def _draw(text: Continuation, logits: Array) -> None:
         text.error = f"after {len(text.prompt) + len(text.tokens)} tokens: {error}"
         return
     text.tokens.append(token)
+    text.new += 1
+    text.guesses.add(token)
     if request.logprobs is not None:
         text.logprobs.append(logprobs(logits, token, request.logprobs))
     if complete:

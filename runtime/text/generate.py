@@ -61,6 +61,11 @@ def generate(
     if executor.package.generation is not None and executor.holds_all_texts:
         yield from _by_engine(executor, prompts, request)
         return
+    if request.guesses:
+        raise InputError(
+            f"speculate is {request.guesses}, and this model has no KV cache of its own process: "
+            "leave it out"
+        )
     limit = longest_of(executor)
     room = max(len(prompt) + request.most for prompt in prompts)
     feed = _feed(executor, prompts, room if limit is None else min(room, limit))

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from moec.errors import InputError
+from moec.runtime.call.account import Account
 from moec.runtime.call.caches import Cache, copy_text
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package, carries
@@ -29,6 +30,10 @@ class Decoder(Protocol):
     def holds_all_texts(self) -> bool:
         """Whether the caches of `new_caches` are those of all texts, not of a rank's share."""
 
+    @property
+    def account(self) -> Account | None:
+        """That of verified tokens; None where several tokens of a text cannot be verified."""
+
     def number_requests(self, count: int) -> Array:
         """The numbers i32[count] of the next requests."""
 
@@ -38,7 +43,7 @@ class Decoder(Protocol):
     def decode(
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
-        """Logits f32[B, V]; see `Executor.decode`."""
+        """Logits f32[B, Q, V]; see `Executor.decode`."""
 
 
 class Texts:
@@ -116,11 +121,11 @@ class Texts:
         self._check(padded, counts)
         first = np.minimum(self._first, self._room - piece)  # of a text that is full, and idle
         last = np.maximum(counts - 1, 0)
-        rows = np.arange(texts) * piece + last
+        rows = (np.arange(texts) * piece + last)[:, None]
         inputs = [padded, first, rows, first + last]
         logits = self._executor.decode(inputs, self._caches, self._requests, counts)
         self._first += counts
-        return logits
+        return logits[:, 0]
 
     def _check(self, padded: Array, counts: Array) -> None:
         low, high = int(padded.min()), int(padded.max())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from moec.codegen.cpu.attention.decode import FEW, few
+from moec.codegen.cpu.attention.decode import few, takes
 from moec.codegen.cpu.attention.prefill import tiled
 from moec.codegen.cpu.attention.problem import arguments
 from moec.codegen.cpu.frame import kernel
@@ -27,7 +27,7 @@ def attention(spec: AttentionSpec, target: CpuTarget, name: str = "attention") -
     """
     with kernel(name, target) as frame:
         p = arguments(spec, target)
-        with T.If(p.rows <= FEW):
+        with T.If(p.queries <= takes(spec.group)):
             with T.Then():
                 few(p)
             with T.Else():

@@ -3,7 +3,8 @@
 The time is that of reading keys and values, so they are read once, without packing: vectors run
 along the features of a key, and the dot products of `lanes` keys are summed together. Keys are
 divided into chunks, so that one long sequence keeps all cores busy; a second step combines the
-chunks of a row. Chunks do not depend on the number of threads, and so neither do sums.
+chunks of a row. Chunks do not depend on the number of threads, and so neither do sums; nor do they
+on the other rows, so that tokens which are verified together have the bits of one at a time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from moec.codegen.cpu.attention.problem import (
 from moec.codegen.cpu.parallel import ELEMENT, bytes_of, divide
 
 FEW = 24  # rows of one key head for which packing does not pay; a multiple of 4
+VERIFIED = 8  # queries that never take more rows than that, in blocks of FEW
 CHUNK = 256  # keys of a task
 
 
@@ -37,34 +39,56 @@ CHUNK = 256  # keys of a task
 class PartialSoftmax:
     """The softmax of each row over one chunk of keys; `sums` are weights @ values."""
 
-    tops: Buffer  # [head, chunk, row]
-    totals: Buffer  # [head, chunk, row]
-    sums: Buffer  # [head, chunk, row, feature]
+    tops: Buffer  # [block, chunk, row]
+    totals: Buffer  # [block, chunk, row]
+    sums: Buffer  # [block, chunk, row, feature]
+
+
+@dataclass(frozen=True)
+class RowBlock:
+    """Some rows of one key head, at most FEW: `count` from `first` on."""
+
+    number: Expr
+    head: Expr
+    first: Expr
+    count: Expr
+
+
+def takes(group: int) -> int:
+    """The most queries of which each has `group` rows that `few` takes; 0: none."""
+    return 0 if group > FEW else max(FEW // group, VERIFIED)
 
 
 def few(p: Problem) -> None:
-    """Fill p.out; at most FEW rows a key head."""
-    chunks = T.bind(T.ceildiv(p.keys, CHUNK))
+    """Fill p.out; at most `takes` queries."""
+    rows = FEW // p.spec.group * p.spec.group
+    chunks, blocks = T.bind(T.ceildiv(p.keys, CHUNK)), T.bind(T.ceildiv(p.rows, rows))
+    count = T.bind(p.heads * blocks)
     parts = PartialSoftmax(
-        T.alloc_buffer((p.heads, chunks, FEW), "float32"),
-        T.alloc_buffer((p.heads, chunks, FEW), "float32"),
-        T.alloc_buffer((p.heads, chunks, FEW, p.width), "float32"),
+        T.alloc_buffer((count, chunks, FEW), "float32"),
+        T.alloc_buffer((count, chunks, FEW), "float32"),
+        T.alloc_buffer((count, chunks, FEW, p.width), "float32"),
     )
     sums = p.heads * p.rows * p.keys * p.features
-    cached = p.heads * p.keys * (p.features * bytes_of(p.k))
-    with parallel.parallel_for(p.heads * chunks, sums, cached) as task:
-        head, n = divide(task, chunks)
+    cached = count * p.keys * (p.features * bytes_of(p.k))
+    with parallel.parallel_for(count * chunks, sums, cached) as task:
+        number, n = divide(task, chunks)
+        head, index = divide(number, blocks)
+        first = T.bind(index * rows)
         end = p.end(head)
         with T.If(n * CHUNK < end), T.Then():
-            _chunk(p, parts, head, n, end)
+            block = RowBlock(number, head, first, T.bind(T.min(p.rows - first, rows)))
+            _chunk(p, parts, block, n, end)
     with parallel.parallel_for(
         p.heads * p.rows, p.heads * p.rows * chunks * (p.width * ELEMENT)
     ) as task:
         head, row = divide(task, p.rows)
-        _join(p, parts, head, row, T.bind(T.ceildiv(p.end(head), CHUNK)))
+        index, within = divide(row, T.int64(rows))
+        at = (T.bind(head * blocks + index), within)
+        _join(p, parts, p.query_at(head, row), at, T.bind(T.ceildiv(p.end(head), CHUNK)))
 
 
-def _chunk(p: Problem, parts: PartialSoftmax, head: Expr, n: Expr, end: Expr) -> None:
+def _chunk(p: Problem, parts: PartialSoftmax, block: RowBlock, n: Expr, end: Expr) -> None:
     v, soft = p.vector, p.soft
     first = T.bind(n * CHUNK)
     left = T.bind(T.min(end - first, CHUNK))
@@ -72,23 +96,23 @@ def _chunk(p: Problem, parts: PartialSoftmax, head: Expr, n: Expr, end: Expr) ->
     scores = T.alloc_buffer((FEW, CHUNK), "float32")
     reaches = T.alloc_buffer((FEW,), "int64")
     bias = T.alloc_buffer((FEW, CHUNK), "float32") if p.mask is not None else None
-    with T.serial(0, p.rows) as r:
-        where = p.query_at(head, r)
+    with T.serial(0, block.count) as r:
+        where = p.query_at(block.head, block.first + r)
         T.buffer_store(reaches, reach(p, where[0], where[2]), [r])
         if bias is not None:
             load_mask(p, (*where, first), bias, r, groups)
-    dots = _dots(p, head)
-    with T.serial(0, groups) as group, T.serial(0, p.rows) as r:
+    dots = _dots(p, block)
+    with T.serial(0, groups) as group, T.serial(0, block.count) as r:
         key = T.bind(first + group * v.lanes)
         lanes = T.ramp(group * v.lanes, 1, v.lanes)
         visible = T.cast(reaches[r] - key, "int32")
         added = None if bias is None else bias[r, lanes]
-        batch, _, position = p.query_at(head, r)
+        batch, _, position = p.query_at(block.head, block.first + r)
         first_seen = start(p, batch, position)
         unseen = None if first_seen is None else T.cast(first_seen - key, "int32")
         T.buffer_store(scores, scaled(p, dots(r, key), unseen, visible, added), [r, lanes])
 
-    with T.serial(0, p.rows) as r:
+    with T.serial(0, block.count) as r:
         state = T.alloc_buffer((v.lanes,), "float32")
         lane = T.ramp(0, 1, v.lanes)
         T.buffer_store(state, v.splat(MINUS_INFINITY), [lane])
@@ -103,12 +127,12 @@ def _chunk(p: Problem, parts: PartialSoftmax, head: Expr, n: Expr, end: Expr) ->
             weight = soft.exp(scores[r, lanes] - v.splat(base))
             T.buffer_store(scores, weight, [r, lanes])
             T.buffer_store(state, state[lane] + weight, [lane])
-        T.buffer_store(parts.tops, top, [head, n, r])
-        T.buffer_store(parts.totals, v.sum(state[lane]), [head, n, r])
-    _weigh(p, parts, (head, n), scores, first, left)
+        T.buffer_store(parts.tops, top, [block.number, n, r])
+        T.buffer_store(parts.totals, v.sum(state[lane]), [block.number, n, r])
+    _weigh(p, parts, (block, n), scores, first, left)
 
 
-def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
+def _dots(p: Problem, block: RowBlock) -> Callable[[Expr, Expr], Expr]:
     """A function of a row and a key: the products of that row with the next `lanes` keys."""
     v, spec = p.vector, p.spec
     lane = T.ramp(0, 1, v.lanes)
@@ -122,8 +146,8 @@ def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
         full_vectors, rest = divmod(spec.key_dim, v.lanes)
         query = T.alloc_buffer((FEW, (full_vectors + (rest > 0)) * v.lanes), "float32")
         keys = p.k
-    with T.serial(0, p.rows) as r:
-        b, h, s = p.query_at(head, r)
+    with T.serial(0, block.count) as r:
+        b, h, s = p.query_at(block.head, block.first + r)
         with T.serial(0, full_vectors) as d:
             lanes = T.ramp(d * v.lanes, 1, v.lanes)
             if pairs:
@@ -135,7 +159,7 @@ def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
             d = full_vectors * v.lanes
             x = v.load_tail(p.q, p.at("q", b, h, s, d), T.int32(rest))
             T.buffer_store(query, x, [r, T.ramp(d, 1, v.lanes)])
-    b, kv = p.split(head)
+    b, kv = p.split(block.head)
 
     def dots(r: Expr, first: Expr) -> Expr:
         acc = [T.alloc_buffer((v.lanes,), "float32") for _ in range(v.lanes)]
@@ -166,7 +190,7 @@ def _dots(p: Problem, head: Expr) -> Callable[[Expr, Expr], Expr]:
 def _weigh(
     p: Problem,
     parts: PartialSoftmax,
-    at: tuple[Expr, Expr],
+    at: tuple[RowBlock, Expr],
     weights: Buffer,
     first: Expr,
     left: Expr,
@@ -174,11 +198,12 @@ def _weigh(
     """parts.sums = weights @ values, for some rows at a time."""
     v = p.vector
     lane = T.ramp(0, 1, v.lanes)
-    b, kv = p.split(at[0])
+    block, n = at
+    b, kv = p.split(block.head)
     height = min(4, p.spec.group)
     vectors = min(8, v.target.vector_registers // 2 // height)
-    with T.serial(0, T.ceildiv(p.rows, height)) as block:
-        r = T.bind(block * height)  # the sums of rows after the last are not used
+    with T.serial(0, T.ceildiv(block.count, height)) as tile:
+        r = T.bind(tile * height)  # the sums of rows after the last are not used
         for start in range(0, p.width, vectors * v.lanes):
             features = range(start, min(start + vectors * v.lanes, p.width), v.lanes)
             acc = [[T.alloc_buffer((v.lanes,), "float32") for _ in features] for _ in range(height)]
@@ -192,7 +217,8 @@ def _weigh(
                         T.buffer_store(a, v.fma(w, x, a[lane]), [lane])
             for i in range(height):
                 for a, d in zip(acc[i], features, strict=True):
-                    T.buffer_store(parts.sums, a[lane], [*at, r + i, T.ramp(d, 1, v.lanes)])
+                    index = [block.number, n, r + i, T.ramp(d, 1, v.lanes)]
+                    T.buffer_store(parts.sums, a[lane], index)
 
 
 def _value(p: Problem, index: tuple[Expr, ...], feature: int) -> Expr:
@@ -202,10 +228,16 @@ def _value(p: Problem, index: tuple[Expr, ...], feature: int) -> Expr:
     return p.vector.load_tail(p.v, index, T.int32(rest))
 
 
-def _join(p: Problem, parts: PartialSoftmax, head: Expr, row: Expr, chunks: Expr) -> None:
-    """One row of the result from its parts."""
+def _join(
+    p: Problem,
+    parts: PartialSoftmax,
+    where: tuple[Expr, Expr, Expr],
+    at: tuple[Expr, Expr],
+    chunks: Expr,
+) -> None:
+    """One row of the result, `where`, from its parts: a block and a row of it."""
     v = p.vector
-    where = p.query_at(head, row)
+    block, row = at
     sums = T.alloc_buffer((1, p.width), "float32")
     top, total = T.alloc_buffer((1,), "float32"), T.alloc_buffer((1,), "float32")
     T.buffer_store(top, T.float32(MINUS_INFINITY), [0])
@@ -213,16 +245,16 @@ def _join(p: Problem, parts: PartialSoftmax, head: Expr, row: Expr, chunks: Expr
     with T.serial(0, p.width // v.lanes) as d:
         T.buffer_store(sums, v.splat(0.0), [0, T.ramp(d * v.lanes, 1, v.lanes)])
     with T.serial(0, chunks) as n:
-        T.buffer_store(top, T.max(parts.tops[head, n, row], top[0]), [0])
+        T.buffer_store(top, T.max(parts.tops[block, n, row], top[0]), [0])
     base = finite(top[0])
     with T.serial(0, chunks) as n:
-        share = T.bind(T.exp(parts.tops[head, n, row] - base))
-        T.buffer_store(total, total[0] + parts.totals[head, n, row] * share, [0])
+        share = T.bind(T.exp(parts.tops[block, n, row] - base))
+        T.buffer_store(total, total[0] + parts.totals[block, n, row] * share, [0])
     f = factor(p, top[0], total[0], where[1])
     with T.serial(0, chunks) as n:
-        share = v.bind(v.splat(T.exp(parts.tops[head, n, row] - base) * f))
+        share = v.bind(v.splat(T.exp(parts.tops[block, n, row] - base) * f))
         with T.serial(0, p.width // v.lanes) as d:
             lanes = T.ramp(d * v.lanes, 1, v.lanes)
-            part = parts.sums[head, n, row, lanes]
+            part = parts.sums[block, n, row, lanes]
             T.buffer_store(sums, v.fma(part, share, sums[0, lanes]), [0, lanes])
     write_row(p, where, sums, 0)

@@ -85,7 +85,8 @@ class Chat:
                     raise InputError(continuation.error)
                 if step.advanced:
                     first = first or time.perf_counter() - start
-                    show(text.add(continuation.tokens[-1], request.stop))
+                    for token in continuation.latest:
+                        show(text.add(token, request.stop))
         except MoecError as error:
             engine.fail(str(error))
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,10 @@ def command(
         session = new_session(None if no_history else history_file())
     model, texts, ends = open_engine(artifact, 1, engine_of(options))
     model.tokenizer.check_chat()
-    chat = Chat(texts, model.tokenizer, Request(max_new_tokens or texts.room, sampling, ends), stop)
+    most, speculate = max_new_tokens or texts.room, options["speculate"]
+    request = Request(most, sampling, ends, speculate=speculate)
+    texts.check([0], replace(request, most=1))  # refused now, not at the first message
+    chat = Chat(texts, model.tokenizer, request, stop)
     if system is not None:
         chat.add("system", system)
     if not in_terminal:

@@ -31,6 +31,7 @@ class CompileRequest:
     stop_after: str | None
     kv_cache: bool
     record_routing: bool
+    embeddings: bool
     tune: bool
     memory: str | None
     store: bool | None
@@ -95,7 +96,7 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     others = options["describe"] or options["adapters"] or options["calib"]
     if not cached or any(files) or request.tune or others:
         return None
-    names = ("target", "verify", "kv_cache", "record_routing", "store")
+    names = ("target", "verify", "kv_cache", "record_routing", "embeddings", "store")
     more = {name: getattr(request, name) for name in names}
     return checkpoint_key(request.model, {**options, **more})
 
@@ -109,7 +110,7 @@ def _check_plan(request: CompileRequest, plan_file: Path) -> None:
             "GPUs with NCCL are not supported yet"
         )
     others = (request.target != "cpu", request.tune, request.dump_ir, request.record_routing)
-    if not request.builds or any(others) or request.choices_file:
+    if not request.builds or any(others) or request.choices_file or request.embeddings:
         raise UsageError("--plan accepts only MODEL, -o and --verify: leave out the other options")
 
 

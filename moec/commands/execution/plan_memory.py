@@ -116,7 +116,7 @@ def _estimated_token(opened: Artifact, path: Path) -> float:
     from moec.runtime.package import DECODE
 
     graph = stored_graph(path, DECODE, opened.graphs[DECODE])
-    return cost(graph, {"B": 1, "S": 1, "L": CONTEXT}, CONTEXT).bytes / bandwidth()
+    return cost(graph, {"B": 1, "S": 1, "Q": 1, "L": CONTEXT}, CONTEXT).bytes / bandwidth()
 
 
 def _top_k(layer: str, blocks: Sequence[Block]) -> int:

@@ -130,10 +130,11 @@ def _by_engine(
 
 
 def _advance(engine: Any, continuation: Continuation, text: Text, request: Request) -> Row | None:
-    """Add the latest token to a text; its row where it has ended."""
-    if continuation.error:
+    """Add the latest tokens to a text; its row where it has ended."""
+    for token in continuation.latest:
+        text.add(token, request.stop)
+    if continuation.error and not text.cut.ended:
         return {"error": continuation.error}
-    text.add(continuation.tokens[-1], request.stop)
     if continuation.end:
         text.end()
     if not text.cut.ended:

@@ -46,6 +46,7 @@ class TextOptions:
     min_p: float
     repetition_penalty: float
     seed: int | None
+    speculate: int | str
 
     @property
     def form(self) -> str:
@@ -159,17 +160,30 @@ def write_texts(
     tokenizer = load_tokenizer(files)
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
-    request = Request(options.max_new_tokens, sampling_of(vars(options)), stop)
+    request = Request(
+        options.max_new_tokens, sampling_of(vars(options)), stop, speculate=options.speculate
+    )
     if options.prompts is not None:
         done = completed(options.resume, prompts) if options.resume else set()
         left = {index: p for index, p in enumerate(prompts) if index not in done}
         rows = continue_prompts(tokenizer, executor, request, options.stop, options.batch, left)
-        return {"texts": [*rows] if as_json else [_shown(row) for row in rows]}
+        return {
+            "texts": [*rows] if as_json else [_shown(row) for row in rows],
+            **_speculation(executor),
+        }
     (prompt,) = prompts
     assert prompt is not None
     return {"prompt": prompt} | _write_text(
         tokenizer, executor, request, options.stop, prompt, not as_json, quiet
     )
+
+
+def _speculation(executor: Decoder) -> dict[str, Any]:
+    """For --json: the calls that verified guesses, these, and those that were drawn, each of which
+    saved its text a step."""
+    account = executor.account
+    names = ("calls", "guessed", "accepted")
+    return {"speculation": {n: getattr(account, n) for n in names}} if account else {}
 
 
 def _write_text(
@@ -199,9 +213,14 @@ def _write_text(
         full = longest is not None and len(text.prompt) + count > longest
         rate = f" at {speed:.1f} tokens/s" if count > 1 else ""  # one token is no time between two
         limit = f"; the model takes no more than {longest} tokens" if full else ""
+        account = executor.account
+        guessed = (
+            f", {account.accepted} of {account.guessed} guesses accepted"
+            if account and account.guessed else ""
+        )  # fmt: skip
         click.echo(
             f"{counted(len(text.prompt), 'token')} read in {first:.2f} s, then "
-            f"{counted(count, 'token')}{rate}{limit}",
+            f"{counted(count, 'token')}{rate}{guessed}{limit}",
             err=True,
         )
     return {
@@ -211,6 +230,7 @@ def _write_text(
         "first_token_seconds": round(first, 4),
         "generate_seconds": round(seconds, 4),
         "tokens_per_second": round(speed, 2),
+        **_speculation(executor),
     }
 
 

@@ -14,8 +14,16 @@ NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+speculate_option = click.option(
+    "--speculate", default="auto", show_default=True, metavar="auto|off|N",
+    callback=lambda _context, _option, value: int(value) if value.isdecimal() else value,
+    help="How many tokens of a text are guessed from what it repeats, and verified together; auto: "
+    "where that is measured to pay. It changes no token.",
+)  # fmt: skip
+
+
 def sampling_options(command: F) -> F:
-    """Adds --stop, and the fields of `Sampling`."""
+    """Adds --stop, the fields of `Sampling`, and --speculate."""
     for decorator in (
         click.option(
             "--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."
@@ -40,6 +48,7 @@ def sampling_options(command: F) -> F:
         click.option(
             "--seed", type=click.IntRange(min=0), help="Seed for sampling."
         ),
+        speculate_option,
     ):  # fmt: skip
         command = decorator(command)
     return command

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ from moec.commands.serving.service import Service
 from moec.commands.serving.tools import ToolUse, shown_call
 from moec.commands.serving.worker import Ticket, Update
 from moec.runtime.text.calls import CallReader
-from moec.runtime.text.engine import FAILED, STOP
+from moec.runtime.text.engine import FAILED, LENGTH, STOP
 from moec.runtime.text.guide import Guide
 from moec.runtime.text.prompt import Tokenizer
 from moec.runtime.text.write_text import Text, new_texts
@@ -30,8 +31,10 @@ LOGGER = logging.getLogger("moec.serve")
 @dataclass(eq=False)
 class Choice:
     """One text of an answer. `end` is its finish reason, empty until it has one; `first` is the
-    time of its first token, `scores` have the tokens since the last chunk of a stream. `reader`
-    separates `calls` of functions from the `content`."""
+    time of its first token, `scores` have the tokens since the last chunk of a stream, `total` is
+    the sum of the log probabilities of all. `reader` separates `calls` of functions from the
+    `content`. `echo` is the decoder of a prompt that is shown, `echoed` the number of its
+    characters; `dropped`: the text has no others."""
 
     ticket: Ticket
     text: Text
@@ -43,16 +46,26 @@ class Choice:
     end: str = ""
     first: float = 0.0
     scores: list[Score] = field(default_factory=list)
+    total: float = 0.0
+    index: int = 0
+    echo: Callable[[int], str] | None = None
+    echoed: int = 0
+    dropped: bool = False
 
     def add(self, update: Update) -> str:
         """The characters that become certain. Raises ApiError where the text failed."""
         if update.end == FAILED:
             raise ApiError(500, update.error)
+        shown = self._echoed() if self.count == 0 else ""
         self.count += 1
+        if self.dropped:
+            self.end, self.content = LENGTH, shown
+            return shown
         stop, offset = self.ticket.request.stop, len(self.text.written) + len(self.text.cut.held)
+        self.total += update.logprobs.logprob if update.logprobs else 0.0
         if update.logprobs and update.token is not None and update.token not in stop:
-            self.scores.append(Score(update.token, update.logprobs, offset))
-        piece = self.text.add(update.token, stop)
+            self.scores.append(Score(update.token, update.logprobs, self.echoed + offset))
+        piece = shown + self.text.add(update.token, stop)
         self.end = STOP if self.text.cut.ended else update.end
         piece += self.text.end() if self.end else ""
         if self.reader is not None:
@@ -60,6 +73,19 @@ class Choice:
             self.calls = [*self.calls, *map(shown_call, calls)][: self.most_calls]
         self.content += piece
         return piece
+
+    def _echoed(self) -> str:
+        """The text of the prompt, and the scores of its tokens where they are computed."""
+        text = self.ticket.text
+        if self.echo is None or text is None:
+            return ""
+        shown, scores = "", [None, *text.prompt_logprobs]
+        for token, score in itertools.zip_longest(text.prompt, scores):
+            if self.ticket.request.scores_prompt:
+                self.scores.append(Score(token, score, len(shown)))
+            shown += self.echo(token)
+        self.echoed = len(shown)
+        return shown
 
     @property
     def finish_reason(self) -> str | None:
@@ -98,7 +124,7 @@ class Answer:
         self._prompt_tokens = sum(map(len, prompts))
         for prompt in prompts:
             request = service.request(prompt, fields, guide)
-            for number in range(fields.n):
+            for number in range(fields.best_of or fields.n):
                 ticket = Ticket(prompt, request, number, len(self._choices), self._updates)
                 self._choices.append(_choice_of(ticket, service.tokenizer, fields, use))
         service.admit(len(self._choices))
@@ -122,7 +148,7 @@ class Answer:
         async for _ in self._pieces():
             pass
         choices = []
-        for choice in self._choices:
+        for choice in self._best():
             text = choice.content
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
             if choice.calls:
@@ -130,6 +156,20 @@ class Answer:
             content = {"message": message} if self._chat else {"text": text}
             choices.append(self._content(choice, content, choice.finish_reason))
         return self._object(choices, usage=self._usage)
+
+    def _best(self) -> list[Choice]:
+        """The `n` choices of each prompt with the greatest mean log probabilities, best first."""
+        fields, every = self._fields, self._choices
+        if fields.best_of is None:
+            return every
+        best = []
+        for start in range(0, len(every), fields.best_of):
+            of_prompt = every[start : start + fields.best_of]
+            of_prompt.sort(key=lambda choice: -choice.total / choice.count)
+            best += of_prompt[: fields.n]
+        for index, choice in enumerate(best):
+            choice.index = index
+        return best
 
     async def events(self) -> AsyncIterator[str]:
         """The events of an answer that is streamed. An error ends them without [DONE]."""
@@ -185,7 +225,7 @@ class Answer:
     @property
     def _usage(self) -> dict[str, Any]:
         """`cached_tokens` are those of the first text of each prompt, which is counted once."""
-        read, count = self._prompt_tokens, sum(choice.count for choice in self._choices)
+        read, count = self._prompt_tokens, sum(c.count for c in self._choices if not c.dropped)
         texts = [choice.ticket.text for choice in self._choices if choice.ticket.choice == 0]
         reused = sum(text.reused for text in texts if text is not None)
         return {
@@ -229,15 +269,18 @@ def _choice_of(ticket: Ticket, tokenizer: Tokenizer, fields: Fields, use: ToolUs
     """The choice of a ticket, which may call functions."""
     if use is None:
         (text,) = new_texts(tokenizer, [ticket.prompt], fields.stops)
-        return Choice(ticket, text)
+        echo = tokenizer.decoder([], False) if fields.echo else None
+        dropped = fields.max_tokens == 0
+        return Choice(ticket, text, index=ticket.index, echo=echo, dropped=dropped)
     (text,) = new_texts(tokenizer, [ticket.prompt], (*fields.stops, *use.stops), use.special)
-    return Choice(ticket, text, use.reader(), None if use.parallel else 1)
+    most = None if use.parallel else 1
+    return Choice(ticket, text, use.reader(), most, index=ticket.index)
 
 
 def _choice(
     choice: Choice, content: dict[str, Any], end: str | None = None, scores: Any = None
 ) -> dict[str, Any]:
-    return {"index": choice.ticket.index, **content, "logprobs": scores, "finish_reason": end}
+    return {"index": choice.index, **content, "logprobs": scores, "finish_reason": end}
 
 
 def _event(content: dict[str, Any]) -> str:

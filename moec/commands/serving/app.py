@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,13 +21,13 @@ from starlette.types import Receive, Scope, Send
 
 from moec.commands.serving.answer import Answer
 from moec.commands.serving.errors import ERROR_HEADERS, ApiError, invalid
-from moec.commands.serving.fields import json_body, read_fields
+from moec.commands.serving.fields import json_body, read_embedding_fields, read_fields
 from moec.commands.serving.openapi import document
 from moec.commands.serving.page import page
 from moec.commands.serving.service import ServedModels, Service
 from moec.commands.serving.stats import stats
 from moec.commands.serving.worker import SHUTTING_DOWN
-from moec.errors import MoecError
+from moec.errors import InputError, MoecError
 
 MOST_BYTES = 8_000_000  # of a body
 OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")  # without a key
@@ -49,6 +50,7 @@ def application(served: ServedModels) -> Starlette:
     posts: dict[str, Handler] = {
         "/v1/chat/completions": partial(_complete, chat=True),
         "/v1/completions": partial(_complete, chat=False),
+        "/v1/embeddings": _embed,
         "/tokenize": _tokenize,
         "/detokenize": _detokenize,
     }
@@ -101,6 +103,34 @@ async def _complete(served: ServedModels, request: Request, chat: bool) -> Respo
         answer.close("error" if work.done() else "abort")
         work.cancel()
         left.cancel()
+
+
+async def _embed(served: ServedModels, request: Request) -> Response:
+    service, body = await _body(served, request)
+    service.check_open()
+    if service.embed is None:
+        raise invalid("model", service.no_embeddings)
+    fields, count, data = read_embedding_fields(body), 0, []
+    service.admit(1)  # texts of a request come one after the other, between the engine's steps
+    try:
+        for index, text in enumerate(fields.texts):
+            encode = service.tokenizer.encode
+            tokens: Any = await run_in_threadpool(encode, text) if isinstance(text, str) else text
+            if len(tokens) > service.engine.room:
+                rule = f"a text has at most {service.engine.room}: shorten it"
+                raise InputError(f"text {index} has {len(tokens)} tokens, and {rule}")
+            vector = await run_in_threadpool(service.embed, tokens)
+            packed = base64.b64encode(vector.tobytes()).decode()
+            shown = packed if fields.encoding_format == "base64" else vector.tolist()
+            data.append({"object": "embedding", "index": index, "embedding": shown})
+            count += len(tokens)
+    except MoecError as error:
+        raise invalid("input", str(error)) from error
+    finally:
+        service.used -= 1
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    content = {"object": "list", "data": data, "model": service.model, "usage": usage}
+    return JSONResponse(content)
 
 
 class _Events(StreamingResponse):

@@ -17,7 +17,7 @@ IGNORED = {
     *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
 }
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
+    "best_of": (1,),  # of chats
     "echo": (False,),
     "functions": ([],),
     "function_call": ("none",),
@@ -28,6 +28,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 UNKNOWN = "this field is not known, or not supported: leave it out"
 COMPLETION = "max_completion_tokens"
+OF_TEXTS = ("best_of", "echo")
 OF_CHATS = ("messages", COMPLETION, "tools", "tool_choice", "parallel_tool_calls")
 Stop: TypeAlias = Annotated[str, Meta(min_length=1)]
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -89,6 +90,8 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=128)] = 1
+    best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
+    echo: bool = False
     stop: Stop | Annotated[list[Stop], Meta(max_length=4)] = []
     seed: Annotated[int, Meta(ge=0)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
@@ -103,7 +106,7 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     logprobs: bool | Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
     min_tokens: Annotated[int, Meta(ge=0)] = 0
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
     max_completion_tokens: Count | None = None
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
@@ -147,6 +150,8 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
     """Raises ApiError, naming the field, for one that is wrong, unknown or unsupported."""
     present = {name: value for name, value in body.items() if name not in IGNORED}
     for name, neutral in NEUTRAL.items():
+        if not chat and name in OF_TEXTS:
+            continue
         if name in present and present.pop(name) not in neutral:
             raise invalid(name, "this field is not supported: leave it out")
     needed, others = ("messages", {"prompt"}) if chat else ("prompt", {*OF_CHATS})
@@ -162,6 +167,10 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
         raise _refusal(str(error)) from None
     if fields.stream_options and not fields.stream:
         raise invalid("stream_options", "it needs stream: true")
+    if fields.max_tokens == 0 and not fields.echo:
+        raise invalid("max_tokens", "expected `int` >= 1, or echo: true")
+    if fields.best_of is not None and (fields.best_of < fields.n or fields.stream):
+        raise invalid("best_of", f"it must be at least n, {fields.n}, and is not for streams")
     if not chat and fields.max_tokens is None:
         fields.max_tokens = SHORT
     if not isinstance(fields.logprobs, bool) and chat:
@@ -178,6 +187,37 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
         raise invalid("logit_bias", 'its keys are token ids, such as "50"')
     if not isinstance(fields.prompt, str) and len({type(item) for item in fields.prompt}) > 1:
         raise invalid("prompt", "give texts, or tokens, not both")
+    return fields
+
+
+class EmbeddingFields(msgspec.Struct, forbid_unknown_fields=True):
+    """A text, tokens, or a list of either."""
+
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @property
+    def texts(self) -> list[Any]:
+        """Texts, and lists of tokens."""
+        alone = isinstance(self.input, str) or isinstance(self.input[0], int)
+        return [self.input] if alone else [*self.input]
+
+
+def read_embedding_fields(body: dict[str, Any]) -> EmbeddingFields:
+    """Raises ApiError, naming the field, for one that is wrong, unknown or unsupported."""
+    present = {name: value for name, value in body.items() if name not in IGNORED}
+    if "dimensions" in present:
+        rule = "embeddings have all dimensions of the model's hidden states: leave it out"
+        raise invalid("dimensions", rule)
+    try:
+        fields = msgspec.convert(present, EmbeddingFields)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
+    if not fields.input:
+        raise invalid("input", "it is missing or empty")
+    if not isinstance(fields.input, str) and len({type(item) for item in fields.input}) > 1:
+        raise invalid("input", "give texts, or tokens, not both")
     return fields
 
 

@@ -78,6 +78,13 @@ class Metrics:
             Counter, "prefix_cache_queries", "Tokens of prompts that were sought"
         )
         self._hits = self._of(Counter, "prefix_cache_hits", "Tokens of prompts that were known")
+        self._guessed = self._of(
+            Counter, "spec_decode_num_draft_tokens", "Tokens that were guessed and verified"
+        )
+        self._accepted = self._of(
+            Counter, "spec_decode_num_accepted_tokens",
+            "Those of them that were drawn, each of which saved its text a step",
+        )  # fmt: skip
         self.rejections = self._of(Counter, "admission_rejections", "Requests answered with 429")
         self._ended = families.of(
             Counter, "request_success", "Texts that ended: stop, length, abort, error",
@@ -107,10 +114,12 @@ class Metrics:
         self._usage.set(load.cached)
         if step is not None:
             self._prompt.inc(step.prompt_tokens)
-            self._generated.inc(len(step.advanced))
+            self._generated.inc(step.tokens)
+            self._guessed.inc(step.guessed_tokens)
+            self._accepted.inc(step.accepted_tokens)
             self._queries.inc(step.prompt_tokens + step.reused_tokens)
             self._hits.inc(step.reused_tokens)
-            self.rate.add(len(step.advanced))
+            self.rate.add(step.tokens)
 
     def ended(self, reason: str) -> None:
         self._ended.labels(self._model, reason).inc()

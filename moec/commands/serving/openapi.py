@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from moec.commands.serving.fields import OF_CHATS, Fields
+from moec.commands.serving.fields import OF_CHATS, OF_TEXTS, EmbeddingFields, Fields
 
 REFERENCES = "#/components/schemas/{name}"
 ERRORS = {
@@ -37,14 +37,18 @@ FORMATS = [
 
 def document(models: Sequence[str], keyed: bool) -> dict[str, Any]:
     """The document of a server of models; `keyed` where requests need a key."""
-    _, components = msgspec.json.schema_components([Fields], ref_template=REFERENCES)
+    _, components = msgspec.json.schema_components(
+        [Fields, EmbeddingFields], ref_template=REFERENCES
+    )
     every = components.pop("Fields")["properties"] | {"model": {"enum": [*models]}}
     every["response_format"] = {"anyOf": FORMATS}
     every["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]+$"}
     count, flag = every["top_logprobs"], {"type": "boolean", "default": False}
-    chat = {name: field for name, field in every.items() if name != "prompt"} | {"logprobs": flag}
+    chat = {name: f for name, f in every.items() if name not in ("prompt", *OF_TEXTS)}
+    chat["logprobs"] = flag
     text = {name: field for name, field in every.items() if name not in {*OF_CHATS, "top_logprobs"}}
     text["logprobs"] = count
+    embedding = components.pop("EmbeddingFields")["properties"] | {"model": {"enum": [*models]}}
     tokenized = {"prompt": {"type": "string"}, "messages": every["messages"]}
     result: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -52,6 +56,7 @@ def document(models: Sequence[str], keyed: bool) -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": _post("Continue a chat", chat, "messages"),
             "/v1/completions": _post("Continue texts", text, "prompt"),
+            "/v1/embeddings": _post("The vectors of texts", embedding, "input"),
             "/tokenize": _post("The tokens of a text or a chat", tokenized),
             "/detokenize": _post("The text of tokens", {"tokens": TOKENS}, "tokens"),
             "/v1/models": _get("The models"),

@@ -19,13 +19,14 @@ class Score:
     """A token of a text, and where it begins, in characters."""
 
     token: int
-    logprobs: Logprobs
+    logprobs: Logprobs | None  # None: of the first token of a prompt
     offset: int
 
 
 def of_chat(scores: Sequence[Score], bytes_of: Bytes) -> dict[str, Any]:
     content = []
     for score in scores:
+        assert score.logprobs is not None  # chats are not echoed
         chosen = _token(score.token, score.logprobs.logprob, bytes_of)
         top = [_token(token, logprob, bytes_of) for token, logprob in score.logprobs.top]
         content.append({**chosen, "top_logprobs": top})
@@ -36,10 +37,10 @@ def of_completion(scores: Sequence[Score], bytes_of: Bytes) -> dict[str, Any]:
     """Of likeliest tokens with the same text, which bytes alone would tell apart, the first."""
     return {
         "tokens": [_text(bytes_of(score.token)) for score in scores],
-        "token_logprobs": [max(score.logprobs.logprob, LEAST) for score in scores],
+        "token_logprobs": [s.logprobs and max(s.logprobs.logprob, LEAST) for s in scores],
         "top_logprobs": [
-            {_text(bytes_of(t)): max(p, LEAST) for t, p in reversed(score.logprobs.top)}
-            for score in scores
+            s.logprobs and {_text(bytes_of(t)): max(p, LEAST) for t, p in reversed(s.logprobs.top)}
+            for s in scores
         ],
         "text_offset": [score.offset for score in scores],
     }

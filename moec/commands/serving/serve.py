@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from moec.commands.execution.engine import (
     engine_options,
     open_engine,
 )
+from moec.commands.options.sampling import speculate_option
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
@@ -22,8 +24,10 @@ from moec.errors import UsageError
 if TYPE_CHECKING:
     from moec.commands.serving.metrics import MetricFamilies
     from moec.commands.serving.service import Service
+    from moec.runtime.text.embed import Pooling
 
 UNCOUNTED = "Tokens of experts are counted where the model was compiled with --record-routing"
+NO_EMBEDDINGS = "embeddings need moec compile --embeddings, and moec serve without --memory"
 UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
 
 
@@ -48,6 +52,11 @@ UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
 )  # fmt: skip
 @click.option("--name", help="The model's name in requests; default: that of the file.")
 @engine_options
+@speculate_option
+@click.option(
+    "--pooling", type=click.Choice(["mean", "last"]), default="mean", show_default=True,
+    help="Embeddings are the mean of the hidden states of a text, or that of its last token.",
+)  # fmt: skip
 @click.option(
     "--drain", type=click.FloatRange(min=0), default=30.0, show_default=True,
     help="Seconds that texts under way have after SIGTERM.",
@@ -62,6 +71,8 @@ def command(
     api_key: str | None,
     name: str | None,
     drain: float,
+    speculate: int | str,
+    pooling: Pooling,
     **options: Any,
 ) -> None:
     """Serve ARTIFACTS at http://HOST:PORT/v1, for any client of OpenAI's interface.
@@ -79,7 +90,7 @@ def command(
     families, engine = MetricFamilies(), EngineOptions(**options)
     with listen(host, port) as listener:
         models = {
-            name: _service(artifact, name, slots, queue, engine, families)
+            name: _service(artifact, name, slots, queue, engine, families, speculate, pooling)
             for name, artifact in names.items()
         }
         address = f"[{host}]" if ":" in host else host
@@ -113,15 +124,24 @@ def _service(
     queue: int,
     options: EngineOptions,
     families: MetricFamilies,
+    speculate: int | str,
+    pooling: Pooling,
 ) -> Service:
     from moec.commands.serving.routing_watch import RoutingWatch
     from moec.commands.serving.service import Service
+    from moec.runtime.package import HIDDEN
+    from moec.runtime.text.embed import embed
+    from moec.runtime.text.request import Request
 
     model, engine, stop = open_engine(artifact, slots, options)
+    embeds = HIDDEN in model.executor.package.functions
+    engine.check([0], Request(1, speculate=speculate))  # refused now, not at the first text
     digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
     fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     routing = RoutingWatch(model.executor) if model.executor.package.recorded else None
     uncounted = UNCOUNTED_STORE if model.artifact.package.recorded else UNCOUNTED
     return Service(
-        name, fingerprint, engine, model.tokenizer, stop, queue, families, routing, uncounted
-    )
+        name, fingerprint, engine, model.tokenizer, stop, queue, families, routing, uncounted,
+        speculate, partial(embed, model.executor, pooling=pooling) if embeds else None,
+        NO_EMBEDDINGS,
+    )  # fmt: skip

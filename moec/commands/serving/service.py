@@ -4,7 +4,7 @@ the models of a server."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moec.commands.serving.errors import ApiError, invalid
@@ -14,18 +14,20 @@ from moec.commands.serving.routing_watch import RoutingWatch
 from moec.commands.serving.tools import ToolUse, tool_use
 from moec.commands.serving.worker import SHUTTING_DOWN, Worker
 from moec.errors import InputError, MoecError
+from moec.runtime.dtypes import Array
 from moec.runtime.text.engine import Engine
 from moec.runtime.text.guide import Guide
 from moec.runtime.text.prompt import Tokenizer
-from moec.runtime.text.request import Request
+from moec.runtime.text.request import AUTO, Request
 
 
 @dataclass
 class Service:
     """A model being served. `used` of the `places` are taken by texts that run or wait, counted in
     the event loop alone. `stop` are the tokens that end a text, `fingerprint` that of the code and
-    weights. `families` are the metrics of the server. `routing` counts the tokens of experts, or
-    `no_routing` says why nothing does."""
+    weights. `families` are the metrics of the server. `speculate` is that of every
+    request. `routing` counts the tokens of experts, `embed` gives the embedding of a text; or
+    `no_routing` and `no_embeddings` say why nothing does."""
 
     model: str
     fingerprint: str
@@ -36,6 +38,9 @@ class Service:
     families: MetricFamilies
     routing: RoutingWatch | None = None
     no_routing: str = ""
+    speculate: int | str = AUTO
+    embed: Callable[[Sequence[int]], Array] | None = None
+    no_embeddings: str = ""
     used: int = 0
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
@@ -93,6 +98,8 @@ class Service:
         token that the model has not."""
         room = self.engine.room - len(prompt)
         most = fields.max_completion_tokens or fields.max_tokens or max(1, room)
+        if fields.max_tokens == 0:  # one is drawn, and dropped
+            most = 1
         name = "messages" if fields.messages else "prompt"
         if room < most:
             if room > 0:
@@ -114,8 +121,10 @@ class Service:
             fields.sampling,
             stop,
             least=fields.min_tokens,
-            logprobs=fields.scores,
+            logprobs=0 if fields.scores is None and fields.best_of else fields.scores,
+            scores_prompt=fields.echo and fields.scores is not None,
             guide=guide,
+            speculate=self.speculate,
         )
         try:
             self.engine.check(prompt, request)

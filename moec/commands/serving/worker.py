@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 from moec.commands.serving.metrics import Metrics
@@ -29,9 +29,9 @@ class Update:
 
     index: int
     token: int | None
-    end: str
-    error: str = ""
     logprobs: Logprobs | None = None
+    end: str = ""
+    error: str = ""
 
 
 @dataclass(eq=False)
@@ -71,7 +71,7 @@ class Worker:
     def submit(self, ticket: Ticket) -> None:
         self._inbox.put((ticket, True))
         if self.error:  # the thread may have ended before it took the ticket
-            ticket.updates.put_nowait(Update(ticket.index, None, FAILED, self.error))
+            ticket.updates.put_nowait(Update(ticket.index, None, end=FAILED, error=self.error))
 
     def cancel(self, ticket: Ticket) -> None:
         """Before the next step; does nothing where the text has ended."""
@@ -102,7 +102,7 @@ class Worker:
             self._routing.switch(ended=True)
         self._receive()
         for text in self._tickets:
-            text.end, text.error = FAILED, self.error
+            text.end, text.error, text.new = FAILED, self.error, 0
         self._deliver(tuple(self._tickets))
 
     def _receive(self) -> bool:
@@ -127,9 +127,12 @@ class Worker:
         updates = []
         for text in texts:
             ticket = self._tickets.pop(text) if text.end else self._tickets[text]
-            token = None if text.end == FAILED else text.tokens[-1]
-            scores = text.logprobs[-1] if text.logprobs else None
-            updates.append((ticket, Update(ticket.index, token, text.end, text.error, scores)))
+            scores = [*text.logprobs[len(text.logprobs) - text.new :], *[None] * text.new]
+            new = [Update(ticket.index, *item) for item in zip(text.latest, scores, strict=False)]
+            if text.end == FAILED:
+                new.append(Update(ticket.index, None))
+            new[-1] = replace(new[-1], end=text.end, error=text.error)
+            updates += [(ticket, update) for update in new]
         with suppress(RuntimeError):  # the loop has ended, and with it all who wait
             self._loop.call_soon_threadsafe(_hand_over, updates)
 

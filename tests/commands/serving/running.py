@@ -48,6 +48,7 @@ class Paced:
 
     def __init__(self, executor: Executor) -> None:
         self.executor, self.seconds = executor, 0.0
+        self.account = executor.account
         self.fails: Exception | None = None
 
     holds_all_texts = True

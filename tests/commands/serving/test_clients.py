@@ -51,5 +51,5 @@ def test_no_request_of_the_document_breaks_the_server(shared: Running, tmp_path:
         capture_output=True, text=True, timeout=300, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    assert "10 passed" in done.stdout
+    assert "11 passed" in done.stdout
     assert shared.send("/health")[0] == 200

@@ -13,6 +13,7 @@ import pytest
 
 import moec
 from moec.runtime.call.caches import Cache
+from moec.runtime.call.executor import Executor
 from moec.runtime.dtypes import Array
 from moec.runtime.text.chats.chat import ChatTemplate
 from tests.commands.serving.running import CHAT, MODEL, Paced, Running, serving
@@ -43,6 +44,10 @@ class Scripted(Paced):
     script: Sequence[int] = ()
     step = 0
 
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self.account = None  # a token of the script for each call
+
     def decode(
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
@@ -50,7 +55,7 @@ class Scripted(Paced):
         if self.script:
             self.step = 0 if lengths.max() > 1 else self.step + 1
             logits = np.zeros_like(logits)
-            logits[:, self.script[self.step]] = 100
+            logits[..., self.script[self.step]] = 100
         return logits
 
 

@@ -42,6 +42,7 @@ class Traced:
         self.poisoned: set[int] = set()
 
     holds_all_texts = True
+    account = None  # so that each text has a row of logits for each of its tokens
 
     @property
     def package(self) -> Package:
@@ -62,7 +63,7 @@ class Traced:
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
         logits = self.executor.decode(counts, caches, requests, lengths)
-        for number, row in zip(requests.tolist(), logits, strict=True):
+        for number, row in zip(requests.tolist(), logits[:, 0], strict=True):
             self.logits[number].append(row.tobytes())
             if number in self.poisoned:
                 row[...] = np.nan

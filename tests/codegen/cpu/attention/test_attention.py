@@ -189,6 +189,20 @@ def test_where_tokens_stand_changes_no_bit(layout: tuple[str, ...]) -> None:
         assert torch.equal(run(replace(plain, tokens_first=layout), x), run(plain, x))
 
 
+@pytest.mark.parametrize("group", [1, 3, 8, 24])
+@pytest.mark.parametrize("name", ["placed-bf16", "placed-window-sinks", "placed-chunk"])
+def test_a_query_has_the_bits_that_it_has_alone(name: str, group: int) -> None:
+    """As tokens that are verified together must: 8 of any group, 24 where each is one row."""
+    spec = replace(SPECS[name], q_heads=2 * group, kv_heads=2)
+    for queries in (2, max(8, 24 // group)):
+        x = random_inputs(spec, 2, queries, 530)
+        assert x.first is not None
+        together = run(spec, x)
+        for n in range(queries):
+            alone = replace(x, q=x.q[:, :, n : n + 1].contiguous(), first=x.first + n)
+            assert torch.equal(run(spec, alone), together[:, :, n : n + 1])
+
+
 @pytest.mark.parametrize("queries", [2, 90])
 def test_rows_that_see_nothing_are_zero_as_in_torch(queries: int) -> None:
     spec = SPECS["bool-mask"]
