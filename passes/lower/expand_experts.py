@@ -23,7 +23,7 @@ from moec.errors import NoMatch
 from moec.ir.graph import Attr, DType, Graph, Op, Program, Ref, Stage, TensorType, Value
 from moec.ir.sizes.dims import Dim, canonical, symbol, symbols
 from moec.ir.traits import CASTS, IDENTITIES, VIEWS, is_elementwise, is_pointwise
-from moec.ops.experts.dispatch import SORTS
+from moec.ops.experts.dispatch import chooses_all
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
 
@@ -40,10 +40,12 @@ _ROWWISE = frozenset(
         "aten.cat.default",
     }
 )
-_KEEP_ZERO = CASTS | {f"aten.{name}.default" for name in ("gelu", "neg", "relu", "silu", "tanh")}
+_KEEP_ZERO = (
+    CASTS | VIEWS | {f"aten.{name}.default" for name in ("gelu", "neg", "relu", "silu", "tanh")}
+)
 """Ops that make 0 of 0."""
-_TAKEN = frozenset({"moe.route", "aten.topk.default", "aten.argmax.default", "aten.expand.default"})
-"""Ops whose results are ids of experts only."""
+_SCORES = {"moe.route": (0, -1), "moe.gate": (1, 0), "aten.topk.default": (0, -1)}
+"""Ops that choose experts: the input with an axis of all that they choose among, and this axis."""
 _SHAPES = frozenset({"aten.reshape.default", "aten.expand.default"})
 
 
@@ -105,12 +107,19 @@ class _Expansion:
 
     def may_drop(self) -> bool:
         """Whether there may be choices that no expert takes."""
-        graph = self.b.graph
-        value, sort = self.op.inputs[0], graph.producers.get(self.op.inputs[0])
-        while sort is not None and (sort.name in SORTS or sort.name in VIEWS):
-            value = sort.inputs[1 if sort.name == "moe.dispatch" else 0]
-            sort = graph.producers.get(value)
-        return sort is None or sort.name not in _TAKEN
+        graph, experts = self.b.graph, self.ends.shape[0]
+        sort = graph.producers.get(self.op.inputs[0])
+        if sort is None or sort.name != "moe.dispatch":
+            return True
+        if chooses_all(graph, sort):
+            return False
+        choice = graph.producers.get(sort.inputs[1])
+        while choice is not None and choice.name in VIEWS:
+            choice = graph.producers.get(choice.inputs[0])
+        if choice is None or choice.name not in _SCORES:
+            return True
+        scores, axis = _SCORES[choice.name]
+        return choice.inputs[scores].shape[axis] != experts  # others have no network
 
     def clears(self, value: Value) -> bool:
         """Whether a value of the body is 0 in rows without an expert."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import moec
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Graph, Program, Stage
-from moec.ir.text import parse
+from moec.ir.text import parse, print_graph
 from moec.passes.core.runner import run
 from moec.passes.lower.expand_experts import ExpandExperts
 
@@ -106,3 +106,12 @@ def test_the_code_of_experts_with_a_capacity() -> None:
     for tokens in (1, 3, 40):
         x = torch.randn(tokens, 8)
         torch.testing.assert_close(compiled(x), module(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_choices_among_more_than_the_experts_with_a_network_may_be_dropped() -> None:
+    """Ids of experts without a network have rows after the last end."""
+    graph = block(BODIES["the rows beside it"], CHOICES["all"])
+    for logits, cleared in ((4, 0), (6, 1)):
+        text = print_graph(graph).replace("logits: f32[T, 4]", f"logits: f32[T, {logits}]")
+        ops = expanded(parse(text)).ops
+        assert len([op for op in ops if op.name == "aten.masked_fill.Scalar"]) == cleared
