@@ -95,7 +95,7 @@ def grouped_quantised(
 
     As grouped.linear, where matrix j of expert e is `formats.integer.dequantise` of codes, scales
     and zeros, the row is `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16;
-    0: not rounded), and products are in float32. `kind` is int8, int4, fp8 or mxfp4; `zeros` is set
+    0: not rounded), and products are in float32. `kind` is one of `notation.KINDS`; `zeros` is set
     where zeros exist. `scaled` multiplies the product. `exact_rows` does not round the rows,
     whatever `row_bits` is; no kernel of moec computes that.
     """

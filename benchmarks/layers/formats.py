@@ -1,0 +1,55 @@
+"""Formats of few bits beside each other: a layer of OLMoE's sizes, router included.
+
+    python -m benchmarks.layers.formats [--formats int4:32,int3:32,int2:32] [--tokens 1,8,64]
+
+Layers of all formats run in turn in every round, each after a call with other rows, so that its
+weights are not in the caches. Printed are the median times in milliseconds, and the medians over
+rounds of the first format's time divided by each: other load on the machine affects all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+from benchmarks.layers.layer import OLMOE, THREADS, block
+from moec.target.cpu import host, processor
+
+import torch  # isort: skip
+
+import moec  # isort: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--formats", default="int4:32,int3:32,int3:64,int2:32,int2:64")
+    parser.add_argument("--tokens", default="1,8,64")
+    parser.add_argument("--rounds", type=int, default=60)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{processor()}, target {host().name}, {THREADS} threads")
+    layer, example = block(torch.bfloat16, True, OLMOE), torch.randn(1, 7, OLMOE.D).bfloat16()
+    with torch.inference_mode():
+        runs = {
+            text: moec.compile(layer, (example,), quant=text, verify=False)
+            for text in options.formats.split(",")
+        }
+        for tokens in map(int, options.tokens.split(",")):
+            times: dict[str, list[float]] = {text: [] for text in runs}
+            for _ in range(options.rounds):
+                for text, run in runs.items():
+                    run(torch.randn(1, tokens, OLMOE.D).bfloat16())
+                    x = torch.randn(1, tokens, OLMOE.D).bfloat16()
+                    start = time.perf_counter()
+                    run(x)
+                    times[text].append(time.perf_counter() - start)
+            first = next(iter(times.values()))
+            for text, each in times.items():
+                ratio = statistics.median(a / b for a, b in zip(first, each, strict=True))
+                median = statistics.median(each) * 1e3
+                print(f"{tokens:4} tokens  {text:20} {median:8.2f} ms  {ratio:.2f} x", flush=True)
+
+
+if __name__ == "__main__":
+    main()
