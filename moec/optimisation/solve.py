@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from moec.formats.notation import Format
 from moec.optimisation.expert_moves import Settings
 from moec.optimisation.sensitivity import StoredProduct
 from moec.passes.approximate.choices.model_choices import LayerChoice, ProductChoice, formats_of
+from moec.passes.quantise.mixed_experts import AnyFormat
 
 SECONDS = 30.0
 GAP = 1e-4
@@ -31,7 +31,7 @@ class SolvedChoice:
     damage: float
 
     @property
-    def formats(self) -> dict[str, Format]:
+    def formats(self) -> dict[str, AnyFormat]:
         return formats_of(self.options)
 
     @property

@@ -24,7 +24,7 @@ from moec.passes.calibration.gptq import hessian, solve
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.rounding_stats import FEWEST, RoundingStats
 from moec.passes.core.runner import Kind, Log, Pass
-from moec.passes.quantise.codes import Codes, QuantisingPass
+from moec.passes.quantise.codes import Codes, QuantisingPass, part_name, stack_of
 
 DAMPING = 0.01
 """Damping of the Hessian, the value that GPTQ uses for four bits and more."""
@@ -58,15 +58,17 @@ class CalibratedQuantisation(Pass):
             targets, rows_of(program, data, [op for op, _ in targets]), strict=True
         ):
             for matrix in stored(op):
-                try:
-                    codes.check(matrix, format)
-                except NoMatch:
-                    continue  # `quantised` logs the reason
-                weight = program.weights[matrix.name]
-                stacked = weight if weight.ndim == 3 else weight[None]
-                quantised, fit = calibrate(matrix.name, format, stacked, rows)
-                codes.calibrated[matrix.name, format] = quantised
-                log.fits.append(fit)
+                for part, experts in self.inner.parts(op, format):
+                    try:
+                        codes.check(matrix, part)
+                    except NoMatch:
+                        continue  # `quantised` logs the reason
+                    weight = stack_of(program.weights[matrix.name], experts)
+                    some_rows = [rows[e] for e in experts] or rows
+                    name = part_name(matrix.name, part, experts)
+                    quantised, fit = calibrate(name, part, weight, some_rows)
+                    codes.calibrated[matrix.name, part, experts] = quantised
+                    log.fits.append(replace(fit, experts=experts))
         return self.inner.rounded(program, log, codes)
 
 

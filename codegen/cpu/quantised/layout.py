@@ -63,9 +63,11 @@ PLANES = RowCodes(16, 2)
 
 @dataclass(frozen=True)
 class QuantisedLayout(Layout):
-    """The layout of codes, scales and zeros of `spec` on `target`."""
+    """The layout of codes, scales and zeros of `spec` on `target`. `narrow`: tiles are as wide for
+    one scale a row as for one a block."""
 
     spec: QuantisedSpec
+    narrow: bool = False
 
     @property
     def floats(self) -> bool:
@@ -88,7 +90,8 @@ class QuantisedLayout(Layout):
     @property
     def _most_vectors(self) -> int:
         most = self.target.tile_vectors
-        return min(most, 2) if self.blocks > 1 and not self.floats else most
+        narrow = self.narrow or (self.blocks > 1 and not self.floats)
+        return min(most, 2) if narrow else most
 
     @property
     def blocks(self) -> int:
