@@ -20,7 +20,7 @@ from moec.passes.core.runner import Kind, Log, Pass
 
 WIDE = VECTOR_DTYPES
 Experts: TypeAlias = "tuple[int, ...]"
-"""The numbers of some experts of a stack; none stand for all."""
+"""The numbers of some experts of a stack; none means all."""
 
 
 def stack_of(weight: torch.Tensor, experts: Experts) -> torch.Tensor:

@@ -27,7 +27,7 @@ from moec.passes.core.rewrite import Builder
 from moec.passes.quantise.codes import Codes
 
 Part: TypeAlias = "tuple[Format, tuple[int, ...]]"
-"""A format and the numbers of its experts, ascending; none stand for all."""
+"""A format and the numbers of its experts, ascending; none means all."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,18 @@ def parts_of(format: AnyFormat, count: int) -> tuple[Part, ...]:
     return tuple(parts) if len(parts) > 1 else ((parts[0][0], ()),)
 
 
+def mixable(formats: Sequence[Format]) -> list[Format]:
+    """The formats that experts of one stack may have: those that round rows as the first does."""
+    rounding = [format for format in formats if format.kind != "fp8"]
+    return [format for format in rounding if format.row_bits == rounding[0].row_bits]
+
+
 def mixed(op: Op, parts: Sequence[Part], codes: Codes, b: Builder) -> Sequence[Value]:
     """Emits the product with a stack for each part. Raises NoMatch where a format cannot be."""
     linear, values = GroupedLinear.of(op), list[Value]()
-    bits = parts[0][0].row_bits
+    bits, fitting = parts[0][0].row_bits, mixable([format for format, _ in parts])
     for format, experts in parts:
-        if format.kind == "fp8" or format.row_bits != bits:
+        if format not in fitting:
             raise NoMatch(f"experts of one stack round rows alike, and {format} does not")
         for matrix in linear.matrices:
             codes.check(matrix, format)

@@ -58,8 +58,8 @@ def _table(op: Op, parts: tuple[MixedPart, ...]) -> tuple[object, Param]:
     """The format of each expert and its place in the stack of that format: i32[E, 2]."""
     table = np.zeros((sum(len(part.experts) for part in parts), 2), np.int32)
     for number, part in enumerate(parts):
-        for place, expert in enumerate(part.experts):
-            table[expert] = number, place
+        for position, expert in enumerate(part.experts):
+            table[expert] = number, position
     name = f"{op.outputs[0].name}.formats"
     return name, Param(name, TensorType("i32", table.shape), (), lambda: table)
 

@@ -85,12 +85,12 @@ class MixedTile(Tile):
         tiles: Expr | int = 1,
     ) -> None:
         after, column_after = following
-        format, place = (T.bind(self.table[group, i]) for i in range(2))
-        next_format, next_place = (T.bind(self.table[after, i]) for i in range(2))
+        format, position = (T.bind(self.table[group, i]) for i in range(2))
+        next_format, next_position = (T.bind(self.table[after, i]) for i in range(2))
         for number, part in enumerate(self.parts):
             with T.If(format == number), T.Then():
-                following_place = T.bind(T.Select(next_format == number, next_place, place))
-                part.rows(place, tile, first, count, (following_place, column_after), tiles)
+                next_one = T.bind(T.Select(next_format == number, next_position, position))
+                part.rows(position, tile, first, count, (next_one, column_after), tiles)
 
 
 def mixed_linear(
