@@ -135,6 +135,17 @@ def test_a_product_in_fp8_or_unchanged_is_one_as_a_whole():
     assert not any(p.experts for p in searched(formats=("fp8", "int8")).products)
 
 
+def test_fewer_experts_for_each_token_leave_their_formats():
+    """A token reads one of six experts then: a sixth of the bytes of all."""
+    both = searched(moves=("expert-formats", "top-k"))
+    everywhere = 6 * EACH["int2:32"]
+    limits = choice_limits(None, ROUTER + everywhere // 3 - 1, None)
+    choices = both.choices(limits)
+    assert [layer.top_k for layer in choices.layers.values()] == [1]
+    assert len(set(by_expert(choices))) > 1
+    assert choices.token_bytes <= limits.token_bytes
+
+
 def test_experts_that_prune_drops_would_have_other_numbers():
     with pytest.raises(UsageError, match="moves expert-formats and prune: dropped experts change"):
         searched(moves=("expert-formats", "prune"))

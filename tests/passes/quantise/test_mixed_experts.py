@@ -144,6 +144,11 @@ def test_a_file_of_choices_names_experts_by_number(net, tmp_path):
         ("format: int8", "format: unchanged", "unchanged is for all experts of a product"),
         ('"int4:32"', "fp8", "fp8 is for all experts of a product: give single ones"),
         ('"int4:32"', "int7", "'int7' is not a format"),
+        (
+            "layers: {}",
+            "layers: {a: {experts: [0], of: 4, top_k: 1, top_k_before: 1}}",
+            "experts have formats by number, and a layer drops some",
+        ),
     ],
 )
 def test_files_that_are_refused(before, after, words, net, tmp_path):
