@@ -55,11 +55,13 @@ def _mixed(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def _table(op: Op, parts: tuple[MixedPart, ...]) -> tuple[object, Param]:
-    """The format of each expert and its place in the stack of that format: i32[E, 2]."""
-    table = np.zeros((sum(len(part.experts) for part in parts), 2), np.int32)
+    """The table of the kernel (codegen/cpu/quantised/mixed.py)."""
+    order = [expert for part in parts for expert in part.experts]
+    table = np.zeros((len(order), 3), np.int32)
+    table[:, 2] = order
     for number, part in enumerate(parts):
         for position, expert in enumerate(part.experts):
-            table[expert] = number, position
+            table[expert, :2] = number, position
     name = f"{op.outputs[0].name}.formats"
     return name, Param(name, TensorType("i32", table.shape), (), lambda: table)
 

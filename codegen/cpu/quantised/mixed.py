@@ -1,6 +1,8 @@
 """Products whose experts have several formats: a task takes the tile of its expert's format.
 
-    table i32[E, 2]     the number of each expert's format, and its place in the stack of that
+    table i32[E, 3]     the number of each expert's format, its place in the stack of that, and, in
+                        row i, the i-th expert to be computed: those of a format follow each other,
+                        as a tile prefetches the weights that its own format has next
 
 The tiles of all formats have as many columns, so that experts share the tasks of one parallel loop
 as in other products, and a row is computed as in a stack of one format.
@@ -75,6 +77,9 @@ class MixedTile(Tile):
     parts: tuple[Tile, ...]
     table: Buffer
 
+    def expert_at(self, number: Expr) -> Expr:
+        return self.table[number, 2]
+
     def rows(
         self,
         group: Expr,
@@ -103,7 +108,7 @@ def mixed_linear(
     tuning: Tuning = DEFAULT,
 ) -> PrimFunc:
     """A kernel ((codes, scales, sums of x[T, k]) in each of `MixedLayout.forms`[, order i32[R]],
-    ends i32[E], (w, its scales[, its zeros][, bias packed]) of each format, table i32[E, 2][,
+    ends i32[E], (w, its scales[, its zeros][, bias packed]) of each format, table i32[E, 3][,
     scale[T, top_k]], y[R, n]), as documented in `sorted_product`."""
     layout = MixedLayout(spec, target, tuning)
 
@@ -113,7 +118,7 @@ def mixed_linear(
     def weights(suffix: str, groups: Expr | int) -> MixedWeights:
         return MixedWeights(
             [_part(part, f"{suffix}_{number}") for number, part in enumerate(layout.parts)],
-            argument("table", (groups, 2), "int32"),
+            argument("table", (groups, 3), "int32"),
         )
 
     def tile(x: dict[RowForm, RoundedRows], w: MixedWeights, out: ProductOutput) -> Tile:

@@ -48,10 +48,12 @@ class Mixed:
         v = Vector(target)
         how = {"top_k": TOP_K, "epilogue": lambda g, u: v.silu(g) * u, "scale_dtype": "float32"}
         self.kernel = build(target, mixed_linear(target, self.spec, **how))
-        table, self.packed, self.alone = torch.zeros(experts, 2, dtype=torch.int32), [], []
+        table, self.packed, self.alone = torch.zeros(experts, 3, dtype=torch.int32), [], []
         for number, (format, part) in enumerate(zip(formats, self.layout.parts, strict=True)):
             numbers = [e for e, owner in enumerate(owners) if owner == number]
-            table[numbers] = torch.tensor([[number, slot] for slot in range(len(numbers))]).int()
+            table[numbers, :2] = torch.tensor(
+                [[number, slot] for slot in range(len(numbers))]
+            ).int()
             self.packed += self._stored(
                 part,
                 format,
@@ -64,6 +66,7 @@ class Mixed:
                 QuantisedLayout(spec, target), format, list(zip(weights, biases, strict=True))
             )
             self.alone.append((build(target, quantised_linear(target, spec, **how)), stored))
+        table[:, 2] = self.owners.argsort(stable=True)
         self.packed.append(table)
         self.rounding = {
             form: build(target, round_rows(target, K, form[0], "float32", form=form[1]))
