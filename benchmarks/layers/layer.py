@@ -44,9 +44,9 @@ from transformers.models.olmoe.modeling_olmoe import (  # noqa: E402
 )
 
 import moec  # noqa: E402
+from benchmarks.layers.strays import strays  # noqa: E402
 from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
 from moec.formats import notation  # noqa: E402
-from moec.oracle.tolerance import strays  # noqa: E402
 from moec.profile.limits import peak, reading, timed, warm  # noqa: E402
 from moec.target.cpu import host, processor  # noqa: E402
 

@@ -33,8 +33,8 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import moec  # noqa: E402
+from benchmarks.layers.strays import strays  # noqa: E402
 from benchmarks.records import Cell, add_record_options, record_if_asked  # noqa: E402
-from moec.oracle.tolerance import strays  # noqa: E402
 from moec.profile.limits import bandwidth, peak, timed  # noqa: E402
 from moec.target.cpu import processor  # noqa: E402
 

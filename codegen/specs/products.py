@@ -39,6 +39,24 @@ class QuantisedSpec(LinearSpec):
 
 
 @dataclass(frozen=True)
+class MixedSpec(LinearSpec):
+    """Like QuantisedSpec, for experts of several `formats`, and so many `counts` of each."""
+
+    formats: tuple[Format, ...] = ()
+    counts: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[QuantisedSpec, ...]:
+        """The product of the experts of each format."""
+        sizes = self.n, self.k, self.dtype, self.out_dtype
+        each = zip(self.formats, self.counts, strict=True)
+        return tuple(
+            QuantisedSpec(*sizes, groups=count, gated=self.gated, bias=self.bias, format=format)
+            for format, count in each
+        )
+
+
+@dataclass(frozen=True)
 class CompressedSpec(LinearSpec):
     """Like LinearSpec, for weights of `kind`. x is integers; `dtype` does not apply to it."""
 

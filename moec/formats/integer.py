@@ -1,6 +1,6 @@
 """Quantised numbers: how weights and rows become codes with scales, and the values of codes.
 
-    int8, int4    w = (code - zero) * scale       code 0 .. 2^bits - 1, zero 2^(bits-1) or given
+    int8 to int2  w = (code - zero) * scale       code 0 .. 2^bits - 1, zero 2^(bits-1) or given
     fp8           w = e4m3(code) * scale          OCP 8-bit Floating Point 1.0
     mxfp4         w = e2m1(code) * 2^(scale-127)  OCP Microscaling Formats 1.0, blocks of 32
 

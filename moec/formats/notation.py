@@ -10,16 +10,15 @@ from dataclasses import dataclass, replace
 
 from moec.errors import UsageError
 
-KINDS = ("int8", "int4", "fp8", "mxfp4")
+KINDS = ("int8", "int4", "int3", "int2", "fp8", "mxfp4")
 BLOCKS = (32, 64, 128)
 ROW_BITS = (0, 8, 16)
-BITS = {"int8": 8, "int4": 4, "fp8": 8, "mxfp4": 4}
+BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "fp8": 8, "mxfp4": 4}
 MXFP4_BLOCK = 32
 
 SPELLING = (
-    "write int8 or int4, either with a block (:32, :64, :128) and with :asymmetric, fp8 with a "
-    "block or without, or mxfp4; "
-    "any of them with :rows16"
+    "write int8, int4, int3 or int2, any of them with a block (:32, :64, :128) and with "
+    ":asymmetric, fp8 with a block or without, or mxfp4; any of them with :rows16"
 )
 WIDE_ROWS = "rows16"
 

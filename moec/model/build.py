@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.arguments import LAYERS, WHOLE
 from moec.capture.language_models import stop_tokens
-from moec.errors import UnsupportedError
+from moec.errors import UnsupportedError, UsageError
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Module
 from moec.memory.lock_step import one_by_one
@@ -85,7 +85,16 @@ LARGE = 1 << 30
 
 
 def _stored(store: bool | None, module: Module) -> bool:
-    return _bytes(module) >= LARGE if store is None else store
+    """Whether experts can be read from disk. Raises UsageError for those of several formats."""
+    ops = (op for name in module for op in module[name].graph.ops if op.name == "grouped.mixed")
+    mixed = next(ops, None)
+    if store and mixed is not None:
+        where = mixed.origin or mixed.outputs[0].name
+        raise UsageError(
+            f"--store reads experts of one format from disk, and those of {where} have several: "
+            "leave it out, or choose one format for each product"
+        )
+    return _bytes(module) >= LARGE and mixed is None if store is None else store
 
 
 def _bytes(module: Module) -> int:

@@ -10,7 +10,7 @@ from moec.errors import UsageError
 from moec.model.compiled import CompiledModel
 from moec.optimisation.expert_moves import PRUNE, TOP_K
 from moec.optimisation.loss import parse_loss
-from moec.optimisation.search import ChoiceLimits, ChoiceSearch, measured_search
+from moec.optimisation.search import EXPERT_FORMATS, ChoiceLimits, ChoiceSearch, measured_search
 from moec.passes.approximate.choices.model_choices import parse_format
 from moec.passes.calibration.session import Approximate
 from moec.pipeline import choose, lowering
@@ -18,7 +18,7 @@ from moec.runtime.process.byte_sizes import bytes_of
 from moec.spelling import did_you_mean
 
 FORMATS = ("int8", "int4:32", "int4:128")
-MOVES = ("formats", PRUNE, TOP_K)
+MOVES = ("formats", PRUNE, TOP_K, EXPERT_FORMATS)
 OTHERS = ("quant", "budget", "strict", "fuel", "stop_after", "choices")
 """Options of `moec.compile` that an optimisation does not take."""
 
@@ -46,13 +46,14 @@ def optimize(
     (nats a token), "perplexity<=+1%", "perplexity<=12" or, for models that are no language model,
     "error<=0.05"; of the choices within it, the one with the fewest bytes, which has to fit.
 
-    `moves` are what may be chosen: "formats", "prune" (experts of a layer), "top-k" (a smaller
-    one). Each product of experts, linear layer and head gets one of `formats` (as those of
-    `quant`), or keeps its weights. The damage of each choice is measured or predicted from the
-    error of its results on the data, a mixed-integer program is solved, and the changed model is
-    measured as a whole; the report has the choice, the measured damage and the predicted one. Codes
-    are chosen by GPTQ where that measures better. `options` are those of `moec.compile`, which
-    verifies the result; a checkpoint that is quantised already is dequantised first.
+    `moves` are what may be chosen: "formats", "expert-formats" (those of single experts too),
+    "prune" (experts of a layer), "top-k" (a smaller one). Each product of experts, linear layer and
+    head gets one of `formats` (as those of `quant`), or keeps its weights. The damage of each
+    choice is measured or predicted from the error of its results on the data, a mixed-integer
+    program is solved, and the changed model is measured as a whole; the report has the choice, the
+    measured damage and the predicted one. Codes are chosen by GPTQ where that measures better.
+    `options` are those of `moec.compile`, which verifies the result; a checkpoint that is quantised
+    already is dequantised first.
 
     Raises UsageError where no choice is within the limits, and what `moec.compile` raises.
     """
@@ -96,7 +97,14 @@ def search(
         if move not in MOVES:
             near = did_you_mean(move, MOVES)
             raise UsageError(f"{move!r} is no move: moves are {', '.join(MOVES)}{near}")
-    considered = tuple(map(parse_format, formats)) if MOVES[0] in moves else ()
+    if {EXPERT_FORMATS, PRUNE} <= set(moves):
+        raise UsageError(
+            f"moves {EXPERT_FORMATS} and {PRUNE}: dropped experts change the numbers of others, by "
+            "which formats are chosen: leave one of the moves out"
+        )
+    considered = (
+        tuple(map(parse_format, formats)) if {MOVES[0], EXPERT_FORMATS} & set(moves) else ()
+    )
     before = {k: value for k, value in options.items() if k not in ("tune", "watch")}
     if any(isinstance(pass_, Approximate) for pass_ in choose(changes=passes)):
         before["calib"] = calib

@@ -46,7 +46,9 @@ def in_one_format(search: ChoiceSearch, format: str) -> ChoiceSearch:
     """Nothing else to choose for the products that the format fits, nor for others and layers."""
     options = [[o for o in p.options if o.format == format] for p in search.products]
     each = zip(search.products, options, strict=True)
-    products = tuple(replace(p, options=tuple(fitting) or p.options[:1]) for p, fitting in each)
+    products = tuple(
+        replace(p, options=tuple(fitting) or p.options[:1], experts=()) for p, fitting in each
+    )
     layers = {name: settings[:1] for name, settings in search.layers.items()}
     return replace(search, products=products, layers=layers)
 

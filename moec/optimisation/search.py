@@ -38,6 +38,8 @@ from moec.passes.quantise.gptq_codes import CalibratedQuantisation
 from moec.passes.quantise.quantise_linears import LINEAR
 from moec.runtime.checks import show_bytes
 
+EXPERT_FORMATS = "expert-formats"
+"""The move that chooses formats of single experts."""
 TRIES = 6
 """How often a choice is solved again for less damage."""
 
@@ -208,7 +210,8 @@ def measured_search(
     log = Log(memory=source.memory)
     evaluator = Evaluator(lowered, load_calibration(calib, lowered, source.files))
     layers = changeable_layers(program, log)
-    products = measure_products(lowered, evaluator, formats, layers, log)
+    by_expert = EXPERT_FORMATS in moves
+    products = measure_products(lowered, evaluator, formats, layers, log, by_expert=by_expert)
     options = measure_layers(program, evaluator, layers, moves, log)
     changeable = sum(product.options[0].bytes for product in products)
     total, read = stored_sizes(lowered)

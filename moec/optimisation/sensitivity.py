@@ -1,10 +1,11 @@
 """What each format of each product's weights costs in bytes and in quality, measured on data.
 
 The relative error of a product's results, on sampled rows of each expert, is measured for every
-format. How much the model suffers from an error there is measured once a product: the divergence of
-the model's next token (or, for other models, the squared relative error of its outputs) with that
-product alone in the coarsest format. The damage of a format is predicted as proportional to its
-squared error.
+format; a row counts by the square of the router's weight. How much the model suffers from an error
+there is measured once a product: the divergence of the model's next token (or, for other models,
+the squared relative error of its outputs) with that product alone in the coarsest format. The
+damage of a format is predicted as proportional to its squared error, that of a format of one expert
+to the part that the expert has in this error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
@@ -26,7 +29,8 @@ from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Log
 from moec.passes.quantise.codes import Codes
 from moec.passes.quantise.fixed_formats import FixedFormats, named_products, shape_of
-from moec.passes.quantise.gptq_codes import rows_of, stored
+from moec.passes.quantise.gptq_codes import stored, weighted_rows_of
+from moec.passes.quantise.mixed_experts import mixable
 
 SAMPLED = 64
 """Rows of each expert on which errors are measured."""
@@ -35,11 +39,13 @@ SAMPLED = 64
 @dataclass(frozen=True)
 class StoredProduct:
     """A product that can be quantised: its name (`named_products`), what can be chosen, first its
-    weights as they are, and the layer that has it as its experts, if their number can change."""
+    weights as they are, the layer that has it as its experts, if their number can change, and what
+    can be chosen for each of its `experts` instead, if anything."""
 
     name: str
     options: tuple[ProductChoice, ...]
     layer: str = ""
+    experts: tuple[tuple[ProductChoice, ...], ...] = ()
 
 
 def damage_of(distance: Distance) -> float:
@@ -52,18 +58,23 @@ def measure_products(
     formats: Sequence[Format],
     layers: Mapping[str, Layer],
     log: Log,
+    *,
+    by_expert: bool = False,
 ) -> tuple[StoredProduct, ...]:
-    """Every product with the bytes and the predicted damage of each format that fits it."""
+    """Every product with the bytes and the predicted damage of each format that fits it, and with
+    `by_expert` those of each expert's formats."""
     named = named_products(program.graph)
     ops = list(named.values())
     measured = []
-    each = zip(named.items(), rows_of(program, evaluator.calibration, ops), strict=True)
+    each = zip(named.items(), weighted_rows_of(program, evaluator.calibration, ops), strict=True)
     for (name, op), rows in each:
         fitting = [f for f in formats if _fits(program, op, f, log)]
-        errors = {f: _relative_error(program, op, f, rows) for f in fitting}
+        of_experts = {f: _relative_errors(program, op, f, rows) for f in fitting}
+        errors = {f: float(each.sum()) for f, each in of_experts.items()}
         shape = shape_of(op)
         size = sum(program.weights[matrix.name].nbytes for matrix in stored(op))
         options = [ProductChoice(*shape, UNCHANGED, size, size, 0.0)]
+        experts: tuple[tuple[ProductChoice, ...], ...] = ()
         if errors:
             probe = max(errors, key=lambda format: errors[format])
             alone = FixedFormats({name: probe}).run(program, Log(memory=log.memory))
@@ -72,8 +83,35 @@ def measure_products(
             for f, error in errors.items():
                 damage = significant(scale * error)
                 options.append(ProductChoice(*shape, str(f), _bytes(op, f), size, damage))
-        measured.append(StoredProduct(name, tuple(options), _layer_with(op, layers)))
+            if by_expert and op.name == "grouped.linear":
+                experts = _of_experts(options[1:], mixable(fitting), of_experts, scale)
+        measured.append(StoredProduct(name, tuple(options), _layer_with(op, layers), experts))
     return tuple(measured)
+
+
+def _of_experts(
+    options: Sequence[ProductChoice],
+    formats: Sequence[Format],
+    errors: Mapping[Format, Tensor],
+    scale: float,
+) -> tuple[tuple[ProductChoice, ...], ...]:
+    """The options of each expert, those of the product in `formats`; none if that is one."""
+    by_format = {option.format: option for option in options}
+    if len(formats) < 2:
+        return ()
+    count = len(errors[formats[0]])
+    return tuple(
+        tuple(
+            msgspec.structs.replace(
+                option := by_format[str(f)],
+                bytes=option.bytes // count,
+                bytes_before=option.bytes_before // count,
+                damage=significant(scale * float(errors[f][e])),
+            )
+            for f in formats
+        )
+        for e in range(count)
+    )
 
 
 def _layer_with(op: Op, layers: Mapping[str, Layer]) -> str:
@@ -96,25 +134,30 @@ def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:
     return True
 
 
-def _relative_error(program: Program, op: Op, format: Format, rows: Sequence[Tensor]) -> float:
-    """The squared error of the product's results, relative to their squared norm, with rounded
-    weights and rows. Each expert counts as often as it was chosen."""
-    off = norm = 0.0
+def _relative_errors(
+    program: Program, op: Op, format: Format, rows: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The squared error of each expert's results, f64[E], relative to the squared norm of those of
+    all experts, with rounded weights and rows. Each counts as often as it was chosen, by the
+    squares of its weights."""
+    off, norm = torch.zeros(len(rows), dtype=torch.float64), 0.0
     for matrix in stored(op):
         weight = program.weights[matrix.name].detach()
         stacked = weight if weight.ndim == 3 else weight[None]
-        for expert, x in enumerate(rows):
+        for expert, (x, weights) in enumerate(rows):
             if not len(x):
                 continue
             sample, part = _sample(x), stacked[expert : expert + 1]
+            squares = _sample(weights).square()[:, None]
             codes = quantise(format, part)
             wide = part[0].float()
             rounded = dequantise(format.kind, codes.codes, codes.scales, codes.zeros)[0]
             rows_in_use = round_rows(sample, codes.scales.shape[-1], format.row_bits)
             right, share = sample @ wide.mT, len(x) / len(sample)
-            off += share * float((rows_in_use @ rounded.mT - right).square().sum())
-            norm += share * float(right.square().sum())
-    return off / norm if norm else 0.0
+            wrong = (rows_in_use @ rounded.mT - right).square() * squares
+            off[expert] += share * float(wrong.sum())
+            norm += share * float((right.square() * squares).sum())
+    return off / norm if norm else off
 
 
 def _sample(rows: Tensor) -> Tensor:

@@ -3,16 +3,26 @@ each product, solved as a mixed-integer linear program by HiGHS (scipy)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from moec.formats.notation import Format
 from moec.optimisation.expert_moves import Settings
 from moec.optimisation.sensitivity import StoredProduct
-from moec.passes.approximate.choices.model_choices import LayerChoice, ProductChoice, formats_of
+from moec.passes.approximate.choices.model_choices import (
+    LayerChoice,
+    ProductChoice,
+    formats_of,
+    significant,
+)
+from moec.passes.quantise.mixed_experts import AnyFormat
 
 SECONDS = 30.0
 GAP = 1e-4
@@ -31,7 +41,7 @@ class SolvedChoice:
     damage: float
 
     @property
-    def formats(self) -> dict[str, Format]:
+    def formats(self) -> dict[str, AnyFormat]:
         return formats_of(self.options)
 
     @property
@@ -41,7 +51,8 @@ class SolvedChoice:
 
 @dataclass(frozen=True)
 class _Column:
-    """A setting of a layer, or an option of a product under a setting of its layer, if any."""
+    """A setting of a layer, or an option of a product or of `experts` of it (of all, where each has
+    options), under a setting of the layer, if any."""
 
     name: str
     setting: LayerChoice | None
@@ -49,6 +60,7 @@ class _Column:
     bytes: float
     token_bytes: float
     damage: float
+    experts: tuple[int, ...] = (0,)
 
 
 def solve(
@@ -78,13 +90,14 @@ def solve(
             constraints.append(LinearConstraint(load[None], -np.inf, 1))
     best, ceiling = None, max(abs(cost).max(), TINY)
     while True:
-        result = milp(
-            np.minimum(cost, ceiling) / ceiling,
-            integrality=np.ones(len(columns)),
-            bounds=Bounds(0, (possible & (cost <= ceiling)).astype(float)),
-            constraints=constraints,
-            options={"time_limit": SECONDS, "mip_rel_gap": GAP},
-        )
+        with silent_library():
+            result = milp(
+                np.minimum(cost, ceiling) / ceiling,
+                integrality=np.ones(len(columns)),
+                bounds=Bounds(0, (possible & (cost <= ceiling)).astype(float)),
+                constraints=constraints,
+                options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+            )
         if result.x is None:
             return best
         best = _choice([columns[n] for n in np.flatnonzero(result.x > 0.5)])
@@ -92,6 +105,26 @@ def solve(
         if not TINY < total < ceiling / 10:
             return best
         ceiling = total  # what costs more is in no better choice
+
+
+@contextmanager
+def silent_library() -> Iterator[None]:
+    """HiGHS prints a line on the stdout of the process where a solution that it had simplified has
+    to be solved again; in the output of --json that is no JSON."""
+    if sys.platform == "win32":  # where fflush has no name that all builds of Python share
+        yield
+        return
+    sys.stdout.flush()
+    flush = ctypes.CDLL(None).fflush
+    stdout = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _columns(products: Sequence[StoredProduct], layers: Settings) -> list[_Column]:
@@ -106,39 +139,62 @@ def _columns(products: Sequence[StoredProduct], layers: Settings) -> list[_Colum
         parts: list[tuple[LayerChoice | None, float, float]] = [(None, 1, 1)]
         if product.layer in layers:
             parts = [(s, len(s.experts) / s.of, s.top_k / s.of) for s in layers[product.layer]]
+        every = tuple(range(len(product.experts))) or (0,)
+        options = [(every, o) for o in product.options]
+        options += [((e,), o) for e, single in enumerate(product.experts) for o in single]
         columns += [
-            _Column(product.name, setting, o, o.bytes * stored, o.bytes * read, o.damage)
+            _Column(product.name, setting, o, o.bytes * stored, o.bytes * read, o.damage, experts)
             for setting, stored, read in parts
-            for o in product.options
+            for experts, o in options
         ]
     return columns
 
 
 def _equalities(columns: Sequence[_Column]) -> tuple[Any, list[float], list[float]]:
-    """One setting of each layer; one option of each product, under the setting of its layer."""
+    """One setting of each layer; one option of each product or expert, under that of its layer."""
     from scipy.sparse import csr_array
 
     settings = {id(c.setting): i for i, c in enumerate(columns) if c.option is None}
-    rows: dict[tuple[str, bool, int], int] = {}
+    rows: dict[tuple[str, bool, int, int], int] = {}
     entries: list[tuple[int, int, float]] = []
     sums: list[float] = []
     for i, column in enumerate(columns):
         under = column.option is not None and column.setting is not None
-        key = (column.name, column.option is None, id(column.setting) if under else 0)
-        if key not in rows:
-            rows[key] = len(rows)
-            sums.append(0.0 if under else 1.0)
-            entries += [(rows[key], settings[id(column.setting)], -1.0)] if under else []
-        entries.append((rows[key], i, 1.0))
+        for e in column.experts:
+            key = (column.name, column.option is None, e, id(column.setting) if under else 0)
+            if key not in rows:
+                rows[key] = len(rows)
+                sums.append(0.0 if under else 1.0)
+                entries += [(rows[key], settings[id(column.setting)], -1.0)] if under else []
+            entries.append((rows[key], i, 1.0))
     row, at, values = zip(*entries, strict=True)
     return csr_array((values, (row, at)), shape=(len(rows), len(columns))), sums, sums
 
 
 def _choice(chosen: Sequence[_Column]) -> SolvedChoice:
+    options: dict[str, dict[int, ProductChoice]] = {}
+    for column in (column for column in chosen if column.option):
+        assert column.option is not None
+        options.setdefault(column.name, {})[column.experts[0]] = column.option
     return SolvedChoice(
-        {column.name: column.option for column in chosen if column.option},
+        {name: _joined(each) for name, each in options.items()},
         {column.name: column.setting for column in chosen if column.setting and not column.option},
         round(sum(column.bytes for column in chosen)),
         round(sum(column.token_bytes for column in chosen)),
         sum(column.damage for column in chosen),
+    )
+
+
+def _joined(options: Mapping[int, ProductChoice]) -> ProductChoice:
+    """The choice of a product from those of its experts: the format of most, and the others."""
+    experts: dict[str, list[int]] = {}
+    for e, option in sorted(options.items()):
+        experts.setdefault(option.format, []).append(e)
+    most, *others = sorted(experts, key=lambda format: -len(experts[format]))
+    return msgspec.structs.replace(
+        options[experts[most][0]],
+        bytes=sum(option.bytes for option in options.values()),
+        bytes_before=sum(option.bytes_before for option in options.values()),
+        damage=significant(sum(option.damage for option in options.values())),
+        experts={format: tuple(experts[format]) for format in others},
     )

@@ -52,7 +52,8 @@ def rounded_rows(graph: Graph) -> float:
 
 def computed_dtypes(graph: Graph) -> set[str]:
     """The dtypes of floats that hold more than the scales of quantised weights."""
-    scales = {m.scales for op in graph.ops if op.name in QUANTISED_OPS for m in matrices_of(op)}
+    quantised = [op for op in graph.ops if op.name in QUANTISED_OPS]
+    scales = {stored.matrix.scales for op in quantised for stored in matrices_of(op)}
     return {v.dtype for v in graph.values() if v.dtype in FLOATS and v not in scales}
 
 

@@ -15,8 +15,8 @@ from moec.ir.graph import Graph, Op, Value
 from moec.ir.sizes.dims import evaluate_dim
 from moec.ops.dense.attention import Attention
 from moec.ops.experts.compressed import GroupedCompressed
-from moec.ops.experts.quantised import GroupedQuantised, Matrix
-from moec.ops.experts.quantised_linear import QuantisedLinear
+from moec.ops.experts.quantised import Matrix
+from moec.ops.experts.quantised_linear import QuantisedLinear, matrices_of
 from moec.runtime.call.profile import SortedRows
 from moec.runtime.dtypes import NUMPY
 
@@ -47,7 +47,7 @@ def op_cost(
     match op.name:
         case "grouped.linear":
             return _experts(op, env, params, rows)
-        case "grouped.quantised":
+        case "grouped.quantised" | "grouped.mixed":
             return _quantised(op, env, rows)
         case "nn.quantised_linear":
             return _quantised_linear(op, env)
@@ -101,11 +101,11 @@ def _experts(op: Op, env: Env, params: Set[Value], sorted_rows: SortedRows | Non
 
 
 def _quantised(op: Op, env: Env, sorted_rows: SortedRows | None) -> Cost:
-    parts = GroupedQuantised.of(op)
-    experts = evaluate_dim(parts.ends.shape[0], env)
+    matrices = matrices_of(op)
+    experts = evaluate_dim(op.inputs[1].shape[0], env)
     rows, share = _chosen(op, env, experts, sorted_rows)
-    held = sum(_stored(matrix, parts.format, env) for matrix in parts.matrices)
-    flops = sum(2.0 * rows * _count(m.codes, env) / experts for m in parts.matrices)
+    held = sum(_stored(matrix, format, env) for matrix, format, _ in matrices)
+    flops = sum(2.0 * rows * _count(m.codes, env) / experts for m, _, _ in matrices)
     return Cost(flops, held * share)
 
 

@@ -15,7 +15,7 @@ from moec.runtime.package import KernelCall
 
 PASSES_OVER = ("nn.rms_norm", "nn.add_norm", "moe.combine", "moe.sort")
 """Ops that read all of their inputs, and are no products."""
-GROUPED = ("grouped.linear", "grouped.quantised", "grouped.compressed")
+GROUPED = ("grouped.linear", "grouped.quantised", "grouped.mixed", "grouped.compressed")
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,8 @@ import torch
 
 from moec.errors import UnsupportedError
 from moec.formats.integer import dequantise
-from moec.formats.notation import Format
 from moec.ir.graph import Attr, Op, Program, Value
-from moec.ops.experts.quantised import Matrix, format_of
-from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
+from moec.ops.experts.quantised_linear import QUANTISED_OPS, StoredMatrix, matrices_of
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.rounding_stats import RoundingStats
 from moec.passes.core.runner import Kind, Log, PassResult
@@ -61,7 +59,8 @@ def quantised_lines(pass_results: Sequence[PassResult]) -> tuple[QuantisedLine, 
 
 
 def _fits_of(ops: Sequence[Op], fits: Mapping[str, RoundingStats]) -> list[RoundingStats]:
-    names = dict.fromkeys(_ORIGINAL.sub("", m.codes.name) for op in ops for m in matrices_of(op))
+    stored = [each for op in ops for each in matrices_of(op)]
+    names = dict.fromkeys(_ORIGINAL.sub("", each.matrix.codes.name) for each in stored)
     return [fits[name] for name in names if name in fits]
 
 
@@ -87,7 +86,7 @@ def _line_key(op: Op) -> str:
     """The key of an op's line: the module path of experts, or the name of a linear layer's weight
     with * for its numbers."""
     name = _module_path(op)
-    return name if op.name == "grouped.quantised" else re.sub(r"\d+", "*", name)
+    return name if op.name.startswith("grouped.") else re.sub(r"\d+", "*", name)
 
 
 def with_exact_rows(program: Program, keep_row_bits: bool = True) -> Program:
@@ -95,7 +94,7 @@ def with_exact_rows(program: Program, keep_row_bits: bool = True) -> Program:
     attribute `row_bits` stays, as a runtime may round rows itself; else it is dropped."""
 
     def rule(op: Op, b: Builder) -> Sequence[Value] | None:
-        if op.name != "grouped.quantised":
+        if op.name not in ("grouped.quantised", "grouped.mixed"):
             return None
         copied = {name: a for name, a in op.attrs.items() if keep_row_bits or name != "row_bits"}
         attrs: dict[str, Attr] = {**copied, "exact_rows": True}
@@ -145,24 +144,24 @@ def _module_path(op: Op) -> str:
 
 
 def _line(ops: Sequence[Op], before: Program, after: Program) -> QuantisedLine:
-    matrices = {
-        matrix.codes.name: (matrix, op) for op in ops for matrix in matrices_of(op)
-    }  # each once
+    matrices = {s.matrix.codes.name: s for op in ops for s in matrices_of(op)}  # each once
     wide = few = 0
     off: dict[int, float] = {}
     size: dict[int, float] = {}
-    for number, (matrix, op) in enumerate(matrices.values()):
-        format = format_of(op, matrix)
-        original = before.weights[_ORIGINAL.sub("", matrix.codes.name)]
+    for number, (name, stored) in enumerate(matrices.items()):
+        format, experts = stored.format, stored.experts
+        original = before.weights[(_PART if experts else _ORIGINAL).sub("", name)]
+        original = original[list(experts)] if experts else original
         wide += original.numel() * original.element_size()
         few += format.nbytes(original.numel() // original.shape[-1], original.shape[-1])
-        for part, a, b in _parts(original, number, matrix, format, after):
+        for part, a, b in _parts(original, number, stored, after):
+            part = experts[part] if experts else part
             off[part] = off.get(part, 0.0) + float((a - b).double().pow(2).sum())
             size[part] = size.get(part, 0.0) + float(a.double().pow(2).sum())
     errors = [math.sqrt(off[part] / max(size[part], 1e-300)) for part in off]
     return QuantisedLine(
         collapse_layer_indices(tuple(dict.fromkeys(_module_path(op) for op in ops))),
-        str(format_of(op, matrix)),
+        " and ".join(dict.fromkeys(str(stored.format) for stored in matrices.values())),
         parts=len(errors),
         covered=sum(error < BROKEN for error in errors),
         bytes_before=wide,
@@ -173,15 +172,17 @@ def _line(ops: Sequence[Op], before: Program, after: Program) -> QuantisedLine:
 
 
 _ORIGINAL = re.compile(r"\.codes(_\d+)?$")
+_PART = re.compile(r"\.\w+\.codes(_\d+)?$")
 
 
 def _parts(
-    original: torch.Tensor, number: int, matrix: Matrix, format: Format, after: Program
+    original: torch.Tensor, number: int, quantised: StoredMatrix, after: Program
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """The weights of each expert, or of the one matrix, before and after, in float32."""
-    stored = [after.weights[value.name] for value in matrix.values]
+    stored = [after.weights[value.name] for value in quantised.matrix.values]
+    kind = quantised.format.kind
     if original.ndim == 2:
-        yield number, original.float(), dequantise(format.kind, *stored)
+        yield number, original.float(), dequantise(kind, *stored)
         return
     for e, weight in enumerate(original):
-        yield e, weight.float(), dequantise(format.kind, *(t[e] for t in stored))
+        yield e, weight.float(), dequantise(kind, *(t[e] for t in stored))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from moec.ir.graph import Graph
-from moec.ops.experts.quantised import format_of
 from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 from moec.passes.quantise.quantise_linears import LINEARS, heads
 
@@ -17,9 +16,8 @@ def weight_formats(graph: Graph) -> Formats:
     params, last = set(graph.params), heads(graph)
     for op in graph.ops:
         names = {value.name: value.dtype for value in op.inputs if value in params}
-        for matrix in matrices_of(op) if op.name in QUANTISED_OPS else ():
-            stored = (matrix.codes, matrix.scales, matrix.zeros)
-            names |= {v.name: str(format_of(op, matrix)) for v in stored if v is not None}
+        for stored in matrices_of(op) if op.name in QUANTISED_OPS else ():
+            names |= {value.name: str(stored.format) for value in stored.matrix.values}
         kind = "other weights"
         if op.name.startswith("grouped."):
             kind = "experts"

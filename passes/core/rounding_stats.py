@@ -20,8 +20,12 @@ class RoundingStats:
     rows_per_expert: tuple[int, ...]
     nearest_error: float
     gptq_error: float
+    experts: tuple[int, ...] = ()
+    """Their numbers, if they are not all experts of a layer."""
 
     @property
     def undersampled(self) -> tuple[int, ...]:
         """Experts with fewer than FEWEST rows: their weights are rounded to nearest."""
-        return tuple(e for e, rows in enumerate(self.rows_per_expert) if rows < FEWEST)
+        numbers = self.experts or range(len(self.rows_per_expert))
+        each = zip(numbers, self.rows_per_expert, strict=True)
+        return tuple(e for e, rows in each if rows < FEWEST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
@@ -19,6 +19,20 @@ from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Kind, Log, Pass
 
 WIDE = VECTOR_DTYPES
+Experts: TypeAlias = "tuple[int, ...]"
+"""The numbers of some experts of a stack; none means all."""
+
+
+def stack_of(weight: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """The weights [E, N, K] of experts, or of a linear layer as one."""
+    if experts:
+        return weight[list(experts)]
+    return weight if weight.ndim == 3 else weight[None]
+
+
+def part_name(weight: str, format: Format, experts: Experts) -> str:
+    """The name of the codes of some experts of a stack, or of all."""
+    return f"{weight}.{str(format).replace(':', '_')}" if experts else weight
 
 
 def attributes(format: Format) -> dict[str, Attr]:
@@ -32,15 +46,16 @@ def attributes(format: Format) -> dict[str, Attr]:
 class Codes:
     """The weights of `program` that have been quantised so far, each once.
 
-    `calibrated` holds codes that were chosen on calibration data, by name and format; all other
-    weights are rounded to nearest. `tensors` maps the new params to their contents, in `memory`.
+    `calibrated` holds codes that were chosen on calibration data, by name, format and experts; all
+    other weights are rounded to nearest. `tensors` maps the new params to their contents, in
+    `memory`.
     """
 
     program: Program
     memory: InMemory
-    calibrated: dict[tuple[str, Format], Quantised] = field(default_factory=dict)
+    calibrated: dict[tuple[str, Format, Experts], Quantised] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    memo: dict[tuple[Value, Format], tuple[Value, ...]] = field(default_factory=dict)
+    memo: dict[tuple[Value, Format, Experts], tuple[Value, ...]] = field(default_factory=dict)
 
     def check(self, matrix: Value, format: Format) -> None:
         """Raises NoMatch if `format` cannot hold the weights [.., N, K]."""
@@ -57,29 +72,35 @@ class Codes:
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise NoMatch(f"the weights {matrix.name} hold an infinity or a NaN")
 
-    def params(self, matrix: Value, format: Format, b: Builder) -> tuple[Value, ...]:
-        """Params of the new graph with the codes, scales and, if asymmetric, zeros."""
-        if (matrix, format) not in self.memo:
-            self.memo[matrix, format] = self._params(matrix, format, b)
-        return self.memo[matrix, format]
+    def params(
+        self, matrix: Value, format: Format, b: Builder, experts: Experts = ()
+    ) -> tuple[Value, ...]:
+        """Params of the new graph with the codes, scales and, if asymmetric, zeros: of all experts,
+        or of those in `experts`."""
+        key = matrix, format, experts
+        if key not in self.memo:
+            self.memo[key] = self._params(matrix, format, b, experts)
+        return self.memo[key]
 
-    def _params(self, matrix: Value, format: Format, b: Builder) -> tuple[Value, ...]:
-        quantised = self.calibrated.get((matrix.name, format))
+    def _params(
+        self, matrix: Value, format: Format, b: Builder, experts: Experts
+    ) -> tuple[Value, ...]:
+        quantised = self.calibrated.get((matrix.name, format, experts))
         if quantised is None:
-            weight = self.program.weights[matrix.name]
-            quantised = quantise(format, weight if weight.ndim == 3 else weight[None])
-        blocks = (*matrix.shape[:-1], quantised.scales.shape[-1])
+            quantised = quantise(format, stack_of(self.program.weights[matrix.name], experts))
+        shape = (len(experts), *matrix.shape[1:]) if experts else matrix.shape
+        blocks = (*shape[:-1], quantised.scales.shape[-1])
         parts = [
-            ("codes", TensorType("u8", matrix.shape), quantised.codes),
+            ("codes", TensorType("u8", shape), quantised.codes),
             ("scales", TensorType(format.scale_dtype, blocks), quantised.scales),
         ]
         if quantised.zeros is not None:
             parts.append(("zeros", TensorType("u8", blocks), quantised.zeros))
         values = []
         for name, type, tensor in parts:
-            values.append(b.param(f"{matrix.name}.{name}", type))
-            shape = [int(str(d)) for d in type.shape]
-            self.tensors[values[-1].name] = self.memory.tensor(tensor.reshape(shape))
+            values.append(b.param(f"{part_name(matrix.name, format, experts)}.{name}", type))
+            sizes = [int(str(d)) for d in type.shape]
+            self.tensors[values[-1].name] = self.memory.tensor(tensor.reshape(sizes))
         return tuple(values)
 
     def program_of(self, graph: Graph) -> Program:
@@ -97,12 +118,16 @@ class QuantisingPass(Pass, ABC):
     kind: ClassVar[Kind] = Kind.QUANTISES
 
     @abstractmethod
-    def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
+    def targets(self, graph: Graph) -> Sequence[tuple[Op, Any]]:
         """The ops whose weights are to be quantised, each with its format."""
 
     @abstractmethod
-    def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
+    def quantised(self, op: Op, format: Any, codes: Codes, b: Builder) -> Sequence[Value]:
         """Emits the quantised op. Raises NoMatch if `format` cannot hold its weights."""
+
+    def parts(self, op: Op, format: Any) -> Sequence[tuple[Format, Experts]]:
+        """The formats of a target's weights, each with its experts."""
+        return ((format, ()),)
 
     def run(self, program: Program, log: Log) -> Program:
         return self.rounded(program, log, Codes(program, log.memory))

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from moec.errors import NoMatch
 from moec.formats.notation import Format
 from moec.ir.graph import Graph, Op, Program, Value
 from moec.passes.core.rewrite import Builder
 from moec.passes.core.runner import Log
 from moec.passes.quantise.codes import Codes, QuantisingPass
 from moec.passes.quantise.gptq_codes import stored
+from moec.passes.quantise.mixed_experts import AnyFormat, Part, mixed, parts_of
 from moec.passes.quantise.quantise_experts import QuantiseExperts
 from moec.passes.quantise.quantise_linears import QuantiseLinears
 
@@ -27,19 +29,26 @@ class FixedFormats(QuantisingPass):
     the rows and columns of all products: for another graph the pass declines, as another form of
     the model may have them. `calibrated`: codes are chosen by GPTQ."""
 
-    formats: Mapping[str, Format] = field(default_factory=dict)
+    formats: Mapping[str, AnyFormat] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     calibrated: bool = False
     name: ClassVar[str] = "choose-formats"
     source: ClassVar[str] = ""
 
-    def targets(self, graph: Graph) -> list[tuple[Op, Format]]:
+    def targets(self, graph: Graph) -> list[tuple[Op, AnyFormat]]:
         named = {} if self._mismatch(graph) else named_products(graph)
         return [(op, self.formats[name]) for name, op in named.items() if name in self.formats]
 
-    def quantised(self, op: Op, format: Format, codes: Codes, b: Builder) -> Sequence[Value]:
+    def parts(self, op: Op, format: AnyFormat) -> Sequence[Part]:
+        experts = stored(op)[0].shape[0] if op.name == "grouped.linear" else 0
+        return parts_of(format, int(str(experts)))
+
+    def quantised(self, op: Op, format: AnyFormat, codes: Codes, b: Builder) -> Sequence[Value]:
+        (first, _), *others = parts = self.parts(op, format)
+        if others:
+            return mixed(op, parts, codes, b)
         rule = QuantiseExperts(_ANY) if op.name == "grouped.linear" else QuantiseLinears(_ANY, _ANY)
-        return rule.quantised(op, format, codes, b)
+        return rule.quantised(op, first, codes, b)
 
     def rounded(self, program: Program, log: Log, codes: Codes) -> Program:
         if why := self._mismatch(program.graph):
@@ -50,7 +59,14 @@ class FixedFormats(QuantisingPass):
         """Why `shapes` are not those of the graph; empty if they are."""
         actual = {name: shape_of(op) for name, op in named_products(graph).items()}
         names = sorted({name for name, _ in self.shapes.items() ^ actual.items()})
-        return f"the products differ at {names[0]}" if self.shapes and names else ""
+        if self.shapes and names:
+            return f"the products differ at {names[0]}"
+        for name, op in named_products(graph).items() if self.shapes else ():
+            try:
+                self.parts(op, self.formats.get(name, _ANY))
+            except NoMatch as why:
+                return f"{name}: {why}"
+        return ""
 
 
 def shape_of(product: Op) -> tuple[int, int]:

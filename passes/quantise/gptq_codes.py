@@ -17,14 +17,15 @@ from moec.errors import NoMatch
 from moec.formats.integer import Quantised, dequantise, encode, quantise
 from moec.formats.notation import Format
 from moec.interpret.evaluate import evaluate
-from moec.ir.graph import Op, Program, Stage, Value
+from moec.ir.graph import Graph, Op, Program, Stage, Value
+from moec.ir.opdef import inputs_of
 from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, load_calibration
 from moec.passes.calibration.gptq import hessian, solve
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.rounding_stats import FEWEST, RoundingStats
 from moec.passes.core.runner import Kind, Log, Pass
-from moec.passes.quantise.codes import Codes, QuantisingPass
+from moec.passes.quantise.codes import Codes, QuantisingPass, part_name, stack_of
 
 DAMPING = 0.01
 """Damping of the Hessian, the value that GPTQ uses for four bits and more."""
@@ -58,15 +59,17 @@ class CalibratedQuantisation(Pass):
             targets, rows_of(program, data, [op for op, _ in targets]), strict=True
         ):
             for matrix in stored(op):
-                try:
-                    codes.check(matrix, format)
-                except NoMatch:
-                    continue  # `quantised` logs the reason
-                weight = program.weights[matrix.name]
-                stacked = weight if weight.ndim == 3 else weight[None]
-                quantised, fit = calibrate(matrix.name, format, stacked, rows)
-                codes.calibrated[matrix.name, format] = quantised
-                log.fits.append(fit)
+                for part, experts in self.inner.parts(op, format):
+                    try:
+                        codes.check(matrix, part)
+                    except NoMatch:
+                        continue  # `quantised` logs the reason
+                    weight = stack_of(program.weights[matrix.name], experts)
+                    some_rows = [rows[e] for e in experts] or rows
+                    name = part_name(matrix.name, part, experts)
+                    quantised, fit = calibrate(name, part, weight, some_rows)
+                    codes.calibrated[matrix.name, part, experts] = quantised
+                    log.fits.append(replace(fit, experts=experts))
         return self.inner.rounded(program, log, codes)
 
 
@@ -77,10 +80,19 @@ def stored(op: Op) -> tuple[Value, ...]:
 
 def rows_of(program: Program, data: Calibration, ops: Sequence[Op]) -> Iterator[list[Tensor]]:
     """For each op, a linear layer or experts, the input rows [R, K] of each expert."""
+    for each in weighted_rows_of(program, data, ops):
+        yield [rows for rows, _ in each]
+
+
+def weighted_rows_of(
+    program: Program, data: Calibration, ops: Sequence[Op]
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """As `rows_of`, each with the weights [R] that the router gives to its results: 1 where nothing
+    weights them, as in linear layers, and where rows are weighted before."""
     states = [program.weights[s.before.name] for s in program.graph.states]
     for start in range(0, len(ops), OPS_A_RUN):
         group = ops[start : start + OPS_A_RUN]
-        probes = tuple(dict.fromkeys(v for op in group for v in _read(op)))
+        probes = tuple(dict.fromkeys(v for op in group for v in _read(op, program.graph)))
         graph = drop_dead(replace(program.graph, outputs=probes, states=()))
         cases: list[dict[Value, Tensor]] = []
         for case in data.cases:
@@ -88,29 +100,49 @@ def rows_of(program: Program, data: Calibration, ops: Sequence[Op]) -> Iterator[
                 results = evaluate(graph, [*case, *states], program.weights)
             cases.append(dict(zip(probes, results, strict=True)))
         for op in group:
-            yield _rows(op, cases)
+            yield _rows(op, cases, program.graph)
 
 
-def _read(op: Op) -> list[Value]:
+def _read(op: Op, graph: Graph) -> list[Value]:
     if op.name != "grouped.linear":
         return [op.inputs[0]]
     parts = GroupedLinear.of(op)
-    return [v for v in (parts.x, parts.ends, parts.order) if v is not None]
+    read = (parts.x, parts.ends, parts.order, *_router_weights(parts, graph))
+    return [v for v in read if v is not None]
 
 
-def _rows(op: Op, cases: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
+def _router_weights(parts: GroupedLinear, graph: Graph) -> tuple[Value, ...]:
+    """The weights [T, k] of the choices, and the order of the sorted rows; nothing without them."""
+    sort = graph.producers.get(parts.ends)
+    if sort is None or sort.name != "moe.sort":
+        return ()
+    order, slots, _ = sort.outputs
+    combines = (op for op in graph.readers.get(slots, ()) if op.name == "moe.combine")
+    weights = [parts.scale, *(inputs_of(op)["weights"] for op in combines)]
+    return next(((value, order) for value in weights if value is not None), ())
+
+
+def _rows(
+    op: Op, cases: Sequence[dict[Value, Tensor]], graph: Graph
+) -> list[tuple[Tensor, Tensor]]:
     if op.name != "grouped.linear":
-        return [torch.cat([case[op.inputs[0]].flatten(0, -2) for case in cases])]
+        rows = torch.cat([case[op.inputs[0]].flatten(0, -2) for case in cases])
+        return [(rows, torch.ones(len(rows)))]
     parts, k = GroupedLinear.of(op), op.attrs.get("gather", 1)
     assert isinstance(k, int)
-    rows: list[list[Tensor]] = []
+    router = _router_weights(parts, graph)
+    each: list[list[tuple[Tensor, Tensor]]] = []
     for case in cases:
         x, ends = case[parts.x], case[parts.ends].tolist()
         if parts.order is not None:
             x = x[case[parts.order].long() // k]
+        weights = torch.ones(len(x))
+        if router:
+            weights = case[router[0]].float().flatten()[case[router[1]].long()]
         bounds = zip([0, *ends[:-1]], ends, strict=True)
-        rows.append([x[first:end] for first, end in bounds])
-    return [torch.cat(parts) for parts in zip(*rows, strict=True)]
+        each.append([(x[first:end], weights[first:end]) for first, end in bounds])
+    experts = zip(*each, strict=True)
+    return [(torch.cat([x for x, _ in e]), torch.cat([w for _, w in e])) for e in experts]
 
 
 def calibrate(

@@ -69,7 +69,7 @@ class KeepCodes(QuantisingPass):
             chosen.append((op, format))
             for matrix, part in zip(matrices, parts, strict=True):
                 if part.codes is not None:
-                    codes.calibrated[matrix.name, format] = _in_memory(log.memory, part.codes)
+                    codes.calibrated[matrix.name, format, ()] = _in_memory(log.memory, part.codes)
                 lines[part.line] += 1
         log.says += [line.format(count) for line, count in sorted(lines.items())]
         return replace(self, chosen=tuple(chosen)).rounded(program, log, codes)

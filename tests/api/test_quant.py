@@ -100,7 +100,7 @@ def test_rows_that_fp8_weights_multiply_stay_floats(text: str, dtype: torch.dtyp
     assert model.checked.tolerance == (1e-4 if dtype is torch.float32 else 2e-2)
     ops = [op for op in model.pass_results[-1].program.graph.ops if op.name in QUANTISED_OPS]
     kinds = {(op.name, op.attrs["kind"], op.attrs["row_bits"]) for op in ops}
-    names = QUANTISED_OPS if "linears" in text else QUANTISED_OPS[:1]
+    names = ["grouped.quantised", *(["nn.quantised_linear"] if "linears" in text else [])]
     assert kinds == {(name, "fp8", 0) for name in names}
 
 

@@ -12,7 +12,6 @@ from moec.capture.doors import open_source
 from moec.checkpoint.folders import fp8
 from moec.checkpoint.tensors import map_folder
 from moec.formats.integer import dequantise
-from moec.ops.experts.quantised import format_of
 from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
 from tests.checkpoint import writers
 from tests.checkpoint.families import FAMILIES, model
@@ -95,7 +94,7 @@ def test_blocks_that_a_row_cuts(tmp_path):
 
 def formats(compiled):
     ops = [op for op in compiled.pass_results[-1].program.graph.ops if op.name in QUANTISED_OPS]
-    return [str(format_of(op, matrix)) for op in ops for matrix in matrices_of(op)]
+    return [str(stored.format) for op in ops for stored in matrices_of(op)]
 
 
 @pytest.mark.parametrize(

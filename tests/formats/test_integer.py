@@ -19,6 +19,10 @@ FORMATS = (
     "int4:32",
     "int4:64",
     "int4:128:asymmetric",
+    "int3:32",
+    "int3:64:asymmetric",
+    "int2:32",
+    "int2:64:asymmetric",
     "fp8",
     "fp8:64",
     "mxfp4",
@@ -40,7 +44,7 @@ def test_what_is_spelled_is_what_is_meant(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int3", "'int3' is not a format; write int8 or int4"),
+        ("int5", "'int5' is not a format; write int8, int4, int3 or int2"),
         ("", "'' is not a format"),
         ("int4:48", ":48 is neither a block size nor an option"),
         ("int4:32:64", ":64 is neither a block size nor an option, or is repeated"),
@@ -88,7 +92,8 @@ def test_rounding_is_to_nearest(text: str, dtype: torch.dtype) -> None:
         ends = 1 + 2.0**-8 * 2**format.bits / 2
         assert (off <= step * ends).all()
         assert ((off <= step * 0.501).float().mean()) > 0.95
-    bound = {"int8": 0.008, "int4": 0.12, "fp8": 0.03, "mxfp4": 0.13}[format.kind]
+    bound = {"int8": 0.008, "int4": 0.12, "int3": 0.2, "int2": 0.6, "fp8": 0.03, "mxfp4": 0.13}
+    bound = bound[format.kind]
     assert off.norm() <= bound * weight.float().norm()
 
 

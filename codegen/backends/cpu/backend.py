@@ -7,7 +7,7 @@ from tvm.tirx import PrimFunc
 
 from moec.cache import Store
 from moec.codegen.backend import Backend
-from moec.codegen.backends.cpu import compressed, dense, grouped, quantised, quantised_dense
+from moec.codegen.backends.cpu import compressed, dense, grouped, mixed, quantised, quantised_dense
 from moec.codegen.backends.cpu.slots import SlotArguments
 from moec.codegen.build import compile_module
 from moec.codegen.cpu.attention.append import append
@@ -63,6 +63,7 @@ CPU = Backend(
         *compressed.RULES,
         *dense.RULES,
         *grouped.RULES,
+        *mixed.RULES,
         *quantised.RULES,
         *quantised_dense.RULES,
         *RULES,

@@ -107,12 +107,19 @@ def packed(
     return (layout, weights, flipped), param
 
 
-def packed_bias(layout: Layout, biases: tuple[Value, ...]) -> tuple[object, Param]:
+def packed_bias(
+    layout: Layout, biases: tuple[Value, ...], experts: tuple[int, ...] = ()
+) -> tuple[object, Param]:
+    """The packed biases of all experts, or of those in `experts`."""
+
     def make(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
-        return pack.pack_bias(layout, *tensors)
+        return pack.pack_bias(layout, *(t[list(experts)] if experts else t for t in tensors))
 
     name = "+".join(b.name for b in biases) + ".packed"
-    return (layout, biases, "bias"), Param(name, TensorType("f32", layout.bias_shape), biases, make)
+    name += f".{experts[0]}" if experts else ""  # the first expert of a part is in no other
+    return (layout, biases, "bias", experts), Param(
+        name, TensorType("f32", layout.bias_shape), biases, make
+    )
 
 
 RULES = (Rule("linear", DENSE, _check, _linear),)

@@ -12,6 +12,7 @@ from moec.codegen.backends.cpu.codes import packed_matrices, rows_for
 from moec.codegen.backends.cpu.sorted_rows import check_products, product
 from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
+from moec.codegen.cpu.quantised.words import quads_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.products import spec_of
@@ -23,12 +24,13 @@ from moec.ops.experts.quantised import GroupedQuantised
 
 def check_format(format: Format) -> None:
     """Raises NoMatch where rows are not in the form that kernels multiply: integers, or with fp8
-    weights floats. Words of four codes belong to one scale."""
+    weights floats. All codes of a unit of words belong to one scale."""
     floats, bits = format.kind == "fp8", format.row_bits
     why = f"its rows are rounded to {bits} bits, and CPU kernels do not round those of fp8 weights"
     require(bits == 0 or not floats, f"{why}: compile for CPUs alone, or choose int8")
     require(bits != 0 or floats, f"its rows are not rounded, as CPU kernels of {format.kind} need")
-    require(not floats or format.block % 4 == 0, f"its blocks are of {format.block} weights")
+    fits = format.block % (4 * quads_of(format.bits)) == 0
+    require(fits, f"its blocks are of {format.block} weights")
 
 
 def _check(op: Op, graph: Graph) -> None:

@@ -22,6 +22,7 @@ from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import QuantisedSpec
+from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.ops.experts.quantised import GroupedQuantised
 
@@ -101,4 +102,11 @@ def _packed(low: Lowering, codes: tuple[Value, ...], bits: int) -> relax.Expr:
     return low.param(("packed", codes), Param(name, type, codes, make))
 
 
-RULES = (Rule("quantised", ("grouped.quantised",), of_owned_rows(_check_product), _quantised),)
+def _refuse_mixed(op: Op, graph: Graph) -> None:
+    raise NoMatch("experts of several formats have kernels for CPUs only: choose one for a product")
+
+
+RULES = (
+    Rule("quantised", ("grouped.quantised",), of_owned_rows(_check_product), _quantised),
+    Rule("mixed", ("grouped.mixed",), _refuse_mixed, _quantised),
+)

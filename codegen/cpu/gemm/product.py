@@ -35,16 +35,17 @@ class ProductOutput(NamedTuple):
 @dataclass(frozen=True)
 class TileProduct(Generic[X, W]):
     """`rows(count)` and `weights(suffix, groups)` declare arguments, the weights of so many groups;
-    `tile` multiplies them."""
+    `tile` multiplies them. `biased`: biases, if there are any, are not among the weights."""
 
     layout: Layout
     rows: Callable[[Expr], X]
     weights: Callable[[str, Expr | int], W]
     tile: Callable[[X, W, ProductOutput], Tile]
+    biased: bool = True
 
     def bias(self, suffix: str, groups: Expr | int) -> Buffer | None:
         """Declares the bias of so many groups if the product has one."""
         layout = self.layout
-        if not layout.spec.bias:
+        if not (layout.spec.bias and self.biased):
             return None
         return argument(f"bias{suffix}", (groups, *layout.bias_shape[1:]), "float32")

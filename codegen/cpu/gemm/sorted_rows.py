@@ -106,7 +106,7 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = 
     With `zero_unowned_rows`, the rows after the last expert's become 0; else they are not
     written."""
     tiles, at_once = tile.layout.tiles, tile.tiles_at_once
-    active, count = _active(ends, tile.layout.spec.groups)
+    active, count = _active(tile, ends)
     units = T.bind(count * -(-tiles // at_once))
     weights = T.cast(count, "int64") * tile.layout.bytes
     worth = tile.layout.tuning.worth
@@ -128,7 +128,8 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = 
             tile.rows(e, column, first, end - first, (after, column_after), tile_count)
         if zero_unowned_rows:
             with T.If(i == count - 1), T.Then(), T.serial(0, tile_count) as t:
-                tile.zero_rows(column + t, end, rows - end)
+                past = T.bind(T.cast(ends[tile.layout.spec.groups - 1], "int64"))
+                tile.zero_rows(column + t, past, rows - past)
 
 
 def each_visit(
@@ -162,14 +163,16 @@ def each_visit(
                 tile.zero_rows(column + t, past, rows - past)
 
 
-def _active(ends: Buffer, experts: int) -> tuple[Buffer, Expr]:
-    """The experts that have rows, and their number; the first expert if none has, so that a task
-    zeroes the rows without an expert."""
+def _active(tile: Tile, ends: Buffer) -> tuple[Buffer, Expr]:
+    """The experts that have rows, in the order of the tile, and their number; the first expert if
+    none has, so that a task zeroes the rows without an expert."""
+    experts = tile.layout.spec.groups
     active = T.alloc_buffer((experts,), "int32")
     count = T.alloc_buffer((1,), "int32")
     T.buffer_store(active, 0, [0])
     T.buffer_store(count, 0, [0])
-    with T.serial(0, experts) as e:
+    with T.serial(0, experts) as number:
+        e = T.bind(tile.expert_at(number))
         first, end = _bounds(ends, e)
         with T.If(first < end), T.Then():
             T.buffer_store(active, e, [count[0]])

@@ -112,6 +112,10 @@ class Tile:
         most = min(lay.tuning.tiles_at_once, lay.tiles)
         return most if lay.tiles * lay.spec.groups >= 256 else 1
 
+    def expert_at(self, number: Expr) -> Expr:
+        """The expert whose weights are read as that number of all."""
+        return number
+
     def rows(
         self,
         group: Expr,

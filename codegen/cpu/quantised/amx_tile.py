@@ -3,10 +3,10 @@
     integers[16 r .., 16 j ..] = x[16 rows of r, 64 codes of K] @ w[64 codes of K, 16 of vector j]
 
 Integer sums are exact, and the sums of blocks become floats and are added as in tile.py: the
-results have the same bits, so few rows may use that tile and many rows this one. Weights of 4 bits
-are first unpacked to bytes, once for all rows. Blocks of 32 codes would fill only half of a
-register, and moving their sums out would take longer than dot products. 16-bit rows are half as
-many, with one block of registers for their upper bytes and one for the lower.
+results have the same bits, so few rows may use that tile and many rows this one. Weights of fewer
+bits than 8 are first unpacked to bytes, once for all rows. Blocks of 32 codes would fill only half
+of a register, and moving their sums out would take longer than dot products. 16-bit rows are half
+as many, with one block of registers for their upper bytes and one for the lower.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class AmxQuantisedTile(QuantisedTile):
             v.scratch((BLOCKS, steps, TILE_ROWS, WORDS), "int32"),
             v.scratch((most, lay.blocks), "float32"),
             v.scratch((most, self._planes * lay.blocks), "int32"),
-            v.scratch((lay.spec.k // 4, lay.columns), "int32") if bits == 4 else None,
+            v.scratch((lay.spec.k // 4, lay.columns), "int32") if bits < 8 else None,
             v.scratch((lay.blocks_at_once, BLOCKS * TILE_ROWS, 2 * v.lanes), "int32"),
             v.scratch((lay.blocks_at_once, 2 * v.lanes), "float32"),
             v.scratch((lay.blocks_at_once, 2 * v.lanes), "int32"),
@@ -133,18 +133,20 @@ class AmxQuantisedTile(QuantisedTile):
                 v.copy_line(to, there)
 
     def _take_apart(self, group: Expr, tile: Expr, to: Buffer) -> None:
-        """Words of eight codes -> two words of four signed bytes, minus the zeros."""
+        """Units of codes -> words of four signed bytes, minus the zeros."""
         v, lay, w = self.vector, self.layout, self.operands.w
         with T.serial(0, lay.blocks) as block:
             zeros = [integers.in_all_bytes(v, zero) for zero in self._zeros(group, tile, block)]
-            with T.serial(0, lay.depth_block) as step:
-                word = T.bind(block * lay.depth_block + step)
+            units = lay.depth_block // lay.unit
+            with T.serial(0, units) as step:
+                unit = T.bind(block * units + step)
                 for j, zero in enumerate(zeros):
                     lane = T.ramp(j * v.lanes, 1, v.lanes)
-                    halves = self._codes(T.bind(w[group, tile, word, lane]))
-                    for half, codes in enumerate(halves):
+                    words = [w[group, tile, unit * lay.unit + i, lane] for i in range(lay.unit)]
+                    for quad, codes in enumerate(self._codes(words)):
                         signed = integers.minus4(v, codes, zero)
-                        T.buffer_store(to, signed, [word * 2 + half, lane])
+                        at = unit * (lay.unit_codes // 4) + quad
+                        T.buffer_store(to, signed, [at, lane])
 
     def _products(
         self,

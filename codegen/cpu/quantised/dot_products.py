@@ -30,9 +30,9 @@ class Way(Enum):
     SMALL = "small"
 
 
-def way(target: CpuTarget, greatest: int, per_word: int) -> Way:
-    """The fastest way for codes up to `greatest`, `per_word` in a word."""
-    in_range = greatest * 128 * (per_word // 2) < 2**15
+def way(target: CpuTarget, greatest: int, codes: int) -> Way:
+    """The fastest way for codes up to `greatest`, so many in a unit of words."""
+    in_range = greatest * 128 * (codes // 2) < 2**15
     return Way.SMALL if in_range and target.byte_pairs and not target.int8_dot else Way.DOT4
 
 

@@ -63,9 +63,7 @@ def quantised_product(
                 return Fp8WidenedTile(*floats, w.scales)
             dots = Fp8Tile(*floats, w.scales)
             return AmxFp8Tile(*floats, dots) if lay.float_tiles else dots
-        operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
-        kind = AmxQuantisedTile if lay.amx else QuantisedTile
-        return kind(lay, operands, epilogue)
+        return quantised_tile(lay, x, w, out, epilogue)
 
     return TileProduct(
         lay,
@@ -73,6 +71,19 @@ def quantised_product(
         lambda suffix, groups: QuantisedWeights.of(lay, suffix, groups),
         tile,
     )
+
+
+def quantised_tile(
+    lay: QuantisedLayout,
+    x: RoundedRows,
+    w: QuantisedWeights,
+    out: ProductOutput,
+    epilogue: Epilogue | None,
+) -> Tile:
+    """The tile of rows that are rounded to codes."""
+    operands = QuantisedOperands(x.codes, w.codes, *out, x.scales, x.sums, w.scales, w.zeros)
+    kind = AmxQuantisedTile if lay.amx else QuantisedTile
+    return kind(lay, operands, epilogue)
 
 
 def quantised_linear(

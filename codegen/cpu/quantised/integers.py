@@ -1,8 +1,8 @@
 """Vectors of int32 lanes, and the bytes in them: rows to codes, codes to bytes.
 
-A lane holds four consecutive codes along K, the first in the lowest byte; or eight codes of four
-bits, the first four in the low halves of the bytes. Codes of weights are unsigned, codes of
-activations signed; dot_products.py multiplies them.
+A lane holds four consecutive codes along K, the first in the lowest byte; fewer bits are packed as
+words.py has it. Codes of weights are unsigned, codes of activations signed; dot_products.py
+multiplies them.
 """
 
 from __future__ import annotations
@@ -50,14 +50,12 @@ def minus_128(v: Vector, codes: Expr) -> Expr:
     return T.bind(T.bitwise_xor(codes, T.broadcast(T.int32(0x80808080 - 2**32), v.lanes)))
 
 
-def low4(v: Vector, words: Expr) -> Expr:
-    """The first four codes of each lane, as bytes."""
-    return T.bind(T.bitwise_and(words, T.broadcast(T.int32(0x0F0F0F0F), v.lanes)))
-
-
-def high4(v: Vector, words: Expr) -> Expr:
-    """The last four codes of each lane, as bytes."""
-    return low4(v, T.shift_right(words, T.broadcast(T.int32(4), v.lanes)))
+def masked_bytes(v: Vector, words: Expr, shift: int, mask: int) -> Expr:
+    """The bits of `mask` of each byte, after a shift to the right; no bit of another byte may get
+    there."""
+    if shift:
+        words = T.shift_right(words, T.broadcast(T.int32(shift), v.lanes))
+    return T.bind(T.bitwise_and(words, T.broadcast(T.int32(mask * 0x01010101), v.lanes)))
 
 
 def in_all_bytes(v: Vector, bytes: Expr) -> Expr:

@@ -1,11 +1,10 @@
-"""The layout of quantised weights: tiles of columns, words of four or eight codes along K.
+"""The layout of quantised weights: tiles of columns, words of codes along K (words.py).
 
     codes  u8[E, N, K]       ->  int32[E, tiles, words, columns]     a word holds 32 / bits codes
     scales [E, N, blocks]    ->       [E, tiles, blocks, columns]    zeros likewise
 
-A tile of codes is one contiguous stream, and the scales of its blocks are a second one. For four
-bits, the low halves of a word's bytes are its first four codes and the high halves the last four,
-so that two masks unpack it. Missing columns and codes after K are 0; so are rows of x there.
+A tile of codes is one contiguous stream, and the scales of its blocks are a second one. Missing
+columns and codes after K are 0; so are rows of x there.
 
 The bytes of a vector of words of e4m3 are permuted: codes 0 and 1 of each word are the lower bytes
 of two 16-bit lanes, 2 and 3 the upper bytes. A shift and a mask leave them as 16-bit floats:
@@ -25,6 +24,7 @@ from torch import Tensor
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.pack import Array
 from moec.codegen.cpu.gemm.row_blocks import ceil_of
+from moec.codegen.cpu.quantised import words
 from moec.codegen.cpu.quantised.dot_products import Way, way
 from moec.codegen.specs.products import QuantisedSpec
 from moec.dtypes import LONG_NAMES
@@ -63,9 +63,11 @@ PLANES = RowCodes(16, 2)
 
 @dataclass(frozen=True)
 class QuantisedLayout(Layout):
-    """The layout of codes, scales and zeros of `spec` on `target`."""
+    """The layout of codes, scales and zeros of `spec` on `target`. `narrow`: tiles are as wide for
+    one scale a row as for one a block."""
 
     spec: QuantisedSpec
+    narrow: bool = False
 
     @property
     def floats(self) -> bool:
@@ -88,7 +90,8 @@ class QuantisedLayout(Layout):
     @property
     def _most_vectors(self) -> int:
         most = self.target.tile_vectors
-        return min(most, 2) if self.blocks > 1 and not self.floats else most
+        narrow = self.narrow or (self.blocks > 1 and not self.floats)
+        return min(most, 2) if narrow else most
 
     @property
     def blocks(self) -> int:
@@ -117,7 +120,7 @@ class QuantisedLayout(Layout):
         """The instructions that multiply bytes."""
         format = self.spec.format
         greatest = 2 * E2M1_ZERO if format.kind == "mxfp4" else 2**format.bits - 1
-        return way(self.target, greatest, self.per_word)
+        return way(self.target, greatest, self.unit_codes)
 
     @property
     def blocks_at_once(self) -> int:
@@ -129,12 +132,17 @@ class QuantisedLayout(Layout):
         return (self.spec.groups, self.tiles, self.depth, self.columns)
 
     @property
-    def per_word(self) -> int:
-        return 32 // self.spec.format.bits
+    def unit(self) -> int:
+        """The words of a unit of codes."""
+        return words.words_of(self.spec.format.bits)
+
+    @property
+    def unit_codes(self) -> int:
+        return 4 * words.quads_of(self.spec.format.bits)
 
     @property
     def depth(self) -> int:
-        return -(-self.spec.k // self.per_word)
+        return ceil_of(self.spec.k, self.unit_codes) * self.unit
 
     @property
     def depth_block(self) -> int:
@@ -173,16 +181,13 @@ class QuantisedLayout(Layout):
 
 def pack_codes(layout: QuantisedLayout, *parts: Tensor) -> Array:
     """codes u8[E, N, K], for a gated layout gate and up -> int32 of `layout.shape`."""
-    spec, each = layout.spec, layout.per_word
+    spec, bits = layout.spec, layout.spec.format.bits
+    width = layout.depth * 32 // bits
     packed = torch.zeros(layout.shape, dtype=torch.int32)
     for e in range(spec.groups):  # so that intermediate tensors stay small
         for half, codes in enumerate(parts):
-            depth = torch.nn.functional.pad(codes[e], (0, layout.depth * each - spec.k))
-            if each == 8:
-                quads = depth.view(spec.n, layout.depth, 2, 4)
-                depth = quads[:, :, 0] | (quads[:, :, 1] << 4)
-            words = depth.reshape(spec.n, -1).view(torch.int32)
-            _place(layout, packed[e], half, words)
+            full = torch.nn.functional.pad(codes[e], (0, width - spec.k))
+            _place(layout, packed[e], half, words.packed(full, bits))
         if layout.floats:
             packed[e] = _widening_order(layout, packed[e])
     return packed.numpy()

@@ -33,6 +33,7 @@ from moec.codegen.cpu.gemm.tile import Fetch, Operands, Tile
 from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.dot_products import dots
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
+from moec.codegen.cpu.quantised.words import unpacked
 from moec.formats.integer import E2M1_ZERO
 
 
@@ -131,27 +132,29 @@ class QuantisedTile(Tile):
             for j in range(lay.vectors):
                 start = T.broadcast(T.int32(0), v.lanes) - zeros[j] * T.broadcast(total, v.lanes)
                 T.buffer_store(row_acc[j], start, [lanes])
-        quads = lay.per_word // 4
-        with T.serial(0, lay.depth_block) as step:
-            word = T.bind(block * lay.depth_block + step)
+        quads, units = lay.unit_codes // 4, lay.depth_block // lay.unit
+        with T.serial(0, units) as step:
+            unit = T.bind(block * units + step)
+            words = [T.bind(unit * lay.unit + i) for i in range(lay.unit)]
             if fetch is not None:
-                fetch(word)
+                for word in words:
+                    fetch(word)
             columns = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]
-            codes = [self._codes(T.bind(ops.w[group, tile, word, lane])) for lane in columns]
+            codes = [self._codes([ops.w[group, tile, w, lane] for w in words]) for lane in columns]
             for row_acc, r, plane in targets:
-                at = plane * lay.x_words + word * quads
+                at = plane * lay.x_words + unit * quads
                 x = [T.bind(T.broadcast(ops.x[r, at + q], v.lanes)) for q in range(quads)]
                 for j in range(lay.vectors):
                     dot_sum = dots(v, lay.way, row_acc[j][lanes], codes[j], x)
                     T.buffer_store(row_acc[j], dot_sum, [lanes])
 
-    def _codes(self, words: Expr) -> list[Expr]:
-        """The operands of `dots`: bytes, four to a lane, for each four codes of a word."""
-        v, kind = self.vector, self.layout.spec.format.kind
-        if kind == "int8":
-            return [integers.minus_128(v, words) if self._less else words]
-        halves = [integers.low4(v, words), integers.high4(v, words)]
-        return [integers.e2m1(v, half) for half in halves] if kind == "mxfp4" else halves
+    def _codes(self, words: list[Expr]) -> list[Expr]:
+        """The operands of `dots`: bytes, four to a lane, for each quad of a unit of words."""
+        v, format = self.vector, self.layout.spec.format
+        quads = unpacked(v, [T.bind(word) for word in words], format.bits)
+        if self._less:
+            return [integers.minus_128(v, quad) for quad in quads]
+        return [integers.e2m1(v, quad) for quad in quads] if format.kind == "mxfp4" else quads
 
     def _scales(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
         v, lay, scales = self.vector, self.layout, self.operands.w_scales

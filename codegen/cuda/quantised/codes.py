@@ -85,6 +85,8 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 def check_codes(spec: QuantisedSpec, epilogue: Epilogue | None) -> None:
     """Raises NoMatch for formats and epilogues that the kernels do not support."""
+    if (bits := spec.format.bits) < 4:
+        raise NoMatch(f"its weights have {bits} bits, and kernels for GPUs need 4 or 8")
     piece, size = piece_of(spec.format.bits), spec.k // spec.format.blocks(spec.k)
     if spec.dtype not in (*HALVES, "float32"):
         raise NoMatch(f"its result is {spec.dtype}")

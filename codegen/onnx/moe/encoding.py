@@ -5,7 +5,8 @@
 Every scale is float32 and belongs to a block. Kernels with one scale per row are many times slower
 (a layer of 64 experts at one token: 13 ms, against 0.7 ms with blocks), so the scale of a row is
 repeated for each block. No kernel supports mxfp4 with float32 rows. Twice an mxfp4 value is an
-integer, so mxfp4 codes are converted to equivalent int8 codes.
+integer, so mxfp4 codes are converted to equivalent int8 codes. Codes of 2 and 3 bits, for which
+there are no kernels either, become codes of four bits, their middle the middle of those.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Encoding:
         format = parts[0].format
         widths = [_width(part.matrices[0]) for part in parts]
         fitting = (b for b in ROW_BLOCKS if all(width % b == 0 for width in widths))
-        bits = 8 if format.kind == "mxfp4" else format.bits
+        bits = 8 if format.kind == "mxfp4" else max(4, format.bits)
         return Encoding(bits, format.block or next(fitting, ROW_BLOCKS[-1]), format)
 
     def blocks(self, width: int) -> int:
@@ -50,7 +51,7 @@ class Encoding:
     def codes(self, codes: Tensor) -> Tensor:
         """u8[.., N, K]: one code of `bits` per element."""
         if self.format.kind != "mxfp4":
-            return codes
+            return codes + self._above
         magnitudes = torch.tensor(E2M1_TWICE, dtype=torch.int16)
         return (torch.cat([magnitudes, -magnitudes])[codes.int()] + 128).byte()
 
@@ -63,7 +64,12 @@ class Encoding:
 
     def zeros(self, zeros: Tensor, width: int) -> Tensor:
         """The zeros, u8[.., N, blocks]."""
-        return self._repeated(zeros, width)
+        return self._repeated(zeros + self._above, width)
+
+    @property
+    def _above(self) -> int:
+        """What codes and zeros have to be raised by."""
+        return (1 << self.bits - 1) - (1 << self.format.bits - 1)
 
     def _repeated(self, values: Tensor, width: int) -> Tensor:
         return values.repeat_interleave(self.blocks(width) // values.shape[-1], -1)

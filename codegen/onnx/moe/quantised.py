@@ -54,6 +54,11 @@ def grouped_quantised(c: Call) -> str:
     return by_expert(c, parts, rows, "f32", widths, write(w, parts))
 
 
+@build("grouped.mixed")
+def grouped_mixed(c: Call) -> str:
+    raise NoMatch("experts of several formats have no ONNX form: choose one for a product")
+
+
 @build("nn.quantised_linear")
 def quantised_linear(c: Call) -> str:
     raise NoMatch("linears=… and head=… of quant have no ONNX form: quantise only the experts")

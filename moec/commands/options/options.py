@@ -163,8 +163,8 @@ def changing_options(command: F) -> F:
         ),
         click.option(
             "--quant", metavar="FORMAT",
-            help="Quantise experts: int8, int4, fp8 (each [:32|64|128]) or mxfp4; options :rows16, "
-            ",linears=… and ,head=… are explained above.",
+            help="Quantise experts: int8, int4, int3, int2, fp8 (each [:32|64|128]) or mxfp4; "
+            "options :rows16, ,linears=… and ,head=… are explained above.",
         ),
     ):  # fmt: skip
         command = decorator(command)

@@ -112,32 +112,34 @@ def grouped_linear(
 
 def in_float32(
     op: Op,
-    rows: Tensor,
+    rows: Callable[[int], Tensor],
     inputs: Mapping[str, Any],
     attrs: Mapping[str, Any],
     run: Runner,
     matrices: Callable[[int], Sequence[Tensor]],
     width: int,
 ) -> Tensor:
-    """grouped.linear of `rows` f32[.., K], in float32; `scaled` multiplies the product.
+    """grouped.linear in float32; `scaled` multiplies the product.
 
-    `inputs` are the op's inputs by name; `matrices(e)` returns the matrices of an expert,
-    f32[width, K] each.
+    `inputs` are the op's inputs by name; `rows(e)` returns x as an expert reads it, f32[.., K],
+    `matrices(e)` its matrices, f32[width, K] each.
     """
     ends, order, scale = (inputs[name] for name in ("ends", "order", "scale"))
     biases = inputs["biases"] or [None] * attrs["matrices"]
+    at = torch.arange(len(inputs["x"]))
     if order is not None:
-        rows = rows[order.long() // attrs["gather"]]
+        at = order.long() // attrs["gather"]
         if scale is not None:
             scale = scale.reshape(-1)[order.long()][:, None].float()
-    result = rows.new_zeros(len(rows), width, dtype=attrs["dtype"])
+    x: Tensor = inputs["x"]
+    result = x.new_zeros(len(at), width, dtype=attrs["dtype"])
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if start == end:
             continue
         parts = []
         for matrix, bias in zip(matrices(expert), biases, strict=True):
-            product = rows[start:end] @ matrix.mT
+            product = rows(expert)[at[start:end]] @ matrix.mT
             product = product if scale is None else product * scale[start:end]
             product = product if bias is None else product + bias[expert].float()
             parts.append(product)

@@ -13,6 +13,7 @@ from moec.formats.integer import MOST_SUMMED, dequantise, round_rows
 from moec.formats.notation import KINDS, MXFP4_BLOCK, ROW_BITS, Format
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, require, tensors_of
+from moec.ir.sizes.dims import Dim
 from moec.ops.experts.grouped import INPUTS, Grouped, batches, grouped, in_float32, rows_of
 
 
@@ -44,7 +45,12 @@ class GroupedQuantised(Grouped[Matrix]):
 def format_of(op: Op, matrix: Matrix) -> Format:
     """The format of a matrix, from its shapes and the op's attributes `kind`, `zeros` and
     `row_bits`. Raises IRError where they do not match."""
-    kind, zeros = op.attrs.get("kind"), matrix.zeros is not None
+    return check_matrix(op, matrix, op.attrs.get("kind"), op.attrs.get("row_bits", 8))
+
+
+def check_matrix(op: Op, matrix: Matrix, kind: object, bits: object) -> Format:
+    """The format of a matrix. Raises IRError where it has none."""
+    zeros = matrix.zeros is not None
     require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
     codes, scales = matrix.codes, matrix.scales
     width, blocks = codes.shape[-1], scales.shape[-1]
@@ -54,7 +60,6 @@ def format_of(op: Op, matrix: Matrix) -> Format:
     require(op, blocks >= 1 and width % blocks == 0, f"{blocks} blocks of {width}")
     require(op, width // blocks <= MOST_SUMMED, f"one scale of {width // blocks} weights")
     block = width // blocks if blocks > 1 or kind == "mxfp4" else 0
-    bits = op.attrs.get("row_bits", 8)
     require(op, bits in ROW_BITS, f"row_bits is {bits}, not one of 0, 8, 16")
     stored = "bf16" if kind == "mxfp4" else scales.dtype
     require(op, stored in VECTOR_DTYPES, f"{scales} is not of {', '.join(VECTOR_DTYPES)}")
@@ -73,17 +78,23 @@ def format_of(op: Op, matrix: Matrix) -> Format:
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
     parts = GroupedQuantised.of(op)
-    first = parts.matrices[0]
     for matrix in parts.matrices:
-        codes, scales = matrix.codes, matrix.scales
         format_of(op, matrix)
-        require(op, len(codes.shape) == 3, f"{codes} is not u8[E, N, K]")
-        require(op, codes.shape[2] == parts.x.shape[1], f"{parts.x} by {codes}")
-        require(op, codes.shape[:1] == parts.ends.shape, f"{codes} for {parts.ends}")
-        require(op, scales.shape == first.scales.shape, f"{scales} beside {first.scales}")
+    check_stacks(op, parts.x, parts.ends.shape, parts.matrices)
     for matrix, bias in zip(parts.matrices, parts.biases, strict=False):
         require(op, bias.shape == matrix.codes.shape[:2], f"{bias} for {matrix.codes}")
-    return rows_of(op, parts, first.codes.shape[1])
+    return rows_of(op, parts, parts.matrices[0].codes.shape[1])
+
+
+def check_stacks(op: Op, x: Value, experts: tuple[Dim, ...], matrices: Sequence[Matrix]) -> None:
+    """Raises IRError where stacks are not of so many experts, or not for rows of x."""
+    for matrix in matrices:
+        codes, scales = matrix.codes, matrix.scales
+        require(op, len(codes.shape) == 3, f"{codes} is not u8[E, N, K]")
+        require(op, codes.shape[2] == x.shape[1], f"{x} by {codes}")
+        require(op, codes.shape[:1] == experts, f"{codes} for {experts[0]} experts")
+        first = matrices[0].scales
+        require(op, scales.shape == first.shape, f"{scales} beside {first}")
 
 
 @defop("grouped.quantised", _infer, INPUTS, tokenwise=True)
@@ -95,7 +106,7 @@ def grouped_quantised(
 
     As grouped.linear, where matrix j of expert e is `formats.integer.dequantise` of codes, scales
     and zeros, the row is `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16;
-    0: not rounded), and products are in float32. `kind` is int8, int4, fp8 or mxfp4; `zeros` is set
+    0: not rounded), and products are in float32. `kind` is one of `notation.KINDS`; `zeros` is set
     where zeros exist. `scaled` multiplies the product. `exact_rows` does not round the rows,
     whatever `row_bits` is; no kernel of moec computes that.
     """
@@ -109,4 +120,4 @@ def grouped_quantised(
     def matrices(expert: int) -> list[torch.Tensor]:
         return [dequantise(kind, *(part[expert] for part in parts)) for parts in stored]
 
-    return in_float32(op, rows, inputs, attrs, run, matrices, stored[0][0].shape[1])
+    return in_float32(op, lambda _: rows, inputs, attrs, run, matrices, stored[0][0].shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from moec.formats.integer import dequantise, round_rows
 from moec.formats.notation import Format
 from moec.ir.graph import Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, inputs_of, require, tensors_of
+from moec.ops.experts.mixed import GroupedMixed
 from moec.ops.experts.quantised import GroupedQuantised, Matrix, format_of
 
 
@@ -57,11 +58,24 @@ def quantised_linear(
     return (product if bias is None else product + bias.float()).to(x.dtype)
 
 
-QUANTISED_OPS = ("grouped.quantised", "nn.quantised_linear")
+QUANTISED_OPS = ("grouped.quantised", "grouped.mixed", "nn.quantised_linear")
 
 
-def matrices_of(op: Op) -> tuple[Matrix, ...]:
+class StoredMatrix(NamedTuple):
+    """A matrix or a stack of them, its format, and for a stack of some experts their numbers."""
+
+    matrix: Matrix
+    format: Format
+    experts: tuple[int, ...] = ()
+
+
+def matrices_of(op: Op) -> tuple[StoredMatrix, ...]:
     """The weights of one of QUANTISED_OPS."""
+    if op.name == "grouped.mixed":
+        parts = GroupedMixed.of(op).parts
+        return tuple(StoredMatrix(m, p.format, p.experts) for p in parts for m in p.matrices)
     if op.name == "grouped.quantised":
-        return GroupedQuantised.of(op).matrices
-    return (QuantisedLinear.of(op).matrix,)
+        quantised = GroupedQuantised.of(op)
+        return tuple(StoredMatrix(matrix, quantised.format) for matrix in quantised.matrices)
+    linear = QuantisedLinear.of(op)
+    return (StoredMatrix(linear.matrix, linear.format),)

@@ -13,7 +13,8 @@ from typing import Any
 from moec.errors import UsageError
 from moec.plan.inputs.files import Natural, Positive, Record, read_preset_or_file
 
-BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5, "f64": 8.0}
+BYTES = {"f32": 4.0, "bf16": 2.0, "f16": 2.0, "f64": 8.0, "fp8": 1.0}
+BYTES |= {"int8": 1.0, "int4": 0.5, "int3": 0.375, "int2": 0.25}
 
 
 class Layers(Record, frozen=True, kw_only=True):

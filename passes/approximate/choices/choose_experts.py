@@ -49,7 +49,14 @@ class ChooseExperts(OptInPass):
 
 
 def passes_of(choices: ModelChoices) -> list[OptInPass]:
-    """The passes that apply the choices. Raises UsageError for a format that does not exist."""
+    """The passes that apply the choices. Raises UsageError for a format that does not exist, and
+    for formats of single experts beside dropped ones."""
+    dropping = any(len(choice.experts) < choice.of for choice in choices.layers.values())
+    if dropping and any(choice.experts for choice in choices.products.values()):
+        raise UsageError(
+            "choices: experts have formats by number, and a layer drops some, which changes the "
+            "numbers: leave out one of both"
+        )
     shapes = {name: (choice.rows, choice.columns) for name, choice in choices.products.items()}
     formats = FixedFormats(formats_of(choices.products), shapes, choices.codes == "gptq")
     return [ChooseExperts(choices), *([formats] if formats.formats else [])]

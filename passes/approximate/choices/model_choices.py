@@ -17,6 +17,7 @@ import msgspec
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.formats.notation import Format, parse
+from moec.passes.quantise.mixed_experts import AnyFormat, ExpertFormats
 from moec.runtime.checks import show_bytes
 
 UNCHANGED = "unchanged"
@@ -25,9 +26,10 @@ UNCHANGED = "unchanged"
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class ProductChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ProductChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The format of a product's weights: each of its matrices, or those of each expert, have `rows`
-    x `columns` weights. `damage` is the predicted one."""
+    x `columns` weights. `experts` are the numbers of those in other formats. `damage` is the
+    predicted one."""
 
     rows: Count
     columns: Count
@@ -35,6 +37,7 @@ class ProductChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes: Count
     bytes_before: Count
     damage: float
+    experts: dict[str, tuple[Count, ...]] = {}
 
 
 class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,10 +77,26 @@ class ModelChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: Literal[1] = 1
 
 
-def formats_of(products: Mapping[str, ProductChoice]) -> dict[str, Format]:
+def formats_of(products: Mapping[str, ProductChoice]) -> dict[str, AnyFormat]:
     """The formats of the products that are quantised, by name. Raises UsageError."""
-    chosen = {name: choice.format for name, choice in products.items()}
-    return {name: parse_format(f) for name, f in chosen.items() if f != UNCHANGED}
+    chosen = {name: _formats(name, choice) for name, choice in products.items()}
+    return {name: format for name, format in chosen.items() if format is not None}
+
+
+def _formats(name: str, choice: ProductChoice) -> AnyFormat | None:
+    if not choice.experts:
+        return None if choice.format == UNCHANGED else parse_format(choice.format)
+    texts = (choice.format, *choice.experts)
+    if unfit := [text for text in texts if text == UNCHANGED or text.startswith("fp8")]:
+        raise UsageError(
+            f"{name}: {unfit[0]} is for all experts of a product: give single ones formats of "
+            "integers or mxfp4"
+        )
+    numbers = [e for experts in choice.experts.values() for e in experts]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"{name}: an expert has two formats: give each number once")
+    others = [(parse_format(text), tuple(sorted(e))) for text, e in choice.experts.items()]
+    return ExpertFormats(parse_format(choice.format), tuple(others))
 
 
 def parse_format(text: str) -> Format:
@@ -116,7 +135,7 @@ def write_choices(choices: ModelChoices, path: Path) -> None:
 
 def describe_choices(choices: ModelChoices) -> list[str]:
     """Sentences for the report: what was chosen, and why, and how well damage was predicted."""
-    counts = Counter(choice.format for choice in choices.products.values())
+    counts = Counter(_described(choice) for choice in choices.products.values())
     kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     layers = [
         f"{name}: {len(choice.experts)} of {choice.of} experts, {choice.top_k} of "
@@ -131,3 +150,8 @@ def describe_choices(choices: ModelChoices) -> list[str]:
         f"{choices.metric} {choices.damage:.3g} measured, {choices.predicted:.3g} predicted as a "
         f"sum over choices; codes: {choices.codes}",
     ]
+
+
+def _described(choice: ProductChoice) -> str:
+    others = [f"{len(experts)} experts {text}" for text, experts in choice.experts.items()]
+    return choice.format + (f" ({', '.join(others)})" if others else "")

@@ -29,7 +29,9 @@ def rows(*counts: int) -> list[torch.Tensor]:
     return [torch.randn(count, K) @ mixed + torch.randn(count, K) / 4 for count in counts]
 
 
-@pytest.mark.parametrize("text", ["int4", "int4:32:asymmetric", "int8", "mxfp4"])
+@pytest.mark.parametrize(
+    "text", ["int4", "int4:32:asymmetric", "int8", "int3:32", "int2:64", "mxfp4"]
+)
 def test_products_are_nearer_than_with_the_nearest_codes(text: str) -> None:
     format, weight, state = parse(text), torch.randn(E, N, K), rows(200, 300, 400)
     codes, fit = calibrate("w", format, weight, state)

@@ -22,7 +22,14 @@ from tests.codegen.cpu.emulated_tiles import EMULATED, emulated
 from tests.codegen.cpu.gemm.test_grouped import routing
 from tests.codegen.cpu.quantised.test_grouped import Linear
 
-FORMATS = ("int8", "int8:64:asymmetric:rows16", "int4:64", "int4:asymmetric:rows16")
+FORMATS = (
+    "int8",
+    "int8:64:asymmetric:rows16",
+    "int4:64",
+    "int4:asymmetric:rows16",
+    "int3:64",
+    "int2:128",
+)
 
 AMX, DOTS = TARGETS["amx"], TARGETS["avx512-bf16"]
 runs = pytest.mark.skipif(bool(missing(DOTS)), reason="needs a CPU with AVX512-VNNI")

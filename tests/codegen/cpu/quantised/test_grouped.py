@@ -31,8 +31,12 @@ RUNNABLE = [
 ]  # gemm/test_amx_tile.py
 BEST = RUNNABLE[-1]
 FORMATS = ("int8", "int8:32:asymmetric", "int4:asymmetric", "int4:32", "int4:64", "mxfp4")
+FORMATS += ("int3:32", "int3:64:asymmetric", "int2:32:asymmetric", "int2:64")
 # Targets differ in how they multiply bytes and look up e2m1; what is around that is the same.
-BUILT = [*((BEST, f) for f in FORMATS), *((t, f) for t in RUNNABLE[:-1] for f in ("int8", "mxfp4"))]
+BUILT = [
+    *((BEST, f) for f in FORMATS),
+    *((t, f) for t in RUNNABLE[:-1] for f in ("int8", "mxfp4", "int3:32")),
+]
 BUILT += [(BEST, "int8:asymmetric:rows16"), (BEST, "mxfp4:rows16"), (RUNNABLE[1], "int4:32:rows16")]
 # Integers are exact; what is left are float32 products with scales, and the sum over blocks:
 # some dozen roundings of terms no greater than the greatest result's. In 16 bits x times a scale
@@ -126,7 +130,7 @@ def test_gathered_gate_and_up(build, target, text):
 
 
 @pytest.mark.parametrize(("n", "k"), [(20, 6), (70, 133), (16, 64), (1, 1)])
-@pytest.mark.parametrize("text", ["int8", "int4:asymmetric", "int4:asymmetric:rows16"])
+@pytest.mark.parametrize("text", ["int8", "int4:asymmetric", "int3:asymmetric:rows16", "int2"])
 def test_widths_that_fill_no_word_and_no_vector(build, text, n, k):
     linear = Linear(build, BEST, text, n, k, 2)
     ends = torch.tensor([4, 9], dtype=torch.int32)
@@ -161,13 +165,16 @@ def test_rows_do_not_depend_on_the_rows_beside_them(build, text):
         assert torch.equal(one[0], full[row])
 
 
-@pytest.mark.parametrize(("kind", "greatest"), [("int8", 255), ("int4", 15)])
+@pytest.mark.parametrize(
+    ("kind", "greatest"), [("int8", 255), ("int4", 15), ("int3", 7), ("int2", 3)]
+)
 def test_the_greatest_sums_of_one_scale(build, kind, greatest):
     """Rows of 16 bits whose lower bytes are all -128, and weights as far as can be above their
     zeros: int32 holds both sums of a row as long as any may be."""
     format = parse(f"{kind}:asymmetric:rows16")
     spec = QuantisedSpec(16, MOST_SUMMED, "float32", "float32", format=format)
     layout, ends = QuantisedLayout(spec, BEST), torch.tensor([1], dtype=torch.int32)
+    greatest = 2**format.bits - 1
     kernel = build(BEST, quantised_linear(BEST, spec))
     codes = torch.full((1, 16, MOST_SUMMED), greatest, dtype=torch.uint8)
     scales, zeros = torch.ones(1, 16, 1, dtype=torch.bfloat16), torch.zeros(1, 16, 1).byte()

@@ -273,6 +273,10 @@ def test_planted_bugs_of_tiles(bug: Bug) -> None:
             "its blocks of 256 weights are neither 32, 64 or 128 nor a row",
         ),
         (
+            QuantisedSpec(8, 64, "float32", format=parse("int3:32")),
+            "its weights have 3 bits, and kernels for GPUs need 4 or 8",
+        ),
+        (
             QuantisedSpec(3, 64, "float32", format=parse("int4")),
             "its 3 columns cannot be stored as pairs",
         ),

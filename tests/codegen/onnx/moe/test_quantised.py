@@ -31,6 +31,7 @@ from tests.passes.forms.sizes import D as WIDTH
 
 D, H, E = 64, 32, 4
 FORMATS = ("int8", "int4", "int8:32", "int8:asymmetric", "int4:32:asymmetric", "mxfp4")
+FORMATS += ("int3:32", "int2:32:asymmetric")
 FORMS = {"op": ("cpu", "op"), "rows": ("cpu", "rows"), "portable": ("portable", "rows")}
 SILU = "aten.silu.default(a)"
 GELU = "aten.gelu.default(a)"
