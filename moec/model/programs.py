@@ -12,7 +12,7 @@ from moec.ir.graph import Stage
 from moec.model.compiled import CompiledModel
 from moec.passes.core.runner import Declined, Pass, run
 from moec.passes.decode import continues_text, incremental
-from moec.passes.specialise.hidden_states import without_head
+from moec.passes.decode.hidden_states import without_head
 from moec.passes.specialise.hoist_routers import split
 from moec.passes.specialise.record_routing import recorded_layers, with_choices
 from moec.runtime.package import (

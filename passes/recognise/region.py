@@ -141,14 +141,14 @@ class Scope:
         return Graph(
             tuple(dict.fromkeys(stops)),
             params,
-            tuple(_beside(unlike(op), stops) for op in ops),
+            tuple(_rename_cut(unlike(op), stops) for op in ops),
             tuple(results),
             (),
             self.graph.bounds,
         )
 
 
-def _beside(op: Op, cut: Container[Value]) -> Op:
+def _rename_cut(op: Op, cut: Container[Value]) -> Op:
     """The op of which a region reads other results than those it begins at, as the values of a
     top-k beside its indices. A result in the cut is renamed: it would replace the input."""
     if not any(value in cut for value in op.outputs):
@@ -243,7 +243,7 @@ def replacement(
     fresh = {value for op in builder.ops for value in op.outputs}
     read = [v for op in builder.ops for v in op.inputs if v not in fresh]
     before = scope.upstream([v for v in read if v not in cut], cut)
-    ops = (*(_beside(unlike(op), cut) for op in before), *builder.ops)
+    ops = (*(_rename_cut(unlike(op), cut) for op in before), *builder.ops)
     others = [v for v in scope.leaves(ops, cut) if v not in scope.params]
     if others:
         raise NoMatch(f"its routing reads {', '.join(v.name for v in others[:3])}")

@@ -42,7 +42,7 @@ from moec.passes.recognise.forms.branches.unrolled_experts import (
 from moec.passes.recognise.forms.loops.chains import Chain, chains
 from moec.passes.recognise.forms.loops.expert_choice import chosen_by_experts
 from moec.passes.recognise.forms.loops.limited_rows import limit, overwritten, passed_through
-from moec.passes.recognise.forms.loops.masks_of_experts import open_experts
+from moec.passes.recognise.forms.loops.masks_of_experts import OpenExperts, open_experts
 from moec.passes.recognise.forms.loops.zero_experts import zero_experts
 from moec.passes.recognise.forms.stacks import batched
 from moec.passes.recognise.reading.block import Candidate, Proposal, Zero
@@ -178,11 +178,7 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
     except NoMatch as error:
         no_choice = error
     if zero is None and copies is None:
-        columns = [branch.reader.uses for branch in experts.branches]
-        masks = list(chosen_by_experts(scope, evidence, columns))
-        if limited is None:
-            masks += open_experts(scope, evidence, columns)
-        for mask in masks:
+        for mask in open_to_any(scope, evidence, experts, limited is not None):
             cut = tuple(dict.fromkeys((first.reader.root, *mask.cut, *start)))
             yield block(
                 SOME,
@@ -194,6 +190,17 @@ def propose(scope: Scope, anchor: Op, chain: Chain) -> Iterator[Proposal]:
             )
     if no_choice is not None:
         raise no_choice
+
+
+def open_to_any(
+    scope: Scope, evidence: Evidence, experts: Family, limited: bool
+) -> Iterator[OpenExperts]:
+    """Hypotheses in which any number of experts read a token: those that chose it, or where their
+    rows are not `limited`, those that a table opens."""
+    columns = [branch.reader.uses for branch in experts.branches]
+    yield from chosen_by_experts(scope, evidence, columns)
+    if not limited:
+        yield from open_experts(scope, evidence, columns)
 
 
 def uses_of(branch: Branch) -> dict[str, list[Value]]:

@@ -9,7 +9,7 @@ from moec.errors import NoMatch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
-from moec.passes.specialise.hidden_states import without_head
+from moec.passes.decode.hidden_states import without_head
 
 HEAD = """\
 graph main(input_ids: i64[B, S]; table: f32[9, 4], w: f32[4, 4], head: f32[9, 4], cap: f32[]) {
