@@ -68,7 +68,8 @@ def stored_sizes(opened: Artifact) -> list[LayerSize]:
     if opened.package.store is None:
         raise UsageError(
             f"{opened.path} takes {_weight_bytes(opened):,} bytes and was compiled without a store "
-            "of experts: compile it with store=True (--store), or load it without a limit of memory"
+            "of experts: compile it with store=True (--store), which needs experts of one format "
+            "for each product, or load it without a limit of memory"
         )
     return sizes_of(opened.package, _arrays(opened))
 
