@@ -122,6 +122,8 @@ def sample(
             return _ids(tokens, feed, pattern, generator).reshape(shape).to(dtype)
         case ChosenRows():
             rows = evaluate_dim(feed.rows, sizes)
+            if shape[feed.axis] > rows:
+                raise NoMatch(f"{value.name} chooses {shape[feed.axis]} of {rows} rows")
             scores = torch.rand((shape[1 - feed.axis], rows), generator=generator)
             if pattern == "one expert":  # all experts choose as it does
                 scores = scores[:1].expand_as(scores)

@@ -45,6 +45,14 @@ class Columns(Chosen):
         return x + y
 
 
+class Three(Chosen):
+    """Three tokens for each expert, so that there are no fewer."""
+
+    def ranked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, rows = self.gate(x).softmax(-1).t().topk(3, -1)
+        return weights, rows
+
+
 class Sorted(Chosen):
     """The first of a sort; weights are read at both indices."""
 
@@ -109,14 +117,14 @@ class Repeated(Chosen):
 
 
 @pytest.mark.parametrize(
-    "kind", [Chosen, Columns, Sorted, Unweighted, Mask, Stacked, OtherWeights, Repeated]
+    "kind", [Chosen, Columns, Three, Sorted, Unweighted, Mask, Stacked, OtherWeights, Repeated]
 )
 def test_experts_choose_tokens(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     module = kind().eval()
     compiled = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
     program = compiled.pass_results[-1].program
-    for rows in (1, 2, 33):
+    for rows in (3, 33) if kind is Three else (1, 2, 33):
         x = torch.randn(rows, D)
         with torch.no_grad():
             (y,) = evaluate(program.graph, [x], program.weights)
