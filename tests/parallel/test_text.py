@@ -84,7 +84,9 @@ def test_ranks_draw_by_the_seed_of_rank_0(folder: Path) -> None:
         "run", str(folder / "one.moec"), "--prompts", str(lines), "--temperature", "1.5",
         "--seed", "7", "--max-new-tokens", "12", "--batch", "3", "--json",
     )  # fmt: skip
-    options = TextOptions(None, lines, None, (), 3, 12, 1.5, 1.0, None, 0.0, 1.0, seed=None)
+    options = TextOptions(
+        None, lines, None, (), 3, 12, 1.5, 1.0, None, 0.0, 1.0, seed=None, speculate="auto"
+    )
     job = Job(folder / "two.ranks", None, None, 300.0, 1)
     result = launch(job, 2, entries.seeded, options, lines.read_text().splitlines())
     assert result["texts"] == json.loads(one.stdout)["texts"]

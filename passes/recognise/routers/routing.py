@@ -85,15 +85,15 @@ def drops(
 ) -> Iterator[tuple[Recipe, RecognisedCapacity | None]]:
     """Which choices an expert keeps: at most the capacity; those with a nonzero weight, if
     positions are counted in another way (per text, or in random order) or the routing is `masked`
-    by an input (padding); those whose weight fulfils a condition; all."""
+    by an input (padding); all; those whose weight fulfils a condition."""
     for capacity in capacities(scope, evidence, ids.per_row):
         yield ids.recipe, capacity
     if weights is not None and (masked or counts_slots(scope, evidence)):
         yield unweighted_dropped(ids.recipe, weights, evidence.experts), None
+    yield ids.recipe, None
     if weights is not None:
         for condition in conditions(scope, evidence):
             yield unfulfilled_dropped(ids.recipe, weights, condition, evidence.experts), None
-    yield ids.recipe, None
 
 
 def _without_choice(scope: Scope, evidence: Evidence, everything: Sequence[Value]) -> str:

@@ -20,7 +20,7 @@ LINEAR = "forms of routing were tried from linear; the last one: "
     [
         (routings.WeightsOverABound, 2, LINEAR + "weights or choices differ"),
         (routings.ScoresOverABound, 4, LINEAR + "it chooses ids that are not experts"),
-        (routings.Mass, 3, LINEAR + "it chooses ids that are not experts"),
+        (routings.Mass, 4, LINEAR + "it chooses ids that are not experts"),
         (routings.MassWithoutRenormalising, 4, "aten.constant_pad_nd.default is between"),
         (routings.PaddingInTheWeights, 2, "router: custom: it also reads more_0"),
         (routings.PaddingInTheChoice, 2, "router: custom: it also reads more_0"),

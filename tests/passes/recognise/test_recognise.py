@@ -87,6 +87,7 @@ FORMS = {
     "loop": "static loop",
     "batched-loop": "static loop",
     "one-hot": "static loop",
+    "positive-shares": "static loop",
     "rows": "static loop",
     "slices": "static loop",
     "slots": "static loop",
