@@ -37,6 +37,26 @@ class StackedTokens(ChosenTokens):
         return torch.einsum("esh,ehd->esd", hidden, self.down)
 
 
+class TableOfTokens(Loop):
+    """A table of tokens for the slots of experts; a row of zeros is behind tokens and results, for
+    empty slots and dropped tokens."""
+
+    slots = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        share, chosen = self.router.gate(x).softmax(-1).max(-1)
+        hot = F.one_hot(chosen, E)
+        slot = (hot.cumsum(0) - 1).gather(1, chosen[:, None])[:, 0]
+        last = torch.full_like(slot, E * self.slots)
+        target = torch.where(slot < self.slots, chosen * self.slots + slot, last)
+        table = last.new_full((E * self.slots + 1,), len(x)).scatter(0, target, torch.arange(len(x)))
+        rows = torch.cat([x, x.new_zeros(1, D)]).index_select(0, table[:-1])
+        parts = rows.view(E, self.slots, D)
+        y = torch.stack([e(part) for e, part in zip(self.experts, parts, strict=True)])
+        y = torch.cat([y.view(-1, D), y.new_zeros(1, D)])
+        return y.index_select(0, target) * share[:, None]
+
+
 class OneProduct(StackedTokens):
     """As heads of attention have: no network."""
 

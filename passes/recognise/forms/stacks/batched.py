@@ -114,13 +114,25 @@ def propose(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Propos
         alone = Reader(scope, fans=fans.get)
         try:
             alone.begin(rows_read(scope, anchor, fans))
-            ends = ends_of(alone, anchor, fans).likely
-            if anchor in fans:  # the experts end here
-                ends.append((anchor.outputs[0], alone.memo[anchor.outputs[0]]))
-            yield from own_rows.proposals(alone, ends)
+            yield from own_rows.proposals(alone, ends_of_own_rows(alone, anchor, fans))
         except NoMatch:
             pass  # report the first reason: it is more specific
         raise
+
+
+def ends_of_own_rows(
+    reader: Reader, anchor: Op, fans: Mapping[Op, Fan]
+) -> list[tuple[Value, ExpertLayout]]:
+    """Values that may hold the results of experts for their own rows: the last is that of a fan,
+    which may be followed by a row of zeros for tokens without an expert."""
+    result = anchor.outputs[0]
+    try:
+        ends = ends_of(reader, anchor, fans).likely
+    except NoMatch:
+        if result not in reader.memo:
+            raise
+        ends = []
+    return [*ends, (result, reader.memo[result])] if anchor in fans else ends
 
 
 def propose_every(scope: Scope, anchor: Op, fans: Mapping[Op, Fan]) -> Iterator[Proposal]:

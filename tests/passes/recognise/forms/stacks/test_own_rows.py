@@ -13,7 +13,10 @@ from tests.passes.forms.sizes import E
 from tests.passes.recognise.test_recognise import check_text, recognised
 
 
-@pytest.mark.parametrize("form", [other_choices.ChosenTokens, other_choices.StackedTokens])
+@pytest.mark.parametrize(
+    "form",
+    [other_choices.ChosenTokens, other_choices.StackedTokens, other_choices.TableOfTokens],
+)
 def test_a_block_from_rows_to_results(form: type[nn.Module], golden: Callable[[str], None]) -> None:
     program, (block,), _ = recognised(form())
     check_text(program, golden)
