@@ -49,7 +49,9 @@ class TableOfTokens(Loop):
         slot = (hot.cumsum(0) - 1).gather(1, chosen[:, None])[:, 0]
         last = torch.full_like(slot, E * self.slots)
         target = torch.where(slot < self.slots, chosen * self.slots + slot, last)
-        table = last.new_full((E * self.slots + 1,), len(x)).scatter(0, target, torch.arange(len(x)))
+        table = last.new_full((E * self.slots + 1,), len(x)).scatter(
+            0, target, torch.arange(len(x))
+        )
         rows = torch.cat([x, x.new_zeros(1, D)]).index_select(0, table[:-1])
         parts = rows.view(E, self.slots, D)
         y = torch.stack([e(part) for e, part in zip(self.experts, parts, strict=True)])
