@@ -37,7 +37,7 @@ compiled with moec's public functions. `tests/systems/` asserts what this page s
 writes down the facts; CI fails where page and tests differ. Weights are random unless a section
 says otherwise.
 
-`captured` is how: traced by torch.export; speculated, where the code reads its data; observed or
+`captured` is how: traced by torch.export; speculated, where the code reads its data; or
 described, where it cannot be traced. `agreement` is the greatest difference to eager that the test
 allows, as a share of the greatest value. Parameters, and the MB of their weights in the artifact,
 are those of the small model that the test compiles; published sizes are in the sections. Figures

@@ -6,8 +6,8 @@ without a choice.
 
 Two more layers do what torch.export refuses, and show other ways to capture a module. One reads
 counts into Python; its branches are speculated on, and the result is proved. The other makes Python
-lists of tokens whose lengths depend on the data; it is captured by a description, which is proved:
-its author's, or one that moec finds as it observes how the module runs.
+lists of tokens whose lengths depend on the data; it is captured by its author's description, which
+is proved.
 """
 
 from __future__ import annotations
@@ -121,7 +121,6 @@ described = moec.describe(Listed, router="router", experts="experts", top_k=2, s
 x = torch.randn(12, 16)
 for way, module, descriptions in (
     ("speculated", counted, ()),
-    ("observed", listed, (moec.describe(Listed),)),
     ("described", listed, (described,)),
 ):
     compiled = moec.compile(module, (x,), descriptions=descriptions)

@@ -22,7 +22,7 @@ from moec.arguments import (
     verification,
     with_choices,
 )
-from moec.capture.behaviour.door import Declared, Described
+from moec.capture.behaviour.door import Declared
 from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
 from moec.capture.hub import checkpoints_without_hub
@@ -182,13 +182,11 @@ def compile(
             source = cast(source, dtype)
             exact = [p for p in requested if not isinstance(p, Approximate)]
 
-            def capture(observed: Sequence[Described] = ()) -> Captured:
-                with threads_for(_elements(source.model)), source.memory.share_values():
-                    return capture_source(
-                        source, dynamic_shapes, allow_fixed, descriptions, observed, constants
-                    )
-
-            captured = bound(capture(), exact)
+            with threads_for(_elements(source.model)), source.memory.share_values():
+                captured = capture_source(
+                    source, dynamic_shapes, allow_fixed, descriptions, constants
+                )
+            captured = bound(captured, exact)
         if stop_after is None and targets.only_cpus:
             chosen = (*chosen, *keeping(source, stored.checkpoint))
         check_tf32(targets.beside or targets.target, captured.program.weights)
@@ -212,7 +210,7 @@ def compile(
             form = (
                 ModelForm(captured, transform(captured))
                 if stop_after is not None
-                else best_form(source, captured, transform, capture, exact, targets.backend)
+                else best_form(captured, transform, exact, targets.backend)
             )
             quantised = _quantised(form.pass_results)
         compiled = CompiledModel(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.behaviour.door import Declared, Described, capture_described
+from moec.capture.behaviour.door import Declared, capture_described
 from moec.capture.capture import capture
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless
@@ -34,13 +34,12 @@ def capture_source(
     dynamic_shapes: Any = None,
     allow_fixed: bool | str | Collection[str] = False,
     declared: Sequence[Declared] = (),
-    observed: Sequence[Described] = (),
     constants: str | Collection[str] = (),
 ) -> Captured:
     """`capture` of a source, with the sizes of the source unless `dynamic_shapes` is given.
 
-    Descriptions in `declared` are proved first; each one in `observed` replaces the modules that it
-    was observed of. Raises UsageError where a graph is to be described or to have constants.
+    Descriptions in `declared` are proved first. Raises UsageError where a graph is to be
+    described or to have constants.
     """
     run = partial(
         capture,
@@ -62,7 +61,7 @@ def capture_source(
     example.module.eval()
     captured = capture_stateless(
         earlier_calls(example.module, source.args, source.kwargs),
-        partial(capture_described, example, run, declared, observed),
+        partial(capture_described, example, run, declared),
     )
     return replace(captured, notes=(*source.notes, *captured.notes))
 

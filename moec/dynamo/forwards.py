@@ -27,3 +27,15 @@ def previous_forward(module: nn.Module, name: str, *args: Any, **kwargs: Any) ->
     if previous is None:
         return type(module).forward(module, *args, **kwargs)
     return previous(*args, **kwargs)
+
+
+def restore_forward(module: nn.Module, name: str, forward: Callable[..., Any]) -> None:
+    """Takes back the replacement `name` by `forward`, unless another came later."""
+    replacement = module.__dict__.get("forward")
+    if getattr(replacement, "__func__", None) is not forward:
+        return
+    previous = module.__dict__[FORWARDS].pop(name)
+    if previous is None:
+        del module.forward
+    else:
+        module.forward = previous

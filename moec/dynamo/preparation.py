@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 import torch
 
 from moec.capture.export.huggingface import switch_experts
+from moec.dynamo.captured_layers import capture_layers
 from moec.dynamo.compiler import backend
-from moec.dynamo.forwards import previous_forward, replace_forward
-from moec.dynamo.observed import is_observed, observe_experts
+from moec.dynamo.forwards import previous_forward, replace_forward, restore_forward
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.skipped import watch
 from moec.errors import UsageError
@@ -32,8 +32,8 @@ def prepare(model: Model, *args: Any, **kwargs: Any) -> Model:
     """Prepare the model in place and return it. Its results do not change.
 
     `args` and `kwargs` are those of a call. With them, modules whose loop over experts Dynamo
-    cannot capture are recognised by their behaviour, and compute the same by other operators, up to
-    rounding; a FallbackWarning names those that are not recognised.
+    cannot capture are captured by moec, and compute the same by other operators, up to rounding; a
+    FallbackWarning names those that moec does not capture either.
 
     Raises UsageError for anything but a module, CaptureError where an expert cannot be traced.
     """
@@ -42,8 +42,10 @@ def prepare(model: Model, *args: Any, **kwargs: Any) -> Model:
     watch(backend)
     switched = switch_experts(model)
     if args or kwargs:
-        RECORDER.fall_back(observe_experts(model, args, kwargs), strict=False)
-    if not switched and not is_observed(model):
+        for part in model.modules():
+            restore_forward(part, _NAME, _PREPARED)
+        RECORDER.fall_back(capture_layers(model, args, kwargs), strict=False)
+    if not switched:
         replace_forward(model, _NAME, _PREPARED)
     return model
 

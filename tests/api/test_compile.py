@@ -253,7 +253,6 @@ def test_experts_that_are_not_recognised_compile_with_masks() -> None:
     compiled = moec.compile(model, (x,))
     assert compiled.blocks == ()
     assert any("aten.maximum.default joins rows with" in d.reason for d in compiled.declined)
-    assert any("no weighted sum of what its experts" in d.reason for d in compiled.declined)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
 
 

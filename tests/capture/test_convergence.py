@@ -71,9 +71,9 @@ def test_the_line_that_ends_the_loop_is_refused(
     assert f"test_convergence.py:{_line(line)}: `{line}`" in str(refusal.value)
 
 
-def test_an_observed_run_that_does_not_converge_ends_with_its_line() -> None:
+def test_a_steered_run_that_does_not_converge_ends_with_its_line() -> None:
     reason = r"with other logits in its router it does not end: test_convergence.py:\d+, `while"
-    with pytest.raises(NoMatch, match=reason), Steer(None, E, torch.zeros(4, E), most=50):
+    with pytest.raises(NoMatch, match=reason), Steer(torch.ones(1), E, torch.zeros(4, E), most=50):
         with torch.no_grad():
             until(-1.0)
 

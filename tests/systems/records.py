@@ -43,8 +43,8 @@ def record_of(
     missing: Sequence[str] = (),
     captured: str = "",
 ) -> Record:
-    """The facts of a compilation; `captured` where it is not traced, speculated or observed."""
-    way = "observed" if compiled.captured.described else compiled.captured.way
+    """The facts of a compilation; `captured` where it is not traced, speculated or described."""
+    way = "described" if compiled.captured.described else compiled.captured.way
     report = compiled.report()
     changed = [line.name for line in report.passes if line.rewrites]
     return Record(

@@ -27,8 +27,7 @@ def describe(
     sigmoid, none, relu, softplus, sqrtsoftplus or sparsemixer. Further fields: `renormalise`,
     `eps`, `scale`, `temperature`, `correction`, `groups`, `threshold` with `threshold_on`,
     `capacity` (a mapping: factor, least, per, round_up, dropped), `shared`, `source` and `weighs`.
-    Instead of these, `forward(module, *args, **kwargs)` may be a function in plain PyTorch. With
-    neither, modules of the class are recognised by their behaviour even where they can be traced.
+    Instead of these, `forward(module, *args, **kwargs)` may be a function in plain PyTorch.
 
     Each module of the class is compared with its description on random inputs; where they differ,
     the compilation raises CaptureError with the input. Raises UsageError for an invalid
@@ -41,9 +40,7 @@ def describe(
             raise UsageError(f"forward is {forward!r}: give a function of a module and its inputs")
         if description:
             raise UsageError("a description is a forward, or names and numbers: not both")
-        return Declared(kind, forward=forward)
-    if not description:
-        return Declared(kind)
+        return Declared(kind, forward)
     missing = [name for name in ("router", "experts", "top_k") if name not in description]
     if missing:
         raise UsageError(f"the description lacks {', '.join(missing)}")

@@ -1,6 +1,6 @@
-"""Captures modules by a description: the user's, or one of their observed behaviour.
+"""Captures modules by a description of the user's, which is proved.
 
-Either is proved. During the capture, the module's forward is a replacement with the same
+During the capture, the module's forward is a replacement with the same
 parameters; afterwards the model is unchanged.
 """
 
@@ -21,7 +21,6 @@ from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall, reco
 from moec.capture.behaviour.layer.parts import may_hold_experts
 from moec.capture.behaviour.proof.proof import Proof
 from moec.capture.behaviour.proof.side_outputs import result_like
-from moec.capture.behaviour.recognise import NoExperts, recognise
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.captured import Captured
@@ -32,11 +31,10 @@ from moec.errors import CaptureError, NoMatch, UsageError
 @dataclass(frozen=True)
 class Declared:
     """A user's description of the modules of a class, given as the class or its name: by hints, or
-    by a forward in plain PyTorch. Without either, the modules are recognised by their behaviour."""
+    by a forward in plain PyTorch."""
 
     kind: type[nn.Module] | str
-    hints: Hints | None = None
-    forward: Forward | None = None
+    by: Hints | Forward
 
     @property
     def name(self) -> str:
@@ -51,17 +49,16 @@ class Declared:
 @dataclass(frozen=True)
 class Described:
     """A module of the model, the proof of its description, and the forward that is captured instead
-    of its own. `by` names the author of the description."""
+    of its own."""
 
     name: str
     module: nn.Module
     proof: Proof
     forward: Callable[..., Any]
-    by: str
 
     def __str__(self) -> str:
         what = f"{self.proof.description}; " if self.proof.description else ""
-        return f"{shown(self.name, self.module)} was described by {self.by}: {what}{self.proof}"
+        return f"{shown(self.name, self.module)} was described by the user: {what}{self.proof}"
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,13 @@ def capture_described(
     model: ModelExample,
     capture: Callable[[], Captured],
     declared: Sequence[Declared] = (),
-    observed: Sequence[Described] = (),
 ) -> Captured:
     """The result of `capture`, with the described modules replaced by their descriptions.
 
     Raises CaptureError where a description is wrong, with the input that shows it, and where the
     capture fails, with the line and the module to describe.
     """
-    described = [*observed, *_declared(model, declared)]
+    described = _declared(model, declared)
     try:
         with replaced(described):
             captured = capture()
@@ -114,27 +110,6 @@ def replaced(described: Sequence[Described]) -> Iterator[None]:
         finally:
             for item in described:
                 del item.module.forward
-
-
-def observe(model: ModelExample, names: Sequence[str]) -> tuple[list[Described], dict[str, str]]:
-    """(descriptions, refusals): the named modules that are recognised by their behaviour, and for
-    the others by name the reason; modules without experts are in neither."""
-    described, refusals = [], {}
-    modules = dict(model.module.named_modules())
-    for name, call in model.record(names).items():
-        try:
-            described.append(_recognised(name, modules[name], call))
-        except NoExperts:
-            continue
-        except NoMatch as why:
-            refusals[name] = str(why)
-    return described, refusals
-
-
-def _recognised(name: str, module: nn.Module, call: RecordedCall) -> Described:
-    arguments = Arguments.of(call.args, call.kwargs)
-    proof = recognise(module, arguments)
-    return Described(name, module, proof, _forward(module, arguments, call, proof), "behaviour")
 
 
 def _forward(
@@ -194,10 +169,8 @@ def _declared(model: ModelExample, declared: Sequence[Declared]) -> list[Describ
 
 def _as_declared(item: Declared, name: str, module: nn.Module, call: RecordedCall) -> Described:
     arguments = Arguments.of(call.args, call.kwargs)
-    if item.forward is not None:
-        proof, forward = proved_forward(module, arguments, call, item.forward)
-        return Described(name, module, proof, forward, "a forward of the user's")
-    if item.hints is None:
-        return _recognised(name, module, call)
-    proof = describe_by_hints(module, arguments, item.hints)
-    return Described(name, module, proof, _forward(module, arguments, call, proof), "the user")
+    if isinstance(item.by, Hints):
+        proof = describe_by_hints(module, arguments, item.by)
+        return Described(name, module, proof, _forward(module, arguments, call, proof))
+    proof, forward = proved_forward(module, arguments, item.by)
+    return Described(name, module, proof, forward)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.inference.probe import Probe, affordable_lengths
-from moec.capture.behaviour.layer.arguments import Arguments, RecordedCall
+from moec.capture.behaviour.layer.arguments import Arguments
 from moec.capture.behaviour.layer.parts import in_float32
+from moec.capture.behaviour.proof.probe import Probe, affordable_lengths
 from moec.capture.behaviour.proof.proof import Proof, prove_forward
 from moec.errors import NoMatch
 from moec.torch_private import pytree
@@ -21,7 +21,7 @@ Forward = Callable[..., Any]
 
 
 def proved_forward(
-    module: nn.Module, arguments: Arguments, call: RecordedCall, forward: Forward
+    module: nn.Module, arguments: Arguments, forward: Forward
 ) -> tuple[Proof, Callable[..., Any]]:
     """The proof and the forward bound to `module`. Raises NoMatch, with the first input on which
     the two forwards differ."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from moec.capture.behaviour.inference.probe import Probe, affordable_lengths
 from moec.capture.behaviour.layer.arguments import Arguments
 from moec.capture.behaviour.layer.description import (
     Added,
@@ -22,6 +21,7 @@ from moec.capture.behaviour.layer.description import (
 from moec.capture.behaviour.layer.field_kinds import check_fields
 from moec.capture.behaviour.layer.parts import shaken, tensor
 from moec.capture.behaviour.layer.rules import SCORES
+from moec.capture.behaviour.proof.probe import Probe, affordable_lengths
 from moec.capture.behaviour.proof.proof import Proof, prove
 from moec.errors import MoecError, NoMatch, UsageError
 

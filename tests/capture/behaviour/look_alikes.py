@@ -163,17 +163,6 @@ class TokensMeetInTheRouter(LookAlike):
         return result
 
 
-class State(LookAlike):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: torch.Tensor
-        self.register_buffer("calls", torch.zeros(()))
-
-    def finished(self, out: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return out
-
-
 class OtherExpert(LookAlike):
     """One of the experts has another activation."""
 
@@ -183,6 +172,6 @@ class OtherExpert(LookAlike):
 
 
 class TinyThreshold(Threshold):
-    """Below the tolerance: proved, and the report names what was not observed."""
+    """Below the tolerance: proved, and the report names what was not seen."""
 
     bound = 1e-5

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 16, 24, 4, 2
+HINTS: dict[str, Any] = {
+    "router": "gate",
+    "experts": "experts",
+    "top_k": TOP_K,
+    "score": "softmax",
+    "renormalise": True,
+}
+"""The description of a `Layer`."""
 
 
 def expert() -> nn.Module:
@@ -41,23 +51,3 @@ class CountsInNumpy(Layer):
                 out.index_add_(0, chosen // TOP_K, y)
             start = end
         return out.view_as(x)
-
-
-class TableOfTokens(Layer):
-    """Rows by a table of tokens with a row of zeros behind it: traced, and not recognised."""
-
-    capacity = 6
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, WIDTH)
-        p, ids = self.gate(flat).softmax(-1).max(-1)
-        mask = nn.functional.one_hot(ids, EXPERTS)
-        slot = (mask.cumsum(0) - 1).gather(1, ids[:, None])[:, 0]
-        fits, tokens = slot < self.capacity, flat.shape[0]
-        end = EXPERTS * self.capacity
-        where = torch.where(fits, ids * self.capacity + slot, end)
-        table = torch.full((end + 1,), tokens).scatter(0, where, torch.arange(tokens))[:-1]
-        rows = torch.cat([flat, flat.new_zeros(1, WIDTH)])[table].view(EXPERTS, -1, WIDTH)
-        ys = torch.cat([e(r) for e, r in zip(self.experts, rows, strict=True)])
-        ys = torch.cat([ys, ys.new_zeros(1, WIDTH)])
-        return (ys[where] * (p * fits)[:, None]).view_as(x)

@@ -15,15 +15,7 @@ from moec import __main__ as front
 from moec.capture.behaviour.describe import read_descriptions
 from moec.errors import CaptureError, UsageError
 from tests.capture.behaviour import look_alikes
-from tests.capture.behaviour.modules import TOP_K, WIDTH, CountsInNumpy
-
-RIGHT: dict[str, Any] = {
-    "router": "gate",
-    "experts": "experts",
-    "top_k": TOP_K,
-    "score": "softmax",
-    "renormalise": True,
-}
+from tests.capture.behaviour.modules import HINTS, TOP_K, WIDTH, CountsInNumpy
 
 
 def compiled(description: Any, module: nn.Module | None = None) -> moec.CompiledModel:
@@ -48,7 +40,7 @@ def without_renormalising(module: CountsInNumpy, x: torch.Tensor) -> torch.Tenso
 
 
 def test_a_right_description_is_trusted() -> None:
-    result = compiled(moec.describe(CountsInNumpy, **RIGHT))
+    result = compiled(moec.describe(CountsInNumpy, **HINTS))
     assert [(b.experts, b.top_k) for b in result.blocks] == [(4, 2)]
     assert "was described by the user: experts=" in result.captured.notes[0]
 
@@ -71,7 +63,7 @@ def test_a_wrong_description_is_refused_with_the_input_that_shows_it(wrong: dict
     module = CountsInNumpy()
     module.gate = nn.Linear(WIDTH, 4, bias=True)
     with pytest.raises(CaptureError) as raised:
-        compiled(moec.describe(CountsInNumpy, **(RIGHT | wrong)), module)
+        compiled(moec.describe(CountsInNumpy, **(HINTS | wrong)), module)
     text = str(raised.value)
     assert "a CountsInNumpy (modules.py:" in text
     assert "is not what it is described to be: output differs on" in text
@@ -92,7 +84,7 @@ def test_a_wrong_description_is_refused_with_the_input_that_shows_it(wrong: dict
 def test_a_description_of_parts_that_do_not_fit_is_refused(misfit: dict[str, Any]) -> None:
     words = "a CountsInNumpy .* is not what it is described to be: the description cannot be"
     with pytest.raises(CaptureError, match=words):
-        compiled(moec.describe(CountsInNumpy, **(RIGHT | misfit)))
+        compiled(moec.describe(CountsInNumpy, **(HINTS | misfit)))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +108,7 @@ def test_what_nearly_is_what_it_is_described_to_be_is_refused(
     kind: type[look_alikes.LookAlike], words: str
 ) -> None:
     with pytest.raises(CaptureError) as raised:
-        compiled(moec.describe(kind, **RIGHT), kind())
+        compiled(moec.describe(kind, **HINTS), kind())
     text = str(raised.value)
     assert f"a {kind.__name__} (look_alikes.py:" in text
     assert words in text
@@ -125,7 +117,7 @@ def test_what_nearly_is_what_it_is_described_to_be_is_refused(
 def test_a_look_alike_described_as_what_it_is_is_trusted() -> None:
     bound = {"threshold_on": "weight", "threshold": 0.02}
     result = compiled(
-        moec.describe(look_alikes.Threshold, **RIGHT, **bound), look_alikes.Threshold()
+        moec.describe(look_alikes.Threshold, **HINTS, **bound), look_alikes.Threshold()
     )
     assert [(b.experts, b.top_k) for b in result.blocks] == [(4, 2)]
 
@@ -133,7 +125,7 @@ def test_a_look_alike_described_as_what_it_is_is_trusted() -> None:
 def test_a_forward_of_the_users_is_checked_and_then_captured() -> None:
     result = compiled(moec.describe(CountsInNumpy, forward=plain))
     assert len(result.blocks) == 1
-    assert "was described by a forward of the user's" in result.captured.notes[0]
+    assert "was described by the user:" in result.captured.notes[0]
     with pytest.raises(CaptureError, match="output differs on 2 x 12 tokens, tokens times 1"):
         compiled(moec.describe(CountsInNumpy, forward=without_renormalising))
 
@@ -142,36 +134,36 @@ def test_a_forward_of_the_users_is_checked_and_then_captured() -> None:
     ("kind", "description", "words"),
     [
         (CountsInNumpy, {"router": "gate"}, "the description lacks experts, top_k"),
-        (CountsInNumpy, RIGHT | {"score": "max"}, "score='max' is not one of softmax, sigmoid"),
-        (CountsInNumpy, RIGHT | {"colour": 1}, "'colour' is no part of a description; there are"),
-        (CountsInNumpy, RIGHT | {"router": "door"}, "router='door': CountsInNumpy has no such"),
-        (CountsInNumpy, RIGHT | {"experts": "door"}, "experts='door': CountsInNumpy has no such"),
-        ("Other", RIGHT, "Other is described, and the model has no module of that class"),
-        (CountsInNumpy, RIGHT | {"forward": plain}, "a forward, or names and numbers: not both"),
-        (5, RIGHT, "5 is no class of modules: give the class, or its name"),
-        (dict, RIGHT, "<class 'dict'> is no class of modules"),
+        (CountsInNumpy, HINTS | {"score": "max"}, "score='max' is not one of softmax, sigmoid"),
+        (CountsInNumpy, HINTS | {"colour": 1}, "'colour' is no part of a description; there are"),
+        (CountsInNumpy, HINTS | {"router": "door"}, "router='door': CountsInNumpy has no such"),
+        (CountsInNumpy, HINTS | {"experts": "door"}, "experts='door': CountsInNumpy has no such"),
+        ("Other", HINTS, "Other is described, and the model has no module of that class"),
+        (CountsInNumpy, HINTS | {"forward": plain}, "a forward, or names and numbers: not both"),
+        (5, HINTS, "5 is no class of modules: give the class, or its name"),
+        (dict, HINTS, "<class 'dict'> is no class of modules"),
         (CountsInNumpy, {"forward": 5}, "forward is 5: give a function of a module and its inputs"),
-        (CountsInNumpy, RIGHT | {"score": ["softmax"]}, "score=['softmax'] is not one of softmax"),
-        (CountsInNumpy, RIGHT | {"top_k": 0}, "top_k=0: give a whole number of at least 1"),
-        (CountsInNumpy, RIGHT | {"top_k": 2.0}, "top_k=2.0: give a whole number of at least 1"),
-        (CountsInNumpy, RIGHT | {"top_k": True}, "top_k=True: give a whole number"),
-        (CountsInNumpy, RIGHT | {"eps": "1e-6"}, "eps='1e-6': give a finite number (in YAML"),
-        (CountsInNumpy, RIGHT | {"scale": float("nan")}, "scale=nan: give a finite number"),
-        (CountsInNumpy, RIGHT | {"temperature": 0}, "temperature=0: give a number other than 0"),
-        (CountsInNumpy, RIGHT | {"renormalise": "no"}, "renormalise='no': give true or false"),
-        (CountsInNumpy, RIGHT | {"groups": 2}, "groups=2: give three whole numbers"),
-        (CountsInNumpy, RIGHT | {"threshold_on": "gap"}, "threshold_on='gap': give one of weight"),
-        (CountsInNumpy, RIGHT | {"capacity": 5}, "capacity=5: give a mapping"),
-        (CountsInNumpy, RIGHT | {"capacity": {"factor": "big"}}, "factor='big': give a number"),
-        (CountsInNumpy, RIGHT | {"capacity": {"per": "token"}}, "per='token': give one of"),
-        (CountsInNumpy, RIGHT | {"body": "gated"}, "body='gated': give a mapping"),
-        (CountsInNumpy, RIGHT | {"router": ""}, "router='': give the name of a part"),
-        (CountsInNumpy, RIGHT | {"experts": []}, "experts=[]: give the name of a part"),
-        (CountsInNumpy, RIGHT | {"shared": "door"}, "shared='door': CountsInNumpy has no such"),
-        (CountsInNumpy, RIGHT | {"shared": {"gate": "door"}}, "shared='door': CountsInNumpy"),
-        (CountsInNumpy, RIGHT | {"source": "door"}, "source='door': CountsInNumpy has no such"),
-        (CountsInNumpy, RIGHT | {"correction": "b"}, "correction='b': CountsInNumpy has no such"),
-        (CountsInNumpy, RIGHT | {"experts": "gate"}, "experts='gate' has no submodules"),
+        (CountsInNumpy, HINTS | {"score": ["softmax"]}, "score=['softmax'] is not one of softmax"),
+        (CountsInNumpy, HINTS | {"top_k": 0}, "top_k=0: give a whole number of at least 1"),
+        (CountsInNumpy, HINTS | {"top_k": 2.0}, "top_k=2.0: give a whole number of at least 1"),
+        (CountsInNumpy, HINTS | {"top_k": True}, "top_k=True: give a whole number"),
+        (CountsInNumpy, HINTS | {"eps": "1e-6"}, "eps='1e-6': give a finite number (in YAML"),
+        (CountsInNumpy, HINTS | {"scale": float("nan")}, "scale=nan: give a finite number"),
+        (CountsInNumpy, HINTS | {"temperature": 0}, "temperature=0: give a number other than 0"),
+        (CountsInNumpy, HINTS | {"renormalise": "no"}, "renormalise='no': give true or false"),
+        (CountsInNumpy, HINTS | {"groups": 2}, "groups=2: give three whole numbers"),
+        (CountsInNumpy, HINTS | {"threshold_on": "gap"}, "threshold_on='gap': give one of weight"),
+        (CountsInNumpy, HINTS | {"capacity": 5}, "capacity=5: give a mapping"),
+        (CountsInNumpy, HINTS | {"capacity": {"factor": "big"}}, "factor='big': give a number"),
+        (CountsInNumpy, HINTS | {"capacity": {"per": "token"}}, "per='token': give one of"),
+        (CountsInNumpy, HINTS | {"body": "gated"}, "body='gated': give a mapping"),
+        (CountsInNumpy, HINTS | {"router": ""}, "router='': give the name of a part"),
+        (CountsInNumpy, HINTS | {"experts": []}, "experts=[]: give the name of a part"),
+        (CountsInNumpy, HINTS | {"shared": "door"}, "shared='door': CountsInNumpy has no such"),
+        (CountsInNumpy, HINTS | {"shared": {"gate": "door"}}, "shared='door': CountsInNumpy"),
+        (CountsInNumpy, HINTS | {"source": "door"}, "source='door': CountsInNumpy has no such"),
+        (CountsInNumpy, HINTS | {"correction": "b"}, "correction='b': CountsInNumpy has no such"),
+        (CountsInNumpy, HINTS | {"experts": "gate"}, "experts='gate' has no submodules"),
     ],
 )
 def test_what_is_no_description(kind: Any, description: dict[str, Any], words: str) -> None:
@@ -184,11 +176,11 @@ def test_a_file_describes_classes_by_name(tmp_path: Path) -> None:
     file = tmp_path / "moe.yaml"
     file.write_text(
         "CountsInNumpy:\n  router: gate\n  experts: experts\n  top_k: 2\n  renormalise: true\n"
-        "Other:\n"
+        "Other: {router: wg, experts: experts, top_k: 1}\n"
     )
     first, second = read_descriptions(file)
-    assert first == moec.describe("CountsInNumpy", **RIGHT)
-    assert second == moec.describe("Other")
+    assert first == moec.describe("CountsInNumpy", **HINTS)
+    assert second == moec.describe("Other", router="wg", experts="experts", top_k=1)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +189,7 @@ def test_a_file_describes_classes_by_name(tmp_path: Path) -> None:
         ("a: [", "is not YAML"),
         ("- a", "write a class's name and, indented"),
         ("A: 3", "A: write what it does as name: value"),
+        ("A:", "A: the description lacks router, experts, top_k"),
         ("A: {router: gate}", "A: the description lacks experts, top_k"),
     ],
 )

@@ -1,10 +1,11 @@
-"""Modules are captured by their observed behaviour, or refused with what to do."""
+"""Modules are captured by their descriptions, or refused with what to do."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 
 import moec
 from moec.capture.behaviour.failure import Failure
+from moec.capture.behaviour.hints import as_hints, describe_by_hints
 from moec.capture.behaviour.layer.arguments import Arguments
-from moec.capture.behaviour.recognise import recognise
 from moec.errors import CaptureError, InputError, NoMatch
 from moec.interpret.evaluate import evaluate
 from tests.capture.behaviour import loops
-from tests.capture.behaviour.modules import WIDTH, CountsInNumpy, TableOfTokens
+from tests.capture.behaviour.modules import HINTS, WIDTH, CountsInNumpy
 
 SIZES = ((2, 12), (1, 1), (3, 29), (1, 5))
 
@@ -38,34 +39,64 @@ def assert_equal(compiled: moec.CompiledModel, module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "experts", "router", "words"),
+    ("kind", "hints", "experts", "router"),
     [
-        (CountsInNumpy, 4, "softmax, top-2, renormalised", "top_k=2, renormalise=True)"),
+        (CountsInNumpy, HINTS, 4, "softmax, top-2, renormalised"),
         (
             loops.DeepSeekLike,
+            {
+                "router": "gate.weight", "experts": "experts", "top_k": 3, "score": "sigmoid",
+                "correction": "gate.bias", "groups": [4, 2, 2], "renormalise": True, "scale": 2.5,
+                "shared": "shared_experts",
+            },
             8,
             "sigmoid, correction bias, best 2 of 4 groups by top2sum, top-3, renormalised, "
             "times 2.5",
-            "correction=gate.bias, groups=(4, 2, 2)), added=(path=(shared_experts))",
         ),
-        (loops.DiTLike, 4, "softmax, top-2", "added=(path=(shared))"),
-        (loops.SwitchLike, 4, "custom, some choices replaced", "per=sequence, factor=5/4, round"),
-        (loops.NumpyRouting, 4, "sigmoid, top-2, renormalised, times 1.5", "eps=1e-20"),
-        (loops.ByKeyword, 4, "softmax, top-2", "moe, a KeywordLayer (loops.py:"),
+        (
+            loops.DiTLike,
+            {"router": "gate", "experts": "experts", "top_k": 2, "shared": "shared"},
+            4,
+            "softmax, top-2",
+        ),
+        (
+            loops.SwitchLike,
+            {
+                "router": "router", "experts": "experts", "top_k": 1,
+                "capacity": {"factor": 1.25, "per": "sequence", "round_up": True},
+            },
+            4,
+            "custom, some choices replaced",
+        ),
+        (
+            loops.NumpyRouting,
+            {
+                "router": "wg", "experts": "experts", "top_k": 2, "score": "sigmoid",
+                "renormalise": True, "eps": 1e-20, "scale": 1.5,
+            },
+            4,
+            "sigmoid, top-2, renormalised, times 1.5",
+        ),
+        (
+            loops.ByKeyword,
+            {"router": "gate", "experts": "experts", "top_k": 2, "shared": "shared"},
+            4,
+            "softmax, top-2",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
-)
+)  # fmt: skip
 def test_a_loop_that_reads_data_becomes_a_block(
-    kind: type[nn.Module], experts: int, router: str, words: str
+    kind: type[nn.Module], hints: dict[str, Any], experts: int, router: str
 ) -> None:
     torch.manual_seed(0)
     module = kind().eval()
-    observed = moec.describe(loops.KeywordLayer if kind is loops.ByKeyword else kind)
+    layer = loops.KeywordLayer if kind is loops.ByKeyword else kind
     x = torch.randn(2, 12, WIDTH)
-    compiled = moec.compile(module, (x,), build=False, descriptions=[observed])
+    described = [moec.describe(layer, **hints)]
+    compiled = moec.compile(module, (x,), build=False, descriptions=described)
     (block,) = compiled.blocks
     assert (block.experts, block.router) == (experts, router)
-    assert words in compiled.captured.notes[0]
     assert_equal(compiled, module)
     assert all("forward" not in vars(part) for part in module.modules())
 
@@ -73,7 +104,7 @@ def test_a_loop_that_reads_data_becomes_a_block(
 def test_more_tokens_than_were_compared_are_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = CountsInNumpy().eval()
-    observed, x = moec.describe(CountsInNumpy), torch.randn(2, 12, WIDTH)
+    observed, x = moec.describe(CountsInNumpy, **HINTS), torch.randn(2, 12, WIDTH)
     compiled = moec.compile(module, (x,), verify=False, descriptions=[observed])
     (limits,) = (b for size, b in compiled.graph.bounds.items() if size == "B*S")
     most = limits.high or 0
@@ -86,23 +117,6 @@ def test_more_tokens_than_were_compared_are_refused(tmp_path: Path) -> None:
     for model in (compiled, moec.load(tmp_path / "counts.moec")):
         with pytest.raises(InputError, match=rf"B\*S is {most + 16}, .* for at most {most}"):
             model(torch.randn(most // 16 + 1, 16, WIDTH))
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (loops.FastMoELike, "it has no list of like submodules that may be experts"),
-        (loops.GatedShared, "is added with a weight that is not 1"),
-        (loops.InputSide, "its experts read rows that are no tokens of its input or of what"),
-        (loops.CosineGate, "what sim multiplies is neither its input nor what submodules make"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_what_is_not_tried_is_refused_with_the_reason(kind: type[nn.Module], words: str) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(2, 12, WIDTH)
-    with pytest.raises(CaptureError, match=rf"a {kind.__name__} \(loops.py:.*{words}"):
-        moec.compile(kind().eval(), (x,), build=False, descriptions=[moec.describe(kind)])
 
 
 def test_weights_on_the_side_of_the_input_are_described_and_run() -> None:
@@ -119,14 +133,6 @@ def test_weights_on_the_side_of_the_input_are_described_and_run() -> None:
             torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_module_that_holds_a_loss_of_its_last_training_step_is_observed() -> None:
-    """torch copies no tensor that has a history."""
-    module = CountsInNumpy().eval()
-    module.loss = next(module.parameters()).sum()
-    recognise(module, Arguments.of((torch.randn(2, 12, WIDTH),), {}))
-    assert module.loss.requires_grad
-
-
 def test_a_refusal_names_the_module_the_line_and_what_to_do() -> None:
     module = loops.ExpertChoice().eval()
     with pytest.raises(CaptureError) as raised:
@@ -134,12 +140,6 @@ def test_a_refusal_names_the_module_the_line_and_what_to_do() -> None:
     text = str(raised.value)
     assert "if the model, a ExpertChoice (loops.py:" in text
     assert "describe it: moec.describe(ExpertChoice, router=..., experts=..., top_k=...)" in text
-
-
-def test_experts_that_choose_their_tokens_are_not_recognised() -> None:
-    x = torch.randn(2, 12, WIDTH)
-    with pytest.raises(NoMatch, match="a token's weights depend on the logits of later tokens"):
-        recognise(loops.ExpertChoice().eval(), Arguments.of((x,), {}))
 
 
 class ReadsTokens(loops.ExpertChoice):
@@ -182,31 +182,23 @@ def test_a_failure_is_at_the_last_line_of_the_user() -> None:
 
 def test_the_report_says_how_and_on_what_it_was_proved() -> None:
     module = CountsInNumpy().eval()
-    declared = [moec.describe(CountsInNumpy)]
+    declared = [moec.describe(CountsInNumpy, **HINTS)]
     x = torch.randn(2, 12, WIDTH)
     compiled = moec.compile(module, (x,), build=False, descriptions=declared)
     text = " ".join(str(compiled.report()).split())
     assert "a CountsInNumpy (modules.py:" in text
-    assert "was described by behaviour: experts=(experts.0, ..., experts.3)" in text
+    assert "was described by the user: experts=(experts.0, ..., experts.3)" in text
     assert "routing=(score=softmax, top_k=2, renormalise=True)" in text
     assert "runs next to eager, tokens scaled by 0.01 to 1000, up to 4097 tokens" in text
 
 
-def test_what_traces_and_is_not_recognised_is_observed() -> None:
-    torch.manual_seed(0)
-    module = TableOfTokens().eval()
-    compiled = moec.compile(module, (torch.randn(2, 12, WIDTH),), build=False)
-    (block,) = compiled.blocks
-    assert (block.experts, block.top_k) == (4, 1)
-    assert "capacity=(least=6)" in compiled.captured.notes[0]
-    assert_equal(compiled, module)
-
-
-def test_sixteen_bits_are_observed_in_float32() -> None:
+def test_sixteen_bits_are_compared_in_float32() -> None:
     torch.manual_seed(0)
     module = CountsInNumpy().eval().bfloat16()
     x = torch.randn(2, 12, WIDTH, dtype=torch.bfloat16)
-    compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(CountsInNumpy)])
+    compiled = moec.compile(
+        module, (x,), build=False, descriptions=[moec.describe(CountsInNumpy, **HINTS)]
+    )
     assert len(compiled.blocks) == 1
     program = compiled.pass_results[-1].program
     (result,) = evaluate(program.graph, [x], program.weights)
@@ -237,10 +229,10 @@ class WithFirstChoices(CountsInNumpy):
 def test_the_loss_and_the_counts_of_first_choices_are_outputs() -> None:
     torch.manual_seed(0)
     module = WithFirstChoices().eval()
-    x = torch.randn(2, 12, WIDTH)
-    proof = recognise(module, Arguments.of((x,), {}))
-    assert proof.description is not None
-    names = [getattr(output, "name", None) for output in proof.description.outputs]
+    x = Arguments.of((torch.randn(2, 12, WIDTH),), {})
+    description = describe_by_hints(module, x, as_hints(**HINTS)).description
+    assert description is not None
+    names = [getattr(output, "name", None) for output in description.outputs]
     assert names[1:] == ["switch loss of first choices", "counts of first choices"]
 
 
@@ -249,7 +241,9 @@ def test_an_output_keeps_the_dtype_that_the_module_gives_it(dtype: torch.dtype) 
     torch.manual_seed(0)
     module = WithLoss().eval().to(dtype)
     x = torch.randn(2, 12, WIDTH, dtype=dtype)
-    compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(WithLoss)])
+    compiled = moec.compile(
+        module, (x,), build=False, descriptions=[moec.describe(WithLoss, **HINTS)]
+    )
     program = compiled.pass_results[-1].program
     with torch.no_grad():
         expected = module(x)
@@ -268,7 +262,9 @@ def test_no_tokens() -> None:
     torch.manual_seed(0)
     module = CountsInNumpy().eval()
     x = torch.randn(2, 12, WIDTH)
-    compiled = moec.compile(module, (x,), build=False, descriptions=[moec.describe(CountsInNumpy)])
+    compiled = moec.compile(
+        module, (x,), build=False, descriptions=[moec.describe(CountsInNumpy, **HINTS)]
+    )
     program = compiled.pass_results[-1].program
     (result,) = evaluate(program.graph, [x[:, :0]], program.weights)
     assert result.shape == module(x[:, :0]).shape == (2, 0, WIDTH)

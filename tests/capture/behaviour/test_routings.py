@@ -19,7 +19,6 @@ LINEAR = "forms of routing were tried from linear; the last one: "
     ("kind", "top_k", "why"),
     [
         (routings.WeightsOverABound, 2, LINEAR + "weights or choices differ"),
-        (routings.ScoresOverABound, 4, LINEAR + "it chooses ids that are not experts"),
         (routings.Mass, 4, LINEAR + "it chooses ids that are not experts"),
         (routings.MassWithoutRenormalising, 4, "aten.constant_pad_nd.default is between"),
         (routings.PaddingInTheWeights, 2, "router: custom: it also reads more_0"),
@@ -46,3 +45,11 @@ def test_a_block_whose_router_is_the_modules(
         (actual,) = evaluate(program.graph, inputs, program.weights)
         with torch.no_grad():
             assert distance(actual, module(*inputs)) < 1e-5
+
+
+def test_a_threshold_without_a_choice_is_declined() -> None:
+    module = routings.ScoresOverABound().eval()
+    result = moec.compile(module, module.inputs(3, 12), build=False)
+    assert not result.blocks
+    (declined,) = result.declined
+    assert declined.reason == "every token uses all 4 experts: no op chooses among them"

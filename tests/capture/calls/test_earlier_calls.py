@@ -352,4 +352,6 @@ def test_an_object_may_invent_its_attributes() -> None:
 
 def test_a_description_does_not_hide_a_count_of_calls() -> None:
     with pytest.raises(CaptureError, match=r"depends on self\.count"):
-        moec.compile(Count(), (X,), descriptions=[Declared(Count)], build=False)
+        moec.compile(
+            Count(), (X,), descriptions=[Declared(Count, lambda module, x: x)], build=False
+        )

@@ -41,6 +41,11 @@ def in_float64(logits: Tensor) -> tuple[Tensor, Tensor]:
     return weights.to(logits.dtype), ids
 
 
+DESCRIBED = moec.describe(
+    "Layer", router="gate", experts="experts", top_k=TOP_K, score="softmax", renormalise=False
+)
+
+
 class Layer(nn.Module):
     def __init__(self, choose: Choose, form: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -56,7 +61,7 @@ class Layer(nn.Module):
         if self.form == "gathered":
             rows = torch.einsum("td,tkdo->tko", x, self.stack[ids])
             return (rows * weights[..., None]).sum(1).to(x.dtype)
-        if self.form == "observed":
+        if self.form == "described":
             ids = torch.from_numpy(ids.numpy())
         y = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
@@ -75,7 +80,7 @@ class Layer(nn.Module):
         (in_float32, "loop", torch.float64),
         (in_float32, "static", torch.float64),
         (in_float32, "gathered", torch.float64),
-        (in_float32, "observed", torch.float64),
+        (in_float32, "described", torch.float64),
         (weights_in_float32, "loop", torch.float64),
         (weights_in_float32, "static", torch.float64),
         (cast_between, "loop", torch.float64),
@@ -88,7 +93,7 @@ def test_a_cast_of_float64_stays(choose: Choose, form: str, dtype: torch.dtype) 
     """Exact but for the order of sums."""
     module = Layer(choose, form, dtype).eval()
     x = torch.randn(300, WIDTH, dtype=dtype)
-    described = [moec.describe(Layer)] if form == "observed" else []
+    described = [DESCRIBED] if form == "described" else []
     compiled = moec.compile(module, (x[:7],), build=False, verify=False, descriptions=described)
     assert len(compiled.blocks) == 1
     program = compiled.pass_results[-1].program
@@ -99,10 +104,10 @@ def test_a_cast_of_float64_stays(choose: Choose, form: str, dtype: torch.dtype) 
     torch.testing.assert_close(result, expected, rtol=limit, atol=limit)
 
 
-def test_an_observed_layer_that_rounds_elsewhere_is_refused() -> None:
-    module = Layer(weights_in_float32, "observed", torch.float64).eval()
+def test_a_described_layer_that_rounds_elsewhere_is_refused() -> None:
+    module = Layer(weights_in_float32, "described", torch.float64).eval()
     with pytest.raises(CaptureError, match="it is of float64, and computes a part in fewer digits"):
         moec.compile(
             module, (torch.randn(7, WIDTH, dtype=torch.float64),), build=False,
-            descriptions=[moec.describe(Layer)],
+            descriptions=[DESCRIBED],
         )  # fmt: skip

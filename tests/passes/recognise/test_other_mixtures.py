@@ -130,9 +130,6 @@ def test_a_condition_on_numbers_is_no_choice() -> None:
     assert compiled.declined == ()
 
 
-NO_ROUTER = "4 like parts, but no product with 4 columns, a row for each token, "
-
-
 @pytest.mark.parametrize(
     ("kind", "blocks", "reason"),
     [
@@ -146,8 +143,6 @@ NO_ROUTER = "4 like parts, but no product with 4 columns, a row for each token, 
         (MergedByToken, 0, "a softmax averages the weights of 4 experts, down, into one expert"),
         (Columns, 0, "a softmax weighs 4 parts of each row of linear"),
         (Skipping, 0, "aten.gt.Scalar lists rows by a threshold"),
-        (Static, 0, NO_ROUTER),
-        (Average, 0, NO_ROUTER),
     ],
 )
 def test_a_mixture_is_declined_with_a_reason(
@@ -158,3 +153,9 @@ def test_a_mixture_is_declined_with_a_reason(
     compiled = moec.compile(kind().eval(), (torch.randn(shape),), build=False)
     assert min(len(compiled.blocks), 1) == blocks
     assert any(reason in declined.reason for declined in compiled.declined), compiled.declined
+
+
+@pytest.mark.parametrize("kind", [Static, Average])
+def test_a_sum_that_no_token_weighs_is_no_mixture(kind: type[nn.Module]) -> None:
+    compiled = moec.compile(kind().eval(), (torch.randn(6, D),), build=False)
+    assert compiled.blocks == ()

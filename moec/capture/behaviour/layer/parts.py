@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
 import torch
@@ -41,61 +40,12 @@ def _batch_normed(part: nn.BatchNorm1d, rows: torch.Tensor) -> torch.Tensor:
     return rows if part.weight is None else rows * part.weight + part.bias
 
 
-def expert_groups(module: nn.Module, width: int) -> Iterator[tuple[str, ...]]:
-    """Lists of submodules that may be experts, by name, the largest first: their parameters have
-    equal shapes, and they map [n, D] to [n, D]. A list of lists is flattened."""
-    lists = {
-        name: part
-        for name, part in module.named_modules()
-        if isinstance(part, nn.ModuleList | nn.ModuleDict) and len(part) > 1
-    }
-    groups = [[f"{name}.{i}" for i, _ in part.named_children()] for name, part in lists.items()]
-
-    def members(name: str) -> list[str]:
-        if name not in lists:
-            return [name]
-        return [f"{name}.{i}" for i, _ in lists[name].named_children()]
-
-    flattened = [[inner for name in group for inner in members(name)] for group in groups]
-    for group in sorted(flattened, key=len, reverse=True):
-        if _equal_shapes(module, group) and _keeps_width(module.get_submodule(group[0]), width):
-            yield tuple(group)
-
-
-def _equal_shapes(module: nn.Module, group: list[str]) -> bool:
-    shapes = {str([p.shape for p in module.get_submodule(name).parameters()]) for name in group}
-    return len(shapes) == 1
-
-
-def _keeps_width(expert: nn.Module, width: int) -> bool:
-    reference = next(iter(expert.parameters()), None)
-    dtype = reference.dtype if reference is not None else torch.float32
-    try:
-        with torch.no_grad():
-            result = expert(torch.randn(3, width, dtype=dtype))
-    except Exception:  # whatever a forward raises: it is no expert of this width
-        return False
-    return isinstance(result, torch.Tensor) and result.shape == (3, width)
-
-
 def may_hold_experts(module: nn.Module) -> bool:
     """Whether a direct child is a list of submodules, or any parameter has three axes [E, ..]."""
     for part in module.children():
         if isinstance(part, nn.ModuleList | nn.ModuleDict) and len(part) > 1:
             return True
     return any(p.dim() == 3 for p in module.parameters())
-
-
-def modules_without_block(model: nn.Module, blocks: Sequence[str]) -> list[str]:
-    """Names of modules, innermost first, that may hold experts but are and contain no block."""
-    names = []
-    for name, module in reversed(list(model.named_modules())):
-        if not may_hold_experts(module):
-            continue
-        inside = (block == name or block.startswith(f"{name}." if name else "") for block in blocks)
-        if not any(inside):
-            names.append(name)
-    return names
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:

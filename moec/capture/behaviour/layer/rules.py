@@ -40,14 +40,13 @@ SCORES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class Choices:
     """ids [T, k], weights [T, k] and scores [T, C]. `mask` [T, k] is False for choices that a
     threshold drops, and None without a threshold. `measure` [T, k] is what the threshold is
-    compared with, and `full_weights` [T, k] are the weights before it."""
+    compared with."""
 
     ids: torch.Tensor
     weights: torch.Tensor
     scores: torch.Tensor
     mask: torch.Tensor | None = None
     measure: torch.Tensor | None = None
-    full_weights: torch.Tensor | None = None
 
     def dense(self) -> torch.Tensor:
         """Weights [T, C], zero where a column was not chosen."""
@@ -77,7 +76,7 @@ def choose(
     weights = scores.gather(1, ids)
     if rule.renormalise:
         weights = weights / _sum(weights, rule)
-    full_weights, mask, measure = weights, None, None
+    mask, measure = None, None
     if rule.threshold_on:
         measure = _measure(rule, scores, weights, ids)
         mask = measure > (-rule.threshold if rule.threshold_on == "mass" else rule.threshold)
@@ -85,7 +84,7 @@ def choose(
     if rule.renormalise_again:
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights if rule.scale == 1.0 else weights * rule.scale
-    return Choices(ids, weights, scores, mask, measure, full_weights)
+    return Choices(ids, weights, scores, mask, measure)
 
 
 def _best(rank: torch.Tensor, rule: RoutingRule) -> torch.Tensor:

@@ -16,26 +16,24 @@ _SEQUENCES = (list, tuple)
 
 
 class Steer(TorchFunctionMode):
-    """Observes the product of activations with the router's `weight`, and replaces it.
+    """Replaces the product of activations with the router's `weight` by `logits` [T, C].
 
     The weight is followed through views, casts and norms of it alone. Each product with it whose
-    last axis has `columns` entries is taken for the logits: `observed` keeps the last of them, and
-    `logits` [T, C], if given, replace it. Nothing is observed where `weight` is None.
+    last axis has `columns` entries is taken for the logits.
 
     Raises NoMatch after `most` calls: a loop until convergence may not end for such logits.
     """
 
     def __init__(
         self,
-        weight: torch.Tensor | None,
+        weight: torch.Tensor,
         columns: int,
-        logits: torch.Tensor | None,
+        logits: torch.Tensor,
         most: float = math.inf,
     ) -> None:
         super().__init__()
-        self.derived = {} if weight is None else {id(weight): weight}
+        self.derived = {id(weight): weight}
         self.columns, self.logits = columns, logits
-        self.observed: torch.Tensor | None = None
         self.most, self.calls = most, 0
 
     def __torch_function__(
@@ -48,10 +46,9 @@ class Steer(TorchFunctionMode):
         self.calls += 1
         if self.calls > self.most:
             most, self.most = self.most, math.inf  # a `with` around the loop has calls at its end
-            other = "" if self.logits is None else "with other logits in its router "
             raise NoMatch(
-                f"{other}it does not end: {running_line()} is reached after {most} "
-                "operations, as in a loop until convergence"
+                f"with other logits in its router it does not end: {running_line()} is reached "
+                f"after {most} operations, as in a loop until convergence"
             )
         result = func(*args, **(kwargs or {}))
         if not (_holds(args, self.derived) or (kwargs and _holds(kwargs.values(), self.derived))):
@@ -67,16 +64,13 @@ class Steer(TorchFunctionMode):
             return result
         if not (result.is_floating_point() and result.dim() and result.shape[-1] == self.columns):
             return result
-        self.observed = result.detach().clone()
-        if self.logits is None:
-            return result
         return self.logits.to(result.dtype).reshape(result.shape).clone()
 
 
 def _holds(values: Iterable[Any], derived: Mapping[int, torch.Tensor]) -> bool:
     """Whether one of these tensors is in nested lists, tuples and dicts.
 
-    This runs for each operation of an observed forward. torch's own traversal, which supports every
+    This runs for each operation of a forward. torch's own traversal, which supports every
     registered container, would take as long as the operation itself.
     """
     for value in values:

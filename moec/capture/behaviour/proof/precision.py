@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from moec.capture.behaviour.expert_body import expert_body
-from moec.capture.behaviour.inference.probe import Probe, result_leaves
 from moec.capture.behaviour.layer.description import PRECISIONS, Description
 from moec.capture.behaviour.layer.parts import float_dtype
+from moec.capture.behaviour.proof.probe import Probe, result_leaves
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.errors import NoMatch
 from moec.oracle.rounding import FLOAT64_UNIT, row_distances

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.inference.cases import SCALES, BehaviourCase, cases, far_cases
-from moec.capture.behaviour.inference.probe import (
+from moec.capture.behaviour.layer.description import Description
+from moec.capture.behaviour.layer.parts import in_float32
+from moec.capture.behaviour.proof.cases import SCALES, BehaviourCase, cases, far_cases
+from moec.capture.behaviour.proof.precision import with_precision
+from moec.capture.behaviour.proof.probe import (
     LONGEST,
     Probe,
     Run,
     result_leaves,
 )
-from moec.capture.behaviour.layer.description import Description
-from moec.capture.behaviour.layer.parts import in_float32
-from moec.capture.behaviour.proof.precision import with_precision
 from moec.capture.behaviour.proof.side_outputs import cast_outputs, find_outputs
 from moec.capture.behaviour.replacement import Replacement, outputs
 from moec.errors import NoMatch
@@ -52,21 +52,10 @@ class Proof:
         return text
 
 
-class Differs(NoMatch):
-    """The module and its replacement differ in this case."""
-
-    def __init__(self, text: str, case: BehaviourCase) -> None:
-        super().__init__(text)
-        self.case = case
-
-
-def prove(
-    module: nn.Module, probe: Probe, description: Description, suspect: BehaviourCase | None = None
-) -> Proof:
+def prove(module: nn.Module, probe: Probe, description: Description) -> Proof:
     """Compare the replacement with the probe's shaken copy and with the module itself.
 
-    `suspect`, a case that refuted another description, is tried first. Raises NoMatch, with the
-    first input on which they differ.
+    Raises NoMatch, with the first input on which they differ.
     """
     probe.description = description
     replacement = Replacement(probe.module, description, probe.width)
@@ -77,21 +66,11 @@ def prove(
         here = replace(probe, module=subject, description=description)
         block = Replacement(subject, description, probe.width, replacement.body)
         far = far_cases(here) if subject is probe.module else ()
-        for case in itertools.chain(_cases_of_suspect(suspect, here), cases(here), far):
+        for case in itertools.chain(cases(here), far):
             compared = _compare(here, block, case)
             runs, overflows = runs + compared, overflows + (not compared)
     description = with_precision(module, probe, description)
     return Proof(description, runs, overflows, probe.longest, probe.farthest)
-
-
-def _cases_of_suspect(suspect: BehaviourCase | None, probe: Probe) -> list[BehaviourCase]:
-    """The case that refuted another description, if it applies to this router too."""
-    if suspect is None:
-        return []
-    if suspect.logits is None:
-        return [suspect]
-    steers = bool(probe.weight_name) and suspect.logits.shape[-1] == probe.columns
-    return [suspect] if steers else []
 
 
 def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
@@ -102,7 +81,7 @@ def prove_forward(probe: Probe, forward: Callable[..., Any]) -> Proof:
     """
     runs, overflows = 0, 0
     for case in itertools.chain(cases(probe), far_cases(probe)):
-        run = probe.run(case.tokens, observed=False)
+        run = probe.run(case.tokens)
         if _overflows(run, case):
             overflows += 1
             continue
@@ -123,7 +102,7 @@ def _overflows(run: Run, case: BehaviourCase) -> bool:
 
 def _compare(probe: Probe, block: Replacement, case: BehaviourCase) -> bool:
     """Compare one case; False where eager overflows and there is nothing to compare."""
-    run = probe.run(case.tokens, case.logits, observed=False)
+    run = probe.run(case.tokens, case.logits)
     if _overflows(run, case):
         return False
     steered = nullcontext() if case.logits is None else probe.steered(case.logits)
@@ -137,9 +116,9 @@ def _compare_leaves(run: Run, results: Sequence[object], case: BehaviourCase) ->
     for (name, value), ours in zip(run.leaves, results, strict=True):
         if isinstance(value, torch.Tensor) and isinstance(ours, torch.Tensor):
             if not are_close(ours, value):
-                raise Differs(_difference(name, value, ours, case), case)
+                raise NoMatch(_difference(name, value, ours, case))
         elif ours is not value and ours != value:
-            raise Differs(f"{name} is {value!r}, described {ours!r} ({case})", case)
+            raise NoMatch(f"{name} is {value!r}, described {ours!r} ({case})")
 
 
 def _difference(name: str, value: torch.Tensor, results: torch.Tensor, case: BehaviourCase) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.inference.probe import Probe, result_leaves
 from moec.capture.behaviour.layer.description import Constant, Output
 from moec.capture.behaviour.layer.parts import float_dtype
+from moec.capture.behaviour.proof.probe import Probe, result_leaves
 from moec.capture.behaviour.replacement import Replacement, shaped
 from moec.errors import NoMatch
 from moec.oracle.tolerance import are_close

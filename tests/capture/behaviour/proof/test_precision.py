@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import moec
-from moec.capture.behaviour.inference.cases import cases
-from moec.capture.behaviour.inference.probe import Probe
 from moec.capture.behaviour.layer.arguments import Arguments
 from moec.capture.behaviour.layer.description import Description, Output, Router, RoutingRule
 from moec.capture.behaviour.proof import proof
+from moec.capture.behaviour.proof.cases import cases
 from moec.capture.behaviour.proof.precision import with_precision
+from moec.capture.behaviour.proof.probe import Probe
 from moec.capture.behaviour.replacement import Replacement
 from moec.interpret.evaluate import evaluate
 from tests.capture.behaviour.modules import EXPERTS, TOP_K, WIDTH, CountsInNumpy

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moec
-from moec.dynamo.observed import Observed, is_observed
+from moec.dynamo.captured_layers import CapturedLayer, is_captured
 from moec.dynamo.record import FallbackWarning
 from tests.dynamo.modules import Listed
 from tests.dynamo.test_inference import CLOSE
@@ -112,19 +112,19 @@ def test_a_loop_over_counts() -> None:
 
 
 def test_only_the_module_with_the_loop_is_replaced(prepared: Around) -> None:
-    observed = [name for name, part in prepared.named_modules() if is_observed(part)]
+    observed = [name for name, part in prepared.named_modules() if is_captured(part)]
     assert observed == ["block"]
 
 
 def test_a_loop_that_dynamo_captures_stays_as_it_is() -> None:
     model = moec.prepare(Listed().eval(), torch.randn(7, 16))
-    assert not any(map(is_observed, model.modules()))
+    assert not any(map(is_captured, model.modules()))
 
 
 def test_calls_of_another_kind_run_the_modules_own_forward(prepared: Around) -> None:
     block = copy.deepcopy(prepared.block)
-    observed, x = block.__dict__["moec_observed"], example()
-    assert isinstance(observed, Observed)
+    observed, x = block.__dict__["moec_layer"], example()
+    assert isinstance(observed, CapturedLayer)
     assert observed.covers(block, (x,), {})
     assert not observed.covers(block, (x[None],), {})
     assert not observed.covers(block, (x.bfloat16(),), {})
@@ -157,10 +157,7 @@ def test_gradients(prepared: Around) -> None:
 def test_what_is_not_recognised_is_named() -> None:
     with pytest.warns(FallbackWarning) as record:
         moec.prepare(Noisy().eval(), torch.randn(5, D))
-    assert (
-        "Noisy: Dynamo does not capture it, and its behaviour is not recognised: two runs on one "
-        "input differ: it draws random numbers" in str(record[0].message)
-    )
+    assert "Noisy: Dynamo does not capture it, and neither does moec: " in str(record[0].message)
 
 
 def test_without_a_call_a_branch_is_left_to_pytorch() -> None:
@@ -176,7 +173,7 @@ def test_without_a_call_a_branch_is_left_to_pytorch() -> None:
     message = " ".join(str(warning.message) for warning in record)
     assert re.search(
         r"Branching: Dynamo cannot capture a branch on the number of an expert's tokens "
-        r"`if token.numel\(\):` \(.*test_observed\.py:\d+\): .*moec\.prepare\(model, x\)",
+        r"`if token.numel\(\):` \(.*test_captured_layers\.py:\d+\): .*moec\.prepare\(model, x\)",
         message,
     )
     assert sum("cannot capture a branch" in f.reason for f in moec.stats().fallbacks) == 1
@@ -237,7 +234,7 @@ def test_a_module_that_changed_runs_its_own_forward(
     numbered: Numbered, change: Callable[[Any], None]
 ) -> None:
     block, x = copy.deepcopy(numbered), example()
-    observed = block.__dict__["moec_observed"]
+    observed = block.__dict__["moec_layer"]
     with torch.no_grad():
         before = block(x)
         assert observed.covers(block, (x,), {})
@@ -274,7 +271,7 @@ def test_a_forward_of_the_instance_is_kept() -> None:
 def test_preparing_with_a_call_after_preparing_without_one() -> None:
     block, x = moec.prepare(Branching().eval()), example()
     moec.prepare(moec.prepare(block, x))
-    assert is_observed(block)
+    assert is_captured(block)
     with torch.no_grad():
         torch.testing.assert_close(block(x), Branching.forward(block, x), **CLOSE)
         torch.testing.assert_close(block(x[None]), Branching.forward(block, x[None]), **CLOSE)
@@ -301,15 +298,15 @@ class FirstLength(Branching):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Storing, "its calls set self.aux_loss, which a description does not do"),
-        (FirstLength, "its result depends on what an earlier call left in self.scale"),
+        (Storing, "its calls set self.aux_loss, which a graph does not do"),
+        (FirstLength, "FirstLength cannot be captured"),
     ],
 )
 def test_modules_with_state_keep_their_forward(kind: type[nn.Module], reason: str) -> None:
     module = kind().eval()
     with pytest.warns(FallbackWarning, match=reason):
         moec.prepare(module, torch.randn(6, D))
-    assert not is_observed(module)
+    assert not is_captured(module)
     assert not hasattr(module, "scale")
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moec.capture.behaviour.inference.code_numbers import numbers_of_code
-from moec.capture.behaviour.inference.draws import all_on, draws, near_threshold, ties
-from moec.capture.behaviour.inference.probe import Probe
+from moec.capture.behaviour.proof.code_numbers import numbers_of_code
+from moec.capture.behaviour.proof.draws import all_on, draws, near_threshold, ties
+from moec.capture.behaviour.proof.probe import Probe
 from moec.oracle.draws import Draw, tokens_of
 
 SIZES = ((2, 12), (1, 1), (3, 29), (1, 7), (5, 3), (1, 200), (4, 64))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from moec.capture.behaviour.inference.code_numbers import numbers_of_code
+from moec.capture.behaviour.proof.code_numbers import numbers_of_code
 
 MOST = 91
 

@@ -9,10 +9,10 @@ from fractions import Fraction
 import pytest
 import torch
 
-from moec.capture.behaviour.inference.cases import cases
-from moec.capture.behaviour.inference.probe import Probe
 from moec.capture.behaviour.layer.arguments import Arguments
 from moec.capture.behaviour.layer.description import Capacity
+from moec.capture.behaviour.proof.cases import cases
+from moec.capture.behaviour.proof.probe import Probe
 from tests.capture.behaviour.modules import EXPERTS, WIDTH, CountsInNumpy
 from tests.capture.behaviour.proof.test_precision import DESCRIPTION
 
