@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from moec.model.compiled import CompiledModel
 from moec.optimisation.expert_moves import PRUNE, TOP_K
 from moec.optimisation.loss import parse_loss
 from moec.optimisation.search import EXPERT_FORMATS, ChoiceLimits, ChoiceSearch, measured_search
-from moec.passes.approximate.choices.model_choices import parse_format
+from moec.optimisation.speed import choose_fast
+from moec.passes.approximate.choices.model_choices import ModelChoices, parse_format
 from moec.passes.calibration.session import Approximate
 from moec.pipeline import choose, lowering
 from moec.runtime.process.byte_sizes import bytes_of
@@ -31,6 +33,7 @@ def optimize(
     calib: Any,
     memory: int | str | None = None,
     token_bytes: int | str | None = None,
+    tokens_per_second: float | None = None,
     loss: str | None = None,
     formats: Sequence[str] = FORMATS,
     moves: Sequence[str] = MOVES[:1],
@@ -41,7 +44,9 @@ def optimize(
 
     `memory` ("4GiB", or bytes) is the most that all weights may take: of the choices that fit, the
     one with the least damage. `token_bytes` is the most of them that a token reads: of each layer
-    top-k experts, and all else but tables of embeddings. `loss` limits the quality, measured on
+    top-k experts, and all else but tables of embeddings. `tokens_per_second` is what the compiled
+    model has to write of one text on this machine: the model as it is and up to four choices are
+    compiled and measured. `loss` limits the quality, measured on
     `calib` (tensors by input name, or the path of an .npz, .safetensors or .txt file): "kl<=0.02"
     (nats a token), "perplexity<=+1%", "perplexity<=12" or, for models that are no language model,
     "error<=0.05"; of the choices within it, the one with the fewest bytes, which has to fit.
@@ -57,21 +62,56 @@ def optimize(
 
     Raises UsageError where no choice is within the limits, and what `moec.compile` raises.
     """
-    limits = choice_limits(memory, token_bytes, loss)
-    choices = search(
+    limits = choice_limits(memory, token_bytes, loss, tokens_per_second)
+    searched = search(
         model, args, kwargs, calib=calib, formats=formats, moves=moves, passes=passes, **options
-    ).choices(limits)
-    return compile_model(
-        model, args, kwargs, calib=calib, passes=passes, choices=choices, **options
     )
+
+    def compiled(choices: ModelChoices | None) -> CompiledModel:
+        return compile_choices(model, choices, args, kwargs, calib=calib, passes=passes, **options)
+
+    fast = choose_fast(searched, limits, tokens_per_second, compiled)
+    return fast.compiled or compiled(fast.choices)
+
+
+def compile_choices(
+    model: Any,
+    choices: ModelChoices | None,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    calib: Any,
+    passes: Any = "",
+    **options: Any,
+) -> CompiledModel:
+    """The model with what was chosen; without choices as it is, to be measured only."""
+    options = {**options, "passes": passes}
+    if choices is None:
+        options |= {"verify": False, **_data(calib, passes)}
+    else:
+        options |= {"choices": choices, "calib": calib}
+    return compile_model(model, args, kwargs, **options)
+
+
+def _data(calib: Any, passes: Any) -> dict[str, Any]:
+    """The data, where passes of the user's need it."""
+    changes = any(isinstance(pass_, Approximate) for pass_ in choose(changes=passes))
+    return {"calib": calib} if changes else {}
 
 
 def choice_limits(
-    memory: int | str | None, token_bytes: int | str | None, loss: str | None
+    memory: int | str | None,
+    token_bytes: int | str | None,
+    loss: str | None,
+    tokens_per_second: float | None = None,
 ) -> ChoiceLimits:
     """Raises UsageError where none is set, or one has another form."""
-    if memory is None and token_bytes is None and loss is None:
-        raise UsageError("optimize needs a limit: give memory, token_bytes, loss, or several")
+    if memory is None and token_bytes is None and loss is None and tokens_per_second is None:
+        raise UsageError(
+            "optimize needs a limit: give memory, token_bytes, tokens_per_second, loss, or several"
+        )
+    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
+        raise UsageError(f"tokens_per_second is {tokens_per_second}: give a number above 0")
     return ChoiceLimits(
         None if memory is None else bytes_of(memory),
         None if token_bytes is None else bytes_of(token_bytes),
@@ -106,9 +146,7 @@ def search(
         tuple(map(parse_format, formats)) if {MOVES[0], EXPERT_FORMATS} & set(moves) else ()
     )
     before = {k: value for k, value in options.items() if k not in ("tune", "watch")}
-    if any(isinstance(pass_, Approximate) for pass_ in choose(changes=passes)):
-        before["calib"] = calib
-    before |= {"passes": passes, "quant": "none", "build": False}
+    before |= {"passes": passes, "quant": "none", "build": False, **_data(calib, passes)}
     compiled = compile_model(model, args, kwargs, **before)
     options.get("progress", lambda phase: None)("choose")
     after = lowering(choose(options.get("opt_level", 2), passes))

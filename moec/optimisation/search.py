@@ -98,6 +98,13 @@ class ChoiceSearch:
                 )
             return self._with_codes(best, limits)
 
+    def token_bytes(self, minimised: str) -> int:
+        """The bytes that a token reads: of the weights as they are for the least "damage", or the
+        fewest "token_bytes"."""
+        pick = self.solve(minimised)
+        assert pick is not None, "nothing is limited"
+        return self.token_rest + pick.token_bytes
+
     @property
     def metric(self) -> Literal["kl", "squared error"]:
         return "squared error" if self.evaluator.origin.kl is None else "kl"

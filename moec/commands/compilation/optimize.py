@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ from moec.runtime.process.threads import shorten_spinning
     help="The most of them that a token reads: of its experts, and all else but embeddings.",
 )  # fmt: skip
 @click.option(
+    "--tokens-per-second", type=float, metavar="N",
+    help="What the result has to write of one text on this machine, measured.",
+)  # fmt: skip
+@click.option(
     "--loss", metavar="LIMIT", help="kl<=0.02, perplexity<=+1%, perplexity<=12 or error<=0.05."
 )
 @click.option(
@@ -75,6 +80,7 @@ def command(
     calib: str,
     memory: str | None,
     token_bytes: str | None,
+    tokens_per_second: float | None,
     loss: str | None,
     formats: str,
     moves: str,
@@ -87,13 +93,17 @@ def command(
 ) -> None:
     """Compile MODEL with the format for each product's weights that suits a limit.
 
-    With --memory or --token-bytes, of the choices that fit the one that changes the model least;
-    with --loss, of those within it the one with the fewest bytes, which has to fit. Damage is
-    measured on the data of --calib, and the result is verified as by `moec compile`.
+    With --memory, --token-bytes or --tokens-per-second, of the choices that fit the one that
+    changes the model least; with --loss, of those within it the one with the fewest bytes, which
+    has to fit. Damage is measured on the data of --calib, and the result is verified as by `moec
+    compile`.
     """
-    limited = any((memory, token_bytes, loss))
+    limited = any((memory, token_bytes, tokens_per_second is not None, loss))
     if not limited and (output or choices_file or not pareto):
-        raise UsageError("moec optimize needs a limit: give --memory, --token-bytes or --loss")
+        raise UsageError(
+            "moec optimize needs a limit: give --memory, --token-bytes, --tokens-per-second or "
+            "--loss"
+        )
     for path in filter(None, (output, choices_file, pareto)):
         check_output(path, str(path), force=force)
     arguments = api_arguments(calib=calib, **options)
@@ -106,34 +116,41 @@ def command(
     hush()
     with Progress(quiet or as_json, plan={"choose": 60.0, **COMPILE}) as progress:
         progress.phase("start")
-        from moec.api import compile as compile_model
-        from moec.optimisation.optimize import choice_limits, search
+        from moec.optimisation.optimize import choice_limits, compile_choices, search
         from moec.optimisation.pareto import draw_points, pareto_points
+        from moec.optimisation.speed import Compile, choose_fast
         from moec.passes.approximate.choices.model_choices import describe_choices, write_choices
 
-        limits = choice_limits(memory, token_bytes, loss) if limited else None
+        limits = choice_limits(memory, token_bytes, loss, tokens_per_second) if limited else None
         arguments["progress"] = progress.phase
         searched = search(model, formats=formats.split(","), moves=moves.split(","), **arguments)
         points = pareto_points(searched) if pareto else []
         if pareto:
             draw_points(points, searched.metric, pareto)
-        choices = searched.choices(limits) if limits else None
-        if choices is not None and choices_file is not None:
-            write_choices(choices, choices_file)
-        report = None
-        if output is not None:
-            compiled = compile_model(model, choices=choices, **arguments)
-            progress.phase("save")
-            compiled.save(output, overwrite=force)
-            report = compiled.report()
+        compiled: Compile = partial(compile_choices, model, **arguments)
+        fast, report = None, None
+        if limits is not None:
+            fast = choose_fast(searched, limits, tokens_per_second, compiled)
+            if choices_file is not None:
+                write_choices(fast.choices, choices_file)
+            if output is not None:
+                chosen = fast.compiled or compiled(fast.choices)
+                progress.phase("save")
+                chosen.save(output, overwrite=force)
+                report = chosen.report()
     if as_json:
-        document = {"choices": msgspec.to_builtins(choices), "pareto": msgspec.to_builtins(points)}
+        document: dict[str, Any] = {"pareto": msgspec.to_builtins(points)}
+        document |= {} if fast is None else {"choices": msgspec.to_builtins(fast.choices)}
+        if fast is not None and fast.tokens_per_second:
+            document["tokens_per_second"] = fast.tokens_per_second
         document |= {} if report is None else {**report.to_dict(), "output": str(output)}
         click.echo(json.dumps(document, indent=1))
     elif not quiet:
         if report is not None:
             print_report(report, full, f"wrote {output}")
-        lines = [] if choices is None or report is not None else describe_choices(choices)
+        lines = [] if fast is None or report is not None else describe_choices(fast.choices)
         lines += [f"{p.choice}: {p.bytes / 1e6:.4g} MB, {p.damage:.3g}" for p in points]
+        if fast is not None and fast.tokens_per_second:
+            lines.append(f"writes {fast.tokens_per_second:.3g} tokens a second")
         lines += [f"wrote {path}" for path in (choices_file, pareto) if path]
         click.echo("\n".join(lines), nl=bool(lines))
