@@ -116,6 +116,10 @@ PRIVATE: Mapping[str, PrivateName] = {
     "FunctionalTensorMode": PrivateName(f"{_FUNCTIONAL}.FunctionalTensorMode", _TRACES),
     "make_fx": PrivateName(f"{_PROXY}.make_fx", _TRACES),
     "extract_tensor_metadata": PrivateName(f"{_PROXY}._extract_tensor_metadata", _TRACES),
+    "new_patcher": PrivateName("torch.fx._symbolic_trace._new_patcher", _TRACES),
+    "lazy_graph_modules": PrivateName(
+        "torch.fx._lazy_graph_module._use_lazy_graph_module", _TRACES
+    ),
     "enable_python_dispatcher": PrivateName(
         "torch._dispatch.python.enable_python_dispatcher", _TRACES
     ),

@@ -88,7 +88,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     garbage among them again and again takes a tenth of torch.export's time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 5, 4)
+    gc.set_threshold(700_000, 5, 4)
 
 
 @pytest.fixture(autouse=True)

@@ -110,13 +110,27 @@ def test_what_was_not_used_for_longest_goes_first(store: Store) -> None:
     assert [entry.path.name for entry in entries(small)] == ["large"]
 
 
+def test_small_entries_seldom_start_a_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in 16 on average; a large one always does."""
+    searches: list[Store] = []
+    monkeypatch.setattr(cache, "entries", lambda store: searches.append(store) or ())
+    large = Store(store.folder, limit=1 << 20)
+    for number in range(256):
+        save(large, OBJECTS, {key_of(number): bytes(1024)})
+    assert 8 <= len(searches) <= 24
+    searches.clear()
+    for number in range(3):
+        save(large, OBJECTS, {key_of(number): bytes(1025)})
+    assert len(searches) == 3
+
+
 def test_what_an_interrupted_writer_left_goes(store: Store) -> None:
     save(store, OBJECTS, {"a": b"one"})
     for name, age in (("old", 2 * cache.ABANDONED), ("new", 0.0)):
         left = path_of(store, cache.PARTIAL + name)
         left.write_bytes(b"half")
         os.utime(left, (left.stat().st_mtime - age,) * 2)
-    save(store, OBJECTS, {"b": b"two"})
+    save(Store(store.folder, limit=1000), OBJECTS, {"b": b"two"})
     assert {entry.path.name for entry in entries(store)} == {"a", "b", cache.PARTIAL + "new"}
     assert clear(store) == 3
     assert not list(entries(store))

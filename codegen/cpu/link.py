@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from moec.cache import OBJECTS, default_store, key_of, load, save
 from moec.errors import TargetError
 from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
@@ -57,7 +58,7 @@ def linked(built: Exportable, target: CpuTarget) -> bytes:
                 words += ["-undefined", "dynamic_lookup"]
             for source in (POOL, STORE, TIMED) if for_linux(target) else ():
                 part = folder / f"{source.stem}.o"
-                part.write_bytes(_compiled(source, command, target))
+                part.write_bytes(compiled_source(source, command, target))
                 words.append(str(part))
             _run(command, words, target)
 
@@ -70,13 +71,21 @@ def for_linux(target: CpuTarget) -> bool:
 
 
 @cache
-def _compiled(source: Path, command: tuple[str, ...], target: CpuTarget) -> bytes:
-    """The object file of a source."""
-    with temporary_folder(0) as folder:
-        path = folder / "part.o"
-        words = ["-std=gnu11", "-O2", "-fPIC", "-c", str(source), "-o", str(path)]
-        _run(command, words, target)
-        return path.read_bytes()
+def compiled_source(source: Path, command: tuple[str, ...], target: CpuTarget) -> bytes:
+    """The object file of a source, from the user's cache if it is there."""
+    words = ["-std=gnu11", "-O2", "-fPIC", "-c"]
+    version = subprocess.run([*command, "--version"], capture_output=True, check=False).stdout
+    machine = (platform.system(), platform.machine())
+    key = key_of(source.read_bytes(), *command, version, *machine, *words)
+    store = default_store()
+    content = load(store, OBJECTS, key)
+    if content is None:
+        with temporary_folder(0) as folder:
+            path = folder / "part.o"
+            _run(command, [*words, str(source), "-o", str(path)], target)
+            content = path.read_bytes()
+        save(store, OBJECTS, {key: content})
+    return content
 
 
 def _run(command: Sequence[str], words: Sequence[str], target: CpuTarget) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx import GraphModule, _symbolic_trace
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -260,22 +261,49 @@ def test_which_operators_with_loops_are_decomposed(golden: Callable[[str], None]
     golden("\n".join(sorted(EMIT.keys() & map(str, decompositions()))))
 
 
-def test_traces_look_for_no_memory_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing reads it, and for symbolic sizes it takes a tenth of the time; exports still have
-    it."""
-    program = export(
-        Function(lambda x, weight: torch.einsum("td,de->te", x, weight)),
-        (torch.randn(3, 8),),
-        dynamic_shapes=({0: Dim("T")},),
-    )
-    describe = proxy_tensor._extract_tensor_metadata
+def test_a_trace_of_an_operator_does_only_what_its_graph_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing reads memory formats, no module is called, and no graph runs: that took as long as
+    the traces."""
+    product = Function(lambda x, weight: torch.einsum("td,de->te", x, weight).softmax(-1))
+    program = export(product, (torch.randn(3, 8),), dynamic_shapes=({0: Dim("T")},))
     described: list[Tensor] = []
     monkeypatch.setattr(proxy_tensor, "_extract_tensor_metadata", described.append)
-    assert expand(program) is not None
-    assert not described
+    monkeypatch.setattr(_symbolic_trace._Patcher, "patch_method", _refused)
+    compiled = counted_code(monkeypatch)
+    expanded = expand(program)
+    assert expanded is not None
+    assert (described, len(compiled)) == ([], 2)  # the graph of all, and that of the program
     assert proxy_tensor._extract_tensor_metadata == described.append
-    monkeypatch.undo()
-    assert proxy_tensor._extract_tensor_metadata is describe
+    assert _symbolic_trace._new_patcher.__module__ == _symbolic_trace.__name__
+
+
+def counted_code(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+    """The graphs whose code is written from now on."""
+    compiled: list[GraphModule] = []
+    recompile = GraphModule.recompile
+
+    def counted(module: GraphModule) -> Any:
+        compiled.append(module)
+        return recompile(module)
+
+    monkeypatch.setattr(GraphModule, "recompile", counted)
+    return compiled
+
+
+def _refused(*_: Any, **__: Any) -> None:
+    raise AssertionError("a trace replaces a method of all modules")
+
+
+def test_an_export_looks_for_no_memory_format_and_compiles_no_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    described: list[Tensor] = []
+    monkeypatch.setattr(proxy_tensor, "_extract_tensor_metadata", described.append)
+    compiled = counted_code(monkeypatch)
+    capture(Function(lambda x, weight: x @ weight), (torch.randn(3, 8),))
+    assert (described, len(compiled)) == ([], 3)  # the module, and those of the decomposition
 
 
 class Rolled(torch.nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, cast
@@ -19,6 +19,7 @@ from moec.torch_private import (
     MissingTorchName,
     enable_python_dispatcher,
     free_unbacked_symbols,
+    lazy_graph_modules,
     make_fx,
     place,
 )
@@ -48,11 +49,8 @@ class Parts:
         """The graph of `function` on fake operands. Raises Retrace where torch cannot trace it."""
         rules = cast(Any, self.rules)
         try:
-            # torch would look for the memory format of each tensor that it traces, which takes a
-            # tenth of the time: only fake tensors are taken from the traces.
-            with mock.patch.object(*place("extract_tensor_metadata"), lambda tensor: None):
-                traced: fx.GraphModule = make_fx(function, decomposition_table=rules)(*operands)
-                return traced.graph
+            traced: fx.GraphModule = make_fx(function, decomposition_table=rules)(*operands)
+            return traced.graph
         except Exception as error:
             raise Retrace(f"{function} cannot be traced alone") from error
 
@@ -79,13 +77,38 @@ def parts_in(source: fx.GraphModule) -> Iterator[Parts]:
     try:
         detect, override = torch_private.fake_mode_of, torch_private.override_composite
         composite, rules = _split(composite_count())
+        only_graphs = _only_graphs(place("extract_tensor_metadata"), place("new_patcher"))
     except MissingTorchName as error:
         raise Retrace(str(error)) from None
     mode = detect(source)
     if mode is None:
         raise Retrace("no tensor of the program is fake")
-    with torch.no_grad(), mode, enable_python_dispatcher(), override(composite):
+    with torch.no_grad(), mode, enable_python_dispatcher(), override(composite), only_graphs:
         yield Parts(rules)
+
+
+@contextmanager
+def _only_graphs(metadata: tuple[Any, str], patcher: tuple[Any, str]) -> Iterator[None]:
+    """While open, a trace of an operator does only what its graph needs. torch would look for the
+    memory format of each tensor (`metadata`), replace the methods of all modules for a function
+    that calls none (`patcher`), and write and compile the code of the graph."""
+    with (
+        mock.patch.object(*metadata, lambda tensor: None),
+        mock.patch.object(*patcher, partial(nullcontext, _NoPatches())),
+        lazy_graph_modules(True),
+    ):
+        yield
+
+
+class _NoPatches:
+    """In place of torch's patcher of modules."""
+
+    def patch(self, *_: Any, **__: Any) -> None: ...
+
+    def patch_method(self, *_: Any, **__: Any) -> None: ...
+
+    def visit_once(self, names: object) -> bool:
+        return False
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:

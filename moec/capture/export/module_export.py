@@ -30,7 +30,7 @@ from moec.interpret.outputs import Structure, flatten
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
 from moec.oracle.cases import Eager
-from moec.torch_private import dynamo_config, symbolic_config
+from moec.torch_private import dynamo_config, lazy_graph_modules, symbolic_config
 
 
 def export_call(call: ModuleCall, general: Widened) -> ExportedProgram:
@@ -59,6 +59,7 @@ def export_module(
         symbolic_config.patch(backed_size_oblivious=True, use_duck_shape=False),
         # Hashing symbolic operands takes longer than inferring an operator's result again.
         dynamo_config.patch(fake_tensor_cache_enabled=False),
+        lazy_graph_modules(True),
         warnings.catch_warnings(),
         quiet(),
     ):

@@ -19,13 +19,13 @@ class ShortStack:
         return ShortStack()
 
     def summary(self) -> StackSummary:
-        """The stack of the caller without internal frames, outermost frame first. Lines are read
-        when the stack is printed."""
+        """The frames of the user's `forward` in the stack of the caller, outermost first. Lines are
+        read when the stack is printed."""
         frames: list[tuple[str, int, str]] = []
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             code = frame.f_code
-            if not is_internal(code.co_filename):
+            if code.co_name == "forward" and not is_internal(code.co_filename):
                 frames.append((code.co_filename, frame.f_lineno, code.co_name))
             frame = frame.f_back
         return StackSummary(FrameSummary(*entry, lookup_line=False) for entry in reversed(frames))

@@ -41,6 +41,7 @@ def traced_handlers() -> Iterator[Handler]:
     yield Handler(*place("fake_sym_int"), SYMBOLIC_OPERANDS)
     yield Handler(*place("uninteresting_files"), Internal)
     yield Handler(*place("CapturedTraceback"), ShortStack)
+    yield Handler(*place("extract_tensor_metadata"), lambda tensor: None)
 
 
 def _with_plain_bools(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -76,6 +76,31 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
         link.linked(built, host())
 
 
+def test_sources_are_compiled_once_for_each_compiler(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """In the user's cache: the object files are those of a first compilation."""
+    log = tmp_path / "log"
+    script = tmp_path / "cc"
+    script.write_text(f'#!/bin/sh\necho "$1" >>{log}\nexec cc "$@"\n')
+    script.chmod(0o700)
+    monkeypatch.setenv("MOEC_CACHE", str(tmp_path / "cache"))
+    source, command = link.TIMED, (str(script),)
+
+    def compiled() -> bytes:
+        link.compiled_source.cache_clear()  # as in another process
+        return link.compiled_source(source, command, host())
+
+    first = compiled()
+    assert compiled() == first
+    commands = log.read_text().split()
+    assert commands.count("-std=gnu11") == 1
+    assert commands.count("--version") == 2
+    monkeypatch.setenv("MOEC_CACHE", "off")
+    assert compiled() == first
+    link.compiled_source.cache_clear()
+
+
 @pytest.mark.skipif(
     not (shutil.which(f"{ARM}-gcc") or link.importlib.util.find_spec("ziglang")),
     reason=f"no C compiler here links for {ARM}",
