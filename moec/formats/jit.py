@@ -4,11 +4,15 @@ for it can be written to."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import numba
+import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
+THREADS = min(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads())
+"""Read before a loop runs: numba then sets OpenMP's number, which torch reads."""
 
 
 def compiled(function: F) -> F:
@@ -16,8 +20,16 @@ def compiled(function: F) -> F:
 
 
 def compiled_parallel(function: F) -> F:
-    """Iterations of `numba.prange` run on all threads."""
-    return cast(F, _njit(function, parallel=True))
+    """Iterations of `numba.prange` run on as many threads as torch's: OpenMP's own limit, which
+    numba does not read, would let more of them wait for each other."""
+    loop = _njit(function, parallel=True)
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        numba.set_num_threads(THREADS)
+        return loop(*args)
+
+    return cast(F, run)
 
 
 def _njit(function: Callable[..., Any], *, parallel: bool) -> Any:

@@ -1,27 +1,25 @@
-"""numba's compiler where it cannot keep machine code, as in a read-only container."""
+"""Parallel loops of numba."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numba
 import numpy as np
 import pytest
-from numba.core import caching
 
-from moec.formats.jit import compiled, compiled_parallel
-
-
-def squares(numbers: np.ndarray) -> int:
-    total = 0
-    for i in numba.prange(len(numbers)):
-        total += numbers[i] * numbers[i]
-    return total
+from moec.formats import jit
 
 
-def test_functions_are_compiled_where_no_folder_can_be_written(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    with pytest.raises(RuntimeError, match="no locator available"):
-        numba.njit(cache=True)(squares)
-    for function in (compiled(squares), compiled_parallel(squares)):
-        assert function(np.arange(4)) == 14
+def _threads(counts: Any) -> None:
+    for r in numba.prange(len(counts)):
+        counts[r] = numba.get_num_threads()
+
+
+@pytest.mark.filterwarnings("ignore:Cannot cache compiled function")
+@pytest.mark.parametrize("threads", range(1, min(2, numba.config.NUMBA_NUM_THREADS) + 1))
+def test_a_loop_has_as_many_threads_as_torch(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "THREADS", threads)
+    counts = np.zeros(8, np.int64)
+    jit.compiled_parallel(_threads)(counts)
+    assert set(counts.tolist()) == {threads}
