@@ -7,7 +7,7 @@ on random logits. A hypothesis is accepted by its results, however the region is
     w, i = topk(softmax(logits), 2); w = w / w.sum(-1)  ->  moe.route(logits) <k=2, renormalize>
 
 Of equal scores both choose the first, as kernels do: a router whose scores are equal elsewhere is
-another one. The order of a token's slots does not matter, because blocks sum over the slots.
+another one. The order of a token's slots does not matter where the block sums over the slots.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class Routed:
     weights: Value | None  # [T, k]
     num_experts: int
     zero: tuple[Op, ...] = ()  # moe.zero_experts, which read the same choices
+    ordered: bool = False  # results of choices are not summed: the order of slots matters
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,14 @@ def blocks(scope: Scope) -> Iterator[Routed]:
             continue
         reader, position = chooser(scope, op)
         experts = reader.inputs[position]
-        weigher, weights = None, None
+        weigher, weights, slots = None, None, None
         if len(op.inputs) > 2:
             weigher, weights = op, op.inputs[2]
         for reader in scope.graph.readers.get(op.outputs[1], ()):
-            if reader.name == "moe.combine" and reader.attrs.get("weighted"):
-                weigher, weights = reader, reader.inputs[2]
+            if reader.name == "moe.combine":
+                slots = reader.attrs["k"]
+                if reader.attrs.get("weighted"):
+                    weigher, weights = reader, reader.inputs[2]
         readers = scope.graph.readers[op.inputs[1]]
         zero = tuple(reader for reader in readers if reader.name == "moe.zero_experts")
         source = scope.source_of(experts, {"aten.reshape.default"})
@@ -123,7 +126,8 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         group_weights = None if weights is None else each_group(scope, weights)
         if groups is not None and (weights is None or group_weights is not None):
             experts, weights = groups, group_weights
-        yield Routed(op, weigher, experts, weights, cast(int, op.attrs["num_experts"]), zero)
+        count, ordered = cast(int, op.attrs["num_experts"]), slots != experts.shape[-1]
+        yield Routed(op, weigher, experts, weights, count, zero, ordered)
 
 
 def each_group(scope: Scope, value: Value) -> Value | None:
@@ -266,7 +270,7 @@ def _router_graph(region: Graph, router: RecognisedRouter, block: Routed) -> Gra
 
 
 def _agree(block: Routed) -> Compare:
-    """Compares choices and weights, ignoring the order of slots."""
+    """Compares choices and weights; the order of slots counts if the block is `ordered`."""
 
     def compare(
         before: Sequence[torch.Tensor],
@@ -285,6 +289,8 @@ def _agree(block: Routed) -> Compare:
             ids.append(result[-1].long().sort(-1))
             weights.append(result[0].float() if len(result) > 1 else torch.zeros(shapes[0][-1]))
         same = (ids[0].values == ids[1].values).all(-1, keepdim=True)
+        if block.ordered:
+            same &= (before[-1] == after[-1]).all(-1, keepdim=True)
         by_id = [w.gather(1, chosen.indices) for w, chosen in zip(weights, ids, strict=True)]
         by_size = [w.sort(-1).values for w in weights]
         error = torch.where(same, by_id[0] - by_id[1], by_size[0] - by_size[1]).abs()
