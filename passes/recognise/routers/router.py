@@ -56,7 +56,9 @@ class RecogniseRouters(Pass):
         scope, prover = Scope(program.graph, program.weights), Prover(program.weights)
         routers: dict[Key, RecognisedRouter] = {}
         ordered = sorted(blocks(scope), key=lambda block: block.weights is None)
+        by_slot = {block.experts for block in ordered if block.ordered}
         for block in ordered:
+            block = replace(block, ordered=block.experts in by_slot)
             key = (block.weights, block.experts)
             if key in routers or shared(routers, block) is not None:
                 continue
@@ -126,7 +128,8 @@ def blocks(scope: Scope) -> Iterator[Routed]:
         group_weights = None if weights is None else each_group(scope, weights)
         if groups is not None and (weights is None or group_weights is not None):
             experts, weights = groups, group_weights
-        count, ordered = cast(int, op.attrs["num_experts"]), slots != experts.shape[-1]
+        ordered = {slots, op.inputs[1].shape[-1]} != {experts.shape[-1]}
+        count = cast(int, op.attrs["num_experts"])
         yield Routed(op, weigher, experts, weights, count, zero, ordered)
 
 

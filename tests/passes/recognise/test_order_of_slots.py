@@ -43,7 +43,7 @@ class Ascending(Slots):
 
 class Swapped(Slots):
     def choose(self, logits: Tensor) -> Tensor:
-        return torch.stack(logits.topk(K).indices.unbind(1)[::-1], 1)
+        return torch.stack(super().choose(logits).unbind(1)[::-1], 1)
 
 
 class SideBySide(Swapped):
@@ -76,6 +76,33 @@ def test_results_by_slot(form: type[Slots]) -> None:
     model = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
     (block,) = model.blocks
     assert (block.router == "custom") == (form in (Ascending, Swapped, SideBySide))
+    program, x = model.pass_results[-1].program, torch.randn(50, D)
+    with torch.no_grad():
+        (y,) = evaluate(program.graph, [x], program.weights)
+        torch.testing.assert_close(y, module(x), atol=1e-5, rtol=1e-5)
+
+
+class Both(Swapped):
+    """The same choices for results by slot and for results that a block sums."""
+
+    def combine(self, y: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
+        weights, rows = logits.softmax(-1).gather(1, ids), logits.tanh()
+        total = torch.zeros_like(rows)
+        for e, expert in enumerate(self.others):
+            token, slot = torch.where(ids == e)
+            total.index_add_(0, token, expert(rows[token]) * weights[token, slot, None])
+        return torch.cat([y[:, 0], y[:, 1], total], -1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = nn.ModuleList([nn.Linear(E, E) for _ in range(E)])
+
+
+def test_choices_that_another_block_sums() -> None:
+    torch.manual_seed(0)
+    module = Both().eval()
+    model = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
+    assert [block.router for block in model.blocks] == ["custom", "custom"]
     program, x = model.pass_results[-1].program, torch.randn(50, D)
     with torch.no_grad():
         (y,) = evaluate(program.graph, [x], program.weights)
