@@ -85,8 +85,7 @@ def _reads_tokens(scope: Scope, evidence: Evidence, ids: Sequence[Value], logits
     """Whether the choices depend on the tokens in another way than by `logits`, as with a prior
     that is added to scores: random tokens would hide what happens to equal scores."""
     ops = scope.upstream(ids, (*evidence.reads, logits))
-    reads = {*evidence.reads} - {logits}
-    return any(value in reads for op in ops for value in op.inputs)
+    return any(v in evidence.reads and v is not logits for op in ops for v in op.inputs)
 
 
 def _compared_with(scope: Scope, flags: Value) -> tuple[int, ...]:
