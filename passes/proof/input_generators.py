@@ -105,7 +105,7 @@ def input_cases(feeds: Mapping[Value, Feed], thresholds: Sequence[float] = ()) -
     has = {type(feed) for feed in feeds.values()}
     return (
         *("random", "tied", "one expert", "few experts"),
-        *(["uneven"] if Logits in has else []),
+        *(["uneven", "saturated"] if Logits in has else []),
         *(f"{_ABOUT}{limit!r}" for limit in thresholds if Positive in has),
     )
 
@@ -188,6 +188,8 @@ def _logits(shape: tuple[int, ...], pattern: str, generator: torch.Generator) ->
         share = torch.rand((*shape[:-1], 1), generator=generator)
         low = torch.where(torch.rand(share.shape, generator=generator) < 0.5, -12.0, -3.0)
         return logits + torch.where(torch.rand(shape, generator=generator) < share, 0.0, low)
+    if pattern == "saturated":  # above 17, a sigmoid in float32 is 1
+        return 40 * torch.rand(shape, generator=generator)
     if pattern == "tied":
         return logits.round()
     if pattern == "one expert":

@@ -60,11 +60,16 @@ def cuts(
     if len(ids.values) == 1 and closes(scope, evidence, tuple(near)):
         yield tuple(near), near
         return
-    for value in logits_behind(scope, ids.values, evidence.experts):
+    scores = [
+        value
+        for value in logits_behind(scope, ids.values, evidence.experts)
+        if not _reads_tokens(scope, evidence, ids.values, value)
+    ]
+    for value in scores:
         if closes(scope, evidence, (value,)):
             yield (value,), {value: Logits()}
             return
-    for value in logits_behind(scope, ids.values, evidence.experts):
+    for value in scores:
         numbers = other_inputs(scope, evidence, value)
         if numbers:
             feeds: dict[Value, Feed] = {
@@ -74,6 +79,13 @@ def cuts(
             yield (value, *numbers), {value: Logits(), **feeds}
             return
     yield tuple(near), near
+
+
+def _reads_tokens(scope: Scope, evidence: Evidence, ids: Sequence[Value], logits: Value) -> bool:
+    """Whether the choices depend on the tokens in another way than by `logits`, as with a prior
+    that is added to scores: random tokens would hide what happens to equal scores."""
+    ops = scope.upstream(ids, (*evidence.reads, logits))
+    return any(v in evidence.reads and v is not logits for op in ops for v in op.inputs)
 
 
 def _compared_with(scope: Scope, flags: Value) -> tuple[int, ...]:

@@ -166,3 +166,31 @@ def test_machine_code() -> None:
     x = torch.randn(7, D)
     with torch.no_grad():
         torch.testing.assert_close(moec.compile(module, (x,))(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+class Scaled(nn.Module):
+    """Experts that multiply their rows by a number, which is no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        ids = self.gate(x).argmax(-1)
+        order = ids.argsort()
+        ends, parts, start = ids.bincount(minlength=4).cumsum(0).tolist(), [], 0
+        for e, expert in enumerate(self.experts):
+            parts.append(expert(x[order[start : ends[e]]] * scale))
+            start = ends[e]
+        return torch.cat(parts)[order.argsort()]
+
+
+def test_a_number_beside_rows() -> None:
+    module, inputs = Scaled().eval(), [torch.randn(20, 8), torch.tensor(2.0)]
+    compiled = moec.compile(module, (inputs[0][:6], inputs[1]), build=False, verify=False)
+    assert compiled.blocks == ()
+    program = compiled.pass_results[-1].program
+    with torch.no_grad():
+        (y,) = evaluate(program.graph, inputs, program.weights)
+        torch.testing.assert_close(y, module(*inputs))

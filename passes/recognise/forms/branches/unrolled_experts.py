@@ -122,7 +122,7 @@ def rows_behind(scope: Scope, start: Op, ops: Sequence[Op]) -> Value:
     outside = [v for op in ops for v in op.inputs if scope.maker(v) not in inside]
     path = scope.upstream([activation], outside)
     leaves = [activation] if scope.maker(activation) not in inside else scope.leaves(path, ())
-    floats = [v for v in leaves if v.dtype in FLOATS and v not in scope.constants]
+    floats = [v for v in leaves if v.shape and v.dtype in FLOATS and v not in scope.constants]
     if not floats:
         raise NoMatch(f"{activation.name} is not computed from rows")
     return max(floats, key=lambda v: v.shape[-1] if isinstance(v.shape[-1], int) else 0)

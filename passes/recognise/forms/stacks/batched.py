@@ -129,7 +129,7 @@ def ends_of_own_rows(
     try:
         ends = ends_of(reader, anchor, fans).likely
     except NoMatch:
-        if result not in reader.memo:
+        if anchor not in fans or result not in reader.memo:
             raise
         ends = []
     return [*ends, (result, reader.memo[result])] if anchor in fans else ends

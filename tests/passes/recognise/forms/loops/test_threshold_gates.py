@@ -129,6 +129,60 @@ def test_loops_over_the_columns_of_a_table(kind: type[nn.Module]) -> None:
     assert [(block.experts, block.top_k) for block in compiled.blocks] == expected
 
 
+class Best(nn.Module):
+    """All experts that score as much as the second best: of equal ones more than two. What else
+    is added to the scores may be taken for the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.other = nn.Linear(D, E, bias=False), nn.Linear(D, E, bias=False)
+        self.tasks = nn.Embedding.from_pretrained(torch.randn(3, E).round())
+        self.experts = nn.ModuleList([nn.Linear(D, D) for _ in range(E)])
+
+    def second(self, rows: int) -> Tensor:
+        return torch.randn(rows, E).round()
+
+    def logits(self, x: Tensor, prior: Tensor) -> Tensor:
+        return self.gate(x) + prior
+
+    def forward(self, x: Tensor, second: Tensor) -> Tensor:
+        scores = self.logits(x, second).softmax(-1)
+        least = scores.topk(2, dim=-1)[0][:, -1:]
+        table = torch.where(scores < least, 0.0, scores)
+        table = table / table.sum(-1, keepdim=True)
+        return sum(table[:, i, None] * expert(x) for i, expert in enumerate(self.experts))
+
+
+class BestOfNoisy(Best):
+    def logits(self, x: Tensor, noise: Tensor) -> Tensor:
+        return self.gate(x) + noise * F.softplus(self.other(x))
+
+
+class BestOfTask(Best):
+    def second(self, rows: int) -> Tensor:
+        return torch.arange(rows) % 3
+
+    def logits(self, x: Tensor, task: Tensor) -> Tensor:
+        return self.gate(x) + self.tasks(task)
+
+
+@pytest.mark.parametrize("kind", [Best, BestOfNoisy, BestOfTask])
+def test_equal_scores_beside_tokens(kind: type[Best]) -> None:
+    torch.manual_seed(0)
+    module = kind().eval()
+    compiled = moec.compile(
+        module, (torch.randn(6, D), module.second(6)), build=False, verify=False
+    )
+    assert compiled.blocks == ()
+    assert "the numbers differ" in compiled.declined[0].reason
+    program = compiled.pass_results[-1].program
+    for x in (torch.zeros(64, D), torch.randn(64, D)):
+        second = module.second(64)
+        with torch.no_grad():
+            (y,) = evaluate(program.graph, [x, second], program.weights)
+            torch.testing.assert_close(y, module(x, second), rtol=1e-5, atol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def module() -> nn.Module:
     torch.manual_seed(0)

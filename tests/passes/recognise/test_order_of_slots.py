@@ -1,0 +1,109 @@
+"""Results of choices that no block sums: the choices must be in the order of the slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moec
+from moec.interpret.evaluate import evaluate
+
+D, E, K = 8, 4, 2
+
+
+class Slots(nn.Module):
+    """A result for each choice, [T, k, D], which are weighed by slot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, E, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(D, D) for _ in range(E)])
+
+    def choose(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1).topk(K).indices
+
+    def combine(self, y: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
+        return torch.einsum("tkd,tk->td", y, logits.softmax(-1).gather(1, ids))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.gate(x)
+        ids = self.choose(logits)
+        y = x.new_zeros(x.shape[0], ids.shape[1], D)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            y[token, slot] = expert(x[token])
+        return self.combine(y, logits, ids)
+
+
+class Ascending(Slots):
+    def choose(self, logits: Tensor) -> Tensor:
+        return logits.argsort(-1)[:, -K:]
+
+
+class Swapped(Slots):
+    def choose(self, logits: Tensor) -> Tensor:
+        return torch.stack(super().choose(logits).unbind(1)[::-1], 1)
+
+
+class SideBySide(Swapped):
+    def combine(self, y: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
+        return torch.cat([y[:, 0], y[:, 1]], -1)
+
+
+class Worst(Slots):
+    """All experts, the best last."""
+
+    def choose(self, logits: Tensor) -> Tensor:
+        return (-logits).topk(E).indices
+
+
+class Balanced(Slots):
+    """All experts, in the order of probabilities that are balanced over the tokens."""
+
+    def choose(self, logits: Tensor) -> Tensor:
+        cost = logits.exp()
+        for _ in range(2):
+            cost = cost / cost.sum(0, keepdim=True)
+            cost = cost / cost.sum(1, keepdim=True)
+        return cost.topk(E).indices
+
+
+@pytest.mark.parametrize("form", [Slots, Ascending, Swapped, SideBySide, Worst, Balanced])
+def test_results_by_slot(form: type[Slots]) -> None:
+    torch.manual_seed(0)
+    module = form().eval()
+    model = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
+    (block,) = model.blocks
+    assert (block.router == "custom") == (form in (Ascending, Swapped, SideBySide))
+    program, x = model.pass_results[-1].program, torch.randn(50, D)
+    with torch.no_grad():
+        (y,) = evaluate(program.graph, [x], program.weights)
+        torch.testing.assert_close(y, module(x), atol=1e-5, rtol=1e-5)
+
+
+class Both(Swapped):
+    """The same choices for results by slot and for results that a block sums."""
+
+    def combine(self, y: Tensor, logits: Tensor, ids: Tensor) -> Tensor:
+        weights, rows = logits.softmax(-1).gather(1, ids), logits.tanh()
+        total = torch.zeros_like(rows)
+        for e, expert in enumerate(self.others):
+            token, slot = torch.where(ids == e)
+            total.index_add_(0, token, expert(rows[token]) * weights[token, slot, None])
+        return torch.cat([y[:, 0], y[:, 1], total], -1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = nn.ModuleList([nn.Linear(E, E) for _ in range(E)])
+
+
+def test_choices_that_another_block_sums() -> None:
+    torch.manual_seed(0)
+    module = Both().eval()
+    model = moec.compile(module, (torch.randn(6, D),), build=False, verify=False)
+    assert [block.router for block in model.blocks] == ["custom", "custom"]
+    program, x = model.pass_results[-1].program, torch.randn(50, D)
+    with torch.no_grad():
+        (y,) = evaluate(program.graph, [x], program.weights)
+        torch.testing.assert_close(y, module(x), atol=1e-5, rtol=1e-5)
