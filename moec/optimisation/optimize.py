@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from moec.api import compile as compile_model
@@ -11,6 +12,7 @@ from moec.errors import UsageError
 from moec.model.compiled import CompiledModel
 from moec.optimisation.expert_moves import PRUNE, TOP_K
 from moec.optimisation.loss import parse_loss
+from moec.optimisation.pinned import parse_pinned
 from moec.optimisation.search import EXPERT_FORMATS, ChoiceLimits, ChoiceSearch, measured_search
 from moec.optimisation.speed import choose_fast
 from moec.passes.approximate.choices.model_choices import ModelChoices, parse_format
@@ -37,6 +39,7 @@ def optimize(
     loss: str | None = None,
     formats: Sequence[str] = FORMATS,
     moves: Sequence[str] = MOVES[:1],
+    pin: Mapping[str, str] = MappingProxyType({}),
     passes: Any = "",
     **options: Any,
 ) -> CompiledModel:
@@ -53,7 +56,8 @@ def optimize(
 
     `moves` are what may be chosen: "formats", "expert-formats" (those of single experts too),
     "prune" (experts of a layer), "top-k" (a smaller one). Each product of experts, linear layer and
-    head gets one of `formats` (as those of `quant`), or keeps its weights. The damage of each
+    head gets one of `formats` (as those of `quant`), or keeps its weights; those whose names match
+    a pattern of `pin` get the format of it ("unchanged": their weights). The damage of each
     choice is measured or predicted from the error of its results on the data, a mixed-integer
     program is solved, and the changed model is measured as a whole; the report has the choice, the
     measured damage and the predicted one. Codes are chosen by GPTQ where that measures better.
@@ -64,7 +68,15 @@ def optimize(
     """
     limits = choice_limits(memory, token_bytes, loss, tokens_per_second)
     searched = search(
-        model, args, kwargs, calib=calib, formats=formats, moves=moves, passes=passes, **options
+        model,
+        args,
+        kwargs,
+        calib=calib,
+        formats=formats,
+        moves=moves,
+        pin=pin,
+        passes=passes,
+        **options,
     )
 
     def compiled(choices: ModelChoices | None) -> CompiledModel:
@@ -127,6 +139,7 @@ def search(
     calib: Any,
     formats: Sequence[str] = FORMATS,
     moves: Sequence[str] = MOVES[:1],
+    pin: Mapping[str, str] = MappingProxyType({}),
     passes: Any = "",
     **options: Any,
 ) -> ChoiceSearch:
@@ -145,10 +158,11 @@ def search(
     considered = (
         tuple(map(parse_format, formats)) if {MOVES[0], EXPERT_FORMATS} & set(moves) else ()
     )
+    pinned = parse_pinned(pin)
     before = {k: value for k, value in options.items() if k not in ("tune", "watch")}
     before |= {"passes": passes, "quant": "none", "build": False, **_data(calib, passes)}
     compiled = compile_model(model, args, kwargs, **before)
     options.get("progress", lambda phase: None)("choose")
     after = lowering(choose(options.get("opt_level", 2), passes))
     with compiled.source.memory.reading():
-        return measured_search(compiled, after, calib, considered, moves)
+        return measured_search(compiled, after, calib, considered, moves, pinned)

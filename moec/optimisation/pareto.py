@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moec.optimisation.search import ChoiceSearch
 from moec.optimisation.sensitivity import damage_of
+from moec.passes.approximate.choices.model_choices import UNCHANGED
 
 ROOMS = 6
 CHOSEN = "chosen"
@@ -25,7 +26,9 @@ class ParetoPoint:
 
 def pareto_points(search: ChoiceSearch) -> list[ParetoPoint]:
     """Those for ROOMS memories between the smallest and that of the weights as they are."""
-    formats = dict.fromkeys(o.format for p in search.products for o in p.options[1:])
+    formats = dict.fromkeys(
+        o.format for p in search.products for o in p.options if o.format != UNCHANGED
+    )
     picks = [(format, in_one_format(search, format).solve("bytes")) for format in formats]
     least, most = search.solve("bytes"), sum(p.options[0].bytes for p in search.products)
     assert least is not None, "nothing is limited"

@@ -21,6 +21,7 @@ from moec.ir.graph import Program, Stage
 from moec.model.compiled import CompiledModel
 from moec.optimisation.expert_moves import Settings, measure_layers
 from moec.optimisation.loss import Loss
+from moec.optimisation.pinned import PinnedFormat
 from moec.optimisation.sensitivity import StoredProduct, damage_of, measure_products
 from moec.optimisation.solve import SolvedChoice, solve
 from moec.passes.approximate.choices.choose_experts import change_experts, changeable_layers
@@ -210,6 +211,7 @@ def measured_search(
     calib: Any,
     formats: Sequence[Format],
     moves: Collection[str],
+    pinned: Sequence[PinnedFormat] = (),
 ) -> ChoiceSearch:
     """The costs of all that can be chosen, measured on the data."""
     source, results = compiled.source, compiled.pass_results
@@ -218,9 +220,11 @@ def measured_search(
     evaluator = Evaluator(lowered, load_calibration(calib, lowered, source.files))
     layers = changeable_layers(program, log)
     by_expert = EXPERT_FORMATS in moves
-    products = measure_products(lowered, evaluator, formats, layers, log, by_expert=by_expert)
+    products = measure_products(
+        lowered, evaluator, formats, layers, log, by_expert=by_expert, pinned=pinned
+    )
     options = measure_layers(program, evaluator, layers, moves, log)
-    changeable = sum(product.options[0].bytes for product in products)
+    changeable = sum(product.options[0].bytes_before for product in products)
     total, read = stored_sizes(lowered)
     counts = Counter(declined.reason for declined in log.declined)
     declined = tuple(f"{count} x {reason}" for reason, count in counts.items())

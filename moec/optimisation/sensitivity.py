@@ -18,10 +18,11 @@ import msgspec
 import torch
 from torch import Tensor
 
-from moec.errors import NoMatch
+from moec.errors import NoMatch, UsageError
 from moec.formats.integer import dequantise, quantise, round_rows
 from moec.formats.notation import Format
 from moec.ir.graph import Op, Program
+from moec.optimisation.pinned import PinnedFormat, check_pinned, pinned_for
 from moec.passes.approximate.choices.model_choices import UNCHANGED, ProductChoice, significant
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.damage import Distance
@@ -39,8 +40,8 @@ SAMPLED = 64
 @dataclass(frozen=True)
 class StoredProduct:
     """A product that can be quantised: its name (`named_products`), what can be chosen, first its
-    weights as they are, the layer that has it as its experts, if their number can change, and what
-    can be chosen for each of its `experts` instead, if anything."""
+    weights as they are unless a format is pinned, the layer that has it as its experts, if their
+    number can change, and what can be chosen for each of its `experts` instead, if anything."""
 
     name: str
     options: tuple[ProductChoice, ...]
@@ -60,15 +61,22 @@ def measure_products(
     log: Log,
     *,
     by_expert: bool = False,
+    pinned: Sequence[PinnedFormat] = (),
 ) -> tuple[StoredProduct, ...]:
     """Every product with the bytes and the predicted damage of each format that fits it, and with
-    `by_expert` those of each expert's formats."""
+    `by_expert` those of each expert's formats. Raises UsageError for a `pinned` format that does
+    not fit, and a pattern that no product matches."""
     named = named_products(program.graph)
+    check_pinned(named, pinned)
     ops = list(named.values())
     measured = []
     each = zip(named.items(), weighted_rows_of(program, evaluator.calibration, ops), strict=True)
     for (name, op), rows in each:
-        fitting = [f for f in formats if _fits(program, op, f, log)]
+        pin = pinned_for(name, pinned)
+        considered = formats if pin is None else () if pin.format is None else (pin.format,)
+        fitting = [f for f in considered if _fits(program, op, f, log)]
+        if pin is not None and len(fitting) < len(considered):
+            raise UsageError(f"{name} cannot be {pin.format}: {log.declined[-1].reason}")
         of_experts = {f: _relative_errors(program, op, f, rows) for f in fitting}
         errors = {f: float(each.sum()) for f, each in of_experts.items()}
         shape = shape_of(op)
@@ -85,6 +93,8 @@ def measure_products(
                 options.append(ProductChoice(*shape, str(f), _bytes(op, f), size, damage))
             if by_expert and op.name == "grouped.linear":
                 experts = _of_experts(options[1:], mixable(fitting), of_experts, scale)
+        if pin is not None:
+            options = options[-1:]
         measured.append(StoredProduct(name, tuple(options), _layer_with(op, layers), experts))
     return tuple(measured)
 

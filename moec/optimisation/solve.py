@@ -130,7 +130,7 @@ def silent_library() -> Iterator[None]:
 def _columns(products: Sequence[StoredProduct], layers: Settings) -> list[_Column]:
     columns = []
     for name, settings in layers.items():
-        stored = sum(p.options[0].bytes for p in products if p.layer == name)
+        stored = sum(p.options[0].bytes_before for p in products if p.layer == name)
         for s in settings:
             # What a setting saves besides its products: columns of the router, biases.
             saved = s.bytes_saved - stored * (1 - len(s.experts) / s.of)

@@ -62,6 +62,10 @@ from moec.runtime.process.threads import shorten_spinning
     help="The formats to choose from, besides leaving weights as they are.",
 )  # fmt: skip
 @click.option(
+    "--pin", "pins", multiple=True, metavar="PATTERN=FORMAT",
+    help="The format of products whose names match, or unchanged; repeatable.",
+)  # fmt: skip
+@click.option(
     "--moves", default="formats", show_default=True, metavar="M,M,…",
     help="What may be chosen: formats, expert-formats (of single experts), prune (fewer experts) "
     "and top-k (fewer for each token).",
@@ -83,6 +87,7 @@ def command(
     tokens_per_second: float | None,
     loss: str | None,
     formats: str,
+    pins: tuple[str, ...],
     moves: str,
     full: bool,
     as_json: bool,
@@ -118,12 +123,16 @@ def command(
         progress.phase("start")
         from moec.optimisation.optimize import choice_limits, compile_choices, search
         from moec.optimisation.pareto import draw_points, pareto_points
+        from moec.optimisation.pinned import split_pinned
         from moec.optimisation.speed import Compile, choose_fast
         from moec.passes.approximate.choices.model_choices import describe_choices, write_choices
 
         limits = choice_limits(memory, token_bytes, loss, tokens_per_second) if limited else None
         arguments["progress"] = progress.phase
-        searched = search(model, formats=formats.split(","), moves=moves.split(","), **arguments)
+        searched = search(
+            model, formats=formats.split(","), moves=moves.split(","), pin=split_pinned(pins),
+            **arguments,
+        )  # fmt: skip
         points = pareto_points(searched) if pareto else []
         if pareto:
             draw_points(points, searched.metric, pareto)
