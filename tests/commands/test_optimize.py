@@ -44,7 +44,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--memory", "3MB", "--write-choices", "a.json"), "the name must end in .yaml"),
-        ((), "moec optimize needs a limit: give --memory, --token-bytes or --loss"),
+        ((), "moec optimize needs a limit: give --memory, --token-bytes, --tokens-per-"),
         (("--memory", "some"), "memory is 'some': give bytes"),
         (("--loss", "kl<0.1"), "write kl<=0.02, perplexity<="),
         (("--memory", "3MB", "--moves", "prunes"), "'prunes' is no move: moves are formats, prune"),

@@ -99,7 +99,10 @@ def test_a_loss_has_the_fewest_bytes(net):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "optimize needs a limit: give memory, token_bytes, loss, or several"),
+        (
+            {},
+            "optimize needs a limit: give memory, token_bytes, tokens_per_second, loss, or several",
+        ),
         ({"memory": "1MiB", "quant": "int8"}, "optimize chooses formats itself: leave quant out"),
         (
             {"memory": 9000},
