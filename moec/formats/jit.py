@@ -4,15 +4,12 @@ for it can be written to."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar, cast
 
 import numba
-import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
-THREADS = min(numba.config.NUMBA_NUM_THREADS, torch.get_num_threads())
-"""Read before a loop runs: numba then sets OpenMP's number, which torch reads."""
 
 
 def compiled(function: F) -> F:
@@ -22,14 +19,22 @@ def compiled(function: F) -> F:
 def compiled_parallel(function: F) -> F:
     """Iterations of `numba.prange` run on as many threads as torch's: OpenMP's own limit, which
     numba does not read, would let more of them wait for each other."""
-    loop = _njit(function, parallel=True)
+    loop, threads = _njit(function, parallel=True), threads_of_torch()
 
     @wraps(function)
     def run(*args: Any) -> Any:
-        numba.set_num_threads(THREADS)
+        numba.set_num_threads(threads)
         return loop(*args)
 
     return cast(F, run)
+
+
+@cache
+def threads_of_torch() -> int:
+    """Read before a loop runs: numba then sets OpenMP's number, which torch reads."""
+    import torch  # `moec plan` compiles loops without it
+
+    return min(int(numba.config.NUMBA_NUM_THREADS), torch.get_num_threads())
 
 
 def _njit(function: Callable[..., Any], *, parallel: bool) -> Any:

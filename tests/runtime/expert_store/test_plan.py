@@ -34,7 +34,7 @@ def limit_for(path: Path, slots: int) -> str:
     opened = read(path)
     least = -resident_limit(opened, 0, ONE_TEXT).experts
     slot_bytes = sum(slots * layer.expert_bytes for layer in stored_sizes(opened))
-    return f"{(least + slot_bytes >> 20) + 64}MiB"
+    return f"{(least + slot_bytes >> 20) + 256}MiB"
 
 
 def test_rows_of_limits(path):
