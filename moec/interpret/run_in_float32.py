@@ -19,7 +19,7 @@ MEANING = 2e-4
 """Equivalent graphs in float32 differ by less than this, relative to the greatest value."""
 
 Tensors = Sequence[torch.Tensor]
-_LOW = (torch.bfloat16, torch.float16)
+_LOW, _WIDE = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
 
 
 def in_float32(
@@ -129,8 +129,8 @@ class InFloat32(TorchDispatchMode):  # type: ignore[misc]
             if isinstance(target, torch.Tensor) and target.dtype in _LOW:
                 return func(*args, **named)
         result = func(*pytree.tree_map(wide, args), **pytree.tree_map(wide, named))
-        if self.noise and schema_of(func).name in _ROUNDED and result.dtype == torch.float32:
-            drawn = torch.randn(result.shape, generator=self.generator)
+        if self.noise and schema_of(func).name in _ROUNDED and result.dtype in _WIDE:
+            drawn = torch.randn(result.shape, generator=self.generator, dtype=result.dtype)
             return result * (1 + self.noise * drawn)
         return result
 

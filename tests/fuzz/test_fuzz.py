@@ -12,6 +12,7 @@ from torch import nn
 
 from moec.capture.sizes.settle import Settled
 from moec.errors import InputError, IRError
+from moec.interpret.run_in_float32 import InFloat32
 from moec.ir.graph import Program
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_dispatch import FuseDispatch
@@ -150,6 +151,23 @@ def test_constants_in_16_bits_excuse_no_more_than_they_cause() -> None:
     assert "differs by" in wrong
     (wrong,), _ = compare(lambda _: rounded.half(), answers, "float32", lambda _: rounded)
     assert "is torch.float16" in wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_eagers_last_bits_decide_may_differ_as_much(dtype: torch.dtype) -> None:
+    """A row minus itself is 0 but for rounding, whose size says nothing."""
+    x = torch.rand(40, 4, generator=torch.Generator().manual_seed(0), dtype=dtype) + 1
+
+    def eager(noisy: bool, noise: float = 0.0, seed: int = 0) -> torch.Tensor:
+        with InFloat32(noise, seed):
+            return x / 3 * 3 - x
+
+    answers = [Answer("cancelled", (x,), eager(False), eager)]
+    name = str(dtype).removeprefix("torch.")
+    unit = torch.finfo(dtype).eps
+    assert compare(lambda x: x * unit, answers, name) == ([], [])
+    (wrong,), _ = compare(lambda x: x * unit * 100, answers, name)
+    assert "differs by" in wrong
 
 
 def test_calls_after_a_refused_one_are_compared() -> None:
