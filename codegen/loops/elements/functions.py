@@ -40,12 +40,19 @@ def sigmoid(x: Scalar) -> Expr:
 
 
 def log1p(p: Point, x: Scalar) -> Expr:
-    """log(1 + x), exact up to rounding for small x: Kahan's correction of log."""
+    """log(1 + x), exact up to rounding: between -1/3 and 1/2, where 1 + x loses digits of x, as the
+    series of 2 atanh(x / (2 + x))."""
     bind = p.emission.bind_expr
-    one = number(1.0, x)
-    u = bind(x.expr + one)
-    near = T.Select(tirx.EQ(u, one), x.expr, T.log(u) * tirx.div(x.expr, u - one))
-    return T.Select(tirx.EQ(u, number(math.inf, x)), u, near)
+    s = bind(tirx.div(x.expr, x.expr + number(2.0, x)))
+    square = bind(s * s)
+    last = 25 if x.dtype == "f64" else 11  # |s| <= 1/5
+    series = number(1 / last, x)
+    for odd in range(last - 2, 0, -2):
+        series = series * square + number(1 / odd, x)
+    u = bind(x.expr + number(1.0, x))
+    far = T.Select(tirx.EQ(u, number(math.inf, x)), u, T.log(u))
+    is_near = tirx.all(x.expr > number(-1 / 3, x), x.expr < number(0.5, x))
+    return T.Select(is_near, s * series * number(2.0, x), far)
 
 
 def expm1(p: Point, x: Scalar) -> Expr:
