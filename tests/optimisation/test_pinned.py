@@ -27,8 +27,8 @@ def test_what_is_pinned_is_not_chosen() -> None:
     assert formats({}, room) != (reverse := formats({"second": "int4:32"}, room))
     assert reverse["second"] == "int4:32"
     assert reverse["first"] == "unchanged" or "int8"
-    kept = formats({"*": "int4:32", "first": "unchanged"}, 2 * STACK)
-    assert (kept["first"], kept["second"]) == ("unchanged", "int4:32")
+    pinned = formats({"*": "int4:32", "first": "unchanged"}, 2 * STACK)
+    assert (pinned["first"], pinned["second"]) == ("unchanged", "int4:32")
 
 
 def test_the_compiled_model_has_the_pinned_formats() -> None:
