@@ -45,14 +45,12 @@ class CapturedLayer:
     """The graph of a module of this structure, in this mode, for tensors of these dtypes and sizes.
 
     graph: a function of None, the inputs and the tensors `weights`, those of the module by name, to
-    a tuple. constants: further tensors of the graph, by name. result: the module's result, with
-    `...` in place of tensors.
+    a tuple. result: the module's result, with `...` in place of tensors.
     """
 
     graph: Callable[..., tuple[torch.Tensor, ...]]
     inputs: tuple[tuple[torch.dtype, tuple[Axis, ...]], ...]
     weights: tuple[str, ...]
-    constants: Mapping[str, torch.Tensor]
     training: bool
     result: Any
     structure: ModuleStructure
@@ -69,10 +67,7 @@ class CapturedLayer:
         return self.structure.is_that_of(module)
 
     def run(self, module: nn.Module, args: Sequence[torch.Tensor]) -> Any:
-        held = [
-            self.constants[name] if name in self.constants else tensor(module, name)
-            for name in self.weights
-        ]
+        held = (tensor(module, name) for name in self.weights)
         outputs = iter(self.graph(None, *args, *held))
         leaves = (next(outputs) if leaf is ... else leaf for _, leaf in result_leaves(self.result))
         return result_like(self.result, list(leaves))
@@ -179,15 +174,19 @@ def _layer(
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+    weights = tuple(value.name for value in program.graph.params)
+    if other := next((name for name in weights if name not in tensors), None):
+        raise NoMatch(
+            f"it reads a tensor ({other}) that is neither a parameter nor a buffer, and may become "
+            "another one: register it as a buffer"
+        )
     leaves = [
         ... if isinstance(leaf, torch.Tensor) else leaf for _, leaf in result_leaves(call.result)
     ]
-    weights = tuple(value.name for value in program.graph.params)
     return CapturedLayer(
         torch_function(program.graph),
         tuple(_input(program, value) for value in program.graph.inputs),
         weights,
-        {name: program.weights[name] for name in weights if name not in tensors},
         module.training,
         result_like(call.result, leaves),
         structure,

@@ -286,6 +286,31 @@ class Storing(Branching):
         return y
 
 
+class ScaledByAttribute(Branching):
+    """Reads a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.full((D,), 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factor
+
+
+class ScaledByItem(Branching):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = [torch.full((D,), 2.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.factors[0]
+
+
+class Dropping(Branching):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
 class FirstLength(Branching):
     """Its first call's length decides what later calls compute."""
 
@@ -300,6 +325,8 @@ class FirstLength(Branching):
     [
         (Storing, "its calls set self.aux_loss, which a graph does not do"),
         (FirstLength, "FirstLength cannot be captured"),
+        (ScaledByItem, "neither a parameter nor a buffer"),
+        (ScaledByAttribute, r"a tensor \(factor\) .*: register it as a buffer"),
     ],
 )
 def test_modules_with_state_keep_their_forward(kind: type[nn.Module], reason: str) -> None:
@@ -308,6 +335,17 @@ def test_modules_with_state_keep_their_forward(kind: type[nn.Module], reason: st
         moec.prepare(module, torch.randn(6, D))
     assert not is_captured(module)
     assert not hasattr(module, "scale")
+
+
+def test_training_mode() -> None:
+    """A graph is that of evaluation: it is taken where training computes the same."""
+    module, x = moec.prepare(Branching().train(), example()), example()
+    assert is_captured(module)
+    assert all(part.training for part in module.modules())
+    torch.testing.assert_close(module(x), Branching.forward(module, x), **CLOSE)
+    with pytest.warns(FallbackWarning, match="Dynamo does not capture it, and neither does moec"):
+        dropping = moec.prepare(Dropping().train(), x)
+    assert not is_captured(dropping)
 
 
 class Stateful(Storing):
