@@ -29,6 +29,8 @@ def test_what_is_pinned_is_not_chosen() -> None:
     assert reverse["first"] == "unchanged" or "int8"
     pinned = formats({"*": "int4:32", "first": "unchanged"}, 2 * STACK)
     assert (pinned["first"], pinned["second"]) == ("unchanged", "int4:32")
+    both = formats({"second": "int4:32"}, 3 * STACK)  # room for all weights as they are
+    assert both == {"first": "unchanged", "second": "int4:32"}
 
 
 def test_the_compiled_model_has_the_pinned_formats() -> None:
