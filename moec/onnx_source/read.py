@@ -7,6 +7,7 @@ compared with the module.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from moec.oracle.tolerance import distance
 
 EXAMPLE, OTHERS = (2, 5, 7, 11, 13), (3, 1, 4, 9, 6)
 """Lengths of named sizes, in the order in which the inputs name them."""
+_MOST = 1 << 27
+"""The most elements of an input."""
 _ALLOWED = {torch.float32: 1e-4, torch.float64: 1e-6}
 _ALLOWED_16_BITS = 2e-2
 
@@ -47,6 +50,7 @@ def open_onnx(path: Path) -> OnnxModel:
         words = " ".join(str(error).split())
         raise CaptureError(f"{path} cannot be read as an ONNX file: {words}") from error
     try:
+        _check_names(model.graph)
         module = OnnxModule(model).eval()
         weights = {initializer.name for initializer in model.graph.initializer}
         ports = [value for value in model.graph.input if value.name not in weights]
@@ -56,6 +60,19 @@ def open_onnx(path: Path) -> OnnxModel:
         raise CaptureError(f"{path}: {error}") from error
     notes = (f"{path.name}: read as ONNX Runtime computes it, compared on two drawn inputs",)
     return OnnxModel(module, inputs, {port.name: _axes(port) for port in ports}, notes)
+
+
+def _check_names(graph: onnx.GraphProto) -> None:
+    """Raises CaptureError for the first name that is no text: protobuf gives it as bytes."""
+    ports = (*graph.input, *graph.output)
+    names = [part.name for part in (*ports, *graph.initializer)]
+    names += [dim.dim_param for port in ports for dim in port.type.tensor_type.shape.dim]
+    for node in graph.node:
+        names += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        names += [attribute.name for attribute in node.attribute]
+    broken = next((name for name in names if not isinstance(name, str)), None)
+    if broken is not None:
+        raise CaptureError(f"the name {broken!r} is not in UTF-8")
 
 
 def _axes(port: onnx.ValueInfoProto) -> dict[int, str]:
@@ -78,6 +95,8 @@ def _inputs(ports: Sequence[onnx.ValueInfoProto], lengths: Sequence[int]) -> dic
     inputs = {}
     for port in ports:
         shape = list(_shape(port, sizes))
+        if math.prod(shape) > _MOST:
+            raise CaptureError(f"the input {port.name} is too large for an example: {shape}")
         try:
             dtype = dtype_of(port.type.tensor_type.elem_type)
         except NotImplementedError as error:

@@ -11,6 +11,7 @@ unlisted    artifacts with members that no manifest lists: each command refuses 
 hub         checkpoints whose files name code, models of the hub, other files, and NaN
 folders     damaged folders of quantised checkpoints: each is refused, with little memory
 gguf        damaged GGUF files: the same
+onnx        damaged ONNX files: the same, but for bytes that may be another model
 moved       a model in use whose file is moved, replaced, cut or written to
 """
 
@@ -135,6 +136,12 @@ def _gguf(folder: Path, draw: random.Random) -> list[str]:
     from tests.attack import gguf_files, refusal
 
     return refusal.case(gguf_files.WRITERS, folder, draw)
+
+
+def _onnx(folder: Path, draw: random.Random) -> list[str]:
+    from tests.attack import onnx_files
+
+    return onnx_files.case(folder, draw)
 
 
 def _write_folders(folder: Path) -> None:
@@ -265,6 +272,7 @@ KINDS: Mapping[str, Kind] = {
     "hub": Kind(_none, 20, 2_000, _LINKS, use=_hub),
     "folders": Kind(_none, 20, 250, seeds=_write_folders, use=_folders),
     "gguf": Kind(_none, 20, 150, seeds=_no_seeds, use=_gguf),
+    "onnx": Kind(_none, 20, 400, _LINKS, seeds=_no_seeds, use=_onnx),
     "moved": Kind(_none, 40, 2_000, _CHANGES, use=use_case),
 }
 

@@ -20,6 +20,7 @@ SECONDS = 5.0
 """Of a processor, for one file."""
 LONGEST = 2000
 """Characters of a message."""
+READ = "is read, and should be refused"
 
 
 def case(
@@ -62,7 +63,7 @@ def _refusal(path: Path) -> list[str]:
         return [f"{fault}: {message[:300]}" for fault in faults]
     except BaseException as error:  # also what is no Exception ends a process
         return [f"ends in {error!r}"[:500]]
-    return ["is read, and should be refused"]
+    return [READ]
 
 
 @contextmanager

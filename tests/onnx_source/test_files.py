@@ -208,6 +208,7 @@ REFUSED = [
         "export the model again",
     ),
     (simple(RELU, shape=("a", "b", "c", "d", "e", "f")), "its inputs name more than 5 sizes: a, b"),
+    (simple(RELU, shape=(2**20, 2**20)), r"the input x is too large for an example: \[1048576, "),
     (simple(RELU, shape=(None, 4)), "the input x has no name for its axis 0"),
     (
         simple(helper.make_node("Relu", ["z"], ["y"])),
@@ -216,7 +217,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("graph", "words"), REFUSED, ids=["operators", "sizes", "axis", "edge"])
+@pytest.mark.parametrize(
+    ("graph", "words"), REFUSED, ids=["operators", "sizes", "large", "axis", "edge"]
+)
 def test_refusals(graph: onnx.GraphProto, words: str, tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match=f"model.onnx: {words}"):
         open_onnx(write(graph, tmp_path))
