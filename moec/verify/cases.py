@@ -71,8 +71,9 @@ def _sizes(graph: Graph, choose: Callable[[Bounds], int]) -> dict[str, int]:
 
 
 def _zeros(graph: Graph) -> Iterator[dict[str, int]]:
+    sizes = {name: max(bounds.low, 1) for name, bounds in graph.bounds.items()}
     for name, bounds in graph.bounds.items():
-        if bounds.low == 0 and name.isidentifier() and allows(graph.bounds, {name: 0}):
+        if bounds.low == 0 and name.isidentifier() and allows(graph.bounds, {**sizes, name: 0}):
             yield {name: 0}
 
 

@@ -16,7 +16,7 @@ from moec.capture.sizes.guards import Guard
 from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
-from moec.ir.sizes.thresholds import truth_of
+from moec.ir.sizes.thresholds import allows, truth_of
 from moec.oracle.agree import agree, agree_at_sizes, at_sizes, sizes_of
 from moec.oracle.cases import Eager
 
@@ -66,8 +66,10 @@ class LeastSizes:
         """Whether graph and module agree where these sizes are 1. If a guard changes there, also
         with small and large other sizes: `if n > 1 or length > 4` shows nothing of the length where
         n is above 1."""
+        ones = self._allowed(dict.fromkeys(names, 1))
+        if ones is None:
+            return True
         for example in self.examples:
-            ones = dict.fromkeys(names, 1)
             at_one = at_sizes(self.program, example, ones)
             answer = agree_at_sizes(self.program, self.eager, example, ones)
             if answer is not None:
@@ -75,9 +77,21 @@ class LeastSizes:
         if not answer or not any(self._false_at(name, 1) for name in names):
             return answer
         others = [name for name in self.program.graph.bounds if name.isidentifier()]
-        tried = ({name: size} for name in others if name not in names for size in _OTHERS)
+        longer = ({name: size} for name in others if name not in names for size in _OTHERS)
+        tried = (sizes for sizes in longer if self._allow(names, {**ones, **sizes}))
         resized = (at_sizes(self.program, at_one, sizes) for sizes in tried)
         return all(agree(self.program, self.eager, case) is not False for case in resized)
+
+    def _allowed(self, sizes: dict[str, int]) -> dict[str, int] | None:
+        """These sizes, or with another one that is longer, as limits of products allow."""
+        names = sizes_of(self.program, self.examples[0]).keys() - sizes.keys()
+        longer = ({**sizes, name: size} for name in sorted(names) for size in _OTHERS)
+        return next((each for each in (sizes, *longer) if self._allow(sizes, each)), None)
+
+    def _allow(self, names: Collection[str], sizes: Mapping[str, int]) -> bool:
+        """Whether the limits of other sizes than `names`, and of expressions, allow these sizes."""
+        limits = {**self.program.graph.bounds} | dict.fromkeys(names, Bounds())
+        return allows(limits, {**sizes_of(self.program, self.examples[0]), **sizes})
 
     def _false_at(self, name: str, size: int) -> Guard | None:
         """A guard that does not hold where this one size is another than in the export."""
