@@ -32,11 +32,12 @@ from moec.interpret.threads import threads_for
 from moec.ir.graph import stage_of
 from moec.memory.allowed import allowed_bytes
 from moec.model.bind_inputs import bound
-from moec.model.build import build_for_gpu, build_model, verify_model
+from moec.model.build import build_for_gpu, build_model, stores_experts, verify_model
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.model.forms import ModelForm, best_form
 from moec.model.programs import with_decode, with_hidden_states, with_recording, with_routers
+from moec.model.sides import with_sides
 from moec.model.targets import choose_targets
 from moec.passes.approximate.choices.choose_experts import check_applied
 from moec.passes.approximate.choices.model_choices import ModelChoices
@@ -201,18 +202,16 @@ def compile(
                 session = CalibrationSession(calib, source.files, allowed, strict)
                 stage = stage_of(captured.program.graph)
                 todo = from_stage(prepare(chosen, session), stage)
-                runs = run(
+                return tuple(run(
                     captured.program, todo, stage=stage, fuel=fuel, watch=watch,
                     memory=source.memory,
-                )  # fmt: skip
-                return tuple(runs)
+                ))  # fmt: skip
 
             form = (
                 ModelForm(captured, transform(captured))
                 if stop_after is not None
                 else best_form(captured, transform, exact, targets.backend)
             )
-            quantised = _quantised(form.pass_results)
         compiled = CompiledModel(
             source=source,
             captured=form.captured,
@@ -221,11 +220,14 @@ def compile(
             declined=form.declined,
             target=targets.target,
             beside=targets.beside,
-            quantised=quantised,
+            quantised=_quantised(form.pass_results),
             phases=clock.seconds,
         )
         if not builds:
             return compiled
+        special = record_routing or stores_experts(store, compiled.module)
+        if len(exact) == len(requested) and targets.only_cpus and not special:
+            compiled = with_sides(compiled, transform, exact, targets.backend, clock)
         if kv_cache:
             with clock.phase("generation"):
                 after = decode_passes(opt_level, passes)

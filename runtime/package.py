@@ -19,6 +19,8 @@ returns. A port of dtype c64 is passed as f32 with a last axis of 2: real part, 
         The routers that read no hidden state, from the inputs that they need.
     route_part_N(inputs..., params...) -> some outputs of route
         If routers need different inputs: the routers that need these inputs.
+    side_N(inputs..., params...) -> outputs of main
+        The model at sizes at which it computes something else than `main`, which refuses them.
     routed(inputs..., outputs of route..., states..., params...) -> outputs of main
         The model, with the choices of its hoisted routers as inputs.
     stored_main, stored_decode
@@ -50,6 +52,11 @@ WITH_CACHES = (DECODE, RECORDED_DECODE)
 def route_part(number: int) -> str:
     """The function of the routers that read the same inputs, from 1 on."""
     return f"{ROUTE}_part_{number}"
+
+
+def side(number: int) -> str:
+    """The function for sizes beyond the bounds of `main`, from 1 on."""
+    return f"side_{number}"
 
 
 @dataclass(frozen=True)
@@ -258,6 +265,11 @@ class Package:
     @property
     def main(self) -> Function:
         return self.functions[MAIN]
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The functions that compute what `main` does, at other sizes."""
+        return tuple(name for name in self.functions if name.startswith("side_"))
 
     @property
     def params(self) -> dict[str, Port]:

@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.capture.calls.process_state import PROCESS_STATE
-from moec.capture.captured import Captured
+from moec.capture.captured import Beyond, Captured
 from moec.capture.conversion.index_requirements import with_asserted
 from moec.capture.graphs import capture_export, capture_graph
 from moec.capture.repeated import capture_repeated
@@ -21,14 +21,22 @@ from moec.capture.sizes.constant_sizes import fold_constant_sizes
 from moec.capture.sizes.fixed_axes import fixed, lost_axes
 from moec.capture.sizes.guards import CaptureForm
 from moec.capture.sizes.least_sizes import LeastSizes
-from moec.capture.sizes.sides import with_other_sides
-from moec.capture.sizes.widen import Widened, at_lengths, excluded, refuted, widen
+from moec.capture.sizes.sides import sizes_beyond, with_other_sides
+from moec.capture.sizes.widen import (
+    Widened,
+    at_lengths,
+    excluded,
+    fixed_at_one,
+    refuted,
+    widen,
+)
 from moec.capture.speculate import SpeculatedForm, Untraceable
 from moec.capture.ways import (
     BY_CLASS,
     IN_PIECES,
     MASKED,
     TRACED,
+    CaptureWay,
     WidenedForm,
     masked_form,
     speculated_form,
@@ -125,6 +133,9 @@ def _traced(
         )
     other = partial(_speculated, request, first)
     captured = _captured(request, WidenedForm(TRACED, general, form), other)
+    if wrong:  # the example's lengths are special; others have a program of their own
+        beyond = (*captured.beyond, _beyond(request, TRACED, first))
+        captured = replace(captured, beyond=beyond)
     example = excluded(captured.program, request.call.tensors, general, request.bounds)
     return _traced(request, first, (*wrong, *example)) if example else captured
 
@@ -174,13 +185,17 @@ def _masked(request: CaptureRequest, general: Widened, rows: SpeculatedForm) -> 
 
 
 def _captured(
-    request: CaptureRequest, widened: WidenedForm, other: Callable[[], Captured] | None = None
+    request: CaptureRequest,
+    widened: WidenedForm,
+    other: Callable[[], Captured] | None = None,
+    example: Sequence[torch.Tensor] | None = None,
 ) -> Captured:
     """The form with the bounds that guards and sizes of 1 set, and with the other sides of branches
-    on sizes. `other` captures the request in the next way. Raises CaptureError where the example's
-    sizes decide what is computed."""
+    on sizes. `other` captures the request in the next way; `example` is the request's by default.
+    Raises CaptureError where the example's sizes decide what is computed."""
     name, way, general = request.module_name, widened.way, widened.general
     inputs, tensors = widened.form.converted.program.graph.inputs, general.tensors
+    example = request.call.tensors if example is None else example
 
     def at_sizes(sizes: Mapping[str, int]) -> CaptureForm:
         with PROCESS_STATE, gc_paused():
@@ -189,19 +204,34 @@ def _captured(
     form, settlement = with_other_sides(name, widened.form, tensors, at_sizes, request.bounds)
     eager, fixings = form.converted.eager, form.converted.fixings
     program = settlement.bounded(form.converted.program)
-    examples = (tensors, request.call.tensors)
+    examples = (tensors, example)
     least = LeastSizes(program, eager, examples, form.converted.guards)
     program = least.bounded(fixed=request.bounds)
     program = fold_constant_sizes(program)
     program = replace(program, graph=with_asserted(program.graph, program.weights))
-    masks = constant_masks(program, request.call.tensors)
+    masks = constant_masks(program, example)
     always = fixed(name, program, eager, tensors, general.wishes, request.allow_fixed, fixings)
     return Captured(
         program,
         eager,
-        request.call.tensors,
+        tuple(example),
         form.structure,
         (*request.notes, *always, *settlement.notes, *form.notes, *masks),
         other=other,
         way=way.name,
+        beyond=tuple(
+            _beyond(request, way, fixed_at_one(at_lengths(general, inputs, sizes)))
+            for sizes in sizes_beyond(program, settlement.limiting, tensors, request.bounds)
+        ),
     )
+
+
+def _beyond(request: CaptureRequest, way: CaptureWay, general: Widened) -> Beyond:
+    """The lengths of `general`, at which the request may be captured in this way."""
+
+    def capture_there() -> Captured:
+        with PROCESS_STATE, gc_paused():
+            form = way.capture_at(request, general)
+        return _captured(request, WidenedForm(way, general, form), example=general.tensors)
+
+    return Beyond(tuple(map(tuple, _shapes(general))), capture_there)

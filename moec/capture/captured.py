@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from moec.errors import CaptureError, IRError
 from moec.interpret.outputs import Structure
 from moec.ir.graph import Program
+from moec.ir.sizes.dims import bind_shape
+from moec.ir.sizes.thresholds import allows
 from moec.oracle.cases import Eager
 
 WayName = Literal["traced", "speculated", "masked"]
@@ -26,7 +29,8 @@ class Captured:
     cannot vary and about guards of the export. `is_graph` is True where the source is already a
     graph. `described` names the modules that were replaced by a description of their behaviour, and
     `notes` has the notes about them. `other` captures the same source in another form, for use
-    where this one cannot be compiled. `way` is how the module was captured.
+    where this one cannot be compiled. `way` is how the module was captured. `beyond` are sizes
+    that the program excludes because the module computes something else there.
     """
 
     program: Program
@@ -39,3 +43,42 @@ class Captured:
     described: tuple[str, ...] = ()
     other: Callable[[], Captured] | None = None
     way: WayName = "traced"
+    beyond: tuple[Beyond, ...] = ()
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Inputs of these `shapes`, which a program excludes, and a function that captures the module
+    at them. It raises CaptureError."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    capture: Callable[[], Captured]
+
+
+MOST_SIDES = 4
+"""How many programs a module may have for other sizes than those of the first."""
+
+
+def other_sides(first: Captured) -> tuple[Captured, ...]:
+    """The module for the sizes that the bounds of `first` exclude, as far as it can be captured
+    there; each side has the example of its sizes."""
+    captures = [first]
+    for captured in captures:  # which grows
+        for sizes in captured.beyond:
+            if len(captures) <= MOST_SIDES and not any(_allows(c, sizes.shapes) for c in captures):
+                try:
+                    captures.append(sizes.capture())
+                except CaptureError:
+                    continue
+    return tuple(captures[1:])
+
+
+def _allows(captured: Captured, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether the program takes inputs of these shapes. Its sizes may have other names."""
+    graph, sizes = captured.program.graph, dict[str, int]()
+    try:
+        for value, shape in zip(graph.inputs, shapes, strict=True):
+            bind_shape(value.shape, shape, sizes)
+    except IRError:
+        return False
+    return allows(graph.bounds, sizes)

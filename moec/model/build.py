@@ -61,7 +61,7 @@ def build_model(
             memory = compiled.source.memory
             memory.check_room(_bytes(module))
             package = generate(
-                module, target, opt_level, tunings, backend, memory, _stored(store, module)
+                module, target, opt_level, tunings, backend, memory, stores_experts(store, module)
             )
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
@@ -84,7 +84,7 @@ LARGE = 1 << 30
 """Bytes of weights from which on experts can be read from disk by default."""
 
 
-def _stored(store: bool | None, module: Module) -> bool:
+def stores_experts(store: bool | None, module: Module) -> bool:
     """Whether experts can be read from disk. Raises UsageError for those of several formats."""
     ops = (op for name in module for op in module[name].graph.ops if op.name == "grouped.mixed")
     mixed = next(ops, None)
@@ -170,10 +170,19 @@ def verify_model(
             pieces = (logits_of(compiled.graph).name, partial(feed_in_chunks, executor))
         check = partial(checking.check, compiled.captured, together=together)
         checked = check(run_afresh, compiled.pass_results, limit, pieces)
+        for form in compiled.sides:
+            beyond = checking.check(
+                form.captured, run_afresh, form.pass_results, limit, together=together
+            )
+            checked = replace(checked, errors=_greater(checked.errors, beyond.errors))
         if ROUTED in compiled.module:
             check(partial(_by_parts, executor), compiled.pass_results, limit)
         executor.reset()
     return replace(compiled, checked=checked)
+
+
+def _greater(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(a.get(name, 0.0), b.get(name, 0.0)) for name in {**a, **b}}
 
 
 def _by_parts(executor: Executor, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -25,5 +25,6 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[name] = time.perf_counter() - start
-            LOGGER.info("%s took %.2f s", name, self.seconds[name])
+            seconds = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            LOGGER.info("%s took %.2f s", name, seconds)

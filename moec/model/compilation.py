@@ -15,6 +15,7 @@ from moec.runtime.package import RecordedLayer, RouterPorts
 from moec.verify.check import Checked
 
 if TYPE_CHECKING:
+    from moec.model.forms import ModelForm
     from moec.runtime.call.executor import Executor
     from moec.runtime.package import Package
     from moec.target.cuda import CudaTarget
@@ -26,11 +27,11 @@ class Compilation:
     """A model compiled for one target.
 
     `programs` are the functions of the model besides `main`, such as `decode` (see
-    `moec.runtime.package`); `no_decode` is the reason where there is no `decode`. `package` and
-    `executor` are None where nothing was built (`stop_after`, `build=False`); `executor` is also
-    None where this machine lacks features of the target, and the model can then be saved but not
-    called. `for_gpu` is a second package for the GPU target in `beside`; calls use the package for
-    the CPU.
+    `moec.runtime.package`), and `sides` the forms of the programs `side_N`; `no_decode` is the
+    reason where there is no `decode`. `package` and `executor` are None where nothing was built
+    (`stop_after`, `build=False`); `executor` is also None where this machine lacks features of the
+    target, and the model can then be saved but not called. `for_gpu` is a second package for the
+    GPU target in `beside`; calls use the package for the CPU.
     """
 
     source: Source
@@ -39,6 +40,7 @@ class Compilation:
     blocks: tuple[Block, ...]
     declined: tuple[Declined, ...]
     target: AnyTarget
+    sides: tuple[ModelForm, ...] = ()
     programs: Mapping[str, Program] = field(default_factory=dict)
     router_ports: tuple[RouterPorts, ...] = ()
     recorded: tuple[RecordedLayer, ...] = ()

@@ -9,8 +9,10 @@ from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import Kind
 from moec.pipeline import without_effect
 from moec.report.data import DeclinedLine, ErrorLine, LoopLine
+from moec.report.joined_sizes import joined_bounds
 from moec.report.quantisation import unquantised_lines
 from moec.report.report import Report, describe_graph, pass_lines
+from moec.runtime.package import side
 from moec.target.named import missing_features
 from moec.verify.check import Checked
 
@@ -22,6 +24,9 @@ def report_of(compiled: Compilation) -> Report:
     changed = (result.program for result in reversed(compiled.pass_results) if result.damage)
     program = next(changed, compiled.captured.program)
     described = describe_graph(program.graph, program.weights)
+    others = [form.captured.program.graph for form in compiled.sides]
+    limits = joined_bounds(program.graph, others)
+    described["sizes"] = {name: (each.low, each.high) for name, each in limits.items()}
     idle = sum(block.parameters - block.active_parameters for block in compiled.blocks)
     return Report(
         model=compiled.source.name,
@@ -58,6 +63,9 @@ def _notes(compiled: Compilation) -> tuple[str, ...]:
     )
     notes = (*captured.fixed, *captured.notes, *messages, *captured.structure.constants)
     notes += (compiled.source.memory.note,) if compiled.source.memory.note else ()
+    if compiled.sides:
+        names = ", ".join(side(number) for number, _ in enumerate(compiled.sides, 1))
+        notes += (f"beyond these bounds the other sides of branches are compiled too: {names}",)
     if package:
         notes += package.notes
     if package and missing_features(compiled.target):

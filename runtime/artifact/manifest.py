@@ -234,7 +234,16 @@ def _check_package(package: Package, arrays: Mapping[str, Stored]) -> None:
     for layer in package.routers:
         if not {layer.experts, layer.weights or layer.experts} <= set(outputs):
             raise ValueError(f"{ROUTE!r} does not return the choices of {layer.layer}")
+    for name in package.sides:
+        function, main = package.functions[name], package.main
+        if function.states or function.caches or _types(function) != _types(main):
+            raise ValueError(f"{name!r} takes or returns other tensors than {MAIN!r}")
     _check_recorded(package)
+
+
+def _types(function: Function) -> list[tuple[str, str, int]]:
+    ports = (*function.inputs, *function.outputs)
+    return [(port.name, port.dtype, len(port.shape)) for port in ports]
 
 
 def _check_store(store: StoredExperts, package: Package, arrays: Mapping[str, Stored]) -> None:

@@ -232,10 +232,25 @@ class Executor:
         if function not in self._entries:
             names = ", ".join(self._entries)
             raise InputError(f"the model has no function {function!r}; it has {names}")
-        entry = self._entries[function]
-        sizes = check_inputs(entry.signature, inputs, self.device.takes)
+        entry, sizes = self._entry_for(function, inputs)
         check_memory(entry.signature, sizes, self.device.free_memory)
         return self._call(entry, [inputs[port.name] for port in entry.signature.inputs], caches)
+
+    def _entry_for(
+        self, function: str, inputs: Mapping[str, Any]
+    ) -> tuple[_Entry, Mapping[str, int]]:
+        """The function to call and its sizes: for `main`, the first of it and its sides whose
+        bounds allow the inputs."""
+        refusals = []
+        for name in (function, *(self.package.sides if function == MAIN else ())):
+            entry = self._entries[name]
+            try:
+                return entry, check_inputs(entry.signature, inputs, self.device.takes)
+            except InputError as error:
+                refusals.append(error)
+        if len({*map(str, refusals)}) == 1:
+            raise refusals[0]
+        raise InputError("; and ".join(map(str, refusals)))
 
     def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Call `main` with inputs in the order of its ports, without checking them."""

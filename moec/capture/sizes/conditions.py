@@ -14,9 +14,6 @@ from moec.ir.sizes.thresholds import first_true, interval_around, sizes_around, 
 
 _ZERO = Bounds(0, 0)
 _LONGEST = 300  # characters of an expression that is checked with each call
-_LEAST_LIMIT = 1 << 12
-"""No greatest value of a product of sizes is less than this: proofs and verification may exceed
-a lower one."""
 _INEQUALITIES = (sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le)
 
 
@@ -43,8 +40,7 @@ def as_interval(condition: sympy.Basic, example: Mapping[str, int]) -> dict[str,
 
 
 def as_product(condition: sympy.Basic) -> dict[str, Bounds]:
-    """The limit that an inequality sets to a product of sizes; empty for another condition, and
-    for a low greatest value."""
+    """The limit that an inequality sets to a product of sizes; empty for another condition."""
     if not isinstance(condition, _INEQUALITIES):
         return {}
     less, more = condition.lts, condition.gts
@@ -57,7 +53,7 @@ def as_product(condition: sympy.Basic) -> dict[str, Bounds]:
     if side is more:
         return {show_dim(sizes): Bounds(max(int(sympy.ceiling((limit + strict) / factor)), 0))}
     high = int(sympy.floor((limit - strict) / factor))
-    return {show_dim(sizes): Bounds(0, high)} if high >= _LEAST_LIMIT else {}
+    return {show_dim(sizes): Bounds(0, high)} if high > 0 else {}
 
 
 def as_multiples(

@@ -14,6 +14,7 @@ from moec.capture.sizes.merged_size import Choice, Unmergeable
 from moec.capture.sizes.settle import GuardRefused, Settled, settled
 from moec.errors import CaptureError
 from moec.interpret.resized import with_sizes
+from moec.ir.graph import Program
 from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import sizes_around, sizes_at_changes, truth_of
 from moec.oracle.agree import agree_at_sizes, sizes_of
@@ -24,6 +25,7 @@ Recapture = Callable[[Mapping[str, int]], CaptureForm]
 MOST_SIDES = 8
 """How many exports are merged: a loop that rounds a capacity up to a multiple of 8 has 8."""
 _TRIED = 2
+_MOVED = 16
 _COMPARED = 12
 Sizes = Mapping[str, int]
 
@@ -135,7 +137,28 @@ def _wider(
     return None
 
 
-def _beyond(guard: Guard, limits: Mapping[str, Bounds], example: Sizes) -> Iterator[Sizes]:
+def sizes_beyond(
+    program: Program,
+    guards: Sequence[Guard],
+    example: Sequence[torch.Tensor],
+    limits: Mapping[str, Bounds],
+) -> tuple[Sizes, ...]:
+    """Sizes outside of the program's bounds, near those of `example`: where each of the `guards`
+    that limit it is false, and 1 for each size that may not be 1. `limits` are the user's."""
+    here, bounds = sizes_of(program, example), program.graph.bounds
+    beyond = []
+    for guard in guards:
+        others = [truth_of(other.condition) for other in guards if other is not guard]
+        nearest = [*_beyond(guard, limits, here, _MOVED)]
+        nearest.sort(key=lambda sizes: not all(other.holds(sizes) for other in others))
+        beyond += nearest[:1]
+    ones = (name for name in here if bounds[name].low == 2 and name not in limits)
+    return (*beyond, *({**here, name: 1} for name in ones))
+
+
+def _beyond(
+    guard: Guard, limits: Mapping[str, Bounds], example: Sizes, count: int = _TRIED
+) -> Iterator[Sizes]:
     """The few sizes nearest to the example's at which a guard is false. None of them is 1, which
     torch.export treats specially."""
     truth = truth_of(guard.condition)
@@ -144,7 +167,7 @@ def _beyond(guard: Guard, limits: Mapping[str, Bounds], example: Sizes) -> Itera
     least = {name: Bounds(2).intersect(limits.get(name, Bounds())) for name in example}
     false = [s for s in sizes_around([truth], least, example) if not truth.holds(s)]
     false.sort(key=lambda sizes: sum(abs(sizes[name] - example[name]) for name in example))
-    yield from false[:_TRIED]
+    yield from false[:count]
 
 
 def _merged(

@@ -96,6 +96,18 @@ def at_lengths(widened: Widened, inputs: Sequence[Value], sizes: Mapping[str, in
     return replace(widened, tensors=resized(widened.tensors, groups), groups=tuple(groups))
 
 
+def fixed_at_one(widened: Widened) -> Widened:
+    """`widened` with the groups of length 1 as axes that do not vary."""
+    groups = tuple(group for group in widened.groups if group.length != 1)
+    varying = {axis for group in groups for axis in group.axes}
+    ones = {axis for group in widened.groups for axis in group.axes} - varying
+    wishes = tuple(
+        {axis: dim for axis, dim in wish.items() if Axis(index, axis) not in ones}
+        for index, wish in enumerate(widened.wishes)
+    )
+    return replace(widened, groups=groups, wishes=wishes)
+
+
 def _fixed_sizes(call: ModuleCall, free: Collection[Axis]) -> frozenset[int]:
     weights = chain(call.parameters(), call.buffers())
     fixed = {
