@@ -11,12 +11,13 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from moec.errors import InputError, UsageError
+from moec.errors import ArtifactError, InputError, UsageError
 from moec.files.printable import preformatted
 from moec.runtime.text.generate import generate, slow
 from moec.runtime.text.prompt import Tokenizer
 from moec.runtime.text.request import AUTO, Request
 from moec.runtime.text.sampling import Sampling
+from moec.runtime.text.speculation.draft import Draft
 from moec.runtime.text.texts import Decoder
 from moec.runtime.text.write_text import new_texts, write
 from moec.spelling import did_you_mean
@@ -51,6 +52,7 @@ def request_of(
     seed: int | None = None,
     response_format: Mapping[str, Any] | None = None,
     speculate: int | str = AUTO,
+    draft: TextModel | None = None,
     stop: int | str | Sequence[int | str] | None = None,
 ) -> tuple[Request, tuple[str, ...]]:
     """The request, and the strings that end a text. Raises InputError for an option of another type
@@ -78,10 +80,31 @@ def request_of(
         )
     guide = response_format and writer.tokenizer().grammars.guide(response_format)
     ids = frozenset(map(int, tokens))
+    if not isinstance(draft, TextModel | None):
+        raise InputError(f"draft is {draft!r}; give a model: moec.load(path)")
     request = Request(
-        max_new_tokens, sampling, ids, least=min_tokens, guide=guide or None, speculate=speculate
-    )
+        max_new_tokens, sampling, ids, least=min_tokens, guide=guide or None, speculate=speculate,
+        draft=None if draft is None else draft_of(writer, draft._writer),
+    )  # fmt: skip
     return request, strings
+
+
+def draft_of(writer: Writer, small: Writer) -> Draft:
+    """The model `small` as the draft of another. Raises InputError where it cannot guess for it:
+    their tokens differ, or it goes on with no text."""
+    generation = writer.executor.package.generation
+    if generation is None:
+        raise InputError(
+            f"a draft is of no use without a KV cache: {writer.executor.package.no_generation}"
+        )
+    draft = Draft(small.executor, generation.vocabulary)
+    try:
+        first, second = (each.tokenizer().tokenizer.get_vocab() for each in (writer, small))
+    except ArtifactError:  # there is no text, only token ids
+        return draft
+    if first != second:
+        raise InputError("the draft has another tokenizer than the model: take one with the same")
+    return draft
 
 
 OPTIONS = tuple(inspect.signature(request_of).parameters.values())[1:]
@@ -117,7 +140,8 @@ class TextModel:
         the first `min_tokens`, and, for text, strings that end it and are left out.
         `response_format` is a grammar that the text keeps to, as in `moec.runtime.text.guide`.
         `speculate` is how many tokens are guessed and verified at a time, "off", or "auto", where
-        that is measured to pay; it changes no token. The others are those of
+        that is measured to pay; it changes no token. They are guesses of the model `draft`, if
+        there is one, or of what the text repeats. The others are those of
         `moec.runtime.text.sampling.Sampling`.
 
         Raises InputError where the model does not continue text, or an option or a prompt is out of

@@ -41,9 +41,10 @@ class Account:
                     if len(seconds_of := self._seconds[texts, other]) >= TRIALS:
                         seconds_of.popleft()
 
-    def rows(self, guesses: Sequence[tuple[int, float]]) -> int:
+    def rows(self, guesses: Sequence[tuple[int, float]], cost: float = 0.0) -> int:
         """How many tokens of each text in a call give the most tokens a second, by the guesses of
-        each: their number, and the chance of the next to be right if the last was."""
+        each: their number, and the chance of the next to be right if the last was. `cost` is the
+        time of a guess, in seconds."""
         texts, plain = len(guesses), self._seconds[len(guesses), 1]
         if sum(n and chance for n, chance in guesses) < LEAST * texts or len(plain) < TRIALS:
             return 1
@@ -52,7 +53,8 @@ class Account:
             if len(seconds := self._seconds[texts, rows]) < TRIALS:
                 return rows
             tokens = texts + sum(_expected(chance, min(n, rows - 1)) for n, chance in guesses)
-            if (speed := tokens / min(seconds)) > best_speed:
+            guessing = cost * sum(min(n, rows - 1) for n, _ in guesses)
+            if (speed := tokens / (min(seconds) + guessing)) > best_speed:
                 best, best_speed = rows, speed
         return best
 

@@ -26,7 +26,8 @@ from moec.errors import InputError
 from moec.runtime.call.caches import Cache, copy_tokens, first_texts
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, carries
-from moec.runtime.text.guesses import Guesses
+from moec.runtime.text.speculation.draft import DraftGuesses
+from moec.runtime.text.speculation.guesses import Guesses
 from moec.runtime.text.prefixes import Prefixes
 from moec.runtime.text.request import Request
 from moec.runtime.text.sampler import Sampler
@@ -53,7 +54,7 @@ class Continuation:
     request: Request
     sampler: Sampler
     number: Array  # i32[1], which identifies it in traces
-    guesses: Guesses
+    guesses: Guesses | DraftGuesses
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
@@ -174,9 +175,10 @@ class Engine:
                 f"token {low if low < 0 else high} is not one of the model's {self.vocabulary} "
                 "tokens"
             )
-        if request.guesses and self._account is None:
+        if (request.guesses or request.draft is not None) and self._account is None:
             why = "has recurrent states, which cannot go back" if self._carries else "is on a GPU"
-            raise InputError(f"speculate is {request.guesses}, and the model {why}: leave it out")
+            what = "a draft was given" if request.draft else f"speculate is {request.guesses}"
+            raise InputError(f"{what}, and the model {why}: leave it out")
 
     def submit(self, prompt: Sequence[int], request: Request, index: int = 0) -> Continuation:
         """Append a text to those that wait for a slot; once it is here it is always continued.
@@ -187,7 +189,12 @@ class Engine:
         self.check(prompt, request)
         number = self._executor.number_requests(1)
         sampler = Sampler(request, prompt, index)
-        guesses = Guesses(prompt, 0 if self._account is None else request.guesses)
+        count = 0 if self._account is None else request.guesses
+        guesses = (
+            Guesses(prompt, count)
+            if request.draft is None
+            else request.draft.guesses(prompt, count, self.room)
+        )
         text = Continuation(tuple(prompt), request, sampler, number, guesses)
         self.waiting.append(text)
         return text
@@ -265,17 +272,18 @@ class Engine:
         account, none = self._account, list[list[int]]([] for _ in texts)
         if account is None or account.paused:
             return none
-        nexts = [text.guesses.next() for text in texts]
-        chances = [(len(n), text.guesses.chance) for n, text in zip(nexts, texts, strict=True)]
+        chances = [(text.guesses.count, text.guesses.chance) for text in texts]
         requested = max(
             min(text.guesses.requested, n) for text, (n, _) in zip(texts, chances, strict=True)
         )
-        if (rows := max(account.rows(chances), 1 + requested)) == 1:
+        drafts = {text.request.draft for text in texts} - {None}
+        cost = max((draft.seconds for draft in drafts if draft is not None), default=0.0)
+        if (rows := max(account.rows(chances, cost), 1 + requested)) == 1:
             return none
         most = max(1, self._piece // len(texts))  # tokens of all texts bound the memory of a call
         rows = min(rows, most, *(self.room - text.cached for text in texts))
         left = (text.request.most - len(text.tokens) for text in texts)
-        return [guesses[: min(rows, n) - 1] for guesses, n in zip(nexts, left, strict=True)]
+        return [text.guesses.next(min(rows, n) - 1) for text, n in zip(texts, left, strict=True)]
 
     def _first(self, count: int) -> list[Cache]:
         if count not in self._views:

@@ -61,9 +61,10 @@ def generate(
     if executor.package.generation is not None and executor.holds_all_texts:
         yield from _by_engine(executor, prompts, request)
         return
-    if request.guesses:
+    if request.guesses or request.draft is not None:
+        what = "a draft was given" if request.draft else f"speculate is {request.guesses}"
         raise InputError(
-            f"speculate is {request.guesses}, and this model has no KV cache of its own process: "
+            f"{what}, and this model has no KV cache of its own process: "
             "leave it out"
         )
     limit = longest_of(executor)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moec.errors import InputError
-from moec.runtime.text.guesses import MOST
+from moec.runtime.text.speculation.draft import Draft
+from moec.runtime.text.speculation.guesses import MOST
 from moec.runtime.text.guide import Guide
 from moec.runtime.text.sampling import GREEDY, Sampling
 
@@ -21,7 +22,8 @@ class Request:
     With `logprobs` each token has its log probability, and those of so many likeliest ones; with
     `scores_prompt` those of the prompt too. `guide` is the beginning of a grammar that texts keep
     to. `speculate` is how many tokens of a text are guessed and verified at a time: a number, AUTO
-    where that is measured to pay, or OFF; it changes no token."""
+    where that is measured to pay, or OFF; they are guesses of `draft`, or of what the text repeats.
+    Neither changes a token."""
 
     most: int = 64
     sampling: Sampling = GREEDY
@@ -31,6 +33,7 @@ class Request:
     logprobs: int | None = None
     guide: Guide | None = None
     speculate: int | str = AUTO
+    draft: Draft | None = None
     scores_prompt: bool = False
 
     @property

@@ -58,6 +58,10 @@ class Texts:
         self._requests = executor.number_requests(texts)
         self._caches = executor.new_caches(texts, room)
 
+    def go_back(self, length: int) -> None:
+        """Forget all but the first tokens of each text. Not for recurrent states."""
+        self._first[:] = np.minimum(self._first, length)
+
     def feed(self, tokens: Sequence[Sequence[int]]) -> Array:
         """Append tokens to each text. Returns the logits f32[texts, V] after the last of each.
 

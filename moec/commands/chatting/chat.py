@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.execution.draft import open_draft
 from moec.commands.execution.engine import (
     check_one_process,
     engine_of,
@@ -66,7 +67,8 @@ def command(
     model, texts, ends = open_engine(artifact, 1, engine_of(options))
     model.tokenizer.check_chat()
     most, speculate = max_new_tokens or texts.room, options["speculate"]
-    request = Request(most, sampling, ends, speculate=speculate)
+    draft = open_draft(options["draft"], model.executor, lambda: model.tokenizer)
+    request = Request(most, sampling, ends, speculate=speculate, draft=draft)
     texts.check([0], replace(request, most=1))  # refused now, not at the first message
     chat = Chat(texts, model.tokenizer, request, stop)
     if system is not None:

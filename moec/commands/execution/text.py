@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
+from moec.commands.execution.draft import open_draft
 from moec.commands.execution.prompts import completed, continue_prompts
 from moec.commands.options.sampling import sampling_of, sampling_options
 from moec.commands.output.echo import echo
@@ -47,6 +48,7 @@ class TextOptions:
     repetition_penalty: float
     seed: int | None
     speculate: int | str
+    draft: Path | None
 
     @property
     def form(self) -> str:
@@ -161,8 +163,9 @@ def write_texts(
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
     request = Request(
-        options.max_new_tokens, sampling_of(vars(options)), stop, speculate=options.speculate
-    )
+        options.max_new_tokens, sampling_of(vars(options)), stop, speculate=options.speculate,
+        draft=open_draft(options.draft, executor, lambda: tokenizer),
+    )  # fmt: skip
     if options.prompts is not None:
         done = completed(options.resume, prompts) if options.resume else set()
         left = {index: p for index, p in enumerate(prompts) if index not in done}

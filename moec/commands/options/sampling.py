@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -22,8 +23,14 @@ speculate_option = click.option(
 )  # fmt: skip
 
 
+draft_option = click.option(
+    "--draft", type=click.Path(path_type=Path), metavar="ARTIFACT",
+    help="Guess with this smaller model of the same tokenizer; see --speculate.",
+)  # fmt: skip
+
+
 def sampling_options(command: F) -> F:
-    """Adds --stop, the fields of `Sampling`, and --speculate."""
+    """Adds --stop, the fields of `Sampling`, --speculate, and --draft."""
     for decorator in (
         click.option(
             "--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated."
@@ -49,6 +56,7 @@ def sampling_options(command: F) -> F:
             "--seed", type=click.IntRange(min=0), help="Seed for sampling."
         ),
         speculate_option,
+        draft_option,
     ):  # fmt: skip
         command = decorator(command)
     return command

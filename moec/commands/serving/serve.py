@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.execution.draft import open_draft
 from moec.commands.execution.engine import (
     EngineOptions,
     check_one_process,
     engine_options,
     open_engine,
 )
-from moec.commands.options.sampling import speculate_option
+from moec.commands.options.sampling import draft_option, speculate_option
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
 from moec.errors import UsageError
@@ -53,6 +54,7 @@ UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
 @click.option("--name", help="The model's name in requests; default: that of the file.")
 @engine_options
 @speculate_option
+@draft_option
 @click.option(
     "--pooling", type=click.Choice(["mean", "last"]), default="mean", show_default=True,
     help="Embeddings are the mean of the hidden states of a text, or that of its last token.",
@@ -72,6 +74,7 @@ def command(
     name: str | None,
     drain: float,
     speculate: int | str,
+    draft: Path | None,
     pooling: Pooling,
     **options: Any,
 ) -> None:
@@ -80,7 +83,7 @@ def command(
     Several are told apart by the field `model` of requests; the first is for those without one.
     SIGTERM and Ctrl-C let texts under way end first; a second one ends the process at once.
     """
-    names = _names(artifacts, name, options["memory"])
+    names = _names(artifacts, name, options["memory"], draft)
     if api_key == "":
         raise UsageError("--api-key is empty: give a key, or leave it out")
     from moec.commands.serving.metrics import MetricFamilies
@@ -90,7 +93,9 @@ def command(
     families, engine = MetricFamilies(), EngineOptions(**options)
     with listen(host, port) as listener:
         models = {
-            name: _service(artifact, name, slots, queue, engine, families, speculate, pooling)
+            name: _service(
+                artifact, name, slots, queue, engine, families, speculate, draft, pooling
+            )
             for name, artifact in names.items()
         }
         address = f"[{host}]" if ":" in host else host
@@ -99,10 +104,12 @@ def command(
         Server(ServedModels(models, families, api_key), drain).run([listener])
 
 
-def _names(artifacts: Sequence[Path], name: str | None, memory: str | None) -> dict[str, Path]:
+def _names(
+    artifacts: Sequence[Path], name: str | None, memory: str | None, draft: Path | None
+) -> dict[str, Path]:
     """The artifacts by the names of their models. Raises UsageError where two have the same, or an
     option is for one artifact."""
-    for option, value in (("--name", name), ("--memory", memory)):
+    for option, value in (("--name", name), ("--memory", memory), ("--draft", draft)):
         if value is not None and len(artifacts) > 1:
             raise UsageError(f"{option} is for one artifact, and there are {len(artifacts)}")
     names: dict[str, Path] = {}
@@ -125,6 +132,7 @@ def _service(
     options: EngineOptions,
     families: MetricFamilies,
     speculate: int | str,
+    draft: Path | None,
     pooling: Pooling,
 ) -> Service:
     from moec.commands.serving.routing_watch import RoutingWatch
@@ -135,13 +143,14 @@ def _service(
 
     model, engine, stop = open_engine(artifact, slots, options)
     embeds = HIDDEN in model.executor.package.functions
-    engine.check([0], Request(1, speculate=speculate))  # refused now, not at the first text
+    small = open_draft(draft, model.executor, lambda: model.tokenizer)
+    engine.check([0], Request(1, speculate=speculate, draft=small))  # refused now, not later
     digests = [part.sha256 for _, part in sorted(model.artifact.manifest.parts.items())]
     fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
     routing = RoutingWatch(model.executor) if model.executor.package.recorded else None
     uncounted = UNCOUNTED_STORE if model.artifact.package.recorded else UNCOUNTED
     return Service(
         name, fingerprint, engine, model.tokenizer, stop, queue, families, routing, uncounted,
-        speculate, partial(embed, model.executor, pooling=pooling) if embeds else None,
+        speculate, small, partial(embed, model.executor, pooling=pooling) if embeds else None,
         NO_EMBEDDINGS,
     )  # fmt: skip

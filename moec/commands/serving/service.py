@@ -19,13 +19,14 @@ from moec.runtime.text.engine import Engine
 from moec.runtime.text.guide import Guide
 from moec.runtime.text.prompt import Tokenizer
 from moec.runtime.text.request import AUTO, Request
+from moec.runtime.text.speculation.draft import Draft
 
 
 @dataclass
 class Service:
     """A model being served. `used` of the `places` are taken by texts that run or wait, counted in
     the event loop alone. `stop` are the tokens that end a text, `fingerprint` that of the code and
-    weights. `families` are the metrics of the server. `speculate` is that of every
+    weights. `families` are the metrics of the server. `speculate` and `draft` are those of every
     request. `routing` counts the tokens of experts, `embed` gives the embedding of a text; or
     `no_routing` and `no_embeddings` say why nothing does."""
 
@@ -39,6 +40,7 @@ class Service:
     routing: RoutingWatch | None = None
     no_routing: str = ""
     speculate: int | str = AUTO
+    draft: Draft | None = None
     embed: Callable[[Sequence[int]], Array] | None = None
     no_embeddings: str = ""
     used: int = 0
@@ -125,6 +127,7 @@ class Service:
             scores_prompt=fields.echo and fields.scores is not None,
             guide=guide,
             speculate=self.speculate,
+            draft=self.draft,
         )
         try:
             self.engine.check(prompt, request)

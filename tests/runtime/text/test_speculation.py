@@ -19,9 +19,9 @@ from moec.runtime.expert_store.native import StoreOptions
 from moec.runtime.expert_store.start import start_with_slots
 from moec.runtime.text.engine import CANCELLED, FAILED, LENGTH, STOP, Continuation, Engine
 from moec.runtime.text.generate import generate
-from moec.runtime.text.guesses import MEMORY, MOST, Guesses
 from moec.runtime.text.request import AUTO, OFF, Request
 from moec.runtime.text.sampling import Sampling
+from moec.runtime.text.speculation.guesses import MEMORY, MOST, Guesses
 from tests.models.other_families import OTHER_FAMILIES
 from tests.once import Once
 from tests.runtime.expert_store.models import LAYERS, artifact
@@ -34,7 +34,7 @@ class AnyRows(Account):
         super().__init__()
         self._random = random.Random(seed)
 
-    def rows(self, guesses: Any) -> int:
+    def rows(self, guesses: Any, cost: float = 0.0) -> int:
         return self._random.randint(1, ROWS[-1])
 
 
@@ -222,24 +222,24 @@ def test_nothing_is_guessed_while_routing_is_recorded(tiny: moec.CompiledModel) 
 
 def test_guesses_are_what_followed_the_last_time() -> None:
     guesses = Guesses([1, 2, 3, 4, 9, 2, 3, 5, 6, 7, 8, 1, 2])
-    assert guesses.next() == [3, 4, 9, 2, 3, 5, 6]  # after 1, 2
+    assert guesses.next(MOST) == [3, 4, 9, 2, 3, 5, 6]  # after 1, 2
     guesses.add(3)  # right, so that the others may be
-    assert guesses.next() == [4, 9, 2, 3, 5, 6]
+    assert guesses.next(MOST) == [4, 9, 2, 3, 5, 6]
     assert guesses.chance == 1 / MEMORY
     guesses.add(8)  # wrong; 3, 8 never occurred
-    assert guesses.next() == []
+    assert guesses.next(MOST) == []
     assert guesses.chance == 1 / MEMORY * (1 - 1 / MEMORY)
     for token in (2, 3):
         guesses.add(token)
-    assert guesses.next()[:2] == [8, 2]  # the latest 2, 3 was before 8 again
-    assert Guesses([4, 2, 3, 5, 2, 3, 6, 4, 2, 3]).next()[:1] == [5]  # three tokens before two
+    assert guesses.next(MOST)[:2] == [8, 2]  # the latest 2, 3 was before 8 again
+    assert Guesses([4, 2, 3, 5, 2, 3, 6, 4, 2, 3]).next(MOST)[:1] == [5]  # three tokens before two
 
 
 def test_guesses_of_a_loop_go_on() -> None:
-    assert Guesses([7, 8, 9, 7, 8, 9, 7, 8]).next() == [9, 7, 8, 9, 7, 8, 9]
-    assert Guesses([7] * 4).next() == [7] * MOST
+    assert Guesses([7, 8, 9, 7, 8, 9, 7, 8]).next(MOST) == [9, 7, 8, 9, 7, 8, 9]
+    assert Guesses([7] * 4).next(MOST) == [7] * MOST
     for short in ([], [1], [1, 1], [1, 2, 3]):
-        assert Guesses(short).next() == []
+        assert Guesses(short).next(MOST) == []
 
 
 def times(account: Account, seconds: dict[int, float], texts: int = 1) -> None:

@@ -36,8 +36,16 @@ class Guesses:
             if self._pays:
                 self.chance += (right - self.chance) / MEMORY
 
-    def next(self) -> list[int]:
-        """The next tokens; none where the last tokens are new."""
+    @property
+    def count(self) -> int:
+        """How many tokens can be guessed; none where the last tokens are new."""
+        return len(self._look_up())
+
+    def next(self, count: int) -> list[int]:
+        """The next tokens, at most `count`."""
+        return self._look_up()[:count]
+
+    def _look_up(self) -> list[int]:
         if not self._next and self._most:
             for length in LENGTHS:
                 if end := self._ends.get(tuple(self._text[-length:])):

@@ -1,0 +1,1 @@
+"""Guesses of the next tokens of a text, which a call of the model verifies."""
