@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import Any
 
-from moec.files.printable import preformatted, printable
-from moec.plan.report.text import columns
+from moec.files.printable import columns, preformatted, printable
 from moec.report.data import MovedLine
 from moec.report.module_paths import spans
 from moec.report.units import size
