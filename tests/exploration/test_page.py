@@ -14,10 +14,11 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import moec
 from moec.exploration.explore import page_data
-from moec.exploration.explored_model import ExploredModel, GraphStep
+from moec.exploration.explored_model import ExploredModel
 from moec.exploration.page import page as html_of
 from moec.ir.text import parse
 from moec.report.data import Block, DeclinedLine
+from moec.report.pass_graphs.table import GraphStep
 from moec.report.report import Report, describe_graph
 from tests.exploration.conftest import Files
 from tests.exploration.test_explore import DECLINED_LINE, planned
@@ -126,6 +127,24 @@ def test_a_block_opens_the_change_that_recognised_it(model_page: str, open_page:
     page.get_by_role("button", name="layers.2", exact=True).click()
     expect(page.locator(".group", has_text="layers.2")).to_have_attribute("aria-expanded", "true")
     assert page.locator(".row.ins").count() == 7
+
+
+def test_an_artifact_that_kept_its_passes(
+    compiled_tiny_moe: moec.CompiledModel, tmp_path: Path, open_page: Open
+) -> None:
+    """Its passes open, and kernels lead to ops of the last graph."""
+    compiled_tiny_moe.save(tmp_path / "tiny.moec", keep_passes=True)
+    page = open_page(moec.explore(tmp_path / "tiny.moec"))
+    tab(page, "Graph")
+    page.locator(".passes").get_by_role("button", name="recognise-routers").click()
+    page.locator(".group").nth(1).click()
+    assert any("moe.route" in text for text in page.locator(".row.ins").all_text_contents())
+    tab(page, "Kernels")
+    page.locator("td .link", has_text="moe.experts").or_(
+        page.locator("td .link", has_text="grouped.linear")
+    ).first.click()
+    expect(page.locator("#details")).to_contain_text(re.compile(r"call \d+ of main"))
+    expect(page.locator("#line")).to_have_text(re.compile(r"moe\.py:\d+"))
 
 
 def test_search(model_page: str, open_page: Open) -> None:
