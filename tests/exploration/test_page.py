@@ -17,6 +17,7 @@ from moec.exploration.explore import page_data
 from moec.exploration.explored_model import ExploredModel
 from moec.exploration.page import page as html_of
 from moec.ir.text import parse
+from moec.passes.core.choice_line import ChoiceLine
 from moec.report.data import Block, DeclinedLine
 from moec.report.pass_graphs.table import GraphStep
 from moec.report.report import Report, describe_graph
@@ -267,6 +268,7 @@ def hostile_model() -> ExploredModel:
         blocks=(Block(HOSTILE, 4, 2, HOSTILE, HOSTILE, HOSTILE, 8, 4),),
         declined=(DeclinedLine(HOSTILE, HOSTILE, HOSTILE),),
         notes=(HOSTILE,),
+        choices=(ChoiceLine(HOSTILE, HOSTILE, 2_500, 0.125, 0.25),),
         **describe_graph(graph, {}),
     )
     return ExploredModel(HOSTILE, report, {"main": [GraphStep(HOSTILE, graph)]}, ())
@@ -277,6 +279,8 @@ def test_names_are_never_html(open_page: Open) -> None:
     page = open_page(html_of(data))
     assert "<img src=x onerror=document.title=1>" in page.title()
     expect(page.locator("#title")).to_contain_text("<img src=x")
+    chosen = page.locator("table", has_text="bytes saved").locator("tbody td")
+    assert chosen.all_text_contents()[2:] == ["2.5 kB", "0.125", "25 %"]
     for button in page.get_by_role("tab").all():
         button.click()
         for group in page.locator(".group").all():
