@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def of_artifact(path: Path) -> ExploredModel:
     for name in package.functions:
         if not name.startswith(RECORDED):
             graph = stored_graph(path, name, opened.graph(name))
-            graphs[name] = _with_lines(graph, package.calls.get(name, ()))
+            graphs[name] = with_lines(graph, package.calls.get(name, ()))
     passes = opened.part(PASSES) if PASSES in manifest.parts else None
     return ExploredModel(
         path.name,
@@ -87,7 +87,7 @@ def of_compiled(compiled: CompiledModel) -> ExploredModel:
     )
 
 
-def _with_lines(graph: Graph, calls: Sequence[KernelCall]) -> Graph:
+def with_lines(graph: Graph, calls: Iterable[KernelCall]) -> Graph:
     """The graph with the user's lines, which its text lacks and the calls of kernels have."""
     lines = {name: call.line for call in calls for name in call.ops}
     ops = (replace(op, line=lines.get(op.outputs[0].name, "")) for op in graph.ops)

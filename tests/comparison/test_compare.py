@@ -17,6 +17,7 @@ import moec
 from moec import __main__ as front
 from moec.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
 from moec.errors import ArtifactError, InputError, UsageError
+from tests.exploration import modules
 from tests.once import Once
 
 LAYERS, EXPERTS, VOCABULARY = 2, 8, 100
@@ -248,6 +249,53 @@ def test_models_without_text(once: Once) -> None:
         moec.compare(one, two, prompt_tokens=3)
 
 
+def test_a_compiled_model_beside_an_artifact(once: Once, temporary_files: Path) -> None:
+    """It is compared as the artifact that it would be saved as, which is removed."""
+    torch.manual_seed(0)
+    model = moec.compile(Scaled(1).eval(), (torch.zeros(3, 8),), verify=False)
+    two = other_model(once, "scaled2", Scaled, 2)
+    assert not any(temporary_files.iterdir())
+    for pair, error in (((model, two), 1.0), ((two, model), 0.5)):
+        comparison = moec.compare(*pair, time=True)
+        assert comparison.outputs[0].error == pytest.approx(error, rel=1e-5)
+        assert comparison.times["call"]["a"] > 0
+        names = ("Scaled", "scaled2.moec")
+        assert set(facts(comparison)["artifact", ""]) == set(names)
+        assert not any(temporary_files.iterdir())
+    with pytest.raises(UsageError, match="the model was not built: leave out stop_after"):
+        moec.compare(moec.compile(Scaled(1).eval(), (torch.zeros(3, 8),), build=False), two)
+
+
+@pytest.fixture(scope="session")
+def blocks(once: Once) -> Path:
+    def write(folder: Path) -> None:
+        module, arguments = modules.stack()
+        model = moec.compile(module, arguments, record_routing=True, verify=False)
+        model.save(folder / "blocks.moec")
+
+    return once("compared-blocks", write) / "blocks.moec"
+
+
+def test_the_command_with_a_model(blocks: Path, tmp_path: Path) -> None:
+    """It gets the functions of the artifact, so that routing is compared, and is verified."""
+    model, page = f"{modules.__file__}:stack", tmp_path / "page.html"
+    for pair in ((model, blocks), (blocks, model)):
+        result = run(*pair, "--json", "-o", page)
+        assert result.exit_code == 0, result.stderr
+        data = json.loads(result.stdout)
+        assert data["outputs"][0]["error"] == 0
+        assert set(data["routing"].values()) == {1.0}
+        assert "graphs" not in data
+        rows = {(f["subject"], f["name"]): {f["a"], f["b"]} for f in data["facts"]}
+        assert rows["functions", ""] == {"main, recorded"}
+        assert rows["artifact", ""] == {"stack", "blocks.moec"}
+        (errors,) = (values for (subject, _), values in rows.items() if "eager" in subject)
+        assert len(errors) == 2  # of the artifact it is not known
+        assert None in errors
+        assert json.dumps(data["outputs"]).replace(" ", "") in page.read_text()
+    assert run(blocks, blocks, "-o", page, "-q").output == ""
+
+
 def test_complex_and_scalar_outputs(once: Once) -> None:
     """|(y + 3iy) - (y + iy)| / |y + iy| = 2 / sqrt(2)."""
     one, three = (other_model(once, f"complex{n}", Complex, n) for n in (1, 3))
@@ -275,7 +323,9 @@ def test_refusals(plain: Path, tmp_path: Path, tiny_moe: Path) -> None:
         moec.compare(plain, plain, prompt="a", prompt_tokens=3)
     for arguments, sentence in (
         ((plain, tmp_path / "none.moec"), "none.moec"),
-        ((plain, tiny_moe), "manifest.json): compile it"),
+        ((tiny_moe, tiny_moe), "is an artifact: compile one of them first"),
+        ((plain, plain, "--dtype", "bf16"), "--dtype is of models, and both are artifacts: leave"),
+        ((plain, plain, "-o", "x.txt"), "-o x.txt: the name must end in .html"),
         ((plain, plain, "--prompt", "a"), "tokenizer"),
         ((plain, plain, "-i", tmp_path / "none.npz"), "there is no such file"),
     ):

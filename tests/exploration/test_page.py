@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import moec
+from moec.comparison.comparison import ArtifactComparison
 from moec.exploration.explore import page_data
 from moec.exploration.explored_model import ExploredModel
 from moec.exploration.page import page as html_of
@@ -21,6 +23,7 @@ from moec.passes.core.choice_line import ChoiceLine
 from moec.report.data import Block, DeclinedLine
 from moec.report.pass_graphs.table import GraphStep
 from moec.report.report import Report, describe_graph
+from tests.comparison.test_compare import FIXED
 from tests.exploration.conftest import Files
 from tests.exploration.test_explore import DECLINED_LINE, planned
 
@@ -148,6 +151,54 @@ def test_an_artifact_that_kept_its_passes(
     expect(page.locator("#line")).to_have_text(re.compile(r"moe\.py:\d+"))
 
 
+def compared() -> ArtifactComparison:
+    """FIXED, with graphs of which B's has one other op, and a third of B alone."""
+    one, two = (
+        parse(f"""
+        graph main(x: f32[T, 8]) {{
+          size T in [0, 8]
+          y: f32[T, 8] = aten.relu.default(x) @ layers.0
+          z: f32[T, 8] = aten.{name}.default(y) @ layers.1
+          return z
+        }}
+        """)
+        for name in ("exp", "neg")
+    )
+    steps = (GraphStep("A", one), GraphStep("B", two))
+    return replace(FIXED, graphs={"main": steps, "decode": steps[1:]})
+
+
+def test_a_comparison(open_page: Open) -> None:
+    page = open_page(compared().page())
+    assert page.get_by_role("tab").all_text_contents() == ["Comparison", "Graph"]
+    main = page.locator("main")
+    expect(main).to_contain_text("Both ran on 1 x input_ids[1, 256].")
+    expect(page.locator(".card")).to_have_text("something else is not compared")
+    rows = [" ".join(row.locator("td").all_text_contents()) for row in page.locator("tr").all()]
+    for row in (
+        "logits 0.0151 7 256 0.123 0.660 0.00141",
+        "hidden 0.00 0 256 0.00 1.00 -",
+        "layers.1.mlp 98 % ",
+        "decode step 0.580 0.547 0.930 0.830 1.11",
+        "bytes experts 6.3 MB 3.2 MB",
+        "kernels grouped 4 -",
+        "layers.1.down_proj.packed 2, 3, 4, 7",
+        "norm.weight -",
+    ):
+        assert row in rows
+    tab(page, "Graph")  # which opens at the difference
+    expect(page.locator("main")).to_contain_text("1 layer unchanged")
+    page.locator(".group", has_text="layers.1").click()
+    assert "aten.exp" in page.locator(".row.del").inner_text()
+    page.locator(".row.ins").click()
+    expect(page.locator("#details")).to_contain_text("sinceB")
+    page.get_by_label("Search").fill("relu")
+    expect(page.locator("main h2").first).to_have_text("1 op in main, of B")
+    page.keyboard.press("Escape")
+    page.get_by_label("Function").select_option("decode")  # A has none
+    assert page.locator(".group").count() == 2
+
+
 def test_search(model_page: str, open_page: Open) -> None:
     page = open_page(model_page)
     page.keyboard.press("/")
@@ -244,7 +295,7 @@ def test_on_a_phone_the_op_is_above_its_details(model_page: str, open_page: Open
 
 def test_a_phone(model_page: str, artifact_page: str, open_page: Open) -> None:
     """No view is wider than the screen: tables scroll by themselves."""
-    for html in (model_page, artifact_page):
+    for html in (model_page, artifact_page, compared().page()):
         page = open_page(html, viewport={"width": 390, "height": 844})
         for button in page.get_by_role("tab").all():
             button.click()
