@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import moec
@@ -26,6 +27,8 @@ from moec.report.report import Report, describe_graph
 from tests.comparison.test_compare import FIXED
 from tests.exploration.conftest import Files
 from tests.exploration.test_explore import DECLINED_LINE, planned
+from tests.models.families import FAMILIES
+from tests.onnx_source.test_files import D, Sorted, export
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -264,6 +267,34 @@ def test_kernels_weights_routing_and_plan(artifact_page: str, open_page: Open) -
     tab(page, "Plan")
     expect(page.locator("tbody tr").first).to_have_text("0TP 1EP 2flat81.002.500 ms")
     expect(page.locator("tbody tr").last).to_have_text("1TP 2dense1.000 ms")
+
+
+def some_model(name: str, folder: Path) -> moec.CompiledModel:
+    """A family with one layer, or an ONNX file, after all passes."""
+    options = {"verify": False, "stop_after": "fold-permutes"}
+    if name == "onnx":
+        path = export(Sorted(), folder / "model.onnx", torch.randn(2, 5, D))
+        return moec.compile(str(path), **options)
+    family = FAMILIES[name].one_layer()
+    return moec.compile(family.build(), (), family.inputs(2, 5), **options)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "mixtral", "onnx"])
+def test_each_view_of_other_models(name: str, tmp_path: Path, open_page: Open) -> None:
+    """Every pass, and an op before and after it, opens without an error."""
+    page = open_page(moec.explore(some_model(name, tmp_path)))
+    assert page.evaluate("() => performance.getEntriesByType('navigation')[0].domInteractive") < 2e3
+    expect(page.locator("main")).to_contain_text("1 MoE block")
+    page.locator("tbody .link").first.click()  # the block, where it was recognised
+    page.locator(".row.ins", has_text="moe.experts").click()
+    expect(page.locator("#details h2")).to_have_text("moe.experts")
+    for change in page.locator(".passes button").all():
+        change.click()
+        if page.locator(".group").count():
+            page.locator(".group").first.click()
+            page.locator(".row").last.click()
+    for button in page.get_by_role("tab").all():
+        button.click()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
