@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from moec.comparison.comparison import ArtifactComparison, ComparedFact
+from moec.comparison.graphs import aligned
 from moec.exploration.explored_model import with_lines
 from moec.ir.graph import Graph
 from moec.model.load import LoadedModel
@@ -18,6 +19,8 @@ from moec.report.weight_formats import weight_formats
 from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import DECODE, MAIN
 
+Graphs = Mapping[str, Graph]
+Steps = tuple[GraphStep, ...]
 COMPLETE = (  # also if equal
     "artifact", "target", "blocks", "functions", "error against eager", "format", "bytes",
 )  # fmt: skip
@@ -30,15 +33,7 @@ def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
         for m in (a, b)
     ]
     one, two = _properties(a, graphs[0]), _properties(b, graphs[1])
-    steps: dict[str, tuple[GraphStep, ...]] = {}
-    for name in dict.fromkeys((*graphs[0], *graphs[1])):
-        # Lines are those of kernels, and the same op may be in another kernel, or in none.
-        calls = [c for m in (a, b) for c in m.artifact.package.calls.get(name, ())]
-        steps[name] = tuple(
-            GraphStep(side, with_lines(held[name], calls))
-            for side, held in zip("AB", graphs, strict=True)
-            if name in held
-        )
+    steps = {name: _steps((a, b), graphs, name) for name in dict.fromkeys((*graphs[0], *graphs[1]))}
     facts = tuple(
         ComparedFact(subject, name, ours.get(name), theirs.get(name))
         for subject in dict.fromkeys((*one, *two))
@@ -48,6 +43,18 @@ def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
     )
     altered = _altered(a, b, weight_formats(graphs[0][MAIN]).get("experts", {}))
     return ArtifactComparison(facts, altered, graphs=steps)
+
+
+def _steps(models: Sequence[LoadedModel], graphs: Sequence[Graphs], name: str) -> Steps:
+    """The graphs of one function, with lines."""
+    known = [
+        with_lines(of[name], model.artifact.package.calls.get(name, ()))
+        for model, of in zip(models, graphs, strict=True)
+        if name in of
+    ]
+    sides = [side for side, of in zip("AB", graphs, strict=True) if name in of]
+    shown = known if len(known) < 2 else aligned(*known)
+    return tuple(GraphStep(side, graph) for side, graph in zip(sides, shown, strict=True))
 
 
 def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, dict[str, Any]]:

@@ -169,7 +169,9 @@ class CompiledModel(TextModel, Compilation):
         from moec.runtime.artifact import artifact
 
         package, report = self._package(), self.report()
-        kept = passes_part(self.pass_results, report.declined) if keep_passes else None
+        files = dict(self.source.files)
+        if keep_passes:
+            files[artifact.PASSES] = passes_part(self.pass_results, report.declined)
         checked = self.checked
         with self.source.memory.reading():
             artifact.write(
@@ -179,7 +181,7 @@ class CompiledModel(TextModel, Compilation):
                 samples=self._samples(package),
                 tolerance=checked.tolerance if checked else default_tolerance(self.graph),
                 extra={"report": report.to_dict()},
-                files={**self.source.files, **({artifact.PASSES: kept} if kept else {})},
+                files=files,
                 native=native,
                 overwrite=overwrite,
                 for_gpu=self.for_gpu,

@@ -17,6 +17,7 @@ import moec
 from moec import __main__ as front
 from moec.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
 from moec.errors import ArtifactError, InputError, UsageError
+from moec.report.pass_graphs.table import GraphTable
 from tests.exploration import modules
 from tests.once import Once
 
@@ -140,6 +141,18 @@ def test_int8_beside_float32(plain: Path, int8: Path) -> None:
     assert line.kl is not None
     assert 0 < line.kl < line.error
     assert min(comparison.routing.values()) > 0.5
+
+
+def test_graphs_differ_where_ops_do(plain: Path, int8: Path) -> None:
+    """In both products of a layer's experts alone: the numbers in names of values are others in
+    `decode`, and some ops are in other kernels, whose lines they have."""
+    graphs = moec.compare(plain, int8, prompt_tokens=4).graphs
+    assert set(graphs) == {"main", "decode"}
+    for steps in graphs.values():
+        assert [step.name for step in steps] == ["A", "B"]
+        assert sum(bool(op.line) for op in steps[0].graph.ops) > 10
+        _, b = GraphTable().steps(steps)
+        assert sum(removed for _, removed, _ in b.hunks) == 2 * LAYERS
 
 
 def test_numbers_by_their_definitions(plain: Path, other: Path) -> None:

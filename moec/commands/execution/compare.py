@@ -44,7 +44,7 @@ OF_ARTIFACTS = ("a", "b", "inputs", "prompt", "prompt_tokens", "time", "output",
 @click.option("--time", is_flag=True, help="Time both in turn: prefill and decode, or calls.")
 @click.option(
     "-o", "--output", type=OutputFile(".html"), metavar="FILE.html",
-    help="Write a page too, with the graphs of both beside each other.",
+    help="Write a page too, with the graphs of both side by side.",
 )  # fmt: skip
 @json_option
 @quiet_option
