@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from dataclasses import dataclass, field
@@ -63,5 +64,6 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
     module = types.ModuleType("moec.api")
     module.compile = fake.compile  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moec.api", module)
+    importlib.import_module("moec.capture.doors")  # which would keep the function of a moment
     monkeypatch.setattr(model_path, "kind_of_model", lambda text: "checkpoint")
     return fake
