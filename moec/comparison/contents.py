@@ -47,13 +47,13 @@ def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
 
 def _steps(models: Sequence[LoadedModel], graphs: Sequence[Graphs], name: str) -> Steps:
     """The graphs of one function, with lines."""
-    known = [
+    lined = [
         with_lines(of[name], model.artifact.package.calls.get(name, ()))
         for model, of in zip(models, graphs, strict=True)
         if name in of
     ]
     sides = [side for side, of in zip("AB", graphs, strict=True) if name in of]
-    shown = known if len(known) < 2 else aligned(*known)
+    shown = lined if len(lined) < 2 else aligned(*lined)
     return tuple(GraphStep(side, graph) for side, graph in zip(sides, shown, strict=True))
 
 

@@ -38,12 +38,12 @@ def _changed(graph: Graph, names: Mapping[Value, str], lines: Mapping[Op, str]) 
     """The graph with other names and lines; a name that another value gets has a prime."""
     new = {value: value for value in (*graph.inputs, *graph.params)}
     used = {value.name for value in new}
-    given = set(names.values())
+    shared = set(names.values())
     ops = []
     for op in graph.ops:
         for value in op.outputs:
             name = names.get(value, value.name)
-            while name in used or (value not in names and name in given):
+            while name in used or (value not in names and name in shared):
                 name += "'"
             used.add(name)
             new[value] = replace(value, name=name)

@@ -54,8 +54,8 @@ class FakeCompiled:
     def report(self) -> Report:
         return models.report()
 
-    def save(self, path: Path, overwrite: bool = True) -> None:
-        path.write_text("artifact")
+    def save(self, path: Path, overwrite: bool = True, keep_passes: bool = False) -> None:
+        path.write_text("artifact with passes" if keep_passes else "artifact")
 
 
 @pytest.fixture

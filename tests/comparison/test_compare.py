@@ -18,7 +18,6 @@ from moec import __main__ as front
 from moec.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.report.pass_graphs.table import GraphTable
-from tests.exploration import modules
 from tests.once import Once
 
 LAYERS, EXPERTS, VOCABULARY = 2, 8, 100
@@ -279,34 +278,37 @@ def test_a_compiled_model_beside_an_artifact(once: Once, temporary_files: Path) 
         moec.compare(moec.compile(Scaled(1).eval(), (torch.zeros(3, 8),), build=False), two)
 
 
-@pytest.fixture(scope="session")
-def blocks(once: Once) -> Path:
-    def write(folder: Path) -> None:
-        module, arguments = modules.stack()
-        model = moec.compile(module, arguments, record_routing=True, verify=False)
-        model.save(folder / "blocks.moec")
+BLOCK = """
+import torch
+from tests.exploration.modules import Routed
 
-    return once("compared-blocks", write) / "blocks.moec"
+def model():
+    torch.manual_seed(0)
+    return Routed().eval(), (torch.randn(8, 16),)
+"""
 
 
-def test_the_command_with_a_model(blocks: Path, tmp_path: Path) -> None:
+def test_the_command_with_a_model(tmp_path: Path) -> None:
     """It gets the functions of the artifact, so that routing is compared, and is verified."""
-    model, page = f"{modules.__file__}:stack", tmp_path / "page.html"
-    for pair in ((model, blocks), (blocks, model)):
-        result = run(*pair, "--json", "-o", page)
-        assert result.exit_code == 0, result.stderr
-        data = json.loads(result.stdout)
-        assert data["outputs"][0]["error"] == 0
-        assert set(data["routing"].values()) == {1.0}
-        assert "graphs" not in data
-        rows = {(f["subject"], f["name"]): {f["a"], f["b"]} for f in data["facts"]}
-        assert rows["functions", ""] == {"main, recorded"}
-        assert rows["artifact", ""] == {"stack", "blocks.moec"}
-        (errors,) = (values for (subject, _), values in rows.items() if "eager" in subject)
-        assert len(errors) == 2  # of the artifact it is not known
-        assert None in errors
-        assert json.dumps(data["outputs"]).replace(" ", "") in page.read_text()
-    assert run(blocks, blocks, "-o", page, "-q").output == ""
+    source, artifact, page = (tmp_path / name for name in ("block.py", "block.moec", "page.html"))
+    source.write_text(BLOCK)
+    compiled = moec.compile(f"{source}:model", record_routing=True, verify=False)
+    compiled.save(artifact)
+    result = run(f"{source}:model", artifact, "--json", "-o", page)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["outputs"][0]["error"] == 0
+    assert list(data["routing"].values()) == [1.0]
+    assert "graphs" not in data
+    rows = {(f["subject"], f["name"]): (f["a"], f["b"]) for f in data["facts"]}
+    assert rows["functions", ""] == ("main, recorded", "main, recorded")
+    assert rows["artifact", ""] == ("model", "block.moec")
+    ((error, unknown),) = (sides for (subject, _), sides in rows.items() if "eager" in subject)
+    assert float(error) < 1e-4
+    assert unknown is None
+    assert "<title>model and block.moec</title>" in page.read_text()
+    assert run(artifact, artifact, "-o", page, "-q").output == ""
+    assert "<title>block.moec and block.moec</title>" in page.read_text()
 
 
 def test_complex_and_scalar_outputs(once: Once) -> None:
