@@ -1,4 +1,5 @@
-"""Writes the pictures of docs/explore.md: docs/images/explore_declined.png and explore_routing.png.
+"""Writes the pictures of docs/explore.md and docs/compare.md: docs/images/explore_declined.png,
+explore_routing.png and compare_graphs.png.
 
 python -m docs.explore_pictures
 """
@@ -39,6 +40,22 @@ def routing(browser: Browser, folder: Path) -> Page:
         model.generate("def read_lines(path):", max_new_tokens=80)
     page = opened(browser, folder, moec.explore(artifact, trace=recorder.trace()), "dark")
     page.get_by_role("tab", name="Routing").click()
+    page.set_viewport_size({"width": 1240, "height": 720})
+    return page
+
+
+def graphs(browser: Browser, folder: Path) -> Page:
+    """tiny_moe in bf16 and in int8, at the experts of a layer."""
+    checkpoint = DOCS.parent / "examples" / "tiny_moe" / "checkpoint"
+    paths = folder / "bf16.moec", folder / "int8.moec"
+    for path, quant in zip(paths, (None, "int8"), strict=True):
+        moec.compile(checkpoint, quant=quant, verify=False).save(path)
+    page = opened(browser, folder, moec.compare(*paths).page(), "light")
+    page.get_by_role("tab", name="Graph").click()
+    page.locator(".group").first.click()
+    page.locator(".row.ins").first.scroll_into_view_if_needed()
+    page.mouse.wheel(0, 150)
+    page.wait_for_timeout(200)
     return page
 
 
@@ -54,8 +71,8 @@ def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for view in (declined, routing):
-            picture = DOCS / "images" / f"explore_{view.__name__}.png"
+        for view, name in ((declined, "explore"), (routing, "explore"), (graphs, "compare")):
+            picture = DOCS / "images" / f"{name}_{view.__name__}.png"
             view(browser, Path(folder)).screenshot(path=picture)
         browser.close()
 

@@ -54,7 +54,10 @@ COMMANDS = {
         "Measure perplexity, KL and accuracy of models.",
     ),
     "profile": ("moec.commands.execution.profile", "Time each kernel of an artifact."),
-    "compare": ("moec.commands.execution.compare", "Compare two artifacts."),
+    "compare": (
+        "moec.commands.execution.compare",
+        "Compare two artifacts, or a model and an artifact.",
+    ),
     "plan": ("moec.commands.plan", "Plan how a model runs on many devices."),
     "routing": ("moec.commands.routing", "Show which experts a recorded routing chose."),
     "doctor": ("moec.commands.doctor", "Check this machine and say how to fix what is wrong."),

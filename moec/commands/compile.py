@@ -87,6 +87,10 @@ LOGGER = logging.getLogger(__name__)
     help="Include the code for /v1/embeddings of `moec serve`; it needs no further weights.",
 )  # fmt: skip
 @click.option(
+    "--keep-passes", is_flag=True,
+    help="Include the graph after each pass for `moec explore`, with the lines of your code.",
+)  # fmt: skip
+@click.option(
     "--tune", is_flag=True,
     help="Measure variants of the kernels on this machine, use the fastest, and remember them.",
 )  # fmt: skip
@@ -246,7 +250,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
         )
         if request.builds and request.output is not None:
             progress.phase("save")
-            compiled.save(request.output, overwrite=request.force)
+            compiled.save(request.output, overwrite=request.force, keep_passes=request.keep_passes)
         if request.emit is not None:
             _write_code(compiled, request.emit)
     _note_times(request, compiled, progress.times())

@@ -64,7 +64,7 @@ def command(
     from moec.export.checkpoint import convert, parse_conversion
 
     formats = parse_conversion(quant)
-    with Progress(quiet=quiet or as_json) as progress:
+    with Progress(quiet or as_json, plan={"read": 2.0, "write": 7.0}) as progress:
         converted = convert(Path(model), output, formats, progress=progress.phase)
     if as_json:
         click.echo(json.dumps(asdict(converted), indent=1))

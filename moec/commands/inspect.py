@@ -84,8 +84,9 @@ def _show_ranks(folder: Path, as_json: bool) -> None:
     """The plan, and what each rank has."""
     import msgspec
 
+    from moec.files.printable import columns
     from moec.parallel.store import read_plan
-    from moec.plan.report.text import columns, show
+    from moec.plan.plan import show
     from moec.report.units import size
 
     plan, ranks = read_plan(folder)

@@ -166,7 +166,7 @@ def command(
 
     from moec.plan.inputs.model import read_model
     from moec.plan.placement.bound_experts import read_groups
-    from moec.plan.plan import physical_to_logical, read_plan, write_plan
+    from moec.plan.plan import physical_to_logical, read_plan, show, write_plan
     from moec.plan.report import text
     from moec.plan.report.heat_map import check_picture_name
     from moec.plan.search.uniform import best_uniform
@@ -203,7 +203,7 @@ def command(
         options = planner.candidates_of(explain)
         echo(text.explain(plan.layers[explain], options, plan.memory_limit), nl=False)
     else:
-        echo(text.show(plan), nl=False)
+        echo(show(plan), nl=False)
     if against:
         click.echo()
         echo(against, nl=False)

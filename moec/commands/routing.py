@@ -74,7 +74,7 @@ def command(
     if as_json:
         click.echo(json.dumps([layer.to_dict() for layer in layers], indent=1))
         return
-    from moec.plan.report.text import columns
+    from moec.files.printable import columns
     from moec.report.units import counted
 
     tokens = f"{counted(routing.trace.tokens, 'token')}, " if routing.trace else "counts only, "
@@ -99,7 +99,7 @@ def command(
 
 def _show_cache(source: Path, routing: ImportedRouting, *, as_json: bool) -> None:
     """The share of needed experts that are in memory, by policy and by how many experts are."""
-    from moec.plan.report.text import columns
+    from moec.files.printable import columns
     from moec.plan.simulation.residency import SHARES, hit_rates
     from moec.runtime.expert_store.native import POLICIES
 

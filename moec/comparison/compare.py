@@ -1,9 +1,9 @@
-"""`moec.compare`: two artifacts beside each other."""
+"""`moec.compare`: two artifacts, or a model and an artifact, beside each other."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from moec.comparison.comparison import ArtifactComparison, OutputLine
 from moec.comparison.contents import contents
 from moec.dtypes import FLOATS
 from moec.errors import InputError, UsageError
+from moec.model.compiled import CompiledModel
 from moec.model.load import LoadedModel, load
 from moec.report.quantisation import moved_lines
 from moec.runtime.arrays.tensor_files import read_tensors
@@ -28,25 +29,28 @@ from moec.runtime.checks import show_shape
 from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import Port
 from moec.runtime.sizes.expressions import evaluate
+from moec.temporary import temporary_folder
 
 Arrays = dict[str, Any]
 Times = Mapping[str, Mapping[str, float]]
 Results = dict[str, list[torch.Tensor]]
 TOKENS, STEPS, ROUNDS, DRAWN = 256, 16, 10, 4
 """Tokens of a random text, steps and rounds that are timed, calls of a model without text."""
+_MARGIN = 1 << 26  # bytes of graphs, samples and a tokenizer
 
 
 def compare(
-    a: LoadedModel | Path | str,
-    b: LoadedModel | Path | str,
+    a: CompiledModel | LoadedModel | Path | str,
+    b: CompiledModel | LoadedModel | Path | str,
     inputs: Mapping[str, Any] | Path | None = None,
     *,
     prompt: str | None = None,
     prompt_tokens: int | None = None,
     time: bool = False,
 ) -> ArtifactComparison:
-    """What two artifacts hold and compute: formats of weights, ops and kernels, the distance of
-    outputs and, where both were compiled with `record_routing`, choices of experts.
+    """What two artifacts, or what moec.compile returned, hold and compute: formats of weights, ops
+    and kernels, the distance of outputs and, where both were compiled with `record_routing`,
+    choices of experts.
 
     Both run on `inputs` by name or in a file, on `prompt`, or on random values: of a language model
     `prompt_tokens` token ids. Their states are reset. With `time` they are timed in turn. B is
@@ -56,15 +60,30 @@ def compare(
     """
     if sum(option is not None for option in (inputs, prompt, prompt_tokens)) > 1:
         raise UsageError("inputs, a prompt and its tokens cannot be combined: give one of them")
-    models = [each if isinstance(each, LoadedModel) else load(each) for each in (a, b)]
-    if isinstance(inputs, Path):
-        inputs = read_tensors(inputs, models[0].artifact.package.main.inputs)
-    calls = [{n: as_array(v) if torch.is_tensor(v) else v for n, v in (inputs or {}).items()}]
-    calls = _drawn(models[0], prompt, prompt_tokens) if inputs is None else calls
-    result = _with_numbers(contents(*models), models, calls)
-    if time and inputs is None and all(m.artifact.package.generation for m in models):
-        return replace(result, times=_text_times(models, prompt_tokens))
-    return replace(result, times=_call_time(models, calls[0]) if time and result.inputs else {})
+    with ExitStack() as folders:
+        models = [_loaded(each, folders) for each in (a, b)]
+        if isinstance(inputs, Path):
+            inputs = read_tensors(inputs, models[0].artifact.package.main.inputs)
+        calls = [{n: as_array(v) if torch.is_tensor(v) else v for n, v in (inputs or {}).items()}]
+        calls = _drawn(models[0], prompt, prompt_tokens) if inputs is None else calls
+        result = _with_numbers(contents(*models), models, calls)
+        times: Times = {}
+        if time and inputs is None and all(m.artifact.package.generation for m in models):
+            times = _text_times(models, prompt_tokens)
+        elif time and result.inputs:
+            times = _call_time(models, calls[0])
+        return replace(result, times=times)
+
+
+def _loaded(model: CompiledModel | LoadedModel | Path | str, folders: ExitStack) -> LoadedModel:
+    """A compiled model from a temporary artifact, which `folders` removes."""
+    if isinstance(model, CompiledModel):
+        package, name = model.ready()[0], model.source.name.replace("/", "-")
+        size = sum(array.nbytes for array in package.arrays.values()) + len(package.library)
+        path = folders.enter_context(temporary_folder(size + _MARGIN)) / name
+        model.save(path)
+        model = path
+    return model if isinstance(model, LoadedModel) else load(model)
 
 
 def _text_port(model: LoadedModel) -> Port | None:

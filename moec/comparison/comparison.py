@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any
 
-from moec.files.printable import preformatted, printable
-from moec.plan.report.text import columns
+from moec.comparison.page import comparison_page
+from moec.files.printable import columns, preformatted, printable
 from moec.report.data import MovedLine
 from moec.report.module_paths import spans
+from moec.report.pass_graphs.table import GraphStep
 from moec.report.units import size
 
 
@@ -40,7 +41,8 @@ class ArtifactComparison:
     """`altered` are the arrays of one format with other values, with the experts that differ;
     `inputs` says what both ran on; `routing` is the share of tokens with the same set of experts,
     by layer. `times` are median milliseconds of calls in turn, and of the quotient B / A in each
-    turn the median (`ratio`) and quartiles. `notes` say what is not compared, and why."""
+    turn the median (`ratio`) and quartiles. `notes` say what is not compared, and why. `graphs`
+    are those of A and B by function, for the page."""
 
     facts: tuple[ComparedFact, ...]
     altered: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -49,6 +51,7 @@ class ArtifactComparison:
     routing: Mapping[str, float] = field(default_factory=dict)
     times: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    graphs: Mapping[str, tuple[GraphStep, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         tables = (
@@ -70,7 +73,14 @@ class ArtifactComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as JSON-compatible dicts, lists and numbers."""
-        return asdict(self)
+        data = asdict(replace(self, graphs={}))
+        del data["graphs"]
+        return data
+
+    def page(self) -> str:
+        """One HTML page, which needs nothing else: the comparison, and the graphs of A and B beside
+        each other."""
+        return comparison_page(self.to_dict(), self.graphs)
 
     def _repr_html_(self) -> str:
         return preformatted(str(self))

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
 from moec.comparison.comparison import ArtifactComparison, ComparedFact
+from moec.comparison.graphs import aligned
+from moec.exploration.explored_model import with_lines
 from moec.ir.graph import Graph
 from moec.model.load import LoadedModel
 from moec.model.stored import stored_graph
+from moec.report.pass_graphs.table import GraphStep
 from moec.report.units import counted
 from moec.report.weight_formats import weight_formats
 from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import DECODE, MAIN
 
-COMPLETE = ("artifact", "target", "blocks", "functions", "format", "bytes")  # also if equal
+Graphs = Mapping[str, Graph]
+Steps = tuple[GraphStep, ...]
+COMPLETE = (  # also if equal
+    "artifact", "target", "blocks", "functions", "error against eager", "format", "bytes",
+)  # fmt: skip
 
 
 def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
@@ -26,6 +33,7 @@ def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
         for m in (a, b)
     ]
     one, two = _properties(a, graphs[0]), _properties(b, graphs[1])
+    steps = {name: _steps((a, b), graphs, name) for name in dict.fromkeys((*graphs[0], *graphs[1]))}
     facts = tuple(
         ComparedFact(subject, name, ours.get(name), theirs.get(name))
         for subject in dict.fromkeys((*one, *two))
@@ -33,15 +41,27 @@ def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
         for name in dict.fromkeys((*ours, *theirs))
         if subject in COMPLETE or ours.get(name) != theirs.get(name)
     )
-    return ArtifactComparison(
-        facts, _altered(a, b, weight_formats(graphs[0][MAIN]).get("experts", {}))
-    )
+    altered = _altered(a, b, weight_formats(graphs[0][MAIN]).get("experts", {}))
+    return ArtifactComparison(facts, altered, graphs=steps)
+
+
+def _steps(models: Sequence[LoadedModel], graphs: Sequence[Graphs], name: str) -> Steps:
+    """The graphs of one function, with lines."""
+    lined = [
+        with_lines(of[name], model.artifact.package.calls.get(name, ()))
+        for model, of in zip(models, graphs, strict=True)
+        if name in of
+    ]
+    sides = [side for side, of in zip("AB", graphs, strict=True) if name in of]
+    shown = lined if len(lined) < 2 else aligned(*lined)
+    return tuple(GraphStep(side, graph) for side, graph in zip(sides, shown, strict=True))
 
 
 def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, dict[str, Any]]:
     """Values by subject and name."""
     manifest, package = model.artifact.manifest, model.artifact.package
-    blocks = model.report().blocks
+    report = model.report()
+    blocks = report.blocks
     choices = sorted({f"{block.top_k} of {block.experts}" for block in blocks})
     formats, params = weight_formats(graphs[MAIN]), graphs[MAIN].params
     nbytes = {p.name: prod(map(int, p.shape)) * NUMPY[p.dtype].itemsize for p in params}
@@ -53,6 +73,7 @@ def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, di
         "target": {"": manifest.target_name},
         "blocks": {"": ", ".join([counted(len(blocks), "MoE block"), *choices])},
         "functions": {"": ", ".join(package.functions)},
+        "error against eager": {line.output: f"{line.error:.2g}" for line in report.verification},
         "format": {kind: ", ".join(sorted(set(of.values()))) for kind, of in formats.items()},
         "bytes": {kind: sum(nbytes[n] for n in of) for kind, of in formats.items()} | parts,
         **{f"ops of {n}": Counter(op.name for op in g.ops) for n, g in graphs.items()},

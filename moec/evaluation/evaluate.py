@@ -13,8 +13,7 @@ from moec.evaluation.estimate import Z95
 from moec.evaluation.subject import Subject, open_subject
 from moec.evaluation.tasks import TaskScore, read_tasks, score_tasks
 from moec.evaluation.text import TextScore, score_text
-from moec.files.printable import preformatted
-from moec.plan.report.text import columns
+from moec.files.printable import columns, preformatted
 from moec.report.units import counted, size
 
 

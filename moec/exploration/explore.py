@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from moec.errors import UsageError
-from moec.exploration.declined import declined_rows
 from moec.exploration.explored_model import ExploredModel, of_artifact, of_compiled
-from moec.exploration.graphs import GraphTable, ports
 from moec.exploration.kernels import kernel_rows, read_profile
 from moec.exploration.page import page
 from moec.exploration.plan import read_layers
@@ -18,6 +18,8 @@ from moec.model.compiled import CompiledModel
 from moec.model.load import LoadedModel
 from moec.plan.plan import Plan
 from moec.profile.profile import ModelProfile
+from moec.report.pass_graphs.declined import declined_row
+from moec.report.pass_graphs.table import GraphTable, ports
 from moec.runtime.call.routing_trace import RoutingTrace
 from moec.runtime.package import MAIN
 
@@ -31,11 +33,11 @@ def explore(
 ) -> str:
     """One HTML page, which needs nothing else, to see inside a compiled model or an artifact.
 
-    It has the graph after each pass and what the pass changed (of an artifact, the last graph of
-    each function), the user's line of each op, blocks that were recognised and declined with the
-    reasons, kernels and weights. `trace` is a recorded routing, `profile` the times of kernels, as
-    objects or the files of `moec run --record-routing` and `moec profile --json`; `plan` is a plan
-    of `moec plan`.
+    It has the graph after each pass and what the pass changed (of an artifact that was saved
+    without `keep_passes`, the last graph of each function), the user's line of each op, blocks that
+    were recognised and declined with the reasons, kernels and weights. `trace` is a recorded
+    routing, `profile` the times of kernels, as objects or the files of `moec run --record-routing`
+    and `moec profile --json`; `plan` is a plan of `moec plan`.
 
     Raises ArtifactError where the path is no artifact, or a damaged one, InputError where the trace
     or the profile is of another model, and UsageError where it, or the plan, cannot be read.
@@ -55,20 +57,26 @@ def page_data(
     routing = None if trace is None else read_routing(trace, model.routers(), model.name)
     times = None if profile is None else read_profile(profile, model)
     layers = None if plan is None else read_layers(plan, model)
-    table = GraphTable()
+    stored, report = model.passes, model.report
+    table = stored.table() if stored else GraphTable()
     functions = [
-        {"name": name, "steps": table.steps(steps), **ports(steps[-1].graph)}
+        {
+            "name": name,
+            "steps": stored.steps if stored and name == MAIN else table.steps(steps),
+            **ports(steps[-1].graph),
+        }
         for name, steps in model.functions.items()
     ]
-    report = model.report
+    steps = model.functions[MAIN]
+    declined = stored.declined if stored else [declined_row(d, steps) for d in report.declined]
     return {
         "title": model.name,
         "artifact": model.artifact,
         "report": report.to_dict(),
-        "functions": functions,
+        "functions": msgspec.to_builtins(functions),
         "texts": list(table.texts),
         "ops": list(table.ops),
-        "declined": declined_rows(report.declined, model.functions[MAIN]),
+        "declined": msgspec.to_builtins(declined),
         "calls": kernel_rows(model),
         "weights": [asdict(weight) for weight in model.weights],
         "profile": times,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,9 +10,11 @@ from moec.exploration.weights import WeightLine, stored_weights, weights_of
 from moec.ir.graph import Graph
 from moec.model.compiled import CompiledModel
 from moec.model.stored import stored_graph
-from moec.passes.core.runner import PassResult
 from moec.report.data import ReportData
 from moec.report.opened import open_artifact
+from moec.report.pass_graphs.stored import StoredPasses, read_passes
+from moec.report.pass_graphs.table import GraphStep, steps_of
+from moec.runtime.artifact.artifact import PASSES
 from moec.runtime.package import MAIN, KernelCall, RecordedLayer
 
 FINAL = "final graph"
@@ -21,20 +23,10 @@ RECORDED = "recorded"
 
 
 @dataclass(frozen=True)
-class GraphStep:
-    """A graph, and the pass that built it; the first is that of the capture."""
-
-    name: str
-    graph: Graph
-    stage: str = ""
-    rewrites: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
 class ExploredModel:
     """`functions` maps each function to its graph after each pass, or to the last one alone;
-    `calls` are the calls of kernels of each function, none where no code was generated."""
+    `calls` are the calls of kernels of each function, none where no code was generated. `passes`
+    are the graphs of `main` after each pass, where an artifact stores them."""
 
     name: str
     report: ReportData
@@ -43,6 +35,7 @@ class ExploredModel:
     calls: Mapping[str, tuple[KernelCall, ...]] = field(default_factory=dict)
     recorded: tuple[RecordedLayer, ...] = ()
     artifact: bool = False
+    passes: StoredPasses | None = None
 
     def routers(self) -> list[tuple[str, int]]:
         """The layers whose choices a trace of the model has, and the number of their experts."""
@@ -61,7 +54,8 @@ def of_artifact(path: Path) -> ExploredModel:
     for name in package.functions:
         if not name.startswith(RECORDED):
             graph = stored_graph(path, name, opened.graph(name))
-            graphs[name] = _with_lines(graph, package.calls.get(name, ()))
+            graphs[name] = with_lines(graph, package.calls.get(name, ()))
+    passes = opened.part(PASSES) if PASSES in manifest.parts else None
     return ExploredModel(
         path.name,
         opened.report(),
@@ -70,11 +64,12 @@ def of_artifact(path: Path) -> ExploredModel:
         {name: calls for name, calls in package.calls.items() if name in graphs},
         package.recorded,
         artifact=True,
+        passes=None if passes is None else read_passes(path, passes, len(graphs[MAIN].ops)),
     )
 
 
 def of_compiled(compiled: CompiledModel) -> ExploredModel:
-    steps = list(_steps(compiled.pass_results))
+    steps = list(steps_of(compiled.pass_results))
     package, last = compiled.package, compiled.pass_results[-1].program
     others = {
         name: [GraphStep(FINAL, program.graph)]
@@ -92,13 +87,7 @@ def of_compiled(compiled: CompiledModel) -> ExploredModel:
     )
 
 
-def _steps(results: Sequence[PassResult]) -> Iterator[GraphStep]:
-    for result in results:
-        stage, graph = result.stage.name, result.program.graph
-        yield GraphStep(result.name, graph, stage, result.rewrites, result.seconds)
-
-
-def _with_lines(graph: Graph, calls: Sequence[KernelCall]) -> Graph:
+def with_lines(graph: Graph, calls: Iterable[KernelCall]) -> Graph:
     """The graph with the user's lines, which its text lacks and the calls of kernels have."""
     lines = {name: call.line for call in calls for name in call.ops}
     ops = (replace(op, line=lines.get(op.outputs[0].name, "")) for op in graph.ops)

@@ -4,6 +4,7 @@ the header of a file comes from sizes alone."""
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from moec.files.safetensors import BITS, INDEX, SINGLE
 
+LOGGER = logging.getLogger(__name__)
 LARGEST = 5_000_000_000
 """The most bytes of a shard."""
 
@@ -55,9 +57,13 @@ def write_shards(
         folder / (SINGLE if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors")
         for i in range(count)
     ]
+    written, total = 0, sum(group.nbytes for group in groups)
     for i, (path, shard) in enumerate(zip(paths, shards, strict=True)):
         progress(f"write {i + 1}/{count} files")
-        _write(path, shard)
+        for size in _write(path, shard):
+            written += size
+            detail = f"{i + 1}/{count} files, {written / 1e9:.1f} of {total / 1e9:.1f} GB"
+            LOGGER.debug("write %s", detail, extra={"share": written / total, "detail": detail})
     if count > 1:
         weight_map = {
             tensor.name: path.name
@@ -65,7 +71,6 @@ def write_shards(
             for group in shard
             for tensor in group.tensors
         }
-        total = sum(group.nbytes for group in groups)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     return paths
@@ -83,7 +88,8 @@ def _shards(groups: Sequence[TensorGroup], largest: int) -> Iterator[list[Tensor
     yield shard
 
 
-def _write(path: Path, groups: Sequence[TensorGroup]) -> None:
+def _write(path: Path, groups: Sequence[TensorGroup]) -> Iterator[int]:
+    """Writes a file; yields the bytes of each group after it is written."""
     # Readers need aligned tensors, and files without gaps: wide elements come first.
     tensors = sorted(
         (tensor for group in groups for tensor in group.tensors), key=lambda t: -BITS[t.dtype]
@@ -104,3 +110,4 @@ def _write(path: Path, groups: Sequence[TensorGroup]) -> None:
             for tensor, data in zip(group.tensors, group.read(), strict=True):
                 file.seek(8 + len(text) + starts[tensor.name])
                 file.write(data)
+            yield group.nbytes

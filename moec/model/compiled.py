@@ -150,15 +150,28 @@ class CompiledModel(TextModel, Compilation):
         lines = tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined)
         return Picture(scene(self.source.name, self.graph, self.blocks, lines))
 
-    def save(self, path: Path | str, *, native: bool = True, overwrite: bool = True) -> None:
+    def save(
+        self,
+        path: Path | str,
+        *,
+        native: bool = True,
+        overwrite: bool = True,
+        keep_passes: bool = False,
+    ) -> None:
         """Write the artifact, with the example inputs and their outputs as a sample.
 
-        `native=False` leaves the compiled code out (see `moec run --rebuild`). Raises UsageError
-        where `path` holds something that is not an artifact, or, without `overwrite`, anything.
+        `native=False` leaves the compiled code out (see `moec run --rebuild`). `keep_passes` adds
+        the graph after each pass, with lines of the user's code, for `moec explore`. Raises
+        UsageError where `path` holds something that is not an artifact, or, without `overwrite`,
+        anything.
         """
+        from moec.report.pass_graphs.stored import passes_part
         from moec.runtime.artifact import artifact
 
-        package = self._package()
+        package, report = self._package(), self.report()
+        files = dict(self.source.files)
+        if keep_passes:
+            files[artifact.PASSES] = passes_part(self.pass_results, report.declined)
         checked = self.checked
         with self.source.memory.reading():
             artifact.write(
@@ -167,8 +180,8 @@ class CompiledModel(TextModel, Compilation):
                 graphs={name: print_graph(self.module[name].graph) for name in self.module},
                 samples=self._samples(package),
                 tolerance=checked.tolerance if checked else default_tolerance(self.graph),
-                extra={"report": self.report().to_dict()},
-                files=self.source.files,
+                extra={"report": report.to_dict()},
+                files=files,
                 native=native,
                 overwrite=overwrite,
                 for_gpu=self.for_gpu,

@@ -46,6 +46,7 @@ def report_of(compiled: Compilation) -> Report:
         phases=dict(compiled.phases),
         notes=_notes(compiled),
         damage=damage,
+        choices=tuple(line for result in compiled.pass_results for line in result.choices),
         **described,
     )
 

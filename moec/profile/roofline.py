@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,13 @@ def plot(profile: ProfileData, path: Path) -> None:
             for line in phase.kinds
             if line.flops and line.bytes
         ]
-        for number, (intensity, speed, line) in enumerate(sorted(points, key=lambda p: -p[1])):
+        height = math.inf  # of a name, in decades of speed; kernels of one token are close together
+        for intensity, speed, line in sorted(points, key=lambda p: -p[1]):
             area = 20 + 600 * line.time.seconds / phase.call.seconds
             axis.scatter(intensity, speed, area, color=colour, alpha=0.6)
-            apart = (12, 15 - 10 * number)  # kernels of one token are close together
-            style = {"xytext": apart, "textcoords": "offset points", "fontsize": 7}
-            axis.annotate(line.kernel, (intensity, speed), **style)
+            height = min(math.log10(speed), height - 0.06)
+            style = {"xytext": (12, -3), "textcoords": "offset points", "fontsize": 7}
+            axis.annotate(line.kernel, (intensity, 10**height), **style)
             intensities.append(intensity)
     reach = np.array([min(intensities) / 4, intensities[0], max(intensities) * 4])
     roof = np.minimum(limits.peak, reach * limits.bandwidth) / 1e9

@@ -9,6 +9,7 @@ from typing import Any, Self
 import msgspec
 
 from moec.errors import ArtifactError
+from moec.passes.core.choice_line import ChoiceLine
 from moec.passes.core.damage import Damage
 
 WHOLE = "(whole model)"
@@ -162,6 +163,7 @@ class ReportData:
     phases: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     damage: tuple[Damage, ...] = ()
+    choices: tuple[ChoiceLine, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-compatible dicts, lists and numbers."""

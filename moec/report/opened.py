@@ -45,8 +45,12 @@ class OpenedArtifact:
         part = graph_part(function)
         if part not in self.manifest.parts:
             raise ArtifactError(f"{self.path} holds no {part}; compile or copy the artifact again")
-        text = _verified(self.path, self.container, part, self.manifest.parts[part].sha256)
-        return bytes(text).decode(errors="replace")
+        return self.part(part).decode(errors="replace")
+
+    def part(self, name: str) -> bytes:
+        """A part that the manifest lists. Raises ArtifactError where it is missing or altered."""
+        digest = self.manifest.parts[name].sha256
+        return bytes(_verified(self.path, self.container, name, digest))
 
 
 def is_artifact(path: Path) -> bool:

@@ -15,6 +15,7 @@ from moec.ir.graph import Program, Stage
 from moec.memory.memory import InMemory
 
 if TYPE_CHECKING:
+    from moec.passes.core.choice_line import ChoiceLine
     from moec.passes.core.damage import Damage
     from moec.passes.core.rounding_stats import RoundingStats
 
@@ -35,7 +36,8 @@ class Declined:
 class Log:
     """The record of a run of passes. `spend` is called before each rewrite and counts it against
     the fuel. `damage` is the loss of quality of an approximate pass, `fits` the rounding errors of
-    calibrated codes, `says` lines for the report. `memory` is where new weights are."""
+    calibrated codes, `says` lines and `choices` rows for the report. `memory` is where new weights
+    are."""
 
     fuel: int | None = None
     rewrites: int = 0
@@ -44,6 +46,7 @@ class Log:
     damage: Damage | None = None
     fits: list[RoundingStats] = field(default_factory=list)
     says: list[str] = field(default_factory=list)
+    choices: list[ChoiceLine] = field(default_factory=list)
     memory: InMemory = field(default_factory=InMemory)
 
     def spend(self, what: str) -> bool:
@@ -117,6 +120,7 @@ class PassResult:
     kind: Kind = Kind.EXACT
     fits: tuple[RoundingStats, ...] = ()
     says: tuple[str, ...] = ()
+    choices: tuple[ChoiceLine, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -181,6 +185,7 @@ def run(
             kind=pass_.kind,
             fits=tuple(log.fits),
             says=tuple(log.says),
+            choices=tuple(log.choices),
         )
         pass_results.append(pass_result)
         LOGGER.debug("%s", pass_result)

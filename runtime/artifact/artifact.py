@@ -8,6 +8,7 @@
     weights/N.bin    one packed array each, little-endian, memory-mapped
     samples/N.bin    inputs and expected outputs for `moec run --check`
     tokenizer/*      the tokenizer's files, if the model has one
+    passes.json      the graph of main after each pass, if they were kept, for `moec explore`
     store/digests.bin  SHA-256 of each expert, if experts can stay on disk: of each array in the
                      order of `StoredExperts`
 
@@ -48,6 +49,7 @@ LIBRARY = "kernels/lib.so"
 GPU_LIBRARY = "kernels/gpu.so"
 GPU = "kernels/gpu/"
 DIGESTS = "store/digests.bin"
+PASSES = "passes.json"
 _ELF_MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
@@ -236,7 +238,7 @@ def read(
         )
         for s in manifest.samples
     )
-    inner = ("samples/", "kernels/", "graphs/", DIGESTS)
+    inner = ("samples/", "kernels/", "graphs/", DIGESTS, PASSES)
     named = {name for name in small if not name.startswith(inner)}
     return Artifact(
         path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from dataclasses import dataclass, field
@@ -53,8 +54,8 @@ class FakeCompiled:
     def report(self) -> Report:
         return models.report()
 
-    def save(self, path: Path, overwrite: bool = True) -> None:
-        path.write_text("artifact")
+    def save(self, path: Path, overwrite: bool = True, keep_passes: bool = False) -> None:
+        path.write_text("artifact with passes" if keep_passes else "artifact")
 
 
 @pytest.fixture
@@ -63,5 +64,6 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
     module = types.ModuleType("moec.api")
     module.compile = fake.compile  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "moec.api", module)
+    importlib.import_module("moec.capture.doors")  # which would keep the function of a moment
     monkeypatch.setattr(model_path, "kind_of_model", lambda text: "checkpoint")
     return fake

@@ -48,8 +48,10 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
         "-o", tmp_path / "out.moec", "--target", "avx2", "--dtype", "bf16", "-O", "1",
         "--passes", "+join-linears,-fuse-gate", "--verify", "1e-3", "--shapes", "ids=T[1..64]",
         "--calib", calib, "--budget", "kl<=0.1", "--strict", "--quant", "int4:64", "--tune",
+        "--keep-passes",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out.moec").read_text() == "artifact with passes"
     requests = compiler.request
     assert requests["model"] == "model"
     assert (requests["target"], requests["dtype"], requests["opt_level"]) == ("avx2", "bfloat16", 1)

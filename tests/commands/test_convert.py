@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -23,6 +24,7 @@ def test_writes_a_checkpoint_with_its_tokenizer(tiny_moe: Path, tmp_path: Path) 
     out = tmp_path / "out"
     result = run(tiny_moe, "--quant", "int8", "-o", out)
     assert result.exit_code == 0, result.stderr
+    assert re.search(r"\[ .* s  \d+ %, about \d+ s left\] write", result.stderr)
     assert "experts int8" in result.stdout
     assert result.stdout.splitlines()[-1].startswith(f"wrote {out} (")
     config = json.loads((out / "config.json").read_text())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from moec import __main__ as front
@@ -86,6 +87,11 @@ def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert "choose-experts: chose" in " ".join(report["notes"])
     assert len({line["format"] for line in report["quantised"]}) > 1
+    rows = {row["name"]: row for row in report["choices"]}
+    for name, choice in yaml.safe_load(text)["products"].items():
+        assert rows[name]["choice"] == choice["format"]
+        assert rows[name]["bytes_saved"] == choice["bytes_before"] - choice["bytes"]
+        assert rows[name]["damage"] == choice["damage"]
 
 
 def test_loss_against_bytes(calib: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import moec
 from moec import __main__ as front
 from moec.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
 from moec.errors import ArtifactError, InputError, UsageError
+from moec.report.pass_graphs.table import GraphTable
 from tests.once import Once
 
 LAYERS, EXPERTS, VOCABULARY = 2, 8, 100
@@ -141,6 +142,18 @@ def test_int8_beside_float32(plain: Path, int8: Path) -> None:
     assert min(comparison.routing.values()) > 0.5
 
 
+def test_graphs_differ_where_ops_do(plain: Path, int8: Path) -> None:
+    """In both products of a layer's experts alone: the numbers in names of values are others in
+    `decode`, and some ops are in other kernels, whose lines they have."""
+    graphs = moec.compare(plain, int8, prompt_tokens=4).graphs
+    assert set(graphs) == {"main", "decode"}
+    for steps in graphs.values():
+        assert [step.name for step in steps] == ["A", "B"]
+        assert sum(bool(op.line) for op in steps[0].graph.ops) > 10
+        _, b = GraphTable().steps(steps)
+        assert sum(removed for _, removed, _ in b.hunks) == 2 * LAYERS
+
+
 def test_numbers_by_their_definitions(plain: Path, other: Path) -> None:
     """In float64. moec computes them in float32, whose rounding of log-probabilities, 2**-24 of
     values below 8, may change a KL by 1e-6."""
@@ -248,6 +261,56 @@ def test_models_without_text(once: Once) -> None:
         moec.compare(one, two, prompt_tokens=3)
 
 
+def test_a_compiled_model_beside_an_artifact(once: Once, temporary_files: Path) -> None:
+    """It is compared as the artifact that it would be saved as, which is removed."""
+    torch.manual_seed(0)
+    model = moec.compile(Scaled(1).eval(), (torch.zeros(3, 8),), verify=False)
+    two = other_model(once, "scaled2", Scaled, 2)
+    assert not any(temporary_files.iterdir())
+    for pair, error in (((model, two), 1.0), ((two, model), 0.5)):
+        comparison = moec.compare(*pair, time=True)
+        assert comparison.outputs[0].error == pytest.approx(error, rel=1e-5)
+        assert comparison.times["call"]["a"] > 0
+        names = ("Scaled", "scaled2.moec")
+        assert set(facts(comparison)["artifact", ""]) == set(names)
+        assert not any(temporary_files.iterdir())
+    with pytest.raises(UsageError, match="the model was not built: leave out stop_after"):
+        moec.compare(moec.compile(Scaled(1).eval(), (torch.zeros(3, 8),), build=False), two)
+
+
+BLOCK = """
+import torch
+from tests.exploration.modules import Routed
+
+def model():
+    torch.manual_seed(0)
+    return Routed().eval(), (torch.randn(8, 16),)
+"""
+
+
+def test_the_command_with_a_model(tmp_path: Path) -> None:
+    """It gets the functions of the artifact, so that routing is compared, and is verified."""
+    source, artifact, page = (tmp_path / name for name in ("block.py", "block.moec", "page.html"))
+    source.write_text(BLOCK)
+    compiled = moec.compile(f"{source}:model", record_routing=True, verify=False)
+    compiled.save(artifact)
+    result = run(f"{source}:model", artifact, "--json", "-o", page)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["outputs"][0]["error"] == 0
+    assert list(data["routing"].values()) == [1.0]
+    assert "graphs" not in data
+    rows = {(f["subject"], f["name"]): (f["a"], f["b"]) for f in data["facts"]}
+    assert rows["functions", ""] == ("main, recorded", "main, recorded")
+    assert rows["artifact", ""] == ("model", "block.moec")
+    ((error, unknown),) = (sides for (subject, _), sides in rows.items() if "eager" in subject)
+    assert float(error) < 1e-4
+    assert unknown is None
+    assert "<title>model and block.moec</title>" in page.read_text()
+    assert run(artifact, artifact, "-o", page, "-q").output == ""
+    assert "<title>block.moec and block.moec</title>" in page.read_text()
+
+
 def test_complex_and_scalar_outputs(once: Once) -> None:
     """|(y + 3iy) - (y + iy)| / |y + iy| = 2 / sqrt(2)."""
     one, three = (other_model(once, f"complex{n}", Complex, n) for n in (1, 3))
@@ -275,7 +338,9 @@ def test_refusals(plain: Path, tmp_path: Path, tiny_moe: Path) -> None:
         moec.compare(plain, plain, prompt="a", prompt_tokens=3)
     for arguments, sentence in (
         ((plain, tmp_path / "none.moec"), "none.moec"),
-        ((plain, tiny_moe), "manifest.json): compile it"),
+        ((tiny_moe, tiny_moe), "is an artifact: compile one of them first"),
+        ((plain, plain, "--dtype", "bf16"), "--dtype is of models, and both are artifacts: leave"),
+        ((plain, plain, "-o", "x.txt"), "-o x.txt: the name must end in .html"),
         ((plain, plain, "--prompt", "a"), "tokenizer"),
         ((plain, plain, "-i", tmp_path / "none.npz"), "there is no such file"),
     ):

@@ -23,11 +23,12 @@ import moec
 from moec import __main__ as front
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.exploration.explore import explored_model, page_data
-from moec.exploration.graphs import Hunk, hunks
 from moec.exploration.page import page, script_json
 from moec.ir.text import print_graph
 from moec.plan.inputs.workload import Workload
 from moec.plan.plan import LayerPlan, Plan
+from moec.report.pass_graphs.stored import read_passes
+from moec.report.pass_graphs.table import Hunk, hunks
 from moec.runtime.call.routing_trace import of_ids, save_trace
 from tests.exploration import modules
 from tests.exploration.conftest import Files
@@ -150,6 +151,67 @@ def test_a_built_model_has_passes_and_kernels(compiled_tiny_moe: moec.CompiledMo
     data = page_data(explored_model(compiled_tiny_moe))
     assert [len(f["steps"]) > 1 for f in data["functions"]] == [True, False]
     assert {call["function"] for call in data["calls"]} == {"main", "decode"}
+
+
+def test_an_artifact_with_its_passes(compiled_tiny_moe: moec.CompiledModel, tmp_path: Path) -> None:
+    """What the page of the compiled model has: all graphs, lines with their code, and declined
+    candidates; the graphs of other functions are added to them."""
+    path = tmp_path / "passes.moec"
+    compiled_tiny_moe.save(path, keep_passes=True)
+    data, model = (page_data(explored_model(each)) for each in (path, compiled_tiny_moe))
+    assert data["functions"][0] == model["functions"][0]
+    assert data["declined"] == model["declined"]
+    assert shown(data, 1)[-1] == shown(model, 1)[-1]
+    assert data["calls"] == model["calls"]
+    lines = {data["texts"][row[3]] for row in data["ops"]}
+    assert any(re.fullmatch(r"modeling_qwen3_moe\.py:\d+: `.*`", line) for line in lines)
+    assert moec.load(path).artifact.files == compiled_tiny_moe.source.files
+
+
+STORED: dict[str, Any] = {
+    "texts": ["a", ""],
+    "ops": [[0, 1, 1, 1, 1, [0], [0, 0]], [1, 1, 1, 1, 1, [], []]],
+    "steps": [
+        {"name": "capture", "stage": "", "rewrites": 0, "seconds": 0.0, "ops": 2, "hunks": []},
+        {"name": "one", "stage": "", "rewrites": 0, "seconds": 0.0, "ops": 1, "hunks": []},
+    ],
+    "declined": [{"where": "", "rule": "one", "reason": "why", "step": 0, "op": 1}],
+}
+STORED["steps"][0]["hunks"] = [[0, 0, [0, 1]]]
+STORED["steps"][1]["hunks"] = [[0, 1, []]]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        (("texts",), ["a"], "a number of no text"),
+        (("texts",), ["a", "a"], "a text or an op twice"),
+        (("ops", 1, 5), [-1], "a number of no text"),
+        (("ops",), [], "a number of no op"),
+        (("ops", 0), [0], "Expected `array` of length 7"),
+        (("steps", 0, "hunks"), [[0, 0, [0, 2]]], "a number of no op"),
+        (("steps", 1, "hunks"), [[0, 3, []]], "a number of no position"),
+        (("steps", 1, "hunks"), [[1, 0, [0]], [0, 2, []]], "a number of no position"),
+        (("steps", 1, "hunks"), [], "its graphs are not those of main"),
+        (("steps", 1, "ops"), 2, "its graphs are not those of main"),
+        (("steps",), [], "its graphs are not those of main"),
+        (("declined", 0, "step"), 2, "a number of no step"),
+        (("declined", 0, "op"), 2, "a number of no position"),
+        (("more",), 1, "Object contains unknown field `more`"),
+    ],
+)
+def test_malformed_passes(path: tuple[Any, ...], value: Any, reason: str) -> None:
+    content = json.loads(json.dumps(STORED))
+    read_passes(Path("x.moec"), json.dumps(content).encode(), 1)
+    part = content
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    with pytest.raises(ArtifactError) as error:
+        read_passes(Path("x.moec"), json.dumps(content).encode(), 1)
+    assert str(error.value).startswith("x.moec: its graphs after passes are malformed: ")
+    assert reason in str(error.value)
+    assert str(error.value).endswith("; compile the model again")
 
 
 def test_names_cannot_end_the_script() -> None:

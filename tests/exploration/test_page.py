@@ -6,21 +6,29 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import moec
+from moec.comparison.comparison import ArtifactComparison
 from moec.exploration.explore import page_data
-from moec.exploration.explored_model import ExploredModel, GraphStep
+from moec.exploration.explored_model import ExploredModel
 from moec.exploration.page import page as html_of
 from moec.ir.text import parse
+from moec.passes.core.choice_line import ChoiceLine
 from moec.report.data import Block, DeclinedLine
+from moec.report.pass_graphs.table import GraphStep
 from moec.report.report import Report, describe_graph
+from tests.comparison.test_compare import FIXED
 from tests.exploration.conftest import Files
 from tests.exploration.test_explore import DECLINED_LINE, planned
+from tests.models.families import FAMILIES
+from tests.onnx_source.test_files import D, Sorted, export
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
@@ -128,6 +136,72 @@ def test_a_block_opens_the_change_that_recognised_it(model_page: str, open_page:
     assert page.locator(".row.ins").count() == 7
 
 
+def test_an_artifact_that_kept_its_passes(
+    compiled_tiny_moe: moec.CompiledModel, tmp_path: Path, open_page: Open
+) -> None:
+    """Its passes open, and kernels lead to ops of the last graph."""
+    compiled_tiny_moe.save(tmp_path / "tiny.moec", keep_passes=True)
+    page = open_page(moec.explore(tmp_path / "tiny.moec"))
+    tab(page, "Graph")
+    page.locator(".passes").get_by_role("button", name="recognise-routers").click()
+    page.locator(".group").nth(1).click()
+    assert any("moe.route" in text for text in page.locator(".row.ins").all_text_contents())
+    tab(page, "Kernels")
+    page.locator("td .link", has_text="moe.experts").or_(
+        page.locator("td .link", has_text="grouped.linear")
+    ).first.click()
+    expect(page.locator("#details")).to_contain_text(re.compile(r"call \d+ of main"))
+    expect(page.locator("#line")).to_have_text(re.compile(r"moe\.py:\d+"))
+
+
+def compared() -> ArtifactComparison:
+    """FIXED, with graphs of which B's has one other op, and a third of B alone."""
+    one, two = (
+        parse(f"""
+        graph main(x: f32[T, 8]) {{
+          size T in [0, 8]
+          y: f32[T, 8] = aten.relu.default(x) @ layers.0
+          z: f32[T, 8] = aten.{name}.default(y) @ layers.1
+          return z
+        }}
+        """)
+        for name in ("exp", "neg")
+    )
+    steps = (GraphStep("A", one), GraphStep("B", two))
+    return replace(FIXED, graphs={"main": steps, "decode": steps[1:]})
+
+
+def test_a_comparison(open_page: Open) -> None:
+    page = open_page(compared().page())
+    assert page.get_by_role("tab").all_text_contents() == ["Comparison", "Graph"]
+    main = page.locator("main")
+    expect(main).to_contain_text("Both ran on 1 x input_ids[1, 256].")
+    expect(page.locator(".card")).to_have_text("something else is not compared")
+    rows = [" ".join(row.locator("td").all_text_contents()) for row in page.locator("tr").all()]
+    for row in (
+        "logits 0.0151 7 256 0.123 0.660 0.00141",
+        "hidden 0.00 0 256 0.00 1.00 -",
+        "layers.1.mlp 98 % ",
+        "decode step 0.580 0.547 0.930 0.830 1.11",
+        "bytes experts 6.3 MB 3.2 MB",
+        "kernels grouped 4 -",
+        "layers.1.down_proj.packed 2, 3, 4, 7",
+        "norm.weight -",
+    ):
+        assert row in rows
+    tab(page, "Graph")  # which opens at the difference
+    expect(page.locator("main")).to_contain_text("1 layer unchanged")
+    page.locator(".group", has_text="layers.1").click()
+    assert "aten.exp" in page.locator(".row.del").inner_text()
+    page.locator(".row.ins").click()
+    expect(page.locator("#details")).to_contain_text("sinceB")
+    page.get_by_label("Search").fill("relu")
+    expect(page.locator("main h2").first).to_have_text("1 op in main, of B")
+    page.keyboard.press("Escape")
+    page.get_by_label("Function").select_option("decode")  # A has none
+    assert page.locator(".group").count() == 2
+
+
 def test_search(model_page: str, open_page: Open) -> None:
     page = open_page(model_page)
     page.keyboard.press("/")
@@ -195,6 +269,34 @@ def test_kernels_weights_routing_and_plan(artifact_page: str, open_page: Open) -
     expect(page.locator("tbody tr").last).to_have_text("1TP 2dense1.000 ms")
 
 
+def some_model(name: str, folder: Path) -> moec.CompiledModel:
+    """A family with one layer, or an ONNX file, after all passes."""
+    options = {"verify": False, "stop_after": "fold-permutes"}
+    if name == "onnx":
+        path = export(Sorted(), folder / "model.onnx", torch.randn(2, 5, D))
+        return moec.compile(str(path), **options)
+    family = FAMILIES[name].one_layer()
+    return moec.compile(family.build(), (), family.inputs(2, 5), **options)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "mixtral", "onnx"])
+def test_each_view_of_other_models(name: str, tmp_path: Path, open_page: Open) -> None:
+    """Every pass, and an op before and after it, opens without an error."""
+    page = open_page(moec.explore(some_model(name, tmp_path)))
+    assert page.evaluate("() => performance.getEntriesByType('navigation')[0].domInteractive") < 2e3
+    expect(page.locator("main")).to_contain_text("1 MoE block")
+    page.locator("tbody .link").first.click()  # the block, where it was recognised
+    page.locator(".row.ins", has_text="moe.experts").click()
+    expect(page.locator("#details h2")).to_have_text("moe.experts")
+    for change in page.locator(".passes button").all():
+        change.click()
+        if page.locator(".group").count():
+            page.locator(".group").first.click()
+            page.locator(".row").last.click()
+    for button in page.get_by_role("tab").all():
+        button.click()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_themes(scheme: str, model_page: str, open_page: Open) -> None:
     """The paper and the text differ enough in both: WCAG's 7 to 1."""
@@ -224,7 +326,7 @@ def test_on_a_phone_the_op_is_above_its_details(model_page: str, open_page: Open
 
 def test_a_phone(model_page: str, artifact_page: str, open_page: Open) -> None:
     """No view is wider than the screen: tables scroll by themselves."""
-    for html in (model_page, artifact_page):
+    for html in (model_page, artifact_page, compared().page()):
         page = open_page(html, viewport={"width": 390, "height": 844})
         for button in page.get_by_role("tab").all():
             button.click()
@@ -248,6 +350,7 @@ def hostile_model() -> ExploredModel:
         blocks=(Block(HOSTILE, 4, 2, HOSTILE, HOSTILE, HOSTILE, 8, 4),),
         declined=(DeclinedLine(HOSTILE, HOSTILE, HOSTILE),),
         notes=(HOSTILE,),
+        choices=(ChoiceLine(HOSTILE, HOSTILE, 2_500, 0.125, 0.25),),
         **describe_graph(graph, {}),
     )
     return ExploredModel(HOSTILE, report, {"main": [GraphStep(HOSTILE, graph)]}, ())
@@ -258,6 +361,8 @@ def test_names_are_never_html(open_page: Open) -> None:
     page = open_page(html_of(data))
     assert "<img src=x onerror=document.title=1>" in page.title()
     expect(page.locator("#title")).to_contain_text("<img src=x")
+    chosen = page.locator("table", has_text="bytes saved").locator("tbody td")
+    assert chosen.all_text_contents()[2:] == ["2.5 kB", "0.125", "25 %"]
     for button in page.get_by_role("tab").all():
         button.click()
         for group in page.locator(".group").all():

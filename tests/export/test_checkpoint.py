@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -135,7 +136,8 @@ def test_a_quantised_checkpoint_is_quantised_again(tmp_path):
     assert torch.equal(tensors[linear], of_first[linear].values().bfloat16())
 
 
-def test_shards_have_an_index_and_aligned_tensors(tmp_path):
+def test_shards_have_an_index_and_aligned_tensors(tmp_path, caplog):
+    caplog.set_level(logging.DEBUG, "moec")
     result, out = converted(tmp_path, "mixtral", "int4:32", largest=60_000)
     paths = sorted(out.glob("*.safetensors"))
     assert [path.name for path in paths] == [
@@ -147,6 +149,10 @@ def test_shards_have_an_index_and_aligned_tensors(tmp_path):
     assert index["weight_map"] == tensors
     total = sum(tensor.nbytes for path in paths for tensor in load_file(path).values())
     assert index["metadata"]["total_size"] == total
+    shares = [record.share for record in caplog.records if hasattr(record, "share")]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert len(shares) > result.files
 
 
 def test_a_failure_leaves_nothing(tmp_path):

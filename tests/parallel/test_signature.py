@@ -16,7 +16,7 @@ from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.parallel.store import load_rank, read_plan, text_files
 from moec.parallel.worker import run_rank
-from moec.plan.report.text import show
+from moec.plan.plan import show
 from tests.runtime.artifact.test_signature import public_path, write_pair
 
 

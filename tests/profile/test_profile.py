@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -239,6 +240,28 @@ def test_the_trace_nests(profile: ModelProfile) -> None:
     attention = [event for event in slices if event["name"] == "attention"]
     assert len(attention) == LAYERS * 4
     assert attention[1]["args"]["module"] == "model.layers.1.self_attn"
+
+
+def test_perfettos_trace_processor_reads_the_trace(profile: ModelProfile, tmp_path: Path) -> None:
+    """Its Python package would download the processor: it has to be installed."""
+    reader = pytest.importorskip("perfetto.trace_processor", reason="no perfetto is installed")
+    binary = shutil.which("trace_processor_shell")
+    if binary is None:
+        pytest.skip("no trace_processor_shell, of Perfetto's releases, is on the PATH")
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(profile.trace(), allow_nan=False))
+    config = reader.TraceProcessorConfig(bin_path=binary)
+    with reader.TraceProcessor(trace=str(path), config=config) as processor:
+        lost = processor.query(
+            "select name from stats where severity in ('error', 'data_loss') and value > 0"
+        )
+        assert [row.name for row in lost] == []
+        (row,) = processor.query(
+            "select count(*) as n, max(depth) as deepest, sum(dur) as dur from slice"
+        )
+    slices = [event for event in profile.trace()["traceEvents"] if event["ph"] == "X"]
+    assert (row.n, row.deepest) == (len(slices), 2)
+    assert row.dur == pytest.approx(sum(1e3 * event["dur"] for event in slices))
 
 
 def test_the_roofline(profile: ModelProfile, tmp_path: Path) -> None:

@@ -31,8 +31,10 @@ def memory(weights: int) -> str:
 
 
 def bytes_of_files(model: str) -> int:
-    """The bytes of a checkpoint's weights, 0 for anything else."""
-    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+    """The bytes of a checkpoint's weights, or of a file with a model; 0 for anything else."""
+    path = Path(model)
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def of_files(model: str) -> str:

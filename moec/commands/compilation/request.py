@@ -32,6 +32,7 @@ class CompileRequest:
     kv_cache: bool
     record_routing: bool
     embeddings: bool
+    keep_passes: bool
     tune: bool
     memory: str | None
     store: bool | None
@@ -96,7 +97,9 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     others = options["describe"] or options["adapters"] or options["calib"]
     if not cached or any(files) or request.tune or others:
         return None
-    names = ("target", "verify", "kv_cache", "record_routing", "embeddings", "store")
+    names = (
+        "target", "verify", "kv_cache", "record_routing", "embeddings", "keep_passes", "store",
+    )  # fmt: skip
     more = {name: getattr(request, name) for name in names}
     return checkpoint_key(request.model, {**options, **more})
 
@@ -109,8 +112,11 @@ def _check_plan(request: CompileRequest, plan_file: Path) -> None:
             f"--target {request.target}: ranks of a plan run on CPUs and exchange rows over gloo; "
             "GPUs with NCCL are not supported yet"
         )
-    others = (request.target != "cpu", request.tune, request.dump_ir, request.record_routing)
-    if not request.builds or any(others) or request.choices_file or request.embeddings:
+    others = (
+        request.target != "cpu", request.tune, request.dump_ir, request.record_routing,
+        request.choices_file, request.embeddings, request.keep_passes,
+    )  # fmt: skip
+    if not request.builds or any(others):
         raise UsageError("--plan accepts only MODEL, -o and --verify: leave out the other options")
 
 

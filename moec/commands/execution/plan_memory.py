@@ -38,7 +38,7 @@ def plan_memory(path: Path, limits: str, trace: Path | None, as_json: bool) -> N
         rows_in_json = [asdict(row) for row in rows]
         click.echo(json.dumps({"speeds": asdict(speeds), "limits": rows_in_json}, indent=1))
         return
-    from moec.plan.report.text import columns
+    from moec.files.printable import columns
 
     read = {"direct": "past the page cache", "buffered": "through the page cache"}[speeds.reading]
     echo(

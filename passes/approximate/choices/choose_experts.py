@@ -12,6 +12,7 @@ from moec.ir.graph import Program, Stage
 from moec.passes.approximate.choices.model_choices import (
     LayerChoice,
     ModelChoices,
+    choice_lines,
     describe_choices,
     formats_of,
 )
@@ -45,6 +46,7 @@ class ChooseExperts(OptInPass):
             if log.spend(f"{name}: {len(choice.experts)} experts, top {choice.top_k}"):
                 program = changed
         log.says += describe_choices(self.choices)
+        log.choices += choice_lines(self.choices)
         return program
 
 

@@ -17,6 +17,7 @@ import msgspec
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.formats.notation import Format, parse
+from moec.passes.core.choice_line import ChoiceLine
 from moec.passes.quantise.mixed_experts import AnyFormat, ExpertFormats
 from moec.runtime.checks import show_bytes
 
@@ -149,6 +150,25 @@ def describe_choices(choices: ModelChoices) -> list[str]:
         f"of them for a token ({choices.limits})",
         f"{choices.metric} {choices.damage:.3g} measured, {choices.predicted:.3g} predicted as a "
         f"sum over choices; codes: {choices.codes}",
+        *(f"could not be chosen: {reason}" for reason in choices.declined),
+    ]
+
+
+def choice_lines(choices: ModelChoices) -> list[ChoiceLine]:
+    """A row for each product, and each layer of which experts or top-k change."""
+    layers = choices.layers.items()
+    return [
+        ChoiceLine(name, _described(c), c.bytes_before - c.bytes, c.damage)
+        for name, c in choices.products.items()
+    ] + [
+        ChoiceLine(
+            name,
+            f"{len(c.experts)} of {c.of} experts, {c.top_k} of {c.top_k_before} for each token",
+            c.bytes_saved,
+            c.damage,
+            c.share,
+        )
+        for name, c in layers
     ]
 
 

@@ -116,6 +116,13 @@ def plan(slots: tuple[tuple[int, ...], ...] = ((0, 1), (2, 3))) -> Plan:
     )  # fmt: skip
 
 
+def test_a_plan_in_a_notebook() -> None:
+    shown = replace(plan(), model="<m>")._repr_html_()
+    assert shown.startswith("<pre>&lt;m&gt; on c: 2 devices\n")
+    assert "layers  attention  experts  exchange  slots" in shown
+    assert shown.endswith("</pre>")
+
+
 def test_a_plan_is_what_it_was(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     write_plan(plan(), path)

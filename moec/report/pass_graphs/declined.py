@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
-from moec.exploration.explored_model import GraphStep
+import msgspec
+from msgspec.structs import replace
+
 from moec.ir.graph import Graph, Op
 from moec.report.data import DeclinedLine
+from moec.report.pass_graphs.table import GraphStep
 from moec.report.report import inside
 
 _LINE = re.compile(r"[^\s(`]+\.py:\d+")
 
 
-def declined_rows(
-    lines: Sequence[DeclinedLine], steps: Sequence[GraphStep]
-) -> list[dict[str, Any]]:
-    """Each candidate with the step whose graph has it, the position of its op there, and its line;
+class DeclinedRow(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """A candidate with the step whose graph has it, the position of its op there, and its line;
     without them where no op is of its module."""
-    return [_row(line, steps) for line in lines]
+
+    where: str
+    rule: str
+    reason: str
+    step: int | None = None
+    op: int | None = None
+    line: str = ""
 
 
-def _row(line: DeclinedLine, steps: Sequence[GraphStep]) -> dict[str, Any]:
-    row: dict[str, Any] = {"where": line.where, "rule": line.rule, "reason": line.reason}
+def declined_row(line: DeclinedLine, steps: Sequence[GraphStep]) -> DeclinedRow:
+    row = DeclinedRow(where=line.where, rule=line.rule, reason=line.reason)
     names = [step.name for step in steps]
     # The graph that the rule read is the one before its pass.
     step = max(0, names.index(line.rule) - 1) if line.rule in names else 0
     at = op_of(line, steps[step].graph)
     if at is None:
         return row
-    return row | {"step": step, "op": at, "line": steps[step].graph.ops[at].line}
+    return replace(row, step=step, op=at, line=steps[step].graph.ops[at].line)
 
 
 def op_of(line: DeclinedLine, graph: Graph) -> int | None:

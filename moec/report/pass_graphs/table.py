@@ -1,4 +1,4 @@
-"""Graphs as data of a page: each op once, however many passes leave it as it is.
+"""Graphs as data: each op once, however many passes leave it as it is.
 
 Texts are numbered, ops are rows of numbers of texts, and a pass is the hunks by which its graph
 differs from the one before. 10,000 ops and 45 passes take a few megabytes.
@@ -7,25 +7,56 @@ differs from the one before. 10,000 ops and 45 passes take a few megabytes.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from moec.exploration.explored_model import GraphStep
+import msgspec
+
 from moec.ir.graph import Graph, Op
 from moec.ir.text import print_graph, show_attr
+from moec.passes.core.runner import PassResult
 
 Hunk = tuple[int, int, list[int]]
 """Position in the graph before, the number of its ops that are gone, and the ops instead."""
+OpRow = tuple[int, int, int, int, int, tuple[int, ...], tuple[int, ...]]
+"""The numbers of an op's name, attributes, module, line and body, its inputs, and for each output
+those of name and type."""
+
+
+@dataclass(frozen=True)
+class GraphStep:
+    """A graph, and the pass that built it; the first is that of the capture."""
+
+    name: str
+    graph: Graph
+    stage: str = ""
+    rewrites: int = 0
+    seconds: float = 0.0
+
+
+class PassHunks(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A step of `ops` ops as its difference to the one before."""
+
+    name: str
+    stage: str
+    rewrites: int
+    seconds: float
+    ops: int
+    hunks: list[Hunk]
+
+
+def steps_of(results: Sequence[PassResult]) -> Iterator[GraphStep]:
+    for result in results:
+        stage, graph = result.stage.name, result.program.graph
+        yield GraphStep(result.name, graph, stage, result.rewrites, result.seconds)
 
 
 @dataclass
 class GraphTable:
-    """The texts and ops of all graphs, by number. An op is the numbers of its name, attributes,
-    module, line and body, its inputs, and for each output those of name and type."""
+    """The texts and ops of all graphs, by number."""
 
     texts: dict[str, int] = field(default_factory=dict)
-    ops: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    ops: dict[OpRow, int] = field(default_factory=dict)
     _numbers: dict[Op, int] = field(default_factory=dict)
 
     def text(self, text: str) -> int:
@@ -35,30 +66,22 @@ class GraphTable:
         if op not in self._numbers:
             attrs = ", ".join(f"{name}={show_attr(value)}" for name, value in op.attrs.items())
             body = print_graph(op.body) if op.body is not None else ""
-            row = (
-                *map(self.text, (op.name, attrs, op.origin, op.line, body)),
-                tuple(self.text(value.name) for value in op.inputs),
+            row: OpRow = (
+                self.text(op.name), self.text(attrs), self.text(op.origin), self.text(op.line),
+                self.text(body), tuple(self.text(value.name) for value in op.inputs),
                 tuple(self.text(t) for v in op.outputs for t in (v.name, str(v.type))),
-            )
+            )  # fmt: skip
             self._numbers[op] = self.ops.setdefault(row, len(self.ops))
         return self._numbers[op]
 
-    def steps(self, steps: Sequence[GraphStep]) -> list[dict[str, Any]]:
+    def steps(self, steps: Sequence[GraphStep]) -> list[PassHunks]:
         """Graphs in order, each as its difference to the one before."""
         before: list[int] = []
         rows = []
         for step in steps:
             after = [self.op(op) for op in step.graph.ops]
-            rows.append(
-                {
-                    "name": step.name,
-                    "stage": step.stage,
-                    "rewrites": step.rewrites,
-                    "seconds": step.seconds,
-                    "ops": len(after),
-                    "hunks": hunks(before, after),
-                }
-            )
+            facts = (step.name, step.stage, step.rewrites, step.seconds, len(after))
+            rows.append(PassHunks(*facts, hunks(before, after)))
             before = after
         return rows
 
