@@ -26,12 +26,12 @@ from moec.errors import InputError
 from moec.runtime.call.caches import Cache, copy_tokens, first_texts
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, carries
-from moec.runtime.text.speculation.draft import DraftGuesses
-from moec.runtime.text.speculation.guesses import Guesses
 from moec.runtime.text.prefixes import Prefixes
 from moec.runtime.text.request import Request
 from moec.runtime.text.sampler import Sampler
 from moec.runtime.text.sampling import Logprobs, logprobs
+from moec.runtime.text.speculation.draft import DraftGuesses
+from moec.runtime.text.speculation.guesses import Guesses
 from moec.runtime.text.texts import PIECE, Decoder
 
 ROWS = 32  # above the most rows for which attention has a kernel of its own, 24

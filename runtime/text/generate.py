@@ -63,10 +63,7 @@ def generate(
         return
     if request.guesses or request.draft is not None:
         what = "a draft was given" if request.draft else f"speculate is {request.guesses}"
-        raise InputError(
-            f"{what}, and this model has no KV cache of its own process: "
-            "leave it out"
-        )
+        raise InputError(f"{what}, and this model has no KV cache of its own process: leave it out")
     limit = longest_of(executor)
     room = max(len(prompt) + request.most for prompt in prompts)
     feed = _feed(executor, prompts, room if limit is None else min(room, limit))

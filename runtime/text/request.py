@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moec.errors import InputError
-from moec.runtime.text.speculation.draft import Draft
-from moec.runtime.text.speculation.guesses import MOST
 from moec.runtime.text.guide import Guide
 from moec.runtime.text.sampling import GREEDY, Sampling
+from moec.runtime.text.speculation.draft import Draft
+from moec.runtime.text.speculation.guesses import MOST
 
 AUTO, OFF = "auto", "off"
 
