@@ -1,10 +1,8 @@
-"""SmolLM2-135M-Instruct as a Mixtral, for benchmarks/models/llama_cpp.py.
+"""SmolLM2-135M-Instruct as a Mixtral, its experts those of upcycle.py; see beside_llama.py.
 
-    $ python -m benchmarks.models.mixtral FOLDER      # FOLDER: a checkpoint, bf16, with a tokenizer
-    $ moec export FOLDER -o mixtral.gguf
-    $ llama-quantize mixtral.gguf mixtral-Q4_K_M.gguf Q4_K_M
-
-Each MLP becomes the experts of benchmarks/models/upcycle.py, with fewer steps.
+$ python -m benchmarks.models.mixtral FOLDER      # FOLDER: a checkpoint, bf16, with a tokenizer
+$ moec export FOLDER -o mixtral.gguf
+$ llama-quantize mixtral.gguf mixtral-Q4_K_M.gguf Q4_K_M
 """
 
 from __future__ import annotations
