@@ -29,6 +29,23 @@ CLAIMS = (
         "and ONNX Runtime run moec's own ONNX file in float32, llama.cpp a bf16 file.",
     ),
     Claim(
+        "llama-cpp",
+        "GGUF files beside llama.cpp",
+        "`exact` are the dequantised weights in float32. Both runtimes round rows to 8 bits, so "
+        "each has a distance of its own to that model. A gap is how much it prefers one of the two "
+        "tokens that first differ, in nats; `KL` is the mean over rows of logits. `mx` is SmolLM2 "
+        "as a Mixtral (`benchmarks/models/mixtral.py`), quantised by llama.cpp. Tokens a second "
+        "are as in [the first page](model.md).",
+        by_case=True,
+    ),
+    Claim(
+        "serving",
+        "Serving beside llama.cpp's server",
+        "Clients that each wait for their answer; the model of [the first page](model.md). Seconds "
+        "to the first token; `ratio` is moec's tokens a second over llama.cpp's.",
+        by_case=True,
+    ),
+    Claim(
         "layer-bf16",
         "One MoE layer in bf16",
         "Milliseconds a call, medians. `eager`, `grouped_mm` and `batched_mm` are implementations "

@@ -36,11 +36,11 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Cell]]:
     return rows
 
 
-def record_of(result: Mapping[str, Any], case: str, machine: str, words: list[str]) -> Record:
-    """The record of the output of `moec bench WORDS --json`; `case` is the format that moec
-    computes in."""
+def record_of(result: Mapping[str, Any], options: argparse.Namespace) -> Record:
+    """The record of the output of `moec bench WORDS --json`, with the options of `main`."""
     rows, limits, load = rows_of(result), result["limits"], result["load"]
     others = ", ".join(str(row["runtime"]) for row in rows[1:])
+    case = f"{options.case} beside {others}"
     conditions = (
         f"measured peak {limits['peak'] / 1e9:.0f} GFLOP/s in {limits['kind']}, bandwidth "
         f"{limits['bandwidth'] / 1e9:.1f} GB/s, load average {result['load_average']:.1f} before; "
@@ -49,15 +49,16 @@ def record_of(result: Mapping[str, Any], case: str, machine: str, words: list[st
         f"{result['prefill_share']:.0%} of the measured limit, its decode at "
         f"{result['decode_share']:.0%}"
     )
-    record = measured_now("model", f"{case} beside {others}", machine, rows, conditions)
+    record = measured_now(options.claim, case, options.machine, rows, conditions)
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    named = [Path(word).name if "/" in word else word for word in words]
+    named = [Path(word).name if "/" in word else word for word in options.words]
     return replace(record, command=shlex.join(["moec", "bench", *named]), versions=versions)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--machine", required=True, help="its kind, as in the other records")
+    parser.add_argument("--claim", default="model", help="whose page has the record")
     parser.add_argument("--case", default="bf16", help="what moec computes in: bf16, int8")
     parser.add_argument("--record", type=Path, default=RESULTS / "models.jsonl")
     parser.add_argument("words", nargs="+", metavar="ARGUMENT", help="of moec bench")
@@ -65,7 +66,7 @@ def main() -> None:
     bench = [sys.executable, "-m", "moec", "bench", *options.words, "--json"]
     done = subprocess.run(bench, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(done.stdout)
-    append_record(record_of(result, options.case, options.machine, options.words), options.record)
+    append_record(record_of(result, options), options.record)
     print(json.dumps(rows_of(result), indent=1))
 
 

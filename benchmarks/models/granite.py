@@ -4,8 +4,8 @@ baselines.
     $ python -m benchmarks.models.granite FOLDER          # FOLDER/model: a checkpoint, bf16
     $ python -m benchmarks.models.granite FOLDER --gguf   # and model-bf16.gguf, model-q8_0.gguf
 
-The GGUF files are granitemoe models of llama.cpp without a vocabulary, written with the package
-gguf.
+The GGUF files are granitemoe models of llama.cpp, written with the package gguf. Servers need a
+tokenizer: `--tokenizer FILE.gguf`, such as that of benchmarks/models/smollm2.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 import click
 import torch
 from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+from moec.checkpoint.gguf.tokenizer import tokenizer_files
+from moec.files.gguf import read_header
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49155,
@@ -34,6 +37,7 @@ SHAPE: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
+UNUSED = 5  # the kind of a token in GGUF
 LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -50,7 +54,24 @@ def model() -> GraniteMoeForCausalLM:
     return GraniteMoeForCausalLM(config).to(torch.bfloat16)
 
 
-def write_gguf(model: GraniteMoeForCausalLM, path: Path, kind: str) -> None:
+def add_tokenizer(writer: Any, source: Path | None, size: int) -> None:
+    """The tokenizer of a GGUF file, with as many unused tokens as the vocabulary has more."""
+    if source is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    fields = read_header(source).fields
+    more = size - len(fields["tokenizer.ggml.tokens"])
+    added = {"tokens": [f"<unused_{i}>" for i in range(more)], "token_type": [UNUSED] * more}
+    scalars = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+    for name, value in fields.items():
+        if name.startswith("tokenizer.ggml."):
+            value = value + added.get(name[15:], []) if isinstance(value, list) else value
+            scalars.get(type(value), writer.add_array)(name, value)
+
+
+def write_gguf(
+    model: GraniteMoeForCausalLM, path: Path, kind: str, tokenizer: Path | None = None
+) -> None:
     """`kind`, BF16 or Q8_0, is the type of all matrices; vectors and routers are float32."""
     import gguf
 
@@ -71,7 +92,7 @@ def write_gguf(model: GraniteMoeForCausalLM, path: Path, kind: str) -> None:
     writer.add_residual_scale(config.residual_multiplier)
     writer.add_logit_scale(config.logits_scaling)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    add_tokenizer(writer, tokenizer, config.vocab_size)
     expected = gguf.GGMLQuantizationType[kind]
 
     def add(name: str, tensor: torch.Tensor, wide: bool = False) -> None:
@@ -103,13 +124,18 @@ def write_gguf(model: GraniteMoeForCausalLM, path: Path, kind: str) -> None:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--gguf", "with_gguf", is_flag=True, help="Also for llama.cpp.")
-def main(folder: Path, with_gguf: bool) -> None:
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="A GGUF file that has it.")
+def main(folder: Path, with_gguf: bool, tokenizer: Path | None) -> None:
     module = model()
     module.save_pretrained(folder / "model")
+    for name, content in (
+        tokenizer_files(read_header(tokenizer).fields).items() if tokenizer else ()
+    ):
+        (folder / "model" / name).write_bytes(content)
     click.echo(f"wrote {folder / 'model'}: {sum(p.numel() for p in module.parameters()):,} weights")
     for kind in ("BF16", "Q8_0") if with_gguf else ():
         path = folder / f"model-{kind.lower()}.gguf"
-        write_gguf(module, path, kind)
+        write_gguf(module, path, kind, tokenizer)
         click.echo(f"wrote {path}: {path.stat().st_size / 1e6:.0f} MB")
 
 

@@ -71,7 +71,13 @@ class Mlp(nn.Module):
         return result
 
 
-def upcycle(model: Any, tokenizer: Any) -> list[float]:
+def upcycle(
+    model: Any,
+    tokenizer: Any,
+    layers: Sequence[int] = LAYERS,
+    steps: int = STEPS,
+    bias: bool = True,
+) -> list[float]:
     """Gives the dense model experts, in place. Returns, for each layer, the relative error of its
     output against the dense MLP's, on its training text."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -79,19 +85,19 @@ def upcycle(model: Any, tokenizer: Any) -> list[float]:
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     starts = torch.linspace(0, len(ids) - WINDOW, TOKENS // WINDOW).long()
     windows = torch.stack([ids[start : start + WINDOW] for start in starts])
-    entering = _entering(model, windows)
+    entering = _entering(model, windows, layers)
     errors = []
     for number, x in entering.items():
         layer = model.model.layers[number]
-        result, error = _trained(layer.mlp, x)
+        result, error = _trained(layer.mlp, x, steps, bias)
         layer.mlp = result
         errors.append(error)
     return errors
 
 
-def _entering(model: Any, windows: Tensor) -> dict[int, Tensor]:
-    """The inputs of the MLP of each of LAYERS: [TOKENS, D]."""
-    result: dict[int, list[Tensor]] = {number: [] for number in LAYERS}
+def _entering(model: Any, windows: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    """The inputs of the MLP of each of `layers`: [TOKENS, D]."""
+    result: dict[int, list[Tensor]] = {number: [] for number in layers}
 
     def watch(number: int) -> Any:
         def keep(_: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -99,7 +105,7 @@ def _entering(model: Any, windows: Tensor) -> dict[int, Tensor]:
 
         return model.model.layers[number].mlp.register_forward_pre_hook(keep)
 
-    handles = [watch(number) for number in LAYERS]
+    handles = [watch(number) for number in layers]
     with torch.no_grad():
         for batch in windows.split(2):
             model.model(batch)
@@ -120,14 +126,17 @@ def _centres(x: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
     return centres, mean
 
 
-def _trained(mlp: Any, x: Tensor) -> tuple[Experts, float]:
+def _trained(mlp: Any, x: Tensor, steps: int, bias: bool) -> tuple[Experts, float]:
     """The experts that replace an MLP, and their error on its rows x [N, D]."""
     with torch.no_grad():
         expected = mlp(x)
         centres, mean = _centres(x)
-        router = nn.Linear(x.shape[1], EXPERTS)
+        router = nn.Linear(x.shape[1], EXPERTS, bias=bias)
         router.weight.copy_(centres * 4 / (x - mean).norm(dim=-1).mean())  # logits of -4 to 4
-        router.bias.copy_(-(router.weight @ mean))
+        if bias:
+            router.bias.copy_(-(router.weight @ mean))
+        else:  # rows at right angles to the mean need none
+            router.weight.sub_(torch.outer(router.weight @ mean, mean / mean.square().sum()))
         chosen = router(x).topk(K).indices
         experts = []
         for number in range(EXPERTS):
@@ -142,9 +151,9 @@ def _trained(mlp: Any, x: Tensor) -> tuple[Experts, float]:
             experts.append(expert)
     module = Experts(experts, router)
     optimizer = torch.optim.Adam(module.parameters(), lr=RATE)
-    for step in range(STEPS):
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = RATE * (1 - step / STEPS)
+            group["lr"] = RATE * (1 - step / steps)
         sample = torch.randint(len(x), (ROWS,))
         loss = (module(x[sample]) - expected[sample]).square().sum() / expected[
             sample

@@ -68,7 +68,8 @@ async def _measure(url: str, load: ServerLoad, key: str, seed: int) -> Answers:
     chance = random.Random(seed)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     prompts = [chance.choices(IDS, k=load.prompt_tokens) for _ in range(load.requests)]
-    connector = aiohttp.TCPConnector(limit=0)
+    # llama.cpp's server promises to keep connections, and closes them after a stream
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=None)
     async with aiohttp.ClientSession(
         headers=headers, connector=connector, timeout=timeout

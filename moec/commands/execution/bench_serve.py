@@ -117,10 +117,10 @@ def _measure(
     with _server(target, slots, prompt_tokens + new_tokens, threads) as url:
         measure(url, ServerLoad(2, prompt_tokens, new_tokens, clients=1), key)  # fills caches
         lines = []
-        for rate, clients in loads:
+        for seed, (rate, clients) in enumerate(loads, 1):  # a server may know earlier prompts
             load = ServerLoad(options.requests, prompt_tokens, new_tokens, rate, clients)
             progress(load.name)
-            lines.append(served(load, measure(url, load, key)))
+            lines.append(served(load, measure(url, load, key, seed)))
     name = target if target.startswith("http") else Path(target).name
     return ServedResult(name, f"{processor()}, {platform.machine()}", tuple(lines))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from click.testing import CliRunner
@@ -57,6 +59,47 @@ def test_failures_are_counted(model: moec.LoadedModel) -> None:
         assert "status 429" in line.error
         result = str(ServedResult("x", "y", (line,)))
         assert f"4 clients: {line.failed} failed: status 429" in result
+
+
+class Closing(BaseHTTPRequestHandler):
+    """Like llama.cpp's server, promises to keep a connection and closes it after a stream."""
+
+    protocol_version = "HTTP/1.1"
+    prompts: list[list[int]]
+
+    def do_GET(self) -> None:
+        self.answer("application/json", json.dumps({"data": [{"id": "m"}]}))
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self.prompts.append(json.loads(self.rfile.read(length))["prompt"])
+        events = [{"choices": [{"text": "a"}]}, {"usage": {"completion_tokens": 5}}]
+        self.answer("text/event-stream", "".join(f"data: {json.dumps(e)}\n\n" for e in events))
+        self.close_connection = True
+
+    def answer(self, kind: str, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_server_that_closes_connections_and_knows_earlier_prompts() -> None:
+    Closing.prompts = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closing) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        code, output, error = bench(url, "--clients", "1,2", "--json")
+        server.shutdown()
+    assert code == 0, error
+    assert [(line["answered"], line["failed"]) for line in json.loads(output)["lines"]] == [
+        (6, 0), (6, 0),
+    ]  # fmt: skip
+    assert len(set(map(tuple, Closing.prompts))) == len(Closing.prompts) == 2 + 6 + 6
 
 
 def test_percentiles_and_rates() -> None:
