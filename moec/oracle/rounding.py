@@ -57,6 +57,21 @@ def row_distances(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     return torch.where(odd, math.inf, errors)
 
 
+def of_distinct_rows(errors: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """`errors` [..., rows] with the greatest of each set of rows that are equal in `exact`: rows of
+    padding round alike, and are one sample of how a row rounds, however many they are."""
+    if not exact.is_floating_point() or errors.shape[-1] < 2:
+        return errors
+    rows = exact.reshape(errors.shape[-1], -1).double()
+    # equal rows have equal sums; a fixed irrational step makes those of other rows differ
+    weights = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).mul(math.sqrt(2)).frac() + 1
+    sums = (rows.nan_to_num() * weights).sum(-1)
+    _, group = torch.unique(sums, return_inverse=True)
+    size = (*errors.shape[:-1], int(group.max()) + 1)
+    index = group.expand(errors.shape)
+    return torch.zeros(size, dtype=errors.dtype).scatter_reduce(-1, index, errors, "amax")
+
+
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a == b) | (a.isnan() & b.isnan())
 

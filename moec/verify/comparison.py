@@ -9,7 +9,15 @@ from functools import cached_property
 import torch
 
 from moec.ir.graph import Graph
-from moec.oracle.rounding import FLOAT32_NOISE, NOISE, UNIT, Excess, excess, row_distances
+from moec.oracle.rounding import (
+    FLOAT32_NOISE,
+    NOISE,
+    UNIT,
+    Excess,
+    excess,
+    of_distinct_rows,
+    row_distances,
+)
 from moec.oracle.tolerance import (
     computed_dtypes,
     default_tolerance,
@@ -149,8 +157,9 @@ def _groups(compared: Sequence[Comparison]) -> Iterable[list[Comparison]]:
 
 def _distances(item: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
     """(f64[2, rows], f64[2, samples, rows]): the errors of the result and of samples of eager
-    against eager in float32."""
+    against eager in float32, where each row is another one."""
     ours = [row_distances(item.actual, exact) for exact in item.exact]
     samples = (item.right[0], *item.noisy)
     eager = torch.stack([row_distances(sample, item.exact[0]) for sample in samples], 1)
-    return torch.stack(ours).amin(0), eager
+    nearest = torch.stack(ours).amin(0)
+    return of_distinct_rows(nearest, item.exact[0]), of_distinct_rows(eager, item.exact[0])

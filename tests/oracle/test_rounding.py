@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.oracle.rounding import UNIT, excess, row_distances
+from moec.oracle.rounding import UNIT, excess, of_distinct_rows, row_distances
 
 ROWS, WIDTH = 200, 32
 
@@ -65,6 +68,21 @@ def test_where_eager_is_exact_the_rounding_of_the_result_is_allowed() -> None:
     exact = torch.zeros(ROWS, dtype=torch.float64)
     assert not refused(torch.full_like(exact, UNIT["bf16"] / 2), exact)
     assert refused(torch.full_like(exact, 3 * UNIT["bf16"]), exact)
+
+
+def test_equal_rows_are_one_sample() -> None:
+    """Thousands of rows of padding: all of them are off by one rounding, or none is."""
+    exact = torch.cat([torch.randn(3, 4), torch.zeros(500, 4), torch.ones(200, 4)])
+    errors = torch.cat([torch.tensor([0.1, 0.2, 0.3]), torch.full((700,), 0.4)]).double()
+    errors[50], errors[600] = 0.9, 0.5
+    distinct = of_distinct_rows(errors.expand(2, 1, -1), exact)
+    assert distinct.shape == (2, 1, 5)
+    assert sorted(distinct[0, 0].tolist()) == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.9])
+    assert torch.equal(of_distinct_rows(errors[:0], exact[:0]), errors[:0])
+    half = torch.randn(20, 8).half()
+    assert of_distinct_rows(errors[:20], half).shape == (20,)
+    infinite = torch.tensor([[1.0, math.inf], [1.0, math.nan], [2.0, 0.0]])
+    assert of_distinct_rows(errors[:3], infinite).shape == (3,)
 
 
 def test_no_rows_have_no_error() -> None:
