@@ -70,6 +70,9 @@ _USERS_OWN = (
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.EIO,
     errno.ENAMETOOLONG,
 )
 

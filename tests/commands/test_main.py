@@ -90,13 +90,21 @@ def test_a_failed_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stderr) == (2, "error: fuse-gate changes the numbers\n")
 
 
-def test_a_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "out.moec"))
+@pytest.mark.parametrize(
+    ("number", "file", "words"),
+    [
+        (errno.ENOSPC, "out.moec", "out.moec: the disk is full; free some space"),
+        (errno.EFBIG, None, "output: it would be larger than the system allows"),
+        (errno.EMFILE, "w", "w: too many files are open; raise the limit (ulimit -n)"),
+        (errno.EIO, "w", "w: the disk failed; look at the system's log"),
+    ],
+)
+def test_a_full_disk_and_limits(
+    monkeypatch: pytest.MonkeyPatch, number: int, file: str | None, words: str
+) -> None:
+    failing(monkeypatch, OSError(number, "in the system's words", file))
     result = run("doctor")
-    assert (result.exit_code, result.stderr) == (
-        1,
-        "error: out.moec: the disk is full; free some space\n",
-    )
+    assert (result.exit_code, result.stderr) == (1, f"error: {words}\n")
 
 
 @pytest.mark.parametrize(
