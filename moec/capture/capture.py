@@ -11,6 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moec.capture.calls.process_state import PROCESS_STATE
+from moec.capture.calls.trials import Trials
 from moec.capture.captured import Beyond, Captured
 from moec.capture.conversion.index_requirements import with_asserted
 from moec.capture.graphs import capture_export, capture_graph
@@ -230,6 +231,8 @@ def _beyond(request: CaptureRequest, way: CaptureWay, general: Widened) -> Beyon
     """The lengths of `general`, at which the request may be captured in this way."""
 
     def capture_there() -> Captured:
+        if not Trials(request.call).runs(general.tensors):
+            raise CaptureError(f"{request.module_name} runs at none of these sizes")
         with PROCESS_STATE, gc_paused():
             form = way.capture_at(request, general)
         return _captured(request, WidenedForm(way, general, form), example=general.tensors)

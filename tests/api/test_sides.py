@@ -173,6 +173,27 @@ def test_a_side_that_the_user_excludes_is_not_compiled() -> None:
         compiled(torch.randn(2, 17, D))
 
 
+class TwoTokens(nn.Module):
+    """A module that refuses one token, and branches where there are few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] < 2:
+            raise ValueError("one token has no neighbour")
+        y = self.linear(x[:, 1:] - x[:, :-1])
+        return y if x.shape[1] > 5 else y.relu()
+
+
+def test_there_is_no_side_where_the_module_fails() -> None:
+    compiled = moec.compile(TwoTokens().eval(), (torch.randn(2, 9, D),))
+    assert [form.captured.program.graph.bounds["S"].high for form in compiled.sides] == [5]
+    with pytest.raises(InputError, match="S at least 6"):
+        compiled(torch.randn(2, 1, D))
+
+
 def test_weights_that_sides_share_are_stored_once() -> None:
     compiled = moec.compile(FewTokens().eval(), (torch.randn(2, 12, D),), verify=False)
     shared = [compiled.module[name].weights for name in ("main", side(1))]
