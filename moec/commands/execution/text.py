@@ -48,7 +48,7 @@ class TextOptions:
     repetition_penalty: float
     seed: int | None
     speculate: int | str
-    draft: Path | None
+    draft: Path | None = None
 
     @property
     def form(self) -> str:
