@@ -23,7 +23,7 @@ FLOAT32_UNIT = 2e-5
 """An error of a row in float32 by less is the rounding of reordered sums over dozens of layers."""
 FLOAT64_UNIT = 1e-12
 """As that, in float64."""
-SAMPLES = 4
+SAMPLES = 8
 NOISE = 12**-0.5
 """The standard deviation of a rounding, in spacings of floats."""
 FLOAT32_NOISE = 2.0**-22
