@@ -48,4 +48,5 @@ def _bound(captured: Captured, bindings: Given, where: str) -> Captured:
 
     pairs = zip(arguments, captured.example, strict=False)
     example = tuple(tensor for value, tensor in pairs if value in left)
-    return replace(captured, program=program, eager=eager, example=example)
+    # Sizes beyond those of the program are those of all inputs.
+    return replace(captured, program=program, eager=eager, example=example, beyond=())

@@ -107,7 +107,7 @@ def _verification_notes(compiled: Compilation, checked: Checked) -> tuple[str, .
     if checked.ties:
         notes += (
             f"{checked.ties} of {checked.rows} rows of the outputs differ from eager's, and "
-            "both are right: they choose among exactly equal values, in which torch "
-            "guarantees no order and moec takes the first",
+            "both are right: they choose among values that are equal, in which torch "
+            "guarantees no order and moec takes the first, or equal but for rounding",
         )
     return notes

@@ -27,6 +27,7 @@ from moec.verify.references import (
     intended,
     meaning,
     stable_references,
+    with_near_ties,
     with_noise,
 )
 
@@ -189,6 +190,9 @@ def _check(
         right_by, why = (compared, why) if stable is None else (stable, criterion.refusal(stable))
     if why and criterion.unit:
         right_by = with_noise(criterion.noise, captured, answers, right_by, owners, together)
+        why = criterion.refusal(right_by)
+    elif why is not None and any(not t.is_floating_point() for _, r in answers for t in r):
+        right_by = with_near_ties(captured, answers, right_by, owners, together)
         why = criterion.refusal(right_by)
     if why is None and exact is not None and pass_results and not captured.is_graph:
         why, note = meaning(captured, pass_results[-1].program, answers, exact, together)

@@ -18,7 +18,7 @@ from moec.ir.graph import Program
 from moec.memory.lock_step import Together, one_by_one
 from moec.oracle.agree import with_states
 from moec.oracle.cases import Eager
-from moec.oracle.rounding import SAMPLES, meaning_excess
+from moec.oracle.rounding import FLOAT32_NOISE, SAMPLES, meaning_excess
 from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import PassResult
 from moec.verify.cases import Reference
@@ -26,6 +26,9 @@ from moec.verify.comparison import Comparison
 
 _MOST_CAST = 1 << 29
 """The most weights of a graph that are cast to float32 at once, 2 GiB."""
+
+_CHOICES = 32
+"""Samples of how eager chooses among nearly equal values: enough for one of five or six."""
 
 Results: TypeAlias = tuple[torch.Tensor, ...]
 
@@ -115,6 +118,24 @@ def with_noise(
         noisy = results[start : start + len(answers)]
         compared = [item.with_noisy(noisy[n]) for item, n in zip(compared, owners, strict=True)]
     return list(compared)
+
+
+def with_near_ties(
+    captured: Captured,
+    answers: Sequence[Reference],
+    compared: Sequence[Comparison],
+    owners: Sequence[int],
+    together: Together = one_by_one,
+) -> list[Comparison]:
+    """The comparisons of integers, each of which is also right where eager chooses it with other
+    last bits of its sums: the greatest of scores that are equal but for rounding. For a model in
+    float32."""
+    items = list(zip(compared, owners, strict=True))
+    differing = {n for item, n in items if item.is_integer and not item.is_within(0.0)}
+    left = [answers[n] for n in sorted(differing)]
+    results = together(_exact_runs(captured, left, FLOAT32_NOISE, _CHOICES))
+    samples = {n: results[i :: len(left)] for i, n in enumerate(sorted(differing))}
+    return [item.with_choices(samples.get(n, ())) if item.is_integer else item for item, n in items]
 
 
 def meaning(

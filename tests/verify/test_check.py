@@ -23,6 +23,7 @@ from moec.runtime.call.executor import Executor
 from moec.verify import first_bad_pass
 from moec.verify.cases import references
 from moec.verify.check import check
+from moec.verify.comparison import Comparison
 from tests.capture.modules import WIDTH, Function, Moe
 
 x = torch.randn(5, WIDTH)
@@ -214,7 +215,7 @@ def test_of_equal_values_the_first_are_chosen_and_the_report_says_so() -> None:
     assert checked.ties > 0
     assert checked.strays == 0
     assert checked.errors["output"] <= checked.tolerance
-    (note,) = [n for n in compiled.report().notes if "exactly equal" in n]
+    (note,) = [n for n in compiled.report().notes if "values that are equal" in n]
     assert note.startswith(f"{checked.ties} of {checked.rows} rows of the outputs differ from")
     first = torch.relu(x - 1.5).sort(descending=True, stable=True).indices[:, :4]
     assert torch.equal(compiled(x) != 0, torch.zeros_like(x).scatter(1, first, 1.0) != 0)
@@ -258,3 +259,45 @@ def test_a_model_that_gives_nan_in_the_same_entries_has_a_note() -> None:
     report = str(moec.compile(model, (torch.randn(3, 4),)).report())
     assert "note: the model itself gives NaN" in report
     assert "its weight 0.weight holds NaN or infinity" in report
+
+
+def sums_in_two_orders(x: torch.Tensor) -> torch.Tensor:
+    """Which of equal sums is the greatest: their last bits decide."""
+    w = torch.linspace(1, 2, 40, dtype=x.dtype)[:, None]
+    return torch.cat([x @ w, x.flip(-1) @ w.flip(0)], -1).argmax(-1)
+
+
+def test_a_choice_among_sums_that_are_equal_but_for_rounding_is_right() -> None:
+    captured = capture(Function(sums_in_two_orders), (torch.randn(3, 40),))
+    wrong = 0
+
+    def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        nonlocal wrong
+        (x,) = inputs.values()
+        (name,) = (value.name for value in captured.program.graph.outputs)
+        choices = sums_in_two_orders(x.double())
+        wrong += int((choices != sums_in_two_orders(x)).sum())
+        return {name: choices}
+
+    checked = check(captured, run, ())
+    assert wrong > 0
+    assert checked.ties > 0
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1.0])
+def test_another_choice_than_the_greatest_is_wrong(gap: float) -> None:
+    def greatest(x: torch.Tensor) -> torch.Tensor:
+        score = x.cumsum(-1)[..., -1]
+        return torch.stack([score, score - gap * x.abs().sum(-1)], -1).argmax(-1)
+
+    captured = capture(Function(greatest), (torch.randn(3, 40),))
+    (name,) = (value.name for value in captured.program.graph.outputs)
+    with pytest.raises(VerificationError, match="output differs from eager"):
+        check(captured, lambda inputs: {name: 1 - greatest(*inputs.values())}, ())
+
+
+def test_each_integer_may_be_that_of_another_sample() -> None:
+    samples = [[torch.tensor([1, 0, 0])], [torch.tensor([0, 0, 2])]]
+    for actual, right in ([1, 0, 2], True), ([1, 1, 2], False), ([0, 0, 0], True):
+        item = Comparison(torch.tensor(actual), (torch.tensor([0, 0, 0]),), 0)
+        assert item.with_choices(samples).is_within(0.0) == right
