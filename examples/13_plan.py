@@ -12,6 +12,7 @@ from moec.plan.inputs.model import read_model
 from moec.plan.inputs.popularity import of_distribution
 from moec.plan.inputs.workload import Workload
 from moec.plan.network.cluster import read_cluster
+from moec.plan.plan import show
 from moec.plan.report import text
 from moec.plan.search.planner import Planner
 from moec.plan.search.uniform import best_uniform
@@ -28,7 +29,7 @@ def main() -> None:
     loads = of_distribution(ROUTING, experts)
     planner = Planner(model, cluster, work, loads, f"{ROUTING} (assumed)", (0.0, 0.125))
     plan = planner.best()
-    print(text.show(plan))
+    print(show(plan))
     layer = plan.layers[0]
     print(text.explain(layer, planner.candidates[0], plan.memory_limit))
     print(text.compare(plan, best_uniform(planner), ("this plan", "uniform degrees")))
