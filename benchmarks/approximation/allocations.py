@@ -4,11 +4,8 @@ choices by frequency, at equal bytes, on held-out text.
     python -m benchmarks.approximation.allocations [--model tiny_moe|smollm2] [--windows 32]
         [--fitted 16] [--record FILE.jsonl]
 
-smollm2 is that of benchmarks/models/upcycle.py. Only formats of experts are chosen; all else stays
-in floats. Codes are by GPTQ where a row does not say "nearest". `more nats` and `more KL` are a
-token's loss and divergence beyond those of moec's choice for experts, with the standard error of
-the difference (windows are paired) and a star where it is more than two of them. The uniform
-formats are those next to the bits asked for: of at most, and of at least as many bytes.
+smollm2 is that of benchmarks/models/upcycle.py. Codes are by GPTQ where a row does not say
+"nearest"; docs/benchmarks/allocations.md explains the columns.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import argparse
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,8 +60,8 @@ class Case:
 
 
 def load(name: str, fitted: int, held: int) -> Case:
-    model: Any
-    model, args, tokenizer = str(CHECKPOINT), (), AutoTokenizer.from_pretrained(CHECKPOINT)
+    model, tokenizer = str(CHECKPOINT), AutoTokenizer.from_pretrained(CHECKPOINT)
+    args: tuple[Any, ...] = ()
     if name == "smollm2":
         model, tokenizer = upcycled()
         args = (torch.zeros(2, LENGTH, dtype=torch.int64),)
@@ -130,7 +128,7 @@ def ways(case: Case, room: int) -> Iterator[tuple[str, ChoiceSearch]]:
         """The squared error of 2^-bits that goes, for each byte, as often as it is chosen."""
         weights = old.rows * old.columns * len(stored(case.ops[name]))
         before, after = (4.0 ** (-8 * option.bytes / weights) for option in (old, new))
-        return len(case.rows[name][e]) * (before - after) / (new.bytes - old.bytes)
+        return float(len(case.rows[name][e]) * (before - after) / (new.bytes - old.bytes))
 
     yield "moec, experts", case.searched
     products = tuple(replace(p, experts=()) for p in case.searched.products)
@@ -144,19 +142,17 @@ def ways(case: Case, room: int) -> Iterator[tuple[str, ChoiceSearch]]:
 def table(case: Case) -> Iterator[dict[str, Cell]]:
     weights = case.held_out.original.weights
     count = sum(weights[m.name].numel() for op in case.ops.values() for m in stored(op))
-    alone = {
-        f"all {format}{how}": (pick, *losses(case, pick, nearest=bool(how)))
-        for format in FORMATS
-        for how in (", nearest", "")
-        if (pick := in_one_format(case.searched, format).solve("bytes"))
-    }
-    sizes = [pick.bytes for pick, *_ in alone.values()]
+    picks = {f: in_one_format(case.searched, f).solve("bytes") for f in FORMATS}
+    alone = {format: pick for format, pick in picks.items() if pick}
+    sizes = [pick.bytes for pick in alone.values()]
+    uniform = cache(lambda f, how: (alone[f], *losses(case, alone[f], nearest=bool(how))))
     for bits in TARGETS:
         room = int(bits * count / 8)
         picks = {name: s.solve("damage", bytes=room) for name, s in ways(case, room)}
         here = {name: (pick, *losses(case, pick)) for name, pick in picks.items() if pick}
         near = max(s for s in sizes if s <= room), min(s for s in sizes if s >= room)
-        here |= {name: each for name, each in alone.items() if each[0].bytes in near}
+        formats = [format for format, pick in alone.items() if pick.bytes in near]
+        here |= {f"all {f}{how}": uniform(f, how) for f in formats for how in (", nearest", "")}
         for name, (pick, nats, kl) in here.items():
             yield {
                 "asked": bits,
