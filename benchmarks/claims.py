@@ -124,6 +124,17 @@ CLAIMS = (
         "Held-out text; `calibrated` chooses codes by GPTQ.",
     ),
     Claim(
+        "allocations",
+        "Bits of experts: what moec optimize chooses, beside other choices",
+        "`asked` and `bits` are a weight of the experts; all else stays in floats. Codes are by "
+        "GPTQ where a row does not say `nearest`. `more nats` and `more KL` are a held-out token's "
+        "loss and divergence beyond those of the first row, with the standard error of the "
+        "difference (windows are paired), and a star beyond two of them. Uniform formats are those "
+        "next to what is asked, of at most and of at least as many bytes. `frequency` gives bits "
+        "by how often experts are chosen, `random` to any.",
+        by_case=True,
+    ),
+    Claim(
         "approximate-passes",
         "Pruned, merged and averaged experts",
         "Megabytes and perplexity with a share of the experts left; the kl columns ask for 50 % "

@@ -11,21 +11,28 @@ by EXPERTS copies of it, with a router that chooses two of them (sparse upcyclin
      ROWS rows), on TOKENS tokens of Python's standard library.
 
 The model as a whole is not trained: its perplexity is at best that of the dense model.
+The environment may have another number of experts, and a folder to keep them in:
+
+    MOEC_UPCYCLED=FOLDER MOEC_EXPERTS=4 moec compile benchmarks/models/upcycle.py:smollm2
 """
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.models.smollm2 import load
+
 LAYERS = (4, 11, 18, 25)
-EXPERTS, K = 8, 2
+EXPERTS, K = int(os.environ.get("MOEC_EXPERTS", "8")), 2
 TOKENS, WINDOW = 4096, 256
 STEPS, ROWS, RATE = 40, 768, 1e-3
 TEXT = ("ast.py", "typing.py", "pathlib.py", "dataclasses.py", "shutil.py", "email/message.py",
@@ -69,6 +76,27 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.down(self.hidden(x))
         return result
+
+
+def stored() -> tuple[Any, Any]:
+    """The upcycled model and its tokenizer; trains the experts if the folder has none."""
+    model, tokenizer = load()
+    file = Path(os.environ["MOEC_UPCYCLED"]) / f"experts{EXPERTS}.safetensors"
+    if not file.exists():
+        torch.manual_seed(0)
+        upcycle(model, tokenizer)
+        save_file({k: v for k, v in model.state_dict().items() if ".mlp.experts." in k
+                   or ".mlp.router." in k}, file)  # fmt: skip
+        return model, tokenizer
+    for layer in (model.model.layers[number] for number in LAYERS):
+        router = nn.Linear(layer.mlp.up_proj.in_features, EXPERTS)
+        layer.mlp = Experts([Mlp(layer.mlp) for _ in range(EXPERTS)], router).eval()
+    model.load_state_dict(load_file(file), strict=False)
+    return model, tokenizer
+
+
+def smollm2() -> tuple[Any, tuple[Tensor]]:
+    return stored()[0], (torch.zeros(2, WINDOW, dtype=torch.int64),)
 
 
 def upcycle(

@@ -68,12 +68,17 @@ def measure_products(
     not fit, and a pattern that no product matches."""
     named = named_products(program.graph)
     check_pinned(named, pinned)
-    ops = list(named.values())
+    pins = {name: pinned_for(name, pinned) for name in named}
+    choosable = {
+        name: formats if pin is None else () if pin.format is None else (pin.format,)
+        for name, pin in pins.items()
+    }
+    ops = [op for name, op in named.items() if choosable[name]]
+    rows_of_each = weighted_rows_of(program, evaluator.calibration, ops)
     measured = []
-    each = zip(named.items(), weighted_rows_of(program, evaluator.calibration, ops), strict=True)
-    for (name, op), rows in each:
-        pin = pinned_for(name, pinned)
-        considered = formats if pin is None else () if pin.format is None else (pin.format,)
+    for name, op in named.items():
+        pin, considered = pins[name], choosable[name]
+        rows = next(rows_of_each) if considered else []
         fitting = [f for f in considered if _fits(program, op, f, log)]
         if pin is not None and len(fitting) < len(considered):
             raise UsageError(f"{name} cannot be {pin.format}: {log.declined[-1].reason}")

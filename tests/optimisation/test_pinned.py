@@ -9,6 +9,7 @@ import pytest
 
 import moec
 from moec.errors import UsageError
+from moec.optimisation import sensitivity
 from moec.optimisation.optimize import choice_limits, search
 from moec.optimisation.pinned import parse_pinned, pinned_for, split_pinned
 from tests.optimisation.test_moves import STACK, X, formats_of, net
@@ -31,6 +32,20 @@ def test_what_is_pinned_is_not_chosen() -> None:
     assert (pinned["first"], pinned["second"]) == ("unchanged", "int4:32")
     both = formats({"second": "int4:32"}, 3 * STACK)  # room for all weights as they are
     assert both == {"first": "unchanged", "second": "int4:32"}
+
+
+def test_rows_are_not_read_for_products_that_keep_their_weights(monkeypatch: Any) -> None:
+    read: list[int] = []
+    rows_of = sensitivity.weighted_rows_of
+
+    def watched(program: Any, data: Any, ops: Any) -> Any:
+        read.append(len(ops))
+        return rows_of(program, data, ops)
+
+    monkeypatch.setattr(sensitivity, "weighted_rows_of", watched)
+    for pin in ({}, {"first": "unchanged"}, {"*": "unchanged"}):
+        search(net(), (X[:5],), calib={"x": X}, formats=("int8",), pin=pin)
+    assert read == [2, 1, 0]
 
 
 def test_the_compiled_model_has_the_pinned_formats() -> None:
