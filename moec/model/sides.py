@@ -42,7 +42,7 @@ def with_sides(
             programs[side(len(forms))] = program
     weights = dict(main.weights)
     for name, program in programs.items():
-        programs[name] = _sharing(program, weights, name)
+        programs[name] = sharing(program, weights, name)
         weights |= programs[name].weights
     blocks = {block.name: block for form in reversed(forms) for block in form.blocks}
     blocks |= {block.name: block for block in compiled.blocks}
@@ -61,7 +61,7 @@ def _types(graph: Graph) -> list[tuple[str, str, int]]:
     return [(value.name, value.dtype, len(value.shape)) for value in values]
 
 
-def _sharing(program: Program, weights: Mapping[str, torch.Tensor], prefix: str) -> Program:
+def sharing(program: Program, weights: Mapping[str, torch.Tensor], prefix: str) -> Program:
     """The program with its equal weights as those of other programs, and another name for each that
     has the name of another weight."""
     graph = program.graph

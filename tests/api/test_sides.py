@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 import moec
 from moec.errors import ArtifactError, InputError
+from moec.interpret.evaluate import evaluate
+from moec.ir.graph import Program
+from moec.ir.text import parse
+from moec.model.sides import sharing
 from moec.runtime.artifact import artifact
 from moec.runtime.package import side
 
@@ -199,6 +203,32 @@ def test_weights_that_sides_share_are_stored_once() -> None:
     shared = [compiled.module[name].weights for name in ("main", side(1))]
     addresses = [{w.data_ptr() for w in weights.values()} for weights in shared]
     assert len(addresses[0] & addresses[1]) >= 2
+
+
+def test_weights_of_one_name_that_differ_have_two_names() -> None:
+    """Constants that passes compute of weights may have one name in two programs."""
+    text = (
+        "graph main(x: f32[T, 2]; w: f32[2], v: f32[2]) {\n  y: f32[T, 2] = aten.mul.Tensor(x, w)\n"
+    )
+    text += "  z: f32[T, 2] = aten.add.Tensor(y, v)\n  return z\n}\n"
+    first, second = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    program = Program(parse(text), {"w": first.clone(), "v": second})
+    shared = sharing(program, {"w": first, "v": first}, "side_1")
+    assert [param.name for param in shared.graph.params] == ["w", "side_1.v"]
+    assert shared.weights["w"] is first
+    assert shared.weights["side_1.v"] is second
+    x = torch.ones(3, 2)
+    (result,) = evaluate(shared.graph, [x], shared.weights)
+    torch.testing.assert_close(result, x * first + second)
+
+
+def test_zero_rows_are_not_tried_where_a_product_excludes_them() -> None:
+    class Long(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.shape[0] * x.shape[1] > 6 else x[:, :1] * x.sum().item()
+
+    compiled = moec.compile(Long(), (torch.randn(2, 12, D),))
+    assert compiled.captured.program.graph.bounds["B*S"].low == 7
 
 
 def test_a_call_that_no_side_takes_is_refused_by_all() -> None:

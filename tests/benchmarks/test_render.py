@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,8 @@ def test_a_race_of_models_becomes_a_record():
         0.85, 0.81, 1.2,
     )  # fmt: skip
     words = ["/home/model", "--artifact", "bf16.moec"]
-    entry = models.record_of(race.to_dict(), "bf16", "AMD EPYC, Zen 4", words)
+    options = argparse.Namespace(case="bf16", machine="AMD EPYC, Zen 4", claim="model", words=words)
+    entry = models.record_of(race.to_dict(), options)
     assert entry.case == "bf16 beside eager"
     assert entry.command == "moec bench model --artifact bf16.moec"
     assert entry.rows[1]["prefill tokens/s"] == 100.0
