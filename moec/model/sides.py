@@ -75,7 +75,7 @@ def sharing(program: Program, weights: Mapping[str, torch.Tensor], prefix: str) 
         return tuple(renamed.get(value, value) for value in old)
 
     tensors = {
-        renamed.get(param, param).name: weights.get(param.name, program.weights[param.name])
+        param.name: weights.get(param.name, program.weights[param.name])
         for param in graph.params
         if param not in renamed
     }

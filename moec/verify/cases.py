@@ -43,7 +43,8 @@ def plans(captured: Captured) -> list[_Plan]:
     if not sixteen and not varied:
         result.append(({}, DRAWS[1]))
     others = (*turns(graph, captured.example), *_zeros(graph))
-    return result + [(size, kinds[i % len(kinds)]) for i, size in enumerate(others)]
+    result += [(size, kinds[i % len(kinds)]) for i, size in enumerate(others)]
+    return [plan for plan in result if allows(graph.bounds, plan[0])]
 
 
 def least_sizes(graph: Graph) -> dict[str, int]:
@@ -67,7 +68,8 @@ def _sizes(graph: Graph, choose: Callable[[Bounds], int]) -> dict[str, int]:
         for name, bounds in graph.bounds.items()
         if name.isidentifier()
     }
-    return nearest_allowed(graph.bounds, sizes)
+    longer = nearest_allowed(graph.bounds, sizes)
+    return longer if allows(graph.bounds, longer) else nearest_allowed(graph.bounds, sizes, -1)
 
 
 def _zeros(graph: Graph) -> Iterator[dict[str, int]]:

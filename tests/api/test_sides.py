@@ -231,6 +231,17 @@ def test_zero_rows_are_not_tried_where_a_product_excludes_them() -> None:
     assert compiled.captured.program.graph.bounds["B*S"].low == 7
 
 
+def test_a_side_of_few_rows_in_16_bits() -> None:
+    """Its graph is evaluated too, which refuses sizes whose product is beyond its bound."""
+    torch.manual_seed(1)
+    module = FewTokens().bfloat16()
+    compiled = moec.compile(module, (torch.randn(2, 12, D).bfloat16(),))
+    for sizes in ((2, 3), (1, 7)):
+        x = torch.randn(*sizes, D).bfloat16()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), module(x), rtol=0.05, atol=0.05)
+
+
 def test_a_call_that_no_side_takes_is_refused_by_all() -> None:
     compiled = moec.compile(Three().eval(), (torch.randn(2, 12, D),), verify=False)
     with pytest.raises(InputError, match=re.escape("axis 2 of input 'x' is 9, expected 8")):
