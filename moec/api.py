@@ -127,11 +127,10 @@ def compile(
     code for CPUs and GPUs; users with a CPU need no CUDA. `backend` may then be of either
     kind.
 
-    `quant` stores the weights of experts in few bits: "int8", "int4", "int3" or "int2", each
-    optionally with a block size (":32", ":64", ":128") and ":asymmetric", "fp8", or "mxfp4". It is
-    the last step.
-    Rows that are multiplied with such weights are rounded to 8 bits, or with ":rows16" to 16; on
-    CPUs those of fp8 weights are not rounded. With
+    `quant` stores the weights of experts in few bits: "int8", "int6", "int5", "int4", "int3" or
+    "int2", each optionally with a block size (":32", ":64", ":128") and ":asymmetric", "fp8", or
+    "mxfp4". It is the last step. Rows that are multiplied with such weights are rounded to 8 bits,
+    or with ":rows16" to 16; on CPUs those of fp8 weights are not rounded. With
     "int8,linears=int8,head=int8" other linear layers and the head are quantised too. Codes are
     rounded to nearest, or with `calib` chosen by GPTQ on that data. Without `quant`, weights that a
     checkpoint stores in few bits keep its codes on CPUs ("checkpoint", "checkpoint:rows16"); "none"

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from moec.checkpoint.folders import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from moec.checkpoint.gguf import arrange as gguf_weights
 from moec.checkpoint.gguf.architectures import NAMES
+from moec.checkpoint.gguf.codes import STORED, Stored
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, plain
 from moec.errors import CaptureError
@@ -95,11 +97,18 @@ FOLDERS = (
     ),
 )
 
+
+def _kinds(stored: Mapping[str, Stored]) -> str:
+    """Types of GGUF by the kind of their codes."""
+    kinds = groupby(stored, lambda type: stored[type].format.kind)
+    return "; ".join(f"{', '.join(types)}: {kind}" for kind, types in kinds)
+
+
 GGUF = CheckpointFormat(
     "gguf",
     (),
     f"{', '.join(BLOCKS)}; of {', '.join(NAMES)} (llama with experts is mixtral)",
-    "Q8_0: int8, Q4_0: int4, MXFP4: mxfp4; others: int8, rounded",
+    f"{_kinds(STORED)}; others: int8, rounded",
     gguf_weights.read,
     "GGUF",
 )

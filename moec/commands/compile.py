@@ -133,12 +133,12 @@ def command(**values: Any) -> None:
     The result is compared with eager PyTorch on random inputs. If they differ, nothing is written
     and the exit code is 2.
 
-    --quant changes the model: it rounds the weights of experts to int8, int4, int3 or int2, with
-    one scale per row or, as in int4:64, per block of 64 weights. :asymmetric adds a zero point to
-    each scale. Other formats are fp8 and mxfp4. The rows that such weights multiply are rounded to
-    8 bits; with :rows16 (as in int8:rows16) to 16 bits, which is as exact as floats and slower for
-    many rows. On CPUs those of fp8 are not rounded. int8,linears=int8,head=int8 also quantises
-    other linear layers, except routers, and the head. The report shows the errors.
+    --quant changes the model: it rounds the weights of experts to int8, int6, int5, int4, int3 or
+    int2, with one scale per row or, as in int4:64, per block of 64 weights. :asymmetric adds a zero
+    point to each scale. Other formats are fp8 and mxfp4. The rows that such weights multiply are
+    rounded to 8 bits; with :rows16 (as in int8:rows16) to 16 bits, which is as exact as floats and
+    slower for many rows. On CPUs those of fp8 are not rounded. int8,linears=int8,head=int8 also
+    quantises other linear layers, except routers, and the head. The report shows the errors.
     """
     request = request_of(values)
     check(request)

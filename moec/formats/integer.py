@@ -1,6 +1,7 @@
 """Quantised numbers: how weights and rows become codes with scales, and the values of codes.
 
     int8 to int2  w = (code - zero) * scale       code 0 .. 2^bits - 1, zero 2^(bits-1) or given
+                  w = code * scale - zero         where zeros are floats
     fp8           w = e4m3(code) * scale          OCP 8-bit Floating Point 1.0
     mxfp4         w = e2m1(code) * 2^(scale-127)  OCP Microscaling Formats 1.0, blocks of 32
 
@@ -33,8 +34,8 @@ TINY = 1e-30
 
 @dataclass(frozen=True)
 class Quantised:
-    """codes u8[E, N, K], scales bf16, f16, f32 or u8[E, N, blocks], zeros u8[E, N, blocks] or
-    None."""
+    """codes u8[E, N, K], scales bf16, f16, f32 or u8[E, N, blocks], zeros [E, N, blocks] of u8 or
+    of the scales' dtype, or None."""
 
     codes: Tensor
     scales: Tensor
@@ -77,6 +78,8 @@ def encode(format: Format, weight: Tensor, scales: Tensor, zeros: Tensor | None 
         return values.to(torch.float8_e4m3fn).view(torch.uint8).flatten(-2)
     levels = 2**format.bits
     zero = float(levels // 2) if zeros is None else zeros.float()[..., None]
+    if format.float_zeros:
+        by_block, zero = by_block + zero, 0.0
     codes: Tensor = (by_block / scales.float()[..., None]).round_().add_(zero)
     return codes.clamp_(0, levels - 1).byte().flatten(-2)
 
@@ -129,6 +132,8 @@ def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = 
         values = codes.view(torch.float8_e4m3fn).float().reshape(by_block)
         return (values * scales.float()[..., None]).flatten(-2)
     values = codes.float().reshape(by_block)
+    if zeros is not None and zeros.is_floating_point():
+        return (values * scales.float()[..., None] - zeros.float()[..., None]).flatten(-2)
     zero = float(2 ** (BITS[kind] - 1)) if zeros is None else zeros.float()[..., None]
     return ((values - zero) * scales.float()[..., None]).flatten(-2)
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 
 from moec.errors import UsageError
 
-KINDS = ("int8", "int4", "int3", "int2", "fp8", "mxfp4")
+KINDS = ("int8", "int6", "int5", "int4", "int3", "int2", "fp8", "mxfp4")
 BLOCKS = (32, 64, 128)
 ROW_BITS = (0, 8, 16)
-BITS = {"int8": 8, "int4": 4, "int3": 3, "int2": 2, "fp8": 8, "mxfp4": 4}
+BITS = {f"int{bits}": bits for bits in (8, 6, 5, 4, 3, 2)} | {"fp8": 8, "mxfp4": 4}
 MXFP4_BLOCK = 32
 
 SPELLING = (
-    "write int8, int4, int3 or int2, any of them with a block (:32, :64, :128) and with "
-    ":asymmetric, fp8 with a block or without, or mxfp4; any of them with :rows16"
+    "write int8, int6, int5, int4, int3 or int2, any of them with a block (:32, :64, :128) and "
+    "with :asymmetric, fp8 with a block or without, or mxfp4; any of them with :rows16"
 )
 WIDE_ROWS = "rows16"
 
@@ -28,13 +28,16 @@ class Format:
     """The format of a weight, and the bits (8 or 16) to which the rows it multiplies are rounded,
     0 if they are not.
     `block` 0 means one scale per row. `scales` is the dtype of the scales of integers: moec writes
-    bf16, checkpoints of others have f16 or f32 too."""
+    bf16, checkpoints of others have f16 or f32 too. `asymmetric` integers have zeros: codes u8, or
+    with `float_zeros`, which checkpoints have, what is subtracted from code * scale, in the dtype
+    of the scales."""
 
     kind: str
     block: int = 0
     asymmetric: bool = False
     row_bits: int = 8
     scales: str = "bf16"
+    float_zeros: bool = False
 
     @property
     def bits(self) -> int:
@@ -46,21 +49,27 @@ class Format:
         exponents for mxfp4."""
         return "u8" if self.kind == "mxfp4" else self.scales
 
+    @property
+    def zero_dtype(self) -> str:
+        return self.scales if self.float_zeros else "u8"
+
     def blocks(self, width: int) -> int:
         """The number of scales in a row of `width` weights."""
         return width // self.block if self.block else 1
 
     def nbytes(self, rows: int, width: int) -> int:
         """The bytes of `rows` rows of codes, scales and zeros, without padding."""
-        scale = {"u8": 1, "bf16": 2, "f16": 2, "f32": 4}[self.scale_dtype]
-        each = self.blocks(width) * (scale + self.asymmetric)
+        sizes = {"u8": 1, "bf16": 2, "f16": 2, "f32": 4}
+        zero = sizes[self.zero_dtype] if self.asymmetric else 0
+        each = self.blocks(width) * (sizes[self.scale_dtype] + zero)
         return rows * (-(-width * self.bits // 8) + each)
 
     def __str__(self) -> str:
         block = f":{self.block}" if self.block and self.kind != "mxfp4" else ""
         rows = f":{WIDE_ROWS}" if self.row_bits == 16 else ""
         scales = "" if self.scale_dtype in ("bf16", "u8") else f":{self.scales}"
-        return self.kind + block + (":asymmetric" if self.asymmetric else "") + rows + scales
+        zeros = ":float_zeros" if self.float_zeros else ":asymmetric" if self.asymmetric else ""
+        return self.kind + block + zeros + rows + scales
 
 
 def parse(text: str) -> Format:

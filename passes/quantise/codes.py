@@ -95,7 +95,7 @@ class Codes:
             ("scales", TensorType(format.scale_dtype, blocks), quantised.scales),
         ]
         if quantised.zeros is not None:
-            parts.append(("zeros", TensorType("u8", blocks), quantised.zeros))
+            parts.append(("zeros", TensorType(format.zero_dtype, blocks), quantised.zeros))
         values = []
         for name, type, tensor in parts:
             values.append(b.param(f"{part_name(matrix.name, format, experts)}.{name}", type))

@@ -33,7 +33,7 @@ from moec.passes.quantise.quantise_linears import LINEAR, QuantiseLinears, route
 
 ROUNDING = 2.0**-7
 """Twice the relative error of a weight that was rounded to bfloat16 when it was loaded."""
-LEAST = 32
+LEAST = 16
 """Kernels sum codes of at least so many weights before they multiply with a scale."""
 
 

@@ -220,7 +220,7 @@ TYPOS = (
     ([*DRY, "--passes", "+prune-expert(keep=1)"], "+name or -name; did you mean 'prune-experts'?"),
     ([*DRY, "--passes", "+specialise(task=1"], "a parenthesis is unbalanced"),
     ([*DRY, "--passes", "fuse-gate"], "write +fuse-gate or -fuse-gate"),
-    ([*DRY, "--quant", "int5"], "'int5' is not a format; write int8, int4, int3"),
+    ([*DRY, "--quant", "int7"], "'int7' is not a format; write int8, int6, int5"),
     ([*DRY, "--calib", "none.npz"], "--calib none.npz: there is no such file"),
     ([*DRY, "--budget", "kl<0.1"], "--budget kl<0.1: write METRIC<=NUMBER"),
     ([*DRY, "--stop-after", "fuse-gat"], "no such pass; did you mean 'fuse-gate'?"),

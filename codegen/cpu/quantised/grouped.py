@@ -33,12 +33,13 @@ class QuantisedWeights:
 
     @staticmethod
     def of(lay: QuantisedLayout, suffix: str, groups: Expr | int) -> QuantisedWeights:
-        zeros, asymmetric = f"zeros{suffix}", lay.spec.format.asymmetric
+        zeros, format = f"zeros{suffix}", lay.spec.format
+        zero_dtype = lay.scale_dtype if format.float_zeros else "uint8"
         scales = (groups, *lay.scale_shape[1:])
         return QuantisedWeights(
             argument(f"w{suffix}", (groups, *lay.shape[1:]), lay.dtype),
             argument(f"w_scales{suffix}", scales, lay.scale_dtype),
-            argument(zeros, scales, "uint8") if asymmetric else None,
+            argument(zeros, scales, zero_dtype) if format.asymmetric else None,
         )
 
 

@@ -99,9 +99,11 @@ class QuantisedLayout(Layout):
 
     @property
     def amx(self) -> bool:
-        """Whether AMX is used: blocks of codes fill tile registers, of 64 codes a row."""
+        """Whether AMX is used: blocks of codes fill tile registers, of 64 codes a row, and zeros
+        are codes."""
         codes = self.spec.k // self.blocks
-        return self.target.int8_tiles and not self.floats and codes % 64 == 0
+        whole = codes % 64 == 0 and not self.spec.format.float_zeros
+        return self.target.int8_tiles and not self.floats and whole
 
     @property
     def float_tiles(self) -> bool:

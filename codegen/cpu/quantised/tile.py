@@ -2,6 +2,8 @@
 
     y[r] = f((sum of blocks b: sx[row, b] * sw[b] * (x[row, b] . (w[e, b] - z[b]))) + bias[e])
 
+or, where zeros are floats, sx[row, b] * (sw[b] * (x[row, b] . w[e, b]) - z[b] * sum of x[row, b]).
+
 Arithmetic inside a block is exact, on integers, with four products of bytes per instruction. The
 sums of blocks are added in one order, by one thread: results do not depend on the number of threads
 or on other rows.
@@ -90,10 +92,12 @@ class QuantisedTile(Tile):
         if lay.blocks == 1:
             self._integers(sums, rows, group, tile, 0, fetch)
             scales = self._scales(group, tile, 0)
+            offsets = self._offsets(group, tile, 0)
             for i, r in enumerate(rows):
                 factor = v.splat(T.bind(self.operands.x_scales[r, 0]))
                 for j, scale in enumerate(scales):
                     T.buffer_store(acc[i][j], real(i, j) * (scale * factor), [lanes])
+                self._subtract(acc[i], offsets, r, 0)
         else:
             for each in acc:
                 for a in each:
@@ -101,12 +105,14 @@ class QuantisedTile(Tile):
             with T.serial(0, lay.blocks) as block:
                 self._integers(sums, rows, group, tile, block, fetch)
                 scales = self._scales(group, tile, block)
+                offsets = self._offsets(group, tile, block)
                 for i, r in enumerate(rows):
                     factor = v.splat(T.bind(self.operands.x_scales[r, block]))
                     for j, scale in enumerate(scales):
                         scaled = T.bind(real(i, j) * factor)
                         added = v.fma(scaled, scale, acc[i][j][lanes])
                         T.buffer_store(acc[i][j], added, [lanes])
+                    self._subtract(acc[i], offsets, r, block)
         self._finish(acc, row, m, group, tile)
 
     def _integers(
@@ -170,10 +176,36 @@ class QuantisedTile(Tile):
         bits = [T.shift_left(e, T.broadcast(T.int32(23), v.lanes)) for e in exponents]
         return [T.bind(T.reinterpret(v.dtype, b) * half) for b in bits]
 
+    def _offsets(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
+        """Zeros that are floats, for each vector of columns."""
+        v, lay, zeros = self.vector, self.layout, self.operands.zeros
+        if zeros is None or not lay.spec.format.float_zeros:
+            return []
+        return [v.load(zeros, [group, tile, block, j * v.lanes]) for j in range(lay.vectors)]
+
+    def _subtract(
+        self, acc: list[Buffer], offsets: list[Expr], row: Expr, block: Expr | int
+    ) -> None:
+        """Adds the sum of a block of a row times -offset."""
+        if not offsets:
+            return
+        v, lay, ops = self.vector, self.layout, self.operands
+        lanes = T.ramp(0, 1, v.lanes)
+        sums = [
+            T.cast(ops.sums[row, plane * lay.blocks + block], "float32")
+            for plane in range(lay.row_codes.planes)
+        ]
+        total = sums[0] if len(sums) == 1 else sums[0] * T.float32(256) + sums[1]
+        less = v.splat(T.bind(total * ops.x_scales[row, block] * T.float32(-1)))
+        for a, offset in zip(acc, offsets, strict=True):
+            T.buffer_store(a, v.fma(offset, less, a[lanes]), [lanes])
+
     def _zeros(self, group: Expr, tile: Expr, block: Expr | int) -> list[Expr]:
         v, lay, zeros = self.vector, self.layout, self.operands.zeros
+        format = lay.spec.format
+        if format.float_zeros:
+            return [T.broadcast(T.int32(-self._less), v.lanes)] * lay.vectors
         if zeros is None:
-            format = lay.spec.format
             zero = E2M1_ZERO if format.kind == "mxfp4" else 2 ** (format.bits - 1)
             return [T.broadcast(T.int32(zero - self._less), v.lanes)] * lay.vectors
         at = [T.ramp(j * v.lanes, 1, v.lanes) for j in range(lay.vectors)]

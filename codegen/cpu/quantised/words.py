@@ -1,4 +1,4 @@
-"""How codes of 2, 3, 4 and 8 bits fill words of 32 bits: packing and kernels read one table.
+"""How codes of 2 to 6 and of 8 bits fill words of 32 bits: packing and kernels read one table.
 
 A quad is four codes that follow each other along K: one for each byte of a word, at the same bits.
 Three words hold 32 codes of three bits: each byte has two of them, and its last two bits hold the
@@ -9,8 +9,9 @@ quads that remain.
     word 1              quad 2  quad 3  quad 7, bits 0 and 1
     word 2              quad 4  quad 5  quad 6, bit 2; quad 7, bit 2
 
-So six of eight quads take a shift and a mask, as all of the other widths do; bit planes would take
-two of each, and an `or`, for every quad.
+So six of eight quads take a shift and a mask, as widths that divide 8 do; bit planes would take two
+of each, and an `or`, for every quad. Codes of five and six bits likewise: a complete quad for each
+word, and the quads that remain in the last bits of all.
 """
 
 from __future__ import annotations
@@ -43,7 +44,17 @@ _QUADS = {
         *((Bits(quad // 2, quad % 2 * 3, 0, 3),) for quad in range(6)),
         (Bits(0, 6, 0, 2), Bits(2, 6, 2, 1)),
         (Bits(1, 6, 0, 2), Bits(2, 7, 2, 1)),
-    )
+    ),
+    5: (
+        *((Bits(word, 0, 0, 5),) for word in range(5)),
+        (Bits(0, 5, 0, 3), Bits(1, 5, 3, 2)),
+        (Bits(2, 5, 0, 3), Bits(3, 5, 3, 2)),
+        (Bits(4, 5, 0, 3), Bits(1, 7, 3, 1), Bits(3, 7, 4, 1)),
+    ),
+    6: (
+        *((Bits(word, 0, 0, 6),) for word in range(3)),
+        tuple(Bits(word, 6, 2 * word, 2) for word in range(3)),
+    ),
 }
 """The bits of each quad of a unit, the fewest words that complete quads fill."""
 

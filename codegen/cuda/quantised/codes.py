@@ -85,8 +85,10 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 def check_codes(spec: QuantisedSpec, epilogue: Epilogue | None) -> None:
     """Raises NoMatch for formats and epilogues that the kernels do not support."""
-    if (bits := spec.format.bits) < 4:
+    if (bits := spec.format.bits) not in (4, 8):
         raise NoMatch(f"its weights have {bits} bits, and kernels for GPUs need 4 or 8")
+    if spec.format.float_zeros:
+        raise NoMatch("its zeros are floats, and those of kernels for GPUs are codes")
     piece, size = piece_of(spec.format.bits), spec.k // spec.format.blocks(spec.k)
     if spec.dtype not in (*HALVES, "float32"):
         raise NoMatch(f"its result is {spec.dtype}")

@@ -5,8 +5,9 @@
 Every scale is float32 and belongs to a block. Kernels with one scale per row are many times slower
 (a layer of 64 experts at one token: 13 ms, against 0.7 ms with blocks), so the scale of a row is
 repeated for each block. No kernel supports mxfp4 with float32 rows. Twice an mxfp4 value is an
-integer, so mxfp4 codes are converted to equivalent int8 codes. Codes of 2 and 3 bits, for which
-there are no kernels either, become codes of four bits, their middle the middle of those.
+integer, so mxfp4 codes are converted to equivalent int8 codes. Codes of 2, 3, 5 and 6 bits, for
+which there are no kernels either, become codes of four or eight bits; without zeros, their middle
+becomes the middle of those.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Encoding:
         format = parts[0].format
         widths = [_width(part.matrices[0]) for part in parts]
         fitting = (b for b in ROW_BLOCKS if all(width % b == 0 for width in widths))
-        bits = 8 if format.kind == "mxfp4" else max(4, format.bits)
+        bits = 4 if format.bits <= 4 and format.kind != "mxfp4" else 8
         return Encoding(bits, format.block or next(fitting, ROW_BLOCKS[-1]), format)
 
     def blocks(self, width: int) -> int:
@@ -64,11 +65,13 @@ class Encoding:
 
     def zeros(self, zeros: Tensor, width: int) -> Tensor:
         """The zeros, u8[.., N, blocks]."""
-        return self._repeated(zeros + self._above, width)
+        return self._repeated(zeros, width)
 
     @property
     def _above(self) -> int:
-        """What codes and zeros have to be raised by."""
+        """What codes have to be raised by, so that their middle is the zero that is not written."""
+        if self.format.asymmetric:
+            return 0
         return (1 << self.bits - 1) - (1 << self.format.bits - 1)
 
     def _repeated(self, values: Tensor, width: int) -> Tensor:

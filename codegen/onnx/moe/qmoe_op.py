@@ -32,6 +32,8 @@ def check(block: Fused) -> None:
     up, down = _parts(block)
     if up.format.kind == "fp8":
         raise NoMatch("expert_weight_bits supports integers, and the weights are fp8")
+    if up.format.float_zeros or down.format.float_zeros:
+        raise NoMatch("zero points are integers, and those of the weights are floats")
     code = Encoding.of([up, down])
     if code.bits == 8 and up.format.row_bits == 16:
         raise NoMatch("accuracy_level rounds rows that are multiplied by 8-bit weights")

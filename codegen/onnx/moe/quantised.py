@@ -43,6 +43,8 @@ def grouped_quantised(c: Call) -> str:
     w, parts = c.w, GroupedQuantised.of(c.op)
     if parts.format.kind == "fp8":
         raise NoMatch("fp8 weights have no ONNX form: quantise to int8, int4 or mxfp4")
+    if parts.format.float_zeros:
+        raise NoMatch("weights with float zeros have no ONNX form: quantise to int8 or int4")
     if not w.contrib and w.opset < BLOCKED:
         raise NoMatch(
             f"opset {w.opset} has no DequantizeLinear of blocks (block_size): choose opset "

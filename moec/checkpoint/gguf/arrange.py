@@ -116,7 +116,12 @@ def _by_rows(
 
         def codes() -> Quantised:
             parts = [each.read() for each in held]
-            return Quantised(rows([p.codes for p in parts]), rows([p.scales for p in parts]), None)
+            zeros = [part.zeros for part in parts if part.zeros is not None]
+            return Quantised(
+                rows([part.codes for part in parts]),
+                rows([part.scales for part in parts]),
+                rows(zeros) if zeros else None,
+            )
 
         stored = WeightCodes(held[0].format, codes)
         return replace(joined, codes=stored, values=stored.values)

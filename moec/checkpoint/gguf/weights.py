@@ -1,9 +1,5 @@
-"""The weights of GGUF files.
-
-    Q8_0    scale f16, 32 codes i8                                  int8:32, exactly
-    Q4_0    scale f16, 16 bytes: low halves first, then high        int4:32, exactly
-    MXFP4   exponent u8, 16 bytes in the same order                 mxfp4, exactly
-    others  dequantised by the package gguf, then int8:32
+"""The weights of GGUF files: floats, codes as in codes.py, and other types, which the package gguf
+dequantises and moec rounds to int8:32.
 
 How tensors become the weights of a model is in arrange.py.
 """
@@ -18,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moec.checkpoint.gguf import codes
 from moec.checkpoint.tensors import mapped
 from moec.checkpoint.weight import CheckpointWeight, WeightCodes
 from moec.files.gguf import BLOCKS, GgufHeader, GgufTensor
@@ -25,11 +22,6 @@ from moec.formats.integer import Quantised
 from moec.formats.notation import Format
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-EXACT = {
-    "Q8_0": Format("int8", 32, scales="f16"),
-    "Q4_0": Format("int4", 32, scales="f16"),
-    "MXFP4": Format("mxfp4", 32),
-}
 NEAREST = Format("int8", 32)
 
 
@@ -58,13 +50,7 @@ class GgufWeights:
         return torch.from_numpy(dequantize(rows.flatten(-2).numpy(), kind)).view(tensor.shape)
 
     def codes(self, tensor: GgufTensor) -> Quantised:
-        rows = self.rows(tensor)
-        if tensor.type == "MXFP4":
-            return Quantised(_halves(rows[..., 1:]), rows[..., 0].contiguous(), None)
-        scales = rows[..., :2].contiguous().view(torch.float16).squeeze(-1)
-        data = rows[..., 2:]
-        codes = (data ^ 128).flatten(-2) if tensor.type == "Q8_0" else _halves(data)
-        return Quantised(codes, scales, None)
+        return codes.read(tensor.type, self.rows(tensor))
 
 
 def map_gguf(header: GgufHeader) -> GgufWeights:
@@ -81,15 +67,10 @@ def _weight(files: GgufWeights, name: str, tensor: GgufTensor) -> CheckpointWeig
     weight = CheckpointWeight(tensor.shape, (name,), lambda: files.values(tensor))
     if tensor.type in PLAIN:
         return replace(weight, dtype=PLAIN[tensor.type])
-    if tensor.type in EXACT:
-        codes = WeightCodes(EXACT[tensor.type], lambda: files.codes(tensor))
-        return replace(weight, codes=codes, values=codes.values)
+    if tensor.type in codes.STORED:
+        stored = WeightCodes(codes.STORED[tensor.type].format, lambda: files.codes(tensor))
+        return replace(weight, codes=stored, values=stored.values)
     return replace(weight, nearest=NEAREST, reason=f"kernels read no {tensor.type}")
-
-
-def _halves(data: Tensor) -> Tensor:
-    """bytes u8[.., 16] -> codes u8[.., 32] with the low halves first, in one row."""
-    return torch.cat((data & 15, data >> 4), -1).flatten(-2)
 
 
 def dtype_of(header: GgufHeader) -> torch.dtype:

@@ -163,7 +163,7 @@ def changing_options(command: F) -> F:
         ),
         click.option(
             "--quant", metavar="FORMAT",
-            help="Quantise experts: int8, int4, int3, int2, fp8 (each [:32|64|128]) or mxfp4; "
+            help="Quantise experts: int2 to int6, int8, fp8 (each [:32|64|128]) or mxfp4; "
             "options :rows16, ,linears=… and ,head=… are explained above.",
         ),
     ):  # fmt: skip

@@ -19,7 +19,8 @@ from moec.ops.experts.grouped import INPUTS, Grouped, batches, grouped, in_float
 
 @dataclass(frozen=True)
 class Matrix:
-    """codes u8[E, N, K], scales [E, N, blocks], zeros u8[E, N, blocks] or None."""
+    """codes u8[E, N, K], scales [E, N, blocks], and zeros [E, N, blocks], u8 or of the scales'
+    dtype, or None."""
 
     codes: Value
     scales: Value
@@ -63,7 +64,8 @@ def check_matrix(op: Op, matrix: Matrix, kind: object, bits: object) -> Format:
     require(op, bits in ROW_BITS, f"row_bits is {bits}, not one of 0, 8, 16")
     stored = "bf16" if kind == "mxfp4" else scales.dtype
     require(op, stored in VECTOR_DTYPES, f"{scales} is not of {', '.join(VECTOR_DTYPES)}")
-    format = Format(cast(str, kind), block, zeros, cast(int, bits), stored)
+    floats = matrix.zeros is not None and matrix.zeros.dtype != "u8"
+    format = Format(cast(str, kind), block, zeros, cast(int, bits), stored, floats)
     if kind == "mxfp4":
         require(op, block == MXFP4_BLOCK, "mxfp4 has blocks of 32")
     require(op, not (zeros and kind in ("mxfp4", "fp8")), f"{kind} has no zeros")
@@ -71,7 +73,7 @@ def check_matrix(op: Op, matrix: Matrix, kind: object, bits: object) -> Format:
     require(op, scales.shape[:-1] == codes.shape[:-1], f"{scales} for {codes}")
     require(op, scales.dtype == format.scale_dtype, f"{scales} of {format}")
     if matrix.zeros is not None:
-        expected = TensorType("u8", scales.shape)
+        expected = TensorType(format.zero_dtype, scales.shape)
         require(op, matrix.zeros.type == expected, f"{matrix.zeros} is not {expected}")
     return format
 

@@ -46,7 +46,7 @@ def _infer(op: Op) -> tuple[TensorType, ...]:
 def quantised_linear(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
-    """x[.., K], codes u8[N, K], scales[N, b], zeros u8[N, b]?, bias[N]? -> y[.., N].
+    """x[.., K], codes u8[N, K], scales[N, b], zeros[N, b]?, bias[N]? -> y[.., N].
 
     The weight is `formats.integer.dequantise` of codes, scales and zeros, the row is
     `formats.integer.round_rows` of x to `row_bits` (8, the default, or 16; 0: not rounded);

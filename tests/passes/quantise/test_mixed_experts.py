@@ -82,7 +82,7 @@ def test_declines(format, words):
     ("before", "after", "words"),
     [
         ('("int8", "int2:32")', '("int8", "int2")', "bf16[1, 32, 2] of int2"),
-        ('("int8", "int2:32")', '("int8", "int5")', "'int5' is not a format"),
+        ('("int8", "int2:32")', '("int8", "int7")', "'int7' is not a format"),
         ('("int8", "int2:32")', '("int8", "int8")', "are repeated"),
         ("(0, 1, 0)", "(0, 0, 0)", "not each of 2"),
         ("(0, 1, 0)", "(0, 1, 1)", "u8[2, 32, 64] for 1 experts"),

@@ -16,7 +16,7 @@ from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.linear import quantised_linears
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.notation import parse
+from moec.formats.notation import Format, parse
 from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.emulated_tiles import EMULATED, emulated
 from tests.codegen.cpu.gemm.test_grouped import routing
@@ -55,6 +55,11 @@ def test_which_formats_go_this_way():
     assert not amx(128, "int4:32")
     assert not amx(40, "int8")
     assert not amx(64, "int8", DOTS)
+
+
+def test_float_zeros_are_subtracted_from_sums():
+    format = Format("int8", 64, asymmetric=True, float_zeros=True)
+    assert not QuantisedLayout(QuantisedSpec(32, 128, "float32", format=format), AMX).amx
 
 
 def test_it_compiles_for_amx_everywhere():

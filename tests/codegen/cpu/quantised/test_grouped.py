@@ -20,8 +20,9 @@ from moec.codegen.cpu.quantised.layout import QuantisedLayout, pack_codes, pack_
 from moec.codegen.cpu.quantised.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import QuantisedSpec
-from moec.formats.integer import MOST_SUMMED, dequantise, quantise, round_rows
-from moec.formats.notation import parse
+from moec.formats.integer import MOST_SUMMED, Quantised, dequantise, quantise, round_rows
+from moec.formats.notation import Format, parse
+from moec.ir.aten import TORCH_DTYPES
 from moec.runtime.dtypes import NUMPY
 from moec.target.cpu import TARGETS, missing
 from tests.codegen.cpu.gemm.test_grouped import routing
@@ -32,10 +33,24 @@ RUNNABLE = [
 BEST = RUNNABLE[-1]
 FORMATS = ("int8", "int8:32:asymmetric", "int4:asymmetric", "int4:32", "int4:64", "mxfp4")
 FORMATS += ("int3:32", "int3:64:asymmetric", "int2:32:asymmetric", "int2:64")
+FORMATS += ("int6", "int5:asymmetric")
+OF_CHECKPOINTS = {
+    str(format): format
+    for format in (
+        Format("int4", 32, True, scales="f16", float_zeros=True),
+        Format("int8", 32, True, scales="f16", float_zeros=True),
+        Format("int2", 16, True, scales="f16", float_zeros=True),
+        Format("int5", 0, True, scales="f32", float_zeros=True),
+        Format("int5", 32, True, 16, "f16", float_zeros=True),
+        Format("int6", 16, scales="f16"),
+    )
+}
+"""Formats that --quant does not write."""
 # Targets differ in how they multiply bytes and look up e2m1; what is around that is the same.
 BUILT = [
-    *((BEST, f) for f in FORMATS),
-    *((t, f) for t in RUNNABLE[:-1] for f in ("int8", "mxfp4", "int3:32")),
+    *((BEST, f) for f in (*FORMATS, *OF_CHECKPOINTS)),
+    *((t, f) for t in RUNNABLE[:-1] for f in ("int8", "mxfp4", "int3:32", "int6:16:f16")),
+    *((t, "int4:32:float_zeros:f16") for t in RUNNABLE[:-1]),
 ]
 BUILT += [(BEST, "int8:asymmetric:rows16"), (BEST, "mxfp4:rows16"), (RUNNABLE[1], "int4:32:rows16")]
 # Integers are exact; what is left are float32 products with scales, and the sum over blocks:
@@ -51,16 +66,29 @@ def tensor(array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def read(text: str) -> Format:
+    return OF_CHECKPOINTS.get(text) or parse(text)
+
+
+def stored(format: Format, weight: torch.Tensor) -> Quantised:
+    q = quantise(format, weight)
+    if format.scales == "bf16":
+        return q
+    dtype = TORCH_DTYPES[format.scales]
+    zeros = (q.zeros.float() * q.scales).to(dtype) if format.float_zeros else q.zeros
+    return Quantised(q.codes, q.scales.to(dtype), zeros)
+
+
 class Linear:
     """A quantised linear layer of random weights, as kernels and as its reference."""
 
     def __init__(self, build, target, text, n, k, experts, *, gated=False, bias=False, **how):
-        format = parse(text)
+        format = read(text)
         spec = QuantisedSpec(
             n, k, "float32", "float32", groups=experts, gated=gated, bias=bias, format=format
         )
         layout, v = QuantisedLayout(spec, target), Vector(target)
-        codes = [quantise(format, torch.randn(experts, n, k) * 0.1) for _ in range(1 + gated)]
+        codes = [stored(format, torch.randn(experts, n, k) * 0.1) for _ in range(1 + gated)]
         self.weights = [dequantise(format.kind, q.codes, q.scales, q.zeros) for q in codes]
         self.biases = [torch.randn(experts, n) for _ in codes] if bias else []
         self.layout, self.gated, self.top_k = layout, gated, how.get("top_k", 0)
@@ -126,16 +154,19 @@ def test_gathered_gate_and_up(build, target, text):
             x[0], x[1], x[2, 5] = 0, float("nan"), float("inf")
         order, ends = routing(torch.randint(0, 4, (t, 2)), 3)
         y, expected = linear(x, order, ends, scale), linear.means(x, order, ends, scale)
-        check(y, expected, parse(text).row_bits)
+        check(y, expected, read(text).row_bits)
 
 
 @pytest.mark.parametrize(("n", "k"), [(20, 6), (70, 133), (16, 64), (1, 1)])
-@pytest.mark.parametrize("text", ["int8", "int4:asymmetric", "int3:asymmetric:rows16", "int2"])
+@pytest.mark.parametrize(
+    "text",
+    ["int8", "int6", "int5:float_zeros:f32", "int4:asymmetric", "int3:asymmetric:rows16", "int2"],
+)
 def test_widths_that_fill_no_word_and_no_vector(build, text, n, k):
     linear = Linear(build, BEST, text, n, k, 2)
     ends = torch.tensor([4, 9], dtype=torch.int32)
     x = torch.randn(11, k)
-    check(linear(x, None, ends), linear.means(x, None, ends), parse(text).row_bits)
+    check(linear(x, None, ends), linear.means(x, None, ends), read(text).row_bits)
 
 
 @cache
@@ -154,7 +185,7 @@ def test_any_routing(build, data, tokens):
     check(small(build)(x, order, ends), small(build).means(x, order, ends))
 
 
-@pytest.mark.parametrize("text", ["int4:64", "int4:64:rows16"])
+@pytest.mark.parametrize("text", ["int4:64", "int4:64:rows16", "int6:16:f16"])
 def test_rows_do_not_depend_on_the_rows_beside_them(build, text):
     """Bit for bit: the sums of a row are made in one order, in any tile, by any thread."""
     linear = Linear(build, BEST, text, 48, 128, 1)
@@ -166,7 +197,7 @@ def test_rows_do_not_depend_on_the_rows_beside_them(build, text):
 
 
 @pytest.mark.parametrize(
-    ("kind", "greatest"), [("int8", 255), ("int4", 15), ("int3", 7), ("int2", 3)]
+    ("kind", "greatest"), [(f"int{bits}", 2**bits - 1) for bits in (8, 6, 5, 4, 3, 2)]
 )
 def test_the_greatest_sums_of_one_scale(build, kind, greatest):
     """Rows of 16 bits whose lower bytes are all -128, and weights as far as can be above their
@@ -186,7 +217,7 @@ def test_the_greatest_sums_of_one_scale(build, kind, greatest):
     assert torch.equal(y, torch.full((1, 16), float(greatest * (127 * 256 - 128) * MOST_SUMMED)))
 
 
-@pytest.mark.parametrize("text", ["int8", "int8:32:asymmetric", "mxfp4"])
+@pytest.mark.parametrize("text", ["int8", "int8:32:asymmetric", "int8:32:float_zeros:f16", "mxfp4"])
 def test_products_of_signed_bytes_alone(build, monkeypatch, text):
     """What Arm's dotprod multiplies, in instructions that run here: codes must be lessened."""
     target = replace(TARGETS["generic"], name=f"signed {text}", features=("dotprod",))

@@ -24,7 +24,7 @@ from moec.codegen.specs.products import QuantisedSpec
 from moec.errors import NoMatch
 from moec.formats.integer import TINY, dequantise, most_of, quantise
 from moec.formats.integer import round_rows as rounded
-from moec.formats.notation import parse
+from moec.formats.notation import Format, parse
 from moec.target.cuda import TARGETS
 from tests.cuda_emulator.bugs import WHERE_LATE, Bug, check_found
 from tests.cuda_emulator.emulate import (
@@ -275,6 +275,16 @@ def test_planted_bugs_of_tiles(bug: Bug) -> None:
         (
             QuantisedSpec(8, 64, "float32", format=parse("int3:32")),
             "its weights have 3 bits, and kernels for GPUs need 4 or 8",
+        ),
+        (
+            QuantisedSpec(8, 64, "float32", format=parse("int6:32")),
+            "its weights have 6 bits, and kernels for GPUs need 4 or 8",
+        ),
+        (
+            QuantisedSpec(
+                8, 64, "float32", format=Format("int4", 32, asymmetric=True, float_zeros=True)
+            ),
+            "its zeros are floats, and those of kernels for GPUs are codes",
         ),
         (
             QuantisedSpec(3, 64, "float32", format=parse("int4")),

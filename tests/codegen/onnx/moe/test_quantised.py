@@ -20,6 +20,7 @@ from moec.errors import TargetError, UnsupportedError, UsageError, VerificationE
 from moec.export.session import open_session, runner
 from moec.formats.notation import parse
 from moec.interpret.evaluate import evaluate
+from moec.ir import text as ir_text
 from moec.ir.graph import Program
 from moec.oracle.tolerance import EXACT_ROWS, row_errors
 from moec.passes.core.runner import Log
@@ -31,7 +32,7 @@ from tests.passes.forms.sizes import D as WIDTH
 
 D, H, E = 64, 32, 4
 FORMATS = ("int8", "int4", "int8:32", "int8:asymmetric", "int4:32:asymmetric", "mxfp4")
-FORMATS += ("int3:32", "int2:32:asymmetric")
+FORMATS += ("int3:32", "int2:32:asymmetric", "int6:32", "int5:asymmetric")
 FORMS = {"op": ("cpu", "op"), "rows": ("cpu", "rows"), "portable": ("portable", "rows")}
 SILU = "aten.silu.default(a)"
 GELU = "aten.gelu.default(a)"
@@ -195,6 +196,20 @@ def test_qmoe_rounds_rows_that_meet_8_bits() -> None:
 def test_fp8_is_refused(form: str, words: str) -> None:
     with pytest.raises(UnsupportedError, match=words):
         lower(block("fp8").graph, PROFILES["cpu"], 23, form)
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("op", "zero points are integers, and those of the weights are floats"),
+        ("rows", "weights with float zeros have no ONNX form"),
+    ],
+)
+def test_float_zeros_are_refused(form: str, words: str) -> None:
+    text = ir_text.print_graph(block("int4:32:asymmetric").graph)
+    graph = ir_text.parse(text.replace(".zeros: u8", ".zeros: bf16"))
+    with pytest.raises(UnsupportedError, match=words):
+        lower(graph, PROFILES["cpu"], 23, form)
 
 
 def test_an_opset_without_blocks_is_refused() -> None:
