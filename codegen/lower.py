@@ -153,12 +153,17 @@ def _same_stacks(
 
 def supported(graph: Graph, backend: Backend) -> bool:
     """Whether every op and every size of the graph can be compiled."""
+    return not unsupported(graph, backend)
+
+
+def unsupported(graph: Graph, backend: Backend) -> str:
+    """Why an op or a size of the graph cannot be compiled; empty if all can."""
     try:
         graph, host_sizes = with_host_sizes(graph)
         check(graph, backend.select(graph).rules.__contains__, host_sizes=host_sizes)
-    except UnsupportedError:
-        return False
-    return True
+    except UnsupportedError as why:
+        return str(why)
+    return ""
 
 
 def _function(

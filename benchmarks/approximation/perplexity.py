@@ -17,11 +17,11 @@ import torch
 from transformers import AutoTokenizer
 
 import moec
+from benchmarks.approximation.allocations import MORE
 from benchmarks.approximation.compress import FITTED_ON
 from benchmarks.approximation.curves import CHECKPOINT, HELD_OUT, windows
 
 LENGTH = 256
-MORE = ("asyncio/base_events.py", "logging/__init__.py", "subprocess.py", "socket.py", "mailbox.py")
 
 
 def ways(formats: list[str], text: Any) -> Iterator[tuple[str, dict[str, Any]]]:

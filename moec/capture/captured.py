@@ -59,18 +59,26 @@ MOST_SIDES = 4
 """How many programs a module may have for other sizes than those of the first."""
 
 
-def other_sides(first: Captured) -> tuple[Captured, ...]:
+def other_sides(first: Captured) -> tuple[tuple[Captured, ...], dict[str, str]]:
     """The module for the sizes that the bounds of `first` exclude, as far as it can be captured
-    there; each side has the example of its sizes."""
-    captures = [first]
+    there; each side has the example of its sizes. And by shapes of inputs, why it cannot."""
+    captures, refusals = [first], dict[str, str]()
     for captured in captures:  # which grows
         for sizes in captured.beyond:
-            if len(captures) <= MOST_SIDES and not any(_allows(c, sizes.shapes) for c in captures):
-                try:
-                    captures.append(sizes.capture())
-                except CaptureError:
-                    continue
-    return tuple(captures[1:])
+            if any(_allows(each, sizes.shapes) for each in captures):
+                continue
+            if len(captures) > MOST_SIDES:
+                refusals[shown(sizes.shapes)] = f"a model has at most {MOST_SIDES} other sides"
+                continue
+            try:
+                captures.append(sizes.capture())
+            except CaptureError as why:
+                refusals[shown(sizes.shapes)] = str(why)
+    return tuple(captures[1:]), refusals
+
+
+def shown(shapes: Sequence[Sequence[int]]) -> str:
+    return "inputs of " + ", ".join(str([*shape]) for shape in shapes)
 
 
 def _allows(captured: Captured, shapes: Sequence[tuple[int, ...]]) -> bool:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moec.capture.captured import other_sides
-from moec.codegen.lower import supported
+from moec.capture.captured import other_sides, shown
+from moec.codegen.lower import unsupported
 from moec.ir.graph import Graph, Program, Value
 from moec.model.bind_inputs import bound
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.model.forms import Passes, best_form
+from moec.passes.core.runner import Declined
 from moec.runtime.package import side
 
 if TYPE_CHECKING:
@@ -32,14 +33,19 @@ def with_sides(
         return compiled
     forms, programs = [], {}
     with clock.phase("capture"):
-        sides = other_sides(compiled.captured)
+        sides, refusals = other_sides(compiled.captured)
     for captured in sides:
         with clock.phase("passes"):
             form = best_form(bound(captured, exact), passes, exact, backend)
         program = form.pass_results[-1].program
-        if supported(program.graph, backend) and _types(program.graph) == _types(main.graph):
-            forms.append(form)
-            programs[side(len(forms))] = program
+        reason = unsupported(program.graph, backend)
+        if not reason and _types(program.graph) != _types(main.graph):
+            reason = "the types of its inputs or results are others there"
+        if reason:
+            refusals[shown([value.shape for value in captured.example])] = reason
+            continue
+        forms.append(form)
+        programs[side(len(forms))] = program
     weights = dict(main.weights)
     for name, program in programs.items():
         programs[name] = sharing(program, weights, name)
@@ -47,6 +53,7 @@ def with_sides(
     blocks = {block.name: block for form in reversed(forms) for block in form.blocks}
     blocks |= {block.name: block for block in compiled.blocks}
     declined = (*compiled.declined, *(reason for form in forms for reason in form.declined))
+    declined += tuple(Declined(where, reason, "sides") for where, reason in refusals.items())
     return replace(
         compiled,
         programs={**compiled.programs, **programs},

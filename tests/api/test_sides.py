@@ -258,3 +258,34 @@ def test_a_side_with_other_tensors_is_refused(tmp_path: Path) -> None:
     artifact.write(replace(package, functions=forged), path, graphs=graphs)
     with pytest.raises(ArtifactError, match="'side_1' takes or returns other tensors than 'main'"):
         artifact.read(path)
+
+
+class Left(nn.Module):
+    """A side that reads a number from the data, or computes an operator without a kernel."""
+
+    def __init__(self, way: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.more, self.way = nn.Linear(D, D), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(x) if x.shape[0] > 4 else self.way(x)
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        (lambda x: x * 2 if x.sum() > 0 else x, "x.sum() > 0"),
+        (lambda x: torch.fft.fft(x).real, "fft"),
+        (lambda x: x.double(), "the types of its inputs or results are others there"),
+    ],
+)
+def test_a_side_that_is_left_out_says_why(way: Callable[[Tensor], Tensor], words: str) -> None:
+    compiled = moec.compile(
+        Left(way), (torch.randn(8, D),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+    )
+    reasons = {line.where: line.reason for line in compiled.declined if line.rule == "sides"}
+    ((where, reason),) = reasons.items()
+    assert where.startswith("inputs of [")
+    assert words in reason
+    with pytest.raises(InputError, match="T at least 5"):
+        compiled(torch.randn(2, D))
