@@ -18,7 +18,7 @@ from moec.ir.graph import Program
 from moec.memory.lock_step import Together, one_by_one
 from moec.oracle.agree import with_states
 from moec.oracle.cases import Eager
-from moec.oracle.rounding import FLOAT32_NOISE, SAMPLES, meaning_excess
+from moec.oracle.rounding import FLOAT32_NOISE, meaning_excess
 from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import PassResult
 from moec.verify.cases import Reference
@@ -71,11 +71,14 @@ def _typed_float32(captured: Captured) -> Eager:
 
 
 def _exact_runs(
-    captured: Captured, answers: Sequence[Reference], noise: float = 0.0, samples: int = 1
+    captured: Captured,
+    answers: Sequence[Reference],
+    noise: float = 0.0,
+    seeds: Sequence[int] = (0,),
 ) -> list[Callable[[], Results]]:
-    """Evaluations in float32: those of each sample of `noise`, in each case."""
+    """Evaluations in float32: those with `noise` of each seed, in each case."""
     source = replace(captured, eager=_typed_float32(captured), is_graph=False)
-    runs = [exact_eager(source, noise, seed) for seed in range(samples)]
+    runs = [exact_eager(source, noise, seed) for seed in seeds]
     return [partial(run, *case) for run in runs for case, _ in answers]
 
 
@@ -106,14 +109,15 @@ def stable_references(
 
 def with_noise(
     noise: float,
+    seeds: Sequence[int],
     captured: Captured,
     answers: Sequence[Reference],
     compared: Sequence[Comparison],
     owners: Sequence[int],
     together: Together = one_by_one,
 ) -> list[Comparison]:
-    """The comparisons with more samples of how eager rounds, by relative `noise`."""
-    results = together(_exact_runs(captured, answers, noise, SAMPLES))
+    """The comparisons with more samples of how eager rounds, by relative `noise`, one a seed."""
+    results = together(_exact_runs(captured, answers, noise, seeds))
     for start in range(0, len(results), len(answers)):
         noisy = results[start : start + len(answers)]
         compared = [item.with_noisy(noisy[n]) for item, n in zip(compared, owners, strict=True)]
@@ -133,7 +137,7 @@ def with_near_ties(
     items = list(zip(compared, owners, strict=True))
     differing = {n for item, n in items if item.is_integer and not item.is_within(0.0)}
     left = [answers[n] for n in sorted(differing)]
-    results = together(_exact_runs(captured, left, FLOAT32_NOISE, _CHOICES))
+    results = together(_exact_runs(captured, left, FLOAT32_NOISE, range(_CHOICES)))
     samples = {n: results[i :: len(left)] for i, n in enumerate(sorted(differing))}
     return [item.with_choices(samples.get(n, ())) if item.is_integer else item for item, n in items]
 
