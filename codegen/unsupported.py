@@ -60,6 +60,8 @@ def _refusal(op: Op, own_kernel: Callable[[Op], bool], reasons: Mapping[Op, str]
         indices = op.inputs[1:] if op.name == "aten.index.Tensor" else op.inputs[1:-1]
         if any(v.dtype in ("bool", "u8") for v in indices):
             return f"operator {op.name} with a mask has a result whose size depends on the data"
+    if op.name == "aten.histc.default" and op.attrs.get("min", 0) == op.attrs.get("max", 0):
+        return "operator aten.histc.default has no kernel for limits that are those of the data"
     if op.name == "aten.convolution.default" and op.attrs.get("transposed"):
         return "operator aten.convolution.default has no kernel for a transposed convolution"
     return ""

@@ -146,6 +146,9 @@ PRIVATE: Mapping[str, PrivateName] = {
     "has_kernel_for": PrivateName(f"{_C}._dispatch_has_kernel_for_dispatch_key", _TRACES),
     "assert_scalar": PrivateName("torch.ops.aten._assert_scalar.default", _TRACES),
     "cdist_forward": PrivateName("torch.ops.aten._cdist_forward.default", _TRACES),
+    "fft_of_complex": PrivateName("torch.ops.aten._fft_c2c.default", _TRACES),
+    "fft_of_real": PrivateName("torch.ops.aten._fft_r2c.default", _TRACES),
+    "fft_to_real": PrivateName("torch.ops.aten._fft_c2r.default", _TRACES),
     "local_scalar_dense": PrivateName("torch.ops.aten._local_scalar_dense.default", _TRACES),
     "batch_norm_no_training": PrivateName(
         "torch.ops.aten._native_batch_norm_legit_no_training.default", _TRACES

@@ -36,13 +36,18 @@ class Function(nn.Module):
 
 IMAGES = ((2, 4, 9, 7), (1, 4, 12, 7), (3, 4, 10, 7), (0, 4, 9, 7))
 ROWS = ((3, 6, 7), (1, 5, 7), (0, 6, 7))
+UP, FORMS = torch.linspace(-1, 1, 72).reshape(6, 4, 3), torch.linspace(-1, 1, 42).reshape(2, 3, 7)
 EDGES = torch.tensor([-1.0, 0.0, 0.0, 1.0])
+KERNEL = torch.linspace(-1, 1, 48).reshape(4, 2, 2, 3)
 GRID, SCALE = torch.rand(1, 3, 2, 2) * 2 - 1, torch.arange(4.0)
 
 ON_IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "maxima": lambda x: F.max_pool2d(x, 3, 2, 1),
     "maxima with dilation": lambda x: F.max_pool2d(x, (2, 3), (1, 2), 1, 2, True),
     "averages": lambda x: F.avg_pool2d(x, 2),
+    "a transposed convolution of groups": lambda x: F.conv_transpose2d(
+        x, KERNEL.to(x.dtype), SCALE.to(x.dtype)[:4], (2, 3), (0, 1), (1, 0), 2, (1, 2)
+    ),
     "averages of what is inside": lambda x: F.avg_pool2d(x, 3, 2, 1, True, False),
     "averages beyond the padding": lambda x: F.avg_pool2d(x, 3, 2, 1, True),
     "averages by a divisor": lambda x: F.avg_pool2d(x, 3, 2, 1, divisor_override=5),
@@ -68,6 +73,22 @@ ON_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "a median": lambda x: x.median(1)[0],
     "the second smallest": lambda x: x.kthvalue(2, keepdim=True)[0],
     "powers of two": lambda x: torch.ldexp(x, torch.tensor(2)),
+    "logarithms of running sums": lambda x: x.logcumsumexp(1),
+    "a bilinear product": lambda x: F.bilinear(x[..., :3], x, FORMS.to(x.dtype)),
+    "hyperbolic": lambda x: torch.asinh(x * 9) + torch.acosh(x.abs() + 1) + torch.atanh(x.sin()),
+    "lengths": lambda x: torch.hypot(x, x.flip(-1)) + x.exp2(),
+    "signs": lambda x: torch.copysign(x, x.roll(1, 1)) + torch.signbit(x),
+    "numbers before NaN": lambda x: torch.fmax(x.sqrt(), x) - torch.fmin(x.log(), x),
+}
+ON_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "frequencies": lambda x: torch.view_as_real(torch.fft.rfft(x.float(), norm="ortho")).to(x),
+    "frequencies of two axes": lambda x: torch.fft.fft2(x.float()).real.to(x.dtype),
+    "half of the frequencies": lambda x: torch.fft.irfft(
+        torch.fft.rfft(x.float(), dim=1)[:, :3], n=9, dim=1
+    ).to(x.dtype),
+    "a product and a vector": lambda x: torch.addmv(
+        x[0, :, 0], x.sum(0), UP.to(x.dtype)[0, :, 0].repeat(2)[:7], beta=2
+    ),
 }
 COUNTS: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
     "positions among sorted ones": (lambda x: torch.searchsorted(x.sort(-1)[0], x * 1.5), ROWS),
@@ -77,6 +98,7 @@ RESPONSES = {"a local response norm": (lambda x: F.local_response_norm(x, 2), IM
 CASES: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = (
     {name: (f, IMAGES) for name, f in ON_IMAGES.items()}
     | {name: (f, ROWS) for name, f in ON_ROWS.items()}
+    | {name: (f, ROWS[:2]) for name, f in ON_TOKENS.items()}
     | RESPONSES
     | COUNTS
 )
@@ -195,7 +217,15 @@ def test_bags_of_equal_sizes_are_compiled(gradients: bool) -> None:
         torch.testing.assert_close(compiled(ids), bags(ids).detach())
 
 
-COMPILED = ("maxima with dilation", "averages of what is inside", "a group norm", "a grid")
+COMPILED = (
+    "maxima with dilation",
+    "averages of what is inside",
+    "a group norm",
+    "a grid",
+    "a transposed convolution of groups",
+    "half of the frequencies",
+    "signs",
+)
 
 
 @pytest.mark.parametrize("name", COMPILED)

@@ -102,8 +102,8 @@ class QuantisedLayout(Layout):
         """Whether AMX is used: blocks of codes fill tile registers, of 64 codes a row, and zeros
         are codes."""
         codes = self.spec.k // self.blocks
-        whole = codes % 64 == 0 and not self.spec.format.float_zeros
-        return self.target.int8_tiles and not self.floats and whole
+        full_rows = codes % 64 == 0 and not self.spec.format.float_zeros
+        return self.target.int8_tiles and not self.floats and full_rows
 
     @property
     def float_tiles(self) -> bool:

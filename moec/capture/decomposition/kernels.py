@@ -12,6 +12,9 @@ from torch import Tensor
 
 from moec import torch_private
 from moec.capture.decomposition import pooling
+from moec.capture.decomposition.elementwise import ELEMENTWISE
+from moec.capture.decomposition.fourier import FOURIER
+from moec.capture.decomposition.products import PRODUCTS
 
 
 def cdist_forward(x: Tensor, y: Tensor, p: float, compute_mode: int | None) -> Tensor:
@@ -94,6 +97,9 @@ def searchsorted(edges: Tensor, x: Tensor, **options: Any) -> Tensor:
 
 
 WRITTEN_OUT: Mapping[Any, Callable[..., Any]] = {
+    **ELEMENTWISE,
+    **FOURIER,
+    **PRODUCTS,
     torch_private.cdist_forward: cdist_forward,
     torch_private.batch_norm_no_training: batch_norm,
     torch_private.training_bag: embedding_bag,
