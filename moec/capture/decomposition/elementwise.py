@@ -1,4 +1,4 @@
-"""Functions of single numbers that moec has no kernels for, exact to some units in the last place."""
+"""Functions of single numbers without kernels, exact to some units in the last place."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from moec import torch_private
 
 _NONE, _BY_ROOT, _BY_SIZE = range(3)
 MOST = 2048
-"""The longest axis of a known size; torch's own operator stays, and is refused, where it is longer."""
+"""The longest axis of a known size: torch's operator stays, and is refused, where one is longer."""
 
 
 def _roots(rows: Any, columns: Any, size: Any, like: Tensor) -> tuple[Tensor, Tensor]:
