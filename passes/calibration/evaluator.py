@@ -16,7 +16,7 @@ import torch
 from moec.dtypes import FLOATS
 from moec.errors import UsageError
 from moec.interpret.evaluate import evaluate
-from moec.ir.graph import Program, Value
+from moec.ir.graph import Graph, Program, Value
 from moec.ir.upcast import widen
 from moec.oracle.table_ids import table_rows
 from moec.passes.calibration.data import Calibration, Inputs
@@ -126,6 +126,17 @@ class Evaluator:
         self, program: Program, probes: Sequence[Value], cases: Sequence[Inputs] | None = None
     ) -> Iterator[Tensors]:
         """For each case the float outputs of the program, followed by the `probes`."""
+        graph, weights, states = self.widened(program, probes)
+        for case in self.calibration.cases if cases is None else cases:
+            inputs = [float32(tensor) for tensor in (*case, *states)]
+            with torch.no_grad():
+                yield evaluate(graph, inputs, weights)
+
+    def widened(
+        self, program: Program, probes: Sequence[Value] = ()
+    ) -> tuple[Graph, dict[str, torch.Tensor], list[torch.Tensor]]:
+        """In float32: a graph of the float outputs and the `probes`, its weights by name, and the
+        contents of its states."""
         graph = replace(
             program.graph,
             outputs=(*(program.graph.outputs[i] for i in self.outputs), *probes),
@@ -136,11 +147,7 @@ class Evaluator:
         held = {id(t) for t in (*read.values(), *self.original.weights.values())}
         self._wide = {key: pair for key, pair in self._wide.items() if key in held}
         weights = {name: self._widened(tensor) for name, tensor in read.items()}
-        states = [program.weights[s.before.name] for s in program.graph.states]
-        for case in self.calibration.cases if cases is None else cases:
-            inputs = [float32(tensor) for tensor in (*case, *states)]
-            with torch.no_grad():
-                yield evaluate(wide, inputs, weights)
+        return wide, weights, [program.weights[s.before.name] for s in program.graph.states]
 
     def _widened(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype not in (torch.bfloat16, torch.float16):

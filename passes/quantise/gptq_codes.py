@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,7 @@ from moec.errors import NoMatch
 from moec.formats.integer import Quantised, dequantise, encode, quantise
 from moec.formats.notation import Format
 from moec.interpret.evaluate import evaluate
-from moec.ir.graph import Graph, Op, Program, Stage, Value
-from moec.ir.opdef import inputs_of
+from moec.ir.graph import Op, Program, Stage, Value
 from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, load_calibration
 from moec.passes.calibration.gptq import hessian, solve
@@ -80,19 +80,10 @@ def stored(op: Op) -> tuple[Value, ...]:
 
 def rows_of(program: Program, data: Calibration, ops: Sequence[Op]) -> Iterator[list[Tensor]]:
     """For each op, a linear layer or experts, the input rows [R, K] of each expert."""
-    for each in weighted_rows_of(program, data, ops):
-        yield [rows for rows, _ in each]
-
-
-def weighted_rows_of(
-    program: Program, data: Calibration, ops: Sequence[Op]
-) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """As `rows_of`, each with the weights [R] that the router gives to its results: 1 where nothing
-    weights them, as in linear layers, and where rows are weighted before."""
     states = [program.weights[s.before.name] for s in program.graph.states]
     for start in range(0, len(ops), OPS_A_RUN):
         group = ops[start : start + OPS_A_RUN]
-        probes = tuple(dict.fromkeys(v for op in group for v in _read(op, program.graph)))
+        probes = tuple(dict.fromkeys(v for op in group for v in _read(op)))
         graph = drop_dead(replace(program.graph, outputs=probes, states=()))
         cases: list[dict[Value, Tensor]] = []
         for case in data.cases:
@@ -100,49 +91,28 @@ def weighted_rows_of(
                 results = evaluate(graph, [*case, *states], program.weights)
             cases.append(dict(zip(probes, results, strict=True)))
         for op in group:
-            yield _rows(op, cases, program.graph)
+            yield _rows(op, cases)
 
 
-def _read(op: Op, graph: Graph) -> list[Value]:
+def _read(op: Op) -> list[Value]:
     if op.name != "grouped.linear":
         return [op.inputs[0]]
     parts = GroupedLinear.of(op)
-    read = (parts.x, parts.ends, parts.order, *_router_weights(parts, graph))
-    return [v for v in read if v is not None]
+    return [v for v in (parts.x, parts.ends, parts.order) if v is not None]
 
 
-def _router_weights(parts: GroupedLinear, graph: Graph) -> tuple[Value, ...]:
-    """The weights [T, k] of the choices, and the order of the sorted rows; nothing without them."""
-    sort = graph.producers.get(parts.ends)
-    if sort is None or sort.name != "moe.sort":
-        return ()
-    order, slots, _ = sort.outputs
-    combines = (op for op in graph.readers.get(slots, ()) if op.name == "moe.combine")
-    weights = [parts.scale, *(inputs_of(op)["weights"] for op in combines)]
-    return next(((value, order) for value in weights if value is not None), ())
-
-
-def _rows(
-    op: Op, cases: Sequence[dict[Value, Tensor]], graph: Graph
-) -> list[tuple[Tensor, Tensor]]:
+def _rows(op: Op, cases: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
     if op.name != "grouped.linear":
-        rows = torch.cat([case[op.inputs[0]].flatten(0, -2) for case in cases])
-        return [(rows, torch.ones(len(rows)))]
+        return [torch.cat([case[op.inputs[0]].flatten(0, -2) for case in cases])]
     parts, k = GroupedLinear.of(op), op.attrs.get("gather", 1)
     assert isinstance(k, int)
-    router = _router_weights(parts, graph)
-    each: list[list[tuple[Tensor, Tensor]]] = []
+    each: list[list[Tensor]] = []
     for case in cases:
         x, ends = case[parts.x], case[parts.ends].tolist()
         if parts.order is not None:
             x = x[case[parts.order].long() // k]
-        weights = torch.ones(len(x))
-        if router:
-            weights = case[router[0]].float().flatten()[case[router[1]].long()]
-        bounds = zip([0, *ends[:-1]], ends, strict=True)
-        each.append([(x[first:end], weights[first:end]) for first, end in bounds])
-    experts = zip(*each, strict=True)
-    return [(torch.cat([x for x, _ in e]), torch.cat([w for _, w in e])) for e in experts]
+        each.append([x[first:end] for first, end in pairwise([0, *ends])])
+    return [torch.cat(parts) for parts in zip(*each, strict=True)]
 
 
 def calibrate(

@@ -76,8 +76,32 @@ def planted() -> ChoiceSearch:
     return searched()
 
 
+class Loud(Planted):
+    """The rows of experts 0 and 1 are a thousand times as large, and results are of length 1. With
+    `gated` an expert is w h(v x) of two products."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.v = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
+        self.gated = gated
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(K)
+        rows = torch.where(x[:, :1] > 0, 1000 * x, x)
+        y = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            weight = (weights * (chosen == e)).sum(-1, keepdim=True)
+            h = torch.relu(linear(rows, self.v[e])) if self.gated else rows
+            y = y + weight * linear(h, self.w[e])
+        return y / y.norm(dim=-1, keepdim=True)
+
+
 def by_expert(choices: ModelChoices) -> list[str]:
     (choice,) = (c for name, c in choices.products.items() if name != "gate")
+    return by_expert_of(choice)
+
+
+def by_expert_of(choice: ProductChoice) -> list[str]:
     formats = [choice.format] * EXPERTS
     for format, experts in choice.experts.items():
         for e in experts:
@@ -93,6 +117,18 @@ def test_what_is_never_chosen_gets_the_fewest_bits_and_what_matters_the_most(pla
     """Of two experts in as many tokens, the one with the greater weights of the router."""
     expected = ["int8", "int4:32", "int8", "int4:32", "int2:32", "int2:32"]
     assert by_expert(planted.choices(room(*expected))) == expected
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_large_rows_count_for_what_the_model_makes_of_them(gated: bool):
+    torch.manual_seed(0)
+    data_of = {"calib": {"x": data(400)}, "formats": FORMATS, "moves": ("expert-formats",)}
+    loud = search(Loud(gated), ARGS, **data_of)
+    expected = ["int8", "int4:32", "int8", "int4:32", "int2:32", "int2:32"]
+    sizes = ROUTER + (1 + gated) * sum(EACH[format] for format in expected)
+    choices = loud.choices(choice_limits(sizes, None, None))
+    for choice in (c for name, c in choices.products.items() if name != "gate"):
+        assert by_expert_of(choice) == expected
 
 
 def test_the_file_has_the_numbers_and_is_read_again(planted, tmp_path: Path):
