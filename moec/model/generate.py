@@ -173,7 +173,8 @@ def continued(writer: Writer, prompts: Prompts, **options: Any) -> Any:
     [B, S + N] like the prompts. A row that ended early is filled up with the token that ended it,
     or its last token."""
     if strings := _strings(prompts):
-        additions = ["".join(pieces) for pieces in zip(*_written(writer, strings, options), strict=True)]
+        pieces = zip(*_written(writer, strings, options), strict=True)
+        additions = list(map("".join, pieces))
         each = len(additions) // len(strings)
         complete = [strings[n // each] + text for n, text in enumerate(additions)]
         return complete[0] if isinstance(prompts, str) and each == 1 else complete

@@ -52,8 +52,7 @@ class Search:
         rows are to be copied: from, to, and the number of new tokens that both begin with."""
         count, stop = self._options.count, np.array([*self._request.stop], np.int64)
         step, size = len(self.tokens[0]) + 1, logits.shape[1]
-        shifted = logits - logits.max(1, keepdims=True)
-        scores = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+        scores = _log_softmax(logits)
         if step <= self._request.least:
             scores[:, stop[(stop >= 0) & (stop < size)]] = -np.inf
         total = (scores + self.scores[:, None]).ravel()
@@ -185,3 +184,8 @@ class BeamEngine(Engine):
     ) -> None:
         for port, old, new in zip(self._ports, source, self._caches, strict=True):
             copy_tokens(port, old, row, new, target, tokens, start)
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted: Array = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
