@@ -35,7 +35,7 @@ class Search:
     def __init__(self, request: Request, options: BeamOptions) -> None:
         self._request, self._options = request, options
         self.tokens: list[list[int]] = [[] for _ in range(options.count)]
-        self.scores = np.full(options.count, UNLIKELY)
+        self.scores: Array = np.full(options.count, UNLIKELY)
         self.scores[0] = 0  # all beams begin alike, and one is continued
         self.rows = [*range(options.count)]
         self.finished: list[tuple[float, list[int]]] = []
@@ -187,5 +187,6 @@ class BeamEngine(Engine):
 
 
 def _log_softmax(logits: Array) -> Array:
-    shifted: Array = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    shifted = logits - logits.max(1, keepdims=True)
+    scores: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return scores
