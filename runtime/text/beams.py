@@ -77,8 +77,8 @@ class Search:
             return True
         if options.early_stopping is True:
             return False
-        latest = options.early_stopping == "never" and options.length_penalty > 0
-        length = self._request.most if latest else step
+        never = options.early_stopping == "never" and options.length_penalty > 0
+        length = self._request.most if never else step
         best = self.scores[0] / np.float32(length**options.length_penalty)
         return bool(best > self.finished[-1][0])
 
@@ -134,8 +134,7 @@ class BeamEngine(Engine):
             for row in range((first + number) * count, (first + number + 1) * count):
                 if not in_place or row != number:
                     self._copy_row(caches, number, row, 0, texts[number].cached)
-        for text in texts:
-            self._searches[text] = Search(text.request, self._options)
+        self._searches.update({text: Search(text.request, self._options) for text in texts})
         self._advance(texts, np.repeat(logits, count, axis=0).reshape(len(texts), count, -1), first)
 
     def _decode(self, texts: Sequence[Continuation]) -> tuple[int, int]:
@@ -175,9 +174,9 @@ class BeamEngine(Engine):
                 self._release(text)
 
     def _copy(self, source: Sequence[Cache], text: int, slot: int, tokens: int) -> None:
-        count = self._options.count
-        for row in range(count):
-            self._copy_row(source, text * count + row, slot * count + row, 0, tokens)
+        first, start = text * self._options.count, slot * self._options.count
+        for row in range(self._options.count):
+            self._copy_row(source, first + row, start + row, 0, tokens)
 
     def _copy_row(
         self, source: Sequence[Cache], row: int, target: int, start: int, tokens: int

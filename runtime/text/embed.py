@@ -48,18 +48,15 @@ def embed(
 def _batches(executor: Executor, sizes: Sequence[int]) -> list[list[int]]:
     """The indices of the texts of each call, which has at most PIECE tokens, or one text."""
     package, hidden = executor.package, executor.package.functions[HIDDEN]
-    batch_size = causal_lm(package.main).tokens.shape[0]
-    most = batch_size if isinstance(batch_size, int) else hidden.sizes.get(batch_size, (1, None))[1]
-    if package.generation is None or not isinstance(most, int | None):
-        most = 1
-    batches: list[list[int]] = []
+    size = causal_lm(package.main).tokens.shape[0]
+    bound = size if isinstance(size, int) else hidden.sizes.get(size, (1, 1))[1]
+    most = (PIECE if bound is None else bound) if package.generation is not None else 1
+    batches: list[list[int]] = [[]]
     for index in sorted(range(len(sizes)), key=sizes.__getitem__):
-        batch = [*batches[-1], index] if batches else [index]
-        fits = len(batch) * sizes[index] <= PIECE and (most is None or len(batch) <= most)
-        if (
-            batches and fits
-            and fit_together([sizes[n] for n in batch], carries(package.functions[DECODE]))
-        ):  # fmt: skip
+        batch = [*batches[-1], index]
+        fits = len(batch) <= most and len(batch) * sizes[index] <= PIECE
+        lengths = [sizes[n] for n in batch] if fits else []
+        if len(batch) == 1 or (fits and fit_together(lengths, carries(package.functions[DECODE]))):
             batches[-1] = batch
         else:
             batches.append([index])

@@ -42,10 +42,8 @@ class BeamOptions:
         if not (isinstance(stopping, bool) or stopping == "never"):
             raise InputError(f'early_stopping is {stopping!r}; it must be True, False or "never"')
         if self.returned > self.count:
-            raise InputError(
-                f"num_return_sequences is {self.returned}, and num_beams {self.count}: there are "
-                "at most as many"
-            )
+            limit = f"it must be at most num_beams, {self.count}"
+            raise InputError(f"num_return_sequences is {self.returned}; {limit}")
         if self.count == 1 and (penalty != 1 or stopping is not False):
             name = "early_stopping" if penalty == 1 else "length_penalty"
             raise InputError(f"{name} is for beam search, and num_beams is 1: set num_beams")

@@ -75,7 +75,7 @@ def prompts(tiny_moe: Path) -> list[list[int]]:
             "num_beams is 4, and temperature is for",
         ),
         ({"num_beams": 4, "stop": "a"}, "num_beams is 4, and stop 'a' is for texts that are drawn"),
-        ({"num_return_sequences": 2}, "num_return_sequences is 2, and num_beams 1"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2; it must be at most num_beams"),
         ({"max_tokens": 3}, "an option 'max_tokens'; did you mean 'max_new_tokens'?"),
         ({"max_new_tokens": "3"}, "max_new_tokens is '3'; it must be a whole number"),
         ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
@@ -121,6 +121,9 @@ def test_sequences_of_beams_have_the_form_of_the_prompts(loaded: moec.LoadedMode
 def test_numbers_of_numpy_are_options(loaded: moec.LoadedModel) -> None:
     options = {"max_new_tokens": np.int64(2), "temperature": np.float32(0.5), "seed": np.int32(1)}
     assert len(loaded.generate([[1, 2]], **options)[0]) <= 4
+    beams = {"num_beams": np.int64(2), "num_return_sequences": np.int32(2)}
+    texts = loaded.generate([[1, 2]], max_new_tokens=4, length_penalty=np.float32(0.5), **beams)
+    assert len(texts) == 2
 
 
 def test_a_model_is_neither_pickled_nor_copied(

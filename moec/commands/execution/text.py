@@ -227,11 +227,9 @@ def _write_text(
         _echo(piece, streamed)
     seconds = time.perf_counter() - start
     count, longest = len(text.tokens), longest_of(executor)
-    beams = request.beams.count
-    if beams > 1:  # all tokens come with the first
+    speed = (count - 1) / (seconds - first) if count > 1 else 0.0
+    if request.beams.count > 1:  # all tokens come with the first
         speed = count / seconds
-    else:
-        speed = (count - 1) / (seconds - first) if count > 1 else 0.0
     if streamed:
         click.echo()
     if streamed and not quiet:
@@ -245,8 +243,8 @@ def _write_text(
         )  # fmt: skip
         read, drawn = counted(len(text.prompt), "token"), counted(count, "token")
         times = f"{first:.2f} s, then {drawn}{rate}{guessed}"
-        if beams > 1:
-            times = f"{seconds:.2f} s, with {drawn} from the search of {beams} beams"
+        if request.beams.count > 1:
+            times = f"{seconds:.2f} s, with {drawn} from the search of {request.beams.count} beams"
         click.echo(f"{read} read in {times}{limit}", err=True)
     return {
         "text": text.written,

@@ -124,12 +124,8 @@ async def _embed(served: ServedModels, request: Request) -> Response:
         service.used -= 1
     count = sum(map(len, texts))
     usage = {"prompt_tokens": count, "total_tokens": count}
-    content = {
-        "object": "list",
-        "data": [data[n] for n in sorted(data)],
-        "model": service.model,
-        "usage": usage,
-    }
+    items = [data[index] for index in range(len(texts))]
+    content = {"object": "list", "data": items, "model": service.model, "usage": usage}
     return JSONResponse(content)
 
 

@@ -220,8 +220,7 @@ def read_embedding_fields(body: dict[str, Any]) -> EmbeddingFields:
     if not isinstance(fields.input, str) and len({type(item) for item in fields.input}) > 1:
         raise invalid("input", "give texts, or tokens, not both")
     if len(fields.texts) > MOST_TEXTS:
-        rule = f"it has {len(fields.texts)} texts, and a request has at most {MOST_TEXTS}"
-        raise invalid("input", f"{rule}: send them in several")
+        raise invalid("input", f"{len(fields.texts)} texts: a request has at most {MOST_TEXTS}")
     return fields
 
 

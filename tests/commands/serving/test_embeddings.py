@@ -157,7 +157,7 @@ REFUSED = [
     ({"input": [5, -1]}, "input", "text 0 has the token -1; the model's are 0 to 1023"),
     ({"input": [[5], [6], [1024]]}, "input", "text 2 has the token 1024; the model's are 0 to"),
     ({"input": [[5], [2**70]]}, "input", "text 1 has the token 1180591620717411303424"),
-    ({"input": [[5]] * 2049}, "input", "it has 2049 texts, and a request has at most 2048"),
+    ({"input": [[5]] * 2049}, "input", "2049 texts: a request has at most 2048"),
     ({"input": [5] * 513}, "input", "text 0 has 513 tokens, and a text has at most 512"),
     ({"input": [True]}, "input[0]", "expected `int | str | array`"),
 ]
