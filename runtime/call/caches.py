@@ -66,8 +66,7 @@ def copy_text(source: Cache, text: int, to: Cache, number: int) -> None:
 def copy_tokens(
     port: Port, source: Cache, text: int, to: Cache, number: int, tokens: int, start: int = 0
 ) -> None:
-    """As `copy_text`, but of a cache that grows only the entries of each head from `start` up to
-    `tokens`."""
+    """As `copy_text`, but of a cache that grows only the entries `start` to `tokens` of a head."""
     old, new = _text(source, text), _text(to, number)
     if not grows(port) or (not start and tokens == old.shape[1]):
         _copy(old, new)

@@ -73,10 +73,8 @@ class Search:
 
     def _may_improve(self, step: int) -> bool:
         options = self._options
-        if len(self.finished) < options.count:
-            return True
-        if options.early_stopping is True:
-            return False
+        if len(self.finished) < options.count or options.early_stopping is True:
+            return len(self.finished) < options.count
         never = options.early_stopping == "never" and options.length_penalty > 0
         length = self._request.most if never else step
         best = self.scores[0] / np.float32(length**options.length_penalty)

@@ -64,10 +64,9 @@ def generate(
     if executor.package.generation is not None and executor.holds_all_texts:
         yield from _by_engine(executor, prompts, request)
         return
-    beams = request.beams.count
-    if request.guesses or request.draft is not None or beams > 1:
+    if request.guesses or request.draft is not None or request.beams.count > 1:
         what = "a draft was given" if request.draft else f"speculate is {request.guesses}"
-        what = f"num_beams is {beams}" if beams > 1 else what
+        what = f"num_beams is {request.beams.count}" if request.beams.count > 1 else what
         raise InputError(f"{what}, and this model has no KV cache of its own process: leave it out")
     limit = longest_of(executor)
     room = max(len(prompt) + request.most for prompt in prompts)
