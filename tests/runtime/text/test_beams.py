@@ -119,18 +119,17 @@ def test_beams_that_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.functional, "log_softmax", lambda scores, dim: scores)
     monkeypatch.setattr(beams, "_log_softmax", lambda logits: logits.copy())
     ends = set()
-    for seed in range(60):
+    for seed in range(120):
         draw = random.Random(seed)
-        size, most = draw.randrange(12, 20), draw.randrange(1, 9)
-        values = np.random.default_rng(seed).integers(1, draw.choice([2, 3, 9]), (size, size))
+        size, most = draw.randrange(12, 20), draw.randrange(1, 14)
+        values = np.random.default_rng(seed).integers(1, draw.choice([2, 3, 9, 17]), (size, size))
         table = (-values / 2).astype(np.float32)
-        stop = draw.sample(range(size), draw.randrange(3))
-        table[:, stop] += draw.choice([0, 1.5])
+        stop = draw.sample(range(size), draw.randrange(5))
+        table[:, stop] += draw.choice([0, 0.5, 1.5, 3])
         count = draw.randrange(2, 5)
-        options = BeamOptions(
-            count, draw.choice([1.0, 0.0, 2.0, -1.0]), draw.choice([True, False, "never"]), count
-        )
-        least = draw.randrange(most)
+        penalty = draw.choice([1.0, 0.0, 2.0, 4.0, -1.0, -0.5])
+        options = BeamOptions(count, penalty, draw.choice([True, False, "never"]), count)
+        least = draw.choice([0, draw.randrange(most)])
         way = {
             "num_beams": count,
             "length_penalty": options.length_penalty,
