@@ -27,7 +27,7 @@ from moec.runtime.text.texts import Decoder
 UNLIKELY = np.float32(-1e9)  # the score of what must not be chosen
 
 
-class Search:
+class BeamSearch:
     """The search of one text. `tokens` are the new ones of each beam and `scores` f32[beams] their
     log probabilities, the likeliest first; `rows` are the rows of the caches with all their tokens
     but the latest. `finished` are the best complete ones, with their scores."""
@@ -52,7 +52,7 @@ class Search:
         rows are to be copied: from, to, and the number of new tokens that both begin with."""
         count, stop = self._options.count, np.array([*self._request.stop], np.int64)
         step, size = len(self.tokens[0]) + 1, logits.shape[1]
-        scores = _log_softmax(logits)
+        scores = log_softmax(logits)
         if step <= self._request.least:
             scores[:, stop[(stop >= 0) & (stop < size)]] = -np.inf
         total = (scores + self.scores[:, None]).ravel()
@@ -109,7 +109,7 @@ class BeamEngine(Engine):
         """Raises InputError as `Engine`."""
         super().__init__(executor, slots * options.count, room, prompts_first=True)
         self.slots, self._options = slots, options
-        self._searches: WeakKeyDictionary[Continuation, Search] = WeakKeyDictionary()
+        self._searches: WeakKeyDictionary[Continuation, BeamSearch] = WeakKeyDictionary()
 
     def search(self, texts: Sequence[Continuation]) -> list[list[int]]:
         """The new tokens of the best sequences of each text, as many as were requested of each.
@@ -132,7 +132,7 @@ class BeamEngine(Engine):
             for row in range((first + number) * count, (first + number + 1) * count):
                 if not in_place or row != number:
                     self._copy_row(caches, number, row, 0, texts[number].cached)
-        self._searches.update({text: Search(text.request, self._options) for text in texts})
+        self._searches.update({text: BeamSearch(text.request, self._options) for text in texts})
         self._advance(texts, np.repeat(logits, count, axis=0).reshape(len(texts), count, -1), first)
 
     def _decode(self, texts: Sequence[Continuation]) -> tuple[int, int]:
@@ -183,7 +183,8 @@ class BeamEngine(Engine):
             copy_tokens(port, old, row, new, target, tokens, start)
 
 
-def _log_softmax(logits: Array) -> Array:
+def log_softmax(logits: Array) -> Array:
+    """The log probabilities f32[beams, V] of logits of that shape."""
     shifted = logits - logits.max(1, keepdims=True)
     scores: Array = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return scores
