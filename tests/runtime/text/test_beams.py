@@ -157,36 +157,49 @@ def executor(compiled_tiny_moe: moec.CompiledModel) -> Executor:
     return compiled_tiny_moe.executor
 
 
-def test_texts_join_leave_and_are_cancelled(executor: Executor) -> None:
+@pytest.fixture(scope="module")
+def states() -> Executor:
+    """A model with convolutions."""
+    family = OTHER_FAMILIES["lfm2_moe"]
+    compiled = moec.compile(family.build(), (), family.inputs(2, 7), verify=False)
+    assert isinstance(compiled.executor, Executor)
+    return compiled.executor
+
+
+@pytest.mark.parametrize(("name", "room"), [("executor", 640), ("states", 60)])
+def test_texts_join_leave_and_are_cancelled(
+    name: str, room: int, request: pytest.FixtureRequest
+) -> None:
     """Each has the tokens that it has alone, whatever slots its beams pass through."""
+    executor = request.getfixturevalue(name)
     options = BeamOptions(3, 0.5, returned=3)
     draw = random.Random(0)
     jobs = [
         (
-            [draw.randrange(3, 100) for _ in range(draw.choice([1, 5, 40, 40, 41, 600]))],
+            [draw.randrange(3, 100) for _ in range(draw.choice([1, 5, 40, 40, 41, room - 20]))],
             Request(
                 draw.randrange(1, 14),
-                stop=frozenset(draw.sample(range(300), 60)),
+                stop=frozenset(draw.sample(range(160), draw.choice([0, 5, 60]))),
                 beams=options,
             ),
         )
-        for _ in range(14)
+        for _ in range(16)
     ]
-    engine = BeamEngine(executor, 4, 640, options)
+    engine = BeamEngine(executor, 4, room, options)
     texts = []
     while len(texts) < len(jobs) or engine.busy:
         for _ in range(draw.choice([0, 1, 3])):
             if len(texts) < len(jobs):
                 texts.append(engine.submit(*jobs[len(texts)]))
-        if texts and draw.random() < 0.05:
+        if texts and draw.random() < 0.1:
             engine.cancel(draw.choice(texts))
         advanced = engine.step().advanced
         assert all(text.latest == (text.tokens if text.end else []) for text in advanced)
         assert engine.running <= 4
     assert {text.end for text in texts} == {STOP, LENGTH, CANCELLED}
-    for text, (prompt, request) in zip(texts, jobs, strict=True):
+    for text, (prompt, how) in zip(texts, jobs, strict=True):
         if text.end != CANCELLED:
-            alone = zip(*generate(executor, [prompt], request), strict=True)
+            alone = zip(*generate(executor, [prompt], how), strict=True)
             sequences = [[t for t in column if t is not None] for column in alone]
             assert engine.search([text]) == sequences
             assert text.tokens == sequences[0]
