@@ -69,7 +69,7 @@ def test_beams(path: Path, tmp_path: Path) -> None:
     words = ["run", str(path), "--prompt", PROMPTS[0], "--max-new-tokens", str(NEW), *more]
     alone = CliRunner().invoke(front.cli, words, prog_name="moec")
     assert PROMPTS[0] + alone.stdout.removesuffix("\n") == texts[0]
-    assert "from the search of 3 beams" in alone.stderr
+    assert "searched with 3 beams" in alone.stderr
     for refused, named in ((("--stop", "x"), "--stop"), (("--temperature", "1"), "temperature")):
         result = CliRunner().invoke(front.cli, [*words, *refused], prog_name="moec")
         assert result.exit_code == 1

@@ -242,10 +242,11 @@ def _write_text(
             if account and account.guessed else ""
         )  # fmt: skip
         read, drawn = counted(len(text.prompt), "token"), counted(count, "token")
-        times = f"{first:.2f} s, then {drawn}{rate}{guessed}"
+        line = f"{read} read in {first:.2f} s, then {drawn}{rate}{guessed}"
         if request.beams.count > 1:
-            times = f"{seconds:.2f} s, with {drawn} from the search of {request.beams.count} beams"
-        click.echo(f"{read} read in {times}{limit}", err=True)
+            way = f"searched with {request.beams.count} beams in {seconds:.2f} s"
+            line = f"{read} read, {drawn} {way}"
+        click.echo(line + limit, err=True)
     return {
         "text": text.written,
         "tokens": text.tokens,
