@@ -129,7 +129,7 @@ def command(
         from moec.model.rebuild import rebuild as recompile
 
         opened = replace(opened, package=recompile(opened))
-    texts = options.batch if options.prompts else 1
+    texts = (options.batch if options.prompts else 1) * options.beams
     executor = (
         start(opened, on) if limit is None else start_limited(opened, limit, trace, routing, texts)
     )

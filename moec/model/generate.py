@@ -15,7 +15,7 @@ from moec.errors import ArtifactError, InputError, UsageError
 from moec.files.printable import preformatted
 from moec.runtime.text.generate import generate, slow
 from moec.runtime.text.prompt import Tokenizer
-from moec.runtime.text.request import AUTO, Request
+from moec.runtime.text.request import AUTO, BeamOptions, Request
 from moec.runtime.text.sampling import Sampling
 from moec.runtime.text.speculation.draft import Draft
 from moec.runtime.text.texts import Decoder
@@ -54,6 +54,10 @@ def request_of(
     speculate: int | str = AUTO,
     draft: TextModel | None = None,
     stop: int | str | Sequence[int | str] | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
+    num_return_sequences: int = 1,
 ) -> tuple[Request, tuple[str, ...]]:
     """The request, and the strings that end a text. Raises InputError for an option of another type
     or out of range."""
@@ -82,9 +86,11 @@ def request_of(
     ids = frozenset(map(int, tokens))
     if not isinstance(draft, TextModel | None):
         raise InputError(f"draft is {draft!r}; give a model: moec.load(path)")
+    beams = BeamOptions(num_beams, length_penalty, early_stopping, num_return_sequences)
+    beams.check_alone([f"stop {strings[0]!r}"] if strings else [])
     request = Request(
         max_new_tokens, sampling, ids, least=min_tokens, guide=guide or None, speculate=speculate,
-        draft=None if draft is None else draft_of(writer, draft._writer),
+        draft=None if draft is None else draft_of(writer, draft._writer), beams=beams,
     )  # fmt: skip
     return request, strings
 
@@ -141,7 +147,9 @@ class TextModel:
         `response_format` is a grammar that the text keeps to, as in `moec.runtime.text.guide`.
         `speculate` is how many tokens are guessed and verified at a time, "off", or "auto", where
         that is measured to pay; it changes no token. They are guesses of the model `draft`, if
-        there is one, or of what the text repeats. The others are those of
+        there is one, or of what the text repeats. With `num_beams` above 1 the likeliest text is
+        searched, see `moec.runtime.text.request.BeamOptions`; the best `num_return_sequences` of
+        each prompt come one after the other. The others are those of
         `moec.runtime.text.sampling.Sampling`.
 
         Raises InputError where the model does not continue text, or an option or a prompt is out of
@@ -153,7 +161,10 @@ class TextModel:
     def stream(self, prompts: Prompts, **options: Any) -> Iterator[Any]:
         """As `generate`, but yields as tokens are computed: the next token of each text, or None
         where it has ended. For a string, yields its pieces; for a list of strings, the next piece
-        of each."""
+        of each. Not for beams, which are no text before the search ends."""
+        if options.get("num_beams", 1) != 1:
+            what = f"num_beams is {options['num_beams']!r}, and stream yields tokens as they come"
+            raise InputError(f"{what}: use generate")
         return stream(self._writer, prompts, **options)
 
 
@@ -162,17 +173,18 @@ def continued(writer: Writer, prompts: Prompts, **options: Any) -> Any:
     [B, S + N] like the prompts. A row that ended early is filled up with the token that ended it,
     or its last token."""
     if strings := _strings(prompts):
-        additions = [""] * len(strings)
-        for pieces in _written(writer, strings, options):
-            additions = [a + b for a, b in zip(additions, pieces, strict=True)]
-        complete = [a + b for a, b in zip(strings, additions, strict=True)]
-        return complete[0] if isinstance(prompts, str) else complete
+        pieces = zip(*_written(writer, strings, options), strict=True)
+        additions = list(map("".join, pieces))
+        each = len(additions) // len(strings)
+        complete = [strings[n // each] + text for n, text in enumerate(additions)]
+        return complete[0] if isinstance(prompts, str) and each == 1 else complete
     texts = texts_of(prompts)
-    results: list[list[int]] = [list(text) for text in texts]
-    for tokens in stream(writer, texts, **options):
-        for text, token in zip(results, tokens, strict=True):
-            if token is not None:
-                text.append(token)
+    columns = [*zip(*stream(writer, texts, **options), strict=True)]
+    each = len(columns) // len(texts)
+    results = [
+        texts[n // each] + [token for token in column if token is not None]
+        for n, column in enumerate(columns)
+    ]
     if isinstance(prompts, list | tuple):
         return results
     most = max(map(len, results))
@@ -224,7 +236,8 @@ def _written(
     tokenizer = writer.tokenizer()
     if not request.stop and options.get("stop") is None:
         request = replace(request, stop=tokenizer.stop)
-    texts = new_texts(tokenizer, [tokenizer.encode(prompt) for prompt in prompts], stops)
+    encoded = [t for prompt in prompts for t in [tokenizer.encode(prompt)] * request.beams.returned]
+    texts = new_texts(tokenizer, encoded, stops)
     return write(writer.executor, texts, request)
 
 

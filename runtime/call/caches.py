@@ -63,14 +63,16 @@ def copy_text(source: Cache, text: int, to: Cache, number: int) -> None:
     _copy(_text(source, text), _text(to, number))
 
 
-def copy_tokens(port: Port, source: Cache, text: int, to: Cache, number: int, tokens: int) -> None:
-    """As `copy_text`, but of a cache that grows only the first `tokens` entries of each head."""
+def copy_tokens(
+    port: Port, source: Cache, text: int, to: Cache, number: int, tokens: int, start: int = 0
+) -> None:
+    """As `copy_text`, but of a cache that grows only the entries `start` to `tokens` of a head."""
     old, new = _text(source, text), _text(to, number)
-    if not grows(port) or tokens == old.shape[1]:
+    if not grows(port) or (not start and tokens == old.shape[1]):
         _copy(old, new)
         return
-    for head in range(old.shape[0]):
-        _copy(_entries(old, head, tokens), _entries(new, head, tokens))
+    for head in range(old.shape[0] if start < tokens else 0):
+        _copy(_entries(old, head, start, tokens), _entries(new, head, start, tokens))
 
 
 def first_texts(caches: Sequence[Cache], count: int) -> list[Cache]:
@@ -96,10 +98,10 @@ def _text(cache: Cache, number: int) -> Any:
     return _view(cache.tensor, shape, number * math.prod(shape))
 
 
-def _entries(text: Any, head: int, tokens: int) -> Any:
-    """The first entries of one head of a part [heads, room, width]."""
+def _entries(text: Any, head: int, start: int, stop: int) -> Any:
+    """The entries `start` to `stop` of one head of a part [heads, room, width]."""
     _, room, width = text.shape
-    return _view(text, (tokens, width), head * room * width)
+    return _view(text, (stop - start, width), (head * room + start) * width)
 
 
 def _view(tensor: Any, shape: Sequence[int], start: int) -> Any:

@@ -32,10 +32,8 @@ from moec.runtime.text.sampler import Sampler
 from moec.runtime.text.sampling import Logprobs, logprobs
 from moec.runtime.text.speculation.draft import DraftGuesses
 from moec.runtime.text.speculation.guesses import Guesses
-from moec.runtime.text.texts import PIECE, Decoder
+from moec.runtime.text.texts import PIECE, ROWS, Decoder, fit_together
 
-ROWS = 32  # above the most rows for which attention has a kernel of its own, 24
-PADDED = 4 / 3  # the most rows of a prompt that is read with others, by its tokens
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
 
 
@@ -315,10 +313,9 @@ class Engine:
         if text.request.scores_prompt:
             return False
         sizes = [len(other.prompt) for other in (*self._joining, text)]
-        most, least = max(sizes), min(sizes)
-        if most * len(sizes) > self._piece or most > self.room:
+        if max(sizes) * len(sizes) > self._piece or max(sizes) > self.room:
             return False
-        return most == least or (not self._carries and ROWS <= least and most <= PADDED * least)
+        return fit_together(sizes, self._carries)
 
     def _read(self) -> Array:
         """The logits f32[texts, V] after the next part of the prompts that join."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from moec.errors import InputError
 from moec.runtime.dtypes import Array
+from moec.runtime.text.beams import BeamEngine
 from moec.runtime.text.causal_lm import CausalLM, causal_lm, inputs
 from moec.runtime.text.engine import FAILED, Engine
 from moec.runtime.text.request import Request
@@ -55,14 +57,16 @@ def generate(
     """Iterates over the next tokens of all texts; None for a text that has ended.
 
     A text ends with a token of `stop`, after `most` tokens, or at the model's greatest length.
+    With several beams there are as many texts as are returned for each prompt, best first.
     Raises InputError where a prompt is empty or longer than that.
     """
     _check(executor, prompts)
     if executor.package.generation is not None and executor.holds_all_texts:
         yield from _by_engine(executor, prompts, request)
         return
-    if request.guesses or request.draft is not None:
+    if request.guesses or request.draft is not None or request.beams.count > 1:
         what = "a draft was given" if request.draft else f"speculate is {request.guesses}"
+        what = f"num_beams is {request.beams.count}" if request.beams.count > 1 else what
         raise InputError(f"{what}, and this model has no KV cache of its own process: leave it out")
     limit = longest_of(executor)
     room = max(len(prompt) + request.most for prompt in prompts)
@@ -98,12 +102,15 @@ def _by_engine(
     limit = longest_of(executor)
     mosts = [min(request.most, limit + 1 - len(p)) if limit else request.most for p in prompts]
     room = max(len(p) + most - 1 for p, most in zip(prompts, mosts, strict=True))
-    engine = Engine(executor, len(prompts), room, prompts_first=True)
+    engine = engine_for(executor, len(prompts), room, request)
     streams = request.streams or range(len(prompts))
     texts = [
         engine.submit(prompt, replace(request, most=most, least=min(request.least, most)), stream)
         for prompt, most, stream in zip(prompts, mosts, streams, strict=False)
     ]
+    if isinstance(engine, BeamEngine):
+        yield from zip_longest(*engine.search(texts))
+        return
     for count in range(max(mosts)):
         while any(not text.end and len(text.tokens) <= count for text in texts):
             engine.step()
@@ -114,6 +121,13 @@ def _by_engine(
         if not any(token is not None for token in tokens):
             return
         yield tuple(tokens)
+
+
+def engine_for(executor: Decoder, slots: int, room: int, request: Request) -> Engine:
+    """An engine for texts that are continued as requested, in as few steps as possible."""
+    if request.beams.count > 1:
+        return BeamEngine(executor, slots, room, request.beams)
+    return Engine(executor, slots, room, prompts_first=True)
 
 
 def _check(executor: Decoder, prompts: Sequence[Sequence[int]]) -> None:

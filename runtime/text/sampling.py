@@ -111,11 +111,11 @@ def nucleus(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
     with np.errstate(over="ignore", invalid="ignore"):  # at a temperature near 0
         shares = np.exp((scores - scores.max()) / sampling.temperature)
     count = len(scores) if sampling.top_k is None else min(sampling.top_k, len(scores))
-    tokens = np.arange(len(scores)) if count == len(scores) else _likeliest(scores, count)
+    tokens = np.arange(len(scores)) if count == len(scores) else likeliest(scores, count)
     if sampling.top_p < 1:
         total, count = shares[tokens].sum(), min(LIKELIEST, len(tokens))
         while True:
-            first = tokens[_likeliest(scores[tokens], count)]
+            first = tokens[likeliest(scores[tokens], count)]
             reached = np.cumsum(shares[first]) >= sampling.top_p * total
             if reached.any() or count == len(tokens):
                 break
@@ -128,7 +128,7 @@ def nucleus(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
     return tokens, shares[tokens]
 
 
-def _likeliest(scores: Array, count: int) -> Array:
+def likeliest(scores: Array, count: int) -> Array:
     """The indices of the greatest `count` scores, in their order; of equals the lower first."""
     if count == len(scores):
         return np.argsort(-scores, kind="stable")
@@ -159,5 +159,5 @@ def logprobs(logits: Array, token: int, top: int) -> Logprobs:
     """Those of a token that was drawn from logits f32[V]."""
     scores = logits.astype(np.float64)
     scores -= scores.max() + math.log(np.exp(scores - scores.max()).sum())
-    first = _likeliest(scores, min(top, len(scores))) if top else ()
+    first = likeliest(scores, min(top, len(scores))) if top else ()
     return Logprobs(float(scores[token]), tuple((int(t), float(scores[t])) for t in first))

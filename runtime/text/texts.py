@@ -17,6 +17,15 @@ from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, Package, carries
 
 PIECE = 512  # the most tokens, over all texts, of one call of the model; bounds memory
+ROWS = 32  # above the most rows for which attention has a kernel of its own, 24
+PADDED = 4 / 3  # the most rows of a text that is read with others, by its tokens
+
+
+def fit_together(sizes: Sequence[int], carries: bool) -> bool:
+    """Whether one call may read texts of so many tokens, with little padding, where each has the
+    bits that it has alone. `carries`: padding would change recurrent states."""
+    most, least = max(sizes), min(sizes)
+    return most == least or (not carries and ROWS <= least and most <= PADDED * least)
 
 
 class Decoder(Protocol):

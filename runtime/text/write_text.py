@@ -81,9 +81,11 @@ def write(executor: Decoder, texts: Sequence[Text], request: Request) -> Iterato
     """Iterates over the next pieces of all texts until all have ended.
 
     A text ends before a stop token or stop string, after `request.most` tokens, or at the model's
-    greatest length. Raises InputError as `generate`.
+    greatest length. Where several sequences of a prompt are returned, there is a text for each.
+    Raises InputError as `generate`.
     """
-    for drawn in generate(executor, [text.prompt for text in texts], request):
+    prompts = [text.prompt for text in texts[:: request.beams.returned]]
+    for drawn in generate(executor, prompts, request):
         yield tuple(t.add(token, request.stop) for t, token in zip(texts, drawn, strict=True))
         if all(text.cut.ended for text in texts):
             return

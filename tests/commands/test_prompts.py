@@ -56,6 +56,26 @@ def test_a_text_does_not_depend_on_the_others(path: Path, tmp_path: Path, more: 
         assert [rows[n]["text"] for n in range(13)] == written
 
 
+def test_beams(path: Path, tmp_path: Path) -> None:
+    """Of prompts that come and go, and of one, whose text is written when the search has ended."""
+    prompts = write(tmp_path, "p.txt", "\n".join(PROMPTS[:5]))
+    more = ("--beams", "3", "--length-penalty", "0.5", "--early-stopping", "true")
+    result = run(path, prompts, "--batch", "2", *more)
+    assert result.exit_code == 0, result.stderr
+    options: dict[str, Any] = {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True}
+    texts = moec.load(path).generate(PROMPTS[:5], max_new_tokens=NEW, **options)
+    rows = rows_of(result)
+    assert [PROMPTS[n] + rows[n]["text"] for n in range(5)] == texts
+    words = ["run", str(path), "--prompt", PROMPTS[0], "--max-new-tokens", str(NEW), *more]
+    alone = CliRunner().invoke(front.cli, words, prog_name="moec")
+    assert PROMPTS[0] + alone.stdout.removesuffix("\n") == texts[0]
+    assert "searched with 3 beams" in alone.stderr
+    for refused, named in ((("--stop", "x"), "--stop"), (("--temperature", "1"), "temperature")):
+        result = CliRunner().invoke(front.cli, [*words, *refused], prog_name="moec")
+        assert result.exit_code == 1
+        assert f"num_beams is 3, and {named} is for texts" in result.stderr
+
+
 def test_prompts_fail_alone(path: Path, tmp_path: Path) -> None:
     long = "a = 1\n" * 300
     lines = [json.dumps("x ="), "", "17", json.dumps(long), "{", json.dumps("y =")]

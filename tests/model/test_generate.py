@@ -69,7 +69,13 @@ def prompts(tiny_moe: Path) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_beams": 3}, "text is generated without an option 'num_beams'; the options are max_"),
+        ({"penalty_alpha": 3}, "without an option 'penalty_alpha'; the options are max_"),
+        (
+            {"num_beams": 4, "top_p": 0.5, "temperature": 1},
+            "num_beams is 4, and temperature is for",
+        ),
+        ({"num_beams": 4, "stop": "a"}, "num_beams is 4, and stop 'a' is for texts that are drawn"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2; it must be at most num_beams"),
         ({"max_tokens": 3}, "an option 'max_tokens'; did you mean 'max_new_tokens'?"),
         ({"max_new_tokens": "3"}, "max_new_tokens is '3'; it must be a whole number"),
         ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
@@ -88,9 +94,36 @@ def test_odd_options(loaded: moec.LoadedModel, options: dict[str, Any], words: s
     assert words in str(caught.value)
 
 
+def test_beams_are_no_stream(loaded: moec.LoadedModel) -> None:
+    with pytest.raises(InputError, match="num_beams is 2, and stream yields tokens as they come"):
+        loaded.stream([[1, 2]], num_beams=2)
+
+
+def test_sequences_of_beams_have_the_form_of_the_prompts(loaded: moec.LoadedModel) -> None:
+    """Text, lists, tensors: the sequences of a prompt are adjacent, the best first."""
+    options: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 3}
+    prompts = ["def main(", "import os, "]
+    tokens = [loaded.tokenizer.encode(prompt) for prompt in prompts]
+    three = loaded.generate(tokens, **options, num_return_sequences=3)
+    assert [row[: len(t)] for row, t in zip(three[::3], tokens, strict=True)] == tokens
+    assert len({*map(tuple, three)}) == 6
+    assert loaded.generate(tokens, **options) == three[::3]
+    texts = loaded.generate(prompts, **options, num_return_sequences=3)
+    assert texts[:3] == loaded.generate(prompts[0], **options, num_return_sequences=3)
+    assert texts[3] == loaded.generate(prompts[1], **options)
+    new = [row[len(tokens[n // 3]) :] for n, row in enumerate(three)]
+    decoded = [prompts[n // 3] + loaded.tokenizer.decode(row) for n, row in enumerate(new)]
+    assert texts == decoded
+    tensor = loaded.generate(torch.tensor(tokens[:1]), **options, num_return_sequences=3)
+    assert tensor.tolist() == three[:3]
+
+
 def test_numbers_of_numpy_are_options(loaded: moec.LoadedModel) -> None:
     options = {"max_new_tokens": np.int64(2), "temperature": np.float32(0.5), "seed": np.int32(1)}
     assert len(loaded.generate([[1, 2]], **options)[0]) <= 4
+    beams = {"num_beams": np.int64(2), "num_return_sequences": np.int32(2)}
+    texts = loaded.generate([[1, 2]], max_new_tokens=4, length_penalty=np.float32(0.5), **beams)
+    assert len(texts) == 2
 
 
 def test_a_model_is_neither_pickled_nor_copied(

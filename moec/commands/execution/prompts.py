@@ -100,8 +100,7 @@ def _by_engine(
     batch: int,
     prompts: Mapping[int, Sequence[int]],
 ) -> Iterator[tuple[int, Row]]:
-    from moec.runtime.text.engine import Engine
-    from moec.runtime.text.generate import longest_of
+    from moec.runtime.text.generate import engine_for, longest_of
     from moec.runtime.text.write_text import new_texts
 
     if not prompts:
@@ -109,7 +108,7 @@ def _by_engine(
     longest = longest_of(executor)
     most = max(map(len, prompts.values())) + request.most
     room = most if longest is None else min(most, longest)
-    engine = Engine(executor, min(batch, len(prompts)), room, prompts_first=True)
+    engine = engine_for(executor, min(batch, len(prompts)), room, request)
     waiting = iter(prompts.items())
     texts: dict[Continuation, tuple[int, Text]] = {}
     while True:

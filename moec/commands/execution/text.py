@@ -49,6 +49,9 @@ class TextOptions:
     seed: int | None
     speculate: int | str
     draft: Path | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: str = "false"
 
     @property
     def form(self) -> str:
@@ -82,6 +85,18 @@ def text_options(command: F) -> F:
         ),
         click.option(
             "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True
+        ),
+        click.option(
+            "--beams", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+            help="Search the likeliest text with so many beams (num_beams of transformers).",
+        ),
+        click.option(
+            "--length-penalty", type=float, default=1.0, show_default=True,
+            help="With --beams: scores are divided by the length to this power.",
+        ),
+        click.option(
+            "--early-stopping", type=click.Choice(["true", "false", "never"]), default="false",
+            show_default=True, help="With --beams: when a search ends, as in transformers.",
         ),
         sampling_options,
     ):  # fmt: skip
@@ -152,7 +167,7 @@ def write_texts(
     --json."""
     from moec.runtime.text.generate import slow
     from moec.runtime.text.prompt import load_tokenizer
-    from moec.runtime.text.request import Request
+    from moec.runtime.text.request import BeamOptions, Request
 
     if (why := slow(executor)) and not quiet:
         echo(
@@ -162,9 +177,12 @@ def write_texts(
     tokenizer = load_tokenizer(files)
     generation = executor.package.generation
     stop = frozenset(generation.stop) if generation and generation.stop else tokenizer.stop
+    early: bool | str = {"true": True, "false": False}.get(options.early_stopping, "never")
+    beams = BeamOptions(options.beams, options.length_penalty, early)
+    beams.check_alone(["--stop"] if options.stop else [])
     request = Request(
         options.max_new_tokens, sampling_of(vars(options)), stop, speculate=options.speculate,
-        draft=open_draft(options.draft, executor, lambda: tokenizer),
+        draft=open_draft(options.draft, executor, lambda: tokenizer), beams=beams,
     )  # fmt: skip
     if options.prompts is not None:
         done = completed(options.resume, prompts) if options.resume else set()
@@ -210,6 +228,8 @@ def _write_text(
     seconds = time.perf_counter() - start
     count, longest = len(text.tokens), longest_of(executor)
     speed = (count - 1) / (seconds - first) if count > 1 else 0.0
+    if request.beams.count > 1:  # all tokens come with the first
+        speed = count / seconds
     if streamed:
         click.echo()
     if streamed and not quiet:
@@ -221,11 +241,12 @@ def _write_text(
             f", {account.accepted} of {account.guessed} guesses accepted"
             if account and account.guessed else ""
         )  # fmt: skip
-        click.echo(
-            f"{counted(len(text.prompt), 'token')} read in {first:.2f} s, then "
-            f"{counted(count, 'token')}{rate}{guessed}{limit}",
-            err=True,
-        )
+        read, drawn = counted(len(text.prompt), "token"), counted(count, "token")
+        line = f"{read} read in {first:.2f} s, then {drawn}{rate}{guessed}"
+        if request.beams.count > 1:
+            way = f"searched with {request.beams.count} beams in {seconds:.2f} s"
+            line = f"{read} read, {drawn} {way}"
+        click.echo(line + limit, err=True)
     return {
         "text": text.written,
         "tokens": text.tokens,

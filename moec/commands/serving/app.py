@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -27,7 +27,7 @@ from moec.commands.serving.page import page
 from moec.commands.serving.service import ServedModels, Service
 from moec.commands.serving.stats import stats
 from moec.commands.serving.worker import SHUTTING_DOWN
-from moec.errors import InputError, MoecError
+from moec.errors import MoecError
 
 MOST_BYTES = 8_000_000  # of a body
 OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")  # without a key
@@ -110,26 +110,22 @@ async def _embed(served: ServedModels, request: Request) -> Response:
     service.check_open()
     if service.embed is None:
         raise invalid("model", service.no_embeddings)
-    fields, count, data = read_embedding_fields(body), 0, []
-    service.admit(1)  # texts of a request come one after the other, between the engine's steps
+    fields, data = read_embedding_fields(body), dict[int, Any]()
+    service.admit(1)  # texts of a request are computed batch by batch, between the engine's steps
     try:
-        for index, text in enumerate(fields.texts):
-            encode = service.tokenizer.encode
-            tokens: Any = await run_in_threadpool(encode, text) if isinstance(text, str) else text
-            if len(tokens) > service.engine.room:
-                rule = f"a text has at most {service.engine.room}: shorten it"
-                raise InputError(f"text {index} has {len(tokens)} tokens, and {rule}")
-            vector = await run_in_threadpool(service.embed, tokens)
+        texts = await run_in_threadpool(service.embedded_tokens, fields)
+        async for index, vector in iterate_in_threadpool(service.embed(texts)):
             packed = base64.b64encode(vector.tobytes()).decode()
             shown = packed if fields.encoding_format == "base64" else vector.tolist()
-            data.append({"object": "embedding", "index": index, "embedding": shown})
-            count += len(tokens)
+            data[index] = {"object": "embedding", "index": index, "embedding": shown}
     except MoecError as error:
         raise invalid("input", str(error)) from error
     finally:
         service.used -= 1
+    count = sum(map(len, texts))
     usage = {"prompt_tokens": count, "total_tokens": count}
-    content = {"object": "list", "data": data, "model": service.model, "usage": usage}
+    items = [data[index] for index in range(len(texts))]
+    content = {"object": "list", "data": items, "model": service.model, "usage": usage}
     return JSONResponse(content)
 
 

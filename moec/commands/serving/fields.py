@@ -36,6 +36,7 @@ Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 MOST_LOGPROBS = 20
+MOST_TEXTS = 2048  # of embeddings, as OpenAI has it
 SHORT = 16  # max_tokens of a completion without one, as OpenAI has it
 
 
@@ -218,6 +219,8 @@ def read_embedding_fields(body: dict[str, Any]) -> EmbeddingFields:
         raise invalid("input", "it is missing or empty")
     if not isinstance(fields.input, str) and len({type(item) for item in fields.input}) > 1:
         raise invalid("input", "give texts, or tokens, not both")
+    if len(fields.texts) > MOST_TEXTS:
+        raise invalid("input", f"{len(fields.texts)} texts: a request has at most {MOST_TEXTS}")
     return fields
 
 

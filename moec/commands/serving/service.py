@@ -4,11 +4,11 @@ the models of a server."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moec.commands.serving.errors import ApiError, invalid
-from moec.commands.serving.fields import COMPLETION, Fields
+from moec.commands.serving.fields import COMPLETION, EmbeddingFields, Fields
 from moec.commands.serving.metrics import MetricFamilies, Metrics
 from moec.commands.serving.routing_watch import RoutingWatch
 from moec.commands.serving.tools import ToolUse, tool_use
@@ -27,8 +27,8 @@ class Service:
     """A model being served. `used` of the `places` are taken by texts that run or wait, counted in
     the event loop alone. `stop` are the tokens that end a text, `fingerprint` that of the code and
     weights. `families` are the metrics of the server. `speculate` and `draft` are those of every
-    request. `routing` counts the tokens of experts, `embed` gives the embedding of a text; or
-    `no_routing` and `no_embeddings` say why nothing does."""
+    request. `routing` counts the tokens of experts, `embed` gives the embeddings of texts, by
+    index; or `no_routing` and `no_embeddings` say why nothing does."""
 
     model: str
     fingerprint: str
@@ -41,7 +41,7 @@ class Service:
     no_routing: str = ""
     speculate: int | str = AUTO
     draft: Draft | None = None
-    embed: Callable[[Sequence[int]], Array] | None = None
+    embed: Callable[[Sequence[Sequence[int]]], Iterator[tuple[int, Array]]] | None = None
     no_embeddings: str = ""
     used: int = 0
     draining: bool = False
@@ -94,6 +94,19 @@ class Service:
             return [encode(p) if isinstance(p, str) else p for p in fields.prompts]
         except MoecError as error:
             raise invalid(name, str(error)) from error
+
+    def embedded_tokens(self, fields: EmbeddingFields) -> list[list[int]]:
+        """The tokens of each text. Raises MoecError, naming the text by its index."""
+        texts = []
+        for index, text in enumerate(fields.texts):
+            try:
+                texts.append(self.tokenizer.encode(text) if isinstance(text, str) else text)
+            except MoecError as error:
+                raise InputError(f"text {index}: {error}") from error
+            if len(texts[-1]) > self.engine.room:
+                rule = f"a text has at most {self.engine.room}: shorten it"
+                raise InputError(f"text {index} has {len(texts[-1])} tokens, and {rule}")
+        return texts
 
     def request(self, prompt: Sequence[int], fields: Fields, guide: Guide | None) -> Request:
         """The request for a prompt. Raises ApiError where there is no room for it, or it has a
