@@ -11,7 +11,7 @@ from typing import Any
 from moec.checkpoint.folders import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
 from moec.checkpoint.gguf import arrange as gguf_weights
 from moec.checkpoint.gguf.architectures import NAMES
-from moec.checkpoint.gguf.codes import STORED, Stored
+from moec.checkpoint.gguf.codes import STORED, StoredType
 from moec.checkpoint.tensors import Tensors
 from moec.checkpoint.weight import CheckpointWeight, plain
 from moec.errors import CaptureError
@@ -98,7 +98,7 @@ FOLDERS = (
 )
 
 
-def _kinds(stored: Mapping[str, Stored]) -> str:
+def _kinds(stored: Mapping[str, StoredType]) -> str:
     """Types of GGUF by the kind of their codes."""
     kinds = groupby(stored, lambda type: stored[type].format.kind)
     return "; ".join(f"{', '.join(types)}: {kind}" for kind, types in kinds)

@@ -32,7 +32,7 @@ _FEWEST = 4
 @dataclass(eq=False)
 class RowGradients:
     """Of one matrix of one expert: the numbers of some of its `count` rows, i64[S] in the order of
-    `rows_of`, how many rows each stands for, f32[S], and the gradients by what the matrix computes
+    `rows_of`, how many rows each counts for, f32[S], and the gradients by what the matrix computes
     of them, f32[S, N]; a part for each case of the calibration data."""
 
     count: int = 0
@@ -124,7 +124,7 @@ def _watch(product: Tensor, slices: Sequence[tuple[RowGradients, int, int]], eac
 
 
 def _sample(importance: Tensor, each: int) -> tuple[Tensor, Tensor]:
-    """The numbers of about `each` rows, and how many each stands for: the most important half for
+    """The numbers of about `each` rows, and how many each counts for: the most important half for
     itself, the others, evenly spaced by importance, for those between, too."""
     order = importance.argsort(descending=True)
     first, rest = order[: each // 2], order[each // 2 :]

@@ -209,7 +209,7 @@ def _relative_errors(
 
 
 def _evenly(count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The numbers of some of the rows, how many each stands for, and a factor of 1."""
+    """The numbers of some of the rows, how many each counts for, and a factor of 1."""
     if not count:
         return None
     rows = torch.arange(0, count, -(-count // SAMPLED))

@@ -18,7 +18,7 @@ from moec.formats.integer import Quantised
 from moec.formats.notation import Format
 
 
-class Stored(NamedTuple):
+class StoredType(NamedTuple):
     """The format of a type, and its blocks u8[.., B, bytes] as codes u8[.., B, n] of the n weights
     of a block, and scales and zeros [.., B, m] of its m parts."""
 
@@ -155,18 +155,18 @@ def _format(kind: str, block: int, *, zeros: bool = False) -> Format:
 
 
 STORED = {
-    "Q8_0": Stored(_format("int8", 32), _q8_0),
-    "Q6_K": Stored(_format("int6", 16), _q6_k),
-    "Q5_0": Stored(_format("int5", 32), _q5),
-    "Q5_1": Stored(_format("int5", 32, zeros=True), _q5_1),
-    "Q5_K": Stored(_format("int5", 32, zeros=True), _q5_k),
-    "Q4_0": Stored(_format("int4", 32), _q4),
-    "Q4_1": Stored(_format("int4", 32, zeros=True), _q4_1),
-    "Q4_K": Stored(_format("int4", 32, zeros=True), _q4_k),
-    "Q3_K": Stored(_format("int4", 16), _q3_k),
-    "Q2_K": Stored(_format("int2", 16, zeros=True), _q2_k),
-    "TQ1_0": Stored(_format("int2", 256), _tq1_0),
-    "TQ2_0": Stored(_format("int2", 256), _tq2_0),
-    "MXFP4": Stored(Format("mxfp4", 32), _mxfp4),
+    "Q8_0": StoredType(_format("int8", 32), _q8_0),
+    "Q6_K": StoredType(_format("int6", 16), _q6_k),
+    "Q5_0": StoredType(_format("int5", 32), _q5),
+    "Q5_1": StoredType(_format("int5", 32, zeros=True), _q5_1),
+    "Q5_K": StoredType(_format("int5", 32, zeros=True), _q5_k),
+    "Q4_0": StoredType(_format("int4", 32), _q4),
+    "Q4_1": StoredType(_format("int4", 32, zeros=True), _q4_1),
+    "Q4_K": StoredType(_format("int4", 32, zeros=True), _q4_k),
+    "Q3_K": StoredType(_format("int4", 16), _q3_k),
+    "Q2_K": StoredType(_format("int2", 16, zeros=True), _q2_k),
+    "TQ1_0": StoredType(_format("int2", 256), _tq1_0),
+    "TQ2_0": StoredType(_format("int2", 256), _tq2_0),
+    "MXFP4": StoredType(Format("mxfp4", 32), _mxfp4),
 }
 """By the type. Q3_K has the fewest bits that blocks of 16 fill words with."""
