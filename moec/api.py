@@ -224,12 +224,13 @@ def compile(
         )
         if not builds:
             return compiled
-        special = record_routing or stores_experts(store, compiled.module)
+        on_disk = stores_experts(store, compiled.module)
+        special = record_routing or on_disk
         if len(exact) == len(requested) and targets.only_cpus and not special:
             compiled = with_sides(compiled, transform, exact, targets.backend, clock)
         if kv_cache:
             with clock.phase("generation"):
-                after = decode_passes(opt_level, passes)
+                after = decode_passes(opt_level, passes, on_disk)
                 compiled = with_decode(compiled, after, targets.backend)
         compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
         built = build_model(compiled, opt_level, clock, targets.backend, tune, store)

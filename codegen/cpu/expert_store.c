@@ -8,6 +8,10 @@
    slot may then be filled with an expert further behind. So a call may need more experts than there
    are slots, and each is read once.
 
+   A plan may come with a guess: the choices that the next layer is expected to make. Readers that have
+   nothing else to read then read what is absent of them, into slots of that layer's least useful
+   experts, until the layer's own plan says what it needs. A wrong guess is dropped between two blocks.
+
    What is read of an expert for the first time is hashed, and refused if it is not what the artifact
    lists.
 
@@ -28,11 +32,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { DIGEST = 32, PAGE = 4096, BOUNCE = 1 << 20, BLOCK = 4 << 20, SPINS = 2000, AGES = 4096, MOST_READERS = 8 };
+enum { DIGEST = 32, PAGE = 4096, BOUNCE = 1 << 20, BLOCK = 1 << 20, SPINS = 2000, AGES = 4096, MOST_READERS = 8 };
 enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { LRU, LFU, SLRU };
 enum { EMPTY, QUEUED, READING, FULL }; /* a slot */
 enum { PENDING, READY, FAILED };       /* a visit */
+enum { DROPPED = -3 };                 /* a read of a wrong guess */
+enum { NEVER, ALWAYS, MEASURED };      /* guesses are used */
+enum { WARM = 64, WINDOW = 8, TRIAL = 128, HELD = 4096 }; /* steps */
 
 typedef struct {
   int32_t type;
@@ -70,14 +77,26 @@ typedef struct {
 typedef struct { /* since the last reading of the counts; times in ns */
   int64_t calls, visits, hits, bytes, read_ns, stall_ns;
 } Counts;
+typedef struct { /* experts guessed, those used, those read early; bytes of those not used */
+  int64_t guesses, right, early, vain;
+} GuessCounts;
 
 typedef struct {
   int32_t expert, state, visit; /* visit: its number in the call under way, or -1 */
+  int32_t guess, dropped;       /* it was read for a guess; which was wrong */
 } Slot;
+typedef struct {
+  const int32_t *dropped; /* of the slot */
+  int64_t bytes;
+} Progress;
 typedef struct {
   int32_t expert, slot, error;
   _Atomic int32_t state, finished;
 } Visit;
+typedef struct {
+  int32_t step, on;
+  int64_t begun, ns[2], steps[2]; /* without guesses, and with */
+} Trial;
 typedef struct {
   Shape shape;
   Slot *slot;
@@ -86,6 +105,7 @@ typedef struct {
   int64_t *last;  /* expert -> the call that used it last */
   char *trusted;  /* expert -> its digest was right */
   char *safe;     /* expert -> used again while it was in a slot, of which 4/5 of the slots remember */
+  char *guessed;  /* expert -> the next call is expected to use it */
   double *score;  /* expert -> uses, each of which counts half after `half_life` calls */
   int32_t visits, filled;
   int64_t call;
@@ -94,14 +114,18 @@ typedef struct {
   Options options;
   Stack *stack;
   Counts counts;
+  GuessCounts guessed;
   pid_t process;
   unsigned long thread[MOST_READERS];
   _Atomic uint32_t lock, work, done; /* futexes: a mutex; changes of the queue, and of visits */
   int32_t stop, *queue;              /* of (stack, slot) */
   int32_t trust;                     /* how often the file was distrusted */
   uint32_t head, tail, room;
+  int32_t *guess, guesses, next_guess, demands; /* of (stack, expert): what is read when nothing else is */
   int32_t failed_stack, failed_expert, failed_error; /* the latest failure of a read */
   _Atomic int64_t stall_ns;
+  Trial trial;
+  int predict, guessing;
   double decay[AGES];
 } Store;
 
@@ -136,27 +160,31 @@ static void unlock(Store *s) {
 
 /* ---- reading -------------------------------------------------------------------------- */
 
-/* 0; an errno; -1 where the file has become too short. */
-static int read_span(int file, char *to, int64_t from, int64_t bytes) {
+/* 0; an errno; -1 where the file has become too short; DROPPED. */
+static int read_span(int file, char *to, int64_t from, int64_t bytes, Progress *progress) {
   while (bytes > 0) {
+    if (__atomic_load_n(progress->dropped, __ATOMIC_RELAXED))
+      return DROPPED;
     ssize_t n = pread(file, to, bytes < BLOCK ? bytes : BLOCK, from);
     if (n < 0 && errno != EINTR)
       return errno;
     if (!n)
       return -1;
     if (n > 0)
-      to += n, from += n, bytes -= n;
+      to += n, from += n, bytes -= n, progress->bytes += n;
   }
   return 0;
 }
 
 /* Direct reads take whole pages, and what begins or ends in the middle of one is copied. */
-static int read_piece(const Piece *p, int expert, int slot, char *bounce) {
+static int read_piece(const Piece *p, int expert, int slot, char *bounce, Progress *progress) {
   int64_t from = p->start + expert * p->bytes, left = p->bytes;
   char *to = p->memory + slot * p->bytes;
   if (!p->direct || !((from | left | (int64_t)(intptr_t)to) % PAGE))
-    return read_span(p->file, to, from, left);
+    return read_span(p->file, to, from, left, progress);
   while (left > 0) {
+    if (__atomic_load_n(progress->dropped, __ATOMIC_RELAXED))
+      return DROPPED;
     int64_t skip = from % PAGE, want = skip + left < BOUNCE ? skip + left : BOUNCE;
     int64_t got = 0, rounded = (want + PAGE - 1) / PAGE * PAGE;
     while (got < want) { /* the end of the file may be in the middle of the last page */
@@ -168,7 +196,7 @@ static int read_piece(const Piece *p, int expert, int slot, char *bounce) {
       got += n > 0 ? n : 0;
     }
     memcpy(to, bounce + skip, want - skip);
-    to += want - skip, from += want - skip, left -= want - skip;
+    to += want - skip, from += want - skip, left -= want - skip, progress->bytes += want - skip;
   }
   return 0;
 }
@@ -195,6 +223,26 @@ static int take_queued(Store *s, int32_t *stack, int32_t *slot) {
   return 0;
 }
 
+static int free_slot(Store *s, Stack *of);
+static void fill(Store *s, int stack);
+
+/* Guesses are read while nothing else is: they would share the disk with what a kernel waits for. */
+static int take_guess(Store *s, int32_t *stack, int32_t *slot) {
+  while (!s->demands && s->next_guess < s->guesses) {
+    const int32_t *entry = s->guess + 2 * s->next_guess++;
+    Stack *of = &s->stack[entry[0]];
+    if (of->where[entry[1]] >= 0)
+      continue;
+    *stack = entry[0], *slot = free_slot(s, of);
+    if (*slot < 0)
+      continue;
+    of->slot[*slot] = (Slot){entry[1], QUEUED, -1, 1, 0};
+    of->where[entry[1]] = *slot;
+    return 1;
+  }
+  return 0;
+}
+
 static void *read_queued(void *argument) {
   Store *s = argument;
   char *memory = malloc(BOUNCE + 2 * PAGE);
@@ -202,7 +250,7 @@ static void *read_queued(void *argument) {
   int32_t stack, number;
   lock(s);
   while (!s->stop) {
-    if (!take_queued(s, &stack, &number)) {
+    if (!take_queued(s, &stack, &number) && !take_guess(s, &stack, &number)) {
       uint32_t work = atomic_load(&s->work);
       unlock(s);
       sleep_while(&s->work, work);
@@ -212,29 +260,35 @@ static void *read_queued(void *argument) {
     Stack *of = &s->stack[stack];
     Slot *slot = &of->slot[number];
     int expert = slot->expert, error = memory ? 0 : ENOMEM, trusted = of->trusted[expert];
-    int64_t begin = now_ns(), bytes = 0;
+    Progress progress = {&slot->dropped, 0};
+    int64_t begin = now_ns();
     int32_t trust = s->trust;
-    slot->state = READING;
+    int demand = !slot->guess;
+    slot->state = READING, s->demands += demand;
     unlock(s);
-    for (int i = 0; i < of->shape.pieces && !error; i++) {
-      error = read_piece(&of->shape.piece[i], expert, number, bounce);
-      bytes += of->shape.piece[i].bytes;
-    }
+    for (int i = 0; i < of->shape.pieces && !error; i++)
+      error = read_piece(&of->shape.piece[i], expert, number, bounce, &progress);
     int64_t end = now_ns();
     if (!error && !trusted)
       error = check_digests(s, of, expert, number);
     lock(s);
-    s->counts.read_ns += end - begin, s->counts.bytes += bytes;
+    s->demands -= demand;
+    if (!s->demands && s->next_guess < s->guesses)
+      wake_all(&s->work);
+    s->counts.read_ns += end - begin, s->counts.bytes += progress.bytes;
+    s->guessed.vain += slot->dropped ? progress.bytes : 0;
     of->trusted[expert] |= !error && s->trust == trust;
-    slot->state = error ? EMPTY : FULL;
-    if (error) {
+    slot->state = error || slot->dropped ? EMPTY : FULL;
+    if (error && !slot->dropped)
       of->where[expert] = -1;
+    if (error && slot->visit >= 0) {
       s->failed_stack = stack, s->failed_expert = expert, s->failed_error = error;
     }
     if (slot->visit >= 0) {
       of->visit[slot->visit].error = error;
       atomic_store(&of->visit[slot->visit].state, error ? FAILED : READY);
-    }
+    } else
+      fill(s, stack);
     wake_all(&s->done);
   }
   unlock(s);
@@ -256,11 +310,22 @@ static void restart_after_fork(Store *s) {
   for (int i = 0; i < s->options.stacks; i++)
     for (int j = 0; j < s->stack[i].shape.slots; j++) {
       Slot *slot = &s->stack[i].slot[j];
-      if (slot->state == QUEUED || slot->state == READING)
-        s->stack[i].where[slot->expert] = -1, slot->state = EMPTY;
+      if (slot->state == QUEUED || slot->state == READING) {
+        slot->state = EMPTY;
+        if (!slot->dropped)
+          s->stack[i].where[slot->expert] = -1;
+      }
     }
   s->head = s->tail = 0;
+  s->guesses = s->next_guess = s->demands = 0;
   start_readers(s);
+}
+
+static int64_t bytes_of(const Stack *of) {
+  int64_t bytes = 0;
+  for (int i = 0; i < of->shape.pieces; i++)
+    bytes += of->shape.piece[i].bytes;
+  return bytes;
 }
 
 /* ---- slots ---------------------------------------------------------------------------- */
@@ -281,7 +346,7 @@ static int free_slot(Store *s, Stack *of) {
     Slot *slot = &of->slot[i];
     if (slot->state == EMPTY)
       return i;
-    if (slot->state != FULL || slot->visit >= 0)
+    if (slot->state != FULL || slot->visit >= 0 || of->guessed[slot->expert])
       continue;
     double value = worth(s, of, slot->expert);
     if (best < 0 || value < least)
@@ -305,7 +370,7 @@ static void fill(Store *s, int stack) {
     int number = free_slot(s, of);
     if (number < 0)
       break;
-    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled};
+    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled, 0, 0};
     of->where[visit->expert] = visit->slot = number;
     int32_t *entry = s->queue + 2 * (s->tail++ % s->room);
     entry[0] = stack, entry[1] = number, queued = 1;
@@ -335,9 +400,29 @@ static void use(Store *s, Stack *of, int expert) {
   of->last[expert] = of->call;
 }
 
+/* The layer's call says which guesses were right: reads of the others end. */
+static void judge(Store *s, Stack *of, const int32_t *ends) {
+  for (int e = 0; e < of->shape.experts; e++) {
+    int where = of->where[e], used = ends[e] > (e ? ends[e - 1] : 0);
+    Slot *slot = where < 0 ? NULL : &of->slot[where];
+    s->guessed.guesses += of->guessed[e], s->guessed.right += of->guessed[e] && used;
+    of->guessed[e] = 0;
+    if (!slot || !slot->guess)
+      continue;
+    slot->guess = 0;
+    if (used)
+      s->guessed.early++;
+    else if (slot->state == READING)
+      __atomic_store_n(&slot->dropped, 1, __ATOMIC_RELAXED), of->where[e] = -1;
+    else
+      s->guessed.vain += bytes_of(of);
+  }
+}
+
 /* Begins a call of a layer: the order of the experts that have rows, by their `ends`. */
 static void start(Store *s, int stack, const int32_t *ends) {
   Stack *of = &s->stack[stack];
+  judge(s, of, ends);
   for (int i = 0; i < of->shape.slots; i++) { /* of a call that failed, too */
     Slot *slot = &of->slot[i];
     slot->visit = -1;
@@ -363,6 +448,62 @@ static void start(Store *s, int stack, const int32_t *ends) {
   if (s->options.policy == SLRU)
     limit_safe(of);
   fill(s, stack);
+}
+
+static void forget(Store *s, int first) {
+  for (int j = first; j < first + s->stack[first].shape.count; j++)
+    memset(s->stack[j].guessed, 0, s->stack[j].shape.experts);
+  s->guesses = s->next_guess = 0;
+}
+
+/* The choices that the layer after `stack`'s is expected to make, where they fit in its slots: the
+   likeliest column of each token first. */
+static void expect(Store *s, int stack, const Tensor *ids) {
+  const Shape *shape = &s->stack[stack].shape;
+  int next = shape->first + shape->count, wide = (ids->dtype >> 8 & 255) == 64;
+  const void *data = ids->data + ids->offset;
+  int64_t tokens = ids->shape[0], k = ids->shape[1];
+  if (next >= s->options.stacks)
+    return;
+  const Shape *of = &s->stack[next].shape;
+  int distinct = 0;
+  forget(s, next);
+  for (int64_t i = 0; i < tokens * k && distinct <= of->slots; i++) {
+    int64_t at = i % tokens * k + i / tokens;
+    int64_t e = wide ? ((const int64_t *)data)[at] : ((const int32_t *)data)[at];
+    if (e < 0 || e >= of->experts || s->stack[next].guessed[e])
+      continue;
+    distinct++;
+    for (int j = next; j < next + of->count; j++) {
+      int32_t *entry = s->guess + 2 * s->guesses++;
+      s->stack[j].guessed[e] = 1, entry[0] = j, entry[1] = (int32_t)e;
+    }
+  }
+  if (distinct > of->slots)
+    forget(s, next);
+  if (s->guesses)
+    wake_all(&s->work);
+}
+
+/* Whether a step uses guesses. Where that is measured, steps of few tokens are timed, in turns with
+   guesses and without, and the faster way is used for the HELD steps that follow. */
+static int begins_with_guesses(Store *s, int few) {
+  Trial *t = &s->trial;
+  if (s->predict != MEASURED)
+    return s->predict == ALWAYS;
+  int64_t begun = t->begun, now = now_ns();
+  t->begun = few ? now : 0;
+  if (!few)
+    return t->on;
+  if (begun && t->step > WARM && t->step <= WARM + TRIAL)
+    t->ns[t->on] += now - begun, t->steps[t->on]++;
+  if (t->step < WARM + TRIAL)
+    t->on = t->step >= WARM && (t->step - WARM) / WINDOW % 2;
+  else if (t->step == WARM + TRIAL)
+    t->on = t->ns[1] * t->steps[0] < t->ns[0] * t->steps[1];
+  if (++t->step == WARM + TRIAL + HELD)
+    *t = (Trial){WARM, 0, 0, {0, 0}, {0, 0}};
+  return t->on;
 }
 
 /* ---- the interface of kernels ---------------------------------------------------------- */
@@ -423,13 +564,17 @@ int32_t expert_store_done(int64_t address, int32_t stack, int32_t number, int32_
 /* ---- the interface of the virtual machine and of the loader ----------------------------- */
 
 /* A pointer to a DLTensor, or an object that has a header of 24 bytes before it. */
-static void *data_of(const Any *a) {
-  Tensor *tensor = (Tensor *)(intptr_t)(a->value + (a->type >= 64 ? 24 : 0));
-  return tensor->data + tensor->offset;
+static const Tensor *tensor_of(const Any *a) {
+  return (const Tensor *)(intptr_t)(a->value + (a->type >= 64 ? 24 : 0));
 }
 
-/* (key i64[2], ends i32[E], .., plan i32[E + 1]): how many experts the kernel visits, then which.
-   The key is the address of the store and the number of the stack. */
+static void *data_of(const Any *a) {
+  return tensor_of(a)->data + tensor_of(a)->offset;
+}
+
+/* (key i64[2], ends i32[E], rows[, guess [T, k]], plan i32[E + 1]): how many experts the kernel visits,
+   then which. The key is the address of the store and the number of the stack; the guess is of the
+   choices of the next layer. */
 int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, Any *result) {
   const int64_t *key = data_of(&arguments[0]);
   const int32_t *ends = data_of(&arguments[1]);
@@ -443,6 +588,11 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
     s->counts.calls++;
     for (int i = 0; i < of->shape.count; i++)
       start(s, stack + i, ends);
+    s->guesses = s->next_guess = 0;
+    if (count == 5 && stack == 0)
+      s->guessing = begins_with_guesses(s, of->visits <= of->shape.slots);
+    if (count == 5 && s->guessing)
+      expect(s, stack, tensor_of(&arguments[3]));
   }
   plan[0] = of->visits, plan[1] = 0;
   for (int i = 0; i < of->visits; i++)
@@ -452,6 +602,7 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
 }
 
 static int allocate(Store *s) {
+  size_t experts = 0;
   s->stack = calloc(s->options.stacks, sizeof *s->stack);
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
@@ -463,36 +614,41 @@ static int allocate(Store *s) {
     of->score = calloc(shape.experts, sizeof *of->score);
     of->trusted = calloc(shape.experts, 1);
     of->safe = calloc(shape.experts, 1);
+    of->guessed = calloc(shape.experts, 1);
     Piece *piece = malloc(shape.pieces * sizeof *piece);
     of->shape.piece = piece;
     if (!of->slot || !of->visit || !of->where || !of->last || !of->score || !of->trusted ||
-        !of->safe || !piece)
+        !of->safe || !of->guessed || !piece)
       return 0;
     memcpy(piece, shape.piece, shape.pieces * sizeof *piece);
     for (int e = 0; e < shape.experts; e++)
       of->where[e] = -1;
     s->room += 4 * (uint32_t)shape.slots;
+    experts += (size_t)shape.experts;
   }
   s->queue = calloc(s->room, 2 * sizeof *s->queue);
-  return s->stack && s->queue;
+  s->guess = calloc(experts, 2 * sizeof *s->guess);
+  return s->stack && s->queue && s->guess;
 }
 
 static void release(Store *s) {
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
     free(of->slot), free(of->visit), free(of->where), free(of->last), free(of->score);
-    free(of->trusted), free(of->safe), free((void *)of->shape.piece);
+    free(of->trusted), free(of->safe), free(of->guessed), free((void *)of->shape.piece);
   }
-  free(s->stack), free(s->queue), free(s);
+  free(s->stack), free(s->queue), free(s->guess), free(s);
 }
 
-/* (address of Options) -> the address of a store; 0 where there is no memory, or no thread. */
+/* (address of Options[, whether guesses are used]) -> the address of a store; 0 where there is no
+   memory, or no thread. */
 int __tvm_ffi_moec_store_open(void *self, const Any *arguments, int32_t count, Any *result) {
   Store *s = calloc(1, sizeof *s);
   *result = (Any){1, 0, 0};
   if (!s)
     return 0;
   s->options = *(const Options *)(intptr_t)arguments[0].value;
+  s->predict = count > 1 ? (int)arguments[1].value : NEVER;
   double step = 1, half = 1 / (double)s->options.half_life;
   step = 1 - 0.6931471805599453 * half + 0.2402265069591007 * half * half; /* about 2^-half */
   for (int i = 0; i < AGES; i++)
@@ -501,7 +657,7 @@ int __tvm_ffi_moec_store_open(void *self, const Any *arguments, int32_t count, A
     release(s);
   else
     result->value = (int64_t)(intptr_t)s;
-  return (void)self, (void)count, 0;
+  return (void)self, 0;
 }
 
 /* (address of a store): before the memory of its slots is freed, as readers write into it. */
@@ -530,7 +686,7 @@ int __tvm_ffi_moec_store_distrust(void *self, const Any *arguments, int32_t coun
   return (void)self, (void)count, (void)result, 0;
 }
 
-/* (address of a store, of Counts, of i32[3]): what happened since the last time; the stack, expert
+/* (address of a store, of Counts, of i32[3][, of GuessCounts]): what happened since the last time; the stack, expert
    and error of the latest failed read, and -1 before one. */
 int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count, Any *result) {
   Store *s = (Store *)(intptr_t)arguments[0].value;
@@ -541,6 +697,8 @@ int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count,
   failure[0] = s->failed_error ? s->failed_stack : -1;
   failure[1] = s->failed_expert, failure[2] = s->failed_error;
   s->counts = (Counts){0}, s->failed_error = 0;
+  if (count > 3)
+    *(GuessCounts *)(intptr_t)arguments[3].value = s->guessed, s->guessed = (GuessCounts){0};
   unlock(s);
-  return (void)self, (void)count, (void)result, 0;
+  return (void)self, (void)result, 0;
 }

@@ -21,6 +21,7 @@ SHORTER, ALTERED = -1, -2
 """Errors of a read that are not the system's: the file is shorter than before, or its content is
 not what was written."""
 POLICIES = ("lru", "lfu", "slru")
+PREDICT = ("never", "always", "measured")
 MOST_READERS = 8
 
 
@@ -53,17 +54,21 @@ class StackInSlots:
 @dataclass(frozen=True)
 class StoreOptions:
     """`readers`: threads that read, 0 for as many as suit. `half_life`: the calls of a layer after
-    which the use of an expert counts half (lfu)."""
+    which the use of an expert counts half (lfu). `predict`: whether experts that the next layer is
+    expected to choose are read early; `measured`: where steps that do so are faster."""
 
     readers: int = 0
     policy: str = "lfu"
     half_life: int = 64
+    predict: str = "measured"
 
 
 @dataclass(frozen=True)
 class StoreCounts:
     """What a store did: calls of layers, experts that they needed, those of them that were in
-    slots, bytes read, and seconds of reading and of waiting, summed over threads."""
+    slots, bytes read, and seconds of reading and of waiting, summed over threads. Of the experts
+    that a layer was expected to need (`guesses`), those that it needed (`right`), needed ones that
+    were being read or in slots for a guess (`early`), and bytes read for wrong guesses (`vain`)."""
 
     calls: int = 0
     visits: int = 0
@@ -71,6 +76,10 @@ class StoreCounts:
     bytes_read: int = 0
     read_seconds: float = 0.0
     stall_seconds: float = 0.0
+    guesses: int = 0
+    right: int = 0
+    early: int = 0
+    vain: int = 0
 
     def __add__(self, other: StoreCounts) -> StoreCounts:
         return StoreCounts(*(a + b for a, b in zip(self.values, other.values, strict=True)))
@@ -144,7 +153,7 @@ class NativeStore:
             POLICIES.index(options.policy),
             options.half_life,
         )
-        self.address: int = function(OPEN)(ctypes.addressof(opened))
+        self.address: int = function(OPEN)(ctypes.addressof(opened), PREDICT.index(options.predict))
         if not self.address:
             raise ArtifactError("the system gives the store of experts no memory, or no thread")
         self._read_counts, self._distrust = function(COUNTS), function(DISTRUST)
@@ -170,9 +179,11 @@ class NativeStore:
 
     def _read(self) -> None:
         raw, failure = (ctypes.c_int64 * 6)(), (ctypes.c_int32 * 3)()
-        self._read_counts(self.address, ctypes.addressof(raw), ctypes.addressof(failure))
+        guesses = (ctypes.c_int64 * 4)()
+        to = [ctypes.addressof(memory) for memory in (raw, failure, guesses)]
+        self._read_counts(self.address, *to)
         calls, visits, hits, size, read, stalled = raw
-        self._total += StoreCounts(calls, visits, hits, size, read / 1e9, stalled / 1e9)
+        self._total += StoreCounts(calls, visits, hits, size, read / 1e9, stalled / 1e9, *guesses)
         if failure[0] >= 0:
             self._failed = FailedRead(*failure)
 

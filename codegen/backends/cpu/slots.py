@@ -1,6 +1,6 @@
 """Arguments of products whose experts are read from disk into slots (codegen/cpu/expert_store.c).
 
-plan = moec_store_plan(key, ends, ...)      before the first product of a layer
+plan = moec_store_plan(key, ends, rows[, guess])    before the first product of a layer
 product(rows, order, ends, key, plan, weights in slots, ...)
 """
 
@@ -40,6 +40,8 @@ class SlotArguments:
         """The key, the plan and the weights of a product of `rows`."""
         names = tuple(param.name for _, param in packed)
         stack = Stack(f"{names[0]}.key", layer, names)
+        sort = low.graph.producers[ends]
+        guess = sort.inputs[1:] if ends not in self.stacks and sort.name == "moe.sort" else ()
         self.stacks.setdefault(ends, []).append(stack)
         key = low.param(stack.key, Param(stack.key, TensorType("i64", (2,)), ()))
         experts = ends.shape[0]
@@ -47,7 +49,7 @@ class SlotArguments:
         # A plan follows the products before it: the first one of a layer fills slots.
         call = relax.call_dps_packed(
             PLAN,
-            relax.Tuple([key, low.value(ends), rows]),
+            relax.Tuple([key, low.value(ends), rows, *map(low.value, guess)]),
             relax.TensorType([experts + 1], "int32"),
         )
         return [key, low.builder.emit(call), *(_in_slots(low, *one) for one in packed)]

@@ -65,11 +65,18 @@ def _store_line(stored: StoreReport) -> str:
 
     counts = stored.counts
     share = counts.hits / max(1, counts.visits)
+    guessed = (
+        f"; {counts.right / counts.guesses:.0%} of {counts.guesses} guesses of the next layer's "
+        f"experts were right, {counts.early} experts were read early, and "
+        f"{show_bytes(counts.vain)} in vain"
+        if counts.guesses
+        else ""
+    )
     return (
         f"{show_bytes(stored.slot_bytes)} of {show_bytes(stored.expert_bytes)} of experts in "
         f"memory: {share:.0%} of those needed were there, {show_bytes(counts.bytes_read)} were "
         f"read ({stored.reading}) in {counts.read_seconds:.1f} s, and threads waited for "
-        f"{counts.stall_seconds:.1f} s"
+        f"{counts.stall_seconds:.1f} s{guessed}"
     )
 
 
