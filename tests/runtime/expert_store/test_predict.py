@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from moec.runtime.artifact.artifact import read
 from moec.runtime.artifact.container import part_spans
 from moec.runtime.call.executor import Executor, start
 from moec.runtime.device.library import tvm_ffi
+from moec.runtime.expert_store import device
 from moec.runtime.expert_store.device import DIRECT, StoringCpu
 from moec.runtime.expert_store.native import StoreCounts, StoreOptions
 from moec.runtime.expert_store.start import start_with_slots, store_report
@@ -102,10 +104,13 @@ def test_a_guess_that_is_altered_ends_the_call(path):
 @pytest.fixture
 def plan(monkeypatch):
     """Plans a call of a layer of the model in slots that is opened next, with a guess."""
-    libraries, opened = [], StoringCpu._open
-    monkeypatch.setattr(
-        StoringCpu, "_open", lambda self, lib: (libraries.append(lib), opened(self, lib))[1]
-    )
+    getters, native_store = [], device.NativeStore
+
+    def watched(get_function: Any, *arguments: Any) -> Any:
+        getters.append(get_function)
+        return native_store(get_function, *arguments)
+
+    monkeypatch.setattr(device, "NativeStore", watched)
 
     def call(model: Executor, layer: int, experts: list[int], *guesses: np.ndarray) -> None:
         assert isinstance(model.device, StoringCpu)
@@ -113,7 +118,7 @@ def plan(monkeypatch):
         ends = np.bincount(experts, minlength=EXPERTS).cumsum().astype(np.int32)
         rows, order = np.zeros(1), np.zeros(EXPERTS + 1, np.int32)
         arguments = map(tvm_ffi().from_dlpack, (key, ends, rows, *guesses, order))
-        libraries[0].get_function("moec_store_plan")(*arguments)
+        getters[0]("moec_store_plan")(*arguments)
 
     return call
 
