@@ -6,7 +6,7 @@ the mean of the rows without the worst. A row with nearly tied router scores may
 in either, so that single rows of the code may be far off, as many as are in eager, up to chance.
 What follows such a token in its text is off with it: where one sample of eager does not excuse the
 code, eager in float32 with the noise of rounding, by the first of `NOISE_SEEDS`, gives more of
-them, and where these do not, by the others: one token that goes to another expert moves all that
+them, and where these do not, by the next: one token that goes to another expert moves all that
 follow it, so that few samples may not have met it.
 """
 
@@ -25,7 +25,7 @@ FLOAT32_UNIT = 2e-5
 """An error of a row in float32 by less is the rounding of reordered sums over dozens of layers."""
 FLOAT64_UNIT = 1e-12
 """As that, in float64."""
-NOISE_SEEDS = (range(8), range(8, 32))
+NOISE_SEEDS = tuple(range(start, start + 8) for start in range(0, 32, 8))
 NOISE = 12**-0.5
 """The standard deviation of a rounding, in spacings of floats."""
 FLOAT32_NOISE = 2.0**-22

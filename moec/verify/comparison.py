@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 
@@ -26,19 +27,23 @@ from moec.oracle.tolerance import (
     row_errors,
 )
 
+SampleErrors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Of a sample of rounding, f64[rows] by `row_errors` and f64[2, rows] by `row_distances`."""
+
 
 @dataclass(frozen=True)
 class Comparison:
     """A result and its references, each of which is right, eager's first. It is output number
     `output`, or, with `stop`, that output at token stop - 1. `exact` has the references in float32,
-    eager's first, where the model computes in 16 bits, and `noisy` more samples of rounding."""
+    eager's first, where the model computes in 16 bits, and `noisy` the errors of more samples of
+    rounding."""
 
     actual: torch.Tensor
     right: tuple[torch.Tensor, ...]
     output: int
     stop: int | None = None
     exact: tuple[torch.Tensor, ...] = ()
-    noisy: tuple[torch.Tensor, ...] = ()
+    noisy: tuple[SampleErrors, ...] = ()
 
     def of(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
         output = results[self.output]
@@ -63,7 +68,11 @@ class Comparison:
 
     def with_noisy(self, results: Sequence[torch.Tensor]) -> Comparison:
         """With results of eager in float32 with noise as another sample of rounding."""
-        return replace(self, noisy=(*self.noisy, self._without_nan(results)))
+        return replace(self, noisy=(*self.noisy, self._sample(self._without_nan(results))))
+
+    def _sample(self, result: torch.Tensor) -> SampleErrors:
+        rounded = result.to(self.right[0].dtype)
+        return row_errors(rounded, self.references[0]), row_distances(result, self.exact[0])
 
     def _without_nan(self, results: Sequence[torch.Tensor]) -> torch.Tensor:
         """A result in float32, with eager's values where it alone is NaN: a distance between NaN
@@ -90,8 +99,8 @@ class Comparison:
     @cached_property
     def eager_errors(self) -> torch.Tensor:
         """Those of eager and of the noisy samples, [samples, rows] in float64."""
-        samples = (self.right[0], *(noisy.to(self.right[0].dtype) for noisy in self.noisy))
-        return torch.stack([row_errors(sample, self.references[0]) for sample in samples])
+        first = row_errors(self.right[0], self.references[0])
+        return torch.stack([first, *(errors for errors, _ in self.noisy)])
 
     def is_within(self, limit: float) -> bool:
         """Whether no row is further than `limit` from its nearest reference."""
@@ -174,7 +183,7 @@ def _distances(item: Comparison) -> tuple[torch.Tensor, torch.Tensor]:
     """(f64[2, rows], f64[2, samples, rows]): the errors of the result and of samples of eager
     against eager in float32, where each row is another one."""
     ours = [row_distances(item.actual, exact) for exact in item.exact]
-    samples = (item.right[0], *item.noisy)
-    eager = torch.stack([row_distances(sample, item.exact[0]) for sample in samples], 1)
+    first = row_distances(item.right[0], item.exact[0])
+    eager = torch.stack([first, *(distances for _, distances in item.noisy)], 1)
     nearest = torch.stack(ours).amin(0)
     return of_distinct_rows(nearest, item.exact[0]), of_distinct_rows(eager, item.exact[0])
