@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Program
-from moec.ir.opdef import Runner
+from moec.ir.opdef import Runner, tensors_of
 from moec.ops import OPS
 from moec.passes.calibration.evaluator import Evaluator, float32
 
@@ -31,19 +31,18 @@ _FEWEST = 4
 
 @dataclass(eq=False)
 class RowGradients:
-    """Of one matrix of one expert: the numbers of some of its `count` rows, i64[S] in the order of
-    `rows_of`, how many rows each counts for, f32[S], and the gradients by what the matrix computes
-    of them, f32[S, N]; a part for each case of the calibration data."""
+    """Of one matrix of one expert: some of its input rows, f32[S, K], how many rows each counts
+    for, f32[S], and the gradients by what the matrix computes of them, f32[S, N]; a part for each
+    case of the calibration data."""
 
-    count: int = 0
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def sampled(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """The parts together; None where no result depends on a row."""
         if not self.parts:
             return None
-        rows, times, gradients = (torch.cat(each) for each in zip(*self.parts, strict=True))
-        return rows, times, gradients
+        x, times, gradients = (torch.cat(each) for each in zip(*self.parts, strict=True))
+        return x, times, gradients
 
 
 Gradients = list[list[RowGradients]]
@@ -88,35 +87,44 @@ def _watched_product(
     if name not in gradients:
         counts = range(attrs["matrices"] if op.body else 1)
         gradients[name] = [[RowGradients() for _ in range(products[name])] for _ in counts]
-    experts = iter(range(products[name]))
+    inputs = _rows_of_experts(op, tensors, attrs)
+    experts = iter(enumerate(inputs))
 
     def watched(body: Graph, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        expert = next(experts)
+        expert, x = next(experts)
         for matrix, product in zip(gradients[name], arguments, strict=True):
-            _watch(product, [(matrix[expert], 0, len(product))], each)
+            _watch(product, [(matrix[expert], x)], each)
         return run(body, arguments)
 
     result: Tensor = reference(op, tensors, attrs, watched)
     if not op.body:
-        bounds = pairwise([0, *tensors[1].tolist()])
-        slices = [(e, *b) for e, b in zip(gradients[name][0], bounds, strict=True)]
-        _watch(result, slices, each)
+        _watch(result, list(zip(gradients[name][0], inputs, strict=True)), each)
     return result
 
 
-def _watch(product: Tensor, slices: Sequence[tuple[RowGradients, int, int]], each: int) -> None:
-    """Samples the gradient of each slice of rows when a backward pass has it."""
+def _rows_of_experts(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any]) -> list[Tensor]:
+    """What each expert multiplies, [R, K]."""
+    x, ends, _, _, order, scale = tensors_of(_PRODUCT, op, tensors, attrs).values()
+    x = x.detach()
+    if order is not None:
+        x = x[order.long() // attrs["gather"]]
+        if scale is not None:
+            x = x * scale.detach().reshape(-1)[order.long()][:, None].to(x.dtype)
+    return [x[first:end] for first, end in pairwise([0, *ends.tolist()])]
+
+
+def _watch(product: Tensor, experts: Sequence[tuple[RowGradients, Tensor]], each: int) -> None:
+    """Samples the gradients of rows, one expert's after the other's, and what each expert
+    multiplied, when a backward pass has them."""
     sizes = product.detach().square().sum(-1)
-    firsts = [expert.count for expert, _, _ in slices]
-    for expert, first, end in slices:
-        expert.count += end - first
 
     def fill(gradient: Tensor) -> None:
-        for before, (expert, first, end) in zip(firsts, slices, strict=True):
-            if end > first:
-                rows = gradient[first:end]
-                index, times = _sample(rows.square().sum(-1) * sizes[first:end], each)
-                expert.parts.append((before + index, times, rows[index].clone()))
+        first = 0
+        for expert, x in experts:
+            part = slice(first, first := first + len(x))
+            if len(x):
+                index, times = _sample(gradient[part].square().sum(-1) * sizes[part], each)
+                expert.parts.append((x[index].float(), times, gradient[part][index]))
 
     if not product.requires_grad:
         product.requires_grad_()

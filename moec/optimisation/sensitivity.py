@@ -192,11 +192,10 @@ def _relative_errors(
         weight = program.weights[matrix.name].detach()
         stacked = weight if weight.ndim == 3 else weight[None]
         for expert, x in enumerate(rows):
-            sample = gradients[number][expert].sampled() if gradients else _evenly(len(x))
+            sample = gradients[number][expert].sampled() if gradients else _evenly(x)
             if sample is None:
                 continue
-            (index, times, factors), part = sample, stacked[expert : expert + 1]
-            few = x[index].float()
+            (few, times, factors), part = sample, stacked[expert : expert + 1]
             codes = quantise(format, part)
             wide = part[0].float()
             rounded = dequantise(format.kind, codes.codes, codes.scales, codes.zeros)[0]
@@ -208,12 +207,12 @@ def _relative_errors(
     return off / norm if norm else off
 
 
-def _evenly(count: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The numbers of some of the rows, how many each counts for, and a factor of 1."""
-    if not count:
+def _evenly(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Some of the rows, in float32, how many each counts for, and a factor of 1."""
+    if not len(x):
         return None
-    rows = torch.arange(0, count, -(-count // SAMPLED))
-    return rows, torch.full((len(rows),), count / len(rows)), torch.ones(1)
+    rows = x[:: -(-len(x) // SAMPLED)].float()
+    return rows, torch.full((len(rows),), len(x) / len(rows)), torch.ones(1)
 
 
 def _bytes(op: Op, format: Format) -> int:

@@ -131,6 +131,20 @@ def test_large_rows_count_for_what_the_model_makes_of_them(gated: bool):
         assert by_expert_of(choice) == expected
 
 
+def test_tokens_may_go_to_other_experts_in_16_bits():
+    """Rows of experts are read in the model's dtype, gradients in float32."""
+    torch.manual_seed(0)
+    model = Planted().bfloat16()
+    model.gate.weight.data.copy_(torch.randn(1, WIDTH) + 1e-3 * torch.randn(EXPERTS, WIDTH))
+    x = torch.randn(400, WIDTH).bfloat16()
+    wide = Planted()
+    wide.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    chosen = (m.gate(v).topk(K).indices.sort(-1)[0] for m, v in ((model, x), (wide, x.float())))
+    assert not torch.equal(*chosen)
+    options = {"calib": {"x": x}, "formats": FORMATS, "moves": ("expert-formats",)}
+    assert search(model, (x[:5],), **options).choices(room(*["int4:32"] * EXPERTS))
+
+
 def test_the_file_has_the_numbers_and_is_read_again(planted, tmp_path: Path):
     choices = planted.choices(room("int8", "int8", *["int2:32"] * 4))
     assert by_expert(choices) == ["int8", "int2:32", "int8", *["int2:32"] * 3]
