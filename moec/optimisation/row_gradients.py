@@ -1,11 +1,11 @@
-"""What changes of the rows that experts compute do to a model: gradients of some rows.
+"""What changes of the rows that products compute do to a model: gradients of some rows.
 
 The damage of small changes d of a row is, to second order, half the mean of (g d)^2, with g the
 gradient of the log likelihood of tokens that are drawn from the model's own distribution: the
 Fisher information (arXiv 2203.07259, section 3), of which the diagonal is taken; for a model that
-writes no tokens, of a random projection of its outputs. A few tokens have activations a thousand
-times as large as the others', in a few features: the gradient knows what comes of a change there,
-their size does not.
+writes no tokens, the squared change of its outputs is the mean of (g d)^2, with g the gradient of
+a random projection. A few tokens have activations a thousand times as large as the others', in a
+few features: the gradient knows what comes of a change there, their size does not.
 """
 
 from __future__ import annotations
@@ -24,9 +24,20 @@ from moec.ir.graph import Graph, Op, Program
 from moec.ir.opdef import Runner, tensors_of
 from moec.ops import OPS
 from moec.passes.calibration.evaluator import Evaluator, float32
+from moec.passes.quantise.quantise_linears import LINEAR
 
 _PRODUCT = "grouped.linear"
 _FEWEST = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """Of each product, by the name of its result, `rows` for each of its matrices and experts (a
+    linear layer has one). Damage is `scale` times the sum of the squares of changes times
+    gradients."""
+
+    rows: Mapping[str, list[list[RowGradients]]]
+    scale: float
 
 
 @dataclass(eq=False)
@@ -45,60 +56,82 @@ class RowGradients:
         return x, times, gradients
 
 
-Gradients = list[list[RowGradients]]
-"""Of one product, for each matrix and expert."""
-
-
 def row_gradients(
     program: Program, evaluator: Evaluator, products: Mapping[str, int], samples: int
-) -> dict[str, Gradients]:
-    """Those of each of `products` of experts: the number of experts by the name of the result.
-    About `samples` rows for each expert, the most important half and others evenly spaced."""
+) -> Gradients:
+    """Those of `products`, experts and linear layers: the number of experts by the name of the
+    result. About `samples` rows of each expert: the most important half and others, evenly
+    spaced."""
+    if not products:
+        return Gradients({}, 0.0)
     graph, weights, states = evaluator.widened(program)
     params = [weights[param.name].detach() for param in graph.params]
     generator = torch.Generator().manual_seed(0)
-    cases = evaluator.calibration.cases
+    cases, text = evaluator.calibration.cases, evaluator.text
     each = max(_FEWEST, samples // max(1, len(cases)))
-    gradients: dict[str, Gradients] = {}
-    meaning = partial(_watched_product, products, gradients, each)
+    rows: dict[str, list[list[RowGradients]]] = {}
+    meanings = {
+        _PRODUCT: partial(_watched_product, products, rows, each),
+        LINEAR: partial(_watched_linear, products, rows, each),
+    }
+    total = 0.0
     for case in cases:
         inputs = [float32(tensor) for tensor in (*case, *states)]
         with torch.enable_grad():
-            outputs = run_graph(graph, [*inputs, *params], meanings={_PRODUCT: meaning})
-            score = _score(outputs, evaluator.text, generator)
+            outputs = run_graph(graph, [*inputs, *params], meanings=meanings)
+            score = _score(outputs, text, generator)
         if score.requires_grad:
             score.backward()  # type: ignore[no-untyped-call]
-    return gradients
+        total += sum(float(y.detach().square().sum()) for y in outputs) if text is None else 0.0
+        total += 0 if text is None else 2 * case[text[0]].numel()
+    return Gradients(rows, 1 / total if total else 0.0)
 
 
-def _watched_product(
+def _watched_linear(
     products: Mapping[str, int],
-    gradients: dict[str, Gradients],
+    rows: dict[str, list[list[RowGradients]]],
     each: int,
     op: Op,
     tensors: Sequence[Tensor],
     attrs: Mapping[str, Any],
     run: Runner,
 ) -> Any:
-    """grouped.linear, whose backward pass adds to `gradients`."""
+    """A linear layer, whose backward pass adds to `rows`."""
+    result, name = torch.nn.functional.linear(*tensors), op.outputs[0].name
+    if name in products:
+        (expert,) = rows.setdefault(name, [[RowGradients()]])[0]
+        _watch(result, [(expert, tensors[0].detach().flatten(0, -2))], each)
+    return result
+
+
+def _watched_product(
+    products: Mapping[str, int],
+    rows: dict[str, list[list[RowGradients]]],
+    each: int,
+    op: Op,
+    tensors: Sequence[Tensor],
+    attrs: Mapping[str, Any],
+    run: Runner,
+) -> Any:
+    """grouped.linear, whose backward pass adds to `rows`."""
     reference, name = OPS[_PRODUCT].reference, op.outputs[0].name
     if name not in products:
         return reference(op, tensors, attrs, run)
-    if name not in gradients:
+    if name not in rows:
         counts = range(attrs["matrices"] if op.body else 1)
-        gradients[name] = [[RowGradients() for _ in range(products[name])] for _ in counts]
+        rows[name] = [[RowGradients() for _ in range(products[name])] for _ in counts]
     inputs = _rows_of_experts(op, tensors, attrs)
     experts = iter(enumerate(inputs))
 
     def watched(body: Graph, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         expert, x = next(experts)
-        for matrix, product in zip(gradients[name], arguments, strict=True):
+        for matrix, product in zip(rows[name], arguments, strict=True):
             _watch(product, [(matrix[expert], x)], each)
         return run(body, arguments)
 
     result: Tensor = reference(op, tensors, attrs, watched)
     if not op.body:
-        _watch(result, list(zip(gradients[name][0], inputs, strict=True)), each)
+        _watch(result, list(zip(rows[name][0], inputs, strict=True)), each)
     return result
 
 
@@ -116,10 +149,10 @@ def _rows_of_experts(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any]
 def _watch(product: Tensor, experts: Sequence[tuple[RowGradients, Tensor]], each: int) -> None:
     """Samples the gradients of rows, one expert's after the other's, and what each expert
     multiplied, when a backward pass has them."""
-    sizes = product.detach().square().sum(-1)
+    sizes = product.detach().flatten(0, -2).square().sum(-1)
 
     def fill(gradient: Tensor) -> None:
-        first = 0
+        gradient, first = gradient.flatten(0, -2), 0
         for expert, x in experts:
             part = slice(first, first := first + len(x))
             if len(x):

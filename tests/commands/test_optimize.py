@@ -50,7 +50,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
         (("--loss", "kl<0.1"), "write kl<=0.02, perplexity<="),
         (("--memory", "3MB", "--moves", "prunes"), "'prunes' is no move: moves are formats, prune"),
         (("--token-bytes", "some"), "memory is 'some': give bytes"),
-        (("--memory", "3MB", "--formats", "int5"), "'int5' is not a format"),
+        (("--memory", "3MB", "--formats", "int7"), "'int7' is not a format"),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], message: str, calib: Path, tmp_path: Path) -> None:

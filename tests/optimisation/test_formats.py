@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import re
 
 import pytest
@@ -13,9 +12,8 @@ from hypothesis import strategies as st
 
 import moec
 from moec.errors import UsageError
-from moec.formats.notation import parse
 from moec.optimisation.loss import Loss, parse_loss
-from moec.optimisation.sensitivity import StoredProduct, damage_of_errors
+from moec.optimisation.sensitivity import StoredProduct
 from moec.optimisation.solve import solve
 from moec.passes.approximate.choices.model_choices import ProductChoice
 from moec.passes.core.damage import Distance
@@ -79,38 +77,6 @@ def test_the_layer_that_matters_gets_more_bits(net):
     assert "chose 1 int4:32, 1 int8" in notes_of(model) or "chose 1 int8, 1 int4:32" in notes_of(
         model
     )
-
-
-ERRORS = {parse(name): error for name, error in
-          {"int2:64": 0.4, "int3:64": 0.06, "int4:64": 0.01, "int8": 4e-5}.items()}  # fmt: skip
-
-
-@pytest.mark.parametrize("most", [0.05, 1.0, 1e9])
-def test_damage_that_saturates_is_a_power_between_two_formats(most):
-    measured = []
-
-    def damage_alone(format):
-        measured.append(str(format))
-        return most * ERRORS[format] / (most + ERRORS[format])
-
-    scales = damage_of_errors(ERRORS, damage_alone)
-    assert measured == ["int2:64", "int4:64"]
-    damages = {str(f): scales[f] * error for f, error in ERRORS.items()}
-    for format, error in ERRORS.items():
-        assert damages[str(format)] == pytest.approx(most * error / (most + error), rel=0.35)
-    assert damages["int2:64"] == pytest.approx(most * 0.4 / (most + 0.4))
-    assert damages["int4:64"] == pytest.approx(most * 0.01 / (most + 0.01))
-    assert damages["int8"] == pytest.approx(damages["int4:64"] * 4e-3)
-
-
-@pytest.mark.parametrize("damages", [(0.0, 0.0), (0.3, 0.0), (0.1, 0.5)])
-def test_damage_grows_with_the_error_whatever_is_measured(damages):
-    """Small differences are noise: none, none of the finer format, less of the coarser one."""
-    each = iter(damages)
-    scales = damage_of_errors(ERRORS, lambda format: next(each))
-    predicted = [scales[f] * error for f, error in ERRORS.items()]
-    assert all(a >= b * (1 - 1e-9) for a, b in itertools.pairwise(predicted))
-    assert all(math.isfinite(damage) for damage in predicted)
 
 
 def test_predicted_and_measured_damage_agree(net):

@@ -36,13 +36,13 @@ def test_what_is_pinned_is_not_chosen() -> None:
 
 def test_rows_are_not_read_for_products_that_keep_their_weights(monkeypatch: Any) -> None:
     read: list[int] = []
-    rows_of = sensitivity.rows_of
+    row_gradients = sensitivity.row_gradients
 
-    def watched(program: Any, data: Any, ops: Any) -> Any:
-        read.append(len(ops))
-        return rows_of(program, data, ops)
+    def watched(program: Any, evaluator: Any, products: Any, samples: int) -> Any:
+        read.append(len(products))
+        return row_gradients(program, evaluator, products, samples)
 
-    monkeypatch.setattr(sensitivity, "rows_of", watched)
+    monkeypatch.setattr(sensitivity, "row_gradients", watched)
     for pin in ({}, {"first": "unchanged"}, {"*": "unchanged"}):
         search(net(), (X[:5],), calib={"x": X}, formats=("int8",), pin=pin)
     assert read == [2, 1, 0]
