@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moec.errors import UsageError
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Program
-from moec.ir.opdef import Runner, tensors_of
+from moec.ir.opdef import Reference, Runner, tensors_of
 from moec.ops import OPS
 from moec.passes.calibration.evaluator import Evaluator, float32
 from moec.passes.quantise.quantise_linears import LINEAR
@@ -61,7 +62,7 @@ def row_gradients(
 ) -> Gradients:
     """Those of `products`, experts and linear layers: the number of experts by the name of the
     result. About `samples` rows of each expert: the most important half and others, evenly
-    spaced."""
+    spaced. Raises UsageError where an operator has no derivative."""
     if not products:
         return Gradients({}, 0.0)
     graph, weights, states = evaluator.widened(program)
@@ -70,21 +71,35 @@ def row_gradients(
     cases, text = evaluator.calibration.cases, evaluator.text
     each = max(_FEWEST, samples // max(1, len(cases)))
     rows: dict[str, list[list[RowGradients]]] = {}
-    meanings = {
+    meanings: dict[str, Reference] = {
         _PRODUCT: partial(_watched_product, products, rows, each),
         LINEAR: partial(_watched_linear, products, rows, each),
+        "aten.copy.default": _copied,
     }
     total = 0.0
     for case in cases:
         inputs = [float32(tensor) for tensor in (*case, *states)]
-        with torch.enable_grad():
-            outputs = run_graph(graph, [*inputs, *params], meanings=meanings)
-            score = _score(outputs, text, generator)
-        if score.requires_grad:
-            score.backward()  # type: ignore[no-untyped-call]
+        try:
+            with torch.enable_grad():
+                outputs = run_graph(graph, [*inputs, *params], meanings=meanings)
+                score = _score(outputs, text, generator)
+            if score.requires_grad:
+                score.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as why:
+            line = str(why).partition("\n")[0]
+            raise UsageError(
+                f"optimize needs gradients of what the products of {graph.name} compute, and torch "
+                f"has none: {line}: use moec compile with --quant"
+            ) from why
         total += sum(float(y.detach().square().sum()) for y in outputs) if text is None else 0.0
         total += 0 if text is None else 2 * case[text[0]].numel()
     return Gradients(rows, 1 / total if total else 0.0)
+
+
+def _copied(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Tensor:
+    """aten.copy, for which torch has no derivative."""
+    like, x = tensors
+    return x.to(like.dtype).expand(like.shape)
 
 
 def _watched_linear(
