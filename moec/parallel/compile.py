@@ -15,8 +15,7 @@ from moec.ir.text import print_graph
 from moec.parallel.cut import Segment, cut
 from moec.parallel.segments import RankCode, table_name
 from moec.passes.core.runner import run
-from moec.pipeline import DECODE as DECODE_PHASE
-from moec.pipeline import LEVELS, LOWER
+from moec.pipeline import LEVELS, LOWER, decode_passes
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, BuiltLibrary, grows
 from moec.target.base import Target
@@ -35,7 +34,7 @@ def compile_function(
     """
     backend = backend_for(target)
     libraries: dict[str, tuple[LoweredModule, BuiltLibrary]] = {}
-    passes = (*LOWER.at_level(max(LEVELS)), *DECODE_PHASE.at_level(max(LEVELS)))
+    passes = (*LOWER.at_level(max(LEVELS)), *decode_passes(max(LEVELS)))
     for program in programs:
         _check_states(program.graph)
         rank = run(program, passes, stage=Stage.MOE)[-1].program
