@@ -275,7 +275,7 @@ class Left(nn.Module):
     ("way", "words"),
     [
         (lambda x: x * 2 if x.sum() > 0 else x, "x.sum() > 0"),
-        (lambda x: torch.fft.fft(x).real, "fft"),
+        (lambda x: torch.lgamma(x.abs()), "lgamma"),
         (lambda x: x.double(), "the types of its inputs or results are others there"),
     ],
 )

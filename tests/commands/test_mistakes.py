@@ -232,7 +232,7 @@ TYPOS = (
     (["export", TINY, "-o", "x.onnx", "--passes", "+magic"], "+magic: write +name or -name"),
     (["inspect", TINY, "--passes", "-fuse-gatee"], "did you mean 'fuse-gate'?"),
     (["bisect", TINY, "--passes", "-fuse-gatee"], "did you mean 'fuse-gate'?"),
-    (["bench", TINY, "--quant", "int5"], "'int5' is not a format"),
+    (["bench", TINY, "--quant", "int7"], "'int7' is not a format"),
     (["bench", TINY, "--baseline", "egaer"], "no baseline has this name; did you mean 'eager'?"),
     (["bench", TINY, "--baseline", "llama.cpp"], "give one with --file FILE.gguf"),
     (["plan", "mixtral", "--cluster", "none"], "none"),
