@@ -74,7 +74,7 @@ def row_gradients(
     meanings: dict[str, Reference] = {
         _PRODUCT: partial(_watched_product, products, rows, each),
         LINEAR: partial(_watched_linear, products, rows, each),
-        "aten.copy.default": _copied,
+        "aten.copy.default": copied,
     }
     total = 0.0
     for case in cases:
@@ -96,7 +96,7 @@ def row_gradients(
     return Gradients(rows, 1 / total if total else 0.0)
 
 
-def _copied(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Tensor:
+def copied(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Tensor:
     """aten.copy, for which torch has no derivative."""
     like, x = tensors
     return x.to(like.dtype).expand(like.shape)
