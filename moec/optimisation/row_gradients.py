@@ -62,7 +62,7 @@ def row_gradients(
 ) -> Gradients:
     """Those of `products`, experts and linear layers: the number of experts by the name of the
     result. About `samples` rows of each expert: the most important half and others, evenly
-    spaced. Raises UsageError where an operator has no derivative."""
+    spaced. Raises UsageError where gradients cannot be computed."""
     if not products:
         return Gradients({}, 0.0)
     graph, weights, states = evaluator.widened(program)
@@ -88,8 +88,8 @@ def row_gradients(
         except RuntimeError as why:
             line = str(why).partition("\n")[0]
             raise UsageError(
-                f"optimize needs gradients of what the products of {graph.name} compute, and torch "
-                f"has none: {line}: use moec compile with --quant"
+                f"optimize needs gradients of what the products of {graph.name} compute, and they "
+                f"cannot be computed: {line}: use moec compile with --quant"
             ) from why
         total += sum(float(y.detach().square().sum()) for y in outputs) if text is None else 0.0
         total += 0 if text is None else 2 * case[text[0]].numel()
@@ -115,7 +115,7 @@ def _watched_linear(
     result, name = torch.nn.functional.linear(*tensors), op.outputs[0].name
     if name in products:
         (expert,) = rows.setdefault(name, [[RowGradients()]])[0]
-        _watch(result, [(expert, tensors[0].detach().flatten(0, -2))], each)
+        _watch(result, [(expert, _rows(tensors[0].detach()))], each)
     return result
 
 
@@ -164,10 +164,10 @@ def _rows_of_experts(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any]
 def _watch(product: Tensor, experts: Sequence[tuple[RowGradients, Tensor]], each: int) -> None:
     """Samples the gradients of rows, one expert's after the other's, and what each expert
     multiplied, when a backward pass has them."""
-    sizes = product.detach().flatten(0, -2).square().sum(-1)
+    sizes = _rows(product.detach()).square().sum(-1)
 
     def fill(gradient: Tensor) -> None:
-        gradient, first = gradient.flatten(0, -2), 0
+        gradient, first = _rows(gradient), 0
         for expert, x in experts:
             part = slice(first, first := first + len(x))
             if len(x):
@@ -177,6 +177,11 @@ def _watch(product: Tensor, experts: Sequence[tuple[RowGradients, Tensor]], each
     if not product.requires_grad:
         product.requires_grad_()
     product.register_hook(fill)  # type: ignore[no-untyped-call]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [.., K] as rows [R, K]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _sample(importance: Tensor, each: int) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ def _read(op: Op) -> list[Value]:
 
 def _rows(op: Op, cases: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
     if op.name != "grouped.linear":
-        return [torch.cat([case[op.inputs[0]].flatten(0, -2) for case in cases])]
+        return [torch.cat([_flat(case[op.inputs[0]]) for case in cases])]
     parts, k = GroupedLinear.of(op), op.attrs.get("gather", 1)
     assert isinstance(k, int)
     each: list[list[Tensor]] = []
@@ -113,6 +113,10 @@ def _rows(op: Op, cases: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
             x = x[case[parts.order].long() // k]
         each.append([x[first:end] for first, end in pairwise([0, *ends])])
     return [torch.cat(parts) for parts in zip(*each, strict=True)]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def calibrate(
