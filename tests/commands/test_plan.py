@@ -274,6 +274,15 @@ def test_groups_that_are_refused(model: str, tmp_path: Path, text: str, words: s
     assert not output.exists()
 
 
+def test_hits_by_policy_as_a_picture(trace: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "hits.svg"
+    assert f"wrote {path}" in run("routing", trace, "--cache", "--picture", str(path)).stdout
+    policies = json.loads(run("routing", trace, "--cache", "--json").stdout)["policies"]
+    drawn = path.read_text()
+    assert all(f"<!-- {row['policy']} -->" in drawn for row in policies)
+
+
 def test_routing_with_a_part_in_memory(trace: str, tmp_path: Path) -> None:
     result = run("routing", trace, "--cache")
     assert result.exit_code == 0, result.stderr
@@ -282,8 +291,8 @@ def test_routing_with_a_part_in_memory(trace: str, tmp_path: Path) -> None:
     assert [row.split()[0] for row in rows[:6]] == ["lru", "slru", "lfu", "lfu", "lfu", "pinned"]
     shown = json.loads(run("routing", trace, "--cache", "--json").stdout)
     assert [row["policy"] for row in shown["policies"] if row["best"]]
-    picture = run("routing", trace, "--cache", "--picture", str(tmp_path / "p.svg"))
-    assert "--picture shows loads, and --cache hits: leave one out" in picture.stderr
+    page = run("routing", trace, "--cache", "--picture", str(tmp_path / "hits.html"))
+    assert "a picture of hits ends in .png or .svg" in page.stderr
     np.save(tmp_path / "counts.npy", np.ones((2, 8), np.int64))
     counts = run("routing", str(tmp_path / "counts.npy"), "--cache")
     assert "has counts only; --cache needs the experts of each token" in counts.stderr
