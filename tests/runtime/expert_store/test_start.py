@@ -6,9 +6,12 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +228,8 @@ static int failing(void) { FILE *f = fopen(getenv("BROKEN"), "r"); return f ? fc
 ssize_t pread(int fd, void *to, size_t size, off_t at) {
   ssize_t (*real)(int, void *, size_t, off_t) = dlsym(RTLD_NEXT, "pread");
   if (failing()) return errno = EIO, -1;
-  if (getenv("SLOW")) usleep(3000);
+  if (getenv("SLOW")) usleep(atoi(getenv("SLOW")));
+  if (getenv("READING")) fclose(fopen(getenv("READING"), "w")), sleep(60);
   return real(fd, to, size, at);
 }
 """
@@ -253,22 +257,47 @@ print(same())
 """
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_a_disk_that_fails(path, tmp_path, slow):
-    """A read that fails ends its call with one sentence, and the next call is right."""
+@pytest.fixture
+def broken_disk(path, tmp_path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts ON_BROKEN_DISK with variables of BROKEN_DISK."""
     source, library = tmp_path / "disk.c", tmp_path / "disk.so"
     source.write_text(BROKEN_DISK)
     command = ["cc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
     subprocess.run(command, check=True, timeout=60)
-    environment = {"LD_PRELOAD": str(library), "BROKEN": str(tmp_path / "broken")}
-    environment |= {"SLOW": "1"} if slow else {}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_BROKEN_DISK, str(path)],
-        env=os.environ | environment, capture_output=True, text=True, check=True, timeout=240,
-    )  # fmt: skip
-    first, failure, last = done.stdout.splitlines()
+
+    def begin(**variables: str) -> subprocess.Popen[str]:
+        disk = {"LD_PRELOAD": str(library), "BROKEN": str(tmp_path / "broken"), **variables}
+        run = [sys.executable, "-c", ON_BROKEN_DISK, str(path)]
+        return subprocess.Popen(run, env=os.environ | disk, stdout=subprocess.PIPE, text=True)
+
+    return begin
+
+
+@pytest.mark.parametrize("slow", [{}, {"SLOW": "3000"}])
+def test_a_disk_that_fails(broken_disk, slow):
+    """A read that fails ends its call with one sentence, and the next call is right."""
+    with broken_disk(**slow) as process:
+        done, _ = process.communicate(timeout=240)
+    assert process.returncode == 0
+    first, failure, last = done.splitlines()
     assert (first, last) == ("True", "True")
     assert failure.endswith("of model.layers.0.mlp.experts cannot be read: Input/output error")
+
+
+def test_a_process_that_is_killed_while_it_reads(path, broken_disk, tmp_path):
+    """It leaves no file behind, and the artifact and another process as they were."""
+    model, content = in_slots(path), path.read_bytes()
+    right, reading, temporary = logits(model, IDS), tmp_path / "reading", tmp_path / "temporary"
+    temporary.mkdir()
+    with broken_disk(READING=str(reading), TMPDIR=str(temporary)) as process:
+        while not reading.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not list(temporary.iterdir())
+    assert path.read_bytes() == content
+    assert logits(model, IDS) == right == logits(in_slots(path), IDS)
 
 
 def test_a_forked_process_reads_too(path):
