@@ -86,7 +86,7 @@ def losses(case: Case, pick: SolvedChoice, *, nearest: bool = False) -> tuple[Te
             for key in ((matrix.name, format) for matrix in stored(case.ops[name])):
                 if key not in case.codes:
                     weight = evaluator.original.weights[key[0]]
-                    case.codes[key], _ = calibrate(*key, weight, case.rows[name])
+                    ((case.codes[key], _),) = calibrate(format, {key[0]: weight}, case.rows[name])
                 every, part = case.codes[key], list(experts) or slice(None)
                 few = replace(every, codes=every.codes[part], scales=every.scales[part])
                 codes.calibrated[(*key, experts)] = few

@@ -36,6 +36,15 @@ class Solved:
     nearest: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """The upper Cholesky `factor` of the damped Hessian's inverse, f32[.., K, K], and whether the
+    Hessian is `singular`, bool[..]: the factor is then the identity, which rounds to nearest."""
+
+    factor: Tensor
+    singular: Tensor
+
+
 def hessian(rows: Tensor) -> Tensor:
     """X X^T of inputs [.., R, K] -> f32[.., K, K]. Rows of zeros add nothing."""
     full = rows.float()
@@ -52,7 +61,12 @@ def solve(
     width = weight.shape[-1]
     if hessian.shape != (*weight.shape[:-2], width, width):
         raise ValueError(f"a Hessian {list(hessian.shape)} for weights {list(weight.shape)}")
-    factor, nearest = _factor(hessian.float(), damping)
+    return solve_factored(weight, factorise(hessian.float(), damping), grid, block)
+
+
+def solve_factored(weight: Tensor, factored: Factored, grid: Grid, block: int = BLOCK) -> Solved:
+    """`solve`, given the factors: matrices that multiply the same rows share them."""
+    width, factor = weight.shape[-1], factored.factor
     left = weight.detach().to(torch.float32, copy=True)
     rounded = torch.empty_like(left)
     for start in range(0, width, block):
@@ -65,7 +79,7 @@ def solve(
             share = lost[..., k - start, None] * factor[..., k, None, k:stop]
             left[..., k:stop] -= share
         left[..., stop:] -= lost @ factor[..., start:stop, stop:]
-    return Solved(rounded, nearest)
+    return Solved(rounded, factored.singular)
 
 
 def solve_ordered(
@@ -109,13 +123,11 @@ def retarget(weight: Tensor, cross: Tensor, hessian: Tensor, damping: float = DA
     )
 
 
-def _factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the damped Hessian's inverse, f32[.., K, K], and whether the
-    Hessian is singular, bool[..]: the factor is then the identity, which rounds to nearest."""
+def factorise(hessian: Tensor, damping: float) -> Factored:
     unit = torch.eye(hessian.shape[-1])
     lower, info = torch.linalg.cholesky_ex(damp(hessian, damping))
     singular = info != 0
     lower = torch.where(singular[..., None, None], unit, lower)
     upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     singular = singular | (info != 0) | ~upper.isfinite().all(-1).all(-1)
-    return torch.where(singular[..., None, None], unit, upper), singular
+    return Factored(torch.where(singular[..., None, None], unit, upper), singular)

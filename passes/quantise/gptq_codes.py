@@ -21,7 +21,7 @@ from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, load_calibration
-from moec.passes.calibration.gptq import hessian, solve
+from moec.passes.calibration.gptq import Factored, factorise, hessian, solve_factored
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.rounding_stats import FEWEST, RoundingStats
 from moec.passes.core.runner import Kind, Log, Pass
@@ -32,7 +32,9 @@ DAMPING = 0.01
 HELD = 256 << 20
 """Bytes of Hessians that are worked on at once."""
 OPS_A_RUN = 8
-"""Ops whose rows are held at once."""
+"""Ops whose rows are held at once, at least."""
+ROWS_HELD = 1 << 30
+"""Bytes of rows that are held at once, where they are of more ops."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,19 +60,26 @@ class CalibratedQuantisation(Pass):
         for (op, format), rows in zip(
             targets, rows_of(program, data, [op for op, _ in targets]), strict=True
         ):
-            for matrix in stored(op):
-                for part, experts in self.inner.parts(op, format):
-                    try:
-                        codes.check(matrix, part)
-                    except NoMatch:
-                        continue  # `quantised` logs the reason
-                    weight = stack_of(program.weights[matrix.name], experts)
-                    some_rows = [rows[e] for e in experts] or rows
-                    name = part_name(matrix.name, part, experts)
-                    quantised, fit = calibrate(name, part, weight, some_rows)
+            for part, experts in self.inner.parts(op, format):
+                fitting = [m for m in stored(op) if _fits(codes, m, part)]
+                weights = {
+                    part_name(m.name, part, experts): stack_of(program.weights[m.name], experts)
+                    for m in fitting
+                }
+                some_rows = [rows[e] for e in experts] or rows
+                solved = calibrate(part, weights, some_rows)
+                for matrix, (quantised, fit) in zip(fitting, solved, strict=True):
                     codes.calibrated[matrix.name, part, experts] = quantised
                     log.fits.append(replace(fit, experts=experts))
         return self.inner.rounded(program, log, codes)
+
+
+def _fits(codes: Codes, matrix: Value, format: Format) -> bool:
+    try:
+        codes.check(matrix, format)
+    except NoMatch:  # `rounded` logs the reason
+        return False
+    return True
 
 
 def stored(op: Op) -> tuple[Value, ...]:
@@ -81,8 +90,9 @@ def stored(op: Op) -> tuple[Value, ...]:
 def rows_of(program: Program, data: Calibration, ops: Sequence[Op]) -> Iterator[list[Tensor]]:
     """For each op, a linear layer or experts, the input rows [R, K] of each expert."""
     states = [program.weights[s.before.name] for s in program.graph.states]
-    for start in range(0, len(ops), OPS_A_RUN):
-        group = ops[start : start + OPS_A_RUN]
+    start, each = 0, OPS_A_RUN
+    while group := ops[start : start + each]:
+        start += each
         probes = tuple(dict.fromkeys(v for op in group for v in _read(op)))
         graph = drop_dead(replace(program.graph, outputs=probes, states=()))
         cases: list[dict[Value, Tensor]] = []
@@ -90,6 +100,8 @@ def rows_of(program: Program, data: Calibration, ops: Sequence[Op]) -> Iterator[
             with torch.no_grad():
                 results = evaluate(graph, [*case, *states], program.weights)
             cases.append(dict(zip(probes, results, strict=True)))
+        size = sum(rows.nbytes for case in cases for rows in case.values())
+        each = max(OPS_A_RUN, int(len(group) * ROWS_HELD / max(1, size)))
         for op in group:
             yield _rows(op, cases)
 
@@ -120,34 +132,47 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def calibrate(
-    name: str, format: Format, weight: Tensor, rows: Sequence[Tensor]
-) -> tuple[Quantised, RoundingStats]:
-    """Codes for the weights [E, N, K] called `name`, by the input rows [R, K] of each expert."""
-    base, width = quantise(format, weight), weight.shape[-1]
+    format: Format, weights: Mapping[str, Tensor], rows: Sequence[Tensor]
+) -> list[tuple[Quantised, RoundingStats]]:
+    """Codes for named weights [E, N, K] that multiply the same input rows [R, K] of each expert."""
+    bases = [quantise(format, weight) for weight in weights.values()]
+    errors = torch.zeros(len(weights), 3, dtype=torch.float64)
+    width = rows[0].shape[-1]
     each = max(1, HELD // (4 * width * width))
-    errors = torch.zeros(3, dtype=torch.float64)  # rounded to nearest, solved, the products
-    for start in range(0, len(weight), each):
+    for start in range(0, len(rows), each):
         part = slice(start, start + each)
-        full = weight[part].float()
         hessians = torch.stack([hessian(expert_rows) for expert_rows in rows[part]])
-        scales, zeros = base.scales[part], None if base.zeros is None else base.zeros[part]
-        nearest = dequantise(format.kind, base.codes[part], scales, zeros)
+        factored = factorise(hessians, DAMPING)
+        few = torch.tensor([len(expert_rows) < FEWEST for expert_rows in rows[part]])
+        for base, weight, total in zip(bases, weights.values(), errors, strict=True):
+            full = weight[part].float()
+            nearest, values = _solved(format, base, part, full, factored, few)
+            for i, off in enumerate((nearest - full, values - full, full)):
+                total[i] += float(((off @ hessians) * off).sum(dtype=torch.float64).clamp(min=0))
+    counts = tuple(map(len, rows))
+    stats = []
+    for name, (off, solved, norm) in zip(weights, errors.tolist(), strict=True):
+        share = (norm or 1.0) ** -0.5
+        stats.append(RoundingStats(name, counts, off**0.5 * share, solved**0.5 * share))
+    return list(zip(bases, stats, strict=True))
 
-        def grid(
-            column: Tensor, k: int, scales: Tensor = scales, zeros: Tensor | None = zeros
-        ) -> Tensor:
-            at = k // format.block if format.block else 0
-            scale = scales[..., at : at + 1]
-            zero = None if zeros is None else zeros[..., at : at + 1]
-            codes = encode(format, column[..., None], scale, zero)
-            return dequantise(format.kind, codes, scale, zero)[..., 0]
 
-        values = solve(full, hessians, grid, DAMPING).weight
-        few = torch.tensor([len(expert_rows) < FEWEST for expert_rows in rows[part]])[:, None, None]
-        values = torch.where(few, nearest, values)
-        base.codes[part] = encode(format, values, scales, zeros)
-        for i, off in enumerate((nearest - full, values - full, full)):
-            errors[i] += float(((off @ hessians) * off).sum(dtype=torch.float64).clamp(min=0))
-    off, solved, norm = errors.tolist()
-    share = (norm or 1.0) ** -0.5
-    return base, RoundingStats(name, tuple(map(len, rows)), off**0.5 * share, solved**0.5 * share)
+def _solved(
+    format: Format, base: Quantised, part: slice, full: Tensor, factored: Factored, few: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Some experts' weights rounded to nearest, and by GPTQ, whose codes become those of `base`;
+    experts with `few` rows are rounded to nearest."""
+    scales, zeros = base.scales[part], None if base.zeros is None else base.zeros[part]
+    nearest = dequantise(format.kind, base.codes[part], scales, zeros)
+
+    def grid(column: Tensor, k: int) -> Tensor:
+        at = k // format.block if format.block else 0
+        scale = scales[..., at : at + 1]
+        zero = None if zeros is None else zeros[..., at : at + 1]
+        codes = encode(format, column[..., None], scale, zero)
+        return dequantise(format.kind, codes, scale, zero)[..., 0]
+
+    values = solve_factored(full, factored, grid).weight
+    values = torch.where(few[:, None, None], nearest, values)
+    base.codes[part] = encode(format, values, scales, zeros)
+    return nearest, values

@@ -34,7 +34,7 @@ def rows(*counts: int) -> list[torch.Tensor]:
 )
 def test_products_are_nearer_than_with_the_nearest_codes(text: str) -> None:
     format, weight, state = parse(text), torch.randn(E, N, K), rows(200, 300, 400)
-    codes, fit = calibrate("w", format, weight, state)
+    ((codes, fit),) = calibrate(format, {"w": weight}, state)
     nearest = quantise(format, weight)
     assert torch.equal(codes.scales, nearest.scales)
     assert fit.rows_per_expert == (200, 300, 400)
@@ -54,7 +54,7 @@ def test_products_are_nearer_than_with_the_nearest_codes(text: str) -> None:
 
 def test_an_expert_that_saw_too_few_rows_is_rounded_to_nearest() -> None:
     format, weight = parse("int4"), torch.randn(E, N, K)
-    codes, fit = calibrate("w", format, weight, rows(0, FEWEST - 1, FEWEST))
+    ((codes, fit),) = calibrate(format, {"w": weight}, rows(0, FEWEST - 1, FEWEST))
     nearest = quantise(format, weight)
     assert fit.undersampled == (0, 1)
     assert torch.equal(codes.codes[:2], nearest.codes[:2])
@@ -63,10 +63,20 @@ def test_an_expert_that_saw_too_few_rows_is_rounded_to_nearest() -> None:
 
 def test_experts_are_solved_alike_in_any_number_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     format, weight, state = parse("int4:32"), torch.randn(E, N, K), rows(90, 80, 70)
-    codes, _ = calibrate("w", format, weight, state)
+    ((codes, _),) = calibrate(format, {"w": weight}, state)
     monkeypatch.setattr("moec.passes.quantise.gptq_codes.HELD", 1)
-    again, _ = calibrate("w", format, weight, state)
+    ((again, _),) = calibrate(format, {"w": weight}, state)
     assert torch.equal(codes.codes, again.codes)
+
+
+def test_matrices_of_the_same_rows_are_solved_as_each_alone() -> None:
+    format, state = parse("int4:32"), rows(90, 80, 70)
+    weights = {"gate": torch.randn(E, N, K), "up": torch.randn(E, N + 8, K)}
+    both = calibrate(format, weights, state)
+    for (name, weight), (codes, fit) in zip(weights.items(), both, strict=True):
+        ((alone, fit_alone),) = calibrate(format, {name: weight}, state)
+        assert torch.equal(codes.codes, alone.codes)
+        assert fit == fit_alone
 
 
 def test_rows_are_those_that_each_expert_reads() -> None:
