@@ -64,12 +64,33 @@ def run_graph(
     overrides the meanings of some ops in OPS.
     """
     sizes = dict(env or {})
-    values: dict[Value, torch.Tensor] = dict(precomputed or {})
-    for value, tensor in zip((*graph.inputs, *graph.params), tensors, strict=True):
+    values = {**(precomputed or {}), **bind(graph, tensors, sizes)}
+    run_part(graph, range(len(graph.ops)), values, sizes, meanings)
+    return tuple(values[v] for v in graph.results)
+
+
+def bind(
+    graph: Graph, tensors: Sequence[torch.Tensor], sizes: dict[str, int]
+) -> dict[Value, torch.Tensor]:
+    """The tensors of the inputs and params; the sizes that their shapes name are added."""
+    values = dict(zip((*graph.inputs, *graph.params), tensors, strict=True))
+    for value, tensor in values.items():
         _learn(graph.name, value, tensor, sizes)
-        values[value] = tensor
+    return values
+
+
+def run_part(
+    graph: Graph,
+    part: range,
+    values: dict[Value, torch.Tensor],
+    sizes: dict[str, int],
+    meanings: Mapping[str, Reference] | None = None,
+) -> None:
+    """The ops of `graph` with the numbers `part`: what they compute is added to `values` and
+    `sizes`, and what no later op reads is dropped."""
     last = graph.last_reads
-    for index, op in enumerate(graph.ops):
+    for index in part:
+        op = graph.ops[index]
         if all(output in values for output in op.outputs):
             continue
         results = run_op(op, [values[v] for v in op.inputs], sizes, meanings)
@@ -80,7 +101,6 @@ def run_graph(
             sizes[str(op.attrs["name"])] = int(results[0])
         for value in last.get(index, ()):
             values.pop(value, None)
-    return tuple(values[v] for v in graph.results)
 
 
 def run_op(

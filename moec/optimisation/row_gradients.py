@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from moec.errors import UsageError
-from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Program
 from moec.ir.opdef import Reference, Runner, tensors_of
 from moec.ops import OPS
+from moec.optimisation.forth_and_back import run_forth_and_back
 from moec.passes.calibration.evaluator import Evaluator, float32
 from moec.passes.quantise.quantise_linears import LINEAR
 
@@ -71,20 +71,17 @@ def row_gradients(
     cases, text = evaluator.calibration.cases, evaluator.text
     each = max(_FEWEST, samples // max(1, len(cases)))
     rows: dict[str, list[list[RowGradients]]] = {}
-    meanings: dict[str, Reference] = {
+    meanings: dict[str, Reference] = {"aten.copy.default": copied}
+    watched = meanings | {
         _PRODUCT: partial(_watched_product, products, rows, each),
         LINEAR: partial(_watched_linear, products, rows, each),
-        "aten.copy.default": copied,
     }
+    score = partial(_score, text=text, generator=generator)
     total = 0.0
     for case in cases:
-        inputs = [float32(tensor) for tensor in (*case, *states)]
+        tensors = [*(float32(tensor) for tensor in (*case, *states)), *params]
         try:
-            with torch.enable_grad():
-                outputs = run_graph(graph, [*inputs, *params], meanings=meanings)
-                score = _score(outputs, text, generator)
-            if score.requires_grad:
-                score.backward()  # type: ignore[no-untyped-call]
+            outputs = run_forth_and_back(graph, tensors, products, meanings, watched, score)
         except RuntimeError as why:
             line = str(why).partition("\n")[0]
             raise UsageError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -97,17 +98,17 @@ def grouped_linear(
         x = x[order.long() // attrs["gather"]]
         if scale is not None:
             x = x * scale.reshape(-1)[order.long()][:, None].to(x.dtype)
-    result = x.new_zeros(x.shape[0], matrices[0].shape[1], dtype=attrs["dtype"])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        rows = x[start:end]
+    # The backward passes of split and cat copy each row once; those of slices all rows each time.
+    *each, unowned = x.split([b - a for a, b in pairwise([0, *ends.tolist(), len(x)])])
+    results = []
+    for expert, rows in enumerate(each):
         parts = [
             torch.nn.functional.linear(rows, m[expert], None if b is None else b[expert])
             for m, b in zip(matrices, biases or [None] * len(matrices), strict=True)
         ]
-        result[start:end] = (run(op.body, parts)[0] if op.body else parts[0]).to(attrs["dtype"])
-        start = end
-    return result
+        results.append((run(op.body, parts)[0] if op.body else parts[0]).to(attrs["dtype"]))
+    results.append(x.new_zeros(len(unowned), matrices[0].shape[1], dtype=attrs["dtype"]))
+    return torch.cat(results)
 
 
 def in_float32(
