@@ -274,7 +274,7 @@ def _check(stack: Value, weight: torch.Tensor) -> None:
         raise NoMatch(f"the weights {stack} are not of {', '.join(WIDE)}")
     if not 1 <= weight.shape[-1] <= MOST_WIDTH:
         raise NoMatch(f"rows of the weights {stack} are not 1 to {MOST_WIDTH} wide")
-    if not all(bool(torch.isfinite(expert).all()) for expert in weight):
+    if not all(bool(torch.stack(expert.aminmax()).isfinite().all()) for expert in weight):
         raise NoMatch(f"the weights {stack.name} hold an infinity or a NaN")
 
 

@@ -69,7 +69,7 @@ class Codes:
         if not format.block and width > MOST_SUMMED:
             raise NoMatch(f"a row of {width} weights is too long for one scale: choose a block")
         parts = weight if weight.ndim == 3 else weight[None]
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
+        if not all(bool(torch.stack(part.aminmax()).isfinite().all()) for part in parts):
             raise NoMatch(f"the weights {matrix.name} hold an infinity or a NaN")
 
     def params(
