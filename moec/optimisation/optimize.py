@@ -40,6 +40,7 @@ def optimize(
     formats: Sequence[str] = FORMATS,
     moves: Sequence[str] = MOVES[:1],
     pin: Mapping[str, str] = MappingProxyType({}),
+    recover: int = 0,
     passes: Any = "",
     **options: Any,
 ) -> CompiledModel:
@@ -61,6 +62,8 @@ def optimize(
     choice is measured or predicted from the error of its results on the data, a mixed-integer
     program is solved, and the changed model is measured as a whole; the report has the choice, the
     measured damage and the predicted one. Codes are chosen by GPTQ where that measures better.
+    Then the routers are trained for `recover` steps on more of the data, a part of which is held
+    out, and stay as they were where nothing is better on that part.
     `options` are those of `moec.compile`, which verifies the result; a checkpoint that is quantised
     already is dequantised first.
 
@@ -75,6 +78,7 @@ def optimize(
         formats=formats,
         moves=moves,
         pin=pin,
+        recover=recover,
         passes=passes,
         **options,
     )
@@ -140,12 +144,15 @@ def search(
     formats: Sequence[str] = FORMATS,
     moves: Sequence[str] = MOVES[:1],
     pin: Mapping[str, str] = MappingProxyType({}),
+    recover: int = 0,
     passes: Any = "",
     **options: Any,
 ) -> ChoiceSearch:
     """The costs of all that `optimize` can choose, measured. Raises what `optimize` raises."""
     if other := next((name for name in OTHERS if name in options), None):
         raise UsageError(f"optimize chooses formats itself: leave {other} out")
+    if isinstance(recover, bool) or not isinstance(recover, int) or recover < 0:
+        raise UsageError(f"recover is {recover!r}: give a number of steps, such as 300")
     for move in moves:
         if move not in MOVES:
             near = did_you_mean(move, MOVES)
@@ -165,4 +172,4 @@ def search(
     options.get("progress", lambda phase: None)("choose")
     after = lowering(choose(options.get("opt_level", 2), passes))
     with compiled.source.memory.reading():
-        return measured_search(compiled, after, calib, considered, moves, pinned)
+        return measured_search(compiled, after, calib, considered, moves, pinned, recover)

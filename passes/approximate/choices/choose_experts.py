@@ -16,9 +16,10 @@ from moec.passes.approximate.choices.model_choices import (
     describe_choices,
     formats_of,
 )
+from moec.passes.approximate.choices.recover_routers import RecoverRouters
 from moec.passes.approximate.prune_experts import drop_experts, shortage
 from moec.passes.approximate.reduce_top_k import reduce_top_k
-from moec.passes.calibration.session import layers_of
+from moec.passes.calibration.session import CalibrationSession, layers_of
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Kind, Log, OptInPass, PassResult
 from moec.passes.quantise.fixed_formats import FixedFormats
@@ -29,6 +30,7 @@ class ChooseExperts(OptInPass):
     """Leave layers the experts and the top-k that were chosen for them; report all choices."""
 
     choices: ModelChoices
+    session: CalibrationSession | None = None
     name: ClassVar[str] = "choose-experts"
     source: ClassVar[str] = ""
     takes: ClassVar[Stage] = Stage.MOE
@@ -36,6 +38,8 @@ class ChooseExperts(OptInPass):
     kind: ClassVar[Kind] = Kind.CHANGES
 
     def run(self, program: Program, log: Log) -> Program:
+        if self.session is not None:
+            self.session.original = program
         for name, choice in self.choices.layers.items():
             try:
                 _check(choice, changeable_layers(program, Log()).get(name))
@@ -61,7 +65,8 @@ def passes_of(choices: ModelChoices) -> list[OptInPass]:
         )
     shapes = {name: (choice.rows, choice.columns) for name, choice in choices.products.items()}
     formats = FixedFormats(formats_of(choices.products), shapes, choices.codes == "gptq")
-    return [ChooseExperts(choices), *([formats] if formats.formats else [])]
+    recovery = [RecoverRouters(choices.recover)] if choices.recover else []
+    return [ChooseExperts(choices), *([formats] if formats.formats else []), *recovery]
 
 
 def check_applied(pass_results: Sequence[PassResult]) -> None:

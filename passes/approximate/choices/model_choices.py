@@ -63,7 +63,8 @@ class ModelChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All choices for a model within `limits`, in words: the bytes of all its weights then, those
     that a token reads, and the `metric` of its damage, as measured and as predicted. `codes` are
     rounded to nearest, or chosen by GPTQ on the calibration data; `products` and the `layers` that
-    change are by name; `declined` are reasons why something could not be chosen."""
+    change are by name; `declined` are reasons why something could not be chosen. Routers are then
+    trained on the calibration data for `recover` steps, which the damage does not count."""
 
     limits: str
     bytes: Count
@@ -75,6 +76,7 @@ class ModelChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     products: dict[str, ProductChoice]
     layers: dict[str, LayerChoice]
     declined: tuple[str, ...] = ()
+    recover: Count = 0
     version: Literal[1] = 1
 
 
@@ -150,6 +152,7 @@ def describe_choices(choices: ModelChoices) -> list[str]:
         f"of them for a token ({choices.limits})",
         f"{choices.metric} {choices.damage:.3g} measured, {choices.predicted:.3g} predicted as a "
         f"sum over choices; codes: {choices.codes}",
+        *([f"routers are trained for {choices.recover} steps"] if choices.recover else []),
         *(f"could not be chosen: {reason}" for reason in choices.declined),
     ]
 
