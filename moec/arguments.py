@@ -153,8 +153,8 @@ def allowed_budget(
             )
         if calib is None and isinstance(pass_, RecoverRouters):
             raise UsageError(
-                "the choices have routers that are trained on data: give that of moec optimize with "
-                "--calib (calib=... in Python), or write recover: 0"
+                "the choices have routers that are trained on data: give that of moec optimize "
+                "with --calib (calib=... in Python), or write recover: 0"
             )
         if isinstance(pass_, Approximate) and calib is None:
             raise UsageError(

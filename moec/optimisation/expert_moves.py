@@ -1,7 +1,8 @@
 """What fewer experts and a smaller top-k cost a layer in quality, measured on data.
 
 The experts that are left are those with the greatest contributions: the router's weight times the
-norm of the expert's result, summed over the tokens that chose it. Each setting is measured alone:
+norm of the expert's result, summed over the tokens that chose it; or each is merged from those with
+similar results. Each setting is measured alone:
 the damage to the whole model with that layer changed and all else as it was.
 """
 
@@ -19,12 +20,13 @@ from moec.ir.stats import stored_bytes
 from moec.optimisation.sensitivity import damage_of
 from moec.passes.approximate.choices.choose_experts import change_experts
 from moec.passes.approximate.choices.model_choices import LayerChoice, significant
+from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import best_experts, shortage
-from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.calibration.evaluator import Evaluator, LayerStats
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Log
 
-PRUNE, TOP_K = "prune", "top-k"
+PRUNE, MERGE, TOP_K = "prune", "merge", "top-k"
 STRENGTHS = (3 / 4, 1 / 2)
 """The parts of a layer's experts, and of its top-k, that may be left."""
 
@@ -42,13 +44,14 @@ def measure_layers(
 ) -> Settings:
     """Experts, top-k, and both, whose damages are added."""
     options: Settings = {name: (_unchanged(layer),) for name, layer in layers.items()}
-    if not {PRUNE, TOP_K} & set(moves):
+    if not {PRUNE, MERGE, TOP_K} & set(moves):
         return options
     each = evaluator.layer_stats(program, list(layers.values()))
     for (name, layer), stats in zip(layers.items(), each, strict=True):
         first, worth = options[name][0], stats.saliency(layer.count) * stats.usage(layer.count)
         counts = sorted({max(1, int(part * first.top_k)) for part in STRENGTHS} - {first.top_k})
-        sets = _prunings(layer, worth) if PRUNE in moves else ()
+        sets = list(_prunings(layer, worth) if PRUNE in moves else ())
+        sets += _mergings(program, layer, stats, log) if MERGE in moves else ()
         fewer = (replace(first, top_k=k) for k in (counts if TOP_K in moves else ()))
         pruned, limited = (
             [first, *_measured(program, evaluator, layer, settings, log)]
@@ -81,6 +84,21 @@ def _prunings(layer: Layer, worth: torch.Tensor) -> Iterator[LayerChoice]:
             )
 
 
+def _mergings(program: Program, layer: Layer, stats: LayerStats, log: Log) -> Iterator[LayerChoice]:
+    """Each of STRENGTHS of the experts, merged from those whose results are similar."""
+    usage = tuple(stats.usage(layer.count).tolist())
+    for each in sorted({int(part * layer.count) for part in STRENGTHS}, reverse=True):
+        if not layer.routing.k <= each < layer.count:
+            continue
+        try:
+            groups = MergeExperts(each / layer.count).groups(program, layer, stats)
+        except NoMatch as why:
+            log.decline(layer.name, str(why))
+            continue
+        firsts = tuple(group[0] for group in groups)
+        yield replace(_unchanged(layer), experts=firsts, merged=groups, usage=usage)
+
+
 def _measured(
     program: Program,
     evaluator: Evaluator,
@@ -90,7 +108,7 @@ def _measured(
 ) -> Iterator[LayerChoice]:
     for setting in settings:
         try:
-            changed = change_experts(program, layer.name, setting.experts, setting.top_k)
+            changed = change_experts(program, layer.name, setting)
         except NoMatch as why:
             log.decline(layer.name, str(why))
             continue

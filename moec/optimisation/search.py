@@ -173,7 +173,7 @@ class ChoiceSearch:
         results, memory = self.compiled.pass_results, self.compiled.source.memory
         lowered, changed = results[-1].program, results[-1 - len(self.lowering)].program
         for name, setting in pick.changed_layers.items():
-            changed = change_experts(changed, name, setting.experts, setting.top_k)
+            changed = change_experts(changed, name, setting)
         if pick.changed_layers:
             lowered = run(changed, self.lowering, stage=Stage.MOE, memory=memory)[-1].program
         stored = FixedFormats(pick.formats).run(lowered, Log(memory=memory))

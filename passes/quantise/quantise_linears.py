@@ -59,12 +59,20 @@ class QuantiseLinears(QuantisingPass):
 
 
 def routers(graph: Graph) -> set[Op]:
-    """The linear layers whose results choose experts, through ops other than products."""
+    """The linear layers whose results choose experts, through ops other than products; those too
+    whose probabilities another one adds up, for experts that were merged."""
     chosen = [op.inputs[0] for op in graph.ops if op.name == "moe.route"]
     for op in graph.ops:
         if op.name in SORTS:
             chosen += [v for v in op.inputs if v.dtype in ("i32", "i64")]
-    return _linears_behind(graph, chosen, lambda op: True)
+    linears = _linears_behind(graph, chosen, lambda op: True)
+    summed = [op.inputs[0] for op in linears if _is_softmax(graph, op.inputs[0])]
+    return linears | _linears_behind(graph, summed, lambda op: True)
+
+
+def _is_softmax(graph: Graph, value: Value) -> bool:
+    op = graph.producers.get(value)
+    return op is not None and op.name == "aten.softmax.int"
 
 
 def heads(graph: Graph) -> set[Op]:

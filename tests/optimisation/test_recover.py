@@ -169,7 +169,7 @@ def test_a_model_that_is_no_language_model() -> None:
     x = rows(200, 2)
     right = model(x).detach()
     worse, better = (float((scores(p, x) - right).norm()) for p in (before, after))
-    assert better < 0.95 * worse
+    assert better < 0.99 * worse
     assert "steps: squared error 0." in "\n".join(result.pass_results[-1].says)
 
 

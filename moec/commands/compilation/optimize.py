@@ -67,8 +67,8 @@ from moec.runtime.process.threads import shorten_spinning
 )  # fmt: skip
 @click.option(
     "--moves", default="formats", show_default=True, metavar="M,M,…",
-    help="What may be chosen: formats, expert-formats (of single experts), prune (fewer experts) "
-    "and top-k (fewer for each token).",
+    help="What may be chosen: formats, expert-formats (of single experts), prune (fewer experts), "
+    "merge (similar ones) and top-k (fewer for each token).",
 )  # fmt: skip
 @click.option(
     "--recover", type=click.IntRange(1), is_flag=False, flag_value=300, metavar="[STEPS]",

@@ -41,10 +41,11 @@ class ProductChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     experts: dict[str, tuple[Count, ...]] = {}
 
 
-class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The `experts` that are left `of` a layer's, and how many a token takes; the bytes that this
     saves with weights as they are, the damage alone, and the part that the dropped experts had of
-    all contributions to the layer's results, on the data."""
+    all contributions to the layer's results, on the data. With `merged`, each of these groups is
+    one expert, in place of its first, and `usage` are the choices of each expert on the data."""
 
     experts: tuple[Count, ...]
     of: Count
@@ -53,6 +54,14 @@ class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_saved: int = 0
     damage: float = 0.0
     share: float = 0.0
+    merged: tuple[tuple[Count, ...], ...] = ()
+    usage: tuple[Count, ...] = ()
+
+    @property
+    def left(self) -> str:
+        """In words, how many experts are left, and for each token."""
+        experts = f"{len(self.experts)} {'merged from' if self.merged else 'of'} {self.of} experts"
+        return f"{experts}, {self.top_k} of {self.top_k_before} for each token"
 
     @property
     def changes(self) -> bool:
@@ -141,9 +150,8 @@ def describe_choices(choices: ModelChoices) -> list[str]:
     counts = Counter(_described(choice) for choice in choices.products.values())
     kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     layers = [
-        f"{name}: {len(choice.experts)} of {choice.of} experts, {choice.top_k} of "
-        f"{choice.top_k_before} for each token; damage {choice.damage:.3g} alone, dropped experts "
-        f"contributed {choice.share:.1%}"
+        f"{name}: {choice.left}; damage {choice.damage:.3g} alone, dropped experts contributed "
+        f"{choice.share:.1%}"
         for name, choice in choices.layers.items()
     ]
     return [
@@ -163,16 +171,7 @@ def choice_lines(choices: ModelChoices) -> list[ChoiceLine]:
     return [
         ChoiceLine(name, _described(c), c.bytes_before - c.bytes, c.damage)
         for name, c in choices.products.items()
-    ] + [
-        ChoiceLine(
-            name,
-            f"{len(c.experts)} of {c.of} experts, {c.top_k} of {c.top_k_before} for each token",
-            c.bytes_saved,
-            c.damage,
-            c.share,
-        )
-        for name, c in layers
-    ]
+    ] + [ChoiceLine(name, c.left, c.bytes_saved, c.damage, c.share) for name, c in layers]
 
 
 def _described(choice: ProductChoice) -> str:

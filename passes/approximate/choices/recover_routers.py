@@ -59,7 +59,8 @@ class RecoverRouters(OptInPass):
 
     def run(self, program: Program, log: Log) -> Program:
         session = self.session
-        assert session is not None and session.original is not None, "ChooseExperts notes it"
+        assert session is not None
+        assert session.original is not None, "ChooseExperts runs before"
         trained, held_out = training_data(session.calib, session.original, session.files)
         with threads_for(0):  # several threads add up the same numbers in no fixed order
             evaluator = Evaluator(session.original, held_out)
