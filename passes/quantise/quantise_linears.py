@@ -59,15 +59,21 @@ class QuantiseLinears(QuantisingPass):
 
 
 def routers(graph: Graph) -> set[Op]:
-    """The linear layers whose results choose experts, through ops other than products; those too
-    whose probabilities another one adds up, for experts that were merged."""
+    """The linear layers whose results choose experts, through ops other than products."""
+    return set().union(*logits_and_sums(graph))
+
+
+def logits_and_sums(graph: Graph) -> tuple[set[Op], set[Op]]:
+    """Of `routers` those that compute logits, and those that add up probabilities of experts that
+    were merged."""
     chosen = [op.inputs[0] for op in graph.ops if op.name == "moe.route"]
     for op in graph.ops:
         if op.name in SORTS:
             chosen += [v for v in op.inputs if v.dtype in ("i32", "i64")]
     linears = _linears_behind(graph, chosen, lambda op: True)
-    summed = [op.inputs[0] for op in linears if _is_softmax(graph, op.inputs[0])]
-    return linears | _linears_behind(graph, summed, lambda op: True)
+    sums = {op for op in linears if _is_softmax(graph, op.inputs[0])}
+    summed = _linears_behind(graph, [op.inputs[0] for op in sums], lambda op: True)
+    return linears - sums | summed, sums
 
 
 def _is_softmax(graph: Graph, value: Value) -> bool:

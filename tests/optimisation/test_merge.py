@@ -17,6 +17,7 @@ from moec.passes.approximate.choices.model_choices import (
     read_choices,
     write_choices,
 )
+from moec.passes.approximate.choices.recover_routers import router_weights
 from moec.passes.quantise.fixed_formats import named_products
 
 EXPERTS, WIDTH, HIDDEN = 4, 64, 64
@@ -122,6 +123,10 @@ def test_routers_of_merged_experts_are_not_quantised() -> None:
     model = moec.compile(net(True), ARGS, choices=choices, calib={"x": X}, build=False)
     graph = model.pass_results[-1].program.graph
     assert not named_products(graph)
+    assert {value.name for value in router_weights(graph)} == {
+        "first.gate.weight",
+        "second.gate.weight",
+    }
     assert {line.name for line in model.quantised} == {"first", "second"}
 
 

@@ -32,7 +32,7 @@ from moec.passes.calibration.data import Calibration, load_calibration
 from moec.passes.calibration.evaluator import Evaluator, float32
 from moec.passes.calibration.session import CalibrationSession
 from moec.passes.core.runner import Kind, Log, OptInPass
-from moec.passes.quantise.quantise_linears import LINEAR, routers
+from moec.passes.quantise.quantise_linears import LINEAR, logits_and_sums
 
 RATE = 0.01
 """The greatest change of a weight in a step, relative to the root mean square of its matrix."""
@@ -104,7 +104,7 @@ def training_data(
 def router_weights(graph: Graph) -> tuple[Value, ...]:
     """The stored weights and biases of linear layers whose results choose experts, and that
     nothing else reads."""
-    linears = routers(graph)
+    linears, _ = logits_and_sums(graph)
     ops = [op for op in graph.ops if op.name == "moe.gate" or op in linears]
     values: dict[Value, None] = {}
     for op in ops:
