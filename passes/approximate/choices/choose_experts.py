@@ -20,6 +20,7 @@ from moec.passes.approximate.choices.recover_routers import RecoverRouters
 from moec.passes.approximate.merge_experts import merge_groups
 from moec.passes.approximate.prune_experts import drop_experts, shortage
 from moec.passes.approximate.reduce_top_k import reduce_top_k
+from moec.passes.approximate.skip_small_weights import skip_small_weights
 from moec.passes.calibration.session import CalibrationSession, layers_of
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Kind, Log, OptInPass, PassResult
@@ -87,15 +88,18 @@ def changeable_layers(program: Program, log: Log) -> dict[str, Layer]:
 
 
 def change_experts(program: Program, name: str, choice: LayerChoice) -> Program:
-    """The program in which a layer has the experts and the top-k of a choice. Raises NoMatch."""
+    """The program in which a layer has the experts and the top-k of a choice, and a token skips
+    those that it says. Raises NoMatch."""
     layer = changeable_layers(program, Log())[name]
     if choice.merged:
         program = merge_groups(program, layer, choice.merged, choice.usage)
     elif len(choice.experts) < layer.count:
         program = drop_experts(program, layer, choice.experts).program
-    if choice.top_k == layer.routing.k:
+    if choice.top_k < layer.routing.k:
+        program = reduce_top_k(program, changeable_layers(program, Log())[name], choice.top_k)
+    if not choice.threshold:
         return program
-    return reduce_top_k(program, changeable_layers(program, Log())[name], choice.top_k)
+    return skip_small_weights(program, changeable_layers(program, Log())[name], choice.threshold)
 
 
 def _check(choice: LayerChoice, layer: Layer | None) -> None:

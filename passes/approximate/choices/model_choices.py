@@ -45,7 +45,9 @@ class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     """The `experts` that are left `of` a layer's, and how many a token takes; the bytes that this
     saves with weights as they are, the damage alone, and the part that the dropped experts had of
     all contributions to the layer's results, on the data. With `merged`, each of these groups is
-    one expert, in place of its first, and `usage` are the choices of each expert on the data."""
+    one expert, in place of its first, and `usage` are the choices of each expert on the data. A
+    token skips experts with weights under `threshold` times its greatest, and on the data has
+    `mean_k` that way."""
 
     experts: tuple[Count, ...]
     of: Count
@@ -56,16 +58,25 @@ class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     share: float = 0.0
     merged: tuple[tuple[Count, ...], ...] = ()
     usage: tuple[Count, ...] = ()
+    threshold: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    mean_k: float = 0.0
 
     @property
     def left(self) -> str:
         """In words, how many experts are left, and for each token."""
         experts = f"{len(self.experts)} {'merged from' if self.merged else 'of'} {self.of} experts"
-        return f"{experts}, {self.top_k} of {self.top_k_before} for each token"
+        light = f", {self.mean_k:.3g} on average without weights under {self.threshold:.3g} of "
+        skips = f"{light}the greatest" if self.threshold else ""
+        return f"{experts}, {self.top_k} of {self.top_k_before} for each token{skips}"
+
+    @property
+    def experts_read(self) -> float:
+        """How many experts a token reads, on average."""
+        return self.mean_k if self.threshold else self.top_k
 
     @property
     def changes(self) -> bool:
-        return len(self.experts) < self.of or self.top_k < self.top_k_before
+        return bool(len(self.experts) < self.of or self.top_k < self.top_k_before or self.threshold)
 
 
 class ModelChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
