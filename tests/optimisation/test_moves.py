@@ -166,7 +166,10 @@ def test_experts_within_a_loss() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": 10**5, "moves": ("prun",)}, "'prun' is no move: moves are formats, prune, merge, top"),
+        (
+            {"memory": 10**5, "moves": ("prun",)},
+            "'prun' is no move: moves are formats, prune, merge, top",
+        ),
         ({"token_bytes": 999, "moves": ("top-k",)}, "the limit of a token is 999 bytes, and the w"),
         ({"token_bytes": 10**6}, "the limit allows the weights as they are"),
         (
