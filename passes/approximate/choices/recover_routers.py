@@ -76,7 +76,7 @@ class RecoverRouters(OptInPass):
         if not weights:
             log.says.append(f"{did}: nothing better than {metric} {before:.3g} {on}: not changed")
             return program
-        if not log.spend(f"{did}"):
+        if not log.spend(did):
             return program
         log.says.append(f"{did}: {metric} {before:.3g} before, {best:.3g} after, {on}")
         stored = {name: log.memory.tensor(tensor) for name, tensor in weights.items()}
@@ -133,7 +133,8 @@ def _states(
     program: Program, evaluator: Evaluator, data: Calibration, steps: int
 ) -> Iterator[Weights]:
     """The routers' weights in their dtypes, CHECKS times in `steps` steps of training."""
-    graph, wide, states = evaluator.widened(program)
+    graph, weights, states = evaluator.widened(program)
+    wide = {name: tensor.detach() for name, tensor in weights.items()}
     first = {v.name: wide[v.name] for v in router_weights(program.graph)}
     scales = {name: float(t.square().mean().sqrt()) or 1.0 for name, t in first.items()}
     moves = {name: torch.zeros_like(t, requires_grad=True) for name, t in first.items()}
