@@ -124,7 +124,7 @@ def test_a_file_repeats_it_bit_for_bit(choices: ModelChoices, tmp_path: Path) ->
 def test_a_state_that_is_not_better_is_dropped(
     choices: ModelChoices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recover_routers, "RATE", 1000.0)
+    monkeypatch.setattr(recover_routers, "RATES", (1000.0,))
     model = compiled(msgspec.structs.replace(choices, recover=1))
     *_, before, result = model.pass_results
     assert result.program is before.program

@@ -34,12 +34,15 @@ from moec.passes.calibration.session import CalibrationSession
 from moec.passes.core.runner import Kind, Log, OptInPass
 from moec.passes.quantise.quantise_linears import LINEAR, logits_and_sums
 
-RATE = 0.01
-"""The greatest change of a weight in a step, relative to the root mean square of its matrix."""
-WINDOWS, PARTS = 128, 8
-"""Windows of a text, more than choices are measured on, and the parts of which one is held out."""
-CHECKS = 10
-"""How often the held-out part is measured."""
+RATES = (0.001, 0.005, 0.03)
+"""Changes of a weight in the first step, relative to the root mean square of its matrix. Each takes
+its part of the steps from the start: the greater the damage, the greater the one that is best."""
+WINDOWS, CASES = 128, 64
+"""Windows of a text, more than choices are measured on, and the cases of one step each."""
+HELD_OUT = 8
+"""Of so many cases one is held out."""
+CHECKS = 5
+"""How often the held-out part is measured for each rate."""
 SEED = 0
 
 Weights = Mapping[str, Tensor]
@@ -66,10 +69,12 @@ class RecoverRouters(OptInPass):
             evaluator = Evaluator(session.original, held_out)
             before = best = _distance(evaluator, program)
             weights: Weights = {}
-            for candidate in _states(program, evaluator, trained, self.steps):
-                distance = _distance(evaluator, with_weights(program, candidate))
-                if distance < best:
-                    best, weights = distance, candidate
+            for i, rate in enumerate(RATES):
+                steps = (self.steps + i) // len(RATES)
+                for candidate in _states(program, evaluator, trained, steps, rate):
+                    distance = _distance(evaluator, with_weights(program, candidate))
+                    if distance < best:
+                        best, weights = distance, candidate
         metric = "squared error" if evaluator.text is None else "kl"
         on = f"on {held_out.tokens} of {held_out.tokens + trained.tokens} tokens, held out"
         did = f"{len(router_weights(program.graph))} tensors of routers, {self.steps} steps"
@@ -88,13 +93,13 @@ def training_data(
 ) -> tuple[Calibration, Calibration]:
     """The data to train on, and those that are held out, evenly spread. Raises UsageError for data
     that are one case."""
-    data = load_calibration(calib, program, files, WINDOWS, PARTS)
+    data = load_calibration(calib, program, files, WINDOWS, CASES)
     if len(data.cases) < 2:
         raise UsageError(
             "recover needs data of which a part can be held out, and these are one case: give a "
             "text of two windows, or inputs of two sequences"
         )
-    each = min(PARTS, len(data.cases))
+    each = min(HELD_OUT, len(data.cases))
     held_out = data.cases[each - 1 :: each]
     rest = tuple(case for i, case in enumerate(data.cases) if i % each != each - 1)
     tokens = data.tokens * sum(len(c[0]) for c in held_out) // sum(len(c[0]) for c in data.cases)
@@ -130,7 +135,7 @@ def _distance(evaluator: Evaluator, program: Program) -> float:
 
 
 def _states(
-    program: Program, evaluator: Evaluator, data: Calibration, steps: int
+    program: Program, evaluator: Evaluator, data: Calibration, steps: int, rate: float
 ) -> Iterator[Weights]:
     """The routers' weights in their dtypes, CHECKS times in `steps` steps of training."""
     graph, weights, states = evaluator.widened(program)
@@ -155,7 +160,7 @@ def _states(
     checked = {steps * n // CHECKS for n in range(1, CHECKS + 1)}
     needed = f"recover needs gradients of the routers' weights of {graph.name}"
     with gradients_needed(needed, "leave recover out"):
-        for step in train(tuple(moves.values()), RATE, order, loss):
+        for step in train(tuple(moves.values()), rate, order, loss):
             if step in checked:
                 yield {
                     name: t.detach().to(program.weights[name].dtype) for name, t in moved().items()
