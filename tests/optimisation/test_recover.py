@@ -108,7 +108,7 @@ def test_routers_are_trained_and_nothing_else(choices: ModelChoices) -> None:
     worse = divergence(eager(ids).detach(), original)
     eager.load_state_dict({**eager.state_dict(), **routers(new)})
     torch.testing.assert_close(model(ids), eager(ids).detach(), rtol=1e-4, atol=1e-5)
-    assert divergence(eager(ids).detach(), original) < 0.9 * worse
+    assert divergence(eager(ids).detach(), original) < 0.95 * worse
     assert "recover-routers: 4 tensors of routers, 40 steps: kl" in str(model.report())
 
 
