@@ -140,7 +140,7 @@ def scores(program: Program, x: torch.Tensor) -> torch.Tensor:
 
 def test_rows_that_are_rounded_have_a_derivative() -> None:
     """Of the last layer's router through no product, of the first one's through quantised ones."""
-    searched = search(text(), ARGS, calib=CALIB, formats=("int2:32",), recover=60)
+    searched = search(text(), ARGS, calib=CALIB, formats=("int2:32",), recover=150)
     model = compiled(searched.choices(choice_limits(7000, None, None)))
     *_, before, after = (result.program for result in model.pass_results)
     assert {op.name for op in after.graph.ops} >= {"grouped.quantised", "nn.quantised_linear"}
@@ -160,7 +160,7 @@ def rows(count: int, seed: int) -> torch.Tensor:
 def test_a_model_that_is_no_language_model() -> None:
     torch.manual_seed(0)
     model, calib = Rows(), {"x": rows(800, 1)}
-    searched = search(model, (rows(5, 0),), calib=calib, moves=("top-k",), recover=100)
+    searched = search(model, (rows(5, 0),), calib=calib, moves=("top-k",), recover=150)
     limits = choice_limits(None, searched.token_bytes("token_bytes"), None)
     result = moec.compile(
         model, (rows(5, 0),), choices=searched.choices(limits), calib=calib, build=False
