@@ -59,11 +59,11 @@ def measure_layers(
             [first, *_measured(program, evaluator, layer, settings, log)]
             for settings in (sets, fewer)
         )
-        options[name] = tuple(_both(a, b) for a, b in product(pruned, limited))
+        options[name] = tuple(_combined(a, b) for a, b in product(pruned, limited))
     return options
 
 
-def _both(experts: LayerChoice, fewer: LayerChoice) -> LayerChoice:
+def _combined(experts: LayerChoice, fewer: LayerChoice) -> LayerChoice:
     """The experts of one choice, and of the other how many of them a token takes."""
     damage = significant(experts.damage + fewer.damage)
     k, threshold, mean_k = fewer.top_k, fewer.threshold, fewer.mean_k
