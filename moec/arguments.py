@@ -15,6 +15,7 @@ from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
 from moec.passes.approximate.choices.choose_experts import ChooseExperts, passes_of
 from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices
+from moec.passes.approximate.choices.recover_routers import RecoverRouters
 from moec.passes.calibration.budget import Budget, parse_budget
 from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate
@@ -149,6 +150,11 @@ def allowed_budget(
             raise UsageError(
                 "the choices have codes that GPTQ chooses on data: give that of moec optimize with "
                 "--calib (calib=... in Python), or write codes: nearest"
+            )
+        if calib is None and isinstance(pass_, RecoverRouters):
+            raise UsageError(
+                "the choices have routers that are trained on data: give that of moec optimize "
+                "with --calib (calib=... in Python), or write recover: 0"
             )
         if isinstance(pass_, Approximate) and calib is None:
             raise UsageError(

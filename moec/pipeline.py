@@ -30,6 +30,8 @@ from moec.formats.notation import Format, Quantisation
 from moec.ir.graph import Stage
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from moec.passes.approximate.average_experts import AverageExperts
+from moec.passes.approximate.choices.choose_experts import ChooseExperts
+from moec.passes.approximate.choices.recover_routers import RecoverRouters
 from moec.passes.approximate.compress_experts import CompressExperts
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.approximate.keep_used import KeepUsed
@@ -296,8 +298,8 @@ def exact(passes: Sequence[PassSpec], why: str) -> tuple[Pass, ...]:
 
 def prepare(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pass, ...]:
     """The passes in the form in which they run: approximate ones are measured and kept within the
-    budget, quantising ones choose codes on the calibration data, if there is any, and the second
-    model of `aggregate-experts` is opened.
+    budget, quantising ones choose codes on the calibration data, if there is any, routers are
+    trained on them, and the second model of `aggregate-experts` is opened.
 
     Raises UsageError and CaptureError for a second model that cannot be opened.
     """
@@ -309,6 +311,8 @@ def prepare(passes: Sequence[PassSpec], session: CalibrationSession) -> tuple[Pa
             return CalibratedQuantisation(pass_, session.calib, session.files)
         if isinstance(pass_, FixedFormats) and pass_.calibrated:
             return CalibratedQuantisation(pass_, session.calib, session.files)
+        if isinstance(pass_, ChooseExperts | RecoverRouters):
+            return replace(pass_, session=session)
         if isinstance(pass_, AggregateExperts) and pass_.other and isinstance(pass_.other, str):
             return replace(pass_, other=open_source(pass_.other).model)
         return pass_

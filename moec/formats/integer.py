@@ -148,14 +148,16 @@ def round_rows(x: Tensor, blocks: int, bits: int = 8) -> Tensor:
     """x[R, K] in float32 after rounding to integers of `bits` bits, with a scale for each block;
     not rounded with 0 bits.
 
-    A block that holds an infinity or a NaN becomes NaN.
+    A block that holds an infinity or a NaN becomes NaN. The derivative is that of rows that are not
+    rounded (a straight-through estimator, arXiv 1308.3432).
     """
     if not bits:
         return x.float()
-    full = x.float().reshape(*x.shape[:-1], blocks, x.shape[-1] // blocks)
+    full = x.detach().float().reshape(*x.shape[:-1], blocks, x.shape[-1] // blocks)
     greatest = full.abs().amax(-1, keepdim=True)
     most = most_of(bits)
     inverse = torch.where(greatest > TINY, most / greatest, torch.zeros_like(greatest))
     scale = greatest * torch.tensor(1 / most)
     scale = torch.where(greatest.isfinite(), scale, torch.full_like(scale, torch.nan))
-    return ((full * inverse).round() * scale).flatten(-2)
+    rounded = ((full * inverse).round() * scale).flatten(-2)
+    return rounded + (x - x.detach()).float() if x.requires_grad else rounded

@@ -1,7 +1,8 @@
 """What fewer experts and a smaller top-k cost a layer in quality, measured on data.
 
 The experts that are left are those with the greatest contributions: the router's weight times the
-norm of the expert's result, summed over the tokens that chose it. Each setting is measured alone:
+norm of the expert's result, summed over the tokens that chose it; or each is merged from those with
+similar results. Each setting is measured alone:
 the damage to the whole model with that layer changed and all else as it was.
 """
 
@@ -19,12 +20,14 @@ from moec.ir.stats import stored_bytes
 from moec.optimisation.sensitivity import damage_of
 from moec.passes.approximate.choices.choose_experts import change_experts
 from moec.passes.approximate.choices.model_choices import LayerChoice, significant
+from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import best_experts, shortage
-from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.approximate.skip_small_weights import check_skippable
+from moec.passes.calibration.evaluator import Evaluator, LayerStats
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Log
 
-PRUNE, TOP_K = "prune", "top-k"
+PRUNE, MERGE, TOP_K, THRESHOLD = "prune", "merge", "top-k", "threshold"
 STRENGTHS = (3 / 4, 1 / 2)
 """The parts of a layer's experts, and of its top-k, that may be left."""
 
@@ -42,23 +45,29 @@ def measure_layers(
 ) -> Settings:
     """Experts, top-k, and both, whose damages are added."""
     options: Settings = {name: (_unchanged(layer),) for name, layer in layers.items()}
-    if not {PRUNE, TOP_K} & set(moves):
+    if not {PRUNE, MERGE, TOP_K, THRESHOLD} & set(moves):
         return options
     each = evaluator.layer_stats(program, list(layers.values()))
     for (name, layer), stats in zip(layers.items(), each, strict=True):
         first, worth = options[name][0], stats.saliency(layer.count) * stats.usage(layer.count)
         counts = sorted({max(1, int(part * first.top_k)) for part in STRENGTHS} - {first.top_k})
-        sets = _prunings(layer, worth) if PRUNE in moves else ()
-        fewer = (replace(first, top_k=k) for k in (counts if TOP_K in moves else ()))
+        sets = list(_prunings(layer, worth) if PRUNE in moves else ())
+        sets += _mergings(program, layer, stats, log) if MERGE in moves else ()
+        fewer = [replace(first, top_k=k) for k in (counts if TOP_K in moves else ())]
+        fewer += _skippings(layer, stats, log) if THRESHOLD in moves else ()
         pruned, limited = (
             [first, *_measured(program, evaluator, layer, settings, log)]
             for settings in (sets, fewer)
         )
-        options[name] = tuple(
-            replace(a, top_k=b.top_k, damage=significant(a.damage + b.damage))
-            for a, b in product(pruned, limited)
-        )
+        options[name] = tuple(_combined(a, b) for a, b in product(pruned, limited))
     return options
+
+
+def _combined(experts: LayerChoice, fewer: LayerChoice) -> LayerChoice:
+    """The experts of one choice, and of the other how many of them a token takes."""
+    damage = significant(experts.damage + fewer.damage)
+    k, threshold, mean_k = fewer.top_k, fewer.threshold, fewer.mean_k
+    return replace(experts, top_k=k, threshold=threshold, mean_k=mean_k, damage=damage)
 
 
 def _unchanged(layer: Layer) -> LayerChoice:
@@ -81,6 +90,37 @@ def _prunings(layer: Layer, worth: torch.Tensor) -> Iterator[LayerChoice]:
             )
 
 
+def _mergings(program: Program, layer: Layer, stats: LayerStats, log: Log) -> Iterator[LayerChoice]:
+    """Each of STRENGTHS of the experts, merged from those whose results are similar."""
+    usage = tuple(stats.usage(layer.count).tolist())
+    for each in sorted({int(part * layer.count) for part in STRENGTHS}, reverse=True):
+        if not layer.routing.k <= each < layer.count:
+            continue
+        try:
+            groups = MergeExperts(each / layer.count).groups(program, layer, stats)
+        except NoMatch as why:
+            log.decline(layer.name, str(why))
+            continue
+        firsts = tuple(group[0] for group in groups)
+        yield replace(_unchanged(layer), experts=firsts, merged=groups, usage=usage)
+
+
+def _skippings(layer: Layer, stats: LayerStats, log: Log) -> Iterator[LayerChoice]:
+    """The thresholds that leave a token each of STRENGTHS of its experts, on average."""
+    try:
+        check_skippable(layer)
+    except NoMatch as why:
+        log.decline(layer.name, str(why))
+        return
+    ratios = stats.weights / stats.weights.amax(-1, keepdim=True)
+    ordered, k = ratios.flatten().sort().values, layer.routing.k
+    for part in STRENGTHS:
+        least = significant(float(ordered[round((1 - part) * (len(ordered) - 1))]))
+        mean_k = significant(float((ratios >= least).float().sum(-1).mean()))
+        if 0 < least < 1 and mean_k < k:
+            yield replace(_unchanged(layer), threshold=least, mean_k=mean_k)
+
+
 def _measured(
     program: Program,
     evaluator: Evaluator,
@@ -90,7 +130,7 @@ def _measured(
 ) -> Iterator[LayerChoice]:
     for setting in settings:
         try:
-            changed = change_experts(program, layer.name, setting.experts, setting.top_k)
+            changed = change_experts(program, layer.name, setting)
         except NoMatch as why:
             log.decline(layer.name, str(why))
             continue

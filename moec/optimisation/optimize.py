@@ -10,7 +10,7 @@ from typing import Any
 from moec.api import compile as compile_model
 from moec.errors import UsageError
 from moec.model.compiled import CompiledModel
-from moec.optimisation.expert_moves import PRUNE, TOP_K
+from moec.optimisation.expert_moves import MERGE, PRUNE, THRESHOLD, TOP_K
 from moec.optimisation.loss import parse_loss
 from moec.optimisation.pinned import parse_pinned
 from moec.optimisation.search import EXPERT_FORMATS, ChoiceLimits, ChoiceSearch, measured_search
@@ -22,7 +22,7 @@ from moec.runtime.process.byte_sizes import bytes_of
 from moec.spelling import did_you_mean
 
 FORMATS = ("int8", "int4:32", "int4:128")
-MOVES = ("formats", PRUNE, TOP_K, EXPERT_FORMATS)
+MOVES = ("formats", PRUNE, MERGE, TOP_K, THRESHOLD, EXPERT_FORMATS)
 OTHERS = ("quant", "budget", "strict", "fuel", "stop_after", "choices")
 """Options of `moec.compile` that an optimisation does not take."""
 
@@ -40,6 +40,7 @@ def optimize(
     formats: Sequence[str] = FORMATS,
     moves: Sequence[str] = MOVES[:1],
     pin: Mapping[str, str] = MappingProxyType({}),
+    recover: int = 0,
     passes: Any = "",
     **options: Any,
 ) -> CompiledModel:
@@ -55,12 +56,15 @@ def optimize(
     "error<=0.05"; of the choices within it, the one with the fewest bytes, which has to fit.
 
     `moves` are what may be chosen: "formats", "expert-formats" (those of single experts too),
-    "prune" (experts of a layer), "top-k" (a smaller one). Each product of experts, linear layer and
-    head gets one of `formats` (as those of `quant`), or keeps its weights; those whose names match
-    a pattern of `pin` get the format of it ("unchanged": their weights). The damage of each
-    choice is measured or predicted from the error of its results on the data, a mixed-integer
-    program is solved, and the changed model is measured as a whole; the report has the choice, the
-    measured damage and the predicted one. Codes are chosen by GPTQ where that measures better.
+    "prune" (experts of a layer), "merge" (those of similar results), "top-k" (a smaller one) and
+    "threshold" (a token skips experts with small weights, and `token_bytes` counts their mean).
+    Each product of experts, linear layer and head gets one of `formats` (as those of `quant`), or
+    keeps its weights; those whose names match a pattern of `pin` get the format of it
+    ("unchanged": their weights). The damage of each choice is measured or predicted from the error
+    of its results on the data, a mixed-integer program is solved, and the changed model is measured
+    as a whole; the report has the choice, the measured damage and the predicted one. Codes are
+    chosen by GPTQ where that measures better. Then the routers are trained for `recover` steps on
+    the data, of which a part is held out; they stay as they were if nothing is better on it.
     `options` are those of `moec.compile`, which verifies the result; a checkpoint that is quantised
     already is dequantised first.
 
@@ -75,6 +79,7 @@ def optimize(
         formats=formats,
         moves=moves,
         pin=pin,
+        recover=recover,
         passes=passes,
         **options,
     )
@@ -140,19 +145,23 @@ def search(
     formats: Sequence[str] = FORMATS,
     moves: Sequence[str] = MOVES[:1],
     pin: Mapping[str, str] = MappingProxyType({}),
+    recover: int = 0,
     passes: Any = "",
     **options: Any,
 ) -> ChoiceSearch:
     """The costs of all that `optimize` can choose, measured. Raises what `optimize` raises."""
     if other := next((name for name in OTHERS if name in options), None):
         raise UsageError(f"optimize chooses formats itself: leave {other} out")
+    if isinstance(recover, bool) or not isinstance(recover, int) or recover < 0:
+        raise UsageError(f"recover is {recover!r}: give a number of steps, such as 300")
     for move in moves:
         if move not in MOVES:
             near = did_you_mean(move, MOVES)
             raise UsageError(f"{move!r} is no move: moves are {', '.join(MOVES)}{near}")
-    if {EXPERT_FORMATS, PRUNE} <= set(moves):
+    fewer = next((move for move in (PRUNE, MERGE) if move in moves), None)
+    if EXPERT_FORMATS in moves and fewer:
         raise UsageError(
-            f"moves {EXPERT_FORMATS} and {PRUNE}: dropped experts change the numbers of others, by "
+            f"moves {EXPERT_FORMATS} and {fewer}: fewer experts change the numbers of others, by "
             "which formats are chosen: leave one of the moves out"
         )
     considered = (
@@ -165,4 +174,4 @@ def search(
     options.get("progress", lambda phase: None)("choose")
     after = lowering(choose(options.get("opt_level", 2), passes))
     with compiled.source.memory.reading():
-        return measured_search(compiled, after, calib, considered, moves, pinned)
+        return measured_search(compiled, after, calib, considered, moves, pinned, recover)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moec.errors import UsageError
+from moec.interpret.derivatives import copied, gradients_needed
 from moec.ir.graph import Graph, Op, Program
 from moec.ir.opdef import Reference, Runner, tensors_of
 from moec.ops import OPS
@@ -80,23 +80,12 @@ def row_gradients(
     total = 0.0
     for case in cases:
         tensors = [*(float32(tensor) for tensor in (*case, *states)), *params]
-        try:
+        needed = f"optimize needs gradients of what the products of {graph.name} compute"
+        with gradients_needed(needed, "use moec compile with --quant"):
             outputs = run_forth_and_back(graph, tensors, products, meanings, watched, score)
-        except RuntimeError as why:
-            line = str(why).partition("\n")[0]
-            raise UsageError(
-                f"optimize needs gradients of what the products of {graph.name} compute, and they "
-                f"cannot be computed: {line}: use moec compile with --quant"
-            ) from why
         total += sum(float(y.detach().square().sum()) for y in outputs) if text is None else 0.0
         total += 0 if text is None else 2 * case[text[0]].numel()
     return Gradients(rows, 1 / total if total else 0.0)
-
-
-def copied(op: Op, tensors: Sequence[Tensor], attrs: Mapping[str, Any], run: Runner) -> Tensor:
-    """aten.copy, for which torch has no derivative."""
-    like, x = tensors
-    return x.to(like.dtype).expand(like.shape)
 
 
 def _watched_linear(

@@ -30,6 +30,7 @@ from moec.passes.approximate.choices.model_choices import (
     ProductChoice,
     significant,
 )
+from moec.passes.approximate.choices.recover_routers import router_weights, training_data
 from moec.passes.calibration.data import load_calibration
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.damage import Distance
@@ -75,7 +76,8 @@ class ChoiceSearch:
     """A model with the costs of everything that can be chosen: compiled without code, where the
     last passes, `lowering`, lower its blocks. `calib` is as `moec.compile` takes it; `rest` is the
     bytes of the weights that no choice changes, `token_rest` those of them that a token reads;
-    `declined` are reasons why something cannot be chosen."""
+    `declined` are reasons why something cannot be chosen; `recover` is how many steps the routers
+    are to be trained for."""
 
     compiled: CompiledModel
     lowering: tuple[Pass, ...]
@@ -86,6 +88,7 @@ class ChoiceSearch:
     rest: int
     token_rest: int
     declined: tuple[str, ...]
+    recover: int = 0
 
     def choices(self, limits: ChoiceLimits) -> ModelChoices:
         """Raises UsageError where nothing is within the limits, or nothing needs a change."""
@@ -170,7 +173,7 @@ class ChoiceSearch:
         results, memory = self.compiled.pass_results, self.compiled.source.memory
         lowered, changed = results[-1].program, results[-1 - len(self.lowering)].program
         for name, setting in pick.changed_layers.items():
-            changed = change_experts(changed, name, setting.experts, setting.top_k)
+            changed = change_experts(changed, name, setting)
         if pick.changed_layers:
             lowered = run(changed, self.lowering, stage=Stage.MOE, memory=memory)[-1].program
         stored = FixedFormats(pick.formats).run(lowered, Log(memory=memory))
@@ -196,6 +199,7 @@ class ChoiceSearch:
             products={p.name: self._left(p, pick) for p in self.products},
             layers=pick.changed_layers,
             declined=self.declined,
+            recover=self.recover,
         )
 
     def _left(self, product: StoredProduct, pick: SolvedChoice) -> ProductChoice:
@@ -212,11 +216,17 @@ def measured_search(
     formats: Sequence[Format],
     moves: Collection[str],
     pinned: Sequence[PinnedFormat] = (),
+    recover: int = 0,
 ) -> ChoiceSearch:
-    """The costs of all that can be chosen, measured on the data."""
+    """The costs of all that can be chosen, measured on the data. Raises UsageError where routers
+    are to be trained, and there are none or too few data."""
     source, results = compiled.source, compiled.pass_results
     program, lowered = results[-1 - len(lowering)].program, results[-1].program
     log = Log(memory=source.memory)
+    if recover:
+        training_data(calib, lowered, source.files)
+        if not router_weights(lowered.graph):
+            raise UsageError("recover trains routers, and the model has none with stored weights")
     evaluator = Evaluator(lowered, load_calibration(calib, lowered, source.files))
     layers = changeable_layers(program, log)
     by_expert = EXPERT_FORMATS in moves
@@ -230,7 +240,7 @@ def measured_search(
     declined = tuple(f"{count} x {reason}" for reason, count in counts.items())
     return ChoiceSearch(
         *(compiled, lowering, calib, evaluator, products, options),
-        *(total - changeable, read - changeable, declined),
+        *(total - changeable, read - changeable, declined, recover),
     )
 
 

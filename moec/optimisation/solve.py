@@ -138,7 +138,8 @@ def _columns(products: Sequence[StoredProduct], layers: Settings) -> list[_Colum
     for product in products:
         parts: list[tuple[LayerChoice | None, float, float]] = [(None, 1, 1)]
         if product.layer in layers:
-            parts = [(s, len(s.experts) / s.of, s.top_k / s.of) for s in layers[product.layer]]
+            settings = layers[product.layer]
+            parts = [(s, len(s.experts) / s.of, s.experts_read / s.of) for s in settings]
         every = tuple(range(len(product.experts))) or (0,)
         options = [(every, o) for o in product.options]
         options += [((e,), o) for e, single in enumerate(product.experts) for o in single]

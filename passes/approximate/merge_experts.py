@@ -45,6 +45,13 @@ class MergeExperts:
         validate(self)
 
     def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
+        groups = self.groups(program, layer, stats)
+        usage = stats.usage(layer.count).tolist()
+        changed = merge_groups(program, layer, groups, usage)
+        return Change(changed, groups, f"merges {_describe_groups(groups)} of {layer.count}")
+
+    def groups(self, program: Program, layer: Layer, stats: LayerStats) -> Members:
+        """The experts that become one, by the similarity of their results. Raises NoMatch."""
         count = round(self.keep * layer.count)
         if count == layer.count:
             raise NoMatch(
@@ -56,23 +63,32 @@ class MergeExperts:
                 f"keep={self.keep:g} of {layer.count} experts is {count}, and each token needs "
                 f"{layer.routing.k}"
             )
-        body = layer.experts.body
-        assert body is not None
-        axes = neuron_axes(body)
-        stacks = dict(zip(body.params, (constant(program, s) for s in layer.stacks), strict=True))
-        for stack in stacks.values():
-            if not stack.is_floating_point():
-                raise NoMatch(f"the experts' weights are {stack.dtype}, whose mean is not defined")
-        groups = cluster_experts(expert_outputs(layer, stacks, stats.x[:TOKENS]).flatten(1), count)
-        splice = Splice(program)
-        merge_columns(splice, layer, groups)
-        merged = [merge_weights(stacks, axes, group, stats.usage(layer.count)) for group in groups]
-        replace_experts(
-            splice,
-            layer,
-            [torch.stack([expert[param] for expert in merged]) for param in body.params],
-        )
-        return Change(splice.done(), groups, f"merges {_describe_groups(groups)} of {layer.count}")
+        stacks = _stacks(program, layer)
+        return cluster_experts(expert_outputs(layer, stacks, stats.x[:TOKENS]).flatten(1), count)
+
+
+def merge_groups(program: Program, layer: Layer, groups: Members, usage: Sequence[int]) -> Program:
+    """The program in which each group of the layer's experts is one, their mean by `usage`, which
+    is how often each was chosen. Raises NoMatch for a router or weights that cannot be merged."""
+    stacks = _stacks(program, layer)
+    assert layer.experts.body is not None
+    axes = neuron_axes(layer.experts.body)
+    splice = Splice(program)
+    merge_columns(splice, layer, groups)
+    merged = [merge_weights(stacks, axes, group, torch.tensor(usage)) for group in groups]
+    replace_experts(splice, layer, [torch.stack([e[param] for e in merged]) for param in stacks])
+    return splice.done()
+
+
+def _stacks(program: Program, layer: Layer) -> dict[Value, torch.Tensor]:
+    """The experts' weights by the params of their body, [E, ...] each. Raises NoMatch."""
+    body = layer.experts.body
+    assert body is not None
+    stacks = dict(zip(body.params, (constant(program, s) for s in layer.stacks), strict=True))
+    for stack in stacks.values():
+        if not stack.is_floating_point():
+            raise NoMatch(f"the experts' weights are {stack.dtype}, whose mean is not defined")
+    return stacks
 
 
 def _describe_groups(groups: Members) -> str:

@@ -12,7 +12,6 @@ the weights of all compressed experts in memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -25,6 +24,7 @@ from moec.formats.compressed import codes_in, grid_module
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Program, Value
 from moec.ir.upcast import widen
+from moec.passes.approximate.case_training import case_order, output_distance, train
 from moec.passes.calibration.evaluator import Evaluator, float32
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, layer_of, name_of
@@ -95,27 +95,21 @@ def train_grids(
     factors = [torch.ones_like(grid, requires_grad=True) for grid in grids]
     states = [program.weights[state.before.name] for state in program.graph.states]
     params = [float32(program.weights[param.name]) for param in graph.params]
-    adam = torch.optim.Adam(factors, lr=rate)
-    generator = torch.Generator().manual_seed(seed)
     cases = evaluator.calibration.cases
-    order: list[int] = []
-    for step in range(steps):
-        order = order or torch.randperm(len(cases), generator=generator).tolist()
-        case, right = cases[index := order.pop()], evaluator.results[index]
-        for group in adam.param_groups:
-            group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    def distance(case: int) -> Tensor:
         weights = {
             op.outputs[0]: grid_module(kind).values(stack_codes, _scale_grid(kind, grid, factor))
             for op, kind, stack_codes, grid, factor in zip(
                 stacks, kinds, codes, grids, factors, strict=True
             )
         }
-        inputs = [float32(tensor) for tensor in (*case, *states)]
+        inputs = [float32(tensor) for tensor in (*cases[case], *states)]
         results = run_graph(graph, [*inputs, *params], precomputed=weights)
-        slopes = torch.autograd.grad(_distance(results, right, evaluator.text), factors)
-        for factor, slope in zip(factors, slopes, strict=True):
-            factor.grad = slope
-        adam.step()
+        return output_distance(results, evaluator.results[case], evaluator.text)
+
+    for _ in train(factors, rate, case_order(len(cases), steps, seed), distance):
+        pass
     with torch.no_grad():
         return {
             op.inputs[-1].name: _scale_grid(kind, grid, factor).bfloat16()
@@ -136,15 +130,3 @@ def _scale_grid(kind: str, grid: Tensor, factor: Tensor) -> Tensor:
     if kind == "2bit":
         factor = torch.stack([factor[..., 0], torch.ones_like(factor[..., 1])], -1)
     return grid * factor.clamp(min=0.01)
-
-
-def _distance(
-    results: Sequence[Tensor], right: Sequence[Tensor], text: tuple[int, int] | None
-) -> Tensor:
-    if text is None:
-        off = [
-            (a - b).square().sum() / b.square().sum() for a, b in zip(results, right, strict=True)
-        ]
-        return torch.stack(off).sum()
-    q, p = (scores[text[1]].log_softmax(-1).flatten(0, -2) for scores in (results, right))
-    return torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)

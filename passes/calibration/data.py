@@ -36,17 +36,25 @@ class Calibration:
     domains: tuple[str, ...] = ()
 
 
-def load_calibration(calib: Any, program: Program, files: Mapping[str, bytes]) -> Calibration:
+def load_calibration(
+    calib: Any,
+    program: Program,
+    files: Mapping[str, bytes],
+    windows: int = WINDOWS,
+    parts: int = 1,
+) -> Calibration:
     """The calibration data of a program. `files` are its source's files, perhaps with a tokenizer.
 
-    A .txt file gives at most 16 windows of at most 256 tokens, evenly spaced over the text. Raises
+    A .txt file gives at most `windows` windows of at most 256 tokens, evenly spaced over the text.
+    Data of a size that varies are at least `parts` cases, if they have so many sequences. Raises
     UsageError for data that do not match the program's inputs.
     """
     cases: list[Inputs] = []
     domains: list[str] = []
     tokens = 0
     for name, data in data_by_domain(calib).items():
-        domain_cases, count = _load_domain(data, data_label(name, data), program, files)
+        where = data_label(name, data)
+        domain_cases, count = _load_domain(data, where, program, files, windows, parts)
         cases += domain_cases
         domains += [name] * len(domain_cases) if name else []
         tokens += count
@@ -54,14 +62,14 @@ def load_calibration(calib: Any, program: Program, files: Mapping[str, bytes]) -
 
 
 def _load_domain(
-    calib: Any, where: str, program: Program, files: Mapping[str, bytes]
+    calib: Any, where: str, program: Program, files: Mapping[str, bytes], windows: int, parts: int
 ) -> tuple[list[Inputs], int]:
     """The cases, and how many tokens they hold."""
     graph = program.graph
     before = {state.before for state in graph.states}
     inputs = [value for value in graph.inputs if value not in before]
     if isinstance(calib, str | Path) and Path(calib).suffix == ".txt":
-        tensors = {inputs[0].name: _tokens(Path(calib), where, graph, inputs, files)}
+        tensors = {inputs[0].name: _tokens(Path(calib), where, graph, inputs, files, windows)}
     else:
         tensors = _tensors(calib, where, inputs)
     batch = tuple(_input_tensor(value, tensors, where, graph) for value in inputs)
@@ -79,7 +87,7 @@ def _load_domain(
                 raise UsageError(
                     f"{where}: size {name} is {size}, the model takes {limits.low} to {limits.high}"
                 )
-    return _cases(batch, inputs, graph), tokens_in(inputs[0], batch[0])
+    return _cases(batch, inputs, graph, parts), tokens_in(inputs[0], batch[0])
 
 
 def tokens_in(value: Value, tensor: torch.Tensor) -> int:
@@ -93,22 +101,28 @@ def _batch(inputs: list[Value]) -> str | None:
     return str(first.pop()) if len(first) == 1 and not isinstance(next(iter(first)), int) else None
 
 
-def _cases(batch: Inputs, inputs: list[Value], graph: Graph) -> list[Inputs]:
+def _cases(batch: Inputs, inputs: list[Value], graph: Graph, least: int) -> list[Inputs]:
     name = _batch(inputs)
     if name is None or name not in graph.bounds:
         return [batch]
     each = max(1, tokens_in(inputs[0], batch[0][:1]))
     high = graph.bounds[name].high
-    count = max(graph.bounds[name].low, TOKENS_A_CASE // each, 1)
+    count = min(TOKENS_A_CASE // each, -(-len(batch[0]) // least))
+    count = max(graph.bounds[name].low, count, 1)
     count = min(count, high) if high is not None else count
-    parts = [torch.split(tensor, count) for tensor in batch]
-    cases = list(zip(*parts, strict=True))
+    split = [torch.split(tensor, count) for tensor in batch]
+    cases = list(zip(*split, strict=True))
     short = len(cases) > 1 and len(cases[-1][0]) < graph.bounds[name].low
     return cases[:-1] if short else cases
 
 
 def _tokens(
-    path: Path, where: str, graph: Graph, inputs: list[Value], files: Mapping[str, bytes]
+    path: Path,
+    where: str,
+    graph: Graph,
+    inputs: list[Value],
+    files: Mapping[str, bytes],
+    windows: int,
 ) -> torch.Tensor:
     value = inputs[0]
     if len(inputs) > 1 or value.dtype not in INDEX_DTYPES or len(value.shape) != 2:
@@ -140,7 +154,7 @@ def _tokens(
             f"{where}: the text has {len(ids)} tokens, and one window needs {length}; give more"
         )
     batch = value.shape[0]
-    count = batch if isinstance(batch, int) else min(WINDOWS, len(ids) // length)
+    count = batch if isinstance(batch, int) else min(windows, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return torch.stack([ids[start : start + length] for start in starts])
 

@@ -129,8 +129,9 @@ class Evaluator:
         graph, weights, states = self.widened(program, probes)
         for case in self.calibration.cases if cases is None else cases:
             inputs = [float32(tensor) for tensor in (*case, *states)]
-            with torch.no_grad():
-                yield evaluate(graph, inputs, weights)
+            with torch.no_grad():  # left before the caller goes on
+                results = evaluate(graph, inputs, weights)
+            yield results
 
     def widened(
         self, program: Program, probes: Sequence[Value] = ()

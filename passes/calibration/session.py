@@ -82,7 +82,8 @@ class NeedsGlobalStats(Protocol):
 @dataclass(eq=False)
 class CalibrationSession:
     """The state that the approximate passes of one compilation share: data, budget, and the
-    distance so far from the model before the first of them."""
+    distance so far from the model before the first of them. `original` is the program before the
+    choices of moec optimize."""
 
     calib: Any
     files: Mapping[str, bytes]
@@ -91,6 +92,7 @@ class CalibrationSession:
     evaluator: Evaluator | None = None
     lineages: dict[Value, ExpertLineage] = field(default_factory=dict)
     distance: Distance | None = None
+    original: Program | None = None
 
     def start(self, program: Program) -> Evaluator:
         """The evaluator of this compilation; the first call measures `program` as the original."""

@@ -60,11 +60,25 @@ class QuantiseLinears(QuantisingPass):
 
 def routers(graph: Graph) -> set[Op]:
     """The linear layers whose results choose experts, through ops other than products."""
+    return set().union(*logits_and_sums(graph))
+
+
+def logits_and_sums(graph: Graph) -> tuple[set[Op], set[Op]]:
+    """Of `routers` those that compute logits, and those that add up probabilities of experts that
+    were merged."""
     chosen = [op.inputs[0] for op in graph.ops if op.name == "moe.route"]
     for op in graph.ops:
         if op.name in SORTS:
             chosen += [v for v in op.inputs if v.dtype in ("i32", "i64")]
-    return _linears_behind(graph, chosen, lambda op: True)
+    linears = _linears_behind(graph, chosen, lambda op: True)
+    sums = {op for op in linears if _is_softmax(graph, op.inputs[0])}
+    summed = _linears_behind(graph, [op.inputs[0] for op in sums], lambda op: True)
+    return linears - sums | summed, sums
+
+
+def _is_softmax(graph: Graph, value: Value) -> bool:
+    op = graph.producers.get(value)
+    return op is not None and op.name == "aten.softmax.int"
 
 
 def heads(graph: Graph) -> set[Op]:

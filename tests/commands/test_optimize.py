@@ -49,6 +49,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
         (("--memory", "some"), "memory is 'some': give bytes"),
         (("--loss", "kl<0.1"), "write kl<=0.02, perplexity<="),
         (("--memory", "3MB", "--moves", "prunes"), "'prunes' is no move: moves are formats, prune"),
+        (("--recover", "--memory", "some"), "memory is 'some': give bytes"),
         (("--token-bytes", "some"), "memory is 'some': give bytes"),
         (("--memory", "3MB", "--formats", "int7"), "'int7' is not a format"),
     ],
@@ -70,9 +71,10 @@ def test_an_artifact_is_not_replaced(calib: Path, tmp_path: Path) -> None:
 
 def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
     choices, again, output = (tmp_path / name for name in ("a.yaml", "b.yaml", "tiny.moec"))
-    for path in (choices, again):
+    for path, steps in ((choices, ()), (again, ("300",))):
         result = run(
-            "optimize", MODEL, "--calib", calib, "--write-choices", path, "--memory", "3MB"
+            *("optimize", MODEL, "--calib", calib, "--write-choices", path, "--recover", *steps),
+            *("--memory", "3MB"),
         )
         assert result.exit_code == 0, result.stderr
         assert f"wrote {path}" in result.stdout
@@ -81,11 +83,13 @@ def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
     text = choices.read_text(encoding="utf-8")
     assert "limits: memory 3.0 MB" in text
     assert "model.layers.0.mlp.experts#2: {rows: 128" in text
-    data = ("--calib", calib) if "codes: gptq" in text else ()
-    result = run("compile", MODEL, "-o", output, "--choices", choices, "--json", *data)
+    assert "recover: 300" in text
+    choices.write_text(text.replace("recover: 300", "recover: 2"), encoding="utf-8")
+    result = run("compile", MODEL, "-o", output, "--choices", choices, "--json", "--calib", calib)
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert "choose-experts: chose" in " ".join(report["notes"])
+    assert "recover-routers: 4 tensors of routers, 2 steps: " in " ".join(report["notes"])
     assert len({line["format"] for line in report["quantised"]}) > 1
     rows = {row["name"]: row for row in report["choices"]}
     for name, choice in yaml.safe_load(text)["products"].items():

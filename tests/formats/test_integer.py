@@ -187,6 +187,15 @@ def test_rows_are_rounded_block_by_block(
         assert ((actual - block).abs() <= room + 1e-38).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_rows_have_the_derivative_of_rows(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 8).to(dtype).requires_grad_()
+    factors = torch.randn(3, 8).to(dtype).float()
+    result = round_rows(x, 2)
+    assert torch.equal(result, round_rows(x.detach(), 2))
+    assert torch.equal(torch.autograd.grad((result * factors).sum(), x)[0].float(), factors)
+
+
 def test_parts_of_a_model_are_spelled_by_name() -> None:
     result = parse_parts("int4:64, linears=int8,head=int8:32")
     assert result == Quantisation(parse("int4:64"), parse("int8"), parse("int8:32"))

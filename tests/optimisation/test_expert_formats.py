@@ -197,7 +197,7 @@ def test_fewer_experts_for_each_token_leave_their_formats():
 
 
 def test_experts_that_prune_drops_would_have_other_numbers():
-    with pytest.raises(UsageError, match="moves expert-formats and prune: dropped experts change"):
+    with pytest.raises(UsageError, match="moves expert-formats and prune: fewer experts change"):
         searched(moves=("expert-formats", "prune"))
 
 

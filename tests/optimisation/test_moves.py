@@ -108,6 +108,30 @@ def test_a_smaller_top_k_for_a_limit_of_a_token() -> None:
     assert choices.bytes == 2 * (ROUTER + STACK)
 
 
+def test_small_weights_are_skipped_for_a_limit_of_a_token() -> None:
+    """In the first layer, which the result has little of; a token reads fewer experts on average,
+    and the compiled model is an eager one without these weights."""
+    room = 2 * ROUTER + STACK * K // EXPERTS + STACK * 8 // 5 // EXPERTS
+    choices = chosen(net(), token_bytes=room, moves=("threshold",))
+    ((name, layer),) = choices.layers.items()
+    assert (name, layer.top_k, layer.experts) == ("first", K, tuple(range(EXPERTS)))
+    model, first = net(), net().first
+    weights, ids = first.gate(X).softmax(-1).topk(K)
+    skipped = weights < layer.threshold * weights[:, :1]
+    assert layer.mean_k == pytest.approx(K - float(skipped.sum() / len(X)), rel=1e-3)
+    assert choices.token_bytes == pytest.approx(
+        2 * ROUTER + (K + layer.mean_k) * STACK // EXPERTS, abs=1
+    )
+    y = 100 * model.second(X)
+    for slot in range(K):
+        weight = weights[:, slot].masked_fill(skipped[:, slot], 0)[:, None]
+        y = y + weight * torch.einsum("tnk,tk->tn", first.w[ids[:, slot]], X)
+    compiled = moec.compile(model, (X[:5],), choices=choices)
+    torch.testing.assert_close(compiled(X), y.detach(), rtol=1e-3, atol=1e-3)
+    notes = "\n".join(compiled.report().notes)
+    assert f"2 of 2 for each token, {layer.mean_k:.3g} on average without weights under" in notes
+
+
 def test_all_moves_together_are_compiled_and_measured() -> None:
     options = {"memory": 30_000, "token_bytes": 12_000, "moves": ("formats", "prune", "top-k")}
     choices = chosen(net(), **dict(options))
@@ -142,7 +166,10 @@ def test_experts_within_a_loss() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"memory": 10**5, "moves": ("prun",)}, "'prun' is no move: moves are formats, prune, top"),
+        (
+            {"memory": 10**5, "moves": ("prun",)},
+            "'prun' is no move: moves are formats, prune, merge, top",
+        ),
         ({"token_bytes": 999, "moves": ("top-k",)}, "the limit of a token is 999 bytes, and the w"),
         ({"token_bytes": 10**6}, "the limit allows the weights as they are"),
         (

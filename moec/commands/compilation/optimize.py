@@ -67,8 +67,12 @@ from moec.runtime.process.threads import shorten_spinning
 )  # fmt: skip
 @click.option(
     "--moves", default="formats", show_default=True, metavar="M,M,…",
-    help="What may be chosen: formats, expert-formats (of single experts), prune (fewer experts) "
-    "and top-k (fewer for each token).",
+    help="What may be chosen: formats, expert-formats (of single experts), prune (fewer experts), "
+    "merge (similar ones), top-k (fewer for each token), threshold (none with a small weight).",
+)  # fmt: skip
+@click.option(
+    "--recover", type=click.IntRange(1), is_flag=False, flag_value=300, metavar="[STEPS]",
+    help="Train the routers after the choice, by default for 300 steps on the data of --calib.",
 )  # fmt: skip
 @model_options
 @report_option
@@ -89,6 +93,7 @@ def command(
     formats: str,
     pins: tuple[str, ...],
     moves: str,
+    recover: int | None,
     full: bool,
     as_json: bool,
     quiet: bool,
@@ -131,7 +136,7 @@ def command(
         arguments["progress"] = progress.phase
         searched = search(
             model, formats=formats.split(","), moves=moves.split(","), pin=split_pinned(pins),
-            **arguments,
+            recover=recover or 0, **arguments,
         )  # fmt: skip
         points = pareto_points(searched) if pareto else []
         if pareto:

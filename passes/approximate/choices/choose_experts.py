@@ -16,9 +16,12 @@ from moec.passes.approximate.choices.model_choices import (
     describe_choices,
     formats_of,
 )
+from moec.passes.approximate.choices.recover_routers import RecoverRouters
+from moec.passes.approximate.merge_experts import merge_groups
 from moec.passes.approximate.prune_experts import drop_experts, shortage
 from moec.passes.approximate.reduce_top_k import reduce_top_k
-from moec.passes.calibration.session import layers_of
+from moec.passes.approximate.skip_small_weights import skip_small_weights
+from moec.passes.calibration.session import CalibrationSession, layers_of
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Kind, Log, OptInPass, PassResult
 from moec.passes.quantise.fixed_formats import FixedFormats
@@ -29,6 +32,7 @@ class ChooseExperts(OptInPass):
     """Leave layers the experts and the top-k that were chosen for them; report all choices."""
 
     choices: ModelChoices
+    session: CalibrationSession | None = None
     name: ClassVar[str] = "choose-experts"
     source: ClassVar[str] = ""
     takes: ClassVar[Stage] = Stage.MOE
@@ -36,10 +40,12 @@ class ChooseExperts(OptInPass):
     kind: ClassVar[Kind] = Kind.CHANGES
 
     def run(self, program: Program, log: Log) -> Program:
+        if self.session is not None:
+            self.session.original = program
         for name, choice in self.choices.layers.items():
             try:
                 _check(choice, changeable_layers(program, Log()).get(name))
-                changed = change_experts(program, name, choice.experts, choice.top_k)
+                changed = change_experts(program, name, choice)
             except NoMatch as why:
                 log.decline("choices", f"{name}: {why}")
                 return program
@@ -56,12 +62,13 @@ def passes_of(choices: ModelChoices) -> list[OptInPass]:
     dropping = any(len(choice.experts) < choice.of for choice in choices.layers.values())
     if dropping and any(choice.experts for choice in choices.products.values()):
         raise UsageError(
-            "choices: experts have formats by number, and a layer drops some, which changes the "
-            "numbers: leave out one of both"
+            "choices: experts have formats by number, and a layer drops or merges some, which "
+            "changes the numbers: leave out one of both"
         )
     shapes = {name: (choice.rows, choice.columns) for name, choice in choices.products.items()}
     formats = FixedFormats(formats_of(choices.products), shapes, choices.codes == "gptq")
-    return [ChooseExperts(choices), *([formats] if formats.formats else [])]
+    recovery = [RecoverRouters(choices.recover)] if choices.recover else []
+    return [ChooseExperts(choices), *([formats] if formats.formats else []), *recovery]
 
 
 def check_applied(pass_results: Sequence[PassResult]) -> None:
@@ -80,13 +87,19 @@ def changeable_layers(program: Program, log: Log) -> dict[str, Layer]:
     return {layer.name: layer for layer in layers if counts[layer.name] == 1}
 
 
-def change_experts(program: Program, name: str, experts: tuple[int, ...], top_k: int) -> Program:
-    """The program in which a layer has only `experts`, `top_k` for each token. Raises NoMatch."""
+def change_experts(program: Program, name: str, choice: LayerChoice) -> Program:
+    """The program in which a layer has the experts and the top-k of a choice, and a token skips
+    those that it says. Raises NoMatch."""
     layer = changeable_layers(program, Log())[name]
-    if len(experts) < layer.count:
-        program = drop_experts(program, layer, experts).program
-        layer = changeable_layers(program, Log())[name]
-    return program if top_k == layer.routing.k else reduce_top_k(program, layer, top_k)
+    if choice.merged:
+        program = merge_groups(program, layer, choice.merged, choice.usage)
+    elif len(choice.experts) < layer.count:
+        program = drop_experts(program, layer, choice.experts).program
+    if choice.top_k < layer.routing.k:
+        program = reduce_top_k(program, changeable_layers(program, Log())[name], choice.top_k)
+    if not choice.threshold:
+        return program
+    return skip_small_weights(program, changeable_layers(program, Log())[name], choice.threshold)
 
 
 def _check(choice: LayerChoice, layer: Layer | None) -> None:
@@ -98,5 +111,14 @@ def _check(choice: LayerChoice, layer: Layer | None) -> None:
         raise NoMatch(f"the model has {layer.count} experts there, {k} for each token")
     each, rest = divmod(len(choice.experts), groups)
     ordered = choice.experts == tuple(sorted(set(choice.experts) & set(range(layer.count))))
+    if choice.merged or choice.usage:
+        members = sorted(e for group in choice.merged for e in group)
+        firsts = tuple(group[0] for group in choice.merged if group)
+        every, counts = list(range(layer.count)), len(choice.usage)
+        if (members, firsts, counts) != (every, choice.experts, layer.count):
+            raise NoMatch(
+                f"merged and usage are those of {layer.count} experts, each in one group, of which "
+                "experts has the first"
+            )
     if not ordered or rest or shortage(layer, each) or not 1 <= choice.top_k <= k:
         raise NoMatch(f"no router of top {k} chooses {choice.top_k} of experts {choice.experts}")

@@ -41,10 +41,13 @@ class ProductChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     experts: dict[str, tuple[Count, ...]] = {}
 
 
-class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The `experts` that are left `of` a layer's, and how many a token takes; the bytes that this
     saves with weights as they are, the damage alone, and the part that the dropped experts had of
-    all contributions to the layer's results, on the data."""
+    all contributions to the layer's results, on the data. With `merged`, each of these groups is
+    one expert, in place of its first, and `usage` are the choices of each expert on the data. A
+    token skips experts with weights under `threshold` times its greatest, and on the data has
+    `mean_k` that way."""
 
     experts: tuple[Count, ...]
     of: Count
@@ -53,17 +56,35 @@ class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes_saved: int = 0
     damage: float = 0.0
     share: float = 0.0
+    merged: tuple[tuple[Count, ...], ...] = ()
+    usage: tuple[Count, ...] = ()
+    threshold: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    mean_k: float = 0.0
+
+    @property
+    def left(self) -> str:
+        """In words, how many experts are left, and for each token."""
+        experts = f"{len(self.experts)} {'merged from' if self.merged else 'of'} {self.of} experts"
+        light = f", {self.mean_k:.3g} on average without weights under {self.threshold:.3g} of "
+        skips = f"{light}the greatest" if self.threshold else ""
+        return f"{experts}, {self.top_k} of {self.top_k_before} for each token{skips}"
+
+    @property
+    def experts_read(self) -> float:
+        """How many experts a token reads, on average."""
+        return self.mean_k if self.threshold else self.top_k
 
     @property
     def changes(self) -> bool:
-        return len(self.experts) < self.of or self.top_k < self.top_k_before
+        return bool(len(self.experts) < self.of or self.top_k < self.top_k_before or self.threshold)
 
 
 class ModelChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All choices for a model within `limits`, in words: the bytes of all its weights then, those
     that a token reads, and the `metric` of its damage, as measured and as predicted. `codes` are
     rounded to nearest, or chosen by GPTQ on the calibration data; `products` and the `layers` that
-    change are by name; `declined` are reasons why something could not be chosen."""
+    change are by name; `declined` are reasons why something could not be chosen. Routers are then
+    trained on the calibration data for `recover` steps, which the damage does not count."""
 
     limits: str
     bytes: Count
@@ -75,6 +96,7 @@ class ModelChoices(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     products: dict[str, ProductChoice]
     layers: dict[str, LayerChoice]
     declined: tuple[str, ...] = ()
+    recover: Count = 0
     version: Literal[1] = 1
 
 
@@ -139,9 +161,8 @@ def describe_choices(choices: ModelChoices) -> list[str]:
     counts = Counter(_described(choice) for choice in choices.products.values())
     kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     layers = [
-        f"{name}: {len(choice.experts)} of {choice.of} experts, {choice.top_k} of "
-        f"{choice.top_k_before} for each token; damage {choice.damage:.3g} alone, dropped experts "
-        f"contributed {choice.share:.1%}"
+        f"{name}: {choice.left}; damage {choice.damage:.3g} alone, dropped experts contributed "
+        f"{choice.share:.1%}"
         for name, choice in choices.layers.items()
     ]
     return [
@@ -150,6 +171,7 @@ def describe_choices(choices: ModelChoices) -> list[str]:
         f"of them for a token ({choices.limits})",
         f"{choices.metric} {choices.damage:.3g} measured, {choices.predicted:.3g} predicted as a "
         f"sum over choices; codes: {choices.codes}",
+        *([f"routers are trained for {choices.recover} steps"] if choices.recover else []),
         *(f"could not be chosen: {reason}" for reason in choices.declined),
     ]
 
@@ -160,16 +182,7 @@ def choice_lines(choices: ModelChoices) -> list[ChoiceLine]:
     return [
         ChoiceLine(name, _described(c), c.bytes_before - c.bytes, c.damage)
         for name, c in choices.products.items()
-    ] + [
-        ChoiceLine(
-            name,
-            f"{len(c.experts)} of {c.of} experts, {c.top_k} of {c.top_k_before} for each token",
-            c.bytes_saved,
-            c.damage,
-            c.share,
-        )
-        for name, c in layers
-    ]
+    ] + [ChoiceLine(name, c.left, c.bytes_saved, c.damage, c.share) for name, c in layers]
 
 
 def _described(choice: ProductChoice) -> str:

@@ -11,6 +11,7 @@ from moec.errors import NoMatch
 from moec.interpret.verifier import verify
 from moec.ir.graph import Stage
 from moec.passes.approximate.choices.choose_experts import change_experts
+from moec.passes.approximate.choices.model_choices import LayerChoice
 from moec.passes.approximate.reduce_top_k import reduce_top_k
 from tests.passes.changed import LAYER, layers_of, outputs, program, tokens
 
@@ -41,8 +42,8 @@ def test_it_is_a_router_with_that_k(layer: str) -> None:
 def test_fewer_experts_and_a_smaller_k() -> None:
     """As with one move after the other."""
     original = program(1)
-    both = change_experts(original, "layers.0", (0, 2, 3), 1)
-    pruned = change_experts(original, "layers.0", (0, 2, 3), 2)
+    both = change_experts(original, "layers.0", LayerChoice((0, 2, 3), 4, 1, 2))
+    pruned = change_experts(original, "layers.0", LayerChoice((0, 2, 3), 4, 2, 2))
     (layer,) = layers_of(pruned)
     assert layer.count == 3
     ids = tokens(64)
