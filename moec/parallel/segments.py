@@ -14,6 +14,7 @@ from moec.ir.sizes.dims import bind_shape
 from moec.parallel.cut import cut
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
+from moec.runtime.device.device import Device
 from moec.runtime.device.tensors import from_numpy, to_caller
 from moec.runtime.package import Function, Generation, Package, Port
 
@@ -36,14 +37,15 @@ def table_name(param: Value) -> str:
 
 
 class RankModel:
-    """A function of a rank, ready to run."""
+    """A function of a rank, ready to run on a device, by default on the CPU or the first GPU, as
+    its code is. Tensors are on it (`Device.takes`) from the inputs to the outputs."""
 
-    def __init__(self, code: RankCode) -> None:
+    def __init__(self, code: RankCode, device: Device | None = None) -> None:
         self.graph = code.graph
         self.schedule = cut(self.graph)
-        self.executor = Executor(code.package)
+        self.executor = Executor(code.package, device=device)
         self.tables = {
-            value: _tensor(value, code.package)
+            value: _tensor(value, code.package).to(self.executor.device.takes)
             for item in self.schedule
             if isinstance(item, Op)
             for value in item.inputs
