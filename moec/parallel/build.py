@@ -65,8 +65,8 @@ def compile_ranks(
     kind of processor), or GPUs such as "cuda:sm_80,sm_90a", whose code is not run here.
 
     Raises UsageError for a plan of another model, UnsupportedError for what ranks cannot compute,
-    TargetError for another target and where a compiler is missing, VerificationError where the ranks together do not compute the model's results, and what
-    `moec.compile` raises.
+    TargetError for another target and where a compiler is missing, VerificationError where the
+    ranks together do not compute the model's results, and what `moec.compile` raises.
     """
     if others := options.keys() - OPTIONS:
         name = min(others)

@@ -44,7 +44,9 @@ def device_of_rank(target: str) -> Device:
     try:
         index = int(os.environ["LOCAL_RANK"])
     except KeyError:
-        raise UsageError("LOCAL_RANK, the number of a rank's GPU, is not set: start it with torchrun") from None
+        raise UsageError(
+            "LOCAL_RANK, the number of a rank's GPU, is not set: start the ranks with torchrun"
+        ) from None
     if not dist.is_nccl_available():
         raise TargetError(
             f"the ranks are compiled for {target} and exchange rows by NCCL, which this build of "

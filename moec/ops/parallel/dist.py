@@ -221,6 +221,6 @@ def _infer_counts(op: Op) -> tuple[TensorType, ...]:
 @defop("dist.counts", _infer_counts, "ends")
 def counts(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """ends[P] -> i32[n]: the number of rows in each run of parts[i] consecutive slots."""
-    last = torch.tensor(attrs["parts"], device=tensors[0].device).cumsum(0) - 1
+    last = torch.tensor(attrs["parts"]).cumsum(0) - 1
     ends = tensors[0].long()[last]
     return torch.diff(ends, prepend=ends.new_zeros(1)).int()
