@@ -62,11 +62,10 @@ def device_of_rank(target: str) -> Device:
 def start_group(device: Device, timeout: timedelta) -> None:
     """Starts torch.distributed for exchanges between devices like this one."""
     on = torch.device(device.takes)
-    if on.type == "cuda":
-        torch.cuda.set_device(on)  # where NCCL and torch's own objects are from now on
-    dist.init_process_group(
-        BACKENDS[on.type], timeout=timeout, device_id=on if on.type == "cuda" else None
-    )
+    gpu = on if on.type == CUDA else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # where torch sends objects by NCCL
+    dist.init_process_group(BACKENDS[on.type], timeout=timeout, device_id=gpu)
 
 
 class ProcessRanks:

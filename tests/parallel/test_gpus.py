@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from click.testing import CliRunner
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3MoeForCausalLM
 
 from moec import __main__ as front
@@ -141,7 +141,7 @@ def test_gpus_exchange_by_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda name, *, timeout, device_id: calls.append((name, device_id)),
     )
     for device in (device_of("cuda:1"), device_of("cuda:1", copies=True), Cpu()):
-        start_group(device, timeout=Job(Path(), None, None, 1.0, 1).timeout)
+        start_group(device, timedelta(seconds=1))
     gpu = torch.device("cuda:1")
     assert calls == [gpu, ("nccl", gpu), ("gloo", None), ("gloo", None)]
 
@@ -187,12 +187,11 @@ SIZES = {"rows": 6, "other": 9, "parts": (1, 2)}
         ("dist.counts", ((3,),)),
     ],
 )
-def test_what_torch_computes_stays_on_the_gpu(name: str, shapes: Any) -> None:
-    """Tensors without memory: an operator refuses those of two devices."""
-    with FakeTensorMode():
-        tensors = [torch.zeros(shape, dtype=torch.int64, device="cuda:1") for shape in shapes]
-        result = OPS[name].reference(None, tensors, SIZES, None)  # type: ignore[arg-type]
-    assert result.device == torch.device("cuda:1")
+def test_what_torch_computes_stays_on_its_device(name: str, shapes: Any) -> None:
+    """Another device than the CPU: tensors without memory."""
+    tensors = [torch.zeros(shape, dtype=torch.int64, device="meta") for shape in shapes]
+    result = OPS[name].reference(None, tensors, SIZES, None)  # type: ignore[arg-type]
+    assert result.device.type == "meta"
 
 
 @pytest.mark.parametrize(
