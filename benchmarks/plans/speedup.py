@@ -1,0 +1,226 @@
+"""Two ranks with one thread each beside one process with one thread, and with two.
+
+    python -m benchmarks.plans.speedup [--layers 8] [--texts 8] [--prompt-tokens 64] [--rounds 9]
+
+The model has the shape of Granite-3.0-1B-A400M with fewer layers, in bf16, and random weights. Each
+rank has half of the experts of every layer, and half of the texts. All contenders are processes
+that wait while another is measured, in turn. Prefill reads the prompts of all texts, decode writes
+`--new-tokens` tokens after each. Every contender must have the same logits, up to rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import moec
+from benchmarks.models.granite import SHAPE
+from benchmarks.records import Cell, add_record_options, record_if_asked
+from moec.parallel.decoder import RankDecoder
+from moec.parallel.launch import launch
+from moec.parallel.process import Job, joined
+from moec.plan.inputs.workload import Workload
+from moec.plan.plan import LayerPlan, Plan
+from moec.runtime.call.executor import load
+from moec.runtime.package import DECODE
+from moec.runtime.process.threads import set_threads
+from moec.runtime.text.texts import Decoder, Texts
+from moec.target.cpu import processor
+
+RANKS = 2
+ALONE = {"1 thread": 1, "2 threads": 2}
+TOGETHER = f"{RANKS} ranks"
+ROUNDING = 0.02
+"""Of bf16, through all layers: the greatest distance of logits, as a share of their norm."""
+
+
+@dataclass(frozen=True)
+class Work:
+    texts: int
+    prompt: int
+    new: int
+
+    def seconds(self, decoder: Decoder) -> tuple[float, float, list[float]]:
+        """Of the prompts, and of one token of all texts; and the last logits of the first text."""
+        generator = np.random.default_rng(0)
+        shape = (self.texts, self.prompt + self.new)
+        tokens = generator.integers(SHAPE["vocab_size"], size=shape).tolist()
+        texts = Texts(decoder, self.texts, self.prompt + self.new)
+        start = time.perf_counter()
+        texts.feed([text[: self.prompt] for text in tokens])
+        middle = time.perf_counter()
+        for at in range(self.prompt, self.prompt + self.new):
+            logits = texts.feed([text[at : at + 1] for text in tokens])
+        end = time.perf_counter()
+        return middle - start, (end - middle) / self.new, logits[0].tolist()
+
+
+def plan(layers: int, attention: int) -> Plan:
+    """Half of the experts of each layer on each rank."""
+    experts = SHAPE["num_local_experts"]
+    half = experts // RANKS
+    slots = tuple(tuple(range(rank * half, (rank + 1) * half)) for rank in range(RANKS))
+    return Plan(
+        model="granite", cluster="this machine", devices=RANKS, node_size=RANKS,
+        workload=Workload(tokens=1, sequences=0, context=0), routing="uniform",
+        layers=tuple(
+            LayerPlan(
+                layer=layer, experts=experts, attention=attention, ranks=RANKS, slots=slots,
+                seconds={},
+            )
+            for layer in range(layers)
+        ),
+        seconds=0.0, memory=0.0, memory_limit=0.0,
+    )  # fmt: skip
+
+
+def build(folder: Path, layers: int, attention: int) -> None:
+    """The artifact of one process, and the ranks."""
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+    torch.manual_seed(0)
+    config = GraniteMoeConfig(**{**SHAPE, "num_hidden_layers": layers}, dtype=torch.bfloat16)
+    model = GraniteMoeForCausalLM(config).to(torch.bfloat16).eval()
+    ids = {"input_ids": torch.arange(2 * 8).reshape(2, 8)}
+    moec.compile(model, (), ids, verify=False).save(folder / "one.moec")
+    ranks = moec.compile_ranks(
+        model, plan(layers, attention), folder / "two.ranks", (), ids, verify=False
+    )
+    assert not ranks.declined, ranks.declined
+
+
+def serve(artifact: str, threads: int, work: Work) -> None:
+    """Measures once for each line that it reads."""
+    set_threads(threads)
+    decoder = load(artifact)
+    for _ in sys.stdin:
+        print(json.dumps(work.seconds(decoder)), flush=True)
+
+
+@contextmanager
+def servers(artifact: Path, work: Work) -> Iterator[dict[str, Callable[[], Any]]]:
+    """A process for each contender of one process; each is measured by a call."""
+    with ExitStack() as stack:
+        calls = {}
+        for name, threads in ALONE.items():
+            numbers = (threads, work.texts, work.prompt, work.new)
+            words = ["-m", "benchmarks.plans.speedup", "--serve", artifact, *numbers]
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, *map(str, words)], stdin=PIPE, stdout=PIPE, text=True
+                )
+            )
+            stack.callback(process.kill)
+            calls[name] = partial(answer, process)
+        yield calls
+
+
+def answer(process: subprocess.Popen[str]) -> Any:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    print(file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline())
+
+
+def measure(job: Job, rounds: int, work: Work) -> dict[str, list[Any]]:
+    """On rank 0 what each contender took in each round, the first of which is not counted. Rank 1
+    waits while one process is measured."""
+    results: dict[str, list[Any]] = {name: [] for name in (*ALONE, TOGETHER)}
+    with joined(job, DECODE) as (ranks, files), ExitStack() as stack:
+        decoder = RankDecoder(files, ranks)
+
+        def together() -> Any:
+            dist.barrier()
+            return work.seconds(decoder)
+
+        calls: dict[str, Callable[[], Any]] = {TOGETHER: together}
+        if ranks.rank == 0:
+            one = stack.enter_context(servers(job.folder.with_name("one.moec"), work))
+            calls = {"1 thread": one["1 thread"], TOGETHER: together, "2 threads": one["2 threads"]}
+        for number in range(rounds + 1):
+            for name in list(calls)[:: 1 if number % 2 else -1]:
+                results[name].append(calls[name]())
+    return {name: rows[1:] for name, rows in results.items()}
+
+
+def table(results: Mapping[str, list[Any]], work: Work) -> list[dict[str, Cell]]:
+    """Medians, and ratios of medians to one process with one thread."""
+    right = np.array(results["1 thread"][0][2])
+    for name, rows in results.items():
+        distance = np.linalg.norm(np.array(rows[0][2]) - right) / np.linalg.norm(right)
+        assert distance < ROUNDING, (name, distance)
+    rows: list[dict[str, Cell]] = []
+    for phase, name in enumerate(("prefill", "decode")):
+        tokens = work.texts * (work.prompt if phase == 0 else 1)
+        seconds = {n: statistics.median(row[phase] for row in r) for n, r in results.items()}
+        base = seconds["1 thread"]
+        spread = [
+            b[phase] / a[phase] for a, b in zip(results[TOGETHER], results["1 thread"], strict=True)
+        ]
+        rows.append(
+            {
+                "phase": name,
+                "texts": work.texts,
+                **{f"{n}, tokens/s": round(tokens / s, 1) for n, s in seconds.items()},
+                "2 threads, times as fast": round(base / seconds["2 threads"], 2),
+                "2 ranks, times as fast": round(base / seconds[TOGETHER], 2),
+                "from": round(min(ratios), 2),
+                "to": round(max(ratios), 2),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--attention", type=int, default=1, help="ranks that share the heads")
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="the model, if it was built before")
+    parser.add_argument("--serve", nargs=5, help=argparse.SUPPRESS)
+    add_record_options(parser, processor())
+    options = parser.parse_args()
+    if options.serve:
+        artifact, threads, *numbers = options.serve
+        serve(artifact, int(threads), Work(*map(int, numbers)))
+        return
+    work = Work(options.texts, options.prompt_tokens, options.new_tokens)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(exist_ok=True)
+        if not (folder / "two.ranks").exists():
+            build(folder, options.layers, options.attention)
+        load_before = os.getloadavg()[0]
+        job = Job(folder / "two.ranks", None, None, 600.0, 1)
+        results = launch(job, RANKS, measure, options.rounds, work)
+    rows = table(results, work)
+    for row in rows:
+        print(json.dumps(row))
+    record_if_asked(
+        options, "ranks-speedup", f"{options.layers} layers", rows,
+        f"{os.cpu_count()} cores, load {load_before:.1f} before, {options.rounds} rounds in turn",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
