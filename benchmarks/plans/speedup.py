@@ -120,13 +120,11 @@ def servers(artifact: Path, work: Work) -> Iterator[dict[str, Callable[[], Any]]
     with ExitStack() as stack:
         calls = {}
         for name, threads in ALONE.items():
-            numbers = (threads, work.texts, work.prompt, work.new)
-            words = ["-m", "benchmarks.plans.speedup", "--serve", artifact, *numbers]
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, *map(str, words)], stdin=PIPE, stdout=PIPE, text=True
-                )
-            )
+            words = ("benchmarks.plans.speedup", "--serve", artifact, threads)
+            numbers = (work.texts, work.prompt, work.new)
+            command = [sys.executable, "-m", *map(str, (*words, *numbers))]
+            pipes = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True)
+            process = stack.enter_context(pipes)
             stack.callback(process.kill)
             calls[name] = partial(answer, process)
         yield calls
@@ -171,9 +169,8 @@ def table(results: Mapping[str, list[Any]], work: Work) -> list[dict[str, Cell]]
         tokens = work.texts * (work.prompt if phase == 0 else 1)
         seconds = {n: statistics.median(row[phase] for row in r) for n, r in results.items()}
         base = seconds["1 thread"]
-        spread = [
-            b[phase] / a[phase] for a, b in zip(results[TOGETHER], results["1 thread"], strict=True)
-        ]
+        both = zip(results["1 thread"], results[TOGETHER], strict=True)
+        ratios = [one[phase] / two[phase] for one, two in both]
         rows.append(
             {
                 "phase": name,
