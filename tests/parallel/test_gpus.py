@@ -24,24 +24,34 @@ from transformers import Qwen3MoeForCausalLM
 from moec import __main__ as front
 from moec.codegen.backends.cuda import backend
 from moec.errors import ArtifactError, TargetError, UsageError
+from moec.interpret.evaluate import evaluate
+from moec.interpret.ranks import side_by_side
 from moec.ops import OPS
+from moec.parallel.compile import compile_function
 from moec.parallel.process import Job, started
 from moec.parallel.process_ranks import device_of_rank, start_group
+from moec.parallel.segments import RankModel
 from moec.parallel.store import gpu_file, load_rank, manifest_of, verify_folder
+from moec.passes.parallel.plan_parallelism import rank_programs
+from moec.plan.groups import groups_of
 from moec.runtime.device.device import Cpu, device_of
 from moec.runtime.device.gpu import GpuDevice
-from moec.runtime.package import DECODE
+from moec.runtime.package import DECODE, MAIN
+from moec.target.named import parse_for_ranks
 from tests.cuda_emulator.driver import stand_in, write_driver
 from tests.cuda_emulator.emulate import needs_compiler
+from tests.cuda_emulator.models import EmulatedGpu
 from tests.once import Once
 from tests.parallel.test_start import as_rank
 from tests.parallel.test_text import cli, folder
+from tests.passes.parallel.test_plan_parallelism import FORMS, D, model
 
 __all__ = ["folder"]  # a fixture
 
 TARGET = "cuda:sm_80,sm_90a"
 PROMPTS = [[5, 9, 12, 7, 33], [100, 3], [64]]  # two on rank 0, one on rank 1
 TOKENS = 4
+FORMS_OF_RANKS = ("flat", "slices", "rail", "hierarchical", "deduplicated")
 RANK = f"""
 import ctypes, json, os, sys
 from pathlib import Path
@@ -113,9 +123,29 @@ def test_tokens_and_logits_of_transformers(on_gpus: Path, folder: Path, tmp_path
 
 
 @needs_compiler
+@pytest.mark.parametrize("form", FORMS_OF_RANKS)
+def test_every_form_of_exchange(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks as threads, one of which has no rows, on emulated kernels; beside the graph before it
+    was split, in torch."""
+    monkeypatch.setattr(backend, "CUDA", backend.CUDA_TEXT)
+    program, p = model(), FORMS[form]
+    ranks = rank_programs(program, p)
+    programs = [ranks[f"rank.{rank}.main"] for rank in range(p.devices)]
+    codes = compile_function(programs, MAIN, parse_for_ranks("cuda:sm_80"))
+    models = [RankModel(code, EmulatedGpu()) for code in codes]
+    x = torch.randn(7, D, generator=torch.Generator().manual_seed(1))
+    parts = x.split([2, 0, 4, 1])
+    results = side_by_side(
+        p.devices, groups_of(p), lambda rank, table: models[rank]([parts[rank]], table)[0]
+    )
+    (expected,) = evaluate(program.graph, [x], program.weights)
+    torch.testing.assert_close(torch.cat(results), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
 def test_a_rank_has_its_kernels(on_gpus: Path, tmp_path: Path) -> None:
     assert manifest_of(on_gpus)[0].target == TARGET
-    for function in ("main", DECODE):
+    for function in (MAIN, DECODE):
         code = load_rank(on_gpus, 1, function).code.package.gpu
         assert code is not None
         assert code.target == TARGET
