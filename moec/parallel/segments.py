@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import Reference
 from moec.ir.sizes.dims import bind_shape
 from moec.parallel.cut import cut
+from moec.runtime.artifact.mapped_arrays import CheckedArrays
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
 from moec.runtime.device.device import Device
@@ -43,7 +44,10 @@ class RankModel:
     def __init__(self, code: RankCode, device: Device | None = None) -> None:
         self.graph = code.graph
         self.schedule = cut(self.graph)
-        self.executor = Executor(code.package, device=device)
+        arrays = code.package.arrays
+        # Checked once in a call: in each segment, hundreds of files take longer than its kernels.
+        self._checked = arrays if isinstance(arrays, CheckedArrays) else None
+        self.executor = Executor(replace(code.package, arrays=dict(arrays)), device=device)
         self.tables = {
             value: _tensor(value, code.package).to(self.executor.device.takes)
             for item in self.schedule
@@ -59,7 +63,9 @@ class RankModel:
         caches: Sequence[Cache] = (),
     ) -> tuple[torch.Tensor, ...]:
         """The graph's outputs. Writes `caches`, the contents of its states. Raises RankError where
-        an exchange fails."""
+        an exchange fails, and ArtifactError where a file of weights was written to."""
+        if self._checked is not None:
+            self._checked.check_unchanged()
         graph = self.graph
         states = [state.before for state in graph.states]
         held = dict(zip(states, caches, strict=True))
