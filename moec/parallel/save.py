@@ -76,7 +76,7 @@ def save_ranks(
                 files[code_file(rank, function)] = _written_code(folder, rank, function, code)
         parts = {name: _written(folder, name, content) for name, content in files.items()}
         why = "" if rank_function(0, DECODE) in module else text.no_generation
-        manifest = FolderManifest(VERSION, target.name, plan.devices, parts, text.stop, why)
+        manifest = FolderManifest(VERSION, plan.devices, parts, text.stop, why, target.name)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         if path.exists():
             shutil.rmtree(path)

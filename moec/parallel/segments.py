@@ -45,7 +45,7 @@ class RankModel:
         self.graph = code.graph
         self.schedule = cut(self.graph)
         arrays = code.package.arrays
-        # Checked once in a call: in each segment, hundreds of files take longer than its kernels.
+        # Once in a call of the rank, whose weights are many files, instead of once in each segment.
         self._checked = arrays if isinstance(arrays, CheckedArrays) else None
         self.executor = Executor(replace(code.package, arrays=dict(arrays)), device=device)
         self.tables = {

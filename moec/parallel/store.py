@@ -52,11 +52,11 @@ class FolderManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `no_generation` is the reason if there is no graph that continues text."""
 
     version: int
-    target: str
     devices: Annotated[int, msgspec.Meta(ge=1)]
     parts: dict[str, FolderPart]
     stop: tuple[int, ...] = ()
     no_generation: str = ""
+    target: str = ""
 
 
 class CodeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -193,6 +193,11 @@ def load_rank(
         code = _code(path, rank, function, _checked(path, code_file(rank, function), manifest))
     except (msgspec.MsgspecError, IRError, UnicodeDecodeError, KeyError) as error:
         raise ArtifactError(f"{path}, rank {rank}: {error}") from None
+    if code.package.target_name != manifest.target:
+        raise ArtifactError(
+            f"{path} is for {manifest.target}, and rank {rank} for {code.package.target_name}: "
+            "compile the plan again"
+        )
     return RankFiles(code, plan, digest, manifest.stop)
 
 

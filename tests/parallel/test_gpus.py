@@ -158,6 +158,19 @@ def test_a_rank_has_its_kernels(on_gpus: Path, tmp_path: Path) -> None:
         load_rank(copy, 1, DECODE)
 
 
+def test_another_folder_than_its_ranks(two_ranks: Path, tmp_path: Path) -> None:
+    """Also one of a version without the target."""
+    copy = Path(shutil.copytree(two_ranks, tmp_path / "m.ranks"))
+    fields = json.loads((copy / "ranks.json").read_text())
+    (copy / "ranks.json").write_text(json.dumps({**fields, "target": TARGET}))
+    with pytest.raises(ArtifactError, match=f"is for {TARGET}, and rank 0 for {fields['target']}"):
+        load_rank(copy, 0)
+    del fields["target"]
+    (copy / "ranks.json").write_text(json.dumps({**fields, "version": 3}))
+    with pytest.raises(ArtifactError, match="was written by another version of moec"):
+        load_rank(copy, 0)
+
+
 # ---- the device chooses how rows are exchanged ---------------------------------------------
 
 
