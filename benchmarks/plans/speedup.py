@@ -20,11 +20,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,24 +51,35 @@ ROUNDING = 0.02
 
 
 @dataclass(frozen=True)
+class Took:
+    """A round of one contender: seconds of the prompts and of a token of all texts, by the clock
+    and of CPU (of the busiest rank), and the last logits of the first text."""
+
+    clock: tuple[float, float]
+    cpu: tuple[float, float]
+    logits: list[float]
+
+
+@dataclass(frozen=True)
 class Work:
     texts: int
     prompt: int
     new: int
 
-    def seconds(self, decoder: Decoder) -> tuple[float, float, list[float]]:
-        """Of the prompts, and of one token of all texts; and the last logits of the first text."""
+    def took(self, decoder: Decoder) -> Took:
         generator = np.random.default_rng(0)
         shape = (self.texts, self.prompt + self.new)
         tokens = generator.integers(SHAPE["vocab_size"], size=shape).tolist()
         texts = Texts(decoder, self.texts, self.prompt + self.new)
-        start = time.perf_counter()
+        times = [(time.perf_counter(), time.process_time())]
         texts.feed([text[: self.prompt] for text in tokens])
-        middle = time.perf_counter()
+        times.append((time.perf_counter(), time.process_time()))
         for at in range(self.prompt, self.prompt + self.new):
             logits = texts.feed([text[at : at + 1] for text in tokens])
-        end = time.perf_counter()
-        return middle - start, (end - middle) / self.new, logits[0].tolist()
+        times.append((time.perf_counter(), time.process_time()))
+        (prefill, cpu), (decode, cpu_of_decode) = np.diff(times, axis=0).tolist()
+        of_token = cpu_of_decode / self.new
+        return Took((prefill, decode / self.new), (cpu, of_token), logits[0].tolist())
 
 
 def plan(layers: int, attention: int) -> Plan:
@@ -111,11 +121,11 @@ def serve(artifact: str, threads: int, work: Work) -> None:
     set_threads(threads)
     decoder = load(artifact)
     for _ in sys.stdin:
-        print(json.dumps(work.seconds(decoder)), flush=True)
+        print(json.dumps(asdict(work.took(decoder))), flush=True)
 
 
 @contextmanager
-def servers(artifact: Path, work: Work) -> Iterator[dict[str, Callable[[], Any]]]:
+def servers(artifact: Path, work: Work) -> Iterator[dict[str, Callable[[], Took]]]:
     """A process for each contender of one process; each is measured by a call."""
     with ExitStack() as stack:
         calls = {}
@@ -130,25 +140,28 @@ def servers(artifact: Path, work: Work) -> Iterator[dict[str, Callable[[], Any]]
         yield calls
 
 
-def answer(process: subprocess.Popen[str]) -> Any:
+def answer(process: subprocess.Popen[str]) -> Took:
     assert process.stdin is not None
     assert process.stdout is not None
     print(file=process.stdin, flush=True)
-    return json.loads(process.stdout.readline())
+    return Took(**json.loads(process.stdout.readline()))
 
 
-def measure(job: Job, rounds: int, work: Work) -> dict[str, list[Any]]:
+def measure(job: Job, rounds: int, work: Work) -> dict[str, list[Took]]:
     """On rank 0 what each contender took in each round, the first of which is not counted. Rank 1
     waits while one process is measured."""
-    results: dict[str, list[Any]] = {name: [] for name in (*ALONE, TOGETHER)}
+    results: dict[str, list[Took]] = {name: [] for name in (*ALONE, TOGETHER)}
     with joined(job, DECODE) as (ranks, files), ExitStack() as stack:
         decoder = RankDecoder(files, ranks)
 
-        def together() -> Any:
+        def together() -> Took:
             dist.barrier()
-            return work.seconds(decoder)
+            took = work.took(decoder)
+            cpu = torch.tensor(took.cpu, dtype=torch.float64)
+            dist.all_reduce(cpu, dist.ReduceOp.MAX)
+            return replace(took, cpu=tuple(cpu.tolist()))
 
-        calls: dict[str, Callable[[], Any]] = {TOGETHER: together}
+        calls: dict[str, Callable[[], Took]] = {TOGETHER: together}
         if ranks.rank == 0:
             one = stack.enter_context(servers(job.folder.with_name("one.moec"), work))
             calls = {"1 thread": one["1 thread"], TOGETHER: together, "2 threads": one["2 threads"]}
@@ -158,28 +171,32 @@ def measure(job: Job, rounds: int, work: Work) -> dict[str, list[Any]]:
     return {name: rows[1:] for name, rows in results.items()}
 
 
-def table(results: Mapping[str, list[Any]], work: Work) -> list[dict[str, Cell]]:
+def table(results: Mapping[str, list[Took]], work: Work) -> list[dict[str, Cell]]:
     """Medians, and ratios of medians to one process with one thread."""
-    right = np.array(results["1 thread"][0][2])
-    for name, rows in results.items():
-        distance = np.linalg.norm(np.array(rows[0][2]) - right) / np.linalg.norm(right)
+    right = np.array(results["1 thread"][0].logits)
+    for name, rounds in results.items():
+        distance = np.linalg.norm(np.array(rounds[0].logits) - right) / np.linalg.norm(right)
         assert distance < ROUNDING, (name, distance)
     rows: list[dict[str, Cell]] = []
     for phase, name in enumerate(("prefill", "decode")):
         tokens = work.texts * (work.prompt if phase == 0 else 1)
-        seconds = {n: statistics.median(row[phase] for row in r) for n, r in results.items()}
-        base = seconds["1 thread"]
+        clock, cpu = (
+            {n: statistics.median(getattr(r, of)[phase] for r in rs) for n, rs in results.items()}
+            for of in ("clock", "cpu")
+        )
         both = zip(results["1 thread"], results[TOGETHER], strict=True)
-        ratios = [one[phase] / two[phase] for one, two in both]
+        ratios = [one.clock[phase] / two.clock[phase] for one, two in both]
+        base = clock["1 thread"]
         rows.append(
             {
                 "phase": name,
                 "texts": work.texts,
-                **{f"{n}, tokens/s": round(tokens / s, 1) for n, s in seconds.items()},
-                "2 threads, times as fast": round(base / seconds["2 threads"], 2),
-                "2 ranks, times as fast": round(base / seconds[TOGETHER], 2),
-                "from": round(min(ratios), 2),
-                "to": round(max(ratios), 2),
+                **{f"{n}, tokens/s": round(tokens / s, 1) for n, s in clock.items()},
+                "2 threads, times as fast": round(base / clock["2 threads"], 2),
+                "2 ranks, times as fast": round(base / clock[TOGETHER], 2),
+                "least of a round": round(min(ratios), 2),
+                "most": round(max(ratios), 2),
+                "CPU of 1 thread / of a rank": round(cpu["1 thread"] / cpu[TOGETHER], 2),
             }
         )
     return rows

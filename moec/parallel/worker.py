@@ -58,8 +58,8 @@ def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tenso
             f"{source}: inputs have different first axes, which are split over the ranks: give "
             "inputs of one batch size"
         )
-    own = (np.array_split(arrays[name], world)[ranks.rank] for name in names)
-    return [torch.from_numpy(array).to(ranks.device.takes) for array in own]
+    shares = (np.array_split(arrays[name], world)[ranks.rank] for name in names)
+    return [torch.from_numpy(share).to(ranks.device.takes) for share in shares]
 
 
 def _on_first(ranks: ProcessRanks, tensor: torch.Tensor) -> torch.Tensor:

@@ -105,13 +105,13 @@ def test_tokens_and_logits_of_transformers(on_gpus: Path, folder: Path, tmp_path
     np.savez(tmp_path / "in.npz", input_ids=ids.numpy())
     (tmp_path / "rank.py").write_text(RANK)
     words = ["--nproc-per-node", "2", "--log-dir", str(tmp_path), "rank.py", str(on_gpus)]
-    result = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *words],
         cwd=tmp_path, env=write_driver(tmp_path), capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert not result.returncode, result.stderr
-    got = json.loads((tmp_path / "out.json").read_text())
-    for prompt, *tokens in zip(PROMPTS, *got["tokens"], strict=True):
+    assert not process.returncode, process.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    for prompt, *tokens in zip(PROMPTS, *result["tokens"], strict=True):
         expected = model.generate(
             torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None
         )
@@ -119,7 +119,7 @@ def test_tokens_and_logits_of_transformers(on_gpus: Path, folder: Path, tmp_path
     with torch.no_grad():
         right = model(ids).logits.numpy()
     # Sums over a hidden width of 32 in another order.
-    np.testing.assert_allclose(np.array(got["logits"]), right, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.array(result["logits"]), right, rtol=1e-5, atol=1e-6)
 
 
 @needs_compiler
