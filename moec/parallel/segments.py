@@ -15,6 +15,7 @@ from moec.parallel.cut import cut
 from moec.runtime.artifact.mapped_arrays import CheckedArrays
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
+from moec.runtime.checks import check_inputs
 from moec.runtime.device.device import Device
 from moec.runtime.device.tensors import from_numpy, to_caller
 from moec.runtime.package import Function, Generation, Package, Port
@@ -44,6 +45,7 @@ class RankModel:
     def __init__(self, code: RankCode, device: Device | None = None) -> None:
         self.graph = code.graph
         self.schedule = cut(self.graph)
+        self._signature = code.signature
         arrays = code.package.arrays
         # Once in a call of the rank, whose weights are many files, instead of once in each segment.
         self._checked = arrays if isinstance(arrays, CheckedArrays) else None
@@ -63,9 +65,13 @@ class RankModel:
         caches: Sequence[Cache] = (),
     ) -> tuple[torch.Tensor, ...]:
         """The graph's outputs. Writes `caches`, the contents of its states. Raises RankError where
-        an exchange fails, and ArtifactError where a file of weights was written to."""
+        an exchange fails, InputError for wrong inputs, and ArtifactError where a file of weights
+        was written to."""
         if self._checked is not None:
             self._checked.check_unchanged()
+        names = (port.name for port in self._signature.inputs)
+        named = dict(zip(names, inputs, strict=True))
+        check_inputs(self._signature, named, self.executor.device.takes)
         graph = self.graph
         states = [state.before for state in graph.states]
         held = dict(zip(states, caches, strict=True))
@@ -90,9 +96,9 @@ class RankModel:
                 outputs: Sequence[Value] = item.outputs
             else:
                 part = item.graph
-                feeds = {v.name: values[v] for v in part.inputs if v not in held}
+                feeds = [values[v] for v in part.inputs if v not in held]
                 written = [held[state.before] for state in part.states]
-                arrays = self.executor(feeds, item.name, written)
+                arrays = self.executor.run(feeds, item.name, written)
                 outputs, results = part.outputs, tuple(arrays[v.name] for v in part.outputs)
             for value, tensor in zip(outputs, results, strict=True):
                 learn(value, tensor)
