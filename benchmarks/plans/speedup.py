@@ -36,6 +36,7 @@ from moec.parallel.decoder import RankDecoder
 from moec.parallel.launch import launch
 from moec.parallel.process import Job, joined
 from moec.plan.inputs.workload import Workload
+from moec.plan.network.exchange import Form
 from moec.plan.plan import LayerPlan, Plan
 from moec.runtime.call.executor import load
 from moec.runtime.package import DECODE
@@ -82,18 +83,18 @@ class Work:
         return Took((prefill, decode / self.new), (cpu, of_token), logits[0].tolist())
 
 
-def plan(layers: int, attention: int) -> Plan:
-    """Half of the experts of each layer on each rank."""
+def plan(layers: int, form: Form) -> Plan:
+    """Half of the experts of each layer on each rank; a deduplicated row goes to a rank once."""
     experts = SHAPE["num_local_experts"]
     half = experts // RANKS
     slots = tuple(tuple(range(rank * half, (rank + 1) * half)) for rank in range(RANKS))
     return Plan(
-        model="granite", cluster="this machine", devices=RANKS, node_size=RANKS,
+        model="granite", cluster="this machine", devices=RANKS, node_size=1,
         workload=Workload(tokens=1, sequences=0, context=0), routing="uniform",
         layers=tuple(
             LayerPlan(
-                layer=layer, experts=experts, attention=attention, ranks=RANKS, slots=slots,
-                seconds={},
+                layer=layer, experts=experts, attention=1, ranks=RANKS, slots=slots,
+                form=form, seconds={},
             )
             for layer in range(layers)
         ),
@@ -101,7 +102,7 @@ def plan(layers: int, attention: int) -> Plan:
     )  # fmt: skip
 
 
-def build(folder: Path, layers: int, attention: int) -> None:
+def build(folder: Path, layers: int, form: Form) -> None:
     """The artifact of one process, and the ranks."""
     from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
 
@@ -111,7 +112,7 @@ def build(folder: Path, layers: int, attention: int) -> None:
     ids = {"input_ids": torch.arange(2 * 8).reshape(2, 8)}
     moec.compile(model, (), ids, verify=False).save(folder / "one.moec")
     ranks = moec.compile_ranks(
-        model, plan(layers, attention), folder / "two.ranks", (), ids, verify=False
+        model, plan(layers, form), folder / "two.ranks", (), ids, verify=False
     )
     assert not ranks.declined, ranks.declined
 
@@ -205,7 +206,7 @@ def table(results: Mapping[str, list[Took]], work: Work) -> list[dict[str, Cell]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--attention", type=int, default=1, help="ranks that share the heads")
+    parser.add_argument("--form", choices=("flat", "deduplicated"), default="deduplicated")
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -223,7 +224,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         folder.mkdir(exist_ok=True)
         if not (folder / "two.ranks").exists():
-            build(folder, options.layers, options.attention)
+            build(folder, options.layers, options.form)
         load_before = os.getloadavg()[0]
         job = Job(folder / "two.ranks", None, None, 600.0, 1)
         results = launch(job, RANKS, measure, options.rounds, work)
@@ -231,7 +232,7 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     record_if_asked(
-        options, "ranks-speedup", f"{options.layers} layers", rows,
+        options, "ranks-speedup", f"{options.layers} layers, {options.form}", rows,
         f"{os.cpu_count()} cores, load {load_before:.1f} before, {options.rounds} rounds in turn",
     )  # fmt: skip
 
