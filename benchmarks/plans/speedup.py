@@ -206,7 +206,7 @@ def table(results: Mapping[str, list[Took]], work: Work) -> list[dict[str, Cell]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--form", choices=("flat", "deduplicated"), default="deduplicated")
+    parser.add_argument("--form", choices=("flat", "deduplicated"), default="flat")
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=16)
