@@ -208,8 +208,8 @@ CLAIMS = (
         "two. The model has 8 layers of the shape of Granite-3.0-1B-A400M, in bf16, and random "
         "weights; each rank has half of the experts and of the texts. No speed-up was measured: "
         "other work had both cores, so that two threads of one process were 0.80 to 1.41 times as "
-        "fast as one. Ratios are of medians; `least` and `most` are of single rounds. CPU seconds of "
-        "one process over those of the busiest rank, which other work changes less, are what two "
+        "fast as one. Ratios are of medians; `least` and `most` are of single rounds. CPU seconds "
+        "of one process over those of the busiest rank, which other work changes less, are what two "
         "free cores could give at most.",
     ),
     Claim(
