@@ -209,8 +209,8 @@ CLAIMS = (
         "weights; each rank has half of the experts and of the texts. No speed-up was measured: "
         "other work had both cores, so that two threads of one process were 0.80 to 1.41 times as "
         "fast as one. Ratios are of medians; `least` and `most` are of single rounds. CPU seconds "
-        "of one process over those of the busiest rank, which other work changes less, are what two "
-        "free cores could give at most.",
+        "of one process over those of the busiest rank, which other work changes less, are what "
+        "two free cores could give at most.",
     ),
     Claim(
         "plan-traces",

@@ -36,8 +36,8 @@ def device_of_rank(target: str) -> Device:
 
     Nothing else chooses how ranks exchange rows: `BACKENDS` has it for the tensors that the device
     takes. A test without GPUs replaces this function by one that returns an emulated GPU, whose
-    tensors are on the CPU. Raises UsageError where torchrun did not start this process, and TargetError
-    where the host has too few GPUs, or torch has no NCCL.
+    tensors are on the CPU. Raises UsageError where torchrun did not start this process, and
+    TargetError where the host has too few GPUs, or torch has no NCCL.
     """
     if not target.startswith(CUDA):
         return Cpu()
