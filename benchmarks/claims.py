@@ -213,6 +213,17 @@ CLAIMS = (
         "model to eager, as a share of the greatest value.",
     ),
     Claim(
+        "ranks-speedup",
+        "Two ranks beside one process",
+        "Two ranks with one thread each, over gloo, beside one process with one thread and with "
+        "two. The model has 8 layers of the shape of Granite-3.0-1B-A400M, in bf16, and random "
+        "weights; each rank has half of the experts and of the texts. No speed-up was measured: "
+        "other work had both cores, so that two threads of one process were 0.80 to 1.41 times as "
+        "fast as one. Ratios are of medians; `least` and `most` are of single rounds. CPU seconds "
+        "of one process over those of the busiest rank, which other work changes less, are what "
+        "two free cores could give at most.",
+    ),
+    Claim(
         "plan-traces",
         "Plans made from one half of recorded routing, for the other half",
         "Predicted milliseconds of a step of 4,096 tokens on eight devices with memory for 0.3 of "

@@ -204,8 +204,9 @@ def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[
     hush()
     with explain_sizes():
         compile_ranks(
-            request.model, plan_file, request.output, arguments, request.verify, request.force
-        )
+            request.model, plan_file, request.output, arguments, request.verify, request.force,
+            request.target,
+        )  # fmt: skip
     if not request.quiet:
         echo(f"wrote {request.output}")
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from moec.errors import IRError
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Module
+from moec.ir.opdef import Reference
 from moec.ops.parallel.dist import meanings
 
 Groups = Mapping[str, Sequence[Sequence[int]]]
 """The ranks of each group by name: parts of 0..p-1, in the order that the collectives keep."""
 _PATIENCE = 60.0
+T = TypeVar("T")
 
 
 @dataclass
@@ -84,21 +87,34 @@ def evaluate_ranks(
 
     Raises IRError for counts that two ranks disagree about, or what the first rank to fail raises.
     """
+
+    def run(rank: int, table: Mapping[str, Reference]) -> tuple[torch.Tensor, ...]:
+        program = module[f"rank.{rank}.{function}"]
+        tensors = [*inputs[rank], *(program.weights[p.name] for p in program.graph.params)]
+        return run_graph(program.graph, tensors, meanings=table)
+
+    return side_by_side(len(inputs), groups, run)
+
+
+def side_by_side(
+    count: int, groups: Groups, run: Callable[[int, Mapping[str, Reference]], T]
+) -> list[T]:
+    """run(rank, the meanings of its collectives) of every rank, each in a thread.
+
+    Raises IRError for counts that two ranks disagree about, or what the first rank to fail raises.
+    """
     meetings = {
         tuple(part): _Meeting(threading.Barrier(len(part)))
         for parts in groups.values()
         for part in parts
     }
-    results: dict[int, tuple[torch.Tensor, ...]] = {}
+    results: dict[int, T] = {}
     errors: list[BaseException] = []
 
-    def run(rank: int) -> None:
-        program = module[f"rank.{rank}.{function}"]
-        tensors = [*inputs[rank], *(program.weights[p.name] for p in program.graph.params)]
+    def run_rank(rank: int) -> None:
         try:
             with torch.no_grad():
-                table = meanings(_SimulatedRank(rank, groups, meetings))
-                results[rank] = run_graph(program.graph, tensors, meanings=table)
+                results[rank] = run(rank, meanings(_SimulatedRank(rank, groups, meetings)))
         except threading.BrokenBarrierError:
             pass  # another rank failed first, and its error is the one to show
         except BaseException as error:
@@ -106,14 +122,14 @@ def evaluate_ranks(
             for meeting in meetings.values():
                 meeting.barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(inputs))]
+    threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     if errors:
         raise errors[0]
-    if len(results) < len(inputs):
-        missing = sorted(set(range(len(inputs))) - set(results))
+    if len(results) < count:
+        missing = sorted(set(range(count)) - set(results))
         raise IRError(f"ranks {missing} waited for others that never came")
-    return [results[rank] for rank in range(len(inputs))]
+    return [results[rank] for rank in range(count)]

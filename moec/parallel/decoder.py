@@ -30,7 +30,7 @@ class RankDecoder:
     def __init__(self, files: RankFiles, ranks: ProcessRanks) -> None:
         self._ranks, self._meanings = ranks, named_meanings(ranks)
         code = files.code
-        self._model = RankModel(code)
+        self._model = RankModel(code, ranks.device)
         generation = code.generation and replace(code.generation, stop=files.stop)
         functions = {DECODE: code.signature}
         self.package = Package(code.package.target, functions, generation=generation)
@@ -49,7 +49,8 @@ class RankDecoder:
         for port in self.package.functions[DECODE].caches:
             group = self._groups.get(str(port.shape[0]))
             ranks = (self._ranks.rank,) if group is None else self._ranks.members[group]
-            caches += caches_of([port], sum(counts[rank] for rank in ranks), room)
+            held = sum(counts[rank] for rank in ranks)
+            caches += caches_of([port], held, room, self._ranks.device)
         return caches
 
     def decode(
@@ -62,10 +63,11 @@ class RankDecoder:
         # rows of the texts of ranks before this one
         before = (own_texts[0] if len(own_texts) else 0) * ids.shape[1]
         inputs = [ids[own_texts], first[own_texts], rows[own_texts] - before, last[own_texts]]
-        (logits,) = self._model([*map(torch.from_numpy, inputs)], self._meanings, caches)
+        tensors = [torch.from_numpy(array).to(self._ranks.device.takes) for array in inputs]
+        (logits,) = self._model(tensors, self._meanings, caches)
         with as_rank_errors(self._ranks, "the logits", "all_gather"):
             gathered = self._ranks.gather(WORLD, logits.float(), [*map(len, shares)])
-        return gathered.numpy()
+        return gathered.cpu().numpy()
 
     def _shares(self, texts: int) -> list[Array]:
         return np.array_split(np.arange(texts), self._ranks.size(WORLD))

@@ -121,7 +121,7 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
 
 def measure_rank(job: Job) -> Numbers:
     """One rank's numbers; all ranks run each part at the same time."""
-    with started(job) as (rank, world):
+    with started(job) as (rank, world, _):
         exchange = _exchange(world, world)
         flops, calls = {}, []
         for dtype in DTYPES:

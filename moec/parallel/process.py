@@ -17,9 +17,18 @@ import torch.distributed as dist
 
 from moec.errors import MoecError, UsageError
 from moec.parallel.ending import GRACE, ending_late
-from moec.parallel.process_ranks import ENDED, LATE, ProcessRanks, RankError, reason
+from moec.parallel.process_ranks import (
+    ENDED,
+    LATE,
+    ProcessRanks,
+    RankError,
+    device_of_rank,
+    reason,
+    start_group,
+)
 from moec.parallel.store import RankFiles, load_rank, manifest_of
 from moec.plan.groups import groups_of
+from moec.runtime.device.device import CPU, Device
 from moec.runtime.package import MAIN
 from moec.runtime.process.threads import set_threads
 
@@ -65,30 +74,32 @@ def joined(job: Job, function: str = MAIN) -> Iterator[tuple[ProcessRanks, RankF
             f"{job.folder} is planned for {manifest.devices} ranks, but {world} were started: "
             f"start {manifest.devices}"
         )
-    with started(job):
+    with started(job, manifest.target) as (_, _, device):
         files = load_rank(job.folder, rank, function, job.signed_by)
-        _same_everywhere(rank, files.digest, world)
-        ranks = ProcessRanks(rank, groups_of(files.plan), timedelta(seconds=job.timeout))
+        _same_everywhere(rank, files.digest, world, device)
+        ranks = ProcessRanks(rank, groups_of(files.plan), timedelta(seconds=job.timeout), device)
         yield ranks, files
 
 
 @contextmanager
-def started(job: Job) -> Iterator[tuple[int, int]]:
-    """While open, this process is in a group of torch.distributed; yields (rank, number of ranks).
-    Raises RankError where another rank fails, or what is raised inside."""
+def started(job: Job, target: str = CPU) -> Iterator[tuple[int, int, Device]]:
+    """While open, this process is in a group of torch.distributed; yields (rank, number of ranks,
+    the device for code of `target`). Raises RankError where another rank fails, as
+    `device_of_rank`, or what is raised inside."""
     rank, world = rank_of_process()
     torch.set_num_threads(job.threads)
     set_threads(job.threads)
     _mark(job, rank, "pid", str(os.getpid()))
-    with ending_late() as request, _failing(job, rank, request), _group(job, rank):
-        yield rank, world
+    with ending_late() as request, _failing(job, rank, request):
+        with _group(job, rank, target) as device:
+            yield rank, world, device
         _mark(job, rank, "done", "")
 
 
-def _same_everywhere(rank: int, digest: bytes, world: int) -> None:
+def _same_everywhere(rank: int, digest: bytes, world: int, device: Device) -> None:
     """Raises RankError where two ranks read different plans or weights. Comes before the groups of
     the plan: ranks of different plans would wait for each other in different groups."""
-    digest_row = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    digest_row = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device.takes)
     rows = [torch.empty_like(digest_row) for _ in range(world)]
     dist.all_gather(rows, digest_row)
     other = [r for r in range(world) if not torch.equal(rows[r], rows[0])]
@@ -100,13 +111,14 @@ def _same_everywhere(rank: int, digest: bytes, world: int) -> None:
 
 
 @contextmanager
-def _group(job: Job, rank: int) -> Iterator[None]:
+def _group(job: Job, rank: int, target: str) -> Iterator[Device]:
+    device = device_of_rank(target)
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=job.timeout))
+        start_group(device, timedelta(seconds=job.timeout))
     except (dist.DistError, RuntimeError) as error:
         raise RankError(f"rank {rank}, start: {reason(error)}") from error
     try:
-        yield
+        yield device
     finally:
         dist.destroy_process_group()  # a rank that ends without it aborts the others
 

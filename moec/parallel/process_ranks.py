@@ -1,7 +1,9 @@
-"""The ranks of a plan as processes: exchanges by torch.distributed, with names for errors."""
+"""The ranks of a plan as processes: their devices, and exchanges by torch.distributed, with names
+for errors."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,26 +13,69 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moec.errors import MoecError
+from moec.errors import MoecError, TargetError, UsageError
 from moec.interpret.ranks import Groups
 from moec.ir.graph import Op
 from moec.ir.opdef import Reference, Runner
 from moec.ops.parallel.dist import meanings
+from moec.runtime.device.device import CUDA, Cpu, Device, device_of
 
 LATE = "another rank did not respond in time"
 ENDED = "another rank ended"
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+"""How ranks exchange tensors, by torch's name of the device on which the tensors are."""
 
 
 class RankError(MoecError):
     """A rank ended, or an exchange failed. The message has rank, layer and collective."""
 
 
-class ProcessRanks:
-    """This process among the ranks. All ranks create the groups once, in the same order, each with
-    its own time-out `patience`, which torch does not copy from the first group."""
+def device_of_rank(target: str) -> Device:
+    """The device on which this process runs code for `target`: the CPU, or the GPU of torchrun's
+    LOCAL_RANK.
 
-    def __init__(self, rank: int, groups: Groups, patience: timedelta) -> None:
-        self.rank = rank
+    Nothing else chooses how ranks exchange rows: `BACKENDS` has it for the tensors that the device
+    takes. A test without GPUs replaces this function by one that returns an emulated GPU, whose
+    tensors are on the CPU. Raises UsageError where torchrun did not start this process, and
+    TargetError where the host has too few GPUs, or torch has no NCCL.
+    """
+    if not target.startswith(CUDA):
+        return Cpu()
+    try:
+        index = int(os.environ["LOCAL_RANK"])
+    except KeyError:
+        raise UsageError(
+            "LOCAL_RANK, the number of a rank's GPU, is not set: start the ranks with torchrun"
+        ) from None
+    if not dist.is_nccl_available():
+        raise TargetError(
+            f"the ranks are compiled for {target} and exchange rows by NCCL, which this build of "
+            "torch lacks: install torch for CUDA, or compile the plan for CPUs"
+        )
+    if index >= (count := torch.cuda.device_count()):
+        raise TargetError(
+            f"there is no GPU {index}: each rank of a host needs one, and this one has {count}"
+        )
+    return device_of(f"{CUDA}:{index}")
+
+
+def start_group(device: Device, timeout: timedelta) -> None:
+    """Starts torch.distributed for exchanges between devices like this one."""
+    on = torch.device(device.takes)
+    gpu = on if on.type == CUDA else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)  # where torch sends objects by NCCL
+    dist.init_process_group(BACKENDS[on.type], timeout=timeout, device_id=gpu)
+
+
+class ProcessRanks:
+    """This process among the ranks, with its device. All ranks create the groups once, in the same
+    order, each with its own time-out `patience`, which torch does not copy from the first group."""
+
+    def __init__(
+        self, rank: int, groups: Groups, patience: timedelta, device: Device | None = None
+    ) -> None:
+        self.rank, self.device = rank, device or Cpu()
         self.members: dict[str, tuple[int, ...]] = {}
         self.handles: dict[tuple[int, ...], Any] = {}
         for name in sorted(groups):

@@ -26,6 +26,7 @@ from moec.parallel.store import (
     FolderManifest,
     FolderPart,
     code_file,
+    gpu_file,
     graph_file,
     library_file,
 )
@@ -35,7 +36,7 @@ from moec.runtime.artifact.manifest import Manifest, ManifestPart, Stored
 from moec.runtime.dtypes import Array, name_of
 from moec.runtime.package import DECODE, MAIN
 from moec.target import cpu
-from moec.target.cpu import CpuTarget
+from moec.target.named import AnyTarget
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,27 @@ def save_ranks(
     *,
     text: TextFiles = TextFiles(),
     replace: bool = False,
-    target: CpuTarget | None = None,
+    target: AnyTarget | None = None,
 ) -> None:
     """Compile `rank.N.main` of every rank, and `rank.N.decode` if the module has it, for `target`
-    (this machine's processor), and write them. A failure leaves no partial folder.
+    (by default this machine's processor), and write them. A failure leaves no partial folder.
 
     Raises UsageError where the folder exists and must not be replaced, and as `compile_function`.
     """
     check_replaceable(path, replace)
+    target = target or cpu.host()
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         files = {"plan.json": msgspec.json.encode(plan), **text.files}
         for function in (MAIN, DECODE):
             names = [rank_function(rank, function) for rank in range(plan.devices)]
             programs = (module[name] for name in names if name in module)
-            codes = compile_function(programs, function, target or cpu.host())
+            codes = compile_function(programs, function, target)
             for rank, code in enumerate(codes):
                 files[code_file(rank, function)] = _written_code(folder, rank, function, code)
         parts = {name: _written(folder, name, content) for name, content in files.items()}
         why = "" if rank_function(0, DECODE) in module else text.no_generation
-        manifest = FolderManifest(VERSION, plan.devices, parts, text.stop, why)
+        manifest = FolderManifest(VERSION, plan.devices, parts, text.stop, why, target.name)
         (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)))
         if path.exists():
             shutil.rmtree(path)
@@ -106,6 +108,8 @@ def _written_code(folder: Path, rank: int, function: str, code: RankCode) -> byt
         graph_file(rank, function): print_graph(code.graph).encode(),
         library_file(rank, function): code.package.library,
     }
+    if code.package.gpu is not None:
+        files |= {gpu_file(rank, function, n): c for n, c in code.package.gpu.parts.items()}
     parts: dict[str, ManifestPart] = {}
     for name, content in files.items():
         part = _written(folder, name, content)

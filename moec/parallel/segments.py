@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,8 +12,11 @@ from moec.ir.graph import Graph, Op, Value
 from moec.ir.opdef import Reference
 from moec.ir.sizes.dims import bind_shape
 from moec.parallel.cut import cut
+from moec.runtime.artifact.mapped_arrays import CheckedArrays
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
+from moec.runtime.checks import check_inputs
+from moec.runtime.device.device import Device
 from moec.runtime.device.tensors import from_numpy, to_caller
 from moec.runtime.package import Function, Generation, Package, Port
 
@@ -36,14 +39,19 @@ def table_name(param: Value) -> str:
 
 
 class RankModel:
-    """A function of a rank, ready to run."""
+    """A function of a rank, ready to run on a device, by default on the CPU or the first GPU, as
+    its code is. Tensors are on it (`Device.takes`) from the inputs to the outputs."""
 
-    def __init__(self, code: RankCode) -> None:
+    def __init__(self, code: RankCode, device: Device | None = None) -> None:
         self.graph = code.graph
         self.schedule = cut(self.graph)
-        self.executor = Executor(code.package)
+        self._signature = code.signature
+        arrays = code.package.arrays
+        # Once in a call of the rank, whose weights are many files, instead of once in each segment.
+        self._checked = arrays if isinstance(arrays, CheckedArrays) else None
+        self.executor = Executor(replace(code.package, arrays=dict(arrays)), device=device)
         self.tables = {
-            value: _tensor(value, code.package)
+            value: _tensor(value, code.package).to(self.executor.device.takes)
             for item in self.schedule
             if isinstance(item, Op)
             for value in item.inputs
@@ -57,7 +65,13 @@ class RankModel:
         caches: Sequence[Cache] = (),
     ) -> tuple[torch.Tensor, ...]:
         """The graph's outputs. Writes `caches`, the contents of its states. Raises RankError where
-        an exchange fails."""
+        an exchange fails, InputError for wrong inputs, and ArtifactError where a file of weights
+        was written to."""
+        if self._checked is not None:
+            self._checked.check_unchanged()
+        names = (port.name for port in self._signature.inputs)
+        named = dict(zip(names, inputs, strict=True))
+        check_inputs(self._signature, named, self.executor.device.takes)
         graph = self.graph
         states = [state.before for state in graph.states]
         held = dict(zip(states, caches, strict=True))
@@ -82,9 +96,9 @@ class RankModel:
                 outputs: Sequence[Value] = item.outputs
             else:
                 part = item.graph
-                feeds = {v.name: values[v] for v in part.inputs if v not in held}
+                feeds = [values[v] for v in part.inputs if v not in held]
                 written = [held[state.before] for state in part.states]
-                arrays = self.executor(feeds, item.name, written)
+                arrays = self.executor.run(feeds, item.name, written)
                 outputs, results = part.outputs, tuple(arrays[v.name] for v in part.outputs)
             for value, tensor in zip(outputs, results, strict=True):
                 learn(value, tensor)

@@ -5,6 +5,7 @@
     rank.N/main.json      a manifest as an artifact's: sizes and SHA-256 of the files of rank N
     rank.N/main.moec      its graph as text
     rank.N/main.so        its compiled segments
+    rank.N/main.gpu/*     the GPU kernels that they launch: kernels.cu, sm_80.cubin
     rank.N/decode.*       the same for continuing text, if the model does
     weights/SHA256.bin    one array each, packed for the kernels, memory-mapped
     tokenizer/…           if the model has one
@@ -38,7 +39,7 @@ from moec.runtime.package import DECODE, MAIN, Function, Generation
 from moec.runtime.text.prompt import FOLDER
 
 MANIFEST = "ranks.json"
-VERSION = 3
+VERSION = 4  # 4: the target
 
 
 class FolderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,14 +48,15 @@ class FolderPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FolderManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`stop` are the tokens that end a text; `no_generation` is the reason if there is no graph
-    that continues text."""
+    """`target` is the name of the target of all ranks; `stop` are the tokens that end a text;
+    `no_generation` is the reason if there is no graph that continues text."""
 
     version: int
     devices: Annotated[int, msgspec.Meta(ge=1)]
     parts: dict[str, FolderPart]
     stop: tuple[int, ...] = ()
     no_generation: str = ""
+    target: str = ""
 
 
 class CodeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +87,10 @@ def graph_file(rank: int, function: str) -> str:
 
 def library_file(rank: int, function: str) -> str:
     return f"rank.{rank}/{function}.so"
+
+
+def gpu_file(rank: int, function: str, name: str = "") -> str:
+    return f"rank.{rank}/{function}.gpu/{name}"
 
 
 def manifest_of(path: Path, signed_by: Path | None = None) -> tuple[FolderManifest, bytes]:
@@ -187,6 +193,11 @@ def load_rank(
         code = _code(path, rank, function, _checked(path, code_file(rank, function), manifest))
     except (msgspec.MsgspecError, IRError, UnicodeDecodeError, KeyError) as error:
         raise ArtifactError(f"{path}, rank {rank}: {error}") from None
+    if code.package.target_name != manifest.target:
+        raise ArtifactError(
+            f"{path} is for {manifest.target}, and rank {rank} for {code.package.target_name}: "
+            "compile the plan again"
+        )
     return RankFiles(code, plan, digest, manifest.stop)
 
 
@@ -206,8 +217,11 @@ def _code(path: Path, rank: int, function: str, content: bytes) -> RankCode:
     record = msgspec.convert(manifest.extra, CodeSignature)
     graph = parse(bytes(small[graph_file(rank, function)]).decode())
     verify(graph, Stage.GROUPED)
+    gpu, of_gpu = manifest.package.gpu, gpu_file(rank, function)
+    kernels = {n.removeprefix(of_gpu): bytes(small[n]) for n in small if n.startswith(of_gpu)}
     package = replace(
         manifest.package,
+        gpu=gpu and replace(gpu, parts=kernels),
         library=bytes(small[library_file(rank, function)]),
         arrays=MappedArrays(path, container, manifest, manifest.arrays),
     )

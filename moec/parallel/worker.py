@@ -34,14 +34,14 @@ def outputs_of(job: Job, ranks: ProcessRanks, files: RankFiles) -> dict[str, tor
     """All outputs of the job on rank 0, and no rows on the others. Raises RankError and
     UsageError."""
     graph = files.code.graph
-    model = RankModel(files.code)
+    model = RankModel(files.code, ranks.device)
     results = model(_inputs(job, [v.name for v in graph.inputs], ranks), named_meanings(ranks))
     named = zip(graph.outputs, results, strict=True)
     return {value.name: _on_first(ranks, tensor) for value, tensor in named}
 
 
 def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tensor]:
-    """This rank's share of every input along its first axis. Raises UsageError."""
+    """This rank's share of every input along its first axis, on its device. Raises UsageError."""
     source, world = job.source, ranks.size(WORLD)
     assert source is not None
     try:
@@ -58,14 +58,13 @@ def _inputs(job: Job, names: list[str], ranks: ProcessRanks) -> list[torch.Tenso
             f"{source}: inputs have different first axes, which are split over the ranks: give "
             "inputs of one batch size"
         )
-    return [torch.from_numpy(np.array_split(arrays[name], world)[ranks.rank]) for name in names]
+    shares = (np.array_split(arrays[name], world)[ranks.rank] for name in names)
+    return [torch.from_numpy(share).to(ranks.device.takes) for share in shares]
 
 
 def _on_first(ranks: ProcessRanks, tensor: torch.Tensor) -> torch.Tensor:
-    """All ranks' rows on rank 0, no rows on the others."""
-    world = ranks.size(WORLD)
-    count = torch.full((world,), 0, dtype=torch.int64)
-    count[0] = len(tensor)
-    ones = [1] * world
-    arriving = ranks.exchange(WORLD, count, ones, ones).tolist()
-    return ranks.exchange(WORLD, tensor, count.tolist(), arriving)
+    """All ranks' rows in memory of the CPU on rank 0, no rows on the others."""
+    ones = [1] * ranks.size(WORLD)
+    send = [len(tensor), *(0 for _ in ones[1:])]
+    arriving = ranks.exchange(WORLD, torch.tensor(send, device=tensor.device), ones, ones).tolist()
+    return ranks.exchange(WORLD, tensor, send, arriving).cpu()

@@ -27,6 +27,17 @@ def parse_both(name: str) -> tuple[AnyTarget, cuda.CudaTarget | None]:
     return target, beside
 
 
+def parse_for_ranks(name: str) -> AnyTarget:
+    """The target of all ranks of a plan: "cpu", or GPUs. Raises TargetError for any other name."""
+    target, beside = parse_both(name)
+    if beside is not None or (target.kind != cuda.KIND and name != "cpu"):
+        raise TargetError(
+            f"target {name!r}: the ranks of a plan run all on CPUs of this machine's kind (cpu), "
+            "or all on GPUs (cuda:sm_80,sm_90a): name one of these"
+        )
+    return target
+
+
 def parse(name: str) -> AnyTarget:
     """The target of that name: see `moec list targets`. Raises TargetError for any other name."""
     if name.partition(":")[0] == cuda.KIND:

@@ -252,9 +252,11 @@ class Executor:
             raise refusals[0]
         raise InputError("; and ".join(map(str, refusals)))
 
-    def run(self, inputs: Sequence[Any]) -> dict[str, Any]:
-        """Call `main` with inputs in the order of its ports, without checking them."""
-        return self._call(self._main, inputs)
+    def run(
+        self, inputs: Sequence[Any], function: str = MAIN, caches: Sequence[Cache] = ()
+    ) -> dict[str, Any]:
+        """As a call, with inputs in the order of the function's ports, without checking them."""
+        return self._call(self._entries[function], inputs, caches)
 
     def _call(
         self, entry: _Entry, inputs: Sequence[Any], caches: Sequence[Cache] = ()

@@ -96,7 +96,7 @@ int cuGetErrorString(int code, const char** text) { *text = "an error of the dri
 
 int cuInit(unsigned flags) { return 0; }
 int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
-int cuDeviceGetCount(int* count) { *count = 1; return 0; }
+int cuDeviceGetCount(int* count) { *count = 2; return 0; }
 int cuDeviceGet(int* device, int index) { *device = index; return 0; }
 int cuDeviceGetName(char* name, int size, int device) { strncpy(name, "Stand-in", size); return 0; }
 int cuDeviceTotalMem_v2(size_t* bytes, int device) { *bytes = 80000000000; return 0; }
@@ -123,7 +123,7 @@ int cuMemGetInfo_v2(size_t* free, size_t* total);
 
 int cudaSetDevice(int device) { return 0; }
 int cudaGetDevice(int* device) { *device = 0; return 0; }
-int cudaGetDeviceCount(int* count) { *count = 1; return 0; }
+int cudaGetDeviceCount(int* count) { *count = 2; return 0; }
 int cudaDeviceGetAttribute(int* value, int code, int device) { *value = code == 75 ? 9 : 1; return 0; }
 int cudaGetDeviceProperties(void* properties, int device) { return 0; }
 int cudaMemGetInfo(size_t* free, size_t* total) { return cuMemGetInfo_v2(free, total); }

@@ -1,14 +1,21 @@
-"""The fake driver (driver.c), and artifacts whose machine code it loads."""
+"""The fake driver (driver.c), and packages whose machine code it loads."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+from tvm import IRModule
+
+from moec.cache import Store
+from moec.codegen.backend import Backend
+from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.codegen.cuda.compiler.source import PART
-from moec.runtime.package import Package
+from moec.runtime.package import BuiltLibrary, GpuCode, Package
+from moec.target.cuda import CudaTarget
 from tests.cuda_emulator.emulate import compiled_kernels
 
 _VERSIONS = "libcudart.so.13 { global: cuda*; local: *; };"
@@ -27,11 +34,28 @@ def write_driver(folder: Path) -> dict[str, str]:
 
 
 def for_stand_in(package: Package, folder: Path, arch: str) -> Package:
-    """The package with emulated kernels in place of machine code: their path, then their names."""
+    """The package with emulated kernels in place of machine code."""
     assert package.gpu is not None
-    code = package.gpu
-    library = folder / f"{arch}.so"
-    library.write_bytes(compiled_kernels(code.parts[PART].decode(), code.launches))
+    return replace(package, gpu=_emulated(package.gpu, folder, arch))
+
+
+def stand_in(folder: Path, arch: str) -> Backend:
+    """The backend for GPUs, with emulated kernels in place of machine code."""
+
+    def library(
+        module: IRModule, target: CudaTarget, opt_level: int, store: Store | None
+    ) -> BuiltLibrary:
+        text = CUDA_TEXT.library(module, target, opt_level, store)
+        assert text.gpu is not None
+        return replace(text, gpu=_emulated(text.gpu, folder, arch))
+
+    return replace(CUDA_TEXT, library=library)
+
+
+def _emulated(code: GpuCode, folder: Path, arch: str) -> GpuCode:
+    """In place of machine code the path of the emulated kernels, then their names."""
+    content = compiled_kernels(code.parts[PART].decode(), code.launches)
+    library = folder / f"{arch}.{hashlib.sha256(content).hexdigest()[:16]}.so"
+    library.write_bytes(content)
     names = " ".join(launch.name for launch in code.launches)
-    parts = {**code.parts, f"{arch}.cubin": f"{library}\0{names}".encode()}
-    return replace(package, gpu=replace(code, parts=parts))
+    return replace(code, parts={**code.parts, f"{arch}.cubin": f"{library}\0{names}".encode()})

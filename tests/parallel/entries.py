@@ -138,7 +138,7 @@ def differing(job: Job) -> dict[str, list[int]]:
 
 def sleeping(job: Job) -> None:
     """Writes its pid to the job's folder, and sleeps."""
-    with started(job) as (rank, _):
+    with started(job) as (rank, *_):
         (job.folder / f"{rank}.pid").write_text(str(os.getpid()))
         time.sleep(600)
 

@@ -20,6 +20,7 @@ from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.parallel.process_ranks import RankError
 from moec.parallel.save import save_ranks
+from moec.parallel.segments import RankModel
 from moec.parallel.store import code_file, load_rank
 from moec.parallel.worker import run_rank
 from moec.passes.parallel.plan_parallelism import rank_programs
@@ -197,6 +198,16 @@ def test_altered_files(name: str, copy: Path) -> None:
     (copy / name).write_bytes(content)
     with pytest.raises(ArtifactError, match=f"{name} was (altered|changed after)"):
         load_rank(copy, 1).code.package.arrays["router"]
+
+
+def test_a_file_that_is_written_to_while_ranks_run(copy: Path) -> None:
+    """Once in a call of the rank, before its first segment."""
+    code = load_rank(copy, 1).code
+    ranks = RankModel(code)
+    path = copy / parts_of_arrays(copy, 1)["router"]
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(ArtifactError, match="was changed while the model in it is in use"):
+        ranks([torch.zeros(1, WIDTH)], {})
 
 
 def test_another_processor(monkeypatch: pytest.MonkeyPatch, flat: Path) -> None:

@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from moec.__main__ import cli
 from moec.errors import UsageError
 from moec.parallel.launch import launch
 from moec.parallel.process import Job, joined, started
@@ -120,12 +118,3 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert text.strip().endswith("KeyboardInterrupt")
     assert not any(Path(f"/proc/{file.read_text()}").exists() for file in files)
-
-
-def test_ranks_on_gpus_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text("{}")
-    words = ["--plan", str(tmp_path / "plan.json"), "-o", str(tmp_path / "m.ranks")]
-    words = ["compile", f"{__file__}:model", *words, "--target", "cuda:sm_80"]
-    result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 1
-    assert "--target cuda:sm_80: ranks of a plan run on CPUs and exchange rows" in result.stderr

@@ -13,7 +13,7 @@ from moec.commands.compilation.checkpoint_key import CheckpointKey, checkpoint_k
 from moec.commands.options.files import check_folder, check_writable
 from moec.errors import UsageError
 from moec.passes.core.names import check_last
-from moec.target.named import parse_both
+from moec.target.named import parse_both, parse_for_ranks
 
 
 @dataclass(frozen=True)
@@ -107,17 +107,15 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
 def _check_plan(request: CompileRequest, plan_file: Path) -> None:
     if not plan_file.is_file():
         raise UsageError(f"{plan_file} does not exist")
-    if "cuda" in request.target:
-        raise UsageError(
-            f"--target {request.target}: ranks of a plan run on CPUs and exchange rows over gloo; "
-            "GPUs with NCCL are not supported yet"
-        )
+    parse_for_ranks(request.target)
     others = (
-        request.target != "cpu", request.tune, request.dump_ir, request.record_routing,
+        request.tune, request.dump_ir, request.emit, request.record_routing,
         request.choices_file, request.embeddings, request.keep_passes,
     )  # fmt: skip
     if not request.builds or any(others):
-        raise UsageError("--plan accepts only MODEL, -o and --verify: leave out the other options")
+        raise UsageError(
+            "--plan accepts only MODEL, -o, --target and --verify: leave out the other options"
+        )
 
 
 def _check_output(request: CompileRequest) -> None:

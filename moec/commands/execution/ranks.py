@@ -36,13 +36,16 @@ def compile_ranks(
     arguments: Mapping[str, Any],
     verify: bool | float | str,
     force: bool,
+    target: str,
 ) -> None:
     """Write the graphs and weights of the ranks, and print what does not run as planned. Raises as
     `moec.compile_ranks`."""
     from moec import compile_ranks
 
     options = {name: value for name, value in arguments.items() if value is not None}
-    ranks = compile_ranks(model, plan_file, output, verify=verify, overwrite=force, **options)
+    ranks = compile_ranks(
+        model, plan_file, output, verify=verify, overwrite=force, target=target, **options
+    )
     for declined in ranks.declined:
         echo(f"{declined.where}: not run as planned: {declined.reason}", err=True)
 

@@ -168,7 +168,8 @@ def assign(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], ru
     experts = len(first) - 1
     chosen = ids.clamp(max=experts - 1)
     copies = (first[1:] - first[:-1])[chosen]
-    turn = torch.arange(tokens)[:, None] + torch.arange(k)[None, :]
+    token, choice = (torch.arange(size, device=ids.device) for size in (tokens, k))
+    turn = token[:, None] + choice[None, :]
     slot = slots[first[chosen] + turn % copies]
     return torch.where(ids < experts, slot, len(slots)).to(ids.dtype)
 
@@ -195,7 +196,8 @@ def _infer_slot_of(op: Op) -> tuple[TensorType, ...]:
 def slot_of(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
     """ends[P] -> the slot of each of `rows` sorted rows, i64[rows]; P for rows without a slot."""
     (ends,) = tensors
-    return torch.searchsorted(ends.long(), torch.arange(attrs["rows"]), right=True)
+    rows = torch.arange(attrs["rows"], device=ends.device)
+    return torch.searchsorted(ends.long(), rows, right=True)
 
 
 def _infer_row_count(op: Op) -> tuple[TensorType, ...]:
@@ -207,7 +209,7 @@ def row_count(
     op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner
 ) -> Any:
     """x[R, …] -> i32[1]: R."""
-    return torch.tensor([len(tensors[0])], dtype=torch.int32)
+    return torch.full((1,), len(tensors[0]), dtype=torch.int32, device=tensors[0].device)
 
 
 def _infer_counts(op: Op) -> tuple[TensorType, ...]:
