@@ -172,7 +172,8 @@ def compile_all(layers: Sequence[str]) -> None:
             failures += 1
             print(f"{name}: failed: {type(error).__name__}: {first_line(error)}", flush=True)
             continue
-        kernels, size = len(gpu.launches), sum(map(len, gpu.parts.values()))
+        kernels = len(gpu.launches[cuda.TARGETS[COMPILED].arch])
+        size = sum(map(len, gpu.parts.values()))
         seconds = time.perf_counter() - start
         print(f"{name}: {kernels} kernels, {size / 1e3:.0f} kB, {seconds:.1f} s", flush=True)
     if failures:

@@ -7,9 +7,9 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
-from moec.codegen.cuda.compiler.source import PART
 from moec.runtime.package import Package
 from tests.cuda_emulator.emulate import compiled_kernels
+from tests.cuda_emulator.models import cuda_c
 
 _VERSIONS = "libcudart.so.13 { global: cuda*; local: *; };"
 
@@ -26,12 +26,13 @@ def write_driver(folder: Path) -> dict[str, str]:
     return {**os.environ, "LD_LIBRARY_PATH": str(folder), "CUDA_HOME": str(folder)}
 
 
-def for_stand_in(package: Package, folder: Path, arch: str) -> Package:
-    """The package with emulated kernels in place of machine code: their path, then their names."""
+def for_stand_in(package: Package, folder: Path, part: str) -> Package:
+    """The package with emulated kernels in place of machine code (sm_90a.cubin): their path, then
+    their names."""
     assert package.gpu is not None
-    code = package.gpu
-    library = folder / f"{arch}.so"
-    library.write_bytes(compiled_kernels(code.parts[PART].decode(), code.launches))
-    names = " ".join(launch.name for launch in code.launches)
-    parts = {**code.parts, f"{arch}.cubin": f"{library}\0{names}".encode()}
+    code, library = package.gpu, folder / f"{part}.so"
+    source, launches = cuda_c(code, part.partition(".")[0])
+    library.write_bytes(compiled_kernels(source, launches))
+    names = " ".join(launch.name for launch in launches)
+    parts = {**code.parts, part: f"{library}\0{names}".encode()}
     return replace(package, gpu=replace(code, parts=parts))
