@@ -123,6 +123,12 @@ def arrive(barrier: Expr) -> None:
     ptx("mbarrier.arrive.shared.b64", barrier)
 
 
+def publish_copies() -> None:
+    """Makes this thread's writes to shared memory, copies that it waited for among them, visible to
+    products of warpgroups and to TMA."""
+    ptx("fence.proxy.async.shared::cta")
+
+
 def wait_barrier(barrier: Expr, parity: Expr) -> None:
     """Waits for the end of the phase of this parity; the first phase has parity 0."""
     T.evaluate(T.cuda.mbarrier_wait(barrier, parity))

@@ -120,11 +120,13 @@ template <class T> static float float_of(uint16_t bits) {
 void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_40() {}
 void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_232() {}
 void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() {}
+void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() { emulator::now->unpublished = false; }
 void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t address, uint32_t count) {
   emulator::barriers[address] = {int(count), int(count), 0, 0, {}};
 }
 void tvm_builtin_ptx_mbarrier_arrive_nocount_arrive_shared_b64(uint32_t address) {
   auto& b = emulator::barrier(address);
+  if (emulator::now->unpublished) emulator::fail_here("copies are handed to wgmma without fence.proxy.async");
   b.pending--;
   emulator::complete(b);
 }

@@ -8,6 +8,7 @@ struct alignas(64) CUtensorMap { char* base; int64_t columns, rows, stride, box_
 void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_40();
 void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_232();
 void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster();
+void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta();
 void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t address, uint32_t count);
 void tvm_builtin_ptx_mbarrier_arrive_nocount_arrive_shared_b64(uint32_t address);
 void tvm_builtin_ptx_mbarrier_arrive_expect_tx_arrive_expect_tx_shared_b64(uint32_t address, uint32_t bytes);

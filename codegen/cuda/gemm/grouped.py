@@ -136,7 +136,7 @@ def _by_wgmma(p: Product, target: CudaTarget) -> bool:
         check_wgmma(p.spec, target, p.epilogue)
     except NoMatch:
         return False
-    return p.order is None  # TMA copies rows that are neighbours
+    return True
 
 
 def _launch_hopper(p: Product, target: CudaTarget, blocks: int, parts: SplitTiles | None) -> None:

@@ -1,17 +1,24 @@
 """A tile of a product by wgmma, loaded by TMA. For sm_90a only.
 
-    warpgroup 0     one thread copies boxes of x and w into stages as they become free
+    warpgroup 0     one thread copies boxes of x and w into stages as they become free; rows of x
+                    that are gathered are copied by all of its threads, by cp.async
     warpgroup 1, 2  multiply 64 of the 128 rows each, and free a stage when its products are done
 
-    full[s]   one arrival and the bytes of both boxes: stage s may be read
+    full[s]   one arrival and the bytes of the boxes, and one arrival of each thread that copied
+              gathered rows: stage s may be read
     empty[s]  two arrivals, of both groups: stage s may be written
 
 A wait is for the parity of a phase; the n-th use of stage s is its phase n. The first wait for an
 empty stage is for the phase before the first, which counts as ended.
+
+A thread that copies rows arrives for a step _BEHIND steps later, so that its copies of that many
+steps are in flight. The products of one step are in flight when the stage of the step before it is
+freed: before the copies of step s there must be arrivals for step s - STAGES + 1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.ir import Expr
@@ -20,7 +27,9 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cuda.instructions import (
     arrive,
+    commit_copies,
     commit_products,
+    copy_async,
     copy_box,
     describe_matrix,
     expect_bytes,
@@ -28,13 +37,20 @@ from moec.codegen.cuda.instructions import (
     init_barrier,
     multiply_group,
     publish_barriers,
+    publish_copies,
     wait_barrier,
+    wait_copies,
     wait_products,
 )
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64
 THREADS = 384
 STAGES = 4
+_LOADERS = 128  # threads
+_BEHIND = STAGES - 2
+_PIECE = 8  # elements of a copy, 16 bytes
+COPIES = ROWS * DEPTH // _PIECE // _LOADERS
+"""Of each thread that copies gathered rows, for a stage."""
 _PART = ROWS * DEPTH  # elements of x in a stage; w has as many
 SHARED_MEMORY = STAGES * 2 * _PART * 2 + STAGES * 16
 """Bytes of shared memory: the stages of 16-bit elements, and the barriers."""
@@ -42,10 +58,13 @@ SHARED_MEMORY = STAGES * 2 * _PART * 2 + STAGES * 16
 
 @dataclass(frozen=True)
 class WgmmaTile:
-    """Buffers of one block. `steps` is the number of stages that a tile takes."""
+    """Buffers of one block. `depth` is the length of a row, `steps` the number of stages that a
+    tile takes. `gathers`: rows of x are not neighbours."""
 
     dtype: str
+    depth: int
     steps: int
+    gathers: bool
     thread: Expr
     group: Expr
     stages: Buffer
@@ -63,7 +82,7 @@ class WgmmaTile:
         """Initialises the barriers; a barrier of the block must follow."""
         with T.If(self.thread == 0), T.Then():
             for stage in range(STAGES):
-                init_barrier(self.full(stage), 1)
+                init_barrier(self.full(stage), 1 + _LOADERS * self.gathers)
                 init_barrier(self.empty(stage), 2)
             publish_barriers()
 
@@ -78,6 +97,46 @@ class WgmmaTile:
             column = step * DEPTH
             copy_box(self.stages.ptr_to([base]), x, column, x_row, self.full(stage))
             copy_box(self.stages.ptr_to([base + _PART]), w, column, w_row, self.full(stage))
+
+    def row(self, copy: int) -> Expr:
+        """The row of the tile of a copy of this thread, which copies the same piece of each."""
+        return self.thread // _PIECE + copy * (_LOADERS // _PIECE)
+
+    def gather(self, x: Callable[[int, Expr], Expr], w: Expr, w_row: Expr, done: Expr) -> None:
+        """Loads gathered rows and boxes by the map w, as `load` does. x(copy, column) is the address
+        of an element. All threads of the group call it, and `finish` after the last tile."""
+        piece = T.bind(self.thread % _PIECE)
+        swizzled = T.bitwise_xor(piece, self.row(0) % 8) * _PIECE  # rows of copies are equal mod 8
+        offset = T.bind(self.row(0) * DEPTH + swizzled)
+        with T.serial(0, self.steps) as step:
+            stage, parity = _turn(done + step)
+            wait_barrier(self.empty(stage), 1 - parity)
+            base = T.bind(stage * (2 * _PART))
+            with T.If(self.thread == 0), T.Then():
+                expect_bytes(self.full(stage), _PART * 2)
+                to = self.stages.ptr_to([base + _PART])
+                copy_box(to, w, step * DEPTH, w_row, self.full(stage))
+            column = T.bind(step * DEPTH + piece * _PIECE)
+            for copy in range(COPIES):
+                to = self.stages.ptr_to([base + offset + (self.row(copy) - self.row(0)) * DEPTH])
+                if self.depth % DEPTH:
+                    size = T.if_then_else(column < self.depth, T.uint32(16), T.uint32(0))
+                    copy_async(to, x(copy, T.min(column, self.depth - _PIECE)), size)
+                else:
+                    copy_async(to, x(copy, column))
+            commit_copies()
+            with T.If(done + step >= _BEHIND), T.Then():
+                wait_copies(_BEHIND)
+                publish_copies()
+                arrive(self.full((done + step - _BEHIND) % STAGES))
+
+    def finish(self, done: Expr) -> None:
+        """Arrives for the last of `done` steps."""
+        wait_copies(0)
+        publish_copies()
+        for behind in range(_BEHIND, 0, -1):
+            with T.If(done >= behind), T.Then():
+                arrive(self.full((done - behind) % STAGES))
 
     def compute(self, done: Expr) -> None:
         """Computes sums = x @ w^T for the 64 rows of this warpgroup; the products of one step stay
@@ -117,11 +176,13 @@ def _turn(done: Expr) -> tuple[Expr, Expr]:
     return T.bind(done % STAGES), T.bind(done // STAGES % 2)
 
 
-def wgmma_tile(dtype: str, depth: int, thread: Expr) -> WgmmaTile:
+def wgmma_tile(dtype: str, depth: int, thread: Expr, *, gathers: bool) -> WgmmaTile:
     """Allocates the buffers of a block that multiplies matrices of `depth` columns."""
     return WgmmaTile(
         dtype,
+        depth,
         -(-depth // DEPTH),
+        gathers,
         thread,
         T.bind(thread // 128),
         T.alloc_buffer((STAGES * 2 * _PART,), dtype, scope="shared.dyn", align=1024),
