@@ -34,7 +34,15 @@ from moec.codegen.cuda.gemm.product import (
 )
 from moec.codegen.cuda.gemm.split_blocks import SplitTiles, can_split, memory_of, parts_of
 from moec.codegen.cuda.gemm.split_k import launch_split_k, split_of
-from moec.codegen.cuda.gemm.tiles import FEW_ROWS, FLOATS, LARGE, SMALL, ExpertRows, TileShape
+from moec.codegen.cuda.gemm.tiles import (
+    FEW_ROWS,
+    FLOATS,
+    LARGE,
+    SMALL,
+    ExpertRows,
+    TileShape,
+    row_and_column,
+)
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
@@ -260,9 +268,8 @@ def each_tile(
     tiles = tiles_of(p, shape.rows, shape.threads, thread)
     across = -(-p.columns // shape.columns)
     with T.serial(0, (tiles.total * across - block + (blocks - 1)) // blocks) as turn:
-        index = T.bind(block + turn * blocks)
-        owned = tiles.find(index // across)
-        compute(owned, T.bind(index % across * shape.columns))
+        row, column = row_and_column(T.bind(block + turn * blocks), tiles.total, across)
+        compute(tiles.find(row), T.bind(column * shape.columns))
 
 
 def store_tile(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, word: Buffer) -> None:

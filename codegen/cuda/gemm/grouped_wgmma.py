@@ -26,14 +26,15 @@ from moec.codegen.cuda.gemm.product import (
     store_row,
     tiles_of,
 )
-from moec.codegen.cuda.gemm.tiles import ExpertRows, OneExpert, RowTiles
+from moec.codegen.cuda.gemm.tiles import ExpertRows, OneExpert, RowTiles, row_and_column
 from moec.codegen.cuda.gemm.wgmma_tile import (
     COLUMNS,
     COPIES,
     ROWS,
-    SHARED_MEMORY,
     THREADS,
     WgmmaTile,
+    columns_of,
+    shared_memory,
     tensor_map,
     wgmma_tile,
 )
@@ -42,7 +43,7 @@ from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
 
-_LOADING, _MULTIPLYING = 40, 232  # registers per thread; the launch allots 168 to all
+_LOADING, _MULTIPLYING = 56, 224  # registers per thread; the launch allots 168 to all
 
 
 def grouped_linear_wgmma(
@@ -56,8 +57,8 @@ def grouped_linear_wgmma(
 ) -> PrimFunc:
     """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]).
 
-    With `top_k` it has the argument `order`. `blocks` is the grid size; 0 means one block per SM. Raises NoMatch for products that the tile
-    does not support.
+    With `top_k` it has the argument `order`. `blocks` is the grid size; 0 means one block per SM.
+    Raises NoMatch for products that the tile does not support.
     """
     check_wgmma(spec, target, epilogue)
     with IRBuilder() as builder:
@@ -72,7 +73,7 @@ def check_wgmma(spec: LinearSpec, target: CudaTarget, epilogue: Epilogue | None)
     """Raises NoMatch for products that the tile does not support."""
     if "wgmma" not in target.tensor_cores:
         raise NoMatch(f"{target.name} has no wgmma: only sm_90a has it")
-    check_product(spec, target, epilogue, SHARED_MEMORY)
+    check_product(spec, target, epilogue, shared_memory(COLUMNS[-1]))
     if spec.dtype not in HALVES:
         raise NoMatch(f"wgmma would round {spec.dtype}")
 
@@ -80,11 +81,12 @@ def check_wgmma(spec: LinearSpec, target: CudaTarget, epilogue: Epilogue | None)
 def launch_wgmma(p: Product, target: CudaTarget, blocks: int = 0) -> None:
     """Launches a product by persistent blocks, one per SM unless `blocks` says how many."""
     spec, count, gathers = p.spec, blocks or target.sms, p.order is not None
-    x = None if gathers else tensor_map(p.x, T.cast(p.rows, "int64"), spec.k, spec.dtype)
-    w = tensor_map(p.w, T.int64(spec.groups * p.columns), spec.k, spec.dtype)
+    columns = columns_of(p.columns)
+    x = None if gathers else tensor_map(p.x, T.cast(p.rows, "int64"), spec, ROWS)
+    w = tensor_map(p.w, T.int64(spec.groups * p.columns), spec, columns)
     grid = T.launch_thread("blockIdx.x", count)
     with grid as block, T.launch_thread("threadIdx.x", THREADS) as thread:
-        tile = wgmma_tile(spec.dtype, spec.k, thread, gathers=gathers)
+        tile = wgmma_tile(spec, columns, thread, gathers=gathers)
         tile.start()
         tiles = tiles_of(p, ROWS, THREADS, thread)
         with T.If(tile.group == 0):
@@ -111,12 +113,11 @@ def _each_tile(
 ) -> Expr:
     """Runs body(rows, first column, stages before it) for each tile of this block, in order.
     Returns the stages of all tiles."""
-    across = -(-p.columns // COLUMNS)
+    across = -(-p.columns // tile.columns)
     turns = T.bind((tiles.total * across - block + (blocks - 1)) // blocks)
     with T.serial(0, turns) as turn:
-        index = T.bind(block + turn * blocks)
-        owned = tiles.find(index // across)
-        body(owned, T.bind(index % across * COLUMNS), T.bind(turn * tile.steps))
+        row, column = row_and_column(T.bind(block + turn * blocks), tiles.total, across)
+        body(tiles.find(row), T.bind(column * tile.columns), T.bind(turn * tile.steps))
     return T.bind(turns * tile.steps)
 
 
@@ -154,8 +155,8 @@ def _multiplier(p: Product, tile: WgmmaTile) -> Callable[[ExpertRows, Expr, Expr
         for half in range(2):
             above = owned.first + (tile.group - 1) * 64
             row = T.bind(above + warp * 16 + half * 8 + lane // 4)
-            at = [u * 4 + half * 2 for u in range(COLUMNS // 8)]
+            at = [u * 4 + half * 2 for u in range(tile.columns // 8)]
             fragments = [(tile.sums[i], tile.sums[i + 1]) for i in at]
-            store_row(p, COLUMNS, owned, row, first, fragments, word)
+            store_row(p, tile.columns, owned, row, first, fragments, word)
 
     return compute

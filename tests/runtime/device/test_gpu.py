@@ -167,6 +167,18 @@ def test_an_altered_weight_of_a_gpu_is_found(example: Example, tmp_path: Path) -
         artifact.read(path).verify()
 
 
+def test_a_library_of_a_gpu_that_is_none_is_refused(example: Example, tmp_path: Path) -> None:
+    opened = artifact.read(example.path)
+    assert opened.for_gpu is not None
+    assert opened.for_gpu.gpu is not None
+    parts = {**opened.for_gpu.gpu.parts, "sm_80.so": b"not one"}
+    changed = replace(opened.for_gpu, gpu=replace(opened.for_gpu.gpu, parts=parts))
+    path = tmp_path / "changed.moec"
+    artifact.write(opened.package, path, graphs=opened.graphs, for_gpu=changed)
+    with pytest.raises(ArtifactError, match=r"kernels/gpu/sm_80\.so is not a library for"):
+        artifact.read(path)
+
+
 def test_the_code_is_written_into_a_folder(example: Example) -> None:
     names = {path.name for path in example.code.iterdir()}
     codes = {f"{arch}.{part}" for arch in ("sm_80", "sm_90", "sm_90a") for part in ("cu", "so")}

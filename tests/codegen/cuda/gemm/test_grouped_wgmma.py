@@ -155,17 +155,26 @@ BUGS = (
         r"\1, (0 + (",
         words="threads wait for each other for ever",
     ),
-    Bug("a box is not counted", r"(expect_tx_shared_b64\([^;]*)\(uint\)32768", r"\1(uint)16384"),
+    Bug("a box is not counted", r"(expect_tx_shared_b64\([^;]*)\(uint\)49152", r"\1(uint)16384"),
     Bug(
         "a stage is freed by one group alone", r"(init_shared_b64\([^;]*)\(uint\)2\)", r"\1(uint)1)"
     ),
 )
 
 
-WAIT = r"tvm_builtin_ptx_cp_async_wait_group_async_wait_group_{}\(\);"
 GATHERED = (
-    Bug("copies are waited for a step too late", WAIT.format(2), WAIT.format(3), WHERE_LATE),
-    Bug("the last copies are not waited for", WAIT.format(0), "", WHERE_LATE),
+    Bug(
+        "copies are waited for a step too late",
+        "async_wait_group_2",
+        "async_wait_group_3",
+        WHERE_LATE,
+    ),
+    Bug(
+        "the last copies are not waited for",
+        r"tvm_builtin_ptx_cp_async_wait_group_async_wait_group_0\(\);",
+        "",
+        WHERE_LATE,
+    ),
     Bug(
         "copies are not published",
         r"tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta\(\);",
