@@ -85,12 +85,13 @@ def steps(layers: Sequence[str], tokens: Sequence[int], only: Sequence[str]) -> 
     return [step for step in every if step.what in only]
 
 
-def lacking() -> str:
-    """The reason why nothing can be measured here, as a sentence; empty if it can."""
+def lacking(instead: str = "--dry-run lists what it would do") -> str:
+    """The reason why nothing can be measured here, and what can be done `instead`, as a sentence;
+    empty if it can."""
     driver = nvidia.driver()
     if driver is None or not driver.gpus:
         reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
-        return f"this script measures an NVIDIA GPU, and {reason}; --dry-run lists what it would do"
+        return f"this script measures an NVIDIA GPU, and {reason}; {instead}"
     import torch
 
     if not torch.cuda.is_available():
