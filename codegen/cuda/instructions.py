@@ -230,6 +230,14 @@ def count_bits(mask: Expr) -> Expr:
     return T.bind(T.call_extern("int32", "__popc", mask))
 
 
+def computed_here(value: Expr) -> Expr:
+    """The int32, in a way that keeps what is computed from it behind the instructions before: what
+    could be computed before a loop would take registers during it."""
+    copy = T.alloc_buffer((1,), "int32", scope="local")
+    ptx("mov.s32", copy[0], value)
+    return T.bind(copy[0])
+
+
 # ---- scalars ---------------------------------------------------------------------------
 
 

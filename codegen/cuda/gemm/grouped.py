@@ -43,6 +43,7 @@ from moec.codegen.cuda.gemm.tiles import (
     TileShape,
     row_and_column,
 )
+from moec.codegen.cuda.instructions import computed_here
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
@@ -274,10 +275,11 @@ def each_tile(
 
 def store_tile(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, word: Buffer) -> None:
     """Stores the sums as rows of y."""
-    first = T.bind(column + tile.first_column + tile.lane % 4 * 2)
+    lane = computed_here(tile.lane)
+    first = T.bind(column + tile.first_column + lane % 4 * 2)
     for t in range(tile.row_fragments):
         for half in range(2):
-            row = T.bind(owned.first + tile.first_row + t * 16 + half * 8 + tile.lane // 4)
+            row = T.bind(owned.first + tile.first_row + t * 16 + half * 8 + lane // 4)
             at = [tile.sum_index(t, u, half) for u in range(tile.column_fragments)]
             fragments = [(tile.sums[i], tile.sums[i + 1]) for i in at]
             store_row(p, tile.shape.columns, owned, row, first, fragments, word)
