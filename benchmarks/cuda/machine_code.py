@@ -147,12 +147,14 @@ def faults(counts: Mapping[str, Counter[str]], spills: int, target: CudaTarget) 
 
 def check(name: str, source: str, target: CudaTarget) -> bool:
     """Prints a line per kernel; whether there are no faults."""
-    made = cubin(source, target)
-    counts = instructions(made.content)
-    print(f"{name} on {target.arch}: {made.registers} registers, {made.spills} bytes spilled")
+    compiled = cubin(source, target)
+    counts = instructions(compiled.content)
+    print(
+        f"{name} on {target.arch}: {compiled.registers} registers, {compiled.spills} bytes spilled"
+    )
     for kernel, count in counts.items():
         print(f"  {kernel:24}" + "".join(f"{word:>10} {count[word]:3}" for word in COUNTED))
-    sentences = list(faults(counts, made.spills, target))
+    sentences = list(faults(counts, compiled.spills, target))
     for sentence in sentences:
         print(f"  FAULT: {sentence}")
     return not sentences

@@ -70,7 +70,8 @@ class CudaTarget:
         """The targets for which code is generated one by one: each architecture alone, and last the
         one whose code is PTX too. Of a chip whose instructions later ones lack (sm_90a), that is
         one without them (sm_90), which has no cubin."""
-        end, alone = TF32 if self.tf32 else "", (self,)
+        alone: tuple[CudaTarget, ...] = (self,)
+        end = TF32 if self.tf32 else ""
         if len(self.archs) > 1:
             names = (f"{KIND}:{arch}" for arch in self.archs)
             alone = tuple(replace(TARGETS[n], name=n + end, tf32=self.tf32) for n in names)

@@ -223,8 +223,8 @@ def read(
 
     library = bytes(small.get(LIBRARY, b"")) if native else b""
     hosts = {GPU + name: host for name, host in code.items() if name.endswith(HOST_CODE)}
-    for part, content in {LIBRARY: library, **hosts}.items():
-        _check_library(path, part, content, manifest.machine)
+    for part, binary in {LIBRARY: library, **hosts}.items():
+        _check_library(path, part, binary, manifest.machine)
 
     def with_parts(package: Package, library: bytes, arrays: Mapping[str, Stored]) -> Package:
         gpu = package.gpu and replace(package.gpu, parts=code)

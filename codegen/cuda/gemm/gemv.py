@@ -123,8 +123,8 @@ def launch_few_rows(
             word = T.alloc_buffer((1,), "uint32", scope="local")
             row = computed_here(lane)
             with T.If(row < rows), T.Then():  # all lanes have all sums; each stores one row
-                mine = [T.bind(_of_row(sums, row, rows, parts, part)) for part in range(parts)]
-                fragments = list(zip(mine[::2], mine[1::2], strict=True))
+                values = [T.bind(_of_row(sums, row, rows, parts, part)) for part in range(parts)]
+                fragments = list(zip(values[::2], values[1::2], strict=True))
                 store_row(p, 2, owned, T.bind(owned.first + row), column, fragments, word)
 
 
