@@ -31,7 +31,6 @@ OTHER_CHOICES = 0.05
 """The share of rows of a layer of 16 bits that may differ by more, as nearly equal scores choose
 other experts. Of a model it is five times as much."""
 EXPERTS = ("route", "dispatch", "combine")
-MODEL = (*EXPERTS, "append")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _of_codes(format: str) -> Check:
 
 def _of_model(name: str, dtype: torch.dtype, *kernels: str) -> Check:
     rows = 0.0 if dtype is torch.float32 else 5 * OTHER_CHOICES
-    return Check(partial(family, name, dtype), (*MODEL, *kernels), NEAR[dtype], rows)
+    return Check(partial(family, name, dtype), (*EXPERTS, *kernels), NEAR[dtype], rows)
 
 
 def _compressed(kind: str) -> Check:
@@ -122,7 +121,7 @@ CHECKS: dict[str, Check] = {
     "layer-ptx": _of_layer(BF16, later=True),
     **{f"layer-{format}": _of_codes(format) for format in FORMATS},
     **{f"layer-{kind}": _compressed(kind) for kind in ("ternary", "2bit")},
-    "model-mixtral": _of_model("mixtral", BF16, "tile_attention", "rms_norm", "add_norm"),
+    "model-mixtral": _of_model("mixtral", BF16, "tile_attention", "rms_norm", "add_rms_norm"),
     "model-gpt-oss": _of_model("gpt_oss", BF16, "tile_attention"),
     "model-deepseek-v3": _of_model("deepseek_v3", F32, "attention", "linear"),
     "model-phimoe": _of_model("phimoe", F32, "layer_norm"),
