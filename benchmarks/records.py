@@ -62,16 +62,17 @@ def read_records(folder: Path = RESULTS) -> Iterator[Record]:
             yield parse_record(line, f"{path.name}:{number}")
 
 
+def commit_here() -> str:
+    """The commit that is checked out; empty outside of a clone."""
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(words, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def measured_now(
     claim: str, case: str, machine: str, rows: Sequence[Mapping[str, Cell]], conditions: str
 ) -> Record:
     """The record of this process's measurement: its command, the date, the commit, the versions."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-    )
     words = [*_script_words(Path(sys.argv[0])), *_without_record(sys.argv[1:])]
     return Record(
         claim,
@@ -79,7 +80,7 @@ def measured_now(
         tuple(rows),
         case,
         date.today().isoformat(),
-        commit.stdout.strip(),
+        commit_here(),
         command=shlex.join(["python", *words]),
         versions=f"torch {version('torch')}, apache-tvm {version('apache-tvm')}",
         conditions=conditions,

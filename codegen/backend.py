@@ -63,8 +63,9 @@ class Backend:
     """Code generation for targets of one `kind`.
 
     `kernels` maps the type of a spec to the generator of its kernel (`Lowering.kernel`). `loop`
-    makes one kernel of a group of ops without a rule. `library` compiles a module of Relax
-    functions and kernels, and links it. `ready` raises TargetError if this machine lacks what
+    makes one kernel of a group of ops without a rule. `library` compiles modules of Relax
+    functions and kernels, by the name of the target, and links them. `parts` are the targets for
+    each of which a target needs a module. `ready` raises TargetError if this machine lacks what
     `library` needs. With `destinations`, functions write results into memory of the caller; with
     `index_checks`, they refuse indices outside of their axis, as eager does. `slots` makes the
     arguments of products whose experts are read from disk, for `Lowering.slots`.
@@ -74,8 +75,9 @@ class Backend:
     rules: tuple[Rule, ...]
     kernels: Mapping[type, Maker]
     loop: LoopMaker
-    library: Callable[[IRModule, Any, int, Store | None], BuiltLibrary]
+    library: Callable[[Mapping[str, IRModule], Any, int, Store | None], BuiltLibrary]
     ready: Callable[[Any], object] = lambda target: None
+    parts: Callable[[Any], tuple[Any, ...]] = lambda target: (target,)
     destinations: bool = False
     index_checks: bool = False
     slots: Callable[[], Any] | None = None

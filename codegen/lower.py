@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -29,7 +29,7 @@ from moec.codegen.rules.sizes import bind_host_sizes
 from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
 from moec.errors import UnsupportedError
-from moec.ir.graph import Graph, Module, Value
+from moec.ir.graph import Graph, Module, TensorType, Value
 from moec.runtime.package import DECODE, MAIN, WITH_CACHES, KernelCall, Stack, stored
 from moec.target.base import Target
 
@@ -41,16 +41,17 @@ BUILDERS = threading.Lock()
 
 @dataclass(frozen=True)
 class LoweredModule:
-    """The Relax module of some programs. `module` has a function per program, whose arguments are
-    the caller's inputs, the states, memory for results, then its weights: `params`, by the
-    function's name. `destinations` are the outputs, by index, that have such memory. `kernels`
-    pairs the origin of each op of the first program with its kernel; `refusals` are the reasons of
-    ops without one. `tunable` are the kernels that tuning can change. `stacks` are those of each
-    layer in the functions that read experts from disk (`moec.runtime.package.stored`); without any,
-    there are no such functions. `calls` are the calls of kernels by each function, in their
-    order."""
+    """The Relax modules of some programs, by the name of the target that they are for: one, or one
+    for each part of a target (`Backend.parts`), which differ in kernels alone. A module has a
+    function per program, whose arguments are the caller's inputs, the states, memory for results,
+    then its weights: `params`, by the function's name. `destinations` are the outputs, by index,
+    that have such memory. `kernels` pairs the origin of each op of the first program with its
+    kernel; `refusals` are the reasons of ops without one. `tunable` are the kernels that tuning can
+    change. `stacks` are those of each layer in the functions that read experts from disk
+    (`moec.runtime.package.stored`); without any, there are no such functions. `calls` are the calls
+    of kernels by each function, in their order."""
 
-    module: tvm.IRModule
+    modules: Mapping[str, tvm.IRModule]
     params: Mapping[str, tuple[Param, ...]]
     kernels: tuple[tuple[str, str], ...]
     refusals: tuple[Refusal, ...] = ()
@@ -58,6 +59,11 @@ class LoweredModule:
     destinations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stacks: tuple[tuple[Stack, ...], ...] = ()
     calls: Mapping[str, tuple[KernelCall, ...]] = field(default_factory=dict)
+
+    @property
+    def module(self) -> tvm.IRModule:
+        """The first module, which is the only one for a CPU."""
+        return next(iter(self.modules.values()))
 
 
 def lower(
@@ -68,11 +74,23 @@ def lower(
     *,
     store: bool = False,
 ) -> LoweredModule:
-    """The Relax module of `module`. `tunings` are values of kernels by their key; others have the
+    """The Relax modules of `module`. `tunings` are values of kernels by their key; others have the
     default. `store` adds the functions that read experts from disk.
 
     Raises UnsupportedError that lists every op without a kernel and every unknown size.
     """
+    parts = [_for_part(module, part, backend, tunings, store) for part in backend.parts(target)]
+    assert all(_layout(part) == _layout(parts[0]) for part in parts), "parts share weights"
+    return replace(parts[0], modules={n: m for part in parts for n, m in part.modules.items()})
+
+
+def _layout(lowered: LoweredModule) -> list[tuple[str, TensorType]]:
+    return [(p.name, p.type) for params in lowered.params.values() for p in params]
+
+
+def _for_part(
+    module: Module, target: Target, backend: Backend, tunings: Tunings, store: bool
+) -> LoweredModule:
     with BUILDERS:
         # A kernel may not have the name of a function; `route` would be both.
         kernels = ModuleBuilder(
@@ -113,7 +131,7 @@ def lower(
         tunable = tuple(kernels.tunable.values())
         finished = kernels.builder.finalize()
         return LoweredModule(
-            finished,
+            {target.name: finished},
             params,
             origins,
             tuple(refusals),

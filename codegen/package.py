@@ -59,7 +59,7 @@ def build(
     """
     backend = backend or backend_for(target)
     lowered = lower(module, target, backend, tunings, store=store)
-    library = backend.library(lowered.module, target, opt_level, None)
+    library = backend.library(lowered.modules, target, opt_level, None)
     kernels = {kernel.key: kernel for kernel in lowered.tunable}
     values = {key: kernels[key].complete(changed) for key, changed in tunings.items()}
     return replace(package(module, target, lowered, library, memory=memory), tunings=values)

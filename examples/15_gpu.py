@@ -44,7 +44,7 @@ def main() -> None:
     compiled = moec.compile(layer, (x,), target="cpu,cuda:sm_80", backend=backend)
     assert compiled.for_gpu is not None
     assert compiled.for_gpu.gpu is not None
-    for kernel in compiled.for_gpu.gpu.launches:
+    for kernel in compiled.for_gpu.gpu.launches["sm_80"]:
         print("kernel:", kernel.name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.moec"

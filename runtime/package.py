@@ -199,22 +199,27 @@ class Launch:
     sizes: tuple[str, ...]
 
 
+SOURCE, HOST_CODE, CUBIN, PTX = ".cu", ".so", ".cubin", ".ptx"
+"""How the names of parts of GpuCode end, after that of an architecture."""
+
+
 @dataclass(frozen=True)
 class GpuCode:
-    """The kernels that a library launches. `target` is the name of their target
-    (cuda:sm_80,sm_90a); `parts` are the CUDA C (kernels.cu) and the machine code for each
-    architecture (sm_80.cubin), compiled by this version of the CUDA `toolkit`."""
+    """The code for GPUs of a target (cuda:sm_80,sm_90a), for each architecture by its name: the
+    `launches` of its kernels, and in `parts` their CUDA C (sm_80.cu), the library for a CPU that
+    launches them (sm_80.so), and machine code (sm_80.cubin), or PTX for GPUs newer than all of them
+    (sm_90.ptx), both by this version of the CUDA `toolkit`."""
 
     target: str
-    launches: tuple[Launch, ...]
+    launches: Mapping[str, tuple[Launch, ...]]
     parts: Mapping[str, bytes] = field(default_factory=dict)
     toolkit: str = ""
 
 
 @dataclass(frozen=True)
 class BuiltLibrary:
-    """The output of a backend: a shared library for a CPU (empty: no code), and the GPU kernels
-    that it launches."""
+    """The output of a backend: a shared library for a CPU, or the code for GPUs; neither where
+    there is no code."""
 
     host: bytes = b""
     gpu: GpuCode | None = None
@@ -233,7 +238,7 @@ class Package:
     kernels, by the kernel's key. `copies` are, for arrays that are strided copies of the model's
     weights, the pairs of views of the array and of the weight that is copied there; they are not
     stored. `calls` are the calls of kernels by each function in their order, for a CPU. `gpu` holds
-    the GPU kernels that the library launches. `store` is None where experts cannot stay on disk.
+    the code for GPUs; `library` is empty then. `store` is None where experts cannot stay on disk.
     """
 
     target: CpuNeeds
@@ -261,6 +266,10 @@ class Package:
     def target_name(self) -> str:
         """The target: GPUs if the model has kernels for them, else a CPU."""
         return self.gpu.target if self.gpu else self.target.name
+
+    @property
+    def has_code(self) -> bool:
+        return bool(self.library or (self.gpu and self.gpu.parts))
 
     @property
     def main(self) -> Function:

@@ -85,12 +85,13 @@ def steps(layers: Sequence[str], tokens: Sequence[int], only: Sequence[str]) -> 
     return [step for step in every if step.what in only]
 
 
-def lacking() -> str:
-    """The reason why nothing can be measured here, as a sentence; empty if it can."""
+def lacking(instead: str = "--dry-run lists what it would do") -> str:
+    """The reason why nothing can be measured here, and what can be done `instead`, as a sentence;
+    empty if it can."""
     driver = nvidia.driver()
     if driver is None or not driver.gpus:
         reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
-        return f"this script measures an NVIDIA GPU, and {reason}; --dry-run lists what it would do"
+        return f"this script measures an NVIDIA GPU, and {reason}; {instead}"
     import torch
 
     if not torch.cuda.is_available():
@@ -172,7 +173,8 @@ def compile_all(layers: Sequence[str]) -> None:
             failures += 1
             print(f"{name}: failed: {type(error).__name__}: {first_line(error)}", flush=True)
             continue
-        kernels, size = len(gpu.launches), sum(map(len, gpu.parts.values()))
+        kernels = len(gpu.launches[cuda.TARGETS[COMPILED].arch])
+        size = sum(map(len, gpu.parts.values()))
         seconds = time.perf_counter() - start
         print(f"{name}: {kernels} kernels, {size / 1e3:.0f} kB, {seconds:.1f} s", flush=True)
     if failures:

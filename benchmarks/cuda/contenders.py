@@ -73,6 +73,24 @@ def equal_products(layer: LayerShape, tokens: int, device: str) -> Run:
     return run
 
 
+def vllm_products(module: Any, x: Any) -> Run:
+    """The products of experts by vLLM's Triton kernels; the route is computed before. Raises
+    ImportError where there is no vLLM."""
+    from vllm.model_executor.layers.fused_moe import fused_experts
+
+    _, weights, experts = module.gate(x.reshape(-1, x.shape[-1]))
+    up, down = module.experts.gate_up_proj, module.experts.down_proj
+    weights, experts = weights.float(), experts.int()
+
+    def run(x: Any) -> Any:
+        rows = x.reshape(-1, x.shape[-1])
+        return fused_experts(
+            hidden_states=rows, w1=up, w2=down, topk_weights=weights, topk_ids=experts
+        ).reshape(x.shape)
+
+    return run
+
+
 def triton_products(module: Any, x: Any) -> dict[str, Run]:
     """The products of experts by Triton, by the tile that they use; routes, and the sort of rows
     that a tile needs, are computed before. Raises ImportError where there is no Triton."""

@@ -13,6 +13,7 @@ from benchmarks.cuda.contenders import (
     equal_products,
     subject,
     triton_products,
+    vllm_products,
     with_experts,
 )
 from benchmarks.records import Cell
@@ -122,6 +123,7 @@ def times(
             "eager": lambda: with_experts(module, "eager"),
             "grouped_mm": lambda: with_experts(module, "grouped_mm"),
             "triton": lambda x=x: fastest_triton(module, x, device),
+            "vllm": lambda x=x: vllm_products(module, x),
             "inductor": lambda: torch.compile(with_experts(module, "grouped_mm"), dynamic=False),
             "cublas": lambda count=count: equal_products(layer, count, device),
         }

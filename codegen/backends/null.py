@@ -6,6 +6,7 @@ would be. A model made with it cannot be run; `moec run --rebuild` compiles its 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm import IRModule
@@ -16,7 +17,9 @@ from moec.codegen.backends.cpu.backend import CPU
 from moec.runtime.package import BuiltLibrary
 
 
-def _library(module: IRModule, target: Any, opt_level: int, store: Store | None) -> BuiltLibrary:
+def _library(
+    modules: Mapping[str, IRModule], target: Any, opt_level: int, store: Store | None
+) -> BuiltLibrary:
     return BuiltLibrary()
 
 

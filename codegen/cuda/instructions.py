@@ -123,6 +123,12 @@ def arrive(barrier: Expr) -> None:
     ptx("mbarrier.arrive.shared.b64", barrier)
 
 
+def publish_copies() -> None:
+    """Makes this thread's writes to shared memory, copies that it waited for among them, visible to
+    products of warpgroups and to TMA."""
+    ptx("fence.proxy.async.shared::cta")
+
+
 def wait_barrier(barrier: Expr, parity: Expr) -> None:
     """Waits for the end of the phase of this parity; the first phase has parity 0."""
     T.evaluate(T.cuda.mbarrier_wait(barrier, parity))
@@ -222,6 +228,14 @@ def match(value: Expr) -> Expr:
 
 def count_bits(mask: Expr) -> Expr:
     return T.bind(T.call_extern("int32", "__popc", mask))
+
+
+def computed_here(value: Expr) -> Expr:
+    """The int32, in a way that keeps what is computed from it behind the instructions before: what
+    could be computed before a loop would take registers during it."""
+    copy = T.alloc_buffer((1,), "int32", scope="local")
+    ptx("mov.s32", copy[0], value)
+    return T.bind(copy[0])
 
 
 # ---- scalars ---------------------------------------------------------------------------

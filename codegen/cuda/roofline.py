@@ -2,16 +2,19 @@
 
     time of a kernel = max(bytes / bandwidth, FLOPs / peak)        Williams et al., 2009
 
-Each kernel reads and writes each of its tensors once, from and to memory, so reuse through a cache
-between kernels is ignored. Routing is uniform: of E experts, E * (1 - (1 - k/E)^T) have rows.
-Launches are counted but add no time here; outside a CUDA graph, each takes some microseconds.
+Each kernel reads and writes its tensors from and to memory, so reuse through a cache between
+kernels is ignored. Weights of a product are read again for each group of tiles of rows
+(gemm/tiles.py), as if none stayed in the cache; the rows of a group stay there. Routing is uniform:
+of E experts, E * (1 - (1 - k/E)^T) have rows. Launches are counted but add no time here; outside a
+CUDA graph, each takes some microseconds.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from moec.codegen.cuda.gemm.tiles import FEW_ROWS, LARGE
+from moec.codegen.cuda.gemm.tiles import FEW_ROWS, GROUPED, LARGE
 from moec.target.cuda import CudaTarget
 
 _HALF, _FLOAT, _INT, _LONG = 2, 4, 4, 8  # bytes
@@ -39,14 +42,14 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Work:
-    """The bytes that one kernel moves, the FLOPs that it computes, and its launches. If it `copies`
-    by TMA, it multiplies by wgmma on GPUs that have it."""
+    """The bytes that one kernel moves, the FLOPs that it computes, and its launches. A product in
+    tiles is by wgmma on GPUs that have it."""
 
     kernel: str
     bytes: float
     flops: float = 0.0
     launches: int = 1
-    copies: bool = False
+    is_product: bool = False
 
     def seconds(self, target: CudaTarget) -> float:
         return max(self.bytes / target.bandwidth, self.flops / target.bf16_peak)
@@ -55,14 +58,15 @@ class Work:
 def layer_work(layer: LayerShape, tokens: int) -> tuple[Work, ...]:
     """The work of each kernel of codegen/cuda for one layer, in launch order."""
     rows, active = tokens * layer.top_k, layer.active(tokens)
-    up, down = (part * layer.expert_bytes / 3 * active for part in (2, 1))
+    reads = _reads(rows / active) if active else 0.0
+    up, down = (part * layer.expert_bytes / 3 * active * reads for part in (2, 1))
     x, hidden, y = tokens * layer.width, rows * layer.hidden, rows * layer.width
     flops = 2.0 * rows * layer.width * layer.hidden  # of one matrix
     return (
         Work("route", tokens * layer.experts * _FLOAT + rows * (_FLOAT + _LONG)),
         Work("dispatch", rows * (2 * _LONG + 2 * _INT) + layer.experts * _INT),
-        Work("up", up + (x + hidden) * _HALF + rows * _INT, 2 * flops),
-        Work("down", down + (hidden + y) * _HALF, flops, copies=True),
+        Work("up", up + (x + hidden) * _HALF + rows * _INT, 2 * flops, is_product=True),
+        Work("down", down + (hidden + y) * _HALF, flops, is_product=True),
         Work("combine", (y + x) * _HALF + rows * (_INT + _FLOAT), 2.0 * y),
     )
 
@@ -92,10 +96,10 @@ def attention_work(
     return (
         Work(
             "qkv",
-            (shape.width * projected + x + tokens * projected) * _HALF,
+            (shape.width * projected * _reads(tokens) + x + tokens * projected) * _HALF,
             2.0 * tokens * shape.width * projected,
             _launches(tokens, q, sms),  # of the query projection, the largest
-            copies=True,
+            is_product=True,
         ),
         Work("append", tokens * 2 * kv * 2 * _HALF),
         Work(
@@ -106,12 +110,19 @@ def attention_work(
         ),
         Work(
             "output",
-            (q * shape.width + tokens * q + x) * _HALF,
+            (q * shape.width * _reads(tokens) + tokens * q + x) * _HALF,
             2.0 * tokens * q * shape.width,
             _launches(tokens, shape.width, sms),
-            copies=True,
+            is_product=True,
         ),
     )
+
+
+def _reads(rows: float) -> float:
+    """How often weights are read for so many rows: once, and again where a group of tiles of rows
+    ends within them."""
+    tiles = max(1, math.ceil(rows / LARGE.rows))
+    return 1 + (tiles - 1) / GROUPED
 
 
 def _launches(rows: int, columns: int, sms: int) -> int:

@@ -114,7 +114,7 @@ def expected_of(kernels: Iterable[Work], target: CudaTarget) -> tuple[Expected, 
 
 def _expected(work: Work, target: CudaTarget) -> Expected:
     moving = work.bytes / (target.bandwidth * _BANDWIDTH)
-    by_wgmma = work.copies and "wgmma" in target.tensor_cores
+    by_wgmma = work.is_product and "wgmma" in target.tensor_cores
     computing = work.flops / (_WGMMA * target.bf16_peak if by_wgmma else mma_peak(target))
     bound = "tensor cores" if computing > moving else "bandwidth"
     least = max(moving, computing)

@@ -69,7 +69,7 @@ LOGGER = logging.getLogger(__name__)
 )  # fmt: skip
 @click.option(
     "--emit", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Write the GPU code to this folder too: kernels.cu and one .cubin per architecture.",
+    help="Write the GPU code to this folder too: CUDA C, library and .cubin per architecture; PTX.",
 )  # fmt: skip
 @click.option(
     "--stop-after", metavar="PASS", help="Print the graph after this pass; generate no code."

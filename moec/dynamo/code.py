@@ -112,7 +112,7 @@ def _library(backend: Backend, lowered: LoweredModule, options: Options, key: st
     if library is not None:
         RECORDER.add(disk_hits=1)
         return BuiltLibrary(library)
-    built = backend.library(lowered.module, options.target, options.opt_level, options.cache)
+    built = backend.library(lowered.modules, options.target, options.opt_level, options.cache)
     RECORDER.add(code_compiled=1)
     if built.gpu is None:
         save(options.cache, LIBRARIES, {key: built.host})

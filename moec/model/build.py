@@ -71,7 +71,7 @@ def build_model(
             package = replace(package, no_generation=compiled.no_decode)
         named = (replace(b, kernel=kernels_of(b.name, package.kernels)) for b in compiled.blocks)
         compiled = replace(compiled, blocks=tuple(named))
-    if missing_features(compiled.target) or not package.library:
+    if missing_features(compiled.target) or not package.has_code:
         return replace(compiled, package=package)
     with clock.phase("load"):
         from moec.runtime.call.executor import Executor

@@ -267,7 +267,7 @@ class CompiledModel(TextModel, Compilation):
     def ready(self) -> tuple[Package, Executor]:
         """The package and its executor. Raises UsageError where this machine cannot run it."""
         package = self._package()
-        if self.executor is None and not package.library:
+        if self.executor is None and not package.has_code:
             raise UsageError(
                 f"the target {self.target.name!r} generates no code, so the model cannot be run: "
                 "compile it for another target"

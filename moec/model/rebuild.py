@@ -71,7 +71,7 @@ def rebuild(opened: Artifact) -> Package:
             f"{opened.path} has its weights in a layout of another version of moec; compile "
             "the model again"
         )
-    library = backend.library(lowered.module, target, 2, None)
+    library = backend.library(lowered.modules, target, 2, None)
     calls = {} if library.gpu else _with_lines(lowered.calls, package.calls)
     return replace(package, library=library.host, gpu=library.gpu, calls=calls)
 

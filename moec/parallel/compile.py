@@ -42,7 +42,7 @@ def compile_function(
         text = print_graph(rank.graph)
         if text not in libraries:
             lowered = lower(module, target, backend)
-            libraries[text] = lowered, backend.library(lowered.module, target, OPT_LEVEL, None)
+            libraries[text] = lowered, backend.library(lowered.modules, target, OPT_LEVEL, None)
         code = package(module, target, *libraries[text])
         function_type = signature(function, program, ())
         generation = generation_of(function_type) if function == DECODE else None

@@ -8,9 +8,10 @@
     cuda:sm_120   RTX 5090    as sm_89, with TMA
     cuda          this machine's GPU
 
-Several, as in cuda:sm_80,sm_90a, are one target: kernels that all of them can run, compiled for
-each. With +tf32 at the end, as in cuda:sm_80+tf32, products of float32 for many rows use tensor
-cores, which round each factor to 11 bits (TF32).
+Several, as in cuda:sm_80,sm_90a, are one target: the kernels of each, and those that the newest
+would have without the instructions of its chip alone, as PTX for later GPUs. With +tf32 at the end,
+as in cuda:sm_80+tf32, products of float32 for many rows use tensor cores, which round each factor
+to 11 bits (TF32).
 
 Limits of a block are those of the CUDA C++ Programming Guide (Compute Capabilities). SM counts,
 bandwidths and peaks are from the data sheet of the GPU named as `example`. They determine the sizes
@@ -32,7 +33,7 @@ HOST = cpu.TARGETS["generic"]
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """One GPU architecture from the view of kernels, or the common subset of several."""
+    """One GPU architecture from the view of kernels, or several, whose sizes are the least."""
 
     name: str
     example: str
@@ -52,7 +53,7 @@ class CudaTarget:
 
     @property
     def arch(self) -> str:
-        """The oldest architecture, for which kernels are written."""
+        """The oldest architecture."""
         return self.archs[0]
 
     @property
@@ -64,9 +65,26 @@ class CudaTarget:
         """The CPU that the launching code needs."""
         return HOST.needs
 
+    @property
+    def parts(self) -> tuple[CudaTarget, ...]:
+        """The targets for which code is generated one by one: each architecture alone, and last the
+        one whose code is PTX too. Of a chip whose instructions later ones lack (sm_90a), that is
+        one without them (sm_90), which has no cubin."""
+        alone: tuple[CudaTarget, ...] = (self,)
+        end = TF32 if self.tf32 else ""
+        if len(self.archs) > 1:
+            names = (f"{KIND}:{arch}" for arch in self.archs)
+            alone = tuple(replace(TARGETS[n], name=n + end, tf32=self.tf32) for n in names)
+        newest = alone[-1]
+        if not newest.arch.endswith("a"):
+            return alone
+        name = f"{KIND}:{newest.arch.removesuffix('a')}{end}"
+        return (*alone, replace(newest, name=name, tensor_cores=newest.tensor_cores[:1]))
+
     def runs_on(self, capability: tuple[int, int]) -> bool:
-        """Whether a GPU of this compute capability runs one of its cubins."""
-        return any(nvidia.runs(arch, capability) for arch in self.archs)
+        """Whether a GPU of this compute capability runs one of its cubins, or its PTX."""
+        later = capability >= nvidia.capability_of(self.archs[-1])
+        return later or any(nvidia.runs(arch, capability) for arch in self.archs)
 
     def tvm(self) -> dict[str, object]:
         """The argument of `tvm.target.Target` that compiles for this GPU."""
@@ -109,7 +127,7 @@ def parse(name: str) -> CudaTarget:
 
 
 def _common_target(targets: list[CudaTarget]) -> CudaTarget:
-    """The target for kernels that all of these can run; sizes are those of the oldest."""
+    """The target of all of these; sizes are those of the oldest."""
     targets = sorted(targets, key=lambda target: target.capability)
     first = targets[0]
     shared = [c for c in first.tensor_cores if all(c in t.tensor_cores for t in targets)]

@@ -18,6 +18,8 @@ from pathlib import Path
 
 LIBRARY = "libcuda.so.1"
 NVCC, NVRTC = "nvcc", "NVRTC"
+VIRTUAL = "compute_"
+"""How the name of an architecture begins whose code is PTX, which drivers compile."""
 NO_DRIVER = f"there is no NVIDIA driver here ({LIBRARY})"
 _NAME = 256  # bytes for the name of a GPU
 # CUDA Driver API, CUdevice_attribute.

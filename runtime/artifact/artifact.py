@@ -2,9 +2,9 @@
 
     manifest.json    versions, target, ports, sizes, tolerance, and SHA-256 of every other part
     graphs/N.moec    the graph of each function that was compiled, as text: main, decode, ...
-    kernels/lib.so   native code; may be left out and rebuilt from the graph
-    kernels/gpu/*    the GPU kernels that it launches: kernels.cu, and machine code (sm_80.cubin)
-    kernels/gpu.so   the library that launches them, if the model is for a CPU (lib.so) too
+    kernels/lib.so   native code for a CPU; may be left out and rebuilt from the graph
+    kernels/gpu/*    for each GPU architecture: its kernels (sm_80.cu), the library that launches
+                     them (sm_80.so), and machine code (sm_80.cubin) or PTX (sm_90.ptx)
     weights/N.bin    one packed array each, little-endian, memory-mapped
     samples/N.bin    inputs and expected outputs for `moec run --check`
     tokenizer/*      the tokenizer's files, if the model has one
@@ -40,13 +40,12 @@ from moec.runtime.artifact.manifest import Manifest, ManifestPart, Stored, Store
 from moec.runtime.artifact.mapped_arrays import MappedArrays, array_of, check_digests
 from moec.runtime.artifact.part_writers import Buffer, on_all_cores
 from moec.runtime.dtypes import Array, name_of
-from moec.runtime.package import Package, StoredExperts
+from moec.runtime.package import HOST_CODE, Package, StoredExperts
 from moec.target import cpu
 from moec.target.cpu import CpuNeeds
 
 LOGGER = logging.getLogger(__name__)
 LIBRARY = "kernels/lib.so"
-GPU_LIBRARY = "kernels/gpu.so"
 GPU = "kernels/gpu/"
 DIGESTS = "store/digests.bin"
 PASSES = "passes.json"
@@ -117,9 +116,7 @@ def write(
     parts: dict[str, Buffer] = {graph_part(name): text.encode() for name, text in graphs.items()}
     parts |= files or {}
     if native:
-        parts[LIBRARY] = package.library
-        if for_gpu is not None:
-            parts[GPU_LIBRARY] = for_gpu.library
+        parts |= {LIBRARY: package.library} if package.gpu is None else {}
         gpu = (for_gpu or package).gpu
         parts |= {GPU + n: part for n, part in gpu.parts.items()} if gpu else {}
     if package.store is not None:
@@ -224,9 +221,12 @@ def read(
     check_listed(path, container, {manifests.NAME, *manifest.parts})
     code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU) and native}
 
-    def with_parts(package: Package, part: str, arrays: Mapping[str, Stored]) -> Package:
-        library = bytes(small.get(part, b"")) if native else b""
-        _check_library(path, part, library, manifest.machine)
+    library = bytes(small.get(LIBRARY, b"")) if native else b""
+    hosts = {GPU + name: host for name, host in code.items() if name.endswith(HOST_CODE)}
+    for part, binary in {LIBRARY: library, **hosts}.items():
+        _check_library(path, part, binary, manifest.machine)
+
+    def with_parts(package: Package, library: bytes, arrays: Mapping[str, Stored]) -> Package:
         gpu = package.gpu and replace(package.gpu, parts=code)
         mapped = MappedArrays(path, container, manifest, arrays)
         return replace(package, arrays=mapped, library=library, gpu=gpu)
@@ -242,12 +242,12 @@ def read(
     named = {name for name in small if not name.startswith(inner)}
     return Artifact(
         path,
-        with_parts(manifest.package, LIBRARY, manifest.arrays),
+        with_parts(manifest.package, library, manifest.arrays),
         manifest,
         graphs,
         sampled,
         {name: bytes(small[name]) for name in sorted(named)},
-        None if variant is None else with_parts(variant.package, GPU_LIBRARY, variant.arrays),
+        None if variant is None else with_parts(variant.package, b"", variant.arrays),
         bytes(small.get(DIGESTS, b"")),
     )
 

@@ -34,7 +34,7 @@ from moec.runtime.package import (
 )
 from moec.runtime.sizes import expressions as sizes
 
-FORMAT = 4  # 4: decode gives logits of several tokens of a text
+FORMAT = 5  # 5: code for GPUs has its own library and launches for each architecture
 NAME = "manifest.json"
 _LARGEST = 64 << 20  # bytes
 _BEYOND = 1 << 48  # no axis, and no array in bytes, is so large

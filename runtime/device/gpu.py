@@ -23,7 +23,7 @@ from moec.runtime.device.cuda_graph import CUDART, RepeatedCall, copy_on_stream
 from moec.runtime.device.library import CPU, CUDA, open_library, tvm_ffi
 from moec.runtime.device.tensors import arguments_of
 from moec.runtime.dtypes import NUMPY
-from moec.runtime.package import TENSOR_MAP, GpuCode, Package, Port
+from moec.runtime.package import CUBIN, HOST_CODE, PTX, TENSOR_MAP, GpuCode, Package, Port
 from moec.target import nvidia
 
 _CREATE = "ffi.Module.create.cuda"
@@ -51,8 +51,9 @@ class GpuDevice:
         """Raises TargetError where this machine cannot run them, ArtifactError where they do not
         load."""
         assert package.gpu is not None
-        join = kernels(package.gpu, self.index)
-        return open_library(package.library, package.functions, join, (self.memory, self.index))
+        part = part_for(package.gpu, self.index)
+        join, host = kernels(package.gpu, part), package.gpu.parts.get(_arch(part) + HOST_CODE, b"")
+        return open_library(host, package.functions, join, (self.memory, self.index))
 
     def reserve(self, size: int) -> None:
         """Raises TargetError where so many bytes of weights do not fit."""
@@ -125,26 +126,32 @@ class GpuDevice:
         return InputError(f"the compiled code rejects these inputs: {line}")
 
 
-def kernels(code: GpuCode, index: int = 0) -> Callable[[Any], None]:
-    """A function that imports the kernels into a library, for the GPU of that index.
+def kernels(code: GpuCode, part: str) -> Callable[[Any], None]:
+    """A function that imports the kernels of a cubin or PTX among the parts into a library.
 
-    Raises TargetError, in one sentence, where this machine cannot run them, ArtifactError where
-    machine code is not that of the kernels.
+    Raises TargetError where this machine has no runtime for them, ArtifactError where machine code
+    is not that of the kernels.
     """
-    name = f"{arch_for(code, index)}.cubin"
-    content = code.parts[name]
-    for launch in code.launches:
-        if launch.name.encode() not in content:
+    if _arch(part) not in code.launches:
+        raise ArtifactError(f"{part} has kernels that nothing launches; compile the model again")
+    for launch in code.launches[_arch(part)]:
+        if launch.name.encode() not in code.parts[part]:
             raise ArtifactError(
-                f"{name} does not fit the library: it lacks the kernel {launch.name}; compile the "
+                f"{part} does not fit the library: it lacks the kernel {launch.name}; compile the "
                 "model again"
             )
     load_runtime()
-    return partial(import_kernels, code=code, content=content)
+    return partial(import_kernels, code=code, part=part)
 
 
-def arch_for(code: GpuCode, index: int) -> str:
-    """The newest compiled architecture that the GPU runs. Raises TargetError if there is none."""
+def _arch(part: str) -> str:
+    return part.partition(".")[0]
+
+
+def part_for(code: GpuCode, index: int) -> str:
+    """The part with the kernels for a GPU: the cubin of the newest architecture that it runs; PTX
+    where it is newer than all. Raises TargetError, in one sentence, where this machine cannot run
+    them."""
     driver = nvidia.driver()
     if driver is None or not driver.gpus:
         reason = nvidia.NO_DRIVER if driver is None else "the NVIDIA driver finds no GPU"
@@ -152,25 +159,36 @@ def arch_for(code: GpuCode, index: int) -> str:
     if index >= len(driver.gpus):
         raise TargetError(f"there is no GPU {index}: this machine has {len(driver.gpus)}")
     gpu = driver.gpus[index]
-    if code.toolkit and _major(driver.version) < _major(code.toolkit):
+    if code.toolkit and _version(driver.version)[:1] < _version(code.toolkit)[:1]:
         raise TargetError(
             f"the kernels of this model were made by CUDA {code.toolkit}, and the NVIDIA driver "
             f"here runs CUDA up to {driver.version}: install a newer driver"
         )
-    archs = [name.removesuffix(".cubin") for name in code.parts if name.endswith(".cubin")]
-    usable = [arch for arch in archs if nvidia.runs(arch, gpu.capability)]
-    if not usable:
+    cubins = [part for part in code.parts if part.endswith(CUBIN)]
+    usable = [part for part in cubins if nvidia.runs(_arch(part), gpu.capability)]
+    texts = [part for part in code.parts if part.endswith(PTX)]
+    later = [part for part in texts if _capability(part) <= gpu.capability]
+    if not usable and not later:
         raise TargetError(
             f"the kernels of this model are for {code.target}, and {gpu.name} has compute "
             f"capability {gpu.digits}: compile the model for it"
         )
-    return max(usable, key=nvidia.capability_of)
+    if not usable and _version(driver.version) < _version(code.toolkit):
+        raise TargetError(
+            f"{gpu.name} needs the PTX of this model, of CUDA {code.toolkit}, and the NVIDIA "
+            f"driver here compiles that of CUDA up to {driver.version}: install a newer driver"
+        )
+    return max(usable or later, key=_capability)
 
 
-def _major(version: str) -> int:
-    """The major version: a driver runs code of every toolkit of its major version (NVIDIA, CUDA
-    Compatibility, section 2)."""
-    return int(version.partition(".")[0])
+def _capability(part: str) -> tuple[int, int]:
+    return nvidia.capability_of(_arch(part))
+
+
+def _version(text: str) -> list[int]:
+    """Major and minor version. A driver runs cubins of every toolkit of its major version, and
+    compiles PTX of those that are not newer (NVIDIA, CUDA Compatibility, section 2)."""
+    return [int(digits) for digits in text.split(".")[:2]]
 
 
 @cache
@@ -217,7 +235,7 @@ def allocated(shape: Sequence[int], dtype: str, memory: int, index: int) -> Any:
     return allocate(ffi.Shape(shape), ffi.dtype(dtype), ffi.Device(memory, index), None)
 
 
-def import_kernels(host: Any, code: GpuCode, content: bytes) -> None:
+def import_kernels(host: Any, code: GpuCode, part: str) -> None:
     ffi = tvm_ffi()
     functions = {
         launch.name: {
@@ -227,8 +245,9 @@ def import_kernels(host: Any, code: GpuCode, content: bytes) -> None:
             "arg_extra_tags": [int(a == TENSOR_MAP) for a in launch.arguments],
             "launch_param_tags": list(launch.sizes),
         }
-        for launch in code.launches
+        for launch in code.launches[_arch(part)]
     }
     text = json.dumps({"tvm_version": "0.1.0", "func_info": functions})
     described = ffi.get_global_func("runtime.LoadMetaDataFromJSON")(text)
-    host.import_module(ffi.get_global_func(_CREATE)(content, "cubin", described, {}))
+    form = part.rpartition(".")[2]
+    host.import_module(ffi.get_global_func(_CREATE)(code.parts[part], form, described, {}))

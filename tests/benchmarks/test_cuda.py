@@ -125,7 +125,7 @@ def test_compile_only(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         targets.append((options["target"], options.get("quant")))
         if options.get("quant") == "mxfp4":
             raise ValueError("a kernel spills")
-        gpu = SimpleNamespace(launches=(1, 2), parts={"sm_90a.cubin": b"12345"})
+        gpu = SimpleNamespace(launches={"sm_90a": (1, 2)}, parts={"sm_90a.cubin": b"12345"})
         return SimpleNamespace(package=SimpleNamespace(gpu=gpu))
 
     monkeypatch.setattr("moec.compile", compiled)

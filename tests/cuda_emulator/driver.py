@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from tvm import IRModule
 from moec.cache import Store
 from moec.codegen.backend import Backend
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
-from moec.codegen.cuda.compiler.source import PART
 from moec.runtime.package import BuiltLibrary, GpuCode, Package
 from moec.target.cuda import CudaTarget
 from tests.cuda_emulator.emulate import compiled_kernels
+from tests.cuda_emulator.models import cuda_c
 
 _VERSIONS = "libcudart.so.13 { global: cuda*; local: *; };"
 
@@ -33,29 +34,30 @@ def write_driver(folder: Path) -> dict[str, str]:
     return {**os.environ, "LD_LIBRARY_PATH": str(folder), "CUDA_HOME": str(folder)}
 
 
-def for_stand_in(package: Package, folder: Path, arch: str) -> Package:
-    """The package with emulated kernels in place of machine code."""
+def for_stand_in(package: Package, folder: Path, part: str) -> Package:
+    """The package with emulated kernels in place of machine code (sm_90a.cubin)."""
     assert package.gpu is not None
-    return replace(package, gpu=_emulated(package.gpu, folder, arch))
+    return replace(package, gpu=_emulated(package.gpu, folder, part))
 
 
-def stand_in(folder: Path, arch: str) -> Backend:
+def stand_in(folder: Path, part: str) -> Backend:
     """The backend for GPUs, with emulated kernels in place of machine code."""
 
     def library(
-        module: IRModule, target: CudaTarget, opt_level: int, store: Store | None
+        modules: Mapping[str, IRModule], target: CudaTarget, opt_level: int, store: Store | None
     ) -> BuiltLibrary:
-        text = CUDA_TEXT.library(module, target, opt_level, store)
+        text = CUDA_TEXT.library(modules, target, opt_level, store)
         assert text.gpu is not None
-        return replace(text, gpu=_emulated(text.gpu, folder, arch))
+        return replace(text, gpu=_emulated(text.gpu, folder, part))
 
     return replace(CUDA_TEXT, library=library)
 
 
-def _emulated(code: GpuCode, folder: Path, arch: str) -> GpuCode:
+def _emulated(code: GpuCode, folder: Path, part: str) -> GpuCode:
     """In place of machine code the path of the emulated kernels, then their names."""
-    content = compiled_kernels(code.parts[PART].decode(), code.launches)
-    library = folder / f"{arch}.{hashlib.sha256(content).hexdigest()[:16]}.so"
+    source, launches = cuda_c(code, part.partition(".")[0])
+    content = compiled_kernels(source, launches)
+    library = folder / f"{part}.{hashlib.sha256(content).hexdigest()[:16]}.so"
     library.write_bytes(content)
-    names = " ".join(launch.name for launch in code.launches)
-    return replace(code, parts={**code.parts, f"{arch}.cubin": f"{library}\0{names}".encode()})
+    names = " ".join(launch.name for launch in launches)
+    return replace(code, parts={**code.parts, part: f"{library}\0{names}".encode()})

@@ -22,6 +22,7 @@ struct Fiber {
   ucontext_t context;
   int index;
   bool done;
+  bool unpublished;                      // copies without a fence behind them
   std::string waits;                     // for what, while it does
   std::vector<Copy> open;                // copies since the last commit
   std::deque<std::vector<Copy>> groups;  // committed and not waited for

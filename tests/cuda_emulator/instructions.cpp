@@ -23,6 +23,7 @@ static void copy(const Copy& c) {
   char* to = shared(c.to, 16);
   memcpy(to, c.from, c.size);
   memset(to + c.size, 0, 16 - c.size);
+  now->unpublished = true;
 }
 static void copy_async(uint32_t to, const void* from, uint32_t size) {
   if (to % 16 || uintptr_t(from) % 16) fail_here("cp.async of memory that is not aligned to 16 bytes");

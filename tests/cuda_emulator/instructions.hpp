@@ -108,6 +108,8 @@ void tvm_builtin_ptx_mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(
     float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
     uint32_t b1, float c0, float c1, float c2, float c3);
 
+static void tvm_builtin_ptx_mov_s32(int& d, int a) { d = a; }
+
 // To nearest, ties away from zero; NaN and infinities stay.
 static void tvm_builtin_ptx_cvt_tf32_f32_rna_tf32_f32(uint32_t& d, float a) {
   uint32_t bits;

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moec.codegen.cuda.compiler.source import PART
 from moec.runtime.call.executor import Executor
 from moec.runtime.device.device import Cpu
 from moec.runtime.device.library import open_library
-from moec.runtime.package import MAIN, Package
+from moec.runtime.package import HOST_CODE, MAIN, SOURCE, GpuCode, Launch, Package
 from tests.cuda_emulator.emulate import SCHEDULES, EmulationError, Schedule, imported
 
 
@@ -33,23 +32,34 @@ class EmulatedModel:
         return results
 
 
-def emulated_model(package: Package, change: Callable[[str], str] = str) -> EmulatedModel:
-    """`change` edits the CUDA C of the kernels: a bug, planted."""
-    functions, library = _functions(package, change)
+def cuda_c(code: GpuCode | None, arch: str = "") -> tuple[str, tuple[Launch, ...]]:
+    """The CUDA C for an architecture, by default the oldest, and its launches."""
+    assert code is not None
+    arch = arch or next(iter(code.launches))
+    return code.parts[arch + SOURCE].decode(), code.launches[arch]
+
+
+def emulated_model(
+    package: Package, change: Callable[[str], str] = str, arch: str = ""
+) -> EmulatedModel:
+    """The code for an architecture, by default the oldest. `change` edits the CUDA C of the
+    kernels: a bug, planted."""
+    functions, library = _functions(package, change, arch)
     return EmulatedModel(Executor(package, functions), library)
 
 
 def _functions(
-    package: Package, change: Callable[[str], str] = str
+    package: Package, change: Callable[[str], str] = str, arch: str = ""
 ) -> tuple[Mapping[str, Any], ctypes.CDLL]:
+    source, launches = cuda_c(package.gpu, arch)
     assert package.gpu is not None
-    source, launches = package.gpu.parts[PART].decode(), package.gpu.launches
+    host = package.gpu.parts[(arch or next(iter(package.gpu.launches))) + HOST_CODE]
     libraries: list[ctypes.CDLL] = []
 
     def kernels(host: Any) -> None:
         libraries.append(imported(host, change(source), launches))
 
-    functions = open_library(package.library, package.functions, kernels)
+    functions = open_library(host, package.functions, kernels)
     return functions, libraries[0]
 
 

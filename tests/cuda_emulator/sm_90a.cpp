@@ -117,14 +117,16 @@ template <class T> static float float_of(uint16_t bits) {
 
 }  // namespace emulator
 
-void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_40() {}
-void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_232() {}
+void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_56() {}
+void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_224() {}
 void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster() {}
+void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta() { emulator::now->unpublished = false; }
 void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t address, uint32_t count) {
   emulator::barriers[address] = {int(count), int(count), 0, 0, {}};
 }
 void tvm_builtin_ptx_mbarrier_arrive_nocount_arrive_shared_b64(uint32_t address) {
   auto& b = emulator::barrier(address);
+  if (emulator::now->unpublished) emulator::fail_here("copies are handed to wgmma without fence.proxy.async");
   b.pending--;
   emulator::complete(b);
 }
@@ -177,15 +179,19 @@ WAIT(0) WAIT(1) WAIT(2) WAIT(3)
 #undef WAIT
 
 #define TAKE(n) lane.sums.insert(lane.sums.end(), {&a##n, &b##n, &c##n, &d##n});
-#define WGMMA(name, type)                                                                                            \
-  void tvm_builtin_ptx_wgmma_##name##_ss_mma_async_sync_aligned_m64n128k16_f32_##name##_##name##_1_1_0_0(     \
-      FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9), FOUR(10), FOUR(11),  \
-      FOUR(12), FOUR(13), FOUR(14), FOUR(15), uint64_t a, uint64_t b, int adds) {                                    \
-    emulator::Lane lane{{}, a, b, adds != 0, emulator::float_of<type>};                                              \
-    TAKE(0) TAKE(1) TAKE(2) TAKE(3) TAKE(4) TAKE(5) TAKE(6) TAKE(7)                                                  \
-    TAKE(8) TAKE(9) TAKE(10) TAKE(11) TAKE(12) TAKE(13) TAKE(14) TAKE(15)                                            \
-    emulator::multiply_group(lane);                                                                                  \
+#define TAKE_128                                                                                           \
+  TAKE(0) TAKE(1) TAKE(2) TAKE(3) TAKE(4) TAKE(5) TAKE(6) TAKE(7)                                          \
+  TAKE(8) TAKE(9) TAKE(10) TAKE(11) TAKE(12) TAKE(13) TAKE(14) TAKE(15)
+#define TAKE_256                                                                                           \
+  TAKE_128 TAKE(16) TAKE(17) TAKE(18) TAKE(19) TAKE(20) TAKE(21) TAKE(22) TAKE(23)                         \
+  TAKE(24) TAKE(25) TAKE(26) TAKE(27) TAKE(28) TAKE(29) TAKE(30) TAKE(31)
+#define DEFINE(name, n, type)                                                                              \
+  WGMMA(name, n) {                                                                                         \
+    emulator::Lane lane{{}, a, b, adds != 0, emulator::float_of<type>};                                    \
+    TAKE_##n                                                                                               \
+    emulator::multiply_group(lane);                                                                        \
   }
-WGMMA(bf16, nv_bfloat16)
-WGMMA(f16, half)
-#undef WGMMA
+DEFINE(bf16, 128, nv_bfloat16)
+DEFINE(f16, 128, half)
+DEFINE(bf16, 256, nv_bfloat16)
+DEFINE(f16, 256, half)

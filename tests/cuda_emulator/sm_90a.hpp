@@ -5,9 +5,10 @@
 // What the host encodes (emulate.py) for a matrix; the driver's own is opaque.
 struct alignas(64) CUtensorMap { char* base; int64_t columns, rows, stride, box_columns, box_rows, size, swizzle, unused[8]; };
 
-void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_40();
-void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_232();
+void tvm_builtin_ptx_setmaxnreg_dec_sync_aligned_u32_56();
+void tvm_builtin_ptx_setmaxnreg_inc_sync_aligned_u32_224();
 void tvm_builtin_ptx_fence_mbarrier_init_mbarrier_init_release_cluster();
+void tvm_builtin_ptx_fence_proxy_proxy_async_shared__cta();
 void tvm_builtin_ptx_mbarrier_init_init_shared_b64(uint32_t address, uint32_t count);
 void tvm_builtin_ptx_mbarrier_arrive_nocount_arrive_shared_b64(uint32_t address);
 void tvm_builtin_ptx_mbarrier_arrive_expect_tx_arrive_expect_tx_shared_b64(uint32_t address, uint32_t bytes);
@@ -22,10 +23,16 @@ WAIT(0) WAIT(1) WAIT(2) WAIT(3)
 #undef WAIT
 
 #define FOUR(n) float &a##n, float &b##n, float &c##n, float &d##n
-#define WGMMA(name)                                                                                                  \
-  void tvm_builtin_ptx_wgmma_##name##_ss_mma_async_sync_aligned_m64n128k16_f32_##name##_##name##_1_1_0_0(            \
-      FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9), FOUR(10), FOUR(11),  \
-      FOUR(12), FOUR(13), FOUR(14), FOUR(15), uint64_t a, uint64_t b, int adds);
-WGMMA(bf16)
-WGMMA(f16)
-#undef WGMMA
+#define SUMS_128                                                                                           \
+  FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9), FOUR(10),      \
+      FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
+#define SUMS_256                                                                                           \
+  SUMS_128, FOUR(16), FOUR(17), FOUR(18), FOUR(19), FOUR(20), FOUR(21), FOUR(22), FOUR(23), FOUR(24),      \
+      FOUR(25), FOUR(26), FOUR(27), FOUR(28), FOUR(29), FOUR(30), FOUR(31)
+#define WGMMA(name, n)                                                                                     \
+  void tvm_builtin_ptx_wgmma_##name##_ss_mma_async_sync_aligned_m64n##n##k16_f32_##name##_##name##_1_1_0_0( \
+      SUMS_##n, uint64_t a, uint64_t b, int adds)
+WGMMA(bf16, 128);
+WGMMA(f16, 128);
+WGMMA(bf16, 256);
+WGMMA(f16, 256);

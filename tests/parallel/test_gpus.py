@@ -89,7 +89,7 @@ def on_gpus(folder: Path, once: Once) -> Path:
 
     def fill(path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "CUDA", stand_in(path, "sm_90a"))
+            patch.setattr(backend, "CUDA", stand_in(path, "sm_90a.cubin"))
             words = ["--plan", str(folder / "plan.json"), "-o", str(path / "two.ranks")]
             words += ["--target", TARGET, "--verify", "off"]
             assert "not as planned" not in cli("compile", str(folder / "model"), *words).output

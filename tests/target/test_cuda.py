@@ -47,9 +47,23 @@ def test_which_gpu_runs_which() -> None:
     by_arch = {t.arch: t for t in TARGETS.values()}
     runs = {arch: t.runs_on((8, 9)) for arch, t in by_arch.items()}
     assert [arch for arch, yes in runs.items() if yes] == ["sm_80", "sm_86", "sm_89"]
-    assert [a for a, t in by_arch.items() if t.runs_on((9, 0))] == ["sm_90a"]
-    assert not by_arch["sm_100a"].runs_on((10, 3)), "the code of an `a` runs on that chip alone"
+    assert by_arch["sm_80"].runs_on((9, 0)), "by its PTX"
+    assert not nvidia.runs("sm_100a", (10, 3)), "the cubin of an `a` runs on that chip alone"
+    assert by_arch["sm_100a"].runs_on((10, 3)), "by its PTX"
     assert not by_arch["sm_89"].runs_on((8, 0)), "no code runs on an older GPU"
+
+
+def test_parts() -> None:
+    """Each architecture alone, and PTX of the newest: for sm_90a of a target without wgmma."""
+    both, tf32 = parse("cuda:sm_80,sm_90a"), parse("cuda:sm_80,sm_86+tf32")
+    assert [t.name for t in both.parts] == ["cuda:sm_80", "cuda:sm_90a", "cuda:sm_90"]
+    assert both.parts[:2] == (TARGETS["cuda:sm_80"], TARGETS["cuda:sm_90a"])
+    assert (both.parts[2].tensor_cores, both.parts[2].sms) == (("mma",), 132)
+    assert [(t.name, t.tf32) for t in tf32.parts] == [
+        ("cuda:sm_80+tf32", True),
+        ("cuda:sm_86+tf32", True),
+    ]
+    assert TARGETS["cuda:sm_86"].parts == (TARGETS["cuda:sm_86"],)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +99,8 @@ def test_several_gpus() -> None:
     assert (target.arch, target.archs) == ("sm_80", ("sm_80", "sm_90a"))
     assert target.tensor_cores == ("mma",), "what both have"
     assert target.shared_memory == TARGETS["cuda:sm_80"].shared_memory
-    assert [target.runs_on(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0))] == [True] * 3 + [False]
+    assert not target.runs_on((7, 5))
+    assert all(target.runs_on(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0)))
 
 
 @pytest.mark.parametrize("target", ["cuda:sm_80", TARGETS["cuda:sm_90a"]])
@@ -176,4 +191,4 @@ def test_tf32_is_for_float32() -> None:
     )
     assert compiled.package is not None
     assert compiled.package.gpu is not None
-    assert b"mma_sync_aligned_m16n8k8" in compiled.package.gpu.parts["kernels.cu"]
+    assert b"mma_sync_aligned_m16n8k8" in compiled.package.gpu.parts["sm_80.cu"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tvm import IRModule
 from tvm.tirx import PrimFunc
 
@@ -30,8 +32,9 @@ from moec.target.cpu import CpuTarget
 
 
 def _library(
-    module: IRModule, target: CpuTarget, opt_level: int, store: Store | None
+    modules: Mapping[str, IRModule], target: CpuTarget, opt_level: int, store: Store | None
 ) -> BuiltLibrary:
+    module = modules[target.name]
     return BuiltLibrary(linked(compile_module(module, target, opt_level, store), target))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from tvm import IRModule
@@ -13,8 +14,7 @@ from moec.codegen.backends.cuda.library import launched
 from moec.codegen.backends.cuda.loops import write
 from moec.codegen.cpu.link import linker_for
 from moec.codegen.cuda.append import append
-from moec.codegen.cuda.compiler.cubin import compiler, cubins
-from moec.codegen.cuda.compiler.source import PART
+from moec.codegen.cuda.compiler.cubin import compiler, machine_code
 from moec.codegen.cuda.norm import norm
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
@@ -23,27 +23,28 @@ from moec.codegen.rules import caches, experts, norms, sizes
 from moec.codegen.specs.attention import AppendSpec
 from moec.codegen.specs.norm import NormSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
-from moec.runtime.package import BuiltLibrary, GpuCode
+from moec.runtime.package import HOST_CODE, SOURCE, BuiltLibrary, GpuCode
 from moec.target.cuda import HOST, CudaTarget
 
 
 def _text(
-    module: IRModule, target: CudaTarget, opt_level: int, store: Store | None
+    modules: Mapping[str, IRModule], target: CudaTarget, opt_level: int, store: Store | None
 ) -> BuiltLibrary:
-    code = launched(module, target, store)
-    parts = {PART: code.kernels.source.encode()}
-    return BuiltLibrary(code.host, GpuCode(target.name, code.kernels.launches, parts))
+    codes = {part.arch: launched(modules[part.name], part, store) for part in target.parts}
+    launches = {arch: code.kernels.launches for arch, code in codes.items()}
+    texts = {f"{arch}{SOURCE}": code.kernels.source.encode() for arch, code in codes.items()}
+    hosts = {f"{arch}{HOST_CODE}": code.host for arch, code in codes.items()}
+    return BuiltLibrary(gpu=GpuCode(target.name, launches, texts | hosts))
 
 
 def _library(
-    module: IRModule, target: CudaTarget, opt_level: int, store: Store | None
+    modules: Mapping[str, IRModule], target: CudaTarget, opt_level: int, store: Store | None
 ) -> BuiltLibrary:
-    text = _text(module, target, opt_level, store)
-    assert text.gpu is not None
-    by_arch = cubins(text.gpu.parts[PART].decode(), target, store)
-    parts = {f"{arch}.cubin": cubin.content for arch, cubin in by_arch.items()}
-    toolkit = compiler(target).version
-    return replace(text, gpu=replace(text.gpu, parts={**text.gpu.parts, **parts}, toolkit=toolkit))
+    gpu = _text(modules, target, opt_level, store).gpu
+    assert gpu is not None
+    sources = {arch: gpu.parts[f"{arch}{SOURCE}"].decode() for arch in gpu.launches}
+    parts = {**gpu.parts, **machine_code(sources, target, store)}
+    return BuiltLibrary(gpu=replace(gpu, parts=parts, toolkit=compiler(target).version))
 
 
 def _ready(target: CudaTarget) -> None:
@@ -74,6 +75,7 @@ CUDA = Backend(
     loop=write,
     library=_library,
     ready=_ready,
+    parts=lambda target: target.parts,
     destinations=True,
 )
 

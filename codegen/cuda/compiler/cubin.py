@@ -1,15 +1,16 @@
-"""Compiles CUDA C to cubins, by nvcc or NVRTC, and caches the results."""
+"""Compiles CUDA C to cubins and PTX, by nvcc or NVRTC, and caches the results."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 from moec.cache import OBJECTS, Store, default_store, key_of, load, save
 from moec.codegen.cuda.compiler import nvcc, nvrtc
 from moec.errors import TargetError
+from moec.runtime.package import CUBIN, PTX
 from moec.runtime.process.threads import available
 from moec.target import nvidia
 from moec.target.cuda import CudaTarget
@@ -40,19 +41,27 @@ def compiler(target: CudaTarget) -> nvidia.Compiler:
     return chosen
 
 
-def cubins(source: str, target: CudaTarget, store: Store | None = None) -> dict[str, Cubin]:
-    """The cubin of the kernels for each architecture of a target. `store` caches them; None means
-    the user's store.
+def machine_code(
+    sources: Mapping[str, str], target: CudaTarget, store: Store | None = None
+) -> dict[str, bytes]:
+    """From the CUDA C of each part of a target: the cubin of each architecture, and the PTX of the
+    last part, by their names in an artifact. `store` caches them; None means the user's store.
 
     Raises TargetError if there is no compiler, or if it fails.
     """
-    one = partial(_cubin, source, chosen=compiler(target), store=store or default_store())
+    chosen, store, last = compiler(target), store or default_store(), target.parts[-1].arch
+    jobs = {f"{arch}{CUBIN}": (sources[arch], arch) for arch in target.archs}
+    jobs[f"{last}{PTX}"] = sources[last], last.replace("sm_", nvidia.VIRTUAL)
+
+    def compiled(job: tuple[str, str]) -> bytes:
+        return _cubin(*job, chosen, store).content
+
     with ThreadPoolExecutor(available()) as pool:
-        return dict(zip(target.archs, pool.map(one, target.archs), strict=True))
+        return dict(zip(jobs, pool.map(compiled, jobs.values()), strict=True))
 
 
 def cubin(source: str, target: CudaTarget, store: Store | None = None) -> Cubin:
-    """The cubin for the oldest architecture of a target; see `cubins`."""
+    """The cubin for the oldest architecture of a target; see `machine_code`."""
     return _cubin(source, target.arch, compiler(target), store or default_store())
 
 

@@ -1,5 +1,5 @@
-"""Compiles CUDA C to a cubin by NVRTC, a library in NVIDIA's wheels that needs no toolkit and no
-GPU.
+"""Compiles CUDA C to a cubin or PTX by NVRTC, a library in NVIDIA's wheels that needs no toolkit
+and no GPU.
 
 See "General Usage" in the NVRTC documentation. An option makes functions without a qualifier device
 code, as nvcc does for the functions that TVM emits before the first kernel.
@@ -11,13 +11,14 @@ import ctypes
 from functools import cache
 
 from moec.errors import TargetError
-from moec.target.nvidia import Compiler
+from moec.target.nvidia import VIRTUAL, Compiler
 
 FLAGS = ("-default-device", "--disable-warnings", "--ptxas-options=-v")
 
 
 def compiled(source: str, arch: str, nvrtc: Compiler) -> tuple[bytes, bytes]:
-    """The cubin and the output of ptxas. Raises TargetError if NVRTC fails."""
+    """The cubin, of a virtual architecture the PTX, and the output of ptxas. Raises TargetError if
+    NVRTC fails."""
     library, program = _library(nvrtc.path), ctypes.c_void_p()
     includes = (f"-I{folder}" for folder in nvrtc.includes)
     words = [word.encode() for word in (f"--gpu-architecture={arch}", *FLAGS, *includes)]
@@ -30,7 +31,8 @@ def compiled(source: str, arch: str, nvrtc: Compiler) -> tuple[bytes, bytes]:
         if failed:
             reason = log.decode(errors="replace").strip() or f"error {failed}"
             raise TargetError(f"{nvrtc.path} fails for {arch}: {reason}")
-        return _content(library, program, "CUBIN"), log
+        form = "PTX" if arch.startswith(VIRTUAL) else "CUBIN"
+        return _content(library, program, form), log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -23,9 +23,6 @@ _build = importlib.import_module("tvm.tirx.build")  # tvm.tirx.build is a functi
 
 _COMPILE = "tvm_callback_cuda_compile"
 
-PART = "kernels.cu"
-"""The name of the CUDA C among the parts of an artifact."""
-
 
 @dataclass(frozen=True)
 class Lowered:

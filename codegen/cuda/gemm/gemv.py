@@ -31,7 +31,7 @@ from moec.codegen.cuda.gemm.product import (
     tiles_of,
 )
 from moec.codegen.cuda.gemm.tiles import ExpertRows
-from moec.codegen.cuda.instructions import WARP, fma, load_past_cache, shuffle_xor
+from moec.codegen.cuda.instructions import WARP, computed_here, fma, load_past_cache, shuffle_xor
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
@@ -121,11 +121,20 @@ def launch_few_rows(
                 for half in (16, 8, 4, 2, 1):
                     T.buffer_store(sums, sums[i] + shuffle_xor(sums[i], half), [i])
             word = T.alloc_buffer((1,), "uint32", scope="local")
-            with T.If(lane == 0), T.Then():
-                for row in range(rows):
-                    at = range(row * parts, (row + 1) * parts, 2)
-                    fragments = [(sums[i], sums[i + 1]) for i in at]
-                    store_row(p, 2, owned, owned.first + row, column, fragments, word)
+            row = computed_here(lane)
+            with T.If(row < rows), T.Then():  # all lanes have all sums; each stores one row
+                values = [T.bind(_of_row(sums, row, rows, parts, part)) for part in range(parts)]
+                fragments = list(zip(values[::2], values[1::2], strict=True))
+                store_row(p, 2, owned, T.bind(owned.first + row), column, fragments, word)
+
+
+def _of_row(sums: Buffer, row: Expr, rows: int, parts: int, part: int) -> Expr:
+    """The sum of a part of the row, by comparisons: an array that is indexed by a variable would be
+    in memory."""
+    value = sums[part]
+    for other in range(1, rows):
+        value = T.Select(row == other, sums[other * parts + part], value)
+    return value
 
 
 def _accumulate(p: Product, owned: ExpertRows, column: Expr, lane: Expr, sums: Buffer) -> None:

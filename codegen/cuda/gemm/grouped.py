@@ -34,7 +34,16 @@ from moec.codegen.cuda.gemm.product import (
 )
 from moec.codegen.cuda.gemm.split_blocks import SplitTiles, can_split, memory_of, parts_of
 from moec.codegen.cuda.gemm.split_k import launch_split_k, split_of
-from moec.codegen.cuda.gemm.tiles import FEW_ROWS, FLOATS, LARGE, SMALL, ExpertRows, TileShape
+from moec.codegen.cuda.gemm.tiles import (
+    FEW_ROWS,
+    FLOATS,
+    LARGE,
+    SMALL,
+    ExpertRows,
+    TileShape,
+    row_and_column,
+)
+from moec.codegen.cuda.instructions import computed_here
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import CudaTarget
@@ -136,7 +145,7 @@ def _by_wgmma(p: Product, target: CudaTarget) -> bool:
         check_wgmma(p.spec, target, p.epilogue)
     except NoMatch:
         return False
-    return p.order is None  # TMA copies rows that are neighbours
+    return True
 
 
 def _launch_hopper(p: Product, target: CudaTarget, blocks: int, parts: SplitTiles | None) -> None:
@@ -260,17 +269,17 @@ def each_tile(
     tiles = tiles_of(p, shape.rows, shape.threads, thread)
     across = -(-p.columns // shape.columns)
     with T.serial(0, (tiles.total * across - block + (blocks - 1)) // blocks) as turn:
-        index = T.bind(block + turn * blocks)
-        owned = tiles.find(index // across)
-        compute(owned, T.bind(index % across * shape.columns))
+        row, column = row_and_column(T.bind(block + turn * blocks), tiles.total, across)
+        compute(tiles.find(row), T.bind(column * shape.columns))
 
 
 def store_tile(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, word: Buffer) -> None:
     """Stores the sums as rows of y."""
-    first = T.bind(column + tile.first_column + tile.lane % 4 * 2)
+    lane = computed_here(tile.lane)
+    first = T.bind(column + tile.first_column + lane % 4 * 2)
     for t in range(tile.row_fragments):
         for half in range(2):
-            row = T.bind(owned.first + tile.first_row + t * 16 + half * 8 + tile.lane // 4)
+            row = T.bind(owned.first + tile.first_row + t * 16 + half * 8 + lane // 4)
             at = [tile.sum_index(t, u, half) for u in range(tile.column_fragments)]
             fragments = [(tile.sums[i], tile.sums[i + 1]) for i in at]
             store_row(p, tile.shape.columns, owned, row, first, fragments, word)

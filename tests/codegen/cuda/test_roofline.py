@@ -42,6 +42,17 @@ def test_many_rows_are_bound_by_tensor_cores() -> None:
     assert products[0].seconds(H100) == products[0].flops / H100.bf16_peak
 
 
+def test_weights_are_read_again_for_each_group_of_rows() -> None:
+    """4096 tokens of Mixtral are 1024 rows an expert: 8 tiles, of which 7 are not the first, in
+    groups of 8; 16 tokens are one tile."""
+    mixtral = LayerShape(8, 2, 4096, 14336)
+    for tokens, reads in ((16, 1), (4096, 1 + 7 / 8), (8192, 1 + 15 / 8)):
+        up = next(work for work in layer_work(mixtral, tokens) if work.kernel == "up")
+        weights = 2 * 4096 * 14336 * 2 * mixtral.active(tokens)
+        rows = 2 * tokens * (4096 / 2 + 14336) * 2 + 2 * tokens * 4
+        assert up.bytes == pytest.approx(weights * reads + rows, rel=1e-6)
+
+
 def test_a_token_waits_for_its_keys_and_values() -> None:
     """16384 keys and values of 4 heads of 128 features in 16 bits: 33.6 MB."""
     heads = AttentionShape(2048, 32, 4, 128)

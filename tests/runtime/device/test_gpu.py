@@ -98,8 +98,8 @@ def driver(library: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Mon
 def emulation(driver: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A GPU whose memory is the CPU's, and whose kernels are emulated."""
 
-    def join(host: Any, code: gpu.GpuCode, content: bytes) -> None:
-        imported(host, content.decode(), code.launches)
+    def join(host: Any, code: gpu.GpuCode, part: str) -> None:
+        imported(host, code.parts[part].decode(), code.launches[part.partition(".")[0]])
 
     driver.setattr(gpu, "GpuDevice", partial(gpu.GpuDevice, memory=CPU))
     driver.setattr(gpu, "load_runtime", lambda: None)
@@ -136,8 +136,10 @@ def test_it_says_what_it_is_for(example: Example) -> None:
     assert opened.for_gpu is not None
     assert opened.for_gpu.gpu is not None
     assert opened.for_gpu.gpu.toolkit == "13.0.88"
-    assert opened.for_gpu.library != opened.package.library
-    assert artifact.read(example.path, native=False).for_gpu.library == b""  # type: ignore[union-attr]
+    assert opened.for_gpu.library == b""
+    without = artifact.read(example.path, native=False)
+    assert without.for_gpu is not None
+    assert [p.has_code for p in (opened.for_gpu, without.for_gpu)] == [True, False]
 
 
 def test_weights_of_one_layout_are_stored_once(example: Example) -> None:
@@ -157,7 +159,7 @@ def test_an_altered_weight_of_a_gpu_is_found(example: Example, tmp_path: Path) -
     alone = {a.part for a in manifest.for_gpu.arrays.values()} - {
         a.part for a in manifest.arrays.values()
     }
-    for part in alone or {"kernels/gpu.so"}:
+    for part in alone or {"kernels/gpu/sm_80.so"}:
         content = bytearray((path / part).read_bytes())
         content[-1] ^= 1
         (path / part).write_bytes(content)
@@ -165,12 +167,26 @@ def test_an_altered_weight_of_a_gpu_is_found(example: Example, tmp_path: Path) -
         artifact.read(path).verify()
 
 
+def test_a_library_of_a_gpu_that_is_none_is_refused(example: Example, tmp_path: Path) -> None:
+    opened = artifact.read(example.path)
+    assert opened.for_gpu is not None
+    assert opened.for_gpu.gpu is not None
+    parts = {**opened.for_gpu.gpu.parts, "sm_80.so": b"not one"}
+    changed = replace(opened.for_gpu, gpu=replace(opened.for_gpu.gpu, parts=parts))
+    path = tmp_path / "changed.moec"
+    artifact.write(opened.package, path, graphs=opened.graphs, for_gpu=changed)
+    with pytest.raises(ArtifactError, match=r"kernels/gpu/sm_80\.so is not a library for"):
+        artifact.read(path)
+
+
 def test_the_code_is_written_into_a_folder(example: Example) -> None:
-    names = ["kernels.cu", "sm_80.cubin", "sm_90a.cubin"]
-    assert sorted(path.name for path in example.code.iterdir()) == names
-    assert "__global__" in (example.code / "kernels.cu").read_text()
-    texts = [(example.code / name).read_bytes() for name in names]
-    assert texts[0] == texts[2]  # by the stand-in
+    names = {path.name for path in example.code.iterdir()}
+    codes = {f"{arch}.{part}" for arch in ("sm_80", "sm_90", "sm_90a") for part in ("cu", "so")}
+    assert names == codes | {"sm_80.cubin", "sm_90a.cubin", "sm_90.ptx"}
+    for name, source in (("sm_80.cubin", "sm_80.cu"), ("sm_90.ptx", "sm_90.cu")):
+        text = (example.code / source).read_text()
+        assert "__global__" in text
+        assert (example.code / name).read_text() == text  # by the stand-in
     words = CliRunner().invoke(front.cli, ["compile", "x", "-o", "y", "--force", "--emit", "z"])
     assert "--emit writes GPU code: give -o and a GPU" in words.output
 
@@ -270,10 +286,22 @@ def test_what_a_machine_lacks(
 def test_the_newest_code_that_a_gpu_runs(example: Example, driver: pytest.MonkeyPatch) -> None:
     code = artifact.read(example.path).for_gpu.gpu  # type: ignore[union-attr]
     assert code is not None
-    assert gpu.arch_for(code, 0) == "sm_90a"
-    nvidia.driver.cache_clear()
-    driver.setenv("FAKE_CUDA_CAPABILITY", "89")
-    assert gpu.arch_for(code, 0) == "sm_80"
+    parts = {"90": "sm_90a.cubin", "89": "sm_80.cubin", "100": "sm_90.ptx", "120": "sm_90.ptx"}
+    for capability, part in parts.items():
+        nvidia.driver.cache_clear()
+        driver.setenv("FAKE_CUDA_CAPABILITY", capability)
+        assert gpu.part_for(code, 0) == part
+
+
+def test_ptx_of_a_newer_toolkit_than_the_driver(
+    example: Example, driver: pytest.MonkeyPatch
+) -> None:
+    code = artifact.read(example.path).for_gpu.gpu  # type: ignore[union-attr]
+    assert code is not None
+    driver.setenv("FAKE_CUDA_CAPABILITY", "120")
+    words = "needs the PTX of this model, of CUDA 13.1.7, and the NVIDIA driver here compiles that"
+    with pytest.raises(TargetError, match=words):
+        gpu.part_for(replace(code, toolkit="13.1.7"), 0)
 
 
 @pytest.mark.usefixtures("driver")
@@ -283,7 +311,9 @@ def test_machine_code_of_other_kernels_is_stale(example: Example) -> None:
     with pytest.raises(
         ArtifactError, match=r"sm_90a.cubin does not fit the library: it lacks the kernel other; "
     ):
-        gpu.kernels(replace(code, launches=(Launch("other", (), ()),)))
+        gpu.kernels(replace(code, launches={"sm_90a": (Launch("other", (), ()),)}), "sm_90a.cubin")
+    with pytest.raises(ArtifactError, match=r"sm_90a.cubin has kernels that nothing launches"):
+        gpu.kernels(replace(code, launches={}), "sm_90a.cubin")
 
 
 def test_no_driver_at_all(example: Example) -> None:

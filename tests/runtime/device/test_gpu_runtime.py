@@ -66,7 +66,7 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
     )
     assert compiled.for_gpu is not None
     tokens = compiled.generate(ids.numpy(), max_new_tokens=6)
-    on_gpu = for_stand_in(compiled.for_gpu, folder, "sm_90a")
+    on_gpu = for_stand_in(compiled.for_gpu, folder, "sm_90a.cubin")
     replace(compiled, for_gpu=on_gpu).save(folder / "model.moec")
     with torch.no_grad():
         logits = model(ids).numpy()
@@ -270,7 +270,7 @@ def test_tensor_maps_are_passed_by_value(tmp_path: Path) -> None:
     target = "cpu,cuda:sm_90a"
     compiled = moec.compile(linear, (x,), target=target, backend=CUDA_TEXT, verify=False)
     assert compiled.for_gpu is not None
-    on_gpu = for_stand_in(compiled.for_gpu, tmp_path, "sm_90a")
+    on_gpu = for_stand_in(compiled.for_gpu, tmp_path, "sm_90a.cubin")
     replace(compiled, for_gpu=on_gpu).save(tmp_path / "model.moec")
     with torch.no_grad():
         expected = linear(x).float().numpy()
@@ -282,5 +282,5 @@ def test_tensor_maps_are_passed_by_value(tmp_path: Path) -> None:
         "close = np.testing.assert_allclose\n"
         "close(torch.as_tensor(y).float().numpy(), expected['y'], atol=0.03)\n"
         "assert any('tensormap' in launch.arguments for launch in\n"
-        "           model.executor.package.gpu.launches)\n",
+        "           model.executor.package.gpu.launches['sm_90a'])\n",
     )

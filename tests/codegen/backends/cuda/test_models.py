@@ -59,8 +59,9 @@ def test_families_become_cuda_c(name: str, once: Once) -> None:
     assert model.package.gpu is not None
     continues = name != "switch_transformers"  # an encoder and a decoder
     assert (DECODE in model.package.functions) == continues, model.no_decode
-    source = model.package.gpu.parts["kernels.cu"].decode()
-    assert all(f" {launch.name}(" in source for launch in model.package.gpu.launches)
+    for arch, launches in model.package.gpu.launches.items():
+        source = model.package.gpu.parts[f"{arch}.cu"].decode()
+        assert all(f" {launch.name}(" in source for launch in launches)
 
 
 @needs_compiler
@@ -92,7 +93,7 @@ def test_a_prompt_on_sm_90a_uses_wgmma() -> None:
     package = compiled_model.package
     assert package is not None
     assert package.gpu is not None
-    assert any(TENSOR_MAP in launch.arguments for launch in package.gpu.launches)
+    assert any(TENSOR_MAP in launch.arguments for launch in package.gpu.launches["sm_90a"])
     inputs = SMALL["mixtral"].inputs(2, 40)
     with torch.no_grad():
         expected = model(**inputs).logits.float()

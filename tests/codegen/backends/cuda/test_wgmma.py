@@ -16,6 +16,7 @@ from tests.cuda_emulator.emulate import SCHEDULES, needs_compiler
 from tests.cuda_emulator.models import emulated_model
 
 EXPERTS = 2
+ARCHES = ("sm_80", "sm_90a")
 TEXT = """graph main(x: bf16[T, 64], i: i64[T, 1], s: f32[T, 1];
     p: bf16[64, 64], u: bf16[2, 72, 64], d: bf16[2, 64, 72]) {
   h: bf16[T, 64] = aten.linear.default(x, p)
@@ -38,24 +39,37 @@ def package(target: str) -> Package:
     return build(module, parse_target(target), backend=CUDA_TEXT)
 
 
-def maps(package: Package) -> int:
-    """The number of kernels that copy by tensor maps."""
+def maps(package: Package) -> dict[str, int]:
+    """The number of kernels that copy by tensor maps, for each architecture."""
     assert package.gpu is not None
-    return sum(TENSOR_MAP in launch.arguments for launch in package.gpu.launches)
+    return {
+        arch: sum(TENSOR_MAP in launch.arguments for launch in launches)
+        for arch, launches in package.gpu.launches.items()
+    }
 
 
 def test_where_wgmma_multiplies() -> None:
-    """The dense product and the one of sorted rows; not the one that gathers rows, and not where an
-    older GPU must run it too."""
-    assert maps(package("cuda:sm_90a")) == 2
-    assert maps(package("cuda:sm_80,sm_90a")) == 0
+    """The dense product, the one that gathers rows, and the one of sorted rows."""
+    assert maps(package("cuda:sm_90a")) == {"sm_90a": 3, "sm_90": 0}
+    assert maps(package("cuda:sm_80")) == {"sm_80": 0}
+
+
+def test_a_part_is_what_its_target_alone_would_be() -> None:
+    both, alone = package("cuda:sm_80,sm_90a").gpu, [package(f"cuda:{a}").gpu for a in ARCHES]
+    assert both is not None
+    for code in alone:
+        assert code is not None
+        for arch, launches in code.launches.items():
+            assert both.launches[arch] == launches
+            assert both.parts[f"{arch}.cu"] == code.parts[f"{arch}.cu"]
+    assert both.launches.keys() == {"sm_80", "sm_90a", "sm_90"}
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", [70, 3])
-def test_results_are_those_of_torch(rows: int) -> None:
-    """By wgmma, and with so few rows that each is computed by a warp."""
-    run = emulated_model(package("cuda:sm_90a"))
+@pytest.mark.parametrize(("rows", "arch"), [(70, "sm_90a"), (3, "sm_90a"), (70, "sm_90")])
+def test_results_are_those_of_torch(rows: int, arch: str) -> None:
+    """By wgmma, with so few rows that each is computed by a warp, and as PTX for later GPUs."""
+    run = emulated_model(package("cuda:sm_80,sm_90a"), arch=arch)
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, 64, generator=generator).bfloat16()
     i = torch.randint(EXPERTS, (rows, 1), generator=generator)

@@ -157,7 +157,7 @@ BUGS = (
     Bug("half of the lanes are left out of the sum", r"__shfl_xor_sync\(([^\n]*), 16\)", "0.0f"),
     Bug(
         "rows behind the end are stored",
-        r"if \(\(v_\d+ \+ 3\) < v_\d+\) \{",
+        r"if \(\(v_\d+ \+ v_\d+\) < v_\d+\) \{",
         "if (true) {",
         words="",
     ),

@@ -17,6 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
 
 from moec.codegen.cuda.activation import (
     Epilogue,
@@ -29,7 +31,7 @@ from moec.codegen.cuda.activation import (
 )
 from moec.codegen.cuda.gemm.grouped import grouped_linear
 from moec.codegen.cuda.gemm.layout import interleave
-from moec.codegen.cuda.gemm.tiles import LARGE, TileShape
+from moec.codegen.cuda.gemm.tiles import LARGE, TileShape, row_and_column
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
 from moec.target.cuda import TARGETS
@@ -119,6 +121,26 @@ def compare(y: Tensor, exact: Tensor, k: int) -> None:
 @pytest.mark.parametrize("shape", [TINY, FLAT], ids=["deep", "flat"])
 def test_schedules(schedule: Schedule, shape: TileShape) -> None:
     check(LinearSpec(64, 192, "bfloat16", groups=5), [40, 0, 1, 33, 0], schedule, shape=shape)
+
+
+def test_groups_of_tiles() -> None:
+    """More tiles of rows than a group has, and fewer in the last; several tiles of columns."""
+    check(LinearSpec(72, 64, "bfloat16", groups=3), [290, 5, 33], SCHEDULES[0])
+
+
+def test_the_order_of_tiles() -> None:
+    """Of 10 tiles of rows by 3 of columns: rows first, within 8 of them."""
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("order")
+            T.func_attr({"global_symbol": "order", "tir.noalias": True})
+            order = T.match_buffer(T.arg("order", T.handle()), (30, 2), "int32")
+            with T.launch_thread("blockIdx.x", 30) as tile, T.launch_thread("threadIdx.x", 1):
+                for i, index in enumerate(row_and_column(tile, T.int32(10), 3)):
+                    T.buffer_store(order, index, [tile, i])
+    emulated(builder.get())(result := torch.zeros(30, 2, dtype=torch.int32))
+    groups = ((range(8), range(3)), (range(8, 10), range(3)))
+    assert result.tolist() == [[r, c] for rows, columns in groups for c in columns for r in rows]
 
 
 @pytest.mark.parametrize("k", [64, 128, 192, 256, 320])
