@@ -41,7 +41,7 @@ from moec.model.sides import with_sides
 from moec.model.targets import choose_targets
 from moec.passes.approximate.choices.choose_experts import check_applied
 from moec.passes.approximate.choices.model_choices import ModelChoices
-from moec.passes.approximate.choices.recover_routers import RecoverRouters
+from moec.passes.approximate.training.recover_routers import RecoverRouters
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.hoist_routers import HoistRouters
@@ -226,8 +226,7 @@ def compile(
         if not builds:
             return compiled
         on_disk = stores_experts(store, compiled.module)
-        recovers = any(isinstance(pass_, RecoverRouters) for pass_ in requested)
-        special = record_routing or on_disk or recovers
+        special = record_routing or on_disk or RecoverRouters in map(type, requested)
         if len(exact) == len(requested) and targets.only_cpus and not special:
             compiled = with_sides(compiled, transform, exact, targets.backend, clock)
         if kv_cache:

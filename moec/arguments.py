@@ -15,7 +15,7 @@ from moec.dtypes import MODEL_DTYPES
 from moec.errors import UsageError
 from moec.passes.approximate.choices.choose_experts import ChooseExperts, passes_of
 from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices
-from moec.passes.approximate.choices.recover_routers import RecoverRouters
+from moec.passes.approximate.training.recover_routers import RecoverRouters
 from moec.passes.calibration.budget import Budget, parse_budget
 from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate

@@ -31,14 +31,14 @@ from moec.ir.graph import Stage
 from moec.passes.approximate.aggregate_experts import AggregateExperts
 from moec.passes.approximate.average_experts import AverageExperts
 from moec.passes.approximate.choices.choose_experts import ChooseExperts
-from moec.passes.approximate.choices.recover_routers import RecoverRouters
 from moec.passes.approximate.compress_experts import CompressExperts
 from moec.passes.approximate.insert_zero_experts import InsertZeroExperts
 from moec.passes.approximate.keep_used import KeepUsed
 from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import PruneExperts
 from moec.passes.approximate.refactor_dense import RefactorDense
-from moec.passes.approximate.tune_grids import TuneGrids
+from moec.passes.approximate.training.recover_routers import RecoverRouters
+from moec.passes.approximate.training.tune_grids import TuneGrids
 from moec.passes.calibration.session import Approximate, CalibrationSession, MeasuredPass
 from moec.passes.core.names import sign_and_name, split
 from moec.passes.core.options import parse_pass

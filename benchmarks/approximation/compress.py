@@ -34,7 +34,7 @@ from moec.formats.compressed import KINDS
 from moec.ir.graph import Program
 from moec.ir.stats import stored_bytes
 from moec.passes.approximate.compress_experts import CompressExperts
-from moec.passes.approximate.tune_grids import TuneGrids
+from moec.passes.approximate.training.tune_grids import TuneGrids
 from moec.passes.calibration.data import load_calibration
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.moe_layer import constant, layer_of

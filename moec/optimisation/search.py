@@ -30,7 +30,7 @@ from moec.passes.approximate.choices.model_choices import (
     ProductChoice,
     significant,
 )
-from moec.passes.approximate.choices.recover_routers import router_weights, training_data
+from moec.passes.approximate.training.recover_routers import router_weights, training_data
 from moec.passes.calibration.data import load_calibration
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.damage import Distance

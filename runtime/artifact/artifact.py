@@ -213,11 +213,7 @@ def read(
     small = {name: container[name] for name in manifest.parts if name not in weights}
     check_digests(path, small, manifest.parts)
 
-    graphs = {}
-    for name in manifest.package.functions:
-        if (text := graph_part(name)) not in small:
-            raise ArtifactError(f"{path} has no {text}; compile or copy the artifact again")
-        graphs[name] = bytes(small[text]).decode(errors="replace")
+    graphs = _graphs(path, manifest, small)
     check_listed(path, container, {manifests.NAME, *manifest.parts})
     code = {n.removeprefix(GPU): bytes(small[n]) for n in small if n.startswith(GPU) and native}
 
@@ -309,6 +305,16 @@ def check_versions(versions: Mapping[str, str]) -> None:
             f"it was compiled with TVM {there}, and TVM {here} is installed here; "
             f"install apache-tvm {there}, compile the model again, or run it with --rebuild"
         )
+
+
+def _graphs(path: Path, manifest: Manifest, small: Mapping[str, Buffer]) -> dict[str, str]:
+    """The text of the graph of each function. Raises ArtifactError where one is missing."""
+    graphs = {}
+    for name in manifest.package.functions:
+        if (text := graph_part(name)) not in small:
+            raise ArtifactError(f"{path} has no {text}; compile or copy the artifact again")
+        graphs[name] = bytes(small[text]).decode(errors="replace")
+    return graphs
 
 
 def _check_library(path: Path, part: str, library: bytes, machine: str) -> None:

@@ -17,7 +17,7 @@ from moec.passes.approximate.choices.model_choices import (
     read_choices,
     write_choices,
 )
-from moec.passes.approximate.choices.recover_routers import router_weights
+from moec.passes.approximate.training.recover_routers import router_weights
 from moec.passes.quantise.fixed_formats import named_products
 
 EXPERTS, WIDTH, HIDDEN = 4, 64, 64

@@ -16,11 +16,11 @@ from moec.passes.approximate.choices.model_choices import (
     describe_choices,
     formats_of,
 )
-from moec.passes.approximate.choices.recover_routers import RecoverRouters
 from moec.passes.approximate.merge_experts import merge_groups
 from moec.passes.approximate.prune_experts import drop_experts, shortage
 from moec.passes.approximate.reduce_top_k import reduce_top_k
 from moec.passes.approximate.skip_small_weights import skip_small_weights
+from moec.passes.approximate.training.recover_routers import RecoverRouters
 from moec.passes.calibration.session import CalibrationSession, layers_of
 from moec.passes.core.moe_layer import Layer
 from moec.passes.core.runner import Kind, Log, OptInPass, PassResult

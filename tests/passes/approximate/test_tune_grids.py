@@ -8,7 +8,7 @@ import torch
 from moec.formats.compressed import codes_in, grid_module
 from moec.ir.text import print_graph
 from moec.passes.approximate.compress_experts import CompressExperts
-from moec.passes.approximate.tune_grids import TuneGrids
+from moec.passes.approximate.training.tune_grids import TuneGrids
 from tests.passes.changed import change, declined, program, tokens
 
 PARTS = {"ternary": ("stream", "starts", "grid"), "2bit": ("planes", "grid")}

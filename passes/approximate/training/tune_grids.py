@@ -24,7 +24,7 @@ from moec.formats.compressed import codes_in, grid_module
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Program, Value
 from moec.ir.upcast import widen
-from moec.passes.approximate.case_training import case_order, output_distance, train
+from moec.passes.approximate.training.case_training import case_order, output_distance, train
 from moec.passes.calibration.evaluator import Evaluator, float32
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, layer_of, name_of

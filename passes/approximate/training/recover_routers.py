@@ -27,7 +27,7 @@ from moec.interpret.evaluate import run_graph
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Graph, Program, Stage, Value
 from moec.ir.opdef import inputs_of
-from moec.passes.approximate.case_training import case_order, output_distance, train
+from moec.passes.approximate.training.case_training import case_order, output_distance, train
 from moec.passes.calibration.data import Calibration, load_calibration
 from moec.passes.calibration.evaluator import Evaluator, float32
 from moec.passes.calibration.session import CalibrationSession

@@ -1,0 +1,1 @@
+"""Training of numbers of a changed model on calibration data."""
