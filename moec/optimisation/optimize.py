@@ -171,7 +171,10 @@ def search(
     before = {k: value for k, value in options.items() if k not in ("tune", "watch")}
     before |= {"passes": passes, "quant": "none", "build": False, **_data(calib, passes)}
     compiled = compile_model(model, args, kwargs, **before)
-    options.get("progress", lambda phase: None)("choose")
+    progress = options.get("progress", lambda phase: None)
+    progress("measure")
     after = lowering(choose(options.get("opt_level", 2), passes))
     with compiled.source.memory.reading():
-        return measured_search(compiled, after, calib, considered, moves, pinned, recover)
+        costs = measured_search(compiled, after, calib, considered, moves, pinned, recover)
+    progress("choose")
+    return costs

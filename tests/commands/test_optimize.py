@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def test_choices_are_written_and_applied(calib: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.stderr
         assert f"wrote {path}" in result.stdout
         assert "predicted as a sum over choices" in result.stdout
+        assert re.search(r"\] measure\n.*\] choose\n", result.stderr)
     assert choices.read_bytes() == again.read_bytes()
     text = choices.read_text(encoding="utf-8")
     assert "limits: memory 3.0 MB" in text

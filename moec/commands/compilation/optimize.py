@@ -124,7 +124,7 @@ def command(
     from moec.commands.output.progress import COMPILE, Progress, hush
 
     hush()
-    with Progress(quiet or as_json, plan={"choose": 60.0, **COMPILE}) as progress:
+    with Progress(quiet or as_json, plan={"measure": 40.0, "choose": 20.0, **COMPILE}) as progress:
         progress.phase("start")
         from moec.optimisation.optimize import choice_limits, compile_choices, search
         from moec.optimisation.pareto import draw_points, pareto_points
