@@ -98,6 +98,7 @@ def launch_few_rows(
     `add` accumulates the products of one lane for `rows` rows; the default is that of 16-bit and
     float32 weights.
     """
+    is_plain = add is None
     pairs, rows, add = -(-p.spec.n // 2), rows or _rows(p.spec), add or _accumulate
     tiles = (p.rows + (rows - 1)) // rows + (p.spec.groups - 1)
     most = T.max((tiles * pairs + (_WARPS - 1)) // _WARPS, 1)
@@ -121,6 +122,13 @@ def launch_few_rows(
                 for half in (16, 8, 4, 2, 1):
                     T.buffer_store(sums, sums[i] + shuffle_xor(sums[i], half), [i])
             word = T.alloc_buffer((1,), "uint32", scope="local")
+            if not is_plain:  # decoding leaves few registers
+                with T.If(lane == 0), T.Then():
+                    for row in range(rows):
+                        at = range(row * parts, (row + 1) * parts, 2)
+                        fragments = [(sums[i], sums[i + 1]) for i in at]
+                        store_row(p, 2, owned, owned.first + row, column, fragments, word)
+                return
             row = computed_here(lane)
             with T.If(row < rows), T.Then():  # all lanes have all sums; each stores one row
                 values = [T.bind(_of_row(sums, row, rows, parts, part)) for part in range(parts)]

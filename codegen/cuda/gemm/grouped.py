@@ -269,13 +269,17 @@ def each_tile(
     tiles = tiles_of(p, shape.rows, shape.threads, thread)
     across = -(-p.columns // shape.columns)
     with T.serial(0, (tiles.total * across - block + (blocks - 1)) // blocks) as turn:
-        row, column = row_and_column(T.bind(block + turn * blocks), tiles.total, across)
+        index = T.bind(block + turn * blocks)
+        if shape == LARGE:  # more registers than others have
+            row, column = row_and_column(index, tiles.total, across)
+        else:
+            row, column = index // across, index % across
         compute(tiles.find(row), T.bind(column * shape.columns))
 
 
 def store_tile(p: Product, tile: MmaTile, owned: ExpertRows, column: Expr, word: Buffer) -> None:
     """Stores the sums as rows of y."""
-    lane = computed_here(tile.lane)
+    lane = computed_here(tile.lane) if tile.shape in (LARGE, SMALL) else tile.lane
     first = T.bind(column + tile.first_column + lane % 4 * 2)
     for t in range(tile.row_fragments):
         for half in range(2):
