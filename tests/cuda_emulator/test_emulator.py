@@ -44,7 +44,7 @@ PRODUCT_BUGS = (
     Bug("the swizzle is on one side only", r"\^ \(\(\(int\)threadIdx\.x\) & 7\)", "^ 0"),
     Bug(
         "rows behind the end are stored",
-        r"if \(+v_\d+ >> 2\) \+ v_\d+\)[^\n]*< v_\d+\) \{",
+        r"if \([^\n]*& 31\) >> 2\) \+ v_\d+\)[^\n]*< v_\d+\) \{",
         "if (true) {",
     ),
     Bug(
