@@ -1,9 +1,9 @@
 """The assignment of tiles to persistent blocks; each tile has rows of one expert.
 
     ends[e]      the rows of e are ends[e-1] .. ends[e]; it stays on the device
-    block b      tiles b, b + blocks, b + 2 blocks, ...; in groups of 8 tiles of rows, within which
-                 rows run faster than columns: blocks that run at once read few rows and few
-                 columns, which stay in the L2 cache
+    block b      tiles b, b + blocks, b + 2 blocks, ...; columns run faster than rows. Large ones
+                 of 16 bits are in groups of 8 tiles of rows, within which rows run faster: blocks
+                 that run at once read few rows and few columns, which stay in the L2 cache
 
 The grid size depends only on the GPU, so the launch is the same for every routing and can be
 captured in a CUDA graph. An expert without rows has no tiles.
