@@ -96,6 +96,24 @@ def test_rows_are_those_that_each_expert_reads() -> None:
     assert [len(entry) for entry in matches[2]] == [12]
 
 
+@pytest.mark.parametrize("held", [1, 1 << 30])
+def test_rows_do_not_depend_on_how_many_ops_run_at_once(
+    held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One op, then as many as `held` bytes allow: one, or both others."""
+    of = program(GRAPH)
+    order, ends = torch.tensor([4, 0, 3, 1, 2, 5]), torch.tensor([2, 5])
+    case = (torch.randn(3, 64), order.int(), ends.int(), torch.rand(3, 2))
+    data, ops = Calibration((case,), 3), list(of.graph.ops)
+    together = list(rows_of(of, data, ops))
+    monkeypatch.setattr("moec.passes.quantise.gptq_codes.OPS_A_RUN", 1)
+    monkeypatch.setattr("moec.passes.quantise.gptq_codes.ROWS_HELD", held)
+    apart = list(rows_of(of, data, ops))
+    assert len(apart) == len(together) == 3
+    for some, others in zip(apart, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
 def test_from_compile_to_the_report() -> None:
     data = {"x": torch.randn(400, WIDTH)}
     model = moec.compile(Moe(), (torch.randn(5, WIDTH),), quant="int4", calib=data)
