@@ -131,7 +131,7 @@ def choice_limits(
         raise UsageError(f"tokens_per_second is {tokens_per_second}: give a number above 0")
     return ChoiceLimits(
         None if memory is None else bytes_of(memory),
-        None if token_bytes is None else bytes_of(token_bytes),
+        None if token_bytes is None else bytes_of(token_bytes, "token_bytes"),
         None if loss is None else parse_loss(loss),
     )
 

@@ -13,8 +13,8 @@ _UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
 _SIZE = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(_UNITS)})")
 
 
-def bytes_of(memory: Any) -> int:
-    """The bytes that `memory` names.
+def bytes_of(memory: Any, name: str = "memory") -> int:
+    """The bytes that `memory`, the option `name`, names.
 
     Raises UsageError for anything but a positive number of bytes or a size such as "6GiB".
     """
@@ -26,6 +26,6 @@ def bytes_of(memory: Any) -> int:
         or not 0 < count <= MOST_MEMORY
     ):
         raise UsageError(
-            f'memory is {memory!r}: give bytes, or a size with GiB, GB, MiB or MB, such as "6GiB"'
+            f'{name} is {memory!r}: give bytes, or a size with GiB, GB, MiB or MB, such as "6GiB"'
         )
     return int(count)

@@ -116,6 +116,7 @@ def test_a_loss_has_the_fewest_bytes(net):
         ),
         ({"loss": "error<=1e-7"}, "no format of any product is within it"),
         ({"loss": "kl<=0.1"}, "kl needs a causal language model, which this model is not"),
+        ({"token_bytes": "500kB"}, "token_bytes is '500kB': give bytes, or a size with GiB"),
         ({"loss": "kl<0.1"}, "write kl<=0.02, perplexity<="),
         ({"loss": "kl<=+1%"}, "write kl<=0.02, perplexity<="),
         ({"loss": "perplexity<=+1"}, r"write a relative limit as perplexity<=\+1%"),
