@@ -110,8 +110,8 @@ def test_rows_do_not_depend_on_how_many_ops_run_at_once(
     monkeypatch.setattr("moec.passes.quantise.gptq_codes.ROWS_HELD", held)
     apart = list(rows_of(of, data, ops))
     assert len(apart) == len(together) == 3
-    for some, others in zip(apart, together, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+    for experts, others in zip(apart, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(experts, others, strict=True))
 
 
 def test_from_compile_to_the_report() -> None:
