@@ -51,7 +51,7 @@ def test_a_language_model_within_a_memory(calib: Path, tmp_path: Path) -> None:
         (("--loss", "kl<0.1"), "write kl<=0.02, perplexity<="),
         (("--memory", "3MB", "--moves", "prunes"), "'prunes' is no move: moves are formats, prune"),
         (("--recover", "--memory", "some"), "memory is 'some': give bytes"),
-        (("--token-bytes", "some"), "memory is 'some': give bytes"),
+        (("--token-bytes", "some"), "token_bytes is 'some': give bytes"),
         (("--memory", "3MB", "--formats", "int7"), "'int7' is not a format"),
     ],
 )
