@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,25 +24,28 @@ def read_speed(file: OpenFile, reading: str, piece: int) -> float:
     piece = min(max(piece, LEAST_PIECE), MOST_PIECE) // mmap.PAGESIZE * mmap.PAGESIZE
     piece = min(piece, max(mmap.PAGESIZE, file.state.size // mmap.PAGESIZE * mmap.PAGESIZE))
     pieces = max(1, file.state.size // piece)
+    # 7919 is a prime: neighbours in time are no neighbours in the file
+    offsets = [number * 7919 % pieces * piece for number in range(4 * pieces)]
     past_cache = opened_past_cache(file) if reading == DIRECT else None
     if past_cache is not None:
-        return _measure(past_cache, piece, pieces, DIRECT_READERS)
-    _measure(file.descriptor, piece, pieces, 1)
-    return _measure(file.descriptor, piece, pieces, 1)
+        return _measure(past_cache, piece, offsets, DIRECT_READERS)[1]
+    count, _ = _measure(file.descriptor, piece, offsets, 1)
+    return _measure(file.descriptor, piece, offsets[:count], 1)[1]
 
 
-def _measure(descriptor: int, piece: int, pieces: int, readers: int) -> float:
-    counts = [0] * readers
+def _measure(
+    descriptor: int, piece: int, offsets: Sequence[int], readers: int
+) -> tuple[int, float]:
+    """How many of the pieces were read, and their bytes per second."""
+    # memory as that of slots: into small shared pages the same reads take up to twice as long
+    _, arrays = allocate([((piece,), np.dtype(np.uint8))] * readers)
+    counts, sizes = [0] * readers, [0] * readers
     end = time.perf_counter() + MOST_SECONDS
 
-    # as slots are: into pages of another kind the same reads take up to twice as long
-    _, arrays = allocate([((piece,), np.dtype(np.uint8))] * readers)
-
     def read(reader: int) -> None:
-        for number in range(reader, 4 * pieces, readers):
-            # 7919 is a prime: neighbours in time are no neighbours in the file
-            os.preadv(descriptor, [arrays[reader]], number * 7919 % pieces * piece)
-            counts[reader] += piece
+        for offset in offsets[reader::readers]:
+            sizes[reader] += os.preadv(descriptor, [arrays[reader].data], offset)
+            counts[reader] += 1
             if time.perf_counter() > end:
                 return
 
@@ -51,4 +55,4 @@ def _measure(descriptor: int, piece: int, pieces: int, readers: int) -> float:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(counts) / (time.perf_counter() - start)
+    return sum(counts), sum(sizes) / (time.perf_counter() - start)

@@ -13,6 +13,7 @@ from moec.__main__ import cli
 from moec.runtime.artifact.artifact import read
 from moec.runtime.artifact.open_file import OpenFile
 from moec.runtime.call.routing_trace import RoutingTrace, save_trace
+from moec.runtime.expert_store import read_speed as read_speed_module
 from moec.runtime.expert_store.device import BUFFERED, DIRECT
 from moec.runtime.expert_store.read_speed import read_speed
 from moec.runtime.expert_store.start import ONE_TEXT, resident_limit, stored_sizes
@@ -87,3 +88,21 @@ def test_refusals(path, tmp_path):
 def test_the_speed_of_small_files(tmp_path, reading, size):
     (tmp_path / "file").write_bytes(bytes(size))
     assert read_speed(OpenFile(tmp_path / "file"), reading, 1 << 20) > 0
+
+
+def test_the_page_cache_is_measured_where_it_is_warm(tmp_path, monkeypatch):
+    """What the first reading does not reach in its second would be cold in the next one."""
+    (tmp_path / "file").write_bytes(bytes(64 << 16))
+    seen: set[int] = set()
+    seconds = 0.0
+
+    def preadv(descriptor, buffers, offset):
+        nonlocal seconds
+        seconds += 0.01 if offset in seen else 0.1
+        seen.add(offset)
+        return 1 << 16
+
+    monkeypatch.setattr(read_speed_module.os, "preadv", preadv)
+    monkeypatch.setattr(read_speed_module.time, "perf_counter", lambda: seconds)
+    speed = read_speed(OpenFile(tmp_path / "file"), BUFFERED, 1 << 16)
+    assert speed == pytest.approx((1 << 16) / 0.01)
