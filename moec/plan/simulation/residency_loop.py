@@ -24,10 +24,12 @@ def replay(needed: Any, slots: int, policy: int, half_life: int, window: int) ->
     if policy == PINNED:
         fixed[np.argsort(-needed.sum(0), kind="mergesort")[: slots - 1]] = True
     hits = np.zeros(steps, np.int64)
+    turn = np.zeros(experts, np.int64)  # of an expert that the step needs: hits come first
     held = 0
     for step in range(steps):
         for e in range(experts):
             if needed[step, e]:
+                turn[e] = e if inside[e] else experts + e
                 if inside[e]:
                     hits[step] += 1
                     safe[e] = policy == SLRU
@@ -41,7 +43,7 @@ def replay(needed: Any, slots: int, policy: int, half_life: int, window: int) ->
                     oldest = e
             safe[oldest] = False
         for e in range(experts):
-            if not needed[step, e] or inside[e]:
+            if not needed[step, e] or turn[e] < experts:
                 continue
             if held == slots:
                 victim = -1
@@ -62,9 +64,9 @@ def replay(needed: Any, slots: int, policy: int, half_life: int, window: int) ->
                         while ahead < min(steps, step + 1 + window) and not needed[ahead, other]:
                             ahead += 1
                         worth -= ahead - step
-                    # What this step needs leaves last, the first of it before the others.
+                    # What this step needs leaves last, in the order of its products.
                     if needed[step, other]:
-                        worth += 1e12 + other
+                        worth += 1e12 + turn[other]
                     if victim < 0 or worth < least:
                         victim = other
                         least = worth

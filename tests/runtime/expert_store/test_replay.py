@@ -40,7 +40,7 @@ def path(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("slots", [2, 5, 9])
+@pytest.mark.parametrize("slots", [1, 2, 5, 9])
 @pytest.mark.parametrize(
     "eviction", [e for e in EVICTIONS if e.policy in POLICIES], ids=lambda e: e.label
 )
