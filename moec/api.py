@@ -236,7 +236,9 @@ def compile(
         compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
         built = build_model(compiled, opt_level, clock, targets.backend, tune, store)
         if targets.beside is not None:
-            built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
+            built = build_for_gpu(
+                built, targets.beside, opt_level, clock, targets.beside_backend, store
+            )
         return verify_model(built, limit, clock, way) if runs else built
 
 

@@ -109,9 +109,10 @@ def build_for_gpu(
     opt_level: int,
     clock: Clock,
     backend: Backend | None,
+    store: bool | None = None,
 ) -> CompiledModel:
     """The model with additional code for GPUs: for `main`, and for `decode` where all of its ops
-    have kernels."""
+    have kernels. `store` as in `build_model`."""
     from moec.codegen.backends import backend_for
     from moec.codegen.lower import supported
     from moec.codegen.package import build as generate
@@ -123,7 +124,8 @@ def build_for_gpu(
             programs[DECODE] = compiled.module[DECODE]
     with clock.phase("kernels for GPUs"), list_unrecognised(compiled):
         memory = compiled.source.memory
-        package = generate(Module(programs), target, opt_level, backend=backend, memory=memory)
+        module, stores = Module(programs), stores_experts(store, compiled.module)
+        package = generate(module, target, opt_level, backend=backend, memory=memory, store=stores)
     if package.generation is None:
         return replace(compiled, for_gpu=replace(package, no_generation=why))
     stop = stop_tokens(compiled.source.model)

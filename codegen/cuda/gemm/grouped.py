@@ -32,6 +32,7 @@ from moec.codegen.cuda.gemm.product import (
     store_row,
     tiles_of,
 )
+from moec.codegen.cuda.gemm.slots import in_waves
 from moec.codegen.cuda.gemm.split_blocks import SplitTiles, can_split, memory_of, parts_of
 from moec.codegen.cuda.gemm.split_k import launch_split_k, split_of
 from moec.codegen.cuda.gemm.tiles import (
@@ -63,15 +64,17 @@ def grouped_linear(
     shape: TileShape | None = None,
     blocks: int = 0,
     splits: bool = False,
+    from_slots: bool = False,
     name: str = "grouped",
 ) -> PrimFunc:
-    """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n][,
-    memory]).
+    """A kernel (x[R or T, k][, order i32[R]], ends i32[E][, key, table], w packed[, bias packed],
+    y[R, n][, memory]).
 
     With `top_k` it has the argument `order`. `shape` is the tile. None selects one at launch, by
     the number of rows; for few rows, that is the product of gemv.py. `blocks` is the grid size; 0
     means at most one block per SM. If it `splits`, k is split over blocks where tiles are few; the
     shape of the memory for that is `split_blocks.memory_of`, and None means that there is none.
+    `from_slots`: the weights are those of experts in slots (slots.py).
 
     Raises NoMatch if the tile does not support the product.
     """
@@ -83,8 +86,9 @@ def grouped_linear(
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
             memory = memory_of(spec, target, shapes) if splits else None
-            p = arguments(spec, epilogue, top_k, memory=memory)
-            _launched(p, target, shapes, blocks)
+            slots = T.int32() if from_slots else None
+            p = arguments(spec, epilogue, top_k, memory=memory, slots=slots)
+            in_waves(p, partial(_launched, target=target, shapes=shapes, blocks=blocks))
     return builder.get()
 
 

@@ -13,6 +13,7 @@ from moec.errors import UsageError
 if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
     from moec.runtime.call.executor import Executor
+    from moec.runtime.device.device import Device
     from moec.runtime.expert_store.device import StoreReport
     from moec.runtime.expert_store.native import StoreOptions
     from moec.runtime.expert_store.slots import LayerSize, MemoryLimit
@@ -29,7 +30,12 @@ def limit_of(memory: str | None, routing: Path | None) -> int | None:
 
 
 def start_limited(
-    opened: Artifact, limit: int, trace: Path | None, routing: Path | None, texts: int
+    opened: Artifact,
+    device: Device,
+    limit: int,
+    trace: Path | None,
+    routing: Path | None,
+    texts: int,
 ) -> Executor:
     """The model in at most `limit` bytes of memory, with the caches of so many texts.
 
@@ -37,12 +43,10 @@ def start_limited(
     """
     from moec.runtime.expert_store.start import TextRoom, fit_evenly, start_within
 
-    if opened.package.gpu is not None:
-        raise UsageError("--memory limits a model on a CPU, and this one runs on a GPU")
     if trace is not None:
         raise UsageError("--record-routing needs all experts in memory: leave --memory out")
     fit = fit_evenly if routing is None else _fit_to(routing)
-    return start_within(opened, limit, fit, TextRoom(texts))
+    return start_within(opened, limit, fit, TextRoom(texts), device)
 
 
 def _fit_to(routing: Path) -> Fit:
@@ -62,9 +66,16 @@ def _fit_to(routing: Path) -> Fit:
 
 def _store_line(stored: StoreReport) -> str:
     from moec.runtime.checks import show_bytes
+    from moec.runtime.expert_store.device import MAPPED, PINNED
 
     counts = stored.counts
     share = counts.hits / max(1, counts.visits)
+    if stored.reading in (PINNED, MAPPED):
+        return (
+            f"{show_bytes(stored.slot_bytes)} of {show_bytes(stored.expert_bytes)} of experts in "
+            f"the GPU's memory: {share:.0%} of those needed were there, and "
+            f"{show_bytes(counts.bytes_read)} were copied to it ({stored.reading})"
+        )
     guessed = (
         f"; {counts.right / counts.guesses:.0%} of {counts.guesses} guesses of the next layer's "
         f"experts were right, {counts.early} experts were read early, and "

@@ -76,6 +76,8 @@ def _expected(
     from moec.runtime.package import DECODE
 
     opened = read(path)
+    if opened.package.gpu is not None:
+        raise UsageError(f"--memory plans a model on a CPU, and {path} is for GPUs")
     layers = stored_sizes(opened)
     budgets = [resident_limit(opened, limit, ONE_TEXT) for limit in limits]  # before torch is here
     routing = None if trace is None else load_trace(trace)
