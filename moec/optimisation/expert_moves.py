@@ -25,9 +25,9 @@ from moec.passes.approximate.choices.changeable import (
     shared_means,
 )
 from moec.passes.approximate.choices.choose_experts import change_experts
+from moec.passes.approximate.choices.constant_experts import ExpertConstants, expert_constants
+from moec.passes.approximate.choices.drop_shared import SharedExpert
 from moec.passes.approximate.choices.model_choices import LayerChoice, significant
-from moec.passes.approximate.constant_experts import ExpertConstants, expert_constants
-from moec.passes.approximate.drop_shared import SharedExpert
 from moec.passes.approximate.insert_zero_experts import check_combinable
 from moec.passes.approximate.merge_experts import MergeExperts
 from moec.passes.approximate.prune_experts import best_experts, shortage

@@ -22,8 +22,8 @@ from moec.formats.notation import Format
 from moec.ir.graph import Op, Program
 from moec.optimisation.pinned import PinnedFormat, check_pinned, pinned_for
 from moec.optimisation.row_gradients import Gradients, row_gradients
+from moec.passes.approximate.choices.drop_shared import SharedExpert
 from moec.passes.approximate.choices.model_choices import UNCHANGED, ProductChoice, significant
-from moec.passes.approximate.drop_shared import SharedExpert
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.damage import Distance
 from moec.passes.core.moe_layer import Layer

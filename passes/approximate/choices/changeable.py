@@ -11,9 +11,9 @@ import torch
 
 from moec.errors import NoMatch
 from moec.ir.graph import Program
+from moec.passes.approximate.choices.constant_experts import expert_constants
+from moec.passes.approximate.choices.drop_shared import SHARED, SharedExpert, shared_expert_of
 from moec.passes.approximate.choices.model_choices import LayerChoice
-from moec.passes.approximate.constant_experts import expert_constants
-from moec.passes.approximate.drop_shared import SHARED, SharedExpert, shared_expert_of
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.calibration.session import layers_of
 from moec.passes.core.moe_layer import Layer

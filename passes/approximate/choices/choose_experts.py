@@ -15,6 +15,8 @@ from moec.passes.approximate.choices.changeable import (
     constants_of,
     shared_expert,
 )
+from moec.passes.approximate.choices.constant_experts import replace_by_constants
+from moec.passes.approximate.choices.drop_shared import drop_shared
 from moec.passes.approximate.choices.model_choices import (
     LayerChoice,
     ModelChoices,
@@ -22,8 +24,6 @@ from moec.passes.approximate.choices.model_choices import (
     describe_choices,
     formats_of,
 )
-from moec.passes.approximate.constant_experts import replace_by_constants
-from moec.passes.approximate.drop_shared import drop_shared
 from moec.passes.approximate.merge_experts import merge_groups
 from moec.passes.approximate.prune_experts import drop_experts, shortage
 from moec.passes.approximate.reduce_top_k import reduce_top_k

@@ -12,8 +12,8 @@ from moec.interpret.verifier import verify
 from moec.ir.graph import Program, Stage
 from moec.ir.text import print_graph
 from moec.passes.approximate.choices.choose_experts import change_experts
+from moec.passes.approximate.choices.constant_experts import expert_constants, replace_by_constants
 from moec.passes.approximate.choices.model_choices import LayerChoice
-from moec.passes.approximate.constant_experts import expert_constants, replace_by_constants
 from moec.passes.calibration.data import load_calibration
 from moec.passes.calibration.evaluator import Evaluator
 from tests.passes.approximate.test_skip_small_weights import CAPACITY
