@@ -151,6 +151,11 @@ def allowed_budget(
                 "the choices have codes that GPTQ chooses on data: give that of moec optimize with "
                 "--calib (calib=... in Python), or write codes: nearest"
             )
+        if calib is None and isinstance(pass_, ChooseExperts) and pass_.needs_data:
+            raise UsageError(
+                "the choices have constants, means of experts' results on data: give that of moec "
+                "optimize with --calib (calib=... in Python)"
+            )
         if calib is None and isinstance(pass_, RecoverRouters):
             raise UsageError(
                 "the choices have routers that are trained on data: give that of moec optimize "

@@ -10,7 +10,7 @@ from typing import Any
 from moec.api import compile as compile_model
 from moec.errors import UsageError
 from moec.model.compiled import CompiledModel
-from moec.optimisation.expert_moves import MERGE, PRUNE, THRESHOLD, TOP_K
+from moec.optimisation.expert_moves import CONSTANT, MERGE, PRUNE, SHARED, THRESHOLD, TOP_K
 from moec.optimisation.loss import parse_loss
 from moec.optimisation.pinned import parse_pinned
 from moec.optimisation.search import EXPERT_FORMATS, ChoiceLimits, ChoiceSearch, measured_search
@@ -22,7 +22,7 @@ from moec.runtime.process.byte_sizes import bytes_of
 from moec.spelling import did_you_mean
 
 FORMATS = ("int8", "int4:32", "int4:128")
-MOVES = ("formats", PRUNE, MERGE, TOP_K, THRESHOLD, EXPERT_FORMATS)
+MOVES = ("formats", PRUNE, MERGE, CONSTANT, SHARED, TOP_K, THRESHOLD, EXPERT_FORMATS)
 OTHERS = ("quant", "budget", "strict", "fuel", "stop_after", "choices")
 """Options of `moec.compile` that an optimisation does not take."""
 
@@ -56,8 +56,10 @@ def optimize(
     "error<=0.05"; of the choices within it, the one with the fewest bytes, which has to fit.
 
     `moves` are what may be chosen: "formats", "expert-formats" (those of single experts too),
-    "prune" (experts of a layer), "merge" (those of similar results), "top-k" (a smaller one) and
-    "threshold" (a token skips experts with small weights, and `token_bytes` counts their mean).
+    "prune" (experts of a layer), "merge" (those of similar results), "constant" (experts that give
+    the mean of their results), "shared" (a layer's shared expert), "top-k" (a smaller one) and
+    "threshold" (a token skips experts with small weights); `token_bytes` counts the mean of the
+    experts that a token reads.
     Each product of experts, linear layer and head gets one of `formats` (as those of `quant`), or
     keeps its weights; those whose names match a pattern of `pin` get the format of it
     ("unchanged": their weights). The damage of each choice is measured or predicted from the error
@@ -158,7 +160,7 @@ def search(
         if move not in MOVES:
             near = did_you_mean(move, MOVES)
             raise UsageError(f"{move!r} is no move: moves are {', '.join(MOVES)}{near}")
-    fewer = next((move for move in (PRUNE, MERGE) if move in moves), None)
+    fewer = next((move for move in (PRUNE, MERGE, CONSTANT) if move in moves), None)
     if EXPERT_FORMATS in moves and fewer:
         raise UsageError(
             f"moves {EXPERT_FORMATS} and {fewer}: fewer experts change the numbers of others, by "

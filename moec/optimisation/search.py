@@ -19,12 +19,17 @@ from moec.errors import UsageError
 from moec.formats.notation import Format
 from moec.ir.graph import Program, Stage
 from moec.model.compiled import CompiledModel
-from moec.optimisation.expert_moves import Settings, measure_layers
+from moec.optimisation.expert_moves import SHARED, Settings, measure_layers, measure_shared
 from moec.optimisation.loss import Loss
 from moec.optimisation.pinned import PinnedFormat
 from moec.optimisation.sensitivity import StoredProduct, damage_of, measure_products
 from moec.optimisation.solve import SolvedChoice, solve
-from moec.passes.approximate.choices.choose_experts import change_experts, changeable_layers
+from moec.passes.approximate.choices.changeable import (
+    Constants,
+    changeable_layers,
+    shared_experts,
+)
+from moec.passes.approximate.choices.choose_experts import change_experts, in_order
 from moec.passes.approximate.choices.model_choices import (
     ModelChoices,
     ProductChoice,
@@ -77,7 +82,7 @@ class ChoiceSearch:
     last passes, `lowering`, lower its blocks. `calib` is as `moec.compile` takes it; `rest` is the
     bytes of the weights that no choice changes, `token_rest` those of them that a token reads;
     `declined` are reasons why something cannot be chosen; `recover` is how many steps the routers
-    are to be trained for."""
+    are to be trained for; `constants` are those of layers without a part of their experts."""
 
     compiled: CompiledModel
     lowering: tuple[Pass, ...]
@@ -88,7 +93,8 @@ class ChoiceSearch:
     rest: int
     token_rest: int
     declined: tuple[str, ...]
-    recover: int = 0
+    recover: int
+    constants: Constants
 
     def choices(self, limits: ChoiceLimits) -> ModelChoices:
         """Raises UsageError where nothing is within the limits, or nothing needs a change."""
@@ -172,8 +178,8 @@ class ChoiceSearch:
         """The model with a choice, its codes rounded to nearest."""
         results, memory = self.compiled.pass_results, self.compiled.source.memory
         lowered, changed = results[-1].program, results[-1 - len(self.lowering)].program
-        for name, setting in pick.changed_layers.items():
-            changed = change_experts(changed, name, setting)
+        for name, setting in in_order(pick.changed_layers):
+            changed = change_experts(changed, name, setting, self.constants)
         if pick.changed_layers:
             lowered = run(changed, self.lowering, stage=Stage.MOE, memory=memory)[-1].program
         stored = FixedFormats(pick.formats).run(lowered, Log(memory=memory))
@@ -196,17 +202,21 @@ class ChoiceSearch:
             damage=significant(min(nearest, gptq)),
             predicted=significant(pick.damage),
             codes="gptq" if gptq < nearest else "nearest",
-            products={p.name: self._left(p, pick) for p in self.products},
+            products=self._left(pick),
             layers=pick.changed_layers,
             declined=self.declined,
             recover=self.recover,
         )
 
-    def _left(self, product: StoredProduct, pick: SolvedChoice) -> ProductChoice:
-        """What is chosen for a product, with the bytes of the experts that are left."""
-        option, setting = pick.options[product.name], pick.settings.get(product.layer)
-        part = len(setting.experts) / setting.of if setting else 1
-        return msgspec.structs.replace(option, bytes=round(option.bytes * part))
+    def _left(self, pick: SolvedChoice) -> dict[str, ProductChoice]:
+        """What is chosen for each product of which something is left, with the bytes of that."""
+        left = {}
+        for name, layer in ((product.name, product.layer) for product in self.products):
+            option, setting = pick.options[name], pick.settings.get(layer)
+            part = len(setting.experts) / setting.of if setting else 1
+            if part:
+                left[name] = msgspec.structs.replace(option, bytes=round(option.bytes * part))
+        return left
 
 
 def measured_search(
@@ -229,18 +239,20 @@ def measured_search(
             raise UsageError("recover trains routers, and the model has none with stored weights")
     evaluator = Evaluator(lowered, load_calibration(calib, lowered, source.files))
     layers = changeable_layers(program, log)
+    shared = shared_experts(program, layers, log) if SHARED in moves else {}
     by_expert = EXPERT_FORMATS in moves
     products = measure_products(
-        lowered, evaluator, formats, layers, log, by_expert=by_expert, pinned=pinned
+        lowered, evaluator, formats, layers, shared, log, by_expert=by_expert, pinned=pinned
     )
-    options = measure_layers(program, evaluator, layers, moves, log)
+    settings, constants = measure_layers(program, evaluator, layers, moves, log)
+    without, means = measure_shared(program, evaluator, shared, log)
     changeable = sum(product.options[0].bytes_before for product in products)
     total, read = stored_sizes(lowered)
     counts = Counter(declined.reason for declined in log.declined)
     declined = tuple(f"{count} x {reason}" for reason, count in counts.items())
     return ChoiceSearch(
-        *(compiled, lowering, calib, evaluator, products, options),
-        *(total - changeable, read - changeable, declined, recover),
+        *(compiled, lowering, calib, evaluator, products, {**settings, **without}),
+        *(total - changeable, read - changeable, declined, recover, {**constants, **means}),
     )
 
 

@@ -22,6 +22,7 @@ from moec.formats.notation import Format
 from moec.ir.graph import Op, Program
 from moec.optimisation.pinned import PinnedFormat, check_pinned, pinned_for
 from moec.optimisation.row_gradients import Gradients, row_gradients
+from moec.passes.approximate.choices.drop_shared import SharedExpert
 from moec.passes.approximate.choices.model_choices import UNCHANGED, ProductChoice, significant
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.core.damage import Distance
@@ -40,7 +41,8 @@ SAMPLED = 64
 class StoredProduct:
     """A product that can be quantised: its name (`named_products`), what can be chosen, first its
     weights as they are unless a format is pinned, the layer that has it as its experts, if their
-    number can change, and what can be chosen for each of its `experts` instead, if anything."""
+    number can change, or the shared expert that can be dropped with it, and what can be chosen for
+    each of its `experts` instead, if anything."""
 
     name: str
     options: tuple[ProductChoice, ...]
@@ -57,6 +59,7 @@ def measure_products(
     evaluator: Evaluator,
     formats: Sequence[Format],
     layers: Mapping[str, Layer],
+    shared: Mapping[str, SharedExpert],
     log: Log,
     *,
     by_expert: bool = False,
@@ -93,7 +96,8 @@ def measure_products(
             experts = _of_experts(options[1:], mixable(fitting), damages)
         if pin is not None:
             options = options[-1:]
-        measured.append(StoredProduct(name, tuple(options), _layer_with(op, layers), experts))
+        owner = _layer_with(op, layers) or _shared_with(op, shared)
+        measured.append(StoredProduct(name, tuple(options), owner, experts))
     return tuple(measured)
 
 
@@ -132,6 +136,11 @@ def _layer_with(op: Op, layers: Mapping[str, Layer]) -> str:
         if op.name == "grouped.linear" and op.origin in origins:
             return name if stored(op)[0].shape[0] == layer.count else ""
     return ""
+
+
+def _shared_with(op: Op, shared: Mapping[str, SharedExpert]) -> str:
+    """The shared expert that a linear layer belongs to; empty for any other product."""
+    return next((name for name, each in shared.items() if op.origin in each.origins), "")
 
 
 def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:

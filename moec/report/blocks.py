@@ -187,7 +187,8 @@ def _router(graph: Graph, dispatch: Op) -> str:
             after.append(f"{limit}, by {op.attrs['order']}{order}")
         if op.name == "aten.where.self":
             after.append("some choices replaced")
-        op = graph.producers.get(op.inputs[_CARRIER.get(op.name, -1)])
+        numbers = op.inputs[0] in graph.params  # a table of other numbers for the choices
+        op = graph.producers.get(op.inputs[-1 if numbers else _CARRIER.get(op.name, -1)])
     if len(dispatch.inputs) > 2:
         after.append("weights on the input")
     standard = op is not None and op.name in _ROUTERS

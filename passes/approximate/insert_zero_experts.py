@@ -22,7 +22,7 @@ given fraction of redirected choices, this minimises the total error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
@@ -74,13 +74,13 @@ class InsertZeroExperts:
         validate(self)
 
     def change(self, program: Program, layer: Layer, stats: LayerStats) -> Change:
-        _check(layer)
+        check_combinable(layer)
         if self.way == "calibrated":
             return _insert_calibrated(self, program, layer, stats)
         return _insert_neutral(self, program, layer)
 
 
-def _check(layer: Layer) -> None:
+def check_combinable(layer: Layer) -> None:
     """Raises NoMatch if the layer's choices cannot go to experts without a network."""
     if any(op.name == "moe.capacity" for op in layer.between):
         raise NoMatch(
@@ -122,7 +122,7 @@ def _insert_neutral(options: InsertZeroExperts, program: Program, layer: Layer) 
             "mix": random(options.constant, 2, width),
             "constants": random(options.constant, width),
         }
-    _add_zero_experts(splice, layer, kinds, weights)
+    add_zero_experts(splice, layer, kinds, weights)
     members = tuple((e,) if e < layer.count else () for e in range(layer.count + len(kinds)))
     says = ", ".join(
         f"{count} {kind}"
@@ -140,16 +140,22 @@ def _insert_neutral(options: InsertZeroExperts, program: Program, layer: Layer) 
     )
 
 
-def _add_zero_experts(
-    splice: Splice, layer: Layer, kinds: tuple[str, ...], weights: Mapping[str, torch.Tensor]
+def add_zero_experts(
+    splice: Splice,
+    layer: Layer,
+    kinds: tuple[str, ...],
+    weights: Mapping[str, torch.Tensor],
+    ids: tuple[Value, int] | None = None,
 ) -> None:
-    """Adds moe.zero_experts of `kinds` and `weights` to the result of the layer."""
+    """Adds moe.zero_experts of `kinds` and `weights` to the result of the layer. `ids` are the
+    choices and the first id without a network, by default those of the layer."""
     like = layer.combine
     dtype = cast(DType, like.attrs["dtype"])
-    attrs: dict[str, Attr] = {"first": layer.count, "kinds": kinds, "weighted": True}
+    experts, first = ids or (layer.dispatch.inputs[1], layer.count)
+    attrs: dict[str, Attr] = {"first": first, "kinds": kinds, "weighted": True}
     if "mix" in weights:
         attrs["mixed"] = True
-    inputs = [layer.dispatch.inputs[0], layer.dispatch.inputs[1], like.inputs[2]]
+    inputs = [layer.dispatch.inputs[0], experts, like.inputs[2]]
     inputs += [splice.weight(f"{layer.name}.{name}", t) for name, t in weights.items()]
     routed = splice.value(layer.output.name, layer.output.type)
     ops = [replace(like, outputs=(routed,))]
@@ -194,7 +200,7 @@ def _insert_calibrated(
     _redirect_choices(splice, layer, limits, table)
     dtype = constant(program, layer.stacks[0]).dtype
     vectors = [instead[e].vector.to(dtype) for e in constants]
-    _add_zero_experts(splice, layer, kinds, {"constants": torch.stack(vectors)} if vectors else {})
+    add_zero_experts(splice, layer, kinds, {"constants": torch.stack(vectors)} if vectors else {})
     attrs = {**layer.experts.attrs, "share": round(1 - share, 6)}
     splice.put(layer.experts, [replace(layer.experts, attrs=attrs)])
     members = (*((e,) for e in range(layer.count)), *(() for _ in kinds))
@@ -222,24 +228,34 @@ def _limits(
 def choose_stand_ins(program: Program, layer: Layer, stats: LayerStats, by: str) -> list[StandIn]:
     """For each expert, the replacement with the smallest error among the kinds that `by` allows."""
     allowed = ("zero", "copy", "constant") if by == "best" else (by,)
-    body = layer.experts.body
-    assert body is not None
-    stacks = [widened(constant(program, stack)) for stack in layer.stacks]
-    (rows,) = symbols(body.inputs[0].shape[0])
-    wide, chosen = widen(body), []
+    result_of, chosen = expert_results(program, layer), []
     for e in range(layer.count):
         x = widened(stats.x[(stats.experts == e).any(-1)][:ROWS])
         if not len(x):
             chosen.append(StandIn(allowed[0], torch.zeros(x.shape[1]), torch.inf))
             continue
-        with torch.no_grad():
-            y = run_graph(wide, [x, *(s[e] for s in stacks)], {rows: len(x)})[0].float()
+        y = result_of(e, x).float()
         mean = y.mean(0)
         guesses = {"zero": torch.zeros_like(mean), "copy": x, "constant": mean}
         left = {kind: float((y - guesses[kind]).square().sum(-1).mean().sqrt()) for kind in allowed}
         best = min(left, key=lambda kind: left[kind])
         chosen.append(StandIn(best, mean, left[best]))
     return chosen
+
+
+def expert_results(program: Program, layer: Layer) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """What an expert returns for rows [N, D], in float32 (of float64 in float64)."""
+    body = layer.experts.body
+    assert body is not None
+    stacks = [widened(constant(program, stack)) for stack in layer.stacks]
+    (rows,) = symbols(body.inputs[0].shape[0])
+    wide = widen(body)
+
+    def result_of(e: int, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return run_graph(wide, [widened(x), *(s[e] for s in stacks)], {rows: len(x)})[0]
+
+    return result_of
 
 
 def _redirect_choices(

@@ -168,7 +168,7 @@ def test_experts_within_a_loss() -> None:
     [
         (
             {"memory": 10**5, "moves": ("prun",)},
-            "'prun' is no move: moves are formats, prune, merge, top",
+            "'prun' is no move: moves are formats, prune, merge, con",
         ),
         ({"token_bytes": 999, "moves": ("top-k",)}, "the limit of a token is 999 bytes, and the w"),
         ({"token_bytes": 10**6}, "the limit allows the weights as they are"),

@@ -68,7 +68,8 @@ from moec.runtime.process.threads import shorten_spinning
 @click.option(
     "--moves", default="formats", show_default=True, metavar="M,M,…",
     help="What may be chosen: formats, expert-formats (of single experts), prune (fewer experts), "
-    "merge (similar ones), top-k (fewer for each token), threshold (none with a small weight).",
+    "merge (similar ones), constant (means of results for a part), shared (no shared expert), "
+    "top-k (fewer for each token), threshold (none with a small weight).",
 )  # fmt: skip
 @click.option(
     "--recover", type=click.IntRange(1), is_flag=False, flag_value=300, metavar="[STEPS]",

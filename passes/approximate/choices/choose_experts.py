@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Program, Stage
+from moec.passes.approximate.choices.changeable import (
+    NO_CONSTANTS,
+    Constants,
+    changeable_layers,
+    constants_of,
+    shared_expert,
+)
+from moec.passes.approximate.choices.constant_experts import replace_by_constants
+from moec.passes.approximate.choices.drop_shared import drop_shared
 from moec.passes.approximate.choices.model_choices import (
     LayerChoice,
     ModelChoices,
@@ -21,8 +29,9 @@ from moec.passes.approximate.prune_experts import drop_experts, shortage
 from moec.passes.approximate.reduce_top_k import reduce_top_k
 from moec.passes.approximate.skip_small_weights import skip_small_weights
 from moec.passes.approximate.training.recover_routers import RecoverRouters
-from moec.passes.calibration.session import CalibrationSession, layers_of
-from moec.passes.core.moe_layer import Layer
+from moec.passes.calibration.data import load_calibration
+from moec.passes.calibration.evaluator import Evaluator
+from moec.passes.calibration.session import CalibrationSession
 from moec.passes.core.runner import Kind, Log, OptInPass, PassResult
 from moec.passes.quantise.fixed_formats import FixedFormats
 
@@ -42,28 +51,44 @@ class ChooseExperts(OptInPass):
     def run(self, program: Program, log: Log) -> Program:
         if self.session is not None:
             self.session.original = program
-        for name, choice in self.choices.layers.items():
-            try:
-                _check(choice, changeable_layers(program, Log()).get(name))
-                changed = change_experts(program, name, choice)
-            except NoMatch as why:
-                log.decline("choices", f"{name}: {why}")
-                return program
-            if log.spend(f"{name}: {len(choice.experts)} experts, top {choice.top_k}"):
-                program = changed
+        original, ordered, name = program, in_order(self.choices.layers), ""
+        try:
+            for name, choice in ordered:
+                _check(program, name, choice)
+            constants = self._constants(program)
+            for name, choice in ordered:
+                changed = change_experts(program, name, choice, constants)
+                if log.spend(f"{name}: {choice.left}"):
+                    program = changed
+        except NoMatch as why:
+            log.decline("choices", f"{name}: {why}")
+            return original
         log.says += describe_choices(self.choices)
         log.choices += choice_lines(self.choices)
         return program
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether choices have constants, which are means of results on data."""
+        return any(choice.constant for choice in self.choices.layers.values())
+
+    def _constants(self, program: Program) -> Constants:
+        if not self.needs_data:
+            return NO_CONSTANTS
+        session = self.session
+        assert session is not None
+        evaluator = Evaluator(program, load_calibration(session.calib, program, session.files))
+        return constants_of(program, evaluator, self.choices.layers)
 
 
 def passes_of(choices: ModelChoices) -> list[OptInPass]:
     """The passes that apply the choices. Raises UsageError for a format that does not exist, and
     for formats of single experts beside dropped ones."""
-    dropping = any(len(choice.experts) < choice.of for choice in choices.layers.values())
-    if dropping and any(choice.experts for choice in choices.products.values()):
+    fewer = any(0 < len(choice.experts) < choice.of for choice in choices.layers.values())
+    if fewer and any(choice.experts for choice in choices.products.values()):
         raise UsageError(
-            "choices: experts have formats by number, and a layer drops or merges some, which "
-            "changes the numbers: leave out one of both"
+            "choices: experts have formats by number, and a layer drops, merges or replaces some, "
+            "which changes the numbers: leave out one of both"
         )
     shapes = {name: (choice.rows, choice.columns) for name, choice in choices.products.items()}
     formats = FixedFormats(formats_of(choices.products), shapes, choices.codes == "gptq")
@@ -80,38 +105,55 @@ def check_applied(pass_results: Sequence[PassResult]) -> None:
             )
 
 
-def changeable_layers(program: Program, log: Log) -> dict[str, Layer]:
-    """The blocks whose experts and top-k can be changed, by the names that no two of them share."""
-    layers = layers_of(program, log)
-    counts = Counter(layer.name for layer in layers)
-    return {layer.name: layer for layer in layers if counts[layer.name] == 1}
+def in_order(layers: Mapping[str, LayerChoice]) -> list[tuple[str, LayerChoice]]:
+    """The choices in the order in which they can be applied: a shared expert is recognised beside
+    a layer as it is."""
+    return sorted(layers.items(), key=lambda item: bool(item[1].experts))
 
 
-def change_experts(program: Program, name: str, choice: LayerChoice) -> Program:
-    """The program in which a layer has the experts and the top-k of a choice, and a token skips
-    those that it says. Raises NoMatch."""
+def change_experts(
+    program: Program, name: str, choice: LayerChoice, constants: Constants = NO_CONSTANTS
+) -> Program:
+    """The program in which a layer has the experts and the top-k of a choice, a token skips those
+    that it says, and others give their `constants`. Raises NoMatch."""
+    if not choice.experts:
+        mean = constants[name] if choice.constant else None
+        return drop_shared(program, shared_expert(program, name), mean)
     layer = changeable_layers(program, Log())[name]
     if choice.merged:
         program = merge_groups(program, layer, choice.merged, choice.usage)
-    elif len(choice.experts) < layer.count:
+    elif len(choice.experts) < layer.count and not choice.constant:
         program = drop_experts(program, layer, choice.experts).program
     if choice.top_k < layer.routing.k:
         program = reduce_top_k(program, changeable_layers(program, Log())[name], choice.top_k)
-    if not choice.threshold:
+    layer = changeable_layers(program, Log())[name]
+    if choice.threshold:
+        program = skip_small_weights(program, layer, choice.threshold)
+    if not choice.constant:
         return program
-    return skip_small_weights(program, changeable_layers(program, Log())[name], choice.threshold)
+    # What skips small weights leaves the block behind the router as it is in `layer`.
+    return replace_by_constants(program, layer, choice.experts, constants[name])
 
 
-def _check(choice: LayerChoice, layer: Layer | None) -> None:
+def _check(program: Program, name: str, choice: LayerChoice) -> None:
     """Raises NoMatch where the layer is not that of the choice, or cannot route so."""
+    if not choice.experts:
+        shared_expert(program, name)
+        if (choice.of, choice.top_k, choice.top_k_before) != (1, 0, 1) or choice.threshold:
+            raise NoMatch("without a shared expert there are 0 of 1 experts, 0 of 1 for each token")
+        return
+    layer = changeable_layers(program, Log()).get(name)
     if layer is None:
         raise NoMatch("the model has no such layer")
     k, groups = layer.routing.k, layer.routing.groups
     if (choice.of, choice.top_k_before) != (layer.count, k):
         raise NoMatch(f"the model has {layer.count} experts there, {k} for each token")
     each, rest = divmod(len(choice.experts), groups)
+    lacks = bool(rest or shortage(layer, each)) and not choice.constant
     ordered = choice.experts == tuple(sorted(set(choice.experts) & set(range(layer.count))))
     if choice.merged or choice.usage:
+        if choice.constant:
+            raise NoMatch("experts are merged or constant: leave out merged and usage, or constant")
         members = sorted(e for group in choice.merged for e in group)
         firsts = tuple(group[0] for group in choice.merged if group)
         every, counts = list(range(layer.count)), len(choice.usage)
@@ -120,5 +162,5 @@ def _check(choice: LayerChoice, layer: Layer | None) -> None:
                 f"merged and usage are those of {layer.count} experts, each in one group, of which "
                 "experts has the first"
             )
-    if not ordered or rest or shortage(layer, each) or not 1 <= choice.top_k <= k:
+    if not ordered or lacks or not 1 <= choice.top_k <= k:
         raise NoMatch(f"no router of top {k} chooses {choice.top_k} of experts {choice.experts}")

@@ -46,8 +46,10 @@ class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     saves with weights as they are, the damage alone, and the part that the dropped experts had of
     all contributions to the layer's results, on the data. With `merged`, each of these groups is
     one expert, in place of its first, and `usage` are the choices of each expert on the data. A
-    token skips experts with weights under `threshold` times its greatest, and on the data has
-    `mean_k` that way."""
+    token skips experts with weights under `threshold` times its greatest. With `constant` the
+    others give constants, of the same data, and are chosen as before. With either a token reads
+    `mean_k` experts on the data. A layer's shared expert is one of one that every token takes:
+    without it `experts` is empty."""
 
     experts: tuple[Count, ...]
     of: Count
@@ -59,20 +61,25 @@ class LayerChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     merged: tuple[tuple[Count, ...], ...] = ()
     usage: tuple[Count, ...] = ()
     threshold: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
+    constant: bool = False
     mean_k: float = 0.0
 
     @property
     def left(self) -> str:
         """In words, how many experts are left, and for each token."""
+        if not self.experts:
+            return f"no shared expert{', the mean of its results instead' * self.constant}"
         experts = f"{len(self.experts)} {'merged from' if self.merged else 'of'} {self.of} experts"
-        light = f", {self.mean_k:.3g} on average without weights under {self.threshold:.3g} of "
-        skips = f"{light}the greatest" if self.threshold else ""
-        return f"{experts}, {self.top_k} of {self.top_k_before} for each token{skips}"
+        experts += ", constants for the others" * self.constant
+        under = f" without weights under {self.threshold:.3g} of the greatest"
+        light = under if self.threshold else ""
+        mean = f", {self.mean_k:.3g} on average{light}" if light or self.constant else ""
+        return f"{experts}, {self.top_k} of {self.top_k_before} for each token{mean}"
 
     @property
     def experts_read(self) -> float:
         """How many experts a token reads, on average."""
-        return self.mean_k if self.threshold else self.top_k
+        return self.mean_k if self.threshold or self.constant else self.top_k
 
     @property
     def changes(self) -> bool:
@@ -161,8 +168,8 @@ def describe_choices(choices: ModelChoices) -> list[str]:
     counts = Counter(_described(choice) for choice in choices.products.values())
     kinds = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     layers = [
-        f"{name}: {choice.left}; damage {choice.damage:.3g} alone, dropped experts contributed "
-        f"{choice.share:.1%}"
+        f"{name}: {choice.left}; damage {choice.damage:.3g} alone"
+        + (f", other experts contributed {choice.share:.1%}" if choice.experts else "")
         for name, choice in choices.layers.items()
     ]
     return [
@@ -182,7 +189,10 @@ def choice_lines(choices: ModelChoices) -> list[ChoiceLine]:
     return [
         ChoiceLine(name, _described(c), c.bytes_before - c.bytes, c.damage)
         for name, c in choices.products.items()
-    ] + [ChoiceLine(name, c.left, c.bytes_saved, c.damage, c.share) for name, c in layers]
+    ] + [
+        ChoiceLine(name, c.left, c.bytes_saved, c.damage, c.share if c.experts else None)
+        for name, c in layers
+    ]
 
 
 def _described(choice: ProductChoice) -> str:
