@@ -21,6 +21,7 @@ from moec.passes.decode import logits_of
 from moec.passes.recognise import RecogniseExperts
 from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, MAIN, ROUTE, ROUTED
+from moec.target.base import Target
 from moec.target.cpu import CpuTarget
 from moec.target.cuda import CudaTarget
 from moec.target.named import missing_features
@@ -40,9 +41,10 @@ def build_model(
     backend: Backend | None,
     tune: bool = False,
     store: bool | None = None,
+    tiers: bool = False,
 ) -> CompiledModel:
     """The model with code, and with an executor where this machine can run it. `store`: experts can
-    be read from disk; by default, if the model has many weights."""
+    be read from disk; by default, if the model has many weights. `tiers`: also as narrow copies."""
     module, target = compiled.module, compiled.target
     tunings: dict[str, Values] = {}
     if tune:
@@ -61,8 +63,9 @@ def build_model(
             memory = compiled.source.memory
             memory.check_room(_bytes(module))
             package = generate(
-                module, target, opt_level, tunings, backend, memory, stores_experts(store, module)
-            )
+                module, target, opt_level, tunings, backend, memory, stores_experts(store, module),
+                tiers,
+            )  # fmt: skip
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
@@ -95,6 +98,15 @@ def stores_experts(store: bool | None, module: Module) -> bool:
             "leave it out, or choose one format for each product"
         )
     return _bytes(module) >= LARGE and mixed is None if store is None else store
+
+
+def store_of_tiers(store: bool | None, tiers: bool, target: Target) -> bool | None:
+    """`store`, which `tiers` imply. Raises UsageError where there can be none."""
+    if tiers and store is False:
+        raise UsageError("--tiers stores copies of experts for --store: leave --no-store out")
+    if tiers and not isinstance(target, CpuTarget):
+        raise UsageError(f"--tiers is for experts on a CPU, and the target is {target.name}")
+    return True if tiers else store
 
 
 def _bytes(module: Module) -> int:

@@ -109,6 +109,7 @@ def load(
     signed_by: Path | str | None = None,
     copy: bool = False,
     memory: int | str | None = None,
+    narrow: float = 0.0,
     texts: int = 1,
     room: int = 4096,
     threads: int | None = None,
@@ -126,6 +127,9 @@ def load(
     CPU: experts that do not fit stay in the file, and are read when a token chooses them. No bit of
     a result depends on it. It includes the caches of `texts` of at most `room` tokens each; more
     are refused. Needs a model compiled with `store=True`, the default for large ones.
+    `narrow` (0.1, of a model compiled with `tiers=True`) trades exactness for fewer bytes: experts
+    that are absent and have small routing weights are read as copies of 4 bits, as long as these
+    carry at most that share of each layer's routing weight.
 
     `threads` is the number of threads of kernels, one pool for all models of the process; by
     default one for each processor that the process may use. No bit of a result depends on it.
@@ -143,6 +147,8 @@ def load(
     opened = read(path, signed_by=signed_by, copy=copy)
     opened = opened if on is None else only_for(opened, on)
     if memory is None:
+        if narrow:
+            raise UsageError("narrow is for experts that memory leaves in the file: give both")
         return LoadedModel(Path(path), opened, start(opened, on))
     from moec.runtime.expert_store.start import TextRoom, start_within
     from moec.runtime.process.byte_sizes import bytes_of
@@ -155,5 +161,5 @@ def load(
         raise UsageError(
             f"memory limits a model on a CPU, and the device is {device}: leave it out"
         )
-    executor = start_within(opened, bytes_of(memory), room=TextRoom(texts, room))
+    executor = start_within(opened, bytes_of(memory), room=TextRoom(texts, room), narrow=narrow)
     return LoadedModel(Path(path), opened, executor)
