@@ -157,9 +157,9 @@ def compile(
     checkpoint may take, by default half of what is free. Weights that do not fit are read from the
     checkpoint when they are needed, and packed ones are kept in a temporary file. `store` adds the
     code for `moec.load(path, memory=...)`, which reads experts from the artifact when they are
-    needed; by default, it is added where the weights take 1 GiB or more. `tiers` adds it with a copy
-    of each expert in 4 bits, for `moec.load(path, memory=..., narrow=...)`: 28 % more bytes on disk
-    for weights of 16 bits.
+    needed; by default, it is added where the weights take 1 GiB or more. `tiers` adds it with a
+    copy of each expert in 4 bits, for `moec.load(path, memory=..., narrow=...)`: 28 % more bytes on
+    disk for experts of 16 bits.
 
     `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
     description is proved against its module.

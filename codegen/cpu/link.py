@@ -1,8 +1,8 @@
 """Links objects to a shared library with a C compiler, this machine's or a cross compiler.
 
 Libraries for Linux carry the thread pool of pool.c, which `moec.runtime.process.pool` connects, the
-store of experts on disk of expert_store.c and narrow_copy.c (`moec.runtime.expert_store`), and the clock of timed.c,
-which runs in `moec profile` alone.
+store of experts on disk (`moec.runtime.expert_store`) of expert_store.c and narrow_copy.c, and the
+clock of timed.c, which runs in `moec profile` alone.
 """
 
 from __future__ import annotations

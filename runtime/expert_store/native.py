@@ -204,9 +204,8 @@ class NativeStore:
         self._read_counts, self._distrust = function(COUNTS), function(DISTRUST)
         self._total = StoreCounts()
         self._failed: FailedRead | None = None
-        digests = [
-            piece.digests for stack in stacks for piece in (*stack.pieces, stack.narrow) if piece
-        ]
+        pieces = [piece for stack in stacks for piece in (*stack.pieces, stack.narrow)]
+        digests = [piece.digests for piece in pieces if piece is not None]
         weakref.finalize(self, _close, function(CLOSE), self.address, memory, digests)
 
     def counts(self) -> StoreCounts:
@@ -230,10 +229,9 @@ class NativeStore:
         to = [ctypes.addressof(memory) for memory in (raw, failure, guesses, narrow)]
         self._read_counts(self.address, *to)
         calls, visits, hits, size, read, stalled = raw
-        self._total += StoreCounts(
-            calls, visits, hits, size, read / 1e9, stalled / 1e9, *guesses,
-            narrow.reads, narrow.bytes, narrow.weight, narrow.carried,
-        )  # fmt: skip
+        weights = (narrow.reads, narrow.bytes, narrow.weight, narrow.carried)
+        counts = (calls, visits, hits, size, read / 1e9, stalled / 1e9, *guesses, *weights)
+        self._total += StoreCounts(*counts)
         if failure[0] >= 0:
             self._failed = FailedRead(*failure)
 
