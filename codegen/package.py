@@ -16,6 +16,7 @@ from moec.codegen.index_ranges import index_ranges
 from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.module_builder import Param, as_array
 from moec.codegen.tuning.tunable import Tunings
+from moec.errors import UsageError
 from moec.ir.graph import Module, Program, Value
 from moec.memory.memory import InMemory
 from moec.runtime.dtypes import Array
@@ -62,6 +63,8 @@ def build(
     """
     backend = backend or backend_for(target)
     lowered = lower(module, target, backend, tunings, store=store, tiers=tiers)
+    if tiers and not lowered.stacks:
+        raise UsageError("--tiers needs experts that can stay on disk (--store): leave it out")
     library = backend.library(lowered.modules, target, opt_level, None)
     kernels = {kernel.key: kernel for kernel in lowered.tunable}
     values = {key: kernels[key].complete(changed) for key, changed in tunings.items()}

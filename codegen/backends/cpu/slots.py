@@ -30,8 +30,12 @@ class SlotArguments:
 
     stacks: dict[Value, list[Stack]] = field(default_factory=dict)
     tiers: bool = False
+    refusal: str = ""
 
     def layers(self) -> tuple[tuple[Stack, ...], ...]:
+        """Raises UsageError where experts can have no narrow copies."""
+        if self.refusal:
+            raise UsageError(f"--tiers {self.refusal}: leave it out")
         return tuple(map(tuple, self.stacks.values()))
 
     def add(
@@ -46,15 +50,15 @@ class SlotArguments:
         names = tuple(param.name for _, param in packed)
         narrow = packed[0][1].values[0].dtype if self.tiers else ""
         if narrow not in (*NARROW_KINDS, ""):
-            raise UsageError(
-                f"narrow copies are of weights of 16 or 32 bits, and those of {layer} are stored "
-                "in fewer: leave --tiers or --quant out"
-            )
+            self.refusal = f"copies weights of 16 or 32 bits, and those of {layer} have fewer"
         stack = Stack(f"{names[0]}.key", layer, names, narrow)
         sort = low.graph.producers[ends]
         more: list[Value] = []
         if ends not in self.stacks:
-            more += _routing(low, sort, layer) if self.tiers else ()
+            routing = _routing(low, sort) if self.tiers else []
+            if self.tiers and not routing:
+                self.refusal = f"needs routing weights, and {layer} has none before its experts"
+            more += routing
             more += sort.inputs[1:] if sort.name == "moe.sort" else ()
         self.stacks.setdefault(ends, []).append(stack)
         key = low.param(stack.key, Param(stack.key, TensorType("i64", (2,)), ()))
@@ -69,18 +73,15 @@ class SlotArguments:
         return [key, low.builder.emit(call), *(_in_slots(low, *one) for one in packed)]
 
 
-def _routing(low: Lowering, sort: Op, layer: str) -> tuple[Value, Value]:
-    """The ids and weights [T, k] of the choices that `sort` sorts."""
+def _routing(low: Lowering, sort: Op) -> list[Value]:
+    """The ids and weights [T, k] of the choices that `sort` sorts; empty where there are none."""
     readers = (op for value in sort.outputs for op in low.graph.readers.get(value, ()))
     for op in (sort, *readers):
         inputs = inputs_of(op) if op.name in (*SORTS, *_WEIGHTED) else {}
         weights = inputs.get("weights", inputs.get("scale"))
         if weights is not None and weights in low.values:
-            return sort.inputs[sort.name == "moe.dispatch"], weights
-    raise UsageError(
-        f"--tiers reads experts of small routing weights as narrow copies, and {layer} has none "
-        "before its experts: leave it out"
-    )
+            return [sort.inputs[sort.name == "moe.dispatch"], weights]
+    return []
 
 
 def _in_slots(low: Lowering, key: object, param: Param) -> relax.Var:

@@ -62,6 +62,13 @@ class Layer(torch.nn.Module):
         return (rows * weights[..., None]).sum(1)
 
 
+class Unweighted(Layer):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, ids = self.routing(x)
+        hidden = torch.einsum("td,tkhd->tkh", x, self.up[ids]).relu()
+        return torch.einsum("tkh,tkdh->tkd", hidden, self.down[ids]).sum(1)
+
+
 def layer(dtype: str = "f32") -> Layer:
     torch.manual_seed(0)
     return Layer().to(DTYPES[dtype]).eval()
@@ -350,5 +357,9 @@ def test_refusals(once, path):
     x = (torch.randn(6, WIDTH),)
     with pytest.raises(UsageError, match="--tiers stores copies of experts for --store"):
         moec.compile(layer(), x, tiers=True, store=False)
-    with pytest.raises(UsageError, match="narrow copies are of weights of 16 or 32 bits"):
+    with pytest.raises(UsageError, match="--tiers copies weights of 16 or 32 bits, and those of"):
         moec.compile(layer(), x, tiers=True, quant="int8", verify=False)
+    with pytest.raises(UsageError, match=r"--tiers needs routing weights, and .* has none"):
+        moec.compile(Unweighted(), x, tiers=True, verify=False)
+    with pytest.raises(UsageError, match="--tiers needs experts that can stay on disk"):
+        moec.compile(torch.nn.Linear(WIDTH, 8), x, tiers=True, verify=False)
