@@ -25,7 +25,7 @@ from moec.runtime.call.executor import Executor, start
 from moec.runtime.device.library import tvm_ffi
 from moec.runtime.expert_store import device
 from moec.runtime.expert_store.device import BUFFERED, DIRECT, StoringCpu
-from moec.runtime.expert_store.native import StoreCounts, StoreOptions
+from moec.runtime.expert_store.native import ALTERED, StoreCounts, StoreOptions
 from moec.runtime.expert_store.start import start_with_slots, start_within, store_report
 from tests.once import Once
 from tests.runtime.expert_store.models import artifact
@@ -330,9 +330,9 @@ def test_weights_that_are_no_numbers_are_exact(path, plan):
     assert (total.narrow_reads, total.weight) == (0, 0)
 
 
-def test_a_damaged_copy_is_refused_when_it_is_read(path):
+def damage(path: Path) -> None:
+    """Alters the last byte of each narrow copy of the second product."""
     opened, content = read(path), path.read_bytes()
-    right = output(start(read(path)))
     spans = part_spans(path, lambda start, size: content[start : start + size])
     name = opened.package.store.layers[0][1].narrow_array
     span = spans[opened.manifest.arrays[name].part]
@@ -340,6 +340,24 @@ def test_a_damaged_copy_is_refused_when_it_is_read(path):
         for expert in range(EXPERTS):
             file.seek(span.start + (expert + 1) * (span.stop - span.start) // EXPERTS - 1)
             file.write(b"\x55")
+
+
+def test_a_copy_is_hashed_although_the_weights_were(path, plan):
+    damage(path)
+    model = in_slots(path, 1)
+    for expert in (1, 2):
+        plan(model, np.array([[expert]]), np.array([[np.nan]]), wait=True)
+    plan(model, np.array([[1]]), np.array([[1.0]]))
+    assert isinstance(model.device, StoringCpu)
+    end = time.monotonic() + 60
+    while (failed := model.device.store.failed_read()) is None:
+        assert time.monotonic() < end
+    assert (failed.stack, failed.expert, failed.error) == (1, 1, ALTERED)
+
+
+def test_a_damaged_copy_is_refused_when_it_is_read(path):
+    right = output(start(read(path)))
+    damage(path)
     assert output(in_slots(path, 0)).tobytes() == right.tobytes()
     with pytest.raises(ArtifactError, match=r"expert . of .* was altered: its SHA-256 differs"):
         output(in_slots(path, 1))
