@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import moec
 from moec.errors import ArtifactError, UsageError
+from moec.model.rebuild import rebuild
 from moec.runtime.artifact.artifact import Artifact, read
 from moec.runtime.artifact.container import part_spans
 from moec.runtime.call.executor import Executor, start
@@ -361,6 +362,15 @@ def test_a_damaged_copy_is_refused_when_it_is_read(path):
     assert output(in_slots(path, 0)).tobytes() == right.tobytes()
     with pytest.raises(ArtifactError, match=r"expert . of .* was altered: its SHA-256 differs"):
         output(in_slots(path, 1))
+
+
+def test_code_that_is_generated_again_reads_copies_too(path):
+    opened = read(path, native=False)
+    again = replace(opened, package=rebuild(opened))
+    model = start_with_slots(again, [1], DIRECT, StoreOptions(narrow=1))
+    output(model)
+    total = counts(model)
+    assert 0 < total.narrow_bytes == total.bytes_read
 
 
 def test_refusals(once, path):
