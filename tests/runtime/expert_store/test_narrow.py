@@ -29,7 +29,7 @@ from moec.runtime.expert_store.device import BUFFERED, DIRECT, StoringCpu
 from moec.runtime.expert_store.native import ALTERED, StoreCounts, StoreOptions
 from moec.runtime.expert_store.start import start_with_slots, start_within, store_report
 from tests.once import Once
-from tests.runtime.expert_store.models import artifact
+from tests.runtime.expert_store.models import artifact, widened
 
 EXPERTS, WIDTH, HIDDEN, K = 8, 64, 84, 3
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -107,15 +107,6 @@ def counts(model: Executor) -> StoreCounts:
     return report.counts
 
 
-def widened(copy: np.ndarray, elements: int) -> np.ndarray:
-    """f32[E, elements] of narrow copies [E, bytes], as codegen/cpu/narrow_copy.c describes them."""
-    codes, scales = np.split(copy, [-(-elements // 32) * 16], axis=1)
-    codes = codes.reshape(len(copy), -1, 16).astype(np.int32)
-    numbers = np.concatenate([codes & 15, codes >> 4], axis=2) - 8
-    scales = np.ascontiguousarray(scales).view(ml_dtypes.bfloat16).astype(np.float32)
-    return (numbers * scales[..., None]).reshape(len(copy), -1)[:, :elements].astype(np.float32)
-
-
 def narrowed(opened: Artifact, experts: Iterable[int]) -> dict[str, np.ndarray]:
     """The packed arrays of a model in which the weights of these experts are the widened ones."""
     assert opened.package.store is not None
@@ -161,17 +152,6 @@ def test_narrow_experts_have_the_widened_weights(once, dtype, reading):
     total = counts(model)
     assert total.bytes_read == total.narrow_bytes
     assert total.narrow_weight == pytest.approx(total.weight)
-
-
-def test_copies_are_near_the_weights(once):
-    """Each element within the step of its block, but for the shortened scale."""
-    opened = read(stored(once, "f32"))
-    for name, near in narrowed(opened, range(EXPERTS)).items():
-        exact = np.asarray(opened.package.arrays[name]).reshape(-1)
-        blocks = np.abs(exact.reshape(EXPERTS, -1))
-        step = blocks.max() / 7
-        assert np.abs(near.reshape(-1) - exact).max() < step
-        assert np.abs(near.reshape(-1) - exact).mean() < np.abs(exact).mean() / 8
 
 
 def least_first(x: np.ndarray, budget: float) -> list[int]:
