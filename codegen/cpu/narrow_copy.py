@@ -1,8 +1,8 @@
 """Copies of 4 bits of packed weights, which the store of experts reads instead of them on request.
 
-An expert's copy has the elements of its packed array as they lie: codes of 4 bits, then a scale in
-bf16 for each NARROW_BLOCK of them; narrow_copy.c, which widens it, describes both. It depends on no
-layout of a kernel.
+An expert's copy has the elements of its packed array in their order: codes of 4 bits, then a scale
+in bf16 for each NARROW_BLOCK of them; narrow_copy.c, which widens it, describes both. It depends on
+no layout of a kernel.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def test_a_run_within_a_limit(folder, tmp_path):
     assert peak(folder, "--memory", limit) <= 10**6 * int(limit.removesuffix("MB"))
 
 
-def test_narrow_copies_are_told(folder, tmp_path):
+def test_narrow_copies_are_reported(folder, tmp_path):
     limit, outputs = f"{least(folder) + 20}MB", [tmp_path / "all.npy", tmp_path / "near.npy"]
     assert run(folder, "-o", str(outputs[0])).returncode == 0
     narrow = ("--memory", limit, "--narrow", "0.5")
@@ -84,8 +84,8 @@ def test_narrow_copies_are_told(folder, tmp_path):
     assert 0.3 < counts["narrow_weight"] / counts["weight"] <= 0.5
     exact, near = map(np.load, outputs)
     assert 0 < np.abs(near - exact).max() < 0.1 * np.abs(exact).max()
-    told = run(folder, *narrow).stderr
-    assert re.search(r"; \d+ of the reads were of narrow copies, [\d.]+ MB, which carried 4", told)
+    text = run(folder, *narrow).stderr
+    assert re.search(r"; \d+ of the reads were of narrow copies, [\d.]+ MB, which carried 4", text)
     assert "--narrow is for experts that --memory leaves" in run(folder, "--narrow", "1").stderr
 
 
