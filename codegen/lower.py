@@ -73,13 +73,17 @@ def lower(
     tunings: Tunings = MappingProxyType({}),
     *,
     store: bool = False,
+    tiers: bool = False,
 ) -> LoweredModule:
     """The Relax modules of `module`. `tunings` are values of kernels by their key; others have the
-    default. `store` adds the functions that read experts from disk.
+    default. `store` adds the functions that read experts from disk, `tiers` what they need for
+    narrow copies of them.
 
     Raises UnsupportedError that lists every op without a kernel and every unknown size.
     """
-    parts = [_for_part(module, part, backend, tunings, store) for part in backend.parts(target)]
+    parts = [
+        _for_part(module, part, backend, tunings, store, tiers) for part in backend.parts(target)
+    ]
     assert all(_layout(part) == _layout(parts[0]) for part in parts), "parts share weights"
     return replace(parts[0], modules={n: m for part in parts for n, m in part.modules.items()})
 
@@ -89,7 +93,7 @@ def _layout(lowered: LoweredModule) -> list[tuple[str, TensorType]]:
 
 
 def _for_part(
-    module: Module, target: Target, backend: Backend, tunings: Tunings, store: bool
+    module: Module, target: Target, backend: Backend, tunings: Tunings, store: bool, tiers: bool
 ) -> LoweredModule:
     with BUILDERS:
         # A kernel may not have the name of a function; `route` would be both.
@@ -125,7 +129,7 @@ def _for_part(
             add(name, name)
         if store and backend.slots is not None:
             for name in (name for name in (MAIN, DECODE) if name in module):
-                slots = backend.slots()
+                slots = backend.slots(tiers=True) if tiers else backend.slots()
                 add(name, stored(name), slots)
                 stacks[name] = slots.layers()
         tunable = tuple(kernels.tunable.values())

@@ -32,7 +32,13 @@ from moec.interpret.threads import threads_for
 from moec.ir.graph import stage_of
 from moec.memory.allowed import allowed_bytes
 from moec.model.bind_inputs import bound
-from moec.model.build import build_for_gpu, build_model, stores_experts, verify_model
+from moec.model.build import (
+    build_for_gpu,
+    build_model,
+    store_of_tiers,
+    stores_experts,
+    verify_model,
+)
 from moec.model.clock import Clock
 from moec.model.compiled import CompiledModel
 from moec.model.forms import ModelForm, best_form
@@ -100,6 +106,7 @@ def compile(
     adapters: Sequence[str | Path] = (),
     memory: int | str | None = None,
     store: bool | None = None,
+    tiers: bool = False,
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
@@ -150,7 +157,9 @@ def compile(
     checkpoint may take, by default half of what is free. Weights that do not fit are read from the
     checkpoint when they are needed, and packed ones are kept in a temporary file. `store` adds the
     code for `moec.load(path, memory=...)`, which reads experts from the artifact when they are
-    needed; by default, it is added where the weights take 1 GiB or more.
+    needed; by default, it is added on CPUs where the weights take 1 GiB or more. `tiers` adds it
+    with a copy of each expert in 4 bits, for `moec.load(path, memory=..., narrow=...)`: 28 % more
+    bytes on disk for experts of 16 bits.
 
     `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
     description is proved against its module.
@@ -161,13 +170,14 @@ def compile(
     check_kinds(
         stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
         dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
-        constants=constants, adapters=adapters, store=store,
+        constants=constants, adapters=adapters, store=store, tiers=tiers,
     )  # fmt: skip
     clock = Clock(progress)
     builds = build and stop_after is None
     verified, way = verification(verify)
     runs = builds and verified is not False
     targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
+    store = store_of_tiers(store, tiers, targets.target)
     passes, quant = with_choices(choices, passes, quant)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     stored = with_float_rows(stored) if targets.only_cpus else stored
@@ -225,7 +235,7 @@ def compile(
         )
         if not builds:
             return compiled
-        on_disk = stores_experts(store, compiled.module)
+        on_disk = stores_experts(store, compiled.module, targets.target)
         special = record_routing or on_disk or RecoverRouters in map(type, requested)
         if len(exact) == len(requested) and targets.only_cpus and not special:
             compiled = with_sides(compiled, transform, exact, targets.backend, clock)
@@ -234,7 +244,7 @@ def compile(
                 after = decode_passes(opt_level, passes, on_disk)
                 compiled = with_decode(compiled, after, targets.backend)
         compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
-        built = build_model(compiled, opt_level, clock, targets.backend, tune, store)
+        built = build_model(compiled, opt_level, clock, targets.backend, tune, store, tiers)
         if targets.beside is not None:
             built = build_for_gpu(
                 built, targets.beside, opt_level, clock, targets.beside_backend, store

@@ -12,11 +12,15 @@
    nothing else to read then read what is absent of them, into slots of that layer's least useful
    experts, until the layer's own plan says what it needs. A wrong guess is dropped between two blocks.
 
+   An artifact may have a narrow copy of each expert, of few bits (narrow_copy.c). With a budget, the
+   experts that carry the least routing weight in a call are then read from it and widened into their
+   slots, as long as the share of the weight that they carry is within the budget. Without one, none.
+
    What is read of an expert for the first time is hashed, and refused if it is not what the artifact
    lists.
 
-   Which experts are in slots changes no bit of a result: a kernel computes each row as it would from
-   resident weights.
+   Which experts are in slots changes no bit of a result, without a budget: a kernel computes each row
+   as it would from resident weights.
 
    The linker puts this file into every library for Linux. Pointers to functions of pthread and
    tvm_ffi come from the loader (runtime/expert_store/native.py), as in pool.c. All numbers of stacks,
@@ -65,6 +69,12 @@ typedef struct {
   int32_t experts, slots, pieces;
   const Piece *piece;
 } Shape;
+typedef struct {         /* the narrow copies of the first piece of a stack */
+  int64_t start, bytes;  /* as in Piece; no bytes where there are none */
+  int64_t elements;      /* of an expert */
+  const unsigned char *digests;
+  int32_t file, kind;    /* kind: of elements, see narrow_copy.c */
+} Narrow;
 typedef struct {
   int (*create_thread)(unsigned long *thread, const void *attributes, void *(*start)(void *),
                        void *argument);
@@ -73,6 +83,8 @@ typedef struct {
   unsigned char *(*sha256)(const void *content, size_t size, unsigned char *digest); /* or NULL */
   const Shape *shape;
   int32_t stacks, readers, policy, half_life;
+  const Narrow *narrow; /* of each stack, or NULL */
+  double budget;        /* the greatest share of the routing weight that they may carry */
 } Options;
 typedef struct { /* since the last reading of the counts; times in ns */
   int64_t calls, visits, hits, bytes, read_ns, stall_ns;
@@ -80,10 +92,15 @@ typedef struct { /* since the last reading of the counts; times in ns */
 typedef struct { /* experts guessed, those used, those read early; bytes of those not used */
   int64_t guesses, right, early, vain;
 } GuessCounts;
+typedef struct { /* narrow copies that were read; routing weight of all calls, and what they carried */
+  int64_t reads, bytes;
+  double weight, carried;
+} NarrowCounts;
 
 typedef struct {
   int32_t expert, state, visit; /* visit: its number in the call under way, or -1 */
   int32_t guess, dropped;       /* it was read for a guess; which was wrong */
+  int32_t narrow;               /* it has a narrow copy, widened */
 } Slot;
 typedef struct {
   const int32_t *dropped; /* of the slot */
@@ -103,10 +120,13 @@ typedef struct {
   Visit *visit;
   int32_t *where; /* expert -> slot, or -1 */
   int64_t *last;  /* expert -> the call that used it last */
-  char *trusted;  /* expert -> its digest was right */
+  char *trusted;  /* expert -> bits: the digest of its weights was right; of its narrow copy */
   char *safe;     /* expert -> used again while it was in a slot, of which 4/5 of the slots remember */
   char *guessed;  /* expert -> the next call is expected to use it */
   double *score;  /* expert -> uses, each of which counts half after `half_life` calls */
+  char *narrow;   /* of a layer's first stack: expert -> the call may use its narrow copy */
+  double *weight; /* and its routing weight in the call */
+  double allowance; /* and what narrow copies may carry */
   int32_t visits, filled;
   int64_t call;
 } Stack;
@@ -115,6 +135,7 @@ typedef struct {
   Stack *stack;
   Counts counts;
   GuessCounts guessed;
+  NarrowCounts narrow;
   pid_t process;
   unsigned long thread[MOST_READERS];
   _Atomic uint32_t lock, work, done; /* futexes: a mutex; changes of the queue, and of visits */
@@ -176,6 +197,20 @@ static int read_span(int file, char *to, int64_t from, int64_t bytes, Progress *
   return 0;
 }
 
+/* The pages with `want` bytes from the start of one on: 0, an errno, or -1. */
+static int read_pages(int file, char *to, int64_t from, int64_t want) {
+  int64_t got = 0, rounded = (want + PAGE - 1) / PAGE * PAGE;
+  while (got < want) { /* the end of the file may be in the middle of the last page */
+    ssize_t n = pread(file, to + got, rounded - got, from + got);
+    if (n < 0 && errno != EINTR)
+      return errno;
+    if (!n || (n > 0 && n % PAGE && got + n < want))
+      return -1;
+    got += n > 0 ? n : 0;
+  }
+  return 0;
+}
+
 /* Direct reads take whole pages, and what begins or ends in the middle of one is copied. */
 static int read_piece(const Piece *p, int expert, int slot, char *bounce, Progress *progress) {
   int64_t from = p->start + expert * p->bytes, left = p->bytes;
@@ -186,31 +221,65 @@ static int read_piece(const Piece *p, int expert, int slot, char *bounce, Progre
     if (__atomic_load_n(progress->dropped, __ATOMIC_RELAXED))
       return DROPPED;
     int64_t skip = from % PAGE, want = skip + left < BOUNCE ? skip + left : BOUNCE;
-    int64_t got = 0, rounded = (want + PAGE - 1) / PAGE * PAGE;
-    while (got < want) { /* the end of the file may be in the middle of the last page */
-      ssize_t n = pread(p->file, bounce + got, rounded - got, from - skip + got);
-      if (n < 0 && errno != EINTR)
-        return errno;
-      if (!n || (n > 0 && n % PAGE && got + n < want))
-        return -1;
-      got += n > 0 ? n : 0;
-    }
+    int error = read_pages(p->file, bounce, from - skip, want);
+    if (error)
+      return error;
     memcpy(to, bounce + skip, want - skip);
     to += want - skip, from += want - skip, left -= want - skip, progress->bytes += want - skip;
   }
   return 0;
 }
 
-/* 0; -2 where an expert is not what was written. */
-static int check_digests(const Store *s, const Stack *of, int expert, int slot) {
+/* Whether an expert's bytes are not what was written. */
+static int differs(const Store *s, const void *content, int64_t bytes, const unsigned char *digests,
+                   int expert) {
   unsigned char digest[DIGEST];
-  for (int i = 0; i < of->shape.pieces && s->options.sha256; i++) {
+  if (!s->options.sha256)
+    return 0;
+  s->options.sha256(content, bytes, digest);
+  return memcmp(digest, digests + (int64_t)expert * DIGEST, DIGEST) != 0;
+}
+
+/* 0; -2 where an expert is not what was written. */
+static int check_digests(const Store *s, const Stack *of, int expert, int slot, int first) {
+  for (int i = first; i < of->shape.pieces; i++) {
     const Piece *p = &of->shape.piece[i];
-    s->options.sha256(p->memory + slot * p->bytes, p->bytes, digest);
-    if (memcmp(digest, p->digests + (int64_t)expert * DIGEST, DIGEST))
+    if (differs(s, p->memory + slot * p->bytes, p->bytes, p->digests, expert))
       return -2;
   }
   return 0;
+}
+
+void expert_store_widen(char *to, const uint8_t *copy, int64_t elements, int32_t kind);
+
+/* Widens an expert's narrow copy into a slot; as read_span, and -2 where it is not what was written. */
+static int read_narrow(const Store *s, const Narrow *n, int expert, char *to, char *buffer,
+                       int trusted, Progress *progress) {
+  int64_t from = n->start + expert * n->bytes, skip = from % PAGE;
+  int error = read_pages(n->file, buffer, from - skip, skip + n->bytes);
+  if (error)
+    return error;
+  progress->bytes += n->bytes;
+  if (!trusted && differs(s, buffer + skip, n->bytes, n->digests, expert))
+    return -2;
+  expert_store_widen(to, (const uint8_t *)buffer + skip, n->elements, n->kind);
+  return 0;
+}
+
+/* The narrow copies of a stack; NULL where none may be used. */
+static const Narrow *narrow_of(const Store *s, int stack) {
+  int some = s->options.narrow && s->options.budget > 0 && s->options.narrow[stack].bytes;
+  return some ? &s->options.narrow[stack] : NULL;
+}
+
+/* The bytes of a reader's buffer for narrow copies. */
+static int64_t narrow_room(const Store *s) {
+  int64_t most = 0;
+  for (int i = 0; i < s->options.stacks; i++) {
+    const Narrow *n = narrow_of(s, i);
+    most = n && n->bytes > most ? n->bytes : most;
+  }
+  return most ? most + 2 * PAGE : 0;
 }
 
 static int take_queued(Store *s, int32_t *stack, int32_t *slot) {
@@ -236,7 +305,7 @@ static int take_guess(Store *s, int32_t *stack, int32_t *slot) {
     *stack = entry[0], *slot = free_slot(s, of);
     if (*slot < 0)
       continue;
-    of->slot[*slot] = (Slot){entry[1], QUEUED, -1, 1, 0};
+    of->slot[*slot] = (Slot){entry[1], QUEUED, -1, 1, 0, 0};
     of->where[entry[1]] = *slot;
     return 1;
   }
@@ -245,8 +314,8 @@ static int take_guess(Store *s, int32_t *stack, int32_t *slot) {
 
 static void *read_queued(void *argument) {
   Store *s = argument;
-  char *memory = malloc(BOUNCE + 2 * PAGE);
-  char *bounce = memory + (PAGE - (intptr_t)memory % PAGE);
+  char *memory = malloc(BOUNCE + 2 * PAGE + narrow_room(s));
+  char *bounce = memory + (PAGE - (intptr_t)memory % PAGE), *buffer = bounce + BOUNCE;
   int32_t stack, number;
   lock(s);
   while (!s->stop) {
@@ -259,25 +328,33 @@ static void *read_queued(void *argument) {
     }
     Stack *of = &s->stack[stack];
     Slot *slot = &of->slot[number];
-    int expert = slot->expert, error = memory ? 0 : ENOMEM, trusted = of->trusted[expert];
+    int expert = slot->expert, error = memory ? 0 : ENOMEM;
+    int kind = 1 << slot->narrow, trusted = of->trusted[expert] & kind;
+    const Narrow *narrow = slot->narrow ? narrow_of(s, stack) : NULL;
     Progress progress = {&slot->dropped, 0};
     int64_t begin = now_ns();
     int32_t trust = s->trust;
     int demand = !slot->guess;
     slot->state = READING, s->demands += demand;
     unlock(s);
-    for (int i = 0; i < of->shape.pieces && !error; i++)
+    if (narrow && !error) {
+      const Piece *p = of->shape.piece;
+      error = read_narrow(s, narrow, expert, p->memory + number * p->bytes, buffer, trusted, &progress);
+    }
+    for (int i = narrow != NULL; i < of->shape.pieces && !error; i++)
       error = read_piece(&of->shape.piece[i], expert, number, bounce, &progress);
     int64_t end = now_ns();
     if (!error && !trusted)
-      error = check_digests(s, of, expert, number);
+      error = check_digests(s, of, expert, number, narrow != NULL);
     lock(s);
+    if (narrow)
+      s->narrow.reads++, s->narrow.bytes += progress.bytes;
     s->demands -= demand;
     if (!s->demands && s->next_guess < s->guesses)
       wake_all(&s->work);
     s->counts.read_ns += end - begin, s->counts.bytes += progress.bytes;
     s->guessed.vain += slot->dropped ? progress.bytes : 0;
-    of->trusted[expert] |= !error && s->trust == trust;
+    of->trusted[expert] |= !error && s->trust == trust ? kind : 0;
     slot->state = error || slot->dropped ? EMPTY : FULL;
     if (error && !slot->dropped)
       of->where[expert] = -1;
@@ -359,6 +436,11 @@ static int free_slot(Store *s, Stack *of) {
   return best;
 }
 
+static int64_t id_at(const Tensor *ids, int64_t i) {
+  const void *data = ids->data + ids->offset;
+  return (ids->dtype >> 8 & 255) == 64 ? ((const int64_t *)data)[i] : ((const int32_t *)data)[i];
+}
+
 /* Queues reads of the next experts, as far as there are slots. */
 static void fill(Store *s, int stack) {
   Stack *of = &s->stack[stack];
@@ -370,7 +452,8 @@ static void fill(Store *s, int stack) {
     int number = free_slot(s, of);
     if (number < 0)
       break;
-    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled, 0, 0};
+    int narrow = s->stack[of->shape.first].narrow[visit->expert] && narrow_of(s, stack);
+    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled, 0, 0, narrow};
     of->where[visit->expert] = visit->slot = number;
     int32_t *entry = s->queue + 2 * (s->tail++ % s->room);
     entry[0] = stack, entry[1] = number, queued = 1;
@@ -419,6 +502,81 @@ static void judge(Store *s, Stack *of, const int32_t *ends) {
   }
 }
 
+/* Element i of a tensor of routing weights; where it is no number, neither is the result. */
+static double weight_at(const Tensor *weights, int64_t i) {
+  const char *data = weights->data + weights->offset;
+  int code = weights->dtype & 255, bits = weights->dtype >> 8 & 255;
+  if (bits == 64)
+    return ((const double *)data)[i];
+  if (bits == 32)
+    return (double)((const float *)data)[i];
+  uint32_t half = ((const uint16_t *)data)[i], exponent = half & 0x7c00;
+  int f16 = code == 2; /* else bf16 */
+  uint32_t wide = f16 ? (half & 0x8000) << 16 | (half & 0x7fff) << 13 : half << 16;
+  float x;
+  memcpy(&x, &wide, sizeof x);
+  if (!f16)
+    return (double)x;
+  return exponent == 0x7c00 ? 1e308 : (double)x * 0x1p112; /* the exponents begin 112 apart */
+}
+
+/* Whether a stack of the layer lacks the weights of an expert. */
+static int lacks(const Store *s, const Stack *first, int expert) {
+  for (int i = 0; i < first->shape.count; i++) {
+    const Stack *of = &s->stack[first->shape.first + i];
+    int where = of->where[expert];
+    if (where < 0 || of->slot[where].narrow || of->slot[where].state == QUEUED)
+      return 1;
+  }
+  return 0;
+}
+
+/* Chooses the experts of a layer's call that may be narrow: those of the least routing weight first,
+   as far as the budget allows. What it left unused before counts half after `half_life` calls, so
+   that a long text does not end in narrow experts only. */
+static void choose_narrow(Store *s, Stack *of, const int32_t *ends, const Tensor *ids,
+                          const Tensor *weights) {
+  int64_t choices = ids->shape[0] * ids->shape[1];
+  double total = 0;
+  memset(of->weight, 0, of->shape.experts * sizeof *of->weight);
+  for (int64_t i = 0; i < choices; i++) {
+    int64_t e = id_at(ids, i);
+    double weight = weight_at(weights, i);
+    weight = weight < 0 ? -weight : weight;
+    if (e >= 0 && e < of->shape.experts)
+      total += weight, of->weight[e] += weight;
+  }
+  if (!(total < 1e300))
+    return; /* some weight is no number */
+  of->allowance = of->allowance * s->decay[1] + s->options.budget * total;
+  s->narrow.weight += total;
+  for (;;) {
+    int least = -1;
+    for (int e = 0; e < of->shape.experts; e++)
+      if (ends[e] > (e ? ends[e - 1] : 0) && !of->narrow[e] &&
+          (least < 0 || of->weight[e] < of->weight[least]) && lacks(s, of, e))
+        least = e;
+    if (least < 0 || of->weight[least] > of->allowance + 1e-12 * total)
+      return;
+    of->narrow[least] = 1, of->allowance -= of->weight[least];
+    s->narrow.carried += of->weight[least];
+  }
+}
+
+/* Gives up the narrow copies of experts whose weights a call needs. */
+static void leave_narrow(Stack *of, const char *narrow, const int32_t *ends) {
+  for (int e = 0; e < of->shape.experts; e++) {
+    Slot *slot = of->where[e] < 0 ? NULL : &of->slot[of->where[e]];
+    if (!slot || !slot->narrow || narrow[e] || ends[e] <= (e ? ends[e - 1] : 0))
+      continue;
+    if (slot->state == READING)
+      __atomic_store_n(&slot->dropped, 1, __ATOMIC_RELAXED);
+    else
+      slot->state = EMPTY;
+    of->where[e] = -1;
+  }
+}
+
 /* Begins a call of a layer: the order of the experts that have rows, by their `ends`. */
 static void start(Store *s, int stack, const int32_t *ends) {
   Stack *of = &s->stack[stack];
@@ -429,6 +587,7 @@ static void start(Store *s, int stack, const int32_t *ends) {
     if (slot->state == QUEUED)
       of->where[slot->expert] = -1, slot->state = EMPTY;
   }
+  leave_narrow(of, s->stack[of->shape.first].narrow, ends);
   of->call++, of->visits = of->filled = 0;
   for (int full = 1; full >= 0; full--)
     for (int e = 0; e < of->shape.experts; e++) {
@@ -460,8 +619,7 @@ static void forget(Store *s, int first) {
    likeliest column of each token first. */
 static void expect(Store *s, int stack, const Tensor *ids) {
   const Shape *shape = &s->stack[stack].shape;
-  int next = shape->first + shape->count, wide = (ids->dtype >> 8 & 255) == 64;
-  const void *data = ids->data + ids->offset;
+  int next = shape->first + shape->count;
   int64_t tokens = ids->shape[0], k = ids->shape[1];
   if (next >= s->options.stacks)
     return;
@@ -469,8 +627,7 @@ static void expect(Store *s, int stack, const Tensor *ids) {
   int distinct = 0;
   forget(s, next);
   for (int64_t i = 0; i < tokens * k && distinct <= of->slots; i++) {
-    int64_t at = i % tokens * k + i / tokens;
-    int64_t e = wide ? ((const int64_t *)data)[at] : ((const int32_t *)data)[at];
+    int64_t e = id_at(ids, i % tokens * k + i / tokens);
     if (e < 0 || e >= of->experts || s->stack[next].guessed[e])
       continue;
     distinct++;
@@ -572,9 +729,10 @@ static void *data_of(const Any *a) {
   return tensor_of(a)->data + tensor_of(a)->offset;
 }
 
-/* (key i64[2], ends i32[E], rows[, guess [T, k]], plan i32[E + 1]): how many experts the kernel visits,
-   then which. The key is the address of the store and the number of the stack; the guess is of the
-   choices of the next layer. */
+/* (key i64[2], ends i32[E], rows[, ids [T, k], weights [T, k]][, guess [T, k]], plan i32[E + 1]): how
+   many experts the kernel visits, then which. The key is the address of the store and the number of
+   the stack; the guess is of the choices of the next layer. Ids and weights are those of the routing,
+   where there are narrow copies. */
 int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, Any *result) {
   const int64_t *key = data_of(&arguments[0]);
   const int32_t *ends = data_of(&arguments[1]);
@@ -586,13 +744,17 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
   lock(s);
   if (of->shape.first == stack) {
     s->counts.calls++;
+    memset(of->narrow, 0, of->shape.experts);
+    if (count >= 6 && s->options.narrow && s->options.budget > 0)
+      choose_narrow(s, of, ends, tensor_of(&arguments[3]), tensor_of(&arguments[4]));
     for (int i = 0; i < of->shape.count; i++)
       start(s, stack + i, ends);
     s->guesses = s->next_guess = 0;
-    if (count == 5 && stack == 0)
+    int guesses = count % 2; /* ids and weights are two */
+    if (guesses && stack == 0)
       s->guessing = begins_with_guesses(s, of->visits <= of->shape.slots);
-    if (count == 5 && s->guessing)
-      expect(s, stack, tensor_of(&arguments[3]));
+    if (guesses && s->guessing)
+      expect(s, stack, tensor_of(&arguments[count - 2]));
   }
   plan[0] = of->visits, plan[1] = 0;
   for (int i = 0; i < of->visits; i++)
@@ -603,6 +765,13 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
 
 static int allocate(Store *s) {
   size_t experts = 0;
+  if (s->options.narrow) {
+    size_t bytes = s->options.stacks * sizeof(Narrow);
+    void *narrow = malloc(bytes);
+    s->options.narrow = narrow ? memcpy(narrow, s->options.narrow, bytes) : NULL;
+    if (!narrow)
+      return 0;
+  }
   s->stack = calloc(s->options.stacks, sizeof *s->stack);
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
@@ -615,10 +784,12 @@ static int allocate(Store *s) {
     of->trusted = calloc(shape.experts, 1);
     of->safe = calloc(shape.experts, 1);
     of->guessed = calloc(shape.experts, 1);
+    of->narrow = calloc(shape.experts, 1);
+    of->weight = calloc(shape.experts, sizeof *of->weight);
     Piece *piece = malloc(shape.pieces * sizeof *piece);
     of->shape.piece = piece;
     if (!of->slot || !of->visit || !of->where || !of->last || !of->score || !of->trusted ||
-        !of->safe || !of->guessed || !piece)
+        !of->safe || !of->guessed || !of->narrow || !of->weight || !piece)
       return 0;
     memcpy(piece, shape.piece, shape.pieces * sizeof *piece);
     for (int e = 0; e < shape.experts; e++)
@@ -635,9 +806,10 @@ static void release(Store *s) {
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
     free(of->slot), free(of->visit), free(of->where), free(of->last), free(of->score);
-    free(of->trusted), free(of->safe), free(of->guessed), free((void *)of->shape.piece);
+    free(of->trusted), free(of->safe), free(of->guessed), free(of->narrow), free(of->weight);
+    free((void *)of->shape.piece);
   }
-  free(s->stack), free(s->queue), free(s->guess), free(s);
+  free(s->stack), free(s->queue), free(s->guess), free((void *)s->options.narrow), free(s);
 }
 
 /* (address of Options[, whether guesses are used]) -> the address of a store; 0 where there is no
@@ -686,7 +858,7 @@ int __tvm_ffi_moec_store_distrust(void *self, const Any *arguments, int32_t coun
   return (void)self, (void)count, (void)result, 0;
 }
 
-/* (address of a store, of Counts, of i32[3][, of GuessCounts]): what happened since the last time; the stack, expert
+/* (address of a store, of Counts, of i32[3][, of GuessCounts[, of NarrowCounts]]): what happened since the last time; the stack, expert
    and error of the latest failed read, and -1 before one. */
 int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count, Any *result) {
   Store *s = (Store *)(intptr_t)arguments[0].value;
@@ -699,6 +871,8 @@ int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count,
   s->counts = (Counts){0}, s->failed_error = 0;
   if (count > 3)
     *(GuessCounts *)(intptr_t)arguments[3].value = s->guessed, s->guessed = (GuessCounts){0};
+  if (count > 4)
+    *(NarrowCounts *)(intptr_t)arguments[4].value = s->narrow, s->narrow = (NarrowCounts){0};
   unlock(s);
   return (void)self, (void)result, 0;
 }

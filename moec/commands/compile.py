@@ -102,7 +102,11 @@ LOGGER = logging.getLogger(__name__)
 @click.option(
     "--store/--no-store", default=None,
     help="Include the code for `moec run --memory`, which reads experts from the artifact when "
-    "they are needed; by default, for models of 1 GiB or more.",
+    "they are needed; by default, for models of 1 GiB or more on CPUs.",
+)  # fmt: skip
+@click.option(
+    "--tiers", is_flag=True,
+    help="Also store each expert in 4 bits, for `moec run --memory --narrow`; implies --store.",
 )  # fmt: skip
 @click.option(
     "--choices", "choices_file", type=click.Path(path_type=Path), metavar="FILE.yaml",
@@ -245,6 +249,7 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             tune=request.tune,
             memory=request.memory,
             store=request.store,
+            tiers=request.tiers,
             choices=request.choices_file,
             watch=watch,
             progress=progress.phase,

@@ -21,6 +21,7 @@ from moec.passes.decode import logits_of
 from moec.passes.recognise import RecogniseExperts
 from moec.report.report import kernels_of
 from moec.runtime.package import DECODE, MAIN, ROUTE, ROUTED
+from moec.target.base import Target
 from moec.target.cpu import CpuTarget
 from moec.target.cuda import CudaTarget
 from moec.target.named import missing_features
@@ -40,9 +41,10 @@ def build_model(
     backend: Backend | None,
     tune: bool = False,
     store: bool | None = None,
+    tiers: bool = False,
 ) -> CompiledModel:
     """The model with code, and with an executor where this machine can run it. `store`: experts can
-    be read from disk; by default, if the model has many weights."""
+    be read from disk; by default, if the model has many weights. `tiers`: also as narrow copies."""
     module, target = compiled.module, compiled.target
     tunings: dict[str, Values] = {}
     if tune:
@@ -60,8 +62,9 @@ def build_model(
         with list_unrecognised(compiled):
             memory = compiled.source.memory
             memory.check_room(_bytes(module))
+            stores = stores_experts(store, module, target)
             package = generate(
-                module, target, opt_level, tunings, backend, memory, stores_experts(store, module)
+                module, target, opt_level, tunings, backend, memory, stores, tiers
             )
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
@@ -84,8 +87,9 @@ LARGE = 1 << 30
 """Bytes of weights from which on experts can be read from disk by default."""
 
 
-def stores_experts(store: bool | None, module: Module) -> bool:
-    """Whether experts can be read from disk. Raises UsageError for those of several formats."""
+def stores_experts(store: bool | None, module: Module, target: Target) -> bool:
+    """Whether experts can be read from disk or, on a GPU, from memory of the CPU; by default large
+    ones of a model on a CPU. Raises UsageError for those of several formats."""
     ops = (op for name in module for op in module[name].graph.ops if op.name == "grouped.mixed")
     mixed = next(ops, None)
     if store and mixed is not None:
@@ -94,7 +98,18 @@ def stores_experts(store: bool | None, module: Module) -> bool:
             f"--store reads experts of one format from disk, and those of {where} have several: "
             "leave it out, or choose one format for each product"
         )
-    return _bytes(module) >= LARGE and mixed is None if store is None else store
+    if store is None:
+        return isinstance(target, CpuTarget) and _bytes(module) >= LARGE and mixed is None
+    return store
+
+
+def store_of_tiers(store: bool | None, tiers: bool, target: Target) -> bool | None:
+    """`store`, which `tiers` imply. Raises UsageError where there can be none."""
+    if tiers and store is False:
+        raise UsageError("--tiers stores copies of experts for --store: leave --no-store out")
+    if tiers and not isinstance(target, CpuTarget):
+        raise UsageError(f"--tiers is for experts on a CPU, and the target is {target.name}")
+    return True if tiers else store
 
 
 def _bytes(module: Module) -> int:
@@ -124,7 +139,7 @@ def build_for_gpu(
             programs[DECODE] = compiled.module[DECODE]
     with clock.phase("kernels for GPUs"), list_unrecognised(compiled):
         memory = compiled.source.memory
-        module, stores = Module(programs), stores_experts(store, compiled.module)
+        module, stores = Module(programs), stores_experts(store, compiled.module, target)
         package = generate(module, target, opt_level, backend=backend, memory=memory, store=stores)
     if package.generation is None:
         return replace(compiled, for_gpu=replace(package, no_generation=why))

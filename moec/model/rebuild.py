@@ -55,7 +55,10 @@ def rebuild(opened: Artifact) -> Package:
         _check_signature(opened, name, module[name], function)
     backend = backend_for(target)
     try:
-        lowered = lower(module, target, backend, package.tunings, store=package.store is not None)
+        lowered = lower(
+            module, target, backend, package.tunings,
+            store=package.store is not None, tiers=bool(package.narrow_arrays),
+        )  # fmt: skip
     except ValueError as error:
         raise ArtifactError(
             f"{opened.path} was tuned by another version of moec: {error}"
