@@ -84,6 +84,16 @@ def encode(format: Format, weight: Tensor, scales: Tensor, zeros: Tensor | None 
     return codes.clamp_(0, levels - 1).byte().flatten(-2)
 
 
+def rounded(bits: int, weight: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """The nearest values of integer codes, f32, with a scale and a zero, f32, for each weight: as
+    `dequantise` of `encode`, without their bytes."""
+    levels = 2**bits
+    codes = (weight / scales).round_()
+    if zeros is None:
+        return codes.clamp_(-(levels // 2), levels // 2 - 1).mul_(scales)
+    return codes.clamp_(-zeros, levels - 1 - zeros).mul_(scales)
+
+
 def _scales(format: Format, w: Tensor) -> tuple[Tensor, Tensor | None]:
     """scales and zeros [N, blocks] of w[N, blocks, block]."""
     if format.kind == "mxfp4":

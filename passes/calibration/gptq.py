@@ -21,7 +21,10 @@ from torch import Tensor
 
 DAMPING = 0.1
 """Share of the Hessian's mean diagonal that is added to it, as QMoE has it."""
-BLOCK = 128
+BLOCK = 16
+"""Columns whose losses are passed on one by one, not as a product of matrices."""
+SQUARED = 128
+"""Columns whose products with those before them are computed at once."""
 
 Grid = Callable[[Tensor, int], Tensor]
 """(column f32[.., N], its index) -> the values of the grid for it, f32[.., N]."""
@@ -51,6 +54,19 @@ def hessian(rows: Tensor) -> Tensor:
     return full.mT @ full
 
 
+def squared_results(weight: Tensor, hessian: Tensor) -> float:
+    """The sum of the squares of all results W x of weights [.., N, K], given the Hessian. Products
+    of two columns are computed once: the Hessian is symmetric."""
+    total, width = 0.0, weight.shape[-1]
+    for start in range(0, width, SQUARED):
+        stop = start + SQUARED
+        part, before = weight[..., start:stop], hessian[..., :start, start:stop]
+        products = (weight[..., :start] @ before).mul_(2)
+        products += part @ hessian[..., start:stop, start:stop]
+        total += float(products.mul_(part).sum((-1, -2)).sum(dtype=torch.float64))
+    return max(total, 0.0)
+
+
 def solve(
     weight: Tensor, hessian: Tensor, grid: Grid, damping: float = DAMPING, block: int = BLOCK
 ) -> Solved:
@@ -66,20 +82,28 @@ def solve(
 
 def solve_factored(weight: Tensor, factored: Factored, grid: Grid, block: int = BLOCK) -> Solved:
     """`solve`, given the factors: matrices that multiply the same rows share them."""
-    width, factor = weight.shape[-1], factored.factor
-    left = weight.detach().to(torch.float32, copy=True)
-    rounded = torch.empty_like(left)
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        lost = torch.empty_like(left[..., start:stop])
+    # Columns lie side by side here: one of them is read and written without gaps.
+    left = weight.detach().mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    rounded, factor = torch.empty_like(left), factored.factor
+
+    def descend(start: int, stop: int) -> None:
+        """Rounds some columns; what each lost, scaled, replaces it in `left`."""
+        if stop - start > block:
+            half = start + (stop - start + 1) // 2
+            descend(start, half)
+            share = factor[..., start:half, half:stop].mT @ left[..., start:half, :]
+            left[..., half:stop, :] -= share
+            descend(half, stop)
+            return
         for k in range(start, stop):
-            column = left[..., k]
-            rounded[..., k] = grid(column, k)
-            lost[..., k - start] = (column - rounded[..., k]) / factor[..., k, k, None]
-            share = lost[..., k - start, None] * factor[..., k, None, k:stop]
-            left[..., k:stop] -= share
-        left[..., stop:] -= lost @ factor[..., start:stop, stop:]
-    return Solved(rounded, factored.singular)
+            column = left[..., k, :]
+            rounded[..., k, :] = values = grid(column, k)
+            column.sub_(values).div_(factor[..., k, k, None])
+            shares = factor[..., k, k + 1 : stop, None]
+            left[..., k + 1 : stop, :].addcmul_(shares, column[..., None, :], value=-1)
+
+    descend(0, weight.shape[-1])
+    return Solved(rounded.mT, factored.singular)
 
 
 def solve_ordered(

@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
-from moec.formats.integer import Quantised, dequantise, encode, quantise
+from moec.formats.integer import Quantised, dequantise, encode, quantise, rounded
 from moec.formats.notation import Format
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, load_calibration
-from moec.passes.calibration.gptq import Factored, factorise, hessian, solve_factored
+from moec.passes.calibration.gptq import (
+    Factored,
+    factorise,
+    hessian,
+    solve_factored,
+    squared_results,
+)
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.rounding_stats import FEWEST, RoundingStats
 from moec.passes.core.runner import Kind, Log, Pass
@@ -147,8 +153,8 @@ def calibrate(
         for base, weight, total in zip(bases, weights.values(), errors, strict=True):
             full = weight[part].float()
             nearest, values = _solved(format, base, part, full, factored, few)
-            for i, off in enumerate((nearest - full, values - full, full)):
-                total[i] += float(((off @ hessians) * off).sum(dtype=torch.float64).clamp(min=0))
+            for i, off in enumerate((nearest.sub_(full), values.sub_(full), full)):
+                total[i] += squared_results(off, hessians)
     counts = tuple(map(len, rows))
     stats = []
     for name, (off, solved, norm) in zip(weights, errors.tolist(), strict=True):
@@ -165,8 +171,13 @@ def _solved(
     scales, zeros = base.scales[part], None if base.zeros is None else base.zeros[part]
     nearest = dequantise(format.kind, base.codes[part], scales, zeros)
 
+    by_column = [None if t is None else t.float().mT.contiguous() for t in (scales, zeros)]
+    integers = not format.float_zeros and format.kind not in ("fp8", "mxfp4")
+
     def grid(column: Tensor, k: int) -> Tensor:
         at = k // format.block if format.block else 0
+        if integers:
+            return rounded(format.bits, column, *(t if t is None else t[:, at] for t in by_column))
         scale = scales[..., at : at + 1]
         zero = None if zeros is None else zeros[..., at : at + 1]
         codes = encode(format, column[..., None], scale, zero)
