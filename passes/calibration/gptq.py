@@ -148,10 +148,11 @@ def retarget(weight: Tensor, cross: Tensor, hessian: Tensor, damping: float = DA
 
 
 def factorise(hessian: Tensor, damping: float) -> Factored:
+    # With the columns in reverse L L^T is the Hessian; in order again, L is upper, as its inverse,
+    # which is the factor: no inverse Hessian is needed.
     unit = torch.eye(hessian.shape[-1])
-    lower, info = torch.linalg.cholesky_ex(damp(hessian, damping))
-    singular = info != 0
-    lower = torch.where(singular[..., None, None], unit, lower)
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    singular = singular | (info != 0) | ~upper.isfinite().all(-1).all(-1)
-    return Factored(torch.where(singular[..., None, None], unit, upper), singular)
+    lower, info = torch.linalg.cholesky_ex(damp(hessian, damping).flip(-2, -1))
+    upper = torch.linalg.solve_triangular(lower, unit, upper=False).flip(-2, -1)
+    singular = (info != 0) | ~upper.sum((-2, -1)).isfinite()
+    upper[singular] = unit
+    return Factored(upper, singular)

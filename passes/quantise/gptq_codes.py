@@ -183,7 +183,7 @@ def _solved(
         codes = encode(format, column[..., None], scale, zero)
         return dequantise(format.kind, codes, scale, zero)[..., 0]
 
-    values = solve_factored(full, factored, grid).weight
-    values = torch.where(few[:, None, None], nearest, values)
+    values = solve_factored(full, factored, grid).weight.contiguous()
+    values[few] = nearest[few]
     base.codes[part] = encode(format, values, scales, zeros)
     return nearest, values
