@@ -140,12 +140,12 @@ def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = 
         return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
     if kind == "fp8":
         values = codes.view(torch.float8_e4m3fn).float().reshape(by_block)
-        return (values * scales.float()[..., None]).flatten(-2)
-    values = codes.float().reshape(by_block)
+        return values.mul_(scales.float()[..., None]).flatten(-2)
+    values = codes.float().reshape(by_block)  # a copy, changed in place: no other is as large
     if zeros is not None and zeros.is_floating_point():
-        return (values * scales.float()[..., None] - zeros.float()[..., None]).flatten(-2)
+        return values.mul_(scales.float()[..., None]).sub_(zeros.float()[..., None]).flatten(-2)
     zero = float(2 ** (BITS[kind] - 1)) if zeros is None else zeros.float()[..., None]
-    return ((values - zero) * scales.float()[..., None]).flatten(-2)
+    return values.sub_(zero).mul_(scales.float()[..., None]).flatten(-2)
 
 
 def most_of(bits: int) -> float:
