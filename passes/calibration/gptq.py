@@ -25,6 +25,8 @@ BLOCK = 16
 """Columns whose losses are passed on one by one, not as a product of matrices."""
 SQUARED = 128
 """Columns whose products with those before them are computed at once."""
+INVERTED = 64
+"""Columns of a triangular matrix that are inverted one by one."""
 
 Grid = Callable[[Tensor, int], Tensor]
 """(column f32[.., N], its index) -> the values of the grid for it, f32[.., N]."""
@@ -152,7 +154,19 @@ def factorise(hessian: Tensor, damping: float) -> Factored:
     # which is the factor: no inverse Hessian is needed.
     unit = torch.eye(hessian.shape[-1])
     lower, info = torch.linalg.cholesky_ex(damp(hessian, damping).flip(-2, -1))
-    upper = torch.linalg.solve_triangular(lower, unit, upper=False).flip(-2, -1)
+    upper = _inverse(lower).flip(-2, -1)
     singular = (info != 0) | ~upper.sum((-2, -1)).isfinite()
     upper[singular] = unit
     return Factored(upper, singular)
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of lower triangular matrices [.., K, K]; their halves are inverted, and multiplied."""
+    width = lower.shape[-1]
+    if width <= INVERTED:
+        return torch.linalg.solve_triangular(lower, torch.eye(width), upper=False)
+    half, inverse = width // 2, torch.zeros_like(lower)
+    first = inverse[..., :half, :half] = _inverse(lower[..., :half, :half])
+    last = inverse[..., half:, half:] = _inverse(lower[..., half:, half:])
+    inverse[..., half:, :half] = -(last @ (lower[..., half:, :half] @ first))
+    return inverse
