@@ -86,26 +86,27 @@ def solve_factored(weight: Tensor, factored: Factored, grid: Grid, block: int = 
     """`solve`, given the factors: matrices that multiply the same rows share them."""
     # Columns lie side by side here: one of them is read and written without gaps.
     left = weight.detach().mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    rounded, factor = torch.empty_like(left), factored.factor
-
-    def descend(start: int, stop: int) -> None:
-        """Rounds some columns; what each lost, scaled, replaces it in `left`."""
-        if stop - start > block:
-            half = start + (stop - start + 1) // 2
-            descend(start, half)
-            share = factor[..., start:half, half:stop].mT @ left[..., start:half, :]
-            left[..., half:stop, :] -= share
-            descend(half, stop)
-            return
-        for k in range(start, stop):
-            column = left[..., k, :]
-            rounded[..., k, :] = values = grid(column, k)
-            column.sub_(values).div_(factor[..., k, k, None])
-            shares = factor[..., k, k + 1 : stop, None]
-            left[..., k + 1 : stop, :].addcmul_(shares, column[..., None, :], value=-1)
-
-    descend(0, weight.shape[-1])
+    rounded = torch.empty_like(left)
+    _round_columns(left, rounded, factored.factor, grid, block, 0, weight.shape[-1])
     return Solved(rounded.mT, factored.singular)
+
+
+def _round_columns(
+    left: Tensor, rounded: Tensor, factor: Tensor, grid: Grid, block: int, start: int, stop: int
+) -> None:
+    """Rounds the columns from `start` to `stop`; what each lost, scaled, replaces it in `left`."""
+    if stop - start > block:
+        half = start + (stop - start + 1) // 2
+        _round_columns(left, rounded, factor, grid, block, start, half)
+        left[..., half:stop, :] -= factor[..., start:half, half:stop].mT @ left[..., start:half, :]
+        _round_columns(left, rounded, factor, grid, block, half, stop)
+        return
+    for k in range(start, stop):
+        column = left[..., k, :]
+        rounded[..., k, :] = values = grid(column, k)
+        column.sub_(values).div_(factor[..., k, k, None])
+        shares = factor[..., k, k + 1 : stop, None]
+        left[..., k + 1 : stop, :].addcmul_(shares, column[..., None, :], value=-1)
 
 
 def solve_ordered(
