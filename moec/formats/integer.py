@@ -59,7 +59,8 @@ def quantise(format: Format, weight: Tensor) -> Quantised:
     scales = torch.empty(shape, dtype=scale_dtype)
     zeros = torch.empty(shape, dtype=torch.uint8) if format.asymmetric else None
     # One matrix at a time: a float32 copy of a whole stack would be larger than the stack.
-    for e, matrix in enumerate(weight):
+    # A scale that had a derivative would hold it nonetheless.
+    for e, matrix in enumerate(weight.detach()):
         full = matrix.float()
         scales[e], zero = _scales(format, full.reshape(-1, shape[-1], width // shape[-1]))
         if zeros is not None and zero is not None:

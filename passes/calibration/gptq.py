@@ -165,7 +165,9 @@ def _inverse(lower: Tensor) -> Tensor:
     """Of lower triangular matrices [.., K, K]; their halves are inverted, and multiplied."""
     width = lower.shape[-1]
     if width <= INVERTED:
-        return torch.linalg.solve_triangular(lower, torch.eye(width), upper=False)
+        unit = torch.eye(width)
+        leaf: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return leaf
     half, inverse = width // 2, torch.zeros_like(lower)
     first = inverse[..., :half, :half] = _inverse(lower[..., :half, :half])
     last = inverse[..., half:, half:] = _inverse(lower[..., half:, half:])

@@ -144,7 +144,7 @@ def calibrate(
         factored = factorise(hessians, DAMPING)
         few = torch.tensor([len(expert_rows) < FEWEST for expert_rows in rows[part]])
         for base, weight, total in zip(bases, weights.values(), errors, strict=True):
-            full = weight[part].float()
+            full = weight[part].detach().float()
             nearest, values = _solved(format, base, part, full, factored, few)
             for i, off in enumerate((nearest.sub_(full), values.sub_(full), full)):
                 total[i] += squared_results(off, hessians)
@@ -164,13 +164,15 @@ def _solved(
     scales, zeros = base.scales[part], None if base.zeros is None else base.zeros[part]
     nearest = dequantise(format.kind, base.codes[part], scales, zeros)
 
-    by_column = [None if t is None else t.float().mT.contiguous() for t in (scales, zeros)]
+    steps = scales.float().mT.contiguous()
+    offsets = None if zeros is None else zeros.float().mT.contiguous()
     integers = not format.float_zeros and format.kind not in ("fp8", "mxfp4")
 
     def grid(column: Tensor, k: int) -> Tensor:
         at = k // format.block if format.block else 0
         if integers:
-            return rounded(format.bits, column, *(t if t is None else t[:, at] for t in by_column))
+            offset = None if offsets is None else offsets[:, at]
+            return rounded(format.bits, column, steps[:, at], offset)
         scale = scales[..., at : at + 1]
         zero = None if zeros is None else zeros[..., at : at + 1]
         codes = encode(format, column[..., None], scale, zero)

@@ -111,6 +111,14 @@ def test_experts_are_solved_alike_in_any_number_at_once(monkeypatch: pytest.Monk
     assert torch.equal(codes.codes, again.codes)
 
 
+def test_codes_of_parameters_hold_no_float_weights() -> None:
+    """Weights may have gradients: a graph of these would hold each layer in float32."""
+    weight = torch.randn(E, N, K).requires_grad_()
+    ((codes, fit),) = calibrate(parse("int4:32"), {"w": weight}, rows(90, 80, 70))
+    assert not codes.scales.requires_grad
+    assert fit.gptq_error < fit.nearest_error
+
+
 def test_matrices_of_the_same_rows_are_solved_as_each_alone() -> None:
     format, state = parse("int4:32"), rows(90, 80, 70)
     weights = {"gate": torch.randn(E, N, K), "up": torch.randn(E, N + 8, K)}
