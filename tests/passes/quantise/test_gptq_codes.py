@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -150,6 +151,20 @@ def test_rows_are_those_that_each_expert_reads() -> None:
     (h,) = evaluate(hidden.graph, list(case), of.weights)
     assert torch.equal(matches[1][1], h[2:5].repeat(2, 1))
     assert [len(entry) for entry in matches[2]] == [12]
+
+
+def test_rows_of_a_chain_are_computed_once() -> None:
+    """No op runs again: what it read is gone."""
+    names = "abcd"
+    lines = (f"{y}: f32[T, 8] = aten.linear.default({x}, w)" for x, y in pairwise("x" + names))
+    text = "graph main(x: f32[T, 8]; w: f32[8, 8]) {\n  size T in [0, inf]\n  "
+    of = program(text + "\n  ".join(lines) + "\n  return d\n}")
+    x = torch.randn(5, 8)
+    pairs = list(rows_of(of, Calibration(((x,), (-x,)), 10), of.graph.ops))
+    for op, (actual,) in pairs:
+        assert torch.equal(actual, torch.cat([x, -x])), op
+        x = torch.nn.functional.linear(x, of.weights["w"])
+    assert len(pairs) == len(names)
 
 
 def test_from_compile_to_the_report() -> None:
