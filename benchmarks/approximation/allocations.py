@@ -71,7 +71,8 @@ def load(name: str, fitted: int, held: int) -> Case:
     products = tuple(p for p in searched.products if p.experts)
     program, data = searched.evaluator.original, searched.evaluator.calibration
     ops = {p.name: named_products(program.graph)[p.name] for p in products}
-    rows = dict(zip(ops, rows_of(program, data, [*ops.values()]), strict=True))
+    rows_by_op = dict(rows_of(program, data, ops.values()))
+    rows = {name: rows_by_op[op] for name, op in ops.items()}
     text = windows(tokenizer, (*HELD_OUT, *MORE), held, LENGTH)
     held_out = Evaluator(program, load_calibration(text, program, {}))
     return Case(replace(searched, products=products, layers={}), ops, rows, held_out)

@@ -59,7 +59,8 @@ def quantise(format: Format, weight: Tensor) -> Quantised:
     scales = torch.empty(shape, dtype=scale_dtype)
     zeros = torch.empty(shape, dtype=torch.uint8) if format.asymmetric else None
     # One matrix at a time: a float32 copy of a whole stack would be larger than the stack.
-    for e, matrix in enumerate(weight):
+    # A scale that had a derivative would hold it nonetheless.
+    for e, matrix in enumerate(weight.detach()):
         full = matrix.float()
         scales[e], zero = _scales(format, full.reshape(-1, shape[-1], width // shape[-1]))
         if zeros is not None and zero is not None:
@@ -82,6 +83,16 @@ def encode(format: Format, weight: Tensor, scales: Tensor, zeros: Tensor | None 
         by_block, zero = by_block + zero, 0.0
     codes: Tensor = (by_block / scales.float()[..., None]).round_().add_(zero)
     return codes.clamp_(0, levels - 1).byte().flatten(-2)
+
+
+def rounded(bits: int, weight: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """The nearest values of integer codes, f32, with a scale and a zero, f32, for each weight: as
+    `dequantise` of `encode`, without their bytes."""
+    levels = 2**bits
+    codes = (weight / scales).round_()
+    if zeros is None:
+        return codes.clamp_(-(levels // 2), levels // 2 - 1).mul_(scales)
+    return codes.clamp_(-zeros, levels - 1 - zeros).mul_(scales)
 
 
 def _scales(format: Format, w: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -130,12 +141,12 @@ def dequantise(kind: str, codes: Tensor, scales: Tensor, zeros: Tensor | None = 
         return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
     if kind == "fp8":
         values = codes.view(torch.float8_e4m3fn).float().reshape(by_block)
-        return (values * scales.float()[..., None]).flatten(-2)
-    values = codes.float().reshape(by_block)
+        return values.mul_(scales.float()[..., None]).flatten(-2)
+    values = codes.float().reshape(by_block)  # a copy, changed in place: no other is as large
     if zeros is not None and zeros.is_floating_point():
-        return (values * scales.float()[..., None] - zeros.float()[..., None]).flatten(-2)
+        return values.mul_(scales.float()[..., None]).sub_(zeros.float()[..., None]).flatten(-2)
     zero = float(2 ** (BITS[kind] - 1)) if zeros is None else zeros.float()[..., None]
-    return ((values - zero) * scales.float()[..., None]).flatten(-2)
+    return values.sub_(zero).mul_(scales.float()[..., None]).flatten(-2)
 
 
 def most_of(bits: int) -> float:

@@ -25,9 +25,21 @@ def evaluate(
 
     Raises IRError where a tensor does not fit its type, or a size its bounds.
     """
-    params = [(weights or {})[param.name] for param in graph.params]
+    sizes: dict[str, int] = {}
+    values = bind_checked(graph, inputs, weights or {}, sizes)
+    run_part(graph, range(len(graph.ops)), values, sizes)
+    return tuple(values[v] for v in graph.results)
+
+
+def bind_checked(
+    graph: Graph,
+    inputs: Sequence[torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    sizes: dict[str, int],
+) -> dict[Value, torch.Tensor]:
+    """As `bind`, for what `evaluate` takes, and raises what it raises."""
     _check_bounds(graph, inputs)
-    return run_graph(graph, [*inputs, *params])
+    return bind(graph, [*inputs, *(weights[param.name] for param in graph.params)], sizes)
 
 
 def evaluate_anywhere(

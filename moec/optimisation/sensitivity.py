@@ -84,7 +84,7 @@ def measure_products(
         fitting = [f for f in considered if _fits(program, op, f, log)]
         if pin is not None and len(fitting) < len(considered):
             raise UsageError(f"{name} cannot be {pin.format}: {log.declined[-1].reason}")
-        damages = {f: _damages(program, op, f, gradients) for f in fitting}
+        damages = _damages(program, op, fitting, gradients)
         shape = shape_of(op)
         size = sum(program.weights[matrix.name].nbytes for matrix in stored(op))
         options = [ProductChoice(*shape, UNCHANGED, size, size, 0.0)]
@@ -154,9 +154,11 @@ def _fits(program: Program, op: Op, format: Format, log: Log) -> bool:
     return True
 
 
-def _damages(program: Program, op: Op, format: Format, gradients: Gradients) -> Tensor:
-    """The damage of each expert's errors, f64[E], with rounded weights and rows."""
-    damages = torch.zeros(_experts_of(op), dtype=torch.float64)
+def _damages(
+    program: Program, op: Op, formats: Sequence[Format], gradients: Gradients
+) -> dict[Format, Tensor]:
+    """Of each format the damage of each expert's errors, f64[E], with rounded weights and rows."""
+    damages = {format: torch.zeros(_experts_of(op), dtype=torch.float64) for format in formats}
     of_matrices = gradients.rows.get(op.outputs[0].name, ())
     for matrix, of_experts in zip(stored(op), of_matrices, strict=bool(of_matrices)):
         weight = program.weights[matrix.name].detach()
@@ -164,13 +166,15 @@ def _damages(program: Program, op: Op, format: Format, gradients: Gradients) -> 
         for expert, sample in enumerate(each.sampled() for each in of_experts):
             if sample is None:
                 continue
-            (x, times, factors), part = sample, stacked[expert : expert + 1]
-            codes = quantise(format, part)
-            rounded = dequantise(format.kind, codes.codes, codes.scales, codes.zeros)[0]
-            rows = round_rows(x, codes.scales.shape[-1], format.row_bits)
-            wrong = rows @ rounded.mT - x @ part[0].float().mT
-            damages[expert] += float((wrong * factors).square().sum(-1) @ times)
-    return damages * gradients.scale
+            (x, times, factors), part = sample, stacked[expert : expert + 1].float()
+            exact = x @ part[0].mT
+            for format, of_format in damages.items():
+                codes = quantise(format, part)
+                rounded = dequantise(format.kind, codes.codes, codes.scales, codes.zeros)[0]
+                rows = round_rows(x, codes.scales.shape[-1], format.row_bits)
+                wrong = (rows @ rounded.mT).sub_(exact).mul_(factors)
+                of_format[expert] += float(wrong.square_().sum(-1) @ times)
+    return {format: of_format * gradients.scale for format, of_format in damages.items()}
 
 
 def _bytes(op: Op, format: Format) -> int:

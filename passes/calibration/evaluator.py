@@ -145,7 +145,7 @@ class Evaluator:
         )
         wide = widen(graph)
         read = {p.name: program.weights[p.name] for p in wide.params}
-        held = {id(t) for t in (*read.values(), *self.original.weights.values())}
+        held = {id(tensor) for tensor in read.values()}
         self._wide = {key: pair for key, pair in self._wide.items() if key in held}
         weights = {name: self._widened(tensor) for name, tensor in read.items()}
         return wide, weights, [program.weights[s.before.name] for s in program.graph.states]

@@ -21,7 +21,12 @@ from torch import Tensor
 
 DAMPING = 0.1
 """Share of the Hessian's mean diagonal that is added to it, as QMoE has it."""
-BLOCK = 128
+BLOCK = 16
+"""Columns whose losses are passed on one by one, not as a product of matrices."""
+SQUARED = 128
+"""Columns whose products with those before them are computed at once."""
+INVERTED = 64
+"""Columns of a triangular matrix that are inverted one by one."""
 
 Grid = Callable[[Tensor, int], Tensor]
 """(column f32[.., N], its index) -> the values of the grid for it, f32[.., N]."""
@@ -51,6 +56,19 @@ def hessian(rows: Tensor) -> Tensor:
     return full.mT @ full
 
 
+def squared_results(weight: Tensor, hessian: Tensor) -> float:
+    """The sum of the squares of all results W x of weights [.., N, K], given the Hessian. Products
+    of two columns are computed once: the Hessian is symmetric."""
+    total, width = 0.0, weight.shape[-1]
+    for start in range(0, width, SQUARED):
+        stop = start + SQUARED
+        part, before = weight[..., start:stop], hessian[..., :start, start:stop]
+        products = (weight[..., :start] @ before).mul_(2)
+        products += part @ hessian[..., start:stop, start:stop]
+        total += float(products.mul_(part).sum((-1, -2)).sum(dtype=torch.float64))
+    return max(total, 0.0)
+
+
 def solve(
     weight: Tensor, hessian: Tensor, grid: Grid, damping: float = DAMPING, block: int = BLOCK
 ) -> Solved:
@@ -66,20 +84,29 @@ def solve(
 
 def solve_factored(weight: Tensor, factored: Factored, grid: Grid, block: int = BLOCK) -> Solved:
     """`solve`, given the factors: matrices that multiply the same rows share them."""
-    width, factor = weight.shape[-1], factored.factor
-    left = weight.detach().to(torch.float32, copy=True)
+    # Columns lie side by side here: one of them is read and written without gaps.
+    left = weight.detach().mT.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     rounded = torch.empty_like(left)
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        lost = torch.empty_like(left[..., start:stop])
-        for k in range(start, stop):
-            column = left[..., k]
-            rounded[..., k] = grid(column, k)
-            lost[..., k - start] = (column - rounded[..., k]) / factor[..., k, k, None]
-            share = lost[..., k - start, None] * factor[..., k, None, k:stop]
-            left[..., k:stop] -= share
-        left[..., stop:] -= lost @ factor[..., start:stop, stop:]
-    return Solved(rounded, factored.singular)
+    _round_columns(left, rounded, factored.factor, grid, block, 0, weight.shape[-1])
+    return Solved(rounded.mT, factored.singular)
+
+
+def _round_columns(
+    left: Tensor, rounded: Tensor, factor: Tensor, grid: Grid, block: int, start: int, stop: int
+) -> None:
+    """Rounds the columns from `start` to `stop`; what each lost, scaled, replaces it in `left`."""
+    if stop - start > block:
+        half = start + (stop - start + 1) // 2
+        _round_columns(left, rounded, factor, grid, block, start, half)
+        left[..., half:stop, :] -= factor[..., start:half, half:stop].mT @ left[..., start:half, :]
+        _round_columns(left, rounded, factor, grid, block, half, stop)
+        return
+    for k in range(start, stop):
+        column = left[..., k, :]
+        rounded[..., k, :] = values = grid(column, k)
+        column.sub_(values).div_(factor[..., k, k, None])
+        shares = factor[..., k, k + 1 : stop, None]
+        left[..., k + 1 : stop, :].addcmul_(shares, column[..., None, :], value=-1)
 
 
 def solve_ordered(
@@ -124,10 +151,25 @@ def retarget(weight: Tensor, cross: Tensor, hessian: Tensor, damping: float = DA
 
 
 def factorise(hessian: Tensor, damping: float) -> Factored:
+    # With the columns in reverse L L^T is the Hessian; in order again, L is upper, as its inverse,
+    # which is the factor: no inverse Hessian is needed.
     unit = torch.eye(hessian.shape[-1])
-    lower, info = torch.linalg.cholesky_ex(damp(hessian, damping))
-    singular = info != 0
-    lower = torch.where(singular[..., None, None], unit, lower)
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    singular = singular | (info != 0) | ~upper.isfinite().all(-1).all(-1)
-    return Factored(torch.where(singular[..., None, None], unit, upper), singular)
+    lower, info = torch.linalg.cholesky_ex(damp(hessian, damping).flip(-2, -1))
+    upper = _inverse(lower).flip(-2, -1)
+    singular = (info != 0) | ~upper.sum((-2, -1)).isfinite()
+    upper[singular] = unit
+    return Factored(upper, singular)
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of lower triangular matrices [.., K, K]; their halves are inverted, and multiplied."""
+    width = lower.shape[-1]
+    if width <= INVERTED:
+        unit = torch.eye(width)
+        leaf: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return leaf
+    half, inverse = width // 2, torch.zeros_like(lower)
+    first = inverse[..., :half, :half] = _inverse(lower[..., :half, :half])
+    last = inverse[..., half:, half:] = _inverse(lower[..., half:, half:])
+    inverse[..., half:, :half] = -(last @ (lower[..., half:, :half] @ first))
+    return inverse

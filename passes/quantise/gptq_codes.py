@@ -6,7 +6,7 @@ each expert from its own rows; an expert with too few rows is rounded to nearest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
-from moec.formats.integer import Quantised, dequantise, encode, quantise
+from moec.formats.integer import Quantised, dequantise, encode, quantise, rounded
 from moec.formats.notation import Format
-from moec.interpret.evaluate import evaluate
+from moec.interpret.evaluate import bind_checked, run_part
 from moec.ir.graph import Op, Program, Stage, Value
 from moec.ops.experts.grouped import GroupedLinear
 from moec.passes.calibration.data import Calibration, load_calibration
-from moec.passes.calibration.gptq import Factored, factorise, hessian, solve_factored
+from moec.passes.calibration.gptq import (
+    Factored,
+    factorise,
+    hessian,
+    solve_factored,
+    squared_results,
+)
 from moec.passes.core.rewrite import drop_dead
 from moec.passes.core.rounding_stats import FEWEST, RoundingStats
 from moec.passes.core.runner import Kind, Log, Pass
@@ -31,10 +37,6 @@ DAMPING = 0.01
 """Damping of the Hessian, the value that GPTQ uses for four bits and more."""
 HELD = 256 << 20
 """Bytes of Hessians that are worked on at once."""
-OPS_A_RUN = 8
-"""Ops whose rows are held at once, at least."""
-ROWS_HELD = 1 << 30
-"""Bytes of rows that are held at once, where they are of more ops."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +57,10 @@ class CalibratedQuantisation(Pass):
 
     def run(self, program: Program, log: Log) -> Program:
         codes = Codes(program, log.memory)
-        targets = [(op, format) for op, format in self.inner.targets(program.graph)]
+        formats = dict(self.inner.targets(program.graph))
         data = load_calibration(self.calib, program, self.files)
-        for (op, format), rows in zip(
-            targets, rows_of(program, data, [op for op, _ in targets]), strict=True
-        ):
-            for part, experts in self.inner.parts(op, format):
+        for op, rows in rows_of(program, data, formats):
+            for part, experts in self.inner.parts(op, formats[op]):
                 fitting = [m for m in stored(op) if _fits(codes, m, part)]
                 weights = {
                     part_name(m.name, part, experts): stack_of(program.weights[m.name], experts)
@@ -87,30 +87,29 @@ def stored(op: Op) -> tuple[Value, ...]:
     return GroupedLinear.of(op).matrices if op.name == "grouped.linear" else op.inputs[1:2]
 
 
-def rows_of(program: Program, data: Calibration, ops: Sequence[Op]) -> Iterator[list[Tensor]]:
-    """For each op, a linear layer or experts, the input rows [R, K] of each expert."""
+def rows_of(
+    program: Program, data: Calibration, ops: Collection[Op]
+) -> Iterator[tuple[Op, list[Tensor]]]:
+    """Of `ops`, linear layers or experts, in the order of the graph, each with the input rows
+    [R, K] of each expert. All cases run up to an op before any goes on."""
+    if not ops:
+        return
     states = [program.weights[s.before.name] for s in program.graph.states]
-    start, each = 0, OPS_A_RUN
-    while group := ops[start : start + each]:
-        start += each
-        probes = tuple(dict.fromkeys(v for op in group for v in _read(op)))
-        graph = drop_dead(replace(program.graph, outputs=probes, states=()))
-        cases: list[dict[Value, Tensor]] = []
-        for case in data.cases:
-            with torch.no_grad():
-                results = evaluate(graph, [*case, *states], program.weights)
-            cases.append(dict(zip(probes, results, strict=True)))
-        size = sum(rows.nbytes for case in cases for rows in case.values())
-        each = max(OPS_A_RUN, int(len(group) * ROWS_HELD / max(1, size)))
-        for op in group:
-            yield _rows(op, cases)
-
-
-def _read(op: Op) -> list[Value]:
-    if op.name != "grouped.linear":
-        return [op.inputs[0]]
-    parts = GroupedLinear.of(op)
-    return [v for v in (parts.x, parts.ends, parts.order) if v is not None]
+    outputs = tuple(value for op in ops for value in op.outputs)
+    graph = drop_dead(replace(program.graph, outputs=outputs, states=()))
+    graph = replace(graph, outputs=graph.ops[-1].outputs)  # others are dropped when they were read
+    sizes: list[dict[str, int]] = [{} for _ in data.cases]
+    cases = [
+        bind_checked(graph, [*case, *states], program.weights, each)
+        for case, each in zip(data.cases, sizes, strict=True)
+    ]
+    start = 0
+    for stop in (i for i, op in enumerate(graph.ops) if op in ops):
+        with torch.no_grad():  # left before the caller goes on
+            for values, each in zip(cases, sizes, strict=True):
+                run_part(graph, range(start, stop), values, each)
+        start = stop
+        yield graph.ops[stop], _rows(graph.ops[stop], cases)
 
 
 def _rows(op: Op, cases: Sequence[dict[Value, Tensor]]) -> list[Tensor]:
@@ -145,10 +144,10 @@ def calibrate(
         factored = factorise(hessians, DAMPING)
         few = torch.tensor([len(expert_rows) < FEWEST for expert_rows in rows[part]])
         for base, weight, total in zip(bases, weights.values(), errors, strict=True):
-            full = weight[part].float()
+            full = weight[part].detach().float()
             nearest, values = _solved(format, base, part, full, factored, few)
-            for i, off in enumerate((nearest - full, values - full, full)):
-                total[i] += float(((off @ hessians) * off).sum(dtype=torch.float64).clamp(min=0))
+            for i, off in enumerate((nearest.sub_(full), values.sub_(full), full)):
+                total[i] += squared_results(off, hessians)
     counts = tuple(map(len, rows))
     stats = []
     for name, (off, solved, norm) in zip(weights, errors.tolist(), strict=True):
@@ -165,14 +164,21 @@ def _solved(
     scales, zeros = base.scales[part], None if base.zeros is None else base.zeros[part]
     nearest = dequantise(format.kind, base.codes[part], scales, zeros)
 
+    steps = scales.float().mT.contiguous()
+    offsets = None if zeros is None else zeros.float().mT.contiguous()
+    integers = not format.float_zeros and format.kind not in ("fp8", "mxfp4")
+
     def grid(column: Tensor, k: int) -> Tensor:
         at = k // format.block if format.block else 0
+        if integers:
+            offset = None if offsets is None else offsets[:, at]
+            return rounded(format.bits, column, steps[:, at], offset)
         scale = scales[..., at : at + 1]
         zero = None if zeros is None else zeros[..., at : at + 1]
         codes = encode(format, column[..., None], scale, zero)
         return dequantise(format.kind, codes, scale, zero)[..., 0]
 
-    values = solve_factored(full, factored, grid).weight
-    values = torch.where(few[:, None, None], nearest, values)
+    values = solve_factored(full, factored, grid).weight.contiguous()
+    values[few] = nearest[few]
     base.codes[part] = encode(format, values, scales, zeros)
     return nearest, values

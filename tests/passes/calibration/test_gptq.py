@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moec.passes.calibration.gptq import hessian, retarget, solve, solve_ordered
+from moec.passes.calibration.gptq import (
+    damp,
+    factorise,
+    hessian,
+    retarget,
+    solve,
+    solve_ordered,
+    squared_results,
+)
 
 
 def whole(column: torch.Tensor, k: int) -> torch.Tensor:
@@ -42,6 +50,22 @@ def test_it_is_the_plain_recursion(block):
     solution = solve(weight, h, whole, 0.1, block)
     assert torch.equal(solution.weight.double(), plain(weight, h, 0.1))
     assert not solution.nearest
+
+
+@pytest.mark.parametrize("width", [1, 63, 64, 200, 333])
+def test_the_factor_is_that_of_the_damped_inverse(width):
+    h = torch.stack([hessian(torch.randn(2 * width, width)) for _ in range(2)])
+    factor = factorise(h, 0.01).factor.double()
+    assert torch.equal(factor, factor.triu())
+    expected = torch.linalg.cholesky(damp(h.double(), 0.01).inverse()).mT
+    torch.testing.assert_close(factor, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 128, 300])
+def test_squares_of_results_are_those_of_the_rows(width):
+    weight, x = torch.randn(2, 7, width), torch.randn(2, 50, width)
+    expected = float((x @ weight.mT).square().sum(dtype=torch.float64))
+    assert squared_results(weight, hessian(x)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_results_are_closer_than_those_of_rounding_to_nearest():
