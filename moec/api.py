@@ -192,7 +192,6 @@ def compile(
             reading.enter_context(source.memory.reading())
             source = cast(source, dtype)
             exact = [p for p in requested if not isinstance(p, Approximate)]
-
             with threads_for(_elements(source.model)), source.memory.share_values():
                 captured = capture_source(
                     source, dynamic_shapes, allow_fixed, descriptions, constants

@@ -63,9 +63,7 @@ def build_model(
             memory = compiled.source.memory
             memory.check_room(_bytes(module))
             stores = stores_experts(store, module, target)
-            package = generate(
-                module, target, opt_level, tunings, backend, memory, stores, tiers
-            )
+            package = generate(module, target, opt_level, tunings, backend, memory, stores, tiers)
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)

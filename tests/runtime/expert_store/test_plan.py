@@ -93,13 +93,13 @@ def test_the_speed_of_small_files(tmp_path, reading, size):
 def test_the_page_cache_is_measured_where_it_is_warm(tmp_path, monkeypatch):
     """What the first reading does not reach in its second would be cold in the next one."""
     (tmp_path / "file").write_bytes(bytes(64 << 16))
-    seen: set[int] = set()
+    cached: set[int] = set()
     seconds = 0.0
 
     def preadv(descriptor, buffers, offset):
         nonlocal seconds
-        seconds += 0.01 if offset in seen else 0.1
-        seen.add(offset)
+        seconds += 0.01 if offset in cached else 0.1
+        cached.add(offset)
         return 1 << 16
 
     monkeypatch.setattr(read_speed_module.os, "preadv", preadv)
