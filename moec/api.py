@@ -26,6 +26,7 @@ from moec.capture.behaviour.door import Declared
 from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
 from moec.capture.hub import checkpoints_without_hub
+from moec.capture.source import Source
 from moec.errors import UsageError
 from moec.formats.notation import Quantisation, parse_parts, with_float_rows
 from moec.interpret.threads import threads_for
@@ -200,10 +201,8 @@ def compile(
         if stop_after is None and targets.only_cpus:
             chosen = (*chosen, *keeping(source, stored.checkpoint))
         check_tf32(targets.beside or targets.target, captured.program.weights)
-        if runs and not captured.example and captured.program.graph.inputs:
-            raise UsageError(
-                f"{source.name} has no example inputs to verify with: give args, or verify=False"
-            )
+        if runs:
+            _check_example(source, captured)
         with clock.phase("passes"):
 
             def transform(captured: Captured) -> tuple[PassResult, ...]:
@@ -249,6 +248,14 @@ def compile(
                 built, targets.beside, opt_level, clock, targets.beside_backend, store
             )
         return verify_model(built, limit, clock, way) if runs else built
+
+
+def _check_example(source: Source, captured: Captured) -> None:
+    """Raises UsageError where verification has no inputs to run with."""
+    if not captured.example and captured.program.graph.inputs:
+        raise UsageError(
+            f"{source.name} has no example inputs to verify with: give args, or verify=False"
+        )
 
 
 def _with_other_programs(

@@ -46,8 +46,7 @@ def replay(needed: Any, slots: int, policy: int, half_life: int, window: int) ->
             if not needed[step, e] or turn[e] < experts:
                 continue
             if held == slots:
-                victim = -1
-                least = 0.0
+                victim, least = -1, 0.0
                 for other in range(experts):
                     if not inside[other]:
                         continue
