@@ -147,7 +147,7 @@ def test_a_file_of_choices_names_experts_by_number(net, tmp_path):
         (
             "layers: {}",
             "layers: {a: {experts: [0], of: 4, top_k: 1, top_k_before: 1}}",
-            "experts have formats by number, and a layer drops or merges some",
+            "experts have formats by number, and a layer drops, merges or replaces some",
         ),
     ],
 )
