@@ -26,7 +26,7 @@ from moec.runtime.call.executor import Executor, start
 from moec.runtime.device.library import tvm_ffi
 from moec.runtime.expert_store import device
 from moec.runtime.expert_store.device import BUFFERED, DIRECT, StoringCpu
-from moec.runtime.expert_store.native import ALTERED, StoreCounts, StoreOptions
+from moec.runtime.expert_store.native import ALTERED, FailedRead, StoreCounts, StoreOptions
 from moec.runtime.expert_store.start import start_with_slots, start_within, store_report
 from tests.once import Once
 from tests.runtime.expert_store.models import artifact, widened
@@ -105,6 +105,12 @@ def counts(model: Executor) -> StoreCounts:
     report = store_report(model)
     assert report is not None
     return report.counts
+
+
+def until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
 
 
 def narrowed(opened: Artifact, experts: Iterable[int]) -> dict[str, np.ndarray]:
@@ -223,7 +229,8 @@ Plan = Callable[..., None]
 
 @pytest.fixture
 def plan(monkeypatch) -> Plan:
-    """Plans a call of the model in slots that is opened next, and waits until its reads end."""
+    """Plans a call of the model in slots that is opened next; with `wait` until an expert has been
+    read in full, by both products."""
     getters, native_store = [], device.NativeStore
 
     def watched(get_function: Any, *arguments: Any) -> Any:
@@ -242,9 +249,10 @@ def plan(monkeypatch) -> Plan:
             tvm_ffi().from_dlpack, (key, ends, np.zeros(1), ids, weights.astype(np.float32), order)
         )
         getters[-1]("moec_store_plan")(*arguments)
-        end = time.monotonic() + 60
-        while wait and counts(model).bytes_read == before:
-            assert time.monotonic() < end
+        report = store_report(model)
+        assert report is not None
+        size = report.expert_bytes // EXPERTS
+        until(lambda: not wait or counts(model).bytes_read >= before + size)
 
     return call
 
@@ -264,18 +272,12 @@ def test_a_narrow_expert_is_read_again_where_it_weighs_more(path, plan):
     exact = np.asarray(opened.package.arrays[name])[5].tobytes()
     near = narrowed(opened, [5])[name][5].tobytes()
 
-    def holds(content: bytes) -> None:
-        end = time.monotonic() + 60
-        while slot_of(model) != content:
-            assert time.monotonic() < end
-
     plan(model, np.array([[5, 6]]), np.array([[0.2, 0.8]]))
-    holds(near)
-    read_before = counts(model)
+    until(lambda: counts(model).narrow_reads == 2 and slot_of(model) == near)
     plan(model, np.array([[5, 5]]), np.array([[0.01, 0.0]]))
     plan(model, np.array([[5, 5]]), np.array([[0.9, 0.1]]), wait=True)
-    holds(exact)
-    assert counts(model).narrow_reads == read_before.narrow_reads
+    until(lambda: slot_of(model) == exact)
+    assert counts(model).narrow_reads == 2
 
 
 ROUTING = st.lists(
@@ -330,9 +332,9 @@ def test_a_copy_is_hashed_although_the_weights_were(path, plan):
         plan(model, np.array([[expert]]), np.array([[np.nan]]), wait=True)
     plan(model, np.array([[1]]), np.array([[1.0]]))
     assert isinstance(model.device, StoringCpu)
-    end = time.monotonic() + 60
-    while (failed := model.device.store.failed_read()) is None:
-        assert time.monotonic() < end
+    store, failures = model.device.store, list[FailedRead]()
+    until(lambda: failures.extend(filter(None, [store.failed_read()])) or failures)
+    (failed,) = failures
     assert (failed.stack, failed.expert, failed.error) == (1, 1, ALTERED)
 
 
