@@ -109,7 +109,6 @@ def stored_sizes(opened: Artifact) -> list[LayerSize]:
 
 def resident_limit(opened: Artifact, limit: int, room: TextRoom) -> MemoryLimit:
     """What is left for experts of a limit, where this process holds the model."""
-    tvm_ffi()  # a part of what the process takes
     experts = sum(layer.experts * layer.expert_bytes for layer in stored_sizes(opened))
     resident, caches = _weight_bytes(opened) - experts, _cache_bytes(opened.package, room)
     return MemoryLimit(limit, _process_bytes(opened.package), resident, caches)
@@ -205,5 +204,6 @@ def _process_bytes(package: Package) -> int:
     """What the process holds in memory now; of a GPU's memory nothing is counted."""
     if package.gpu is not None:
         return 0
+    tvm_ffi()  # a part of it
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
