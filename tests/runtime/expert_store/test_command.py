@@ -73,6 +73,13 @@ def test_a_run_within_a_limit(folder, tmp_path):
     assert peak(folder, "--memory", limit) <= 10**6 * int(limit.removesuffix("MB"))
 
 
+def test_a_limit_counts_libraries_before_they_are_loaded(folder):
+    """TVM's, of 12 MB; here all but 6 MB would fit."""
+    others = 67 * (EXPERTS - 1) // EXPERTS
+    result = run(folder, "--memory", f"{least(folder) + others - 6}MB", "--json")
+    assert json.loads(result.stdout)["store"]["slots"][0] < EXPERTS
+
+
 def test_narrow_copies_are_reported(folder, tmp_path):
     limit, outputs = f"{least(folder) + 20}MB", [tmp_path / "all.npy", tmp_path / "near.npy"]
     assert run(folder, "-o", str(outputs[0])).returncode == 0
