@@ -75,8 +75,8 @@ def test_a_run_within_a_limit(folder, tmp_path):
 
 def test_a_limit_counts_libraries_before_they_are_loaded(folder):
     """TVM's, of 12 MB; here all but 6 MB would fit."""
-    others = 67 * (EXPERTS - 1) // EXPERTS
-    result = run(folder, "--memory", f"{least(folder) + others - 6}MB", "--json")
+    experts = 67 * (EXPERTS - 1) // EXPERTS
+    result = run(folder, "--memory", f"{least(folder) + experts - 6}MB", "--json")
     assert json.loads(result.stdout)["store"]["slots"][0] < EXPERTS
 
 
