@@ -6,21 +6,30 @@ Only configuration, tokenizer and weights are downloaded: no code, and nothing t
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import msgspec
 
 from moec.errors import UsageError
 from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.config_fields import ADAPTER_CONFIG
 from moec.files.hub_errors import explained
+from moec.files.hub_transfer import fetch
 from moec.files.safetensors import INDEX, SINGLE
+from moec.files.whole_file import whole_file
 from moec.spelling import did_you_mean, did_you_mean_file
 
 LOGGER = logging.getLogger(__name__)
@@ -28,21 +37,47 @@ LOGGER = logging.getLogger(__name__)
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([^:]+\.gguf))?", re.ASCII)
 _OF_FILES = (".gguf", ".moec", ".pt2", ".py")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\x00-\x1f]{1,200}")  # of a file or a folder
 _SPLIT = re.compile(r"(.*-)00001(-of-(\d{5})\.gguf)")
 _MARGIN = 1 << 26  # bytes, for other writers
 _MOST_NAMES = 8
+_LONGEST_LIST = 1 << 26  # bytes of the names and sizes of a repository, or of an index
+_Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{40,64}\Z")]
+
+
+@dataclass(frozen=True)
+class _LargeFile:
+    sha256: _Digest
+
+
+@dataclass(frozen=True)
+class _HubFile:
+    rfilename: str
+    size: Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+    blobId: _Digest | None = None
+    lfs: _LargeFile | None = None
+
+
+@dataclass(frozen=True)
+class _HubCommit:
+    """What moec reads of the hub's answer about a repository, under the hub's names."""
+
+    sha: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{40}\Z")]
+    siblings: tuple[_HubFile, ...] = ()
 
 
 @dataclass(frozen=True)
 class HubFiles:
     """The files `names` of a repository at a commit. `missing` has the bytes of each that is not in
-    the cache; `gguf` is the file that is the model, or empty where the folder is."""
+    the cache, `blobs` their digests where the hub says them; `gguf` is the file that is the model,
+    or empty where the folder is."""
 
     repository: str
     revision: str
     commit: str
     names: tuple[str, ...]
     missing: Mapping[str, int]
+    blobs: Mapping[str, str | None]
     gguf: str = ""
 
     @property
@@ -93,44 +128,127 @@ def find(text: str, revision: str | None = None) -> HubFiles:
                 f"{text} does not exist{did_you_mean_file(Path(text))}: to download a model "
                 f"of this name, install {package}: pip install 'moec[hf]'"
             )
-    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub import is_offline_mode
 
     if is_offline_mode():
         return _of_cache(text, repository, gguf, revision or "main")
     with explained(text, revision):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-        commit = str(info.sha)
+        info = _commit(repository, revision)
+        sizes = {file.rfilename: file.size for file in info.siblings}
+        blobs = {f.rfilename: f.lfs.sha256 if f.lfs else f.blobId for f in info.siblings}
+        files = HubFiles(repository, revision or "main", info.sha, (), sizes, blobs, gguf)
+        names = _needed(text, repository, gguf, sizes, lambda: _index(files))
+    _check_present(names, sizes, f"{text} has none of this name: give another revision")
+    missing = {name: sizes[name] for name in names if not _path(files, name).is_file()}
+    return replace(files, names=names, missing=missing)
 
-        def index() -> bytes:
-            return Path(_downloaded(repository, INDEX, commit)).read_bytes()
 
-        names = _needed(text, repository, gguf, sizes, index)
-        _check_present(names, sizes, f"{text} has none of this name: give another revision")
-        missing = {n: sizes[n] for n in names if _cached(repository, n, commit) is None}
-    return HubFiles(repository, revision or "main", commit, names, missing, gguf)
+def _index(files: HubFiles) -> bytes:
+    if files.missing[INDEX] > _LONGEST_LIST:
+        raise UsageError(f"{INDEX} of {files.repository} is too large: give another revision")
+    if not _path(files, INDEX).is_file():
+        _download(files, INDEX, _hub("tqdm"))
+    return _path(files, INDEX).read_bytes()
+
+
+def _commit(repository: str, revision: str | None) -> _HubCommit:
+    from huggingface_hub import constants
+
+    _hub("validate_repo_id")(repository)
+    at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
+    url = f"{constants.ENDPOINT}/api/models/{repository}{at}"
+    answer = io.BytesIO()
+    fetch(f"{url}?blobs=True", answer, _LONGEST_LIST)
+    try:
+        return msgspec.json.decode(answer.getvalue(), type=_HubCommit)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise UsageError(
+            f"{url} is no list of files of a model ({error}): choose another server (HF_ENDPOINT)"
+        ) from None
 
 
 def download(files: HubFiles, shares: bool = False) -> Path:
     """The path of a model in the cache, with all its files. With `shares`, what is done is logged,
     for a `Progress`; otherwise huggingface_hub shows its bars.
 
-    Raises UsageError where the disk is too small or the download ends early.
+    Raises UsageError where the disk is too small, the download ends early, or the hub sends
+    something else than it announced.
     """
     text = f"{files.repository}:{files.gguf}" if files.gguf else files.repository
     if files.missing:
         _check_room(files)
-    bar = _shares(files.size) if shares else None
+    bar = _shares(files.size) if shares else _hub("tqdm")
     with explained(text, files.revision, downloads=bool(files.missing)):
         for name in files.missing:
-            _downloaded(files.repository, name, files.commit, bar)
-        first = files.names[0]
-        path = _cached(files.repository, first, files.commit)
-        if path != _cached(files.repository, first, files.revision):
-            # notes the commit of the branch in the cache, where offline mode looks it up
-            _downloaded(files.repository, first, files.revision)
-    assert path is not None, "it was downloaded"
+            _download(files, name, bar)
+        if not _COMMIT.fullmatch(files.revision):  # where offline mode looks it up
+            ref = _folder(files.repository, "refs", *files.revision.split("/"))
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(ref) as file:
+                file.write(files.commit.encode())
+    path = _path(files, files.names[0])
     return path if files.gguf else path.parent
+
+
+def _download(files: HubFiles, name: str, bar: type) -> None:
+    """Puts a file into the cache as huggingface_hub does: content below its digest, and a link."""
+    from huggingface_hub import hf_hub_url
+
+    size, of_no_digest = files.missing[name], f"{files.commit}/{name}".encode()
+    digest = files.blobs[name] or hashlib.sha256(of_no_digest).hexdigest()
+    blob = _folder(files.repository, "blobs", digest)
+    path = _path(files, name)
+    for folder in (blob.parent, path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not blob.is_file() or blob.stat().st_size != size:
+        url = hf_hub_url(files.repository, name, revision=files.commit)
+        with whole_file(blob) as file, bar(total=size, desc=name, unit="B", unit_scale=True) as b:
+            if not _by_xet(url, Path(file.name), size, name, bar):
+                fetch(url, file, size, b)
+                file.flush()
+            if (sent := Path(file.name).stat().st_size) != size:
+                raise UsageError(f"{url} sent {sent:,} of the {size:,} bytes announced")
+    path.unlink(missing_ok=True)  # a link to nothing
+    try:
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    except OSError:  # a disk without links
+        blob.rename(path)
+
+
+def _by_xet(url: str, path: Path, size: int, name: str, bar: type) -> bool:
+    """Whether the file came by Hugging Face's own protocol, without which the hub sends no file
+    above 50 GB. Its library counts no bytes, so another server is not asked for it."""
+    from huggingface_hub import constants, get_hf_file_metadata
+    from huggingface_hub.file_download import xet_get
+
+    official = url.startswith(constants.HUGGINGFACE_CO_URL_HOME)
+    if not official or constants.HF_HUB_DISABLE_XET or find_spec("hf_xet") is None:
+        return False
+    data = get_hf_file_metadata(url).xet_file_data
+    if data is not None:
+        xet_get(
+            incomplete_path=path, xet_file_data=data, headers=_hub("build_hf_headers")(),
+            expected_size=size, displayed_filename=name, tqdm_class=bar,
+        )  # fmt: skip
+    return data is not None
+
+
+def _hub(name: str) -> Any:
+    return getattr(import_module("huggingface_hub.utils"), name)  # none has a declaration
+
+
+def _path(files: HubFiles, name: str) -> Path:
+    return _folder(files.repository, "snapshots", files.commit, *name.split("/"))
+
+
+def _folder(repository: str, *names: str) -> Path:
+    """A path in the cache. Raises UsageError where one of the names, which others chose, leads out
+    of its folder."""
+    from huggingface_hub import constants
+
+    if not all(_NAME.fullmatch(name) for name in names):
+        raise UsageError(f"{'/'.join(names)!r:.200} of {repository} is no name of a file")
+    return Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", *names)
 
 
 def _of_cache(text: str, repository: str, gguf: str, revision: str) -> HubFiles:
@@ -147,7 +265,7 @@ def _of_cache(text: str, repository: str, gguf: str, revision: str) -> HubFiles:
     names = _needed(text, repository, gguf, present, (folder / INDEX).read_bytes)
     remedy = f"the hub's cache has none for {text}: run the same command without HF_HUB_OFFLINE"
     _check_present(names, present, remedy)
-    return HubFiles(repository, revision, folder.name, names, {}, gguf)
+    return HubFiles(repository, revision, folder.name, names, {}, {}, gguf)
 
 
 def _check_present(names: Collection[str], present: Collection[str], words: str) -> None:
@@ -218,12 +336,6 @@ def _cached(repository: str, name: str, revision: str) -> Path | None:
 
     path = try_to_load_from_cache(repository, name, revision=revision)
     return Path(path) if isinstance(path, str) else None
-
-
-def _downloaded(repository: str, name: str, revision: str, bar: Any = None) -> str:
-    from huggingface_hub import hf_hub_download
-
-    return hf_hub_download(repository, name, revision=revision, tqdm_class=bar)
 
 
 def _check_room(files: HubFiles) -> None:

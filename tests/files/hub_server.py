@@ -6,8 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import close_session, constants, file_download
+from huggingface_hub import close_session, constants
+
+from moec.files import hub_transfer
 
 
 @dataclass
@@ -35,12 +38,16 @@ class Hub:
     """What a server has, and the requests that it got: method, path, and range of each request.
 
     `cuts` has, by name of a file, the bytes after which the next answers end. Every request is
-    answered with `status`, if it is not 0.
+    answered with `status`, if it is not 0. `odd` has, by the end of a path, what answers a request
+    for it, given the headers and the body of the right answer: all that a hostile server may.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     cuts: dict[str, list[int]] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
+    odd: dict[str, Callable[[BaseHTTPRequestHandler, dict[str, str], bytes], None]] = field(
+        default_factory=dict
+    )
     status: int = 0
     url: str = ""
 
@@ -136,6 +143,13 @@ def serve(hub: Hub) -> Iterator[Hub]:
             body: bytes = b"",
             end: int | None = None,
         ) -> None:
+            path = unquote(urlsplit(self.path).path)
+            for name, answer in hub.odd.items():
+                if path.endswith(name):
+                    with suppress(OSError):  # who has enough hangs up
+                        answer(self, dict(headers or {}), body)
+                    self.close_connection = True
+                    return
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
@@ -171,8 +185,8 @@ def connected(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         # a download that is cut is tried again after a second
-        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
+        clock = SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic)
+        monkeypatch.setattr(hub_transfer, "time", clock)
         yield hub
         close_session()
 
