@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,27 +16,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from moec.commands.serving.access import Access
 from moec.commands.serving.answer import Answer
-from moec.commands.serving.errors import ERROR_HEADERS, ApiError, invalid
+from moec.commands.serving.errors import ApiError, invalid, response
 from moec.commands.serving.fields import json_body, read_embedding_fields, read_fields
 from moec.commands.serving.openapi import document
-from moec.commands.serving.page import page
+from moec.commands.serving.page import page, stats
 from moec.commands.serving.service import ServedModels, Service
-from moec.commands.serving.stats import stats
 from moec.commands.serving.worker import SHUTTING_DOWN
 from moec.errors import MoecError
 
 MOST_BYTES = 8_000_000  # of a body
-OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")  # without a key
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on
 
 Handler = Callable[[ServedModels, Request], Awaitable[Response]]
 
 
-def application(served: ServedModels) -> Starlette:
-    """The application; its lifespan is that of the engines' threads."""
+def application(served: ServedModels, access: Access) -> ASGIApp:
+    """The application, behind `access`; its lifespan is that of the engines' threads."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -62,23 +60,15 @@ def application(served: ServedModels) -> Starlette:
         "/health": _health,
         "/ready": _ready,
         "/metrics": _metrics,
-        "/openapi.json": _openapi,
     }
-    routes = [Route(p, partial(_guarded, served, h), methods=["POST"]) for p, h in posts.items()]
-    routes += [Route(p, partial(_guarded, served, h)) for p, h in gets.items()]
+    gets["/openapi.json"] = partial(_openapi, keyed=access.key is not None)
+    routes = [Route(path, partial(h, served), methods=["POST"]) for path, h in posts.items()]
+    routes += [Route(path, partial(h, served)) for path, h in gets.items()]
     handlers: Any = {ApiError: _error, HTTPException: _http_error, Exception: _defect}
     handlers[ClientDisconnect] = lambda *_: Response(status_code=499)
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
-
-
-async def _guarded(served: ServedModels, handler: Handler, request: Request) -> Response:
-    """Raises ApiError where the key is not the server's; compares in constant time."""
-    if served.key is not None and request.url.path not in OPEN:
-        key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(key.encode("latin-1"), served.key.encode()):
-            rule = "the key is missing or wrong: send the header Authorization: Bearer KEY"
-            raise ApiError(401, rule, code="invalid_api_key")
-    return await handler(served, request)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # a path is one route's, or nothing
+    return access.guard(app)
 
 
 async def _complete(served: ServedModels, request: Request, chat: bool) -> Response:
@@ -220,16 +210,16 @@ async def _stats(served: ServedModels, request: Request) -> Response:
     return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
 
-async def _openapi(served: ServedModels, request: Request) -> Response:
-    return JSONResponse(document([*served.models], served.key is not None))
+async def _openapi(served: ServedModels, request: Request, keyed: bool) -> Response:
+    return JSONResponse(document([*served.models], keyed))
 
 
 async def _error(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, ERROR_HEADERS.get(error.status))
+    return response(error)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+    message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
     return await _error(request, ApiError(error.status_code, message))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 ERROR_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -27,6 +29,10 @@ class ApiError(Exception):
         kind = KINDS.get(self.status, KINDS[500] if self.status > 500 else "invalid_request_error")
         fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": fields}
+
+
+def response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, ERROR_HEADERS.get(error.status))
 
 
 def invalid(field: str, rule: str, code: str | None = None) -> ApiError:

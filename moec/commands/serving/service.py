@@ -161,12 +161,10 @@ class Service:
 
 @dataclass(frozen=True)
 class ServedModels:
-    """The models of a server by name; requests without one are for the first. `key` is the one that
-    requests need."""
+    """The models of a server by name; requests without one are for the first."""
 
     models: Mapping[str, Service]
     families: MetricFamilies
-    key: str | None = None
 
     @property
     def ready(self) -> bool:

@@ -27,16 +27,6 @@ from moec.errors import ArtifactError
 from tests.commands.serving.running import CHAT, MODEL, ROOT, TEXT, Running, process, serving, until
 
 
-def test_a_key(model: moec.LoadedModel) -> None:
-    with serving(model, key="ünlocked") as running:
-        for headers in ({}, {"Authorization": "Bearer x"}):
-            status, answer, _ = running.send("/v1/models", **headers)
-            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
-        assert running.send("/health")[0] == 200
-        key = "Bearer ünlocked".encode().decode("latin-1")
-        assert running.send("/v1/models", Authorization=key)[0] == 200
-
-
 def test_without_a_template_a_chat_is_refused(model: moec.LoadedModel) -> None:
     with serving(model) as running:
         running.service.tokenizer = model.tokenizer
@@ -48,7 +38,8 @@ def test_without_a_template_a_chat_is_refused(model: moec.LoadedModel) -> None:
 def begin(running: Running, body: dict[str, Any]) -> socket.socket:
     """A connection that has sent a request, and reads no answer yet."""
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", running.port), timeout=60)
     connection.sendall(head.encode() + content)
     return connection
@@ -133,7 +124,8 @@ def collect(port: int, started: threading.Barrier, texts: int) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = TEXT | {"max_tokens": 1000, "n": texts, "stream": True, "ignore_eos": True}
     with contextlib.closing(connection):
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), kind)
         response = connection.getresponse()
         content = response.read(64)
         started.wait(30)
@@ -210,7 +202,14 @@ def test_mistakes_of_the_command_line(path: Path, tmp_path: Path) -> None:
 
     assert "no such file" in refused(tmp_path / "none.moec", "--port", 0)
     assert "the model takes at most 1024" in refused(path, "--port", 0, "--context", 2000)
-    assert "--api-key is empty" in refused(path, "--api-key", "")
+    for key in ("", "key\n", " key", "k\x7fy"):
+        assert "--api-key is empty, or has blanks" in refused(path, "--port", 0, "--api-key", key)
+    for name in ("http://x", "x/y", "a b", ""):
+        message = refused(path, "--port", 0, "--allowed-host", name)
+        assert f"--allowed-host {name}: give a name or an address" in message
+    for origin in ("x.example", "https://x.example/", "https://u@x.example", ""):
+        message = refused(path, "--port", 0, "--allow-origin", origin)
+        assert f"--allow-origin {origin}: give scheme, name and port" in message
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         assert f"--host 127.0.0.1 --port {port}: " in refused(path, "--port", port)
