@@ -47,11 +47,11 @@ def pipe(path: Path) -> None:
 
 
 def listens(path: Path) -> None:
-    place = Path.cwd()
+    before = Path.cwd()
     os.chdir(path.parent)  # the name of a socket is short
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path.name)
-    os.chdir(place)
+    os.chdir(before)
 
 
 def links_to(target: str) -> Change:

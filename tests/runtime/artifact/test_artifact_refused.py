@@ -232,9 +232,9 @@ def _between(content: bytes, at: int) -> bytes:
     moved = bytearray(content[:at] + b"stray" + content[at:])
     central = moved.index(b"PK\1\2")
     for entry in [*re.finditer(b"PK\x01\x02", moved[central:])][1:]:
-        place = central + entry.start() + 42
-        (offset,) = struct.unpack_from("<I", moved, place)
-        struct.pack_into("<I", moved, place, offset + 5)
+        offset_at = central + entry.start() + 42
+        (offset,) = struct.unpack_from("<I", moved, offset_at)
+        struct.pack_into("<I", moved, offset_at, offset + 5)
     struct.pack_into("<I", moved, len(moved) - 6, central)
     return bytes(moved)
 
