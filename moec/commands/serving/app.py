@@ -76,19 +76,24 @@ async def _complete(served: ServedModels, request: Request, chat: bool) -> Respo
         raise ApiError(503, SHUTTING_DOWN)
     service, body = await _body(served, request)
     service.check_open()
-    fields = read_fields(body, chat)
-    use = await run_in_threadpool(service.tool_use, fields)
-    prompts = await run_in_threadpool(service.tokens, fields, use)
-    guide = await run_in_threadpool(service.guide, fields, use)
-    service.check_open()  # again, as time has passed
-    answer = Answer(service, fields, prompts, guide, chat, use)
+    fields = await served.pool.run(read_fields, body, chat)
+    service.admit(fields.count)
+    try:
+        answer = await served.pool.run(Answer, service, fields, chat)
+        service.check_open()  # again, as time has passed
+        answer.begin()
+    except BaseException:
+        service.used -= fields.count
+        raise
     if fields.stream:
         return _Events(answer)
     work = asyncio.ensure_future(answer.complete())
     left = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-        return JSONResponse(work.result()) if work.done() else Response(status_code=499)
+        if not work.done():
+            return Response(status_code=499)
+        return Response(work.result(), media_type="application/json")
     finally:
         answer.close("error" if work.done() else "abort")
         work.cancel()
@@ -100,10 +105,10 @@ async def _embed(served: ServedModels, request: Request) -> Response:
     service.check_open()
     if service.embed is None:
         raise invalid("model", service.no_embeddings)
-    fields, data = read_embedding_fields(body), dict[int, Any]()
+    fields, data = await served.pool.run(read_embedding_fields, body), dict[int, Any]()
     service.admit(1)  # texts of a request are computed batch by batch, between the engine's steps
     try:
-        texts = await run_in_threadpool(service.embedded_tokens, fields)
+        texts = await served.pool.run(service.embedded_tokens, fields)
         async for index, vector in iterate_in_threadpool(service.embed(texts)):
             packed = base64.b64encode(vector.tobytes()).decode()
             shown = packed if fields.encoding_format == "base64" else vector.tolist()
@@ -116,7 +121,7 @@ async def _embed(served: ServedModels, request: Request) -> Response:
     usage = {"prompt_tokens": count, "total_tokens": count}
     items = [data[index] for index in range(len(texts))]
     content = {"object": "list", "data": items, "model": service.model, "usage": usage}
-    return JSONResponse(content)
+    return await run_in_threadpool(JSONResponse, content)
 
 
 class _Events(StreamingResponse):
@@ -146,7 +151,7 @@ async def _body(served: ServedModels, request: Request) -> tuple[Service, dict[s
         content += part
         if len(content) > MOST_BYTES:
             raise ApiError(413, f"the body has more than {MOST_BYTES} bytes: send a shorter one")
-    body = json_body(bytes(content))
+    body = await served.pool.run(json_body, bytes(content))
     return served.of(body.get("model")), body
 
 
@@ -164,30 +169,37 @@ def _model(service: Service) -> dict[str, Any]:
 
 async def _tokenize(served: ServedModels, request: Request) -> Response:
     service, body = await _body(served, request)
-    if "messages" in body:
-        (tokens,) = await run_in_threadpool(service.tokens, read_fields(body, chat=True))
+    return await served.pool.run(_tokenized, service, body)
+
+
+def _tokenized(service: Service, body: dict[str, Any]) -> Response:
+    name = "messages" if "messages" in body else "prompt"
+    if name == "messages":
+        (tokens,) = service.tokens(read_fields(body, chat=True))
     else:
-        tokens = await _checked(service.tokenizer.encode, body, "prompt")
+        tokens = _checked(service.encode, body, name)
+    if len(tokens) > (room := service.engine.room):
+        raise invalid(name, f"it has {len(tokens)} tokens, and a text has at most {room}")
     return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
 
 async def _detokenize(served: ServedModels, request: Request) -> Response:
     service, body = await _body(served, request)
-    return JSONResponse({"prompt": await _checked(service.tokenizer.decode, body, "tokens")})
+    text = await served.pool.run(_checked, service.tokenizer.decode, body, "tokens")
+    return JSONResponse({"prompt": text})
 
 
-async def _checked(function: Callable[[Any], Any], body: dict[str, Any], field: str) -> Any:
+def _checked(function: Callable[[Any], Any], body: dict[str, Any], field: str) -> Any:
     """The result of a function of a field. Raises ApiError where the function refuses it."""
     try:
-        return await run_in_threadpool(function, body.get(field))
+        return function(body.get(field))
     except MoecError as error:
         raise invalid(field, str(error)) from error
 
 
 async def _health(served: ServedModels, request: Request) -> Response:
-    sick = [service for service in served.models.values() if not service.worker.healthy]
-    words = [f"{s.model}: {s.worker.error or 'the engine is stuck'}" for s in sick]
-    content = {"status": "; ".join(words) or "ok"}
+    sick = {s.model: why for s in served.models.values() if (why := s.worker.sickness)}
+    content = {"status": "; ".join(f"{name}: {why}" for name, why in sick.items()) or "ok"}
     return JSONResponse(content, 503 if sick else 200)
 
 

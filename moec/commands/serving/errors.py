@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+LONGEST = 500  # characters of a message, which may repeat a request
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 ERROR_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -24,6 +25,9 @@ class ApiError(Exception):
     param: str | None = None
     code: str | None = None
 
+    def __post_init__(self) -> None:
+        self.message, self.param = _cut(self.message), self.param and _cut(self.param)
+
     @property
     def body(self) -> dict[str, Any]:
         kind = KINDS.get(self.status, KINDS[500] if self.status > 500 else "invalid_request_error")
@@ -38,3 +42,7 @@ def response(error: ApiError) -> JSONResponse:
 def invalid(field: str, rule: str, code: str | None = None) -> ApiError:
     """The error of a field that breaks a rule."""
     return ApiError(400, f"{field}: {rule}", field, code)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"

@@ -97,6 +97,15 @@ class Running:
             response = connection.getresponse()
             return response.status, json.loads(response.read()), dict(response.headers)
 
+    def post(self, path: str, body: Any) -> tuple[int, str]:
+        """The status and the text of a response, which may be a stream."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), headers)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
+
     def metric(self, name: str, model: str = MODEL) -> float:
         text = generate_latest(self.service.families.registry).decode()
         (value,) = re.findall(rf'^moec:{name}{{model_name="{model}"}} (.*)$', text, re.MULTILINE)

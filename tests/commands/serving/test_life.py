@@ -24,7 +24,17 @@ import moec
 from moec.__main__ import cli
 from moec.commands.serving.server import listen
 from moec.errors import ArtifactError
-from tests.commands.serving.running import CHAT, MODEL, ROOT, TEXT, Running, process, serving, until
+from tests.commands.serving.running import (
+    CHAT,
+    GREEDY,
+    MODEL,
+    ROOT,
+    TEXT,
+    Running,
+    process,
+    serving,
+    until,
+)
 
 
 def test_without_a_template_a_chat_is_refused(model: moec.LoadedModel) -> None:
@@ -90,19 +100,30 @@ def test_a_full_queue(model: moec.LoadedModel) -> None:
         assert running.send("/v1/completions", TEXT)[0] == 200
 
 
-def test_an_engine_that_fails_says_so(model: moec.LoadedModel) -> None:
+def test_an_engine_that_fails_says_so_and_recovers(model: moec.LoadedModel) -> None:
     with serving(model) as running:
+        right = running.send("/v1/completions", TEXT | GREEDY)[1]["choices"]
         running.executor.seconds = 0.02
         body = TEXT | {"max_tokens": 400, "stream": True, "ignore_eos": True}
         with begin(running, body) as connection:
             read_until(connection, b"data: ")
             running.executor.fails = RuntimeError("the disk is gone\nand more")
             content = read_until(connection, b"\r\n0\r\n\r\n")
-        assert b'"message":"the model failed: RuntimeError: the disk is gone"' in content
+        assert b"tokens: RuntimeError: the disk is gone" in content
+        assert b"and more" not in content
         assert b"[DONE]" not in content
-        status, answer, _ = running.send("/v1/completions", TEXT)
-        assert (status, answer["error"]["type"]) == (500, "server_error")
-        assert running.send("/health")[0] == 503
+        assert running.send("/health")[0] == 200
+        for _ in range(2):
+            status, answer, _ = running.send("/v1/completions", TEXT)
+            assert (status, answer["error"]["type"]) == (500, "server_error")
+        status, answer, _ = running.send("/health")
+        assert status == 503
+        assert "tiny: the last 3 calls of the model failed: see the log" in answer["status"]
+        running.executor.fails = None
+        assert running.send("/v1/completions", TEXT | GREEDY)[1]["choices"] == right
+        assert running.send("/health")[0] == 200
+        text = generate_latest(running.service.families.registry).decode()
+        assert 'moec:text_failures_total{error="RuntimeError",model_name="tiny"} 3.0' in text
 
 
 def test_a_read_that_fails_ends_the_texts_in_it_and_no_others(model: moec.LoadedModel) -> None:
