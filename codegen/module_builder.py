@@ -19,7 +19,6 @@ from moec.codegen.loop_kernel import LoopKernel, describe
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emit import EMIT
 from moec.codegen.loops.index import Sizes
-from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.runtime.dtypes import Array
 from moec.runtime.package import KernelCall
@@ -56,8 +55,7 @@ def as_array(tensor: torch.Tensor) -> Array:
 @dataclass
 class ModuleBuilder:
     """The kernels of a module, each generated once for all functions that call it. `makers` and
-    `loop` are those of a `moec.codegen.backend.Backend`. `tunings` are the values of tuned kernels,
-    by key; `tunable` are the kernels that could be tuned."""
+    `loop` are those of a `moec.codegen.backend.Backend`."""
 
     builder: relax.BlockBuilder
     makers: Mapping[type, Maker]
@@ -65,8 +63,6 @@ class ModuleBuilder:
     functions: dict[object, Any] = field(default_factory=dict)
     name_counts: Counter[str] = field(default_factory=Counter)
     sites: list[tuple[str, str]] = field(default_factory=list)
-    tunings: Tunings = field(default_factory=dict)
-    tunable: dict[str, Tunable] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
         self.name_counts[name] += 1
@@ -138,13 +134,6 @@ class Lowering:
             unique = self.kernels.unique(name)
             functions[key] = self.builder.add_func(make(unique), unique)
         return functions[key]
-
-    def tuned(self, kernel: Tunable, name: str) -> Any:
-        """The kernel with its tuned values, generated once."""
-        if kernel.candidates:
-            self.kernels.tunable.setdefault(kernel.key, kernel)
-        values = self.kernels.tunings.get(kernel.key, {})
-        return self.function(kernel.key, name, lambda unique: kernel.make(unique, values))
 
     def call(
         self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
-from types import MappingProxyType
 
 import torch
 
@@ -15,7 +13,6 @@ from moec.codegen.cpu.narrow_copy import narrow_copy
 from moec.codegen.index_ranges import index_ranges
 from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.module_builder import Param, as_array
-from moec.codegen.tuning.tunable import Tunings
 from moec.errors import UsageError
 from moec.ir.graph import Module, Program, Value
 from moec.memory.memory import InMemory
@@ -43,7 +40,6 @@ def build(
     module: Module,
     target: Target,
     opt_level: int = 2,
-    tunings: Tunings = MappingProxyType({}),
     backend: Backend | None = None,
     memory: InMemory | None = None,
     store: bool = False,
@@ -56,19 +52,16 @@ def build(
     Arrays that no kernel packs share the memory of the program's weights, unless that is bounded;
     `memory` is where the weights are, and the arrays. `opt_level` 0 disables LLVM's optimisation.
     `store` adds functions that read experts from disk, and `tiers` narrow copies of these experts.
-    `tunings` are the values of kernels, by their key.
 
     Raises UnsupportedError (for everything without a kernel at once), TargetError (no linker), and
     UsageError where experts have no narrow copies.
     """
     backend = backend or backend_for(target)
-    lowered = lower(module, target, backend, tunings, store=store, tiers=tiers)
+    lowered = lower(module, target, backend, store=store, tiers=tiers)
     if tiers and not lowered.stacks:
         raise UsageError("--tiers needs experts that can stay on disk (--store): leave it out")
     library = backend.library(lowered.modules, target, opt_level, None)
-    kernels = {kernel.key: kernel for kernel in lowered.tunable}
-    values = {key: kernels[key].complete(changed) for key, changed in tunings.items()}
-    return replace(package(module, target, lowered, library, memory=memory), tunings=values)
+    return package(module, target, lowered, library, memory=memory)
 
 
 def package(

@@ -98,7 +98,6 @@ def compile(
     kv_cache: bool = True,
     record_routing: bool = False,
     embeddings: bool = False,
-    tune: bool = False,
     backend: Backend | None = None,
     watch: Callable[[PassResult], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
@@ -117,24 +116,20 @@ def compile(
     sequence sizes vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names
     inputs whose sizes the module may fix at the example's (True: all inputs); else a fixed size is
     an error. `constants` names inputs that always have the values of the example, such as
-    `image_grid_thw`: the compiled model does not take them.
-    `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes
-    the passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
-    greatest error allowed, relative to the greatest value of an output. Where weights stay in
-    files, eager reads each of them once, layer by layer, for all inputs of the comparison
-    ("layers"), or evaluates the model for one input after the other ("whole"). `fuel` limits the
-    number of rewrites. `stop_after` names the last pass to run; `build=False` stops before code
-    generation.
-    `kv_cache=False` omits the code with which `generate` computes one token at a time.
-    `record_routing` adds what `CompiledModel.record_routing` needs; other calls do not change.
-    `embeddings` adds what `/v1/embeddings` of `moec serve` needs, without further weights.
-    `opt_level` chooses passes; 0 also omits LLVM's optimisation, on CPUs only. `tune` measures
-    kernels with several parameter values on this machine, and stores the results for later
-    compilations; kernels of compressed weights have no such values. `backend` replaces the
-    target's, for example with one that has a rule of your own:
-    `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as "cpu,cuda:sm_80,sm_90a" generates
-    code for CPUs and GPUs; users with a CPU need no CUDA. `backend` may then be of either
-    kind.
+    `image_grid_thw`: the compiled model does not take them. `dtype` converts the weights first, in
+    place; the module is left in eval mode. `passes` changes the passes of `opt_level` ("+a,-b").
+    `verify` compares the result with eager; a float is the greatest error allowed, relative to the
+    greatest value of an output. Where weights stay in files, eager reads each of them once, layer
+    by layer, for all inputs of the comparison ("layers"), or evaluates the model for one input
+    after the other ("whole"). `fuel` limits the number of rewrites. `stop_after` names the last
+    pass to run; `build=False` stops before code generation. `kv_cache=False` omits the code with
+    which `generate` computes one token at a time. `record_routing` adds what
+    `CompiledModel.record_routing` needs; other calls do not change. `embeddings` adds what
+    `/v1/embeddings` of `moec serve` needs, without further weights. `opt_level` chooses passes; 0
+    also omits LLVM's optimisation, on CPUs only. `backend` replaces the target's, for example with
+    one that has a rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as
+    "cpu,cuda:sm_80,sm_90a" generates code for CPUs and GPUs; users with a CPU need no CUDA.
+    `backend` may then be of either kind.
 
     `quant` stores the weights of experts in few bits: "int8", "int6", "int5", "int4", "int3" or
     "int2", each optionally with a block size (":32", ":64", ":128") and ":asymmetric", "fp8", or
@@ -177,7 +172,7 @@ def compile(
     builds = build and stop_after is None
     verified, way = verification(verify)
     runs = builds and verified is not False
-    targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
+    targets = choose_targets(target, backend, builds=builds, runs=runs)
     store = store_of_tiers(store, tiers, targets.target)
     passes, quant = with_choices(choices, passes, quant)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
@@ -242,7 +237,7 @@ def compile(
                 after = decode_passes(opt_level, passes, on_disk)
                 compiled = with_decode(compiled, after, targets.backend)
         compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
-        built = build_model(compiled, opt_level, clock, targets.backend, tune, store, tiers)
+        built = build_model(compiled, opt_level, clock, targets.backend, store, tiers)
         if targets.beside is not None:
             built = build_for_gpu(
                 built, targets.beside, opt_level, clock, targets.beside_backend, store

@@ -5,10 +5,9 @@
       libraries/KEY   native code of one block, or of the products of one stack of weights
       artifacts/KEY   the artifact of one checkpoint, by `moec compile`
       frames/KEY      a large one, without the weights that follow from the checkpoint
-      tunings/KEY     the measurements of one kernel, as JSON
       runs/KEY        how long the phases of the last compilations took, as JSON
 
-Threat model: all entries but tunings and runs are native code that moec links and runs, and a hash
+Threat model: all entries but runs are native code that moec links and runs, and a hash
 in the same file does not stop anybody who can write there. So the folder is trusted only because it
 is the user's: nothing is read from a folder or entry that belongs to another user or that others
 may write. The hash detects damage: an entry that is truncated, changed or misnamed counts as
@@ -41,9 +40,9 @@ from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.files.private_folder import others_may_change
 
-OBJECTS, LIBRARIES, TUNINGS, RUNS = "objects", "libraries", "tunings", "runs"
+OBJECTS, LIBRARIES, RUNS = "objects", "libraries", "runs"
 ARTIFACTS, FRAMES = "artifacts", "frames"
-KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, FRAMES, TUNINGS, RUNS)
+KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, FRAMES, RUNS)
 DEFAULT_LIMIT = 2 * 2**30  # bytes
 LARGE = 1 << 10  # a payload above this part of the limit is large
 

@@ -93,7 +93,7 @@ def test_folders_are_short():
 BUDGETS = {
     ("moec/capture",): 15_871,
     ("passes/recognise",): 7_269,
-    ("codegen/cuda",): 6_000,
+    ("codegen/cuda",): 5_933,
     ("moec", *LINKED): 124_126,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,

@@ -91,10 +91,6 @@ LOGGER = logging.getLogger(__name__)
     help="Include the graph after each pass for `moec explore`, with the lines of your code.",
 )  # fmt: skip
 @click.option(
-    "--tune", is_flag=True,
-    help="Measure variants of the kernels on this machine, use the fastest, and remember them.",
-)  # fmt: skip
-@click.option(
     "--memory", metavar="SIZE",
     help="How much memory to take for a checkpoint, e.g. 6GiB; by default half of what is free. "
     "Weights that do not fit stay in files.",
@@ -246,7 +242,6 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             kv_cache=request.kv_cache,
             record_routing=request.record_routing,
             embeddings=request.embeddings,
-            tune=request.tune,
             memory=request.memory,
             store=request.store,
             tiers=request.tiers,

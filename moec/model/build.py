@@ -30,7 +30,6 @@ from moec.verify.chunked import feed_in_chunks
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
-    from moec.codegen.tuning.tunable import Values
     from moec.runtime.call.executor import Executor
 
 
@@ -39,23 +38,12 @@ def build_model(
     opt_level: int,
     clock: Clock,
     backend: Backend | None,
-    tune: bool = False,
     store: bool | None = None,
     tiers: bool = False,
 ) -> CompiledModel:
     """The model with code, and with an executor where this machine can run it. `store`: experts can
     be read from disk; by default, if the model has many weights. `tiers`: also as narrow copies."""
     module, target = compiled.module, compiled.target
-    tunings: dict[str, Values] = {}
-    if tune:
-        with clock.phase("tune"), list_unrecognised(compiled):
-            from moec.model.tune import tune_kernels
-
-            assert isinstance(target, CpuTarget), "kernels of CPUs alone are tuned"
-            tunings, lines = tune_kernels(
-                module, target, backend, opt_level=opt_level, progress=clock.progress
-            )
-            compiled = replace(compiled, tuned=lines)
     with clock.phase("kernels"):
         from moec.codegen.package import build as generate
 
@@ -63,7 +51,7 @@ def build_model(
             memory = compiled.source.memory
             memory.check_room(_bytes(module))
             stores = stores_experts(store, module, target)
-            package = generate(module, target, opt_level, tunings, backend, memory, stores, tiers)
+            package = generate(module, target, opt_level, backend, memory, stores, tiers)
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
