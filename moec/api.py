@@ -234,7 +234,7 @@ def compile(
             compiled = with_sides(compiled, transform, exact, targets.backend, clock)
         if kv_cache:
             with clock.phase("generation"):
-                after = decode_passes(opt_level, passes, on_disk)
+                after = decode_passes(opt_level, passes)
                 compiled = with_decode(compiled, after, targets.backend)
         compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
         built = build_model(compiled, opt_level, clock, targets.backend, store, tiers)

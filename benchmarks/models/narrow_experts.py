@@ -29,14 +29,14 @@ SYNTHETIC = {
 }  # fmt: skip
 
 
-def started(path: Path, share: float, narrow: float, predict: str = "never") -> Any:
+def started(path: Path, share: float, narrow: float) -> Any:
     from moec.runtime.artifact.artifact import read
     from moec.runtime.expert_store.native import StoreOptions
     from moec.runtime.expert_store.start import start_with_slots, stored_sizes
 
     opened = read(path)
     slots = [max(1, round(share * layer.experts)) for layer in stored_sizes(opened)]
-    options = StoreOptions(predict=predict, narrow=narrow)
+    options = StoreOptions(narrow=narrow)
     return start_with_slots(opened, slots, reading="direct", options=options)
 
 
@@ -118,9 +118,8 @@ def damage(path: Path, tokens: int) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--share", type=float, required=True)
 @click.option("--budgets", default="0,0.1,0.2")
-@click.option("--predict", default="never")
 @click.option("--tokens", nargs=2, default=(100, 60))
-def speed(path: Path, share: float, budgets: str, predict: str, tokens: tuple[int, int]) -> None:
+def speed(path: Path, share: float, budgets: str, tokens: tuple[int, int]) -> None:
     """Milliseconds and bytes a token, after some tokens in which experts are hashed."""
     from moec.runtime.expert_store.start import store_report
 
@@ -128,7 +127,7 @@ def speed(path: Path, share: float, budgets: str, predict: str, tokens: tuple[in
     first, timed = larger_than_memory.tokens(larger_than_memory.TOKENS)
     words = [*first, *timed][: sum(tokens)]
     for narrow in map(float, budgets.split(",")):
-        executor, times = started(path, share, narrow, predict), []
+        executor, times = started(path, share, narrow), []
         before = store_report(executor).counts
         end = time.perf_counter()
         for number, _ in enumerate(steps(executor, words)):

@@ -8,10 +8,6 @@
    slot may then be filled with an expert further behind. So a call may need more experts than there
    are slots, and each is read once.
 
-   A plan may come with a guess: the choices that the next layer is expected to make. Readers that have
-   nothing else to read then read what is absent of them, into slots of that layer's least useful
-   experts, until the layer's own plan says what it needs. A wrong guess is dropped between two blocks.
-
    An artifact may have a narrow copy of each expert, of few bits (narrow_copy.c). With a budget, the
    experts that carry the least routing weight in a call are then read from it and widened into their
    slots, as long as the share of the weight that they carry is within the budget. Without one, none.
@@ -41,9 +37,7 @@ enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { LRU, LFU, SLRU };
 enum { EMPTY, QUEUED, READING, FULL }; /* a slot */
 enum { PENDING, READY, FAILED };       /* a visit */
-enum { DROPPED = -3 };                 /* a read of a wrong guess */
-enum { NEVER, ALWAYS, MEASURED };      /* guesses are used */
-enum { WARM = 64, WINDOW = 8, TRIAL = 128, HELD = 4096 }; /* steps */
+enum { DROPPED = -3 };                 /* a read that was given up */
 
 typedef struct {
   int32_t type;
@@ -89,9 +83,6 @@ typedef struct {
 typedef struct { /* since the last reading of the counts; times in ns */
   int64_t calls, visits, hits, bytes, read_ns, stall_ns;
 } Counts;
-typedef struct { /* experts guessed, those used, those read early; bytes of those not used */
-  int64_t guesses, right, early, vain;
-} GuessCounts;
 typedef struct { /* narrow copies that were read; routing weight of all calls, and what they carried */
   int64_t reads, bytes;
   double weight, carried;
@@ -99,7 +90,7 @@ typedef struct { /* narrow copies that were read; routing weight of all calls, a
 
 typedef struct {
   int32_t expert, state, visit; /* visit: its number in the call under way, or -1 */
-  int32_t guess, dropped;       /* it was read for a guess; which was wrong */
+  int32_t dropped;              /* what was being read is not needed */
   int32_t narrow;               /* it has a narrow copy, widened */
 } Slot;
 typedef struct {
@@ -111,10 +102,6 @@ typedef struct {
   _Atomic int32_t state, finished;
 } Visit;
 typedef struct {
-  int32_t step, on;
-  int64_t begun, ns[2], steps[2]; /* without guesses, and with */
-} Trial;
-typedef struct {
   Shape shape;
   Slot *slot;
   Visit *visit;
@@ -122,7 +109,6 @@ typedef struct {
   int64_t *last;  /* expert -> the call that used it last */
   char *trusted;  /* expert -> bits: the digest of its weights was right; of its narrow copy */
   char *safe;     /* expert -> used again while it was in a slot, of which 4/5 of the slots remember */
-  char *guessed;  /* expert -> the next call is expected to use it */
   double *score;  /* expert -> uses, each of which counts half after `half_life` calls */
   char *narrow;   /* of a layer's first stack: expert -> the call may use its narrow copy */
   double *weight; /* and its routing weight in the call */
@@ -134,7 +120,6 @@ typedef struct {
   Options options;
   Stack *stack;
   Counts counts;
-  GuessCounts guessed;
   NarrowCounts narrow;
   pid_t process;
   unsigned long thread[MOST_READERS];
@@ -142,11 +127,8 @@ typedef struct {
   int32_t stop, *queue;              /* of (stack, slot) */
   int32_t trust;                     /* how often the file was distrusted */
   uint32_t head, tail, room;
-  int32_t *guess, guesses, next_guess, demands; /* of (stack, expert): what is read when nothing else is */
   int32_t failed_stack, failed_expert, failed_error; /* the latest failure of a read */
   _Atomic int64_t stall_ns;
-  Trial trial;
-  int predict, guessing;
   double decay[AGES];
 } Store;
 
@@ -292,25 +274,7 @@ static int take_queued(Store *s, int32_t *stack, int32_t *slot) {
   return 0;
 }
 
-static int free_slot(Store *s, Stack *of);
 static void fill(Store *s, int stack);
-
-/* Guesses are read while nothing else is: they would share the disk with what a kernel waits for. */
-static int take_guess(Store *s, int32_t *stack, int32_t *slot) {
-  while (!s->demands && s->next_guess < s->guesses) {
-    const int32_t *entry = s->guess + 2 * s->next_guess++;
-    Stack *of = &s->stack[entry[0]];
-    if (of->where[entry[1]] >= 0)
-      continue;
-    *stack = entry[0], *slot = free_slot(s, of);
-    if (*slot < 0)
-      continue;
-    of->slot[*slot] = (Slot){entry[1], QUEUED, -1, 1, 0, 0};
-    of->where[entry[1]] = *slot;
-    return 1;
-  }
-  return 0;
-}
 
 static void *read_queued(void *argument) {
   Store *s = argument;
@@ -319,7 +283,7 @@ static void *read_queued(void *argument) {
   int32_t stack, number;
   lock(s);
   while (!s->stop) {
-    if (!take_queued(s, &stack, &number) && !take_guess(s, &stack, &number)) {
+    if (!take_queued(s, &stack, &number)) {
       uint32_t work = atomic_load(&s->work);
       unlock(s);
       sleep_while(&s->work, work);
@@ -334,8 +298,7 @@ static void *read_queued(void *argument) {
     Progress progress = {&slot->dropped, 0};
     int64_t begin = now_ns();
     int32_t trust = s->trust;
-    int demand = !slot->guess;
-    slot->state = READING, s->demands += demand;
+    slot->state = READING;
     unlock(s);
     if (narrow && !error) {
       const Piece *p = of->shape.piece;
@@ -349,11 +312,7 @@ static void *read_queued(void *argument) {
     lock(s);
     if (narrow)
       s->narrow.reads++, s->narrow.bytes += progress.bytes;
-    s->demands -= demand;
-    if (!s->demands && s->next_guess < s->guesses)
-      wake_all(&s->work);
     s->counts.read_ns += end - begin, s->counts.bytes += progress.bytes;
-    s->guessed.vain += slot->dropped ? progress.bytes : 0;
     of->trusted[expert] |= !error && s->trust == trust ? kind : 0;
     slot->state = error || slot->dropped ? EMPTY : FULL;
     if (error && !slot->dropped)
@@ -394,15 +353,7 @@ static void restart_after_fork(Store *s) {
       }
     }
   s->head = s->tail = 0;
-  s->guesses = s->next_guess = s->demands = 0;
   start_readers(s);
-}
-
-static int64_t bytes_of(const Stack *of) {
-  int64_t bytes = 0;
-  for (int i = 0; i < of->shape.pieces; i++)
-    bytes += of->shape.piece[i].bytes;
-  return bytes;
 }
 
 /* ---- slots ---------------------------------------------------------------------------- */
@@ -423,7 +374,7 @@ static int free_slot(Store *s, Stack *of) {
     Slot *slot = &of->slot[i];
     if (slot->state == EMPTY)
       return i;
-    if (slot->state != FULL || slot->visit >= 0 || of->guessed[slot->expert])
+    if (slot->state != FULL || slot->visit >= 0)
       continue;
     double value = worth(s, of, slot->expert);
     if (best < 0 || value < least)
@@ -453,7 +404,7 @@ static void fill(Store *s, int stack) {
     if (number < 0)
       break;
     int narrow = s->stack[of->shape.first].narrow[visit->expert] && narrow_of(s, stack);
-    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled, 0, 0, narrow};
+    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled, 0, narrow};
     of->where[visit->expert] = visit->slot = number;
     int32_t *entry = s->queue + 2 * (s->tail++ % s->room);
     entry[0] = stack, entry[1] = number, queued = 1;
@@ -481,25 +432,6 @@ static void use(Store *s, Stack *of, int expert) {
   int64_t age = of->call - of->last[expert];
   of->score[expert] = 1 + (age < AGES ? of->score[expert] * s->decay[age] : 0);
   of->last[expert] = of->call;
-}
-
-/* The layer's call says which guesses were right: reads of the others end. */
-static void judge(Store *s, Stack *of, const int32_t *ends) {
-  for (int e = 0; e < of->shape.experts; e++) {
-    int where = of->where[e], used = ends[e] > (e ? ends[e - 1] : 0);
-    Slot *slot = where < 0 ? NULL : &of->slot[where];
-    s->guessed.guesses += of->guessed[e], s->guessed.right += of->guessed[e] && used;
-    of->guessed[e] = 0;
-    if (!slot || !slot->guess)
-      continue;
-    slot->guess = 0;
-    if (used)
-      s->guessed.early++;
-    else if (slot->state == READING)
-      __atomic_store_n(&slot->dropped, 1, __ATOMIC_RELAXED), of->where[e] = -1;
-    else
-      s->guessed.vain += bytes_of(of);
-  }
 }
 
 /* Element i of a tensor of routing weights; where it is no number, neither is the result. */
@@ -580,7 +512,6 @@ static void leave_narrow(Stack *of, const char *narrow, const int32_t *ends) {
 /* Begins a call of a layer: the order of the experts that have rows, by their `ends`. */
 static void start(Store *s, int stack, const int32_t *ends) {
   Stack *of = &s->stack[stack];
-  judge(s, of, ends);
   for (int i = 0; i < of->shape.slots; i++) { /* of a call that failed, too */
     Slot *slot = &of->slot[i];
     slot->visit = -1;
@@ -607,60 +538,6 @@ static void start(Store *s, int stack, const int32_t *ends) {
   if (s->options.policy == SLRU)
     limit_safe(of);
   fill(s, stack);
-}
-
-static void forget(Store *s, int first) {
-  for (int j = first; j < first + s->stack[first].shape.count; j++)
-    memset(s->stack[j].guessed, 0, s->stack[j].shape.experts);
-  s->guesses = s->next_guess = 0;
-}
-
-/* The choices that the layer after `stack`'s is expected to make, where they fit in its slots: the
-   likeliest column of each token first. */
-static void expect(Store *s, int stack, const Tensor *ids) {
-  const Shape *shape = &s->stack[stack].shape;
-  int next = shape->first + shape->count;
-  int64_t tokens = ids->shape[0], k = ids->shape[1];
-  if (next >= s->options.stacks)
-    return;
-  const Shape *of = &s->stack[next].shape;
-  int distinct = 0;
-  forget(s, next);
-  for (int64_t i = 0; i < tokens * k && distinct <= of->slots; i++) {
-    int64_t e = id_at(ids, i % tokens * k + i / tokens);
-    if (e < 0 || e >= of->experts || s->stack[next].guessed[e])
-      continue;
-    distinct++;
-    for (int j = next; j < next + of->count; j++) {
-      int32_t *entry = s->guess + 2 * s->guesses++;
-      s->stack[j].guessed[e] = 1, entry[0] = j, entry[1] = (int32_t)e;
-    }
-  }
-  if (distinct > of->slots)
-    forget(s, next);
-  if (s->guesses)
-    wake_all(&s->work);
-}
-
-/* Whether a step uses guesses. Where that is measured, steps of few tokens are timed, in turns with
-   guesses and without, and the faster way is used for the HELD steps that follow. */
-static int begins_with_guesses(Store *s, int few) {
-  Trial *t = &s->trial;
-  if (s->predict != MEASURED)
-    return s->predict == ALWAYS;
-  int64_t begun = t->begun, now = now_ns();
-  t->begun = few ? now : 0;
-  if (!few)
-    return t->on;
-  if (begun && t->step > WARM && t->step <= WARM + TRIAL)
-    t->ns[t->on] += now - begun, t->steps[t->on]++;
-  if (t->step < WARM + TRIAL)
-    t->on = t->step >= WARM && (t->step - WARM) / WINDOW % 2;
-  else if (t->step == WARM + TRIAL)
-    t->on = t->ns[1] * t->steps[0] < t->ns[0] * t->steps[1];
-  if (++t->step == WARM + TRIAL + HELD)
-    *t = (Trial){WARM, 0, 0, {0, 0}, {0, 0}};
-  return t->on;
 }
 
 /* ---- the interface of kernels ---------------------------------------------------------- */
@@ -729,10 +606,9 @@ static void *data_of(const Any *a) {
   return tensor_of(a)->data + tensor_of(a)->offset;
 }
 
-/* (key i64[2], ends i32[E], rows[, ids [T, k], weights [T, k]][, guess [T, k]], plan i32[E + 1]): how
-   many experts the kernel visits, then which. The key is the address of the store and the number of
-   the stack; the guess is of the choices of the next layer. Ids and weights are those of the routing,
-   where there are narrow copies. */
+/* (key i64[2], ends i32[E], rows[, ids [T, k], weights [T, k]], plan i32[E + 1]): how many experts the
+   kernel visits, then which. The key is the address of the store and the number of the stack. Ids and
+   weights are those of the routing, where there are narrow copies. */
 int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, Any *result) {
   const int64_t *key = data_of(&arguments[0]);
   const int32_t *ends = data_of(&arguments[1]);
@@ -749,12 +625,6 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
       choose_narrow(s, of, ends, tensor_of(&arguments[3]), tensor_of(&arguments[4]));
     for (int i = 0; i < of->shape.count; i++)
       start(s, stack + i, ends);
-    s->guesses = s->next_guess = 0;
-    int guesses = count % 2; /* ids and weights are two */
-    if (guesses && stack == 0)
-      s->guessing = begins_with_guesses(s, of->visits <= of->shape.slots);
-    if (guesses && s->guessing)
-      expect(s, stack, tensor_of(&arguments[count - 2]));
   }
   plan[0] = of->visits, plan[1] = 0;
   for (int i = 0; i < of->visits; i++)
@@ -764,7 +634,6 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
 }
 
 static int allocate(Store *s) {
-  size_t experts = 0;
   if (s->options.narrow) {
     size_t bytes = s->options.stacks * sizeof(Narrow);
     void *narrow = malloc(bytes);
@@ -783,36 +652,33 @@ static int allocate(Store *s) {
     of->score = calloc(shape.experts, sizeof *of->score);
     of->trusted = calloc(shape.experts, 1);
     of->safe = calloc(shape.experts, 1);
-    of->guessed = calloc(shape.experts, 1);
     of->narrow = calloc(shape.experts, 1);
     of->weight = calloc(shape.experts, sizeof *of->weight);
     Piece *piece = malloc(shape.pieces * sizeof *piece);
     of->shape.piece = piece;
     if (!of->slot || !of->visit || !of->where || !of->last || !of->score || !of->trusted ||
-        !of->safe || !of->guessed || !of->narrow || !of->weight || !piece)
+        !of->safe || !of->narrow || !of->weight || !piece)
       return 0;
     memcpy(piece, shape.piece, shape.pieces * sizeof *piece);
     for (int e = 0; e < shape.experts; e++)
       of->where[e] = -1;
     s->room += 4 * (uint32_t)shape.slots;
-    experts += (size_t)shape.experts;
   }
   s->queue = calloc(s->room, 2 * sizeof *s->queue);
-  s->guess = calloc(experts, 2 * sizeof *s->guess);
-  return s->stack && s->queue && s->guess;
+  return s->stack && s->queue;
 }
 
 static void release(Store *s) {
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
     free(of->slot), free(of->visit), free(of->where), free(of->last), free(of->score);
-    free(of->trusted), free(of->safe), free(of->guessed), free(of->narrow), free(of->weight);
+    free(of->trusted), free(of->safe), free(of->narrow), free(of->weight);
     free((void *)of->shape.piece);
   }
-  free(s->stack), free(s->queue), free(s->guess), free((void *)s->options.narrow), free(s);
+  free(s->stack), free(s->queue), free((void *)s->options.narrow), free(s);
 }
 
-/* (address of Options[, whether guesses are used]) -> the address of a store; 0 where there is no
+/* (address of Options) -> the address of a store; 0 where there is no
    memory, or no thread. */
 int __tvm_ffi_moec_store_open(void *self, const Any *arguments, int32_t count, Any *result) {
   Store *s = calloc(1, sizeof *s);
@@ -820,7 +686,6 @@ int __tvm_ffi_moec_store_open(void *self, const Any *arguments, int32_t count, A
   if (!s)
     return 0;
   s->options = *(const Options *)(intptr_t)arguments[0].value;
-  s->predict = count > 1 ? (int)arguments[1].value : NEVER;
   double step = 1, half = 1 / (double)s->options.half_life;
   step = 1 - 0.6931471805599453 * half + 0.2402265069591007 * half * half; /* about 2^-half */
   for (int i = 0; i < AGES; i++)
@@ -829,7 +694,7 @@ int __tvm_ffi_moec_store_open(void *self, const Any *arguments, int32_t count, A
     release(s);
   else
     result->value = (int64_t)(intptr_t)s;
-  return (void)self, 0;
+  return (void)self, (void)count, 0;
 }
 
 /* (address of a store): before the memory of its slots is freed, as readers write into it. */
@@ -858,8 +723,8 @@ int __tvm_ffi_moec_store_distrust(void *self, const Any *arguments, int32_t coun
   return (void)self, (void)count, (void)result, 0;
 }
 
-/* (address of a store, of Counts, of i32[3][, of GuessCounts[, of NarrowCounts]]): what happened since the last time; the stack, expert
-   and error of the latest failed read, and -1 before one. */
+/* (address of a store, of Counts, of i32[3][, of NarrowCounts]): what happened since the last time; the
+   stack, expert and error of the latest failed read, and -1 before one. */
 int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count, Any *result) {
   Store *s = (Store *)(intptr_t)arguments[0].value;
   int32_t *failure = (int32_t *)(intptr_t)arguments[2].value;
@@ -870,9 +735,7 @@ int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count,
   failure[1] = s->failed_expert, failure[2] = s->failed_error;
   s->counts = (Counts){0}, s->failed_error = 0;
   if (count > 3)
-    *(GuessCounts *)(intptr_t)arguments[3].value = s->guessed, s->guessed = (GuessCounts){0};
-  if (count > 4)
-    *(NarrowCounts *)(intptr_t)arguments[4].value = s->narrow, s->narrow = (NarrowCounts){0};
+    *(NarrowCounts *)(intptr_t)arguments[3].value = s->narrow, s->narrow = (NarrowCounts){0};
   unlock(s);
   return (void)self, (void)result, 0;
 }

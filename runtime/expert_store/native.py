@@ -22,7 +22,6 @@ SHORTER, ALTERED = -1, -2
 """Errors of a read that are not the system's: the file is shorter than before, or its content is
 not what was written."""
 POLICIES = ("lru", "lfu", "slru")
-PREDICT = ("never", "always", "measured")
 MOST_READERS = 8
 
 
@@ -69,25 +68,21 @@ class StackInSlots:
 @dataclass(frozen=True)
 class StoreOptions:
     """`readers`: threads that read, 0 for as many as suit. `half_life`: the calls of a layer after
-    which the use of an expert counts half (lfu). `predict`: whether experts that the next layer is
-    expected to choose are read early; `measured`: where steps that do so are faster. `narrow`: the
-    greatest share of each layer's routing weight that narrow copies of experts may carry."""
+    which the use of an expert counts half (lfu). `narrow`: the greatest share of each layer's
+    routing weight that narrow copies of experts may carry."""
 
     readers: int = 0
     policy: str = "lfu"
     half_life: int = 64
-    predict: str = "measured"
     narrow: float = 0.0
 
 
 @dataclass(frozen=True)
 class StoreCounts:
     """What a store did: calls of layers, experts that they needed, those of them that were in
-    slots, bytes read, and seconds of reading and of waiting, summed over threads. Of the experts
-    that a layer was expected to need (`guesses`), those that it needed (`right`), needed ones that
-    were being read or in slots for a guess (`early`), and bytes read for wrong guesses (`vain`).
-    Narrow copies that were read, their bytes, and where they may be used, the routing weight of all
-    calls and what narrow copies carried of it."""
+    slots, bytes read, and seconds of reading and of waiting, summed over threads. Narrow copies
+    that were read, their bytes, and where they may be used, the routing weight of all calls and
+    what narrow copies carried of it."""
 
     calls: int = 0
     visits: int = 0
@@ -95,10 +90,6 @@ class StoreCounts:
     bytes_read: int = 0
     read_seconds: float = 0.0
     stall_seconds: float = 0.0
-    guesses: int = 0
-    right: int = 0
-    early: int = 0
-    vain: int = 0
     narrow_reads: int = 0
     narrow_bytes: int = 0
     weight: float = 0.0
@@ -199,7 +190,7 @@ class NativeStore:
         memory: Any,
     ) -> None:
         opened = options_of(stacks, options)
-        self.address: int = function(OPEN)(ctypes.addressof(opened), PREDICT.index(options.predict))
+        self.address: int = function(OPEN)(ctypes.addressof(opened))
         if not self.address:
             raise ArtifactError("the system gives the store of experts no memory, or no thread")
         self._read_counts, self._distrust = function(COUNTS), function(DISTRUST)
@@ -226,12 +217,12 @@ class NativeStore:
 
     def _read(self) -> None:
         raw, failure = (ctypes.c_int64 * 6)(), (ctypes.c_int32 * 3)()
-        guesses, narrow = (ctypes.c_int64 * 4)(), _NarrowCounts()
-        to = [ctypes.addressof(memory) for memory in (raw, failure, guesses, narrow)]
+        narrow = _NarrowCounts()
+        to = [ctypes.addressof(memory) for memory in (raw, failure, narrow)]
         self._read_counts(self.address, *to)
         calls, visits, hits, size, read, stalled = raw
         weights = (narrow.reads, narrow.bytes, narrow.weight, narrow.carried)
-        counts = (calls, visits, hits, size, read / 1e9, stalled / 1e9, *guesses, *weights)
+        counts = (calls, visits, hits, size, read / 1e9, stalled / 1e9, *weights)
         self._total += StoreCounts(*counts)
         if failure[0] >= 0:
             self._failed = FailedRead(*failure)

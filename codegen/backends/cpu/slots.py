@@ -1,6 +1,6 @@
 """Arguments of products whose experts are read from disk into slots (codegen/cpu/expert_store.c).
 
-plan = moec_store_plan(key, ends, rows[, ids, weights][, guess])    before the first product
+plan = moec_store_plan(key, ends, rows[, ids, weights])    before the first product
 product(rows, order, ends, key, plan, weights in slots, ...)
 """
 
@@ -59,7 +59,6 @@ class SlotArguments:
             if self.tiers and not routing:
                 self.refusal = f"needs routing weights, and {layer} has none before its experts"
             more += routing
-            more += sort.inputs[1:] if sort.name == "moe.sort" else ()
         self.stacks.setdefault(ends, []).append(stack)
         key = low.param(stack.key, Param(stack.key, TensorType("i64", (2,)), ()))
         experts = ends.shape[0]

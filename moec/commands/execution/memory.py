@@ -81,13 +81,6 @@ def _store_line(stored: StoreReport) -> str:
             f"the GPU's memory: {share:.0%} of those needed were there, and "
             f"{show_bytes(counts.bytes_read)} were copied to it ({stored.reading})"
         )
-    guessed = (
-        f"; {counts.right / counts.guesses:.0%} of {counts.guesses} guesses of the next layer's "
-        f"experts were right, {counts.early} experts were read early, and "
-        f"{show_bytes(counts.vain)} in vain"
-        if counts.guesses
-        else ""
-    )
     narrow = (
         f"; {counts.narrow_reads} of the reads were of narrow copies, "
         f"{show_bytes(counts.narrow_bytes)}, which carried "
@@ -99,7 +92,7 @@ def _store_line(stored: StoreReport) -> str:
         f"{show_bytes(stored.slot_bytes)} of {show_bytes(stored.expert_bytes)} of experts in "
         f"memory: {share:.0%} of those needed were there, {show_bytes(counts.bytes_read)} were "
         f"read ({stored.reading}) in {counts.read_seconds:.1f} s, and threads waited for "
-        f"{counts.stall_seconds:.1f} s{guessed}{narrow}"
+        f"{counts.stall_seconds:.1f} s{narrow}"
     )
 
 
