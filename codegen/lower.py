@@ -68,14 +68,12 @@ def lower(
     backend: Backend,
     *,
     store: bool = False,
-    tiers: bool = False,
 ) -> LoweredModule:
-    """The Relax modules of `module`. `store` adds the functions that read experts from disk,
-    `tiers` what they need for narrow copies of them.
+    """The Relax modules of `module`. `store` adds the functions that read experts from disk.
 
     Raises UnsupportedError that lists every op without a kernel and every unknown size.
     """
-    parts = [_for_part(module, part, backend, store, tiers) for part in backend.parts(target)]
+    parts = [_for_part(module, part, backend, store) for part in backend.parts(target)]
     assert all(_layout(part) == _layout(parts[0]) for part in parts), "parts share weights"
     return replace(parts[0], modules={n: m for part in parts for n, m in part.modules.items()})
 
@@ -84,9 +82,7 @@ def _layout(lowered: LoweredModule) -> list[tuple[str, TensorType]]:
     return [(p.name, p.type) for params in lowered.params.values() for p in params]
 
 
-def _for_part(
-    module: Module, target: Target, backend: Backend, store: bool, tiers: bool
-) -> LoweredModule:
+def _for_part(module: Module, target: Target, backend: Backend, store: bool) -> LoweredModule:
     with BUILDERS:
         # A kernel may not have the name of a function; `route` would be both.
         kernels = ModuleBuilder(
@@ -120,7 +116,7 @@ def _for_part(
             add(name, name)
         if store and backend.slots is not None:
             for name in (name for name in (MAIN, DECODE) if name in module):
-                slots = backend.slots(tiers=True) if tiers else backend.slots()
+                slots = backend.slots()
                 add(name, stored(name), slots)
                 stacks[name] = slots.layers()
         finished = kernels.builder.finalize()

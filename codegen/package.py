@@ -9,11 +9,9 @@ import torch
 
 from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
-from moec.codegen.cpu.narrow_copy import narrow_copy
 from moec.codegen.index_ranges import index_ranges
 from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.module_builder import Param, as_array
-from moec.errors import UsageError
 from moec.ir.graph import Module, Program, Value
 from moec.memory.memory import InMemory
 from moec.runtime.dtypes import Array
@@ -43,7 +41,6 @@ def build(
     backend: Backend | None = None,
     memory: InMemory | None = None,
     store: bool = False,
-    tiers: bool = False,
 ) -> Package:
     """Compiles programs of any stage that `lower` takes, each as a function of the library;
     `moec.runtime.package` documents the functions' names. `backend` defaults to that of the
@@ -51,15 +48,12 @@ def build(
 
     Arrays that no kernel packs share the memory of the program's weights, unless that is bounded;
     `memory` is where the weights are, and the arrays. `opt_level` 0 disables LLVM's optimisation.
-    `store` adds functions that read experts from disk, and `tiers` narrow copies of these experts.
+    `store` adds functions that read experts from disk.
 
-    Raises UnsupportedError (for everything without a kernel at once), TargetError (no linker), and
-    UsageError where experts have no narrow copies.
+    Raises UnsupportedError (for everything without a kernel at once) and TargetError (no linker).
     """
     backend = backend or backend_for(target)
-    lowered = lower(module, target, backend, store=store, tiers=tiers)
-    if tiers and not lowered.stacks:
-        raise UsageError("--tiers needs experts that can stay on disk (--store): leave it out")
+    lowered = lower(module, target, backend, store=store)
     library = backend.library(lowered.modules, target, opt_level, None)
     return package(module, target, lowered, library, memory=memory)
 
@@ -89,9 +83,6 @@ def package(
         params = tuple(param for param in lowered.params[name] if param.name not in arrays)
         arrays |= packed_arrays(params, module[name].weights, memory or InMemory())
         copies |= strided_copies(params, module[name].weights, arrays)
-    for stack in (stack for layer in lowered.stacks for stack in layer if stack.narrow and weights):
-        copy = narrow_copy(arrays[stack.arrays[0]], stack.narrow)
-        arrays[stack.narrow_array] = (memory or InMemory()).array(copy)
     for state in (state for function in functions.values() for state in function.states):
         if state.initial:
             arrays[state.initial] = as_array(module.main.weights[state.name])

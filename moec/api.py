@@ -36,7 +36,6 @@ from moec.model.bind_inputs import bound
 from moec.model.build import (
     build_for_gpu,
     build_model,
-    store_of_tiers,
     stores_experts,
     verify_model,
 )
@@ -106,7 +105,6 @@ def compile(
     adapters: Sequence[str | Path] = (),
     memory: int | str | None = None,
     store: bool | None = None,
-    tiers: bool = False,
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
@@ -153,9 +151,7 @@ def compile(
     checkpoint may take, by default half of what is free. Weights that do not fit are read from the
     checkpoint when they are needed, and packed ones are kept in a temporary file. `store` adds the
     code for `moec.load(path, memory=...)`, which reads experts from the artifact when they are
-    needed; by default, it is added on CPUs where the weights take 1 GiB or more. `tiers` adds it
-    with a copy of each expert in 4 bits, for `moec.load(path, memory=..., narrow=...)`: 28 % more
-    bytes on disk for experts of 16 bits.
+    needed; by default, it is added on CPUs where the weights take 1 GiB or more.
 
     `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
     description is proved against its module.
@@ -166,14 +162,13 @@ def compile(
     check_kinds(
         stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
         dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
-        constants=constants, adapters=adapters, store=store, tiers=tiers,
+        constants=constants, adapters=adapters, store=store,
     )  # fmt: skip
     clock = Clock(progress)
     builds = build and stop_after is None
     verified, way = verification(verify)
     runs = builds and verified is not False
     targets = choose_targets(target, backend, builds=builds, runs=runs)
-    store = store_of_tiers(store, tiers, targets.target)
     passes, quant = with_choices(choices, passes, quant)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     stored = with_float_rows(stored) if targets.only_cpus else stored
@@ -237,7 +232,7 @@ def compile(
                 after = decode_passes(opt_level, passes)
                 compiled = with_decode(compiled, after, targets.backend)
         compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
-        built = build_model(compiled, opt_level, clock, targets.backend, store, tiers)
+        built = build_model(compiled, opt_level, clock, targets.backend, store)
         if targets.beside is not None:
             built = build_for_gpu(
                 built, targets.beside, opt_level, clock, targets.beside_backend, store

@@ -251,7 +251,6 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "give a list of folders",
     ),
     "store": (lambda v: isinstance(v, bool), "give True or False"),
-    "tiers": (lambda v: isinstance(v, bool), "give True or False"),
 }
 
 

@@ -141,34 +141,11 @@ class RouterPorts:
 @dataclass(frozen=True)
 class Stack:
     """The weights of one product of a layer, for all experts: `arrays` [E, ...]. `key` is the param
-    that leads to them in an expert store. `narrow` is the dtype of the elements of the first array
-    where there is a copy of it in 4 bits, the array `narrow_array` u8[E, narrow_bytes]
-    (codegen/cpu/narrow_copy.c); empty without one."""
+    that leads to them in an expert store."""
 
     key: str
     layer: str
     arrays: tuple[str, ...]
-    narrow: str = ""
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """All arrays that an artifact has of it."""
-        return (*self.arrays, self.narrow_array) if self.narrow else self.arrays
-
-    @property
-    def narrow_array(self) -> str:
-        return f"{self.arrays[0]}.narrow"
-
-
-NARROW_KINDS = {"bf16": 2, "f16": 2, "f32": 4}
-"""The dtypes of elements that have narrow copies, and their bytes."""
-NARROW_BLOCK = 32
-"""Elements of a narrow copy that share a scale."""
-
-
-def narrow_bytes(elements: int) -> int:
-    """Of a copy of so many elements: half a byte for each, and two for a block."""
-    return -(-elements // NARROW_BLOCK) * (NARROW_BLOCK // 2 + 2)
 
 
 @dataclass(frozen=True)
@@ -288,12 +265,6 @@ class Package:
     def target_name(self) -> str:
         """The target: GPUs if the model has kernels for them, else a CPU."""
         return self.gpu.target if self.gpu else self.target.name
-
-    @property
-    def narrow_arrays(self) -> set[str]:
-        """The names of the narrow copies of experts."""
-        layers = () if self.store is None else self.store.layers
-        return {stack.narrow_array for layer in layers for stack in layer if stack.narrow}
 
     @property
     def has_code(self) -> bool:

@@ -8,15 +8,11 @@
    slot may then be filled with an expert further behind. So a call may need more experts than there
    are slots, and each is read once.
 
-   An artifact may have a narrow copy of each expert, of few bits (narrow_copy.c). With a budget, the
-   experts that carry the least routing weight in a call are then read from it and widened into their
-   slots, as long as the share of the weight that they carry is within the budget. Without one, none.
-
    What is read of an expert for the first time is hashed, and refused if it is not what the artifact
    lists.
 
-   Which experts are in slots changes no bit of a result, without a budget: a kernel computes each row
-   as it would from resident weights.
+   Which experts are in slots changes no bit of a result: a kernel computes each row as it would from
+   resident weights.
 
    The linker puts this file into every library for Linux. Pointers to functions of pthread and
    tvm_ffi come from the loader (runtime/expert_store/native.py), as in pool.c. All numbers of stacks,
@@ -37,7 +33,6 @@ enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { LRU, LFU, SLRU };
 enum { EMPTY, QUEUED, READING, FULL }; /* a slot */
 enum { PENDING, READY, FAILED };       /* a visit */
-enum { DROPPED = -3 };                 /* a read that was given up */
 
 typedef struct {
   int32_t type;
@@ -63,12 +58,6 @@ typedef struct {
   int32_t experts, slots, pieces;
   const Piece *piece;
 } Shape;
-typedef struct {         /* the narrow copies of the first piece of a stack */
-  int64_t start, bytes;  /* as in Piece; no bytes where there are none */
-  int64_t elements;      /* of an expert */
-  const unsigned char *digests;
-  int32_t file, kind;    /* kind: of elements, see narrow_copy.c */
-} Narrow;
 typedef struct {
   int (*create_thread)(unsigned long *thread, const void *attributes, void *(*start)(void *),
                        void *argument);
@@ -77,26 +66,14 @@ typedef struct {
   unsigned char *(*sha256)(const void *content, size_t size, unsigned char *digest); /* or NULL */
   const Shape *shape;
   int32_t stacks, readers, policy, half_life;
-  const Narrow *narrow; /* of each stack, or NULL */
-  double budget;        /* the greatest share of the routing weight that they may carry */
 } Options;
 typedef struct { /* since the last reading of the counts; times in ns */
   int64_t calls, visits, hits, bytes, read_ns, stall_ns;
 } Counts;
-typedef struct { /* narrow copies that were read; routing weight of all calls, and what they carried */
-  int64_t reads, bytes;
-  double weight, carried;
-} NarrowCounts;
 
 typedef struct {
   int32_t expert, state, visit; /* visit: its number in the call under way, or -1 */
-  int32_t dropped;              /* what was being read is not needed */
-  int32_t narrow;               /* it has a narrow copy, widened */
 } Slot;
-typedef struct {
-  const int32_t *dropped; /* of the slot */
-  int64_t bytes;
-} Progress;
 typedef struct {
   int32_t expert, slot, error;
   _Atomic int32_t state, finished;
@@ -107,12 +84,9 @@ typedef struct {
   Visit *visit;
   int32_t *where; /* expert -> slot, or -1 */
   int64_t *last;  /* expert -> the call that used it last */
-  char *trusted;  /* expert -> bits: the digest of its weights was right; of its narrow copy */
+  char *trusted;  /* expert -> the digest of its weights was right */
   char *safe;     /* expert -> used again while it was in a slot, of which 4/5 of the slots remember */
   double *score;  /* expert -> uses, each of which counts half after `half_life` calls */
-  char *narrow;   /* of a layer's first stack: expert -> the call may use its narrow copy */
-  double *weight; /* and its routing weight in the call */
-  double allowance; /* and what narrow copies may carry */
   int32_t visits, filled;
   int64_t call;
 } Stack;
@@ -120,7 +94,6 @@ typedef struct {
   Options options;
   Stack *stack;
   Counts counts;
-  NarrowCounts narrow;
   pid_t process;
   unsigned long thread[MOST_READERS];
   _Atomic uint32_t lock, work, done; /* futexes: a mutex; changes of the queue, and of visits */
@@ -163,18 +136,16 @@ static void unlock(Store *s) {
 
 /* ---- reading -------------------------------------------------------------------------- */
 
-/* 0; an errno; -1 where the file has become too short; DROPPED. */
-static int read_span(int file, char *to, int64_t from, int64_t bytes, Progress *progress) {
+/* 0; an errno; -1 where the file has become too short. `read` grows by the bytes that were read. */
+static int read_span(int file, char *to, int64_t from, int64_t bytes, int64_t *read) {
   while (bytes > 0) {
-    if (__atomic_load_n(progress->dropped, __ATOMIC_RELAXED))
-      return DROPPED;
     ssize_t n = pread(file, to, bytes < BLOCK ? bytes : BLOCK, from);
     if (n < 0 && errno != EINTR)
       return errno;
     if (!n)
       return -1;
     if (n > 0)
-      to += n, from += n, bytes -= n, progress->bytes += n;
+      to += n, from += n, bytes -= n, *read += n;
   }
   return 0;
 }
@@ -194,20 +165,18 @@ static int read_pages(int file, char *to, int64_t from, int64_t want) {
 }
 
 /* Direct reads take whole pages, and what begins or ends in the middle of one is copied. */
-static int read_piece(const Piece *p, int expert, int slot, char *bounce, Progress *progress) {
+static int read_piece(const Piece *p, int expert, int slot, char *bounce, int64_t *read) {
   int64_t from = p->start + expert * p->bytes, left = p->bytes;
   char *to = p->memory + slot * p->bytes;
   if (!p->direct || !((from | left | (int64_t)(intptr_t)to) % PAGE))
-    return read_span(p->file, to, from, left, progress);
+    return read_span(p->file, to, from, left, read);
   while (left > 0) {
-    if (__atomic_load_n(progress->dropped, __ATOMIC_RELAXED))
-      return DROPPED;
     int64_t skip = from % PAGE, want = skip + left < BOUNCE ? skip + left : BOUNCE;
     int error = read_pages(p->file, bounce, from - skip, want);
     if (error)
       return error;
     memcpy(to, bounce + skip, want - skip);
-    to += want - skip, from += want - skip, left -= want - skip, progress->bytes += want - skip;
+    to += want - skip, from += want - skip, left -= want - skip, *read += want - skip;
   }
   return 0;
 }
@@ -223,45 +192,13 @@ static int differs(const Store *s, const void *content, int64_t bytes, const uns
 }
 
 /* 0; -2 where an expert is not what was written. */
-static int check_digests(const Store *s, const Stack *of, int expert, int slot, int first) {
-  for (int i = first; i < of->shape.pieces; i++) {
+static int check_digests(const Store *s, const Stack *of, int expert, int slot) {
+  for (int i = 0; i < of->shape.pieces; i++) {
     const Piece *p = &of->shape.piece[i];
     if (differs(s, p->memory + slot * p->bytes, p->bytes, p->digests, expert))
       return -2;
   }
   return 0;
-}
-
-void expert_store_widen(char *to, const uint8_t *copy, int64_t elements, int32_t kind);
-
-/* Widens an expert's narrow copy into a slot; as read_span, and -2 where it is not what was written. */
-static int read_narrow(const Store *s, const Narrow *n, int expert, char *to, char *buffer,
-                       int trusted, Progress *progress) {
-  int64_t from = n->start + expert * n->bytes, skip = from % PAGE;
-  int error = read_pages(n->file, buffer, from - skip, skip + n->bytes);
-  if (error)
-    return error;
-  progress->bytes += n->bytes;
-  if (!trusted && differs(s, buffer + skip, n->bytes, n->digests, expert))
-    return -2;
-  expert_store_widen(to, (const uint8_t *)buffer + skip, n->elements, n->kind);
-  return 0;
-}
-
-/* The narrow copies of a stack; NULL where none may be used. */
-static const Narrow *narrow_of(const Store *s, int stack) {
-  int some = s->options.narrow && s->options.budget > 0 && s->options.narrow[stack].bytes;
-  return some ? &s->options.narrow[stack] : NULL;
-}
-
-/* The bytes of a reader's buffer for narrow copies. */
-static int64_t narrow_room(const Store *s) {
-  int64_t most = 0;
-  for (int i = 0; i < s->options.stacks; i++) {
-    const Narrow *n = narrow_of(s, i);
-    most = n && n->bytes > most ? n->bytes : most;
-  }
-  return most ? most + 2 * PAGE : 0;
 }
 
 static int take_queued(Store *s, int32_t *stack, int32_t *slot) {
@@ -278,8 +215,7 @@ static void fill(Store *s, int stack);
 
 static void *read_queued(void *argument) {
   Store *s = argument;
-  char *memory = malloc(BOUNCE + 2 * PAGE + narrow_room(s));
-  char *bounce = memory + (PAGE - (intptr_t)memory % PAGE), *buffer = bounce + BOUNCE;
+  char *memory = malloc(BOUNCE + 2 * PAGE), *bounce = memory + (PAGE - (intptr_t)memory % PAGE);
   int32_t stack, number;
   lock(s);
   while (!s->stop) {
@@ -293,29 +229,21 @@ static void *read_queued(void *argument) {
     Stack *of = &s->stack[stack];
     Slot *slot = &of->slot[number];
     int expert = slot->expert, error = memory ? 0 : ENOMEM;
-    int kind = 1 << slot->narrow, trusted = of->trusted[expert] & kind;
-    const Narrow *narrow = slot->narrow ? narrow_of(s, stack) : NULL;
-    Progress progress = {&slot->dropped, 0};
-    int64_t begin = now_ns();
+    int trusted = of->trusted[expert];
+    int64_t begin = now_ns(), read = 0;
     int32_t trust = s->trust;
     slot->state = READING;
     unlock(s);
-    if (narrow && !error) {
-      const Piece *p = of->shape.piece;
-      error = read_narrow(s, narrow, expert, p->memory + number * p->bytes, buffer, trusted, &progress);
-    }
-    for (int i = narrow != NULL; i < of->shape.pieces && !error; i++)
-      error = read_piece(&of->shape.piece[i], expert, number, bounce, &progress);
+    for (int i = 0; i < of->shape.pieces && !error; i++)
+      error = read_piece(&of->shape.piece[i], expert, number, bounce, &read);
     int64_t end = now_ns();
     if (!error && !trusted)
-      error = check_digests(s, of, expert, number, narrow != NULL);
+      error = check_digests(s, of, expert, number);
     lock(s);
-    if (narrow)
-      s->narrow.reads++, s->narrow.bytes += progress.bytes;
-    s->counts.read_ns += end - begin, s->counts.bytes += progress.bytes;
-    of->trusted[expert] |= !error && s->trust == trust ? kind : 0;
-    slot->state = error || slot->dropped ? EMPTY : FULL;
-    if (error && !slot->dropped)
+    s->counts.read_ns += end - begin, s->counts.bytes += read;
+    of->trusted[expert] |= !error && s->trust == trust;
+    slot->state = error ? EMPTY : FULL;
+    if (error)
       of->where[expert] = -1;
     if (error && slot->visit >= 0) {
       s->failed_stack = stack, s->failed_expert = expert, s->failed_error = error;
@@ -348,8 +276,7 @@ static void restart_after_fork(Store *s) {
       Slot *slot = &s->stack[i].slot[j];
       if (slot->state == QUEUED || slot->state == READING) {
         slot->state = EMPTY;
-        if (!slot->dropped)
-          s->stack[i].where[slot->expert] = -1;
+        s->stack[i].where[slot->expert] = -1;
       }
     }
   s->head = s->tail = 0;
@@ -387,11 +314,6 @@ static int free_slot(Store *s, Stack *of) {
   return best;
 }
 
-static int64_t id_at(const Tensor *ids, int64_t i) {
-  const void *data = ids->data + ids->offset;
-  return (ids->dtype >> 8 & 255) == 64 ? ((const int64_t *)data)[i] : ((const int32_t *)data)[i];
-}
-
 /* Queues reads of the next experts, as far as there are slots. */
 static void fill(Store *s, int stack) {
   Stack *of = &s->stack[stack];
@@ -403,8 +325,7 @@ static void fill(Store *s, int stack) {
     int number = free_slot(s, of);
     if (number < 0)
       break;
-    int narrow = s->stack[of->shape.first].narrow[visit->expert] && narrow_of(s, stack);
-    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled, 0, narrow};
+    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled};
     of->where[visit->expert] = visit->slot = number;
     int32_t *entry = s->queue + 2 * (s->tail++ % s->room);
     entry[0] = stack, entry[1] = number, queued = 1;
@@ -434,81 +355,6 @@ static void use(Store *s, Stack *of, int expert) {
   of->last[expert] = of->call;
 }
 
-/* Element i of a tensor of routing weights; where it is no number, neither is the result. */
-static double weight_at(const Tensor *weights, int64_t i) {
-  const char *data = weights->data + weights->offset;
-  int code = weights->dtype & 255, bits = weights->dtype >> 8 & 255;
-  if (bits == 64)
-    return ((const double *)data)[i];
-  if (bits == 32)
-    return (double)((const float *)data)[i];
-  uint32_t half = ((const uint16_t *)data)[i], exponent = half & 0x7c00;
-  int f16 = code == 2; /* else bf16 */
-  uint32_t wide = f16 ? (half & 0x8000) << 16 | (half & 0x7fff) << 13 : half << 16;
-  float x;
-  memcpy(&x, &wide, sizeof x);
-  if (!f16)
-    return (double)x;
-  return exponent == 0x7c00 ? 1e308 : (double)x * 0x1p112; /* the exponents begin 112 apart */
-}
-
-/* Whether a stack of the layer lacks the weights of an expert. */
-static int lacks(const Store *s, const Stack *first, int expert) {
-  for (int i = 0; i < first->shape.count; i++) {
-    const Stack *of = &s->stack[first->shape.first + i];
-    int where = of->where[expert];
-    if (where < 0 || of->slot[where].narrow || of->slot[where].state == QUEUED)
-      return 1;
-  }
-  return 0;
-}
-
-/* Chooses the experts of a layer's call that may be narrow: those of the least routing weight first,
-   as far as the budget allows. What it left unused before counts half after `half_life` calls, so
-   that a long text does not end in narrow experts only. */
-static void choose_narrow(Store *s, Stack *of, const int32_t *ends, const Tensor *ids,
-                          const Tensor *weights) {
-  int64_t choices = ids->shape[0] * ids->shape[1];
-  double total = 0;
-  memset(of->weight, 0, of->shape.experts * sizeof *of->weight);
-  for (int64_t i = 0; i < choices; i++) {
-    int64_t e = id_at(ids, i);
-    double weight = weight_at(weights, i);
-    weight = weight < 0 ? -weight : weight;
-    if (e >= 0 && e < of->shape.experts)
-      total += weight, of->weight[e] += weight;
-  }
-  if (!(total < 1e300))
-    return; /* some weight is no number */
-  of->allowance = of->allowance * s->decay[1] + s->options.budget * total;
-  s->narrow.weight += total;
-  for (;;) {
-    int least = -1;
-    for (int e = 0; e < of->shape.experts; e++)
-      if (ends[e] > (e ? ends[e - 1] : 0) && !of->narrow[e] &&
-          (least < 0 || of->weight[e] < of->weight[least]) && lacks(s, of, e))
-        least = e;
-    if (least < 0 || of->weight[least] > of->allowance + 1e-12 * total)
-      return;
-    of->narrow[least] = 1, of->allowance -= of->weight[least];
-    s->narrow.carried += of->weight[least];
-  }
-}
-
-/* Gives up the narrow copies of experts whose weights a call needs. */
-static void leave_narrow(Stack *of, const char *narrow, const int32_t *ends) {
-  for (int e = 0; e < of->shape.experts; e++) {
-    Slot *slot = of->where[e] < 0 ? NULL : &of->slot[of->where[e]];
-    if (!slot || !slot->narrow || narrow[e] || ends[e] <= (e ? ends[e - 1] : 0))
-      continue;
-    if (slot->state == READING)
-      __atomic_store_n(&slot->dropped, 1, __ATOMIC_RELAXED);
-    else
-      slot->state = EMPTY;
-    of->where[e] = -1;
-  }
-}
-
 /* Begins a call of a layer: the order of the experts that have rows, by their `ends`. */
 static void start(Store *s, int stack, const int32_t *ends) {
   Stack *of = &s->stack[stack];
@@ -518,7 +364,6 @@ static void start(Store *s, int stack, const int32_t *ends) {
     if (slot->state == QUEUED)
       of->where[slot->expert] = -1, slot->state = EMPTY;
   }
-  leave_narrow(of, s->stack[of->shape.first].narrow, ends);
   of->call++, of->visits = of->filled = 0;
   for (int full = 1; full >= 0; full--)
     for (int e = 0; e < of->shape.experts; e++) {
@@ -606,9 +451,8 @@ static void *data_of(const Any *a) {
   return tensor_of(a)->data + tensor_of(a)->offset;
 }
 
-/* (key i64[2], ends i32[E], rows[, ids [T, k], weights [T, k]], plan i32[E + 1]): how many experts the
-   kernel visits, then which. The key is the address of the store and the number of the stack. Ids and
-   weights are those of the routing, where there are narrow copies. */
+/* (key i64[2], ends i32[E], rows, plan i32[E + 1]): how many experts the kernel visits, then which. The
+   key is the address of the store and the number of the stack. */
 int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, Any *result) {
   const int64_t *key = data_of(&arguments[0]);
   const int32_t *ends = data_of(&arguments[1]);
@@ -620,9 +464,6 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
   lock(s);
   if (of->shape.first == stack) {
     s->counts.calls++;
-    memset(of->narrow, 0, of->shape.experts);
-    if (count >= 6 && s->options.narrow && s->options.budget > 0)
-      choose_narrow(s, of, ends, tensor_of(&arguments[3]), tensor_of(&arguments[4]));
     for (int i = 0; i < of->shape.count; i++)
       start(s, stack + i, ends);
   }
@@ -634,13 +475,6 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
 }
 
 static int allocate(Store *s) {
-  if (s->options.narrow) {
-    size_t bytes = s->options.stacks * sizeof(Narrow);
-    void *narrow = malloc(bytes);
-    s->options.narrow = narrow ? memcpy(narrow, s->options.narrow, bytes) : NULL;
-    if (!narrow)
-      return 0;
-  }
   s->stack = calloc(s->options.stacks, sizeof *s->stack);
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
@@ -652,12 +486,10 @@ static int allocate(Store *s) {
     of->score = calloc(shape.experts, sizeof *of->score);
     of->trusted = calloc(shape.experts, 1);
     of->safe = calloc(shape.experts, 1);
-    of->narrow = calloc(shape.experts, 1);
-    of->weight = calloc(shape.experts, sizeof *of->weight);
     Piece *piece = malloc(shape.pieces * sizeof *piece);
     of->shape.piece = piece;
     if (!of->slot || !of->visit || !of->where || !of->last || !of->score || !of->trusted ||
-        !of->safe || !of->narrow || !of->weight || !piece)
+        !of->safe || !piece)
       return 0;
     memcpy(piece, shape.piece, shape.pieces * sizeof *piece);
     for (int e = 0; e < shape.experts; e++)
@@ -672,10 +504,10 @@ static void release(Store *s) {
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
     free(of->slot), free(of->visit), free(of->where), free(of->last), free(of->score);
-    free(of->trusted), free(of->safe), free(of->narrow), free(of->weight);
+    free(of->trusted), free(of->safe);
     free((void *)of->shape.piece);
   }
-  free(s->stack), free(s->queue), free((void *)s->options.narrow), free(s);
+  free(s->stack), free(s->queue), free(s);
 }
 
 /* (address of Options) -> the address of a store; 0 where there is no
@@ -723,8 +555,8 @@ int __tvm_ffi_moec_store_distrust(void *self, const Any *arguments, int32_t coun
   return (void)self, (void)count, (void)result, 0;
 }
 
-/* (address of a store, of Counts, of i32[3][, of NarrowCounts]): what happened since the last time; the
-   stack, expert and error of the latest failed read, and -1 before one. */
+/* (address of a store, of Counts, of i32[3]): what happened since the last time; the stack, expert and
+   error of the latest failed read, and -1 before one. */
 int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count, Any *result) {
   Store *s = (Store *)(intptr_t)arguments[0].value;
   int32_t *failure = (int32_t *)(intptr_t)arguments[2].value;
@@ -734,8 +566,6 @@ int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count,
   failure[0] = s->failed_error ? s->failed_stack : -1;
   failure[1] = s->failed_expert, failure[2] = s->failed_error;
   s->counts = (Counts){0}, s->failed_error = 0;
-  if (count > 3)
-    *(NarrowCounts *)(intptr_t)arguments[3].value = s->narrow, s->narrow = (NarrowCounts){0};
   unlock(s);
-  return (void)self, (void)result, 0;
+  return (void)self, (void)count, (void)result, 0;
 }

@@ -101,10 +101,6 @@ LOGGER = logging.getLogger(__name__)
     "they are needed; by default, for models of 1 GiB or more on CPUs.",
 )  # fmt: skip
 @click.option(
-    "--tiers", is_flag=True,
-    help="Also store each expert in 4 bits, for `moec run --memory --narrow`; implies --store.",
-)  # fmt: skip
-@click.option(
     "--choices", "choices_file", type=click.Path(path_type=Path), metavar="FILE.yaml",
     help="Store weights as `moec optimize --write-choices` chose for this model.",
 )  # fmt: skip
@@ -244,7 +240,6 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             embeddings=request.embeddings,
             memory=request.memory,
             store=request.store,
-            tiers=request.tiers,
             choices=request.choices_file,
             watch=watch,
             progress=progress.phase,

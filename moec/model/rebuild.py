@@ -54,10 +54,7 @@ def rebuild(opened: Artifact) -> Package:
     for name, function in package.functions.items():
         _check_signature(opened, name, module[name], function)
     backend = backend_for(target)
-    lowered = lower(
-        module, target, backend,
-        store=package.store is not None, tiers=bool(package.narrow_arrays),
-    )  # fmt: skip
+    lowered = lower(module, target, backend, store=package.store is not None)
     same = (ports(lowered.params[n]) == f.params for n, f in package.functions.items())
     if not all(same) or stored_experts(module, lowered) != package.store:
         raise ArtifactError(

@@ -131,7 +131,7 @@ def write(
 
     def store_weights(package: Package) -> dict[str, Stored]:
         initial = {state.initial for state in package.states.values() if state.initial}
-        used = package.params.keys() | initial | package.narrow_arrays
+        used = package.params.keys() | initial
         return {n: store_once(a) for n, a in package.arrays.items() if n in used}
 
     def store_once(array: Any) -> Stored:
@@ -338,7 +338,7 @@ def _version(distribution: str) -> str:
 
 
 def _expert_digests(package: Package, store: StoredExperts) -> bytes:
-    names = [name for layer in store.layers for stack in layer for name in stack.stored]
+    names = [name for layer in store.layers for stack in layer for name in stack.arrays]
 
     def digests(name: str) -> bytes:
         return b"".join(

@@ -35,7 +35,6 @@ class CompileRequest:
     keep_passes: bool
     memory: str | None
     store: bool | None
-    tiers: bool
     choices_file: Path | None
     plan_file: Path | None
     dry_run: bool
@@ -99,7 +98,6 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
         return None
     names = (
         "target", "verify", "kv_cache", "record_routing", "embeddings", "keep_passes", "store",
-        "tiers",
     )  # fmt: skip
     more = {name: getattr(request, name) for name in names}
     return checkpoint_key(request.model, {**options, **more})

@@ -44,11 +44,6 @@ memory_option = click.option(
     help="The most memory to take, e.g. 4GiB, on a GPU of its memory: experts that do not fit are "
     "read from the artifact (to a GPU copied) when a token chooses them.",
 )  # fmt: skip
-narrow_option = click.option(
-    "--narrow", type=click.FloatRange(0, 1), default=0.0, metavar="SHARE",
-    help="With --memory: read experts of small routing weights in 4 bits (moec compile --tiers), "
-    "which may carry this share of each layer's weight, e.g. 0.1. The default, 0, is exact.",
-)  # fmt: skip
 signed_by_option = click.option(
     "--signed-by", type=click.Path(path_type=Path), metavar="FILE",
     help="Refuse the artifact unless it is signed with the private key of this public key.",
