@@ -90,16 +90,6 @@ class LoadedModel(TextModel):
 
         return Report.of_dict(self.artifact.manifest.extra["report"])
 
-    def picture(self) -> Any:
-        """See `CompiledModel.picture`. Needs torch, to read the graph."""
-        from moec.model.stored import stored_graph
-        from moec.report.picture import Picture, scene
-        from moec.runtime.package import MAIN
-
-        report = self.report()
-        graph = stored_graph(self.path, MAIN, self.artifact.graphs[MAIN])
-        return Picture(scene(report.model, graph, report.blocks, report.declined))
-
 
 def load(
     path: Path | str,
