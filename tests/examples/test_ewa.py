@@ -1,4 +1,4 @@
-"""moec.train.EWA: experts while a model trains, and the original architecture afterwards."""
+"""EWA of examples/training: experts while a model trains, and the same model afterwards."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTForImageClassification
 
+from examples.training.ewa import (
+    EWA,
+    ConstantRate,
+    ExpertLinear,
+    LinearRate,
+    feedforwards,
+    mean,
+    share,
+)
 from moec.errors import UsageError
-from moec.train import EWA, ConstantRate, LinearRate
-from moec.train.ewa import ExpertLinear, mean, share
-from moec.train.feedforward import feedforwards
 
 
 class Block(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import moec
+from examples.training.zero_experts import MoEPlusPlus, balance_loss, capacities, within_limits
 from moec.errors import UsageError
-from moec.train.zero_experts import MoEPlusPlus, balance_loss, capacities, within_limits
 
 
 def test_balance_loss_by_hand() -> None:
