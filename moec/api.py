@@ -22,7 +22,7 @@ from moec.arguments import (
     verification,
     with_choices,
 )
-from moec.capture.behaviour.door import Declared
+from moec.capture.behaviour.describe import Declared
 from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
 from moec.capture.hub import checkpoints_without_hub
@@ -153,8 +153,8 @@ def compile(
     code for `moec.load(path, memory=...)`, which reads experts from the artifact when they are
     needed; by default, it is added on CPUs where the weights take 1 GiB or more.
 
-    `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
-    description is proved against its module.
+    `descriptions` (`moec.describe`) describe modules that cannot be traced; each is compared with
+    its module.
 
     Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
     VerificationError, all of them MoecError.

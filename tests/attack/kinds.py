@@ -183,10 +183,10 @@ _COMMANDS = {
         *("--top-k", "--seed", "--check", "--threads", "--nproc", "--timeout", "--json", "-q"),
     ),
     "verify": ("--json", "-q"),
-    "inspect": ("--graph", "--json", "-q", "--shapes", "--passes", "-O", "--dtype", "--describe"),
+    "inspect": ("--graph", "--json", "-q", "--shapes", "--passes", "-O", "--dtype"),
     "compile": (
         *("-o", "--target", "--passes", "--shapes", "--quant", "--verify", "--stop-after"),
-        *("--dry-run", "--plan", "--dtype", "--describe", "--calib", "--budget", "--force", "-O"),
+        *("--dry-run", "--plan", "--dtype", "--calib", "--budget", "--force", "-O"),
     ),
     "export": ("-o", "--ep", "--moe", "--opset", "--quant", "--cache", "--verify", "--shapes"),
     "bench": ("--artifact", "--baseline", "--file", "--batch", "--rounds", "--plot", "--threads"),

@@ -224,7 +224,6 @@ TYPOS = (
     ([*DRY, "--calib", "none.npz"], "--calib none.npz: there is no such file"),
     ([*DRY, "--budget", "kl<0.1"], "--budget kl<0.1: write METRIC<=NUMBER"),
     ([*DRY, "--stop-after", "fuse-gat"], "no such pass; did you mean 'fuse-gate'?"),
-    ([*DRY, "--describe", "none.yaml"], "--describe none.yaml: there is no such file"),
     ([*DRY, "--shapes", "x"], "--shapes 'x' is not INPUT=SIZES"),
     ([*DRY, "--target", "cpuu"], "cpuu"),
     (["compile", TINY, "-o", "ranks", "--plan", "none.json"], "none.json does not exist"),

@@ -93,7 +93,7 @@ def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     options = request.options
     files = (request.dump_ir, request.emit, request.choices_file, request.plan_file)
     cached = store.folder is not None and request.builds
-    others = options["describe"] or options["adapters"] or options["calib"]
+    others = options["adapters"] or options["calib"]
     if not cached or any(files) or others:
         return None
     names = (
