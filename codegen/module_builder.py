@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -32,15 +32,12 @@ LoopMaker: TypeAlias = Callable[[FusionGroup, str, Any], LoopKernel]
 @dataclass(frozen=True)
 class Param:
     """A weight argument of `main`: what `pack` computes from values of the graph (None: the
-    value), and from those `beside` them, which it does not store. `copies` are the strided copies
-    from `values` by which it fills such an array, as pairs of views, where it consists of such
-    copies."""
+    value), and from those `beside` them, which it does not store."""
 
     name: str
     type: TensorType
     values: tuple[Value, ...]
     pack: Callable[..., Any] | None = None
-    copies: Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None
     beside: tuple[Value, ...] = ()
 
 

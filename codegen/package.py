@@ -78,11 +78,9 @@ def package(
         for name in module
     }
     arrays: dict[str, Array] = {}
-    copies: dict[str, tuple[tuple[Array, Array], ...]] = {}
     for name in module if weights else ():
         params = tuple(param for param in lowered.params[name] if param.name not in arrays)
         arrays |= packed_arrays(params, module[name].weights, memory or InMemory())
-        copies |= strided_copies(params, module[name].weights, arrays)
     for state in (state for function in functions.values() for state in function.states):
         if state.initial:
             arrays[state.initial] = as_array(module.main.weights[state.name])
@@ -101,7 +99,6 @@ def package(
             "torch": str(torch.__version__),
         },
         generation=generation_of(functions[DECODE]) if DECODE in functions else None,
-        copies=copies,
         calls={} if library.gpu else lowered.calls,
         store=stored_experts(module, lowered),
     )
@@ -196,26 +193,6 @@ def packed_arrays(
         array = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
         arrays[param.name] = memory.array(array)
     return arrays
-
-
-def strided_copies(
-    params: tuple[Param, ...], weights: Mapping[str, torch.Tensor], arrays: Mapping[str, Array]
-) -> dict[str, tuple[tuple[Array, Array], ...]]:
-    """`Package.copies`: for arrays that consist of them, views of the array and of the weights."""
-    copies = {}
-    for param in params:
-        if param.copies is not None:
-            tensors = [weights[value.name].detach() for value in param.values]
-            pairs = param.copies(arrays[param.name], *tensors)
-            copies[param.name] = tuple((_view(to), _view(source)) for to, source in pairs)
-    return copies
-
-
-def _view(tensor: torch.Tensor) -> Array:
-    """The same memory, with the same strides; numpy has no bf16."""
-    view = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
-    array: Array = view.numpy()
-    return array
 
 
 def _notes(params: tuple[Param, ...]) -> Iterator[str]:

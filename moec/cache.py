@@ -2,9 +2,8 @@
 
     $MOEC_CACHE, or moec in the user's cache folder; "off" disables it
       objects/KEY     native code of one kernel
-      libraries/KEY   native code of one block, or of the products of one stack of weights
+      libraries/KEY   native code of one block
       artifacts/KEY   the artifact of one checkpoint, by `moec compile`
-      frames/KEY      a large one, without the weights that follow from the checkpoint
       runs/KEY        how long the phases of the last compilations took, as JSON
 
 Threat model: all entries but runs are native code that moec links and runs, and a hash
@@ -41,8 +40,8 @@ from moec.files.os_errors import reason
 from moec.files.private_folder import others_may_change
 
 OBJECTS, LIBRARIES, RUNS = "objects", "libraries", "runs"
-ARTIFACTS, FRAMES = "artifacts", "frames"
-KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, FRAMES, RUNS)
+ARTIFACTS = "artifacts"
+KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, RUNS)
 DEFAULT_LIMIT = 2 * 2**30  # bytes
 LARGE = 1 << 10  # a payload above this part of the limit is large
 

@@ -234,11 +234,9 @@ class Package:
     computes it; `refusals` holds the origin and name of each op that became a plain loop although
     its kind has kernels, and the reason. `notes` are sentences for the report. `generation` is None
     without `decode`, for the reason `no_generation`. `routers` are the layers whose choices `route`
-    returns, `recorded` the layers whose choices can be recorded. `copies` are, for arrays that are
-    strided copies of the model's weights, the pairs of views of the array and of the weight that is
-    copied there; they are not stored. `calls` are the calls of kernels by each function in their
-    order, for a CPU. `gpu` holds the code for GPUs; `library` is empty then. `store` is None where
-    experts cannot stay on disk.
+    returns, `recorded` the layers whose choices can be recorded. `calls` are the calls of kernels
+    by each function in their order, for a CPU. `gpu` holds the code for GPUs; `library` is empty
+    then. `store` is None where experts cannot stay on disk.
     """
 
     target: CpuNeeds
@@ -255,7 +253,6 @@ class Package:
     recorded: tuple[RecordedLayer, ...] = ()
     gpu: GpuCode | None = None
     store: StoredExperts | None = None
-    copies: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
     calls: Mapping[str, tuple[KernelCall, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:

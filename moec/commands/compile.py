@@ -154,7 +154,7 @@ def command(**values: Any) -> None:
 
         warnings = without_effect(compiled.pass_results)
         if key is not None and not warnings:
-            _keep(request, store, key, compiled)
+            _keep(request, store, key)
     if request.quiet:
         for line in warnings:
             echo(f"warning: {line}", err=True)
@@ -169,11 +169,11 @@ def command(**values: Any) -> None:
 
 def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> bool:
     """Whether the artifact was in the cache, and is written."""
-    output, model = request.output, Path(request.model)
+    output = request.output
     value = key.value() if may_hold(store, key) else None
     if value is None or output is None:
         return False
-    if not fetch(store, value, model, output, overwrite=request.force):
+    if not fetch(store, value, output, overwrite=request.force):
         return False
     from moec.report.opened import open_artifact
 
@@ -181,13 +181,11 @@ def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> 
     return True
 
 
-def _keep(
-    request: CompileRequest, store: Store, key: CheckpointKey, compiled: CompiledModel
-) -> None:
+def _keep(request: CompileRequest, store: Store, key: CheckpointKey) -> None:
     """Cache the artifact, unless the checkpoint was changed since it was read."""
     value = key.value()
     if value is not None and request.output is not None:
-        keep(store, value, Path(request.model), request.output, compiled)
+        keep(store, value, request.output)
 
 
 def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[str, Any]) -> None:

@@ -107,7 +107,7 @@ def dump(manifest: Manifest) -> bytes:
     """The text of a manifest; `load(dump(m))` equals m."""
     body = msgspec.to_builtins(_without_parts(manifest), str_keys=True)
     for package in (body["package"], *([body["for_gpu"]["package"]] if body["for_gpu"] else [])):
-        del package["arrays"], package["library"], package["copies"]
+        del package["arrays"], package["library"]
         if package["gpu"]:
             del package["gpu"]["parts"]
     text = {"moec": FORMAT, "sha256": digest_of(FORMAT, body), **body}
@@ -124,7 +124,7 @@ def _without_parts(manifest: Manifest) -> Manifest:
 def _bare(package: Package) -> Package:
     """The package without the data that other parts hold."""
     gpu = package.gpu and replace(package.gpu, parts={})
-    return replace(package, arrays={}, library=b"", gpu=gpu, copies={})
+    return replace(package, arrays={}, library=b"", gpu=gpu)
 
 
 def digest_of(version: int, body: Mapping[str, Any]) -> str:

@@ -35,7 +35,6 @@ def test_it_shows_what_is_kept(folder: Path) -> None:
         ["objects", "2", "4.1", "kB"],
         ["libraries", "0", "0", "bytes"],
         ["artifacts", "0", "0", "bytes"],
-        ["frames", "0", "0", "bytes"],
         ["runs", "1", "47", "bytes"],
     ]
     shown = json.loads(run("--json").stdout)

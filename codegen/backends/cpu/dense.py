@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -79,20 +78,12 @@ def _spec(low: Lowering, op: Op) -> LinearSpec:
 def packed(
     layout: Layout, weights: tuple[Value, ...], flipped: bool = False
 ) -> tuple[object, Param]:
-    def oriented(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        return [t.mT if flipped else t for t in tensors]
-
     def make(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
-        return pack.pack(layout, *oriented(tensors))
-
-    def copies(
-        array: np.ndarray[Any, Any], *tensors: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return pack.copies(layout, pack.as_elements(layout, array), *oriented(tensors))
+        return pack.pack(layout, *(t.mT if flipped else t for t in tensors))
 
     dtype = "i32" if layout.pairs else weights[0].dtype
     name = "+".join(w.name for w in weights) + ".packed"
-    param = Param(name, TensorType(dtype, layout.shape), weights, make, copies)
+    param = Param(name, TensorType(dtype, layout.shape), weights, make)
     return (layout, weights, flipped), param
 
 
