@@ -133,8 +133,8 @@ def check(name: str, weighted: bool, experts: torch.Tensor) -> None:
     inputs = tensors(name, weighted, experts)
     grad = torch.randn(len(experts), NARROW[0])
     expected = gradients(graph, inputs, grad)
-    found = gradients(expanded, inputs, grad, meanings=differentiable(IN_PYTORCH))
-    for actual, theirs in zip(found, expected, strict=True):
+    results = gradients(expanded, inputs, grad, meanings=differentiable(IN_PYTORCH))
+    for actual, theirs in zip(results, expected, strict=True):
         # float32 sums of some dozen products in another order: what is lost is a share of the
         # terms, which are no greater than the greatest sums, and not of a sum near zero.
         greatest = theirs.abs().amax() if theirs.numel() else 0.0
