@@ -210,7 +210,7 @@ def read(
     variant = manifest.for_gpu
     stored = [*manifest.arrays.values(), *(variant.arrays.values() if variant else ())]
     weights = {array.part for array in stored}
-    small = {name: container[name] for name in manifest.parts if name not in weights}
+    small = {name: container.held(name) for name in manifest.parts if name not in weights}
     check_digests(path, small, manifest.parts)
 
     graphs = _graphs(path, manifest, small)

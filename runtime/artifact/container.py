@@ -57,6 +57,12 @@ class Container(Mapping[str, memoryview]):
             self._contents[name] = self.file_parts[name].mapped()
         return self._contents[name]
 
+    def held(self, name: str) -> memoryview:
+        """A part, from now on in memory: a mapped one ends the process where the file is cut."""
+        if not self._copy:
+            self._contents[name] = self.file_parts[name].copied()
+        return self._contents[name]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.file_parts)
 
