@@ -40,6 +40,7 @@ import torch
 from hypothesis import settings
 
 import moec
+from moec.memory import ranges
 from tests.fresh import Warm
 from tests.once import Once, folders_in
 
@@ -50,6 +51,7 @@ TRACE.handlers.clear()
 TRACE.propagate = True
 sys.dont_write_bytecode = False  # test modules are compiled once, as moec is
 torch.set_num_threads(1)
+ranges.ABSENT_ACCESS = 0  # reading a weight whose memory was given back ends the run
 torch.manual_seed(
     int(os.environ.get("MOEC_TEST_SEED", "0"))
 )  # what test modules draw while they are imported

@@ -69,9 +69,10 @@ def step(what: str, name: str, dry: bool) -> Report:
         # On a CPU the kernels have other names.
         return asdict(outcome(replace(check, kernels=()) if dry else check, device, target))
     from benchmarks.cuda.layers import times
-    from benchmarks.cuda.shapes import LAYERS as SHAPES
+    from moec.bench.gpu_model import LAYERS as SHAPES
 
-    return {"rows": list(times(SHAPES[name], TOKENS, device, target, CONTENDERS))}
+    limit = cuda.parse(cuda.KIND)
+    return {"rows": list(times(SHAPES[name], TOKENS, device, target, limit, CONTENDERS))}
 
 
 def machine() -> Report:

@@ -77,8 +77,7 @@ class ValueRanges:
         if op is None:
             return self._of_weight(value)
         if op.name == REQUIRE:
-            rows: Any = op.attrs["rows"]
-            return Range(-rows if op.attrs["negative"] else 0, rows - 1)
+            return Range(0, op.attrs["rows"] - 1)  # type: ignore[operator]
         if not op.name.startswith("aten."):
             return ANY
         if op.name in _MOVES:

@@ -1,7 +1,8 @@
 """Ranges of addresses whose memory comes and goes while tensors at them stay.
 
 While a range is absent, reading it gives NaN in every floating dtype, and writing to it ends the
-process: a value that was not read from its checkpoint is never a plausible number.
+process: a value that was not read from its checkpoint is never a plausible number. In tests,
+reading it ends the process too (`ABSENT_ACCESS`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _NONE = 0  # PROT_NONE
 _FIXED = 0x10  # MAP_FIXED
 _ANONYMOUS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
+ABSENT_ACCESS = mmap.PROT_READ  # 0: none
 
 
 class MappedRange:
@@ -57,7 +59,7 @@ class AddressRange(MappedRange):
         for start in range(0, self._length, _ABSENT_BYTES):
             length = min(_ABSENT_BYTES, self._length - start)
             flags = mmap.MAP_SHARED | _FIXED
-            _map(self.address + start, length, mmap.PROT_READ, flags, _absent_file(), 0)
+            _map(self.address + start, length, ABSENT_ACCESS, flags, _absent_file(), 0)
 
 
 class FileRange(MappedRange):

@@ -21,7 +21,7 @@ from moec.runtime.checks import show_bytes
 from moec.runtime.dtypes import Array
 
 LEAST = 1 << 20
-"""Smaller tensors stay in memory."""
+"""Smaller tensors stay in memory, and of smaller arrays, whose memory may be given back, a copy."""
 
 
 class Spool:
@@ -51,7 +51,7 @@ class Spool:
     def array(self, array: Array) -> Array:
         """The same values in the file. Raises UsageError where the disk is full."""
         if not array.nbytes or array.nbytes < LEAST:
-            return array
+            return array.copy()
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         stored: Array = np.frombuffer(self._store(flat), np.uint8).view(array.dtype)
         return stored.reshape(array.shape)

@@ -42,6 +42,7 @@ NAMES = (
     "fuse-residual",
     "fold-permutes",
     "fuse-append",
+    "predict-experts",
     "prune-experts",
     "keep-used",
     "average-experts",

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from moec.errors import ArtifactError
 from moec.files.os_errors import reason
-from moec.files.regular_file import open_regular
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        file = open_regular(path, buffering=0)
+        file = path.open("rb", buffering=0)
         weakref.finalize(self, file.close)
         self.descriptor = file.fileno()
         self.state = self.current()

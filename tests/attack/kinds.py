@@ -81,7 +81,8 @@ def _forged(folder: Path, draw: random.Random) -> list[Words]:
 
 def _graphs(folder: Path, draw: random.Random) -> list[Words]:
     path = _with_graph(folder, "toy", mutated_text(draw.choice(graphs()), draw))
-    return [["verify", path], ["inspect", path, "--graph", str(folder / "case.dot")]]
+    picture = str(folder / draw.choice(("case.svg", "case.html", "case.dot")))
+    return [["verify", path], ["inspect", path, "--graph", picture]]
 
 
 def _rebuilt(folder: Path, draw: random.Random) -> list[Words]:
@@ -183,10 +184,10 @@ _COMMANDS = {
         *("--top-k", "--seed", "--check", "--threads", "--nproc", "--timeout", "--json", "-q"),
     ),
     "verify": ("--json", "-q"),
-    "inspect": ("--graph", "--json", "-q", "--shapes", "--passes", "-O", "--dtype"),
+    "inspect": ("--graph", "--json", "-q", "--shapes", "--passes", "-O", "--dtype", "--describe"),
     "compile": (
         *("-o", "--target", "--passes", "--shapes", "--quant", "--verify", "--stop-after"),
-        *("--dry-run", "--plan", "--dtype", "--calib", "--budget", "--force", "-O"),
+        *("--dry-run", "--plan", "--dtype", "--describe", "--calib", "--budget", "--force", "-O"),
     ),
     "export": ("-o", "--ep", "--moe", "--opset", "--quant", "--cache", "--verify", "--shapes"),
     "bench": ("--artifact", "--baseline", "--file", "--batch", "--rounds", "--plot", "--threads"),

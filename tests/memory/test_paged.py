@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
 from moec.errors import MoecError
+from moec.memory import ranges
 from moec.memory.paged import PagedWeights, ReadsWeights, UnreadableWeight
 from moec.memory.spool import Spool
 
@@ -34,6 +40,12 @@ def add(weights: PagedWeights, value: float, dtype: torch.dtype = torch.float32)
     return weights.add(torch.Size((SIZE // 4 // 64, 64)), dtype, read), read
 
 
+@pytest.fixture
+def readable(monkeypatch):
+    """Absent weights as they are outside of tests."""
+    monkeypatch.setattr(ranges, "ABSENT_ACCESS", mmap.PROT_READ)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_an_operator_reads_what_it_needs(weights, mode):
     first, read = add(weights, 2.0)
@@ -56,7 +68,7 @@ def test_the_least_recently_used_weights_make_room(weights):
     assert [read.count for _, read in pairs] == [1, 2, 2]
 
 
-def test_a_weight_that_was_not_read_is_nan():
+def test_a_weight_that_was_not_read_is_nan(readable):
     """So that a mistake cannot give a plausible number."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         weights = PagedWeights(2 * SIZE, Spool())
@@ -67,6 +79,17 @@ def test_a_weight_that_was_not_read_is_nan():
         weights.drop()
         assert tensor.isnan().all()
         assert read.count == 1
+
+
+def test_reading_an_absent_weight_ends_a_run_of_tests():
+    """For integers no value says that they were not read."""
+    script = (
+        "from moec.memory import ranges; ranges.ABSENT_ACCESS = 0;"
+        "range = ranges.AddressRange(5000); range.provide(); print(range.buffer()[4999]);"
+        "range.drop(); print(range.buffer()[4999])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "b'\\x00'\n")
 
 
 def test_writing_to_a_weight_is_refused(weights):
@@ -112,7 +135,7 @@ def test_a_reader_runs_outside_of_the_modes_of_the_operator(weights):
     assert dtypes == [torch.bfloat16]
 
 
-def test_an_error_of_a_reader_is_the_operators(weights):
+def test_an_error_of_a_reader_is_the_operators(readable, weights):
     def read(tensor: Tensor) -> None:
         raise MoecError("the file was cut")
 

@@ -48,7 +48,9 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     layout = QuantisedLayout(spec, low.target)
     rows, weights = rows_for(low, parts.x, layout), packed_matrices(layout, parts.matrices)
     make = partial(quantised_linear, low.target, spec)
-    return product(low, op, parts, parts.format.kind, layout, make, rows, weights)
+    return product(
+        low, op, parts, parts.format.kind, layout, make, rows, weights, values=layout.tuned
+    )
 
 
 RULES = (Rule("quantised", ("grouped.quantised",), _check, _quantised),)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from moec.errors import InputError
+from moec.errors import InputError, MoecError
 from moec.report.units import counted
 from moec.runtime.text.engine import FAILED, LENGTH, Engine
 from moec.runtime.text.prompt import Tokenizer
@@ -82,11 +82,14 @@ class Chat:
                 step = engine.step()
                 processed += step.prompt_tokens
                 if continuation.end == FAILED:
-                    continuation.raise_cause()
+                    raise InputError(continuation.error)
                 if step.advanced:
                     first = first or time.perf_counter() - start
                     for token in continuation.latest:
                         show(text.add(token, request.stop))
+        except MoecError as error:
+            engine.fail(str(error))
+            raise
         finally:
             engine.cancel(continuation)
         seconds, end = time.perf_counter() - start, ""

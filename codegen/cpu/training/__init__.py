@@ -1,0 +1,1 @@
+"""Products and gradients with unpacked matrices, in PyTorch's layout."""

@@ -1,0 +1,1 @@
+"""Proves that a replacement computes what the layer computes."""

@@ -1,0 +1,1 @@
+"""moec as a backend of the exporters of other packages."""
