@@ -174,7 +174,6 @@ CLAIMS = (
         "medians. The machine has two speeds, from one process to the next: with all in memory a "
         "token takes 38 or 50 ms in either runtime; and its disk gave 1.0 to 2.6 GB/s.",
     ),
-    Claim("tuning", "Tuned kernels", "`--tune` on one layer; milliseconds a call."),
     Claim(
         "changes",
         "Single changes, before and after",

@@ -68,8 +68,7 @@ class Backend:
     each of which a target needs a module. `ready` raises TargetError if this machine lacks what
     `library` needs. With `destinations`, functions write results into memory of the caller; with
     `index_checks`, they refuse indices outside of their axis, as eager does. `slots` makes the
-    arguments of products whose experts are read from disk, for `Lowering.slots`; with
-    `tiers=True`, also as narrow copies.
+    arguments of products whose experts are read from disk, for `Lowering.slots`.
     """
 
     kind: str

@@ -11,7 +11,6 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Any
 
 import sympy
@@ -26,7 +25,6 @@ from moec.codegen.index_checks import with_index_checks
 from moec.codegen.loops.index import Sizes, names
 from moec.codegen.module_builder import Lowering, ModuleBuilder, Param
 from moec.codegen.rules.sizes import bind_host_sizes
-from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.codegen.unsupported import check
 from moec.errors import UnsupportedError
 from moec.ir.graph import Graph, Module, TensorType, Value
@@ -46,16 +44,14 @@ class LoweredModule:
     function per program, whose arguments are the caller's inputs, the states, memory for results,
     then its weights: `params`, by the function's name. `destinations` are the outputs, by index,
     that have such memory. `kernels` pairs the origin of each op of the first program with its
-    kernel; `refusals` are the reasons of ops without one. `tunable` are the kernels that tuning can
-    change. `stacks` are those of each layer in the functions that read experts from disk
-    (`moec.runtime.package.stored`); without any, there are no such functions. `calls` are the calls
-    of kernels by each function, in their order."""
+    kernel; `refusals` are the reasons of ops without one. `stacks` are those of each layer in the
+    functions that read experts from disk (`moec.runtime.package.stored`); without any, there are no
+    such functions. `calls` are the calls of kernels by each function, in their order."""
 
     modules: Mapping[str, tvm.IRModule]
     params: Mapping[str, tuple[Param, ...]]
     kernels: tuple[tuple[str, str], ...]
     refusals: tuple[Refusal, ...] = ()
-    tunable: tuple[Tunable, ...] = ()
     destinations: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stacks: tuple[tuple[Stack, ...], ...] = ()
     calls: Mapping[str, tuple[KernelCall, ...]] = field(default_factory=dict)
@@ -70,20 +66,14 @@ def lower(
     module: Module,
     target: Target,
     backend: Backend,
-    tunings: Tunings = MappingProxyType({}),
     *,
     store: bool = False,
-    tiers: bool = False,
 ) -> LoweredModule:
-    """The Relax modules of `module`. `tunings` are values of kernels by their key; others have the
-    default. `store` adds the functions that read experts from disk, `tiers` what they need for
-    narrow copies of them.
+    """The Relax modules of `module`. `store` adds the functions that read experts from disk.
 
     Raises UnsupportedError that lists every op without a kernel and every unknown size.
     """
-    parts = [
-        _for_part(module, part, backend, tunings, store, tiers) for part in backend.parts(target)
-    ]
+    parts = [_for_part(module, part, backend, store) for part in backend.parts(target)]
     assert all(_layout(part) == _layout(parts[0]) for part in parts), "parts share weights"
     return replace(parts[0], modules={n: m for part in parts for n, m in part.modules.items()})
 
@@ -92,9 +82,7 @@ def _layout(lowered: LoweredModule) -> list[tuple[str, TensorType]]:
     return [(p.name, p.type) for params in lowered.params.values() for p in params]
 
 
-def _for_part(
-    module: Module, target: Target, backend: Backend, tunings: Tunings, store: bool, tiers: bool
-) -> LoweredModule:
+def _for_part(module: Module, target: Target, backend: Backend, store: bool) -> LoweredModule:
     with BUILDERS:
         # A kernel may not have the name of a function; `route` would be both.
         kernels = ModuleBuilder(
@@ -102,7 +90,6 @@ def _for_part(
             backend.kernels,
             backend.loop,
             name_counts=Counter([*module, *map(stored, module)]),
-            tunings=tunings,
         )
         params: dict[str, tuple[Param, ...]] = {}
         destinations: dict[str, tuple[int, ...]] = {}
@@ -129,17 +116,15 @@ def _for_part(
             add(name, name)
         if store and backend.slots is not None:
             for name in (name for name in (MAIN, DECODE) if name in module):
-                slots = backend.slots(tiers=True) if tiers else backend.slots()
+                slots = backend.slots()
                 add(name, stored(name), slots)
                 stacks[name] = slots.layers()
-        tunable = tuple(kernels.tunable.values())
         finished = kernels.builder.finalize()
         return LoweredModule(
             {target.name: finished},
             params,
             origins,
             tuple(refusals),
-            tunable,
             destinations,
             _same_stacks(stacks),
             _remaining(finished, calls),

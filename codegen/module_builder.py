@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -19,7 +19,6 @@ from moec.codegen.loop_kernel import LoopKernel, describe
 from moec.codegen.loops import scalars as sc
 from moec.codegen.loops.emit import EMIT
 from moec.codegen.loops.index import Sizes
-from moec.codegen.tuning.tunable import Tunable, Tunings
 from moec.ir.graph import Graph, Op, TensorType, Value
 from moec.runtime.dtypes import Array
 from moec.runtime.package import KernelCall
@@ -33,15 +32,12 @@ LoopMaker: TypeAlias = Callable[[FusionGroup, str, Any], LoopKernel]
 @dataclass(frozen=True)
 class Param:
     """A weight argument of `main`: what `pack` computes from values of the graph (None: the
-    value), and from those `beside` them, which it does not store. `copies` are the strided copies
-    from `values` by which it fills such an array, as pairs of views, where it consists of such
-    copies."""
+    value), and from those `beside` them, which it does not store."""
 
     name: str
     type: TensorType
     values: tuple[Value, ...]
     pack: Callable[..., Any] | None = None
-    copies: Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None
     beside: tuple[Value, ...] = ()
 
 
@@ -56,8 +52,7 @@ def as_array(tensor: torch.Tensor) -> Array:
 @dataclass
 class ModuleBuilder:
     """The kernels of a module, each generated once for all functions that call it. `makers` and
-    `loop` are those of a `moec.codegen.backend.Backend`. `tunings` are the values of tuned kernels,
-    by key; `tunable` are the kernels that could be tuned."""
+    `loop` are those of a `moec.codegen.backend.Backend`."""
 
     builder: relax.BlockBuilder
     makers: Mapping[type, Maker]
@@ -65,8 +60,6 @@ class ModuleBuilder:
     functions: dict[object, Any] = field(default_factory=dict)
     name_counts: Counter[str] = field(default_factory=Counter)
     sites: list[tuple[str, str]] = field(default_factory=list)
-    tunings: Tunings = field(default_factory=dict)
-    tunable: dict[str, Tunable] = field(default_factory=dict)
 
     def unique(self, name: str) -> str:
         self.name_counts[name] += 1
@@ -138,13 +131,6 @@ class Lowering:
             unique = self.kernels.unique(name)
             functions[key] = self.builder.add_func(make(unique), unique)
         return functions[key]
-
-    def tuned(self, kernel: Tunable, name: str) -> Any:
-        """The kernel with its tuned values, generated once."""
-        if kernel.candidates:
-            self.kernels.tunable.setdefault(kernel.key, kernel)
-        values = self.kernels.tunings.get(kernel.key, {})
-        return self.function(kernel.key, name, lambda unique: kernel.make(unique, values))
 
     def call(
         self, function: Any, arguments: Sequence[relax.Expr], outputs: Sequence[TensorType]

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
-from types import MappingProxyType
 
 import torch
 
 from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
-from moec.codegen.cpu.narrow_copy import narrow_copy
 from moec.codegen.index_ranges import index_ranges
 from moec.codegen.lower import LoweredModule, lower
 from moec.codegen.module_builder import Param, as_array
-from moec.codegen.tuning.tunable import Tunings
-from moec.errors import UsageError
 from moec.ir.graph import Module, Program, Value
 from moec.memory.memory import InMemory
 from moec.runtime.dtypes import Array
@@ -43,11 +38,9 @@ def build(
     module: Module,
     target: Target,
     opt_level: int = 2,
-    tunings: Tunings = MappingProxyType({}),
     backend: Backend | None = None,
     memory: InMemory | None = None,
     store: bool = False,
-    tiers: bool = False,
 ) -> Package:
     """Compiles programs of any stage that `lower` takes, each as a function of the library;
     `moec.runtime.package` documents the functions' names. `backend` defaults to that of the
@@ -55,20 +48,14 @@ def build(
 
     Arrays that no kernel packs share the memory of the program's weights, unless that is bounded;
     `memory` is where the weights are, and the arrays. `opt_level` 0 disables LLVM's optimisation.
-    `store` adds functions that read experts from disk, and `tiers` narrow copies of these experts.
-    `tunings` are the values of kernels, by their key.
+    `store` adds functions that read experts from disk.
 
-    Raises UnsupportedError (for everything without a kernel at once), TargetError (no linker), and
-    UsageError where experts have no narrow copies.
+    Raises UnsupportedError (for everything without a kernel at once) and TargetError (no linker).
     """
     backend = backend or backend_for(target)
-    lowered = lower(module, target, backend, tunings, store=store, tiers=tiers)
-    if tiers and not lowered.stacks:
-        raise UsageError("--tiers needs experts that can stay on disk (--store): leave it out")
+    lowered = lower(module, target, backend, store=store)
     library = backend.library(lowered.modules, target, opt_level, None)
-    kernels = {kernel.key: kernel for kernel in lowered.tunable}
-    values = {key: kernels[key].complete(changed) for key, changed in tunings.items()}
-    return replace(package(module, target, lowered, library, memory=memory), tunings=values)
+    return package(module, target, lowered, library, memory=memory)
 
 
 def package(
@@ -91,14 +78,9 @@ def package(
         for name in module
     }
     arrays: dict[str, Array] = {}
-    copies: dict[str, tuple[tuple[Array, Array], ...]] = {}
     for name in module if weights else ():
         params = tuple(param for param in lowered.params[name] if param.name not in arrays)
         arrays |= packed_arrays(params, module[name].weights, memory or InMemory())
-        copies |= strided_copies(params, module[name].weights, arrays)
-    for stack in (stack for layer in lowered.stacks for stack in layer if stack.narrow and weights):
-        copy = narrow_copy(arrays[stack.arrays[0]], stack.narrow)
-        arrays[stack.narrow_array] = (memory or InMemory()).array(copy)
     for state in (state for function in functions.values() for state in function.states):
         if state.initial:
             arrays[state.initial] = as_array(module.main.weights[state.name])
@@ -117,7 +99,6 @@ def package(
             "torch": str(torch.__version__),
         },
         generation=generation_of(functions[DECODE]) if DECODE in functions else None,
-        copies=copies,
         calls={} if library.gpu else lowered.calls,
         store=stored_experts(module, lowered),
     )
@@ -212,26 +193,6 @@ def packed_arrays(
         array = as_array(tensors[0]) if param.pack is None else param.pack(*tensors)
         arrays[param.name] = memory.array(array)
     return arrays
-
-
-def strided_copies(
-    params: tuple[Param, ...], weights: Mapping[str, torch.Tensor], arrays: Mapping[str, Array]
-) -> dict[str, tuple[tuple[Array, Array], ...]]:
-    """`Package.copies`: for arrays that consist of them, views of the array and of the weights."""
-    copies = {}
-    for param in params:
-        if param.copies is not None:
-            tensors = [weights[value.name].detach() for value in param.values]
-            pairs = param.copies(arrays[param.name], *tensors)
-            copies[param.name] = tuple((_view(to), _view(source)) for to, source in pairs)
-    return copies
-
-
-def _view(tensor: torch.Tensor) -> Array:
-    """The same memory, with the same strides; numpy has no bf16."""
-    view = tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
-    array: Array = view.numpy()
-    return array
 
 
 def _notes(params: tuple[Param, ...]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from training.zero_experts import MoEPlusPlus
 from transformers import AutoTokenizer
 
 import moec
@@ -22,7 +23,6 @@ from moec.passes.calibration.data import load_calibration
 from moec.passes.calibration.evaluator import Evaluator
 from moec.passes.calibration.session import CalibrationSession, MeasuredPass
 from moec.passes.core.runner import run
-from moec.train.zero_experts import MoEPlusPlus
 
 CHECKPOINT = Path(__file__).resolve().parent / "tiny_moe" / "checkpoint"
 FRACTIONS = (0.1, 0.25, 0.5)

@@ -31,8 +31,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from moec.train import EWA, ConstantRate, LinearRate
+from training.ewa import EWA, ConstantRate, LinearRate
 
 PATCH, WIDTH, HIDDEN, DEPTH, HEADS = 4, 32, 128, 3, 4
 EXPERTS, RATE = 4, 6e-3

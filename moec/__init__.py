@@ -20,7 +20,6 @@ from moec.runtime.process.gc_pause import gc_deferred
 from moec.spelling import did_you_mean
 
 if TYPE_CHECKING:
-    from moec import train
     from moec.api import compile
     from moec.capture.behaviour.describe import describe
     from moec.comparison.compare import compare
@@ -48,7 +47,6 @@ __all__ = [
     "optimize",
     "prepare",
     "stats",
-    "train",
     "transform",
 ]
 
@@ -77,8 +75,6 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("moec")
-    if name == "train":
-        return importlib.import_module("moec.train")
     if name not in _WHERE:
         near = did_you_mean(name, __all__)
         raise AttributeError(f"module 'moec' has no attribute {name!r}{near}")

@@ -22,7 +22,7 @@ from moec.arguments import (
     verification,
     with_choices,
 )
-from moec.capture.behaviour.door import Declared
+from moec.capture.behaviour.describe import Declared
 from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
 from moec.capture.hub import checkpoints_without_hub
@@ -36,7 +36,6 @@ from moec.model.bind_inputs import bound
 from moec.model.build import (
     build_for_gpu,
     build_model,
-    store_of_tiers,
     stores_experts,
     verify_model,
 )
@@ -98,7 +97,6 @@ def compile(
     kv_cache: bool = True,
     record_routing: bool = False,
     embeddings: bool = False,
-    tune: bool = False,
     backend: Backend | None = None,
     watch: Callable[[PassResult], None] | None = None,
     progress: Callable[[str], None] = lambda phase: None,
@@ -107,7 +105,6 @@ def compile(
     adapters: Sequence[str | Path] = (),
     memory: int | str | None = None,
     store: bool | None = None,
-    tiers: bool = False,
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
@@ -117,24 +114,20 @@ def compile(
     sequence sizes vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names
     inputs whose sizes the module may fix at the example's (True: all inputs); else a fixed size is
     an error. `constants` names inputs that always have the values of the example, such as
-    `image_grid_thw`: the compiled model does not take them.
-    `dtype` converts the weights first, in place; the module is left in eval mode. `passes` changes
-    the passes of `opt_level` ("+a,-b"). `verify` compares the result with eager; a float is the
-    greatest error allowed, relative to the greatest value of an output. Where weights stay in
-    files, eager reads each of them once, layer by layer, for all inputs of the comparison
-    ("layers"), or evaluates the model for one input after the other ("whole"). `fuel` limits the
-    number of rewrites. `stop_after` names the last pass to run; `build=False` stops before code
-    generation.
-    `kv_cache=False` omits the code with which `generate` computes one token at a time.
-    `record_routing` adds what `CompiledModel.record_routing` needs; other calls do not change.
-    `embeddings` adds what `/v1/embeddings` of `moec serve` needs, without further weights.
-    `opt_level` chooses passes; 0 also omits LLVM's optimisation, on CPUs only. `tune` measures
-    kernels with several parameter values on this machine, and stores the results for later
-    compilations; kernels of compressed weights have no such values. `backend` replaces the
-    target's, for example with one that has a rule of your own:
-    `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as "cpu,cuda:sm_80,sm_90a" generates
-    code for CPUs and GPUs; users with a CPU need no CUDA. `backend` may then be of either
-    kind.
+    `image_grid_thw`: the compiled model does not take them. `dtype` converts the weights first, in
+    place; the module is left in eval mode. `passes` changes the passes of `opt_level` ("+a,-b").
+    `verify` compares the result with eager; a float is the greatest error allowed, relative to the
+    greatest value of an output. Where weights stay in files, eager reads each of them once, layer
+    by layer, for all inputs of the comparison ("layers"), or evaluates the model for one input
+    after the other ("whole"). `fuel` limits the number of rewrites. `stop_after` names the last
+    pass to run; `build=False` stops before code generation. `kv_cache=False` omits the code with
+    which `generate` computes one token at a time. `record_routing` adds what
+    `CompiledModel.record_routing` needs; other calls do not change. `embeddings` adds what
+    `/v1/embeddings` of `moec serve` needs, without further weights. `opt_level` chooses passes; 0
+    also omits LLVM's optimisation, on CPUs only. `backend` replaces the target's, for example with
+    one that has a rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as
+    "cpu,cuda:sm_80,sm_90a" generates code for CPUs and GPUs; users with a CPU need no CUDA.
+    `backend` may then be of either kind.
 
     `quant` stores the weights of experts in few bits: "int8", "int6", "int5", "int4", "int3" or
     "int2", each optionally with a block size (":32", ":64", ":128") and ":asymmetric", "fp8", or
@@ -158,12 +151,10 @@ def compile(
     checkpoint may take, by default half of what is free. Weights that do not fit are read from the
     checkpoint when they are needed, and packed ones are kept in a temporary file. `store` adds the
     code for `moec.load(path, memory=...)`, which reads experts from the artifact when they are
-    needed; by default, it is added on CPUs where the weights take 1 GiB or more. `tiers` adds it
-    with a copy of each expert in 4 bits, for `moec.load(path, memory=..., narrow=...)`: 28 % more
-    bytes on disk for experts of 16 bits.
+    needed; by default, it is added on CPUs where the weights take 1 GiB or more.
 
-    `descriptions` (`moec.describe`) describe modules that cannot be traced or recognised; each
-    description is proved against its module.
+    `descriptions` (`moec.describe`) describe modules that cannot be traced; each is compared with
+    its module.
 
     Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
     VerificationError, all of them MoecError.
@@ -171,14 +162,13 @@ def compile(
     check_kinds(
         stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
         dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
-        constants=constants, adapters=adapters, store=store, tiers=tiers,
+        constants=constants, adapters=adapters, store=store,
     )  # fmt: skip
     clock = Clock(progress)
     builds = build and stop_after is None
     verified, way = verification(verify)
     runs = builds and verified is not False
-    targets = choose_targets(target, backend, builds=builds, runs=runs, tune=tune)
-    store = store_of_tiers(store, tiers, targets.target)
+    targets = choose_targets(target, backend, builds=builds, runs=runs)
     passes, quant = with_choices(choices, passes, quant)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     stored = with_float_rows(stored) if targets.only_cpus else stored
@@ -239,10 +229,10 @@ def compile(
             compiled = with_sides(compiled, transform, exact, targets.backend, clock)
         if kv_cache:
             with clock.phase("generation"):
-                after = decode_passes(opt_level, passes, on_disk)
+                after = decode_passes(opt_level, passes)
                 compiled = with_decode(compiled, after, targets.backend)
         compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
-        built = build_model(compiled, opt_level, clock, targets.backend, tune, store, tiers)
+        built = build_model(compiled, opt_level, clock, targets.backend, store)
         if targets.beside is not None:
             built = build_for_gpu(
                 built, targets.beside, opt_level, clock, targets.beside_backend, store

@@ -124,22 +124,6 @@ def target_of(target: Any, *, run: bool) -> AnyTarget:
     return parsed
 
 
-def check_tuning(target: AnyTarget, builds: bool) -> None:
-    """Raises UsageError where no kernel for the target can be measured here."""
-    if absent := missing_features(target):
-        raise UsageError(
-            "--tune measures kernels on the machine that will run them, and this one lacks "
-            f"{', '.join(absent)}, which code for {target.name} needs: tune on a machine that has "
-            "them"
-        )
-    if isinstance(target, CudaTarget):
-        raise UsageError("--tune measures CPU kernels: GPU kernels have no values to tune")
-    if target.kind == NULL:
-        raise UsageError(f"--tune measures kernels, and the target {NULL!r} has none")
-    if not builds:
-        raise UsageError("--tune measures kernels, and this command builds none: leave --tune out")
-
-
 def allowed_budget(
     requested: Sequence[PassSpec], chosen: Sequence[PassSpec], calib: Any, budget: str, strict: bool
 ) -> Budget:
@@ -267,7 +251,6 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "give a list of folders",
     ),
     "store": (lambda v: isinstance(v, bool), "give True or False"),
-    "tiers": (lambda v: isinstance(v, bool), "give True or False"),
 }
 
 

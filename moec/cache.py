@@ -2,13 +2,11 @@
 
     $MOEC_CACHE, or moec in the user's cache folder; "off" disables it
       objects/KEY     native code of one kernel
-      libraries/KEY   native code of one block, or of the products of one stack of weights
+      libraries/KEY   native code of one block
       artifacts/KEY   the artifact of one checkpoint, by `moec compile`
-      frames/KEY      a large one, without the weights that follow from the checkpoint
-      tunings/KEY     the measurements of one kernel, as JSON
       runs/KEY        how long the phases of the last compilations took, as JSON
 
-Threat model: all entries but tunings and runs are native code that moec links and runs, and a hash
+Threat model: all entries but runs are native code that moec links and runs, and a hash
 in the same file does not stop anybody who can write there. So the folder is trusted only because it
 is the user's: nothing is read from a folder or entry that belongs to another user or that others
 may write. The hash detects damage: an entry that is truncated, changed or misnamed counts as
@@ -19,9 +17,12 @@ If the cache cannot be used, everything is compiled, with one CacheWarning.
 
 from __future__ import annotations
 
+import atexit
+import getpass
 import hashlib
 import math
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -36,16 +37,18 @@ import platformdirs
 
 from moec.errors import UsageError
 from moec.files.os_errors import reason
+from moec.files.private_folder import others_may_change
 
-OBJECTS, LIBRARIES, TUNINGS, RUNS = "objects", "libraries", "tunings", "runs"
-ARTIFACTS, FRAMES = "artifacts", "frames"
-KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, FRAMES, TUNINGS, RUNS)
+OBJECTS, LIBRARIES, RUNS = "objects", "libraries", "runs"
+ARTIFACTS = "artifacts"
+KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, RUNS)
 DEFAULT_LIMIT = 2 * 2**30  # bytes
 LARGE = 1 << 10  # a payload above this part of the limit is large
 
 _MAGIC = b"moec cache 1\n"
 _HEADER = len(_MAGIC) + hashlib.sha256().digest_size
 PARTIAL = ".partial-"
+_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 ABANDONED = 3600.0  # seconds after which a partial file is assumed to have no writer
 
 
@@ -143,11 +146,32 @@ def store_in(folder: Path | None) -> Store:
 def _make(folder: Path) -> None:
     """Create the folder. Raises OSError where that fails, UsageError where others may write it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _private(folder.stat()):
+    if not _private(folder.stat()) or (open_to := others_may_change(folder)) == folder:
         raise UsageError(
             "other users can write to it, and its files are run as native code: make it yours "
             "with chmod 700, or set MOEC_CACHE to another folder"
         )
+    if open_to is not None:
+        raise UsageError(
+            f"other users can write to {open_to} and replace it, and its files are run as native "
+            "code: set MOEC_CACHE to another folder"
+        )
+
+
+def set_inductor_folder() -> None:
+    """Gives torch's Inductor, which runs the code in its folder, another one where others may write
+    to that: by default it is torchinductor_USER, which any user can make in /tmp before."""
+    try:
+        name = os.environ.get(_INDUCTOR) or f"torchinductor_{getpass.getuser()}"
+        folder = Path(tempfile.gettempdir(), name)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private = others_may_change(folder) is None
+    except (OSError, KeyError):  # the user has no name
+        private = False
+    if not private:
+        folder = Path(tempfile.mkdtemp(prefix="moec-inductor-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_INDUCTOR] = str(folder)
 
 
 def _private(state: os.stat_result) -> bool:

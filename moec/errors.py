@@ -45,3 +45,8 @@ class IRError(Exception):
 
 class NoMatch(Exception):
     """A rule examined a candidate and declined it. The reason goes into the report."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message, or what was raised where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

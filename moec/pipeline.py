@@ -44,7 +44,6 @@ from moec.passes.core.names import sign_and_name, split
 from moec.passes.core.options import parse_pass
 from moec.passes.core.runner import Kind, OptInPass, Pass, PassResult
 from moec.passes.decode.fuse_append import FuseAppend
-from moec.passes.decode.predict_experts import PredictExperts
 from moec.passes.dense.fold_mask import FoldMask
 from moec.passes.dense.fuse_attention import FuseAttention
 from moec.passes.dense.fuse_norm import FuseNorm
@@ -147,7 +146,7 @@ LOWER = Phase(
         (2, FoldPermutes()),
     ),
 )
-DECODE = Phase("decode", ((2, FuseAppend()), (1, PredictExperts())))
+DECODE = Phase("decode", ((2, FuseAppend()),))
 TRAIN = Phase("train", ((0, ExpandExperts()), (0, FuseCombine())))
 PHASES = (CANONICALISE, DENSE, RECOGNISE, SIMPLIFY, LOWER)
 
@@ -250,14 +249,10 @@ def choose(opt_level: int = 2, changes: PassChanges = "") -> tuple[PassSpec, ...
     )
 
 
-def decode_passes(
-    opt_level: int = 2, changes: PassChanges = "", stored: bool = False
-) -> tuple[Pass, ...]:
-    """The passes of a level, with `changes`, that run on the program that continues texts.
-    `stored`: its experts can be read from disk."""
+def decode_passes(opt_level: int = 2, changes: PassChanges = "") -> tuple[Pass, ...]:
+    """The passes of a level, with `changes`, that run on the program that continues texts."""
     parsed = _parse(changes)
-    unused = frozenset[str]() if stored else {PredictExperts.name} - parsed.added
-    return DECODE.at_level(opt_level, parsed.added, parsed.removed | unused)
+    return DECODE.at_level(opt_level, parsed.added, parsed.removed)
 
 
 def _parse(changes: PassChanges) -> _Changes:

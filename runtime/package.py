@@ -141,34 +141,11 @@ class RouterPorts:
 @dataclass(frozen=True)
 class Stack:
     """The weights of one product of a layer, for all experts: `arrays` [E, ...]. `key` is the param
-    that leads to them in an expert store. `narrow` is the dtype of the elements of the first array
-    where there is a copy of it in 4 bits, the array `narrow_array` u8[E, narrow_bytes]
-    (codegen/cpu/narrow_copy.c); empty without one."""
+    that leads to them in an expert store."""
 
     key: str
     layer: str
     arrays: tuple[str, ...]
-    narrow: str = ""
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """All arrays that an artifact has of it."""
-        return (*self.arrays, self.narrow_array) if self.narrow else self.arrays
-
-    @property
-    def narrow_array(self) -> str:
-        return f"{self.arrays[0]}.narrow"
-
-
-NARROW_KINDS = {"bf16": 2, "f16": 2, "f32": 4}
-"""The dtypes of elements that have narrow copies, and their bytes."""
-NARROW_BLOCK = 32
-"""Elements of a narrow copy that share a scale."""
-
-
-def narrow_bytes(elements: int) -> int:
-    """Of a copy of so many elements: half a byte for each, and two for a block."""
-    return -(-elements // NARROW_BLOCK) * (NARROW_BLOCK // 2 + 2)
 
 
 @dataclass(frozen=True)
@@ -257,11 +234,9 @@ class Package:
     computes it; `refusals` holds the origin and name of each op that became a plain loop although
     its kind has kernels, and the reason. `notes` are sentences for the report. `generation` is None
     without `decode`, for the reason `no_generation`. `routers` are the layers whose choices `route`
-    returns, `recorded` the layers whose choices can be recorded. `tunings` are the values of tuned
-    kernels, by the kernel's key. `copies` are, for arrays that are strided copies of the model's
-    weights, the pairs of views of the array and of the weight that is copied there; they are not
-    stored. `calls` are the calls of kernels by each function in their order, for a CPU. `gpu` holds
-    the code for GPUs; `library` is empty then. `store` is None where experts cannot stay on disk.
+    returns, `recorded` the layers whose choices can be recorded. `calls` are the calls of kernels
+    by each function in their order, for a CPU. `gpu` holds the code for GPUs; `library` is empty
+    then. `store` is None where experts cannot stay on disk.
     """
 
     target: CpuNeeds
@@ -276,10 +251,8 @@ class Package:
     no_generation: str = "the model was compiled without a KV cache"
     routers: tuple[RouterPorts, ...] = ()
     recorded: tuple[RecordedLayer, ...] = ()
-    tunings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     gpu: GpuCode | None = None
     store: StoredExperts | None = None
-    copies: Mapping[str, tuple[tuple[Any, Any], ...]] = field(default_factory=dict)
     calls: Mapping[str, tuple[KernelCall, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -289,12 +262,6 @@ class Package:
     def target_name(self) -> str:
         """The target: GPUs if the model has kernels for them, else a CPU."""
         return self.gpu.target if self.gpu else self.target.name
-
-    @property
-    def narrow_arrays(self) -> set[str]:
-        """The names of the narrow copies of experts."""
-        layers = () if self.store is None else self.store.layers
-        return {stack.narrow_array for layer in layers for stack in layer if stack.narrow}
 
     @property
     def has_code(self) -> bool:

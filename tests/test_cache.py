@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -95,6 +97,64 @@ def test_what_is_no_private_file_is_not_read(store: Store, tmp_path: Path, kind:
         else:
             os.mkfifo(path)
     assert load(store, OBJECTS, "a") is None
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+
+
+@as_root
+@pytest.mark.parametrize("between", ["", "a", "a/b"])
+@pytest.mark.parametrize("mode", [0o777, 0o757, 0o775])
+def test_a_folder_above_that_others_may_write(tmp_path: Path, mode: int, between: str) -> None:
+    """They may put another folder in its place."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    os.chown(shared, -1, 12345)
+    shared.chmod(mode)
+    words = f"other users can write to {shared} and replace it, and its files are run as native"
+    with pytest.warns(CacheWarning, match=re.escape(words)):
+        assert store_in(shared / between / "cache").folder is None
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o755, 0o700])
+def test_a_folder_above_in_which_others_may_replace_nothing(tmp_path: Path, mode: int) -> None:
+    (shared := tmp_path / "shared").mkdir()
+    shared.chmod(mode)
+    assert store_in(shared / "cache").folder is not None
+
+
+def test_a_link_that_others_may_switch(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir(mode=0o700)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared/link").symlink_to(tmp_path / "own")
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.warns(CacheWarning, match="shared and replace it"):
+        assert store_in(tmp_path / "shared/link").folder is None
+
+
+@as_root
+@pytest.mark.parametrize("kind", ["foreign", "writable", "below", "link", "private", "new"])
+def test_the_folder_of_inductor(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its maker may put code into it."""
+    folder = tmp_path / "shared/torchinductor_me"
+    monkeypatch.setenv("LOGNAME", "me")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777 if kind == "below" else 0o1777)
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere").chmod(0o777)
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif kind != "new":
+        folder.mkdir(mode=0o755)
+        folder.chmod(0o757 if kind == "writable" else 0o755)
+        os.chown(folder, 12345 if kind == "foreign" else -1, -1)
+    cache.set_inductor_folder()
+    chosen = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert (chosen == folder) is (kind in ("private", "new"))
+    assert stat.S_IMODE(chosen.stat().st_mode) == (0o755 if kind == "private" else 0o700)
+    assert chosen.stat().st_uid == os.geteuid()
 
 
 def test_what_was_not_used_for_longest_goes_first(store: Store) -> None:

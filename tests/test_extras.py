@@ -65,7 +65,7 @@ def test_an_artifact_runs_is_inspected_and_verified(path: Path, tmp_path: Path) 
     done = moec("inspect", path)
     assert done.returncode == 0, done.stderr
     assert "MoE blocks" in done.stdout
-    done = moec("inspect", path, "--graph", tmp_path / "x.svg")
+    done = moec("inspect", path, "--graph", tmp_path / "x.dot")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.endswith("pip install 'moec[compile]'\n")
     done = moec("verify", path)

@@ -11,7 +11,7 @@
                 and milliseconds per token
   4. times      microseconds of moec, torch eager, grouped_mm, Triton (the products alone, by the
                 fastest of four tiles), torch.compile, and cuBLAS (equal products with the same
-                FLOPs); the share of the roofline, which needs no GPU
+                FLOPs)
   5. codes      microseconds of the layers with int8, int4, fp8 and mxfp4 experts, after their
                 results equal those of the CPU's kernels for the same codes
   6. models     milliseconds of whole models of real size with random weights: a prompt beside
@@ -45,9 +45,8 @@ from benchmarks.cuda.layers import (
     times,
 )
 from benchmarks.cuda.models import LONG, MODELS, build, compiled, text, whole
+from benchmarks.cuda.shapes import LAYERS, TOKENS, LayerShape
 from benchmarks.records import Cell, add_record_options, record_if_asked
-from moec.bench.gpu_model import LAYERS, TOKENS
-from moec.codegen.cuda.roofline import LayerShape
 from moec.target import cuda, nvidia
 
 NUMBERS, FAULTS, TEXT, TIMES, CODES = "numbers", "faults", "text", "times", "codes"
@@ -112,7 +111,7 @@ def faults(tool: str, tokens: Sequence[int], device: str) -> str:
     return last[-1].strip("= ") if last else f"exit code {result.returncode}"
 
 
-def perform(step: Step, device: str, limit: cuda.CudaTarget) -> list[dict[str, Cell]]:
+def perform(step: Step, device: str) -> list[dict[str, Cell]]:
     rows: list[dict[str, Cell]] = []
     if step.what == FAULTS:
         print(f"  {faults(step.detail, step.tokens, device)}", flush=True)
@@ -132,7 +131,7 @@ def perform(step: Step, device: str, limit: cuda.CudaTarget) -> list[dict[str, C
             print(f"  {line}", flush=True)
         return rows
     if step.what == TIMES:
-        measured = times(layer, step.tokens, device, cuda.KIND, limit)
+        measured = times(layer, step.tokens, device, cuda.KIND)
     else:
         measured = few_bits(layer, step.tokens, device, cuda.KIND)
     for row in measured:
@@ -214,12 +213,11 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     if reason := lacking():
         raise SystemExit(reason)
-    limit = cuda.parse(cuda.KIND)
     rows: dict[str, list[dict[str, Cell]]] = {kind: [] for kind in KINDS}
     for step in todo:
         print(step, flush=True)
         try:
-            rows[step.what] += perform(step, options.device, limit)
+            rows[step.what] += perform(step, options.device)
         except Exception as error:
             print(f"  failed: {type(error).__name__}: {error}", flush=True)
     for kind, claim, case in (

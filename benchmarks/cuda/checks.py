@@ -12,7 +12,7 @@ import torch
 
 import moec
 from benchmarks.cuda.contenders import block
-from moec.codegen.cuda.roofline import LayerShape
+from benchmarks.cuda.shapes import LayerShape
 from moec.runtime.call.executor import Executor
 from moec.runtime.device.gpu import part_for
 from moec.runtime.package import CUBIN, DECODE, Package

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
-from moec.codegen.cuda.roofline import LayerShape
+from benchmarks.cuda.shapes import LayerShape
 
 Run = Callable[[Any], Any]  # x[1, T, D] -> [1, T, D]
 

@@ -69,10 +69,9 @@ def step(what: str, name: str, dry: bool) -> Report:
         # On a CPU the kernels have other names.
         return asdict(outcome(replace(check, kernels=()) if dry else check, device, target))
     from benchmarks.cuda.layers import times
-    from moec.bench.gpu_model import LAYERS as SHAPES
+    from benchmarks.cuda.shapes import LAYERS as SHAPES
 
-    limit = cuda.parse(cuda.KIND)
-    return {"rows": list(times(SHAPES[name], TOKENS, device, target, limit, CONTENDERS))}
+    return {"rows": list(times(SHAPES[name], TOKENS, device, target, CONTENDERS))}
 
 
 def machine() -> Report:

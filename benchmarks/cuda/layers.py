@@ -16,9 +16,8 @@ from benchmarks.cuda.contenders import (
     vllm_products,
     with_experts,
 )
+from benchmarks.cuda.shapes import LayerShape
 from benchmarks.records import Cell
-from moec.codegen.cuda.roofline import LayerShape, layer_seconds
-from moec.target import cuda
 
 FORMATS = ("int8", "int4:32", "fp8:128", "mxfp4")
 TOLERANCE = 2e-2  # of the greatest element: eager rounds bf16 rows after each product
@@ -108,7 +107,6 @@ def times(
     tokens: Sequence[int],
     device: str,
     target: str,
-    limit: cuda.CudaTarget,
     names: Sequence[str] = CONTENDERS,
 ) -> Iterator[dict[str, Cell]]:
     """One row per number of tokens, in microseconds. Contenders that fail are left out and
@@ -133,7 +131,6 @@ def times(
                 row[name] = round(microseconds(ways[name](), x, device), 1)
             except Exception as error:  # a failing contender must not stop the others
                 print(f"  {name} failed: {first_line(error)}")
-        row["limit"] = round(layer_seconds(layer, count, limit) * 1e6, 1)
         yield row
 
 

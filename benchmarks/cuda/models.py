@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.cuda.layers import TOLERANCE, milliseconds
+from benchmarks.cuda.shapes import LayerShape
 from benchmarks.records import Cell
-from moec.codegen.cuda.roofline import LayerShape
 
 PROMPT, NEW = 8, 32  # tokens
 LONG = 512

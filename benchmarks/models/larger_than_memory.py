@@ -100,13 +100,10 @@ def milliseconds(times: Sequence[float]) -> dict[str, Cell]:
     return {"ms": 1e3 * statistics.median(times), "mean": 1e3 * statistics.mean(times)}
 
 
-def time_moec(
-    path: Path, share: float | None, predict: str, counts: tuple[int, int]
-) -> dict[str, Cell]:
+def time_moec(path: Path, share: float | None, counts: tuple[int, int]) -> dict[str, Cell]:
     """`share` of each layer's experts in slots; None: all weights mapped, without a store."""
     from moec.runtime.artifact.artifact import read
     from moec.runtime.call.executor import start
-    from moec.runtime.expert_store.native import StoreOptions
     from moec.runtime.expert_store.start import start_with_slots, store_report, stored_sizes
     from moec.runtime.text.texts import Texts
 
@@ -115,8 +112,7 @@ def time_moec(
         executor = start(opened)
     else:
         slots = [round(share * layer.experts) for layer in stored_sizes(opened)]
-        options = StoreOptions(predict=predict)
-        executor = start_with_slots(opened, slots, reading="direct", options=options)
+        executor = start_with_slots(opened, slots, reading="direct")
     texts, (first, timed) = Texts(executor, 1, CONTEXT), tokens(counts)
     step_times(lambda word: texts.feed([[word]]), first)
     before = store_report(executor)
@@ -158,9 +154,8 @@ def write(folder: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("way")
 @click.option("--share", type=float)
-@click.option("--predict", default="measured")
 @click.option("--container", type=click.Path(path_type=Path))
-def once(folder: Path, way: str, share: float | None, predict: str, container: Path | None) -> None:
+def once(folder: Path, way: str, share: float | None, container: Path | None) -> None:
     """One way, in this process."""
     if container is not None:
         (container / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
@@ -170,7 +165,7 @@ def once(folder: Path, way: str, share: float | None, predict: str, container: P
     if way == "llama.cpp":
         row = time_llama(folder / "model.gguf", counts)
     else:
-        row = time_moec(folder / "model.moec", share, predict, counts)
+        row = time_moec(folder / "model.moec", share, counts)
     click.echo(json.dumps({**row, "peak": peak()}))
 
 

@@ -8,19 +8,11 @@
    slot may then be filled with an expert further behind. So a call may need more experts than there
    are slots, and each is read once.
 
-   A plan may come with a guess: the choices that the next layer is expected to make. Readers that have
-   nothing else to read then read what is absent of them, into slots of that layer's least useful
-   experts, until the layer's own plan says what it needs. A wrong guess is dropped between two blocks.
-
-   An artifact may have a narrow copy of each expert, of few bits (narrow_copy.c). With a budget, the
-   experts that carry the least routing weight in a call are then read from it and widened into their
-   slots, as long as the share of the weight that they carry is within the budget. Without one, none.
-
    What is read of an expert for the first time is hashed, and refused if it is not what the artifact
    lists.
 
-   Which experts are in slots changes no bit of a result, without a budget: a kernel computes each row
-   as it would from resident weights.
+   Which experts are in slots changes no bit of a result: a kernel computes each row as it would from
+   resident weights.
 
    The linker puts this file into every library for Linux. Pointers to functions of pthread and
    tvm_ffi come from the loader (runtime/expert_store/native.py), as in pool.c. All numbers of stacks,
@@ -41,9 +33,6 @@ enum { FUTEX_WAIT_PRIVATE = 128, FUTEX_WAKE_PRIVATE = 129 };
 enum { LRU, LFU, SLRU };
 enum { EMPTY, QUEUED, READING, FULL }; /* a slot */
 enum { PENDING, READY, FAILED };       /* a visit */
-enum { DROPPED = -3 };                 /* a read of a wrong guess */
-enum { NEVER, ALWAYS, MEASURED };      /* guesses are used */
-enum { WARM = 64, WINDOW = 8, TRIAL = 128, HELD = 4096 }; /* steps */
 
 typedef struct {
   int32_t type;
@@ -69,12 +58,6 @@ typedef struct {
   int32_t experts, slots, pieces;
   const Piece *piece;
 } Shape;
-typedef struct {         /* the narrow copies of the first piece of a stack */
-  int64_t start, bytes;  /* as in Piece; no bytes where there are none */
-  int64_t elements;      /* of an expert */
-  const unsigned char *digests;
-  int32_t file, kind;    /* kind: of elements, see narrow_copy.c */
-} Narrow;
 typedef struct {
   int (*create_thread)(unsigned long *thread, const void *attributes, void *(*start)(void *),
                        void *argument);
@@ -83,50 +66,27 @@ typedef struct {
   unsigned char *(*sha256)(const void *content, size_t size, unsigned char *digest); /* or NULL */
   const Shape *shape;
   int32_t stacks, readers, policy, half_life;
-  const Narrow *narrow; /* of each stack, or NULL */
-  double budget;        /* the greatest share of the routing weight that they may carry */
 } Options;
 typedef struct { /* since the last reading of the counts; times in ns */
   int64_t calls, visits, hits, bytes, read_ns, stall_ns;
 } Counts;
-typedef struct { /* experts guessed, those used, those read early; bytes of those not used */
-  int64_t guesses, right, early, vain;
-} GuessCounts;
-typedef struct { /* narrow copies that were read; routing weight of all calls, and what they carried */
-  int64_t reads, bytes;
-  double weight, carried;
-} NarrowCounts;
 
 typedef struct {
   int32_t expert, state, visit; /* visit: its number in the call under way, or -1 */
-  int32_t guess, dropped;       /* it was read for a guess; which was wrong */
-  int32_t narrow;               /* it has a narrow copy, widened */
 } Slot;
-typedef struct {
-  const int32_t *dropped; /* of the slot */
-  int64_t bytes;
-} Progress;
 typedef struct {
   int32_t expert, slot, error;
   _Atomic int32_t state, finished;
 } Visit;
-typedef struct {
-  int32_t step, on;
-  int64_t begun, ns[2], steps[2]; /* without guesses, and with */
-} Trial;
 typedef struct {
   Shape shape;
   Slot *slot;
   Visit *visit;
   int32_t *where; /* expert -> slot, or -1 */
   int64_t *last;  /* expert -> the call that used it last */
-  char *trusted;  /* expert -> bits: the digest of its weights was right; of its narrow copy */
+  char *trusted;  /* expert -> the digest of its weights was right */
   char *safe;     /* expert -> used again while it was in a slot, of which 4/5 of the slots remember */
-  char *guessed;  /* expert -> the next call is expected to use it */
   double *score;  /* expert -> uses, each of which counts half after `half_life` calls */
-  char *narrow;   /* of a layer's first stack: expert -> the call may use its narrow copy */
-  double *weight; /* and its routing weight in the call */
-  double allowance; /* and what narrow copies may carry */
   int32_t visits, filled;
   int64_t call;
 } Stack;
@@ -134,19 +94,14 @@ typedef struct {
   Options options;
   Stack *stack;
   Counts counts;
-  GuessCounts guessed;
-  NarrowCounts narrow;
   pid_t process;
   unsigned long thread[MOST_READERS];
   _Atomic uint32_t lock, work, done; /* futexes: a mutex; changes of the queue, and of visits */
   int32_t stop, *queue;              /* of (stack, slot) */
   int32_t trust;                     /* how often the file was distrusted */
   uint32_t head, tail, room;
-  int32_t *guess, guesses, next_guess, demands; /* of (stack, expert): what is read when nothing else is */
   int32_t failed_stack, failed_expert, failed_error; /* the latest failure of a read */
   _Atomic int64_t stall_ns;
-  Trial trial;
-  int predict, guessing;
   double decay[AGES];
 } Store;
 
@@ -181,18 +136,16 @@ static void unlock(Store *s) {
 
 /* ---- reading -------------------------------------------------------------------------- */
 
-/* 0; an errno; -1 where the file has become too short; DROPPED. */
-static int read_span(int file, char *to, int64_t from, int64_t bytes, Progress *progress) {
+/* 0; an errno; -1 where the file has become too short. `read` grows by the bytes that were read. */
+static int read_span(int file, char *to, int64_t from, int64_t bytes, int64_t *read) {
   while (bytes > 0) {
-    if (__atomic_load_n(progress->dropped, __ATOMIC_RELAXED))
-      return DROPPED;
     ssize_t n = pread(file, to, bytes < BLOCK ? bytes : BLOCK, from);
     if (n < 0 && errno != EINTR)
       return errno;
     if (!n)
       return -1;
     if (n > 0)
-      to += n, from += n, bytes -= n, progress->bytes += n;
+      to += n, from += n, bytes -= n, *read += n;
   }
   return 0;
 }
@@ -212,20 +165,18 @@ static int read_pages(int file, char *to, int64_t from, int64_t want) {
 }
 
 /* Direct reads take whole pages, and what begins or ends in the middle of one is copied. */
-static int read_piece(const Piece *p, int expert, int slot, char *bounce, Progress *progress) {
+static int read_piece(const Piece *p, int expert, int slot, char *bounce, int64_t *read) {
   int64_t from = p->start + expert * p->bytes, left = p->bytes;
   char *to = p->memory + slot * p->bytes;
   if (!p->direct || !((from | left | (int64_t)(intptr_t)to) % PAGE))
-    return read_span(p->file, to, from, left, progress);
+    return read_span(p->file, to, from, left, read);
   while (left > 0) {
-    if (__atomic_load_n(progress->dropped, __ATOMIC_RELAXED))
-      return DROPPED;
     int64_t skip = from % PAGE, want = skip + left < BOUNCE ? skip + left : BOUNCE;
     int error = read_pages(p->file, bounce, from - skip, want);
     if (error)
       return error;
     memcpy(to, bounce + skip, want - skip);
-    to += want - skip, from += want - skip, left -= want - skip, progress->bytes += want - skip;
+    to += want - skip, from += want - skip, left -= want - skip, *read += want - skip;
   }
   return 0;
 }
@@ -241,45 +192,13 @@ static int differs(const Store *s, const void *content, int64_t bytes, const uns
 }
 
 /* 0; -2 where an expert is not what was written. */
-static int check_digests(const Store *s, const Stack *of, int expert, int slot, int first) {
-  for (int i = first; i < of->shape.pieces; i++) {
+static int check_digests(const Store *s, const Stack *of, int expert, int slot) {
+  for (int i = 0; i < of->shape.pieces; i++) {
     const Piece *p = &of->shape.piece[i];
     if (differs(s, p->memory + slot * p->bytes, p->bytes, p->digests, expert))
       return -2;
   }
   return 0;
-}
-
-void expert_store_widen(char *to, const uint8_t *copy, int64_t elements, int32_t kind);
-
-/* Widens an expert's narrow copy into a slot; as read_span, and -2 where it is not what was written. */
-static int read_narrow(const Store *s, const Narrow *n, int expert, char *to, char *buffer,
-                       int trusted, Progress *progress) {
-  int64_t from = n->start + expert * n->bytes, skip = from % PAGE;
-  int error = read_pages(n->file, buffer, from - skip, skip + n->bytes);
-  if (error)
-    return error;
-  progress->bytes += n->bytes;
-  if (!trusted && differs(s, buffer + skip, n->bytes, n->digests, expert))
-    return -2;
-  expert_store_widen(to, (const uint8_t *)buffer + skip, n->elements, n->kind);
-  return 0;
-}
-
-/* The narrow copies of a stack; NULL where none may be used. */
-static const Narrow *narrow_of(const Store *s, int stack) {
-  int some = s->options.narrow && s->options.budget > 0 && s->options.narrow[stack].bytes;
-  return some ? &s->options.narrow[stack] : NULL;
-}
-
-/* The bytes of a reader's buffer for narrow copies. */
-static int64_t narrow_room(const Store *s) {
-  int64_t most = 0;
-  for (int i = 0; i < s->options.stacks; i++) {
-    const Narrow *n = narrow_of(s, i);
-    most = n && n->bytes > most ? n->bytes : most;
-  }
-  return most ? most + 2 * PAGE : 0;
 }
 
 static int take_queued(Store *s, int32_t *stack, int32_t *slot) {
@@ -292,34 +211,15 @@ static int take_queued(Store *s, int32_t *stack, int32_t *slot) {
   return 0;
 }
 
-static int free_slot(Store *s, Stack *of);
 static void fill(Store *s, int stack);
-
-/* Guesses are read while nothing else is: they would share the disk with what a kernel waits for. */
-static int take_guess(Store *s, int32_t *stack, int32_t *slot) {
-  while (!s->demands && s->next_guess < s->guesses) {
-    const int32_t *entry = s->guess + 2 * s->next_guess++;
-    Stack *of = &s->stack[entry[0]];
-    if (of->where[entry[1]] >= 0)
-      continue;
-    *stack = entry[0], *slot = free_slot(s, of);
-    if (*slot < 0)
-      continue;
-    of->slot[*slot] = (Slot){entry[1], QUEUED, -1, 1, 0, 0};
-    of->where[entry[1]] = *slot;
-    return 1;
-  }
-  return 0;
-}
 
 static void *read_queued(void *argument) {
   Store *s = argument;
-  char *memory = malloc(BOUNCE + 2 * PAGE + narrow_room(s));
-  char *bounce = memory + (PAGE - (intptr_t)memory % PAGE), *buffer = bounce + BOUNCE;
+  char *memory = malloc(BOUNCE + 2 * PAGE), *bounce = memory + (PAGE - (intptr_t)memory % PAGE);
   int32_t stack, number;
   lock(s);
   while (!s->stop) {
-    if (!take_queued(s, &stack, &number) && !take_guess(s, &stack, &number)) {
+    if (!take_queued(s, &stack, &number)) {
       uint32_t work = atomic_load(&s->work);
       unlock(s);
       sleep_while(&s->work, work);
@@ -329,34 +229,21 @@ static void *read_queued(void *argument) {
     Stack *of = &s->stack[stack];
     Slot *slot = &of->slot[number];
     int expert = slot->expert, error = memory ? 0 : ENOMEM;
-    int kind = 1 << slot->narrow, trusted = of->trusted[expert] & kind;
-    const Narrow *narrow = slot->narrow ? narrow_of(s, stack) : NULL;
-    Progress progress = {&slot->dropped, 0};
-    int64_t begin = now_ns();
+    int trusted = of->trusted[expert];
+    int64_t begin = now_ns(), read = 0;
     int32_t trust = s->trust;
-    int demand = !slot->guess;
-    slot->state = READING, s->demands += demand;
+    slot->state = READING;
     unlock(s);
-    if (narrow && !error) {
-      const Piece *p = of->shape.piece;
-      error = read_narrow(s, narrow, expert, p->memory + number * p->bytes, buffer, trusted, &progress);
-    }
-    for (int i = narrow != NULL; i < of->shape.pieces && !error; i++)
-      error = read_piece(&of->shape.piece[i], expert, number, bounce, &progress);
+    for (int i = 0; i < of->shape.pieces && !error; i++)
+      error = read_piece(&of->shape.piece[i], expert, number, bounce, &read);
     int64_t end = now_ns();
     if (!error && !trusted)
-      error = check_digests(s, of, expert, number, narrow != NULL);
+      error = check_digests(s, of, expert, number);
     lock(s);
-    if (narrow)
-      s->narrow.reads++, s->narrow.bytes += progress.bytes;
-    s->demands -= demand;
-    if (!s->demands && s->next_guess < s->guesses)
-      wake_all(&s->work);
-    s->counts.read_ns += end - begin, s->counts.bytes += progress.bytes;
-    s->guessed.vain += slot->dropped ? progress.bytes : 0;
-    of->trusted[expert] |= !error && s->trust == trust ? kind : 0;
-    slot->state = error || slot->dropped ? EMPTY : FULL;
-    if (error && !slot->dropped)
+    s->counts.read_ns += end - begin, s->counts.bytes += read;
+    of->trusted[expert] |= !error && s->trust == trust;
+    slot->state = error ? EMPTY : FULL;
+    if (error)
       of->where[expert] = -1;
     if (error && slot->visit >= 0) {
       s->failed_stack = stack, s->failed_expert = expert, s->failed_error = error;
@@ -389,20 +276,11 @@ static void restart_after_fork(Store *s) {
       Slot *slot = &s->stack[i].slot[j];
       if (slot->state == QUEUED || slot->state == READING) {
         slot->state = EMPTY;
-        if (!slot->dropped)
-          s->stack[i].where[slot->expert] = -1;
+        s->stack[i].where[slot->expert] = -1;
       }
     }
   s->head = s->tail = 0;
-  s->guesses = s->next_guess = s->demands = 0;
   start_readers(s);
-}
-
-static int64_t bytes_of(const Stack *of) {
-  int64_t bytes = 0;
-  for (int i = 0; i < of->shape.pieces; i++)
-    bytes += of->shape.piece[i].bytes;
-  return bytes;
 }
 
 /* ---- slots ---------------------------------------------------------------------------- */
@@ -423,7 +301,7 @@ static int free_slot(Store *s, Stack *of) {
     Slot *slot = &of->slot[i];
     if (slot->state == EMPTY)
       return i;
-    if (slot->state != FULL || slot->visit >= 0 || of->guessed[slot->expert])
+    if (slot->state != FULL || slot->visit >= 0)
       continue;
     double value = worth(s, of, slot->expert);
     if (best < 0 || value < least)
@@ -434,11 +312,6 @@ static int free_slot(Store *s, Stack *of) {
     of->where[expert] = -1, of->safe[expert] = 0, of->slot[best].state = EMPTY;
   }
   return best;
-}
-
-static int64_t id_at(const Tensor *ids, int64_t i) {
-  const void *data = ids->data + ids->offset;
-  return (ids->dtype >> 8 & 255) == 64 ? ((const int64_t *)data)[i] : ((const int32_t *)data)[i];
 }
 
 /* Queues reads of the next experts, as far as there are slots. */
@@ -452,8 +325,7 @@ static void fill(Store *s, int stack) {
     int number = free_slot(s, of);
     if (number < 0)
       break;
-    int narrow = s->stack[of->shape.first].narrow[visit->expert] && narrow_of(s, stack);
-    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled, 0, 0, narrow};
+    of->slot[number] = (Slot){visit->expert, QUEUED, of->filled};
     of->where[visit->expert] = visit->slot = number;
     int32_t *entry = s->queue + 2 * (s->tail++ % s->room);
     entry[0] = stack, entry[1] = number, queued = 1;
@@ -483,111 +355,15 @@ static void use(Store *s, Stack *of, int expert) {
   of->last[expert] = of->call;
 }
 
-/* The layer's call says which guesses were right: reads of the others end. */
-static void judge(Store *s, Stack *of, const int32_t *ends) {
-  for (int e = 0; e < of->shape.experts; e++) {
-    int where = of->where[e], used = ends[e] > (e ? ends[e - 1] : 0);
-    Slot *slot = where < 0 ? NULL : &of->slot[where];
-    s->guessed.guesses += of->guessed[e], s->guessed.right += of->guessed[e] && used;
-    of->guessed[e] = 0;
-    if (!slot || !slot->guess)
-      continue;
-    slot->guess = 0;
-    if (used)
-      s->guessed.early++;
-    else if (slot->state == READING)
-      __atomic_store_n(&slot->dropped, 1, __ATOMIC_RELAXED), of->where[e] = -1;
-    else
-      s->guessed.vain += bytes_of(of);
-  }
-}
-
-/* Element i of a tensor of routing weights; where it is no number, neither is the result. */
-static double weight_at(const Tensor *weights, int64_t i) {
-  const char *data = weights->data + weights->offset;
-  int code = weights->dtype & 255, bits = weights->dtype >> 8 & 255;
-  if (bits == 64)
-    return ((const double *)data)[i];
-  if (bits == 32)
-    return (double)((const float *)data)[i];
-  uint32_t half = ((const uint16_t *)data)[i], exponent = half & 0x7c00;
-  int f16 = code == 2; /* else bf16 */
-  uint32_t wide = f16 ? (half & 0x8000) << 16 | (half & 0x7fff) << 13 : half << 16;
-  float x;
-  memcpy(&x, &wide, sizeof x);
-  if (!f16)
-    return (double)x;
-  return exponent == 0x7c00 ? 1e308 : (double)x * 0x1p112; /* the exponents begin 112 apart */
-}
-
-/* Whether a stack of the layer lacks the weights of an expert. */
-static int lacks(const Store *s, const Stack *first, int expert) {
-  for (int i = 0; i < first->shape.count; i++) {
-    const Stack *of = &s->stack[first->shape.first + i];
-    int where = of->where[expert];
-    if (where < 0 || of->slot[where].narrow || of->slot[where].state == QUEUED)
-      return 1;
-  }
-  return 0;
-}
-
-/* Chooses the experts of a layer's call that may be narrow: those of the least routing weight first,
-   as far as the budget allows. What it left unused before counts half after `half_life` calls, so
-   that a long text does not end in narrow experts only. */
-static void choose_narrow(Store *s, Stack *of, const int32_t *ends, const Tensor *ids,
-                          const Tensor *weights) {
-  int64_t choices = ids->shape[0] * ids->shape[1];
-  double total = 0;
-  memset(of->weight, 0, of->shape.experts * sizeof *of->weight);
-  for (int64_t i = 0; i < choices; i++) {
-    int64_t e = id_at(ids, i);
-    double weight = weight_at(weights, i);
-    weight = weight < 0 ? -weight : weight;
-    if (e >= 0 && e < of->shape.experts)
-      total += weight, of->weight[e] += weight;
-  }
-  if (!(total < 1e300))
-    return; /* some weight is no number */
-  of->allowance = of->allowance * s->decay[1] + s->options.budget * total;
-  s->narrow.weight += total;
-  for (;;) {
-    int least = -1;
-    for (int e = 0; e < of->shape.experts; e++)
-      if (ends[e] > (e ? ends[e - 1] : 0) && !of->narrow[e] &&
-          (least < 0 || of->weight[e] < of->weight[least]) && lacks(s, of, e))
-        least = e;
-    if (least < 0 || of->weight[least] > of->allowance + 1e-12 * total)
-      return;
-    of->narrow[least] = 1, of->allowance -= of->weight[least];
-    s->narrow.carried += of->weight[least];
-  }
-}
-
-/* Gives up the narrow copies of experts whose weights a call needs. */
-static void leave_narrow(Stack *of, const char *narrow, const int32_t *ends) {
-  for (int e = 0; e < of->shape.experts; e++) {
-    Slot *slot = of->where[e] < 0 ? NULL : &of->slot[of->where[e]];
-    if (!slot || !slot->narrow || narrow[e] || ends[e] <= (e ? ends[e - 1] : 0))
-      continue;
-    if (slot->state == READING)
-      __atomic_store_n(&slot->dropped, 1, __ATOMIC_RELAXED);
-    else
-      slot->state = EMPTY;
-    of->where[e] = -1;
-  }
-}
-
 /* Begins a call of a layer: the order of the experts that have rows, by their `ends`. */
 static void start(Store *s, int stack, const int32_t *ends) {
   Stack *of = &s->stack[stack];
-  judge(s, of, ends);
   for (int i = 0; i < of->shape.slots; i++) { /* of a call that failed, too */
     Slot *slot = &of->slot[i];
     slot->visit = -1;
     if (slot->state == QUEUED)
       of->where[slot->expert] = -1, slot->state = EMPTY;
   }
-  leave_narrow(of, s->stack[of->shape.first].narrow, ends);
   of->call++, of->visits = of->filled = 0;
   for (int full = 1; full >= 0; full--)
     for (int e = 0; e < of->shape.experts; e++) {
@@ -607,60 +383,6 @@ static void start(Store *s, int stack, const int32_t *ends) {
   if (s->options.policy == SLRU)
     limit_safe(of);
   fill(s, stack);
-}
-
-static void forget(Store *s, int first) {
-  for (int j = first; j < first + s->stack[first].shape.count; j++)
-    memset(s->stack[j].guessed, 0, s->stack[j].shape.experts);
-  s->guesses = s->next_guess = 0;
-}
-
-/* The choices that the layer after `stack`'s is expected to make, where they fit in its slots: the
-   likeliest column of each token first. */
-static void expect(Store *s, int stack, const Tensor *ids) {
-  const Shape *shape = &s->stack[stack].shape;
-  int next = shape->first + shape->count;
-  int64_t tokens = ids->shape[0], k = ids->shape[1];
-  if (next >= s->options.stacks)
-    return;
-  const Shape *of = &s->stack[next].shape;
-  int distinct = 0;
-  forget(s, next);
-  for (int64_t i = 0; i < tokens * k && distinct <= of->slots; i++) {
-    int64_t e = id_at(ids, i % tokens * k + i / tokens);
-    if (e < 0 || e >= of->experts || s->stack[next].guessed[e])
-      continue;
-    distinct++;
-    for (int j = next; j < next + of->count; j++) {
-      int32_t *entry = s->guess + 2 * s->guesses++;
-      s->stack[j].guessed[e] = 1, entry[0] = j, entry[1] = (int32_t)e;
-    }
-  }
-  if (distinct > of->slots)
-    forget(s, next);
-  if (s->guesses)
-    wake_all(&s->work);
-}
-
-/* Whether a step uses guesses. Where that is measured, steps of few tokens are timed, in turns with
-   guesses and without, and the faster way is used for the HELD steps that follow. */
-static int begins_with_guesses(Store *s, int few) {
-  Trial *t = &s->trial;
-  if (s->predict != MEASURED)
-    return s->predict == ALWAYS;
-  int64_t begun = t->begun, now = now_ns();
-  t->begun = few ? now : 0;
-  if (!few)
-    return t->on;
-  if (begun && t->step > WARM && t->step <= WARM + TRIAL)
-    t->ns[t->on] += now - begun, t->steps[t->on]++;
-  if (t->step < WARM + TRIAL)
-    t->on = t->step >= WARM && (t->step - WARM) / WINDOW % 2;
-  else if (t->step == WARM + TRIAL)
-    t->on = t->ns[1] * t->steps[0] < t->ns[0] * t->steps[1];
-  if (++t->step == WARM + TRIAL + HELD)
-    *t = (Trial){WARM, 0, 0, {0, 0}, {0, 0}};
-  return t->on;
 }
 
 /* ---- the interface of kernels ---------------------------------------------------------- */
@@ -729,10 +451,8 @@ static void *data_of(const Any *a) {
   return tensor_of(a)->data + tensor_of(a)->offset;
 }
 
-/* (key i64[2], ends i32[E], rows[, ids [T, k], weights [T, k]][, guess [T, k]], plan i32[E + 1]): how
-   many experts the kernel visits, then which. The key is the address of the store and the number of
-   the stack; the guess is of the choices of the next layer. Ids and weights are those of the routing,
-   where there are narrow copies. */
+/* (key i64[2], ends i32[E], rows, plan i32[E + 1]): how many experts the kernel visits, then which. The
+   key is the address of the store and the number of the stack. */
 int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, Any *result) {
   const int64_t *key = data_of(&arguments[0]);
   const int32_t *ends = data_of(&arguments[1]);
@@ -744,17 +464,8 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
   lock(s);
   if (of->shape.first == stack) {
     s->counts.calls++;
-    memset(of->narrow, 0, of->shape.experts);
-    if (count >= 6 && s->options.narrow && s->options.budget > 0)
-      choose_narrow(s, of, ends, tensor_of(&arguments[3]), tensor_of(&arguments[4]));
     for (int i = 0; i < of->shape.count; i++)
       start(s, stack + i, ends);
-    s->guesses = s->next_guess = 0;
-    int guesses = count % 2; /* ids and weights are two */
-    if (guesses && stack == 0)
-      s->guessing = begins_with_guesses(s, of->visits <= of->shape.slots);
-    if (guesses && s->guessing)
-      expect(s, stack, tensor_of(&arguments[count - 2]));
   }
   plan[0] = of->visits, plan[1] = 0;
   for (int i = 0; i < of->visits; i++)
@@ -764,14 +475,6 @@ int __tvm_ffi_moec_store_plan(void *self, const Any *arguments, int32_t count, A
 }
 
 static int allocate(Store *s) {
-  size_t experts = 0;
-  if (s->options.narrow) {
-    size_t bytes = s->options.stacks * sizeof(Narrow);
-    void *narrow = malloc(bytes);
-    s->options.narrow = narrow ? memcpy(narrow, s->options.narrow, bytes) : NULL;
-    if (!narrow)
-      return 0;
-  }
   s->stack = calloc(s->options.stacks, sizeof *s->stack);
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
@@ -783,36 +486,31 @@ static int allocate(Store *s) {
     of->score = calloc(shape.experts, sizeof *of->score);
     of->trusted = calloc(shape.experts, 1);
     of->safe = calloc(shape.experts, 1);
-    of->guessed = calloc(shape.experts, 1);
-    of->narrow = calloc(shape.experts, 1);
-    of->weight = calloc(shape.experts, sizeof *of->weight);
     Piece *piece = malloc(shape.pieces * sizeof *piece);
     of->shape.piece = piece;
     if (!of->slot || !of->visit || !of->where || !of->last || !of->score || !of->trusted ||
-        !of->safe || !of->guessed || !of->narrow || !of->weight || !piece)
+        !of->safe || !piece)
       return 0;
     memcpy(piece, shape.piece, shape.pieces * sizeof *piece);
     for (int e = 0; e < shape.experts; e++)
       of->where[e] = -1;
     s->room += 4 * (uint32_t)shape.slots;
-    experts += (size_t)shape.experts;
   }
   s->queue = calloc(s->room, 2 * sizeof *s->queue);
-  s->guess = calloc(experts, 2 * sizeof *s->guess);
-  return s->stack && s->queue && s->guess;
+  return s->stack && s->queue;
 }
 
 static void release(Store *s) {
   for (int i = 0; s->stack && i < s->options.stacks; i++) {
     Stack *of = &s->stack[i];
     free(of->slot), free(of->visit), free(of->where), free(of->last), free(of->score);
-    free(of->trusted), free(of->safe), free(of->guessed), free(of->narrow), free(of->weight);
+    free(of->trusted), free(of->safe);
     free((void *)of->shape.piece);
   }
-  free(s->stack), free(s->queue), free(s->guess), free((void *)s->options.narrow), free(s);
+  free(s->stack), free(s->queue), free(s);
 }
 
-/* (address of Options[, whether guesses are used]) -> the address of a store; 0 where there is no
+/* (address of Options) -> the address of a store; 0 where there is no
    memory, or no thread. */
 int __tvm_ffi_moec_store_open(void *self, const Any *arguments, int32_t count, Any *result) {
   Store *s = calloc(1, sizeof *s);
@@ -820,7 +518,6 @@ int __tvm_ffi_moec_store_open(void *self, const Any *arguments, int32_t count, A
   if (!s)
     return 0;
   s->options = *(const Options *)(intptr_t)arguments[0].value;
-  s->predict = count > 1 ? (int)arguments[1].value : NEVER;
   double step = 1, half = 1 / (double)s->options.half_life;
   step = 1 - 0.6931471805599453 * half + 0.2402265069591007 * half * half; /* about 2^-half */
   for (int i = 0; i < AGES; i++)
@@ -829,7 +526,7 @@ int __tvm_ffi_moec_store_open(void *self, const Any *arguments, int32_t count, A
     release(s);
   else
     result->value = (int64_t)(intptr_t)s;
-  return (void)self, 0;
+  return (void)self, (void)count, 0;
 }
 
 /* (address of a store): before the memory of its slots is freed, as readers write into it. */
@@ -858,8 +555,8 @@ int __tvm_ffi_moec_store_distrust(void *self, const Any *arguments, int32_t coun
   return (void)self, (void)count, (void)result, 0;
 }
 
-/* (address of a store, of Counts, of i32[3][, of GuessCounts[, of NarrowCounts]]): what happened since the last time; the stack, expert
-   and error of the latest failed read, and -1 before one. */
+/* (address of a store, of Counts, of i32[3]): what happened since the last time; the stack, expert and
+   error of the latest failed read, and -1 before one. */
 int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count, Any *result) {
   Store *s = (Store *)(intptr_t)arguments[0].value;
   int32_t *failure = (int32_t *)(intptr_t)arguments[2].value;
@@ -869,10 +566,6 @@ int __tvm_ffi_moec_store_counts(void *self, const Any *arguments, int32_t count,
   failure[0] = s->failed_error ? s->failed_stack : -1;
   failure[1] = s->failed_expert, failure[2] = s->failed_error;
   s->counts = (Counts){0}, s->failed_error = 0;
-  if (count > 3)
-    *(GuessCounts *)(intptr_t)arguments[3].value = s->guessed, s->guessed = (GuessCounts){0};
-  if (count > 4)
-    *(NarrowCounts *)(intptr_t)arguments[4].value = s->narrow, s->narrow = (NarrowCounts){0};
   unlock(s);
-  return (void)self, (void)result, 0;
+  return (void)self, (void)count, (void)result, 0;
 }

@@ -1,7 +1,7 @@
 """Links objects to a shared library with a C compiler, this machine's or a cross compiler.
 
 Libraries for Linux carry the thread pool of pool.c, which `moec.runtime.process.pool` connects, the
-store of experts on disk (`moec.runtime.expert_store`) of expert_store.c and narrow_copy.c, and the
+store of experts on disk (`moec.runtime.expert_store`) of expert_store.c, and the
 clock of timed.c, which runs in `moec profile` alone.
 """
 
@@ -25,9 +25,8 @@ from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
 
 COMPILERS = ("cc", "gcc", "clang")
-POOL, STORE, NARROW, TIMED = (
-    Path(__file__).parent / name
-    for name in ("pool.c", "expert_store.c", "narrow_copy.c", "timed.c")
+POOL, STORE, TIMED = (
+    Path(__file__).parent / name for name in ("pool.c", "expert_store.c", "timed.c")
 )
 """The sources that every library for Linux contains."""
 
@@ -62,7 +61,7 @@ def linked(built: Exportable, target: CpuTarget, store: Path = STORE) -> bytes:
             words = ["-shared", "-fPIC", "-o", output, *objects]
             if sys.platform == "darwin":
                 words += ["-undefined", "dynamic_lookup"]
-            for source in (POOL, store, NARROW, TIMED) if for_linux(target) else ():
+            for source in (POOL, store, TIMED) if for_linux(target) else ():
                 part = folder / f"{source.stem}.o"
                 part.write_bytes(compiled_source(source, command, target))
                 words.append(str(part))

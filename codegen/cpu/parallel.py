@@ -36,12 +36,10 @@ ELEMENT = 8
 
 
 @contextmanager
-def parallel_for(
-    count: Expr | int, sums: Expr, weights: Expr | int = 0, least: int = WORTH_SHARING
-) -> Iterator[Var]:
-    """A loop over `count` tasks, on all threads if its work is at least `least`: the number of
-    multiply-adds `sums` plus `weights`, the bytes of weights or cached keys and values read."""
-    worth = sums + weights >= T.int64(least)
+def parallel_for(count: Expr | int, sums: Expr, weights: Expr | int = 0) -> Iterator[Var]:
+    """A loop over `count` tasks, on all threads if its work is at least WORTH_SHARING: the number
+    of multiply-adds `sums` plus `weights`, the bytes of weights or cached keys and values read."""
+    worth = sums + weights >= T.int64(WORTH_SHARING)
     with T.attr(tirx.const(0, "int32"), WORTH, worth), T.parallel(0, count) as task:
         yield task
 

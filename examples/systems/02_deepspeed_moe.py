@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import moec
-from moec.train import StagedDistillation
 
 
 @dataclass(frozen=True)
@@ -195,6 +194,36 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, next(numbers, None)) if block.routed else block(x)
         return F.linear(self.norm(x), self.embedding.weight)
+
+
+@dataclass(frozen=True)
+class StagedDistillation:
+    """Staged distillation into a model of fewer layers (Mixture-of-Students, section 4.2): a
+    student that follows its teacher to the end is too small for both objectives.
+
+    Cross entropy + `alpha` KL(teacher | student); from step `stop` on, the cross entropy alone.
+    Raises ValueError for a negative `alpha` or `stop`."""
+
+    alpha: float
+    stop: int
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or self.stop < 0:
+            raise ValueError(
+                f"StagedDistillation(alpha={self.alpha}, stop={self.stop}): both must be 0 or more"
+            )
+
+    def __call__(
+        self, student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        """The loss of logits [.., V] of both models for the targets [..], a mean over tokens in
+        nats. The teacher gets no gradient."""
+        classes = student.flatten(0, -2)
+        loss = F.cross_entropy(classes, targets.flatten())
+        if step >= self.stop:
+            return loss
+        aims = teacher.detach().flatten(0, -2).softmax(-1)
+        return loss + self.alpha * F.kl_div(classes.log_softmax(-1), aims, reduction="batchmean")
 
 
 def distill(student: GPT, teacher: GPT, ids: Tensor, steps: int, stop: int) -> list[float]:

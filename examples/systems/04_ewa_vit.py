@@ -7,7 +7,8 @@ replaced by the mean of its experts.
 
     python examples/systems/04_ewa_vit.py     # trained on digits for seconds, folded, compiled
 
-`moec.train.EWA` does the same for any model; examples/10_ewa.py measures the benefit.
+`EWA` of examples/training/ewa.py does the same for any model; examples/10_ewa.py measures the
+benefit.
 """
 
 from __future__ import annotations

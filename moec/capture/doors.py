@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.behaviour.door import Declared, capture_described
+from moec.capture.behaviour.describe import Declared, capture_described
 from moec.capture.capture import capture
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless

@@ -31,6 +31,7 @@ from moec.files import hub_files
 from moec.files.adapter import AdapterConfig
 from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.gguf import read_header
+from moec.files.regular_file import read_regular
 from moec.ir.sizes.dims import Bounds
 from moec.memory.memory import InMemory
 from moec.runtime.text.prompt import FOLDER, template_notes
@@ -45,7 +46,7 @@ def checkpoint_source(
 ) -> Source:
     """The source of a Hugging Face folder: config.json, safetensors, and a tokenizer if present."""
     # its files were checked when the kind of the path was determined
-    config = json.loads((folder / CONFIG).read_bytes())
+    config = json.loads(read_regular(folder / CONFIG))
     if importlib.util.find_spec("transformers") is None:
         raise UsageError(
             f"{folder}: reading a checkpoint needs transformers: pip install 'moec[hf]'"
@@ -72,7 +73,7 @@ def checkpoint_source(
         raise CaptureError(f"{folder} cannot be loaded: {described_error(error)}") from error
     check_loading(str(folder), loading, images=bool(loader.notes))
     names = (name for name in TOKENIZER_FILES if (folder / name).is_file())
-    files = {f"{FOLDER}{name}": (folder / name).read_bytes() for name in names}
+    files = {f"{FOLDER}{name}": read_regular(folder / name) for name in names}
     example = args, kwargs or ({} if args else example_tokens(model, seq2seq))
     source = _with_adapters(model, weights, placed, adapters, example, files)
     notes = (*hub_files.notes(folder), *source.notes, *loader.notes, *template_notes(files))

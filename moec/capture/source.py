@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from moec.capture.behaviour.door import ModelExample
+from moec.capture.behaviour.recorded import ModelExample
 from moec.checkpoint.arrange import ArrangedCodes
 from moec.errors import UsageError
 from moec.interpret.graph_module import GraphModule

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moec.files.regular_file import open_regular
 from moec.files.safetensors import TensorHeader, read_entries, weight_files
 
 DTYPES = {
@@ -79,5 +80,5 @@ def map_files(files: Iterable[Path]) -> Tensors:
 
 def mapped(path: Path) -> mmap.mmap:
     """The file, mapped so that writes stay in this process."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -38,12 +38,7 @@ if TYPE_CHECKING:
 
 @click.command("bench", short_help="Time prefill and decode, and compare with other runtimes.")
 @click.argument("model", metavar="MODEL_OR_ARTIFACT", required=False)
-@click.option(
-    "--model", "modelled", is_flag=True,
-    help="Measure nothing; predict the time of MoE layers on the GPU of --target.",
-)  # fmt: skip
 @serve_options
-@click.option("--target", metavar="GPU", help="The GPU of --model, such as cuda:sm_90a.")
 @click.option(
     "--artifact", type=click.Path(path_type=Path), metavar="FILE",
     help="Time this artifact, which was compiled from MODEL, instead of compiling MODEL.",
@@ -83,8 +78,6 @@ if TYPE_CHECKING:
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 def command(
     model: str | None,
-    modelled: bool,
-    target: str | None,
     artifact: Path | None,
     baseline: str,
     files: tuple[Path, ...],
@@ -109,22 +102,14 @@ def command(
 
     With --serve a server is loaded: time to the first token, between tokens and to the end as
     percentiles, for each load.
-
-    With --target cuda:sm_90a --model no model is run: a roofline model predicts the time of each
-    kernel of known layers, printed beside published figures.
     """
     served = ServeOptions(**serving)
     if plot:
         importlib.import_module("matplotlib")  # fails now, not after a run of minutes
     if served.server:
-        if model is not None or modelled:
-            raise UsageError("--serve is about a server: leave MODEL_OR_ARTIFACT and --model out")
+        if model is not None:
+            raise UsageError("--serve is about a server: leave MODEL_OR_ARTIFACT out")
         print_served(served, prompt_tokens, new_tokens, threads, plot, as_json, quiet)
-        return
-    if modelled or target:
-        if model is not None or not (modelled and target):
-            raise UsageError("give --target cuda:sm_90a and --model together, without MODEL")
-        _print_model(target)
         return
     if model is None:
         raise UsageError("name a model or an artifact to time")
@@ -183,17 +168,6 @@ def _artifact_of(
             f"--artifact {model}"
         )
     return path if of_artifact else artifact
-
-
-def _print_model(name: str) -> None:
-    from moec.bench.gpu_model import lines
-    from moec.target import cuda
-
-    target = cuda.parse(name)
-    if len(target.archs) > 1:
-        raise UsageError(f"--model is about one GPU: name one of {', '.join(cuda.TARGETS)}")
-    for line in lines(target):
-        echo(line)
 
 
 def _command() -> str:

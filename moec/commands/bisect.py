@@ -50,7 +50,6 @@ def command(
     passes: str,
     allow_fixed: tuple[str, ...],
     constants: tuple[str, ...],
-    describe: str | None,
     revision: str | None,
     adapters: tuple[str, ...],
 ) -> None:
@@ -65,7 +64,6 @@ def command(
     check_changes(passes)
     arguments = api_arguments(
         shapes,
-        describe,
         dtype=dtype,
         allow_fixed=allow_fixed,
         constants=constants,

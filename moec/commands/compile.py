@@ -91,10 +91,6 @@ LOGGER = logging.getLogger(__name__)
     help="Include the graph after each pass for `moec explore`, with the lines of your code.",
 )  # fmt: skip
 @click.option(
-    "--tune", is_flag=True,
-    help="Measure variants of the kernels on this machine, use the fastest, and remember them.",
-)  # fmt: skip
-@click.option(
     "--memory", metavar="SIZE",
     help="How much memory to take for a checkpoint, e.g. 6GiB; by default half of what is free. "
     "Weights that do not fit stay in files.",
@@ -103,10 +99,6 @@ LOGGER = logging.getLogger(__name__)
     "--store/--no-store", default=None,
     help="Include the code for `moec run --memory`, which reads experts from the artifact when "
     "they are needed; by default, for models of 1 GiB or more on CPUs.",
-)  # fmt: skip
-@click.option(
-    "--tiers", is_flag=True,
-    help="Also store each expert in 4 bits, for `moec run --memory --narrow`; implies --store.",
 )  # fmt: skip
 @click.option(
     "--choices", "choices_file", type=click.Path(path_type=Path), metavar="FILE.yaml",
@@ -162,7 +154,7 @@ def command(**values: Any) -> None:
 
         warnings = without_effect(compiled.pass_results)
         if key is not None and not warnings:
-            _keep(request, store, key, compiled)
+            _keep(request, store, key)
     if request.quiet:
         for line in warnings:
             echo(f"warning: {line}", err=True)
@@ -177,11 +169,11 @@ def command(**values: Any) -> None:
 
 def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> bool:
     """Whether the artifact was in the cache, and is written."""
-    output, model = request.output, Path(request.model)
+    output = request.output
     value = key.value() if may_hold(store, key) else None
     if value is None or output is None:
         return False
-    if not fetch(store, value, model, output, overwrite=request.force):
+    if not fetch(store, value, output, overwrite=request.force):
         return False
     from moec.report.opened import open_artifact
 
@@ -189,13 +181,11 @@ def _write_cached(request: CompileRequest, store: Store, key: CheckpointKey) -> 
     return True
 
 
-def _keep(
-    request: CompileRequest, store: Store, key: CheckpointKey, compiled: CompiledModel
-) -> None:
+def _keep(request: CompileRequest, store: Store, key: CheckpointKey) -> None:
     """Cache the artifact, unless the checkpoint was changed since it was read."""
     value = key.value()
     if value is not None and request.output is not None:
-        keep(store, value, Path(request.model), request.output, compiled)
+        keep(store, value, request.output)
 
 
 def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[str, Any]) -> None:
@@ -246,10 +236,8 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
             kv_cache=request.kv_cache,
             record_routing=request.record_routing,
             embeddings=request.embeddings,
-            tune=request.tune,
             memory=request.memory,
             store=request.store,
-            tiers=request.tiers,
             choices=request.choices_file,
             watch=watch,
             progress=progress.phase,

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 @click.command("inspect", short_help="Show the MoE blocks of a model or an artifact.")
 @click.argument("model", metavar="MODEL_OR_ARTIFACT")
 @click.option(
-    "--graph", "picture", type=OutputFile(".svg", ".html", ".dot"), metavar="FILE",
-    help="Draw the model as .svg, .html or .dot.",
+    "--graph", "picture", type=OutputFile(".dot"), metavar="FILE.dot",
+    help="Write the modules of the model for Graphviz, which draws them.",
 )  # fmt: skip
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -67,7 +67,8 @@ def command(
         model = local_model(model, revision, quiet or as_json)
         report, graph = of_model(model, arguments, quiet or as_json)
     if picture and graph is not None:
-        from moec.report.picture import save, scene
+        from moec.report.picture.dot import save
+        from moec.report.picture.scene import scene
 
         save(scene(report.model, graph, report.blocks, report.declined), picture)
     if as_json:

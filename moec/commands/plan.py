@@ -113,9 +113,7 @@ OUT = click.Path(path_type=Path, dir_okay=False)
     metavar="FILE.json",
     help="Write the placement as the expert map of vLLM and SGLang.",
 )
-@click.option(
-    "--picture", type=OUT, metavar="FILE", help="Loads of ranks and links: .png, .svg or .html."
-)
+@click.option("--picture", type=OUT, metavar="FILE", help="Loads of ranks and links: .png or .svg.")
 @click.option(
     "--explain", type=click.IntRange(0), metavar="LAYER", help="Explain the choice for one layer."
 )
@@ -328,20 +326,19 @@ def padded(counts: NDArray[np.float64], experts: int) -> NDArray[np.float64]:
 
 
 def draw(plan: Plan, planner: Planner, path: Path) -> None:
-    """Draw the predicted load of every rank of an expert group, with its experts, and the load of
-    every link, one row per layer."""
+    """Draw the predicted load of every rank of an expert group, and the load of every link, one row
+    per layer."""
     from moec.plan.placement.placement import rank_loads
     from moec.plan.report.heat_map import Table, save_heat_map
     from moec.plan.report.links import link_loads
 
     layers = [layer for layer in plan.layers if layer.experts]
     loads = [rank_loads(planner.loads[layer.layer], layer.slots) for layer in layers]
-    experts = [[f"experts {', '.join(map(str, s))}" for s in layer.slots] for layer in layers]
     where = f"{plan.model} on {plan.cluster}"
     unit = "node" if plan.devices > plan.node_size else "device"
     save_heat_map(
         path,
-        Table(loads, f"Load of ranks, {where}", "MoE layer", "rank", experts),
+        Table(loads, f"Load of ranks, {where}", "MoE layer", "rank"),
         Table(link_loads(plan, planner), f"Load of links, {where}", "MoE layer", unit),
     )
 

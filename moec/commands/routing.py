@@ -23,7 +23,7 @@ OUT = click.Path(path_type=Path, dir_okay=False)
 @click.argument("source", type=Path, metavar="FILE")
 @click.option(
     "--picture", type=OUT, metavar="FILE",
-    help="Heat-map of loads: .png, .svg, .html. With --cache: hits by policy, .png, .svg.",
+    help="Heat-map of loads: .png or .svg.",
 )  # fmt: skip
 @click.option(
     "-o", "--output", type=OUT, metavar="FILE.npz", help="Write the routing as a trace of moec."
@@ -51,14 +51,15 @@ def command(
     from moec.plan.inputs.importers import read_routing
     from moec.plan.placement.balance import balance
     from moec.plan.report.heat_map import Table, check_picture_name, save_heat_map
-    from moec.plan.report.hit_curves import check_curves_name
     from moec.runtime.call.routing_trace import save_trace
 
     for path in (picture, output):
         if path:
             check_output(path, str(path), force=force)
     if picture:
-        (check_curves_name if cache else check_picture_name)(picture)
+        if cache:
+            raise UsageError("--picture draws the loads of experts: leave it or --cache out")
+        check_picture_name(picture)
     if output and output.suffix != ".npz":
         raise UsageError(f"-o {output}: the name of a trace ends in .npz")
     routing = read_routing(source)
@@ -67,7 +68,7 @@ def command(
             raise UsageError(f"{source} has counts only; a trace needs the experts of each token")
         save_trace(routing.trace, output)
     if cache:
-        _show_cache(source, routing, picture, as_json=as_json)
+        _show_cache(source, routing, as_json=as_json)
         return
     layers = balance(routing)
     if picture:
@@ -99,12 +100,9 @@ def command(
             echo(f"wrote {path}")
 
 
-def _show_cache(
-    source: Path, routing: ImportedRouting, picture: Path | None, *, as_json: bool
-) -> None:
+def _show_cache(source: Path, routing: ImportedRouting, *, as_json: bool) -> None:
     """The share of needed experts that are in memory, by policy and by how many experts are."""
     from moec.files.printable import columns
-    from moec.plan.report.hit_curves import draw_hit_curves
     from moec.plan.simulation.residency import SHARES, hit_rates
     from moec.runtime.expert_store.native import POLICIES
 
@@ -114,8 +112,6 @@ def _show_cache(
     best = max(
         (e for e in rates if e.policy in POLICIES), key=lambda eviction: sum(rates[eviction])
     )
-    if picture:
-        draw_hit_curves(rates, SHARES, f"Experts in memory, {source.name}", picture)
     if as_json:
         rows = [{"policy": e.label, "hits": rates[e], "best": e == best} for e in rates]
         click.echo(json.dumps({"shares": SHARES, "policies": rows}, indent=1))
@@ -126,5 +122,3 @@ def _show_cache(
     click.echo("\npinned and belady know the trace before they replay it; a belady needs routers")
     click.echo("that are hoisted, and sees as many steps ahead as it says")
     echo(f"the best that moec run --memory has: {best.label}")
-    if picture:
-        echo(f"wrote {picture}")

@@ -17,7 +17,6 @@ from moec.commands.execution.text import TextOptions, read_prompts, text_options
 from moec.commands.options.options import (
     json_option,
     memory_option,
-    narrow_option,
     quiet_option,
     signed_by_option,
 )
@@ -75,7 +74,6 @@ if TYPE_CHECKING:
     "--routing", type=click.Path(path_type=Path), metavar="FILE.npz",
     help="With --memory: recorded routing, by which the experts that stay in memory are chosen.",
 )  # fmt: skip
-@narrow_option
 @json_option
 @quiet_option
 @log_options
@@ -93,7 +91,6 @@ def command(
     timeout: float,
     memory: str | None,
     routing: Path | None,
-    narrow: float,
     as_json: bool,
     quiet: bool,
     **text: Any,
@@ -121,7 +118,7 @@ def command(
     from moec.runtime.process.threads import set_threads
 
     set_threads(threads)
-    limit = limit_of(memory, routing, narrow)
+    limit = limit_of(memory, routing)
     prompts = read_prompts(options)
     for path in (source, output):
         if path is not None:
@@ -141,7 +138,7 @@ def command(
     executor = (
         start(opened, on)
         if limit is None
-        else start_limited(opened, on, limit, trace, routing, texts, narrow)
+        else start_limited(opened, on, limit, trace, routing, texts)
     )
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code is always checked

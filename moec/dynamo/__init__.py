@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch.compiler import list_backends
 
+from moec.cache import set_inductor_folder
 from moec.dynamo.compiler import backend
 from moec.dynamo.preparation import prepare
 from moec.dynamo.record import Fallback, FallbackError, FallbackWarning, Stats, stats
@@ -28,3 +29,4 @@ if "moec" not in list_backends(exclude_tags=()):
     register_backend(backend, name="moec")
 
 watch(backend)
+set_inductor_folder()

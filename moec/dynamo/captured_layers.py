@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from moec.capture.behaviour.door import ModelExample
-from moec.capture.behaviour.layer.arguments import RecordedCall
-from moec.capture.behaviour.layer.parts import may_hold_experts, tensor
-from moec.capture.behaviour.proof.probe import result_leaves
-from moec.capture.behaviour.proof.side_outputs import result_like
+from moec.capture.behaviour.recorded import ModelExample, RecordedCall, may_hold_experts
 from moec.capture.capture import capture
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless
@@ -67,10 +63,10 @@ class CapturedLayer:
         return self.structure.is_that_of(module)
 
     def run(self, module: nn.Module, args: Sequence[torch.Tensor]) -> Any:
-        held = (tensor(module, name) for name in self.weights)
+        held = (_tensor(module, name) for name in self.weights)
         outputs = iter(self.graph(None, *args, *held))
         leaves = (next(outputs) if leaf is ... else leaf for _, leaf in result_leaves(self.result))
-        return result_like(self.result, list(leaves))
+        return result_like(self.result, iter(leaves))
 
 
 _NAME = "captured"
@@ -188,7 +184,7 @@ def _layer(
         tuple(_input(program, value) for value in program.graph.inputs),
         weights,
         module.training,
-        result_like(call.result, leaves),
+        result_like(call.result, iter(leaves)),
         structure,
     )
 
@@ -252,3 +248,39 @@ def _is_one_graph(module: nn.Module, call: RecordedCall) -> bool:
 
 def _inside(inner: str, outer: str) -> bool:
     return inner == outer or not outer or inner.startswith(f"{outer}.")
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer."""
+    owner, _, attribute = name.rpartition(".")
+    value = getattr(module.get_submodule(owner), attribute)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def result_leaves(result: Any, name: str = "output") -> list[tuple[str, Any]]:
+    """(name, value) of every leaf of a result: tensors, numbers, None."""
+    items: list[tuple[object, Any]]
+    if isinstance(result, tuple | list):
+        items = list(enumerate(result))
+    elif isinstance(result, dict):
+        items = list(result.items())
+    elif is_dataclass(result) and not isinstance(result, type):
+        items = [(f.name, getattr(result, f.name)) for f in fields(result)]
+    else:
+        return [(name, result)]
+    return [leaf for key, value in items for leaf in result_leaves(value, f"{name}.{key}")]
+
+
+def result_like(result: Any, values: Iterator[Any]) -> Any:
+    """The containers of `result` with the leaves `values`."""
+    if isinstance(result, tuple) and hasattr(result, "_fields"):
+        return type(result)(*(result_like(item, values) for item in result))
+    if isinstance(result, tuple | list):
+        return type(result)(result_like(item, values) for item in result)
+    if isinstance(result, dict):
+        return type(result)(**{key: result_like(item, values) for key, item in result.items()})
+    if is_dataclass(result) and not isinstance(result, type):
+        named = {f.name: result_like(getattr(result, f.name), values) for f in fields(result)}
+        return type(result)(**named)
+    return next(values)

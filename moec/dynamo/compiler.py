@@ -30,9 +30,8 @@ from moec.dynamo.options import Options, parse
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.rest import compile_rest
 from moec.dynamo.skipped import watch
-from moec.dynamo.training.gradients import Products
+from moec.dynamo.training.gradients import IN_PYTORCH, Products
 from moec.dynamo.training.grouped_mm import ON_GPU
-from moec.dynamo.training.products import ProductKernels
 from moec.dynamo.training.trained_weights import (
     choice_tensors,
     gradient_barrier,
@@ -111,8 +110,7 @@ def replace_blocks(
         if d.rule == RecogniseExperts.name
     ]
     sites: list[BlockSite] = []
-    target, cache = options.target, options.cache
-    products = ProductKernels(target, cache) if isinstance(target, CpuTarget) else ON_GPU
+    products = IN_PYTORCH if isinstance(options.target, CpuTarget) else ON_GPU
     codes: dict[str, Code] = {}
     for candidate in regions(converted, pass_results[-1].program):
         if not isinstance(candidate, Region):

@@ -13,6 +13,7 @@ import msgspec
 from moec.errors import InputError, UsageError
 from moec.exploration.explored_model import ExploredModel
 from moec.files.os_errors import reason
+from moec.files.regular_file import read_regular
 from moec.profile.data import PhaseProfile, ProfileData
 from moec.profile.profile import ModelProfile
 
@@ -55,7 +56,7 @@ def read_profile(source: ModelProfile | Path | str, model: ExploredModel) -> dic
 
 def _read(path: Path) -> ProfileData:
     try:
-        return msgspec.convert(json.loads(path.read_bytes()), ProfileData)
+        return msgspec.convert(json.loads(read_regular(path)), ProfileData)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {reason(error)}") from error
     except (ValueError, msgspec.ValidationError):

@@ -27,6 +27,7 @@ from moec.export.gguf_tokenizer import tokenizer_fields
 from moec.export.source_checkpoint import SourceCheckpoint, open_checkpoint
 from moec.files.checkpoint import CONFIG, TOKENIZER_FILES
 from moec.files.gguf import BLOCKS, GgufHeader, GgufTensor
+from moec.files.regular_file import read_regular
 from moec.files.whole_file import whole_file
 from moec.files.whole_folder import check_room
 
@@ -106,7 +107,7 @@ def export_gguf(
     tensors = _tensors(source, architecture, type)
     fields = _model_fields(settings, architecture)
     _check_configuration(settings, fields, tensors)
-    files = {n: (folder / n).read_bytes() for n in TOKENIZER_FILES if (folder / n).is_file()}
+    files = {n: read_regular(folder / n) for n in TOKENIZER_FILES if (folder / n).is_file()}
     ends = settings.eos_token_id
     ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
     fields |= tokenizer_fields(files, architecture, settings.vocab_size, ends)

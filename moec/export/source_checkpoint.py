@@ -17,6 +17,7 @@ from moec.checkpoint.table import format_of, quantization_of
 from moec.checkpoint.tensors import map_folder
 from moec.checkpoint.weight import CheckpointWeight
 from moec.files.checkpoint import CONFIG
+from moec.files.regular_file import read_regular
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SourceCheckpoint:
 
 def open_checkpoint(folder: Path) -> SourceCheckpoint:
     """Maps the folder's files. Raises CaptureError where they are of no model, or lack experts."""
-    fields = json.loads((folder / CONFIG).read_bytes())
+    fields = json.loads(read_regular(folder / CONFIG))
     check_config(folder / CONFIG, fields)
     tensors = map_folder(folder)
     weights = format_of(fields, tuple(tensors)).read(quantization_of(fields) or {}, tensors)

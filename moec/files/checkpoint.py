@@ -12,6 +12,7 @@ from typing import Any
 from moec.errors import CaptureError
 from moec.files.config_fields import check_fields, check_folder, check_numbers
 from moec.files.os_errors import reason
+from moec.files.regular_file import check_within, read_regular
 from moec.files.safetensors import INDEX, SINGLE, read_entries, weight_files
 
 CONFIG = "config.json"
@@ -39,7 +40,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     configuration has NaN or is far too large for the weights, and UsageError where a file names
     code or other files.
     """
-    check_folder(folder, TOKENIZER_FILES)
+    check_folder(folder, (CONFIG, SINGLE, INDEX, *TOKENIZER_FILES))
     contents = {name: json_object(folder / name) for name in _JSON if (folder / name).exists()}
     for name in (CONFIG, GENERATION_CONFIG):
         check_fields(folder / name, contents.get(name, {}))
@@ -57,9 +58,11 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises CaptureError, naming the file, where there is none."""
+    """The object in a JSON file of a folder. Raises CaptureError, naming the file, where there is
+    none, and UsageError where it is a link out of the folder."""
+    check_within(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except OSError as error:
         raise CaptureError(f"{path} cannot be read: {reason(error)}") from None
     except (ValueError, RecursionError) as error:

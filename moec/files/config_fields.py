@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import CaptureError, UsageError
+from moec.files.regular_file import check_within
 
 _CODE = frozenset({"auto_map", "custom_pipelines", "fusion_config", "kernel_config"})
 _FILES = frozenset({"configuration_files", "transformers_weights"})
@@ -84,25 +85,14 @@ def _float(text: Any) -> Any:
 
 def check_folder(folder: Path, names: tuple[str, ...]) -> None:
     """Raises UsageError for an adapter, which transformers would apply or ignore, and where one of
-    the files `names`, which are copied into the artifact, is a link out of the folder."""
+    the files `names`, which are read, is a link to nothing or out of the folder."""
     if (folder / ADAPTER_CONFIG).exists():
         raise UsageError(
             f"{folder} has an adapter ({ADAPTER_CONFIG}) and a model: move the adapter's two files "
             "into another folder, and give that with --adapter to merge it"
         )
-    inside = (folder.resolve(), *_blobs(folder))
-    for path in (folder / name for name in names):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(f) for f in inside):
-            raise UsageError(
-                f"{path} leads out of its folder, to {path.resolve()}: copy the file into the "
-                "folder"
-            )
-
-
-def _blobs(folder: Path) -> list[Path]:
-    """Where Hugging Face's cache has the files of a snapshot, MODEL/snapshots/REVISION: in the
-    folder of the model, or in one that all models share."""
-    return [parent / "blobs" for parent in folder.resolve().parents[1:3]]
+    for name in names:
+        check_within(folder / name)
 
 
 def fields(config: Mapping[str, Any], within: str = "") -> Fields:

@@ -17,6 +17,7 @@ from typing import Any
 
 from moec.errors import CaptureError
 from moec.files.os_errors import reason
+from moec.files.regular_file import check_within, open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -115,7 +116,7 @@ class _Cursor:
 def is_gguf(path: Path) -> bool:
     """Whether a file starts as GGUF files do; a file that cannot be read does not."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(4) == MAGIC
     except OSError:
         return False
@@ -141,6 +142,7 @@ def read_header(path: Path) -> GgufHeader:
     tensors, files = dict(first.tensors), [path]
     for part in range(1, count):
         other = path.with_name(f"{stem}-{part + 1:05}-of-{count:05}{path.suffix}")
+        check_within(other)
         header = _header(other)
         if header.fields.get("split.no") != part or header.fields.get("split.count") != count:
             raise CaptureError(f"{other} is not part {part + 1} of {count}, as its name says")
@@ -155,7 +157,7 @@ def read_header(path: Path) -> GgufHeader:
 def _header(path: Path) -> GgufHeader:
     try:
         with (
-            path.open("rb") as file,
+            open_regular(path) as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             return _parse(path, _Cursor(data))

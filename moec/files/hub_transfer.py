@@ -80,12 +80,12 @@ def _answer(url: str, start: int, most: int) -> Any:
 
 
 def _limit(response: Any, url: str, most: int) -> None:
-    """Whoever reads the answer gets an error after `most` bytes, and where it hardly comes.
+    """Reading the answer is an error after `most` bytes, and where it hardly comes.
 
-    Raises UsageError where it is compressed, which nobody asked for and could be of any size.
+    Raises UsageError where it is compressed, which could be of any size.
     """
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise UsageError(f"{url} answers with compressed bytes, which nobody asked for")
+        raise UsageError(f"{url} answers with compressed bytes, which were not asked for")
     read, start = response.iter_raw, time.monotonic()
 
     def iter_raw(chunk_size: int | None = None) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ _WORDS = {
     errno.EROFS: "the disk is read-only; choose another",
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "your quota of the disk is used up; free some space",
-    errno.EFBIG: "it would be larger than the system allows",
+    errno.EFBIG: "it is larger than is allowed",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "its links form a cycle",
     errno.EMFILE: "too many files are open; raise the limit (ulimit -n)",

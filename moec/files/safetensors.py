@@ -11,6 +11,7 @@ from typing import Any
 
 from moec.errors import CaptureError
 from moec.files.os_errors import reason
+from moec.files.regular_file import check_within, open_regular, read_regular
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if (folder / INDEX).exists():
-        names = json.loads((folder / INDEX).read_bytes())["weight_map"].values()
+        names = json.loads(read_regular(folder / INDEX))["weight_map"].values()
         return [folder / name for name in sorted(set(names))]
     return sorted(folder.glob("*.safetensors"))
 
@@ -47,10 +48,12 @@ def read_entries(files: list[Path]) -> dict[str, TensorHeader]:
     """The tensors of all files by name.
 
     Raises CaptureError, naming the file, where a header is damaged, a tensor does not have the
-    bytes of its shape, or two files hold a tensor of one name.
+    bytes of its shape, or two files hold a tensor of one name; UsageError for a link out of the
+    folder.
     """
     entries: dict[str, TensorHeader] = {}
     for path in files:
+        check_within(path)
         for name, entry in _entries(path).items():
             if name in entries:
                 raise CaptureError(f"{path} and {entries[name].path.name} both hold {name!r}")
@@ -65,7 +68,7 @@ def read_header(path: Path) -> tuple[int, Mapping[str, Any]]:
     where the one before ends.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size < _LONGEST_HEADER else b"")
         length = path.stat().st_size

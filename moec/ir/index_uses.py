@@ -46,7 +46,7 @@ def index_uses(op: Op) -> Iterator[IndexUse]:
 def _uses(op: Op) -> Iterator[IndexUse]:
     if op.name == REQUIRE:
         rows: Any = op.attrs["rows"]
-        yield IndexUse(op.inputs[0], rows)
+        yield IndexUse(op.inputs[0], rows, bool(op.attrs["negative"]))
     elif op.name == "aten.embedding.default":
         arguments = named(op)
         yield IndexUse(arguments["indices"], arguments["weight"].shape[0])

@@ -77,7 +77,8 @@ class ValueRanges:
         if op is None:
             return self._of_weight(value)
         if op.name == REQUIRE:
-            return Range(0, op.attrs["rows"] - 1)  # type: ignore[operator]
+            rows: Any = op.attrs["rows"]
+            return Range(-rows if op.attrs["negative"] else 0, rows - 1)
         if not op.name.startswith("aten."):
             return ANY
         if op.name in _MOVES:

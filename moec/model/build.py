@@ -30,7 +30,6 @@ from moec.verify.chunked import feed_in_chunks
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
-    from moec.codegen.tuning.tunable import Values
     from moec.runtime.call.executor import Executor
 
 
@@ -39,23 +38,11 @@ def build_model(
     opt_level: int,
     clock: Clock,
     backend: Backend | None,
-    tune: bool = False,
     store: bool | None = None,
-    tiers: bool = False,
 ) -> CompiledModel:
     """The model with code, and with an executor where this machine can run it. `store`: experts can
-    be read from disk; by default, if the model has many weights. `tiers`: also as narrow copies."""
+    be read from disk; by default, if the model has many weights."""
     module, target = compiled.module, compiled.target
-    tunings: dict[str, Values] = {}
-    if tune:
-        with clock.phase("tune"), list_unrecognised(compiled):
-            from moec.model.tune import tune_kernels
-
-            assert isinstance(target, CpuTarget), "kernels of CPUs alone are tuned"
-            tunings, lines = tune_kernels(
-                module, target, backend, opt_level=opt_level, progress=clock.progress
-            )
-            compiled = replace(compiled, tuned=lines)
     with clock.phase("kernels"):
         from moec.codegen.package import build as generate
 
@@ -63,7 +50,7 @@ def build_model(
             memory = compiled.source.memory
             memory.check_room(_bytes(module))
             stores = stores_experts(store, module, target)
-            package = generate(module, target, opt_level, tunings, backend, memory, stores, tiers)
+            package = generate(module, target, opt_level, backend, memory, stores)
         package = replace(package, routers=compiled.router_ports, recorded=compiled.recorded)
         if package.generation is not None:
             stop = stop_tokens(compiled.source.model)
@@ -99,15 +86,6 @@ def stores_experts(store: bool | None, module: Module, target: Target) -> bool:
     if store is None:
         return isinstance(target, CpuTarget) and _bytes(module) >= LARGE and mixed is None
     return store
-
-
-def store_of_tiers(store: bool | None, tiers: bool, target: Target) -> bool | None:
-    """`store`, which `tiers` imply. Raises UsageError where there can be none."""
-    if tiers and store is False:
-        raise UsageError("--tiers stores copies of experts for --store: leave --no-store out")
-    if tiers and not isinstance(target, CpuTarget):
-        raise UsageError(f"--tiers is for experts on a CPU, and the target is {target.name}")
-    return True if tiers else store
 
 
 def _bytes(module: Module) -> int:

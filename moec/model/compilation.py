@@ -10,7 +10,7 @@ from moec.capture import Captured
 from moec.capture.source import Source
 from moec.ir.graph import Program
 from moec.passes.core.runner import Declined, PassResult
-from moec.report.data import Block, QuantisedLine, TunedLine
+from moec.report.data import Block, QuantisedLine
 from moec.runtime.package import RecordedLayer, RouterPorts
 from moec.verify.check import Checked
 
@@ -51,7 +51,6 @@ class Compilation:
     executor: Executor | None = None
     checked: Checked | None = None
     quantised: tuple[QuantisedLine, ...] = ()
-    tuned: tuple[TunedLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
 
     @property

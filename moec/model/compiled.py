@@ -18,7 +18,6 @@ from moec.ir.text import print_graph
 from moec.model.compilation import Compilation
 from moec.model.generate import TextModel, Writer
 from moec.oracle.tolerance import default_tolerance
-from moec.report.data import DeclinedLine
 from moec.report.units import counted
 from moec.runtime.call.arguments import Choices, bind, call, routed, routers
 from moec.runtime.call.recorder import Recorder
@@ -30,7 +29,6 @@ from moec.target.named import missing_features
 if TYPE_CHECKING:
     from moec.export.onnx import Exported
     from moec.profile.profile import ModelProfile
-    from moec.report.picture import Picture
     from moec.report.report import Report
     from moec.runtime.artifact.artifact import Sample
     from moec.runtime.call.executor import Executor
@@ -141,14 +139,6 @@ class CompiledModel(TextModel, Compilation):
             inputs,
             **options,
         )
-
-    def picture(self) -> Picture:
-        """A drawing of the model, which notebooks display. Its `save` writes .svg, .html or
-        .dot."""
-        from moec.report.picture import Picture, scene
-
-        lines = tuple(DeclinedLine(d.where, d.reason, d.rule) for d in self.declined)
-        return Picture(scene(self.source.name, self.graph, self.blocks, lines))
 
     def save(
         self,

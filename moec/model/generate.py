@@ -13,7 +13,7 @@ import numpy as np
 
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.files.printable import preformatted
-from moec.runtime.text.generate import generate, slow
+from moec.runtime.text.generate import generate, slow, vocabulary_of
 from moec.runtime.text.prompt import Tokenizer
 from moec.runtime.text.request import AUTO, BeamOptions, Request
 from moec.runtime.text.sampling import Sampling
@@ -68,6 +68,9 @@ def request_of(
     tokens = [item for item in stops or () if not isinstance(item, str)]
     if not all(map(_is_id, tokens)):
         raise InputError(f"stop is {stop!r}; it must be a token, a string, or a list of them")
+    vocabulary = vocabulary_of(writer.executor)
+    if outside := [token for token in tokens if not 0 <= token < vocabulary]:
+        raise InputError(f"stop: token {outside[0]} is not one of the model's {vocabulary} tokens")
     # strings are used in addition to the model's own tokens
     if not tokens and (stops is None or strings):
         generation = writer.executor.package.generation

@@ -90,16 +90,6 @@ class LoadedModel(TextModel):
 
         return Report.of_dict(self.artifact.manifest.extra["report"])
 
-    def picture(self) -> Any:
-        """See `CompiledModel.picture`. Needs torch, to read the graph."""
-        from moec.model.stored import stored_graph
-        from moec.report.picture import Picture, scene
-        from moec.runtime.package import MAIN
-
-        report = self.report()
-        graph = stored_graph(self.path, MAIN, self.artifact.graphs[MAIN])
-        return Picture(scene(report.model, graph, report.blocks, report.declined))
-
 
 def load(
     path: Path | str,
@@ -109,7 +99,6 @@ def load(
     signed_by: Path | str | None = None,
     copy: bool = False,
     memory: int | str | None = None,
-    narrow: float = 0.0,
     texts: int = 1,
     room: int = 4096,
     threads: int | None = None,
@@ -128,9 +117,6 @@ def load(
     the most of the GPU's memory: other experts stay in that of the CPU, and are copied. No bit of a
     result depends on it. It includes the caches of `texts` of at most `room` tokens each; more
     are refused. Needs a model compiled with `store=True`, the default for large ones.
-    `narrow` (0.1, of a model compiled with `tiers=True`) trades exactness for fewer bytes: experts
-    that are absent and have small routing weights are read as copies of 4 bits, as long as these
-    carry at most that share of each layer's routing weight.
 
     `threads` is the number of threads of kernels, one pool for all models of the process; by
     default one for each processor that the process may use. No bit of a result depends on it.
@@ -148,8 +134,6 @@ def load(
     opened = read(path, signed_by=signed_by, copy=copy)
     opened = opened if on is None else only_for(opened, on)
     if memory is None:
-        if narrow:
-            raise UsageError("narrow is for experts that memory leaves in the file: give both")
         return LoadedModel(Path(path), opened, start(opened, on))
     from moec.runtime.expert_store.start import TextRoom, start_within
     from moec.runtime.process.byte_sizes import bytes_of
@@ -159,5 +143,5 @@ def load(
             "memory leaves experts in the file, and copy reads all of it: leave one out"
         )
     room_of_texts = TextRoom(texts, room)
-    executor = start_within(opened, bytes_of(memory), room=room_of_texts, device=on, narrow=narrow)
+    executor = start_within(opened, bytes_of(memory), room=room_of_texts, device=on)
     return LoadedModel(Path(path), opened, executor)

@@ -1,7 +1,7 @@
 """Compiles an artifact's graph again, to run it without the native code in it.
 
 The packed weights are reused: their layout depends only on the target, so code for the same target
-can read them. Tuned kernels get the recorded values. This is the only part of the runtime that
+can read them. This is the only part of the runtime that
 needs the compiler, and therefore torch.
 """
 
@@ -54,20 +54,7 @@ def rebuild(opened: Artifact) -> Package:
     for name, function in package.functions.items():
         _check_signature(opened, name, module[name], function)
     backend = backend_for(target)
-    try:
-        lowered = lower(
-            module, target, backend, package.tunings,
-            store=package.store is not None, tiers=bool(package.narrow_arrays),
-        )  # fmt: skip
-    except ValueError as error:
-        raise ArtifactError(
-            f"{opened.path} was tuned by another version of moec: {error}"
-        ) from error
-    if not package.tunings.keys() <= {kernel.key for kernel in lowered.tunable}:
-        raise ArtifactError(
-            f"{opened.path} was tuned for kernels that this version of moec generates "
-            "differently; compile the model again"
-        )
+    lowered = lower(module, target, backend, store=package.store is not None)
     same = (ports(lowered.params[n]) == f.params for n, f in package.functions.items())
     if not all(same) or stored_experts(module, lowered) != package.store:
         raise ArtifactError(

@@ -42,7 +42,6 @@ def report_of(compiled: Compilation) -> Report:
         verified="off" if checked is None else "layers" if checked.layers else "whole",
         quantised=compiled.quantised,
         moved=checked.moved if checked else (),
-        tuned=compiled.tuned,
         phases=dict(compiled.phases),
         notes=_notes(compiled),
         damage=damage,

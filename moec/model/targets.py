@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moec.arguments import both_targets, check_tuning, target_of
+from moec.arguments import both_targets, target_of
 from moec.codegen.backends import backend_for
 from moec.target.cpu import CpuTarget
 
@@ -29,9 +29,7 @@ class Targets:
         return isinstance(self.target, CpuTarget) and self.beside is None
 
 
-def choose_targets(
-    target: Any, backend: Backend | None, *, builds: bool, runs: bool, tune: bool
-) -> Targets:
+def choose_targets(target: Any, backend: Backend | None, *, builds: bool, runs: bool) -> Targets:
     """The targets by name, with `backend` in place of the one of its kind. `builds` is True where
     code is generated, `runs` where it runs here.
 
@@ -42,8 +40,6 @@ def choose_targets(
     of_beside = None
     if backend is not None and beside is not None and backend.kind == beside.kind:
         of_beside, backend = backend, None
-    if tune:
-        check_tuning(target_of(target, run=False), builds)
     target = target_of(target, run=runs)
     backend = backend or backend_for(target)
     if beside is not None:

@@ -170,7 +170,7 @@ def search(
         tuple(map(parse_format, formats)) if {MOVES[0], EXPERT_FORMATS} & set(moves) else ()
     )
     pinned = parse_pinned(pin)
-    before = {k: value for k, value in options.items() if k not in ("tune", "watch")}
+    before = {k: value for k, value in options.items() if k != "watch"}
     before |= {"passes": passes, "quant": "none", "build": False, **_data(calib, passes)}
     compiled = compile_model(model, args, kwargs, **before)
     progress = options.get("progress", lambda phase: None)

@@ -4,13 +4,16 @@ role        such as                       drawn
 tokens      hidden states                 random, large, all rows alike, two kinds of rows, zeros
 ids         rows of a table of the graph  random, all alike, two
 mask        bool, or integers of 0 and 1  prefixes, random, none, suffixes, one element, all
-float mask  0 and 1, or 0 and -inf        the same patterns, and random
+float mask  0 and 1, or 0 and -inf        the same patterns, and random; of what is added, those of
+            what is added to scores       the dtype's minimum and of -inf, and random with +inf
 numbers     a temperature, scales         positive, 0 and 1, negative and large
-integers    lengths, positions, tasks     0 to a size, around the example's, shifted, 0 and 1
+integers    lengths, positions, tasks     0 to a size, around the example's, below 0 and beyond a
+            counts                        size, shifted, 0 and 1, large
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -19,8 +22,9 @@ from typing import Literal
 import torch
 
 from moec.dtypes import FLOATS
-from moec.ir.graph import Program, Value
+from moec.ir.graph import Graph, Program, Value
 from moec.ir.sizes.dims import symbols
+from moec.ir.traits import THROUGH, is_elementwise
 from moec.oracle.placeholders import with_runs
 from moec.oracle.table_ids import nonzero_rows, table_rows
 
@@ -29,6 +33,8 @@ FEW = 8
 _MASKING = -1e4
 """A float at most this is a masked entry of an additive mask, and so may be drawn."""
 _SHIFT = 3
+_LARGE = 1 << 12
+"""A loop that runs so often, or an axis of this length, still ends soon."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,41 @@ def role_of(program: Program, value: Value, example: torch.Tensor) -> Role | Non
             return Role.TOKENS
         if example.numel() <= FEW and all(isinstance(dim, int) for dim in value.shape):
             return Role.NUMBERS
-        return Role.FLOAT_MASK if _masks(example) else Role.TOKENS
+        masks = _masks(example) or _is_added_to_scores(program.graph, value)
+        return Role.FLOAT_MASK if masks else Role.TOKENS
     if example.dtype == torch.bool:
         return Role.MASK
     if example.is_complex() or not example.numel():
         return None
     if table_rows(program.graph, value):
         return Role.IDS
-    return Role.MASK if 0 <= int(example.min()) <= int(example.max()) <= 1 else Role.INTEGERS
+    # A mask of zeros alone would mask everything: such integers may be counts, or anything.
+    return Role.MASK if int(example.min()) >= 0 and int(example.max()) == 1 else Role.INTEGERS
+
+
+_ATTENTION = ("aten.scaled_dot_product_attention.default", "nn.attention")
+_SOFTMAX = frozenset(
+    f"aten.{n}softmax.{o}" for n in ("", "_", "_safe_") for o in ("int", "default")
+)
+_MOVES = THROUGH | {"aten.slice.Tensor", "aten.select.int"}
+_SUMS = ("aten.add.Tensor", "aten.sub.Tensor")
+
+
+def _is_added_to_scores(graph: Graph, value: Value) -> bool:
+    """Whether an input, moved or scaled, is added to a computed value whose softmax is taken."""
+    waiting, added = [value], {value: False}
+    while waiting:
+        value = waiting.pop()
+        for op in graph.readers.get(value, ()):
+            masks = op.name in _ATTENTION and value in op.inputs[3:]
+            if masks or (added[value] and op.name in _SOFTMAX):
+                return True
+            adds = op.name in _SUMS and all(v is value or v in graph.producers for v in op.inputs)
+            alone = op.name in _MOVES or (len(op.inputs) == 1 and is_elementwise(op.name))
+            if (adds or alone) and op.outputs[0] not in added:
+                added[op.outputs[0]] = added[value] or (adds and len(op.inputs) == 2)
+                waiting.append(op.outputs[0])
+    return False
 
 
 def _masks(example: torch.Tensor) -> bool:
@@ -191,16 +224,21 @@ _PATTERNS: tuple[_Pattern, ...] = (
 def _float_masks(
     tensor: torch.Tensor, draw: Draw, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """Patterns of the example's two values, and floats, which a graph must take for them too."""
-    factors = bool(tensor.gt(0).any())
-    off = 0.0 if factors else min(float(tensor.min()), _MASKING)
+    """Patterns of the example's two values, and floats, which a graph must take for them too. Of
+    what is added, the masked entries are those of the example, the least of the dtype, and -inf."""
+    factors = bool(tensor.gt(0).any()) and bool(tensor.le(1).all()) and bool(tensor.ge(0).all())
+    least = torch.finfo(tensor.dtype).min
+    lowest = float(tensor.min())
+    offs = (lowest if lowest <= _MASKING else least, 0.0, -math.inf, least, math.inf, -math.inf)
     for turn in range(len(_PATTERNS)):
         number = draw.number + turn
+        on = pattern(tensor.shape, number, generator)
+        off = offs[number % len(offs)]
         if number % 3 == 1:
-            yield torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            drawn = torch.randn(tensor.shape, generator=generator)
+            yield torch.where(on & (off > 0) & (not factors), off, drawn).to(tensor.dtype)
         else:
-            on = pattern(tensor.shape, number, generator)
-            yield torch.where(on, float(factors), off).to(tensor.dtype)
+            yield torch.where(on, float(factors), 0.0 if factors else off).to(tensor.dtype)
 
 
 def _numbers(tensor: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:
@@ -224,11 +262,14 @@ def _integers(
     tensor = example[number]
     low, high = int(tensor.min()), int(tensor.max())
     sizes = _sizes_beside(program, number, example) or [high + 1]
+    most = max(high, *sizes)
     ranges = (
         (0, sizes[draw.number // 4 % len(sizes)]),
         (low, high + 2),
+        (-most - _SHIFT, most + _SHIFT),
         None,
         (0, 1),
+        (-_LARGE, _LARGE),
         (low, high),
     )
     for turn in range(len(ranges)):

@@ -25,6 +25,7 @@ import msgspec
 
 from moec.errors import ArtifactError, IRError
 from moec.files.os_errors import reason
+from moec.files.regular_file import read_regular
 from moec.interpret.verifier import verify
 from moec.ir.graph import Stage
 from moec.ir.text import parse
@@ -102,7 +103,7 @@ def manifest_of(path: Path, signed_by: Path | None = None) -> tuple[FolderManife
 
 def _manifest_content(path: Path, signed_by: Path | None) -> bytes:
     try:
-        content = (path / MANIFEST).read_bytes()
+        content = read_regular(path / MANIFEST)
     except OSError as error:
         raise ArtifactError(f"{path / MANIFEST}: {reason(error)}") from None
     if signed_by is not None:
@@ -234,7 +235,7 @@ def _checked(path: Path, name: str, manifest: FolderManifest) -> bytes:
         raise ArtifactError(f"{path} lists no {name}")
     try:
         size = (path / name).stat().st_size
-        content = (path / name).read_bytes() if size == part.size else b""
+        content = read_regular(path / name, size) if size == part.size else b""
     except OSError as error:
         raise ArtifactError(f"{path / name}: {reason(error)}") from None
     if size != part.size or hashlib.sha256(content).hexdigest() != part.sha256:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from moec.ir.graph import Graph, Op, Value
+from moec.ir.index_uses import REQUIRE
 from moec.ir.opdef import integer
 from moec.ir.sizes.dims import product
 from moec.ops.experts.dispatch import chooses_all
@@ -221,7 +222,7 @@ def _picks_gate(op: Op) -> bool:
 
 def _source(graph: Graph, value: Value) -> str:
     """The name of the value that was moved to be `value`."""
-    while (op := graph.producers.get(value)) is not None and op.name in _MOVES:
+    while (op := graph.producers.get(value)) is not None and op.name in (*_MOVES, REQUIRE):
         value = op.inputs[0]
     return value.name
 

@@ -110,23 +110,6 @@ class MovedLine:
 
 
 @dataclass(frozen=True)
-class TunedLine:
-    """One kernel that was measured with several sets of tuning values.
-
-    `values` is the best set (empty: the default), `gains` its speed relative to the default by the
-    number of tokens, `noise` twice the standard error of their mean, as a share. `from_cache`:
-    an earlier compilation measured them. `why`: the reason where the kernel was not measured.
-    """
-
-    kernel: str
-    values: Mapping[str, int] = field(default_factory=dict)
-    gains: Mapping[str, float] = field(default_factory=dict)
-    noise: float = 0.0
-    from_cache: bool = False
-    why: str = ""
-
-
-@dataclass(frozen=True)
 class LoopLine:
     """An op that became a plain loop although its kind has kernels, and the reason."""
 
@@ -159,7 +142,6 @@ class ReportData:
     verified: str = "off"
     quantised: tuple[QuantisedLine, ...] = ()
     moved: tuple[MovedLine, ...] = ()
-    tuned: tuple[TunedLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     damage: tuple[Damage, ...] = ()

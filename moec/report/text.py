@@ -22,7 +22,6 @@ from moec.report.data import (
     PortLine,
     QuantisedLine,
     ReportData,
-    TunedLine,
 )
 from moec.report.module_paths import collapse_layer_indices, spans
 from moec.report.units import count, seconds, size
@@ -92,9 +91,6 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
         yield ""
         yield _quantised(report.quantised)
         yield from _calibrated(report.quantised)
-    if report.tuned:
-        yield ""
-        yield _tuned(report.tuned)
     if report.verification:
         yield ""
         yield _verification(report.verification, bool(report.quantised))
@@ -271,20 +267,6 @@ def _quantised_outputs(lines: Sequence[MovedLine]) -> Any:
     table = _grid("Against the unquantised model", "error", "rows whose argmax differs")
     for line in lines:
         table.add_row(line.output, f"{line.error:.1e}", f"{line.moved} of {line.rows}")
-    return table
-
-
-def _tuned(lines: Sequence[TunedLine]) -> Any:
-    table = _grid("tuned kernel", "values", "speedup by tokens")
-    for line in lines:
-        values = ", ".join(f"{name} {value}" for name, value in line.values.items())
-        gains = ", ".join(f"{tokens}: {gain:.2f}" for tokens, gain in line.gains.items())
-        noise = f" (± {line.noise:.0%})" if gains else ""
-        table.add_row(
-            line.kernel + (" (known)" if line.from_cache else ""),
-            values or ("not measured" if line.why else "default"),
-            line.why or gains + noise,
-        )
     return table
 
 

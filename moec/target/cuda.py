@@ -13,9 +13,9 @@ would have without the instructions of its chip alone, as PTX for later GPUs. Wi
 as in cuda:sm_80+tf32, products of float32 for many rows use tensor cores, which round each factor
 to 11 bits (TF32).
 
-Limits of a block are those of the CUDA C++ Programming Guide (Compute Capabilities). SM counts,
-bandwidths and peaks are from the data sheet of the GPU named as `example`. They determine the sizes
-of kernels and modelled times, never results.
+Limits of a block are those of the CUDA C++ Programming Guide (Compute Capabilities). SM counts are
+from the data sheet of the GPU named as `example`. They determine the sizes of kernels, never
+results.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ class CudaTarget:
     tensor_cores: tuple[str, ...]  # families of instructions, by their names in PTX
     shared_memory: int  # bytes available to one block
     sms: int
-    bandwidth: float  # bytes a second
-    bf16_peak: float  # FLOPs a second, dense, float32 sums
     registers: int = 65536  # 32-bit, of one SM
     tf32: bool = False
     kind: str = KIND
@@ -97,12 +95,12 @@ _SMALL, _A100, _LARGE = 99 * 1024, 163 * 1024, 227 * 1024
 TARGETS: dict[str, CudaTarget] = {
     t.name: t
     for t in (
-        CudaTarget("cuda:sm_80", "A100 SXM 80 GB", ("mma",), _A100, 108, 2.039e12, 312e12),
-        CudaTarget("cuda:sm_86", "A40", ("mma",), _SMALL, 84, 0.696e12, 149.7e12),
-        CudaTarget("cuda:sm_89", "L40S", ("mma",), _SMALL, 142, 0.864e12, 362e12),
-        CudaTarget("cuda:sm_90a", "H100 SXM", ("mma", "wgmma"), _LARGE, 132, 3.35e12, 989e12),
-        CudaTarget("cuda:sm_100a", "B200", ("mma", "tcgen05"), _LARGE, 148, 8.0e12, 2250e12),
-        CudaTarget("cuda:sm_120", "RTX 5090", ("mma",), _SMALL, 170, 1.792e12, 209.5e12),
+        CudaTarget("cuda:sm_80", "A100 SXM 80 GB", ("mma",), _A100, 108),
+        CudaTarget("cuda:sm_86", "A40", ("mma",), _SMALL, 84),
+        CudaTarget("cuda:sm_89", "L40S", ("mma",), _SMALL, 142),
+        CudaTarget("cuda:sm_90a", "H100 SXM", ("mma", "wgmma"), _LARGE, 132),
+        CudaTarget("cuda:sm_100a", "B200", ("mma", "tcgen05"), _LARGE, 148),
+        CudaTarget("cuda:sm_120", "RTX 5090", ("mma",), _SMALL, 170),
     )
 }
 

@@ -42,7 +42,6 @@ NAMES = (
     "fuse-residual",
     "fold-permutes",
     "fuse-append",
-    "predict-experts",
     "prune-experts",
     "keep-used",
     "average-experts",

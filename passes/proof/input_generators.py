@@ -18,14 +18,14 @@ from moec.ir.sizes.dims import Dim, evaluate_dim
 @dataclass(frozen=True)
 class Ids:
     """The input holds expert ids, `slots` for each token; `absent` allows the id E, which means no
-    expert. The ids of a token are `distinct`, as those of a top-k are, or may be equal. `negative`
-    allows -1."""
+    expert. The ids of a token are `distinct`, as those of a top-k are, or may be equal. Some are
+    negative if the `least` is."""
 
     num_experts: int
     slots: int
     absent: bool = False
     distinct: bool = True
-    negative: bool = False
+    least: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,9 @@ def _ids(tokens: int, feed: Ids, pattern: str, generator: torch.Generator) -> to
     ids = scores.topk(slots).indices
     if not feed.distinct and pattern == "tied":
         ids = torch.randint(count, ids.shape, generator=generator)
-    if feed.negative and pattern == "random":
-        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, -1, ids)
+    if feed.least and pattern == "random":
+        below = torch.randint(feed.least, 0, ids.shape, generator=generator)
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, below, ids)
     if feed.absent and pattern == "tied":
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, count, ids)
     return ids

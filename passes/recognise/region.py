@@ -15,6 +15,7 @@ from moec.ir.graph import Attr, DType, Graph, Op, Ref, TensorType, Value
 from moec.ir.index_uses import REQUIRE
 from moec.ir.sizes.dims import Dim, product, symbols
 from moec.ir.traits import CASTS, CHOICES, LIKES, THROUGH, VIEWS, is_elementwise, rounds_doubles
+from moec.ir.value_ranges import ValueRanges
 from moec.passes.core.rewrite import Builder, rebuild
 
 
@@ -66,6 +67,10 @@ class Scope:
             if op.inputs and op.name.startswith("aten.") and constants.issuperset(op.inputs):
                 constants.update(op.outputs)
         return frozenset(constants)
+
+    @cached_property
+    def ranges(self) -> ValueRanges:
+        return ValueRanges(self.graph, self.weights)
 
     @cached_property
     def input_sizes(self) -> frozenset[str]:

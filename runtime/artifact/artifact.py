@@ -131,7 +131,7 @@ def write(
 
     def store_weights(package: Package) -> dict[str, Stored]:
         initial = {state.initial for state in package.states.values() if state.initial}
-        used = package.params.keys() | initial | package.narrow_arrays
+        used = package.params.keys() | initial
         return {n: store_once(a) for n, a in package.arrays.items() if n in used}
 
     def store_once(array: Any) -> Stored:
@@ -210,7 +210,7 @@ def read(
     variant = manifest.for_gpu
     stored = [*manifest.arrays.values(), *(variant.arrays.values() if variant else ())]
     weights = {array.part for array in stored}
-    small = {name: container[name] for name in manifest.parts if name not in weights}
+    small = {name: container.held(name) for name in manifest.parts if name not in weights}
     check_digests(path, small, manifest.parts)
 
     graphs = _graphs(path, manifest, small)
@@ -338,7 +338,7 @@ def _version(distribution: str) -> str:
 
 
 def _expert_digests(package: Package, store: StoredExperts) -> bytes:
-    names = [name for layer in store.layers for stack in layer for name in stack.stored]
+    names = [name for layer in store.layers for stack in layer for name in stack.arrays]
 
     def digests(name: str) -> bytes:
         return b"".join(

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from moec.errors import ArtifactError, UsageError
 from moec.files.os_errors import reason
+from moec.files.regular_file import open_regular
 from moec.files.whole_folder import swap
 from moec.runtime.artifact.open_file import FilePart, OpenFile, check_copy
 from moec.runtime.artifact.part_writers import PART_NAME, FolderWriter, PartWriter, ZipWriter
@@ -54,6 +55,12 @@ class Container(Mapping[str, memoryview]):
     def __getitem__(self, name: str) -> memoryview:
         if name not in self._contents:
             self._contents[name] = self.file_parts[name].mapped()
+        return self._contents[name]
+
+    def held(self, name: str) -> memoryview:
+        """A part, from now on in memory: a mapped one ends the process where the file is cut."""
+        if not self._copy:
+            self._contents[name] = self.file_parts[name].copied()
         return self._contents[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -90,12 +97,13 @@ class _Folder(Mapping[str, FilePart]):
     """A folder whose files are opened on access. A name cannot refer to a path outside of it."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root.resolve()
+        self._root = Path(os.path.realpath(root))
         self._opened: dict[str, FilePart] = {}
 
     def __getitem__(self, name: str) -> FilePart:
         path = self._root / name
-        if not PART_NAME.fullmatch(name) or path.resolve() != path or not path.is_file():
+        links = os.path.realpath(path) != str(path)
+        if links or not PART_NAME.fullmatch(name) or not path.is_file():
             raise KeyError(name)
         if name not in self._opened:
             file = OpenFile(path)
@@ -131,12 +139,11 @@ def part_spans(path: Path, read: Read) -> dict[str, slice]:
         ) from error
 
     spans: dict[str, slice] = {}
-    end = 0
+    end, gaps = 0, 0
     for member in sorted(members, key=lambda m: m.header_offset):
         name = member.filename
-        if name.endswith("/") and member.file_size == 0:
-            continue
-        if not PART_NAME.fullmatch(name):
+        folder = name.endswith("/") and member.file_size == 0
+        if not PART_NAME.fullmatch(name.removesuffix("/") if folder else name):
             raise ArtifactError(f"{path}: {name!r} is not a valid name of a part")
         if name in spans:
             raise ArtifactError(f"{path} holds {name!r} twice, so it is not an artifact of moec")
@@ -148,9 +155,21 @@ def part_spans(path: Path, read: Read) -> dict[str, slice]:
         start = _start(read, member, directory)
         if start is None or member.header_offset < end:
             raise ArtifactError(f"{path}: {name!r} is not where the zip directory says")
+        gaps += member.header_offset - end
         end = start + member.file_size
-        spans[name] = slice(start, end)
+        if not folder:
+            spans[name] = slice(start, end)
+    if gaps or end != directory or not _ends(read, members, directory):
+        raise ArtifactError(f"{path} has bytes that belong to no part: compile or copy it again")
     return spans
+
+
+def _ends(read: Read, members: Iterable[zipfile.ZipInfo], directory: int) -> bool:
+    """Whether the file ends with its directory, without comments."""
+    entries = sum(46 + len(m.filename.encode()) + len(m.extra) for m in members)
+    records = bytes(read(directory + entries, 100))
+    # the last one, perhaps after two for sizes of 64 bits
+    return len(records) in (22, 98) and records[-22:-18] == b"PK\5\6" and records[-2:] == b"\0\0"
 
 
 def _start(read: Read, member: zipfile.ZipInfo, directory: int) -> int | None:
@@ -246,7 +265,7 @@ def replaceable(path: Path) -> bool:
         return False
     if path.suffix == ".moec":  # a damaged one too
         return True
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.read(2) != b"PK":
             return os.fstat(file.fileno()).st_size == 0
     try:

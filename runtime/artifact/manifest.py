@@ -22,7 +22,6 @@ from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import (
     DECODE,
     MAIN,
-    NARROW_KINDS,
     RECORDED,
     RECORDED_DECODE,
     ROUTE,
@@ -32,11 +31,10 @@ from moec.runtime.package import (
     Size,
     StoredExperts,
     grows,
-    narrow_bytes,
 )
 from moec.runtime.sizes import expressions as sizes
 
-FORMAT = 5  # 5: code for GPUs has its own library and launches for each architecture
+FORMAT = 6  # 6: the library's store of experts has neither guesses nor narrow copies
 NAME = "manifest.json"
 _LARGEST = 64 << 20  # bytes
 _BEYOND = 1 << 48  # no axis, and no array in bytes, is so large
@@ -109,7 +107,7 @@ def dump(manifest: Manifest) -> bytes:
     """The text of a manifest; `load(dump(m))` equals m."""
     body = msgspec.to_builtins(_without_parts(manifest), str_keys=True)
     for package in (body["package"], *([body["for_gpu"]["package"]] if body["for_gpu"] else [])):
-        del package["arrays"], package["library"], package["copies"]
+        del package["arrays"], package["library"]
         if package["gpu"]:
             del package["gpu"]["parts"]
     text = {"moec": FORMAT, "sha256": digest_of(FORMAT, body), **body}
@@ -126,7 +124,7 @@ def _without_parts(manifest: Manifest) -> Manifest:
 def _bare(package: Package) -> Package:
     """The package without the data that other parts hold."""
     gpu = package.gpu and replace(package.gpu, parts={})
-    return replace(package, arrays={}, library=b"", gpu=gpu, copies={})
+    return replace(package, arrays={}, library=b"", gpu=gpu)
 
 
 def digest_of(version: int, body: Mapping[str, Any]) -> str:
@@ -255,11 +253,6 @@ def _check_store(store: StoredExperts, package: Package, arrays: Mapping[str, St
         shapes = [arrays[name].shape for stack in layer for name in stack.arrays]
         if len({shape[:1] for shape in shapes}) != 1 or not all(map(math.prod, shapes)):
             raise ValueError("the stacks of a layer have different numbers of experts")
-        for stack in (stack for stack in layer if stack.narrow):
-            of, copy = arrays[stack.arrays[0]], arrays[stack.narrow_array]
-            elements = of.nbytes // of.shape[0] // NARROW_KINDS[stack.narrow]
-            if (copy.dtype, copy.shape) != ("u8", (of.shape[0], narrow_bytes(elements))):
-                raise ValueError(f"{stack.narrow_array} is no narrow copy of {stack.arrays[0]}")
     keys = [Port(stack.key, "i64", (2,)) for layer in store.layers for stack in layer]
     for name, function in store.functions.items():
         others = tuple(port for port in function.params if port not in keys)

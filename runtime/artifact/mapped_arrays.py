@@ -49,7 +49,12 @@ class MappedArrays(CheckedArrays):
         self._states = {file: file.state for file in container.files(self._names)}
 
     def streaming(self, names: Collection[str], *, verified: bool) -> MappedArrays:
-        """The same arrays, some of which are never mapped."""
+        """The same arrays, none of which is mapped: those of `names` are read by others, and the
+        rest is in memory. Raises ArtifactError where the file is cut meanwhile."""
+        streamed = {self.stored[name].part for name in names}
+        for part in self._names:
+            if part not in streamed:
+                self._container.held(part)
         return MappedArrays(
             self.path, self._container, self._manifest, self.stored, names, verified=verified
         )

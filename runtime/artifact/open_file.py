@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moec.errors import ArtifactError
 from moec.files.os_errors import reason
+from moec.files.regular_file import open_regular
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        file = path.open("rb", buffering=0)
+        file = open_regular(path, buffering=0)
         weakref.finalize(self, file.close)
         self.descriptor = file.fileno()
         self.state = self.current()

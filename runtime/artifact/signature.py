@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from moec.errors import ArtifactError, MoecError, UsageError
 from moec.extras import missing_extra
 from moec.files.os_errors import reason
+from moec.files.regular_file import read_regular
 from moec.files.whole_file import whole_file
 from moec.runtime.artifact import manifest
 from moec.runtime.artifact.container import open_container
@@ -150,8 +151,7 @@ def _require_cryptography() -> None:
 
 def _read(path: Path, kind: type[MoecError]) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(_LONGEST)
+        return read_regular(path, _LONGEST)
     except (OSError, ValueError) as error:
         words = reason(error) if isinstance(error, OSError) else str(error)
         raise kind(f"{path} cannot be read: {words}") from None

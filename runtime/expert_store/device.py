@@ -21,7 +21,6 @@ from moec.runtime.expert_store.native import (
     ALTERED,
     DIGEST,
     SHORTER,
-    NarrowPiece,
     NativeStore,
     PieceOfFile,
     StackInSlots,
@@ -30,7 +29,7 @@ from moec.runtime.expert_store.native import (
 )
 from moec.runtime.expert_store.slot_memory import allocate, opened_past_cache
 from moec.runtime.expert_store.slots import LayerSize
-from moec.runtime.package import NARROW_KINDS, Package, Stack, stored
+from moec.runtime.package import Package, Stack, stored
 
 DIRECT, BUFFERED = "direct", "buffered"
 PINNED, MAPPED = "pinned", "mapped"
@@ -104,7 +103,7 @@ class StoringCpu(Cpu):
         self._memory, in_slots = allocate(shapes)
         names = [name for stack in self._stacks for name in stack.arrays]
         self._in_slots = dict(zip(names, in_slots, strict=True))
-        self._digests = _digests_by_array(opened, [n for s in self._stacks for n in s.stored])
+        self._digests = _digests_by_array(opened, [n for s in self._stacks for n in s.arrays])
         self._keys = {stack.key: np.zeros(2, np.int64) for stack in self._stacks}
         self.in_memory: Mapping[str, Array] = {**self._in_slots, **self._keys}
         self.reading = self._read_past_cache() if reading == DIRECT else BUFFERED
@@ -132,7 +131,7 @@ class StoringCpu(Cpu):
             stacks += [
                 StackInSlots(
                     number, first, len(layer), self._sizes[number].experts, slots,
-                    tuple(map(self._piece, stack.arrays)), self._narrow(stack),
+                    tuple(map(self._piece, stack.arrays)),
                 )
                 for stack in layer
             ]  # fmt: skip
@@ -152,21 +151,8 @@ class StoringCpu(Cpu):
             past_cache is not None,
         )
 
-    def _narrow(self, stack: Stack) -> NarrowPiece | None:
-        if not (stack.narrow and self._options.narrow):
-            return None
-        file_part, of = self._mapped.file_part(stack.narrow_array), self._in_slots[stack.arrays[0]]
-        return NarrowPiece(
-            file_part.start,
-            file_part.size // self._mapped.stored[stack.narrow_array].shape[0],
-            of[0].nbytes // NARROW_KINDS[stack.narrow],
-            stack.narrow,
-            self._digests[stack.narrow_array],
-            self._files.get(file_part.file, file_part.file.descriptor),
-        )
-
     def _read_past_cache(self) -> str:
-        stored = [name for stack in self._stacks for name in stack.stored]
+        stored = [name for stack in self._stacks for name in stack.arrays]
         files = {self._mapped.file_part(name).file for name in stored}
         opened = {file: opened_past_cache(file) for file in files}
         self._files = {file: number for file, number in opened.items() if number is not None}

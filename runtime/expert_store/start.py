@@ -18,7 +18,6 @@ from moec.runtime.device.library import tvm_ffi
 from moec.runtime.expert_store.device import (
     BUFFERED,
     DIRECT,
-    DIRECT_READERS,
     SlotArrays,
     StoreReport,
     StoringCpu,
@@ -53,47 +52,24 @@ def start_within(
     fit: Fit = fit_evenly,
     room: TextRoom = ONE_TEXT,
     device: Device | None = None,
-    narrow: float = 0.0,
 ) -> Executor:
     """The model, in at most `limit` bytes of memory, with the caches of some texts: memory of the
     process or, for a model on a GPU, that of the `device`. Where all of it fits, no store is
-    needed. `narrow` is the greatest share of each layer's routing weight that experts read as
-    narrow copies may carry; 0 is exact.
+    needed.
 
-    Raises UsageError where the limit is too small, or the model was compiled without a store, or
-    without narrow copies, and ArtifactError as `runtime.call.executor.start` does.
+    Raises UsageError where the limit is too small, or the model was compiled without a store,
+    and ArtifactError as `runtime.call.executor.start` does.
     """
     package, total = opened.package, _weight_bytes(opened)
-    _check_narrow(opened, narrow)
     caches = _cache_bytes(package, room)
     if MemoryLimit(limit, _process_bytes(package), total, caches).experts >= 0:
         return start(opened, device)
     sizes = stored_sizes(opened)
     left = resident_limit(opened, limit, room)
-    left = replace(left, resident=left.resident + (_narrow_buffers(opened) if narrow else 0))
     slots, options = fit(left, sizes)
-    options = replace(options or StoreOptions(), narrow=narrow)
     if package.gpu is not None:
         return start_on_gpu(opened, slots, device, options, caches)
     return start_with_slots(opened, slots, options=options, caches=caches)
-
-
-def _check_narrow(opened: Artifact, narrow: float) -> None:
-    if not 0 <= narrow <= 1:
-        raise UsageError(f"narrow is {narrow:g}: give the share of the routing weight, 0 to 1")
-    if narrow and not opened.package.narrow_arrays:
-        raise UsageError(
-            f"{opened.path} has no narrow copies of its experts: compile it with tiers=True "
-            "(--tiers), or leave narrow out"
-        )
-
-
-def _narrow_buffers(opened: Artifact) -> int:
-    """Bytes in which readers hold an expert's narrow copy."""
-    stored, most = _arrays(opened).stored, 0
-    for name in opened.package.narrow_arrays:
-        most = max(most, stored[name].nbytes // stored[name].shape[0])
-    return DIRECT_READERS * most
 
 
 def stored_sizes(opened: Artifact) -> list[LayerSize]:
@@ -121,8 +97,7 @@ def expert_file(opened: Artifact) -> OpenFile:
 
 
 def _weight_bytes(opened: Artifact) -> int:
-    stored, narrow = _arrays(opened).stored, opened.package.narrow_arrays
-    return sum(array.nbytes for name, array in stored.items() if name not in narrow)
+    return sum(array.nbytes for array in _arrays(opened).stored.values())
 
 
 def start_with_slots(
@@ -136,10 +111,10 @@ def start_with_slots(
     `buffered`, or the one that suits the free memory. `caches` limits the bytes of caches."""
     package, arrays = opened.package, _arrays(opened)
     assert package.store is not None
-    names = {name for layer in package.store.layers for s in layer for name in s.stored}
+    names = {name for layer in package.store.layers for s in layer for name in s.arrays}
     experts = arrays.streaming(names, verified=hash_function() is not None)
     experts.verify()
-    size = sum(arrays.stored[name].nbytes for name in names - package.narrow_arrays)
+    size = sum(arrays.stored[name].nbytes for name in names)
     reading = reading or (BUFFERED if 2 * size < free_memory() else DIRECT)
     device = StoringCpu(opened, experts, tuple(slots), reading, options, caches)
     return Executor(_held(package, SlotArrays(experts, device.in_memory, device)), device=device)

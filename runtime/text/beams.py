@@ -120,7 +120,7 @@ class BeamEngine(Engine):
             self.step()
         for text in texts:
             if text.end == FAILED:
-                raise InputError(text.error)
+                text.raise_cause()
         return [sequence for text in texts for sequence in self._searches[text].sequences]
 
     def _joined(self, logits: Array) -> None:
@@ -156,8 +156,7 @@ class BeamEngine(Engine):
         for slot, (text, scores) in enumerate(zip(texts, logits, strict=True), first):
             search = self._searches[text]
             if np.isnan(scores).any():
-                text.end, tokens = FAILED, len(text.prompt) + len(text.tokens)
-                text.error = f"after {tokens} tokens: the logits hold NaN: no beam can be chosen"
+                text.fail(InputError("the logits hold NaN: no beam can be chosen"))
                 continue
             copies = search.advance(scores[search.rows])
             text.tokens, start = search.sequences[0], slot * self._options.count

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moec.runtime.text.write_text import overlap
-
 
 @dataclass(frozen=True)
 class CallForm:
@@ -89,7 +87,7 @@ class CallReader:
             self._inside, self._held = True, after
             return before.rstrip(), []
         if not ended:
-            before = before[: len(before) - overlap(before, self._form.begin)].rstrip()
+            before = before[: len(before) - _overlap(before, self._form.begin)].rstrip()
         if not before:
             return None
         self._after_call, self._held = False, self._held[len(before) :]
@@ -119,3 +117,8 @@ class CallReader:
                 return []
             calls.append(FunctionCall(call["name"], json.dumps(arguments, ensure_ascii=False)))
         return calls
+
+
+def _overlap(text: str, marker: str) -> int:
+    """The number of characters at the end of `text` that are a prefix of a marker."""
+    return next((n for n in range(len(marker) - 1, 0, -1) if text.endswith(marker[:n])), 0)

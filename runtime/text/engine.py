@@ -15,14 +15,16 @@ The cache entries of wrong guesses are overwritten by the tokens that follow.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Never
 
 import numpy as np
 
-from moec.errors import InputError
+from moec.errors import InputError, MoecError, first_line
 from moec.runtime.call.caches import Cache, copy_tokens, first_texts
 from moec.runtime.dtypes import Array
 from moec.runtime.package import DECODE, carries
@@ -35,6 +37,7 @@ from moec.runtime.text.speculation.guesses import Guesses
 from moec.runtime.text.texts import PIECE, ROWS, Decoder, fit_together
 
 STOP, LENGTH, CANCELLED, FAILED = "stop", "length", "cancelled", "failed"
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 @dataclass(eq=False)
@@ -42,8 +45,9 @@ class Continuation:
     """One prompt and its new `tokens`.
 
     `end` is empty until it is STOP (the last token is one of `request.stop`, or completes its
-    grammar), LENGTH, CANCELLED, or FAILED, with the sentence `error`. `logprobs` has an item for
-    each token where they were requested, `prompt_logprobs` for each of the prompt but the first.
+    grammar), LENGTH, CANCELLED, or FAILED, with the sentence `error` and its `cause`. `logprobs`
+    has an item for each token where they were requested, `prompt_logprobs` for each of the prompt
+    but the first.
     The first `reused` tokens of the prompt were not computed for it. `new` is how many of `tokens`
     the latest step added.
     """
@@ -60,7 +64,22 @@ class Continuation:
     read: int = 0  # how many tokens of the prompt are in its caches
     end: str = ""
     error: str = ""
+    cause: BaseException | None = None
     new: int = 0
+
+    def fail(self, cause: BaseException) -> None:
+        """End with what was raised, of any class; what interrupts the main thread is raised on."""
+        if isinstance(cause, INTERRUPTS) and threading.current_thread() is threading.main_thread():
+            raise cause
+        name = "" if isinstance(cause, MoecError) else f"{type(cause).__name__}: "
+        self.end, self.cause = FAILED, cause
+        count = len(self.prompt) + len(self.tokens)
+        self.error = f"after {count} tokens: {name}{first_line(cause)}"
+
+    def raise_cause(self) -> Never:
+        """Raises the cause; an InputError says after how many tokens."""
+        assert self.cause is not None
+        raise InputError(self.error) if isinstance(self.cause, InputError) else self.cause
 
     @property
     def latest(self) -> list[int]:
@@ -103,6 +122,9 @@ class Engine:
     time of one such call. With `prompts_first` no token is decoded while prompts wait for a free
     slot, which takes fewer steps in all. The keys and values of `prefix_tokens` tokens of prompts
     are stored, and used for prompts that begin alike; a model with recurrent states has none.
+
+    What a text's sampler or grammar raises ends that text, what a call of the model raises the
+    texts in it; `failed_calls` is how many of them failed in a row.
     """
 
     def __init__(
@@ -137,6 +159,7 @@ class Engine:
         self._executor, self._piece, self._prompts_first = executor, piece, prompts_first
         self._caches = executor.new_caches(slots, room)
         self._views: dict[int, list[Cache]] = {}  # the caches of the first n texts
+        self.failed_calls = 0
         self._joining: list[Continuation] = []
         self._joining_caches: list[Cache] = []
         self._prefixes: Prefixes | None = None
@@ -166,13 +189,7 @@ class Engine:
                 f"the prompt has {len(prompt)} tokens and {request.most} more may follow, and a "
                 f"text has at most {self.room}: shorten one of them"
             )
-        biased = [token for token, _ in request.sampling.logit_bias]
-        low, high = min((*prompt, *biased)), max((*prompt, *biased))
-        if low < 0 or high >= self.vocabulary:
-            raise InputError(
-                f"token {low if low < 0 else high} is not one of the model's {self.vocabulary} "
-                "tokens"
-            )
+        request.check_ids(prompt, self.vocabulary)
         if (request.guesses or request.draft is not None) and self._account is None:
             why = "has recurrent states, which cannot go back" if self._carries else "is on a GPU"
             what = "a draft was given" if request.draft else f"speculate is {request.guesses}"
@@ -203,34 +220,49 @@ class Engine:
             text.end = CANCELLED
             self._release(text)
 
-    def fail(self, error: str) -> tuple[Continuation, ...]:
-        """End all texts that hold a slot, with a sentence, after a step that raised an error."""
-        failed = (*self.decoding, *self._joining)
-        for text in failed:
-            text.end, text.error, text.new = FAILED, error, 0
-        self.decoding, self._joining = [], []
-        return failed
+    def fail(
+        self, cause: BaseException, texts: Sequence[Continuation] = ()
+    ) -> Sequence[Continuation]:
+        """End texts with what was raised, and return them: all that decode, all that join, or by
+        default whatever holds a slot, else what waits."""
+        texts = texts or (*self.decoding, *self._joining) or (*self.waiting,)
+        for text in texts:
+            if not text.end:
+                text.new = 0
+                text.fail(cause)
+        self.decoding = [text for text in self.decoding if text not in texts]
+        self._joining = [text for text in self._joining if text not in texts]
+        self.waiting = deque(text for text in self.waiting if text not in texts)
+        self.failed_calls += 1
+        return texts
 
     def step(self) -> StepResult:
         """A token of every text that decodes, or several, and a part of a prompt, or several short
         prompts. The texts that ended in it have left their slots."""
         prompts_wait = self._joining or (self.waiting and len(self.decoding) < self.slots)
         advanced: list[Continuation] = []
-        guessed = accepted = 0
+        joining: list[Continuation] = []
+        guessed = accepted = reused = count = 0
         if self.decoding and not (self._prompts_first and prompts_wait):
             advanced = [*self.decoding]
-            guessed, accepted = self._decode(advanced)
-        reused = 0
-        if not self._joining and self.waiting and len(self.decoding) < self.slots:
-            reused = self._join()
-        if not self._joining:
-            return StepResult(tuple(advanced), 0, 0, guessed, accepted)
-        before = sum(text.read for text in self._joining)
-        rows = self._read()
-        count = sum(text.read for text in self._joining) - before
-        if not self._joining[0].left:
-            advanced += self._joining
-            self._joined(rows)
+            try:
+                guessed, accepted = self._decode(advanced)
+            except BaseException as error:
+                self.fail(error, advanced)
+        try:
+            if not self._joining and self.waiting and len(self.decoding) < self.slots:
+                reused = self._join()
+            joining = self._joining
+            if joining:
+                before = sum(text.read for text in joining)
+                rows = self._read()
+                count = sum(text.read for text in joining) - before
+                if not joining[0].left:
+                    self._joined(rows)
+                    advanced += joining
+        except BaseException as error:
+            joining = joining or self._joining
+            advanced += self.fail(error, joining)
         return StepResult(tuple(advanced), count, reused, guessed, accepted)
 
     def _decode(self, texts: Sequence[Continuation]) -> tuple[int, int]:
@@ -249,7 +281,7 @@ class Engine:
             np.concatenate([text.number for text in texts]),
             np.full(count, rows),
         )
-        seconds = time.perf_counter() - start
+        seconds, self.failed_calls = time.perf_counter() - start, 0
         for text, guessed, scores in zip(texts, guesses, logits, strict=True):
             text.new = 0
             for row, guess in zip(scores, [*guessed, None], strict=False):
@@ -340,6 +372,7 @@ class Engine:
         for rows in calls:
             counts = [tokens, first, rows, first + lengths - rows.shape[1]]
             logits = self._executor.decode(counts, self._joining_caches, numbers, lengths)
+            self.failed_calls = 0
             if rows.shape[1] > 1:
                 text, top = texts[0], texts[0].request.logprobs or 0
                 pairs = zip(logits[0], text.prompt[text.read + 1 :], strict=False)
@@ -385,15 +418,15 @@ def _draw(text: Continuation, logits: Array) -> None:
     request = text.request
     try:
         token, complete = text.sampler.draw(logits)
-    except InputError as error:
-        text.end = FAILED
-        text.error = f"after {len(text.prompt) + len(text.tokens)} tokens: {error}"
+        scores = request.logprobs
+        scored = [] if scores is None else [logprobs(logits, token, scores)]
+        text.guesses.add(token)
+    except BaseException as error:
+        text.fail(error)
         return
     text.tokens.append(token)
     text.new += 1
-    text.guesses.add(token)
-    if request.logprobs is not None:
-        text.logprobs.append(logprobs(logits, token, request.logprobs))
+    text.logprobs += scored
     if complete:
         text.end = STOP
     elif len(text.tokens) == request.most:

@@ -60,7 +60,7 @@ def generate(
     With several beams there are as many texts as are returned for each prompt, best first.
     Raises InputError where a prompt is empty or longer than that.
     """
-    _check(executor, prompts)
+    _check(executor, prompts, request)
     if executor.package.generation is not None and executor.holds_all_texts:
         yield from _by_engine(executor, prompts, request)
         return
@@ -116,7 +116,7 @@ def _by_engine(
             engine.step()
         for text in texts:
             if text.end == FAILED and len(text.tokens) == count:
-                raise InputError(text.error)
+                text.raise_cause()
         tokens = [text.tokens[count] if count < len(text.tokens) else None for text in texts]
         if not any(token is not None for token in tokens):
             return
@@ -130,8 +130,16 @@ def engine_for(executor: Decoder, slots: int, room: int, request: Request) -> En
     return Engine(executor, slots, room, prompts_first=True)
 
 
-def _check(executor: Decoder, prompts: Sequence[Sequence[int]]) -> None:
-    longest = longest_of(executor)
+def vocabulary_of(executor: Decoder) -> int:
+    """The number of the model's tokens. Raises InputError where it continues no texts."""
+    generation = executor.package.generation
+    if generation:
+        return generation.vocabulary
+    return int(causal_lm(executor.package.main).logits.shape[2])
+
+
+def _check(executor: Decoder, prompts: Sequence[Sequence[int]], request: Request) -> None:
+    longest, vocabulary = longest_of(executor), vocabulary_of(executor)
     if not prompts:
         raise InputError("there is no prompt: give at least one")
     for number, prompt in enumerate(prompts):
@@ -142,6 +150,7 @@ def _check(executor: Decoder, prompts: Sequence[Sequence[int]]) -> None:
             raise InputError(
                 f"{which} has {len(prompt)} tokens, and the model takes at most {longest}"
             )
+        request.check_ids(prompt, vocabulary)
 
 
 def _feed(executor: Decoder, prompts: Sequence[Sequence[int]], room: int) -> Feed:

@@ -8,10 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moec.errors import InputError, UsageError
+from moec.errors import InputError, UsageError, first_line
 from moec.extras import missing_extra
 from moec.runtime.dtypes import Array
+from moec.runtime.text.sampling import NoTokenError
 
+NO_TEXT = "NoExtension"  # the reason that the library gives
 SPACE = r"[ \n\r\t]{0,32}"  # a model may write blanks without end between two values otherwise
 
 
@@ -24,7 +26,7 @@ class Guide(Protocol):
     def restrict(self, logits: Array) -> Array:
         """Logits f32[V] with -inf for the tokens that cannot come next.
 
-        Raises InputError where there is no other.
+        Raises NoTokenError where there is no other.
         """
 
     def advance(self, token: int) -> bool:
@@ -53,22 +55,28 @@ class Grammars:
         if (kind := response_format.get("type")) == "text":
             return None
         new = self._library.LLMatcher
-        if kind == "regex":
-            grammar = new.grammar_from_regex(_field(response_format, "regex", str))
-        elif kind in ("json_object", "json_schema"):
-            schema = {"type": "object"}
-            if kind == "json_schema":
-                schema = _field(_field(response_format, "json_schema", Mapping), "schema", Mapping)
-            options = {"whitespace_pattern": SPACE}
-            grammar = new.grammar_from_json_schema(json.dumps(schema), overrides=options)
-        else:
+        if kind not in ("regex", "json_object", "json_schema"):
             raise InputError(
                 f"response_format has the type {kind!r}: give text, json_object, json_schema or "
                 "regex"
             )
-        matcher = new(self._tokenizer, grammar, log_level=0)
+        schema = {"type": "object"}
+        if kind == "json_schema":
+            schema = _field(_field(response_format, "json_schema", Mapping), "schema", Mapping)
+        options = {"whitespace_pattern": SPACE}
+        try:
+            if kind == "regex":
+                grammar = new.grammar_from_regex(_field(response_format, "regex", str))
+            else:
+                grammar = new.grammar_from_json_schema(json.dumps(schema), overrides=options)
+            matcher = new(self._tokenizer, grammar, log_level=0)
+            matcher.compute_bitmask()  # takes longest for the first token
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"response_format: {first_line(error)}") from error
         if matcher.is_error():
-            raise InputError(f"response_format: {_sentence(matcher)}")
+            none = matcher.get_error().startswith(NO_TEXT)
+            why = "no text of the model's tokens keeps to it" if none else _sentence(matcher)
+            raise InputError(f"response_format: {why}")
         return _Matcher(matcher)
 
 
@@ -91,7 +99,7 @@ class _Matcher:
         allowed = np.unpackbits(bits, bitorder="little", count=len(logits)).astype(bool)
         scores = np.where(allowed, logits, -np.inf)
         if self._matcher.is_error() or np.isneginf(scores).all():
-            raise InputError(f"no token fits response_format here: {_sentence(self._matcher)}")
+            raise NoTokenError(f"no token fits response_format here: {_sentence(self._matcher)}")
         return scores
 
     def advance(self, token: int) -> bool:

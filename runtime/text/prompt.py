@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import Any
 
 from moec.errors import ArtifactError, InputError, UsageError
@@ -15,6 +17,7 @@ from moec.runtime.text.guide import Grammars
 from moec.runtime.text.token_bytes import bytes_of
 
 FOLDER = "tokenizer/"
+LONG = 10_000  # characters or tokens that take more than milliseconds
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,14 +39,18 @@ class Tokenizer:
         token.
         """
         if not isinstance(text, str):
-            raise InputError(f"the prompt is {text!r}: give text")
+            raise InputError(f"the prompt is {reprlib.repr(text)}: give text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(
                 f"the prompt is not UTF-8 at character {error.start}: convert it first"
             ) from error
-        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        if len(text) < LONG:
+            encoded = self.tokenizer.encode(text, add_special_tokens=special)
+        else:  # other threads may run meanwhile
+            (encoded,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        tokens: list[int] = encoded.ids
         if not tokens:
             raise UsageError("the prompt encodes to no tokens: write at least one character")
         return tokens
@@ -51,12 +58,14 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special tokens. Raises InputError for anything but ids."""
         try:
-            token_ids = [*map(int, tokens)]
-        except (TypeError, ValueError):
+            token_ids = [*map(index, tokens)]
+        except TypeError:
             token_ids = [-1]
         if not all(0 <= token < 1 << 32 for token in token_ids):
-            raise InputError(f"the tokens are {tokens!r}: give a list of token ids")
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+            raise InputError(f"the tokens are {reprlib.repr(tokens)}: give a list of token ids")
+        if len(token_ids) < LONG:
+            return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
+        return str(self.tokenizer.decode_batch([token_ids], skip_special_tokens=True)[0])
 
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), begun: str = ""

@@ -86,6 +86,20 @@ class Request:
             return None if self.speculate == AUTO else 0
         return self.speculate
 
+    def check_ids(self, prompt: Sequence[int], vocabulary: int) -> None:
+        """Raises InputError where the prompt or `logit_bias` has none of the model's tokens, whose
+        number is `vocabulary`, or each of them ends a text that may not end."""
+        ids = (*prompt, *(token for token, _ in self.sampling.logit_bias))
+        low, high = min(ids, default=0), max(ids, default=0)
+        if low < 0 or high >= vocabulary:
+            token = low if low < 0 else high
+            raise InputError(f"token {token} is not one of the model's {vocabulary} tokens")
+        if self.least and sum(0 <= token < vocabulary for token in self.stop) == vocabulary:
+            raise InputError(
+                f"min_tokens is {self.least}, and each of the {vocabulary} tokens ends a text: "
+                "leave one of them out"
+            )
+
     def __post_init__(self) -> None:
         if isinstance(self.most, bool) or not isinstance(self.most, int | np.integer):
             raise InputError(f"max_new_tokens is {self.most!r}; it must be a whole number")

@@ -17,6 +17,12 @@ NEUTRAL = {
 }  # fmt: skip
 """The numbers among the options, with the values that change nothing."""
 SHARES = ("top_p", "min_p", "typical_p")
+GREATEST = 1e300  # of a score: sums and differences of such ones are numbers
+LEAST = float(np.finfo(np.float64).tiny)  # of a divisor, as kernels may count smaller ones as 0
+
+
+class NoTokenError(InputError):
+    """A text can go on with no token, as its request forbids all."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def nucleus(scores: Array, sampling: Sampling) -> tuple[Array, Array]:
     not 1 where some are left out."""
     scores = scores.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):  # at a temperature near 0
-        shares = np.exp((scores - scores.max()) / sampling.temperature)
+        shares = np.exp((scores - scores.max()) / max(sampling.temperature, LEAST))
     count = len(scores) if sampling.top_k is None else min(sampling.top_k, len(scores))
     tokens = np.arange(len(scores)) if count == len(scores) else likeliest(scores, count)
     if sampling.top_p < 1:
@@ -139,7 +145,7 @@ def likeliest(scores: Array, count: int) -> Array:
 
 
 def _typical(shares: Array, mass: float) -> Array:
-    information = -np.log(np.maximum(shares, np.finfo(np.float64).tiny))
+    information = -np.log(np.maximum(shares, LEAST))
     expected = (shares * information).sum()
     order = np.argsort(np.abs(information - expected), kind="stable")
     count = int((np.cumsum(shares[order]) < mass).sum()) + 1

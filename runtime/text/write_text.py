@@ -15,7 +15,8 @@ from moec.runtime.text.texts import Decoder
 @dataclass
 class StopCut:
     """Cuts a stream of text before the first of some strings. Text that may be the beginning of
-    such a string is held back until that is decided."""
+    such a string is held back until that is decided. Takes time linear in text and strings (Knuth,
+    Morris and Pratt 1977)."""
 
     stops: tuple[str, ...] = ()
     ended: bool = False
@@ -25,15 +26,26 @@ class StopCut:
         for stop in self.stops:
             if not isinstance(stop, str) or not stop:
                 raise InputError(f"stop holds {stop!r}: each must be a string")
+        self._borders = [_borders(stop) for stop in self.stops]
+        self._matched = [0] * len(self.stops)  # characters of each that the text ends with
 
     def feed(self, piece: str) -> str:
         """Add a piece. Returns the text that is certainly part of the result."""
-        text = self.held + piece
-        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if ends:
+        text, starts = self.held + piece, list[int]()
+        for number, (stop, borders) in enumerate(zip(self.stops, self._borders, strict=True)):
+            matched = self._matched[number]
+            for end, character in enumerate(piece, len(self.held) + 1):
+                while matched and stop[matched] != character:
+                    matched = borders[matched]
+                matched += stop[matched] == character
+                if matched == len(stop):
+                    starts.append(end - matched)
+                    break
+            self._matched[number] = matched
+        if starts:
             self.ended, self.held = True, ""
-            return text[: min(ends)]
-        most = max((overlap(text, stop) for stop in self.stops), default=0)
+            return text[: min(starts)]
+        most = max(self._matched, default=0)
         self.held = text[len(text) - most :]
         return text[: len(text) - most]
 
@@ -43,9 +55,15 @@ class StopCut:
         return rest
 
 
-def overlap(text: str, stop: str) -> int:
-    """The number of characters at the end of `text` that are a prefix of `stop`."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+def _borders(stop: str) -> list[int]:
+    """For each number of first characters, how many of them, but not all, they also end with."""
+    borders, matched = [0, 0], 0
+    for character in stop[1:]:
+        while matched and stop[matched] != character:
+            matched = borders[matched]
+        matched += stop[matched] == character
+        borders.append(matched)
+    return borders
 
 
 @dataclass

@@ -38,12 +38,10 @@ def test_reprs_are_short(speaker: moec.LoadedModel) -> None:
     assert repr(speaker.tokenizer) == "<tokenizer of 8 tokens>"
 
 
-def test_a_model_and_its_picture() -> None:
+def test_a_model_and_its_report() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()).eval()
     model = moec.compile(module, (torch.zeros(3, 8),), build=False, verify=False)
     assert repr(model).endswith(": 0 MoE blocks>")
-    assert repr(model.picture()) == "<picture of Sequential>"
-    assert model.picture()._repr_html_().startswith("<svg")
     for item in (model, model.report()):
         assert item._repr_html_() == f"<pre>{html.escape(str(item))}</pre>"
 

@@ -81,8 +81,7 @@ def _forged(folder: Path, draw: random.Random) -> list[Words]:
 
 def _graphs(folder: Path, draw: random.Random) -> list[Words]:
     path = _with_graph(folder, "toy", mutated_text(draw.choice(graphs()), draw))
-    picture = str(folder / draw.choice(("case.svg", "case.html", "case.dot")))
-    return [["verify", path], ["inspect", path, "--graph", picture]]
+    return [["verify", path], ["inspect", path, "--graph", str(folder / "case.dot")]]
 
 
 def _rebuilt(folder: Path, draw: random.Random) -> list[Words]:
@@ -184,10 +183,10 @@ _COMMANDS = {
         *("--top-k", "--seed", "--check", "--threads", "--nproc", "--timeout", "--json", "-q"),
     ),
     "verify": ("--json", "-q"),
-    "inspect": ("--graph", "--json", "-q", "--shapes", "--passes", "-O", "--dtype", "--describe"),
+    "inspect": ("--graph", "--json", "-q", "--shapes", "--passes", "-O", "--dtype"),
     "compile": (
         *("-o", "--target", "--passes", "--shapes", "--quant", "--verify", "--stop-after"),
-        *("--dry-run", "--plan", "--dtype", "--describe", "--calib", "--budget", "--force", "-O"),
+        *("--dry-run", "--plan", "--dtype", "--calib", "--budget", "--force", "-O"),
     ),
     "export": ("-o", "--ep", "--moe", "--opset", "--quant", "--cache", "--verify", "--shapes"),
     "bench": ("--artifact", "--baseline", "--file", "--batch", "--rounds", "--plot", "--threads"),

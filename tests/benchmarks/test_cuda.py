@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cuda import __main__ as script
 from benchmarks.cuda import contenders, layers, models
-from moec.codegen.cuda.roofline import LayerShape
+from benchmarks.cuda.shapes import LayerShape
 from moec.target import nvidia
 from moec.target.cuda import TARGETS
 
@@ -58,7 +58,7 @@ def test_numbers_and_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "0.0% of rows differ from grouped_mm" in line
     names = ("moec", "eager", "cublas")
     (row,) = layers.times(TINY, [5], "cpu", "cpu", TARGETS["cuda:sm_80"], names)
-    assert list(row) == ["tokens", *names, "limit"]
+    assert list(row) == ["tokens", *names]
 
 
 def test_experts_of_few_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_a_contender_that_is_not_installed_is_reported(
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "benchmarks.cuda.grouped_triton", raising=False)
     (row,) = layers.times(TINY, [2], "cpu", "cpu", TARGETS["cuda:sm_80"], ("triton", "eager"))
-    assert list(row) == ["tokens", "eager", "limit"]
+    assert list(row) == ["tokens", "eager"]
     assert "  triton failed: " in capsys.readouterr().out
 
 

@@ -16,8 +16,8 @@ import torch
 import moec
 from benchmarks.cuda import checks, first_run, layers
 from benchmarks.cuda.checks import CHECKS, Check, Outcome
+from benchmarks.cuda.shapes import LayerShape
 from moec.codegen.backends.cuda.backend import CUDA
-from moec.codegen.cuda.roofline import LayerShape
 from moec.codegen.lower import lower
 from moec.target import nvidia
 from moec.target.cuda import TARGETS

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moec.capture import capture
-from moec.capture.behaviour.layer.steering import Steer
 from moec.capture.user_code.sites import Site
-from moec.errors import CaptureError, NoMatch
+from moec.errors import CaptureError
 
 E, D = 3, 6
 
@@ -69,18 +68,6 @@ def test_the_line_that_ends_the_loop_is_refused(
     with pytest.raises(CaptureError, match="how often this loop runs depends on data") as refusal:
         capture(Sinkhorn(normalise).eval(), (torch.randn(2, 5, D),))
     assert f"test_convergence.py:{_line(line)}: `{line}`" in str(refusal.value)
-
-
-def test_a_steered_run_that_does_not_converge_ends_with_its_line() -> None:
-    reason = r"with other logits in its router it does not end: test_convergence.py:\d+, `while"
-    with pytest.raises(NoMatch, match=reason), Steer(torch.ones(1), E, torch.zeros(4, E), most=50):
-        with torch.no_grad():
-            until(-1.0)
-
-
-def until(tolerance: float) -> None:
-    while torch.zeros(()) > tolerance:
-        pass
 
 
 def _line(text: str) -> int:

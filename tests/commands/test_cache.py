@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from moec import __main__ as front
-from moec.cache import OBJECTS, TUNINGS, save, store_in
+from moec.cache import OBJECTS, RUNS, save, store_in
 
 
 def run(*arguments: str) -> Any:
@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOEC_CACHE_SIZE", "1")
     store = store_in(folder)
     save(store, OBJECTS, {"a": bytes(1000), "b": bytes(3000)})
-    save(store, TUNINGS, {"c": b"{}"})
+    save(store, RUNS, {"c": b"{}"})
     return folder
 
 
@@ -35,9 +35,7 @@ def test_it_shows_what_is_kept(folder: Path) -> None:
         ["objects", "2", "4.1", "kB"],
         ["libraries", "0", "0", "bytes"],
         ["artifacts", "0", "0", "bytes"],
-        ["frames", "0", "0", "bytes"],
-        ["tunings", "1", "47", "bytes"],
-        ["runs", "0", "0", "bytes"],
+        ["runs", "1", "47", "bytes"],
     ]
     shown = json.loads(run("--json").stdout)
     assert (shown["folder"], shown["limit"]) == (str(folder), 2**30)

@@ -47,7 +47,7 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
     result = run(
         "-o", tmp_path / "out.moec", "--target", "avx2", "--dtype", "bf16", "-O", "1",
         "--passes", "+join-linears,-fuse-gate", "--verify", "1e-3", "--shapes", "ids=T[1..64]",
-        "--calib", calib, "--budget", "kl<=0.1", "--strict", "--quant", "int4:64", "--tune",
+        "--calib", calib, "--budget", "kl<=0.1", "--strict", "--quant", "int4:64",
         "--keep-passes",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -55,7 +55,7 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
     requests = compiler.request
     assert requests["model"] == "model"
     assert (requests["target"], requests["dtype"], requests["opt_level"]) == ("avx2", "bfloat16", 1)
-    assert (requests["quant"], requests["tune"]) == ("int4:64", True)
+    assert requests["quant"] == "int4:64"
     assert (str(requests["calib"]), requests["budget"], requests["strict"]) == (
         str(calib),
         "kl<=0.1",

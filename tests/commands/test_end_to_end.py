@@ -116,12 +116,12 @@ def test_every_step_was_dumped(compiled: tuple[Path, Any, Path]) -> None:
 
 def test_inspect_the_artifact(compiled: tuple[Path, Any, Path], tmp_path: Path) -> None:
     path, report, _ = compiled
-    result = run("inspect", path, "--json", "--graph", tmp_path / "out.html")
+    result = run("inspect", path, "--json", "--graph", tmp_path / "out.dot")
     assert result.exit_code == 0, result.stderr
     inspected = json.loads(result.stdout)
     assert inspected["blocks"] == report["blocks"]
     assert inspected["kernels"] == report["kernels"]
-    assert "softmax, top-2" in (tmp_path / "out.html").read_text()
+    assert "softmax, top-2" in (tmp_path / "out.dot").read_text()
 
 
 def test_run_the_artifact(compiled: tuple[Path, Any, Path]) -> None:
@@ -130,10 +130,10 @@ def test_run_the_artifact(compiled: tuple[Path, Any, Path]) -> None:
 
 
 def test_inspect_a_model(model: Path, tmp_path: Path) -> None:
-    result = run("inspect", f"{model}:make", "--quiet", "--graph", tmp_path / "out.svg")
+    result = run("inspect", f"{model}:make", "--quiet", "--graph", tmp_path / "out.dot")
     assert result.exit_code == 0, result.stderr
     assert "1 MoE block\nmoe\n  experts     2 of 4 per token, silu\n" in result.stdout
-    assert "weighted sum of 2 of 4 experts" in (tmp_path / "out.svg").read_text()
+    assert "MoE: 2 of 4 experts" in (tmp_path / "out.dot").read_text()
 
 
 def test_a_model_without_moe(model: Path) -> None:

@@ -69,6 +69,7 @@ def test_phases(model: str) -> None:
 
 
 def test_files(model: str, trace: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     names = [tmp_path / name for name in ("p.json", "map.json", "p.svg")]
     options = zip(("-o", "--placement", "--picture"), map(str, names), strict=True)
     arguments = [
@@ -80,11 +81,8 @@ def test_files(model: str, trace: str, tmp_path: Path) -> None:
     table = json.loads(names[1].read_text())["physical_to_logical_map"]
     assert table == [[e for held in layer.slots for e in held] for layer in plan.layers]
     picture = names[2].read_text()
-    assert picture.startswith("<svg")
     titles = [f"Load of {name}, small on one box of 2 sockets" for name in ("ranks", "links")]
-    assert all(title in picture for title in titles)
-    assert all(f"; experts {', '.join(map(str, s))}<" in picture for s in plan.layers[0].slots)
-    assert picture.count("MoE layer 1, device") == plan.devices
+    assert all(f"<!-- {title} -->" in picture for title in titles)
     again = run(*arguments)
     assert again.exit_code == 1
     assert "exists; --force replaces it" in again.stderr
@@ -122,7 +120,7 @@ def test_a_token_with_many_experts_on_a_node_goes_there_once(model: str) -> None
         (["--cluster", "h100-8", "--send", "f3"], "f3 is not one of"),
         (["--cluster", "h100-8", "--compute", "int8"], "has no FLOP/s for int8"),
         (["--cluster", "h100-8", "--trace", "no.npz"], "no.npz does not exist"),
-        (["--cluster", "h100-8", "--picture", "p.pdf"], "a picture ends in .png, .svg or .html"),
+        (["--cluster", "h100-8", "--picture", "p.pdf"], "a picture ends in .png or .svg"),
         (["--cluster", "h100-8", "--compare", "no.json"], "no.json"),
         (["--cluster", "h100-8", "--latency", "0"], "--latency 0.0: write seconds above 0"),
         (["--cluster", "h100-8", "--latency", "nan"], "--latency nan: write seconds above 0"),
@@ -178,20 +176,21 @@ def test_routing(trace: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "head"),
-    [("load.png", b"\x89PNG\r\n"), ("load.svg", b"<svg xmlns="), ("load.html", b"<!doctype html>")],
+    [("load.png", b"\x89PNG\r\n"), ("load.svg", b"<?xml version=")],
 )
 def test_pictures_of_routing(name: str, head: bytes, trace: str, tmp_path: Path) -> None:
-    if name.endswith(".png"):
-        pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib")
     result = run("routing", trace, "--picture", str(tmp_path / name))
     assert f"wrote {tmp_path / name}" in result.stdout, result
     assert (tmp_path / name).read_bytes().startswith(head)
 
 
-def test_no_package_for_a_png(trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_package_for_a_picture(
+    trace: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("moec.plan.report.heat_map.find_spec", lambda name: None)
     result = run("routing", trace, "--picture", str(tmp_path / "load.png"))
-    assert "a .png needs matplotlib: pip install 'moec[bench]', or write an .svg" in result.stderr
+    assert "a picture needs matplotlib: pip install 'moec[bench]'" in result.stderr
     assert not (tmp_path / "load.png").exists()
 
 
@@ -274,15 +273,6 @@ def test_groups_that_are_refused(model: str, tmp_path: Path, text: str, words: s
     assert not output.exists()
 
 
-def test_hits_by_policy_as_a_picture(trace: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "hits.svg"
-    assert f"wrote {path}" in run("routing", trace, "--cache", "--picture", str(path)).stdout
-    policies = json.loads(run("routing", trace, "--cache", "--json").stdout)["policies"]
-    drawn = path.read_text()
-    assert all(f"<!-- {row['policy']} -->" in drawn for row in policies)
-
-
 def test_routing_with_a_part_in_memory(trace: str, tmp_path: Path) -> None:
     result = run("routing", trace, "--cache")
     assert result.exit_code == 0, result.stderr
@@ -291,8 +281,8 @@ def test_routing_with_a_part_in_memory(trace: str, tmp_path: Path) -> None:
     assert [row.split()[0] for row in rows[:6]] == ["lru", "slru", "lfu", "lfu", "lfu", "pinned"]
     shown = json.loads(run("routing", trace, "--cache", "--json").stdout)
     assert [row["policy"] for row in shown["policies"] if row["best"]]
-    page = run("routing", trace, "--cache", "--picture", str(tmp_path / "hits.html"))
-    assert "a picture of hits ends in .png or .svg" in page.stderr
+    page = run("routing", trace, "--cache", "--picture", str(tmp_path / "hits.svg"))
+    assert "--picture draws the loads of experts: leave it or --cache out" in page.stderr
     np.save(tmp_path / "counts.npy", np.ones((2, 8), np.int64))
     counts = run("routing", str(tmp_path / "counts.npy"), "--cache")
     assert "has counts only; --cache needs the experts of each token" in counts.stderr

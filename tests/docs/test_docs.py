@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from docs.catalogue import PAGES
 from docs.pictures import PICTURE, picture
 from moec import cache
-from moec.codegen.cpu import tuning
 from moec.ops import OPS
 from moec.oracle import rounding, tolerance
 from moec.pipeline import OPT_IN, all_passes
@@ -93,17 +91,6 @@ def test_the_page_of_verification_has_the_tolerances():
         f"may have {rounding.FACTOR} times",
     ):
         assert row in page
-
-
-def test_the_page_of_tuning_has_every_value_and_its_candidates():
-    page = text_of("tuning.md").replace("2^", "2**")
-    for field in fields(tuning.Tuning):
-        default, *others = (re.escape(_power(n)) for n in tuning.candidates(field.name))
-        assert re.search(rf"\| `{field.name}` \| {default} \| {', '.join(others)} \|", page)
-
-
-def _power(number: int) -> str:
-    return f"2**{number.bit_length() - 1}" if number > 2**19 else str(number)
 
 
 def test_the_page_of_the_cache_names_its_kinds_and_variables():

@@ -9,19 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.cache import Store
 from moec.dynamo.training.gradients import IN_PYTORCH, differentiable
-from moec.dynamo.training.products import ProductKernels
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Program, Stage
 from moec.ir.text import parse
 from moec.passes.core.runner import run
 from moec.pipeline import TRAIN
-from moec.target.cpu import TARGETS, host
 
 E, K = 4, 2
 NARROW, WIDE = (6, 5), (64, 32)  # D, H; pairs of bf16 fill whole vectors where it is wide
-KERNELS = ProductKernels(host(), Store(None))
 # params of one expert by name, and the ops between its rows x and y
 BODIES: dict[str, tuple[str, str]] = {
     "swiglu": (
@@ -137,17 +133,12 @@ def check(name: str, weighted: bool, experts: torch.Tensor) -> None:
     inputs = tensors(name, weighted, experts)
     grad = torch.randn(len(experts), NARROW[0])
     expected = gradients(graph, inputs, grad)
-    for products in (IN_PYTORCH, KERNELS):
-        meanings = differentiable(products)
-        for actual, theirs in zip(
-            gradients(expanded, inputs, grad, meanings=meanings), expected, strict=True
-        ):
-            # float32 sums of some dozen products in another order: what is lost is a share of the
-            # terms, which are no greater than the greatest sums, and not of a sum near zero.
-            greatest = theirs.abs().amax() if theirs.numel() else 0.0
-            torch.testing.assert_close(
-                actual, theirs, rtol=0, atol=1e-5 * max(1.0, float(greatest))
-            )
+    results = gradients(expanded, inputs, grad, meanings=differentiable(IN_PYTORCH))
+    for actual, theirs in zip(results, expected, strict=True):
+        # float32 sums of some dozen products in another order: what is lost is a share of the
+        # terms, which are no greater than the greatest sums, and not of a sum near zero.
+        greatest = theirs.abs().amax() if theirs.numel() else 0.0
+        torch.testing.assert_close(actual, theirs, rtol=0, atol=1e-5 * max(1.0, float(greatest)))
 
 
 def error(gradients: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float]:
@@ -174,7 +165,7 @@ def test_bf16_is_as_near_to_float32_as_eager(name: str, tokens: int) -> None:
     expected = gradients(graphs(name, True, WIDE)[0], wide, grad.float())
     graph, expanded = graphs(name, True, WIDE, "bf16")
     eager = error(gradients(graph, inputs, grad), expected)
-    actual = error(gradients(expanded, inputs, grad, meanings=differentiable(KERNELS)), expected)
+    actual = error(gradients(expanded, inputs, grad, meanings=differentiable(IN_PYTORCH)), expected)
     slack = 1.2 if tokens > 1 else 2
     assert all(m <= slack * e + 1e-3 for m, e in zip(actual, eager, strict=True)), (actual, eager)
 
@@ -194,27 +185,12 @@ def test_any_routing(data: st.DataObject, name: str, weighted: bool, tokens: int
     check(name, weighted, torch.tensor(flat, dtype=torch.int64).reshape(tokens, K))
 
 
-def test_what_kernels_do_not_take_is_pytorchs() -> None:
-    """float64; a stack of slices; many rows for a target whose tile registers PyTorch uses."""
-    ends = torch.tensor([40, 64], dtype=torch.int32)
-    rows, w = torch.randn(64, 32), torch.randn(2, 16, 32)
-    sliced = torch.randn(2, 16, 64)[..., ::2]
-    tiles = ProductKernels(TARGETS["amx"], Store(None))
-    for products, x, stack in (
-        (KERNELS, rows.double(), w.double()),
-        (KERNELS, rows, sliced),
-        (tiles, rows.bfloat16(), w.bfloat16()),
-    ):
-        result = products.product(x, ends, stack, None)
-        assert torch.equal(result, IN_PYTORCH.product(x, ends, stack, None))
-
-
 @pytest.mark.parametrize("name", BODIES)
 def test_they_are_the_same_each_time(name: str) -> None:
     _, expanded = graphs(name, True)
     inputs = tensors(name, True, torch.randint(0, E, (40, K)))
     grad = torch.randn(40, NARROW[0])
-    meanings = differentiable(KERNELS)
+    meanings = differentiable(IN_PYTORCH)
     first, second = (gradients(expanded, inputs, grad, meanings=meanings) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
@@ -223,10 +199,9 @@ def test_the_gradient_of_a_transposed_stack_lies_as_the_stack_does() -> None:
     name = "clamped, transposed"
     _, expanded = graphs(name, True)
     inputs = tensors(name, True, torch.randint(0, E, (7, K)))
-    for products in (IN_PYTORCH, KERNELS):
-        meanings = differentiable(products)
-        actual = gradients(expanded, inputs, torch.randn(7, NARROW[0]), meanings=meanings)
-        assert all(gradient.is_contiguous() for gradient in actual)
+    meanings = differentiable(IN_PYTORCH)
+    actual = gradients(expanded, inputs, torch.randn(7, NARROW[0]), meanings=meanings)
+    assert all(gradient.is_contiguous() for gradient in actual)
 
 
 def test_the_meaning_itself_writes_the_gradient_of_a_stack_once() -> None:

@@ -159,7 +159,7 @@ def test_compressed_bytes_are_not_unpacked(hub: Hub) -> None:
     hub.odd[f"/api/models/{NAME}"] = lambda handler, right, body: sent(
         handler, {"Content-Encoding": "gzip"}, bomb
     )
-    assert "answers with compressed bytes, which nobody asked for" in refusal()
+    assert "answers with compressed bytes, which were not asked for" in refusal()
 
 
 def test_an_answer_that_hardly_comes(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,18 +205,18 @@ def test_a_disk_without_links(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_protocol_of_the_official_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files above 50 GB come by no other; another server is not asked for it."""
-    got = []
+    fetched = []
 
     def xet_get(incomplete_path: Path, expected_size: int, **others: Any) -> None:
-        got.append(others["displayed_filename"])
-        incomplete_path.write_bytes(FILES[got[-1]][:expected_size])
+        fetched.append(others["displayed_filename"])
+        incomplete_path.write_bytes(FILES[fetched[-1]][:expected_size])
 
     xet = {"X-Xet-Hash": "0" * 64, "X-Xet-Refresh-Route": f"{hub.url}/token"}
     hub.odd["/model.safetensors"] = answer(**{name.replace("-", "_"): v for name, v in xet.items()})
     monkeypatch.setattr(file_download, "xet_get", xet_get)
     assert Path(local_path(NAME), "model.safetensors").read_bytes() == b"w" * 3000
-    assert got == []
+    assert fetched == []
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_HOME", f"{hub.url}/")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", constants.HF_HUB_CACHE + "2")
     assert Path(local_path(NAME), "model.safetensors").read_bytes() == b"w" * 3000
-    assert got == ["model.safetensors"]
+    assert fetched == ["model.safetensors"]

@@ -78,8 +78,8 @@ async def ask(port: int, case: Case) -> tuple[int, list[str]]:
     """The status and the texts; those of a stream joined. Status 0: it was left."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(case.body).encode()
-    head = ["POST /v1/completions HTTP/1.1", "Host: x", "Connection: close"]
-    head.append(f"Content-Length: {len(content)}")
+    head = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Connection: close"]
+    head += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
     writer.write("\r\n".join(head).encode() + b"\r\n\r\n" + content)
     try:
         if case.fate == "left":

@@ -102,6 +102,49 @@ def test_draws_have_any_size(batch: int, length: int, draw: Draw) -> None:
         assert (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
 
 
+MASKED = """
+graph main(x: f32[B, S, 4], bias: f32[B, S], logits: f32[B, S, 4]; prior: f32[4]) {
+  size B in [0, inf]
+  size S in [0, inf]
+  turned: f32[B, 4, S] = aten.permute.default(x) <dims=(0, 2, 1)>
+  scores: f32[B, S, S] = aten.matmul.default(x, turned)
+  twice: f32[B, S] = aten.mul.Tensor(bias) <other=2>
+  rows: f32[B, 1, S] = aten.unsqueeze.default(twice) <dim=1>
+  sum: f32[B, S, S] = aten.add.Tensor(scores, rows)
+  y: f32[B, S, S] = aten.softmax.int(sum) <dim=-1>
+  known: f32[B, S, 4] = aten.add.Tensor(logits, prior)
+  z: f32[B, S, 4] = aten.softmax.int(known) <dim=-1>
+  return y, z
+}
+"""
+
+
+def test_what_is_added_to_scores_may_mask() -> None:
+    """Whatever its example is: infinite, or the least of the dtype, at one token too."""
+    held = Program(parse(MASKED), {"prior": torch.ones(4)})
+    inputs = [torch.randn(3, 1, 4), torch.randn(3, 1), torch.randn(3, 1, 4)]
+    pairs = zip(held.graph.inputs, inputs, strict=True)
+    roles = [role_of(held, value, tensor) for value, tensor in pairs]
+    assert roles == [Role.TOKENS, Role.FLOAT_MASK, Role.TOKENS]
+    few = torch.stack([drawn(held, inputs, draw)[1] for draw in DRAWS[:3]])
+    assert few.eq(-torch.inf).any()
+    longer = [torch.randn(3, 7, 4), torch.randn(3, 7), torch.randn(3, 7, 4)]
+    masks = [drawn(held, longer, draw)[1] for draw in DRAWS]
+    assert masks[0].eq(torch.finfo(torch.float32).min).any()
+    assert any(mask.eq(torch.inf).any() for mask in masks)
+
+
+@pytest.mark.parametrize("held", [[0, 0, 0, 0], [3, 5, 1, 4]])
+def test_integers_may_be_negative_and_large(held: list[int]) -> None:
+    """Zeros are no mask: all would be masked."""
+    graph = Program(parse("graph main(n: i64[T]) {\n  size T in [0, inf]\n  return n\n}"), {})
+    numbers = [torch.tensor(held)]
+    assert role_of(graph, graph.graph.inputs[0], numbers[0]) is Role.INTEGERS
+    cases = [drawn(graph, numbers, draw)[0] for draw in DRAWS]
+    assert min(int(case.min()) for case in cases[:3]) < 0
+    assert max(int(case.max()) for case in cases) > 1000
+
+
 def refuses(wrong: Callable[..., bool]) -> Callable[..., tuple[torch.Tensor, ...]]:
     def module(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if wrong(*inputs):

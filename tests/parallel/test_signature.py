@@ -71,7 +71,7 @@ def test_inspect_shows_the_plan_and_the_ranks(folder: Path) -> None:
     assert facts["ranks"] == [json.loads(json.dumps(asdict(rank))) for rank in ranks]
     held = sum(f.stat().st_size for f in (folder / "weights").iterdir())
     assert 0 < max(rank.weights for rank in ranks) <= held <= sum(rank.weights for rank in ranks)
-    result = CliRunner().invoke(cli, ["inspect", str(folder), "--graph", "x.svg"])
+    result = CliRunner().invoke(cli, ["inspect", str(folder), "--graph", "x.dot"])
     assert f"--graph draws one model, and {folder} has the ranks of a plan" in result.stderr
     (folder / "plan.json").write_bytes(b"{}")
     result = CliRunner().invoke(cli, ["inspect", str(folder)])

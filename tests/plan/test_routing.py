@@ -13,7 +13,6 @@ from moec.errors import InputError
 from moec.plan.inputs.importers import of_trace, read_routing
 from moec.plan.placement.balance import balance
 from moec.plan.placement.coactivation import coactivation
-from moec.plan.report.heat_map import Table, heat_map
 from moec.runtime.call.routing_trace import load_trace, of_ids, save_trace
 
 IDS = np.array([[[0, 1], [2, 3]], [[1, 0], [2, 0]], [[0, 1], [2, 1]], [[3, -1], [2, 3]]])
@@ -157,11 +156,3 @@ def test_balance() -> None:
 def test_coactivation() -> None:
     meets = coactivation(of_ids(IDS, 4), 0)
     assert meets.tolist() == [[3, 3, 0, 0], [3, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
-
-
-def test_a_picture_names_every_cell() -> None:
-    svg = heat_map(Table([np.array([0.0, 2.0])], "a <b>", "layer", "expert"))
-    assert "a &lt;b&gt;" in svg
-    assert "layer 0, expert 1: 2.00 of the mean" in svg
-    assert svg.count("<title>") == 2
-    assert svg.count("#fad68c") == 2  # the expert that no token chose, and the legend

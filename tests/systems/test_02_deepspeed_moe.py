@@ -34,7 +34,7 @@ SOURCE = Source(
     modalities=("text",),
     adds="Dispatch and combine einsums over [S, E, C] become a table of choices, a scan for slots, "
     "and gathers of rows; numbers of random token selection are an input. The planner chooses "
-    "among flat, hierarchical and coordinated exchanges (`moec.plan`), `moec.train` has the staged "
+    "among flat, hierarchical and coordinated exchanges (`moec.plan`); the example has the staged "
     "distillation.",
     trained="random tokens",
 )

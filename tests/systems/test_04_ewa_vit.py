@@ -22,7 +22,7 @@ SOURCE = Source(
     process="encoder",
     modalities=("image",),
     adds="Experts that a partition assigns are recognised as MoE with top-1 routing, and "
-    "average-experts makes one FFN of them. moec.train.EWA trains any model so.",
+    "average-experts makes one FFN of them. examples/10_ewa.py trains so.",
     trained="scikit-learn's digits",
 )
 TOLERANCE = 1e-5  # float32, sums of 64 terms

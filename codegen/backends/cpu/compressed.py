@@ -3,10 +3,10 @@ kernel."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 from tvm import relax
-from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule
 from moec.codegen.backends.cpu.codes import rounded
@@ -14,9 +14,7 @@ from moec.codegen.backends.cpu.sorted_rows import check_products, product
 from moec.codegen.cpu.compressed.grouped import compressed_linear
 from moec.codegen.cpu.compressed.weights import table
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.tile import Epilogue
 from moec.codegen.cpu.quantised.layout import PAIRS
-from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.products import spec_of
 from moec.codegen.specs.products import CompressedSpec
@@ -45,11 +43,7 @@ def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
     weights += [(value, Param(value.name, value.type, (value,))) for value in values]
     word = {"ternary": "ternary", "2bit": "two_bits"}[parts.kind]
 
-    def make(
-        top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, tuning: Tuning
-    ) -> PrimFunc:
-        return compressed_linear(low.target, spec, top_k, epilogue, scale, name)
-
+    make = partial(compressed_linear, low.target, spec)
     layout = Layout(spec, low.target)
     return product(low, op, parts, word, layout, make, rows, weights, in_slots=False)
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from tvm import relax
-from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule
-from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.gemm import pack
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.linear import linears
-from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.products import DENSE, dense_of
@@ -45,21 +42,12 @@ def _linear(low: Lowering, op: Op) -> list[relax.Expr]:
     types = [TensorType(one.outputs[0].dtype, (rows, one.outputs[0].shape[-1])) for one in together]
     name = "linears" if len(specs) > 1 else "linear"
 
-    def make(name: str, values: Mapping[str, int]) -> PrimFunc:
-        return linears(low.target, specs, name, tuning_of(values))
-
-    layouts = tuple(Layout(spec, low.target) for spec in specs)
-    function = low.tuned(tunable(name, specs, layouts, 1, make, dense_values(layouts)), name)
+    function = low.function((name, specs), name, partial(linears, low.target, specs))
     results = low.call(function, arguments, types)
     for one, value, type in zip(together, results, types, strict=True):
         out = one.outputs[0]
         low.values[out] = value if out.type == type else low.reshaped(value, out.type)
     return [low.values[op.outputs[0]]]
-
-
-def dense_values(layouts: Sequence[Layout]) -> tuple[str, ...]:
-    """The names of the values of `Tuning` that kernels of dense products read."""
-    return tuple(name for name in layouts[0].tuned if name in ("fetched", "worth"))
 
 
 MOST_TOGETHER = 4
@@ -90,20 +78,12 @@ def _spec(low: Lowering, op: Op) -> LinearSpec:
 def packed(
     layout: Layout, weights: tuple[Value, ...], flipped: bool = False
 ) -> tuple[object, Param]:
-    def oriented(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        return [t.mT if flipped else t for t in tensors]
-
     def make(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
-        return pack.pack(layout, *oriented(tensors))
-
-    def copies(
-        array: np.ndarray[Any, Any], *tensors: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return pack.copies(layout, pack.as_elements(layout, array), *oriented(tensors))
+        return pack.pack(layout, *(t.mT if flipped else t for t in tensors))
 
     dtype = "i32" if layout.pairs else weights[0].dtype
     name = "+".join(w.name for w in weights) + ".packed"
-    param = Param(name, TensorType(dtype, layout.shape), weights, make, copies)
+    param = Param(name, TensorType(dtype, layout.shape), weights, make)
     return (layout, weights, flipped), param
 
 

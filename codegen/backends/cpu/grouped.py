@@ -13,7 +13,6 @@ from moec.codegen.backends.cpu.sorted_rows import check_products, product
 from moec.codegen.cpu.gemm.grouped import gathered_linear, grouped_linear
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.tile import Epilogue
-from moec.codegen.cpu.tuning import Tuning
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.products import only_owned_rows_read, spec_of
@@ -49,24 +48,17 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     )
 
     def make(
-        top_k: int,
-        epilogue: Epilogue | None,
-        scale: str | None,
-        name: str,
-        tuning: Tuning,
-        **form: bool,
+        top_k: int, epilogue: Epilogue | None, scale: str | None, name: str, **form: bool
     ) -> PrimFunc:
         if top_k:
             return gathered_linear(
-                low.target, spec, top_k, epilogue, scale, name, zero_unowned_rows, tuning, **form
+                low.target, spec, top_k, epilogue, scale, name, zero_unowned_rows, **form
             )
-        return grouped_linear(low.target, spec, epilogue, name, zero_unowned_rows, tuning, **form)
+        return grouped_linear(low.target, spec, epilogue, name, zero_unowned_rows, **form)
 
     rows = [low.value(parts.x)]
     weights = [packed(layout, parts.matrices)]
-    return product(
-        low, op, parts, "", layout, make, rows, weights, zero_unowned_rows, values=layout.tuned
-    )
+    return product(low, op, parts, "", layout, make, rows, weights, zero_unowned_rows)
 
 
 RULES = (Rule("grouped", ("grouped.linear",), check_linears, _grouped),)

@@ -49,9 +49,7 @@ def _mixed(low: Lowering, op: Op) -> list[relax.Expr]:
     weights.append(_table(op, parts.parts))
     make = partial(mixed_linear, low.target, spec)
     plain = replace(first, biases=())
-    return product(
-        low, op, plain, "mixed", layout, make, rows, weights, values=layout.tuned, in_slots=False
-    )
+    return product(low, op, plain, "mixed", layout, make, rows, weights, in_slots=False)
 
 
 def _table(op: Op, parts: tuple[MixedPart, ...]) -> tuple[object, Param]:

@@ -48,9 +48,7 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     layout = QuantisedLayout(spec, low.target)
     rows, weights = rows_for(low, parts.x, layout), packed_matrices(layout, parts.matrices)
     make = partial(quantised_linear, low.target, spec)
-    return product(
-        low, op, parts, parts.format.kind, layout, make, rows, weights, values=layout.tuned
-    )
+    return product(low, op, parts, parts.format.kind, layout, make, rows, weights)
 
 
 RULES = (Rule("quantised", ("grouped.quantised",), _check, _quantised),)

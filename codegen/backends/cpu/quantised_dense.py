@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 from tvm import relax
-from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cpu.codes import packed_matrices, rows_for
-from moec.codegen.backends.cpu.dense import MOST_TOGETHER, dense_values, packed_bias
+from moec.codegen.backends.cpu.dense import MOST_TOGETHER, packed_bias
 from moec.codegen.backends.cpu.quantised import check_format
-from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.linear import quantised_linears
-from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering
 from moec.codegen.specs.products import QuantisedSpec
@@ -52,11 +49,7 @@ def _linears(low: Lowering, op: Op) -> list[relax.Expr]:
         low.note(one, f"{parts.format.kind} linear")
     name = f"{every[0].format.kind}_linear{'s' if len(specs) > 1 else ''}"
 
-    def make(name: str, values: Mapping[str, int]) -> PrimFunc:
-        return quantised_linears(low.target, specs, name, tuning_of(values))
-
-    kernel = tunable(name, specs, tuple(layouts), 1, make, dense_values(layouts))
-    function = low.tuned(kernel, name)
+    function = low.function((name, specs), name, partial(quantised_linears, low.target, specs))
     rows = product(every[0].x.shape[:-1])
     types = [
         TensorType(one.outputs[0].dtype, (rows, spec.n))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 from tvm import relax
@@ -11,20 +11,17 @@ from tvm.tirx import PrimFunc
 from moec.codegen.backend import require
 from moec.codegen.backends.cpu.dense import packed_bias
 from moec.codegen.backends.cpu.slots import used_once
-from moec.codegen.backends.cpu.tunable import tunable
 from moec.codegen.cpu.epilogue import vector_body
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.tuning import tuning_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param
 from moec.codegen.rules.experts import check_sorted
 from moec.dtypes import VECTOR_DTYPES
 from moec.ir.graph import Graph, Op, Value
-from moec.ops.experts.dispatch import SORTS
 from moec.ops.experts.grouped import Grouped
 
 Make = Callable[..., PrimFunc]
-"""(top_k, epilogue, dtype of the scale, name, tuning) -> a kernel; with `from_slots=True`, of
+"""(top_k, epilogue, dtype of the scale, name) -> a kernel; with `from_slots=True`, of
 experts in slots."""
 
 
@@ -54,12 +51,11 @@ def product(
     rows: Sequence[relax.Expr],
     weights: Sequence[tuple[object, Param]],
     *choices: object,
-    values: tuple[str, ...] = (),
     in_slots: bool = True,
 ) -> list[relax.Expr]:
     """Calls the kernel that `make` generates, once for all products of this spec and `choices`.
-    `rows` are its operands, and `weights` its params by their keys; `values` are the names of its
-    tuning values. `in_slots`: it has a form for experts in slots."""
+    `rows` are its operands, and `weights` its params by their keys. `in_slots`: it has a form for
+    experts in slots."""
     top_k = cast(int, op.attrs.get("gather", 0))
     scale = None if parts.scale is None else sc.STORED[parts.scale.dtype]
     body = None if op.body is None else vector_body(op.body)
@@ -69,15 +65,13 @@ def product(
     form = {"from_slots": True} if in_slots else {}
     name = "_".join(filter(None, (kind, "gathered" if top_k else "grouped")))
 
-    def make_kernel(name: str, values: Mapping[str, int]) -> PrimFunc:
+    def make_kernel(name: str) -> PrimFunc:
         epilogue = None if body is None else body.epilogue(low.target)
-        return make(top_k, epilogue, scale, name, tuning_of(values), **form)
+        return make(top_k, epilogue, scale, name, **form)
 
-    key = (layout.spec, top_k, scale, None if body is None else body.text, *choices, *form)
+    key = (name, layout.spec, top_k, scale, None if body is None else body.text, *choices, *form)
     label = name if body is None else f"{name} with {body.name}"
-    many = top_k or _rows_a_token(parts, low.graph)
-    kernel = tunable(label, key, (layout,), many, make_kernel, () if in_slots else values)
-    function = low.tuned(kernel, name if body is None else f"{name}_{body.name}")
+    function = low.function(key, name if body is None else f"{name}_{body.name}", make_kernel)
     arguments = list(rows)
     if top_k and parts.order is not None:
         arguments.append(low.value(parts.order))
@@ -90,13 +84,3 @@ def product(
         arguments.append(low.value(parts.scale))
     low.note(op, label)
     return low.call(function, arguments, [op.outputs[0].type])
-
-
-def _rows_a_token(parts: Grouped[Any], graph: Graph) -> int:
-    """The number of experts per token, from the sort that the rows come from; 1 if it is
-    unknown."""
-    source = graph.producers.get(parts.ends)
-    if source is None or source.name not in SORTS:
-        return 1
-    k = source.inputs[1 if source.name == "moe.dispatch" else 0].shape[1]
-    return k if isinstance(k, int) else 1

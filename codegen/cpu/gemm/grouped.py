@@ -14,7 +14,6 @@ from tvm.tirx import PrimFunc
 from moec.codegen.cpu.gemm.linear import plain_product
 from moec.codegen.cpu.gemm.sorted_rows import sorted_product
 from moec.codegen.cpu.gemm.tile import Epilogue
-from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import CpuTarget
 
@@ -25,7 +24,6 @@ def grouped_linear(
     epilogue: Epilogue | None = None,
     name: str = "grouped",
     zero_unowned_rows: bool = True,
-    tuning: Tuning = DEFAULT,
     *,
     from_slots: bool = False,
 ) -> PrimFunc:
@@ -33,7 +31,7 @@ def grouped_linear(
 
     `from_slots` is that of `sorted_product`.
     """
-    return _grouped(target, spec, epilogue, name, 0, None, zero_unowned_rows, tuning, from_slots)
+    return _grouped(target, spec, epilogue, name, 0, None, zero_unowned_rows, from_slots)
 
 
 def gathered_linear(
@@ -44,7 +42,6 @@ def gathered_linear(
     scale_dtype: str | None = None,
     name: str = "gathered",
     zero_unowned_rows: bool = True,
-    tuning: Tuning = DEFAULT,
     *,
     from_slots: bool = False,
 ) -> PrimFunc:
@@ -54,9 +51,7 @@ def gathered_linear(
     With `scale_dtype`, scale[T, top_k] multiplies the row of x of each choice (the product is
     scaled before the bias is added, which is equivalent). `from_slots` is that of `sorted_product`.
     """
-    return _grouped(
-        target, spec, epilogue, name, top_k, scale_dtype, zero_unowned_rows, tuning, from_slots
-    )
+    return _grouped(target, spec, epilogue, name, top_k, scale_dtype, zero_unowned_rows, from_slots)
 
 
 def _grouped(
@@ -67,12 +62,11 @@ def _grouped(
     top_k: int,
     scale_dtype: str | None,
     zero_unowned_rows: bool,
-    tuning: Tuning,
     from_slots: bool,
 ) -> PrimFunc:
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    product = plain_product(target, spec, epilogue, tuning)
+    product = plain_product(target, spec, epilogue)
     return sorted_product(
         product, name, top_k, scale_dtype, zero_unowned_rows, from_slots=from_slots
     )

@@ -13,19 +13,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import CpuTarget
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of the weights of `spec` on `target`. It does not depend on `tuning`, the values
-    of the kernels that read it."""
+    """The layout of the weights of `spec` on `target`."""
 
     spec: LinearSpec
     target: CpuTarget
-    tuning: Tuning = DEFAULT
 
     @property
     def vectors(self) -> int:
@@ -62,12 +59,6 @@ class Layout:
     def widened(self) -> bool:
         """Whether kernels convert 16-bit floats to float32 first (upconvert_tile.py)."""
         return self.spec.dtype != "float32" and not (self.pairs and self.target.bf16_dot)
-
-    @property
-    def tuned(self) -> tuple[str, ...]:
-        """The values of `tuning` that kernels of experts read."""
-        fetched = () if self.amx else ("fetched",)
-        return (*fetched, "tiles_at_once", "worth")
 
     @property
     def depth(self) -> int:

@@ -20,7 +20,6 @@ from moec.codegen.cpu.gemm.product import ProductOutput, TileProduct, W, X
 from moec.codegen.cpu.gemm.row_blocks import ceil_of
 from moec.codegen.cpu.gemm.tile import Epilogue, Operands, Tile
 from moec.codegen.cpu.gemm.upconvert_tile import WidenedTile
-from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import CpuTarget
 
@@ -42,12 +41,7 @@ def linear(
     return dense_products([plain_product(target, spec, epilogue)], name)
 
 
-def linears(
-    target: CpuTarget,
-    specs: tuple[LinearSpec, ...],
-    name: str = "linears",
-    tuning: Tuning = DEFAULT,
-) -> PrimFunc:
+def linears(target: CpuTarget, specs: tuple[LinearSpec, ...], name: str = "linears") -> PrimFunc:
     """Several products of the same rows as one kernel: (x[T, k], (w packed[, bias packed]) of
     each, y[T, n] of each).
 
@@ -58,17 +52,14 @@ def linears(
         raise ValueError(f"{name}: the products are of rows of other widths or dtypes")
     if any(spec.groups != 1 or spec.gated for spec in specs):
         raise ValueError(f"{name}: the products must be dense, each with one matrix")
-    return dense_products([plain_product(target, spec, tuning=tuning) for spec in specs], name)
+    return dense_products([plain_product(target, spec) for spec in specs], name)
 
 
 def plain_product(
-    target: CpuTarget,
-    spec: LinearSpec,
-    epilogue: Epilogue | None = None,
-    tuning: Tuning = DEFAULT,
+    target: CpuTarget, spec: LinearSpec, epilogue: Epilogue | None = None
 ) -> TileProduct[Buffer, Buffer]:
     """A product of rows and weights that are not quantised."""
-    layout = Layout(spec, target, tuning)
+    layout = Layout(spec, target)
     kind = AmxTile if layout.amx else WidenedTile if layout.widened else Tile
     return TileProduct(
         layout,
@@ -103,7 +94,7 @@ def shared_out(tiles: Sequence[Tile], rows: Expr) -> None:
     count = sum(pieces[1:], pieces[0])
     sums = rows * sum(tile.layout.sums for tile in tiles)
     weights = sum(tile.layout.bytes for tile in tiles)
-    with parallel.parallel_for(chunks * count, sums, weights, tiles[0].layout.tuning.worth) as unit:
+    with parallel.parallel_for(chunks * count, sums, weights) as unit:
         # AMX is so fast that the rows must stay in the cache, while weights are streamed.
         inner = T.int64(count) if amx else chunks
         outer, rest = T.bind(T.truncdiv(unit, inner)), T.bind(T.truncmod(unit, inner))

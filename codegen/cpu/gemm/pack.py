@@ -26,20 +26,11 @@ def pack(layout: Layout, weight: Tensor | Array, up: Tensor | Array | None = Non
     not those of `layout.spec`.
     """
     packed = _empty(layout)
-    for target, source in copies(layout, packed, weight, up):
-        target.copy_(source)
-    return (packed.view(torch.int32).squeeze(-1) if layout.pairs else packed).numpy()
-
-
-def copies(
-    layout: Layout, packed: Tensor, weight: Tensor | Array, up: Tensor | Array | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The copies by which `pack` fills `packed`: views of it, and of the weights. `packed` has the
-    type of the weights and the elements of `layout.shape`, for pairs with a last axis of 2."""
-    parts = [_as_tensor(layout, w) for w in _parts(layout, weight, up)]
-    for half, part in enumerate(parts):
+    for half, part in enumerate(_as_tensor(layout, w) for w in _parts(layout, weight, up)):
         for start, to in _places(layout, packed, half):
-            yield from _copies(to, part, start, layout)
+            for target, source in _copies(to, part, start, layout):
+                target.copy_(source)
+    return (packed.view(torch.int32).squeeze(-1) if layout.pairs else packed).numpy()
 
 
 def _empty(layout: Layout) -> Tensor:
@@ -52,7 +43,7 @@ def _empty(layout: Layout) -> Tensor:
     return torch.zeros(elements, dtype=dtype) if padded else torch.empty(elements, dtype=dtype)
 
 
-def as_elements(layout: Layout, packed: Array) -> Tensor:
+def _as_elements(layout: Layout, packed: Array) -> Tensor:
     """A packed array as a tensor of the type of the weights; pairs have a last axis of 2."""
     tensor = torch.from_numpy(packed)
     return tensor.view(torch.bfloat16).view(*layout.shape, 2) if layout.pairs else tensor
@@ -61,7 +52,7 @@ def as_elements(layout: Layout, packed: Array) -> Tensor:
 def unpack(layout: Layout, packed: Array) -> tuple[Tensor, ...]:
     """The inverse of `pack`: the weights [E, N, K], one, or gate and up."""
     spec = layout.spec
-    tensor = as_elements(layout, packed)
+    tensor = _as_elements(layout, packed)
     weights = []
     for half in range(2 if spec.gated else 1):
         # [E, tiles, depth, columns(, 2)] of each part -> [E, tiles, columns, depth(, 2)]

@@ -109,10 +109,7 @@ def each_expert(tile: Tile, ends: Buffer, rows: Expr, zero_unowned_rows: bool = 
     active, count = _active(tile, ends)
     units = T.bind(count * -(-tiles // at_once))
     weights = T.cast(count, "int64") * tile.layout.bytes
-    worth = tile.layout.tuning.worth
-    with (
-        parallel.parallel_for(units, rows * tile.layout.sums, weights, worth) as unit,
-    ):
+    with parallel.parallel_for(units, rows * tile.layout.sums, weights) as unit:
 
         def unit_at(unit: Expr) -> tuple[Expr, Expr, Expr]:
             """The index among active experts, the expert, and the first of its tiles."""
@@ -141,10 +138,9 @@ def each_visit(
     visits = T.bind(slots.plan[0])
     count = T.bind(T.max(visits, 1))
     weights = T.cast(count, "int64") * tile.layout.bytes
-    worth = tile.layout.tuning.worth
     store = T.bind(slots.key[0])
     stack = T.bind(T.cast(slots.key[1], "int32"))
-    with parallel.parallel_for(count * blocks, rows * tile.layout.sums, weights, worth) as unit:
+    with parallel.parallel_for(count * blocks, rows * tile.layout.sums, weights) as unit:
         i = T.bind(T.cast(T.truncdiv(unit, blocks), "int32"))
         column = T.bind(T.cast(T.truncmod(unit, blocks), "int32") * at_once)
         tile_count = T.bind(T.min(at_once, tiles - column)) if at_once > 1 else 1

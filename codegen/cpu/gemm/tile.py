@@ -29,6 +29,10 @@ from moec.codegen.cpu.vector import Vector
 
 # Rows that a thread takes at once, where there is a choice. A multiple of every tile's rows.
 ROW_CHUNK = 96
+# The most tiles of columns of an expert that a thread computes at once.
+TILES_AT_ONCE = 4
+# Bytes by which few rows prefetch their weights ahead.
+FETCHED = 16384
 # Rows that are multiplied with a block of K before the next block: their partial sums stay in the
 # cache. The few experts with more rows read all weights again. A multiple of every tile's rows.
 PARTIAL_ROWS = 192
@@ -109,7 +113,7 @@ class Tile:
         """Tiles of columns of an expert that a thread computes at once, if enough remain for all
         threads. They are contiguous, so that few rows can prefetch the next one."""
         lay = self.layout
-        most = min(lay.tuning.tiles_at_once, lay.tiles)
+        most = min(TILES_AT_ONCE, lay.tiles)
         return most if lay.tiles * lay.spec.groups >= 256 else 1
 
     def expert_at(self, number: Expr) -> Expr:
@@ -332,10 +336,10 @@ class Tile:
             T.buffer_store(sums, op(sums[lanes], a, one), [lanes])
 
     def _weight_stream(self, group: Expr, tile: Expr) -> Stream | None:
-        """The tile's own weights, `fetched` bytes ahead of a step: the loads of a product alone are
+        """The tile's own weights, FETCHED bytes ahead of a step: the loads of a product alone are
         too few to keep the memory busy."""
         columns = self.layout.columns
-        steps = self.layout.tuning.fetched // (columns * bytes_of(self.operands.w))
+        steps = FETCHED // (columns * bytes_of(self.operands.w))
         return Stream(group, tile, steps, 0, columns) if steps else None
 
     def _prefetcher(self, stream: Stream) -> Fetch:

@@ -23,6 +23,7 @@ from moec.codegen.cpu.quantised import integers
 from moec.codegen.cpu.quantised.tile import QuantisedTile
 
 BLOCKS = 2  # blocks of rows whose sums are in registers, each for two vectors
+DOTS_BELOW = 24  # with fewer rows of an expert, dot products are used instead of AMX
 CODES = TILE_BYTES  # codes of a row in one register, and the words that they take
 WORDS = CODES // 4
 _ROWS, _WEIGHTS = 4, 6  # the first register of rows, and of weights; those below hold sums
@@ -74,7 +75,7 @@ class AmxQuantisedTile(QuantisedTile):
         following: tuple[Expr, Expr],
         tiles: Expr | int = 1,
     ) -> None:
-        with T.If(count < self.layout.tuning.dots_below // self._planes):
+        with T.If(count < DOTS_BELOW // self._planes):
             with T.Then():
                 super().rows(group, tile, first, count, following, tiles)
             with T.Else():

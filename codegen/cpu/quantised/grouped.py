@@ -18,7 +18,6 @@ from moec.codegen.cpu.quantised.fp8_tile import Fp8Tile, Fp8WidenedTile
 from moec.codegen.cpu.quantised.layout import QuantisedLayout
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
 from moec.codegen.cpu.quantised.tile import QuantisedOperands, QuantisedTile
-from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import QuantisedSpec
 from moec.target.cpu import CpuTarget
 
@@ -44,13 +43,10 @@ class QuantisedWeights:
 
 
 def quantised_product(
-    target: CpuTarget,
-    spec: QuantisedSpec,
-    epilogue: Epilogue | None = None,
-    tuning: Tuning = DEFAULT,
+    target: CpuTarget, spec: QuantisedSpec, epilogue: Epilogue | None = None
 ) -> TileProduct[Any, QuantisedWeights]:
     """A product of rows that are rounded to codes, or with fp8 weights of rows of floats."""
-    lay = QuantisedLayout(spec, target, tuning)
+    lay = QuantisedLayout(spec, target)
 
     def rows(count: Expr) -> Any:
         if lay.floats:
@@ -94,7 +90,6 @@ def quantised_linear(
     epilogue: Epilogue | None = None,
     scale_dtype: str | None = None,
     name: str = "quantised",
-    tuning: Tuning = DEFAULT,
     *,
     from_slots: bool = False,
 ) -> PrimFunc:
@@ -103,5 +98,5 @@ def quantised_linear(
     `sorted_product`; with fp8 weights x[T, k] itself."""
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
-    product = quantised_product(target, spec, epilogue, tuning)
+    product = quantised_product(target, spec, epilogue)
     return sorted_product(product, name, top_k, scale_dtype, from_slots=from_slots)

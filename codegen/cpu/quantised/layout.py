@@ -113,11 +113,6 @@ class QuantisedLayout(Layout):
         return self.pairs and self.target.bf16_tiles and elements % 32 == 0
 
     @property
-    def tuned(self) -> tuple[str, ...]:
-        few = ("dots_below",) if self.amx else ()
-        return ("fetched", *few, "tiles_at_once", "worth")
-
-    @property
     def way(self) -> Way:
         """The instructions that multiply bytes."""
         format = self.spec.format

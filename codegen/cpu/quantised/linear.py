@@ -12,16 +12,12 @@ from tvm.tirx import PrimFunc
 
 from moec.codegen.cpu.gemm.linear import dense_products
 from moec.codegen.cpu.quantised.grouped import quantised_product
-from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import QuantisedSpec
 from moec.target.cpu import CpuTarget
 
 
 def quantised_linears(
-    target: CpuTarget,
-    specs: tuple[QuantisedSpec, ...],
-    name: str = "quantised_linears",
-    tuning: Tuning = DEFAULT,
+    target: CpuTarget, specs: tuple[QuantisedSpec, ...], name: str = "quantised_linears"
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k], (w, its scales[, its zeros][, bias packed]) of
     each product, y[T, n] of each)."""
@@ -29,4 +25,4 @@ def quantised_linears(
         raise ValueError(f"{name}: the products are of rows of other widths or blocks, or bits")
     if any(spec.groups != 1 or spec.gated for spec in specs):
         raise ValueError(f"{name}: the products must be dense, each with one matrix")
-    return dense_products([quantised_product(target, spec, tuning=tuning) for spec in specs], name)
+    return dense_products([quantised_product(target, spec) for spec in specs], name)

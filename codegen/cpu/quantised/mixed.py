@@ -25,7 +25,6 @@ from moec.codegen.cpu.gemm.tile import Epilogue, Tile
 from moec.codegen.cpu.quantised.grouped import QuantisedWeights, quantised_tile
 from moec.codegen.cpu.quantised.layout import QuantisedLayout, RowCodes
 from moec.codegen.cpu.quantised.round_rows import RoundedRows
-from moec.codegen.cpu.tuning import DEFAULT, Tuning
 from moec.codegen.specs.products import MixedSpec
 from moec.target.cpu import CpuTarget
 
@@ -42,7 +41,7 @@ class MixedLayout(Layout):
     @property
     def parts(self) -> tuple[QuantisedLayout, ...]:
         each = self.spec.parts
-        return tuple(QuantisedLayout(s, self.target, self.tuning, narrow=True) for s in each)
+        return tuple(QuantisedLayout(s, self.target, narrow=True) for s in each)
 
     @property
     def forms(self) -> tuple[RowForm, ...]:
@@ -52,10 +51,6 @@ class MixedLayout(Layout):
     @property
     def vectors(self) -> int:
         return self.parts[0].vectors
-
-    @property
-    def tuned(self) -> tuple[str, ...]:
-        return max((part.tuned for part in self.parts), key=len)
 
     @property
     def bytes(self) -> int:
@@ -105,12 +100,11 @@ def mixed_linear(
     epilogue: Epilogue | None = None,
     scale_dtype: str | None = None,
     name: str = "mixed",
-    tuning: Tuning = DEFAULT,
 ) -> PrimFunc:
     """A kernel ((codes, scales, sums of x[T, k]) in each of `MixedLayout.forms`[, order i32[R]],
     ends i32[E], (w, its scales[, its zeros][, bias packed]) of each format, table i32[E, 3][,
     scale[T, top_k]], y[R, n]), as documented in `sorted_product`."""
-    layout = MixedLayout(spec, target, tuning)
+    layout = MixedLayout(spec, target)
 
     def rows(count: Expr) -> dict[RowForm, RoundedRows]:
         return {form: RoundedRows.of(count, spec.k, *form) for form in layout.forms}

@@ -158,5 +158,13 @@ def require_count(c: Call) -> str:
 
 @build("moec.require_index")
 def require_index(c: Call) -> str:
-    """ONNX has no assertions: where ONNX Runtime does not refuse an index itself, it is used."""
-    return c.read(c.op.inputs[0])
+    """ONNX has no assertions: each index reads a table of zeros of the axis's length, since ONNX
+    Runtime refuses indices beyond a table on CPUs, and counts negative ones from its end."""
+    (ids,) = c.op.inputs
+    index = at = c.read(ids, "i64")
+    if not c.op.attrs["negative"]:
+        below = c.w.cast(c.w("Less", index, c.w.constant(0)), "bool", "i64")
+        at = c.w("Add", index, c.w("Mul", below, c.w.constant(_BEYOND)))
+    rows = c.w("Reshape", c.w.scalar(c.op.attrs["rows"]), c.w.constant([1]))
+    zeros = c.w("Expand", c.w.constant([0]), rows)
+    return c.w.cast(c.w("Add", index, c.w("Gather", zeros, at)), "i64", ids.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import linecache
-import sys
 import sysconfig
 import types
 from collections.abc import Iterator
@@ -70,14 +69,6 @@ def is_library(file: str) -> bool:
     the standard library's folder, but do not belong to it."""
     python = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
     return python or file.startswith((*_FRAMEWORKS, "<"))
-
-
-def running_line() -> Line | None:
-    """The user's line that is being executed."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and is_library(frame.f_code.co_filename):
-        frame = frame.f_back
-    return None if frame is None else Line(frame.f_code.co_filename, frame.f_lineno)
 
 
 def frames(error: BaseException) -> Iterator[tuple[types.FrameType, int]]:

@@ -48,6 +48,28 @@ def not_finite(example: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield case
 
 
+def other_integers(case: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The case with negative and large numbers added to the integers of an input, to one of them
+    or to all: where all are one number, a side of a branch may take others too."""
+    generator = torch.Generator().manual_seed(11)
+    for number, values in enumerate(numbers_in(case)):
+        for limit in (1, 8, 1000) if len(values) == 1 else ():
+            for low, high in ((-limit, 0), (0, limit), (-limit, limit)):
+                step = torch.randint(low, high + 1, case[number].shape, generator=generator)
+                one = torch.zeros_like(step)
+                one.view(-1)[0] = low or high
+                for change in (step, one):
+                    changed = (case[number] + change).to(case[number].dtype)
+                    yield [*case[:number], changed, *case[number + 1 :]]
+
+
+def numbers_in(case: Sequence[torch.Tensor]) -> list[set[int]]:
+    """The numbers in each input of integers; none for another input."""
+    other = [t.is_floating_point() or t.is_complex() or t.dtype == torch.bool for t in case]
+    pairs = zip(case, other, strict=True)
+    return [set() if skipped else set(t.flatten().tolist()) for t, skipped in pairs]
+
+
 def _assignments(
     graph: Graph, example: Sequence[torch.Tensor], conditions: Iterable[Any]
 ) -> list[dict[str, int]]:

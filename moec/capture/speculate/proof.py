@@ -10,7 +10,7 @@ import torch
 
 from moec.capture.sizes.guards import Guard
 from moec.capture.speculate.branches import Question
-from moec.capture.speculate.draws import draws, not_finite
+from moec.capture.speculate.draws import draws, not_finite, numbers_in, other_integers
 from moec.capture.speculate.trace import Assumed
 from moec.capture.speculate.watching import Ways, watched
 from moec.capture.user_code.sites import Site
@@ -55,13 +55,14 @@ def examine(
     """Run the program and eager on drawn inputs until they differ.
 
     An input on which eager itself fails, such as a size that it refuses, is skipped, and so is one
-    at which they differ and a guard does not hold: guards are settled later. Inputs that are not
-    finite are tried where a branch is not proved by others, and prove it or nothing. A branch is
-    proved where eager went both ways; or where each of its conditions, which the program evaluates
-    though it always goes one way, came out both ways while the results agreed. A comparison with a
-    size, as of rows with a capacity of all rows, may never come out as it was traced: then the
-    results of the other way suffice. The first `outputs`
-    outputs of the program are the module's, the others the readouts of `assumed`.
+    at which they differ and a guard does not hold: guards are settled later. A side of a branch
+    on which an input of integers was one number gets others there. Inputs that are not finite are
+    tried where a branch is not proved by others, and prove it or nothing. A branch is proved where
+    eager went both ways; or where each of its conditions, which the program evaluates though it
+    always goes one way, came out both ways while the results agreed. A comparison with a size, as
+    of rows with a capacity of all rows, may never come out as it was traced: then the results of
+    the other way suffice. The first `outputs` outputs of the program are the module's, the others
+    the readouts of `assumed`.
 
     Raises CaptureError where eager fails on the first example.
     """
@@ -69,6 +70,7 @@ def examine(
     conditions = [q.condition for q in assumed.questions if q.condition is not None]
     ways: Ways = {}
     outcomes: dict[int, set[bool]] = {number: set() for number in range(len(assumed.questions))}
+    sides: dict[tuple[Site, int], tuple[Case, list[set[int]]]] = {}
     worst, compared = 0.0, 0
 
     def shown(question: Question, came_out: Set[bool]) -> bool:
@@ -94,6 +96,10 @@ def examine(
         for example in examples[1:]:
             yield from ((*ran, True) for ran in cases(program, example, run, ()))
         yield from ((*ran, True) for ran in draws(program, examples[0], conditions, run))
+        alike = [case for case, numbers in sides.values() if any(len(n) == 1 for n in numbers)]
+        for alone in alike:
+            for case in other_integers(alone):
+                yield from ((*ran, True) for ran in cases(program, case, run, ()))
         for case in not_finite(examples[0]) if unproved() else ():
             yield from ((*ran, False) for ran in cases(program, case, run, ()))
 
@@ -110,11 +116,19 @@ def examine(
             worst = max(worst, error)
             for site, offsets in went.items():
                 ways.setdefault(site, set()).update(offsets)
+                for offset in offsets:
+                    last, numbers = sides.get((site, offset), (case, numbers_in(case)))
+                    more = [a | b for a, b in zip(numbers, numbers_in(case), strict=True)]
+                    sides[site, offset] = (max(last, case, key=_elements), more)
             for number, outcome in _outcomes(assumed, case, results[outputs:]):
                 outcomes[number].add(outcome)
     except VaryingOutput as why:
         return Verdict(math.inf, "the constants vary", tuple(assumed.branches), compared, why)
     return Verdict(worst, "", unproved(), compared)
+
+
+def _elements(case: Case) -> int:
+    return sum(tensor.numel() for tensor in case)
 
 
 def _hold(guards: Sequence[Guard], program: Program, case: Sequence[torch.Tensor]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -20,6 +21,7 @@ from moec.capture.speculate.operators.hooks import Trace
 from moec.capture.speculate.patches import speculating
 from moec.capture.speculate.randomness import refuse_random
 from moec.capture.user_code.sites import Site, foreign
+from moec.errors import CaptureError
 from moec.interpret.outputs import Structure
 
 Export = Callable[[torch.nn.Module], ExportedProgram]
@@ -62,6 +64,10 @@ class _Record:
     trace: Trace
     readouts: tuple[Any, ...] = ()
     sizes: dict[Any, tuple[int, int]] = field(default_factory=dict)
+
+
+_UNEQUAL = re.compile(r"\(s\d+\) must match .*\(s\d+\)")
+"""Two sizes of inputs, which the example shows to be one where it goes the same way."""
 
 
 class _Hooked(FlatCall):
@@ -107,6 +113,14 @@ def trace(
         if not last or last[0] in open_lengths:
             raise
         return trace(call, export, answers, open_lengths | {last[0]}, by_class)
+    except RuntimeError as error:
+        if not branches.met or not _UNEQUAL.search(str(error)):
+            raise
+        *_, (site, answer) = branches.met.items()
+        raise CaptureError(
+            f"where `{site.text}` is {answer}, sizes must be equal that differ in general, and the "
+            "example does not go that way: give one that does"
+        ) from error
     refuse_random(type(call.module).__name__, exported, tuple(record.trace.noise))
     noise, reads = tuple(record.trace.noise), tuple(record.trace.reads)
     assumed = Assumed(branches.met, branches.questions, record.readouts, record.sizes, noise, reads)

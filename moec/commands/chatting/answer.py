@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from moec.errors import InputError, MoecError
+from moec.errors import InputError
 from moec.report.units import counted
 from moec.runtime.text.engine import FAILED, LENGTH, Engine
 from moec.runtime.text.prompt import Tokenizer
@@ -82,14 +82,11 @@ class Chat:
                 step = engine.step()
                 processed += step.prompt_tokens
                 if continuation.end == FAILED:
-                    raise InputError(continuation.error)
+                    continuation.raise_cause()
                 if step.advanced:
                     first = first or time.perf_counter() - start
                     for token in continuation.latest:
                         show(text.add(token, request.stop))
-        except MoecError as error:
-            engine.fail(str(error))
-            raise
         finally:
             engine.cancel(continuation)
         seconds, end = time.perf_counter() - start, ""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from moec.cache import key_of, source_version
 from moec.files import hub_files
+from moec.files.regular_file import open_regular
 from moec.runtime.artifact.part_writers import on_all_cores
 from moec.target import cpu
 
@@ -91,7 +92,7 @@ def digest_of(block: tuple[Path, int]) -> str:
     """The SHA-256 of the block of a file that starts at an offset, in one call: for each call, a
     thread may wait until Python's main thread makes room for it."""
     path, at = block
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = min(BLOCK_BYTES, path.stat().st_size - at)
         with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=at) as content:
             return hashlib.sha256(content).hexdigest()

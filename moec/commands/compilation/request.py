@@ -33,10 +33,8 @@ class CompileRequest:
     record_routing: bool
     embeddings: bool
     keep_passes: bool
-    tune: bool
     memory: str | None
     store: bool | None
-    tiers: bool
     choices_file: Path | None
     plan_file: Path | None
     dry_run: bool
@@ -91,16 +89,15 @@ def check(request: CompileRequest) -> None:
 
 def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     """The key of the artifact in the cache; None where it is not cached, as with options that read
-    or write other files, or that measure this machine."""
+    or write other files."""
     options = request.options
     files = (request.dump_ir, request.emit, request.choices_file, request.plan_file)
     cached = store.folder is not None and request.builds
-    others = options["describe"] or options["adapters"] or options["calib"]
-    if not cached or any(files) or request.tune or others:
+    others = options["adapters"] or options["calib"]
+    if not cached or any(files) or others:
         return None
     names = (
         "target", "verify", "kv_cache", "record_routing", "embeddings", "keep_passes", "store",
-        "tiers",
     )  # fmt: skip
     more = {name: getattr(request, name) for name in names}
     return checkpoint_key(request.model, {**options, **more})
@@ -111,7 +108,7 @@ def _check_plan(request: CompileRequest, plan_file: Path) -> None:
         raise UsageError(f"{plan_file} does not exist")
     parse_for_ranks(request.target)
     others = (
-        request.tune, request.dump_ir, request.emit, request.record_routing,
+        request.dump_ir, request.emit, request.record_routing,
         request.choices_file, request.embeddings, request.keep_passes,
     )  # fmt: skip
     if not request.builds or any(others):

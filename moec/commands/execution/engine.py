@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from moec.commands.execution.ranks import holds_ranks
-from moec.commands.options.options import memory_option, narrow_option, signed_by_option
+from moec.commands.options.options import memory_option, signed_by_option
 from moec.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ class EngineOptions:
     context: int | None
     prefix_tokens: int | None
     memory: str | None
-    narrow: float
     threads: int | None
     signed_by: Path | None
 
@@ -41,7 +40,6 @@ def engine_options(command: F) -> F:
             "--threads", type=click.IntRange(1, 4096),
             help="Threads of the kernels; default: one per core.",
         ),
-        narrow_option,
         memory_option,
         click.option(
             "--prefix-tokens", type=click.IntRange(min=0), metavar="N",
@@ -88,7 +86,6 @@ def open_engine(
         artifact,
         signed_by=options.signed_by,
         memory=options.memory,
-        narrow=options.narrow,
         texts=slots + 1 + (slots if stored is None else -(-stored // most)),  # one comes in
         room=most,
     )

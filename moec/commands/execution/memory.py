@@ -20,15 +20,13 @@ if TYPE_CHECKING:
     from moec.runtime.expert_store.start import Fit
 
 
-def limit_of(memory: str | None, routing: Path | None, narrow: float) -> int | None:
-    """The bytes of --memory. Raises UsageError for what is no size, and for --routing and --narrow
+def limit_of(memory: str | None, routing: Path | None) -> int | None:
+    """The bytes of --memory. Raises UsageError for what is no size, and for --routing
     without it."""
     from moec.runtime.process.byte_sizes import bytes_of
 
     if memory is None and routing is not None:
         raise UsageError("--routing chooses what --memory holds: give both")
-    if memory is None and narrow:
-        raise UsageError("--narrow is for experts that --memory leaves in the file: give both")
     return None if memory is None else bytes_of(memory)
 
 
@@ -39,10 +37,8 @@ def start_limited(
     trace: Path | None,
     routing: Path | None,
     texts: int,
-    narrow: float,
 ) -> Executor:
-    """The model in at most `limit` bytes of memory, with the caches of so many texts. `narrow` is
-    that of `start_within`.
+    """The model in at most `limit` bytes of memory, with the caches of so many texts.
 
     Raises UsageError where the limit cannot be held.
     """
@@ -51,7 +47,7 @@ def start_limited(
     if trace is not None:
         raise UsageError("--record-routing needs all experts in memory: leave --memory out")
     fit = fit_evenly if routing is None else _fit_to(routing)
-    return start_within(opened, limit, fit, TextRoom(texts), device, narrow)
+    return start_within(opened, limit, fit, TextRoom(texts), device)
 
 
 def _fit_to(routing: Path) -> Fit:
@@ -81,25 +77,11 @@ def _store_line(stored: StoreReport) -> str:
             f"the GPU's memory: {share:.0%} of those needed were there, and "
             f"{show_bytes(counts.bytes_read)} were copied to it ({stored.reading})"
         )
-    guessed = (
-        f"; {counts.right / counts.guesses:.0%} of {counts.guesses} guesses of the next layer's "
-        f"experts were right, {counts.early} experts were read early, and "
-        f"{show_bytes(counts.vain)} in vain"
-        if counts.guesses
-        else ""
-    )
-    narrow = (
-        f"; {counts.narrow_reads} of the reads were of narrow copies, "
-        f"{show_bytes(counts.narrow_bytes)}, which carried "
-        f"{counts.narrow_weight / counts.weight:.1%} of the routing weight"
-        if counts.weight
-        else ""
-    )
     return (
         f"{show_bytes(stored.slot_bytes)} of {show_bytes(stored.expert_bytes)} of experts in "
         f"memory: {share:.0%} of those needed were there, {show_bytes(counts.bytes_read)} were "
         f"read ({stored.reading}) in {counts.read_seconds:.1f} s, and threads waited for "
-        f"{counts.stall_seconds:.1f} s{guessed}{narrow}"
+        f"{counts.stall_seconds:.1f} s"
     )
 
 

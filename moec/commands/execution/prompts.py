@@ -133,6 +133,8 @@ def _advance(engine: Any, continuation: Continuation, text: Text, request: Reque
     for token in continuation.latest:
         text.add(token, request.stop)
     if continuation.error and not text.cut.ended:
+        if not isinstance(continuation.cause, InputError):
+            continuation.raise_cause()
         return {"error": continuation.error}
     if continuation.end:
         text.end()

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
 from moec.errors import UsageError
 from moec.files.adapter import read_adapter
-from moec.spelling import did_you_mean, did_you_mean_file
+from moec.spelling import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,11 +43,6 @@ memory_option = click.option(
     "--memory", metavar="SIZE",
     help="The most memory to take, e.g. 4GiB, on a GPU of its memory: experts that do not fit are "
     "read from the artifact (to a GPU copied) when a token chooses them.",
-)  # fmt: skip
-narrow_option = click.option(
-    "--narrow", type=click.FloatRange(0, 1), default=0.0, metavar="SHARE",
-    help="With --memory: read experts of small routing weights in 4 bits (moec compile --tiers), "
-    "which may carry this share of each layer's weight, e.g. 0.1. The default, 0, is exact.",
 )  # fmt: skip
 signed_by_option = click.option(
     "--signed-by", type=click.Path(path_type=Path), metavar="FILE",
@@ -124,10 +119,6 @@ def model_options(command: F) -> F:
         ),
         click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16."),
         click.option(
-            "--describe", metavar="FILE.yaml",
-            help="Describe modules that cannot be traced: class name, router, experts, top_k, …",
-        ),
-        click.option(
             "--shapes", multiple=True, metavar="INPUT=SIZES",
             help="Sizes that may vary, e.g. input_ids=B[1..8]xS[1..4096]; default: batch and "
             "sequence.",
@@ -176,9 +167,7 @@ def changing_options(command: F) -> F:
     return command
 
 
-def api_arguments(
-    shapes: tuple[str, ...], describe: str | None = None, **options: Any
-) -> dict[str, Any]:
+def api_arguments(shapes: tuple[str, ...], **options: Any) -> dict[str, Any]:
     """The values of `model_options` and `changing_options` as arguments of `moec.compile`, which
     have the same names.
 
@@ -190,13 +179,6 @@ def api_arguments(
     for folder in options.get("adapters", ()):
         read_adapter(Path(folder))
     parsed = parse(shapes)
-    if describe is not None:
-        if not Path(describe).is_file():
-            near = did_you_mean_file(Path(describe))
-            raise UsageError(f"--describe {describe}: there is no such file{near}")
-        from moec.capture.behaviour.describe import read_descriptions
-
-        options["descriptions"] = read_descriptions(Path(describe))
     return {"dynamic_shapes": dynamic_shapes(parsed), **options}
 
 

@@ -5,27 +5,26 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from starlette.concurrency import run_in_threadpool
+
 from moec.commands.serving.errors import ApiError
 from moec.commands.serving.fields import Fields
 from moec.commands.serving.scores import Score, of_chat, of_completion
 from moec.commands.serving.service import Service
-from moec.commands.serving.tools import ToolUse, shown_call
-from moec.commands.serving.worker import Ticket, Update
+from moec.commands.serving.tools import shown_call
+from moec.commands.serving.worker import LOGGER, Ticket, Update
+from moec.errors import first_line
 from moec.runtime.text.calls import CallReader
-from moec.runtime.text.engine import FAILED, LENGTH, STOP
-from moec.runtime.text.guide import Guide
-from moec.runtime.text.prompt import Tokenizer
+from moec.runtime.text.engine import LENGTH, STOP
 from moec.runtime.text.write_text import Text, new_texts
 
 PING_SECONDS = 15.0
-LOGGER = logging.getLogger("moec.serve")
 
 
 @dataclass(eq=False)
@@ -54,8 +53,8 @@ class Choice:
 
     def add(self, update: Update) -> str:
         """The characters that become certain. Raises ApiError where the text failed."""
-        if update.end == FAILED:
-            raise ApiError(500, update.error)
+        if update.error is not None:
+            raise update.error
         shown = self._echoed() if self.count == 0 else ""
         self.count += 1
         if self.dropped:
@@ -96,21 +95,12 @@ Piece: TypeAlias = tuple[Choice, str, bool, list[dict[str, Any]]]
 
 
 class Answer:
-    """Uses a place in the queue for each of its texts until it is closed.
+    """Once it has begun, it holds the places of its texts in the queue until it is closed."""
 
-    `prompts` are tokens. Raises ApiError, and uses none, where one is too long, or the queue is
-    full.
-    """
-
-    def __init__(
-        self,
-        service: Service,
-        fields: Fields,
-        prompts: Sequence[Sequence[int]],
-        guide: Guide | None,
-        chat: bool,
-        use: ToolUse | None = None,
-    ) -> None:
+    def __init__(self, service: Service, fields: Fields, chat: bool) -> None:
+        """Takes time that grows with the request. Raises ApiError where a field is wrong."""
+        self._use = use = service.tool_use(fields)
+        prompts, guide = service.tokens(fields, use), service.guide(fields, use)
         self._fields, self._service, self._chat = fields, service, chat
         self._start, self._closed = time.perf_counter(), False
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
@@ -126,10 +116,25 @@ class Answer:
             request = service.request(prompt, fields, guide)
             for number in range(fields.best_of or fields.n):
                 ticket = Ticket(prompt, request, number, len(self._choices), self._updates)
-                self._choices.append(_choice_of(ticket, service.tokenizer, fields, use))
-        service.admit(len(self._choices))
+                self._choices.append(self._choice(ticket))
+
+    def _choice(self, ticket: Ticket) -> Choice:
+        fields, use, tokenizer = self._fields, self._use, self._service.tokenizer
+        stops, special = fields.stops, False
+        if use is not None:
+            stops, special = (*stops, *use.stops), use.special
+        (text,) = new_texts(tokenizer, [ticket.prompt], stops, special)
+        if use is not None:
+            return Choice(
+                ticket, text, use.reader(), None if use.parallel else 1, index=ticket.index
+            )
+        echo = tokenizer.decoder([], False) if fields.echo else None
+        return Choice(ticket, text, index=ticket.index, echo=echo, dropped=fields.max_tokens == 0)
+
+    def begin(self) -> None:
+        """Let the texts be computed, for which there are places."""
         for choice in self._choices:
-            service.worker.submit(choice.ticket)
+            self._service.worker.submit(choice.ticket)
 
     def close(self, reason: str = "abort") -> None:
         """Cancel what has not ended, and give the places in the queue back."""
@@ -143,10 +148,26 @@ class Answer:
                 self._service.metrics.ended(reason)
                 LOGGER.info("%s: text %d: %s", self._head["id"], choice.ticket.index, reason)
 
-    async def complete(self) -> dict[str, Any]:
-        """The object of an answer that is not streamed."""
-        async for _ in self._pieces():
-            pass
+    async def complete(self) -> bytes:
+        """The JSON of an answer that is not streamed. Raises ApiError where a text fails."""
+        try:
+            async for _ in self._pieces():
+                pass
+            return await run_in_threadpool(self._whole)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: BaseException) -> ApiError:
+        """What a client is told of an error of any class, which is logged and counted."""
+        if isinstance(error, ApiError):
+            return error
+        self._service.metrics.failed(error)
+        LOGGER.error("%s: the answer cannot be written", self._head["id"], exc_info=error)
+        return ApiError(500, f"{type(error).__name__}: {first_line(error)}")
+
+    def _whole(self) -> bytes:
         choices = []
         for choice in self._best():
             text = choice.content
@@ -155,7 +176,7 @@ class Answer:
                 message |= {"content": text or None, "tool_calls": choice.calls}
             content = {"message": message} if self._chat else {"text": text}
             choices.append(self._content(choice, content, choice.finish_reason))
-        return self._object(choices, usage=self._usage)
+        return _json(self._object(choices, usage=self._usage)).encode()
 
     def _best(self) -> list[Choice]:
         """The `n` choices of each prompt with the greatest mean log probabilities, best first."""
@@ -182,9 +203,11 @@ class Answer:
                     continue
                 for chunk in self._chunks(*item):
                     yield _event(self._object([chunk], ".chunk", **usage))
-        except ApiError as error:
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except BaseException as error:
             self.close("error")
-            yield _event(error.body)
+            yield _event(self._failure(error).body)
             return
         if includes:
             yield _event(self._object([], ".chunk", usage=self._usage))
@@ -203,7 +226,11 @@ class Answer:
             if choice.end:  # a token that was computed before a string cut the text
                 continue
             called = len(choice.calls)
-            piece, first = choice.add(update), choice.count == 1
+            if choice.echo and choice.count == 0:  # takes the longer, the longer the prompt is
+                piece = await run_in_threadpool(choice.add, update)
+            else:
+                piece = choice.add(update)
+            first = choice.count == 1
             self._observe(choice)
             calls = enumerate(choice.calls[called:], called)
             new = [{"index": number, **call} for number, call in calls]
@@ -265,18 +292,6 @@ class Answer:
         return _choice(choice, content, end, shown(scores, self._service.tokenizer.bytes_of))
 
 
-def _choice_of(ticket: Ticket, tokenizer: Tokenizer, fields: Fields, use: ToolUse | None) -> Choice:
-    """The choice of a ticket, which may call functions."""
-    if use is None:
-        (text,) = new_texts(tokenizer, [ticket.prompt], fields.stops)
-        echo = tokenizer.decoder([], False) if fields.echo else None
-        dropped = fields.max_tokens == 0
-        return Choice(ticket, text, index=ticket.index, echo=echo, dropped=dropped)
-    (text,) = new_texts(tokenizer, [ticket.prompt], (*fields.stops, *use.stops), use.special)
-    most = None if use.parallel else 1
-    return Choice(ticket, text, use.reader(), most, index=ticket.index)
-
-
 def _choice(
     choice: Choice, content: dict[str, Any], end: str | None = None, scores: Any = None
 ) -> dict[str, Any]:
@@ -284,4 +299,8 @@ def _choice(
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_json(content)}\n\n"
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))

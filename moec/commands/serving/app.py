@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,27 +16,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from moec.commands.serving.access import Access
 from moec.commands.serving.answer import Answer
-from moec.commands.serving.errors import ERROR_HEADERS, ApiError, invalid
+from moec.commands.serving.errors import ApiError, invalid, response
 from moec.commands.serving.fields import json_body, read_embedding_fields, read_fields
 from moec.commands.serving.openapi import document
-from moec.commands.serving.page import page
+from moec.commands.serving.page import page, stats
 from moec.commands.serving.service import ServedModels, Service
-from moec.commands.serving.stats import stats
 from moec.commands.serving.worker import SHUTTING_DOWN
 from moec.errors import MoecError
 
 MOST_BYTES = 8_000_000  # of a body
-OPEN = ("/", "/health", "/ready", "/metrics", "/openapi.json")  # without a key
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on
 
 Handler = Callable[[ServedModels, Request], Awaitable[Response]]
 
 
-def application(served: ServedModels) -> Starlette:
-    """The application; its lifespan is that of the engines' threads."""
+def application(served: ServedModels, access: Access) -> ASGIApp:
+    """The application, behind `access`; its lifespan is that of the engines' threads."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -62,23 +60,15 @@ def application(served: ServedModels) -> Starlette:
         "/health": _health,
         "/ready": _ready,
         "/metrics": _metrics,
-        "/openapi.json": _openapi,
     }
-    routes = [Route(p, partial(_guarded, served, h), methods=["POST"]) for p, h in posts.items()]
-    routes += [Route(p, partial(_guarded, served, h)) for p, h in gets.items()]
+    gets["/openapi.json"] = partial(_openapi, keyed=access.key is not None)
+    routes = [Route(path, partial(h, served), methods=["POST"]) for path, h in posts.items()]
+    routes += [Route(path, partial(h, served)) for path, h in gets.items()]
     handlers: Any = {ApiError: _error, HTTPException: _http_error, Exception: _defect}
     handlers[ClientDisconnect] = lambda *_: Response(status_code=499)
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
-
-
-async def _guarded(served: ServedModels, handler: Handler, request: Request) -> Response:
-    """Raises ApiError where the key is not the server's; compares in constant time."""
-    if served.key is not None and request.url.path not in OPEN:
-        key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(key.encode("latin-1"), served.key.encode()):
-            rule = "the key is missing or wrong: send the header Authorization: Bearer KEY"
-            raise ApiError(401, rule, code="invalid_api_key")
-    return await handler(served, request)
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+    app.router.redirect_slashes = False  # a path is one route's, or nothing
+    return access.guard(app)
 
 
 async def _complete(served: ServedModels, request: Request, chat: bool) -> Response:
@@ -86,19 +76,24 @@ async def _complete(served: ServedModels, request: Request, chat: bool) -> Respo
         raise ApiError(503, SHUTTING_DOWN)
     service, body = await _body(served, request)
     service.check_open()
-    fields = read_fields(body, chat)
-    use = await run_in_threadpool(service.tool_use, fields)
-    prompts = await run_in_threadpool(service.tokens, fields, use)
-    guide = await run_in_threadpool(service.guide, fields, use)
-    service.check_open()  # again, as time has passed
-    answer = Answer(service, fields, prompts, guide, chat, use)
+    fields = await served.pool.run(read_fields, body, chat)
+    service.admit(fields.count)
+    try:
+        answer = await served.pool.run(Answer, service, fields, chat)
+        service.check_open()  # again, as time has passed
+        answer.begin()
+    except BaseException:
+        service.used -= fields.count
+        raise
     if fields.stream:
         return _Events(answer)
     work = asyncio.ensure_future(answer.complete())
     left = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-        return JSONResponse(work.result()) if work.done() else Response(status_code=499)
+        if not work.done():
+            return Response(status_code=499)
+        return Response(work.result(), media_type="application/json")
     finally:
         answer.close("error" if work.done() else "abort")
         work.cancel()
@@ -110,10 +105,10 @@ async def _embed(served: ServedModels, request: Request) -> Response:
     service.check_open()
     if service.embed is None:
         raise invalid("model", service.no_embeddings)
-    fields, data = read_embedding_fields(body), dict[int, Any]()
+    fields, data = await served.pool.run(read_embedding_fields, body), dict[int, Any]()
     service.admit(1)  # texts of a request are computed batch by batch, between the engine's steps
     try:
-        texts = await run_in_threadpool(service.embedded_tokens, fields)
+        texts = await served.pool.run(service.embedded_tokens, fields)
         async for index, vector in iterate_in_threadpool(service.embed(texts)):
             packed = base64.b64encode(vector.tobytes()).decode()
             shown = packed if fields.encoding_format == "base64" else vector.tolist()
@@ -126,7 +121,7 @@ async def _embed(served: ServedModels, request: Request) -> Response:
     usage = {"prompt_tokens": count, "total_tokens": count}
     items = [data[index] for index in range(len(texts))]
     content = {"object": "list", "data": items, "model": service.model, "usage": usage}
-    return JSONResponse(content)
+    return await run_in_threadpool(JSONResponse, content)
 
 
 class _Events(StreamingResponse):
@@ -156,7 +151,7 @@ async def _body(served: ServedModels, request: Request) -> tuple[Service, dict[s
         content += part
         if len(content) > MOST_BYTES:
             raise ApiError(413, f"the body has more than {MOST_BYTES} bytes: send a shorter one")
-    body = json_body(bytes(content))
+    body = await served.pool.run(json_body, bytes(content))
     return served.of(body.get("model")), body
 
 
@@ -174,30 +169,37 @@ def _model(service: Service) -> dict[str, Any]:
 
 async def _tokenize(served: ServedModels, request: Request) -> Response:
     service, body = await _body(served, request)
-    if "messages" in body:
-        (tokens,) = await run_in_threadpool(service.tokens, read_fields(body, chat=True))
+    return await served.pool.run(_tokenized, service, body)
+
+
+def _tokenized(service: Service, body: dict[str, Any]) -> Response:
+    name = "messages" if "messages" in body else "prompt"
+    if name == "messages":
+        (tokens,) = service.tokens(read_fields(body, chat=True))
     else:
-        tokens = await _checked(service.tokenizer.encode, body, "prompt")
+        tokens = _checked(service.encode, body, name)
+    if len(tokens) > (room := service.engine.room):
+        raise invalid(name, f"it has {len(tokens)} tokens, and a text has at most {room}")
     return JSONResponse({"tokens": tokens, "count": len(tokens)})
 
 
 async def _detokenize(served: ServedModels, request: Request) -> Response:
     service, body = await _body(served, request)
-    return JSONResponse({"prompt": await _checked(service.tokenizer.decode, body, "tokens")})
+    text = await served.pool.run(_checked, service.tokenizer.decode, body, "tokens")
+    return JSONResponse({"prompt": text})
 
 
-async def _checked(function: Callable[[Any], Any], body: dict[str, Any], field: str) -> Any:
+def _checked(function: Callable[[Any], Any], body: dict[str, Any], field: str) -> Any:
     """The result of a function of a field. Raises ApiError where the function refuses it."""
     try:
-        return await run_in_threadpool(function, body.get(field))
+        return function(body.get(field))
     except MoecError as error:
         raise invalid(field, str(error)) from error
 
 
 async def _health(served: ServedModels, request: Request) -> Response:
-    sick = [service for service in served.models.values() if not service.worker.healthy]
-    words = [f"{s.model}: {s.worker.error or 'the engine is stuck'}" for s in sick]
-    content = {"status": "; ".join(words) or "ok"}
+    sick = {s.model: why for s in served.models.values() if (why := s.worker.sickness)}
+    content = {"status": "; ".join(f"{name}: {why}" for name, why in sick.items()) or "ok"}
     return JSONResponse(content, 503 if sick else 200)
 
 
@@ -220,16 +222,16 @@ async def _stats(served: ServedModels, request: Request) -> Response:
     return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
 
-async def _openapi(served: ServedModels, request: Request) -> Response:
-    return JSONResponse(document([*served.models], served.key is not None))
+async def _openapi(served: ServedModels, request: Request, keyed: bool) -> Response:
+    return JSONResponse(document([*served.models], keyed))
 
 
 async def _error(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, ERROR_HEADERS.get(error.status))
+    return response(error)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    message = f"{request.method} {request.url.path}: {error.detail.lower()}"
+    message = f"{request.method} {request.scope['path']}: {error.detail.lower()}"
     return await _error(request, ApiError(error.status_code, message))
 
 

@@ -30,12 +30,14 @@ UNKNOWN = "this field is not known, or not supported: leave it out"
 COMPLETION = "max_completion_tokens"
 OF_TEXTS = ("best_of", "echo")
 OF_CHATS = ("messages", COMPLETION, "tools", "tool_choice", "parallel_tool_calls")
-Stop: TypeAlias = Annotated[str, Meta(min_length=1)]
+Stop: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1000)]
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
 Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
 Penalty: TypeAlias = Annotated[float, Meta(ge=-2, le=2)]
 Bias: TypeAlias = Annotated[float, Meta(ge=-100, le=100)]
 MOST_LOGPROBS = 20
+MOST_VALUES = 1_000_000  # of a body, each of which takes time in Python
+DEEPEST = 100  # objects and lists in one another
 MOST_TEXTS = 2048  # of embeddings, as OpenAI has it
 SHORT = 16  # max_tokens of a completion without one, as OpenAI has it
 
@@ -94,7 +96,7 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     echo: bool = False
     stop: Stop | Annotated[list[Stop], Meta(max_length=4)] = []
-    seed: Annotated[int, Meta(ge=0)] | None = None
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Share = 1.0
     top_k: Annotated[int, Meta(ge=-1)] = -1  # -1 and 0: all
@@ -110,7 +112,7 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     max_completion_tokens: Count | None = None
     ignore_eos: bool = False
-    stop_token_ids: list[int] = []
+    stop_token_ids: Annotated[list[int], Meta(max_length=1000)] = []
     response_format: dict[str, Any] = {}
     prompt: str | list[str | int | list[int]] = []
     messages: list[ChatMessage] = []
@@ -138,6 +140,11 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     @property
     def stops(self) -> tuple[str, ...]:
         return tuple([self.stop] if isinstance(self.stop, str) else self.stop)
+
+    @property
+    def count(self) -> int:
+        """How many texts are computed."""
+        return (1 if self.messages else len(self.prompts)) * (self.best_of or self.n)
 
     @property
     def prompts(self) -> list[Any]:
@@ -184,7 +191,7 @@ def read_fields(body: dict[str, Any], chat: bool) -> Fields:
         raise invalid("response_format", "it cannot be combined with tools: leave one out")
     if fields.top_logprobs is not None and not (chat and fields.logprobs):
         raise invalid("top_logprobs", "it needs a chat, and logprobs: true")
-    if any(not token.isascii() or not token.isdigit() for token in fields.logit_bias):
+    if not all(re.fullmatch("[0-9]{1,18}", token) for token in fields.logit_bias):
         raise invalid("logit_bias", 'its keys are token ids, such as "50"')
     if not isinstance(fields.prompt, str) and len({type(item) for item in fields.prompt}) > 1:
         raise invalid("prompt", "give texts, or tokens, not both")
@@ -228,7 +235,7 @@ def _refusal(text: str) -> ApiError:
     """msgspec's sentence, such as: Expected `int` >= 1 - at `$.n`."""
     rule, _, path = text.partition(" - at `$")
     path = path.strip("`.")
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", rule):
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", rule, re.DOTALL):
         path = ".".join(filter(None, (path, unknown[1])))
         rule = UNKNOWN
     return invalid(path, rule[:1].lower() + rule[1:])
@@ -236,6 +243,8 @@ def _refusal(text: str) -> ApiError:
 
 def json_body(content: bytes) -> dict[str, Any]:
     """The object in a body, without its nulls. Raises ApiError where it is none."""
+    if sum(map(content.count, b",[{")) > MOST_VALUES:
+        raise ApiError(413, f"the body has more than {MOST_VALUES} values: send fewer")
     try:
         body = _without_nulls(msgspec.json.decode(content))
     except (ValueError, RecursionError) as error:
@@ -245,7 +254,11 @@ def json_body(content: bytes) -> dict[str, Any]:
     return body
 
 
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _without_nulls(value: Any, depth: int = 0) -> Any:
+    if not isinstance(value, dict | list):
+        return value
+    if depth == DEEPEST:
+        raise ValueError(f"objects and lists are nested more than {DEEPEST} deep")
+    if isinstance(value, list):
+        return [_without_nulls(item, depth + 1) for item in value]
+    return {n: _without_nulls(item, depth + 1) for n, item in value.items() if item is not None}

@@ -90,6 +90,9 @@ class Metrics:
             Counter, "request_success", "Texts that ended: stop, length, abort, error",
             "finished_reason",
         )  # fmt: skip
+        self._failed = families.of(
+            Counter, "text_failures", "Texts that ended with an error, by its class", "error"
+        )
         self.first_token = self._of(
             Histogram, "time_to_first_token_seconds", "From request to first token",
             buckets=(*FIRST, 40, 80, 160, 640, 2560),
@@ -120,6 +123,9 @@ class Metrics:
             self._queries.inc(step.prompt_tokens + step.reused_tokens)
             self._hits.inc(step.reused_tokens)
             self.rate.add(step.tokens)
+
+    def failed(self, cause: BaseException) -> None:
+        self._failed.labels(self._model, type(cause).__name__).inc()
 
     def ended(self, reason: str) -> None:
         self._ended.labels(self._model, reason).inc()

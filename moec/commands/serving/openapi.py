@@ -14,8 +14,12 @@ REFERENCES = "#/components/schemas/{name}"
 ERRORS = {
     "400": "a field is wrong, not known or not supported; error.param is its name",
     "401": "the key is missing or wrong",
+    "403": "a page of a foreign origin sent the request",
     "404": "the model is not served here",
+    "408": "the body did not come in time",
     "413": "the body is too long",
+    "415": "the body's type is not application/json",
+    "421": "the host is no name of this server",
     "429": "too many texts run or wait; Retry-After has the seconds",
     "500": "the model failed",
     "503": "the server is shutting down",

@@ -1,4 +1,4 @@
-"""The page at /: one file, with a policy by which a browser runs nothing else."""
+"""The page at /: one file, with a policy by which a browser runs nothing else; what it shows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import hashlib
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from starlette.responses import Response
+
+from moec.commands.serving.service import Service
 
 
 @cache
@@ -34,3 +37,21 @@ def page() -> Response:
         "Cache-Control": "no-cache",
     }
     return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+
+def stats(service: Service) -> dict[str, Any]:
+    """The object of GET /v1/moec/stats. `cache` is the share of the caches in use, 0 to 1."""
+    load, routing = service.metrics.load, service.routing
+    return {
+        "model": service.model,
+        "created": service.created,
+        "chat": service.tokenizer.template is not None,
+        "context": service.engine.room,
+        "slots": service.engine.slots,
+        "running": load.running,
+        "waiting": load.waiting,
+        "cache": round(load.cached, 4),
+        "tokens_per_second": round(service.metrics.rate.value, 1),
+        "experts": routing.read() if routing else None,
+        "no_experts": None if routing else service.no_routing,
+    }

@@ -51,6 +51,15 @@ UNCOUNTED_STORE = "Tokens of experts are not counted with --memory"
     "--api-key", metavar="KEY", envvar="MOEC_API_KEY",
     help="Requests need this key; better set as MOEC_API_KEY, as arguments show in ps.",
 )  # fmt: skip
+@click.option(
+    "--allowed-host", "hosts", metavar="NAME", multiple=True,
+    help="Another name by which the server is reached, such as a container's; repeatable; *: any.",
+)  # fmt: skip
+@click.option(
+    "--allow-origin", "origins", metavar="ORIGIN", multiple=True,
+    help="Pages of this origin, such as https://chat.example, may use the server; repeatable; "
+    "*: all pages.",
+)  # fmt: skip
 @click.option("--name", help="The model's name in requests; default: that of the file.")
 @engine_options
 @speculate_option
@@ -71,6 +80,8 @@ def command(
     slots: int,
     queue: int,
     api_key: str | None,
+    hosts: tuple[str, ...],
+    origins: tuple[str, ...],
     name: str | None,
     drain: float,
     speculate: int | str,
@@ -84,14 +95,14 @@ def command(
     SIGTERM and Ctrl-C let texts under way end first; a second one ends the process at once.
     """
     names = _names(artifacts, name, options["memory"], draft)
-    if api_key == "":
-        raise UsageError("--api-key is empty: give a key, or leave it out")
+    from moec.commands.serving.access import read_access
     from moec.commands.serving.metrics import MetricFamilies
     from moec.commands.serving.server import Server, listen
     from moec.commands.serving.service import ServedModels
 
     families, engine = MetricFamilies(), EngineOptions(**options)
     with listen(host, port) as listener:
+        rules = read_access(listener, host, hosts, origins, api_key)
         models = {
             name: _service(
                 artifact, name, slots, queue, engine, families, speculate, draft, pooling
@@ -101,7 +112,7 @@ def command(
         address = f"[{host}]" if ":" in host else host
         url = f"http://{address}:{listener.getsockname()[1]}/v1"
         echo(f"{', '.join(models)} at {url}", err=True)
-        Server(ServedModels(models, families, api_key), drain).run([listener])
+        Server(ServedModels(models, families), rules, drain).run([listener])
 
 
 def _names(

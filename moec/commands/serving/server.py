@@ -7,11 +7,13 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 
 import uvicorn
 
 from moec.commands.output.echo import echo
+from moec.commands.serving.access import Access
 from moec.commands.serving.app import application
 from moec.commands.serving.service import ServedModels
 from moec.errors import UsageError
@@ -25,19 +27,23 @@ class Server(uvicorn.Server):
     """The first signal refuses new requests, waits up to `drain` seconds for those under way, and
     ends the rest with an error; the second ends the process."""
 
-    def __init__(self, served: ServedModels, drain: float) -> None:
-        app, close = application(served), CLOSE_SECONDS
+    def __init__(self, served: ServedModels, access: Access, drain: float) -> None:
+        app, close = application(served, access), CLOSE_SECONDS
         super().__init__(
-            uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=close)
-        )
+            uvicorn.Config(
+                app, http="h11", ws="none", log_level="error", lifespan="on", proxy_headers=False,
+                timeout_graceful_shutdown=close,
+            )
+        )  # fmt: skip
         self._served, self._drain = served, drain
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Replaces uvicorn's, which raises the signal again at the end: the exit code is 0."""
         loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self._stop, number)
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            for number in SIGNALS:
+                loop.add_signal_handler(number, self._stop, number)
         yield
 
     def _stop(self, number: int) -> None:

@@ -3,9 +3,14 @@ the models of a server."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 from moec.commands.serving.errors import ApiError, invalid
 from moec.commands.serving.fields import COMPLETION, EmbeddingFields, Fields
@@ -20,6 +25,11 @@ from moec.runtime.text.guide import Guide
 from moec.runtime.text.prompt import Tokenizer
 from moec.runtime.text.request import AUTO, Request
 from moec.runtime.text.speculation.draft import Draft
+
+THREADS, MOST_WAITING, POOL_SECONDS = 4, 1024, 30.0  # of a pool
+LONG_TOKEN = 16  # characters that a token may always have on average
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -51,17 +61,17 @@ class Service:
         self.metrics = Metrics(self.model, self.families)
         self.worker = Worker(self.engine, self.metrics, self.routing)
         self.places = self.engine.slots + self.queue
+        longest = max(map(len, self.tokenizer.tokenizer.get_vocab()), default=0)
+        self._most_characters = self.engine.room * max(longest, LONG_TOKEN)
 
     @property
     def ready(self) -> bool:
-        return not self.draining and self.worker.healthy and self.used < self.places
+        return not (self.draining or self.worker.sickness) and self.used < self.places
 
     def check_open(self) -> None:
         """Raises ApiError where no request is accepted any more."""
-        if self.draining:
+        if self.draining or self.worker.error:
             raise ApiError(503, SHUTTING_DOWN)
-        if self.worker.error:
-            raise ApiError(500, self.worker.error)
 
     def tool_use(self, fields: Fields) -> ToolUse | None:
         """How the answer may call functions. Raises ApiError where it cannot as requested."""
@@ -89,18 +99,25 @@ class Service:
             if fields.messages:
                 messages = [message.plain() for message in fields.messages]
                 tools, begun = ((), "") if use is None else (use.for_template, use.begun)
-                return [self.tokenizer.chat(messages, tools, begun)]
-            encode = self.tokenizer.encode
-            return [encode(p) if isinstance(p, str) else p for p in fields.prompts]
+                text = self.tokenizer.check_chat().render(messages, tools) + begun
+                return [self.encode(text, special=False)]
+            return [self.encode(p) if isinstance(p, str) else p for p in fields.prompts]
         except MoecError as error:
             raise invalid(name, str(error)) from error
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """As `Tokenizer.encode`. Raises InputError for a text that is too long to look at."""
+        if isinstance(text, str) and len(text) > (most := self._most_characters):
+            rule = f"for {self.engine.room} tokens it has at most {most}: shorten it"
+            raise InputError(f"the text has {len(text)} characters, and {rule}")
+        return self.tokenizer.encode(text, special=special)
 
     def embedded_tokens(self, fields: EmbeddingFields) -> list[list[int]]:
         """The tokens of each text. Raises MoecError, naming the text by its index."""
         texts = []
         for index, text in enumerate(fields.texts):
             try:
-                texts.append(self.tokenizer.encode(text) if isinstance(text, str) else text)
+                texts.append(self.encode(text) if isinstance(text, str) else text)
             except MoecError as error:
                 raise InputError(f"text {index}: {error}") from error
             if len(texts[-1]) > self.engine.room:
@@ -127,9 +144,11 @@ class Service:
         if fields.min_tokens > most:
             raise invalid("min_tokens", f"it is {fields.min_tokens}, and at most {most} may come")
         vocabulary = self.engine.vocabulary
-        if outside := [token for token in map(int, fields.logit_bias) if token >= vocabulary]:
-            rule = f"token {outside[0]} is not one of the model's {vocabulary} tokens"
-            raise invalid("logit_bias", rule)
+        ids = {"logit_bias": map(int, fields.logit_bias), "stop_token_ids": fields.stop_token_ids}
+        for field_name, tokens in ids.items():
+            if outside := [token for token in tokens if not 0 <= token < vocabulary]:
+                rule = f"token {outside[0]} is not one of the model's {vocabulary} tokens"
+                raise invalid(field_name, rule)
         stop = frozenset(() if fields.ignore_eos else self.stop) | {*fields.stop_token_ids}
         request = Request(
             most,
@@ -145,7 +164,8 @@ class Service:
         try:
             self.engine.check(prompt, request)
         except InputError as error:
-            raise invalid(name, str(error)) from error
+            ends = fields.min_tokens and len(stop) >= vocabulary
+            raise invalid("min_tokens" if ends else name, str(error)) from error
         return request
 
     def admit(self, count: int) -> None:
@@ -159,14 +179,46 @@ class Service:
         self.used += count
 
 
+class WorkPool:
+    """Threads for what takes longer the longer a request is, which would hold up all others in the
+    event loop."""
+
+    def __init__(self, waiting: int = MOST_WAITING, seconds: float = POOL_SECONDS) -> None:
+        self._threads = ThreadPoolExecutor(THREADS, "moec request")
+        self._places, self._seconds = threading.BoundedSemaphore(waiting), seconds
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of a function. Raises what it raises, and ApiError where too many wait, or its
+        time is over; then its thread ends it."""
+        if not self._places.acquire(blocking=False):
+            raise ApiError(503, "too many requests are being read: retry later")
+        future = self._threads.submit(_contained, partial(function, *args, **kwargs))
+        future.add_done_callback(lambda _: self._places.release())
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.wrap_future(future)
+        except TimeoutError as error:
+            rule = f"reading the request takes more than {self._seconds:g} s: shorten it, or retry"
+            raise ApiError(503, f"{rule} later") from error
+
+
+def _contained(function: Callable[[], T]) -> T:
+    """The result of a function, which ends no event loop: what it raises is an Exception."""
+    try:
+        return function()
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
 class ServedModels:
-    """The models of a server by name; requests without one are for the first. `key` is the one that
-    requests need."""
+    """The models of a server by name; requests without one are for the first. `pool` reads them."""
 
     models: Mapping[str, Service]
     families: MetricFamilies
-    key: str | None = None
+    pool: WorkPool = field(default_factory=WorkPool)
 
     @property
     def ready(self) -> bool:

@@ -17,7 +17,7 @@ from moec.runtime.text.calls import CallForm, CallReader, FunctionCall, call_for
 from moec.runtime.text.guide import Guide
 from moec.runtime.text.prompt import Tokenizer
 
-Name: TypeAlias = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+Name: TypeAlias = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$(?!\n)")]
 
 
 class OfferedFunction(msgspec.Struct, forbid_unknown_fields=True):

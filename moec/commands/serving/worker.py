@@ -4,6 +4,7 @@ the tokens of a step over together, to the event loop."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -11,27 +12,30 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
+from moec.commands.serving.errors import ApiError
 from moec.commands.serving.metrics import Metrics
 from moec.commands.serving.routing_watch import RoutingWatch
-from moec.errors import MoecError
+from moec.errors import MoecError, first_line
 from moec.runtime.text.engine import FAILED, Continuation, Engine
 from moec.runtime.text.request import Request
-from moec.runtime.text.sampling import Logprobs
+from moec.runtime.text.sampling import Logprobs, NoTokenError
 
 SHUTTING_DOWN = "the server is shutting down: send the request to another"
 STALLED_SECONDS = 120.0  # a step of a busy engine that takes longer counts as stuck
+MOST_FAILED = 3  # calls of the model in a row, by which it counts as broken
+LOGGER = logging.getLogger("moec.serve")
 
 
 @dataclass(frozen=True)
 class Update:
     """One more token of a text of a request, by its index, with its log probability if that was
-    requested; `end` and `error` of a Continuation."""
+    requested; `end` of a Continuation, and what its client is told where that is FAILED."""
 
     index: int
     token: int | None
     logprobs: Logprobs | None = None
     end: str = ""
-    error: str = ""
+    error: ApiError | None = None
 
 
 @dataclass(eq=False)
@@ -47,7 +51,8 @@ class Ticket:
 
 
 class Worker:
-    """Runs an engine in a thread. Its methods are called from the event loop."""
+    """Runs an engine in a thread, which whatever a step raises does not end. Its methods are called
+    from the event loop."""
 
     def __init__(
         self, engine: Engine, metrics: Metrics, routing: RoutingWatch | None = None
@@ -71,33 +76,36 @@ class Worker:
     def submit(self, ticket: Ticket) -> None:
         self._inbox.put((ticket, True))
         if self.error:  # the thread may have ended before it took the ticket
-            ticket.updates.put_nowait(Update(ticket.index, None, end=FAILED, error=self.error))
+            error = ApiError(503, self.error)
+            ticket.updates.put_nowait(Update(ticket.index, None, end=FAILED, error=error))
 
     def cancel(self, ticket: Ticket) -> None:
         """Before the next step; does nothing where the text has ended."""
         self._inbox.put((ticket, False))
 
     @property
-    def healthy(self) -> bool:
+    def sickness(self) -> str:
+        """Why no text will advance; empty where that is not known."""
+        if self.error or not self._thread.is_alive():
+            return self.error or "the engine has ended"
+        if self.engine.failed_calls >= MOST_FAILED:
+            return f"the last {self.engine.failed_calls} calls of the model failed: see the log"
         waited = time.monotonic() - self._stepped
-        return self._thread.is_alive() and (not self.engine.busy or waited < STALLED_SECONDS)
+        return "the engine is stuck" if self.engine.busy and waited > STALLED_SECONDS else ""
 
     def _run(self) -> None:
-        try:
-            while self._receive():
+        while True:
+            try:
+                if not self._receive():
+                    break
                 if self._routing:
                     self._routing.switch()
-                try:
-                    step = self.engine.step()
-                except MoecError as error:  # such as a read of an expert that failed
-                    self._deliver(self.engine.fail(str(error)))
-                    continue
+                step = self.engine.step()
                 self._metrics.observe(self.engine, step)
                 self._deliver(step.advanced)
-            self.error = SHUTTING_DOWN
-        except Exception as error:  # of any kind: the clients must hear of it
-            reason = (str(error).splitlines() or [""])[0]
-            self.error = f"the model failed: {type(error).__name__}: {reason}"
+            except BaseException as error:
+                self._deliver(self.engine.fail(error))
+        self.error = SHUTTING_DOWN
         if self._routing:
             self._routing.switch(ended=True)
         self._receive()
@@ -114,8 +122,12 @@ class Worker:
                 if ticket is None:
                     return False
                 if joins:
-                    ticket.text = self.engine.submit(ticket.prompt, ticket.request, ticket.choice)
-                    self._tickets[ticket.text] = ticket
+                    try:
+                        text = self.engine.submit(ticket.prompt, ticket.request, ticket.choice)
+                    except BaseException as error:
+                        self._hand_over([(ticket, self._failure(ticket, error, first_line(error)))])
+                        continue
+                    ticket.text, self._tickets[text] = text, ticket
                 elif ticket.text is not None:
                     self.engine.cancel(ticket.text)
                     self._tickets.pop(ticket.text, None)
@@ -124,15 +136,31 @@ class Worker:
         return True
 
     def _deliver(self, texts: Sequence[Continuation]) -> None:
-        updates = []
+        updates: list[tuple[Ticket, Update]] = []
         for text in texts:
+            if text not in self._tickets:  # cancelled
+                continue
             ticket = self._tickets.pop(text) if text.end else self._tickets[text]
             scores = [*text.logprobs[len(text.logprobs) - text.new :], *[None] * text.new]
             new = [Update(ticket.index, *item) for item in zip(text.latest, scores, strict=False)]
             if text.end == FAILED:
-                new.append(Update(ticket.index, None))
-            new[-1] = replace(new[-1], end=text.end, error=text.error)
+                new.append(self._failure(ticket, text.cause, text.error))
+            else:
+                new[-1] = replace(new[-1], end=text.end)
             updates += [(ticket, update) for update in new]
+        self._hand_over(updates)
+
+    def _failure(self, ticket: Ticket, cause: BaseException | None, error: str) -> Update:
+        """The last update of a text, whose error is logged and counted."""
+        status = 503  # shutting down
+        if cause is not None:
+            asked, known = isinstance(cause, NoTokenError), isinstance(cause, MoecError)
+            status, level = (400, logging.INFO) if asked else (500, logging.ERROR)
+            self._metrics.failed(cause)
+            LOGGER.log(level, "a text ended: %s", error, exc_info=None if known else cause)
+        return Update(ticket.index, None, end=FAILED, error=ApiError(status, error))
+
+    def _hand_over(self, updates: Sequence[tuple[Ticket, Update]]) -> None:
         with suppress(RuntimeError):  # the loop has ended, and with it all who wait
             self._loop.call_soon_threadsafe(_hand_over, updates)
 

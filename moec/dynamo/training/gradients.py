@@ -11,7 +11,7 @@ expert, and a gather into a scatter that adds row by row. Here
 so that each gradient is written once, at its final address, and experts without rows cost only
 zeroing. The last product and the combine are one op, whose gradient needs no y (_LastProduct). Sums
 over a token's choices are in float32 (of float64 in float64), in the order of the slots; everything
-is deterministic. The products are PyTorch's, or those of `moec.dynamo.training.products`.
+is deterministic. The products are PyTorch's.
 """
 
 from __future__ import annotations

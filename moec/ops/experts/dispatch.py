@@ -31,7 +31,7 @@ def chooses_all(graph: Graph, dispatch: Op) -> bool:
 
 
 def _infer_sort(op: Op) -> tuple[TensorType, ...]:
-    require(op, all(len(v.shape) == 2 for v in op.inputs), "choices and guesses are [T, k]")
+    require(op, all(len(v.shape) == 2 for v in op.inputs), "choices are [T, k]")
     tokens, k = op.inputs[0].shape
     return (
         TensorType("i32", (k * tokens,)),
@@ -44,13 +44,9 @@ SORTS = ("moe.sort", "moe.dispatch")
 """The ops that sort the choices of tokens by expert."""
 
 
-@defop("moe.sort", _infer_sort, "experts, guess?", tokenwise=True)
+@defop("moe.sort", _infer_sort, "experts", tokenwise=True)
 def sort(op: Op, tensors: Sequence[torch.Tensor], attrs: Mapping[str, Any], run: Runner) -> Any:
-    """experts[T, k], guess[T, k]? -> order[R], slots[T, k] (the row of each choice), ends[E].
-
-    `guess` are choices that the next layer is expected to make: no result depends on it, and a
-    store reads such experts early.
-    """
+    """experts[T, k] -> order[R], slots[T, k] (the row of each choice), ends[E]."""
     return sort_choices(tensors[0], attrs["num_experts"])
 
 

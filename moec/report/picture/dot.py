@@ -1,15 +1,31 @@
-"""A scene as a Graphviz file, for a layout by other tools."""
+"""A scene as a Graphviz file, which draws it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
+from moec.errors import UsageError
+from moec.files.os_errors import reason
 from moec.report.data import PortLine
-from moec.report.picture.marks import LIGHT
 from moec.report.picture.part import ENTRY, Scene, ScenePart
 from moec.report.text import shape
 from moec.report.units import count
+
+COLORS = {
+    "moe": "#7c3aed", "router": "#db2777", "shared": "#0e9aa7", "attention": "#2563eb",
+    "mlp": "#059669", "linear": "#64a30d", "embedding": "#d97706", "norm": "#94a3b8",
+    "other": "#b6bec9",
+}  # fmt: skip
+
+
+def save(scene: Scene, path: Path) -> None:
+    """Write the scene to a file. Raises UsageError where it cannot be written."""
+    try:
+        path.write_text(dot(scene), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def dot(scene: Scene) -> str:
@@ -42,7 +58,7 @@ def _inner_lines(part: ScenePart, name: str, indent: str) -> Iterator[str]:
         elif inner.kind == "sum":
             yield f'{indent}{node_id} [label="+", shape=circle]'
         else:
-            color = LIGHT[inner.kind]
+            color = COLORS[inner.kind]
             yield f"{indent}{node_id} [label={quoted(_label(inner))}, color={quoted(color)}]"
         if i:
             before = part.parts[i - 1]

@@ -22,13 +22,11 @@ class ScenePart:
     label: str
     kind: str
     parameters: int = 0
-    active: int = 0
     ops: Mapping[str, int] = field(default_factory=dict)
     weights: tuple[tuple[str, str], ...] = ()
     tied: tuple[str, ...] = ()  # weights that it reads and another part holds
     times: int = 1
     blocks: tuple[Block, ...] = ()  # of an MoE card; nearly always one
-    split: Mapping[str, int] = field(default_factory=dict)  # parameters by kind
     declined: tuple[DeclinedLine, ...] = ()
     parts: tuple[ScenePart, ...] = ()
     edges: tuple[tuple[int, int], ...] = ()
@@ -46,7 +44,3 @@ class Scene:
     @property
     def parameters(self) -> int:
         return self.root.parameters
-
-    @property
-    def active(self) -> int:
-        return self.root.active

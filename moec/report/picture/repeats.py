@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -64,17 +63,12 @@ def is_numbered(part: ScenePart) -> bool:
 
 def _layer(group: Sequence[ScenePart], edges: Edges, length: int, times: int) -> ScenePart:
     first = group[:length]
-    split: Counter[str] = Counter()
-    for part in first:
-        split.update({k: n * part.times for k, n in part.split.items()})
     return ScenePart(
         first[0].path,
         label([p for p in group if is_numbered(p)]),
         "frame",
         sum(p.parameters for p in first),
-        sum(p.active for p in first),
         times=times,
-        split=dict(split),
         parts=tuple(replace(p, label=label([p])) for p in first),
         edges=edges,
     )

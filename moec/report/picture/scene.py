@@ -143,18 +143,15 @@ class _SceneReader:
         params = list(module.all_params())
         blocks = self.blocks_of(module) or tuple(b for b in self.blocks if not module.path)
         total = sum(map(numel, params))
-        idle = sum(b.parameters - b.active_parameters for b in blocks)
         return ScenePart(
             module.path,
             module.name,
             "moe" if blocks else _kind(module),
             total,
-            max(total - idle, 0),
             dict(Counter(op.name for op in module.all_ops())),
             tuple((p.name, str(p.type)) for p in params),
             tied=() if params else _weights_read(self.graph, module),
             blocks=blocks,
-            split=_split(module, blocks) if blocks else {_kind(module): total},
             declined=tuple(d for d in self.declined if inside(_module_path(d.where), module.path)),
         )
 
@@ -163,21 +160,13 @@ class _SceneReader:
         children = [c for c in _without_wrappers(module, self) if not is_position(c)]
         parts, edges = _flow(self.graph, module, children, [self.part(c) for c in children])
         parts, edges = collapse(parts, edges)
-        split: dict[str, int] = {}
         parameters = sum(map(numel, module.params))
-        for part in parts:
-            for kind, count in part.split.items():
-                split[kind] = split.get(kind, 0) + count * part.times
-        if parameters:
-            split["other"] = split.get("other", 0) + parameters
         return ScenePart(
             module.path,
             module.name,
             "frame",
             parameters + sum(p.parameters * p.times for p in parts),
-            parameters + sum(p.active * p.times for p in parts),
             dict(Counter(op.name for op in module.all_ops())),
-            split=split,
             declined=tuple(d for d in self.declined if _module_path(d.where) == module.path),
             parts=tuple(parts),
             edges=edges,
@@ -290,27 +279,6 @@ def is_sum(op: Op) -> bool:
         and op.inputs[0].shape == op.inputs[1].shape
         and len(op.inputs[0].shape) >= 2
     )
-
-
-def _split(module: _Module, blocks: Sequence[Block]) -> dict[str, int]:
-    """The parameters of an MoE card by kind: experts' parameters are known from the block, others
-    are classified by shape and name."""
-    split: Counter[str] = Counter()
-    experts = blocks[0].experts
-    for param in module.all_params():
-        suffix = param.name[len(module.path) :]
-        if "shared" in suffix:
-            split["shared"] += numel(param)
-        elif "expert" not in suffix and len(param.shape) <= 2 and param.shape[:1] == (experts,):
-            split["router"] += numel(param)
-        else:
-            split["moe"] += numel(param)
-    beyond = split["moe"] - sum(b.parameters for b in blocks)
-    if beyond > 0:
-        split["moe"] -= beyond
-        other = "attention" if _kind(module) == "attention" else "other"
-        split["shared" if blocks[0].shared and not split["shared"] else other] += beyond
-    return dict(split)
 
 
 def _kind(module: _Module) -> str:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, cast
 
 from moec.errors import NoMatch
 from moec.ir.graph import Graph, Op, TensorType, Value
-from moec.ir.sizes.dims import Dim
+from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, is_elementwise
-from moec.passes.recognise.reading import elementwise, gathers, products, repeat_tokens
+from moec.passes.recognise.reading import elementwise, gathers, products
 from moec.passes.recognise.reading.block import Recipe
 from moec.passes.recognise.reading.body import ROWS
 from moec.passes.recognise.reading.body_writer import BodyWriter
@@ -30,15 +30,17 @@ from moec.passes.recognise.reading.layout import (
 )
 from moec.passes.recognise.reading.opnames import (
     ACROSS,
+    MULTIPLY,
     PICKS,
     PRODUCTS,
     REARRANGE,
     SCATTERS,
+    SPREAD,
     ZEROS,
 )
 from moec.passes.recognise.reading.row_wise import at_line, counting, not_row_wise
 from moec.passes.recognise.reading.shared_rows import from_one_row
-from moec.passes.recognise.region import Scope
+from moec.passes.recognise.region import Scope, chooses
 
 if TYPE_CHECKING:
     from moec.passes.recognise.forms.branches.parallel_branches import Fan
@@ -134,8 +136,8 @@ class Reader:
         if layout is not None:
             return layout
         op = self.scope.maker(value)
-        if op is not None and self.only is None and repeat_tokens.spreads(self, op):
-            which = repeat_tokens.carrier(self, op)
+        if op is not None and self.only is None and spreads(self, op):
+            which = carrier(self, op)
             self.tokens(op.inputs[which])
             layouts = self.apply(op)
             self.keep(op, layouts)
@@ -303,3 +305,40 @@ class Reader:
         """The body that computes `result`, and a recipe for the stack of each of its params."""
         body, stacks = self.writer.body(result, self.memo[cast(Value, self.x)].base)
         return (from_one_row(body, [*self.shared.values()]) if self.shared else body), stacks
+
+
+def spreads(reader: Reader, op: Op) -> bool:
+    """Whether the result of `op` consists of copies of the tokens, not of the tokens themselves."""
+    if op.name in REARRANGE or op.name in CASTS:
+        return only_moves(reader, op)
+    if op.name in MULTIPLY and len(op.inputs) == 2:
+        return any(v.shape[-1:] == (1,) and chooses(reader.scope, v) for v in op.inputs)
+    if op.name in PRODUCTS:
+        return len(op.inputs) == 2 and chooses(reader.scope, op.inputs[0])
+    if op.name == "aten.index_put.default":
+        return reader.is_zeros(op.inputs[0])
+    return op.name in SPREAD
+
+
+def only_moves(reader: Reader, op: Op) -> bool:
+    """Whether the value holds copies of the tokens, or [T, D] itself, with its axes rearranged."""
+    value = op.outputs[0]
+    flat = len(value.shape) == 2 and op.name not in CASTS
+    maker: Op | None = op
+    while maker is not None and (maker.name in REARRANGE or maker.name in CASTS):
+        source = maker.inputs[0]
+        if product(maker.outputs[0].shape) != product(source.shape):
+            return True
+        if len(source.shape) == 2 and not flat and source.shape[-1] in value.shape:
+            return True
+        maker = reader.scope.maker(source)
+    return maker is not None and spreads(reader, maker)
+
+
+def carrier(reader: Reader, op: Op) -> int:
+    """The index of the input that holds the tokens."""
+    if op.name in MULTIPLY:
+        return 0 if op.inputs[1].shape[-1:] == (1,) and chooses(reader.scope, op.inputs[1]) else 1
+    if op.name in PRODUCTS:
+        return 1
+    return len(op.inputs) - 1 if op.name == "aten.index_put.default" else 0

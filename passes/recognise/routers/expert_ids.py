@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.ir.graph import Attr, DType, Op, TensorType, Value
+from moec.ir.index_uses import REQUIRE, IndexUse, index_uses
 from moec.ir.sizes.dims import Dim, product
 from moec.ir.traits import CASTS, CHOICES
 from moec.passes.proof.input_generators import Feed, Ids, OneHot
@@ -42,15 +43,14 @@ class Chosen:
     @staticmethod
     def of(parts: tuple[Value, ...], scope: Scope, evidence: Evidence) -> Chosen:
         per_row = sum(_elements_per_row(v, evidence.rows_in) or 1 for v in parts)
-        negative = may_be_negative(scope, parts)
-        absent = evidence.experts if negative else None
-        recipe = _ids_recipe(parts, evidence.rows_in, absent)
+        outside = _outside(scope, parts, evidence)
+        recipe = _ids_recipe(parts, evidence.rows_in, outside)
         slots = per_row // len(parts)
         last = parts[0].shape[-1]
         if len(parts[0].shape) > 1 and isinstance(last, int) and last <= evidence.experts:
             slots = max(slots, last)  # the ids of a token are distinct before the flatten
         ranked = len(parts) == 1 and are_distinct(scope, parts[0], evidence.experts)
-        feed = Ids(evidence.experts, slots, evidence.open, ranked, negative)
+        feed = Ids(evidence.experts, slots, evidence.open, ranked, outside.least)
         shared = _shared_by(parts[0], evidence.rows_in) if len(parts) == 1 else None
         return Chosen(parts, per_row, recipe, feed, 1 if shared is None else shared)
 
@@ -61,15 +61,14 @@ class Chosen:
         if count is None:
             return None
         slots = cast(int, ids.shape[-1])
-        negative, rows = may_be_negative(scope, [ids]), evidence.rows_in
+        outside = _outside(scope, [ids], evidence)
         ranked = are_distinct(scope, ids, evidence.experts)
 
         def make(emit: RegionEmitter) -> Value:
-            value = emit.old(ids)
-            value = _named(emit, value, evidence.experts) if negative else value
-            return repeated(emit, value, count, (rows, slots))
+            shape = (evidence.rows_in, slots)
+            return repeated(emit, outside.named(emit, emit.old(ids)), count, shape)
 
-        feed = Ids(evidence.experts, slots, evidence.open, ranked, negative)
+        feed = Ids(evidence.experts, slots, evidence.open, ranked, outside.least)
         return Chosen((ids,), slots, make, feed, count)
 
     @staticmethod
@@ -77,6 +76,51 @@ class Chosen:
         per_row = cast(int, _elements_per_row(value, evidence.rows_in)) // evidence.experts
         recipe = _mask_recipe(value, (evidence.rows_in, per_row), evidence.experts)
         return Chosen((value,), per_row, recipe, OneHot())
+
+
+@dataclass(frozen=True)
+class Outside:
+    """Ids of no expert. Where they index a stack [E, ..], eager refuses or counts from the end
+    of the stack; elsewhere a negative id stands for no expert."""
+
+    experts: int
+    least: int = 0
+    picks: IndexUse | None = None
+
+    @staticmethod
+    def of(scope: Scope, ids: Sequence[Value], read: Sequence[Value], experts: int) -> Outside:
+        """`read` are the values, made from the ids, that may index an axis of the experts."""
+        picks = [
+            use
+            for value in read
+            for op in scope.graph.readers.get(value, ())
+            for use in index_uses(op)
+            if use.ids is value and use.size == experts
+        ]
+        if not all(scope.ranges.inside(replace(use, negative=False)) for use in picks):
+            use = IndexUse(ids[0], experts, all(use.negative for use in picks))
+            return Outside(experts, -experts if use.negative else 0, use)
+        return Outside(experts, -1 if may_be_negative(scope, ids) else 0)
+
+    def named(self, emit: RegionEmitter, ids: Value) -> Value:
+        """The ids without negative ones; a requirement, where eager may refuse them."""
+        if self.picks is not None:
+            what = f"the choice of one of {self.experts} experts"
+            attrs: dict[str, Attr] = {"rows": self.experts, "negative": self.picks.negative}
+            (ids,) = emit(REQUIRE, [ids], [ids.type], attrs={**attrs, "what": what})
+        if self.least == 0:
+            return ids
+        number: Attr = self.experts
+        if self.picks is not None:
+            return emit("aten.remainder.Scalar", [ids], [ids.type], attrs={"other": number})[0]
+        mask = [TensorType("bool", ids.shape)]
+        inputs = [ids, *emit("aten.lt.Scalar", [ids], mask, attrs={"other": 0})]
+        return emit("aten.masked_fill.Scalar", inputs, [ids.type], attrs={"value": number})[0]
+
+
+def _outside(scope: Scope, parts: Sequence[Value], evidence: Evidence) -> Outside:
+    read = [ids for ids in evidence.values("ids") if source_of_ids(scope, ids) in parts]
+    return Outside.of(scope, parts, read, evidence.experts)
 
 
 def are_distinct(scope: Scope, ids: Value, experts: int) -> bool:
@@ -103,17 +147,20 @@ def are_distinct(scope: Scope, ids: Value, experts: int) -> bool:
 
 
 def may_be_negative(scope: Scope, ids: Sequence[Value]) -> bool:
-    """Whether a negative number, which is the id of no expert, may be among the ids: a constant, or
-    a difference."""
+    """Whether a negative number, which is the id of no expert, may be among the ids: of an input, a
+    constant, or a difference."""
     waiting, visited = list(ids), set(ids)
     while waiting:
-        op = scope.maker(waiting.pop())
-        if op is None or op.name in CHOICES:
+        value = waiting.pop()
+        op, low = scope.maker(value), scope.ranges.of(value).low
+        if isinstance(low, int) and low >= 0:
             continue
+        if op is None and low is None and value in scope.params:
+            continue
+        if op is None or op.name.startswith(_DIFFERENCES):
+            return True
         numbers = [op.attrs.get(key) for key in ("value", "other", "self", "fill_value", "s")]
-        if op.name.startswith(_DIFFERENCES) or any(
-            isinstance(number, int | float) and number < 0 for number in numbers
-        ):
+        if any(isinstance(number, int | float) and number < 0 for number in numbers):
             return True
         sources = [v for v in op.inputs if v.dtype in INDEX_DTYPES and v not in visited]
         visited.update(sources)
@@ -277,13 +324,9 @@ def picked(scope: Scope, op: Op) -> Iterator[Value]:
     yield from (first.outputs[0] for first in slices[:1])
 
 
-def _ids_recipe(parts: Sequence[Value], rows: Dim, absent: int | None) -> Recipe:
-    """`absent` takes the place of negative ids; None where there are none."""
-
+def _ids_recipe(parts: Sequence[Value], rows: Dim, outside: Outside) -> Recipe:
     def make(emit: RegionEmitter) -> Value:
-        ids = [emit.old(v) for v in parts]
-        if absent is not None:
-            ids = [_named(emit, v, absent) for v in ids]
+        ids = [outside.named(emit, emit.old(v)) for v in parts]
         if len(ids) > 1:
             return emit.stack([emit.reshape(v, (rows,)) for v in ids], 1)
         count = _shared_by(parts[0], rows)
@@ -300,10 +343,3 @@ def repeated(emit: RegionEmitter, value: Value, count: Dim, shape: tuple[Dim, in
     assert groups is not None
     each = emit.reshape(emit.reshape(value, (groups, shape[1])), (groups, 1, shape[1]))
     return emit.reshape(emit.expand(each, (groups, count, shape[1])), shape)
-
-
-def _named(emit: RegionEmitter, ids: Value, absent: int) -> Value:
-    """The ids with `absent` for negative ones."""
-    (negative,) = emit("aten.lt.Scalar", [ids], [TensorType("bool", ids.shape)], attrs={"other": 0})
-    attrs: dict[str, Attr] = {"value": absent}
-    return emit("aten.masked_fill.Scalar", [ids, negative], [ids.type], attrs=attrs)[0]

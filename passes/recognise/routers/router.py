@@ -18,7 +18,7 @@ from typing import ClassVar, cast
 
 import torch
 
-from moec.dtypes import FLOATS
+from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.errors import IRError, NoMatch
 from moec.ir.graph import Graph, Op, Program, Stage, Value
 from moec.ir.sizes.dims import Dim, product
@@ -32,8 +32,7 @@ from moec.passes.proof.input_generators import Correction, Feed, Ids, Logits
 from moec.passes.proof.prove import TOLERANCE, Compare, Prover
 from moec.passes.recognise.reading.layout import divide
 from moec.passes.recognise.region import RegionEmitter, Scope, is_routing
-from moec.passes.recognise.routers.expert_ids import repeated, widest_choice
-from moec.passes.recognise.routers.forced_choices import forced_ids, may_force, with_forced
+from moec.passes.recognise.routers.expert_ids import Outside, repeated, widest_choice
 from moec.passes.recognise.routers.region_boundary import logits_behind
 from moec.passes.recognise.routers.rounded_choices import EagerChoices, roundings
 from moec.passes.recognise.routers.router_hypotheses import hypotheses
@@ -103,6 +102,7 @@ class RecognisedRouter:
     correction: Value | None
     routing: Routing
     forced: Value | None = None  # the id of an expert that each token must have
+    outside: Outside | None = None  # of the forced ids
 
 
 def blocks(scope: Scope) -> Iterator[Routed]:
@@ -204,15 +204,20 @@ def _hypothesise(
         params = tuple(p for p in region.params if p is not correction)
         region = replace(region, inputs=(*region.inputs, correction), params=params)
         feeds[correction] = Correction()
+    outside = None
     if forced is not None:
-        feeds[forced] = Ids(block.num_experts, 1)
+        read = [value for op in region.ops for value in op.outputs]
+        outside = Outside.of(scope, [forced], [forced, *read], block.num_experts)
+        if outside.picks is None:
+            raise NoMatch(f"what {forced.name} does where it names no expert is not known")
+        feeds[forced] = Ids(block.num_experts, 1, least=outside.least)
     dtype = block.weights.dtype if block.weights is not None else "f32"
     count, reason, equal_but_for_rounding = 0, "", False
     for routing in hypotheses(region, k, dtype, block.num_experts):
         if forced is not None and not may_force(routing):
             continue
         count += 1
-        router = RecognisedRouter(logits, correction, routing, forced)
+        router = RecognisedRouter(logits, correction, routing, forced, outside)
         after = _router_graph(region, router, block)
         try:
             prover.prove(
@@ -256,9 +261,12 @@ def _emit(emit: RegionEmitter, router: RecognisedRouter) -> tuple[Value, ...]:
         inputs.append(emit.reshape(emit.old(router.correction), router.logits.shape[-1:]))
     stem = f"{router.logits.name}_weights"
     choices = emit("moe.route", inputs, attrs=router.routing.attrs(), named=stem)
-    if router.forced is None:
+    if router.forced is None or router.outside is None:
         return choices
-    return with_forced(emit, choices, inputs[0], router.forced, router.routing)
+    forced = router.outside.named(emit, emit.old(router.forced))
+    values = [*choices, inputs[0], emit.reshape(forced, inputs[0].shape[:1])]
+    named = choices[0].name
+    return emit("moe.force", values, attrs=router.routing.attrs(), named=named)
 
 
 def _router_graph(region: Graph, router: RecognisedRouter, block: Routed) -> Graph:
@@ -351,3 +359,21 @@ def splice(scope: Scope, routers: Mapping[Key, RecognisedRouter]) -> Graph:
             inputs[position] = _repeated(emit, value, op.inputs[position].shape)
         builder.append(replace(op, inputs=tuple(inputs)))
     return rebuild(scope.graph, builder.ops, {})
+
+
+def forced_ids(scope: Scope, results: Sequence[Value], logits: Value) -> Value | None:
+    """The only integer input, one id per token, that the choices read besides the logits; None if
+    there is none."""
+    ops = scope.upstream(results, [logits])
+    others = [v for v in scope.leaves(ops, [logits]) if v not in scope.params]
+    tokens = product(logits.shape[:-1])
+    if len(others) == 1 and others[0].dtype in INDEX_DTYPES:
+        return others[0] if product(others[0].shape) == tokens else None
+    return None
+
+
+def may_force(routing: Routing) -> bool:
+    """Whether the weight of a forced expert depends only on its score: moe.force supports no
+    others."""
+    alone = routing.after == "none" and not routing.renormalize and routing.groups == 1
+    return alone and routing.score != "sparsemixer"

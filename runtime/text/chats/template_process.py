@@ -48,7 +48,7 @@ class TemplateProcess:
                 line = ""
             finally:
                 timer.cancel()
-            if line:
+            if line.endswith("\n"):  # the process may have been ended in its midst
                 answer: dict[str, str] = json.loads(line)
                 return answer
             code = process.wait()

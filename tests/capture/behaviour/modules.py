@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 WIDTH, HIDDEN, EXPERTS, TOP_K = 16, 24, 4, 2
-HINTS: dict[str, Any] = {
-    "router": "gate",
-    "experts": "experts",
-    "top_k": TOP_K,
-    "score": "softmax",
-    "renormalise": True,
-}
-"""The description of a `Layer`."""
 
 
 def expert() -> nn.Module:
@@ -50,4 +40,22 @@ class CountsInNumpy(Layer):
                 y = self.experts[i](flat[chosen // TOP_K]) * weights.view(-1, 1)[chosen]
                 out.index_add_(0, chosen // TOP_K, y)
             start = end
+        return out.view_as(x)
+
+
+class ExpertChoice(nn.Module):
+    """Experts choose their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(expert() for _ in range(EXPERTS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, WIDTH)
+        top, tokens = self.gate(flat).softmax(-1).topk(max(1, len(flat) // EXPERTS), 0)
+        out = torch.zeros_like(flat)
+        for i in range(EXPERTS):
+            rows = tokens[:, i].tolist()
+            out[rows] += self.experts[i](flat[rows]) * top[:, i, None]
         return out.view_as(x)

@@ -1,225 +1,237 @@
-"""A user's description of a module is proved against the module."""
+"""A user's forward of a module is compared with the module's own, and captured in its place."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import nn
 
 import moec
-from moec import __main__ as front
-from moec.capture.behaviour.describe import read_descriptions
-from moec.errors import CaptureError, UsageError
+from moec.capture.behaviour.failure import Failure
+from moec.errors import CaptureError, InputError, UsageError
+from moec.interpret.evaluate import evaluate
 from tests.capture.behaviour import look_alikes
-from tests.capture.behaviour.modules import HINTS, TOP_K, WIDTH, CountsInNumpy
+from tests.capture.behaviour.modules import TOP_K, WIDTH, CountsInNumpy, ExpertChoice, Layer
+
+SIZES = ((2, 12), (1, 1), (3, 29), (1, 5), (2, 0))
 
 
-def compiled(description: Any, module: nn.Module | None = None) -> moec.CompiledModel:
+def compiled(
+    description: Any, module: nn.Module | None = None, **options: Any
+) -> moec.CompiledModel:
     torch.manual_seed(0)
     module = (CountsInNumpy() if module is None else module).eval()
-    x = torch.randn(2, 12, WIDTH)
-    return moec.compile(module, (x,), build=False, descriptions=[description])
+    dtype = next(module.parameters()).dtype
+    x = torch.randn(2, 12, WIDTH, dtype=dtype)
+    options = {"build": False} | options
+    return moec.compile(module, (x,), descriptions=[description], **options)
 
 
-def plain(module: CountsInNumpy, x: torch.Tensor) -> torch.Tensor:
+def plain(module: Layer, x: torch.Tensor) -> torch.Tensor:
     flat = x.view(-1, WIDTH)
     weights, ids = module.choose(flat)
-    full = torch.zeros(flat.shape[0], len(module.experts)).scatter(1, ids, weights)
-    return sum(full[:, i, None] * e(flat) for i, e in enumerate(module.experts)).view_as(x)
+    return summed(module, flat, weights, ids).view_as(x)
 
 
-def without_renormalising(module: CountsInNumpy, x: torch.Tensor) -> torch.Tensor:
+def summed(
+    module: Layer, flat: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    y = torch.zeros_like(flat)
+    for index, expert in enumerate(module.experts):
+        token, slot = torch.where(ids == index)
+        y = y.index_add(0, token, expert(flat[token]) * weights[token, slot, None])
+    return y
+
+
+def without_renormalising(module: Layer, x: torch.Tensor) -> torch.Tensor:
     flat = x.view(-1, WIDTH)
     weights, ids = module.gate(flat).softmax(-1).topk(TOP_K, -1)
-    full = torch.zeros(flat.shape[0], len(module.experts)).scatter(1, ids, weights)
-    return sum(full[:, i, None] * e(flat) for i, e in enumerate(module.experts)).view_as(x)
+    return summed(module, flat, weights, ids).view_as(x)
 
 
-def test_a_right_description_is_trusted() -> None:
-    result = compiled(moec.describe(CountsInNumpy, **HINTS))
-    assert [(b.experts, b.top_k) for b in result.blocks] == [(4, 2)]
-    assert "was described by the user: experts=" in result.captured.notes[0]
+def of_one_expert(module: Layer, x: torch.Tensor) -> torch.Tensor:
+    flat = x.view(-1, WIDTH)
+    weights, ids = module.choose(flat)
+    return summed(module, flat, weights[:, :1], ids[:, :1]).view_as(x)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"top_k": 1},
-        {"score": "sigmoid"},
-        {"renormalise": False},
-        {"scale": 1.01},
-        {"threshold_on": "weight", "threshold": 0.02},
-        {"capacity": {"factor": 1}},
-        {"weighs": "input"},
-        {"correction": "gate.bias", "router": "gate"},
-    ],
-    ids=str,
-)
-def test_a_wrong_description_is_refused_with_the_input_that_shows_it(wrong: dict[str, Any]) -> None:
-    module = CountsInNumpy()
-    module.gate = nn.Linear(WIDTH, 4, bias=True)
+def scaled(module: Layer, x: torch.Tensor) -> torch.Tensor:
+    return 1.01 * plain(module, x)
+
+
+def test_a_right_description_is_captured_as_a_block() -> None:
+    module = CountsInNumpy().eval()
+    result = compiled(moec.describe(CountsInNumpy, forward=plain), module)
+    assert [(b.experts, b.router) for b in result.blocks] == [(4, "softmax, top-2, renormalised")]
+    program = result.pass_results[-1].program
+    for size in SIZES:
+        x = torch.randn(*size, WIDTH)
+        with torch.no_grad():
+            (y,) = evaluate(program.graph, [x], program.weights)
+            torch.testing.assert_close(y, module(x), rtol=1e-5, atol=1e-5)
+    assert "forward" not in vars(module)
+    text = " ".join(str(result.report()).split())
+    assert "the model, a CountsInNumpy (modules.py:" in text
+    assert "was described by the user: its forward and the user's agree at" in text
+
+
+@pytest.mark.parametrize("wrong", [without_renormalising, of_one_expert, scaled])
+def test_a_wrong_description_is_refused_with_the_sizes_that_show_it(
+    wrong: Callable[..., torch.Tensor],
+) -> None:
     with pytest.raises(CaptureError) as raised:
-        compiled(moec.describe(CountsInNumpy, **(HINTS | wrong)), module)
+        compiled(moec.describe(CountsInNumpy, forward=wrong))
     text = str(raised.value)
     assert "a CountsInNumpy (modules.py:" in text
-    assert "is not what it is described to be: output differs on" in text
-    assert "begins" in text
+    assert "is not what it is described to be: the two forwards differ on inputs of (2, 12" in text
 
 
 @pytest.mark.parametrize(
-    "misfit",
+    "kind",
     [
-        {"correction": "gate.weight"},
-        {"router": "experts"},
-        {"router": ["gate", "experts.0"]},
-        {"experts": ["experts.0", "door"]},
-        {"experts": ["experts.0", "gate"]},
-    ],
-    ids=str,
-)
-def test_a_description_of_parts_that_do_not_fit_is_refused(misfit: dict[str, Any]) -> None:
-    words = "a CountsInNumpy .* is not what it is described to be: the description cannot be"
-    with pytest.raises(CaptureError, match=words):
-        compiled(moec.describe(CountsInNumpy, **(HINTS | misfit)))
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        (look_alikes.Threshold, "output differs on"),
-        (look_alikes.RareThreshold, "output differs on"),
-        (look_alikes.ClampedLogits, "output differs on"),
-        (look_alikes.RoundedWeights, "output differs on"),
-        (look_alikes.LateCapacity, "output differs on"),
-        (look_alikes.CapacityOfOneExpert, "output differs on"),
-        (look_alikes.ClampedOutput, "tokens times 1000"),
-        (look_alikes.Growing, "output differs on"),
-        (look_alikes.WrongBeyond, "output differs on 1 x 200 tokens"),
-        (look_alikes.OneTokenAlone, "output differs on 1 x 1 tokens"),
-        (look_alikes.TokensMeet, "output differs on"),
-        (look_alikes.OtherExpert, "output differs on 2 x 12 tokens"),
+        look_alikes.Threshold,
+        look_alikes.ClampedLogits,
+        look_alikes.RoundedWeights,
+        look_alikes.LateCapacity,
+        look_alikes.CapacityOfOneExpert,
+        look_alikes.ClampedOutput,
+        look_alikes.Growing,
+        look_alikes.WrongBeyond,
+        look_alikes.WrongFarBeyond,
+        look_alikes.OneTokenAlone,
+        look_alikes.TokensMeet,
+        look_alikes.TokensMeetInTheRouter,
     ],
 )
 def test_what_nearly_is_what_it_is_described_to_be_is_refused(
-    kind: type[look_alikes.LookAlike], words: str
+    kind: type[look_alikes.LookAlike],
 ) -> None:
-    with pytest.raises(CaptureError) as raised:
-        compiled(moec.describe(kind, **HINTS), kind())
-    text = str(raised.value)
-    assert f"a {kind.__name__} (look_alikes.py:" in text
-    assert words in text
+    words = rf"a {kind.__name__} \(look_alikes.py:.*: the two forwards differ on inputs of \("
+    with pytest.raises(CaptureError, match=words):
+        compiled(moec.describe(kind, forward=plain), kind())
 
 
-def test_a_look_alike_described_as_what_it_is_is_trusted() -> None:
-    bound = {"threshold_on": "weight", "threshold": 0.02}
+def test_more_tokens_than_were_compared_are_refused(tmp_path: Path) -> None:
+    module = CountsInNumpy().eval()
+    described = moec.describe("CountsInNumpy", forward=plain)
+    model = compiled(described, module, build=True, verify=False)
+    x = torch.randn(256, 16, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), module(x), rtol=1e-5, atol=1e-5)
+    model.save(tmp_path / "counts.moec")
+    for each in (model, moec.load(tmp_path / "counts.moec")):
+        with pytest.raises(InputError, match=r"B\*S is 4112, .* for at most 4096"):
+            each(torch.randn(257, 16, WIDTH))
+
+
+class Noted(Layer):
+    """Notes in a file the numbers of tokens of the calls of its own forward: what it noted in
+    Python would be put back."""
+
+    file: Path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.file.open("a") as file:
+            file.write(f"{int(x.shape[0])}\n")
+        weights, ids = self.choose(x)
+        pairs = ids.tolist()
+        rows = [
+            sum(w * self.experts[i](row) for w, i in zip(weights[n], pair, strict=True))
+            for n, (row, pair) in enumerate(zip(x, pairs, strict=True))
+        ]
+        return torch.stack(rows) if rows else x
+
+
+def test_the_forward_of_a_described_module_is_captured_at_no_size(tmp_path: Path) -> None:
+    """For sizes that the graph excludes there is no second program: it would be one of the loop
+    over tokens, at more of them than were compared."""
+    torch.manual_seed(0)
+    module = Noted().eval()
+    module.file = tmp_path / "seen"
+    described = moec.describe(Noted, forward=plain)
+    model = moec.compile(module, (torch.randn(12, WIDTH),), verify=False, descriptions=[described])
+    assert max(map(int, module.file.read_text().split())) == 4096
+    assert model.captured.beyond == ()
+    assert list(model.package.functions) == ["main"]
+
+
+def test_sixteen_bits_are_compared_in_float32() -> None:
     result = compiled(
-        moec.describe(look_alikes.Threshold, **HINTS, **bound), look_alikes.Threshold()
+        moec.describe(CountsInNumpy, forward=plain), CountsInNumpy().bfloat16(), build=False
     )
-    assert [(b.experts, b.top_k) for b in result.blocks] == [(4, 2)]
-
-
-def test_a_forward_of_the_users_is_checked_and_then_captured() -> None:
-    result = compiled(moec.describe(CountsInNumpy, forward=plain))
     assert len(result.blocks) == 1
-    assert "was described by the user:" in result.captured.notes[0]
-    with pytest.raises(CaptureError, match="output differs on 2 x 12 tokens, tokens times 1"):
-        compiled(moec.describe(CountsInNumpy, forward=without_renormalising))
+    with pytest.raises(CaptureError, match="the two forwards differ"):
+        compiled(moec.describe(CountsInNumpy, forward=scaled), CountsInNumpy().bfloat16())
 
 
 @pytest.mark.parametrize(
-    ("kind", "description", "words"),
+    ("kind", "forward", "words"),
     [
-        (CountsInNumpy, {"router": "gate"}, "the description lacks experts, top_k"),
-        (CountsInNumpy, HINTS | {"score": "max"}, "score='max' is not one of softmax, sigmoid"),
-        (CountsInNumpy, HINTS | {"colour": 1}, "'colour' is no part of a description; there are"),
-        (CountsInNumpy, HINTS | {"router": "door"}, "router='door': CountsInNumpy has no such"),
-        (CountsInNumpy, HINTS | {"experts": "door"}, "experts='door': CountsInNumpy has no such"),
-        ("Other", HINTS, "Other is described, and the model has no module of that class"),
-        (CountsInNumpy, HINTS | {"forward": plain}, "a forward, or names and numbers: not both"),
-        (5, HINTS, "5 is no class of modules: give the class, or its name"),
-        (dict, HINTS, "<class 'dict'> is no class of modules"),
-        (CountsInNumpy, {"forward": 5}, "forward is 5: give a function of a module and its inputs"),
-        (CountsInNumpy, HINTS | {"score": ["softmax"]}, "score=['softmax'] is not one of softmax"),
-        (CountsInNumpy, HINTS | {"top_k": 0}, "top_k=0: give a whole number of at least 1"),
-        (CountsInNumpy, HINTS | {"top_k": 2.0}, "top_k=2.0: give a whole number of at least 1"),
-        (CountsInNumpy, HINTS | {"top_k": True}, "top_k=True: give a whole number"),
-        (CountsInNumpy, HINTS | {"eps": "1e-6"}, "eps='1e-6': give a finite number (in YAML"),
-        (CountsInNumpy, HINTS | {"scale": float("nan")}, "scale=nan: give a finite number"),
-        (CountsInNumpy, HINTS | {"temperature": 0}, "temperature=0: give a number other than 0"),
-        (CountsInNumpy, HINTS | {"renormalise": "no"}, "renormalise='no': give true or false"),
-        (CountsInNumpy, HINTS | {"groups": 2}, "groups=2: give three whole numbers"),
-        (CountsInNumpy, HINTS | {"threshold_on": "gap"}, "threshold_on='gap': give one of weight"),
-        (CountsInNumpy, HINTS | {"capacity": 5}, "capacity=5: give a mapping"),
-        (CountsInNumpy, HINTS | {"capacity": {"factor": "big"}}, "factor='big': give a number"),
-        (CountsInNumpy, HINTS | {"capacity": {"per": "token"}}, "per='token': give one of"),
-        (CountsInNumpy, HINTS | {"body": "gated"}, "body='gated': give a mapping"),
-        (CountsInNumpy, HINTS | {"router": ""}, "router='': give the name of a part"),
-        (CountsInNumpy, HINTS | {"experts": []}, "experts=[]: give the name of a part"),
-        (CountsInNumpy, HINTS | {"shared": "door"}, "shared='door': CountsInNumpy has no such"),
-        (CountsInNumpy, HINTS | {"shared": {"gate": "door"}}, "shared='door': CountsInNumpy"),
-        (CountsInNumpy, HINTS | {"source": "door"}, "source='door': CountsInNumpy has no such"),
-        (CountsInNumpy, HINTS | {"correction": "b"}, "correction='b': CountsInNumpy has no such"),
-        (CountsInNumpy, HINTS | {"experts": "gate"}, "experts='gate' has no submodules"),
+        ("Other", plain, "Other is described, and the model has no module of that class"),
+        (5, plain, "5 is no class of modules: give the class, or its name"),
+        (dict, plain, "<class 'dict'> is no class of modules"),
+        (CountsInNumpy, 5, "forward is 5: give a function of a module and its inputs"),
     ],
 )
-def test_what_is_no_description(kind: Any, description: dict[str, Any], words: str) -> None:
+def test_what_is_no_description(kind: Any, forward: Any, words: str) -> None:
     with pytest.raises(UsageError) as raised:
-        compiled(moec.describe(kind, **description))
+        compiled(moec.describe(kind, forward=forward))
     assert words in str(raised.value)
 
 
-def test_a_file_describes_classes_by_name(tmp_path: Path) -> None:
-    file = tmp_path / "moe.yaml"
-    file.write_text(
-        "CountsInNumpy:\n  router: gate\n  experts: experts\n  top_k: 2\n  renormalise: true\n"
-        "Other: {router: wg, experts: experts, top_k: 1}\n"
-    )
-    first, second = read_descriptions(file)
-    assert first == moec.describe("CountsInNumpy", **HINTS)
-    assert second == moec.describe("Other", router="wg", experts="experts", top_k=1)
+def test_a_forward_that_fails_is_refused_with_its_error() -> None:
+    words = "the user's forward is not captured"
+    with pytest.raises(CaptureError, match=words):
+        compiled(moec.describe(CountsInNumpy, forward=lambda module, x: module.door(x)))
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("a: [", "is not YAML"),
-        ("- a", "write a class's name and, indented"),
-        ("A: 3", "A: write what it does as name: value"),
-        ("A:", "A: the description lacks router, experts, top_k"),
-        ("A: {router: gate}", "A: the description lacks experts, top_k"),
-    ],
-)
-def test_what_is_no_file_of_descriptions(tmp_path: Path, content: str, words: str) -> None:
-    file = tmp_path / "moe.yaml"
-    file.write_text(content)
-    with pytest.raises(UsageError) as raised:
-        read_descriptions(file)
-    assert words in str(raised.value)
+def test_a_refusal_names_the_module_the_line_and_what_to_do() -> None:
+    module = ExpertChoice().eval()
+    with pytest.raises(CaptureError) as raised:
+        moec.compile(module, (torch.randn(2, 12, WIDTH),), build=False)
+    text = str(raised.value)
+    assert "if the model, a ExpertChoice (modules.py:" in text
+    assert "describe it: moec.describe(ExpertChoice, forward=...)" in text
 
 
-def test_the_command_line_reads_a_file(tmp_path: Path) -> None:
-    (tmp_path / "layer.py").write_text(
-        "import torch\n"
-        "from tests.capture.behaviour.modules import WIDTH, CountsInNumpy\n"
-        "def make():\n"
-        "    torch.manual_seed(0)\n"
-        "    return CountsInNumpy().eval(), (torch.randn(2, 12, WIDTH),)\n"
-    )
-    file = tmp_path / "moe.yaml"
-    words = ["inspect", f"{tmp_path / 'layer.py'}:make", "--describe", str(file)]
-    file.write_text(
-        "CountsInNumpy: {router: gate, experts: experts, top_k: 2, renormalise: true}\n"
-    )
-    right = CliRunner().invoke(front.cli, words, prog_name="moec")
-    assert right.exit_code == 0, right.stderr
-    text = " ".join(right.stdout.split())
-    assert "1 MoE block" in text
-    assert "was described by the user: experts=(experts.0, ..., experts.3)" in text
-    file.write_text("CountsInNumpy: {router: gate, experts: experts, top_k: 1}\n")
-    wrong = CliRunner().invoke(front.cli, words, prog_name="moec")
-    assert wrong.exit_code == 1
-    assert "is not what it is described to be: output differs on 2 x 12 tokens" in wrong.stderr
+class ReadsTokens(ExpertChoice):
+    """Before it chooses, it reads the number of a token into Python, and loops as often."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for token in torch.where(x[..., 0] > 0)[0].tolist():
+            x = x + token
+        return super().forward(x)
+
+
+def test_a_refusal_also_says_why_it_was_not_traced() -> None:
+    module = ReadsTokens().eval()
+    with pytest.raises(CaptureError) as raised:
+        moec.compile(module, (torch.randn(2, 12, WIDTH),), build=False)
+    text = str(raised.value)
+    assert len(text.splitlines()) <= 5
+    assert "for token in torch.where" in text
+    assert "a loop over rows, as many as the data say, cannot be unrolled" in text
+    assert "the model, a ReadsTokens (test_describe.py:" in text
+
+
+def test_a_failure_is_at_the_last_line_of_the_user() -> None:
+    """Not at one of the standard library's, such as a context manager that an error leaves by."""
+
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
+        yield
+
+    def fail() -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(inside())
+            raise ValueError("no")  # here
+
+    with pytest.raises(ValueError, match="no") as raised:
+        inside()(fail)()
+    failure = Failure.of(raised.value, nn.Identity())
+    assert 'raise ValueError("no")  # here' in str(failure.line)

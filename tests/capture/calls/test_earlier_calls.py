@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import moec
-from moec.capture.behaviour.door import Declared
+from moec.capture.behaviour.describe import Declared
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.errors import CaptureError
 

@@ -106,8 +106,6 @@ def test_the_null_target_makes_no_code(tmp_path: Path) -> None:
     compiled.save(tmp_path / "null.moec")
 
 
-def test_the_null_target_has_nothing_to_verify_or_tune() -> None:
+def test_the_null_target_has_nothing_to_verify() -> None:
     with pytest.raises(UsageError, match="nothing to verify: switch verification off"):
         moec.compile(nn.Linear(8, 4), (x,), target="null")
-    with pytest.raises(UsageError, match="the target 'null' has none"):
-        moec.compile(nn.Linear(8, 4), (x,), target="null", verify=False, tune=True)

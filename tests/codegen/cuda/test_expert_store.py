@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moec.codegen.backends.cuda.library import STORE
-from moec.codegen.cpu.link import NARROW
 from moec.runtime.expert_store.gpu_native import (
     NativeArray,
     NativeOptions,
@@ -180,7 +179,7 @@ def _built(folder: Path, old: str = "", new: str = "") -> ctypes.CDLL:
     text = text.replace(old, new) if old else text
     source = folder / "store.c"
     source.write_text(text.replace("../cpu/", f"{STORE.parents[1]}/cpu/"))
-    words = ["gcc", "-std=gnu11", "-O1", "-shared", "-fPIC", str(source), str(NARROW), "-o"]
+    words = ["gcc", "-std=gnu11", "-O1", "-shared", "-fPIC", str(source), "-o"]
     subprocess.run([*words, str(folder / "store.so")], check=True)
     return ctypes.CDLL(str(folder / "store.so"))
 

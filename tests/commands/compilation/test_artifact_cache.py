@@ -12,11 +12,7 @@ from click.testing import CliRunner
 
 from moec import __main__ as front
 from moec.cache import ARTIFACTS, Store, entries, load, store_in
-from moec.commands.compilation import artifact_frame
 from moec.commands.compilation.artifact_cache import fetch, keep
-from moec.commands.compilation.artifact_frame import Frame
-
-NOT_READ: Any = None
 
 
 @pytest.fixture
@@ -28,10 +24,10 @@ def test_it_is_written_where_nothing_else_is_lost(store: Store, tmp_path: Path) 
     output = tmp_path / "out.moec"
 
     def fetched(key: str, output: Path, overwrite: bool = False) -> bool:
-        return fetch(store, key, tmp_path, output, overwrite=overwrite)
+        return fetch(store, key, output, overwrite=overwrite)
 
     output.write_bytes(b"an artifact")
-    keep(store, "key", tmp_path, output, NOT_READ)
+    keep(store, "key", output)
     output.write_bytes(b"a damaged one")
     assert not fetched("key", output)
     assert fetched("key", output, overwrite=True)
@@ -47,21 +43,10 @@ def test_it_is_written_where_nothing_else_is_lost(store: Store, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".moec")] == []
 
 
-def test_what_is_too_large_is_not_kept(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frame = Frame(1000, (), (), bytes(1000))
-    room: list[int] = []
-
-    def frame_of(compiled: Any, output: Path, checkpoint: Path, most: int) -> Frame | None:
-        room.append(most)
-        return None if most < 1000 else frame
-
-    monkeypatch.setattr(artifact_frame, "frame_of", frame_of)
+def test_what_is_too_large_is_not_kept(store: Store, tmp_path: Path) -> None:
     (tmp_path / "out.moec").write_bytes(bytes(1000))
-    keep(Store(store.folder, limit=8 * 999), "key", tmp_path, tmp_path / "out.moec", NOT_READ)
+    keep(Store(store.folder, limit=8 * 999), "key", tmp_path / "out.moec")
     assert not list(entries(store))
-    assert room == [999]
 
 
 def test_a_second_compilation_gives_the_same_artifact_and_report(

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -17,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import uvicorn
 from prometheus_client import generate_latest
 
 import moec
-from moec.commands.serving.app import application
+from moec.commands.serving.access import Access
 from moec.commands.serving.metrics import MetricFamilies
 from moec.commands.serving.routing_watch import RoutingWatch
-from moec.commands.serving.server import listen
+from moec.commands.serving.server import Server, listen
 from moec.commands.serving.service import ServedModels, Service
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
@@ -36,6 +36,7 @@ from moec.runtime.text.engine import Engine
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}def "
 MODEL, PROMPT = "tiny", "def main("
+LOCAL = Access()
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
 
 
@@ -90,10 +91,20 @@ class Running:
         """The status, the object, and the headers of a response."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         content = body if body is None or isinstance(body, bytes) else json.dumps(body)
+        headers = {"Content-Type": "application/json"} | headers
         with contextlib.closing(connection):
             connection.request("GET" if body is None else "POST", path, content, headers)
             response = connection.getresponse()
             return response.status, json.loads(response.read()), dict(response.headers)
+
+    def post(self, path: str, body: Any) -> tuple[int, str]:
+        """The status and the text of a response, which may be a stream."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", path, json.dumps(body), headers)
+            response = connection.getresponse()
+            return response.status, response.read().decode()
 
     def metric(self, name: str, model: str = MODEL) -> float:
         text = generate_latest(self.service.families.registry).decode()
@@ -106,7 +117,7 @@ def serving(
     model: moec.LoadedModel,
     slots: int = 4,
     queue: int = 60,
-    key: str | None = None,
+    access: Access = LOCAL,
     prefix_tokens: int = 0,
     recorded: bool = False,
     paced: type[Paced] = Paced,
@@ -123,9 +134,8 @@ def serving(
     if twin:
         other = Engine(model.executor, slots, 256)
         models[twin] = Service(twin, "4567", other, tokenizer, tokenizer.stop, queue, families)
-    served = ServedModels(models, families, key)
-    config = uvicorn.Config(application(served), log_level="critical", lifespan="on")
-    server = uvicorn.Server(config)
+    served = ServedModels(models, families)
+    server = Server(served, access, drain=0)
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
@@ -163,6 +173,25 @@ def until(condition: Callable[[], Any], seconds: float = 20.0) -> float:
         assert time.monotonic() - start < seconds, "the condition did not come true"
         time.sleep(0.002)
     return time.monotonic() - start
+
+
+def exchange(port: int, request: str, seconds: float = 20.0) -> tuple[int, dict[str, str], bytes]:
+    """The status, the headers in lower case, and the body of the answer to some bytes; status 0
+    where the server ended the connection without one."""
+    with socket.create_connection(("127.0.0.1", port), timeout=seconds) as connection:
+        connection.sendall(request.encode("latin-1"))
+        return received(connection, request.partition(" ")[0])
+
+
+def received(connection: socket.socket, method: str) -> tuple[int, dict[str, str], bytes]:
+    """As `exchange`, where the request was sent."""
+    response = http.client.HTTPResponse(connection, method=method)
+    try:
+        response.begin()
+    except (http.client.RemoteDisconnected, ConnectionResetError):
+        return 0, {}, b""
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    return response.status, headers, response.read()
 
 
 def continuation(model: moec.LoadedModel, prompt: str, count: int, **options: Any) -> str:

@@ -14,6 +14,7 @@ import moec
 from moec.__main__ import cli
 from moec.bench.clients import Answers, AnswerTimes, ServerLoad, measure
 from moec.bench.served import ServedResult, plot, served
+from moec.commands.serving.access import Access
 from tests.commands.serving.running import Running, serving
 
 SMALL = ["--prompt-tokens", "20", "--new-tokens", "5", "--requests", "6"]
@@ -140,7 +141,7 @@ def test_mistakes(words: list[str], sentence: str) -> None:
 
 
 def test_a_key_is_sent(model: moec.LoadedModel) -> None:
-    with serving(model, key="secret") as running:
+    with serving(model, access=Access(key="secret")) as running:
         url = f"http://127.0.0.1:{running.port}"
         assert f"{url}/v1 needs a key: give --api-key" in bench(url, "-q")[2]
         assert bench(url, "-q", "--api-key", "secret", "--clients", "1")[0] == 0

@@ -24,17 +24,17 @@ import moec
 from moec.__main__ import cli
 from moec.commands.serving.server import listen
 from moec.errors import ArtifactError
-from tests.commands.serving.running import CHAT, MODEL, ROOT, TEXT, Running, process, serving, until
-
-
-def test_a_key(model: moec.LoadedModel) -> None:
-    with serving(model, key="ünlocked") as running:
-        for headers in ({}, {"Authorization": "Bearer x"}):
-            status, answer, _ = running.send("/v1/models", **headers)
-            assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
-        assert running.send("/health")[0] == 200
-        key = "Bearer ünlocked".encode().decode("latin-1")
-        assert running.send("/v1/models", Authorization=key)[0] == 200
+from tests.commands.serving.running import (
+    CHAT,
+    GREEDY,
+    MODEL,
+    ROOT,
+    TEXT,
+    Running,
+    process,
+    serving,
+    until,
+)
 
 
 def test_without_a_template_a_chat_is_refused(model: moec.LoadedModel) -> None:
@@ -48,7 +48,8 @@ def test_without_a_template_a_chat_is_refused(model: moec.LoadedModel) -> None:
 def begin(running: Running, body: dict[str, Any]) -> socket.socket:
     """A connection that has sent a request, and reads no answer yet."""
     content = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
     connection = socket.create_connection(("127.0.0.1", running.port), timeout=60)
     connection.sendall(head.encode() + content)
     return connection
@@ -99,19 +100,30 @@ def test_a_full_queue(model: moec.LoadedModel) -> None:
         assert running.send("/v1/completions", TEXT)[0] == 200
 
 
-def test_an_engine_that_fails_says_so(model: moec.LoadedModel) -> None:
+def test_an_engine_that_fails_says_so_and_recovers(model: moec.LoadedModel) -> None:
     with serving(model) as running:
+        right = running.send("/v1/completions", TEXT | GREEDY)[1]["choices"]
         running.executor.seconds = 0.02
         body = TEXT | {"max_tokens": 400, "stream": True, "ignore_eos": True}
         with begin(running, body) as connection:
             read_until(connection, b"data: ")
             running.executor.fails = RuntimeError("the disk is gone\nand more")
             content = read_until(connection, b"\r\n0\r\n\r\n")
-        assert b'"message":"the model failed: RuntimeError: the disk is gone"' in content
+        assert b"tokens: RuntimeError: the disk is gone" in content
+        assert b"and more" not in content
         assert b"[DONE]" not in content
-        status, answer, _ = running.send("/v1/completions", TEXT)
-        assert (status, answer["error"]["type"]) == (500, "server_error")
-        assert running.send("/health")[0] == 503
+        assert running.send("/health")[0] == 200
+        for _ in range(2):
+            status, answer, _ = running.send("/v1/completions", TEXT)
+            assert (status, answer["error"]["type"]) == (500, "server_error")
+        status, answer, _ = running.send("/health")
+        assert status == 503
+        assert "tiny: the last 3 calls of the model failed: see the log" in answer["status"]
+        running.executor.fails = None
+        assert running.send("/v1/completions", TEXT | GREEDY)[1]["choices"] == right
+        assert running.send("/health")[0] == 200
+        text = generate_latest(running.service.families.registry).decode()
+        assert 'moec:text_failures_total{error="RuntimeError",model_name="tiny"} 3.0' in text
 
 
 def test_a_read_that_fails_ends_the_texts_in_it_and_no_others(model: moec.LoadedModel) -> None:
@@ -133,7 +145,8 @@ def collect(port: int, started: threading.Barrier, texts: int) -> str:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = TEXT | {"max_tokens": 1000, "n": texts, "stream": True, "ignore_eos": True}
     with contextlib.closing(connection):
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), kind)
         response = connection.getresponse()
         content = response.read(64)
         started.wait(30)
@@ -210,7 +223,14 @@ def test_mistakes_of_the_command_line(path: Path, tmp_path: Path) -> None:
 
     assert "no such file" in refused(tmp_path / "none.moec", "--port", 0)
     assert "the model takes at most 1024" in refused(path, "--port", 0, "--context", 2000)
-    assert "--api-key is empty" in refused(path, "--api-key", "")
+    for key in ("", "key\n", " key", "k\x7fy"):
+        assert "--api-key is empty, or has blanks" in refused(path, "--port", 0, "--api-key", key)
+    for name in ("http://x", "x/y", "a b", ""):
+        message = refused(path, "--port", 0, "--allowed-host", name)
+        assert f"--allowed-host {name}: give a name or an address" in message
+    for origin in ("x.example", "https://x.example/", "https://u@x.example", ""):
+        message = refused(path, "--port", 0, "--allow-origin", origin)
+        assert f"--allow-origin {origin}: give scheme, name and port" in message
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         assert f"--host 127.0.0.1 --port {port}: " in refused(path, "--port", port)

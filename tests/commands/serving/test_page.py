@@ -13,6 +13,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import moec
+from moec.commands.serving.access import Access
 from moec.runtime.text.chats.chat import ChatTemplate
 from tests.commands.serving.running import PROMPT, TEMPLATE, Running, continuation, serving, until
 
@@ -239,7 +240,7 @@ def test_experts_that_are_not_counted(model: moec.LoadedModel, open_page: Open) 
 
 
 def test_a_key(model: moec.LoadedModel, open_page: Open) -> None:
-    with serving(model, key="secret") as server:
+    with serving(model, access=Access(key="sécret→")) as server:
         assert server.send("/v1/moec/stats")[0] == 401
         page = open_page(server)
         field = page.get_by_label("API key")
@@ -248,7 +249,7 @@ def test_a_key(model: moec.LoadedModel, open_page: Open) -> None:
         field.press("Enter")
         expect(field).to_have_value("")
         expect(page.locator("#state")).to_have_text("a key is needed")
-        field.fill("secret")
+        field.fill("sécret→")
         field.press("Enter")
         expect(field).to_be_hidden()
         greedy(page, 8)

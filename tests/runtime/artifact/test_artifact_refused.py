@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 import struct
 import zipfile
 from collections.abc import Callable
@@ -223,6 +225,54 @@ def test_a_directory_that_points_to_another_member(saved: Path) -> None:
     content[second + 42 : second + 46] = struct.pack("<I", first.header_offset)
     saved.write_bytes(content)
     assert "is not where the zip directory says" in refused(saved)
+
+
+def _between(content: bytes, at: int) -> bytes:
+    """Bytes put before the second member, and all offsets moved."""
+    moved = bytearray(content[:at] + b"stray" + content[at:])
+    central = moved.index(b"PK\1\2")
+    for entry in [*re.finditer(b"PK\x01\x02", moved[central:])][1:]:
+        offset_at = central + entry.start() + 42
+        (offset,) = struct.unpack_from("<I", moved, offset_at)
+        struct.pack_into("<I", moved, offset_at, offset + 5)
+    struct.pack_into("<I", moved, len(moved) - 6, central)
+    return bytes(moved)
+
+
+def _commented(path: Path, archive: str, member: str) -> None:
+    with zipfile.ZipFile(path, "a") as file:
+        file.comment = archive.encode()
+        file.infolist()[0].comment = member.encode()
+        file._didModify = True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("change", [
+    lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    lambda path: path.write_bytes(path.read_bytes() + bytes(60_000)),
+    lambda path: path.write_bytes(b"x" + path.read_bytes()),
+    lambda path: path.write_bytes(b"PK" + path.read_bytes()),
+    lambda path: path.write_bytes(
+        _between(path.read_bytes(), zipfile.ZipFile(path).infolist()[1].header_offset)
+    ),
+    lambda path: _commented(path, "a comment", ""),
+    lambda path: _commented(path, "", "a comment"),
+])  # fmt: skip
+def test_bytes_of_no_part(saved: Path, change: Callable[[Path], object]) -> None:
+    """They have no hash, so nobody would notice what they are."""
+    change(saved)
+    words = refused(saved)
+    assert "has bytes that belong to no part" in words or "is not a moec artifact" in words
+
+
+def test_folders_in_a_zip(saved: Path) -> None:
+    folder = unpacked(saved)
+    again = shutil.make_archive(str(saved.with_name("again")), "zip", folder)
+    content = zipfile.ZipFile(again)
+    with zipfile.ZipFile(saved, "w") as archive:
+        for member in content.infolist():
+            archive.writestr(member.filename, content.read(member))
+    assert any(name.endswith("/") for name in content.namelist())
+    executor.load(saved)
 
 
 def test_packed_again_by_another_program(saved: Path) -> None:

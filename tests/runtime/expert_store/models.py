@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -33,12 +31,3 @@ def artifact(once: Once, quant: str | None) -> Path:
         moec.compile(model, (ids,), store=True, quant=quant).save(folder / "model.moec")
 
     return once(f"stored-{quant}", write) / "model.moec"
-
-
-def widened(copy: np.ndarray, elements: int) -> np.ndarray:
-    """f32[E, elements] of narrow copies [E, bytes], as codegen/cpu/narrow_copy.c describes them."""
-    codes, scales = np.split(copy, [-(-elements // 32) * 16], axis=1)
-    codes = codes.reshape(len(copy), -1, 16).astype(np.int32)
-    numbers = np.concatenate([codes & 15, codes >> 4], axis=2) - 8
-    scales = np.ascontiguousarray(scales).view(ml_dtypes.bfloat16).astype(np.float32)
-    return (numbers * scales[..., None]).reshape(len(copy), -1)[:, :elements].astype(np.float32)

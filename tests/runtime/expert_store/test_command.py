@@ -37,7 +37,7 @@ class Layer(torch.nn.Module):
 def folder(once: Once) -> Path:
     def write(folder: Path) -> None:
         torch.manual_seed(0)
-        model = moec.compile(Layer(), (torch.randn(6, WIDTH),), tiers=True, verify=False)
+        model = moec.compile(Layer(), (torch.randn(6, WIDTH),), store=True, verify=False)
         model.save(folder / "layer.moec")
         np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((40, WIDTH), np.float32))
 
@@ -78,22 +78,6 @@ def test_a_limit_counts_libraries_before_they_are_loaded(folder):
     experts = 67 * (EXPERTS - 1) // EXPERTS
     result = run(folder, "--memory", f"{least(folder) + experts - 6}MB", "--json")
     assert json.loads(result.stdout)["store"]["slots"][0] < EXPERTS
-
-
-def test_narrow_copies_are_reported(folder, tmp_path):
-    limit, outputs = f"{least(folder) + 20}MB", [tmp_path / "all.npy", tmp_path / "near.npy"]
-    assert run(folder, "-o", str(outputs[0])).returncode == 0
-    narrow = ("--memory", limit, "--narrow", "0.5")
-    result = run(folder, "-o", str(outputs[1]), *narrow, "--json")
-    assert result.returncode == 0, result.stderr
-    counts = json.loads(result.stdout)["store"]["counts"]
-    assert 0 < counts["narrow_bytes"] < counts["bytes_read"]
-    assert 0.3 < counts["narrow_weight"] / counts["weight"] <= 0.5
-    exact, near = map(np.load, outputs)
-    assert 0 < np.abs(near - exact).max() < 0.1 * np.abs(exact).max()
-    text = run(folder, *narrow).stderr
-    assert re.search(r"; \d+ of the reads were of narrow copies, [\d.]+ MB, which carried 4", text)
-    assert "--narrow is for experts that --memory leaves" in run(folder, "--narrow", "1").stderr
 
 
 PEAK = """

@@ -381,3 +381,39 @@ def test_room_for_caches_is_a_part_of_the_limit(path):
         sizes.append(float(match[1]))
     ports = read(path).package.functions["decode"].caches
     assert sizes[1] - sizes[0] == pytest.approx(bytes_of_caches(ports, 9_999, 32) / 1e6, abs=5)
+
+
+CUT = """
+import os, sys
+from pathlib import Path
+import numpy as np
+from moec.errors import ArtifactError
+from moec.runtime.artifact.artifact import read
+from moec.runtime.expert_store.start import start_with_slots
+path = Path(sys.argv[1])
+opened = read(path)
+model = start_with_slots(opened, [2] * int(sys.argv[2]))
+stored = {name for layer in opened.package.store.layers for s in layer for name in s.stored}
+arrays = model.package.arrays
+before = {name: arrays[name].tobytes() for name in model.package.params if name not in stored}
+assert before
+size = path.stat().st_size
+for left in (size * 2 // 3, 4096, 0):
+    os.truncate(path, left)
+    assert all(arrays[name].tobytes() == content for name, content in before.items())
+    assert all(bytes(opened.files[name]) is not None for name in opened.files)
+    try:
+        model({"input_ids": np.zeros((1, 5), np.int64)})
+    except ArtifactError as error:
+        print(error)
+"""
+
+
+def test_no_byte_of_a_model_with_a_store_is_mapped(path) -> None:
+    """Reading mapped bytes of a file that was cut ends the process by SIGBUS."""
+    done = subprocess.run(
+        [sys.executable, "-c", CUT, str(path), str(LAYERS)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    words = f"{path} was changed while the model in it is in use: load it again"
+    assert [line[: len(words)] for line in done.stdout.splitlines()] == [words] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ class Traced:
         self.executor = executor
         self.logits: dict[int, list[bytes]] = defaultdict(list)
         self.poisoned: set[int] = set()
+        self.fails: BaseException | None = None
+        self.least = 0  # tokens of a text in a call that fails
 
     holds_all_texts = True
     account = None  # so that each text has a row of logits for each of its tokens
@@ -62,6 +65,8 @@ class Traced:
     def decode(
         self, counts: Sequence[Array], caches: Sequence[Cache], requests: Array, lengths: Array
     ) -> Array:
+        if self.fails is not None and lengths.max() >= self.least:
+            raise self.fails
         logits = self.executor.decode(counts, caches, requests, lengths)
         for number, row in zip(requests.tolist(), logits[:, 0], strict=True):
             self.logits[number].append(row.tobytes())
@@ -333,12 +338,100 @@ def test_a_step_that_fails_ends_the_texts_in_it_and_no_others(cached: Executor) 
     engine = Engine(traced, 2, 60)
     prompt, request = [5, 6, 7], Request(8)
     right = [token for (token,) in generate(cached, [prompt], request)]
-    texts = [engine.submit(prompt, request) for _ in range(4)]
+    texts = [engine.submit(prompt, request) for _ in range(5)]
     for _ in range(3):
         engine.step()
-    failed = engine.fail("the disk is gone")
-    assert set(failed) == set(texts[:2])
-    assert {(text.end, text.error) for text in failed} == {(FAILED, "the disk is gone")}
+    traced.fails = RuntimeError("the disk is gone")
+    assert set(engine.step().advanced) == set(texts[:4])  # two decode, and two come to join
+    assert {text.end for text in texts[:4]} == {FAILED}
+    assert {text.error for text in texts[:2]} == {"after 6 tokens: RuntimeError: the disk is gone"}
+    assert engine.failed_calls == 2
+    traced.fails = None
     while engine.busy:
         engine.step()
-    assert [text.tokens for text in texts[2:]] == [right, right]
+    assert texts[4].tokens == right
+    assert engine.failed_calls == 0
+
+
+def test_a_prompt_whose_call_fails_ends_alone(cached: Executor) -> None:
+    traced = Traced(cached)
+    engine = Engine(traced, 3, 60)
+    right = [token for (token,) in generate(cached, [[5, 6, 7]], Request(8))]
+    text = engine.submit([5, 6, 7], Request(8))
+    engine.step()
+    other = engine.submit([9] * 20, Request(8))
+    traced.fails, traced.least = MemoryError(), 20
+    engine.step()
+    assert other.error == "after 20 tokens: MemoryError: MemoryError"
+    while engine.busy:
+        engine.step()
+    assert (text.tokens, text.end) == (right, LENGTH)
+
+
+class Planted:
+    """A guide without rules that raises at one of its uses."""
+
+    def __init__(self, where: str, error: BaseException, left: int = 3) -> None:
+        self.where, self.error, self.left = where, error, left
+
+    def _meet(self, where: str) -> None:
+        self.left -= where == self.where
+        if self.left == 0:
+            raise self.error
+
+    def copy(self) -> Planted:
+        return Planted(self.where, self.error)
+
+    def restrict(self, logits: Array) -> Array:
+        self._meet("restrict")
+        return logits
+
+    def advance(self, token: int) -> bool:
+        self._meet("advance")
+        return False
+
+
+class PanicException(BaseException):
+    """As a library written in Rust raises it."""
+
+
+ERRORS = [ValueError("x"), MemoryError(), IndexError("x\ny"), PanicException("at x.rs"), OSError(5)]
+
+
+@pytest.mark.parametrize("where", ["restrict", "advance"])
+@pytest.mark.parametrize("error", [*ERRORS, KeyboardInterrupt(), SystemExit(3)], ids=repr)
+def test_what_a_grammar_raises_ends_its_text_alone(
+    cached: Executor, where: str, error: BaseException
+) -> None:
+    traced = Traced(cached)
+    engine = Engine(traced, 3, 64)
+    texts = [
+        engine.submit([n + 5], Request(6, guide=Planted(where, error) if n == 1 else None))
+        for n in range(3)
+    ]
+
+    def run() -> None:
+        while engine.busy:
+            engine.step()
+
+    thread = threading.Thread(target=run)  # as the engine of a server; Ctrl-C is not meant for it
+    thread.start()
+    thread.join()
+    assert [text.end for text in texts] == [LENGTH, FAILED, LENGTH]
+    assert texts[1].error.startswith(f"after 3 tokens: {type(error).__name__}: ")
+    assert "\n" not in texts[1].error
+    assert texts[1].cause is error
+    for n in (0, 2):
+        alone = Traced(cached)
+        assert texts[n].tokens == [t for (t,) in generate(alone, [[n + 5]], Request(6))]
+        assert traced.logits[int(texts[n].number[0])] == next(iter(alone.logits.values()))
+
+
+@pytest.mark.parametrize("error", [*ERRORS, KeyboardInterrupt()], ids=repr)
+def test_what_is_raised_in_a_text_reaches_its_caller(
+    cached: Executor, error: BaseException
+) -> None:
+    request = Request(6, guide=Planted("advance", error))
+    with pytest.raises(type(error)) as caught:
+        list(generate(cached, [[5]], request))
+    assert caught.value is error

@@ -6,14 +6,13 @@
     t, s = where(ids == e); out[t] += expert_e(x[t]) * weights[t, s]
     t = where(ids == e);    out[t] = expert_e(x[t]) * weights[t]                 rows still zero
     out = where((ids == e)[:, None], expert_e(x) * weights[:, None], out)        rows still zero
-    t = where(ids == e)[:C]; out[t] = expert_e(x[t])                     see limited_rows
+    t = where(ids == e)[:C]; out[t] = expert_e(x[t])                     see `limit`
     t = scores[:, e].topk(C)[1]; out[t] += expert_e(x[t])                see expert_choice
 
-Experts without a network (zero_experts.py) come after the others. The links of a
-chain are branches with the same sequence of op names. The initial value of the chain is added after
-the block. The proof checks that overwritten rows were zero or are written only once. A loop over
-the slots, outside or inside the loop over the experts, repeats each expert once per slot; the slots
-may share the expert's result.
+Experts without a network (zero_experts.py) come after the others. The links of a chain are branches
+with the same sequence of op names; its initial value is added after the block. The proof checks
+that overwritten rows were zero or are written once. A loop over the slots, outside or inside that
+over the experts, repeats each expert once per slot; the slots may share the expert's result.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from functools import partial
 
 from moec.errors import NoMatch
 from moec.ir.graph import Op, Value
-from moec.ir.sizes.dims import product
+from moec.ir.sizes.dims import Dim, canonical, product, symbols
+from moec.ir.traits import VIEWS
 from moec.passes.recognise.forms.branches.every_expert import SOME
 from moec.passes.recognise.forms.branches.parallel_branches import Fan
 from moec.passes.recognise.forms.branches.unrolled_experts import (
@@ -41,11 +41,16 @@ from moec.passes.recognise.forms.branches.unrolled_experts import (
 )
 from moec.passes.recognise.forms.loops.chains import Chain, chains
 from moec.passes.recognise.forms.loops.expert_choice import chosen_by_experts
-from moec.passes.recognise.forms.loops.limited_rows import limit, overwritten, passed_through
 from moec.passes.recognise.forms.loops.masks_of_experts import OpenExperts, open_experts
 from moec.passes.recognise.forms.loops.zero_experts import zero_experts
 from moec.passes.recognise.forms.stacks import batched
-from moec.passes.recognise.reading.block import Candidate, Proposal, Zero
+from moec.passes.recognise.reading.block import (
+    Candidate,
+    Priority,
+    Proposal,
+    RecognisedCapacity,
+    Zero,
+)
 from moec.passes.recognise.reading.opnames import ADDS, SPREAD
 from moec.passes.recognise.region import Scope, choices
 from moec.passes.recognise.routers.evidence import Evidence
@@ -242,3 +247,73 @@ def evidence_of(
             f"only {count} of the {among} experts that the router chooses among are alike"
         )
     return replace(evidence, experts=among)
+
+
+_PARTS = VIEWS | {"aten.slice.Tensor", "aten.split_with_sizes.default"}
+
+
+def overwritten(
+    scope: Scope, start: Value | None, links: Sequence[tuple[Op, Value]], x: Value
+) -> Zero | None:
+    """A copy expert for the rows that no expert takes, if all results overwrite a copy of the
+    tokens."""
+    written = all(
+        op.name == "aten.index_put.default"
+        and not op.attrs.get("accumulate")
+        and value is op.inputs[-1]
+        for op, value in links
+    )
+    copied = start is not None and scope.source_of(start) is scope.source_of(x)
+    return Zero(("copy",)) if written and copied else None
+
+
+def passed_through(scope: Scope, last: Op) -> Op | None:
+    """The op after the last expert that writes the tokens themselves into the rows that no expert
+    takes: `out[dropped] = x[dropped]`."""
+    readers = scope.graph.readers.get(last.outputs[0], ())
+    if len(readers) != 1 or last.outputs[0] in scope.results:
+        return None
+    (op,) = readers
+    if op.name != last.name or op.name != "aten.index_put.default" or op.attrs.get("accumulate"):
+        return None
+    picked = scope.made_by(op.inputs[-1], "aten.index.Tensor")
+    if len(op.inputs) != 3 or picked is None or picked.inputs[1:] != op.inputs[1:2]:
+        return None
+    parts = scope.made_by(op.inputs[1], "aten.cat.default")
+    return op if parts is not None else None
+
+
+def limit(scope: Scope, rows: Sequence[Value]) -> RecognisedCapacity | None:
+    """The capacity that the row lists of all experts have in common; None if they have none.
+
+    Raises NoMatch if they differ: a proof need not have as many rows as the greatest.
+    """
+    limits = list(dict.fromkeys(_limit(scope, value) for value in rows))
+    if len(limits) > 1:
+        sizes = ", ".join("any" if limit is None else str(limit.size) for limit in limits)
+        raise NoMatch(f"its experts take at most different numbers of rows: {sizes}")
+    return limits[0] if limits else None
+
+
+def _limit(scope: Scope, rows: Value) -> RecognisedCapacity | None:
+    size = _least(scope, rows.shape[0]) if rows.shape else None
+    if size is None:
+        return None
+    op = scope.made_by(scope.source_of(rows, _PARTS), "aten.index.Tensor")
+    if op is None or len(op.inputs) != 2:
+        return RecognisedCapacity(size, "token")
+    order = scope.made_by(op.inputs[1], "aten.sort.default", "aten.sort.stable")
+    read = scope.made_by(order.inputs[0], "aten.index.Tensor") if order is not None else None
+    if order is None or read is None or read.inputs[1:] != (op.inputs[0],):
+        return RecognisedCapacity(size, "token")
+    priority = Priority(read.inputs[0], bool(order.attrs.get("descending", False)))
+    return RecognisedCapacity(size, "token", priority)
+
+
+def _least(scope: Scope, count: Dim) -> Dim | None:
+    """C of min(rows, C): the one operand that does not depend on data."""
+    if isinstance(count, int) or count.func.__name__ != "Min":  # the Min of sympy or of PyTorch
+        return None
+    sizes = {name for value in scope.graph.inputs for dim in value.shape for name in symbols(dim)}
+    fixed = [canonical(part) for part in count.args if symbols(canonical(part)) <= sizes]
+    return fixed[0] if len(fixed) == 1 else None

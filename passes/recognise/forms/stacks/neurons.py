@@ -31,6 +31,7 @@ from moec.passes.recognise.region import (
     replaced,
     replacement,
 )
+from moec.passes.recognise.routers.expert_ids import Outside
 
 _MOVES = VIEWS | CASTS | {"aten.permute.default", "aten.expand.default"}
 _SUMS = (*PRODUCTS, "aten.mul.Tensor", "aten.sum.dim_IntList")
@@ -49,6 +50,7 @@ class Neurons:
     inward: Value
     outward: Value
     functions: tuple[Op, ...]
+    outside: Outside
 
     @property
     def shape(self) -> tuple[Dim, Dim]:
@@ -143,7 +145,8 @@ def proved(scope: Scope, inward: Op, outward: Op, prover: Prover) -> Neurons:
             after = replacement(scope, at, cut, partial(emit, node))
             last = node.ids.shape[-1]
             slots = min(n for n in (last, k, experts) if isinstance(n, int))
-            feeds: dict[Value, Feed] = {node.ids: Ids(int(str(experts)), slots)}
+            feed = Ids(int(str(experts)), slots, least=node.outside.least)
+            feeds: dict[Value, Feed] = {node.ids: feed}
             feeds[node.weights] = Positive()
             prover.prove(region, after, feeds)
             return node
@@ -155,6 +158,8 @@ def proved(scope: Scope, inward: Op, outward: Op, prover: Prover) -> Neurons:
 def proposals(scope: Scope, inward: Op, outward: Op) -> Iterator[Neurons]:
     ids = scope.source_of(inward.inputs[1])
     down, up = inward.inputs[0], outward.inputs[0]
+    read = [inward.inputs[1], outward.inputs[1]]
+    outside = Outside.of(scope, [ids], read, int(str(down.shape[0])))
     for sums, operands in sums_of(scope, inward.outputs[0]):
         if product(sums.shape) != product(ids.shape) or len(operands) != 1:
             continue
@@ -170,7 +175,7 @@ def proposals(scope: Scope, inward: Op, outward: Op) -> Iterator[Neurons]:
                 continue
             for y, _ in sums_of(scope, outward.outputs[0]):
                 if product(y.shape) == product((*x.shape[:-1], up.shape[1])):
-                    yield Neurons(y, x, ids, weights[0], down, up, functions)
+                    yield Neurons(y, x, ids, weights[0], down, up, functions, outside)
         return
 
 
@@ -204,7 +209,8 @@ def body_of(functions: tuple[Op, ...], dtype: str) -> Graph:
 def emit(node: Neurons, emit: RegionEmitter) -> Value:
     shape = node.shape
     x = emit.rows(emit.old(node.x))
-    ids, weights = (emit.reshape(emit.old(v), shape) for v in (node.ids, node.weights))
+    ids = emit.reshape(node.outside.named(emit, emit.old(node.ids)), shape)
+    weights = emit.reshape(emit.old(node.weights), shape)
     tables = [emit.old(node.inward), emit.old(node.outward)]
     body = body_of(node.functions, x.dtype)
     (y,) = emit("moe.neurons", [x, ids, weights, *tables], body=body, named=node.output.name)

@@ -1,1 +1,0 @@
-"""Products and gradients with unpacked matrices, in PyTorch's layout."""

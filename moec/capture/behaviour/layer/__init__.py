@@ -1,1 +1,0 @@
-"""What is known of an MoE layer: its parts, its rules, and how it is called."""

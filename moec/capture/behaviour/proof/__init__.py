@@ -1,1 +1,0 @@
-"""Proves that a replacement computes what the layer computes."""

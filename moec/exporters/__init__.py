@@ -1,1 +1,0 @@
-"""moec as a backend of the exporters of other packages."""

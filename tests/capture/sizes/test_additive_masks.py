@@ -1,0 +1,72 @@
+"""An additive mask that is left out at one token: -inf makes the softmax of one score NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import moec
+
+
+class Attention(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return self.function(x, bias)
+
+
+def plain(x: Tensor, bias: Tensor) -> Tensor:
+    a = x @ x.transpose(1, 2)
+    if x.shape[1] > 1:
+        a = a + bias[:, None]
+    return a.softmax(-1) @ x
+
+
+def scaled(x: Tensor, bias: Tensor) -> Tensor:
+    a = x @ x.transpose(1, 2)
+    if x.shape[1] > 1:
+        a = a + (bias * 2)[:, None]
+    return a.softmax(-1) @ x
+
+
+def of_one_text(x: Tensor, bias: Tensor) -> Tensor:
+    a = x @ x.transpose(1, 2)
+    if x.shape[0] > 1:
+        a = a + bias[:, None]
+    return a.softmax(-1) @ x
+
+
+def filled(x: Tensor, bias: Tensor) -> Tensor:
+    a = x @ x.transpose(1, 2)
+    if x.shape[1] > 1:
+        a = a.masked_fill((bias < -1)[:, None], -torch.inf)
+    return a.softmax(-1) @ x
+
+
+def fused(x: Tensor, bias: Tensor) -> Tensor:
+    mask = bias[:, None, None] if x.shape[1] > 1 else None
+    return F.scaled_dot_product_attention(*(x[:, None],) * 3, attn_mask=mask)[:, 0]
+
+
+MASKS = {"zero": torch.zeros(2, 5), "masked": torch.tensor([[0.0, 0, 0, 0, -torch.inf]] * 2)}
+MASKS["random"] = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("example", MASKS)
+@pytest.mark.parametrize("attention", [plain, scaled, of_one_text, filled, fused])
+def test_as_eager_at_one_token(attention: Any, example: str) -> None:
+    module, least = Attention(attention).eval(), torch.finfo(torch.float32).min
+    model = moec.compile(module, (torch.randn(2, 5, 8), MASKS[example]))
+    for shape in ((1, 1), (2, 1), (1, 3)):
+        for number in (0.0, -torch.inf, torch.inf, least):
+            x, bias = torch.randn(*shape, 8), torch.zeros(shape)
+            bias[:, -1] = number
+            expected = module(x, bias)
+            torch.testing.assert_close(model(x, bias), expected, equal_nan=True)
