@@ -41,6 +41,10 @@ class Access:
         if not self._is_own(host_name(host)):
             rule = "is no name of this server: moec serve --allowed-host NAME gives it one"
             raise ApiError(421, f"Host: {host[:100]!r} {rule}")
+        if {"transfer-encoding", "content-length"} <= {*headers}:
+            raise ApiError(
+                400, "the body has a length and comes in chunks: send one of the headers"
+            )
         for origin in headers.getlist("origin"):
             allowed = f"http://{host}", f"https://{host}", *self.origins
             if origin not in allowed and ANY not in allowed:

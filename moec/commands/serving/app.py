@@ -28,7 +28,6 @@ from moec.commands.serving.service import ServedModels, Service
 from moec.commands.serving.worker import SHUTTING_DOWN
 from moec.errors import MoecError
 
-MOST_BYTES = 8_000_000  # of a body
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on
 
 Handler = Callable[[ServedModels, Request], Awaitable[Response]]
@@ -144,14 +143,9 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _body(served: ServedModels, request: Request) -> tuple[Service, dict[str, Any]]:
-    """The body, and its model. Raises ApiError for one that is too long, no JSON object, or for a
-    model that is not served."""
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MOST_BYTES:
-            raise ApiError(413, f"the body has more than {MOST_BYTES} bytes: send a shorter one")
-    body = await served.pool.run(json_body, bytes(content))
+    """The body, and its model. Raises ApiError for one that is no JSON object, or for a model that
+    is not served."""
+    body = await served.pool.run(json_body, await request.body())
     return served.of(body.get("model")), body
 
 

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 LONGEST = 500  # characters of a message, which may repeat a request
 KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
 ERROR_HEADERS = {
+    408: {"Connection": "close"},
     401: {"WWW-Authenticate": "Bearer"},
     429: {"Retry-After": "1"},  # seconds
     503: {"Retry-After": "1"},

@@ -24,7 +24,7 @@ import moec
 from moec.commands.serving.access import Access
 from moec.commands.serving.metrics import MetricFamilies
 from moec.commands.serving.routing_watch import RoutingWatch
-from moec.commands.serving.server import Server, listen
+from moec.commands.serving.server import Limits, Server, listen
 from moec.commands.serving.service import ServedModels, Service
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
@@ -36,7 +36,7 @@ from moec.runtime.text.engine import Engine
 ROOT = Path(__file__).parents[2]
 TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}def "
 MODEL, PROMPT = "tiny", "def main("
-LOCAL = Access()
+LOCAL, LIMITS = Access(), Limits()
 GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0}
 
 
@@ -118,6 +118,7 @@ def serving(
     slots: int = 4,
     queue: int = 60,
     access: Access = LOCAL,
+    limits: Limits = LIMITS,
     prefix_tokens: int = 0,
     recorded: bool = False,
     paced: type[Paced] = Paced,
@@ -135,7 +136,7 @@ def serving(
         other = Engine(model.executor, slots, 256)
         models[twin] = Service(twin, "4567", other, tokenizer, tokenizer.stop, queue, families)
     served = ServedModels(models, families)
-    server = Server(served, access, drain=0)
+    server = Server(served, access, 0, limits)
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
