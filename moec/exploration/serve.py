@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -9,18 +12,35 @@ from moec.errors import UsageError
 from moec.files.os_errors import reason
 
 HOST = "127.0.0.1"
+SECONDS = 10.0  # for a request and its answer
+MOST_THREADS = 64  # two for each connection
 
 
-def page_server(html: str, port: int) -> ThreadingHTTPServer:
+class PageServer(ThreadingHTTPServer):
+    """Each connection has a thread, for a time."""
+
+    def verify_request(self, request: object, client_address: object) -> bool:
+        return threading.active_count() < MOST_THREADS
+
+
+def page_server(html: str, port: int, seconds: float = SECONDS) -> PageServer:
     """A server of the page at /, bound to a port (0: a free one). Raises UsageError where the port
     cannot be used."""
     content = html.encode()
 
     class PageHandler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            end = threading.Timer(seconds, self.connection.shutdown, [socket.SHUT_RDWR])
+            end.daemon = True
+            end.start()
+            with contextlib.suppress(OSError):
+                super().handle()
+            end.cancel()
+
         def do_GET(self) -> None:
             # A page of a stranger whose name leads to 127.0.0.1 has another Host.
-            host, _, _ = self.headers.get("Host", "").partition(":")
-            status = 403 if host not in (HOST, "localhost") else 200 if self.path == "/" else 404
+            hosts = {host.partition(":")[0] for host in self.headers.get_all("Host", [""])}
+            status = 403 if hosts - {HOST, "localhost"} else 200 if self.path == "/" else 404
             body = content if status == 200 else b""
             self.send_response(status)
             self.send_header("Content-Type", "text/html; charset=utf-8")
@@ -33,7 +53,7 @@ def page_server(html: str, port: int) -> ThreadingHTTPServer:
             """Nothing: the terminal shows the address alone."""
 
     try:
-        return ThreadingHTTPServer((HOST, port), PageHandler)
+        return PageServer((HOST, port), PageHandler)
     except OSError as error:
         raise UsageError(f"--port {port} cannot be used: {reason(error)}") from error
 
