@@ -220,6 +220,7 @@ def _captured(
         (*request.notes, *always, *settlement.notes, *form.notes, *masks),
         other=other,
         way=way.name,
+        signature=request.signature.of(value.name for value in program.graph.inputs),
         beyond=tuple(
             _beyond(request, way, fixed_at_one(at_lengths(general, inputs, sizes)))
             for sizes in sizes_beyond(program, settlement.limiting, tensors, request.bounds)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from moec.errors import CaptureError, IRError
+from moec.interpret.call_signature import CallSignature
 from moec.interpret.outputs import Structure
 from moec.ir.graph import Program
 from moec.ir.sizes.dims import bind_shape
@@ -30,7 +31,8 @@ class Captured:
     graph. `described` names the modules that were replaced by a description of their behaviour, and
     `notes` has the notes about them. `other` captures the same source in another form, for use
     where this one cannot be compiled. `way` is how the module was captured. `beyond` are sizes
-    that the program excludes because the module computes something else there.
+    that the program excludes because the module computes something else there. `signature` is how
+    calls bind, None where they have the inputs of the graph.
     """
 
     program: Program
@@ -44,6 +46,7 @@ class Captured:
     other: Callable[[], Captured] | None = None
     way: WayName = "traced"
     beyond: tuple[Beyond, ...] = ()
+    signature: CallSignature | None = None
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,9 @@ def capture_graph(
         with torch.no_grad():
             return model.run(tensors)
 
-    return Captured(model.program, eager, example, model.structure, is_graph=True)
+    return Captured(
+        model.program, eager, example, model.structure, is_graph=True, signature=model.signature
+    )
 
 
 def _tensors(tree: Any) -> tuple[torch.Tensor, ...]:

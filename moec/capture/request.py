@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moec.capture.calls.call import ModuleCall, named_arguments, tensor_names
+from moec.capture.calls.call import ModuleCall
 from moec.capture.calls.constants import constant_numbers, noted
 from moec.capture.sizes.axis_groups import Axis
 from moec.capture.sizes.wishes import Axes, default_wishes, wished_axes, wished_bounds
 from moec.errors import CaptureError
+from moec.interpret.call_signature import CallSignature, bound_arguments, leaves_of
 from moec.ir.sizes.dims import Bounds
 
 
@@ -22,7 +24,8 @@ class CaptureRequest:
 
     `wishes` has the axes of each tensor that may vary, `joining` the axes that vary only together
     with axes of other tensors, `names` the names of the tensors, `bounds` the bounds that the user
-    set, `allow_fixed` the inputs that may have fixed sizes, and `notes` those on constant inputs.
+    set, `allow_fixed` the inputs that may have fixed sizes, `signature` how other calls bind, and
+    `notes` those on constant inputs and fixed arguments.
     """
 
     call: ModuleCall
@@ -31,6 +34,7 @@ class CaptureRequest:
     names: Sequence[str]
     bounds: Mapping[str, Bounds]
     allow_fixed: bool | str | Collection[str]
+    signature: CallSignature
     notes: tuple[str, ...] = ()
 
     @property
@@ -52,12 +56,20 @@ def request_of(
 
     Raises CaptureError for tensors and weights that are not on the CPU.
     """
-    arguments = named_arguments(model, args, kwargs)
+    forward = inspect.signature(model.forward)
+    try:
+        arguments = bound_arguments(forward, args, kwargs)
+    except TypeError as error:
+        raise CaptureError(f"{type(model).__name__}.forward: {error}") from None
+    leaves = list(leaves_of(arguments))
     kwargs = {name: kwargs[name] for name in arguments if name in kwargs}  # in the order of names
-    all_names = tensor_names(arguments)
+    all_names = [name for name, leaf in leaves if isinstance(leaf, torch.Tensor)]
     numbers = constant_numbers(constants, all_names)
     call = ModuleCall(model, args, kwargs, numbers)
     names = [name for i, name in enumerate(all_names) if i not in numbers]
+    fixed = {name: leaf for name, leaf in leaves if name not in names}
+    plain = [p.replace(annotation=p.empty) for p in forward.parameters.values()]
+    signature = CallSignature(inspect.Signature(plain), dict(zip(names, names, strict=True)), fixed)
     for name, tensor in zip(names, call.tensors, strict=True):
         _check_device(f"input {name}", tensor)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -74,7 +86,8 @@ def request_of(
         names,
         {**wished_bounds(wishes), **bounds},
         allow_fixed,
-        noted([name for name in all_names if name not in names], call.constants),
+        signature,
+        (*noted([n for n in all_names if n not in names], call.constants), *signature.notes),
     )
 
 

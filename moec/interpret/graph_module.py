@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from moec.errors import InputError, UsageError
+from moec.interpret.call_signature import CallSignature
 from moec.interpret.evaluate import run_graph
 from moec.interpret.outputs import Structure
 from moec.ir.aten import TORCH_DTYPES
@@ -42,6 +43,7 @@ class GraphModule(nn.Module):
         example: Example,
         structure: Structure,
         why: str = "",
+        signature: CallSignature | None = None,
     ) -> None:
         super().__init__()
         if program.graph.states:
@@ -54,6 +56,7 @@ class GraphModule(nn.Module):
         self.example = example
         self.structure = structure
         self.why = why
+        self.signature = signature
         self.registered_names: dict[str, str] = {}
         for value in program.graph.params:
             tensor = program.weights[value.name].detach().clone()
@@ -97,7 +100,7 @@ class GraphModule(nn.Module):
         """The graph's inputs from the arguments of a call; flags and None must be those of the
         example. Raises InputError where an input is missing or unknown."""
         names = [value.name for value in self.graph.inputs]
-        bound = bind(names, args, kwargs or {})
+        bound = (self.signature.bind if self.signature else bind)(names, args, kwargs or {})
         for name in names:
             if not isinstance(bound.get(name), torch.Tensor):
                 raise InputError(f"input {name} is missing: the model takes {', '.join(names)}")

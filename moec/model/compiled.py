@@ -46,13 +46,15 @@ class CompiledModel(TextModel, Compilation):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model. Raises InputError where an input does not fit."""
+        """Run the model; arguments bind as those of the module's forward. Raises InputError where
+        one does not fit, or has another value than that which the example fixed."""
         package, executor = self.ready()
         names = [port.name for port in package.main.inputs]
-        structure = self.captured.structure
+        structure, signature = self.captured.structure, self.captured.signature
+        inputs = (signature.bind if signature else bind)(names, args, kwargs)
         if self.source.unnamed or structure.count != len(package.main.outputs):
-            return call(executor, names, args, kwargs)
-        return structure.rebuild(list(executor(bind(names, args, kwargs)).values()))
+            return call(executor, names, (), inputs)
+        return structure.rebuild(list(executor(inputs).values()))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -115,7 +115,9 @@ def transform(
     if result is None:
         trainable = _trainable(source.model, program)
         example = (source.args, dict(source.kwargs))
-        result = GraphModule(program, trainable, example, captured.structure, why)
+        result = GraphModule(
+            program, trainable, example, captured.structure, why, captured.signature
+        )
         if verify is not False:
             checking.check(captured, _runner(captured, result.run), pass_results, limit)
     result.transformation = Transformation(  # type: ignore[assignment]

@@ -5,7 +5,6 @@ All other arguments (flags, None, numbers) keep the values that they have in the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from moec.capture.calls.constants import constants_computed
 from moec.capture.calls.rope_index import positions_as_tensors
 from moec.capture.state.traced_changes import as_traced
-from moec.errors import CaptureError
 from moec.interpret.outputs import Structure, checked, flatten
 from moec.torch_private import pytree
 
@@ -92,41 +90,3 @@ class FlatCall(ModuleCall):
             return None
         size: Any = value
         return torch.full((), size, dtype=torch.int64)
-
-
-def named_arguments(
-    module: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Each argument by the name of its parameter; elements of *args as name_0, name_1, …
-
-    Raises CaptureError where the module does not take the arguments.
-    """
-    signature = inspect.signature(module.forward)
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise CaptureError(f"{type(module).__name__}.forward: {error}") from None
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            arguments |= {f"{name}_{i}": item for i, item in enumerate(value)}
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= value
-        else:
-            arguments[name] = value
-    return arguments
-
-
-def tensor_names(arguments: Mapping[str, Any]) -> list[str]:
-    """A name for each tensor in the arguments: its parameter, then its keys where it is nested."""
-    names = []
-    for name, value in arguments.items():
-        for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-            if isinstance(leaf, torch.Tensor):
-                names.append("_".join([name, *(_key(step) for step in path)]))
-    return names
-
-
-def _key(step: Any) -> str:
-    return str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step))))
