@@ -1,7 +1,7 @@
 """Which ops treat tokens independently, so that chunks of tokens give the same results.
 
 An axis counts tokens if its size contains the name of the sequence. An op is safe if it is
-element-wise, or works along axes that do not count tokens.
+element-wise, or works along axes that do not count tokens in any of its operands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _CREATES = frozenset(
     for name in ("full.default", "zeros.default", "ones.default", "empty.memory_format")
 )
 _MOVES = frozenset({"aten.reshape.default", "aten.view.default", "aten.permute.default"})
-_LOOKUP = "aten.embedding.default"
+_LOOKUPS = frozenset({"aten.embedding.default", "aten.index.Tensor"})
+_PICKS = ("aten.gather.default", "aten.index_select.default")
 _ALONG = frozenset(
     f"aten.{name}"
     for name in (
@@ -62,7 +63,7 @@ def require_tokenwise(op: Op, sequence: str) -> None:
     definition = OPS.get(op.name)
     if definition is not None and definition.tokenwise:
         return
-    if op.name == _LOOKUP or op.name in _CREATES or is_elementwise(op):
+    if op.name in _CREATES or is_elementwise(op):
         return
     for names, holds in _RULES:
         if op.name in names:
@@ -103,9 +104,10 @@ def _product(op: Op, sequence: str) -> bool:
 
 
 def _layer_norm(op: Op, sequence: str) -> bool:
-    (x, *_), shape = op.inputs, op.attrs.get("normalized_shape")
-    return isinstance(shape, tuple) and not any(
-        counts(x, -1 - i, sequence) for i in range(len(shape))
+    (x, *rest), shape = op.inputs, op.attrs.get("normalized_shape")
+    return isinstance(shape, tuple) and not (
+        any(counts(x, -1 - i, sequence) for i in range(len(shape)))
+        or any(has_tokens(value, sequence) for value in rest)
     )
 
 
@@ -127,11 +129,14 @@ def _lookup(op: Op, sequence: str) -> bool:
 
 
 def _acts_on_sequence(op: Op, sequence: str) -> bool:
-    axes = list(_axes(op))
-    named = [value for value in op.inputs if value.shape]
-    return bool(axes) and not any(
-        counts(value, axis, sequence) for value in named[:1] for axis in axes
-    )
+    """Along axes that no operand has tokens on; or what picks from a table without tokens."""
+    axes, (first, *rest) = list(_axes(op)), op.inputs
+    if op.name in _PICKS and not has_tokens(first, sequence):
+        return True
+    if op.name == "aten.index_select.default" and has_tokens(rest[0], sequence):
+        return False
+    alike = [value for value in op.inputs if len(value.shape) == len(first.shape) > 0]
+    return bool(axes) and not any(counts(value, axis, sequence) for value in alike for axis in axes)
 
 
 def _axes(op: Op) -> Iterable[int]:
@@ -168,5 +173,5 @@ _RULES: tuple[tuple[frozenset[str], Callable[[Op, str], bool]], ...] = (
     (_ALONG, _acts_on_sequence),
     (frozenset({"aten.layer_norm.default", "aten.native_layer_norm.default"}), _layer_norm),
     (frozenset({"aten.repeat.default"}), _repeat),
-    (frozenset({"aten.index.Tensor"}), _lookup),
+    (_LOOKUPS, _lookup),
 )
