@@ -172,9 +172,11 @@ def _ids(tokens: int, feed: Ids, pattern: str, generator: torch.Generator) -> to
         scores[..., count // 2] += 2
     elif pattern == "few experts":
         scores[..., :slots] += 2
-    ids = scores.topk(slots).indices
-    if not feed.distinct and pattern == "tied":
-        ids = torch.randint(count, ids.shape, generator=generator)
+    if feed.distinct and slots > count:
+        raise NoMatch(f"a token has {slots} different ids of {count} experts")
+    ids = scores.topk(min(slots, count)).indices
+    if slots > count or (not feed.distinct and pattern == "tied"):
+        ids = torch.randint(count, (tokens, slots), generator=generator)
     if feed.least and pattern == "random":
         below = torch.randint(feed.least, 0, ids.shape, generator=generator)
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, below, ids)

@@ -310,7 +310,7 @@ class PositionsAlike(Chosen, Loop):
 
 
 class TaskAlike(Einsum):
-    general = True
+    """Alike but for a task below 0, which one text counts from the end and others refuse."""
 
     def forward(self, x: Tensor, task: Tensor) -> Tensor:
         if x.shape[0] > 1:

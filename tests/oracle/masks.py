@@ -118,9 +118,8 @@ class AttentionPool(Sigmoid, Gathered):
 
 
 class AttentionBefore(Loop):
-    """A block whose attention needs no mask while it decodes, a softmax of one score."""
-
-    general = True
+    """A block whose attention reads no mask while it decodes: a softmax of one score is 1, and with
+    a mask of -inf it is NaN."""
 
     def forward(self, x: Tensor, extended: Tensor) -> Tensor:
         scores = x @ x.transpose(1, 2) * D**-0.5

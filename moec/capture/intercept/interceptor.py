@@ -111,7 +111,11 @@ def user_globals(module: torch.nn.Module, others: Foreign) -> Iterator[dict[str,
     classes = {base.__module__ for part in module.modules() for base in type(part).__mro__}
     held = [value for part in module.modules() for value in vars(part).values()]
     classes |= {v.__module__ if isinstance(v, FunctionType) else type(v).__module__ for v in held}
-    pending, visited = sorted(classes - {"builtins"}), set[str]()
+    # A class that was made by hand may have None.
+    pending, visited = (
+        sorted(name for name in classes if name not in (None, "builtins")),
+        set[str](),
+    )
     while pending:
         name = pending.pop()
         source = sys.modules.get(name)

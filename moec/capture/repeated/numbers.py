@@ -62,7 +62,7 @@ def _is_call(node: ast.AST) -> TypeGuard[ast.Call]:
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:
     for base in cls.__mro__:
-        if base is object or base.__module__.startswith("torch."):
+        if base is object or str(base.__module__).startswith("torch."):
             continue
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(base)))):
             if isinstance(node, ast.FunctionDef) and node.name != "__init__":

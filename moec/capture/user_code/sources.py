@@ -57,7 +57,7 @@ def package_of(file: str) -> str:
 
 def packages_of(module: torch.nn.Module) -> frozenset[str]:
     """The packages of the classes of a module and its submodules."""
-    names = {kind.__module__ for part in module.modules() for kind in type(part).__mro__}
+    names = {kind.__module__ or "" for part in module.modules() for kind in type(part).__mro__}
     return frozenset(name.split(".")[0] for name in names)
 
 
