@@ -11,7 +11,8 @@ from moec.passes.decode.tokenwise import require_tokenwise
 
 GRAPH = """
 graph main(x: f32[B, S, 4], ids: i64[B, S], line: i64[S], first: f32[B, 3, 4], rows: f32[S, 4],
-           counts: i64[5], wide: f32[B, 4, S], pairs: f32[B, S, S]; w: f32[4, 4], table: f32[5, 4], e: f32[5]) {
+           counts: i64[5], wide: f32[B, 4, S], pairs: f32[B, S, S];
+           w: f32[4, 4], table: f32[5, 4], e: f32[5]) {
   size B in [1, inf]
   size S in [1, inf]
   OP
