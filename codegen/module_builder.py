@@ -49,6 +49,12 @@ def as_array(tensor: torch.Tensor) -> Array:
     return np.asarray(tensor.resolve_conj().numpy())
 
 
+def has_nan(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and any(
+        bool(part.isnan().any()) for part in torch.split(tensor.reshape(-1), 1 << 24)
+    )
+
+
 @dataclass
 class ModuleBuilder:
     """The kernels of a module, each generated once for all functions that call it. `makers` and

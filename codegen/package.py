@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
+import numpy as np
 import torch
 
 from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
 from moec.codegen.index_ranges import index_ranges
 from moec.codegen.lower import LoweredModule, lower
-from moec.codegen.module_builder import Param, as_array
+from moec.codegen.module_builder import Param, as_array, has_nan
+from moec.dtypes import FLOATS
+from moec.errors import VerificationError
+from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Module, Program, Value
 from moec.memory.memory import InMemory
 from moec.runtime.dtypes import Array
@@ -80,7 +84,9 @@ def package(
     arrays: dict[str, Array] = {}
     for name in module if weights else ():
         params = tuple(param for param in lowered.params[name] if param.name not in arrays)
-        arrays |= packed_arrays(params, module[name].weights, memory or InMemory())
+        packed = packed_arrays(params, module[name].weights, memory or InMemory())
+        check_numbers(params, module[name].weights, packed, memory or InMemory())
+        arrays |= packed
     for state in (state for function in functions.values() for state in function.states):
         if state.initial:
             arrays[state.initial] = as_array(module.main.weights[state.name])
@@ -179,6 +185,28 @@ def _size(dim: object) -> Size:
 
 
 # ---- weights ---------------------------------------------------------------------------
+
+
+def check_numbers(
+    params: tuple[Param, ...],
+    weights: Mapping[str, torch.Tensor],
+    arrays: Mapping[str, Array],
+    memory: InMemory,
+) -> None:
+    """Raises VerificationError where an array holds NaN, and the weights in it do not."""
+    for param in params:
+        dtypes = {param.type.dtype} & {*FLOATS} or {value.dtype for value in param.values}
+        if len(dtypes) != 1 or not dtypes <= {*FLOATS} or param.beside:  # codes that mean NaN
+            continue
+        content = np.ascontiguousarray(arrays[param.name]).reshape(-1).view(np.uint8)
+        if has_nan(torch.from_numpy(content).view(TORCH_DTYPES[min(dtypes)])):
+            tensors = [weights[value.name] for value in param.values]
+            memory.fill(tensors)
+            if not any(map(has_nan, tensors)):
+                raise VerificationError(
+                    f"the weight {param.name} would be stored with NaN, and the model's has none: "
+                    "report it"
+                )
 
 
 def packed_arrays(

@@ -203,7 +203,7 @@ def _check(opened: Artifact, executor: Executor, quiet: bool) -> dict[str, Any]:
     apart, name, index = worst
     if not apart <= tolerance:
         raise VerificationError(
-            f"output {name!r} of sample {index} differs by {apart:.2e}, "
+            f"output {name!r} of sample {index} differs by {apart:.2e} (inf: also for NaN), "
             f"and the artifact's tolerance is {tolerance:.2e}"
         )
     count = len(opened.samples)

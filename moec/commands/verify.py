@@ -12,6 +12,7 @@ from moec.commands.execution.ranks import holds_ranks
 from moec.commands.options.options import json_option, quiet_option, signed_by_option
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
+from moec.errors import ArtifactError
 
 if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
@@ -30,6 +31,7 @@ def command(artifact: Path, signed_by: Path | None, as_json: bool, quiet: bool) 
     the rules of the IR for every graph. Artifacts for other machines and versions of TVM can be
     checked too. The digests detect damage, not malice: --signed-by verifies who made the file.
     """
+    from moec.runtime.arrays.compare import difference
     from moec.runtime.artifact import artifact as artifacts
 
     if holds_ranks(artifact):
@@ -37,6 +39,9 @@ def command(artifact: Path, signed_by: Path | None, as_json: bool, quiet: bool) 
         return
     opened = artifacts.read(artifact, native=False, signed_by=signed_by)
     opened.verify()
+    for output, array in (pair for sample in opened.samples for pair in sample.outputs.items()):
+        if difference(array, array):
+            raise ArtifactError(f"{artifact}: the sample's {output} holds NaN: compile it again")
     graphs = _check_graphs(opened)
     size = sum(part.size for part in opened.manifest.parts.values())
     facts = {

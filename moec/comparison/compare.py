@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
@@ -171,6 +172,8 @@ def _output_lines(model: LoadedModel, a: Results, b: Results) -> Iterator[Output
     scores = next(fits, None)  # a model may return hidden states after them
     for line in moved_lines(list(a), *(zip(*r.values(), strict=True) for r in (a, b))):
         ours, theirs = (torch.cat([t.flatten(0, -2) for t in r[line.output]]) for r in (a, b))
+        apart = bool(ours.isnan().any()) or not torch.equal(ours.isfinite(), theirs.isfinite())
+        line = replace(line, error=math.inf) if apart else line
         top = ours.topk(min(2, ours.shape[-1])).values
         other = ours.gather(-1, theirs.argmax(-1, keepdim=True))[:, 0]
         margin, gap = float((top[:, 0] - other).max()), float((top[:, 0] - top[:, -1]).median())

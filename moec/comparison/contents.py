@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from math import prod
 from typing import Any
 
 from moec.comparison.comparison import ArtifactComparison, ComparedFact
 from moec.comparison.graphs import aligned
 from moec.exploration.explored_model import with_lines
+from moec.exploration.weights import stored_weights
 from moec.ir.graph import Graph
 from moec.model.load import LoadedModel
 from moec.model.stored import stored_graph
 from moec.report.pass_graphs.table import GraphStep
 from moec.report.units import counted
 from moec.report.weight_formats import weight_formats
-from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import DECODE, MAIN
 
 Graphs = Mapping[str, Graph]
@@ -63,9 +62,9 @@ def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, di
     report = model.report()
     blocks = report.blocks
     choices = sorted({f"{block.top_k} of {block.experts}" for block in blocks})
-    formats, params = weight_formats(graphs[MAIN]), graphs[MAIN].params
-    nbytes = {p.name: prod(map(int, p.shape)) * NUMPY[p.dtype].itemsize for p in params}
-    parts: Counter[str] = Counter()
+    formats, parts = weight_formats(graphs[MAIN]), Counter[str]()
+    for weight in stored_weights(manifest.arrays, graphs[MAIN]):
+        parts[weight.kind] += weight.bytes
     for name, part in manifest.parts.items():
         parts[f"{name.partition('/')[0]}/"] += part.size
     return {
@@ -75,7 +74,7 @@ def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, di
         "functions": {"": ", ".join(package.functions)},
         "error against eager": {line.output: f"{line.error:.2g}" for line in report.verification},
         "format": {kind: ", ".join(sorted(set(of.values()))) for kind, of in formats.items()},
-        "bytes": {kind: sum(nbytes[n] for n in of) for kind, of in formats.items()} | parts,
+        "bytes": parts,
         **{f"ops of {n}": Counter(op.name for op in g.ops) for n, g in graphs.items()},
         "kernels": Counter(kernel for _, kernel in package.kernels),
         "sizes": {n: f"{low} to {high or 'any'}" for n, (low, high) in package.main.sizes.items()},

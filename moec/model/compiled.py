@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Never
 import torch
 
 from moec.arguments import tolerance
-from moec.errors import UsageError
+from moec.errors import UsageError, VerificationError
 from moec.ir.graph import Graph, Module
 from moec.ir.text import print_graph
 from moec.model.compilation import Compilation
@@ -229,7 +229,9 @@ class CompiledModel(TextModel, Compilation):
 
     def _samples(self, package: Package) -> list[Sample]:
         """The example and its outputs; empty where there is no example, where this machine cannot
-        run the code, or where it is for a GPU, because `moec run --check` runs on a CPU."""
+        run the code, where it is for a GPU, because `moec run --check` runs on a CPU, or where
+        eager's have NaN. Raises VerificationError where those of the code alone have."""
+        from moec.codegen.module_builder import has_nan
         from moec.runtime.artifact.artifact import Sample
         from moec.runtime.call.executor import Executor
 
@@ -239,7 +241,14 @@ class CompiledModel(TextModel, Compilation):
             return []
         # The model's own executor may be in the middle of a text, whose states must not change.
         executor = Executor(package) if package.states else self.executor
-        return [Sample(_arrays(example), _arrays(executor(example)))]
+        outputs = executor(example)
+        if wrong := [name for name, tensor in outputs.items() if has_nan(tensor)]:
+            if any(map(has_nan, self.captured.eager(*self.captured.example))):
+                return []
+            raise VerificationError(
+                f"{wrong[0]} holds NaN for the example, and eager's has none: report it"
+            )
+        return [Sample(_arrays(example), _arrays(outputs))]
 
     @property
     def graph(self) -> Graph:

@@ -113,6 +113,8 @@ class Excess:
     mean: bool = False
 
     def __str__(self) -> str:
+        if self.threshold == math.inf:
+            return f"{self.ours:.0f} of {self.rows} rows have NaN or infinities that eager has not"
         if self.mean:
             return (
                 f"the mean error of a row is {self.ours:.1e} against eager in float32, and "
@@ -126,10 +128,12 @@ class Excess:
 
 def excess(ours: torch.Tensor, samples: torch.Tensor, unit: float) -> Excess | None:
     """How errors of rows, f64[rows], are more than those of any of eager's samples, f64[samples,
-    rows]; None where they are not."""
+    rows]; None where they are not. An infinite error is no chance."""
     rows = len(ours)
     if not rows:
         return None
+    if infinite := int((ours.isinf() & ~samples.isinf().any(0)).sum()):
+        return Excess(infinite, 0, math.inf, rows)
     pooled = samples.flatten().sort().values
     picks = torch.linspace(0, len(pooled) - 1, min(_SHARES, len(pooled))).long()
     for threshold in sorted(set(pooled[picks].clamp(min=unit).tolist())):

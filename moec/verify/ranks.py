@@ -193,7 +193,7 @@ def _difference(
                     texts = torch.cat([expected[other][number] for other in part])
                     right = texts.chunk(len(part), 1)[part.index(rank)]
             error = distance(outputs[number], right)
-            if not error <= tolerance:
+            if not error <= tolerance or error == float("inf"):
                 return (
                     f"rank {rank} computes another {value.name}: it differs from the model's by "
                     f"{error:.2e} of the greatest value, and at most {tolerance:.0e} is allowed "

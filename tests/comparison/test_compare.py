@@ -122,6 +122,13 @@ def test_equal_artifacts(plain: Path) -> None:
     assert all(fact.a == fact.b for fact in comparison.facts)
 
 
+def test_codes_of_4_bits_are_half_a_byte(plain: Path, once: Once) -> None:
+    int4 = saved(once, "int4", language_model, quant="int4:32", kv_cache=False)
+    rows = facts(moec.compare(plain, int4))
+    weights = LAYERS * EXPERTS * 3 * 64 * 96
+    assert rows["bytes", "experts"] == (4 * weights, weights // 2 + 2 * weights // 32)
+
+
 def test_int8_beside_float32(plain: Path, int8: Path) -> None:
     ids = np.random.default_rng(1).integers(VOCABULARY, size=(2, 30))
     comparison = moec.compare(plain, int8, {"input_ids": ids})

@@ -107,3 +107,16 @@ def test_what_is_not_finite_must_be_the_same() -> None:
 def test_integers_are_equal_or_not() -> None:
     exact = torch.tensor([[1, 2], [3, 4]])
     assert row_distances(torch.tensor([[1, 2], [3, 5]]), exact).tolist() == [[0.0, 1.0]] * 2
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_nan_in_the_last_of_many_rows_is_no_chance(number: float) -> None:
+    exact = torch.randn(1000, 8)
+    rounded = row_distances(exact.bfloat16(), exact)[0][None]
+    broken = exact.clone()
+    broken[-1, 3] = number
+    ours = row_distances(broken, exact)[0]
+    assert str(excess(ours, rounded, UNIT["bf16"])) == (
+        "1 of 1000 rows have NaN or infinities that eager has not"
+    )
+    assert excess(ours, torch.cat([rounded, ours[None]]), UNIT["bf16"]) is None

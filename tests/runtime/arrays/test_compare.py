@@ -23,7 +23,7 @@ A = np.array([1.0, -4.0, 2.0], np.float32)
         (np.array([1, 2]), np.array([1, 2]), 0.0),
         (np.array([1, 3]), np.array([1, 2]), math.inf),
         (np.array([True]), np.array([False]), math.inf),
-        (np.array([np.nan, 1.0]), np.array([np.nan, 1.0]), 0.0),
+        (np.array([np.nan, 1.0]), np.array([np.nan, 1.0]), math.inf),
         (np.array([np.nan, 1.0]), np.array([2.0, 1.0]), math.inf),
         (np.array([2.0, 1.0]), np.array([np.nan, 1.0]), math.inf),
         (np.array([np.inf, 1.0]), np.array([np.inf, 2.0]), 0.5),
