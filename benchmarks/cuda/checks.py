@@ -20,7 +20,7 @@ from moec.runtime.text.texts import Texts
 from tests.models.families import FAMILIES
 
 WIDE, NARROW = LayerShape(32, 8, 512, 256), LayerShape(4, 2, 512, 64)
-"""Experts of enough tiles for all SMs, and of so few that k is split over blocks."""
+"""Experts of enough tiles for all SMs, and of few."""
 TOKENS = (1, 64, 256)
 """Of WIDE, 0.25, 16 and 64 rows per expert: each has its own launch."""
 FORMATS = ("int8", "int4:32", "int4:32:asymmetric", "fp8:128", "mxfp4")

@@ -20,7 +20,6 @@ from moec.codegen.cuda.gemm.grouped import grouped_linear, shapes_of
 from moec.codegen.cuda.gemm.grouped import linear as dense_linear
 from moec.codegen.cuda.gemm.layout import interleave
 from moec.codegen.cuda.gemm.product import check_product
-from moec.codegen.cuda.gemm.split_blocks import memory_of
 from moec.codegen.loops import scalars as sc
 from moec.codegen.module_builder import Lowering, Param, as_array
 from moec.codegen.rules.products import DENSE, dense_of, spec_of
@@ -72,7 +71,6 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
             low.target,
             epilogue=join,
             top_k=top_k,
-            splits=True,
             from_slots=bool(store),
             name=name,
         )
@@ -83,14 +81,7 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
         arguments.append(low.value(parts.order))
     arguments += [low.value(parts.ends), *store, *weights]
     low.note(op, name)
-    types = [op.outputs[0].type, *_memory(low, spec)]
-    return low.call(low.function(key, name, make), arguments, types)[:1]
-
-
-def _memory(low: Lowering, spec: LinearSpec) -> list[TensorType]:
-    """The second output of a product whose k is split over blocks, for that kernel alone."""
-    shape = memory_of(spec, low.target, shapes_of(spec.dtype))
-    return [TensorType("f32", shape)] if shape else []
+    return low.call(low.function(key, name, make), arguments, [op.outputs[0].type])
 
 
 def stack(low: Lowering, values: tuple[Value, ...]) -> relax.Expr:
@@ -134,7 +125,7 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
     rows = product(dense.x.shape[:-1])
 
     def make(name: str) -> PrimFunc:
-        return dense_linear(spec, low.target, splits=True, name=name)
+        return dense_linear(spec, low.target, name=name)
 
     arguments = [low.shaped(dense.x, TensorType(dense.x.dtype, (rows, spec.k)))]
     if dense.flipped:
@@ -148,7 +139,7 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
     low.note(op, "linear")
     type = TensorType(out.dtype, (rows, spec.n))
     function = low.function(("dense", spec), "linear", make)
-    result = low.call(function, arguments, [type, *_memory(low, spec)])[0]
+    result = low.call(function, arguments, [type])[0]
     return [result if out.type == type else low.reshaped(result, out.type)]
 
 
@@ -170,11 +161,11 @@ def logits(low: Lowering, linear: Op, spec: LinearSpec) -> relax.Expr:
     """x[T, D] -> [T, E] by the product that the spec describes."""
 
     def make(name: str) -> PrimFunc:
-        return dense_linear(spec, low.target, splits=True, name=name)
+        return dense_linear(spec, low.target, name=name)
 
     function = low.function(("dense", spec), "linear", make)
     arguments = [low.value(value) for value in linear.inputs]
-    return low.call(function, arguments, [linear.outputs[0].type, *_memory(low, spec)])[0]
+    return low.call(function, arguments, [linear.outputs[0].type])[0]
 
 
 def _transposed(weight: torch.Tensor) -> np.ndarray[Any, Any]:

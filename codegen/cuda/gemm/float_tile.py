@@ -21,9 +21,8 @@ _FLOATS = 4
 """Float32 elements in a piece of 16 bytes."""
 
 
-def multiply_floats(tile: MmaTile, x: Part, w: Part, span: tuple[Expr, Expr] | None = None) -> None:
-    """Computes tile.sums = x @ w^T, over all steps or those of `span`. No thread reads the stages
-    after it returns."""
+def multiply_floats(tile: MmaTile, x: Part, w: Part) -> None:
+    """Computes tile.sums = x @ w^T. No thread reads the stages after it returns."""
     rows = [(t, half) for t in range(tile.row_fragments) for half in range(2)]
     x_floats = T.alloc_buffer((len(rows) * _FLOATS,), "float32", scope="local")
     w_floats = T.alloc_buffer((_FLOATS,), "float32", scope="local")
@@ -46,4 +45,4 @@ def multiply_floats(tile: MmaTile, x: Part, w: Part, span: tuple[Expr, Expr] | N
                     T.buffer_store(tile.sums, total, [at])
 
     tile.clear(tile.sums)
-    tile.stages.run([x, w], multiply, span)
+    tile.stages.run([x, w], multiply)

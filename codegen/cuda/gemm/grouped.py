@@ -33,8 +33,6 @@ from moec.codegen.cuda.gemm.product import (
     tiles_of,
 )
 from moec.codegen.cuda.gemm.slots import in_waves
-from moec.codegen.cuda.gemm.split_blocks import SplitTiles, can_split, memory_of, parts_of
-from moec.codegen.cuda.gemm.split_k import launch_split_k, split_of
 from moec.codegen.cuda.gemm.tiles import (
     FEW_ROWS,
     FLOATS,
@@ -63,18 +61,16 @@ def grouped_linear(
     top_k: int = 0,
     shape: TileShape | None = None,
     blocks: int = 0,
-    splits: bool = False,
     from_slots: bool = False,
     name: str = "grouped",
 ) -> PrimFunc:
     """A kernel (x[R or T, k][, order i32[R]], ends i32[E][, key, table], w packed[, bias packed],
-    y[R, n][, memory]).
+    y[R, n]).
 
     With `top_k` it has the argument `order`. `shape` is the tile. None selects one at launch, by
     the number of rows; for few rows, that is the product of gemv.py. `blocks` is the grid size; 0
-    means at most one block per SM. If it `splits`, k is split over blocks where tiles are few; the
-    shape of the memory for that is `split_blocks.memory_of`, and None means that there is none.
-    `from_slots`: the weights are those of experts in slots (slots.py).
+    means at most one block per SM. `from_slots`: the weights are those of experts in slots
+    (slots.py).
 
     Raises NoMatch if the tile does not support the product.
     """
@@ -85,9 +81,8 @@ def grouped_linear(
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
-            memory = memory_of(spec, target, shapes) if splits else None
             slots = T.int32() if from_slots else None
-            p = arguments(spec, epilogue, top_k, memory=memory, slots=slots)
+            p = arguments(spec, epilogue, top_k, slots=slots)
             in_waves(p, partial(_launched, target=target, shapes=shapes, blocks=blocks))
     return builder.get()
 
@@ -97,11 +92,9 @@ def linear(
     target: CudaTarget,
     *,
     shape: TileShape | None = None,
-    splits: bool = False,
     name: str = "linear",
 ) -> PrimFunc:
-    """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n][, memory]) for one expert that owns all
-    rows."""
+    """A kernel (x[R, k], w[n, k][, bias[n]], y[R, n]) for one expert that owns all rows."""
     shapes = shapes_of(spec.dtype) if shape is None else (shape,)
     for one in shapes:
         check_product(spec, target, None, one.shared_memory)
@@ -109,8 +102,7 @@ def linear(
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
-            memory = memory_of(spec, target, shapes) if splits else None
-            _launched(dense_arguments(spec, memory), target, shapes, 0)
+            _launched(dense_arguments(spec), target, shapes, 0)
     return builder.get()
 
 
@@ -118,30 +110,16 @@ def _launched(p: Product, target: CudaTarget, shapes: Sequence[TileShape], block
     by_wgmma = len(shapes) > 1 and _by_wgmma(p, target)
 
     def tiles(shape: TileShape) -> None:
-        parts = parts_of(p, target, shape)
         if by_wgmma and shape is LARGE:
-            _launch_hopper(p, target, blocks, parts)
-            return
-        if parts is None:
+            launch_wgmma(p, target, blocks)
+        else:
             launch_tiles(p, target, shape, blocks, partial(_tiles, p, target, shape))
-            return
-        parts.launch(partial(_part, p, target, parts))
-        with T.If(parts.count > 1), T.Then():
-            parts.launch_sum()
 
     if len(shapes) == 1:
         tiles(shapes[0])
         return
-    few, small, large = (
-        partial(launch_few_rows, p, target, blocks),
-        *(partial(tiles, s) for s in shapes),
-    )
-    split = split_of(p.spec, target.sms)
-    if split is not None:
-        few = small = partial(launch_split_k, p, split)
-    elif p.memory is not None and p.ends is None and not target.tf32:
-        few = small if can_split(p.spec, target, shapes[0]) else few
-    by_rows(p, few, small, large)
+    few = partial(launch_few_rows, p, target, blocks)
+    by_rows(p, few, *(partial(tiles, shape) for shape in shapes))
 
 
 def _by_wgmma(p: Product, target: CudaTarget) -> bool:
@@ -152,30 +130,10 @@ def _by_wgmma(p: Product, target: CudaTarget) -> bool:
     return True
 
 
-def _launch_hopper(p: Product, target: CudaTarget, blocks: int, parts: SplitTiles | None) -> None:
-    """Many rows, by wgmma unless tiles are few."""
-    if parts is None:
-        launch_wgmma(p, target, blocks)
-        return
-    with T.If(parts.count > 1):
-        with T.Then():
-            parts.launch(partial(_part, p, target, parts))
-            parts.launch_sum()
-        with T.Else():
-            launch_wgmma(p, target, blocks)
-
-
 def by_rows(
     p: Product, few: Callable[[], None], small: Callable[[], None], large: Callable[[], None]
 ) -> None:
     """Emits the host code that selects a launch by the average number of rows per expert."""
-    if few is small:
-        with T.If(p.rows <= FEW_ROWS * p.spec.groups):
-            with T.Then():
-                small()
-            with T.Else():
-                large()
-        return
     with T.If(p.rows <= max(p.spec.groups, ROWS)):
         with T.Then():
             few()
@@ -229,36 +187,14 @@ def _multiply(
     owned: ExpertRows,
     column: Expr,
     rows: Buffer,
-    span: tuple[Expr, Expr] | None = None,
 ) -> None:
-    """The sums of a tile, over all steps of k or those of `span`. rows: scratch space."""
+    """The sums of a tile. rows: scratch space."""
     (x,) = part_of_x(p, tile, owned, rows)
     w = part_of_w(p, tile, owned, column)
     if p.spec.dtype == "float32" and not target.tf32:
-        multiply_floats(tile, x, w, span)
+        multiply_floats(tile, x, w)
     else:
-        tile.compute(x, w, span)
-
-
-def _part(
-    p: Product,
-    target: CudaTarget,
-    parts: SplitTiles,
-    thread: Expr,
-    owned: ExpertRows,
-    column: Expr,
-    span: tuple[Expr, Expr],
-    slot: Expr,
-) -> None:
-    """A part of a tile; the tile, if there is one part."""
-    tile = mma_tile(parts.shape, p.spec.dtype, p.spec.k, thread)
-    word = T.alloc_buffer((1,), "uint32", scope="local")
-    _multiply(p, target, tile, owned, column, rows_of_copies(parts.shape), span)
-    with T.If(parts.count > 1):
-        with T.Then():
-            parts.store(tile, slot)
-        with T.Else():
-            store_tile(p, tile, owned, column, word)
+        tile.compute(x, w)
 
 
 def each_tile(

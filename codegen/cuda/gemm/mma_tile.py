@@ -54,11 +54,10 @@ class MmaTile:
         for i in range(self.row_fragments * self.column_fragments * 4):
             T.buffer_store(sums, T.float32(0), [i])
 
-    def compute(self, x: Part, w: Part, span: tuple[Expr, Expr] | None = None) -> None:
-        """Computes sums = x @ w^T, over all steps or those of `span`. No thread reads the stages
-        after it returns."""
+    def compute(self, x: Part, w: Part) -> None:
+        """Computes sums = x @ w^T. No thread reads the stages after it returns."""
         self.clear(self.sums)
-        self.stages.run([x, w], lambda base, step: self._multiply(base), span)
+        self.stages.run([x, w], lambda base, step: self._multiply(base))
 
     def _multiply(self, base: Expr) -> None:
         depth = self.shape.depth

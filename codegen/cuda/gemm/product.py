@@ -40,7 +40,7 @@ class Slots:
 @dataclass(frozen=True)
 class Product:
     """The arguments of a kernel. `order` gathers the rows of x, None if they are sorted already.
-    Without `ends`, the only expert owns all rows. `memory`, float32, is the kernel's alone. With
+    Without `ends`, the only expert owns all rows. With
     `slots`, weights and biases are those of the experts in slots, and a launch computes the rows of
     the experts of its `wave`."""
 
@@ -54,7 +54,6 @@ class Product:
     bias: Buffer | None
     y: Buffer
     rows: Expr
-    memory: Buffer | None = None
     slots: Slots | None = None
     wave: Wave | None = None
 
@@ -98,11 +97,10 @@ def arguments(
     *,
     x: tuple[str, int] | None = None,
     w: tuple[str, int] | None = None,
-    memory: tuple[int, int] | None = None,
     slots: Expr | None = None,
 ) -> Product:
     """x[R or T, k][, order i32[R]], ends i32[E][, key, table i32[2E]], w packed[, bias packed],
-    y[R, n][, memory].
+    y[R, n].
 
     `x` and `w` are the dtype and the number of elements of a stored row; the default is k elements
     of the spec's dtype. `slots` is the number of slots in place of experts, int32; slots.py has the
@@ -128,14 +126,11 @@ def arguments(
     weights = argument("w", (count, columns, w_width), w_dtype)
     bias = argument("bias", (count, columns), spec.dtype) if spec.bias else None
     y = argument("y", (many, spec.n), spec.y_dtype)
-    scratch = argument("memory", memory, "float32") if memory else None
-    return Product(
-        spec, epilogue, ends, rows, order, top_k, weights, bias, y, many, scratch, in_slots
-    )
+    return Product(spec, epilogue, ends, rows, order, top_k, weights, bias, y, many, in_slots)
 
 
-def dense_arguments(spec: LinearSpec, memory: tuple[int, int] | None = None) -> Product:
-    """x[R, k], w[n, k][, bias[n]], y[R, n][, memory]."""
+def dense_arguments(spec: LinearSpec) -> Product:
+    """x[R, k], w[n, k][, bias[n]], y[R, n]."""
     rows = T.int32()
 
     def argument(name: str, shape: tuple[Expr | int, ...], dtype: str) -> Buffer:
@@ -145,12 +140,11 @@ def dense_arguments(spec: LinearSpec, memory: tuple[int, int] | None = None) -> 
     w = argument("w", (spec.n, spec.k), spec.dtype)
     bias = argument("bias", (spec.n,), spec.dtype) if spec.bias else None
     y = argument("y", (rows, spec.n), spec.y_dtype)
-    scratch = argument("memory", memory, "float32") if memory else None
     # Viewed as the stack of one expert.
     w = T.decl_buffer((1, spec.n, spec.k), spec.dtype, data=w.data)
     if bias is not None:
         bias = T.decl_buffer((1, spec.n), spec.dtype, data=bias.data)
-    return Product(spec, None, None, x, None, 0, w, bias, y, rows, scratch)
+    return Product(spec, None, None, x, None, 0, w, bias, y, rows)
 
 
 def tiles_of(p: Product, rows: int, threads: int, thread: Expr) -> RowTiles | OneExpert:

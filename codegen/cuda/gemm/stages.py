@@ -74,29 +74,19 @@ class Stages:
     def pointer(self, offset: Expr) -> Expr:
         return self.buffer.ptr_to([elements(str(self.buffer.dtype), offset)])
 
-    def run(
-        self,
-        parts: Sequence[Part],
-        multiply: Callable[[Expr, Expr], None],
-        span: tuple[Expr, Expr] | None = None,
-    ) -> None:
-        """Runs multiply(start of the stage, number of the step) for each step, or for those of
-        `span` (first, end), once its stage is complete. No thread reads the stages after it
-        returns."""
-        ahead, first = self.count - 1, 0 if span is None else span[0]
-        steps = self.steps if span is None else T.bind(span[1] - span[0])
+    def run(self, parts: Sequence[Part], multiply: Callable[[Expr, Expr], None]) -> None:
+        """Runs multiply(start of the stage, number of the step) for each step, once its stage is
+        complete. No thread reads the stages after it returns."""
+        ahead = self.count - 1
         for stage in range(ahead):
-            if span is None and stage < self.steps:
+            if stage < self.steps:
                 self._load(stage, stage, parts)
-            elif span is not None:
-                with T.If(stage < steps), T.Then():
-                    self._load(stage, first + stage, parts)
             commit_copies()
-        with T.serial(0, steps) as step:
+        with T.serial(0, self.steps) as step:
             wait_copies(ahead - 1)
             barrier()
-            with T.If(step + ahead < steps), T.Then():
-                self._load((step + ahead) % self.count, first + (step + ahead), parts)
+            with T.If(step + ahead < self.steps), T.Then():
+                self._load((step + ahead) % self.count, step + ahead, parts)
             commit_copies()  # even an empty group: waiting counts groups
             multiply(T.bind(step % self.count * self.size), step)
         wait_copies(0)

@@ -30,7 +30,6 @@ from moec.codegen.cuda.compiler.source import lowered
 from moec.codegen.cuda.gemm.gemv import gemv
 from moec.codegen.cuda.gemm.grouped import grouped_linear
 from moec.codegen.cuda.gemm.grouped_wgmma import grouped_linear_wgmma
-from moec.codegen.cuda.gemm.split_k import split_k, split_of
 from moec.codegen.cuda.gemm.tiles import CODES, FLOATS, LARGE, MIDDLE, SMALL, TileShape
 from moec.codegen.cuda.gemm.wgmma_tile import COLUMNS, THREADS, shared_memory
 from moec.codegen.cuda.instructions import WARP
@@ -270,9 +269,6 @@ def test_nothing_spills_on_other_architectures(arch: str, tmp_path: Path) -> Non
     target = TARGETS[arch]
     options: Any = {"epilogue": gated(silu), "top_k": 8}
     mxfp4 = QuantisedSpec(768, 2048, "bfloat16", groups=128, gated=True, format=parse("mxfp4"))
-    projection = LinearSpec(512, 2048, "bfloat16")
-    split = split_of(projection, target.sms)
-    assert split is not None
     kernels = (
         grouped_linear(GATED, target, shape=LARGE, name="large", **options),
         gemv_codes(mxfp4, target, name="few", **options),
@@ -280,7 +276,6 @@ def test_nothing_spills_on_other_architectures(arch: str, tmp_path: Path) -> Non
         tile_attention(replace(HEADS, placed=True), target, "causal", few=0),
         # On sm_120, the tile for 128 features spills 16 bytes beside the other launch.
         tile_attention(replace(HEADS, placed=True), target, "few", tile=KEY_TILES[-1]),
-        split_k(projection, split),
     )
     result = cubin(lowered(*kernels, target=target).source, target)
     assert result.spills == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from tvm.tirx import PrimFunc
 
@@ -41,14 +40,6 @@ def test_product(golden: Callable[[str], None]) -> None:
     spec = LinearSpec(16, 32, "bfloat16", groups=4, gated=True)
     shape = TileShape(16, 32, 32, warp_rows=1, warp_columns=1, stages=2)
     golden(code(grouped_linear(spec, A100, epilogue=gated(silu), top_k=2, shape=shape)))
-
-
-def test_parts_of_a_product(golden: Callable[[str], None]) -> None:
-    """The second launch, which adds the parts."""
-    spec = LinearSpec(16, 512, "bfloat16", groups=4, gated=True, bias=True)
-    shape = TileShape(16, 32, 32, warp_rows=1, warp_columns=1, stages=2)
-    options: Any = {"epilogue": gated(silu), "top_k": 2, "shape": shape, "splits": True}
-    golden(code(grouped_linear(spec, A100, **options)))
 
 
 def test_parts_of_attention(golden: Callable[[str], None]) -> None:
