@@ -92,16 +92,9 @@ def _attention(low: Lowering, op: Op) -> list[relax.Expr]:
 
 
 def call_attention(
-    low: Lowering,
-    op: Op,
-    a: Attention,
-    function: Any,
-    kernel: str,
-    *,
-    memory: tuple[TensorType, ...] = (),
+    low: Lowering, op: Op, a: Attention, function: Any, kernel: str
 ) -> list[relax.Expr]:
-    """Calls the kernel (q, k, v, mask?, sinks?, first?, out, *memory); `memory` is the kernel's
-    alone."""
+    """Calls the kernel (q, k, v, mask?, sinks?, first?, out)."""
     arguments = [low.value(v) for v in (a.q, a.k, a.v)]
     if a.mask is not None:
         arguments.append(low.shaped(a.mask, TensorType(a.mask.dtype, _four_axes(a.mask))))
@@ -110,7 +103,7 @@ def call_attention(
     if a.first is not None:
         arguments.append(low.value(a.first))
     low.note(op, kernel)
-    return low.call(function, arguments, [op.outputs[0].type, *memory])[:1]
+    return low.call(function, arguments, [op.outputs[0].type])
 
 
 def visible_mask(low: Lowering, op: Op, a: Attention) -> Value:

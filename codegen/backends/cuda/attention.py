@@ -6,32 +6,27 @@ from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule
-from moec.codegen.cuda.attention.key_tiles import SHARED_TILES, key_tile
-from moec.codegen.cuda.attention.partial import slot_width, slots
-from moec.codegen.cuda.attention.tiles import FEW_QUERIES, tile_attention
+from moec.codegen.cuda.attention.key_tiles import key_tile
+from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.cuda.attention.warps import attention
 from moec.codegen.module_builder import Lowering
 from moec.codegen.rules.attention import OPS, attention_inputs, call_attention, spec_of
-from moec.ir.graph import Graph, Op, TensorType
+from moec.ir.graph import Graph, Op
 
 
 def _check_tiles(op: Op, graph: Graph) -> None:
-    spec = spec_of(attention_inputs(op))
-    key_tile(spec)
-    key_tile(spec, SHARED_TILES)
+    key_tile(spec_of(attention_inputs(op)))
 
 
 def _tiles(low: Lowering, op: Op) -> list[relax.Expr]:
     a = attention_inputs(op)
-    spec, queries = spec_of(a), a.shape("q")[2]
-    few = 0 if isinstance(queries, int) and queries >= FEW_QUERIES else FEW_QUERIES
+    spec = spec_of(a)
 
     def make(name: str) -> PrimFunc:
-        return tile_attention(spec, low.target, name, few)
+        return tile_attention(spec, low.target, name)
 
-    function = low.function(("tiles", spec, few), "tile_attention", make)
-    memory = TensorType("f32", (slots(low.target), slot_width(spec)))
-    return call_attention(low, op, a, function, "tile_attention", memory=(memory,) if few else ())
+    function = low.function(("tiles", spec), "tile_attention", make)
+    return call_attention(low, op, a, function, "tile_attention")
 
 
 def _check(op: Op, graph: Graph) -> None:

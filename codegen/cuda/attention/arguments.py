@@ -1,7 +1,7 @@
 """The arguments of attention, and which keys a query attends to, independent of the kernel.
 
 q[B, Hq, S, Dk]  k[B, Hkv, L, Dk]  v[B, Hkv, L, Dv]  mask?  sinks?[Hq]  first?[B]
-->  out[B, Hq, S, Dv]  memory?
+->  out[B, Hq, S, Dv]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LOWEST = float("-inf")
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a kernel; sizes are int64. `memory` is the kernel's alone, float32."""
+    """The arguments of a kernel; sizes are int64."""
 
     spec: AttentionSpec
     batch: Expr
@@ -34,15 +34,13 @@ class Arguments:
     sinks: Buffer | None
     first: Buffer | None
     out: Buffer
-    memory: Buffer | None = None
 
     def at(self, name: str, b: Expr, head: Expr, n: Expr, d: Expr | int) -> tuple[Expr | int, ...]:
         """The index of one feature of q, k, v or out."""
         return (b, n, head, d) if name in self.spec.tokens_first else (b, head, n, d)
 
 
-def arguments(spec: AttentionSpec, memory: tuple[int, int] | None = None) -> Arguments:
-    """`memory` is the shape of the kernel's memory."""
+def arguments(spec: AttentionSpec) -> Arguments:
     batch, queries, keys = T.int64(), T.int64(), T.int64()
     dtype = LONG_NAMES[spec.dtype]
 
@@ -68,10 +66,9 @@ def arguments(spec: AttentionSpec, memory: tuple[int, int] | None = None) -> Arg
     if spec.placed:
         first = argument("first", (batch,), "int64")
     out = tensor("out", spec.q_heads, queries, spec.value_dim)
-    scratch = argument("memory", memory, "float32") if memory else None
     if mask is not None and spec.mask is not None and spec.mask.dtype == "bool":
         mask = T.decl_buffer(mask.shape, "int8", data=mask.data)
-    return Arguments(spec, batch, queries, keys, q, k, v, mask, sinks, first, out, scratch)
+    return Arguments(spec, batch, queries, keys, q, k, v, mask, sinks, first, out)
 
 
 def store_pair(

@@ -45,14 +45,9 @@ class ThreadBlock:
         group = self.a.spec.group
         return T.bind(self.kv * group + row % group), T.bind(row // group)
 
-    @property
-    def row_warp(self) -> Expr:
-        """The index of this warp among those with other rows."""
-        return T.int32(0) if self.tile.shares_rows else self.thread // WARP
-
     def row(self, index: Expr) -> Expr:
         """The row of the index-th half fragment of this thread."""
-        row = self.row_warp * (self.tile.fragments * 16) + index * 8 + self.thread % WARP // 4
+        row = self.thread // WARP * (self.tile.fragments * 16) + index * 8 + self.thread % WARP // 4
         return self.first + T.cast(row, "int64")
 
     def keys(self, row: Expr) -> tuple[Expr, Expr]:
@@ -115,14 +110,10 @@ def load_queries(block: ThreadBlock, shared: Buffer) -> None:
 
 
 def load_keys(block: ThreadBlock, shared: Buffer, base: Expr, first: Expr, end: Expr) -> None:
-    """Loads a tile of keys, and behind it one of values; zeros from `end` on. Done by the block, or
-    by this warp alone if its warps share rows."""
+    """Loads a tile of keys, and behind it one of values; zeros from `end` on."""
     a, rows = block.a, block.tile.keys
-    thread, threads = block.thread, block.tile.threads
-    if block.tile.shares_rows:
-        thread, threads = T.bind(thread % WARP), WARP
     for name, source, width in (("k", a.k, a.spec.key_dim), ("v", a.v, a.spec.value_dim)):
-        with _pieces(thread, threads, rows, width) as (row, d):
+        with _pieces(block.thread, block.tile.threads, rows, width) as (row, d):
             key = T.bind(first + row)
             last = T.cast(T.min(key, end - 1), "int64")
             at = source.ptr_to(list(a.at(name, block.b, block.kv, last, d)))

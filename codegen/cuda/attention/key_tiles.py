@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moec.codegen.cuda.instructions import WARP
@@ -24,22 +23,19 @@ _LEAST = min(target.shared_memory for target in TARGETS.values())
 class KeyTile:
     """`keys` keys at a time for `fragments` * 16 rows of each warp. `widest` is the greatest number
     of features for which a thread's sums and addresses fit into its registers. The warps of a block
-    have different rows and the same keys or, if it `shares_rows`, the same rows and different
-    keys."""
+    have different rows and the same keys."""
 
     fragments: int
     keys: int
     widest: int
-    warps: int = WARPS
-    shares_rows: bool = False
 
     @property
     def rows(self) -> int:
-        return (1 if self.shares_rows else self.warps) * self.fragments * 16
+        return WARPS * self.fragments * 16
 
     @property
     def threads(self) -> int:
-        return self.warps * WARP
+        return WARPS * WARP
 
     def stage(self, spec: AttentionSpec) -> int:
         """Elements of a tile of keys and one of values."""
@@ -47,22 +43,20 @@ class KeyTile:
 
     def elements(self, spec: AttentionSpec) -> int:
         """Elements of 16 bits in shared memory: the queries, then the stages."""
-        stages = STAGES * (self.warps if self.shares_rows else 1)
-        return self.rows * (spec.key_dim + PADDING) + stages * self.stage(spec)
+        return self.rows * (spec.key_dim + PADDING) + STAGES * self.stage(spec)
 
 
 KEY_TILES = (KeyTile(2, 64, 64), KeyTile(2, 32, 128), KeyTile(1, 32, 256))
-SHARED_TILES = tuple(KeyTile(1, 16, 256, warps, shares_rows=True) for warps in (WARPS, 2))
 
 
-def key_tile(spec: AttentionSpec, tiles: Sequence[KeyTile] = KEY_TILES) -> KeyTile:
-    """The first of the tiles that supports a spec. Raises NoMatch if none does."""
+def key_tile(spec: AttentionSpec) -> KeyTile:
+    """The first of KEY_TILES that supports a spec. Raises NoMatch if none does."""
     if spec.dtype not in HALVES:
         raise NoMatch(f"tensor cores multiply 16-bit floats, and it computes in {spec.dtype}")
     for width, name in ((spec.key_dim, "keys"), (spec.value_dim, "values")):
         if width % 16:
             raise NoMatch(f"its {name} have {width} features, not a multiple of 16")
-    for tile in tiles:
+    for tile in KEY_TILES:
         if max(spec.key_dim, spec.value_dim) <= tile.widest and 2 * tile.elements(spec) <= _LEAST:
             return tile
     raise NoMatch(

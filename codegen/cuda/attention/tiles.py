@@ -1,4 +1,4 @@
-"""Attention of many queries on tensor cores: tiles of queries by tiles of keys. From sm_80 on.
+"""Attention on tensor cores: tiles of queries by tiles of keys. From sm_80 on.
 
     block     one key head of one text, and a tile of rows: the queries of all heads that share the
               key head, heads fastest, so that 16 queries of 8 heads fill 128 rows
@@ -14,8 +14,6 @@ layout of a first factor (PTX ISA, mma.m16n8k16), so weights stay in registers.
 Only keys that some row of the tile attends to are read. Among those, as in PyTorch, a NaN among
 the values of a key that is masked for a row alone makes the row NaN. The last tiles of queries of
 a text, which attend to most keys, are its first blocks.
-
-The keys of few queries are split over warps and blocks (split_keys.py).
 """
 
 from __future__ import annotations
@@ -39,37 +37,24 @@ from moec.codegen.cuda.attention.block import (
 )
 from moec.codegen.cuda.attention.key_tiles import (
     PADDING,
-    SHARED_TILES,
     STAGES,
     WARPS,
     KeyTile,
     key_tile,
 )
-from moec.codegen.cuda.attention.partial import slot_width, slots
 from moec.codegen.cuda.attention.products import multiply_keys, multiply_values
 from moec.codegen.cuda.attention.softmax import Softmax, divisor_of, first_of_row, softmax
-from moec.codegen.cuda.attention.split_keys import launch_split_keys
 from moec.codegen.cuda.instructions import WARP, barrier, commit_copies, wait_copies
 from moec.codegen.specs.attention import AttentionSpec
 from moec.dtypes import LONG_NAMES
 from moec.target.cuda import CudaTarget
 
-FEW_QUERIES = 16
-"""The keys of fewer queries of a text than this are split."""
-
 
 def tile_attention(
-    spec: AttentionSpec,
-    target: CudaTarget,
-    name: str = "attention",
-    few: int = FEW_QUERIES,
-    tile: KeyTile | None = None,
+    spec: AttentionSpec, target: CudaTarget, name: str = "attention", tile: KeyTile | None = None
 ) -> PrimFunc:
-    """The kernel (q, k, v, mask?, sinks?, first?, out[, memory]). A query without visible keys
-    gives zeros. `tile` is the tile of many queries; None selects it.
-
-    The keys of fewer than `few` queries are split. `memory` is float32[slots, slot_width] that the
-    kernel writes and reads (partial.py); there is none if `few` is 0.
+    """The kernel (q, k, v, mask?, sinks?, first?, out). A query without visible keys gives zeros.
+    `tile` None selects one.
 
     Raises NoMatch if no tile supports the spec.
     """
@@ -78,15 +63,7 @@ def tile_attention(
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tirx.noalias": True})
-            a = arguments(spec, (slots(target), slot_width(spec)) if few else None)
-            if not few:
-                _launch(a, tile)
-            else:
-                with T.If(a.queries < few):
-                    with T.Then():
-                        launch_split_keys(a, target, key_tile(spec, SHARED_TILES))
-                    with T.Else():
-                        _launch(a, tile)
+            _launch(arguments(spec), tile)
     return builder.get()
 
 

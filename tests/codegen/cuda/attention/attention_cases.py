@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from moec.codegen.cuda.attention.key_tiles import KeyTile
-from moec.codegen.cuda.attention.partial import slot_width, slots
 from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.specs.attention import AttentionSpec
 from tests.cuda_emulator.bugs import Bug, check_found
@@ -21,15 +20,13 @@ TILE = KeyTile(1, 16, 64)
 
 @dataclass(frozen=True)
 class Case:
-    """`queries` of two texts attend to `keys` keys; `first` are their positions in a cache. The
-    keys of fewer than `few` queries are split."""
+    """`queries` of two texts attend to `keys` keys; `first` are their positions in a cache."""
 
     spec: AttentionSpec
     queries: int
     keys: int
     tile: KeyTile | None = TILE
     first: tuple[int, int] | None = None
-    few: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,7 @@ def result(run: Emulated, case: Case, schedule: Schedule) -> Tensor:
     optional = [t for t in (tensors.mask, tensors.sinks) if t is not None]
     if case.first is not None:
         optional.append(torch.tensor(case.first))
-    memory = [torch.full((slots(SM_80), slot_width(spec)), torch.nan)] if case.few else []
-    run(*arguments[:3], *optional, arguments[3], *memory, schedule=schedule)
+    run(*arguments[:3], *optional, arguments[3], schedule=schedule)
     return arguments[3].transpose(1, 2) if "out" in spec.tokens_first else arguments[3]
 
 
@@ -121,7 +117,7 @@ def meaning(case: Case, tensors: _Tensors) -> Tensor:
 @cache
 def kernel(case: Case, bug: Bug | None = None) -> Emulated:
     """The emulated kernel of a case, with a planted bug or without."""
-    function = tile_attention(case.spec, SM_80, few=case.few, tile=case.tile)
+    function = tile_attention(case.spec, SM_80, tile=case.tile)
     return emulated(function, change=bug.plant if bug else str)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from moec.codegen.cuda.attention.key_tiles import key_tile
-from moec.codegen.cuda.attention.tiles import FEW_QUERIES
 from moec.codegen.specs.attention import AttentionSpec, MaskSpec
 from moec.errors import NoMatch
 from tests.codegen.cuda.attention.attention_cases import (
@@ -49,7 +48,10 @@ CASES = {
         AttentionSpec("bf16", 4, 2, 32, 16, 0.25, True, window=30, placed=True),
         *(18, 70),
         first=(43, 0),
-        few=FEW_QUERIES,
+    ),
+    # One token after others.
+    "one query": Case(
+        AttentionSpec("bf16", 6, 2, 32, 16, 0.25, True, placed=True), 1, 200, first=(180, 5)
     ),
     "all-keys": Case(AttentionSpec("bf16", 2, 2, 16, 64, 0.25), 18, 70, tile=None),
 }

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from tvm.tirx import PrimFunc
 
 from moec.codegen.cuda.activation import gated, silu
-from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.cuda.compiler.source import lowered
 from moec.codegen.cuda.gemm.grouped import grouped_linear
 from moec.codegen.cuda.gemm.tiles import TileShape
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.route import route
-from moec.codegen.specs.attention import AttentionSpec
 from moec.codegen.specs.products import LinearSpec
 from moec.codegen.specs.routing import CombineSpec, RouteSpec
 from moec.ops.routing.routing import Routing
@@ -40,14 +38,6 @@ def test_product(golden: Callable[[str], None]) -> None:
     spec = LinearSpec(16, 32, "bfloat16", groups=4, gated=True)
     shape = TileShape(16, 32, 32, warp_rows=1, warp_columns=1, stages=2)
     golden(code(grouped_linear(spec, A100, epilogue=gated(silu), top_k=2, shape=shape)))
-
-
-def test_parts_of_attention(golden: Callable[[str], None]) -> None:
-    """The second launch, which adds the parts."""
-    spec = AttentionSpec("bf16", 6, 2, 32, 16, 0.25, is_causal=True, placed=True)
-    source = lowered(tile_attention(spec, A100), target=A100).source
-    start, end = (source.rindex(f" attention_kernel_{number}(") for number in (1, 2))
-    golden(source[source.rindex("extern", 0, start) : source.rindex("extern", 0, end)])
 
 
 def test_a_kernel_is_written_the_same_way_twice() -> None:
