@@ -100,17 +100,6 @@ def _of_model(name: str, dtype: torch.dtype, *kernels: str) -> Check:
     return Check(partial(family, name, dtype), (*EXPERTS, *kernels), NEAR[dtype], rows)
 
 
-def _compressed(kind: str) -> Check:
-    from moec.passes.approximate.compress_experts import CompressExperts
-
-    def options() -> dict[str, Any]:
-        _, (x, *_) = layer(WIDE, torch.bfloat16, [64])
-        return {"passes": [CompressExperts(kind=kind, by="nearest")], "calib": dict(x)}
-
-    kernels = (*EXPERTS, {"ternary": "ternary", "2bit": "two_bits"}[kind])
-    return _of_layer(torch.bfloat16, kernels=kernels, options=options, codes=True)
-
-
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CHECKS: dict[str, Check] = {
     "layer-bf16": _of_layer(BF16),
@@ -120,7 +109,6 @@ CHECKS: dict[str, Check] = {
     "layer-narrow": _of_layer(BF16, NARROW, (3, 40, 100)),
     "layer-ptx": _of_layer(BF16, later=True),
     **{f"layer-{format}": _of_codes(format) for format in FORMATS},
-    **{f"layer-{kind}": _compressed(kind) for kind in ("ternary", "2bit")},
     "model-mixtral": _of_model("mixtral", BF16, "tile_attention", "rms_norm", "add_rms_norm"),
     "model-gpt-oss": _of_model("gpt_oss", BF16, "tile_attention"),
     "model-deepseek-v3": _of_model("deepseek_v3", F32, "attention", "linear"),

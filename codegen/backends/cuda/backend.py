@@ -9,7 +9,7 @@ from tvm import IRModule
 
 from moec.cache import Store
 from moec.codegen.backend import Backend
-from moec.codegen.backends.cuda import attention, compressed, products, quantised, routing
+from moec.codegen.backends.cuda import attention, products, quantised, routing
 from moec.codegen.backends.cuda.library import launched
 from moec.codegen.backends.cuda.loops import write
 from moec.codegen.backends.cuda.slots import DeviceSlots
@@ -58,7 +58,6 @@ CUDA = Backend(
     rules=(
         *products.RULES,
         *quantised.RULES,
-        *compressed.RULES,
         *routing.RULES,
         *attention.RULES,
         *caches.RULES,

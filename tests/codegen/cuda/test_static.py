@@ -34,16 +34,14 @@ from moec.codegen.cuda.gemm.tiles import CODES, FLOATS, LARGE, MIDDLE, SMALL, Ti
 from moec.codegen.cuda.gemm.wgmma_tile import COLUMNS, THREADS, shared_memory
 from moec.codegen.cuda.instructions import WARP
 from moec.codegen.cuda.norm import norm
-from moec.codegen.cuda.quantised.compressed import compressed_linear
 from moec.codegen.cuda.quantised.grouped_codes import gemv_codes, grouped_codes
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.cuda.routing.dispatch import dispatch
 from moec.codegen.cuda.routing.route import route
 from moec.codegen.specs.attention import AnglesSpec, AppendSpec, AttentionSpec
 from moec.codegen.specs.norm import NormSpec
-from moec.codegen.specs.products import CompressedSpec, LinearSpec, QuantisedSpec
+from moec.codegen.specs.products import LinearSpec, QuantisedSpec
 from moec.codegen.specs.routing import CombineSpec, DispatchSpec, RouteSpec
-from moec.formats.compressed import KINDS
 from moec.formats.notation import parse
 from moec.ops.routing.routing import Routing
 from moec.target import nvidia
@@ -79,11 +77,6 @@ def codes(format: str, shape: TileShape | None = None) -> Callable[[CudaTarget],
     return lambda target: grouped_codes(spec, target, epilogue=gated(silu), top_k=8, shape=shape)
 
 
-def compressed(kind: str, name: str = "compressed") -> Callable[[CudaTarget], PrimFunc]:
-    spec = CompressedSpec(768, 2048, "bfloat16", groups=128, gated=True, kind=kind)
-    return lambda t: compressed_linear(spec, t, epilogue=gated(silu), top_k=8, name=name)
-
-
 GROUPS = Routing(
     8, score="sigmoid", renormalize=True, groups=8, top_groups=4, group_score="top2sum"
 )
@@ -108,7 +101,6 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
     **{format: codes(format) for format in FORMATS},
     **{f"{format}-codes": codes(format, CODES) for format in FORMATS},
     "int8:rows16-small": codes("int8:rows16", SMALL),
-    **{kind: compressed(kind) for kind in KINDS},
     "route": lambda t: route(RouteSpec(Routing(8, renormalize=True), 128, "f32"), t),
     "route-groups": lambda t: route(RouteSpec(GROUPS, 256, "f32", "f32"), t),
     "dispatch": lambda t: dispatch(DispatchSpec(128, 8), t),
@@ -116,7 +108,6 @@ KERNELS: dict[str, Callable[[CudaTarget], PrimFunc]] = {
 }
 ONE_ARCH = (
     "few32",
-    *KINDS,
     *(name for name in KERNELS if name.startswith(("int", "fp8", "float", "tf32", "mxfp4"))),
 )
 """The others are compiled for all architectures in one piece: `few_bits_and_float32`."""
@@ -219,7 +210,7 @@ def test_nothing_spills_of_attention_tiles(arch: str, tmp_path: Path) -> None:
 
 @cache
 def few_bits_and_float32(arch: str) -> Cubin:
-    """Gated products of few bits, compressed, in float32 and in TF32, in one compilation."""
+    """Gated products of few bits, in float32 and in TF32, in one compilation."""
     target = TARGETS[arch]
     tf32, floats = replace(target, tf32=True), replace(GATED, dtype="float32")
     options: Any = {"epilogue": gated(silu), "top_k": 8}
@@ -235,7 +226,6 @@ def few_bits_and_float32(arch: str) -> Cubin:
             grouped_codes(spec, target, shape=CODES, name=n, **options)
             for n, spec in formats.items()
         ),
-        *(compressed(kind, f"by_{kind}")(target) for kind in KINDS),
         gemv(floats, target, name="few", **options),
         grouped_linear(floats, target, shape=FLOATS, name="floats", **options),
         grouped_linear(floats, tf32, shape=FLOATS, name="tf32", **options),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moec.codegen.backends.cuda.backend import CUDA
-from moec.codegen.lower import lower
+from moec.codegen.lower import lower, unsupported
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
 from moec.target.cuda import TARGETS
@@ -164,3 +164,13 @@ def test_what_has_a_kernel() -> None:
     )
     assert selection.refusals == ()
     assert [rule.name for rule in selection.rules.values()] == ["sort", "grouped", "combine"]
+
+
+def test_compressed_experts_are_refused_by_name() -> None:
+    graph = parse("""graph main(x: f32[T, 72], ends: i32[3];
+                     codes: u8[3, 40, 18], low: bf16[3, 40], high: bf16[3, 40]) {
+      h: f32[T, 40] = grouped.compressed(x, ends, codes, low, high)
+        <matrices=1, kind="2bit", dtype=f32>
+      return h
+    }""")
+    assert "grouped.compressed" in unsupported(graph, CUDA)
