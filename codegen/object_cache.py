@@ -39,7 +39,7 @@ from moec.runtime.process.threads import available
 from moec.temporary import temporary_folder
 
 LOGGER = logging.getLogger(__name__)
-_SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/outline.py", "cpu/pipeline.py")
+_SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/pipeline.py")
 _CONTENT = 16  # digits of the content hash in a kernel's name
 
 

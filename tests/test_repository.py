@@ -93,8 +93,8 @@ def test_folders_are_short():
 BUDGETS = {
     ("moec/capture",): 14_038,
     ("passes/recognise",): 7_269,
-    ("codegen/cuda",): 4_784,
-    ("moec", *LINKED): 118_293,
+    ("codegen/cuda",): 4_767,
+    ("moec", *LINKED): 118_124,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,
 recognise to 6,000, and the whole to 92,000."""

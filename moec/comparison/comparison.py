@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from typing import Any
 
-from moec.comparison.page import comparison_page
+import msgspec
+
+from moec.exploration.page import page
 from moec.files.printable import columns, preformatted, printable
-from moec.report.data import MovedLine
+from moec.report.data import MovedLine, ReportData
 from moec.report.module_paths import spans
-from moec.report.pass_graphs.table import GraphStep
+from moec.report.pass_graphs.table import GraphStep, GraphTable, ports
 from moec.report.units import size
 
 
@@ -90,3 +92,29 @@ def _cells(line: Any) -> tuple[str, ...]:
     show = size if getattr(line, "subject", "") == "bytes" else str
     cells = (f"{v:.3g}" if isinstance(v, float) else v for v in astuple(line))
     return tuple("-" if v is None else show(v) if isinstance(v, int) else v for v in cells)
+
+
+# ---- the page: that of `moec explore`, with the graphs of A and B as its steps -------
+
+
+def comparison_page(
+    comparison: Mapping[str, Any], graphs: Mapping[str, Sequence[GraphStep]]
+) -> str:
+    """The HTML, which loads nothing from elsewhere. `graphs` has those of A and B by function."""
+    table = GraphTable()
+    functions = [
+        {"name": name, "steps": table.steps(steps), **ports(steps[-1].graph)}
+        for name, steps in graphs.items()
+    ]
+    names = next(fact for fact in comparison["facts"] if fact["subject"] == "artifact")
+    data = {
+        "title": f"{names['a']} and {names['b']}",
+        "artifact": False,
+        "report": ReportData("").to_dict(),
+        "functions": msgspec.to_builtins(functions),
+        "texts": list(table.texts),
+        "ops": list(table.ops),
+        "comparison": comparison,
+    }
+    empty: dict[str, Any] = dict.fromkeys(("declined", "calls", "weights"), ())
+    return page(data | empty | dict.fromkeys(("profile", "routing", "plan")))

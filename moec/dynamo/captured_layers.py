@@ -7,10 +7,12 @@ with the module's own parameters.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -22,15 +24,14 @@ from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless
 from moec.capture.earlier_calls.two_runs import earlier_calls
 from moec.capture.state.reach import values_kept
-from moec.dynamo.forwards import previous_forward, replace_forward, restore_forward
+from moec.dynamo.forwards import FORWARDS, previous_forward, replace_forward, restore_forward
 from moec.dynamo.layer_graph import torch_function
 from moec.dynamo.record import Fallback
-from moec.dynamo.structure import ModuleStructure
 from moec.errors import CaptureError, NoMatch
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Program, Value
 from moec.oracle.agree import agree
-from moec.torch_private import dynamo
+from moec.torch_private import dynamo, hooks_of, pre_hooks_of
 
 Axis = int | tuple[str, int, int | None]
 """A fixed size, or the name of a size with its least and its greatest value."""
@@ -284,3 +285,59 @@ def result_like(result: Any, values: Iterator[Any]) -> Any:
         named = {f.name: result_like(getattr(result, f.name), values) for f in fields(result)}
         return type(result)(**named)
     return next(values)
+
+
+# ---- what a module's behaviour depends on beside its weights -------------------------
+# Dynamo traces the comparison, so that its guards hold what was compared.
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, FunctionType, BuiltinFunctionType)
+
+
+@dataclass(frozen=True)
+class ModuleStructure:
+    """`parts` has a line for each submodule, `plain` the names and values of its attributes that
+    are numbers, texts or functions."""
+
+    parts: tuple[tuple[object, ...], ...]
+    plain: tuple[tuple[str, str, Any], ...]
+
+    @staticmethod
+    def of(module: nn.Module) -> ModuleStructure:
+        return ModuleStructure(tuple(_parts(module)), tuple(_plain(module)))
+
+    def is_that_of(self, module: nn.Module) -> bool:
+        if tuple(_parts(module)) != self.parts:
+            return False
+        modules = dict(module.named_modules())
+        return all(
+            getattr(modules[name], key, _MISSING) == value for name, key, value in self.plain
+        )
+
+
+_MISSING = "(missing)"
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[object, ...]]:
+    for name, part in module.named_modules():
+        yield (
+            name,
+            type(part),
+            part.training,
+            *(tuple(hooks) for hooks in (hooks_of(part), pre_hooks_of(part))),
+            *(f"{key} {tuple(p.shape)}" for key, p in part.named_parameters(recurse=False)),
+            *(f"{key} {tuple(b.shape)}" for key, b in part.named_buffers(recurse=False)),
+            FORWARDS not in part.__dict__ and _has_own_forward(part),
+        )
+
+
+def _has_own_forward(part: nn.Module) -> bool:
+    """Whether the instance has a forward. Dynamo has no guard for the second condition alone."""
+    return not inspect.ismethod(part.forward) or "forward" in part.__dict__
+
+
+def _plain(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if isinstance(value, _PLAIN) and not key.startswith("_") and key != "training":
+                yield name, key, value

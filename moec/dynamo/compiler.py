@@ -13,22 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
 from moec.dynamo.code import Code, generate, is_constant
 from moec.dynamo.devices import check_one_device, devices_of, example_of, on_devices
-from moec.dynamo.direct import direct
 from moec.dynamo.graph.convert import convert
 from moec.dynamo.graph.local import take_local_parts, with_parts
 from moec.dynamo.graph.regions import Region, regions
 from moec.dynamo.graph.trace import static_inputs, trace
-from moec.dynamo.operators import BlockSite, register_site
+from moec.dynamo.operators import SITES, BlockSite, register_site
 from moec.dynamo.options import Options, parse
 from moec.dynamo.record import RECORDER, Fallback
-from moec.dynamo.rest import compile_rest
 from moec.dynamo.skipped import watch
 from moec.dynamo.training.gradients import IN_PYTORCH, Products
 from moec.dynamo.training.grouped_mm import ON_GPU
@@ -39,12 +37,17 @@ from moec.dynamo.training.trained_weights import (
     needs_gradient,
     trainable_inputs,
 )
-from moec.errors import IRError, MoecError, NoMatch, TargetError
+from moec.errors import IRError, MoecError, NoMatch, TargetError, UsageError
 from moec.passes.core.runner import run
 from moec.passes.recognise import RecogniseExperts
 from moec.pipeline import CANONICALISE, RECOGNISE
 from moec.target.cpu import CpuTarget
-from moec.torch_private import dynamo_timed
+from moec.torch_private import (
+    aot_autograd,
+    dynamo_timed,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
 
 RECOGNITION = (*CANONICALISE.passes, *RECOGNISE.passes)
 
@@ -194,3 +197,67 @@ def _is_empty(node: fx.Node) -> bool:
     first = example_of(node)
     # A symbolic size is not 0, because Dynamo specialises on 0.
     return first is not None and any(isinstance(size, int) and size == 0 for size in first.shape)
+
+
+# ---- calls a graph of blocks and views directly, without AOTAutograd -----------------
+# What AOTAutograd adds to a graph (gradients, writes into inputs, aliases) is not needed where
+# there are no gradients and nothing but blocks and views. Its Python code takes longer than the
+# kernels of a small layer, and a tenth of the time of one token in a large layer, whose weights
+# have evicted that code from the caches.
+
+
+def direct(module: fx.GraphModule) -> Callable[..., Any] | None:
+    """A function that calls the graph's sites without dispatch, if the graph holds only blocks
+    without gradients, views and arithmetic on sizes; else None."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copies[node] = copied = graph.node_copy(node, copies.__getitem__)
+        size = isinstance(node.meta.get("val"), torch.SymInt | int)
+        if node.op in ("placeholder", "output") or size:
+            continue
+        if node.target is torch.ops.moec.block_forward.default:
+            inputs, params, name = copied.args
+            copied.target, copied.args = SITES[cast(str, name)].run, (inputs, params)
+        elif node.target is torch.ops.aten.view.default:
+            copied.op, copied.target = "call_method", "view"
+        else:
+            return None
+    forward: Callable[..., Any] = fx.GraphModule({}, graph).forward
+    return forward
+
+
+# ---- everything that is no MoE block: compiled by Inductor, or run operator by operator ---
+
+
+Callee = Callable[..., Any]
+
+
+def compile_rest(module: fx.GraphModule, inputs: Sequence[Any], how: str) -> Callee:
+    """A function for the graph, by `how`: "inductor" or "eager". Raises UsageError where Inductor
+    has no C++ compiler."""
+    if how == "inductor":
+        return _inductor(module, inputs)
+    callee: Callee = aot_autograd(
+        fw_compiler=_as_it_is, partition_fn=min_cut_rematerialization_partition
+    )(module, inputs)
+    return callee
+
+
+def _as_it_is(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
+    callee: Callee = make_boxed_func(module.forward)
+    return callee
+
+
+def _inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
+    # Inductor takes long to import
+    from moec.torch_private import InvalidCxxCompiler, compile_fx, get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UsageError(
+            "Inductor compiles what is no MoE block, and finds no C++ compiler: install g++ or "
+            'clang++, or run the rest as it is with options={"rest": "eager"}'
+        ) from error
+    return cast(Callee, compile_fx(module, list(inputs)))

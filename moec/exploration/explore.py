@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from moec.errors import UsageError
+from moec.errors import InputError, UsageError
 from moec.exploration.explored_model import ExploredModel, of_artifact, of_compiled
 from moec.exploration.kernels import kernel_rows, read_profile
 from moec.exploration.page import page
-from moec.exploration.plan import read_layers
-from moec.exploration.routing import read_routing
 from moec.model.compiled import CompiledModel
 from moec.model.load import LoadedModel
-from moec.plan.plan import Plan
+from moec.plan.plan import Plan, read_plan
 from moec.profile.profile import ModelProfile
 from moec.report.pass_graphs.declined import declined_row
 from moec.report.pass_graphs.table import GraphTable, ports
-from moec.runtime.call.routing_trace import RoutingTrace
+from moec.report.units import counted
+from moec.runtime.call.routing_trace import RoutingTrace, load_trace
 from moec.runtime.package import MAIN
 
 
@@ -98,3 +100,71 @@ def explored_model(model: CompiledModel | LoadedModel | Path | str) -> ExploredM
         f"{type(model).__name__} cannot be explored: give what moec.compile returns, or the path "
         "of an artifact"
     )
+
+
+# ---- a plan of many devices as data of a page ----------------------------------------
+
+
+def read_layers(source: Plan | Path | str, model: ExploredModel) -> dict[str, Any]:
+    """The plan with the predicted seconds of each layer. Raises UsageError where it cannot be read,
+    and InputError where its MoE layers have other numbers of experts than the model's."""
+    plan = source if isinstance(source, Plan) else read_plan(Path(source))
+    name = "the plan" if isinstance(source, Plan) else str(source)
+    planned = [layer.experts for layer in plan.layers if layer.experts]
+    experts = [block.experts for block in model.report.blocks]
+    if planned != experts:
+        raise InputError(
+            f"{name} is of another model ({plan.model}): its MoE layers have {planned} experts, "
+            f"and those of {model.name} {experts}"
+        )
+    data: dict[str, Any] = msgspec.to_builtins(plan)
+    for layer, row in zip(plan.layers, data["layers"], strict=True):
+        row["total"] = layer.total
+    return data
+
+
+# ---- a recorded routing as data of a page --------------------------------------------
+
+
+MOST = 1 << 20
+"""The most ids on a page: 2.8 MB of text."""
+
+
+def read_routing(
+    source: RoutingTrace | Path | str, routers: Sequence[tuple[str, int]], model: str
+) -> dict[str, Any]:
+    """The first tokens of a trace: `ids` [T, L, K] and `phase` [T] in base64.
+
+    Raises InputError where it is no trace, is empty, or was recorded of another model.
+    """
+    trace = source if isinstance(source, RoutingTrace) else load_trace(Path(source))
+    name = "the trace" if isinstance(source, RoutingTrace) else str(source)
+    if not (trace.ids >= 0).any():
+        raise InputError(f"{name}: no expert was chosen: it has no routing to show")
+    recorded = [int(experts) for experts in trace.experts]
+    if recorded != [experts for _, experts in routers]:
+        raise InputError(
+            f"{name} was recorded of another model: it has {_layers(recorded)}, and {model} has "
+            f"{_layers([experts for _, experts in routers])}"
+        )
+    tokens = min(trace.tokens, max(1, MOST // trace.ids[0].size))
+    shown = trace.part(slice(0, tokens))
+    return {
+        "layers": [layer for layer, _ in routers],
+        "experts": recorded,
+        "tokens": tokens,
+        "of": trace.tokens,
+        "k": int(trace.ids.shape[2]),
+        "ids": _base64(shown.ids.astype("<i2")),
+        "phase": _base64(shown.phase.astype("u1")),
+    }
+
+
+def _layers(experts: Sequence[int]) -> str:
+    """ "4 MoE layers of 8 experts"."""
+    sizes = " and ".join(map(str, sorted(set(experts))))
+    return counted(len(experts), "MoE layer") + (f" of {sizes} experts" if experts else "")
+
+
+def _base64(array: np.ndarray[Any, Any]) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()

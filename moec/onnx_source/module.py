@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from moec.errors import CaptureError
 from moec.onnx_source.exported import INDEXING, read_indexing
 from moec.onnx_source.layout import LAYOUT, OUTPUTS, VALUE
-from moec.onnx_source.operators import OPERATORS, Operator
+from moec.onnx_source.operators import OPERATORS, Operator, dtype_of
 from moec.onnx_source.sizes import Value, tensor
-from moec.onnx_source.tensors import tensor_of
 
 FEW = 16
 """The most elements of an integer constant that may be a shape, axes or a size."""
@@ -181,3 +181,18 @@ def _as_sizes(value: Tensor) -> Value:
         sizes: Value = value.tolist()
         return sizes
     return value
+
+
+# ---- tensors of ONNX as those of torch -----------------------------------------------
+
+
+def tensor_of(proto: onnx.TensorProto) -> torch.Tensor:
+    """The tensor. Raises CaptureError where its elements are of no supported type or too few."""
+    try:
+        dtype = dtype_of(proto.data_type)
+        array = np.array(onnx.numpy_helper.to_array(proto))
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise CaptureError(f"the tensor {proto.name!r} cannot be read: {error}") from error
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

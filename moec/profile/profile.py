@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moec.errors import ArtifactError
+from moec.errors import ArtifactError, UsageError
 from moec.files.printable import preformatted
 from moec.ir.graph import Graph
 from moec.profile.data import KernelLine, MachineLimits, PhaseProfile, ProfileData, Time
 from moec.profile.record import TimedPhase
-from moec.profile.roofline import plot
 from moec.profile.text import lines
-from moec.profile.trace import trace
 from moec.profile.work import KernelCost, work_of
 from moec.runtime.call.profile import SHAPES, TimedCall
 from moec.runtime.package import KernelCall, Package
@@ -202,3 +201,115 @@ def layer_of(module: str) -> str:
         return "(no module)"
     match = re.match(r".*?(?:^|\.)\d+(?=\.|$)", module)
     return match[0] if match else module
+
+
+# ---- the roofline of a profile as a picture: speeds of kernels, by their FLOPs per byte ---
+
+
+COLOURS = ("#0b6e4f", "#b23a48", "#3a5ab2", "#b2873a")
+"""Of phases."""
+
+
+def plot(profile: ProfileData, path: Path) -> None:
+    """One point for each kind of kernel with arithmetic in each phase, as large as its share of the
+    call, under the limits of the machine. Raises UsageError where matplotlib is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'moec[bench]'") from None
+    limits = profile.limits
+    figure, axis = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    intensities = [limits.peak / limits.bandwidth]
+    for phase, colour in zip(profile.phases, COLOURS, strict=False):
+        axis.scatter([], [], color=colour, label=phase.name)
+        points = [
+            (line.flops / line.bytes, line.flops / line.time.seconds / 1e9, line)
+            for line in phase.kinds
+            if line.flops and line.bytes
+        ]
+        height = math.inf  # of a name, in decades of speed; kernels of one token are close together
+        for intensity, speed, line in sorted(points, key=lambda p: -p[1]):
+            area = 20 + 600 * line.time.seconds / phase.call.seconds
+            axis.scatter(intensity, speed, area, color=colour, alpha=0.6)
+            height = min(math.log10(speed), height - 0.06)
+            style = {"xytext": (12, -3), "textcoords": "offset points", "fontsize": 7}
+            axis.annotate(line.kernel, (intensity, 10**height), **style)
+            intensities.append(intensity)
+    reach = np.array([min(intensities) / 4, intensities[0], max(intensities) * 4])
+    roof = np.minimum(limits.peak, reach * limits.bandwidth) / 1e9
+    axis.loglog(reach, roof, color="#444444", linewidth=1)
+    axis.set_xlabel("FLOPs per byte")
+    axis.set_ylabel("GFLOP/s")
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(
+        f"{profile.model}: measured {limits.peak / 1e9:.0f} GFLOP/s in {limits.dtype}, "
+        f"{limits.bandwidth / 1e9:.1f} GB/s",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+# ---- a profile as a trace in Chrome's format -----------------------------------------
+# Perfetto (ui.perfetto.dev) opens it: the calls of the last round, the library's function in each,
+# and the kernels in that.
+
+
+PROCESS = THREAD = 1
+
+
+def trace(profile: ProfileData, recorded: Sequence[TimedPhase]) -> dict[str, Any]:
+    """The trace as JSON-compatible dicts and lists. Times are in microseconds from the first."""
+    calls = [
+        (phase, call)
+        for phase, timed in zip(profile.phases, recorded, strict=True)
+        for run in timed.timed[-len(timed.watched) :]
+        for call in run
+    ]
+    first = min(call.start for _, call in calls)
+    events = [_name("process_name", profile.model), _name("thread_name", "kernels")]
+    for phase, call in calls:
+        events += _slices(phase, call, first)
+    return {"traceEvents": events, "displayTimeUnit": "ns"}
+
+
+def _name(kind: str, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": PROCESS, "tid": THREAD, "args": {"name": name}}
+
+
+def _slices(phase: PhaseProfile, call: TimedCall, first: int) -> Iterator[dict[str, Any]]:
+    """Slices that contain those after them; times are from `first` on, in nanoseconds."""
+    starts, ends = (call.spans.T - first).tolist()
+    yield _slice(phase.name, "call", call.start - first, call.end - first, dict(call.sizes))
+    yield _slice(phase.function, "function", starts[0], ends[0], {})
+    lines = iter(phase.kernels)
+    for symbol, start, end in zip(call.kernels, starts[1:], ends[1:], strict=True):
+        if symbol.startswith(SHAPES):
+            yield _slice(symbol, "sizes", start, end, {})
+        else:
+            line = next(lines)
+            yield _slice(line.kernel, line.layer, start, end, _arguments(line))
+
+
+def _arguments(line: KernelLine) -> dict[str, Any]:
+    texts = {"module": line.module, "line": line.line, "symbol": line.symbol}
+    return texts | {"ops": ", ".join(line.ops), "flops": line.flops, "bytes": line.bytes}
+
+
+def _slice(
+    name: str, category: str, start: int, end: int, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "name": name,
+        "cat": category,
+        "ts": start / 1e3,
+        "dur": (end - start) / 1e3,
+        "pid": PROCESS,
+        "tid": THREAD,
+        "args": {key: value for key, value in arguments.items() if value is not None},
+    }

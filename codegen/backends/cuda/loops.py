@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,16 +22,17 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
-from moec.codegen.backends.cuda.ranked import ranked
-from moec.codegen.backends.cuda.warp_row import WarpRow
 from moec.codegen.cpu.frame import kernel
-from moec.codegen.cuda.instructions import WARP
+from moec.codegen.cuda.instructions import WARP, shuffle_xor
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.loop_kernel import LoopKernel, write_body
 from moec.codegen.loops import index as ix
+from moec.codegen.loops import scalars as sc
+from moec.codegen.loops.axes import wrap
 from moec.codegen.loops.cells import Cell
 from moec.codegen.loops.emission import Emission
-from moec.codegen.loops.index import Index, Position
+from moec.codegen.loops.index import Index, Position, loop
+from moec.codegen.loops.reductions.reduce import better
 from moec.codegen.loops.rules import EMIT
 from moec.codegen.loops.scalars import Scalar
 from moec.codegen.loops.writes import Writes
@@ -38,6 +40,79 @@ from moec.errors import UnsupportedError
 from moec.ir.graph import Op, Value
 from moec.ir.sizes.dims import Dim, product
 from moec.target.cuda import HOST, CudaTarget
+
+# ---- sorting by rank: a thread per element counts the elements that come before it ---
+# This takes n^2 comparisons and no memory, which suits rows of hundreds of elements, as models
+# sort.
+
+
+def ranked(e: Emission, op: Op) -> None:
+    """sort, argsort, topk: a stable order, whose first elements are the results."""
+    named, x, out = e.named(op), op.inputs[0], op.outputs[-1]
+    topk = op.name == "aten.topk.default"
+    sign = 1 if named["largest" if topk else "descending"] else -1
+    axis = wrap(named["dim"], len(x.shape)) if x.shape else 0
+    count = e.sizes.expr(out.shape[axis]) if x.shape else tirx.const(1, "int64")
+
+    def element(at: Position) -> None:
+        own_value = e.read(x, at)
+        before = e.cell(sc.constant(0, "i64"))
+
+        def count_one(other: Position) -> None:
+            value = e.read(x, other)
+            earlier = tirx.And(
+                other[axis].expr < at[axis].expr, tirx.Not(better(own_value, value, sign))
+            )
+            with T.If(tirx.Or(better(value, own_value, sign), earlier)), T.Then():
+                before.set(Scalar("i64", before.get().expr + 1))
+
+        if x.shape:
+            with T.serial(0, e.sizes.expr(x.shape[axis])) as j, e.scope():
+                count_one((*at[:axis], loop(j, f"other{axis}", x.shape[axis]), *at[axis + 1 :]))
+        rank = e.bind_expr(before.get().expr)
+        with T.If(rank < count), T.Then():
+            to = (*at[:axis], Index(rank, ("rank", axis)), *at[axis + 1 :]) if x.shape else ()
+            if len(op.outputs) > 1:
+                e.store(op.outputs[0], to, Scalar(op.outputs[0].dtype, own_value.expr))
+            index = at[axis].expr if x.shape else tirx.const(0, "int64")
+            e.store(out, to, Scalar("i64", index))
+
+    e.elements(x.shape, element)
+
+
+# ---- a row of a generated loop that the lanes of a warp share ------------------------
+
+
+@dataclass(frozen=True)
+class WarpRow:
+    """`lane` is int64."""
+
+    emission: Emission
+    lane: Expr
+
+    @contextmanager
+    def elements(self, count: Expr) -> Iterator[Expr]:
+        """A loop over the numbers below `count` of this lane: lane, lane + 32, ..."""
+        turns = tirx.truncdiv(count - self.lane + (WARP - 1), tirx.const(WARP, "int64"))
+        with T.serial(0, turns) as turn:
+            yield T.bind(self.lane + turn * WARP)
+
+    def merge(self, cells: Sequence[Cell], combine: Callable[[Sequence[Scalar]], None]) -> None:
+        """Combines the cells of all lanes by a butterfly: in a fixed order, with the same result in
+        every lane."""
+        others = [self.emission.cell(cell.get()) for cell in cells]
+        for step in (16, 8, 4, 2, 1):
+            for cell, other in zip(cells, others, strict=True):
+                T.buffer_store(other.buffer, _of_lane(cell.buffer, step), [0])
+            combine([other.get() for other in others])
+
+
+def _of_lane(buffer: Buffer, mask: int) -> Expr:
+    """What the lane whose number differs in the bits of `mask` has in its buffer of one element."""
+    dtype = str(buffer.dtype)
+    wide = dtype if dtype.endswith(("32", "64")) and dtype[0] != "u" else "int32"
+    return T.cast(shuffle_xor(T.cast(buffer[0], wide), mask, wide), dtype)
+
 
 THREADS = 256
 FEW = 8

@@ -7,14 +7,13 @@ layers, and as a card otherwise.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from moec.ir.graph import Graph, Op, Value
 from moec.report.data import WHOLE, Block, DeclinedLine
 from moec.report.picture.part import ENTRY, Scene, ScenePart
 from moec.report.picture.repeats import collapse
-from moec.report.picture.unfused import unfused
 from moec.report.report import inside, port
 
 
@@ -299,3 +298,26 @@ def _kind(module: _Module) -> str:
     if linears > 1:
         return "mlp"
     return "linear" if linears else "other"
+
+
+# ---- the graph with fused additions and norms back in their modules ------------------
+
+
+_NORMS = {"rms": "nn.rms_norm", "layer": "aten.layer_norm.default"}
+
+
+def unfused(graph: Graph) -> Graph:
+    """The graph with an addition and a norm for each nn.add_norm. The norm is in the module of its
+    weight. The result cannot be evaluated: its ops lack attributes."""
+    return replace(graph, ops=tuple(part for op in graph.ops for part in _parts(op)))
+
+
+def _parts(op: Op) -> Iterator[Op]:
+    if op.name != "nn.add_norm" or len(op.inputs) < 2 or len(op.outputs) != 2:
+        yield op
+        return
+    (x, residual, *weights), (total, normalised) = op.inputs, op.outputs
+    yield Op("aten.add.Tensor", (x, residual), (total,), origin=op.origin)
+    origin = weights[0].name.rpartition(".")[0] if weights else op.origin
+    name = _NORMS.get(str(op.attrs.get("kind")), op.name)
+    yield Op(name, (total, *weights), (normalised,), origin=origin or op.origin)
