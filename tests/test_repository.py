@@ -94,7 +94,7 @@ BUDGETS = {
     ("moec/capture",): 14_038,
     ("passes/recognise",): 7_269,
     ("codegen/cuda",): 4_767,
-    ("moec", *LINKED): 118_124,
+    ("moec", *LINKED): 118_042,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,
 recognise to 6,000, and the whole to 92,000."""

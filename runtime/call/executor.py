@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +146,6 @@ class Executor:
         # On GPUs the rows of a text have other bits than alone.
         self.account = Account() if self.device.kind == CPU else None
         self._requests = 0
-        self._token = self.device.repeated()
         self._counts: list[Any] = []  # the latest inputs of `decode`, whose memory the next take
         arrays = package.arrays
         self._checked = arrays if isinstance(arrays, CheckedArrays) else None
@@ -339,12 +337,7 @@ class Executor:
             moved, before = self.device.moved, self._counts or [None] * len(counts)
             self._counts = list(map(moved, map(from_numpy, counts), before))
             arguments = [*self._counts, *held]
-            call = partial(self._invoke, entry, arguments)
-            if self._token is None or recorder or counts[0].shape[1] > 1:
-                results = call()
-            else:
-                key = tuple(tensor.data_ptr() for tensor in (*arguments, *entry.params))
-                results = self._token.run((*counts[0].shape, *key), call)
+            results = self._invoke(entry, arguments)
             scores = to_numpy(self.device.to_host(item(results, 0)), logits)
             if recorder:
                 to_host = self.device.to_host

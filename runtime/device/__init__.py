@@ -1,1 +1,1 @@
-"""Devices: libraries, memory and repeated calls on CPUs and GPUs."""
+"""Devices: libraries and memory on CPUs and GPUs."""

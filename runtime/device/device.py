@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -17,12 +17,6 @@ from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import Package, Port
 
 CPU, CUDA = "cpu", "cuda"
-
-
-class Repeated(Protocol):
-    """A call that is repeated with arguments at the same addresses, see `device.cuda_graph`."""
-
-    def run(self, key: Hashable, call: Callable[[], Any]) -> Any: ...
 
 
 class Device(Protocol):
@@ -44,7 +38,6 @@ class Device(Protocol):
     def arguments(self, tensors: Sequence[Any]) -> list[Any]: ...
     def destination(self, port: Port, shape: tuple[int, ...], before: Any) -> Any: ...
     def results(self, tensors: Sequence[Any], destinations: Mapping[int, Any]) -> list[Any]: ...
-    def repeated(self) -> Repeated | None: ...
     def running(self) -> AbstractContextManager[Any]: ...
     def refusal(self, line: str) -> MoecError: ...
 
@@ -88,9 +81,6 @@ class Cpu:
         """The results of a call, on the caller's device. `destinations` are those that the call
         wrote into memory of `destination`, by index."""
         return list(tensors)
-
-    def repeated(self) -> None:
-        """Nothing: a repeated call is as fast as another."""
 
     def running(self) -> AbstractContextManager[Any]:
         """The context of each call."""

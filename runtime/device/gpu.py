@@ -19,7 +19,7 @@ from typing import Any
 
 from moec.errors import ArtifactError, InputError, MoecError, TargetError
 from moec.runtime.checks import show_bytes
-from moec.runtime.device.cuda_graph import CUDART, RepeatedCall, copy_on_stream
+from moec.runtime.device.cudart import CUDART, copy_on_stream
 from moec.runtime.device.library import CPU, CUDA, open_library, tvm_ffi
 from moec.runtime.device.tensors import arguments_of
 from moec.runtime.dtypes import NUMPY
@@ -115,9 +115,6 @@ class GpuDevice:
                 copy_on_stream(tensor, result)
             results.append(result)
         return results
-
-    def repeated(self) -> RepeatedCall | None:
-        return RepeatedCall(self.index)
 
     def running(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = (

@@ -12,7 +12,7 @@ import numpy as np
 from moec.errors import InputError
 from moec.runtime.artifact.mapped_arrays import CheckedArrays, MappedArrays
 from moec.runtime.checks import show_bytes
-from moec.runtime.device.cuda_graph import cuda
+from moec.runtime.device.cudart import cuda
 from moec.runtime.device.gpu import GpuDevice, allocated
 from moec.runtime.device.tensors import from_numpy
 from moec.runtime.dtypes import NUMPY
@@ -134,9 +134,6 @@ class StoringGpu(GpuDevice):
                 f"the caches of the texts take {show_bytes(size)}, and the limit of memory has "
                 f"room for {show_bytes(self.caches)} of them: give fewer or shorter texts at once"
             )
-
-    def repeated(self) -> None:
-        """Nothing: the host decides before each layer what is copied."""
 
     def report(self) -> StoreReport:
         assert self.experts is not None

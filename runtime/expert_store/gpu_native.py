@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moec.errors import ArtifactError
-from moec.runtime.device.cuda_graph import CUDART, cuda
+from moec.runtime.device.cudart import CUDART, cuda
 from moec.runtime.device.library import tvm_ffi
 from moec.runtime.expert_store.native import StackInSlots, StoreCounts, StoreOptions, options_of
 from moec.runtime.process.pool import address
