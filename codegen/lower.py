@@ -226,7 +226,28 @@ def _function(
             attributes[ATTRIBUTE] = [[n, len(inputs) + i] for i, n in enumerate(written)]
         params = [var for _, var in low.params.values()]
         builder.emit_func_output(relax.Tuple(results), [*inputs, *memory, *params])
-    return tuple(param for param, _ in low.params.values()), written, low.calls
+    return tuple(param for param, _ in low.params.values()), written, _with_results(low)
+
+
+def _with_results(low: Lowering) -> dict[str, KernelCall]:
+    """The calls, each with the first value of the graph that each of its results is. A kernel has
+    the memory of its results after its other arguments, or writes into the first argument."""
+    names: dict[tuple[str, int], str] = {}
+    for value, expression in low.values.items():
+        base = low.bases.get(expression, expression)
+        binding = low.builder.lookup_binding(base)
+        if isinstance(binding, relax.TupleGetItem):
+            names.setdefault((binding.tuple_value.name, binding.index), value.name)
+        elif isinstance(binding, relax.Call):
+            names.setdefault((base.name, 0), value.name)
+    calls = dict(low.calls)
+    for (result, index), value_name in names.items():
+        if result in calls:
+            binding = low.builder.lookup_binding(low.results[result])
+            start = len(binding.args[1].fields) if binding.op == _KERNEL_CALL else 0
+            results = (*calls[result].results, (start + index, value_name))
+            calls[result] = replace(calls[result], results=results)
+    return calls
 
 
 def _memory(low: Lowering, output: Value) -> relax.Var:

@@ -88,6 +88,7 @@ class Lowering:
     masks: dict[object, Value] = field(default_factory=dict)
     slots: Any = None  # of the backend, where weights of experts are read from disk into slots
     calls: dict[str, KernelCall] = field(default_factory=dict)  # by the names of their results
+    results: dict[str, relax.Var] = field(default_factory=dict)  # of the calls, by their names
     noted: list[Op] = field(default_factory=list)  # the ops of the next call
     root: Op | None = None  # of the group that is lowered
     bases: dict[relax.Expr, relax.Expr] = field(default_factory=dict)
@@ -168,6 +169,7 @@ class Lowering:
         if op is not None:
             line, names = op.line.partition(": `")[0], tuple(o.outputs[0].name for o in ops)
             self.calls[result.name] = KernelCall(names, op.origin, line)
+            self.results[result.name] = result
         return result
 
     def shaped(self, value: Value, to: TensorType) -> relax.Expr:

@@ -170,11 +170,13 @@ def stored(name: str) -> str:
 class KernelCall:
     """A call of a kernel by a function: the ops of its graph that the kernel computes, by the names
     of their first outputs (none where it prepares the operands of another kernel); the path of the
-    user's module, and the user's line."""
+    user's module, and the user's line. `results` are the values of the graph that arguments hold
+    after it, by the index of the argument."""
 
     ops: tuple[str, ...]
     origin: str = ""
     line: str = ""
+    results: tuple[tuple[int, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,20 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from moec.interpret.evaluate import evaluate, evaluate_anywhere, run_graph, run_op
-from moec.ir.graph import Module, Program, Value
+from moec.interpret.evaluate import (
+    bind_checked,
+    evaluate,
+    evaluate_anywhere,
+    run_graph,
+    run_op,
+    run_part,
+)
+from moec.ir.graph import Graph, Module, Program, Value
 from moec.ir.size_expressions import size_expressions
 from moec.ir.upcast import widen
 from moec.torch_private import TorchDispatchMode, pytree, schema_of
@@ -22,13 +30,20 @@ Tensors = Sequence[torch.Tensor]
 _LOW, _WIDE = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
 
 
+MOST_CAST = 1 << 28
+"""The most weights of a program that are cast to float32 at once, 1 GiB."""
+
+
 def in_float32(
     program: Program, *, anywhere: bool = False
 ) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
     """The program in eager PyTorch with every bf16 and f16 upcast to float32: a function from
-    inputs (states' contents last) to outputs and the states' new contents. Weights are cast once.
-    `anywhere` evaluates it outside of its bounds too.
+    inputs (states' contents last) to outputs and the states' new contents. Weights are cast once,
+    or where they are more than `MOST_CAST`, whenever an op reads them. `anywhere` evaluates it
+    outside of its bounds too.
     """
+    if sum(weight.numel() for weight in program.weights.values()) > MOST_CAST and not anywhere:
+        return partial(_with_weights_as_read, program, _wide_graph(program.graph))
     program = widened(Module.of(program)).main
     meaning = evaluate_anywhere if anywhere else evaluate
 
@@ -37,6 +52,30 @@ def in_float32(
             return meaning(program.graph, [wide(tensor) for tensor in inputs], program.weights)
 
     return run
+
+
+def _with_weights_as_read(
+    program: Program, graph: Graph, inputs: Tensors
+) -> tuple[torch.Tensor, ...]:
+    sizes: dict[str, int] = {}
+    params = set(graph.params)
+    tensors = [wide(tensor) for tensor in inputs]
+    with torch.no_grad():
+        values = bind_checked(replace(graph, params=()), tensors, {}, sizes)
+        for number, op in enumerate(graph.ops):
+            for value in op.inputs:
+                if value in params:
+                    values[value] = wide(program.weights[value.name].detach())
+            run_part(graph, range(number, number + 1), values, sizes)
+            for value in params.intersection(op.inputs):
+                values.pop(value, None)
+        results = (value for value in graph.results if value in params)
+        values |= {value: wide(program.weights[value.name]) for value in results}
+        return tuple(values[value] for value in graph.results)
+
+
+def _wide_graph(graph: Graph) -> Graph:
+    return widen(replace(graph, outputs=graph.results, states=()))
 
 
 def folded_in_float32(program: Program) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
@@ -73,7 +112,7 @@ def widened(module: Module) -> Module:
 
     programs = {}
     for name, program in module.programs.items():
-        graph = widen(replace(program.graph, outputs=program.graph.results, states=()))
+        graph = _wide_graph(program.graph)
         weights = {param.name: cast(program.weights[param.name]) for param in graph.params}
         programs[name] = Program(graph, weights)
     return Module(programs)

@@ -83,3 +83,6 @@ _STABLE: Mapping[Any, Callable[..., Any]] = {
     aten.max.dim: _extreme(torch.amax),
     aten.min.dim: _extreme(torch.amin),
 }
+
+CHOOSING = frozenset(f"aten.{f.__name__}" for f in _STABLE)
+"""The names of the ops that choose among values."""

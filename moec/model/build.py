@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.arguments import LAYERS, WHOLE
 from moec.capture.language_models import stop_tokens
-from moec.errors import UnsupportedError, UsageError
+from moec.errors import UnsupportedError, UsageError, VerificationError
 from moec.interpret.threads import threads_for
 from moec.ir.graph import Module
 from moec.memory.lock_step import one_by_one
@@ -27,10 +27,14 @@ from moec.target.cuda import CudaTarget
 from moec.target.named import missing_features
 from moec.verify import check as checking
 from moec.verify.chunked import feed_in_chunks
+from moec.verify.code import check_code, summary
+from moec.verify.references import intended
+from moec.verify.texts import FEW_PIECES, PIECES, check_texts
 
 if TYPE_CHECKING:
     from moec.codegen.backend import Backend
     from moec.runtime.call.executor import Executor
+    from moec.runtime.package import Package
 
 
 def build_model(
@@ -171,7 +175,24 @@ def verify_model(
         if ROUTED in compiled.module:
             check(partial(_by_parts, executor), compiled.pass_results, limit)
         executor.reset()
+        package = executor.package
+        if package.gpu is None:
+            if pieces is not None and package.generation is not None:
+                _check_texts(compiled, package)
+            kernels = check_code(package, compiled.module, compiled.captured, checked.cases)
+            checked = replace(checked, cases=(), kernels=summary(kernels))
     return replace(compiled, checked=checked)
+
+
+def _check_texts(compiled: CompiledModel, package: Package) -> None:
+    """Raises VerificationError where texts in pieces are not what they are at once."""
+    source = intended(compiled.captured, compiled.pass_results)
+    graph = source.program.graph
+    output = [value.name for value in graph.outputs].index(logits_of(compiled.graph).name)
+    pieces = PIECES if compiled.source.memory.paged is None else FEW_PIECES
+    why = check_texts(source, compiled.module[DECODE], package, output, pieces)
+    if why:
+        raise VerificationError(why)
 
 
 def _greater(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:

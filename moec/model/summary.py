@@ -40,6 +40,7 @@ def report_of(compiled: Compilation) -> Report:
         loops=tuple(LoopLine(*line) for line in package.refusals) if package else (),
         verification=_errors(checked) if checked else (),
         verified="off" if checked is None else "layers" if checked.layers else "whole",
+        checked_kernels=checked.kernels if checked else "",
         quantised=compiled.quantised,
         moved=checked.moved if checked else (),
         phases=dict(compiled.phases),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -99,6 +99,55 @@ def meaning_excess(
             if more is not None:
                 return more
     return None
+
+
+@dataclass(frozen=True)
+class RowsBeyond:
+    """Results in float32, in each case, some rows of which differ by more than `limit` from the
+    `exact` ones. `errors` f64[rows] are those of each output; explained ones are 0."""
+
+    exact: Sequence[Sequence[torch.Tensor]]
+    errors: tuple[torch.Tensor, ...]
+    limit: float
+
+    def explained_by(self, sample: Sequence[Sequence[torch.Tensor]]) -> RowsBeyond | None:
+        """What is left where another right result moves the same rows as far: a token that goes to
+        another of two experts with equal scores moves what follows it in its text. None without
+        any."""
+        moved = _errors_of_rows(sample, self.exact)
+        pairs = zip(self.errors, moved, strict=True)
+        left = tuple(torch.where(e <= FACTOR * allowed, 0.0, e) for e, allowed in pairs)
+        beyond = any(bool((errors > self.limit).any()) for errors in left)
+        return replace(self, errors=left) if beyond else None
+
+    def __str__(self) -> str:
+        errors = torch.cat(self.errors)
+        return (
+            f"{int((errors > self.limit).sum())} of {len(errors)} rows differ from eager in "
+            f"float32, by up to {float(errors.max()):.1e} of their greatest value, and at most "
+            f"{self.limit:.0e} is allowed"
+        )
+
+
+def rows_beyond(
+    results: Sequence[Sequence[torch.Tensor]],
+    exact: Sequence[Sequence[torch.Tensor]],
+    limit: float,
+) -> RowsBeyond | None:
+    """Those of results in float32, in each case; None without any."""
+    errors = tuple(_errors_of_rows(results, exact))
+    beyond = any(bool((of_output > limit).any()) for of_output in errors)
+    return RowsBeyond(exact, errors, limit) if beyond else None
+
+
+def _errors_of_rows(
+    results: Sequence[Sequence[torch.Tensor]], exact: Sequence[Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """For each output, f64[rows] of all cases by `row_distances`."""
+    return [
+        torch.cat([row_distances(a[n], b[n])[0] for a, b in zip(results, exact, strict=True)])
+        for n in range(min(map(len, exact), default=0))
+    ]
 
 
 @dataclass(frozen=True)

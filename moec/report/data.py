@@ -121,7 +121,8 @@ class LoopLine:
 @dataclass(frozen=True)
 class ReportData:
     """All facts about a compilation. `bytes_out` is None where no weights were packed. `verified`
-    is how the code was compared with eager: "off", "layers" or "whole"."""
+    is how the code was compared with eager: "off", "layers" or "whole"; `checked_kernels` says how
+    its kernels were."""
 
     model: str
     target: str = ""
@@ -140,6 +141,7 @@ class ReportData:
     loops: tuple[LoopLine, ...] = ()
     verification: tuple[ErrorLine, ...] = ()
     verified: str = "off"
+    checked_kernels: str = ""
     quantised: tuple[QuantisedLine, ...] = ()
     moved: tuple[MovedLine, ...] = ()
     phases: Mapping[str, float] = field(default_factory=dict)

@@ -94,6 +94,8 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
     if report.verification:
         yield ""
         yield _verification(report.verification, bool(report.quantised))
+        if report.checked_kernels:
+            yield Text(f"kernels: {report.checked_kernels}")
     if report.moved:
         yield ""
         yield _quantised_outputs(report.moved)

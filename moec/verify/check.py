@@ -42,6 +42,10 @@ _Evaluated = tuple[Case, tuple[torch.Tensor, ...], Named]
 """Inputs, the module's results, and those that were compared with them."""
 
 
+FEW = 3
+"""Cases in which each kernel is compared too: the example, and the first draws of its sizes."""
+
+
 @dataclass(frozen=True)
 class _How:
     """`check` with these of its arguments."""
@@ -62,7 +66,8 @@ class Checked:
     choice among equal values (see `moec.interpret.stable_topk`). `notes` has a
     sentence for each case in which the module fails, and one where the module itself gives NaN.
     `moved` is the distance of quantised outputs from the exact ones; `errors` are then relative to
-    the quantised graph. With `layers`, all cases were evaluated together, layer by layer.
+    the quantised graph. With `layers`, all cases were evaluated together, layer by layer. `cases`
+    are the first of them. `kernels` says how the kernels were compared (`moec.verify.code`).
     """
 
     errors: Mapping[str, float]
@@ -74,6 +79,8 @@ class Checked:
     moved: tuple[MovedLine, ...] = ()
     eager_strays: int = 0
     layers: bool = False
+    cases: tuple[Case, ...] = ()
+    kernels: str = ""
 
 
 def check(
@@ -201,8 +208,7 @@ def _check(
         right_by = with_near_ties(captured, answers, right_by, owners, together)
         why = criterion.refusal(right_by)
     if why is None and exact is not None and pass_results and not captured.is_graph:
-        why, note = meaning(captured, pass_results[-1].program, answers, exact, together)
-        skipped = (*skipped, *note)
+        why = meaning(captured, pass_results[-1].program, answers, exact, together)
     if why is not None:
         if reason:
             raise VerificationError(
@@ -229,7 +235,10 @@ def _check(
         error = float(item.errors.max()) if ties and len(item.errors) else before.distance
         errors[name] = max(errors.get(name, 0.0), error)
     notes = (*skipped, *([reason] if reason else []))
-    checked = Checked(errors, criterion.limit, strays, rows, ties, notes, eager_strays=eager_strays)
+    cases = tuple(case for case, _ in answers[:FEW])
+    checked = Checked(
+        errors, criterion.limit, strays, rows, ties, notes, eager_strays=eager_strays, cases=cases
+    )
     return checked, evaluated
 
 

@@ -112,10 +112,12 @@ def open_timed(library: bytes, names: Iterable[str]) -> tuple[Mapping[str, Any],
 
 
 def open_watched(
-    library: bytes, names: Iterable[str], watch: Callable[[str, Sequence[Any]], None]
+    library: bytes,
+    names: Iterable[str],
+    watch: Callable[[str, Callable[..., Any], Sequence[Any]], Any],
 ) -> dict[str, Any]:
-    """The functions `names` of a library for CPUs. Before each call of a kernel, `watch` is called
-    with its name and arguments.
+    """The functions `names` of a library for CPUs. In place of each call of a kernel, `watch` is
+    called with its name, the kernel and the arguments, and calls it.
 
     Raises ArtifactError where it does not load, or lacks one of the functions.
     """
@@ -124,8 +126,7 @@ def open_watched(
         kernel = kernels[name]
 
         def watched(*arguments: Any) -> Any:
-            watch(name, arguments)
-            return kernel(*arguments)
+            return watch(name, kernel, arguments)
 
         return watched
 

@@ -67,6 +67,10 @@ class Texts:
         self._requests = executor.number_requests(texts)
         self._caches = executor.new_caches(texts, room)
 
+    @property
+    def caches(self) -> Sequence[Cache]:
+        return self._caches
+
     def go_back(self, length: int) -> None:
         """Forget all but the first tokens of each text. Not for recurrent states."""
         self._first[:] = np.minimum(self._first, length)

@@ -64,15 +64,16 @@ class Reads:
 
 @pytest.mark.parametrize(
     ("options", "passes"),
-    [({"dtype": "float32"}, 1), ({}, 3), ({"quant": "int8"}, 5)],
+    [({"dtype": "float32"}, 3), ({}, 6), ({"quant": "int8"}, 8)],
     ids=["float32", "bf16", "int8"],
 )
 def test_the_numbers_are_those_of_the_whole_model_in_few_passes(
     options: dict[str, str], passes: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eager once; in 16 bits also eager and the graph in float32; with codes also the graph before
-    them, and the weights beside them twice. (Samples of rounding, where they are needed, are one
-    pass more.)"""
+    """Eager once, and the graph of `decode` once for each of two pieces; in 16 bits also eager and
+    the graph in float32, and eager for the text in pieces; with codes also the graph before them,
+    and the weights beside them twice. (Samples of rounding, where they are needed, are one pass
+    more.)"""
     options = {"dtype": "bfloat16"} | options
     checked, count = {}, {}
     for verify in ("layers", "whole"):
@@ -84,7 +85,7 @@ def test_the_numbers_are_those_of_the_whole_model_in_few_passes(
         checked[verify], count[verify] = compiled.checked, reads.bytes / size_of(compiled)
     assert replace(checked["layers"], layers=False) == checked["whole"]
     assert count["layers"] < passes + 0.5
-    assert count["whole"] > 3 * count["layers"]
+    assert count["whole"] > count["layers"] + 3
 
 
 def size_of(compiled: CompiledModel) -> int:

@@ -1,0 +1,115 @@
+"""Whether the code of a model for a CPU is right: each kernel, in `main`, its sides, `decode`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from moec.capture import Captured
+from moec.errors import InputError, VerificationError
+from moec.ir.graph import Graph, Module
+from moec.ir.sizes.dims import Dim, evaluate_dim, symbols
+from moec.ir.sizes.thresholds import allows
+from moec.oracle.agree import at_sizes, sizes_of
+from moec.oracle.cases import Case, drawn
+from moec.oracle.draws import Draw
+from moec.runtime.call.caches import token_arrays
+from moec.runtime.call.executor import Executor
+from moec.runtime.package import DECODE, Package, carries
+from moec.runtime.text.texts import Texts
+from moec.verify.kernels import NOTHING, KernelsChecked, check_kernels, choices
+from moec.verify.recording import RecordedCall, Recording
+from moec.verify.texts import feed_pieces
+
+ROWS = 20
+"""The rows that each expert of each layer gets, at least."""
+_TOKENS = 1 << 12
+"""The most tokens that are run for it."""
+
+
+def check_code(
+    package: Package, module: Module, captured: Captured, cases: Sequence[Case]
+) -> KernelsChecked:
+    """Compare what each kernel writes with what its ops mean (`moec.verify.kernels`): for the
+    cases, for an input in which every expert of every layer has `ROWS` rows, and for a text in
+    pieces. Raises VerificationError, naming the kernel, where one is wrong."""
+    experts = {name: n for program in module for name, n in choices(module[program].graph).items()}
+    recording = Recording(package, experts)
+    executor = recording.executor()
+    names = [value.name for value in captured.program.graph.inputs]
+    for case in cases:
+        _run(executor, names, case)
+    recording.spread = recording.whole = True
+    for case in _many_tokens(captured, module.main.graph):
+        try:
+            _run(executor, names, case)
+        except InputError:  # drawn values may be none that the model takes
+            continue
+        break
+    recording.spread = recording.whole = False
+    if DECODE in package.functions and package.generation is not None:
+        _continue_text(executor, recording)
+    return _check(module, recording.take())
+
+
+def _run(executor: Executor, names: Sequence[str], case: Case) -> None:
+    executor.reset()
+    executor(dict(zip(names, case, strict=False)))
+
+
+def _check(module: Module, calls: Sequence[RecordedCall]) -> KernelsChecked:
+    checked = NOTHING
+    for name, of_name in groupby(sorted(calls, key=lambda c: c.function), lambda c: c.function):
+        if name in module:
+            checked = checked.joined(check_kernels(module[name], list(of_name)))
+    if checked.wrong:
+        raise VerificationError(str(checked.wrong))
+    return checked
+
+
+def _many_tokens(captured: Captured, graph: Graph) -> Iterator[Case]:
+    """Inputs in which spread choices give each expert `ROWS` rows, as far as sizes may grow: drawn
+    ones, and the example repeated."""
+    outputs = {value.name: value for op in graph.ops for value in op.outputs}
+    needs = {outputs[name]: n for name, n in choices(graph).items()}
+    sizes = sizes_of(captured.program, captured.example)
+    for value, experts in needs.items():
+        tokens, k = value.shape
+        assert isinstance(k, int)
+        sizes = _grown(captured.program.graph, sizes, tokens, min(_TOKENS, -(-ROWS * experts // k)))
+    example = at_sizes(captured.program, captured.example, sizes)
+    yield drawn(captured.program, example, Draw("random", 0))
+    yield tuple(example)
+
+
+def _grown(graph: Graph, sizes: dict[str, int], tokens: Dim, most: int) -> dict[str, int]:
+    """The sizes, of which those of `tokens` grow in turns until it is `most`, or none can grow."""
+    names = sorted(symbols(tokens) & sizes.keys() & graph.bounds.keys())
+    while names and evaluate_dim(tokens, sizes) < most:
+        name = min(names, key=lambda n: sizes[n])
+        larger = {**sizes, name: max(sizes[name] + 1, sizes[name] * 5 // 4)}
+        if allows(graph.bounds, larger):
+            sizes = larger
+        else:
+            names.remove(name)
+    return sizes
+
+
+def _continue_text(executor: Executor, recording: Recording) -> None:
+    def zero(texts: Texts) -> None:
+        if not carries(executor.package.functions[DECODE]):
+            for array in token_arrays(executor.package.functions[DECODE].caches, texts.caches):
+                array[...] = 0  # what no token was written to is not compared
+
+    for number, _ in enumerate(feed_pieces(executor, prepare=zero)):
+        recording.whole = number == 1  # of the next one, which is the longest
+
+
+def summary(checked: KernelsChecked) -> str:
+    """A line for the report."""
+    few = checked.least_rows is not None and checked.least_rows < ROWS
+    rows = f"; an expert had {checked.least_rows} rows" if few else ""
+    return (
+        f"{len(checked.kernels)} right on the inputs that they got, in {checked.calls} calls: the "
+        f"worst error is {checked.worst:.2f} of its bound{rows}"
+    )

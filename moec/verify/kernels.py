@@ -1,0 +1,440 @@
+"""Whether every kernel is right on the inputs that it got.
+
+A call of a compiled model is recorded (`moec.verify.recording`). What each kernel wrote is compared
+with what its ops mean, evaluated in float32 (float64 where the model has it) from what earlier
+kernels wrote: errors do not add up, and no choice of experts tips over. The bound of an element is
+half a unit in the last place of its dtype, and what roundings within the kernel can do: the ops are
+evaluated once more, with noise of the size of these roundings on each operand and each intermediate
+result. NaN and infinities must be where the ops give them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from moec.interpret.evaluate import run_op
+from moec.interpret.run_in_float32 import InFloat32, wide
+from moec.interpret.stable_topk import CHOOSING, FirstOfEquals
+from moec.ir.aten import TORCH_DTYPES
+from moec.ir.graph import DType, Graph, Op, Program, Value
+from moec.ir.opdef import inputs_of
+from moec.ir.sizes.dims import bind_shape, evaluate_dim
+from moec.ir.upcast import widen
+from moec.ops.experts.quantised_linear import QUANTISED_OPS
+from moec.verify.recording import RecordedCall
+
+ROUNDING = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24, "f64": 2.0**-53}
+"""The greatest relative error of one rounding."""
+SUMS = {True: 2.0**-18, False: 2.0**-21}
+"""The noise of operands, by whether the model has 16 bits: sums of some thousand terms in float32
+are off by as much as their operands by this."""
+SIGMAS = 6.0
+"""An error that is a sum of roundings is within this many standard deviations."""
+SAMPLES = 32
+"""How often choices among nearly equal values are drawn, where one differs."""
+_SLOPE = 1 << 14
+"""Elements by which a common factor of all is found."""
+_LEAST_ROW = 64
+"""Elements by which the noise of a row is known."""
+_ROUTER_DTYPES = ("compute", "logits", "score_dtype", "choice_dtype")
+_CODES = 2.0**-12
+"""The size of what a row's element does that rounds to another code of 8 bits."""
+_NORMS = ("nn.rms_norm", "nn.add_norm", "nn.layer_norm")
+"""Ops that may round once before the last time."""
+
+
+@dataclass(frozen=True)
+class WrongKernel:
+    """The first kernel that is wrong: what it computes, and where."""
+
+    kernel: str
+    value: str
+    line: str
+    why: str
+
+    def __str__(self) -> str:
+        where = f" ({self.line})" if self.line else ""
+        return f"kernel {self.kernel} computes {self.value}{where} wrong: {self.why}"
+
+
+@dataclass(frozen=True)
+class KernelsChecked:
+    """Kernels that were compared, each with all its calls: the number of both, the greatest error
+    relative to its bound, and the least number of rows that an expert had in a layer."""
+
+    kernels: frozenset[str]
+    calls: int
+    worst: float
+    least_rows: int | None
+    wrong: WrongKernel | None = None
+
+    def joined(self, other: KernelsChecked) -> KernelsChecked:
+        rows = [n for n in (self.least_rows, other.least_rows) if n is not None]
+        return KernelsChecked(
+            self.kernels | other.kernels,
+            self.calls + other.calls,
+            max(self.worst, other.worst),
+            max(rows, default=None),
+            self.wrong or other.wrong,
+        )
+
+
+NOTHING = KernelsChecked(frozenset(), 0, 0.0, None)
+
+
+def check_kernels(program: Program, calls: Sequence[RecordedCall]) -> KernelsChecked:
+    """Compare what the kernels of one function wrote in these calls with its program: everything in
+    whole ones, in others each kernel in one place."""
+    if not calls:
+        return NOTHING
+    parts = Parts(program, frozenset(calls[0].results))
+    sizes = [parts.sizes_of(call) for call in calls]
+    compared = [call.whole or _some_values(call, number) for number, call in enumerate(calls)]
+    checked = NOTHING
+    for op in parts.ends():
+        names = {value.name for value in op.outputs}
+        chosen = [n for n, some in enumerate(compared) if _read(some, names)]
+        part = parts.before(op) if chosen else ()
+        weights = parts.weights_of(part)
+        for n in chosen:
+            checked = checked.joined(_check_part(parts, part, weights, calls[n], sizes[n]))
+            if checked.wrong:
+                return checked
+    return checked
+
+
+def _read(some: bool | set[str], names: set[str]) -> bool:
+    return some is True or (isinstance(some, set) and not some.isdisjoint(names))
+
+
+def _some_values(call: RecordedCall, number: int) -> set[str]:
+    """What each kernel writes in one of its places, which is another in each call."""
+    places: dict[str, list[str]] = {}
+    for value, kernel in call.kernels.items():
+        places.setdefault(kernel, []).append(value)
+    return {values[number % len(values)] for values in places.values()}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A program in parts: the ops between values that kernels write, `recorded` by name."""
+
+    program: Program
+    recorded: frozenset[str]
+
+    @cached_property
+    def source(self) -> Graph:
+        graph = self.program.graph
+        return replace(graph, outputs=graph.results, states=())
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The source in float32."""
+        return widen(self.source)
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, str]:
+        """Of each value of the source."""
+        return {value.name: value.dtype for value in self.source.values()}
+
+    @cached_property
+    def is_low(self) -> bool:
+        return not {"bf16", "f16"}.isdisjoint(self.dtypes.values())
+
+    def ends(self) -> Iterator[Op]:
+        """The ops whose results are recorded."""
+        for op in self.graph.ops:
+            if any(value.name in self.recorded for value in op.outputs):
+                yield op
+
+    def before(self, end: Op) -> tuple[Op, ...]:
+        """The ops that lead from recorded values, inputs and weights to `end`, itself last."""
+        wanted, found = [end], {id(end): end}
+        while wanted:
+            for value in wanted.pop().inputs:
+                producer = self.graph.producers.get(value)
+                if producer is None or value.name in self.recorded or id(producer) in found:
+                    continue
+                found[id(producer)] = producer
+                wanted.append(producer)
+        return tuple(op for op in self.graph.ops if id(op) in found)
+
+    def weights_of(self, part: Sequence[Op]) -> dict[Value, torch.Tensor]:
+        params = set(self.graph.params)
+        names = dict.fromkeys(value for op in part for value in op.inputs if value in params)
+        return {value: wide(self.program.weights[value.name].detach()) for value in names}
+
+    def sizes_of(self, call: RecordedCall) -> dict[str, int]:
+        """The named sizes of a call."""
+        sizes: dict[str, int] = {}
+        for value in self.source.inputs:
+            bind_shape(value.shape, tuple(call.inputs[value.name].shape), sizes)
+        for op in self.graph.ops:
+            if op.name == "moec.size":
+                part = self.before(op)
+                read = self.operands(part, call, sizes)
+                results = _run(part, {**self.weights_of(part), **read}, sizes)
+                sizes[str(op.attrs["name"])] = int(results[0])
+        return sizes
+
+    def operands(
+        self, part: Sequence[Op], call: RecordedCall, sizes: Mapping[str, int]
+    ) -> dict[Value, torch.Tensor]:
+        """The inputs and recorded values that a part reads, in float32."""
+        inputs = set(self.graph.inputs)
+        read = dict.fromkeys(value for op in part for value in op.inputs)
+        made = {value for op in part[:-1] for value in op.outputs}
+        return {
+            value: wide(
+                call.inputs[value.name]
+                if value in inputs
+                else self.shaped(value, call.after(value.name), sizes)
+            )
+            for value in read
+            if value in inputs or (value.name in self.recorded and value not in made)
+        }
+
+    def shaped(self, value: Value, tensor: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+        """What a kernel wrote, in the shape and the dtype of the graph's value."""
+        dtype = TORCH_DTYPES[self.dtypes[value.name]]
+        if dtype.is_complex and not tensor.is_complex():
+            tensor = torch.view_as_complex(tensor)
+        shape = [evaluate_dim(dim, sizes) for dim in value.shape]
+        return tensor.reshape(shape).to(dtype)
+
+    @cached_property
+    def inner(self) -> Mapping[Value, float]:
+        """The relative size of roundings within the op of each value, before the last one."""
+        sums = SUMS[self.is_low]
+        sizes: dict[Value, float] = {}
+        for op, wide_op in zip(self.source.ops, self.graph.ops, strict=True):
+            names = {value.dtype for value in op.body.values()} if op.body is not None else set()
+            if op.name.startswith("moe."):
+                attrs = [op.attrs.get(name) for name in _ROUTER_DTYPES]
+                names |= {a.name if isinstance(a, DType) else str(a) for a in attrs}
+            elif op.name.startswith("nn.") and op.name != "nn.quantised_linear":
+                names |= {value.dtype for value in op.outputs}
+            size = max((ROUNDING[name] / 2 for name in names & ROUNDING.keys()), default=sums)
+            size = size * 2 / SIGMAS if op.name in _NORMS else size
+            size = max(size, _CODES) if op.name in QUANTISED_OPS else size
+            sizes |= dict.fromkeys(wide_op.outputs, max(size, sums))
+        return sizes
+
+
+def _check_part(
+    parts: Parts,
+    part: Sequence[Op],
+    weights: Mapping[Value, torch.Tensor],
+    call: RecordedCall,
+    sizes: Mapping[str, int],
+) -> KernelsChecked:
+    """Compare what the last op of a part means with what a kernel wrote."""
+    end = part[-1]
+    operands = parts.operands(part, call, sizes)
+    exact = _run(part, {**weights, **operands}, sizes)
+    samples = (
+        _run(part, {**weights, **operands}, sizes, _Noise(parts, seed)) for seed in range(SAMPLES)
+    )
+    drawn = [next(samples)]
+    rows = _owned_rows(end, call)
+    worst, names = 0.0, set()
+    for number, value in enumerate(end.outputs):
+        if value.name not in call.results:
+            continue
+        names.add(call.kernels[value.name])
+        actual = _owned(parts.shaped(value, call.results[value.name], sizes), rows)
+        bound = _Bound(parts.dtypes[value.name], parts.inner[value])
+        errors = bound.errors(actual, _owned(exact[number], rows), _owned(drawn[0][number], rows))
+        for sample in samples if bool((errors > 1).any()) else ():
+            other = bound.errors(
+                actual, _owned(sample[number], rows), _owned(drawn[0][number], rows)
+            )
+            errors = torch.minimum(errors, torch.where(errors.isinf(), errors, other))
+            if not (errors > 1).any():
+                break
+        error = float(errors.max()) if errors.numel() else 0.0
+        why = _words(errors, actual, _owned(exact[number], rows)) if error > 1 else ""
+        if not why and actual.is_floating_point():
+            for of_expert in _groups(end, call):
+                tensors = (
+                    tensor[of_expert] for tensor in (actual, exact[number], drawn[0][number])
+                )
+                slope, allowed = bound.slope(*tensors)
+                error = max(error, abs(slope) / allowed)
+                if abs(slope) > allowed:
+                    why = f"its values are {1 + slope:.4g} times those of the op"
+                    break
+        worst = max(worst, error)
+        if why:
+            wrong = WrongKernel(call.kernels[value.name], value.name, end.line or end.origin, why)
+            return KernelsChecked(frozenset(names), 1, worst, None, wrong)
+    return KernelsChecked(frozenset(names), 1, worst, _least_rows(end, call))
+
+
+def _run(
+    part: Sequence[Op],
+    values: dict[Value, torch.Tensor],
+    sizes: Mapping[str, int],
+    noise: _Noise | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The results of the last op of a part."""
+    if noise is not None:
+        values = {v: noise.on_operand(v, t) for v, t in values.items()}
+    results: tuple[torch.Tensor, ...] = ()
+    chooses = any(op.name in CHOOSING for op in part)
+    with torch.no_grad(), FirstOfEquals() if chooses else nullcontext():
+        for op in part:
+            with noise.within(op) if noise is not None else nullcontext():
+                results = run_op(op, [values[value] for value in op.inputs], sizes)
+            if noise is not None and op is not part[-1]:
+                results = tuple(map(noise.on_result, op.outputs, results))
+            values |= dict(zip(op.outputs, results, strict=True))
+    return results
+
+
+class _Noise:
+    """Roundings, drawn at random."""
+
+    def __init__(self, parts: Parts, seed: int) -> None:
+        self._parts, self._seed = parts, seed
+        self._generator = torch.Generator().manual_seed(seed)
+        self._params = set(parts.graph.params)
+
+    def within(self, op: Op) -> AbstractContextManager[object]:
+        size = self._parts.inner[op.outputs[0]]
+        return InFloat32(size, self._seed) if size > SUMS[self._parts.is_low] else nullcontext()
+
+    def on_operand(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
+        if value in self._params:
+            return tensor
+        return self._scaled(tensor, SUMS[self._parts.is_low])
+
+    def on_result(self, value: Value, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = self._parts.dtypes[value.name]
+        return self._scaled(tensor, ROUNDING[dtype] / 2) if dtype in ROUNDING else tensor
+
+    def _scaled(self, tensor: torch.Tensor, noise: float) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        drawn = torch.randn(tensor.shape, generator=self._generator, dtype=tensor.dtype)
+        return tensor * (1 + noise * drawn)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """How far elements of `dtype` may be off; `inner` is the size of roundings before the last."""
+
+    dtype: str
+    inner: float
+
+    def errors(
+        self, actual: torch.Tensor, exact: torch.Tensor, noisy: torch.Tensor
+    ) -> torch.Tensor:
+        """The errors of all elements relative to their bounds; inf where NaNs, infinities or
+        integers differ."""
+        if actual.is_complex():
+            pair = torch.view_as_real(exact), torch.view_as_real(noisy)
+            return _Bound("f32", self.inner).errors(torch.view_as_real(actual), *pair)
+        if not actual.is_floating_point():
+            return torch.where(actual == exact, 0.0, 2.0)
+        exact, noisy = exact.double(), noisy.double()
+        rounded = exact.to(actual.dtype)
+        special = ~(rounded.isfinite() & exact.isfinite())
+        same = (actual == rounded) | (actual.isnan() & rounded.isnan())
+        deviation = torch.where(special | ~noisy.isfinite(), 0.0, noisy - exact).abs()
+        size = torch.where(special, 0.0, exact).abs()
+        spread = torch.maximum(deviation, _row_noise(deviation)).maximum(self.inner * size)
+        least = float(torch.finfo(actual.dtype).smallest_normal)
+        bound = ROUNDING[self.dtype] * size + SIGMAS * spread + least
+        error = (actual.double() - exact).abs() / bound
+        error = torch.where(special, torch.where(same, 0.0, math.inf), error)
+        return torch.where(error.isnan(), math.inf, error)
+
+    def slope(
+        self, actual: torch.Tensor, exact: torch.Tensor, noisy: torch.Tensor
+    ) -> tuple[float, float]:
+        """By which share all elements are too large, and how much of that roundings explain. Each
+        rounds to either side; where few factors meet few values, not equally often."""
+        a, b, c = (tensor.reshape(-1)[:_SLOPE].double() for tensor in (actual, exact, noisy))
+        finite = a.isfinite() & b.isfinite() & c.isfinite()
+        a, b, c = a[finite], b[finite], c[finite]
+        squares = float(b.square().sum())
+        if len(b) < _LEAST_ROW or not squares > 0:
+            return 0.0, 1.0
+        errors = (c - b).square() + (ROUNDING[self.dtype] * b).square() / 3
+        spread = float((errors * b.square()).sum().sqrt()) / squares
+        alike = len(b) / len(torch.unique(b))
+        allowed = SIGMAS * spread * math.sqrt(alike) + max(ROUNDING[self.dtype] / 2, 4 * self.inner)
+        return float((a * b).sum()) / squares - 1, allowed
+
+
+def _groups(op: Op, call: RecordedCall) -> Iterator[slice | None]:
+    """The rows of each expert; None, all, for other ops."""
+    ends = inputs_of(op).get("ends") if op.name.startswith("grouped.") else None
+    if ends is None or ends.name not in call.results:
+        yield None
+        return
+    start = 0
+    for stop in call.after(ends.name).tolist():
+        yield slice(start, stop)
+        start = stop
+
+
+def _row_noise(deviation: torch.Tensor) -> torch.Tensor:
+    """The root mean square of each row's, or of some rows' where they are short."""
+    axes = [deviation.ndim - 1] if deviation.ndim else []
+    while axes and axes[0] and math.prod(deviation.shape[a] for a in axes) < _LEAST_ROW:
+        axes.insert(0, axes[0] - 1)
+    if not axes or not deviation.numel():
+        return deviation
+    return deviation.square().mean(axes, keepdim=True).sqrt()
+
+
+def _owned_rows(op: Op, call: RecordedCall) -> int | None:
+    """The number of rows of an op's result that an expert has: a kernel leaves out the others."""
+    if not op.name.startswith("grouped."):
+        return None
+    ends = inputs_of(op).get("ends")
+    return None if ends is None or ends.name not in call.results else int(call.after(ends.name)[-1])
+
+
+def _owned(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
+    return tensor if rows is None else tensor[:rows]
+
+
+def _least_rows(op: Op, call: RecordedCall) -> int | None:
+    if not op.name.startswith("grouped."):
+        return None
+    ends = inputs_of(op).get("ends")
+    if ends is None or ends.name not in call.results:
+        return None
+    tensor = call.after(ends.name).long()
+    return int(torch.diff(tensor, prepend=tensor.new_zeros(1)).min()) if len(tensor) else None
+
+
+def _words(errors: torch.Tensor, actual: torch.Tensor, exact: torch.Tensor) -> str:
+    worst = int(errors.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), errors.shape))
+    wrong = int((errors > 1).sum())
+    index = index[: actual.ndim]
+    return (
+        f"{wrong} of {errors.numel()} elements; at {list(index)} it is {actual[index].item():.6g}, "
+        f"and the op gives {exact[index].item():.6g}"
+    )
+
+
+def choices(graph: Graph) -> dict[str, int]:
+    """The numbers of experts, by the names of the values that are choices of them."""
+    result: dict[str, int] = {}
+    for op in graph.ops:
+        if op.name in ("moe.gate", "moe.route"):
+            experts = op.inputs[1].shape[0] if op.name == "moe.gate" else op.inputs[0].shape[1]
+            if isinstance(experts, int):
+                result[op.outputs[1].name] = experts
+    return result

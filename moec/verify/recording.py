@@ -1,0 +1,93 @@
+"""Runs a compiled model with a copy of what each of its kernels got and wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+
+from moec.runtime.call.executor import Executor
+from moec.runtime.call.profile import SHAPES
+from moec.runtime.device.timed import open_watched
+from moec.runtime.package import KernelCall, Package
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedCall:
+    """A call of `function`, in tensors by the names of its graph's values: its inputs, those of
+    states too, what its kernels wrote, and what was put in the place of some of that. `kernels` are
+    the names of the kernels that wrote them. Of a `whole` call everything is compared."""
+
+    function: str
+    inputs: Tensors
+    whole: bool
+    results: dict[str, torch.Tensor] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+
+    def after(self, name: str) -> torch.Tensor:
+        """What the kernels that follow read."""
+        return self.replaced[name] if name in self.replaced else self.results[name]
+
+
+@dataclass(eq=False)
+class Recording:
+    """The calls of the functions of a package for CPUs. `experts` are the numbers of experts by the
+    names of values that are choices of them: while `spread`, other choices take their place, of
+    each expert equally many. `whole` is that of the calls that follow."""
+
+    package: Package
+    experts: Mapping[str, int]
+    spread: bool = False
+    whole: bool = False
+    calls: list[RecordedCall] = field(default_factory=list)
+
+    def executor(self) -> Executor:
+        """The package, recorded. Its calls must not overlap."""
+        functions = open_watched(self.package.library, self.package.functions, self._watch)
+        wrapped = {name: partial(self._call, name, f) for name, f in functions.items()}
+        return Executor(self.package, wrapped)
+
+    def take(self) -> list[RecordedCall]:
+        """The calls since the last time."""
+        calls, self.calls = self.calls, []
+        return calls
+
+    def _call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        signature = self.package.functions[name]
+        ports = (*signature.inputs, *signature.states, *signature.caches)
+        inputs = zip(ports, arguments, strict=False)
+        tensors = {port.name: _copy(tensor) for port, tensor in inputs}
+        self.calls.append(RecordedCall(name, tensors, self.whole))
+        self._left = iter(self.package.calls[name])
+        return function(*arguments)
+
+    def _watch(self, name: str, kernel: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        if name.startswith(SHAPES):
+            return kernel(*arguments)
+        site: KernelCall = next(self._left)
+        result, call = kernel(*arguments), self.calls[-1]
+        for index, value in site.results:
+            call.results[value] = _copy(arguments[index])
+            call.kernels[value] = name
+            if self.spread and value in self.experts:
+                choices = torch.utils.dlpack.from_dlpack(arguments[index])
+                choices.copy_(spread_choices(choices.shape, self.experts[value]))
+                call.replaced[value] = choices.clone()
+        return result
+
+
+def spread_choices(shape: Sequence[int], experts: int) -> torch.Tensor:
+    """i64[.., k]: k different ones of `experts` for each token, each expert as often as others."""
+    order = torch.randperm(experts, generator=torch.Generator().manual_seed(0))
+    return order[torch.arange(torch.Size(shape).numel()) % experts].reshape(tuple(shape))
+
+
+def _copy(tensor: Any) -> torch.Tensor:
+    return torch.utils.dlpack.from_dlpack(tensor).clone()

@@ -1,0 +1,198 @@
+"""Faults planted below the judge, in what it reads: each is refused, and not the model without.
+
+The model is random, in bfloat16, with 64 experts of which each token takes 4: what one expert does
+is in one row of 16, and a wrong row is within the error of eager's own roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import moec
+from moec.errors import VerificationError
+from moec.ir.graph import Graph, Op, Program, TensorType, Value
+from moec.model.compiled import CompiledModel
+from moec.passes.decode import logits_of
+from moec.runtime.dtypes import Array
+from moec.runtime.package import DECODE
+from moec.verify.check import check
+from moec.verify.code import check_code
+from moec.verify.texts import check_texts
+
+EXPERTS = 64
+ONE = 37
+"""An expert of the last layer."""
+Edit = Callable[[Array], Array | None]
+
+
+@pytest.fixture(scope="module", params=(torch.bfloat16, torch.float16, torch.float32), ids=str)
+def compiled(request: pytest.FixtureRequest) -> CompiledModel:
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=160,
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_experts=EXPERTS,
+        num_experts_per_tok=4,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    model = transformers.Qwen3MoeForCausalLM(config).to(request.param).eval()
+    return moec.compile(model, (torch.randint(0, 160, (2, 9)),), verify=False)
+
+
+def as_floats(array: Array) -> Array:
+    """The elements of packed weights: pairs of bf16 are in one integer."""
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.int32 else array
+
+
+def times(factor: float, *experts: int) -> Edit:
+    def edit(array: Array) -> Array:
+        changed = array.copy()
+        values = as_floats(changed)
+        part = (list(experts) or slice(None),)
+        values[part] = (values[part].astype(np.float32) * factor).astype(values.dtype)
+        return changed
+
+    return edit
+
+
+def swapped(array: Array) -> Array:
+    changed = array.copy()
+    changed[[3, 5]] = array[[5, 3]]
+    return changed
+
+
+def with_nan(array: Array) -> Array:
+    changed = array.copy()
+    as_floats(changed).reshape(-1)[5] = np.nan
+    return changed
+
+
+FAULTS: Mapping[str, tuple[str, Edit]] = {
+    "two experts swapped, all matrices": ("layers.1.mlp.experts", swapped),
+    "two experts swapped, one matrix": ("layers.1.mlp.experts.down_proj", swapped),
+    "an expert times 1.5": ("layers.1.mlp.experts.down_proj", times(1.5, ONE)),
+    "an expert times 1.1": ("layers.1.mlp.experts.down_proj", times(1.1, ONE)),
+    "an expert times 1.02": ("layers.1.mlp.experts.down_proj", times(1.02, ONE)),
+    "gate and up of an expert times 1.02": ("layers.1.mlp.experts.gate_up", times(1.02, ONE)),
+    "an expert negated": ("layers.0.mlp.experts.down_proj", times(-1, 0)),
+    "the last expert never chosen": ("layers.1.mlp.gate.weight", times(0, EXPERTS - 1)),
+    "a norm times 1.01": ("layers.1.input_layernorm", times(1.01)),
+    "the head times 1.01": ("lm_head", times(1.01)),
+    "keys times 1.01": ("layers.0.self_attn.k_proj", times(1.01)),
+    "NaN in the weight of one expert": ("layers.1.mlp.experts.down_proj", with_nan),
+    "NaN in the table of tokens": ("embed_tokens", lambda a: times(np.nan, *range(160))(a)),
+}
+
+
+def faulty(compiled: CompiledModel, name: str, edit: Edit) -> Any:
+    package, _ = compiled.ready()
+    arrays = dict(package.arrays)
+    edited = {key: edit(array) for key, array in arrays.items() if name in key}
+    assert edited
+    return replace(package, arrays={**arrays, **edited})
+
+
+def test_the_code_is_right(compiled: CompiledModel) -> None:
+    package, _ = compiled.ready()
+    checked = check_code(package, compiled.module, compiled.captured, [compiled.captured.example])
+    assert checked.wrong is None
+    assert checked.worst <= 1
+    assert checked.least_rows is not None
+    assert checked.least_rows >= 20
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_weights_is_found(compiled: CompiledModel, fault: str) -> None:
+    package = faulty(compiled, *FAULTS[fault])
+    with pytest.raises(VerificationError, match=r"computes .* wrong"):
+        check_code(package, compiled.module, compiled.captured, [compiled.captured.example])
+
+
+def run_of(compiled: CompiledModel, change: Callable[[torch.Tensor], None]) -> Any:
+    _, executor = compiled.ready()
+
+    def run(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        results = {name: torch.as_tensor(value) for name, value in executor(inputs).items()}
+        for value in results.values():
+            change(value)
+        return results
+
+    return run
+
+
+def test_nan_in_the_last_token_of_each_text_is_found(compiled: CompiledModel) -> None:
+    def change(logits: torch.Tensor) -> None:
+        logits[:, -1:] = torch.nan
+
+    with pytest.raises(VerificationError, match=r"NaN or infinities|differs from eager"):
+        check(compiled.captured, run_of(compiled, change), compiled.pass_results)
+
+
+# ---- texts in pieces -------------------------------------------------------------------
+
+
+def pieces_differ(compiled: CompiledModel, program: Program) -> str:
+    names = [value.name for value in compiled.captured.program.graph.outputs]
+    output = names.index(logits_of(compiled.graph).name)
+    return check_texts(compiled.captured, program, compiled.ready()[0], output)
+
+
+def shifted(program: Program, reader: str, above: int) -> Program:
+    """The program in which the ops of this name get positions that are one too low from `above`."""
+    graph = program.graph
+    (first,) = (value for value in graph.inputs if value.name == "first")
+    late = Value("late", TensorType("bool", first.shape))
+    number = Value("late_number", first.type)
+    low = Value("low", first.type)
+    before = [
+        Op("aten.ge.Scalar", (first,), (late,), {"other": above}),
+        Op("aten.mul.Tensor", (first, late), (number,)),
+        Op("aten.clamp.default", (number,), (Value("one", first.type),), {"min": 0, "max": 1}),
+    ]
+    one = before[-1].outputs[0]
+    before.append(Op("aten.sub.Tensor", (first, one), (low,)))
+    ops = [
+        replace(op, inputs=tuple(low if v is first else v for v in op.inputs))
+        if op.name.startswith(reader)
+        else op
+        for op in graph.ops
+    ]
+    return replace(program, graph=replace(graph, ops=(*before, *ops)))
+
+
+def test_texts_in_pieces_are_right(compiled: CompiledModel) -> None:
+    assert not pieces_differ(compiled, compiled.module[DECODE])
+
+
+@pytest.mark.parametrize("reader", ["nn.append", "aten."])
+def test_a_cache_or_a_position_one_too_low_beyond_64_tokens_is_found(
+    compiled: CompiledModel, reader: str
+) -> None:
+    program = shifted(compiled.module[DECODE], reader, 64)
+    assert "in pieces, the logits after 6" in pieces_differ(compiled, program)
+
+
+def without(graph: Graph, name: str) -> Graph:
+    """The graph whose last op of this name gives its first operand."""
+    (*_, op) = (op for op in graph.ops if op.name == name)
+    (out,) = op.outputs
+    same = Op("aten.alias.default", op.inputs[:1], (out,))
+    return replace(graph, ops=tuple(same if each is op else each for each in graph.ops))
+
+
+def test_keys_that_are_not_turned_are_found(compiled: CompiledModel) -> None:
+    program = compiled.module[DECODE]
+    wrong = replace(program, graph=without(program.graph, "nn.rotary"))
+    assert "in pieces" in pieces_differ(compiled, wrong)
