@@ -54,14 +54,15 @@ def checkpoint_source(
     check_config(folder / CONFIG, config)
     seq2seq = bool(config.get("is_encoder_decoder"))
     loader = auto_class(folder, config, kwargs)
-    tensors = map_folder(folder)
-    format = format_of(config, tuple(tensors))
-    weights = format.read(quantization_of(config) or {}, tensors)
-    placed = memory_for(weights, tensors.maps.values(), memory)
     try:
+        tensors = map_folder(folder)
+        format = format_of(config, tuple(tensors))
+        weights = format.read(quantization_of(config) or {}, tensors)
+        placed = memory_for(weights, tensors.maps.values(), memory)
         with hub_off():
             model, loading = load_model(loader.auto, _configuration(folder), weights, placed)
         _add_generation_config(folder, model)
+        example = args, kwargs or ({} if args else example_tokens(model, seq2seq))
     except MoecError:
         raise
     except Exception as error:
@@ -74,7 +75,6 @@ def checkpoint_source(
     check_loading(str(folder), loading, images=bool(loader.notes))
     names = (name for name in TOKENIZER_FILES if (folder / name).is_file())
     files = {f"{FOLDER}{name}": read_regular(folder / name) for name in names}
-    example = args, kwargs or ({} if args else example_tokens(model, seq2seq))
     source = _with_adapters(model, weights, placed, adapters, example, files)
     notes = (*hub_files.notes(folder), *source.notes, *loader.notes, *template_notes(files))
     return replace(source, name=hub_files.short_name(folder), notes=notes)

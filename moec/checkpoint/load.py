@@ -102,7 +102,7 @@ def memory_for(
 def _check_size(empty: Any, weights: Mapping[str, CheckpointWeight]) -> None:
     """Raises CaptureError where transformers would fill more than `MOST_MISSING` numbers that the
     checkpoint lacks: a small file with the configuration of a large model ends in memory."""
-    needed = sum(parameter.numel() for parameter in empty.parameters())
+    needed = sum(tensor.numel() for tensor in (*empty.parameters(), *empty.buffers()))
     stored = sum(math.prod(weight.shape) for weight in weights.values())
     if needed - stored > MOST_MISSING:
         raise CaptureError(

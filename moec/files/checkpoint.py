@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import CaptureError
-from moec.files.config_fields import check_fields, check_folder, check_numbers
+from moec.files.config_fields import check_fields, check_folder, check_numbers, check_types
 from moec.files.os_errors import reason
 from moec.files.regular_file import check_within, read_regular
 from moec.files.safetensors import INDEX, SINGLE, read_entries, weight_files
@@ -30,6 +30,8 @@ _LAYERS = re.compile(r"(num|n)_(\w+_)?layers?|(en|de)coder_layers")
 _SIZES = re.compile(
     r"(vocab|(\w+_)?(hidden|intermediate))_size|d_model|d_ff|n_embd|head_dim|\w+_(experts|heads)|n_head"
 )
+_COUNTS = re.compile(r"num_labels|\w+_(experts|heads|groups?)|n_head")
+_PACKED = 8  # codes in a number, at most
 _SHARED_LAYERS = 1000  # may be more than there are tensors: layers can share their weights
 
 
@@ -45,6 +47,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
     for name in (CONFIG, GENERATION_CONFIG):
         check_fields(folder / name, contents.get(name, {}))
         check_numbers(folder / name, contents.get(name, {}))
+        check_types(folder / name, contents.get(name, {}))
     if not (folder / SINGLE).exists() and (folder / INDEX).exists():
         _check_index(folder)
     files = weight_files(folder)
@@ -94,11 +97,14 @@ def _check_sizes(path: Path, config: Mapping[str, Any], shapes: list[list[int]])
     """Raises CaptureError for a configuration that the weights contradict: transformers would first
     build a model of, say, a billion layers until the system kills the process."""
     elements = sum(map(math.prod, shapes))
+    longest = max((size * _PACKED for shape in shapes for size in shape), default=0)
     for name, number in _numbers(config):
         if _LAYERS.fullmatch(name) and number > max(len(shapes), _SHARED_LAYERS):
             present = f"{len(shapes):,} tensors"
         elif _SIZES.fullmatch(name) and number > elements:
             present = f"{elements:,} numbers"
+        elif _COUNTS.fullmatch(name) and number > max(longest, len(shapes), _SHARED_LAYERS):
+            present = f"no dimension of more than {longest:,}"
         else:
             continue
         raise CaptureError(

@@ -22,6 +22,7 @@ _IMPLEMENTATION = re.compile(r"\w*_implementation(_\w+)?|\w*kernels?(_\w+)?")
 _OF_TRANSFORMERS = re.compile(r"[\w|-]*")
 _REMOTE = re.compile(r"(hf[-_]hub|local-dir):.*", re.DOTALL)  # names of timm's models
 _LIMIT = re.compile(r"\w*_(limit|max|min)")  # such as time_step_limit, [0, Infinity] in Mamba
+_TOKEN = re.compile(r"(\w+_)?(bos|eos|pad|sep|mask|start|end)_token_id")
 ADAPTER_CONFIG = "adapter_config.json"
 
 Fields = Iterator[tuple[str, Any]]
@@ -66,6 +67,24 @@ def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
                     f"{path}: {name.removesuffix('.__float__')} is {number}, which is no number "
                     "to compute with: copy the file again from the source of the checkpoint"
                 )
+
+
+def check_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises CaptureError, naming the field, where moec would read a value of another type."""
+    for name, value in fields(config):
+        field = name.rpartition(".")[2]
+        if field == "architectures":
+            kind, words = str, "a list of names"
+        elif _TOKEN.fullmatch(field):
+            kind, words = int, "the number of a token, or a list of them"
+        else:
+            continue
+        values = value if isinstance(value, list) else [value] if kind is int else [None]
+        if value is not None and not all(type(item) is kind for item in values):
+            raise CaptureError(
+                f"{path}: {name} is {str(value)[:40]!r}, which is not {words}: copy the file again "
+                "from the source of the checkpoint"
+            )
 
 
 def _items(value: Any) -> Iterator[Any]:

@@ -129,7 +129,7 @@ def read_header(path: Path) -> GgufHeader:
     """
     first = _header(path)
     count = first.fields.get("split.count", 1)
-    if not isinstance(count, int) or not 1 <= count <= MOST_SPLITS:
+    if type(count) is not int or not 1 <= count <= MOST_SPLITS:
         raise CaptureError(f"{path} says that it is one of {count!r} files")
     if count == 1:
         return first
@@ -144,7 +144,8 @@ def read_header(path: Path) -> GgufHeader:
         other = path.with_name(f"{stem}-{part + 1:05}-of-{count:05}{path.suffix}")
         check_within(other)
         header = _header(other)
-        if header.fields.get("split.no") != part or header.fields.get("split.count") != count:
+        numbers = [header.fields.get("split.no"), header.fields.get("split.count")]
+        if numbers != [part, count] or {*map(type, numbers)} != {int}:
             raise CaptureError(f"{other} is not part {part + 1} of {count}, as its name says")
         for name, tensor in header.tensors.items():
             if name in tensors:

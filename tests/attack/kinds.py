@@ -12,6 +12,9 @@ hub         checkpoints whose files name code, models of the hub, other files, a
 folders     damaged folders of quantised checkpoints: each is refused, with little memory
 gguf        damaged GGUF files: the same
 onnx        damaged ONNX files: the same, but for bytes that may be another model
+fields      each field of the JSON files of a checkpoint with values of other types and sizes
+splits      GGUF splits and shards of which one is damaged, another, or no file: each is refused
+replies     a hub whose answers are damaged or forged: what was announced, or one sentence
 moved       a model in use whose file is moved, replaced, cut or written to
 """
 
@@ -137,6 +140,30 @@ def _gguf(folder: Path, draw: random.Random) -> list[str]:
     return refusal.case(gguf_files.WRITERS, folder, draw)
 
 
+def _fields(folder: Path, draw: random.Random) -> list[str]:
+    from tests.attack import fields
+
+    return fields.case(folder, draw)
+
+
+def _splits(folder: Path, draw: random.Random) -> list[str]:
+    from tests.attack import splits
+
+    return splits.case(folder, draw)
+
+
+def _replies(folder: Path, draw: random.Random) -> list[str]:
+    from tests.attack import replies
+
+    return replies.case(folder, draw)
+
+
+def _write_splits(folder: Path) -> None:
+    from tests.attack.splits import write_seeds
+
+    write_seeds(folder)
+
+
 def _onnx(folder: Path, draw: random.Random) -> list[str]:
     from tests.attack import onnx_files
 
@@ -258,6 +285,7 @@ def _written(path: Path, parts: Mapping[str, bytes], text: object) -> Path:
 
 _LINKS = frozenset({"os.symlink", "os.chmod"})  # as the files of a case are written
 _CHANGES = _LINKS | {"os.truncate"}
+_SERVES = _LINKS | {"socket.bind", "socket.connect"}
 _COMPILES = frozenset({"subprocess.Popen"})  # the linker
 
 KINDS: Mapping[str, Kind] = {
@@ -272,6 +300,9 @@ KINDS: Mapping[str, Kind] = {
     "folders": Kind(_none, 20, 250, seeds=_write_folders, use=_folders),
     "gguf": Kind(_none, 20, 150, seeds=_no_seeds, use=_gguf),
     "onnx": Kind(_none, 20, 400, _LINKS, seeds=_no_seeds, use=_onnx),
+    "fields": Kind(_none, 20, 2_000, _LINKS, seeds=_no_seeds, use=_fields),
+    "splits": Kind(_none, 20, 2_000, _LINKS, seeds=_write_splits, use=_splits),
+    "replies": Kind(_none, 40, 2_000, _SERVES, seeds=_no_seeds, use=_replies),
     "moved": Kind(_none, 40, 2_000, _CHANGES, use=use_case),
 }
 

@@ -24,11 +24,14 @@ READ = "is read, and should be refused"
 
 
 def case(
-    writers: Mapping[str, Callable[[Path, random.Random], Path]], folder: Path, draw: random.Random
+    writers: Mapping[str, Callable[[Path, random.Random], Path]],
+    folder: Path,
+    draw: random.Random,
+    memory: int = MEMORY,
 ) -> list[str]:
     """The faults of one of the writers' files, which is written into `folder`/case."""
     name = draw.choice([*writers])
-    return [f"{name}: {fault}" for fault in faults_of(written(writers[name], folder, draw))]
+    return [f"{name}: {fault}" for fault in faults_of(written(writers[name], folder, draw), memory)]
 
 
 def written(
@@ -40,10 +43,10 @@ def written(
     return writer(path, draw)
 
 
-def faults_of(path: Path) -> list[str]:
+def faults_of(path: Path, memory: int = MEMORY) -> list[str]:
     """What is wrong with how a damaged file is refused."""
     start = time.process_time()
-    with _limited():
+    with _limited(memory):
         result = _refusal(path)
     seconds = time.process_time() - start
     return [*result, *([f"takes {seconds:.1f} s"] if seconds > SECONDS else [])]
@@ -67,14 +70,14 @@ def _refusal(path: Path) -> list[str]:
 
 
 @contextmanager
-def _limited() -> Iterator[None]:
-    """Allocations that would add more than MEMORY fail."""
+def _limited(memory: int) -> Iterator[None]:
+    """Allocations that would add more than `memory` bytes fail."""
     if sys.platform != "linux":
         yield
         return
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (size + memory, before[1]))
     try:
         yield
     finally:

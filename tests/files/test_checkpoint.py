@@ -82,6 +82,11 @@ DAMAGED = [
     (says("hidden_size", 10**12), f"hidden_size is 1,000,000,000,000, and {SIZES}"),
     (says("num_local_experts", 10**8), f"num_local_experts is 100,000,000, and {SIZES}"),
     (says("vocab_size", 2**63), f"vocab_size is 9,223,372,036,854,775,808, and {SIZES}"),
+    (says("num_labels", 10**9), "num_labels is 1,000,000,000, and the weights next to it hold no"),
+    (says("num_labels", 10**9, "text_config"), "num_labels is 1,000,000,000, and the weights"),
+    (says("num_local_experts", 10**6), "num_local_experts is 1,000,000, and the weights next to"),
+    (says("num_key_value_heads", 10**6), "num_key_value_heads is 1,000,000, and the weights next"),
+    (says("n_group", 10**9), "n_group is 1,000,000,000, and the weights next to it hold no"),
     (writes(CONFIG, b'{"a":'), "config.json is not JSON: "),
     (writes(CONFIG, b""), "config.json is not JSON: "),
     (writes(CONFIG, b"\xff\xfe\x00"), "config.json is not JSON: "),
@@ -166,8 +171,32 @@ NO_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "words"), NO_NUMBERS)
-def test_no_configuration_computes_with_nan(
+NO_NAMES = "which is not a list of names: copy the file again from the source"
+NO_TOKEN = "which is not the number of a token, or a list of them: copy the file again"
+TYPES = [
+    (sets(5, "architectures"), f"architectures is '5', {NO_NAMES}"),
+    (sets("x", "architectures"), f"architectures is 'x', {NO_NAMES}"),
+    (sets({}, "architectures"), NO_NAMES),
+    (sets([5], "architectures"), f"architectures is '[5]', {NO_NAMES}"),
+    (
+        sets(True, "text_config", "architectures"),
+        f"text_config.architectures is 'True', {NO_NAMES}",
+    ),
+    (sets("x", "eos_token_id"), f"config.json: eos_token_id is 'x', {NO_TOKEN}"),
+    (sets(["x"], "eos_token_id"), NO_TOKEN),
+    (sets([[5]], "eos_token_id"), NO_TOKEN),
+    (sets(1.5, "pad_token_id"), f"pad_token_id is '1.5', {NO_TOKEN}"),
+    (sets(True, "bos_token_id"), f"bos_token_id is 'True', {NO_TOKEN}"),
+    (sets({}, "decoder_start_token_id"), f"decoder_start_token_id is '{{}}', {NO_TOKEN}"),
+    (
+        sets("x", "eos_token_id", file="generation_config.json"),
+        f"n_config.json: eos_token_id is 'x', {NO_TOKEN}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), NO_NUMBERS + TYPES)
+def test_values_that_are_none_to_compute_with(
     damage: Callable[[Path], None], words: str, tmp_path: Path
 ) -> None:
     """JSON has no NaN and no infinity, but Python reads and writes both."""
