@@ -73,14 +73,12 @@ def check_types(path: Path, config: Mapping[str, Any]) -> None:
     """Raises CaptureError, naming the field, where moec would read a value of another type."""
     for name, value in fields(config):
         field = name.rpartition(".")[2]
-        if field == "architectures":
-            kind, words = str, "a list of names"
-        elif _TOKEN.fullmatch(field):
-            kind, words = int, "the number of a token, or a list of them"
-        else:
+        if value is None or (field != "architectures" and not _TOKEN.fullmatch(field)):
             continue
-        values = value if isinstance(value, list) else [value] if kind is int else [None]
-        if value is not None and not all(type(item) is kind for item in values):
+        names = field == "architectures"
+        words = "a list of names" if names else "the number of a token, or a list of them"
+        items = value if isinstance(value, list) else [None if names else value]
+        if not all(type(item) is (str if names else int) for item in items):
             raise CaptureError(
                 f"{path}: {name} is {str(value)[:40]!r}, which is not {words}: copy the file again "
                 "from the source of the checkpoint"

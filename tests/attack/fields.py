@@ -63,8 +63,8 @@ def faults(folder: Path, file: str, way: tuple[Any, ...], value: Any) -> list[st
     shutil.copytree(_TINY, path, copy_function=shutil.copy)
     content = json.loads((path / file).read_text())
     (path / file).write_text(json.dumps(changed(content, way, value)))
-    found = [fault for fault in faults_of(path, _MEMORY) if fault != READ]
-    return [f"{file} {'.'.join(map(str, way))} = {value!r}: {fault}" for fault in found]
+    kept = [fault for fault in faults_of(path, _MEMORY) if fault != READ]
+    return [f"{file} {'.'.join(map(str, way))} = {value!r}: {fault}" for fault in kept]
 
 
 def case(folder: Path, draw: random.Random) -> list[str]:

@@ -34,6 +34,10 @@ class TemplateProcess:
         self, source: str, variables: dict[str, Any] | None, seconds: float = SECONDS
     ) -> dict[str, str]:
         """See `templates.render`. Raises UsageError where jinja2 is missing."""
+        try:
+            request = json.dumps([source, variables]) + "\n"
+        except (RecursionError, ValueError):
+            return {"error": "rejected", "words": "they, or the tools, are nested too deeply"}
         with self._lock:
             process = self._started()
             assert process.stdin is not None
@@ -41,7 +45,7 @@ class TemplateProcess:
             start, timer = time.monotonic(), threading.Timer(seconds, process.kill)
             timer.start()
             try:
-                process.stdin.write(json.dumps([source, variables]) + "\n")
+                process.stdin.write(request)
                 process.stdin.flush()
                 line = process.stdout.readline()
             except OSError:

@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 
 MEMORY = 512 * 2**20
 MALFORMED, REJECTED = "malformed", "rejected"
+NESTED = "they, or the tools, are nested too deeply"
 
 
 class GenerationTag(Extension):
@@ -86,9 +87,11 @@ def main() -> None:
     else:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:
-        source, variables = json.loads(line)
-        answer = json.dumps(render(source, variables))
-        sys.stdout.write(answer + "\n")
+        try:
+            answer = render(*json.loads(line))
+        except RecursionError:
+            answer = {"error": REJECTED, "words": NESTED}
+        sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 

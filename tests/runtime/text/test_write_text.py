@@ -242,3 +242,18 @@ def test_files_that_hold_no_text(path: Path, tmp_path: Path) -> None:
     done = run(path, "--prompts", file)
     assert done.exit_code == 3
     assert json.loads(done.stdout) == {"index": 0, "error": "the line is no JSON string"}
+
+
+@pytest.mark.parametrize("depth", [1100, 5_000, 100_000])
+def test_tools_that_are_nested_too_deeply(depth: int) -> None:
+    """Neither this process nor that of the template ends, and both serve the next chat."""
+    tool: Any = {}
+    for _ in range(depth):
+        tool = {"a": tool}
+    template = ChatTemplate("{{ tools | tojson }}")
+    messages = [{"role": "user", "content": "x"}]
+    with pytest.raises(InputError, match="rejects the messages: they, or the tools, are nested"):
+        template.render(messages, [tool])
+    assert template.render(messages, [{"b": 1}]) == '[{"b": 1}]'
+    while tool:
+        tool = tool.pop("a")  # whose end would recurse, too
