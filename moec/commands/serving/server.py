@@ -182,7 +182,7 @@ class Server(uvicorn.Server):
     def __init__(
         self, served: ServedModels, access: Access, drain: float, limits: Limits = Limits()
     ) -> None:
-        places = sum(service.places for service in served.models.values())
+        texts = sum(service.places for service in served.models.values())
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         super().__init__(
             uvicorn.Config(
@@ -190,7 +190,7 @@ class Server(uvicorn.Server):
                 log_level="error", lifespan="on", proxy_headers=False,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
                 h11_max_incomplete_event_size=limits.head_bytes,
-                limit_concurrency=max(8, min(limits.connections + places, files - OTHER_FILES)),
+                limit_concurrency=max(8, min(limits.connections + texts, files - OTHER_FILES)),
             )
         )  # fmt: skip
         self._served, self._drain, self._limits = served, drain, limits

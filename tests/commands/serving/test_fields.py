@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import moec
-from moec.commands.serving.app import MOST_BYTES
+from moec.commands.serving.server import Limits
 from tests.commands.serving.running import CHAT, GREEDY, MODEL, PROMPT, TEXT, Running, continuation
 
 
@@ -266,7 +266,7 @@ def test_statuses(shared: Running) -> None:
     status, answer, _ = shared.send("/v2")
     assert (status, answer["error"]["message"]) == (404, "GET /v2: not found")
     assert shared.send("/v1/completions")[0] == 405
-    status, answer, _ = shared.send("/v1/completions", b" " * (MOST_BYTES + 1))
+    status, answer, _ = shared.send("/v1/completions", b" " * (Limits.body_bytes + 1))
     assert status == 413
     assert "send a shorter one" in answer["error"]["message"]
     status, answer, _ = shared.send("/detokenize", {"tokens": "x"})

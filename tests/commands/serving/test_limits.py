@@ -233,8 +233,8 @@ def test_many_bodies_together(quick: Running) -> None:
     assert set(statuses) == {408, 503}
     assert statuses.count(408) in (3, 4)  # 1,000,000 bytes of 280,000 - 65,536
     assert {answer[1]["retry-after"] for answer in answers if answer[0] == 503} == {"1"}
-    whole = BODY.ljust(290_000)
-    again = f"{HEAD}Content-Length: {len(whole)}\r\n\r\n{whole}"
+    long = BODY.ljust(290_000)
+    again = f"{HEAD}Content-Length: {len(long)}\r\n\r\n{long}"
     assert [exchange(quick.port, again)[0] for _ in range(5)] == [200] * 5
 
 
