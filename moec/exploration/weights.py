@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from moec.ir.graph import Graph, Op
-from moec.report.weight_formats import Formats, weight_formats
+from moec.report.weight_formats import Formats, code_bits, weight_formats
 from moec.runtime.artifact.manifest import Stored
 from moec.runtime.dtypes import NUMPY
 
@@ -41,13 +41,15 @@ def stored_weights(arrays: Mapping[str, Stored], graph: Graph) -> tuple[WeightLi
 
 def weights_of(graph: Graph) -> tuple[WeightLine, ...]:
     """The weights of a graph, for which no code was generated."""
-    readers = _Readers.of(graph)
+    readers, bits = _Readers.of(graph), code_bits(graph)
     return _by_bytes(
         WeightLine(
             param.name,
             *readers.of_weight(param.name, param.dtype),
             str(param.type),
-            prod(int(size) for size in param.shape) * NUMPY[param.dtype].itemsize,
+            prod(map(int, param.shape))
+            * bits.get(param.name, 8 * NUMPY[param.dtype].itemsize)
+            // 8,
         )
         for param in graph.params
     )

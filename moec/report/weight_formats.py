@@ -9,6 +9,12 @@ from moec.passes.quantise.quantise_linears import LINEARS, heads
 Formats = dict[str, dict[str, str]]
 
 
+def code_bits(graph: Graph) -> dict[str, int]:
+    """The bits in which each code of a quantised weight is stored, by the name of the codes."""
+    quantised = [op for op in graph.ops if op.name in QUANTISED_OPS]
+    return {s.matrix.codes.name: s.format.bits for op in quantised for s in matrices_of(op)}
+
+
 def weight_formats(graph: Graph) -> Formats:
     """By kind, the format of each weight. Those that ops of two kinds read, such as tied
     embeddings, are of both."""

@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -41,6 +42,15 @@ def test_an_intact_artifact(path: Path) -> None:
     assert "functions main, for generic" in out
     code, out, _ = run(path, "--json")
     assert json.loads(out)["graphs_checked"] is True
+
+
+def test_a_sample_with_nan(tmp_path: Path) -> None:
+    sample = artifact.Sample({}, {"y": np.array([0, np.nan], np.float32)})
+    path = tmp_path / "nan.moec"
+    artifact.write(toy.package(), path, graphs={"main": GRAPH}, samples=[sample])
+    code, out, err = run(path)
+    assert (code, out) == (1, "")
+    assert "nan.moec: the sample's y holds NaN: compile it again" in err
 
 
 @pytest.mark.parametrize("folder", [False, True])

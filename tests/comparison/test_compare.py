@@ -17,6 +17,7 @@ import moec
 from moec import __main__ as front
 from moec.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
 from moec.errors import ArtifactError, InputError, UsageError
+from moec.exploration.weights import weights_of
 from moec.report.pass_graphs.table import GraphTable
 from tests.once import Once
 
@@ -127,6 +128,14 @@ def test_codes_of_4_bits_are_half_a_byte(plain: Path, once: Once) -> None:
     rows = facts(moec.compare(plain, int4))
     weights = LAYERS * EXPERTS * 3 * 64 * 96
     assert rows["bytes", "experts"] == (4 * weights, weights // 2 + 2 * weights // 32)
+
+
+def test_a_graph_of_codes_of_4_bits() -> None:
+    ids = torch.arange(10).reshape(1, 10)
+    model = moec.compile(language_model(), (ids,), build=False, quant="int4:32")
+    weights = LAYERS * EXPERTS * 3 * 64 * 96
+    lines = [line for line in weights_of(model.graph) if line.kind == "experts"]
+    assert sum(line.bytes for line in lines) == weights // 2 + 2 * weights // 32
 
 
 def test_int8_beside_float32(plain: Path, int8: Path) -> None:

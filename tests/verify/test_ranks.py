@@ -107,6 +107,17 @@ def test_a_weight_whose_error_16_bits_hide() -> None:
         check_ranks(source, ranks)
 
 
+def test_nan_is_above_every_error_allowed() -> None:
+    def broken(rank: Program) -> Program:
+        changed = with_a_wrong_expert(rank).weights
+        weights = {n: w * torch.nan if w is not rank.weights[n] else w for n, w in changed.items()}
+        return replace(rank, weights=weights)
+
+    program = masked("f32")
+    with pytest.raises(VerificationError, match="differs from the model's by inf"):
+        check_ranks(captured(program), ranked(program, change=broken), float("inf"))
+
+
 def test_the_greatest_error_allowed() -> None:
     program = masked("f32")
     check_ranks(captured(program), ranked(program, change=with_a_wrong_expert), 0.5)

@@ -75,6 +75,18 @@ def test_check_differs(package: Package, tmp_path: Path) -> None:
     assert VerificationError.exit_code == 2
 
 
+@pytest.mark.parametrize("at", [(0, 0), (-1, -1)])
+def test_a_sample_with_nan_differs_from_itself(
+    package: Package, tmp_path: Path, at: tuple[int, int]
+) -> None:
+    y = toy.sample(package).outputs["y"].copy()
+    y[at] = np.nan
+    path, broken = tmp_path / "nan.moec", Sample({**toy.inputs()}, {"y": y})
+    artifact.write(package, path, graphs={"main": ""}, samples=[broken], tolerance=1e-5)
+    with pytest.raises(VerificationError, match=r"0 differs by inf \(inf: also for NaN\)"):
+        run(path, "--check")
+
+
 def test_check_without_samples(package: Package, tmp_path: Path) -> None:
     artifact.write(package, path := tmp_path / "bare.moec", graphs={"main": ""})
     with pytest.raises(UsageError, match="has no samples to check against; use --input"):
