@@ -147,6 +147,9 @@ def verdict(error: Exception) -> tuple[int, str]:
             return 1, f"error: {extra}"
         case MemoryError() | OSError() | RuntimeError() if _lacks_memory(error):
             return 1, "error: this machine has too little free memory for the model"
+        case Exception() if os.strerror(errno.EMFILE) in str(error):
+            name = getattr(error, "filename", None) or "this process"
+            return 1, f"error: {name}: {reason(OSError(errno.EMFILE, ''))}"
         case OSError() if error.errno in _USERS_OWN or _is_users(error.filename):
             return 1, f"error: {error.filename or 'output'}: {reason(error)}"
     name = type(error).__name__

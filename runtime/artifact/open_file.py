@@ -48,8 +48,12 @@ class OpenFile:
     """The file at `path`."""
 
     def __init__(self, path: Path) -> None:
+        """Raises ArtifactError where it cannot be opened."""
         self.path = path
-        file = open_regular(path, buffering=0)
+        try:
+            file = open_regular(path, buffering=0)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {reason(error)}") from error
         weakref.finalize(self, file.close)
         self.descriptor = file.fileno()
         self.state = self.current()

@@ -3,6 +3,7 @@ link to itself or out of its folder: one sentence, soon."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from moec.__main__ import verdict
 from moec.errors import MoecError
 from moec.files.adapter import read_adapter
 from moec.files.gguf import read_header
@@ -173,3 +175,26 @@ def test_a_file_and_its_bytes(tmp_path: Path) -> None:
     assert read_regular(tmp_path / "x", 3) == b"abc"
     with pytest.raises(OSError, match="large"):
         read_regular(tmp_path / "x", 2)
+
+
+def test_too_few_files(tmp_path: Path) -> None:
+    """`ulimit -n`: what cannot be opened is one sentence, and a mistake of the user."""
+    resource = pytest.importorskip("resource")
+    load = artifact(tmp_path / "x")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    present = len(os.listdir("/proc/self/fd"))
+    ends = []
+    for more in range(0, 16, 2):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (present + more, before[1]))
+        try:
+            load()
+        except Exception as error:
+            ends.append(verdict(error))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert ends
+    words = "too many files are open; raise the limit (ulimit -n)"
+    assert all(code == 1 and words in message for code, message in ends)
+    load()
+    without_name = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    assert verdict(without_name) == (1, f"error: this process: {words}")
