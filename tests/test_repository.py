@@ -94,7 +94,7 @@ BUDGETS = {
     ("moec/capture",): 14_150,
     ("passes/recognise",): 7_269,
     ("codegen/cuda",): 4_767,
-    ("moec", *LINKED): 118_408,
+    ("moec", *LINKED): 119_000,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,
 recognise to 6,000, and the whole to 110,000."""

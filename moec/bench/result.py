@@ -17,7 +17,7 @@ BUSY = 0.7
 
 
 @dataclass(frozen=True)
-class Limits:
+class MeasuredLimits:
     """Limits measured in the same run: FLOP/s of all threads in dtype `kind`, and bytes/s of all
     threads; and the least seconds of a prefill and of a step at these rates."""
 
@@ -49,7 +49,7 @@ class BenchResult:
     threads: int
     versions: Mapping[str, str]
     load: Load
-    limits: Limits
+    limits: MeasuredLimits
     lines: tuple[ContenderLine, ...]
     prefill_share: float
     decode_share: float
@@ -101,7 +101,7 @@ def result(
     threads: int,
     versions: Mapping[str, str],
     load: Load,
-    limits: Limits,
+    limits: MeasuredLimits,
     times: list[Times],
     load_average: float,
 ) -> BenchResult:

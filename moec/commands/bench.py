@@ -192,7 +192,7 @@ def _bench(
 
     from moec.bench import contenders, of_files
     from moec.bench.race import Load, race
-    from moec.bench.result import Limits, result
+    from moec.bench.result import MeasuredLimits, result
     from moec.ir.text import parse
     from moec.profile import limits
     from moec.profile.cost import cost
@@ -243,7 +243,7 @@ def _bench(
         threads,
         _versions(with_files),
         load,
-        Limits(kind, peak, stream, least(prompt, prompt), least(1, prompt + new // 2)),
+        MeasuredLimits(kind, peak, stream, least(prompt, prompt), least(1, prompt + new // 2)),
         times,
         before,
     )

@@ -14,7 +14,7 @@ import torch
 import moec
 from moec.bench.contenders import Contender, compiled, transformers
 from moec.bench.race import Figure, Load, race
-from moec.bench.result import Limits, plot, result
+from moec.bench.result import MeasuredLimits, plot, result
 from moec.commands.bench import command
 from moec.errors import UsageError
 from moec.ir.text import parse
@@ -194,7 +194,7 @@ def test_the_text() -> None:
         2,
         {},
         Load(1, 4, 2, 9),
-        Limits("float32", 1e9, 2e9, 1e-9, 1e-9),
+        MeasuredLimits("float32", 1e9, 2e9, 1e-9, 1e-9),
         times,
         0.5,
     )

@@ -153,7 +153,7 @@ class Answer:
         try:
             async for _ in self._pieces():
                 pass
-            return await run_in_threadpool(self._whole)
+            return await run_in_threadpool(self._full_body)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
@@ -167,7 +167,7 @@ class Answer:
         LOGGER.error("%s: the answer cannot be written", self._head["id"], exc_info=error)
         return ApiError(500, f"{type(error).__name__}: {first_line(error)}")
 
-    def _whole(self) -> bytes:
+    def _full_body(self) -> bytes:
         choices = []
         for choice in self._best():
             text = choice.content

@@ -154,10 +154,10 @@ class Worker:
         """The last update of a text, whose error is logged and counted."""
         status = 503  # shutting down
         if cause is not None:
-            asked, known = isinstance(cause, NoTokenError), isinstance(cause, MoecError)
-            status, level = (400, logging.INFO) if asked else (500, logging.ERROR)
+            refused, expected = isinstance(cause, NoTokenError), isinstance(cause, MoecError)
+            status, level = (400, logging.INFO) if refused else (500, logging.ERROR)
             self._metrics.failed(cause)
-            LOGGER.log(level, "a text ended: %s", error, exc_info=None if known else cause)
+            LOGGER.log(level, "a text ended: %s", error, exc_info=None if expected else cause)
         return Update(ticket.index, None, end=FAILED, error=ApiError(status, error))
 
     def _hand_over(self, updates: Sequence[tuple[Ticket, Update]]) -> None:

@@ -81,7 +81,7 @@ class Chosen:
 @dataclass(frozen=True)
 class Outside:
     """Ids of no expert. Where they index a stack [E, ..], eager refuses or counts from the end
-    of the stack; elsewhere a negative id stands for no expert."""
+    of the stack; elsewhere a negative id means no expert."""
 
     experts: int
     least: int = 0
