@@ -9,7 +9,7 @@ import torch
 
 from moec.interpret.outputs import VaryingOutput
 from moec.ir.graph import Program
-from moec.oracle.draws import DRAWS, Draw, Role, role_of, values_of
+from moec.oracle.draws import DRAWS, INFINITE, Draw, Role, is_factor, role_of, values_of
 
 Inputs: TypeAlias = Sequence[torch.Tensor]
 Case: TypeAlias = tuple[torch.Tensor, ...]
@@ -24,18 +24,21 @@ _SEED = 8191
 
 
 def few_draws(program: Program, example: Inputs) -> Sequence[Draw]:
-    """Draws for comparisons at many sizes: three, or two where no input is a mask, a length or a
-    number, and none where there are no elements to draw."""
+    """Draws for comparisons at many sizes: three, and two more where a mask is added to scores; two
+    where no input is a mask, a length or a number; none where there are no elements to draw."""
     if not any(tensor.numel() for tensor in example):
         return ()
-    return DRAWS[:3] if has_other_roles(program, example) else DRAWS[:2]
+    pairs = zip(program.graph.inputs, example, strict=False)
+    added = [t for v, t in pairs if role_of(program, v, t) is Role.FLOAT_MASK and not is_factor(t)]
+    infinite = INFINITE if added else ()
+    return (*DRAWS[:3], *infinite) if other_roles(program, example) else DRAWS[:2]
 
 
-def has_other_roles(program: Program, example: Inputs) -> bool:
-    """Whether an input is for something else than hidden states or ids of a table."""
+def other_roles(program: Program, example: Inputs) -> set[Role | None]:
+    """What inputs are for, other than hidden states and ids of a table."""
     pairs = zip(program.graph.inputs, example, strict=False)
     roles = {role_of(program, value, tensor) for value, tensor in pairs}
-    return not roles <= {Role.TOKENS, Role.IDS, None}
+    return roles - {Role.TOKENS, Role.IDS, None}
 
 
 def cases(

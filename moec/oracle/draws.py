@@ -5,7 +5,7 @@ tokens      hidden states                 random, large, all rows alike, two kin
 ids         rows of a table of the graph  random, all alike, two
 mask        bool, or integers of 0 and 1  prefixes, random, none, suffixes, one element, all
 float mask  0 and 1, or 0 and -inf        the same patterns, and random; of what is added, those of
-            what is added to scores       the dtype's minimum and of -inf, and random with +inf
+            what is added to scores       the dtype's minimum; for graphs, rows of -inf and +inf
 numbers     a temperature, scales         positive, 0 and 1, negative and large
 integers    lengths, positions, tasks     0 to a size, around the example's, below 0 and beyond a
             counts                        size, shifted, 0 and 1, large
@@ -43,6 +43,7 @@ class Draw:
 
     tokens: Literal["random", "alike", "large", "tied", "two"]
     number: int
+    infinite: bool = False
 
 
 DRAWS = (
@@ -54,6 +55,10 @@ DRAWS = (
     Draw("random", 5),
 )
 """In this order any three that follow one another reach most of the values of each role."""
+
+
+INFINITE = (Draw("random", 2, True), Draw("random", 1, True))
+"""Of masks, which graphs are compared with too, where a softmax may be left out."""
 
 
 class Role(Enum):
@@ -221,24 +226,30 @@ _PATTERNS: tuple[_Pattern, ...] = (
 """Prefixes, random, none, suffixes, one element, all."""
 
 
+def is_factor(mask: torch.Tensor) -> bool:
+    """Whether a float mask is multiplied: from 0 to 1, and not 0 everywhere."""
+    return bool(mask.gt(0).any()) and bool(mask.le(1).all()) and bool(mask.ge(0).all())
+
+
 def _float_masks(
     tensor: torch.Tensor, draw: Draw, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
-    """Patterns of the example's two values, and floats, which a graph must take for them too. Of
-    what is added, the masked entries are those of the example, the least of the dtype, and -inf."""
-    factors = bool(tensor.gt(0).any()) and bool(tensor.le(1).all()) and bool(tensor.ge(0).all())
-    least = torch.finfo(tensor.dtype).min
-    lowest = float(tensor.min())
-    offs = (lowest if lowest <= _MASKING else least, 0.0, -math.inf, least, math.inf, -math.inf)
+    """Patterns of the example's two values, and floats, which a graph must take for them too. A row
+    whose every entry is -inf, or one of +inf, is drawn by `infinite` draws alone: its softmax is
+    NaN, and 0 in fused attention."""
+    factors = is_factor(tensor)
+    least, lowest = torch.finfo(tensor.dtype).min, float(tensor.min())
+    off = -math.inf if draw.infinite else lowest if lowest <= _MASKING else least
     for turn in range(len(_PATTERNS)):
         number = draw.number + turn
         on = pattern(tensor.shape, number, generator)
-        off = offs[number % len(offs)]
+        drawn = torch.where(on, float(factors), 0.0 if factors else off)
+        if not (factors or draw.infinite) and on.ndim:
+            drawn = torch.where(on.any(-1, keepdim=True), drawn, least)
         if number % 3 == 1:
             drawn = torch.randn(tensor.shape, generator=generator)
-            yield torch.where(on & (off > 0) & (not factors), off, drawn).to(tensor.dtype)
-        else:
-            yield torch.where(on, float(factors), 0.0 if factors else off).to(tensor.dtype)
+            drawn = torch.where(on, math.inf, drawn) if draw.infinite else drawn
+        yield drawn.to(tensor.dtype)
 
 
 def _numbers(tensor: torch.Tensor, number: int, generator: torch.Generator) -> torch.Tensor:

@@ -14,7 +14,7 @@ from moec.ir.sizes.dims import Bounds
 from moec.ir.sizes.thresholds import allows, nearest_allowed
 from moec.memory.lock_step import Together, one_by_one
 from moec.oracle.agree import at_sizes
-from moec.oracle.cases import Case, drawn_and_run, has_other_roles, shapes
+from moec.oracle.cases import Case, drawn_and_run, other_roles, shapes
 from moec.oracle.draws import DRAWS, Draw
 from moec.oracle.tolerance import rounds_to_16_bits
 from moec.verify.turns import turns
@@ -34,7 +34,7 @@ def plans(captured: Captured) -> list[_Plan]:
     program, graph = captured.program, captured.program.graph
     sixteen = rounds_to_16_bits(graph)
     kinds = [draw for draw in DRAWS if draw.tokens in ("random", "large") or not sixteen]
-    varied = has_other_roles(program, captured.example)
+    varied = other_roles(program, captured.example)
     least = least_sizes(graph)
     few: list[tuple[Mapping[str, int], Sequence[Draw]]]
     few = [({}, kinds[:3]), (least, kinds[:2]), (odd_sizes(graph), kinds[:2])]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moec.ir.graph import Program
 from moec.ir.text import parse
-from moec.oracle.cases import cases, drawn
+from moec.oracle.cases import cases, drawn, few_draws
 from moec.oracle.draws import DRAWS, Draw, Role, pattern, role_of
 
 GRAPH = """
@@ -126,12 +126,12 @@ def test_what_is_added_to_scores_may_mask() -> None:
     pairs = zip(held.graph.inputs, inputs, strict=True)
     roles = [role_of(held, value, tensor) for value, tensor in pairs]
     assert roles == [Role.TOKENS, Role.FLOAT_MASK, Role.TOKENS]
-    few = torch.stack([drawn(held, inputs, draw)[1] for draw in DRAWS[:3]])
+    few = torch.stack([drawn(held, inputs, draw)[1] for draw in few_draws(held, inputs)])
     assert few.eq(-torch.inf).any()
-    longer = [torch.randn(3, 7, 4), torch.randn(3, 7), torch.randn(3, 7, 4)]
-    masks = [drawn(held, longer, draw)[1] for draw in DRAWS]
-    assert masks[0].eq(torch.finfo(torch.float32).min).any()
-    assert any(mask.eq(torch.inf).any() for mask in masks)
+    assert few.eq(torch.inf).any()
+    assert few.eq(torch.finfo(torch.float32).min).any()
+    # Code that fuses attention gives 0 where eager gives NaN, for a row of -inf.
+    assert not any(drawn(held, inputs, draw)[1].isinf().any() for draw in DRAWS)
 
 
 @pytest.mark.parametrize("held", [[0, 0, 0, 0], [3, 5, 1, 4]])

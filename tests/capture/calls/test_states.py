@@ -122,7 +122,7 @@ def test_the_static_cache_of_transformers(short_moe: Any) -> None:
         one_by_one = [(torch.tensor([[50 + at]]), torch.tensor([at])) for at in range(4, 8)]
         for inputs in [(ids, positions), *one_by_one]:
             expected = module(input_ids=inputs[0], cache_position=inputs[1])
-            actual = compiled(*inputs)
+            actual = compiled(input_ids=inputs[0], cache_position=inputs[1])
             assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 

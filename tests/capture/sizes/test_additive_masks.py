@@ -70,3 +70,17 @@ def test_as_eager_at_one_token(attention: Any, example: str) -> None:
             bias[:, -1] = number
             expected = module(x, bias)
             torch.testing.assert_close(model(x, bias), expected, equal_nan=True)
+
+
+class Heads(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        heads = x.view(*x.shape[:2], 2, 4).transpose(1, 2)
+        scores = heads @ heads.transpose(2, 3) * 0.5 + mask
+        return (scores.softmax(-1) @ heads).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("off", [0.0, -torch.inf, torch.finfo(torch.float32).min])
+def test_fused_attention_is_not_judged_by_rows_without_a_key(off: float) -> None:
+    mask = torch.full((5, 5), off).triu(1).expand(2, 1, 5, 5).clone()
+    model = moec.compile(Heads(), (torch.randn(2, 5, 8), mask))  # which verifies it
+    assert any(op.name == "nn.attention" for op in model.pass_results[-1].program.graph.ops)
