@@ -11,7 +11,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class RecordedCall:
+class ModuleCall:
     """One call of a module, recorded while the whole model ran on its example."""
 
     args: tuple[Any, ...]
@@ -27,15 +27,15 @@ class ModelExample:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
-    def record(self, names: Sequence[str]) -> dict[str, RecordedCall]:
+    def record(self, names: Sequence[str]) -> dict[str, ModuleCall]:
         """How the example calls the modules of these names, for each the last time; modules that
         are not called are left out."""
         modules = dict(self.module.named_modules())
-        calls: dict[str, RecordedCall] = {}
+        calls: dict[str, ModuleCall] = {}
 
         def hook(name: str) -> Callable[..., None]:
             def keep(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-                calls[name] = RecordedCall(args, kwargs, result)
+                calls[name] = ModuleCall(args, kwargs, result)
 
             return keep
 
