@@ -12,7 +12,7 @@ from typing import Any
 from moec.errors import CaptureError
 from moec.files.config_fields import check_fields, check_folder, check_numbers, check_types
 from moec.files.os_errors import reason
-from moec.files.regular_file import check_within, read_regular
+from moec.files.regular_file import check_link, read_regular
 from moec.files.safetensors import INDEX, SINGLE, read_entries, weight_files
 
 CONFIG = "config.json"
@@ -63,7 +63,7 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
 def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a folder. Raises CaptureError, naming the file, where there is
     none, and UsageError where it is a link out of the folder."""
-    check_within(path)
+    check_link(path)
     try:
         content = json.loads(read_regular(path))
     except OSError as error:

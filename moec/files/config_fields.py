@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moec.errors import CaptureError, UsageError
-from moec.files.regular_file import check_within
+from moec.files.regular_file import check_link
 
 _CODE = frozenset({"auto_map", "custom_pipelines", "fusion_config", "kernel_config"})
 _FILES = frozenset({"configuration_files", "transformers_weights"})
@@ -109,7 +109,7 @@ def check_folder(folder: Path, names: tuple[str, ...]) -> None:
             "into another folder, and give that with --adapter to merge it"
         )
     for name in names:
-        check_within(folder / name)
+        check_link(folder / name)
 
 
 def fields(config: Mapping[str, Any], within: str = "") -> Fields:

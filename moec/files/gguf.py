@@ -17,7 +17,7 @@ from typing import Any
 
 from moec.errors import CaptureError
 from moec.files.os_errors import reason
-from moec.files.regular_file import check_within, open_regular
+from moec.files.regular_file import check_link, open_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -142,7 +142,7 @@ def read_header(path: Path) -> GgufHeader:
     tensors, files = dict(first.tensors), [path]
     for part in range(1, count):
         other = path.with_name(f"{stem}-{part + 1:05}-of-{count:05}{path.suffix}")
-        check_within(other)
+        check_link(other)
         header = _header(other)
         numbers = header.fields.get("split.no"), header.fields.get("split.count")
         if repr(numbers) != repr((part, count)):  # 1.0 and True equal 1

@@ -37,7 +37,7 @@ def read_regular(path: Path, most: int = _LONGEST) -> bytes:
     return content
 
 
-def check_within(path: Path) -> None:
+def check_link(path: Path) -> None:
     """Raises UsageError where the file of a model is a link to nothing, or out of its folder, but
     for those of Hugging Face's cache."""
     if path.is_symlink() and not path.exists():

@@ -11,7 +11,7 @@ from typing import Any
 
 from moec.errors import CaptureError
 from moec.files.os_errors import reason
-from moec.files.regular_file import check_within, open_regular, read_regular
+from moec.files.regular_file import check_link, open_regular, read_regular
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -53,7 +53,7 @@ def read_entries(files: list[Path]) -> dict[str, TensorHeader]:
     """
     entries: dict[str, TensorHeader] = {}
     for path in files:
-        check_within(path)
+        check_link(path)
         for name, entry in _entries(path).items():
             if name in entries:
                 raise CaptureError(f"{path} and {entries[name].path.name} both hold {name!r}")

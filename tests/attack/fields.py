@@ -39,13 +39,13 @@ def import_all(path: Path = _TINY) -> None:
     open_source(path)
 
 
-def places(content: Any, within: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def field_paths(content: Any, within: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The ways to each field, of lists to the first two items only."""
     keys = content if isinstance(content, dict) else range(min(len(content), 2))
     for key in keys:
         yield (*within, key)
         if isinstance(content[key], dict | list):
-            yield from places(content[key], (*within, key))
+            yield from field_paths(content[key], (*within, key))
 
 
 def changed(content: Any, way: tuple[Any, ...], value: Any) -> Any:
@@ -63,12 +63,12 @@ def faults(folder: Path, file: str, way: tuple[Any, ...], value: Any) -> list[st
     shutil.copytree(_TINY, path, copy_function=shutil.copy)
     content = json.loads((path / file).read_text())
     (path / file).write_text(json.dumps(changed(content, way, value)))
-    kept = [fault for fault in faults_of(path, _MEMORY) if fault != READ]
-    return [f"{file} {'.'.join(map(str, way))} = {value!r}: {fault}" for fault in kept]
+    messages = [fault for fault in faults_of(path, _MEMORY) if fault != READ]
+    return [f"{file} {'.'.join(map(str, way))} = {value!r}: {fault}" for fault in messages]
 
 
 def case(folder: Path, draw: random.Random) -> list[str]:
     """The faults of one field, or one that is absent."""
     file = draw.choice(FILES)
-    ways = [*places(json.loads((_TINY / file).read_text())), *((name,) for name in ABSENT)]
+    ways = [*field_paths(json.loads((_TINY / file).read_text())), *((name,) for name in ABSENT)]
     return faults(folder, file, draw.choice(ways), draw.choice(VALUES))

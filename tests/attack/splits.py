@@ -29,7 +29,7 @@ def write_seeds(folder: Path) -> None:
 
 
 @functools.cache
-def _whole(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+def _model_parts(path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     return (path / "config.json").read_text(), load_file(path / "model.safetensors")
 
 
@@ -61,7 +61,7 @@ def _damaged(path: Path, others: list[Path], draw: random.Random) -> None:
 
 
 def _shards(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-    config, tensors = _whole(folder.parent / _SEED)
+    config, tensors = _model_parts(folder.parent / _SEED)
     (folder / "config.json").write_text(config)
     names = sorted(tensors)
     parts = {f"{i}.safetensors": {n: tensors[n] for n in names[i::3]} for i in range(3)}
