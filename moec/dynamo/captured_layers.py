@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moec.capture.behaviour.recorded import ModelExample, ModuleCall, may_hold_experts
+from moec.capture.behaviour.recorded import ExampleCall, ModelExample, may_hold_experts
 from moec.capture.capture import capture
 from moec.capture.captured import Captured
 from moec.capture.earlier_calls.other_inputs import capture_stateless
@@ -116,7 +116,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return layer.run(self, args)
 
 
-def _replace(module: nn.Module, call: ModuleCall) -> None:
+def _replace(module: nn.Module, call: ExampleCall) -> None:
     """Raises NoMatch where moec does not capture the module, or in no form that Dynamo captures."""
     if call.kwargs or not all(isinstance(value, torch.Tensor) for value in call.args):
         raise NoMatch("it is called with arguments that are no tensors, or by keyword")
@@ -137,7 +137,7 @@ def _replace(module: nn.Module, call: ModuleCall) -> None:
     raise NoMatch(why)
 
 
-def _forms(module: nn.Module, call: ModuleCall) -> Iterator[Captured]:
+def _forms(module: nn.Module, call: ExampleCall) -> Iterator[Captured]:
     """The captures of a module, the one that is recognised best first. Raises NoMatch where there
     is none."""
     try:
@@ -160,7 +160,7 @@ def _forms(module: nn.Module, call: ModuleCall) -> Iterator[Captured]:
 
 
 def _layer(
-    module: nn.Module, structure: ModuleStructure, call: ModuleCall, captured: Captured
+    module: nn.Module, structure: ModuleStructure, call: ExampleCall, captured: Captured
 ) -> CapturedLayer:
     program = captured.program
     if program.graph.states or captured.structure.numbers:
@@ -232,7 +232,7 @@ def _mode_kept(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _is_one_graph(module: nn.Module, call: ModuleCall) -> bool:
+def _is_one_graph(module: nn.Module, call: ExampleCall) -> bool:
     """Whether Dynamo makes one graph of the module, as it does in a prepared model."""
 
     def leaves(*args: Any, **kwargs: Any) -> list[Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from moec.capture.behaviour.failure import Failure, shown
-from moec.capture.behaviour.recorded import ModelExample, ModuleCall, may_hold_experts
+from moec.capture.behaviour.recorded import ExampleCall, ModelExample, may_hold_experts
 from moec.capture.calls.process_state import PROCESS_STATE
 from moec.capture.capture import capture
 from moec.capture.captured import Captured
@@ -175,7 +175,7 @@ def _declared(model: ModelExample, declared: Sequence[Declared]) -> list[Describ
     return described
 
 
-def _proved(forward: Forward, name: str, module: nn.Module, call: ModuleCall) -> Described:
+def _proved(forward: Forward, name: str, module: nn.Module, call: ExampleCall) -> Described:
     """Raises NoMatch, with the sizes of the first inputs on which the two forwards differ."""
     rows = _rows_of(call)
 
@@ -205,7 +205,7 @@ def _proved(forward: Forward, name: str, module: nn.Module, call: ModuleCall) ->
     return replace(item, compared=compared)
 
 
-def _rows_of(call: ModuleCall) -> Callable[[Any, Any], int]:
+def _rows_of(call: ExampleCall) -> Callable[[Any, Any], int]:
     """The number of tokens of a call: the rows of the first float [.., D] among its arguments.
     Raises NoMatch where there is none."""
     leaves = pytree.tree_leaves((call.args, call.kwargs))

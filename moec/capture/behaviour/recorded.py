@@ -11,7 +11,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class ModuleCall:
+class ExampleCall:
     """One call of a module, recorded while the whole model ran on its example."""
 
     args: tuple[Any, ...]
@@ -27,15 +27,15 @@ class ModelExample:
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
 
-    def record(self, names: Sequence[str]) -> dict[str, ModuleCall]:
+    def record(self, names: Sequence[str]) -> dict[str, ExampleCall]:
         """How the example calls the modules of these names, for each the last time; modules that
         are not called are left out."""
         modules = dict(self.module.named_modules())
-        calls: dict[str, ModuleCall] = {}
+        calls: dict[str, ExampleCall] = {}
 
         def hook(name: str) -> Callable[..., None]:
             def keep(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-                calls[name] = ModuleCall(args, kwargs, result)
+                calls[name] = ExampleCall(args, kwargs, result)
 
             return keep
 
