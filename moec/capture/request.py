@@ -25,7 +25,7 @@ class CaptureRequest:
     `wishes` has the axes of each tensor that may vary, `joining` the axes that vary only together
     with axes of other tensors, `names` the names of the tensors, `bounds` the bounds that the user
     set, `allow_fixed` the inputs that may have fixed sizes, `signature` how other calls bind, and
-    `notes` those on constant inputs and fixed arguments.
+    `notes` those on constant inputs.
     """
 
     call: ModuleCall
@@ -87,7 +87,7 @@ def request_of(
         {**wished_bounds(wishes), **bounds},
         allow_fixed,
         signature,
-        (*noted([n for n in all_names if n not in names], call.constants), *signature.notes),
+        noted([name for name in all_names if name not in names], call.constants),
     )
 
 

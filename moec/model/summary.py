@@ -63,6 +63,8 @@ def _notes(compiled: Compilation) -> tuple[str, ...]:
         f"{result.name}: {line}" for result in compiled.pass_results for line in result.says
     )
     notes = (*captured.fixed, *captured.notes, *messages, *captured.structure.constants)
+    if captured.signature and not compiled.source.unnamed:
+        notes += captured.signature.notes
     notes += (compiled.source.memory.note,) if compiled.source.memory.note else ()
     if compiled.sides:
         names = ", ".join(side(number) for number, _ in enumerate(compiled.sides, 1))
