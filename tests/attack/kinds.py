@@ -15,6 +15,7 @@ onnx        damaged ONNX files: the same, but for bytes that may be another mode
 fields      each field of the JSON files of a checkpoint with values of other types and sizes
 splits      GGUF splits and shards of which one is damaged, another, or no file: each is refused
 replies     a hub whose answers are damaged or forged: what was announced, or one sentence
+requests    of every route of `moec serve`, with extreme values, several at a time
 moved       a model in use whose file is moved, replaced, cut or written to
 """
 
@@ -170,6 +171,18 @@ def _onnx(folder: Path, draw: random.Random) -> list[str]:
     return onnx_files.case(folder, draw)
 
 
+def _requests(folder: Path, draw: random.Random) -> list[str]:
+    from tests.attack import requests
+
+    return requests.case(folder, draw)
+
+
+def _write_served(folder: Path) -> None:
+    from tests.attack import requests
+
+    requests.write_seeds(folder)
+
+
 def _write_folders(folder: Path) -> None:
     from tests.attack.folders import write_seeds
 
@@ -286,6 +299,7 @@ def _written(path: Path, parts: Mapping[str, bytes], text: object) -> Path:
 _LINKS = frozenset({"os.symlink", "os.chmod"})  # as the files of a case are written
 _CHANGES = _LINKS | {"os.truncate"}
 _SERVES = _LINKS | {"socket.bind", "socket.connect"}
+_CLIENT = frozenset({"subprocess.Popen", "socket.connect"})
 _COMPILES = frozenset({"subprocess.Popen"})  # the linker
 
 KINDS: Mapping[str, Kind] = {
@@ -303,6 +317,7 @@ KINDS: Mapping[str, Kind] = {
     "fields": Kind(_none, 20, 2_000, _LINKS, seeds=_no_seeds, use=_fields),
     "splits": Kind(_none, 20, 2_000, _LINKS, seeds=_write_splits, use=_splits),
     "replies": Kind(_none, 40, 2_000, _SERVES, seeds=_no_seeds, use=_replies),
+    "requests": Kind(_none, 60, 5_000, _CLIENT, seeds=_write_served, use=_requests),
     "moved": Kind(_none, 40, 2_000, _CHANGES, use=use_case),
 }
 

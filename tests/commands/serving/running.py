@@ -25,7 +25,7 @@ from moec.commands.serving.access import Access
 from moec.commands.serving.metrics import MetricFamilies
 from moec.commands.serving.routing_watch import RoutingWatch
 from moec.commands.serving.server import Limits, Server, listen
-from moec.commands.serving.service import ServedModels, Service
+from moec.commands.serving.service import POOL_SECONDS, ServedModels, Service, WorkPool
 from moec.runtime.call.caches import Cache
 from moec.runtime.call.executor import Executor
 from moec.runtime.dtypes import Array
@@ -123,6 +123,7 @@ def serving(
     recorded: bool = False,
     paced: type[Paced] = Paced,
     twin: str = "",
+    pool_seconds: float = POOL_SECONDS,
 ) -> Iterator[Running]:
     """Serves a model, and with `twin` once more under that name, in an engine of its own."""
     executor = paced(model.executor)
@@ -135,7 +136,7 @@ def serving(
     if twin:
         other = Engine(model.executor, slots, 256)
         models[twin] = Service(twin, "4567", other, tokenizer, tokenizer.stop, queue, families)
-    served = ServedModels(models, families)
+    served = ServedModels(models, families, WorkPool(seconds=pool_seconds))
     server = Server(served, access, 0, limits)
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([listener],))
