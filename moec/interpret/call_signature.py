@@ -49,15 +49,15 @@ class CallSignature:
             arguments = bound_arguments(self.forward, args, kwargs)
         except TypeError:
             return bind(names, args, kwargs)
-        whole = {name: arguments.pop(name) for name in self.inputs if name in arguments}
-        inputs = {self.inputs[name]: value for name, value in whole.items() if value is not None}
+        direct = {name: arguments.pop(name) for name in self.inputs if name in arguments}
+        inputs = {self.inputs[name]: value for name, value in direct.items() if value is not None}
         for name, value in leaves_of(arguments):
             parameter = self.forward.parameters.get(name)
             if name in self.fixed or (parameter is not None and name not in self.inputs):
                 self._check(name, value)
             elif value is not None:
                 inputs[self.inputs.get(name, name)] = value
-        for name in self.fixed.keys() - arguments.keys() - whole.keys():
+        for name in self.fixed.keys() - arguments.keys() - direct.keys():
             parameter = self.forward.parameters.get(name)
             if parameter is not None and parameter.default is not None:
                 self._check(name, parameter.default)
@@ -66,7 +66,7 @@ class CallSignature:
     def _check(self, name: str, value: Any) -> None:
         parameter = self.forward.parameters.get(name)
         held = self.fixed[name] if name in self.fixed else parameter and parameter.default
-        if not _same(value, held):
+        if not _are_same(value, held):
             raise InputError(
                 f"argument {name} is {_shown(held)} in the compiled model, as in its example, and "
                 f"{_shown(value)} in this call: compile the module with that"
@@ -110,7 +110,7 @@ def _key(step: Any) -> str:
     return str(getattr(step, "key", getattr(step, "idx", getattr(step, "name", step))))
 
 
-def _same(value: Any, held: Any) -> bool:
+def _are_same(value: Any, held: Any) -> bool:
     if isinstance(value, torch.Tensor) or isinstance(held, torch.Tensor):
         tensors = isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor)
         return tensors and torch.equal(value, held)

@@ -49,9 +49,9 @@ class Nested(nn.Module):
 
 @functools.cache
 def compiled(module: type[nn.Module], door: str, *named: str) -> Callable[..., Any]:
-    known = {"penalty": Q, "k": 3, "dict": {"a": P, "b": Q}}
-    known |= {"tuple": Pair(P, Q), "dataclass": Settings(P, Q)}
-    values = {name if module is Decoder else "pair": known[name] for name in named}
+    values_by_name = {"penalty": Q, "k": 3, "dict": {"a": P, "b": Q}}
+    values_by_name |= {"tuple": Pair(P, Q), "dataclass": Settings(P, Q)}
+    values = {name if module is Decoder else "pair": values_by_name[name] for name in named}
     if door == "graph":  # what moec.transform returns
         held = capture(module().eval(), (X,), values)
         structure, signature = held.structure, held.signature
