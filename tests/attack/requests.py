@@ -123,7 +123,7 @@ def dumps(value: Any) -> str:
     return re.sub(r'"\\ue000(\d+)\\ue001"', lambda match: raw[int(match[1])], text)
 
 
-def some(values: tuple[Any, ...]) -> Draw:
+def choice_of(values: tuple[Any, ...]) -> Draw:
     return lambda draw: draw.choice(values)
 
 
@@ -147,9 +147,9 @@ def deep(levels: int) -> Raw:
     )
 
 
-integer, number = some(INTEGERS), some((*FLOATS, *INTEGERS))
-text, regex = some(TEXTS), some(REGEXES)
-token = some((*range(3, 40), VOCABULARY - 1))
+integer, number = choice_of(INTEGERS), choice_of((*FLOATS, *INTEGERS))
+text, regex = choice_of(TEXTS), choice_of(REGEXES)
+token = choice_of((*range(3, 40), VOCABULARY - 1))
 token_id = lambda draw: token(draw) if draw.random() < 0.6 else integer(draw)  # noqa: E731
 words = many(text, 4)
 
@@ -216,9 +216,9 @@ def prompt(draw: random.Random) -> Any:
 
 
 FIELDS: dict[str, Draw] = {
-    "n": some((1, 2, 3, *INTEGERS)),
-    "best_of": some((1, 2, 4, *INTEGERS)),
-    "echo": some((True, False, 1)),
+    "n": choice_of((1, 2, 3, *INTEGERS)),
+    "best_of": choice_of((1, 2, 4, *INTEGERS)),
+    "echo": choice_of((True, False, 1)),
     "stop": lambda draw: draw.choice((text(draw), words(draw), [text(draw)] * 4, "e")),
     "seed": integer,
     "temperature": number,
@@ -236,19 +236,19 @@ FIELDS: dict[str, Draw] = {
             {"9" * 5000: 1}, {"5\n": 1}, {"05": 100, "5": -100}, {"-1": 1},
         )
     ),
-    "logprobs": some((True, False, 0, 3, 20, *INTEGERS)),
-    "top_logprobs": some((0, 3, 20, *INTEGERS)),
-    "min_tokens": some((0, 1, 2, 4, *INTEGERS)),
-    "ignore_eos": some((True, False)),
+    "logprobs": choice_of((True, False, 0, 3, 20, *INTEGERS)),
+    "top_logprobs": choice_of((0, 3, 20, *INTEGERS)),
+    "min_tokens": choice_of((0, 1, 2, 4, *INTEGERS)),
+    "ignore_eos": choice_of((True, False)),
     "stop_token_ids": lambda draw: draw.choice(
         (many(token_id, 20)(draw), [*range(VOCABULARY)], [*range(1000)], [integer(draw)])
     ),
     "response_format": response_format,
-    "stream": some((True, True, False)),
-    "stream_options": some(({"include_usage": True}, {"include_usage": 3}, {})),
+    "stream": choice_of((True, True, False)),
+    "stream_options": choice_of(({"include_usage": True}, {"include_usage": 3}, {})),
     "suffix": text,
     "user": anything,
-    "model": some(("speaker_served", "speaker_served", "", "x\ny", "é" * 9000, 7)),
+    "model": choice_of(("speaker_served", "speaker_served", "", "x\ny", "é" * 9000, 7)),
     "a\nb": anything,
     "x" * 20_000: anything,
 }  # fmt: skip
@@ -257,8 +257,8 @@ OF_CHATS: dict[str, Draw] = {
     "tool_choice": lambda draw: draw.choice(
         ("none", "auto", "required", {"type": "function", "function": {"name": draw.choice(NAMES)}})
     ),
-    "parallel_tool_calls": some((True, False)),
-    "max_completion_tokens": some((1, 2, 5, *INTEGERS)),
+    "parallel_tool_calls": choice_of((True, False)),
+    "max_completion_tokens": choice_of((1, 2, 5, *INTEGERS)),
 }
 
 

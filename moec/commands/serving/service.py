@@ -185,15 +185,15 @@ class WorkPool:
 
     def __init__(self, waiting: int = MOST_WAITING, seconds: float = POOL_SECONDS) -> None:
         self._threads = ThreadPoolExecutor(THREADS, "moec request")
-        self._places, self._seconds = threading.BoundedSemaphore(waiting), seconds
+        self._semaphore, self._seconds = threading.BoundedSemaphore(waiting), seconds
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of a function. Raises what it raises, and ApiError where too many wait, or its
         time is over; then its thread ends it."""
-        if not self._places.acquire(blocking=False):
+        if not self._semaphore.acquire(blocking=False):
             raise ApiError(503, "too many requests are being read: retry later")
         future = self._threads.submit(_contained, partial(function, *args, **kwargs))
-        future.add_done_callback(lambda _: self._places.release())
+        future.add_done_callback(lambda _: self._semaphore.release())
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.wrap_future(future)
