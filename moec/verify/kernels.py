@@ -40,6 +40,8 @@ SAMPLES = 32
 """How often choices among nearly equal values are drawn, where one differs."""
 _SLOPE = 1 << 14
 """Elements by which a common factor of all is found."""
+_LEAST_COLUMN = 16
+"""Rows of an expert by which a factor of a column is found."""
 _LEAST_ROW = 64
 """Elements by which the noise of a row is known."""
 _ROUTER_DTYPES = ("compute", "logits", "score_dtype", "choice_dtype")
@@ -359,19 +361,32 @@ class _Bound:
     def slope(
         self, actual: torch.Tensor, exact: torch.Tensor, noisy: torch.Tensor
     ) -> tuple[float, float]:
-        """By which share all elements are too large, and how much of that roundings explain. Each
-        rounds to either side; where few factors meet few values, not equally often."""
-        a, b, c = (tensor.reshape(-1)[:_SLOPE].double() for tensor in (actual, exact, noisy))
-        finite = a.isfinite() & b.isfinite() & c.isfinite()
+        """By which share all elements, or all of a column, are too large, and how much of that
+        roundings explain. Each rounds to either side; where few factors meet few values, not
+        equally often."""
+        a, b, c = (tensor.reshape(-1)[:_SLOPE, None].double() for tensor in (actual, exact, noisy))
+        finite = (a.isfinite() & b.isfinite() & c.isfinite())[:, 0]
         a, b, c = a[finite], b[finite], c[finite]
-        squares = float(b.square().sum())
-        if len(b) < _LEAST_ROW or not squares > 0:
+        if len(b) < _LEAST_ROW or not b.any():
             return 0.0, 1.0
-        errors = (c - b).square() + (ROUNDING[self.dtype] * b).square() / 3
-        spread = float((errors * b.square()).sum().sqrt()) / squares
         alike = len(b) / len(torch.unique(b))
-        allowed = SIGMAS * spread * math.sqrt(alike) + max(ROUNDING[self.dtype] / 2, 4 * self.inner)
-        return float((a * b).sum()) / squares - 1, allowed
+        slopes = [self._slopes(a, b, c, alike)]
+        if exact.ndim == 2 and len(exact) >= _LEAST_COLUMN and finite.all():
+            slopes.append(self._slopes(actual.double(), exact.double(), noisy.double(), alike))
+        off, allowed = (torch.cat(parts) for parts in zip(*slopes, strict=True))
+        worst = int((off.abs() / allowed).argmax())
+        return float(off[worst]), float(allowed[worst])
+
+    def _slopes(
+        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, alike: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `slope`, of each column."""
+        squares = b.square().sum(0)
+        errors = (c - b).square() + (ROUNDING[self.dtype] * b).square() / 3
+        spread = (errors * b.square()).sum(0).sqrt() / squares
+        least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9))
+        off = (a * b).sum(0) / squares - 1
+        return off.nan_to_num(), (SIGMAS * spread * math.sqrt(alike) + least).nan_to_num(1.0)
 
 
 def _groups(op: Op, call: RecordedCall) -> Iterator[slice | None]:
