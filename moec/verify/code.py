@@ -18,7 +18,7 @@ from moec.runtime.call.executor import Executor
 from moec.runtime.package import DECODE, Package, carries
 from moec.runtime.text.texts import Texts
 from moec.verify.kernels import NOTHING, KernelsChecked, check_kernels, choices
-from moec.verify.recording import RecordedCall, Recording
+from moec.verify.recording import KernelRecord, Recording
 from moec.verify.texts import feed_pieces
 
 ROWS = 20
@@ -39,14 +39,14 @@ def check_code(
     names = [value.name for value in captured.program.graph.inputs]
     for case in cases:
         _run(executor, names, case)
-    recording.spread = recording.whole = True
+    recording.spread = recording.complete = True
     for case in _many_tokens(captured, module.main.graph):
         try:
             _run(executor, names, case)
         except InputError:  # drawn values may be none that the model takes
             continue
         break
-    recording.spread = recording.whole = False
+    recording.spread = recording.complete = False
     if DECODE in package.functions and package.generation is not None:
         _continue_text(executor, recording)
     return _check(module, recording.take())
@@ -57,7 +57,7 @@ def _run(executor: Executor, names: Sequence[str], case: Case) -> None:
     executor(dict(zip(names, case, strict=False)))
 
 
-def _check(module: Module, calls: Sequence[RecordedCall]) -> KernelsChecked:
+def _check(module: Module, calls: Sequence[KernelRecord]) -> KernelsChecked:
     checked = NOTHING
     for name, of_name in groupby(sorted(calls, key=lambda c: c.function), lambda c: c.function):
         if name in module:
@@ -102,7 +102,7 @@ def _continue_text(executor: Executor, recording: Recording) -> None:
                 array[...] = 0  # what no token was written to is not compared
 
     for number, _ in enumerate(feed_pieces(executor, prepare=zero)):
-        recording.whole = number == 1  # of the next one, which is the longest
+        recording.complete = number == 1  # of the next one, which is the longest
 
 
 def summary(checked: KernelsChecked) -> str:

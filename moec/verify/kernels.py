@@ -27,7 +27,7 @@ from moec.ir.opdef import inputs_of
 from moec.ir.sizes.dims import bind_shape, evaluate_dim
 from moec.ir.upcast import widen
 from moec.ops.experts.quantised_linear import QUANTISED_OPS
-from moec.verify.recording import RecordedCall
+from moec.verify.recording import KernelRecord
 
 ROUNDING = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24, "f64": 2.0**-53}
 """The greatest relative error of one rounding."""
@@ -90,18 +90,18 @@ class KernelsChecked:
 NOTHING = KernelsChecked(frozenset(), 0, 0.0, None)
 
 
-def check_kernels(program: Program, calls: Sequence[RecordedCall]) -> KernelsChecked:
+def check_kernels(program: Program, calls: Sequence[KernelRecord]) -> KernelsChecked:
     """Compare what the kernels of one function wrote in these calls with its program: everything in
     whole ones, in others each kernel in one place."""
     if not calls:
         return NOTHING
-    parts = Parts(program, frozenset(calls[0].results))
+    parts = ProgramParts(program, frozenset(calls[0].results))
     sizes = [parts.sizes_of(call) for call in calls]
-    compared = [call.whole or _some_values(call, number) for number, call in enumerate(calls)]
+    compared = [call.complete or _some_values(call, number) for number, call in enumerate(calls)]
     checked = NOTHING
     for op in parts.ends():
         names = {value.name for value in op.outputs}
-        chosen = [n for n, some in enumerate(compared) if _read(some, names)]
+        chosen = [n for n, values in enumerate(compared) if _is_compared(values, names)]
         part = parts.before(op) if chosen else ()
         weights = parts.weights_of(part)
         for n in chosen:
@@ -111,20 +111,20 @@ def check_kernels(program: Program, calls: Sequence[RecordedCall]) -> KernelsChe
     return checked
 
 
-def _read(some: bool | set[str], names: set[str]) -> bool:
-    return some is True or (isinstance(some, set) and not some.isdisjoint(names))
+def _is_compared(values: bool | set[str], names: set[str]) -> bool:
+    return values is True or (isinstance(values, set) and not values.isdisjoint(names))
 
 
-def _some_values(call: RecordedCall, number: int) -> set[str]:
+def _some_values(call: KernelRecord, number: int) -> set[str]:
     """What each kernel writes in one of its places, which is another in each call."""
-    places: dict[str, list[str]] = {}
+    sites: dict[str, list[str]] = {}
     for value, kernel in call.kernels.items():
-        places.setdefault(kernel, []).append(value)
-    return {values[number % len(values)] for values in places.values()}
+        sites.setdefault(kernel, []).append(value)
+    return {values[number % len(values)] for values in sites.values()}
 
 
 @dataclass(frozen=True)
-class Parts:
+class ProgramParts:
     """A program in parts: the ops between values that kernels write, `recorded` by name."""
 
     program: Program
@@ -157,22 +157,22 @@ class Parts:
 
     def before(self, end: Op) -> tuple[Op, ...]:
         """The ops that lead from recorded values, inputs and weights to `end`, itself last."""
-        wanted, found = [end], {id(end): end}
-        while wanted:
-            for value in wanted.pop().inputs:
+        ops, leading = [end], {id(end): end}
+        while ops:
+            for value in ops.pop().inputs:
                 producer = self.graph.producers.get(value)
-                if producer is None or value.name in self.recorded or id(producer) in found:
+                if producer is None or value.name in self.recorded or id(producer) in leading:
                     continue
-                found[id(producer)] = producer
-                wanted.append(producer)
-        return tuple(op for op in self.graph.ops if id(op) in found)
+                leading[id(producer)] = producer
+                ops.append(producer)
+        return tuple(op for op in self.graph.ops if id(op) in leading)
 
     def weights_of(self, part: Sequence[Op]) -> dict[Value, torch.Tensor]:
         params = set(self.graph.params)
         names = dict.fromkeys(value for op in part for value in op.inputs if value in params)
         return {value: wide(self.program.weights[value.name].detach()) for value in names}
 
-    def sizes_of(self, call: RecordedCall) -> dict[str, int]:
+    def sizes_of(self, call: KernelRecord) -> dict[str, int]:
         """The named sizes of a call."""
         sizes: dict[str, int] = {}
         for value in self.source.inputs:
@@ -186,20 +186,20 @@ class Parts:
         return sizes
 
     def operands(
-        self, part: Sequence[Op], call: RecordedCall, sizes: Mapping[str, int]
+        self, part: Sequence[Op], call: KernelRecord, sizes: Mapping[str, int]
     ) -> dict[Value, torch.Tensor]:
         """The inputs and recorded values that a part reads, in float32."""
         inputs = set(self.graph.inputs)
         read = dict.fromkeys(value for op in part for value in op.inputs)
-        made = {value for op in part[:-1] for value in op.outputs}
+        computed = {value for op in part[:-1] for value in op.outputs}
         return {
             value: wide(
                 call.inputs[value.name]
                 if value in inputs
-                else self.shaped(value, call.after(value.name), sizes)
+                else self.shaped(value, call.read_after(value.name), sizes)
             )
             for value in read
-            if value in inputs or (value.name in self.recorded and value not in made)
+            if value in inputs or (value.name in self.recorded and value not in computed)
         }
 
     def shaped(self, value: Value, tensor: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
@@ -224,16 +224,15 @@ class Parts:
                 names |= {value.dtype for value in op.outputs}
             size = max((ROUNDING[name] / 2 for name in names & ROUNDING.keys()), default=sums)
             size = size * 2 / SIGMAS if op.name in _NORMS else size
-            size = max(size, _CODES) if op.name in QUANTISED_OPS else size
             sizes |= dict.fromkeys(wide_op.outputs, max(size, sums))
         return sizes
 
 
 def _check_part(
-    parts: Parts,
+    parts: ProgramParts,
     part: Sequence[Op],
     weights: Mapping[Value, torch.Tensor],
-    call: RecordedCall,
+    call: KernelRecord,
     sizes: Mapping[str, int],
 ) -> KernelsChecked:
     """Compare what the last op of a part means with what a kernel wrote."""
@@ -251,7 +250,8 @@ def _check_part(
             continue
         names.add(call.kernels[value.name])
         actual = _owned(parts.shaped(value, call.results[value.name], sizes), rows)
-        bound = _Bound(parts.dtypes[value.name], parts.inner[value])
+        codes = _CODES if end.name in QUANTISED_OPS else 0.0
+        bound = _Bound(parts.dtypes[value.name], parts.inner[value], codes)
         errors = bound.errors(actual, _owned(exact[number], rows), _owned(drawn[0][number], rows))
         for sample in samples if bool((errors > 1).any()) else ():
             other = bound.errors(
@@ -292,7 +292,7 @@ def _run(
     chooses = any(op.name in CHOOSING for op in part)
     with torch.no_grad(), FirstOfEquals() if chooses else nullcontext():
         for op in part:
-            with noise.within(op) if noise is not None else nullcontext():
+            with noise.rounding_in(op) if noise is not None else nullcontext():
                 results = run_op(op, [values[value] for value in op.inputs], sizes)
             if noise is not None and op is not part[-1]:
                 results = tuple(map(noise.on_result, op.outputs, results))
@@ -303,12 +303,12 @@ def _run(
 class _Noise:
     """Roundings, drawn at random."""
 
-    def __init__(self, parts: Parts, seed: int) -> None:
+    def __init__(self, parts: ProgramParts, seed: int) -> None:
         self._parts, self._seed = parts, seed
         self._generator = torch.Generator().manual_seed(seed)
         self._params = set(parts.graph.params)
 
-    def within(self, op: Op) -> AbstractContextManager[object]:
+    def rounding_in(self, op: Op) -> AbstractContextManager[object]:
         size = self._parts.inner[op.outputs[0]]
         return InFloat32(size, self._seed) if size > SUMS[self._parts.is_low] else nullcontext()
 
@@ -330,10 +330,12 @@ class _Noise:
 
 @dataclass(frozen=True)
 class _Bound:
-    """How far elements of `dtype` may be off; `inner` is the size of roundings before the last."""
+    """How far elements of `dtype` may be off; `inner` is the size of roundings before the last, and
+    `codes` that of codes of rows, relative to a row."""
 
     dtype: str
     inner: float
+    codes: float = 0.0
 
     def errors(
         self, actual: torch.Tensor, exact: torch.Tensor, noisy: torch.Tensor
@@ -348,14 +350,15 @@ class _Bound:
         exact, noisy = exact.double(), noisy.double()
         rounded = exact.to(actual.dtype)
         special = ~(rounded.isfinite() & exact.isfinite())
-        same = (actual == rounded) | (actual.isnan() & rounded.isnan())
+        equal = (actual == rounded) | (actual.isnan() & rounded.isnan())
         deviation = torch.where(special | ~noisy.isfinite(), 0.0, noisy - exact).abs()
         size = torch.where(special, 0.0, exact).abs()
         spread = torch.maximum(deviation, _row_noise(deviation)).maximum(self.inner * size)
+        spread = spread.maximum(self.codes * _row_noise(size)) if self.codes else spread
         least = float(torch.finfo(actual.dtype).smallest_normal)
         bound = ROUNDING[self.dtype] * size + SIGMAS * spread + least
         error = (actual.double() - exact).abs() / bound
-        error = torch.where(special, torch.where(same, 0.0, math.inf), error)
+        error = torch.where(special, torch.where(equal, 0.0, math.inf), error)
         return torch.where(error.isnan(), math.inf, error)
 
     def slope(
@@ -383,20 +386,21 @@ class _Bound:
         """As `slope`, of each column."""
         squares = b.square().sum(0)
         errors = (c - b).square() + (ROUNDING[self.dtype] * b).square() / 3
+        errors = errors + (self.codes * b).square().mean(-1, keepdim=True)
         spread = (errors * b.square()).sum(0).sqrt() / squares
-        least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9))
+        least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9), 4 * self.codes)
         off = (a * b).sum(0) / squares - 1
         return off.nan_to_num(), (SIGMAS * spread * math.sqrt(alike) + least).nan_to_num(1.0)
 
 
-def _groups(op: Op, call: RecordedCall) -> Iterator[slice | None]:
+def _groups(op: Op, call: KernelRecord) -> Iterator[slice | None]:
     """The rows of each expert; None, all, for other ops."""
     ends = inputs_of(op).get("ends") if op.name.startswith("grouped.") else None
     if ends is None or ends.name not in call.results:
         yield None
         return
     start = 0
-    for stop in call.after(ends.name).tolist():
+    for stop in call.read_after(ends.name).tolist():
         yield slice(start, stop)
         start = stop
 
@@ -411,25 +415,29 @@ def _row_noise(deviation: torch.Tensor) -> torch.Tensor:
     return deviation.square().mean(axes, keepdim=True).sqrt()
 
 
-def _owned_rows(op: Op, call: RecordedCall) -> int | None:
+def _owned_rows(op: Op, call: KernelRecord) -> int | None:
     """The number of rows of an op's result that an expert has: a kernel leaves out the others."""
     if not op.name.startswith("grouped."):
         return None
     ends = inputs_of(op).get("ends")
-    return None if ends is None or ends.name not in call.results else int(call.after(ends.name)[-1])
+    return (
+        None
+        if ends is None or ends.name not in call.results
+        else int(call.read_after(ends.name)[-1])
+    )
 
 
 def _owned(tensor: torch.Tensor, rows: int | None) -> torch.Tensor:
     return tensor if rows is None else tensor[:rows]
 
 
-def _least_rows(op: Op, call: RecordedCall) -> int | None:
+def _least_rows(op: Op, call: KernelRecord) -> int | None:
     if not op.name.startswith("grouped."):
         return None
     ends = inputs_of(op).get("ends")
     if ends is None or ends.name not in call.results:
         return None
-    tensor = call.after(ends.name).long()
+    tensor = call.read_after(ends.name).long()
     return int(torch.diff(tensor, prepend=tensor.new_zeros(1)).min()) if len(tensor) else None
 
 

@@ -19,19 +19,19 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class RecordedCall:
+class KernelRecord:
     """A call of `function`, in tensors by the names of its graph's values: its inputs, those of
     states too, what its kernels wrote, and what was put in the place of some of that. `kernels` are
-    the names of the kernels that wrote them. Of a `whole` call everything is compared."""
+    the names of the kernels that wrote them. Of a `complete` call everything is compared."""
 
     function: str
     inputs: Tensors
-    whole: bool
+    complete: bool
     results: dict[str, torch.Tensor] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
 
-    def after(self, name: str) -> torch.Tensor:
+    def read_after(self, name: str) -> torch.Tensor:
         """What the kernels that follow read."""
         return self.replaced[name] if name in self.replaced else self.results[name]
 
@@ -40,13 +40,13 @@ class RecordedCall:
 class Recording:
     """The calls of the functions of a package for CPUs. `experts` are the numbers of experts by the
     names of values that are choices of them: while `spread`, other choices take their place, of
-    each expert equally many. `whole` is that of the calls that follow."""
+    each expert equally many. `complete` is that of the calls that follow."""
 
     package: Package
     experts: Mapping[str, int]
     spread: bool = False
-    whole: bool = False
-    calls: list[RecordedCall] = field(default_factory=list)
+    complete: bool = False
+    calls: list[KernelRecord] = field(default_factory=list)
 
     def executor(self) -> Executor:
         """The package, recorded. Its calls must not overlap."""
@@ -54,7 +54,7 @@ class Recording:
         wrapped = {name: partial(self._call, name, f) for name, f in functions.items()}
         return Executor(self.package, wrapped)
 
-    def take(self) -> list[RecordedCall]:
+    def take(self) -> list[KernelRecord]:
         """The calls since the last time."""
         calls, self.calls = self.calls, []
         return calls
@@ -64,7 +64,7 @@ class Recording:
         ports = (*signature.inputs, *signature.states, *signature.caches)
         inputs = zip(ports, arguments, strict=False)
         tensors = {port.name: _copy(tensor) for port, tensor in inputs}
-        self.calls.append(RecordedCall(name, tensors, self.whole))
+        self.calls.append(KernelRecord(name, tensors, self.complete))
         self._left = iter(self.package.calls[name])
         return function(*arguments)
 

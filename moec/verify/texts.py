@@ -131,19 +131,19 @@ def check_texts(
     ids = fed[-1][0]
     exact = exact_eager(captured)(ids)[output]
     ours = torch.cat([torch.from_numpy(logits) for _, _, logits in fed])
-    places = [(row, length - 1) for _, lengths, _ in fed for row, length in enumerate(lengths)]
-    expected = torch.stack([exact[place] for place in places]).float()
+    positions = [(row, length - 1) for _, lengths, _ in fed for row, length in enumerate(lengths)]
+    expected = torch.stack([exact[at] for at in positions]).float()
     beyond = rows_beyond([[ours]], [[expected]], LIMIT)
     for seed in range(SAMPLES) if beyond else ():
         moved = exact_eager(captured, FLOAT32_NOISE, seed)(ids)[output]
-        beyond = beyond and beyond.explained_by([[torch.stack([moved[place] for place in places])]])
+        beyond = beyond and beyond.explained_by([[torch.stack([moved[at] for at in positions])]])
     if beyond is None:
         return ""
     errors = beyond.errors[0]
-    row, last = places[int(errors.argmax())]
+    row, last = positions[int(errors.argmax())]
     return (
         f"in pieces, the logits after {last + 1} tokens of text {row} differ by "
         f"{float(errors.max()):.1e} of their greatest from the module's in float32, as do "
-        f"{int((errors > LIMIT).sum())} of {len(places)} rows: the graph of decode is wrong, or "
+        f"{int((errors > LIMIT).sum())} of {len(positions)} rows: the graph of decode is wrong, or "
         "positions, slots and lengths that it is given"
     )
