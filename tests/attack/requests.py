@@ -346,8 +346,8 @@ class Server:
         while time.monotonic() < end and self.process.poll() is None:
             with self.log.open("rb") as file:
                 file.seek(start)
-                if faults_met := re.search(rb" at http://127.0.0.1:(\d+)/v1\n", file.read()):
-                    return int(faults_met[1])
+                if port := re.search(rb" at http://127.0.0.1:(\d+)/v1\n", file.read()):
+                    return int(port[1])
             time.sleep(0.1)
         raise AssertionError(self.log.read_text(errors="replace")[-2000:])
 
