@@ -14,6 +14,10 @@ class LayerShape:
     width: int
     hidden: int
 
+    def active(self, tokens: int) -> float:
+        """The expected number of experts that have rows."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+
 
 LAYERS = {
     "olmoe-1b-7b": LayerShape(64, 8, 2048, 1024),

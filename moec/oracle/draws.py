@@ -155,7 +155,8 @@ def values_of(
             for turn in range(len(_PATTERNS)):
                 yield pattern(tensor.shape, draw.number + turn, generator).to(tensor.dtype)
         case Role.FLOAT_MASK:
-            yield from _float_masks(tensor, draw, generator)
+            added = _is_added_to_scores(program.graph, value)
+            yield from _float_masks(tensor, draw, generator, added)
         case Role.NUMBERS:
             for turn in range(3):
                 yield _numbers(tensor, draw.number + turn, generator)
@@ -232,18 +233,20 @@ def is_factor(mask: torch.Tensor) -> bool:
 
 
 def _float_masks(
-    tensor: torch.Tensor, draw: Draw, generator: torch.Generator
+    tensor: torch.Tensor, draw: Draw, generator: torch.Generator, added: bool
 ) -> Iterator[torch.Tensor]:
-    """Patterns of the example's two values, and floats, which a graph must take for them too. A row
+    """Patterns of the example's two values, and floats, which a graph must take for them too.
+    What is not `added` to scores may be no mask, and is not as low as its dtype allows. A row
     whose every entry is -inf, or one of +inf, is drawn by `infinite` draws alone: its softmax is
     NaN, and 0 in fused attention."""
     factors = is_factor(tensor)
-    least, lowest = torch.finfo(tensor.dtype).min, float(tensor.min())
+    least, lowest = torch.finfo(tensor.dtype).min if added else _MASKING, float(tensor.min())
     off = -math.inf if draw.infinite else lowest if lowest <= _MASKING else least
     for turn in range(len(_PATTERNS)):
         number = draw.number + turn
         on = pattern(tensor.shape, number, generator)
-        drawn = torch.where(on, float(factors), 0.0 if factors else off)
+        low = torch.tensor(0.0 if factors else off, dtype=tensor.dtype)
+        drawn = torch.where(on, torch.tensor(float(factors), dtype=tensor.dtype), low)
         if not (factors or draw.infinite) and on.ndim:
             drawn = torch.where(on.any(-1, keepdim=True), drawn, least)
         if number % 3 == 1:

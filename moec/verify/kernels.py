@@ -45,6 +45,8 @@ _LEAST_COLUMN = 16
 _LEAST_ROW = 64
 """Elements by which the noise of a row is known."""
 _ROUTER_DTYPES = ("compute", "logits", "score_dtype", "choice_dtype")
+_UNSORTING = ("moe.", "aten.index_put", "aten.index_add", "aten.scatter")
+"""Ops whose rows are those of tokens again."""
 _CODES = 2.0**-12
 """The size of what a row's element does that rounds to another code of 8 bits."""
 _NORMS = ("nn.rms_norm", "nn.add_norm", "nn.layer_norm")
@@ -149,6 +151,27 @@ class ProgramParts:
     def is_low(self) -> bool:
         return not {"bf16", "f16"}.isdisjoint(self.dtypes.values())
 
+    @cached_property
+    def ends_of(self) -> Mapping[Value, Value]:
+        """Of values with a row for each sorted choice: the ends of the rows of each expert."""
+        ends: dict[Value, Value] = {}
+        sorts: dict[Value, Value] = {}  # by the choices: one kernel sorts for all
+        for op in self.graph.ops:
+            if op.name in ("moe.sort", "moe.dispatch"):
+                experts = op.inputs[op.name == "moe.dispatch"]
+                if op.outputs[2].name in self.recorded:
+                    sorts.setdefault(experts, op.outputs[2])
+                sorted_rows = op.outputs[:1] if op.name == "moe.sort" else op.outputs[:2]
+                ends |= dict.fromkeys(sorted_rows, sorts.get(experts, op.outputs[2]))
+            elif op.name.startswith("grouped."):
+                of_op = inputs_of(op).get("ends")
+                ends |= dict.fromkeys(op.outputs, of_op) if of_op is not None else {}
+            elif not op.name.startswith(_UNSORTING):
+                rows = [v for v in op.inputs if v in ends]
+                alike = [v for v in op.outputs if rows and v.shape[:1] == rows[0].shape[:1]]
+                ends |= dict.fromkeys(alike, ends[rows[0]]) if alike else {}
+        return ends
+
     def ends(self) -> Iterator[Op]:
         """The ops whose results are recorded."""
         for op in self.graph.ops:
@@ -206,8 +229,7 @@ class ProgramParts:
 
     def _owned(self, value: Value, tensor: torch.Tensor, call: KernelRecord) -> torch.Tensor:
         """A result with 0 in the rows that no expert has, which a kernel leaves as they are."""
-        producer = self.graph.producers[value]
-        rows = _owned_rows(producer, producer.outputs.index(value), call)
+        rows = _owned_rows(self, value, call)
         if rows is None:
             return tensor
         return torch.cat([tensor[:rows], torch.zeros_like(tensor[rows:])])
@@ -258,7 +280,7 @@ def _check_part(
         if value.name not in call.results:
             continue
         names.add(call.kernels[value.name])
-        rows = _owned_rows(end, number, call)
+        rows = _owned_rows(parts, value, call)
         actual = owned_part(parts.shaped(value, call.results[value.name], sizes), rows)
         codes = _CODES if end.name in QUANTISED_OPS else 0.0
         bound = _Bound(parts.dtypes[value.name], parts.inner[value], codes)
@@ -280,7 +302,8 @@ def _check_part(
         if not why and actual.is_floating_point():
             for of_expert in _groups(end, call):
                 tensors = (
-                    tensor[of_expert] for tensor in (actual, exact[number], drawn[0][number])
+                    owned_part(tensor, rows)[of_expert]
+                    for tensor in (actual, exact[number], drawn[0][number])
                 )
                 slope, allowed = bound.slope(*tensors)
                 error = max(error, abs(slope) / allowed)
@@ -403,7 +426,7 @@ class _Bound:
         errors = (c - b).square() + (ROUNDING[self.dtype] * b).square() / 3
         errors = errors + (self.codes * b).square().mean(-1, keepdim=True)
         spread = (errors * b.square()).sum(0).sqrt() / squares
-        least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9), 4 * self.codes)
+        least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9), 16 * self.codes)
         off = (a * b).sum(0) / squares - 1
         return off.nan_to_num(), (SIGMAS * spread * math.sqrt(alike) + least).nan_to_num(1.0)
 
@@ -430,17 +453,10 @@ def _row_noise(deviation: torch.Tensor) -> torch.Tensor:
     return deviation.square().mean(axes, keepdim=True).sqrt()
 
 
-_SORTS = {"moe.sort": (0,), "moe.dispatch": (0, 1)}
-"""By op that sorts, the results that have a row for each choice."""
-
-
-def _owned_rows(op: Op, number: int, call: KernelRecord) -> int | None:
-    """The number of rows of an op's result that an expert has: a kernel leaves out the others. None
-    where all count."""
-    if op.name in _SORTS:
-        ends = op.outputs[2] if number in _SORTS[op.name] else None
-    else:
-        ends = inputs_of(op).get("ends") if op.name.startswith("grouped.") else None
+def _owned_rows(parts: ProgramParts, value: Value, call: KernelRecord) -> int | None:
+    """The number of rows of a value that an expert has: kernels leave out the others. None where
+    all count."""
+    ends = parts.ends_of.get(value)
     if ends is None or ends.name not in call.results:
         return None
     counts = call.read_after(ends.name)

@@ -266,6 +266,6 @@ def test_headers(entry, words, tmp_path):
 def test_a_small_file_with_the_configuration_of_a_large_model(tmp_path):
     save_file({"model.norm.weight": torch.ones(4096)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
-    assert "config.json makes a model of 46,702,792,704 numbers, and the weights" in refusal(
+    assert "config.json makes a model of 46,702,792,832 numbers, and the weights" in refusal(
         tmp_path
     )

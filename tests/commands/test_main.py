@@ -94,7 +94,7 @@ def test_a_failed_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     ("number", "file", "words"),
     [
         (errno.ENOSPC, "out.moec", "out.moec: the disk is full; free some space"),
-        (errno.EFBIG, None, "output: it would be larger than the system allows"),
+        (errno.EFBIG, None, "output: it is larger than is allowed"),
         (errno.EMFILE, "w", "w: too many files are open; raise the limit (ulimit -n)"),
         (errno.EIO, "w", "w: the disk failed; look at the system's log"),
     ],

@@ -393,7 +393,7 @@ from moec.runtime.expert_store.start import start_with_slots
 path = Path(sys.argv[1])
 opened = read(path)
 model = start_with_slots(opened, [2] * int(sys.argv[2]))
-stored = {name for layer in opened.package.store.layers for s in layer for name in s.stored}
+stored = {name for layer in opened.package.store.layers for s in layer for name in s.arrays}
 arrays = model.package.arrays
 before = {name: arrays[name].tobytes() for name in model.package.params if name not in stored}
 assert before

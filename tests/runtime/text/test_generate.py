@@ -50,7 +50,7 @@ def test_texts_of_unequal_lengths_that_end_at_different_times() -> None:
         ([[1], []], 1, "prompt 1 has no tokens"),
         ([[1]], 0, "max_new_tokens is 0; it must be at least 1"),
         ([[1], [2] * 5], 1, "prompt 1 has 5 tokens, and the model takes at most 4"),
-        ([[1, 8]], 1, r"'input_ids' holds 8 at \[0, 1\], and its values must be from 0 to 7"),
+        ([[1, 8]], 1, "token 8 is not one of the model's 8 tokens"),
     ],
 )
 def test_prompts_that_cannot_be_continued(prompts: list[list[int]], most: int, words: str) -> None:
