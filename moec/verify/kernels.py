@@ -36,7 +36,7 @@ SUMS = {True: 2.0**-18, False: 2.0**-21}
 are off by as much as their operands by this."""
 SIGMAS = 6.0
 """An error that is a sum of roundings is within this many standard deviations."""
-SAMPLES = 32
+SAMPLES = 128
 """How often choices among nearly equal values are drawn, where one differs."""
 _SLOPE = 1 << 14
 """Elements by which a common factor of all is found."""
@@ -256,6 +256,7 @@ class ProgramParts:
                 names |= {value.dtype for value in op.outputs}
             size = max((ROUNDING[name] / 2 for name in names & ROUNDING.keys()), default=sums)
             size = size * 2 / SIGMAS if op.name in _NORMS else size
+            size *= 2 if op.name.startswith("moe.") else 1  # logits may round to one value
             sizes |= dict.fromkeys(wide_op.outputs, max(size, sums))
         return sizes
 
