@@ -19,7 +19,7 @@ from benchmarks.records import (
 )
 from benchmarks.render import PAGES, cells, readme_table, render, section, table
 from moec.bench.race import Figure, Load
-from moec.bench.result import BenchResult, ContenderLine, Limits
+from moec.bench.result import BenchResult, ContenderLine, MeasuredLimits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +70,7 @@ def test_a_race_of_models_becomes_a_record():
         ContenderLine("moec", figure, figure, 1.0, 1.0),
         ContenderLine("eager", figure, figure, 2.341, 3.0),
     )
-    limits = Limits("bfloat16", 4.72e11, 4.87e10, 0.5, 0.01)
+    limits = MeasuredLimits("bfloat16", 4.72e11, 4.87e10, 0.5, 0.01)
     race = BenchResult(
         "model", "bf16", "AMD EPYC", 2, {"moec": "0.1.0"}, Load(1, 512, 32, 10), limits, lines,
         0.85, 0.81, 1.2,
