@@ -31,7 +31,7 @@ from moec.errors import UsageError
 from moec.formats.notation import Quantisation, parse_parts, with_float_rows
 from moec.interpret.threads import threads_for
 from moec.ir.graph import stage_of
-from moec.memory.allowed import allowed_bytes
+from moec.memory.budget import allowed_bytes
 from moec.model.bind_inputs import bound
 from moec.model.build import (
     build_for_gpu,

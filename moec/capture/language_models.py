@@ -22,7 +22,7 @@ from moec.checkpoint.gguf.model import configuration
 from moec.checkpoint.gguf.rotary import divide_frequencies, frequency_factors
 from moec.checkpoint.gguf.tokenizer import tokenizer_files
 from moec.checkpoint.gguf.weights import dtype_of, map_gguf
-from moec.checkpoint.load import check_config, load_model, memory_for
+from moec.checkpoint.load import check_config, load_model
 from moec.checkpoint.table import GGUF, format_of, quantization_of
 from moec.checkpoint.tensors import map_folder
 from moec.checkpoint.weight import CheckpointWeight, in_few_bits
@@ -58,9 +58,10 @@ def checkpoint_source(
         tensors = map_folder(folder)
         format = format_of(config, tuple(tensors))
         weights = format.read(quantization_of(config) or {}, tensors)
-        placed = memory_for(weights, tensors.maps.values(), memory)
+        maps = tensors.maps.values()
         with hub_off():
-            model, loading = load_model(loader.auto, _configuration(folder), weights, placed)
+            loaded = load_model(loader.auto, _configuration(folder), weights, maps, memory)
+        model, loading, placed = loaded
         _add_generation_config(folder, model)
         example = args, kwargs or ({} if args else example_tokens(model, seq2seq))
     except MoecError:
@@ -98,10 +99,11 @@ def gguf_source(
         fields = configuration(header)
         tensors = map_gguf(header)
         weights = GGUF.read(fields, tensors)
-        placed = memory_for(weights, tensors.maps.values(), memory)
+        maps = tensors.maps.values()
         config = transformers.AutoConfig.for_model(**fields, dtype=dtype_of(header))
         with hub_off():
-            model, loading = load_model(transformers.AutoModelForCausalLM, config, weights, placed)
+            auto = transformers.AutoModelForCausalLM
+            model, loading, placed = load_model(auto, config, weights, maps, memory)
         if (factors := frequency_factors(tensors)) is not None:
             divide_frequencies(model, factors)
         read = tokenizer_files(header.fields).items()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from mmap import mmap
+from mmap import MADV_DONTNEED, mmap
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,11 @@ from moec.checkpoint.paged import large_weights, page
 from moec.checkpoint.weight import CheckpointWeight
 from moec.dtypes import MODEL_DTYPES
 from moec.errors import CaptureError
+from moec.memory.budget import budget_of
 from moec.memory.memory import Bounded, InMemory
 from moec.spelling import did_you_mean
 
 MOST_MISSING = 1 << 27
-_ITEM_BYTES = 2
-"""Those of a weight that is stored in few bits, once it is dequantised."""
-_COPIES = 3
-"""Weights as they are loaded, as passes change them, and packed for kernels."""
 _LEAST_STORED = 0.75
 """The part of the weights that a temporary file holds at least: codes of 8 bits, and packed."""
 
@@ -49,17 +47,24 @@ class _Lazy:
 
 
 def load_model(
-    auto: Any, config: Any, weights: Mapping[str, CheckpointWeight], memory: InMemory
-) -> tuple[Any, Mapping[str, Any]]:
-    """The model of a configuration, and what transformers says of loading it. Its large weights
-    are read when they are needed, if `memory` is bounded.
+    auto: Any,
+    config: Any,
+    weights: Mapping[str, CheckpointWeight],
+    files: Collection[mmap],
+    limit: int,
+) -> tuple[Any, Mapping[str, Any], InMemory]:
+    """The model of a configuration, what transformers says of loading it, and where its weights
+    are: in memory, if a compilation of them fits into `limit` bytes; otherwise large ones are read
+    from these `files` when they are needed.
 
-    Raises CaptureError where experts are missing or a weight cannot be read.
+    Raises CaptureError where experts are missing or a weight cannot be read, and UsageError where
+    the limit cannot be kept.
     """
     check_experts(weights)
     model_class, config = _class_of(auto, config)
     empty = empty_model(auto, config)
     _check_size(empty, weights)
+    memory = _memory_for(empty, weights, files, limit)
     paged = memory.paged
     state: dict[str, Any] = {n: _Lazy(n, w, paged is not None) for n, w in weights.items()}
     model, loading = model_class.from_pretrained(
@@ -72,7 +77,9 @@ def load_model(
     )
     if paged is not None:
         page(model, weights, paged)
-    return model, loading
+    for file in files:
+        file.madvise(MADV_DONTNEED)
+    return model, loading, memory
 
 
 def empty_model(auto: Any, config: Any) -> Any:
@@ -82,18 +89,19 @@ def empty_model(auto: Any, config: Any) -> Any:
         return model_class(config)
 
 
-def memory_for(
-    weights: Mapping[str, CheckpointWeight], files: Iterable[mmap], limit: int
+def _memory_for(
+    empty: Any, weights: Mapping[str, CheckpointWeight], files: Iterable[mmap], limit: int
 ) -> InMemory:
-    """Where the weights of a checkpoint in these `files` are while it is compiled: in memory if a
-    compilation of them fits into `limit` bytes."""
-    size = sum(
-        math.prod(weight.shape) * (_ITEM_BYTES if weight.dtype is None else weight.dtype.itemsize)
-        for weight in weights.values()
-    )
-    if size * _COPIES <= limit:
+    """Where the weights of a checkpoint in these `files` are while it is compiled."""
+    sizes = [2 if weight.dtype is None else weight.dtype.itemsize for weight in weights.values()]
+    counts = [math.prod(weight.shape) for weight in weights.values()]
+    size = sum(map(mul, sizes, counts))
+    item = max(2, round(size / max(1, sum(counts))))
+    budget = budget_of(limit, [(tuple(p.shape), item) for p in empty.parameters()])
+    budget.check()
+    if budget.holds(size):
         return InMemory()
-    bounded = Bounded(limit)
+    bounded = Bounded(budget)
     bounded.check_room(_LEAST_STORED * size)
     bounded.paged.files.extend(files)
     return bounded

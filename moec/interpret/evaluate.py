@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,15 @@ def evaluate_anywhere(
 ) -> tuple[torch.Tensor, ...]:
     """As `evaluate`, also outside of the bounds, for a capture that looks for them."""
     return run_graph(graph, [*inputs, *(weights[param.name] for param in graph.params)])
+
+
+def bind_inputs(
+    graph: Graph, inputs: Sequence[torch.Tensor], sizes: dict[str, int], *, anywhere: bool
+) -> dict[Value, torch.Tensor]:
+    """As `bind`, without params; `anywhere` is also outside of the bounds. Raises IRError."""
+    if not anywhere:
+        _check_bounds(graph, inputs)
+    return bind(replace(graph, params=()), inputs, sizes)
 
 
 def _check_bounds(graph: Graph, inputs: Sequence[torch.Tensor]) -> None:

@@ -5,20 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from moec.interpret.evaluate import (
-    bind_checked,
-    evaluate,
-    evaluate_anywhere,
-    run_graph,
-    run_op,
-    run_part,
-)
-from moec.ir.graph import Graph, Module, Program, Value
+from moec.interpret.evaluate import bind_inputs, run_op, run_part
+from moec.ir.graph import Module, Program, Value
 from moec.ir.size_expressions import size_expressions
 from moec.ir.upcast import widen
 from moec.torch_private import TorchDispatchMode, pytree, schema_of
@@ -27,75 +19,73 @@ MEANING = 2e-4
 """Equivalent graphs in float32 differ by less than this, relative to the greatest value."""
 
 Tensors = Sequence[torch.Tensor]
+Results = tuple[torch.Tensor, ...]
 _LOW, _WIDE = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
 
 
-MOST_CAST = 1 << 28
-"""The most weights of a program that are cast to float32 at once, 1 GiB."""
-
-
-def in_float32(
-    program: Program, *, anywhere: bool = False
-) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
+def in_float32(program: Program, *, anywhere: bool = False) -> Callable[[Tensors], Results]:
     """The program in eager PyTorch with every bf16 and f16 upcast to float32: a function from
-    inputs (states' contents last) to outputs and the states' new contents. Weights are cast once,
-    or where they are more than `MOST_CAST`, whenever an op reads them. `anywhere` evaluates it
+    inputs (states' contents last) to outputs and the states' new contents. `anywhere` evaluates it
     outside of its bounds too.
     """
-    if sum(weight.numel() for weight in program.weights.values()) > MOST_CAST and not anywhere:
-        return partial(_with_weights_as_read, program, _wide_graph(program.graph))
-    program = widened(Module.of(program)).main
-    meaning = evaluate_anywhere if anywhere else evaluate
-
-    def run(inputs: Tensors) -> tuple[torch.Tensor, ...]:
-        with torch.no_grad():
-            return meaning(program.graph, [wide(tensor) for tensor in inputs], program.weights)
-
-    return run
+    run = _runner(program, anywhere=anywhere)
+    return lambda inputs: run([inputs])[0]
 
 
-def _with_weights_as_read(
-    program: Program, graph: Graph, inputs: Tensors
-) -> tuple[torch.Tensor, ...]:
-    sizes: dict[str, int] = {}
-    params = set(graph.params)
-    tensors = [wide(tensor) for tensor in inputs]
-    with torch.no_grad():
-        values = bind_checked(replace(graph, params=()), tensors, {}, sizes)
-        for number, op in enumerate(graph.ops):
-            for value in op.inputs:
-                if value in params:
-                    values[value] = wide(program.weights[value.name].detach())
-            run_part(graph, range(number, number + 1), values, sizes)
-            for value in params.intersection(op.inputs):
-                values.pop(value, None)
-        results = (value for value in graph.results if value in params)
-        values |= {value: wide(program.weights[value.name]) for value in results}
-        return tuple(values[value] for value in graph.results)
-
-
-def _wide_graph(graph: Graph) -> Graph:
-    return widen(replace(graph, outputs=graph.results, states=()))
-
-
-def folded_in_float32(program: Program) -> Callable[[Tensors], tuple[torch.Tensor, ...]]:
+def folded_in_float32(program: Program) -> Callable[[Tensors], Results]:
     """As `in_float32`, with what depends on weights alone computed in the program's own dtypes, as
     by a pass that folds constants: the rounding of 1 + bias in 16 bits is no error."""
-    source, wide_program = program.graph, widened(Module.of(program)).main
-    graph = wide_program.graph
-    tensors = {param: program.weights[param.name] for param in source.params}
-    constants: dict[Value, torch.Tensor] = {}
-    with torch.no_grad():
-        for op, widened_op in zip(source.ops, graph.ops, strict=True):
-            if op.inputs and all(v in tensors for v in op.inputs) and not [*size_expressions(op)]:
-                results = run_op(op, [tensors[value] for value in op.inputs], {})
-                tensors |= dict(zip(op.outputs, results, strict=True))
-                constants |= dict(zip(widened_op.outputs, map(wide, results), strict=True))
-    weights = [wide_program.weights[param.name] for param in graph.params]
+    run = _runner(program, folded=True)
+    return lambda inputs: run([inputs])[0]
 
-    def run(inputs: Tensors) -> tuple[torch.Tensor, ...]:
+
+def all_in_float32(
+    program: Program, cases: Sequence[Tensors], *, folded: bool = False
+) -> list[Results]:
+    """The results of `in_float32`, or `folded_in_float32`, in each case. A weight is read and cast
+    once for all of them."""
+    return _runner(program, folded=folded)(cases)
+
+
+def _runner(
+    program: Program, *, folded: bool = False, anywhere: bool = False
+) -> Callable[[Sequence[Tensors]], list[Results]]:
+    """A function that evaluates cases op by op, all of them together. A weight is cast for each op
+    that reads it, so that one is in memory in float32 at a time."""
+    source = replace(program.graph, outputs=program.graph.results, states=())
+    graph = widen(source)
+    constant = [bool(op.inputs) and not [*size_expressions(op)] for op in source.ops]
+
+    def run_all(cases: Sequence[Tensors]) -> list[Results]:
+        narrow = {param: program.weights[param.name] for param in source.params}
+        each: list[tuple[dict[Value, torch.Tensor], dict[str, int]]] = []
+        for case in cases:
+            sizes: dict[str, int] = {}
+            inputs = [wide(tensor) for tensor in case]
+            each.append((bind_inputs(graph, inputs, sizes, anywhere=anywhere), sizes))
+        for index, (op, wide_op) in enumerate(zip(source.ops, graph.ops, strict=True)):
+            if folded and constant[index] and all(value in narrow for value in op.inputs):
+                results = run_op(op, [narrow[value] for value in op.inputs], {})
+                narrow |= dict(zip(op.outputs, results, strict=True))
+            else:
+                pairs = zip(op.inputs, wide_op.inputs, strict=True)
+                casts = {wider: wide(narrow[value]) for value, wider in pairs if value in narrow}
+                for values, sizes in each:
+                    values |= casts
+                    run_part(graph, range(index, index + 1), values, sizes)
+                    for value in casts:
+                        values.pop(value, None)
+            for value in source.last_reads.get(index, ()):
+                narrow.pop(value, None)
+        ends = list(zip(source.outputs, graph.outputs, strict=True))
+        return [
+            tuple(wide(narrow[v]) if v in narrow else values[wider] for v, wider in ends)
+            for values, _ in each
+        ]
+
+    def run(cases: Sequence[Tensors]) -> list[Results]:
         with torch.no_grad():
-            return run_graph(graph, [*map(wide, inputs), *weights], precomputed=constants)
+            return run_all(cases)
 
     return run
 
@@ -112,7 +102,7 @@ def widened(module: Module) -> Module:
 
     programs = {}
     for name, program in module.programs.items():
-        graph = _wide_graph(program.graph)
+        graph = widen(replace(program.graph, outputs=program.graph.results, states=()))
         weights = {param.name: cast(program.weights[param.name]) for param in graph.params}
         programs[name] = Program(graph, weights)
     return Module(programs)

@@ -52,14 +52,15 @@ class _Turn:
 
 class LockStep:
     """`present(addresses)` is whether all of these weights are in memory; each thread evaluates
-    with `reading()` open."""
+    with `reading()` open. Of casts, at most `limit` bytes or one are kept."""
 
     def __init__(
         self,
         present: Callable[[Set[int]], bool],
         reading: Callable[[], AbstractContextManager[Any]],
+        limit: int,
     ) -> None:
-        self._present, self._reading = present, reading
+        self._present, self._reading, self._limit = present, reading, limit
         self._idle = threading.Semaphore(0)
         self._current: _Turn | None = None
         self._abandoned = False
@@ -88,6 +89,8 @@ class LockStep:
         key = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, options
         cast, version = self._casts.get(key, (None, 0))
         if cast is None or version_of(cast) != version:
+            if sum(kept.nbytes for kept, _ in self._casts.values()) > self._limit:
+                self._casts.clear()
             cast = compute()
             self._casts[key] = cast, version_of(cast)
         return cast

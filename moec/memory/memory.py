@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moec.memory.budget import MemoryBudget
 from moec.memory.paged import PagedWeights, ReadsWeights
 from moec.memory.ranges import PAGE
 from moec.memory.spool import Spool
@@ -17,9 +19,10 @@ from moec.runtime.checks import show_bytes
 from moec.runtime.dtypes import Array
 
 _PERIOD = 0.02  # seconds
-_PARTS = 8
-"""A process holds this part of its limit in weights as they are read, and as much in weights of the
-file; the rest is for the operators, of which one in float32 takes thrice its weights."""
+_MOST_OVER = 5
+"""Periods in a row above the limit, after which a compilation ends."""
+_LIBC = ctypes.CDLL(None)
+_ARENAS = -8  # M_ARENA_MAX of mallopt(3)
 
 
 class InMemory:
@@ -59,22 +62,25 @@ class InMemory:
 
 class Bounded(InMemory):
     """Weights of a checkpoint are read when they are needed, and those that are computed are kept
-    in a file, in a process that is to take about `limit` bytes."""
+    in a file, in a process that takes at most the limit of a budget: half of what the budget leaves
+    is for weights as they are read, and half for those of the file."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._limit, self._spool = limit // _PARTS, Spool()
+    def __init__(self, budget: MemoryBudget) -> None:
+        self.budget = budget
+        self._limit, self._spool = budget.left // 2, Spool()
         self.note = (
-            "weights stayed in files while the model was compiled, with about "
-            f"{show_bytes(limit)} of memory (--memory)"
+            "weights stayed in files while the model was compiled, with at most "
+            f"{show_bytes(budget.limit)} of memory (--memory)"
         )
         self.paged: PagedWeights = PagedWeights(self._limit, self._spool)
+        # each thread of an evaluation would keep what it freed in an arena of its own
+        _LIBC.mallopt(_ARENAS, 2)
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         self.paged.failure = None
         stopped = threading.Event()
-        thread = threading.Thread(target=self._discard_until, args=(stopped,), daemon=True)
+        thread = threading.Thread(target=self._keep_until, args=(stopped,), daemon=True)
         thread.start()
         try:
             with ReadsWeights(self.paged):
@@ -114,12 +120,20 @@ class Bounded(InMemory):
     def array(self, array: Array) -> Array:
         return self._spool.array(array)
 
-    def _discard_until(self, stopped: threading.Event) -> None:
-        """Discard what was read of the file whenever that is more than the limit."""
-        before = _mapped_bytes()
+    def _keep_until(self, stopped: threading.Event) -> None:
+        """Discard what was read of the file whenever that is more than its part. Above the limit,
+        give back what is free and all weights but those of one operator, or end the compilation."""
+        before, over = _mapped_bytes(), 0
         while not stopped.wait(_PERIOD):
-            if _mapped_bytes() > before + self._limit:
+            above = self.budget.over() > 0
+            if above or _mapped_bytes() > before + self._limit:
                 self._spool.discard()
+            if above:
+                self.paged.limit = 0
+                _LIBC.malloc_trim(0)
+            over = over + 1 if above and self.budget.over() > 0 else 0
+            if over > _MOST_OVER:
+                self.paged.failure = self.budget.exceeded(self.budget.limit + self.budget.over())
 
 
 def _mapped_bytes() -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moec.errors import MoecError
+from moec.memory.budget import TooLittleMemory
 from moec.memory.lock_step import LockStep, Result
 from moec.memory.ranges import AddressRange
 from moec.memory.spool import Spool
@@ -41,7 +42,7 @@ class PagedWeights:
     def __init__(self, limit: int, spool: Spool) -> None:
         self.limit = limit
         self.files: list[mmap.mmap] = []
-        self.failure: UnreadableWeight | None = None
+        self.failure: MoecError | None = None
         self._spool = spool
         self.lock_step: LockStep | None = None
         self._samples: dict[tuple[torch.Size, torch.dtype], int] | None = None
@@ -64,7 +65,9 @@ class PagedWeights:
         return self.add(tensor.shape, dtype, self._weights[address].read)
 
     def fill(self, tensors: Iterable[Tensor]) -> None:
-        """Read the paged weights at the addresses of `tensors`."""
+        """Read the paged weights at the addresses of `tensors`. Raises TooLittleMemory."""
+        if isinstance(self.failure, TooLittleMemory):
+            raise self.failure
         needed = {at for tensor in tensors if (at := self._address(tensor)) is not None}
         if self.lock_step is not None and not self._has(needed):
             self.lock_step.wait(needed)
@@ -78,7 +81,7 @@ class PagedWeights:
 
     def evaluate_together(self, evaluations: Sequence[Callable[[], Result]]) -> list[Result]:
         """The results of evaluations, for all of which a weight is read once (`LockStep`)."""
-        self.lock_step = LockStep(self._has, lambda: ReadsWeights(self))
+        self.lock_step = LockStep(self._has, lambda: ReadsWeights(self), self.limit)
         try:
             return self.lock_step.run(evaluations)
         finally:

@@ -31,6 +31,8 @@ NOISE = 12**-0.5
 FLOAT32_NOISE = 2.0**-22
 """That of sums of some hundred terms in float32, relative to the result: enough for a row between
 two codes of 8 bits, or between two experts, to take the other."""
+_TOGETHER = 1 << 20
+"""Numbers whose errors are computed at once: logits in float64 take much memory."""
 _SHARES = 16
 _CHANCE = 3.0
 """Standard deviations of a count that are chance."""
@@ -43,9 +45,18 @@ def row_distances(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """f64[2, rows]: for each row (all axes but the last) the greatest and the root mean square of
     its differences, both relative to the row's own in `exact`; inf where NaNs or infinities differ;
     0 or 1 for integers."""
-    width = exact.shape[-1] if exact.ndim else 1
-    a, b = (tensor.reshape(-1, width) for tensor in (actual, exact))
-    if not exact.is_floating_point():
+    pairs = zip(parts_of(actual), parts_of(exact), strict=True)
+    return torch.cat([_distances(a, b) for a, b in pairs], 1)
+
+
+def parts_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The rows [rows, last axis] of a tensor in parts, each of few numbers."""
+    width = tensor.shape[-1] if tensor.ndim else 1
+    return torch.split(tensor.reshape(-1, width), max(1, _TOGETHER // max(1, width)))
+
+
+def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if not b.is_floating_point():
         return (a != b).any(-1).double().expand(2, -1)
     a, b = a.double(), b.double()
     finite = b.isfinite()
@@ -64,10 +75,10 @@ def of_distinct_rows(errors: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     padding round alike, and are one sample of how a row rounds, however many they are."""
     if not exact.is_floating_point() or errors.shape[-1] < 2:
         return errors
-    rows = exact.reshape(errors.shape[-1], -1).double()
+    rows = exact.reshape(errors.shape[-1], -1).to(torch.float64, copy=True)
     # equal rows have equal sums; a fixed irrational step makes those of other rows differ
     weights = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).mul(math.sqrt(2)).frac() + 1
-    sums = (rows.nan_to_num() * weights).sum(-1)
+    sums = rows.nan_to_num_().mul_(weights).sum(-1)
     _, group = torch.unique(sums, return_inverse=True)
     size = (*errors.shape[:-1], int(group.max()) + 1)
     index = group.expand(errors.shape)

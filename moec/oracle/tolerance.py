@@ -9,7 +9,7 @@ import torch
 from moec.dtypes import FLOATS
 from moec.ir.graph import Graph
 from moec.ops.experts.quantised_linear import QUANTISED_OPS, matrices_of
-from moec.oracle.rounding import FLOAT32_UNIT
+from moec.oracle.rounding import FLOAT32_UNIT, parts_of
 
 TOLERANCES = {"f64": 1e-4, "f32": 1e-4, "f16": 1e-2, "bf16": 2e-2}
 """The greatest error allowed, relative to the greatest value of the output.
@@ -76,11 +76,12 @@ def row_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
 
 def _finite_errors(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor | None:
     """The errors of rows, [rows] in float64; None where a value or a difference is not finite."""
-    right = expected.double()
-    scale = float(right.abs().max())  # the maximum of values with a NaN is NaN
-    if not math.isfinite(scale):
+    ours, right = parts_of(actual), parts_of(expected)
+    scale = float(torch.stack([part.double().abs().max() for part in right]).max())
+    if not math.isfinite(scale):  # the maximum of values with a NaN is NaN
         return None
-    errors = _greatest_of_rows(actual.double() - right)
+    pairs = zip(ours, right, strict=True)
+    errors = torch.cat([(a.double() - b.double()).abs().amax(-1) for a, b in pairs])
     return errors / (scale or 1.0) if math.isfinite(float(errors.max())) else None
 
 

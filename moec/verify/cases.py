@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -10,13 +11,15 @@ import torch
 from moec.capture import Captured
 from moec.errors import CaptureError
 from moec.ir.graph import Graph
-from moec.ir.sizes.dims import Bounds
+from moec.ir.sizes.dims import Bounds, Dim, bind_shape, evaluate_dim, symbols
 from moec.ir.sizes.thresholds import allows, nearest_allowed
+from moec.memory.budget import MOST_RESULTS
 from moec.memory.lock_step import Together, one_by_one
 from moec.oracle.agree import at_sizes
 from moec.oracle.cases import Case, drawn_and_run, other_roles, shapes
 from moec.oracle.draws import DRAWS, Draw
 from moec.oracle.tolerance import rounds_to_16_bits
+from moec.runtime.checks import show_bytes
 from moec.verify.turns import turns
 
 Reference = tuple[Case, tuple[torch.Tensor, ...]]
@@ -83,17 +86,59 @@ def references(
     captured: Captured, *, empty: bool = True, together: Together = one_by_one
 ) -> tuple[list[Reference], tuple[str, ...]]:
     """The module's results for the example and for each plan, and a sentence for each size at which
-    it fails, other than 0. Without `empty` no size is 0.
+    it fails, other than 0, or whose results would take too much memory. Without `empty` no size is
+    0.
 
     Raises CaptureError where it fails on its example.
     """
-    planned = [p for p in plans(captured) if empty or 0 not in p[0].values()]
+    planned, large = _within_memory(captured, plans(captured))
+    planned = [plan for plan in planned if empty or 0 not in plan[0].values()]
     answers = together(
         [partial(_of_example, captured), *(partial(_of_plan, captured, *p) for p in planned)]
     )
-    skipped = [answer for answer in answers if isinstance(answer, str)]
+    skipped = large + [answer for answer in answers if isinstance(answer, str)]
     results = [answer for answer in answers if not isinstance(answer, str)]
     return results, tuple(dict.fromkeys(filter(None, skipped)))
+
+
+def _within_memory(captured: Captured, planned: Sequence[_Plan]) -> tuple[list[_Plan], list[str]]:
+    """The plans whose results fit into memory together, the first ones, and a sentence for each
+    other size."""
+    graph, example = captured.program.graph, captured.example
+    sizes: dict[str, int] = {}
+    for value, tensor in zip(graph.inputs, example, strict=False):
+        bind_shape(value.shape, tuple(tensor.shape), sizes)
+    varying = {
+        value.shape for op in graph.ops for value in op.outputs if any(map(symbols, value.shape))
+    }
+
+    def numbers(changed: Mapping[str, int]) -> tuple[int, int]:
+        """Those of the outputs, and of the largest value of all."""
+        at = {**sizes, **changed}
+        most = max((_numbers(shape, at) for shape in varying), default=0)
+        return sum(_numbers(value.shape, at) for value in graph.outputs), most
+
+    left = max(MOST_RESULTS, 4 * max(numbers({})))
+    kept: list[_Plan] = []
+    large: dict[str, None] = {}
+    for changed, draw in planned:
+        results, most = numbers(changed)
+        if max(results, most) <= left:
+            kept.append((changed, draw))
+            left -= results
+        else:
+            where = ", ".join(f"{name} = {size}" for name, size in changed.items())
+            large[
+                f"sizes {where} were not compared: that takes {show_bytes(8 * most)} of memory"
+            ] = None
+    return kept, list(large)
+
+
+def _numbers(shape: Sequence[Dim], sizes: Mapping[str, int]) -> int:
+    """The numbers of a value; 0 where a size depends on data."""
+    if any(not symbols(dim) <= sizes.keys() for dim in shape):
+        return 0
+    return math.prod(max(0, evaluate_dim(dim, sizes)) for dim in shape)
 
 
 def _of_example(captured: Captured) -> Reference | str:

@@ -66,11 +66,9 @@ class Comparison:
         """With results of eager in float32 as another reference."""
         return replace(self, exact=(*self.exact, self._without_nan(results)))
 
-    def with_noisy(self, results: Sequence[torch.Tensor]) -> Comparison:
-        """With results of eager in float32 with noise as another sample of rounding."""
-        return replace(self, noisy=(*self.noisy, self._sample(self._without_nan(results))))
-
-    def _sample(self, result: torch.Tensor) -> SampleErrors:
+    def sample(self, results: Sequence[torch.Tensor]) -> SampleErrors:
+        """The errors of results of eager in float32 with noise, a sample of rounding."""
+        result = self._without_nan(results)
         rounded = result.to(self.right[0].dtype)
         return row_errors(rounded, self.references[0]), row_distances(result, self.exact[0])
 

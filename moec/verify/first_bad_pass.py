@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -9,14 +10,14 @@ import torch
 from moec.capture import Captured
 from moec.errors import IRError
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import eager_in_float32, folded_in_float32, in_float32
+from moec.interpret.run_in_float32 import all_in_float32, eager_in_float32
 from moec.oracle.agree import error_of, with_states
 from moec.oracle.rounding import meaning_excess
 from moec.oracle.tolerance import rounds_to_16_bits
 from moec.passes.core.runner import PassResult
-from moec.runtime.checks import free_memory, show_bytes
 from moec.verify.cases import Reference
 
+LOGGER = logging.getLogger(__name__)
 _Results = tuple[torch.Tensor, ...]
 
 
@@ -29,40 +30,50 @@ def first_bad_pass(
     """A sentence naming the first pass after which the graph differs, or the generated code.
 
     The captured graph is compared with eager, both in float32 where the model computes in 16 bits,
-    and each later graph with the captured one in float32, because a pass may move a rounding, which
-    is no error.
+    and later graphs with the captured one in float32, because a pass may move a rounding, which is
+    no error. The last graph is compared first; if it is wrong, the passes are halved.
     """
     if not pass_results:
         return "the generated code is wrong"
     start = pass_results[0].program
-    cast = 8 * sum(weight.numel() for weight in start.weights.values())
-    if cast > free_memory():
-        return f"which pass is wrong was not searched: that takes {show_bytes(cast)} of memory"
     inputs = [with_states(start, case) for case, _ in answers]
-    try:
-        references = list(map(in_float32(start), inputs))
+    references: list[_Results] = []
+    folded: list[_Results] = []
+
+    def captured_differs() -> bool:
+        references.extend(all_in_float32(start, inputs))
         if rounds_to_16_bits(start.graph) and not captured.is_graph:
             eager = eager_in_float32(captured.eager)
             exact = [eager(*case) for case, _ in answers]
-            wrong = _differs(references, exact, exact)
-        else:
-            results = [evaluate(start.graph, case, start.weights) for case in inputs]
-            pairs = zip(results, answers, strict=True)
-            wrong = any(not error_of(ours, right) <= limit for ours, (_, right) in pairs)
-    except (IRError, RuntimeError) as error:
-        return f"the graph after {pass_results[0].name} does not run: {error}"
-    if wrong:
-        return f"the first pass after which the graph differs is {pass_results[0].name}"
-    folded: list[_Results] = []
-    for pass_result in pass_results[1:]:
+            return _differs(references, exact, exact)
+        results = [evaluate(start.graph, case, start.weights) for case in inputs]
+        pairs = zip(results, answers, strict=True)
+        return any(not error_of(ours, right) <= limit for ours, (_, right) in pairs)
+
+    def differs(number: int) -> bool:
+        results = all_in_float32(pass_results[number].program, inputs)
+        if not folded:
+            folded.extend(all_in_float32(start, inputs, folded=True))
+        return _differs(results, references, folded)
+
+    def fault(number: int) -> str:
+        """A sentence; empty where the graph after that pass is right."""
+        name = pass_results[number].name
+        LOGGER.info("which pass is wrong: after %s", name, extra={"detail": f"after {name}"})
         try:
-            results = list(map(in_float32(pass_result.program), inputs))
+            wrong = differs(number) if number else captured_differs()
         except (IRError, RuntimeError) as error:
-            return f"the graph after {pass_result.name} does not run: {error}"
-        folded = folded or list(map(folded_in_float32(start), inputs))
-        if _differs(results, references, folded):
-            return f"the first pass after which the graph differs is {pass_result.name}"
-    return "the graph is correct after every pass: the generated code is wrong"
+            return f"the graph after {name} does not run: {error}"
+        return f"the first pass after which the graph differs is {name}" if wrong else ""
+
+    right, wrong = 0, len(pass_results) - 1
+    first = fault(0)
+    found = first or (fault(wrong) if wrong else "")
+    while not first and found and wrong - right > 1:
+        middle = (right + wrong) // 2
+        earlier = fault(middle)
+        right, wrong, found = (right, middle, earlier) if earlier else (middle, wrong, found)
+    return found or "the graph is correct after every pass: the generated code is wrong"
 
 
 def _differs(

@@ -12,7 +12,7 @@ import torch
 
 from moec.capture import Captured
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import eager_in_float32, folded_in_float32, in_float32
+from moec.interpret.run_in_float32 import all_in_float32, eager_in_float32, in_float32
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.memory.lock_step import Together, one_by_one
@@ -22,7 +22,7 @@ from moec.oracle.rounding import FLOAT32_NOISE, rows_beyond
 from moec.oracle.tolerance import rounded_rows
 from moec.passes.core.runner import PassResult
 from moec.verify.cases import Reference
-from moec.verify.comparison import Comparison
+from moec.verify.comparison import Comparison, SampleErrors
 
 LIMIT = 1e-4
 """The greatest error of a row in float32, relative to its greatest value."""
@@ -64,7 +64,7 @@ def exact_eager(captured: Captured, noise: float = 0.0, seed: int = 0) -> Eager:
 
 
 def _typed_float32(captured: Captured) -> Eager:
-    """The source, a graph with float32 for 16-bit floats. Its weights are cast once."""
+    """The source, a graph with float32 for 16-bit floats."""
     if not captured.is_graph:
         return captured.eager
     run, program = in_float32(captured.program), captured.program
@@ -118,11 +118,18 @@ def with_noise(
     together: Together = one_by_one,
 ) -> list[Comparison]:
     """The comparisons with more samples of how eager rounds, by relative `noise`, one a seed."""
-    results = together(_exact_runs(captured, answers, noise, seeds))
-    for start in range(0, len(results), len(answers)):
-        noisy = results[start : start + len(answers)]
-        compared = [item.with_noisy(noisy[n]) for item, n in zip(compared, owners, strict=True)]
-    return list(compared)
+    items = list(enumerate(zip(compared, owners, strict=True)))
+
+    def sampled(case: int, run: Callable[[], Results]) -> dict[int, SampleErrors]:
+        results = run()
+        return {n: item.sample(results) for n, (item, owner) in items if owner == case}
+
+    runs = _exact_runs(captured, answers, noise, seeds)
+    samples = together([partial(sampled, n % len(answers), run) for n, run in enumerate(runs)])
+    return [
+        replace(item, noisy=(*item.noisy, *(errors[n] for errors in samples if n in errors)))
+        for n, item in enumerate(compared)
+    ]
 
 
 def with_near_ties(
@@ -152,8 +159,7 @@ def meaning(
 ) -> str | None:
     """How the graph after all passes differs from eager, both in float32, where an error in a
     weight is not hidden by rounding; None where it does not."""
-    run = in_float32(final)
-    results = [run(with_states(final, case)) for case, _ in answers]
+    results = all_in_float32(final, [with_states(final, case) for case, _ in answers])
     right, tied = exact
     beyond = rows_beyond(results, right, max(LIMIT, rounded_rows(final.graph)))
     for sample in _other_results(captured, answers, tied, together) if beyond else ():
@@ -168,8 +174,9 @@ def _other_results(
 ) -> Iterator[list[Results]]:
     """Other right results in float32: with constants folded in 16 bits, with the first of equal
     values chosen, and with reordered sums."""
-    fold = folded_in_float32(captured.program)
-    yield [fold(with_states(captured.program, case)) for case, _ in answers]
+    program = captured.program
+    cases = [with_states(program, case) for case, _ in answers]
+    yield all_in_float32(program, cases, folded=True)
     if tied:
         yield _evaluate(FirstOfEquals(), captured, answers, together)
     for seed in range(SAMPLES):

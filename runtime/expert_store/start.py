@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,7 @@ from moec.runtime.expert_store.device import (
 from moec.runtime.expert_store.native import StoreOptions, hash_function
 from moec.runtime.expert_store.slots import LayerSize, MemoryLimit, slots_within
 from moec.runtime.package import DECODE, Package
+from moec.runtime.process.memory_limit import resident_bytes
 
 Fit = Callable[[MemoryLimit, Sequence[LayerSize]], tuple[Sequence[int], StoreOptions | None]]
 """(limit, layers) -> the slots of each layer, and options of the store (None: the default)."""
@@ -180,5 +180,4 @@ def _process_bytes(package: Package) -> int:
     if package.gpu is not None:
         return 0
     tvm_ffi()  # a part of it
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes()

@@ -9,6 +9,8 @@ the system if it takes more than its limit. Version 2 of control groups has the 
 from __future__ import annotations
 
 import math
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from moec.runtime.process.control_groups import MEMBERSHIP, ROOT, group_folders
@@ -38,3 +40,14 @@ def _free(folder: Path) -> float:
             continue
         return max(0, size - used + pages)
     return math.inf
+
+
+def resident_bytes() -> int:
+    """The bytes that this process and its children have in memory, files that they map included;
+    0 where it is unknown."""
+    own, pages = f"/proc/{os.getpid()}", 0
+    with suppress(OSError):  # no such files, or a child has ended
+        children = Path(f"{own}/task/{os.getpid()}/children").read_text().split()
+        for process in (own, *(f"/proc/{child}" for child in children)):
+            pages += int(Path(process, "statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

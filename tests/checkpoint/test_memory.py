@@ -12,24 +12,19 @@ import torch
 import moec
 from moec.arguments import cast
 from moec.capture.doors import open_source
-from moec.checkpoint import paged
 from moec.checkpoint.tensors import Tensors
 from moec.errors import UsageError
-from moec.memory import spool
 from moec.memory.memory import Bounded
 from moec.memory.paged import UnreadableWeight
 from tests.checkpoint import adapters, writers
 from tests.checkpoint.families import FAMILIES, model
 from tests.checkpoint.test_values import AWQ, FORMS
-
-SMALL = 1 << 17
-"""Bytes: an eighth of it holds one weight of these models, and not two."""
+from tests.memory.small import SMALL, count_weights_alone
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(paged, "LEAST", 0)
-    monkeypatch.setattr(spool, "LEAST", 0)
+    count_weights_alone(monkeypatch)
 
 
 def save(family: str, folder: Path, **changes) -> Path:

@@ -251,6 +251,10 @@ def _rounds_more(
     return unlike or meaning_excess(results, exact, yardstick) is not None
 
 
+def with_noisy(row: Comparison, results: Sequence[torch.Tensor]) -> Comparison:
+    return dataclasses.replace(row, noisy=(*row.noisy, row.sample(results)))
+
+
 def _excess(compared: Sequence[tuple[Answer, Any]], unit: float) -> str:
     """How results are further from eager in float32 than eager in 16 bits; "" where none is."""
     criterion = Criterion(0.0, unit, unit * NOISE)
@@ -265,7 +269,7 @@ def _excess(compared: Sequence[tuple[Answer, Any]], unit: float) -> str:
     rows = [(a, row.with_exact(_tensors(a.tied(True)))) for a, row in rows]
     for seed in NOISE_SEEDS[0]:
         rows = [
-            (a, row.with_noisy(_tensors(a.run(True, criterion.noise, seed)))) for a, row in rows
+            (a, with_noisy(row, _tensors(a.run(True, criterion.noise, seed)))) for a, row in rows
         ]
     return criterion.refusal([row for _, row in rows]) or ""
 

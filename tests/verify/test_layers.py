@@ -15,10 +15,8 @@ from click.testing import CliRunner
 import moec
 from moec import __main__ as front
 from moec.capture import capture
-from moec.checkpoint import paged
 from moec.errors import UsageError, VerificationError
 from moec.ir.graph import Program
-from moec.memory import spool
 from moec.memory.memory import Bounded
 from moec.memory.ranges import AddressRange
 from moec.model.compiled import CompiledModel
@@ -27,15 +25,12 @@ from moec.passes.lower.fuse_gate import FuseGate
 from moec.verify.check import check
 from tests.capture.modules import WIDTH, Moe
 from tests.checkpoint.families import model
-
-SMALL = 1 << 17
-"""Bytes of memory: an eighth of it holds one weight of these models, and not two."""
+from tests.memory.small import SMALL, count_weights_alone
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged, "LEAST", 0)
-    monkeypatch.setattr(spool, "LEAST", 0)
+    count_weights_alone(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +104,7 @@ def test_what_verify_takes() -> None:
 
 def test_the_option_of_the_command(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.moec"
-    words = ["compile", folder, "-o", out, "--no-kv-cache", "--memory", "0.125MiB", "--json"]
+    words = ["compile", folder, "-o", out, "--no-kv-cache", "--memory", "0.03125MiB", "--json"]
 
     def run(*more: str) -> Any:
         return CliRunner().invoke(front.cli, [*map(str, words), *more])

@@ -51,8 +51,8 @@ def _bounded(compiled: CompiledModel, weights: int) -> str:
     if not isinstance(held, Bounded):
         return memory(weights)
     return (
-        f"about {size(held.limit)} of memory and {size(2 * weights)} of disk, half of it for the "
-        "artifact"
+        f"about {size(held.budget.limit)} of memory and {size(2 * weights)} of disk, half of it "
+        "for the artifact"
     )
 
 
