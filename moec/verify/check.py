@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +33,7 @@ from moec.verify.references import (
     with_noise,
 )
 
+LOGGER = logging.getLogger(__name__)
 Pieces = tuple[str, Callable[[torch.Tensor], Iterable[tuple[int, torch.Tensor]]]]
 """(name, feed): the output that holds the logits, and a function that feeds token ids [B, S] in
 pieces and yields the end of each piece and the logits [B, V] after it."""
@@ -184,10 +186,13 @@ def _check(
     graph, together = captured.program.graph, how.together
     criterion = Criterion.of(graph, how.tolerance)
     names = [value.name for value in graph.outputs]
+    _say("eager")
     answers, skipped = references(captured, empty=how.empty, together=together)
+    _say(f"the code with {len(answers)} inputs")
     actual = run_all([case for case, _ in answers])
     compared, owners, evaluated = _compared(names, actual, pieces, answers)
     reason = _nan_of_eager(captured.program, answers)
+    _say("eager in float32")
     exact = exact_results(captured, answers, together) if criterion.unit else None
     if exact is not None:
         right, _ = exact
@@ -198,6 +203,7 @@ def _check(
         right_by, why = (compared, why) if stable is None else (stable, criterion.refusal(stable))
     if criterion.unit:
         for seeds in NOISE_SEEDS if why else ():
+            _say(f"how eager rounds, samples {seeds[0] + 1} to {seeds[-1] + 1}")
             right_by = with_noise(
                 criterion.noise, seeds, captured, answers, right_by, owners, together
             )
@@ -208,6 +214,7 @@ def _check(
         right_by = with_near_ties(captured, answers, right_by, owners, together)
         why = criterion.refusal(right_by)
     if why is None and exact is not None and pass_results and not captured.is_graph:
+        _say("the graph in float32")
         why = meaning(captured, pass_results[-1].program, answers, exact, together)
     if why is not None:
         if reason:
@@ -240,6 +247,10 @@ def _check(
         errors, criterion.limit, strays, rows, ties, notes, eager_strays=eager_strays, cases=cases
     )
     return checked, evaluated
+
+
+def _say(detail: str) -> None:
+    LOGGER.debug("verify: %s", detail, extra={"detail": detail})
 
 
 def _compared(

@@ -59,7 +59,8 @@ def first_bad_pass(
     def fault(number: int) -> str:
         """A sentence; empty where the graph after that pass is right."""
         name = pass_results[number].name
-        LOGGER.info("which pass is wrong: after %s", name, extra={"detail": f"after {name}"})
+        detail = f"search for a wrong pass, after {name}"
+        LOGGER.info("%s", detail, extra={"detail": detail})
         try:
             wrong = differs(number) if number else captured_differs()
         except (IRError, RuntimeError) as error:

@@ -12,8 +12,10 @@ import torch
 import moec
 from moec.arguments import cast
 from moec.capture.doors import open_source
+from moec.checkpoint import paged
 from moec.checkpoint.tensors import Tensors
 from moec.errors import UsageError
+from moec.memory import spool
 from moec.memory.memory import Bounded
 from moec.memory.paged import UnreadableWeight
 from tests.checkpoint import adapters, writers

@@ -20,7 +20,7 @@ from moec.oracle.tolerance import distance, row_errors
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.runtime.call.executor import Executor
-from moec.verify import first_bad_pass
+from moec.verify import cases, first_bad_pass
 from moec.verify.cases import references
 from moec.verify.check import check
 from moec.verify.comparison import Comparison
@@ -161,6 +161,18 @@ def test_sizes_that_the_module_refuses_are_left_out_and_said() -> None:
     (report,) = compiled.checked.notes
     assert report.startswith("inputs (19, 8) were not compared: the model fails: ")
     assert report in compiled.report().notes
+
+
+def test_sizes_whose_results_take_too_much_memory_are_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four times the example's numbers are compared in any case: 5 rows, 1 row, and not 19."""
+    monkeypatch.setattr(cases, "MOST_RESULTS", 1)
+    captured = capture(Function(lambda x: x.repeat(1, 10)), (torch.randn(5, 8),))
+    answers, skipped = references(captured)
+    assert {len(case[0]) for case, _ in answers} == {0, 1, 5}
+    (name,) = captured.program.graph.bounds
+    assert skipped == (f"sizes {name} = 19 were not compared: that takes 12.2 kB of memory",)
 
 
 def test_a_module_that_fails_on_its_example() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -67,9 +68,9 @@ class Progress:
 
     `phase("kernels")` ends the previous phase and starts one; `phase("kernels 3/24")` while kernels
     runs sets its detail. A plain line is written when a phase starts, so that a log shows which
-    phase is running; on a terminal the list is redrawn in place. With a `plan`, the expected
-    seconds of each phase, it shows how much is done and about how long the rest takes. Log records
-    of moec with `detail` or `share` attributes update the running phase.
+    phase is running, and again every `period` seconds; on a terminal the list is redrawn in place.
+    With a `plan`, the expected seconds of each phase, it shows how much is done and about how long
+    the rest takes. Log records of moec with a `detail` and perhaps a `share` update the phase.
     """
 
     quiet: bool = False
@@ -77,6 +78,9 @@ class Progress:
     clock: Callable[[], float] = time.perf_counter
     phases: list[ProgressPhase] = field(default_factory=list)
     plan: Mapping[str, float] = field(default_factory=dict)
+    period: float = 10.0
+    """Seconds between lines where there is no terminal."""
+    _ended: threading.Event = field(default_factory=threading.Event)
     _live: Live | None = None
     _spinners: dict[str, Any] = field(default_factory=dict)
 
@@ -93,6 +97,8 @@ class Progress:
             if console.is_terminal and not console.is_dumb_terminal:
                 self._live = Live(get_renderable=self._table, console=console, refresh_per_second=8)
                 self._live.start()
+        if not self.quiet and self._live is None:
+            threading.Thread(target=self._speak, daemon=True).start()
         return self
 
     def __exit__(
@@ -101,6 +107,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ended.set()
         _MOEC.removeHandler(self._shares)
         _MOEC.setLevel(self._level)
         now = self.clock()
@@ -112,6 +119,13 @@ class Progress:
         elif not self.quiet and self.phases:
             how = "failed in" if isinstance(error, Exception) else "stopped in"
             self._line(now, f"{how} {self.phases[-1].name}" if failed else "done")
+
+    def _speak(self) -> None:
+        """Without a terminal, a line whenever a phase has run for another while."""
+        while not self._ended.wait(self.period):
+            if self.phases and self.phases[-1].end is None:
+                phase = self.phases[-1]
+                self._line(self.clock(), f"{phase.name} {phase.detail}".rstrip())
 
     _failed: bool = False
     _level: int = logging.NOTSET
@@ -212,6 +226,7 @@ class _Shares(logging.Handler):
         self._progress = progress
 
     def emit(self, record: logging.LogRecord) -> None:
-        share, phases = getattr(record, "share", None), self._progress.phases
-        if isinstance(share, float) and phases:
-            phases[-1].share, phases[-1].detail = share, str(getattr(record, "detail", ""))
+        detail, phases = getattr(record, "detail", None), self._progress.phases
+        if detail is not None and phases:
+            phases[-1].detail = str(detail)
+            phases[-1].share = getattr(record, "share", phases[-1].share)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -37,6 +39,28 @@ def test_plain_lines_are_written_as_phases_start() -> None:
         "[    7.5 s] done",
     ]
     assert progress.times() == {"capture": 1.5, "kernels": 3.0, "link": 1.5}
+
+
+def test_without_a_terminal_a_long_phase_goes_on_speaking() -> None:
+    out, spoken = io.StringIO(), threading.Event()
+    out.flush = spoken.set  # type: ignore[method-assign]
+    with Progress(stream=out, clock=lambda: 2.0, period=0.01, plan={"verify": 1.0}) as progress:
+        progress.phase("verify")
+        record = {"detail": "search for a wrong pass, after fuse-gate"}
+        logging.getLogger("moec.verify.check").debug("verify", extra=record)
+        spoken.clear()
+        assert spoken.wait(10)
+    *_, line, last = out.getvalue().splitlines()
+    assert line == "[    0.0 s  0 %] verify search for a wrong pass, after fuse-gate"
+    assert last.endswith("done")
+
+
+def test_a_quiet_command_does_not_speak() -> None:
+    out = io.StringIO()
+    with Progress(True, out, period=0.01) as progress:
+        progress.phase("verify")
+        time.sleep(0.1)
+    assert out.getvalue() == ""
 
 
 PLAN = {"capture": 10.0, "kernels": 20.0, "save": 10.0}
