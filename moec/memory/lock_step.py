@@ -89,7 +89,7 @@ class LockStep:
         key = weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, options
         cast, version = self._casts.get(key, (None, 0))
         if cast is None or version_of(cast) != version:
-            if sum(kept.nbytes for kept, _ in self._casts.values()) > self._limit:
+            if sum(cast.nbytes for cast, _ in self._casts.values()) > self._limit:
                 self._casts.clear()
             cast = compute()
             self._casts[key] = cast, version_of(cast)

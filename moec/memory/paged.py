@@ -73,6 +73,8 @@ class PagedWeights:
             self.lock_step.wait(needed)
         for address in needed & self._present.keys():
             self._present.move_to_end(address)
+        if needed:
+            self._make_room(0, needed)  # the limit may have become less
         for address in sorted(needed - self._present.keys()):
             weight = self._weights[address]
             self._make_room(weight.region.size, needed)

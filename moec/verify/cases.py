@@ -119,19 +119,19 @@ def _within_memory(captured: Captured, planned: Sequence[_Plan]) -> tuple[list[_
         return sum(_numbers(value.shape, at) for value in graph.outputs), most
 
     left = max(MOST_RESULTS, 4 * max(numbers({})))
-    kept: list[_Plan] = []
+    plans_within: list[_Plan] = []
     large: dict[str, None] = {}
     for changed, draw in planned:
         results, most = numbers(changed)
         if max(results, most) <= left:
-            kept.append((changed, draw))
+            plans_within.append((changed, draw))
             left -= results
         else:
             where = ", ".join(f"{name} = {size}" for name, size in changed.items())
             large[
                 f"sizes {where} were not compared: that takes {show_bytes(8 * most)} of memory"
             ] = None
-    return kept, list(large)
+    return plans_within, list(large)
 
 
 def _numbers(shape: Sequence[Dim], sizes: Mapping[str, int]) -> int:

@@ -69,12 +69,12 @@ def first_bad_pass(
 
     right, wrong = 0, len(pass_results) - 1
     first = fault(0)
-    found = first or (fault(wrong) if wrong else "")
-    while not first and found and wrong - right > 1:
+    sentence = first or (fault(wrong) if wrong else "")
+    while not first and sentence and wrong - right > 1:
         middle = (right + wrong) // 2
         earlier = fault(middle)
-        right, wrong, found = (right, middle, earlier) if earlier else (middle, wrong, found)
-    return found or "the graph is correct after every pass: the generated code is wrong"
+        right, wrong, sentence = (right, middle, earlier) if earlier else (middle, wrong, sentence)
+    return sentence or "the graph is correct after every pass: the generated code is wrong"
 
 
 def _differs(

@@ -45,9 +45,9 @@ def _free(folder: Path) -> float:
 def resident_bytes() -> int:
     """The bytes that this process and its children have in memory, files that they map included;
     0 where it is unknown."""
-    own, pages = f"/proc/{os.getpid()}", 0
+    folder, pages = f"/proc/{os.getpid()}", 0
     with suppress(OSError):  # no such files, or a child has ended
-        children = Path(f"{own}/task/{os.getpid()}/children").read_text().split()
-        for process in (own, *(f"/proc/{child}" for child in children)):
+        children = Path(f"{folder}/task/{os.getpid()}/children").read_text().split()
+        for process in (folder, *(f"/proc/{child}" for child in children)):
             pages += int(Path(process, "statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -12,6 +12,7 @@ from torch import Tensor
 from moec.codegen.module_builder import Param, as_array
 from moec.codegen.package import packed_arrays
 from moec.ir.graph import TensorType, Value
+from moec.memory.budget import MemoryBudget
 from moec.memory.memory import Bounded, InMemory
 
 THRESHOLDS = 1, 4096, 1 << 19, 1 << 20
@@ -45,7 +46,7 @@ def shapes(itemsize: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_arrays_have_the_values_of_weights_in_memory(dtype, pack):
-    memory = Bounded(1 << 20)
+    memory = Bounded(MemoryBudget(1 << 40, 0, 0, 0, 0))
     params: list[Param] = []
     here: dict[str, Tensor] = {}
     paged: dict[str, Tensor] = {}

@@ -70,14 +70,19 @@ def test_a_compilation_that_takes_more_than_it_may_ends(
 def test_weights_in_use_alone_stay_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "resident_bytes", lambda: 0)
     memory = Bounded(budget_of(1 << 30, ()))
-    read = []
-    pair = [memory.paged.add(torch.Size((64, 64)), torch.float32, read.append) for _ in range(2)]
+    count = 0
+
+    def read(tensor: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+
+    pair = [memory.paged.add(torch.Size((64, 64)), torch.float32, read) for _ in range(2)]
     with memory.reading():
         assert pair[0].sum() == pair[1].sum() == pair[0].sum() == 0
-        assert len(read) == 2
+        assert count == 2
         memory.paged.limit = 0  # as above the limit
         assert pair[1].sum() == pair[0].sum() == 0
-    assert len(read) == 3
+    assert count == 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is Linux's")
