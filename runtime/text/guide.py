@@ -14,7 +14,10 @@ from moec.runtime.dtypes import Array
 from moec.runtime.text.sampling import NoTokenError
 
 NO_TEXT = "NoExtension"  # the reason that the library gives
-SPACE = r"[ \n\r\t]{0,32}"  # a model may write blanks without end between two values otherwise
+TOO_LARGE = ("too many", "too big")  # in its words for a grammar beyond LIMITS
+LIMITS = {"initial_lexer_fuel": 100_000, "max_lexer_states": 50_000}
+"""Of one grammar: 250 bytes each and 1 KB each, so at most 80 MB. `(a{1000}){1000}` takes 250 MB
+with the library's own."""
 
 
 class Guide(Protocol):
@@ -43,6 +46,7 @@ class Grammars:
         except ModuleNotFoundError as error:
             raise UsageError(missing_extra(error)) from None
         self._library = llguidance
+        self._limits = llguidance.LLParserLimits(**LIMITS)
         self._tokenizer = llguidance.LLTokenizer(tokenizer.to_str(), eos_token=sorted(stop) or None)
 
     def guide(self, response_format: Mapping[str, Any]) -> Guide | None:
@@ -63,13 +67,13 @@ class Grammars:
         schema = {"type": "object"}
         if kind == "json_schema":
             schema = _field(_field(response_format, "json_schema", Mapping), "schema", Mapping)
-        options = {"whitespace_pattern": SPACE}
+        options = {"whitespace_flexible": False}  # else blanks without end; a schema may say so
         try:
             if kind == "regex":
                 grammar = new.grammar_from_regex(_field(response_format, "regex", str))
             else:
-                grammar = new.grammar_from_json_schema(json.dumps(schema), overrides=options)
-            matcher = new(self._tokenizer, grammar, log_level=0)
+                grammar = new.grammar_from_json_schema(json.dumps(schema), defaults=options)
+            matcher = new(self._tokenizer, grammar, log_level=0, limits=self._limits)
             matcher.compute_bitmask()  # takes longest for the first token
         except (ValueError, RecursionError) as error:
             raise InputError(f"response_format: {first_line(error)}") from error
@@ -108,4 +112,6 @@ class _Matcher:
 
 
 def _sentence(matcher: Any) -> str:
-    return (str(matcher.get_error()).strip().splitlines() or ["the grammar has no such text"])[0]
+    (error, *_) = str(matcher.get_error()).strip().splitlines() or ["the grammar has no such text"]
+    large = any(words in error for words in TOO_LARGE)
+    return "the grammar is too large: repeat less, or list less" if large else error

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,16 +93,55 @@ def test_what_may_go_on_ends_with_a_stop_token() -> None:
     assert re.fullmatch("a[0-9]*", speak({"type": "regex", "regex": "a[0-9]*"}, 3))
 
 
-def test_blanks_have_an_end() -> None:
+def test_values_have_no_blanks_unless_their_schema_says_so() -> None:
+    """A model that likes blanks best would write them to its end."""
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"const": [1, 2]}}}
+    schema |= {"required": ["a"], "additionalProperties": False}
+    for more, text in (({}, '{"a":[1,2]}'), ({"item_separator": ", "}, '{"a":[1, 2]}')):
+        format_ = {"schema": {**schema, "x-guidance": more} if more else schema}
+        assert speak({"type": "json_schema", "json_schema": format_}, 0) == text
     sampler = Sampler(Request(99, guide=GRAMMARS.guide({"type": "json_object"})), [1], 0)
     logits = np.zeros(VOCABULARY, np.float32)
-    logits[TOKENIZER.token_to_id("Ġ")] = 9
-    logits[TOKENIZER.token_to_id("{")] = 20
-    sampler.draw(logits)
-    logits[TOKENIZER.token_to_id("{")] = 0
-    tokens = [sampler.draw(logits)[0] for _ in range(33)]
-    assert tokens[:32] == [TOKENIZER.token_to_id("Ġ")] * 32
-    assert TOKENIZER.id_to_token(tokens[32]) in '"}'
+    logits[[TOKENIZER.token_to_id(blank) for blank in "ĠĊ"]] = 9
+    tokens = [sampler.draw(logits)[0] for _ in range(2)]
+    assert TOKENIZER.id_to_token(tokens[0]) == "{"
+    assert TOKENIZER.id_to_token(tokens[1]) in '"}'
+
+
+LARGE = (
+    "(a{1000}){1000}",
+    "(b{9}){99999}",
+    "(((c{50}){50}){50}){50}",
+    "d{99999}",
+    "(ef{300}){900}",
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kept", [False, True], ids=["one", "side by side"])
+def test_grammars_take_little_memory(kept: bool) -> None:
+    """15 characters of a regular expression took 250 MB."""
+    code = (
+        "import re, sys\nfrom pathlib import Path\n"
+        "from tests.runtime.text.test_guide import GRAMMARS, LARGE, Sampler, Request, np\n"
+        "held = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', "
+        "Path('/proc/self/status').read_text())[1])\n"
+        "start, kept = held(), []\n"
+        "for pattern in LARGE:\n"
+        "    request = Request(9, guide=GRAMMARS.guide({'type': 'regex', 'regex': pattern}))\n"
+        "    sampler = Sampler(request, [1], 0)\n"
+        "    try:\n"
+        "        for _ in range(5):\n            sampler.draw(np.zeros(300, np.float32))\n"
+        "    except Exception as error:\n        print(error, file=sys.stderr)\n"
+        f"    kept += [sampler] * {kept}\n"
+        "print(held() - start >> 10)"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    assert int(done.stdout) < (150 if kept else 60), done.stderr
+    assert (
+        "no token fits response_format here: the grammar is too large: repeat less" in done.stderr
+    )
 
 
 def test_text_has_no_guide() -> None:
@@ -115,6 +157,13 @@ def test_text_has_no_guide() -> None:
         ({"type": "regex", "regex": "a("}, "response_format: .*regex"),
         ({"type": "json_schema"}, "response_format: json_schema is None; it must be an object"),
         ({"type": "json_schema", "json_schema": {}}, "schema is None; it must be an object"),
+        (
+            {
+                "type": "json_schema",
+                "json_schema": {"schema": {"enum": [f"name {number}" for number in range(50_000)]}},
+            },
+            "response_format: the grammar is too large: repeat less, or list less",
+        ),
         (
             {"type": "json_schema", "json_schema": {"schema": {"type": "colour"}}},
             "response_format: .*colour",
