@@ -9,7 +9,7 @@ compilation only where an artifact with such a start is stored, and otherwise me
 from __future__ import annotations
 
 import hashlib
-import mmap
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from moec.files.regular_file import open_regular
 from moec.runtime.artifact.part_writers import on_all_cores
 from moec.target import cpu
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 16 << 20
 """Bytes of a file that are hashed together: cores share a large file."""
 _DIGITS = 32  # of each of the two hashes
 _PACKAGES = (
@@ -89,13 +89,11 @@ def _states(files: Sequence[Path]) -> dict[Path, tuple[int, int, int]]:
 
 
 def digest_of(block: tuple[Path, int]) -> str:
-    """The SHA-256 of the block of a file that starts at an offset, in one call: for each call, a
-    thread may wait until Python's main thread makes room for it."""
+    """The SHA-256 of the block of a file that starts at an offset, in two calls: for each call, a
+    thread may wait until Python's main thread makes room for it. The file may become shorter."""
     path, at = block
     with open_regular(path) as file:
-        size = min(BLOCK_BYTES, path.stat().st_size - at)
-        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=at) as content:
-            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha256(os.pread(file.fileno(), BLOCK_BYTES, at)).hexdigest()
 
 
 def _version(name: str) -> str:
