@@ -106,6 +106,8 @@ def assert_same_graphs(one: Captured, other: Captured) -> None:
     assert texts[0] == texts[1]
     for name, weight in other.program.weights.items():
         assert one.program.weights[name].data_ptr() == weight.data_ptr()
+        # results of a program whose weights want gradients keep what they were computed of
+        assert not (one.program.weights[name].requires_grad or weight.requires_grad)
 
 
 def assert_equals_eager(captured: Captured, model: nn.Module) -> None:

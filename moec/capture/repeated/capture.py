@@ -35,7 +35,8 @@ def capture_repeated(request: CaptureRequest, capture: Callable[[], Captured]) -
             return None
         if not lists:
             return None
-        weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        weights = {name: tensor.detach() for name, tensor in held.items()}  # results keep none
         try:
             with shortened(lists):
                 captured = capture()
