@@ -47,6 +47,8 @@ _LEAST_ROW = 64
 _ROUTER_DTYPES = ("compute", "logits", "score_dtype", "choice_dtype")
 _UNSORTING = ("moe.", "aten.index_put", "aten.index_add", "aten.scatter")
 """Ops whose rows are those of tokens again."""
+_LARGE = 1e30
+"""Bounds of 16 bits are computed in float32, where values are less than this."""
 _CODES = 2.0**-12
 """The size of what a row's element does that rounds to another code of 8 bits."""
 _NORMS = ("nn.rms_norm", "nn.add_norm", "nn.layer_norm")
@@ -386,7 +388,8 @@ class _Bound:
             return _Bound("f32", self.inner).errors(torch.view_as_real(actual), *pair)
         if not actual.is_floating_point():
             return torch.where(actual == exact, 0.0, 2.0)
-        exact, noisy = exact.double(), noisy.double()
+        if actual.dtype.itemsize > 2 or not (exact.abs() < _LARGE).all():
+            exact, noisy = exact.double(), noisy.double()
         rounded = exact.to(actual.dtype)
         special = ~(rounded.isfinite() & exact.isfinite())
         equal = (actual == rounded) | (actual.isnan() & rounded.isnan())
@@ -396,7 +399,7 @@ class _Bound:
         spread = spread.maximum(self.codes * _row_noise(size)) if self.codes else spread
         least = float(torch.finfo(actual.dtype).smallest_normal)
         bound = ROUNDING[self.dtype] * size + SIGMAS * spread + least
-        error = (actual.double() - exact).abs() / bound
+        error = (actual.to(exact.dtype) - exact).abs() / bound
         error = torch.where(special, torch.where(equal, 0.0, math.inf), error)
         return torch.where(error.isnan(), math.inf, error)
 
@@ -451,7 +454,9 @@ def _row_noise(deviation: torch.Tensor) -> torch.Tensor:
         axes.insert(0, axes[0] - 1)
     if not axes or not deviation.numel():
         return deviation
-    return deviation.square().mean(axes, keepdim=True).sqrt()
+    count = math.prod(deviation.shape[a] for a in axes)
+    norm = torch.linalg.vector_norm(deviation, dim=axes, keepdim=True, dtype=torch.float64)
+    return (norm / math.sqrt(count)).to(deviation.dtype)
 
 
 def _owned_rows(parts: ProgramParts, value: Value, call: KernelRecord) -> int | None:

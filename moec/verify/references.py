@@ -12,7 +12,12 @@ import torch
 
 from moec.capture import Captured
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import all_in_float32, eager_in_float32, in_float32
+from moec.interpret.run_in_float32 import (
+    InFloat32,
+    all_in_float32,
+    eager_in_float32,
+    in_float32,
+)
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.memory.lock_step import Together, one_by_one
@@ -49,6 +54,10 @@ def exact_results(
 def _evaluate(
     choices: FirstOfEquals, captured: Captured, answers: Sequence[Reference], together: Together
 ) -> list[Results]:
+    if captured.is_graph:  # op by op for all cases: codes of a weight become floats once
+        cases = [with_states(captured.program, case) for case, _ in answers]
+        with choices, InFloat32():
+            return all_in_float32(captured.program, cases)
     return together([partial(_enter, choices, run) for run in _exact_runs(captured, answers)])
 
 

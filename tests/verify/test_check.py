@@ -20,11 +20,13 @@ from moec.oracle.tolerance import distance, row_errors
 from moec.passes.core.runner import Log
 from moec.passes.lower.fuse_gate import FuseGate
 from moec.runtime.call.executor import Executor
-from moec.verify import cases, first_bad_pass
+from moec.verify import cases, first_bad_pass, texts
 from moec.verify.cases import references
 from moec.verify.check import check
 from moec.verify.comparison import Comparison
+from moec.verify.references import exact_eager
 from tests.capture.modules import WIDTH, Function, Moe
+from tests.checkpoint.families import model
 
 x = torch.randn(5, WIDTH)
 
@@ -313,3 +315,24 @@ def test_each_integer_may_be_that_of_another_sample() -> None:
     for actual, right in ([1, 0, 2], True), ([1, 1, 2], False), ([0, 0, 0], True):
         item = Comparison(torch.tensor(actual), (torch.tensor([0, 0, 0]),), 0)
         assert item.with_choices(samples).is_within(0.0) == right
+
+
+@pytest.mark.parametrize(("explained", "samples"), [(1, 1), (3, 3)])
+def test_texts_are_sampled_until_all_is_explained(
+    explained: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, runs = [explained], []
+
+    class Beyond:
+        def explained_by(self, sample: Any) -> Beyond | None:
+            left[0] -= 1
+            return self if left[0] else None
+
+    def counted(*args: Any) -> Any:
+        runs.append(args[1:])
+        return exact_eager(*args)
+
+    monkeypatch.setattr(texts, "rows_beyond", lambda *args: Beyond())
+    monkeypatch.setattr(texts, "exact_eager", counted)
+    moec.compile(model("mixtral"), kwargs={"input_ids": torch.ones(2, 7, dtype=torch.int64)})
+    assert len(runs) == 1 + samples
