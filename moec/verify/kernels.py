@@ -455,6 +455,7 @@ def _row_noise(deviation: torch.Tensor) -> torch.Tensor:
     if not axes or not deviation.numel():
         return deviation
     count = math.prod(deviation.shape[a] for a in axes)
+    norm: torch.Tensor
     norm = torch.linalg.vector_norm(deviation, dim=axes, keepdim=True, dtype=torch.float64)
     return (norm / math.sqrt(count)).to(deviation.dtype)
 
