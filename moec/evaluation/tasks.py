@@ -17,6 +17,7 @@ from moec.errors import UsageError
 from moec.evaluation.estimate import Estimate
 from moec.evaluation.subject import Subject
 from moec.files.os_errors import reason
+from moec.files.regular_file import read_regular
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -40,7 +41,7 @@ class TaskScore:
 def read_tasks(path: Path) -> list[Task]:
     """Raises UsageError, with the line, where one is malformed."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_regular(path).splitlines()
     except OSError as error:
         raise UsageError(f"{path}: {reason(error)}") from error
     tasks = []

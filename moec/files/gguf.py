@@ -210,6 +210,8 @@ def _parse(path: Path, cursor: _Cursor) -> GgufHeader:
         if name in tensors:
             raise _Damaged(f"it holds {name} twice")
         tensors[name] = GgufTensor(path, label, shape, start + offset, length)
+    if (more := len(cursor.data) - start - end) > 0:
+        raise _Damaged(f"it holds more after its last tensor (bytes: {more:,})")
     return GgufHeader(fields, tensors, (path,))
 
 

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import UsageError
+from moec.files.os_errors import reason
 from moec.files.printable import columns, preformatted
+from moec.files.regular_file import read_regular
 from moec.files.whole_file import whole_file
 from moec.plan.inputs.files import Natural, Positive, Record, Source
 from moec.plan.inputs.workload import Workload
@@ -246,11 +248,11 @@ def write_plan(plan: Plan, path: Path) -> None:
 def read_plan(path: Path) -> Plan:
     """The plan in a file. Raises UsageError with what in the file is not a plan."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Plan)
+        return msgspec.json.decode(read_regular(path), type=Plan)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not a plan: {error}") from None
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
 
 
 def physical_to_logical(plan: Plan) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ import torch
 
 from moec.errors import NoMatch, UsageError
 from moec.files.os_errors import reason
+from moec.files.regular_file import read_regular
 from moec.ir.graph import Program
 from moec.passes.approximate.prune_experts import drop_experts
 from moec.passes.calibration.evaluator import LayerStats
@@ -63,7 +64,7 @@ class KeepUsed:
         """The usage in the table: f64[E]. Raises UsageError for a table that does not hold it."""
         path = f"keep-used: {self.usage}"
         try:
-            table = json.loads(Path(self.usage).read_text())
+            table = json.loads(read_regular(Path(self.usage)))
             share = torch.tensor(table[layer.name], dtype=torch.float64)
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {reason(error)}") from None

@@ -12,6 +12,7 @@ import torch
 
 from moec.dtypes import FLOATS, INDEX_DTYPES
 from moec.errors import InputError, IRError, MoecError, UsageError
+from moec.files.regular_file import read_regular
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Graph, Program, Value
 from moec.ir.sizes.dims import bind_shape
@@ -141,7 +142,7 @@ def _tokens(
             ".npz or .safetensors"
         ) from None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode()
     except UnicodeDecodeError:
         raise UsageError(f"{where}: it is not UTF-8 text") from None
     ids = torch.tensor(tokenizer.encode(text) if text else [], dtype=torch.int64)

@@ -15,6 +15,7 @@ import numpy as np
 
 from moec.errors import InputError, UsageError
 from moec.files.os_errors import reason
+from moec.files.regular_file import open_regular
 from moec.files.whole_file import whole_file
 from moec.runtime.arrays.numpy_files import read_npy, read_npz
 from moec.runtime.dtypes import NUMPY, Array
@@ -55,6 +56,8 @@ def read_tensors(path: Path, ports: tuple[Port, ...]) -> dict[str, Array]:
 
 
 def _read(path: Path) -> dict[str, Array]:
+    with open_regular(path) as file:
+        zipped = file.read(2) == b"PK"
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -63,8 +66,6 @@ def _read(path: Path) -> dict[str, Array]:
             return dict(load_file(path))
         except SafetensorError as error:
             raise ValueError(str(error)) from error
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
     if zipped is (path.suffix == ".npy"):
         raise ValueError("its format is not the one of its file name")
     return read_npz(path) if zipped else {"": read_npy(path)}

@@ -127,6 +127,10 @@ def entry(name, offset):
     return struct.pack("<Q", len(name)) + name + sizes
 
 
+def aligned(*fields: bytes) -> bytes:
+    return header(*fields) + bytes(-len(header(*fields)) % 32)
+
+
 PADDING = b"\0" * 4096
 DAMAGED = [
     (b"GGUX" + PADDING, "does not start with GGUF"),
@@ -139,11 +143,13 @@ DAMAGED = [
     (header(field(b"\xff\xfe", 0, b"\1")) + PADDING, "no UTF-8"),
     (header(field(b"a", 0, b"\1"), field(b"a", 0, b"\1")) + PADDING, "the field a twice"),
     (header(field(b"general.alignment", 4, struct.pack("<I", 0))) + PADDING, "alignment is 0"),
-    (header(field(b"split.count", 2, struct.pack("<H", 3))) + PADDING, "part of a model in 3"),
-    (header(field(b"split.count", 8, struct.pack("<Q", 1) + b"x")) + PADDING, "one of 'x' files"),
+    (aligned(field(b"split.count", 2, struct.pack("<H", 3))), "part of a model in 3"),
+    (aligned(field(b"a", 0, b"\1")) + PADDING, r"more after its last tensor .bytes: 4,096."),
+    (aligned(field(b"a", 0, b"\1")) + b"\0", r"more after its last tensor .bytes: 1."),
+    (aligned(field(b"split.count", 8, struct.pack("<Q", 1) + b"x")), "one of 'x' files"),
     (header(tensors=2) + entry(b"a", 0) + entry(b"b", 0) + PADDING, "b does not begin where the"),
     (header(tensors=1) + entry(b"a\nb", 0) + PADDING, "which is no name"),
-    (header() + PADDING, "general.architecture is None"),
+    (aligned(), "general.architecture is None"),
     (b"", "cannot be read|truncated or damaged"),
 ]  # fmt: skip
 
@@ -177,6 +183,6 @@ def test_a_split_list_that_names_itself(tmp_path):
     """Each part says that it is the first of two: no part is read twice."""
     fields = [field(b"split.count", 2, struct.pack("<H", 2)), field(b"split.no", 2, b"\0\0")]
     for part in (1, 2):
-        (tmp_path / f"m-0000{part}-of-00002.gguf").write_bytes(header(*fields) + PADDING)
+        (tmp_path / f"m-0000{part}-of-00002.gguf").write_bytes(aligned(*fields))
     with pytest.raises(CaptureError, match="is not part 2 of 2, as its name says"):
         open_source(tmp_path / "m-00001-of-00002.gguf")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -292,3 +293,49 @@ def test_a_pipe_among_the_files_of_a_checkpoint(tiny_moe: Path, tmp_path: Path, 
     (folder / name).unlink()
     os.mkfifo(folder / name)
     assert f"{name} is not a regular file" in refused("compile", folder, "-o", tmp_path / "x.moec")
+
+
+READ = {
+    "prompts": "run {speaker} --prompts {pipe}",
+    "resume": "run {speaker} --prompts {lines} --resume {pipe}",
+    "input": "run {speaker} -i {pipe}.npz",
+    "tensors": "run {speaker} -i {pipe}.safetensors",
+    "text": "eval {speaker} --text {pipe}",
+    "tasks": "eval {speaker} --tasks {pipe}.jsonl",
+    "calib": "compile {lines} --dry-run --quant int4 --calib {pipe}.txt",
+    "choices": "compile {checkpoint} --dry-run --choices {pipe}.yaml",
+    "groups": "plan mixtral-8x7b --cluster h100-8 --groups {pipe}.yaml",
+    "routing": "plan mixtral-8x7b --cluster h100-8 --trace {pipe}.npz",
+    "compare": "plan mixtral-8x7b --cluster h100-8 --compare {pipe}.json",
+    "model": "plan {pipe}.yaml --cluster h100-8",
+    "plan": "compile {lines} -o {lines}.moec --plan {pipe}.json",
+    "key": "sign {speaker} --key {pipe}",
+    "signature": "run {speaker} --prompt a --signed-by {pipe}",
+    "routed": "routing {pipe}.jsonl",
+    "trace": "profile {speaker} -i {pipe}.npz",
+    "artifact": "run {pipe}.moec --prompt a",
+    "draft": "run {speaker} --prompt a --draft {pipe}.moec",
+}
+"""Each file that a command reads."""
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="it needs named pipes")
+@pytest.mark.parametrize("words", READ.values(), ids=READ)
+def test_a_pipe_is_not_waited_for(speaker: Path, tmp_path: Path, words: str) -> None:
+    """Opening one that nobody writes to waits for ever."""
+    (tmp_path / "lines").write_text("a\n")
+    for ending in ("", *(".npz .safetensors .jsonl .txt .yaml .json .moec".split())):
+        os.mkfifo(tmp_path / f"pipe{ending}")
+    names = {"speaker": speaker, "pipe": tmp_path / "pipe", "lines": tmp_path / "lines"}
+    names["checkpoint"] = Path("examples/tiny_moe/checkpoint").absolute()
+
+    def late(*_: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    try:
+        assert str(tmp_path / "pipe") in refused(*words.format(**names).split())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Never
 
 from moec.commands.chatting.answer import Chat
 from moec.commands.execution.text import read_limited
 from moec.errors import UsageError
 from moec.files.os_errors import reason
+from moec.files.regular_file import open_regular
 from moec.report.units import counted
 from moec.runtime.text.chats.chat import check_messages
 from moec.spelling import did_you_mean
@@ -64,7 +66,7 @@ def _save(chat: Chat, name: str) -> str:
 
 
 def _load(chat: Chat, name: str) -> str:
-    with open(os.path.expanduser(name), "rb") as file:
+    with open_regular(Path(name).expanduser()) as file:
         content = read_limited(name, file)
     try:
         messages = json.loads(content)

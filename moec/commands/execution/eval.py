@@ -12,6 +12,7 @@ from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import printable_json
+from moec.files.regular_file import read_regular
 
 FILE = click.Path(path_type=Path)
 
@@ -75,7 +76,7 @@ def command(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode()
     except OSError as error:
         raise UsageError(f"{path}: {reason(error)}") from error
     except UnicodeDecodeError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moec.errors import InputError, UsageError
 from moec.files.os_errors import reason
+from moec.files.regular_file import read_regular
 
 if TYPE_CHECKING:
     from moec.runtime.text.engine import Continuation
@@ -31,7 +32,7 @@ def completed(path: Path, prompts: Sequence[str | None]) -> set[int]:
     incomplete.
     """
     try:
-        *lines, last = path.read_text(encoding="utf-8").split("\n")
+        *lines, last = read_regular(path).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         why = reason(error) if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"--resume {path}: {why}") from error

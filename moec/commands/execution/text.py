@@ -20,6 +20,7 @@ from moec.commands.output.echo import echo
 from moec.errors import UsageError
 from moec.files.os_errors import reason
 from moec.files.printable import printable, printable_json
+from moec.files.regular_file import open_regular
 
 if TYPE_CHECKING:
     from moec.runtime.text.prompt import Tokenizer
@@ -120,7 +121,7 @@ def read_prompts(options: TextOptions) -> list[str | None]:
     path = options.prompts
     name = "stdin" if str(path) == "-" else f"--prompts {path}"
     try:
-        with nullcontext(sys.stdin.buffer) if name == "stdin" else path.open("rb") as file:
+        with nullcontext(sys.stdin.buffer) if name == "stdin" else open_regular(path) as file:
             content = read_limited(name, file)
     except OSError as error:
         raise UsageError(f"{name}: {reason(error)}") from error

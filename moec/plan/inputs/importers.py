@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moec.errors import InputError
+from moec.files.regular_file import read_regular
 from moec.runtime.call.routing_trace import RoutingTrace, load_trace, of_ids
 
 
@@ -86,7 +87,7 @@ def _of_counts(array: NDArray[Any], path: Path, source: str) -> ImportedRouting:
 
 
 def _of_json(path: Path) -> ImportedRouting:
-    content = _json(path.read_bytes(), path)
+    content = _json(read_regular(path), path)
     counts = content.get("logical_count") if isinstance(content, Mapping) else content
     if not isinstance(counts, Sequence):
         raise InputError(f"{path} has no logical_count [layers, experts]")
@@ -107,7 +108,7 @@ def _json(text: bytes, path: Path) -> Any:
 def _of_lines(path: Path) -> ImportedRouting:
     """One record for every token and layer, all with equal numbers of ids."""
     chosen: dict[tuple[int, int], list[int]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_regular(path).splitlines(), 1):
         if not line.strip():
             continue
         record = _json(line, path)

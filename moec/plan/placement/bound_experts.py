@@ -15,6 +15,8 @@ import msgspec
 import numpy as np
 
 from moec.errors import UsageError
+from moec.files.os_errors import reason
+from moec.files.regular_file import read_regular
 from moec.plan.placement.placement import Loads, Placement, place
 
 
@@ -29,9 +31,9 @@ class BoundPlacement:
 def read_groups(path: Path) -> dict[str, list[int]]:
     """The groups in a YAML or JSON file, {name: [expert, ...]}. Raises UsageError."""
     try:
-        groups = msgspec.yaml.decode(path.read_bytes(), type=dict[str, list[int]])
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist") from None
+        groups = msgspec.yaml.decode(read_regular(path), type=dict[str, list[int]])
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {reason(error)}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: {error}; write a line such as text: [0, 1]") from None
     if not groups or not all(groups.values()):

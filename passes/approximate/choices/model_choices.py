@@ -16,6 +16,7 @@ import msgspec
 
 from moec.errors import UsageError
 from moec.files.os_errors import reason
+from moec.files.regular_file import read_regular
 from moec.formats.notation import Format, parse
 from moec.passes.core.choice_line import ChoiceLine
 from moec.passes.quantise.mixed_experts import AnyFormat, ExpertFormats
@@ -138,7 +139,7 @@ def parse_format(text: str) -> Format:
 def read_choices(path: Path) -> ModelChoices:
     """Raises UsageError for a file that cannot be read, or that has other fields or values."""
     try:
-        choices = msgspec.yaml.decode(path.read_bytes(), type=ModelChoices)
+        choices = msgspec.yaml.decode(read_regular(path), type=ModelChoices)
         if not formats_of(choices.products) and not choices.layers:
             raise UsageError("nothing changes: compile without them")
     except OSError as error:
