@@ -7,6 +7,7 @@ interrupted. MOEC_DEBUG=1 shows the traceback of any error.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import importlib
@@ -191,10 +192,22 @@ def main() -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.showwarning = _show_warning
     _open_streams()
+    if hasattr(signal, "SIGBUS"):  # Python's own handlers run after the read, which never ends
+        ctypes.CDLL(None).signal(signal.SIGBUS, _AT_LOST_BYTES)
     try:
         cli(prog_name="moec")
     finally:
         gc.freeze()  # or Python would visit every object of torch and of a model once more
+
+
+def _end_for_lost_bytes(_: int) -> None:
+    """Of a mapped file that was cut, which a kernel or a digest reads."""
+    rule = "to replace an artifact in use, write a new file and rename it over the old one"
+    os.write(2, f"error: a file was cut while the model in it is in use: {rule}\n".encode())
+    os._exit(1)
+
+
+_AT_LOST_BYTES = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end_for_lost_bytes)
 
 
 def _open_streams() -> None:

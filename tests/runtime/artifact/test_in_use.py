@@ -282,3 +282,47 @@ def test_outputs_that_no_memory_holds(saved: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(device, "free_memory", lambda: 10)
     with pytest.raises(InputError, match=r"the outputs take [\d.]+ \w+, and 10 bytes of memory"):
         model(toy.inputs())
+
+
+CUT = """
+import os, sys
+import numpy as np
+from moec import __main__ as line
+from moec.runtime.artifact.mapped_arrays import MappedArrays
+from moec.runtime.call.executor import load
+
+def cli(**_):
+    model = load(path)
+    x = np.ones((rows, 512), np.float32)
+    model({"x": x})
+    unchanged = MappedArrays.check_unchanged
+    def cut(self):
+        unchanged(self)
+        os.truncate(path, 4096)
+    MappedArrays.check_unchanged = cut
+    if rows:
+        model({"x": x})
+    model.package.arrays["w"].sum()
+
+path, rows, line.cli = sys.argv[1], int(sys.argv[2]), cli
+line.main()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGBUS")
+@pytest.mark.parametrize("rows", [1, 600])
+def test_a_file_that_is_cut_during_a_call_ends_the_command_with_a_sentence(
+    tmp_path: Path, rows: int
+) -> None:
+    """A kernel, in any thread, reads bytes that are gone: SIGBUS."""
+    path = tmp_path / "model.moec"
+    weight = torch.ones(512, 512)
+    package = build(Module.of(Program(parse(GRAPH), {"w": weight})), cpu.parse("cpu"))
+    artifact.write(package, path, graphs={"main": GRAPH})
+    done = subprocess.run(
+        [sys.executable, "-c", CUT, str(path), str(rows)],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "error: a file was cut while the model in it is in use" in done.stderr
+    assert "rename it over the old one" in done.stderr
