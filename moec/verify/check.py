@@ -217,9 +217,10 @@ def _check(
         _say("the graph in float32")
         why = meaning(captured, pass_results[-1].program, answers, exact, together)
     if why is not None:
-        if reason:
+        filled = [answer for answer in answers if all(map(torch.Tensor.numel, answer[0]))]
+        if nan := _nan_of_eager(captured.program, filled):
             raise VerificationError(
-                f"{reason}, so there is nothing to compare with: fix the model, or compile it "
+                f"{nan}, so there is nothing to compare with: fix the model, or compile it "
                 "with verify=False (--verify off)"
             )
         worst = max(range(len(compared)), key=lambda n: compared[n].distance)

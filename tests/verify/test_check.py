@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -264,6 +265,22 @@ def test_a_model_that_gives_nan_itself_is_named_first() -> None:
 
     with pytest.raises(VerificationError, match=r"gives NaN .*: its weight 0\.weight holds NaN"):
         check(captured, run, [])
+
+
+def test_nan_at_no_rows_is_a_note_and_never_the_verdict() -> None:
+    """A mean over no row is NaN in eager too: the numbers of other sizes are what is wrong."""
+    captured = capture(Function(lambda x: (x * 2, x.mean())), (torch.randn(3, 4),))
+    names = [value.name for value in captured.program.graph.outputs]
+
+    def run(factor: float, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        (x,) = inputs.values()
+        return dict(zip(names, (x * factor, x.mean()), strict=True))
+
+    checked = check(captured, partial(run, 2.0), ())
+    assert any("the model itself gives NaN" in note for note in checked.notes)
+    with pytest.raises(VerificationError, match="differs from eager by") as refused:
+        check(captured, partial(run, 2.5), ())
+    assert "NaN" not in str(refused.value)
 
 
 def test_a_model_that_gives_nan_in_the_same_entries_has_a_note() -> None:
