@@ -4,6 +4,7 @@
       objects/KEY     native code of one kernel
       libraries/KEY   native code of one block
       artifacts/KEY   the artifact of one checkpoint, by `moec compile`
+      models/NAME.moec  the artifact of a model that a command ran; no limit evicts it
       runs/KEY        how long the phases of the last compilations took, as JSON
 
 Threat model: all entries but runs are native code that moec links and runs, and a hash
@@ -27,7 +28,7 @@ import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -40,7 +41,7 @@ from moec.files.os_errors import reason
 from moec.files.private_folder import others_may_change
 
 OBJECTS, LIBRARIES, RUNS = "objects", "libraries", "runs"
-ARTIFACTS = "artifacts"
+ARTIFACTS, MODELS = "artifacts", "models"
 KINDS = (OBJECTS, LIBRARIES, ARTIFACTS, RUNS)
 DEFAULT_LIMIT = 2 * 2**30  # bytes
 LARGE = 1 << 10  # a payload above this part of the limit is large
@@ -252,11 +253,11 @@ def save(store: Store, kind: str, payloads: Mapping[str, bytes]) -> None:
         _warn(store.folder, f"it is not writable ({_reason(error)})")
 
 
-def entries(store: Store) -> Iterator[Entry]:
-    """The entries of a store. Other processes may add and remove entries meanwhile."""
+def entries(store: Store, kinds: Sequence[str] = (*KINDS, MODELS)) -> Iterator[Entry]:
+    """The entries of these kinds. Other processes may add and remove entries meanwhile."""
     if store.folder is None:
         return
-    for kind in KINDS:
+    for kind in kinds:
         with (
             suppress(FileNotFoundError, NotADirectoryError),
             os.scandir(store.folder / kind) as files,
@@ -304,7 +305,7 @@ def _trim(store: Store, newest: set[Path]) -> None:
     stay, whatever their size."""
     now = time.time()
     present = []
-    for entry in entries(store):
+    for entry in entries(store, KINDS):
         if not entry.path.name.startswith(PARTIAL):
             present.append(entry)
         elif now - entry.used > ABANDONED:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.compilation.cached_model import artifact_of
 from moec.commands.execution.memory import limit_of, start_limited, store_answer
 from moec.commands.execution.prompts import SOME_FAILED
 from moec.commands.execution.ranks import holds_ranks, run_ranks
@@ -97,10 +98,16 @@ def command(
 ) -> None:
     """Run ARTIFACT on the tensors in a file, or continue prompts with it.
 
+    In its place, a checkpoint's folder, a .gguf file or ORG/NAME of the hub is compiled into the
+    cache, if it is not there, and verified.
+
     Outputs are summarised on stdout, or written with --output. The continuation of a prompt is
     printed as it is computed. Exit code 2 means that --check found a difference.
     """
     options = TextOptions(**text)
+    if nproc is None and not holds_ranks(artifact):
+        _check_work(source, output, options, compares=check or rebuild)
+        artifact = artifact_of(artifact, quiet or as_json)
     if holds_ranks(artifact):
         _check_ranks(artifact, rebuild, alone=bool(check or trace or device or memory))
         run_ranks(
@@ -109,7 +116,6 @@ def command(
         return
     if nproc is not None:
         raise UsageError(f"--nproc: {artifact} is for one process; moec compile --plan makes ranks")
-    _check_work(source, output, options, compares=check or rebuild)
     from moec.commands.options.recording import check_trace, recorded
     from moec.runtime.arrays.tensor_files import check_suffix
     from moec.runtime.artifact import artifact as artifacts

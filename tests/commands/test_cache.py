@@ -36,6 +36,7 @@ def test_it_shows_what_is_kept(folder: Path) -> None:
         ["libraries", "0", "0", "bytes"],
         ["artifacts", "0", "0", "bytes"],
         ["runs", "1", "47", "bytes"],
+        ["models", "0", "0", "bytes"],
     ]
     shown = json.loads(run("--json").stdout)
     assert (shown["folder"], shown["limit"]) == (str(folder), 2**30)

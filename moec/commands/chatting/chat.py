@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.compilation.cached_model import artifact_of
 from moec.commands.execution.draft import open_draft
 from moec.commands.execution.engine import (
     check_one_process,
@@ -49,7 +50,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Chat with ARTIFACT, by the model's chat template; /help lists the commands.
+    """Chat with ARTIFACT, or a model as for `moec run`, by its template; /help lists the commands.
 
     Where stdin or stdout is no terminal, each line of stdin is a message, and its answer is printed
     as it comes. --json prints all messages at the end instead.
@@ -64,7 +65,8 @@ def command(
         from moec.commands.chatting.terminal import converse, history_file, new_session, note
 
         session = new_session(None if no_history else history_file())
-    model, texts, ends = open_engine(artifact, 1, engine_of(options))
+    compiled = artifact_of(artifact, as_json)
+    model, texts, ends = open_engine(compiled, 1, engine_of(options))
     model.tokenizer.check_chat()
     most, speculate = max_new_tokens or texts.room, options["speculate"]
     draft = open_draft(options["draft"], model.executor, lambda: model.tokenizer)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -70,12 +72,17 @@ class CheckpointKey:
 
 
 def checkpoint_key(model: str, options: Mapping[str, object]) -> CheckpointKey | None:
-    """The key of a checkpoint's folder and options; None for a model of another kind."""
-    folder = Path(model)
-    if not (folder / "config.json").is_file():
+    """The key of a checkpoint's folder or GGUF file and options; None for a model of another kind.
+    Of a GGUF model that is split, all files count."""
+    path = Path(model)
+    if (path / "config.json").is_file():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    elif path.suffix == ".gguf" and path.is_file():
+        split = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", path.stem)
+        files = sorted(path.parent.glob(f"{escape(split[1])}-*.gguf")) if split else [path]
+    else:
         return None
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    name = (hub_files.short_name(folder), hub_files.notes(folder))  # the artifact contains them
+    name = (hub_files.short_name(path), hub_files.notes(path))  # the artifact contains them
     machine = (cpu.host(), cpu.processor())
     versions = [_version(name) for name in _PACKAGES]
     start = key_of(name, sorted(options.items()), machine, source_version(), versions)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.compilation.cached_model import artifact_of
 from moec.commands.execution.draft import open_draft
 from moec.commands.execution.engine import (
     EngineOptions,
@@ -89,7 +90,8 @@ def command(
     pooling: Pooling,
     **options: Any,
 ) -> None:
-    """Serve ARTIFACTS at http://HOST:PORT/v1, for any client of OpenAI's interface.
+    """Serve ARTIFACTS, or models as for `moec run`, at http://HOST:PORT/v1, for any client of
+    OpenAI's interface.
 
     Several are told apart by the field `model` of requests; the first is for those without one.
     SIGTERM and Ctrl-C let texts under way end first; a second one ends the process at once.
@@ -105,7 +107,8 @@ def command(
         rules = read_access(listener, host, hosts, origins, api_key)
         models = {
             name: _service(
-                artifact, name, slots, queue, engine, families, speculate, draft, pooling
+                *(artifact_of(artifact), name, slots, queue, engine, families),
+                *(speculate, draft, pooling),
             )
             for name, artifact in names.items()
         }
@@ -126,7 +129,7 @@ def _names(
     names: dict[str, Path] = {}
     for artifact in artifacts:
         check_one_process(artifact)
-        model = name or artifact.stem
+        model = name or (artifact.stem if artifact.suffix in (".moec", ".gguf") else artifact.name)
         if model in names:
             raise UsageError(
                 f"{names[model]} and {artifact} are both named {model}: rename one of the files"
