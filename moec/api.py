@@ -234,9 +234,7 @@ def compile(
         compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
         built = build_model(compiled, opt_level, clock, targets.backend, store)
         if targets.beside is not None:
-            built = build_for_gpu(
-                built, targets.beside, opt_level, clock, targets.beside_backend, store
-            )
+            built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
         return verify_model(built, limit, clock, way) if runs else built
 
 

@@ -93,7 +93,7 @@ def test_folders_are_short():
 BUDGETS = {
     ("moec/capture",): 14_150,
     ("passes/recognise",): 7_269,
-    ("codegen/cuda",): 4_767,
+    ("codegen/cuda",): 4_670,
     ("moec", *LINKED): 119_000,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -31,9 +30,6 @@ POOL, STORE, TIMED = (
 """The sources that every library for Linux contains."""
 
 
-_INCLUDED = re.compile(r'#include "(.+)"')
-
-
 class Exportable(Protocol):
     """A compiled module of TVM: kernels, or an executable. `addons` are further object files."""
 
@@ -46,9 +42,8 @@ class Exportable(Protocol):
     ) -> None: ...
 
 
-def linked(built: Exportable, target: CpuTarget, store: Path = STORE) -> bytes:
-    """The bytes of the shared library of a module that was compiled for `target`. `store` is the
-    source of its store of experts.
+def linked(built: Exportable, target: CpuTarget) -> bytes:
+    """The bytes of the shared library of a module that was compiled for `target`.
 
     Raises TargetError if no C compiler links for the target, or it fails.
     """
@@ -61,7 +56,7 @@ def linked(built: Exportable, target: CpuTarget, store: Path = STORE) -> bytes:
             words = ["-shared", "-fPIC", "-o", output, *objects]
             if sys.platform == "darwin":
                 words += ["-undefined", "dynamic_lookup"]
-            for source in (POOL, store, TIMED) if for_linux(target) else ():
+            for source in (POOL, STORE, TIMED) if for_linux(target) else ():
                 part = folder / f"{source.stem}.o"
                 part.write_bytes(compiled_source(source, command, target))
                 words.append(str(part))
@@ -81,9 +76,7 @@ def compiled_source(source: Path, command: tuple[str, ...], target: CpuTarget) -
     words = ["-std=gnu11", "-O2", "-fPIC", "-c"]
     version = subprocess.run([*command, "--version"], capture_output=True, check=False).stdout
     machine = (platform.system(), platform.machine())
-    text = source.read_text()
-    parts = [(source.parent / name).read_text() for name in _INCLUDED.findall(text)]
-    key = key_of(text, *parts, *command, version, *machine, *words)
+    key = key_of(source.read_bytes(), *command, version, *machine, *words)
     store = default_store()
     content = load(store, OBJECTS, key)
     if content is None:

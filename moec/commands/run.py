@@ -142,9 +142,7 @@ def command(
         opened = replace(opened, package=recompile(opened))
     texts = (options.batch if options.prompts else 1) * options.beams
     executor = (
-        start(opened, on)
-        if limit is None
-        else start_limited(opened, on, limit, trace, routing, texts)
+        start(opened, on) if limit is None else start_limited(opened, limit, trace, routing, texts)
     )
     answer: dict[str, Any] = {"artifact": str(artifact), "load_seconds": _since(started)}
     if check or (rebuild and opened.samples):  # new code is always checked

@@ -77,8 +77,10 @@ LARGE = 1 << 30
 
 
 def stores_experts(store: bool | None, module: Module, target: Target) -> bool:
-    """Whether experts can be read from disk or, on a GPU, from memory of the CPU; by default large
-    ones of a model on a CPU. Raises UsageError for those of several formats."""
+    """Whether experts can be read from disk; by default large ones of a model on a CPU. Raises
+    UsageError for a GPU and for those of several formats."""
+    if store and isinstance(target, CudaTarget):
+        raise UsageError("--store reads experts from disk on a CPU, not on a GPU: leave it out")
     ops = (op for name in module for op in module[name].graph.ops if op.name == "grouped.mixed")
     mixed = next(ops, None)
     if store and mixed is not None:
@@ -104,10 +106,9 @@ def build_for_gpu(
     opt_level: int,
     clock: Clock,
     backend: Backend | None,
-    store: bool | None = None,
 ) -> CompiledModel:
     """The model with additional code for GPUs: for `main`, and for `decode` where all of its ops
-    have kernels. `store` as in `build_model`."""
+    have kernels."""
     from moec.codegen.backends import backend_for
     from moec.codegen.lower import supported
     from moec.codegen.package import build as generate
@@ -119,8 +120,7 @@ def build_for_gpu(
             programs[DECODE] = compiled.module[DECODE]
     with clock.phase("kernels for GPUs"), list_unrecognised(compiled):
         memory = compiled.source.memory
-        module, stores = Module(programs), stores_experts(store, compiled.module, target)
-        package = generate(module, target, opt_level, backend=backend, memory=memory, store=stores)
+        package = generate(Module(programs), target, opt_level, backend=backend, memory=memory)
     if package.generation is None:
         return replace(compiled, for_gpu=replace(package, no_generation=why))
     stop = stop_tokens(compiled.source.model)

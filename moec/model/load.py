@@ -112,10 +112,9 @@ def load(
     mapped: writing to it, instead of renaming another over it, makes later calls fail. With `copy`
     it is read into memory that belongs to this process, and may then change.
 
-    `memory` ("4GiB", or bytes) is the most memory that this process may take with the model:
-    experts that do not fit stay in the file, and are read when a token chooses them. On a GPU it is
-    the most of the GPU's memory: other experts stay in that of the CPU, and are copied. No bit of a
-    result depends on it. It includes the caches of `texts` of at most `room` tokens each; more
+    `memory` ("4GiB", or bytes) is the most memory that this process may take with the model, on a
+    CPU: experts that do not fit stay in the file, and are read when a token chooses them. No bit of
+    a result depends on it. It includes the caches of `texts` of at most `room` tokens each; more
     are refused. Needs a model compiled with `store=True`, the default for large ones.
 
     `threads` is the number of threads of kernels, one pool for all models of the process; by
@@ -142,6 +141,5 @@ def load(
         raise UsageError(
             "memory leaves experts in the file, and copy reads all of it: leave one out"
         )
-    room_of_texts = TextRoom(texts, room)
-    executor = start_within(opened, bytes_of(memory), room=room_of_texts, device=on)
+    executor = start_within(opened, bytes_of(memory), room=TextRoom(texts, room))
     return LoadedModel(Path(path), opened, executor)

@@ -119,7 +119,7 @@ def write(
         parts |= {LIBRARY: package.library} if package.gpu is None else {}
         gpu = (for_gpu or package).gpu
         parts |= {GPU + n: part for n, part in gpu.parts.items()} if gpu else {}
-    if package.store is not None and package.gpu is None:  # of GPUs, all are read at the start
+    if package.store is not None:
         parts[DIGESTS] = _expert_digests(package, package.store)
     stored: dict[tuple[int, Stored], Stored] = {}
 

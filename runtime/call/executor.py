@@ -169,19 +169,16 @@ class Executor:
             self._checked = None
         with self._lock:
             self._arrays = {name: arrays[name] for name in self.package.params}  # keeps the memory
-            self.device.reserve(sum(getattr(a, "nbytes", 0) for a in self._arrays.values()))
+            self.device.reserve(sum(array.nbytes for array in self._arrays.values()))
             tensors = {name: self._on_device(array) for name, array in self._arrays.items()}
             self._owned = {tensor.data_ptr() for tensor in tensors.values()}
             for entry in self._entries.values():
                 entry.params = [tensors[port.name] for port in entry.signature.params]
 
     def _on_device(self, array: Any) -> Any:
-        """A weight as a tensor of the device; a torch tensor must be there already, and one of TVM
-        is where the device needs it."""
+        """A weight as a tensor of the device; a torch tensor must be there already."""
         if isinstance(array, np.ndarray):
             return self.device.moved(from_numpy(array))
-        if isinstance(array, tvm_ffi().Tensor):
-            return array
         (tensor,), _ = arguments_of([array])
         return tensor
 

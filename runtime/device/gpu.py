@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -50,21 +50,10 @@ class GpuDevice:
     def functions(self, package: Package) -> Mapping[str, Any]:
         """Raises TargetError where this machine cannot run them, ArtifactError where they do not
         load."""
-        return self.opened(package, package.functions, lambda library: None)
-
-    def opened(
-        self, package: Package, names: Iterable[str], with_library: Callable[[Any], None]
-    ) -> Mapping[str, Any]:
-        """The functions of the library by name; `with_library` is called with it."""
         assert package.gpu is not None
         part = part_for(package.gpu, self.index)
         join, host = kernels(package.gpu, part), package.gpu.parts.get(_arch(part) + HOST_CODE, b"")
-
-        def joined(library: Any) -> None:
-            join(library)
-            with_library(library)
-
-        return open_library(host, names, joined, (self.memory, self.index))
+        return open_library(host, package.functions, join, (self.memory, self.index))
 
     def reserve(self, size: int) -> None:
         """Raises TargetError where so many bytes of weights do not fit."""

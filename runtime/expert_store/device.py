@@ -32,16 +32,14 @@ from moec.runtime.expert_store.slots import LayerSize
 from moec.runtime.package import Package, Stack, stored
 
 DIRECT, BUFFERED = "direct", "buffered"
-PINNED, MAPPED = "pinned", "mapped"
-"""Where experts are that a GPU copies: in page-locked memory, or in the pages of the file."""
 DIRECT_READERS = 2
 
 
 @dataclass(frozen=True)
 class StoreReport:
     """How the experts of a model are held: slots and experts of each layer, the bytes of all slots
-    and of all experts, how files are read (`direct` past the page cache, or `buffered`; for a GPU,
-    what experts are copied from), and what was counted since the start."""
+    and of all experts, how files are read (`direct` past the page cache, or `buffered`), and what
+    was counted since the start."""
 
     layers: tuple[str, ...]
     slots: tuple[int, ...]

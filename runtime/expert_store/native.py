@@ -118,21 +118,6 @@ class _Options(ctypes.Structure):
     )
 
 
-def options_of(stacks: Sequence[StackInSlots], options: StoreOptions) -> ctypes.Structure:
-    """What a store is opened with."""
-    process, ffi = ctypes.CDLL(None), ctypes.CDLL(tvm_ffi().libinfo.find_libtvm_ffi())
-    functions = (process.pthread_create, process.pthread_join, ffi.TVMFFIErrorSetRaisedFromCStr)
-    return _Options(
-        *map(address, functions),
-        None if (sha256 := hash_function()) is None else address(sha256),
-        (_Shape * len(stacks))(*map(_shape, stacks)),
-        len(stacks),
-        min(options.readers, MOST_READERS),
-        POLICIES.index(options.policy),
-        options.half_life,
-    )
-
-
 class NativeStore:
     """An open store of a library, whose functions `function` returns by name. `memory` is what the
     slots are in."""
@@ -144,7 +129,21 @@ class NativeStore:
         options: StoreOptions,
         memory: Any,
     ) -> None:
-        opened = options_of(stacks, options)
+        process, ffi = ctypes.CDLL(None), ctypes.CDLL(tvm_ffi().libinfo.find_libtvm_ffi())
+        functions = (
+            process.pthread_create,
+            process.pthread_join,
+            ffi.TVMFFIErrorSetRaisedFromCStr,
+        )
+        opened = _Options(
+            *map(address, functions),
+            None if (sha256 := hash_function()) is None else address(sha256),
+            (_Shape * len(stacks))(*map(_shape, stacks)),
+            len(stacks),
+            min(options.readers, MOST_READERS),
+            POLICIES.index(options.policy),
+            options.half_life,
+        )
         self.address: int = function(OPEN)(ctypes.addressof(opened))
         if not self.address:
             raise ArtifactError("the system gives the store of experts no memory, or no thread")

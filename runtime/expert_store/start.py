@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 from moec.errors import UsageError
 from moec.runtime.artifact.artifact import Artifact
-from moec.runtime.artifact.mapped_arrays import CheckedArrays, MappedArrays
+from moec.runtime.artifact.mapped_arrays import MappedArrays
 from moec.runtime.artifact.open_file import OpenFile
 from moec.runtime.call.caches import bytes_of_caches
 from moec.runtime.call.executor import Executor, start
 from moec.runtime.checks import free_memory
-from moec.runtime.device.device import Device
 from moec.runtime.device.library import tvm_ffi
 from moec.runtime.expert_store.device import (
     BUFFERED,
@@ -47,28 +46,21 @@ ONE_TEXT = TextRoom()
 
 
 def start_within(
-    opened: Artifact,
-    limit: int,
-    fit: Fit = fit_evenly,
-    room: TextRoom = ONE_TEXT,
-    device: Device | None = None,
+    opened: Artifact, limit: int, fit: Fit = fit_evenly, room: TextRoom = ONE_TEXT
 ) -> Executor:
-    """The model, in at most `limit` bytes of memory, with the caches of some texts: memory of the
-    process or, for a model on a GPU, that of the `device`. Where all of it fits, no store is
-    needed.
+    """The model, in at most `limit` bytes of memory, with the caches of some texts. Where all of it
+    fits, no store is needed.
 
-    Raises UsageError where the limit is too small, or the model was compiled without a store,
-    and ArtifactError as `runtime.call.executor.start` does.
+    Raises UsageError where the limit is too small, the model is on a GPU, or was compiled without a
+    store, and ArtifactError as `runtime.call.executor.start` does.
     """
-    package, total = opened.package, _weight_bytes(opened)
-    caches = _cache_bytes(package, room)
-    if MemoryLimit(limit, _process_bytes(package), total, caches).experts >= 0:
-        return start(opened, device)
+    if opened.package.gpu is not None:
+        raise UsageError("--memory limits a model on a CPU, and this one is on a GPU: leave it out")
+    total, caches = _weight_bytes(opened), _cache_bytes(opened.package, room)
+    if MemoryLimit(limit, _process_bytes(), total, caches).experts >= 0:
+        return start(opened)
     sizes = stored_sizes(opened)
-    left = resident_limit(opened, limit, room)
-    slots, options = fit(left, sizes)
-    if package.gpu is not None:
-        return start_on_gpu(opened, slots, device, options, caches)
+    slots, options = fit(resident_limit(opened, limit, room), sizes)
     return start_with_slots(opened, slots, options=options, caches=caches)
 
 
@@ -87,7 +79,7 @@ def resident_limit(opened: Artifact, limit: int, room: TextRoom) -> MemoryLimit:
     """What is left for experts of a limit, where this process holds the model."""
     experts = sum(layer.experts * layer.expert_bytes for layer in stored_sizes(opened))
     resident, caches = _weight_bytes(opened) - experts, _cache_bytes(opened.package, room)
-    return MemoryLimit(limit, _process_bytes(opened.package), resident, caches)
+    return MemoryLimit(limit, _process_bytes(), resident, caches)
 
 
 def expert_file(opened: Artifact) -> OpenFile:
@@ -117,40 +109,16 @@ def start_with_slots(
     size = sum(arrays.stored[name].nbytes for name in names)
     reading = reading or (BUFFERED if 2 * size < free_memory() else DIRECT)
     device = StoringCpu(opened, experts, tuple(slots), reading, options, caches)
-    return Executor(_held(package, SlotArrays(experts, device.in_memory, device)), device=device)
-
-
-def start_on_gpu(
-    opened: Artifact,
-    slots: Sequence[int],
-    device: Device | None = None,
-    options: StoreOptions | None = None,
-    caches: int | None = None,
-) -> Executor:
-    """As `start_with_slots`, for a model on a GPU, by default the first."""
-    from moec.runtime.device.gpu import GpuDevice
-    from moec.runtime.expert_store.gpu import GpuSlotArrays, HostExperts, StoringGpu
-
-    package, arrays = opened.package, _arrays(opened)
-    gpu = device or GpuDevice()
-    assert isinstance(gpu, GpuDevice)
-    experts = HostExperts(package, arrays, slots, options)
-    storing = StoringGpu(gpu.index, gpu.copies, gpu.memory, gpu.kind, experts, caches)
-    return Executor(_held(package, GpuSlotArrays(arrays, experts)), device=storing)
-
-
-def _held(package: Package, arrays: CheckedArrays) -> Package:
-    """The package with the functions of its store."""
-    assert package.store is not None
     functions = package.store.functions
-    return replace(
+    held = replace(
         package,
         functions=functions,
-        arrays=arrays,
+        arrays=SlotArrays(experts, device.in_memory, device),
         generation=package.generation if DECODE in functions else None,
         routers=(),
         recorded=(),
     )
+    return Executor(held, device=device)
 
 
 def _cache_bytes(package: Package, room: TextRoom) -> int:
@@ -164,8 +132,8 @@ def _cache_bytes(package: Package, room: TextRoom) -> int:
 
 def store_report(executor: Executor) -> StoreReport | None:
     """None where all experts are in memory."""
-    report = getattr(executor.device, "report", None)  # of devices with a store
-    return None if report is None else report()
+    device = executor.device
+    return device.report() if isinstance(device, StoringCpu) else None
 
 
 def _arrays(opened: Artifact) -> MappedArrays:
@@ -175,9 +143,7 @@ def _arrays(opened: Artifact) -> MappedArrays:
     return arrays
 
 
-def _process_bytes(package: Package) -> int:
-    """What the process holds in memory now; of a GPU's memory nothing is counted."""
-    if package.gpu is not None:
-        return 0
+def _process_bytes() -> int:
+    """What the process holds in memory now."""
     tvm_ffi()  # a part of it
     return resident_bytes()

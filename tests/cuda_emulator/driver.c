@@ -1,9 +1,8 @@
 // A stand-in for the driver and for the CUDA runtime, under which TVM's runtime for CUDA runs as it
 // is: memory of the GPU is memory of the CPU, and a cubin is the path of emulated kernels.
 //
-// Streams are in order. By default everything has happened when a call returns; `be_late` makes one
-// kind of streams late: what is queued there happens when it is waited for, by the host or through an
-// event by another stream, so that a wait that is missing is seen. While a stream is captured, launches and copies are written down, and happen when the graph is launched; what may
+// Streams are in order, so that everything has happened when a call returns. While a stream is
+// captured, launches and copies are written down, and happen when the graph is launched; what may
 // not be captured (allocating, freeing, waiting) is the error 900, as CUDA C++ Programming Guide,
 // 3.2.8.7.3, has it. `counts` tells what was asked for.
 // With RUNTIME defined this is libcudart, which shares the state of libcuda.
@@ -13,7 +12,7 @@
 #include <string.h>
 
 enum { ALLOCATIONS, WAITS, LAUNCHES, COPIES, OTHER_STREAMS, HOST_COPIES, GRAPHS, KINDS };
-enum { TOO_LARGE = 2, FAILED = 719, UNSUPPORTED = 900, MOST_OPS = 100000 };
+enum { UNSUPPORTED = 900, MOST_OPS = 100000 };
 
 #define WIDEST 128  // a tensor map
 typedef struct { char name[256]; void* library; } Kernel;
@@ -25,10 +24,6 @@ typedef struct {
   size_t bytes;
 } Op;
 typedef struct { Op* ops; int count; } Graph;
-typedef struct Queue Queue;
-typedef struct { Queue* queue; long recorded; } Event;  // after so many ops of the queue
-typedef struct { Op op; Event awaited; int is_wait; } Step;
-struct Queue { void* stream; Step* steps; long count, done; };
 typedef struct {
   unsigned grid[3], threads[3], shared;
   void *stream, *attributes;
@@ -58,47 +53,8 @@ void run(Op* op) {
   launch(arguments, op->sizes, op->dynamic);
 }
 
-// ---- streams ---------------------------------------------------------------------------------
-
-enum { NO_LATE, COPIES_LATE, KERNELS_LATE };  // streams other than the default one, or that one
-int late;
-long pinned_left = 1l << 40;  // bytes
-static Queue queues[64];
-static struct { char *start; size_t bytes; } pinned[4096];
-int pins, copies_left = 1 << 30;
-
-void be_late(int which) { late = which; }
-
-Queue* queue_of(void* stream) {
-  Queue* q = queues;
-  while (q->steps && q->stream != stream) q++;
-  if (!q->steps) q->stream = stream, q->steps = calloc(MOST_OPS, sizeof(Step));
-  return q;
-}
-void drain(Queue* q, long until) {
-  while (q->done < until) {
-    Step* step = &q->steps[q->done++ % MOST_OPS];
-    if (step->is_wait) { if (step->awaited.queue) drain(step->awaited.queue, step->awaited.recorded); }
-    else { run(&step->op); free(step->op.values); }
-  }
-}
-void drain_all(void) { for (Queue* q = queues; q->steps; q++) drain(q, q->count); }
-static int is_late(Queue* q) { return late == COPIES_LATE ? q->stream != NULL : late && !q->stream; }
-void append_step(void* stream, Step step) {
-  Queue* q = queue_of(stream);
-  if (q->count - q->done == MOST_OPS) abort();
-  q->steps[q->count++ % MOST_OPS] = step;
-  if (!is_late(q)) drain(q, q->count);
-}
-int is_pinned(const void* at) {
-  for (int i = 0; i < pins; i++)
-    if (pinned[i].start <= (char*)at && (char*)at < pinned[i].start + pinned[i].bytes) return 1;
-  return 0;
-}
-void pin(void* start, size_t bytes) { pinned[pins].start = start, pinned[pins++].bytes = bytes; }
-
-int now_or_later(Op op, void* stream) {
-  if (!captured) { append_step(stream, (Step){.op = op}); return 0; }
+int now_or_later(Op op) {
+  if (!captured) { run(&op); free(op.values); return 0; }
   captured->ops = realloc(captured->ops, (captured->count + 1) * sizeof(Op));
   captured->ops[captured->count++] = op;
   return 0;
@@ -125,7 +81,7 @@ int cuLaunchKernelEx(const Config* config, void* function, void** arguments, voi
   for (int i = 0; widths[i]; i++) memcpy(op.values + WIDEST * i, arguments[i], widths[i]);
   for (int i = 0; i < 3; i++) op.sizes[i] = config->grid[i], op.sizes[3 + i] = config->threads[i];
   counts[LAUNCHES]++, on(config->stream);
-  return now_or_later(op, config->stream);
+  return now_or_later(op);
 }
 // As _encode of emulate.py: matrices of 16 bits.
 int cuTensorMapEncodeTiled(long* map, int dtype, unsigned rank, void* base, const long* sizes,
@@ -160,15 +116,7 @@ extern long counts[KINDS];
 extern Graph* captured;
 void on(void* stream);
 void run(Op* op);
-int now_or_later(Op op, void* stream);
-extern long pinned_left;
-extern int copies_left;
-Queue* queue_of(void* stream);
-void drain(Queue* q, long until);
-void drain_all(void);
-void append_step(void* stream, Step step);
-int is_pinned(const void* at);
-void pin(void* start, size_t bytes);
+int now_or_later(Op op);
 int cuMemGetInfo_v2(size_t* free, size_t* total);
 
 // ---- the CUDA runtime ------------------------------------------------------------------------
@@ -188,62 +136,35 @@ int cudaMalloc(void** memory, size_t bytes) {
 }
 int cudaFree(void* memory) {
   if (captured) return UNSUPPORTED;
-  drain_all();
   free(memory);
   return 0;
 }
-int cudaMallocHost(void** memory, size_t bytes) {
-  if ((long)bytes > pinned_left) return TOO_LARGE;
-  int error = cudaMalloc(memory, bytes);
-  if (!error) pin(*memory, bytes), pinned_left -= bytes;
-  return error;
-}
+int cudaMallocHost(void** memory, size_t bytes) { return cudaMalloc(memory, bytes); }
 int cudaFreeHost(void* memory) { return cudaFree(memory); }
-int cudaStreamSynchronize(void* stream);
 int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* stream) {
   counts[COPIES]++, on(stream);
   counts[HOST_COPIES] += kind == 1 || kind == 2;
-  if (copies_left-- <= 0) return FAILED;
-  Op op = {.to = to, .from = (void*)from, .bytes = bytes};
-  if (kind == 1 && !is_pinned(from)) op.values = op.from = memcpy(malloc(bytes), from, bytes);
-  int error = now_or_later(op, stream);
-  if (kind == 2 && !is_pinned(to) && !captured) cudaStreamSynchronize(stream);
-  return error;
+  return now_or_later((Op){.to = to, .from = (void*)from, .bytes = bytes});
 }
 int cudaMemcpyPeerAsync(void* to, int a, const void* from, int b, size_t bytes, void* stream) {
   return cudaMemcpyAsync(to, from, bytes, 0, stream);
 }
 int cudaStreamSynchronize(void* stream) {
   counts[WAITS]++;
-  if (captured) return UNSUPPORTED;
-  Queue* q = queue_of(stream);
-  drain(q, q->count);
-  return 0;
+  return captured ? UNSUPPORTED : 0;
 }
 int cudaStreamCreate(void** stream) { *stream = malloc(1); return 0; }
 int cudaStreamCreateWithFlags(void** stream, unsigned flags) { return cudaStreamCreate(stream); }
 int cudaStreamDestroy(void* stream) { return 0; }
-int cudaStreamWaitEvent(void* stream, Event* event, unsigned flags) {
-  append_step(stream, (Step){.awaited = *event, .is_wait = 1});
-  return 0;
-}
-int cudaEventCreate(Event** event) { *event = calloc(1, sizeof **event); return 0; }
-int cudaEventCreateWithFlags(Event** event, unsigned flags) { return cudaEventCreate(event); }
-int cudaEventDestroy(Event* event) { free(event); return 0; }
-int cudaEventRecord(Event* event, void* stream) {
-  event->queue = queue_of(stream), event->recorded = event->queue->count;
-  return 0;
-}
-int cudaEventSynchronize(Event* event) {
-  counts[WAITS]++;
-  if (event->queue) drain(event->queue, event->recorded);
-  return captured ? UNSUPPORTED : 0;
-}
+int cudaStreamWaitEvent(void* stream, void* event, unsigned flags) { return 0; }
+int cudaEventCreate(void** event) { return 0; }
+int cudaEventDestroy(void* event) { return 0; }
+int cudaEventRecord(void* event, void* stream) { return 0; }
+int cudaEventSynchronize(void* event) { counts[WAITS]++; return captured ? UNSUPPORTED : 0; }
 int cudaEventElapsedTime(float* ms, void* a, void* b) { *ms = 0; return 0; }
 const char* cudaGetErrorName(int code) { return "cudaError"; }
 const char* cudaGetErrorString(int code) {
-  return code == UNSUPPORTED ? "operation not permitted when stream is capturing"
-         : code == TOO_LARGE ? "out of memory" : code == FAILED ? "unspecified launch failure" : "no error";
+  return code == UNSUPPORTED ? "operation not permitted when stream is capturing" : "no error";
 }
 int cudaGetLastError() { return 0; }
 int cudaPeekAtLastError() { return 0; }
@@ -253,7 +174,6 @@ int cudaGraphInstantiate(void** exec, void* graph, unsigned long long flags) { *
 int cudaGraphLaunch(void* exec, void* stream) {
   Graph* graph = exec;
   counts[GRAPHS]++;
-  drain_all();
   for (int i = 0; i < graph->count; i++) run(&graph->ops[i]);
   return 0;
 }

@@ -31,11 +31,6 @@ def write_driver(folder: Path) -> dict[str, str]:
     subprocess.run([*words, f"-Wl,-soname,{driver.name}", "-o", str(driver)], check=True)
     words += ["-DRUNTIME", f"-Wl,-soname,{runtime.name}", f"-Wl,--version-script={versions}"]
     subprocess.run([*words, str(driver), "-o", str(runtime)], check=True)
-    return environment_of(folder)
-
-
-def environment_of(folder: Path) -> dict[str, str]:
-    """Of processes that find the libraries in this folder."""
     return {**os.environ, "LD_LIBRARY_PATH": str(folder), "CUDA_HOME": str(folder)}
 
 

@@ -50,10 +50,10 @@ class SlotArguments:
             relax.Tuple([key, low.value(ends), rows]),
             relax.TensorType([experts + 1], "int32"),
         )
-        return [key, low.builder.emit(call), *(in_slots(low, *one) for one in packed)]
+        return [key, low.builder.emit(call), *(_in_slots(low, *one) for one in packed)]
 
 
-def in_slots(low: Lowering, key: object, param: Param) -> relax.Var:
+def _in_slots(low: Lowering, key: object, param: Param) -> relax.Var:
     """The weight argument of that key, for any number of experts."""
     if key not in low.params:
         _, *shape = low.type(param.type).shape.values

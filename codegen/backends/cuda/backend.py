@@ -12,7 +12,6 @@ from moec.codegen.backend import Backend
 from moec.codegen.backends.cuda import attention, products, quantised, routing
 from moec.codegen.backends.cuda.library import launched
 from moec.codegen.backends.cuda.loops import write
-from moec.codegen.backends.cuda.slots import DeviceSlots
 from moec.codegen.cpu.link import linker_for
 from moec.codegen.cuda.append import append
 from moec.codegen.cuda.compiler.cubin import compiler, machine_code
@@ -77,7 +76,6 @@ CUDA = Backend(
     ready=_ready,
     parts=lambda target: target.parts,
     destinations=True,
-    slots=DeviceSlots,
 )
 
 CUDA_TEXT = replace(CUDA, library=_text, ready=lambda target: linker_for(HOST))

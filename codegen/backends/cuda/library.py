@@ -13,15 +13,11 @@ from pathlib import Path
 import tvm
 
 from moec.cache import Store, default_store
-from moec.codegen import cuda
 from moec.codegen.build import Objects, context, executable, lowered_calls, options_of
 from moec.codegen.cpu.link import linked
 from moec.codegen.cuda.compiler.source import Lowered, launcher, lowered
 from moec.codegen.object_cache import compiled_objects, contents_of
 from moec.target.cuda import HOST, CudaTarget
-
-STORE = Path(cuda.__file__).with_name("expert_store.c")
-"""The store of experts in a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ def launched(module: tvm.IRModule, target: CudaTarget, store: Store | None = Non
         objects = compiled_objects(sizes, contents_of(sizes), options, store, checked=False)
     low = lowered(*kernels, target=target)
     parts = (*objects.values(), _object(launcher(low)))
-    return Launched(linked(Objects(parts, frame, HOST), HOST, STORE), low)
+    return Launched(linked(Objects(parts, frame, HOST), HOST), low)
 
 
 def _object(module: tvm.runtime.Module) -> bytes:

@@ -13,7 +13,6 @@ from tvm.tirx import PrimFunc
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
-from moec.codegen.backends.cuda.slots import placed
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.gemv import check_few_rows
 from moec.codegen.cuda.gemm.grouped import grouped_linear, shapes_of
@@ -61,43 +60,30 @@ def _grouped(low: Lowering, op: Op) -> list[relax.Expr]:
     top_k = cast(int, op.attrs.get("gather", 0))
     join = None if op.body is None else epilogue(op.body)
 
-    name = "gathered" if top_k else "grouped"
-    packed = [stacked(values) for values in (parts.matrices, parts.biases) if values]
-    store, weights = placed(low, parts.ends, packed, op.origin or name)
-
     def make(name: str) -> PrimFunc:
-        return grouped_linear(
-            spec,
-            low.target,
-            epilogue=join,
-            top_k=top_k,
-            from_slots=bool(store),
-            name=name,
-        )
+        return grouped_linear(spec, low.target, epilogue=join, top_k=top_k, name=name)
 
-    key = ("grouped", spec, top_k, None if op.body is None else text(op.body), bool(store))
+    key = ("grouped", spec, top_k, None if op.body is None else text(op.body))
+    name = "gathered" if top_k else "grouped"
     arguments = [low.value(parts.x)]
     if parts.order is not None:
         arguments.append(low.value(parts.order))
-    arguments += [low.value(parts.ends), *store, *weights]
+    arguments += [low.value(parts.ends), stack(low, parts.matrices)]
+    if parts.biases:
+        arguments.append(stack(low, parts.biases))
     low.note(op, name)
     return low.call(low.function(key, name, make), arguments, [op.outputs[0].type])
 
 
 def stack(low: Lowering, values: tuple[Value, ...]) -> relax.Expr:
-    """As `stacked`, in memory."""
-    return low.param(*stacked(values))
-
-
-def stacked(values: tuple[Value, ...]) -> tuple[object, Param]:
-    """A weight [E, n, ...] unchanged, or gate and up interleaved, by its key."""
+    """A weight [E, n, ...] unchanged, or gate and up interleaved."""
     if len(values) == 1:
-        return values[0], Param(values[0].name, values[0].type, values)
+        return low.value(values[0])
     experts, n, *rest = values[0].shape
     name = "+".join(v.name for v in values) + ".interleaved"
     assert isinstance(n, int)
     type = TensorType(values[0].dtype, (experts, 2 * n, *rest))
-    return ("interleaved", values), Param(name, type, values, _interleaved)
+    return low.param(("interleaved", values), Param(name, type, values, _interleaved))
 
 
 def _interleaved(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -13,8 +13,7 @@ from tvm.tirx import PrimFunc
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
-from moec.codegen.backends.cuda.products import LEAST, stacked
-from moec.codegen.backends.cuda.slots import placed
+from moec.codegen.backends.cuda.products import LEAST, stack
 from moec.codegen.cuda.gemm.layout import interleave
 from moec.codegen.cuda.quantised.codes import pack
 from moec.codegen.cuda.quantised.grouped_codes import check_grouped_codes, grouped_codes
@@ -54,26 +53,21 @@ def _quantised(low: Lowering, op: Op) -> list[relax.Expr]:
     top_k = cast(int, op.attrs.get("gather", 0))
     join = None if op.body is None else epilogue(op.body)
 
-    zeros = tuple(m.zeros for m in parts.matrices if m.zeros is not None)
-    scales = tuple(m.scales for m in parts.matrices)
-    before = [stacked(values) for values in (scales, zeros) if values]
-    packed = [_packed(tuple(m.codes for m in parts.matrices), spec.format.bits)]
-    packed += [stacked(parts.biases)] if parts.biases else []
-    layer = op.origin or spec.format.kind
-    store, weights = placed(low, parts.ends, [*before, *packed], layer)
-
     def make(name: str) -> PrimFunc:
-        return grouped_codes(
-            spec, low.target, epilogue=join, top_k=top_k, from_slots=bool(store), name=name
-        )
+        return grouped_codes(spec, low.target, epilogue=join, top_k=top_k, name=name)
 
-    arguments = weights[: len(before)]
+    arguments = [stack(low, tuple(m.scales for m in parts.matrices))]
+    if zeros := tuple(m.zeros for m in parts.matrices if m.zeros is not None):
+        arguments.append(stack(low, zeros))
     blocks, bits = spec.format.blocks(spec.k), spec.format.row_bits
     arguments += rounded(low, parts.x, spec.k, blocks, bits)
     if parts.order is not None:
         arguments.append(low.value(parts.order))
-    arguments += [low.value(parts.ends), *store, *weights[len(before) :]]
-    key = ("codes", spec, top_k, None if op.body is None else text(op.body), bool(store))
+    codes = tuple(m.codes for m in parts.matrices)
+    arguments += [low.value(parts.ends), _packed(low, codes, spec.format.bits)]
+    if parts.biases:
+        arguments.append(stack(low, parts.biases))
+    key = ("codes", spec, top_k, None if op.body is None else text(op.body))
     low.note(op, spec.format.kind)
     return low.call(low.function(key, "codes", make), arguments, [op.outputs[0].type])
 
@@ -96,7 +90,7 @@ def rounded(low: Lowering, x: Value, k: int, blocks: int, bits: int) -> tuple[re
     return tuple(low.rounded[key])
 
 
-def _packed(codes: tuple[Value, ...], bits: int) -> tuple[object, Param]:
+def _packed(low: Lowering, codes: tuple[Value, ...], bits: int) -> relax.Expr:
     experts, n, k = cast(tuple[int, int, int], codes[0].shape)
     name = "+".join(value.name for value in codes) + ".packed"
     type = TensorType("u8", (experts, n * len(codes), k * bits // 8))
@@ -105,7 +99,7 @@ def _packed(codes: tuple[Value, ...], bits: int) -> tuple[object, Param]:
         arrays = [pack(as_array(tensor), bits) for tensor in tensors]
         return arrays[0] if len(arrays) == 1 else interleave(*arrays)
 
-    return ("packed", codes), Param(name, type, codes, make)
+    return low.param(("packed", codes), Param(name, type, codes, make))
 
 
 def _refuse_mixed(op: Op, graph: Graph) -> None:

@@ -32,7 +32,6 @@ from moec.codegen.cuda.gemm.product import (
     store_row,
     tiles_of,
 )
-from moec.codegen.cuda.gemm.slots import in_waves
 from moec.codegen.cuda.gemm.stages import PIECE, Part
 from moec.codegen.cuda.gemm.tiles import (
     FEW_ROWS,
@@ -62,16 +61,13 @@ def grouped_linear(
     top_k: int = 0,
     shape: TileShape | None = None,
     blocks: int = 0,
-    from_slots: bool = False,
     name: str = "grouped",
 ) -> PrimFunc:
-    """A kernel (x[R or T, k][, order i32[R]], ends i32[E][, key, table], w packed[, bias packed],
-    y[R, n]).
+    """A kernel (x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n]).
 
     With `top_k` it has the argument `order`. `shape` is the tile. None selects one at launch, by
     the number of rows; for few rows, that is the product of gemv.py. `blocks` is the grid size; 0
-    means at most one block per SM. `from_slots`: the weights are those of experts in slots
-    (slots.py).
+    means at most one block per SM.
 
     Raises NoMatch if the tile does not support the product.
     """
@@ -82,9 +78,7 @@ def grouped_linear(
         with T.prim_func(s_tir=True):
             T.func_name(name)
             T.func_attr({"global_symbol": name, "tir.noalias": True})
-            slots = T.int32() if from_slots else None
-            p = arguments(spec, epilogue, top_k, slots=slots)
-            in_waves(p, partial(_launched, target=target, shapes=shapes, blocks=blocks))
+            _launched(arguments(spec, epilogue, top_k), target, shapes, blocks)
     return builder.get()
 
 

@@ -83,8 +83,7 @@ def launch_wgmma(p: Product, target: CudaTarget, blocks: int = 0) -> None:
     spec, count, gathers = p.spec, blocks or target.sms, p.order is not None
     columns = columns_of(p.columns)
     x = None if gathers else tensor_map(p.x, T.cast(p.rows, "int64"), spec, ROWS)
-    groups = T.int64(spec.groups) if p.slots is None else T.cast(p.slots.count, "int64")
-    w = tensor_map(p.w, groups * p.columns, spec, columns)
+    w = tensor_map(p.w, T.int64(spec.groups * p.columns), spec, columns)
     grid = T.launch_thread("blockIdx.x", count)
     with grid as block, T.launch_thread("threadIdx.x", THREADS) as thread:
         tile = wgmma_tile(spec, columns, thread, gathers=gathers)

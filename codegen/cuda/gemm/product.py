@@ -15,7 +15,7 @@ from tvm.tirx import Buffer
 
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.layout import GROUP
-from moec.codegen.cuda.gemm.tiles import ExpertRows, OneExpert, RowTiles, Wave, row_tiles
+from moec.codegen.cuda.gemm.tiles import ExpertRows, OneExpert, RowTiles, row_tiles
 from moec.codegen.cuda.instructions import round_pair
 from moec.codegen.specs.products import LinearSpec
 from moec.errors import NoMatch
@@ -28,21 +28,9 @@ Pair: TypeAlias = tuple[Expr, Expr]
 
 
 @dataclass(frozen=True)
-class Slots:
-    """`key` leads the host to the store of the experts, `table` is that of `tiles.Wave`, and
-    `count` the number of slots."""
-
-    key: Expr
-    table: Buffer
-    count: Expr
-
-
-@dataclass(frozen=True)
 class Product:
     """The arguments of a kernel. `order` gathers the rows of x, None if they are sorted already.
-    Without `ends`, the only expert owns all rows. With
-    `slots`, weights and biases are those of the experts in slots, and a launch computes the rows of
-    the experts of its `wave`."""
+    Without `ends`, the only expert owns all rows."""
 
     spec: LinearSpec
     epilogue: Epilogue | None
@@ -54,8 +42,6 @@ class Product:
     bias: Buffer | None
     y: Buffer
     rows: Expr
-    slots: Slots | None = None
-    wave: Wave | None = None
 
     @property
     def columns(self) -> int:
@@ -82,8 +68,8 @@ def check_product(
 
 def check_shared_memory(spec: LinearSpec, target: CudaTarget, shared_memory: int) -> None:
     """Raises NoMatch if a block cannot have `shared_memory` bytes in addition to the counts of
-    tiles, and the slots."""
-    if shared_memory + 12 * (spec.groups + 1) > target.shared_memory:
+    tiles."""
+    if shared_memory + 8 * (spec.groups + 1) > target.shared_memory:
         raise NoMatch(
             f"its tile needs {shared_memory} bytes of shared memory, and a block of "
             f"{target.name} has {target.shared_memory}"
@@ -97,14 +83,11 @@ def arguments(
     *,
     x: tuple[str, int] | None = None,
     w: tuple[str, int] | None = None,
-    slots: Expr | None = None,
 ) -> Product:
-    """x[R or T, k][, order i32[R]], ends i32[E][, key, table i32[2E]], w packed[, bias packed],
-    y[R, n].
+    """x[R or T, k][, order i32[R]], ends i32[E], w packed[, bias packed], y[R, n].
 
     `x` and `w` are the dtype and the number of elements of a stored row; the default is k elements
-    of the spec's dtype. `slots` is the number of slots in place of experts, int32; slots.py has the
-    key and the table.
+    of the spec's dtype.
     """
     x_dtype, x_width = x or (spec.dtype, spec.k)
     w_dtype, w_width = w or (spec.dtype, spec.k)
@@ -118,15 +101,10 @@ def arguments(
     rows = argument("x", (x_rows, x_width), x_dtype)
     order = argument("order", (many,), "int32") if top_k else None
     ends = argument("ends", (spec.groups,), "int32")
-    in_slots = None
-    if slots is not None:
-        key = T.arg("key", T.handle())
-        in_slots = Slots(key, argument("table", (2 * spec.groups,), "int32"), slots)
-    count = spec.groups if slots is None else slots
-    weights = argument("w", (count, columns, w_width), w_dtype)
-    bias = argument("bias", (count, columns), spec.dtype) if spec.bias else None
+    weights = argument("w", (spec.groups, columns, w_width), w_dtype)
+    bias = argument("bias", (spec.groups, columns), spec.dtype) if spec.bias else None
     y = argument("y", (many, spec.n), spec.y_dtype)
-    return Product(spec, epilogue, ends, rows, order, top_k, weights, bias, y, many, in_slots)
+    return Product(spec, epilogue, ends, rows, order, top_k, weights, bias, y, many)
 
 
 def dense_arguments(spec: LinearSpec) -> Product:
@@ -152,7 +130,7 @@ def tiles_of(p: Product, rows: int, threads: int, thread: Expr) -> RowTiles | On
     afterwards."""
     if p.ends is None:
         return OneExpert(rows, p.rows)
-    return row_tiles(p.ends, p.spec.groups, rows, threads, thread, p.wave)
+    return row_tiles(p.ends, p.spec.groups, rows, threads, thread)
 
 
 def store_row(

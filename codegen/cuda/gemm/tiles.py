@@ -1,7 +1,6 @@
 """The assignment of tiles to persistent blocks; each tile has rows of one expert.
 
     ends[e]      the rows of e are ends[e-1] .. ends[e]; it stays on the device
-    table[e]     with a store: the slot of e, then of each expert the wave in which it is multiplied
     block b      tiles b, b + blocks, b + 2 blocks, ...; columns run faster than rows. Large ones
                  of 16 bits are in groups of 8 tiles of rows, within which rows run faster: blocks
                  that run at once read few rows and few columns, which stay in the L2 cache
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
@@ -92,8 +90,8 @@ def row_and_column(tile: Expr, rows: Expr, columns: int) -> tuple[Expr, Expr]:
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """int32: where the expert's weights are in their stack, the first row of a tile and the end of
-    its expert's rows. The tile may end before or after `end`."""
+    """int32: the first row of a tile and the end of its expert's rows. The tile may end before or
+    after `end`."""
 
     expert: Expr
     first: Expr
@@ -101,24 +99,14 @@ class ExpertRows:
 
 
 @dataclass(frozen=True)
-class Wave:
-    """The experts that one launch multiplies, of those in slots: i32 table[2 * experts]."""
-
-    table: Buffer
-    number: Expr
-
-
-@dataclass(frozen=True)
 class RowTiles:
-    """The number of tiles of `rows` rows of all experts before e, as sums[base + e]; with slots,
-    the slot of e, as slots[e + 1]."""
+    """The number of tiles of `rows` rows of all experts before e, as sums[base + e]."""
 
     ends: Buffer
     experts: int
     rows: int
     sums: Buffer
     base: int
-    slots: Buffer | None
 
     @property
     def total(self) -> Expr:
@@ -138,8 +126,7 @@ class RowTiles:
         e = T.bind(expert[0])
         start = T.if_then_else(e > 0, self.ends[T.max(e - 1, 0)], 0)
         first = T.bind(start + (tile - self.sums[self.base + e]) * self.rows)
-        group = e if self.slots is None else T.bind(self.slots[e + 1])
-        return ExpertRows(group, first, T.bind(self.ends[e]))
+        return ExpertRows(e, first, T.bind(self.ends[e]))
 
 
 @dataclass(frozen=True)
@@ -157,27 +144,17 @@ class OneExpert:
         return ExpertRows(T.int32(0), T.bind(tile * self.rows), self.count)
 
 
-def row_tiles(
-    ends: Buffer, experts: int, rows: int, threads: int, thread: Expr, wave: Wave | None = None
-) -> RowTiles:
-    """The tiles of all experts, or of those of a wave, counted by the block; all threads may read
-    the counts afterwards."""
+def row_tiles(ends: Buffer, experts: int, rows: int, threads: int, thread: Expr) -> RowTiles:
+    """The tiles of all experts, counted by the block; all threads may read the counts
+    afterwards."""
     size = experts + 1
     sums = T.alloc_buffer((2 * size,), "int32", scope="shared")
-    # In shared memory: the address of the table would take registers, and kernels would spill.
-    slots = None if wave is None else T.alloc_buffer((size,), "int32", scope="shared")
 
     def count(e: Expr) -> None:  # of expert e - 1
         before = T.if_then_else(e > 1, ends[T.max(e - 2, 0)], 0)
         owned = ends[T.max(e - 1, 0)] - before
-        counts = e > 0
-        if wave is not None:
-            expert = T.max(e - 1, 0)
-            counts = tirx.all(counts, wave.table[experts + expert] == wave.number)
-            T.buffer_store(slots, wave.table[expert], [e])
-        T.buffer_store(sums, T.if_then_else(counts, (owned + (rows - 1)) // rows, 0), [e])
+        T.buffer_store(sums, T.if_then_else(e > 0, (owned + (rows - 1)) // rows, 0), [e])
 
     each(size, threads, thread, count)
     barrier()
-    base = running_sums(sums, size, threads, thread)
-    return RowTiles(ends, experts, rows, sums, base, slots)
+    return RowTiles(ends, experts, rows, sums, running_sums(sums, size, threads, thread))

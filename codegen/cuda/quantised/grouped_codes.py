@@ -25,7 +25,6 @@ from moec.codegen.cuda.gemm.grouped import (
 )
 from moec.codegen.cuda.gemm.parts import rows_of_copies
 from moec.codegen.cuda.gemm.product import Product, arguments, check_shared_memory
-from moec.codegen.cuda.gemm.slots import in_waves
 from moec.codegen.cuda.gemm.tiles import CODES, SMALL, ExpertRows, TileShape
 from moec.codegen.cuda.quantised.code_tile import code_tile, stage_of
 from moec.codegen.cuda.quantised.codes import Codes, check_codes
@@ -56,15 +55,13 @@ def grouped_codes(
     top_k: int = 0,
     shape: TileShape | None = None,
     blocks: int = 0,
-    from_slots: bool = False,
     name: str = "codes",
 ) -> PrimFunc:
     """A kernel (scales[, zeros], row scales f32[R or T, blocks], x f16[R or T, planes * k] [,
-    order], ends[, key, table], codes[, bias], y[R, n]).
+    order], ends, codes[, bias], y[R, n]).
 
     `spec.dtype` is the dtype of bias and y. `shape` is the tile; None selects one at launch, by the
-    number of rows. `from_slots` as in `grouped_linear`. Raises NoMatch for products that the tile
-    does not support.
+    number of rows. Raises NoMatch for products that the tile does not support.
     """
     check_codes(spec, epilogue)
     for one in SHAPES if shape is None else (shape,):
@@ -80,7 +77,7 @@ def grouped_codes(
         few = partial(launch_few_rows, p, target, blocks, ROWS, partial(add_codes, codes))
         by_rows(p, few, *(partial(tiles, codes, p, one) for one in SHAPES))
 
-    return _kernel(spec, epilogue, top_k, name, launch, from_slots)
+    return _kernel(spec, epilogue, top_k, name, launch)
 
 
 def gemv_codes(
@@ -107,7 +104,6 @@ def _kernel(
     top_k: int,
     name: str,
     launch: Callable[[Codes, Product], None],
-    from_slots: bool = False,
 ) -> PrimFunc:
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True):
@@ -115,8 +111,7 @@ def _kernel(
             T.func_attr({"global_symbol": name, "tir.noalias": True})
             format, columns = spec.format, spec.n * (2 if spec.gated else 1)
             blocks = format.blocks(spec.k)
-            slots = T.int32() if from_slots else None
-            shape = (spec.groups if slots is None else slots, columns, blocks)
+            shape = (spec.groups, columns, blocks)
             scale_type = "uint8" if format.kind == "mxfp4" else "bfloat16"
             scales = T.match_buffer(T.arg("scales", T.handle()), shape, scale_type)
             zeros = None
@@ -126,8 +121,8 @@ def _kernel(
             row_scales = T.match_buffer(handle, (T.int32(), blocks), "float32")
             x = ("float16", planes_of(format.row_bits) * spec.k)
             stored = ("uint8", spec.k * format.bits // 8)
-            p = arguments(spec, epilogue, top_k, x=x, w=stored, slots=slots)
-            in_waves(p, partial(launch, Codes(scales, zeros, row_scales)))
+            p = arguments(spec, epilogue, top_k, x=x, w=stored)
+            launch(Codes(scales, zeros, row_scales), p)
     return builder.get()
 
 

@@ -13,7 +13,6 @@ from moec.errors import UsageError
 if TYPE_CHECKING:
     from moec.runtime.artifact.artifact import Artifact
     from moec.runtime.call.executor import Executor
-    from moec.runtime.device.device import Device
     from moec.runtime.expert_store.device import StoreReport
     from moec.runtime.expert_store.native import StoreOptions
     from moec.runtime.expert_store.slots import LayerSize, MemoryLimit
@@ -31,12 +30,7 @@ def limit_of(memory: str | None, routing: Path | None) -> int | None:
 
 
 def start_limited(
-    opened: Artifact,
-    device: Device,
-    limit: int,
-    trace: Path | None,
-    routing: Path | None,
-    texts: int,
+    opened: Artifact, limit: int, trace: Path | None, routing: Path | None, texts: int
 ) -> Executor:
     """The model in at most `limit` bytes of memory, with the caches of so many texts.
 
@@ -47,7 +41,7 @@ def start_limited(
     if trace is not None:
         raise UsageError("--record-routing needs all experts in memory: leave --memory out")
     fit = fit_evenly if routing is None else _fit_to(routing)
-    return start_within(opened, limit, fit, TextRoom(texts), device)
+    return start_within(opened, limit, fit, TextRoom(texts))
 
 
 def _fit_to(routing: Path) -> Fit:
@@ -67,16 +61,9 @@ def _fit_to(routing: Path) -> Fit:
 
 def _store_line(stored: StoreReport) -> str:
     from moec.runtime.checks import show_bytes
-    from moec.runtime.expert_store.device import MAPPED, PINNED
 
     counts = stored.counts
     share = counts.hits / max(1, counts.visits)
-    if stored.reading in (PINNED, MAPPED):
-        return (
-            f"{show_bytes(stored.slot_bytes)} of {show_bytes(stored.expert_bytes)} of experts in "
-            f"the GPU's memory: {share:.0%} of those needed were there, and "
-            f"{show_bytes(counts.bytes_read)} were copied to it ({stored.reading})"
-        )
     return (
         f"{show_bytes(stored.slot_bytes)} of {show_bytes(stored.expert_bytes)} of experts in "
         f"memory: {share:.0%} of those needed were there, {show_bytes(counts.bytes_read)} were "

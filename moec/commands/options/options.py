@@ -41,8 +41,8 @@ report_option = click.option(
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print only warnings and errors.")
 memory_option = click.option(
     "--memory", metavar="SIZE",
-    help="The most memory to take, e.g. 4GiB, on a GPU of its memory: experts that do not fit are "
-    "read from the artifact (to a GPU copied) when a token chooses them.",
+    help="The most memory to take, e.g. 4GiB: experts that do not fit are read from the artifact "
+    "when a token chooses them.",
 )  # fmt: skip
 signed_by_option = click.option(
     "--signed-by", type=click.Path(path_type=Path), metavar="FILE",

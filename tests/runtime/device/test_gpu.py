@@ -22,6 +22,7 @@ from click.testing import CliRunner
 
 import moec
 from moec import __main__ as front
+from moec.codegen.backends.cuda.backend import CUDA_TEXT
 from moec.errors import ArtifactError, InputError, MoecError, TargetError, UsageError
 from moec.runtime.artifact import artifact
 from moec.runtime.checks import check_inputs
@@ -202,6 +203,16 @@ def test_the_code_is_written_into_a_folder(example: Example) -> None:
 def test_targets_that_do_not_go_together(target: str, words: str) -> None:
     with pytest.raises(TargetError, match=words):
         moec.compile(torch.nn.Linear(8, 8), (torch.zeros(2, 8),), target=target, verify=False)
+
+
+def test_experts_of_a_gpu_are_not_read_from_disk(example: Example) -> None:
+    with pytest.raises(UsageError, match="--store reads experts from disk on a CPU, not on a GPU"):
+        moec.compile(
+            torch.nn.Linear(8, 8), (torch.zeros(2, 8),), target="cuda:sm_80", store=True,
+            verify=False, backend=CUDA_TEXT,
+        )  # fmt: skip
+    with pytest.raises(UsageError, match="--memory limits a model on a CPU, and this one is on a"):
+        moec.load(example.path, device="cuda", memory="1GiB")
 
 
 # ---- on a GPU -------------------------------------------------------------------------------
