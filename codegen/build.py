@@ -10,9 +10,11 @@ from typing import Any
 
 import tvm
 from tvm import relax
+from tvm.ir import TensorLoad
 from tvm.relax import _ffi_api
 from tvm.relax.vm_build import _vmcodegen
-from tvm.tirx import PrimFunc
+from tvm.tirx import BufferStore, IntImm, PrimFunc, SeqStmt
+from tvm_ffi.structural import structural_walk
 
 from moec.cache import Store, default_store
 from moec.codegen.cpu.link import Exportable, linked
@@ -24,7 +26,6 @@ from moec.codegen.object_cache import (
     missing_objects,
     named_by_content,
 )
-from moec.codegen.shape_functions import in_fixed_order
 from moec.runtime.device.library import open_kernels
 from moec.target.cpu import CpuTarget
 from moec.temporary import temporary_folder
@@ -188,3 +189,39 @@ def lowered_calls(module: tvm.IRModule) -> tvm.IRModule:
         ]
     )
     return in_fixed_order(memory(in_destinations(calls(module))))
+
+
+# Functions that compute sizes, in a fixed order.
+#
+# TVM collects the sizes of a program that follow from those of its inputs in functions, each of
+# which stores them into an array, in the order of addresses in memory. So these functions would
+# differ from process to process, and their object files would never be in the cache.
+def in_fixed_order(module: tvm.IRModule) -> tvm.IRModule:
+    """The module with the stores of each such function in the order of the array."""
+    functions = {
+        var: _ordered(function) if isinstance(function, PrimFunc) else function
+        for var, function in module.functions.items()
+    }
+    return tvm.IRModule(functions, attrs=module.attrs)
+
+
+def _ordered(function: PrimFunc) -> PrimFunc:
+    """The function, unless it is another one, or one store needs what another has stored."""
+    body = function.body
+    if "tirx.is_host_func" not in (function.attrs or {}) or not isinstance(body, SeqStmt):
+        return function
+    stores = [store for store in body.seq if isinstance(store, BufferStore)]
+    indices = [_index(store) for store in stores]
+    read: set[int | None] = set()
+    structural_walk(body, (TensorLoad, lambda load: read.add(_index(load))))
+    written = set(indices)
+    if len(written) < len(body.seq) or None in written | read or written & read:
+        return function
+    order = sorted(range(len(stores)), key=lambda number: indices[number] or 0)
+    return function.with_body(SeqStmt([stores[number] for number in order]))
+
+
+def _index(access: TensorLoad | BufferStore) -> int | None:
+    """The index, where it is a number."""
+    (index,) = access.indices
+    return int(index.value) if isinstance(index, IntImm) else None

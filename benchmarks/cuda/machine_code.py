@@ -23,9 +23,7 @@ from pathlib import Path
 from tvm import IRModule
 from tvm.tirx import PrimFunc
 
-from moec.codegen.backends.cuda.backend import CUDA
-from moec.codegen.backends.cuda.library import launched
-from moec.codegen.cuda.compiler.cubin import cubin
+from moec.codegen.backends.cuda.backend import CUDA, cubin, launched
 from moec.codegen.cuda.compiler.source import lowered
 from moec.codegen.lower import lower
 from moec.ir.graph import Module, Program

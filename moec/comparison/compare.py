@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
+from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
 from timeit import timeit
@@ -18,17 +20,23 @@ from torch.nn.functional import kl_div
 from moec.bench.contenders import compiled
 from moec.bench.race import Load, race
 from moec.codegen.module_builder import as_array
-from moec.comparison.comparison import ArtifactComparison, OutputLine
-from moec.comparison.contents import contents
+from moec.comparison.comparison import ArtifactComparison, ComparedFact, OutputLine
 from moec.dtypes import FLOATS
 from moec.errors import InputError, UsageError
+from moec.exploration.explored_model import with_lines
+from moec.exploration.weights import stored_weights
+from moec.ir.graph import Graph, Op, Value
 from moec.model.compiled import CompiledModel
 from moec.model.load import LoadedModel, load
+from moec.model.stored import stored_graph
+from moec.report.pass_graphs.table import GraphStep
 from moec.report.quantisation import moved_lines
+from moec.report.units import counted
+from moec.report.weight_formats import weight_formats
 from moec.runtime.arrays.tensor_files import read_tensors
 from moec.runtime.checks import show_shape
 from moec.runtime.dtypes import NUMPY
-from moec.runtime.package import Port
+from moec.runtime.package import DECODE, MAIN, Port
 from moec.runtime.sizes.expressions import evaluate
 from moec.temporary import temporary_folder
 
@@ -205,3 +213,128 @@ def _quotient(a: Sequence[float], b: Sequence[float]) -> Mapping[str, float]:
     low, ratio, high = np.quantile(np.divide(b, a), (0.25, 0.5, 0.75)).tolist()
     one, two = (1e3 * float(np.median(seconds)) for seconds in (a, b))
     return {"a": one, "b": two, "ratio": ratio, "low": low, "high": high}
+
+
+Graphs = Mapping[str, Graph]
+Steps = tuple[GraphStep, ...]
+COMPLETE = (  # also if equal
+    "artifact", "target", "blocks", "functions", "error against eager", "format", "bytes",
+)  # fmt: skip
+
+
+def contents(a: LoadedModel, b: LoadedModel) -> ArtifactComparison:
+    """Of two models that did not run. Raises ArtifactError where a graph is malformed."""
+    graphs = [
+        {n: stored_graph(m.path, n, t) for n, t in m.artifact.graphs.items() if n in (MAIN, DECODE)}
+        for m in (a, b)
+    ]
+    one, two = _properties(a, graphs[0]), _properties(b, graphs[1])
+    steps = {name: _steps((a, b), graphs, name) for name in dict.fromkeys((*graphs[0], *graphs[1]))}
+    facts = tuple(
+        ComparedFact(subject, name, ours.get(name), theirs.get(name))
+        for subject in dict.fromkeys((*one, *two))
+        for ours, theirs in [(one.get(subject, {}), two.get(subject, {}))]
+        for name in dict.fromkeys((*ours, *theirs))
+        if subject in COMPLETE or ours.get(name) != theirs.get(name)
+    )
+    altered = _altered(a, b, weight_formats(graphs[0][MAIN]).get("experts", {}))
+    return ArtifactComparison(facts, altered, graphs=steps)
+
+
+def _steps(models: Sequence[LoadedModel], graphs: Sequence[Graphs], name: str) -> Steps:
+    """The graphs of one function, with lines."""
+    lined = [
+        with_lines(of[name], model.artifact.package.calls.get(name, ()))
+        for model, of in zip(models, graphs, strict=True)
+        if name in of
+    ]
+    sides = [side for side, of in zip("AB", graphs, strict=True) if name in of]
+    shown = lined if len(lined) < 2 else aligned(*lined)
+    return tuple(GraphStep(side, graph) for side, graph in zip(sides, shown, strict=True))
+
+
+def _properties(model: LoadedModel, graphs: Mapping[str, Graph]) -> dict[str, dict[str, Any]]:
+    """Values by subject and name."""
+    manifest, package = model.artifact.manifest, model.artifact.package
+    report = model.report()
+    blocks = report.blocks
+    choices = sorted({f"{block.top_k} of {block.experts}" for block in blocks})
+    formats, parts = weight_formats(graphs[MAIN]), Counter[str]()
+    for weight in stored_weights(manifest.arrays, graphs[MAIN]):
+        parts[weight.kind] += weight.bytes
+    for name, part in manifest.parts.items():
+        parts[f"{name.partition('/')[0]}/"] += part.size
+    return {
+        "artifact": {"": model.path.name},
+        "target": {"": manifest.target_name},
+        "blocks": {"": ", ".join([counted(len(blocks), "MoE block"), *choices])},
+        "functions": {"": ", ".join(package.functions)},
+        "error against eager": {line.output: f"{line.error:.2g}" for line in report.verification},
+        "format": {kind: ", ".join(sorted(set(of.values()))) for kind, of in formats.items()},
+        "bytes": parts,
+        **{f"ops of {n}": Counter(op.name for op in g.ops) for n, g in graphs.items()},
+        "kernels": Counter(kernel for _, kernel in package.kernels),
+        "sizes": {n: f"{low} to {high or 'any'}" for n, (low, high) in package.main.sizes.items()},
+    }
+
+
+def _altered(a: LoadedModel, b: LoadedModel, stacks: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """The arrays of one dtype and shape whose digests differ; of stacks, the experts that do."""
+    one, two = a.artifact, b.artifact
+    lines: dict[str, tuple[int, ...]] = {}
+    for name in sorted(one.manifest.arrays.keys() & two.manifest.arrays.keys()):
+        x, y = one.manifest.arrays[name], two.manifest.arrays[name]
+        digests = one.manifest.parts[x.part].sha256, two.manifest.parts[y.part].sha256
+        if (x.dtype, x.shape) == (y.dtype, y.shape) and digests[0] != digests[1]:
+            lines[name] = ()
+            if name.removesuffix(".packed").partition("+")[0] in stacks:  # or several in one array
+                rows = zip(one.package.arrays[name], two.package.arrays[name], strict=True)
+                lines[name] = tuple(
+                    e for e, (p, q) in enumerate(rows) if p.tobytes() != q.tobytes()
+                )
+    return lines
+
+
+def aligned(a: Graph, b: Graph) -> tuple[Graph, Graph]:
+    """Both with the lines of either, and `b` with the names of `a` for the results of ops in the
+    same place: passes number values, and one more would make all later ones differ.
+
+    In the same place are ops of one name, module and types in a longest common sequence, and the
+    ops of one that as many of the other replace, if their types are equal.
+    """
+    names: dict[Value, str] = {}
+    lines: dict[Op, str] = {}
+    one, two = ([(op.origin, op.name, _types(op)) for op in graph.ops] for graph in (a, b))
+    for _, i, j, k, end in SequenceMatcher(None, one, two, autojunk=False).get_opcodes():
+        if j - i != end - k:
+            continue
+        for x, y in zip(a.ops[i:j], b.ops[k:end], strict=True):
+            if _types(x) == _types(y):
+                names |= {y.outputs[n]: value.name for n, value in enumerate(x.outputs)}
+                if x.name == y.name:  # lines are those of kernels, and not all ops are in one
+                    lines |= dict.fromkeys((x, y), x.line or y.line)
+    return _changed(a, {}, lines), _changed(b, names, lines)
+
+
+def _types(op: Op) -> tuple[str, ...]:
+    return tuple(str(value.type) for value in op.outputs)
+
+
+def _changed(graph: Graph, names: Mapping[Value, str], lines: Mapping[Op, str]) -> Graph:
+    """The graph with other names and lines; a name that another value gets has a prime."""
+    new = {value: value for value in (*graph.inputs, *graph.params)}
+    used = {value.name for value in new}
+    shared = set(names.values())
+    ops = []
+    for op in graph.ops:
+        for value in op.outputs:
+            name = names.get(value, value.name)
+            while name in used or (value not in names and name in shared):
+                name += "'"
+            used.add(name)
+            new[value] = replace(value, name=name)
+        read, written = ([new[v] for v in values] for values in (op.inputs, op.outputs))
+        line = lines.get(op, op.line)
+        ops.append(replace(op, inputs=tuple(read), outputs=tuple(written), line=line))
+    outputs = tuple(new[value] for value in graph.outputs)
+    return replace(graph, ops=tuple(ops), outputs=outputs, states=())

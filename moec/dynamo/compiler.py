@@ -11,15 +11,17 @@ everything else. A graph with nothing else is run by `direct`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.nn import functional as F
 
+from moec.arguments import target_of
 from moec.dynamo.code import Code, generate, is_constant
-from moec.dynamo.devices import check_one_device, devices_of, example_of, on_devices
 from moec.dynamo.graph.convert import convert
 from moec.dynamo.graph.local import take_local_parts, with_parts
 from moec.dynamo.graph.regions import Region, regions
@@ -29,7 +31,6 @@ from moec.dynamo.options import Options, parse
 from moec.dynamo.record import RECORDER, Fallback
 from moec.dynamo.skipped import watch
 from moec.dynamo.training.gradients import IN_PYTORCH, Products
-from moec.dynamo.training.grouped_mm import ON_GPU
 from moec.dynamo.training.trained_weights import (
     choice_tensors,
     gradient_barrier,
@@ -41,6 +42,8 @@ from moec.errors import IRError, MoecError, NoMatch, TargetError, UsageError
 from moec.passes.core.runner import run
 from moec.passes.recognise import RecogniseExperts
 from moec.pipeline import CANONICALISE, RECOGNISE
+from moec.runtime.device.device import CPU, CUDA
+from moec.target import cuda
 from moec.target.cpu import CpuTarget
 from moec.torch_private import (
     aot_autograd,
@@ -261,3 +264,102 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any]) -> Callee:
             'clang++, or run the rest as it is with options={"rest": "eager"}'
         ) from error
     return cast(Callee, compile_fx(module, list(inputs)))
+
+
+_BYTES = 16  # of which rows, in the memory that is read, are a multiple (torch's own check)
+
+
+class GroupedMm(Products):
+    """Products by `torch.nn.functional.grouped_mm`, without waiting for a routing.
+
+    It takes bfloat16 on a GPU; other dtypes, and rows that are no multiple of 16 bytes, are
+    computed expert by expert.
+    """
+
+    def product(self, rows: Tensor, ends: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        if not _takes(rows, w):
+            return IN_PYTORCH.product(rows, ends, w, b)
+        y = F.grouped_mm(rows, w.mT, offs=ends)
+        if b is not None:
+            y = y + b[_experts(ends, len(rows), len(w))]
+        return _without_others(y, ends)
+
+    def mixed(self, grad: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+        if not _takes(grad, w):
+            return IN_PYTORCH.mixed(grad, ends, w)
+        return _without_others(F.grouped_mm(grad, w, offs=ends), ends)
+
+    def outer(self, grad: Tensor, rows: Tensor, ends: Tensor, w: Tensor) -> Tensor:
+        if not _takes(rows, w):
+            return IN_PYTORCH.outer(grad, rows, ends, w)
+        if w.is_contiguous():
+            return F.grouped_mm(grad.mT, rows, offs=ends)
+        return F.grouped_mm(rows.mT, grad, offs=ends).mT
+
+
+ON_GPU: Products = GroupedMm()
+
+
+def _takes(rows: Tensor, w: Tensor) -> bool:
+    multiple = all(size * w.element_size() % _BYTES == 0 for size in w.shape[1:])
+    dense = w.is_contiguous() or w.mT.is_contiguous()
+    return multiple and dense and len(rows) > 0 and rows.dtype == w.dtype == torch.bfloat16
+
+
+def _experts(ends: Tensor, rows: int, experts: int) -> Tensor:
+    """The expert of each row; of rows behind the last end the last."""
+    numbers = torch.arange(rows, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, numbers, right=True).clamp_max(experts - 1)
+
+
+def _without_others(y: Tensor, ends: Tensor) -> Tensor:
+    """y with zeros in rows behind the last end, which grouped_mm leaves as they are."""
+    numbers = torch.arange(len(y), device=ends.device)
+    return y.masked_fill((numbers >= ends[-1])[:, None], 0)
+
+
+def example_of(node: fx.Node) -> torch.Tensor | None:
+    """Dynamo's example of the node's first result, mostly a fake tensor."""
+    example = node.meta.get("example_value")
+    first = example[0] if isinstance(example, tuple) else example
+    return first if isinstance(first, torch.Tensor) else None
+
+
+def devices_of(nodes: Collection[fx.Node]) -> set[str]:
+    """The devices of the nodes' results, by torch's names."""
+    examples = (example_of(node) for node in nodes)
+    return {str(example.device) for example in examples if example is not None}
+
+
+def on_devices(options: Options, devices: Collection[str]) -> tuple[Options, str]:
+    """The options with the target for tensors on these devices, and the device.
+
+    Raises NoMatch for several devices, for one that no kernel is for, and for a target of another
+    kind in the options; TargetError for a GPU that does not exist, or is too old.
+    """
+    if len(devices) > 1:
+        names = " and ".join(sorted(devices))
+        raise NoMatch(f"its tensors are on {names}: those of a block must be on one device")
+    device = next(iter(devices), CPU)
+    kind, _, index = device.partition(":")
+    if kind not in (CPU, CUDA):
+        raise NoMatch(
+            f"its tensors are on {device}, and there are kernels for CPUs and NVIDIA GPUs"
+        )
+    target = options.target
+    if target is None:
+        target = target_of(CPU, run=True) if kind == CPU else cuda.of_gpu(int(index or 0))
+    elif target.kind != kind:
+        raise NoMatch(
+            f"its tensors are on {device}, and the target {target.name!r} of the options is for "
+            "another device: leave it out"
+        )
+    return replace(options, target=target), device
+
+
+def check_one_device(region: Region) -> None:
+    """Raises NoMatch where the tensors of a region are on two devices."""
+    values = (node.meta.get("val") for node in (*region.inputs, *region.params))
+    devices = {str(value.device) for value in values if isinstance(value, torch.Tensor)}
+    if len(devices) > 1:
+        raise NoMatch(f"its tensors are on {' and '.join(sorted(devices))}: it runs on one device")

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
+import onnxruntime
 import torch
 
 from moec.codegen.onnx import file
@@ -18,7 +20,6 @@ from moec.codegen.onnx.lower import MOE_FORMS, OnnxGraph, block_of, lower
 from moec.codegen.onnx.profiles import Profile, check_dtypes, opset_of, profile_of
 from moec.errors import TargetError, UsageError, VerificationError
 from moec.export import kv_cache
-from moec.export.session import open_session, runner
 from moec.export.transformed import Transformed
 from moec.formats.notation import WIDE_ROWS, parse_parts
 from moec.interpret.evaluate import evaluate
@@ -31,6 +32,10 @@ from moec.report.data import MovedLine
 from moec.report.quantisation import quantised_lines, with_exact_rows
 from moec.verify import check as checking
 from moec.verify.cases import references
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 
 UNASKED = (
     f"{WIDE_ROWS} cannot be written in standard operators: ONNX Runtime rounds the rows of such a "
@@ -289,3 +294,55 @@ def routing_parity(
         share = same[value] / tokens[value] if tokens[value] else 1.0
         shares[block] = min(share, shares.get(block, 1.0))
     return shares
+
+
+Results = Mapping[str, torch.Tensor]
+
+
+def open_session(path: Path, model: ModelProto | None = None) -> Any:
+    """A session on the CPU for the file, or for `model`, whose weights are next to the file.
+
+    Raises VerificationError where ONNX Runtime rejects it.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    source: Any = str(path)
+    if model is not None:
+        folder = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(folder, str(path.parent))
+        source = model.SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise VerificationError(f"ONNX Runtime rejects the file: {_one_line(error)}") from error
+
+
+def runner(session: Any) -> Callable[[Mapping[str, Any]], Results]:
+    """A function that takes inputs by name, ignoring those that the file does not have.
+
+    Raises VerificationError where ONNX Runtime fails.
+    """
+    inputs = {port.name for port in session.get_inputs()}
+    outputs = [port.name for port in session.get_outputs()]
+
+    def run(values: Mapping[str, Any]) -> Results:
+        feeds = {k: np.ascontiguousarray(_array(v)) for k, v in values.items() if k in inputs}
+        try:
+            results = session.run(None, feeds)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {feed.shape}" for name, feed in feeds.items())
+            raise VerificationError(f"the file fails for {shapes}: {_one_line(error)}") from error
+        return {
+            name: torch.from_numpy(np.asarray(r)) for name, r in zip(outputs, results, strict=True)
+        }
+
+    return run
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _array(value: Any) -> Any:
+    return value.detach().numpy() if isinstance(value, torch.Tensor) else value

@@ -25,7 +25,6 @@ from moec.dtypes import FLOATS
 from moec.ir.graph import Graph, Program, Value
 from moec.ir.sizes.dims import symbols
 from moec.ir.traits import THROUGH, is_elementwise
-from moec.oracle.placeholders import with_runs
 from moec.oracle.table_ids import nonzero_rows, table_rows
 
 FEW = 8
@@ -309,3 +308,28 @@ def _sizes_beside(program: Program, number: int, example: Sequence[torch.Tensor]
     its_own = [str(dim) for dim in program.graph.inputs[number].shape]
     others = [size for name, size in named.items() if name not in its_own]
     return others or [named[name] for name in its_own[-1:] if name in named]
+
+
+# Ids of texts with placeholders, which a model counts.
+#
+# A text with images has a run of equal ids for each image, as long as the image has features, and
+# the model refuses any other number. Where random ids are refused, runs keep their places and only
+# the other ids are random.
+def with_runs(example: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`ids`, with the runs of equal ids in `example`, and without their ids elsewhere; `ids` alone
+    where the example has no runs, or nothing else."""
+    runs = _runs(example) if example.ndim else torch.zeros((), dtype=torch.bool)
+    if not runs.any() or runs.all():
+        return ids
+    plain = example[~runs]
+    free = torch.isin(ids, example[runs], invert=True)
+    return torch.where(runs, example, torch.where(free, ids, plain[0]))
+
+
+def _runs(ids: torch.Tensor) -> torch.Tensor:
+    """Which ids equal a neighbour in the last axis."""
+    equal = torch.zeros(ids.shape, dtype=torch.bool)
+    same = ids[..., 1:] == ids[..., :-1]
+    equal[..., 1:] |= same
+    equal[..., :-1] |= same
+    return equal

@@ -29,7 +29,7 @@ from moec.spelling import did_you_mean
 from moec.target import amx
 
 NULL = "null"
-"""The name of a target for this machine without code: see `moec.codegen.backends.null`."""
+"""The name of a target for this machine without code: see `moec.codegen.backends.registry`."""
 
 _V3 = ("avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "popcnt")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")

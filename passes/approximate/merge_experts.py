@@ -21,9 +21,8 @@ from typing import ClassVar
 import torch
 
 from moec.errors import NoMatch
-from moec.ir.graph import Program, Value
-from moec.passes.approximate.assignment import assign
-from moec.passes.approximate.neurons import neuron_axes
+from moec.ir.graph import Graph, Program, Value
+from moec.ir.traits import IDENTITIES, is_pointwise
 from moec.passes.calibration.evaluator import LayerStats, Members
 from moec.passes.calibration.session import Change
 from moec.passes.core.moe_layer import Layer, Splice, constant, expert_outputs, replace_experts
@@ -152,3 +151,52 @@ def align_neurons(
                 for side in (reference, other))  # fmt: skip
         parts.append(torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T)
     return assign(torch.stack(parts).sum(0))
+
+
+def assign(gain: torch.Tensor) -> torch.Tensor:
+    """The permutation p, i64[N], with the greatest sum of gain[i, p[i]]; gain is [N, N]."""
+    from scipy.optimize import linear_sum_assignment  # takes long, and few compilations need it
+
+    _, columns = linear_sum_assignment(gain.double().numpy(), maximize=True)
+    return torch.from_numpy(columns)
+
+
+def neuron_axes(body: Graph) -> Mapping[Value, int]:
+    """The axis of the hidden neurons of each param that has one: 0 for a weight [H, D] or a bias
+    [H] of the first layers, 1 for a weight [D, H] of the last.
+
+    Raises NoMatch if the body is not linear layers, functions of each element, and linear
+    layers again, so that neurons cannot be put in another order.
+    """
+    axes: dict[Value, int] = {}
+    hidden: set[Value] = set()
+    outer: set[Value] = {body.inputs[0]}
+    for op in body.ops:
+        rows = [v for v in op.inputs if v not in body.params]
+        output = op.outputs[0]
+        if (
+            op.name == "aten.linear.default"
+            and op.inputs[0] in outer
+            and output not in body.results
+        ):
+            axes |= dict.fromkeys(op.inputs[1:], 0)
+            hidden.add(output)
+        elif op.name == "aten.linear.default" and op.inputs[0] in hidden:
+            axes[op.inputs[1]] = 1
+            outer.add(output)
+        elif (is_pointwise(op) or op.name in IDENTITIES) and rows:
+            reads_hidden = {v in hidden for v in rows}
+            if len(reads_hidden) > 1:
+                raise NoMatch(f"an expert's body adds {output.name} to what enters it")
+            vectors = [v for v in op.inputs if v in body.params and v.shape]
+            if reads_hidden == {True}:
+                axes |= dict.fromkeys(vectors, 0)
+            (hidden if reads_hidden == {True} else outer).add(output)
+        else:
+            raise NoMatch(f"an expert's body holds {op.name}, which may mix its neurons")
+    if not hidden or not set(body.results) <= outer:
+        raise NoMatch("an expert has no hidden neurons that could be aligned")
+    sizes = {param.shape[axis] for param, axis in axes.items()}
+    if len(sizes) > 1:
+        raise NoMatch(f"an expert's hidden layers have {sorted(map(str, sizes))} neurons")
+    return axes

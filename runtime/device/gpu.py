@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +20,34 @@ from typing import Any
 
 from moec.errors import ArtifactError, InputError, MoecError, TargetError
 from moec.runtime.checks import show_bytes
-from moec.runtime.device.cudart import CUDART, copy_on_stream
 from moec.runtime.device.library import CPU, CUDA, open_library, tvm_ffi
 from moec.runtime.device.tensors import arguments_of
 from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import CUBIN, HOST_CODE, PTX, TENSOR_MAP, GpuCode, Package, Port
 from moec.target import nvidia
+
+CUDART = "libcudart.so.13"  # what TVM's runtime is linked with
+_ON_DEVICE = 3  # cudaMemcpyDeviceToDevice
+
+
+def copy_on_stream(source: Any, to: Any) -> None:
+    """Copies a tensor to one of its size on the same GPU, on the current stream; TVM's own copy is
+    on the default stream."""
+    ffi = tvm_ffi()
+    size = math.prod(source.shape) * ffi.dtype(str(source.dtype)).itemsize
+    pointers = map(ctypes.c_void_p, (to.data_ptr(), source.data_ptr()))
+    stream = ctypes.c_void_p(ffi.get_raw_stream(source.device))
+    cuda("cudaMemcpyAsync", *pointers, ctypes.c_size_t(size), _ON_DEVICE, stream)
+
+
+def cuda(name: str, *arguments: Any) -> None:
+    """Calls a function of the CUDA runtime. Raises RuntimeError where it fails."""
+    runtime = ctypes.CDLL(CUDART)
+    if error := getattr(runtime, name)(*arguments):
+        runtime.cudaGetErrorString.restype = ctypes.c_char_p
+        text = runtime.cudaGetErrorString(error).decode()
+        raise RuntimeError(f"CUDA: {name} fails: {text}")
+
 
 _CREATE = "ffi.Module.create.cuda"
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cuda import machine_code as script
-from moec.codegen.backends.cuda.backend import CUDA
-from moec.codegen.cuda.compiler.cubin import Cubin, cubin
+from moec.codegen.backends.cuda.backend import CUDA, Cubin, cubin
 from moec.codegen.lower import lower
 from moec.target import nvidia
 from moec.target.cuda import TARGETS, parse

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moec
-from moec.capture.decomposition.elementwise import ELEMENTWISE
 from moec.capture.decomposition.fourier import MOST, of_complex, of_real, to_real
-from moec.capture.decomposition.products import bilinear, conv_transpose, logcumsumexp
+from moec.capture.decomposition.kernels import ELEMENTWISE, bilinear, conv_transpose, logcumsumexp
 from moec.errors import UnsupportedError
 from tests.capture.test_written_out import Function
 

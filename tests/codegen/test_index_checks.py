@@ -13,7 +13,7 @@ from torch import nn
 
 import moec
 from moec.codegen.backends.cpu.backend import CPU
-from moec.codegen.index_checks import with_index_checks
+from moec.codegen.lower import with_index_checks
 from moec.codegen.package import build
 from moec.errors import InputError
 from moec.interpret.evaluate import evaluate

@@ -9,7 +9,7 @@ import tvm
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from moec.codegen.shape_functions import in_fixed_order
+from moec.codegen.build import in_fixed_order
 
 
 def text(stores: Sequence[tuple[int, int]], attribute: str = "tirx.is_host_func") -> str:

@@ -7,7 +7,7 @@ from textwrap import indent
 
 import pytest
 
-from moec.comparison.graphs import aligned
+from moec.comparison.compare import aligned
 from moec.interpret.verifier import verify
 from moec.ir.graph import Graph, Stage
 from moec.ir.text import parse, print_graph

@@ -11,13 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import moec
 from moec.codegen.backends.cuda.backend import CUDA_TEXT
-from moec.dynamo.compiler import backend
-from moec.dynamo.devices import on_devices
+from moec.dynamo.compiler import ON_GPU, backend, on_devices
 from moec.dynamo.operators import BlockSite, register_site
 from moec.dynamo.options import parse
 from moec.dynamo.record import FallbackError, FallbackWarning
 from moec.dynamo.training.gradients import IN_PYTORCH
-from moec.dynamo.training.grouped_mm import ON_GPU
 from moec.errors import NoMatch, TargetError
 from moec.target import nvidia
 from tests.cuda_emulator.emulate import needs_compiler

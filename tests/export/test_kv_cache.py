@@ -16,7 +16,7 @@ import moec
 from moec.codegen.onnx.lower import BUILD  # with all builders registered
 from moec.errors import UnsupportedError, VerificationError
 from moec.export.kv_cache import CachedTexts
-from moec.export.session import open_session, runner
+from moec.export.onnx import open_session, runner
 from moec.passes.decode import with_past_inputs
 from tests.passes.forms.loops import Loop
 from tests.passes.forms.sizes import D

@@ -9,7 +9,7 @@ import torch
 
 import moec
 from moec.export.kv_cache import CachedTexts
-from moec.export.session import open_session, runner
+from moec.export.onnx import open_session, runner
 from moec.passes.decode import with_past_inputs
 
 PROMPTS = [[5, 9, 12, 7, 33, 81, 4], [100], [640, 3, 77], [8, 20, 31, 150, 9, 11, 77, 500, 2]]

@@ -9,7 +9,7 @@ import pytest
 
 from moec.errors import IRError
 from moec.ir.graph import Op, TensorType, Value
-from moec.ir.signature import signature
+from moec.ir.opdef import signature
 from moec.ops import OPS
 
 OP = Op("moe.it", (), (Value("y", TensorType("f32", ())),))

@@ -15,7 +15,7 @@ import moec
 import moec.dynamo  # registers the backend where moec is not installed
 from moec.__main__ import cli
 from moec.errors import MoecError, UsageError
-from moec.export.session import open_session, runner
+from moec.export.onnx import open_session, runner
 from tests.fuzz.judge import interpreted
 from tests.oracle.experts import Routed
 from tests.oracle.values import example, parameters

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moec.parallel.ending import ending_late
+from moec.parallel.process import ending_late
 
 FORK = multiprocessing.get_context("forkserver")
 GRACE = 1.0

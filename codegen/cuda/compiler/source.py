@@ -76,7 +76,7 @@ def _one_memory(source: str) -> str:
 @contextmanager
 def _left_as_source() -> Iterator[None]:
     """Keeps TVM from compiling the CUDA C. If there is a GPU, TVM would compile it with its own
-    options and a package that may be missing. `moec.codegen.cuda.compiler.cubin` compiles the text
+    options and a package that may be missing. `backend` compiles the text
     instead."""
     compile = tvm.get_global_func(_COMPILE)
     tvm_ffi.register_global_func(_COMPILE, lambda code: code.encode(), override=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,15 +18,40 @@ from moec.capture.conversion.float_tensors import (
     emit_call,
     operand_for,
 )
-from moec.capture.conversion.views import view_shape
 from moec.capture.decomposition.expand import COMPOSITE
 from moec.capture.linear_attention.scans import OWN
 from moec.capture.user_code.sources import named, user_code, user_line
 from moec.errors import CaptureError, IRError
 from moec.ir.aten import IR_DTYPES
 from moec.ir.graph import Attr, DType, Op, Ref, TensorType, Value
-from moec.ir.sizes.dims import Dim, canonical, from_torch
+from moec.ir.sizes.dims import Dim, canonical, from_torch, product
 from moec.torch_private import HigherOrderOperator, schema_of
+
+
+def view_shape(size: Sequence[Dim], source: Sequence[Dim], torch_shape: Sequence[Dim]) -> list[Dim]:
+    """`size`, with an exact quotient in place of -1. `torch_shape` is torch's shape.
+
+    torch infers floor(8*floor(B/2)/B) for view(2, B*S, -1) of [B, S, 8] exported at B = 4. It
+    equals 4 only at even B; the quotient of all sizes by the other sizes is 4. torch's size is kept
+    where the quotient is no polynomial with integer coefficients. torch also infers
+    floor(B*S/floor(B*S/4)) for the 4 of view(-1, 4, 8), which no empty batch has, and 4*floor(S/4)
+    for the S of view(B, S, 8), which is another number where B*S alone is a multiple of 4.
+    """
+    shape = [at if dim == -1 else dim for dim, at in zip(size, torch_shape, strict=True)]
+    if list(size).count(-1) != 1:
+        return shape
+    others = product(tuple(dim for dim in size if dim != -1))
+    if others == 0:
+        return shape
+    quotient = sympy.cancel(sympy.sympify(product(tuple(source))) / sympy.sympify(others))
+    if not quotient.is_polynomial() or not all(c.is_Integer for c in _coefficients(quotient)):
+        return shape
+    return [canonical(quotient) if dim == -1 else at for dim, at in zip(size, shape, strict=True)]
+
+
+def _coefficients(polynomial: sympy.Expr) -> list[sympy.Expr]:
+    return list(polynomial.expand().as_coefficients_dict().values())
+
 
 _IGNORED_ARGUMENTS = {"layout", "device", "pin_memory", "memory_format", "non_blocking"}
 _VIEWS = ("aten.view.default", "aten._unsafe_view.default")

@@ -3,18 +3,165 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moec import torch_private
 from moec.capture.decomposition import pooling
-from moec.capture.decomposition.elementwise import ELEMENTWISE
 from moec.capture.decomposition.fourier import FOURIER
-from moec.capture.decomposition.products import PRODUCTS
+from moec.capture.decomposition.pooling import widened
+
+_LARGE = 1e8
+"""Above it x + 1 is x in float32 and, by 1e-16 of x, in float64; its square is finite."""
+
+
+def _signed(x: Tensor, magnitude: Tensor) -> Tensor:
+    return copysign(magnitude, x).to(x.dtype)
+
+
+def asinh(x: Tensor) -> Tensor:
+    """asinh(a) = log1p(a + a^2 / (1 + sqrt(1 + a^2))), and log(2 a) where a is large."""
+    a = widened(x.abs())
+    b = a.clamp(max=_LARGE)
+    near = torch.log1p(b + b * b / (1 + torch.sqrt(1 + b * b)))
+    return _signed(x, torch.where(a > _LARGE, a.log() + math.log(2), near))
+
+
+def acosh(x: Tensor) -> Tensor:
+    """acosh(1 + t) = log1p(t + sqrt(2 t + t^2)), and log(2 x) where x is large; NaN below 1."""
+    wide = widened(x)
+    t = wide.clamp(max=_LARGE) - 1
+    near = torch.log1p(t + torch.sqrt(2 * t + t * t))
+    far = torch.where(wide > _LARGE, wide.log() + math.log(2), near)
+    return far.masked_fill(wide < 1, math.nan).to(x.dtype)
+
+
+def atanh(x: Tensor) -> Tensor:
+    wide = widened(x)
+    return ((torch.log1p(wide) - torch.log1p(-wide)) / 2).to(x.dtype)
+
+
+def exp2(x: Tensor) -> Tensor:
+    return torch.pow(2.0, widened(x)).to(x.dtype)
+
+
+def hypot(x: Tensor, y: Tensor) -> Tensor:
+    """sqrt(x^2 + y^2), whose squares may be too large or too small; infinite if one of them is."""
+    wide = torch.promote_types(x.dtype, y.dtype)
+    a, b = widened(x.to(wide).abs()), widened(y.to(wide).abs())
+    most, least = torch.maximum(a, b), torch.minimum(a, b)
+    ratio = torch.where(least == most, (most == most).to(most.dtype), least / most)
+    length = most * torch.sqrt(1 + ratio * ratio)
+    return torch.where(a.isinf() | b.isinf(), math.inf, length).to(wide)
+
+
+def signbit(x: Tensor) -> Tensor:
+    """Whether x is negative or -0."""
+    return (x < 0) | ((x == 0) & (x.reciprocal() < 0)) if x.is_floating_point() else x < 0
+
+
+def copysign(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(signbit(y), -x.abs(), x.abs())
+
+
+def fmax(x: Tensor, y: Tensor) -> Tensor:
+    """The greater one, or the other where one is NaN."""
+    return torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.maximum(x, y)))
+
+
+def fmin(x: Tensor, y: Tensor) -> Tensor:
+    return torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.minimum(x, y)))
+
+
+ELEMENTWISE: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.acosh.default: acosh,
+    torch.ops.aten.asinh.default: asinh,
+    torch.ops.aten.atanh.default: atanh,
+    torch.ops.aten.copysign.Tensor: copysign,
+    torch.ops.aten.exp2.default: exp2,
+    torch.ops.aten.fmax.default: fmax,
+    torch.ops.aten.fmin.default: fmin,
+    torch.ops.aten.hypot.default: hypot,
+    torch.ops.aten.signbit.default: signbit,
+}
+
+
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    output_padding: Sequence[int] = (0,),
+    groups: int = 1,
+    dilation: Sequence[int] = (1,),
+) -> Tensor:
+    """x [batch, C, ..] by weight [C, out / groups, ..]: the convolution of x, with stride - 1 zeros
+    after each element, with the flipped weight."""
+    axes = weight.ndim - 2
+    batched = x if x.ndim == weight.ndim else x[None]
+    sizes = zip(
+        *(list(v) * (axes // len(v)) for v in (stride, padding, output_padding, dilation)),
+        weight.shape[2:],
+        strict=True,
+    )
+    margins: list[int] = []
+    for axis, (step, left_out, more, spread, kernel) in enumerate(sizes, 2):
+        count = batched.shape[axis]
+        if step > 1:
+            holes = pad(batched.unsqueeze(axis + 1), (0, 0) * (axes + 1 - axis) + (0, step - 1))
+            batched = holes.flatten(axis, axis + 1).narrow(axis, 0, (count - 1) * step + 1)
+        reach = spread * (kernel - 1) - left_out
+        margins = [reach, reach + more, *margins]
+    channels, each = weight.shape[:2]
+    grouped = weight.reshape(groups, channels // groups, each, *weight.shape[2:]).transpose(1, 2)
+    flipped = grouped.reshape(groups * each, channels // groups, *weight.shape[2:])
+    flipped = flipped.flip(tuple(range(2, weight.ndim)))
+    options: Any = {"dilation": list(dilation) * (axes // len(dilation)), "groups": groups}
+    y: Tensor = _CONVOLUTIONS[axes - 1](pad(batched, margins), flipped, bias, **options)
+    return y if x.ndim == weight.ndim else y[0]
+
+
+def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [.., I], y [.., J], weight [O, I, J] -> [.., O]: x weight_o y of each o."""
+    outputs, rows, columns = weight.shape
+    product = x @ weight.permute(1, 0, 2).reshape(rows, outputs * columns)
+    product = product.reshape(*x.shape[:-1], outputs, columns)
+    result: Tensor = (product @ y.unsqueeze(-1)).squeeze(-1)
+    return result if bias is None else result + bias
+
+
+def logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    """log of the sums of exp(x) up to each element of one axis, by the maximum of each prefix."""
+    if not x.ndim:
+        return x.clone()
+    rows = x.movedim(dim, -1)
+    position = torch.arange(rows.shape[-1], device=x.device)
+    prefix = rows.unsqueeze(-2).masked_fill(position > position[:, None], -math.inf)
+    return prefix.logsumexp(-1).movedim(-1, dim)
+
+
+def addmv(x: Tensor, matrix: Tensor, vector: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+    product: Tensor = alpha * (matrix @ vector)
+    return product.expand(matrix.shape[:1]) if beta == 0 else beta * x + product
+
+
+PRODUCTS: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.addmv.default: addmv,
+    torch.ops.aten.bilinear.default: bilinear,
+    torch.ops.aten.conv_transpose1d.default: conv_transpose,
+    torch.ops.aten.conv_transpose2d.input: conv_transpose,
+    torch.ops.aten.conv_transpose3d.input: conv_transpose,
+    torch.ops.aten.logcumsumexp.default: logcumsumexp,
+}
 
 
 def cdist_forward(x: Tensor, y: Tensor, p: float, compute_mode: int | None) -> Tensor:

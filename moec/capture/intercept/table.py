@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import builtins
 import math
+import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
+from traceback import FrameSummary, StackSummary
+from types import FrameType
 from typing import Any
 
+import sympy
 import torch
 
 from moec import torch_private
 from moec.capture.intercept.arithmetic import MATH, checked, floor_divided, of_sizes, rounded
-from moec.capture.intercept.float_conditions import SYMBOLIC_OPERANDS, with_ranges
 from moec.capture.intercept.interceptor import Handler
-from moec.capture.intercept.stacks import Internal, ShortStack
 from moec.capture.intercept.substitutes import TYPES
 from moec.capture.intercept.texts import NUMBERS, text_of
-from moec.torch_private import parse_to, place, python_function, pytree
+from moec.capture.user_code.sources import is_internal, is_standard
+from moec.torch_private import ToFloat, bound_sympy, parse_to, place, python_function, pytree
 
 
 def traced_handlers() -> Iterator[Handler]:
@@ -80,3 +83,66 @@ def _as_python(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Calls the Python function that a scripted function was compiled from. TorchScript would use
     the example's numbers for sizes and record no guard."""
     return python_function(function)(*args, **kwargs)
+
+
+class ShortStack:
+    """In place of torch's CapturedTraceback, which reads the source line of each frame of the
+    process for each node. torch keeps the frames of `forward` that are not internal: the text is
+    the same, in a third of the time."""
+
+    @staticmethod
+    def extract() -> ShortStack:
+        return ShortStack()
+
+    def summary(self) -> StackSummary:
+        """The frames of the user's `forward` in the stack of the caller, outermost first. Lines are
+        read when the stack is printed."""
+        frames: list[tuple[str, int, str]] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "forward" and not is_internal(code.co_filename):
+                frames.append((code.co_filename, frame.f_lineno, code.co_name))
+            frame = frame.f_back
+        return StackSummary(FrameSummary(*entry, lookup_line=False) for entry in reversed(frames))
+
+
+class Internal:
+    """In place of torch's set of files without user code, among which it looks for the line of a
+    guard: those of torch, moec and Python."""
+
+    def __contains__(self, file: object) -> bool:
+        return isinstance(file, str) and (is_internal(file) or is_standard(file))
+
+
+# What torch decides of floats of sizes while it traces.
+#
+#     x[: math.isqrt(batch * length)]
+#
+# torch writes each size as a positive symbol plus a number, and multiplies them out, before it
+# looks for the range of a float: of b * s - b - s + 1 it finds no sign. The end of the slice then
+# may be negative, and its length becomes a symbol that has nothing to do with the capacity.
+#
+#     t = torch.tensor(2.0) * (n / 6)
+#     y = x * (3 if t > 2 else 1)
+#
+# torch evaluates operators on literals. It leaves out those with a symbolic integer, but not those
+# with a symbolic float: the branch would go as in the example, without a guard.
+SYMBOLIC_OPERANDS = (torch.SymInt, torch.SymFloat)
+"""In the place of SymInt in torch's file of fake tensors: types of operands that keep an operator
+on literals from being evaluated."""
+
+
+def with_ranges(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """In the place of ShapeEnv's static evaluation: a condition on floats is also decided by the
+    ranges of the sizes as they are."""
+
+    @wraps(plain)  # torch clears its cache
+    def evaluate(env: Any, expr: sympy.Basic, *args: Any, **options: Any) -> Any:
+        result = plain(env, expr, *args, **options)
+        if result is not None or not isinstance(expr, sympy.Rel) or not expr.has(ToFloat):
+            return result
+        truth = bound_sympy(expr, env.var_to_range)
+        return truth.lower if truth.is_singleton() else None
+
+    return evaluate

@@ -2,27 +2,154 @@
 
 from __future__ import annotations
 
+import builtins
 import itertools
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
 
+from moec import torch_private
 from moec.capture.calls.call import FlatCall, ModuleCall
-from moec.capture.speculate.branches import Branches, Question
-from moec.capture.speculate.facts.symbols import expression, is_symbolic
-from moec.capture.speculate.operators.held_numbers import hold
+from moec.capture.intercept.arithmetic import floor_divides
+from moec.capture.intercept.interceptor import Handler, intercepted
+from moec.capture.intercept.substitutes import SHADOWS
+from moec.capture.speculate.branches import Branches, Question, is_condition
+from moec.capture.speculate.facts.rounding import Rounding, divided
+from moec.capture.speculate.facts.symbols import expression, is_symbolic, reads_data
 from moec.capture.speculate.operators.hooks import Trace
-from moec.capture.speculate.patches import speculating
+from moec.capture.speculate.operators.mode import Speculation
 from moec.capture.speculate.randomness import refuse_random
 from moec.capture.user_code.sites import Site, foreign
 from moec.errors import CaptureError
 from moec.interpret.outputs import Structure
+from moec.torch_private import (
+    FakeTensor,
+    GuardOnDataDependentSymNode,
+    Max,
+    Min,
+    ShapeEnv,
+    place,
+    plain_setup_context,
+)
+
+_CONTEXT = (
+    "save_for_backward save_for_forward mark_non_differentiable mark_dirty set_materialize_grads"
+).split()
+
+
+@contextmanager
+def speculating(module: torch.nn.Module, trace: Trace) -> Iterator[Speculation]:
+    """While open, the code of `module` runs under the hooks of `trace`. One thread at a time."""
+    mode = Speculation(trace)
+    with intercepted(module, _handlers(mode, trace), trace.branches.foreign), mode:
+        yield mode
+
+
+def _handlers(mode: Speculation, trace: Trace) -> Iterator[Handler]:
+    yield from (Handler(builtins, name, handler) for name, handler in SHADOWS.items())
+    yield Handler(*place("evaluate_expr"), _evaluate(torch_private.evaluate_expr, trace.branches))
+    yield Handler(FakeTensor, "tolist", lambda tensor: mode.hooks["tolist"](None, tensor))
+    yield Handler(torch.autograd.Function, "apply", classmethod(_forward_alone))
+    for how in ("floor", "ceil", "trunc"):
+        name = f"__{how}__"
+        yield Handler(torch.SymFloat, name, _rounded(how, getattr(torch.SymFloat, name), trace))
+
+
+def _evaluate(original: Callable[..., Any], branches: Branches) -> Callable[..., Any]:
+    """Replaces the function that evaluates every condition on symbolic numbers."""
+
+    def evaluate_expr(env: ShapeEnv, condition: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(env, condition, *args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            if not is_condition(condition):
+                raise
+            return branches.decide(env, condition)
+
+    return evaluate_expr
+
+
+def _forward_alone(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs the forward of a custom autograd.Function; what it saves for backward is discarded."""
+    split = cls.setup_context is not plain_setup_context
+    if split:
+        return cls.forward(*args, **kwargs)
+    nothing = dict.fromkeys(_CONTEXT, lambda *_, **__: None)
+    context = types.SimpleNamespace(needs_input_grad=(False,) * len(args), **nothing)
+    return cls.forward(context, *args, **kwargs)
+
+
+def _rounded(how: Any, original: Callable[[Any], Any], trace: Trace) -> Callable[[Any], Any]:
+    rounding: Rounding = how
+
+    def rounded(value: torch.SymFloat) -> Any:
+        integer = None if floor_divides() else divided(value, rounding, trace.sizes)
+        return original(value) if integer is None else integer
+
+    return rounded
+
+
+# Numbers that a module returns, computed again with tensors.
+#
+# A count that Python has read is a symbol, such as the length of a list of rows. The graph
+# may lose this list: recognised experts have none. So the number is computed from the tensors that
+# the symbols were read from.
+def hold(trace: Trace, value: Any) -> torch.Tensor | None:
+    """A tensor [] of a symbolic number; None where it is computed in a way that is not repeated.
+
+    Integers are i64, floats that were read from a tensor have its dtype.
+    """
+    if isinstance(value, torch.SymFloat):
+        return _read(trace, expression(value))
+    if not isinstance(value, torch.SymInt):
+        return None
+    if not reads_data(value):
+        return _of_size(value)
+
+    def computed(expr: sympy.Expr) -> torch.Tensor | None:
+        tensor = _read(trace, expr)
+        if tensor is not None:
+            return tensor.to(torch.int64)
+        if expr.is_Integer:
+            return torch.full((), int(expr), dtype=torch.int64)
+        size = trace.sizes.get(expr, trace.cuts.get(expr))
+        if size is not None and not reads_data(size):
+            return _of_size(size)
+        for kind, combine in _COMBINE.items():
+            if isinstance(expr, kind):
+                parts = [computed(part) for part in expr.args]
+                tensors = [part for part in parts if part is not None]
+                return reduce(combine, tensors) if len(tensors) == len(parts) else None
+        return None
+
+    return computed(expression(value))
+
+
+_COMBINE: dict[Any, Any] = {
+    sympy.Add: torch.add,
+    sympy.Mul: torch.mul,
+    (Max, sympy.Max): torch.maximum,
+    (Min, sympy.Min): torch.minimum,
+}
+
+
+def _of_size(size: Any) -> torch.Tensor:
+    return torch.full((), size, dtype=torch.int64)
+
+
+def _read(trace: Trace, expr: sympy.Expr) -> torch.Tensor | None:
+    tensor = trace.readouts.get(expr)
+    return None if tensor is None else tensor.reshape(())
+
 
 Export = Callable[[torch.nn.Module], ExportedProgram]
 _ASSERTIONS = ("_assert", "sym_constrain")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moec.capture.intercept import table
 from moec.capture.intercept.interceptor import intercepted
 from moec.capture.intercept.table import traced_handlers
 from moec.capture.user_code.sources import is_internal
@@ -48,9 +49,8 @@ def test_stacks_are_those_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files_of_torch_and_moec_are_internal() -> None:
-    from moec.capture.intercept import stacks
     from moec.interpret import graph_module as module
 
-    files = (torch.__file__, torch.nn.functional.__file__, module.__file__, stacks.__file__)
+    files = (torch.__file__, torch.nn.functional.__file__, module.__file__, table.__file__)
     assert all(is_internal(file) for file in files)
     assert not is_internal(__file__)

@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 from tvm.tirx import PrimFunc
 
+from moec.codegen.backends.cuda.backend import Cubin, cubin
 from moec.codegen.cuda.activation import gated, silu
 from moec.codegen.cuda.append import append
 from moec.codegen.cuda.attention.key_tiles import WARPS
 from moec.codegen.cuda.attention.tiles import tile_attention
 from moec.codegen.cuda.attention.warps import attention
-from moec.codegen.cuda.compiler.cubin import Cubin, cubin
 from moec.codegen.cuda.compiler.source import lowered
 from moec.codegen.cuda.gemm.gemv import gemv
 from moec.codegen.cuda.gemm.grouped import grouped_linear

@@ -13,7 +13,7 @@ from torch import Tensor
 from moec.codegen.onnx import file
 from moec.codegen.onnx.lower import OnnxGraph, lower
 from moec.codegen.onnx.profiles import PROFILES
-from moec.export.session import open_session, runner
+from moec.export.onnx import open_session, runner
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.ir.text import parse

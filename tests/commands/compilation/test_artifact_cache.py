@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from moec import __main__ as front
 from moec.cache import ARTIFACTS, Store, entries, load, store_in
-from moec.commands.compilation.artifact_cache import fetch, keep
+from moec.commands.compile import fetch, keep
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import moec
-from moec.runtime.text.token_bytes import bytes_of
+from moec.runtime.text.prompt import bytes_of
 from tests.commands.serving.running import CHAT, GREEDY, MODEL, PROMPT, TEXT, Running, continuation
 
 OPTIONS: list[dict[str, Any]] = [

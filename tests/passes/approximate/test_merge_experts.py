@@ -17,9 +17,13 @@ from moec.errors import NoMatch
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.ir.text import print_graph
-from moec.passes.approximate.assignment import assign
-from moec.passes.approximate.merge_experts import MergeExperts, cluster_experts, merge_weights
-from moec.passes.approximate.neurons import neuron_axes
+from moec.passes.approximate.merge_experts import (
+    MergeExperts,
+    assign,
+    cluster_experts,
+    merge_weights,
+    neuron_axes,
+)
 from tests.capture.modules import WIDTH, Moe
 from tests.passes.changed import LAYER, change, declined, graph, outputs, program, tokens
 

@@ -10,9 +10,8 @@ import torch
 from moec.errors import NoMatch
 from moec.interpret.verifier import verify
 from moec.ir.graph import Stage
-from moec.passes.approximate.choices.choose_experts import change_experts
+from moec.passes.approximate.choices.choose_experts import change_experts, reduce_top_k
 from moec.passes.approximate.choices.model_choices import LayerChoice
-from moec.passes.approximate.reduce_top_k import reduce_top_k
 from tests.passes.changed import LAYER, layers_of, outputs, program, tokens
 
 TOP_1 = (

@@ -18,10 +18,10 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from moec.errors import InputError
 from moec.runtime.text.guide import Grammars
+from moec.runtime.text.prompt import bytes_of
 from moec.runtime.text.request import Request
 from moec.runtime.text.sampler import Sampler
 from moec.runtime.text.sampling import Sampling
-from moec.runtime.text.token_bytes import bytes_of
 
 VOCABULARY = 300  # more than there are tokens, as models have
 SCHEMA = {

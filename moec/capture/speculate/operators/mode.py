@@ -10,16 +10,211 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moec.capture.intercept.substitutes import python_type
+from moec.capture.speculate.facts.facts import ClassChoice, Piece
 from moec.capture.speculate.facts.following import follow
-from moec.capture.speculate.operators.counting import COUNTING
-from moec.capture.speculate.operators.evaluation import EVALUATION
-from moec.capture.speculate.operators.hooks import Hooks, Trace
+from moec.capture.speculate.facts.sums import Counts, Sums
+from moec.capture.speculate.facts.symbols import expression, reads_data
+from moec.capture.speculate.operators.hits import HitRows, Hits, as_tensor
+from moec.capture.speculate.operators.hooks import Filling, Hook, Hooks, Trace
+from moec.capture.speculate.operators.numbers import as_number
 from moec.capture.speculate.operators.reading import READING
 from moec.capture.speculate.operators.scattering import SCATTERING
 from moec.capture.speculate.operators.sized_tensors import SIZING
-from moec.capture.speculate.operators.slicing import SLICING
-from moec.capture.speculate.operators.writing import WRITING
+from moec.capture.speculate.operators.slicing import SLICING, is_mask, with_rows
+from moec.errors import CaptureError
 from moec.torch_private import pytree
+
+
+def fill(trace: Trace, piece: Piece, values: torch.Tensor) -> torch.Tensor:
+    """Records a piece. Once the last piece is written, the buffer is their concatenation."""
+    buffer = piece.buffer
+    state = trace.filling.setdefault(id(buffer), Filling())
+    if expression(piece.start) != expression(state.stop):
+        raise CaptureError("a buffer is filled in pieces that do not follow one another")
+    state.stop = piece.stop
+    state.parts.append(values)
+    if trace.equal(piece.stop, buffer.shape[0]):
+        trace.buffers[id(buffer)] = buffer, torch.cat(trace.filling.pop(id(buffer)).parts)
+    return values
+
+
+def setitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any, values: Any) -> Any:
+    if isinstance(index, Hits) and not index.column:
+        index = slice(0, len(index))
+    sums = _sums_written(trace, x, index, values)
+    trace.written(x)
+    if sums is not None:
+        func(x, index, values)
+        trace.facts.note(x, sums=sums)
+        return None
+    if isinstance(index, slice):
+        start, stop = (as_number(trace, end) for end in (index.start, index.stop))
+        index = slice(start, stop, index.step)
+    if is_mask(index):
+        if isinstance(values, torch.Tensor) and values.ndim:
+            func(x, trace.rows_of(index), values)
+        else:
+            x.masked_fill_(index.reshape(*index.shape, *[1] * (x.ndim - index.ndim)), values)
+        return None
+    if isinstance(index, slice) and any(map(reads_data, (index.start, index.stop))):
+        stop = x.shape[0] if index.stop is None else index.stop
+        fill(trace, Piece(x, 0 if index.start is None else index.start, stop), values)
+        return None
+    if isinstance(index, tuple) and any(map(is_mask, index)):
+        return func(x, with_rows(trace, index), values)
+    if isinstance(index, HitRows):
+        return func(x, as_tensor(index), values)
+    if isinstance(index, tuple) and any(isinstance(part, HitRows | Hits) for part in index):
+        return func(x, tuple(map(as_tensor, index)), values)
+    return NotImplemented
+
+
+def copy_(trace: Trace, func: Hook, x: torch.Tensor, values: torch.Tensor, *args: Any) -> Any:
+    piece = trace.facts.of(x).piece
+    return NotImplemented if piece is None else fill(trace, piece, values)
+
+
+def out(trace: Trace, func: Hook, x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Writes `values` into the tensor given as out=."""
+    piece = trace.facts.of(x).piece
+    trace.written(x)
+    return x.copy_(values) if piece is None else fill(trace, piece, values)
+
+
+def _sums_written(trace: Trace, x: torch.Tensor, index: Any, values: Any) -> Sums | None:
+    """The sums of counts in x after `values` are written at `index`; None if unknown."""
+    before, other = trace.facts.of(x).sums, trace.facts.of(values).sums
+    if before is None or other is None:
+        return None
+    return before.replaced(index, other)
+
+
+WRITING: Hooks = {"setitem": setitem, "copy_": copy_, "out=": out}
+
+
+def bincount(
+    trace: Trace,
+    func: Hook,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    minlength: int = 0,
+) -> Any:
+    """As many counts as there are classes; the length would otherwise depend on data. For ids
+    of unknown origin, `minlength` counts: the proof tests that no id is greater."""
+    choice = trace.facts.of(ids).choice
+    if choice is None and minlength > 0 and ids.ndim == 1:
+        choice = ClassChoice(minlength)
+        trace.facts.note(ids, choice=choice)
+    classes = max(minlength, choice.classes if choice else 0)
+    if choice is None or weights is not None:
+        return NotImplemented
+    return counted(trace, ids, classes)
+
+
+def counted(trace: Trace, ids: torch.Tensor, classes: int, dtype: torch.dtype = torch.int64) -> Any:
+    """How often each class is among the ids, of any shape."""
+    choice = trace.facts.of(ids).choice
+    counts = (ids.flatten()[:, None] == torch.arange(classes)).sum(0).to(dtype)
+    exact = choice is not None and classes == choice.classes
+    held = counts.to(torch.int64, copy=True)
+    each = trace.facts.of(ids).even == classes
+    sums = Counts(held, choice, ids.numel(), each).sums() if exact else None
+    return trace.facts.note(counts, sums=sums, truth="count")
+
+
+def histc(
+    trace: Trace, func: Hook, ids: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0
+) -> Any:
+    """A histogram of class ids with one bin for each class: up to the last, or to their number."""
+    choice = trace.facts.of(ids).choice
+    if choice is None or ids.ndim != 1 or min != 0 or bins != choice.classes:
+        return NotImplemented
+    if max not in (bins - 1, bins):
+        return NotImplemented
+    return counted(trace, ids, bins, ids.dtype)
+
+
+def unique(
+    trace: Trace,
+    func: Hook,
+    ids: torch.Tensor,
+    sorted: bool = True,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+    dim: int | None = None,
+) -> Any:
+    """All classes, and with the counts those of all classes. Among all classes, the place of an id
+    is the id. The proof shows that classes without rows add nothing."""
+    choice = trace.facts.of(ids).choice
+    if choice is None or dim is not None:
+        return NotImplemented
+    trace.reads[trace.at()] = None
+    results: list[Any] = [Hits(choice.classes)]
+    if return_inverse:
+        results.append(trace.facts.note(ids.clone(), **vars(trace.facts.of(ids))))
+    if return_counts:
+        results.append(counted(trace, ids, choice.classes))
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def unique_consecutive(
+    trace: Trace,
+    func: Hook,
+    ids: torch.Tensor,
+    return_inverse: bool = False,
+    return_counts: bool = False,
+    dim: int | None = None,
+) -> Any:
+    """As `unique`, for ids in ascending order."""
+    if not trace.facts.of(ids).ascending:
+        return NotImplemented
+    return unique(trace, func, ids, True, return_inverse, return_counts, dim)
+
+
+COUNTING: Hooks = {
+    "bincount": bincount,
+    "histc": histc,
+    "unique": unique,
+    "unique_consecutive": unique_consecutive,
+}
+
+
+def noise(trace: Trace, func: Hook, *args: Any, **kwargs: Any) -> Any:
+    """Zeros instead of random numbers; the proof shows that they do not change the result."""
+    trace.noise[trace.at()] = None
+    result = func(*args, **kwargs)
+    return torch.zeros(result.shape, dtype=result.dtype)
+
+
+def drawn(trace: Trace, func: Hook, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """As `noise`, written into x."""
+    trace.noise[trace.at()] = None
+    trace.written(x)
+    return x.zero_()
+
+
+def dropped(trace: Trace, func: Hook, *args: Any, **kwargs: Any) -> Any:
+    """Random numbers for which zeros are no substitute: recorded with this line, so that a
+    refusal can name it."""
+    trace.noise[trace.at()] = None
+    return NotImplemented
+
+
+def dropout(trace: Trace, func: Hook, *args: Any, **kwargs: Any) -> Any:
+    """Dropout, which draws no numbers in eval mode or where p is 0."""
+    named = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+    training = named.get("train", named.get("training", True))
+    drops = training and named.get("p", 0.5)
+    return dropped(trace, func, *args, **kwargs) if drops else NotImplemented
+
+
+EVALUATION: Hooks = {
+    "dropout": dropout,
+    **dict.fromkeys(("randn_like", "rand_like", "randn", "rand", "normal"), noise),
+    **dict.fromkeys(("normal_", "uniform_"), drawn),
+    **dict.fromkeys(("bernoulli", "bernoulli_", "multinomial", "exponential_", "randint"), dropped),
+}
+
 
 _HOOKS: Hooks = {
     **READING,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from moec.capture.speculate.facts.following import follow
 from moec.capture.speculate.facts.singles import single_of
 from moec.capture.speculate.facts.sums import MOST_NUMBERS, constants, joined
 from moec.capture.speculate.facts.symbols import expression, is_symbolic, reads_data
-from moec.capture.speculate.operators.chosen import ChosenIds
 from moec.capture.speculate.operators.hits import HitRows, Hits, as_tensor
 from moec.capture.speculate.operators.hooks import Hook, Hooks, Trace
 from moec.capture.speculate.operators.numbers import as_number, number, numbers
@@ -224,3 +223,33 @@ READING: Hooks = {
     "tensor": tensor,
     "new_tensor": new_tensor,
 }
+
+
+class ChosenIds(list[Any]):
+    """The ids of a choice as a list that is as long as there are tokens. Only its length is known:
+    what reads its elements raises CaptureError."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        super().__init__()
+        self.tensor = ids
+
+    def __bool__(self) -> bool:
+        return bool(self.tensor.shape[0] > 0)
+
+    def __len__(self) -> int:
+        raise CaptureError("the length of a list of tokens varies")
+
+    def __iter__(self) -> NoReturn:
+        raise CaptureError(
+            "a loop over tokens, whose number varies, cannot be unrolled: loop over the experts, "
+            "and take the rows of each with torch.where(ids == expert)"
+        )
+
+    def __contains__(self, value: object) -> NoReturn:
+        raise CaptureError("a list of tokens is searched: compare the tensor of ids instead")
+
+    def count(self, value: Any) -> NoReturn:
+        raise CaptureError("a list of tokens is counted: use torch.bincount(ids) instead")
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise CaptureError("a list of tokens is read by place: index the tensor instead")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from moec.codegen.build import assembly
 from moec.codegen.cpu.gemm.pack import pack_bias
-from moec.codegen.cpu.llvm import dot_product_text
+from moec.codegen.cpu.llvm import integer_text
 from moec.codegen.cpu.quantised.grouped import quantised_linear
 from moec.codegen.cpu.quantised.layout import QuantisedLayout, pack_codes, pack_scales
 from moec.codegen.cpu.quantised.round_rows import round_rows as rounding_kernel
@@ -222,10 +222,10 @@ def test_products_of_signed_bytes_alone(build, monkeypatch, text):
     """What Arm's dotprod multiplies, in instructions that run here: codes must be lessened."""
     target = replace(TARGETS["generic"], name=f"signed {text}", features=("dotprod",))
     assert target.int8_signed
-    emulated = dot_product_text.dot4(TARGETS["generic"]).replace("%xh = lshr ", "%xh = ashr ")
+    emulated = integer_text.dot4(TARGETS["generic"]).replace("%xh = lshr ", "%xh = ashr ")
     low = "%xs = shl <8 x i16> %x, splat (i16 8)\n  %xl = ashr <8 x i16> %xs, splat (i16 8)"
     emulated = re.sub("%xl = and .*", low, emulated)
-    monkeypatch.setattr(dot_product_text, "dot4", lambda _: emulated)
+    monkeypatch.setattr(integer_text, "dot4", lambda _: emulated)
     linear = Linear(build, target, text, 20, 64, 2)
     ends = torch.tensor([4, 9], dtype=torch.int32)
     x = torch.randn(11, 64)

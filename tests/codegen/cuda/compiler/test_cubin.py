@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moec.cache import OBJECTS, Store, entries
-from moec.codegen.cuda.compiler.cubin import cubin
+from moec.codegen.backends.cuda.backend import cubin
 from moec.codegen.cuda.compiler.source import lowered
 from moec.codegen.cuda.routing.combine import combine
 from moec.codegen.specs.routing import CombineSpec

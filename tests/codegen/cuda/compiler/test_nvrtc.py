@@ -9,8 +9,7 @@ import torch
 
 import moec
 from moec.cache import OBJECTS, Store, entries
-from moec.codegen.backends.cuda.backend import CUDA_TEXT
-from moec.codegen.cuda.compiler.cubin import cubin
+from moec.codegen.backends.cuda.backend import CUDA_TEXT, cubin
 from moec.codegen.cuda.compiler.source import lowered
 from moec.codegen.cuda.gemm.grouped_wgmma import grouped_linear_wgmma
 from moec.codegen.specs.products import LinearSpec

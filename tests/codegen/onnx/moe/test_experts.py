@@ -15,7 +15,7 @@ import moec
 from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.profiles import PROFILES
 from moec.errors import UnsupportedError
-from moec.export.session import open_session, runner
+from moec.export.onnx import open_session, runner
 from moec.ir.graph import Program
 from tests.codegen.onnx.running import Run, agree, program, running, written
 from tests.passes.forms.loops import Loop, SharedExpert

@@ -17,7 +17,7 @@ from moec.codegen.onnx.lower import lower
 from moec.codegen.onnx.moe.encoding import Encoding
 from moec.codegen.onnx.profiles import PROFILES
 from moec.errors import TargetError, UnsupportedError, UsageError, VerificationError
-from moec.export.session import open_session, runner
+from moec.export.onnx import open_session, runner
 from moec.formats.notation import parse
 from moec.interpret.evaluate import evaluate
 from moec.ir import text as ir_text
