@@ -91,10 +91,10 @@ def test_folders_are_short():
 
 
 BUDGETS = {
-    ("moec/capture",): 14_150,
-    ("passes/recognise",): 7_269,
-    ("codegen/cuda",): 4_670,
-    ("moec", *LINKED): 119_000,
+    ("moec/capture",): 13_900,
+    ("passes/recognise",): 7_245,
+    ("codegen/cuda",): 4_574,
+    ("moec", *LINKED): 118_400,
 }
 """The most lines of folders. A commit that raises one says why; capture is to come down to 11,000,
 recognise to 6,000, and the whole to 110,000."""
