@@ -31,7 +31,6 @@ from moec.errors import UsageError
 from moec.formats.notation import Quantisation, parse_parts, with_float_rows
 from moec.interpret.threads import threads_for
 from moec.ir.graph import stage_of
-from moec.memory.budget import allowed_bytes
 from moec.model.bind_inputs import bound
 from moec.model.build import (
     build_for_gpu,
@@ -148,10 +147,10 @@ def compile(
 
     `adapters` are folders of PEFT (LoRA, DoRA), merged into the weights of a checkpoint in order.
     `memory` ("6GiB", or bytes) is about how much of this machine's memory the compilation of a
-    checkpoint may take, by default half of what is free. Weights that do not fit are read from the
-    checkpoint when they are needed, and packed ones are kept in a temporary file. `store` adds the
-    code for `moec.load(path, memory=...)`, which reads experts from the artifact when they are
-    needed; by default, it is added on CPUs where the weights take 1 GiB or more.
+    checkpoint may take (other models are refused with it), by default half of what is free.
+    Weights that do not fit stay in files, packed ones in a temporary one. `store` adds the code for
+    `moec.load(path, memory=...)`, which reads experts from the artifact when they are needed; by
+    default, it is added on CPUs where the weights take 1 GiB or more.
 
     `descriptions` (`moec.describe`) describe modules that cannot be traced; each is compared with
     its module.
@@ -179,7 +178,7 @@ def compile(
     with ExitStack() as reading:
         with clock.phase("capture"):
             example = example_inputs(args, kwargs)
-            source = open_source(model, *example, adapters, allowed_bytes(memory))
+            source = open_source(model, *example, adapters, memory)
             reading.enter_context(source.memory.reading())
             source = cast(source, dtype)
             exact = [p for p in requested if not isinstance(p, Approximate)]

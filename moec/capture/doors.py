@@ -26,7 +26,9 @@ from moec.capture.pt2 import check_archive
 from moec.capture.source import Source, described_error, example_of, module_source, traceable
 from moec.errors import CaptureError, UsageError
 from moec.files.adapter import read_adapter
+from moec.memory.budget import allowed_bytes
 from moec.model_path import kind_of_model
+from moec.runtime.process.byte_sizes import MOST_MEMORY
 
 
 def capture_source(
@@ -71,19 +73,24 @@ def open_source(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     adapters: Sequence[str | Path] = (),
-    memory: int = sys.maxsize,
+    memory: int | str | None = MOST_MEMORY,
 ) -> Source:
     """The source for any model that moec accepts. Arguments given here replace the example inputs
     of a checkpoint or an export; `adapters` are folders, merged into a checkpoint in order. A
-    checkpoint whose compilation needs more than `memory` bytes is not read into memory at once.
+    checkpoint whose compilation needs more than `memory` (`allowed_bytes`) is not read into memory
+    at once; another model has no such limit.
 
     Raises UsageError where `model` is of no supported kind, CaptureError where it cannot be loaded.
     """
     args, kwargs = tuple(args), dict(kwargs or {})
     configs = tuple(read_adapter(Path(folder)) for folder in adapters)
-    if configs and not (
-        isinstance(model, str | Path) and kind_of_model(str(model)) in ("checkpoint", "gguf")
-    ):
+    kind = kind_of_model(str(model)) if isinstance(model, str | Path) else "module"
+    if memory not in (None, MOST_MEMORY) and kind not in ("checkpoint", "gguf", "hub"):
+        raise UsageError(
+            "memory (--memory) limits the compilation of checkpoints and GGUF files, whose weights "
+            "can stay in files: leave it out, or save the model as a checkpoint"
+        )
+    if configs and kind not in ("checkpoint", "gguf"):
         raise UsageError(
             "adapters are merged into checkpoints and GGUF files: give one of these, or merge them "
             "into the module with PEFT (merge_and_unload)"
@@ -98,21 +105,21 @@ def open_source(
             "the folder of a checkpoint, a .gguf, .pt2 or .onnx file, or file.py:factory"
         )
     text = str(model)
-    match kind_of_model(text):
+    match kind:
         case "factory":
             if args or kwargs:
                 raise UsageError(f"{text}: the factory gives the example inputs: leave yours out")
             file, _, factory = text.rpartition(":")
             return _factory(Path(file), factory)
         case "checkpoint":
-            return checkpoint_source(Path(text), args, kwargs, configs, memory)
+            return checkpoint_source(Path(text), args, kwargs, configs, allowed_bytes(memory))
         case "gguf":
-            return gguf_source(Path(text), args, kwargs, configs, memory)
+            return gguf_source(Path(text), args, kwargs, configs, allowed_bytes(memory))
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
         case "onnx":
             return _onnx(Path(text), args, kwargs)
-        case "hub":
+        case _:
             raise UsageError(f"{text} does not exist: here, give a path and no id of the hub")
 
 

@@ -64,15 +64,14 @@ def command(ctx: click.Context, as_json: bool) -> None:
 @json_option
 def list_models(as_json: bool) -> None:
     """Show the models that `moec run`, `chat` and `serve` compiled, those used last first."""
-    models = [(entry.path.name, entry.size, round(_days(entry), 1)) for entry in _models()]
-    if as_json:
-        names = ("model", "bytes", "days")
-        click.echo(json.dumps([dict(zip(names, row, strict=True)) for row in models], indent=1))
-        return
-    from moec.report.units import size as size_text
+    from moec.report.units import size
 
-    for name, size, days in models:
-        echo(f"{size_text(size):>9}  used {days} days ago  {name}")
+    present = [(entry, round(_days(entry), 1)) for entry in _models()]
+    if as_json:
+        rows = [{"model": e.path.name, "bytes": e.size, "days": days} for e, days in present]
+        click.echo(json.dumps(rows, indent=1))
+    for entry, days in () if as_json else present:
+        echo(f"{size(entry.size):>9}  used {days} days ago  {entry.path.name}")
 
 
 @command.command("prune", short_help="Remove models that were not run for a while.")
@@ -82,15 +81,14 @@ def list_models(as_json: bool) -> None:
     help="Remove what was not used for so many days; default: 30, and with MODELS 0.",
 )  # fmt: skip
 def prune(models: tuple[str, ...], days: float | None) -> None:
-    """Remove the MODELS, by the start of their names in `moec cache list`, or all, unless they were
-    used lately."""
+    """Remove MODELS, by the start of their names in the list, or all that were not used lately."""
     least = (0.0 if models else 30.0) if days is None else days
     present = _models()
     for name in models:
         if not any(entry.path.name.startswith(name) for entry in present):
             raise UsageError(f"no model of the cache begins with {name}: see moec cache list")
     for entry in present:
-        if entry.path.name.startswith(models or ("",)) and _days(entry) >= least:
+        if entry.path.name.startswith(models or "") and _days(entry) >= least:
             entry.path.unlink(missing_ok=True)
             echo(f"removed {entry.path.name}")
 

@@ -211,7 +211,6 @@ def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[
 
 def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledModel:
     """The compiled model, saved if it was built; its progress is shown."""
-    from moec.commands.compilation import estimate
     from moec.commands.options.shapes import explain_sizes
     from moec.commands.output.progress import Progress, hush
 
@@ -224,8 +223,6 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
 
     shorten_spinning()
     hush()
-    if cost := estimate.of_files(request.model):
-        LOGGER.info(cost)
     with explain_sizes(), Progress(request.silent, plan=_phases(request)) as progress:
         progress.phase("start")  # imports torch, which takes a moment, and checks options
         from moec import compile as compile_model

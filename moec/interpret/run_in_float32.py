@@ -32,18 +32,12 @@ def in_float32(program: Program, *, anywhere: bool = False) -> Callable[[Tensors
     return lambda inputs: run([inputs])[0]
 
 
-def folded_in_float32(program: Program) -> Callable[[Tensors], Results]:
-    """As `in_float32`, with what depends on weights alone computed in the program's own dtypes, as
-    by a pass that folds constants: the rounding of 1 + bias in 16 bits is no error."""
-    run = _runner(program, folded=True)
-    return lambda inputs: run([inputs])[0]
-
-
 def all_in_float32(
     program: Program, cases: Sequence[Tensors], *, folded: bool = False
 ) -> list[Results]:
-    """The results of `in_float32`, or `folded_in_float32`, in each case. A weight is read and cast
-    once for all of them."""
+    """The results of `in_float32` in each case; a weight is read and cast once for all. `folded`:
+    what depends on weights alone is computed in the program's own dtypes, as by a pass that folds
+    constants: the rounding of 1 + bias in 16 bits is no error."""
     return _runner(program, folded=folded)(cases)
 
 

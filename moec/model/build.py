@@ -178,7 +178,9 @@ def verify_model(
         package = executor.package
         if package.gpu is None:
             if pieces is not None and package.generation is not None:
+                checking.say("texts in pieces")
                 _check_texts(compiled, package)
+            checking.say("each kernel")
             kernels = check_code(package, compiled.module, compiled.captured, checked.cases)
             checked = replace(checked, cases=(), kernels=summary(kernels))
     return replace(compiled, checked=checked)

@@ -186,13 +186,13 @@ def _check(
     graph, together = captured.program.graph, how.together
     criterion = Criterion.of(graph, how.tolerance)
     names = [value.name for value in graph.outputs]
-    _say("eager")
+    say("eager")
     answers, skipped = references(captured, empty=how.empty, together=together)
-    _say(f"the code with {len(answers)} inputs")
+    say(f"the code with {len(answers)} inputs")
     actual = run_all([case for case, _ in answers])
     compared, owners, evaluated = _compared(names, actual, pieces, answers)
     reason = _nan_of_eager(captured.program, answers)
-    _say("eager in float32")
+    say("eager in float32")
     exact = exact_results(captured, answers, together) if criterion.unit else None
     if exact is not None:
         right, _ = exact
@@ -203,7 +203,7 @@ def _check(
         right_by, why = (compared, why) if stable is None else (stable, criterion.refusal(stable))
     if criterion.unit:
         for seeds in NOISE_SEEDS if why else ():
-            _say(f"how eager rounds, samples {seeds[0] + 1} to {seeds[-1] + 1}")
+            say(f"how eager rounds, samples {seeds[0] + 1} to {seeds[-1] + 1}")
             right_by = with_noise(
                 criterion.noise, seeds, captured, answers, right_by, owners, together
             )
@@ -214,7 +214,7 @@ def _check(
         right_by = with_near_ties(captured, answers, right_by, owners, together)
         why = criterion.refusal(right_by)
     if why is None and exact is not None and pass_results and not captured.is_graph:
-        _say("the graph in float32")
+        say("the graph in float32")
         why = meaning(captured, pass_results[-1].program, answers, exact, together)
     if why is not None:
         filled = [answer for answer in answers if all(map(torch.Tensor.numel, answer[0]))]
@@ -250,7 +250,8 @@ def _check(
     return checked, evaluated
 
 
-def _say(detail: str) -> None:
+def say(detail: str) -> None:
+    """What is compared now, for those who wait."""
     LOGGER.debug("verify: %s", detail, extra={"detail": detail})
 
 

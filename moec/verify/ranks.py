@@ -16,7 +16,7 @@ from moec.capture import Captured
 from moec.errors import VerificationError
 from moec.interpret.evaluate import evaluate_anywhere
 from moec.interpret.ranks import evaluate_ranks
-from moec.interpret.run_in_float32 import MEANING, folded_in_float32, wide, widened
+from moec.interpret.run_in_float32 import MEANING, all_in_float32, wide, widened
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Module, Program
@@ -170,7 +170,9 @@ def _evaluate_joined(reference: Eager, cases: Sequence[Case]) -> list[tuple[torc
 
 def _limit_in_float32(captured: Captured) -> float:
     """The greatest error in float32 of a model of 16 bits, whose constants passes fold in 16."""
-    folded = folded_in_float32(captured.program)(with_states(captured.program, captured.example))
+    folded = all_in_float32(
+        captured.program, [with_states(captured.program, captured.example)], folded=True
+    )[0]
     error = error_of(folded, exact_eager(captured)(*captured.example))
     return max(MEANING, FACTOR * error)
 

@@ -12,12 +12,7 @@ import torch
 
 from moec.capture import Captured
 from moec.interpret.evaluate import evaluate
-from moec.interpret.run_in_float32 import (
-    InFloat32,
-    all_in_float32,
-    eager_in_float32,
-    in_float32,
-)
+from moec.interpret.run_in_float32 import InFloat32, all_in_float32, eager_in_float32, in_float32
 from moec.interpret.stable_topk import FirstOfEquals
 from moec.ir.graph import Program
 from moec.memory.lock_step import Together, one_by_one
@@ -37,8 +32,6 @@ _CHOICES = 32
 """Samples of how eager chooses among nearly equal values: enough for one of five or six."""
 
 Results: TypeAlias = tuple[torch.Tensor, ...]
-
-
 Exact: TypeAlias = tuple[list[Results], bool]
 """The source's results in float32 in each case (`exact_eager`), and whether it chose another one of
 equal values than the first."""

@@ -25,8 +25,8 @@ from moec.codegen.lower import supported
 from moec.errors import InputError, IRError, MoecError
 from moec.interpret.evaluate import evaluate
 from moec.interpret.run_in_float32 import (
+    all_in_float32,
     eager_in_float32,
-    folded_in_float32,
     in_float32,
     wide,
 )
@@ -284,7 +284,7 @@ def interpreted(
     meaning = in_float32(program) if widened else partial(_evaluated, program)
     if folded:
         program = compiled.captured.program
-        meaning = folded_in_float32(program)
+        meaning = lambda inputs: all_in_float32(program, [inputs], folded=True)[0]  # noqa: E731
 
     def run(*inputs: torch.Tensor) -> Any:
         sizes: dict[str, int] = {}

@@ -52,6 +52,22 @@ def test_a_limit_that_cannot_be_kept_is_refused_with_the_sum(
     )
 
 
+@pytest.mark.parametrize("door", ["module", "export", "factory", "pt2"])
+def test_a_limit_for_what_is_in_memory_is_refused(door: str, tmp_path: Path) -> None:
+    module, x = torch.nn.Linear(4, 4).eval(), torch.zeros(2, 4)
+    (tmp_path / "f.py").write_text("def make():\n    raise AssertionError('run')\n")
+    program = torch.export.export(module, (x,))
+    torch.export.save(program, tmp_path / "m.pt2")
+    models = {
+        "module": module,
+        "export": program,
+        "factory": f"{tmp_path / 'f.py'}:make",
+        "pt2": tmp_path / "m.pt2",
+    }
+    with pytest.raises(UsageError, match=r"\(--memory\) limits the compilation of checkpoints"):
+        moec.compile(models[door], (x,) if door == "module" else (), memory="4GiB")
+
+
 def test_a_compilation_that_takes_more_than_it_may_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

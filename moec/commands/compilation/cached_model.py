@@ -48,9 +48,8 @@ def artifact_of(model: Path, quiet: bool = False) -> Path:
             echo(f"{text} is compiled, once: moec cache list shows what is kept", err=True)
         artifact.parent.mkdir(mode=0o700, exist_ok=True)
         words = [sys.executable, "-m", "moec", "compile", path, "-o", str(artifact), "--force"]
-        words += ["--quiet"] if quiet else []
-        code = subprocess.run(words, stdout=subprocess.DEVNULL, check=False).returncode
-        if code:
+        words += ["--quiet"] * quiet
+        if code := subprocess.run(words, stdout=subprocess.DEVNULL, check=False).returncode:
             click.get_current_context().exit(code if code > 0 else 128 - code)
     os.utime(artifact)  # used last
     return artifact

@@ -37,12 +37,6 @@ def bytes_of_files(model: str) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def of_files(model: str) -> str:
-    """An estimate from the files of a checkpoint; empty for anything else."""
-    weights = bytes_of_files(model)
-    return f"{size(weights)} of weights: {memory(weights)}" if weights else ""
-
-
 def _bounded(compiled: CompiledModel, weights: int) -> str:
     """As `memory`, also where the model is not in memory as a whole."""
     from moec.memory.memory import Bounded
