@@ -192,9 +192,41 @@ def chunks_in_an_order(layer: Layer, x: Tensor) -> Tensor:
     return _back(y, order, weights, x)
 
 
+def rows_of_the_total(layer: Layer, x: Tensor) -> Tensor:
+    """fastmoe: the sum of all counts is read, and as many rows are taken and written."""
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    counts = torch.bincount(ids.flatten(), minlength=E)
+    total = int(counts.sum().item())
+    order = torch.argsort(ids.flatten(), stable=True)
+    rows, start, parts = flat.index_select(0, order[:total] // K), 0, []
+    for i in range(E):
+        count = int(counts[i].item())
+        parts.append(layer.experts[i](rows[start : start + count]))
+        start += count
+    out = flat.new_zeros(total, D).index_copy(0, order, torch.cat(parts))
+    return torch.bmm(weights[:, None], out.view(-1, K, D)).view(x.shape)
+
+
+def a_buffer_of_the_total(layer: Layer, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, D)
+    weights, ids = layer.choose(flat)
+    order = ids.flatten().argsort(stable=True)
+    counts, start = torch.bincount(ids.flatten(), minlength=E), 0
+    rows, out = flat[order // K], flat.new_empty(int(counts.sum()), D)
+    for i, count in enumerate(counts.tolist()):
+        out[start : start + count] = layer.experts[i](rows[start : start + count])
+        start += count
+    back = torch.zeros_like(out)
+    back[order] = out
+    return (back.view(-1, K, D) * weights[..., None]).sum(1).view(x.shape)
+
+
 FORMS: dict[str, Form] = {
     form.__name__.replace("_", " "): form
     for form in (
+        rows_of_the_total,
+        a_buffer_of_the_total,
         an_end_at_a_time,
         slices_between_tensors,
         marks_that_are_counted,

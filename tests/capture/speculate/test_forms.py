@@ -50,6 +50,8 @@ RECOGNISED = (
     "split and cat",
     "a function of its own",
     "capacity of a float",
+    "rows of the total",
+    "a buffer of the total",
 )
 
 
@@ -132,7 +134,7 @@ def test_ids_from_outside_are_counted_for_the_classes_that_are_asked_for() -> No
 
 @pytest.mark.parametrize("name", RECOGNISED)
 def test_a_form_is_compiled_with_its_block(name: str) -> None:
-    layer = Layer(FORMS[name]).eval()
+    layer = Layer(EVERY_FORM[name]).eval()
     compiled = moec.compile(layer, (inputs((2, 6)),))
     assert len(compiled.blocks) == 1
     for size in SIZES[1:3]:

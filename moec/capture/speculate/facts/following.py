@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from moec.capture.speculate.facts.facts import NOTHING, ClassChoice, Facts, Order
@@ -119,6 +120,10 @@ def _sum(facts: Facts, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
     first = args[0]
     fact, dim = facts.of(first), _dim(args, kwargs, 1, None)
     facts.note(result, truth="count", positive=fact.positive)
+    sums = fact.sums
+    if sums is not None and sums.counts is not None and not result.ndim:
+        every = np.array_equal(sums.matrix, sums.counts.sums().matrix)
+        facts.note(result, size=sums.counts.total if every else None)
     high = 1 if first.dtype == torch.bool else fact.high
     if high is not None and isinstance(dim, int):
         single = fact.single is not None and fact.single == dim % first.ndim

@@ -35,6 +35,8 @@ def getitem(trace: Trace, func: Hook, x: torch.Tensor, index: Any) -> Any:
     full = all(isinstance(part, slice) and part == slice(None) for part in rest)
     if isinstance(first, slice) and first.step is None and full:
         start, stop = (as_number(trace, end) for end in (first.start, first.stop))
+        if start is None and is_symbolic(stop) and trace.equal(stop, x.shape[0]):
+            return x  # all rows, of which more may be known
         if any(map(reads_data, (start, stop, x.shape[0]))):
             return slice_rows(trace, x, start, stop)
     return NotImplemented
