@@ -29,7 +29,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 UNKNOWN = "this field is not known, or not supported: leave it out"
 COMPLETION = "max_completion_tokens"
 OF_TEXTS = ("best_of", "echo")
-OF_CHATS = ("messages", COMPLETION, "tools", "tool_choice", "parallel_tool_calls")
+OF_CHATS = (
+    *("messages", COMPLETION, "tools", "tool_choice", "parallel_tool_calls"),
+    *("reasoning_effort", "chat_template_kwargs"),
+)
 Stop: TypeAlias = Annotated[str, Meta(min_length=1, max_length=1000)]
 Count: TypeAlias = Annotated[int, Meta(ge=1)]
 Share: TypeAlias = Annotated[float, Meta(gt=0, le=1)]
@@ -119,6 +122,14 @@ class Fields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     tools: Annotated[list[Tool], Meta(max_length=128)] = []
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Variables of the chat template."""
+        effort = {"reasoning_effort": self.reasoning_effort} if self.reasoning_effort else {}
+        return effort | self.chat_template_kwargs
 
     @property
     def sampling(self) -> Sampling:

@@ -99,7 +99,7 @@ class Service:
             if fields.messages:
                 messages = [message.plain() for message in fields.messages]
                 tools, begun = ((), "") if use is None else (use.for_template, use.begun)
-                text = self.tokenizer.check_chat().render(messages, tools) + begun
+                text = self.tokenizer.check_chat().render(messages, tools, fields.options) + begun
                 return [self.encode(text, special=False)]
             return [self.encode(p) if isinstance(p, str) else p for p in fields.prompts]
         except MoecError as error:

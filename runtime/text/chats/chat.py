@@ -28,22 +28,29 @@ class ChatTemplate:
     source: str
     tokens: Mapping[str, str] = field(default_factory=dict)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text up to where the answer begins, which may call `tools`, the JSON schemas of
-        functions as transformers has them.
+        functions as transformers has them. `options` are variables of this template, such as
+        enable_thinking.
 
-        Raises InputError where a message is malformed or the template refuses the messages,
-        ArtifactError where it is no template.
+        Raises InputError where a message is malformed, the template refuses the messages or has a
+        variable of an option's name in any case, ArtifactError where it is no template.
         """
         check_messages(messages)
-        return self._run(
-            {
-                "messages": [dict(message) for message in messages],
-                "add_generation_prompt": True,
-                **({"tools": [*tools]} if tools else {}),
-                **self.tokens,
-            }
-        )
+        variables: dict[str, Any] = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": True,
+            **({"tools": [*tools]} if tools else {}),
+            **self.tokens,
+        }
+        if names := (variables.keys() | {"tools"}) & (options or {}).keys():
+            raise InputError(f"{min(names)} is no option of a chat template: leave it out")
+        return self._run({**variables, **(options or {})})
 
     def check(self) -> None:
         """Raises ArtifactError where it is no template."""

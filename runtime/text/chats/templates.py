@@ -67,7 +67,7 @@ def render(source: str, variables: dict[str, Any] | None) -> dict[str, str]:
     variables. Without variables it is only parsed."""
     try:
         template = _template(source)
-        return {"text": "" if variables is None else template.render(**variables)}
+        return {"text": "" if variables is None else template.render(variables)}
     except jinja2.TemplateSyntaxError as error:
         return {"error": MALFORMED, "words": f"line {error.lineno}: {error.message}"}
     except RecursionError:

@@ -165,6 +165,31 @@ def test_the_template_reads_tools_and_earlier_calls(running: Running) -> None:
     )
 
 
+def test_options_reach_the_template(running: Running) -> None:
+    source = "{{ reasoning_effort }} {{ enable_thinking | tojson }} {{ messages[0].content }}"
+    tokenizer = replace(running.service.tokenizer, template=ChatTemplate(source))
+    running.service.tokenizer = tokenizer
+    options = {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False}}
+    for more, text in (
+        (options, "high false x"),
+        (
+            {"chat_template_kwargs": {"reasoning_effort": "low", "enable_thinking": [1]}},
+            "low [1] x",
+        ),
+    ):
+        status, answer, *_ = running.send("/v1/chat/completions", CHAT | more)
+        assert status == 200, answer
+        expected = len(tokenizer.encode(text, special=False))
+        assert answer["usage"]["prompt_tokens"] == expected
+    for name in ("messages", "tools", "add_generation_prompt"):
+        body = CHAT | {"chat_template_kwargs": {name: []}}
+        status, answer, *_ = running.send("/v1/chat/completions", body)
+        assert status == 400
+        assert f"{name} is no option of a chat template" in answer["error"]["message"]
+    status, answer, *_ = running.send("/v1/completions", {"prompt": "a", "reasoning_effort": "low"})
+    assert (status, answer["error"]["param"]) == (400, "reasoning_effort")
+
+
 @pytest.mark.parametrize(
     ("more", "param", "words"),
     [

@@ -118,8 +118,8 @@ LARGE = (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kept", [False, True], ids=["one", "side by side"])
-def test_grammars_take_little_memory(kept: bool) -> None:
+@pytest.mark.parametrize("together", [False, True], ids=["one", "side by side"])
+def test_grammars_take_little_memory(together: bool) -> None:
     """15 characters of a regular expression took 250 MB."""
     code = (
         "import re, sys\nfrom pathlib import Path\n"
@@ -133,12 +133,12 @@ def test_grammars_take_little_memory(kept: bool) -> None:
         "    try:\n"
         "        for _ in range(5):\n            sampler.draw(np.zeros(300, np.float32))\n"
         "    except Exception as error:\n        print(error, file=sys.stderr)\n"
-        f"    kept += [sampler] * {kept}\n"
+        f"    kept += [sampler] * {together}\n"
         "print(held() - start >> 10)"
     )
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[3])
-    assert int(done.stdout) < (150 if kept else 60), done.stderr
+    assert int(done.stdout) < (150 if together else 60), done.stderr
     assert (
         "no token fits response_format here: the grammar is too large: repeat less" in done.stderr
     )
