@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -32,13 +32,15 @@ LoopMaker: TypeAlias = Callable[[FusionGroup, str, Any], LoopKernel]
 @dataclass(frozen=True)
 class Param:
     """A weight argument of `main`: what `pack` computes from values of the graph (None: the
-    value), and from those `beside` them, which it does not store."""
+    value), and from those `beside` them, which it does not store. From the array and the same
+    tensors, `unpack` gives, part by part, what the array holds and what it should."""
 
     name: str
     type: TensorType
     values: tuple[Value, ...]
     pack: Callable[..., Any] | None = None
     beside: tuple[Value, ...] = ()
+    unpack: Callable[..., Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None
 
 
 def as_array(tensor: torch.Tensor) -> Array:

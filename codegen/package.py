@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
+import ml_dtypes
 import numpy as np
 import torch
 
@@ -12,10 +13,8 @@ from moec.codegen.backend import Backend
 from moec.codegen.backends import backend_for
 from moec.codegen.index_ranges import index_ranges
 from moec.codegen.lower import LoweredModule, lower
-from moec.codegen.module_builder import Param, as_array, has_nan
-from moec.dtypes import FLOATS
+from moec.codegen.module_builder import Param, as_array
 from moec.errors import VerificationError
-from moec.ir.aten import TORCH_DTYPES
 from moec.ir.graph import Module, Program, Value
 from moec.memory.memory import InMemory
 from moec.runtime.dtypes import Array
@@ -85,7 +84,7 @@ def package(
     for name in module if weights else ():
         params = tuple(param for param in lowered.params[name] if param.name not in arrays)
         packed = packed_arrays(params, module[name].weights, memory or InMemory())
-        check_numbers(params, module[name].weights, packed, memory or InMemory())
+        check_arrays(params, module[name].weights, packed, memory or InMemory())
         arrays |= packed
     for state in (state for function in functions.values() for state in function.states):
         if state.initial:
@@ -187,26 +186,43 @@ def _size(dim: object) -> Size:
 # ---- weights ---------------------------------------------------------------------------
 
 
-def check_numbers(
-    params: tuple[Param, ...],
+def check_arrays(
+    params: Sequence[Param],
     weights: Mapping[str, torch.Tensor],
     arrays: Mapping[str, Array],
     memory: InMemory,
 ) -> None:
-    """Raises VerificationError where an array holds NaN, and the weights in it do not."""
+    """Compare what the arrays hold with the weights, bit for bit. Raises VerificationError."""
     for param in params:
-        dtypes = {param.type.dtype} & {*FLOATS} or {value.dtype for value in param.values}
-        if len(dtypes) != 1 or not dtypes <= {*FLOATS} or param.beside:  # codes that mean NaN
-            continue
-        content = np.ascontiguousarray(arrays[param.name]).reshape(-1).view(np.uint8)
-        if has_nan(torch.from_numpy(content).view(TORCH_DTYPES[min(dtypes)])):
-            tensors = [weights[value.name] for value in param.values]
-            memory.fill(tensors)
-            if not any(map(has_nan, tensors)):
-                raise VerificationError(
-                    f"the weight {param.name} would be stored with NaN, and the model's has none: "
-                    "report it"
-                )
+        tensors = [weights[value.name].detach() for value in (*param.values, *param.beside)]
+        memory.fill(tensors)
+        array = _as_tensor(arrays[param.name])
+        if param.unpack is not None:
+            parts = param.unpack(array, *tensors)
+        else:
+            right = _as_tensor(param.pack()) if param.pack is not None else tensors[0]
+            parts = zip(*(torch.split(t.reshape(-1), _PART) for t in (array, right)), strict=True)
+        if not all(_same_bits(held, right) for held, right in parts):
+            raise VerificationError(
+                f"the weight {param.name} is stored with other bits than the model's: report it"
+            )
+
+
+_PART = 1 << 22
+"""Elements that are compared at a time."""
+
+
+def _as_tensor(array: Array) -> torch.Tensor:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    same_type = a.shape == b.shape and a.dtype == b.dtype
+    if same_type and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True
+    return same_type and torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
 
 
 def packed_arrays(

@@ -4,12 +4,14 @@ codes or, for fp8 weights, as they are."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from tvm import relax
 
+from moec.codegen.cpu import unpack
 from moec.codegen.cpu.quantised.layout import (
     BYTES,
     QuantisedLayout,
@@ -72,7 +74,8 @@ def packed_codes(layout: QuantisedLayout, codes: tuple[Value, ...]) -> tuple[obj
         return pack_codes(layout, *map(_stacked, tensors))
 
     type = TensorType("i32", layout.shape)
-    return (layout, codes), Param(_name(codes), type, codes, make)
+    held = partial(unpack.codes, layout)
+    return (layout, codes), Param(_name(codes), type, codes, make, unpack=held)
 
 
 def packed_scales(
@@ -87,7 +90,8 @@ def packed_scales(
         return pack_scales(layout, *map(_stacked, parts))
 
     type = TensorType(scales[0].dtype, layout.scale_shape)
-    return (layout, scales), Param(_name(scales), type, scales, make, beside=marked)
+    held = partial(unpack.scales, layout, bool(marked))
+    return (layout, scales), Param(_name(scales), type, scales, make, marked, held)
 
 
 def _name(values: tuple[Value, ...]) -> str:

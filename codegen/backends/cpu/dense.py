@@ -10,6 +10,7 @@ import torch
 from tvm import relax
 
 from moec.codegen.backend import Rule
+from moec.codegen.cpu import unpack
 from moec.codegen.cpu.gemm import pack
 from moec.codegen.cpu.gemm.layout import Layout
 from moec.codegen.cpu.gemm.linear import linears
@@ -83,7 +84,8 @@ def packed(
 
     dtype = "i32" if layout.pairs else weights[0].dtype
     name = "+".join(w.name for w in weights) + ".packed"
-    param = Param(name, TensorType(dtype, layout.shape), weights, make)
+    held = partial(unpack.weights, layout, flipped)
+    param = Param(name, TensorType(dtype, layout.shape), weights, make, unpack=held)
     return (layout, weights, flipped), param
 
 
@@ -97,9 +99,9 @@ def packed_bias(
 
     name = "+".join(b.name for b in biases) + ".packed"
     name += f".{experts[0]}" if experts else ""  # the first expert of a part is in no other
-    return (layout, biases, "bias", experts), Param(
-        name, TensorType("f32", layout.bias_shape), biases, make
-    )
+    held = partial(unpack.biases, layout, experts)
+    param = Param(name, TensorType("f32", layout.bias_shape), biases, make, unpack=held)
+    return (layout, biases, "bias", experts), param
 
 
 RULES = (Rule("linear", DENSE, _check, _linear),)

@@ -13,6 +13,7 @@ from tvm.tirx import PrimFunc
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
+from moec.codegen.cuda import unpack
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.gemv import check_few_rows
 from moec.codegen.cuda.gemm.grouped import grouped_linear, shapes_of
@@ -83,7 +84,8 @@ def stack(low: Lowering, values: tuple[Value, ...]) -> relax.Expr:
     name = "+".join(v.name for v in values) + ".interleaved"
     assert isinstance(n, int)
     type = TensorType(values[0].dtype, (experts, 2 * n, *rest))
-    return low.param(("interleaved", values), Param(name, type, values, _interleaved))
+    param = Param(name, type, values, _interleaved, unpack=unpack.interleaved)
+    return low.param(("interleaved", values), param)
 
 
 def _interleaved(*tensors: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -117,7 +119,8 @@ def _dense(low: Lowering, op: Op) -> list[relax.Expr]:
     if dense.flipped:
         name, type = f"{dense.weight.name}.transposed", TensorType(dense.x.dtype, (spec.n, spec.k))
         key = ("transposed", dense.weight)
-        arguments.append(low.param(key, Param(name, type, (dense.weight,), _transposed)))
+        param = Param(name, type, (dense.weight,), _transposed, unpack=unpack.transposed)
+        arguments.append(low.param(key, param))
     else:
         arguments.append(low.value(dense.weight))
     if dense.bias is not None:

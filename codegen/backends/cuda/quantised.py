@@ -3,6 +3,7 @@ registers."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from tvm.tirx import PrimFunc
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
-from moec.codegen.backends.cuda.products import LEAST, stack
+from moec.codegen.cuda import unpack
 from moec.codegen.cuda.gemm.layout import interleave
 from moec.codegen.cuda.quantised.codes import pack
 from moec.codegen.cuda.quantised.grouped_codes import check_grouped_codes, grouped_codes
@@ -99,7 +100,8 @@ def _packed(low: Lowering, codes: tuple[Value, ...], bits: int) -> relax.Expr:
         arrays = [pack(as_array(tensor), bits) for tensor in tensors]
         return arrays[0] if len(arrays) == 1 else interleave(*arrays)
 
-    return low.param(("packed", codes), Param(name, type, codes, make))
+    param = Param(name, type, codes, make, unpack=partial(unpack.codes, bits))
+    return low.param(("packed", codes), param)
 
 
 def _refuse_mixed(op: Op, graph: Graph) -> None:

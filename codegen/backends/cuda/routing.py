@@ -11,6 +11,7 @@ from tvm import relax
 
 from moec.codegen.backend import Rule, require
 from moec.codegen.backends.cuda import products
+from moec.codegen.cuda import unpack
 from moec.codegen.cuda.routing import route as kernels
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.module_builder import Lowering, Param, as_array
@@ -68,7 +69,8 @@ def _computed(low: Lowering, gate: Op, one: Op) -> relax.Expr:
     """The result of `one`, an op before the choice. Weights are widened when they are packed."""
     (source, *_), (out,) = one.inputs, one.outputs
     if source in low.graph.params:
-        param = Param(f"{source.name}.{out.dtype}", out.type, (source,), partial(_cast, out.dtype))
+        name, cast = f"{source.name}.{out.dtype}", partial(_cast, out.dtype)
+        param = Param(name, out.type, (source,), cast, unpack=unpack.widened)
         return low.param(("cast", source, out.dtype), param)
     spec = products.logits_spec(one) if one.name == _LINEAR else None
     if spec is None:

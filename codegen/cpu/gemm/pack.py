@@ -1,4 +1,4 @@
-"""Packs weights into the layout that kernels stream (see layout.py), and unpacks them.
+"""Packs weights into the layout that kernels stream (see layout.py).
 
 Packing is one strided copy by torch, on all its threads, from any source (a parameter, a
 memory-mapped file, a transposed or interleaved view) to the final position. Padding is 0.
@@ -41,25 +41,6 @@ def _empty(layout: Layout) -> Tensor:
     elements = (*layout.shape, 2) if layout.pairs else layout.shape
     dtype = getattr(torch, layout.spec.dtype)
     return torch.zeros(elements, dtype=dtype) if padded else torch.empty(elements, dtype=dtype)
-
-
-def _as_elements(layout: Layout, packed: Array) -> Tensor:
-    """A packed array as a tensor of the type of the weights; pairs have a last axis of 2."""
-    tensor = torch.from_numpy(packed)
-    return tensor.view(torch.bfloat16).view(*layout.shape, 2) if layout.pairs else tensor
-
-
-def unpack(layout: Layout, packed: Array) -> tuple[Tensor, ...]:
-    """The inverse of `pack`: the weights [E, N, K], one, or gate and up."""
-    spec = layout.spec
-    tensor = _as_elements(layout, packed)
-    weights = []
-    for half in range(2 if spec.gated else 1):
-        # [E, tiles, depth, columns(, 2)] of each part -> [E, tiles, columns, depth(, 2)]
-        segments = [segment.movedim(3, 2) for _, segment in _places(layout, tensor, half)]
-        part = torch.cat(segments, 2).flatten(1, 2)
-        weights.append(part.flatten(2)[:, : spec.n, : spec.k].contiguous())
-    return tuple(weights)
 
 
 def pack_bias(layout: Layout, bias: Tensor | Array, up: Tensor | Array | None = None) -> Array:

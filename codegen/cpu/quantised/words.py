@@ -79,6 +79,16 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     return words.view(len(codes), -1).view(torch.int32)
 
 
+def codes(words: Tensor, bits: int) -> Tensor:
+    """Words i32[N, K * bits / 32] -> codes u8[N, K], by the table."""
+    units = words.contiguous().view(torch.uint8).view(len(words), -1, words_of(bits), 4)
+    quads = torch.zeros((*units.shape[:2], quads_of(bits), 4), dtype=torch.uint8)
+    for number, parts in enumerate(_QUADS[bits]):
+        for part in parts:
+            quads[:, :, number] |= (units[:, :, part.word] >> part.at & 2**part.size - 1) << part.low
+    return quads.view(len(words), -1)
+
+
 def unpacked(v: Vector, words: Sequence[Expr], bits: int) -> list[Expr]:
     """The quads of a unit as bytes of lanes, from its words."""
     if bits == 8:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moec.codegen.cpu.gemm.layout import Layout
-from moec.codegen.cpu.gemm.pack import pack, pack_bias, unpack
+from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.specs.products import LinearSpec
 from moec.target.cpu import TARGETS
 
@@ -17,20 +17,6 @@ SHAPES = [(64, 32), (70, 33), (5, 7), (33, 64), (130, 1)]
 
 def layout(n=33, k=10, dtype="float32", target="avx2", **spec):
     return Layout(LinearSpec(n, k, dtype, **spec), TARGETS[target])
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gated", [False, True])
-def test_unpack_undoes_pack(target, dtype, gated):
-    for n, k in SHAPES:
-        lay = layout(n, k, dtype, target, groups=3, gated=gated)
-        weights = [torch.randn(3, n, k).to(DTYPES[dtype]) for _ in range(1 + gated)]
-        packed = pack(lay, *weights)
-        assert packed.shape == lay.shape
-        assert str(packed.dtype) == lay.dtype
-        for result, weight in zip(unpack(lay, packed), weights, strict=True):
-            assert torch.equal(result, weight)
 
 
 def test_a_weight_lies_where_the_kernel_reads_it():
