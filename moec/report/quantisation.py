@@ -148,14 +148,12 @@ def _line(ops: Sequence[Op], before: Program, after: Program) -> QuantisedLine:
     wide = few = 0
     off: dict[int, float] = {}
     size: dict[int, float] = {}
-    for number, (name, stored) in enumerate(matrices.items()):
-        format, experts = stored.format, stored.experts
-        original = before.weights[(_PART if experts else _ORIGINAL).sub("", name)]
-        original = original[list(experts)] if experts else original
-        wide += original.numel() * original.element_size()
-        few += format.nbytes(original.numel() // original.shape[-1], original.shape[-1])
-        for part, a, b in _parts(original, number, stored, after):
-            part = experts[part] if experts else part
+    for number, stored in enumerate(matrices.values()):
+        for part, weight, parts in stored_parts(stored, before, after):
+            part = number if part is None else part
+            wide += weight.numel() * weight.element_size()
+            few += stored.format.nbytes(*weight.shape)
+            a, b = weight.float(), dequantise(stored.format.kind, *parts)
             off[part] = off.get(part, 0.0) + float((a - b).double().pow(2).sum())
             size[part] = size.get(part, 0.0) + float(a.double().pow(2).sum())
     errors = [math.sqrt(off[part] / max(size[part], 1e-300)) for part in off]
@@ -175,14 +173,17 @@ _ORIGINAL = re.compile(r"\.codes(_\d+)?$")
 _PART = re.compile(r"\.\w+\.codes(_\d+)?$")
 
 
-def _parts(
-    original: torch.Tensor, number: int, quantised: StoredMatrix, after: Program
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """The weights of each expert, or of the one matrix, before and after, in float32."""
-    stored = [after.weights[value.name] for value in quantised.matrix.values]
-    kind = quantised.format.kind
+def stored_parts(
+    stored: StoredMatrix, before: Program, after: Program
+) -> Iterator[tuple[int | None, torch.Tensor, list[torch.Tensor]]]:
+    """Each expert, or None for the one matrix: its number, its weights [N, K] before they were
+    rounded, and its codes, scales and zeros."""
+    name, experts = stored.matrix.codes.name, stored.experts
+    original = before.weights[(_PART if experts else _ORIGINAL).sub("", name)]
+    tensors = [after.weights[value.name] for value in stored.matrix.values]
     if original.ndim == 2:
-        yield number, original.float(), dequantise(kind, *stored)
+        yield None, original, tensors
         return
-    for e, weight in enumerate(original):
-        yield e, weight.float(), dequantise(kind, *(t[e] for t in stored))
+    for e in range(len(tensors[0])):
+        expert = experts[e] if experts else e
+        yield expert, original[expert], [tensor[e] for tensor in tensors]

@@ -22,6 +22,7 @@ from moec.passes.core.runner import PassResult
 from moec.report.data import MovedLine
 from moec.report.quantisation import before_quantisation, moved_lines
 from moec.verify.cases import Reference, references
+from moec.verify.codes import check_codes
 from moec.verify.comparison import Comparison, Criterion
 from moec.verify.first_bad_pass import first_bad_pass
 from moec.verify.references import (
@@ -132,6 +133,7 @@ def _check_all(
     changes = [i for i, pass_result in enumerate(pass_results) if pass_result.changed]
     if not changes:
         return _check(captured, run_all, pass_results, pieces, how)[0]
+    check_codes(pass_results)
     before, exact = pass_results[: changes[0]], before_quantisation(pass_results)
     evaluate = _in_eager(before[-1].program, how.together)
     _, evaluated = _check(captured, evaluate, before, None, replace(how, empty=True))

@@ -85,7 +85,9 @@ def codes(words: Tensor, bits: int) -> Tensor:
     quads = torch.zeros((*units.shape[:2], quads_of(bits), 4), dtype=torch.uint8)
     for number, parts in enumerate(_QUADS[bits]):
         for part in parts:
-            quads[:, :, number] |= (units[:, :, part.word] >> part.at & 2**part.size - 1) << part.low
+            quads[:, :, number] |= (
+                units[:, :, part.word] >> part.at & 2**part.size - 1
+            ) << part.low
     return quads.view(len(words), -1)
 
 
