@@ -182,7 +182,7 @@ def verify_model(
                 _check_texts(compiled, package)
             checking.say("each kernel")
             kernels = check_code(package, compiled.module, compiled.captured, checked.cases)
-            checked = replace(checked, cases=(), kernels=summary(kernels))
+            checked = replace(checked, cases=(), kernels=summary(kernels, len(package.arrays)))
     return replace(compiled, checked=checked)
 
 

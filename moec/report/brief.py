@@ -42,7 +42,7 @@ def _facts(report: ReportData) -> Iterator[tuple[str, str]]:
     reference = "the quantised graph" if report.quantised else "eager"
     yield "verified", _verified(report.verification, reference)
     if report.checked_kernels:
-        yield "kernels", report.checked_kernels
+        yield "code", report.checked_kernels
     active = f", {count(report.active_parameters)} active per token" if report.blocks else ""
     packed = "" if report.bytes_out is None else f"{size(report.bytes_out)}, "
     yield "size", f"{packed}{count(report.parameters)} parameters{active}"

@@ -95,7 +95,7 @@ def _parts(report: ReportData) -> Iterable[RenderableType]:
         yield ""
         yield _verification(report.verification, bool(report.quantised))
         if report.checked_kernels:
-            yield Text(f"kernels: {report.checked_kernels}")
+            yield Text(f"code: {report.checked_kernels}")
     if report.moved:
         yield ""
         yield _quantised_outputs(report.moved)

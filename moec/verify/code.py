@@ -17,7 +17,7 @@ from moec.runtime.call.caches import token_arrays
 from moec.runtime.call.executor import Executor
 from moec.runtime.package import DECODE, Package, carries
 from moec.runtime.text.texts import Texts
-from moec.verify.kernels import NOTHING, KernelsChecked, check_kernels, choices
+from moec.verify.kernels import NOTHING, KernelsChecked, check_kernels
 from moec.verify.recording import KernelRecord, Recording
 from moec.verify.texts import feed_pieces
 
@@ -33,7 +33,7 @@ def check_code(
     """Compare what each kernel writes with what its ops mean (`moec.verify.kernels`): for the
     cases, for an input in which every expert of every layer has `ROWS` rows, and for a text in
     pieces. Raises VerificationError, naming the kernel, where one is wrong."""
-    experts = {name: n for program in module for name, n in choices(module[program].graph).items()}
+    experts = {name: n for program in module for name, n in _choices(module[program].graph).items()}
     recording = Recording(package, experts)
     executor = recording.executor()
     names = [value.name for value in captured.program.graph.inputs]
@@ -68,11 +68,22 @@ def _check(module: Module, calls: Sequence[KernelRecord]) -> KernelsChecked:
     return checked
 
 
+def _choices(graph: Graph) -> dict[str, int]:
+    """The numbers of experts, by the names of the values that are choices of them."""
+    result: dict[str, int] = {}
+    for op in graph.ops:
+        if op.name in ("moe.gate", "moe.route"):
+            experts = op.inputs[1].shape[0] if op.name == "moe.gate" else op.inputs[0].shape[1]
+            if isinstance(experts, int):
+                result[op.outputs[1].name] = experts
+    return result
+
+
 def _many_tokens(captured: Captured, graph: Graph) -> Iterator[Case]:
     """Inputs in which spread choices give each expert `ROWS` rows, as far as sizes may grow: drawn
     ones, and the example repeated."""
     outputs = {value.name: value for op in graph.ops for value in op.outputs}
-    needs = {outputs[name]: n for name, n in choices(graph).items()}
+    needs = {outputs[name]: n for name, n in _choices(graph).items()}
     sizes = sizes_of(captured.program, captured.example)
     for value, experts in needs.items():
         tokens, k = value.shape
@@ -106,11 +117,12 @@ def _continue_text(executor: Executor, recording: Recording) -> None:
         recording.complete = number == 1  # of the next one, which is the longest
 
 
-def summary(checked: KernelsChecked) -> str:
-    """A line for the report."""
+def summary(checked: KernelsChecked, weights: int) -> str:
+    """A line for the report; so many packed `weights` were compared (`moec.codegen.package`)."""
     few = checked.least_rows is not None and checked.least_rows < ROWS
     rows = f"; an expert had {checked.least_rows} rows" if few else ""
     return (
-        f"{len(checked.kernels)} right on the inputs that they got, in {checked.calls} calls: the "
-        f"worst error is {checked.worst:.2f} of its bound{rows}"
+        f"{weights:,} weights bit for bit; {len(checked.kernels)} kernels right on the inputs that "
+        f"they got, in {checked.calls:,} calls: the worst error is {checked.worst:.2f} of its "
+        f"bound{rows}"
     )

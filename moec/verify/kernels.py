@@ -10,7 +10,6 @@ result. NaN and infinities must be where the ops give them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -27,30 +26,19 @@ from moec.ir.opdef import inputs_of
 from moec.ir.sizes.dims import bind_shape, evaluate_dim
 from moec.ir.upcast import widen
 from moec.ops.experts.quantised_linear import QUANTISED_OPS
+from moec.verify.bounds import ROUNDING, SIGMAS, Bound
 from moec.verify.recording import KernelRecord
 
-ROUNDING = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24, "f64": 2.0**-53}
-"""The greatest relative error of one rounding."""
 SUMS = {True: 2.0**-18, False: 2.0**-21}
 """The noise of operands, by whether the model has 16 bits: sums of some thousand terms in float32
 are off by as much as their operands by this."""
-SIGMAS = 6.0
-"""An error that is a sum of roundings is within this many standard deviations."""
 SAMPLES = 128
 """How often choices among nearly equal values are drawn, where one differs."""
-_SLOPE = 1 << 14
-"""Elements by which a common factor of all is found."""
-_LEAST_COLUMN = 16
-"""Rows of an expert by which a factor of a column is found."""
-_LEAST_ROW = 64
-"""Elements by which the noise of a row is known."""
 _ROUTER_DTYPES = ("compute", "logits", "score_dtype", "choice_dtype")
 _UNSORTING = ("moe.", "aten.index_put", "aten.index_add", "aten.scatter")
 """Ops whose rows are those of tokens again."""
-_LARGE = 1e30
-"""Bounds of 16 bits are computed in float32, where values are less than this."""
-_CODES = 2.0**-12
-"""The size of what a row's element does that rounds to another code of 8 bits."""
+_CODES = dict.fromkeys(QUANTISED_OPS, 2.0**-12) | {"grouped.compressed": 2.0**-17}
+"""The size of what a row's element does that rounds to another code, of 8 bits or of 16."""
 _NORMS = ("nn.rms_norm", "nn.add_norm", "nn.layer_norm")
 """Ops that may round once before the last time."""
 
@@ -285,8 +273,8 @@ def _check_part(
         names.add(call.kernels[value.name])
         rows = _owned_rows(parts, value, call)
         actual = owned_part(parts.shaped(value, call.results[value.name], sizes), rows)
-        codes = _CODES if end.name in QUANTISED_OPS else 0.0
-        bound = _Bound(parts.dtypes[value.name], parts.inner[value], codes)
+        codes = _CODES.get(end.name, 0.0)
+        bound = Bound(parts.dtypes[value.name], parts.inner[value], codes)
         if end.name == "moe.sort" and number == 1:  # a choice of no expert has any slot after them
             last = call.read_after(end.outputs[2].name)[-1]
             actual = torch.where((exact[1] >= last) & (actual >= last), exact[1], actual)
@@ -369,72 +357,6 @@ class _Noise:
         return tensor * (1 + noise * drawn)
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """How far elements of `dtype` may be off; `inner` is the size of roundings before the last, and
-    `codes` that of codes of rows, relative to a row."""
-
-    dtype: str
-    inner: float
-    codes: float = 0.0
-
-    def errors(
-        self, actual: torch.Tensor, exact: torch.Tensor, noisy: torch.Tensor
-    ) -> torch.Tensor:
-        """The errors of all elements relative to their bounds; inf where NaNs, infinities or
-        integers differ."""
-        if actual.is_complex():
-            pair = torch.view_as_real(exact), torch.view_as_real(noisy)
-            return _Bound("f32", self.inner).errors(torch.view_as_real(actual), *pair)
-        if not actual.is_floating_point():
-            return torch.where(actual == exact, 0.0, 2.0)
-        if actual.dtype.itemsize > 2 or not (exact.abs() < _LARGE).all():
-            exact, noisy = exact.double(), noisy.double()
-        rounded = exact.to(actual.dtype)
-        special = ~(rounded.isfinite() & exact.isfinite())
-        equal = (actual == rounded) | (actual.isnan() & rounded.isnan())
-        deviation = torch.where(special | ~noisy.isfinite(), 0.0, noisy - exact).abs()
-        size = torch.where(special, 0.0, exact).abs()
-        spread = torch.maximum(deviation, _row_noise(deviation)).maximum(self.inner * size)
-        spread = spread.maximum(self.codes * _row_noise(size)) if self.codes else spread
-        least = float(torch.finfo(actual.dtype).smallest_normal)
-        bound = ROUNDING[self.dtype] * size + SIGMAS * spread + least
-        error = (actual.to(exact.dtype) - exact).abs() / bound
-        error = torch.where(special, torch.where(equal, 0.0, math.inf), error)
-        return torch.where(error.isnan(), math.inf, error)
-
-    def slope(
-        self, actual: torch.Tensor, exact: torch.Tensor, noisy: torch.Tensor
-    ) -> tuple[float, float]:
-        """By which share all elements, or all of a column, are too large, and how much of that
-        roundings explain. Each rounds to either side; where few factors meet few values, not
-        equally often."""
-        a, b, c = (tensor.reshape(-1)[:_SLOPE, None].double() for tensor in (actual, exact, noisy))
-        finite = (a.isfinite() & b.isfinite() & c.isfinite())[:, 0]
-        a, b, c = a[finite], b[finite], c[finite]
-        if len(b) < _LEAST_ROW or not b.any():
-            return 0.0, 1.0
-        alike = len(b) / len(torch.unique(b))
-        slopes = [self._slopes(a, b, c, alike)]
-        if exact.ndim == 2 and len(exact) >= _LEAST_COLUMN and finite.all():
-            slopes.append(self._slopes(actual.double(), exact.double(), noisy.double(), alike))
-        off, allowed = (torch.cat(parts) for parts in zip(*slopes, strict=True))
-        worst = int((off.abs() / allowed).argmax())
-        return float(off[worst]), float(allowed[worst])
-
-    def _slopes(
-        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, alike: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `slope`, of each column."""
-        squares = b.square().sum(0)
-        errors = (c - b).square() + (ROUNDING[self.dtype] * b).square() / 3
-        errors = errors + (self.codes * b).square().mean(-1, keepdim=True)
-        spread = (errors * b.square()).sum(0).sqrt() / squares
-        least = max(ROUNDING[self.dtype] / 2, min(4 * self.inner, 2.0**-9), 16 * self.codes)
-        off = (a * b).sum(0) / squares - 1
-        return off.nan_to_num(), (SIGMAS * spread * math.sqrt(alike) + least).nan_to_num(1.0)
-
-
 def _groups(op: Op, call: KernelRecord) -> Iterator[slice | None]:
     """The rows of each expert; None, all, for other ops."""
     ends = inputs_of(op).get("ends") if op.name.startswith("grouped.") else None
@@ -445,19 +367,6 @@ def _groups(op: Op, call: KernelRecord) -> Iterator[slice | None]:
     for stop in call.read_after(ends.name).tolist():
         yield slice(start, stop)
         start = stop
-
-
-def _row_noise(deviation: torch.Tensor) -> torch.Tensor:
-    """The root mean square of each row's, or of some rows' where they are short."""
-    axes = [deviation.ndim - 1] if deviation.ndim else []
-    while axes and axes[0] and math.prod(deviation.shape[a] for a in axes) < _LEAST_ROW:
-        axes.insert(0, axes[0] - 1)
-    if not axes or not deviation.numel():
-        return deviation
-    count = math.prod(deviation.shape[a] for a in axes)
-    norm: torch.Tensor
-    norm = torch.linalg.vector_norm(deviation, dim=axes, keepdim=True, dtype=torch.float64)
-    return (norm / math.sqrt(count)).to(deviation.dtype)
 
 
 def _owned_rows(parts: ProgramParts, value: Value, call: KernelRecord) -> int | None:
@@ -493,14 +402,3 @@ def _words(errors: torch.Tensor, actual: torch.Tensor, exact: torch.Tensor) -> s
         f"{wrong} of {errors.numel()} elements; at {list(index)} it is {actual[index].item():.6g}, "
         f"and the op gives {exact[index].item():.6g}"
     )
-
-
-def choices(graph: Graph) -> dict[str, int]:
-    """The numbers of experts, by the names of the values that are choices of them."""
-    result: dict[str, int] = {}
-    for op in graph.ops:
-        if op.name in ("moe.gate", "moe.route"):
-            experts = op.inputs[1].shape[0] if op.name == "moe.gate" else op.inputs[0].shape[1]
-            if isinstance(experts, int):
-                result[op.outputs[1].name] = experts
-    return result
