@@ -11,9 +11,9 @@ from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
+from moec.codegen.backends.cuda import unpack
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
-from moec.codegen.cuda import unpack
 from moec.codegen.cuda.activation import Epilogue
 from moec.codegen.cuda.gemm.gemv import check_few_rows
 from moec.codegen.cuda.gemm.grouped import grouped_linear, shapes_of

@@ -12,9 +12,10 @@ from tvm import relax
 from tvm.tirx import PrimFunc
 
 from moec.codegen.backend import Rule, require
+from moec.codegen.backends.cuda import unpack
 from moec.codegen.backends.cuda.bodies import epilogue, text
 from moec.codegen.backends.cuda.experts import check_experts, of_owned_rows
-from moec.codegen.cuda import unpack
+from moec.codegen.backends.cuda.products import LEAST, stack
 from moec.codegen.cuda.gemm.layout import interleave
 from moec.codegen.cuda.quantised.codes import pack
 from moec.codegen.cuda.quantised.grouped_codes import check_grouped_codes, grouped_codes

@@ -10,8 +10,7 @@ import torch
 from tvm import relax
 
 from moec.codegen.backend import Rule, require
-from moec.codegen.backends.cuda import products
-from moec.codegen.cuda import unpack
+from moec.codegen.backends.cuda import products, unpack
 from moec.codegen.cuda.routing import route as kernels
 from moec.codegen.fusion import FusionGroup
 from moec.codegen.module_builder import Lowering, Param, as_array
