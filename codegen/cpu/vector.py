@@ -124,10 +124,6 @@ class Vector:
         """int32 lanes: 2 * `lanes` elements from `index` on."""
         return self._words("words", T.address_of(buffer[tuple(index)]))
 
-    def interleaved(self, first: Expr, second: Expr) -> tuple[Expr, Expr]:
-        """Words of two rows -> pairs of one element of each: the even columns, the odd columns."""
-        return self._words("even", first, second), self._words("odd", first, second)
-
     def pairs(
         self, buffer: Buffer, index: Sequence[Expr | int], other: Sequence[Expr | int] | None
     ) -> Expr:
@@ -137,20 +133,6 @@ class Vector:
             return first
         second = self._words("halves", T.address_of(buffer[tuple(other)]))
         return self._words("even", first, second)
-
-    def store_columns(
-        self, buffer: Buffer, index: Sequence[Expr | int], even: Expr, odd: Expr
-    ) -> None:
-        """Rounds to bf16 and stores the lanes of `even` and `odd` interleaved."""
-        where = T.address_of(buffer[tuple(index)])
-        T.evaluate(self._raw("int32", "store_columns", where, even, odd))
-
-    def store_sums(
-        self, buffer: Buffer, index: Sequence[Expr | int], vectors: Sequence[Expr]
-    ) -> None:
-        """Stores the sum of the lanes of each of four vectors, as four consecutive float32."""
-        where = T.address_of(buffer[tuple(index)])
-        T.evaluate(self._raw("int32", "store_sums", where, *vectors))
 
     def scratch(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A buffer that is read and written by address. TVM shrinks all other buffers to the

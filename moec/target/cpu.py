@@ -272,11 +272,6 @@ def processor() -> str:
         return platform.processor()
 
 
-def last_cache() -> int:
-    """Bytes of this machine's last-level cache; 32 MiB where the system does not list it."""
-    return max((size for _, size in _host_caches()), default=32 << 20)
-
-
 def _host_l2() -> int:
     return next((size for level, size in _host_caches() if level == 2), 0)
 
