@@ -41,11 +41,11 @@ def numbers(line: str) -> tuple[int, int]:
 
 
 def test_memory_grows_with_the_weights() -> None:
-    assert estimate.memory(3_000_000) == "about 956.0 MB of memory"
-    assert estimate.memory(10**9) == "about 3.0 GB of memory"
+    assert estimate.memory(3_000_000) == "about 995.0 MB of memory"
+    assert estimate.memory(10**9) == "about 6.0 GB of memory"
 
 
 def test_a_target_without_kernels() -> None:
     assert estimate.of_model(not_built("null"), 2, 0) == (
-        "a compilation needs about 950.0 MB of memory"
+        "a compilation needs about 980.0 MB of memory"
     )
