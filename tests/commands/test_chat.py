@@ -165,6 +165,22 @@ def test_system_retry_and_clear(chat: Chat, model: moec.LoadedModel) -> None:
     assert chat.messages == []
 
 
+def test_how_tokens_are_drawn_is_set(chat: Chat) -> None:
+    shown = type_lines(chat, "/set temperature 0.8", "/set top_k 5", "/set top_p 0.9", "/set")
+    assert "temperature is 0.8 from the next answer on" in shown
+    assert "top_k               5" in shown
+    sampling = chat.request.sampling
+    assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.8, 5, 0.9)
+    for line, words in (
+        ("/set heat 1", "/set heat: give one of temperature, top_p, top_k, seed, min_p"),
+        ("/set seed x", "/set seed: 'x' is no number: write /set temperature 0.7"),
+        ("/set temperature -1", "temperature is -1.0; it must be 0 or more"),
+        ("/set temperature 0", "temperature 0 does not sample, and these limit sampling"),
+    ):
+        assert words in " ".join(type_lines(chat, line).split())
+    assert chat.request.sampling == sampling
+
+
 def test_save_and_load(chat: Chat, model: moec.LoadedModel, tmp_path: Path) -> None:
     file = tmp_path / "a chat.json"
     shown = type_lines(chat, "open a file", f"/save {file}", f"/save {file}")
@@ -183,7 +199,7 @@ def test_save_and_load(chat: Chat, model: moec.LoadedModel, tmp_path: Path) -> N
     ("line", "words"),
     [
         ("/hepl", "there is no command /hepl; did you mean '/help'?"),
-        ("/etc/hosts", "there is no command /etc/hosts; the commands are /help, /system,"),
+        ("/etc/hosts", "there is no command /etc/hosts; the commands are /help, /system, /set,"),
         ("/save", "/save needs the name of a file: /save chat.json"),
         ("\x1b[200~/save \0\x1b[201~", "embedded null byte: choose another file"),
         ("/save ~nobody~/x", "/save ~nobody~/x: there is no such file or folder"),
@@ -192,7 +208,7 @@ def test_save_and_load(chat: Chat, model: moec.LoadedModel, tmp_path: Path) -> N
         ("/load FILE", "it is no JSON (Expecting value"),
         ("/load OBJECT", "it is no list of messages"),
         ("/load ROLE", "message 0 is {'role': 'bot', 'content': ''}; its role is one of"),
-        ("/load /dev/zero", "/dev/zero holds more than 256 MB"),
+        ("/load /dev/zero", "/load /dev/zero: it is a device or a pipe, not a file"),
     ],
 )
 def test_commands_that_are_refused(chat: Chat, tmp_path: Path, line: str, words: str) -> None:

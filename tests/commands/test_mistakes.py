@@ -85,7 +85,7 @@ def test_of_prompts(speaker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert words in refused("run", speaker, "--prompts", tmp_path / name)
     monkeypatch.setattr("moec.commands.execution.text.MOST_BYTES", 1_000_000)
     words = refused("run", speaker, "--prompts", "/dev/zero")
-    assert words == "error: --prompts /dev/zero holds more than 1 MB: split it"
+    assert words == "error: --prompts /dev/zero: it is a device or a pipe, not a file"
     done = CliRunner().invoke(cli, ["run", str(speaker), "--prompt", "-"], input=b"b" * 1_000_001)
     assert done.stderr == "error: stdin holds more than 1 MB: split it\n"
     done = CliRunner().invoke(cli, ["run", str(speaker), "--prompts", "-"], input=b"\xff")

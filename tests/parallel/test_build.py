@@ -68,7 +68,7 @@ def test_refusals(tmp_path: Path) -> None:
         moec.compile_ranks(model, file, output, quant="int8")
     with pytest.raises(UsageError, match="verify is 'no'"):
         moec.compile_ranks(model, file, output, verify="no")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"none\.json does not exist"):
+    with pytest.raises(UsageError, match=r"none\.json cannot be read: there is no such file"):
         moec.compile_ranks(model, tmp_path / "none.json", output)
     with pytest.raises(UsageError, match="is not a folder of ranks, and only such folders"):
         moec.compile_ranks(model, file, tmp_path, overwrite=True)

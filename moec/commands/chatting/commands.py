@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 from moec.commands.chatting.answer import Chat
 from moec.commands.execution.text import read_limited
@@ -54,6 +55,25 @@ def _retry(chat: Chat, argument: str) -> str:
     return ""
 
 
+def _set(chat: Chat, argument: str) -> str:
+    name, _, text = argument.partition(" ")
+    sampling = chat.request.sampling
+    values = {n: value for n, value in vars(sampling).items() if n != "logit_bias"}
+    if not argument:
+        return "\n".join(f"{n:<20}{value}" for n, value in values.items())
+    if name not in values:
+        raise UsageError(f"/set {name}: give one of {', '.join(values)}, and a number")
+    try:
+        value: Any = int(text) if name in ("top_k", "seed") else float(text)
+    except ValueError:
+        raise UsageError(
+            f"/set {name}: {text!r} is no number: write /set temperature 0.7"
+        ) from None
+    sampling = replace(sampling, **{name: value})
+    chat.request = replace(chat.request, sampling=sampling)
+    return f"{name} is {value} from the next answer on"
+
+
 def _clear(chat: Chat, argument: str) -> str:
     chat.messages[:] = [message for message in chat.messages if message["role"] == "system"]
     return "a new chat, with the same system message" if chat.messages else "a new chat"
@@ -86,6 +106,7 @@ def _exit(chat: Chat, argument: str) -> Never:
 COMMANDS = {
     "/help": ("/help", "this list", _help),
     "/system": ("/system TEXT", "replace the system message; without TEXT, remove it", _system),
+    "/set": ("/set NAME N", "change how tokens are drawn; without NAME, show it", _set),
     "/retry": ("/retry", "answer the last message again", _retry),
     "/clear": ("/clear", "begin a new chat, with the same system message", _clear),
     "/save": ("/save FILE", "write the messages as JSON, into a new file", _save),
