@@ -27,7 +27,7 @@ def weights(layout: Layout, flipped: bool, array: Tensor, *matrices: Tensor) -> 
     for half, matrix in enumerate(matrices):
         for group, rows in zip(array, _groups(matrix.mT if flipped else matrix), strict=True):
             for first, columns in _columns(layout, group, half, layout.amx):
-                yield _beside(columns.view(dtype), rows[first:])
+                yield _pair(columns.view(dtype), rows[first:])
 
 
 def biases(layout: Layout, experts: Sequence[int], array: Tensor, *vectors: Tensor) -> Parts:
@@ -37,7 +37,7 @@ def biases(layout: Layout, experts: Sequence[int], array: Tensor, *vectors: Tens
         groups = groups[list(experts)] if experts else groups
         for group, row in zip(array, groups, strict=True):
             for first, columns in _columns(layout, group[:, None], half):
-                yield _beside(columns, row[first:, None])
+                yield _pair(columns, row[first:, None])
 
 
 def codes(layout: QuantisedLayout, array: Tensor, *matrices: Tensor) -> Parts:
@@ -46,7 +46,7 @@ def codes(layout: QuantisedLayout, array: Tensor, *matrices: Tensor) -> Parts:
         for group, rows in zip(array, _groups(matrix), strict=True):
             stored = _bytes_in_order(layout, group) if layout.floats else group
             for first, columns in _columns(layout, stored, half):
-                yield _beside(words.codes(columns, layout.spec.format.bits), rows[first:])
+                yield _pair(words.codes(columns, layout.spec.format.bits), rows[first:])
 
 
 def scales(layout: QuantisedLayout, marked: bool, array: Tensor, *matrices: Tensor) -> Parts:
@@ -60,7 +60,7 @@ def scales(layout: QuantisedLayout, marked: bool, array: Tensor, *matrices: Tens
             right = matrix.masked_fill(((of_blocks & 127) == 127).any(-1), torch.nan)
         for group, rows in zip(array, _groups(right), strict=True):
             for first, columns in _columns(layout, group, half):
-                yield _beside(columns, rows[first:])
+                yield _pair(columns, rows[first:])
 
 
 def _groups(tensor: Tensor) -> Tensor:
@@ -92,11 +92,11 @@ def _bytes_in_order(layout: QuantisedLayout, group: Tensor) -> Tensor:
     column, code = torch.arange(n)[:, None], torch.arange(4)
     dot = layout.pairs and layout.target.bf16_dot
     lane = 2 * column + code % 2 if dot else column + n * (code % 2)
-    place = (2 * lane + code // 2).flatten()
-    return group.view(torch.uint8).reshape(-1, 4 * n)[:, place].view(torch.int32).view(group.shape)
+    byte = (2 * lane + code // 2).flatten()
+    return group.view(torch.uint8).reshape(-1, 4 * n)[:, byte].view(torch.int32).view(group.shape)
 
 
-def _beside(held: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(held: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """`held`, and as many of the rows, with 0 where there is padding."""
     rows = rows[: len(held)]
     missing = (0, held.shape[1] - rows.shape[1], 0, len(held) - len(rows))

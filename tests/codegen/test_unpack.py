@@ -31,9 +31,9 @@ def agree(parts) -> bool:
 def flip(array: np.ndarray) -> np.ndarray:
     """Copies of the array, in each of which one byte is another one."""
     content = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-    for place in {0, len(content) - 1, len(content) // 2, len(content) // 3}:
+    for index in {0, len(content) - 1, len(content) // 2, len(content) // 3}:
         changed = content.copy()
-        changed[place] ^= 1
+        changed[index] ^= 1
         yield torch.from_numpy(changed.view(array.dtype).reshape(array.shape))
 
 
