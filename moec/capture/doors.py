@@ -82,7 +82,7 @@ def open_source(
 
     Raises UsageError where `model` is of no supported kind, CaptureError where it cannot be loaded.
     """
-    args, kwargs = tuple(args), dict(kwargs or {})
+    args, kwargs, limit = tuple(args), dict(kwargs or {}), allowed_bytes(memory)
     configs = tuple(read_adapter(Path(folder)) for folder in adapters)
     kind = kind_of_model(str(model)) if isinstance(model, str | Path) else "module"
     if memory not in (None, MOST_MEMORY) and kind not in ("checkpoint", "gguf", "hub"):
@@ -112,9 +112,9 @@ def open_source(
             file, _, factory = text.rpartition(":")
             return _factory(Path(file), factory)
         case "checkpoint":
-            return checkpoint_source(Path(text), args, kwargs, configs, allowed_bytes(memory))
+            return checkpoint_source(Path(text), args, kwargs, configs, limit)
         case "gguf":
-            return gguf_source(Path(text), args, kwargs, configs, allowed_bytes(memory))
+            return gguf_source(Path(text), args, kwargs, configs, limit)
         case "pt2":
             return replace(_export(Path(text)), args=args, kwargs=kwargs)
         case "onnx":
