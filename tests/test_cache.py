@@ -173,7 +173,7 @@ def test_what_was_not_used_for_longest_goes_first(store: Store) -> None:
 def test_small_entries_seldom_start_a_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in 16 on average; a large one always does."""
     searches: list[Store] = []
-    monkeypatch.setattr(cache, "entries", lambda store: searches.append(store) or ())
+    monkeypatch.setattr(cache, "entries", lambda store, *_: searches.append(store) or ())
     large = Store(store.folder, limit=1 << 20)
     for number in range(256):
         save(large, OBJECTS, {key_of(number): bytes(1024)})
