@@ -5,11 +5,16 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 from moec.errors import MoecError, UsageError
 from moec.files.os_errors import reason
 from moec.spelling import did_you_mean_file
+
+
+class HubDown(UsageError):
+    """The hub cannot be reached, or does not answer as one."""
 
 
 @contextmanager
@@ -21,7 +26,17 @@ def explained(text: str, revision: str | None, downloads: bool = False) -> Itera
     except MoecError:
         raise
     except Exception as error:
-        raise UsageError(_explanation(text, revision, downloads, error)) from error
+        kind = HubDown if _is_down(error) else UsageError
+        raise kind(_explanation(text, revision, downloads, error)) from error
+
+
+def _is_down(error: Exception) -> bool:
+    from huggingface_hub import errors, get_session
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code >= 500
+    client = import_module(type(get_session()).__module__)  # httpx or httpx2, by the version
+    return isinstance(error, client.TransportError)
 
 
 def _explanation(text: str, revision: str | None, downloads: bool, error: Exception) -> str:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -26,7 +27,7 @@ import msgspec
 from moec.errors import UsageError
 from moec.files.checkpoint import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES
 from moec.files.config_fields import ADAPTER_CONFIG
-from moec.files.hub_errors import explained
+from moec.files.hub_errors import HubDown, explained
 from moec.files.hub_transfer import fetch
 from moec.files.safetensors import INDEX, SINGLE
 from moec.files.whole_file import whole_file
@@ -114,7 +115,8 @@ def short_name(folder: Path) -> str:
 
 
 def find(text: str, revision: str | None = None) -> HubFiles:
-    """The files of the id `text` at a branch, tag or commit. In offline mode, those in the cache.
+    """The files of the id `text` at a branch, tag or commit. In offline mode, those in the cache,
+    and also, with a warning, where the hub is down.
 
     Raises UsageError where the model cannot be read, has no weights that moec reads, or is not in
     the cache in offline mode.
@@ -132,6 +134,21 @@ def find(text: str, revision: str | None = None) -> HubFiles:
 
     if is_offline_mode():
         return _of_cache(text, repository, gguf, revision or "main")
+    try:
+        return _of_hub(text, repository, gguf, revision)
+    except HubDown as down:
+        try:
+            files = _of_cache(text, repository, gguf, revision or "main")
+        except UsageError:
+            raise down from None
+        warnings.warn(
+            f"the files of {text} are those of the hub's cache, at {files.commit[:12]}: {down}",
+            stacklevel=2,
+        )
+        return files
+
+
+def _of_hub(text: str, repository: str, gguf: str, revision: str | None) -> HubFiles:
     with explained(text, revision):
         info = _commit(repository, revision)
         sizes = {file.rfilename: file.size for file in info.siblings}

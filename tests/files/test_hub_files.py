@@ -304,6 +304,23 @@ def test_no_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words.endswith("or set HF_HUB_OFFLINE=1 to use what the hub's cache has")
 
 
+@pytest.mark.parametrize("down", ["no server", "503"])
+def test_a_hub_that_is_down_and_a_model_in_the_cache(
+    down: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = local_path(NAME)
+    if down == "503":
+        hub.status = 503
+    else:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.warns(UserWarning, match=f"the files of {NAME} are those of the hub's cache, at "):
+        assert local_path(NAME) == path
+    assert "cannot be reached" in refusal("org/other") or down == "503"
+    hub.status = 403
+    if down == "503":
+        assert "refuses the token" in refusal(NAME)
+
+
 def test_a_full_disk(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 10_000_000))
