@@ -14,6 +14,7 @@ from typing import BinaryIO
 from moec.errors import UsageError
 
 _LONGEST = 1 << 30  # bytes; the longest tokenizers have some 10 MB
+_PIECE = 1 << 20  # bytes read at once: a read of n bytes takes n of memory first
 
 
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
@@ -30,11 +31,13 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
 
 def read_regular(path: Path, most: int = _LONGEST) -> bytes:
     """The bytes of the file at `path`. Raises OSError as `open_regular`, and for over `most`."""
+    content = bytearray()
     with open_regular(path) as file:
-        content = file.read(most + 1)
+        while piece := file.read(min(_PIECE, most + 1 - len(content))):
+            content += piece
     if len(content) > most:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-    return content
+    return bytes(content)
 
 
 def check_link(path: Path) -> None:

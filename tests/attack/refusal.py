@@ -46,7 +46,7 @@ def written(
 def faults_of(path: Path, memory: int = MEMORY) -> list[str]:
     """What is wrong with how a damaged file is refused."""
     start = time.process_time()
-    with _limited(memory):
+    with limited(memory):
         result = _refusal(path)
     seconds = time.process_time() - start
     return [*result, *([f"takes {seconds:.1f} s"] if seconds > SECONDS else [])]
@@ -70,7 +70,7 @@ def _refusal(path: Path) -> list[str]:
 
 
 @contextmanager
-def _limited(memory: int) -> Iterator[None]:
+def limited(memory: int) -> Iterator[None]:
     """Allocations that would add more than `memory` bytes fail."""
     if sys.platform != "linux":
         yield
