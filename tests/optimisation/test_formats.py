@@ -17,34 +17,7 @@ from moec.optimisation.sensitivity import StoredProduct
 from moec.optimisation.solve import solve
 from moec.passes.approximate.choices.model_choices import ProductChoice
 from moec.passes.core.damage import Distance
-
-EXPERTS, WIDTH = 4, 64
-
-
-class Experts(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = torch.nn.Linear(WIDTH, EXPERTS, bias=False)
-        self.w = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(2)
-        y = torch.zeros_like(x)
-        for e in range(EXPERTS):
-            weight = (weights * (chosen == e)).sum(-1, keepdim=True)
-            y = y + weight * torch.nn.functional.linear(x, self.w[e])
-        return y
-
-
-class Net(torch.nn.Module):
-    """Two layers: the result has a hundred times as much of the second one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Experts(), Experts()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.first(x) + 100 * self.second(x)
+from tests.zoo.two_layers import EXPERTS, WIDTH, Net
 
 
 @pytest.fixture(scope="module")

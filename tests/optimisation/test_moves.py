@@ -22,37 +22,11 @@ from moec.passes.approximate.choices.model_choices import (
     ModelChoices,
     ProductChoice,
 )
+from tests.zoo.two_layers import EXPERTS, WIDTH, K, Net
 
-EXPERTS, WIDTH, K = 4, 64, 2
 ROUTER = 4 * EXPERTS * WIDTH
 STACK = 4 * EXPERTS * WIDTH * WIDTH
 X = torch.randn(400, WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-class Experts(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = torch.nn.Linear(WIDTH, EXPERTS, bias=False)
-        self.w = torch.nn.Parameter(torch.randn(EXPERTS, WIDTH, WIDTH) / WIDTH**0.5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weights, chosen = self.gate(x).softmax(-1).topk(K)
-        y = torch.zeros_like(x)
-        for e in range(EXPERTS):
-            weight = (weights * (chosen == e)).sum(-1, keepdim=True)
-            y = y + weight * torch.nn.functional.linear(x, self.w[e])
-        return y
-
-
-class Net(torch.nn.Module):
-    """Two layers: the result has a hundred times as much of the second one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Experts(), Experts()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.first(x) + 100 * self.second(x)
 
 
 def net() -> Net:
