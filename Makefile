@@ -10,6 +10,9 @@ venv := .venv
 python := $(venv)/bin/python
 installed := $(venv)/.installed
 run_tests := $(python) -m pytest -n $(JOBS) --dist worksteal --slowest 20
+# In CI, what failed runs once more, alone: what fails beside others only is printed, and is no end.
+once_more := [ $$? -eq 1 ] && [ -n "$$CI" ] \
+  && $(python) -m pytest --last-failed --last-failed-no-failures none $(TESTS)
 
 .PHONY: demo help chromium openai-js test test-rest test-all test-changed times replay lint docs pages format golden clean
 
@@ -33,11 +36,11 @@ openai-js: $(installed)
 
 # Which tests are fast, tests/times.json records.
 test: $(installed)
-	$(run_tests) --tier fast $(TESTS)
+	$(run_tests) --tier fast $(TESTS) || { $(once_more); }
 
 # What `make test` leaves out.
 test-rest: $(installed)
-	$(run_tests) --tier rest $(TESTS)
+	$(run_tests) --tier rest $(TESTS) || { $(once_more); }
 
 test-all: $(installed)
 	$(run_tests) $(TESTS)

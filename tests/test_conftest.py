@@ -38,3 +38,18 @@ def test_golden(project, pytester):
     changed.assert_outcomes(failed=1)
     changed.stdout.fnmatch_lines(["*differs from tests/golden/passes/test_it/test_text.txt*"])
     assert golden.read_text() == "a\nb\n"
+
+
+def test_a_deadlock_ends(pytester):
+    lines = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    limits = [line for line in lines if line.startswith("timeout")]
+    assert limits[0] == "timeout = 600"
+    pytester.makepyprojecttoml("\n".join(["[tool.pytest.ini_options]", "timeout = 1", *limits[1:]]))
+    pytester.makepyfile(
+        "import threading\n\ndef test_lock():\n    lock = threading.Lock()\n"
+        "    lock.acquire()\n    lock.acquire()\n"
+    )
+    result = pytester.runpytest_subprocess()
+    assert result.ret != 0
+    assert "Timeout" in (words := result.stdout.str() + result.stderr.str())
+    assert "in test_lock" in words
