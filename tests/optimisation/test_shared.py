@@ -18,7 +18,7 @@ from moec.passes.approximate.choices.model_choices import (
     read_choices,
     write_choices,
 )
-from tests.optimisation.test_moves import Experts
+from tests.zoo.two_layers import Experts
 
 WIDTH = 64
 SHARED = 2 * 4 * WIDTH * WIDTH

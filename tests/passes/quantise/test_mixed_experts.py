@@ -18,9 +18,9 @@ from moec.ir.text import print_graph
 from moec.passes.core.runner import PassResult, run
 from moec.passes.quantise.fixed_formats import FixedFormats
 from moec.passes.quantise.mixed_experts import ExpertFormats
-from tests.optimisation.test_formats import Experts
 from tests.passes.quantise.test_quantise_experts import GRAPH, quantised
 from tests.passes.quantise.test_quantise_experts import program as program_of
+from tests.zoo.two_layers import Experts
 
 THREE = GRAPH.replace("i32[2]", "i32[3]").replace("f32[2, 64, 32]", "f32[3, 64, 32]")
 THREE = THREE.replace("f32[2, 32", "f32[3, 32")
