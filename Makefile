@@ -14,7 +14,7 @@ run_tests := $(python) -m pytest -n $(JOBS) --dist worksteal --slowest 20
 once_more := [ $$? -eq 1 ] && [ -n "$$CI" ] \
   && $(python) -m pytest --last-failed --last-failed-no-failures none $(TESTS)
 
-.PHONY: demo help chromium openai-js test test-rest test-all test-changed times replay lint docs pages format golden clean
+.PHONY: demo help chromium openai-js test test-rest test-all test-nightly test-changed times replay lint docs pages format golden clean
 
 demo: $(installed)
 	$(python) examples/demo.py
@@ -43,7 +43,11 @@ test-rest: $(installed)
 	$(run_tests) --tier rest $(TESTS) || { $(once_more); }
 
 test-all: $(installed)
-	$(run_tests) $(TESTS)
+	$(run_tests) --tier all $(TESTS)
+
+# What these cover in short; before a version.
+test-nightly: $(installed)
+	$(run_tests) --tier nightly $(TESTS)
 
 times: $(installed)
 	$(run_tests) --update-times $(TESTS)

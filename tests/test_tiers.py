@@ -79,6 +79,15 @@ def test_the_rest_is_what_the_fast_tier_leaves_out(suite: pytest.Pytester) -> No
     result.stdout.fnmatch_lines(["3 of 5 tests left out: `make test` runs them"])
 
 
+def test_what_is_for_the_night_is_left_out_by_day(
+    suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "NIGHTLY", {"tests/test_it.py": 0.4})
+    assert names(run(suite, "--tier", "nightly")) == ["test_smoke", "test_slow"]
+    assert names(run(suite, "--tier", "rest")) == []
+    assert names(run(suite, "--tier", "all")) == ["test_quick", "test_new", "test_starts_python"]
+
+
 def test_every_door_has_its_smoke() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     result = subprocess.run(

@@ -1,7 +1,8 @@
 """Which tests run, and in which order, by the CPU seconds in tests/times.json.
 
-`--tier fast`: those below half a second, and one of each door however long. `--tier rest`: the
-others. A test without a recorded time is fast.
+`--tier fast`: those below half a second, and one of each door however long. `--tier nightly`: what
+other tests cover in short. `--tier rest`: the others. `--tier all`: fast and rest. A test without a
+recorded time is fast.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ LONG = 10.0
 """CPU seconds. Tests from here on run first, so that no process waits for one at the end; the
 others keep their order, since neighbours share what their file prepares."""
 LEFT_OUT = "moec_left_out"
-OTHERS = {"fast": "make test-all", "rest": "make test"}
+NIGHTLY = {
+    "tests/examples/": 10.0,  # their models are those of tests/systems and of the demo
+    "tests/systems/test_examples.py": 10.0,
+    "tests/codegen/cuda/test_static.py": 0.0,  # for six GPUs; the emulator runs the kernels
+}
+"""By file or folder, the CPU seconds from which a test runs at night, unless it is a smoke."""
+OTHERS = {"fast": "make test-all", "rest": "make test", "all": "make test-nightly"}
+OTHERS["nightly"] = OTHERS["fast"]
 """By tier, the command that runs what is left out."""
 
 
@@ -47,7 +55,8 @@ class Tiers:
         seconds = read_times(times_file(config))
         tier = config.getoption("--tier")
         if tier:
-            left_out = [item for item in items if is_fast(item.nodeid, seconds) != (tier == "fast")]
+            tiers = ("fast", "rest") if tier == "all" else (tier,)
+            left_out = [item for item in items if tier_of(item.nodeid, seconds) not in tiers]
             self.left_out = len(left_out), len(items)
             others = set(left_out)
             items[:] = [item for item in items if item not in others]
@@ -72,12 +81,17 @@ class Tiers:
             )
 
 
-def is_fast(name: str, seconds: Mapping[str, float]) -> bool:
-    return seconds.get(name, 0.0) < FAST or name in SMOKES.values()
+def tier_of(name: str, seconds: Mapping[str, float]) -> str:
+    cost = seconds.get(name, 0.0)
+    if name in SMOKES.values():
+        return "fast"
+    if any(name.startswith(part) and cost >= least for part, least in NIGHTLY.items()):
+        return "nightly"
+    return "fast" if cost < FAST else "rest"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--tier", choices=list(OTHERS), help="fast tests and smokes, or the rest")
+    parser.addoption("--tier", choices=list(OTHERS), help="a part of the tests")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -24,18 +24,7 @@ from moec.ir.text import parse, print_graph
 from moec.verify.check import check
 from tests.capture.modules import Function
 from tests.capture.sized import BOUNDED, REFUSED, RIGHT
-from tests.capture.sizes.test_python_numbers import Tied
-
-x = torch.randn(24, 8)
-SIZES = (1, 2, 3, 7, 8, 9, 23, 24, 25, 27, 28, 31, 32, 33, 40, 55, 80, 100, 120, 240, 320, 400, 401)
-
-
-def at(function: Any, *tensors: torch.Tensor) -> None:
-    """Compare the captured graph with the function; whole numbers of rows are exact."""
-    captured = function
-    (actual,) = evaluate(captured.program.graph, tensors, captured.program.weights)
-    (expected,) = captured.eager(*tensors)
-    assert torch.equal(actual, expected), tensors[0].shape
+from tests.capture.sizes.test_python_numbers import SIZES, Tied, at, x
 
 
 @pytest.mark.parametrize("name", BOUNDED)

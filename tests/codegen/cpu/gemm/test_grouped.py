@@ -17,20 +17,8 @@ from moec.codegen.cpu.gemm.pack import pack, pack_bias
 from moec.codegen.cpu.gemm.tile import PARTIAL_ROWS
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import LinearSpec
-from moec.target.cpu import TARGETS, missing
+from tests.codegen.cpu.gemm.test_linear import BEST, DTYPES, STREAMED, each_target
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ELSEWHERE = ("amx", "avx2-vnni")  # test_amx_tile.py, quantised/test_grouped.py
-RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name not in ELSEWHERE]
-BEST = RUNNABLE[-1]
-each_target = pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
-# What kernels read as it lies, and do not widen first.
-STREAMED = [
-    pytest.param(target, dtype, id=f"{target.name}-{dtype}")
-    for target in RUNNABLE
-    for dtype in DTYPES
-    if not Layout(LinearSpec(64, 64, dtype), target).widened
-]
 # The relative error of a result of order 1: float32 sums of some dozen products, then rounding.
 CLOSE = {"float32": 4e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
