@@ -85,16 +85,15 @@ def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:
     if violated is not None and os.environ.get("MOEC_DEBUG") != "1":
         return violated
     lines = [f"{name} cannot be exported: {type(error).__name__}"]
-    if isinstance(error, CaptureError):
+    data = "data-dependent" in str(error) or "data_dependent" in type(error).__name__
+    if data or isinstance(error, CaptureError):
         lines = [f"{name} cannot be captured"]
     if site is not None:
         lines.append(f"  {site}: `{site.text}`")
-    if "data-dependent" in str(error) or "data_dependent" in type(error).__name__:
-        lines.append(
-            "  keep the number in a tensor, or make the input that holds it constant: "
-            "constants=INPUT (--constant INPUT), such as the grid of an image"
-        )
-    lines.append(f"  {_reason(error)}")
+    advice = "a number that data decide is read there: keep it in a tensor, choose experts with "
+    advice += "torch.where(ids == expert) and values with torch.where, or make the input that "
+    advice += "holds it constant: constants=INPUT (--constant INPUT), such as the grid of an image"
+    lines.append(f"  {advice if data else _reason(error)}")
     if os.environ.get("MOEC_DEBUG") == "1":
         lines.append(str(error))
     return "\n".join(lines)

@@ -136,6 +136,30 @@ def test_what_reads_the_ids_of_all_tokens_is_refused_with_its_line(
     assert reason in str(refusal.value)
 
 
+class ByToken(nn.Module):
+    """One token after the other, through the experts that it chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.experts = nn.Linear(D, E), nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.gate(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for token in range(len(x)):
+            for slot, expert in enumerate(ids[token].tolist()):
+                out[token] += weights[token, slot] * self.experts[expert](x[token])
+        return out
+
+
+def test_an_expert_whose_number_is_read_is_refused_in_words_of_the_module() -> None:
+    with pytest.raises(CaptureError) as refusal:
+        capture(ByToken().eval(), (torch.randn(5, D),))
+    assert "out[token] += weights[token, slot] * self.experts[expert]" in str(refusal.value)
+    assert "choose experts with torch.where(ids == expert)" in str(refusal.value)
+    assert "u0" not in str(refusal.value)
+
+
 class SizesOfUnique(nn.Module):
     """Counts of the experts that occur, written at their places in a table for all experts."""
 
