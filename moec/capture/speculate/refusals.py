@@ -86,7 +86,7 @@ def _failed(name: str, error: Exception, trace: TracebackType | None) -> str:
         return violated
     lines = [f"{name} cannot be exported: {type(error).__name__}"]
     data = "data-dependent" in str(error) or "data_dependent" in type(error).__name__
-    if data or isinstance(error, CaptureError):
+    if isinstance(error, CaptureError):
         lines = [f"{name} cannot be captured"]
     if site is not None:
         lines.append(f"  {site}: `{site.text}`")
