@@ -68,6 +68,16 @@ def test_files_that_pages_name_exist():
     assert missing == []
 
 
+def test_names_that_the_map_gives_are_in_their_files():
+    """`file` (`name`): the file defines the function, class or table."""
+    pairs = re.findall(r"`([\w./]+)`\s+\(`(\w+)`\)", (DOCS / "architecture.md").read_text("utf-8"))
+    form = r"(?m)^\s*(?:async )?(?:def|class|static .*\b) ?\*?{0}\b|^{0} *[=:]"
+    assert len(pairs) > 40
+    assert [
+        pair for pair in pairs if not re.search(form.format(pair[1]), (ROOT / pair[0]).read_text())
+    ] == []
+
+
 def text_of(page: str) -> str:
     return " ".join((DOCS / page).read_text(encoding="utf-8").split())
 
