@@ -9,7 +9,8 @@ import pytest
 
 from tests.pages import ROOT, Block, blocks, lines_of, run_block, words_of
 
-LINES = 120
+LINES = 110
+WORDS = 25  # of a cell of a table
 
 
 def test_blocks_are_found():
@@ -49,6 +50,12 @@ def test_sections_hold_all_blocks():
 
 def test_it_is_short():
     assert len(README.splitlines()) <= LINES
+
+
+def test_cells_of_tables_are_short():
+    rows = [line for line in README.splitlines() if line.startswith("|")]
+    cells = [re.sub(r"\]\([^)]*\)", "", cell) for row in rows for cell in row.split("|")]
+    assert [cell for cell in cells if len(cell.split()) > WORDS] == []
 
 
 @pytest.mark.parametrize("section", SECTIONS)
