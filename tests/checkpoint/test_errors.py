@@ -220,11 +220,13 @@ def test_parts_of_bitsandbytes(tmp_path):
     assert words in refusal(damaged(eight, tmp_path / "c", damage))
 
 
-def test_groups_that_do_not_exist(tmp_path):
+@pytest.mark.parametrize("group", [2**30, "first that is missing", -1])
+def test_groups_that_do_not_exist(tmp_path, group):
     source = writers.write(model("mixtral"), tmp_path, *FORMS["gptq-act-order"])
 
     def damage(tensors, config):
-        tensors[f"{W1}.g_idx"][5] = 2**30
+        missing = len(tensors[f"{W1}.scales"])
+        tensors[f"{W1}.g_idx"][5] = missing if isinstance(group, str) else group
 
     assert f"{W1}.g_idx names groups that {W1}.scales does not have" in refusal(
         damaged(source, tmp_path / "damaged", damage)
