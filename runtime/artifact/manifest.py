@@ -151,8 +151,8 @@ def load(content: bytes | memoryview) -> Manifest:
     if (version := text["moec"]) != FORMAT:
         older = "older" if version < FORMAT else "newer"
         raise ArtifactError(
-            f"the artifact has format {version}, which is {older} than the format {FORMAT} that "
-            "this moec reads; compile the model again, or install the moec that made it"
+            f"the artifact has format {version}, which is {older} than the format {FORMAT} of this "
+            "moec: make it again by moec compile MODEL -o NAME, or install the moec that made it"
         )
     body = {key: value for key, value in text.items() if key not in ("moec", "sha256")}
     if text.get("sha256") != digest_of(version, body):

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from moec.commands.serving.serve import command
 
@@ -31,3 +36,20 @@ def test_nothing_but_the_installation_runs_as_root() -> None:
     words = [word for word, _ in instructions()]
     assert words.index("USER") > max(i for i, word in enumerate(words) if word == "RUN")
     assert words.index("USER") < words.index("ENTRYPOINT")
+
+
+def test_it_is_built_and_runs_without_root(tmp_path: Path) -> None:
+    builder = shutil.which("podman") or shutil.which("docker")
+    if builder is None:
+        pytest.skip("no podman and no docker")
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT]
+    subprocess.run(wheel, check=True)
+    (tmp_path / "model.moec").touch()
+    lines = [" ".join(instruction) for instruction in instructions()]
+    (tmp_path / "Dockerfile").write_text("\n".join(lines))
+    subprocess.run([builder, "build", "--tag", "moec-test", tmp_path], check=True)
+    words = "import os, moec; print(os.getuid(), moec.load.__module__)"
+    run = [builder, "run", "--rm", "--entrypoint", "python", "moec-test", "-c", words]
+    shown = subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()
+    assert shown[0] != "0"
+    assert shown[1] == "moec.model.load"

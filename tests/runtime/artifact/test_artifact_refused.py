@@ -120,9 +120,10 @@ def test_a_missing_or_short_part(saved: Path, name: str) -> None:
 def test_another_format_version(saved: Path, version: int, word: str) -> None:
     folder = unpacked(saved)
     edit_manifest(folder, lambda text: text.update(moec=version))
-    assert f"has format {version}, which is {word} than the format {manifest.FORMAT}" in refused(
-        folder
+    words = (
+        f"has format {version}, which is {word} than the format {manifest.FORMAT} of this moec: "
     )
+    assert f"{words}make it again by moec compile MODEL -o NAME" in refused(folder)
 
 
 def test_another_version_of_tvm(saved: Path) -> None:
