@@ -97,15 +97,14 @@ def _passes() -> Iterator[str]:
     yield fenced(pipeline.__doc__ or "")
     yield "## In their order"
     reference = {p.name: p for p in _defaults()}
+    yield "The file of each begins with what goes in and what comes out, as IR."
+    lines = ["| pass | what it does | from | kind | gives | file |", "|---|---|---|---|---|---|"]
     for row in passes():
-        yield f"### {row['pass']}"
-        yield f"{row['what_it_does']}."
-        facts = [row["from"], row["kind"], f"gives {row['gives']}"]
-        if row["options"] != "-":
-            facts.append(f"options `{row['options']}`")
-        module = type(reference[row["pass"]]).__module__
-        yield f"{', '.join(facts)}; `{_file(module)}`"
-        yield fenced(sys.modules[module].__doc__ or "")
+        options = "" if row["options"] == "-" else f"; options `{row['options']}`"
+        file = _file(type(reference[row["pass"]]).__module__)
+        facts = (f"`{row['pass']}`", f"{row['what_it_does']}{options}", row["from"], row["kind"])
+        lines.append(f"| {' | '.join(facts)} | {row['gives']} | `{file}` |")
+    yield "\n".join(lines)
     yield "## Opt-in passes"
     yield (
         '`--passes "+NAME(OPTION=VALUE)"` runs one. An approximate pass needs calibration '

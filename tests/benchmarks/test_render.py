@@ -17,7 +17,7 @@ from benchmarks.records import (
     parse_record,
     read_records,
 )
-from benchmarks.render import PAGES, cells, readme_table, render, section, table
+from benchmarks.render import PAGES, WRITTEN, cells, readme_table, render, section, table
 from moec.bench.race import Figure, Load
 from moec.bench.result import BenchResult, ContenderLine, MeasuredLimits
 
@@ -30,7 +30,8 @@ def record(machine: str, date: str, case: str = "", milliseconds: float = 1.0) -
 
 def test_the_pages_are_up_to_date():
     pages = {path.name: path.read_text(encoding="utf-8") for path in PAGES.iterdir()}
-    assert pages == render(), "run make pages"
+    written = {name: text for name, text in pages.items() if WRITTEN in text}
+    assert written == render(), "run make pages"
 
 
 def test_pages_are_short():
