@@ -27,8 +27,8 @@ from moec.codegen.object_cache import (
     named_by_content,
 )
 from moec.runtime.device.library import open_kernels
+from moec.runtime.process.temporary import temporary_folder
 from moec.target.cpu import CpuTarget
-from moec.temporary import temporary_folder
 
 
 @dataclass(frozen=True)

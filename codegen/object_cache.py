@@ -35,8 +35,8 @@ from tvm_ffi.structural import structural_map, structural_walk
 from moec.cache import OBJECTS, Store, contains, key_of, load, save
 from moec.codegen.cpu.pipeline import PIPELINE
 from moec.errors import IRError
+from moec.runtime.process.temporary import temporary_folder
 from moec.runtime.process.threads import available
-from moec.temporary import temporary_folder
 
 LOGGER = logging.getLogger(__name__)
 _SOURCES = ("build.py", "object_cache.py", "cpu/opaque.py", "cpu/pipeline.py")

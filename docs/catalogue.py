@@ -1,4 +1,4 @@
-"""Writes docs/ops.md, docs/passes.md and the table in docs/formats.md from the tables of moec.
+"""Writes docs/ops.md, docs/passes.md and the tables in docs/formats.md and docs/api.md from moec.
 
 python -m docs.catalogue
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moec.capture.decomposition.kernels import LEFT_OUT, WRITTEN_OUT
 from moec.codegen.loops.emit import EMIT
 from moec.commands.list import first_line, formats, opt_in_passes, passes
 from moec.ops import OPS
+from moec.options import compile_options
 
 FOLDER = Path(__file__).parent
 FAMILIES = {
@@ -141,10 +142,33 @@ def _file(module: str) -> str:
 
 def formats_page() -> str:
     """The page on checkpoints, with its table."""
-    page = (FOLDER / "formats.md").read_text(encoding="utf-8")
+    return _with_table("formats.md", formats())
+
+
+def api_page() -> str:
+    """The page on the Python interface, with the table of the options of `moec.compile`."""
+    rows = [
+        {
+            "option": f"`{name}`",
+            "command line": " ".join(f"`{flag}`" for flag in option.flags.split()),
+            "default": f"`{option.default!r}`",
+            "what it does": option.says.replace("|", "\\|"),
+            "also of": ", ".join(
+                f"`{door}`"
+                for door, takes in (("compile_ranks", option.ranks), ("optimize", option.optimize))
+                if takes
+            ),
+        }
+        for name, option in compile_options().items()
+    ]
+    return _with_table("api.md", rows)
+
+
+def _with_table(name: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """The page, with the rows as its table."""
+    page = (FOLDER / name).read_text(encoding="utf-8")
     before, _, rest = page.partition(WRITTEN)
     _, _, after = rest.partition(END)
-    rows = formats()
     table = [" | ".join(column.replace("_", " ") for column in rows[0])]
     table.append(" | ".join("---" for _ in rows[0]))
     table += [" | ".join(row.values()) for row in rows]
@@ -152,7 +176,12 @@ def formats_page() -> str:
     return f"{before}{WRITTEN}\n\n{lines}\n\n{END}{after}"
 
 
-PAGES = {"ops.md": ops_page, "passes.md": passes_page, "formats.md": formats_page}
+PAGES = {
+    "ops.md": ops_page,
+    "passes.md": passes_page,
+    "formats.md": formats_page,
+    "api.md": api_page,
+}
 
 if __name__ == "__main__":
     for page, text in PAGES.items():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Unpack
 
 import torch
 from torch.export import ExportedProgram
@@ -14,7 +13,6 @@ from torch.nn.parameter import is_lazy
 from moec.arguments import (
     allowed_budget,
     cast,
-    check_kinds,
     check_tf32,
     example_inputs,
     text,
@@ -22,10 +20,9 @@ from moec.arguments import (
     verification,
     with_choices,
 )
-from moec.capture.behaviour.describe import Declared
 from moec.capture.captured import Captured
 from moec.capture.doors import capture_source, open_source
-from moec.capture.hub import checkpoints_without_hub
+from moec.capture.hub import local_model
 from moec.capture.source import Source
 from moec.errors import UsageError
 from moec.formats.notation import Quantisation, parse_parts, with_float_rows
@@ -44,14 +41,13 @@ from moec.model.forms import ModelForm, best_form
 from moec.model.programs import with_decode, with_hidden_states, with_recording, with_routers
 from moec.model.sides import with_sides
 from moec.model.targets import choose_targets
+from moec.options import CompileKeywords, CompileOptions, read_options
 from moec.passes.approximate.choices.choose_experts import check_applied
-from moec.passes.approximate.choices.model_choices import ModelChoices
 from moec.passes.approximate.training.recover_routers import RecoverRouters
 from moec.passes.calibration.session import Approximate, CalibrationSession
 from moec.passes.core.runner import PassResult, run
 from moec.passes.specialise.hoist_routers import HoistRouters
 from moec.pipeline import (
-    PassChanges,
     PassSpec,
     choose,
     decode_passes,
@@ -64,66 +60,30 @@ from moec.pipeline import (
 from moec.report.data import QuantisedLine
 from moec.report.quantisation import quantised_lines
 from moec.runtime.process.gc_pause import gc_paused
-from moec.target.cpu import CpuTarget
-
-if TYPE_CHECKING:
-    from moec.codegen.backend import Backend
 
 
-@checkpoints_without_hub
 @gc_paused()
 def compile(
     model: Any,
     args: Sequence[Any] | torch.Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
-    allow_fixed: bool | str | Collection[str] = False,
-    constants: str | Collection[str] = (),
-    target: str | CpuTarget = "cpu",
-    dtype: str | torch.dtype | None = None,
-    opt_level: int = 2,
-    passes: PassChanges = "",
-    quant: str | None = None,
-    choices: str | Path | ModelChoices | None = None,
-    calib: Any = None,
-    budget: str = "",
-    strict: bool = False,
-    verify: bool | float | str = True,
-    fuel: int | None = None,
-    stop_after: str | None = None,
-    build: bool = True,
-    kv_cache: bool = True,
-    record_routing: bool = False,
-    embeddings: bool = False,
-    backend: Backend | None = None,
-    watch: Callable[[PassResult], None] | None = None,
-    progress: Callable[[str], None] = lambda phase: None,
-    descriptions: Sequence[Declared] = (),
-    revision: str | None = None,
-    adapters: Sequence[str | Path] = (),
-    memory: int | str | None = None,
-    store: bool | None = None,
+    **options: Unpack[CompileKeywords],
 ) -> CompiledModel:
     """Compile a complete mixture-of-experts model.
 
     `model` is a torch module (with example `args` and `kwargs`), an ExportedProgram, the folder of
     a Hugging Face checkpoint, a .gguf or .pt2 file, "file.py:factory", or the id of a model of the
-    hub, "org/name" or "org/name:file.gguf", at `revision`: a branch, tag or commit. Batch and
-    sequence sizes vary unless `dynamic_shapes` (torch.export's) says otherwise. `allow_fixed` names
-    inputs whose sizes the module may fix at the example's (True: all inputs); else a fixed size is
-    an error. `constants` names inputs that always have the values of the example, such as
-    `image_grid_thw`: the compiled model does not take them. `dtype` converts the weights first, in
-    place; the module is left in eval mode. `passes` changes the passes of `opt_level` ("+a,-b").
-    `verify` compares the result with eager; a float is the greatest error allowed, relative to the
-    greatest value of an output. Where weights stay in files, eager reads each of them once, layer
-    by layer, for all inputs of the comparison ("layers"), or evaluates the model for one input
-    after the other ("whole"). `fuel` limits the number of rewrites. `stop_after` names the last
-    pass to run; `build=False` stops before code generation. `kv_cache=False` omits the code with
-    which `generate` computes one token at a time. `record_routing` adds what
-    `CompiledModel.record_routing` needs; other calls do not change. `embeddings` adds what
-    `/v1/embeddings` of `moec serve` needs, without further weights. `opt_level` chooses passes; 0
-    also omits LLVM's optimisation, on CPUs only. `backend` replaces the target's, for example with
+    hub, "org/name" or "org/name:file.gguf", at `revision`: a branch, tag or commit. A module is
+    left in eval mode, and `dtype` converts its weights in place. `options` are the fields of
+    `moec.options.CompileOptions`, which docs/api.md lists. More about some of them:
+
+    Batch and sequence sizes vary unless `dynamic_shapes` (torch.export's) says otherwise. A size
+    that the module fixes is an error, unless `allow_fixed` names the input (True: all inputs). The
+    compiled model does not take the inputs that `constants` names. `verify` may be the greatest
+    error allowed, relative to the greatest value of an output. Where weights stay in files, eager
+    reads each of them once, layer by layer, for all inputs of the comparison ("layers"), or
+    evaluates the model for one input after the other ("whole"). `record_routing` adds what
+    `CompiledModel.record_routing` needs; other calls do not change. `backend` is for example
     one that has a rule of your own: `replace(CPU, rules=(mine, *CPU.rules))`. A `target` such as
     "cpu,cuda:sm_80,sm_90a" generates code for CPUs and GPUs; users with a CPU need no CUDA.
     `backend` may then be of either kind.
@@ -137,57 +97,53 @@ def compile(
     checkpoint stores in few bits keep its codes on CPUs ("checkpoint", "checkpoint:rows16"); "none"
     dequantises them.
 
-    `choices` is the path of a file of `moec optimize`: what it chose for this model.
+    `passes` is text, "+prune-experts(keep=0.5)", or a list, `[PruneExperts(keep=0.5)]`. Those that
+    change the model need `calib`: tensors by input name, or the path of an .npz, .safetensors or
+    .txt file. `budget` ("kl<=0.02") limits the damage measured on it; changes beyond it are undone
+    layer by layer, or with `strict` raise an error. `verify` then compares with the changed graph.
+    Exact opt-in passes, `[Specialise({"task_id": 3})]`, need neither.
 
-    Passes that change the model, "+prune-experts(keep=0.5)" or `[PruneExperts(keep=0.5)]`, need
-    `calib`: tensors by input name, or the path of an .npz, .safetensors or .txt file. `budget`
-    ("kl<=0.02") limits the damage measured on it; changes beyond it are undone layer by layer, or
-    with `strict` raise an error. `verify` then compares with the changed graph. Exact opt-in
-    passes, `[Specialise({"task_id": 3})]`, need neither.
-
-    `adapters` are folders of PEFT (LoRA, DoRA), merged into the weights of a checkpoint in order.
-    `memory` ("6GiB", or bytes) is about how much of this machine's memory the compilation of a
-    checkpoint may take (other models are refused with it), by default half of what is free.
-    Weights that do not fit stay in files, packed ones in a temporary one. `store` adds the code for
-    `moec.load(path, memory=...)`, which reads experts from the artifact when they are needed; by
-    default, it is added on CPUs where the weights take 1 GiB or more.
-
-    `descriptions` (`moec.describe`) describe modules that cannot be traced; each is compared with
-    its module.
+    `adapters` are merged into the weights of a checkpoint in order. `memory` may be bytes; models
+    that are no checkpoint are refused with it. Weights that do not fit stay in files, packed ones
+    in a temporary one. `store` is for `moec.load(path, memory=...)`.
 
     Raises CaptureError, UnsupportedError, TargetError, UsageError, BudgetError and
     VerificationError, all of them MoecError.
     """
-    check_kinds(
-        stop_after=stop_after, fuel=fuel, backend=backend, watch=watch, progress=progress,
-        dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, descriptions=descriptions,
-        constants=constants, adapters=adapters, store=store,
-    )  # fmt: skip
-    clock = Clock(progress)
-    builds = build and stop_after is None
-    verified, way = verification(verify)
+    checked = read_options(options)
+    with local_model(model, checked.revision) as opened:
+        return _compiled(opened, example_inputs(args, kwargs), checked)
+
+
+def _compiled(
+    model: Any, example: tuple[tuple[Any, ...], dict[str, Any]], options: CompileOptions
+) -> CompiledModel:
+    clock = Clock(options.progress or (lambda phase: None))
+    builds = options.build and options.stop_after is None
+    verified, way = verification(options.verify)
     runs = builds and verified is not False
-    targets = choose_targets(target, backend, builds=builds, runs=runs)
-    passes, quant = with_choices(choices, passes, quant)
+    targets = choose_targets(options.target, options.backend, builds=builds, runs=runs)
+    passes, quant = with_choices(options.choices, options.passes, options.quant)
     stored = Quantisation(checkpoint=8) if quant is None else parse_parts(quant)
     stored = with_float_rows(stored) if targets.only_cpus else stored
-    requested = (*choose(opt_level, passes), *quantising(stored))
-    chosen = truncate_after(requested, stop_after)
-    allowed = allowed_budget(requested, chosen, calib, text("budget", budget), strict)
+    requested = (*choose(options.opt_level, passes), *quantising(stored))
+    chosen = truncate_after(requested, options.stop_after)
+    budget = text("budget", options.budget)
+    allowed = allowed_budget(requested, chosen, options.calib, budget, options.strict)
     limit = tolerance(verified)
     with ExitStack() as reading:
         with clock.phase("capture"):
-            example = example_inputs(args, kwargs)
-            source = open_source(model, *example, adapters, memory)
+            source = open_source(model, *example, options.adapters, options.memory)
             reading.enter_context(source.memory.reading())
-            source = cast(source, dtype)
+            source = cast(source, options.dtype)
             exact = [p for p in requested if not isinstance(p, Approximate)]
             with threads_for(_elements(source.model)), source.memory.share_values():
                 captured = capture_source(
-                    source, dynamic_shapes, allow_fixed, descriptions, constants
-                )
+                    source, options.dynamic_shapes, options.allow_fixed, options.descriptions,
+                    options.constants,
+                )  # fmt: skip
             captured = bound(captured, exact)
-        if stop_after is None and targets.only_cpus:
+        if options.stop_after is None and targets.only_cpus:
             chosen = (*chosen, *keeping(source, stored.checkpoint))
         check_tf32(targets.beside or targets.target, captured.program.weights)
         if runs:
@@ -196,17 +152,17 @@ def compile(
 
             def transform(captured: Captured) -> tuple[PassResult, ...]:
                 # One session for each form of the model: its original is that form.
-                session = CalibrationSession(calib, source.files, allowed, strict)
+                session = CalibrationSession(options.calib, source.files, allowed, options.strict)
                 stage = stage_of(captured.program.graph)
                 todo = from_stage(prepare(chosen, session), stage)
                 return tuple(run(
-                    captured.program, todo, stage=stage, fuel=fuel, watch=watch,
+                    captured.program, todo, stage=stage, fuel=options.fuel, watch=options.watch,
                     memory=source.memory,
                 ))  # fmt: skip
 
             form = (
                 ModelForm(captured, transform(captured))
-                if stop_after is not None
+                if options.stop_after is not None
                 else best_form(captured, transform, exact, targets.backend)
             )
         compiled = CompiledModel(
@@ -222,18 +178,21 @@ def compile(
         )
         if not builds:
             return compiled
-        on_disk = stores_experts(store, compiled.module, targets.target)
-        special = record_routing or on_disk or RecoverRouters in map(type, requested)
+        on_disk = stores_experts(options.store, compiled.module, targets.target)
+        special = options.record_routing or on_disk or RecoverRouters in map(type, requested)
         if len(exact) == len(requested) and targets.only_cpus and not special:
             compiled = with_sides(compiled, transform, exact, targets.backend, clock)
-        if kv_cache:
+        if options.kv_cache:
             with clock.phase("generation"):
-                after = decode_passes(opt_level, passes)
+                after = decode_passes(options.opt_level, passes)
                 compiled = with_decode(compiled, after, targets.backend)
-        compiled = _with_other_programs(compiled, chosen, record_routing, embeddings)
-        built = build_model(compiled, opt_level, clock, targets.backend, store)
-        if targets.beside is not None:
-            built = build_for_gpu(built, targets.beside, opt_level, clock, targets.beside_backend)
+        compiled = _with_other_programs(
+            compiled, chosen, options.record_routing, options.embeddings
+        )
+        level, beside = options.opt_level, targets.beside
+        built = build_model(compiled, level, clock, targets.backend, options.store)
+        if beside is not None:
+            built = build_for_gpu(built, beside, level, clock, targets.beside_backend)
         return verify_model(built, limit, clock, way) if runs else built
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,41 +222,3 @@ def cast(source: Source, dtype: Any) -> Source:
         if parameter.is_floating_point():
             parameter.data = source.memory.cast(parameter.data, torch_dtype)
     return replace(source, model=source.model.to(torch_dtype), args=args, kwargs=kwargs)
-
-
-_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "stop_after": (lambda v: isinstance(v, str), "give the name of a pass"),
-    "fuel": (
-        lambda v: isinstance(v, int) and v >= 0,
-        ("give the greatest number of rewrites, 0 or more"),
-    ),
-    "backend": (lambda v: hasattr(v, "ready"), "give a moec.codegen.backend.Backend"),
-    "watch": (callable, "give a function that takes a PassResult"),
-    "progress": (callable, "give a function that takes a string"),
-    "dynamic_shapes": (
-        lambda v: hasattr(v, "__len__") and not isinstance(v, str),
-        "give the dynamic_shapes of torch.export: a dict by input, or a tuple",
-    ),
-    "allow_fixed": (
-        lambda v: isinstance(v, bool | str | Collection),
-        "give True, or the names of inputs",
-    ),
-    "constants": (lambda v: isinstance(v, str | Collection), "give the names of inputs"),
-    "descriptions": (
-        lambda v: isinstance(v, Sequence) and not isinstance(v, str),
-        "give a list of the results of moec.describe",
-    ),
-    "adapters": (
-        lambda v: isinstance(v, list | tuple) and all(isinstance(a, str | Path) for a in v),
-        "give a list of folders",
-    ),
-    "store": (lambda v: isinstance(v, bool), "give True or False"),
-}
-
-
-def check_kinds(**values: Any) -> None:
-    """Raises UsageError, naming the argument, for a value (other than None) of the wrong kind."""
-    for name, value in values.items():
-        fits, words = _KINDS[name]
-        if value is not None and not fits(value):
-            raise UsageError(f"{name} is {value!r}: {words}")

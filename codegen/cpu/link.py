@@ -20,8 +20,8 @@ from typing import Protocol
 
 from moec.cache import OBJECTS, default_store, key_of, load, save
 from moec.errors import TargetError
+from moec.runtime.process.temporary import temporary_folder
 from moec.target.cpu import CpuTarget
-from moec.temporary import temporary_folder
 
 COMPILERS = ("cc", "gcc", "clang")
 POOL, STORE, TIMED = (

@@ -7,19 +7,14 @@ transformers loads some kernels from the hub when a model is made or first run, 
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Never, ParamSpec, TypeVar
+from typing import Any, Never
 
 from moec.model_path import check_no_revision, local_path
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class _Hub:
@@ -73,25 +68,16 @@ def own_config(folder: Path) -> Any:
     return config
 
 
-def checkpoints_without_hub(function: Callable[P, R]) -> Callable[P, R]:
-    """Calls `function` with the hub off where its argument `model` is a checkpoint. An id of the
-    hub, at `revision`, is replaced by the path of what is downloaded, and the revision by None."""
-    signature = inspect.signature(function)
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = signature.bind(*args, **kwargs)
-        model, revision = bound.arguments["model"], bound.arguments.pop("revision", None)
-        if isinstance(model, str):
-            bound.arguments["model"] = model = local_path(model, revision)
-        else:
-            check_no_revision(type(model).__name__, revision)
-        if not _is_checkpoint(model):
-            return function(*bound.args, **bound.kwargs)
-        with hub_off():
-            return function(*bound.args, **bound.kwargs)
-
-    return call
+@contextmanager
+def local_model(model: Any, revision: str | None) -> Iterator[Any]:
+    """The model, or the path of what is downloaded for an id of the hub, at `revision`. While open,
+    the hub is off where it is a checkpoint."""
+    if isinstance(model, str):
+        model = local_path(model, revision)
+    else:
+        check_no_revision(type(model).__name__, revision)
+    with hub_off() if _is_checkpoint(model) else nullcontext():
+        yield model
 
 
 def _is_checkpoint(model: Any) -> bool:

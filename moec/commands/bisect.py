@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import click
 
+from moec.commands.compilation.compiling import compiling
 from moec.commands.options.options import (
     Tolerance,
     api_arguments,
@@ -17,7 +19,6 @@ from moec.commands.options.options import (
 from moec.commands.output.download import local_model
 from moec.commands.output.echo import echo
 from moec.commands.output.logs import log_options
-from moec.runtime.process.threads import shorten_spinning
 
 
 @click.command("bisect", short_help="Find the first rewrite that changes a model's numbers.")
@@ -35,46 +36,27 @@ from moec.runtime.process.threads import shorten_spinning
 @json_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress.")
 @model_options
-@click.pass_context
 @log_options
 def command(
-    ctx: click.Context,
     model: str,
     tolerance: float | None,
     seed: int,
     as_json: bool,
     quiet: bool,
-    shapes: tuple[str, ...],
-    dtype: str | None,
     opt_level: int,
     passes: str,
-    allow_fixed: tuple[str, ...],
-    constants: tuple[str, ...],
     revision: str | None,
-    adapters: tuple[str, ...],
+    **options: Any,
 ) -> None:
     """Find the first rewrite of the passes that changes what MODEL computes.
 
     Every graph between capture and code is run in eager PyTorch on random inputs. Exits with
     0 where all agree with the captured graph, and with 2 where one does not.
     """
-    from moec.commands.options.shapes import explain_sizes
-    from moec.commands.output.progress import Progress, hush
-
     check_changes(passes)
-    arguments = api_arguments(
-        shapes,
-        dtype=dtype,
-        allow_fixed=allow_fixed,
-        constants=constants,
-        adapters=adapters,
-    )
+    arguments = api_arguments(**options)
     model = local_model(model, revision, quiet or as_json)
-    shorten_spinning()
-    hush()
-    with explain_sizes(), Progress(quiet=quiet or as_json) as progress:
-        progress.phase("capture")
-        from moec import compile as compile_model
+    with compiling(quiet or as_json) as (compile_model, progress):
         from moec.interpret.run_in_float32 import MEANING
         from moec.model.bind_inputs import bound
         from moec.pipeline import choose, exact
@@ -84,12 +66,7 @@ def command(
             "bisect searches exact rewrites, and this pass changes numbers on purpose: leave it out"
         )
         chosen = exact(choose(opt_level, passes), why)
-        compiled = compile_model(
-            model,
-            **arguments,
-            stop_after="capture",
-            progress=progress.phase,
-        )
+        compiled = compile_model(model, **arguments, stop_after="capture")
         with compiled.source.memory.reading():
             captured = bound(compiled.captured, chosen)
             progress.phase("passes")
@@ -104,4 +81,4 @@ def command(
         click.echo(json.dumps(asdict(bisection), indent=1))
     else:
         echo(str(bisection))
-    ctx.exit(2 if bisection.culprit else 0)
+    click.get_current_context().exit(2 if bisection.culprit else 0)

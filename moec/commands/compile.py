@@ -15,14 +15,13 @@ import click
 
 from moec.cache import ARTIFACTS, Store, default_store, load, save, starts_with
 from moec.commands.compilation.checkpoint_key import CheckpointKey
+from moec.commands.compilation.compiling import compiling
 from moec.commands.compilation.request import CompileRequest, cache_key, check, request_of
 from moec.commands.options.options import (
-    Tolerance,
     api_arguments,
-    changing_options,
+    api_options,
     force_option,
     json_option,
-    model_options,
     quiet_option,
     report_option,
 )
@@ -32,6 +31,7 @@ from moec.commands.output.logs import log_options
 from moec.commands.output.report import print_json, print_report
 from moec.errors import UnsupportedError, UsageError
 from moec.files.os_errors import reason
+from moec.options import CAPTURES, CHANGES, COMPILES, compile_options
 from moec.runtime.artifact.container import replaceable
 from moec.runtime.process.threads import shorten_spinning
 
@@ -54,19 +54,7 @@ LOGGER = logging.getLogger(__name__)
     type=click.Path(path_type=Path),
     help="The artifact to write (required unless --dry-run or --stop-after).",
 )
-@click.option(
-    "--target",
-    default="cpu",
-    show_default=True,
-    help="The machine to compile for; see `moec list targets`.",
-)
-@model_options
-@changing_options
-@click.option(
-    "--verify", type=Tolerance("layers", "whole"), default="on", show_default=True,
-    help="Greatest relative error allowed against eager PyTorch, or off. Where weights stay in "
-    "files, eager runs layer by layer for all inputs (layers, default) or input by input (whole).",
-)  # fmt: skip
+@api_options(CAPTURES, CHANGES, COMPILES)
 @click.option(
     "--dump-ir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
     help="Write the graph after every pass: 00-capture.moe, 01-…",
@@ -76,37 +64,8 @@ LOGGER = logging.getLogger(__name__)
     help="Write the GPU code to this folder too: CUDA C, library and .cubin per architecture; PTX.",
 )  # fmt: skip
 @click.option(
-    "--stop-after", metavar="PASS", help="Print the graph after this pass; generate no code."
-)
-@click.option(
-    "--kv-cache/--no-kv-cache", default=True, show_default=True,
-    help="For a language model: include the code that generates text with a KV cache.",
-)  # fmt: skip
-@click.option(
-    "--record-routing", is_flag=True,
-    help="Include the code for `moec run --record-routing FILE.npz`.",
-)  # fmt: skip
-@click.option(
-    "--embeddings", is_flag=True,
-    help="Include the code for /v1/embeddings of `moec serve`; it needs no further weights.",
-)  # fmt: skip
-@click.option(
     "--keep-passes", is_flag=True,
     help="Include the graph after each pass for `moec explore`, with the lines of your code.",
-)  # fmt: skip
-@click.option(
-    "--memory", metavar="SIZE",
-    help="How much memory to take for a checkpoint, e.g. 6GiB; by default half of what is free. "
-    "Weights that do not fit stay in files.",
-)  # fmt: skip
-@click.option(
-    "--store/--no-store", default=None,
-    help="Include the code for `moec run --memory`, which reads experts from the artifact when "
-    "they are needed; by default, for models of 1 GiB or more on CPUs.",
-)  # fmt: skip
-@click.option(
-    "--choices", "choices_file", type=click.Path(path_type=Path), metavar="FILE.yaml",
-    help="Store weights as `moec optimize --write-choices` chose for this model.",
 )  # fmt: skip
 @click.option(
     "--plan", "plan_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -143,7 +102,7 @@ def command(**values: Any) -> None:
     request = request_of(values)
     check(request)
     arguments = api_arguments(**request.options)
-    model = local_model(request.model, request.revision, request.silent)
+    model = local_model(request.model, arguments.pop("revision"), request.silent)
     request = replace(request, model=model)
     store = default_store()
     key = cache_key(request, store)
@@ -162,7 +121,7 @@ def command(**values: Any) -> None:
     if request.quiet:
         for line in warnings:
             echo(f"warning: {line}", err=True)
-    if request.stop_after and not request.dump_ir and not request.as_json:
+    if request.options["stop_after"] and not request.dump_ir and not request.as_json:
         from moec.ir.text import print_graph
 
         click.echo(print_graph(compiled.pass_results[-1].program.graph), nl=False)
@@ -192,8 +151,9 @@ def _keep(request: CompileRequest, store: Store, key: CheckpointKey) -> None:
         keep(store, value, request.output)
 
 
-def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[str, Any]) -> None:
-    from moec.commands.execution.ranks import compile_ranks
+def _compile_ranks(request: CompileRequest, plan: Path, arguments: Mapping[str, Any]) -> None:
+    """Write the graphs and weights of the ranks of a plan, and print what does not run as planned.
+    Raises as `moec.compile_ranks`."""
     from moec.commands.options.shapes import explain_sizes
     from moec.commands.output.progress import hush
 
@@ -201,19 +161,21 @@ def _compile_ranks(request: CompileRequest, plan_file: Path, arguments: Mapping[
     shorten_spinning()
     hush()
     with explain_sizes():
-        compile_ranks(
-            request.model, plan_file, request.output, arguments, request.verify, request.force,
-            request.target,
-        )  # fmt: skip
+        from moec import compile_ranks
+
+        ranks = {"target", "verify"} | {n for n, each in compile_options().items() if each.ranks}
+        options = {n: v for n, v in arguments.items() if n in ranks and v is not None}
+        compiled = compile_ranks(
+            request.model, plan, request.output, overwrite=request.force, **options
+        )
+    for declined in compiled.declined:
+        echo(f"{declined.where}: not run as planned: {declined.reason}", err=True)
     if not request.quiet:
         echo(f"wrote {request.output}")
 
 
 def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledModel:
     """The compiled model, saved if it was built; its progress is shown."""
-    from moec.commands.options.shapes import explain_sizes
-    from moec.commands.output.progress import Progress, hush
-
     dump = None if request.dump_ir is None else Dump(request.dump_ir)
 
     def watch(pass_result: PassResult) -> None:
@@ -221,27 +183,12 @@ def _compile(request: CompileRequest, arguments: Mapping[str, Any]) -> CompiledM
         if dump:
             dump(pass_result)
 
-    shorten_spinning()
-    hush()
-    with explain_sizes(), Progress(request.silent, plan=_phases(request)) as progress:
-        progress.phase("start")  # imports torch, which takes a moment, and checks options
-        from moec import compile as compile_model
-
+    with compiling(request.silent, _phases(request)) as (compile_model, progress):
         compiled = compile_model(
             request.model,
-            **arguments,
-            target=request.target,
-            verify=request.verified,
-            stop_after=request.stop_after,
+            **{**arguments, "verify": request.verified},
             build=request.builds,
-            kv_cache=request.kv_cache,
-            record_routing=request.record_routing,
-            embeddings=request.embeddings,
-            memory=request.memory,
-            store=request.store,
-            choices=request.choices_file,
             watch=watch,
-            progress=progress.phase,
         )
         if request.builds and request.output is not None:
             progress.phase("save")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.compilation.compiling import compiling
 from moec.commands.options.files import check_output
 from moec.commands.options.options import (
     OneOf,
@@ -27,7 +28,6 @@ from moec.commands.output.logs import log_options
 from moec.errors import UsageError
 from moec.model_path import kind_of_model
 from moec.report.units import size
-from moec.runtime.process.threads import shorten_spinning
 
 if TYPE_CHECKING:
     from moec.export.gguf import ExportedGguf
@@ -113,30 +113,19 @@ def command(
     A GGUF file is written of a checkpoint folder, with its tokenizer; --quant is bf16 (the
     default), q8_0 or q4_0, and the other options are of ONNX files.
     """
-    from moec.commands.options.shapes import explain_sizes
-
     path, form = _output(output, form, force)
     if form == "gguf":
         _export_gguf(model, path)
         return
     arguments = api_arguments(**options)
     model = local_model(model, revision, quiet or as_json)
-
-    from moec.commands.output.progress import Progress, hush
-
-    shorten_spinning()
-    hush()
-    with explain_sizes(), Progress(quiet=quiet or as_json) as progress:
-        progress.phase("start")
-        from moec import compile as compile_model
-
+    with compiling(quiet or as_json) as (compile_model, progress):
         compiled = compile_model(
             model,
             **arguments,
             verify=False,
             build=False,
             watch=lambda pass_result: progress.phase(f"passes {pass_result.name}"),
-            progress=progress.phase,
         )
         exported = compiled.export_onnx(
             path, ep, opset=opset, moe=moe, cache=cache, verify=verify, progress=progress.phase

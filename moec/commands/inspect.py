@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.compilation.compiling import compiling
 from moec.commands.execution.ranks import holds_ranks
 from moec.commands.options.files import OutputFile
 from moec.commands.options.options import api_arguments, json_option, model_options
@@ -110,20 +111,7 @@ def _graph(path: Path, text: str) -> Graph:
 def of_model(model: str, arguments: Mapping[str, Any], quiet: bool) -> tuple[Report, Graph]:
     """Capture a model and recognise its blocks, without generating code. `arguments` are those of
     `moec.compile`."""
-    from moec.commands.options.shapes import explain_sizes
-    from moec.commands.output.progress import Progress, hush
-
-    hush()
-    with explain_sizes(), Progress(quiet=quiet) as progress:
-        progress.phase("start")
-        from moec import compile as compile_model
-
-        compiled = compile_model(
-            model,
-            **arguments,
-            verify=False,
-            stop_after="recognise",
-            progress=progress.phase,
-        )
+    with compiling(quiet) as (compile_model, _):
+        compiled = compile_model(model, **arguments, verify=False, stop_after="recognise")
     report = compiled.report()
     return replace(report, phases={}, target=""), compiled.pass_results[-1].program.graph

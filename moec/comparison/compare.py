@@ -37,8 +37,8 @@ from moec.runtime.arrays.tensor_files import read_tensors
 from moec.runtime.checks import show_shape
 from moec.runtime.dtypes import NUMPY
 from moec.runtime.package import DECODE, MAIN, Port
+from moec.runtime.process.temporary import temporary_folder
 from moec.runtime.sizes.expressions import evaluate
-from moec.temporary import temporary_folder
 
 Arrays = dict[str, Any]
 Times = Mapping[str, Mapping[str, float]]

@@ -15,6 +15,7 @@ from moec.optimisation.loss import parse_loss
 from moec.optimisation.pinned import parse_pinned
 from moec.optimisation.search import EXPERT_FORMATS, ChoiceLimits, ChoiceSearch, measured_search
 from moec.optimisation.speed import choose_fast
+from moec.options import compile_options
 from moec.passes.approximate.choices.model_choices import ModelChoices, parse_format
 from moec.passes.calibration.session import Approximate
 from moec.pipeline import choose, lowering
@@ -23,8 +24,6 @@ from moec.spelling import did_you_mean
 
 FORMATS = ("int8", "int4:32", "int4:128")
 MOVES = ("formats", PRUNE, MERGE, CONSTANT, SHARED, TOP_K, THRESHOLD, EXPERT_FORMATS)
-OTHERS = ("quant", "budget", "strict", "fuel", "stop_after", "choices")
-"""Options of `moec.compile` that an optimisation does not take."""
 
 
 def optimize(
@@ -152,7 +151,10 @@ def search(
     **options: Any,
 ) -> ChoiceSearch:
     """The costs of all that `optimize` can choose, measured. Raises what `optimize` raises."""
-    if other := next((name for name in OTHERS if name in options), None):
+    all_options = compile_options()
+    if other := next(
+        (n for n in options if n in all_options and not all_options[n].optimize), None
+    ):
         raise UsageError(f"optimize chooses formats itself: leave {other} out")
     if isinstance(recover, bool) or not isinstance(recover, int) or recover < 0:
         raise UsageError(f"recover is {recover!r}: give a number of steps, such as 300")

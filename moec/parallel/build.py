@@ -15,6 +15,7 @@ from moec.capture.language_models import stop_tokens
 from moec.codegen.backends import backend_for
 from moec.errors import NoMatch, UsageError
 from moec.ir.graph import Module
+from moec.options import compile_options
 from moec.parallel.save import TextFiles, check_replaceable, save_ranks
 from moec.passes.core.runner import Declined, Log
 from moec.passes.decode import continues_text, incremental
@@ -25,12 +26,6 @@ from moec.runtime.process.byte_sizes import MOST_MEMORY
 from moec.target.named import parse_for_ranks
 from moec.verify.ranks import Ranked, check_ranks
 from moec.verify.references import intended
-
-OPTIONS = frozenset(
-    "dynamic_shapes allow_fixed constants dtype opt_level passes calib budget strict descriptions "
-    "progress revision adapters".split()
-)
-"""The options of `moec.compile` that `compile_ranks` takes too."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +51,23 @@ def compile_ranks(
     """Compile the graphs of all ranks of a plan into a folder for `moec run --nproc` or
     `moec.parallel.model.open_rank`.
 
-    `model`, `args` and `kwargs` are those of `moec.compile`, and so are the `options`
-    dynamic_shapes, allow_fixed, constants, dtype, opt_level, passes, calib, budget, strict,
-    descriptions, progress, revision and adapters. `plan` is a plan or a file that `moec plan`
-    wrote. `verify` simulates all ranks in this process and compares their results with eager's
-    before anything is written; a float is the greatest error allowed, relative to the greatest
-    value of an output. `overwrite` replaces a folder at `output`. `target` is "cpu" (this machine's
-    kind of processor), or GPUs such as "cuda:sm_80,sm_90a", whose code is not run here.
+    `model`, `args` and `kwargs` are those of `moec.compile`, and so are the `options` (docs/api.md
+    lists which). `plan` is a plan or a file that `moec plan` wrote. `verify` simulates all ranks in
+    this process and compares their results with eager's before anything is written; a float is the
+    greatest error allowed, relative to the greatest value of an output. `overwrite` replaces a
+    folder at `output`. `target` is "cpu" (this machine's kind of processor), or GPUs such as
+    "cuda:sm_80,sm_90a", whose code is not run here.
 
     Raises UsageError for a plan of another model, UnsupportedError for what ranks cannot compute,
     TargetError for another target and where a compiler is missing, VerificationError where the
     ranks together do not compute the model's results, and what `moec.compile` raises.
     """
-    if others := options.keys() - OPTIONS:
+    accepted = {name for name, option in compile_options().items() if option.ranks}
+    if others := options.keys() - accepted:
         name = min(others)
         raise UsageError(
             f"{name} cannot be combined with a plan: leave it out (compile_ranks takes "
-            f"{', '.join(sorted(OPTIONS))})"
+            f"{', '.join(sorted(accepted))})"
         )
     limit, folder, on = tolerance(verify), Path(output), parse_for_ranks(target)
     check_replaceable(folder, overwrite)

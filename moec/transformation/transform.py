@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 
-from moec.arguments import cast, changes, check_kinds, example_inputs, text, tolerance
+from moec.arguments import cast, changes, example_inputs, text, tolerance
 from moec.capture import Captured
 from moec.capture.calls.call import ModuleCall
 from moec.capture.doors import capture_source, open_source
-from moec.capture.hub import checkpoints_without_hub
+from moec.capture.hub import local_model
 from moec.capture.source import Source
 from moec.dtypes import FLOATS
 from moec.errors import NoMatch, UsageError, VerificationError
 from moec.interpret.graph_module import GraphModule
 from moec.ir.graph import Program, stage_of
+from moec.options import check_options
 from moec.passes.calibration.budget import parse_budget
 from moec.passes.calibration.files import check as check_calibration
 from moec.passes.calibration.session import Approximate, CalibrationSession
@@ -49,7 +50,6 @@ class Transformation:
     declined: tuple[Declined, ...]
 
 
-@checkpoints_without_hub
 def transform(
     model: Any,
     passes: PassChanges,
@@ -85,48 +85,53 @@ def transform(
     """
     if form not in FORMS:
         raise UsageError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
-    check_kinds(dynamic_shapes=dynamic_shapes, allow_fixed=allow_fixed, adapters=adapters)
+    check_options(
+        {"dynamic_shapes": dynamic_shapes, "allow_fixed": allow_fixed, "adapters": adapters}
+    )
     chosen = _chosen(changes(passes))
     check_calibration(calib)
     limits = parse_budget(text("budget", budget))
     if strict and not budget:
         raise UsageError("strict fails when the budget is exceeded: give budget too")
     limit = tolerance(verify)
-    source = cast(open_source(model, *example_inputs(args, kwargs), adapters), dtype)
-    captured = capture_source(source, dynamic_shapes, allow_fixed)
-    session = CalibrationSession(calib, source.files, limits, strict)
-    stage = stage_of(captured.program.graph)
-    pass_results = run(captured.program, from_stage(prepare(chosen, session), stage), stage=stage)
-    program = pass_results[-1].program
-
-    result: torch.nn.Module | None = None
-    why = "form='graph' was given"
-    if form != "graph":
-        try:
-            result = resize_experts(source.model, session.lineages)
-            _same_results(result, source, captured, pass_results, limit)
-        except NoMatch as reason:
-            result, why = None, str(reason)
-            if form == "class":
-                raise UsageError(
-                    f"{source.name} can no longer be an instance of its class: {why}"
-                ) from None
-    shape = "graph" if result is None else "class"
-    if result is None:
-        trainable = _trainable(source.model, program)
-        example = (source.args, dict(source.kwargs))
-        result = GraphModule(
-            program, trainable, example, captured.structure, why, captured.signature
+    with local_model(model, revision) as opened:
+        source = cast(open_source(opened, *example_inputs(args, kwargs), adapters), dtype)
+        captured = capture_source(source, dynamic_shapes, allow_fixed)
+        session = CalibrationSession(calib, source.files, limits, strict)
+        stage = stage_of(captured.program.graph)
+        pass_results = run(
+            captured.program, from_stage(prepare(chosen, session), stage), stage=stage
         )
-        if verify is not False:
-            checking.check(captured, _runner(captured, result.run), pass_results, limit)
-    result.transformation = Transformation(  # type: ignore[assignment]
-        shape,
-        "" if shape == "class" else why,
-        tuple(pass_result.damage for pass_result in pass_results if pass_result.damage),
-        tuple(dict.fromkeys(d for pass_result in pass_results for d in pass_result.declined)),
-    )
-    return result
+        program = pass_results[-1].program
+
+        result: torch.nn.Module | None = None
+        why = "form='graph' was given"
+        if form != "graph":
+            try:
+                result = resize_experts(source.model, session.lineages)
+                _same_results(result, source, captured, pass_results, limit)
+            except NoMatch as reason:
+                result, why = None, str(reason)
+                if form == "class":
+                    raise UsageError(
+                        f"{source.name} can no longer be an instance of its class: {why}"
+                    ) from None
+        shape = "graph" if result is None else "class"
+        if result is None:
+            trainable = _trainable(source.model, program)
+            example = (source.args, dict(source.kwargs))
+            result = GraphModule(
+                program, trainable, example, captured.structure, why, captured.signature
+            )
+            if verify is not False:
+                checking.check(captured, _runner(captured, result.run), pass_results, limit)
+        result.transformation = Transformation(  # type: ignore[assignment]
+            shape,
+            "" if shape == "class" else why,
+            tuple(pass_result.damage for pass_result in pass_results if pass_result.damage),
+            tuple(dict.fromkeys(d for pass_result in pass_results for d in pass_result.declined)),
+        )
+        return result
 
 
 def _chosen(passes: PassChanges) -> tuple[PassSpec, ...]:

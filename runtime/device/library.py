@@ -19,10 +19,10 @@ from typing import Any, TypeAlias
 
 from moec.errors import ArtifactError
 from moec.runtime.process.pool import share_pool
+from moec.runtime.process.temporary import temporary_folder
 from moec.runtime.process.threads import set_threads
 from moec.runtime.sizes import counts, indices
 from moec.runtime.sizes import expressions as sizes
-from moec.temporary import temporary_folder
 
 CPU, CUDA = 1, 2  # DLPack's device types
 Around: TypeAlias = Callable[[Any], AbstractContextManager[None]]

@@ -9,8 +9,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from moec.__main__ import cli
-from moec.cache import store_in
-from moec.commands.compilation.request import cache_key, request_of
 from tests.checkpoint import adapters
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -35,17 +33,6 @@ def test_inspect(short_moe: Path, folder: Path) -> None:
     report = json.loads(done.stdout)
     assert report["notes"].count("adapter tuned: 1 weight changed") == 2
     assert str(folder.parent) not in json.dumps(report["notes"])
-
-
-def test_the_cache_of_artifacts_holds_none(short_moe: Path, folder: Path, tmp_path: Path) -> None:
-    """Its key has the files of the model, and none of adapters."""
-    store = store_in(tmp_path / "cache")
-    context = cli.get_command(None, "compile").make_context(  # type: ignore[union-attr,arg-type]
-        "compile", [str(short_moe), "-o", str(tmp_path / "x.moec")]
-    )
-    assert cache_key(request_of(context.params), store) is not None
-    with_adapter = request_of({**context.params, "adapters": (str(folder),)})
-    assert cache_key(with_adapter, store) is None
 
 
 @pytest.mark.parametrize("words", [

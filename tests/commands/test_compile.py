@@ -15,7 +15,6 @@ from click.testing import CliRunner
 
 from moec import __main__ as front
 from moec.errors import CaptureError, VerificationError
-from moec.ir.text import parse
 from moec.report.report import Report
 from tests.commands import models
 from tests.commands.conftest import FakeCompiler
@@ -52,30 +51,17 @@ def test_options_reach_the_compiler(compiler: FakeCompiler, tmp_path: Path) -> N
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "out.moec").read_text() == "artifact with passes"
-    requests = compiler.request
-    assert requests["model"] == "model"
-    assert (requests["target"], requests["dtype"], requests["opt_level"]) == ("avx2", "bfloat16", 1)
-    assert requests["quant"] == "int4:64"
-    assert (str(requests["calib"]), requests["budget"], requests["strict"]) == (
-        str(calib),
-        "kl<=0.1",
-        True,
-    )
-    assert (requests["passes"], requests["verify"], requests["stop_after"]) == (
-        "+join-linears,-fuse-gate",
-        1e-3,
-        None,
-    )
-    assert (requests["dynamic_shapes"]["ids"][0].min, requests["dynamic_shapes"]["ids"][0].max) == (
-        1,
-        64,
-    )
+    size = compiler.request["dynamic_shapes"]["ids"][0]
+    assert (size.min, size.max) == (1, 64)
+    assert compiler.request.items() >= {
+        "model": "model", "target": "avx2", "dtype": "bfloat16", "opt_level": 1, "strict": True,
+        "quant": "int4:64", "calib": str(calib), "budget": "kl<=0.1", "verify": 1e-3,
+        "passes": "+join-linears,-fuse-gate", "stop_after": None,
+    }.items()  # fmt: skip
 
 
 @pytest.mark.parametrize(("word", "value"), [("off", False), ("on", True)])
-def test_verification_is_on_unless_it_is_off(
-    compiler: FakeCompiler, tmp_path: Path, word: str, value: bool
-) -> None:
+def test_verify(compiler: FakeCompiler, tmp_path: Path, word: str, value: bool) -> None:
     run("-o", tmp_path / "out.moec", "--verify", word)
     assert compiler.request["verify"] is value
 
@@ -117,20 +103,6 @@ def test_a_memory_that_is_no_size_is_reported_at_once(compiler: FakeCompiler) ->
     assert result.exit_code == 1
     assert "error: memory is '6gigs': give bytes, or a size with GiB" in result.stderr
     assert compiler.request == {}
-
-
-def test_dump_ir_writes_every_step(compiler: FakeCompiler, tmp_path: Path) -> None:
-    folder = tmp_path / "ir"
-    run("--dry-run", "--dump-ir", folder)
-    files = sorted(folder.iterdir())
-    assert [file.name for file in files] == ["00-capture.moe", "01-recognise.moe"]
-    parse(files[1].read_text())
-
-
-def test_stop_after_prints_the_graph(compiler: FakeCompiler) -> None:
-    result = run("--stop-after", "recognise")
-    assert compiler.request["stop_after"] == "recognise"
-    assert parse(result.stdout).name == "main"
 
 
 def test_stop_after_with_a_folder_reports_instead(compiler: FakeCompiler, tmp_path: Path) -> None:

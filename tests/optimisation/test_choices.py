@@ -11,11 +11,7 @@ import torch
 import moec
 from moec.errors import UsageError
 from moec.optimisation.optimize import choice_limits, search
-from moec.passes.approximate.choices.model_choices import (
-    ModelChoices,
-    read_choices,
-    write_choices,
-)
+from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices, write_choices
 
 WIDTH = 64
 

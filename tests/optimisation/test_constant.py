@@ -14,11 +14,7 @@ from torch.nn.functional import linear
 import moec
 from moec.errors import UsageError
 from moec.optimisation.optimize import choice_limits, search
-from moec.passes.approximate.choices.model_choices import (
-    ModelChoices,
-    read_choices,
-    write_choices,
-)
+from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices, write_choices
 
 EXPERTS, WIDTH, K = 4, 64, 2
 EXPERT = 4 * (WIDTH * WIDTH + WIDTH)

@@ -12,11 +12,7 @@ import torch
 import moec
 from moec.errors import UsageError
 from moec.optimisation.optimize import choice_limits, search
-from moec.passes.approximate.choices.model_choices import (
-    ModelChoices,
-    read_choices,
-    write_choices,
-)
+from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices, write_choices
 from moec.passes.approximate.training.recover_routers import router_weights
 from moec.passes.quantise.fixed_formats import named_products
 

@@ -17,11 +17,7 @@ from moec.errors import UsageError
 from moec.optimisation.optimize import choice_limits, search
 from moec.optimisation.sensitivity import StoredProduct
 from moec.optimisation.solve import solve
-from moec.passes.approximate.choices.model_choices import (
-    LayerChoice,
-    ModelChoices,
-    ProductChoice,
-)
+from moec.passes.approximate.choices.model_choices import LayerChoice, ModelChoices, ProductChoice
 from tests.zoo.two_layers import EXPERTS, WIDTH, K, Net
 
 ROUTER = 4 * EXPERTS * WIDTH

@@ -14,11 +14,7 @@ from moec.errors import UsageError
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
 from moec.optimisation.optimize import choice_limits, search
-from moec.passes.approximate.choices.model_choices import (
-    ModelChoices,
-    read_choices,
-    write_choices,
-)
+from moec.passes.approximate.choices.model_choices import ModelChoices, read_choices, write_choices
 from moec.passes.approximate.training import recover_routers
 
 WORDS, WIDTH, EXPERTS = 24, 32, 4

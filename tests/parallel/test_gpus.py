@@ -242,6 +242,9 @@ def test_what_torch_computes_stays_on_its_device(name: str, shapes: Any) -> None
     [
         ("cpu,cuda:sm_80", (), "the ranks of a plan run all on CPUs of this machine's kind"),
         ("avx2", (), "the ranks of a plan run all on CPUs of this machine's kind"),
+        ("cpu", ("--quant", "int8"), "--plan accepts only MODEL, -o, --target and --verify"),
+        ("cpu", ("--memory", "1GiB"), "--plan accepts only MODEL, -o, --target and --verify"),
+        ("cpu", ("--no-kv-cache",), "--plan accepts only MODEL, -o, --target and --verify"),
         ("cuda:sm_80", ("--emit", "code"), "--plan accepts only MODEL, -o, --target and --verify"),
     ],
 )

@@ -12,30 +12,21 @@ from moec.cache import Store
 from moec.commands.compilation.checkpoint_key import CheckpointKey, checkpoint_key
 from moec.commands.options.files import check_folder, check_writable
 from moec.errors import UsageError
+from moec.options import compile_options
 from moec.passes.core.names import check_last
 from moec.target.named import parse_both, parse_for_ranks
 
 
 @dataclass(frozen=True)
 class CompileRequest:
-    """The options of `moec compile`; `options` are those of `model_options` and
-    `changing_options`."""
+    """What `moec compile` is asked for: `options` are those of `moec.compile`, as they were given
+    on the command line, the rest what is written and printed."""
 
     model: str
-    revision: str | None
     output: Path | None
-    target: str
-    verify: float | bool | str
     dump_ir: Path | None
     emit: Path | None
-    stop_after: str | None
-    kv_cache: bool
-    record_routing: bool
-    embeddings: bool
     keep_passes: bool
-    memory: str | None
-    store: bool | None
-    choices_file: Path | None
     plan_file: Path | None
     dry_run: bool
     full: bool
@@ -47,7 +38,7 @@ class CompileRequest:
     @property
     def builds(self) -> bool:
         """Whether code is generated."""
-        return not (self.dry_run or self.stop_after)
+        return not (self.dry_run or self.options["stop_after"])
 
     @property
     def silent(self) -> bool:
@@ -57,14 +48,14 @@ class CompileRequest:
     @property
     def verified(self) -> float | bool | str:
         """The tolerance; False where nothing can be or is to be verified."""
-        return self.verify if self.builds else False
+        return self.options["verify"] if self.builds else False
 
 
 def request_of(values: Mapping[str, Any]) -> CompileRequest:
     """The request of the command's options by name."""
-    names = {field.name for field in fields(CompileRequest)} - {"options"}
-    options = {name: value for name, value in values.items() if name not in names}
-    return CompileRequest(**{name: values[name] for name in names}, options=options)
+    options = {name: values[name] for name in compile_options() if name in values}
+    others = (field.name for field in fields(CompileRequest) if field.name != "options")
+    return CompileRequest(**{name: values[name] for name in others}, options=options)
 
 
 def check(request: CompileRequest) -> None:
@@ -75,14 +66,14 @@ def check(request: CompileRequest) -> None:
     for option, folder in (("--dump-ir", request.dump_ir), ("--emit", request.emit)):
         if folder is not None:
             check_folder(folder, f"{option} {folder}")
-    if request.emit is not None and not (request.builds and "cuda" in request.target):
+    if request.emit is not None and not (request.builds and "cuda" in request.options["target"]):
         raise UsageError("--emit writes GPU code: give -o and a GPU, such as --target cuda:sm_80")
     if request.full and (request.quiet or request.as_json):
         raise UsageError("--report is for people: leave it out with --quiet and --json")
-    parse_both(request.target)
-    allowed_bytes(request.memory)
-    if request.stop_after is not None:
-        check_last(request.stop_after)
+    parse_both(request.options["target"])
+    allowed_bytes(request.options["memory"])
+    if request.options["stop_after"] is not None:
+        check_last(request.options["stop_after"])
     if request.plan_file is not None:
         _check_plan(request, request.plan_file)
 
@@ -90,28 +81,28 @@ def check(request: CompileRequest) -> None:
 def cache_key(request: CompileRequest, store: Store) -> CheckpointKey | None:
     """The key of the artifact in the cache; None where it is not cached, as with options that read
     or write other files."""
-    options = request.options
-    files = (request.dump_ir, request.emit, request.choices_file, request.plan_file)
-    cached = store.folder is not None and request.builds
-    others = options["adapters"] or options["calib"]
-    if not cached or any(files) or others:
+    files = (request.dump_ir, request.emit, request.plan_file)
+    if store.folder is None or not request.builds or any(files):
         return None
-    names = (
-        "target", "verify", "kv_cache", "record_routing", "embeddings", "keep_passes", "store",
-    )  # fmt: skip
-    more = {name: getattr(request, name) for name in names}
-    return checkpoint_key(request.model, {**options, **more})
+    options = compile_options()
+    if any(value for name, value in request.options.items() if options[name].reads):
+        return None
+    key = {name: value for name, value in request.options.items() if options[name].artifact}
+    return checkpoint_key(request.model, {**key, "keep_passes": request.keep_passes})
 
 
 def _check_plan(request: CompileRequest, plan_file: Path) -> None:
     if not plan_file.is_file():
         raise UsageError(f"{plan_file} does not exist")
-    parse_for_ranks(request.target)
-    others = (
-        request.dump_ir, request.emit, request.record_routing,
-        request.choices_file, request.embeddings, request.keep_passes,
-    )  # fmt: skip
-    if not request.builds or any(others):
+    values = request.options
+    parse_for_ranks(values["target"])
+    others = [
+        name
+        for name, option in compile_options().items()
+        if option.flags and not option.ranks and values[name] != option.default
+    ]
+    refused = (request.dump_ir, request.emit, request.keep_passes, {*others} - {"target", "verify"})
+    if not request.builds or any(refused):
         raise UsageError(
             "--plan accepts only MODEL, -o, --target and --verify: leave out the other options"
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.compilation.compiling import compiling
 from moec.commands.options.files import OutputFile
 from moec.commands.options.options import (
     api_arguments,
@@ -96,19 +97,13 @@ def _compile(
     model: str, artifact: Path, arguments: Mapping[str, Any], quiet: bool
 ) -> CompiledModel:
     """The model with the functions of the artifact, for the CPU."""
-    from moec.commands.options.shapes import explain_sizes
-    from moec.commands.output.progress import COMPILE, Progress, hush
+    from moec.commands.output.progress import COMPILE
 
     functions = open_artifact(artifact).manifest.package.functions
-    hush()
-    with explain_sizes(), Progress(quiet, plan=COMPILE) as progress:
-        progress.phase("start")
-        from moec import compile as compile_model
-
+    with compiling(quiet, COMPILE) as (compile_model, _):
         return compile_model(
             model,
             **arguments,
             kv_cache=DECODE in functions,
             record_routing=RECORDED in functions,
-            progress=progress.phase,
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moec.commands.compilation.compiling import compiling
 from moec.commands.execution.ranks import holds_ranks
 from moec.commands.options.files import OutputFile
 from moec.commands.options.options import (
@@ -105,20 +106,14 @@ DEFAULT = click.core.ParameterSource.DEFAULT
 def _compile(model: str, arguments: Mapping[str, Any], quiet: bool) -> CompiledModel:
     """The model after all passes, without code. As `moec inspect`, it does not observe the modules
     that no rule recognised, which can take minutes."""
-    from moec.commands.options.shapes import explain_sizes
-    from moec.commands.output.progress import BEFORE_CODE, COMPILE, Progress, hush
+    from moec.commands.output.progress import BEFORE_CODE, COMPILE
 
-    hush()
     plan = {name: COMPILE[name] for name in BEFORE_CODE}
-    with explain_sizes(), Progress(quiet=quiet, plan=plan) as progress:
-        progress.phase("start")
-        from moec import compile as compile_model
+    with compiling(quiet, plan) as (compile_model, _):
         from moec.formats.notation import parse_parts
         from moec.pipeline import choose, quantising
 
         passes = choose(arguments["opt_level"], arguments["passes"])
         if quant := arguments["quant"]:
             passes = (*passes, *quantising(parse_parts(quant)))
-        return compile_model(
-            model, **arguments, verify=False, stop_after=passes[-1].name, progress=progress.phase
-        )
+        return compile_model(model, **arguments, verify=False, stop_after=passes[-1].name)

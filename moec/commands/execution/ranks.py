@@ -1,11 +1,11 @@
-"""`moec compile --plan`, and `moec run` on several ranks."""
+"""`moec run` on several ranks."""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,27 +27,6 @@ T = TypeVar("T")
 def holds_ranks(path: Path) -> bool:
     """Whether the folder was written by `moec compile --plan`."""
     return os.path.isfile(path / "ranks.json")  # False for a name that is too long
-
-
-def compile_ranks(
-    model: str,
-    plan_file: Path,
-    output: Path,
-    arguments: Mapping[str, Any],
-    verify: bool | float | str,
-    force: bool,
-    target: str,
-) -> None:
-    """Write the graphs and weights of the ranks, and print what does not run as planned. Raises as
-    `moec.compile_ranks`."""
-    from moec import compile_ranks
-
-    options = {name: value for name, value in arguments.items() if value is not None}
-    ranks = compile_ranks(
-        model, plan_file, output, verify=verify, overwrite=force, target=target, **options
-    )
-    for declined in ranks.declined:
-        echo(f"{declined.where}: not run as planned: {declined.reason}", err=True)
 
 
 def run_ranks(

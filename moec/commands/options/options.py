@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from moec.dtypes import LONG_NAMES, MODEL_DTYPES, VECTOR_DTYPES
 from moec.errors import UsageError
 from moec.files.adapter import read_adapter
+from moec.options import CAPTURES, CHANGES, Option, compile_options
 from moec.spelling import did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,10 +48,6 @@ memory_option = click.option(
 signed_by_option = click.option(
     "--signed-by", type=click.Path(path_type=Path), metavar="FILE",
     help="Refuse the artifact unless it is signed with the private key of this public key.",
-)  # fmt: skip
-revision_option = click.option(
-    "--revision", metavar="BRANCH|TAG|COMMIT",
-    help="Of a model that is named by its id on the Hugging Face hub, ORG/NAME.",
 )  # fmt: skip
 force_option = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 
@@ -105,84 +102,54 @@ class OneOf(click.Choice[str]):
         return f"It is one of {', '.join(self.choices)}."
 
 
-def model_options(command: F) -> F:
-    """Adds the options of every command that captures a model."""
-    for decorator in (
-        click.option(
-            "--passes", default="", metavar="+a,-b", help="Add (+) or remove (-) passes, with "
-            "options as in +a(option=1); see moec list passes."
-        ),
-        click.option(
-            "-O", "--opt-level", type=click.IntRange(0, 2), default=2, show_default=True,
-            help="0: only the passes that code generation needs; 1: fuse MoE blocks too; 2: fuse "
-            "all layers. 0 also omits LLVM's optimisation, on CPUs only.",
-        ),
-        click.option("--dtype", type=DTypeName(), help="Convert the weights first, e.g. bf16."),
-        click.option(
-            "--shapes", multiple=True, metavar="INPUT=SIZES",
-            help="Sizes that may vary, e.g. input_ids=B[1..8]xS[1..4096]; default: batch and "
-            "sequence.",
-        ),
-        click.option(
-            "--allow-fixed", multiple=True, metavar="INPUT",
-            help="Accept that the model works only at the example's sizes of this input.",
-        ),
-        click.option(
-            "--constant", "constants", multiple=True, metavar="INPUT",
-            help="An input that always has the example's values, such as image_grid_thw.",
-        ),
-        click.option(
-            "--adapter", "adapters", multiple=True, metavar="DIR",
-            help="Merge this LoRA or DoRA adapter of PEFT into the weights; several in order.",
-        ),
-        revision_option,
-    ):  # fmt: skip
-        command = decorator(command)
-    return command
+def api_options(*of: str) -> Callable[[F], F]:
+    """Adds the options of `moec.compile` that commands of these kinds have, each by its keyword."""
+
+    def add(command: F) -> F:
+        for name, option in reversed(compile_options().items()):
+            if option.flags and option.of in of:
+                command = _click_option(name, option)(command)
+        return command
+
+    return add
 
 
-def changing_options(command: F) -> F:
-    """Adds the options of every command that may write a changed model: see `check_changes`."""
-    for decorator in (
-        click.option("--strict", is_flag=True, help="Exit with code 2 if a pass exceeds the "
-        "budget."),
-        click.option(
-            "--budget", default="", metavar="METRIC<=N,…",
-            help="The greatest loss of quality that approximate passes may cause; a layer that "
-            "exceeds it is left unchanged. METRIC: kl, perplexity, error or changed.",
-        ),
-        click.option(
-            "--calib", metavar="FILE",
-            help="Calibration data for approximate passes and --quant: inputs by name (.npz, "
-            ".safetensors), or a text (.txt, read as 16 windows of 256 tokens); "
-            "NAME=FILE,NAME=FILE for several domains.",
-        ),
-        click.option(
-            "--quant", metavar="FORMAT",
-            help="Quantise experts: int2 to int6, int8, fp8 (each [:32|64|128]) or mxfp4; "
-            "options :rows16, ,linears=… and ,head=… are explained above.",
-        ),
-    ):  # fmt: skip
-        command = decorator(command)
-    return command
+def _click_option(name: str, option: Option) -> Callable[[F], F]:
+    """How the command line reads an option of `moec.compile`."""
+    switch, listed = isinstance(option.default, bool) and not option.kind, option.kind == "list"
+    return click.option(
+        *option.flags.split(), name, type=_KINDS.get(option.kind), metavar=option.metavar,
+        default="on" if option.kind == "tolerance" else None if listed else option.default,
+        is_flag=(switch and "/" not in option.flags) or None, multiple=listed, help=option.says,
+        show_default=bool(option.default) or None,
+    )  # fmt: skip
 
 
-def api_arguments(shapes: tuple[str, ...], **options: Any) -> dict[str, Any]:
-    """The values of `model_options` and `changing_options` as arguments of `moec.compile`, which
-    have the same names.
+_KINDS: dict[str, click.ParamType[Any]] = {
+    "levels": click.IntRange(0, 2),
+    "dtype": DTypeName(),
+    "tolerance": Tolerance("layers", "whole"),
+    "path": click.Path(path_type=Path),
+}
+model_options = api_options(CAPTURES)
+changing_options = api_options(CHANGES)
+revision_option = _click_option("revision", compile_options()["revision"])
+
+
+def api_arguments(**options: Any) -> dict[str, Any]:
+    """The values of `api_options` as keywords of `moec.compile`, which have the same names.
 
     Raises UsageError for values that cannot be read, before torch is imported.
     """
     from moec.commands.options.shapes import dynamic_shapes, parse
 
-    check_changes(**{name: options[name] for name in CHANGES if name in options})
+    check_changes(**{name: options[name] for name in CHANGING if name in options})
     for folder in options.get("adapters", ()):
         read_adapter(Path(folder))
-    parsed = parse(shapes)
-    return {"dynamic_shapes": dynamic_shapes(parsed), **options}
+    return {**options, "dynamic_shapes": dynamic_shapes(parse(options["dynamic_shapes"]))}
 
 
-CHANGES = ("passes", "quant", "calib", "budget")
+CHANGING = ("passes", "quant", "calib", "budget")
 
 
 def check_changes(
