@@ -22,11 +22,11 @@ import torch.distributed as dist
 
 from moec.ir.graph import Program
 from moec.ir.text import parse
+from moec.parallel.build import save_ranks
 from moec.parallel.launch import launch
 from moec.parallel.measure import measure
 from moec.parallel.process import Job, joined
 from moec.parallel.process_ranks import ProcessRanks, named_meanings
-from moec.parallel.save import save_ranks
 from moec.parallel.segments import RankModel
 from moec.parallel.store import load_rank
 from moec.passes.parallel.plan_parallelism import rank_programs

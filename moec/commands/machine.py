@@ -124,7 +124,7 @@ _PROBES = {
 }
 _CAPTURE = """
 import os, sys
-from moec.capture.speculate.self_test import describe_unknown_torch
+from moec.capture.speculate.search import describe_unknown_torch
 if misfit := describe_unknown_torch():
     print(misfit, file=sys.stderr, flush=True)
     os._exit(1)  # libraries that write while the process ends would hide the sentence

@@ -18,7 +18,9 @@ needs neither TVM nor torch.
 
 from __future__ import annotations
 
+import ctypes
 import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,7 +28,21 @@ from pathlib import Path
 
 from moec.errors import TargetError
 from moec.spelling import did_you_mean
-from moec.target import amx
+
+# Linux, Documentation/arch/x86/xstate.rst: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
+
+
+def permitted() -> bool:
+    """Request the tile registers from Linux, for all threads of this process. Returns whether it
+    granted them.
+
+    Repeated requests are harmless. Signals need larger stacks from then on.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+
 
 NULL = "null"
 """The name of a target for this machine without code: see `moec.codegen.backends.registry`."""
@@ -220,7 +236,7 @@ def host_features() -> frozenset[str]:
     except OSError:
         return frozenset()
     features = features_of(text)
-    return features if features.isdisjoint(_AMX) or amx.permitted() else features - set(_AMX)
+    return features if features.isdisjoint(_AMX) or permitted() else features - set(_AMX)
 
 
 def features_of(cpuinfo: str) -> frozenset[str]:

@@ -27,7 +27,43 @@ from moec.ir.graph import Op, Program, Stage, TensorType, Value
 from moec.ir.traits import IDENTITIES
 from moec.passes.core.rewrite import Builder, rewrite
 from moec.passes.core.runner import Log, Pass
-from moec.passes.simplify import mask_fill, mask_rows, whole_axis
+from moec.passes.simplify import mask_fill, mask_rows
+
+# A scatter to all positions of an axis becomes a constant.
+#
+#     i = aten.topk(x) <k=T, dim=0>       of x[T, E]: each position of the axis once
+#     y = aten.scatter(z, i) <value=1>    ->   y = aten.full_like(z) <1>
+#     m = aten.mul(mask, y)               ->   mask        of integers
+#
+# This removes a capacity (random token selection, arXiv 2201.05596) that is at least the number of
+# tokens.
+
+_ORDERS = ("aten.topk.default", "aten.sort.default", "aten.sort.stable", "aten.argsort.default")
+
+
+def scatter(op: Op, b: Builder) -> Sequence[Value] | None:
+    """One number scattered to every position of an axis, in any order, is a constant tensor."""
+    x, index = op.inputs
+    order = b.producers.get(index)
+    if order is None or order.name not in _ORDERS or x.shape != index.shape:
+        return None
+    rank, number = len(x.shape), op.attrs.get("value")
+    written, sorted_by = (int(o.attrs.get("dim", -1)) % rank for o in (op, order))  # type: ignore[arg-type]
+    if index is not order.outputs[-1] or written != sorted_by or "reduce" in op.attrs:
+        return None
+    attrs = {"fill_value": number}
+    return b.emit("aten.full_like.default", [x], [op.outputs[0].type], like=op, attrs=attrs)
+
+
+def is_one(value: Value, b: Builder) -> bool:
+    """Whether every element of `value` is 1."""
+    op = b.producers.get(value)
+    return (
+        op is not None
+        and op.name in ("aten.full_like.default", "aten.full.default")
+        and op.attrs["fill_value"] == 1
+    )
+
 
 # ---- the bucket of a value is the number of boundaries below it ----------------------
 # bucketize(x, edges)        -> sum(not edges >= x[.., None], -1)
@@ -109,7 +145,7 @@ def _neutral_operand(neutral: int, kinds: str) -> Simplify:
     def rule(op: Op, b: Builder) -> Sequence[Value] | None:
         if op.name == "aten.mul.Tensor" and len(op.inputs) == 2 and op.outputs[0].dtype[0] == "i":
             for x, other in (op.inputs, op.inputs[::-1]):
-                if x.type == op.outputs[0].type and whole_axis.is_one(other, b):
+                if x.type == op.outputs[0].type and is_one(other, b):
                     return (x,)
         alone = len(op.inputs) == 1 and op.inputs[0].dtype[0] in kinds
         exact = alone and op.attrs.get("other") == neutral and op.attrs.get("alpha", 1) == 1
@@ -235,7 +271,7 @@ _RULES: dict[str, Simplify] = {
     "aten.mm.default": _matmul,
     "aten.matmul.default": _matmul,
     "aten.addmm.default": _addmm,
-    "aten.scatter.value": whole_axis.scatter,
+    "aten.scatter.value": scatter,
     "aten.index.Tensor": mask_rows.index,
     "aten.index_put.default": _index_put,
     "aten.masked_scatter.default": _masked_scatter,

@@ -207,7 +207,7 @@ def test_equal_layers_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(args)
         return make_fx(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules["moec.capture.decomposition.parts"], "make_fx", counted)
+    monkeypatch.setattr(sys.modules["moec.capture.decomposition.expand"], "make_fx", counted)
     layers = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8)) for _ in range(9)))
     with torch.no_grad():
         program = export(layers.eval(), (torch.randn(5, 8),), strict=False)
@@ -222,7 +222,7 @@ def test_positions_are_written_without_a_trace(monkeypatch: pytest.MonkeyPatch) 
         return torch.where(x > 0)[0]
 
     program = exported(rows_above)
-    module = sys.modules["moec.capture.decomposition.parts"]
+    module = sys.modules["moec.capture.decomposition.expand"]
     monkeypatch.setattr(module, "make_fx", lambda *_, **__: pytest.fail("a trace"))
     expanded = expand(program)
     assert expanded is not None

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from moec.capture.doors import open_source
-from moec.capture.pt2 import check_archive
+from moec.capture.doors import check_archive, open_source
 from moec.errors import CaptureError
 
 

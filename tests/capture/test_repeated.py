@@ -276,7 +276,7 @@ def test_other_layers_are_traced_one_by_one(name, caplog):
 
 def test_repeated_layers_are_compared_with_the_model(caplog, monkeypatch):
     """What equal operators do not show, weights that the copies take from another layer do."""
-    unroll = importlib.import_module("moec.capture.repeated.unroll")
+    unroll = importlib.import_module("moec.capture.repeated.capture")
     path_of = unroll.LayerList.path_of
     monkeypatch.setattr(
         unroll.LayerList, "path_of", lambda self, number: path_of(self, min(number, 4))

@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import moec
-from moec.capture.decomposition.fourier import MOST, of_complex, of_real, to_real
-from moec.capture.decomposition.kernels import ELEMENTWISE, bilinear, conv_transpose, logcumsumexp
+from moec.capture.decomposition.kernels import (
+    ELEMENTWISE,
+    MOST,
+    bilinear,
+    conv_transpose,
+    logcumsumexp,
+    of_complex,
+    of_real,
+    to_real,
+)
 from moec.errors import UnsupportedError
 from tests.capture.test_written_out import Function
 

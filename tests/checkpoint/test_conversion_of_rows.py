@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import Chunk, Interleave, Transpose, WeightConverter
 
-from moec.checkpoint import paged
+from moec.checkpoint import load
 from moec.checkpoint.conversion import Conversion
 from moec.checkpoint.weight import CheckpointWeight
 from moec.memory.paged import PagedWeights, ReadsWeights
@@ -39,9 +39,9 @@ def test_values(name, monkeypatch):
     ((target, group),) = conversion.groups(["fused.weight"]).items()
     expected = conversion.convert(target, group, [stored])
     weights = PagedWeights(1 << 20, Spool())
-    monkeypatch.setattr(paged, "conversion_of", lambda model: conversion)
+    monkeypatch.setattr(load, "conversion_of", lambda model: conversion)
     source = CheckpointWeight((8, 8), ("fused.weight",), lambda: stored)
-    paged.page(model, {"fused.weight": source}, weights)
+    load.page(model, {"fused.weight": source}, weights)
     with ReadsWeights(weights):
         assert torch.equal(model.gate.weight, expected["gate.weight"])
         assert torch.equal(model.up.weight, expected["up.weight"])

@@ -12,7 +12,7 @@ import torch
 import moec
 from moec.arguments import cast
 from moec.capture.doors import open_source
-from moec.checkpoint import paged
+from moec.checkpoint import load
 from moec.checkpoint.tensors import Tensors
 from moec.errors import UsageError
 from moec.memory import spool
@@ -90,7 +90,7 @@ def test_the_artifact_is_the_same(family, options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("numbers", [(1 << 18) - 2048, 1 << 18, 1 << 19])
 def test_the_artifact_is_the_same_at_the_thresholds(numbers, tmp_path, monkeypatch):
     """A router of 2 bytes a number: it is read later as if it had 4, and in no file below 1 MiB."""
-    for module in (paged, spool):
+    for module in (load, spool):
         monkeypatch.setattr(module, "LEAST", 1 << 20)
     changes = {"hidden_size": 2048, "num_experts": numbers // 2048, "moe_intermediate_size": 4}
     options = {"verify": False, "kv_cache": False}

@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM
 import moec
 from moec.__main__ import cli
 from moec.evaluation.estimate import Estimate
-from moec.evaluation.evaluate import Evaluation, ModelScore
-from moec.evaluation.tasks import TaskScore
-from moec.evaluation.text import TextScore
+from moec.evaluation.evaluate import Evaluation, ModelScore, TaskScore, TextScore
 
 TEXT = "def read_lines(path):\n    with open(path) as file:\n        return list(file)\n" * 8
 

@@ -32,8 +32,7 @@ from torch import Tensor
 from tvm.tirx import PrimFunc
 
 from moec.cache import LIBRARIES, default_store, key_of, load, save
-from moec.codegen.cuda.compiler.source import launcher, lowered
-from moec.codegen.cuda.functions import START
+from moec.codegen.cuda.compiler.source import START, launcher, lowered
 from moec.runtime.package import Launch
 from moec.target.cuda import TARGETS, CudaTarget
 

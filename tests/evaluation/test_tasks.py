@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moec.errors import UsageError
-from moec.evaluation.tasks import Task, log_likelihood, read_tasks, score_tasks
+from moec.evaluation.evaluate import Task, log_likelihood, read_tasks, score_tasks
 from tests.evaluation.test_text import TABLE, subject
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from moec.errors import UsageError
 from moec.evaluation.estimate import Estimate
+from moec.evaluation.evaluate import score_text, windows
 from moec.evaluation.subject import Subject
-from moec.evaluation.text import score_text, windows
 
 TABLE = np.random.default_rng(0).standard_normal((3, 128, 128)).astype(np.float32)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from moec.checkpoint import load, paged
+from moec.checkpoint import load
 from moec.memory import budget, spool
 from moec.memory.budget import MemoryBudget
 
@@ -22,5 +22,5 @@ def count_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(load, "budget_of", of_weights)
     monkeypatch.setattr(budget, "resident_bytes", lambda: 0)
-    monkeypatch.setattr(paged, "LEAST", 0)
+    monkeypatch.setattr(load, "LEAST", 0)
     monkeypatch.setattr(spool, "LEAST", 0)

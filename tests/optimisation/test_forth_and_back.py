@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moec.interpret.evaluate import run_graph
 from moec.ir.text import parse
-from moec.optimisation import forth_and_back
-from moec.optimisation.forth_and_back import parts, run_forth_and_back
+from moec.optimisation import row_gradients
 from moec.optimisation.optimize import search
+from moec.optimisation.row_gradients import parts, run_forth_and_back
 from tests.models.families import FAMILIES
 
 GRAPH = """
@@ -38,7 +38,7 @@ def score(results: Sequence[Tensor]) -> Tensor:
 
 def test_gradients_of_values_that_several_parts_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """`a` is read by two parts, and `b` is a result, too."""
-    monkeypatch.setattr(forth_and_back, "PRODUCTS", 1)
+    monkeypatch.setattr(row_gradients, "PRODUCTS", 1)
     graph = parse(GRAPH)
     x, w, v = torch.randn(5, 8), torch.randn(8, 8, requires_grad=True), torch.randn(8, 8)
     score(run_graph(graph, [x, w, v])).backward()
@@ -51,7 +51,7 @@ def test_gradients_of_values_that_several_parts_read(monkeypatch: pytest.MonkeyP
 
 def test_parts_end_where_little_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     """After `a`, where nothing else is alive, and not later, with `s`, `g` or `p`."""
-    monkeypatch.setattr(forth_and_back, "PRODUCTS", 1)
+    monkeypatch.setattr(row_gradients, "PRODUCTS", 1)
     graph = parse(GRAPH)
     ends = [graph.ops[part[-1]].outputs[0].name for part in parts(graph, LINEARS)]
     assert ends == ["a", "b", "d"]
@@ -74,7 +74,7 @@ def damages(name: str) -> list[float]:
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "switch_transformers"])
 def test_damage_does_not_depend_on_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forth_and_back, "PRODUCTS", 1000)
+    monkeypatch.setattr(row_gradients, "PRODUCTS", 1000)
     once = damages(name)
-    monkeypatch.setattr(forth_and_back, "PRODUCTS", 1)
+    monkeypatch.setattr(row_gradients, "PRODUCTS", 1)
     assert damages(name) == pytest.approx(once, rel=1e-2)

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.multiprocessing import ProcessContext
 
-from moec.parallel.save import TextFiles, save_ranks
+from moec.parallel.build import TextFiles, save_ranks
 from moec.passes.parallel.plan_parallelism import rank_programs
 from tests.once import Once
 from tests.passes.parallel.test_plan_parallelism import model, plan

@@ -14,10 +14,10 @@ import moec
 from moec.errors import ArtifactError, UnsupportedError
 from moec.ir.graph import Module, Program
 from moec.ir.text import parse
+from moec.parallel.build import TextFiles, save_ranks
 from moec.parallel.compile import compile_function
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
-from moec.parallel.save import TextFiles, save_ranks
 from moec.parallel.store import code_file, load_rank
 from moec.passes.core.runner import Log
 from moec.passes.decode import incremental

@@ -16,10 +16,10 @@ import torch
 from moec.errors import ArtifactError, MoecError
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program
+from moec.parallel.build import save_ranks
 from moec.parallel.launch import launch
 from moec.parallel.process import Job
 from moec.parallel.process_ranks import RankError
-from moec.parallel.save import save_ranks
 from moec.parallel.segments import RankModel
 from moec.parallel.store import code_file, load_rank
 from moec.parallel.worker import run_rank

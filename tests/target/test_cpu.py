@@ -9,7 +9,7 @@ import pytest
 import tvm
 
 from moec.errors import TargetError
-from moec.target import amx
+from moec.target import cpu
 from moec.target import cpu as target
 from moec.target.cpu import TARGETS, features_of, host, host_features, missing, parse, require
 
@@ -109,10 +109,10 @@ def test_tiles_count_only_where_the_system_gives_them(monkeypatch, tmp_path, inp
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags : avx512f amx_tile amx_bf16\n")
     monkeypatch.setattr(target, "Path", lambda _: cpuinfo)
-    monkeypatch.setattr(amx, "permitted", lambda: inputs)
+    monkeypatch.setattr(cpu, "permitted", lambda: inputs)
     result = host_features.__wrapped__()
     assert result == {"avx512f", *(("amx-tile", "amx-bf16") if inputs else ())}
 
 
 def test_asking_for_tiles_twice_is_harmless():
-    assert amx.permitted() == amx.permitted()
+    assert cpu.permitted() == cpu.permitted()

@@ -15,14 +15,61 @@ from starlette.concurrency import run_in_threadpool
 
 from moec.commands.serving.errors import ApiError
 from moec.commands.serving.fields import Fields
-from moec.commands.serving.scores import Score, of_chat, of_completion
 from moec.commands.serving.service import Service
 from moec.commands.serving.tools import shown_call
 from moec.commands.serving.worker import LOGGER, Ticket, Update
 from moec.errors import first_line
 from moec.runtime.text.calls import CallReader
 from moec.runtime.text.engine import LENGTH, STOP
+from moec.runtime.text.sampling import Logprobs
 from moec.runtime.text.write_text import Text, new_texts
+
+LEAST = -9999.0  # of a token without probability, as JSON has no infinity
+
+Bytes = Callable[[int], bytes]
+"""The bytes of a token."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A token of a text, and where it begins, in characters."""
+
+    token: int
+    logprobs: Logprobs | None  # None: of the first token of a prompt
+    offset: int
+
+
+def of_chat(scores: Sequence[Score], bytes_of: Bytes) -> dict[str, Any]:
+    content = []
+    for score in scores:
+        assert score.logprobs is not None  # chats are not echoed
+        chosen = _token(score.token, score.logprobs.logprob, bytes_of)
+        top = [_token(token, logprob, bytes_of) for token, logprob in score.logprobs.top]
+        content.append({**chosen, "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def of_completion(scores: Sequence[Score], bytes_of: Bytes) -> dict[str, Any]:
+    """Of likeliest tokens with the same text, which bytes alone would tell apart, the first."""
+    return {
+        "tokens": [_text(bytes_of(score.token)) for score in scores],
+        "token_logprobs": [s.logprobs and max(s.logprobs.logprob, LEAST) for s in scores],
+        "top_logprobs": [
+            s.logprobs and {_text(bytes_of(t)): max(p, LEAST) for t, p in reversed(s.logprobs.top)}
+            for s in scores
+        ],
+        "text_offset": [score.offset for score in scores],
+    }
+
+
+def _token(token: int, logprob: float, bytes_of: Bytes) -> dict[str, Any]:
+    content = bytes_of(token)
+    return {"token": _text(content), "logprob": max(logprob, LEAST), "bytes": [*content]}
+
+
+def _text(content: bytes) -> str:
+    return content.decode(errors="replace")
+
 
 PING_SECONDS = 15.0
 

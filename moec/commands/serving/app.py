@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Awaitable, Callable
+import hashlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
@@ -21,12 +26,146 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from moec.commands.serving.access import Access
 from moec.commands.serving.answer import Answer
 from moec.commands.serving.errors import ApiError, invalid, response
-from moec.commands.serving.fields import json_body, read_embedding_fields, read_fields
-from moec.commands.serving.openapi import document
-from moec.commands.serving.page import page, stats
+from moec.commands.serving.fields import (
+    OF_CHATS,
+    OF_TEXTS,
+    EmbeddingFields,
+    Fields,
+    json_body,
+    read_embedding_fields,
+    read_fields,
+)
 from moec.commands.serving.service import ServedModels, Service
 from moec.commands.serving.worker import SHUTTING_DOWN
 from moec.errors import MoecError
+
+REFERENCES = "#/components/schemas/{name}"
+ERRORS = {
+    "400": "a field is wrong, not known or not supported; error.param is its name",
+    "401": "the key is missing or wrong",
+    "403": "a page of a foreign origin sent the request",
+    "404": "the model is not served here",
+    "408": "the body did not come in time",
+    "413": "the body is too long",
+    "415": "the body's type is not application/json",
+    "421": "the host is no name of this server",
+    "429": "too many texts run or wait; Retry-After has the seconds",
+    "500": "the model failed",
+    "503": "the server is shutting down",
+}
+TOKENS = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+
+SCHEMA = {"type": "object", "properties": {"schema": {"type": "object"}}, "required": ["schema"]}
+OF_FORMATS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "json_object": {},
+    "json_schema": {"json_schema": SCHEMA},
+    "regex": {"regex": {"type": "string"}},
+}
+FORMATS = [
+    {"type": "object", "properties": {"type": {"const": kind}} | more, "required": ["type", *more]}
+    for kind, more in OF_FORMATS.items()
+]
+
+
+def document(models: Sequence[str], keyed: bool) -> dict[str, Any]:
+    """The document of a server of models; `keyed` where requests need a key."""
+    _, components = msgspec.json.schema_components(
+        [Fields, EmbeddingFields], ref_template=REFERENCES
+    )
+    every = components.pop("Fields")["properties"] | {"model": {"enum": [*models]}}
+    every["response_format"] = {"anyOf": FORMATS}
+    every["logit_bias"]["propertyNames"] = {"pattern": "^[0-9]+$"}
+    count, flag = every["top_logprobs"], {"type": "boolean", "default": False}
+    chat = {name: f for name, f in every.items() if name not in ("prompt", *OF_TEXTS)}
+    chat["logprobs"] = flag
+    text = {name: field for name, field in every.items() if name not in {*OF_CHATS, "top_logprobs"}}
+    text["logprobs"] = count
+    embedding = components.pop("EmbeddingFields")["properties"] | {"model": {"enum": [*models]}}
+    tokenized = {"prompt": {"type": "string"}, "messages": every["messages"]}
+    result: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": "moec serve", "version": version("moec")},
+        "paths": {
+            "/v1/chat/completions": _post("Continue a chat", chat, "messages"),
+            "/v1/completions": _post("Continue texts", text, "prompt"),
+            "/v1/embeddings": _post("The vectors of texts", embedding, "input"),
+            "/tokenize": _post("The tokens of a text or a chat", tokenized),
+            "/detokenize": _post("The text of tokens", {"tokens": TOKENS}, "tokens"),
+            "/v1/models": _get("The models"),
+            "/v1/models/{model}": _get("A model", "model"),
+            "/health": _get("Whether the model advances"),
+            "/ready": _get("Whether another request would be accepted"),
+            "/metrics": _get("Metrics for Prometheus"),
+            "/v1/moec/stats": _get("The load, and the tokens of each expert by layer"),
+        },
+        "components": {"schemas": components},
+    }
+    if keyed:
+        scheme = {"type": "http", "scheme": "bearer"}
+        result["components"]["securitySchemes"] = {"key": scheme}
+        result["security"] = [{"key": []}]
+    return result
+
+
+def _get(summary: str, parameter: str = "") -> dict[str, Any]:
+    schema = {"name": parameter, "in": "path", "required": True, "schema": {"type": "string"}}
+    return {"get": _operation(summary) | ({"parameters": [schema]} if parameter else {})}
+
+
+def _post(summary: str, fields: dict[str, Any], *required: str) -> dict[str, Any]:
+    schema = {"type": "object", "properties": fields, "required": [*required]}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"post": _operation(summary) | {"requestBody": body}}
+
+
+def _operation(summary: str) -> dict[str, Any]:
+    errors = {code: {"description": text} for code, text in ERRORS.items()}
+    return {"summary": summary, "responses": {"200": {"description": "done"}} | errors}
+
+
+@cache
+def _content() -> tuple[bytes, str]:
+    """The file, and its Content-Security-Policy: the hashes of its style and its script."""
+    content = Path(__file__).with_name("page.html").read_bytes()
+    policy = ["default-src 'none'", "connect-src 'self'", "img-src data:"]
+    for tag in ("style", "script"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), content, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text).digest()).decode()
+        policy.append(f"{tag}-src 'sha256-{digest}'")
+    policy += ["base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'"]
+    return content, "; ".join(policy)
+
+
+def page() -> Response:
+    """The page, which has no secrets: it sends the key that its user types."""
+    content, policy = _content()
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+
+def stats(service: Service) -> dict[str, Any]:
+    """The object of GET /v1/moec/stats. `cache` is the share of the caches in use, 0 to 1."""
+    load, routing = service.metrics.load, service.routing
+    return {
+        "model": service.model,
+        "created": service.created,
+        "chat": service.tokenizer.template is not None,
+        "context": service.engine.room,
+        "slots": service.engine.slots,
+        "running": load.running,
+        "waiting": load.waiting,
+        "cache": round(load.cached, 4),
+        "tokens_per_second": round(service.metrics.rate.value, 1),
+        "experts": routing.read() if routing else None,
+        "no_experts": None if routing else service.no_routing,
+    }
+
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass events on
 

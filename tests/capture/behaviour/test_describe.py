@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import moec
-from moec.capture.behaviour.failure import Failure
+from moec.capture.behaviour.describe import Failure
 from moec.errors import CaptureError, InputError, UsageError
 from moec.interpret.evaluate import evaluate
 from tests.capture.behaviour import look_alikes

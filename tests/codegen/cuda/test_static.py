@@ -29,9 +29,13 @@ from moec.codegen.cuda.attention.warps import attention
 from moec.codegen.cuda.compiler.source import lowered
 from moec.codegen.cuda.gemm.gemv import gemv
 from moec.codegen.cuda.gemm.grouped import grouped_linear
-from moec.codegen.cuda.gemm.grouped_wgmma import grouped_linear_wgmma
+from moec.codegen.cuda.gemm.grouped_wgmma import (
+    COLUMNS,
+    THREADS,
+    grouped_linear_wgmma,
+    shared_memory,
+)
 from moec.codegen.cuda.gemm.tiles import CODES, FLOATS, LARGE, MIDDLE, SMALL, TileShape
-from moec.codegen.cuda.gemm.wgmma_tile import COLUMNS, THREADS, shared_memory
 from moec.codegen.cuda.instructions import WARP
 from moec.codegen.cuda.norm import norm
 from moec.codegen.cuda.quantised.grouped_codes import gemv_codes, grouped_codes

@@ -159,7 +159,7 @@ def test_bytes_of_tokens() -> None:
 
 @pytest.mark.parametrize("least", [-np.inf, -2e4])
 def test_a_token_without_probability_is_valid_json(least: float) -> None:
-    from moec.commands.serving.scores import Score, of_chat, of_completion
+    from moec.commands.serving.answer import Score, of_chat, of_completion
     from moec.runtime.text.sampling import Logprobs
 
     scores = [Score(1, Logprobs(least, ((1, least), (2, -0.5))), 0)]

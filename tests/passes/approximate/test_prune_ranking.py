@@ -9,8 +9,7 @@ import torch
 
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
-from moec.passes.approximate.prune_experts import PruneExperts, rank_experts
-from moec.passes.approximate.reconstruction import eliminate_experts
+from moec.passes.approximate.prune_experts import PruneExperts, eliminate_experts, rank_experts
 from moec.passes.calibration.data import load_calibration
 from moec.passes.calibration.evaluator import Evaluator, LayerStats
 from moec.passes.core.moe_layer import Layer
@@ -75,7 +74,7 @@ def test_errors_are_those_of_masked_columns(form, monkeypatch):
     evaluator = Evaluator(original, data)
     (stats,) = evaluator.layer_stats(original, [layer])
     monkeypatch.setattr(
-        "moec.passes.approximate.reconstruction.HELD", 4 * 4 * 4 * 64
+        "moec.passes.approximate.prune_experts.HELD", 4 * 4 * 4 * 64
     )  # G of 64 rows
     worth = eliminate_experts(original, layer, stats)
     right, pruned = evaluator.rows_of(original, layer.output), []

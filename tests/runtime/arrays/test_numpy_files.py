@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from moec.runtime.arrays.numpy_files import read_npy, read_npz
+from moec.runtime.arrays.tensor_files import read_npy, read_npz
 
 NUMBERS = st.sampled_from(["?", "<i1", "<i8", ">i4", "<u2", "<f2", "<f4", ">f8", "<c8"])
 

@@ -17,10 +17,8 @@ import moec
 from moec.errors import InputError
 from moec.runtime.call.executor import Executor
 from moec.runtime.dtypes import Array
-from moec.runtime.text import beams
-from moec.runtime.text.beams import BeamEngine, BeamSearch
 from moec.runtime.text.engine import CANCELLED, FAILED, LENGTH, STOP
-from moec.runtime.text.generate import generate
+from moec.runtime.text.generate import BeamEngine, BeamSearch, generate
 from moec.runtime.text.request import BeamOptions, Request
 from moec.runtime.text.sampling import Sampling
 from tests.models.families import FAMILIES
@@ -117,7 +115,7 @@ def test_beams_that_tie(monkeypatch: pytest.MonkeyPatch) -> None:
     ones, which `torch.topk` leaves open, is that of their indices for both."""
     monkeypatch.setattr(torch, "topk", stable_topk)
     monkeypatch.setattr(torch.nn.functional, "log_softmax", lambda scores, dim: scores)
-    monkeypatch.setattr(beams, "log_softmax", lambda logits: logits.copy())
+    monkeypatch.setattr("moec.runtime.text.generate.log_softmax", lambda logits: logits.copy())
     ends = set()
     for seed in range(80):
         draw = random.Random(seed)

@@ -22,8 +22,7 @@ import moec
 from moec.__main__ import cli
 from moec.errors import ArtifactError, InputError, UsageError
 from moec.runtime.artifact import artifact
-from moec.runtime.text.chats.chat import ChatTemplate
-from moec.runtime.text.chats.template_process import TemplateProcess
+from moec.runtime.text.chats.chat import ChatTemplate, TemplateProcess
 from moec.runtime.text.prompt import load_tokenizer, template_notes
 from moec.runtime.text.write_text import StopCut
 from tests.runtime import toy
@@ -170,7 +169,7 @@ def test_a_template_without_end_is_ended() -> None:
 def test_a_fork_leaves_the_process_of_templates_alone() -> None:
     program = (
         "import os, sys\n"
-        "from moec.runtime.text.chats.template_process import TemplateProcess\n"
+        "from moec.runtime.text.chats.chat import TemplateProcess\n"
         "process = TemplateProcess()\n"
         "process.render('a', {})\n"
         "child = os.fork()\n"

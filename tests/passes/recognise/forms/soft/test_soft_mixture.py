@@ -18,7 +18,7 @@ from moec.codegen.backends.cpu.grouped import check_linears
 from moec.errors import NoMatch
 from moec.ir.graph import Program
 from moec.ir.text import parse, print_graph
-from moec.passes.recognise.forms.stacks.own_rows import FORM as OWN_ROWS
+from moec.passes.recognise.forms.stacks.batched import FORM as OWN_ROWS
 from tests.passes.agreement import assert_agrees, programs_after
 from tests.passes.forms.soft import (
     Attention,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moec.passes.recognise.forms.stacks.own_rows import FORM
+from moec.passes.recognise.forms.stacks.batched import FORM
 from tests.passes.forms import other_choices
 from tests.passes.forms.sizes import D, E
 from tests.passes.recognise.test_recognise import check_text, recognised
