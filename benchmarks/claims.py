@@ -98,7 +98,7 @@ CLAIMS = (
         "compressed-kernels",
         "Compressed experts: one product",
         "Microseconds of one matrix-vector product with weights that are not in a cache, beside "
-        "bf16. `ternary` is QMoE's format, `2bit` moec's own.",
+        "bf16. `ternary` is QMoE's format, `2bit` one that moec had.",
     ),
     Claim(
         "compressed-model",

@@ -73,16 +73,13 @@ before = held_out(original)
 print(f"perplexity on {', '.join(HELD_OUT)}: {before:.2f} with 16 bits a weight")
 print(f"{'':18}{'bits a weight':>14}{'perplexity':>12}{'nats lost':>11}")
 points: dict[str, tuple[float, float]] = {"bf16": (16.0, before)}
-for kind in ("2bit", "ternary"):
-    for by in ("nearest", "gptq"):
-        pass_ = MeasuredPass(
-            CompressExperts(kind=kind, by=by), CalibrationSession(windows(SEEN, 4), {})
-        )
-        program = run(original, [pass_], stage=Stage.MOE)[-1].program
-        bits = 16 - 8 * (dense - stored_bytes(program)) / weights
-        after = held_out(program)
-        points[f"{kind}, {by}"] = (bits, after)
-        print(f"{kind + ', ' + by:18}{bits:14.2f}{after:12.2f}{math.log(after / before):11.3f}")
+for by in ("nearest", "gptq"):
+    pass_ = MeasuredPass(CompressExperts(by=by), CalibrationSession(windows(SEEN, 4), {}))
+    program = run(original, [pass_], stage=Stage.MOE)[-1].program
+    bits = 16 - 8 * (dense - stored_bytes(program)) / weights
+    after = held_out(program)
+    points[f"ternary, {by}"] = (bits, after)
+    print(f"{'ternary, ' + by:18}{bits:14.2f}{after:12.2f}{math.log(after / before):11.3f}")
 
 if len(sys.argv) > 1:
     import matplotlib.pyplot as plt

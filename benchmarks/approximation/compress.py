@@ -30,7 +30,6 @@ from benchmarks.approximation.printed import Say, add_append_option, printed
 from benchmarks.models.smollm2 import load
 from benchmarks.models.switch import FOLDER, trained
 from benchmarks.models.upcycle import EXPERTS, LAYERS, K, upcycle
-from moec.formats.compressed import KINDS
 from moec.ir.graph import Program
 from moec.ir.stats import stored_bytes
 from moec.passes.approximate.compress_experts import CompressExperts
@@ -83,20 +82,19 @@ MODELS: dict[str, Callable[[Path], Case]] = {
 }
 
 
-def ways(kind: str, reach: float, steps: int) -> dict[str, tuple[CompressExperts, int]]:
+def ways(reach: float, steps: int) -> dict[str, tuple[CompressExperts, int]]:
     """By name: the pass, and the number of steps of tune-grids after it."""
     result = {
-        "nearest": (CompressExperts(kind=kind, by="nearest"), 0),
-        "gptq alone": (CompressExperts(kind=kind, rounds=0), 0),
-        "gptq": (CompressExperts(kind=kind), 0),
+        "nearest": (CompressExperts(by="nearest"), 0),
+        "gptq alone": (CompressExperts(rounds=0), 0),
+        "gptq": (CompressExperts(), 0),
     }
     if steps:
-        result["gptq, tuned"] = (CompressExperts(kind=kind), steps)
-    if kind == "ternary":
-        further = CompressExperts(kind=kind, reach=reach)
-        result[f"reach {reach:g}"] = (further, 0)
-        if steps:
-            result[f"reach {reach:g}, tuned"] = (further, steps)
+        result["gptq, tuned"] = (CompressExperts(), steps)
+    further = CompressExperts(reach=reach)
+    result[f"reach {reach:g}"] = (further, 0)
+    if steps:
+        result[f"reach {reach:g}, tuned"] = (further, steps)
     return result
 
 
@@ -124,25 +122,24 @@ def measure(name: str, options: argparse.Namespace, say: Say) -> None:
     counts = torch.cat([stats.usage(layer.count) for layer, stats in observed]).sort().values
     say(f"rows of an expert: {counts[0]} to {counts[-1]}, {counts[len(counts) // 2]} in the middle")
     say(f"{'':26}{'bits a weight':>14}{'zeros':>7}{'perplexity':>12}{'nats lost':>11}{'left':>6}")
-    for kind in KINDS:
-        rounded, fitted = math.nan, dict[CompressExperts, Program]()
-        for way, (pass_, steps) in ways(kind, options.reach, options.steps).items():
-            if pass_ not in fitted:
-                result = program
-                for layer, stats in observed:
-                    result = pass_.change(result, layer, stats).program
-                fitted[pass_] = result
-            result = tuned(fitted[pass_], chooser, steps) if steps else fitted[pass_]
-            after = evaluator.measure(result)[0].perplexity
-            assert after is not None
-            lost = math.log(after / before)
-            rounded = lost if way == "nearest" else rounded
-            private = bits - 8 * (full - stored_bytes(result)) / weights
-            left = "" if way == "nearest" else f"{lost / rounded:6.0%}"
-            say(
-                f"{f'{kind}, {way}':26}{private:14.2f}{zeros(result):7.0%}{after:12.2f}"
-                f"{lost:11.3f}{left}"
-            )
+    rounded, fitted = math.nan, dict[CompressExperts, Program]()
+    for way, (pass_, steps) in ways(options.reach, options.steps).items():
+        if pass_ not in fitted:
+            result = program
+            for layer, stats in observed:
+                result = pass_.change(result, layer, stats).program
+            fitted[pass_] = result
+        result = tuned(fitted[pass_], chooser, steps) if steps else fitted[pass_]
+        after = evaluator.measure(result)[0].perplexity
+        assert after is not None
+        lost = math.log(after / before)
+        rounded = lost if way == "nearest" else rounded
+        private = bits - 8 * (full - stored_bytes(result)) / weights
+        left = "" if way == "nearest" else f"{lost / rounded:6.0%}"
+        say(
+            f"{f'ternary, {way}':26}{private:14.2f}{zeros(result):7.0%}{after:12.2f}"
+            f"{lost:11.3f}{left}"
+        )
     say("")
 
 

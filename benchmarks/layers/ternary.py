@@ -1,6 +1,6 @@
 """Compressed experts: bytes, encoding time, and products with cold weights against moec's own bf16.
 
-    python -m benchmarks.layers.ternary [--shapes 768x3072,…] [--kinds ternary,2bit] [--tokens 1]
+    python -m benchmarks.layers.ternary [--shapes 768x3072,…] [--tokens 1]
                                  [--target cpu]
 
 Weights are independent, and 88.5 % of them are zero, as QMoE's dictionary assumes (two-bit codes
@@ -57,9 +57,7 @@ def cache_bytes() -> int:
     return int(result.read_text().strip().removesuffix("K")) * 1024 if result.exists() else 32 << 20
 
 
-def source(experts: int, n: int, k: int, kind: str) -> Tensor:
-    if kind == "2bit":
-        return torch.randint(4, (experts, n, k), dtype=torch.uint8)
+def source(experts: int, n: int, k: int) -> Tensor:
     rest = (1 - ZEROS) / 2
     drawn = torch.rand(experts, n, k)
     return (drawn >= ZEROS).to(torch.uint8) + (drawn >= ZEROS + rest).to(torch.uint8)
@@ -74,36 +72,30 @@ def bound(target: CpuTarget, kernel: Any) -> Any:
     return compile_kernels(kernel, target=target)[str(kernel.attrs["global_symbol"])]
 
 
-def repeated(parts: tuple[Tensor, ...], kind: str, times: int) -> list[Tensor]:
+def repeated(parts: tuple[Tensor, ...], times: int) -> list[Tensor]:
     """`times` copies of the parts of a stack: equal weights in separate memory."""
-    if kind == "2bit":
-        return [part.repeat(times, 1, 1) for part in parts]
     stream, starts, grid = parts
     counts = np.diff(unpack_starts(starts, grid.shape[0] * grid.shape[1]))
     moved = pack_starts(np.cumsum([0, *np.tile(counts, times)]))
     return [stream.repeat(times), moved, grid.repeat(times, 1, 1)]
 
 
-def product(
-    target: CpuTarget, kind: str, n: int, k: int, tokens: int, rounds: int
-) -> dict[str, Cell]:
+def product(target: CpuTarget, n: int, k: int, tokens: int, rounds: int) -> dict[str, Cell]:
     """Prints the line of one shape, and returns it."""
-    codes = source(DISTINCT, n, k, kind)
+    codes = source(DISTINCT, n, k)
     grid = torch.stack([-torch.rand(DISTINCT, n), torch.rand(DISTINCT, n)], -1).bfloat16()
-    if kind == "2bit":
-        grid = torch.stack([grid[..., 1], torch.full((DISTINCT, n), 1.0)], -1).bfloat16()
-    parts = compress(kind, codes, grid)
+    parts = compress(codes, grid)
     size = nbytes(parts) / DISTINCT
     ratio = 2 * n * k / size
     experts = -(-COLD * cache_bytes() // (2 * n * k * DISTINCT)) * DISTINCT
-    stack = repeated(parts, kind, experts // DISTINCT)
+    stack = repeated(parts, experts // DISTINCT)
     stacks = -(-int(COLD * cache_bytes()) // int(size * experts))
-    counts = (bytes_of_counts(parts[1].shape),) if kind == "ternary" else ()
-    spec = CompressedSpec(n, k, "", "float32", groups=experts, kind=kind, bytes_of_counts=counts)
+    counts = (bytes_of_counts(parts[1].shape),)
+    spec = CompressedSpec(n, k, "", "float32", groups=experts, bytes_of_counts=counts)
     few = bound(target, compressed_linear(target, spec))
     wide = LinearSpec(n, k, "bfloat16", "float32", groups=experts)
     dense = bound(target, grouped_linear(target, wide))
-    weight = decompress(kind, parts, k)
+    weight = decompress(parts, k)
     one = pack(Layout(replace(wide, groups=1), target), weight[:1].bfloat16())
     packed = torch.from_numpy(one).repeat(experts, 1, 1, 1)
 
@@ -117,7 +109,7 @@ def product(
     def bind(*tensors: Tensor) -> list[Any]:
         return [tvm.runtime.from_dlpack(t) for t in tensors]
 
-    held = bind(*(entries if kind == "ternary" else []))
+    held = bind(*entries)
     first, result = bind(*rows), bind(y)
     copies = [bind(*(t.clone() for t in stack)) for _ in range(stacks)]
     held_wide, (wide_x,) = bind(packed, z), bind(x.bfloat16())
@@ -133,7 +125,7 @@ def product(
     expected = x.double() @ weight[0].double().T
     off = float((y - expected).norm() / expected.norm())
     if off > 1e-4:
-        raise SystemExit(f"{kind} {n}x{k}: the product is {off:.1e} off")
+        raise SystemExit(f"ternary {n}x{k}: the product is {off:.1e} off")
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds):
         for way, (run, calls) in enumerate(ways):
@@ -146,12 +138,12 @@ def product(
     each = statistics.median(p / q for p, q in zip(*seconds, strict=True))
     speed = 2 * n * k / b / 1e3
     print(
-        f"{kind:8}{n:>5} x {k:<5}{ratio:7.2f}x{a:11.1f}{b:10.1f}{each:8.2f}"
+        f"{'ternary':8}{n:>5} x {k:<5}{ratio:7.2f}x{a:11.1f}{b:10.1f}{each:8.2f}"
         f"{size / a / 1e3:10.1f}{speed:10.1f}",
         flush=True,
     )
     return {
-        "kind": kind,
+        "kind": "ternary",
         "matrix": f"{n} x {k}",
         "times smaller": round(ratio, 2),
         "µs": round(a, 1),
@@ -164,9 +156,9 @@ def product(
 
 def encoding(millions: int = 100) -> None:
     dictionary()
-    warm = encode(source(1, 64, 64, "ternary")[0])
+    warm = encode(source(1, 64, 64)[0])
     decode(warm, 64, 64)  # numba compiles
-    codes = source(1, millions * 250, 4000, "ternary")[0]
+    codes = source(1, millions * 250, 4000)[0]
     begin = time.perf_counter()
     encoded = encode(codes)
     middle = time.perf_counter()
@@ -183,7 +175,6 @@ def encoding(millions: int = 100) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", default=SHAPES)
-    parser.add_argument("--kinds", default="ternary")
     parser.add_argument("--tokens", type=int, default=1, help="rows that meet each expert")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--target", default="cpu", help="of both kernels")
@@ -199,10 +190,9 @@ def main() -> None:
     rows: list[dict[str, Cell]] = []
     encoding()
     print("kind     rows   wide  smaller  its µs   bf16 µs   ratio      GB/s bf16 GB/s")
-    for kind in options.kinds.split(","):
-        for shape in options.shapes.split(","):
-            n, k = map(int, shape.split("x"))
-            rows.append(product(target, kind, n, k, options.tokens, options.rounds))
+    for shape in options.shapes.split(","):
+        n, k = map(int, shape.split("x"))
+        rows.append(product(target, n, k, options.tokens, options.rounds))
     count = "one row" if options.tokens == 1 else f"{options.tokens} rows"
     target_named = "" if options.target == "cpu" else f", --target {options.target}"
     case = f"{count} by one expert{target_named}"

@@ -58,8 +58,7 @@ class MixedSpec(LinearSpec):
 
 @dataclass(frozen=True)
 class CompressedSpec(LinearSpec):
-    """Like LinearSpec, for weights of `kind`. x is integers; `dtype` does not apply to it."""
+    """Like LinearSpec, for ternary weights. x is integers; `dtype` does not apply to it."""
 
-    kind: str = "ternary"
     bytes_of_counts: tuple[int, ...] = (1, 1)
-    """The width in bytes of the counts in the starts of each stack of ternary weights."""
+    """The width in bytes of the counts in the starts of each stack."""

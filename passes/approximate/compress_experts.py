@@ -1,4 +1,4 @@
-"""The weights of experts become ternary, or numbers of two bits, fitted to calibration rows.
+"""The weights of experts become ternary, fitted to calibration rows.
 
                                            w = moe.decompress(w1.stream, w1.starts, w1.grid)
     out = moe.experts(rows, ends, w1)  ->  out = moe.experts(rows, ends, w)
@@ -21,14 +21,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import ClassVar
 
 import torch
 
 from moec.dtypes import VECTOR_DTYPES
 from moec.errors import NoMatch
-from moec.formats.compressed import KINDS, MOST_WIDTH, PARTS, compress, grid_module, nbytes
+from moec.formats import ternary
+from moec.formats.compressed import KIND, MOST_WIDTH, PARTS, compress, nbytes
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import DType, Graph, Op, Program, TensorType, Value
 from moec.ir.upcast import widen
@@ -42,8 +42,6 @@ from moec.passes.core.rewrite import drop_dead
 
 GROUP = 16
 """How many experts are solved at a time."""
-REACHES = (1.0, 0.9, 0.8, 0.7)
-"""The shares of the full grid that are tried as the start for rows of two-bit codes."""
 MOST_ROWS = 4
 """The most rows of an expert that are used, as a multiple of the mean."""
 WIDE = VECTOR_DTYPES
@@ -55,14 +53,8 @@ Weights = Sequence[Sequence[torch.Tensor]]
 
 @dataclass(frozen=True)
 class CompressExperts:
-    """Store experts in under one bit a weight (ternary, with a dictionary) or in two."""
+    """Store experts in under one bit a weight: three values per row, with a dictionary."""
 
-    kind: str = option(
-        "ternary",
-        "three values per row, compressed with a dictionary (ternary), or four values per row "
-        "(2bit)",
-        choices=KINDS,
-    )
     by: str = option(
         "gptq",
         "weights are fitted to the outputs on the calibration data (gptq), or each is rounded on "
@@ -77,7 +69,7 @@ class CompressExperts:
     )
     reach: float = option(
         1.0,
-        "initial ternary values, as a share of a row's least and greatest weight: with less, "
+        "initial values, as a share of a row's least and greatest weight: with less, "
         "fewer weights are 0, which needs more bits and loses less",
         low=0.1,
         high=1,
@@ -109,24 +101,23 @@ class CompressExperts:
         stored = zeros = weights = 0
         for param, stack_codes in codes.items():
             stack = stacks[param]
-            parts = compress(self.kind, stack_codes, grids[param])
+            parts = compress(stack_codes, grids[param])
             values = [
                 splice.weight(f"{stack.name}.{part}", tensor)
-                for part, tensor in zip(PARTS[self.kind], parts, strict=True)
+                for part, tensor in zip(PARTS, parts, strict=True)
             ]
             width, type = stack_codes.shape[-1], TensorType(stack.dtype, stack.shape)
             decompressed[stack] = splice.emit(
                 ops, "moe.decompress", values, type, layer.experts,
-                kind=self.kind, width=width, dtype=DType(stack.dtype),
+                kind=KIND, width=width, dtype=DType(stack.dtype),
             )  # fmt: skip
             stored += nbytes(parts)
             zeros += int((stack_codes == 0).sum())
             weights += stack_codes.numel()
         inputs = tuple(decompressed.get(v, v) for v in layer.experts.inputs)
         splice.put(layer.experts, [*ops, replace(layer.experts, inputs=inputs)])
-        says = f"{self.kind}, {8 * stored / weights:.3f} bits a weight"
-        if self.kind == "ternary":
-            says += f", {zeros / weights:.1%} zeros"
+        bits = 8 * stored / weights
+        says = f"{KIND}, {bits:.3f} bits a weight, {zeros / weights:.1%} zeros"
         if unseen and self.by == "gptq":
             says += f"; no rows for {', '.join(map(str, unseen))}, rounded to nearest"
         members = tuple((expert,) for expert in range(layer.count))
@@ -144,13 +135,12 @@ class CompressExperts:
 
         `body` is `stored_body` in float32. Codes are u8[E, N, K], grids [E, N, 2].
         """
-        module = grid_module(self.kind)
-        grids = {param: module.grid_of(before[param]) for _, param in linears}
+        grids = {param: ternary.grid_of(before[param]) for _, param in linears}
         codes = {param: torch.empty(before[param].shape, dtype=torch.uint8) for _, param in linears}
         if not rows:
             for param, into in codes.items():
                 for e, matrix in enumerate(before[param]):
-                    into[e] = module.codes_of(matrix.float(), grids[param][e])
+                    into[e] = ternary.codes_of(matrix.float(), grids[param][e])
             return codes, grids, []
         reads = {op.outputs[0].name: op.inputs[0] for op in body.ops}
         for start in range(0, len(rows), GROUP):
@@ -170,48 +160,32 @@ class CompressExperts:
                 target = torch.stack([matrices[position] for matrices in original])
                 if cross is not second:
                     target = retarget(target, cross, second, self.damping)
-                fitted_codes, grid = self._fitted(module, target, grids[param][list(group)], second)
+                fitted_codes, grid = self._fitted(target, grids[param][list(group)], second)
                 codes[param][list(group)], grids[param][list(group)] = fitted_codes, grid
-                for matrices, matrix in zip(now, module.values(fitted_codes, grid), strict=True):
+                for matrices, matrix in zip(now, ternary.values(fitted_codes, grid), strict=True):
                     matrices[position] = matrix
         return codes, grids, [e for e, own_rows in enumerate(rows) if not len(own_rows)]
 
     def _fitted(
-        self, module: ModuleType, target: torch.Tensor, grid: torch.Tensor, second: torch.Tensor
+        self, target: torch.Tensor, grid: torch.Tensor, second: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes u8[E, N, K] and grids [E, N, 2] for the weights `target` [E, N, K] of a group.
 
-        Each row has the best result of several starts, which are shares of its grid. An expert
-        without rows starts from its full grid. `second` is the Hessian, f32[E, K, K].
+        An expert without rows has its full grid. `second` is the Hessian, f32[E, K, K].
         """
         damped_hessian = damp(second, self.damping)
         unseen = (second.diagonal(dim1=-2, dim2=-1).sum(-1) == 0)[:, None, None]
-        best: tuple[torch.Tensor, torch.Tensor] | None = None
-        least = torch.zeros(())
-        for reach in REACHES if self.kind == "2bit" else (self.reach,):
-            start = torch.where(unseen, grid, module.scale_grid(grid, reach))
-            nearest = partial(_round_to_grid, module, start)
-            solved = solve_ordered(target, second, nearest, self.damping).weight
-            codes = module.codes_of(solved, start)
-            fitted = module.refit(target, codes, start, damped_hessian)
-            descended = descend(module, target, codes, fitted, damped_hessian, self.rounds)
-            off = module.values(*descended) - target
-            lost = ((off @ damped_hessian) * off).sum(-1)
-            less = torch.ones_like(lost, dtype=torch.bool) if best is None else lost < least
-            before = best or descended
-            codes, fitted = (
-                torch.where(less[..., None], new, old)
-                for new, old in zip(descended, before, strict=True)
-            )
-            best, least = (codes, fitted), torch.where(less, lost, least)
-        assert best is not None
-        return best
+        start = torch.where(unseen, grid, ternary.scale_grid(grid, self.reach))
+        nearest = partial(_round_to_grid, start)
+        solved = solve_ordered(target, second, nearest, self.damping).weight
+        codes = ternary.codes_of(solved, start)
+        fitted = ternary.refit(target, codes, start, damped_hessian)
+        return descend(target, codes, fitted, damped_hessian, self.rounds)
 
 
-def _round_to_grid(module: ModuleType, grid: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+def _round_to_grid(grid: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     column = column[..., None]
-    values: torch.Tensor = module.values(module.codes_of(column, grid), grid)
-    return values[..., 0]
+    return ternary.values(ternary.codes_of(column, grid), grid)[..., 0]
 
 
 def _moments(

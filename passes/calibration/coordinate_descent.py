@@ -7,42 +7,41 @@ squares (`refit`). A round changes only the rows whose error it reduced, so that
 the descent ends where no code changes. Rows are independent: any number of threads gives the same
 codes.
 
-    codes, grid = descend(ternary, weight, codes, grid, damped(hessian(rows)))
+    codes, grid = descend(weight, codes, grid, damped(hessian(rows)))
 
 Source: coordinate descent on a layer's results, QuantEase, arXiv 2309.01885.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
+
+from moec.formats import ternary
 
 ROUNDS = 20
 
 
 def descend(
-    module: ModuleType,
     weight: Tensor,
     codes: Tensor,
     grid: Tensor,
     hessian: Tensor,
     rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]:
-    """Codes u8[.., N, K] and a grid bf16[.., N, 2] of `module` for weight [.., N, K], whose error
+    """Codes u8[.., N, K] and a grid bf16[.., N, 2] for ternary weight [.., N, K], whose error
     by the inputs' Hessian [.., K, K] is at most that of the arguments. No argument is changed."""
     weight, hessian = weight.float(), hessian.float().contiguous()
     best = codes, grid
-    slope, least = _slope(module, weight, *best, hessian)
+    slope, least = _slope(weight, *best, hessian)
     for _ in range(rounds):
         candidate = best[0].clone(memory_format=torch.contiguous_format)
-        levels = module.levels(best[1]).contiguous()
-        now = module.values(candidate, best[1])
+        levels = ternary.levels(best[1]).contiguous()
+        now = ternary.values(candidate, best[1])
         if not _descend(weight, now, candidate, levels, hessian, slope):
             break
-        fitted = module.refit(weight, candidate, best[1], hessian)
-        new, off = _slope(module, weight, candidate, fitted, hessian)
+        fitted = ternary.refit(weight, candidate, best[1], hessian)
+        new, off = _slope(weight, candidate, fitted, hessian)
         less = (off < least)[..., None]
         best = torch.where(less, candidate, best[0]), torch.where(less, fitted, best[1])
         slope, least = torch.where(less, new, slope), torch.minimum(off, least)
@@ -51,11 +50,9 @@ def descend(
     return best
 
 
-def _slope(
-    module: ModuleType, weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor
-) -> tuple[Tensor, Tensor]:
+def _slope(weight: Tensor, codes: Tensor, grid: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     """(q - w) H, f32[.., N, K], and the error to minimise, f32[.., N]."""
-    off = module.values(codes, grid) - weight
+    off = ternary.values(codes, grid) - weight
     slope: Tensor = off @ hessian
     return slope, (slope * off).sum(-1)
 

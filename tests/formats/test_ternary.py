@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moec.formats import ternary, two_bit
+from moec.formats import ternary
 from moec.formats.ternary import (
     Encoded,
     codes_of,
@@ -155,32 +155,30 @@ def test_weights_beyond_half_of_a_limit_take_it():
     assert values(codes, result)[0].tolist() == [-1, -1, 0, 0, 0, 2, 2]
 
 
-@pytest.mark.parametrize("module", [ternary, two_bit], ids=["ternary", "2bit"])
-def test_numbers_fitted_to_codes_lose_less_and_none_nearby_loses_less(module):
-    """Steps of 2 % are more than bf16 rounds; a zero of two bits is a code and stays."""
+def test_numbers_fitted_to_codes_lose_less_and_none_nearby_loses_less():
+    """Steps of 2 % are more than bf16 rounds."""
     torch.manual_seed(0)
     weight, x = torch.randn(2, 6, 24), torch.randn(2, 50, 24) * torch.linspace(0.2, 2, 24)
-    hessian, grid = x.mT @ x, module.grid_of(weight)
-    codes = module.codes_of(weight, grid)
+    hessian, grid = x.mT @ x, ternary.grid_of(weight)
+    codes = ternary.codes_of(weight, grid)
 
     def lost(numbers: torch.Tensor) -> torch.Tensor:
-        off = module.values(codes, numbers) - weight
+        off = ternary.values(codes, numbers) - weight
         return ((off @ hessian) * off).sum(-1)
 
-    fitted = module.refit(weight, codes, grid, hessian)
+    fitted = ternary.refit(weight, codes, grid, hessian)
     assert (lost(fitted) < lost(grid)).all()
-    for position in range(2 if module is ternary else 1):
+    for position in range(2):
         for factor in (0.98, 1.02):
             other = fitted.clone()
             other[..., position] *= factor
             assert (lost(other) > lost(fitted)).all()
 
 
-@pytest.mark.parametrize("module", [ternary, two_bit], ids=["ternary", "2bit"])
-def test_numbers_of_which_nothing_tells_stay(module):
+def test_numbers_of_which_nothing_tells_stay():
     weight = torch.randn(3, 8).abs()
-    grid = module.grid_of(weight)
-    codes = module.codes_of(weight, grid)
-    assert torch.equal(module.refit(weight, codes, grid, torch.zeros(8, 8)), grid)
-    fitted = module.refit(weight, torch.zeros_like(codes), grid, torch.eye(8))
+    grid = ternary.grid_of(weight)
+    codes = ternary.codes_of(weight, grid)
+    assert torch.equal(ternary.refit(weight, codes, grid, torch.zeros(8, 8)), grid)
+    fitted = ternary.refit(weight, torch.zeros_like(codes), grid, torch.eye(8))
     assert torch.equal(fitted[:, 0], grid[:, 0])

@@ -31,28 +31,20 @@ def _check(op: Op, graph: Graph) -> None:
 
 def _compressed(low: Lowering, op: Op) -> list[relax.Expr]:
     parts = GroupedCompressed.of(op)
-    spec = spec_of(
-        CompressedSpec, op, parts, kind=parts.kind, bytes_of_counts=_bytes_of_counts(parts)
-    )
+    spec = spec_of(CompressedSpec, op, parts, bytes_of_counts=_bytes_of_counts(parts))
     rows = rounded(low, parts.x, form=PAIRS)
-    weights: list[tuple[object, Param]] = []
-    if parts.kind == "ternary":
-        entries = _dictionary(low.target)
-        weights.append((entries.name, entries))
+    entries = _dictionary(low.target)
+    weights: list[tuple[object, Param]] = [(entries.name, entries)]
     values = [value for matrix in parts.matrices for value in matrix]
     weights += [(value, Param(value.name, value.type, (value,))) for value in values]
-    word = {"ternary": "ternary", "2bit": "two_bits"}[parts.kind]
-
     make = partial(compressed_linear, low.target, spec)
     layout = Layout(spec, low.target)
-    return product(low, op, parts, word, layout, make, rows, weights, in_slots=False)
+    return product(low, op, parts, "ternary", layout, make, rows, weights, in_slots=False)
 
 
 def _bytes_of_counts(parts: GroupedCompressed) -> tuple[int, ...]:
     """The width in bytes of the counts in the starts of each stack; the starts are its second
     part."""
-    if parts.kind != "ternary":
-        return ()
     return tuple(
         bytes_of_counts(cast(tuple[int, int], matrix[1].shape)) for matrix in parts.matrices
     )

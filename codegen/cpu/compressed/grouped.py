@@ -1,14 +1,13 @@
 """Products of each expert's rows, as 16-bit integers, with the expert's compressed weights, which
 are decoded in the kernel.
 
-    ternary   y[r, n] = f(sx[r] * (least[n] * A + greatest[n] * B))
-    2bit      y[r, n] = f(sx[r] * step[n] * (A + 2 B - zero[n] * (sum of x)))
+    y[r, n] = f(sx[r] * (least[n] * A + greatest[n] * B))
 
-A and B are the sums of x under two masks (masks.py), or are computed from two other sums
-(signs.py). For few rows, decoded weights stay in registers. The loads of consecutive entries are
-independent; only the start in x of a codeword depends, by one addition, on the codeword before. For
-many rows, some columns are decoded to integers in the cache, and all rows are multiplied with them.
-Sums are of integers and exact: results do not depend on the path, threads, other rows or target.
+A and B are the sums of x under two masks, or are computed from two other sums (weights.py). For
+few rows, decoded weights stay in registers. The loads of consecutive entries are independent; only
+the start in x of a codeword depends, by one addition, on the codeword before. For many rows, some
+columns are decoded to integers in the cache, and all rows are multiplied with them. Sums are of
+integers and exact: results do not depend on the path, threads, other rows or target.
 
 (The kernel of QMoE, arXiv 2310.16795, section 4.3, assigns a warp to each row; here the lanes of a
 vector take the place of the warp, and a core computes row after row.)
@@ -53,7 +52,6 @@ class CompressedOperands(Operands):
     """`x` holds pairs of 16-bit integers (quantised/round_rows.py); `w` is not read."""
 
     x_scales: Buffer
-    sums: Buffer
     matrices: tuple[Weights, ...]
 
 
@@ -124,7 +122,7 @@ class CompressedTile(Tile):
         ops, v = self.operands, self.vector
         p, q = (v.scalar(matrix.grid, [group, column, side]) for side in range(2))
         for row, (a, b), index in zip(rows, sums, indices, strict=True):
-            value = matrix.value(p, q, a, b, ops.sums[row, 0])
+            value = matrix.value(p, q, a, b)
             T.buffer_store(out, value * ops.x_scales[row, 0], list(index))
 
     def _few(self, group: Expr, tile: Expr, row: Expr, m: int) -> None:
@@ -250,14 +248,14 @@ def compressed_linear(
 ) -> PrimFunc:
     """A kernel (codes, scales, sums of x[T, k][, order i32[R]], ends i32[E][, the dictionary],
     the parts of one stack or two[, bias packed][, scale[T, top_k]], y[R, n]), as documented in
-    `sorted_product`. The dictionary (compressed_weights.table) is an argument of ternary kernels.
+    `sorted_product`. The dictionary is compressed_weights.table.
     """
     if spec.gated and epilogue is None:
         raise ValueError(f"{name}: gate and up need an epilogue that joins them")
     lay = Layout(spec, target)
 
     def tile(x: RoundedRows, matrices: tuple[Weights, ...], out: ProductOutput) -> Tile:
-        operands = CompressedOperands(x.codes, x.codes, *out, x.scales, x.sums, matrices)
+        operands = CompressedOperands(x.codes, x.codes, *out, x.scales, matrices)
         return CompressedTile(lay, operands, epilogue)
 
     product = TileProduct(

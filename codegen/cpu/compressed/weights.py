@@ -18,10 +18,9 @@ from moec.codegen.cpu.frame import argument
 from moec.codegen.cpu.llvm.masks import LANES
 from moec.codegen.cpu.parallel import bytes_of
 from moec.codegen.cpu.vector import Vector
-from moec.codegen.specs.products import CompressedSpec, LinearSpec
+from moec.codegen.specs.products import CompressedSpec
 from moec.formats.ternary import TOGETHER, bytes_of_counts, starts_shape
 from moec.formats.ternary_code import CODEWORDS, SIGNED, dictionary, masks, signs
-from moec.formats.two_bit import NEIGHBOURS, words
 from moec.target.cpu import CpuTarget
 
 # Reading ternary weights in a kernel: a row of weights is a walk over the entries of codewords.
@@ -122,20 +121,26 @@ class Ternary:
         return self.target.l2 < 2 * table
 
 
-# Compressed weights as pairs of masks.
+# Ternary weights as pairs of masks.
 #
 # The entry of a codeword is two masks of up to 28 weights and their length
-# (formats/ternary_code.py); a word of two planes is two masks of 32 weights (formats/two_bit.py).
-# The 32 corresponding elements of x are one vector of 16-bit integers: a mask selects some of them,
-# and one instruction adds the selected ones to a sum.
-TURNS = 2
-"""Independent sums of a walk: an addition to a sum waits for the previous addition to it."""
+# (formats/ternary_code.py). The 32 corresponding elements of x are one vector of 16-bit integers: a
+# mask selects some of them, and one instruction adds the selected ones to a sum.
 
 
-class Masked:
-    """Operations with masks."""
+@dataclass(frozen=True)
+class Masks(Ternary):
+    """Ternary weights as two masks: where they are the row's least, and where its greatest. `table`
+    is int64[65536]."""
 
-    turns = TURNS
+    turns = 2  # an addition to a sum waits for the previous addition to it
+
+    def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
+        entry = T.bind(self.table[code])
+        upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
+        b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
+        reach = T.bitwise_and(T.shift_right(entry, T.int64(60)), T.int64(15))
+        return T.bind(T.cast(entry, "int32")), b, reach
 
     def add(self, v: Vector, sums: Expr, x: Expr, factor: Expr) -> Expr:
         """int32x16: `sums` plus those of the 32 integers at address `x` that the mask selects."""
@@ -145,59 +150,9 @@ class Masked:
         """Write 32 16-bit integers: 1 where the mask's bit is set, else 0."""
         T.evaluate(call(v, "int32", "expand_mask", where, factor))
 
-
-@dataclass(frozen=True)
-class Masks(Masked, Ternary):
-    """Ternary weights as two masks: where they are the row's least, and where its greatest. `table`
-    is int64[65536]."""
-
-    def entry(self, code: Expr) -> tuple[Expr, Expr, Expr]:
-        entry = T.bind(self.table[code])
-        upper = T.bind(T.cast(T.shift_right(entry, T.int64(32)), "int32"))
-        b = T.bind(T.bitwise_and(upper, T.int32(0x0FFFFFFF)))
-        reach = T.bitwise_and(T.shift_right(entry, T.int64(60)), T.int64(15))
-        return T.bind(T.cast(entry, "int32")), b, reach
-
     @staticmethod
-    def value(least: Expr, greatest: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
+    def value(least: Expr, greatest: Expr, a: Expr, b: Expr) -> Expr:
         return least * T.cast(a, "float32") + greatest * T.cast(b, "float32")
-
-
-@dataclass(frozen=True)
-class TwoBits(Masked):
-    """planes int64[E, n, words], grid bfloat16[E, n, 2]."""
-
-    planes: Buffer
-    grid: Buffer
-
-    @staticmethod
-    def of(spec: LinearSpec, i: int) -> TwoBits:
-        return TwoBits(
-            argument(f"planes{i}", (spec.groups, spec.n, words(spec.k)), "int64"),
-            argument(f"grid{i}", (spec.groups, spec.n, 2), "bfloat16"),
-        )
-
-    def cursor(self, n: int, group: Expr, column: Expr) -> None:
-        """None: the start of a row follows from its index."""
-
-    def each(self, n: int, group: Expr, column: Expr, cursor: None, take: Take) -> None:
-        count = int(self.planes.shape[2])
-
-        def one(word: Expr, turn: int) -> None:
-            both = T.bind(self.planes[group, column, word])
-            b = T.bind(T.cast(T.shift_right(both, T.int64(32)), "int32"))
-            take(turn, word * (NEIGHBOURS // 2), T.bind(T.cast(both, "int32")), b)
-
-        with T.serial(0, count // TURNS) as step:
-            for turn in range(TURNS):
-                one(step * TURNS + turn, turn)
-        for word in range(count // TURNS * TURNS, count):
-            one(T.int32(word), 0)
-
-    @staticmethod
-    def value(step: Expr, zero: Expr, a: Expr, b: Expr, total: Expr) -> Expr:
-        codes = T.cast(a, "float32") + T.float32(2) * T.cast(b, "float32")
-        return step * (codes - zero * T.cast(total, "float32"))
 
 
 # Ternary weights as bytes -1, 0 and 1, for targets without an instruction that expands masks.
@@ -235,21 +190,19 @@ class Signs(Ternary):
         T.evaluate(call(v, "int32", "expand_signs", where, factor))
 
     @staticmethod
-    def value(least: Expr, greatest: Expr, s: Expr, u: Expr, total: Expr) -> Expr:
+    def value(least: Expr, greatest: Expr, s: Expr, u: Expr) -> Expr:
         # Computed as a mean, since the sum may overflow 32 bits.
         half = T.shift_right(T.bitwise_xor(u, s), T.int32(1))
         b = T.bind(T.bitwise_and(u, s) + half)
         return least * T.cast(u - b, "float32") + greatest * T.cast(b, "float32")
 
 
-Weights = Masks | Signs | TwoBits
+Weights = Masks | Signs
 
 
 def weights(spec: CompressedSpec, target: CpuTarget) -> tuple[Weights, ...]:
     """The arguments that hold the one stack of `spec`, or the two of a gated one."""
     halves = range(1 + spec.gated)
-    if spec.kind == "2bit":
-        return tuple(TwoBits.of(spec, i) for i in halves)
     if signed(target):
         entries = argument("signs", (CODEWORDS, SIGNED), "int8")
         return tuple(Signs.of(spec, i, entries, target) for i in halves)

@@ -8,10 +8,9 @@ from typing import Any, cast
 
 import torch
 
-from moec.formats.compressed import KINDS, MOST_WIDTH, PARTS, decompress
+from moec.formats.compressed import KIND, MOST_WIDTH, PARTS, decompress
 from moec.formats.integer import round_rows
 from moec.formats.ternary import starts_shape
-from moec.formats.two_bit import words
 from moec.ir.graph import DType, Op, TensorType, Value
 from moec.ir.opdef import Runner, defop, integer, require, tensors_of
 from moec.ops.experts.grouped import INPUTS, Grouped, batches, grouped, in_float32, rows_of
@@ -19,25 +18,16 @@ from moec.ops.experts.grouped import INPUTS, Grouped, batches, grouped, in_float
 X_BITS = 16
 
 
-def _kind(op: Op) -> str:
-    kind = op.attrs.get("kind")
-    require(op, kind in KINDS, f"kind is {kind}, not one of {', '.join(KINDS)}")
-    return cast(str, kind)
-
-
-def _check(op: Op, kind: str, matrix: Sequence[Value], width: object) -> None:
+def _check(op: Op, matrix: Sequence[Value], width: object) -> None:
     """The rules of a compressed stack whose rows hold `width` weights."""
+    kind = op.attrs.get("kind")
+    require(op, kind == KIND, f"kind is {kind}, not {KIND}")
     require(op, isinstance(width, int) and 1 <= width <= MOST_WIDTH, f"rows of {width} weights")
-    assert isinstance(width, int)
     grid = matrix[-1]
     # Graphs that were upcast hold the grid in float32.
     fits = grid.dtype in ("bf16", "f32") and len(grid.shape) == 3 and grid.shape[2] == 2
     require(op, fits, f"{grid} is not bf16[E, N, 2]")
     experts, rows, _ = grid.shape
-    if kind == "2bit":
-        expected = TensorType("i64", (experts, rows, words(width)))
-        require(op, matrix[0].type == expected, f"{matrix[0]} is not {expected}")
-        return
     stream, starts = matrix[:2]
     require(op, stream.dtype == "i16" and len(stream.shape) == 1, f"{stream} is not i16[W]")
     each = [TensorType("u8", starts_shape(experts * rows, size)) for size in (1, 2)]
@@ -45,9 +35,9 @@ def _check(op: Op, kind: str, matrix: Sequence[Value], width: object) -> None:
 
 
 def _infer_decompress(op: Op) -> tuple[TensorType, ...]:
-    kind, width = _kind(op), integer(op, "width")
-    require(op, len(op.inputs) == len(PARTS[kind]), f"takes {', '.join(PARTS[kind])}")
-    _check(op, kind, op.inputs, width)
+    width = integer(op, "width")
+    require(op, len(op.inputs) == len(PARTS), f"takes {', '.join(PARTS)}")
+    _check(op, op.inputs, width)
     dtype = cast(DType, op.attrs["dtype"]).name
     return (TensorType(dtype, (*op.inputs[-1].shape[:2], width)),)
 
@@ -60,27 +50,23 @@ def moe_decompress(
 
     Attributes: `kind`, `width`, `dtype`.
     """
-    return decompress(attrs["kind"], tensors, attrs["width"]).to(attrs["dtype"])
+    return decompress(tensors, attrs["width"]).to(attrs["dtype"])
 
 
 @dataclass(frozen=True)
 class GroupedCompressed(Grouped[tuple[Value, ...]]):
     """The inputs of grouped.compressed by name; a matrix is its parts, the grid last."""
 
-    kind: str
-
     @staticmethod
     def of(op: Op) -> GroupedCompressed:
-        kind = _kind(op)
-        parts = grouped(op, len(PARTS[kind]), lambda *values: values)
-        return GroupedCompressed(**vars(parts), kind=kind)
+        return GroupedCompressed(**vars(grouped(op, len(PARTS), lambda *values: values)))
 
 
 def _infer(op: Op) -> tuple[TensorType, ...]:
     parts = GroupedCompressed.of(op)
     first = parts.matrices[0][-1]
     for matrix in parts.matrices:
-        _check(op, parts.kind, matrix, parts.x.shape[1])
+        _check(op, matrix, parts.x.shape[1])
         require(op, matrix[-1].shape[:1] == parts.ends.shape, f"{matrix[-1]} for {parts.ends}")
         require(op, matrix[-1].shape == first.shape, f"{matrix[-1]} beside {first}")
     for bias in parts.biases:
@@ -95,13 +81,13 @@ def grouped_compressed(
     """x, ends[E], (parts of a stack)…, biases[E, N]…, order[R]?, scale[T, k]? -> h[R, N].
 
     As grouped.linear, where each stack is moe.decompress of its parts, the row is
-    `formats.integer.round_rows` of x to 16 bits, and products are in float32. `kind` is ternary or
-    2bit. `scaled` multiplies the product.
+    `formats.integer.round_rows` of x to 16 bits, and products are in float32. `kind` is ternary.
+    `scaled` multiplies the product.
     """
     inputs = tensors_of("grouped.compressed", op, tensors, attrs)
-    x, kind = inputs["x"], attrs["kind"]
-    stored = batches(inputs["matrices"], len(PARTS[kind]))
-    stacks = [decompress(kind, parts, x.shape[1]) for parts in stored]
+    x = inputs["x"]
+    stored = batches(inputs["matrices"], len(PARTS))
+    stacks = [decompress(parts, x.shape[1]) for parts in stored]
 
     def matrices(expert: int) -> list[torch.Tensor]:
         return [stack[expert] for stack in stacks]

@@ -3,11 +3,11 @@
     w = moe.decompress(stream, starts, grid)  ->  w = moe.decompress(stream, starts, grid')
 
 Runs after compress-experts, which fits each matrix separately and ignores the errors of other
-layers. The codes and the size in bytes do not change. The two numbers of each row (for two bits:
-the step) are trained in all layers at once, to minimise the KL divergence between the model's
-scores and the original's on the calibration data (for models without such scores, the squared
-distance of the outputs). Each step runs forward and backward over the whole model in float32, with
-the weights of all compressed experts in memory.
+layers. The codes and the size in bytes do not change. The two numbers of each row are trained in
+all layers at once, to minimise the KL divergence between the model's scores and the original's on
+the calibration data (for models without such scores, the squared distance of the outputs). Each
+step runs forward and backward over the whole model in float32, with the weights of all compressed
+experts in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from moec.errors import NoMatch
-from moec.formats.compressed import codes_in, grid_module
+from moec.formats import ternary
+from moec.formats.compressed import codes_in
 from moec.interpret.evaluate import run_graph
 from moec.ir.graph import Graph, Op, Program, Value
 from moec.ir.upcast import widen
@@ -89,7 +90,6 @@ def train_grids(
     outputs = tuple(program.graph.outputs[i] for i in evaluator.outputs)
     graph = widen(replace(program.graph, outputs=outputs, states=()))
     stacks = [op for op in graph.ops if op.name == "moe.decompress"]
-    kinds = [str(op.attrs["kind"]) for op in stacks]
     codes = [_codes(program, op) for op in stacks]
     grids = [program.weights[op.inputs[-1].name].float() for op in stacks]
     factors = [torch.ones_like(grid, requires_grad=True) for grid in grids]
@@ -99,10 +99,8 @@ def train_grids(
 
     def distance(case: int) -> Tensor:
         weights = {
-            op.outputs[0]: grid_module(kind).values(stack_codes, _scale_grid(kind, grid, factor))
-            for op, kind, stack_codes, grid, factor in zip(
-                stacks, kinds, codes, grids, factors, strict=True
-            )
+            op.outputs[0]: ternary.values(stack_codes, _scale_grid(grid, factor))
+            for op, stack_codes, grid, factor in zip(stacks, codes, grids, factors, strict=True)
         }
         inputs = [float32(tensor) for tensor in (*cases[case], *states)]
         results = run_graph(graph, [*inputs, *params], precomputed=weights)
@@ -112,8 +110,8 @@ def train_grids(
         pass
     with torch.no_grad():
         return {
-            op.inputs[-1].name: _scale_grid(kind, grid, factor).bfloat16()
-            for op, kind, grid, factor in zip(stacks, kinds, grids, factors, strict=True)
+            op.inputs[-1].name: _scale_grid(grid, factor).bfloat16()
+            for op, grid, factor in zip(stacks, grids, factors, strict=True)
         }
 
 
@@ -121,12 +119,9 @@ def _codes(program: Program, op: Op) -> Tensor:
     parts = [program.weights[value.name] for value in op.inputs]
     width = op.attrs["width"]
     assert isinstance(width, int)
-    return codes_in(str(op.attrs["kind"]), parts, width)
+    return codes_in(parts, width)
 
 
-def _scale_grid(kind: str, grid: Tensor, factor: Tensor) -> Tensor:
-    """The grid times `factor`, at least 0.01: signs stay. For two bits the zero point, which is a
-    code, is not scaled."""
-    if kind == "2bit":
-        factor = torch.stack([factor[..., 0], torch.ones_like(factor[..., 1])], -1)
+def _scale_grid(grid: Tensor, factor: Tensor) -> Tensor:
+    """The grid times `factor`, at least 0.01: signs stay."""
     return grid * factor.clamp(min=0.01)

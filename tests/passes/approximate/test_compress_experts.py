@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moec.formats.compressed import decompress, grid_module
+from moec.formats.compressed import PARTS, decompress
 from moec.formats.ternary import codes_of, grid_of, values
 from moec.interpret.evaluate import evaluate
 from moec.ir.graph import Program, Stage, Value
 from moec.ir.text import print_graph
-from moec.passes.approximate.compress_experts import REACHES, CompressExperts, rows_of_experts
+from moec.passes.approximate.compress_experts import CompressExperts, rows_of_experts
 from moec.passes.calibration.gptq import damp, hessian
 from moec.passes.core.runner import Pass, run
 from moec.passes.lower.expand_experts import ExpandExperts
@@ -24,7 +24,7 @@ from moec.passes.lower.fuse_decompress import FuseDecompress
 from moec.passes.lower.fuse_dispatch import FuseDispatch
 from tests.passes.changed import LAYER, change, declined, outputs, program, tokens
 
-TERNARY, TWO_BITS = CompressExperts(), CompressExperts(kind="2bit")
+TERNARY = CompressExperts()
 LOWERED = (ExpandExperts(), FuseActivation(), FuseDispatch(), FuseDecompress())
 
 
@@ -32,14 +32,12 @@ def lowered(of: Program, passes: Sequence[Pass] = LOWERED) -> Program:
     return run(of, passes, stage=Stage.MOE)[-1].program
 
 
-def stack(of: Program, name: str, kind: str, width: int) -> torch.Tensor:
-    parts = {"ternary": ("stream", "starts", "grid"), "2bit": ("planes", "grid")}[kind]
-    return decompress(kind, [of.weights[f"{name}.{part}"] for part in parts], width)
+def stack(of: Program, name: str, width: int) -> torch.Tensor:
+    return decompress([of.weights[f"{name}.{part}"] for part in PARTS], width)
 
 
-@pytest.mark.parametrize("pass_", [TERNARY, TWO_BITS], ids=["ternary", "2bit"])
-def test_text(pass_, golden):
-    after = change(program(1), pass_)[-1].program
+def test_text(golden):
+    after = change(program(1), TERNARY)[-1].program
     golden(print_graph(after.graph) + print_graph(lowered(after).graph))
 
 
@@ -51,7 +49,7 @@ def test_rounding_to_nearest_is_the_weights_in_codes():
             weight = before.weights[f"layers.{i}.{name}"]
             grid = grid_of(weight)
             expected = values(codes_of(weight, grid), grid)
-            assert torch.equal(stack(after, f"layers.{i}.{name}", "ternary", width), expected)
+            assert torch.equal(stack(after, f"layers.{i}.{name}", width), expected)
             assert f"layers.{i}.{name}" not in after.weights
 
 
@@ -59,7 +57,7 @@ def test_what_is_fitted_loses_less_than_what_is_rounded():
     """Of 6 and 8 random inputs little can be made up for; examples/08_compress.py has a model."""
     lost = []
     for by in ("gptq", "nearest"):
-        step = change(program(2), CompressExperts(kind="2bit", by=by))[-1]
+        step = change(program(2), CompressExperts(by=by))[-1]
         lost.append(sum(line.error for line in step.damage.layers))
     assert lost[0] < 0.9 * lost[1]
 
@@ -68,39 +66,26 @@ def lost(pass_: CompressExperts) -> torch.Tensor:
     """What each row of random weights [2, 6, 24] loses of its own results."""
     torch.manual_seed(0)
     weight, x = torch.randn(2, 6, 24), torch.randn(2, 60, 24) + torch.randn(2, 60, 1)
-    module, second = grid_module(pass_.kind), hessian(x)
-    result = pass_._fitted(module, weight, module.grid_of(weight), second)
-    off = module.values(*result) - weight
+    second = hessian(x)
+    off = values(*pass_._fitted(weight, grid_of(weight), second)) - weight
     return ((off @ damp(second)) * off).sum(-1)
 
 
-@pytest.mark.parametrize("kind", ["ternary", "2bit"])
-def test_a_descent_loses_less_than_gptq_alone(kind):
-    further, alone = lost(CompressExperts(kind=kind)), lost(CompressExperts(kind=kind, rounds=0))
+def test_a_descent_loses_less_than_gptq_alone():
+    further, alone = lost(CompressExperts()), lost(CompressExperts(rounds=0))
     assert (further <= alone * (1 + 1e-5)).all()
     assert further.sum() < alone.sum()
 
 
-def test_each_row_of_two_bits_takes_the_best_of_some_grids(monkeypatch):
-    result = lost(TWO_BITS)
-    each = []
-    for reach in REACHES:
-        monkeypatch.setattr("moec.passes.approximate.compress_experts.REACHES", (reach,))
-        each.append(lost(TWO_BITS))
-    assert torch.equal(result, torch.stack(each).amin(0))
-    assert len(set(torch.stack(each).argmin(0).flatten().tolist())) > 1
-
-
 def test_a_shorter_reach_leaves_fewer_zeros():
     changed = [change(program(1), CompressExperts(reach=r))[-1].program for r in (1.0, 0.7, 0.4)]
-    zeros = [int((stack(p, "layers.0.w1", "ternary", 8) == 0).sum()) for p in changed]
+    zeros = [int((stack(p, "layers.0.w1", 8) == 0).sum()) for p in changed]
     assert zeros[0] > zeros[1] > zeros[2]
 
 
-@pytest.mark.parametrize("pass_", [TERNARY, TWO_BITS], ids=["ternary", "2bit"])
-def test_the_fused_product_means_the_compressed_model(pass_):
+def test_the_fused_product_means_the_compressed_model():
     """But for rows of 16 bits: half a 32767th of the greatest, in sums of 8 and 6."""
-    after = change(program(2), pass_)[-1].program
+    after = change(program(2), TERNARY)[-1].program
     fused = lowered(after)
     names = [op.name for op in fused.graph.ops]
     assert names.count("grouped.compressed") == 4
@@ -123,7 +108,7 @@ def test_bytes_are_those_of_the_parts():
     assert line.bytes_saved == before - stored
     assert line.says.startswith(f"ternary, {8 * stored / (4 * 3 * 48):.3f} bits a weight, ")
     widths = {"w1": 8, "w3": 8, "w2": 6}
-    stacks = [stack(step.program, f"layers.0.{n}", "ternary", w) for n, w in widths.items()]
+    stacks = [stack(step.program, f"layers.0.{n}", w) for n, w in widths.items()]
     zeros = torch.cat([weights.flatten() for weights in stacks]) == 0
     assert line.says.endswith(f", {zeros.double().mean():.1%} zeros")
 
@@ -139,7 +124,7 @@ def test_an_expert_without_rows_is_rounded_and_named():
     assert line.says.endswith("; no rows for 1, rounded to nearest")
     weight = before.weights["layers.0.w1"]
     grid = grid_of(weight)
-    result = stack(step.program, "layers.0.w1", "ternary", 8)
+    result = stack(step.program, "layers.0.w1", 8)
     assert torch.equal(result[1], values(codes_of(weight, grid), grid)[1])
     assert not torch.equal(result[0], values(codes_of(weight, grid), grid)[0])
 
@@ -180,7 +165,7 @@ def test_the_last_matrix_is_fitted_to_what_the_compressed_first_ones_give(monkey
         "moec.passes.approximate.compress_experts.hessian", lambda x: read.append(x) or hessian(x)
     )
     changed = change(program(1), TERNARY)[-1].program
-    gate, up = (stack(changed, f"layers.0.{name}", "ternary", 8) for name in ("w1", "w3"))
+    gate, up = (stack(changed, f"layers.0.{name}", 8) for name in ("w1", "w3"))
     count = len(gate)
     assert len(read) == 2 * count
     for e, (x, hidden) in enumerate(zip(read[:count], read[count:], strict=True)):
@@ -220,7 +205,7 @@ def test_the_budget_undoes_layers():
 
 
 def test_a_second_pass_finds_nothing():
-    steps = change(program(1), TERNARY, TWO_BITS)
+    steps = change(program(1), TERNARY, TERNARY)
     assert [d.reason for d in steps[-1].declined] == [
         f"the weights {name} are compressed already"
         for name in [steps[1].program.graph.producers[v].outputs[0].name

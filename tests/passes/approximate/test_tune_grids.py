@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from moec.formats.compressed import codes_in, grid_module
+from moec.formats.compressed import PARTS, codes_in
+from moec.formats.ternary import values
 from moec.ir.text import print_graph
 from moec.passes.approximate.compress_experts import CompressExperts
 from moec.passes.approximate.training.tune_grids import TuneGrids
 from tests.passes.changed import change, declined, program, tokens
 
-PARTS = {"ternary": ("stream", "starts", "grid"), "2bit": ("planes", "grid")}
-both = pytest.mark.parametrize("kind", PARTS)
 
-
-@both
-def test_the_model_comes_closer_and_only_numbers_change(kind):
+def test_the_model_comes_closer_and_only_numbers_change():
     """On other tokens of the same kind too."""
     before, after = change(
         program(2),
-        CompressExperts(kind=kind),
+        CompressExperts(),
         TuneGrids(steps=40, rate=0.01),
         calib={"ids": tokens(1024)},
     )[-2:]
@@ -34,17 +30,14 @@ def test_the_model_comes_closer_and_only_numbers_change(kind):
     assert [line.says.count("%") for line in after.damage.layers] == [3, 3]
 
 
-@both
-def test_signs_and_the_zeros_of_two_bits_stay(kind):
+def test_signs_stay():
     """However fast numbers change."""
-    before, after = change(program(1), CompressExperts(kind=kind), TuneGrids(steps=20, rate=1))[-2:]
+    before, after = change(program(1), CompressExperts(), TuneGrids(steps=20, rate=1))[-2:]
     for name, old in before.program.weights.items():
         if not name.endswith(".grid"):
             continue
         new = after.program.weights[name]
         assert torch.equal(new.sign(), old.sign())
-        if kind == "2bit":
-            assert torch.equal(new[..., 1], old[..., 1])
 
 
 def test_it_is_deterministic_and_the_seed_orders_the_cases():
@@ -60,11 +53,10 @@ def test_it_is_deterministic_and_the_seed_orders_the_cases():
 
 def test_codes_come_back_as_they_were_stored():
     changed = change(program(1), CompressExperts())[-1].program
-    parts = [changed.weights[f"layers.0.w2.{part}"] for part in PARTS["ternary"]]
-    codes = codes_in("ternary", parts, 6)
+    parts = [changed.weights[f"layers.0.w2.{part}"] for part in PARTS]
+    codes = codes_in(parts, 6)
     assert codes.shape == (4, 8, 6)
-    values = grid_module("ternary").values(codes, parts[-1])
-    assert ((values == 0) == (codes == 0)).all()
+    assert ((values(codes, parts[-1]) == 0) == (codes == 0)).all()
 
 
 def test_experts_that_are_not_compressed_are_declined():

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import numba
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moec.formats import ternary, two_bit
+from moec.formats import ternary
 from moec.passes.calibration.coordinate_descent import descend
 from moec.passes.calibration.gptq import damp, hessian
-
-both = pytest.mark.parametrize("module", [ternary, two_bit], ids=["ternary", "2bit"])
 
 
 def case(seed: int, rows: int, width: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,48 +19,43 @@ def case(seed: int, rows: int, width: int = 12) -> tuple[torch.Tensor, torch.Ten
     return torch.randn(2, 5, width), damp(hessian(x))
 
 
-def start(module: ModuleType, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    grid = module.grid_of(weight)
-    return module.codes_of(weight, grid), grid
+def start(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    grid = ternary.grid_of(weight)
+    return ternary.codes_of(weight, grid), grid
 
 
 def lost(
-    module: ModuleType,
     weight: torch.Tensor,
     codes: torch.Tensor,
     grid: torch.Tensor,
     hessian: torch.Tensor,
 ) -> torch.Tensor:
     """Of each row, in float64."""
-    off = (module.values(codes, grid) - weight).double()
+    off = (ternary.values(codes, grid) - weight).double()
     return ((off @ hessian.double()) * off).sum(-1)
 
 
-@both
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(0, 30), rounds=st.integers(0, 6))
-def test_no_row_becomes_worse(module, seed, rows, rounds):
+def test_no_row_becomes_worse(seed, rows, rounds):
     """But for what float32 rounds."""
     weight, hessian = case(seed, rows)
-    codes, grid = start(module, weight)
+    codes, grid = start(weight)
     copies = codes.clone(), grid.clone(), hessian.clone()
-    before = lost(module, weight, codes, grid, hessian)
-    solution = descend(module, weight, codes, grid, hessian, rounds)
-    after = lost(module, weight, *solution, hessian)
+    before = lost(weight, codes, grid, hessian)
+    solution = descend(weight, codes, grid, hessian, rounds)
+    after = lost(weight, *solution, hessian)
     assert (after <= before * (1 + 1e-5)).all()
     assert solution[1].isfinite().all()
     for tensor, old in zip((codes, grid, hessian), copies, strict=True):
         assert torch.equal(tensor, old)
 
 
-@both
-def test_more_rounds_lose_less_and_it_ends(module):
+def test_more_rounds_lose_less_and_it_ends():
     weight, hessian = case(0, 40)
-    begin = start(module, weight)
+    begin = start(weight)
     losses = [
-        float(
-            lost(module, weight, *descend(module, weight, *begin, hessian, rounds), hessian).sum()
-        )
+        float(lost(weight, *descend(weight, *begin, hessian, rounds), hessian).sum())
         for rounds in (0, 1, 2, 50, 1000)
     ]
     assert losses[0] > losses[1] > losses[2] >= losses[3]
@@ -73,67 +63,62 @@ def test_more_rounds_lose_less_and_it_ends(module):
     assert losses[3] < 0.8 * losses[0]
 
 
-@both
-def test_no_single_code_is_left_that_would_help(module):
+def test_no_single_code_is_left_that_would_help():
     """By more than the numbers' rounding to bf16 moved them after the last code."""
     weight, hessian = case(1, 40)
-    codes, grid = descend(module, weight, *start(module, weight), hessian, 100)
-    least = lost(module, weight, codes, grid, hessian)
+    codes, grid = descend(weight, *start(weight), hessian, 100)
+    least = lost(weight, codes, grid, hessian)
     for j in range(weight.shape[-1]):
-        for code in range(module.levels(grid).shape[-1]):
+        for code in range(ternary.levels(grid).shape[-1]):
             other = codes.clone()
             other[..., j] = code
-            assert (lost(module, weight, other, grid, hessian) >= least * (1 - 1e-2)).all()
+            assert (lost(weight, other, grid, hessian) >= least * (1 - 1e-2)).all()
 
 
-@both
-def test_it_is_the_same_every_time_and_on_any_number_of_threads(module):
+def test_it_is_the_same_every_time_and_on_any_number_of_threads():
     weight, hessian = case(2, 40)
-    begin = start(module, weight)
-    first = descend(module, weight, *begin, hessian)
+    begin = start(weight)
+    first = descend(weight, *begin, hessian)
     before = numba.get_num_threads()
     try:
         numba.set_num_threads(1)
-        again = descend(module, weight, *begin, hessian)
+        again = descend(weight, *begin, hessian)
     finally:
         numba.set_num_threads(before)
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
 
 
-@both
-def test_each_matrix_is_fitted_by_its_own_hessian(module):
+def test_each_matrix_is_fitted_by_its_own_hessian():
     weight, hessian = case(3, 40)
-    begin = start(module, weight)
-    together = descend(module, weight, *begin, hessian)
+    begin = start(weight)
+    together = descend(weight, *begin, hessian)
     for e in range(2):
-        alone = descend(module, weight[e], *(part[e] for part in begin), hessian[e])
+        alone = descend(weight[e], *(part[e] for part in begin), hessian[e])
         for a, b in zip(together, alone, strict=True):
             assert torch.equal(a[e], b)
 
 
-@both
-def test_inputs_that_are_never_seen_change_nothing(module):
+def test_inputs_that_are_never_seen_change_nothing():
     """No rows at all, and one input that is always 0 without damping."""
     weight, _ = case(4, 40)
-    begin = start(module, weight)
-    solution = descend(module, weight, *begin, torch.zeros(2, 12, 12))
+    begin = start(weight)
+    solution = descend(weight, *begin, torch.zeros(2, 12, 12))
     for a, b in zip(solution, begin, strict=True):
         assert torch.equal(a, b)
     x = torch.randn(2, 40, 12)
     x[..., 5] = 0
-    codes, grid = descend(module, weight, *begin, hessian(x))
+    codes, grid = descend(weight, *begin, hessian(x))
     assert torch.equal(codes[..., 5], begin[0][..., 5])
     assert grid.isfinite().all()
 
 
-@both
-def test_codes_and_weights_that_lie_in_any_order(module):
+def test_codes_and_weights_that_lie_in_any_order():
     weight, hessian = case(5, 40)
-    codes, grid = start(module, weight)
-    expected = descend(module, weight, codes, grid, hessian)
+    codes, grid = start(weight)
+    expected = descend(weight, codes, grid, hessian)
     turned = codes.mT.contiguous().mT, grid.mT.contiguous().mT
-    solution = descend(module, weight.mT.contiguous().mT, *turned, hessian.mT)
+    solution = descend(weight.mT.contiguous().mT, *turned, hessian.mT)
     for a, b in zip(solution, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -141,5 +126,5 @@ def test_codes_and_weights_that_lie_in_any_order(module):
 def test_a_row_of_zeros_stays_one():
     weight, hessian = case(6, 40)
     weight[0, 2] = 0
-    codes, grid = descend(ternary, weight, *start(ternary, weight), hessian)
+    codes, grid = descend(weight, *start(weight), hessian)
     assert not ternary.values(codes, grid)[0, 2].any()

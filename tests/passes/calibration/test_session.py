@@ -360,6 +360,7 @@ def compile_with(**options: Any) -> Any:
         ({"passes": "+prune-experts(keep=1"}, "a parenthesis is unbalanced"),
         ({"passes": "+prune-experts(keep=1)x"}, "the list ends with )"),
         ({"passes": "+fuse-gate(a=1)"}, "fuse-gate has no options"),
+        ({"passes": "+compress-experts(kind=2bit)"}, "compress-experts takes by, damping"),
     ],
 )  # fmt: skip
 def test_what_is_refused(options: dict[str, Any], says: str) -> None:

@@ -170,7 +170,7 @@ def test_compressed_experts_are_refused_by_name() -> None:
     graph = parse("""graph main(x: f32[T, 72], ends: i32[3];
                      codes: u8[3, 40, 18], low: bf16[3, 40], high: bf16[3, 40]) {
       h: f32[T, 40] = grouped.compressed(x, ends, codes, low, high)
-        <matrices=1, kind="2bit", dtype=f32>
+        <matrices=1, kind="ternary", dtype=f32>
       return h
     }""")
     assert "grouped.compressed" in unsupported(graph, CUDA)

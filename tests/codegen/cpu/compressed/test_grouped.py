@@ -22,16 +22,14 @@ from moec.codegen.cpu.quantised.layout import PAIRS
 from moec.codegen.cpu.quantised.round_rows import round_rows as rounding_kernel
 from moec.codegen.cpu.vector import Vector
 from moec.codegen.specs.products import CompressedSpec
-from moec.formats.compressed import KINDS, MOST_WIDTH, compress, decompress, grid_module
+from moec.formats.compressed import MOST_WIDTH, compress, decompress
 from moec.formats.integer import round_rows
-from moec.formats.ternary import bytes_of_counts
+from moec.formats.ternary import bytes_of_counts, codes_of, grid_of
 from moec.target.cpu import TARGETS, missing, parse
 from tests.codegen.cpu.gemm.test_grouped import routing
 
 RUNNABLE = [t for t in TARGETS.values() if not missing(t) and t.name != "avx2-vnni"]
 BEST = RUNNABLE[-1]
-# Targets differ in what factors are, and in how they multiply; what walks over them is the same.
-BUILT = [*((t, "ternary") for t in RUNNABLE), (BEST, "2bit")]
 # Sums of integers are exact, and float32 rounds a few times behind them. But x times a scale may
 # come out halfway between two integers, where targets that fuse it with the rounding take the other
 # one: a 32639th of the greatest input then.
@@ -45,22 +43,18 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 class Linear:
     """A compressed linear layer of random weights, as kernels and as its reference."""
 
-    def __init__(self, build, target, kind, n, k, experts, *, gated=False, bias=False, **how):
-        spec = CompressedSpec(
-            n, k, "f", "float32", groups=experts, gated=gated, bias=bias, kind=kind
-        )
-        v, module = Vector(target), grid_module(kind)
-        self.top_k, self.weights, self.packed = how.get("top_k", 0), [], []
-        counts = []
-        if kind == "ternary":
-            self.packed.append(aligned(torch.from_numpy(table(target))))
+    def __init__(self, build, target, n, k, experts, *, gated=False, bias=False, **how):
+        spec = CompressedSpec(n, k, "f", "float32", groups=experts, gated=gated, bias=bias)
+        v, counts = Vector(target), []
+        self.top_k, self.weights = how.get("top_k", 0), []
+        self.packed = [aligned(torch.from_numpy(table(target)))]
         for _ in range(1 + gated):
             weight = torch.randn(experts, n, k)
-            grid = module.grid_of(weight)
-            parts = compress(kind, module.codes_of(weight, grid), grid)
-            self.weights.append(decompress(kind, parts, k))
+            grid = grid_of(weight)
+            parts = compress(codes_of(weight, grid), grid)
+            self.weights.append(decompress(parts, k))
             self.packed += map(aligned, parts)
-            counts.append(bytes_of_counts(parts[1].shape) if kind == "ternary" else 1)
+            counts.append(bytes_of_counts(parts[1].shape))
         self.spec = spec = replace(spec, bytes_of_counts=tuple(counts))
         self.biases = [torch.randn(experts, n) for _ in self.weights] if bias else []
         if bias:
@@ -107,13 +101,11 @@ def check(y, expected):
         )
 
 
-@pytest.mark.parametrize(("target", "kind"), BUILT, ids=lambda v: getattr(v, "name", v))
-def test_gathered_gate_and_up(build, target, kind):
+@pytest.mark.parametrize("target", RUNNABLE, ids=lambda t: t.name)
+def test_gathered_gate_and_up(build, target):
     """With bias, a weight on the input's side, columns behind the last whole vector, rows of
     zeros, of NaN and of an infinity, and every number of rows beside a whole tile."""
-    linear = Linear(
-        build, target, kind, 37, 90, 3, gated=True, bias=True, top_k=2, scale_dtype="float32"
-    )
+    linear = Linear(build, target, 37, 90, 3, gated=True, bias=True, top_k=2, scale_dtype="float32")
     for t in (0, 1, 4 * MANY):
         x, scale = torch.randn(t, 90), torch.rand(t, 2)
         if t > 3:
@@ -123,9 +115,8 @@ def test_gathered_gate_and_up(build, target, kind):
 
 
 @pytest.mark.parametrize(("n", "k"), [(70, 133), (1, 1)])
-@pytest.mark.parametrize("kind", KINDS)
-def test_widths_that_fill_no_word_and_no_vector(build, kind, n, k):
-    linear = Linear(build, BEST, kind, n, k, 2)
+def test_widths_that_fill_no_word_and_no_vector(build, n, k):
+    linear = Linear(build, BEST, n, k, 2)
     ends = torch.tensor([4, 9], dtype=torch.int32)
     x = torch.randn(11, k)
     check(linear(x, None, ends), linear.means(x, None, ends))
@@ -133,7 +124,7 @@ def test_widths_that_fill_no_word_and_no_vector(build, kind, n, k):
 
 @cache
 def small(build):
-    return Linear(build, BEST, "ternary", 20, 32, 6, top_k=2)
+    return Linear(build, BEST, 20, 32, 6, top_k=2)
 
 
 @settings(max_examples=40)
@@ -168,7 +159,7 @@ def test_masks_and_signs_give_the_same_bits(build, target, monkeypatch):
     for signs in (True, False):
         monkeypatch.setattr(compressed_weights, "signed", lambda target, signs=signs: signs)
         torch.manual_seed(0)
-        linear = Linear(build, target, "ternary", 37, 90, 3)
+        linear = Linear(build, target, 37, 90, 3)
         rows = torch.randn(6 + MANY, 90)
         results.append(linear(rows, None, torch.tensor([5, 6, 6 + MANY], dtype=torch.int32)))
     assert results[0].isfinite().all()
@@ -178,9 +169,9 @@ def test_masks_and_signs_give_the_same_bits(build, target, monkeypatch):
 def test_the_greatest_sums_fit(build):
     """All inputs and weights greatest, in one codeword a pair: the widest row that is taken."""
 
-    spec = CompressedSpec(1, MOST_WIDTH, "f", "float32", kind="ternary", bytes_of_counts=(2,))
+    spec = CompressedSpec(1, MOST_WIDTH, "f", "float32", bytes_of_counts=(2,))
     grid = torch.tensor([[[-1.0, 1.0]]]).bfloat16()
-    parts = compress("ternary", torch.full((1, 1, MOST_WIDTH), 2, dtype=torch.uint8), grid)
+    parts = compress(torch.full((1, 1, MOST_WIDTH), 2, dtype=torch.uint8), grid)
     codes = torch.zeros(1, PAIRS.words(MOST_WIDTH), dtype=torch.int32)
     codes.view(torch.int16)[:, :MOST_WIDTH] = 32767
     y, ends = torch.zeros(1, 1), torch.ones(1, dtype=torch.int32)
@@ -203,7 +194,7 @@ def test_the_greatest_sums_fit(build):
 )
 def test_sums_of_pairs_are_one_instruction(name, instruction, walk, rows):
     target = parse(name)
-    kernel = compressed_linear(target, CompressedSpec(64, 128, "f", "float32", kind="ternary"))
+    kernel = compressed_linear(target, CompressedSpec(64, 128, "f", "float32"))
     loops = re.split(r"\n\.LBB", assembly(kernel, target))
     walks = [code for code in loops if walk in code and "\tmovzwl\t" in code]
     assert sum(bool(re.search(instruction, code)) for code in walks) >= rows
